@@ -1,0 +1,1 @@
+"""A control plane for microVMs on one host."""
