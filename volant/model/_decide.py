@@ -1,0 +1,460 @@
+"""A VM is a loop that drives what is to what should be; this is the loop's mind.
+
+`decide(row, seen, now)` says how the row changes because something was seen: a verb, the outcome of a step, the end of
+the hypervisor. `effect_of(row)` says which one step the VM needs now, from the row alone. The actor commits the
+changes, then makes the running step the needed one: it cancels what is no longer needed and starts what is.
+
+The step is a function of the row, and not a list that `decide` returns, so that an incarnation which begins in the
+middle (after a crash of its actor, of the daemon, of the host) does what its predecessor would have done next, with no
+code of its own. Rejected: a table of (state, message) -> (state, actions), where what is under way lives in the
+actor's memory and is lost with it.
+
+Every change of the public status stands in `_edges.py`.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+
+import msgspec
+
+from ._edges import check_edge
+from ._problem import Problem
+from ._row import Desired, Phase, ProcessIdentity, Reason, Status, VmRow
+
+MAX_RESTARTS = 10
+"""A policy gives up after so many restarts in a row without a person's `start`."""
+
+
+# What is seen ------------------------------------------------------------------------------------------------------
+
+
+class VerbKind(StrEnum):
+    """What a client can ask of a VM."""
+
+    START = "start"
+    STOP = "stop"
+    RESTART = "restart"
+    DELETE = "delete"
+    RECOVER = "recover"
+
+
+class Verb(msgspec.Struct, frozen=True):
+    """A client, or the VM's `ttl`, wants something."""
+
+    kind: VerbKind
+    grace_s: float = 10.0
+
+
+class Woke(msgspec.Struct, frozen=True):
+    """An incarnation of the actor begins. `process` is what was found on the host under the row's mark."""
+
+    process: ProcessIdentity | None
+
+
+class ImageReady(msgspec.Struct, frozen=True):
+    """Kernel and initramfs lie in the cache. `mark` is what the process to come will carry."""
+
+    digest: str
+    mark: str
+
+
+class Launched(msgspec.Struct, frozen=True):
+    """A hypervisor process runs, started or found."""
+
+    process: ProcessIdentity
+    hypervisor: str
+    accelerator: str
+
+
+class AgentAnswered(msgspec.Struct, frozen=True):
+    """The agent in the guest has answered and has got its workload."""
+
+
+class StepFailed(msgspec.Struct, frozen=True):
+    """The step under way came to nothing, or its deadline passed."""
+
+    reason: Reason
+
+
+class EndKind(StrEnum):
+    """How a guest or its hypervisor ended."""
+
+    SHUTDOWN = "shutdown"
+    RESET = "reset"
+    PANICKED = "panicked"
+    KILLED = "killed"
+    EXITED = "exited"
+    INTERNAL_ERROR = "internal-error"
+    GONE = "gone"
+    """It was not there any more when an actor began to watch."""
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """The guest is over. The process may still be there, kept so that the reason could be read."""
+
+    kind: EndKind
+    reason: Reason
+
+
+class Cleared(msgspec.Struct, frozen=True):
+    """No process and none of its files are left on the host."""
+
+
+class Removed(msgspec.Struct, frozen=True):
+    """Nothing of a VM that is being deleted is left."""
+
+
+class RestartDue(msgspec.Struct, frozen=True):
+    """The back-off before an automatic restart has passed."""
+
+
+Seen = Verb | Woke | ImageReady | Launched | AgentAnswered | StepFailed | Ended | Cleared | Removed | RestartDue
+
+
+# What is to be done ------------------------------------------------------------------------------------------------
+
+
+class PrepareImage(msgspec.Struct, frozen=True):
+    """Find the boot image, build it if the cache lacks it -> `ImageReady`."""
+
+    boot: str
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """Start the hypervisor under `mark`, or find it -> `Launched`."""
+
+    mark: str
+
+
+class AwaitAgent(msgspec.Struct, frozen=True):
+    """Wait for the agent's first answer and hand it the workload -> `AgentAnswered`."""
+
+    mark: str
+
+
+class AskStop(msgspec.Struct, frozen=True):
+    """Ask the guest to shut down -> `Ended`, or `StepFailed` once `grace_s` has passed."""
+
+    mark: str
+    grace_s: float
+
+
+class Kill(msgspec.Struct, frozen=True):
+    """End the process under `mark` and remove its files -> `Cleared`."""
+
+    mark: str
+
+
+class Remove(msgspec.Struct, frozen=True):
+    """Remove what belongs to the VM and not to a boot -> `Removed`."""
+
+
+class RestartLater(msgspec.Struct, frozen=True):
+    """Wait `delay_s` -> `RestartDue`."""
+
+    delay_s: float
+
+
+Effect = PrepareImage | Launch | AwaitAgent | AskStop | Kill | Remove | RestartLater
+
+
+def effect_of(row: VmRow) -> Effect | None:
+    """The one step that `row` needs now; None when the VM is at rest."""
+    match row.phase:
+        case Phase.IMAGE:
+            return PrepareImage(f"{row.id}.{row.generation}")
+        case Phase.LAUNCH:
+            return Launch(row.mark)
+        case Phase.AGENT:
+            return AwaitAgent(row.mark)
+        case Phase.ASK:
+            return AskStop(row.mark, row.grace_s)
+        case Phase.KILL:
+            return Kill(row.mark)
+        case Phase.REMOVE:
+            return Remove()
+        case Phase.NONE:
+            return RestartLater(_backoff_s(row.restarts)) if _restarts_by_itself(row) else None
+
+
+def at_rest(row: VmRow) -> bool:
+    """Whether `row` stays as it is until somebody or something outside acts."""
+    return effect_of(row) is None and row.status is not Status.PENDING
+
+
+# How the row changes -----------------------------------------------------------------------------------------------
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One change of the row; `row` None removes it. `message` is the text of its event, if it has one."""
+
+    row: VmRow | None
+    message: str
+
+
+def decide(row: VmRow, seen: Seen, now: datetime) -> tuple[Step, ...]:
+    """The changes, in order, that follow from what was seen; empty when there are none.
+
+    :raises Problem: 409 when a verb is not legal now.
+    """
+    change = _Change(row, now)
+    match seen:
+        case Verb():
+            _verb(change, seen)
+        case Woke(process):
+            _woke(change, process)
+        case ImageReady(digest, mark):
+            if row.phase is Phase.IMAGE:
+                change.to(
+                    "launching",
+                    phase=Phase.LAUNCH,
+                    image=digest,
+                    mark=mark,
+                    boots=row.boots + 1,
+                    booted=row.generation,
+                    agent_seen=False,
+                )
+        case Launched(process, hypervisor, accelerator):
+            if row.phase is Phase.LAUNCH:
+                change.to(
+                    "the hypervisor runs",
+                    phase=Phase.AGENT,
+                    process=process,
+                    hypervisor=hypervisor,
+                    accelerator=accelerator,
+                    started_at=now,
+                )
+        case AgentAnswered():
+            if row.phase is Phase.AGENT:
+                change.to("the agent has answered", status=Status.RUNNING, phase=Phase.NONE, agent_seen=True)
+        case StepFailed(reason):
+            _step_failed(change, reason)
+        case Ended(kind, reason):
+            _ended(change, kind, reason)
+        case Cleared():
+            _cleared(change)
+        case Removed():
+            if row.phase is Phase.REMOVE:
+                change.remove("deleted")
+        case RestartDue():
+            if _restarts_by_itself(row):
+                change.to("", generation=row.generation + 1, restarts=row.restarts + 1, desired=Desired.RUNNING)
+                _boot(change, f"started again by its restart policy, {row.restarts + 1} of {MAX_RESTARTS}")
+    return tuple(change.steps)
+
+
+class _Change:
+    """Collects steps; checks each against the table of edges; joins a step that has no message to the next."""
+
+    def __init__(self, row: VmRow, now: datetime) -> None:
+        self.row = row
+        self.now = now
+        self.steps: list[Step] = []
+        self._silent = False
+
+    def to(self, message: str, **fields: object) -> None:
+        after = msgspec.structs.replace(self.row, updated_at=self.now, **fields)
+        check_edge(self.row.status, after.status)
+        if self._silent:
+            self.steps.pop()
+        self.steps.append(Step(after, message))
+        self.row, self._silent = after, not message
+
+    def remove(self, message: str) -> None:
+        check_edge(self.row.status, None)
+        self.steps.append(Step(None, message))
+
+
+def _boot(change: _Change, message: str) -> None:
+    """Begin the wanted boot. Only when nothing of the last one is left."""
+    change.to(
+        message,
+        status=Status.STARTING,
+        phase=Phase.IMAGE,
+        reason=None,
+        process=None,
+        mark="",
+        agent_seen=False,
+    )
+
+
+def _verb(change: _Change, verb: Verb) -> None:
+    row = change.row
+    if row.status is Status.DELETING and verb.kind is not VerbKind.DELETE:
+        raise Problem(
+            409,
+            "vm-deleting",
+            f"VM {row.name!r} is being deleted",
+            vm=row.name,
+            hint="wait until it is gone; its name can be used again then",
+        )
+    match verb.kind:
+        case VerbKind.START:
+            _start(change, again=False)
+        case VerbKind.RESTART:
+            change.to("", grace_s=verb.grace_s)
+            _start(change, again=True)
+        case VerbKind.STOP:
+            change.to("", grace_s=verb.grace_s)
+            _stop(change)
+        case VerbKind.DELETE:
+            if row.status is not Status.DELETING:
+                change.to("", desired=Desired.DELETED, grace_s=verb.grace_s)
+                _end_process(change, Status.DELETING, "being deleted")
+        case VerbKind.RECOVER:
+            if row.reason is None or row.reason.code != "control_lost":
+                raise Problem(
+                    409,
+                    "vm-not-lost",
+                    f"VM {row.name!r} is under control, there is nothing to recover",
+                    vm=row.name,
+                    hint="`start` boots a VM that has stopped or crashed",
+                )
+            change.to("control is back", reason=None)
+
+
+def _start(change: _Change, *, again: bool) -> None:
+    row = change.row
+    match row.status:
+        case Status.STOPPED | Status.CRASHED:
+            change.to("", desired=Desired.RUNNING, generation=row.booted + 1, restarts=0)
+            if row.phase is Phase.NONE:
+                _boot(change, "start was asked for")
+            else:
+                change.to("will be started once nothing of the last boot is left")
+        case Status.STOPPING:
+            change.to(
+                "will be started after the stop",
+                desired=Desired.RUNNING,
+                generation=row.booted + 1,
+                restarts=0,
+            )
+        case Status.STARTING | Status.RUNNING if again:
+            change.to("", desired=Desired.RUNNING, generation=row.generation + 1, restarts=0)
+            _end_process(change, Status.STOPPING, "restart was asked for")
+
+
+def _stop(change: _Change) -> None:
+    row = change.row
+    change.to("", desired=Desired.STOPPED, generation=row.booted)
+    match row.status:
+        case Status.PENDING:
+            change.to("stopped before it was started", status=Status.STOPPED)
+        case Status.CRASHED if row.phase is Phase.NONE:
+            change.to("stopped", status=Status.STOPPED, reason=None)
+        case Status.STARTING | Status.RUNNING | Status.PAUSED:
+            _end_process(change, Status.STOPPING, "stop was asked for")
+
+
+def _end_process(change: _Change, status: Status, message: str) -> None:
+    """Go to `status` (stopping or deleting) by the politest way that the state allows."""
+    row = change.row
+    phase: Phase
+    if row.phase in (Phase.KILL, Phase.ASK):
+        phase = row.phase
+    elif row.status is Status.RUNNING and row.agent_seen and row.grace_s > 0:
+        phase = Phase.ASK
+    elif row.mark:
+        phase = Phase.KILL
+    else:
+        phase = Phase.REMOVE if status is Status.DELETING else Phase.NONE
+    change.to(message, status=status, phase=phase)
+    if phase is Phase.NONE:
+        _stopped(change)
+
+
+def _woke(change: _Change, process: ProcessIdentity | None) -> None:
+    row = change.row
+    if row.status is Status.PENDING:
+        _boot(change, "preparing the image")
+    elif row.phase in (Phase.NONE, Phase.AGENT, Phase.ASK) and row.mark:
+        if process is None:
+            _ended(
+                change,
+                EndKind.GONE,
+                Reason("hypervisor_gone", "the hypervisor's process is gone; it ended while nobody watched it"),
+            )
+        elif process != row.process:
+            change.to("the hypervisor was found again", process=process)
+
+
+def _step_failed(change: _Change, reason: Reason) -> None:
+    row = change.row
+    if row.status is Status.STARTING:
+        _crashed(change, reason)
+    elif row.phase is Phase.ASK:
+        change.to(reason.message, phase=Phase.KILL)
+    elif row.phase in (Phase.KILL, Phase.REMOVE):
+        change.to(reason.message, reason=reason)
+
+
+def _ended(change: _Change, kind: EndKind, reason: Reason) -> None:
+    row = change.row
+    if row.status is Status.STARTING:
+        _crashed(change, reason)
+    elif row.phase is Phase.ASK:
+        change.to("the guest is over", phase=Phase.KILL)
+    elif row.status in (Status.RUNNING, Status.PAUSED):
+        if kind is EndKind.SHUTDOWN:
+            desired = Desired.RUNNING if row.restart_policy == "always" else Desired.STOPPED
+            change.to("the guest shut itself down", status=Status.STOPPING, phase=Phase.KILL, desired=desired)
+        elif kind is EndKind.RESET:
+            change.to(
+                "the guest reboots",
+                status=Status.STOPPING,
+                phase=Phase.KILL,
+                generation=row.generation + 1,
+            )
+        else:
+            _crashed(change, reason)
+
+
+def _crashed(change: _Change, reason: Reason) -> None:
+    phase = Phase.KILL if change.row.mark else Phase.NONE
+    change.to(
+        reason.message,
+        status=Status.CRASHED,
+        phase=phase,
+        reason=reason,
+        # A boot that failed before its launch counts as tried, else it would be tried for ever.
+        booted=change.row.generation,
+    )
+
+
+def _cleared(change: _Change) -> None:
+    row = change.row
+    if row.phase is not Phase.KILL:
+        return
+    change.to("", process=None, mark="", agent_seen=False, phase=Phase.NONE)
+    match row.status:
+        case Status.DELETING:
+            change.to("nothing of its process is left", phase=Phase.REMOVE)
+        case Status.STOPPING:
+            _stopped(change)
+        case Status.CRASHED if row.desired is Desired.STOPPED:
+            change.to("stopped", status=Status.STOPPED, reason=None)
+        case Status.CRASHED if row.desired is Desired.RUNNING and row.generation > row.booted:
+            _boot(change, "start was asked for")
+        case _:
+            change.to("nothing of its process is left")
+
+
+def _stopped(change: _Change) -> None:
+    change.to("stopped", status=Status.STOPPED, reason=None)
+    if change.row.desired is Desired.RUNNING and change.row.generation > change.row.booted:
+        _boot(change, "started again")
+
+
+def _restarts_by_itself(row: VmRow) -> bool:
+    """Whether the restart policy wants another boot of a VM that has come to rest."""
+    if row.phase is not Phase.NONE or row.desired is not Desired.RUNNING or row.restarts >= MAX_RESTARTS:
+        return False
+    return (row.status is Status.CRASHED and row.restart_policy != "never") or (
+        row.status is Status.STOPPED and row.restart_policy == "always"
+    )
+
+
+def _backoff_s(restarts: int) -> float:
+    return min(60.0, 2.0**restarts)

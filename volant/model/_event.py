@@ -1,0 +1,96 @@
+"""Lifecycle events: every change of a VM's public status has exactly one (contract: Events)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+
+import msgspec
+
+from ._row import Reason, Status, VmRow
+
+
+class EventType(StrEnum):
+    """Public names of the events."""
+
+    VM_CREATED = "VM_CREATED"
+    VM_STARTING = "VM_STARTING"
+    VM_RUNNING = "VM_RUNNING"
+    VM_PAUSED = "VM_PAUSED"
+    VM_STOPPING = "VM_STOPPING"
+    VM_STOPPED = "VM_STOPPED"
+    VM_CRASHED = "VM_CRASHED"
+    VM_DELETED = "VM_DELETED"
+
+
+class EventId(msgspec.Struct, frozen=True, order=True):
+    """`<epoch>-<seq>`. The epoch changes with a new or restored database; `seq` begins at 1 and has no holes."""
+
+    epoch: str
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.seq}"
+
+    @classmethod
+    def parse(cls, text: str) -> EventId | None:
+        """None when `text` is not an event id; a client's id is then answered as unknown, not as an error."""
+        epoch, dash, seq = text.rpartition("-")
+        if not dash or not epoch or not seq.isascii() or not seq.isdecimal() or len(seq) > 18:
+            return None
+        return cls(epoch, int(seq))
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The `data` of one server-sent event."""
+
+    type: EventType
+    id: str
+    name: str
+    vm_id: int
+    status: Status | None
+    """None once the VM is deleted."""
+    ip_address: str
+    timestamp: datetime
+    message: str
+    reason: Reason | None = None
+    labels: dict[str, str] = {}
+    """For filters. Not in the contract's example; clients ignore what they don't know."""
+
+
+_ENTERING: dict[Status, EventType] = {
+    Status.PENDING: EventType.VM_CREATED,
+    Status.STARTING: EventType.VM_STARTING,
+    Status.RUNNING: EventType.VM_RUNNING,
+    Status.PAUSED: EventType.VM_PAUSED,
+    Status.STOPPING: EventType.VM_STOPPING,
+    Status.STOPPED: EventType.VM_STOPPED,
+    Status.CRASHED: EventType.VM_CRASHED,
+    Status.DELETING: EventType.VM_STOPPING,
+}
+
+
+def event_for(
+    before: VmRow | None, after: VmRow | None, *, event_id: EventId, message: str, now: datetime
+) -> Event | None:
+    """The event of the change from `before` to `after`, or None when the public status does not change.
+
+    `before` None is a creation, `after` None a deletion. :raises ValueError: both are None.
+    """
+    row = after or before
+    if row is None:
+        raise ValueError("a change needs a row before or after it")
+    if before is not None and after is not None and before.status is after.status:
+        return None
+    return Event(
+        type=EventType.VM_DELETED if after is None else _ENTERING[after.status],
+        id=str(event_id),
+        name=row.name,
+        vm_id=row.id,
+        status=None if after is None else after.status,
+        ip_address="",
+        timestamp=now,
+        message=message,
+        reason=after.reason if after is not None and after.status is Status.CRASHED else None,
+        labels=row.labels,
+    )

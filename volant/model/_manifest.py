@@ -1,0 +1,104 @@
+"""Plugin manifests: what a kind of VM is made of and what runs in it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from ._problem import invalid
+from ._text import check_name, check_plain
+
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class HealthCheck(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """How the agent finds out whether the workload is well: an HTTP path, or a command that exits 0."""
+
+    path: str | None = None
+    port: Port | None = None
+    """Defaults to the workload's port."""
+    command: tuple[str, ...] = ()
+    interval_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 5.0
+    timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 2.0
+    retries: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
+
+
+class Workload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """The program that the agent runs and supervises inside the VM."""
+
+    entrypoint: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=256)]
+    env: dict[str, str] = {}
+    workdir: str = "/"
+    port: Port | None = None
+    """Where the workload serves HTTP on the guest's loopback; unknown routes of the agent go there."""
+    restart: Literal["never", "on-failure", "always"] = "on-failure"
+    health_check: HealthCheck | None = None
+
+
+class Resources(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """What a VM of this plugin gets when `POST /vms` is silent, and the least that it may have."""
+
+    cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    memory_mb: Annotated[int, msgspec.Meta(ge=64)] = 128
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """A plugin."""
+
+    name: str
+    version: str = "0"
+    schema_version: Literal["1"] = "1"
+    description: str = ""
+    runtime: str = "base"
+    resources: Resources = Resources()
+    workload: Workload | None = None
+    labels: dict[str, str] = {}
+
+
+def check_manifest(manifest: Manifest) -> Manifest:
+    """Return `manifest` when what its types can't say holds too; :raises Problem: 400 that names the field."""
+    check_name(manifest.name, "name")
+    check_name(manifest.runtime, "runtime")
+    check_plain(manifest.description, "description")
+    workload = manifest.workload
+    if workload is None:
+        return manifest
+    if not workload.workdir.startswith("/"):
+        raise invalid("workload.workdir", "workload.workdir is not an absolute path")
+    for text in workload.entrypoint:
+        if "\0" in text:
+            raise invalid("workload.entrypoint", "workload.entrypoint has a NUL character")
+    check_env(workload.env, "workload.env")
+    check = workload.health_check
+    if check is not None:
+        if (check.path is None) == (not check.command):
+            raise invalid("workload.health_check", "workload.health_check needs either a path or a command")
+        if check.path is not None and check.port is None and workload.port is None:
+            raise invalid(
+                "workload.health_check.port", "a health check by path needs a port, its own or the workload's"
+            )
+        if check.path is not None and not check.path.startswith("/"):
+            raise invalid("workload.health_check.path", "workload.health_check.path does not begin with /")
+    return manifest
+
+
+def check_env(env: dict[str, str], field: str) -> None:
+    """:raises Problem: 400 when a variable's name or value can't be put into an environment."""
+    if len(env) > 256:
+        raise invalid(field, f"{field} has {len(env)} variables, at most 256 are allowed")
+    for key, value in env.items():
+        if not key or "=" in key or "\0" in key:
+            raise invalid(field, f"{field} has the variable name {key[:80]!r}: not empty, no '=' and no NUL")
+        if "\0" in value or len(value) > 32768:
+            raise invalid(
+                f"{field}.{key[:80]}", f"{field}.{key[:80]} has a NUL character or more than 32768 characters"
+            )
+
+
+BASE = Manifest(
+    name="base",
+    version="1",
+    description="The built-in image: a shell, Python and the agent, no workload",
+)
+"""The plugin that is always there."""

@@ -1,0 +1,206 @@
+"""What is known of a VM: the row that the journal keeps, and the view that the API shows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Literal
+
+import msgspec
+
+from ._manifest import Manifest
+
+
+class Status(StrEnum):
+    """What a VM is seen to be. Public."""
+
+    PENDING = "pending"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    CRASHED = "crashed"
+    DELETING = "deleting"
+
+
+class Desired(StrEnum):
+    """What a VM should be. Public."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    DELETED = "deleted"
+
+
+class Phase(StrEnum):
+    """The step that a VM is in while its status is on its way somewhere; `NONE` at rest."""
+
+    NONE = ""
+    IMAGE = "image"
+    """Waiting for kernel and initramfs, which may have to be built."""
+    LAUNCH = "launch"
+    """The mark is committed; a process that carries it may exist."""
+    AGENT = "agent"
+    """The process runs; its agent has not answered yet."""
+    ASK = "ask"
+    """The guest was asked to shut down."""
+    KILL = "kill"
+    """The process is being ended and its files removed."""
+    REMOVE = "remove"
+    """No process is left; what else belongs to the VM is being removed."""
+
+
+class ProcessIdentity(msgspec.Struct, frozen=True):
+    """A process that can be told from every other one, also after a restart of the daemon or of the host."""
+
+    pid: int
+    start_time: int
+    """Clock ticks after boot, field 22 of `/proc/<pid>/stat`."""
+    boot_id: str
+    mark: str
+    """Our mark on its command line. No secret."""
+
+
+class Reason(msgspec.Struct, frozen=True):
+    """Why a VM is where it is."""
+
+    code: str
+    """A stable word: `guest_panicked`, `agent_timeout`, `launch_failed`, `control_lost`, …"""
+    message: str
+    console: tuple[str, ...] = ()
+    """The last lines of the serial console."""
+
+
+RestartPolicy = Literal["never", "on-failure", "always"]
+
+
+class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """The body of `POST /api/v1/vms`."""
+
+    name: str
+    cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)]
+    memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)]
+    plugin: str = "base"
+    runtime: str | None = None
+    kernel_cmdline: str = ""
+    """Appended to the daemon's own."""
+    labels: dict[str, str] = {}
+    env: dict[str, str] = {}
+    """For the workload, over the manifest's."""
+    restart_policy: RestartPolicy = "never"
+    ttl: str | None = None
+    """A duration from creation; the VM is deleted then."""
+
+
+class VmRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that must survive about a VM. Changed only by `decide`, kept only by the journal."""
+
+    id: int
+    name: str
+    cpu_cores: int
+    memory_mb: int
+    plugin: str
+    runtime: str
+    manifest: Manifest
+    """As it was when the VM was created."""
+    kernel_cmdline: str = ""
+    labels: dict[str, str] = {}
+    env: dict[str, str] = {}
+    restart_policy: RestartPolicy = "never"
+    created_at: datetime
+    updated_at: datetime
+    expires_at: datetime | None = None
+
+    desired: Desired = Desired.RUNNING
+    generation: int = 1
+    """The boot that is wanted: `start` and `restart` raise it."""
+    grace_s: float = 10.0
+    """How long the guest is given when it is asked to stop."""
+
+    status: Status = Status.PENDING
+    phase: Phase = Phase.NONE
+    reason: Reason | None = None
+    booted: int = 0
+    """The generation of the newest boot that was tried."""
+    boots: int = 0
+    """How often a process was launched."""
+    restarts: int = 0
+    """How often the restart policy started it again, since somebody last did."""
+    started_at: datetime | None = None
+    image: str | None = None
+    """Digest of the boot image of the newest boot."""
+    mark: str = ""
+    """Committed before the process is launched; empty once nothing of it is left."""
+    process: ProcessIdentity | None = None
+    hypervisor: str | None = None
+    accelerator: str | None = None
+    agent_seen: bool = False
+    """Whether the agent of this process has ever answered."""
+    revision: int = 0
+    """Raised by the journal with each commit."""
+
+    @property
+    def boot_key(self) -> str:
+        """Names one boot of one VM, for instance in the positions of its logs."""
+        return f"{self.id}.{self.boots}"
+
+
+class VmView(msgspec.Struct, frozen=True, kw_only=True):
+    """A VM as the API shows it (contract: VM)."""
+
+    id: int
+    name: str
+    status: Status
+    desired: Desired
+    reason: Reason | None
+    plugin: str
+    runtime: str
+    pid: int | None
+    ip_address: str
+    mac_address: str
+    cpu_cores: int
+    memory_mb: int
+    kernel_cmdline: str
+    serial_socket: str | None
+    labels: Mapping[str, str]
+    hypervisor: str | None
+    accelerator: str | None
+    restart_policy: RestartPolicy
+    restarts: int
+    boots: int
+    disk: Literal["none", "overlay"]
+    created_at: datetime
+    updated_at: datetime
+    started_at: datetime | None
+
+
+def view(row: VmRow) -> VmView:
+    """What clients see of `row`."""
+    return VmView(
+        id=row.id,
+        name=row.name,
+        status=row.status,
+        desired=row.desired,
+        reason=row.reason,
+        plugin=row.plugin,
+        runtime=row.runtime,
+        pid=row.process.pid if row.process else None,
+        ip_address="",
+        mac_address="",
+        cpu_cores=row.cpu_cores,
+        memory_mb=row.memory_mb,
+        kernel_cmdline=row.kernel_cmdline,
+        serial_socket=None,
+        labels=row.labels,
+        hypervisor=row.hypervisor,
+        accelerator=row.accelerator,
+        restart_policy=row.restart_policy,
+        restarts=row.restarts,
+        boots=row.boots,
+        disk="none",
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        started_at=row.started_at,
+    )

@@ -1,0 +1,69 @@
+"""From what a client asked for to the first row of a VM."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from ._manifest import Manifest, check_env
+from ._problem import invalid
+from ._row import CreateVm, VmRow
+from ._text import MAX_LABELS, check_name, check_plain, parse_duration
+
+MAX_TTL_S = 366 * 86400.0
+
+
+def new_row(request: CreateVm, manifest: Manifest, *, vm_id: int, now: datetime) -> VmRow:
+    """The row of a VM that does not exist yet, status `pending`.
+
+    :raises Problem: 400 that names the field.
+    """
+    check_create(request)
+    if request.memory_mb < manifest.resources.memory_mb and manifest.name != "base":
+        raise invalid(
+            "memory_mb",
+            f"memory_mb {request.memory_mb} is too little for plugin {manifest.name!r}, "
+            f"which needs at least {manifest.resources.memory_mb}",
+        )
+    expires_at = None
+    if request.ttl is not None:
+        expires_at = now + timedelta(seconds=parse_duration(request.ttl, "ttl", minimum_s=1, maximum_s=MAX_TTL_S))
+    return VmRow(
+        id=vm_id,
+        name=request.name,
+        cpu_cores=request.cpu_cores,
+        memory_mb=request.memory_mb,
+        plugin=request.plugin,
+        runtime=request.runtime if request.runtime is not None else manifest.runtime,
+        manifest=manifest,
+        kernel_cmdline=request.kernel_cmdline,
+        labels={**manifest.labels, **request.labels},
+        env=request.env,
+        restart_policy=request.restart_policy,
+        created_at=now,
+        updated_at=now,
+        expires_at=expires_at,
+    )
+
+
+def check_create(request: CreateVm) -> None:
+    """What the types of `CreateVm` can't say. :raises Problem: 400 that names the field."""
+    check_name(request.name, "name")
+    check_name(request.plugin, "plugin")
+    if request.runtime is not None:
+        check_name(request.runtime, "runtime")
+    check_plain(request.kernel_cmdline, "kernel_cmdline", maximum=1024)
+    check_labels(request.labels)
+    check_env(request.env, "env")
+    if request.ttl is not None:
+        parse_duration(request.ttl, "ttl", minimum_s=1, maximum_s=MAX_TTL_S)
+
+
+def check_labels(labels: dict[str, str]) -> None:
+    """:raises Problem: 400 when there are too many labels, or one can't be written as `key=value`."""
+    if len(labels) > MAX_LABELS:
+        raise invalid("labels", f"labels has {len(labels)} members, at most {MAX_LABELS} are allowed")
+    for key, value in labels.items():
+        if not key or "=" in key:
+            raise invalid("labels", f"labels has the key {key[:80]!r}: not empty and without '='")
+        check_plain(key, "labels", maximum=128)
+        check_plain(value, f"labels.{key}", maximum=1024)

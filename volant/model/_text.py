@@ -1,0 +1,67 @@
+"""The small grammars of the wire: names, durations, labels."""
+
+from __future__ import annotations
+
+import re
+
+from ._problem import invalid
+
+NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+"""Names of VMs and plugins (contract: Common)."""
+
+MAX_LABELS = 64
+MAX_TEXT = 4096
+
+_NAME = re.compile(NAME_PATTERN.rstrip("$") + r"\Z")
+_DURATION = re.compile(r"(\d{1,12})(ms|s|m|h|d)\Z")
+_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def check_name(value: str, field: str) -> str:
+    """Return `value` when it is a name; :raises Problem: 400 otherwise."""
+    if not _NAME.match(value):
+        shown = value if len(value) <= 80 else value[:77] + "..."
+        raise invalid(
+            field,
+            f"{field} {shown!r} is not a name: 1 to 63 lower-case letters, digits and inner hyphens",
+            hint=f"a name matches {NAME_PATTERN}",
+        )
+    return value
+
+
+def is_name(value: str) -> bool:
+    """Whether `value` could be the name of a VM or a plugin."""
+    return _NAME.match(value) is not None
+
+
+def parse_duration(value: str, field: str, *, minimum_s: float = 0.0, maximum_s: float = float("inf")) -> float:
+    """Seconds of a duration such as `500ms`, `10s`, `2m`, `1h`, `7d`; :raises Problem: 400 otherwise."""
+    match = _DURATION.match(value)
+    if match is None:
+        raise invalid(field, f"{field} {value[:40]!r} is not a duration", hint="write for instance 500ms, 10s, 2m, 1h")
+    seconds = int(match[1]) * _UNIT_S[match[2]]
+    if not minimum_s <= seconds <= maximum_s:
+        raise invalid(field, f"{field} {value} is outside {format_duration(minimum_s)} to {format_duration(maximum_s)}")
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """The shortest exact text of a duration, the inverse of `parse_duration`."""
+    if seconds == float("inf"):
+        return "any length"
+    if seconds != int(seconds):
+        return f"{round(seconds * 1000)}ms"
+    for unit in ("d", "h", "m"):
+        if seconds and seconds % _UNIT_S[unit] == 0:
+            return f"{int(seconds // _UNIT_S[unit])}{unit}"
+    return f"{int(seconds)}s"
+
+
+def check_plain(value: str, field: str, *, maximum: int = MAX_TEXT) -> str:
+    """Return `value` when it has no control characters and is not too long; :raises Problem: 400 otherwise."""
+    if len(value) > maximum:
+        raise invalid(field, f"{field} has {len(value)} characters, at most {maximum} are allowed")
+    if _CONTROL.search(value):
+        raise invalid(field, f"{field} has control characters")
+    return value
