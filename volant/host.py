@@ -1,0 +1,652 @@
+"""The one seam to the operating system.
+
+Everything that the VM actor, the hypervisor driver, the channel and the journal want from the machine goes through a
+`Host` that is handed to them: processes, Unix sockets, files, the wall clock, ids. A simulated host is a subclass, or
+any object with the same methods; nothing in this module is reached by a global.
+
+**Processes are known by an identity, not by a pid.** A daemon that comes back finds a number in its row, and by then
+the number may belong to somebody else. So an identity is pid, start time, boot id and a mark that stands on the command
+line; a handle opens a pidfd first and compares afterwards, so what it compared is what it signals and waits for.
+
+**Nothing here waits by polling.** A pidfd becomes readable when its process ends, also when the process is not our
+child; inotify tells of a file that grew. All watches share one inotify instance, as a user may have only 128 of them.
+There is no background task that reads it (a `Host` has no nursery): whichever waiter came first reads for all, and
+hands that on when it leaves.
+
+**Children are reaped here.** Whoever waits first takes the exit status, and every other handle of the same child sees
+it too. A child that nobody watches is collected by the next `find()` or `processes()`. `subprocess.Popen` is used for
+its careful fork and exec alone, and forgotten at once: two parties that wait for one child steal its status.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import inotify_simple
+import msgspec
+import trio
+
+from volant.model import ProcessIdentity
+
+__all__ = ["FileWatch", "Host", "HostFigures", "Process", "ProcessGone"]
+
+T = TypeVar("T")
+
+_PROC = Path("/proc")
+_FALLOC_FL_KEEP_SIZE = 0x01
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_MARK = re.compile(r"[A-Za-z0-9._:@-]{4,100}")
+_TOKENS = re.compile(rb"[\0,=]")
+_READ_LIMIT = 16 * 1024 * 1024
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class ProcessGone(Exception):
+    """There is no process with this identity (any more)."""
+
+
+class HostFigures(msgspec.Struct, frozen=True):
+    """What the machine as a whole is doing."""
+
+    cpu_percent: float  #: busy share of all CPUs, 0 to 100, since the previous call (since boot at the first one)
+    memory_total_mb: int
+    memory_available_mb: int
+
+
+class _Child:
+    """A process that this host started, and its exit status once somebody has collected it."""
+
+    __slots__ = ("pidfd", "reaped", "start_time", "status")
+
+    def __init__(self, pidfd: int, start_time: int) -> None:
+        self.pidfd = pidfd
+        self.start_time = start_time
+        self.reaped = False
+        self.status: int | None = None
+
+    def collect(self) -> None:
+        """Take the exit status if the process has ended; never blocks."""
+        if self.reaped:
+            return
+        try:
+            result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            # SIGCHLD is ignored in this process, or somebody else reaped: the status is lost, the end is not.
+            if not _readable(self.pidfd):
+                return
+        else:
+            if result is None:
+                return
+            self.status = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+        self.reaped = True
+        os.close(self.pidfd)
+
+
+class Process:
+    """A handle on one process, started by us or adopted. Close it; that does nothing to the process.
+
+    Use it as a context manager. There is no public constructor: `Host.open_process` makes one.
+    """
+
+    __slots__ = ("_child", "_pidfd", "identity")
+
+    def __init__(self, identity: ProcessIdentity, pidfd: int, child: _Child | None) -> None:
+        self.identity = identity
+        self._pidfd = pidfd
+        self._child = child
+
+    @property
+    def pid(self) -> int:
+        return self.identity.pid
+
+    @property
+    def exited(self) -> bool:
+        """Whether the process has ended, as of now."""
+        return _readable(self._pidfd)
+
+    async def wait(self) -> int | None:
+        """Wait for the end. Several tasks may wait at once.
+
+        Gives the exit status: 0 to 255, or minus the signal number; None where it cannot be known, as the process was
+        adopted and is no child of ours.
+        """
+        # A descriptor of its own for each waiter: Trio lets only one task wait on a descriptor.
+        own = os.dup(self._pidfd)
+        try:
+            await trio.lowlevel.wait_readable(own)
+        finally:
+            os.close(own)
+        if self._child is None:
+            return None
+        self._child.collect()
+        return self._child.status
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """Send a signal. A process that has ended already is no error.
+
+        Raises PermissionError when the process is somebody else's.
+        """
+        try:
+            signal.pidfd_send_signal(self._pidfd, signum)
+        except ProcessLookupError:
+            pass
+
+    def close(self) -> None:
+        fd, self._pidfd = self._pidfd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+
+class FileWatch:
+    """Tells that a file was written to. One task waits on it. `Host.watch` makes one."""
+
+    __slots__ = ("_changed", "_poke", "_watches", "_wd")
+
+    def __init__(self, watches: _Watches, wd: int) -> None:
+        self._watches = watches
+        self._wd = wd
+        self._changed = False
+        self._poke: trio.Event | None = None
+
+    async def wait(self) -> None:
+        """Return once the file was modified after the last `wait()` returned (or after the watch began).
+
+        Read to the end of the file, then wait, and again: nothing that is written in between is missed.
+        """
+        await self._watches.wait(self)
+
+
+class _Watches:
+    """One inotify instance for all watches of a host; see the module's essay."""
+
+    def __init__(self) -> None:
+        self._inotify: Any = None
+        self._by_wd: dict[int, list[FileWatch]] = {}
+        self._waiting: dict[FileWatch, None] = {}
+        self._reader: FileWatch | None = None
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[FileWatch]:
+        if self._inotify is None:
+            self._inotify = inotify_simple.INotify(nonblocking=True)
+        wd = self._inotify.add_watch(path, inotify_simple.flags.MODIFY)
+        watch = FileWatch(self, wd)
+        self._by_wd.setdefault(wd, []).append(watch)
+        try:
+            yield watch
+        finally:
+            watches = self._by_wd[wd]
+            watches.remove(watch)
+            if not watches:
+                del self._by_wd[wd]
+                try:
+                    self._inotify.rm_watch(wd)
+                except OSError:
+                    pass  # the file is gone, and its watch with it
+            if not self._by_wd:
+                self._inotify.close()
+                self._inotify = None
+
+    async def wait(self, watch: FileWatch) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not watch._changed:
+            poke = watch._poke = trio.Event()
+            self._waiting[watch] = None
+            try:
+                if self._reader is None:
+                    self._reader = watch
+                    await trio.lowlevel.wait_readable(self._inotify.fileno())
+                    self._dispatch()
+                else:
+                    await poke.wait()
+            finally:
+                del self._waiting[watch]
+                if self._reader is watch:
+                    self._reader = None
+                    self._wake_next_reader()
+        watch._changed = False
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def _dispatch(self) -> None:
+        for event in self._inotify.read(timeout=0):
+            if event.mask & inotify_simple.flags.Q_OVERFLOW:
+                touched = [watch for watches in self._by_wd.values() for watch in watches]
+            else:
+                touched = self._by_wd.get(event.wd, [])
+            for watch in touched:
+                watch._changed = True
+                if watch._poke is not None:
+                    watch._poke.set()
+
+    def _wake_next_reader(self) -> None:
+        for watch in self._waiting:
+            if watch._poke is not None and not watch._poke.is_set():
+                watch._poke.set()
+                return
+
+
+class Host:
+    """The real machine. One for a daemon; a test hands in a subclass or a stand-in."""
+
+    def __init__(self) -> None:
+        self._children: dict[int, _Child] = {}
+        self._watches = _Watches()
+        self._boot_id: str | None = None
+        self._cpu_before = (0, 0)
+
+    # Time and names
+
+    def wall_clock(self) -> datetime:
+        """The time of day, in UTC. It may jump; deadlines use Trio's clock."""
+        return datetime.now(UTC)
+
+    def new_id(self) -> str:
+        """32 hexadecimal digits that were never given out before."""
+        return uuid.uuid4().hex
+
+    def boot_id(self) -> str:
+        """The kernel's id of this boot: pids and start times mean nothing beyond it."""
+        if self._boot_id is None:
+            self._boot_id = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+        return self._boot_id
+
+    # Processes
+
+    async def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        mark: str,
+        env: Mapping[str, str],
+        cwd: Path,
+        stdout_path: Path,
+    ) -> ProcessIdentity:
+        """Start a process that outlives us: own session, stdin null, no descriptor of ours, no core dump.
+
+        `mark` must stand on the command line already, as a whole argument or between `,` and `=` of one; letters,
+        digits and `._:@-`, 4 to 100 of them. Stdout and stderr are appended to `stdout_path` (made 0600), a path
+        that the caller keeps within bounds with `keep_tail`. Not cancelled half-way.
+
+        Raises OSError when the program cannot be started, ValueError for a bad mark.
+        """
+        if not _MARK.fullmatch(mark) or mark not in _tokens("\0".join(argv).encode()):
+            raise ValueError(f"the mark {mark!r} is malformed or not on the command line")
+        return await trio.to_thread.run_sync(self._spawn, list(argv), mark, dict(env), cwd, stdout_path)
+
+    def _spawn(self, argv: list[str], mark: str, env: dict[str, str], cwd: Path, stdout_path: Path) -> ProcessIdentity:
+        output = os.open(stdout_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            popen = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=env,
+                cwd=cwd,
+                close_fds=True,
+                start_new_session=True,
+            )
+        finally:
+            os.close(output)
+        pid = popen.pid
+        # Popen must neither reap this child nor warn of it when it is collected as garbage.
+        popen.returncode = 0
+        pidfd = os.pidfd_open(pid)
+        start_time = _stat(pid)[0]
+        self._children[pid] = _Child(pidfd, start_time)
+        try:
+            resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+        except (ProcessLookupError, PermissionError):
+            pass  # it has ended, or changed its user: then it has set its own limits
+        return ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), mark=mark)
+
+    async def find(self, mark: str) -> ProcessIdentity | None:
+        """The living process that carries exactly this mark, or None. The oldest, should there be several."""
+        found = [identity for identity in await self.processes(mark) if identity.mark == mark]
+        return min(found, key=lambda identity: identity.start_time, default=None)
+
+    async def processes(self, mark_prefix: str) -> list[ProcessIdentity]:
+        """Every living process that carries a mark with this prefix. Reads all of /proc: once, not in a loop.
+
+        Only leaders of a session count, as `spawn` makes them: somebody's `pgrep` for the mark is not taken for it.
+        """
+        return await trio.to_thread.run_sync(self._processes, mark_prefix)
+
+    def _processes(self, mark_prefix: str) -> list[ProcessIdentity]:
+        for pid, child in list(self._children.items()):
+            child.collect()
+            if child.reaped:
+                self._children.pop(pid, None)
+        found = []
+        for entry in os.scandir(_PROC):
+            if not entry.name.isdigit():
+                continue
+            pid = int(entry.name)
+            try:
+                marks = [t for t in _tokens(_cmdline(pid)) if t.startswith(mark_prefix) and _MARK.fullmatch(t)]
+                if not marks:
+                    continue
+                start_time, session, state = _stat(pid)
+            except (OSError, ValueError):
+                continue
+            if session == pid and state not in "ZX":
+                found.append(ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), mark=marks[0]))
+        return found
+
+    def open_process(self, identity: ProcessIdentity) -> Process:
+        """A handle on the process with this identity, ours or adopted; a dead child of ours counts until its end was
+        seen.
+
+        Raises ProcessGone when there is none: another boot, another start time, another command line.
+        """
+        if identity.boot_id != self.boot_id():
+            raise ProcessGone(f"process {identity.pid} belongs to another boot of this machine")
+        child = self._children.get(identity.pid)
+        if child is not None and (child.start_time != identity.start_time or child.reaped):
+            child = None
+        try:
+            pidfd = os.dup(child.pidfd) if child is not None else os.pidfd_open(identity.pid)
+        except OSError as error:
+            raise ProcessGone(f"there is no process {identity.pid}") from error
+        try:
+            start_time, _, state = _stat(identity.pid)
+            if start_time != identity.start_time:
+                raise ProcessGone(f"process {identity.pid} is another one by now")
+            # A zombie has no command line left; pid and start time within one boot have to do.
+            if state not in "ZX" and identity.mark not in _tokens(_cmdline(identity.pid)):
+                raise ProcessGone(f"process {identity.pid} does not carry the mark {identity.mark}")
+            if child is None and state in "ZX":
+                raise ProcessGone(f"process {identity.pid} has ended")
+        except (OSError, ValueError) as error:
+            os.close(pidfd)
+            raise ProcessGone(f"process {identity.pid} has ended") from error
+        except ProcessGone:
+            os.close(pidfd)
+            raise
+        return Process(identity, pidfd, child)
+
+    # Sockets
+
+    async def connect_unix(self, path: Path, timeout_s: float) -> trio.SocketStream:
+        """Connect to a Unix stream socket. Paths of any length: the limit of 108 bytes is walked around.
+
+        Raises OSError when nobody listens, trio.TooSlowError after `timeout_s`.
+        """
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with trio.fail_after(timeout_s):
+                return await trio.open_unix_socket(f"/proc/self/fd/{directory}/{path.name}")
+        finally:
+            os.close(directory)
+
+    def has_vsock(self) -> bool:
+        """Whether guests can be given a vhost-vsock device."""
+        return os.access("/dev/vhost-vsock", os.R_OK | os.W_OK)
+
+    async def connect_vsock(self, cid: int, port: int, timeout_s: float) -> trio.SocketStream:
+        """Connect to a port of a guest by vsock. Raises OSError, trio.TooSlowError."""
+        sock = trio.socket.socket(trio.socket.AF_VSOCK, trio.socket.SOCK_STREAM)
+        try:
+            with trio.fail_after(timeout_s):
+                await sock.connect((cid, port))
+            return trio.SocketStream(sock)
+        except BaseException:
+            sock.close()
+            raise
+
+    # Files
+
+    async def mkdir(self, path: Path, mode: int = 0o700) -> None:
+        """Make a directory, and its parents, unless it is there. `mode` is set on it whatever the umask."""
+
+        def make() -> None:
+            path.mkdir(mode=mode, parents=True, exist_ok=True)
+            path.chmod(mode)
+
+        await trio.to_thread.run_sync(make)
+
+    async def remove_tree(self, path: Path) -> None:
+        """Remove a directory and all in it, or a file. Follows no link; nothing there is no error."""
+
+        def remove() -> None:
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            except FileNotFoundError:
+                pass
+
+        await trio.to_thread.run_sync(remove)
+
+    async def read_bytes(self, path: Path, limit: int = _READ_LIMIT) -> bytes:
+        """The first `limit` bytes of a file. Raises OSError."""
+
+        def read() -> bytes:
+            with path.open("rb") as file:
+                return file.read(limit)
+
+        return await trio.to_thread.run_sync(read)
+
+    async def read_tail(self, path: Path, limit: int) -> bytes:
+        """The last `limit` bytes of a file, fewer where it is shorter. Raises OSError."""
+
+        def read() -> bytes:
+            with path.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
+                return file.read(limit)
+
+        return await trio.to_thread.run_sync(read)
+
+    async def write_bytes(self, path: Path, data: bytes, mode: int = 0o600) -> None:
+        """Replace a file by one with this content, all or nothing, also over a power cut. Raises OSError."""
+
+        def write() -> None:
+            fresh = path.with_name(f".{path.name}.{self.new_id()}")
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(fd)
+                fresh.replace(path)
+            except BaseException:
+                fresh.unlink(missing_ok=True)
+                raise
+            self.sync_directory(path.parent)
+
+        await trio.to_thread.run_sync(write)
+
+    async def keep_tail(self, path: Path, limit: int) -> bool:
+        """Cut a file down to nothing when it is larger than `limit` bytes; whether it was.
+
+        Meant for a file that another process appends to. What it held is dropped: to keep the end of it would race
+        with the writer.
+        """
+
+        def cut() -> bool:
+            try:
+                if path.stat().st_size <= limit:
+                    return False
+                os.truncate(path, 0)
+            except FileNotFoundError:
+                return False
+            return True
+
+        return await trio.to_thread.run_sync(cut)
+
+    async def make_fifo(self, path: Path, mode: int = 0o600) -> None:
+        """Make a named pipe unless one is there. Raises OSError, FileExistsError when the path is something else."""
+
+        def make() -> None:
+            try:
+                os.mkfifo(path, mode)
+            except FileExistsError:
+                if not path.is_fifo():
+                    raise
+
+        await trio.to_thread.run_sync(make)
+
+    async def allocate_file(self, path: Path, size: int, mode: int = 0o600, *, reserve: bool = True) -> None:
+        """Make an empty file of `size` bytes, in place of what is there. With `reserve` all of its space is taken now,
+        so that a later write to a mapping of it cannot fail (SIGBUS).
+
+        Raises OSError, with ENOSPC when the space is not there; then no file is left.
+        """
+
+        def allocate() -> None:
+            path.unlink(missing_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+            try:
+                os.ftruncate(fd, size)
+                if reserve:
+                    os.posix_fallocate(fd, 0, size)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(fd)
+
+        await trio.to_thread.run_sync(allocate)
+
+    def free_space(self, path: Path) -> int:
+        """Bytes that may still be written to the file system that holds `path`. Raises OSError."""
+        figures = os.statvfs(path)
+        return figures.f_bavail * figures.f_frsize
+
+    def exists(self, path: Path) -> bool:
+        """Whether there is something at `path`."""
+        return path.exists()
+
+    def file_size(self, path: Path) -> int:
+        """The size in bytes. Raises OSError."""
+        return path.stat().st_size
+
+    def list_directory(self, path: Path) -> list[str]:
+        """The names in a directory, sorted. Raises OSError."""
+        return sorted(os.listdir(path))
+
+    def open_file(self, path: Path, flags: int, mode: int = 0o600) -> int:
+        """A descriptor, never inherited and never a terminal's master. `flags` as for os.open. Raises OSError."""
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY, mode)
+
+    def close_file(self, fd: int) -> None:
+        os.close(fd)
+
+    def read_at(self, fd: int, limit: int, offset: int) -> bytes:
+        """Up to `limit` bytes from `offset`; empty at the end. Raises OSError."""
+        return os.pread(fd, limit, offset)
+
+    def write(self, fd: int, data: bytes) -> int:
+        """Write where the descriptor stands; how many bytes were taken. Raises OSError."""
+        return os.write(fd, data)
+
+    def sync_file(self, fd: int) -> None:
+        """Return once the file's data is on the disk. Raises OSError."""
+        os.fdatasync(fd)
+
+    def sync_directory(self, path: Path) -> None:
+        """Return once the names in a directory are on the disk. Raises OSError."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def punch_hole(self, fd: int, start: int, length: int) -> bool:
+        """Give the space of a range back while the file keeps its size; whether the file system can do that.
+
+        The range reads as zeros afterwards. Raises OSError for anything but "not supported".
+        """
+        flags = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+        while _libc.fallocate(fd, flags, start, length) != 0:
+            code = ctypes.get_errno()
+            if code == errno.EOPNOTSUPP:
+                return False
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+        return True
+
+    @contextmanager
+    def watch(self, path: Path) -> Iterator[FileWatch]:
+        """Watch a file that must exist: `with host.watch(path) as watch: await watch.wait()`. Raises OSError."""
+        with self._watches.open(path) as watch:
+            yield watch
+
+    async def run_blocking(self, call: Callable[..., T], *args: object) -> T:
+        """Run a call that blocks on the disk in a worker thread. It is not cancelled half-way."""
+        return await trio.to_thread.run_sync(call, *args)
+
+    # The machine
+
+    def figures(self) -> HostFigures:
+        """What the machine is doing, from /proc."""
+        with (_PROC / "stat").open() as file:
+            ticks = [int(figure) for figure in file.readline().split()[1:9]]
+        total, idle = sum(ticks), ticks[3] + ticks[4]
+        total_before, idle_before = self._cpu_before
+        self._cpu_before = (total, idle)
+        passed = total - total_before
+        busy = 100.0 * (1.0 - (idle - idle_before) / passed) if passed > 0 else 0.0
+        memory = _meminfo()
+        return HostFigures(
+            cpu_percent=round(min(100.0, max(0.0, busy)), 1),
+            memory_total_mb=memory.get("MemTotal", 0) // 1024,
+            memory_available_mb=memory.get("MemAvailable", 0) // 1024,
+        )
+
+    def monotonic(self) -> float:
+        """Seconds on a clock that does not jump, for measuring; deadlines use Trio's clock."""
+        return time.monotonic()
+
+
+def _readable(fd: int) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def _tokens(cmdline: bytes) -> list[str]:
+    return [token.decode("utf-8", "surrogateescape") for token in _TOKENS.split(cmdline) if token]
+
+
+def _cmdline(pid: int) -> bytes:
+    return (_PROC / str(pid) / "cmdline").read_bytes()
+
+
+def _stat(pid: int) -> tuple[int, int, str]:
+    """Start time in clock ticks since boot, session id and state of a process. Raises OSError, ValueError."""
+    # The second field is the name in brackets, and may hold spaces and brackets itself.
+    fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    return int(fields[19]), int(fields[3]), fields[0]
+
+
+def _meminfo() -> dict[str, int]:
+    figures = {}
+    for line in (_PROC / "meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        figures[name] = int(rest.split()[0])
+    return figures
