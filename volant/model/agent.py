@@ -1,0 +1,268 @@
+"""What the host and the guest's agent say to each other: the one module that both sides import.
+
+The guest has neither msgspec nor trio, so this is standard library alone, and as little of it as possible: every
+import here is paid for in each boot. The JSON bodies are plain dictionaries; the `TypedDict`s say what is in them,
+and each side checks what it reads.
+
+A request is one byte stream to `AGENT_PORT`, with one HTTP/1.1 exchange on it: no keep-alive, the stream ends with
+the answer. Half-closing a stream is allowed and means nothing but "no more of the request"; a stream that is closed
+or reset means that the client has left, and what it asked for is cancelled. `CONNECT 127.0.0.1:PORT` turns the
+stream into a connection to the guest's loopback, on which a half close is passed on.
+
+Versions: a daemon speaks to agents of guests that an older or newer one started, so each side says what it can do.
+`/v1/info` gives `protocol: {"min", "max"}`; the highest version in both ranges holds. Within a version, fields may be
+added to answers and must be ignored where unknown; requests with unknown fields are refused.
+"""
+
+from __future__ import annotations
+
+import struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing is a slow import, and the guest needs none of it
+    from typing import Final, Literal, NamedTuple, NotRequired, TypedDict
+
+    WorkloadState = Literal["none", "starting", "healthy", "unhealthy", "exited", "failed"]
+
+    class WorkloadStatus(TypedDict):
+        """What `/healthz` and `/v1/daemon/workload` tell of the workload."""
+
+        state: WorkloadState
+        """`none`: there is none. `starting`: it has not been healthy since it was started, or waits for a restart.
+        `healthy`: its check passes, or it runs and has no check. `unhealthy`: its check failed `retries` times
+        in a row. `exited`: it ended with 0 and stays so. `failed`: it ended otherwise or can't be started, and stays
+        so."""
+        pid: int | None
+        restarts: int
+        exit_code: NotRequired[int]
+        """Of the last run, when it ended by itself."""
+        signal: NotRequired[int]
+        """The number of the signal that ended the last run."""
+        error: NotRequired[str]
+        """Why it could not be started, or what the last failing check said. For people."""
+        since_s: NotRequired[float]
+        """Seconds since `state` last changed."""
+
+    class Healthz(TypedDict):
+        """The answer of `GET /healthz`."""
+
+        status: Literal["ok"]
+        protocol: int
+        agent: str
+        uptime_s: float
+        workload: WorkloadStatus
+
+    class ProtocolRange(TypedDict):
+        """The versions of this protocol that a side speaks, both ends included."""
+
+        min: int
+        max: int
+
+    class Memory(TypedDict):
+        """The guest's own view of its memory, in MiB."""
+
+        total_mb: int
+        available_mb: int
+
+    class Info(TypedDict):
+        """The answer of `GET /v1/info`."""
+
+        agent: str
+        protocol: ProtocolRange
+        kernel: str
+        hostname: str
+        boot_id: str
+        uptime_s: float
+        cpus: int
+        memory: Memory
+        workload: WorkloadStatus
+
+    class ExecRequest(TypedDict):
+        """The body of `POST /v1/exec`. Answered by NDJSON: output as it comes, then exactly one last line."""
+
+        command: list[str]
+        env: NotRequired[dict[str, str]]
+        """Added to the agent's own small environment."""
+        cwd: NotRequired[str]
+        user: NotRequired[str | None]
+        """A name or a number, optionally `:` and a group. None: root."""
+        timeout_s: NotRequired[float | None]
+        """The whole process group is killed after that many seconds. None: no limit."""
+        stdin: NotRequired[str | None]
+        """Base64. None: an empty standard input."""
+
+    class ExecOutput(TypedDict):
+        """A line of the answer while the command runs."""
+
+        stream: Literal["stdout", "stderr"]
+        data: str
+        """Base64."""
+
+    class ExecEnd(TypedDict):
+        """The last line of the answer: one of `exit_code`, `signal` and `error`."""
+
+        exit_code: NotRequired[int]
+        signal: NotRequired[int]
+        error: NotRequired[str]
+        code: NotRequired[str]
+        """Beside `error`: `timeout`, `not_found`, `not_executable`, `no_such_directory`, `no_such_user`,
+        `spawn_failed` or `agent_error`."""
+
+    class HealthCheckSpec(TypedDict):
+        """Either `path`, fetched from `port`, or `command`, which must exit 0."""
+
+        path: NotRequired[str | None]
+        port: NotRequired[int | None]
+        """None: the workload's."""
+        command: NotRequired[list[str]]
+        interval_s: NotRequired[float]
+        timeout_s: NotRequired[float]
+        retries: NotRequired[int]
+
+    class WorkloadSpec(TypedDict):
+        """The body of `PUT /v1/daemon/workload`: the workload of the manifest and the environment of the VM."""
+
+        entrypoint: list[str]
+        env: NotRequired[dict[str, str]]
+        workdir: NotRequired[str]
+        port: NotRequired[int | None]
+        restart: NotRequired[Literal["never", "on-failure", "always"]]
+        health_check: NotRequired[HealthCheckSpec | None]
+
+    class ShutdownRequest(TypedDict):
+        """The body of `POST /v1/daemon/shutdown`. Answered with 202 before anything is stopped."""
+
+        grace_s: NotRequired[float]
+        """How long processes have between SIGTERM and SIGKILL. At most `MAX_GRACE_S`; default `DEFAULT_GRACE_S`."""
+
+    class LogFrame(NamedTuple):
+        """A piece of the workload's output, or the news that a piece is lost."""
+
+        kind: int
+        """One of the `FRAME_` constants."""
+        position: int
+        """How many bytes of its stream came before it."""
+        time_ns: int
+        """The guest's wall clock when the agent read it, in nanoseconds since 1970."""
+        data: bytes
+        """The output. In a gap: see `gap_length`."""
+
+
+PROTOCOL_MIN: Final = 1
+PROTOCOL_VERSION: Final = 1
+"""The newest version that this code speaks."""
+
+AGENT_PORT: Final = 1024
+"""The vsock port on which the agent listens; over virtio-serial, the `:authority` of the CONNECT."""
+SERIAL_PORT_NAME: Final = "volant.agent.0"
+"""The name of the virtio-serial port that carries the multiplexer."""
+
+RESYNC_MAGIC: Final = b"volant-resync-1\n"
+"""Ends the run of zero bytes with which a host that has just connected to the serial port asks for a fresh start."""
+RESYNC_NONCE_BYTES: Final = 16
+"""How many random bytes follow the magic; the agent sends them back before its first frame."""
+
+HEALTHZ: Final = "/healthz"
+AGENT_PREFIX: Final = "/v1/"
+"""Beneath it, everything but `WORKLOAD_PREFIX` is the agent's own."""
+INFO: Final = "/v1/info"
+EXEC: Final = "/v1/exec"
+WORKLOAD_PREFIX: Final = "/v1/workload/"
+"""`/v1/workload/x` is the workload's `/x`: how a workload's routes that the agent's hide are reached."""
+DAEMON_PREFIX: Final = "/v1/daemon/"
+"""For the daemon alone: its API must refuse to relay anything beneath it."""
+DAEMON_WORKLOAD: Final = "/v1/daemon/workload"
+"""`PUT` a `WorkloadSpec`: the same one again is fine, another one is a 409. `GET`: the `WorkloadStatus`."""
+DAEMON_WATCH: Final = "/v1/daemon/watch"
+"""`GET`: NDJSON, the `WorkloadStatus` now and at each change of `state`, `pid` or `restarts`, until the client leaves."""
+DAEMON_LOGS: Final = "/v1/daemon/logs"
+"""`GET ?stdout=POS&stderr=POS`: log frames from those positions on (default 0), until the client leaves or the guest
+shuts down. One reader at a time: a new one ends the one before. The answer's header `Volant-Log-Id` changes when the
+agent has been restarted, and positions with it."""
+DAEMON_SHUTDOWN: Final = "/v1/daemon/shutdown"
+
+LOG_ID_HEADER: Final = "Volant-Log-Id"
+LOG_CONTENT_TYPE: Final = "application/vnd.volant.log"
+
+MAX_HEAD_BYTES: Final = 64 * 1024
+"""The longest head of a request or of a workload's answer."""
+MAX_JSON_BYTES: Final = 1024 * 1024
+"""The longest body of the agent's own routes."""
+MAX_STREAMS: Final = 128
+"""Streams that may be open at once; the next is answered with 503. `/healthz` and the daemon's routes have
+`RESERVED_STREAMS` more."""
+RESERVED_STREAMS: Final = 16
+DEFAULT_GRACE_S: Final = 10.0
+MAX_GRACE_S: Final = 600.0
+RING_BYTES: Final = 1024 * 1024
+"""How much of each of the workload's streams the agent keeps."""
+
+FRAME_STDOUT: Final = 1
+FRAME_STDERR: Final = 2
+FRAME_STDOUT_GAP: Final = 3
+FRAME_STDERR_GAP: Final = 4
+MAX_FRAME_BYTES: Final = 64 * 1024
+"""The longest data of one frame."""
+
+LOG_HEADER: Final = struct.Struct("!BQQI")
+"""Kind, position, wall clock in nanoseconds, length of the data that follows."""
+_GAP: Final = struct.Struct("!Q")
+
+
+def encode_log_frame(kind: int, position: int, time_ns: int, data: bytes) -> bytes:
+    """Return one frame as it goes over the wire."""
+    return LOG_HEADER.pack(kind, position, time_ns, len(data)) + data
+
+
+def encode_gap(kind: int, position: int, time_ns: int, length: int) -> bytes:
+    """Return the frame that says that `length` bytes from `position` on are lost; `kind` is one of the gaps."""
+    return encode_log_frame(kind, position, time_ns, _GAP.pack(length))
+
+
+def gap_length(data: bytes) -> int:
+    """Return how many bytes a gap says are lost; :raises ValueError: the gap is malformed."""
+    if len(data) != _GAP.size:
+        raise ValueError(f"a gap has {len(data)} bytes of data instead of {_GAP.size}")
+    length: int = _GAP.unpack(data)[0]
+    return length
+
+
+class LogDecoder:
+    """Cuts a stream of bytes into log frames.
+
+    What it reads comes from a guest, so it is strict and bounded: it holds less than one frame of at most
+    `MAX_FRAME_BYTES`, and raises at the first thing that is none.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[tuple[int, int, int, bytes]]:
+        """Take the next bytes and return the frames that are whole now, as the fields of a `LogFrame`.
+
+        :raises ValueError: this is no log; nothing after it can be read either
+        """
+        self._buffer += data
+        frames: list[tuple[int, int, int, bytes]] = []
+        start = 0
+        size = LOG_HEADER.size
+        while len(self._buffer) - start >= size:
+            kind, position, time_ns, length = LOG_HEADER.unpack_from(self._buffer, start)
+            if not FRAME_STDOUT <= kind <= FRAME_STDERR_GAP:
+                raise ValueError(f"a log frame has the unknown kind {kind}")
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"a log frame has {length} bytes, more than {MAX_FRAME_BYTES}")
+            if kind >= FRAME_STDOUT_GAP and length != _GAP.size:
+                raise ValueError(f"a gap has {length} bytes of data instead of {_GAP.size}")
+            if len(self._buffer) - start < size + length:
+                break
+            body = start + size
+            frames.append((kind, position, time_ns, bytes(self._buffer[body : body + length])))
+            start = body + length
+        del self._buffer[:start]
+        return frames
+
+    @property
+    def pending(self) -> int:
+        """How many bytes of a frame have come whose rest has not."""
+        return len(self._buffer)
