@@ -1,0 +1,335 @@
+"""The mind of a VM: whatever is seen in whatever order, only legal edges, and a way to rest from everywhere."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from volant.model import (
+    BASE,
+    EDGES,
+    AgentAnswered,
+    AskStop,
+    AwaitAgent,
+    Cleared,
+    CreateVm,
+    Desired,
+    Effect,
+    Ended,
+    EndKind,
+    ImageReady,
+    Kill,
+    Launch,
+    Launched,
+    Phase,
+    PrepareImage,
+    Problem,
+    ProcessIdentity,
+    Reason,
+    Remove,
+    Removed,
+    RestartDue,
+    RestartLater,
+    Seen,
+    Status,
+    StepFailed,
+    Verb,
+    VerbKind,
+    VmRow,
+    Woke,
+    at_rest,
+    decide,
+    effect_of,
+    new_row,
+)
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+PROCESS = ProcessIdentity(42, 1000, "boot", "volant-mark")
+WHY = Reason("why", "because")
+
+
+def create(**fields: object) -> VmRow:
+    request = msgspec.convert({"name": "demo", "cpu_cores": 1, "memory_mb": 128, **fields}, CreateVm)
+    return new_row(request, BASE, vm_id=7, now=NOW)
+
+
+def outcome(effect: Effect) -> Seen:
+    """What a step that goes well reports."""
+    match effect:
+        case PrepareImage():
+            return ImageReady("digest", "volant-mark")
+        case Launch():
+            return Launched(PROCESS, "qemu", "tcg")
+        case AwaitAgent():
+            return AgentAnswered()
+        case AskStop():
+            return Ended(EndKind.SHUTDOWN, WHY)
+        case Kill():
+            return Cleared()
+        case Remove():
+            return Removed()
+        case RestartLater():
+            return RestartDue()
+
+
+def see(row: VmRow, *seen: Seen) -> VmRow:
+    """The row after all of `seen`; the VM must still exist."""
+    for each in seen:
+        for step in decide(row, each, NOW):
+            assert step.row is not None
+            row = step.row
+    return row
+
+
+def settle(row: VmRow | None) -> VmRow | None:
+    """Let every step go well until the VM is at rest, or gone."""
+    for _ in range(40):
+        if row is None or (effect := effect_of(row)) is None:
+            return row
+        for step in decide(row, outcome(effect), NOW):
+            row = step.row
+    raise AssertionError(f"{row} does not come to rest")
+
+
+def running(**fields: object) -> VmRow:
+    row = settle(see(create(**fields), Woke(None)))
+    assert row is not None
+    assert row.status is Status.RUNNING
+    return row
+
+
+def statuses(row: VmRow, *seen: Seen) -> list[str]:
+    """The public states passed through, from a chain of observations and the steps that follow."""
+    passed: list[str] = []
+
+    def note(after: VmRow | None) -> None:
+        status = "gone" if after is None else after.status.value
+        if not passed or passed[-1] != status:
+            passed.append(status)
+
+    here: VmRow | None = row
+    for each in seen:
+        assert here is not None
+        for step in decide(here, each, NOW):
+            here = step.row
+            note(here)
+    while here is not None and (effect := effect_of(here)) is not None:
+        for step in decide(here, outcome(effect), NOW):
+            here = step.row
+            note(here)
+    return passed
+
+
+def test_create_goes_through_starting_to_running() -> None:
+    assert statuses(create(), Woke(None)) == ["starting", "running"]
+
+
+def test_stop_asks_a_guest_whose_agent_has_answered() -> None:
+    row = see(running(), Verb(VerbKind.STOP, 3.0))
+    assert effect_of(row) == AskStop("volant-mark", 3.0)
+    assert statuses(row) == ["stopping", "stopped"]
+
+
+def test_stop_without_grace_kills_at_once() -> None:
+    assert isinstance(effect_of(see(running(), Verb(VerbKind.STOP, 0.0))), Kill)
+
+
+def test_a_guest_that_ignores_the_request_is_killed_after_the_grace() -> None:
+    row = see(running(), Verb(VerbKind.STOP, 3.0), StepFailed(Reason("grace_over", "did not stop in time")))
+    assert isinstance(effect_of(row), Kill)
+    assert statuses(row) == ["stopped"]
+
+
+@pytest.mark.parametrize("kind", [VerbKind.STOP, VerbKind.DELETE])
+@pytest.mark.parametrize(
+    "so_far",
+    [(), (ImageReady("d", "volant-mark"),), (ImageReady("d", "volant-mark"), Launched(PROCESS, "qemu", "tcg"))],
+)
+def test_a_verb_is_heard_at_every_step_of_a_boot(kind: VerbKind, so_far: tuple[Seen, ...]) -> None:
+    row = see(create(), Woke(None), *so_far)
+    expected = ["stopping", "stopped"] if kind is VerbKind.STOP else ["deleting", "gone"]
+    if kind is VerbKind.STOP or so_far:
+        assert not isinstance(effect_of(see(row, Verb(kind))), AskStop), "its agent never answered"
+    assert statuses(row, Verb(kind)) == expected
+
+
+def test_restart_is_a_new_boot_after_a_stop() -> None:
+    assert statuses(running(), Verb(VerbKind.RESTART)) == ["stopping", "stopped", "starting", "running"]
+
+
+def test_start_while_stopping_starts_after_the_stop() -> None:
+    assert statuses(running(), Verb(VerbKind.STOP), Verb(VerbKind.START)) == [
+        "stopping", "stopped", "starting", "running",
+    ]  # fmt: skip
+
+
+def test_stop_takes_a_start_back_while_stopping() -> None:
+    assert statuses(running(), Verb(VerbKind.STOP), Verb(VerbKind.START), Verb(VerbKind.STOP)) == [
+        "stopping", "stopped",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [VerbKind.START])
+def test_start_of_a_vm_that_runs_changes_nothing(kind: VerbKind) -> None:
+    assert decide(running(), Verb(kind), NOW) == ()
+    assert decide(see(create(), Woke(None)), Verb(kind), NOW) == ()
+
+
+def test_stop_of_a_stopped_vm_tells_nobody() -> None:
+    stopped = settle(see(running(), Verb(VerbKind.STOP)))
+    assert stopped is not None
+    assert [step.row and step.row.status for step in decide(stopped, Verb(VerbKind.STOP), NOW)] in (
+        [],
+        [Status.STOPPED],
+    )
+
+
+def test_a_panic_is_a_crash_with_its_reason_and_start_brings_it_back() -> None:
+    row = see(running(), Ended(EndKind.PANICKED, Reason("guest_panicked", "the kernel panicked", ("Oops",))))
+    assert row.status is Status.CRASHED
+    assert row.reason is not None
+    assert row.reason.console == ("Oops",)
+    assert isinstance(effect_of(row), Kill), "the process goes once the reason is committed"
+    assert statuses(row, Verb(VerbKind.START)) == ["crashed", "starting", "running"]
+
+
+def test_start_of_a_crashed_vm_clears_the_reason() -> None:
+    crashed = settle(see(running(), Ended(EndKind.KILLED, WHY)))
+    assert crashed is not None
+    assert at_rest(crashed)
+    again = settle(see(crashed, Verb(VerbKind.START)))
+    assert again is not None
+    assert (again.status, again.reason, again.boots) == (Status.RUNNING, None, 2)
+
+
+def test_stop_of_a_crashed_vm_gives_stopped() -> None:
+    row = see(running(), Ended(EndKind.KILLED, WHY))
+    assert statuses(row, Verb(VerbKind.STOP)) == ["crashed", "stopped"]
+
+
+def test_a_guest_that_powers_itself_off_is_stopped() -> None:
+    row = see(running(), Ended(EndKind.SHUTDOWN, WHY))
+    assert statuses(row) == ["stopped"]
+    assert row.desired is Desired.STOPPED
+
+
+def test_a_guest_that_reboots_comes_back() -> None:
+    assert statuses(running(), Ended(EndKind.RESET, WHY)) == ["stopping", "stopped", "starting", "running"]
+
+
+def test_a_failed_image_is_a_crash_without_a_process() -> None:
+    row = see(create(), Woke(None), StepFailed(Reason("image_failed", "no mirror answers")))
+    assert (row.status, row.phase, row.process) == (Status.CRASHED, Phase.NONE, None)
+    assert at_rest(row), "it must not be tried for ever"
+
+
+def test_delete_is_joined_by_a_second_delete() -> None:
+    row = see(running(), Verb(VerbKind.DELETE))
+    assert decide(row, Verb(VerbKind.DELETE), NOW) == ()
+
+
+@pytest.mark.parametrize("kind", [VerbKind.START, VerbKind.STOP, VerbKind.RESTART, VerbKind.RECOVER])
+def test_nothing_else_is_legal_while_deleting(kind: VerbKind) -> None:
+    with pytest.raises(Problem, match="is being deleted") as caught:
+        decide(see(running(), Verb(VerbKind.DELETE)), Verb(kind), NOW)
+    assert caught.value.status == 409
+
+
+def test_recover_without_lost_control_is_a_conflict() -> None:
+    with pytest.raises(Problem, match="nothing to recover") as caught:
+        decide(running(), Verb(VerbKind.RECOVER), NOW)
+    assert caught.value.status == 409
+
+
+def test_a_new_incarnation_that_finds_the_process_changes_nothing() -> None:
+    assert decide(running(), Woke(PROCESS), NOW) == ()
+
+
+def test_a_new_incarnation_that_finds_nothing_says_crashed() -> None:
+    row = see(running(), Woke(None))
+    assert row.status is Status.CRASHED
+    assert row.reason is not None
+    assert row.reason.code == "hypervisor_gone"
+
+
+def test_a_restart_policy_backs_off_and_gives_up() -> None:
+    row: VmRow | None = running(restart_policy="on-failure")
+    delays = []
+    for _ in range(20):
+        assert row is not None
+        row = see(row, Ended(EndKind.PANICKED, WHY), Cleared())
+        effect = effect_of(row)
+        if effect is None:
+            break
+        assert isinstance(effect, RestartLater)
+        delays.append(effect.delay_s)
+        row = settle(see(row, RestartDue()))
+    assert delays == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+    assert row is not None
+    assert (row.status, row.restarts) == (Status.CRASHED, 10)
+
+
+def test_on_failure_leaves_a_clean_shutdown_alone_and_always_does_not() -> None:
+    assert statuses(running(restart_policy="on-failure"), Ended(EndKind.SHUTDOWN, WHY)) == ["stopping", "stopped"]
+    assert statuses(running(restart_policy="always"), Ended(EndKind.SHUTDOWN, WHY)) == [
+        "stopping", "stopped", "starting", "running",
+    ]  # fmt: skip
+
+
+def test_a_verb_takes_an_automatic_restart_back() -> None:
+    row = see(running(restart_policy="always"), Ended(EndKind.PANICKED, WHY), Cleared())
+    assert isinstance(effect_of(row), RestartLater)
+    row = see(row, Verb(VerbKind.STOP))
+    assert (row.status, effect_of(row)) == (Status.STOPPED, None)
+
+
+REASONS = st.just(WHY)
+ANYTHING: st.SearchStrategy[Seen] = st.one_of(
+    st.builds(Verb, st.sampled_from(VerbKind), st.sampled_from([0.0, 10.0])),
+    st.builds(Woke, st.sampled_from([None, PROCESS])),
+    st.just(ImageReady("digest", "volant-mark")),
+    st.just(Launched(PROCESS, "qemu", "tcg")),
+    st.just(AgentAnswered()),
+    st.builds(StepFailed, REASONS),
+    st.builds(Ended, st.sampled_from(EndKind), REASONS),
+    st.just(Cleared()),
+    st.just(Removed()),
+    st.just(RestartDue()),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(ANYTHING, st.none()), max_size=25), st.sampled_from(["never", "on-failure", "always"]))
+def test_anything_in_any_order_keeps_to_the_edges_and_can_still_be_deleted(
+    chain: list[Seen | None], policy: str
+) -> None:
+    """None in the chain stands for: the step under way goes well."""
+    row: VmRow | None = create(restart_policy=policy)
+    for seen in chain:
+        assert row is not None
+        if seen is None:
+            effect = effect_of(row)
+            if effect is None:
+                continue
+            seen = outcome(effect)
+        try:
+            steps = decide(row, seen, NOW)
+        except Problem as problem:
+            assert problem.status == 409
+            continue
+        before: VmRow = row
+        for step in steps:
+            assert step.row is None or (before.status, step.row.status) in EDGES or before.status is step.row.status
+            row = step.row
+            if row is None:
+                return
+            before = row
+        assert row.process is None or row.mark, "a process without a mark has no owner"
+    assert row is not None
+    for step in decide(row, Verb(VerbKind.DELETE), NOW):
+        row = step.row
+    assert settle(row) is None
