@@ -14,8 +14,9 @@ There is no background task that reads it (a `Host` has no nursery): whichever w
 hands that on when it leaves.
 
 **Children are reaped here.** Whoever waits first takes the exit status, and every other handle of the same child sees
-it too. A child that nobody watches is collected by the next `find()` or `processes()`. `subprocess.Popen` is used for
-its careful fork and exec alone, and forgotten at once: two parties that wait for one child steal its status.
+it too. A child that nobody watches is collected by the next `spawn()`, `find()` or `processes()`, and its status kept
+for whoever opens it later. `subprocess.Popen` is used for its careful fork and exec alone, and forgotten at once: two
+parties that wait for one child steal its status.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ _FALLOC_FL_PUNCH_HOLE = 0x02
 _MARK = re.compile(r"[A-Za-z0-9._:@-]{4,100}")
 _TOKENS = re.compile(rb"[\0,=]")
 _READ_LIMIT = 16 * 1024 * 1024
+_STATUSES_KEPT = 256
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -73,12 +75,13 @@ class HostFigures(msgspec.Struct, frozen=True):
 class _Child:
     """A process that this host started, and its exit status once somebody has collected it."""
 
-    __slots__ = ("pidfd", "reaped", "start_time", "status")
+    __slots__ = ("pidfd", "reaped", "seen", "start_time", "status")
 
     def __init__(self, pidfd: int, start_time: int) -> None:
         self.pidfd = pidfd
         self.start_time = start_time
         self.reaped = False
+        self.seen = False
         self.status: int | None = None
 
     def collect(self) -> None:
@@ -96,7 +99,6 @@ class _Child:
                 return
             self.status = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
         self.reaped = True
-        os.close(self.pidfd)
 
 
 class Process:
@@ -136,6 +138,7 @@ class Process:
         if self._child is None:
             return None
         self._child.collect()
+        self._child.seen = True
         return self._child.status
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
@@ -294,9 +297,19 @@ class Host:
         """
         if not _MARK.fullmatch(mark) or mark not in _tokens("\0".join(argv).encode()):
             raise ValueError(f"the mark {mark!r} is malformed or not on the command line")
-        return await trio.to_thread.run_sync(self._spawn, list(argv), mark, dict(env), cwd, stdout_path)
+        self._collect_children()
+        pid = await trio.to_thread.run_sync(self._spawn, list(argv), dict(env), cwd, stdout_path)
+        # Not reaped by anybody yet, so the pid is still its own.
+        pidfd = os.pidfd_open(pid)
+        start_time = _stat(pid)[0]
+        self._children[pid] = _Child(pidfd, start_time)
+        try:
+            resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+        except (ProcessLookupError, PermissionError):
+            pass  # it has ended, or changed its user: then it has set its own limits
+        return ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), mark=mark)
 
-    def _spawn(self, argv: list[str], mark: str, env: dict[str, str], cwd: Path, stdout_path: Path) -> ProcessIdentity:
+    def _spawn(self, argv: list[str], env: dict[str, str], cwd: Path, stdout_path: Path) -> int:
         output = os.open(stdout_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             popen = subprocess.Popen(
@@ -311,17 +324,22 @@ class Host:
             )
         finally:
             os.close(output)
-        pid = popen.pid
         # Popen must neither reap this child nor warn of it when it is collected as garbage.
         popen.returncode = 0
-        pidfd = os.pidfd_open(pid)
-        start_time = _stat(pid)[0]
-        self._children[pid] = _Child(pidfd, start_time)
-        try:
-            resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
-        except (ProcessLookupError, PermissionError):
-            pass  # it has ended, or changed its user: then it has set its own limits
-        return ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), mark=mark)
+        return popen.pid
+
+    def _collect_children(self) -> None:
+        ended = []
+        for pid, child in self._children.items():
+            child.collect()
+            if child.reaped:
+                ended.append((pid, child))
+        unseen = [child for _, child in ended if not child.seen]
+        too_many = set(unseen[:-_STATUSES_KEPT])
+        for pid, child in ended:
+            if child.seen or child in too_many:
+                del self._children[pid]
+                os.close(child.pidfd)
 
     async def find(self, mark: str) -> ProcessIdentity | None:
         """The living process that carries exactly this mark, or None. The oldest, should there be several."""
@@ -333,13 +351,10 @@ class Host:
 
         Only leaders of a session count, as `spawn` makes them: somebody's `pgrep` for the mark is not taken for it.
         """
+        self._collect_children()
         return await trio.to_thread.run_sync(self._processes, mark_prefix)
 
     def _processes(self, mark_prefix: str) -> list[ProcessIdentity]:
-        for pid, child in list(self._children.items()):
-            child.collect()
-            if child.reaped:
-                self._children.pop(pid, None)
         found = []
         for entry in os.scandir(_PROC):
             if not entry.name.isdigit():
@@ -357,36 +372,35 @@ class Host:
         return found
 
     def open_process(self, identity: ProcessIdentity) -> Process:
-        """A handle on the process with this identity, ours or adopted; a dead child of ours counts until its end was
-        seen.
+        """A handle on the process with this identity, ours or adopted. A child of ours that has ended can be opened
+        until somebody has seen its status.
 
         Raises ProcessGone when there is none: another boot, another start time, another command line.
         """
         if identity.boot_id != self.boot_id():
             raise ProcessGone(f"process {identity.pid} belongs to another boot of this machine")
         child = self._children.get(identity.pid)
-        if child is not None and (child.start_time != identity.start_time or child.reaped):
-            child = None
+        if child is not None and child.start_time == identity.start_time:
+            return Process(identity, os.dup(child.pidfd), child)
         try:
-            pidfd = os.dup(child.pidfd) if child is not None else os.pidfd_open(identity.pid)
+            pidfd = os.pidfd_open(identity.pid)
         except OSError as error:
             raise ProcessGone(f"there is no process {identity.pid}") from error
         try:
             start_time, _, state = _stat(identity.pid)
             if start_time != identity.start_time:
                 raise ProcessGone(f"process {identity.pid} is another one by now")
-            # A zombie has no command line left; pid and start time within one boot have to do.
-            if state not in "ZX" and identity.mark not in _tokens(_cmdline(identity.pid)):
-                raise ProcessGone(f"process {identity.pid} does not carry the mark {identity.mark}")
-            if child is None and state in "ZX":
+            if state in "ZX":
                 raise ProcessGone(f"process {identity.pid} has ended")
+            if identity.mark not in _tokens(_cmdline(identity.pid)):
+                raise ProcessGone(f"process {identity.pid} does not carry the mark {identity.mark}")
         except (OSError, ValueError) as error:
             os.close(pidfd)
             raise ProcessGone(f"process {identity.pid} has ended") from error
         except ProcessGone:
             os.close(pidfd)
             raise
-        return Process(identity, pidfd, child)
+        return Process(identity, pidfd, None)
 
     # Sockets
 
@@ -547,7 +561,7 @@ class Host:
 
     def list_directory(self, path: Path) -> list[str]:
         """The names in a directory, sorted. Raises OSError."""
-        return sorted(os.listdir(path))
+        return sorted(entry.name for entry in path.iterdir())
 
     def open_file(self, path: Path, flags: int, mode: int = 0o600) -> int:
         """A descriptor, never inherited and never a terminal's master. `flags` as for os.open. Raises OSError."""
