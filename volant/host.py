@@ -195,7 +195,11 @@ class _Watches:
     def open(self, path: Path) -> Iterator[FileWatch]:
         if self._inotify is None:
             self._inotify = inotify_simple.INotify(nonblocking=True)
-        wd = self._inotify.add_watch(path, inotify_simple.flags.MODIFY)
+        try:
+            wd = self._inotify.add_watch(path, inotify_simple.flags.MODIFY)
+        except BaseException:
+            self._close_when_idle()
+            raise
         watch = FileWatch(self, wd)
         self._by_wd.setdefault(wd, []).append(watch)
         try:
@@ -209,9 +213,12 @@ class _Watches:
                     self._inotify.rm_watch(wd)
                 except OSError:
                     pass  # the file is gone, and its watch with it
-            if not self._by_wd:
-                self._inotify.close()
-                self._inotify = None
+            self._close_when_idle()
+
+    def _close_when_idle(self) -> None:
+        if not self._by_wd:
+            self._inotify.close()
+            self._inotify = None
 
     async def wait(self, watch: FileWatch) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()

@@ -1,0 +1,326 @@
+"""The seam to the operating system, tried on the real one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from volant.host import Host, ProcessGone
+from volant.model import ProcessIdentity
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+def mark(host: Host) -> str:
+    return f"volant-test.{host.new_id()}"
+
+
+@pytest.fixture
+def started(host: Host) -> Iterator[list[ProcessIdentity]]:
+    identities: list[ProcessIdentity] = []
+    yield identities
+    for identity in identities:
+        try:
+            with host.open_process(identity) as process:
+                process.kill()
+        except ProcessGone:
+            pass
+
+
+async def spawn(host: Host, mark: str, tmp_path: Path, code: str, started: list[ProcessIdentity]) -> ProcessIdentity:
+    argv = [sys.executable, "-c", code, f"guest={mark},x=y"]
+    identity = await host.spawn(argv, mark=mark, env={"ONLY": "this"}, cwd=tmp_path, stdout_path=tmp_path / "out")
+    started.append(identity)
+    return identity
+
+
+SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+
+
+async def until_output(host: Host, path: Path, text: bytes) -> bytes:
+    with trio.fail_after(10), host.watch(path) as watch:
+        while text not in (output := await host.read_bytes(path)):
+            await watch.wait()
+    return output
+
+
+async def test_a_process_is_launched_as_if_to_be_adopted(
+    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+) -> None:
+    leak, other = os.pipe()
+    os.set_inheritable(leak, True)
+    code = (
+        "import os\n"
+        "fds = sorted(int(f) for f in os.listdir('/proc/self/fd'))\n"
+        "print(os.getsid(0) == os.getpid(), os.readlink('/proc/self/fd/0'), len(fds), os.getcwd(), dict(os.environ))\n"
+        "import resource; print(resource.getrlimit(resource.RLIMIT_CORE))\n"
+        "print('end', flush=True)"
+    )
+    (tmp_path / "out").touch(mode=0o600)
+    try:
+        identity = await spawn(host, mark, tmp_path, code, started)
+        output = (await until_output(host, tmp_path / "out", b"end")).decode()
+    finally:
+        os.close(leak)
+        os.close(other)
+    with host.open_process(identity) as process, trio.fail_after(5):
+        assert await process.wait() == 0
+    # 0, 1, 2 and the one that lists the directory
+    assert output.startswith(f"True /dev/null 4 {tmp_path}"), output
+    assert "ONLY" in output
+    assert "PATH" not in output
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o600
+
+
+async def test_the_exit_status_reaches_every_handle_and_no_zombie_stays(
+    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+) -> None:
+    identity = await spawn(host, mark, tmp_path, SLEEP, started)
+    statuses = []
+
+    async def wait() -> None:
+        with host.open_process(identity) as process:
+            statuses.append(await process.wait())
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            with host.open_process(identity) as process:
+                nursery.start_soon(process.wait)
+                nursery.start_soon(process.wait)
+                await trio.testing.wait_all_tasks_blocked()
+                exited = [process.exited]
+                process.kill()
+                await process.wait()
+                assert [*exited, process.exited] == [False, True]
+                process.kill(signal.SIGTERM)
+    assert statuses == [-signal.SIGKILL] * 2
+    assert not host.exists(Path(f"/proc/{identity.pid}"))
+    await host.processes("volant-test.")
+    with pytest.raises(ProcessGone):
+        host.open_process(identity)
+
+
+async def test_a_child_that_nobody_watched_keeps_its_status_for_who_comes_later(
+    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+) -> None:
+    identity = await spawn(host, mark, tmp_path, "raise SystemExit(7)", started)
+    with trio.fail_after(10):
+        pidfd = os.pidfd_open(identity.pid)
+        await trio.lowlevel.wait_readable(pidfd)
+        os.close(pidfd)
+        assert await host.find(mark) is None
+        assert not host.exists(Path(f"/proc/{identity.pid}")), "find() collects"
+        with host.open_process(identity) as process:
+            assert await process.wait() == 7
+
+
+async def test_an_adopted_process_is_found_by_its_mark_and_watched(
+    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+) -> None:
+    # The middle process starts it and goes, as a daemon that was killed does.
+    code = (
+        "import subprocess, sys\n"
+        f"subprocess.Popen([sys.executable, '-c', {SLEEP!r}, 'guest={mark},x=y'], start_new_session=True)\n"
+    )
+    with trio.fail_after(10):
+        await trio.run_process([sys.executable, "-c", code], stdout=None)
+        identity = await host.find(mark)
+        assert identity is not None
+        started.append(identity)
+        assert [i for i in await host.processes("volant-test.") if i.mark == mark] == [identity]
+        with host.open_process(identity) as process:
+            process.kill()
+            assert await process.wait() is None
+        assert await host.find(mark) is None
+
+
+async def test_another_process_is_never_taken_for_ours(
+    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+) -> None:
+    identity = await spawn(host, mark, tmp_path, SLEEP, started)
+    stranger = Host()
+    for other in (
+        ProcessIdentity(identity.pid, identity.start_time + 1, identity.boot_id, mark),
+        ProcessIdentity(identity.pid, identity.start_time, "another-boot", mark),
+        ProcessIdentity(identity.pid, identity.start_time, identity.boot_id, mark + "0"),
+        ProcessIdentity(4_000_000_000 % 2**22, identity.start_time, identity.boot_id, mark),
+    ):
+        with pytest.raises(ProcessGone):
+            stranger.open_process(other)
+    # Somebody who looks for the mark carries it too, but leads no session.
+    with subprocess.Popen([sys.executable, "-c", SLEEP, mark + "1"], stdout=subprocess.DEVNULL) as looker:  # noqa: ASYNC220
+        assert await host.find(mark + "1") is None
+        looker.kill()
+
+
+async def test_a_mark_must_be_on_the_command_line(host: Host, tmp_path: Path) -> None:
+    for argv, mark in ([sys.executable, "-c", ""], "volant-x"), ([sys.executable, "a b"], "a b"):
+        with pytest.raises(ValueError, match="mark"):
+            await host.spawn(argv, mark=mark, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
+
+
+async def test_a_missing_program_is_an_os_error(host: Host, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        await host.spawn(["/no/such/program", "mark"], mark="mark", env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
+
+
+async def test_sockets_with_long_paths_connect(host: Host, tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["d" * 60] * 3)
+    await host.mkdir(deep)
+    assert stat.S_IMODE(deep.stat().st_mode) == 0o700
+    listener = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    short = os.open(deep, os.O_PATH)
+    await listener.bind(f"/proc/self/fd/{short}/s")
+    os.close(short)
+    listener.listen(1)
+    with listener:
+        async with await host.connect_unix(deep / "s", 1.0) as stream:
+            accepted, _ = await listener.accept()
+            with accepted:
+                await stream.send_all(b"x")
+                assert await accepted.recv(1) == b"x"
+    with pytest.raises(ConnectionRefusedError):
+        await host.connect_unix(deep / "s", 1.0)
+    with pytest.raises(FileNotFoundError):
+        await host.connect_unix(deep / "t", 1.0)
+
+
+async def test_files_are_replaced_whole_and_trees_removed(host: Host, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    await host.write_bytes(path, b"one")
+    await host.write_bytes(path, b"two", mode=0o640)
+    assert await host.read_bytes(path) == b"two"
+    assert await host.read_bytes(path, limit=2) == b"tw"
+    assert await host.read_tail(path, 2) == b"wo"
+    assert await host.read_tail(path, 100) == b"two"
+    assert host.list_directory(tmp_path) == ["file"]
+    assert not await host.keep_tail(path, 3)
+    assert await host.keep_tail(path, 2)
+    assert host.file_size(path) == 0
+    await host.make_fifo(tmp_path / "fifo")
+    await host.make_fifo(tmp_path / "fifo")
+    with pytest.raises(FileExistsError):
+        await host.make_fifo(path)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    await host.mkdir(tmp_path / "tree" / "deep")
+    (tmp_path / "tree" / "link").symlink_to(outside)
+    (tmp_path / "alias").symlink_to(outside)
+    for name in ("tree", "tree", "alias", "file"):
+        await host.remove_tree(tmp_path / name)
+    assert host.list_directory(tmp_path) == ["fifo", "outside"]
+
+
+async def test_memory_that_is_not_there_is_refused_before_it_is_used(host: Host, tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    await host.allocate_file(path, 1 << 20)
+    assert path.stat().st_blocks * 512 >= 1 << 20
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(OSError, match=r"No space left|File too large"):
+        await host.allocate_file(path, host.free_space(tmp_path) * 16)
+    assert not path.exists()
+
+
+def test_a_hole_gives_space_back_and_keeps_the_size(host: Host, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    fd = host.open_file(path, os.O_RDWR | os.O_CREAT)
+    try:
+        host.write(fd, b"x" * 65536)
+        host.sync_file(fd)
+        before = path.stat().st_blocks
+        if not host.punch_hole(fd, 0, 32768):
+            pytest.skip("this file system has no holes")
+        assert path.stat().st_blocks < before
+        assert host.read_at(fd, 4, 32766) == b"\0\0xx"
+        with pytest.raises(OSError, match="Invalid"):
+            host.punch_hole(fd, -1, 1)
+    finally:
+        host.close_file(fd)
+
+
+async def test_no_write_is_missed_between_reading_and_waiting(host: Host, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with host.watch(path) as watch, trio.fail_after(5):
+        with path.open("ab") as file:
+            file.write(b"1")
+        await watch.wait()
+        with trio.move_on_after(0.01) as scope:
+            await watch.wait()
+        assert scope.cancelled_caught, "one write wakes up once"
+        with path.open("ab") as file:
+            file.write(b"2")
+        await watch.wait()
+
+
+async def test_many_watches_share_one_reader_that_may_leave(host: Host, tmp_path: Path) -> None:
+    paths = [tmp_path / str(n) for n in range(5)]
+    woken: list[int] = []
+    scopes = [trio.CancelScope() for _ in paths]
+
+    async def follow(number: int) -> None:
+        with host.watch(paths[number]) as watch, scopes[number]:
+            await watch.wait()
+            woken.append(number)
+
+    for path in paths:
+        path.touch()
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            for number in range(5):
+                nursery.start_soon(follow, number)
+            await trio.testing.wait_all_tasks_blocked()
+            # Whoever it is that reads for all, two of them leave.
+            scopes[0].cancel()
+            scopes[1].cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            for number in (3, 2, 4):
+                paths[number].write_bytes(b"x")
+    assert sorted(woken) == [2, 3, 4]
+    assert host._watches._inotify is None
+
+
+async def test_two_watches_of_one_file_both_wake_up(host: Host, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with host.watch(path) as one, host.watch(path) as two, trio.fail_after(5):
+        path.write_bytes(b"x")
+        await one.wait()
+        await two.wait()
+
+
+async def test_a_watched_file_may_vanish(host: Host, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with host.watch(path) as watch, trio.fail_after(5):
+        path.unlink()
+        with trio.move_on_after(0.01):
+            await watch.wait()
+    with pytest.raises(FileNotFoundError):
+        with host.watch(path):
+            pass
+
+
+def test_the_machine_is_measured(host: Host) -> None:
+    figures = host.figures()
+    assert 0 <= figures.cpu_percent <= 100
+    assert 0 < figures.memory_available_mb <= figures.memory_total_mb
+    assert 0 <= host.figures().cpu_percent <= 100
+    assert host.wall_clock().utcoffset() is not None
+    assert host.new_id() != host.new_id()
