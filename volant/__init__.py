@@ -1,1 +1,3 @@
 """A control plane for microVMs on one host."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,207 @@
+"""What an operator can set: a TOML file, `VOLANT_*` in the environment, flags; each wins over the one before.
+
+One table, `Settings`, says all of it: the names in the file are the fields, in the environment `VOLANT_` and the field
+in capitals, as flags the field with hyphens. An unknown key in the file or a flag is an error, as somebody means
+something by it; an unknown `VOLANT_*` is a warning, as it may be meant for another program or version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+
+_CLIENT_SIDE = {"VOLANT_API_BASE"}
+_REFUSED = {
+    "VOLANT_API_KEY": "API keys",
+    "VOLANT_API_KEY_FILE": "API keys",
+    "VOLANT_API_ALLOW_CIDR": "the CIDR list",
+}
+
+
+class SettingsError(Exception):
+    """A setting that can't be used. The text says which, where it was set, and what would be right."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of `volantd`, with their defaults for an ordinary user; see `load`."""
+
+    api_listen_addr: str = "127.0.0.1:7777"
+    """Where to listen: `HOST:PORT` or `unix:/PATH`, comma-separated. Port 0 takes a free one."""
+    state_dir: Path
+    """What must survive: the database, VM logs."""
+    runtime_dir: Path
+    """What lives as long as the VMs: sockets, consoles. Short, as a socket's path has 108 bytes."""
+    cache_dir: Path
+    """What can be made again: boot images."""
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    kernel: Path | None = None
+    """Boot this kernel instead of the built image's, for VMs whose plugin brings none."""
+    initramfs: Path | None = None
+    """Boot this initramfs instead of the built image's, for VMs whose plugin brings none."""
+    max_vms: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """Refuse to create more; without it memory decides."""
+    allowed_hosts: str = ""
+    """Further names under which clients reach the daemon, comma-separated; see the reference on `Host`."""
+    cors_origins: str = ""
+    """Origins of web pages that may use the API, comma-separated."""
+    agent_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 120.0
+    """How long a boot may take from its launch to the agent's first answer."""
+    image_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 300.0
+    """How long building a boot image may take."""
+    insecure: bool = False
+    """Listen on other addresses than loopback although nothing is asked of clients."""
+    ephemeral: bool = False
+    """On a clean stop delete all VMs and remove state and runtime directories. For demos and tests."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = None) -> tuple[Settings, list[str]]:
+    """The settings and the warnings to print.
+
+    :raises SettingsError: a value that does not fit, an unknown key, a file that can't be read.
+    :raises SystemExit: for `--help`, `--version` and malformed flags, as argparse does.
+    """
+    flags = vars(_parser().parse_args(argv))
+    config = flags.pop("config") or environ.get("VOLANT_CONFIG")
+    values: dict[str, Any] = dict(_default_dirs(environ, os.getuid() if uid is None else uid))
+    sources = dict.fromkeys(values, "the default")
+    warnings: list[str] = []
+
+    for source, layer in (
+        (str(config), _read_file(Path(config)) if config else {}),
+        ("the environment", _read_environment(environ, warnings)),
+        ("the flags", {key: value for key, value in flags.items() if value is not None}),
+    ):
+        for key, value in layer.items():
+            values[key] = value
+            sources[key] = source
+    try:
+        settings = msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `$.")
+        key = path.rstrip("`")
+        where = f"{key} (from {sources[key]})" if key in sources else "the settings"
+        raise SettingsError(f"{where}: {text}") from None
+    _check(settings)
+    return settings, warnings
+
+
+def _check(settings: Settings) -> None:
+    for address in split(settings.api_listen_addr):
+        if address.startswith("unix:"):
+            continue
+        host, port = parse_address(address)
+        if not settings.insecure and not _is_loopback(host):
+            raise SettingsError(
+                f"api_listen_addr {address}: this version asks clients for no key, so it listens on loopback alone; "
+                "put a proxy that authenticates before it, or say --insecure if everybody who reaches it may command it"
+            )
+        if not 0 <= port <= 65535:
+            raise SettingsError(f"api_listen_addr {address}: {port} is no port")
+    if not split(settings.api_listen_addr):
+        raise SettingsError("api_listen_addr is empty; write for instance 127.0.0.1:7777")
+    for name in ("state_dir", "runtime_dir", "cache_dir"):
+        if not getattr(settings, name).is_absolute():
+            raise SettingsError(f"{name} {getattr(settings, name)} is not an absolute path")
+    # 108 bytes for a socket's path, of which "/vms/<id>/agent.sock" takes its share.
+    if len(os.fsencode(settings.runtime_dir)) > 70:
+        raise SettingsError(f"runtime_dir {settings.runtime_dir} is too long for the sockets in it: at most 70 bytes")
+
+
+def split(text: str) -> list[str]:
+    """The members of a comma-separated setting."""
+    return [member for part in text.split(",") if (member := part.strip())]
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT` or `[V6]:PORT`. :raises SettingsError: when it is neither."""
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not (port.isascii() and port.isdecimal()):
+        raise SettingsError(f"api_listen_addr {address!r} is not HOST:PORT, [IPv6]:PORT or unix:/PATH")
+    return host, int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _default_dirs(environ: Mapping[str, str], uid: int) -> dict[str, Path]:
+    if uid == 0:
+        return {
+            "state_dir": Path("/var/lib/volant"),
+            "runtime_dir": Path("/run/volant"),
+            "cache_dir": Path("/var/cache/volant"),
+        }
+    home = Path(environ.get("HOME", "/nonexistent"))
+    return {
+        "state_dir": Path(environ.get("XDG_STATE_HOME") or home / ".local/state") / "volant",
+        "runtime_dir": Path(environ.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}") / "volant",
+        "cache_dir": Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "volant",
+    }
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"the settings file {path} can't be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the settings file {path} is not TOML: {error}") from None
+    for key, value in values.items():
+        if key not in Settings.__struct_fields__:
+            raise SettingsError(
+                f"{path}: there is no setting {key!r}; there are {', '.join(Settings.__struct_fields__)}"
+            )
+        if isinstance(value, list):
+            values[key] = ",".join(str(member) for member in value)
+    return values
+
+
+def _read_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for name, value in environ.items():
+        if not name.startswith("VOLANT_") or name in _CLIENT_SIDE or name == "VOLANT_CONFIG":
+            continue
+        key = name.removeprefix("VOLANT_").lower()
+        if name in _REFUSED and value:
+            raise SettingsError(f"{name}: this version does not know {_REFUSED[name]}, and will not run as if it did")
+        if key not in Settings.__struct_fields__:
+            warnings.append(f"{name} is not a setting of this version and does nothing")
+        elif value or key in ("allowed_hosts", "cors_origins"):
+            values[key] = value
+    return values
+
+
+def _parser() -> argparse.ArgumentParser:
+    from volant import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="volantd",
+        description="The daemon that boots VMs, keeps them, and lets clients reach inside.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"volantd {__version__}")
+    parser.add_argument("--config", metavar="FILE", help="settings in TOML")
+    hints = get_type_hints(Settings)
+    for field in Settings.__struct_fields__:
+        names = [f"--{field.replace('_', '-')}"]
+        if field == "api_listen_addr":
+            names.insert(0, "--listen")
+        if hints[field] is bool:
+            parser.add_argument(*names, dest=field, action="store_true", default=None)
+        else:
+            parser.add_argument(*names, dest=field, metavar="VALUE")
+    return parser
