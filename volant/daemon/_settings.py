@@ -83,7 +83,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = N
             values[key] = value
             sources[key] = source
     try:
-        settings = msgspec.convert(values, Settings, strict=False)
+        settings = msgspec.convert(values, Settings, strict=False, dec_hook=_decode_path)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$.")
         key = path.rstrip("`")
@@ -113,6 +113,12 @@ def _check(settings: Settings) -> None:
     # 108 bytes for a socket's path, of which "/vms/<id>/agent.sock" takes its share.
     if len(os.fsencode(settings.runtime_dir)) > 70:
         raise SettingsError(f"runtime_dir {settings.runtime_dir} is too long for the sockets in it: at most 70 bytes")
+
+
+def _decode_path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str) and value:
+        return Path(value)
+    raise msgspec.ValidationError(f"Expected a path, got {value!r}")
 
 
 def split(text: str) -> list[str]:
