@@ -116,7 +116,7 @@ def _check(settings: Settings) -> None:
 
 
 def _decode_path(kind: type, value: object) -> object:
-    if kind is Path and isinstance(value, str) and value:
+    if kind is Path and isinstance(value, str | Path) and str(value):
         return Path(value)
     raise msgspec.ValidationError(f"Expected a path, got {value!r}")
 
