@@ -1,0 +1,76 @@
+"""From a stream of bytes to lines, with bounded memory and exact positions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_LINE_BYTES = 64 * 1024
+"""Longer lines are split (contract: Logs)."""
+
+
+class Line(NamedTuple):
+    """A line without its end, or a part of one that is too long."""
+
+    data: bytes
+    partial: bool
+    """More of the same line follows in the next one."""
+    end: int
+    """The position in the stream at which to go on after this line."""
+
+
+class LineSplitter:
+    """Cuts a stream into lines at LF; a CR before it goes too, as serial consoles send both.
+
+    `position` is where the bytes that are fed next begin. What is not yet a line is held, at most `MAX_LINE_BYTES`;
+    whoever resumes at the `end` of the last line that it has seen gets the rest again, and nothing twice.
+    """
+
+    def __init__(self, position: int = 0) -> None:
+        self.position = position
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[Line]:
+        """Take the next bytes; return the lines that are whole now."""
+        lines: list[Line] = []
+        start = self.position - len(self._rest)
+        self.position += len(data)
+        self._rest += data
+        begin = 0
+        while True:
+            stop = self._rest.find(b"\n", begin, begin + MAX_LINE_BYTES + 2)
+            if stop >= 0:
+                end = stop + 1
+                if stop > begin and self._rest[stop - 1] == 0x0D:
+                    stop -= 1
+                lines.append(Line(bytes(self._rest[begin:stop]), False, start + end))
+                begin = end
+            elif len(self._rest) - begin >= MAX_LINE_BYTES + 2:
+                cut = _utf8_boundary(self._rest, begin, begin + MAX_LINE_BYTES)
+                lines.append(Line(bytes(self._rest[begin:cut]), True, start + cut))
+                begin = cut
+            else:
+                break
+        del self._rest[:begin]
+        return lines
+
+    def flush(self) -> list[Line]:
+        """The stream is over, or has a gap here: what is held becomes a line of its own."""
+        if not self._rest:
+            return []
+        line = Line(bytes(self._rest).removesuffix(b"\r"), False, self.position)
+        self._rest.clear()
+        return [line]
+
+    def skip_to(self, position: int) -> list[Line]:
+        """Bytes are missing; go on at `position`. Returns what was held."""
+        lines = self.flush()
+        self.position = position
+        return lines
+
+
+def _utf8_boundary(data: bytearray, begin: int, cut: int) -> int:
+    """The last position at or before `cut` that does not lie inside a UTF-8 character."""
+    for back in range(4):
+        if cut - back > begin and data[cut - back] & 0xC0 != 0x80:
+            return cut - back
+    return cut
