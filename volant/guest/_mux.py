@@ -1,0 +1,398 @@
+"""Byte streams for the agent over one virtio-serial port, multiplexed by HTTP/2.
+
+Used where the guest has no vsock. The host opens a stream as an HTTP/2 CONNECT whose `:authority` is the vsock port;
+each stream becomes one end of a socketpair, so that the agent's server cannot tell it from a connection. What
+HTTP/2 brings is flow control for every stream: one whose reader sleeps holds back its own sender and nobody else.
+
+**The port is no connection.** Whoever sits on the host's end of it may die at any byte and be replaced before this side
+has noticed, so the guest may be in the middle of a frame that nobody will finish. A host that connects therefore sends
+more zero bytes than a frame is long, `RESYNC_MAGIC` and a random nonce. Zeros finish any half frame and are no frame
+themselves; so HTTP/2 fails here, and after any failure this side *hunts* for the magic. It answers with the nonce, on
+which the host waits, and both begin HTTP/2 afresh. A side that restarts, or that loses its footing while the host is
+content, says so with zeros, the magic and a nonce of zeros: HTTP/2 fails over there too, and the host asks again.
+
+**One thread, edge-triggered.** With no host connected the port polls as hung up for ever: a level-triggered loop
+would spin. So epoll is edge-triggered and each descriptor's readiness is remembered until it says EAGAIN. One thread
+holds all of HTTP/2's state; the socketpairs are its only border to the threads of the server. asyncio was rejected: its
+import costs a guest half a second of its boot, and its loop is level-triggered.
+
+Memory: a stream holds at most `STREAM_WINDOW` bytes that the server has not taken, and the port's buffer takes
+no more output from streams above `OUTPUT_HIGH`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+import traceback
+
+import h2.config
+import h2.connection
+import h2.errors
+import h2.events
+import h2.exceptions
+import h2.settings
+
+from volant.model.agent import (
+    AGENT_PORT,
+    MAX_STREAMS,
+    RESERVED_STREAMS,
+    RESYNC_MAGIC,
+    RESYNC_NONCE_BYTES,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+STREAM_WINDOW = 128 * 1024
+CONNECTION_WINDOW = STREAM_WINDOW * (MAX_STREAMS + RESERVED_STREAMS)
+"""Streams times their window: less, and stalled streams block the others."""
+OUTPUT_HIGH = 128 * 1024
+OUTPUT_LIMIT = 4 * 1024 * 1024
+FRAME = 16384
+"""HTTP/2's default for the longest frame; neither side raises it."""
+RESYNC_ZEROS = FRAME + 2 * 9
+"""The rest of a longest frame, and one whole header more behind any half of one."""
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_NO_NONCE = bytes(RESYNC_NONCE_BYTES)
+_HELLO = bytes(RESYNC_ZEROS) + RESYNC_MAGIC + _NO_NONCE
+_SOCKET_BUFFER = 64 * 1024
+_READ = 64 * 1024
+_PORT_WRITE = 32 * 1024
+_REOPEN_S = 1.0
+
+
+def run(open_port: Callable[[], int], serve: Callable[[socket.socket], None]) -> NoReturn:
+    """Serve streams for ever, on the thread that calls it.
+
+    `open_port` gives a fresh descriptor of the port, which is closed here; it may raise OSError, and is asked again
+    after a second. `serve` takes over a connected, blocking Unix stream socket and must not block: it starts a thread
+    or queues. When it raises, the stream is refused. A host that has left shows as POLLHUP on the socket, as both
+    directions are closed then; one that has only ended its request shows as end of file alone.
+    """
+    while True:
+        try:
+            fd = open_port()
+        except OSError:
+            time.sleep(_REOPEN_S)
+            continue
+        try:
+            _Mux(fd, serve).loop()
+        except Exception:
+            # The port is gone, or this is a bug: a guest whose agent can't be reached any more is worse than its
+            # streams, which were closed on the way here.
+            traceback.print_exc()
+            time.sleep(_REOPEN_S)
+        finally:
+            os.close(fd)
+
+
+class _Stream:
+    """One HTTP/2 stream and our end of its socketpair."""
+
+    __slots__ = ("ended", "gone", "held", "id", "input_over", "readable", "sock", "writable")
+
+    def __init__(self, stream_id: int, sock: socket.socket) -> None:
+        self.id = stream_id
+        self.sock = sock
+        self.held = bytearray()  # from the host, not yet taken by the server
+        self.input_over = False  # the host sends no more
+        self.ended = False  # we have sent END_STREAM
+        self.gone = False  # the server has closed its end
+        self.readable = True
+        self.writable = True
+
+
+class _Mux:
+    def __init__(self, fd: int, serve: Callable[[socket.socket], None]) -> None:
+        self.fd = fd
+        self.serve = serve
+        self.epoll = select.epoll()
+        self.conn: h2.connection.H2Connection | None = None
+        self.nonce = b""  # the one answered last; empty: none since the last loss
+        self.hunted = bytearray()
+        self.out = bytearray()
+        self.port_readable = True
+        self.port_writable = True
+        self.by_id: dict[int, _Stream] = {}
+        self.by_fd: dict[int, _Stream] = {}
+
+    def loop(self) -> None:
+        os.set_blocking(self.fd, False)
+        edge = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
+        self.epoll.register(self.fd, edge)
+        try:
+            self.out += _HELLO
+            while True:
+                busy = self.turn()
+                for fd, events in self.epoll.poll(0 if busy else -1):
+                    if fd == self.fd:
+                        self.port_readable = self.port_readable or bool(events & ~select.EPOLLOUT)
+                        self.port_writable = self.port_writable or bool(events & select.EPOLLOUT)
+                        continue
+                    stream = self.by_fd.get(fd)
+                    if stream is not None:
+                        stream.readable = stream.readable or bool(events & ~select.EPOLLOUT)
+                        stream.writable = stream.writable or bool(events & ~select.EPOLLIN)
+                        stream.gone = stream.gone or bool(events & select.EPOLLHUP)
+        finally:
+            self.drop_streams()
+            self.epoll.close()
+
+    def turn(self) -> bool:
+        """Move a bounded amount in each direction; whether there is more that can be done at once."""
+        if self.port_readable:
+            self.read_port()
+        more = False
+        for stream in list(self.by_id.values()):
+            if self.conn is None:
+                break  # reading one of them has lost the link
+            if stream.writable and (stream.held or stream.input_over):
+                self.to_server(stream)
+            if stream.readable and not stream.ended and stream.id in self.by_id:
+                more = self.from_server(stream) or more
+            if stream.gone and stream.ended and stream.id in self.by_id:
+                self.reset(stream, h2.errors.ErrorCodes.NO_ERROR)
+        self.collect()
+        if self.out and self.port_writable:
+            self.write_port()
+        # Without room in the port, streams wait for its next edge.
+        return self.port_readable or (more and len(self.out) < OUTPUT_HIGH) or bool(self.out and self.port_writable)
+
+    # The port
+
+    def read_port(self) -> None:
+        try:
+            data = os.read(self.fd, _READ)
+        except BlockingIOError:
+            self.port_readable = False
+            return
+        if not data:
+            # No host, says the port; but the news of the next one may come later than its first bytes. So an answer
+            # that waits is kept, and a link that was dropped is spoken of as soon as somebody is there to hear it.
+            self.port_readable = False
+            if self.conn is not None:
+                self.lose()
+            return
+        if self.conn is None:
+            self.hunt(data)
+        else:
+            self.receive(data)
+
+    def write_port(self) -> None:
+        try:
+            count = os.write(self.fd, memoryview(self.out)[:_PORT_WRITE])
+        except BlockingIOError:
+            self.port_writable = False
+            return
+        del self.out[:count]
+
+    def collect(self) -> None:
+        if self.conn is not None:
+            self.out += self.conn.data_to_send()
+            if len(self.out) > OUTPUT_LIMIT:
+                self.lose()  # a host that asks much and reads nothing
+
+    # The link
+
+    def hunt(self, data: bytes) -> None:
+        """Look for the host's request for a fresh start and, once it is answered, for the start of HTTP/2."""
+        self.hunted += data
+        while True:
+            magic = self.hunted.find(RESYNC_MAGIC)
+            start = self.hunted.find(_PREFACE) if self.nonce else -1
+            if start >= 0 and (magic < 0 or start < magic):
+                rest = bytes(self.hunted[start:])
+                self.hunted.clear()
+                self.begin()
+                self.receive(rest)
+                return
+            if magic < 0:
+                # Either may have come in part.
+                del self.hunted[: max(0, len(self.hunted) - max(len(RESYNC_MAGIC), len(_PREFACE)) + 1)]
+                return
+            after = magic + len(RESYNC_MAGIC)
+            nonce = bytes(self.hunted[after : after + RESYNC_NONCE_BYTES])
+            if len(nonce) < RESYNC_NONCE_BYTES:
+                del self.hunted[:magic]
+                return
+            del self.hunted[: after + RESYNC_NONCE_BYTES]
+            # The same one again is a host that asked twice: it has its answer, or will.
+            if nonce not in (_NO_NONCE, self.nonce):
+                self.nonce = nonce
+                self.out += nonce
+
+    def begin(self) -> None:
+        config = h2.config.H2Configuration(
+            client_side=False,
+            header_encoding=None,
+            # The host is trusted here, and each check costs a small guest time.
+            validate_inbound_headers=False,
+            normalize_inbound_headers=False,
+            validate_outbound_headers=False,
+            normalize_outbound_headers=False,
+        )
+        conn = h2.connection.H2Connection(config)
+        conn.local_settings = h2.settings.Settings(
+            client=False,
+            initial_values={
+                h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+                # Ours to refuse, with an answer for one stream instead of the end of all.
+                h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 2 * (MAX_STREAMS + RESERVED_STREAMS),
+                h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE: 4096,
+            },
+        )
+        conn.initiate_connection()
+        conn.increment_flow_control_window(CONNECTION_WINDOW - conn.inbound_flow_control_window)
+        self.conn = conn
+
+    def receive(self, data: bytes) -> None:
+        assert self.conn is not None
+        try:
+            events = self.conn.receive_data(data)
+            for event in events:
+                if self.conn is not None:
+                    self.on_event(event)
+        except Exception:
+            # Whatever a half frame makes of h2 (it raises more than its own errors): the link is lost. The host's
+            # request for a new one may stand in these very bytes.
+            self.lose()
+            self.hunt(data)
+
+    def lose(self) -> None:
+        """Forget all of the link that was, and say so."""
+        self.drop_streams()
+        self.conn = None
+        self.nonce = b""
+        self.hunted.clear()
+        self.out[:] = _HELLO
+
+    def on_event(self, event: h2.events.Event) -> None:
+        assert self.conn is not None
+        if isinstance(event, h2.events.DataReceived):
+            stream = self.by_id.get(event.stream_id)
+            if stream is None:
+                self.conn.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                return
+            padding = event.flow_controlled_length - len(event.data)
+            if padding:
+                self.conn.acknowledge_received_data(padding, event.stream_id)
+            stream.held += event.data
+        elif isinstance(event, h2.events.RequestReceived):
+            self.open(event.stream_id, dict(event.headers))
+        elif isinstance(event, h2.events.StreamEnded):
+            stream = self.by_id.get(event.stream_id)
+            if stream is not None:
+                stream.input_over = True
+        elif isinstance(event, h2.events.StreamReset):
+            stream = self.by_id.get(event.stream_id)
+            if stream is not None:
+                self.close(stream)
+        elif isinstance(event, h2.events.ConnectionTerminated):
+            self.lose()
+
+    # Streams
+
+    def open(self, stream_id: int, headers: dict[bytes, bytes]) -> None:
+        assert self.conn is not None
+        if headers.get(b":method") != b"CONNECT" or headers.get(b":authority") != b"%d" % AGENT_PORT:
+            self.conn.send_headers(stream_id, [(":status", "404")], end_stream=True)
+            self.conn.reset_stream(stream_id, h2.errors.ErrorCodes.NO_ERROR)
+            return
+        if len(self.by_id) >= MAX_STREAMS + RESERVED_STREAMS:
+            self.conn.reset_stream(stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+            return
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError:
+            self.conn.reset_stream(stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+            return
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+        ours.setblocking(False)
+        try:
+            self.serve(theirs)
+        except Exception:
+            ours.close()
+            theirs.close()
+            self.conn.reset_stream(stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+            return
+        stream = _Stream(stream_id, ours)
+        self.by_id[stream_id] = self.by_fd[ours.fileno()] = stream
+        self.epoll.register(ours.fileno(), select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
+        self.conn.send_headers(stream_id, [(":status", "200")])
+
+    def to_server(self, stream: _Stream) -> None:
+        """Hand over what the host has sent, as far as the server takes it."""
+        assert self.conn is not None
+        try:
+            while stream.held:
+                count = stream.sock.send(stream.held)
+                del stream.held[:count]
+                self.conn.acknowledge_received_data(count, stream.id)
+            if stream.input_over:
+                stream.sock.shutdown(socket.SHUT_WR)
+                stream.writable = False
+                if stream.ended:
+                    self.close(stream)
+        except BlockingIOError:
+            stream.writable = False
+        except OSError:
+            # The server wants no more; what it has still to say comes first.
+            self.conn.acknowledge_received_data(len(stream.held), stream.id)
+            stream.held.clear()
+            stream.writable = False
+
+    def from_server(self, stream: _Stream) -> bool:
+        """Send on one frame of what the server says; whether there may be more that can go at once."""
+        assert self.conn is not None
+        if len(self.out) >= OUTPUT_HIGH:
+            return False
+        room = min(FRAME, self.conn.local_flow_control_window(stream.id))
+        if room <= 0:
+            return False  # the host's next window update wakes the port, and the port this turn
+        try:
+            data = stream.sock.recv(room)
+        except BlockingIOError:
+            stream.readable = False
+            return False
+        except OSError:
+            self.reset(stream, h2.errors.ErrorCodes.CANCEL)
+            return False
+        if data:
+            self.conn.send_data(stream.id, data)
+            self.out += self.conn.data_to_send()
+            return True
+        stream.ended = True
+        stream.readable = False
+        self.conn.end_stream(stream.id)
+        if stream.input_over and not stream.held:
+            self.close(stream)
+        return False
+
+    def reset(self, stream: _Stream, code: h2.errors.ErrorCodes) -> None:
+        assert self.conn is not None
+        try:
+            self.conn.reset_stream(stream.id, code)
+        except h2.exceptions.StreamClosedError:
+            pass
+        self.close(stream)
+
+    def close(self, stream: _Stream) -> None:
+        del self.by_id[stream.id]
+        del self.by_fd[stream.sock.fileno()]
+        if stream.held and self.conn is not None:
+            # Of a stream that is over only the connection's window is given back.
+            self.conn.acknowledge_received_data(len(stream.held), stream.id)
+        stream.sock.close()
+
+    def drop_streams(self) -> None:
+        for stream in self.by_id.values():
+            stream.sock.close()
+        self.by_id.clear()
+        self.by_fd.clear()
