@@ -1,0 +1,266 @@
+"""An actor, and what one incarnation of it may use.
+
+An incarnation is one task, in which everything of it runs in turn: `on_start`, the handlers, `on_stop`, the closing of
+`ctx.stack`. Its child tasks live in one nursery beside it. The scopes nest like this, and the order is the point::
+
+    outer                 cancels a start that takes too long, or that its supervisor gives up
+      inner               the shield from the start on; its deadline is the budget, from the moment the end begins
+        nursery           of the child tasks, each in a scope of its own
+          [ctx.stack]     what on_start entered may hold scopes and nurseries open
+            loop          cancelled in order to interrupt a handler
+
+A resource on the stack may be a context manager with a nursery in it. Trio demands that scopes close in the reverse
+order of their opening, so no new scope may be opened round the closing of the stack, not even for a shield. Therefore
+the shield and the budget are `inner`, which has been there all along, and what interrupts a handler is `loop`, which is
+gone when the stack closes. For the same reason the child tasks are cancelled one by one, not by their nursery's scope.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVarTuple, final
+
+import trio
+from trio.lowlevel import checkpoint
+
+from ._errors import ActorDown
+from ._exit import Exit, ExitKind, flatten
+from ._fence import check_fence
+from ._mailbox import Deferred
+from ._message import Down, Handler, R, Request, handlers_of
+
+if TYPE_CHECKING:
+    from ._cell import Cell
+    from ._ref import Ref
+
+Args = TypeVarTuple("Args")
+_logger = logging.getLogger("actors")
+
+
+class Actor:
+    """State that one task owns, and handlers that run one at a time.
+
+    `__init__` is pure: it runs again for every incarnation. `ctx` is there from `on_start` on. Assign state after the
+    last await of a handler: when it fails half-way the incarnation dies, and with it what was half applied.
+    """
+
+    #: Messages that wait at most. `tell` raises `MailboxFull` beyond it, `ask` waits for room.
+    mailbox: ClassVar[int] = 64
+    #: Whether the next incarnation finds the tells that were still queued. The one that was being handled is gone.
+    keeps_tells: ClassVar[bool] = False
+
+    _handlers: ClassVar[Mapping[type, Handler]] = {}
+
+    ctx: Context
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._handlers = handlers_of(cls)
+        if cls.mailbox < 1:
+            raise ValueError(f"{cls.__qualname__}.mailbox must be at least 1")
+
+    async def on_start(self) -> None:
+        """Makes the incarnation ready. Whoever starts it waits for this; if it raises, there is no incarnation."""
+
+    async def on_stop(self) -> None:
+        """An orderly end: runs when the actor is stopped or stops itself, while its child tasks still run.
+
+        It has the child's `shutdown_s`, less a reserve for closing `ctx.stack`. It does not run after a crash: what
+        must happen in any case belongs on `ctx.stack`.
+        """
+
+    def inspect(self) -> Mapping[str, object]:
+        """What people should see of the state, ready for JSON; shown as `actor` in `Ref.inspect()`."""
+        return {}
+
+
+@final
+class TaskHandle:
+    """A child task of an incarnation."""
+
+    __slots__ = ("_done", "_scope", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._scope = trio.CancelScope()
+        self._done = trio.Event()
+
+    @property
+    def done(self) -> bool:
+        """Whether the task has ended."""
+        return self._done.is_set()
+
+    def cancel(self) -> None:
+        """Cancels the task. It is no failure, and the actor goes on."""
+        self._scope.cancel()
+
+    async def wait(self) -> None:
+        """Waits until the task has ended, however it did."""
+        await self._done.wait()
+
+
+@final
+class Context:
+    """What an incarnation may use; gone with it."""
+
+    __slots__ = ("_cell", "_closed", "_idle", "_monitored", "_nursery", "_stack", "_tasks")
+
+    def __init__(self, cell: Cell, nursery: trio.Nursery) -> None:
+        self._cell = cell
+        self._nursery = nursery
+        self._tasks: dict[TaskHandle, None] = {}
+        self._idle: trio.Event | None = None
+        self._stack: AsyncExitStack | None = None
+        self._monitored: dict[Ref[Any], None] = {}
+        self._closed = False
+
+    @property
+    def self_ref(self) -> Ref[Any]:
+        """The ref of this actor, to hand to others."""
+        ref = self._cell.ref
+        assert ref is not None
+        return ref
+
+    @property
+    def name(self) -> str:
+        """The path in the tree."""
+        return self._cell.path
+
+    @property
+    def stack(self) -> AsyncExitStack:
+        """Closed in reverse when the incarnation ends, however it ends: shielded, within the shutdown budget, after the
+        child tasks.
+
+        A context manager that holds a nursery or a cancel scope open may be entered in `on_start` only; elsewhere give
+        it a task of its own.
+        """
+        if self._stack is None:
+            self._stack = AsyncExitStack()
+        return self._stack
+
+    def spawn(self, fn: Callable[[*Args], Awaitable[object]], *args: *Args, name: str | None = None) -> TaskHandle:
+        """Starts a child task of this incarnation. If it fails, the actor has failed. It may ask its own actor.
+
+        :raises ActorDown: the incarnation is ending.
+        :raises Fenced: see `check_fence`.
+        """
+        check_fence()
+        if self._closed:
+            raise ActorDown(self.name, self._cell.reason or Exit(ExitKind.STOPPED))
+        handle = TaskHandle(name or getattr(fn, "__qualname__", None) or repr(fn))
+        self._tasks[handle] = None
+        self._nursery.start_soon(self._run, handle, fn, args, name=f"{self.name}:{handle.name}")
+        return handle
+
+    def monitor(self, ref: Ref[Any]) -> None:
+        """Asks for one `Down` when the present incarnation of `ref` has ended; at once when there is none.
+
+        It overtakes the queue. To watch the next incarnation, call it again.
+
+        :raises TypeError: this actor has no handler for `Down`.
+        """
+        own = self.self_ref._mailbox
+        if Down not in self._cell.handlers:
+            raise TypeError(f"{self.name} monitors {ref.name}, but has no handler for Down")
+        target = ref._mailbox
+        if target.task is None:
+            own.deliver(Down(ref, target.reason))
+        else:
+            target.watchers[own] = self._monitored
+            self._monitored[ref] = None
+
+    def demonitor(self, ref: Ref[Any]) -> None:
+        """Takes `monitor` back. A `Down` that is already on its way still arrives."""
+        self._monitored.pop(ref, None)
+        ref._mailbox.watchers.pop(self.self_ref._mailbox, None)
+
+    def defer(self, message: Request[R]) -> Deferred[R]:
+        """In a handler: the reply to `message` comes later. Return the `Deferred`, and hand it to a child task.
+
+        :raises RuntimeError: `message` is not the one that is being handled.
+        """
+        return self.self_ref._mailbox.defer(message)
+
+    def stop(self) -> None:
+        """Ends the actor of its own will, after the message that is being handled. What is still queued is lost."""
+        self.self_ref._mailbox.finish()
+
+    async def _run(self, handle: TaskHandle, fn: Callable[..., Awaitable[object]], args: tuple[Any, ...]) -> None:
+        try:
+            with handle._scope:
+                await fn(*args)
+        except BaseException as exc:
+            if flatten(exc) is None:
+                raise
+            self._cell.fail(exc)
+            self._cell.interrupt()
+        finally:
+            del self._tasks[handle]
+            handle._done.set()
+            if self._idle is not None and not self._tasks:
+                self._idle.set()
+
+    async def _close(self, exc: BaseException | None) -> None:
+        self._closed = True
+        own = self.self_ref._mailbox
+        for ref in self._monitored:
+            ref._mailbox.watchers.pop(own, None)
+        try:
+            if self._tasks:
+                self._idle = trio.Event()
+                for handle in list(self._tasks):
+                    handle.cancel()
+                await self._idle.wait()
+        finally:
+            if self._stack is not None:
+                await self._close_stack(self._stack, exc)
+
+    async def _close_stack(self, stack: AsyncExitStack, exc: BaseException | None) -> None:
+        try:
+            if exc is None:
+                await stack.aclose()
+            else:
+                await stack.__aexit__(type(exc), exc, exc.__traceback__)
+        except BaseException as error:
+            if error is exc:
+                return
+            if self._cell.reason is not None and flatten(error) is not None:
+                _logger.warning("%s: closing its stack failed as well", self.name, exc_info=error)
+            self._cell.fail(error)
+            raise
+
+
+async def live(cell: Cell, actor: Actor) -> None:
+    """One incarnation from `on_start` to the last of its clean-up, inside `cell.outer` and `cell.inner`."""
+    assert cell.ref is not None
+    mailbox = cell.ref._mailbox
+    cell.actor = actor
+    cell.handlers = actor._handlers
+    mailbox.open(actor._handlers, actor.mailbox)
+    async with trio.open_nursery() as nursery:
+        ctx = actor.ctx = Context(cell, nursery)
+        failure: BaseException | None = None
+        try:
+            await actor.on_start()
+            if cell.outer.cancel_called:
+                await checkpoint()
+            cell.mark_started()
+            with trio.CancelScope() as cell.loop:
+                await mailbox.drain(actor)
+            if cell.reason is None:
+                mailbox.close(Exit(ExitKind.STOPPED if cell.stop_requested else ExitKind.NORMAL))
+                cell.begin_end()
+                reserve_s = min(2.0, cell.shutdown_s / 4)
+                with trio.CancelScope(deadline=cell.inner.deadline - reserve_s) as politeness:
+                    await actor.on_stop()
+                if politeness.cancelled_caught:
+                    _logger.warning("%s: on_stop was cut short by the shutdown budget", cell.path)
+        except BaseException as exc:
+            failure = exc
+            cell.fail(exc)
+            raise
+        finally:
+            cell.begin_end()
+            await ctx._close(failure)

@@ -1,0 +1,487 @@
+"""A child: what a supervisor is told about it, and what it keeps of it over all incarnations.
+
+Outer cancellation reaches every task under it at once, in no order. So a child that has started is shielded, and its
+supervisor alone lifts the shield, when its turn has come. Before it has started it stays cancellable, and what goes
+wrong with it belongs to whoever starts it.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from random import Random
+from typing import Any, Generic, Protocol, TypeVar, final, overload
+
+import trio
+
+from ._actor import Actor, live
+from ._errors import StartFailed, StartTimeout
+from ._exit import Exit, ExitKind, cancelled_part, flatten
+from ._fence import Fence, current_fence
+from ._message import Handler
+from ._ref import Ref
+
+A = TypeVar("A", bound=Actor)
+C_co = TypeVar("C_co", bound="Actor | None", covariant=True)
+
+_HISTORY = 8
+_logger = logging.getLogger("actors")
+
+
+class Restart(enum.Enum):
+    """When a child that has ended is started again."""
+
+    PERMANENT = "permanent"
+    """Always, unless it was stopped."""
+    TRANSIENT = "transient"
+    """When it crashed."""
+    TEMPORARY = "temporary"
+    """Never."""
+
+
+PERMANENT = Restart.PERMANENT
+TRANSIENT = Restart.TRANSIENT
+TEMPORARY = Restart.TEMPORARY
+
+
+class State(enum.StrEnum):
+    """Where a child is in its life."""
+
+    NEW = "new"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    RESTARTING = "restarting"
+    GIVING_UP = "giving up"
+    EXITED = "exited"
+
+
+class Started(Protocol):
+    """How a supervised function says that it has started. `trio.TaskStatus[None]` fits it."""
+
+    def started(self, value: None = None, /) -> None: ...
+
+
+class Startable(Protocol):
+    """An async function that a supervisor can run: `async def serve(*, task_status: Started) -> None`."""
+
+    def __call__(self, *, task_status: Any) -> Awaitable[object]: ...
+
+
+@final
+class Runtime:
+    """What all children of one system share."""
+
+    __slots__ = ("born_s", "fence", "name", "rng")
+
+    def __init__(self, name: str, rng: Random) -> None:
+        self.name = name
+        self.rng = rng
+        self.fence = Fence(name)
+        self.born_s = trio.current_time()
+
+
+class Branch(ABC):
+    """A child that has children."""
+
+    kind: str
+
+    @abstractmethod
+    async def run(self, cell: Cell) -> None:
+        """Starts the children, calls `cell.mark_started`, and stops them in reverse when it is cancelled."""
+
+    @abstractmethod
+    def cells(self) -> Sequence[Cell]:
+        """The children, in the order in which they were started."""
+
+    @abstractmethod
+    def shutdown_s(self) -> float:
+        """The most that stopping the children takes, if each keeps to its budget."""
+
+    @abstractmethod
+    def statistics(self) -> dict[str, Any]:
+        """Figures about the supervisor itself."""
+
+
+@final
+class Child(Generic[C_co]):
+    """What a supervisor needs to know of a child.
+
+    `start` is the class of an `Actor`, or a callable that makes one (`functools.partial`); or an async function that
+    takes `task_status` and calls its `started()`; or a `Supervisor` or `DynamicSupervisor`.
+
+    A started child is cancelled by its supervisor alone. A function gets the cancellation at once; a child that wants
+    to end politely is an `Actor` with `on_stop`. `shutdown_s` bounds the end of an actor, its clean-up included; of a
+    function it says how long its own shields may last. A supervisor's budget is what its children need.
+
+    A `Child` lives in one place at a time.
+
+    :raises ValueError: a name that is empty, or a time that is not positive.
+    :raises TypeError: `start` is none of these.
+    """
+
+    __slots__ = ("_cell", "name", "restart", "start", "start_timeout_s")
+
+    @overload
+    def __init__(
+        self: Child[None],
+        name: str,
+        start: Branch | Startable,
+        restart: Restart = PERMANENT,
+        *,
+        start_timeout_s: float = 30.0,
+        shutdown_s: float | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Child[A],
+        name: str,
+        start: Callable[[], A],
+        restart: Restart = PERMANENT,
+        *,
+        start_timeout_s: float = 30.0,
+        shutdown_s: float | None = None,
+    ) -> None: ...
+    def __init__(
+        self,
+        name: str,
+        start: Branch | Startable | Callable[[], Actor],
+        restart: Restart = PERMANENT,
+        *,
+        start_timeout_s: float = 30.0,
+        shutdown_s: float | None = None,
+    ) -> None:
+        if not name or name.startswith("/") or name.endswith("/"):
+            raise ValueError(f"a child needs a name that neither is empty nor begins or ends with /, not {name!r}")
+        if not start_timeout_s > 0:
+            raise ValueError(f"start_timeout_s of {name} must be positive, not {start_timeout_s}")
+        if isinstance(start, Branch):
+            if shutdown_s is not None:
+                raise ValueError(f"{name} is a supervisor: its shutdown_s is what its children need")
+        elif not callable(start):
+            raise TypeError(f"{name} cannot be started: {start!r} is no actor, async function or supervisor")
+        if shutdown_s is None:
+            shutdown_s = 5.0
+        if not 0 < shutdown_s < math.inf:
+            raise ValueError(f"shutdown_s of {name} must be positive and finite, not {shutdown_s}")
+        self.name = name
+        self.start = start
+        self.restart = restart
+        self.start_timeout_s = start_timeout_s
+        self._cell = Cell(self, shutdown_s)
+
+    @property
+    def shutdown_s(self) -> float:
+        """The budget for its end, in seconds."""
+        return self._cell.shutdown_s
+
+    @property
+    def ref(self: Child[A]) -> Ref[A]:
+        """The ref of the actor, also before it is started: hand it to siblings that start later.
+
+        :raises TypeError: the child is no actor.
+        """
+        ref = self._cell.ref
+        if ref is None:
+            raise TypeError(f"{self.name} is no actor, and has no ref")
+        return ref
+
+    def __repr__(self) -> str:
+        return f"<Child {self.name} ({self._cell.kind}, {self.restart.value}, {self._cell.state})>"
+
+
+@final
+class Cell:
+    """The life of a child over all its incarnations."""
+
+    __slots__ = (
+        "_shutdown_s",
+        "actor",
+        "branch",
+        "child",
+        "closing",
+        "ended",
+        "exit",
+        "fence",
+        "handlers",
+        "history",
+        "inner",
+        "kind",
+        "loop",
+        "outer",
+        "path",
+        "reason",
+        "ref",
+        "restarts",
+        "runtime",
+        "settled",
+        "start_error",
+        "started",
+        "started_once",
+        "state",
+        "stop_requested",
+        "window",
+    )
+
+    runtime: Runtime
+    inner: trio.CancelScope
+    outer: trio.CancelScope
+    settled: trio.Event
+    ended: trio.Event
+    fence: Fence
+
+    def __init__(self, child: Child[Any], shutdown_s: float) -> None:
+        start = child.start
+        self.child = child
+        self._shutdown_s = shutdown_s
+        self.path = child.name
+        self.branch = start if isinstance(start, Branch) else None
+        self.ref: Ref[Any] | None = None
+        if self.branch is not None:
+            self.kind = self.branch.kind
+        elif _is_async(start):
+            self.kind = "task"
+        else:
+            self.kind = "actor"
+            self.ref = Ref(self)
+        self.actor: Actor | None = None
+        self.handlers: Mapping[type, Handler] = {}
+        self.loop: trio.CancelScope | None = None
+        self.state = State.NEW
+        self.exit: Exit | None = None
+        self.reason: Exit | None = None
+        self.start_error: BaseException | None = None
+        self.started = self.started_once = self.stop_requested = self.closing = False
+        self.restarts = 0
+        self.window: deque[float] = deque()
+        self.history: deque[tuple[float, str]] | None = None
+
+    @property
+    def shutdown_s(self) -> float:
+        return self._shutdown_s if self.branch is None else self.branch.shutdown_s()
+
+    @property
+    def alive(self) -> bool:
+        return self.state not in (State.NEW, State.EXITED)
+
+    def prepare(self, parent: Cell | None, runtime: Runtime) -> None:
+        """:raises RuntimeError: the child lives already."""
+        if self.alive:
+            raise RuntimeError(f"{self.path} lives already; one Child cannot be in two places")
+        self.runtime = runtime
+        self.path = self.child.name if parent is None or not parent.path else f"{parent.path}/{self.child.name}"
+        self.settled = trio.Event()
+        self.ended = trio.Event()
+        self.state = State.STARTING
+        self.start_error = None
+        self.started_once = self.stop_requested = False
+        self.window.clear()
+
+    async def incarnate(self) -> Exit:
+        """Runs one incarnation to its end.
+
+        Raises only what is not the incarnation's own: a cancellation from outside, and what is no `Exception`.
+        """
+        self.state = State.STARTING
+        self.started = self.closing = False
+        self.reason = self.actor = self.loop = None
+        self.fence = Fence(self.path, self.runtime.fence)
+        current_fence.set(self.fence)
+        outer = self.outer = trio.CancelScope(deadline=trio.current_time() + self.child.start_timeout_s)
+        inner = self.inner = trio.CancelScope()
+        escaped: BaseException | None = None
+        try:
+            try:
+                with outer, inner:
+                    await self._body()
+            except BaseException as exc:
+                escaped = exc
+            if inner.cancelled_caught and self.closing:
+                _logger.warning("%s: its clean-up was cut short after %g s", self.path, self.shutdown_s)
+            exit_ = self._verdict(escaped)
+            self._note(exit_)
+            if self.ref is not None:
+                self.ref._mailbox.end(exit_)
+            rest = cancelled_part(escaped)
+            if rest is not None:
+                raise rest
+            if exit_.exception is not None and not isinstance(exit_.exception, Exception):
+                raise exit_.exception
+            return exit_
+        finally:
+            del escaped
+
+    async def _body(self) -> None:
+        start = self.child.start
+        if self.branch is not None:
+            await self.branch.run(self)
+        elif self.kind == "task":
+            await start(task_status=_Started(self))  # type: ignore[call-arg,misc,operator]  # kind says which it is
+        else:
+            actor = start()  # type: ignore[call-arg,operator]  # kind says which it is
+            if not isinstance(actor, Actor):
+                if inspect.iscoroutine(actor):
+                    actor.close()
+                raise TypeError(f"{self.path}: {start!r} made {actor!r}, which is no Actor")
+            await live(self, actor)
+
+    def mark_started(self) -> None:
+        """From here on the child is shielded, and its failures are its supervisor's."""
+        if self.started or self.closing or self.outer.cancel_called:
+            return
+        self.started = self.started_once = True
+        self.state = State.RUNNING
+        self.outer.deadline = math.inf
+        self.inner.shield = True
+        self.settled.set()
+
+    def begin_end(self) -> None:
+        """From here on nothing but the budget cuts the clean-up short."""
+        if not self.closing:
+            self.closing = True
+            self.state = State.STOPPING
+            self.inner.shield = True
+            self.inner.deadline = trio.current_time() + self.shutdown_s
+
+    def fail(self, exc: BaseException) -> None:
+        """The first failure is the reason of the end, and answers all askers at once."""
+        error = flatten(exc)
+        if self.reason is None and error is not None:
+            expected = self.stop_requested and isinstance(error, Exception)
+            self.reason = Exit(ExitKind.STOPPED if expected else ExitKind.CRASHED, error)
+            if self.ref is not None:
+                self.ref._mailbox.close(self.reason, keep_tells=self._keeps_tells())
+
+    def interrupt(self) -> None:
+        """Makes an actor end now."""
+        if self.loop is not None:
+            self.loop.cancel()
+        elif not self.closing:
+            self.outer.cancel()
+
+    def request_stop(self) -> None:
+        """Asks for the end and returns; `ended` is set when it has come."""
+        if self.stop_requested or self.state in (State.NEW, State.EXITED):
+            return
+        self.stop_requested = True
+        if self.state is not State.GIVING_UP:
+            self.state = State.STOPPING
+        if self.ref is not None and self.started and not self.closing:
+            if self.reason is None:
+                self.ref._mailbox.close(Exit(ExitKind.STOPPED))
+            self.inner.deadline = trio.current_time() + self.shutdown_s
+            self.interrupt()
+        elif not self.closing:
+            self.outer.cancel()
+            self.inner.shield = False
+
+    def kill(self) -> None:
+        """As if by `kill -9`: the doors first, then the tasks."""
+        if self.branch is not None:
+            for cell in self.branch.cells():
+                cell.kill()
+        if self.state not in (State.STARTING, State.RUNNING, State.STOPPING):
+            return
+        self.fence.closed = True
+        if self.reason is None:
+            self.reason = Exit(ExitKind.KILLED)
+            if self.ref is not None:
+                self.ref._mailbox.close(self.reason, keep_tells=self._keeps_tells())
+        if self.ref is not None:
+            self.interrupt()
+        else:
+            self.outer.cancel()
+            self.inner.shield = False
+
+    def restarts_after(self, exit_: Exit) -> bool:
+        if self.stop_requested:
+            return False
+        if self.child.restart is PERMANENT:
+            return True
+        return self.child.restart is TRANSIENT and exit_.abnormal
+
+    def since_birth(self) -> float:
+        return round(trio.current_time() - self.runtime.born_s, 6)
+
+    def tree(self) -> dict[str, Any]:
+        node: dict[str, Any] = {
+            "name": self.child.name,
+            "path": self.path,
+            "kind": self.kind,
+            "state": str(self.state),
+            "restart": self.child.restart.value,
+            "restarts": self.restarts,
+            "exits": [{"at_s": at_s, "reason": reason} for at_s, reason in self.history or ()],
+        }
+        if self.ref is not None:
+            mailbox = self.ref._mailbox
+            node["mailbox"] = {"depth": len(mailbox.queue), "capacity": mailbox.capacity}
+        if self.branch is not None:
+            node |= self.branch.statistics()
+            node["children"] = [cell.tree() for cell in self.branch.cells()]
+        return node
+
+    def inspect(self) -> dict[str, Any]:
+        node = self.tree()
+        if self.ref is not None:
+            mailbox = self.ref._mailbox
+            node["mailbox"] = mailbox.statistics()
+            node["recent"] = [kind.__qualname__ for kind in mailbox.recent]
+            actor = self.actor if self.state is State.RUNNING else None
+            if actor is not None:
+                node["tasks"] = [task.name for task in actor.ctx._tasks]
+                node["actor"] = dict(actor.inspect())
+        return node
+
+    def _keeps_tells(self) -> bool:
+        return self.actor is not None and self.actor.keeps_tells and not self.stop_requested
+
+    def _verdict(self, escaped: BaseException | None) -> Exit:
+        if self.reason is not None:
+            return self.reason
+        error = flatten(escaped)
+        if error is not None and not (self.stop_requested and isinstance(error, Exception)):
+            return Exit(ExitKind.CRASHED, error)
+        if self.stop_requested:
+            return Exit(ExitKind.STOPPED, error)
+        if self.started:
+            return Exit(ExitKind.NORMAL if escaped is None else ExitKind.STOPPED)
+        if escaped is not None:
+            return Exit(ExitKind.STOPPED)
+        if self.outer.cancel_called:
+            limit_s = self.child.start_timeout_s
+            return Exit(ExitKind.CRASHED, StartTimeout(f"{self.path} has not started within {limit_s:g} s"))
+        return Exit(ExitKind.CRASHED, StartFailed(f"{self.path} ended without having said that it started"))
+
+    def _note(self, exit_: Exit) -> None:
+        self.exit = exit_
+        self.actor = None
+        if exit_.kind is ExitKind.STOPPED and exit_.exception is None:
+            return
+        if self.history is None:
+            self.history = deque(maxlen=_HISTORY)
+        self.history.append((self.since_birth(), str(exit_)))
+        if exit_.abnormal and self.started:
+            _logger.warning("%s %s", self.path, exit_, exc_info=exit_.exception)
+        elif exit_.exception is not None:
+            _logger.info("%s %s", self.path, exit_, exc_info=exit_.exception)
+
+
+def _is_async(start: object) -> bool:
+    return inspect.iscoroutinefunction(start) or inspect.iscoroutinefunction(type(start).__call__)
+
+
+@final
+class _Started:
+    __slots__ = ("_cell",)
+
+    def __init__(self, cell: Cell) -> None:
+        self._cell = cell
+
+    def started(self, value: None = None, /) -> None:
+        self._cell.mark_started()

@@ -1,0 +1,94 @@
+"""The address of an actor."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
+
+from trio import CancelScope, current_time
+from trio.lowlevel import checkpoint, current_task
+
+from ._errors import AskTimeout, SelfAsk
+from ._fence import current_fence
+from ._mailbox import Ask, Mailbox
+from ._message import R, Request
+
+if TYPE_CHECKING:
+    from ._actor import Actor
+    from ._cell import Cell
+
+A_co = TypeVar("A_co", bound="Actor", covariant=True)
+
+
+@final
+class Ref(Generic[A_co]):
+    """Where to send what is meant for one actor. It stays the same over restarts; two of one actor are one object.
+
+    It has no public constructor: take `Child.ref`, `ctx.self_ref` or what `start_child` returns.
+    """
+
+    __slots__ = ("__weakref__", "_cell", "_mailbox")
+
+    def __init__(self, cell: Cell) -> None:
+        self._cell = cell
+        self._mailbox = Mailbox(self)
+
+    @property
+    def name(self) -> str:
+        """The path in the tree, such as `vms/demo`."""
+        return self._cell.path
+
+    def tell(self, message: object, /) -> None:
+        """Puts a message into the mailbox and returns. Nobody says whether it is handled.
+
+        :raises MailboxFull: there is no room.
+        :raises ActorDown: no incarnation takes messages now.
+        :raises Unhandled: the actor has no handler for it.
+        :raises Fenced: see `check_fence`.
+        """
+        fence = current_fence.get()
+        if fence is not None:
+            fence.check()
+        self._mailbox.tell(message)
+
+    async def ask(self, message: Request[R], /, *, timeout_s: float) -> R:
+        """Sends a request and waits for its reply; when the mailbox is full, first for room.
+
+        `timeout_s` covers both; `math.inf` waits until the target answers or dies. An asker that leaves withdraws
+        the message, unless a handler has begun with it.
+
+        :raises AskTimeout: no reply in time.
+        :raises ActorDown: the target is down, or went down before it replied.
+        :raises SelfAsk: an actor asked itself from its own handler.
+        :raises Unhandled: the actor has no handler for it.
+        :raises Fenced: see `check_fence`.
+
+        Besides, whatever the request declares in `raises`, and what a handler hands to `Deferred.fail`.
+        """
+        fence = current_fence.get()
+        if fence is not None:
+            fence.check()
+        mailbox = self._mailbox
+        task = current_task()
+        if task is mailbox.task:
+            raise SelfAsk(self.name)
+        if type(message) not in mailbox.handlers:
+            await checkpoint()
+            raise mailbox.refusal(message)
+        ask = Ask(mailbox, message, task)
+        mailbox.put(ask)
+        if timeout_s == math.inf:
+            reply: R = await ask.wait()
+            return reply
+        with CancelScope(deadline=current_time() + timeout_s) as scope:
+            reply = await ask.wait()
+        if scope.cancelled_caught:
+            raise AskTimeout(self.name, type(message).__qualname__, timeout_s, ask.begun)
+        return reply
+
+    def inspect(self) -> dict[str, Any]:
+        """What there is to know about the actor now, ready for JSON."""
+        return self._cell.inspect()
+
+    def __repr__(self) -> str:
+        return f"<Ref {self.name} ({self._cell.state})>"

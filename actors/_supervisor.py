@@ -1,0 +1,454 @@
+"""Supervisors: who starts, restarts and stops whom.
+
+A child has one task in its supervisor's nursery, its keeper, for as long as the supervisor wants it. Where children are
+independent (one_for_one, dynamic) the keeper itself restarts its child, so that the slow start or the back-off of
+one delays no other. OTP's supervisor is one process that does this in turn, and a child whose `init` hangs keeps the
+others down. Where children depend on each other (one_for_all, rest_for_one) the supervisor's own task restarts them,
+strictly in order.
+
+A supervisor is a child like any other: a function that says when it has started, and that on cancellation stops its
+children in reverse before it ends.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import enum
+import inspect
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import Any, Final, TypeAlias, final, overload
+
+import trio
+
+from ._cell import TEMPORARY, A, Branch, Cell, Child, State
+from ._errors import ActorDown, NameTaken, NoSuchChild, TooManyRestarts
+from ._exit import Exit, ExitKind
+from ._fence import check_fence
+from ._ref import Ref
+
+_GRACE_S: Final = 1.0
+"""How much longer than its budget a child is waited for, before its supervisor turns to the next."""
+_REMEMBERED: Final = 16
+_logger = logging.getLogger("actors")
+
+
+class Strategy(enum.Enum):
+    """Who is restarted when a child of a `Supervisor` has to be."""
+
+    ONE_FOR_ONE = "one_for_one"
+    """That child."""
+    ONE_FOR_ALL = "one_for_all"
+    """All children."""
+    REST_FOR_ONE = "rest_for_one"
+    """That child and those that were started after it."""
+
+
+ONE_FOR_ONE = Strategy.ONE_FOR_ONE
+ONE_FOR_ALL = Strategy.ONE_FOR_ALL
+REST_FOR_ONE = Strategy.REST_FOR_ONE
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How long a restart waits. The first within the intensity's period does not; each further one waits longer.
+
+    The n-th waits `base_s * factor ** (n - 2)`, at most `cap_s`; the system's rng takes up to half of that away.
+    """
+
+    base_s: float = 0.1
+    factor: float = 2.0
+    cap_s: float = 10.0
+
+    def delay_s(self, restart: int, rng: Random) -> float:
+        """The delay in seconds before the `restart`-th restart (1 is the first)."""
+        if restart <= 1:
+            return 0.0
+        limit_s = min(self.cap_s, self.base_s * self.factor ** min(restart - 2, 64))
+        return limit_s * (1 - rng.random() / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp:
+    """A `DynamicSupervisor` has given up a child: it crashed more often than the intensity allows."""
+
+    name: str
+    reason: Exit
+
+
+class _Supervisor(Branch):
+    def __init__(self, intensity: int, period_s: float, backoff: Backoff) -> None:
+        if intensity < 0 or not period_s > 0:
+            raise ValueError(f"intensity must be at least 0 and period_s positive, not {intensity} and {period_s}")
+        self.intensity = intensity
+        self.period_s = period_s
+        self._backoff = backoff
+        self._cell: Cell | None = None
+        self._nursery: trio.Nursery | None = None
+        self._context = contextvars.Context()
+
+    async def run(self, cell: Cell) -> None:
+        self._cell = cell
+        self._context = contextvars.copy_context()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                await self._start_all()
+                cell.mark_started()
+                await self._watch()
+            finally:
+                self._nursery = None
+                await self._stop_all()
+
+    async def _start_all(self) -> None:
+        """Starts the children that are there from the beginning."""
+
+    async def _watch(self) -> None:
+        """Runs until the supervisor is cancelled or fails."""
+        await trio.sleep_forever()
+
+    async def _stop_all(self) -> None:
+        raise NotImplementedError
+
+    async def _launch(self, cell: Cell) -> None:
+        """Starts a child; what goes wrong until it has started comes out here, and then nothing of it is left."""
+        nursery, parent = self._nursery, self._cell
+        if nursery is None or parent is None:
+            raise self._down()
+        cell.prepare(parent, parent.runtime)
+        self._context.run(partial(nursery.start_soon, self._keep, cell, name=cell.path))
+        try:
+            await cell.settled.wait()
+        except trio.Cancelled:
+            if not cell.settled.is_set():
+                cell.request_stop()
+                await _wait_for([cell])
+            raise
+        if not cell.started_once:
+            await cell.ended.wait()
+            assert cell.start_error is not None
+            raise cell.start_error
+
+    def _down(self) -> ActorDown:
+        cell = self._cell
+        if cell is None:
+            return ActorDown(self.kind, Exit(ExitKind.UNBORN))
+        return ActorDown(cell.path, cell.exit or Exit(ExitKind.STOPPED))
+
+    async def _keep(self, cell: Cell) -> None:
+        try:
+            while True:
+                exit_ = await cell.incarnate()
+                if not cell.started_once or not self._wants_back(cell, exit_):
+                    break
+                window = self._window_of(cell)
+                if not self._admit(window):
+                    await self._give_up(cell, exit_)
+                    break
+                await self._back_off(cell, len(window))
+                if cell.stop_requested:
+                    break
+                cell.restarts += 1
+        except BaseException as exc:
+            cell.start_error = exc
+            raise
+        finally:
+            self._ended(cell)
+
+    async def _back_off(self, cell: Cell, restart: int) -> None:
+        assert self._cell is not None
+        cell.state = State.RESTARTING
+        with trio.CancelScope() as cell.outer:
+            await trio.sleep(self._backoff.delay_s(restart, self._cell.runtime.rng))
+
+    def _admit(self, window: deque[float]) -> bool:
+        """Counts a restart; whether it is within the intensity. As in OTP the period includes both its ends."""
+        now = trio.current_time()
+        window.append(now)
+        while window[0] < now - self.period_s:
+            window.popleft()
+        return len(window) <= self.intensity
+
+    def _wants_back(self, cell: Cell, exit_: Exit) -> bool:
+        return cell.restarts_after(exit_)
+
+    def _window_of(self, cell: Cell) -> deque[float]:
+        return cell.window
+
+    async def _give_up(self, cell: Cell, exit_: Exit) -> None:
+        raise NotImplementedError
+
+    def _ended(self, cell: Cell) -> None:
+        cell.state = State.EXITED
+        if cell.ref is not None:
+            cell.ref._mailbox.end(cell.exit or Exit(ExitKind.STOPPED))
+        if not cell.started_once and cell.start_error is None:
+            exit_ = cell.exit or Exit(ExitKind.STOPPED)
+            stopped = exit_.exception is None or cell.stop_requested
+            cell.start_error = ActorDown(cell.path, exit_) if stopped else exit_.exception
+        cell.settled.set()
+        cell.ended.set()
+
+
+@final
+class Supervisor(_Supervisor):
+    """Starts its children in order, keeps them by the strategy, and stops them in reverse.
+
+    More than `intensity` restarts within `period_s`, all children together, and it stops them and fails itself with
+    `TooManyRestarts`: then it is its own supervisor's turn. If a child cannot be started at first, neither can it.
+
+    :raises ValueError: two children of one name, or an intensity or period out of range.
+    """
+
+    kind = "supervisor"
+
+    def __init__(
+        self,
+        strategy: Strategy = ONE_FOR_ONE,
+        *,
+        intensity: int = 3,
+        period_s: float = 30.0,
+        children: Iterable[Child[Any]],
+        backoff: Backoff = Backoff(),  # frozen
+    ) -> None:
+        super().__init__(intensity, period_s, backoff)
+        self.strategy = strategy
+        self._cells = [child._cell for child in children]
+        names = [cell.child.name for cell in self._cells]
+        for name in names:
+            if names.count(name) > 1:
+                raise NameTaken(f"two children are called {name}")
+        self._window: deque[float] = deque()
+        self._failure: TooManyRestarts | None = None
+        self._fallen: list[Cell] = []
+        self._wake = trio.Event()
+
+    def cells(self) -> Sequence[Cell]:
+        return self._cells
+
+    def shutdown_s(self) -> float:
+        return sum(cell.shutdown_s for cell in self._cells) + _GRACE_S
+
+    def statistics(self) -> dict[str, Any]:
+        return {"strategy": self.strategy.value, "intensity": self.intensity, "period_s": self.period_s}
+
+    async def _start_all(self) -> None:
+        self._failure = None
+        self._fallen.clear()
+        self._window.clear()
+        self._wake = trio.Event()
+        for cell in self._cells:
+            await self._launch(cell)
+
+    async def _stop_all(self) -> None:
+        for cell in reversed(self._cells):
+            cell.request_stop()
+            await _wait_for([cell])
+
+    async def _watch(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            if self._failure is not None:
+                raise self._failure
+            while self._fallen:
+                await self._restart_group()
+
+    async def _restart_group(self) -> None:
+        """Stops whoever is affected, in reverse, and starts them again in order, as far as that goes.
+
+        Whoever falls meanwhile is in `_fallen` again. Since the lowest one that fell decides, and a start that fails
+        leaves only later ones unstarted, no child is forgotten.
+        """
+        lowest = min(self._cells.index(cell) for cell in self._fallen)
+        self._fallen.clear()
+        fallen = self._cells[lowest]
+        if not self._admit(self._window):
+            raise self._too_many(fallen, fallen.exit or Exit(ExitKind.STOPPED))
+        affected = self._cells if self.strategy is ONE_FOR_ALL else self._cells[lowest:]
+        for cell in reversed(affected):
+            cell.request_stop()
+            await _wait_for([cell])
+        assert self._cell is not None
+        await trio.sleep(self._backoff.delay_s(len(self._window), self._cell.runtime.rng))
+        for cell in affected:
+            if self._fallen:
+                return
+            if cell.child.restart is TEMPORARY:
+                continue
+            cell.restarts += 1
+            try:
+                await self._launch(cell)
+            except Exception as exc:
+                _logger.warning("%s could not be restarted", cell.path, exc_info=exc)
+                self._fallen.append(cell)
+
+    def _wants_back(self, cell: Cell, exit_: Exit) -> bool:
+        wanted = cell.restarts_after(exit_)
+        if wanted and self.strategy is not ONE_FOR_ONE:
+            self._fallen.append(cell)
+            self._wake.set()
+            return False
+        return wanted
+
+    def _window_of(self, cell: Cell) -> deque[float]:
+        return self._window
+
+    async def _give_up(self, cell: Cell, exit_: Exit) -> None:
+        if self._failure is None:
+            self._failure = self._too_many(cell, exit_)
+        self._wake.set()
+
+    def _too_many(self, cell: Cell, exit_: Exit) -> TooManyRestarts:
+        error = TooManyRestarts(cell.path, self.intensity, self.period_s, exit_)
+        error.__cause__ = exit_.exception
+        return error
+
+
+Told: TypeAlias = "Callable[[GaveUp], Awaitable[None] | None] | Ref[Any]"
+
+
+@final
+class DynamicSupervisor(_Supervisor):
+    """Children that come and go, each for itself. The object is the door: hand it to whoever starts children.
+
+    The intensity counts per child, and is never escalated. A child that crashes more than `intensity` times within
+    `period_s` is given up: it is told to `gave_up` (a function, also an async one with `gave_up_timeout_s` to
+    finish, or the ref of an actor that handles `GaveUp`), then its name is free. No other child notices.
+
+    They are stopped all at once, the youngest first, since none depends on another.
+    """
+
+    kind = "dynamic supervisor"
+
+    def __init__(
+        self,
+        *,
+        intensity: int = 3,
+        period_s: float = 60.0,
+        gave_up: Told | None = None,
+        gave_up_timeout_s: float = 30.0,
+        backoff: Backoff = Backoff(),  # frozen
+    ) -> None:
+        super().__init__(intensity, period_s, backoff)
+        self._told = gave_up
+        self._told_timeout_s = gave_up_timeout_s
+        self._cells: dict[str, Cell] = {}
+        self._given_up: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
+        self._given_up_total = 0
+
+    def cells(self) -> Sequence[Cell]:
+        return list(self._cells.values())
+
+    def shutdown_s(self) -> float:
+        return max((cell.shutdown_s for cell in self._cells.values()), default=0.0) + _GRACE_S
+
+    def statistics(self) -> dict[str, Any]:
+        return {
+            "intensity": self.intensity,
+            "period_s": self.period_s,
+            "given_up_total": self._given_up_total,
+            "given_up": list(self._given_up),
+        }
+
+    @overload
+    async def start_child(self, child: Child[A]) -> Ref[A]: ...
+    @overload
+    async def start_child(self, child: Child[None]) -> None: ...
+    async def start_child(self, child: Child[Any]) -> Ref[Any] | None:
+        """Starts a child and returns once it has started: the ref of an actor, else None.
+
+        Whatever it raises before it has started is raised here, and then nothing of it is left. So it is when
+        the caller is cancelled before.
+
+        :raises NameTaken: a child of that name lives.
+        :raises StartTimeout: it took longer than its `start_timeout_s`.
+        :raises ActorDown: this supervisor does not run, or the child was stopped while it was starting.
+        :raises Fenced: see `check_fence`.
+        """
+        check_fence()
+        cell = child._cell
+        if self._nursery is None:
+            raise self._down()
+        if child.name in self._cells:
+            raise NameTaken(f"a child of {self._path} is already called {child.name}")
+        if cell.alive:
+            raise RuntimeError(f"{cell.path} lives already; one Child cannot be in two places")
+        self._cells[child.name] = cell
+        await self._launch(cell)
+        return cell.ref
+
+    async def stop_child(self, name: str) -> None:
+        """Stops a child and waits until nothing of it is left. Its name is free then.
+
+        :raises NoSuchChild: there is none of that name.
+        :raises TimeoutError: it did not end within its budget; it goes on ending.
+        :raises Fenced: see `check_fence`.
+        """
+        check_fence()
+        cell = self._cells.get(name)
+        if cell is None:
+            raise NoSuchChild(f"{self._path} has no child called {name}")
+        cell.request_stop()
+        with trio.move_on_after(cell.shutdown_s + _GRACE_S):
+            await cell.ended.wait()
+            return
+        raise TimeoutError(f"{cell.path} has not ended within its {cell.shutdown_s:g} s")
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the children, in the order in which they were started."""
+        return list(self._cells)
+
+    @property
+    def _path(self) -> str:
+        return self.kind if self._cell is None else self._cell.path
+
+    async def _stop_all(self) -> None:
+        cells = list(reversed(self._cells.values()))
+        for cell in cells:
+            cell.request_stop()
+        await _wait_for(cells)
+
+    async def _give_up(self, cell: Cell, exit_: Exit) -> None:
+        _logger.error("%s is given up: more than %d restarts in %g s", cell.path, self.intensity, self.period_s)
+        self._given_up_total += 1
+        self._given_up.append({"name": cell.child.name, "at_s": cell.since_birth(), "reason": str(exit_)})
+        cell.state = State.GIVING_UP
+        told = self._told
+        if told is None:
+            return
+        message = GaveUp(cell.child.name, exit_)
+        with trio.CancelScope(deadline=trio.current_time() + self._told_timeout_s) as cell.outer:
+            try:
+                if isinstance(told, Ref):
+                    told.tell(message)
+                else:
+                    pending = told(message)
+                    if inspect.isawaitable(pending):
+                        await pending
+            except Exception:
+                _logger.exception("%s is given up, but nobody could be told", cell.path)
+        if cell.outer.cancelled_caught:
+            _logger.error("%s is given up, but telling so was cut short", cell.path)
+
+    def _ended(self, cell: Cell) -> None:
+        if self._cells.get(cell.child.name) is cell:
+            del self._cells[cell.child.name]
+        super()._ended(cell)
+
+
+async def _wait_for(cells: Sequence[Cell]) -> None:
+    """Waits, shielded, until all have ended, or the longest of their budgets is spent."""
+    budget_s = max((cell.shutdown_s for cell in cells if cell.alive), default=0.0) + _GRACE_S
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + budget_s):
+        for cell in cells:
+            if cell.alive:
+                await cell.ended.wait()
+    for cell in cells:
+        if cell.alive:
+            _logger.error("%s has not ended within its budget, and cannot be forced to", cell.path)

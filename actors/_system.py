@@ -1,0 +1,159 @@
+"""A tree of supervisors, embedded in any Trio program as an async context manager."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any, final
+
+import trio
+
+from ._cell import PERMANENT, Cell, Child, Runtime, State
+from ._exit import flatten
+from ._supervisor import DynamicSupervisor, Supervisor
+
+
+@final
+class System:
+    """A running tree. It has no public constructor: `open_system` makes it."""
+
+    __slots__ = ("_root", "_runtime")
+
+    def __init__(self, root: Cell, runtime: Runtime) -> None:
+        self._root = root
+        self._runtime = runtime
+
+    @property
+    def name(self) -> str:
+        """What the system is called."""
+        return self._runtime.name
+
+    @property
+    def rng(self) -> Random:
+        """The one source of chance in the runtime."""
+        return self._runtime.rng
+
+    def __getitem__(self, path: str) -> Any:
+        """What is at a path such as `vms/demo`: the ref of an actor, a supervisor, or the `Child` of a function.
+
+        For people and tests. An actor gets the refs that it uses through its constructor.
+
+        :raises KeyError: nothing is there.
+        """
+        cell = self._find(path)
+        return cell.ref or cell.branch or cell.child
+
+    def whole(self) -> bool:
+        """Whether every child that is there from the beginning runs; those of dynamic supervisors don't count."""
+        return _whole(self._root)
+
+    def tree(self) -> dict[str, Any]:
+        """The whole tree, ready for JSON. Times are seconds since the system began."""
+        return {**self._root.tree(), "name": self.name, "age_s": self._root.since_birth()}
+
+    def format_tree(self) -> str:
+        """The whole tree, as text for people."""
+        return "\n".join(_lines(self.tree(), "", ""))
+
+    def kill(self, path: str) -> None:
+        """One incarnation dies as if by `kill -9`, for tests; of a supervisor, with everything under it.
+
+        Its doors are closed first (`check_fence`), so what its clean-up does has no effect. Then its supervisor
+        treats it as a crash. `""` is the whole system: then nothing is restarted, and the block of `open_system`
+        still has to be left.
+
+        :raises KeyError: nothing is there.
+        """
+        if not path:
+            self._runtime.fence.closed = True
+            self._root.request_stop()
+        else:
+            self._find(path).kill()
+
+    def _find(self, path: str) -> Cell:
+        cell, rest = self._root, path
+        while rest:
+            for child in cell.branch.cells() if cell.branch is not None else ():
+                name = child.child.name
+                if rest == name or rest.startswith(name + "/"):
+                    cell, rest = child, rest[len(name) + 1 :]
+                    break
+            else:
+                raise KeyError(path)
+        return cell
+
+
+@asynccontextmanager
+async def open_system(
+    root: Supervisor | DynamicSupervisor, *, rng: Random | None = None, name: str = "system"
+) -> AsyncIterator[System]:
+    """Starts a tree, hands out its `System`, and stops it in reverse order when the block is left, however it is left.
+
+    When the root gives up, the block is cancelled, and `TooManyRestarts` comes out of it. What a child raises while
+    the tree is started comes out as it is.
+    """
+    cell = Child(name, root)._cell
+    runtime = Runtime(name, rng or Random())
+    cell.prepare(None, runtime)
+    cell.path = ""
+    body = trio.CancelScope()
+
+    async def keep() -> None:
+        try:
+            await cell.incarnate()
+        finally:
+            cell.state = State.EXITED
+            cell.settled.set()
+            cell.ended.set()
+            body.cancel()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep, name=name)
+            try:
+                await cell.settled.wait()
+                if cell.started_once:
+                    with body:
+                        yield System(cell, runtime)
+            finally:
+                cell.request_stop()
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + cell.shutdown_s):
+                    await cell.ended.wait()
+            if cell.exit is not None and cell.exit.abnormal and cell.exit.exception is not None:
+                raise cell.exit.exception
+    except BaseExceptionGroup as group:
+        error = flatten(group)
+        if error is None or isinstance(error, BaseExceptionGroup):
+            raise
+        raise error from error.__cause__
+
+
+def _whole(cell: Cell) -> bool:
+    if cell.state is not State.RUNNING:
+        return cell.state is State.EXITED and cell.child.restart is not PERMANENT and _content(cell)
+    if isinstance(cell.branch, Supervisor):
+        return all(_whole(child) for child in cell.branch.cells())
+    return True
+
+
+def _content(cell: Cell) -> bool:
+    return cell.exit is not None and not cell.exit.abnormal
+
+
+def _lines(node: dict[str, Any], first: str, rest: str) -> list[str]:
+    words = [node["name"], f"[{node['kind']}]", node["state"]]
+    if node["restarts"]:
+        words.append(f"{node['restarts']} restarts")
+    mailbox = node.get("mailbox")
+    if mailbox and mailbox["depth"]:
+        words.append(f"mailbox {mailbox['depth']}/{mailbox['capacity']}")
+    if node["exits"]:
+        last = node["exits"][-1]
+        words.append(f"(at {last['at_s']:.1f} s {last['reason'].splitlines()[0]})")
+    lines = [first + " ".join(words)]
+    children = node.get("children", [])
+    for child in children:
+        last_one = child is children[-1]
+        lines += _lines(child, rest + ("└─ " if last_one else "├─ "), rest + ("   " if last_one else "│  "))
+    return lines
