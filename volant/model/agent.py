@@ -174,7 +174,8 @@ DAEMON_PREFIX: Final = "/v1/daemon/"
 DAEMON_WORKLOAD: Final = "/v1/daemon/workload"
 """`PUT` a `WorkloadSpec`: the same one again is fine, another one is a 409. `GET`: the `WorkloadStatus`."""
 DAEMON_WATCH: Final = "/v1/daemon/watch"
-"""`GET`: NDJSON, the `WorkloadStatus` now and at each change of `state`, `pid` or `restarts`, until the client leaves."""
+"""`GET`: NDJSON, the `WorkloadStatus` now and at each change of `state`, `pid` or `restarts`, until the client
+leaves."""
 DAEMON_LOGS: Final = "/v1/daemon/logs"
 """`GET ?stdout=POS&stderr=POS`: log frames from those positions on (default 0), until the client leaves or the guest
 shuts down. One reader at a time: a new one ends the one before. The answer's header `Volant-Log-Id` changes when the

@@ -1,0 +1,302 @@
+"""PID 1.
+
+A Python program rather than BusyBox's init: the agent is Python anyway, so PID 1 starts the one interpreter that a boot
+has to wait for, and forks the agent from it for free; with BusyBox's init the boot would pay for a shell, an inittab
+and then the same interpreter. A respawn is a fork too. BusyBox's init waits fixed seconds while it shuts down, respawns
+for ever, and does not tell a shutdown that hangs from one that is done. What speaks against Python is that an exception
+here is a kernel panic: so this module is short, imports next to nothing, and does the rest through BusyBox. A panic
+is what the daemon can see best, so that is also how PID 1 gives up.
+
+Order decides how long a boot takes: first what the agent needs to be reached, then the fork, then everything else while
+the agent starts.
+"""
+
+# ruff: noqa: PTH102, PTH103, PTH123, PTH208, PTH211, S606 - pathlib would cost every boot more than this module does
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+BUSYBOX = "/usr/bin/busybox"
+GRACE_FILE = "/run/volant/grace"
+"""The agent writes there how many seconds of grace processes have, before it signals PID 1."""
+
+_RESPAWNS = 5
+_RESPAWN_WINDOW_S = 60.0
+_MAX_GRACE_S = 600.0
+_AFTER_KILL_S = 3.0
+_ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+}
+_FIRST_MOUNTS = """\
+proc /proc proc nosuid,nodev,noexec 0 0
+sysfs /sys sysfs nosuid,nodev,noexec 0 0
+devtmpfs /dev devtmpfs nosuid,mode=0755 0 0
+tmpfs /run tmpfs nosuid,nodev,mode=0755 0 0
+tmpfs /tmp tmpfs nosuid,nodev,mode=1777 0 0
+"""
+_LATER_MOUNTS = """\
+devpts /dev/pts devpts nosuid,noexec,gid=5,mode=0620,ptmxmode=0666 0 0
+tmpfs /dev/shm tmpfs nosuid,nodev,mode=1777 0 0
+cgroup2 /sys/fs/cgroup cgroup2 nosuid,nodev,noexec,nsdelegate 0 0
+"""
+_VIRTIO_MODULES = {1: "virtio_net", 2: "virtio_blk", 4: "virtio_rng", 19: "vmw_vsock_virtio_transport"}
+_VIRTIO_VSOCK = 19
+_PVPANIC = ("0x1b36", "0x0011")
+
+
+def main() -> NoReturn:
+    """Bring the guest up, keep the agent running, and power off when told to."""
+    if os.getpid() != 1:
+        raise SystemExit("this is PID 1's program")
+    os.environ.clear()
+    os.environ.update(_ENVIRONMENT)
+    os.umask(0o022)
+    signals = {signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR2, signal.SIGPWR}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    _mount(_FIRST_MOUNTS)
+    os.mkdir("/run/volant", 0o700)
+    _set_hostname(_parameter("volant.hostname"))
+    _loopback_up()
+    _modules_for_the_channel()
+    agent = _start_agent(signals)
+    _later()
+    starts = [time.monotonic()]
+    while True:
+        got = signal.sigwait(signals)
+        if got != signal.SIGCHLD:
+            _shut_down()
+        for pid in _reap():
+            if pid == agent:
+                agent = _respawn(signals, starts)
+
+
+def _say(text: str) -> None:
+    try:
+        os.write(2, f"volant: {text}\n".encode(errors="replace"))
+    except OSError:
+        pass
+
+
+def _run(arguments: list[str]) -> int:
+    """Run BusyBox to its end, in front of everything else; return its exit code."""
+    pid = os.posix_spawn(BUSYBOX, ["busybox", *arguments], os.environ, setsigmask=())
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _mount(table: str) -> None:
+    with open("/etc/fstab", "w") as handle:
+        handle.write(table)
+    if _run(["mount", "-a"]) != 0:
+        _say("a file system can't be mounted")
+
+
+def _parameter(name: str) -> str:
+    """Return a kernel parameter of ours, or an empty text."""
+    try:
+        with open("/proc/cmdline") as handle:
+            words = handle.read(65536).split()
+    except OSError:
+        return ""
+    for word in reversed(words):
+        if word.startswith(name + "="):
+            return word[len(name) + 1 :]
+    return ""
+
+
+def _set_hostname(name: str) -> None:
+    if not name or len(name) > 63 or not name.replace("-", "").isalnum() or not name.isascii():
+        return
+    try:
+        with open("/proc/sys/kernel/hostname", "w") as handle:
+            handle.write(name)
+    except OSError as error:
+        _say(f"the host name can't be set: {error}")
+
+
+def _loopback_up() -> None:
+    # Opening the socket through _socket alone: the module around it costs ten times as much to import.
+    import _socket
+    import fcntl
+    import struct
+
+    try:
+        control = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
+        try:
+            request = struct.pack("16sH14x", b"lo", 0x1 | 0x40)  # IFF_UP | IFF_RUNNING
+            fcntl.ioctl(control.fileno(), 0x8914, request)  # SIOCSIFFLAGS
+        finally:
+            control.close()
+    except OSError as error:
+        _say(f"lo can't be brought up: {error}")
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as handle:
+            return handle.read(4096).strip()
+    except OSError:
+        return ""
+
+
+def _list(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []
+
+
+def _virtio_ids() -> set[int]:
+    base = "/sys/bus/virtio/devices"
+    texts = [_read(f"{base}/{name}/device") for name in _list(base)]
+    return {int(text, 16) for text in texts if text}
+
+
+def _modules_for_the_channel() -> None:
+    """Load what the agent can't be reached without."""
+    with open("/proc/cmdline") as handle:
+        devices = [word for word in handle.read(65536).split() if word.startswith("virtio_mmio.device=")]
+    if devices or any(name.startswith("LNRO0005") for name in _list("/sys/bus/acpi/devices")):
+        _load(["virtio_mmio"], {"virtio_mmio": [word.split(".", 1)[1] for word in devices]})
+    if _VIRTIO_VSOCK in _virtio_ids():
+        _load([_VIRTIO_MODULES[_VIRTIO_VSOCK]])
+
+
+def _later() -> None:
+    """Do the rest while the agent starts: what fails here is said on the console and costs no more than itself."""
+    try:
+        modules = []
+        base = "/sys/bus/pci/devices"
+        for name in _list(base):
+            if (_read(f"{base}/{name}/vendor"), _read(f"{base}/{name}/device")) == _PVPANIC:
+                modules = ["pvpanic", "pvpanic_pci"]
+        present = _virtio_ids() - {_VIRTIO_VSOCK}
+        _load(modules + [_VIRTIO_MODULES[number] for number in sorted(present) if number in _VIRTIO_MODULES])
+        for path in ("/dev/pts", "/dev/shm"):
+            os.makedirs(path, exist_ok=True)
+        _mount(_LATER_MOUNTS)
+        for link, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
+            if not os.path.lexists(f"/dev/{link}"):
+                os.symlink(f"/proc/self/{target}", f"/dev/{link}")
+    except OSError as error:
+        _say(f"the guest is not set up completely: {error}")
+
+
+def _load(modules: list[str], parameters: dict[str, list[str]] | None = None) -> None:
+    """Load kernel modules, each after what it depends on."""
+    if not modules:
+        return
+    import json
+
+    with open("/usr/lib/modules/dependencies.json") as handle:
+        needs = json.load(handle)
+    loaded = {line.split()[0] for line in _read_all("/proc/modules")}
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        if name not in order and name not in loaded:
+            for need in needs.get(name, ()):
+                visit(need)
+            order.append(name)
+
+    for module in modules:
+        visit(module)
+    for name in order:
+        if _run(["insmod", f"/usr/lib/modules/{name}.ko", *(parameters or {}).get(name, ())]) != 0:
+            _say(f"the kernel module {name} can't be loaded")
+
+
+def _read_all(path: str) -> list[str]:
+    with open(path) as handle:
+        return handle.read().splitlines()
+
+
+def _start_agent(signals: set[signal.Signals]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        from . import _main
+
+        _main.main()
+    except BaseException:
+        # Whatever it was, the child must not return into PID 1's loop.
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    os._exit(0)
+
+
+def _respawn(signals: set[signal.Signals], starts: list[float]) -> int:
+    now = time.monotonic()
+    starts[:] = [start for start in starts if now - start < _RESPAWN_WINDOW_S]
+    if len(starts) >= _RESPAWNS:
+        _say(f"the agent ended {len(starts)} times within {_RESPAWN_WINDOW_S:.0f} s: giving up")
+        os._exit(1)
+    starts.append(now)
+    _say("the agent ended: starting it anew, without the workload it had")
+    # Its workload has lost the pipes it wrote to, and nobody supervises it.
+    _signal_all(signal.SIGKILL)
+    return _start_agent(signals)
+
+
+def _reap() -> list[int]:
+    pids: list[int] = []
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return pids
+        if pid == 0:
+            return pids
+        pids.append(pid)
+
+
+def _signal_all(number: signal.Signals) -> None:
+    try:
+        os.kill(-1, number)
+    except ProcessLookupError:
+        pass
+
+
+def _shut_down() -> NoReturn:
+    """SIGTERM to everything, a bounded wait, SIGKILL, and off."""
+    grace = 10.0
+    try:
+        grace = min(max(float(_read(GRACE_FILE)), 0.0), _MAX_GRACE_S)
+    except ValueError:
+        pass
+    _say("shutting down")
+    _signal_all(signal.SIGTERM)
+    _signal_all(signal.SIGCONT)
+    if not _wait_for_all(grace):
+        _say("some processes did not end when they were asked to")
+        _signal_all(signal.SIGKILL)
+        _wait_for_all(_AFTER_KILL_S)
+    os.sync()
+    os.execv(BUSYBOX, ["busybox", "poweroff", "-f"])
+
+
+def _wait_for_all(timeout_s: float) -> bool:
+    """Return whether every process but PID 1 has ended within `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return True
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        signal.sigtimedwait({signal.SIGCHLD}, left)

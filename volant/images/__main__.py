@@ -1,0 +1,81 @@
+"""`python -m volant.images`: build and list images, for people and for the daemon's child process.
+
+With `--json-progress`, each line on standard output is a JSON object: `{"phase","message","done","total","unit"}` while
+it works, then `{"image":{…}}` or `{"error":{"code","message","hint"}}`. Exit codes: 0 there is an image, 1 there is
+none, 2 the arguments are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import ImageError, Progress, build, list_images
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m volant.images")
+    commands = parser.add_subparsers(dest="command", required=True)
+    builder = commands.add_parser("build", help="build the image, or find that it is there")
+    lister = commands.add_parser("list", help="print the images of a cache, one JSON object a line")
+    for command in (builder, lister):
+        command.add_argument("--cache", type=Path, required=True, metavar="DIR")
+    builder.add_argument("--mirror", metavar="URL", help="a Debian mirror, in the place of this host's apt sources")
+    builder.add_argument("--security-mirror", metavar="URL", help="with --mirror: where security updates come from")
+    builder.add_argument("--keyring", type=Path, metavar="FILE", help="the keys that must have signed the mirror")
+    builder.add_argument("--offline", action="store_true", help="take the packages of the last build")
+    builder.add_argument("--json-progress", action="store_true", help="tell programs, not people")
+    options = parser.parse_args(arguments)
+    if options.command == "list":
+        for image in list_images(options.cache):
+            _say(image.as_json())
+        return 0
+    if options.security_mirror and not options.mirror:
+        parser.error("--security-mirror goes with --mirror")
+    tell = _tell_programs if options.json_progress else _tell_people
+    try:
+        image = build(
+            options.cache,
+            progress=tell,
+            mirror=options.mirror,
+            security_mirror=options.security_mirror,
+            keyring=options.keyring,
+            offline=options.offline,
+        )
+    except ImageError as error:
+        if options.json_progress:
+            _say({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
+        else:
+            sys.stderr.write(f"{error}\n")
+        return 1
+    _say({"image": image.as_json()})
+    return 0
+
+
+def _tell_programs(progress: Progress) -> None:
+    _say(
+        {
+            "phase": progress.phase,
+            "message": progress.message,
+            "done": progress.done,
+            "total": progress.total,
+            "unit": progress.unit,
+        }
+    )
+
+
+def _tell_people(progress: Progress) -> None:
+    sys.stderr.write(f"{progress.phase}: {progress.message}\n")
+
+
+def _say(value: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""Building an image: resolve, fetch, verify, compose, rename into place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from volant.model import agent
+
+from . import _apt, _compose, _cpio, _recipe, _sources, _store
+from ._errors import ImageError
+from ._store import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a build is."""
+
+    phase: str
+    """`wait`, `update`, `resolve`, `download`, `unpack`, `compile`, `compose`, `write` or `done`, in this order."""
+    message: str
+    """For people."""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    """`bytes` when `done` and `total` count something; else they are 0."""
+
+
+def _silent(progress: Progress) -> None:
+    del progress
+
+
+def build(
+    cache_dir: Path,
+    *,
+    progress: Callable[[Progress], None] = _silent,
+    mirror: str | None = None,
+    security_mirror: str | None = None,
+    keyring: Path | None = None,
+    offline: bool = False,
+) -> Image:
+    """Build the image that the archive's packages of today make, and return it; blocks for some seconds.
+
+    When the cache has it already, nothing is built. When the mirror can't be reached, the packages of the last build
+    are taken instead. Only `cache_dir` is written to, and nobody needs to be root. Several may build at once: one does it,
+    the others wait for it.
+
+    :param mirror: the address of a Debian mirror, in the place of this host's apt sources
+    :param security_mirror: that of the security archive, with `mirror`; without it there are no security updates
+    :param keyring: the keys that must have signed it; default: this host's keyring of the Debian archive
+    :param offline: take the packages of the last build, without asking the network
+    :raises ImageError: there is no image, and why
+    """
+    if platform.machine() != "x86_64":
+        raise ImageError(
+            "unsupported_machine",
+            f"Images are for x86-64, and this machine is {platform.machine()}",
+            "build the image on an x86-64 host",
+        )
+    cache_dir = cache_dir.absolute()
+    with _store.locked(cache_dir, lambda: progress(Progress("wait", "Waiting for another build to end"))):
+        _store.clean_up(cache_dir)
+        scratch = Path(tempfile.mkdtemp(dir=cache_dir, prefix="build-"))
+        try:
+            return _build(cache_dir, scratch, progress, mirror, security_mirror, keyring, offline)
+        except OSError as error:
+            raise ImageError(
+                "io_error",
+                f"The image can't be written: {error.strerror or error}"
+                + (f": {error.filename}" if error.filename else ""),
+                "check the space and the permissions of the cache folder",
+            ) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _build(
+    cache_dir: Path,
+    scratch: Path,
+    progress: Callable[[Progress], None],
+    mirror: str | None,
+    security_mirror: str | None,
+    keyring: Path | None,
+    offline: bool,
+) -> Image:
+    recipe = _recipe.recipe_digest()
+    guest = _recipe.guest_sources()
+    guest_digest = _recipe.sources_digest(guest)
+    apt: _apt.Apt | None = None
+    if offline:
+        packages = _cached_list(cache_dir)
+        if packages is None:
+            raise ImageError(
+                "offline", "No earlier build left its packages in this cache", "build without --offline once"
+            )
+    else:
+        packages, apt = _resolve(cache_dir, progress, mirror, security_mirror, keyring)
+    digest = _store.image_digest(recipe, packages, guest_digest)
+    image = _store.load(cache_dir, digest)
+    if image is None:
+        debs = _fetch(cache_dir, scratch, packages, apt, progress)
+        kernel, tree = _compose.compose(
+            _apt.packages_by_name(packages, debs),
+            guest,
+            scratch,
+            lambda phase, message: progress(Progress(phase, message)),
+        )
+        progress(Progress("write", "Writing the image"))
+        _place(cache_dir, scratch, digest, recipe, guest_digest, packages, kernel, tree)
+        image = _store.load(cache_dir, digest)
+        if image is None:
+            raise ImageError(
+                "io_error", "The image was written and can't be read back", "check the cache folder's disk"
+            )
+    _store.make_current(cache_dir, digest)
+    progress(Progress("done", f"The image {digest[:12]} is ready"))
+    found = _store.load(cache_dir, digest)
+    assert found is not None
+    return found
+
+
+def _resolve(
+    cache_dir: Path,
+    progress: Callable[[Progress], None],
+    mirror: str | None,
+    security_mirror: str | None,
+    keyring: Path | None,
+) -> tuple[list[_apt.Package], _apt.Apt | None]:
+    if keyring is not None and not keyring.is_file():
+        raise ImageError("no_keyring", f"There is no keyring {keyring}", "name one that exists with --keyring FILE")
+    sources = _sources.explicit_sources(mirror, security_mirror) if mirror else _sources.host_sources()
+    if not sources:
+        raise ImageError(
+            "no_sources",
+            "This host's apt has no source of the Debian archive",
+            "name a mirror with --mirror URL, and Debian's keys with --keyring FILE where the host lacks the package "
+            "debian-archive-keyring",
+        )
+    apt = _apt.Apt(cache_dir / "apt", sources, (keyring or _sources.find_keyring()).absolute())
+    progress(Progress("update", "Asking the Debian archive for its packages"))
+    try:
+        apt.update()
+    except ImageError as error:
+        cached = _cached_list(cache_dir)
+        if error.code != "unreachable" or cached is None:
+            raise
+        progress(Progress("resolve", f"{error.message}: taking the packages of the last build"))
+        return cached, apt
+    progress(Progress("resolve", "Choosing the versions"))
+    return apt.resolve(), apt
+
+
+def _cached_list(cache_dir: Path) -> list[_apt.Package] | None:
+    try:
+        return _apt.load_list((cache_dir / "packages.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _fetch(
+    cache_dir: Path,
+    scratch: Path,
+    packages: list[_apt.Package],
+    apt: _apt.Apt | None,
+    progress: Callable[[Progress], None],
+) -> Path:
+    """Return the folder that has all packages, each verified just now."""
+    debs = cache_dir / "debs"
+    debs.mkdir(exist_ok=True)
+    missing = [item for item in packages if not _apt.verify(item, debs / item.filename)]
+    total = sum(item.size for item in packages)
+    had = total - sum(item.size for item in missing)
+    if missing:
+        if apt is None:
+            raise ImageError(
+                "offline",
+                f"The cache lacks {', '.join(item.name for item in missing)}",
+                "build without --offline once",
+            )
+        incoming = scratch / "incoming"
+        incoming.mkdir()
+
+        def arrived(count: int) -> None:
+            progress(Progress("download", "Fetching packages", min(total, had + count), total, "bytes"))
+
+        arrived(0)
+        apt.download(missing, incoming, arrived)
+        for item in missing:
+            if not _apt.verify(item, incoming / item.filename):
+                raise ImageError("untrusted", f"{item.filename} is not what the archive's index says", "try again")
+            (incoming / item.filename).replace(debs / item.filename)
+    progress(Progress("download", "All packages are there", total, total, "bytes"))
+    _store.write_atomically(
+        cache_dir / "packages.json", json.dumps(_apt.dump_list(packages), indent=1).encode() + b"\n"
+    )
+    keep = {item.filename for item in packages}
+    for path in debs.iterdir():
+        if path.name not in keep:
+            path.unlink(missing_ok=True)
+    return debs
+
+
+def _place(
+    cache_dir: Path,
+    scratch: Path,
+    digest: str,
+    recipe: str,
+    guest_digest: str,
+    packages: list[_apt.Package],
+    kernel: bytes,
+    tree: _cpio.Tree,
+) -> None:
+    made = scratch / "image"
+    made.mkdir()
+    record = {
+        "digest": digest,
+        "recipe": recipe,
+        "guest": guest_digest,
+        "protocol": agent.PROTOCOL_VERSION,
+        "min_memory_mb": _recipe.MIN_MEMORY_MB,
+        "kernel_version": next(item.version for item in packages if item.name.startswith("linux-image-")),
+        "kernel": _write(made / "vmlinux", [kernel]),
+        "initramfs": _write(made / "initramfs", _cpio.archive(tree)),
+        "packages": _apt.dump_list(packages),
+    }
+    _store.write_atomically(made / "image.json", json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
+    target = cache_dir / "images" / digest
+    target.parent.mkdir(exist_ok=True)
+    if target.exists():
+        # It was found not to be whole, or it would have been taken.
+        shutil.rmtree(target)
+    made.rename(target)
+    _store.sync_folder(target.parent)
+
+
+def _write(path: Path, pieces: Iterable[bytes]) -> dict[str, object]:
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("wb") as handle:
+        for piece in pieces:
+            handle.write(piece)
+            digest.update(piece)
+            size += len(piece)
+        handle.flush()
+        os.fsync(handle.fileno())
+    path.chmod(0o644)
+    return {"sha256": digest.hexdigest(), "size": size}

@@ -1,0 +1,19 @@
+"""What goes wrong while an image is built, in words for people."""
+
+from __future__ import annotations
+
+
+class ImageError(Exception):
+    """An image could not be built or used.
+
+    `code` is for programs, `message` says what happened and `hint` what to do about it.
+    """
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message

@@ -1,0 +1,189 @@
+"""Where this host gets Debian from, reduced to what an image may come from.
+
+A host's apt sources hold other things than Debian's archive: vendors' repositories, folders of its own, entries that
+are trusted without a signature. An image must hold none of that. So of each entry only the address is taken, and only
+when it is one of Debian's suites with the component `main`; the suite is set to ours, and the signature must be that of
+Debian's archive keyring whatever the entry says. A foreign archive that slips through the filter fails apt's check.
+
+Nothing else of the host's configuration is used, except how to reach the network: proxies and certificate authorities
+(`transport_settings`), which decide whether bytes arrive and not which.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import _recipe
+from ._errors import ImageError
+
+KEYRINGS = (
+    Path("/usr/share/keyrings/debian-archive-keyring.pgp"),
+    Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
+)
+_ARCHIVE_KEYRING = re.compile(r"^(/usr/share/keyrings|/etc/apt/trusted\.gpg\.d)/debian-archive-[a-z-]*\.(pgp|gpg|asc)$")
+_SUITE = re.compile(r"^(?:bullseye|bookworm|trixie|forky|sid|oldstable|stable|testing|unstable)(-updates|-security|)$")
+_SCHEMES = ("http://", "https://", "mirror+http://", "mirror+https://", "mirror+file:/", "file:/", "copy:/")
+_MAX_BYTES = 1024 * 1024
+
+_TRANSPORT = re.compile(
+    r"^(?:Acquire::(?:http|https)::"
+    r"(?:Proxy|Proxy-Auto-Detect|ProxyAutoDetect|CAInfo|CAPath|Verify-Peer|Verify-Host|SslCert|SslKey|Timeout|User-Agent)"
+    r"|Acquire::(?:http|https)::Proxy::[A-Za-z0-9.:_-]+"
+    r"|Acquire::(?:http|https)::[A-Za-z0-9.-]+::(?:CAInfo|CAPath|SslCert|SslKey|Verify-Peer|Verify-Host)"
+    r"|Acquire::(?:Retries|Check-Valid-Until|ForceIPv4|ForceIPv6))$",
+    re.IGNORECASE,
+)
+_DUMPED = re.compile(r'^([^\s"]+) "(.*)";$')
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Source:
+    """One suite of the archive at one address."""
+
+    uri: str
+    suite: str
+
+    def line(self, keyring: Path) -> str:
+        """Return the entry for a sources.list; its signature must be one of `keyring`."""
+        options = f"arch={_recipe.ARCHITECTURE} signed-by={keyring}"
+        return f"deb [{options}] {self.uri} {self.suite} {_recipe.COMPONENT}"
+
+
+def host_sources(etc_apt: Path = Path("/etc/apt")) -> list[Source]:
+    """Return the Debian archive's sources among those of this host, in the order in which apt reads them."""
+    found: list[Source] = []
+    parts = etc_apt / "sources.list.d"
+    names = sorted(parts.iterdir()) if parts.is_dir() else []
+    for path in [etc_apt / "sources.list", *names]:
+        if path.suffix not in (".list", ".sources") or not path.is_file():
+            continue
+        try:
+            text = path.read_bytes()[:_MAX_BYTES].decode(errors="replace")
+        except OSError:
+            continue
+        found += parse_deb822(text) if path.suffix == ".sources" else parse_one_line(text)
+    return list(dict.fromkeys(found))
+
+
+def explicit_sources(mirror: str, security_mirror: str | None) -> list[Source]:
+    """Return the sources for addresses that somebody gave on the command line.
+
+    :raises ImageError: an address is none that apt could use
+    """
+    for address in filter(None, (mirror, security_mirror)):
+        if not address.startswith(_SCHEMES) or any(char.isspace() or char in "[]\"'" for char in address):
+            raise ImageError(
+                "bad_mirror", f"{address!r} is no address of a Debian mirror", "give one with http or https"
+            )
+    sources = [Source(mirror, _recipe.SUITE), Source(mirror, f"{_recipe.SUITE}-updates")]
+    if security_mirror:
+        sources.append(Source(security_mirror, f"{_recipe.SUITE}-security"))
+    return sources
+
+
+def find_keyring(candidates: Iterable[Path] = KEYRINGS) -> Path:
+    """Return the keyring of Debian's archive on this host; :raises ImageError: it has none."""
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ImageError(
+        "no_keyring",
+        "This host has no keyring of the Debian archive",
+        "install the package debian-archive-keyring, or name one with --keyring FILE",
+    )
+
+
+def parse_deb822(text: str) -> list[Source]:
+    """Return the usable sources of a `.sources` file."""
+    found: list[Source] = []
+    for stanza in _stanzas(text):
+        if stanza.get("enabled", "yes").strip().lower() in ("no", "false", "without", "off", "disable", "0"):
+            continue
+        if "deb" not in stanza.get("types", "").split():
+            continue
+        found += _usable(
+            stanza.get("uris", "").split(),
+            stanza.get("suites", "").split(),
+            stanza.get("components", "").split(),
+            stanza.get("architectures", "").replace(",", " ").split(),
+            stanza.get("signed-by", ""),
+            "trusted" in stanza,
+        )
+    return found
+
+
+def parse_one_line(text: str) -> list[Source]:
+    """Return the usable sources of a `.list` file."""
+    found: list[Source] = []
+    for raw in text.splitlines():
+        line = raw.split("#", 1)[0].strip()
+        matched = re.match(r"^deb\s+(?:\[([^\]]*)\]\s*)?(\S+)\s+(\S+)\s*(.*)$", line)
+        if matched is None:
+            continue
+        try:
+            options = dict(word.split("=", 1) for word in shlex.split(matched[1] or "") if "=" in word)
+        except ValueError:
+            continue
+        options = {key.lower().rstrip("+-"): value for key, value in options.items()}
+        found += _usable(
+            [matched[2]],
+            [matched[3]],
+            matched[4].split(),
+            options.get("arch", "").replace(",", " ").split(),
+            options.get("signed-by", ""),
+            "trusted" in options,
+        )
+    return found
+
+
+def _usable(
+    uris: list[str], suites: list[str], components: list[str], architectures: list[str], signed_by: str, trusted: bool
+) -> Iterator[Source]:
+    # "trusted" in either direction is somebody's exception to how signatures are checked: not for us.
+    if trusted or _recipe.COMPONENT not in components:
+        return
+    if architectures and _recipe.ARCHITECTURE not in architectures:
+        return
+    if any(not _ARCHIVE_KEYRING.match(name) for name in re.split(r"[\s,]+", signed_by.strip()) if name):
+        return
+    for uri in uris:
+        if not uri.startswith(_SCHEMES) or any(char in "[]\"'" for char in uri):
+            continue
+        for suite in suites:
+            # `trixie/updates` is how the security suite was called long ago; a path like `./` is no suite of Debian's.
+            matched = _SUITE.match(suite)
+            if matched:
+                yield Source(uri, _recipe.SUITE + matched[1])
+
+
+def _stanzas(text: str) -> Iterator[dict[str, str]]:
+    stanza: dict[str, str] = {}
+    key = ""
+    for raw in [*text.splitlines(), ""]:
+        if raw.startswith("#"):
+            continue
+        if not raw.strip():
+            if stanza:
+                yield stanza
+            stanza, key = {}, ""
+        elif raw[0] in " \t":
+            if key:
+                stanza[key] += "\n" + raw.strip()
+        elif ":" in raw:
+            key, value = raw.split(":", 1)
+            key = key.strip().lower()
+            stanza[key] = value.strip()
+
+
+def transport_settings(dump: str) -> list[tuple[str, str]]:
+    """Return the settings of `apt-config dump` that say how to reach the network, in order."""
+    found = []
+    for line in dump.splitlines():
+        matched = _DUMPED.match(line)
+        if matched and matched[2] and _TRANSPORT.match(matched[1]):
+            found.append((matched[1], matched[2]))
+    return found
