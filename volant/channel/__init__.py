@@ -1,0 +1,24 @@
+"""Byte streams into a guest, and HTTP to its agent on them."""
+
+from ._address import Address, HybridVsock, VirtioSerial, Vsock
+from ._agent import AgentAnswer, AgentClient, AgentResponse
+from ._channel import Channel, ChannelStatistics, open_channel, run_channel
+from ._errors import AgentProtocolError, AgentUnreachable
+from ._stream import ChannelStream
+
+__all__ = [
+    "Address",
+    "AgentAnswer",
+    "AgentClient",
+    "AgentProtocolError",
+    "AgentResponse",
+    "AgentUnreachable",
+    "Channel",
+    "ChannelStatistics",
+    "ChannelStream",
+    "HybridVsock",
+    "VirtioSerial",
+    "Vsock",
+    "open_channel",
+    "run_channel",
+]

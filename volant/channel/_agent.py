@@ -1,0 +1,285 @@
+"""HTTP/1.1 to the agent: one byte stream, one request.
+
+There is no keep-alive and no pool: opening a stream costs nothing, its end says that the client has left, and a
+connection can never be out of step with the requests on it. The request body is sent by a task of its own, so that a
+server may answer before it has read all of it, and the answer is read as the caller takes it: flow control of the
+stream is the only buffer in either direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import h11
+import msgspec
+import trio
+
+from volant.model.agent import MAX_HEAD_BYTES, MAX_JSON_BYTES
+
+from ._channel import Channel
+from ._errors import AgentProtocolError, AgentUnreachable
+from ._stream import ChannelStream, PrefixedStream
+
+Header = tuple[bytes, bytes]
+
+_RECEIVE = 64 * 1024
+_MAX_INFORMATIONAL = 16
+
+
+class AgentAnswer(msgspec.Struct, frozen=True):
+    """The whole of a JSON answer."""
+
+    status: int
+    body: Any
+    """None where there was none."""
+
+
+class AgentResponse:
+    """The head of an answer, and the way to what follows. `AgentClient.stream` makes it."""
+
+    def __init__(self, exchange: _Exchange, status: int, reason: bytes, headers: list[Header]) -> None:
+        self.status = status
+        self.reason = reason
+        self.headers = headers
+        """As the agent sent them, in their order, names in lower case."""
+        self._exchange = exchange
+
+    @property
+    def switched(self) -> bool:
+        """Whether the answer turned the stream over to another protocol (101, or 2xx to CONNECT): see `upgraded`."""
+        return self._exchange.switched
+
+    async def receive(self) -> bytes:
+        """The next piece of the body, empty at its end.
+
+        Raises AgentUnreachable when it breaks off, AgentProtocolError, and whatever the request's body raised.
+        """
+        return await self._exchange.receive_body()
+
+    def __aiter__(self) -> AgentResponse:
+        return self
+
+    async def __anext__(self) -> bytes:
+        data = await self.receive()
+        if not data:
+            raise StopAsyncIteration
+        return data
+
+    async def read(self, limit: int) -> bytes:
+        """The whole body. Raises AgentProtocolError when it is longer than `limit` bytes, and as `receive` does."""
+        body = bytearray()
+        while data := await self.receive():
+            body += data
+            if len(body) > limit:
+                raise AgentProtocolError(f"the agent's answer is longer than {limit} bytes")
+        return bytes(body)
+
+    def upgraded(self) -> ChannelStream:
+        """The raw stream after a switch of protocols, with what was read already in front. It is closed with the
+        block that the response came from."""
+        return self._exchange.upgraded()
+
+
+class AgentClient:
+    """Requests to the agent of one guest."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    async def request_json(
+        self, method: str, path: str, body: Any = None, *, timeout_s: float, reserved: bool = True
+    ) -> AgentAnswer:
+        """One request of the daemon's own, with a JSON body unless it is None, and the JSON answer, whatever its
+        status; `timeout_s` for all of it.
+
+        Raises AgentUnreachable, AgentProtocolError.
+        """
+        headers: list[Header] = []
+        data = None
+        if body is not None:
+            data = msgspec.json.encode(body)
+            headers.append((b"content-type", b"application/json"))
+        try:
+            with trio.fail_after(timeout_s):
+                async with self.stream(method, path, headers, data, timeout_s=timeout_s, reserved=reserved) as response:
+                    text = await response.read(MAX_JSON_BYTES)
+        except trio.TooSlowError:
+            raise AgentUnreachable(f"the agent did not answer {method} {path} within {timeout_s:g} s") from None
+        if not text:
+            return AgentAnswer(response.status, None)
+        try:
+            return AgentAnswer(response.status, msgspec.json.decode(text))
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise AgentProtocolError(f"the agent's answer to {method} {path} is no JSON: {error}") from error
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        method: str,
+        target: str,
+        headers: Iterable[Header] = (),
+        body: bytes | AsyncIterable[bytes] | None = None,
+        *,
+        timeout_s: float,
+        reserved: bool = False,
+    ) -> AsyncIterator[AgentResponse]:
+        """One request, streamed both ways; inside the block the head of the answer is there.
+
+        `headers` go as they are, and must be without hop-by-hop ones, unless `Upgrade` with its `Connection` is
+        wanted. `host` is added where it lacks. A body without `content-length` is sent in chunks. `timeout_s` is for
+        the head of the answer; what follows has no deadline here. Leaving the block closes the stream, which
+        cancels what the request began in the guest unless it is done.
+
+        Raises AgentUnreachable, AgentProtocolError, ValueError for a request that HTTP does not allow, and whatever
+        iterating over `body` raised.
+        """
+        stream = await self._channel.open_stream(timeout_s=timeout_s, reserved=reserved)
+        async with stream:
+            exchange = _Exchange(stream)
+            try:
+                with trio.fail_after(timeout_s):
+                    response = await exchange.begin(self._channel, method, target, list(headers), body)
+            except trio.TooSlowError:
+                exchange.stop()
+                raise AgentUnreachable(f"the agent did not answer {method} within {timeout_s:g} s") from None
+            except BaseException:
+                exchange.stop()
+                raise
+            try:
+                yield response
+            finally:
+                exchange.stop()
+
+
+class _Exchange:
+    """One request and its answer on one stream."""
+
+    def __init__(self, stream: ChannelStream) -> None:
+        self.switched = False
+        self._stream = stream
+        self._conn = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._sender = trio.CancelScope()
+        self._body_error: BaseException | None = None
+        self._receiver: trio.CancelScope | None = None
+        self._over = False
+        self._ended = False
+
+    async def begin(
+        self,
+        channel: Channel,
+        method: str,
+        target: str,
+        headers: list[Header],
+        body: bytes | AsyncIterable[bytes] | None,
+    ) -> AgentResponse:
+        names = {name.lower() for name, _ in headers}
+        if b"host" not in names:
+            headers.insert(0, (b"host", b"agent"))
+        if isinstance(body, bytes):
+            if b"content-length" not in names:
+                headers.append((b"content-length", b"%d" % len(body)))
+        elif body is not None and not names & {b"content-length", b"transfer-encoding"}:
+            headers.append((b"transfer-encoding", b"chunked"))
+        if b"connection" not in names:
+            headers.append((b"connection", b"close"))
+        try:
+            head = self._encode(h11.Request(method=method, target=target, headers=headers))
+            if body is None or isinstance(body, bytes):
+                whole = head + (self._encode(h11.Data(data=body)) if body else b"") + self._encode(h11.EndOfMessage())
+                channel.start_soon(partial(self._send_whole, whole))
+            else:
+                channel.start_soon(partial(self._send_stream, head, body))
+        except (h11.LocalProtocolError, UnicodeEncodeError) as error:
+            raise ValueError(str(error)) from error
+        return await self._receive_head()
+
+    def stop(self) -> None:
+        self._over = True
+        self._sender.cancel()
+
+    # Sending: in a task of the channel, which must not fail
+
+    async def _send_whole(self, data: bytes) -> None:
+        with self._sender:
+            try:
+                await self._stream.send_all(data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass  # the answer, or its absence, says why
+
+    async def _send_stream(self, head: bytes, body: AsyncIterable[bytes]) -> None:
+        with self._sender:
+            try:
+                await self._stream.send_all(head)
+                async for data in body:
+                    if data:
+                        await self._stream.send_all(self._encode(h11.Data(data=data)))
+                await self._stream.send_all(self._encode(h11.EndOfMessage()))
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+            except Exception as error:
+                # The source of the body failed: that is the caller's to know, where it waits for the answer.
+                self._body_error = error
+                if self._receiver is not None:
+                    self._receiver.cancel()
+
+    def _encode(self, event: h11.Request | h11.Data | h11.EndOfMessage) -> bytes:
+        return self._conn.send(event) or b""
+
+    # Receiving
+
+    async def _receive_head(self) -> AgentResponse:
+        for _ in range(_MAX_INFORMATIONAL):
+            event = await self._next_event()
+            match event:
+                case h11.InformationalResponse(status_code=101) | h11.Response():
+                    self.switched = self._conn.their_state is h11.SWITCHED_PROTOCOL
+                    return AgentResponse(self, event.status_code, event.reason, list(event.headers))
+                case h11.InformationalResponse():
+                    continue
+                case _:
+                    raise AgentUnreachable("the agent closed the stream without an answer")
+        raise AgentProtocolError("the agent sent one informational response after the other")
+
+    async def receive_body(self) -> bytes:
+        if self._over or self.switched:
+            await trio.lowlevel.checkpoint()
+            return b""
+        while True:
+            event = await self._next_event()
+            if isinstance(event, h11.Data):
+                if event.data:
+                    return bytes(event.data)
+                continue
+            self._over = True
+            return b""
+
+    async def _next_event(self) -> Any:
+        while True:
+            if self._body_error is not None:
+                raise self._body_error
+            try:
+                event = self._conn.next_event()
+            except h11.RemoteProtocolError as error:
+                if self._ended:
+                    raise AgentUnreachable(f"the agent's answer broke off: {error}") from error
+                raise AgentProtocolError(f"the agent broke HTTP: {error}") from error
+            if event is not h11.NEED_DATA:
+                await trio.lowlevel.checkpoint()
+                return event
+            with trio.CancelScope() as self._receiver:
+                try:
+                    data = await self._stream.receive_some(_RECEIVE)
+                except trio.BrokenResourceError as error:
+                    raise AgentUnreachable(f"the stream to the agent broke: {error}") from error
+                self._ended = not data
+                self._conn.receive_data(data)
+            self._receiver = None
+
+    def upgraded(self) -> ChannelStream:
+        if not self.switched:
+            raise ValueError("the agent did not switch protocols")
+        prefix, _ = self._conn.trailing_data
+        return PrefixedStream(bytes(prefix), self._stream)

@@ -1,0 +1,412 @@
+"""Many byte streams over one: HTTP/2 on the host's end of a virtio-serial port.
+
+The other side is `volant/guest/_mux.py`, whose essay says how the two find each other at any byte. What matters here:
+
+- **A guest is not trusted.** h2 checks every header; frames are measured and counted before h2 sees them; what
+  a guest makes us answer is bounded, as reading stops while the output is full. Anything strange ends the link, never
+  the daemon.
+- **A stuck stream blocks nobody.** The window of the connection is as large as all windows of streams together, so a
+  stream whose reader sleeps uses up its own and nothing else. (With HTTP/2's default of 65,535 bytes for the
+  connection, the first sleeper would stop all.) Received bytes are acknowledged only when somebody takes them. Output
+  is queued frame by frame and only while little is queued already, so a bulk sender delays the others by milliseconds.
+- **Opening a stream waits for nothing.** The guest's refusal comes as a broken stream instead, and a request saves a
+  round trip of 4 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import trio
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    Event,
+    RemoteSettingsChanged,
+    ResponseReceived,
+    StreamEnded,
+    StreamReset,
+    WindowUpdated,
+)
+from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes, Settings
+
+from volant.model.agent import MAX_STREAMS, RESERVED_STREAMS, RESYNC_MAGIC, RESYNC_NONCE_BYTES
+
+from ._budget import FRAME_LIMIT, FrameBudget, FrameCounter
+from ._errors import LinkLost
+from ._slots import Slot
+from ._stream import Bytes, ChannelStream
+
+STREAM_WINDOW = 128 * 1024
+CONNECTION_WINDOW = STREAM_WINDOW * (MAX_STREAMS + RESERVED_STREAMS)
+OUTPUT_HIGH = 64 * 1024
+OUTPUT_LIMIT = 512 * 1024
+RESYNC_ZEROS = FRAME_LIMIT + 2 * 9
+STALL_S = 60.0
+"""A guest that takes none of its input for so long has lost its link."""
+
+_READ = 64 * 1024
+_FRAMES_PER_TURN = 64
+_NO_NONCE = bytes(RESYNC_NONCE_BYTES)
+
+
+class Link:
+    """One life of the multiplexed connection: from `run` until it raises LinkLost."""
+
+    def __init__(self, stream: trio.abc.Stream, nonce: bytes) -> None:
+        if len(nonce) != RESYNC_NONCE_BYTES or nonce == _NO_NONCE:
+            raise ValueError("a nonce is 16 bytes that are not all zero")
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self._stream = stream
+        self._nonce = nonce
+        self._conn = H2Connection(H2Configuration(client_side=True, header_encoding=None))
+        self._conn.local_settings = Settings(
+            client=True,
+            initial_values={
+                SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+                SettingCodes.ENABLE_PUSH: 0,
+                SettingCodes.MAX_HEADER_LIST_SIZE: 4096,
+            },
+        )
+        self._streams: dict[int, MuxStream] = {}
+        self._out = bytearray()
+        self._sending = 0
+        self._out_filled = trio.Event()
+        self._out_room = trio.lowlevel.ParkingLot()
+        self._lost: str | None = None
+
+    async def run(self, on_ready: Callable[[], None]) -> NoReturn:
+        """Find the guest's agent, call `on_ready`, and carry streams. Raises LinkLost in the end."""
+        try:
+            rest = await self._resync()
+            self._conn.initiate_connection()
+            self._conn.increment_flow_control_window(CONNECTION_WINDOW - self._conn.inbound_flow_control_window)
+            self._flush()
+            on_ready()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                await self._read(rest)
+        except* LinkLost as group:
+            self._lose(str(group.exceptions[0]))
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._lose("the connection to the hypervisor broke")
+        except* trio.TooSlowError:
+            self._lose(f"the guest has taken no input for {STALL_S:.0f} s")
+        finally:
+            self._lose("the channel was closed")
+        raise LinkLost(self._lost)
+
+    def open(self, slot: Slot, port: int) -> MuxStream:
+        """Begin a stream to a port of the guest. Never waits. Raises LinkLost."""
+        if self._lost is not None:
+            raise LinkLost(self._lost)
+        try:
+            stream_id = self._conn.get_next_available_stream_id()
+            self._conn.send_headers(stream_id, [(":method", "CONNECT"), (":authority", str(port))])
+        except ProtocolError as error:
+            raise LinkLost(f"no further stream: {error}") from error
+        stream = MuxStream(slot, self, stream_id)
+        self._streams[stream_id] = stream
+        self._flush()
+        return stream
+
+    # Finding each other
+
+    async def _resync(self) -> bytes:
+        """Ask the guest for a fresh start until it answers; what came behind the answer."""
+        request = bytes(RESYNC_ZEROS) + RESYNC_MAGIC + self._nonce
+        hello = RESYNC_MAGIC + _NO_NONCE
+        await self._stream.send_all(request)
+        seen = b""
+        while True:
+            data = await self._stream.receive_some(_READ)
+            if not data:
+                raise LinkLost("the hypervisor closed the connection")
+            self.bytes_in += len(data)
+            seen += data
+            before, found, rest = seen.partition(self._nonce)
+            if found:
+                return rest
+            _, found, rest = before.rpartition(hello)
+            if found:
+                # An agent that has just begun: it may not have seen the request.
+                seen = rest
+                await self._stream.send_all(request)
+            seen = seen[-len(hello) + 1 :]
+
+    # The two directions
+
+    async def _read(self, data: bytes) -> None:
+        counter = FrameCounter()
+        budget = FrameBudget(trio.current_time())
+        while True:
+            while data:
+                size, frames = counter.take(data, _FRAMES_PER_TURN)
+                self._feed(data[:size])
+                data = data[size:]
+                while len(self._out) > OUTPUT_LIMIT:
+                    await self._out_room.park()
+                wait = budget.spend(frames, size, trio.current_time())
+                if wait or data:
+                    await trio.sleep(wait)
+            data = bytes(await self._stream.receive_some(_READ))
+            if not data:
+                raise LinkLost("the hypervisor closed the connection")
+            self.bytes_in += len(data)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            for event in self._conn.receive_data(data):
+                self._on_event(event)
+        except ProtocolError as error:
+            raise LinkLost(f"the guest broke HTTP/2: {error}") from error
+        except LinkLost:
+            raise
+        except Exception as error:
+            # A guest can make h2 and hpack raise more than they promise. It must end at this link.
+            raise LinkLost(f"the guest broke HTTP/2: {type(error).__name__}: {error}") from error
+        self._flush()
+
+    async def _write(self) -> None:
+        while True:
+            if not self._out:
+                self._out_filled = trio.Event()
+                await self._out_filled.wait()
+            chunk, self._out = self._out, bytearray()
+            self._sending = len(chunk)
+            # In pieces, so that the deadline tells a slow guest from one that takes nothing.
+            for start in range(0, len(chunk), FRAME_LIMIT):
+                piece = chunk[start : start + FRAME_LIMIT]
+                with trio.fail_after(STALL_S):
+                    await self._stream.send_all(piece)
+                self.bytes_out += len(piece)
+                self._sending -= len(piece)
+            self._out_room.unpark_all()
+
+    def _flush(self) -> None:
+        data = self._conn.data_to_send()
+        if data:
+            self._out += data
+            self._out_filled.set()
+
+    # What the guest says
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case DataReceived():
+                stream = self._streams.get(event.stream_id)
+                size, data = event.flow_controlled_length, event.data
+                if stream is None:
+                    self._conn.acknowledge_received_data(size, event.stream_id)
+                    return
+                if size > len(data):
+                    self._conn.acknowledge_received_data(size - len(data), event.stream_id)
+                stream.held += data
+                stream.wake_receiver()
+            case WindowUpdated() if event.stream_id:
+                if (stream := self._streams.get(event.stream_id)) is not None:
+                    stream.wake_sender()
+            case WindowUpdated() | RemoteSettingsChanged():
+                for stream in self._streams.values():
+                    stream.wake_sender()
+            case ResponseReceived():
+                stream = self._streams.get(event.stream_id)
+                status = dict(event.headers).get(b":status", b"")
+                if stream is not None and status != b"200":
+                    stream.fail(f"the guest refused the stream with {status.decode('ascii', 'replace')[:3]}")
+            case StreamEnded():
+                if (stream := self._streams.get(event.stream_id)) is not None:
+                    stream.input_over = True
+                    stream.wake_receiver()
+                    self._forget_if_done(stream)
+            case StreamReset():
+                stream = self._streams.pop(event.stream_id, None)
+                if stream is not None:
+                    stream.was_reset(event.error_code)
+            case ConnectionTerminated():
+                raise LinkLost(f"the guest ended the link with code {event.error_code}")
+            case _:
+                pass
+
+    def _forget_if_done(self, stream: MuxStream) -> None:
+        if stream.input_over and stream.output_over:
+            self._streams.pop(stream.stream_id, None)
+            stream.done()
+
+    def _lose(self, why: str) -> None:
+        if self._lost is not None:
+            return
+        self._lost = why
+        for stream in self._streams.values():
+            stream.fail(why)
+        self._streams.clear()
+        self._out.clear()
+        self._out_room.unpark_all()
+
+    # What streams ask of their link
+
+    async def send(self, stream: MuxStream, data: Bytes) -> None:
+        """Queue all of `data`, as the guest's windows and the link's output allow."""
+        view = memoryview(data).cast("B")
+        while view:
+            stream.check_sendable()
+            room = self._conn.local_flow_control_window(stream.stream_id)
+            if room <= 0:
+                await stream.wait_window()
+                continue
+            if len(self._out) >= OUTPUT_HIGH:
+                await self._out_room.park()
+                continue
+            count = min(room, FRAME_LIMIT, len(view))
+            self._conn.send_data(stream.stream_id, bytes(view[:count]))
+            self._flush()
+            view = view[count:]
+
+    def send_eof(self, stream: MuxStream) -> None:
+        self._conn.end_stream(stream.stream_id)
+        self._flush()
+        stream.output_over = True
+        self._forget_if_done(stream)
+
+    def taken(self, stream: MuxStream, count: int) -> None:
+        """`count` received bytes have left the stream's buffer: the guest may send as many more."""
+        if self._lost is None:
+            self._conn.acknowledge_received_data(count, stream.stream_id)
+            self._flush()
+
+    def abandon(self, stream: MuxStream) -> None:
+        """The client has left: tell the guest, unless both directions have ended or the link has."""
+        if self._streams.pop(stream.stream_id, None) is not None:
+            self._conn.reset_stream(stream.stream_id, ErrorCodes.CANCEL)
+            self._flush()
+
+
+class MuxStream(ChannelStream):
+    """A stream of a link, which keeps its state here and wakes up who waits for it."""
+
+    def __init__(self, slot: Slot, link: Link, stream_id: int) -> None:
+        self.stream_id = stream_id
+        self.held = bytearray()  #: received and not yet taken; the stream's window bounds it
+        self.input_over = False
+        self.output_over = False
+        self._slot = slot
+        self._link = link
+        self._failure: str | None = None
+        self._deaf = False
+        self._closed = False
+        self._busy_sending = False
+        self._busy_receiving = False
+        self._received = trio.Event()
+        self._window = trio.Event()
+
+    # For callers
+
+    async def send_all(self, data: Bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        self.check_sendable()
+        if self._busy_sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._busy_sending = True
+        try:
+            await self._link.send(self, data)
+        finally:
+            self._busy_sending = False
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.check_sendable()
+
+    async def send_eof(self) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.output_over and not self._closed and self._failure is None:
+            return
+        if self._busy_sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self.check_sendable()
+        self._link.send_eof(self)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError("max_bytes must be at least 1")
+        if self._busy_receiving:
+            raise trio.BusyResourceError("another task is receiving on this stream")
+        await trio.lowlevel.checkpoint()
+        self._busy_receiving = True
+        try:
+            while not self.held and not self.input_over and self._failure is None and not self._closed:
+                self._received = trio.Event()
+                await self._received.wait()
+        finally:
+            self._busy_receiving = False
+        if self._closed:
+            raise trio.ClosedResourceError("this stream was closed")
+        if self.held:
+            count = len(self.held) if max_bytes is None else min(max_bytes, len(self.held))
+            data = bytes(self.held[:count])
+            del self.held[:count]
+            self._link.taken(self, count)
+            return data
+        if self.input_over:
+            return b""
+        raise trio.BrokenResourceError(self._failure)
+
+    async def aclose(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._link.abandon(self)
+            if self.held:
+                self._link.taken(self, len(self.held))
+                self.held.clear()
+            self._slot.release()
+            self.wake_receiver()
+            self.wake_sender()
+        await trio.lowlevel.checkpoint()
+
+    # For the link
+
+    def check_sendable(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this stream was closed")
+        if self._failure is not None:
+            raise trio.BrokenResourceError(self._failure)
+        if self._deaf:
+            raise trio.BrokenResourceError("the guest has closed its end of the stream")
+        if self.output_over:
+            raise trio.ClosedResourceError("send_eof was called on this stream")
+
+    async def wait_window(self) -> None:
+        self._window = trio.Event()
+        await self._window.wait()
+
+    def wake_receiver(self) -> None:
+        self._received.set()
+
+    def wake_sender(self) -> None:
+        self._window.set()
+
+    def was_reset(self, code: int) -> None:
+        if self.input_over:
+            # All that the guest had to say is here, and it wants to hear no more.
+            self._deaf = True
+            self.done()
+        elif code == ErrorCodes.REFUSED_STREAM:
+            self.fail("the guest refused the stream, as it has too many")
+        else:
+            self.fail(f"the guest reset the stream (code {code})")
+
+    def fail(self, why: str) -> None:
+        """It is broken. What was received can still be taken."""
+        self._failure = why
+        self.done()
+
+    def done(self) -> None:
+        """Nothing will come or go any more."""
+        self._slot.release()
+        self.wake_receiver()
+        self.wake_sender()
