@@ -252,11 +252,8 @@ async def live(cell: Cell, actor: Actor) -> None:
             if cell.reason is None:
                 mailbox.close(Exit(ExitKind.STOPPED if cell.stop_requested else ExitKind.NORMAL))
                 cell.begin_end()
-                reserve_s = min(2.0, cell.shutdown_s / 4)
-                with trio.CancelScope(deadline=cell.inner.deadline - reserve_s) as politeness:
-                    await actor.on_stop()
-                if politeness.cancelled_caught:
-                    _logger.warning("%s: on_stop was cut short by the shutdown budget", cell.path)
+                if not cell.fence.shut():
+                    await _say_goodbye(cell, actor)
         except BaseException as exc:
             failure = exc
             cell.fail(exc)
@@ -264,3 +261,11 @@ async def live(cell: Cell, actor: Actor) -> None:
         finally:
             cell.begin_end()
             await ctx._close(failure)
+
+
+async def _say_goodbye(cell: Cell, actor: Actor) -> None:
+    reserve_s = min(2.0, cell.shutdown_s / 4)
+    with trio.CancelScope(deadline=cell.inner.deadline - reserve_s) as politeness:
+        await actor.on_stop()
+    if politeness.cancelled_caught:
+        _logger.warning("%s: on_stop was cut short by the shutdown budget", cell.path)

@@ -279,7 +279,9 @@ class Cell:
         self.ended = trio.Event()
         self.state = State.STARTING
         self.start_error = None
-        self.started_once = self.stop_requested = False
+        self.started = self.started_once = self.stop_requested = self.closing = False
+        self.outer = trio.CancelScope()
+        self.inner = trio.CancelScope()
         self.window.clear()
 
     async def incarnate(self) -> Exit:
@@ -293,6 +295,8 @@ class Cell:
         self.fence = Fence(self.path, self.runtime.fence)
         current_fence.set(self.fence)
         outer = self.outer = trio.CancelScope(deadline=trio.current_time() + self.child.start_timeout_s)
+        if self.stop_requested:
+            outer.cancel()
         inner = self.inner = trio.CancelScope()
         escaped: BaseException | None = None
         try:
@@ -369,8 +373,9 @@ class Cell:
         if self.stop_requested or self.state in (State.NEW, State.EXITED):
             return
         self.stop_requested = True
-        if self.state is not State.GIVING_UP:
-            self.state = State.STOPPING
+        if self.state is State.GIVING_UP:
+            return
+        self.state = State.STOPPING
         if self.ref is not None and self.started and not self.closing:
             if self.reason is None:
                 self.ref._mailbox.close(Exit(ExitKind.STOPPED))
@@ -397,6 +402,13 @@ class Cell:
         else:
             self.outer.cancel()
             self.inner.shield = False
+
+    def pause(self, state: State) -> trio.CancelScope:
+        """Between two incarnations, or after the last: a scope that `request_stop` cancels while it restarts."""
+        self.state = state
+        self.started = self.closing = False
+        self.outer = trio.CancelScope()
+        return self.outer
 
     def restarts_after(self, exit_: Exit) -> bool:
         if self.stop_requested:
@@ -466,7 +478,7 @@ class Cell:
         if self.history is None:
             self.history = deque(maxlen=_HISTORY)
         self.history.append((self.since_birth(), str(exit_)))
-        if exit_.abnormal and self.started:
+        if exit_.abnormal and self.started_once:
             _logger.warning("%s %s", self.path, exit_, exc_info=exit_.exception)
         elif exit_.exception is not None:
             _logger.info("%s %s", self.path, exit_, exc_info=exit_.exception)

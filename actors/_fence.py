@@ -26,13 +26,14 @@ class Fence:
         self.closed = False
         self._outer = outer
 
+    def shut(self) -> bool:
+        """Whether this fence or one around it is closed."""
+        return self.closed or (self._outer is not None and self._outer.shut())
+
     def check(self) -> None:
         """:raises Fenced: when this fence or one around it is closed."""
-        fence: Fence | None = self
-        while fence is not None:
-            if fence.closed:
-                raise Fenced(f"{self.name} has been killed; this call of it has no effect")
-            fence = fence._outer
+        if self.shut():
+            raise Fenced(f"{self.name} has been killed; this call of it has no effect")
 
 
 current_fence: ContextVar[Fence | None] = ContextVar("actors.fence", default=None)

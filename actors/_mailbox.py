@@ -134,6 +134,7 @@ class Mailbox:
         "ending",
         "handled",
         "handlers",
+        "handling",
         "high_water",
         "late_replies",
         "lost",
@@ -158,6 +159,7 @@ class Mailbox:
         self.system: deque[Down] = deque()
         self.deferred: dict[Ask, None] = {}
         self.current: Ask | None = None
+        self.handling: object = None
         self.watchers: dict[Mailbox, dict[Ref[Any], None]] = {}
         self.task: Task | None = None
         self.reason = Exit(ExitKind.UNBORN)
@@ -175,7 +177,6 @@ class Mailbox:
         self.capacity = capacity
         self.task = current_task()
         self.ending = False
-        self.current = None
 
     def close(self, reason: Exit, *, keep_tells: bool = False) -> None:
         """Takes no more messages, and answers everybody who waits for an answer. The first reason stays."""
@@ -197,7 +198,7 @@ class Mailbox:
         self.overflow.clear()
         self.deferred.clear()
         self.system.clear()
-        self.current = None
+        self.current = self.handling = None
         if keep_tells:
             self.queue.extend(tells)
         else:
@@ -215,6 +216,12 @@ class Mailbox:
         for watcher, monitored in watchers.items():
             monitored.pop(self.ref, None)
             watcher.deliver(Down(self.ref, reason))
+
+    def abandon(self, reason: Exit) -> None:
+        """There will be no further incarnation that could find what a former one left."""
+        self.end(reason)
+        self.lost += len(self.queue)
+        self.queue.clear()
 
     def down(self) -> ActorDown:
         error = ActorDown(self.name, self.reason)
@@ -289,6 +296,7 @@ class Mailbox:
                     ask.begun = True
                     message = ask.message
             self.current = ask
+            self.handling = message
             kind = type(message)
             self.recent.append(kind)
             self.handled += 1
@@ -308,15 +316,13 @@ class Mailbox:
                         ask.reply(result)
                     elif ask.task is not None and ask not in self.deferred:
                         raise TypeError(f"the handler of {kind.__qualname__} returned another message's Deferred")
-            self.current = None
+            self.current = self.handling = None
 
     def defer(self, message: Request[R]) -> Deferred[R]:
-        ask = self.current
-        if ask is None:
-            return Deferred(self, None)
-        if ask.message is not message:
+        if message is not self.handling:
             raise RuntimeError("defer() takes the message that is being handled, in its handler")
-        if ask.task is not None:
+        ask = self.current
+        if ask is not None and ask.task is not None:
             self.deferred[ask] = None
         return Deferred(self, ask)
 

@@ -28,7 +28,7 @@ import trio
 from ._cell import TEMPORARY, A, Branch, Cell, Child, State
 from ._errors import ActorDown, NameTaken, NoSuchChild, TooManyRestarts
 from ._exit import Exit, ExitKind
-from ._fence import check_fence
+from ._fence import Fence, check_fence, current_fence
 from ._ref import Ref
 
 _GRACE_S: Final = 1.0
@@ -143,6 +143,7 @@ class _Supervisor(Branch):
         try:
             while True:
                 exit_ = await cell.incarnate()
+                current_fence.set(self._fence())
                 if not cell.started_once or not self._wants_back(cell, exit_):
                     break
                 window = self._window_of(cell)
@@ -159,10 +160,12 @@ class _Supervisor(Branch):
         finally:
             self._ended(cell)
 
+    def _fence(self) -> Fence | None:
+        return None if self._cell is None else self._cell.fence
+
     async def _back_off(self, cell: Cell, restart: int) -> None:
         assert self._cell is not None
-        cell.state = State.RESTARTING
-        with trio.CancelScope() as cell.outer:
+        with cell.pause(State.RESTARTING):
             await trio.sleep(self._backoff.delay_s(restart, self._cell.runtime.rng))
 
     def _admit(self, window: deque[float]) -> bool:
@@ -184,10 +187,10 @@ class _Supervisor(Branch):
 
     def _ended(self, cell: Cell) -> None:
         cell.state = State.EXITED
-        if cell.ref is not None:
-            cell.ref._mailbox.end(cell.exit or Exit(ExitKind.STOPPED))
+        exit_ = cell.exit or Exit(ExitKind.STOPPED)
+        if cell.ref is not None and not cell.restarts_after(exit_):
+            cell.ref._mailbox.abandon(exit_)
         if not cell.started_once and cell.start_error is None:
-            exit_ = cell.exit or Exit(ExitKind.STOPPED)
             stopped = exit_.exception is None or cell.stop_requested
             cell.start_error = ActorDown(cell.path, exit_) if stopped else exit_.exception
         cell.settled.set()
@@ -231,7 +234,7 @@ class Supervisor(_Supervisor):
         return self._cells
 
     def shutdown_s(self) -> float:
-        return sum(cell.shutdown_s for cell in self._cells) + _GRACE_S
+        return sum(cell.shutdown_s + _GRACE_S for cell in self._cells)
 
     def statistics(self) -> dict[str, Any]:
         return {"strategy": self.strategy.value, "intensity": self.intensity, "period_s": self.period_s}
@@ -418,12 +421,13 @@ class DynamicSupervisor(_Supervisor):
         _logger.error("%s is given up: more than %d restarts in %g s", cell.path, self.intensity, self.period_s)
         self._given_up_total += 1
         self._given_up.append({"name": cell.child.name, "at_s": cell.since_birth(), "reason": str(exit_)})
-        cell.state = State.GIVING_UP
+        scope = cell.pause(State.GIVING_UP)
         told = self._told
         if told is None:
             return
         message = GaveUp(cell.child.name, exit_)
-        with trio.CancelScope(deadline=trio.current_time() + self._told_timeout_s) as cell.outer:
+        scope.deadline = trio.current_time() + self._told_timeout_s
+        with scope:
             try:
                 if isinstance(told, Ref):
                     told.tell(message)
@@ -433,7 +437,7 @@ class DynamicSupervisor(_Supervisor):
                         await pending
             except Exception:
                 _logger.exception("%s is given up, but nobody could be told", cell.path)
-        if cell.outer.cancelled_caught:
+        if scope.cancelled_caught:
             _logger.error("%s is given up, but telling so was cut short", cell.path)
 
     def _ended(self, cell: Cell) -> None:

@@ -10,7 +10,6 @@ from typing import Any, final
 import trio
 
 from ._cell import PERMANENT, Cell, Child, Runtime, State
-from ._exit import flatten
 from ._supervisor import DynamicSupervisor, Supervisor
 
 
@@ -118,14 +117,14 @@ async def open_system(
                         yield System(cell, runtime)
             finally:
                 cell.request_stop()
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + cell.shutdown_s):
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + cell.shutdown_s + 1):
                     await cell.ended.wait()
             if cell.exit is not None and cell.exit.abnormal and cell.exit.exception is not None:
                 raise cell.exit.exception
     except BaseExceptionGroup as group:
-        error = flatten(group)
-        if error is None or isinstance(error, BaseExceptionGroup):
+        if len(group.exceptions) > 1:
             raise
+        error = group.exceptions[0]
         raise error from error.__cause__
 
 

@@ -1,0 +1,466 @@
+"""An asker gets an answer, a reason, or its deadline; never silence, and never somebody else's answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from actors import (
+    Actor,
+    ActorDown,
+    AskTimeout,
+    Backoff,
+    Child,
+    Deferred,
+    Down,
+    DynamicSupervisor,
+    ExitKind,
+    MailboxFull,
+    Request,
+    SelfAsk,
+    Unhandled,
+    handles,
+    open_system,
+)
+
+
+class NotEnough(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Withdraw(Request[int]):
+    amount: int
+    raises = (NotEnough,)
+
+
+@dataclass(frozen=True)
+class Sleep(Request[str]):
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Defer(Request[str]):
+    seconds: float
+    failing: bool = False
+
+
+@dataclass(frozen=True)
+class Crash(Request[None]):
+    pass
+
+
+@dataclass(frozen=True)
+class CrashInTask(Request[None]):
+    pass
+
+
+@dataclass(frozen=True)
+class AskYourself(Request[int]):
+    in_a_task: bool = False
+
+
+@dataclass(frozen=True)
+class Note:
+    text: str
+
+
+@dataclass(frozen=True)
+class Notes(Request[tuple[str, ...]]):
+    pass
+
+
+@dataclass(frozen=True)
+class Watch(Request[None]):
+    other: Any
+
+
+@dataclass(frozen=True)
+class Foreign(Request[int]):
+    pass
+
+
+class Account(Actor):
+    mailbox = 4
+
+    def __init__(self, balance: int = 10) -> None:
+        self.balance = balance
+        self.notes: list[str] = []
+
+    @handles(Withdraw)
+    async def withdraw(self, message: Withdraw) -> int:
+        if message.amount > self.balance:
+            raise NotEnough(message.amount)
+        self.balance -= message.amount
+        return self.balance
+
+    @handles(Sleep)
+    async def sleep(self, message: Sleep) -> str:
+        await trio.sleep(message.seconds)
+        self.notes.append(f"slept {message.seconds}")
+        return f"slept {message.seconds}"
+
+    @handles(Defer)
+    async def defer(self, message: Defer) -> str | Deferred[str]:
+        if message.seconds == 0:
+            return "at once"
+        deferred = self.ctx.defer(message)
+        self.ctx.spawn(self.answer, deferred, message)
+        return deferred
+
+    async def answer(self, deferred: Deferred[str], message: Defer) -> None:
+        await trio.sleep(message.seconds)
+        if message.failing:
+            deferred.fail(NotEnough(0))
+        deferred.reply("later")
+
+    @handles(Crash)
+    async def crash(self, message: Crash) -> None:
+        self.balance = 0
+        raise ValueError("crashed")
+
+    @handles(CrashInTask)
+    async def crash_in_task(self, message: CrashInTask) -> None:
+        self.ctx.spawn(self.fail)
+        await trio.sleep_forever()
+
+    async def fail(self) -> None:
+        raise ValueError("in a task")
+
+    @handles(AskYourself)
+    async def ask_yourself(self, message: AskYourself) -> int | Deferred[int]:
+        if not message.in_a_task:
+            return await self.ctx.self_ref.ask(Withdraw(1), timeout_s=100)
+        deferred = self.ctx.defer(message)
+
+        async def ask() -> None:
+            deferred.reply(await self.ctx.self_ref.ask(Withdraw(1), timeout_s=100))
+
+        self.ctx.spawn(ask)
+        return deferred
+
+    @handles(Note)
+    async def note(self, message: Note) -> None:
+        self.notes.append(message.text)
+
+    @handles(Notes)
+    async def read(self, message: Notes) -> tuple[str, ...]:
+        return tuple(self.notes)
+
+    @handles(Watch)
+    async def watch(self, message: Watch) -> None:
+        self.ctx.monitor(message.other)
+
+    @handles(Down)
+    async def down(self, message: Down) -> None:
+        self.notes.append(f"{message.ref.name} {message.reason}")
+
+
+class Careful(Account):
+    keeps_tells = True
+
+
+def bank() -> DynamicSupervisor:
+    return DynamicSupervisor(intensity=1000, period_s=60)
+
+
+async def test_a_request_is_answered_and_a_tell_is_handled(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        ref.tell(Note("one"))
+        assert await ref.ask(Withdraw(3), timeout_s=1) == 7
+        assert await ref.ask(Withdraw(3), timeout_s=math.inf) == 4
+        assert await ref.ask(Notes(), timeout_s=1) == ("one",)
+
+
+async def test_a_declared_exception_reaches_the_asker_and_the_actor_lives(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        with pytest.raises(NotEnough):
+            await ref.ask(Withdraw(11), timeout_s=1)
+        ref.tell(Withdraw(11))
+        assert await ref.ask(Withdraw(1), timeout_s=1) == 9
+        assert ref.inspect()["mailbox"]["refused"] == 2
+        assert ref.inspect()["restarts"] == 0
+
+
+async def test_trap_3_a_self_ask_is_found_at_once(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        with pytest.raises(ActorDown) as caught:
+            await ref.ask(AskYourself(), timeout_s=10)
+        assert isinstance(caught.value.reason.exception, SelfAsk)
+        assert trio.current_time() < 1
+
+
+async def test_trap_3_a_child_task_may_ask_its_own_actor(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        assert await ref.ask(AskYourself(in_a_task=True), timeout_s=10) == 9
+
+
+@pytest.mark.parametrize("message", [Crash(), CrashInTask()])
+async def test_trap_4_death_answers_every_asker_at_once(autojump_clock: MockClock, message: Request[None]) -> None:
+    bank_ = bank()
+    reasons: list[str] = []
+
+    async def ask(request: Request[Any]) -> None:
+        with pytest.raises(ActorDown) as caught:
+            await ref.ask(request, timeout_s=100)
+        reasons.append(str(caught.value.reason.exception))
+
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, Defer(50))
+            nursery.start_soon(partial(ref.ask, Sleep(1), timeout_s=10))
+            await wait_all_tasks_blocked()
+            ref.tell(message)
+            for _ in range(20):  # more than the mailbox holds
+                nursery.start_soon(ask, Sleep(10))
+        assert len(reasons) == 21
+        assert len(set(reasons)) == 1
+        assert trio.current_time() < 2
+
+
+async def test_trap_4_a_stop_answers_every_asker_at_once(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    kinds: list[ExitKind] = []
+
+    async def ask(request: Request[Any]) -> None:
+        with pytest.raises(ActorDown) as caught:
+            await ref.ask(request, timeout_s=100)
+        kinds.append(caught.value.reason.kind)
+
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, Sleep(50))
+            nursery.start_soon(ask, Sleep(50))
+            await wait_all_tasks_blocked()
+            await bank_.stop_child("a")
+        assert kinds == [ExitKind.STOPPED] * 2
+        with pytest.raises(ActorDown):
+            await ref.ask(Withdraw(1), timeout_s=1)
+        with pytest.raises(ActorDown):
+            ref.tell(Note("x"))
+
+
+async def test_trap_4_a_late_reply_is_dropped(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        for request in (Sleep(5), Defer(5)):
+            with pytest.raises(AskTimeout) as caught:
+                await ref.ask(request, timeout_s=1)
+            assert caught.value.begun
+            await trio.sleep(10)
+        assert ref.inspect()["mailbox"]["late_replies"] == 2
+        assert ref.inspect()["mailbox"]["replies_owed"] == 0
+        assert await ref.ask(Withdraw(1), timeout_s=1) == 9
+
+
+async def test_an_ask_that_nobody_has_begun_is_withdrawn_when_its_asker_leaves(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(ref.ask, Sleep(5), timeout_s=10))
+            await wait_all_tasks_blocked()
+            with pytest.raises(AskTimeout) as caught:
+                await ref.ask(Withdraw(10), timeout_s=1)
+            assert not caught.value.begun
+            for _ in range(50):
+                with trio.move_on_after(0.01):
+                    await ref.ask(Withdraw(10), timeout_s=10)
+            figures = ref.inspect()["mailbox"]
+            assert figures["depth"] <= figures["capacity"]
+            assert figures["askers_waiting_for_room"] == 0
+        assert await ref.ask(Withdraw(1), timeout_s=1) == 9
+
+
+async def test_a_full_mailbox_refuses_tells_and_lets_askers_wait_for_room(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    answers: list[int] = []
+
+    async def withdraw() -> None:
+        answers.append(await ref.ask(Withdraw(1), timeout_s=30))
+
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(ref.ask, Sleep(5), timeout_s=10))
+            await wait_all_tasks_blocked()
+            for n in range(4):
+                ref.tell(Note(str(n)))
+            with pytest.raises(MailboxFull):
+                ref.tell(Note("one too many"))
+            for _ in range(8):
+                nursery.start_soon(withdraw)
+            await wait_all_tasks_blocked()
+            assert ref.inspect()["mailbox"]["askers_waiting_for_room"] == 8
+        assert sorted(answers) == [2, 3, 4, 5, 6, 7, 8, 9]
+        assert ref.inspect()["mailbox"]["rejected"] == 1
+
+
+async def test_a_handler_replies_later_or_fails_later_while_others_are_served(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        answers = []
+
+        async def defer(request: Defer) -> None:
+            try:
+                answers.append(await ref.ask(request, timeout_s=10))
+            except NotEnough:
+                answers.append("failed")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(defer, Defer(2))
+            nursery.start_soon(defer, Defer(3, failing=True))
+            await wait_all_tasks_blocked()
+            assert await ref.ask(Defer(0), timeout_s=1) == "at once"
+            assert trio.current_time() == 0
+        assert answers == ["later", "failed"]
+
+
+async def test_an_unknown_message_is_an_error_at_the_sender(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        with pytest.raises(Unhandled, match="a has no handler for Foreign"):
+            await ref.ask(Foreign(), timeout_s=1)
+        with pytest.raises(Unhandled):
+            ref.tell("text")
+        assert ref.inspect()["restarts"] == 0
+
+
+@pytest.mark.parametrize(("kind", "left"), [(Account, ()), (Careful, ("first", "second"))])
+async def test_trap_5_a_restart_fails_queued_asks_and_never_repeats_what_crashed(
+    autojump_clock: MockClock, kind: Callable[[], Account], left: tuple[str, ...]
+) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", kind))
+        outcomes = []
+
+        async def withdraw() -> None:
+            with pytest.raises(ActorDown):
+                await ref.ask(Withdraw(1), timeout_s=100)
+            outcomes.append("down")
+
+        async with trio.open_nursery() as nursery:
+            ref.tell(Crash())
+            ref.tell(Note("first"))
+            ref.tell(Note("second"))
+            nursery.start_soon(withdraw)
+        await trio.sleep(1)
+        assert outcomes == ["down"]
+        assert await ref.ask(Notes(), timeout_s=1) == left
+        assert ref.inspect()["restarts"] == 1
+
+
+async def test_trap_6_a_burst_starves_nobody(autojump_clock: MockClock) -> None:
+    class Busy(Account):
+        mailbox = 10_000
+
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Busy))
+        turns = 0
+        for n in range(10_000):
+            ref.tell(Note(str(n)))
+        while ref.inspect()["mailbox"]["depth"]:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+        assert turns > 100
+
+
+async def test_trap_7_a_half_applied_handler_leaves_no_state_behind(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        with pytest.raises(ActorDown):
+            await ref.ask(Crash(), timeout_s=1)
+        await trio.sleep(1)
+        assert await ref.ask(Withdraw(1), timeout_s=1) == 9
+
+
+async def test_a_monitor_sends_one_down_ahead_of_the_queue(autojump_clock: MockClock) -> None:
+    bank_ = DynamicSupervisor(intensity=1000, backoff=Backoff(base_s=5, cap_s=5))
+    async with open_system(bank_):
+        watcher = await bank_.start_child(Child("watcher", Account))
+        other = await bank_.start_child(Child("other", Account))
+        await watcher.ask(Watch(other), timeout_s=1)
+        await watcher.ask(Watch(other), timeout_s=1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(watcher.ask, Sleep(5), timeout_s=10))
+            await wait_all_tasks_blocked()
+            watcher.tell(Note("queued before"))
+            other.tell(Crash())
+        await trio.sleep(1)
+        seen = ("slept 5", "other crashed: ValueError: crashed", "queued before")
+        assert await watcher.ask(Notes(), timeout_s=1) == seen
+        other.tell(Crash())
+        await trio.sleep(1)
+        assert await watcher.ask(Notes(), timeout_s=1) == seen
+        await watcher.ask(Watch(other), timeout_s=1)
+        assert await watcher.ask(Notes(), timeout_s=1) == (*seen, "other crashed: ValueError: crashed")
+
+
+async def test_two_actors_that_ask_each_other_end_by_their_deadlines(autojump_clock: MockClock) -> None:
+    @dataclass(frozen=True)
+    class Relay(Request[int]):
+        to: Any
+
+    class Node(Actor):
+        @handles(Relay)
+        async def relay(self, message: Relay) -> int:
+            if message.to is None:
+                return 0
+            await trio.sleep(1)
+            try:
+                await message.to.ask(Relay(None), timeout_s=2)
+            except AskTimeout:
+                return 1
+            return 0
+
+    bank_ = bank()
+    async with open_system(bank_):
+        a = await bank_.start_child(Child("a", Node))
+        b = await bank_.start_child(Child("b", Node))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(a.ask, Relay(b), timeout_s=10))
+            assert await b.ask(Relay(a), timeout_s=10) == 1
+        assert trio.current_time() == pytest.approx(3)
+
+
+def test_a_message_that_can_change_is_no_message() -> None:
+    @dataclass
+    class Mutable:
+        text: str
+
+    with pytest.raises(TypeError, match="make it frozen"):
+        handles(Mutable)
+
+
+def test_two_handlers_for_one_message_are_an_error_of_the_class() -> None:
+    with pytest.raises(TypeError, match="handles Note in one and in two"):
+
+        class Twice(Actor):
+            @handles(Note)
+            async def one(self, message: Note) -> None: ...
+
+            @handles(Note)
+            async def two(self, message: Note) -> None: ...
