@@ -73,8 +73,9 @@ class Ref(Generic[A_co]):
         if task is mailbox.task:
             raise SelfAsk(self.name)
         if type(message) not in mailbox.handlers:
+            refusal = mailbox.refusal(message)
             await checkpoint()
-            raise mailbox.refusal(message)
+            raise refusal
         ask = Ask(mailbox, message, task)
         mailbox.put(ask)
         if timeout_s == math.inf:

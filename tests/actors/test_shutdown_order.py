@@ -1,0 +1,162 @@
+"""Under every schedule: children end in the reverse order of their start, and no asker is lost to a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+import trio
+
+from actors import (
+    PERMANENT,
+    TRANSIENT,
+    Actor,
+    ActorDown,
+    AskTimeout,
+    Backoff,
+    Child,
+    DynamicSupervisor,
+    Request,
+    Started,
+    Supervisor,
+    handles,
+    open_system,
+)
+
+Simulate = Callable[[Callable[[Random], Awaitable[object]], int], object]
+SEEDS = range(200)
+
+
+def test_trap_1_the_order_of_shutdown_is_reverse_under_outer_cancellation(simulate: Simulate) -> None:
+    def actor(name: str, log: list[str], rng: Random) -> Actor:
+        class Node(Actor):
+            async def on_start(self) -> None:
+                log.append(f"+{name}")
+                self.ctx.stack.push_async_callback(self.close)
+                for _ in range(3):
+                    self.ctx.spawn(trio.sleep_forever)
+
+            async def on_stop(self) -> None:
+                await trio.sleep(rng.random())
+
+            async def close(self) -> None:
+                await trio.sleep(rng.random())
+                log.append(f"-{name}")
+
+        return Node()
+
+    async def main(rng: Random) -> list[str]:
+        async def function(name: str, *, task_status: Started) -> None:
+            log.append(f"+{name}")
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
+                    await trio.sleep(rng.random())
+                log.append(f"-{name}")
+
+        log: list[str] = []
+        names = iter("abcdefgh")
+
+        def leaf() -> Child[Actor] | Child[None]:
+            name = next(names)
+            if rng.random() < 0.5:
+                return Child(name, partial(actor, name, log, rng))
+            return Child(name, partial(function, name))
+
+        inner = Supervisor(children=[leaf() for _ in range(rng.randint(1, 3))])
+        root = Supervisor(children=[leaf(), leaf(), Child("inner", inner), leaf(), leaf()])
+        with trio.CancelScope() as scope:
+            async with open_system(root, rng=rng):
+                scope.cancel()
+                await trio.sleep(rng.random())
+        return log
+
+    logs = set()
+    for seed in SEEDS:
+        log = simulate(main, seed)
+        assert isinstance(log, list)
+        starts, ends = log[: len(log) // 2], log[len(log) // 2 :]
+        assert [name[1:] for name in reversed(starts)] == [name[1:] for name in ends], f"seed {seed}"
+        logs.add("".join(log))
+    assert len(logs) > 1
+
+
+@dataclass(frozen=True)
+class Work(Request[int]):
+    number: int
+
+
+class Server(Actor):
+    mailbox = 4
+
+    def __init__(self, rng: Random) -> None:
+        self.rng = rng
+
+    @handles(Work)
+    async def work(self, message: Work) -> int:
+        luck = self.rng.random()
+        if luck < 0.1:
+            raise ValueError("unlucky")
+        if luck < 0.2:
+            self.ctx.spawn(self.fail)
+        await trio.sleep(luck)
+        return message.number
+
+    async def fail(self) -> None:
+        await trio.sleep(self.rng.random())
+        raise ValueError("unlucky task")
+
+
+def test_no_asker_is_lost_and_none_gets_the_answer_of_another(simulate: Simulate) -> None:
+    async def main(rng: Random) -> tuple[str, ...]:
+        outcomes: list[str] = []
+        pool = DynamicSupervisor(intensity=1000, backoff=Backoff(base_s=0.2, cap_s=1))
+
+        async def client(number: int) -> None:
+            for n in range(10):
+                question = number * 1000 + n
+                try:
+                    with trio.move_on_after(30 if rng.random() < 0.9 else rng.random()) as patience:
+                        answer = await system[f"pool/{rng.randrange(3)}"].ask(Work(question), timeout_s=10)
+                        assert answer == question
+                        outcomes.append("answer")
+                    if patience.cancelled_caught:
+                        outcomes.append("left")
+                except ActorDown:
+                    outcomes.append("down")
+                    await trio.sleep(rng.random())
+                except AskTimeout:
+                    outcomes.append("timeout")
+
+        async def killer() -> None:
+            for _ in range(20):
+                await trio.sleep(rng.random())
+                system.kill(f"pool/{rng.randrange(3)}")
+
+        async with open_system(Supervisor(children=[Child("pool", pool)]), rng=rng) as system:
+            for n in range(3):
+                restart = rng.choice([PERMANENT, TRANSIENT])
+                await pool.start_child(Child(str(n), partial(Server, rng), restart))
+            with trio.fail_after(1000):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(killer)
+                    for number in range(8):
+                        nursery.start_soon(client, number)
+            for n in range(3):
+                figures = system[f"pool/{n}"].inspect()["mailbox"]
+                assert figures["depth"] == figures["askers_waiting_for_room"] == figures["replies_owed"] == 0
+        assert len(outcomes) == 80
+        return tuple(outcomes)
+
+    seen = set()
+    for seed in SEEDS:
+        outcomes = simulate(main, seed)
+        assert isinstance(outcomes, tuple)
+        seen |= set(outcomes)
+        if seed % 50 == 0:
+            assert simulate(main, seed) == outcomes, f"seed {seed} is not the same twice"
+    assert seen >= {"answer", "down", "left"}
