@@ -85,3 +85,8 @@ def test_a_runtime_directory_too_long_for_sockets_is_refused() -> None:
 def test_addresses_and_lists() -> None:
     assert parse_address("[::1]:80") == ("::1", 80)
     assert split(" a, ,b ") == ["a", "b"]
+
+
+def test_the_reference_names_every_setting() -> None:
+    text = (Path(__file__).parents[2] / "docs/reference/settings.md").read_text()
+    assert [field for field in Settings.__struct_fields__ if f"`{field}`" not in text] == []
