@@ -164,7 +164,8 @@ class Process:
 
 
 class FileWatch:
-    """Tells that a file was written to. One task waits on it. `Host.watch` makes one."""
+    """Tells that a file was written to, or that a directory got a new name. One task waits on it. `Host.watch` makes
+    one."""
 
     __slots__ = ("_changed", "_poke", "_watches", "_wd")
 
@@ -196,7 +197,7 @@ class _Watches:
         if self._inotify is None:
             self._inotify = inotify_simple.INotify(nonblocking=True)
         try:
-            wd = self._inotify.add_watch(path, inotify_simple.flags.MODIFY)
+            wd = self._inotify.add_watch(path, inotify_simple.flags.MODIFY | inotify_simple.flags.CREATE)
         except BaseException:
             self._close_when_idle()
             raise
@@ -348,6 +349,39 @@ class Host:
                 del self._children[pid]
                 os.close(child.pidfd)
 
+    async def run_program(
+        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, timeout_s: float, output_limit: int = 65536
+    ) -> tuple[int, bytes]:
+        """Run a short program to its end: exit status (minus the signal number), and stdout and stderr together.
+
+        Past `timeout_s`, or past `output_limit` bytes of output, it is killed. Raises OSError when it cannot be
+        started, trio.TooSlowError.
+        """
+        process = await trio.lowlevel.open_process(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(env),
+            cwd=cwd,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        output = bytearray()
+        try:
+            async with process.stdout:
+                with trio.fail_after(timeout_s):
+                    while len(output) <= output_limit and (data := await process.stdout.receive_some(output_limit)):
+                        output += data
+                    if len(output) > output_limit:
+                        process.kill()
+                    return await process.wait(), bytes(output[:output_limit])
+        finally:
+            if process.returncode is None:
+                process.kill()
+                with trio.CancelScope(shield=True), trio.move_on_after(5.0):
+                    await process.wait()
+
     async def find(self, mark: str) -> ProcessIdentity | None:
         """The living process that carries exactly this mark, or None. The oldest, should there be several."""
         found = [identity for identity in await self.processes(mark) if identity.mark == mark]
@@ -462,6 +496,10 @@ class Host:
                 pass
 
         await trio.to_thread.run_sync(remove)
+
+    async def remove_file(self, path: Path) -> None:
+        """Remove one file; nothing there is no error. Raises OSError."""
+        await trio.to_thread.run_sync(lambda: path.unlink(missing_ok=True))
 
     async def read_bytes(self, path: Path, limit: int = _READ_LIMIT) -> bytes:
         """The first `limit` bytes of a file. Raises OSError."""
@@ -613,7 +651,10 @@ class Host:
 
     @contextmanager
     def watch(self, path: Path) -> Iterator[FileWatch]:
-        """Watch a file that must exist: `with host.watch(path) as watch: await watch.wait()`. Raises OSError."""
+        """Watch a file for writes, or a directory for new names: `with host.watch(path) as watch: await watch.wait()`.
+
+        It must exist. Raises OSError.
+        """
         with self._watches.open(path) as watch:
             yield watch
 

@@ -1,0 +1,25 @@
+"""From a spec to a process with a control socket, and how it ends."""
+
+from ._interface import (
+    AcceleratorChoice,
+    AcceleratorName,
+    End,
+    Hypervisor,
+    HypervisorError,
+    LaunchCode,
+    LaunchFailed,
+    Machine,
+    MachineSpec,
+)
+
+__all__ = [
+    "AcceleratorChoice",
+    "AcceleratorName",
+    "End",
+    "Hypervisor",
+    "HypervisorError",
+    "LaunchCode",
+    "LaunchFailed",
+    "Machine",
+    "MachineSpec",
+]

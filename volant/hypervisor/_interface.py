@@ -1,0 +1,152 @@
+"""What a hypervisor is to the rest of the daemon."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Literal, Protocol
+
+import msgspec
+
+from volant.model import EndKind, ProcessIdentity
+
+AcceleratorName = Literal["kvm", "tcg"]
+LaunchCode = Literal["qemu_missing", "memory_refused", "kvm_unavailable", "bad_image", "exited", "no_answer"]
+
+
+class HypervisorError(Exception):
+    """The hypervisor does not do what it is told, or cannot be told. The text is for people."""
+
+
+class LaunchFailed(HypervisorError):
+    """No machine came to be; nothing of the attempt runs any more.
+
+    `code`: `qemu_missing` (not installed, or not to be executed), `memory_refused`, `kvm_unavailable`, `bad_image`
+    (kernel or initramfs missing or not to be loaded), `exited` (for another reason, see the text), `no_answer` (it
+    hung).
+    """
+
+    def __init__(self, code: LaunchCode, message: str) -> None:
+        super().__init__(message)
+        self.code: LaunchCode = code
+        self.message = message
+
+
+class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One boot of a machine. Whoever adopts it gives the same one as who launched it."""
+
+    vm_id: int
+    name: str
+    cpu_cores: int
+    memory_mb: int
+    kernel: Path
+    initramfs: Path
+    cmdline: str
+    directory: Path
+    """Its sockets and its console. Made here, mode 0700."""
+    memory_file: Path
+    """The guest's memory, on a file system in RAM, in a directory of mode 0700."""
+    mark: str
+    """What its process is known by; no secret."""
+    accelerator: AcceleratorName
+    vsock_cid: int | None = None
+    """The guest's vsock address, where the host has vhost-vsock: then the agent is reached by it instead of the
+    serial port."""
+
+    @property
+    def console_path(self) -> Path:
+        """What the serial console has said, appended by the hypervisor."""
+        return self.directory / "console.log"
+
+    @property
+    def console_input_path(self) -> Path:
+        """A named pipe: what is written to it is typed on the serial console."""
+        return self.directory / "console.in"
+
+    @property
+    def control_path(self) -> Path:
+        """The socket that controls the hypervisor. One client at a time: the one that is attached."""
+        return self.directory / "qmp.sock"
+
+    @property
+    def agent_path(self) -> Path:
+        """The socket of the agent's virtio-serial port. One client at a time: the channel."""
+        return self.directory / "agent.sock"
+
+    @property
+    def log_path(self) -> Path:
+        """What the hypervisor itself has to say."""
+        return self.directory / "qemu.log"
+
+
+class AcceleratorChoice(msgspec.Struct, frozen=True):
+    """How guests run on this host, and why so."""
+
+    accelerator: AcceleratorName
+    reason: str
+    """For people."""
+    version: str | None
+    """The hypervisor's; None: there is none."""
+
+
+class End(msgspec.Struct, frozen=True):
+    """How a guest, or its hypervisor under it, ended."""
+
+    kind: EndKind
+    message: str
+    """For people."""
+    exit_status: int | None = None
+    """Of the process, when it has ended and was our child: 0 to 255, or minus the signal number."""
+
+
+class Machine(Protocol):
+    """A machine under watch."""
+
+    @property
+    def identity(self) -> ProcessIdentity: ...
+
+    async def ended(self) -> End:
+        """Wait for the end of the guest or of its process, whichever is first; at once when it has been. The process of
+        a guest that has ended stays until `quit` or `kill`.
+
+        Raises HypervisorError when the process lives but cannot be talked to any more.
+        """
+
+    async def status(self) -> str:
+        """QEMU's word for what it does: `running`, `paused`, `shutdown`, … Raises HypervisorError."""
+
+    async def powerdown(self) -> None:
+        """Press the power button; the guest may ignore it. Raises HypervisorError."""
+
+    async def quit(self, timeout_s: float = 5.0) -> End:
+        """Ask the process to end, and kill it when it has not after `timeout_s`. Raises HypervisorError, as `kill`."""
+
+    async def kill(self, timeout_s: float = 10.0) -> End:
+        """Kill the process and wait until it is gone. Raises HypervisorError when it is not after `timeout_s`."""
+
+
+class Hypervisor(Protocol):
+    """A kind of hypervisor on this host."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def choice(self) -> AcceleratorChoice:
+        """How guests would run. The first call may take seconds, as it tries; its outcome is remembered. Never fails."""
+
+    async def accelerator(self) -> AcceleratorName:
+        """What `choice` says of it."""
+
+    async def launch(self, spec: MachineSpec) -> ProcessIdentity:
+        """Start a machine. When this returns, its guest runs. Cancelled half-way, it may leave a process with the
+        spec's mark, and files in its directory.
+
+        Raises LaunchFailed.
+        """
+
+    def attach(self, spec: MachineSpec, identity: ProcessIdentity) -> AbstractAsyncContextManager[Machine]:
+        """Watch and control a machine, just launched or adopted. A process that is gone already gives a machine that
+        has ended. Leaving the block does nothing to the machine.
+
+        Raises HypervisorError when the process lives but does not answer.
+        """
