@@ -297,8 +297,9 @@ def _verb(change: _Change, verb: Verb) -> None:
             change.to("", grace_s=verb.grace_s)
             _start(change, again=True)
         case VerbKind.STOP:
-            change.to("", grace_s=verb.grace_s)
-            _stop(change)
+            if row.status is not Status.STOPPED or row.desired is not Desired.STOPPED:
+                change.to("", grace_s=verb.grace_s)
+                _stop(change)
         case VerbKind.DELETE:
             if row.status is not Status.DELETING:
                 change.to("", desired=Desired.DELETED, grace_s=verb.grace_s)
