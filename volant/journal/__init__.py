@@ -1,0 +1,39 @@
+"""The journal: what must not be lost, events in order, and what VMs have said."""
+
+from ._errors import DatabaseRefused, JournalBroken, StaleRow
+from ._events import EventCursor, EventGap, EventLog, EventLogStatistics
+from ._frames import EventFrame
+from ._journal import Journal
+from ._projection import Plugin, Projection
+from ._store import Retention, Store
+from ._vmlog import LogCursor, LogEntry, LogGap, LogStatistics, LogStream, VmLog
+from ._vmlogs import VmLogs
+from .messages import CommitSteps, CreateRow, EnablePlugin, InstallPlugin, RemovePlugin
+
+__all__ = [
+    "CommitSteps",
+    "CreateRow",
+    "DatabaseRefused",
+    "EnablePlugin",
+    "EventCursor",
+    "EventFrame",
+    "EventGap",
+    "EventLog",
+    "EventLogStatistics",
+    "InstallPlugin",
+    "Journal",
+    "JournalBroken",
+    "LogCursor",
+    "LogEntry",
+    "LogGap",
+    "LogStatistics",
+    "LogStream",
+    "Plugin",
+    "Projection",
+    "RemovePlugin",
+    "Retention",
+    "StaleRow",
+    "Store",
+    "VmLog",
+    "VmLogs",
+]

@@ -1,0 +1,219 @@
+"""What the journal does on the disk. Everything here blocks, and runs in a worker thread, one call at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import apsw
+import msgspec
+
+from volant.host import Host
+from volant.model import Manifest, VmRow
+
+from ._errors import DatabaseRefused, JournalBroken
+from ._frames import EventFrame
+from ._projection import Plugin
+from ._schema import open_reader, open_writer
+from ._stage import AddEvent, DropPlugin, DropRow, Operation, PutPlugin, PutRow
+
+_encode = msgspec.json.Encoder().encode
+_decode_row = msgspec.json.Decoder(VmRow).decode
+_decode_manifest = msgspec.json.Decoder(Manifest).decode
+
+_VACUUM_PAGES = 256
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """Everything that the journal keeps in memory."""
+
+    epoch: str
+    rows: list[VmRow]
+    plugins: list[Plugin]
+    last_vm_id: int
+    oldest_seq: int
+    """Of the events that are kept; one more than `newest_seq` when there is none."""
+    newest_seq: int
+    oldest_at: int | None
+    """When the oldest event was, in seconds since 1970; None when there is none that could ever go."""
+    untold: list[EventFrame]
+    """The events after `told_seq`."""
+
+
+class Trimmed(msgspec.Struct, frozen=True):
+    """What is left of the events. `more`: there may be others to drop."""
+
+    oldest_seq: int
+    oldest_at: int | None
+    more: bool
+
+
+class Database:
+    """The one connection that writes."""
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        self._connection = connection
+
+    @classmethod
+    def open(cls, host: Host, path: Path) -> Database:
+        """:raises DatabaseRefused: see `open_writer`. :raises apsw.Error: the disk fails."""
+        return cls(open_writer(host, path))
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def load(self, told_seq: int | None) -> Loaded:
+        """Read the state. `told_seq` is the last event that readers have had, None when there were no readers yet.
+
+        :raises DatabaseRefused: a row can't be understood.
+        """
+        # A commit of a predecessor may still be under way in its thread. Under the write lock it is over.
+        with self._transaction():
+            get = self._connection.execute
+            epoch = get("SELECT value FROM meta WHERE key = 'epoch'").get
+            sequence = get("SELECT seq FROM sqlite_sequence WHERE name = 'vms'").get
+            oldest, newest = get("SELECT min(seq), max(seq) FROM events").get
+            newest = newest or 0
+            oldest_at = self._oldest_at(newest)
+            untold = [] if told_seq is None else self._after(told_seq)
+            try:
+                rows = [_decode_row(row) for (row,) in get("SELECT row FROM vms ORDER BY id")]
+                plugins = [
+                    Plugin(_decode_manifest(manifest), bool(enabled), datetime.fromisoformat(created_at))
+                    for manifest, enabled, created_at in get("SELECT manifest, enabled, created_at FROM plugins")
+                ]
+            except msgspec.MsgspecError as error:
+                raise DatabaseRefused(f"the database holds a row that can't be understood: {error}") from error
+        return Loaded(epoch, rows, plugins, sequence or 0, oldest or newest + 1, newest, oldest_at, untold)
+
+    def write(self, operations: Sequence[Operation]) -> None:
+        """One transaction. All of it is on the disk when this returns, or none of it will be.
+
+        :raises JournalBroken: a row on the disk is not at the revision that it should be at.
+        :raises apsw.Error: nothing was written.
+        """
+        with self._transaction():
+            for operation in operations:
+                self._execute(operation)
+
+    def trim(self, cutoff_at: int, below_seq: int, limit: int) -> Trimmed:
+        """Drop up to `limit` of the oldest events: those from before `cutoff_at` and those below `below_seq`.
+
+        Never the newest one, as the numbers go on from it. :raises apsw.Error: nothing was dropped.
+        """
+        get = self._connection.execute
+        with self._transaction():
+            newest = get("SELECT max(seq) FROM events").get
+            if newest is None:
+                return Trimmed(1, None, False)
+            oldest = newest
+            dropped = 0
+            for seq, at in get("SELECT seq, at FROM events ORDER BY seq LIMIT ?", (limit + 1,)):
+                if seq >= newest or dropped == limit or (at >= cutoff_at and seq >= below_seq):
+                    oldest = seq
+                    break
+                dropped += 1
+            if dropped:
+                get("DELETE FROM events WHERE seq < ?", (oldest,))
+            oldest_at = self._oldest_at(newest)
+        if dropped:
+            for _ in get(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})"):
+                pass
+        return Trimmed(oldest, oldest_at, dropped == limit)
+
+    def _oldest_at(self, newest: int) -> int | None:
+        at: int | None = self._connection.execute(
+            "SELECT at FROM events WHERE seq < ? ORDER BY seq LIMIT 1", (newest,)
+        ).get
+        return at
+
+    def _after(self, seq: int) -> list[EventFrame]:
+        found = self._connection.execute("SELECT seq, frame FROM events WHERE seq > ? ORDER BY seq", (seq,))
+        return [EventFrame.read(seq, frame) for seq, frame in found]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            connection.execute("COMMIT")
+        except BaseException:
+            # A full disk may have ended the transaction already.
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _execute(self, operation: Operation) -> None:
+        execute = self._connection.execute
+        match operation:
+            case PutRow(row, None):
+                execute("INSERT INTO vms VALUES (?, ?, ?, ?)", (row.id, row.name, row.revision, _encode(row)))
+            case PutRow(row, after):
+                execute(
+                    "UPDATE vms SET revision = ?, row = ? WHERE id = ? AND revision = ?",
+                    (row.revision, _encode(row), row.id, after),
+                )
+                self._expect_one(row.id)
+            case DropRow(vm_id, after):
+                execute("DELETE FROM vms WHERE id = ? AND revision = ?", (vm_id, after))
+                self._expect_one(vm_id)
+            case AddEvent(frame):
+                event = frame.event
+                execute(
+                    "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)",
+                    (
+                        frame.seq,
+                        int(event.timestamp.timestamp()),
+                        event.vm_id,
+                        event.name,
+                        event.type.value,
+                        frame.data,
+                    ),
+                )
+            case PutPlugin(plugin):
+                assert plugin.created_at is not None
+                execute(
+                    "INSERT OR REPLACE INTO plugins VALUES (?, ?, ?, ?)",
+                    (plugin.name, plugin.enabled, plugin.created_at.isoformat(), _encode(plugin.manifest)),
+                )
+            case DropPlugin(name):
+                execute("DELETE FROM plugins WHERE name = ?", (name,))
+
+    def _expect_one(self, vm_id: int) -> None:
+        if self._connection.changes() != 1:
+            raise JournalBroken(f"the row of VM {vm_id} on the disk is not the one that was committed last")
+
+
+class EventPages:
+    """Read-only connections for those who read events that are no longer in memory. Safe for several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._idle: list[apsw.Connection] = []
+
+    def read(self, after_seq: int, up_to_seq: int) -> list[EventFrame]:
+        """The events after one number and up to another, as far as they are kept.
+
+        :raises apsw.Error: the disk fails.
+        """
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = open_reader(self._path)
+        try:
+            found = connection.execute(
+                "SELECT seq, frame FROM events WHERE seq > ? AND seq <= ? ORDER BY seq", (after_seq, up_to_seq)
+            )
+            frames = [EventFrame.read(seq, frame) for seq, frame in found]
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.append(connection)
+        return frames
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()

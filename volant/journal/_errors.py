@@ -1,0 +1,78 @@
+"""What can go wrong between the journal and those who use it."""
+
+from __future__ import annotations
+
+import apsw
+
+from volant.model import Problem, VmRow
+
+
+class StaleRow(Exception):
+    """A commit was meant for another revision of the row than the one that is kept.
+
+    `row` is the row as it is now, None when there is none. Read it, decide again, commit again.
+    """
+
+    def __init__(self, vm_id: int, revision: int, row: VmRow | None) -> None:
+        found = "it is gone" if row is None else f"it is at revision {row.revision}"
+        super().__init__(f"VM {vm_id} was to be changed at revision {revision}, but {found}")
+        self.vm_id = vm_id
+        self.revision = revision
+        self.row = row
+
+
+class DatabaseRefused(Exception):
+    """The file is not a database that this version may touch: a newer version's, somebody else's, or damaged."""
+
+
+class JournalBroken(Exception):
+    """The database is not what the journal wrote last. The actor crashes of it, and loads again."""
+
+
+_UNWRITABLE = (
+    apsw.FullError,
+    apsw.IOError,
+    apsw.BusyError,
+    apsw.LockedError,
+    apsw.ReadOnlyError,
+    apsw.CantOpenError,
+    apsw.CorruptError,
+    apsw.NotADBError,
+    apsw.NoMemError,
+    apsw.ProtocolError,
+)
+
+
+def unwritable(error: BaseException) -> Problem | None:
+    """The 503 for a commit that failed because of the disk; None when `error` is a bug of ours."""
+    if isinstance(error, apsw.FullError):
+        return Problem(
+            503,
+            "journal-full",
+            "the disk that holds the daemon's state is full, so nothing can be changed; running VMs go on running",
+            hint="free space on that disk and try again",
+        )
+    if isinstance(error, _UNWRITABLE):
+        return Problem(
+            503,
+            "journal-unwritable",
+            f"the daemon's state can't be written ({error}), so nothing can be changed; running VMs go on running",
+            hint="look at the disk that holds the state, then try again",
+        )
+    return None
+
+
+def slow(deadline_s: float) -> Problem:
+    """503: the disk has not confirmed a commit in time; it may still be made."""
+    return Problem(
+        503,
+        "journal-slow",
+        f"the disk that holds the daemon's state has not confirmed the change within {deadline_s:g} s; "
+        "it may still be made",
+        hint="read the VM again before you repeat the request",
+    )
+
+
+def overloaded(waiting: int) -> Problem:
+    """503: more changes wait for the disk than the journal is willing to hold."""
+    return Problem(503, "journal-busy", f"{waiting} changes wait for the disk already", hint="try again in a second")

@@ -1,0 +1,279 @@
+"""The event log: a ring in memory, with the database behind it.
+
+A reader is a number. While the ring has what comes next, it takes frames from there, encoded once for everybody. A
+reader that is further behind reads pages of the database, through a connection that can't write, in a thread. Pages are
+aligned and the last few are kept, so when five hundred clients come back after a restart of the daemon with
+much the same number, the database is asked once. A reader that is behind retention is told so.
+
+The log outlives the journal's incarnations: an actor that restarts loads, and appends what was committed and not told.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import trio
+
+from actors import Gap, Log
+from volant.host import Host
+from volant.model import EventId
+
+from ._database import EventPages
+from ._errors import JournalBroken
+from ._frames import EventFrame
+
+_PAGE = 256
+_KEPT_PAGES = 16
+
+
+class EventGap(msgspec.Struct, frozen=True):
+    """Events that a reader asked for are not kept, or never were; it goes on with `oldest`.
+
+    `oldest` is one more than `newest` when no event is kept.
+    """
+
+    requested: str
+    oldest: EventId
+    newest: EventId
+
+    @property
+    def data(self) -> bytes:
+        """JSON of a `STREAM_GAP` (contract: Events)."""
+        return msgspec.json.encode(
+            {
+                "type": "STREAM_GAP",
+                "requested": self.requested,
+                "oldest": str(self.oldest),
+                "newest": str(self.newest),
+            }
+        )
+
+    @property
+    def sse(self) -> bytes:
+        """As a block of the event stream. Its id is the one before `oldest`: who comes back with it misses nothing."""
+        before = EventId(self.oldest.epoch, self.oldest.seq - 1)
+        return f"id: {before}\nevent: STREAM_GAP\ndata: ".encode() + self.data + b"\n\n"
+
+
+class EventLogStatistics(msgspec.Struct, frozen=True):
+    """Figures of the `EventLog`. `slowest_lag` is in events; `pages_read` counts reads of the database."""
+
+    oldest: int
+    newest: int
+    ring_oldest: int
+    ring_bytes: int
+    readers: int
+    slowest_lag: int
+    pages_read: int
+    closed: bool
+
+
+class EventLog:
+    """Every event that is kept, and those to come."""
+
+    def __init__(self, host: Host, path: Path, *, ring_events: int = 8192, ring_bytes: int = 16 * 1024 * 1024) -> None:
+        self._host = host
+        self._pages = EventPages(path)
+        self._ring_events = ring_events
+        self._ring_bytes = ring_bytes
+        self._epoch = ""
+        self._oldest = 1
+        self._newest = 0
+        self._ring = Log(max_frames=ring_events, max_bytes=ring_bytes)
+        self._recent: dict[int, EventFrame] = {}
+        self._recent_oldest = 1
+        self._kept: OrderedDict[int, list[EventFrame]] = OrderedDict()
+        self._reading = trio.Lock()
+        self._cursors: dict[EventCursor, None] = {}
+        self._pages_read = 0
+        self._closed = False
+
+    @property
+    def epoch(self) -> str:
+        """Names this database, in every event id; empty until the journal has loaded."""
+        return self._epoch
+
+    @property
+    def newest(self) -> EventId:
+        """Of the newest event; its `seq` is 0 before the first one."""
+        return EventId(self._epoch, self._newest)
+
+    @property
+    def oldest(self) -> EventId:
+        """Of the oldest event that is kept; one more than `newest` when there is none."""
+        return EventId(self._epoch, self._oldest)
+
+    def gap(self, after: EventId | str) -> EventGap | None:
+        """The gap that a reader would be told first who begins after this id."""
+        if self._seq(after) is None:
+            return EventGap(str(after), self.oldest, self.newest)
+        return None
+
+    @asynccontextmanager
+    async def cursor(self, after: EventId | str | Literal["oldest"] | None) -> AsyncIterator[EventCursor]:
+        """Read from after an event on; None: from now on; `"oldest"`: from the oldest that is kept.
+
+        An id that is malformed, of another epoch, not given out yet, or no longer kept is told as an `EventGap`, then
+        the oldest events come.
+        """
+        first: EventGap | None = None
+        if after is None:
+            seq = self._newest
+        elif after == "oldest":
+            seq = self._oldest - 1
+        else:
+            first = self.gap(after)
+            seq = self._oldest - 1 if first is not None else self._seq(after) or 0
+        cursor = EventCursor(self, seq, first)
+        self._cursors[cursor] = None
+        try:
+            yield cursor
+        finally:
+            del self._cursors[cursor]
+
+    def close(self) -> None:
+        """The daemon stops: readers take what is left of the ring, then learn that it is the end."""
+        self._closed = True
+        self._ring.close()
+
+    def statistics(self) -> EventLogStatistics:
+        ring = self._ring.statistics()
+        return EventLogStatistics(
+            self._oldest,
+            self._newest,
+            ring.oldest,
+            ring.bytes,
+            len(self._cursors),
+            max((self._newest - cursor.seq for cursor in self._cursors), default=0),
+            self._pages_read,
+            self._closed,
+        )
+
+    def _seq(self, after: EventId | str) -> int | None:
+        event_id = EventId.parse(after) if isinstance(after, str) else after
+        if event_id is None or event_id.epoch != self._epoch or not self._oldest - 1 <= event_id.seq <= self._newest:
+            return None
+        return event_id.seq
+
+    async def _page(self, number: int) -> list[EventFrame]:
+        async with self._reading:
+            page = self._kept.get(number)
+            if page is not None:
+                self._kept.move_to_end(number)
+                return page
+            last = (number + 1) * _PAGE
+            complete = last <= self._newest
+            page = await self._host.run_blocking(self._pages.read, number * _PAGE, last)
+            self._pages_read += 1
+            if complete:
+                self._kept[number] = page
+                if len(self._kept) > _KEPT_PAGES:
+                    self._kept.popitem(last=False)
+            return page
+
+    # For the journal alone
+
+    def attach(self, epoch: str, oldest: int, newest: int, untold: Sequence[EventFrame]) -> None:
+        """Take over what was loaded. `untold`: the events after `newest` of this log, if it was attached before.
+
+        :raises JournalBroken: the database is not the one of before.
+        """
+        if not self._epoch:
+            self._newest = newest
+            self._ring = Log(max_frames=self._ring_events, max_bytes=self._ring_bytes, next_seq=newest + 1)
+            self._recent_oldest = newest + 1
+            self._epoch = epoch
+        elif epoch != self._epoch or newest != self._newest + len(untold):
+            raise JournalBroken(
+                f"the database ends with event {epoch}-{newest}, but readers have had {self._epoch}-{self._newest}"
+            )
+        self._oldest = oldest
+        self.append(untold)
+
+    def append(self, frames: Sequence[EventFrame]) -> None:
+        """Tell events that are committed."""
+        for frame in frames:
+            if frame.seq != self._newest + 1:
+                raise JournalBroken(f"event {frame.seq} would follow event {self._newest}")
+            if not self._closed:
+                self._ring.append(frame.sse)
+                self._recent[frame.seq] = frame
+            self._newest = frame.seq
+        while self._recent_oldest < self._ring.oldest:
+            self._recent.pop(self._recent_oldest, None)
+            self._recent_oldest += 1
+
+    def trimmed(self, oldest: int) -> None:
+        """Retention has taken the events before `oldest`."""
+        self._oldest = max(self._oldest, oldest)
+        for number in [number for number in self._kept if (number + 1) * _PAGE < self._oldest]:
+            del self._kept[number]
+
+
+class EventCursor:
+    """A place in the event log. `EventLog.cursor` makes it."""
+
+    def __init__(self, log: EventLog, seq: int, gap: EventGap | None) -> None:
+        self._log = log
+        self._gap = gap
+        self.seq = seq
+        """The number of the last event that was taken."""
+
+    @property
+    def position(self) -> EventId:
+        """The last event that was taken; after it the next ones come."""
+        return EventId(self._log.epoch, self.seq)
+
+    async def take(self, max_bytes: int = 256 * 1024) -> list[EventFrame] | EventGap:
+        """Wait for events and take them, in order, at least one and about `max_bytes` (of `sse`) at most.
+
+        An `EventGap` says that some are not kept; the next call goes on with the oldest. An empty list is the end: the
+        daemon stops. A cancelled call has taken nothing.
+
+        :raises apsw.Error: the database can't be read.
+        """
+        await trio.lowlevel.checkpoint()
+        log = self._log
+        while True:
+            if self._gap is not None:
+                gap, self._gap = self._gap, None
+                return gap
+            if self.seq + 1 < log._oldest:
+                gap = EventGap(str(self.position), log.oldest, log.newest)
+                self.seq = log._oldest - 1
+                return gap
+            ring = log._ring
+            if self.seq + 1 >= ring.oldest:
+                taken = await ring.cursor(after=self.seq).take(max_bytes)
+                if isinstance(taken, Gap):
+                    continue
+                frames = [log._recent[seq] for seq, _ in taken]
+            elif log._closed:
+                return []
+            else:
+                frames = self._cut(await log._page(self.seq // _PAGE), max_bytes)
+                if not frames:
+                    if self.seq + 1 < log._oldest:
+                        continue
+                    raise JournalBroken(f"event {self.seq + 1} should be in the database, and is not")
+            if frames:
+                self.seq = frames[-1].seq
+            return frames
+
+    def _cut(self, page: Sequence[EventFrame], max_bytes: int) -> list[EventFrame]:
+        """What of a page comes next, as far as it follows without a hole."""
+        frames: list[EventFrame] = []
+        size = 0
+        for frame in page:
+            if frame.seq <= self.seq:
+                continue
+            size += len(frame.sse)
+            if frame.seq != self.seq + len(frames) + 1 or (size > max_bytes and frames):
+                break
+            frames.append(frame)
+        return frames

@@ -1,0 +1,251 @@
+"""The journal: it alone writes the database.
+
+**Commit, then tell.** A request is answered, the projection changed and an event told only once the disk has confirmed
+the transaction, and all three in one go, so nobody sees one without the others.
+
+**Group commit.** Confirming costs a sync of the disk, whatever is in the transaction. So one task takes all that is
+waiting, makes one transaction of it (`_stage`), writes it in a worker thread, and meanwhile the next group gathers. No
+timer holds a request back: an idle journal commits at once, a busy one in groups as large as the disk is slow.
+
+**When the disk fails,** those who asked get a 503 and nothing has changed; the journal and everybody who reads go on,
+and the next request tries again. A transaction that takes too long is another matter, as it may still succeed: those
+who asked are told after the deadline that it is unknown, and others are refused, until the disk has answered. Then what
+it did is taken over like any other commit. Rejected: to give up on the thread and start anew, which would have two
+writers, and a state that nobody knows.
+
+**When the actor crashes,** the next incarnation reads everything again, under the write lock, and tells the events
+that had been committed and not told. Any error but the disk's is a bug and crashes it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import apsw
+import trio
+
+from actors import Actor, Deferred, Request, check_fence, handles
+from volant.model import EventId, IllegalEdge, Problem, VmRow
+
+from ._database import Database
+from ._errors import StaleRow, overloaded, slow, unwritable
+from ._projection import Plugin
+from ._stage import Stage
+from ._store import Store
+from .messages import CommitSteps, CreateRow, EnablePlugin, InstallPlugin, RemovePlugin
+
+_GROUP = 128
+_MAX_WAITING = 4096
+_TRIM_BITE = 1000
+_TRIM_SLACK = 1000
+_TRIM_AT_LEAST_S = 1.0
+_TRIM_AT_MOST_S = 3600.0
+
+_logger = logging.getLogger("volant.journal")
+
+
+class Journal(Actor):
+    """See `volant.journal.messages` for what can be asked of it."""
+
+    mailbox = 256
+
+    def __init__(self, store: Store, *, commit_deadline_s: float = 5.0) -> None:
+        self._store = store
+        self._deadline_s = commit_deadline_s
+        self._last_vm_id = 0
+        self._waiting: deque[tuple[Request[Any], Deferred[Any]]] = deque()
+        self._wake = trio.Event()
+        self._oldest_at: int | None = None
+        self._trim_due = False
+        self._stalled = False
+        self._commits = self._answered = self._failures = self._largest = 0
+        self._last_s = self._slowest_s = 0.0
+        self._last_error = ""
+
+    async def on_start(self) -> None:
+        """:raises DatabaseRefused: the database is a newer version's, somebody else's, or damaged."""
+        store = self._store
+        check_fence()
+        self._database = await store.host.run_blocking(Database.open, store.host, store.path)
+        self.ctx.stack.push_async_callback(store.host.run_blocking, self._database.close)
+        told = store.events.newest.seq if store.events.epoch else None
+        loaded = await store.host.run_blocking(self._database.load, told)
+        check_fence()
+        store.events.attach(loaded.epoch, loaded.oldest_seq, loaded.newest_seq, loaded.untold)
+        store.projection.replace(loaded.rows, loaded.plugins, EventId(loaded.epoch, loaded.newest_seq))
+        self._last_vm_id = loaded.last_vm_id
+        self._oldest_at = loaded.oldest_at
+        self.ctx.spawn(self._write, name="writer")
+        self.ctx.spawn(self._watch_age, name="retention")
+
+    @handles(CreateRow)
+    async def create(self, message: CreateRow) -> Deferred[VmRow]:
+        return self._enqueue(message)
+
+    @handles(CommitSteps)
+    async def commit(self, message: CommitSteps) -> Deferred[VmRow | None]:
+        return self._enqueue(message)
+
+    @handles(InstallPlugin)
+    async def install(self, message: InstallPlugin) -> Deferred[Plugin]:
+        return self._enqueue(message)
+
+    @handles(RemovePlugin)
+    async def remove(self, message: RemovePlugin) -> Deferred[None]:
+        return self._enqueue(message)
+
+    @handles(EnablePlugin)
+    async def enable(self, message: EnablePlugin) -> Deferred[Plugin]:
+        return self._enqueue(message)
+
+    def inspect(self) -> Mapping[str, object]:
+        return {
+            "waiting": len(self._waiting),
+            "stalled": self._stalled,
+            "commits": self._commits,
+            "requests_committed": self._answered,
+            "largest_group": self._largest,
+            "failed_commits": self._failures,
+            "last_error": self._last_error,
+            "last_commit_ms": round(self._last_s * 1000, 3),
+            "slowest_commit_ms": round(self._slowest_s * 1000, 3),
+        }
+
+    def _enqueue(self, message: Request[Any]) -> Deferred[Any]:
+        deferred = self.ctx.defer(message)
+        if self._stalled:
+            deferred.fail(slow(self._deadline_s))
+        elif len(self._waiting) >= _MAX_WAITING:
+            deferred.fail(overloaded(len(self._waiting)))
+        else:
+            self._waiting.append((message, deferred))
+            self._wake.set()
+        return deferred
+
+    async def _write(self) -> None:
+        while True:
+            await self._wake.wait()
+            if self._waiting:
+                await self._commit_group()
+            if self._trim_due:
+                await self._trim()
+            if not self._waiting and not self._trim_due:
+                self._wake = trio.Event()
+
+    async def _commit_group(self) -> None:
+        store = self._store
+        stage = Stage(store.projection, self._last_vm_id, store.host.wall_clock())
+        answers: list[tuple[Deferred[Any], object, Exception | None]] = []
+        for _ in range(min(_GROUP, len(self._waiting))):
+            message, deferred = self._waiting.popleft()
+            try:
+                answers.append((deferred, _decide(stage, message), None))
+            except (Problem, StaleRow, IllegalEdge, ValueError) as refusal:
+                answers.append((deferred, None, refusal))
+        if stage.operations:
+            failure = await self._commit_stage(stage, [deferred for deferred, _, _ in answers])
+            check_fence()
+            if failure is not None:
+                # Refusals too: what they were based on may have been in this very transaction.
+                for deferred, _, _ in answers:
+                    deferred.fail(failure)
+                return
+            self._last_vm_id = stage.last_vm_id
+            store.projection.apply(stage.rows, stage.plugins, stage.last_event)
+            store.events.append(stage.frames)
+            self._answered += len(answers)
+            self._largest = max(self._largest, len(answers))
+            kept = store.events.newest.seq - store.events.oldest.seq + 1
+            if kept > store.retention.max_events + min(_TRIM_SLACK, store.retention.max_events // 10):
+                self._trim_due = True
+        for deferred, value, error in answers:
+            if error is None:
+                deferred.reply(value)
+            else:
+                deferred.fail(error)
+
+    async def _commit_stage(self, stage: Stage, deferreds: list[Deferred[Any]]) -> Problem | None:
+        """Write a transaction; the 503 when the disk did not take it."""
+        host = self._store.host
+        failure: Exception | None = None
+        began = host.monotonic()
+        check_fence()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._give_up, deferreds)
+            try:
+                await host.run_blocking(self._database.write, stage.operations)
+            except Exception as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        self._stalled = False
+        self._last_s = host.monotonic() - began
+        self._slowest_s = max(self._slowest_s, self._last_s)
+        if failure is None:
+            self._commits += 1
+            return None
+        self._failures += 1
+        self._last_error = f"{type(failure).__name__}: {failure}"
+        problem = unwritable(failure)
+        if problem is None:
+            raise failure
+        _logger.error("a commit failed, nothing has changed: %s", self._last_error)
+        return problem
+
+    async def _give_up(self, deferreds: list[Deferred[Any]]) -> None:
+        """The disk has not answered in time: those who wait need not wait any longer. The first answer counts."""
+        await trio.sleep(self._deadline_s)
+        _logger.error("a commit takes more than %g s; the journal refuses changes until it is done", self._deadline_s)
+        self._stalled = True
+        for deferred in deferreds:
+            deferred.fail(slow(self._deadline_s))
+        while self._waiting:
+            self._waiting.popleft()[1].fail(slow(self._deadline_s))
+
+    async def _trim(self) -> None:
+        """One bite of what retention lets go of, so that commits are never far away."""
+        self._trim_due = False
+        store = self._store
+        cutoff_at = int(store.host.wall_clock().timestamp() - store.retention.max_age_s)
+        below = store.events.newest.seq - store.retention.max_events + 1
+        check_fence()
+        try:
+            trimmed = await store.host.run_blocking(self._database.trim, cutoff_at, below, _TRIM_BITE)
+        except apsw.Error as error:
+            if unwritable(error) is None:
+                raise
+            _logger.warning("old events can't be removed now: %s", error)
+            return
+        check_fence()
+        store.events.trimmed(trimmed.oldest_seq)
+        self._oldest_at = trimmed.oldest_at
+        self._trim_due = trimmed.more
+
+    async def _watch_age(self) -> None:
+        store = self._store
+        while True:
+            at = self._oldest_at
+            wait_s = _TRIM_AT_MOST_S
+            if at is not None:
+                wait_s = at + store.retention.max_age_s - store.host.wall_clock().timestamp()
+            await trio.sleep(min(_TRIM_AT_MOST_S, max(_TRIM_AT_LEAST_S, wait_s)))
+            self._trim_due = True
+            self._wake.set()
+
+
+def _decide(stage: Stage, message: Request[Any]) -> object:
+    match message:
+        case CreateRow(request):
+            return stage.create(request)
+        case CommitSteps(vm_id, revision, steps):
+            return stage.commit(vm_id, revision, steps)
+        case InstallPlugin(manifest):
+            return stage.install(manifest)
+        case RemovePlugin(name):
+            stage.remove(name)
+            return None
+        case EnablePlugin(name, enabled):
+            return stage.enable(name, enabled)
+    raise TypeError(f"the journal can't commit a {type(message).__name__}")

@@ -1,0 +1,117 @@
+"""What is committed, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from types import MappingProxyType
+
+import msgspec
+import trio
+
+from volant.model import BASE, EventId, Manifest, VmRow
+
+
+class Plugin(msgspec.Struct, frozen=True):
+    """An installed plugin; `base` is built in and has no `created_at`."""
+
+    manifest: Manifest
+    enabled: bool = True
+    created_at: datetime | None = None
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+
+BASE_PLUGIN = Plugin(BASE)
+
+
+class Projection:
+    """The committed rows and plugins. Anybody reads it; the journal alone writes it, after each commit.
+
+    Between two awaits of a reader it is one consistent state, the one after `last_event`.
+    """
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, VmRow] = {}
+        self._by_name: dict[str, VmRow] = {}
+        self._plugins: dict[str, Plugin] = {BASE.name: BASE_PLUGIN}
+        self._last_event = EventId("", 0)
+        self._waiting: dict[int, trio.Event] = {}
+
+    @property
+    def last_event(self) -> EventId:
+        """The event up to which this state is true. Its epoch is empty until the journal has loaded."""
+        return self._last_event
+
+    @property
+    def plugins(self) -> Mapping[str, Plugin]:
+        """By name, `base` among them. A live view."""
+        return MappingProxyType(self._plugins)
+
+    def get(self, name: str) -> VmRow | None:
+        """The row of the VM of this name."""
+        return self._by_name.get(name)
+
+    def by_id(self, vm_id: int) -> VmRow | None:
+        """The row of the VM with this id."""
+        return self._by_id.get(vm_id)
+
+    def rows(self) -> list[VmRow]:
+        """All rows, in the order of their ids."""
+        return list(self._by_id.values())
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    async def changed(self, vm_id: int, revision: int) -> VmRow | None:
+        """Wait until the row is at another revision than `revision`, and return it; None when it is gone.
+
+        Revisions in between may be missed; the event log has every change of the status.
+        """
+        while True:
+            row = self._by_id.get(vm_id)
+            if row is None or row.revision != revision:
+                await trio.lowlevel.checkpoint()
+                return row
+            await self._waiting.setdefault(vm_id, trio.Event()).wait()
+
+    # For the journal alone
+
+    def replace(self, rows: Iterable[VmRow], plugins: Iterable[Plugin], last_event: EventId) -> None:
+        """Become what was loaded from the disk."""
+        self._by_id = {row.id: row for row in sorted(rows, key=lambda row: row.id)}
+        self._by_name = {row.name: row for row in self._by_id.values()}
+        self._plugins = {BASE.name: BASE_PLUGIN} | {plugin.name: plugin for plugin in plugins}
+        self._last_event = last_event
+        for vm_id in list(self._waiting):
+            self._wake(vm_id)
+
+    def apply(
+        self, rows: Mapping[int, VmRow | None], plugins: Mapping[str, Plugin | None], last_event: EventId
+    ) -> None:
+        """Take over what a commit changed; None stands for what it removed."""
+        # A name that moved to a new VM within one commit: take all old names away before new ones are set.
+        for vm_id in rows:
+            old = self._by_id.get(vm_id)
+            if old is not None:
+                del self._by_name[old.name]
+        for vm_id, row in rows.items():
+            if row is None:
+                self._by_id.pop(vm_id, None)
+            else:
+                self._by_id[vm_id] = row
+                self._by_name[row.name] = row
+            self._wake(vm_id)
+        for name, plugin in plugins.items():
+            if plugin is None:
+                del self._plugins[name]
+            else:
+                self._plugins[name] = plugin
+        self._last_event = last_event
+
+    def _wake(self, vm_id: int) -> None:
+        event = self._waiting.pop(vm_id, None)
+        if event is not None:
+            event.set()

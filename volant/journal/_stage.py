@@ -1,0 +1,219 @@
+"""One group commit in the making: what is asked is decided here, in memory, before the disk sees any of it.
+
+Requests are decided when their transaction is made up, not when they arrive. So a request is always judged by what is
+committed plus what precedes it in the same transaction, and a transaction that fails takes nothing with it that had
+been built on it: the stage is thrown away, the projection has never known, ids and event numbers are given out again.
+Rejected: to decide on arrival against a staged state, so that the answer is known earlier. Then one failed commit fails
+everything that came after it, and the refusals (`name taken`) that were based on it were wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import msgspec
+
+from volant.model import (
+    BASE,
+    CreateVm,
+    EventId,
+    Manifest,
+    Problem,
+    Step,
+    VmRow,
+    check_edge,
+    check_manifest,
+    check_name,
+    event_for,
+    new_row,
+)
+
+from ._errors import StaleRow
+from ._frames import EventFrame
+from ._projection import Plugin, Projection
+
+
+class PutRow(msgspec.Struct, frozen=True):
+    """Write a row; `after` is the revision that it replaces, None for a new one."""
+
+    row: VmRow
+    after: int | None
+
+
+class DropRow(msgspec.Struct, frozen=True):
+    vm_id: int
+    after: int
+
+
+class AddEvent(msgspec.Struct, frozen=True):
+    frame: EventFrame
+
+
+class PutPlugin(msgspec.Struct, frozen=True):
+    plugin: Plugin
+
+
+class DropPlugin(msgspec.Struct, frozen=True):
+    name: str
+
+
+Operation = PutRow | DropRow | AddEvent | PutPlugin | DropPlugin
+
+
+class Stage:
+    """A transaction that is being made up on top of a projection. A request that raises leaves nothing in it."""
+
+    def __init__(self, projection: Projection, last_vm_id: int, now: datetime) -> None:
+        self._projection = projection
+        self._now = now
+        self.last_vm_id = last_vm_id
+        self.last_event = projection.last_event
+        self.rows: dict[int, VmRow | None] = {}
+        self.plugins: dict[str, Plugin | None] = {}
+        self.frames: list[EventFrame] = []
+        self.operations: list[Operation] = []
+        """For the disk, in order."""
+        self._names: dict[str, VmRow | None] = {}
+
+    def create(self, request: CreateVm) -> VmRow:
+        """:raises Problem: 400, 404, 409."""
+        check_name(request.name, "name")
+        plugin = self._existing_plugin(check_name(request.plugin, "plugin"))
+        if not plugin.enabled:
+            raise Problem(
+                409,
+                "plugin-disabled",
+                f"plugin {request.plugin!r} is disabled",
+                field="plugin",
+                hint="enable it first, or use another one",
+            )
+        vm_id = self.last_vm_id + 1
+        row = new_row(request, plugin.manifest, vm_id=vm_id, now=self._now)
+        if self._named(request.name) is not None:
+            raise Problem(
+                409,
+                "name-taken",
+                f"there is a VM named {request.name!r} already",
+                field="name",
+                vm=request.name,
+                hint="choose another name, or delete that VM first",
+            )
+        row = msgspec.structs.replace(row, revision=1)
+        check_edge(None, row.status)
+        self.last_vm_id = vm_id
+        self._put(row, None)
+        self._tell(None, row, "created")
+        return row
+
+    def commit(self, vm_id: int, revision: int, steps: Sequence[Step]) -> VmRow | None:
+        """:raises StaleRow: another revision is kept. :raises IllegalEdge: a step that can't be."""
+        before = self._by_id(vm_id)
+        if before is None or before.revision != revision:
+            raise StaleRow(vm_id, revision, before)
+        if not steps:
+            return before
+        status = before.status
+        for step in steps:
+            if step.row is not None and (step.row.id != vm_id or step.row.name != before.name):
+                raise ValueError(f"a step of VM {vm_id} ({before.name}) holds the row of VM {step.row.id}")
+            if step.row is None and step is not steps[-1]:
+                raise ValueError(f"VM {vm_id}: nothing can follow the step that removes its row")
+            check_edge(status, None if step.row is None else step.row.status)
+            status = before.status if step.row is None else step.row.status
+        last = steps[-1].row
+        if last is None:
+            self._drop(before)
+        else:
+            last = msgspec.structs.replace(last, revision=revision + 1)
+            self._put(last, revision)
+        previous = before
+        for step in steps:
+            self._tell(previous, step.row, step.message)
+            if step.row is not None:
+                previous = step.row
+        return last
+
+    def install(self, manifest: Manifest) -> Plugin:
+        """:raises Problem: 400, 409."""
+        check_manifest(manifest)
+        if self._plugin(manifest.name) is not None:
+            raise Problem(
+                409,
+                "plugin-exists",
+                f"there is a plugin named {manifest.name!r} already",
+                field="name",
+                hint="delete that one first; VMs keep the manifest that they were created with",
+            )
+        plugin = Plugin(manifest, True, self._now)
+        self._put_plugin(plugin)
+        return plugin
+
+    def remove(self, name: str) -> None:
+        """:raises Problem: 404, 409."""
+        self._removable_plugin(name, "removed")
+        users = sorted(row.name for row in self._rows() if row.plugin == name)
+        if users:
+            shown = ", ".join(users[:5]) + (", …" if len(users) > 5 else "")
+            raise Problem(
+                409,
+                "plugin-in-use",
+                f"plugin {name!r} is in use by {len(users)} VM{'s' if len(users) > 1 else ''}: {shown}",
+                hint="delete them first, or disable the plugin",
+            )
+        self.plugins[name] = None
+        self.operations.append(DropPlugin(name))
+
+    def enable(self, name: str, enabled: bool) -> Plugin:
+        """:raises Problem: 404, 409."""
+        plugin = self._removable_plugin(name, "disabled")
+        if plugin.enabled is not enabled:
+            plugin = msgspec.structs.replace(plugin, enabled=enabled)
+            self._put_plugin(plugin)
+        return plugin
+
+    def _by_id(self, vm_id: int) -> VmRow | None:
+        return self.rows[vm_id] if vm_id in self.rows else self._projection.by_id(vm_id)
+
+    def _named(self, name: str) -> VmRow | None:
+        return self._names[name] if name in self._names else self._projection.get(name)
+
+    def _rows(self) -> list[VmRow]:
+        changed = [row for row in self.rows.values() if row is not None]
+        return changed + [row for row in self._projection.rows() if row.id not in self.rows]
+
+    def _plugin(self, name: str) -> Plugin | None:
+        return self.plugins[name] if name in self.plugins else self._projection.plugins.get(name)
+
+    def _existing_plugin(self, name: str) -> Plugin:
+        plugin = self._plugin(name)
+        if plugin is None:
+            raise Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}", field="plugin")
+        return plugin
+
+    def _removable_plugin(self, name: str, verb: str) -> Plugin:
+        plugin = self._existing_plugin(name)
+        if name == BASE.name:
+            raise Problem(409, "plugin-built-in", f"plugin {name!r} is built in and can't be {verb}")
+        return plugin
+
+    def _put(self, row: VmRow, after: int | None) -> None:
+        self.rows[row.id] = self._names[row.name] = row
+        self.operations.append(PutRow(row, after))
+
+    def _drop(self, row: VmRow) -> None:
+        self.rows[row.id] = self._names[row.name] = None
+        self.operations.append(DropRow(row.id, row.revision))
+
+    def _put_plugin(self, plugin: Plugin) -> None:
+        self.plugins[plugin.name] = plugin
+        self.operations.append(PutPlugin(plugin))
+
+    def _tell(self, before: VmRow | None, after: VmRow | None, message: str) -> None:
+        event_id = EventId(self.last_event.epoch, self.last_event.seq + 1)
+        event = event_for(before, after, event_id=event_id, message=message, now=self._now)
+        if event is not None:
+            frame = EventFrame.of(event_id.seq, event)
+            self.last_event = event_id
+            self.frames.append(frame)
+            self.operations.append(AddEvent(frame))

@@ -1,0 +1,33 @@
+"""What of the journal outlives its actor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from volant.host import Host
+
+from ._events import EventLog
+from ._projection import Projection
+
+
+class Retention(msgspec.Struct, frozen=True):
+    """How long events are kept: both bounds hold, and the newest event always stays."""
+
+    max_events: int = 1_000_000
+    max_age_s: float = 7 * 86400.0
+
+
+class Store:
+    """The database's path, and what is read of it without asking anybody. Built once for a daemon.
+
+    `projection` and `events` are empty until the `Journal` has started for the first time, and go on over its restarts.
+    """
+
+    def __init__(self, host: Host, path: Path, *, retention: Retention | None = None) -> None:
+        self.host = host
+        self.path = path
+        self.retention = retention or Retention()
+        self.projection = Projection()
+        self.events = EventLog(host, path)

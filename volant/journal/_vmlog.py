@@ -1,0 +1,612 @@
+"""The log of one VM: what its console and its workload said.
+
+The writer encodes a line once, for the disk and for everybody who follows. `append` writes to the file at once and in
+place, without a worker thread: that is a copy into the page cache, a few microseconds for the pieces that a pump
+brings, and a thread would cost a hundred. Nothing is synced: a log has to survive the daemon, which the page cache
+does; a power cut ends the VM with it. What does block, reading history and removing files, happens in threads.
+
+A reader is a number. As long as it is behind, it reads from the segments; once it has caught up it follows a ring
+(`actors.Log`), which exists only while there are readers. So a log that nobody reads holds no line in memory, and a
+reader that does not read holds nothing at all.
+
+When the disk takes no more, lines are lost and say so: the numbers go on, and a reader gets a gap. The alternative is
+to hold the guest back, and a VM must not stop because of its log.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
+
+import msgspec
+import trio
+
+from actors import Gap, Log, check_fence
+from volant.host import Host
+
+from ._segments import (
+    CHECKPOINT_BYTES,
+    MAX_SOURCES,
+    Place,
+    Segment,
+    checkpoint_line,
+    count_back,
+    read,
+    recover,
+    remember,
+)
+
+LogStream = Literal["stdout", "stderr", "console"]
+
+MAX_LINE_BYTES = 64 * 1024
+"""Longer lines are split (contract: Logs)."""
+
+_RING_FRAMES = 4096
+_RING_BYTES = 1024 * 1024
+_FLUSH_BYTES = 512 * 1024
+_TAIL_BYTES = 256 * 1024
+_SOURCE_CHARACTERS = 200
+
+_encode = msgspec.json.Encoder().encode
+_logger = logging.getLogger("volant.journal")
+
+
+class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A line, as a pump brings it.
+
+    `source` names what the line was read from, within one boot; `position` is where to go on in it after this line.
+    `partial`: more of the same line follows.
+    """
+
+    stream: LogStream
+    line: bytes
+    timestamp: datetime
+    source: str
+    position: int
+    partial: bool = False
+
+
+class LogGap(msgspec.Struct, frozen=True):
+    """Lines that are not kept any more, from one number to another, both included."""
+
+    first: int
+    last: int
+
+    @property
+    def frame(self) -> bytes:
+        """As it goes over the wire."""
+        return b'{"gap":{"from":%d,"to":%d}}' % (self.first, self.last)
+
+
+class LogStatistics(msgspec.Struct, frozen=True):
+    """Figures of a `VmLog`. `lost`: lines that the disk did not take, since the daemon's start."""
+
+    oldest: int
+    newest: int
+    bytes: int
+    segments: int
+    readers: int
+    lost: int
+    ended: bool
+
+
+class _Stamp(msgspec.Struct):
+    timestamp: datetime
+
+
+class VmLog:
+    """The log of one VM. `VmLogs` makes it; there is one object for each VM, whoever asks."""
+
+    def __init__(
+        self,
+        host: Host,
+        directory: Path,
+        vm_id: int,
+        segments: list[Segment],
+        *,
+        max_bytes: int,
+        segment_bytes: int,
+        drop: Callable[[Path], None],
+    ) -> None:
+        self._host = host
+        self._directory = directory
+        self._segments = sorted(segments, key=lambda segment: (segment.first, segment.at_us))
+        self._max_bytes = max_bytes
+        self._segment_bytes = segment_bytes
+        self._drop = drop
+        self.vm_id = vm_id
+        self._name = ""
+        self._newest = 0
+        self._resume: dict[str, int] = {}
+        self._last_us = 0
+        self._fd = -1
+        self._next_checkpoint = 0
+        self._roll = True
+        self._lost = 0
+        self._failing = False
+        self._ended = False
+        self._readers = 0
+        self._ring: Log | None = None
+        self._heads: dict[str, bytes] = {}
+        self._tokens: dict[str, tuple[str, bytes]] = {}
+        self._recover()
+
+    def _recover(self) -> None:
+        while self._segments:
+            last = self._segments[-1]
+            found = recover(self._host, last) if last.size else None
+            if found is None:
+                self._drop(self._segments.pop().path)
+                # Its name is all that it tells.
+                self._newest = max(self._newest, last.first - 1)
+                continue
+            self._newest = max(self._newest, found.newest)
+            self._resume = found.resume
+            self._name = found.name
+            self._last_us = found.last_us or last.at_us
+            self._roll = not found.whole or self._newest != found.newest
+            self._next_checkpoint = last.size + CHECKPOINT_BYTES
+            break
+        # A crash between the making of a segment and its first record leaves two that begin with one number.
+        for earlier, later in zip(self._segments[:-1], self._segments[1:], strict=True):
+            if earlier.first == later.first:
+                self._segments.remove(earlier)
+                self._drop(earlier.path)
+
+    @property
+    def name(self) -> str:
+        """The VM's name, empty until its pump has opened the log."""
+        return self._name
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest line, 0 before the first."""
+        return self._newest
+
+    @property
+    def oldest(self) -> int:
+        """The number of the oldest line that is kept; `newest + 1` when there is none."""
+        return self._segments[0].first if self._segments else self._newest + 1
+
+    @property
+    def ended(self) -> bool:
+        """Whether the VM is deleted, and no line will follow."""
+        return self._ended
+
+    def statistics(self) -> LogStatistics:
+        return LogStatistics(
+            self.oldest,
+            self._newest,
+            sum(segment.size for segment in self._segments),
+            len(self._segments),
+            self._readers,
+            self._lost,
+            self._ended,
+        )
+
+    # Writing
+
+    def resume_position(self, source: str) -> int:
+        """Where to go on in `source` so that no line is missing and none is there twice; 0 when it is not known."""
+        return self._resume.get(self._token(source)[0], 0)
+
+    def append(self, entries: Sequence[LogEntry]) -> None:
+        """Number, encode and write lines, and wake up those who follow. Never waits, never fails for the disk.
+
+        A line over 64 KiB is split; what is no UTF-8 becomes U+FFFD.
+
+        :raises trio.ClosedResourceError: the VM is deleted.
+        :raises Fenced: by an incarnation that counts as killed.
+        """
+        check_fence()
+        if self._ended:
+            raise trio.ClosedResourceError(f"the log of VM {self.vm_id} has ended")
+        records: list[bytes] = []
+        frames: list[bytes] = []
+        marks: dict[str, int] = {}
+        size = 0
+        stamp: datetime | None = None
+        stamp_us, stamp_text = 0, b""
+        for entry in entries:
+            line = entry.line
+            if entry.timestamp is not stamp:
+                stamp = entry.timestamp
+                stamp_us = int(stamp.timestamp() * 1_000_000)
+                stamp_text = b',"timestamp":' + _encode(stamp) + b',"seq":'
+            head = self._heads.get(entry.stream) or self._head(entry.stream)
+            source, token = self._tokens.get(entry.source) or self._token(entry.source)
+            while len(line) > MAX_LINE_BYTES:
+                cut = _boundary(line, MAX_LINE_BYTES)
+                text = _encode(line[:cut].decode("utf-8", "replace"))
+                line = line[cut:]
+                self._newest += 1
+                frame = b'%b%b%b%d,"partial":true}' % (head, text, stamp_text, self._newest)
+                frames.append(frame)
+                records.append(b"%b - %d %b\n" % (token, stamp_us, frame))
+                size += len(frame)
+            self._newest += 1
+            text = _encode(line.decode("utf-8", "replace"))
+            end = b',"partial":true}' if entry.partial else b"}"
+            frame = b"%b%b%b%d%b" % (head, text, stamp_text, self._newest, end)
+            frames.append(frame)
+            records.append(b"%b %d %d %b\n" % (token, entry.position, stamp_us, frame))
+            size += len(frame)
+            marks[source] = entry.position
+            # Between two entries only, as one can't go on in the middle of one.
+            if size >= _FLUSH_BYTES:
+                self._flush(records, frames, marks)
+                records, frames, marks, size = [], [], {}, 0
+        if records:
+            self._flush(records, frames, marks)
+        self._last_us = max(self._last_us, stamp_us)
+
+    def _flush(self, records: list[bytes], frames: list[bytes], marks: dict[str, int]) -> None:
+        try:
+            kept = self._write(self._newest - len(records) + 1, b"".join(records), marks)
+        except OSError as error:
+            kept = 0
+            self._fail(error)
+        else:
+            self._failing = self._failing and kept < len(records)
+        self._lost += max(0, len(records) - kept)
+        ring = self._ring
+        if ring is not None:
+            for frame in frames:
+                ring.append(frame)
+
+    def _write(self, first: int, data: bytes, marks: dict[str, int]) -> int:
+        """Give the data to the newest segment; returns how many records of it are there now.
+
+        :raises OSError: none of them is.
+        """
+        segment = self._segments[-1] if self._segments else None
+        try:
+            if self._roll or segment is None or segment.size + len(data) > self._segment_bytes:
+                segment = self._begin(first)
+            elif self._fd < 0:
+                self._fd = self._host.open_file(segment.path, os.O_WRONLY | os.O_APPEND)
+        finally:
+            # Not before: the checkpoint at the beginning of a segment is true before this data.
+            for source, position in marks.items():
+                remember(self._resume, source, position)
+        if segment.size >= self._next_checkpoint:
+            data += checkpoint_line(self._newest + 1, self._name, self._resume)
+            self._next_checkpoint = segment.size + CHECKPOINT_BYTES
+        written = self._host.write(self._fd, data)
+        if written == len(data):
+            segment.size += written
+            return self._newest - first + 1
+        self._fail(OSError("the disk took only a part of it"))
+        whole = data.rfind(b"\n", 0, written) + 1
+        segment.size += whole
+        return data.count(b"\n", 0, whole)
+
+    def _begin(self, first: int) -> Segment:
+        """A new segment that begins with the number `first`; the oldest go to make room for it. :raises OSError:"""
+        self.release()
+        self._roll = True
+        at_us = int(self._host.wall_clock().timestamp() * 1_000_000)
+        segment = Segment.fresh(self._directory, self.vm_id, first, at_us)
+        fd = self._host.open_file(segment.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
+        line = checkpoint_line(first, self._name, self._resume)
+        try:
+            if self._host.write(fd, line) != len(line):
+                raise OSError("the disk took only a part of it")
+        except OSError:
+            self._host.close_file(fd)
+            self._drop(segment.path)
+            raise
+        segment.size = len(line)
+        self._fd = fd
+        self._segments.append(segment)
+        self._next_checkpoint = CHECKPOINT_BYTES
+        self._roll = False
+        kept = sum(segment.size for segment in self._segments)
+        while len(self._segments) > 1 and kept + self._segment_bytes > self._max_bytes:
+            oldest = self._segments.pop(0)
+            kept -= oldest.size
+            self._drop(oldest.path)
+        return segment
+
+    def _fail(self, error: OSError) -> None:
+        # What the file holds beyond what counts would be taken for records: go on in another one.
+        self._roll = True
+        self.release()
+        if not self._failing:
+            _logger.warning("the log of VM %d (%s) loses lines: %s", self.vm_id, self._name, error)
+        self._failing = True
+
+    def _head(self, stream: str) -> bytes:
+        head = b'{"name":%b,"vm_id":%d,"stream":%b,"line":' % (_encode(self._name), self.vm_id, _encode(stream))
+        self._heads[stream] = head
+        return head
+
+    def _token(self, source: str) -> tuple[str, bytes]:
+        # Whoever invents the source may be a guest.
+        if len(self._tokens) >= MAX_SOURCES:
+            self._tokens.clear()
+        token = quote(source[:_SOURCE_CHARACTERS], safe="/.-_:@")
+        self._tokens[source] = (token, token.encode())
+        return self._tokens[source]
+
+    # Upkeep, for `VmLogs`
+
+    def set_name(self, name: str) -> None:
+        """What the VM is called, in the lines to come."""
+        if name != self._name:
+            self._name = name
+            self._heads.clear()
+
+    def release(self) -> None:
+        """Close the file; the next line opens it again."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self._host.close_file(fd)
+
+    def end(self) -> None:
+        """No more lines: who follows gets what is left, then the end."""
+        self._ended = True
+        self.release()
+        if self._ring is not None:
+            self._ring.close()
+
+    def expire(self, cutoff_us: int, idle_us: int) -> None:
+        """Let go of what is from before `cutoff_us`, and of the file when nothing was written since `idle_us`."""
+        if self._last_us < idle_us:
+            self.release()
+        if self._segments and self._last_us < cutoff_us and self._newest >= self._segments[-1].first:
+            # An empty segment stays, as its name is what the numbers go on from.
+            try:
+                self._begin(self._newest + 1)
+            except OSError as error:
+                self._fail(error)
+                return
+            self.release()
+        while len(self._segments) > 1 and self._segments[1].at_us < cutoff_us:
+            self._drop(self._segments.pop(0).path)
+        if len(self._segments) == 2 and self._last_us < cutoff_us and self._newest < self._segments[1].first:
+            self._drop(self._segments.pop(0).path)
+
+    def remove(self) -> None:
+        """Let go of everything."""
+        self.end()
+        while self._segments:
+            self._drop(self._segments.pop().path)
+
+    # Reading
+
+    def tail_lines(self, count: int, stream: LogStream | None = None) -> tuple[str, ...]:
+        """The last lines, oldest first, of one stream or all: for people, at the end of a boot.
+
+        Looks at no more than the last 256 KiB, and in place: they have just been written, so they are in memory.
+        """
+        heads = () if stream is None else (self._head(stream),)
+        lines: list[str] = []
+        room = _TAIL_BYTES
+        for segment in reversed(self._segments):
+            if room <= 0 or len(lines) >= count:
+                break
+            begin = max(0, segment.size - room)
+            try:
+                fd = self._host.open_file(segment.path, os.O_RDONLY)
+                try:
+                    data = self._host.read_at(fd, segment.size - begin, begin)
+                finally:
+                    self._host.close_file(fd)
+            except OSError:
+                break
+            room -= len(data)
+            records = data.split(b"\n")[1 if begin else 0 : -1]
+            for record in reversed(records):
+                fields = record.split(b" ", 3)
+                if len(lines) < count and len(fields) == 4 and (not heads or fields[3].startswith(heads)):
+                    try:
+                        lines.append(msgspec.json.decode(fields[3], type=_Line).line)
+                    except msgspec.MsgspecError:
+                        continue
+        return tuple(reversed(lines))
+
+    @asynccontextmanager
+    async def cursor(
+        self,
+        *,
+        since_seq: int | None = None,
+        since_time: datetime | None = None,
+        tail: int | None = None,
+        streams: Collection[LogStream] = (),
+        follow: bool = True,
+    ) -> AsyncIterator[LogCursor]:
+        """Read the log, all streams or some.
+
+        Begins after the line numbered `since_seq`, or with the first from `since_time` on, or with the last `tail`
+        lines of these streams, the first of them that is given; else with the oldest. `follow` waits for more at the
+        end.
+
+        :raises OSError: the disk can't be read.
+        """
+        if self._ring is None:
+            self._ring = Log(max_frames=_RING_FRAMES, max_bytes=_RING_BYTES, next_seq=self._newest + 1)
+            if self._ended:
+                self._ring.close()
+        self._readers += 1
+        try:
+            heads = tuple(self._head(stream) for stream in streams)
+            end = None if follow else self._newest
+            place, since_us = self.oldest - 1, 0
+            if since_seq is not None:
+                place = min(max(since_seq, 0), self._newest)
+            elif since_time is not None:
+                since_us = int(since_time.timestamp() * 1_000_000)
+                for segment in self._segments:
+                    if segment.at_us <= since_us:
+                        place = max(place, segment.first - 1)
+            elif tail is not None:
+                place = await self._tail(max(0, tail), heads)
+            yield LogCursor(self, self._ring, place, heads, since_us, end)
+        finally:
+            self._readers -= 1
+            if not self._readers:
+                self._ring = None
+
+    async def _tail(self, count: int, heads: tuple[bytes, ...]) -> int:
+        newest = self._newest
+        if not count:
+            return newest
+        if not heads:
+            return max(newest - count, self.oldest - 1)
+        place = self.oldest - 1
+        for segment in reversed(self._segments.copy()):
+            last = self._last_of(segment, newest)
+            try:
+                found, place = await self._host.run_blocking(
+                    lambda segment=segment, last=last, count=count: count_back(self._host, segment, last, heads, count)
+                )
+            except FileNotFoundError:
+                break
+            count -= found
+            if not count:
+                break
+        return max(place, self.oldest - 1)
+
+    def _last_of(self, segment: Segment, newest: int) -> int:
+        """The highest number that a segment can hold."""
+        index = bisect.bisect_right(self._segments, segment.first, key=lambda other: other.first)
+        return self._segments[index].first - 1 if index < len(self._segments) else newest
+
+    def _segment_with(self, seq: int) -> Segment | None:
+        index = bisect.bisect_right(self._segments, seq, key=lambda segment: segment.first) - 1
+        return self._segments[index] if index >= 0 else None
+
+    def _next_after(self, seq: int) -> int:
+        """The lowest number after `seq` that begins a segment, or that the ring has; else the one to come."""
+        index = bisect.bisect_right(self._segments, seq, key=lambda segment: segment.first)
+        first = self._segments[index].first if index < len(self._segments) else self._newest + 1
+        ring = self._ring
+        if ring is not None and ring.oldest > seq:
+            first = min(first, ring.oldest)
+        return first
+
+
+class LogCursor:
+    """A place in a VM's log. `VmLog.cursor` makes it; it ends with its context."""
+
+    def __init__(
+        self, log: VmLog, ring: Log, position: int, heads: tuple[bytes, ...], since_us: int, end: int | None
+    ) -> None:
+        self._log = log
+        self._ring = ring
+        self._heads = heads
+        self._since_us = since_us
+        self._end = end
+        self._segment: Segment | None = None
+        self._place = Place(0, 0)
+        self.position = position
+        """The number of the last line that was taken or skipped."""
+
+    async def take(self, max_bytes: int = 256 * 1024) -> list[bytes] | LogGap:
+        """Wait for lines, and take them encoded, at least one and about `max_bytes` at most.
+
+        A `LogGap` says which lines are not kept any more; the next call goes on after it. An empty list is the end: the
+        VM is deleted, or the cursor does not follow and has reached what was newest when it began.
+
+        :raises OSError: the disk can't be read.
+        """
+        await trio.lowlevel.checkpoint()
+        while self._end is None or self.position < self._end:
+            if self.position + 1 >= self._ring.oldest:
+                found: list[bytes] | LogGap | None = await self._follow(max_bytes)
+                if found is None:
+                    return []
+            else:
+                found = await self._history(max_bytes)
+            if found:
+                return found
+        return []
+
+    async def _follow(self, max_bytes: int) -> list[bytes] | None:
+        """Lines of the ring, perhaps none that is wanted; None at the end."""
+        taken = await self._ring.cursor(after=self.position).take(max_bytes)
+        if isinstance(taken, Gap):
+            return []
+        if not taken:
+            return None
+        frames = []
+        for seq, frame in taken:
+            if self._end is not None and seq > self._end:
+                break
+            self.position = seq
+            if self._heads and not frame.startswith(self._heads):
+                continue
+            if self._since_us:
+                if _time_us(frame) < self._since_us:
+                    continue
+                self._since_us = 0
+            frames.append(frame)
+        return frames
+
+    async def _history(self, max_bytes: int) -> list[bytes] | LogGap:
+        log = self._log
+        wanted = self.position + 1
+        segment = log._segment_with(wanted)
+        if segment is None:
+            return self._gap(log._next_after(wanted))
+        if segment is not self._segment:
+            self._segment, self._place = segment, Place(segment.first - 1, 0)
+        last = min(log._last_of(segment, log.newest), self._ring.oldest - 1)
+        if self._end is not None:
+            last = min(last, self._end)
+        place, size, after, since_us = self._place, segment.size, self.position, self._since_us
+        try:
+            found = await log._host.run_blocking(
+                lambda: read(
+                    log._host,
+                    segment.path,
+                    size,
+                    place,
+                    after=after,
+                    up_to=last,
+                    since_us=since_us,
+                    heads=self._heads,
+                    max_bytes=max_bytes,
+                )
+            )
+        except FileNotFoundError:
+            # Retention has taken it since.
+            self._segment = None
+            return []
+        self._place = found.place
+        self.position = max(self.position, found.place.seq)
+        if found.frames:
+            self._since_us = 0
+            return found.frames
+        if found.end and self.position < last:
+            return self._gap(last + 1)
+        return []
+
+    def _gap(self, up_to: int) -> LogGap:
+        gap = LogGap(self.position + 1, up_to - 1)
+        self.position = up_to - 1
+        return gap
+
+
+class _Line(msgspec.Struct):
+    line: str
+
+
+def _time_us(frame: bytes) -> int:
+    return int(msgspec.json.decode(frame, type=_Stamp).timestamp.timestamp() * 1_000_000)
+
+
+def _boundary(data: bytes, cut: int) -> int:
+    """The last position at or before `cut` that does not lie inside a UTF-8 character."""
+    for back in range(4):
+        if data[cut - back] & 0xC0 != 0x80:
+            return cut - back
+    return cut
