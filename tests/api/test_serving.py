@@ -1,0 +1,376 @@
+"""No client, however it behaves, ends the server, holds it up or makes it grow."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import h2.config
+import h2.connection
+import pytest
+import trio
+from quart import Response, request, websocket
+from quart_trio import QuartTrio
+from tests.api.kit import FAST, Running, bare, read_answer, read_head, read_to_end, running
+from tests.api.kit import request as http
+
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    "Sec_WebSocket_Version": "13",
+}
+
+
+def quart_app() -> QuartTrio:
+    app = QuartTrio("served")
+    app.config["MAX_CONTENT_LENGTH"] = 1024 * 1024
+
+    @app.route("/")
+    async def root() -> Response:
+        return Response(b"hello")
+
+    @app.post("/length")
+    async def length() -> Response:
+        return Response(str(len(await request.get_data())).encode())
+
+    @app.post("/unread")
+    async def unread() -> Response:
+        return Response(b"no", status=409)
+
+    @app.route("/endless")
+    async def endless() -> Response:
+        async def chunks():  # type: ignore[no-untyped-def]
+            while True:
+                yield b"x" * 65536
+
+        response = Response(chunks())
+        response.timeout = None
+        return response
+
+    @app.route("/quiet")
+    async def quiet() -> Response:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    @app.websocket("/flood")
+    async def flood() -> None:
+        while True:
+            await websocket.send(b"x" * 1024)
+
+    @app.websocket("/echo")
+    async def echo() -> None:
+        while True:
+            await websocket.send(await websocket.receive())
+
+    return app
+
+
+async def assert_alive(server: Running) -> None:
+    answer = await server.get("/")
+    assert (answer.status, answer.body) == (200, b"hello")
+
+
+async def test_a_byte_after_an_upgrade_request_is_refused_and_harms_nobody() -> None:
+    async with running(quart_app()) as server:
+        for extra in (b"x", b"\x81\x80\0\0\0\0", b"y" * 100_000):
+            answer = await server.ask(http("GET", "/echo", **UPGRADE) + extra)
+            assert answer.status in (101, 400)
+            await assert_alive(server)
+
+
+async def test_a_byte_after_an_upgrade_is_answered_with_400() -> None:
+    answered = trio.Event()
+
+    async def slow(scope, receive, send):  # type: ignore[no-untyped-def]
+        while (await receive())["type"] != "websocket.disconnect":
+            pass
+        answered.set()
+
+    async with running(bare(slow)) as server:
+        answer = await server.ask(http("GET", "/echo", **UPGRADE) + b"x")
+        assert answer.status == 400
+        assert json.loads(answer.body)["status"] == 400
+        with trio.fail_after(5):
+            await answered.wait()
+
+
+async def test_http2_is_refused_even_a_connect_without_path() -> None:
+    client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, validate_outbound_headers=False))
+    client.initiate_connection()
+    client.send_headers(1, [(":method", "CONNECT"), (":authority", "localhost")], end_stream=True)
+    async with running(quart_app()) as server:
+        async with await server.connect() as stream:
+            await stream.send_all(client.data_to_send())
+            head = await read_to_end(stream)
+        assert head.startswith(b"HTTP/1.1 505 ")
+        await assert_alive(server)
+        upgrade = http("GET", "/", Connection="Upgrade, HTTP2-Settings", Upgrade="h2c", HTTP2_Settings="")
+        assert (await server.ask(upgrade)).status == 200
+
+
+async def test_a_websocket_handler_that_only_sends_ends_when_its_client_leaves() -> None:
+    async with running(quart_app()) as server:
+        stream = await server.connect()
+        await stream.send_all(http("GET", "/flood", **UPGRADE))
+        await read_head(stream)
+        await trio.aclose_forcefully(stream)
+        with trio.fail_after(5):
+            await assert_alive(server)
+
+
+async def test_connection_close_is_honoured() -> None:
+    async with running(quart_app()) as server:
+        async with await server.connect() as stream:
+            await stream.send_all(http("GET", "/", Connection="close"))
+            assert (await read_to_end(stream, within_s=2)).endswith(b"hello")
+
+
+async def test_a_connection_is_used_again() -> None:
+    async with running(quart_app()) as server:
+        async with await server.connect() as stream:
+            for _ in range(3):
+                await stream.send_all(http("GET", "/"))
+                assert (await read_answer(stream)).body == b"hello"
+
+
+async def test_pipelined_requests_are_answered_in_order() -> None:
+    async with running(quart_app()) as server:
+        async with await server.connect() as stream:
+            await stream.send_all(
+                http("POST", "/length", b"abc") + http("GET", "/") + http("GET", "/", Connection="close")
+            )
+            data = await read_to_end(stream)
+        assert data.count(b"HTTP/1.1 200") == 3
+        assert data.index(b"\r\n\r\n3") < data.index(b"hello")
+
+
+async def test_an_idle_connection_is_closed() -> None:
+    async with running(quart_app(), replace(FAST, keep_alive_s=0.2)) as server:
+        async with await server.connect() as fresh, await server.connect() as used:
+            await used.send_all(http("GET", "/"))
+            await read_answer(used)
+            assert await read_to_end(fresh, within_s=2) == b""
+            assert await read_to_end(used, within_s=2) == b""
+
+
+async def test_headers_that_trickle_in_are_given_up() -> None:
+    async with running(quart_app(), replace(FAST, header_s=0.3)) as server:
+        async with await server.connect() as stream:
+            with trio.fail_after(5):
+                try:
+                    for byte in http("GET", "/" + "a" * 100):
+                        await stream.send_all(bytes([byte]))
+                        await trio.sleep(0.02)
+                except trio.BrokenResourceError:
+                    pass
+                assert b" 408 " in await read_to_end(stream)
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 100_000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"nonsense\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+        (b"GET http://example.org/ HTTP/1.1\r\nHost: example.org\r\n\r\n", 400),
+        (b"CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"POST /length HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        (b"GET /echo HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n", 400),
+    ],
+)
+async def test_what_is_no_request_is_a_problem(raw: bytes, status: int) -> None:
+    async with running(quart_app()) as server:
+        answer = await server.ask(raw)
+        assert answer.status == status
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert json.loads(answer.body)["request_id"] == answer.headers["x-request-id"]
+        await assert_alive(server)
+
+
+@pytest.mark.parametrize("path", ["/length", "/unread"])
+async def test_the_answer_to_a_body_that_is_not_wanted_arrives(path: str) -> None:
+    total = 20 * 1024 * 1024
+    async with running(quart_app()) as server:
+        async with await server.connect() as stream:
+            await stream.send_all(http("POST", path, Content_Length=str(total)))
+            chunk = b"x" * 65536
+            for _ in range(total // len(chunk)):
+                await stream.send_all(chunk)
+            answer = await read_answer(stream)
+            assert answer.status == (413 if path == "/length" else 409)
+            # The rest was dropped, so the connection is as good as new.
+            await stream.send_all(http("GET", "/"))
+            assert (await read_answer(stream)).body == b"hello"
+
+
+async def test_an_endless_unwanted_body_is_cut_off() -> None:
+    limits = replace(FAST, drop_bytes=1024 * 1024)
+    async with running(quart_app(), limits) as server:
+        async with await server.connect() as stream:
+            with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
+                await stream.send_all(http("POST", "/unread", Transfer_Encoding="chunked"))
+                while True:
+                    await stream.send_all(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+
+
+async def test_a_body_that_is_never_asked_for_is_not_waited_for() -> None:
+    async def refuse(scope, receive, send):  # type: ignore[no-untyped-def]
+        await send({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with running(bare(refuse)) as server:
+        async with await server.connect() as stream:
+            await stream.send_all(http("POST", "/", Expect="100-continue", Content_Length="100000000"))
+            data = await read_to_end(stream, within_s=1.5)
+        assert data.startswith(b"HTTP/1.1 403")
+
+
+async def test_a_body_is_asked_for_when_it_is_wanted() -> None:
+    async with running(quart_app()) as server:
+        async with await server.connect() as stream:
+            await stream.send_all(http("POST", "/length", Expect="100-continue", Content_Length="5"))
+            head, _ = await read_head(stream)
+            assert head.startswith(b"HTTP/1.1 100")
+            await stream.send_all(b"12345")
+            assert (await read_answer(stream)).body == b"5"
+
+
+async def test_one_connection_too_many_is_told_so() -> None:
+    async with running(quart_app(), replace(FAST, connections=3)) as server:
+        held = [await server.connect() for _ in range(3)]
+        for stream in held:
+            await stream.send_all(http("GET", "/"))
+            await read_answer(stream)
+        answer = await server.get("/")
+        assert answer.status == 503
+        assert answer.headers["retry-after"] == "1"
+        await held.pop().aclose()
+        for _ in range(50):
+            if (await server.get("/")).status == 200:
+                break
+            await trio.sleep(0.02)
+        else:
+            raise AssertionError("a free place is not given away")
+        for stream in held:
+            await stream.aclose()
+
+
+async def test_a_client_that_stops_reading_is_cut_off() -> None:
+    gone = trio.Event()
+
+    async def flood(scope, receive, send):  # type: ignore[no-untyped-def]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pour, send)
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            nursery.cancel_scope.cancel()
+        gone.set()
+
+    async def pour(send):  # type: ignore[no-untyped-def]
+        while True:
+            await send({"type": "http.response.body", "body": b"x" * 1_000_000, "more_body": True})
+
+    async with running(bare(flood), replace(FAST, send_s=0.3)) as server:
+        async with await server.connect() as stream:
+            await stream.send_all(http("GET", "/"))
+            with trio.fail_after(5):
+                await gone.wait()
+
+
+async def test_stopping_takes_no_longer_than_the_grace_whatever_clients_do() -> None:
+    async with running(quart_app()) as server:
+        streams = [await server.connect() for _ in range(6)]
+        await streams[0].send_all(http("GET", "/endless"))  # never reads
+        await streams[1].send_all(http("GET", "/flood", **UPGRADE))  # never reads
+        await streams[2].send_all(http("GET", "/quiet"))
+        await streams[3].send_all(http("GET", "/echo", **UPGRADE))
+        await streams[4].send_all(b"GET / HT")
+        await streams[5].send_all(http("POST", "/length", Content_Length="1000") + b"abc")
+        for stream in streams[:2]:
+            await stream.receive_some(10)
+        await trio.sleep(0.2)  # until the buffers of the kernel are full
+        assert await server.stop(within_s=3) < FAST.grace_s + 1
+        for stream in streams:
+            await stream.aclose()
+
+
+async def test_streams_are_told_before_they_are_cut_and_the_app_shuts_down_last() -> None:
+    order: list[str] = []
+    app = quart_app()
+
+    @app.after_serving
+    async def after() -> None:
+        order.append("app")
+
+    @app.route("/polite")
+    async def polite() -> Response:
+        stopping = request.scope["state"]["stopping"]
+
+        async def chunks():  # type: ignore[no-untyped-def]
+            yield b"first"
+            await stopping.wait()
+            order.append("stream")
+            yield b"last"
+
+        response = Response(chunks())
+        response.timeout = None
+        return response
+
+    async with running(app) as server:
+        async with await server.connect() as idle, await server.connect() as stream:
+            await idle.send_all(http("GET", "/"))
+            await read_answer(idle)
+            await stream.send_all(http("GET", "/polite"))
+            _, rest = await read_head(stream)
+            server.stopping.set()
+            assert await read_to_end(idle, within_s=1) == b""
+            assert b"last" in rest + await read_to_end(stream, within_s=1)
+            with trio.fail_after(1):
+                await server.stopped.wait()
+    assert order == ["stream", "app"]
+
+
+async def test_an_answer_after_the_order_to_stop_says_that_the_connection_closes() -> None:
+    arrived = trio.Event()
+    app = quart_app()
+
+    @app.route("/late")
+    async def late() -> Response:
+        arrived.set()
+        await request.scope["state"]["stopping"].wait()
+        return Response(b"late")
+
+    async with running(app) as server:
+        async with await server.connect() as stream:
+            await stream.send_all(http("GET", "/late"))
+            await arrived.wait()
+            server.stopping.set()
+            answer = await read_answer(stream)
+            assert answer.headers["connection"] == "close"
+            assert await read_to_end(stream, within_s=1) == b""
+
+
+async def test_cancelling_cuts_everything_at_once() -> None:
+    with trio.fail_after(5):
+        with trio.CancelScope() as scope:
+            async with running(quart_app()) as server:
+                async with await server.connect() as stream:
+                    await stream.send_all(http("GET", "/endless"))
+                    await stream.receive_some(10)
+                    scope.cancel()
+                    await trio.sleep_forever()
+        assert scope.cancelled_caught
+
+
+async def test_an_app_that_fails_outside_of_its_handlers_is_answered_for() -> None:
+    async def broken(scope, receive, send):  # type: ignore[no-untyped-def]
+        raise ValueError("broken")
+
+    async with running(bare(broken)) as server:
+        answer = await server.get("/")
+        assert answer.status == 500
+        assert "broken" not in answer.body.decode()

@@ -1,0 +1,474 @@
+"""One HTTP/1.1 connection: Hypercorn's protocol, tamed.
+
+Hypercorn 0.18 parses well and speaks ASGI well; what it lacks is bounds. Each class here overrides one of its classes
+where one of these holds (all reproduced in `tests/api/test_serving.py`):
+
+- A byte after a WebSocket upgrade raises out of the connection and ends the server (hypercorn#225). Here it is
+  answered with 400, and *no* exception of a connection leaves it.
+- A send is shielded without a deadline, so one client that stops reading blocks the shutdown for ever. Here sends are
+  not shielded: a send that is cancelled half-way tears the connection down, as its framing can't be mended anyway;
+  and each has a deadline.
+- With quart-trio no connection is ever closed or recycled: the last chunk of a body makes Hypercorn say
+  `http.disconnect`, on which quart-trio cancels the task that is just about to recycle. Here what follows the last
+  chunk is shielded, with a deadline.
+- A handler that only sends to a WebSocket whose client has left never reaches a checkpoint and hangs the whole
+  process. Here every send is one.
+- The answer to a request whose body was not read is lost, because the connection is closed with bytes unread, which
+  resets it. Here the rest is read and dropped within bounds, and closing lingers.
+- An idle connection costs a task that sleeps. Here it is a deadline of the reader, which serves slow headers too.
+
+HTTP/2 is not spoken, neither by upgrade nor by prior knowledge. Hypercorn's implementation ends the server on a CONNECT
+without `:path`, blocks all streams of a connection on the slowest handler, and has no bounds on resets; on loopback and
+behind a proxy it would give us nothing. Mending that would have meant to rewrite it.
+
+The private parts of Hypercorn that are used stand in `pyproject.toml` with an exact version; what removes this module
+is a release of Hypercorn that bounds its sends and contains its connections.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import h11
+import trio
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import Body, Data, EndBody, Request, Response, StreamClosed
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.h11 import STREAM_ID, H11Protocol, H11WSConnection
+from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
+from hypercorn.protocol.ws_stream import WSStream
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import parse_socket_addr
+
+from volant.model import Problem
+
+from ._inbox import Inbox, Message
+from ._problems import new_request_id, problem_body, problem_headers
+
+if TYPE_CHECKING:
+    from ._serving import Server
+
+_log = logging.getLogger("volant.api.serving")
+
+SLICE = 64 * 1024
+"""So many bytes are read or written before others get their turn."""
+
+_HANGUP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+
+Send = Callable[[Message | None], Awaitable[None]]
+
+
+class Connection(TCPServer):
+    """Serves one accepted stream until either side ends it. Nothing that happens in it raises."""
+
+    def __init__(self, server: Server, stream: trio.SocketStream) -> None:
+        # Hypercorn annotates an SSL stream and takes any; a plain one is what its own HTTP listeners hand in.
+        super().__init__(server.app, server.config, server.context, server.state, stream)  # type: ignore[arg-type]
+        self.limits = server.limits
+        self.inbox: Inbox | None = None
+        self._socket = stream.socket
+        self._reading = trio.CancelScope()
+        self._idle = True
+        self._header_begun = False
+        self._closing = False
+        self._torn = False
+
+    async def run(self) -> None:
+        try:
+            family = self._socket.family
+            client = parse_socket_addr(family, self._socket.getpeername())
+            server = parse_socket_addr(family, self._socket.getsockname())
+        except OSError:
+            return  # It left before it was served.
+        try:
+            async with trio.open_nursery() as nursery:
+                self.http = Http11(self, nursery, client, server)
+                self._rest(self.limits.keep_alive_s)
+                await self._read()
+                # The app has been told. What does not care about its client may finish, not stay.
+                nursery.cancel_scope.deadline = trio.current_time() + self.limits.finish_s
+        except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        except* Exception:
+            _log.exception("a connection failed; no other one is affected")
+        finally:
+            self.abort()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being served."""
+        return self._idle
+
+    def abort(self) -> None:
+        """Close the socket now, whoever is reading or writing."""
+        self._torn = True
+        self._reading.cancel()
+        if self.inbox is not None:
+            self.inbox.settled.set()
+        self._socket.close()
+
+    def end_when_idle(self) -> None:
+        """Close as soon as no request is being served; now, if none is."""
+        if self._idle:
+            self._reading.cancel()
+
+    def peer_left(self) -> bool:
+        """Whether the peer has closed its side, although nobody reads."""
+        if self._socket.fileno() < 0:
+            return True
+        poller = select.poll()
+        poller.register(self._socket.fileno(), _HANGUP)
+        return bool(poller.poll(0))
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, RawData):
+            if event.data:
+                await self._write(event.data)
+        elif isinstance(event, Closed):
+            await self._end()
+            await self.http.handle(Closed())
+        elif isinstance(event, Updated):
+            self._idle = event.idle
+            self._header_begun = False
+            if not event.idle:
+                self._reading.deadline = float("inf")
+            elif self.context.terminated.is_set():
+                self._reading.cancel()
+            else:
+                self._rest(self.limits.keep_alive_s)
+
+    def _rest(self, seconds: float) -> None:
+        self._reading.deadline = trio.current_time() + seconds
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            async with self.send_lock:
+                if self._torn:
+                    return
+                if len(data) <= SLICE:
+                    with trio.fail_after(self.limits.send_s):
+                        await self.stream.send_all(data)
+                    return
+                view = memoryview(data)
+                for start in range(0, len(view), SLICE):
+                    with trio.fail_after(self.limits.send_s):
+                        await self.stream.send_all(view[start : start + SLICE])
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            self.abort()
+            await self.http.handle(Closed())
+        except trio.Cancelled:
+            # Part of a frame may be out, or the protocol believes that it is: nothing can follow.
+            self.abort()
+            raise
+
+    async def _end(self) -> None:
+        """Close our half; the reader goes on and drops what comes, for a moment."""
+        if self._closing or self._torn:
+            return
+        self._closing = True
+        self._rest(self.limits.linger_s)
+        try:
+            async with self.send_lock:
+                await self.stream.send_eof()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            self._reading.cancel()
+
+    async def _read(self) -> None:
+        lingered = 0
+        with self._reading:
+            while True:
+                try:
+                    data = await self.stream.receive_some(SLICE)
+                except (trio.ClosedResourceError, trio.BrokenResourceError):
+                    break
+                if not data:
+                    break
+                if self._closing:
+                    lingered += len(data)
+                    if lingered > self.limits.linger_bytes:
+                        break
+                    continue
+                if self._idle and not self._header_begun:
+                    self._header_begun = True
+                    self._reading.deadline = min(self._reading.deadline, trio.current_time() + self.limits.header_s)
+                try:
+                    await self.http.handle(RawData(bytes(data)))
+                except trio.BrokenResourceError:
+                    break
+        too_slow = self._reading.cancelled_caught and self._idle and self._header_begun and not self._torn
+        if too_slow and not self._closing:
+            with trio.move_on_after(self.limits.linger_s):
+                await self.http.refuse(Problem(408, "header-timeout", "the request's headers took too long"))
+        await self.http.handle(Closed())
+
+
+class Http11(H11Protocol):
+    """HTTP/1.1 on one connection. It is its own task group for the apps that it starts."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        nursery: trio.Nursery,
+        client: tuple[str, int] | None,
+        server: tuple[str, int] | None,
+    ) -> None:
+        self.owner = connection
+        tasks = Tasks(connection, nursery)
+        super().__init__(
+            connection.app,
+            connection.config,
+            connection.context,
+            tasks,  # type: ignore[arg-type]  # used by Hypercorn for spawn_app() and spawn() alone
+            ConnectionState(connection.state),
+            False,
+            client,
+            server,
+            connection.protocol_send,
+        )
+        self.tasks = tasks
+        self.waits_to_be_asked = False
+        """Whether the client holds its body back until it is asked for it (h11 forgets that with our answer)."""
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, Response) and event.status_code >= 200 and self.context.terminated.is_set():
+            event.headers.append((b"connection", b"close"))
+        await super().stream_send(event)
+
+    async def ask_for_body(self) -> None:
+        """Answer `Expect: 100-continue`, now that the app wants the body."""
+        self.waits_to_be_asked = False
+        if self.connection.they_are_waiting_for_100_continue:
+            await self._send_h11_event(h11.InformationalResponse(status_code=100, headers=[]))
+
+    async def refuse(self, problem: Problem) -> None:
+        """Answer with `problem` outside of any app, as far as the protocol still allows, and close."""
+        if self.connection.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+            request_id = new_request_id()
+            body = problem_body(problem, request_id)
+            headers = [*problem_headers(body, request_id), (b"connection", b"close")]
+            await self._send_h11_event(h11.Response(status_code=problem.status, headers=headers))
+            await self._send_h11_event(h11.Data(data=body))
+            await self._send_h11_event(h11.EndOfMessage())
+        await self.send(Closed())
+
+    async def _handle_events(self) -> None:
+        while True:
+            try:
+                event = self.connection.next_event()
+            except h11.RemoteProtocolError as error:
+                await self.refuse(_malformed(error))
+                return
+            if isinstance(event, h11.Request):
+                await self.send(Updated(idle=False))
+                problem = _unacceptable(event)
+                if problem is not None:
+                    await self.refuse(problem)
+                    return
+                self.waits_to_be_asked = bool(self.connection.they_are_waiting_for_100_continue)
+                await self._create_stream(event)
+            elif event is h11.PAUSED:
+                await self._wait_for_turn()
+            elif isinstance(event, h11.ConnectionClosed) or event is h11.NEED_DATA or self.stream is None:
+                return
+            elif isinstance(event, h11.Data):
+                self.waits_to_be_asked = False
+                await self.stream.handle(Body(stream_id=STREAM_ID, data=event.data))
+            elif isinstance(event, h11.EndOfMessage):
+                await self.stream.handle(EndBody(stream_id=STREAM_ID))
+            elif isinstance(event, Data):
+                await self.stream.handle(event)
+
+    async def _wait_for_turn(self) -> None:
+        """A pipelined request waits until the one before it is answered."""
+        await self.can_read.clear()
+        while not self.can_read.is_set():
+            with trio.move_on_after(self.owner.limits.header_s):
+                await self.can_read.wait()
+                return
+            if self.owner.peer_left():
+                raise trio.BrokenResourceError("the client left")
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        fields = {name: value.lower() for name, value in request.headers if name in (b"upgrade", b"connection")}
+        tokens = [token.strip() for token in fields.get(b"connection", b"").split(b",")]
+        upgrade = b"upgrade" in tokens and fields.get(b"upgrade") == b"websocket" and request.method == b"GET"
+        kind = WebSocketStream if upgrade else RequestStream
+        stream = kind(
+            self.app,
+            self.config,
+            self.context,
+            self.tasks,  # type: ignore[arg-type]  # as above
+            self.ssl,
+            self.client,
+            self.server,
+            self.stream_send,
+            STREAM_ID,
+        )
+        stream.tasks = self.tasks
+        self.stream = stream
+        if upgrade:
+            assert isinstance(self.connection, h11.Connection)
+            self.connection = H11WSConnection(self.connection)
+        self.keep_alive_requests += 1
+        await stream.handle(
+            Request(
+                stream_id=STREAM_ID,
+                headers=list(request.headers),
+                http_version=request.http_version.decode("ascii"),
+                method=request.method.decode("ascii").upper(),
+                raw_path=request.target,
+                state=self.connection_state,
+            )
+        )
+
+
+class Tasks:
+    """Runs the app for each request of one connection."""
+
+    def __init__(self, connection: Connection, nursery: trio.Nursery) -> None:
+        self.connection = connection
+        self._nursery = nursery
+
+    def spawn(self, func: Callable[..., Awaitable[object]], *args: object) -> None:
+        self._nursery.start_soon(func, *args)
+
+    async def spawn_app(self, app: Any, config: object, scope: Any, send: Send) -> Callable[[Message], Awaitable[None]]:
+        limits = self.connection.limits
+        inbox = Inbox(
+            limit=limits.inbox_bytes,
+            drop_limit=limits.drop_bytes,
+            on_first_receive=self.connection.http.ask_for_body,
+            left=self.connection.peer_left,
+            poll_s=limits.header_s,
+        )
+        self.connection.inbox = inbox
+        self._nursery.start_soon(self._run, app, scope, inbox, send)
+        return inbox.put
+
+    async def drop_rest(self) -> None:
+        """Read and drop what the app has left of the request's body, within bounds."""
+        inbox = self.connection.inbox
+        if inbox is None or inbox.settled.is_set() or self.connection.http.waits_to_be_asked:
+            return
+        inbox.drop()
+        with trio.move_on_after(self.connection.limits.drop_s):
+            await inbox.settled.wait()
+
+    async def _run(self, app: Any, scope: Any, inbox: Inbox, send: Send) -> None:
+        finish_s = self.connection.limits.finish_s
+
+        async def app_send(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                # Afterwards the client is gone for the app, and quart-trio cancels us (see above).
+                with trio.move_on_after(finish_s) as scope:
+                    scope.shield = True
+                    await send(message)
+            else:
+                await send(message)
+                if message["type"] == "websocket.send":
+                    await trio.lowlevel.checkpoint()
+
+        try:
+            await app(scope, inbox.receive, app_send, trio.to_thread.run_sync, trio.from_thread.run)
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        except* Exception:
+            _log.exception("the app failed outside of its own error handling")
+        finally:
+            with trio.move_on_after(finish_s) as closing:
+                closing.shield = True
+                await send(None)
+
+
+class RequestStream(HTTPStream):
+    """One request and its answer."""
+
+    tasks: Tasks
+
+    async def _send_closed(self) -> None:
+        await self.send(EndBody(stream_id=self.stream_id))
+        self.state = ASGIHTTPState.CLOSED
+        await self.tasks.drop_rest()
+        await self.send(StreamClosed(stream_id=self.stream_id))
+
+    async def _send_error_response(self, status_code: int) -> None:
+        await _send_problem(self, status_code)
+        self.state = ASGIHTTPState.CLOSED
+
+
+class WebSocketStream(WSStream):
+    """One WebSocket, without compression.
+
+    Deflating on the event loop would stall everybody for one client's traffic, and inflating has no bound on what
+    comes out (wsproto 1.3).
+    """
+
+    tasks: Tasks
+    _answering = False
+
+    async def handle(self, event: StreamEvent) -> None:
+        if isinstance(event, Request):
+            headers = [field for field in event.headers if field[0] != b"sec-websocket-extensions"]
+            event = Request(
+                stream_id=event.stream_id,
+                headers=headers,
+                http_version=event.http_version,
+                method=event.method,
+                raw_path=event.raw_path,
+                state=event.state,
+            )
+        elif isinstance(event, (Body, Data)) and not self.closed and not self.handshake.accepted:
+            # hypercorn#225. RFC 6455, 4.1: the client waits for our answer before it sends anything.
+            if not self._answering:
+                await self._send_error_response(400)
+            return
+        await super().handle(event)
+
+    async def app_send(self, message: Any) -> None:
+        if message is not None and message["type"] in ("websocket.http.response.start", "websocket.close"):
+            self._answering = True
+        await super().app_send(message)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        # Closed first: the app may be about to accept, and whatever it sends from here on is dropped.
+        self.closed = True
+        await _send_problem(self, status_code)
+        if self.app_put is not None:
+            await self.app_put({"type": "websocket.disconnect", "code": 1006})
+        await self.send(StreamClosed(stream_id=self.stream_id))
+
+
+_STATUS_DETAIL = {
+    400: ("malformed-upgrade", "the WebSocket upgrade is malformed, or bytes followed it before it was answered"),
+    403: ("forbidden", "the WebSocket was refused"),
+    500: ("internal-error", "the request failed inside the daemon"),
+}
+
+
+async def _send_problem(stream: HTTPStream | WSStream, status: int) -> None:
+    code, detail = _STATUS_DETAIL.get(status, ("refused", "the request was refused"))
+    request_id = new_request_id()
+    body = problem_body(Problem(status, code, detail), request_id)
+    headers = [*problem_headers(body, request_id), (b"connection", b"close")]
+    await stream.send(Response(stream_id=stream.stream_id, headers=headers, status_code=status))
+    await stream.send(Body(stream_id=stream.stream_id, data=body))
+    await stream.send(EndBody(stream_id=stream.stream_id))
+
+
+def _malformed(error: h11.RemoteProtocolError) -> Problem:
+    if error.error_status_hint == 431:
+        return Problem(431, "headers-too-large", "the request's line and headers are too large")
+    return Problem(400, "malformed-request", f"this is not HTTP/1.1: {error}")
+
+
+def _unacceptable(request: h11.Request) -> Problem | None:
+    if request.http_version not in (b"1.1", b"1.0"):
+        version = request.http_version.decode("ascii")
+        return Problem(505, "http-version", f"HTTP/{version} is not spoken here", hint="use HTTP/1.1")
+    if request.method == b"CONNECT" or not request.target.startswith(b"/"):
+        return Problem(400, "malformed-request", "the request's target must be a path", hint="this is no proxy")
+    return None

@@ -1,0 +1,109 @@
+"""What a client has sent and the app has not taken yet: one request's, bounded by bytes.
+
+Hypercorn's own queue counts messages, so sixteen-megabyte WebSocket messages weigh as much as single bytes, and a
+reader that is blocked on it never hears that its client has left. This one counts bytes, can be told to drop what
+comes, and takes the news of a disconnect at any time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+
+Message = dict[str, Any]
+
+_OVERHEAD = 256
+"""What a queued message costs besides its payload, so that empty frames are bounded too."""
+
+
+class Inbox:
+    """A queue of ASGI messages from the connection's reader to the app.
+
+    `on_first_receive` is awaited before the app's first message is handed out: it asks the client for the body when
+    the client waits to be asked (`Expect: 100-continue`). `left()` says whether the peer has hung up.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit: int,
+        drop_limit: int,
+        on_first_receive: Callable[[], Awaitable[None]],
+        left: Callable[[], bool],
+        poll_s: float,
+    ) -> None:
+        self._limit = limit
+        self._drop_limit = drop_limit
+        self._on_first_receive: Callable[[], Awaitable[None]] | None = on_first_receive
+        self._left = left
+        self._poll_s = poll_s
+        self._messages: deque[tuple[int, Message]] = deque()
+        self._bytes = 0
+        self._dropped = 0
+        self._dropping = False
+        self._arrived = trio.Event()
+        self._taken = trio.Event()
+        self.settled = trio.Event()
+        """Set once nothing more will come that matters: the body is complete, the client has left, or too much of it
+        was dropped."""
+
+    async def put(self, message: Message) -> None:
+        """Queue `message`; waits while the app is behind.
+
+        :raises trio.BrokenResourceError: the client hung up while we waited.
+        """
+        kind = message["type"]
+        if kind in ("http.disconnect", "websocket.disconnect"):
+            self.settled.set()
+            self._queue(0, message)
+            return
+        size = len(message.get("body") or message.get("bytes") or message.get("text") or b"")
+        while not self._dropping and self._bytes >= self._limit:
+            self._taken = trio.Event()
+            with trio.move_on_after(self._poll_s):
+                await self._taken.wait()
+                continue
+            # Nobody reads the socket while we are here, so nobody would notice that the client is gone.
+            if self._left():
+                raise trio.BrokenResourceError("the client left")
+        last = kind == "http.request" and not message.get("more_body", False)
+        if self._dropping:
+            self._dropped += size
+            if last or self._dropped > self._drop_limit:
+                self.settled.set()
+            return
+        self._queue(size + _OVERHEAD, message)
+        if last:
+            self.settled.set()
+
+    def drop(self) -> None:
+        """Forget the body, what has come of it and what will."""
+        self._dropping = True
+        self._messages = deque(entry for entry in self._messages if entry[1]["type"] != "http.request")
+        self._bytes = sum(size for size, _ in self._messages)
+        self._taken.set()
+
+    async def receive(self) -> Message:
+        """The app's `receive`."""
+        if self._on_first_receive is not None:
+            ask, self._on_first_receive = self._on_first_receive, None
+            await ask()
+        while not self._messages:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        size, message = self._messages.popleft()
+        if message["type"] in ("http.disconnect", "websocket.disconnect"):
+            # An app that asks again must hear it again instead of waiting for ever.
+            self._messages.append((0, message))
+            await trio.lowlevel.checkpoint()
+        self._bytes -= size
+        self._taken.set()
+        return message
+
+    def _queue(self, size: int, message: Message) -> None:
+        self._messages.append((size, message))
+        self._bytes += size
+        self._arrived.set()

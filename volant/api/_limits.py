@@ -1,0 +1,40 @@
+"""Every figure that bounds what a client can cost us. One place, so that a reviewer can see them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of the serving edge. Times in seconds, sizes in bytes."""
+
+    connections: int = 1000
+    """One more is told 503 and closed."""
+    keep_alive_s: float = 60.0
+    """How long a connection may be idle between two requests, and before its first."""
+    header_s: float = 10.0
+    """From the first byte of a request to the end of its headers; then 408."""
+    header_bytes: int = 32 * 1024
+    """Request line and headers together; more is 431."""
+    requests: int = 100_000
+    """After so many a connection is closed."""
+    send_s: float = 300.0
+    """A client that takes less than 64 KiB in this time is cut off."""
+    finish_s: float = 10.0
+    """For what follows the last byte of an answer: dropping the rest of a body, closing or recycling."""
+    drop_bytes: int = 128 * MIB
+    drop_s: float = 5.0
+    """How much of an unread body is read and dropped, so that the client gets to see our answer."""
+    linger_s: float = 1.0
+    linger_bytes: int = MIB
+    """What is still read after we have closed our half, so that the kernel does not reset what we sent."""
+    grace_s: float = 1.0
+    """From the order to stop to the end of the last connection."""
+    lifespan_s: float = 5.0
+    inbox_bytes: int = 256 * 1024
+    """What a client can send ahead of its handler."""
+    websocket_message: int = 16 * MIB
+    json_body: int = MIB

@@ -1,0 +1,54 @@
+"""How an error looks on the wire: RFC 9457, plus what the contract adds."""
+
+from __future__ import annotations
+
+import secrets
+from http import HTTPStatus
+
+import msgspec
+
+from volant.model import Problem
+
+PROBLEM_JSON = b"application/problem+json"
+
+_encoder = msgspec.json.Encoder()
+
+
+def new_request_id() -> str:
+    """16 hexadecimal digits, for the header `X-Request-Id`, the log and the error's body."""
+    return secrets.token_hex(8)
+
+
+def problem_body(problem: Problem, request_id: str) -> bytes:
+    """The body of the answer for `problem`."""
+    body: dict[str, object] = {
+        "type": f"urn:volant:error:{problem.code}",
+        "title": _phrase(problem.status),
+        "status": problem.status,
+        "detail": problem.detail,
+        "error": problem.detail,
+        "request_id": request_id,
+    }
+    for name in ("vm", "field", "hint"):
+        value = getattr(problem, name)
+        if value is not None:
+            body[name] = value
+    return _encoder.encode(body)
+
+
+def problem_headers(body: bytes, request_id: str) -> list[tuple[bytes, bytes]]:
+    """The headers that go with `body`."""
+    return [
+        (b"content-type", PROBLEM_JSON),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", request_id.encode("ascii")),
+        (b"x-content-type-options", b"nosniff"),
+        (b"cache-control", b"no-store"),
+    ]
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Error"

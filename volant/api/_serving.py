@@ -1,0 +1,181 @@
+"""The server: accepts on listeners that somebody else has bound, and stops within a second or so.
+
+Hypercorn's own `serve()` binds, accepts, and at the end waits for every connection in the wrong order: it lets the app
+shut down only after the streams that wait for the app to tell them. So this module owns what surrounds a connection:
+
+1. `stopping` is set: every stream can see it in `scope["state"]["stopping"]` and ends in its own way (an event stream
+   with its last block, a WebSocket with 1001); nothing more is accepted; idle connections are closed.
+2. What has not ended after `Limits.grace_s` is cut, sockets first, so that no shield can hold us up.
+3. Then the app's own shutdown runs.
+
+`trio.serve_listeners` closes its listeners, and a supervisor may start us again: each incarnation works on duplicates
+of the sockets, and connections that arrive in between wait in the kernel's queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.lifespan import Lifespan
+from hypercorn.trio.worker_context import EventWrapper, WorkerContext
+
+from volant.model import Problem
+
+from ._connection import Connection
+from ._limits import Limits
+from ._problems import new_request_id, problem_body, problem_headers
+
+_log = logging.getLogger("volant.api.serving")
+
+AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+async def serve(
+    app: AsgiApp,
+    sockets: Sequence[socket.socket],
+    *,
+    stopping: trio.Event,
+    limits: Limits | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve `app` on listening `sockets` until `stopping` is set, then end everything and return.
+
+    The sockets stay open and belong to the caller. Started once connections are accepted. Cancelling cuts every
+    connection at once.
+
+    :raises hypercorn.utils.LifespanFailureError: the app could not start, or took too long.
+    """
+    limits = limits or Limits()
+    config = _config(limits)
+    wrapped = ASGIWrapper(app)
+    server = Server(wrapped, config, limits, stopping)
+    lifespan = Lifespan(wrapped, config, server.state)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(lifespan.handle_lifespan)
+        await lifespan.wait_for_startup()
+        await server.run(_duplicates(sockets), task_status)
+        try:
+            await lifespan.wait_for_shutdown()
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+class Server:
+    """The connections of one incarnation."""
+
+    def __init__(self, app: ASGIWrapper, config: Config, limits: Limits, stopping: trio.Event) -> None:
+        self.app = app
+        self.config = config
+        self.limits = limits
+        self.context = WorkerContext(None)
+        self.context.terminated = _Order(stopping)
+        self.state: dict[str, Any] = {"stopping": stopping}
+        self._stopping = stopping
+        self._connections: set[Connection] = set()
+        self._gone = trio.Event()
+        self._refused = 0
+
+    async def run(self, listeners: list[trio.SocketListener], task_status: trio.TaskStatus[None]) -> None:
+        """Accept until told to stop, then see every connection off."""
+        async with trio.open_nursery() as connections:
+            try:
+                async with trio.open_nursery() as accepting:
+                    accepting.start_soon(
+                        partial(trio.serve_listeners, self._serve, listeners, handler_nursery=connections)
+                    )
+                    task_status.started()
+                    await self._stopping.wait()
+                    accepting.cancel_scope.cancel()
+                await self._see_off()
+            finally:
+                for connection in self._connections:
+                    connection.abort()
+                connections.cancel_scope.cancel()
+
+    async def _see_off(self) -> None:
+        for connection in list(self._connections):
+            connection.end_when_idle()
+        with trio.move_on_after(self.limits.grace_s):
+            while self._connections:
+                self._gone = trio.Event()
+                await self._gone.wait()
+            return
+        _log.info("%d connections did not end by themselves and are cut", len(self._connections))
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        if len(self._connections) >= self.limits.connections:
+            await self._refuse(stream)
+            return
+        _watch_peer(stream)
+        connection = Connection(self, stream)
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+            self._gone.set()
+
+    async def _refuse(self, stream: trio.SocketStream) -> None:
+        self._refused += 1
+        if self._refused & (self._refused - 1) == 0:
+            _log.warning("%d connections at once are all we take; %d refused", self.limits.connections, self._refused)
+        request_id = new_request_id()
+        body = problem_body(
+            Problem(503, "too-many-connections", "the daemon serves as many connections as it can", hint="try again"),
+            request_id,
+        )
+        fields = [*problem_headers(body, request_id), (b"connection", b"close"), (b"retry-after", b"1")]
+        head = b"".join(b"%s: %s\r\n" % field for field in fields)
+        with trio.move_on_after(0.5):
+            try:
+                await stream.send_all(b"HTTP/1.1 503 Service Unavailable\r\n" + head + b"\r\n" + body)
+                await stream.send_eof()
+                await stream.receive_some(4096)
+            except trio.BrokenResourceError:
+                pass
+
+
+class _Order(EventWrapper):
+    """Hypercorn's "terminated" is the order to stop itself: who answers after it closes, whoever woke up first."""
+
+    def __init__(self, stopping: trio.Event) -> None:
+        self._event = stopping
+
+
+def _duplicates(sockets: Sequence[socket.socket]) -> list[trio.SocketListener]:
+    listeners = []
+    for sock in sockets:
+        own = sock.dup()
+        own.setblocking(False)
+        listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(own)))
+    return listeners
+
+
+def _watch_peer(stream: trio.SocketStream) -> None:
+    """Let the kernel find out that a silent peer is dead: an idle WebSocket has no other deadline."""
+    if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+
+
+def _config(limits: Limits) -> Config:
+    config = Config()
+    config.accesslog = None
+    config.errorlog = _log
+    config.include_server_header = False
+    config.h11_max_incomplete_size = limits.header_bytes
+    config.keep_alive_max_requests = limits.requests
+    config.websocket_max_message_size = limits.websocket_message
+    # Hypercorn annotates whole seconds and takes any number.
+    config.startup_timeout = limits.lifespan_s
+    config.shutdown_timeout = limits.lifespan_s
+    return config
