@@ -32,10 +32,12 @@ _RESPAWNS = 5
 _RESPAWN_WINDOW_S = 60.0
 _MAX_GRACE_S = 600.0
 _AFTER_KILL_S = 3.0
+_LAST_WORDS_S = 5.0
 _ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
     "LANG": "C.UTF-8",
+    "NO_COLOR": "1",
 }
 _FIRST_MOUNTS = """\
 proc /proc proc nosuid,nodev,noexec 0 0
@@ -195,10 +197,10 @@ def _load(modules: list[str], parameters: dict[str, list[str]] | None = None) ->
     """Load kernel modules, each after what it depends on."""
     if not modules:
         return
-    import json
-
-    with open("/usr/lib/modules/dependencies.json") as handle:
-        needs = json.load(handle)
+    needs: dict[str, list[str]] = {}
+    for line in _read_all("/usr/lib/modules/dependencies"):
+        name, *others = line.split()
+        needs[name] = others
     loaded = {line.split()[0] for line in _read_all("/proc/modules")}
     order: list[str] = []
 
@@ -279,7 +281,8 @@ def _shut_down() -> NoReturn:
     _say("shutting down")
     _signal_all(signal.SIGTERM)
     _signal_all(signal.SIGCONT)
-    if not _wait_for_all(grace):
+    # The agent kills what outlasts the grace, then hands the last output over, and then ends too.
+    if not _wait_for_all(grace + _LAST_WORDS_S):
         _say("some processes did not end when they were asked to")
         _signal_all(signal.SIGKILL)
         _wait_for_all(_AFTER_KILL_S)

@@ -1,13 +1,72 @@
-"""The agent's main program."""
+"""The agent's main program, in the process that PID 1 has forked."""
+
+# ruff: noqa: PTH123 - importing pathlib would cost every boot a good part of a second
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 
+from ._server import Server
+from ._transport import listen_on_vsock, serve_serial_port
 
-def main() -> None:
-    """Serve until PID 1 says otherwise."""
-    line = f"volant: the agent listens, {time.clock_gettime(time.CLOCK_BOOTTIME):.3f} s after the kernel's start\n"
-    os.write(2, line.encode())
-    time.sleep(1e6)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+GRACE_FILE = "/run/volant/grace"
+_STACK_BYTES = 256 * 1024
+_LAST_WORDS_S = 3.0
+_OOM_SCORE = "-900"
+
+
+def main() -> NoReturn:
+    """Serve until PID 1 sends SIGTERM; then see the workload out, and end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    threading.stack_size(_STACK_BYTES)
+    _protect()
+    server = Server(_begin_shutdown)
+    if not listen_on_vsock(server.serve):
+        serve_serial_port(server.serve)
+    uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
+    os.write(2, f"volant: the agent listens, {uptime:.3f} s after the kernel's start\n".encode())
+    _warm_up()
+    signal.sigwait({signal.SIGTERM})
+    server.workload.stop(_grace())
+    server.output.finish(_LAST_WORDS_S)
+    os._exit(0)
+
+
+def _protect() -> None:
+    try:
+        with open("/proc/self/oom_score_adj", "w") as handle:
+            handle.write(_OOM_SCORE)
+    except OSError:
+        pass
+
+
+def _warm_up() -> None:
+    """Import what the first command needs, now that nobody waits for it."""
+    from . import _exec, _relay
+
+    del _exec, _relay
+    import subprocess
+
+    del subprocess
+
+
+def _begin_shutdown(grace_s: float) -> None:
+    with open(GRACE_FILE, "w") as handle:
+        handle.write(f"{grace_s}\n")
+    os.kill(1, signal.SIGTERM)
+
+
+def _grace() -> float:
+    try:
+        with open(GRACE_FILE) as handle:
+            return float(handle.read(64))
+    except (OSError, ValueError):
+        return 10.0

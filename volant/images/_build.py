@@ -49,8 +49,8 @@ def build(
     """Build the image that the archive's packages of today make, and return it; blocks for some seconds.
 
     When the cache has it already, nothing is built. When the mirror can't be reached, the packages of the last build
-    are taken instead. Only `cache_dir` is written to, and nobody needs to be root. Several may build at once: one does it,
-    the others wait for it.
+    are taken instead. Only `cache_dir` is written to, and nobody needs to be root. Several may build at once: one does
+    it, the others wait for it.
 
     :param mirror: the address of a Debian mirror, in the place of this host's apt sources
     :param security_mirror: that of the security archive, with `mirror`; without it there are no security updates

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -40,7 +39,9 @@ def compose(
                 sources[relative] = data
 
     tell("compile", "Compiling the guest's Python modules")
-    roots = (*_recipe.AGENT_MODULES, *_recipe.PYTHON_MODULES)
+    # All of them, not what the main program imports: some are imported late, when somebody needs them.
+    own = [path.removesuffix(".py").replace("/", ".") for path in guest if not path.endswith("/__init__.py")]
+    roots = (*own, *_recipe.PYTHON_MODULES)
     compiled = _bytecode.compile_modules(binaries | stdlib, sources, roots, scratch)
 
     tell("compose", "Putting the initramfs together")
@@ -52,8 +53,8 @@ def compose(
         raise ImageError("compile_failed", "The standard library has no os module")
     _bytecode.verify_modules(binaries | compiled, roots, scratch)
     tree |= {f"usr/lib/modules/{name}.ko": _cpio.file(data) for name, (data, _) in modules.items()}
-    needs = {name: list(dependencies) for name, (_, dependencies) in modules.items()}
-    tree["usr/lib/modules/dependencies.json"] = _cpio.file(json.dumps(needs, sort_keys=True).encode())
+    lines = [" ".join((name, *needs)) for name, (_, needs) in modules.items()]
+    tree["usr/lib/modules/dependencies"] = _cpio.file(("\n".join(lines) + "\n").encode())
     tree |= {path: _cpio.directory(mode) for path, mode in _recipe.DIRECTORIES.items()}
     tree |= {path: _cpio.symlink(target) for path, target in _recipe.SYMLINKS.items()}
     tree |= {path: _cpio.character_device(*device) for path, device in _recipe.DEVICES.items()}

@@ -56,9 +56,6 @@ KERNEL_MODULES = (
 )
 """Besides these, what they depend on."""
 
-AGENT_MODULES = ("volant.guest._init", "volant.guest._main")
-"""Imported at build time to see which modules they need."""
-
 PYTHON_MODULES = (
     "_sitebuiltins",
     "base64",
@@ -70,6 +67,7 @@ PYTHON_MODULES = (
     "encodings.utf_8",
     "errno",
     "fcntl",
+    "grp",
     "h2.config",
     "h2.connection",
     "h2.errors",
@@ -101,7 +99,7 @@ PYTHON_MODULES = (
     "typing",
     "warnings",
 )
-"""What the image has of Python besides: what is imported late, and what a small script may expect. Their imports follow
+"""What the image has of Python beside the agent: what is imported late, and what a small script may expect. Their imports follow
 by themselves. No asyncio, no http, no ssl: each would cost megabytes that every boot has to unpack."""
 
 INIT = b"""#!/usr/bin/python3.13 -IS
@@ -125,6 +123,8 @@ DIRECTORIES = {
     "run": 0o755,
     "sys": 0o555,
     "tmp": 0o1777,
+    # Without it Python complains in each start.
+    "usr/lib/python3.13/lib-dynload": 0o755,
     "var": 0o755,
 }
 SYMLINKS = {
