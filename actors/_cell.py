@@ -258,7 +258,7 @@ class Cell:
         self.start_error: BaseException | None = None
         self.started = self.started_once = self.stop_requested = self.closing = False
         self.restarts = 0
-        self.window: deque[float] = deque()
+        self.window: list[float] = []
         self.history: deque[tuple[float, str]] | None = None
 
     @property

@@ -156,7 +156,7 @@ class Mailbox:
         self.handlers = _NONE
         self.queue: deque[Any] = deque()
         self.overflow: dict[Ask, None] = {}
-        self.system: deque[Down] = deque()
+        self.system: list[Down] = []
         self.deferred: dict[Ask, None] = {}
         self.current: Ask | None = None
         self.handling: object = None
@@ -279,7 +279,7 @@ class Mailbox:
                 await checkpoint()
                 continue
             if system:
-                message: Any = system.popleft()
+                message: Any = system.pop(0)
                 ask = None
             else:
                 depth = len(queue)
@@ -342,12 +342,11 @@ class Mailbox:
 
     async def _park(self) -> None:
         self._waiter = current_task()
+        await wait_task_rescheduled(self._unpark)
 
-        def abort(_: object) -> Abort:
-            self._waiter = None
-            return Abort.SUCCEEDED
-
-        await wait_task_rescheduled(abort)
+    def _unpark(self, _: object) -> Abort:
+        self._waiter = None
+        return Abort.SUCCEEDED
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None

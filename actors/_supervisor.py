@@ -168,18 +168,18 @@ class _Supervisor(Branch):
         with cell.pause(State.RESTARTING):
             await trio.sleep(self._backoff.delay_s(restart, self._cell.runtime.rng))
 
-    def _admit(self, window: deque[float]) -> bool:
+    def _admit(self, window: list[float]) -> bool:
         """Counts a restart; whether it is within the intensity. As in OTP the period includes both its ends."""
         now = trio.current_time()
         window.append(now)
         while window[0] < now - self.period_s:
-            window.popleft()
+            del window[0]
         return len(window) <= self.intensity
 
     def _wants_back(self, cell: Cell, exit_: Exit) -> bool:
         return cell.restarts_after(exit_)
 
-    def _window_of(self, cell: Cell) -> deque[float]:
+    def _window_of(self, cell: Cell) -> list[float]:
         return cell.window
 
     async def _give_up(self, cell: Cell, exit_: Exit) -> None:
@@ -225,7 +225,7 @@ class Supervisor(_Supervisor):
         for name in names:
             if names.count(name) > 1:
                 raise NameTaken(f"two children are called {name}")
-        self._window: deque[float] = deque()
+        self._window: list[float] = []
         self._failure: TooManyRestarts | None = None
         self._fallen: list[Cell] = []
         self._wake = trio.Event()
@@ -264,22 +264,24 @@ class Supervisor(_Supervisor):
     async def _restart_group(self) -> None:
         """Stops whoever is affected, in reverse, and starts them again in order, as far as that goes.
 
-        Whoever falls meanwhile is in `_fallen` again. Since the lowest one that fell decides, and a start that fails
-        leaves only later ones unstarted, no child is forgotten.
+        Whoever falls meanwhile is in `_fallen` again, and so is the first that is left unstarted: the lowest there
+        decides who is affected next, so no child is forgotten.
         """
+        cause = self._fallen[0]
         lowest = min(self._cells.index(cell) for cell in self._fallen)
         self._fallen.clear()
-        fallen = self._cells[lowest]
         if not self._admit(self._window):
-            raise self._too_many(fallen, fallen.exit or Exit(ExitKind.STOPPED))
+            raise self._too_many(cause, cause.exit or Exit(ExitKind.STOPPED))
         affected = self._cells if self.strategy is ONE_FOR_ALL else self._cells[lowest:]
         for cell in reversed(affected):
             cell.request_stop()
             await _wait_for([cell])
+        self._fallen = [cell for cell in self._fallen if cell not in affected]
         assert self._cell is not None
         await trio.sleep(self._backoff.delay_s(len(self._window), self._cell.runtime.rng))
         for cell in affected:
             if self._fallen:
+                self._fallen.append(cell)
                 return
             if cell.child.restart is TEMPORARY:
                 continue
@@ -298,7 +300,7 @@ class Supervisor(_Supervisor):
             return False
         return wanted
 
-    def _window_of(self, cell: Cell) -> deque[float]:
+    def _window_of(self, cell: Cell) -> list[float]:
         return self._window
 
     async def _give_up(self, cell: Cell, exit_: Exit) -> None:

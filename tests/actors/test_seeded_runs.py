@@ -1,4 +1,4 @@
-"""Under every schedule: children end in the reverse order of their start, and no asker is lost to a kill."""
+"""Under every schedule: the order of shutdown holds, no asker is lost, and a tree recovers when the faults are over."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from random import Random
 import trio
 
 from actors import (
+    ONE_FOR_ALL,
+    ONE_FOR_ONE,
     PERMANENT,
+    REST_FOR_ONE,
     TRANSIENT,
     Actor,
     ActorDown,
@@ -160,3 +163,63 @@ def test_no_asker_is_lost_and_none_gets_the_answer_of_another(simulate: Simulate
         if seed % 50 == 0:
             assert simulate(main, seed) == outcomes, f"seed {seed} is not the same twice"
     assert seen >= {"answer", "down", "left"}
+
+
+class Flaky(Actor):
+    """Fails to start, and crashes later, as long as there is chaos."""
+
+    def __init__(self, chaos: list[float], rng: Random) -> None:
+        self.chaos = chaos
+        self.rng = rng
+
+    async def on_start(self) -> None:
+        await trio.sleep(self.rng.random())
+        if self.rng.random() < self.chaos[0]:
+            raise OSError("no start")
+        if self.rng.random() < self.chaos[0]:
+            self.ctx.spawn(self.fail)
+
+    async def fail(self) -> None:
+        await trio.sleep(self.rng.random() * 3)
+        raise ValueError("crash")
+
+    async def on_stop(self) -> None:
+        await trio.sleep(self.rng.random())
+
+    @handles(Work)
+    async def work(self, message: Work) -> int:
+        return message.number
+
+
+def test_every_strategy_converges_once_the_faults_are_over(simulate: Simulate) -> None:
+    async def main(rng: Random) -> int:
+        chaos = [0.0]
+        leaves: list[Child[Flaky]] = []
+
+        def supervisor(depth: int) -> Supervisor:
+            children: list[Child[Flaky] | Child[None]] = []
+            for n in range(rng.randint(2, 4)):
+                if depth and rng.random() < 0.4:
+                    children.append(Child(f"s{n}", supervisor(depth - 1)))
+                else:
+                    leaves.append(Child(f"a{n}", partial(Flaky, chaos, rng), start_timeout_s=5))
+                    children.append(leaves[-1])
+            intensity = 1000 if depth == 2 else 2
+            strategy = rng.choice([ONE_FOR_ONE, ONE_FOR_ALL, REST_FOR_ONE])
+            return Supervisor(strategy, intensity=intensity, period_s=20, children=children, backoff=Backoff(cap_s=1))
+
+        async with open_system(supervisor(2), rng=rng) as system:
+            chaos[0] = 0.3
+            for _ in range(40):
+                await trio.sleep(rng.random())
+                leaf = rng.choice(leaves)
+                if leaf.ref.inspect()["state"] != "new":
+                    system.kill(rng.choice([leaf.ref.name, leaf.ref.name.split("/")[0]]))
+            chaos[0] = 0.0
+            await trio.sleep(120)
+            assert system.whole(), system.format_tree()
+            for n, leaf in enumerate(leaves):
+                assert await leaf.ref.ask(Work(n), timeout_s=1) == n
+            return sum(leaf.ref.inspect()["restarts"] for leaf in leaves)
+
+    assert sum(int(str(simulate(main, seed))) for seed in SEEDS) > 1000
