@@ -475,11 +475,16 @@ class Host:
     # Files
 
     async def mkdir(self, path: Path, mode: int = 0o700) -> None:
-        """Make a directory, and its parents, unless it is there. `mode` is set on it whatever the umask."""
+        """Make a directory, and its parents, unless it is there: then it is left as it is. `mode` is what it gets
+        whatever the umask. Raises OSError."""
 
         def make() -> None:
-            path.mkdir(mode=mode, parents=True, exist_ok=True)
-            path.chmod(mode)
+            try:
+                path.mkdir(mode=mode, parents=True)
+                path.chmod(mode)
+            except FileExistsError:
+                if not path.is_dir():
+                    raise
 
         await trio.to_thread.run_sync(make)
 

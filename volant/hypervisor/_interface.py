@@ -132,7 +132,7 @@ class Hypervisor(Protocol):
     def name(self) -> str: ...
 
     async def choice(self) -> AcceleratorChoice:
-        """How guests would run. The first call may take seconds, as it tries; its outcome is remembered. Never fails."""
+        """How guests would run. The first call may take seconds, as it tries; its outcome is kept. Never fails."""
 
     async def accelerator(self) -> AcceleratorName:
         """What `choice` says of it."""

@@ -1,0 +1,5 @@
+"""The QEMU driver."""
+
+from ._driver import QemuHypervisor
+
+__all__ = ["QemuHypervisor"]

@@ -1,0 +1,85 @@
+"""The command line: a pure function of the spec.
+
+Every machine is built so that it can become a template one day: its memory is a file, everything has an id, the
+machine type is a versioned one, and the set of devices does not depend on what a VM happens to use. Sockets, console
+and log are named relative to the machine's directory, which is QEMU's working directory, so that a long path to the
+state never meets the limit of 108 bytes for a socket's name.
+
+- `-action …=pause` and pvpanic: QEMU exits with 0 after poweroff, panic and reboot alike, and an adopted process has no
+  exit status. So it stays until somebody has read how its guest ended.
+- The console is a file that QEMU appends to, whoever reads it: a socket loses lines while its reader is being
+  replaced, and stops the guest while its reader sleeps. Input is a named pipe. A pipe ends for its reader with its last
+  writer, for ever as far as QEMU is concerned; so a second chardev, connected to nothing, keeps it open for writing. It
+  comes first, as opening a pipe to read waits for a writer.
+- The mark is the guest's `-name`: that is seen on the command line and by QMP, and not by the guest.
+"""
+
+from __future__ import annotations
+
+from volant.hypervisor._interface import AcceleratorName, MachineSpec
+from volant.model.agent import SERIAL_PORT_NAME
+
+PROGRAM = "qemu-system-x86_64"
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny"
+
+CMDLINE = "console=ttyS0 quiet panic=-1"
+"""The daemon's own part of the kernel's command line. pvpanic stops the machine before `panic=-1` reboots it; where a
+kernel panics before it has pvpanic, the reboot is seen instead of a guest that hangs."""
+
+TCG_CODE_MB = 128
+"""TCG's cache of translated code: host memory that a guest can fill, 1 GiB by default."""
+
+
+def build_argv(spec: MachineSpec, version: tuple[int, int], program: str = PROGRAM) -> list[str]:
+    """The command line that starts `spec` on QEMU `version`."""
+    memory = f"memory-backend-file,id=memory0,size={spec.memory_mb}M,mem-path={_quote(str(spec.memory_file))}"
+    argv = [
+        program,
+        *("-name", f"guest={_quote(spec.mark)},debug-threads=on"),
+        *("-machine", machine_option(spec.accelerator, version) + ",memory-backend=memory0"),
+        *("-accel", "kvm" if spec.accelerator == "kvm" else f"tcg,tb-size={TCG_CODE_MB}"),
+        *("-cpu", "host" if spec.accelerator == "kvm" else "max"),
+        *("-smp", str(spec.cpu_cores)),
+        *("-m", f"{spec.memory_mb}M"),
+        *("-object", f"{memory},share=on"),
+        *("-nodefaults", "-no-user-config", "-display", "none"),
+        *("-sandbox", SANDBOX),
+        *("-msg", "timestamp=on"),
+        *("-action", "shutdown=pause,reboot=shutdown,panic=pause"),
+        *("-chardev", "socket,id=control,path=qmp.sock,server=on,wait=off"),
+        *("-mon", "chardev=control,mode=control"),
+        *("-chardev", "pipe,id=console-keep,path=console.in"),
+        *("-chardev", "file,id=console,path=console.log,append=on,input-path=console.in"),
+        *("-serial", "chardev:console"),
+        *("-device", "pvpanic-pci,id=panic0"),
+        *("-object", "rng-random,id=entropy0,filename=/dev/urandom"),
+        *("-device", "virtio-rng-pci,id=rng0,rng=entropy0"),
+        *("-device", "virtio-serial-pci,id=serial0,max_ports=8"),
+        *("-chardev", "socket,id=agent,path=agent.sock,server=on,wait=off"),
+        *("-device", f"virtserialport,id=agent0,bus=serial0.0,nr=1,chardev=agent,name={SERIAL_PORT_NAME}"),
+        *("-kernel", str(spec.kernel)),
+        *("-initrd", str(spec.initramfs)),
+        *("-append", kernel_cmdline(spec)),
+    ]
+    if spec.vsock_cid is not None:
+        argv += ["-device", f"vhost-vsock-pci,id=vsock0,guest-cid={spec.vsock_cid}"]
+    return argv
+
+
+def machine_option(accelerator: AcceleratorName, version: tuple[int, int]) -> str:
+    """The machine type. KVM gets microvm, with PCI so that both have the same devices; under TCG microvm
+    hangs in early boot beside other load, as it has no second timer to calibrate by."""
+    if accelerator == "kvm":
+        return "microvm,pcie=on,acpi=on,rtc=on,isa-serial=on,usb=off,graphics=off"
+    return f"pc-q35-{version[0]}.{version[1]},usb=off,graphics=off,vmport=off,smbus=off,i8042=off"
+
+
+def kernel_cmdline(spec: MachineSpec) -> str:
+    """The daemon's part, then the VM's own."""
+    return " ".join(part for part in (CMDLINE, f"volant.hostname={spec.name}", spec.cmdline) if part)
+
+
+def _quote(value: str) -> str:
+    """QEMU splits options at commas; a doubled one stands for itself."""
+    return value.replace(",", ",,")

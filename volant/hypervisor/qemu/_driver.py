@@ -1,0 +1,201 @@
+"""QEMU, as this daemon uses it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import trio
+
+from volant.host import Host, Process, ProcessGone
+from volant.hypervisor._interface import (
+    AcceleratorChoice,
+    AcceleratorName,
+    LaunchCode,
+    LaunchFailed,
+    Machine,
+    MachineSpec,
+)
+from volant.model import ProcessIdentity
+
+from ._argv import ENVIRONMENT, PROGRAM, build_argv
+from ._machine import attach, last_words
+from ._probe import probe, qemu_version
+from ._qmp import QmpClient, QmpLost
+
+LAUNCH_S = 15.0
+SPARE_MEMORY_MB = 64
+"""What must be left on the host beside a guest's memory: QEMU itself."""
+
+_RETRY_S = 0.005
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+_MISSING = "QEMU is not installed: there is no program qemu-system-x86_64 (Debian: apt install qemu-system-x86)"
+_CAUSES: tuple[tuple[LaunchCode, tuple[str, ...]], ...] = (
+    ("memory_refused", ("cannot allocate memory", "cannot set up guest memory", "no space left", "unable to map")),
+    ("kvm_unavailable", ("kvm",)),
+    (
+        "bad_image",
+        ("could not open kernel", "could not load kernel", "could not open initrd", "initrd", "kernel image"),
+    ),
+)
+
+
+class QemuHypervisor:
+    """See `volant.hypervisor.Hypervisor`.
+
+    `accelerator` forces KVM or TCG; None takes KVM where a probe has shown that it runs guests.
+    """
+
+    name = "qemu"
+
+    def __init__(
+        self, host: Host, cache_dir: Path, *, accelerator: AcceleratorName | None = None, program: str = PROGRAM
+    ) -> None:
+        self._host = host
+        self._cache_dir = cache_dir
+        self._forced = accelerator
+        self._program = program
+        self._version: tuple[int, int, str] | None = None
+        self._choice: AcceleratorChoice | None = None
+        self._choosing = trio.Lock()
+
+    async def choice(self) -> AcceleratorChoice:
+        async with self._choosing:
+            if self._choice is None:
+                choice = await self._choose()
+                if choice.version is None:
+                    return choice  # it may be installed by the next time
+                self._choice = choice
+            return self._choice
+
+    async def accelerator(self) -> AcceleratorName:
+        return (await self.choice()).accelerator
+
+    async def _choose(self) -> AcceleratorChoice:
+        self._version = await qemu_version(self._host, self._program)
+        if self._version is None:
+            return AcceleratorChoice(self._forced or "tcg", _MISSING, None)
+        if self._forced is not None:
+            return AcceleratorChoice(self._forced, "the settings say so", self._version[2])
+        return await probe(self._host, self._cache_dir, self._program, self._version)
+
+    async def launch(self, spec: MachineSpec) -> ProcessIdentity:
+        await self.choice()
+        if self._version is None:
+            raise LaunchFailed("qemu_missing", _MISSING)
+        await self._prepare(spec)
+        argv = build_argv(spec, self._version[:2], self._program)
+        try:
+            identity = await self._host.spawn(
+                argv, mark=spec.mark, env=ENVIRONMENT, cwd=spec.directory, stdout_path=spec.log_path
+            )
+        except OSError as error:
+            raise LaunchFailed("qemu_missing", f"QEMU cannot be started: {error}") from error
+        try:
+            process = self._host.open_process(identity)
+        except ProcessGone:
+            raise await self._why(spec, "QEMU ended at once") from None
+        with process:
+            await self._await_control(spec, process)
+        return identity
+
+    def attach(self, spec: MachineSpec, identity: ProcessIdentity) -> AbstractAsyncContextManager[Machine]:
+        return attach(self._host, spec, identity)
+
+    async def _prepare(self, spec: MachineSpec) -> None:
+        """Everything that QEMU expects to find. What would fail late or cryptically fails here with a reason."""
+        host = self._host
+        for path, what in ((spec.kernel, "kernel"), (spec.initramfs, "initramfs")):
+            if not host.exists(path):
+                raise LaunchFailed("bad_image", f"the {what} {path} is missing")
+        size = spec.memory_mb * 1024 * 1024
+        try:
+            await host.mkdir(spec.directory)
+            for path in (spec.control_path, spec.agent_path, spec.log_path):
+                await host.remove_file(path)
+            await host.make_fifo(spec.console_input_path)
+            host.close_file(host.open_file(spec.console_path, _APPEND))
+        except OSError as error:
+            raise LaunchFailed("exited", f"the machine's directory cannot be prepared: {error}") from error
+        available_mb = host.figures().memory_available_mb
+        if available_mb < spec.memory_mb + SPARE_MEMORY_MB:
+            raise LaunchFailed(
+                "memory_refused", f"the host has {available_mb} MiB of memory left, the guest needs {spec.memory_mb}"
+            )
+        try:
+            # Taken now: a page that cannot be had later would end the guest in the middle of its work (SIGBUS).
+            await host.mkdir(spec.memory_file.parent)
+            await host.allocate_file(spec.memory_file, size)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
+                raise LaunchFailed("exited", f"the guest's memory cannot be made: {error}") from error
+            raise LaunchFailed(
+                "memory_refused",
+                f"{spec.memory_file.parent} has no room for {spec.memory_mb} MiB of guest memory: {error.strerror}",
+            ) from error
+
+    async def _await_control(self, spec: MachineSpec, process: Process) -> None:
+        """Return once QEMU answers on its control socket: then memory, kernel and devices are what they should be."""
+        answered = False
+
+        async def ask(scope: trio.CancelScope) -> None:
+            nonlocal answered
+            await self._greet(spec)
+            answered = True
+            scope.cancel()
+
+        async def watch(scope: trio.CancelScope) -> None:
+            await process.wait()
+            scope.cancel()
+
+        with trio.move_on_after(LAUNCH_S) as deadline:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, nursery.cancel_scope)
+                nursery.start_soon(watch, nursery.cancel_scope)
+        if answered:
+            return
+        if not deadline.cancelled_caught and process.exited:
+            status = await process.wait()
+            how = f"was killed by signal {-status}" if status is not None and status < 0 else f"exited with {status}"
+            raise await self._why(spec, f"QEMU {how}")
+        process.kill()
+        with trio.move_on_after(LAUNCH_S):
+            await process.wait()
+        last = await last_words(self._host, spec.log_path)
+        raise LaunchFailed("no_answer", f"QEMU did not answer within {LAUNCH_S:.0f} s" + (f": {last}" if last else ""))
+
+    async def _greet(self, spec: MachineSpec) -> None:
+        with self._host.watch(spec.directory) as watch:
+            while not self._host.exists(spec.control_path):
+                await watch.wait()
+        while True:
+            try:
+                stream = await self._host.connect_unix(spec.control_path, LAUNCH_S)
+            except ConnectionRefusedError:
+                await trio.sleep(_RETRY_S)  # bound, and not listening yet
+                continue
+            except (OSError, trio.TooSlowError):
+                await trio.sleep_forever()  # the end of the process, or the deadline, says what it is
+            async with stream:
+                try:
+                    async with trio.open_nursery() as nursery:
+                        await nursery.start(QmpClient(stream, lambda _name, _data: None).start)
+                        nursery.cancel_scope.cancel()
+                except* QmpLost:
+                    await trio.sleep_forever()
+            return
+
+    async def _why(self, spec: MachineSpec, what: str) -> LaunchFailed:
+        last = await last_words(self._host, spec.log_path)
+        return LaunchFailed(classify(last), f"{what}: {last}" if last else f"{what} without a word")
+
+
+def classify(text: str) -> LaunchCode:
+    """What QEMU's last words mean."""
+    lower = text.lower()
+    for code, needles in _CAUSES:
+        if any(needle in lower for needle in needles):
+            return code
+    return "exited"

@@ -1,0 +1,230 @@
+"""A QEMU process under watch: how it ended, and what it can be told.
+
+Two things tell of an end and they overlap: QMP says what the guest did, the pidfd that the process is gone. A guest
+that shuts down, panics or reboots leaves QEMU paused, and `query-status` says so to whoever attaches later; so a watch
+that begins asks once, and from then on listens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from volant.host import Host, Process, ProcessGone
+from volant.hypervisor._interface import End, HypervisorError, MachineSpec
+from volant.model import EndKind, ProcessIdentity
+
+from ._qmp import QmpClient, QmpLost
+
+ATTACH_S = 10.0
+LOG_LIMIT = 1024 * 1024
+"""QEMU's own output beyond that is dropped: a guest can make it complain for ever."""
+
+_LAST_WORDS_S = 1.0
+_TAIL = 4096
+
+_BY_STATUS = {
+    "shutdown": End(EndKind.SHUTDOWN, "the guest shut down, or rebooted while nobody watched"),
+    "guest-panicked": End(EndKind.PANICKED, "the guest's kernel panicked"),
+    "internal-error": End(EndKind.INTERNAL_ERROR, "the virtual CPU stopped with an internal error"),
+}
+_BY_REASON = {
+    "guest-shutdown": End(EndKind.SHUTDOWN, "the guest shut down"),
+    "guest-reset": End(EndKind.RESET, "the guest rebooted"),
+    "guest-panic": End(EndKind.PANICKED, "the guest's kernel panicked"),
+}
+
+
+class QemuMachine:
+    """See `volant.hypervisor.Machine`."""
+
+    def __init__(self, host: Host, spec: MachineSpec, identity: ProcessIdentity, process: Process | None) -> None:
+        self._host = host
+        self._spec = spec
+        self._identity = identity
+        self._process = process
+        self._qmp: QmpClient | None = None
+        self._guest_end: End | None = None
+        self._guest_ended = trio.Event()
+        self._stopped = trio.Event()
+
+    @property
+    def identity(self) -> ProcessIdentity:
+        return self._identity
+
+    async def ended(self) -> End:
+        if self._process is None:
+            await trio.lowlevel.checkpoint()
+            return End(EndKind.GONE, "the hypervisor's process is gone, and nobody saw how it ended")
+        process_end: list[End] = []
+
+        async def watch_process(scope: trio.CancelScope) -> None:
+            process_end.append(await self._process_end())
+            scope.cancel()
+
+        async def watch_guest(scope: trio.CancelScope) -> None:
+            await self._guest_ended.wait()
+            scope.cancel()
+
+        async def watch_control(scope: trio.CancelScope) -> None:
+            if self._qmp is not None:
+                await self._qmp.lost.wait()
+                # A process that dies closes its sockets first.
+                await trio.sleep(_LAST_WORDS_S)
+                scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for watch in (watch_process, watch_guest, watch_control):
+                nursery.start_soon(watch, nursery.cancel_scope)
+        if self._guest_end is not None:
+            return self._guest_end
+        if process_end:
+            return process_end[0]
+        raise HypervisorError(f"QEMU runs but cannot be talked to: {self._qmp.why if self._qmp else ''}")
+
+    async def status(self) -> str:
+        answer = await self._execute("query-status")
+        return str(answer.get("status")) if isinstance(answer, dict) else "unknown"
+
+    async def powerdown(self) -> None:
+        await self._execute("system_powerdown")
+
+    async def quit(self, timeout_s: float = 5.0) -> End:
+        if self._process is not None:
+            with trio.move_on_after(timeout_s):
+                try:
+                    await self._execute("quit", timeout_s)
+                except HypervisorError:
+                    pass  # it may have gone before it answered
+                return await self._process_end()
+        return await self.kill()
+
+    async def kill(self, timeout_s: float = 10.0) -> End:
+        if self._process is None:
+            return await self.ended()
+        self._process.kill()
+        with trio.move_on_after(timeout_s):
+            return await self._process_end()
+        raise HypervisorError(f"QEMU (process {self._identity.pid}) is still there {timeout_s:g} s after SIGKILL")
+
+    # What the driver does with it
+
+    async def connect(self, nursery: trio.Nursery) -> None:
+        """Take the control socket. Raises HypervisorError, unless the process is gone."""
+        assert self._process is not None
+        try:
+            with trio.fail_after(ATTACH_S):
+                stream = await self._host.connect_unix(self._spec.control_path, ATTACH_S)
+                self._qmp = QmpClient(stream, self._on_event)
+                await nursery.start(self._qmp.start)
+                await self._verify()
+        except (OSError, QmpLost, trio.TooSlowError) as error:
+            if self._process.exited:
+                return
+            raise HypervisorError(f"QEMU runs but does not answer: {str(error) or 'no greeting'}") from error
+
+    async def explain_stops(self) -> None:
+        """Ask why, whenever the machine stops."""
+        while True:
+            await self._stopped.wait()
+            self._stopped = trio.Event()
+            try:
+                self._take_status(await self.status())
+            except HypervisorError:
+                return  # `ended` tells
+
+    async def bound_log(self) -> None:
+        """Keep QEMU's own output within `LOG_LIMIT`."""
+        path = self._spec.log_path
+        try:
+            with self._host.watch(path) as watch:
+                while True:
+                    await self._host.keep_tail(path, LOG_LIMIT)
+                    await watch.wait()
+        except OSError:
+            pass  # the directory was removed, and the machine with it
+
+    async def _verify(self) -> None:
+        assert self._qmp is not None
+        name = await self._qmp.execute("query-name")
+        if not isinstance(name, dict) or name.get("name") != self._spec.mark:
+            raise HypervisorError(f"another machine sits behind {self._spec.control_path}")
+        self._take_status(await self.status())
+
+    def _take_status(self, status: str) -> None:
+        end = _BY_STATUS.get(status)
+        if end is not None:
+            self._set_end(end)
+
+    def _on_event(self, name: str, data: dict[str, Any]) -> None:
+        if name == "SHUTDOWN":
+            end = _BY_REASON.get(str(data.get("reason")))
+            if end is not None:
+                self._set_end(end)
+        elif name == "GUEST_PANICKED":
+            self._set_end(_BY_STATUS["guest-panicked"])
+        elif name == "STOP":
+            # It does not say why, and an internal error of the virtual CPU has no event of its own.
+            self._stopped.set()
+
+    def _set_end(self, end: End) -> None:
+        if self._guest_end is None:
+            self._guest_end = end
+            self._guest_ended.set()
+
+    async def _execute(self, command: str, timeout_s: float = 5.0) -> Any:
+        if self._qmp is None:
+            raise HypervisorError("the hypervisor's process is gone")
+        return await self._qmp.execute(command, timeout_s=timeout_s)
+
+    async def _process_end(self) -> End:
+        assert self._process is not None
+        status = await self._process.wait()
+        last = await last_words(self._host, self._spec.log_path)
+        said = f"; it said: {last}" if last else ""
+        if status is not None and status < 0:
+            return End(EndKind.KILLED, f"the hypervisor's process was killed by signal {-status}{said}", status)
+        if status is not None:
+            return End(EndKind.EXITED, f"the hypervisor's process exited with status {status}{said}", status)
+        return End(
+            EndKind.EXITED, f"the hypervisor's process ended; how is not known, as it was no child of ours{said}"
+        )
+
+
+@asynccontextmanager
+async def attach(host: Host, spec: MachineSpec, identity: ProcessIdentity) -> AsyncIterator[QemuMachine]:
+    """See `volant.hypervisor.Hypervisor.attach`."""
+    try:
+        process = host.open_process(identity)
+    except ProcessGone:
+        yield QemuMachine(host, spec, identity, None)
+        return
+    failure: Exception | None = None
+    with process:
+        machine = QemuMachine(host, spec, identity, process)
+        async with trio.open_nursery() as nursery:
+            # What goes wrong in the caller's block is the caller's, not a group of this nursery's.
+            try:
+                nursery.start_soon(machine.bound_log)
+                await machine.connect(nursery)
+                nursery.start_soon(machine.explain_stops)
+                yield machine
+            except Exception as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def last_words(host: Host, path: Path) -> str:
+    """The last lines of QEMU's own output, in one line."""
+    try:
+        tail = await host.read_tail(path, _TAIL)
+    except OSError:
+        return ""
+    lines = [line.strip() for line in tail.decode("utf-8", "replace").splitlines() if line.strip()]
+    return " / ".join(lines[-3:])[-1000:]

@@ -1,0 +1,125 @@
+"""Whether KVM runs guests here.
+
+That `/dev/kvm` is there says nothing: in a virtual machine it may open, create a VM and fail at the first instructions
+of any guest. So a guest is run: a PVH kernel of a few bytes, on the very machine type and CPU model that real guests
+get, that ends QEMU with a status of its own choosing. Anything else, a hang included, means TCG. The outcome holds for
+one kernel and one QEMU, and is kept in the cache under both versions.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from pathlib import Path
+
+import msgspec
+import trio
+
+from volant.host import Host
+from volant.hypervisor._interface import AcceleratorChoice
+
+from ._argv import ENVIRONMENT, machine_option
+
+DEADLINE_S = 10.0
+EXIT_PORT = 0xF4
+EXIT_VALUE = 0x2A
+EXIT_STATUS = EXIT_VALUE << 1 | 1
+"""What isa-debug-exit makes of the value."""
+
+_VERSION = re.compile(rb"QEMU emulator version (\d+)\.(\d+)(\.\d+)?")
+_LOAD = 0x100000
+
+
+class _Remembered(msgspec.Struct, frozen=True):
+    kernel: str
+    version: str
+    choice: AcceleratorChoice
+
+
+async def qemu_version(host: Host, program: str) -> tuple[int, int, str] | None:
+    """Major, minor and the whole version of QEMU; None where there is none that runs."""
+    try:
+        status, output = await host.run_program(
+            [program, "--version"], env=ENVIRONMENT, cwd=Path("/"), timeout_s=DEADLINE_S
+        )
+    except (OSError, trio.TooSlowError):
+        return None
+    match = _VERSION.search(output)
+    if status != 0 or match is None:
+        return None
+    return int(match[1]), int(match[2]), b".".join((match[1], match[2])).decode() + (match[3] or b"").decode()
+
+
+async def probe(host: Host, cache_dir: Path, program: str, version: tuple[int, int, str]) -> AcceleratorChoice:
+    """Find out, or remember, how guests run under this kernel and this QEMU."""
+    path = cache_dir / "accelerator.json"
+    kernel = os.uname().release
+    try:
+        known = msgspec.json.decode(await host.read_bytes(path, 65536), type=_Remembered)
+        # Without a device there was nothing to try; one may have come since.
+        if (known.kernel, known.version) == (kernel, version[2]) and host.exists(Path("/dev/kvm")):
+            return known.choice
+    except (OSError, msgspec.DecodeError):
+        pass
+    if not host.exists(Path("/dev/kvm")):
+        return AcceleratorChoice("tcg", "there is no /dev/kvm", version[2])
+    why = await _try_kvm(host, cache_dir, program, version)
+    if why is None:
+        choice = AcceleratorChoice("kvm", "a guest ran on KVM", version[2])
+    else:
+        choice = AcceleratorChoice("tcg", f"KVM runs no guest here: {why}", version[2])
+    try:
+        await host.mkdir(cache_dir, 0o755)
+        await host.write_bytes(path, msgspec.json.encode(_Remembered(kernel, version[2], choice)), 0o644)
+    except OSError:
+        pass  # then it is tried again the next time
+    return choice
+
+
+async def _try_kvm(host: Host, cache_dir: Path, program: str, version: tuple[int, int, str]) -> str | None:
+    """Run the small guest: None when it ran, else what happened."""
+    directory = cache_dir / f"probe-{host.new_id()}"
+    try:
+        await host.mkdir(directory)
+        await host.write_bytes(directory / "guest.elf", probe_kernel())
+        status, output = await host.run_program(
+            [
+                program,
+                *("-machine", machine_option("kvm", version[:2]), "-accel", "kvm", "-cpu", "host", "-m", "64M"),
+                *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+                *("-device", f"isa-debug-exit,iobase={EXIT_PORT:#x},iosize=4", "-kernel", "guest.elf"),
+            ],
+            env=ENVIRONMENT,
+            cwd=directory,
+            timeout_s=DEADLINE_S,
+        )
+    except trio.TooSlowError:
+        return f"a small guest did not finish within {DEADLINE_S:.0f} s"
+    except OSError as error:
+        return f"it could not be tried: {error}"
+    finally:
+        with trio.CancelScope(shield=True), trio.move_on_after(5.0):
+            await host.remove_tree(directory)
+    if status == EXIT_STATUS:
+        return None
+    lines = output.decode("utf-8", "replace").strip().splitlines()
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    return f"QEMU ended with {how}" + (f": {lines[0][:300]}" if lines else "")
+
+
+def probe_kernel() -> bytes:
+    """An ELF file for PVH whose only act is to write `EXIT_VALUE` to the port that ends QEMU."""
+    code = bytes([0xB0, EXIT_VALUE, 0xE6, EXIT_PORT, 0xF4, 0xEB, 0xFD])  # mov al; out; hlt; jmp to the hlt
+    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", _LOAD)  # XEN_ELFNOTE_PHYS32_ENTRY
+    head, segment = 64, 56
+    note_at = head + 2 * segment
+    code_at = note_at + len(note)
+    elf = struct.pack(
+        "<16sHHIQQQIHHHHHH",
+        b"\x7fELF\x02\x01\x01",
+        *(2, 62, 1, _LOAD, head, 0, 0, head, segment, 2, 0, 0, 0),
+    )
+    load = struct.pack("<IIQQQQQQ", 1, 7, code_at, _LOAD, _LOAD, len(code), len(code), 1)
+    notes = struct.pack("<IIQQQQQQ", 4, 4, note_at, 0, 0, len(note), len(note), 4)
+    return elf + load + notes + note + code

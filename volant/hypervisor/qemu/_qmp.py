@@ -1,0 +1,159 @@
+"""QMP: QEMU's control socket. Lines of JSON; commands with ids, answers, and events whenever they happen.
+
+Written here rather than taken from `qemu.qmp`, which is asyncio. What is needed of the protocol is a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import trio
+
+from volant.hypervisor._interface import HypervisorError
+
+LINE_LIMIT = 1024 * 1024
+_READ = 64 * 1024
+
+EventHandler = Callable[[str, dict[str, Any]], None]
+
+
+class QmpLost(HypervisorError):
+    """The control socket is closed or speaks no QMP."""
+
+
+class QmpRefused(HypervisorError):
+    """QEMU answered a command with an error."""
+
+
+class QmpClient:
+    """One session. `start` it in a nursery; it never fails there: what is lost is told to whoever waits."""
+
+    def __init__(self, stream: trio.abc.Stream, on_event: EventHandler) -> None:
+        self.lost = trio.Event()
+        self.why = ""
+        self._stream = stream
+        self._on_event = on_event
+        self._sending = trio.Lock()
+        self._waiting: dict[int, _Answer] = {}
+        self._next_id = 0
+
+    async def start(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Greet and negotiate, then say started and read until the end. Before `started` it raises QmpLost; the
+        caller sets the deadline: QEMU never answers a second client."""
+        lines = _Lines(self._stream)
+        greeting = _decode(await lines.next())
+        if "QMP" not in greeting:
+            raise QmpLost("the control socket does not greet as QMP does")
+        await self._stream.send_all(b'{"execute":"qmp_capabilities","id":"negotiate"}\n')
+        while True:
+            message = _decode(await lines.next())
+            if message.get("id") == "negotiate":
+                if "error" in message:
+                    raise QmpLost(f"the control socket refuses to negotiate: {message['error']}")
+                break
+            self._dispatch(message)
+        task_status.started()
+        try:
+            while True:
+                self._dispatch(_decode(await lines.next()))
+        except QmpLost as error:
+            self._lose(str(error))
+        finally:
+            self._lose("the control socket was closed")
+
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None, *, timeout_s: float = 5.0) -> Any:
+        """Run a command and give what it returns. Raises QmpRefused, QmpLost, also when there is no answer in time."""
+        self._next_id += 1
+        number = self._next_id
+        message: dict[str, Any] = {"execute": command, "id": number}
+        if arguments:
+            message["arguments"] = arguments
+        answer = self._waiting[number] = _Answer()
+        try:
+            with trio.fail_after(timeout_s):
+                async with self._sending:
+                    if not self.lost.is_set():
+                        await self._stream.send_all(msgspec.json.encode(message) + b"\n")
+                if not self.lost.is_set():
+                    await answer.came.wait()
+        except trio.TooSlowError:
+            raise QmpLost(f"QEMU does not answer {command} within {timeout_s:g} s") from None
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise QmpLost("the control socket broke") from error
+        finally:
+            del self._waiting[number]
+        if answer.message is None:
+            raise QmpLost(self.why)
+        if "error" in answer.message:
+            refusal = answer.message["error"]
+            text = refusal.get("desc") if isinstance(refusal, dict) else refusal
+            raise QmpRefused(f"QEMU refused {command}: {text}")
+        return answer.message.get("return")
+
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        if "event" in message:
+            data = message.get("data")
+            self._on_event(str(message["event"]), data if isinstance(data, dict) else {})
+            return
+        number = message.get("id")
+        # An answer to nobody is to a command whose caller has given up.
+        answer = self._waiting.get(number) if isinstance(number, int) else None
+        if answer is not None:
+            answer.message = message
+            answer.came.set()
+
+    def _lose(self, why: str) -> None:
+        if not self.lost.is_set():
+            self.why = why
+            self.lost.set()
+        for answer in self._waiting.values():
+            answer.came.set()
+
+
+class _Answer:
+    __slots__ = ("came", "message")
+
+    def __init__(self) -> None:
+        self.came = trio.Event()
+        self.message: dict[str, Any] | None = None
+
+
+class _Lines:
+    """Bounded lines of a stream."""
+
+    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+        self._searched = 0
+
+    async def next(self) -> bytes:
+        """The next line. Raises QmpLost at the end, and at a line over `LINE_LIMIT`."""
+        while True:
+            end = self._buffer.find(b"\n", self._searched)
+            if end >= 0:
+                line = bytes(self._buffer[:end])
+                del self._buffer[: end + 1]
+                self._searched = 0
+                return line
+            self._searched = len(self._buffer)
+            if self._searched > LINE_LIMIT:
+                raise QmpLost("a line on the control socket is too long")
+            try:
+                data = await self._stream.receive_some(_READ)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise QmpLost("the control socket broke") from error
+            if not data:
+                raise QmpLost("QEMU closed the control socket")
+            self._buffer += data
+
+
+def _decode(line: bytes) -> dict[str, Any]:
+    try:
+        message = msgspec.json.decode(line)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise QmpLost(f"the control socket does not speak JSON: {error}") from error
+    if not isinstance(message, dict):
+        raise QmpLost("the control socket does not speak QMP")
+    return message
