@@ -99,8 +99,8 @@ PYTHON_MODULES = (
     "typing",
     "warnings",
 )
-"""What the image has of Python beside the agent: what is imported late, and what a small script may expect. Their imports follow
-by themselves. No asyncio, no http, no ssl: each would cost megabytes that every boot has to unpack."""
+"""What the image has of Python beside the agent: what is imported late, and what a small script may expect. Their
+imports follow by themselves. No asyncio, no http, no ssl: each would cost megabytes that every boot has to unpack."""
 
 INIT = b"""#!/usr/bin/python3.13 -IS
 import sys

@@ -1,0 +1,92 @@
+"""The agent's server: bounded, with a reserve for the daemon, and whole again when streams end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+from tests.guest.conftest import Answer, Asker, read_all
+from volant.model import agent as wire
+
+
+def wait_for_streams(agent: Asker, count: int) -> None:
+    end = time.monotonic() + 10
+    while agent.server.statistics()["streams"] != count and time.monotonic() < end:
+        time.sleep(0.01)
+    assert agent.server.statistics()["streams"] == count
+
+
+def test_beyond_the_bound_only_the_daemon_is_served_and_beyond_the_reserve_nobody(agent: Asker) -> None:
+    held = [agent.open() for _ in range(wire.MAX_STREAMS)]
+    assert agent.ask("GET", wire.INFO).status == 503
+    assert agent.ask("POST", wire.EXEC, {"command": ["true"]}).status == 503
+    assert agent.ask("GET", wire.HEALTHZ).status == 200
+    assert agent.ask("GET", wire.DAEMON_WORKLOAD).status == 200
+    wait_for_streams(agent, wire.MAX_STREAMS)
+    held += [agent.open() for _ in range(wire.RESERVED_STREAMS)]
+    sock = agent.open()
+    answer = Answer(read_all(sock))
+    assert answer.status == 503
+    assert answer.headers["retry-after"] == "1"
+    for one in held:
+        one.close()
+    wait_for_streams(agent, 0)
+    assert agent.ask("GET", wire.INFO).status == 200
+
+
+def count_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_nothing_is_left_open_by_a_thousand_streams(agent: Asker) -> None:
+    agent.ask("GET", wire.INFO)
+    before = count_descriptors()
+    for number in range(1000):
+        sock = agent.open(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n" if number % 2 else b"GET /heal")
+        if number % 3:
+            sock.shutdown(socket.SHUT_WR)
+            read_all(sock)
+        sock.close()
+    wait_for_streams(agent, 0)
+    assert count_descriptors() <= before
+
+
+def test_healthz_and_info_say_what_the_contract_says(agent: Asker) -> None:
+    health = agent.ask("GET", wire.HEALTHZ).json()
+    assert health["status"] == "ok"
+    assert health["protocol"] == wire.PROTOCOL_VERSION
+    assert health["agent"]
+    assert health["uptime_s"] >= 0
+    info = agent.ask("GET", wire.INFO).json()
+    assert info["protocol"] == {"min": wire.PROTOCOL_MIN, "max": wire.PROTOCOL_VERSION}
+    assert info["kernel"] == os.uname().release
+    assert info["memory"]["total_mb"] >= info["memory"]["available_mb"] > 0
+    assert len(info["boot_id"]) == 36
+
+
+def test_head_has_the_length_and_no_body(agent: Asker) -> None:
+    data = agent.raw(b"HEAD /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert b"content-length: " in data.lower()
+    assert data.endswith(b"\r\n\r\n")
+
+
+def test_a_shutdown_is_answered_before_it_begins(agent: Asker) -> None:
+    answer = agent.ask("POST", wire.DAEMON_SHUTDOWN, {"grace_s": 3})
+    assert answer.status == 202
+    assert agent.ask("POST", wire.DAEMON_SHUTDOWN, b"").status == 202
+    wait_for_streams(agent, 0)
+    assert agent.shut_down_with == [3.0, wire.DEFAULT_GRACE_S]
+    for bad in ({"grace_s": -1}, {"grace_s": 1e9}, {"grace": 1}, {"grace_s": float("nan")}):
+        assert agent.ask("POST", wire.DAEMON_SHUTDOWN, bad).status == 400
+
+
+def test_a_bug_in_the_agent_is_a_500_that_names_it(agent: Asker) -> None:
+    def broken() -> dict[str, object]:
+        raise RuntimeError("broken on purpose")
+
+    agent.server.healthz = broken  # type: ignore[method-assign]  # that is the bug
+    answer = agent.ask("GET", wire.HEALTHZ)
+    assert answer.status == 500
+    assert "broken on purpose" in answer.json()["detail"]
