@@ -238,7 +238,7 @@ async def live(cell: Cell, actor: Actor) -> None:
     mailbox = cell.ref._mailbox
     cell.actor = actor
     cell.handlers = actor._handlers
-    mailbox.open(actor._handlers, actor.mailbox)
+    mailbox.open(actor._handlers, actor.mailbox, cell.runtime.deadlines)
     async with trio.open_nursery() as nursery:
         ctx = actor.ctx = Context(cell, nursery)
         failure: BaseException | None = None

@@ -20,6 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar, final, overload
 import trio
 
 from ._actor import Actor, live
+from ._deadlines import Deadlines
 from ._errors import StartFailed, StartTimeout
 from ._exit import Exit, ExitKind, cancelled_part, flatten
 from ._fence import Fence, current_fence
@@ -77,12 +78,13 @@ class Startable(Protocol):
 class Runtime:
     """What all children of one system share."""
 
-    __slots__ = ("born_s", "fence", "name", "rng")
+    __slots__ = ("born_s", "deadlines", "fence", "name", "rng")
 
     def __init__(self, name: str, rng: Random) -> None:
         self.name = name
         self.rng = rng
         self.fence = Fence(name)
+        self.deadlines = Deadlines()
         self.born_s = trio.current_time()
 
 
@@ -92,15 +94,15 @@ class Branch(ABC):
     kind: str
 
     @abstractmethod
-    async def run(self, cell: Cell) -> None:
+    async def _run(self, cell: Cell) -> None:
         """Starts the children, calls `cell.mark_started`, and stops them in reverse when it is cancelled."""
 
     @abstractmethod
-    def cells(self) -> Sequence[Cell]:
+    def _children(self) -> Sequence[Cell]:
         """The children, in the order in which they were started."""
 
     @abstractmethod
-    def shutdown_s(self) -> float:
+    def _budget_s(self) -> float:
         """The most that stopping the children takes, if each keeps to its budget."""
 
     @abstractmethod
@@ -263,7 +265,7 @@ class Cell:
 
     @property
     def shutdown_s(self) -> float:
-        return self._shutdown_s if self.branch is None else self.branch.shutdown_s()
+        return self._shutdown_s if self.branch is None else self.branch._budget_s()
 
     @property
     def alive(self) -> bool:
@@ -323,7 +325,7 @@ class Cell:
     async def _body(self) -> None:
         start = self.child.start
         if self.branch is not None:
-            await self.branch.run(self)
+            await self.branch._run(self)
         elif self.kind == "task":
             await start(task_status=_Started(self))  # type: ignore[call-arg,misc,operator]  # kind says which it is
         else:
@@ -350,7 +352,7 @@ class Cell:
             self.closing = True
             self.state = State.STOPPING
             self.inner.shield = True
-            self.inner.deadline = trio.current_time() + self.shutdown_s
+            self.inner.deadline = min(self.inner.deadline, trio.current_time() + self.shutdown_s)
 
     def fail(self, exc: BaseException) -> None:
         """The first failure is the reason of the end, and answers all askers at once."""
@@ -388,7 +390,7 @@ class Cell:
     def kill(self) -> None:
         """As if by `kill -9`: the doors first, then the tasks."""
         if self.branch is not None:
-            for cell in self.branch.cells():
+            for cell in self.branch._children():
                 cell.kill()
         if self.state not in (State.STARTING, State.RUNNING, State.STOPPING):
             return
@@ -435,7 +437,7 @@ class Cell:
             node["mailbox"] = {"depth": len(mailbox.queue), "capacity": mailbox.capacity}
         if self.branch is not None:
             node |= self.branch.statistics()
-            node["children"] = [cell.tree() for cell in self.branch.cells()]
+            node["children"] = [cell.tree() for cell in self.branch._children()]
         return node
 
     def inspect(self) -> dict[str, Any]:
@@ -447,7 +449,7 @@ class Cell:
             actor = self.actor if self.state is State.RUNNING else None
             if actor is not None:
                 node["tasks"] = [task.name for task in actor.ctx._tasks]
-                node["actor"] = dict(actor.inspect())
+                node["actor"] = _state_of(actor)
         return node
 
     def _keeps_tells(self) -> bool:
@@ -482,6 +484,14 @@ class Cell:
             _logger.warning("%s %s", self.path, exit_, exc_info=exit_.exception)
         elif exit_.exception is not None:
             _logger.info("%s %s", self.path, exit_, exc_info=exit_.exception)
+
+
+def _state_of(actor: Actor) -> dict[str, object]:
+    try:
+        return dict(actor.inspect())
+    except Exception as exc:
+        _logger.warning("%s cannot be inspected", actor.ctx.name, exc_info=exc)
+        return {"error": f"{type(exc).__name__}: {exc}"}
 
 
 def _is_async(start: object) -> bool:

@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from trio.lowlevel import Abort, Task, checkpoint, current_task, reschedule, wait_task_rescheduled
 
-from ._errors import ActorDown, MailboxFull, Unhandled
+from ._errors import ActorDown, AskTimeout, MailboxFull, Unhandled
 from ._exit import Exit, ExitKind, flatten
 from ._fence import check_fence
 from ._message import Down, Handler, R, Request
 
 if TYPE_CHECKING:
+    from ._deadlines import Deadlines
     from ._ref import Ref
 
 BURST = 32
@@ -43,11 +44,12 @@ _NONE: Mapping[type, Handler] = {}
 class Ask:
     """A question in the queue and the slot for its answer. `task` is None once nobody waits for it."""
 
-    __slots__ = ("begun", "error", "mailbox", "message", "task", "value")
+    __slots__ = ("begun", "error", "mailbox", "message", "task", "timeout_s", "value")
 
-    def __init__(self, mailbox: Mailbox, message: Request[Any], task: Task) -> None:
+    def __init__(self, mailbox: Mailbox, message: Request[Any], task: Task, timeout_s: float) -> None:
         self.mailbox = mailbox
         self.message = message
+        self.timeout_s = timeout_s
         self.task: Task | None = task
         self.begun = False
         self.value: Any = None
@@ -77,11 +79,22 @@ class Ask:
         self.error = error
         reschedule(task)
 
+    def expire(self) -> None:
+        task = self.task
+        if task is not None:
+            self._withdraw()
+            kind = type(self.message).__qualname__
+            self.error = AskTimeout(self.mailbox.name, kind, self.timeout_s, self.begun)
+            reschedule(task)
+
     def _leave(self, _: object) -> Abort:
+        self._withdraw()
+        return Abort.SUCCEEDED
+
+    def _withdraw(self) -> None:
         self.task = None
         self.mailbox.overflow.pop(self, None)
         self.mailbox.deferred.pop(self, None)
-        return Abort.SUCCEEDED
 
 
 class Deferred(Generic[R]):
@@ -130,6 +143,7 @@ class Mailbox:
         "_waiter",
         "capacity",
         "current",
+        "deadlines",
         "deferred",
         "ending",
         "handled",
@@ -149,6 +163,8 @@ class Mailbox:
         "task",
         "watchers",
     )
+
+    deadlines: Deadlines
 
     def __init__(self, ref: Ref[Any]) -> None:
         self.ref = ref
@@ -172,8 +188,9 @@ class Mailbox:
     def name(self) -> str:
         return self.ref.name
 
-    def open(self, handlers: Mapping[type, Handler], capacity: int) -> None:
+    def open(self, handlers: Mapping[type, Handler], capacity: int, deadlines: Deadlines) -> None:
         self.handlers = handlers
+        self.deadlines = deadlines
         self.capacity = capacity
         self.task = current_task()
         self.ending = False

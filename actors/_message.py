@@ -7,6 +7,7 @@ message that nobody handles learns it at once, at the place where the mistake is
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Coroutine, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar, overload
@@ -63,7 +64,7 @@ class _HandlesRequest(Generic[Q_co]):
         method: Callable[[S, Q_co], Coroutine[Any, Any, R | Deferred[R]]],
         /,
     ) -> Callable[[S, Q_co], Coroutine[Any, Any, R | Deferred[R]]]:
-        setattr(method, _MARK, self._message)
+        _mark(method, self._message)
         return method
 
 
@@ -76,7 +77,7 @@ class _HandlesMessage(Generic[M_co]):
     def __call__(
         self, method: Callable[[S, M_co], Coroutine[Any, Any, None]], /
     ) -> Callable[[S, M_co], Coroutine[Any, Any, None]]:
-        setattr(method, _MARK, self._message)
+        _mark(method, self._message)
         return method
 
 
@@ -89,7 +90,8 @@ def handles(message: type[Any], /) -> _HandlesRequest[Any] | _HandlesMessage[Any
 
     The handler of a `Request[R]` returns R, or the `Deferred[R]` that it has from `ctx.defer(message)`.
 
-    :raises TypeError: when `message` is no class, or a dataclass or struct that is not frozen: both sides share it.
+    :raises TypeError: when `message` is no class, or a dataclass or struct that is not frozen: both sides
+    share it; or the method is not async.
     """
     if not isinstance(message, type):
         raise TypeError(f"handles() takes the class of a message, not {message!r}")
@@ -115,6 +117,12 @@ def handlers_of(cls: type) -> Mapping[type, Handler]:
             own[message] = name
         names.update(own)
     return MappingProxyType({message: getattr(cls, name) for message, name in names.items()})
+
+
+def _mark(method: Any, message: type) -> None:
+    if not inspect.iscoroutinefunction(method):
+        raise TypeError(f"the handler of {message.__qualname__} must be an async method, not {method!r}")
+    setattr(method, _MARK, message)
 
 
 def _frozen(message: type) -> bool:

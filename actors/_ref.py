@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
-from trio import CancelScope, current_time
+from trio import current_time
 from trio.lowlevel import checkpoint, current_task
 
-from ._errors import AskTimeout, SelfAsk
+from ._errors import SelfAsk
 from ._fence import current_fence
 from ._mailbox import Ask, Mailbox
 from ._message import R, Request
@@ -76,15 +76,11 @@ class Ref(Generic[A_co]):
             refusal = mailbox.refusal(message)
             await checkpoint()
             raise refusal
-        ask = Ask(mailbox, message, task)
+        ask = Ask(mailbox, message, task, timeout_s)
         mailbox.put(ask)
-        if timeout_s == math.inf:
-            reply: R = await ask.wait()
-            return reply
-        with CancelScope(deadline=current_time() + timeout_s) as scope:
-            reply = await ask.wait()
-        if scope.cancelled_caught:
-            raise AskTimeout(self.name, type(message).__qualname__, timeout_s, ask.begun)
+        if timeout_s != math.inf:
+            mailbox.deadlines.add(current_time() + timeout_s, ask)
+        reply: R = await ask.wait()
         return reply
 
     def inspect(self) -> dict[str, Any]:

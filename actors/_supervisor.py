@@ -60,7 +60,7 @@ class Backoff:
     The n-th waits `base_s * factor ** (n - 2)`, at most `cap_s`; the system's rng takes up to half of that away.
     """
 
-    base_s: float = 0.1
+    base_s: float = 0.5
     factor: float = 2.0
     cap_s: float = 10.0
 
@@ -91,7 +91,9 @@ class _Supervisor(Branch):
         self._nursery: trio.Nursery | None = None
         self._context = contextvars.Context()
 
-    async def run(self, cell: Cell) -> None:
+    async def _run(self, cell: Cell) -> None:
+        if self._nursery is not None:
+            raise RuntimeError(f"{cell.path} runs already as {self._down().name}")
         self._cell = cell
         self._context = contextvars.copy_context()
         async with trio.open_nursery() as nursery:
@@ -230,10 +232,10 @@ class Supervisor(_Supervisor):
         self._fallen: list[Cell] = []
         self._wake = trio.Event()
 
-    def cells(self) -> Sequence[Cell]:
+    def _children(self) -> Sequence[Cell]:
         return self._cells
 
-    def shutdown_s(self) -> float:
+    def _budget_s(self) -> float:
         return sum(cell.shutdown_s + _GRACE_S for cell in self._cells)
 
     def statistics(self) -> dict[str, Any]:
@@ -346,10 +348,10 @@ class DynamicSupervisor(_Supervisor):
         self._given_up: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
         self._given_up_total = 0
 
-    def cells(self) -> Sequence[Cell]:
+    def _children(self) -> Sequence[Cell]:
         return list(self._cells.values())
 
-    def shutdown_s(self) -> float:
+    def _budget_s(self) -> float:
         return max((cell.shutdown_s for cell in self._cells.values()), default=0.0) + _GRACE_S
 
     def statistics(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class System:
     def _find(self, path: str) -> Cell:
         cell, rest = self._root, path
         while rest:
-            for child in cell.branch.cells() if cell.branch is not None else ():
+            for child in cell.branch._children() if cell.branch is not None else ():
                 name = child.child.name
                 if rest == name or rest.startswith(name + "/"):
                     cell, rest = child, rest[len(name) + 1 :]
@@ -97,6 +97,7 @@ async def open_system(
     cell.prepare(None, runtime)
     cell.path = ""
     body = trio.CancelScope()
+    watch = trio.CancelScope(shield=True)
 
     async def keep() -> None:
         try:
@@ -107,8 +108,13 @@ async def open_system(
             cell.ended.set()
             body.cancel()
 
+    async def watch_deadlines() -> None:
+        with watch:
+            await runtime.deadlines.watch()
+
     try:
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch_deadlines, name=f"{name}: deadlines")
             nursery.start_soon(keep, name=name)
             try:
                 await cell.settled.wait()
@@ -119,6 +125,7 @@ async def open_system(
                 cell.request_stop()
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + cell.shutdown_s + 1):
                     await cell.ended.wait()
+                watch.cancel()
             if cell.exit is not None and cell.exit.abnormal and cell.exit.exception is not None:
                 raise cell.exit.exception
     except BaseExceptionGroup as group:
@@ -132,7 +139,7 @@ def _whole(cell: Cell) -> bool:
     if cell.state is not State.RUNNING:
         return cell.state is State.EXITED and cell.child.restart is not PERMANENT and _content(cell)
     if isinstance(cell.branch, Supervisor):
-        return all(_whole(child) for child in cell.branch.cells())
+        return all(_whole(child) for child in cell.branch._children())
     return True
 
 

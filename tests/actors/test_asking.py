@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from actors import (
+    TRANSIENT,
     Actor,
     ActorDown,
     AskTimeout,
@@ -464,3 +466,98 @@ def test_two_handlers_for_one_message_are_an_error_of_the_class() -> None:
 
             @handles(Note)
             async def two(self, message: Note) -> None: ...
+
+
+def test_a_handler_is_async() -> None:
+    with pytest.raises(TypeError, match="must be an async method"):
+
+        @handles(Note)  # type: ignore[arg-type]  # the mistake under test
+        def note(self: Actor, message: Note) -> None: ...
+
+
+async def test_an_actor_ends_itself_after_the_message_that_it_handles(autojump_clock: MockClock) -> None:
+    class Finisher(Account):
+        @handles(Sleep)
+        async def sleep(self, message: Sleep) -> str:
+            self.ctx.stop()
+            await trio.sleep(message.seconds)
+            return "done"
+
+        async def on_stop(self) -> None:
+            await trio.sleep(1)
+            ended.append(trio.current_time())
+
+    ended: list[float] = []
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Finisher, TRANSIENT))
+        ref.tell(Note("lost"))
+        assert await ref.ask(Sleep(2), timeout_s=5) == "done"
+        await trio.sleep(2)
+        assert ended == [3]
+        assert bank_.names == []
+
+
+async def test_a_handler_may_stop_its_own_actor_through_the_supervisor(autojump_clock: MockClock) -> None:
+    class SelfStopping(Account):
+        @handles(Sleep)
+        async def sleep(self, message: Sleep) -> str:
+            await bank_.stop_child("a")
+            return "never"
+
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", SelfStopping))
+        with pytest.raises(ActorDown, match="stopped"):
+            await ref.ask(Sleep(2), timeout_s=5)
+        await settled()
+        assert bank_.names == []
+
+
+async def test_deadlines_expire_in_time_whatever_their_order(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    expired: list[float] = []
+
+    async def ask(timeout_s: float) -> None:
+        with pytest.raises(AskTimeout):
+            await ref.ask(Defer(1000), timeout_s=timeout_s)
+        assert trio.current_time() == pytest.approx(timeout_s)
+        expired.append(timeout_s)
+
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        async with trio.open_nursery() as nursery:
+            for n in range(3000):
+                nursery.start_soon(ask, 1 + n * 7919 % 3000 / 100)
+        assert len(expired) == 3000
+        assert ref.inspect()["mailbox"]["replies_owed"] == 0
+
+
+async def test_asks_that_were_answered_are_not_kept_until_their_deadline(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        requests = weakref.WeakSet[Notes]()
+        for _ in range(5000):
+            request = Notes()
+            requests.add(request)
+            await ref.ask(request, timeout_s=1000)
+        assert len(requests) < 2000
+
+
+async def test_what_an_actor_says_of_itself_is_shown_even_when_that_fails(autojump_clock: MockClock) -> None:
+    class Open(Account):
+        def inspect(self) -> dict[str, object]:
+            return {"balance": 10 // self.balance}
+
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Open))
+        assert ref.inspect()["actor"] == {"balance": 1}
+        await ref.ask(Withdraw(10), timeout_s=1)
+        assert ref.inspect()["actor"] == {"error": "ZeroDivisionError: integer division or modulo by zero"}
+        assert ref.inspect()["recent"] == ["Withdraw"]
+
+
+async def settled() -> None:
+    await trio.sleep(0.001)
