@@ -160,20 +160,20 @@ class EventLog:
             return None
         return event_id.seq
 
-    async def _page(self, number: int) -> list[EventFrame]:
+    async def _page(self, number: int, after: int) -> list[EventFrame]:
+        """A page that holds what follows `after`, if the database does."""
         async with self._reading:
             page = self._kept.get(number)
-            if page is not None:
+            # The newest page is kept too, though it grows: it is the one that everybody comes back to.
+            if page is None or page[-1].seq <= after:
+                page = await self._host.run_blocking(self._pages.read, number * _PAGE, (number + 1) * _PAGE)
+                self._pages_read += 1
+                if page:
+                    self._kept[number] = page
+            if page:
                 self._kept.move_to_end(number)
-                return page
-            last = (number + 1) * _PAGE
-            complete = last <= self._newest
-            page = await self._host.run_blocking(self._pages.read, number * _PAGE, last)
-            self._pages_read += 1
-            if complete:
-                self._kept[number] = page
-                if len(self._kept) > _KEPT_PAGES:
-                    self._kept.popitem(last=False)
+            if len(self._kept) > _KEPT_PAGES:
+                self._kept.popitem(last=False)
             return page
 
     # For the journal alone
@@ -256,7 +256,7 @@ class EventCursor:
             elif log._closed:
                 return []
             else:
-                frames = self._cut(await log._page(self.seq // _PAGE), max_bytes)
+                frames = self._cut(await log._page(self.seq // _PAGE, self.seq), max_bytes)
                 if not frames:
                     if self.seq + 1 < log._oldest:
                         continue

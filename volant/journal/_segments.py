@@ -129,7 +129,7 @@ def _replay(checkpoint: Checkpoint, data: bytes, offset: int) -> Recovered:
     whole = offset
     while (stop := data.find(b"\n", offset)) >= 0:
         fields = data[offset:stop].split(b" ", 3)
-        if len(fields) != 4 or not fields[3].endswith(b"}") or not fields[2].isdigit():
+        if len(fields) != 4 or not fields[2].isdigit() or not fields[3].endswith(b"}") or b"\0" in fields[3]:
             break
         seq += 1
         offset = stop + 1
@@ -185,6 +185,9 @@ def read(
     try:
         while True:
             data = host.read_at(fd, min(_CHUNK, size - offset), offset)
+            if b"\0" in data:
+                # A power cut has left it. What follows can't be numbered: whoever reads is told that it is missing.
+                data = data[: data.index(b"\0")]
             begin = 0
             while (stop := data.find(b"\n", begin)) >= 0:
                 if not data.startswith(b"# ", begin):
@@ -192,8 +195,7 @@ def read(
                         return Found(frames, Place(seq, offset + begin), True)
                     if seq + 1 > after:
                         fields = data[begin:stop].split(b" ", 3)
-                        if len(fields) != 4:
-                            # Damaged, by a power cut for instance. Who reads is told that the rest is missing.
+                        if len(fields) != 4 or not fields[2].isdigit():
                             return Found(frames, Place(seq, offset + begin), True)
                         time_us, frame = fields[2:]
                         if (not since_us or int(time_us) >= since_us) and (not wanted or frame.startswith(wanted)):
