@@ -41,10 +41,10 @@ from volant.model import (
     VerbKind,
     VmRow,
     Woke,
-    at_rest,
     decide,
     effect_of,
     new_row,
+    settled,
 )
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -197,7 +197,7 @@ def test_a_panic_is_a_crash_with_its_reason_and_start_brings_it_back() -> None:
 def test_start_of_a_crashed_vm_clears_the_reason() -> None:
     crashed = settle(see(running(), Ended(EndKind.KILLED, WHY)))
     assert crashed is not None
-    assert at_rest(crashed)
+    assert effect_of(crashed) is None
     again = settle(see(crashed, Verb(VerbKind.START)))
     assert again is not None
     assert (again.status, again.reason, again.boots) == (Status.RUNNING, None, 2)
@@ -221,7 +221,7 @@ def test_a_guest_that_reboots_comes_back() -> None:
 def test_a_failed_image_is_a_crash_without_a_process() -> None:
     row = see(create(), Woke(None), StepFailed(Reason("image_failed", "no mirror answers")))
     assert (row.status, row.phase, row.process) == (Status.CRASHED, Phase.NONE, None)
-    assert at_rest(row), "it must not be tried for ever"
+    assert effect_of(row) is None, "it must not be tried for ever"
 
 
 def test_delete_is_joined_by_a_second_delete() -> None:
@@ -329,3 +329,13 @@ def test_anything_in_any_order_keeps_to_the_edges_and_can_still_be_deleted(
     for step in decide(row, Verb(VerbKind.DELETE), NOW):
         row = step.row
     assert settle(row) is None
+
+
+def test_settled_means_that_no_status_follows_by_itself() -> None:
+    crashed = see(running(), Ended(EndKind.KILLED, WHY))
+    assert settled(crashed), "clearing up changes no status"
+    assert not settled(see(crashed, Verb(VerbKind.START)))
+    assert not settled(see(crashed, Verb(VerbKind.STOP)))
+    assert not settled(see(running(restart_policy="always"), Ended(EndKind.KILLED, WHY)))
+    assert not settled(see(running(), Verb(VerbKind.RESTART)))
+    assert settled(running())

@@ -24,9 +24,9 @@ from ._decide import (
     Verb,
     VerbKind,
     Woke,
-    at_rest,
     decide,
     effect_of,
+    settled,
 )
 from ._edges import EDGES, IllegalEdge, check_edge
 from ._event import Event, EventId, EventType, event_for
@@ -92,7 +92,6 @@ __all__ = [
     "VmView",
     "Woke",
     "Workload",
-    "at_rest",
     "check_create",
     "check_edge",
     "check_labels",
@@ -108,5 +107,6 @@ __all__ = [
     "new_row",
     "no_such_vm",
     "parse_duration",
+    "settled",
     "view",
 ]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
 
@@ -65,7 +66,7 @@ class Launched(msgspec.Struct, frozen=True):
 
     process: ProcessIdentity
     hypervisor: str
-    accelerator: str
+    accelerator: Literal["kvm", "tcg"]
 
 
 class AgentAnswered(msgspec.Struct, frozen=True):
@@ -179,9 +180,19 @@ def effect_of(row: VmRow) -> Effect | None:
             return RestartLater(_backoff_s(row.restarts)) if _restarts_by_itself(row) else None
 
 
-def at_rest(row: VmRow) -> bool:
-    """Whether `row` stays as it is until somebody or something outside acts."""
-    return effect_of(row) is None and row.status is not Status.PENDING
+def settled(row: VmRow) -> bool:
+    """Whether the public status stays what it is until somebody, or the guest, does something."""
+    match row.status:
+        case Status.RUNNING | Status.PAUSED:
+            return True
+        case Status.STOPPED | Status.CRASHED if row.desired is Desired.RUNNING:
+            return row.generation <= row.booted and not _policy_restarts(row)
+        case Status.STOPPED:
+            return True
+        case Status.CRASHED:
+            return row.phase is Phase.NONE
+        case _:
+            return False
 
 
 # How the row changes -----------------------------------------------------------------------------------------------
@@ -449,11 +460,14 @@ def _stopped(change: _Change) -> None:
 
 
 def _restarts_by_itself(row: VmRow) -> bool:
-    """Whether the restart policy wants another boot of a VM that has come to rest."""
-    if row.phase is not Phase.NONE or row.desired is not Desired.RUNNING or row.restarts >= MAX_RESTARTS:
-        return False
-    return (row.status is Status.CRASHED and row.restart_policy != "never") or (
-        row.status is Status.STOPPED and row.restart_policy == "always"
+    """Whether a VM is due for another boot by its restart policy."""
+    return row.phase is Phase.NONE and row.desired is Desired.RUNNING and _policy_restarts(row)
+
+
+def _policy_restarts(row: VmRow) -> bool:
+    return row.restarts < MAX_RESTARTS and (
+        (row.status is Status.CRASHED and row.restart_policy != "never")
+        or (row.status is Status.STOPPED and row.restart_policy == "always")
     )
 
 

@@ -135,7 +135,7 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     """Committed before the process is launched; empty once nothing of it is left."""
     process: ProcessIdentity | None = None
     hypervisor: str | None = None
-    accelerator: str | None = None
+    accelerator: Literal["kvm", "tcg"] | None = None
     agent_seen: bool = False
     """Whether the agent of this process has ever answered."""
     revision: int = 0
@@ -166,7 +166,7 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     serial_socket: str | None
     labels: Mapping[str, str]
     hypervisor: str | None
-    accelerator: str | None
+    accelerator: Literal["kvm", "tcg"] | None
     restart_policy: RestartPolicy
     restarts: int
     boots: int

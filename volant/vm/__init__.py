@@ -1,0 +1,8 @@
+"""VMs: an actor each, the steps of their boots, and the door to all of them."""
+
+from ._actor import VmActor
+from ._doors import VmDoors, VmSettings
+from ._steps import instance_of
+from ._vms import DELETED, Vms, Wait
+
+__all__ = ["DELETED", "VmActor", "VmDoors", "VmSettings", "Vms", "Wait", "instance_of"]

@@ -1,0 +1,334 @@
+"""The actor of one VM: it sees, lets `decide` decide, commits, and runs the one step that the row then needs.
+
+`docs/explanation/vm.md` says why it is so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+import msgspec
+import trio
+
+from actors import Actor, ActorDown, AskTimeout, TaskHandle, handles
+from volant.channel import AgentProtocolError, AgentUnreachable
+from volant.host import ProcessGone
+from volant.hypervisor import LaunchFailed
+from volant.journal import CommitSteps, StaleRow
+from volant.model import (
+    AgentAnswered,
+    AskStop,
+    AwaitAgent,
+    Cleared,
+    Effect,
+    ImageReady,
+    Kill,
+    Launch,
+    Launched,
+    PrepareImage,
+    Problem,
+    Reason,
+    Remove,
+    Removed,
+    RestartDue,
+    RestartLater,
+    Seen,
+    StepFailed,
+    Verb,
+    VerbKind,
+    VmRow,
+    Woke,
+    decide,
+    effect_of,
+)
+from volant.model.agent import DAEMON_SHUTDOWN, DAEMON_WORKLOAD, HEALTHZ
+
+from ._console import ConsolePump
+from ._doors import VmDoors
+from ._process import LiveProcess
+from ._steps import StepError, machine_spec, mark_of, prepare_image
+from .messages import Ask, Report
+
+_logger = logging.getLogger("volant.vm")
+
+_COMMIT_TIMEOUT_S = 30.0
+_COMMIT_TRIES = 4
+_REPORT_PAUSE_MAX_S = 5.0
+_AGENT_ANSWER_S = 10.0
+_AGENT_PAUSE_S = 0.05
+
+
+class VmActor(Actor):
+    """One VM. Its row is in the journal; this is an incarnation of what drives it."""
+
+    _row: VmRow
+
+    def __init__(self, vm_id: int, doors: VmDoors) -> None:
+        self._vm_id = vm_id
+        self._doors = doors
+        self._gone = False
+        self._effect: Effect | None = None
+        self._step: TaskHandle | None = None
+        self._process: LiveProcess | None = None
+        self._process_task: TaskHandle | None = None
+
+    async def on_start(self) -> None:
+        row = self._doors.store.projection.by_id(self._vm_id)
+        if row is None:
+            raise LookupError(f"there is no VM with the id {self._vm_id}")
+        self._row = row
+        self._log = self._doors.logs.open(row.id, row.name)
+        self.ctx.stack.callback(self._doors.live.pop, row.id, None)
+        await self._see(Woke(await self._doors.host.find(row.mark) if row.mark else None))
+        if row.expires_at is not None:
+            self.ctx.spawn(self._expire, name="ttl")
+
+    @handles(Ask)
+    async def ask(self, message: Ask) -> VmRow:
+        await self._see(message.verb)
+        return self._row
+
+    @handles(Report)
+    async def report(self, message: Report) -> None:
+        current = message.effect == self._effect if message.effect is not None else message.mark == self._row.mark
+        if current:
+            await self._see(message.seen)
+
+    def inspect(self) -> Mapping[str, object]:
+        process = self._process
+        return {
+            "status": self._row.status,
+            "desired": self._row.desired,
+            "phase": self._row.phase,
+            "revision": self._row.revision,
+            "step": None if self._effect is None else repr(self._effect),
+            "process": None if process is None else process.inspect(),
+            "log": self._log.statistics(),
+        }
+
+    # One thing seen at a time
+
+    async def _see(self, seen: Seen) -> None:
+        for tries_left in reversed(range(_COMMIT_TRIES)):
+            steps = decide(self._row, seen, self._doors.host.wall_clock())
+            if not steps:
+                break
+            try:
+                row = await self._doors.journal.ask(
+                    CommitSteps(self._vm_id, self._row.revision, steps), timeout_s=_COMMIT_TIMEOUT_S
+                )
+            except (ActorDown, AskTimeout, StaleRow) as error:
+                if not tries_left:
+                    raise Problem(
+                        503,
+                        "journal-down",
+                        f"the journal could not keep the change: {error}",
+                        hint="try again; the daemon's log says why the journal fails",
+                    ) from error
+                await trio.sleep(0.2)
+                # Whether it was kept is unknown: read the row again, and go on from there.
+                row = self._doors.store.projection.by_id(self._vm_id)
+                if row is not None:
+                    self._row = row
+                    continue
+            if row is None:
+                self._gone = True
+            else:
+                self._row = row
+            break
+        self._drive()
+
+    def _drive(self) -> None:
+        """Make the running step the wanted one, and watch the process that the row has."""
+        if self._gone:
+            self._watch(None)
+            self.ctx.stop()
+            return
+        self._watch(self._row)
+        wanted = effect_of(self._row)
+        if wanted == self._effect:
+            return
+        before = self._step
+        if before is not None:
+            before.cancel()
+        self._effect = wanted
+        self._step = (
+            None if wanted is None else self.ctx.spawn(self._perform, wanted, before, name=type(wanted).__name__)
+        )
+
+    def _watch(self, row: VmRow | None) -> None:
+        identity = row.process if row is not None else None
+        if self._process is not None and self._process.identity != identity:
+            assert self._process_task is not None
+            self._process_task.cancel()
+            self._process = self._process_task = None
+            self._doors.live.pop(self._vm_id, None)
+        if identity is not None and row is not None and self._process is None:
+            mark = row.mark
+
+            async def report(seen: Seen) -> None:
+                await self._deliver(Report(seen, mark))
+
+            spec = machine_spec(self._doors.settings, row, row.accelerator or "tcg")
+            self._process = LiveProcess(self._doors, spec, identity, self._log, row.boot_key, report)
+            self._doors.live[self._vm_id] = self._process
+            self._process_task = self.ctx.spawn(self._process.run, name="process")
+
+    async def _deliver(self, report: Report) -> None:
+        """Tell the own actor, again and again while the journal can't keep it."""
+        pause_s = 0.1
+        while True:
+            try:
+                return await self.ctx.self_ref.ask(report, timeout_s=2 * _COMMIT_TIMEOUT_S)
+            except (Problem, AskTimeout) as error:
+                _logger.warning("VM %s: %s; trying again in %.1f s", self._row.name, error, pause_s)
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _REPORT_PAUSE_MAX_S)
+
+    async def _expire(self) -> None:
+        assert self._row.expires_at is not None
+        # The wall clock may be set, so no sleep is longer than a minute.
+        while True:
+            left_s = (self._row.expires_at - self._doors.host.wall_clock()).total_seconds()
+            if left_s <= 0:
+                break
+            await trio.sleep(min(left_s, 60.0))
+        pause_s = 0.1
+        while True:
+            try:
+                await self.ctx.self_ref.ask(Ask(Verb(VerbKind.DELETE)), timeout_s=2 * _COMMIT_TIMEOUT_S)
+                return
+            except (Problem, AskTimeout):
+                await trio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _REPORT_PAUSE_MAX_S)
+
+    # The steps
+
+    async def _perform(self, effect: Effect, before: TaskHandle | None) -> None:
+        """Run one step, after the one before it has ended, and report what comes of it."""
+        if before is not None:
+            await before.wait()
+        try:
+            seen = await self._outcome(effect, self._row)
+        except (LaunchFailed, StepError) as error:
+            seen = StepFailed(Reason(error.code, str(error), await self._console_tail()))
+        await self._deliver(Report(seen, self._row.mark, effect))
+
+    async def _outcome(self, effect: Effect, row: VmRow) -> Seen:
+        match effect:
+            case PrepareImage():
+                digest = await prepare_image(self._doors, row)
+                return ImageReady(digest, mark_of(self._doors.instance, row))
+            case Launch(mark):
+                return await self._launch(mark)
+            case AwaitAgent():
+                return await self._await_agent(row)
+            case AskStop(grace_s=grace_s):
+                return await self._ask_stop(grace_s)
+            case Kill(mark):
+                await self._kill(mark)
+                return Cleared()
+            case Remove():
+                await self._doors.logs.forget(row.id)
+                return Removed()
+            case RestartLater(delay_s):
+                await trio.sleep(delay_s)
+                return RestartDue()
+
+    async def _launch(self, mark: str) -> Seen:
+        hypervisor = self._doors.hypervisor
+        # A predecessor may have been killed between the launch and its commit.
+        found = await self._doors.host.find(mark)
+        accelerator = await hypervisor.accelerator()
+        if found is None:
+            with _deadline(
+                self._doors.settings.launch_timeout_s, "launch_timeout", "the hypervisor was not up in time"
+            ):
+                found = await hypervisor.launch(machine_spec(self._doors.settings, self._row, accelerator))
+        return Launched(found, hypervisor.name, accelerator)
+
+    async def _await_agent(self, row: VmRow) -> Seen:
+        timeout_s = self._doors.settings.agent_timeout_s
+        with _deadline(timeout_s, "agent_timeout", f"the agent in the guest did not answer within {timeout_s:g} s"):
+            while True:
+                try:
+                    await self._ask_agent("GET", HEALTHZ)
+                    if row.manifest.workload is not None:
+                        await self._ask_agent("PUT", DAEMON_WORKLOAD, workload_spec(row))
+                    return AgentAnswered()
+                except AgentUnreachable:
+                    await trio.sleep(_AGENT_PAUSE_S)
+                except AgentProtocolError as error:
+                    raise StepError("agent_refused", f"the agent answered, but not as it should: {error}") from error
+
+    async def _ask_agent(self, method: str, path: str, body: object = None) -> None:
+        """One request of ours to the agent.
+
+        :raises AgentUnreachable: it can't be reached.
+        :raises AgentProtocolError: it refuses, or answers with nonsense.
+        """
+        client = self._process.client if self._process is not None else None
+        if client is None:
+            raise AgentUnreachable("the channel to the guest is not open")
+        answer = await client.request_json(method, path, body, timeout_s=_AGENT_ANSWER_S)
+        if not 200 <= answer.status < 300:
+            detail = answer.body.get("detail") if isinstance(answer.body, dict) else None
+            raise AgentProtocolError(f"it answers {method} {path} with {answer.status}: {detail}")
+
+    async def _ask_stop(self, grace_s: float) -> Seen:
+        """Ask the guest; the watch on the process tells when it is over, and this step is cancelled then."""
+        with trio.move_on_after(grace_s):
+            try:
+                # The agent's patience ends before ours, so that a stubborn process does not cost the guest its sync.
+                await self._ask_agent("POST", DAEMON_SHUTDOWN, {"grace_s": grace_s * 0.8})
+            except (AgentUnreachable, AgentProtocolError) as error:
+                # It may have heard all the same.
+                _logger.info("VM %s: asked to stop, no proper answer: %s", self._row.name, error)
+            await trio.sleep_forever()
+        return StepFailed(Reason("grace_over", f"the guest did not stop within {grace_s:g} s and is killed"))
+
+    async def _kill(self, mark: str) -> None:
+        """Leave no process and none of its files; nothing that the console said is lost."""
+        host, settings, row = self._doors.host, self._doors.settings, self._row
+        with _deadline(settings.kill_timeout_s, "unkillable", "the hypervisor's process does not end, although killed"):
+            found = await host.find(mark)
+            if found is not None:
+                with suppress(ProcessGone), host.open_process(found) as process:
+                    process.kill()
+                    await process.wait()
+        if self._process_task is not None:
+            self._process_task.cancel()
+            await self._process_task.wait()
+        spec = machine_spec(settings, row, row.accelerator or "tcg")
+        with suppress(FileNotFoundError), ConsolePump(host, spec.console_path, self._log, row.boot_key) as console:
+            await console.finish()
+        try:
+            await host.remove_tree(spec.directory)
+            await host.remove_tree(spec.memory_file)
+        except OSError as error:
+            raise StepError("not_removed", f"files of the VM can't be removed: {error}") from error
+
+    async def _console_tail(self) -> tuple[str, ...]:
+        if self._process is not None:
+            return await self._process.console_tail()
+        return ()
+
+
+@contextmanager
+def _deadline(timeout_s: float, code: str, message: str) -> Iterator[None]:
+    """:raises StepError: the block took longer."""
+    with trio.move_on_after(timeout_s) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise StepError(code, message)
+
+
+def workload_spec(row: VmRow) -> dict[str, object]:
+    """The body of `PUT /v1/daemon/workload`: the manifest's workload with the VM's own environment over it."""
+    workload = row.manifest.workload
+    assert workload is not None
+    spec: dict[str, object] = msgspec.to_builtins(workload)
+    spec["env"] = {**workload.env, **row.env}
+    return spec

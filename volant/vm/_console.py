@@ -1,0 +1,91 @@
+"""The log pump for the serial console.
+
+QEMU appends to a file, whoever reads it or not, so no byte is lost while nobody is there. The pump follows the file by
+inotify, cuts it into lines and appends these to the VM's log, each with the position at which to go on after it: so an
+incarnation that takes over neither loses a line nor logs one twice.
+
+The file must not grow for ever. Truncating it would race with QEMU's next write, so what has been logged is freed by
+punching a hole: positions stay what they are, and the disk gives the space back.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import trio
+
+from volant.host import Host
+from volant.journal import LogEntry, VmLog
+
+from ._lines import Line, LineSplitter
+
+_READ_BYTES = 64 * 1024
+_PUNCH_BYTES = 1024 * 1024
+
+
+class ConsolePump:
+    """Carries the console of one boot into the VM's log. Use as a context manager."""
+
+    def __init__(self, host: Host, path: Path, log: VmLog, boot_key: str) -> None:
+        self._host = host
+        self._path = path
+        self._log = log
+        self._source = f"{boot_key}/console"
+        self._splitter = LineSplitter(log.resume_position(self._source))
+        self._freed = 0
+        self._fd = -1
+
+    def __enter__(self) -> ConsolePump:
+        """:raises OSError: there is no console file."""
+        self._fd = self._host.open_file(self._path, os.O_RDWR)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._host.close_file(self._fd)
+
+    async def follow(self) -> None:
+        """Carry what comes until cancelled."""
+        with self._host.watch(self._path) as watch:
+            while True:
+                await self.drain()
+                await watch.wait()
+
+    async def drain(self) -> None:
+        """Carry what is there now. Yields after each piece, so that a flood starves nobody."""
+        while self._carry():
+            await trio.lowlevel.checkpoint()
+
+    async def finish(self) -> None:
+        """Carry the rest, once nobody writes any more: a last line needs no end."""
+        await self.drain()
+        self._append(self._splitter.flush())
+
+    def _carry(self) -> bool:
+        data = self._host.read_at(self._fd, _READ_BYTES, self._splitter.position)
+        if not data:
+            return False
+        lines = self._splitter.feed(data)
+        self._append(lines)
+        if lines and lines[-1].end - self._freed >= _PUNCH_BYTES:
+            # What the log has not yet on the disk may be freed: a power cut ends the VM and its console with it.
+            self._host.punch_hole(self._fd, 0, lines[-1].end)
+            self._freed = lines[-1].end
+        return True
+
+    def _append(self, lines: list[Line]) -> None:
+        if lines:
+            now = self._host.wall_clock()
+            self._log.append(
+                [
+                    LogEntry(
+                        stream="console",
+                        line=line.data,
+                        timestamp=now,
+                        partial=line.partial,
+                        source=self._source,
+                        position=line.end,
+                    )
+                    for line in lines
+                ]
+            )

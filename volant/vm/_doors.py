@@ -1,0 +1,47 @@
+"""What a VM's actor uses of the rest of the daemon, handed in through its constructor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from actors import Ref
+from volant.host import Host
+from volant.hypervisor import Hypervisor
+from volant.journal import Journal, Store, VmLogs
+
+from ._process import LiveProcess
+
+
+@dataclass(frozen=True, kw_only=True)
+class VmSettings:
+    """What of the daemon's settings a VM depends on."""
+
+    runtime_dir: Path
+    cache_dir: Path
+    memory_dir: Path
+    """On a file system in RAM."""
+    kernel: Path | None = None
+    initramfs: Path | None = None
+    """Instead of the built image's."""
+    max_vms: int | None = None
+    image_timeout_s: float = 300.0
+    launch_timeout_s: float = 30.0
+    agent_timeout_s: float = 120.0
+    kill_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VmDoors:
+    """Refs and doors of a VM's actor."""
+
+    host: Host
+    journal: Ref[Journal]
+    store: Store
+    logs: VmLogs
+    hypervisor: Hypervisor
+    settings: VmSettings
+    instance: str
+    """Names this daemon's state directory in the marks of its processes, so that two daemons never mix up theirs."""
+    live: dict[int, LiveProcess] = field(default_factory=dict)
+    """By the VM's id: what is alive of its process, for whoever wants a stream to its agent."""

@@ -1,0 +1,150 @@
+"""What of one hypervisor process is alive in one incarnation of its actor: three tasks.
+
+They begin when the row has a process and end when nothing of it is left, whatever the VM's status does meanwhile:
+
+- the watch on the hypervisor, which tells how the guest ended;
+- the channel to the agent, opened again whenever it breaks while the process lives;
+- the log pump, for the console and for what the workload writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from volant.channel import (
+    Address,
+    AgentClient,
+    AgentProtocolError,
+    AgentUnreachable,
+    Channel,
+    VirtioSerial,
+    Vsock,
+    open_channel,
+)
+from volant.hypervisor import HypervisorError, MachineSpec
+from volant.journal import VmLog
+from volant.model import Ended, EndKind, ProcessIdentity, Reason, Seen
+
+from ._console import ConsolePump
+from ._output import pump_output
+
+if TYPE_CHECKING:
+    from ._doors import VmDoors
+
+_RETRY_MIN_S = 0.1
+_RETRY_MAX_S = 10.0
+_CONSOLE_LINES = 25
+
+
+class LiveProcess:
+    """A hypervisor process under watch."""
+
+    def __init__(
+        self,
+        doors: VmDoors,
+        spec: MachineSpec,
+        identity: ProcessIdentity,
+        log: VmLog,
+        boot_key: str,
+        report: Callable[[Seen], Awaitable[None]],
+    ) -> None:
+        self.identity = identity
+        self._doors = doors
+        self._spec = spec
+        self._log = log
+        self._boot_key = boot_key
+        self._report = report
+        self._console: ConsolePump | None = None
+        self._channel: Channel | None = None
+        self._client: AgentClient | None = None
+        self._output_error: str | None = None
+
+    @property
+    def client(self) -> AgentClient | None:
+        """The way to the agent, while its channel is open; whether the agent answers is another matter."""
+        return self._client
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the agent is on the other end of the channel, as far as is known."""
+        return self._channel is not None and self._channel.connected
+
+    def inspect(self) -> dict[str, object]:
+        """Figures, ready for JSON."""
+        return {
+            "identity": msgspec.to_builtins(self.identity),
+            "channel": None if self._channel is None else msgspec.to_builtins(self._channel.statistics()),
+            "output_error": self._output_error,
+        }
+
+    async def run(self) -> None:
+        """Keep the three tasks until cancelled."""
+        with ConsolePump(self._doors.host, self._spec.console_path, self._log, self._boot_key) as console:
+            self._console = console
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(console.follow)
+                nursery.start_soon(self._keep_channel)
+                nursery.start_soon(self._watch)
+
+    async def console_tail(self) -> tuple[str, ...]:
+        """The last lines of the console, all that was written so far included."""
+        if self._console is not None:
+            with trio.move_on_after(1.0):
+                await self._console.drain()
+        return self._log.tail_lines(_CONSOLE_LINES, "console")
+
+    async def _watch(self) -> None:
+        try:
+            async with self._doors.hypervisor.attach(self._spec, self.identity) as machine:
+                end = await machine.ended()
+            kind, message = EndKind(end.kind), end.message
+        except HypervisorError as error:
+            kind, message = EndKind.INTERNAL_ERROR, str(error)
+        await self._report(Ended(kind, Reason(_CODES[kind], message, await self.console_tail())))
+
+    async def _keep_channel(self) -> None:
+        """Keep the way to the agent open; a link that breaks is made again by the channel itself."""
+        async with open_channel(self._doors.host, _agent_address(self._spec)) as channel:
+            self._channel = channel
+            self._client = AgentClient(channel)
+            try:
+                await self._keep_output(channel, self._client)
+            finally:
+                self._channel = self._client = None
+
+    async def _keep_output(self, channel: Channel, client: AgentClient) -> None:
+        """Carry the workload's output for as long as there is a channel."""
+        pause_s = _RETRY_MIN_S
+        log_id = ""
+        while True:
+            await channel.ready()
+            began = trio.current_time()
+            try:
+                log_id = await pump_output(client, self._log, self._boot_key, log_id)
+            except (AgentUnreachable, AgentProtocolError, ValueError) as error:
+                # A guest that sends nonsense hurts its own log alone.
+                self._output_error = str(error)
+            if trio.current_time() - began >= _RETRY_MAX_S:
+                pause_s = _RETRY_MIN_S
+            await trio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _RETRY_MAX_S)
+
+
+def _agent_address(spec: MachineSpec) -> Address:
+    return VirtioSerial(spec.agent_path) if spec.vsock_cid is None else Vsock(spec.vsock_cid)
+
+
+_CODES = {
+    EndKind.SHUTDOWN: "guest_shutdown",
+    EndKind.RESET: "guest_reset",
+    EndKind.PANICKED: "guest_panicked",
+    EndKind.KILLED: "hypervisor_killed",
+    EndKind.EXITED: "hypervisor_exited",
+    EndKind.INTERNAL_ERROR: "hypervisor_error",
+    EndKind.GONE: "hypervisor_gone",
+}
+"""Reason codes; public."""

@@ -1,0 +1,348 @@
+"""The door to all VMs: what the API asks, sent to the actor that is concerned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, TypeVar
+
+import msgspec
+import trio
+
+from actors import (
+    TRANSIENT,
+    ActorDown,
+    AskTimeout,
+    Child,
+    DynamicSupervisor,
+    GaveUp,
+    NameTaken,
+    NoSuchChild,
+    Ref,
+    Request,
+)
+from volant.channel import AgentClient
+from volant.journal import CommitSteps, CreateRow, EventGap
+from volant.model import (
+    CreateVm,
+    Desired,
+    EventId,
+    Problem,
+    Reason,
+    Status,
+    Step,
+    Verb,
+    VerbKind,
+    VmRow,
+    no_such_vm,
+    settled,
+)
+
+from ._actor import VmActor
+from ._doors import VmDoors
+from ._process import LiveProcess
+from .messages import Ask
+
+R = TypeVar("R")
+_logger = logging.getLogger("volant.vm")
+
+_ASK_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 60.0
+_SHUTDOWN_S = 10.0
+_DELETE_TIMEOUT_S = 60.0
+_OVERHEAD_MB = 96
+"""What a hypervisor's process needs beside its guest's memory."""
+_HOST_RESERVE_MB = 512
+"""What the host keeps for itself."""
+
+Wait = Literal["met", "failed", "timeout"]
+DELETED: Literal["deleted"] = "deleted"
+"""Stands beside the statuses in what can be waited for."""
+
+
+@dataclass
+class Vms:
+    """Makes VMs, sends them verbs, and finds the way to their agents."""
+
+    doors: VmDoors
+    supervisor: DynamicSupervisor
+    _refs: dict[int, Ref[VmActor]] = field(default_factory=dict)
+    _creating: list[int] = field(default_factory=list)
+    _starting: dict[int, trio.Event] = field(default_factory=dict)
+
+    async def create(self, request: CreateVm) -> VmRow:
+        """Make a VM; durable when this returns.
+
+        A caller that is cancelled meanwhile cancels nothing.
+
+        :raises Problem: 400 the request, 404 no such plugin, 409 name taken or plugin disabled, 503 no capacity.
+        """
+        self._admit(request.memory_mb)
+        # Counted at once, as others ask while the journal writes.
+        self._creating.append(request.memory_mb)
+        try:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
+                row = await self._journal(CreateRow(request))
+                await self._actor(row)
+                return row
+        finally:
+            self._creating.remove(request.memory_mb)
+        raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
+
+    async def verb(self, name: str, verb: Verb) -> VmRow:
+        """Change what a VM should be; durable when this returns.
+
+        :raises Problem: 404, 409 not legal now, 503.
+        """
+        row = self._row(name)
+        if verb.kind in (VerbKind.START, VerbKind.RESTART) and row.status in (Status.STOPPED, Status.CRASHED):
+            self._admit(row.memory_mb, besides=row.id)
+        ref = await self._actor(row)
+        try:
+            return await ref.ask(Ask(verb), timeout_s=_ASK_TIMEOUT_S)
+        except (ActorDown, AskTimeout) as error:
+            after = self.doors.store.projection.by_id(row.id)
+            if after is None:
+                if verb.kind is VerbKind.DELETE:
+                    return row
+                raise no_such_vm(name) from error
+            if _holds(after, verb.kind):
+                return after
+            raise Problem(
+                503,
+                "vm-busy",
+                f"VM {name!r} did not take the request up: {error}",
+                vm=name,
+                hint="look at the VM and send it again",
+            ) from error
+
+    async def delete(self, name: str) -> None:
+        """Delete a VM and wait until nothing of it is left on the host.
+
+        A caller that is cancelled meanwhile cancels nothing. A second delete joins the first.
+
+        :raises Problem: 404; 503 after 60 s, and says what is left.
+        """
+        row = await self.verb(name, Verb(VerbKind.DELETE))
+        _, after = await self.wait(row.id, {DELETED}, _DELETE_TIMEOUT_S)
+        if after is not None:
+            reason = f": {after.reason.message}" if after.reason else ""
+            raise Problem(
+                503,
+                "delete-slow",
+                f"VM {name!r} is not gone after {_DELETE_TIMEOUT_S:g} s, phase {after.phase.value!r}{reason}",
+                vm=name,
+                hint="it goes on being deleted; DELETE again to wait on",
+            )
+
+    async def wait(
+        self, vm_id: int, states: Collection[str], timeout_s: float, *, since: EventId | None = None
+    ) -> tuple[Wait, VmRow | None]:
+        """Wait until a VM is in one of `states` (`deleted` among them) or comes to rest outside them.
+
+        States that it passed through after the event `since` count too, so that none is too short to be seen.
+        """
+        store = self.doors.store
+        with trio.move_on_after(timeout_s):
+            async with store.events.cursor(since if since is not None else store.projection.last_event) as cursor:
+                while True:
+                    row = store.projection.by_id(vm_id)
+                    if row is None:
+                        return ("met" if DELETED in states else "failed"), None
+                    if row.status in states:
+                        return "met", row
+                    if cursor.position.seq >= store.projection.last_event.seq and _came_to_rest(row):
+                        return "failed", row
+                    taken = await cursor.take()
+                    if isinstance(taken, EventGap):
+                        continue
+                    if not taken:
+                        break
+                    if any(frame.event.vm_id == vm_id and frame.event.status in states for frame in taken):
+                        return "met", store.projection.by_id(vm_id)
+        return "timeout", store.projection.by_id(vm_id)
+
+    def agent(self, name: str) -> AgentClient:
+        """The way to the agent of a VM.
+
+        :raises Problem: 404, 409 it does not run, 502 its channel is down.
+        """
+        row = self._row(name)
+        if row.status is not Status.RUNNING:
+            raise Problem(
+                409,
+                "vm-not-running",
+                f"VM {name!r} is {row.status.value}",
+                vm=name,
+                hint=f"`volar vms start {name}` starts it"
+                if row.status is not Status.STARTING
+                else "wait until it runs",
+            )
+        live = self._live(row.id)
+        client = live.client if live is not None else None
+        if client is None:
+            raise Problem(
+                502, "agent-unreachable", f"the agent in VM {name!r} can't be reached at present", vm=name,
+                hint="its channel is being opened again; try again",
+            )  # fmt: skip
+        return client
+
+    def inspect(self, name: str) -> Mapping[str, object]:
+        """What is known of a VM for those who look for a fault. :raises Problem: 404."""
+        row = self._row(name)
+        ref = self._refs.get(row.id)
+        return {
+            "row": row,
+            "actor": ref.inspect() if ref is not None else None,
+        }
+
+    async def adopt_all(self) -> None:
+        """Begin an incarnation for every VM there is, some at a time."""
+        limit = trio.CapacityLimiter(8)
+
+        async def adopt(row: VmRow) -> None:
+            async with limit:
+                try:
+                    await self._actor(row)
+                except Problem as problem:
+                    _logger.error("VM %s is not under control: %s", row.name, problem.detail)
+
+        async with trio.open_nursery() as nursery:
+            for row in self.doors.store.projection.rows():
+                nursery.start_soon(adopt, row)
+
+    async def delete_all(self, timeout_s: float) -> list[str]:
+        """Delete every VM; the names of those that are left after `timeout_s`."""
+        with trio.move_on_after(timeout_s):
+            async with trio.open_nursery() as nursery:
+                for row in self.doors.store.projection.rows():
+                    nursery.start_soon(self._delete_quietly, row.name)
+        return [row.name for row in self.doors.store.projection.rows()]
+
+    async def gave_up(self, told: GaveUp) -> None:
+        """The supervisor has given up a VM's actor: the VM goes on, and its row says that nobody holds the reins."""
+        row = self.doors.store.projection.get(told.name)
+        if row is None:
+            return
+        self._refs.pop(row.id, None)
+        reason = Reason("control_lost", f"its actor keeps failing: {str(told.reason).splitlines()[0]}")
+        _logger.error("VM %s: control is lost; `volar vms recover %s` tries again: %s", row.name, row.name, told.reason)
+        lost = msgspec.structs.replace(row, reason=reason)
+        await self._journal(CommitSteps(row.id, row.revision, (Step(lost, reason.message),)))
+
+    async def _delete_quietly(self, name: str) -> None:
+        try:
+            await self.verb(name, Verb(VerbKind.DELETE, grace_s=0))
+            await self.delete(name)
+        except Problem as problem:
+            if problem.status != 404:
+                _logger.error("VM %s: %s", name, problem.detail)
+
+    def _admit(self, memory_mb: int, *, besides: int | None = None) -> None:
+        """:raises Problem: 503 when the host has no room for one more VM of that size."""
+        rows = [row for row in self.doors.store.projection.rows() if row.id != besides]
+        limit = self.doors.settings.max_vms
+        if limit is not None and len(rows) + len(self._creating) >= limit:
+            raise Problem(
+                503, "no-capacity", f"there are {len(rows)} VMs, and VOLANT_MAX_VMS allows {limit}",
+                hint="delete one, or raise the limit",
+            )  # fmt: skip
+        taken = sum(row.memory_mb + _OVERHEAD_MB for row in rows if _takes_memory(row))
+        total = self.doors.host.figures().memory_total_mb
+        free = total - _HOST_RESERVE_MB - taken - sum(mb + _OVERHEAD_MB for mb in self._creating)
+        if memory_mb + _OVERHEAD_MB > free:
+            raise Problem(
+                503, "no-capacity",
+                f"the VM needs {memory_mb + _OVERHEAD_MB} MiB, and {max(0, free)} of the host's {total} MiB are free",
+                hint="stop or delete a VM, or ask for less memory_mb",
+            )  # fmt: skip
+
+    async def _journal(self, message: Request[R]) -> R:
+        """Ask the journal. :raises Problem: its own, or 503 when it does not answer."""
+        try:
+            return await self.doors.journal.ask(message, timeout_s=_ASK_TIMEOUT_S)
+        except (ActorDown, AskTimeout) as error:
+            raise Problem(
+                503, "journal-down", f"the journal could not keep the change: {error}",
+                hint="look whether it was made, and try again",
+            ) from error  # fmt: skip
+
+    def _row(self, name: str) -> VmRow:
+        row = self.doors.store.projection.get(name)
+        if row is None:
+            raise no_such_vm(name)
+        return row
+
+    def _live(self, vm_id: int) -> LiveProcess | None:
+        return self.doors.live.get(vm_id)
+
+    async def _actor(self, row: VmRow) -> Ref[VmActor]:
+        """The ref of a VM's actor, which is started if there is none.
+
+        :raises Problem: 503 it can't be started.
+        """
+        ref = self._refs.get(row.id)
+        while ref is None and (starting := self._starting.get(row.id)) is not None:
+            await starting.wait()
+            ref = self._refs.get(row.id)
+        if ref is not None:
+            return ref
+        done = self._starting[row.id] = trio.Event()
+        try:
+            return await self._start(row)
+        except Exception as error:
+            raise Problem(
+                503,
+                "vm-lost",
+                f"VM {row.name!r} is not under control: {error}",
+                vm=row.name,
+                hint="`volantd`'s log says why its actor does not start",
+            ) from error
+        finally:
+            del self._starting[row.id]
+            done.set()
+
+    async def _start(self, row: VmRow) -> Ref[VmActor]:
+        for vm_id in self._refs.keys() - {row.id for row in self.doors.store.projection.rows()}:
+            del self._refs[vm_id]
+        child = Child(
+            row.name,
+            partial(VmActor, row.id, self.doors),
+            TRANSIENT,
+            start_timeout_s=_START_TIMEOUT_S,
+            shutdown_s=_SHUTDOWN_S,
+        )
+        try:
+            ref = await self.supervisor.start_child(child)
+        except NameTaken:
+            # A deleted VM had that name, and its actor is about to end.
+            with suppress(NoSuchChild):
+                await self.supervisor.stop_child(row.name)
+            ref = await self.supervisor.start_child(child)
+        self._refs[row.id] = ref
+        return ref
+
+
+def _came_to_rest(row: VmRow) -> bool:
+    """Whether nothing more will happen to a VM that does not run (contract: Waiting)."""
+    return row.status in (Status.STOPPED, Status.CRASHED) and settled(row)
+
+
+def _takes_memory(row: VmRow) -> bool:
+    return bool(row.mark) or row.status in (Status.PENDING, Status.STARTING)
+
+
+def _holds(row: VmRow, kind: VerbKind) -> bool:
+    """Whether a verb whose answer was lost has been kept."""
+    match kind:
+        case VerbKind.STOP:
+            return row.desired is Desired.STOPPED
+        case VerbKind.START:
+            return row.desired is Desired.RUNNING and row.generation > row.booted
+        case VerbKind.DELETE:
+            return row.desired is Desired.DELETED
+        case _:
+            return False

@@ -1,0 +1,33 @@
+"""What can be asked of a VM's actor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actors import Request
+from volant.model import Effect, Problem, Seen, Verb, VmRow
+
+
+@dataclass(frozen=True, slots=True)
+class Ask(Request[VmRow]):
+    """A client wants something -> the row, durable.
+
+    :raises Problem: 409 not legal now; 503 the journal can't keep it.
+    """
+
+    verb: Verb
+    raises = (Problem,)
+
+
+@dataclass(frozen=True, slots=True)
+class Report(Request[None]):
+    """A task of the actor has seen something. `effect` is the step that it comes from; a late report of a step that is
+    no longer the wanted one is dropped. None: it comes from the process itself, of which `mark` tells.
+
+    :raises Problem: 503 the journal can't keep it now; report again.
+    """
+
+    seen: Seen
+    mark: str
+    effect: Effect | None = None
+    raises = (Problem,)
