@@ -1,0 +1,209 @@
+"""From settings to a running tree, and back to nothing.
+
+The order matters at both ends. Directories are claimed and sockets bound before the tree begins, so that a daemon that
+can't have them ends at once and says so, and no child that restarts loses a client's connection. At the end streams
+are told first, then the tree stops in reverse: the API, the VMs' actors, the journal. VMs go on running, unless the
+daemon is ephemeral.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import signal
+import socket
+from collections.abc import AsyncIterator, Mapping
+from datetime import datetime
+from functools import partial
+from typing import Literal
+
+import trio
+
+from actors import ONE_FOR_ONE, Child, DynamicSupervisor, GaveUp, Supervisor, System, open_system
+from volant import __version__
+from volant.api import ApiSettings, Doors, create_app, serve
+from volant.host import Host
+from volant.hypervisor import AcceleratorChoice, Hypervisor
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.journal import Journal, Store, VmLogs
+from volant.vm import VmDoors, Vms, VmSettings, instance_of
+
+from ._directories import DirectoryError, claimed, memory_dir, remove
+from ._settings import Settings, split
+from ._sockets import ListenError, address_of, listening
+
+_logger = logging.getLogger("volant.daemon")
+
+_EPHEMERAL_STOP_S = 25.0
+
+Health = Literal["ok", "starting", "stopping", "degraded"]
+
+
+class DaemonError(Exception):
+    """The daemon can't run. The text is for the operator."""
+
+
+async def run(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT. :raises DaemonError: it can't."""
+    try:
+        with claimed(settings), listening(settings) as sockets:
+            await Daemon(settings, sockets).run()
+            if settings.ephemeral:
+                remove(settings)
+    except (DirectoryError, ListenError) as error:
+        raise DaemonError(str(error)) from error
+
+
+class Daemon:
+    """The assembled daemon, and what it knows of itself: the door that the API uses for `/system`."""
+
+    def __init__(self, settings: Settings, sockets: list[socket.socket]) -> None:
+        self._settings = settings
+        self._sockets = sockets
+        self._stopping = trio.Event()
+        self._adopted = False
+        self._system: System | None = None
+        self._orphans: list[dict[str, object]] = []
+        self._choice: AcceleratorChoice | None = None
+        self.host = Host()
+        self.started_at: datetime = self.host.wall_clock()
+        self.store = Store(self.host, settings.state_dir / "volant.db")
+        self.logs = VmLogs(self.host, settings.state_dir / "logs")
+        self.hypervisor: Hypervisor = QemuHypervisor(
+            self.host,
+            settings.cache_dir,
+            accelerator=None if settings.accelerator == "auto" else settings.accelerator,
+        )
+        self._journal = Child("journal", partial(Journal, self.store), shutdown_s=10)
+        self._supervisor = DynamicSupervisor(intensity=3, period_s=60, gave_up=self._gave_up)
+        self.vms = Vms(
+            VmDoors(
+                host=self.host,
+                journal=self._journal.ref,
+                store=self.store,
+                logs=self.logs,
+                hypervisor=self.hypervisor,
+                settings=VmSettings(
+                    runtime_dir=settings.runtime_dir,
+                    cache_dir=settings.cache_dir,
+                    memory_dir=memory_dir(settings),
+                    kernel=settings.kernel,
+                    initramfs=settings.initramfs,
+                    max_vms=settings.max_vms,
+                    image_timeout_s=settings.image_timeout_s,
+                    agent_timeout_s=settings.agent_timeout_s,
+                ),
+                instance=instance_of(settings.state_dir),
+            ),
+            self._supervisor,
+        )
+
+    async def run(self) -> None:
+        """Run until a signal, then stop."""
+        app = create_app(
+            Doors(
+                vms=self.vms,
+                journal=self._journal.ref,
+                store=self.store,
+                logs=self.logs,
+                host=self.host,
+                system=self,
+                settings=ApiSettings(
+                    addresses=tuple(address_of(sock) for sock in self._sockets),
+                    allowed_hosts=tuple(split(self._settings.allowed_hosts)),
+                    cors_origins=tuple(split(self._settings.cors_origins)),
+                ),
+            )
+        )
+        root = Supervisor(
+            ONE_FOR_ONE,
+            intensity=5,
+            period_s=60,
+            children=[
+                self._journal,
+                Child("logs", self.logs.keep),
+                Child("vms", self._supervisor),
+                Child("api", partial(serve, app, self._sockets, stopping=self._stopping), shutdown_s=10),
+            ],
+        )
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with open_system(root, name="volantd") as system, trio.open_nursery() as nursery:
+                self._system = system
+                for sock in self._sockets:
+                    # On stdout, as whoever started us with port 0 has to read it.
+                    print(f"volantd: listening on {address_of(sock)}", flush=True)  # noqa: T201
+                nursery.start_soon(self._adopt)
+                nursery.start_soon(self._choose_accelerator)
+                async for signum in signals:
+                    _logger.info("stopping: %s", signal.Signals(signum).name)
+                    break
+                nursery.start_soon(self._hurry, signals, nursery.cancel_scope)
+                if self._settings.ephemeral:
+                    left = await self.vms.delete_all(_EPHEMERAL_STOP_S)
+                    if left:
+                        _logger.error("these VMs could not be deleted: %s", ", ".join(left))
+                self._stopping.set()
+                nursery.cancel_scope.cancel()
+        _logger.info("stopped")
+
+    async def _hurry(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        """A second signal ends the patience with VMs."""
+        async for _ in signals:
+            _logger.warning("stopping at once")
+            scope.cancel()
+
+    async def _adopt(self) -> None:
+        await self.logs.forget_unknown([row.id for row in self.store.projection.rows()])
+        await self.vms.adopt_all()
+        await self._list_orphans()
+        self._adopted = True
+        _logger.info("ready: %d VMs", len(self.store.projection))
+
+    async def _list_orphans(self) -> None:
+        """Processes that carry our mark and belong to no row are named, never killed on a guess."""
+        owned = {row.mark for row in self.store.projection.rows()}
+        for identity in await self.host.processes(f"volant-{instance_of(self._settings.state_dir)}-"):
+            if identity.mark not in owned:
+                _logger.warning("process %d is a hypervisor of ours (%s) that no VM owns", identity.pid, identity.mark)
+                self._orphans.append({"pid": identity.pid, "mark": identity.mark})
+
+    async def _choose_accelerator(self) -> None:
+        """Try it now, so that the first VM does not wait for it, and `info` can tell."""
+        self._choice = await self.hypervisor.choice()
+        _logger.info("guests run under %s: %s", self._choice.accelerator, self._choice.reason)
+
+    async def _gave_up(self, told: GaveUp) -> None:
+        await self.vms.gave_up(told)
+
+    # What the API shows of the daemon
+
+    def health(self) -> Health:
+        """`ok` when the tree is whole; a VM's failure or a missing hypervisor is nothing of that."""
+        if self._stopping.is_set():
+            return "stopping"
+        if not self._adopted or self._system is None:
+            return "starting"
+        return "ok" if self._system.whole() else "degraded"
+
+    def tree(self) -> Mapping[str, object]:
+        """The supervisor tree, ready for JSON."""
+        return self._system.tree() if self._system is not None else {}
+
+    def info(self) -> Mapping[str, object]:
+        """Addresses, versions, directories, accelerator and why; ready for JSON."""
+        return {
+            "version": __version__,
+            "addresses": [address_of(sock) for sock in self._sockets],
+            "python": platform.python_version(),
+            "kernel": platform.release(),
+            "hypervisor": self.hypervisor.name,
+            "hypervisor_version": self._choice.version if self._choice else None,
+            "accelerator": self._choice.accelerator if self._choice else None,
+            "accelerator_reason": self._choice.reason if self._choice else "not known yet",
+            "state_dir": str(self._settings.state_dir),
+            "runtime_dir": str(self._settings.runtime_dir),
+            "cache_dir": str(self._settings.cache_dir),
+            "event_epoch": self.store.projection.last_event.epoch,
+            "orphans": self._orphans,
+            "started_at": self.started_at,
+        }

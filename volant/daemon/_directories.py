@@ -1,0 +1,63 @@
+"""The daemon's directories, and the lock that keeps a second daemon out of them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from volant.vm import instance_of
+
+from ._settings import Settings
+
+_RAM_DISKS = (Path("/dev/shm"),)
+
+
+class DirectoryError(Exception):
+    """A directory that the daemon can't work in."""
+
+
+def memory_dir(settings: Settings) -> Path:
+    """Where guests' memory lies: on a file system in RAM, else every page of a guest would be written to a disk."""
+    for base in _RAM_DISKS:
+        if base.is_dir() and os.access(base, os.W_OK):
+            return base / f"volant-{instance_of(settings.state_dir)}"
+    return settings.runtime_dir / "memory"
+
+
+@contextmanager
+def claimed(settings: Settings) -> Iterator[None]:
+    """The directories exist, are ours alone, and no other daemon uses them.
+
+    :raises DirectoryError: one can't be made, or another daemon holds the state directory.
+    """
+    for path in (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings)):
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise DirectoryError(
+                f"{path} can't be made: {error.strerror}; choose another one, or run as root"
+            ) from None
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise DirectoryError(f"{path} can't be written to; choose another one, or run as root")
+    lock = settings.state_dir / "lock"
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DirectoryError(
+                f"another volantd uses {settings.state_dir}; stop it, or use another --state-dir"
+            ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove(settings: Settings) -> None:
+    """Remove what an ephemeral daemon leaves behind; the cache stays."""
+    for path in (memory_dir(settings), settings.runtime_dir, settings.state_dir):
+        shutil.rmtree(path, ignore_errors=True)

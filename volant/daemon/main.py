@@ -1,0 +1,44 @@
+"""The entry point of `volantd`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import trio
+
+from ._daemon import DaemonError, run
+from ._settings import SettingsError, load
+
+
+def main() -> None:
+    """Run the daemon until a signal ends it; exit code 0 then, 1 when it can't run, 2 for settings that don't fit."""
+    try:
+        settings, warnings = load(sys.argv[1:], os.environ)
+    except SettingsError as error:
+        sys.exit(_complain(str(error), 2))
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    # It logs every header at this level.
+    logging.getLogger("hpack").setLevel(logging.WARNING)
+    for warning in warnings:
+        logging.getLogger("volant.daemon").warning("%s", warning)
+    try:
+        trio.run(run, settings)
+    except DaemonError as error:
+        sys.exit(_complain(str(error), 1))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"volantd: {text}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+if __name__ == "__main__":
+    main()
