@@ -39,7 +39,7 @@ from hypercorn.protocol.events import Body, Data, EndBody, Request, Response, St
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol, H11WSConnection
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
-from hypercorn.protocol.ws_stream import WSStream
+from hypercorn.protocol.ws_stream import ASGIWebsocketState, WSStream
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
@@ -369,7 +369,7 @@ class Tasks:
                     await send(message)
             else:
                 await send(message)
-                if message["type"] == "websocket.send":
+                if message["type"] != "http.response.start":
                     await trio.lowlevel.checkpoint()
 
         try:
@@ -401,37 +401,63 @@ class RequestStream(HTTPStream):
 
 
 class WebSocketStream(WSStream):
-    """One WebSocket, without compression.
+    """One WebSocket, without compression, and with two ways that ASGI lacks.
 
     Deflating on the event loop would stall everybody for one client's traffic, and inflating has no bound on what
     comes out (wsproto 1.3).
+
+    An app may answer with `volant.websocket.switch` instead of `websocket.accept`: from then on it gets and sends raw
+    bytes (`volant.websocket.bytes`), and the handshake is its own affair. Relays do, so that what passes between a
+    client and a guest stays what it was, and costs no unmasking here. `volant.websocket.texts` sends many text
+    messages with one write.
     """
 
     tasks: Tasks
     _answering = False
+    _raw = False
 
     async def handle(self, event: StreamEvent) -> None:
         if isinstance(event, Request):
             headers = [field for field in event.headers if field[0] != b"sec-websocket-extensions"]
+            offered = [value for name, value in event.headers if name == b"sec-websocket-extensions"]
             event = Request(
                 stream_id=event.stream_id,
                 headers=headers,
                 http_version=event.http_version,
                 method=event.method,
                 raw_path=event.raw_path,
-                state=event.state,
+                state=ConnectionState({**event.state, "websocket_extensions": offered}),
             )
-        elif isinstance(event, (Body, Data)) and not self.closed and not self.handshake.accepted:
-            # hypercorn#225. RFC 6455, 4.1: the client waits for our answer before it sends anything.
-            if not self._answering:
-                await self._send_error_response(400)
-            return
+        elif isinstance(event, (Body, Data)) and not self.closed:
+            if self._raw:
+                assert self.app_put is not None
+                await self.app_put({"type": "volant.websocket.bytes", "bytes": event.data})
+                return
+            if not self.handshake.accepted:
+                # hypercorn#225. RFC 6455, 4.1: the client waits for our answer before it sends anything.
+                if not self._answering:
+                    await self._send_error_response(400)
+                return
         await super().handle(event)
 
     async def app_send(self, message: Any) -> None:
-        if message is not None and message["type"] in ("websocket.http.response.start", "websocket.close"):
+        kind = None if message is None else message["type"]
+        if kind in ("websocket.http.response.start", "websocket.close"):
             self._answering = True
-        await super().app_send(message)
+        if self.closed:
+            return
+        if kind == "volant.websocket.switch" and self.state is ASGIWebsocketState.HANDSHAKE:
+            self._raw = self._answering = True
+            self.state = ASGIWebsocketState.CONNECTED
+            await self.send(Response(stream_id=self.stream_id, status_code=101, headers=list(message["headers"])))
+        elif kind == "volant.websocket.bytes" and self._raw:
+            await self.send(Data(stream_id=self.stream_id, data=message["bytes"]))
+        elif kind == "volant.websocket.texts" and self.state is ASGIWebsocketState.CONNECTED:
+            await self.send(Data(stream_id=self.stream_id, data=b"".join(map(text_frame, message["texts"]))))
+        elif kind is None and self._raw:
+            await self.send(StreamClosed(stream_id=self.stream_id))
+        else:
+            await super().app_send(message)
 
     async def _send_error_response(self, status_code: int) -> None:
         # Closed first: the app may be about to accept, and whatever it sends from here on is dropped.
@@ -440,6 +466,16 @@ class WebSocketStream(WSStream):
         if self.app_put is not None:
             await self.app_put({"type": "websocket.disconnect", "code": 1006})
         await self.send(StreamClosed(stream_id=self.stream_id))
+
+
+def text_frame(text: bytes) -> bytes:
+    """A server's WebSocket frame that is one whole text message (RFC 6455, 5.2)."""
+    size = len(text)
+    if size < 126:
+        return b"\x81%c" % size + text
+    if size < 65536:
+        return b"\x81\x7e" + size.to_bytes(2, "big") + text
+    return b"\x81\x7f" + size.to_bytes(8, "big") + text
 
 
 _STATUS_DETAIL = {

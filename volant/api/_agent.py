@@ -1,0 +1,70 @@
+"""`/api/v1/vms/{name}/agent/*` and `/api/v1/vms/{name}/ports/{port}/*`: what runs inside a VM."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from urllib.parse import unquote
+
+from volant.channel import AgentClient
+from volant.model import Problem, VmRow, invalid, is_name, no_such_vm
+from volant.model.agent import DAEMON_PREFIX
+
+from ._access import without_credentials
+from ._call import Call
+from ._doors import Doors
+from ._edge import StreamRoute
+from ._relay import Relay, to_port
+
+_AGENT = re.compile(r"/api/v1/vms/([^/]*)/agent(?:/.*)?\Z")
+_PORTS = re.compile(r"/api/v1/vms/([^/]*)/ports/([^/]*)(?:/.*)?\Z")
+_PORT = re.compile(r"[1-9][0-9]{0,4}\Z")
+
+
+def routes(doors: Doors, relay: Relay) -> list[StreamRoute]:
+    """The routes of this resource."""
+
+    async def agent(call: Call) -> None:
+        row, client = _way_in(doors, call.args[0])
+        target = _target(call, depth=6)
+        if _is_the_daemons(target):
+            raise Problem(404, "not-found", "there is no such route in the agent", vm=row.name)
+        await relay.run(call, client, vm_id=row.id, vm=row.name, target=target, host=b"agent")
+
+    async def ports(call: Call) -> None:
+        if not _PORT.match(call.args[1]) or int(call.args[1]) > 65535:
+            raise invalid("port", f"port {call.args[1][:40]!r} is not a number from 1 to 65535")
+        port = int(call.args[1])
+        row, client = _way_in(doors, call.args[0])
+        async with to_port(client, row.name, port) as inner:
+            host = b"localhost:%d" % port
+            await relay.run(call, inner, vm_id=row.id, vm=row.name, target=_target(call, depth=7), host=host)
+
+    return [
+        StreamRoute(_AGENT, agent, methods=None, websocket=True),
+        StreamRoute(_PORTS, ports, methods=None, websocket=True),
+    ]
+
+
+def _way_in(doors: Doors, name: str) -> tuple[VmRow, AgentClient]:
+    row = doors.store.projection.get(name) if is_name(name) else None
+    if row is None:
+        raise no_such_vm(name[:80])
+    return row, doors.vms.agent(name)
+
+
+def _target(call: Call, *, depth: int) -> str:
+    """What follows the first `depth` slashes of the path, byte for byte, and the query without our credentials."""
+    path = call.scope["raw_path"].decode("ascii")
+    rest = path.split("/", depth)[depth] if path.count("/") >= depth else ""
+    query = without_credentials(call.scope["query_string"]).decode("ascii")
+    return f"/{rest}?{query}" if query else f"/{rest}"
+
+
+def _is_the_daemons(target: str) -> bool:
+    """Whether the agent could take `target` for one of the routes that are the daemon's alone, however it is spelt."""
+    path = target.partition("?")[0]
+    for _ in range(3):
+        path = unquote(path)
+    path = posixpath.normpath("/" + path.replace("\\", "/").lstrip("/")).lower()
+    return f"{path}/".startswith(DAEMON_PREFIX)

@@ -1,0 +1,84 @@
+"""The app: Quart for what is one answer, plain coroutines for what streams, one edge around both."""
+
+from __future__ import annotations
+
+import logging
+
+from quart import Response, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from volant.model import Problem
+
+from . import _agent, _events, _logs, _plugins, _system, _vms
+from ._access import Access
+from ._doors import Doors
+from ._edge import Edge, internal_error, too_large
+from ._limits import Limits
+from ._problems import problem_body
+from ._relay import Relay
+from ._turns import Turns
+
+_log = logging.getLogger("volant.api")
+
+
+def create_app(doors: Doors, limits: Limits | None = None) -> QuartTrio:
+    """The API over `doors`, to be handed to `serve`."""
+    limits = limits or Limits()
+    app = QuartTrio("volant.api", static_folder=None)
+    app.config.update(MAX_CONTENT_LENGTH=limits.json_body, RESPONSE_TIMEOUT=None, BODY_TIMEOUT=30)
+    # A proxied path is not ours to tidy, and redirects help no client of an API.
+    app.url_map.merge_slashes = False
+    app.url_map.strict_slashes = False
+    _answer_errors(app, limits)
+    for resource in (_system, _vms, _plugins):
+        resource.add_routes(app, doors)
+    turns = Turns()
+    streams = [
+        *_agent.routes(doors, Relay(turns)),
+        *_events.routes(doors),
+        *_logs.routes(doors, turns),
+    ]
+    app.asgi_app = Edge(app.asgi_app, streams, Access(doors.settings), limits)  # type: ignore[method-assign]
+    return app
+
+
+def _answer_errors(app: QuartTrio, limits: Limits) -> None:
+    async def problem(error: Problem) -> Response:
+        return _response(error)
+
+    async def http_error(error: HTTPException) -> Response:
+        if isinstance(error, RequestEntityTooLarge):
+            return _response(too_large(limits.json_body))
+        status = error.code or 500
+        words = (error.name or "error").lower()
+        detail = {
+            404: f"there is nothing at {request.path[:200]}",
+            405: f"{request.method} is not possible on {request.path[:200]}",
+            408: "the body of the request took too long",
+        }.get(status, error.description or words)
+        response = _response(Problem(status, words.replace(" ", "-"), detail))
+        for name, value in error.get_headers():
+            if name.lower() in ("allow", "retry-after"):
+                response.headers[name] = value
+        return response
+
+    async def unexpected(error: Exception) -> Response:
+        _log.error("request %s failed", _request_id(), exc_info=error)
+        return _response(internal_error())
+
+    app.register_error_handler(Problem, problem)
+    app.register_error_handler(HTTPException, http_error)
+    app.register_error_handler(Exception, unexpected)
+
+
+def _response(problem: Problem) -> Response:
+    response = Response(
+        problem_body(problem, _request_id()), status=problem.status, content_type="application/problem+json"
+    )
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def _request_id() -> str:
+    return str(request.scope["state"]["request_id"])

@@ -1,0 +1,125 @@
+"""One request that is served beside Quart: what streams, in either direction, and every WebSocket.
+
+Quart buffers request bodies without back-pressure, turns an empty WebSocket message into None (quart-trio 0.12), and
+runs streams as async generators, in which a cancel scope may not span a `yield`. What streams is therefore a plain
+coroutine on ASGI's own `receive` and `send`, with these helpers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from volant.model import Problem
+
+from ._problems import problem_body, problem_headers
+from ._query import Query
+
+Message = dict[str, Any]
+Header = tuple[bytes, bytes]
+
+GOING_AWAY = 1001
+NORMAL = 1000
+
+
+@dataclass
+class Call:
+    """A request, and the ways to answer it."""
+
+    scope: Any
+    receive: Callable[[], Awaitable[Message]]
+    send: Callable[[Message], Awaitable[None]]
+    request_id: str
+    args: Sequence[str] = ()
+    """What the route's pattern captured, percent-decoded."""
+    started: bool = field(default=False, init=False)
+    """Whether the head of the answer is out."""
+
+    @property
+    def is_websocket(self) -> bool:
+        return bool(self.scope["type"] == "websocket")
+
+    @property
+    def method(self) -> str:
+        return "GET" if self.is_websocket else str(self.scope["method"])
+
+    @property
+    def stopping(self) -> trio.Event:
+        """Set when the daemon stops: streams end themselves then."""
+        event = self.scope["state"]["stopping"]
+        assert isinstance(event, trio.Event)
+        return event
+
+    @property
+    def query(self) -> Query:
+        """The query's parameters, those of the edge not among them."""
+        return Query(self.scope["query_string"], credentials=True)
+
+    def header(self, name: bytes) -> str | None:
+        """The value of a header, by its name in lower case."""
+        for key, value in self.scope["headers"]:
+            if key == name:
+                return bytes(value).decode("latin-1")
+        return None
+
+    # HTTP
+
+    async def start(self, status: int, headers: Sequence[Header]) -> None:
+        """Send the head of an answer."""
+        self.started = True
+        await self.send({"type": "http.response.start", "status": status, "headers": list(headers)})
+
+    async def write(self, data: bytes) -> None:
+        """Send a piece of the body; returns when the kernel has it."""
+        await self.send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def finish(self) -> None:
+        """End the body."""
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def fail(self, problem: Problem, headers: Sequence[Header] = ()) -> None:
+        """Answer with an error, over HTTP or instead of an upgrade. Only before anything else was sent."""
+        body = problem_body(problem, self.request_id)
+        await self.reject(problem.status, [*problem_headers(body, self.request_id), *headers], body)
+
+    async def reject(self, status: int, headers: Sequence[Header], body: bytes) -> None:
+        """Answer in full, over HTTP or instead of an upgrade."""
+        prefix = "websocket.http.response" if self.is_websocket else "http.response"
+        self.started = True
+        await self.send({"type": f"{prefix}.start", "status": status, "headers": list(headers)})
+        await self.send({"type": f"{prefix}.body", "body": body, "more_body": True})
+        await self.send({"type": f"{prefix}.body", "body": b"", "more_body": False})
+
+    async def while_connected(self, stream: Callable[[], Awaitable[None]]) -> bool:
+        """Run `stream` until it ends or the client leaves; what the client sends is dropped. True if it ended."""
+        ended = False
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                while (await self.receive())["type"] not in ("http.disconnect", "websocket.disconnect"):
+                    pass
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            await stream()
+            ended = True
+            nursery.cancel_scope.cancel()
+        return ended
+
+    # WebSockets
+
+    async def accept(self) -> None:
+        """Complete the upgrade."""
+        self.started = True
+        await self.send({"type": "websocket.accept", "headers": []})
+
+    async def send_texts(self, texts: Sequence[bytes]) -> None:
+        """Send text messages, each UTF-8, with one write."""
+        await self.send({"type": "volant.websocket.texts", "texts": texts})
+
+    async def close(self, code: int, reason: str = "") -> None:
+        """Send the closing frame."""
+        await self.send({"type": "websocket.close", "code": code, "reason": reason})

@@ -1,0 +1,55 @@
+"""What the API uses of the rest of the daemon, handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal, Protocol
+
+from actors import Ref
+from volant.host import Host
+from volant.journal import Journal, Store, VmLogs
+from volant.vm import Vms
+
+Health = Literal["ok", "starting", "stopping", "degraded"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiSettings:
+    """What of the daemon's settings the API depends on."""
+
+    addresses: tuple[str, ...] = ()
+    """Where it listens, as `http://127.0.0.1:7777` or `unix:/path`."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names besides loopback and the listen address that may stand in `Host`, with a port or for any."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages that may use WebSockets and unsafe methods."""
+
+
+class SystemDoor(Protocol):
+    """The daemon, as far as it tells about itself."""
+
+    started_at: datetime
+
+    def health(self) -> Health:
+        """`ok` when the supervisor tree is whole."""
+
+    def tree(self) -> Mapping[str, object]:
+        """The supervisor tree, ready for JSON."""
+
+    def info(self) -> Mapping[str, object]:
+        """Addresses, versions, accelerator and why, ready for JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doors:
+    """Refs and doors of the API."""
+
+    vms: Vms
+    journal: Ref[Journal]
+    store: Store
+    logs: VmLogs
+    host: Host
+    system: SystemDoor
+    settings: ApiSettings = field(default_factory=ApiSettings)

@@ -1,0 +1,169 @@
+"""What every request passes: access, its id, errors as problems, the log line; and the way to its route.
+
+It wraps Quart as ASGI, so it also answers for what Quart does not see, and costs a request that goes to Quart a few
+microseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+import trio
+
+from volant.model import Problem
+
+from ._access import Access
+from ._call import Call, Message
+from ._limits import Limits
+from ._problems import new_request_id
+
+_requests = logging.getLogger("volant.api.request")
+_log = logging.getLogger("volant.api")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}\Z")
+_QUIET = frozenset({"/healthz"})
+
+AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
+Handler = Callable[[Call], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class StreamRoute:
+    """A route beside Quart. `methods` None: any."""
+
+    pattern: re.Pattern[str]
+    handler: Handler
+    methods: frozenset[str] | None = frozenset({"GET", "HEAD"})
+    http: bool = True
+    websocket: bool = False
+
+
+class Edge:
+    """The ASGI app that is served."""
+
+    def __init__(self, app: AsgiApp, routes: Sequence[StreamRoute], access: Access, limits: Limits) -> None:
+        self._app = app
+        self._routes = routes
+        self._access = access
+        self._limits = limits
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given.decode("ascii") if _REQUEST_ID.match(given) else new_request_id()
+        scope["state"]["request_id"] = request_id
+        answer = _Answer(send, request_id.encode("ascii"))
+        call = Call(scope, receive, answer.send, request_id)
+        began = time.perf_counter()
+        try:
+            await self._serve(call)
+        except* trio.BrokenResourceError:
+            pass  # One of the two sides broke off in the middle: there is nobody left to tell.
+        except* Problem as group:
+            await self._fail(call, answer, _first(group))
+        except* Exception as group:
+            _log.error("request %s failed", request_id, exc_info=group)
+            await self._fail(call, answer, internal_error())
+        finally:
+            _log_request(scope, request_id, answer.status, time.perf_counter() - began)
+
+    async def _serve(self, call: Call) -> None:
+        scope = call.scope
+        self._access.check(scope)
+        path = scope["raw_path"].decode("ascii")
+        for route in self._routes:
+            found = route.pattern.match(path)
+            if found:
+                call.args = [unquote(group or "") for group in found.groups()]
+                self._check_method(route, call)
+                await route.handler(call)
+                return
+        if call.is_websocket:
+            raise Problem(404, "not-found", f"there is no WebSocket at {path[:200]}")
+        self._check_length(call)
+        await self._app(scope, call.receive, call.send)
+
+    def _check_method(self, route: StreamRoute, call: Call) -> None:
+        if call.is_websocket and not route.websocket:
+            raise Problem(404, "not-found", "there is no WebSocket here", hint="this is plain HTTP")
+        if not call.is_websocket and not route.http:
+            raise Problem(426, "upgrade-required", "this is a WebSocket", hint="connect with ws://")
+        if route.methods is not None and call.method not in route.methods:
+            allowed = ", ".join(sorted(route.methods))
+            raise Problem(405, "method-not-allowed", f"{call.method} is not possible here", hint=f"use {allowed}")
+
+    def _check_length(self, call: Call) -> None:
+        """Refuse a body that says that it is too long, before the client is asked for it."""
+        length = call.header(b"content-length")
+        if length is not None and int(length) > self._limits.json_body:
+            raise too_large(self._limits.json_body)
+
+    async def _fail(self, call: Call, answer: _Answer, problem: Problem) -> None:
+        if answer.status:
+            return  # Too late: the server sees an answer that does not end, and cuts it off.
+        headers = []
+        if problem.status == 405 and problem.hint:
+            headers.append((b"allow", problem.hint.removeprefix("use ").encode("latin-1")))
+        if problem.status == 426:
+            headers.append((b"upgrade", b"websocket"))
+        await call.fail(problem, headers)
+
+
+class _Answer:
+    """Adds what every answer has, and remembers its status."""
+
+    __slots__ = ("_request_id", "_send", "status")
+
+    def __init__(self, send: Callable[[Message], Awaitable[None]], request_id: bytes) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.status = 0
+
+    async def send(self, message: Message) -> None:
+        kind = message["type"]
+        if kind in ("http.response.start", "websocket.http.response.start"):
+            self.status = message["status"]
+            headers = message["headers"]
+            if not any(name == b"x-request-id" for name, _ in headers):
+                headers.append((b"x-request-id", self._request_id))
+                headers.append((b"x-content-type-options", b"nosniff"))
+        elif kind in ("websocket.accept", "volant.websocket.switch"):
+            self.status = 101
+        await self._send(message)
+
+
+def too_large(limit: int) -> Problem:
+    """413."""
+    return Problem(413, "body-too-large", f"the body is larger than {limit} bytes")
+
+
+def internal_error() -> Problem:
+    """500, which tells nothing but where to look."""
+    return Problem(
+        500, "internal-error", "the request failed inside the daemon", hint="its log has the details under request_id"
+    )
+
+
+def _first(group: BaseExceptionGroup[Problem]) -> Problem:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Problem)
+    return error
+
+
+def _log_request(scope: Any, request_id: str, status: int, took_s: float) -> None:
+    path = scope["raw_path"].decode("ascii", "replace")
+    level = logging.DEBUG if path in _QUIET else logging.INFO
+    if _requests.isEnabledFor(level):
+        # Never the query: it may carry a key.
+        method = scope.get("method", "WEBSOCKET")
+        _requests.log(level, "%s %s %s %s %.1f ms", request_id, method, path[:500], status or "-", took_s * 1000)

@@ -1,0 +1,134 @@
+"""`/api/v1/events/vms`: what happens to VMs, as server-sent events."""
+
+from __future__ import annotations
+
+import re
+
+import trio
+
+from volant.journal import EventCursor, EventFrame, EventGap
+from volant.model import EventType, Problem, is_name
+
+from ._call import Call
+from ._doors import Doors
+from ._edge import StreamRoute
+from ._waits import interruptible
+
+KEEP_UP_S = 15.0
+"""So often a reader is told the newest id, and that the stream lives."""
+
+_PATH = re.compile(r"/api/v1/events/vms/?\Z")
+_TYPES = frozenset(str(kind) for kind in EventType)
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+]
+_MAX_ID = 200
+
+
+def routes(doors: Doors) -> list[StreamRoute]:
+    """The routes of this resource."""
+
+    async def events(call: Call) -> None:
+        query = call.query
+        since, last_event_id = query.text("since"), query.text("last_event_id")
+        wanted = _Filter(
+            vm=query.text("vm"), types=query.words("types", _TYPES), labels=query.labels(), strict=query.text("on_gap")
+        )
+        query.done()
+        after = _after(call.header(b"last-event-id"), last_event_id, since)
+        if wanted.strict and after is not None and after != "oldest":
+            gap = doors.store.events.gap(after)
+            if gap is not None:
+                raise Problem(
+                    410, "events-gone", f"the events after {after[:80]!r} are not kept, or never were",
+                    hint=f"the oldest kept is {gap.oldest}; read the list of VMs, and go on from its Volant-Event-Id",
+                )  # fmt: skip
+        await call.start(200, _HEADERS)
+        if call.method == "HEAD":
+            await call.finish()
+            return
+        async with doors.store.events.cursor(after) as cursor:
+            await call.write(b"retry: 1000\n\n")
+            if await call.while_connected(lambda: _stream(call, cursor, wanted)):
+                await call.finish()
+
+    return [StreamRoute(_PATH, events)]
+
+
+class _Filter:
+    """Which events a client wants. :raises Problem: 400."""
+
+    def __init__(self, *, vm: str | None, types: frozenset[str], labels: dict[str, str], strict: str | None) -> None:
+        if vm is not None and not is_name(vm):
+            raise Problem(400, "invalid-request", f"the parameter vm is {vm[:80]!r}, not a name", field="vm")
+        if strict not in (None, "410"):
+            raise Problem(
+                400,
+                "invalid-request",
+                f"the parameter on_gap is {strict[:40]!r}",
+                field="on_gap",
+                hint="410 or nothing",
+            )
+        self._vm = vm
+        self._types = types
+        self._labels = labels.items()
+        self._all = vm is None and not types and not labels
+        self.strict = strict is not None
+
+    def of(self, frames: list[EventFrame]) -> bytes:
+        """The blocks of those that are wanted."""
+        if self._all:
+            return b"".join(frame.sse for frame in frames)
+        return b"".join(frame.sse for frame in frames if self._wants(frame))
+
+    def _wants(self, frame: EventFrame) -> bool:
+        event = frame.event
+        return (
+            (self._vm is None or event.name == self._vm)
+            and (not self._types or event.type in self._types)
+            and self._labels <= event.labels.items()
+        )
+
+
+def _after(header: str | None, last_event_id: str | None, since: str | None) -> str | None:
+    """Where to begin. The header wins, as an `EventSource` reconnects with its first URL."""
+    for given in (header, last_event_id):
+        if given:
+            return given[:_MAX_ID]
+    if since is None:
+        return None
+    if since == "0":
+        return "oldest"
+    return since[:_MAX_ID]
+
+
+async def _stream(call: Call, cursor: EventCursor, wanted: _Filter) -> None:
+    """Until the daemon stops."""
+    told = cursor.position
+    beat = trio.current_time() + KEEP_UP_S
+    async with interruptible(call.stopping) as waits:
+        while not waits.stopped():
+            taken = await waits.until(cursor.take, beat)
+            if taken is None:
+                if waits.stopped():
+                    break
+                beat = trio.current_time() + KEEP_UP_S
+                data = _id_block(cursor)
+            elif isinstance(taken, EventGap):
+                data = taken.sse
+            elif taken:
+                data = wanted.of(taken)
+            else:
+                break
+            if data:
+                told = cursor.position
+                await call.write(data)
+        # Who comes back after our restart need not read again what it did not want.
+        if cursor.position != told:
+            await call.write(_id_block(cursor))
+
+
+def _id_block(cursor: EventCursor) -> bytes:
+    return f"id: {cursor.position}\n\n".encode()

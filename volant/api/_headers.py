@@ -1,0 +1,66 @@
+"""Which headers pass between a client and a guest, and which don't."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+Header = tuple[bytes, bytes]
+
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"http2-settings",
+    }
+)
+_CREDENTIALS = frozenset({b"authorization", b"cookie", b"x-volant-api-key"})
+_OURS_TO_SAY = frozenset({b"host", b"expect"})
+
+_ORIGIN_WIDE = frozenset(
+    {
+        b"set-cookie",
+        b"set-cookie2",
+        b"service-worker-allowed",
+        b"clear-site-data",
+        b"strict-transport-security",
+        b"alt-svc",
+        b"public-key-pins",
+        b"report-to",
+        b"reporting-endpoints",
+        b"nel",
+    }
+)
+"""What a browser would take as said for all of our origin, other guests and the API among it."""
+
+SANDBOX: tuple[Header, ...] = (
+    (b"content-security-policy", b"sandbox"),
+    (b"x-content-type-options", b"nosniff"),
+)
+
+
+def to_guest(headers: Iterable[Header], *, host: bytes) -> list[Header]:
+    """A client's headers as the guest gets them: without hop-by-hop ones and the client's credentials."""
+    headers = list(headers)
+    dropped = _HOP_BY_HOP | _CREDENTIALS | _OURS_TO_SAY | _named_by_connection(headers)
+    return [(b"host", host), *((name, value) for name, value in headers if name not in dropped)]
+
+
+def from_guest(headers: Iterable[Header]) -> list[Header]:
+    """A guest's headers as the client gets them: its pages never run as ours (contract: Access)."""
+    headers = list(headers)
+    dropped = _HOP_BY_HOP | _ORIGIN_WIDE | _named_by_connection(headers) | {b"date", b"x-request-id"}
+    kept = [(name, value) for name, value in headers if name not in dropped and name != b"x-content-type-options"]
+    return [*kept, *SANDBOX]
+
+
+def _named_by_connection(headers: Iterable[Header]) -> frozenset[bytes]:
+    named = (token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b","))
+    # A client that lists Content-Length here would smuggle its body past the framing.
+    return frozenset(named) - {b"content-length", b"host"}

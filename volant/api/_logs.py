@@ -1,0 +1,137 @@
+"""`/ws/v1/vms/{name}/logs` and `/api/v1/vms/{name}/logs`: what a VM's console and workload said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import cast
+
+from volant.journal import LogCursor, LogGap, LogStream, VmLog
+from volant.model import Problem, invalid, is_name, no_such_vm
+
+from ._call import GOING_AWAY, NORMAL, Call
+from ._doors import Doors
+from ._edge import StreamRoute
+from ._query import Query, parse_time
+from ._turns import Turns
+from ._waits import interruptible
+
+_WEBSOCKET = re.compile(r"/ws/v1/vms/([^/]*)/logs/?\Z")
+_HTTP = re.compile(r"/api/v1/vms/([^/]*)/logs/?\Z")
+_STREAMS = frozenset({"stdout", "stderr", "console"})
+_DEFAULT_TAIL = 100
+_MAX_TAIL = 1_000_000
+_BATCH = 64 * 1024
+
+
+def routes(doors: Doors, turns: Turns) -> list[StreamRoute]:
+    """The routes of this resource."""
+
+    async def websocket(call: Call) -> None:
+        log, wanted = _find(doors, call, tail=_DEFAULT_TAIL, follow=True)
+        await call.accept()
+
+        async def stream() -> None:
+            async with wanted.cursor(log) as cursor:
+                ended = await _send(call, cursor, turns, log.vm_id, call.send_texts)
+            await call.close(NORMAL if ended else GOING_AWAY)
+
+        await call.while_connected(stream)
+
+    async def ndjson(call: Call) -> None:
+        log, wanted = _find(doors, call, tail=None, follow=False)
+        await call.start(200, [(b"content-type", b"application/x-ndjson"), (b"cache-control", b"no-store")])
+
+        async def write(lines: list[bytes]) -> None:
+            await call.write(b"\n".join(lines) + b"\n")
+
+        async def stream() -> None:
+            async with wanted.cursor(log) as cursor:
+                await _send(call, cursor, turns, log.vm_id, write)
+
+        if call.method == "HEAD" or await call.while_connected(stream):
+            await call.finish()
+
+    return [
+        StreamRoute(_WEBSOCKET, websocket, http=False, websocket=True),
+        StreamRoute(_HTTP, ndjson),
+    ]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Which lines a client wants."""
+
+    since_seq: int | None
+    since_time: datetime | None
+    tail: int | None
+    follow: bool
+    streams: frozenset[LogStream]
+
+    def cursor(self, log: VmLog):  # type: ignore[no-untyped-def]  # what VmLog.cursor returns
+        return log.cursor(
+            since_seq=self.since_seq,
+            since_time=self.since_time,
+            tail=self.tail,
+            streams=self.streams,
+            follow=self.follow,
+        )
+
+
+def _find(doors: Doors, call: Call, *, tail: int | None, follow: bool) -> tuple[VmLog, _Wanted]:
+    """The log that is asked for. :raises Problem: 400, 404, 503."""
+    name = call.args[0]
+    query = call.query
+    wanted = _wanted(query, tail, follow)
+    vm_id = query.integer("vm_id", minimum=1, maximum=2**63 - 1)
+    query.done()
+    row = doors.store.projection.get(name) if is_name(name) else None
+    try:
+        if row is not None and vm_id in (None, row.id):
+            return doors.logs.open(row.id, row.name), wanted
+        if vm_id is not None and doors.store.projection.by_id(vm_id) is None:
+            log = doors.logs.find(vm_id)
+            if log is not None and log.name == name:
+                return log, wanted
+    except (OSError, RuntimeError) as error:
+        raise Problem(503, "log-unreadable", f"the log of VM {name!r} can't be read: {error}", vm=name) from error
+    if row is None and vm_id is None:
+        raise no_such_vm(name[:80])
+    raise Problem(
+        404, "log-not-found", f"there is no log of a VM {name[:80]!r} with the id {vm_id}",
+        hint="a deleted VM's log is kept for 24 h",
+    )  # fmt: skip
+
+
+def _wanted(query: Query, tail: int | None, follow: bool) -> _Wanted:
+    since = query.text("since")
+    given = query.integer("tail", maximum=_MAX_TAIL)
+    streams = cast("frozenset[LogStream]", query.words("stream", _STREAMS))
+    seq = time = None
+    if since is not None:
+        if since.isascii() and since.isdecimal():
+            if len(since) > 18:
+                raise invalid("since", "since is too large")
+            seq = int(since)
+        else:
+            time = parse_time(since, "since")
+    return _Wanted(seq, time, given if given is not None else tail, query.flag("follow", follow), streams)
+
+
+async def _send(
+    call: Call, cursor: LogCursor, turns: Turns, vm_id: int, send: Callable[[list[bytes]], Awaitable[None]]
+) -> bool:
+    """Send lines until the log or its wanted part ends (True) or the daemon stops (False)."""
+    ended = False
+    async with interruptible(call.stopping) as waits:
+        while (taken := await waits.until(partial(cursor.take, _BATCH))) is not None:
+            if not taken:
+                ended = True
+                break
+            frames = [taken.frame] if isinstance(taken, LogGap) else taken
+            await turns.take(vm_id, sum(map(len, frames)))
+            await send(frames)
+    return ended

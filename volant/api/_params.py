@@ -1,0 +1,78 @@
+"""What requests to VMs and plugins share: names in paths, parameters, preconditions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from quart import request
+
+from volant.model import Problem, Status, VmRow, is_name, no_such_vm
+from volant.vm import DELETED
+
+from ._doors import Doors
+from ._query import Query
+
+MAX_WAIT_S = 600.0
+DEFAULT_WAIT_S = 60.0
+_STATES = frozenset({*(str(state) for state in Status), DELETED})
+
+
+def query() -> Query:
+    """The parameters of the request under way."""
+    return Query(request.query_string)
+
+
+def no_query() -> None:
+    """:raises Problem: 400 when there is any parameter."""
+    if request.query_string:
+        query().done()
+
+
+def vm_row(doors: Doors, name: str) -> VmRow:
+    """The row of the VM of this name. :raises Problem: 404."""
+    row = doors.store.projection.get(name)
+    if row is None:
+        raise no_such_vm(name[:80])
+    return row
+
+
+def wait_of(parameters: Query) -> tuple[Collection[str], float]:
+    """States to wait for, none if there is nothing to wait for, and how long. :raises Problem: 400."""
+    states = parameters.words("wait", _STATES)
+    timeout_s = parameters.duration("timeout", DEFAULT_WAIT_S, maximum_s=MAX_WAIT_S)
+    return states, timeout_s
+
+
+def etag(row: VmRow) -> str:
+    """Changes with every change of the VM."""
+    return f'"{row.id}-{row.revision}"'
+
+
+def check_if_match(row: VmRow) -> None:
+    """:raises Problem: 412 when the request names another state of the VM than the present one."""
+    given = request.headers.get("If-Match")
+    if given is not None and not _matches(given, etag(row)):
+        raise Problem(
+            412,
+            "vm-changed",
+            f"VM {row.name!r} has changed",
+            vm=row.name,
+            hint="read it again, and send its ETag as If-Match",
+        )
+
+
+def is_not_modified(row: VmRow) -> bool:
+    """Whether the client has what it would get."""
+    given = request.headers.get("If-None-Match")
+    return given is not None and _matches(given, etag(row))
+
+
+def _matches(given: str, tag: str) -> bool:
+    return any(part.strip().removeprefix("W/") in ("*", tag) for part in given.split(","))
+
+
+def plugin_name(name: str) -> str:
+    """:raises Problem: 404 when there can't be a plugin of this name."""
+    if not is_name(name):
+        raise Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}")
+    return name

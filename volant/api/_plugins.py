@@ -1,0 +1,97 @@
+"""`/api/v1/plugins`: what kinds of VMs there are."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+from quart import Response
+from quart_trio import QuartTrio
+
+from actors import ActorDown, AskTimeout, Request
+from volant.journal import EnablePlugin, InstallPlugin, Plugin, RemovePlugin
+from volant.model import Manifest, Problem, check_manifest
+
+from ._body import Nothing, read_body
+from ._doors import Doors
+from ._json import json_response
+from ._params import no_query, plugin_name
+
+R = TypeVar("R")
+_ASK_S = 60.0
+
+
+class Enabled(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The body of `POST …/enabled`."""
+
+    enabled: bool
+
+
+def add_routes(app: QuartTrio, doors: Doors) -> None:
+    """The routes of this resource."""
+
+    @app.get("/api/v1/plugins")
+    async def list_plugins() -> Response:
+        no_query()
+        return json_response([_shown(plugin) for plugin in doors.store.projection.plugins.values()])
+
+    @app.post("/api/v1/plugins")
+    async def install_plugin() -> Response:
+        no_query()
+        manifest = check_manifest(await read_body(Manifest))
+        plugin = await ask(InstallPlugin(manifest))
+        response = json_response(_shown(plugin), 201)
+        response.headers["Location"] = f"/api/v1/plugins/{plugin.name}"
+        return response
+
+    @app.get("/api/v1/plugins/<name>")
+    async def get_plugin(name: str) -> Response:
+        no_query()
+        return json_response(_shown(plugin_of(name)))
+
+    @app.delete("/api/v1/plugins/<name>")
+    async def remove_plugin(name: str) -> Response:
+        no_query()
+        await read_body(Nothing)
+        await ask(RemovePlugin(plugin_name(name)))
+        return Response(b"", status=204)
+
+    @app.get("/api/v1/plugins/<name>/manifest")
+    async def get_manifest(name: str) -> Response:
+        no_query()
+        return json_response(plugin_of(name).manifest)
+
+    @app.post("/api/v1/plugins/<name>/enabled")
+    async def enable_plugin(name: str) -> Response:
+        no_query()
+        wanted = await read_body(Enabled)
+        return json_response(_shown(await ask(EnablePlugin(plugin_name(name), wanted.enabled))))
+
+    def plugin_of(name: str) -> Plugin:
+        plugin = doors.store.projection.plugins.get(name)
+        if plugin is None:
+            raise Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}")
+        return plugin
+
+    async def ask(message: Request[R]) -> R:
+        try:
+            return await doors.journal.ask(message, timeout_s=_ASK_S)
+        except (ActorDown, AskTimeout) as error:
+            raise Problem(
+                503, "journal-down", f"the journal could not keep the change: {error}",
+                hint="look whether it was made, and try again",
+            ) from error  # fmt: skip
+
+
+def _shown(plugin: Plugin) -> dict[str, object]:
+    manifest = plugin.manifest
+    return {
+        "name": manifest.name,
+        "version": manifest.version,
+        "description": manifest.description,
+        "runtime": manifest.runtime,
+        "enabled": plugin.enabled,
+        "builtin": plugin.created_at is None,
+        "created_at": plugin.created_at,
+        "labels": manifest.labels,
+    }

@@ -1,0 +1,114 @@
+"""Query parameters: each is asked for by name, and what nobody asked for is an error that names it."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from urllib.parse import parse_qsl
+
+from volant.model import Problem, invalid, parse_duration
+
+_MAX_FIELDS = 100
+_INTEGER = re.compile(r"\d{1,18}\Z")
+
+
+class Query:
+    """The parameters of one request. Ask for all that the route knows, then call `done()`.
+
+    `api_key` and `ticket` belong to the edge where `credentials` is true: browsers can't set headers there.
+
+    :raises Problem: 400 for what is no query string.
+    """
+
+    def __init__(self, raw: bytes, *, credentials: bool = False) -> None:
+        self._values: dict[str, list[str]] = {}
+        self._known: set[str] = {"api_key", "ticket"} if credentials else set()
+        if not raw:
+            return
+        try:
+            pairs = parse_qsl(raw.decode("ascii"), keep_blank_values=True, max_num_fields=_MAX_FIELDS, errors="strict")
+        except ValueError:
+            raise Problem(
+                400, "invalid-request", f"the query is not UTF-8, or has more than {_MAX_FIELDS} parameters"
+            ) from None
+        for name, value in pairs:
+            self._values.setdefault(name, []).append(value)
+
+    def all(self, name: str) -> list[str]:
+        """Every value of a parameter that may be repeated."""
+        self._known.add(name)
+        return self._values.get(name, [])
+
+    def text(self, name: str) -> str | None:
+        """:raises Problem: 400 when it is given more than once."""
+        values = self.all(name)
+        if len(values) > 1:
+            raise invalid(name, f"the parameter {name} is given {len(values)} times")
+        return values[0] if values else None
+
+    def integer(self, name: str, *, minimum: int = 0, maximum: int) -> int | None:
+        """:raises Problem: 400 when it is no integer in the range."""
+        text = self.text(name)
+        if text is None:
+            return None
+        if not _INTEGER.match(text) or not minimum <= int(text) <= maximum:
+            raise invalid(name, f"the parameter {name} is {text[:40]!r}, not an integer from {minimum} to {maximum}")
+        return int(text)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """:raises Problem: 400 when it is neither `true` nor `false`."""
+        text = self.text(name)
+        if text is None:
+            return default
+        if text in ("true", "1", ""):
+            return True
+        if text in ("false", "0"):
+            return False
+        raise invalid(name, f"the parameter {name} is {text[:40]!r}, neither true nor false")
+
+    def duration(self, name: str, default_s: float, *, maximum_s: float) -> float:
+        """Seconds. :raises Problem: 400 when it is no duration, or too long."""
+        text = self.text(name)
+        return default_s if text is None else parse_duration(text, name, maximum_s=maximum_s)
+
+    def words(self, name: str, allowed: frozenset[str]) -> frozenset[str]:
+        """Comma-separated or repeated words; empty when it is not given. :raises Problem: 400 for another word."""
+        given = [word for text in self.all(name) for word in text.split(",")]
+        for word in given:
+            if word not in allowed:
+                raise invalid(
+                    name, f"the parameter {name} has {word[:40]!r}", hint=f"there are {', '.join(sorted(allowed))}"
+                )
+        return frozenset(given)
+
+    def labels(self, name: str = "label") -> dict[str, str]:
+        """`key=value`, perhaps repeated. :raises Problem: 400 when one is not of that form."""
+        labels = {}
+        for text in self.all(name):
+            key, equals, value = text.partition("=")
+            if not key or not equals:
+                raise invalid(name, f"the parameter {name} is {text[:80]!r}, not key=value")
+            labels[key] = value
+        return labels
+
+    def done(self) -> None:
+        """:raises Problem: 400 that names a parameter which the route does not know."""
+        for name in self._values:
+            if name not in self._known:
+                known = sorted(self._known - {"api_key", "ticket"})
+                raise invalid(
+                    name[:80],
+                    f"there is no parameter {name[:80]!r} here",
+                    hint=f"there are {', '.join(known)}" if known else "this route takes none",
+                )
+
+
+def parse_time(text: str, field: str) -> datetime:
+    """An RFC 3339 time. :raises Problem: 400."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is None:
+        raise invalid(field, f"{field} {text[:40]!r} is not a time", hint="write for instance 2025-09-24T12:34:56Z")
+    return time

@@ -1,0 +1,283 @@
+"""From a client to a server inside a guest and back: HTTP exchanges, and WebSockets as bytes.
+
+Nothing is buffered but what is on its way: a piece of the body is taken from one side when the other side has taken
+the one before. Each piece pays for itself in `Turns`, so that busy relays leave room for the rest of the daemon.
+
+A WebSocket is not decoded. The client's handshake goes to the guest as it is, the guest's answer comes back, and then
+bytes are passed on, which keeps extensions, fragments, pings and closing codes what they are and is cheap. Only the
+boundaries of the guest's frames are followed, so that a closing frame (1001) can be put between two of them when the
+daemon stops. A WebSocket library on both sides was rejected: it unmasks and masks every byte in Python, and has a
+bound on messages that neither side has asked for.
+
+No piece has a deadline: an open stream may be silent for days, a command in the guest may say nothing for an hour.
+What ends a stream is the end of either side, which the kernel's keep-alive (`_serving.py`) or the channel notices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import cast
+
+import trio
+
+from volant.channel import AgentClient, AgentProtocolError, AgentResponse, AgentUnreachable, Channel, ChannelStream
+from volant.model import Problem
+
+from ._call import GOING_AWAY, Call
+from ._headers import from_guest, to_guest
+from ._turns import Turns
+from ._waits import interruptible
+
+HEAD_S = 600.0
+"""How long a server in a guest may take to begin its answer."""
+CONNECT_S = 10.0
+_PIECE = 64 * 1024
+_MAX_REFUSAL = 64 * 1024
+_SEND_S = 300.0
+"""How long a guest may take to accept a piece of a WebSocket's bytes."""
+
+
+class Relay:
+    """Relays requests, within one budget."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+
+    async def run(self, call: Call, client: AgentClient, *, vm_id: int, vm: str, target: str, host: bytes) -> None:
+        """Pass `call` on to `client` as a request for `target`.
+
+        :raises Problem: 502 when no answer came.
+        """
+        try:
+            if call.is_websocket:
+                await self._websocket(call, client, vm_id, target, host)
+            else:
+                await self._http(call, client, vm_id, target, host)
+        except* (AgentUnreachable, AgentProtocolError) as group:
+            if call.started:
+                raise trio.BrokenResourceError(f"VM {vm}: its answer broke off") from group
+            raise unreachable(vm, _text(group)) from None
+        except* ValueError as group:
+            if call.started:
+                raise
+            raise Problem(400, "malformed-request", f"the request can't be passed on: {_text(group)}") from None
+
+    # HTTP
+
+    async def _http(self, call: Call, client: AgentClient, vm_id: int, target: str, host: bytes) -> None:
+        headers = to_guest(call.scope["headers"], host=host)
+        has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in call.scope["headers"])
+        # A rendezvous: the client's next piece is taken when the guest has got this one.
+        put, take = trio.open_memory_channel[bytes](0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._take_in, call, put, nursery.cancel_scope)
+            body = self._paid(take, vm_id) if has_body else None
+            async with client.stream(call.method, target, headers, body, timeout_s=HEAD_S) as response:
+                await call.start(response.status, from_guest(response.headers))
+                while data := await response.receive():
+                    await self._turns.take(vm_id, len(data))
+                    await call.write(data)
+            await call.finish()
+            nursery.cancel_scope.cancel()
+
+    async def _take_in(self, call: Call, put: trio.MemorySendChannel[bytes], scope: trio.CancelScope) -> None:
+        async with put:
+            while True:
+                message = await call.receive()
+                if message["type"] == "http.disconnect":
+                    scope.cancel()
+                    return
+                if message["body"]:
+                    try:
+                        await put.send(message["body"])
+                    except trio.BrokenResourceError:
+                        break  # The guest has answered without reading on.
+                if not message.get("more_body", False):
+                    break
+        while (await call.receive())["type"] != "http.disconnect":
+            pass
+        scope.cancel()
+
+    async def _paid(self, take: trio.MemoryReceiveChannel[bytes], vm_id: int) -> AsyncIterator[bytes]:
+        async with take:
+            async for data in take:
+                await self._turns.take(vm_id, len(data))
+                yield data
+
+    # WebSockets
+
+    async def _websocket(self, call: Call, client: AgentClient, vm_id: int, target: str, host: bytes) -> None:
+        headers = to_guest(call.scope["headers"], host=host)
+        headers += [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
+        headers += [(b"sec-websocket-extensions", value) for value in call.scope["state"]["websocket_extensions"]]
+        async with trio.open_nursery() as nursery:
+            splice = _Splice(call, self._turns, vm_id)
+            nursery.start_soon(splice.to_guest, nursery.cancel_scope)
+            async with client.stream("GET", target, headers, timeout_s=HEAD_S) as response:
+                if response.switched and response.status == 101:
+                    upgrade = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
+                    call.started = True
+                    splice.upstream = response.upgraded()
+                    await call.send(
+                        {"type": "volant.websocket.switch", "headers": from_guest(response.headers) + upgrade}
+                    )
+                    await splice.from_guest()
+                else:
+                    body = await _bounded(response, _MAX_REFUSAL)
+                    refusal = [field for field in from_guest(response.headers) if field[0] != b"content-length"]
+                    refusal.append((b"content-length", b"%d" % len(body)))
+                    await call.reject(max(response.status, 400), refusal, body)
+            nursery.cancel_scope.cancel()
+
+
+class _Splice:
+    """The bytes of one WebSocket, both ways."""
+
+    def __init__(self, call: Call, turns: Turns, vm_id: int) -> None:
+        self.upstream: ChannelStream | None = None
+        self._call = call
+        self._turns = turns
+        self._vm_id = vm_id
+        self._frames = FrameBounds()
+
+    async def to_guest(self, scope: trio.CancelScope) -> None:
+        """Until the client leaves or the guest does not listen any more; cancels `scope` then."""
+        while True:
+            message = await self._call.receive()
+            if message["type"] == "volant.websocket.bytes" and self.upstream is not None:
+                data = message["bytes"]
+                await self._turns.take(self._vm_id, len(data))
+                try:
+                    with trio.fail_after(_SEND_S):
+                        await self.upstream.send_all(data)
+                except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+                    break
+            elif message["type"] == "websocket.disconnect":
+                break
+        scope.cancel()
+
+    async def from_guest(self) -> None:
+        """Until the guest ends, or the daemon stops between two of its frames."""
+        assert self.upstream is not None
+        receive = partial(self.upstream.receive_some, _PIECE)
+        async with interruptible(self._call.stopping) as waits:
+            while True:
+                try:
+                    data = await waits.until(receive) if self._frames.between else await receive()
+                except trio.BrokenResourceError:
+                    return
+                if data is None:
+                    await self._call.send({"type": "volant.websocket.bytes", "bytes": closing_frame(GOING_AWAY)})
+                    return
+                if not data:
+                    return
+                self._frames.feed(data)
+                await self._turns.take(self._vm_id, len(data))
+                await self._call.send({"type": "volant.websocket.bytes", "bytes": data})
+
+
+class FrameBounds:
+    """Follows where WebSocket frames (RFC 6455, 5.2) begin and end in a stream of bytes."""
+
+    def __init__(self) -> None:
+        self._header = bytearray()
+        self._payload = 0
+
+    @property
+    def between(self) -> bool:
+        """Whether the bytes so far end with the end of a frame."""
+        return not self._header and not self._payload
+
+    def feed(self, data: bytes) -> None:
+        """Follow the next bytes."""
+        place = 0
+        while place < len(data):
+            if self._payload:
+                step = min(self._payload, len(data) - place)
+                self._payload -= step
+                place += step
+                continue
+            need = self._header_size()
+            step = min(need - len(self._header), len(data) - place)
+            self._header += data[place : place + step]
+            place += step
+            if len(self._header) >= 2 and len(self._header) == self._header_size():
+                self._payload = self._payload_size()
+                self._header.clear()
+
+    def _header_size(self) -> int:
+        if len(self._header) < 2:
+            return 2
+        length = self._header[1] & 0x7F
+        extended = 2 if length == 126 else 8 if length == 127 else 0
+        return 2 + extended + (4 if self._header[1] & 0x80 else 0)
+
+    def _payload_size(self) -> int:
+        length = self._header[1] & 0x7F
+        if length == 126:
+            return int.from_bytes(self._header[2:4], "big")
+        if length == 127:
+            return int.from_bytes(self._header[2:10], "big")
+        return length
+
+
+def closing_frame(code: int) -> bytes:
+    """A server's WebSocket frame that closes with `code`."""
+    return b"\x88\x02" + code.to_bytes(2, "big")
+
+
+@asynccontextmanager
+async def to_port(client: AgentClient, vm: str, port: int) -> AsyncIterator[AgentClient]:
+    """Requests to a port of the guest's loopback instead of to its agent: one, as the connection is for one.
+
+    :raises Problem: 502 when nothing listens there, or the agent can't be reached.
+    """
+    try:
+        async with client.stream("CONNECT", f"127.0.0.1:{port}", timeout_s=CONNECT_S) as response:
+            if not response.switched:
+                raise Problem(
+                    502, "port-unreachable", f"nothing answers on port {port} in VM {vm!r}", vm=vm,
+                    hint="it must listen on the guest's loopback",
+                )  # fmt: skip
+            async with trio.open_nursery() as nursery:
+                tunnel = _Tunnel(response.upgraded(), nursery)
+                # The client asks a channel for a stream and for a task, and the tunnel has both.
+                yield AgentClient(cast(Channel, tunnel))
+                nursery.cancel_scope.cancel()
+    except (AgentUnreachable, AgentProtocolError) as error:
+        raise unreachable(vm, str(error)) from None
+
+
+class _Tunnel:
+    """A channel into a guest, as far as one request needs one: its only stream ends at a port of the loopback."""
+
+    def __init__(self, stream: ChannelStream, nursery: trio.Nursery) -> None:
+        self._stream = stream
+        self._nursery = nursery
+
+    async def open_stream(self, *, timeout_s: float, reserved: bool = False) -> ChannelStream:
+        return self._stream
+
+    def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
+        self._nursery.start_soon(task)
+
+
+def unreachable(vm: str, why: str) -> Problem:
+    """502: a guest has failed, not the daemon."""
+    return Problem(502, "agent-unreachable", f"VM {vm!r} does not answer: {why}", vm=vm)
+
+
+async def _bounded(response: AgentResponse, limit: int) -> bytes:
+    body = b""
+    while len(body) < limit and (data := await response.receive()):
+        body += data
+    return body[:limit]
+
+
+def _text(group: BaseExceptionGroup[Exception]) -> str:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error)
