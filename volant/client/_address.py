@@ -1,0 +1,100 @@
+"""Where the daemon is: what people write, and how to connect to it."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import trio
+
+from ._errors import Unreachable
+
+_UNIX = "unix:"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A parsed base address."""
+
+    text: str
+    """As it was written, for messages."""
+    host: str
+    port: int
+    tls: bool = False
+    socket_path: str | None = None
+    """A Unix socket, in the place of host and port."""
+    prefix: str = ""
+    """A path before the API's own, of a proxy; without a slash at its end."""
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Understand `http://HOST[:PORT][/PREFIX]`, `https://…`, `HOST:PORT` or `unix:/PATH`.
+
+        :raises ValueError: it is none of these; the text says so to people.
+        """
+        if text.startswith(_UNIX):
+            path = text.removeprefix(_UNIX)
+            if not path.startswith("/"):
+                raise ValueError(f"{text!r} is no address: after unix: an absolute path has to come")
+            return cls(text, "localhost", 80, socket_path=path)
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        # Out of range or no number: reading `port` raises.
+        port = parts.port
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"{text!r} is no address: write http://HOST:PORT, https://HOST:PORT or unix:/PATH")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("an address has no user and password; put the key into VOLANT_API_KEY")
+        tls = parts.scheme == "https"
+        return cls(text, parts.hostname, port or (443 if tls else 80), tls=tls, prefix=parts.path.rstrip("/"))
+
+    @property
+    def host_header(self) -> str:
+        """The value of `Host`."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
+
+    @property
+    def http_url(self) -> str:
+        """The base address in the form that an HTTP client takes."""
+        return f"{'https' if self.tls else 'http'}://{self.host_header}{self.prefix}"
+
+    async def connect(self, timeout_s: float, tls: ssl.SSLContext) -> trio.abc.Stream:
+        """Open a connection for something other than plain HTTP.
+
+        :raises Unreachable: nobody accepts within `timeout_s`.
+        """
+        try:
+            with trio.fail_after(timeout_s):
+                if self.socket_path is not None:
+                    return await trio.open_unix_socket(self.socket_path)
+                stream = await trio.open_tcp_stream(self.host, self.port)
+                if not self.tls:
+                    return stream
+                secured = trio.SSLStream(stream, tls, server_hostname=self.host, https_compatible=True)
+                await secured.do_handshake()
+                return secured
+        except trio.TooSlowError:
+            raise self.unreachable(f"no connection within {timeout_s:g} s") from None
+        except (OSError, trio.BrokenResourceError) as error:
+            raise self.unreachable(reason_of(error)) from error
+
+    def unreachable(self, reason: str) -> Unreachable:
+        """The error for people when nobody is there."""
+        return Unreachable(
+            f"the daemon can't be reached at {self.text}: {reason}",
+            hint="start it with `volantd`, or name its address with --api or VOLANT_API_BASE",
+        )
+
+
+def reason_of(error: BaseException) -> str:
+    """The words of the operating system, from under what libraries put around them."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror:
+            return found.strerror
+        if isinstance(found, BaseExceptionGroup):
+            found = found.exceptions[0]
+            continue
+        found = found.__cause__ or found.__context__
+    return str(error) or type(error).__name__

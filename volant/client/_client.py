@@ -1,0 +1,296 @@
+"""The client itself: one object, its methods grouped as the API's paths are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal
+
+import msgspec
+import trio
+
+from volant.model import CreateVm, Event, Manifest, Status, VmView, check_name, format_duration
+
+from ._address import Address
+from ._errors import UnexpectedAnswer
+from ._events import pump_events
+from ._exec import Process, request_body
+from ._feed import Backoff, Feed, OnRetry, feeding
+from ._http import ANSWER_S, Http, Query, decode, json_value, problem
+from ._logs import pump_logs
+from ._types import Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus, Waited
+
+DEFAULT_BASE = "http://127.0.0.1:7777"
+
+_PATIENCE_S = 60.0
+_MAX_WAIT_S = 600.0
+_DELETE_S = 75.0
+
+
+class Client:
+    """A connection to one daemon, for one Trio run: `async with Client("http://127.0.0.1:7777") as client`.
+
+    `base_url` may also be `https://…`, `HOST:PORT` or `unix:/PATH`. Every method has a deadline. All raise
+    `ClientProblem` when the daemon answers with an error, and another `ClientError` when there is no usable answer.
+
+    :raises ValueError: `base_url` is no address.
+    """
+
+    def __init__(self, base_url: str = DEFAULT_BASE, *, api_key: str | None = None) -> None:
+        self._http = Http(Address.parse(base_url), api_key)
+        self.vms = _Vms(self._http)
+        self.plugins = _Plugins(self._http)
+        self.system = _System(self._http)
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def healthz(self) -> Health:
+        """Whether the daemon's tree is whole. An answer other than `ok` is no error here."""
+        return decode(await self._http.request("GET", "/healthz", also=(503,)), Health)
+
+    @asynccontextmanager
+    async def events(
+        self,
+        *,
+        after: str | None = None,
+        vm: str | None = None,
+        types: Collection[str] = (),
+        labels: Mapping[str, str] | None = None,
+        patience_s: float = _PATIENCE_S,
+        on_retry: OnRetry | None = None,
+    ) -> AsyncIterator[Feed[Event | StreamGap]]:
+        """The events of all VMs, or of those that fit; each at least once and in order, or a `StreamGap` says so.
+
+        :param after: an event's id, `"0"` for the oldest kept; None: from the moment on when the block is entered
+        :param patience_s: how long to try to reach a daemon again that was lost
+        """
+        query: dict[str, str | Sequence[str] | None] = {
+            "vm": vm,
+            "types": ",".join(types) or None,
+            "label": _labels(labels),
+        }
+        last_event_id = ""
+        if after == "0":
+            query["since"] = "0"
+        else:
+            # A connection that breaks before the first event must not lose what came meanwhile.
+            last_event_id = after if after is not None else await self.newest_event()
+        backoff = Backoff(patience_s, on_retry)
+        async with feeding(partial(pump_events, self._http, query, last_event_id, backoff)) as feed:
+            yield feed
+
+    async def newest_event(self) -> str:
+        """The id of the event up to which the daemon's answers are true now."""
+        response = await self._http.request("GET", "/api/v1/vms", query={"limit": 1})
+        event_id = response.headers.get("Volant-Event-Id")
+        if event_id is None:
+            raise UnexpectedAnswer("the daemon did not say up to which event its list is true")
+        return str(event_id)
+
+
+class _Vms:
+    """`client.vms`."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    async def list(
+        self,
+        *,
+        status: Status | str | None = None,
+        labels: Mapping[str, str] | None = None,
+        plugin: str | None = None,
+    ) -> list[VmView]:
+        """All VMs, or those that fit, by id."""
+        query = {"status": str(status) if status else None, "label": _labels(labels), "plugin": plugin}
+        return await self._http.get("/api/v1/vms", list[VmView], query)
+
+    async def get(self, name: str) -> VmView:
+        """One VM."""
+        return await self._http.get(_vm(name), VmView)
+
+    async def inspect(self, name: str) -> dict[str, Any]:
+        """What its actor and its process are doing; the members may change from version to version."""
+        return dict(json_value(await self._http.request("GET", f"{_vm(name)}/inspect")))
+
+    async def create(self, request: CreateVm) -> VmView:
+        """Create a VM. It is durable when this returns, and usually `pending`; see `wait`."""
+        body = {
+            field: value
+            for field in request.__struct_fields__
+            if (value := getattr(request, field)) not in (None, "", {}) or field in ("name", "cpu_cores", "memory_mb")
+        }
+        return decode(await self._http.request("POST", "/api/v1/vms", body=body), VmView)
+
+    async def delete(self, name: str) -> None:
+        """Delete a VM; returns when nothing of it is left."""
+        await self._http.request("DELETE", _vm(name), timeout_s=_DELETE_S)
+
+    async def start(self, name: str) -> VmView:
+        """Let it run. Durable when this returns, as with all verbs; the boot itself comes after."""
+        return await self._verb(name, "start")
+
+    async def stop(self, name: str, *, grace_s: float | None = None) -> VmView:
+        """Let it stop: the guest is asked, and killed after `grace_s` (None: the daemon's default, 10 s)."""
+        return await self._verb(name, "stop", {"grace": None if grace_s is None else format_duration(grace_s)})
+
+    async def restart(self, name: str) -> VmView:
+        """Let it boot anew."""
+        return await self._verb(name, "restart")
+
+    async def recover(self, name: str) -> VmView:
+        """Take control again of a VM whose reason is `control_lost`."""
+        return await self._verb(name, "recover")
+
+    async def _verb(self, name: str, verb: str, query: Query | None = None) -> VmView:
+        return decode(await self._http.request("POST", f"{_vm(name)}/{verb}", query=query), VmView)
+
+    async def wait(
+        self, name: str, states: Collection[Status | str] = (Status.RUNNING,), *, timeout_s: float = 60.0
+    ) -> Waited:
+        """Wait until the VM is in one of `states` (`"deleted"` is one too), comes to rest in another, or time is up."""
+        wanted = ",".join(str(state) for state in states)
+        give_up_at = trio.current_time() + timeout_s
+        while True:
+            left_s = min(max(give_up_at - trio.current_time(), 0.001), _MAX_WAIT_S)
+            waited = await self._wait_once(name, wanted, left_s)
+            if waited.outcome != "timeout" or trio.current_time() >= give_up_at:
+                return waited
+
+    async def _wait_once(self, name: str, wanted: str, timeout_s: float) -> Waited:
+        query = {"wait": wanted, "timeout": format_duration(max(round(timeout_s, 3), 0.001))}
+        response = await self._http.request("GET", _vm(name), query=query, timeout_s=timeout_s + ANSWER_S, also=(404,))
+        outcome = response.headers.get("Volant-Wait")
+        if response.status_code == 404:
+            if outcome is None:
+                raise problem(404, response.headers, response.content)
+            vm = None
+        else:
+            vm = decode(response, VmView)
+        try:
+            return msgspec.convert({"outcome": outcome, "vm": vm}, Waited)
+        except msgspec.ValidationError as error:
+            raise UnexpectedAnswer(f"the daemon did not say how the wait ended: {error}") from None
+
+    @asynccontextmanager
+    async def exec(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Process]:
+        """Run a command in the guest, with an empty standard input; leaving the block ends it.
+
+        :param timeout_s: the guest kills it after that; None: it may take as long as it takes
+        """
+        body = request_body(list(command), dict(env or {}), cwd, user, timeout_s)
+        silence_s = None if timeout_s is None else timeout_s + ANSWER_S
+        async with self._http.stream("POST", f"{_vm(name)}/agent/v1/exec", body=body, read_s=silence_s) as response:
+            yield Process(response.aiter_bytes(), name)
+
+    def logs(
+        self,
+        name: str,
+        *,
+        tail: int | None = None,
+        since: int | str | None = None,
+        follow: bool = True,
+        streams: Collection[Literal["stdout", "stderr", "console"]] = (),
+        patience_s: float = _PATIENCE_S,
+        on_retry: OnRetry | None = None,
+    ) -> AbstractAsyncContextManager[Feed[LogLine | LogGap]]:
+        """A VM's log: a feed that ends when the VM is deleted, or without `follow` at the newest line.
+
+        :param tail: begin with so many lines; default 100 where `since` is not given
+        :param since: begin after the line of that number, or at that time (RFC 3339)
+        """
+        query: dict[str, str | int | None] = {
+            "tail": tail if since is None else None,
+            "since": since,
+            "follow": "true" if follow else "false",
+            "stream": ",".join(streams) or None,
+        }
+
+        async def pump(channel: trio.MemorySendChannel[LogLine | LogGap], started: Callable[[], None]) -> None:
+            await pump_logs(self._http, _name(name), query, Backoff(patience_s, on_retry), channel, started)
+
+        return feeding(pump)
+
+    async def agent_info(self, name: str) -> dict[str, Any]:
+        """What the guest's agent says of itself and its guest (`volant.model.agent.Info`)."""
+        return dict(json_value(await self._http.request("GET", f"{_vm(name)}/agent/v1/info")))
+
+    async def agent_health(self, name: str) -> dict[str, Any]:
+        """The agent's own health and its workload's (`volant.model.agent.Healthz`)."""
+        return dict(json_value(await self._http.request("GET", f"{_vm(name)}/agent/healthz")))
+
+
+class _Plugins:
+    """`client.plugins`."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    async def list(self) -> list[PluginView]:
+        """All plugins, `base` among them."""
+        return await self._http.get("/api/v1/plugins", list[PluginView])
+
+    async def get(self, name: str) -> PluginView:
+        """One plugin."""
+        return await self._http.get(f"/api/v1/plugins/{_name(name)}", PluginView)
+
+    async def manifest(self, name: str) -> Manifest:
+        """What one plugin is made of."""
+        return await self._http.get(f"/api/v1/plugins/{_name(name)}/manifest", Manifest)
+
+    async def install(self, manifest: Manifest | Mapping[str, object]) -> PluginView:
+        """Install a plugin, or another version of one."""
+        return decode(await self._http.request("POST", "/api/v1/plugins", body=manifest), PluginView)
+
+    async def remove(self, name: str) -> None:
+        """Remove a plugin that no VM uses."""
+        await self._http.request("DELETE", f"/api/v1/plugins/{_name(name)}")
+
+
+class _System:
+    """`client.system`."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    async def status(self) -> SystemStatus:
+        """VMs by status, and the host's load."""
+        return await self._http.get("/api/v1/system/status", SystemStatus)
+
+    async def info(self) -> dict[str, Any]:
+        """Addresses, versions, accelerator and why; the members may grow."""
+        return dict(json_value(await self._http.request("GET", "/api/v1/system/info")))
+
+    async def tree(self) -> dict[str, Any]:
+        """The supervisor tree."""
+        return dict(json_value(await self._http.request("GET", "/api/v1/system/tree")))
+
+
+def _name(name: str) -> str:
+    """:raises Problem: 400; what is no name would be another path."""
+    return check_name(name, "name")
+
+
+def _vm(name: str) -> str:
+    return f"/api/v1/vms/{_name(name)}"
+
+
+def _labels(labels: Mapping[str, str] | None) -> Sequence[str]:
+    return [f"{key}={value}" for key, value in (labels or {}).items()]

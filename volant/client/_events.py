@@ -1,0 +1,83 @@
+"""The stream of lifecycle events, over as many connections as it takes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+import trio
+
+from volant.model import Event, EventType
+
+from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
+from ._feed import Backoff
+from ._http import Http, Query, decode_json
+from ._sse import Message, SseParser
+from ._types import StreamGap
+
+PATH = "/api/v1/events/vms"
+# The daemon writes at least every 15 s.
+_SILENCE_S = 40.0
+_KNOWN = frozenset(str(kind) for kind in EventType)
+
+
+async def pump_events(
+    http: Http,
+    query: Query,
+    last_event_id: str,
+    backoff: Backoff,
+    channel: trio.MemorySendChannel[Event | StreamGap],
+    started: Callable[[], None],
+) -> None:
+    """Send the events after `last_event_id` to `channel`, for ever."""
+    connected = False
+    retry_s = 0.0
+    while True:
+        error: ClientProblem | Unreachable | ConnectionLost | DeadlineExceeded
+        headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
+        if last_event_id:
+            headers["Last-Event-ID"] = last_event_id
+        try:
+            async with http.stream("GET", PATH, query=query, headers=headers, read_s=_SILENCE_S) as response:
+                connected = True
+                started()
+                parser = SseParser(last_event_id)
+                async for message in _messages(response.aiter_raw(), parser):
+                    backoff.reset()
+                    item = _decode(message)
+                    if item is not None:
+                        await channel.send(item)
+                    last_event_id = message.last_event_id
+                retry_s = parser.retry_s or retry_s
+            backoff.lost()
+            error = ConnectionLost(f"{http.address.text} ended the stream of events")
+        except ClientProblem as answer:
+            # Behind these, somebody is about to stop or has just started.
+            if not connected or answer.status not in (502, 503, 504):
+                raise
+            error = answer
+        except (Unreachable, ConnectionLost, DeadlineExceeded) as failure:
+            if not connected:
+                raise
+            error = failure
+        await backoff.wait(error, retry_s)
+
+
+async def _messages(chunks: AsyncIterator[bytes], parser: SseParser) -> AsyncIterator[Message]:
+    async for chunk in chunks:
+        try:
+            messages = parser.feed(chunk)
+        except ValueError as error:
+            raise UnexpectedAnswer(str(error)) from None
+        for message in messages:
+            yield message
+
+
+def _decode(message: Message) -> Event | StreamGap | None:
+    if message.data is None:
+        return None
+    if message.event == "STREAM_GAP":
+        return decode_json(message.data, StreamGap, "a gap in the stream of events")
+    if message.event not in _KNOWN:
+        # A newer daemon's.
+        return None
+    return decode_json(message.data, Event, "an event")

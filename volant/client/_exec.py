@@ -1,0 +1,114 @@
+"""A command in a guest: its output as it comes, then how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Literal
+
+import msgspec
+
+from volant.model import agent
+
+from ._errors import ConnectionLost, UnexpectedAnswer
+from ._http import decode_json
+
+# The agent sends pieces of at most 64 KiB, in base64.
+_MAX_LINE = 1024 * 1024
+
+
+class ExecOutput(msgspec.Struct, frozen=True):
+    """Bytes that the command wrote."""
+
+    stream: Literal["stdout", "stderr"]
+    data: bytes
+
+
+class ExecEnd(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the command ended: exactly one of the first three is set."""
+
+    exit_code: int | None = None
+    signal: int | None = None
+    error: str | None = None
+    """It could not be run, or not to its end."""
+    code: str | None = None
+    """With `error`: `timeout`, `not_found`, `not_executable`, … (`volant.model.agent.ExecEnd`)."""
+
+
+class _Line(msgspec.Struct):
+    stream: Literal["stdout", "stderr"] | None = None
+    data: bytes = b""
+    exit_code: int | None = None
+    signal: int | None = None
+    error: str | None = None
+    code: str | None = None
+
+
+class Process:
+    """A running command: `async for output in process`, then `process.end`. Leaving its block ends the command."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], vm: str) -> None:
+        self._lines = _split(chunks)
+        self._vm = vm
+        self.end: ExecEnd | None = None
+        """How it ended; None while it runs."""
+
+    def __aiter__(self) -> Process:
+        return self
+
+    async def __anext__(self) -> ExecOutput:
+        """The next output.
+
+        :raises StopAsyncIteration: it has ended, see `end`.
+        :raises ConnectionLost: how it ended will not be known.
+        """
+        if self.end is not None:
+            raise StopAsyncIteration
+        async for text in self._lines:
+            line = decode_json(text, _Line, "the output of the command")
+            if line.stream is not None:
+                return ExecOutput(line.stream, line.data)
+            self.end = ExecEnd(line.exit_code, line.signal, line.error, line.code)
+            if self.end == ExecEnd():
+                raise UnexpectedAnswer("the command ended, and the agent did not say how")
+            raise StopAsyncIteration
+        raise ConnectionLost(
+            f"the stream from {self._vm} ended before the command did",
+            hint=f"`volar vms get {self._vm}` shows whether the VM still runs",
+        )
+
+    async def wait(self) -> ExecEnd:
+        """Drop what output is left and return how the command ended."""
+        async for _ in self:
+            pass
+        assert self.end is not None
+        return self.end
+
+
+def request_body(
+    command: list[str], env: dict[str, str], cwd: str | None, user: str | None, timeout_s: float | None
+) -> agent.ExecRequest:
+    """The body of the request; what is not given is left to the agent."""
+    body: agent.ExecRequest = {"command": command}
+    if env:
+        body["env"] = env
+    if cwd is not None:
+        body["cwd"] = cwd
+    if user is not None:
+        body["user"] = user
+    if timeout_s is not None:
+        body["timeout_s"] = timeout_s
+    return body
+
+
+async def _split(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    buffer = bytearray()
+    async for chunk in chunks:
+        buffer += chunk
+        start = 0
+        while (end := buffer.find(b"\n", start)) >= 0:
+            if end > start:
+                yield bytes(buffer[start:end])
+            start = end + 1
+        del buffer[:start]
+        if len(buffer) > _MAX_LINE:
+            raise UnexpectedAnswer("a line of the command's output stream is longer than 1 MiB")

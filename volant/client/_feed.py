@@ -1,0 +1,132 @@
+"""Streams that outlive their connections.
+
+A background task holds the connection, reconnects, and puts items into a short channel. So `receive` can be cancelled,
+for instance by a deadline around it, without losing an item or the connection; and a reader that is slow holds back the
+daemon's sending instead of filling our memory. The task lives in a nursery of the `async with` block, never in an async
+generator that somebody may leave half-way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from random import SystemRandom
+from typing import Generic, TypeVar
+
+import trio
+
+from volant.model import Problem
+
+from ._errors import ClientError
+
+T = TypeVar("T")
+
+_BUFFERED_ITEMS = 64
+_FIRST_DELAY_S = 0.2
+_MAX_DELAY_S = 5.0
+
+OnRetry = Callable[[ClientError | Problem, float], None]
+"""Told of a lost connection and in how many seconds the next one is tried."""
+
+
+class Feed(Generic[T]):
+    """Items as they come: `await feed.receive()`, or `async for item in feed`."""
+
+    def __init__(self, channel: trio.MemoryReceiveChannel[T]) -> None:
+        self._channel = channel
+        self._failure: Exception | None = None
+
+    async def receive(self) -> T:
+        """The next item. May be cancelled without losing one.
+
+        :raises trio.EndOfChannel: the stream is at its end.
+        :raises ClientProblem: the daemon refuses to go on.
+        :raises ClientError: the daemon could not be reached again in time, or is not understood.
+        """
+        try:
+            return await self._channel.receive()
+        except trio.EndOfChannel:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
+
+    def __aiter__(self) -> Feed[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        try:
+            return await self.receive()
+        except trio.EndOfChannel:
+            raise StopAsyncIteration from None
+
+
+Pump = Callable[[trio.MemorySendChannel[T], Callable[[], None]], Awaitable[None]]
+"""Puts items into the channel until the stream ends; calls its second argument once it is connected."""
+
+
+@asynccontextmanager
+async def feeding(pump: Pump[T]) -> AsyncIterator[Feed[T]]:
+    """Run `pump` behind a feed. What it raises before it has started is raised here, and later by `receive`."""
+    send, receive = trio.open_memory_channel[T](_BUFFERED_ITEMS)
+    feed = Feed(receive)
+
+    async def run(task_status: trio.TaskStatus[None]) -> None:
+        has_started = False
+
+        def started() -> None:
+            nonlocal has_started
+            if not has_started:
+                has_started = True
+                task_status.started()
+
+        with send:
+            try:
+                await pump(send, started)
+            except (ClientError, Problem) as error:
+                if not has_started:
+                    raise
+                feed._failure = error
+        if not has_started:
+            task_status.started()
+
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            await nursery.start(run)
+            yield feed
+        except Exception as error:
+            # Kept aside, so that the block's own error leaves it as it is and in no group.
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+class Backoff:
+    """Delays between attempts: they double from 0.2 s up to 5 s, with jitter, until `patience_s` is used up."""
+
+    def __init__(self, patience_s: float, on_retry: OnRetry | None) -> None:
+        self._patience_s = patience_s
+        self._on_retry = on_retry
+        self._random = SystemRandom()
+        self._delay_s = _FIRST_DELAY_S
+        self._give_up_at = trio.current_time() + patience_s
+
+    def reset(self) -> None:
+        """The connection works."""
+        self._delay_s = _FIRST_DELAY_S
+        self._give_up_at = trio.current_time() + self._patience_s
+
+    def lost(self) -> None:
+        """A connection that worked until now does no more: patience begins."""
+        self._give_up_at = trio.current_time() + self._patience_s
+
+    async def wait(self, error: ClientError | Problem, at_least_s: float = 0.0) -> None:
+        """Sleep before the next attempt; :raises: `error`, when patience is used up."""
+        if trio.current_time() >= self._give_up_at:
+            raise error
+        delay_s = max(min(at_least_s, _MAX_DELAY_S), self._delay_s) * self._random.uniform(0.5, 1.0)
+        self._delay_s = min(self._delay_s * 2, _MAX_DELAY_S)
+        if self._on_retry is not None:
+            self._on_retry(error, delay_s)
+        await trio.sleep(delay_s)

@@ -1,0 +1,217 @@
+"""HTTP requests to the daemon, with a deadline each, and errors as exceptions of this package."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import httpx
+import msgspec
+import trio
+
+from volant import __version__
+
+from ._address import Address, reason_of
+from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer
+
+T = TypeVar("T")
+
+Query = Mapping[str, str | int | Sequence[str] | None]
+"""A parameter that is None is left out; a sequence repeats it."""
+
+CONNECT_S = 5.0
+ANSWER_S = 30.0
+_MAX_BODY = 64 * 1024 * 1024
+_MAX_ERROR_BODY = 1024 * 1024
+# A command in a guest may be silent for hours; the kernel then finds out whether its host is still there.
+_KEEPALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+]
+
+
+class _WireProblem(msgspec.Struct):
+    type: str = ""
+    title: str = ""
+    detail: str = ""
+    request_id: str | None = None
+    vm: str | None = None
+    field: str | None = None
+    hint: str | None = None
+
+
+class Http:
+    """The connections of one client."""
+
+    def __init__(self, address: Address, api_key: str | None) -> None:
+        self.address = address
+        self.headers = {"User-Agent": f"volant-client/{__version__}"}
+        if api_key:
+            self.headers["X-Volant-API-Key"] = api_key
+        # Without TLS nothing needs the system's certificates, and loading them takes longer than a request.
+        self.tls = ssl.create_default_context() if address.tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        unix = address.socket_path is not None
+        self._client = httpx.AsyncClient(
+            base_url=address.http_url,
+            headers=self.headers,
+            # Neither proxies nor netrc of the environment: they are for the internet, not for a daemon.
+            trust_env=False,
+            transport=httpx.AsyncHTTPTransport(
+                verify=self.tls,
+                uds=address.socket_path,
+                socket_options=None if unix else _KEEPALIVE,
+                limits=httpx.Limits(max_connections=256, max_keepalive_connections=8, keepalive_expiry=15),
+            ),
+        )
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        with trio.move_on_after(5, shield=True):
+            await self._client.aclose()
+
+    async def get(self, path: str, kind: type[T], query: Query | None = None) -> T:
+        """`GET` and decode the answer."""
+        return decode(await self.request("GET", path, query=query), kind)
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Query | None = None,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = ANSWER_S,
+        also: Collection[int] = (),
+    ) -> httpx.Response:
+        """One request and its whole answer, which is a success or has a status of `also`.
+
+        :raises ClientProblem: the daemon answered with an error.
+        :raises ClientError: there is no answer, or one that is too long.
+        """
+        try:
+            with trio.fail_after(timeout_s + CONNECT_S):
+                async with self.stream(
+                    method, path, query=query, body=body, headers=headers, read_s=timeout_s, also=also
+                ) as response:
+                    response._content = await self._read(response, _MAX_BODY)
+                    return response
+        except trio.TooSlowError:
+            raise self._too_slow(timeout_s) from None
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Query | None = None,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        read_s: float | None,
+        also: Collection[int] = (),
+    ) -> AsyncIterator[httpx.Response]:
+        """A request whose answer is read piece by piece; `read_s` is the longest silence, None any.
+
+        Errors of the connection are raised as those of this package, also from within the block.
+        """
+        sent = dict(headers or {})
+        content = None
+        if body is not None:
+            content = msgspec.json.encode(body)
+            sent["Content-Type"] = "application/json"
+        request = self._client.build_request(
+            method,
+            path,
+            params={key: value for key, value in (query or {}).items() if value is not None},
+            content=content,
+            headers=sent,
+            timeout=httpx.Timeout(CONNECT_S, read=read_s, write=ANSWER_S),
+        )
+        try:
+            response = await self._client.send(request, stream=True)
+            try:
+                if not response.is_success and response.status_code not in also:
+                    with trio.fail_after(ANSWER_S):
+                        raise problem(response.status_code, response.headers, await self._error_body(response))
+                yield response
+            finally:
+                with trio.move_on_after(1, shield=True):
+                    await response.aclose()
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise self.address.unreachable(reason_of(error)) from error
+        except (httpx.TimeoutException, trio.TooSlowError) as error:
+            if isinstance(error, trio.TooSlowError) and read_s is None:
+                raise
+            raise self._too_slow(read_s or ANSWER_S) from error
+        except (httpx.TransportError, httpx.StreamError) as error:
+            raise ConnectionLost(f"the connection to {self.address.text} broke: {reason_of(error)}") from error
+
+    async def _error_body(self, response: httpx.Response) -> bytes:
+        try:
+            return await self._read(response, _MAX_ERROR_BODY)
+        except UnexpectedAnswer:
+            return b""
+
+    async def _read(self, response: httpx.Response, maximum: int) -> bytes:
+        body = bytearray()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > maximum:
+                raise UnexpectedAnswer(f"the answer of {self.address.text} is longer than {maximum} bytes")
+        return bytes(body)
+
+    def _too_slow(self, timeout_s: float) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"{self.address.text} did not answer within {timeout_s:g} s", hint="what was asked for may still be done"
+        )
+
+
+def decode(response: httpx.Response, kind: type[T]) -> T:
+    """The body of an answer; :raises UnexpectedAnswer: it is not what the contract says."""
+    return decode_json(response.content, kind, f"the answer to {response.request.method} {response.request.url.path}")
+
+
+def decode_json(data: bytes | str, kind: type[T], what: str) -> T:
+    """`data` as `kind`; :raises UnexpectedAnswer: it is no JSON, or of other types."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise UnexpectedAnswer(
+            f"{what} is not understood: {error}",
+            hint="is this a volantd, and of about the same version as this client?",
+        ) from error
+
+
+def problem(status: int, headers: Mapping[str, str], body: bytes) -> ClientProblem:
+    """The exception for an answer that is an error, whoever gave it."""
+    request_id = headers.get("x-request-id")
+    try:
+        wire = msgspec.json.decode(body, type=_WireProblem)
+    except (msgspec.DecodeError, RecursionError):
+        return ClientProblem(
+            status,
+            "unexpected-answer",
+            f"the answer is HTTP status {status} without an explanation",
+            hint="is this a volantd, or a proxy before one?",
+            request_id=request_id,
+        )
+    return ClientProblem(
+        status,
+        wire.type.rstrip("/").rpartition("/")[2].rpartition(":")[2] or "problem",
+        wire.detail or wire.title or f"HTTP status {status}",
+        field=wire.field,
+        hint=wire.hint,
+        vm=wire.vm,
+        request_id=wire.request_id or request_id,
+    )
+
+
+def json_value(response: httpx.Response) -> Any:
+    """The body of an answer whose members depend on the daemon."""
+    return decode(response, Any)

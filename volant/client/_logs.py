@@ -1,0 +1,79 @@
+"""A VM's log over WebSocket, over as many connections as it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+
+import msgspec
+import trio
+
+from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, Unreachable
+from ._feed import Backoff
+from ._http import Http, Query, decode_json
+from ._types import LogGap, LogLine, Range
+from ._websocket import read_websocket
+
+
+class _Frame(msgspec.Struct):
+    gap: Range | None = None
+    name: str = ""
+    vm_id: int = 0
+    stream: str = "console"
+    line: str = ""
+    timestamp: datetime | None = None
+    seq: int = 0
+    partial: bool = False
+
+
+async def pump_logs(
+    http: Http,
+    name: str,
+    query: Query,
+    backoff: Backoff,
+    channel: trio.MemorySendChannel[LogLine | LogGap],
+    started: Callable[[], None],
+) -> None:
+    """Send lines and gaps to `channel` until the daemon says that it was all."""
+    last_seq = -1
+    connected = False
+
+    def opened() -> None:
+        nonlocal connected
+        connected = True
+        started()
+
+    async def handle(message: str | bytes) -> None:
+        nonlocal last_seq, query
+        backoff.reset()
+        head = decode_json(message, _Frame, "a line of the log")
+        if head.gap is not None:
+            gap = LogGap(head.gap)
+            # The gap's own lines are dealt with, so a new connection must not tell of them again.
+            last_seq = max(last_seq, head.gap.last)
+            await channel.send(gap)
+        elif head.seq > last_seq:
+            line = decode_json(message, LogLine, "a line of the log")
+            await channel.send(line)
+            last_seq = line.seq
+            query = {**query, "vm_id": line.vm_id}
+        if last_seq >= 0:
+            query = {**query, "since": last_seq, "tail": None}
+
+    while True:
+        error: ClientProblem | Unreachable | ConnectionLost | DeadlineExceeded
+        try:
+            code = await read_websocket(http, f"/ws/v1/vms/{name}/logs", query, opened, handle)
+            if code == 1000:
+                return
+            backoff.lost()
+            error = ConnectionLost(f"{http.address.text} ended the log with code {code}")
+        except ClientProblem as answer:
+            if not connected or answer.status not in (502, 503, 504):
+                raise
+            error = answer
+        except (Unreachable, ConnectionLost, DeadlineExceeded) as failure:
+            if not connected:
+                raise
+            error = failure
+        await backoff.wait(error)
