@@ -12,7 +12,7 @@ import msgspec
 
 from actors import ONE_FOR_ONE, Child, Ref, Request, Supervisor, System, open_system
 from volant.host import Host
-from volant.journal import CommitSteps, CreateRow, EventFrame, EventGap, EventLog, Journal, Retention, Store
+from volant.journal import CommitSteps, CreateRow, EventCursor, EventFrame, EventLog, Journal, Retention, Store
 from volant.model import CreateVm, EventId, Phase, Status, Step, VmRow
 
 T = TypeVar("T")
@@ -110,10 +110,15 @@ async def events_after(log: EventLog, after: EventId | str | None = "oldest") ->
     frames: list[EventFrame] = []
     async with log.cursor(after) as cursor:
         while cursor.position != log.newest:
-            taken = await cursor.take()
-            assert not isinstance(taken, EventGap)
-            frames += taken
+            frames += await take(cursor)
     return frames
+
+
+async def take(cursor: EventCursor) -> list[EventFrame]:
+    """Events, and no gap."""
+    taken = await cursor.take()
+    assert isinstance(taken, list)
+    return taken
 
 
 def types(frames: list[EventFrame]) -> list[str]:

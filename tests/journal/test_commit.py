@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from actors import ActorDown
-from tests.journal.kit import Bench, GatedHost, events_after, running, types
+from tests.journal.kit import Bench, GatedHost, events_after, running, take, types
 from volant.journal import (
     CommitSteps,
     DatabaseRefused,
@@ -51,7 +51,7 @@ async def test_what_is_answered_is_on_the_disk_in_the_projection_and_told(path: 
             row = await bench.create("demo", labels={"team": "a"})
             assert on_disk(path) == [row] == bench.store.projection.rows()
             assert bench.store.projection.get("demo") is bench.store.projection.by_id(row.id)
-            (frame,) = await cursor.take()
+            (frame,) = await take(cursor)
     assert (row.status, row.revision, row.id) == (Status.PENDING, 1, 1)
     assert (frame.event.type, frame.event.labels) == ("VM_CREATED", {"team": "a"})
     assert frame.sse == f"id: {frame.event.id}\nevent: VM_CREATED\ndata: ".encode() + frame.data + b"\n\n"
@@ -294,7 +294,11 @@ async def test_sqlites_own_word_for_a_full_disk_is_journal_full(path: Path) -> N
 async def test_a_disk_that_hangs_is_a_503_at_the_deadline_and_its_late_commit_is_told(path: Path) -> None:
     host, gate = GatedHost(), threading.Event()
     async with running(path, host=host, commit_deadline_s=0.05) as bench:
-        host.before = lambda: gate.wait(10) and None
+
+        def hang() -> None:
+            assert gate.wait(10)
+
+        host.before = hang
         with pytest.raises(Problem) as refusal:
             await bench.create("slow")
         assert refusal.value.code == "journal-slow"
@@ -304,7 +308,7 @@ async def test_a_disk_that_hangs_is_a_503_at_the_deadline_and_its_late_commit_is
         assert bench.store.projection.rows() == []
         async with bench.store.events.cursor(None) as cursor:
             gate.set()
-            (frame,) = await cursor.take()
+            (frame,) = await take(cursor)
         assert frame.event.name == "slow"
         host.before = None
         with pytest.raises(Problem, match="already"):
@@ -353,9 +357,7 @@ async def test_a_crash_between_commit_and_answer_loses_no_event_and_tells_none_t
             await bench.create("three")
             told = []
             while cursor.position != bench.store.events.newest:
-                taken = await cursor.take()
-                assert isinstance(taken, list)
-                told += [(frame.seq, frame.event.name) for frame in taken]
+                told += [(frame.seq, frame.event.name) for frame in await take(cursor)]
     assert told == [(1, "one"), (2, "two"), (3, "three")]
     assert [row.name for row in bench.store.projection.rows()] == ["one", "two", "three"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.journal.kit import Bench, ClockHost, events_after, running
+from tests.journal.kit import Bench, ClockHost, events_after, running, take
 from volant.host import Host
 from volant.journal import EventGap, EventLog, Retention, Store
 from volant.model import EventId
@@ -83,8 +83,7 @@ async def test_an_id_that_was_never_given_out_is_a_gap_then_the_oldest(path: Pat
         async with log.cursor(asked) as cursor:
             gap = await cursor.take()
             assert gap == EventGap(asked, EventId(log.epoch, 1), EventId(log.epoch, 2)) == log.gap(asked)
-            frames = await cursor.take()
-            assert isinstance(frames, list)
+            frames = await take(cursor)
             assert [frame.seq for frame in frames] == [1, 2]
     head, event, data = gap.sse.decode().removesuffix("\n\n").split("\n")
     assert (head, event) == (f"id: {log.epoch}-0", "event: STREAM_GAP")
@@ -118,8 +117,7 @@ async def test_retention_by_count_keeps_the_newest_and_says_the_gap(path: Path) 
             gap = await sleeper.take()
             assert isinstance(gap, EventGap)
             assert (gap.requested, gap.oldest) == (f"{log.epoch}-0", log.oldest)
-            frames = await sleeper.take()
-            assert isinstance(frames, list)
+            frames = await take(sleeper)
             assert frames[0].seq == log.oldest.seq
             assert isinstance(await reader.take(), EventGap)
         oldest = log.oldest
@@ -148,7 +146,7 @@ async def test_closing_the_log_ends_its_readers_after_what_is_left(path: Path) -
         async with bench.store.events.cursor("oldest") as cursor:
             await fill(bench, 1)
             bench.store.events.close()
-            assert len(await cursor.take()) == 1  # type: ignore[arg-type]  # a list, as nothing is missing
+            assert len(await take(cursor)) == 1
             assert await cursor.take() == []
         # What is committed while the daemon stops is kept for those who come back.
         await fill(bench, 1)

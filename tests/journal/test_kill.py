@@ -54,15 +54,18 @@ def test_acknowledged_is_on_the_disk_after_kill_9(tmp_path: Path) -> None:
         child.stdout.close()
 
         connection = apsw.Connection(str(path))
-        frames = connection.execute("SELECT seq, vm_id, frame FROM events ORDER BY seq").fetchall()
-        rows = dict(connection.execute("SELECT id, revision FROM vms"))
+        frames = connection.execute("SELECT seq, frame FROM events ORDER BY seq").fetchall()
+        rows = {
+            int(str(vm_id)): int(str(revision))
+            for vm_id, revision in connection.execute("SELECT id, revision FROM vms")
+        }
         connection.close()
-        assert [seq for seq, _, _ in frames] == list(range(1, len(frames) + 1))
+        assert [seq for seq, _ in frames] == list(range(1, len(frames) + 1))
         told: dict[int, list[str]] = {}
-        for seq, vm_id, frame in frames:
-            event = json.loads(frame)
+        for seq, frame in frames:
+            event = json.loads(bytes(frame))  # type: ignore[arg-type]  # a BLOB column
             assert event["id"].endswith(f"-{seq}")
-            told.setdefault(vm_id, []).append(event["type"])
+            told.setdefault(event["vm_id"], []).append(event["type"])
         for vm_id, revision in acknowledged.items():
             # A later commit may have reached the disk and not its asker.
             assert rows.get(vm_id, 0) >= revision or told[vm_id][-1] == "VM_DELETED"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -119,8 +119,10 @@ class Database:
                 get("DELETE FROM events WHERE seq < ?", (oldest,))
             oldest_at = self._oldest_at(newest)
         if dropped:
-            for _ in get(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})"):
-                pass
+            # The events are gone whether or not their space can be given back now.
+            with suppress(apsw.Error):
+                for _ in get(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})"):
+                    pass
         return Trimmed(oldest, oldest_at, dropped == limit)
 
     def _oldest_at(self, newest: int) -> int | None:

@@ -140,6 +140,7 @@ class EventLog:
         """The daemon stops: readers take what is left of the ring, then learn that it is the end."""
         self._closed = True
         self._ring.close()
+        self._pages.close()
 
     def statistics(self) -> EventLogStatistics:
         ring = self._ring.statistics()

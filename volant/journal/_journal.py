@@ -151,7 +151,7 @@ class Journal(Actor):
             if failure is not None:
                 # Refusals too: what they were based on may have been in this very transaction.
                 for deferred, _, _ in answers:
-                    deferred.fail(failure)
+                    deferred.fail(unwritable(failure) or failure)
                 return
             self._last_vm_id = stage.last_vm_id
             store.projection.apply(stage.rows, stage.plugins, stage.last_event)
@@ -167,8 +167,8 @@ class Journal(Actor):
             else:
                 deferred.fail(error)
 
-    async def _commit_stage(self, stage: Stage, deferreds: list[Deferred[Any]]) -> Problem | None:
-        """Write a transaction; the 503 when the disk did not take it."""
+    async def _commit_stage(self, stage: Stage, deferreds: list[Deferred[Any]]) -> Exception | None:
+        """Write a transaction; returns why the disk did not take it, if it did not."""
         host = self._store.host
         failure: Exception | None = None
         began = host.monotonic()
@@ -188,11 +188,10 @@ class Journal(Actor):
             return None
         self._failures += 1
         self._last_error = f"{type(failure).__name__}: {failure}"
-        problem = unwritable(failure)
-        if problem is None:
+        if unwritable(failure) is None:
             raise failure
         _logger.error("a commit failed, nothing has changed: %s", self._last_error)
-        return problem
+        return failure
 
     async def _give_up(self, deferreds: list[Deferred[Any]]) -> None:
         """The disk has not answered in time: those who wait need not wait any longer. The first answer counts."""

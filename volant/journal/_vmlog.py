@@ -150,7 +150,7 @@ class VmLog:
             self._newest = max(self._newest, found.newest)
             self._resume = found.resume
             self._name = found.name
-            self._last_us = found.last_us or last.at_us
+            self._last_us = min(found.last_us or last.at_us, self._now_us())
             self._roll = not found.whole or self._newest != found.newest
             self._next_checkpoint = last.size + CHECKPOINT_BYTES
             break
@@ -245,7 +245,8 @@ class VmLog:
                 records, frames, marks, size = [], [], {}, 0
         if records:
             self._flush(records, frames, marks)
-        self._last_us = max(self._last_us, stamp_us)
+        # Not the lines' own time, which may be a guest's.
+        self._last_us = self._now_us()
 
     def _flush(self, records: list[bytes], frames: list[bytes], marks: dict[str, int]) -> None:
         try:
@@ -292,8 +293,7 @@ class VmLog:
         """A new segment that begins with the number `first`; the oldest go to make room for it. :raises OSError:"""
         self.release()
         self._roll = True
-        at_us = int(self._host.wall_clock().timestamp() * 1_000_000)
-        segment = Segment.fresh(self._directory, self.vm_id, first, at_us)
+        segment = Segment.fresh(self._directory, self.vm_id, first, self._now_us())
         fd = self._host.open_file(segment.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
         line = checkpoint_line(first, self._name, self._resume)
         try:
@@ -322,6 +322,9 @@ class VmLog:
         if not self._failing:
             _logger.warning("the log of VM %d (%s) loses lines: %s", self.vm_id, self._name, error)
         self._failing = True
+
+    def _now_us(self) -> int:
+        return int(self._host.wall_clock().timestamp() * 1_000_000)
 
     def _head(self, stream: str) -> bytes:
         head = b'{"name":%b,"vm_id":%d,"stream":%b,"line":' % (_encode(self._name), self.vm_id, _encode(stream))
