@@ -296,10 +296,10 @@ class Cell:
         self.reason = self.actor = self.loop = None
         self.fence = Fence(self.path, self.runtime.fence)
         current_fence.set(self.fence)
-        outer = self.outer = trio.CancelScope(deadline=trio.current_time() + self.child.start_timeout_s)
-        if self.stop_requested:
-            outer.cancel()
-        inner = self.inner = trio.CancelScope()
+        if self.started_once:
+            self.outer, self.inner = trio.CancelScope(), trio.CancelScope()
+        outer, inner = self.outer, self.inner
+        outer.deadline = trio.current_time() + self.child.start_timeout_s
         escaped: BaseException | None = None
         try:
             try:

@@ -21,8 +21,11 @@ from actors import (
     Backoff,
     Child,
     DynamicSupervisor,
+    NameTaken,
+    NoSuchChild,
     Request,
     Started,
+    StartTimeout,
     Supervisor,
     handles,
     open_system,
@@ -223,3 +226,58 @@ def test_every_strategy_converges_once_the_faults_are_over(simulate: Simulate) -
             return sum(leaf.ref.inspect()["restarts"] for leaf in leaves)
 
     assert sum(int(str(simulate(main, seed))) for seed in SEEDS) > 1000
+
+
+def test_starts_and_stops_that_cross_leave_nothing_behind(simulate: Simulate) -> None:
+    async def main(rng: Random) -> None:
+        open_now: list[str] = []
+
+        class Holder(Actor):
+            async def on_start(self) -> None:
+                name = self.ctx.name
+                await trio.sleep(rng.random())
+                assert name not in open_now, "two incarnations at once"
+                open_now.append(name)
+                self.ctx.stack.push_async_callback(self.release, name)
+                await trio.sleep(rng.random())
+                if rng.random() < 0.2:
+                    raise OSError("no start")
+
+            async def release(self, name: str) -> None:
+                await trio.sleep(rng.random())
+                open_now.remove(name)
+
+        async def client() -> None:
+            for _ in range(8):
+                name = str(rng.randrange(4))
+                with trio.move_on_after(rng.random() * 3):
+                    try:
+                        if rng.random() < 0.6:
+                            await pool.start_child(Child(name, Holder, start_timeout_s=0.2 + rng.random() * 2))
+                        else:
+                            await pool.stop_child(name)
+                    except (OSError, StartTimeout, NameTaken, NoSuchChild, ActorDown):
+                        await trio.sleep(rng.random())
+
+        async def killer() -> None:
+            for _ in range(10):
+                await trio.sleep(rng.random())
+                for name in pool.names:
+                    if rng.random() < 0.3:
+                        system.kill(name)
+
+        pool = DynamicSupervisor(intensity=2, period_s=10)
+        with trio.move_on_after(rng.random() * 30):
+            async with open_system(pool, rng=rng) as system:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(killer)
+                    for _ in range(4):
+                        nursery.start_soon(client)
+                await trio.sleep(5)
+                running = [name for name in pool.names if system[name].inspect()["state"] == "running"]
+                assert sorted(open_now) == sorted(running)
+        assert open_now == []
+        assert pool.names == []
+
+    for seed in SEEDS:
+        simulate(main, seed)
