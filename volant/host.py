@@ -350,12 +350,19 @@ class Host:
                 os.close(child.pidfd)
 
     async def run_program(
-        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, timeout_s: float, output_limit: int = 65536
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        timeout_s: float,
+        output_limit: int = 65536,
+        until: bytes | None = None,
     ) -> tuple[int, bytes]:
         """Run a short program to its end: exit status (minus the signal number), and stdout and stderr together.
 
-        Past `timeout_s`, or past `output_limit` bytes of output, it is killed. Raises OSError when it cannot be
-        started, trio.TooSlowError.
+        It is killed past `timeout_s`, past `output_limit` bytes of output, and as soon as it has said `until`. Raises
+        OSError when it cannot be started, trio.TooSlowError.
         """
         process = await trio.lowlevel.open_process(
             list(argv),
@@ -371,10 +378,11 @@ class Host:
         try:
             async with process.stdout:
                 with trio.fail_after(timeout_s):
-                    while len(output) <= output_limit and (data := await process.stdout.receive_some(output_limit)):
+                    while data := await process.stdout.receive_some(output_limit):
                         output += data
-                    if len(output) > output_limit:
-                        process.kill()
+                        if len(output) > output_limit or (until is not None and until in output):
+                            process.kill()
+                            break
                     return await process.wait(), bytes(output[:output_limit])
         finally:
             if process.returncode is None:

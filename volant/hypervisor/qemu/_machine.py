@@ -8,7 +8,7 @@ that begins asks once, and from then on listens.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,15 @@ _BY_REASON = {
 class QemuMachine:
     """See `volant.hypervisor.Machine`."""
 
-    def __init__(self, host: Host, spec: MachineSpec, identity: ProcessIdentity, process: Process | None) -> None:
+    def __init__(
+        self,
+        host: Host,
+        spec: MachineSpec,
+        identity: ProcessIdentity,
+        process: Process | None,
+        closing: AsyncExitStack,
+    ) -> None:
+        self._closing = closing
         self._host = host
         self._spec = spec
         self._identity = identity
@@ -119,6 +127,8 @@ class QemuMachine:
         try:
             with trio.fail_after(ATTACH_S):
                 stream = await self._host.connect_unix(self._spec.control_path, ATTACH_S)
+                # Closed with the attachment: QEMU answers nobody else before.
+                self._closing.push_async_callback(trio.aclose_forcefully, stream)
                 self._qmp = QmpClient(stream, self._on_event)
                 await nursery.start(self._qmp.start)
                 await self._verify()
@@ -198,14 +208,14 @@ class QemuMachine:
 @asynccontextmanager
 async def attach(host: Host, spec: MachineSpec, identity: ProcessIdentity) -> AsyncIterator[QemuMachine]:
     """See `volant.hypervisor.Hypervisor.attach`."""
-    try:
-        process = host.open_process(identity)
-    except ProcessGone:
-        yield QemuMachine(host, spec, identity, None)
-        return
     failure: Exception | None = None
-    with process:
-        machine = QemuMachine(host, spec, identity, process)
+    async with AsyncExitStack() as closing:
+        try:
+            process = closing.enter_context(host.open_process(identity))
+        except ProcessGone:
+            yield QemuMachine(host, spec, identity, None, closing)
+            return
+        machine = QemuMachine(host, spec, identity, process, closing)
         async with trio.open_nursery() as nursery:
             # What goes wrong in the caller's block is the caller's, not a group of this nursery's.
             try:
