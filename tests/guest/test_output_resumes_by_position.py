@@ -148,7 +148,12 @@ def test_a_new_reader_ends_the_one_before(agent: Asker) -> None:
 
 def test_a_new_reader_ends_one_that_does_not_read(agent: Asker) -> None:
     Reader(agent)
-    filler = threading.Thread(target=lambda: [write(agent, bytes(65536)) for _ in range(40)])
+
+    def fill() -> None:
+        for _ in range(40):
+            write(agent, bytes(65536))
+
+    filler = threading.Thread(target=fill)
     filler.start()
     filler.join(0.3)
     second = Reader(agent)

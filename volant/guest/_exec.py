@@ -225,7 +225,7 @@ def handle(stream: Stream, request: Request) -> None:
     deadline = None if command.timeout_s is None else started + command.timeout_s
     run = _Run(process, Client(stream.sock), deadline, command.stdin)
     try:
-        end = run.loop()
+        end: dict[str, Any] | None = run.loop()
     finally:
         run.close()
     if end is None:

@@ -91,7 +91,7 @@ def forward(stream: Stream, request: Request, target: str, port: int) -> None:
 
 def without_hops(headers: Headers) -> Headers:
     """Return the fields that are for the other end."""
-    named = set()
+    named: set[bytes] = set()
     for name, value in headers:
         if name == b"connection":
             named.update(token.strip().lower() for token in value.split(b","))

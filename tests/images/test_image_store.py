@@ -1,0 +1,239 @@
+"""Images in their cache: named by what they are made of, found without a lock, never half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from volant.images import (
+    Image,
+    ImageError,
+    _apt,
+    _build,
+    _cpio,
+    _kernel,
+    _recipe,
+    _store,
+    build,
+    ensure,
+    find,
+    list_images,
+)
+
+PACKAGES = [
+    _apt.Package("b", "1:2-3", "amd64", "b" * 64, 10, "b_1%3a2-3_amd64.deb"),
+    _apt.Package("linux-image-6", "6-1", "amd64", "a" * 64, 20, "linux-image-6_6-1_amd64.deb"),
+]
+
+
+def place(cache: Path, digest: str = "d" * 64, kernel: bytes = b"kernel") -> Image:
+    scratch = cache / f"build-{digest[:8]}"
+    scratch.mkdir(parents=True)
+    tree = {"init": _cpio.file(b"x", 0o755)}
+    _build._place(cache, scratch, digest, "recipe", "guest", PACKAGES, kernel, tree)
+    image = _store.load(cache, digest)
+    assert image is not None
+    return image
+
+
+def test_the_name_is_what_it_is_made_of() -> None:
+    base = _store.image_digest("r", PACKAGES, "g")
+    assert re.fullmatch("[0-9a-f]{64}", base)
+    assert _store.image_digest("r", reversed(PACKAGES), "g") == base
+    # Where a file lies and how it is called says nothing about what is in it.
+    assert _store.image_digest("r", [replace(PACKAGES[0], filename="x.deb"), PACKAGES[1]], "g") == base
+    others = [
+        _store.image_digest("R", PACKAGES, "g"),
+        _store.image_digest("r", PACKAGES, "G"),
+        _store.image_digest("r", PACKAGES[:1], "g"),
+        _store.image_digest("r", [replace(PACKAGES[0], sha256="c" * 64), PACKAGES[1]], "g"),
+        _store.image_digest("r", [replace(PACKAGES[0], version="2"), PACKAGES[1]], "g"),
+    ]
+    assert len({base, *others}) == 6
+
+
+def test_an_empty_cache_has_no_image(tmp_path: Path) -> None:
+    assert find(tmp_path) is None
+    assert find(tmp_path / "nowhere") is None
+    assert list_images(tmp_path) == []
+
+
+def test_an_image_is_found_when_it_fits_the_recipe_and_the_guest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(tmp_path)
+    assert find(tmp_path) is None
+    _store.make_current(tmp_path, "d" * 64)
+    image = find(tmp_path)
+    assert image is not None
+    assert image.current
+    assert image.kernel.read_bytes() == b"kernel"
+    assert image.min_memory_mb <= 128
+    assert [other.digest for other in list_images(tmp_path)] == [image.digest]
+    monkeypatch.setattr(_recipe, "guest_sources", lambda: {"volant/guest/_main.py": b"another agent"})
+    assert find(tmp_path) is None
+    assert [other.current for other in list_images(tmp_path)] == [False]
+
+
+@pytest.mark.parametrize("name", ["vmlinux", "initramfs", "image.json"])
+def test_an_image_that_is_not_whole_is_none(tmp_path: Path, name: str) -> None:
+    place(tmp_path)
+    _store.make_current(tmp_path, "d" * 64)
+    path = tmp_path / "images" / ("d" * 64) / name
+    path.write_bytes(path.read_bytes()[:-2])
+    assert find(tmp_path) is None
+    assert list_images(tmp_path) == []
+
+
+@pytest.mark.parametrize("digest", ["", "../../etc", "d" * 63, "D" * 64, "g" * 64])
+def test_a_name_that_is_no_digest_is_no_image(tmp_path: Path, digest: str) -> None:
+    assert _store.load(tmp_path, digest) is None
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    place(tmp_path)
+    left = tmp_path / "build-left" / "image"
+    left.mkdir(parents=True)
+    (left / "vmlinux").write_bytes(b"half")
+    _store.clean_up(tmp_path)
+    assert not list(tmp_path.glob("build-*"))
+    assert len(list_images(tmp_path)) == 1
+
+
+def test_the_second_builder_waits_for_the_first(tmp_path: Path) -> None:
+    order: list[str] = []
+    waiting = threading.Event()
+
+    def second() -> None:
+        with _store.locked(tmp_path, waiting.set):
+            order.append("second")
+
+    with _store.locked(tmp_path, lambda: order.append("waited for nothing")):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waiting.wait(10)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+def test_the_list_of_packages_survives_json() -> None:
+    assert _apt.load_list(json.dumps(_apt.dump_list(PACKAGES))) == PACKAGES
+    for bad in ("", "{}x", '[{"name": 1}]', '[{"x": 1}]', "5"):
+        with pytest.raises(ValueError, match=r"."):
+            _apt.load_list(bad)
+    evil = json.dumps([{**_apt.dump_list(PACKAGES)[0], "filename": "../../etc/passwd"}])
+    with pytest.raises(ValueError, match="file name"):
+        _apt.load_list(evil)
+
+
+def test_apts_lines_are_read() -> None:
+    line = "'http://m.example/pool/b_1.deb' busybox-static_1%3a1.37.0-6+b9_amd64.deb 955316 SHA256:" + "a" * 64
+    package = _apt._package(line)
+    assert package is not None
+    assert (package.name, package.version, package.size) == ("busybox-static", "1:1.37.0-6+b9", 955316)
+    for bad in ("", "x", line.replace("SHA256", "MD5Sum"), line.replace("_amd64", "")):
+        assert _apt._package(bad) is None
+
+
+def test_offline_without_an_earlier_build_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ImageError) as caught:
+        build(tmp_path, offline=True)
+    assert caught.value.code == "offline"
+    assert caught.value.hint
+
+
+def test_a_host_without_debians_sources_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("volant.images._sources.host_sources", list)
+    with pytest.raises(ImageError) as caught:
+        build(tmp_path)
+    assert caught.value.code == "no_sources"
+    assert "--mirror" in caught.value.hint
+    assert not list(tmp_path.glob("build-*"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
+def test_a_cache_that_cant_be_written_says_so(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ImageError) as caught:
+        build(tmp_path / "cache")
+    assert caught.value.code == "cache_unwritable"
+
+
+def test_a_cache_that_is_a_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ImageError) as caught:
+        build(tmp_path / "file")
+    assert caught.value.code == "cache_unwritable"
+
+
+def test_the_command_tells_programs_in_json_and_by_its_exit_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "volant.images", "build", "--cache", str(tmp_path), "--offline", "--json-progress"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert set(last["error"]) == {"code", "message", "hint"}
+    assert subprocess.run([*command[:4]], capture_output=True, check=False, timeout=60).returncode == 2
+
+
+async def test_ensure_gives_the_current_one_at_once(tmp_path: Path) -> None:
+    place(tmp_path)
+    _store.make_current(tmp_path, "d" * 64)
+    assert (await ensure(tmp_path, deadline_s=0.0)).digest == "d" * 64
+
+
+async def test_ensure_passes_on_why_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ImageError) as caught:
+        await ensure(tmp_path, deadline_s=60, arguments=("--offline",))
+    assert caught.value.code == "offline"
+
+
+async def test_ensure_ends_the_build_at_its_deadline_and_when_cancelled(tmp_path: Path) -> None:
+    def children() -> set[str]:
+        done = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
+        return set(done.stdout.split())
+
+    with _store.locked(tmp_path, lambda: None):  # so that the child waits
+        with pytest.raises(ImageError) as caught:
+            await ensure(tmp_path, deadline_s=2)
+        assert caught.value.code == "timeout"
+        waits = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def run() -> None:
+                await ensure(tmp_path, deadline_s=60, progress=lambda progress: waits.set())
+
+            nursery.start_soon(run)
+            with trio.fail_after(30):
+                await waits.wait()
+            nursery.cancel_scope.cancel()
+    assert not await trio.to_thread.run_sync(children)
+
+
+def test_a_kernel_that_is_none_is_refused() -> None:
+    for data in (b"", bytes(1000), bytes(0x202) + b"HdrS" + bytes(100_000)):
+        with pytest.raises(ImageError) as caught:
+            _kernel.unpack_vmlinuz(data)
+        assert caught.value.code == "bad_kernel"
+
+
+def test_a_modules_needs_are_read_from_it() -> None:
+    assert _kernel.module_dependencies(b"x\0license=GPL\0depends=a,b_c\0name=d\0") == ("a", "b_c")
+    assert _kernel.module_dependencies(b"x\0depends=\0") == ()
+    assert _kernel.module_dependencies(b"nothing") == ()
+
+
+def test_the_guests_code_is_that_of_the_guest_alone() -> None:
+    sources = _recipe.guest_sources()
+    assert sources["volant/__init__.py"] == sources["volant/model/__init__.py"] == b""
+    assert {name.rsplit("/", 1)[0] for name in sources} == {"volant", "volant/model", "volant/guest"}
+    assert "volant/guest/_init.py" in sources
