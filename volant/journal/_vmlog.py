@@ -150,7 +150,8 @@ class VmLog:
             self._newest = max(self._newest, found.newest)
             self._resume = found.resume
             self._name = found.name
-            self._last_us = min(found.last_us or last.at_us, self._now_us())
+            # The lines may have a guest's time, the segment has ours.
+            self._last_us = max(last.at_us, min(found.last_us, self._now_us()))
             self._roll = not found.whole or self._newest != found.newest
             self._next_checkpoint = last.size + CHECKPOINT_BYTES
             break
