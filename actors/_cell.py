@@ -119,7 +119,8 @@ class Child(Generic[C_co]):
 
     A started child is cancelled by its supervisor alone. A function gets the cancellation at once; a child that wants
     to end politely is an `Actor` with `on_stop`. `shutdown_s` bounds the end of an actor, its clean-up included; of a
-    function it says how long its own shields may last. A supervisor's budget is what its children need.
+    function it says how long its own shields may last. A supervisor's budget is what its children need. A start has
+    `start_timeout_s` (30 s; a supervisor's is left to the deadlines of its children).
 
     A `Child` lives in one place at a time.
 
@@ -136,7 +137,7 @@ class Child(Generic[C_co]):
         start: Branch | Startable,
         restart: Restart = PERMANENT,
         *,
-        start_timeout_s: float = 30.0,
+        start_timeout_s: float | None = None,
         shutdown_s: float | None = None,
     ) -> None: ...
     @overload
@@ -146,7 +147,7 @@ class Child(Generic[C_co]):
         start: Callable[[], A],
         restart: Restart = PERMANENT,
         *,
-        start_timeout_s: float = 30.0,
+        start_timeout_s: float | None = None,
         shutdown_s: float | None = None,
     ) -> None: ...
     def __init__(
@@ -155,11 +156,13 @@ class Child(Generic[C_co]):
         start: Branch | Startable | Callable[[], Actor],
         restart: Restart = PERMANENT,
         *,
-        start_timeout_s: float = 30.0,
+        start_timeout_s: float | None = None,
         shutdown_s: float | None = None,
     ) -> None:
         if not name or name.startswith("/") or name.endswith("/"):
             raise ValueError(f"a child needs a name that neither is empty nor begins or ends with /, not {name!r}")
+        if start_timeout_s is None:
+            start_timeout_s = math.inf if isinstance(start, Branch) else 30.0
         if not start_timeout_s > 0:
             raise ValueError(f"start_timeout_s of {name} must be positive, not {start_timeout_s}")
         if isinstance(start, Branch):
@@ -268,13 +271,18 @@ class Cell:
         return self._shutdown_s if self.branch is None else self.branch._budget_s()
 
     @property
+    def label(self) -> str:
+        """The path, or the name of the root, which has none."""
+        return self.path or self.child.name
+
+    @property
     def alive(self) -> bool:
         return self.state not in (State.NEW, State.EXITED)
 
     def prepare(self, parent: Cell | None, runtime: Runtime) -> None:
         """:raises RuntimeError: the child lives already."""
         if self.alive:
-            raise RuntimeError(f"{self.path} lives already; one Child cannot be in two places")
+            raise RuntimeError(f"{self.label} lives already; one Child cannot be in two places")
         self.runtime = runtime
         self.path = self.child.name if parent is None or not parent.path else f"{parent.path}/{self.child.name}"
         self.settled = trio.Event()
@@ -308,7 +316,7 @@ class Cell:
             except BaseException as exc:
                 escaped = exc
             if inner.cancelled_caught and self.closing:
-                _logger.warning("%s: its clean-up was cut short after %g s", self.path, self.shutdown_s)
+                _logger.warning("%s: its clean-up was cut short after %g s", self.label, self.shutdown_s)
             exit_ = self._verdict(escaped)
             self._note(exit_)
             if self.ref is not None:
@@ -469,8 +477,8 @@ class Cell:
             return Exit(ExitKind.STOPPED)
         if self.outer.cancel_called:
             limit_s = self.child.start_timeout_s
-            return Exit(ExitKind.CRASHED, StartTimeout(f"{self.path} has not started within {limit_s:g} s"))
-        return Exit(ExitKind.CRASHED, StartFailed(f"{self.path} ended without having said that it started"))
+            return Exit(ExitKind.CRASHED, StartTimeout(f"{self.label} has not started within {limit_s:g} s"))
+        return Exit(ExitKind.CRASHED, StartFailed(f"{self.label} ended without having said that it started"))
 
     def _note(self, exit_: Exit) -> None:
         self.exit = exit_
@@ -481,9 +489,9 @@ class Cell:
             self.history = deque(maxlen=_HISTORY)
         self.history.append((self.since_birth(), str(exit_)))
         if exit_.abnormal and self.started_once:
-            _logger.warning("%s %s", self.path, exit_, exc_info=exit_.exception)
+            _logger.warning("%s %s", self.label, exit_, exc_info=exit_.exception)
         elif exit_.exception is not None:
-            _logger.info("%s %s", self.path, exit_, exc_info=exit_.exception)
+            _logger.info("%s %s", self.label, exit_, exc_info=exit_.exception)
 
 
 def _state_of(actor: Actor) -> dict[str, object]:

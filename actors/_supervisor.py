@@ -93,7 +93,7 @@ class _Supervisor(Branch):
 
     async def _run(self, cell: Cell) -> None:
         if self._nursery is not None:
-            raise RuntimeError(f"{cell.path} runs already as {self._down().name}")
+            raise RuntimeError(f"{cell.label} runs already as {self._down().name}")
         self._cell = cell
         self._context = contextvars.copy_context()
         async with trio.open_nursery() as nursery:
@@ -139,7 +139,7 @@ class _Supervisor(Branch):
         cell = self._cell
         if cell is None:
             return ActorDown(self.kind, Exit(ExitKind.UNBORN))
-        return ActorDown(cell.path, cell.exit or Exit(ExitKind.STOPPED))
+        return ActorDown(cell.label, cell.exit or Exit(ExitKind.STOPPED))
 
     async def _keep(self, cell: Cell) -> None:
         try:
@@ -413,7 +413,7 @@ class DynamicSupervisor(_Supervisor):
 
     @property
     def _path(self) -> str:
-        return self.kind if self._cell is None else self._cell.path
+        return self.kind if self._cell is None else self._cell.label
 
     async def _stop_all(self) -> None:
         cells = list(reversed(self._cells.values()))

@@ -626,3 +626,33 @@ async def test_what_is_no_child_is_refused_at_once(autojump_clock: MockClock) ->
             await vms.start_child(Child("a", no_actor))
         await wait_all_tasks_blocked()
         assert vms.names == []
+
+
+async def test_a_tree_may_take_as_long_to_start_as_its_children_may(autojump_clock: MockClock) -> None:
+    class Slow(Worker):
+        async def on_start(self) -> None:
+            await super().on_start()
+            await trio.sleep(25)
+
+    children = [Child(name, partial(Slow, name, [])) for name in "abc"]
+    inner = Child("inner", Supervisor(children=children))
+    async with open_system(Supervisor(children=[inner]), name="top") as system:
+        assert trio.current_time() == 75
+        assert system.whole()
+    async with open_system(DynamicSupervisor(), name="top") as system:
+        vms = system[""]
+        await vms.start_child(worker("a", []))
+        with pytest.raises(NameTaken, match="a child of top is already called a"):
+            await vms.start_child(worker("a", []))
+
+
+async def test_one_tree_cannot_run_twice_at_once(autojump_clock: MockClock) -> None:
+    dynamic = DynamicSupervisor()
+    async with open_system(dynamic):
+        with pytest.raises(RuntimeError, match="runs already"):
+            async with open_system(dynamic):
+                pytest.fail("it runs already")
+    static = Supervisor(children=[worker("a", [])])
+    for _ in range(2):
+        async with open_system(static) as system:
+            assert system.whole()
