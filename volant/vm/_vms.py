@@ -100,24 +100,31 @@ class Vms:
         row = self._row(name)
         if verb.kind in (VerbKind.START, VerbKind.RESTART) and row.status in (Status.STOPPED, Status.CRASHED):
             self._admit(row.memory_mb, besides=row.id)
-        ref = await self._actor(row)
-        try:
-            return await ref.ask(Ask(verb), timeout_s=_ASK_TIMEOUT_S)
-        except (ActorDown, AskTimeout) as error:
-            after = self.doors.store.projection.by_id(row.id)
-            if after is None:
-                if verb.kind is VerbKind.DELETE:
-                    return row
-                raise no_such_vm(name) from error
-            if _holds(after, verb.kind):
-                return after
-            raise Problem(
-                503,
-                "vm-busy",
-                f"VM {name!r} did not take the request up: {error}",
-                vm=name,
-                hint="look at the VM and send it again",
-            ) from error
+        deadline = trio.current_time() + _ASK_TIMEOUT_S
+        pause_s = 0.05
+        while True:
+            ref = await self._actor(row)
+            try:
+                return await ref.ask(Ask(verb), timeout_s=_ASK_TIMEOUT_S)
+            except (ActorDown, AskTimeout) as error:
+                # It restarts, and may or may not have heard: read the row again, and go on from there.
+                after = self.doors.store.projection.by_id(row.id)
+                if after is None:
+                    if verb.kind is VerbKind.DELETE:
+                        return row
+                    raise no_such_vm(name) from error
+                if _holds(after, verb.kind):
+                    return after
+                if isinstance(error, AskTimeout) or trio.current_time() + pause_s > deadline:
+                    raise Problem(
+                        503,
+                        "vm-busy",
+                        f"VM {name!r} did not take the request up: {error}",
+                        vm=name,
+                        hint="look at the VM and send it again",
+                    ) from error
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 2.0)
 
     async def delete(self, name: str) -> None:
         """Delete a VM and wait until nothing of it is left on the host.
