@@ -143,7 +143,9 @@ class Daemon:
                     if left:
                         _logger.error("these VMs could not be deleted: %s", ", ".join(left))
                 self._stopping.set()
+                self.store.events.close()
                 nursery.cancel_scope.cancel()
+        self.logs.close()
         _logger.info("stopped")
 
     async def _hurry(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:

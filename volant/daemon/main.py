@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import sys
 
 import trio
@@ -27,6 +28,9 @@ def main() -> None:
     logging.getLogger("hpack").setLevel(logging.WARNING)
     for warning in warnings:
         logging.getLogger("volant.daemon").warning("%s", warning)
+    # A VM has some twenty descriptors, and each client one; the soft limit is made for programs that use select().
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         trio.run(run, settings)
     except DaemonError as error:
