@@ -31,6 +31,7 @@ GRACE_FILE = "/run/volant/grace"
 _RESPAWNS = 5
 _RESPAWN_WINDOW_S = 60.0
 _MAX_GRACE_S = 600.0
+_HOSTNAME = "volant"
 _AFTER_KILL_S = 3.0
 _LAST_WORDS_S = 5.0
 _ENVIRONMENT = {
@@ -67,7 +68,7 @@ def main() -> NoReturn:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     _mount(_FIRST_MOUNTS)
     os.mkdir("/run/volant", 0o700)
-    _set_hostname(_parameter("volant.hostname"))
+    _set_hostname(_parameter("volant.hostname") or _HOSTNAME)
     _loopback_up()
     _modules_for_the_channel()
     agent = _start_agent(signals)

@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
 
 from ._server import Server
 from ._transport import listen_on_vsock, serve_serial_port
+from ._watch import Bell
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +26,9 @@ _OOM_SCORE = "-900"
 
 def main() -> NoReturn:
     """Serve until PID 1 sends SIGTERM; then see the workload out, and end."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # A handler and no blocked signal: what the agent starts would inherit the mask, and be deaf to SIGTERM too.
+    end = Bell()
+    signal.signal(signal.SIGTERM, lambda number, frame: end.ring())
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     threading.stack_size(_STACK_BYTES)
     _protect()
@@ -34,7 +38,10 @@ def main() -> NoReturn:
     uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
     os.write(2, f"volant: the agent listens, {uptime:.3f} s after the kernel's start\n".encode())
     _warm_up()
-    signal.sigwait({signal.SIGTERM})
+    poll = select.poll()
+    poll.register(end.fd, select.POLLIN)
+    while not poll.poll():
+        pass
     server.workload.stop(_grace())
     server.output.finish(_LAST_WORDS_S)
     os._exit(0)

@@ -113,7 +113,6 @@ FILES = {
     "etc/passwd": b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
     "etc/group": b"root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
     "etc/hosts": b"127.0.0.1 localhost\n::1 localhost\n",
-    "etc/hostname": b"volant\n",
 }
 DIRECTORIES = {
     "dev": 0o755,
