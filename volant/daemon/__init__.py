@@ -1,0 +1,1 @@
+"""`volantd`: settings, the assembly of the tree, and its end."""
