@@ -90,11 +90,12 @@ class Address:
 def reason_of(error: BaseException) -> str:
     """The words of the operating system, from under what libraries put around them."""
     found: BaseException | None = error
+    text = str(error) or type(error).__name__
     while found is not None:
         if isinstance(found, OSError) and found.strerror:
-            return found.strerror
+            text = found.strerror
         if isinstance(found, BaseExceptionGroup):
             found = found.exceptions[0]
-            continue
-        found = found.__cause__ or found.__context__
-    return str(error) or type(error).__name__
+        else:
+            found = found.__cause__ or found.__context__
+    return text

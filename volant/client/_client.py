@@ -8,17 +8,16 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
-import msgspec
 import trio
 
 from volant.model import CreateVm, Event, Manifest, Status, VmView, check_name, format_duration
 
 from ._address import Address
-from ._errors import UnexpectedAnswer
+from ._errors import ClientProblem, UnexpectedAnswer
 from ._events import pump_events
 from ._exec import Process, request_body
 from ._feed import Backoff, Feed, OnRetry, feeding
-from ._http import ANSWER_S, Http, Query, decode, json_value, problem
+from ._http import ANSWER_S, Http, Query, decode, json_value
 from ._logs import pump_logs
 from ._types import Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus, Waited
 
@@ -140,7 +139,7 @@ class _Vms:
 
     async def stop(self, name: str, *, grace_s: float | None = None) -> VmView:
         """Let it stop: the guest is asked, and killed after `grace_s` (None: the daemon's default, 10 s)."""
-        return await self._verb(name, "stop", {"grace": None if grace_s is None else format_duration(grace_s)})
+        return await self._verb(name, "stop", _grace(grace_s))
 
     async def restart(self, name: str) -> VmView:
         """Let it boot anew."""
@@ -157,28 +156,59 @@ class _Vms:
         self, name: str, states: Collection[Status | str] = (Status.RUNNING,), *, timeout_s: float = 60.0
     ) -> Waited:
         """Wait until the VM is in one of `states` (`"deleted"` is one too), comes to rest in another, or time is up."""
+        return await self._wait("GET", name, _vm(name), states, timeout_s)
+
+    async def create_and_wait(
+        self, request: CreateVm, states: Collection[Status | str] = (Status.RUNNING,), *, timeout_s: float = 60.0
+    ) -> Waited:
+        """`create`, then `wait`."""
+        vm = await self.create(request)
+        return await self.wait(vm.name, states, timeout_s=timeout_s)
+
+    async def verb_and_wait(
+        self,
+        name: str,
+        verb: Literal["start", "stop", "restart", "recover"],
+        states: Collection[Status | str],
+        *,
+        timeout_s: float = 60.0,
+        grace_s: float | None = None,
+    ) -> Waited:
+        """A verb and the wait for its outcome in one request.
+
+        Two would not do for `restart`: right after it the VM is still `running`, from before.
+        """
+        return await self._wait("POST", name, f"{_vm(name)}/{verb}", states, timeout_s, _grace(grace_s))
+
+    async def _wait(
+        self,
+        method: str,
+        name: str,
+        path: str,
+        states: Collection[Status | str],
+        timeout_s: float,
+        query: Query | None = None,
+    ) -> Waited:
+        """The daemon waits at most 10 minutes a request, so longer waits take several."""
         wanted = ",".join(str(state) for state in states)
         give_up_at = trio.current_time() + timeout_s
         while True:
             left_s = min(max(give_up_at - trio.current_time(), 0.001), _MAX_WAIT_S)
-            waited = await self._wait_once(name, wanted, left_s)
-            if waited.outcome != "timeout" or trio.current_time() >= give_up_at:
-                return waited
-
-    async def _wait_once(self, name: str, wanted: str, timeout_s: float) -> Waited:
-        query = {"wait": wanted, "timeout": format_duration(max(round(timeout_s, 3), 0.001))}
-        response = await self._http.request("GET", _vm(name), query=query, timeout_s=timeout_s + ANSWER_S, also=(404,))
-        outcome = response.headers.get("Volant-Wait")
-        if response.status_code == 404:
-            if outcome is None:
-                raise problem(404, response.headers, response.content)
-            vm = None
-        else:
-            vm = decode(response, VmView)
-        try:
-            return msgspec.convert({"outcome": outcome, "vm": vm}, Waited)
-        except msgspec.ValidationError as error:
-            raise UnexpectedAnswer(f"the daemon did not say how the wait ended: {error}") from None
+            waiting = {**(query or {}), "wait": wanted, "timeout": format_duration(round(left_s, 3))}
+            try:
+                response = await self._http.request(method, path, query=waiting, timeout_s=left_s + ANSWER_S)
+            except ClientProblem as gone:
+                if gone.status == 404 and "deleted" in states and method == "GET":
+                    return Waited("met", None)
+                raise
+            outcome = response.headers.get("Volant-Wait")
+            if outcome not in ("met", "failed", "timeout"):
+                raise UnexpectedAnswer(f"the daemon did not say how the wait ended: {outcome!r}")
+            if outcome != "timeout" or trio.current_time() >= give_up_at:
+                return Waited(outcome, decode(response, VmView))
+            # A daemon that stops lets go of those who wait; whoever asks again must not do so without a pause.
+            await trio.sleep(0.2)
+            method, path, query = "GET", _vm(name), None
 
     @asynccontextmanager
     async def exec(
@@ -290,6 +320,10 @@ def _name(name: str) -> str:
 
 def _vm(name: str) -> str:
     return f"/api/v1/vms/{_name(name)}"
+
+
+def _grace(grace_s: float | None) -> Query:
+    return {"grace": None if grace_s is None else format_duration(round(grace_s, 3))}
 
 
 def _labels(labels: Mapping[str, str] | None) -> Sequence[str]:

@@ -38,6 +38,9 @@ class PluginView(msgspec.Struct, frozen=True):
     description: str = ""
     runtime: str = ""
     enabled: bool = True
+    builtin: bool = False
+    created_at: datetime | None = None
+    labels: dict[str, str] = {}
 
 
 class Waited(msgspec.Struct, frozen=True):
@@ -46,7 +49,7 @@ class Waited(msgspec.Struct, frozen=True):
     outcome: Literal["met", "failed", "timeout"]
     """`failed`: the VM came to rest in another state, or is deleted."""
     vm: VmView | None
-    """As it is now; None when it is deleted."""
+    """As it was at the end of the wait; None when the name was free already."""
 
 
 class StreamGap(msgspec.Struct, frozen=True):

@@ -1,0 +1,1 @@
+"""`volar`, the command line of the daemon."""

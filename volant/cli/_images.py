@@ -1,0 +1,148 @@
+"""`volar images`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from volant.images import ImageError, Progress, build, list_images
+
+from ._options import Options, common, pass_options
+from ._output import Output
+from ._run import Failure, guarded
+from ._text import safe, size
+
+cache_option = click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="VOLANT_CACHE_DIR",
+    show_envvar=True,
+    help="The cache folder; the default is the daemon's.",
+)
+
+
+@click.group(name="images")
+def group() -> None:
+    """Build and list boot images, without a daemon."""
+
+
+@group.command("build")
+@cache_option
+@click.option("--mirror", metavar="URL", help="A Debian mirror, in the place of this host's apt sources.")
+@click.option("--security-mirror", metavar="URL", help="With --mirror: where security updates come from.")
+@click.option(
+    "--keyring", type=click.Path(path_type=Path), metavar="FILE", help="The keys that must have signed the mirror."
+)
+@click.option("--offline", is_flag=True, help="Take the packages of the last build.")
+@common()
+@pass_options
+def build_(
+    options: Options,
+    cache: Path | None,
+    mirror: str | None,
+    security_mirror: str | None,
+    keyring: Path | None,
+    offline: bool,
+) -> int:
+    """Build the image that Debian's packages of today make, or find that it is there."""
+    if security_mirror and not mirror:
+        raise click.UsageError("--security-mirror goes with --mirror")
+    out = Output(options.json)
+
+    def work() -> None:
+        try:
+            with _progress(out) as tell:
+                image = build(
+                    cache or default_cache_dir(os.environ, os.getuid()),
+                    progress=tell,
+                    mirror=mirror,
+                    security_mirror=security_mirror,
+                    keyring=keyring,
+                    offline=offline,
+                )
+        except ImageError as error:
+            raise Failure(error.message, hint=error.hint or None) from error
+        if out.json:
+            out.document(image.as_json())
+        else:
+            out.line(f"image {image.digest[:12]}, kernel {safe(image.kernel_version)}, {size(image.size_bytes)}")
+
+    return guarded(options, work)
+
+
+@group.command("list")
+@cache_option
+@common()
+@pass_options
+def list_(options: Options, cache: Path | None) -> int:
+    """List the images of the cache."""
+    out = Output(options.json)
+
+    def work() -> None:
+        images = list_images(cache or default_cache_dir(os.environ, os.getuid()))
+        if out.json:
+            out.document([image.as_json() for image in images])
+            return
+        rows = [
+            (
+                image.digest[:12],
+                "yes" if image.current else "no",
+                image.kernel_version,
+                f"{image.min_memory_mb} MiB",
+                size(image.size_bytes),
+            )
+            for image in images
+        ]
+        out.table(("IMAGE", "CURRENT", "KERNEL", "NEEDS", "SIZE"), rows)
+
+    return guarded(options, work)
+
+
+def default_cache_dir(environ: Mapping[str, str], uid: int) -> Path:
+    """The cache folder that a daemon of this user takes when it is told nothing."""
+    if uid == 0:
+        return Path("/var/cache/volant")
+    return Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/nonexistent")) / ".cache") / "volant"
+
+
+@contextmanager
+def _progress(out: Output) -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, a line a phase elsewhere, nothing for programs."""
+    if out.json:
+        yield lambda progress: None
+        return
+    if not sys.stderr.isatty():
+        phase = ""
+
+        def tell(progress: Progress) -> None:
+            nonlocal phase
+            if progress.phase != phase:
+                phase = progress.phase
+                out.note(progress.message)
+
+        yield tell
+        return
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Building the image", total=None)
+
+        def draw(progress: Progress) -> None:
+            bar.update(
+                task,
+                description=escape(safe(progress.message)),
+                completed=progress.done,
+                total=progress.total or None,
+            )
+
+        yield draw

@@ -1,0 +1,50 @@
+"""What every command takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass
+class Options:
+    """The options that stand before or after the name of a command."""
+
+    api: str | None = None
+    json: bool = False
+    debug: bool = False
+
+
+pass_options = click.make_pass_decorator(Options, ensure=True)
+
+
+def common(*, environment: bool = False) -> Callable[[F], F]:
+    """Give a command `--api`, `--json` and `--debug`; on the command itself they win over those before it."""
+
+    def keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+        if value and parameter.name is not None:
+            setattr(ctx.ensure_object(Options), parameter.name, value)
+
+    def decorate(function: F) -> F:
+        for option in (
+            click.option("--debug", is_flag=True, expose_value=False, callback=keep, help="Show stack traces."),
+            click.option("--json", is_flag=True, expose_value=False, callback=keep, help="Print JSON, for programs."),
+            click.option(
+                "--api",
+                metavar="ADDRESS",
+                envvar="VOLANT_API_BASE" if environment else None,
+                expose_value=False,
+                callback=keep,
+                help="The daemon: http://HOST:PORT, https://HOST:PORT or unix:/PATH "
+                "(VOLANT_API_BASE; default http://127.0.0.1:7777).",
+            ),
+        ):
+            function = option(function)
+        return function
+
+    return decorate

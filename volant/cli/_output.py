@@ -1,0 +1,128 @@
+"""What is printed: JSON for programs, tables and colours for people, plain columns into pipes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import click
+import msgspec
+
+from ._text import safe
+
+_STATUS_COLOURS = {
+    "running": "green",
+    "ok": "green",
+    "pending": "yellow",
+    "starting": "yellow",
+    "stopping": "yellow",
+    "deleting": "yellow",
+    "paused": "cyan",
+    "crashed": "red",
+    "failed": "red",
+    "degraded": "red",
+}
+
+
+def colourful(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal of somebody who wants colours."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def styled(text: str, colour: str | None, stream: TextIO, **more: bool) -> str:
+    """`text` in `colour` where `stream` shows it."""
+    return click.style(text, fg=colour, **more) if colourful(stream) else text
+
+
+class Output:
+    """One command's output."""
+
+    def __init__(self, json: bool) -> None:
+        self.json = json
+
+    def document(self, value: object) -> None:
+        """The one JSON document of a command."""
+        text = msgspec.json.format(msgspec.json.encode(value, order="sorted" if isinstance(value, dict) else None))
+        self._write(text + b"\n")
+
+    def item(self, value: object) -> None:
+        """One line of a stream of JSON documents."""
+        self._write(msgspec.json.encode(value) + b"\n")
+
+    def line(self, text: str) -> None:
+        """One line for people, which is safe already."""
+        self._write(text.encode(errors="replace") + b"\n")
+
+    def raw(self, stream: str, data: bytes) -> None:
+        """Bytes as they are, to standard output or standard error."""
+        target = sys.stdout if stream == "stdout" else sys.stderr
+        target.buffer.write(data)
+        target.buffer.flush()
+
+    def note(self, text: str) -> None:
+        """What a person wants to know meanwhile; programs are not told."""
+        if not self.json:
+            sys.stderr.write(safe(text) + "\n")
+            sys.stderr.flush()
+
+    def status(self, text: str) -> str:
+        """A status in its colour."""
+        return styled(safe(text), _STATUS_COLOURS.get(text), sys.stdout)
+
+    def table(self, titles: Sequence[str], rows: Sequence[Sequence[object]], *, status_column: int = -1) -> None:
+        """Columns under titles; nothing is cut off where nobody looks."""
+        cells = [["" if cell is None else safe(cell) for cell in row] for row in rows]
+        if not sys.stdout.isatty():
+            widths = [max(len(line[i]) for line in [list(titles), *cells]) for i in range(len(titles))]
+            for line in [list(titles), *cells]:
+                padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+                self.line("  ".join(padded).rstrip())
+            return
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in titles:
+            table.add_column(Text(title), overflow="fold")
+        for line in cells:
+            texts = [
+                Text(cell, style=_STATUS_COLOURS.get(cell, "") if i == status_column else "")
+                for i, cell in enumerate(line)
+            ]
+            table.add_row(*texts)
+        Console().print(table)
+
+    def fields(self, pairs: Sequence[tuple[str, object]]) -> None:
+        """Names and values, one a line; what has no value is left out."""
+        shown = [(name, value) for name, value in pairs if value not in (None, "", {}, [], ())]
+        width = max((len(name) for name, _ in shown), default=0)
+        for name, value in shown:
+            text = self.status(str(value)) if name in ("status", "desired") else safe(_plain(value))
+            self.line(f"{styled((name + ':').ljust(width + 1), None, sys.stdout, bold=True)} {text}")
+
+    def nested(self, value: Any, indent: int = 0) -> None:
+        """Any JSON, laid out for people."""
+        pad = "  " * indent
+        pairs = value.items() if isinstance(value, Mapping) else (("-", item) for item in value)
+        for name, member in pairs:
+            label = "-" if name == "-" else f"{safe(name)}:"
+            if isinstance(member, Mapping | list) and member:
+                self.line(f"{pad}{label}")
+                self.nested(member, indent + 1)
+            elif member not in (None, "", [], {}):
+                self.line(f"{pad}{label} {safe(_plain(member))}")
+
+    def _write(self, data: bytes) -> None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={member}" for key, member in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value

@@ -1,0 +1,185 @@
+"""From a command's function to an exit code: connections, interrupts, and errors in words for people."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Concatenate, NoReturn, ParamSpec
+
+import click
+import msgspec
+import trio
+
+from volant.client import Client, ClientError, ConnectionLost, DeadlineExceeded, Unreachable
+from volant.model import Problem, parse_duration
+
+from ._options import Options, common
+from ._output import Output, styled
+from ._text import safe
+
+P = ParamSpec("P")
+
+FAILED = 1
+NOT_FOUND = 3
+CONFLICT = 4
+UNREACHABLE = 5
+TIMED_OUT = 124
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""128 + SIGPIPE, as if the signal had ended us."""
+
+
+class Failure(Exception):
+    """A command did not reach what it was for; `code` is the exit code."""
+
+    def __init__(self, detail: str, *, code: int = FAILED, hint: str | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.code = code
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a command works with."""
+
+    client: Client
+    out: Output
+
+
+def command(
+    group: click.Group, name: str, **attributes: Any
+) -> Callable[[Callable[Concatenate[Session, P], Awaitable[int | None]]], click.Command]:
+    """Make an async function a command of `group`; it may return an exit code."""
+
+    def decorate(function: Callable[Concatenate[Session, P], Awaitable[int | None]]) -> click.Command:
+        @functools.wraps(function)
+        @click.pass_context
+        def call(ctx: click.Context, /, *args: P.args, **kwargs: P.kwargs) -> int:
+            options = ctx.ensure_object(Options)
+
+            async def work() -> int | None:
+                async with _client(options) as client:
+                    return await function(Session(client, Output(options.json)), *args, **kwargs)
+
+            return guarded(options, lambda: trio.run(work))
+
+        decorated: click.Command = group.command(name, **attributes)(common()(call))
+        return decorated
+
+    return decorate
+
+
+def _client(options: Options) -> Client:
+    try:
+        return Client(options.api or "http://127.0.0.1:7777", api_key=os.environ.get("VOLANT_API_KEY"))
+    except ValueError as error:
+        raise click.UsageError(f"--api or VOLANT_API_BASE: {error}") from None
+
+
+def guarded(options: Options, work: Callable[[], int | None]) -> int:
+    """Run `work`; what it raises becomes a message and an exit code."""
+    try:
+        return work() or 0
+    except BaseException as raised:
+        error = _first(raised)
+        if isinstance(error, click.ClickException | click.exceptions.Exit | SystemExit):
+            raise error from None
+        if options.debug:
+            traceback.print_exception(raised)
+        return _explain(options, error)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error to tell of, out of nested groups: an interrupt before all others."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    members = [_first(member) for member in error.exceptions]
+    return next((member for member in members if isinstance(member, KeyboardInterrupt)), members[0])
+
+
+def _explain(options: Options, error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        # What is still buffered must not raise once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    facts: dict[str, object] = {"code": "internal", "detail": str(error)}
+    code = FAILED
+    if isinstance(error, Problem):
+        code = {404: NOT_FOUND, 409: CONFLICT, 412: CONFLICT}.get(error.status, FAILED)
+        facts = {"status": error.status, "code": error.code, "detail": error.detail, "field": error.field}
+        facts |= {"vm": error.vm, "request_id": getattr(error, "request_id", None), "hint": error.hint}
+    elif isinstance(error, ClientError):
+        if isinstance(error, Unreachable | ConnectionLost):
+            code = UNREACHABLE
+        elif isinstance(error, DeadlineExceeded):
+            code = TIMED_OUT
+        facts = {"code": error.code, "detail": error.detail, "hint": error.hint}
+    elif isinstance(error, Failure):
+        code = error.code
+        facts = {"code": "failed", "detail": error.detail, "hint": error.hint}
+    elif isinstance(error, OSError):
+        facts = {"code": "os-error", "detail": str(error)}
+    else:
+        facts["detail"] = f"an error in volar itself: {type(error).__name__}: {error}"
+        facts["hint"] = "--debug shows where; please report it"
+    _tell(options, facts, code)
+    return code
+
+
+def _tell(options: Options, facts: dict[str, object], code: int) -> None:
+    stream = sys.stderr
+    try:
+        if options.json:
+            given = {name: value for name, value in facts.items() if value is not None}
+            stream.write(msgspec.json.encode({"error": given | {"exit_code": code}}).decode() + "\n")
+        else:
+            detail = safe(facts["detail"])
+            field = facts.get("field")
+            if field and str(field) not in detail:
+                detail += f" ({safe(field)})"
+            stream.write(f"{styled('volar:', 'red', stream, bold=True)} {detail}\n")
+            if facts.get("hint"):
+                stream.write(f"  {safe(facts['hint'])}\n")
+            if facts.get("request_id") and int(str(facts.get("status", 0))) >= 500:
+                stream.write(f"  the daemon's log has it as request {safe(facts['request_id'])}\n")
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Duration(click.ParamType[float]):
+    """`500ms`, `10s`, `2m`, `1h`: seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        try:
+            return parse_duration(value, param.name if param and param.name else "it")
+        except Problem as problem:
+            self._refuse(f"{problem.detail}; {problem.hint}", param, ctx)
+
+    def _refuse(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> NoReturn:
+        self.fail(text, param, ctx)
+
+
+class Pair(click.ParamType[tuple[str, str]]):
+    """`KEY=VALUE`."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = str(value).partition("=")
+        if not key or not equals:
+            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
+        return key, text

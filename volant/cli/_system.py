@@ -1,0 +1,75 @@
+"""`volar system`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import click
+
+from ._output import styled
+from ._run import Session, command
+from ._text import safe, span
+
+
+@click.group(name="system")
+def group() -> None:
+    """Look at the daemon itself."""
+
+
+@command(group, "status")
+async def status(session: Session) -> None:
+    """Show how the daemon is, how many VMs there are, and the host's load."""
+    found = await session.client.system.status()
+    if session.out.json:
+        session.out.document(found)
+        return
+    session.out.fields(
+        [
+            ("status", found.status),
+            ("version", found.version),
+            ("up", span(found.uptime_s)),
+            ("VMs", found.vm_count),
+            *((f"  {state}", count) for state, count in found.vms.items() if count),
+            ("host CPU", f"{found.cpu_percent:.0f} %"),
+            ("host memory", f"{found.mem_percent:.0f} %"),
+        ]
+    )
+
+
+@command(group, "info")
+async def info(session: Session) -> None:
+    """Show addresses, versions, folders, the accelerator and why it was chosen."""
+    found = await session.client.system.info()
+    if session.out.json:
+        session.out.document(found)
+    else:
+        session.out.nested(found)
+
+
+@command(group, "tree")
+async def tree(session: Session) -> None:
+    """Show the supervisor tree."""
+    found = await session.client.system.tree()
+    if session.out.json:
+        session.out.document(found)
+        return
+    for line in _lines(found, "", ""):
+        session.out.line(line)
+
+
+def _lines(node: Mapping[str, Any], first: str, rest: str) -> Iterator[str]:
+    state = str(node.get("state", ""))
+    facts = [str(node.get("kind", "")), styled(safe(state), "green" if state == "running" else "yellow", sys.stdout)]
+    if node.get("restarts"):
+        facts.append(f"{node['restarts']} restarts")
+    mailbox = node.get("mailbox")
+    if isinstance(mailbox, Mapping) and mailbox.get("depth"):
+        facts.append(f"{mailbox['depth']} messages waiting")
+    name = styled(safe(node.get("name", "?")), None, sys.stdout, bold=True)
+    yield f"{first}{name}  {'  '.join(fact for fact in facts if fact)}"
+    children = node.get("children") or []
+    for position, child in enumerate(children):
+        last = position == len(children) - 1
+        yield from _lines(child, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))

@@ -1,0 +1,505 @@
+"""`volar vms`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Literal, TextIO
+
+import click
+import trio
+
+from volant.client import ClientError, Feed, LogGap, LogLine, StreamGap, Waited
+from volant.model import CreateVm, Event, EventType, Problem, Reason, Status, VmView
+
+from ._output import Output, colourful, styled
+from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair, Session, command
+from ._text import clock, safe, span
+
+_WAIT_S = 120.0
+_EVENT_COLOURS = {
+    EventType.VM_RUNNING: "green",
+    EventType.VM_CRASHED: "red",
+    EventType.VM_DELETED: "bright_black",
+    EventType.VM_STOPPED: "bright_black",
+}
+_NOT_FOUND_IN_GUEST = 127
+_NOT_EXECUTABLE = 126
+
+name_argument = click.argument("name")
+wait_option = click.option("--wait", is_flag=True, help="Wait until it is there, and show its events meanwhile.")
+timeout_option = click.option(
+    "--timeout", type=Duration(), default=_WAIT_S, show_default="2m", help="How long to wait: 500ms, 10s, 2m, …"
+)
+
+
+@click.group(name="vms")
+def group() -> None:
+    """Create, watch and use VMs."""
+
+
+@command(group, "list")
+@click.option("--status", type=click.Choice([str(state) for state in Status]), help="Only those in this status.")
+@click.option("--label", "labels", type=Pair(), multiple=True, help="Only those with this label; may be repeated.")
+@click.option("--plugin", help="Only those of this plugin.")
+async def list_(session: Session, status: str | None, labels: tuple[tuple[str, str], ...], plugin: str | None) -> None:
+    """List VMs."""
+    vms = await session.client.vms.list(status=status, labels=dict(labels), plugin=plugin)
+    if session.out.json:
+        session.out.document(vms)
+        return
+    rows = [
+        (vm.name, str(vm.status), vm.plugin, vm.cpu_cores, f"{vm.memory_mb} MiB", _up(vm), vm.restarts, _why(vm))
+        for vm in vms
+    ]
+    session.out.table(("NAME", "STATUS", "PLUGIN", "CPUS", "MEMORY", "UP", "RESTARTS", "REASON"), rows, status_column=1)
+
+
+@command(group, "get")
+@name_argument
+async def get(session: Session, name: str) -> None:
+    """Show one VM."""
+    _show(session.out, await session.client.vms.get(name))
+
+
+@command(group, "inspect")
+@name_argument
+async def inspect(session: Session, name: str) -> None:
+    """Show what the daemon is doing with a VM."""
+    found = await session.client.vms.inspect(name)
+    if session.out.json:
+        session.out.document(found)
+    else:
+        session.out.nested(found)
+
+
+@command(group, "create")
+@name_argument
+@click.option("--cpu", "cpu_cores", type=click.IntRange(min=1), default=1, show_default=True, help="vCPUs.")
+@click.option(
+    "--memory", "memory_mb", type=click.IntRange(min=64), default=256, show_default=True, help="Memory in MiB."
+)
+@click.option("--plugin", default="base", show_default=True, help="What kind of VM.")
+@click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE for the workload; may be repeated.")
+@click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
+@click.option("--runtime", help="The boot image, when not the plugin's.")
+@click.option("--cmdline", "kernel_cmdline", default="", help="Appended to the kernel's command line.")
+@click.option(
+    "--restart-policy",
+    type=click.Choice(["never", "on-failure", "always"]),
+    default="never",
+    show_default=True,
+    help="When the daemon starts it again by itself.",
+)
+@click.option("--ttl", help="Delete it after so long, counted from now: 30m, 2h, …")
+@wait_option
+@timeout_option
+async def create(
+    session: Session,
+    name: str,
+    cpu_cores: int,
+    memory_mb: int,
+    plugin: str,
+    env: tuple[tuple[str, str], ...],
+    labels: tuple[tuple[str, str], ...],
+    runtime: str | None,
+    kernel_cmdline: str,
+    restart_policy: Literal["never", "on-failure", "always"],
+    ttl: str | None,
+    wait: bool,
+    timeout: float,
+) -> int:
+    """Create a VM and let it boot."""
+    request = CreateVm(
+        name=name,
+        cpu_cores=cpu_cores,
+        memory_mb=memory_mb,
+        plugin=plugin,
+        env=dict(env),
+        labels=dict(labels),
+        runtime=runtime,
+        kernel_cmdline=kernel_cmdline,
+        restart_policy=restart_policy,
+        ttl=ttl,
+    )
+    if not wait:
+        _done(session.out, await session.client.vms.create(request), "is created")
+        return 0
+    async with _telling(session, name) as teller:
+        waited = await session.client.vms.create_and_wait(request, timeout_s=timeout)
+        await _settle(teller, waited)
+    return _outcome(session.out, name, waited, "running", timeout)
+
+
+@command(group, "start")
+@name_argument
+@wait_option
+@timeout_option
+async def start(session: Session, name: str, wait: bool, timeout: float) -> int:
+    """Start a VM that is stopped or has crashed."""
+    if not wait:
+        _done(session.out, await session.client.vms.start(name), "is to run")
+        return 0
+    return await _verb(session, name, "start", "running", timeout)
+
+
+@command(group, "stop")
+@name_argument
+@click.option("--grace", type=Duration(), help="How long the guest may take before it is killed; default 10s.")
+@wait_option
+@timeout_option
+async def stop(session: Session, name: str, grace: float | None, wait: bool, timeout: float) -> int:
+    """Stop a VM: its guest is asked, then killed."""
+    if not wait:
+        _done(session.out, await session.client.vms.stop(name, grace_s=grace), "is to stop")
+        return 0
+    return await _verb(session, name, "stop", "stopped", timeout, grace)
+
+
+@command(group, "restart")
+@name_argument
+@wait_option
+@timeout_option
+async def restart(session: Session, name: str, wait: bool, timeout: float) -> int:
+    """Boot a VM anew."""
+    if not wait:
+        _done(session.out, await session.client.vms.restart(name), "is to boot anew")
+        return 0
+    return await _verb(session, name, "restart", "running", timeout)
+
+
+@command(group, "recover")
+@name_argument
+async def recover(session: Session, name: str) -> None:
+    """Take control again of a VM that the daemon gave up on (reason: control_lost)."""
+    _done(session.out, await session.client.vms.recover(name), "is under control again")
+
+
+@command(group, "wait")
+@name_argument
+@click.option(
+    "--for",
+    "states",
+    default="running",
+    show_default=True,
+    metavar="STATES",
+    help="Comma-separated; a status, or deleted.",
+)
+@timeout_option
+async def wait_for(session: Session, name: str, states: str, timeout: float) -> int:
+    """Wait until a VM is in one of some states."""
+    wanted = [state.strip() for state in states.split(",")]
+    async with _telling(session, name) as teller:
+        waited = await session.client.vms.wait(name, wanted, timeout_s=timeout)
+        await _settle(teller, waited)
+    return _outcome(session.out, name, waited, " or ".join(wanted), timeout)
+
+
+@command(group, "delete")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+async def delete(session: Session, names: tuple[str, ...]) -> None:
+    """Delete VMs with all that is theirs; returns when nothing of them is left."""
+    for name in names:
+        await session.client.vms.delete(name)
+        if session.out.json:
+            session.out.item({"name": name, "deleted": True})
+        else:
+            session.out.line(f"{safe(name)} is deleted")
+
+
+@command(group, "logs")
+@name_argument
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
+@click.option("--tail", type=click.IntRange(min=0), help="Begin with so many lines; default 100.")
+@click.option("--since", help="Begin after the line of this number, or at this time (RFC 3339).")
+@click.option(
+    "--stream",
+    "streams",
+    type=click.Choice(["stdout", "stderr", "console"]),
+    multiple=True,
+    help="Only this one; may be repeated.",
+)
+@click.option("-t", "--timestamps", is_flag=True, help="Put the time before each line.")
+async def logs(
+    session: Session,
+    name: str,
+    follow: bool,
+    tail: int | None,
+    since: str | None,
+    streams: tuple[Literal["stdout", "stderr", "console"], ...],
+    timestamps: bool,
+) -> None:
+    """Print the log of a VM: its console, and what its workload wrote."""
+    if tail is not None and since is not None:
+        raise click.UsageError("--tail and --since exclude each other")
+    out = session.out
+    async with session.client.vms.logs(
+        name, tail=tail, since=since, follow=follow, streams=streams, on_retry=_retrying(out)
+    ) as feed:
+        async for item in feed:
+            if out.json:
+                out.item(item)
+            elif isinstance(item, LogGap):
+                out.note(f"volar: lines {item.gap.first} to {item.gap.last} are past retention and lost")
+            else:
+                _print_line(out, item, timestamps)
+
+
+@command(
+    group,
+    "exec",
+    context_settings={"allow_interspersed_args": False},
+    options_metavar="[OPTIONS]",
+    no_args_is_help=True,
+)
+@name_argument
+@click.argument("words", metavar="[--] COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
+@click.option("--cwd", help="The working directory.")
+@click.option("--user", help="A name or number in the guest, perhaps with :GROUP.")
+@click.option("--timeout", type=Duration(), help="Kill the command after so long: 500ms, 10s, 2m, …")
+async def exec_(
+    session: Session,
+    name: str,
+    words: tuple[str, ...],
+    env: tuple[tuple[str, str], ...],
+    cwd: str | None,
+    user: str | None,
+    timeout: float | None,
+) -> int:
+    """Run a command in a VM; options stand before NAME.
+
+    Its output is passed through byte for byte; it has no standard input. The exit code is the command's, 128 + n when
+    signal n ended it, 124 when --timeout did, 126 or 127 when it can't be run or is not there.
+    """
+    words = words[1:] if words[0] == "--" else words
+    if not words:
+        raise click.UsageError("a command has to follow the name of the VM")
+    if words[0].startswith("-"):
+        raise click.UsageError(f"options stand before the name of the VM; {words[0]!r} came after it")
+    out = session.out
+    async with session.client.vms.exec(name, words, env=dict(env), cwd=cwd, user=user, timeout_s=timeout) as process:
+        async for piece in process:
+            if out.json:
+                out.item(piece)
+            else:
+                out.raw(piece.stream, piece.data)
+        end = process.end
+    assert end is not None
+    if out.json:
+        out.item(end)
+    if end.exit_code is not None:
+        return end.exit_code
+    if end.signal is not None:
+        return 128 + end.signal
+    codes = {"timeout": TIMED_OUT, "not_found": _NOT_FOUND_IN_GUEST, "not_executable": _NOT_EXECUTABLE}
+    code = codes.get(end.code or "", FAILED)
+    if out.json:
+        return code
+    raise Failure(f"in the guest: {end.error}", code=code)
+
+
+@command(group, "watch")
+@click.argument("name", required=False)
+@click.option("--since", metavar="ID", help="Begin after this event; 0: with the oldest kept.")
+@click.option(
+    "--type", "types", type=click.Choice([str(kind) for kind in EventType]), multiple=True, help="Only these."
+)
+@click.option("--label", "labels", type=Pair(), multiple=True, help="Only VMs with this label; may be repeated.")
+async def watch(
+    session: Session,
+    name: str | None,
+    since: str | None,
+    types: tuple[str, ...],
+    labels: tuple[tuple[str, str], ...],
+) -> None:
+    """Print what happens to VMs as it happens, until interrupted."""
+    out = session.out
+    async with session.client.events(
+        after=since, vm=name, types=types, labels=dict(labels), on_retry=_retrying(out)
+    ) as feed:
+        async for item in feed:
+            if out.json:
+                out.item(item)
+            elif isinstance(item, StreamGap):
+                out.note("volar: events are lost: the daemon does not keep what came before the next one")
+            else:
+                out.line(_event_line(item, sys.stdout))
+
+
+async def _verb(
+    session: Session,
+    name: str,
+    verb: Literal["start", "stop", "restart"],
+    state: str,
+    timeout: float,
+    grace: float | None = None,
+) -> int:
+    async with _telling(session, name) as teller:
+        waited = await session.client.vms.verb_and_wait(name, verb, [state], timeout_s=timeout, grace_s=grace)
+        await _settle(teller, waited)
+    return _outcome(session.out, name, waited, state, timeout)
+
+
+class _Teller:
+    """Prints a VM's events."""
+
+    def __init__(self) -> None:
+        self._told: Status | None = None
+        self._news = trio.Event()
+
+    async def run(self, feed: Feed[Event | StreamGap]) -> None:
+        """Until cancelled."""
+        try:
+            async for item in feed:
+                if isinstance(item, Event):
+                    sys.stderr.write(_event_line(item, sys.stderr) + "\n")
+                    sys.stderr.flush()
+                    self._told = item.status
+                    self._news.set()
+                    self._news = trio.Event()
+        except (ClientError, Problem):
+            # It was an extra; the command itself will say what is wrong.
+            return
+
+    async def told(self, status: Status) -> None:
+        """Return once the event of `status` is printed: it and the answer to our wait race each other."""
+        with trio.move_on_after(1):
+            while self._told != status:
+                await self._news.wait()
+
+
+@asynccontextmanager
+async def _telling(session: Session, name: str) -> AsyncIterator[_Teller | None]:
+    """Print the VM's events while the block runs; None when nobody wants them."""
+    if session.out.json:
+        yield None
+        return
+    teller = _Teller()
+    failure: Exception | None = None
+    async with session.client.events(vm=name) as feed, trio.open_nursery() as nursery:
+        nursery.start_soon(teller.run, feed)
+        try:
+            yield teller
+        except Exception as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _settle(teller: _Teller | None, waited: Waited) -> None:
+    if teller is not None and waited.vm is not None and waited.outcome != "timeout":
+        await teller.told(waited.vm.status)
+
+
+def _event_line(event: Event, terminal: TextIO) -> str:
+    kind = styled(str(event.type).ljust(11), _EVENT_COLOURS.get(event.type), terminal)
+    text = f"{clock(event.timestamp)}  {kind}  {safe(event.name)}  {safe(event.message)}"
+    return text + (f"\n{_reason(event.reason)}" if event.reason else "")
+
+
+def _reason(reason: Reason) -> str:
+    lines = [f"  {safe(reason.code)}: {safe(reason.message)}", *(f"  | {safe(line)}" for line in reason.console)]
+    return "\n".join(lines)
+
+
+def _print_line(out: Output, item: LogLine, timestamps: bool) -> None:
+    terminal = sys.stdout.isatty()
+    text = safe(item.line) if terminal else item.line
+    if item.stream == "stderr" and colourful(sys.stdout):
+        text = styled(text, "red", sys.stdout)
+    if timestamps:
+        moment = item.timestamp.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        text = f"{moment}  {text}"
+    out.line(text)
+
+
+def _retrying(out: Output):  # type: ignore[no-untyped-def]  # the callback's type is the client's own
+    told = False
+
+    def tell(error: ClientError | Problem, delay_s: float) -> None:
+        nonlocal told
+        del delay_s
+        if not told:
+            told = True
+            out.note(f"volar: {error}; trying again")
+
+    return tell
+
+
+def _outcome(out: Output, name: str, waited: Waited, wanted: str, timeout_s: float) -> int:
+    vm = waited.vm
+    if waited.outcome == "met":
+        if vm is None:
+            out.document(None) if out.json else out.line(f"{safe(name)} is {safe(wanted)}")
+        else:
+            _done(out, vm, f"is {out.status(str(vm.status))}" if "deleted" not in wanted else "is deleted")
+        return 0
+    if out.json:
+        out.document(vm)
+        return TIMED_OUT if waited.outcome == "timeout" else FAILED
+    if waited.outcome == "timeout":
+        now = f", it is {vm.status}" if vm is not None else ""
+        raise Failure(
+            f"VM {name!r} is not {wanted} after {timeout_s:g} s{now}",
+            code=TIMED_OUT,
+            hint=f"it goes on without us: `volar vms wait {name}` waits further, `volar vms logs {name}` shows why",
+        )
+    state = f"is {vm.status}" if vm is not None else "is deleted"
+    why = f": {vm.reason.message}" if vm is not None and vm.reason is not None else ""
+    raise Failure(
+        f"VM {name!r} {state}{why}",
+        hint=f"`volar vms logs {name}` shows its console, `volar vms get {name}` the last lines of it",
+    )
+
+
+def _done(out: Output, vm: VmView, what: str) -> None:
+    if out.json:
+        out.document(vm)
+    else:
+        out.line(f"{safe(vm.name)} {what}")
+
+
+def _show(out: Output, vm: VmView) -> None:
+    if out.json:
+        out.document(vm)
+        return
+    out.fields(
+        [
+            ("name", vm.name),
+            ("id", vm.id),
+            ("status", str(vm.status)),
+            ("desired", str(vm.desired)),
+            ("plugin", vm.plugin),
+            ("runtime", vm.runtime),
+            ("vCPUs", vm.cpu_cores),
+            ("memory", f"{vm.memory_mb} MiB"),
+            ("up", _up(vm)),
+            ("pid", vm.pid),
+            ("hypervisor", vm.hypervisor and f"{vm.hypervisor} ({vm.accelerator})"),
+            ("address", vm.ip_address),
+            ("restart policy", vm.restart_policy),
+            ("restarts", vm.restarts),
+            ("boots", vm.boots),
+            ("labels", vm.labels),
+            ("kernel cmdline", vm.kernel_cmdline),
+            ("created", vm.created_at.isoformat()),
+            ("started", vm.started_at and vm.started_at.isoformat()),
+        ]
+    )
+    if vm.reason is not None:
+        out.line("reason:")
+        out.line(_reason(vm.reason))
+
+
+def _up(vm: VmView) -> str:
+    if vm.started_at is None or vm.status not in (Status.RUNNING, Status.PAUSED):
+        return ""
+    return span((datetime.now(UTC) - vm.started_at).total_seconds())
+
+
+def _why(vm: VmView) -> str:
+    return vm.reason.code if vm.reason is not None else ""
