@@ -172,7 +172,9 @@ class VmActor(Actor):
                 await self._deliver(Report(seen, mark))
 
             spec = machine_spec(self._doors.settings, row, row.accelerator or "tcg")
-            self._process = LiveProcess(self._doors, spec, identity, self._log, row.boot_key, report)
+            self._process = LiveProcess(
+                self._doors.host, self._doors.hypervisor, spec, identity, self._log, row.boot_key, report
+            )
             self._doors.live[self._vm_id] = self._process
             self._process_task = self.ctx.spawn(self._process.run, name="process")
 

@@ -10,7 +10,6 @@ They begin when the row has a process and end when nothing of it is left, whatev
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 import msgspec
 import trio
@@ -25,15 +24,13 @@ from volant.channel import (
     Vsock,
     open_channel,
 )
-from volant.hypervisor import HypervisorError, MachineSpec
+from volant.host import Host
+from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec
 from volant.journal import VmLog
 from volant.model import Ended, EndKind, ProcessIdentity, Reason, Seen
 
 from ._console import ConsolePump
 from ._output import pump_output
-
-if TYPE_CHECKING:
-    from ._doors import VmDoors
 
 _RETRY_MIN_S = 0.1
 _RETRY_MAX_S = 10.0
@@ -45,7 +42,8 @@ class LiveProcess:
 
     def __init__(
         self,
-        doors: VmDoors,
+        host: Host,
+        hypervisor: Hypervisor,
         spec: MachineSpec,
         identity: ProcessIdentity,
         log: VmLog,
@@ -53,7 +51,8 @@ class LiveProcess:
         report: Callable[[Seen], Awaitable[None]],
     ) -> None:
         self.identity = identity
-        self._doors = doors
+        self._host = host
+        self._hypervisor = hypervisor
         self._spec = spec
         self._log = log
         self._boot_key = boot_key
@@ -83,7 +82,7 @@ class LiveProcess:
 
     async def run(self) -> None:
         """Keep the three tasks until cancelled."""
-        with ConsolePump(self._doors.host, self._spec.console_path, self._log, self._boot_key) as console:
+        with ConsolePump(self._host, self._spec.console_path, self._log, self._boot_key) as console:
             self._console = console
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(console.follow)
@@ -99,7 +98,7 @@ class LiveProcess:
 
     async def _watch(self) -> None:
         try:
-            async with self._doors.hypervisor.attach(self._spec, self.identity) as machine:
+            async with self._hypervisor.attach(self._spec, self.identity) as machine:
                 end = await machine.ended()
             kind, message = EndKind(end.kind), end.message
         except HypervisorError as error:
@@ -108,7 +107,7 @@ class LiveProcess:
 
     async def _keep_channel(self) -> None:
         """Keep the way to the agent open; a link that breaks is made again by the channel itself."""
-        async with open_channel(self._doors.host, _agent_address(self._spec)) as channel:
+        async with open_channel(self._host, _agent_address(self._spec)) as channel:
             self._channel = channel
             self._client = AgentClient(channel)
             try:
