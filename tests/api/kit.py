@@ -6,17 +6,31 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import h11
+import httpx
 import trio
 
-from volant.api._limits import Limits
-from volant.api._serving import serve
+from actors import ONE_FOR_ONE, Child, DynamicSupervisor, Supervisor, open_system
+from volant.api import ApiSettings, Doors, Limits, create_app, serve
+from volant.api._doors import Health
+from volant.host import Host
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.journal import Journal, Store, VmLogs
+from volant.vm import VmDoors, Vms, VmSettings
 
 FAST = Limits(
     keep_alive_s=30.0, header_s=5.0, send_s=20.0, finish_s=3.0, drop_s=2.0, linger_s=0.5, grace_s=0.3, lifespan_s=2.0
 )
+
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    "Sec_WebSocket_Version": "13",
+}
 
 
 @dataclass
@@ -138,3 +152,91 @@ def bare(handler: Callable[..., Any]) -> Callable[..., Any]:
             await send({"type": f"lifespan.{step}.complete"})
 
     return app
+
+
+class StandingSystem:
+    """The daemon's word about itself, without a daemon."""
+
+    def __init__(self, host: Host) -> None:
+        self.started_at = host.wall_clock()
+        self.now: Health = "ok"
+
+    def health(self) -> Health:
+        return self.now
+
+    def tree(self) -> dict[str, object]:
+        return {"name": "volantd", "children": []}
+
+    def info(self) -> dict[str, object]:
+        return {"addresses": []}
+
+
+@dataclass
+class Api:
+    """The whole API on a server, over a real journal, real logs and real actors; VMs that start end in `crashed`."""
+
+    server: Running
+    doors: Doors
+    client: httpx.AsyncClient
+    system: StandingSystem
+
+    async def create(self, name: str, **fields: Any) -> dict[str, Any]:
+        answer = await self.client.post("/api/v1/vms", json={"name": name, "cpu_cores": 1, "memory_mb": 128, **fields})
+        assert answer.status_code == 201, answer.text
+        return dict(answer.json())
+
+    async def crashed(self, name: str, **fields: Any) -> dict[str, Any]:
+        answer = await self.client.post(
+            "/api/v1/vms?wait=crashed",
+            json={"name": name, "cpu_cores": 1, "memory_mb": 128, **fields},
+        )
+        assert answer.status_code == 201, answer.text
+        assert answer.headers["volant-wait"] == "met", answer.text
+        return dict(answer.json())
+
+
+@asynccontextmanager
+async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = FAST) -> AsyncIterator[Api]:
+    """Serve the API with its state in `path`."""
+    host = Host()
+    store = Store(host, path / "volant.db")
+    logs = VmLogs(host, path / "logs")
+    await logs.prepare()
+    for name in ("run", "cache", "mem"):
+        (path / name).mkdir()
+    journal = Child("journal", lambda: Journal(store))
+    supervisor = DynamicSupervisor(intensity=3, period_s=60)
+    vms = Vms(
+        VmDoors(
+            host=host,
+            journal=journal.ref,
+            store=store,
+            logs=logs,
+            hypervisor=QemuHypervisor(host, path / "cache", accelerator="tcg"),
+            settings=VmSettings(
+                runtime_dir=path / "run",
+                cache_dir=path / "cache",
+                memory_dir=path / "mem",
+                kernel=path / "no-kernel",
+                initramfs=path / "no-initramfs",
+            ),
+            instance="test",
+        ),
+        supervisor,
+    )
+    system = StandingSystem(host)
+    root = Supervisor(ONE_FOR_ONE, intensity=5, period_s=60, children=[journal, Child("vms", supervisor)])
+    async with open_system(root):
+        doors = Doors(
+            vms=vms,
+            journal=journal.ref,
+            store=store,
+            logs=logs,
+            host=host,
+            system=system,
+            settings=settings or ApiSettings(),
+        )
+        async with running(create_app(doors, limits), limits) as server:
+            base = f"http://127.0.0.1:{server.port}"
+            async with httpx.AsyncClient(base_url=base, timeout=20, trust_env=False) as client:
+                yield Api(server, doors, client, system)

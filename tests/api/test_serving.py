@@ -11,15 +11,9 @@ import pytest
 import trio
 from quart import Response, request, websocket
 from quart_trio import QuartTrio
-from tests.api.kit import FAST, Running, bare, read_answer, read_head, read_to_end, running
-from tests.api.kit import request as http
 
-UPGRADE = {
-    "Connection": "Upgrade",
-    "Upgrade": "websocket",
-    "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    "Sec_WebSocket_Version": "13",
-}
+from tests.api.kit import FAST, UPGRADE, Running, bare, read_answer, read_head, read_to_end, running
+from tests.api.kit import request as http
 
 
 def quart_app() -> QuartTrio:
@@ -64,6 +58,11 @@ def quart_app() -> QuartTrio:
             await websocket.send(await websocket.receive())
 
     return app
+
+
+async def send_for_ever(stream: trio.SocketStream, data: bytes) -> None:
+    while True:
+        await stream.send_all(data)
 
 
 async def assert_alive(server: Running) -> None:
@@ -210,10 +209,9 @@ async def test_an_endless_unwanted_body_is_cut_off() -> None:
     limits = replace(FAST, drop_bytes=1024 * 1024)
     async with running(quart_app(), limits) as server:
         async with await server.connect() as stream:
+            await stream.send_all(http("POST", "/unread", Transfer_Encoding="chunked"))
             with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
-                await stream.send_all(http("POST", "/unread", Transfer_Encoding="chunked"))
-                while True:
-                    await stream.send_all(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+                await send_for_ever(stream, b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
 
 
 async def test_a_body_that_is_never_asked_for_is_not_waited_for() -> None:

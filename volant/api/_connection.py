@@ -234,8 +234,11 @@ class Http11(H11Protocol):
         """Whether the client holds its body back until it is asked for it (h11 forgets that with our answer)."""
 
     async def stream_send(self, event: StreamEvent) -> None:
-        if isinstance(event, Response) and event.status_code >= 200 and self.context.terminated.is_set():
-            event.headers.append((b"connection", b"close"))
+        if isinstance(event, Response) and event.status_code >= 200:
+            # After a refused upgrade Hypercorn does not know how to go on.
+            last = self.context.terminated.is_set() or isinstance(self.connection, H11WSConnection)
+            if last and not any(name == b"connection" for name, _ in event.headers):
+                event.headers.append((b"connection", b"close"))
         await super().stream_send(event)
 
     async def ask_for_body(self) -> None:

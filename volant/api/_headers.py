@@ -23,6 +23,8 @@ _HOP_BY_HOP = frozenset(
 _CREDENTIALS = frozenset({b"authorization", b"cookie", b"x-volant-api-key"})
 _OURS_TO_SAY = frozenset({b"host", b"expect"})
 
+_SAID_BY_US = frozenset({b"date", b"x-request-id", b"x-content-type-options"})
+
 _ORIGIN_WIDE = frozenset(
     {
         b"set-cookie",
@@ -39,10 +41,8 @@ _ORIGIN_WIDE = frozenset(
 )
 """What a browser would take as said for all of our origin, other guests and the API among it."""
 
-SANDBOX: tuple[Header, ...] = (
-    (b"content-security-policy", b"sandbox"),
-    (b"x-content-type-options", b"nosniff"),
-)
+SANDBOX: Header = (b"content-security-policy", b"sandbox")
+"""Added to what the guest says: of several policies a browser keeps to all. `nosniff` is on every answer of ours."""
 
 
 def to_guest(headers: Iterable[Header], *, host: bytes) -> list[Header]:
@@ -55,9 +55,9 @@ def to_guest(headers: Iterable[Header], *, host: bytes) -> list[Header]:
 def from_guest(headers: Iterable[Header]) -> list[Header]:
     """A guest's headers as the client gets them: its pages never run as ours (contract: Access)."""
     headers = list(headers)
-    dropped = _HOP_BY_HOP | _ORIGIN_WIDE | _named_by_connection(headers) | {b"date", b"x-request-id"}
-    kept = [(name, value) for name, value in headers if name not in dropped and name != b"x-content-type-options"]
-    return [*kept, *SANDBOX]
+    dropped = _HOP_BY_HOP | _ORIGIN_WIDE | _SAID_BY_US | _named_by_connection(headers)
+    kept = [(name, value) for name, value in headers if name not in dropped]
+    return [*kept, SANDBOX]
 
 
 def _named_by_connection(headers: Iterable[Header]) -> frozenset[bytes]:

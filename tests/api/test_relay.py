@@ -1,0 +1,433 @@
+"""A client reaches what runs in a VM, byte for byte, both ways; and a guest's answers never run as ours.
+
+The agent is the real one, in this process, behind a socket that speaks as a hypervisor's hybrid vsock does; what
+listens on the "guest's" loopback is a server of the test's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+import trio.testing
+from trio_websocket import ConnectionClosed, open_websocket_url
+
+from tests.api.kit import FAST, UPGRADE, Api, api, bare, read_answer, read_head, read_to_end, request, running
+from volant.api import Limits
+from volant.channel import AgentClient, AgentUnreachable, HybridVsock, open_channel
+from volant.guest._server import Server
+from volant.model import Problem
+
+
+@dataclass
+class Guest:
+    """A VM called `demo` whose agent answers."""
+
+    api: Api
+    port: int
+    """Of the server on its loopback."""
+    seen: list[dict[str, Any]]
+    """The scopes of what that server was asked."""
+    gone: trio.Event
+    """Set when a stream of that server has lost its client."""
+
+    @property
+    def client(self) -> httpx.AsyncClient:
+        return self.api.client
+
+    def websocket(self, path: str) -> str:
+        return f"ws://127.0.0.1:{self.api.server.port}{path}"
+
+
+@asynccontextmanager
+async def guest(path: Path, limits: Limits = FAST) -> AsyncIterator[Guest]:
+    seen: list[dict[str, Any]] = []
+    gone = trio.Event()
+
+    async def loopback(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope)
+        await (_loopback_socket if scope["type"] == "websocket" else _loopback_http)(scope, receive, send, gone)
+
+    agent = Server(lambda _: None)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path / "vsock"))
+    listener.listen(64)
+    threading.Thread(target=_hybrid, args=(listener, agent), daemon=True).start()
+    try:
+        async with running(bare(loopback)) as inner, api(path, limits=limits) as served:
+            async with open_channel(served.doors.host, HybridVsock(path / "vsock")) as channel:
+                client = AgentClient(channel)
+                await served.create("demo")
+                served.doors.vms.agent = lambda name: client  # type: ignore[method-assign,assignment]
+                await client.request_json(
+                    "PUT",
+                    "/v1/daemon/workload",
+                    {"entrypoint": ["sleep", "1000"], "port": inner.port},
+                    timeout_s=5,
+                )
+                yield Guest(served, inner.port, seen, gone)
+                served.server.stopping.set()
+                await served.server.stopped.wait()
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        await trio.to_thread.run_sync(agent.workload.stop, 0.0)
+        agent.output.finish(0.0)
+
+
+def _hybrid(listener: socket.socket, agent: Server) -> None:
+    while True:
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return
+        line = b""
+        while not line.endswith(b"\n"):
+            line += sock.recv(1)
+        sock.sendall(b"OK 1\n")
+        agent.serve(sock)
+
+
+async def _loopback_http(scope: Any, receive: Any, send: Any, gone: trio.Event) -> None:
+    async def answer(body: bytes, status: int = 200, *headers: tuple[bytes, bytes]) -> None:
+        length = (b"content-length", b"%d" % len(body))
+        await send({"type": "http.response.start", "status": status, "headers": [length, *headers]})
+        await send({"type": "http.response.body", "body": body})
+
+    async def body() -> AsyncIterator[bytes]:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            yield message["body"]
+            if not message["more_body"]:
+                return
+
+    match scope["path"]:
+        case "/digest":
+            digest, size = hashlib.sha256(), 0
+            async for data in body():
+                digest.update(data)
+                size += len(data)
+            await answer(json.dumps([size, digest.hexdigest()]).encode())
+        case "/big":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for _ in range(50):
+                await send({"type": "http.response.body", "body": b"x" * 1_000_000, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        case "/endless":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            async with trio.open_nursery() as nursery:
+
+                async def pour() -> None:
+                    while True:
+                        await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+
+                nursery.start_soon(pour)
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                gone.set()
+                nursery.cancel_scope.cancel()
+        case "/evil":
+            await answer(
+                b"<script>alert(1)</script>",
+                200,
+                (b"content-type", b"text/html"),
+                (b"set-cookie", b"a=b"),
+                (b"service-worker-allowed", b"/"),
+                (b"clear-site-data", b'"*"'),
+                (b"content-security-policy", b"sandbox allow-scripts allow-same-origin"),
+                (b"x-content-type-options", b"sniff"),
+                (b"x-request-id", b"forged"),
+                (b"x-own", b"kept"),
+            )
+        case "/broken":
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1000")]})
+            await send({"type": "http.response.body", "body": b"x" * 10, "more_body": True})
+            raise trio.BrokenResourceError
+        case "/nothing":
+            await answer(b"", 204)
+        case _:
+            await answer(scope["method"].encode(), 200)
+
+
+async def _loopback_socket(scope: Any, receive: Any, send: Any, gone: trio.Event) -> None:
+    await receive()
+    if scope["path"] == "/no":
+        await send({"type": "websocket.http.response.start", "status": 404, "headers": [(b"x-own", b"kept")]})
+        await send({"type": "websocket.http.response.body", "body": b"none here"})
+        return
+    await send({"type": "websocket.accept", "subprotocol": "chat" if scope["subprotocols"] else None})
+    while True:
+        message = await receive()
+        if message["type"] == "websocket.disconnect":
+            gone.set()
+            return
+        if message.get("text") == "close":
+            await send({"type": "websocket.close", "code": 4001, "reason": "as asked"})
+            return
+        await send({"type": "websocket.send", "text": message.get("text"), "bytes": message.get("bytes")})
+
+
+WAYS = ("agent", "port")
+
+
+def prefix(at: Guest, way: str) -> str:
+    return "/api/v1/vms/demo/agent" if way == "agent" else f"/api/v1/vms/demo/ports/{at.port}"
+
+
+async def test_the_agents_own_routes_answer(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        answer = await at.client.get("/api/v1/vms/demo/agent/healthz")
+        assert answer.json()["status"] == "ok"
+        assert (await at.client.get("/api/v1/vms/demo/agent/v1/info")).json()["kernel"]
+        lines = (await at.client.post("/api/v1/vms/demo/agent/v1/exec", json={"command": ["true"]})).text.splitlines()
+        assert json.loads(lines[-1]) == {"exit_code": 0}
+
+
+async def test_every_method_path_and_query_arrives_as_it_was_sent(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        for way in WAYS:
+            for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"):
+                assert (await at.client.request(method, f"{prefix(at, way)}/x")).text == method
+            raw = request("GET", f"{prefix(at, way)}/a%2Fb//c/../%C3%A4?x=%20y&api_key=k&z=1&%61pi_key=k&ticket=t&q")
+            assert (await at.api.server.ask(raw)).status == 200
+            assert at.seen[-1]["raw_path"] == b"/a%2Fb//c/../%C3%A4"
+            assert at.seen[-1]["query_string"] == b"x=%20y&z=1&q"
+            for bare_path in ("", "/"):
+                await at.client.get(prefix(at, way) + bare_path)
+                assert at.seen[-1]["raw_path"] == b"/"
+
+
+async def test_credentials_and_hop_by_hop_headers_stay_here(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        for way in WAYS:
+            await at.client.get(
+                f"{prefix(at, way)}/x",
+                headers={
+                    "authorization": "Bearer key",
+                    "x-volant-api-key": "key",
+                    "cookie": "a=b",
+                    "proxy-authorization": "x",
+                    "connection": "x-mine, keep-alive",
+                    "x-mine": "1",
+                    "te": "trailers",
+                    "x-kept": "yes",
+                },
+            )
+            headers = dict(at.seen[-1]["headers"])
+            assert headers[b"x-kept"] == b"yes"
+            for name in (b"authorization", b"x-volant-api-key", b"cookie", b"proxy-authorization", b"x-mine", b"te"):
+                assert name not in headers
+            assert b"key" not in b"".join(headers.values())
+        assert headers[b"host"] == b"localhost:%d" % at.port
+
+
+async def test_a_guests_page_never_runs_as_ours(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        for way in WAYS:
+            answer = await at.api.server.ask(request("GET", f"{prefix(at, way)}/evil"))
+            policies = [value for name, value in answer.all_headers if name == "content-security-policy"]
+            assert "sandbox" in policies
+            assert [value for name, value in answer.all_headers if name == "x-content-type-options"] == ["nosniff"]
+            for name in ("set-cookie", "service-worker-allowed", "clear-site-data"):
+                assert name not in answer.headers
+            assert answer.headers["x-request-id"] != "forged"
+            assert answer.headers["x-own"] == "kept"
+
+
+async def test_large_bodies_pass_both_ways(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        for way in WAYS:
+            data = bytes(range(256)) * 40_000
+            answer = await at.client.post(f"{prefix(at, way)}/digest", content=data)
+            assert answer.json() == [len(data), hashlib.sha256(data).hexdigest()]
+
+            async def chunks(data: bytes = data) -> AsyncIterator[bytes]:
+                for start in range(0, len(data), 100_000):
+                    yield data[start : start + 100_000]
+
+            answer = await at.client.put(f"{prefix(at, way)}/digest", content=chunks())
+            assert answer.json() == [len(data), hashlib.sha256(data).hexdigest()]
+            assert len((await at.client.get(f"{prefix(at, way)}/big")).content) == 50_000_000
+            assert (await at.client.get(f"{prefix(at, way)}/nothing")).status_code == 204
+            assert (await at.client.head(f"{prefix(at, way)}/x")).status_code == 200
+
+
+async def test_a_client_that_leaves_ends_the_request_in_the_guest(tmp_path: Path) -> None:
+    for way in WAYS:
+        path = tmp_path / way
+        path.mkdir()
+        async with guest(path) as at:
+            stream = await at.api.server.connect()
+            await stream.send_all(request("GET", f"{prefix(at, way)}/endless"))
+            await read_head(stream)
+            await trio.aclose_forcefully(stream)
+            with trio.fail_after(10):
+                await at.gone.wait()
+
+
+async def test_a_client_that_does_not_read_holds_back_its_guest_and_nobody_else(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        async with await at.api.server.connect() as stream:
+            await stream.send_all(request("GET", f"{prefix(at, 'port')}/endless"))
+            await read_head(stream)
+            await trio.sleep(0.3)
+            assert (await at.client.get(f"{prefix(at, 'agent')}/healthz")).status_code == 200
+
+
+async def test_an_answer_that_breaks_off_is_seen_to(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        for way in WAYS:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await at.client.get(f"{prefix(at, way)}/broken")
+            assert (await at.client.get("/healthz")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/daemon/logs",
+        "/v1/daemon",
+        "/v1/%64aemon/logs",
+        "/v1/%2564aemon/logs",
+        "//v1/daemon/logs",
+        "/v1//daemon/logs",
+        "/v1/./daemon/logs",
+        "/v1/x/../daemon/logs",
+        "/v1/x/%2e%2e/daemon/logs",
+        "/v1%2fdaemon%2flogs",
+        "/V1/Daemon/logs",
+        "/v1/daemon/logs?stdout=0",
+    ],
+)
+async def test_the_daemons_own_routes_are_not_relayed(tmp_path: Path, path: str) -> None:
+    async with guest(tmp_path) as at:
+        answer = await at.api.server.ask(request("GET", f"/api/v1/vms/demo/agent{path}"))
+        assert answer.status == 404
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def test_a_port_where_nothing_listens_is_502(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        answer = await at.client.get("/api/v1/vms/demo/ports/1/")
+        assert (answer.status_code, answer.json()["vm"]) == (502, "demo")
+
+
+async def test_an_agent_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+
+        class Absent:
+            @asynccontextmanager
+            async def stream(self, *_: Any, **__: Any) -> AsyncIterator[None]:
+                raise AgentUnreachable("the channel is down")
+                yield
+
+        at.api.doors.vms.agent = lambda name: Absent()  # type: ignore[method-assign,assignment]
+        for path in ("/agent/healthz", "/ports/80/"):
+            assert (await at.client.get(f"/api/v1/vms/demo{path}")).status_code == 502
+
+        def stopped(name: str) -> Any:
+            raise Problem(409, "vm-not-running", "it is stopped", vm=name)
+
+        at.api.doors.vms.agent = stopped  # type: ignore[method-assign]
+        for path in ("/agent/healthz", "/ports/80/"):
+            assert (await at.client.get(f"/api/v1/vms/demo{path}")).status_code == 409
+        assert (await at.api.server.get("/api/v1/vms/demo/agent/x", **UPGRADE)).status == 409
+
+
+# WebSockets
+
+
+async def test_a_websocket_passes_both_ways(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        for way in WAYS:
+            async with open_websocket_url(
+                at.websocket(f"{prefix(at, way)}/echo?api_key=k&x=1"), subprotocols=["chat"]
+            ) as socket_:
+                assert socket_.subprotocol == "chat"
+                for message in ("text", "", b"bytes", b"", b"x" * 1_000_000, "ä" * 70_000):
+                    await socket_.send_message(message)
+                    assert await socket_.get_message() == message
+                await socket_.ping()
+                await socket_.send_message("close")
+                with pytest.raises(ConnectionClosed) as raised:
+                    await socket_.get_message()
+                assert (raised.value.reason.code, raised.value.reason.reason) == (4001, "as asked")
+            assert at.seen[-1]["query_string"] == b"x=1"
+
+
+async def test_a_refused_websocket_is_refused_as_the_guest_did(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        for way in WAYS:
+            answer = await at.api.server.get(f"{prefix(at, way)}/no", **UPGRADE)
+            assert (answer.status, answer.headers["x-own"], answer.body) == (404, "kept", b"none here")
+            assert answer.headers["content-security-policy"] == "sandbox"
+
+
+async def test_a_websocket_client_that_leaves_is_missed_in_the_guest(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        stream = await at.api.server.connect()
+        await stream.send_all(request("GET", f"{prefix(at, 'port')}/echo", **UPGRADE))
+        head, _ = await read_head(stream)
+        assert head.startswith(b"HTTP/1.1 101")
+        assert b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in head
+        await trio.aclose_forcefully(stream)
+        with trio.fail_after(10):
+            await at.gone.wait()
+
+
+async def test_websockets_are_closed_with_1001_when_the_daemon_stops(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        async with open_websocket_url(at.websocket(f"{prefix(at, 'port')}/echo")) as socket_:
+            await socket_.send_message("x")
+            await socket_.get_message()
+            at.api.server.stopping.set()
+            with trio.fail_after(2), pytest.raises(ConnectionClosed) as raised:
+                await socket_.get_message()
+            assert raised.value.reason.code == 1001
+
+
+async def test_busy_relays_leave_room_for_others(tmp_path: Path) -> None:
+    async with guest(tmp_path, replace(FAST, grace_s=0.1)) as at:
+        streams = []
+        for _ in range(20):
+            stream = await at.api.server.connect()
+            await stream.send_all(request("GET", f"{prefix(at, 'port')}/endless"))
+            streams.append(stream)
+        async with trio.open_nursery() as nursery:
+
+            async def drain(stream: trio.SocketStream) -> None:
+                while await stream.receive_some(65536):
+                    pass
+
+            for stream in streams:
+                nursery.start_soon(drain, stream)
+            await trio.sleep(0.2)
+            for _ in range(5):
+                with trio.fail_after(2):
+                    assert (await at.api.server.get("/healthz")).status == 200
+            nursery.cancel_scope.cancel()
+        for stream in streams:
+            await trio.aclose_forcefully(stream)
+
+
+async def test_an_upload_that_the_guest_refuses_is_answered(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        async with await at.api.server.connect() as stream:
+            size = 5_000_000
+            await stream.send_all(request("POST", f"{prefix(at, 'port')}/x", Content_Length=str(size)))
+            await stream.send_all(b"x" * size)
+            assert (await read_answer(stream)).body == b"POST"
+            await stream.send_all(request("GET", "/healthz", Connection="close"))
+            assert (await read_to_end(stream)).startswith(b"HTTP/1.1 200")
