@@ -32,7 +32,7 @@ from h2.events import (
     StreamReset,
     WindowUpdated,
 )
-from h2.exceptions import ProtocolError
+from h2.exceptions import NoAvailableStreamIDError, ProtocolError
 from h2.settings import SettingCodes, Settings
 
 from volant.model.agent import MAX_STREAMS, RESERVED_STREAMS, RESYNC_MAGIC, RESYNC_NONCE_BYTES
@@ -80,6 +80,7 @@ class Link:
         self._out_filled = trio.Event()
         self._out_room = trio.lowlevel.ParkingLot()
         self._lost: str | None = None
+        self._scope = trio.CancelScope()
 
     async def run(self, on_ready: Callable[[], None]) -> NoReturn:
         """Find the guest's agent, call `on_ready`, and carry streams. Raises LinkLost in the end."""
@@ -89,9 +90,10 @@ class Link:
             self._conn.increment_flow_control_window(CONNECTION_WINDOW - self._conn.inbound_flow_control_window)
             self._flush()
             on_ready()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._write)
-                await self._read(rest)
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write)
+                    await self._read(rest)
         except* LinkLost as group:
             self._lose(str(group.exceptions[0]))
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -109,6 +111,11 @@ class Link:
         try:
             stream_id = self._conn.get_next_available_stream_id()
             self._conn.send_headers(stream_id, [(":method", "CONNECT"), (":authority", str(port))])
+        except NoAvailableStreamIDError as error:
+            # After a thousand million streams. The next link counts from 1 again.
+            self._lose("all stream ids of this link are used up")
+            self._scope.cancel()
+            raise LinkLost(self._lost) from error
         except ProtocolError as error:
             raise LinkLost(f"no further stream: {error}") from error
         stream = MuxStream(slot, self, stream_id)
@@ -222,8 +229,7 @@ class Link:
                     stream.fail(f"the guest refused the stream with {status.decode('ascii', 'replace')[:3]}")
             case StreamEnded():
                 if (stream := self._streams.get(event.stream_id)) is not None:
-                    stream.input_over = True
-                    stream.wake_receiver()
+                    stream.has_ended()
                     self._forget_if_done(stream)
             case StreamReset():
                 stream = self._streams.pop(event.stream_id, None)
@@ -390,6 +396,12 @@ class MuxStream(ChannelStream):
     def wake_sender(self) -> None:
         self._window.set()
 
+    def has_ended(self) -> None:
+        """The guest says no more. After a refusal that is no end of anything."""
+        if self._failure is None:
+            self.input_over = True
+            self.wake_receiver()
+
     def was_reset(self, code: int) -> None:
         if self.input_over:
             # All that the guest had to say is here, and it wants to hear no more.
@@ -401,8 +413,8 @@ class MuxStream(ChannelStream):
             self.fail(f"the guest reset the stream (code {code})")
 
     def fail(self, why: str) -> None:
-        """It is broken. What was received can still be taken."""
-        self._failure = why
+        """It is broken. What was received can still be taken; the first reason stands."""
+        self._failure = self._failure or why
         self.done()
 
     def done(self) -> None:

@@ -300,18 +300,25 @@ class _Mux:
 
     def open(self, stream_id: int, headers: dict[bytes, bytes]) -> None:
         assert self.conn is not None
-        if headers.get(b":method") != b"CONNECT" or headers.get(b":authority") != b"%d" % AGENT_PORT:
-            self.conn.send_headers(stream_id, [(":status", "404")], end_stream=True)
-            self.conn.reset_stream(stream_id, h2.errors.ErrorCodes.NO_ERROR)
+        wanted = headers.get(b":method") == b"CONNECT" and headers.get(b":authority") == b"%d" % AGENT_PORT
+        try:
+            self.conn.send_headers(stream_id, [(":status", "200" if wanted else "404")], end_stream=not wanted)
+        except h2.exceptions.ProtocolError:
+            return  # the host has reset it in the same breath
+        sock = self.accept() if wanted and len(self.by_id) < MAX_STREAMS + RESERVED_STREAMS else None
+        if sock is None:
+            code = h2.errors.ErrorCodes.REFUSED_STREAM if wanted else h2.errors.ErrorCodes.NO_ERROR
+            self.conn.reset_stream(stream_id, code)
             return
-        if len(self.by_id) >= MAX_STREAMS + RESERVED_STREAMS:
-            self.conn.reset_stream(stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
-            return
+        self.by_id[stream_id] = self.by_fd[sock.fileno()] = _Stream(stream_id, sock)
+        self.epoll.register(sock.fileno(), select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
+
+    def accept(self) -> socket.socket | None:
+        """Give the server its end of a new pair and return ours; None where that cannot be."""
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError:
-            self.conn.reset_stream(stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
-            return
+            return None
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
         ours.setblocking(False)
@@ -320,12 +327,8 @@ class _Mux:
         except Exception:
             ours.close()
             theirs.close()
-            self.conn.reset_stream(stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
-            return
-        stream = _Stream(stream_id, ours)
-        self.by_id[stream_id] = self.by_fd[ours.fileno()] = stream
-        self.epoll.register(ours.fileno(), select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
-        self.conn.send_headers(stream_id, [(":status", "200")])
+            return None
+        return ours
 
     def to_server(self, stream: _Stream) -> None:
         """Hand over what the host has sent, as far as the server takes it."""

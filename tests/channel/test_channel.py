@@ -1,0 +1,262 @@
+"""Byte streams into a guest over one port: the host's side against the guest's own code."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from volant.channel import AgentUnreachable, Channel, ChannelStream, VirtioSerial, open_channel
+from volant.host import Host
+from volant.model.agent import MAX_STREAMS, RESERVED_STREAMS
+
+from .kit import GuestAgent, Port, handle
+
+
+@pytest.fixture
+async def port(tmp_path: Path) -> AsyncIterator[Port]:
+    async with Port(tmp_path / "agent.sock").open() as port:
+        yield port
+
+
+@pytest.fixture
+def guest(port: Port) -> Iterator[GuestAgent]:
+    agent = GuestAgent(port, handle)
+    yield agent
+    agent.stop()
+
+
+@pytest.fixture
+async def channel(port: Port, guest: GuestAgent) -> AsyncIterator[Channel]:
+    async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+        yield channel
+
+
+async def read_all(stream: ChannelStream) -> bytes:
+    data = bytearray()
+    while piece := await stream.receive_some():
+        data += piece
+    return bytes(data)
+
+
+async def echoes(channel: Channel, data: bytes) -> bool:
+    async with await channel.open_stream(timeout_s=5) as stream:
+        await stream.send_all(b"echo\n" + data)
+        await stream.send_eof()
+        return await read_all(stream) == data
+
+
+async def test_bytes_go_both_ways_and_each_way_ends_by_itself(channel: Channel) -> None:
+    with trio.fail_after(5):
+        async with await channel.open_stream(timeout_s=5) as stream:
+            await stream.send_all(b"hash\n")
+            await stream.send_all(b"x" * 1_000_000)
+            await stream.send_eof()
+            assert await read_all(stream) == hashlib.sha256(b"x" * 1_000_000).hexdigest().encode()
+            assert await stream.receive_some() == b""
+            with pytest.raises(trio.ClosedResourceError):
+                await stream.send_all(b"more")
+
+
+async def test_streams_whose_reader_sleeps_block_no_other(channel: Channel) -> None:
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            sleepers = [await channel.open_stream(timeout_s=5) for _ in range(MAX_STREAMS - 8)]
+            for sleeper in sleepers:
+                await sleeper.send_all(b"source 1000000\n")
+            # All of them have filled their windows: more than HTTP/2's default for the whole connection.
+            while channel.statistics().bytes_in < len(sleepers) * 128 * 1024:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)
+            assert await echoes(channel, b"x" * 300_000)
+            for sleeper in sleepers:
+                nursery.start_soon(sleeper.aclose)
+
+
+async def test_guests_that_do_not_read_block_no_other_stream(channel: Channel) -> None:
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            for _ in range(40):
+                stream = await channel.open_stream(timeout_s=5)
+                await stream.send_all(b"hold\n")
+                nursery.start_soon(stream.send_all, bytes(1_000_000))
+            await trio.testing.wait_all_tasks_blocked(0.2)
+            assert await echoes(channel, b"x" * 300_000)
+            nursery.cancel_scope.cancel()
+
+
+async def test_twenty_large_streams_at_once_are_right(channel: Channel) -> None:
+    async def one(number: int) -> None:
+        data = random.Random(number).randbytes(1_000_000)
+        async with await channel.open_stream(timeout_s=5) as stream:
+            async with trio.open_nursery() as nursery:
+
+                async def send() -> None:
+                    await stream.send_all(b"echo\n" + data)
+                    await stream.send_eof()
+
+                nursery.start_soon(send)
+                assert await read_all(stream) == data
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(one, number)
+    assert channel.statistics().streams == 0
+
+
+async def test_closing_tells_the_guest_and_frees_the_stream(channel: Channel, guest: GuestAgent) -> None:
+    with trio.fail_after(5):
+        for command in (b"hold\n", b"source 10000000\n", b"echo\n"):
+            stream = await channel.open_stream(timeout_s=5)
+            await stream.send_all(command)
+            await trio.sleep(0.05)
+            await stream.aclose()
+            with pytest.raises(trio.ClosedResourceError):
+                await stream.receive_some()
+            await guest.idle()
+    assert channel.statistics().streams == 0
+
+
+async def test_a_guest_that_closes_first_ends_reading_and_then_sending(channel: Channel) -> None:
+    with trio.fail_after(5):
+        async with await channel.open_stream(timeout_s=5) as stream:
+            await stream.send_all(b"source 5\n")
+            assert await read_all(stream) == bytes(5)
+            with pytest.raises(trio.BrokenResourceError):
+                await stream.send_all(bytes(10_000_000))
+            assert await stream.receive_some() == b""
+
+
+async def test_one_task_sends_and_one_receives(channel: Channel) -> None:
+    async with await channel.open_stream(timeout_s=5) as stream:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.receive_some)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(trio.BusyResourceError):
+                await stream.receive_some()
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_receive_is_woken_by_closing(channel: Channel) -> None:
+    stream = await channel.open_stream(timeout_s=5)
+
+    async def receive() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await stream.receive_some()
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await trio.testing.wait_all_tasks_blocked()
+            await stream.aclose()
+
+
+async def test_streams_are_bounded_and_the_daemon_keeps_some(channel: Channel) -> None:
+    with trio.fail_after(10):
+        streams = [await channel.open_stream(timeout_s=5) for _ in range(MAX_STREAMS)]
+        with pytest.raises(AgentUnreachable, match="was free"):
+            await channel.open_stream(timeout_s=0.01)
+        for stream in [await channel.open_stream(timeout_s=5, reserved=True) for _ in range(RESERVED_STREAMS)]:
+            await stream.aclose()
+        await streams.pop().aclose()
+        assert await echoes(channel, b"room")
+        for stream in streams:
+            await stream.aclose()
+
+
+async def test_another_port_is_refused(channel: Channel) -> None:
+    with trio.fail_after(5):
+        async with await channel.open_stream(99, timeout_s=5) as stream:
+            with pytest.raises(trio.BrokenResourceError, match="404"):
+                await stream.receive_some()
+
+
+async def test_an_agent_that_does_not_come_is_unreachable_in_time(port: Port) -> None:
+    async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+        with pytest.raises(AgentUnreachable, match="could not be reached within 0"):
+            await channel.open_stream(timeout_s=0.05)
+        assert not channel.connected
+    with pytest.raises(AgentUnreachable, match="closed"):
+        await channel.open_stream(timeout_s=5)
+    await channel.closed()
+
+
+async def test_an_agent_that_comes_late_is_found(port: Port) -> None:
+    async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+        await trio.sleep(0.05)
+        agent = GuestAgent(port, handle)
+        try:
+            with trio.fail_after(5):
+                await channel.ready()
+                assert await echoes(channel, b"hello")
+        finally:
+            agent.stop()
+
+
+async def test_a_socket_that_comes_late_is_found(tmp_path: Path) -> None:
+    port = Port(tmp_path / "agent.sock")
+    async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+        await trio.sleep(0.05)
+        async with port.open():
+            agent = GuestAgent(port, handle)
+            try:
+                with trio.fail_after(5):
+                    assert await echoes(channel, b"hello")
+            finally:
+                agent.stop()
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_it_finds_its_feet_after_the_host_was_killed_at_any_byte(
+    port: Port, guest: GuestAgent, seed: int
+) -> None:
+    """The host's end dies while data flows, its successor comes before the guest has noticed."""
+    rng = random.Random(seed)
+    span = rng.choice((40, 16_500, 40_000, 300_000))
+    broken = 0
+    for round_ in range(4):
+        cut = rng.randrange(1, span)
+        port.cut_after(**({"to_guest": cut} if rng.random() < 0.5 else {"to_host": cut}))
+        clients = port.clients
+        async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+            with trio.fail_after(10):
+                while port.clients < clients + 2:  # until it was cut
+                    try:
+                        async with trio.open_nursery() as nursery:
+                            for _ in range(3):
+                                nursery.start_soon(echoes, channel, rng.randbytes(50_000))
+                    except* (trio.BrokenResourceError, trio.ClosedResourceError):
+                        broken += 1
+                    except* AgentUnreachable:
+                        pass
+                assert await echoes(channel, b"again " * 1000), f"round {round_}"
+    with trio.fail_after(5):
+        await guest.idle()
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_it_finds_its_feet_after_the_agent_was_restarted_at_any_byte(port: Port, seed: int) -> None:
+    rng = random.Random(seed)
+    agent = GuestAgent(port, handle)
+    try:
+        async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+            with trio.fail_after(10):
+                for _ in range(3):
+                    async with await channel.open_stream(timeout_s=5) as stream:
+                        await stream.send_all(b"source 100000000\n")
+                        left = rng.randrange(1, 500_000)
+                        while left > 0:
+                            left -= len(await stream.receive_some())
+                        agent.stop()
+                        agent = GuestAgent(port, handle)
+                        with pytest.raises(trio.BrokenResourceError):
+                            await read_all(stream)
+                    assert await echoes(channel, b"again")
+            assert channel.statistics().links >= 4
+    finally:
+        agent.stop()
