@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -39,8 +40,10 @@ class Address:
                 raise ValueError(f"{text!r} is no address: after unix: an absolute path has to come")
             return cls(text, "localhost", 80, socket_path=path)
         parts = urlsplit(text if "://" in text else f"http://{text}")
-        # Out of range or no number: reading `port` raises.
-        port = parts.port
+        try:
+            port = parts.port
+        except ValueError:
+            raise ValueError(f"{text!r} is no address: its port is no number up to 65535") from None
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError(f"{text!r} is no address: write http://HOST:PORT, https://HOST:PORT or unix:/PATH")
         if parts.username is not None or parts.password is not None:
@@ -92,10 +95,8 @@ def reason_of(error: BaseException) -> str:
     found: BaseException | None = error
     text = str(error) or type(error).__name__
     while found is not None:
-        if isinstance(found, OSError) and found.strerror:
-            text = found.strerror
-        if isinstance(found, BaseExceptionGroup):
-            found = found.exceptions[0]
-        else:
-            found = found.__cause__ or found.__context__
+        if isinstance(found, OSError) and found.errno is not None:
+            text = os.strerror(found.errno) if found.errno > 0 else found.strerror or text
+        inner = found.exceptions[0] if isinstance(found, BaseExceptionGroup) else None
+        found = inner or found.__cause__ or found.__context__
     return text

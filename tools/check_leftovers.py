@@ -1,0 +1,102 @@
+"""What daemons and guests leave on a host: processes, sockets, network devices, files outside the caches.
+
+`check_leftovers.py before FILE` notes what is there; `check_leftovers.py after FILE` lists what has come since and
+fails if there is any. A pytest that just ended keeps its own temporary folders; sockets and pipes in them do count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_GRACE_S = 10.0
+
+
+def main() -> int:
+    """Note or compare; return the exit code."""
+    mode, file = sys.argv[1], Path(sys.argv[2])
+    if mode == "before":
+        file.write_text(json.dumps({name: sorted(look()) for name, look in LOOKS.items()}))
+        return 0
+    before = json.loads(file.read_text())
+    give_up_at = time.monotonic() + _GRACE_S
+    while True:
+        left = {name: sorted(set(look()) - set(before[name])) for name, look in LOOKS.items()}
+        if not any(left.values()):
+            print("nothing is left: no process, socket, network device or file outside the caches")
+            return 0
+        if time.monotonic() > give_up_at:
+            break
+        time.sleep(0.5)
+    for name, found in left.items():
+        for one in found:
+            print(f"left behind: {name}: {one}", file=sys.stderr)
+    return 1
+
+
+def _processes() -> set[str]:
+    found = set()
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        try:
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue
+        if command.startswith(("qemu-system", "/usr/bin/qemu-system")) or "volantd" in command:
+            found.add(f"{folder.name} {command[:200]}")
+    return found
+
+
+def _sockets() -> set[str]:
+    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+    paths = (fields[7] for line in lines if len(fields := line.split(maxsplit=7)) == 8)
+    return {path for path in paths if "volant" in path or path.startswith(tempfile.gettempdir())}
+
+
+def _devices() -> set[str]:
+    return {path.name for path in Path("/sys/class/net").iterdir()}
+
+
+def _files() -> set[str]:
+    found = set()
+    for base in {Path(tempfile.gettempdir()), *map(Path, ("/tmp", "/dev/shm", "/run", "/var/lib", "/var/tmp"))}:
+        if not base.is_dir():
+            continue
+        for path in base.iterdir():
+            if path.name.startswith("pytest-of-"):
+                found |= _special_files(path)
+            elif "volant" in path.name:
+                found.add(str(path))
+    return found
+
+
+def _special_files(base: Path) -> set[str]:
+    found = set()
+    for folder, _, names in os.walk(base):
+        for name in names:
+            path = Path(folder, name)
+            try:
+                mode = path.lstat().st_mode
+            except OSError:
+                continue
+            if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode):
+                found.add(str(path))
+    return found
+
+
+LOOKS: dict[str, Callable[[], set[str]]] = {
+    "process": _processes,
+    "socket": _sockets,
+    "network device": _devices,
+    "file": _files,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

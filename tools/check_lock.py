@@ -1,0 +1,41 @@
+"""Whether `requirements.lock` was made from the present `pyproject.toml`, without asking a network.
+
+`--stamp` writes into the lock's first line what it was made from; without it that line is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PREFIX = "# Made by `make lock` from the dependencies with the digest "
+
+
+def main() -> int:
+    """Check or stamp; return the exit code."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    facts = [project["project"]["requires-python"], project["project"]["dependencies"], project["dependency-groups"]]
+    line = PREFIX + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    lock = ROOT / "requirements.lock"
+    text = lock.read_text()
+    if "--stamp" in sys.argv[1:]:
+        lock.write_text(line + "\n" + text)
+        return 0
+    if text.partition("\n")[0] != line:
+        print("requirements.lock is not made from this pyproject.toml: run `make lock`", file=sys.stderr)
+        return 1
+    pinned = re.findall(r"^([A-Za-z0-9._-]+)==\S+(.*)$", text, re.MULTILINE)
+    bare = [name for name, rest in pinned if not rest.rstrip().endswith("\\")]
+    if not pinned or bare or "://" in text:
+        print(f"requirements.lock has an address, or lacks hashes: {', '.join(bare)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
