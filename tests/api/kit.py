@@ -12,6 +12,7 @@ from typing import Any
 import h11
 import httpx
 import trio
+from trio_websocket import WebSocketConnection, open_websocket_url
 
 from actors import ONE_FOR_ONE, Child, DynamicSupervisor, Supervisor, open_system
 from volant.api import ApiSettings, Doors, Limits, create_app, serve
@@ -140,6 +141,50 @@ async def running(app: Callable[..., Any], limits: Limits = FAST) -> AsyncIterat
                 await server.stopped.wait()
 
 
+class Body:
+    """The body of an answer, as it comes in."""
+
+    def __init__(self, stream: trio.SocketStream, parser: h11.Connection, head: h11.Response) -> None:
+        self.status = head.status_code
+        self.headers = {name.decode(): value.decode() for name, value in head.headers}
+        self._stream = stream
+        self._parser = parser
+
+    async def more(self) -> bytes:
+        """The next piece; empty at the proper end."""
+        with trio.fail_after(10):
+            while True:
+                event = self._parser.next_event()
+                if event is h11.NEED_DATA:
+                    self._parser.receive_data(await self._stream.receive_some(65536))
+                elif isinstance(event, h11.Data):
+                    return bytes(event.data)
+                else:
+                    assert isinstance(event, h11.EndOfMessage), event
+                    return b""
+
+
+@asynccontextmanager
+async def streamed(server: Running, path: str, **headers: str) -> AsyncIterator[Body]:
+    """A GET whose answer is read piece by piece."""
+    parser = h11.Connection(h11.CLIENT)
+    parser.send(h11.Request(method="GET", target="/", headers=[("Host", "x")]))
+    parser.send(h11.EndOfMessage())
+    async with await server.connect() as stream:
+        await stream.send_all(request("GET", path, **headers))
+        with trio.fail_after(10):
+            while not isinstance(event := parser.next_event(), h11.Response):
+                parser.receive_data(await stream.receive_some(65536))
+        yield Body(stream, parser, event)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until something holds that tells nobody when it does."""
+    with trio.fail_after(10):
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.005)
+
+
 def bare(handler: Callable[..., Any]) -> Callable[..., Any]:
     """An ASGI app without a framework, whose every request `handler` serves."""
 
@@ -240,3 +285,11 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
             base = f"http://127.0.0.1:{server.port}"
             async with httpx.AsyncClient(base_url=base, timeout=20, trust_env=False) as client:
                 yield Api(server, doors, client, system)
+
+
+@asynccontextmanager
+async def websocket(url: str, **options: Any) -> AsyncIterator[WebSocketConnection]:
+    """A WebSocket client. trio-websocket 0.12 leaves its socket open when the server has closed first."""
+    async with open_websocket_url(url, **options) as connection:
+        yield connection
+    await trio.aclose_forcefully(connection._stream)

@@ -20,9 +20,21 @@ import httpx
 import pytest
 import trio
 import trio.testing
-from trio_websocket import ConnectionClosed, open_websocket_url
+from trio_websocket import ConnectionClosed
 
-from tests.api.kit import FAST, UPGRADE, Api, api, bare, read_answer, read_head, read_to_end, request, running
+from tests.api.kit import (
+    FAST,
+    UPGRADE,
+    Api,
+    api,
+    bare,
+    read_answer,
+    read_head,
+    read_to_end,
+    request,
+    running,
+    websocket,
+)
 from volant.api import Limits
 from volant.channel import AgentClient, AgentUnreachable, HybridVsock, open_channel
 from volant.guest._server import Server
@@ -45,7 +57,7 @@ class Guest:
     def client(self) -> httpx.AsyncClient:
         return self.api.client
 
-    def websocket(self, path: str) -> str:
+    def url(self, path: str) -> str:
         return f"ws://127.0.0.1:{self.api.server.port}{path}"
 
 
@@ -352,9 +364,7 @@ async def test_an_agent_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
 async def test_a_websocket_passes_both_ways(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
         for way in WAYS:
-            async with open_websocket_url(
-                at.websocket(f"{prefix(at, way)}/echo?api_key=k&x=1"), subprotocols=["chat"]
-            ) as socket_:
+            async with websocket(at.url(f"{prefix(at, way)}/echo?api_key=k&x=1"), subprotocols=["chat"]) as socket_:
                 assert socket_.subprotocol == "chat"
                 for message in ("text", "", b"bytes", b"", b"x" * 1_000_000, "ä" * 70_000):
                     await socket_.send_message(message)
@@ -389,7 +399,7 @@ async def test_a_websocket_client_that_leaves_is_missed_in_the_guest(tmp_path: P
 
 async def test_websockets_are_closed_with_1001_when_the_daemon_stops(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
-        async with open_websocket_url(at.websocket(f"{prefix(at, 'port')}/echo")) as socket_:
+        async with websocket(at.url(f"{prefix(at, 'port')}/echo")) as socket_:
             await socket_.send_message("x")
             await socket_.get_message()
             at.api.server.stopping.set()

@@ -45,14 +45,14 @@ def routes(doors: Doors) -> list[StreamRoute]:
                     410, "events-gone", f"the events after {after[:80]!r} are not kept, or never were",
                     hint=f"the oldest kept is {gap.oldest}; read the list of VMs, and go on from its Volant-Event-Id",
                 )  # fmt: skip
-        await call.start(200, _HEADERS)
-        if call.method == "HEAD":
-            await call.finish()
-            return
+        # The place is taken before the client hears of it, so that it misses nothing from then on.
         async with doors.store.events.cursor(after) as cursor:
-            await call.write(b"retry: 1000\n\n")
-            if await call.while_connected(lambda: _stream(call, cursor, wanted)):
-                await call.finish()
+            await call.start(200, _HEADERS)
+            if call.method != "HEAD":
+                await call.write(b"retry: 1000\n\n")
+                if not await call.while_connected(lambda: _stream(call, cursor, wanted)):
+                    return
+            await call.finish()
 
     return [StreamRoute(_PATH, events)]
 

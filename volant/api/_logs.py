@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -22,6 +23,7 @@ from ._waits import interruptible
 _WEBSOCKET = re.compile(r"/ws/v1/vms/([^/]*)/logs/?\Z")
 _HTTP = re.compile(r"/api/v1/vms/([^/]*)/logs/?\Z")
 _STREAMS = frozenset({"stdout", "stderr", "console"})
+_NDJSON = [(b"content-type", b"application/x-ndjson"), (b"cache-control", b"no-store")]
 _DEFAULT_TAIL = 100
 _MAX_TAIL = 1_000_000
 _BATCH = 64 * 1024
@@ -32,28 +34,29 @@ def routes(doors: Doors, turns: Turns) -> list[StreamRoute]:
 
     async def websocket(call: Call) -> None:
         log, wanted = _find(doors, call, tail=_DEFAULT_TAIL, follow=True)
-        await call.accept()
+        # The place is taken before the client hears of it, so that it misses nothing from then on.
+        async with wanted.cursor(log) as cursor:
+            await call.accept()
 
-        async def stream() -> None:
-            async with wanted.cursor(log) as cursor:
+            async def stream() -> None:
                 ended = await _send(call, cursor, turns, log.vm_id, call.send_texts)
-            await call.close(NORMAL if ended else GOING_AWAY)
+                await call.close(NORMAL if ended else GOING_AWAY)
 
-        await call.while_connected(stream)
+            await call.while_connected(stream)
 
     async def ndjson(call: Call) -> None:
         log, wanted = _find(doors, call, tail=None, follow=False)
-        await call.start(200, [(b"content-type", b"application/x-ndjson"), (b"cache-control", b"no-store")])
+        async with wanted.cursor(log) as cursor:
+            await call.start(200, _NDJSON)
 
-        async def write(lines: list[bytes]) -> None:
-            await call.write(b"\n".join(lines) + b"\n")
+            async def write(lines: list[bytes]) -> None:
+                await call.write(b"\n".join(lines) + b"\n")
 
-        async def stream() -> None:
-            async with wanted.cursor(log) as cursor:
+            async def stream() -> None:
                 await _send(call, cursor, turns, log.vm_id, write)
 
-        if call.method == "HEAD" or await call.while_connected(stream):
-            await call.finish()
+            if call.method == "HEAD" or await call.while_connected(stream):
+                await call.finish()
 
     return [
         StreamRoute(_WEBSOCKET, websocket, http=False, websocket=True),
@@ -71,7 +74,8 @@ class _Wanted:
     follow: bool
     streams: frozenset[LogStream]
 
-    def cursor(self, log: VmLog):  # type: ignore[no-untyped-def]  # what VmLog.cursor returns
+    def cursor(self, log: VmLog) -> AbstractAsyncContextManager[LogCursor]:
+        """:raises OSError: the disk can't be read."""
         return log.cursor(
             since_seq=self.since_seq,
             since_time=self.since_time,

@@ -73,7 +73,7 @@ class Relay:
         put, take = trio.open_memory_channel[bytes](0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._take_in, call, put, nursery.cancel_scope)
-            body = self._paid(take, vm_id) if has_body else None
+            body = _Body(take, self._turns, vm_id) if has_body else None
             async with client.stream(call.method, target, headers, body, timeout_s=HEAD_S) as response:
                 await call.start(response.status, from_guest(response.headers))
                 while data := await response.receive():
@@ -100,12 +100,6 @@ class Relay:
             pass
         scope.cancel()
 
-    async def _paid(self, take: trio.MemoryReceiveChannel[bytes], vm_id: int) -> AsyncIterator[bytes]:
-        async with take:
-            async for data in take:
-                await self._turns.take(vm_id, len(data))
-                yield data
-
     # WebSockets
 
     async def _websocket(self, call: Call, client: AgentClient, vm_id: int, target: str, host: bytes) -> None:
@@ -130,6 +124,26 @@ class Relay:
                     refusal.append((b"content-length", b"%d" % len(body)))
                     await call.reject(max(response.status, 400), refusal, body)
             nursery.cancel_scope.cancel()
+
+
+class _Body:
+    """The pieces of a request's body. No generator, as whoever reads it may leave it half-way."""
+
+    def __init__(self, take: trio.MemoryReceiveChannel[bytes], turns: Turns, vm_id: int) -> None:
+        self._take = take
+        self._turns = turns
+        self._vm_id = vm_id
+
+    def __aiter__(self) -> _Body:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            data = await self._take.receive()
+        except trio.EndOfChannel:
+            raise StopAsyncIteration from None
+        await self._turns.take(self._vm_id, len(data))
+        return data
 
 
 class _Splice:

@@ -1,0 +1,156 @@
+"""Events over SSE: in order, resumed without a hole, and what is lost is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio.testing
+
+from tests.api.kit import Api, Body, api, streamed, until
+from volant.api import _events
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Api]:
+    async with api(tmp_path) as running:
+        yield running
+
+
+class Blocks:
+    """The blocks of an event stream, one at a time."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+        self._buffer = b""
+
+    async def next(self) -> dict[str, str]:
+        while b"\n\n" not in self._buffer:
+            data = await self._body.more()
+            assert data, "the stream has ended"
+            self._buffer += data
+        block, _, self._buffer = self._buffer.partition(b"\n\n")
+        return dict(line.split(": ", 1) for line in block.decode().split("\n"))
+
+    async def event(self) -> dict[str, Any]:
+        """The next block that is an event, checked."""
+        block = await self.next()
+        while set(block) <= {"id", "retry"}:
+            block = await self.next()
+        data = dict(json.loads(block["data"]))
+        assert data["type"] == block["event"]
+        if data["type"] != "STREAM_GAP":
+            assert data["id"] == block["id"]
+        return data
+
+    async def events(self, count: int) -> list[dict[str, Any]]:
+        return [await self.event() for _ in range(count)]
+
+    async def rest(self) -> bytes:
+        while data := await self._body.more():
+            self._buffer += data
+        return self._buffer
+
+
+@asynccontextmanager
+async def stream(served: Api, query: str = "", **headers: str) -> AsyncIterator[Blocks]:
+    async with streamed(served.server, f"/api/v1/events/vms{query}", **headers) as body:
+        assert body.status == 200
+        assert body.headers["content-type"].startswith("text/event-stream")
+        assert body.headers["cache-control"] == "no-cache, no-transform"
+        assert body.headers["x-accel-buffering"] == "no"
+        blocks = Blocks(body)
+        assert await blocks.next() == {"retry": "1000"}
+        yield blocks
+
+
+async def test_a_stream_begins_now(served: Api) -> None:
+    await served.crashed("before")
+    async with stream(served) as blocks:
+        await served.crashed("demo")
+        events = await blocks.events(3)
+    assert [event["type"] for event in events] == ["VM_CREATED", "VM_STARTING", "VM_CRASHED"]
+    assert {event["name"] for event in events} == {"demo"}
+    assert events[2]["reason"]["code"]
+    numbers = [int(event["id"].rpartition("-")[2]) for event in events]
+    assert numbers == list(range(numbers[0], numbers[0] + 3))
+
+
+async def test_a_stream_resumes_after_an_id(served: Api) -> None:
+    await served.crashed("demo")
+    async with stream(served, "?since=0") as blocks:
+        events = await blocks.events(3)
+    first, second = events[0]["id"], events[1]["id"]
+    for query, headers in (
+        ("", {"Last_Event_ID": first}),
+        (f"?last_event_id={first}", {}),
+        (f"?since={first}", {}),
+        (f"?since=0&last_event_id={first}", {}),
+        (f"?since=0&last_event_id={second}", {"Last_Event_ID": first}),
+    ):
+        async with stream(served, query, **headers) as blocks:
+            assert [event["id"] for event in await blocks.events(2)] == [event["id"] for event in events[1:]]
+
+
+@pytest.mark.parametrize("given", ["nonsense", "0000-1", "{epoch}-999999", "-", "{epoch}--1"])
+async def test_an_id_that_is_not_known_is_a_gap_then_the_oldest(served: Api, given: str) -> None:
+    await served.crashed("demo")
+    epoch = served.doors.store.events.epoch
+    given = given.format(epoch=epoch)
+    async with stream(served, f"?last_event_id={given}") as blocks:
+        gap = await blocks.event()
+        assert gap["type"] == "STREAM_GAP"
+        assert gap["requested"] == given
+        assert (gap["oldest"], gap["newest"]) == (f"{epoch}-1", f"{epoch}-3")
+        assert (await blocks.event())["id"] == f"{epoch}-1"
+    answer = await served.client.get(f"/api/v1/events/vms?on_gap=410&last_event_id={given}")
+    assert answer.status_code == 410
+    assert f"{epoch}-1" in answer.json()["hint"]
+
+
+async def test_nothing_is_a_gap_that_is_none(served: Api) -> None:
+    for query in ("?since=0&on_gap=410", "?on_gap=410", f"?on_gap=410&since={served.doors.store.events.newest}"):
+        async with stream(served, query) as blocks:
+            await served.crashed(f"vm{len(query)}")
+            assert (await blocks.event())["type"] == "VM_CREATED"
+
+
+async def test_a_stream_is_filtered(served: Api) -> None:
+    await served.crashed("one", labels={"team": "a"})
+    await served.crashed("two", labels={"team": "b", "tier": "x"})
+    for query, expected in (
+        ("vm=two", ["VM_CREATED", "VM_STARTING", "VM_CRASHED"]),
+        ("types=VM_CRASHED", ["VM_CRASHED", "VM_CRASHED"]),
+        ("types=VM_CRASHED,VM_CREATED&vm=one", ["VM_CREATED", "VM_CRASHED"]),
+        ("label=team=b&types=VM_STARTING", ["VM_STARTING"]),
+        ("label=team=b&label=tier=x&types=VM_STARTING", ["VM_STARTING"]),
+    ):
+        async with stream(served, f"?since=0&{query}") as blocks:
+            assert [event["type"] for event in await blocks.events(len(expected))] == expected
+
+
+async def test_a_filtered_reader_keeps_up(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_events, "KEEP_UP_S", 0.05)
+    async with stream(served, "?vm=nobody") as blocks:
+        await served.crashed("demo")
+        newest = str(served.doors.store.events.newest)
+        while (block := await blocks.next()) != {"id": newest}:
+            assert set(block) == {"id"}
+
+
+async def test_a_stream_ends_cleanly_and_with_the_newest_id_when_the_daemon_stops(served: Api) -> None:
+    async with stream(served, "?vm=nobody") as blocks:
+        await served.crashed("demo")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        served.server.stopping.set()
+        assert await blocks.rest() == f"id: {served.doors.store.events.newest}\n\n".encode()
+
+
+async def test_a_reader_that_leaves_is_forgotten(served: Api) -> None:
+    async with stream(served):
+        assert served.doors.store.events.statistics().readers == 1
+    await until(lambda: not served.doors.store.events.statistics().readers)

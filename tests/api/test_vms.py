@@ -1,0 +1,199 @@
+"""VMs, plugins and the system over HTTP, as the contract says."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.api.kit import Api, api, read_answer, request
+
+VM_FIELDS = {
+    "id", "name", "status", "desired", "reason", "plugin", "runtime", "pid", "ip_address", "mac_address", "cpu_cores",
+    "memory_mb", "kernel_cmdline", "serial_socket", "labels", "hypervisor", "accelerator", "restart_policy",
+    "restarts", "boots", "disk", "created_at", "updated_at", "started_at",
+}  # fmt: skip
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Api]:
+    async with api(tmp_path) as running:
+        yield running
+
+
+async def test_a_vm_is_created_shown_and_deleted(served: Api) -> None:
+    answer = await served.client.post(
+        "/api/v1/vms?wait=crashed,running",
+        json={"name": "demo", "cpu_cores": 1, "memory_mb": 128, "labels": {"team": "a"}},
+    )
+    assert (answer.status_code, answer.headers["location"]) == (201, "/api/v1/vms/demo")
+    assert answer.headers["volant-wait"] == "met"
+    vm = answer.json()
+    assert set(vm) == VM_FIELDS
+    assert (vm["name"], vm["status"], vm["disk"], vm["ip_address"]) == ("demo", "crashed", "none", "")
+    assert vm["reason"]["code"]
+    assert vm["created_at"].endswith("Z")
+    again = await served.client.get("/api/v1/vms/demo")
+    assert again.json()["id"] == vm["id"]
+    assert (await served.client.get("/api/v1/vms/demo/inspect")).json()["row"]["name"] == "demo"
+    assert (await served.client.delete("/api/v1/vms/demo")).status_code == 204
+    assert (await served.client.get("/api/v1/vms/demo")).status_code == 404
+    assert (await served.create("demo"))["id"] > vm["id"]
+
+
+async def test_a_name_is_taken_once(served: Api) -> None:
+    await served.create("demo")
+    answer = await served.client.post("/api/v1/vms", json={"name": "demo", "cpu_cores": 1, "memory_mb": 128})
+    assert answer.status_code == 409
+    answer = await served.client.post(
+        "/api/v1/vms", json={"name": "other", "cpu_cores": 1, "memory_mb": 128, "plugin": "none"}
+    )
+    assert answer.status_code == 404
+
+
+async def test_the_list_is_filtered_and_paged(served: Api) -> None:
+    for number in range(5):
+        await served.crashed(f"vm{number}", labels={"n": str(number), "even": str(number % 2 == 0).lower()})
+
+    async def names(query: str) -> list[str]:
+        return [vm["name"] for vm in (await served.client.get(f"/api/v1/vms{query}")).json()]
+
+    assert await names("") == ["vm0", "vm1", "vm2", "vm3", "vm4"]
+    assert await names("?status=crashed&label=even=true") == ["vm0", "vm2", "vm4"]
+    assert await names("?label=even=true&label=n=2") == ["vm2"]
+    assert await names("?status=running,starting") == []
+    assert await names("?plugin=other") == []
+    page = await served.client.get("/api/v1/vms?limit=2&label=even=true")
+    assert [vm["name"] for vm in page.json()] == ["vm0", "vm2"]
+    following = page.links["next"]["url"]
+    last = await served.client.get(following)
+    assert [vm["name"] for vm in last.json()] == ["vm4"]
+    assert "link" not in last.headers
+
+
+async def test_the_list_says_up_to_which_event_it_is_true(served: Api) -> None:
+    before = (await served.client.get("/api/v1/vms")).headers["volant-event-id"]
+    await served.crashed("demo")
+    after = (await served.client.get("/api/v1/vms")).headers["volant-event-id"]
+    assert before.rpartition("-")[0] == after.rpartition("-")[0]
+    assert int(after.rpartition("-")[2]) - int(before.rpartition("-")[2]) >= 3
+
+
+async def test_verbs_answer_with_the_vm(served: Api) -> None:
+    await served.crashed("demo")
+    answer = await served.client.post("/api/v1/vms/demo/start?wait=crashed&timeout=10s")
+    assert (answer.status_code, answer.headers["volant-wait"]) == (200, "met")
+    answer = await served.client.post("/api/v1/vms/demo/stop?grace=0s")
+    assert answer.json()["desired"] == "stopped"
+    answer = await served.client.get("/api/v1/vms/demo?wait=stopped")
+    assert (answer.json()["status"], answer.headers["volant-wait"]) == ("stopped", "met")
+    assert (await served.client.post("/api/v1/vms/demo/recover")).status_code == 409
+    answer = await served.client.post("/api/v1/vms/demo/restart?wait=running")
+    assert (answer.headers["volant-wait"], answer.json()["status"]) == ("failed", "crashed")
+
+
+async def test_waiting_ends_in_time(served: Api) -> None:
+    await served.crashed("demo")
+    await served.client.post("/api/v1/vms/demo/stop?wait=stopped")
+    answer = await served.client.get("/api/v1/vms/demo?wait=running&timeout=100ms")
+    assert answer.headers["volant-wait"] in ("failed", "timeout")
+
+
+async def test_an_etag_changes_with_the_vm(served: Api) -> None:
+    await served.crashed("demo")
+    tag = (await served.client.get("/api/v1/vms/demo")).headers["etag"]
+    same = await served.client.get("/api/v1/vms/demo", headers={"if-none-match": tag})
+    assert (same.status_code, same.content) == (304, b"")
+    answer = await served.client.post("/api/v1/vms/demo/stop", headers={"if-match": tag})
+    assert answer.status_code == 200
+    assert answer.headers["etag"] != tag
+    for method, path in (("POST", "/api/v1/vms/demo/start"), ("DELETE", "/api/v1/vms/demo")):
+        stale = await served.client.request(method, path, headers={"if-match": tag})
+        assert stale.status_code == 412
+    assert (await served.client.delete("/api/v1/vms/demo", headers={"if-match": "*"})).status_code == 204
+
+
+async def test_who_waits_is_let_go_when_the_daemon_stops(served: Api) -> None:
+    gate = trio.Event()
+
+    async def for_ever(*_: object, **__: object) -> None:
+        gate.set()
+        await trio.sleep_forever()
+
+    await served.crashed("demo")
+    served.doors.vms.wait = for_ever  # type: ignore[method-assign,assignment]
+    served.doors.vms.delete = for_ever  # type: ignore[method-assign]
+    async with await served.server.connect() as waiting, await served.server.connect() as deleting:
+        for stream, asked in (
+            (waiting, request("GET", "/api/v1/vms/demo?wait=running")),
+            (deleting, request("DELETE", "/api/v1/vms/demo")),
+        ):
+            gate = trio.Event()
+            await stream.send_all(asked)
+            with trio.fail_after(5):
+                await gate.wait()
+        served.server.stopping.set()
+        answer = await read_answer(waiting)
+        assert (answer.status, answer.headers["volant-wait"]) == (200, "timeout")
+        assert (await read_answer(deleting)).status == 503
+
+
+async def test_plugins_come_and_go(served: Api) -> None:
+    manifest = {
+        "name": "web",
+        "version": "1.2",
+        "resources": {"memory_mb": 192},
+        "workload": {"entrypoint": ["/bin/httpd"], "port": 8080},
+    }
+    answer = await served.client.post("/api/v1/plugins", json=manifest)
+    assert (answer.status_code, answer.headers["location"]) == (201, "/api/v1/plugins/web")
+    assert (await served.client.post("/api/v1/plugins", json=manifest)).status_code == 409
+    assert {plugin["name"] for plugin in (await served.client.get("/api/v1/plugins")).json()} == {"base", "web"}
+    shown = (await served.client.get("/api/v1/plugins/web/manifest")).json()
+    assert shown["workload"] == {"entrypoint": ["/bin/httpd"], "port": 8080}
+    answer = await served.client.post("/api/v1/plugins/web/enabled", json={"enabled": False})
+    assert answer.json()["enabled"] is False
+    vm = {"name": "demo", "cpu_cores": 1, "memory_mb": 192, "plugin": "web"}
+    assert (await served.client.post("/api/v1/vms", json=vm)).status_code == 409
+    await served.client.post("/api/v1/plugins/web/enabled", json={"enabled": True})
+    assert (await served.client.post("/api/v1/vms", json={**vm, "memory_mb": 128})).json()["field"] == "memory_mb"
+    assert (await served.client.post("/api/v1/vms", json=vm)).status_code == 201
+    assert (await served.client.delete("/api/v1/plugins/web")).status_code == 409
+    await served.client.delete("/api/v1/vms/demo")
+    assert (await served.client.delete("/api/v1/plugins/web")).status_code == 204
+    assert (await served.client.get("/api/v1/plugins/web")).status_code == 404
+
+
+async def test_a_manifests_wrong_field_is_named(served: Api) -> None:
+    for change, field in (
+        ({"workload": {"entrypoint": []}}, "workload.entrypoint"),
+        ({"workload": {"entrypoint": ["x"], "colour": 1}}, "workload.colour"),
+        ({"workload": {}}, "workload.entrypoint"),
+        ({"resources": {"memory_mb": 1}}, "resources.memory_mb"),
+        ({"name": "A"}, "name"),
+    ):
+        answer = await served.client.post("/api/v1/plugins", json={"name": "web", **change})
+        assert (answer.status_code, answer.json()["field"]) == (400, field)
+    answer = await served.client.post("/api/v1/plugins/base/enabled", json={"enabled": "yes"})
+    assert answer.json()["field"] == "enabled"
+
+
+async def test_the_system_tells_about_itself(served: Api) -> None:
+    await served.crashed("demo")
+    status = (await served.client.get("/api/v1/system/status")).json()
+    assert (status["status"], status["vm_count"], status["vms"]["crashed"], status["vms"]["running"]) == ("ok", 1, 1, 0)
+    assert 0 <= status["cpu_percent"] <= 100
+    assert 0 < status["mem_percent"] <= 100
+    assert (await served.client.get("/api/v1/system/tree")).json()["name"] == "volantd"
+    assert (await served.client.get("/api/v1/system/info")).status_code == 200
+
+
+async def test_healthz_tells_whether_the_tree_is_whole(served: Api) -> None:
+    assert (await served.client.get("/healthz")).json() == {"status": "ok"}
+    for health in ("starting", "stopping", "degraded"):
+        served.system.now = health  # type: ignore[assignment]
+        answer = await served.client.get("/healthz")
+        assert (answer.status_code, answer.json()) == (503, {"status": health})
+        assert answer.headers["content-type"] == "application/json"
