@@ -8,7 +8,7 @@ stream is the only buffer in either direction.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ Header = tuple[bytes, bytes]
 
 _RECEIVE = 64 * 1024
 _MAX_INFORMATIONAL = 16
+_CLOSE_BODY_S = 1.0
 
 
 class AgentAnswer(msgspec.Struct, frozen=True):
@@ -224,6 +225,11 @@ class _Exchange:
                 self._body_error = error
                 if self._receiver is not None:
                     self._receiver.cancel()
+            finally:
+                # A generator that was not read to its end would wait for the garbage collector.
+                if isinstance(body, AsyncGenerator):
+                    with trio.move_on_after(_CLOSE_BODY_S, shield=True):
+                        await body.aclose()
 
     def _encode(self, event: h11.Request | h11.Data | h11.EndOfMessage) -> bytes:
         return self._conn.send(event) or b""

@@ -1,0 +1,47 @@
+"""Frames are measured and counted before anything looks into them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from volant.channel._budget import FRAME_LIMIT, FrameBudget, FrameCounter
+from volant.channel._errors import LinkLost
+
+
+def frame(size: int) -> bytes:
+    return size.to_bytes(3, "big") + bytes(6) + bytes(size)
+
+
+@given(st.lists(st.integers(0, 300), max_size=30), st.data())
+def test_frames_are_counted_however_the_bytes_are_cut(sizes: list[int], data: st.DataObject) -> None:
+    stream = b"".join(map(frame, sizes))
+    counter = FrameCounter()
+    frames = 0
+    while stream:
+        chunk = stream[: data.draw(st.integers(1, len(stream)))]
+        limit = data.draw(st.integers(1, 5))
+        size, count = counter.take(chunk, limit)
+        assert count <= limit
+        assert 0 < size <= len(chunk)
+        assert size == len(chunk) or count == limit
+        frames += count
+        stream = stream[size:]
+    assert frames == len(sizes)
+
+
+def test_an_overlong_frame_is_seen_at_its_header() -> None:
+    FrameCounter().take(frame(FRAME_LIMIT), 1)
+    with pytest.raises(LinkLost, match="16385 bytes"):
+        FrameCounter().take(frame(FRAME_LIMIT + 1)[:9], 1)
+
+
+def test_data_pays_for_its_frames_and_empty_ones_wait() -> None:
+    budget = FrameBudget(0.0)
+    assert all(budget.spend(64, 64 * 16384, 0.0) == 0.0 for _ in range(10_000))
+    assert budget.spend(2500, 0, 0.0) == 0.0
+    assert budget.spend(2500, 0, 0.0) == pytest.approx(1.0)
+    assert budget.spend(0, 0, 2.0) == 0.0
+    assert budget.spend(2500, 0, 1000.0) == 0.0, "what is saved up is bounded"
+    assert budget.spend(2500, 0, 1000.0) > 0.9
