@@ -7,8 +7,8 @@ for ever, and does not tell a shutdown that hangs from one that is done. What sp
 here is a kernel panic: so this module is short, imports next to nothing, and does the rest through BusyBox. A panic
 is what the daemon can see best, so that is also how PID 1 gives up.
 
-Order decides how long a boot takes: first what the agent needs to be reached, then the fork, then everything else while
-the agent starts.
+Order decides how long a boot takes: first what the agent needs to be reached, then the fork, and everything else only
+when the agent has answered its first request, as there may be no more than one slow CPU.
 """
 
 # ruff: noqa: PTH102, PTH103, PTH123, PTH208, PTH211, S606 - pathlib would cost every boot more than this module does
@@ -31,6 +31,7 @@ GRACE_FILE = "/run/volant/grace"
 _RESPAWNS = 5
 _RESPAWN_WINDOW_S = 60.0
 _MAX_GRACE_S = 600.0
+_READY_MS = 10_000
 _HOSTNAME = "volant"
 _AFTER_KILL_S = 3.0
 _LAST_WORDS_S = 5.0
@@ -71,7 +72,10 @@ def main() -> NoReturn:
     _set_hostname(_parameter("volant.hostname") or _HOSTNAME)
     _loopback_up()
     _modules_for_the_channel()
-    agent = _start_agent(signals)
+    ready, tell_ready = os.pipe()
+    agent = _start_agent(signals, tell_ready)
+    os.close(tell_ready)
+    _wait_for(ready)
     _later()
     starts = [time.monotonic()]
     while True:
@@ -174,8 +178,18 @@ def _modules_for_the_channel() -> None:
         _load([_VIRTIO_MODULES[_VIRTIO_VSOCK]])
 
 
+def _wait_for(ready: int) -> None:
+    """Wait until the agent has closed its end of a pipe: it has no more need of the CPU, or has died."""
+    import select
+
+    poll = select.poll()
+    poll.register(ready, select.POLLIN)
+    poll.poll(_READY_MS)
+    os.close(ready)
+
+
 def _later() -> None:
-    """Do the rest while the agent starts: what fails here is said on the console and costs no more than itself."""
+    """Do the rest: what fails here is said on the console and costs no more than itself."""
     try:
         modules = []
         base = "/sys/bus/pci/devices"
@@ -223,7 +237,7 @@ def _read_all(path: str) -> list[str]:
         return handle.read().splitlines()
 
 
-def _start_agent(signals: set[signal.Signals]) -> int:
+def _start_agent(signals: set[signal.Signals], tell_ready: int = -1) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -232,7 +246,7 @@ def _start_agent(signals: set[signal.Signals]) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         from . import _main
 
-        _main.main()
+        _main.main(tell_ready)
     except BaseException:
         # Whatever it was, the child must not return into PID 1's loop.
         sys.excepthook(*sys.exc_info())

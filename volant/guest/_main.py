@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 GRACE_FILE = "/run/volant/grace"
 _STACK_BYTES = 256 * 1024
 _LAST_WORDS_S = 3.0
+_FIRST_ANSWER_S = 3.0
 _OOM_SCORE = "-900"
 
 
-def main() -> NoReturn:
-    """Serve until PID 1 sends SIGTERM; then see the workload out, and end."""
+def main(tell_ready: int = -1) -> NoReturn:
+    """Serve until PID 1 sends SIGTERM; then see the workload out, and end.
+
+    :param tell_ready: closed when the first request has been answered, or when none comes
+    """
     # A handler and no blocked signal: what the agent starts would inherit the mask, and be deaf to SIGTERM too.
     end = Bell()
     signal.signal(signal.SIGTERM, lambda number, frame: end.ring())
@@ -37,6 +41,9 @@ def main() -> NoReturn:
         serve_serial_port(server.serve)
     uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
     os.write(2, f"volant: the agent listens, {uptime:.3f} s after the kernel's start\n".encode())
+    server.answered.wait(_FIRST_ANSWER_S)
+    if tell_ready >= 0:
+        os.close(tell_ready)
     _warm_up()
     poll = select.poll()
     poll.register(end.fd, select.POLLIN)

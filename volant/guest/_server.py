@@ -46,6 +46,8 @@ class Server:
         self._served = 0
         self._refused = 0
         self._began = time.monotonic()
+        self.answered = threading.Event()
+        """Set when the first stream has been answered."""
 
     def serve(self, sock: socket) -> None:
         """Take a stream and answer it, in a thread of its own; never blocks. The socket belongs to the server now."""
@@ -101,6 +103,7 @@ class Server:
                 sys.excepthook(*sys.exc_info())
                 text = f"the agent has a bug: {type(error).__name__}: {error}"
                 self._answer_problem(stream, Problem(500, text[:500]))
+            self.answered.set()
             _linger(stream)
         except (Gone, OSError):
             pass

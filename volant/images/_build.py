@@ -225,6 +225,7 @@ def _place(
         "guest": guest_digest,
         "protocol": agent.PROTOCOL_VERSION,
         "min_memory_mb": _recipe.MIN_MEMORY_MB,
+        "kernel_parameters": list(_recipe.KERNEL_PARAMETERS),
         "kernel_version": next(item.version for item in packages if item.name.startswith("linux-image-")),
         "kernel": _write(made / "vmlinux", [kernel]),
         "initramfs": _write(made / "initramfs", _cpio.archive(tree)),

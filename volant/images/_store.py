@@ -43,6 +43,8 @@ class Image:
     initramfs: Path
     min_memory_mb: int
     """With less memory a guest does not boot."""
+    kernel_parameters: tuple[str, ...]
+    """What the kernel's command line should have for a quick boot; a guest boots without it too."""
     protocol: int
     """The newest version of the agent's protocol that its agent speaks."""
     kernel_version: str
@@ -59,6 +61,7 @@ class Image:
             "kernel": str(self.kernel),
             "initramfs": str(self.initramfs),
             "min_memory_mb": self.min_memory_mb,
+            "kernel_parameters": list(self.kernel_parameters),
             "protocol": self.protocol,
             "kernel_version": self.kernel_version,
             "size_bytes": self.size_bytes,
@@ -104,6 +107,7 @@ def load(cache_dir: Path, digest: str) -> Image | None:
             kernel=folder / "vmlinux",
             initramfs=folder / "initramfs",
             min_memory_mb=int(record["min_memory_mb"]),
+            kernel_parameters=tuple(str(word) for word in record["kernel_parameters"]),
             protocol=int(record["protocol"]),
             kernel_version=str(record["kernel_version"]),
             size_bytes=int(record["kernel"]["size"]) + int(record["initramfs"]["size"]),
