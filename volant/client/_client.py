@@ -17,7 +17,7 @@ from ._errors import ClientProblem, UnexpectedAnswer
 from ._events import pump_events
 from ._exec import Process, request_body
 from ._feed import Backoff, Feed, OnRetry, feeding
-from ._http import ANSWER_S, Http, Query, decode, json_value
+from ._http import ANSWER_S, Http, Query, chunks_of, decode, json_value
 from ._logs import pump_logs
 from ._types import Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus, Waited
 
@@ -227,8 +227,10 @@ class _Vms:
         """
         body = request_body(list(command), dict(env or {}), cwd, user, timeout_s)
         silence_s = None if timeout_s is None else timeout_s + ANSWER_S
-        async with self._http.stream("POST", f"{_vm(name)}/agent/v1/exec", body=body, read_s=silence_s) as response:
-            yield Process(response.aiter_bytes(), name)
+        path = f"{_vm(name)}/agent/v1/exec"
+        async with self._http.stream("POST", path, body=body, read_s=silence_s) as response:
+            async with chunks_of(response) as chunks:
+                yield Process(chunks, name)
 
     def logs(
         self,

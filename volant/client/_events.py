@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import trio
 
@@ -10,7 +10,7 @@ from volant.model import Event, EventType
 
 from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
 from ._feed import Backoff
-from ._http import Http, Query, decode_json
+from ._http import Http, Query, chunks_of, decode_json
 from ._sse import Message, SseParser
 from ._types import StreamGap
 
@@ -41,12 +41,14 @@ async def pump_events(
                 connected = True
                 started()
                 parser = SseParser(last_event_id)
-                async for message in _messages(response.aiter_raw(), parser):
-                    backoff.reset()
-                    item = _decode(message)
-                    if item is not None:
-                        await channel.send(item)
-                    last_event_id = message.last_event_id
+                async with chunks_of(response) as chunks:
+                    async for chunk in chunks:
+                        for message in _parse(parser, chunk):
+                            backoff.reset()
+                            item = _decode(message)
+                            if item is not None:
+                                await channel.send(item)
+                            last_event_id = message.last_event_id
                 retry_s = parser.retry_s or retry_s
             backoff.lost()
             error = ConnectionLost(f"{http.address.text} ended the stream of events")
@@ -62,14 +64,11 @@ async def pump_events(
         await backoff.wait(error, retry_s)
 
 
-async def _messages(chunks: AsyncIterator[bytes], parser: SseParser) -> AsyncIterator[Message]:
-    async for chunk in chunks:
-        try:
-            messages = parser.feed(chunk)
-        except ValueError as error:
-            raise UnexpectedAnswer(str(error)) from None
-        for message in messages:
-            yield message
+def _parse(parser: SseParser, chunk: bytes) -> list[Message]:
+    try:
+        return parser.feed(chunk)
+    except ValueError as error:
+        raise UnexpectedAnswer(str(error)) from None
 
 
 def _decode(message: Message) -> Event | StreamGap | None:

@@ -47,7 +47,9 @@ class Process:
     """A running command: `async for output in process`, then `process.end`. Leaving its block ends the command."""
 
     def __init__(self, chunks: AsyncIterator[bytes], vm: str) -> None:
-        self._lines = _split(chunks)
+        self._chunks = chunks
+        self._buffer = bytearray()
+        self._searched = 0
         self._vm = vm
         self.end: ExecEnd | None = None
         """How it ended; None while it runs."""
@@ -63,18 +65,30 @@ class Process:
         """
         if self.end is not None:
             raise StopAsyncIteration
-        async for text in self._lines:
-            line = decode_json(text, _Line, "the output of the command")
-            if line.stream is not None:
-                return ExecOutput(line.stream, line.data)
-            self.end = ExecEnd(line.exit_code, line.signal, line.error, line.code)
-            if self.end == ExecEnd():
-                raise UnexpectedAnswer("the command ended, and the agent did not say how")
-            raise StopAsyncIteration
-        raise ConnectionLost(
-            f"the stream from {self._vm} ended before the command did",
-            hint=f"`volar vms get {self._vm}` shows whether the VM still runs",
-        )
+        line = decode_json(await self._next_line(), _Line, "the output of the command")
+        if line.stream is not None:
+            return ExecOutput(line.stream, line.data)
+        self.end = ExecEnd(line.exit_code, line.signal, line.error, line.code)
+        if self.end == ExecEnd():
+            raise UnexpectedAnswer("the command ended, and the agent did not say how")
+        raise StopAsyncIteration
+
+    async def _next_line(self) -> bytes:
+        while (end := self._buffer.find(b"\n", self._searched)) < 0:
+            self._searched = len(self._buffer)
+            if self._searched > _MAX_LINE:
+                raise UnexpectedAnswer("a line of the command's output stream is longer than 1 MiB")
+            try:
+                self._buffer += await anext(self._chunks)
+            except StopAsyncIteration:
+                raise ConnectionLost(
+                    f"the stream from {self._vm} ended before the command did",
+                    hint=f"`volar vms get {self._vm}` shows whether the VM still runs",
+                ) from None
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        self._searched = 0
+        return line
 
     async def wait(self) -> ExecEnd:
         """Drop what output is left and return how the command ended."""
@@ -98,17 +112,3 @@ def request_body(
     if timeout_s is not None:
         body["timeout_s"] = timeout_s
     return body
-
-
-async def _split(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    buffer = bytearray()
-    async for chunk in chunks:
-        buffer += chunk
-        start = 0
-        while (end := buffer.find(b"\n", start)) >= 0:
-            if end > start:
-                yield bytes(buffer[start:end])
-            start = end + 1
-        del buffer[:start]
-        if len(buffer) > _MAX_LINE:
-            raise UnexpectedAnswer("a line of the command's output stream is longer than 1 MiB")

@@ -160,16 +160,37 @@ class Http:
 
     async def _read(self, response: httpx.Response, maximum: int) -> bytes:
         body = bytearray()
-        async for chunk in response.aiter_bytes():
-            body += chunk
-            if len(body) > maximum:
-                raise UnexpectedAnswer(f"the answer of {self.address.text} is longer than {maximum} bytes")
+        async with chunks_of(response) as chunks:
+            async for chunk in chunks:
+                body += chunk
+                if len(body) > maximum:
+                    raise UnexpectedAnswer(f"the answer of {self.address.text} is longer than {maximum} bytes")
         return bytes(body)
 
     def _too_slow(self, timeout_s: float) -> DeadlineExceeded:
         return DeadlineExceeded(
             f"{self.address.text} did not answer within {timeout_s:g} s", hint="what was asked for may still be done"
         )
+
+
+@asynccontextmanager
+async def chunks_of(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
+    """The body of an answer, for a block that may be left at any piece of it.
+
+    httpx reads through a chain of async generators, and one that is dropped half-way is closed by the garbage
+    collector, whenever that runs. Closing its last link does not close the others; a cancelled read ends them all.
+    """
+    chunks = response.aiter_bytes()
+    try:
+        yield chunks
+    finally:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            try:
+                async for _ in chunks:
+                    pass
+            except (httpx.TransportError, httpx.StreamError):
+                pass
 
 
 def decode(response: httpx.Response, kind: type[T]) -> T:

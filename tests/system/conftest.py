@@ -1,0 +1,107 @@
+"""The boot image, built once, and daemons whose end is checked.
+
+`VOLANT_TEST_CACHE` names the directory of the image; the default is where an ordinary user's daemon has it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system.kit import REPOSITORY, Daemon
+
+_IMAGE_S = 600.0
+_daemons = pytest.StashKey[list[Daemon]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.system)
+            if shutil.which("qemu-system-x86_64") is None:
+                item.add_marker(pytest.mark.skip("there is no qemu-system-x86_64"))
+
+
+@pytest.fixture(scope="session")
+def image_cache() -> Path:
+    """A cache directory with an up-to-date boot image in it."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volant"
+    cache = Path(os.environ.get("VOLANT_TEST_CACHE") or default).absolute()
+    subprocess.run(
+        [sys.executable, "-m", "volant.images", "build", "--cache", str(cache)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        check=True,
+        timeout=_IMAGE_S,
+    )
+    return cache
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _running(request: pytest.FixtureRequest) -> list[Daemon]:
+    """The daemons that may have something to say about a failure."""
+    daemons: list[Daemon] = []
+    request.session.stash[_daemons] = daemons
+    return daemons
+
+
+@pytest.fixture(scope="module")
+def module_daemon(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
+    """One ephemeral daemon for the tests of a module; use `daemon`, which cleans up after each."""
+    daemon = Daemon(image_cache)
+    _running.append(daemon)
+    try:
+        daemon.start()
+        yield daemon
+    finally:
+        _running.remove(daemon)
+        daemon.dispose()
+
+
+@pytest.fixture
+def daemon(module_daemon: Daemon) -> Iterator[Daemon]:
+    """A daemon without VMs, but those of its module that it says to keep."""
+    yield module_daemon
+    module_daemon.check_between_tests()
+
+
+@pytest.fixture
+def make_daemon(image_cache: Path, _running: list[Daemon]) -> Iterator[Callable[..., Daemon]]:
+    """Daemons of a test's own; takes the arguments of `Daemon`, and starts it."""
+    made: list[Daemon] = []
+
+    def make(*flags: str, **options: Any) -> Daemon:
+        daemon = Daemon(image_cache, *flags, **options)
+        made.append(daemon)
+        _running.append(daemon)
+        daemon.start()
+        return daemon
+
+    try:
+        yield make
+    finally:
+        for daemon in made:
+            _running.remove(daemon)
+        failures = []
+        for daemon in made:
+            try:
+                daemon.dispose()
+            except Exception as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.failed:
+        for daemon in item.session.stash.get(_daemons, []):
+            report.sections.append((f"volantd in {daemon.root}", daemon.log()))
+    return report

@@ -1,0 +1,272 @@
+"""A real `volantd` process, what it may leave behind, and short words for what the tests ask of it."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import trio
+
+from volant.client import Client, Feed, StreamGap
+from volant.model import CreateVm, Event, VmView
+from volant.vm import instance_of
+
+BOOT_S = 120.0
+"""How long a boot may take here: idle ones take 4 s, and the machine may be anything but idle."""
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+_START_S = 60.0
+_STOP_S = 60.0
+_LOG_TAIL = 20_000
+
+
+class Daemon:
+    """A `volantd` with state of its own. `start`, `stop` and `kill` may be called in turns."""
+
+    def __init__(
+        self,
+        cache: Path,
+        *flags: str,
+        ephemeral: bool = True,
+        environ: Mapping[str, str] | None = None,
+        wrapper: Sequence[str] = (),
+    ) -> None:
+        """`wrapper`: a program and its arguments that runs the command which follows them."""
+        # Short, as the sockets' paths have 108 bytes.
+        self.root = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
+        self.state_dir = self.root / "s"
+        self.runtime_dir = self.root / "r"
+        self.memory_dir = Path("/dev/shm") / f"volant-{instance_of(self.state_dir)}"
+        self.mark_prefix = f"volant-{instance_of(self.state_dir)}-"
+        self.log_path = self.root / "volantd.log"
+        self.ephemeral = ephemeral
+        self.base_url = ""
+        self.kept: set[str] = set()
+        """VMs that the fixture's next test finds again."""
+        self.process: subprocess.Popen[bytes] | None = None
+        self._command = [
+            *wrapper,
+            *(sys.executable, "-m", "volant.daemon.main"),
+            *(("--ephemeral",) if ephemeral else ()),
+            *("--listen", "127.0.0.1:0", "--accelerator", "tcg"),
+            *("--state-dir", str(self.state_dir), "--runtime-dir", str(self.runtime_dir), "--cache-dir", str(cache)),
+            *flags,
+        ]
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("VOLANT_")}
+        self._environ = {**inherited, "PYTHONPATH": str(REPOSITORY), **(environ or {})}
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def runs(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def start(self) -> None:
+        """Start it and wait until it listens."""
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command, env=self._environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
+            )
+        stdout = self.process.stdout
+        assert stdout is not None
+        with stdout:
+            readable, _, _ = select.select([stdout], [], [], _START_S)
+            line = stdout.readline().decode() if readable else ""
+        assert "listening on " in line, f"volantd did not start: {line!r}\n{self.log()}"
+        self.base_url = line.rpartition(" ")[2].strip()
+
+    def stop(self) -> int:
+        """SIGTERM, and its exit code."""
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(_STOP_S)
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(_STOP_S)
+
+    def log(self) -> str:
+        """What it has said so far, the end of it."""
+        try:
+            return self.log_path.read_text(errors="replace")[-_LOG_TAIL:]
+        except FileNotFoundError:
+            return ""
+
+    def rss_mb(self) -> float:
+        """Resident memory of the daemon's process."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) / 1024
+        raise AssertionError("the daemon is gone")
+
+    def hypervisors(self) -> dict[int, str]:
+        """The processes on this host that carry this daemon's mark, by pid."""
+        return {
+            pid: mark
+            for pid, arguments in _processes()
+            for word in arguments
+            if (mark := word.removeprefix("guest=").partition(",")[0]).startswith(self.mark_prefix)
+        }
+
+    def files(self) -> list[str]:
+        """What lies about of VMs: runtime directories and memory."""
+        found = [*self.runtime_dir.glob("vms/*"), *self.memory_dir.glob("*")]
+        return sorted(str(path) for path in found)
+
+    def leftovers(self) -> list[str]:
+        """What it should have taken with it when it stopped."""
+        found = [f"process {pid} ({mark})" for pid, mark in self.hypervisors().items()]
+        found += self.files()
+        if self.ephemeral:
+            found += [str(path) for path in (self.state_dir, self.runtime_dir, self.memory_dir) if path.exists()]
+        return found
+
+    def delete_vms(self, *, but: Collection[str] = ()) -> None:
+        """Delete all VMs, as a client would."""
+        with httpx.Client(base_url=self.base_url, trust_env=False, timeout=90) as client:
+            for vm in client.get("/api/v1/vms").raise_for_status().json():
+                if vm["name"] not in but:
+                    answer = client.delete(f"/api/v1/vms/{vm['name']}")
+                    assert answer.status_code in (204, 404), answer.text
+
+    def check_between_tests(self) -> None:
+        """What a test made is gone, and the daemon is well."""
+        self.delete_vms(but=self.kept)
+        with httpx.Client(base_url=self.base_url, trust_env=False, timeout=30) as client:
+            assert client.get("/healthz").json() == {"status": "ok"}
+        hypervisors = self.hypervisors()
+        assert len(hypervisors) <= len(self.kept), hypervisors
+        assert len(self.files()) <= 2 * len(self.kept), self.files()
+
+    def dispose(self) -> None:
+        """End it in whatever state it is, check that nothing is left, and remove what a test may leave."""
+        try:
+            if self.process is None:
+                return
+            if self.ephemeral:
+                if self.runs:
+                    assert self.stop() == 0, self.log()
+            else:
+                if not self.runs:
+                    self.start()
+                self.delete_vms()
+                assert self.stop() == 0, self.log()
+            left = self.leftovers()
+            assert not left, f"volantd left behind: {left}"
+        finally:
+            if self.runs:
+                self.kill()
+            for pid in self.hypervisors():
+                os.kill(pid, signal.SIGKILL)
+            shutil.rmtree(self.memory_dir, ignore_errors=True)
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[Client]:
+        async with Client(self.base_url) as client:
+            yield client
+
+    @asynccontextmanager
+    async def http(self) -> AsyncIterator[httpx.AsyncClient]:
+        """Where the wire matters."""
+        async with httpx.AsyncClient(base_url=self.base_url, trust_env=False, timeout=60) as client:
+            yield client
+
+
+def _processes() -> list[tuple[int, list[str]]]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            except OSError:
+                continue
+            found.append((int(entry.name), arguments))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, and no mere zombie of it."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def spec(name: str, **fields: Any) -> CreateVm:
+    """The smallest VM."""
+    return CreateVm(**{"name": name, "cpu_cores": 1, "memory_mb": 128, **fields})
+
+
+async def boot(client: Client, name: str, **fields: Any) -> VmView:
+    """Create a VM and wait until it runs."""
+    waited = await client.vms.create_and_wait(spec(name, **fields), timeout_s=BOOT_S)
+    assert waited.outcome == "met", waited
+    assert waited.vm is not None
+    return waited.vm
+
+
+async def until(client: Client, name: str, *states: str, timeout_s: float = BOOT_S) -> VmView | None:
+    """Wait for one of `states`; the VM then."""
+    waited = await client.vms.wait(name, states, timeout_s=timeout_s)
+    assert waited.outcome == "met", waited
+    return waited.vm
+
+
+async def run(client: Client, name: str, *command: str, timeout_s: float = 60.0) -> str:
+    """Run a command in the guest, which must end well; what it wrote to stdout."""
+    output = bytearray()
+    async with client.vms.exec(name, command, timeout_s=timeout_s) as process:
+        async for piece in process:
+            if piece.stream == "stdout":
+                output += piece.data
+            else:
+                print(f"{name}: {piece.data!r}")
+    assert process.end is not None
+    assert process.end.exit_code == 0, process.end
+    return output.decode()
+
+
+async def next_event(feed: Feed[Event | StreamGap], *, timeout_s: float = BOOT_S) -> Event:
+    """The next event; a gap is a failure."""
+    with trio.fail_after(timeout_s):
+        event = await feed.receive()
+    assert isinstance(event, Event), event
+    return event
+
+
+async def event_of(feed: Feed[Event | StreamGap], kind: str, name: str, *, timeout_s: float = BOOT_S) -> Event:
+    """The next event of that type about that VM; others are passed over."""
+    with trio.fail_after(timeout_s):
+        while True:
+            event = await next_event(feed, timeout_s=timeout_s)
+            if event.type == kind and event.name == name:
+                return event
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
