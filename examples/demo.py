@@ -86,7 +86,8 @@ def follow_logs() -> None:
         try:
             volar("vms", "exec", "demo", "--", "sh", "-c", "echo hello from the guest > /dev/console")
             for line in lines(process.stdout.fileno(), FOLLOW_S):
-                print(f"  | {line}", flush=True)
+                # The firmware talks to a terminal; this is none.
+                print("  | " + "".join(filter(str.isprintable, line)), flush=True)
                 if "hello from the guest" in line:
                     break
             else:

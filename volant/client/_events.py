@@ -39,18 +39,18 @@ async def pump_events(
         try:
             async with http.stream("GET", PATH, query=query, headers=headers, read_s=_SILENCE_S) as response:
                 connected = True
+                backoff.connected()
                 started()
                 parser = SseParser(last_event_id)
                 async with chunks_of(response) as chunks:
                     async for chunk in chunks:
                         for message in _parse(parser, chunk):
-                            backoff.reset()
+                            backoff.heard()
                             item = _decode(message)
                             if item is not None:
                                 await channel.send(item)
                             last_event_id = message.last_event_id
                 retry_s = parser.retry_s or retry_s
-            backoff.lost()
             error = ConnectionLost(f"{http.address.text} ended the stream of events")
         except ClientProblem as answer:
             # Behind these, somebody is about to stop or has just started.

@@ -24,6 +24,7 @@ T = TypeVar("T")
 _BUFFERED_ITEMS = 64
 _FIRST_DELAY_S = 0.2
 _MAX_DELAY_S = 5.0
+_STEADY_S = 5.0
 
 OnRetry = Callable[[ClientError | Problem, float], None]
 """Told of a lost connection and in how many seconds the next one is tried."""
@@ -103,27 +104,40 @@ async def feeding(pump: Pump[T]) -> AsyncIterator[Feed[T]]:
 
 
 class Backoff:
-    """Delays between attempts: they double from 0.2 s up to 5 s, with jitter, until `patience_s` is used up."""
+    """Delays between attempts: they double from 0.2 s up to 5 s, with jitter, until `patience_s` is used up.
+
+    Both begin anew after a connection that worked: it brought something, or lasted for some seconds. One that is
+    accepted and ended at once, again and again, uses up patience as a refused one does.
+    """
 
     def __init__(self, patience_s: float, on_retry: OnRetry | None) -> None:
         self._patience_s = patience_s
         self._on_retry = on_retry
         self._random = SystemRandom()
-        self._delay_s = _FIRST_DELAY_S
-        self._give_up_at = trio.current_time() + patience_s
+        self._connected_at: float | None = None
+        self._worked = False
+        self._begin()
 
-    def reset(self) -> None:
-        """The connection works."""
+    def _begin(self) -> None:
         self._delay_s = _FIRST_DELAY_S
         self._give_up_at = trio.current_time() + self._patience_s
 
-    def lost(self) -> None:
-        """A connection that worked until now does no more: patience begins."""
-        self._give_up_at = trio.current_time() + self._patience_s
+    def connected(self) -> None:
+        """A connection stands."""
+        self._connected_at = trio.current_time()
+        self._worked = False
+
+    def heard(self) -> None:
+        """Something came over it."""
+        self._worked = True
 
     async def wait(self, error: ClientError | Problem, at_least_s: float = 0.0) -> None:
         """Sleep before the next attempt; :raises: `error`, when patience is used up."""
-        if trio.current_time() >= self._give_up_at:
+        now = trio.current_time()
+        if self._connected_at is not None and (self._worked or now - self._connected_at >= _STEADY_S):
+            self._begin()
+        self._connected_at = None
+        if now >= self._give_up_at:
             raise error
         delay_s = max(min(at_least_s, _MAX_DELAY_S), self._delay_s) * self._random.uniform(0.5, 1.0)
         self._delay_s = min(self._delay_s * 2, _MAX_DELAY_S)

@@ -95,7 +95,7 @@ class Http:
         :raises ClientError: there is no answer, or one that is too long.
         """
         try:
-            with trio.fail_after(timeout_s + CONNECT_S):
+            with trio.fail_after(timeout_s):
                 async with self.stream(
                     method, path, query=query, body=body, headers=headers, read_s=timeout_s, also=also
                 ) as response:

@@ -41,11 +41,12 @@ async def pump_logs(
     def opened() -> None:
         nonlocal connected
         connected = True
+        backoff.connected()
         started()
 
     async def handle(message: str | bytes) -> None:
         nonlocal last_seq, query
-        backoff.reset()
+        backoff.heard()
         head = decode_json(message, _Frame, "a line of the log")
         if head.gap is not None:
             gap = LogGap(head.gap)
@@ -66,7 +67,6 @@ async def pump_logs(
             code = await read_websocket(http, f"/ws/v1/vms/{name}/logs", query, opened, handle)
             if code == 1000:
                 return
-            backoff.lost()
             error = ConnectionLost(f"{http.address.text} ended the log with code {code}")
         except ClientProblem as answer:
             if not connected or answer.status not in (502, 503, 504):

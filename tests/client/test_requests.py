@@ -1,0 +1,172 @@
+"""What a request gives, and what goes wrong with one, in the client's own terms."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+
+from volant.client import Client, ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
+from volant.model import CreateVm, Problem, Status
+
+from .kit import answer, not_found, problem, send_head, serving, vm
+
+
+async def test_a_problem_keeps_all_that_the_daemon_said() -> None:
+    async with serving() as server, Client(server.base_url) as client:
+        server.routes["POST /api/v1/vms"] = problem(
+            400, "invalid-request", "too little", field="memory_mb", hint="more", request_id="abc", vm="demo"
+        )
+        with pytest.raises(ClientProblem, match="too little") as caught:
+            await client.vms.create(CreateVm(name="demo", cpu_cores=1, memory_mb=64))
+    found = caught.value
+    assert (found.status, found.code, found.field, found.hint) == (400, "invalid-request", "memory_mb", "more")
+    assert (found.request_id, found.vm) == ("abc", "demo")
+
+
+async def test_an_error_that_is_no_problem_is_one_too() -> None:
+    async with serving() as server, Client(server.base_url) as client:
+
+        async def proxy(request: object, stream: trio.abc.Stream) -> None:
+            await send_head(stream, 502, Content_Length="6", X_Request_Id="r1")
+            await stream.send_all(b"<html>")
+
+        server.routes["GET /api/v1/vms"] = proxy
+        with pytest.raises(ClientProblem, match="502") as caught:
+            await client.vms.list()
+    assert caught.value.request_id == "r1"
+
+
+async def test_what_is_not_sent_is_left_to_the_daemon() -> None:
+    async with serving() as server, Client(server.base_url) as client:
+        server.routes["POST /api/v1/vms"] = answer(vm(status="pending"), 201)
+        made = await client.vms.create(CreateVm(name="demo", cpu_cores=1, memory_mb=256, labels={"a": "b"}))
+    assert made.status is Status.PENDING
+    body = server.requests[0].json()
+    assert body == {
+        "name": "demo",
+        "cpu_cores": 1,
+        "memory_mb": 256,
+        "plugin": "base",
+        "labels": {"a": "b"},
+        "restart_policy": "never",
+    }
+
+
+async def test_labels_are_parameters_of_their_own() -> None:
+    async with serving() as server, Client(server.base_url) as client:
+        server.routes["GET /api/v1/vms"] = answer([vm()])
+        (found,) = await client.vms.list(labels={"a": "1,2", "b": "x=y"}, status=Status.RUNNING)
+    assert found.name == "demo"
+    assert server.requests[0].query == [("status", "running"), ("label", "a=1,2"), ("label", "b=x=y")]
+
+
+async def test_the_key_is_a_header_and_proxies_of_the_environment_are_not_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    async with serving() as server, Client(server.base_url, api_key="secret") as client:
+        server.routes["GET /healthz"] = answer({"status": "starting"}, 503)
+        assert (await client.healthz()).status == "starting"
+    assert server.requests[0].headers["x-volant-api-key"] == "secret"
+
+
+async def test_nobody_there_is_said_with_the_address(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        # Bound and not listening: nobody else gets the port.
+        taken.bind(("127.0.0.1", 0))
+        base = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        async with Client(base) as client:
+            with pytest.raises(Unreachable, match="Connection refused") as caught:
+                await client.healthz()
+    assert base in str(caught.value)
+    assert "volantd" in (caught.value.hint or "")
+    async with Client(f"unix:{tmp_path}/none") as client:
+        with pytest.raises(Unreachable, match="No such file"):
+            await client.healthz()
+
+
+async def test_a_unix_socket_is_an_address(tmp_path: Path) -> None:
+    async with serving(f"{tmp_path}/s") as server, Client(server.base_url) as client:
+        server.routes["GET /healthz"] = answer({"status": "ok"})
+        assert (await client.healthz()).status == "ok"
+    assert server.requests[0].headers["host"] == "localhost"
+
+
+@pytest.mark.parametrize("text", ["", "ftp://x", "http://", "unix:relative", "http://u:p@h", "http://h:99999", "h?x=1"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="address"):
+        Client(text)
+
+
+async def test_silence_ends_at_the_deadline() -> None:
+    async with serving() as server, Client(server.base_url) as client:
+
+        async def silent(request: object, stream: trio.abc.Stream) -> None:
+            await trio.sleep_forever()
+
+        async def drip(request: object, stream: trio.abc.Stream) -> None:
+            await send_head(stream, 200, Content_Length="1000000")
+            while True:
+                await stream.send_all(b" ")
+                await trio.sleep(0.01)
+
+        server.routes["GET /silent"], server.routes["GET /drip"] = silent, drip
+        for path in ("/silent", "/drip"):
+            with pytest.raises(DeadlineExceeded):
+                await client._http.request("GET", path, timeout_s=0.1)
+
+
+async def test_an_answer_that_breaks_off_is_a_lost_connection() -> None:
+    async with serving() as server, Client(server.base_url) as client:
+
+        async def half(request: object, stream: trio.abc.Stream) -> None:
+            await send_head(stream, 200, Content_Length="1000")
+            await stream.send_all(b"[")
+
+        server.routes["GET /api/v1/vms"] = half
+        with pytest.raises(ConnectionLost):
+            await client.vms.list()
+
+
+@pytest.mark.parametrize("body", [{"a": 1}, [{"id": "x"}], [vm(status="levitating")]])
+async def test_another_answer_than_the_contracts_is_said(body: object) -> None:
+    async with serving() as server, Client(server.base_url) as client:
+        server.routes["GET /api/v1/vms"] = answer(body)
+        with pytest.raises(UnexpectedAnswer, match="GET /api/v1/vms"):
+            await client.vms.list()
+
+
+async def test_a_name_never_becomes_another_path() -> None:
+    async with Client("http://127.0.0.1:1") as client:
+        for name in ("..", "a/b", "", "a?x", "A"):
+            with pytest.raises(Problem, match="not a name"):
+                await client.vms.delete(name)
+
+
+async def test_a_wait_goes_on_until_its_time_is_up() -> None:
+    async with serving() as server, Client(server.base_url) as client:
+        server.routes["POST /api/v1/vms/demo/restart"] = answer(vm(status="stopping"), Volant_Wait="timeout")
+        server.routes["GET /api/v1/vms/demo"] = [
+            answer(vm(status="starting"), Volant_Wait="timeout"),
+            answer(vm(), Volant_Wait="met"),
+        ]
+        waited = await client.vms.verb_and_wait("demo", "restart", ["running"], timeout_s=5)
+        server.routes["GET /api/v1/vms/demo"] = answer(vm(status="starting"), Volant_Wait="timeout")
+        late = await client.vms.wait("demo", timeout_s=0.05)
+    assert waited.outcome == "met"
+    assert late.outcome == "timeout"
+    assert late.vm is not None
+    assert late.vm.status is Status.STARTING
+    assert server.requests[0].query == [("wait", "running"), ("timeout", "5s")]
+
+
+async def test_who_waits_for_a_deletion_is_content_with_a_vm_that_is_not_there() -> None:
+    async with serving() as server, Client(server.base_url) as client:
+        server.routes["GET /api/v1/vms/demo"] = not_found
+        assert (await client.vms.wait("demo", ["deleted"])).outcome == "met"
+        with pytest.raises(ClientProblem, match="nothing here"):
+            await client.vms.wait("demo", ["running"])
