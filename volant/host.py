@@ -237,6 +237,8 @@ class _Watches:
                 del self._waiting[watch]
                 if self._reader is watch:
                     self._reader = None
+                if self._reader is None:
+                    # Also when this one never read: it may have been woken to do so, and leaves instead.
                     self._wake_next_reader()
         watch._changed = False
         await trio.lowlevel.cancel_shielded_checkpoint()

@@ -11,6 +11,7 @@ state never meets the limit of 108 bytes for a socket's name.
   replaced, and stops the guest while its reader sleeps. Input is a named pipe. A pipe ends for its reader with its last
   writer, for ever as far as QEMU is concerned; so a second chardev, connected to nothing, keeps it open for writing. It
   comes first, as opening a pipe to read waits for a writer.
+- No `graphics=off`: it makes the firmware write to the serial console, which is the guest's alone.
 - The mark is the guest's `-name`: that is seen on the command line and by QMP, and not by the guest.
 """
 
@@ -71,8 +72,8 @@ def machine_option(accelerator: AcceleratorName, version: tuple[int, int]) -> st
     """The machine type. KVM gets microvm, with PCI so that both have the same devices; under TCG microvm
     hangs in early boot beside other load, as it has no second timer to calibrate by."""
     if accelerator == "kvm":
-        return "microvm,pcie=on,acpi=on,rtc=on,isa-serial=on,usb=off,graphics=off"
-    return f"pc-q35-{version[0]}.{version[1]},usb=off,graphics=off,vmport=off,smbus=off,i8042=off"
+        return "microvm,pcie=on,acpi=on,rtc=on,isa-serial=on,usb=off"
+    return f"pc-q35-{version[0]}.{version[1]},usb=off,vmport=off,smbus=off,i8042=off"
 
 
 def kernel_cmdline(spec: MachineSpec) -> str:

@@ -133,7 +133,9 @@ class QemuMachine:
                 await nursery.start(self._qmp.start)
                 await self._verify()
         except (OSError, QmpLost, trio.TooSlowError) as error:
-            if self._process.exited:
+            # A process that dies closes its sockets first.
+            with trio.move_on_after(_LAST_WORDS_S):
+                await self._process.wait()
                 return
             raise HypervisorError(f"QEMU runs but does not answer: {str(error) or 'no greeting'}") from error
 

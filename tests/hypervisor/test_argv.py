@@ -1,0 +1,84 @@
+"""The command line: a machine that can be adopted, understood after its end, and made a template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from volant.hypervisor import MachineSpec
+from volant.hypervisor.qemu._argv import build_argv
+
+SPEC = MachineSpec(
+    vm_id=7,
+    name="demo",
+    cpu_cores=2,
+    memory_mb=256,
+    kernel=Path("/cache/vmlinux"),
+    initramfs=Path("/cache/initramfs"),
+    cmdline="debug",
+    directory=Path("/run/volant/vms/7"),
+    memory_file=Path("/dev/shm/volant/7.mem"),
+    mark="volant-ab12-7.1",
+    accelerator="tcg",
+)
+
+
+def options(argv: list[str]) -> dict[str, list[str]]:
+    """Option name to its values."""
+    found: dict[str, list[str]] = {}
+    for at, item in enumerate(argv):
+        if item.startswith("-"):
+            following = argv[at + 1] if at + 1 < len(argv) else ""
+            found.setdefault(item, []).append("" if following.startswith("-") else following)
+    return found
+
+
+def test_it_carries_its_mark_and_keeps_out_what_it_does_not_need() -> None:
+    found = options(build_argv(SPEC, (10, 0)))
+    assert found["-name"] == ["guest=volant-ab12-7.1,debug-threads=on"]
+    assert {"-nodefaults", "-no-user-config"} <= found.keys()
+    assert found["-display"] == ["none"]
+    assert found["-sandbox"] == ["on,obsolete=deny,elevateprivileges=deny,spawn=deny"]
+    assert found["-action"] == ["shutdown=pause,reboot=shutdown,panic=pause"]
+
+
+def test_it_can_become_a_template() -> None:
+    """Memory is a shared file, the machine type is versioned, everything has an id."""
+    found = options(build_argv(SPEC, (9, 2)))
+    assert found["-machine"][0].startswith("pc-q35-9.2,")
+    assert "memory-backend=memory0" in found["-machine"][0]
+    assert "memory-backend-file,id=memory0,size=256M,mem-path=/dev/shm/volant/7.mem,share=on" in found["-object"]
+    for option in ("-device", "-object", "-chardev"):
+        assert all("id=" in value for value in found[option]), option
+
+
+def test_the_devices_do_not_depend_on_the_accelerator() -> None:
+    tcg = options(build_argv(SPEC, (10, 0)))
+    kvm = options(build_argv(msgspec.structs.replace(SPEC, accelerator="kvm"), (10, 0)))
+    assert tcg["-device"] == kvm["-device"]
+    assert kvm["-machine"][0].startswith("microvm,")
+    assert (kvm["-accel"], kvm["-cpu"]) == (["kvm"], ["host"])
+    assert tcg["-accel"][0].startswith("tcg,tb-size=")
+
+
+def test_commas_in_paths_do_not_become_options() -> None:
+    spec = msgspec.structs.replace(SPEC, memory_file=Path("/dev/shm/a,share=off"))
+    assert any("mem-path=/dev/shm/a,,share=off,share=on" in v for v in options(build_argv(spec, (10, 0)))["-object"])
+
+
+def test_sockets_have_short_names_however_deep_the_state_lies() -> None:
+    deep = msgspec.structs.replace(SPEC, directory=Path("/" + "d" * 300))
+    assert not any("d" * 300 in item for item in build_argv(deep, (10, 0)))
+
+
+def test_the_vm_s_own_kernel_options_come_last() -> None:
+    line = options(build_argv(SPEC, (10, 0)))["-append"][0]
+    assert line.startswith("console=ttyS0 ")
+    assert "volant.hostname=demo" in line
+    assert line.endswith(" debug")
+
+
+def test_a_guest_gets_vsock_where_the_spec_says_so() -> None:
+    argv = build_argv(msgspec.structs.replace(SPEC, vsock_cid=10), (10, 0))
+    assert "vhost-vsock-pci,id=vsock0,guest-cid=10" in argv

@@ -1,0 +1,306 @@
+"""The driver against the real QEMU, with guests of a few bytes: each way in which a machine comes to be and ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from volant.host import Host
+from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec
+from volant.hypervisor.qemu import QemuHypervisor, _probe
+from volant.hypervisor.qemu._argv import ENVIRONMENT
+from volant.hypervisor.qemu._driver import classify
+from volant.hypervisor.qemu._machine import LOG_LIMIT
+from volant.model import EndKind
+
+pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed")
+
+HANG = bytes([0xF4, 0xEB, 0xFD])
+RESET = bytes([0xBA, 0xF9, 0x0C, 0, 0, 0xB0, 0x06, 0xEE]) + HANG  # 6 to port 0xCF9
+POWEROFF = bytes([0x66, 0xBA, 0x04, 0x06, 0x66, 0xB8, 0x00, 0x20, 0x66, 0xEF]) + HANG  # S5 to PM1a control of q35
+
+
+def kernel(code: bytes) -> bytes:
+    """A PVH kernel that does just this."""
+    whole = bytearray(_probe.probe_kernel())
+    at = len(whole) - len(_probe._CODE)
+    whole[at : at + len(code)] = code
+    return bytes(whole)
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+def spec(host: Host, tmp_path: Path) -> MachineSpec:
+    (tmp_path / "kernel").write_bytes(kernel(HANG))
+    (tmp_path / "initramfs").write_bytes(b"x" * 100)
+    return MachineSpec(
+        vm_id=7,
+        name="demo",
+        cpu_cores=1,
+        memory_mb=64,
+        kernel=tmp_path / "kernel",
+        initramfs=tmp_path / "initramfs",
+        cmdline="",
+        directory=tmp_path / ("deep" * 30) / "7",
+        memory_file=Path("/dev/shm") / f"volant-test-{host.new_id()}" / "7.mem",
+        mark=f"volant-test-{host.new_id()}",
+        accelerator="tcg",
+    )
+
+
+@pytest.fixture
+async def qemu(host: Host, spec: MachineSpec, tmp_path: Path) -> AsyncIterator[QemuHypervisor]:
+    yield QemuHypervisor(host, tmp_path / "cache", accelerator="tcg")
+    identity = await host.find(spec.mark)
+    if identity is not None:
+        with host.open_process(identity) as process:
+            process.kill()
+            await process.wait()
+    await host.remove_tree(spec.memory_file.parent)
+
+
+async def test_a_machine_is_launched_attached_and_killed(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    with trio.fail_after(20):
+        identity = await qemu.launch(spec)
+        assert await host.find(spec.mark) == identity
+        for path, mode in ((spec.directory, 0o700), (spec.memory_file, 0o600), (spec.log_path, 0o600)):
+            assert stat.S_IMODE((await trio.Path(path).stat()).st_mode) == mode, path
+        async with qemu.attach(spec, identity) as machine:
+            assert await machine.status() == "running"
+            end = await machine.kill()
+            assert (end.kind, end.exit_status) == (EndKind.KILLED, -signal.SIGKILL)
+            assert await machine.ended() == end
+        assert await host.find(spec.mark) is None
+        async with qemu.attach(spec, identity) as machine:
+            assert (await machine.ended()).kind is EndKind.GONE
+            with pytest.raises(HypervisorError):
+                await machine.status()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "adopted_kind"),
+    [
+        (POWEROFF, EndKind.SHUTDOWN, EndKind.SHUTDOWN),
+        (RESET, EndKind.RESET, EndKind.SHUTDOWN),
+    ],
+)
+async def test_how_a_guest_ended_is_known_now_and_to_a_successor(
+    qemu: QemuHypervisor, spec: MachineSpec, code: bytes, kind: EndKind, adopted_kind: EndKind
+) -> None:
+    await trio.Path(spec.kernel).write_bytes(kernel(delayed(code)))
+    with trio.fail_after(20):
+        identity = await qemu.launch(spec)
+        async with qemu.attach(spec, identity) as machine:
+            assert (await machine.ended()).kind is kind
+        async with qemu.attach(spec, identity) as machine:
+            assert (await machine.ended()).kind is adopted_kind
+            end = await machine.quit()
+            assert (end.kind, end.exit_status) == (EndKind.EXITED, 0)
+
+
+def delayed(code: bytes) -> bytes:
+    """Count for a while, so that somebody can attach before."""
+    return bytes([0xB9]) + struct.pack("<I", 0x0FFFFFFF) + bytes([0x49, 0x75, 0xFD]) + code
+
+
+async def test_a_killed_process_is_told_at_once_and_to_nobody_else(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec
+) -> None:
+    with trio.fail_after(20):
+        identity = await qemu.launch(spec)
+        async with qemu.attach(spec, identity) as machine:
+            with host.open_process(identity) as process:
+                process.kill()
+            began = trio.current_time()
+            end = await machine.ended()
+            assert end.kind is EndKind.KILLED
+            assert "signal 9" in end.message
+            assert trio.current_time() - began < 0.5
+
+
+async def test_what_goes_wrong_in_the_block_is_the_caller_s(qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    with trio.fail_after(20):
+        identity = await qemu.launch(spec)
+        with pytest.raises(KeyError):
+            async with qemu.attach(spec, identity):
+                raise KeyError
+        async with qemu.attach(spec, identity) as machine:
+            assert await machine.status() == "running"
+
+
+async def test_a_second_one_that_attaches_is_turned_away(
+    qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("volant.hypervisor.qemu._machine.ATTACH_S", 0.3)
+    with trio.fail_after(20):
+        identity = await qemu.launch(spec)
+        async with qemu.attach(spec, identity) as machine:
+            with pytest.raises(HypervisorError, match="does not answer"):
+                async with qemu.attach(spec, identity):
+                    pass
+            assert await machine.status() == "running"
+
+
+async def test_another_machine_behind_the_socket_is_not_taken_for_ours(qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    with trio.fail_after(20):
+        identity = await qemu.launch(spec)
+        other = msgspec.structs.replace(spec, mark="volant-test-other")
+        with pytest.raises(HypervisorError, match="another machine"):
+            async with qemu.attach(other, identity):
+                pass
+
+
+async def test_its_own_complaints_are_bounded(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    with trio.fail_after(20):
+        identity = await qemu.launch(spec)
+        async with qemu.attach(spec, identity):
+            async with await trio.open_file(spec.log_path, "ab") as file:
+                await file.write(bytes(LOG_LIMIT + 1))
+            while host.file_size(spec.log_path) > LOG_LIMIT:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)
+
+
+async def test_console_input_reaches_the_guest_s_port_after_its_writer_was_replaced(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec
+) -> None:
+    """The guest echoes what is typed; two writers come and go."""
+    echo = bytes.fromhex("66bafd03 ec a801 74f7 66baf803 ec ee ebef")  # wait for the port; read; write; again
+    await trio.Path(spec.kernel).write_bytes(kernel(echo))
+    with trio.fail_after(20):
+        await qemu.launch(spec)
+        with host.watch(spec.console_path) as watch:
+            for number, text in enumerate((b"one", b"two"), 1):
+                fd = host.open_file(spec.console_input_path, os.O_WRONLY | os.O_NONBLOCK)
+                host.write(fd, text)
+                host.close_file(fd)
+                while len(await host.read_bytes(spec.console_path)) < 3 * number:
+                    await watch.wait()
+        assert await host.read_bytes(spec.console_path) == b"onetwo"
+
+
+async def test_without_qemu_the_reason_says_so(host: Host, spec: MachineSpec, tmp_path: Path) -> None:
+    qemu = QemuHypervisor(host, tmp_path / "cache", program="no-such-qemu")
+    choice = await qemu.choice()
+    assert (choice.accelerator, choice.version) == ("tcg", None)
+    assert "not installed" in choice.reason
+    with pytest.raises(LaunchFailed, match="not installed") as failure:
+        await qemu.launch(spec)
+    assert failure.value.code == "qemu_missing"
+
+
+@pytest.mark.parametrize("what", ["kernel", "initramfs"])
+async def test_a_missing_image_is_named(qemu: QemuHypervisor, spec: MachineSpec, what: str) -> None:
+    await trio.Path(getattr(spec, what)).unlink()
+    with pytest.raises(LaunchFailed, match=f"the {what} .* is missing") as failure:
+        await qemu.launch(spec)
+    assert failure.value.code == "bad_image"
+
+
+async def test_a_kernel_that_is_none_is_a_bad_image(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    await trio.Path(spec.kernel).write_bytes(b"")
+    with trio.fail_after(20):
+        with pytest.raises(LaunchFailed) as failure:
+            await qemu.launch(spec)
+    assert failure.value.code == "bad_image", failure.value.message
+    assert await host.find(spec.mark) is None
+
+
+async def test_memory_that_the_host_lacks_is_refused(qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    with pytest.raises(LaunchFailed, match="MiB of memory left") as failure:
+        await qemu.launch(msgspec.structs.replace(spec, memory_mb=1024 * 1024))
+    assert failure.value.code == "memory_refused"
+    assert not await trio.Path(spec.memory_file).exists()
+
+
+async def test_memory_that_the_file_system_lacks_is_refused(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(path: Path, size: int, mode: int = 0o600, *, reserve: bool = True) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(host, "allocate_file", full)
+    with pytest.raises(LaunchFailed, match="no room for 64 MiB") as failure:
+        await qemu.launch(spec)
+    assert failure.value.code == "memory_refused"
+
+
+async def test_a_qemu_that_exits_is_quoted(host: Host, spec: MachineSpec, tmp_path: Path) -> None:
+    program = script(tmp_path, "echo something odd >&2; exit 3")
+    with trio.fail_after(10):
+        with pytest.raises(LaunchFailed, match="exited with 3: something odd") as failure:
+            await QemuHypervisor(host, tmp_path / "cache", accelerator="tcg", program=program).launch(spec)
+    assert failure.value.code == "exited"
+    await host.remove_tree(spec.memory_file.parent)
+
+
+async def test_a_qemu_that_hangs_is_ended(
+    host: Host, spec: MachineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("volant.hypervisor.qemu._driver.LAUNCH_S", 0.3)
+    program = script(tmp_path, "sleep 60")
+    with trio.fail_after(10):
+        with pytest.raises(LaunchFailed, match="did not answer") as failure:
+            await QemuHypervisor(host, tmp_path / "cache", accelerator="tcg", program=program).launch(spec)
+    assert failure.value.code == "no_answer"
+    assert await host.find(spec.mark) is None
+    await host.remove_tree(spec.memory_file.parent)
+
+
+def script(directory: Path, body: str) -> str:
+    path = directory / "qemu"
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && {{ echo QEMU emulator version 10.0.13; exit; }}\n{body}\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+async def test_the_probe_s_guest_runs_where_a_guest_can_run(host: Host, tmp_path: Path) -> None:
+    """On TCG, which runs everything: what fails on KVM is KVM and not the guest."""
+    (tmp_path / "guest.elf").write_bytes(_probe.probe_kernel())
+    argv = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "64M", "-nodefaults"]
+    argv += ["-display", "none", "-no-reboot", "-kernel", "guest.elf"]
+    argv += ["-device", f"isa-debug-exit,iobase={_probe.EXIT_PORT:#x},iosize=4"]
+    status, output = await host.run_program(argv, env=ENVIRONMENT, cwd=tmp_path, timeout_s=20)
+    assert (status, output) == (_probe.EXIT_STATUS, b"")
+
+
+async def test_the_choice_is_made_once_and_kept(host: Host, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = await QemuHypervisor(host, cache).choice()
+    assert first.version is not None
+    if not host.exists(Path("/dev/kvm")):
+        assert (first.accelerator, first.reason) == ("tcg", "there is no /dev/kvm")
+        return
+    assert host.list_directory(cache) == ["accelerator.json"]
+    kept = await host.read_bytes(cache / "accelerator.json")
+    await host.write_bytes(cache / "accelerator.json", kept.replace(first.reason.encode(), b"remembered"))
+    assert (await QemuHypervisor(host, cache).choice()).reason == "remembered"
+    await host.write_bytes(cache / "accelerator.json", kept.replace(first.version.encode(), b"0.1"))
+    assert (await QemuHypervisor(host, cache).choice()) == first
+    assert (await QemuHypervisor(host, cache, accelerator="kvm").choice()).accelerator == "kvm"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("qemu-system-x86_64: cannot set up guest memory 'memory0': Cannot allocate memory", "memory_refused"),
+        ("Could not access KVM kernel module: Permission denied", "kvm_unavailable"),
+        ("qemu: could not open kernel file 'x': No such file", "bad_image"),
+        ("Address already in use", "exited"),
+        ("", "exited"),
+    ],
+)
+def test_last_words_have_a_meaning(text: str, code: str) -> None:
+    assert classify(text) == code

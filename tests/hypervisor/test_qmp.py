@@ -1,0 +1,119 @@
+"""QMP over a stream whose other end does as it likes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from volant.hypervisor.qemu._qmp import LINE_LIMIT, QmpClient, QmpLost, QmpRefused
+
+GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
+
+
+class Peer:
+    """QEMU's side of the socket."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        ours, self.stream = trio.testing.memory_stream_pair()
+        self.client = QmpClient(ours, lambda name, data: self.events.append((name, data)))
+
+    async def say(self, *lines: bytes) -> None:
+        for line in lines:
+            await self.stream.send_all(line + b"\n")
+
+    async def heard(self) -> bytes:
+        return bytes(await self.stream.receive_some())
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        await self.stream.send_all(GREETING)
+        await self.say(b'{"event": "RESUME"}', b'{"return": {}, "id": "negotiate"}')
+        await nursery.start(self.client.start)
+        assert b"qmp_capabilities" in await self.heard()
+
+
+async def test_answers_find_their_commands_and_events_come_in_between(nursery: trio.Nursery) -> None:
+    peer = Peer()
+    await peer.start(nursery)
+    results: dict[str, Any] = {}
+
+    async def run(command: str) -> None:
+        results[command] = await peer.client.execute(command, {"a": 1} if command == "one" else None)
+
+    async with trio.open_nursery() as commands:
+        commands.start_soon(run, "one")
+        await trio.testing.wait_all_tasks_blocked()
+        commands.start_soon(run, "two")
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await peer.heard()).splitlines() == [
+            b'{"execute":"one","id":1,"arguments":{"a":1}}',
+            b'{"execute":"two","id":2}',
+        ]
+        await peer.say(
+            b'{"return": "second", "id": 2}',
+            b'{"event": "STOP", "data": {"x": 1}}',
+            b'{"return": "nobody\'s", "id": 99}',
+            b'{"return": {"first": true}, "id": 1}',
+        )
+    assert results == {"one": {"first": True}, "two": "second"}
+    assert peer.events == [("RESUME", {}), ("STOP", {"x": 1})]
+
+
+async def test_a_refusal_carries_qemu_s_words(nursery: trio.Nursery) -> None:
+    peer = Peer()
+    await peer.start(nursery)
+
+    async def answer() -> None:
+        await peer.heard()
+        await peer.say(b'{"error": {"class": "GenericError", "desc": "no such thing"}, "id": 1}')
+
+    nursery.start_soon(answer)
+    with pytest.raises(QmpRefused, match="no such thing"):
+        await peer.client.execute("x")
+
+
+async def test_no_answer_ends_at_the_deadline(nursery: trio.Nursery, autojump_clock: trio.testing.MockClock) -> None:
+    peer = Peer()
+    await peer.start(nursery)
+    with pytest.raises(QmpLost, match="within 3 s"):
+        await peer.client.execute("x", timeout_s=3)
+    assert trio.current_time() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"no json\n", "JSON"),
+        (b"[1]\n", "QMP"),
+        (b"[" * 100_000 + b"\n", "JSON"),
+        (b"x" * (LINE_LIMIT + 2), "too long"),
+        (b"", "closed"),
+    ],
+)
+async def test_what_is_no_qmp_is_told_to_whoever_waits(nursery: trio.Nursery, data: bytes, why: str) -> None:
+    peer = Peer()
+    await peer.start(nursery)
+
+    async def break_it() -> None:
+        await peer.heard()
+        if data:
+            await peer.stream.send_all(data)
+        else:
+            await peer.stream.aclose()
+
+    nursery.start_soon(break_it)
+    with pytest.raises(QmpLost, match=why):
+        await peer.client.execute("x")
+    await peer.client.lost.wait()
+    with pytest.raises(QmpLost):
+        await peer.client.execute("y")
+
+
+async def test_a_socket_that_greets_otherwise_is_refused() -> None:
+    peer = Peer()
+    await peer.say(b'{"hello": 1}')
+    with pytest.raises(QmpLost, match="greet"):
+        await peer.client.start()
