@@ -1,0 +1,106 @@
+"""Commands in a guest: their output is right byte for byte, also when there is much of it or many of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import trio
+
+from tests.system.kit import REPOSITORY, Daemon, boot, run
+
+_ZEROS = hashlib.sha256(bytes(50_000_000)).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def guest(module_daemon: Daemon) -> Iterator[str]:
+    """The name of a VM that runs for all tests of this module."""
+
+    async def make() -> None:
+        async with module_daemon.client() as client:
+            await boot(client, "demo")
+
+    module_daemon.kept.add("demo")
+    trio.run(make)
+    yield "demo"
+    module_daemon.kept.clear()
+
+
+async def volar(daemon: Daemon, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Run `volar`; its exit code is the caller's to judge."""
+    command = [sys.executable, "-m", "volant.cli.main", "--api", daemon.base_url, *arguments]
+    with trio.fail_after(120):
+        return await trio.run_process(
+            command,
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+            env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"},
+        )
+
+
+async def test_volar_exec_gives_output_and_exit_code_of_the_command(daemon: Daemon, guest: str) -> None:
+    done = await volar(
+        daemon, "vms", "exec", guest, "--", "sh", "-c", "head -c 50000000 /dev/zero | sha256sum; echo e >&2; exit 7"
+    )
+    assert (done.returncode, done.stderr) == (7, b"e\n")
+    assert done.stdout == f"{_ZEROS}  -\n".encode()
+
+
+async def test_fifty_megabytes_come_out_as_they_are(daemon: Daemon, guest: str) -> None:
+    digest = hashlib.sha256()
+    size = 0
+    async with daemon.client() as client:
+        script = "import os; [os.write(1, bytes([i % 251]) * 65536) for i in range(800)]"
+        async with client.vms.exec(guest, ["python3.13", "-c", script], timeout_s=110) as process:
+            async for piece in process:
+                digest.update(piece.data)
+                size += len(piece.data)
+        assert process.end is not None
+        assert process.end.exit_code == 0
+    expected = hashlib.sha256()
+    for i in range(800):
+        expected.update(bytes([i % 251]) * 65536)
+    assert (size, digest.digest()) == (800 * 65536, expected.digest())
+
+
+async def test_twenty_commands_at_once_are_all_right(daemon: Daemon, guest: str) -> None:
+    answers: dict[int, str] = {}
+    async with daemon.client() as client:
+
+        async def one(i: int) -> None:
+            script = f"head -c {100_000 + i} /dev/zero | sha256sum; echo {i}"
+            answers[i] = await run(client, guest, "sh", "-c", script, timeout_s=100)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(20):
+                nursery.start_soon(one, i)
+    assert answers == {i: f"{hashlib.sha256(bytes(100_000 + i)).hexdigest()}  -\n{i}\n" for i in range(20)}
+
+
+async def test_a_command_that_nobody_reads_from_blocks_no_other(daemon: Daemon, guest: str) -> None:
+    async with daemon.client() as client:
+        async with client.vms.exec(guest, ["cat", "/dev/zero"]) as process:
+            await anext(process)
+            assert await run(client, guest, "echo", "free") == "free\n"
+        # Leaving ends it in the guest.
+        script = "while pidof cat >/dev/null; do sleep 0.1; done"
+        await run(client, guest, "sh", "-c", script, timeout_s=20)
+
+
+async def test_a_command_that_can_not_be_run_says_so(daemon: Daemon, guest: str) -> None:
+    async with daemon.client() as client, client.vms.exec(guest, ["no-such-program"]) as process:
+        end = await process.wait()
+    assert (end.exit_code, end.code) == (None, "not_found")
+    done = await volar(daemon, "vms", "exec", guest, "--", "no-such-program")
+    assert done.returncode == 127
+
+
+async def test_volar_speaks_json(daemon: Daemon, guest: str) -> None:
+    done = await volar(daemon, "--json", "vms", "get", guest)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["name"] == guest

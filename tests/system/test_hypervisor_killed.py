@@ -1,0 +1,78 @@
+"""`kill -9` of a VM's QEMU: told at once, with its reason; nobody else notices; `start` brings the VM back."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import trio
+
+from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, event_of, run, until
+from volant.client import LogLine
+
+
+async def test_a_killed_hypervisor_is_told_within_a_second_and_other_vms_notice_nothing(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        victim = await boot(client, "victim")
+        other = await boot(client, "other")
+        assert victim.pid is not None
+        async with client.events() as feed, client.vms.logs("other", tail=0) as log:
+            os.kill(victim.pid, signal.SIGKILL)
+            watch = Stopwatch()
+            event = await event_of(feed, "VM_CRASHED", "victim", timeout_s=10)
+            seconds = watch.seconds
+            print(f"from kill -9 to VM_CRASHED: {1000 * seconds:.0f} ms")
+            assert seconds < 1.0
+            assert event.reason is not None
+            assert event.reason.code == "hypervisor_killed"
+            assert "signal 9" in event.reason.message
+            assert event.reason.console
+
+            crashed = await client.vms.get("victim")
+            assert crashed.status == "crashed"
+            assert crashed.reason == event.reason
+            assert (await client.vms.get("other")).pid == other.pid
+
+            # The other VM's open stream is the same one, and still brings what its console says.
+            await run(client, "other", "sh", "-c", "echo still here >/dev/console")
+            with trio.fail_after(10):
+                line = await log.receive()
+            assert isinstance(line, LogLine)
+            assert line.line == "still here"
+
+            started = await client.vms.verb_and_wait("victim", "start", ["running"], timeout_s=BOOT_S)
+            assert started.outcome == "met"
+            assert started.vm is not None
+            assert (started.vm.reason, started.vm.boots) == (None, 2)
+            assert await run(client, "victim", "echo", "back") == "back\n"
+            # Of the other VM there was no event at all.
+            assert (await client.vms.get("other")).updated_at == other.updated_at
+
+
+async def test_a_hypervisor_killed_while_its_guest_boots_is_a_crash_too(daemon: Daemon) -> None:
+    async with daemon.client() as client, daemon.http() as http, client.events() as feed:
+        body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128}
+        assert (await http.post("/api/v1/vms?wait=starting", json=body)).headers["volant-wait"] == "met"
+        with trio.fail_after(BOOT_S):
+            while (pid := (await client.vms.get("demo")).pid) is None:
+                await http.get("/api/v1/vms/demo?wait=running&timeout=100ms")
+        os.kill(pid, signal.SIGKILL)
+        crashed = await until(client, "demo", "crashed", timeout_s=10)
+        assert crashed is not None
+        assert crashed.reason is not None
+        assert crashed.reason.code == "hypervisor_killed"
+        event = await event_of(feed, "VM_CRASHED", "demo", timeout_s=10)
+        assert event.reason == crashed.reason
+
+
+async def test_a_hypervisor_that_is_stopped_can_still_be_deleted(daemon: Daemon) -> None:
+    """A process that answers nothing any more (SIGSTOP) is killed once the guest's grace is over."""
+    async with daemon.client() as client:
+        vm = await boot(client, "demo")
+        assert vm.pid is not None
+        os.kill(vm.pid, signal.SIGSTOP)
+        watch = Stopwatch()
+        stopped = await client.vms.verb_and_wait("demo", "stop", ["stopped"], grace_s=1, timeout_s=30)
+        assert stopped.outcome == "met"
+        assert watch.seconds < 10
+        await client.vms.delete("demo")
