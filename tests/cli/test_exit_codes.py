@@ -1,0 +1,131 @@
+"""A script can tell from the exit code what happened, and a person from the message what to do."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+import trio
+
+from tests.client.kit import answer, event, problem, serving, sse, vm
+from volant.cli._text import safe
+
+from .kit import running, volar
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, 1), (404, 3), (409, 4), (412, 4), (500, 1), (502, 1), (503, 1)])
+async def test_problems_have_their_codes(status: int, code: int) -> None:
+    async with serving() as server:
+        server.routes["GET /api/v1/vms/demo"] = problem(
+            status, "some-code", "what is wrong", hint="what to do", field="cpu_cores", request_id="r7"
+        )
+        done = await volar(server, "vms", "get", "demo")
+    assert done.code == code
+    assert done.out == b""
+    assert done.err.startswith("volar: what is wrong (cpu_cores)\n  what to do\n")
+    assert ("r7" in done.err) == (status >= 500)
+
+
+async def test_errors_are_json_where_json_is_asked_for() -> None:
+    async with serving() as server:
+        server.routes["GET /api/v1/vms/demo"] = problem(404, "vm-not-found", "no VM", hint="list", vm="demo")
+        done = await volar(server, "--json", "vms", "get", "demo")
+    assert done.code == 3
+    assert done.out == b""
+    assert json.loads(done.err) == {
+        "error": {
+            "status": 404,
+            "code": "vm-not-found",
+            "detail": "no VM",
+            "hint": "list",
+            "vm": "demo",
+            "exit_code": 3,
+        }
+    }
+
+
+async def test_a_daemon_that_is_not_there_is_5() -> None:
+    done = await volar(None, "--api", "http://127.0.0.1:1", "vms", "list")
+    assert done.code == 5
+    assert "http://127.0.0.1:1" in done.err
+    assert "volantd" in done.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["vms", "create"],
+        ["vms", "create", "demo", "--cpu", "0"],
+        ["vms", "create", "demo", "--env", "X"],
+        ["vms", "create", "demo", "--timeout", "soon"],
+        ["vms", "exec", "demo"],
+        ["vms", "exec", "demo", "--json", "--", "true"],
+        ["vms", "logs", "demo", "--tail", "1", "--since", "2"],
+        ["--api", "nonsense://", "vms", "list"],
+        ["nonsense"],
+    ],
+)
+async def test_wrong_usage_is_2(words: list[str]) -> None:
+    done = await volar(None, *words)
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    assert "Usage" in done.err or "Error" in done.err
+
+
+async def test_waiting_ends_with_what_came_of_it() -> None:
+    crashed = vm(status="crashed", reason={"code": "guest_panicked", "message": "the kernel panicked", "console": []})
+    async with serving() as server:
+        server.routes["GET /api/v1/vms"] = answer([], Volant_Event_Id="e-1")
+        server.routes["GET /api/v1/events/vms"] = sse(event(2, "VM_STARTING", "starting"), event(3), stay=True)
+        server.routes["POST /api/v1/vms"] = answer(vm(status="pending"), 201)
+        server.routes["GET /api/v1/vms/demo"] = answer(vm(), Volant_Wait="met")
+        met = await volar(server, "vms", "create", "demo", "--wait", "--label", "a=b", "--memory", "512")
+        server.routes["GET /api/v1/vms/demo"] = answer(crashed, Volant_Wait="failed")
+        failed = await volar(server, "vms", "wait", "demo", "--timeout", "1s")
+        server.routes["GET /api/v1/vms/demo"] = answer(vm(status="starting"), Volant_Wait="timeout")
+        late = await volar(server, "vms", "wait", "demo", "--timeout", "10ms", "--json")
+    assert (met.code, met.out) == (0, b"demo is running\n")
+    assert "VM_STARTING  demo  message 2" in met.err
+    assert "VM_RUNNING" in met.err
+    body = next(request for request in server.requests if request.method == "POST").json()
+    assert (body["memory_mb"], body["labels"]) == (512, {"a": "b"})
+    assert failed.code == 1
+    assert "the kernel panicked" in failed.err
+    assert late.code == 124
+    assert json.loads(late.out)["status"] == "starting"
+
+
+async def test_an_interrupt_is_130_without_a_word() -> None:
+    async with serving() as server:
+        server.routes["GET /api/v1/events/vms"] = sse(event(1), stay=True)
+        async with running(server, ["vms", "watch", "--since", "0", "--json"]) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            line = await process.stdout.receive_some()
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 130
+            assert await process.stderr.receive_some() == b""
+    assert json.loads(line)["id"] == "e-1"
+
+
+async def test_a_pipe_that_nobody_reads_ends_it_without_a_word() -> None:
+    async with serving() as server:
+
+        async def flood(request: object, stream: trio.abc.Stream) -> None:
+            await sse()(request, stream)  # type: ignore[arg-type]  # it looks at nothing
+            for seq in range(1_000_000):
+                await stream.send_all(event(seq).encode() + b"\n\n")
+
+        server.routes["GET /api/v1/events/vms"] = flood
+        async with running(server, ["vms", "watch", "--since", "0"]) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            await process.stdout.receive_some(10)
+            await process.stdout.aclose()
+            assert await process.wait() == 141
+            assert await process.stderr.receive_some() == b""
+
+
+def test_what_a_guest_says_commands_no_terminal() -> None:
+    assert safe("a\x1b]0;x\x07\x9b2J\u202eb\tc\nd") == r"a\x1b]0;x\x07\x9b2J\x202eb" + "\tc" + r"\x0ad"
