@@ -1,0 +1,214 @@
+"""A real guest without a daemon: launched, reached, adopted after `kill -9`, and how it ended told right."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from base64 import b64decode
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from volant import images
+from volant.channel import AgentClient, VirtioSerial, open_channel
+from volant.host import Host
+from volant.hypervisor import MachineSpec
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.model import EndKind, ProcessIdentity
+from volant.model.agent import DAEMON_SHUTDOWN, EXEC, HEALTHZ, INFO
+
+BOOT_S = 120.0
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+def spec(host: Host, image_cache: Path, tmp_path: Path) -> MachineSpec:
+    image = images.find(image_cache)
+    assert image is not None
+    return MachineSpec(
+        vm_id=1,
+        name="boot",
+        cpu_cores=1,
+        memory_mb=128,
+        kernel=image.kernel,
+        initramfs=image.initramfs,
+        cmdline="",
+        directory=tmp_path / "vm",
+        memory_file=Path("/dev/shm") / f"volant-test-{host.new_id()}" / "1.mem",
+        mark=f"volant-test-{host.new_id()}",
+        accelerator="tcg",
+    )
+
+
+@pytest.fixture
+async def qemu(host: Host, spec: MachineSpec, tmp_path: Path) -> AsyncIterator[QemuHypervisor]:
+    yield QemuHypervisor(host, tmp_path / "cache", accelerator="tcg")
+    identity = await host.find(spec.mark)
+    if identity is not None:
+        with host.open_process(identity) as process:
+            process.kill()
+            await process.wait()
+    await host.remove_tree(spec.memory_file.parent)
+
+
+async def run(client: AgentClient, *command: str) -> tuple[bytes, int]:
+    """Stdout and exit status of a command in the guest."""
+    body = msgspec.json.encode({"command": command})
+    output = bytearray()
+    text = b""
+    last: dict[str, object] = {}
+    async with client.stream("POST", EXEC, [(b"content-type", b"application/json")], body, timeout_s=30) as response:
+        assert response.status == 200
+        async for piece in response:
+            *lines, text = (text + piece).split(b"\n")
+            for line in lines:
+                last = msgspec.json.decode(line)
+                if last.get("stream") == "stdout":
+                    output += b64decode(str(last["data"]))
+    exit_code = last.get("exit_code", last.get("signal"))
+    assert isinstance(exit_code, int), last
+    return bytes(output), exit_code
+
+
+async def test_a_guest_is_reached_and_shuts_down_when_asked(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec
+) -> None:
+    began = host.monotonic()
+    identity = await qemu.launch(spec)
+    async with qemu.attach(spec, identity) as machine, open_channel(host, VirtioSerial(spec.agent_path)) as channel:
+        client = AgentClient(channel)
+        healthz = await client.request_json("GET", HEALTHZ, timeout_s=BOOT_S)
+        print(f"spawn to agent: {host.monotonic() - began:.2f} s")
+        assert (healthz.status, healthz.body["status"]) == (200, "ok")
+        info = await client.request_json("GET", INFO, timeout_s=30)
+        assert info.body["hostname"] == "boot"
+
+        with trio.fail_after(120):
+            assert await run(client, "sh", "-c", "echo out; echo err >&2; exit 3") == (b"out\n", 3)
+            data, _ = await run(client, "sh", "-c", "head -c 3000000 /dev/zero")
+            assert data == bytes(3_000_000)
+            await connects_to_loopback(client)
+            await console_loses_nothing(host, client, spec)
+
+            answer = await client.request_json("POST", DAEMON_SHUTDOWN, {"grace_s": 5}, timeout_s=30)
+            assert answer.status == 202
+            assert (await machine.ended()).kind is EndKind.SHUTDOWN
+            assert await machine.status() == "shutdown"
+            assert (await machine.quit()).exit_status == 0
+
+
+async def connects_to_loopback(client: AgentClient) -> None:
+    """Raw bytes to a server on the guest's loopback, with a half close."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, client, "timeout", "20", "nc", "-l", "-p", "7000", "-e", "sha256sum")
+        data = os.urandom(300_000)
+        while True:
+            async with client.stream("CONNECT", "127.0.0.1:7000", timeout_s=10) as response:
+                if not response.switched:
+                    await trio.sleep(0.1)  # it does not listen yet
+                    continue
+                raw = response.upgraded()
+                await raw.send_all(data)
+                await raw.send_eof()
+                answer = b""
+                while piece := await raw.receive_some():
+                    answer += piece
+                break
+    assert answer.split()[0].decode() == hashlib.sha256(data).hexdigest()
+
+
+async def console_loses_nothing(host: Host, client: AgentClient, spec: MachineSpec) -> None:
+    before = host.file_size(spec.console_path)
+    await run(client, "sh", "-c", "seq 1 8000 > /dev/console; echo end > /dev/console")
+    with host.watch(spec.console_path) as watch:
+        while not (text := (await host.read_bytes(spec.console_path))[before:]).rstrip().endswith(b"end"):
+            await watch.wait()
+    numbers = [line for line in text.split() if line.isdigit()]
+    assert numbers == [b"%d" % n for n in range(1, 8001)]
+
+
+async def test_a_panic_is_told_as_a_panic_now_and_to_a_successor(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec
+) -> None:
+    identity = await qemu.launch(spec)
+    async with qemu.attach(spec, identity) as machine, open_channel(host, VirtioSerial(spec.agent_path)) as channel:
+        client = AgentClient(channel)
+        await client.request_json("GET", HEALTHZ, timeout_s=BOOT_S)
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run, client, "sh", "-c", "echo c > /proc/sysrq-trigger")
+                assert (await machine.ended()).kind is EndKind.PANICKED
+                nursery.cancel_scope.cancel()
+    with trio.fail_after(10):
+        async with qemu.attach(spec, identity) as machine:
+            assert (await machine.ended()).kind is EndKind.PANICKED
+            await machine.kill()
+    assert b"Kernel panic" in await host.read_bytes(spec.console_path)
+
+
+OWNER = """
+import sys, msgspec, trio
+from volant.channel import AgentClient, VirtioSerial, open_channel
+from volant.host import Host
+from volant.hypervisor import MachineSpec
+from volant.hypervisor.qemu import QemuHypervisor
+from pathlib import Path
+
+async def main():
+    spec = msgspec.json.decode(sys.argv[1], type=MachineSpec, dec_hook=lambda kind, value: kind(value))
+    host = Host()
+    qemu = QemuHypervisor(host, spec.directory.parent / "cache", accelerator="tcg")
+    identity = await qemu.launch(spec)
+    async with qemu.attach(spec, identity), open_channel(host, VirtioSerial(spec.agent_path)) as channel:
+        client = AgentClient(channel)
+        await client.request_json("GET", "/healthz", timeout_s=120)
+        body = b'{"command": ["cat", "/dev/zero"]}'
+        async with client.stream("POST", "/v1/exec", [(b"content-type", b"application/json")], body, timeout_s=30) as r:
+            await r.receive()
+            print(msgspec.json.encode(identity).decode(), flush=True)
+            async for _ in r:
+                pass
+
+trio.run(main)
+"""
+
+
+async def test_a_guest_outlives_its_owner_and_is_adopted(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    """The owner dies of SIGKILL while bytes flow; whoever comes next has everything back, several times over."""
+    encoded = msgspec.json.encode(spec, enc_hook=str)
+    owner = await trio.to_thread.run_sync(
+        lambda: subprocess.Popen(
+            [sys.executable, "-c", OWNER, encoded],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )
+    )
+    with owner:
+        assert owner.stdout is not None
+        line = await trio.to_thread.run_sync(owner.stdout.readline)
+        owner.kill()
+    identity = msgspec.json.decode(line, type=ProcessIdentity)
+    with trio.fail_after(60):
+        assert await host.find(spec.mark) == identity
+        for _ in range(2):
+            async with qemu.attach(spec, identity) as machine:
+                assert await machine.status() == "running"
+                async with open_channel(host, VirtioSerial(spec.agent_path)) as channel:
+                    began = host.monotonic()
+                    answer = await AgentClient(channel).request_json("GET", HEALTHZ, timeout_s=30)
+                    print(f"adopted and answered: {host.monotonic() - began:.3f} s")
+                    assert answer.status == 200
+        async with qemu.attach(spec, identity) as machine:
+            end = await machine.kill()
+            assert (end.kind, end.exit_status) == (EndKind.EXITED, None)
+        assert await host.find(spec.mark) is None
