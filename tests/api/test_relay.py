@@ -33,12 +33,15 @@ from tests.api.kit import (
     read_to_end,
     request,
     running,
+    until,
     websocket,
 )
 from volant.api import Limits
 from volant.channel import AgentClient, AgentUnreachable, HybridVsock, open_channel
 from volant.guest._server import Server
 from volant.model import Problem
+
+ROOMY = replace(FAST, websocket_message=16 * 1024 * 1024)
 
 
 @dataclass
@@ -52,6 +55,8 @@ class Guest:
     """The scopes of what that server was asked."""
     gone: trio.Event
     """Set when a stream of that server has lost its client."""
+    ends: list[str]
+    """How uploads to `/whole` ended."""
 
     @property
     def client(self) -> httpx.AsyncClient:
@@ -64,10 +69,16 @@ class Guest:
 @asynccontextmanager
 async def guest(path: Path, limits: Limits = FAST) -> AsyncIterator[Guest]:
     seen: list[dict[str, Any]] = []
+    ends: list[str] = []
     gone = trio.Event()
 
     async def loopback(scope: Any, receive: Any, send: Any) -> None:
         seen.append(scope)
+        if scope["path"] == "/whole":
+            while (message := await receive())["type"] == "http.request" and message["more_body"]:
+                pass
+            ends.append("whole" if message["type"] == "http.request" else "broken")
+            return
         await (_loopback_socket if scope["type"] == "websocket" else _loopback_http)(scope, receive, send, gone)
 
     agent = Server(lambda _: None)
@@ -76,7 +87,10 @@ async def guest(path: Path, limits: Limits = FAST) -> AsyncIterator[Guest]:
     listener.listen(64)
     threading.Thread(target=_hybrid, args=(listener, agent), daemon=True).start()
     try:
-        async with running(bare(loopback)) as inner, api(path, limits=limits) as served:
+        async with (
+            running(bare(loopback), ROOMY) as inner,
+            api(path, limits=limits) as served,
+        ):
             async with open_channel(served.doors.host, HybridVsock(path / "vsock")) as channel:
                 client = AgentClient(channel)
                 await served.create("demo")
@@ -87,7 +101,7 @@ async def guest(path: Path, limits: Limits = FAST) -> AsyncIterator[Guest]:
                     {"entrypoint": ["sleep", "1000"], "port": inner.port},
                     timeout_s=5,
                 )
-                yield Guest(served, inner.port, seen, gone)
+                yield Guest(served, inner.port, seen, gone, ends)
                 served.server.stopping.set()
                 await served.server.stopped.wait()
     finally:
@@ -287,6 +301,20 @@ async def test_a_client_that_leaves_ends_the_request_in_the_guest(tmp_path: Path
             await trio.aclose_forcefully(stream)
             with trio.fail_after(10):
                 await at.gone.wait()
+
+
+async def test_an_upload_that_breaks_off_is_never_taken_for_a_whole_one(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        for way in WAYS * 10:
+            stream = await at.api.server.connect()
+            await stream.send_all(request("PUT", f"{prefix(at, way)}/whole", Transfer_Encoding="chunked"))
+            await stream.send_all(b"5\r\nhello\r\n")
+            await until(lambda: bool(at.seen))
+            await trio.aclose_forcefully(stream)
+            await until(lambda: bool(at.ends))
+            assert at.ends == ["broken"]
+            at.seen.clear()
+            at.ends.clear()
 
 
 async def test_a_client_that_does_not_read_holds_back_its_guest_and_nobody_else(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Access:
         ours = self._known.get(key)
         if ours is None:
             ours = self._is_ours(host, key[1])
-            if len(self._known) < _REMEMBERED:
+            if len(self._known) < _REMEMBERED and len(host or b"") < _REMEMBERED:
                 self._known[key] = ours
         if not ours:
             raise Problem(
@@ -72,8 +72,9 @@ class Access:
             address = ipaddress.ip_address(name)
         except ValueError:
             return False
-        # An address can't be rebound. The one that the client has connected to is ours.
-        return address.is_loopback or str(address) == local
+        # An address can't be rebound. The one that the client has connected to is ours, which a socket for both
+        # families shows as ::ffff:192.0.2.1.
+        return address.is_loopback or str(local).removeprefix("::ffff:") == str(address)
 
     def _check_origin(self, origin: str, host: str) -> None:
         if origin.lower().rstrip("/") in self._origins:

@@ -53,10 +53,9 @@ class Call:
         assert isinstance(event, trio.Event)
         return event
 
-    @property
-    def query(self) -> Query:
-        """The query's parameters, those of the edge not among them."""
-        return Query(self.scope["query_string"], credentials=True)
+    def query(self, *, credentials: bool) -> Query:
+        """The query's parameters; with `credentials` those of the edge are let pass."""
+        return Query(self.scope["query_string"], credentials=credentials)
 
     def header(self, name: bytes) -> str | None:
         """The value of a header, by its name in lower case."""

@@ -31,7 +31,7 @@ def routes(doors: Doors) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def events(call: Call) -> None:
-        query = call.query
+        query = call.query(credentials=True)
         since, last_event_id = query.text("since"), query.text("last_event_id")
         wanted = _Filter(
             vm=query.text("vm"), types=query.words("types", _TYPES), labels=query.labels(), strict=query.text("on_gap")

@@ -49,6 +49,8 @@ def to_guest(headers: Iterable[Header], *, host: bytes) -> list[Header]:
     """A client's headers as the guest gets them: without hop-by-hop ones and the client's credentials."""
     headers = list(headers)
     dropped = _HOP_BY_HOP | _CREDENTIALS | _OURS_TO_SAY | _named_by_connection(headers)
+    if any(name == b"transfer-encoding" for name, _ in headers):
+        dropped |= {b"content-length"}  # Chunks were what counted (RFC 9112, 6.3).
     return [(b"host", host), *((name, value) for name, value in headers if name not in dropped)]
 
 

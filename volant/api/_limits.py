@@ -34,7 +34,8 @@ class Limits:
     grace_s: float = 1.0
     """From the order to stop to the end of the last connection."""
     lifespan_s: float = 5.0
-    inbox_bytes: int = 256 * 1024
+    inbox_bytes: int = 64 * 1024
     """What a client can send ahead of its handler."""
-    websocket_message: int = 16 * MIB
+    websocket_message: int = 64 * 1024
+    """From a client, where we decode it. Relays don't."""
     json_body: int = MIB

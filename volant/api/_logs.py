@@ -88,7 +88,7 @@ class _Wanted:
 def _find(doors: Doors, call: Call, *, tail: int | None, follow: bool) -> tuple[VmLog, _Wanted]:
     """The log that is asked for. :raises Problem: 400, 404, 503."""
     name = call.args[0]
-    query = call.query
+    query = call.query(credentials=call.is_websocket)
     wanted = _wanted(query, tail, follow)
     vm_id = query.integer("vm_id", minimum=1, maximum=2**63 - 1)
     query.done()

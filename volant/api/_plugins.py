@@ -14,7 +14,7 @@ from volant.model import Manifest, Problem, check_manifest
 
 from ._body import Nothing, read_body
 from ._doors import Doors
-from ._json import json_response
+from ._json import empty_response, json_response
 from ._params import no_query, plugin_name
 
 R = TypeVar("R")
@@ -54,7 +54,7 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
         no_query()
         await read_body(Nothing)
         await ask(RemovePlugin(plugin_name(name)))
-        return Response(b"", status=204)
+        return empty_response(204)
 
     @app.get("/api/v1/plugins/<name>/manifest")
     async def get_manifest(name: str) -> Response:

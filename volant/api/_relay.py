@@ -72,8 +72,8 @@ class Relay:
         # A rendezvous: the client's next piece is taken when the guest has got this one.
         put, take = trio.open_memory_channel[bytes](0)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._take_in, call, put, nursery.cancel_scope)
             body = _Body(take, self._turns, vm_id) if has_body else None
+            nursery.start_soon(self._take_in, call, put if has_body else None, nursery.cancel_scope)
             async with client.stream(call.method, target, headers, body, timeout_s=HEAD_S) as response:
                 await call.start(response.status, from_guest(response.headers))
                 while data := await response.receive():
@@ -82,20 +82,20 @@ class Relay:
             await call.finish()
             nursery.cancel_scope.cancel()
 
-    async def _take_in(self, call: Call, put: trio.MemorySendChannel[bytes], scope: trio.CancelScope) -> None:
-        async with put:
-            while True:
-                message = await call.receive()
-                if message["type"] == "http.disconnect":
-                    scope.cancel()
-                    return
-                if message["body"]:
-                    try:
+    async def _take_in(self, call: Call, put: trio.MemorySendChannel[bytes] | None, scope: trio.CancelScope) -> None:
+        """Hand on the client's body, an empty piece at its end; cancel `scope` when the client leaves."""
+        if put is not None:
+            async with put:
+                more = True
+                while more:
+                    message = await call.receive()
+                    if message["type"] == "http.disconnect":
+                        scope.cancel()
+                        return
+                    more = message["more_body"]
+                    if message["body"]:
                         await put.send(message["body"])
-                    except trio.BrokenResourceError:
-                        break  # The guest has answered without reading on.
-                if not message.get("more_body", False):
-                    break
+                await put.send(b"")
         while (await call.receive())["type"] != "http.disconnect":
             pass
         scope.cancel()
@@ -122,7 +122,7 @@ class Relay:
                     body = await _bounded(response, _MAX_REFUSAL)
                     refusal = [field for field in from_guest(response.headers) if field[0] != b"content-length"]
                     refusal.append((b"content-length", b"%d" % len(body)))
-                    await call.reject(max(response.status, 400), refusal, body)
+                    await call.reject(response.status if response.status >= 200 else 502, refusal, body)
             nursery.cancel_scope.cancel()
 
 
@@ -141,7 +141,10 @@ class _Body:
         try:
             data = await self._take.receive()
         except trio.EndOfChannel:
-            raise StopAsyncIteration from None
+            # The client left in the middle. The guest must not take what has come for all of it.
+            raise trio.BrokenResourceError("the client left") from None
+        if not data:
+            raise StopAsyncIteration
         await self._turns.take(self._vm_id, len(data))
         return data
 

@@ -26,7 +26,7 @@ from volant.model.agent import MAX_GRACE_S
 
 from ._body import Nothing, read_body
 from ._doors import Doors
-from ._json import json_response
+from ._json import empty_response, json_response
 from ._params import check_if_match, etag, is_not_modified, no_query, query, vm_row, wait_of
 from ._query import Query
 from ._waits import interruptible
@@ -81,7 +81,7 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
         row = vm_row(doors, name)
         if not request.query_string:
             if is_not_modified(row):
-                response = Response(b"", status=304)
+                response = empty_response(304)
                 response.headers["ETag"] = etag(row)
                 return response
             return _shown(row)
@@ -101,7 +101,7 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
             raise Problem(
                 503, "daemon-stopping", f"the daemon stops; VM {name!r} goes on being deleted when it is back", vm=name
             )
-        return Response(b"", status=204)
+        return empty_response(204)
 
     @app.get("/api/v1/vms/<name>/inspect")
     async def inspect_vm(name: str) -> Response:
