@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ._http import Request, Stream
 
-_READ = 32 * 1024
+_READ = 64 * 1024
 _MAX_TIMEOUT_S = 7 * 86400.0
 _MAX_ITEMS = 4096
 _REAP_S = 5.0

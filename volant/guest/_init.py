@@ -81,7 +81,7 @@ def main() -> NoReturn:
     while True:
         got = signal.sigwait(signals)
         if got != signal.SIGCHLD:
-            _shut_down()
+            _shut_down(agent)
         for pid in _reap():
             if pid == agent:
                 agent = _respawn(signals, starts)
@@ -286,8 +286,8 @@ def _signal_all(number: signal.Signals) -> None:
         pass
 
 
-def _shut_down() -> NoReturn:
-    """SIGTERM to everything, a bounded wait, SIGKILL, and off."""
+def _shut_down(agent: int) -> NoReturn:
+    """SIGTERM to everything, a bounded wait, SIGKILL, and off. The agent may stay a little longer than the rest."""
     grace = 10.0
     try:
         grace = min(max(float(_read(GRACE_FILE)), 0.0), _MAX_GRACE_S)
@@ -296,11 +296,18 @@ def _shut_down() -> NoReturn:
     _say("shutting down")
     _signal_all(signal.SIGTERM)
     _signal_all(signal.SIGCONT)
-    # The agent kills what outlasts the grace, then hands the last output over, and then ends too.
-    if not _wait_for_all(grace + _LAST_WORDS_S):
+    if not _wait_for_all(grace):
         _say("some processes did not end when they were asked to")
-        _signal_all(signal.SIGKILL)
-        _wait_for_all(_AFTER_KILL_S)
+        # The agent still has the last output to hand over, and ends when it has.
+        for name in _list("/proc"):
+            if name.isdigit() and int(name) not in (1, agent):
+                try:
+                    os.kill(int(name), signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+        if not _wait_for_all(_LAST_WORDS_S):
+            _signal_all(signal.SIGKILL)
+            _wait_for_all(_AFTER_KILL_S)
     os.sync()
     os.execv(BUSYBOX, ["busybox", "poweroff", "-f"])
 
