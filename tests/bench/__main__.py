@@ -1,0 +1,89 @@
+"""`python -m tests.bench [NAME…]`: one figure a line, to standard output.
+
+Quote the ratios, which were taken in one run, and never an absolute figure without the machine. Nothing else should
+run meanwhile: the sides of a pair alternate, which evens out a drift and no burst.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import trio
+
+from ._actors import actors
+from ._boot import create_to_agent
+from ._figure import Figure
+from ._journal import journal, vmlog
+from ._serving import get_vm, healthz
+from ._world import Skipped
+
+Bench = Callable[[], Awaitable[list[Figure]]]
+
+_TOTAL_S = 300.0
+_BENCH_S = 180.0
+
+
+def main() -> int:
+    """Run the benches; 1 when one of them failed or, with `--check`, a target was missed."""
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _interrupted)
+    benches: dict[str, Bench] = {
+        "create_to_agent": create_to_agent,
+        "get_vm": get_vm,
+        "healthz": healthz,
+        "journal": journal,
+        "vmlog": vmlog,
+        "actors": actors,
+    }
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benches)}; all by default")
+    parser.add_argument("--pairs", type=int, default=5, metavar="N", help="boots of each side (default: 5)")
+    parser.add_argument("--check", action="store_true", help="fail when a target is missed")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(benches):
+        parser.error(f"there is no bench named {', '.join(sorted(unknown))}")
+    if options.pairs < 1:
+        parser.error("--pairs must be at least 1")
+    benches["create_to_agent"] = partial(create_to_agent, options.pairs)
+    wanted = {name: bench for name, bench in benches.items() if not options.names or name in options.names}
+    try:
+        return trio.run(_run, wanted, options.check)
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _run(benches: dict[str, Bench], check: bool) -> int:
+    failed = False
+    began = time.monotonic()
+    with trio.move_on_after(_TOTAL_S) as total:
+        for name, bench in benches.items():
+            try:
+                with trio.fail_after(_BENCH_S):
+                    figures = await bench()
+                for figure in figures:
+                    print(figure, flush=True)
+                    failed |= check and figure.missed
+            except Skipped as why:
+                print(f"{name} skipped: {why}", flush=True)
+            except Exception as error:
+                failed = True
+                print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    if total.cancelled_caught:
+        print(f"the rest was left out after {_TOTAL_S:.0f} s", file=sys.stderr)
+        return 1
+    print(f"{time.monotonic() - began:.0f} s in all", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _interrupted(signum: int, frame: object) -> None:
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

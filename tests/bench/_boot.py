@@ -1,0 +1,190 @@
+"""From `POST /api/v1/vms` to the first answer of the agent, beside the bare command that boots the same guest.
+
+The bare side is what somebody would script without Volant: start QEMU, connect to the agent's port, ask. It has the
+daemon's own command line, from the same functions, so that the difference is what the daemon does besides: the row and
+its events on the disk, memory taken beforehand, QMP, the console's log, HTTP. Both ask for `/v1/info` once; neither
+polls: the daemon's client waits with `?wait=running`, the bare one for the channel.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import trio
+
+from tests.system.kit import Daemon
+from volant.channel import AgentClient, VirtioSerial, open_channel
+from volant.host import Host
+from volant.hypervisor import AcceleratorName, MachineSpec
+from volant.hypervisor.qemu._argv import ENVIRONMENT, PROGRAM, build_argv
+from volant.hypervisor.qemu._probe import qemu_version
+from volant.images import Image
+from volant.model import CreateVm, Manifest, VmRow
+from volant.vm import VmSettings
+from volant.vm._steps import machine_spec
+
+from ._figure import Figure, Pairs
+from ._libvirt import libvirt
+from ._world import Skipped, cache_dir, current_image, kill_group, scratch, volantd
+
+BOOT_S = 120.0
+WANTED = CreateVm(name="bench", cpu_cores=1, memory_mb=128)
+TARGET = 1.10
+
+_SETTLE_S = 0.3
+"""Between two boots, for what the last one left the kernel to do."""
+
+Side = Callable[[], Awaitable[float]]
+
+
+async def create_to_agent(pairs: int = 5) -> list[Figure]:
+    """The ratio to the bare command, and libvirt's beside it where that can run."""
+    image = current_image()
+    for path in (image.kernel, image.initramfs):
+        path.read_bytes()  # from now on in the page cache, for all sides
+    took: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        daemon = stack.enter_context(volantd())
+        accelerator = await _accelerator(daemon)
+        spec = stack.enter_context(_spec(image, accelerator))
+        sides: dict[str, Side] = {"bare": Bare(spec, await _argv(spec)).boot, "ours": Ours(daemon).boot}
+        try:
+            sides["libvirt"] = stack.enter_context(libvirt(spec, WANTED)).boot
+        except Skipped as why:
+            print(f"create_to_agent_libvirt skipped: {why}", flush=True)
+        names = list(sides)
+        for _ in range(pairs):
+            for name in names:
+                await trio.sleep(_SETTLE_S)
+                took.setdefault(name, []).append(await sides[name]())
+            # Nobody is always the one that goes first.
+            names.append(names.pop(0))
+    against = Pairs(took["ours"], took["bare"])
+    figures = [
+        Figure(
+            "create_to_agent", against.value, "s", against.ratio,
+            f"the bare QEMU command's {against.other:.3g} s, {pairs} pairs, {accelerator}", at_most=TARGET,
+        )
+    ]  # fmt: skip
+    if "libvirt" in took:
+        other = Pairs(took["libvirt"], took["bare"])
+        figures.append(
+            Figure("create_to_agent_libvirt", other.value, "s", other.ratio, "the same bare command, by `virsh create`")
+        )
+    return figures
+
+
+class Ours:
+    """A VM through the API of a real daemon."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    async def boot(self) -> float:
+        """Create a VM and ask its agent; seconds. The VM is gone afterwards."""
+        async with self._daemon.http() as http:
+            # The connection and the client's own first-time costs are no part of a create.
+            (await http.get("/healthz")).raise_for_status()
+            body = {"name": WANTED.name, "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb}
+            began = time.perf_counter()
+            made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=2 * BOOT_S)
+            info = await http.get(f"/api/v1/vms/{WANTED.name}/agent/v1/info")
+            seconds = time.perf_counter() - began
+            if made.headers.get("volant-wait") != "met" or "boot_id" not in info.json():
+                raise RuntimeError(f"the VM did not boot: {made.text}\n{self._daemon.log()}")
+            (await http.delete(f"/api/v1/vms/{WANTED.name}", timeout=90)).raise_for_status()
+            return seconds
+
+
+class Bare:
+    """The command that the daemon would run, run by hand."""
+
+    def __init__(self, spec: MachineSpec, argv: list[str]) -> None:
+        self._spec = spec
+        self._argv = argv
+
+    async def boot(self) -> float:
+        """Start it and ask its agent; seconds. Nothing of it is left afterwards."""
+        spec = self._spec
+        with scratch_of(spec):
+            began = time.perf_counter()
+            process = self._start()
+            try:
+                await ask_agent(spec.agent_path)
+                return time.perf_counter() - began
+            except Exception as error:
+                said = spec.log_path.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"the bare guest did not answer: {error}\n{said}") from error
+            finally:
+                kill_group(process)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._spec.log_path.open("wb") as log:
+            return subprocess.Popen(
+                self._argv,
+                cwd=self._spec.directory,
+                env=ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+
+async def ask_agent(socket_path: Path) -> None:
+    """Ask the agent behind the socket of its port for `/v1/info`, as soon as it is there."""
+    async with open_channel(Host(), VirtioSerial(socket_path)) as channel:
+        answer = await AgentClient(channel).request_json("GET", "/v1/info", timeout_s=BOOT_S)
+    if "boot_id" not in answer.body:
+        raise RuntimeError(f"the agent answered {answer}")
+
+
+@contextmanager
+def scratch_of(spec: MachineSpec) -> Iterator[None]:
+    """What QEMU expects to find, and none of it afterwards."""
+    for path in spec.directory.iterdir():
+        path.unlink()
+    spec.console_input_path.unlink(missing_ok=True)
+    subprocess.run(["mkfifo", str(spec.console_input_path)], check=True)
+    try:
+        yield
+    finally:
+        spec.memory_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _spec(image: Image, accelerator: AcceleratorName) -> Iterator[MachineSpec]:
+    """The spec that the daemon makes of such a VM, with directories of its own."""
+    with scratch() as directory, scratch("/dev/shm") as memory:
+        now = datetime.now(UTC)
+        row = VmRow(
+            id=1, name=WANTED.name, cpu_cores=WANTED.cpu_cores, memory_mb=WANTED.memory_mb, plugin="base",
+            runtime="base", manifest=Manifest(name="base", version="0"), created_at=now, updated_at=now,
+            image=image.digest, mark="volant-bench-1.1",
+        )  # fmt: skip
+        settings = VmSettings(runtime_dir=directory, cache_dir=cache_dir(), memory_dir=memory)
+        spec = machine_spec(settings, row, accelerator)
+        spec.directory.mkdir(parents=True, mode=0o700)
+        yield spec
+
+
+async def _argv(spec: MachineSpec) -> list[str]:
+    version = await qemu_version(Host(), PROGRAM)
+    assert version is not None
+    return build_argv(spec, version[:2])
+
+
+async def _accelerator(daemon: Daemon) -> AcceleratorName:
+    """What the daemon's guests run under, once it knows."""
+    async with daemon.http() as http:
+        with trio.fail_after(BOOT_S):
+            while True:
+                name = (await http.get("/api/v1/system/info")).json()["accelerator"]
+                if name is not None:
+                    return "kvm" if name == "kvm" else "tcg"
+                await trio.sleep(0.1)

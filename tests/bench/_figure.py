@@ -1,0 +1,79 @@
+"""One figure a line, and how two sides are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What was measured. `ratio` is to what `to` says."""
+
+    name: str
+    value: float
+    unit: str
+    ratio: float | None = None
+    to: str = ""
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def missed(self) -> bool:
+        """Whether there is a target for the ratio, and it is not met."""
+        if self.ratio is None:
+            return False
+        low = self.at_least if self.at_least is not None else -math.inf
+        high = self.at_most if self.at_most is not None else math.inf
+        return not low <= self.ratio <= high
+
+    def __str__(self) -> str:
+        words = []
+        if self.ratio is not None:
+            words.append(f"{self.ratio:.{_places(self.ratio)}f} of {self.to}")
+        elif self.to:
+            words.append(self.to)
+        for bound, name in ((self.at_most, "at most"), (self.at_least, "at least")):
+            if bound is not None:
+                words.append(f"target: {name} {bound:.2f}, {'missed' if self.missed else 'met'}")
+        told = f" ({'; '.join(words)})" if words else ""
+        return f"{self.name} {_number(self.value)} {self.unit}{told}"
+
+
+class Pairs:
+    """Two sides, measured in turns, so that what else happens on the machine meets both alike."""
+
+    def __init__(self, ours: Sequence[float] = (), bare: Sequence[float] = ()) -> None:
+        self.ours = list(ours)
+        self.bare = list(bare)
+
+    @property
+    def value(self) -> float:
+        """The median of our side."""
+        return median(self.ours)
+
+    @property
+    def other(self) -> float:
+        """The median of the other side."""
+        return median(self.bare)
+
+    @property
+    def ratio(self) -> float:
+        """The median of the ratios of the pairs."""
+        return median(a / b for a, b in zip(self.ours, self.bare, strict=True))
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that `percent` of all do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+def _places(value: float) -> int:
+    return 2 if value >= 0.1 else 3
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"

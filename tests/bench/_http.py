@@ -1,0 +1,108 @@
+"""A load generator: keep-alive HTTP/1.1 on raw sockets, so that it costs a small part of what the server does.
+
+Everything here blocks, has a deadline, and is meant for a thread: while a socket is waited for, others run.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import time
+from urllib.parse import urlsplit
+
+TIMEOUT_S = 30.0
+_READ = 64 * 1024
+
+
+class LoadError(Exception):
+    """The server did not answer as it should."""
+
+
+def connect(base_url: str) -> socket.socket:
+    """A connection to the server at `base_url`."""
+    parts = urlsplit(base_url)
+    sock = socket.create_connection((parts.hostname or "", parts.port or 80), timeout=TIMEOUT_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def get(base_url: str, path: str) -> bytes:
+    """The bytes of a GET request."""
+    return f"GET {path} HTTP/1.1\r\nHost: {urlsplit(base_url).netloc}\r\n\r\n".encode()
+
+
+def requests_per_s(base_url: str, path: str, *, connections: int, seconds: float) -> float:
+    """How many requests a second are answered with 200 on so many connections, each asking again at once."""
+    request = get(base_url, path)
+    selector = selectors.DefaultSelector()
+    clients = [_Client(connect(base_url)) for _ in range(connections)]
+    answered = 0
+    try:
+        for client in clients:
+            client.sock.setblocking(False)
+            selector.register(client.sock, selectors.EVENT_READ, client)
+        began = time.perf_counter()
+        until = began + seconds
+        for client in clients:
+            client.sock.send(request)
+        while (now := time.perf_counter()) < until:
+            for key, _ in selector.select(until - now):
+                if key.data.read():
+                    answered += 1
+                    key.data.sock.send(request)
+        return answered / (time.perf_counter() - began)
+    finally:
+        selector.close()
+        for client in clients:
+            client.sock.close()
+
+
+def latencies_s(base_url: str, path: str, *, count: int, interval_s: float) -> list[float]:
+    """How long each of `count` requests took. One is sent every `interval_s`, and none is left out when the server is
+    late: an answer's time counts from when its request was due."""
+    request = get(base_url, path)
+    client = _Client(connect(base_url))
+    took = []
+    try:
+        due = time.perf_counter()
+        for _ in range(count):
+            time.sleep(max(0.0, due - time.perf_counter()))
+            client.sock.sendall(request)
+            while not client.read():
+                pass
+            took.append(time.perf_counter() - due)
+            due += interval_s
+        return took
+    finally:
+        client.sock.close()
+
+
+class _Client:
+    """One connection, with one request under way."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._data = b""
+
+    def read(self) -> bool:
+        """Take what is there; whether the answer is whole. :raises LoadError: it is not a 200."""
+        data = self.sock.recv(_READ)
+        if not data:
+            raise LoadError("the server closed the connection")
+        self._data += data
+        end = self._data.find(b"\r\n\r\n")
+        if end < 0:
+            return False
+        if not self._data.startswith(b"HTTP/1.1 200 "):
+            raise LoadError(f"the server answered {self._data[:100]!r}")
+        size = 0
+        head = self._data[:end].lower()
+        found = head.find(b"\r\ncontent-length:")
+        if found >= 0:
+            size = int(head[found + 17 :].partition(b"\r\n")[0])
+        elif b"chunked" in head:
+            raise LoadError("the answer has no length")
+        if len(self._data) < end + 4 + size:
+            return False
+        self._data = b""
+        return True

@@ -1,0 +1,146 @@
+"""What an answer costs: requests a second beside an empty route, and `/healthz` while a guest sends all it can."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+from urllib.parse import urlsplit
+
+import httpx
+import trio
+
+from tests.system.kit import Daemon
+
+from ._boot import BOOT_S, WANTED
+from ._figure import Figure, Pairs, percentile
+from ._http import LoadError, connect, latencies_s, requests_per_s
+from ._world import current_image, listening, volantd
+
+TARGET = 0.7
+CONNECTIONS = 8
+ROUNDS = 7
+ROUND_S = 1.5
+PROBES = 300
+PROBE_INTERVAL_S = 0.02
+
+_VM = f"/api/v1/vms/{WANTED.name}"
+
+
+async def get_vm() -> list[Figure]:
+    """`GET /api/v1/vms/{name}` in requests a second, beside an empty Quart-Trio route on the same server."""
+    current_image()
+    against = Pairs()
+    with volantd() as daemon, listening("tests.bench._empty_route") as empty:
+        async with daemon.http() as http:
+            # It has booted, and no guest runs while we measure.
+            await _create(http)
+            (await http.post(f"{_VM}/stop?grace=1s&wait=stopped", timeout=BOOT_S)).raise_for_status()
+
+        async def load(base_url: str, path: str, seconds: float) -> float:
+            return await trio.to_thread.run_sync(
+                lambda: requests_per_s(base_url, path, connections=CONNECTIONS, seconds=seconds)
+            )
+
+        for base_url, path in ((daemon.base_url, _VM), (empty, "/")):
+            await load(base_url, path, 0.5)
+        for number in range(ROUNDS):
+            if number % 2:
+                against.ours.append(await load(daemon.base_url, _VM, ROUND_S))
+            against.bare.append(await load(empty, "/", ROUND_S))
+            if not number % 2:
+                against.ours.append(await load(daemon.base_url, _VM, ROUND_S))
+    return [Figure(
+        "get_vm", against.value, "requests/s", against.ratio,
+        f"an empty Quart-Trio route's {against.other:.0f} on the same server, {CONNECTIONS} connections",
+        at_least=TARGET,
+    )]  # fmt: skip
+
+
+async def healthz() -> list[Figure]:
+    """The 99th percentile of `/healthz`, quiet and while an exec streams all that the guest can write."""
+    current_image()
+    with volantd() as daemon:
+        async with daemon.http() as http:
+            await _create(http)
+            quiet = await _probe(daemon)
+            with _exec_stream(daemon) as stream:
+                busy = await _probe(daemon)
+                rate = stream.rate_mb_s()
+            (await http.delete(_VM, timeout=90)).raise_for_status()
+    return [
+        Figure(
+            "healthz_p99", 1000 * percentile(busy, 99), "ms", percentile(busy, 99) / percentile(quiet, 99),
+            f"the {1000 * percentile(quiet, 99):.3g} ms beside a silent guest; median {1000 * median(busy):.2g} ms",
+        ),
+        Figure("exec_stream", rate, "MB/s", to="of the answer's body, while /healthz was asked"),
+    ]  # fmt: skip
+
+
+async def _create(http: httpx.AsyncClient) -> None:
+    body = {"name": WANTED.name, "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb}
+    made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=2 * BOOT_S)
+    if made.headers.get("volant-wait") != "met":
+        raise RuntimeError(f"the VM did not boot: {made.text}")
+
+
+async def _probe(daemon: Daemon) -> list[float]:
+    return await trio.to_thread.run_sync(
+        lambda: latencies_s(daemon.base_url, "/healthz", count=PROBES, interval_s=PROBE_INTERVAL_S)
+    )
+
+
+class _Stream:
+    """An answer that is read and dropped in a thread."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.began = time.perf_counter()
+        self.failure = ""
+
+    def rate_mb_s(self) -> float:
+        """MB/s so far. :raises LoadError: it has broken off."""
+        if self.failure or not self.count:
+            raise LoadError(f"the exec stream broke off: {self.failure or 'nothing came'}")
+        return self.count / (time.perf_counter() - self.began) / 1e6
+
+
+@contextmanager
+def _exec_stream(daemon: Daemon) -> Iterator[_Stream]:
+    """`cat /dev/zero` in the guest, its output read as fast as it comes."""
+    body = json.dumps({"command": ["cat", "/dev/zero"]}).encode()
+    head = (
+        f"POST {_VM}/agent/v1/exec HTTP/1.1\r\nHost: {urlsplit(daemon.base_url).netloc}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    stream = _Stream()
+    over = threading.Event()
+    sock = connect(daemon.base_url)
+
+    def read() -> None:
+        buffer = bytearray(1024 * 1024)
+        try:
+            while size := sock.recv_into(buffer):
+                if not stream.count and not buffer.startswith(b"HTTP/1.1 200 "):
+                    stream.failure = repr(bytes(buffer[:200]))
+                    return
+                stream.count += size
+        except OSError as error:
+            stream.failure = str(error)
+            return
+        if not over.is_set():
+            stream.failure = "the daemon ended it"
+
+    reader = threading.Thread(target=read, daemon=True)
+    try:
+        sock.sendall(head.encode() + body)
+        reader.start()
+        yield stream
+    finally:
+        over.set()
+        sock.shutdown(2)
+        sock.close()
+        reader.join(10)
