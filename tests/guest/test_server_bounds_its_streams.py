@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import time
+import tomllib
 from pathlib import Path
 
 from tests.guest.conftest import Answer, Asker, read_all
+from volant.guest._server import VERSION
 from volant.model import agent as wire
 
 
@@ -90,3 +92,8 @@ def test_a_bug_in_the_agent_is_a_500_that_names_it(agent: Asker) -> None:
     answer = agent.ask("GET", wire.HEALTHZ)
     assert answer.status == 500
     assert "broken on purpose" in answer.json()["detail"]
+
+
+def test_the_agents_version_is_the_packages() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["project"]["version"] == VERSION

@@ -27,6 +27,7 @@ from volant.images import (
     ensure,
     find,
     list_images,
+    prune,
 )
 
 PACKAGES = [
@@ -107,6 +108,15 @@ def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path) -> None
     _store.clean_up(tmp_path)
     assert not list(tmp_path.glob("build-*"))
     assert len(list_images(tmp_path)) == 1
+
+
+def test_pruning_keeps_what_is_current_and_what_is_asked_for(tmp_path: Path) -> None:
+    for letter in "abcd":
+        place(tmp_path, letter * 64)
+    _store.make_current(tmp_path, "b" * 64)
+    assert prune(tmp_path, ["c" * 64, "e" * 64]) == ["a" * 64, "d" * 64]
+    assert [image.digest[0] for image in list_images(tmp_path)] == ["b", "c"]
+    assert prune(tmp_path, []) == ["c" * 64]
 
 
 def test_the_second_builder_waits_for_the_first(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ class Command:
         self.command = check_strings(value["command"], "command")
         if not self.command[0]:
             raise Problem(400, "command has an empty program", field="command")
-        self.env = base_environment() | check_environment(value.get("env") or {}, "env")
+        self.env = base_environment() | check_environment(value.get("env", {}), "env")
         self.cwd = check_directory(value["cwd"] if value.get("cwd") is not None else "/", "cwd")
         user = value.get("user")
         if user is not None and (not isinstance(user, str) or not user or "\0" in user or len(user) > 256):

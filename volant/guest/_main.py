@@ -37,10 +37,10 @@ def main(tell_ready: int = -1) -> NoReturn:
     threading.stack_size(_STACK_BYTES)
     _protect()
     server = Server(_begin_shutdown)
-    if not listen_on_vsock(server.serve):
-        serve_serial_port(server.serve)
-    uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
-    os.write(2, f"volant: the agent listens, {uptime:.3f} s after the kernel's start\n".encode())
+    if listen_on_vsock(server.serve):
+        _say_listening()
+    else:
+        serve_serial_port(server.serve, _say_listening)
     server.answered.wait(_FIRST_ANSWER_S)
     if tell_ready >= 0:
         os.close(tell_ready)
@@ -52,6 +52,11 @@ def main(tell_ready: int = -1) -> NoReturn:
     server.workload.stop(_grace())
     server.output.finish(_LAST_WORDS_S)
     os._exit(0)
+
+
+def _say_listening() -> None:
+    uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
+    os.write(2, f"volant: the agent listens, {uptime:.3f} s after the kernel's start\n".encode())
 
 
 def _protect() -> None:

@@ -12,6 +12,7 @@ the rest or is told how much is missing.
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 import time
@@ -190,7 +191,7 @@ class Output:
             elif finished:
                 break
             else:
-                client.wait({reader.bell.fd: 1}, None)
+                client.wait({reader.bell.fd: select.POLLIN}, None)
         self._send(reader, client, memoryview(LAST_CHUNK))
         # The guest is about to go: what is still on its way is lost with it, so the client has to say that it has all.
         try:
@@ -234,7 +235,7 @@ class Output:
                 continue
             if reader.stalled_at is None:
                 reader.stalled_at = time.monotonic()
-            client.wait({reader.bell.fd: 1} if not reader.displaced else {}, None, writable=True)
+            client.wait({reader.bell.fd: select.POLLIN} if not reader.displaced else {}, None, writable=True)
             if reader.displaced:
                 raise Gone
             reader.bell.quiet()

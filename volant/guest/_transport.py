@@ -89,19 +89,24 @@ def open_serial_port() -> int:
                 pass
 
 
-def serve_serial_port(serve: Callable[[socket.socket], None]) -> None:
-    """Let the multiplexer bring the host's streams, in a thread of its own.
+def serve_serial_port(serve: Callable[[socket.socket], None], opened: Callable[[], None]) -> None:
+    """Let the multiplexer bring the host's streams, in a thread of its own; `opened` is called each time it begins.
 
     If it ends, so does the agent: PID 1 starts a new one, and that is better than one that can't be reached.
     """
-    threading.Thread(target=_multiplex, args=(serve,), name="mux", daemon=True).start()
+    threading.Thread(target=_multiplex, args=(serve, opened), name="mux", daemon=True).start()
 
 
-def _multiplex(serve: Callable[[socket.socket], None]) -> None:
+def _multiplex(serve: Callable[[socket.socket], None], opened: Callable[[], None]) -> None:
+    def open_port() -> int:
+        port = open_serial_port()
+        opened()
+        return port
+
     try:
         from . import _mux
 
-        _mux.run(open_serial_port, serve)
+        _mux.run(open_port, serve)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     _say("the multiplexer has ended")

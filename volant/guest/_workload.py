@@ -8,6 +8,7 @@ port.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -60,7 +61,7 @@ class HealthCheck:
             if name not in _CHECK_FIELDS:
                 raise Problem(400, f"unknown field {field}.{name[:80]}", field=f"{field}.{name[:80]}")
         self.path: str | None = value.get("path")
-        self.command = check_strings(value.get("command") or [], f"{field}.command", empty=True)
+        self.command = check_strings(value.get("command", []), f"{field}.command", empty=True)
         if (self.path is None) == (not self.command):
             raise Problem(400, f"{field} needs either a path or a command", field=field)
         if self.path is not None:
@@ -84,7 +85,7 @@ class Spec:
         """:raises Problem: 400, a field is wrong."""
         self.raw = value
         self.entrypoint = check_strings(value.get("entrypoint"), "entrypoint")
-        self.env = base_environment() | check_environment(value.get("env") or {}, "env")
+        self.env = base_environment() | check_environment(value.get("env", {}), "env")
         self.workdir = check_directory(value.get("workdir", "/"), "workdir")
         self.port = _check_port(value.get("port"), "port")
         self.restart = value.get("restart", "on-failure")
@@ -177,6 +178,7 @@ class Workload:
             self._bells.add(bell)
         try:
             stream.start(200, [("Content-Type", "application/x-ndjson")], chunked=True)
+            client = Client(stream.sock)
             seen = -1
             while True:
                 bell.quiet()
@@ -185,7 +187,7 @@ class Workload:
                 if version != seen:
                     seen = version
                     stream.send(chunk(json.dumps(status).encode() + b"\n"))
-                Client(stream.sock).wait({bell.fd: 1}, None)
+                client.wait({bell.fd: select.POLLIN}, None)
         finally:
             with self._lock:
                 self._bells.discard(bell)

@@ -3,6 +3,6 @@
 from ._build import Progress, build
 from ._ensure import ensure
 from ._errors import ImageError
-from ._store import Image, find, list_images, load
+from ._store import Image, find, list_images, load, prune
 
-__all__ = ["Image", "ImageError", "Progress", "build", "ensure", "find", "list_images", "load"]
+__all__ = ["Image", "ImageError", "Progress", "build", "ensure", "find", "list_images", "load", "prune"]

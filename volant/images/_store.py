@@ -123,6 +123,22 @@ def load(cache_dir: Path, digest: str) -> Image | None:
     return image if whole else None
 
 
+def prune(cache_dir: Path, keep: Iterable[str]) -> list[str]:
+    """Remove the images that are neither current nor in `keep` (those of VMs that may boot again); return which.
+
+    :raises ImageError: the cache can't be written to
+    """
+    wanted = set(keep)
+    with locked(cache_dir, lambda: None):
+        gone = [image.digest for image in list_images(cache_dir) if not image.current and image.digest not in wanted]
+        for digest in gone:
+            doomed = cache_dir / f"build-{digest}"
+            # First out of sight, so that nobody finds half of one.
+            (cache_dir / "images" / digest).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+    return gone
+
+
 def _current(cache_dir: Path) -> str | None:
     index = _read_json(cache_dir / "current.json")
     digest = index.get(_recipe.input_key()) if index else None
