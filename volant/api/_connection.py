@@ -29,6 +29,8 @@ from __future__ import annotations
 
 import logging
 import select
+import socket
+import struct
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,7 @@ _log = logging.getLogger("volant.api.serving")
 SLICE = 64 * 1024
 """So many bytes are read or written before others get their turn."""
 
+_RESET = struct.pack("ii", 1, 0)
 _HANGUP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 Send = Callable[[Message | None], Awaitable[None]]
@@ -111,6 +114,12 @@ class Connection(TCPServer):
             self.inbox.settled.set()
         self._socket.close()
 
+    def tear(self) -> None:
+        """Close the socket now; a client in the middle of an answer sees an error, and the kernel keeps nothing."""
+        if self._socket.fileno() >= 0 and not self._closing:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self.abort()
+
     def end_when_idle(self) -> None:
         """Close as soon as no request is being served; now, if none is."""
         if self._idle:
@@ -158,11 +167,11 @@ class Connection(TCPServer):
                     with trio.fail_after(self.limits.send_s):
                         await self.stream.send_all(view[start : start + SLICE])
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-            self.abort()
+            self.tear()
             await self.http.handle(Closed())
         except trio.Cancelled:
             # Part of a frame may be out, or the protocol believes that it is: nothing can follow.
-            self.abort()
+            self.tear()
             raise
 
     async def _end(self) -> None:

@@ -96,7 +96,7 @@ class Server:
                 await self._see_off()
             finally:
                 for connection in self._connections:
-                    connection.abort()
+                    connection.tear()
                 connections.cancel_scope.cancel()
 
     async def _see_off(self) -> None:

@@ -19,7 +19,7 @@ import trio
 class Turns:
     """A budget of bytes that is renewed each turn of the scheduler, shared by keys (VMs) in rotation."""
 
-    def __init__(self, bytes_per_turn: int = 256 * 1024) -> None:
+    def __init__(self, bytes_per_turn: int = 64 * 1024) -> None:
         self._per_turn = bytes_per_turn
         self._left = bytes_per_turn
         self._armed = False
