@@ -298,6 +298,7 @@ async def test_the_choice_is_made_once_and_kept(host: Host, tmp_path: Path) -> N
         ("qemu-system-x86_64: cannot set up guest memory 'memory0': Cannot allocate memory", "memory_refused"),
         ("Could not access KVM kernel module: Permission denied", "kvm_unavailable"),
         ("qemu: could not open kernel file 'x': No such file", "bad_image"),
+        ("qemu: linux kernel too old to load a ram disk", "bad_image"),
         ("Address already in use", "exited"),
         ("", "exited"),
     ],

@@ -161,6 +161,8 @@ async def test_tail_since_and_stream_choose_where_to_begin(host: ClockHost, dire
     assert lines(await everything(log, since_time=host.wall_clock())) == []
     assert log.tail_lines(2, "console") == ("8", "9")
     assert log.tail_lines(2) == ("9", "out 9")
+    assert log.tail_lines(2, source="1.1/x/stdout") == ("out 8", "out 9")
+    assert log.tail_lines(2, source="another") == ()
 
 
 async def test_tail_and_since_reach_over_segments(host: ClockHost, directory: Path) -> None:

@@ -386,12 +386,13 @@ class VmLog:
 
     # Reading
 
-    def tail_lines(self, count: int, stream: LogStream | None = None) -> tuple[str, ...]:
-        """The last lines, oldest first, of one stream or all: for people, at the end of a boot.
+    def tail_lines(self, count: int, stream: LogStream | None = None, *, source: str | None = None) -> tuple[str, ...]:
+        """The last lines, oldest first, of one stream or all, of one source or all: for people, at the end of a boot.
 
         Looks at no more than the last 256 KiB, and in place: they have just been written, so they are in memory.
         """
         heads = () if stream is None else (self._head(stream),)
+        token = None if source is None else self._token(source)[1]
         lines: list[str] = []
         room = _TAIL_BYTES
         for segment in reversed(self._segments):
@@ -410,7 +411,9 @@ class VmLog:
             records = data.split(b"\n")[1 if begin else 0 : -1]
             for record in reversed(records):
                 fields = record.split(b" ", 3)
-                if len(lines) < count and len(fields) == 4 and (not heads or fields[3].startswith(heads)):
+                if len(lines) >= count or len(fields) != 4 or (token is not None and fields[0] != token):
+                    continue
+                if not heads or fields[3].startswith(heads):
                     try:
                         lines.append(msgspec.json.decode(fields[3], type=_Line).line)
                     except msgspec.MsgspecError:

@@ -24,6 +24,11 @@ _READ_BYTES = 64 * 1024
 _PUNCH_BYTES = 1024 * 1024
 
 
+def console_source(boot_key: str) -> str:
+    """What the lines of one boot's console have as their source in the VM's log."""
+    return f"{boot_key}/console"
+
+
 class ConsolePump:
     """Carries the console of one boot into the VM's log. Use as a context manager."""
 
@@ -31,7 +36,7 @@ class ConsolePump:
         self._host = host
         self._path = path
         self._log = log
-        self._source = f"{boot_key}/console"
+        self._source = console_source(boot_key)
         self._splitter = LineSplitter(log.resume_position(self._source))
         self._freed = 0
         self._fd = -1

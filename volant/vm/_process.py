@@ -29,12 +29,15 @@ from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec
 from volant.journal import VmLog
 from volant.model import Ended, EndKind, ProcessIdentity, Reason, Seen
 
-from ._console import ConsolePump
+from ._console import ConsolePump, console_source
 from ._output import pump_output
 
 _RETRY_MIN_S = 0.1
 _RETRY_MAX_S = 10.0
-_CONSOLE_LINES = 25
+_CONSOLE_LINES = 60
+"""With the trace that follows it, what a kernel says when it panics is some forty lines long."""
+_CONSOLE_CHARACTERS = 500
+_PANIC = "Kernel panic - not syncing"
 
 
 class LiveProcess:
@@ -90,11 +93,12 @@ class LiveProcess:
                 nursery.start_soon(self._watch)
 
     async def console_tail(self) -> tuple[str, ...]:
-        """The last lines of the console, all that was written so far included."""
+        """The last lines that the console has said in this boot, all that was written so far included."""
         if self._console is not None:
             with trio.move_on_after(1.0):
                 await self._console.drain()
-        return self._log.tail_lines(_CONSOLE_LINES, "console")
+        lines = self._log.tail_lines(_CONSOLE_LINES, source=console_source(self._boot_key))
+        return tuple(line[:_CONSOLE_CHARACTERS] for line in lines)
 
     async def _watch(self) -> None:
         try:
@@ -103,7 +107,7 @@ class LiveProcess:
             kind, message = EndKind(end.kind), end.message
         except HypervisorError as error:
             kind, message = EndKind.INTERNAL_ERROR, str(error)
-        await self._report(Ended(kind, Reason(_CODES[kind], message, await self.console_tail())))
+        await self._report(Ended(kind, reason_of_end(kind, message, await self.console_tail())))
 
     async def _keep_channel(self) -> None:
         """Keep the way to the agent open; a link that breaks is made again by the channel itself."""
@@ -131,6 +135,20 @@ class LiveProcess:
                 pause_s = _RETRY_MIN_S
             await trio.sleep(pause_s)
             pause_s = min(pause_s * 2, _RETRY_MAX_S)
+
+
+def reason_of_end(kind: EndKind, message: str, console: tuple[str, ...]) -> Reason:
+    """Why a guest or its hypervisor ended, for people.
+
+    A kernel that panics before it has the device to tell so reboots, as its command line says; then only its last
+    words tell that from a reboot.
+    """
+    if kind in (EndKind.PANICKED, EndKind.RESET):
+        for line in reversed(console):
+            _, panic, why = line.partition(_PANIC)
+            if panic:
+                return Reason(_CODES[EndKind.PANICKED], f"the guest's kernel panicked{why}", console)
+    return Reason(_CODES[kind], message, console)
 
 
 def _agent_address(spec: MachineSpec) -> Address:

@@ -37,7 +37,7 @@ _CAUSES: tuple[tuple[LaunchCode, tuple[str, ...]], ...] = (
     ("kvm_unavailable", ("kvm",)),
     (
         "bad_image",
-        ("could not open kernel", "could not load kernel", "could not open initrd", "initrd", "kernel image"),
+        ("could not open kernel", "could not load kernel", "initrd", "kernel image", "linux kernel", "ram disk"),
     ),
 )
 

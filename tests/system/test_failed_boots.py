@@ -1,0 +1,153 @@
+"""A boot that fails ends in `crashed` within its deadline, with its cause and what the console said last."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, run, spec, until
+from volant.client import Client, ClientError, ClientProblem
+from volant.model import Reason
+
+HANGS = "rdinit=/bin/sh"
+"""A shell on a console on which nobody types: a guest that runs and whose agent never answers."""
+
+
+async def crash_reason(client: Client, name: str, *, timeout_s: float = BOOT_S) -> Reason:
+    """Wait for the crash; why."""
+    vm = await until(client, name, "crashed", timeout_s=timeout_s)
+    assert vm is not None
+    assert vm.reason is not None
+    print(vm.reason.code, "|", vm.reason.message, "|", *vm.reason.console[-5:], sep="\n  ")
+    return vm.reason
+
+
+def mounted(script: str) -> list[str]:
+    """What runs a command with other mounts than ours; skips the test where that isn't possible."""
+    for flags in ("-m", "-rm"):
+        wrapper = ["unshare", flags, "sh", "-ec", f'{script}; exec "$@"', "sh"]
+        if subprocess.run([*wrapper, "true"], capture_output=True, check=False).returncode == 0:
+            return wrapper
+    pytest.skip("this host allows no mount namespaces")
+
+
+async def test_a_kernel_that_panics_while_it_boots(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        await client.vms.create(spec("demo", kernel_cmdline="rdinit=/nonexistent"))
+        reason = await crash_reason(client, "demo")
+        assert reason.code == "guest_panicked"
+        assert any("Kernel panic" in line for line in reason.console)
+
+
+async def test_a_kernel_that_panics_while_it_runs(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        await boot(client, "demo")
+        with pytest.raises((ClientError, ClientProblem)):
+            await run(client, "demo", "sh", "-c", "echo c >/proc/sysrq-trigger")
+        reason = await crash_reason(client, "demo", timeout_s=30)
+        assert reason.code == "guest_panicked"
+        assert any("Kernel panic" in line for line in reason.console)
+        log = []
+        async with client.vms.logs("demo", tail=1000, follow=False) as lines:
+            log = [line.line async for line in lines]  # type: ignore[union-attr]  # a gap would fail here
+        assert any("sysrq" in line for line in log)
+
+
+async def test_an_init_that_dies_at_once(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        await client.vms.create(spec("demo", kernel_cmdline="rdinit=/usr/bin/busybox"))
+        reason = await crash_reason(client, "demo")
+        assert reason.code == "guest_panicked"
+        assert any("Attempted to kill init" in line for line in reason.console)
+
+
+async def test_an_agent_that_never_answers(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon("--agent-timeout-s", "6")
+    async with daemon.client() as client:
+        watch = Stopwatch()
+        await client.vms.create(spec("demo", kernel_cmdline=HANGS))
+        reason = await crash_reason(client, "demo")
+        assert reason.code == "agent_timeout"
+        assert "6 s" in reason.message
+        assert reason.console
+        assert 6 <= watch.seconds < 12
+        # The process is gone a moment after the reason was told.
+        assert (await client.vms.verb_and_wait("demo", "stop", ["stopped"])).outcome == "met"
+        assert daemon.hypervisors() == {}
+        assert daemon.files() == []
+
+
+async def test_delete_of_a_vm_whose_boot_hangs_takes_less_than_five_seconds(daemon: Daemon) -> None:
+    async with daemon.client() as client, daemon.http() as http:
+        await client.vms.create(spec("demo", kernel_cmdline=HANGS))
+        with trio.fail_after(BOOT_S):
+            async with client.vms.logs("demo", streams=["console"], tail=0) as log:
+                while "/bin/sh" not in (await log.receive()).line:  # type: ignore[union-attr]  # a gap would fail here
+                    pass
+        assert (await client.vms.get("demo")).status == "starting"
+        watch = Stopwatch()
+        assert (await http.delete("/api/v1/vms/demo")).status_code == 204
+        print(f"DELETE took {1000 * watch.seconds:.0f} ms")
+        assert watch.seconds < 5
+        assert daemon.hypervisors() == {}
+        assert daemon.files() == []
+
+
+async def test_a_stop_is_heard_while_a_boot_hangs(daemon: Daemon) -> None:
+    async with daemon.client() as client, daemon.http() as http:
+        body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128, "kernel_cmdline": HANGS}
+        assert (await http.post("/api/v1/vms?wait=starting", json=body)).headers["volant-wait"] == "met"
+        watch = Stopwatch()
+        assert (await client.vms.verb_and_wait("demo", "stop", ["stopped"])).outcome == "met"
+        assert watch.seconds < 5
+
+
+async def test_an_initramfs_that_is_missing(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon(environ={"VOLANT_INITRAMFS": "/nonexistent/initramfs"})
+    async with daemon.client() as client:
+        await client.vms.create(spec("demo"))
+        reason = await crash_reason(client, "demo", timeout_s=30)
+        assert reason.code == "image_missing"
+        assert "/nonexistent/initramfs" in reason.message
+        assert "VOLANT_INITRAMFS" in reason.message
+        assert (await client.healthz()).status == "ok"
+
+
+async def test_a_kernel_that_is_none(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(b"no kernel at all\n" * 1000)
+    daemon = make_daemon("--kernel", str(kernel))
+    async with daemon.client() as client:
+        await client.vms.create(spec("demo"))
+        reason = await crash_reason(client, "demo", timeout_s=60)
+        assert reason.code == "bad_image"
+        assert "kernel" in reason.message
+
+
+async def test_memory_that_is_refused_at_launch_although_it_was_admitted(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon(wrapper=mounted("mount -t tmpfs -o size=64m none /dev/shm"))
+    async with daemon.client() as client:
+        await client.vms.create(spec("demo"))
+        reason = await crash_reason(client, "demo", timeout_s=30)
+        assert reason.code == "memory_refused"
+        assert "128 MiB" in reason.message
+        assert (await client.healthz()).status == "ok"
+
+
+async def test_without_qemu_the_daemon_is_well_and_only_the_vm_crashes(make_daemon: Callable[..., Daemon]) -> None:
+    qemu = shutil.which("qemu-system-x86_64")
+    daemon = make_daemon(wrapper=mounted(f"mount --bind /dev/null {qemu}"))
+    async with daemon.client() as client:
+        assert (await client.healthz()).status == "ok"
+        await client.vms.create(spec("demo"))
+        reason = await crash_reason(client, "demo", timeout_s=30)
+        assert reason.code == "qemu_missing"
+        assert "apt install" in reason.message
+        assert (await client.healthz()).status == "ok"
+        info = await client.system.info()
+        assert info["hypervisor_version"] is None
