@@ -39,6 +39,7 @@ from volant.model import (
     VmRow,
     no_such_vm,
     settled,
+    view,
 )
 
 from ._actor import VmActor
@@ -201,8 +202,15 @@ class Vms:
         """What is known of a VM for those who look for a fault. :raises Problem: 404."""
         row = self._row(name)
         ref = self._refs.get(row.id)
+        # Not the whole row: a workload's environment may hold its secrets.
         return {
-            "row": row,
+            "vm": view(row),
+            "phase": row.phase,
+            "generation": row.generation,
+            "revision": row.revision,
+            "image": row.image,
+            "mark": row.mark,
+            "process": row.process,
             "actor": ref.inspect() if ref is not None else None,
         }
 
