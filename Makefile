@@ -11,7 +11,7 @@ demo: ## A VM from nothing to nothing: build, boot, use, delete
 
 test: ## All tests, real guests included
 	@tools/system-packages python qemu
-	@tools/run python -m pytest $(TESTS)
+	@tools/test $(TESTS)
 
 bench: ## Measure against the bare hypervisor and an empty route
 	@tools/system-packages python qemu

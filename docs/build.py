@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from volant.cli.main import volar
+from volant.cli._volar import volar
 
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "reference" / "volar.md"

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 READY_S = 30.0
@@ -152,24 +152,25 @@ def stop(process: subprocess.Popen[bytes], folder: Path) -> None:
     left = processes_of(folder)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-    if left or process.returncode:
-        # It was killed, or failed, so what lies outside its folder is ours to remove.
+    if left or process.returncode not in (0, -signal.SIGTERM):
+        # What lies outside its folder is ours to remove now.
         from volant.vm import instance_of
 
+        log = (folder / "volantd.log").read_text(errors="replace")[-4000:]
         shutil.rmtree(Path("/dev/shm") / f"volant-{instance_of(folder / 'state')}", ignore_errors=True)
-        print(f"demo: volantd ended with {process.returncode}, {len(left)} processes were killed", file=sys.stderr)
+        raise DemoError(f"volantd did not clean up; {len(left)} processes were killed. The end of its log:\n{log}")
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Processes that have `folder` on their command line."""
+    """Processes that work in `folder` or have it on their command line: the daemon's and its hypervisors."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                command = (entry / "cmdline").read_bytes()
+                facts = os.readlink(entry / "cwd").encode() + b"\0" + (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if os.fsencode(folder) in command:
+            if os.fsencode(folder) + b"/" in facts:
                 found.append(int(entry.name))
     return found
 
@@ -191,7 +192,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     """End a `volar` as Ctrl-C would."""
     process.send_signal(signal.SIGINT)
     try:
-        process.wait(5)
+        process.wait(10)
     except subprocess.TimeoutExpired:
         process.kill()
 
@@ -200,9 +201,17 @@ def volar(*words: str, quiet: bool = False) -> None:
     """Run one command to its end. :raises DemoError: it failed."""
     if not quiet:
         prompt(words)
-    done = subprocess.run([BIN / "volar", *words], stdout=subprocess.DEVNULL if quiet else None, check=False)
-    if done.returncode:
-        raise DemoError(f"volar {shlex.join(words)} ended with {done.returncode}")
+    with subprocess.Popen([BIN / "volar", *words], stdout=subprocess.DEVNULL if quiet else None) as process:
+        try:
+            code = process.wait()
+        except BaseException:
+            # Ctrl-C reached it too, and it cleans up; who is ended otherwise has to tell it.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(2)
+            finish(process)
+            raise
+    if code:
+        raise DemoError(f"volar {shlex.join(words)} ended with {code}")
 
 
 def lines(fd: int, timeout_s: float) -> Iterator[str]:
