@@ -167,7 +167,7 @@ def processes_of(folder: Path) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                facts = os.readlink(entry / "cwd").encode() + b"\0" + (entry / "cmdline").read_bytes()
+                facts = os.fsencode((entry / "cwd").readlink()) + b"\0" + (entry / "cmdline").read_bytes()
             except OSError:
                 continue
             if os.fsencode(folder) + b"/" in facts:
