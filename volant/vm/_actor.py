@@ -43,7 +43,7 @@ from volant.model import (
     decide,
     effect_of,
 )
-from volant.model.agent import DAEMON_SHUTDOWN, DAEMON_WORKLOAD, HEALTHZ
+from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
 
 from ._console import ConsolePump
 from ._doors import VmDoors
@@ -56,7 +56,6 @@ _logger = logging.getLogger("volant.vm")
 _COMMIT_TIMEOUT_S = 30.0
 _COMMIT_TRIES = 4
 _REPORT_PAUSE_MAX_S = 5.0
-_AGENT_ANSWER_S = 10.0
 _AGENT_PAUSE_S = 0.05
 
 
@@ -173,7 +172,15 @@ class VmActor(Actor):
 
             spec = machine_spec(self._doors.settings, row, row.accelerator or "tcg")
             self._process = LiveProcess(
-                self._doors.host, self._doors.hypervisor, spec, identity, self._log, row.boot_key, report
+                self._doors.host,
+                self._doors.hypervisor,
+                spec,
+                identity,
+                self._log,
+                row.boot_key,
+                report,
+                workload=workload_spec(row),
+                handed_over=row.agent_seen,
             )
             self._doors.live[self._vm_id] = self._process
             self._process_task = self.ctx.spawn(self._process.run, name="process")
@@ -226,7 +233,7 @@ class VmActor(Actor):
             case Launch(mark):
                 return await self._launch(mark)
             case AwaitAgent():
-                return await self._await_agent(row)
+                return await self._await_agent()
             case AskStop(grace_s=grace_s):
                 return await self._ask_stop(grace_s)
             case Kill(mark):
@@ -251,40 +258,32 @@ class VmActor(Actor):
                 found = await hypervisor.launch(machine_spec(self._doors.settings, self._row, accelerator))
         return Launched(found, hypervisor.name, accelerator)
 
-    async def _await_agent(self, row: VmRow) -> Seen:
+    async def _await_agent(self) -> Seen:
         timeout_s = self._doors.settings.agent_timeout_s
         with _deadline(timeout_s, "agent_timeout", f"the agent in the guest did not answer within {timeout_s:g} s"):
             while True:
                 try:
-                    await self._ask_agent("GET", HEALTHZ)
-                    if row.manifest.workload is not None:
-                        await self._ask_agent("PUT", DAEMON_WORKLOAD, workload_spec(row))
+                    process = self._live()
+                    await process.ask("GET", HEALTHZ)
+                    await process.hand_over()
                     return AgentAnswered()
                 except AgentUnreachable:
                     await trio.sleep(_AGENT_PAUSE_S)
                 except AgentProtocolError as error:
                     raise StepError("agent_refused", f"the agent answered, but not as it should: {error}") from error
 
-    async def _ask_agent(self, method: str, path: str, body: object = None) -> None:
-        """One request of ours to the agent.
-
-        :raises AgentUnreachable: it can't be reached.
-        :raises AgentProtocolError: it refuses, or answers with nonsense.
-        """
-        client = self._process.client if self._process is not None else None
-        if client is None:
-            raise AgentUnreachable("the channel to the guest is not open")
-        answer = await client.request_json(method, path, body, timeout_s=_AGENT_ANSWER_S)
-        if not 200 <= answer.status < 300:
-            detail = answer.body.get("detail") if isinstance(answer.body, dict) else None
-            raise AgentProtocolError(f"it answers {method} {path} with {answer.status}: {detail}")
+    def _live(self) -> LiveProcess:
+        """:raises AgentUnreachable: the row has no process any more."""
+        if self._process is None:
+            raise AgentUnreachable("the hypervisor's process is gone")
+        return self._process
 
     async def _ask_stop(self, grace_s: float) -> Seen:
         """Ask the guest; the watch on the process tells when it is over, and this step is cancelled then."""
         with trio.move_on_after(grace_s):
             try:
                 # The agent's patience ends before ours, so that a stubborn process does not cost the guest its sync.
-                await self._ask_agent("POST", DAEMON_SHUTDOWN, {"grace_s": grace_s * 0.8})
+                await self._live().ask("POST", DAEMON_SHUTDOWN, {"grace_s": grace_s * 0.8})
             except (AgentUnreachable, AgentProtocolError) as error:
                 # It may have heard all the same.
                 _logger.info("VM %s: asked to stop, no proper answer: %s", self._row.name, error)
@@ -327,10 +326,11 @@ def _deadline(timeout_s: float, code: str, message: str) -> Iterator[None]:
         raise StepError(code, message)
 
 
-def workload_spec(row: VmRow) -> dict[str, object]:
+def workload_spec(row: VmRow) -> dict[str, object] | None:
     """The body of `PUT /v1/daemon/workload`: the manifest's workload with the VM's own environment over it."""
     workload = row.manifest.workload
-    assert workload is not None
+    if workload is None:
+        return None
     spec: dict[str, object] = msgspec.to_builtins(workload)
     spec["env"] = {**workload.env, **row.env}
     return spec

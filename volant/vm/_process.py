@@ -9,7 +9,7 @@ They begin when the row has a process and end when nothing of it is left, whatev
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 import trio
@@ -28,12 +28,14 @@ from volant.host import Host
 from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec
 from volant.journal import VmLog
 from volant.model import Ended, EndKind, ProcessIdentity, Reason, Seen
+from volant.model.agent import DAEMON_WORKLOAD
 
 from ._console import ConsolePump, console_source
 from ._output import pump_output
 
 _RETRY_MIN_S = 0.1
 _RETRY_MAX_S = 10.0
+_ANSWER_S = 10.0
 _CONSOLE_LINES = 60
 """With the trace that follows it, what a kernel says when it panics is some forty lines long."""
 _CONSOLE_CHARACTERS = 500
@@ -52,7 +54,11 @@ class LiveProcess:
         log: VmLog,
         boot_key: str,
         report: Callable[[Seen], Awaitable[None]],
+        *,
+        workload: Mapping[str, object] | None,
+        handed_over: bool,
     ) -> None:
+        """`workload`: what the agent is to run; `handed_over`: whether an earlier incarnation has told it."""
         self.identity = identity
         self._host = host
         self._hypervisor = hypervisor
@@ -64,6 +70,8 @@ class LiveProcess:
         self._channel: Channel | None = None
         self._client: AgentClient | None = None
         self._output_error: str | None = None
+        self._workload = workload
+        self._handed_over = handed_over
 
     @property
     def client(self) -> AgentClient | None:
@@ -92,6 +100,27 @@ class LiveProcess:
                 nursery.start_soon(self._keep_channel)
                 nursery.start_soon(self._watch)
 
+    async def ask(self, method: str, path: str, body: object = None) -> None:
+        """One request of ours to the agent.
+
+        :raises AgentUnreachable: it can't be reached.
+        :raises AgentProtocolError: it refuses, or answers with nonsense.
+        """
+        if self._client is None:
+            raise AgentUnreachable("the channel to the guest is not open")
+        answer = await self._client.request_json(method, path, body, timeout_s=_ANSWER_S)
+        if not 200 <= answer.status < 300:
+            detail = answer.body.get("detail") if isinstance(answer.body, dict) else None
+            raise AgentProtocolError(f"it answers {method} {path} with {answer.status}: {detail}")
+
+    async def hand_over(self) -> None:
+        """Give the agent its workload. From then on every agent of this boot gets it, as one that was restarted has
+        none. :raises AgentUnreachable: :raises AgentProtocolError: as `ask` does.
+        """
+        if self._workload is not None:
+            await self.ask("PUT", DAEMON_WORKLOAD, self._workload)
+        self._handed_over = True
+
     async def console_tail(self) -> tuple[str, ...]:
         """The last lines that the console has said in this boot, all that was written so far included."""
         if self._console is not None:
@@ -107,7 +136,11 @@ class LiveProcess:
             kind, message = EndKind(end.kind), end.message
         except HypervisorError as error:
             kind, message = EndKind.INTERNAL_ERROR, str(error)
-        await self._report(Ended(kind, reason_of_end(kind, message, await self.console_tail())))
+        reason = reason_of_end(kind, message, await self.console_tail())
+        if reason.code == _CODES[EndKind.PANICKED]:
+            # Not the reboot that it looked like.
+            kind = EndKind.PANICKED
+        await self._report(Ended(kind, reason))
 
     async def _keep_channel(self) -> None:
         """Keep the way to the agent open; a link that breaks is made again by the channel itself."""
@@ -127,6 +160,8 @@ class LiveProcess:
             await channel.ready()
             began = trio.current_time()
             try:
+                if self._handed_over:
+                    await self.hand_over()
                 log_id = await pump_output(client, self._log, self._boot_key, log_id)
             except (AgentUnreachable, AgentProtocolError, ValueError) as error:
                 # A guest that sends nonsense hurts its own log alone.

@@ -58,7 +58,7 @@ def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName)
         memory_mb=row.memory_mb,
         kernel=settings.kernel or (image.kernel if image is not None else gone),
         initramfs=settings.initramfs or (image.initramfs if image is not None else gone),
-        cmdline=row.kernel_cmdline,
+        cmdline=" ".join((*(image.kernel_parameters if image is not None else ()), row.kernel_cmdline)).strip(),
         directory=vm_directory(settings, row.id),
         memory_file=memory_file(settings, row.id),
         mark=row.mark,
