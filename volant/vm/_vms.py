@@ -24,6 +24,7 @@ from actors import (
     Ref,
     Request,
 )
+from volant import images
 from volant.channel import AgentClient
 from volant.journal import CommitSteps, CreateRow, EventGap
 from volant.model import (
@@ -37,6 +38,7 @@ from volant.model import (
     Verb,
     VerbKind,
     VmRow,
+    invalid,
     no_such_vm,
     settled,
     view,
@@ -81,6 +83,7 @@ class Vms:
 
         :raises Problem: 400 the request, 404 no such plugin, 409 name taken or plugin disabled, 503 no capacity.
         """
+        await self._check_memory(request.memory_mb)
         self._admit(request.memory_mb)
         # Counted at once, as others ask while the journal writes.
         self._creating.append(request.memory_mb)
@@ -255,6 +258,17 @@ class Vms:
         except Problem as problem:
             if problem.status != 404:
                 _logger.error("VM %s: %s", name, problem.detail)
+
+    async def _check_memory(self, memory_mb: int) -> None:
+        """:raises Problem: 400 when the boot image says that it needs more. One that is not built yet says so later."""
+        settings = self.doors.settings
+        if settings.kernel is not None and settings.initramfs is not None:
+            return
+        image = await self.doors.host.run_blocking(images.find, settings.cache_dir)
+        if image is not None and memory_mb < image.min_memory_mb:
+            raise invalid(
+                "memory_mb", f"memory_mb {memory_mb} is too little: the boot image needs at least {image.min_memory_mb}"
+            )
 
     def _admit(self, memory_mb: int, *, besides: int | None = None) -> None:
         """:raises Problem: 503 when the host has no room for one more VM of that size."""
