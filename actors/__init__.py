@@ -17,6 +17,7 @@ from ._errors import (
     Unhandled,
 )
 from ._exit import Exit, ExitKind
+from ._fault import fault
 from ._fence import check_fence
 from ._log import Cursor, Gap, Log, LogStatistics
 from ._mailbox import Deferred
@@ -33,6 +34,8 @@ from ._supervisor import (
     Supervisor,
 )
 from ._system import System, open_system
+from ._tap import Tap, TapEvent, TapKind
+from ._timer import Timer
 
 __all__ = [
     "ONE_FOR_ALL",
@@ -72,10 +75,15 @@ __all__ = [
     "Strategy",
     "Supervisor",
     "System",
+    "Tap",
+    "TapEvent",
+    "TapKind",
     "TaskHandle",
+    "Timer",
     "TooManyRestarts",
     "Unhandled",
     "check_fence",
+    "fault",
     "handles",
     "open_system",
 ]

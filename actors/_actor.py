@@ -18,6 +18,7 @@ gone when the stack closes. For the same reason the child tasks are cancelled on
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVarTuple, final
@@ -30,6 +31,7 @@ from ._exit import Exit, ExitKind, flatten
 from ._fence import check_fence
 from ._mailbox import Deferred
 from ._message import Down, Handler, R, Request, handlers_of
+from ._timer import Timer
 
 if TYPE_CHECKING:
     from ._cell import Cell
@@ -105,12 +107,13 @@ class TaskHandle:
 class Context:
     """What an incarnation may use; gone with it."""
 
-    __slots__ = ("_cell", "_closed", "_idle", "_monitored", "_nursery", "_stack", "_tasks")
+    __slots__ = ("_cell", "_closed", "_idle", "_monitored", "_nursery", "_stack", "_tasks", "_timers")
 
     def __init__(self, cell: Cell, nursery: trio.Nursery) -> None:
         self._cell = cell
         self._nursery = nursery
         self._tasks: dict[TaskHandle, None] = {}
+        self._timers: dict[Timer, None] = {}
         self._idle: trio.Event | None = None
         self._stack: AsyncExitStack | None = None
         self._monitored: dict[Ref[Any], None] = {}
@@ -153,6 +156,27 @@ class Context:
         self._tasks[handle] = None
         self._nursery.start_soon(self._run, handle, fn, args, name=f"{self.name}:{handle.name}")
         return handle
+
+    def send_after(self, delay_s: float, message: object) -> Timer:
+        """Puts `message` into this actor's own mailbox after `delay_s` seconds, even if that is full.
+
+        It costs nothing while it waits, and ends with the incarnation. For a rhythm let the handler set it again.
+
+        :raises Unhandled: the actor has no handler for it.
+        :raises ValueError: `delay_s` is negative, infinite or no number.
+        :raises ActorDown: the incarnation is ending.
+        :raises Fenced: see `check_fence`.
+        """
+        check_fence()
+        if not 0 <= delay_s < math.inf:
+            raise ValueError(f"delay_s must be at least 0 and finite, not {delay_s}")
+        own = self.self_ref._mailbox
+        if type(message) not in own.handlers:
+            raise own.refusal(message)
+        runtime = self._cell.runtime
+        timer = Timer(own, message, runtime.clock() + delay_s, self._timers)
+        runtime.deadlines.add(timer.due_s, timer)
+        return timer
 
     def monitor(self, ref: Ref[Any]) -> None:
         """Asks for one `Down` when the present incarnation of `ref` has ended; at once when there is none.
@@ -204,6 +228,8 @@ class Context:
 
     async def _close(self, exc: BaseException | None) -> None:
         self._closed = True
+        for timer in list(self._timers):
+            timer.cancel()
         own = self.self_ref._mailbox
         for ref in self._monitored:
             ref._mailbox.watchers.pop(own, None)
@@ -238,7 +264,7 @@ async def live(cell: Cell, actor: Actor) -> None:
     mailbox = cell.ref._mailbox
     cell.actor = actor
     cell.handlers = actor._handlers
-    mailbox.open(actor._handlers, actor.mailbox, cell.runtime.deadlines)
+    mailbox.open(actor._handlers, actor.mailbox)
     async with trio.open_nursery() as nursery:
         ctx = actor.ctx = Context(cell, nursery)
         failure: BaseException | None = None

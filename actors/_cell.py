@@ -14,23 +14,24 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from random import Random
 from typing import Any, Generic, Protocol, TypeVar, final, overload
 
 import trio
 
 from ._actor import Actor, live
-from ._deadlines import Deadlines
 from ._errors import StartFailed, StartTimeout
 from ._exit import Exit, ExitKind, cancelled_part, flatten
 from ._fence import Fence, current_fence
 from ._message import Handler
 from ._ref import Ref
+from ._runtime import Runtime
+from ._tap import TapEvent, TapKind
 
 A = TypeVar("A", bound=Actor)
 C_co = TypeVar("C_co", bound="Actor | None", covariant=True)
 
 _HISTORY = 8
+_SHOWN = 16
 _logger = logging.getLogger("actors")
 
 
@@ -72,20 +73,6 @@ class Startable(Protocol):
     """An async function that a supervisor can run: `async def serve(*, task_status: Started) -> None`."""
 
     def __call__(self, *, task_status: Any) -> Awaitable[object]: ...
-
-
-@final
-class Runtime:
-    """What all children of one system share."""
-
-    __slots__ = ("born_s", "deadlines", "fence", "name", "rng")
-
-    def __init__(self, name: str, rng: Random) -> None:
-        self.name = name
-        self.rng = rng
-        self.fence = Fence(name)
-        self.deadlines = Deadlines()
-        self.born_s = trio.current_time()
 
 
 class Branch(ABC):
@@ -284,6 +271,8 @@ class Cell:
         if self.alive:
             raise RuntimeError(f"{self.label} lives already; one Child cannot be in two places")
         self.runtime = runtime
+        if self.ref is not None:
+            self.ref._mailbox.attach(runtime)
         self.path = self.child.name if parent is None or not parent.path else f"{parent.path}/{self.child.name}"
         self.settled = trio.Event()
         self.ended = trio.Event()
@@ -307,6 +296,7 @@ class Cell:
         if self.started_once:
             self.outer, self.inner = trio.CancelScope(), trio.CancelScope()
         outer, inner = self.outer, self.inner
+        self._show(TapKind.STARTING)
         outer.deadline = trio.current_time() + self.child.start_timeout_s
         escaped: BaseException | None = None
         try:
@@ -353,6 +343,7 @@ class Cell:
         self.outer.deadline = math.inf
         self.inner.shield = True
         self.settled.set()
+        self._show(TapKind.STARTED)
 
     def begin_end(self) -> None:
         """From here on nothing but the budget cuts the clean-up short."""
@@ -402,7 +393,7 @@ class Cell:
                 cell.kill()
         if self.state not in (State.STARTING, State.RUNNING, State.STOPPING):
             return
-        self.fence.closed = True
+        self.fence.close()
         if self.reason is None:
             self.reason = Exit(ExitKind.KILLED)
             if self.ref is not None:
@@ -428,7 +419,7 @@ class Cell:
         return self.child.restart is TRANSIENT and exit_.abnormal
 
     def since_birth(self) -> float:
-        return round(trio.current_time() - self.runtime.born_s, 6)
+        return self.runtime.since_birth(trio.current_time())
 
     def tree(self) -> dict[str, Any]:
         node: dict[str, Any] = {
@@ -442,7 +433,8 @@ class Cell:
         }
         if self.ref is not None:
             mailbox = self.ref._mailbox
-            node["mailbox"] = {"depth": len(mailbox.queue), "capacity": mailbox.capacity}
+            depth, oldest_s = len(mailbox.queue), mailbox.oldest_s()
+            node["mailbox"] = {"depth": depth, "capacity": mailbox.capacity, "oldest_s": oldest_s}
         if self.branch is not None:
             node |= self.branch.statistics()
             node["children"] = [cell.tree() for cell in self.branch._children()]
@@ -453,12 +445,19 @@ class Cell:
         if self.ref is not None:
             mailbox = self.ref._mailbox
             node["mailbox"] = mailbox.statistics()
-            node["recent"] = [kind.__qualname__ for kind in mailbox.recent]
+            node |= mailbox.activity()
+            node["recent"] = [message["message"] for message in mailbox.trace(_SHOWN)]
             actor = self.actor if self.state is State.RUNNING else None
             if actor is not None:
                 node["tasks"] = [task.name for task in actor.ctx._tasks]
+                node["timers"] = len(actor.ctx._timers)
                 node["actor"] = _state_of(actor)
         return node
+
+    def _show(self, kind: TapKind, what: object = None) -> None:
+        tap = self.runtime.tap
+        if tap is not None:
+            tap(TapEvent(trio.current_time(), kind, self.path, "", what))
 
     def _keeps_tells(self) -> bool:
         return self.actor is not None and self.actor.keeps_tells and not self.stop_requested
@@ -483,6 +482,7 @@ class Cell:
     def _note(self, exit_: Exit) -> None:
         self.exit = exit_
         self.actor = None
+        self._show(TapKind.EXIT, exit_)
         if exit_.kind is ExitKind.STOPPED and exit_.exception is None:
             return
         if self.history is None:

@@ -19,16 +19,23 @@ from ._errors import Fenced
 class Fence:
     """Open until closed, by itself or by the one around it."""
 
-    __slots__ = ("_outer", "closed", "name")
+    __slots__ = ("_closed", "_outer", "name", "root", "touched")
 
     def __init__(self, name: str, outer: Fence | None = None) -> None:
         self.name = name
-        self.closed = False
+        self.root: Fence = self if outer is None else outer.root
+        #: Of the root: whether a fence anywhere below it was ever closed. As long as not, nobody need check.
+        self.touched = False
+        self._closed = False
         self._outer = outer
+
+    def close(self) -> None:
+        """Shuts every door for whoever is behind this fence."""
+        self._closed = self.root.touched = True
 
     def shut(self) -> bool:
         """Whether this fence or one around it is closed."""
-        return self.closed or (self._outer is not None and self._outer.shut())
+        return self._closed or (self._outer is not None and self._outer.shut())
 
     def check(self) -> None:
         """:raises Fenced: when this fence or one around it is closed."""
@@ -45,5 +52,5 @@ def check_fence() -> None:
     :raises Fenced: when the calling task belongs to an incarnation that `System.kill` has killed.
     """
     fence = current_fence.get()
-    if fence is not None:
+    if fence is not None and fence.root.touched:
         fence.check()

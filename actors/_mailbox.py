@@ -13,6 +13,11 @@ nursery is made for it. Three things follow from the asker's being parked:
   nobody waits for any more is not begun, and `AskTimeout.begun` is exact.
 - A reply finds a parked task or none. It can never arrive as a message.
 
+Each entry carries the time at which it came and who sent it, so that people can ask how old the oldest is and who fills
+the mailbox. Both are at hand: the sender's path is in the fence that every send looks up. What was handled is
+remembered by the type of the message alone, never by its content, as a ring of contents would keep them alive and show
+secrets to whoever looks inside.
+
 Rejected: one queue for each sender (fair, but then the order between two messages of two senders that synchronise
 outside is lost); dropping the oldest (loses messages without a word).
 """
@@ -20,8 +25,8 @@ outside is lost); dropping the oldest (loses messages without a word).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Generic
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Generic, final
 
 from trio.lowlevel import Abort, Task, checkpoint, current_task, reschedule, wait_task_rescheduled
 
@@ -29,65 +34,76 @@ from ._errors import ActorDown, AskTimeout, MailboxFull, Unhandled
 from ._exit import Exit, ExitKind, flatten
 from ._fence import check_fence
 from ._message import Down, Handler, R, Request
+from ._tap import TapEvent, TapKind
+from ._timer import Timer
 
 if TYPE_CHECKING:
-    from ._deadlines import Deadlines
     from ._ref import Ref
+    from ._runtime import Runtime
+    from ._tap import Tap
 
-BURST = 32
+BURST: Final = 32
 """Messages handled between two checkpoints of the loop."""
-RECENT = 16
-"""Types of messages remembered for people who look inside."""
+RECENT: Final = 100
+"""Messages of an actor that are remembered for people who look inside."""
 _NONE: Mapping[type, Handler] = {}
 
 
 class Ask:
     """A question in the queue and the slot for its answer. `task` is None once nobody waits for it."""
 
-    __slots__ = ("begun", "error", "mailbox", "message", "task", "timeout_s", "value")
+    __slots__ = ("at_s", "begun", "error", "mailbox", "message", "sender", "task", "timeout_s", "value")
 
-    def __init__(self, mailbox: Mailbox, message: Request[Any], task: Task, timeout_s: float) -> None:
+    def __init__(
+        self, mailbox: Mailbox, message: Request[Any], task: Task, timeout_s: float, at_s: float, sender: str
+    ) -> None:
         self.mailbox = mailbox
-        self.message = message
-        self.timeout_s = timeout_s
+        self.message: Any = message
         self.task: Task | None = task
+        self.timeout_s = timeout_s
+        self.at_s = at_s
+        self.sender = sender
         self.begun = False
         self.value: Any = None
         self.error: BaseException | None = None
 
-    async def wait(self) -> Any:
-        await wait_task_rescheduled(self._leave)
-        if self.error is not None:
-            raise self.error
-        return self.value
-
     def reply(self, value: Any) -> None:
         task = self.task
         if task is None:
-            self.mailbox.late_replies += 1
+            self.mailbox.too_late(self)
             return
         self.task = None
         self.value = value
+        if self.mailbox.tap is not None:
+            self.mailbox.show(TapKind.REPLY, self.sender, value)
         reschedule(task)
 
     def fail(self, error: BaseException) -> None:
         task = self.task
         if task is None:
-            self.mailbox.late_replies += 1
+            self.mailbox.too_late(self)
             return
         self.task = None
         self.error = error
+        if self.mailbox.tap is not None:
+            self.mailbox.show(TapKind.REFUSE, self.sender, error)
         reschedule(task)
 
+    def over(self) -> bool:
+        return self.task is None
+
     def expire(self) -> None:
-        task = self.task
-        if task is not None:
-            self._withdraw()
+        if self.task is not None:
             kind = type(self.message).__qualname__
-            self.error = AskTimeout(self.mailbox.name, kind, self.timeout_s, self.begun)
+            error = AskTimeout(self.mailbox.name, kind, self.timeout_s, self.begun)
+            task = self.task
+            self._withdraw()
+            self.error = error
+            if self.mailbox.tap is not None:
+                self.mailbox.show(TapKind.REFUSE, self.sender, error)
             reschedule(task)
 
-    def _leave(self, _: object) -> Abort:
+    def leave(self, _: object) -> Abort:
         self._withdraw()
         return Abort.SUCCEEDED
 
@@ -97,6 +113,7 @@ class Ask:
         self.mailbox.deferred.pop(self, None)
 
 
+@final
 class Deferred(Generic[R]):
     """A reply that is still owed. The first answer counts, and one that comes too late is dropped.
 
@@ -136,14 +153,26 @@ class Deferred(Generic[R]):
         return ask
 
 
+class Times:
+    """A handler and how long it took, over all incarnations; from its beginning to its end, waits included."""
+
+    __slots__ = ("count", "handler", "max_s", "total_s")
+
+    def __init__(self) -> None:
+        self.handler: Handler | None = None
+        self.count = 0
+        self.total_s = self.max_s = 0.0
+
+
 class Mailbox:
     """Stable over the restarts of its actor; open while an incarnation takes messages."""
 
     __slots__ = (
         "_waiter",
+        "began_s",
         "capacity",
+        "clock",
         "current",
-        "deadlines",
         "deferred",
         "ending",
         "handled",
@@ -159,28 +188,35 @@ class Mailbox:
         "ref",
         "refused",
         "rejected",
+        "runtime",
         "system",
+        "tap",
         "task",
+        "times",
         "watchers",
     )
 
-    deadlines: Deadlines
+    clock: Callable[[], float]
 
     def __init__(self, ref: Ref[Any]) -> None:
         self.ref = ref
+        self.runtime: Runtime | None = None
+        self.tap: Tap | None = None
         self.capacity = 0
         self.handlers = _NONE
         self.queue: deque[Any] = deque()
         self.overflow: dict[Ask, None] = {}
-        self.system: list[Down] = []
+        self.system: list[tuple[float, Any, str]] = []
         self.deferred: dict[Ask, None] = {}
         self.current: Ask | None = None
         self.handling: object = None
+        self.began_s = 0.0
         self.watchers: dict[Mailbox, dict[Ref[Any], None]] = {}
         self.task: Task | None = None
         self.reason = Exit(ExitKind.UNBORN)
         self.ending = False
-        self.recent: deque[type] = deque(maxlen=RECENT)
+        self.recent: deque[tuple[float, float, float, type, str, str]] | None = None
+        self.times: dict[type, Times] = {}
         self.handled = self.high_water = self.late_replies = self.lost = self.refused = self.rejected = 0
         self._waiter: Task | None = None
 
@@ -188,9 +224,16 @@ class Mailbox:
     def name(self) -> str:
         return self.ref.name
 
-    def open(self, handlers: Mapping[type, Handler], capacity: int, deadlines: Deadlines) -> None:
+    def attach(self, runtime: Runtime) -> None:
+        """Makes it part of a system."""
+        self.runtime = runtime
+        self.clock = runtime.clock
+        self.tap = runtime.tap
+
+    def open(self, handlers: Mapping[type, Handler], capacity: int) -> None:
+        for kind, times in self.times.items():
+            times.handler = handlers.get(kind)
         self.handlers = handlers
-        self.deadlines = deadlines
         self.capacity = capacity
         self.task = current_task()
         self.ending = False
@@ -208,7 +251,7 @@ class Mailbox:
         for entry in self.queue:
             if type(entry) is Ask:
                 waiting.append(entry)
-            else:
+            elif type(entry) is tuple:
                 tells.append(entry)
         waiting += self.overflow
         self.queue.clear()
@@ -219,7 +262,7 @@ class Mailbox:
         if keep_tells:
             self.queue.extend(tells)
         else:
-            self.lost += len(tells)
+            self._lose(tells)
         for ask in waiting:
             if ask.task is not None:
                 ask.fail(self.down())
@@ -237,7 +280,7 @@ class Mailbox:
     def abandon(self, reason: Exit) -> None:
         """There will be no further incarnation that could find what a former one left."""
         self.end(reason)
-        self.lost += len(self.queue)
+        self._lose(list(self.queue))
         self.queue.clear()
 
     def down(self) -> ActorDown:
@@ -251,88 +294,135 @@ class Mailbox:
             return self.down()
         return Unhandled(f"{self.name} has no handler for {type(message).__qualname__}")
 
-    def tell(self, message: object) -> None:
-        if type(message) not in self.handlers:
-            raise self.refusal(message)
-        queue = self.queue
-        if len(queue) >= self.capacity:
+    def refuse(self, message: object, sender: str) -> Exception:
+        """Why a tell is not taken: no incarnation, no handler, no room."""
+        if type(message) in self.handlers:
             self.rejected += 1
-            raise MailboxFull(self.name, self.capacity)
-        queue.append(message)
-        if self._waiter is not None:
-            self._wake()
-
-    def put(self, ask: Ask) -> None:
-        if len(self.queue) < self.capacity:
-            self.queue.append(ask)
-        else:
-            self.overflow[ask] = None
-        if self._waiter is not None:
-            self._wake()
+            return MailboxFull(self.name, self.capacity)
+        if self.handlers is _NONE and self.runtime is not None:
+            self.runtime.dead_letter(self.name, message, sender, "told while down")
+        return self.refusal(message)
 
     def deliver(self, message: Down) -> None:
         """The system lane: ahead of the queue, and never refused. It holds at most one message per monitor."""
         if type(message) in self.handlers:
-            self.system.append(message)
-            self._wake()
+            self.system.append((self.clock(), message, message.ref.name))
+            if self.tap is not None:
+                self.show(TapKind.DOWN, message.ref.name, message)
+            self.wake()
+
+    def remind(self, timer: Timer) -> None:
+        """A timer is due. It is never refused, since the actor itself has set it."""
+        self.queue.append(timer)
+        if self.tap is not None:
+            self.show(TapKind.TIMER, self.name, timer.message)
+        self.wake()
 
     def finish(self) -> None:
         """Ends the loop after the message that is being handled."""
         self.ending = True
-        self._wake()
+        self.wake()
+
+    def too_late(self, ask: Ask) -> None:
+        """Nobody waits for the reply to `ask` any more."""
+        self.late_replies += 1
+        if self.runtime is not None:
+            self.runtime.dead_letter(self.name, ask.message, ask.sender, "answered too late")
+
+    def show(self, kind: TapKind, sender: str, what: object) -> None:
+        """Tells the tap, if there is one."""
+        if self.tap is not None:
+            self.tap(TapEvent(self.clock(), kind, self.name, sender, what))
 
     async def drain(self, actor: object) -> None:
         """Handles messages until `finish()`; what a handler raises, unless its request declares it, comes out."""
-        queue, system, overflow = self.queue, self.system, self.overflow
+        queue, system, overflow, deferred, known = self.queue, self.system, self.overflow, self.deferred, self.times
+        clock, tap, recent = self.clock, self.tap, self.recent
+        ask: Ask | None
+        now_s = clock()
         burst = 0
         while not self.ending:
             if not queue and not system:
                 burst = 0
-                await self._park()
+                self._waiter = current_task()
+                await wait_task_rescheduled(self._unpark)
+                now_s = clock()
+                continue
+            if burst == BURST:
+                burst = 0
+                await checkpoint()
+                now_s = clock()
                 continue
             burst += 1
-            if burst > BURST:
-                burst = 1
-                await checkpoint()
-                continue
             if system:
-                message: Any = system.pop(0)
+                at_s, message, sender = system.pop(0)
                 ask = None
             else:
                 depth = len(queue)
                 if depth > self.high_water:
                     self.high_water = depth
-                message = queue.popleft()
+                entry = queue.popleft()
                 if overflow:
                     queue.append(_first(overflow))
-                ask = None
-                if type(message) is Ask:
-                    if message.task is None:
+                if type(entry) is tuple:
+                    at_s, message, sender = entry
+                    ask = None
+                elif type(entry) is Ask:
+                    if entry.task is None:
                         continue
-                    ask = message
+                    ask = entry
                     ask.begun = True
-                    message = ask.message
+                    at_s, message, sender = ask.at_s, ask.message, ask.sender
+                else:
+                    at_s, message = entry.due_s, entry.take()
+                    if message is None:
+                        continue
+                    sender, ask = self.name, None
+            kind = type(message)
+            times = known.get(kind)
+            if times is None:
+                times = known[kind] = Times()
+                times.handler = self.handlers[kind]
             self.current = ask
             self.handling = message
-            kind = type(message)
-            self.recent.append(kind)
-            self.handled += 1
+            self.began_s = began_s = now_s
+            if tap is not None:
+                self.show(TapKind.HANDLE, sender, message)
+            outcome = "interrupted"
             try:
-                result = await self.handlers[kind](actor, message)
+                result = await times.handler(actor, message)  # type: ignore[misc]  # open() has seen to it
+                outcome = "handled"
             except Exception as exc:
+                outcome = "crashed"
                 error = flatten(exc)
                 if error is None or not isinstance(error, getattr(message, "raises", ())):
                     raise
+                outcome = "refused"
                 self.refused += 1
                 if ask is not None:
+                    deferred.pop(ask, None)
                     ask.fail(error)
             else:
                 if ask is not None:
                     if type(result) is not Deferred:
-                        self.deferred.pop(ask, None)
+                        if deferred:
+                            deferred.pop(ask, None)
                         ask.reply(result)
-                    elif ask.task is not None and ask not in self.deferred:
+                    elif ask.task is not None and ask not in deferred:
                         raise TypeError(f"the handler of {kind.__qualname__} returned another message's Deferred")
+                    else:
+                        outcome = "deferred"
+            finally:
+                now_s = clock()
+                took_s = now_s - began_s
+                times.count += 1
+                times.total_s += took_s
+                if took_s > times.max_s:
+                    times.max_s = took_s
+                if recent is None:
+                    recent = self.recent = deque(maxlen=RECENT)
+                recent.append((at_s, began_s, now_s, kind, sender, outcome))
+                self.handled += 1
             self.current = self.handling = None
 
     def defer(self, message: Request[R]) -> Deferred[R]:
@@ -343,10 +433,20 @@ class Mailbox:
             self.deferred[ask] = None
         return Deferred(self, ask)
 
+    def oldest_s(self) -> float | None:
+        """How long the oldest message that still counts has been waiting for its turn; None when none waits."""
+        for entry in self.queue:
+            if type(entry) is tuple:
+                return self._age_s(entry[0])
+            if not entry.over():
+                return self._age_s(entry.due_s if type(entry) is Timer else entry.at_s)
+        return None
+
     def statistics(self) -> dict[str, Any]:
         return {
             "depth": len(self.queue),
             "capacity": self.capacity,
+            "oldest_s": self.oldest_s(),
             "askers_waiting_for_room": len(self.overflow),
             "replies_owed": len(self.deferred),
             "high_water": self.high_water,
@@ -357,25 +457,60 @@ class Mailbox:
             "late_replies": self.late_replies,
         }
 
-    async def _park(self) -> None:
-        self._waiter = current_task()
-        await wait_task_rescheduled(self._unpark)
+    def activity(self) -> dict[str, Any]:
+        """What it does, and what it has spent its time with."""
+        handling = self.handling
+        return {
+            "handling": None
+            if handling is None
+            else {"message": type(handling).__qualname__, "for_s": self._age_s(self.began_s)},
+            "handlers": {
+                kind.__qualname__: {
+                    "count": times.count,
+                    "total_s": round(times.total_s, 6),
+                    "max_s": round(times.max_s, 6),
+                }
+                for kind, times in self.times.items()
+            },
+        }
+
+    def trace(self, last: int) -> list[dict[str, Any]]:
+        """The last messages, the oldest of them first."""
+        runtime = self.runtime
+        if runtime is None or self.recent is None:
+            return []
+        return [
+            {
+                "at_s": runtime.since_birth(at_s),
+                "message": kind.__qualname__,
+                "from": sender,
+                "waited_s": round(began_s - at_s, 6),
+                "took_s": round(ended_s - began_s, 6),
+                "outcome": outcome,
+            }
+            for at_s, began_s, ended_s, kind, sender, outcome in list(self.recent)[-last:]
+        ]
+
+    def wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            reschedule(waiter)
+
+    def _age_s(self, at_s: float) -> float:
+        return round(max(0.0, self.clock() - at_s), 6)
+
+    def _lose(self, entries: list[Any]) -> None:
+        self.lost += len(entries)
+        if self.runtime is not None:
+            for _, message, sender in entries:
+                self.runtime.dead_letter(self.name, message, sender, "lost at the end")
 
     def _unpark(self, _: object) -> Abort:
         self._waiter = None
         return Abort.SUCCEEDED
-
-    def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None:
-            reschedule(waiter)
 
 
 def _first(entries: dict[Ask, None]) -> Ask:
     ask = next(iter(entries))
     del entries[ask]
     return ask
-
-
-def names(kinds: Iterable[type]) -> list[str]:
-    return [kind.__qualname__ for kind in kinds]

@@ -1,17 +1,20 @@
-"""The address of an actor."""
+"""The address of an actor.
+
+`tell` and `ask` are the hot paths of the runtime, so they put their entries into the mailbox themselves.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
-from trio import current_time
-from trio.lowlevel import checkpoint, current_task
+from trio.lowlevel import checkpoint, current_task, wait_task_rescheduled
 
 from ._errors import SelfAsk
 from ._fence import current_fence
 from ._mailbox import Ask, Mailbox
 from ._message import R, Request
+from ._tap import TapKind
 
 if TYPE_CHECKING:
     from ._actor import Actor
@@ -47,9 +50,20 @@ class Ref(Generic[A_co]):
         :raises Fenced: see `check_fence`.
         """
         fence = current_fence.get()
+        sender = ""
         if fence is not None:
-            fence.check()
-        self._mailbox.tell(message)
+            if fence.root.touched:
+                fence.check()
+            sender = fence.name
+        mailbox = self._mailbox
+        queue = mailbox.queue
+        if type(message) not in mailbox.handlers or len(queue) >= mailbox.capacity:
+            raise mailbox.refuse(message, sender)
+        queue.append((mailbox.clock(), message, sender))
+        if mailbox.tap is not None:
+            mailbox.show(TapKind.TELL, sender, message)
+        if mailbox._waiter is not None:
+            mailbox.wake()
 
     async def ask(self, message: Request[R], /, *, timeout_s: float) -> R:
         """Sends a request and waits for its reply; when the mailbox is full, first for room.
@@ -66,8 +80,11 @@ class Ref(Generic[A_co]):
         Besides, whatever the request declares in `raises`, and what a handler hands to `Deferred.fail`.
         """
         fence = current_fence.get()
+        sender = ""
         if fence is not None:
-            fence.check()
+            if fence.root.touched:
+                fence.check()
+            sender = fence.name
         mailbox = self._mailbox
         task = current_task()
         if task is mailbox.task:
@@ -76,11 +93,28 @@ class Ref(Generic[A_co]):
             refusal = mailbox.refusal(message)
             await checkpoint()
             raise refusal
-        ask = Ask(mailbox, message, task, timeout_s)
-        mailbox.put(ask)
+        now_s = mailbox.clock()
+        ask = Ask(mailbox, message, task, timeout_s, now_s, sender)
+        if len(mailbox.queue) < mailbox.capacity:
+            mailbox.queue.append(ask)
+        else:
+            mailbox.overflow[ask] = None
+        if mailbox.tap is not None:
+            mailbox.show(TapKind.ASK, sender, message)
+        if mailbox._waiter is not None:
+            mailbox.wake()
         if timeout_s != math.inf:
-            mailbox.deadlines.add(current_time() + timeout_s, ask)
-        reply: R = await ask.wait()
+            runtime = mailbox.runtime
+            assert runtime is not None
+            runtime.deadlines.add(now_s + timeout_s, ask)
+        await wait_task_rescheduled(ask.leave)
+        if ask.error is not None:
+            try:
+                raise ask.error
+            finally:
+                ask.error = None  # else it keeps itself alive, through its traceback and this frame
+        reply: R = ask.value
+        ask.value = ask.message = None  # the heap of deadlines keeps the rest a little longer
         return reply
 
     def inspect(self) -> dict[str, Any]:

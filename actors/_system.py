@@ -9,8 +9,11 @@ from typing import Any, final
 
 import trio
 
-from ._cell import PERMANENT, Cell, Child, Runtime, State
+from ._cell import PERMANENT, Cell, Child, State
+from ._ref import Ref
+from ._runtime import Runtime
 from ._supervisor import DynamicSupervisor, Supervisor
+from ._tap import Tap, ambient_tap
 
 
 @final
@@ -55,6 +58,23 @@ class System:
         """The whole tree, as text for people."""
         return "\n".join(_lines(self.tree(), "", ""))
 
+    def trace(self, ref: Ref[Any], last: int = 100) -> list[dict[str, Any]]:
+        """The last messages that an actor handled, over all incarnations, the oldest first, ready for JSON.
+
+        Each has its type and not its content, when it came and from whom ("" from outside of the system), how long it
+        waited and took, and what came of it: `handled`, `deferred`, `refused`, `crashed`, or `interrupted` by the end
+        of the actor. At most 100 are remembered.
+        """
+        return ref._mailbox.trace(last)
+
+    def dead_letters(self) -> dict[str, Any]:
+        """What came to nothing, ready for JSON: how much of it, for which reasons, and the last 128.
+
+        Tells to an actor that was down, tells that were queued when an incarnation ended, and replies whose asker had
+        left.
+        """
+        return self._runtime.dead_letters()
+
     def kill(self, path: str) -> None:
         """One incarnation dies as if by `kill -9`, for tests; of a supervisor, with everything under it.
 
@@ -65,7 +85,7 @@ class System:
         :raises KeyError: nothing is there.
         """
         if not path:
-            self._runtime.fence.closed = True
+            self._runtime.fence.close()
             self._root.request_stop()
         else:
             self._find(path).kill()
@@ -85,15 +105,17 @@ class System:
 
 @asynccontextmanager
 async def open_system(
-    root: Supervisor | DynamicSupervisor, *, rng: Random | None = None, name: str = "system"
+    root: Supervisor | DynamicSupervisor, *, rng: Random | None = None, name: str = "system", tap: Tap | None = None
 ) -> AsyncIterator[System]:
     """Starts a tree, hands out its `System`, and stops it in reverse order when the block is left, however it is left.
 
     When the root gives up, the block is cancelled, and `TooManyRestarts` comes out of it. What a child raises while
     the tree is started comes out as it is.
+
+    `rng` decides the jitter of restarts. `tap` is called with everything that happens in the system, in order.
     """
     cell = Child(name, root)._cell
-    runtime = Runtime(name, rng or Random())
+    runtime = Runtime(name, rng or Random(), tap or ambient_tap.get())
     cell.prepare(None, runtime)
     cell.path = ""
     body = trio.CancelScope()

@@ -499,7 +499,7 @@ async def test_the_tree_says_what_is_where(autojump_clock: MockClock) -> None:
         assert [child["name"] for child in tree["children"]] == ["journal", "vms", "api"]
         node = tree["children"][1]["children"][0]
         assert (node["restarts"], node["exits"]) == (1, [{"at_s": 2.0, "reason": "crashed: ValueError: crashed"}])
-        assert node["mailbox"] == {"depth": 0, "capacity": 64}
+        assert node["mailbox"] == {"depth": 0, "capacity": 64, "oldest_s": None}
         for path in ("nobody", "vms/nobody", "journal/x"):
             with pytest.raises(KeyError):
                 system[path]

@@ -1,0 +1,53 @@
+"""A message that an actor sends itself later.
+
+There is no task behind a timer: it is an entry in the heap of deadlines of its system (`_deadlines.py`), and costs
+nothing while it waits. It belongs to the incarnation that set it, and ends with it.
+
+Rejected: timers that repeat. When handling takes longer than the period, their messages pile up, or some are left out;
+only the actor knows which is right. A handler that wants to be called again sets the next timer, at its beginning for a
+steady rhythm or at its end for a pause of that length.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from ._mailbox import Mailbox
+
+
+@final
+class Timer:
+    """A message on its way from an actor to itself. It has no public constructor: `ctx.send_after` makes it."""
+
+    __slots__ = ("_all", "_mailbox", "due_s", "message")
+
+    def __init__(self, mailbox: Mailbox, message: object, due_s: float, all_: dict[Timer, None]) -> None:
+        #: When it is due, in Trio's time.
+        self.due_s = due_s
+        self.message: object = message
+        self._mailbox: Mailbox | None = mailbox
+        self._all = all_
+        all_[self] = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether the message has still to be handled: it is neither cancelled nor has its handler begun."""
+        return self.message is not None
+
+    def cancel(self) -> None:
+        """The message will not be handled, even if it is in the mailbox already. May be called again."""
+        self.take()
+
+    def take(self) -> object:
+        message, self.message, self._mailbox = self.message, None, None
+        self._all.pop(self, None)
+        return message
+
+    def over(self) -> bool:
+        return self.message is None
+
+    def expire(self) -> None:
+        mailbox, self._mailbox = self._mailbox, None
+        if mailbox is not None:
+            mailbox.remind(self)
