@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import trio
 
-from volant.client import Client, Feed, StreamGap
+from volant.client import Client, ClientProblem, Feed, StreamGap
 from volant.model import CreateVm, Event, VmView
 from volant.vm import instance_of
 
@@ -55,7 +55,7 @@ class Daemon:
         self.kept: set[str] = set()
         """VMs that the fixture's next test finds again."""
         self.process: subprocess.Popen[bytes] | None = None
-        self._command = [
+        self.command = [
             *wrapper,
             *(sys.executable, "-m", "volant.daemon.main"),
             *(("--ephemeral",) if ephemeral else ()),
@@ -64,7 +64,7 @@ class Daemon:
             *flags,
         ]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("VOLANT_")}
-        self._environ = {**inherited, "PYTHONPATH": str(REPOSITORY), **(environ or {})}
+        self.environ = {**inherited, "PYTHONPATH": str(REPOSITORY), **(environ or {})}
 
     @property
     def pid(self) -> int:
@@ -79,7 +79,7 @@ class Daemon:
         """Start it and wait until it listens."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                self._command, env=self._environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
+                self.command, env=self.environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
             )
         stdout = self.process.stdout
         assert stdout is not None
@@ -259,6 +259,26 @@ async def event_of(feed: Feed[Event | StreamGap], kind: str, name: str, *, timeo
             event = await next_event(feed, timeout_s=timeout_s)
             if event.type == kind and event.name == name:
                 return event
+
+
+async def adopted(client: Client) -> None:
+    """Wait until a daemon that was just started has looked after its VMs."""
+    with trio.fail_after(30):
+        while (await client.healthz()).status != "ok":  # noqa: ASYNC110 - another process's, and it offers no wait
+            await trio.sleep(0.02)
+
+
+async def reachable(client: Client, name: str) -> None:
+    """Ask until the agent answers, as the hint of a 502 says."""
+    with trio.fail_after(30):
+        while True:
+            try:
+                await client.vms.agent_health(name)
+                return
+            except ClientProblem as problem:
+                if problem.status != 502:
+                    raise
+            await trio.sleep(0.02)
 
 
 class Stopwatch:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.system.kit import Stopwatch, boot, is_alive, run
+from tests.system.kit import Stopwatch, adopted, boot, is_alive, reachable, run
 from volant.client import Client, ClientError, ClientProblem, LogLine
 from volant.daemon._daemon import Daemon
 from volant.daemon._directories import claimed, remove
@@ -45,8 +45,7 @@ async def daemon_inside(image_cache: Path) -> AsyncIterator[tuple[Daemon, Client
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(daemon.run)
                 async with Client(address_of(sockets[0])) as client:
-                    while (await client.healthz()).status != "ok":
-                        await trio.lowlevel.checkpoint()
+                    await adopted(client)
                     try:
                         yield daemon, client
                     except Exception as error:
@@ -58,24 +57,9 @@ async def daemon_inside(image_cache: Path) -> AsyncIterator[tuple[Daemon, Client
             if failure is not None:
                 raise failure
         # Fails when anything is left there.
-        os.rmdir(root)
+        assert not os.listdir(root)  # noqa: PTH208
     finally:
         shutil.rmtree(root, ignore_errors=True)
-
-
-async def reachable(client: Client, name: str) -> float:
-    """Ask until the agent answers; after how many seconds it did."""
-    watch = Stopwatch()
-    with trio.fail_after(20):
-        while True:
-            try:
-                await client.vms.agent_health(name)
-                return watch.seconds
-            except ClientProblem as problem:
-                if problem.status != 502:
-                    raise
-                # As clients are told to.
-                await trio.sleep(0.02)
 
 
 async def test_a_vm_outlives_crashes_of_its_actor(image_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +78,9 @@ async def test_a_vm_outlives_crashes_of_its_actor(image_cache: Path, monkeypatch
                     daemon._system.kill("vms/demo")
                     with trio.fail_after(30):
                         await process.wait()
-            print(f"reachable again after {await reachable(client, 'demo'):.3f} s")
+            watch = Stopwatch()
+            await reachable(client, "demo")
+            print(f"reachable again after {watch.seconds:.3f} s")
             assert await run(client, "demo", "echo", "alive") == "alive\n"
 
             # By a bug in a handler. The verb under way is kept, not lost.

@@ -59,7 +59,7 @@ _PVPANIC = ("0x1b36", "0x0011")
 
 
 def main() -> NoReturn:
-    """Bring the guest up, keep the agent running, and power off when told to."""
+    """Bring the guest up, keep the agent running, and power off or reboot when told to."""
     if os.getpid() != 1:
         raise SystemExit("this is PID 1's program")
     os.environ.clear()
@@ -81,7 +81,8 @@ def main() -> NoReturn:
     while True:
         got = signal.sigwait(signals)
         if got != signal.SIGCHLD:
-            _shut_down(agent)
+            # As BusyBox's `reboot` and `poweroff` signal PID 1.
+            _shut_down(agent, "reboot" if got == signal.SIGTERM else "poweroff")
         for pid in _reap():
             if pid == agent:
                 agent = _respawn(signals, starts)
@@ -286,8 +287,8 @@ def _signal_all(number: signal.Signals) -> None:
         pass
 
 
-def _shut_down(agent: int) -> NoReturn:
-    """SIGTERM to everything, a bounded wait, SIGKILL, and off. The agent may stay a little longer than the rest."""
+def _shut_down(agent: int, how: str) -> NoReturn:
+    """SIGTERM to everything, a bounded wait, SIGKILL, and `how`. The agent may stay a little longer than the rest."""
     grace = 10.0
     try:
         grace = min(max(float(_read(GRACE_FILE)), 0.0), _MAX_GRACE_S)
@@ -309,7 +310,7 @@ def _shut_down(agent: int) -> NoReturn:
             _signal_all(signal.SIGKILL)
             _wait_for_all(_AFTER_KILL_S)
     os.sync()
-    os.execv(BUSYBOX, ["busybox", "poweroff", "-f"])
+    os.execv(BUSYBOX, ["busybox", how, "-f"])
 
 
 def _wait_for_all(timeout_s: float) -> bool:

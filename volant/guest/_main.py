@@ -80,7 +80,7 @@ def _warm_up() -> None:
 def _begin_shutdown(grace_s: float) -> None:
     with open(GRACE_FILE, "w") as handle:
         handle.write(f"{grace_s}\n")
-    os.kill(1, signal.SIGTERM)
+    os.kill(1, signal.SIGUSR2)
 
 
 def _grace() -> float:

@@ -1,0 +1,149 @@
+"""No VM dies because the daemon did, and nothing that its console said meanwhile is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+
+import trio
+
+from tests.system.kit import Daemon, adopted, boot, is_alive, reachable, run
+from volant.client import Client, LogLine
+
+LINES = 4000
+
+
+async def console_lines(client: Client, name: str, last: str) -> list[str]:
+    """The console from its beginning to the line `last`."""
+    lines: list[str] = []
+    with trio.fail_after(90):
+        async with client.vms.logs(name, since=0, streams=["console"]) as log:
+            while not lines or lines[-1] != last:
+                item = await log.receive()
+                assert isinstance(item, LogLine), item
+                lines.append(item.line)
+    return lines
+
+
+async def test_a_vm_goes_on_while_the_daemon_is_replaced(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon(ephemeral=False)
+    async with daemon.client() as client:
+        vm = await boot(client, "demo")
+        stopped = await boot(client, "idle")
+        assert (await client.vms.verb_and_wait("idle", "stop", ["stopped"])).outcome == "met"
+        newest = await client.newest_event()
+    assert vm.pid is not None
+
+    assert daemon.stop() == 0
+    assert list(daemon.hypervisors()) == [vm.pid]
+
+    daemon.start()
+    async with daemon.client() as client:
+        await adopted(client)
+        after = await client.vms.get("demo")
+        assert (after.id, after.pid, after.status, after.boots) == (vm.id, vm.pid, "running", 1)
+        await reachable(client, "demo")
+        assert await run(client, "demo", "echo", "alive") == "alive\n"
+        idle = await client.vms.get("idle")
+        assert (idle.id, idle.status) == (stopped.id, "stopped")
+        # Adoption is no event.
+        assert await client.newest_event() == newest
+        assert (await client.system.info())["orphans"] == []
+        # The adopted process can be ended as if it were the daemon's child.
+        await client.vms.delete("demo")
+        assert not is_alive(vm.pid)
+
+
+def test_a_second_daemon_is_kept_out(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon(ephemeral=False)
+    second = subprocess.run(daemon.command, env=daemon.environ, capture_output=True, timeout=60, check=False)
+    assert second.returncode == 1
+    assert b"another volantd uses" in second.stderr
+
+
+async def test_no_line_of_the_console_is_lost_or_told_twice_over_a_kill_of_the_daemon(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    daemon = make_daemon(ephemeral=False)
+    writer = f"setsid sh -c 'for i in $(seq 1 {LINES}); do echo line $i; done >/dev/console' >/dev/null 2>&1 &"
+    async with daemon.client() as client:
+        vm = await boot(client, "demo")
+        newest = await client.newest_event()
+        async with client.vms.logs("demo", tail=0, streams=["console"]) as log:
+            await run(client, "demo", "sh", "-c", writer)
+            # Killed in the middle of the flood, and while somebody reads it.
+            with trio.fail_after(30):
+                while (item := await log.receive()) and isinstance(item, LogLine) and item.line != "line 100":
+                    pass
+            daemon.kill()
+    assert list(daemon.hypervisors()) == [vm.pid]
+
+    daemon.start()
+    async with daemon.client() as client:
+        lines = await console_lines(client, "demo", f"line {LINES}")
+        numbered = [line for line in lines if line.startswith("line ")]
+        assert numbered == [f"line {i}" for i in range(1, LINES + 1)]
+        after = await client.vms.get("demo")
+        assert (after.pid, after.status, after.boots) == (vm.pid, "running", 1)
+        assert await client.newest_event() == newest
+        await reachable(client, "demo")
+        assert await run(client, "demo", "echo", "alive") == "alive\n"
+
+
+async def test_a_daemon_that_was_killed_in_the_middle_of_a_boot_or_a_delete_finishes_it(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    daemon = make_daemon(ephemeral=False)
+    body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128}
+    async with daemon.http() as http:
+        assert (await http.post("/api/v1/vms?wait=starting", json=body)).headers["volant-wait"] == "met"
+        daemon.kill()
+    daemon.start()
+    async with daemon.client() as client:
+        waited = await client.vms.wait("demo", ["running"], timeout_s=120)
+        assert waited.outcome == "met"
+        assert waited.vm is not None
+        assert list(daemon.hypervisors()) == [waited.vm.pid]
+        async with trio.open_nursery() as nursery, client.events(vm="demo") as feed:
+
+            async def delete() -> None:
+                # The daemon is killed before it can answer.
+                try:
+                    await client.vms.delete("demo")
+                except Exception as error:
+                    print(f"as it should: {error}")
+
+            nursery.start_soon(delete)
+            with trio.fail_after(30):
+                await feed.receive()
+            daemon.kill()
+            nursery.cancel_scope.cancel()
+    daemon.start()
+    async with daemon.client() as client:
+        assert (await client.vms.wait("demo", ["deleted"], timeout_s=60)).outcome == "met"
+    assert daemon.hypervisors() == {}
+    assert daemon.files() == []
+
+
+async def test_a_hypervisor_that_died_while_nobody_watched_is_a_crash(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon(ephemeral=False)
+    async with daemon.client() as client:
+        vm = await boot(client, "demo")
+        newest = await client.newest_event()
+        assert vm.pid is not None
+    assert daemon.stop() == 0
+    os.kill(vm.pid, signal.SIGKILL)
+    daemon.start()
+    async with daemon.client() as client:
+        waited = await client.vms.wait("demo", ["crashed"], timeout_s=30)
+        assert waited.outcome == "met"
+        assert waited.vm is not None
+        assert waited.vm.reason is not None
+        assert waited.vm.reason.code == "hypervisor_gone"
+        # The event that nobody could be told then is told now, to who resumes.
+        async with client.events(after=newest) as feed:
+            with trio.fail_after(10):
+                event = await feed.receive()
+        assert event.type == "VM_CRASHED"

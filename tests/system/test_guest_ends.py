@@ -1,0 +1,87 @@
+"""What a guest does to itself: power off, reboot, die; and what the VM's restart policy and `ttl` make of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.system.kit import Daemon, Stopwatch, boot, event_of, next_event, run, spec, until
+from volant.client import Client, ClientError
+
+
+async def leave(client: Client, name: str, command: str) -> None:
+    """Run a command after which the guest does not answer any more."""
+    try:
+        await run(client, name, "sh", "-c", f"{command}; sleep 60")
+    except (ClientError, AssertionError) as error:
+        print(f"as it should: {error}")
+    else:
+        pytest.fail("the guest is still there")
+
+
+async def test_a_guest_that_powers_off_is_stopped_and_one_that_reboots_comes_back(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        first = await boot(client, "demo")
+        async with client.events(vm="demo") as feed:
+            for boots, command in ((2, "reboot"), (3, "reboot -f")):
+                await leave(client, "demo", command)
+                events = [(await next_event(feed)).type for _ in range(4)]
+                assert events == ["VM_STOPPING", "VM_STOPPED", "VM_STARTING", "VM_RUNNING"]
+                again = await client.vms.get("demo")
+                assert (again.boots, again.restarts) == (boots, 0)
+                assert again.pid != first.pid
+            await leave(client, "demo", "poweroff")
+            assert [(await next_event(feed)).type for _ in range(2)] == ["VM_STOPPING", "VM_STOPPED"]
+            stopped = await client.vms.get("demo")
+            assert (stopped.status, stopped.desired, stopped.reason) == ("stopped", "stopped", None)
+        assert daemon.hypervisors() == {}
+
+
+async def test_a_restart_policy_starts_it_again_after_a_crash_and_not_after_a_stop(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        vm = await boot(client, "demo", restart_policy="on-failure")
+        assert vm.pid is not None
+        async with client.events(vm="demo") as feed:
+            os.kill(vm.pid, signal.SIGKILL)
+            for kind in ("VM_CRASHED", "VM_STARTING", "VM_RUNNING"):
+                assert (await next_event(feed)).type == kind
+            again = await client.vms.get("demo")
+            assert (again.restarts, again.boots, again.reason) == (1, 2, None)
+            await leave(client, "demo", "poweroff -f")
+            for kind in ("VM_STOPPING", "VM_STOPPED"):
+                assert (await next_event(feed)).type == kind
+            assert (await client.vms.get("demo")).desired == "stopped"
+
+
+async def test_a_policy_of_always_starts_it_again_after_a_power_off(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        await boot(client, "demo", restart_policy="always")
+        async with client.events(vm="demo") as feed:
+            await leave(client, "demo", "poweroff")
+            for kind in ("VM_STOPPING", "VM_STOPPED", "VM_STARTING", "VM_RUNNING"):
+                assert (await next_event(feed)).type == kind
+        assert (await client.vms.get("demo")).restarts == 1
+        assert (await client.vms.verb_and_wait("demo", "stop", ["stopped"])).outcome == "met"
+
+
+async def test_a_vm_is_deleted_once_its_ttl_is_over(daemon: Daemon) -> None:
+    async with daemon.client() as client, client.events() as feed:
+        watch = Stopwatch()
+        await client.vms.create(spec("demo", ttl="2s"))
+        await until(client, "demo", "deleted", timeout_s=30)
+        assert 1.9 <= watch.seconds < 15
+        await event_of(feed, "VM_DELETED", "demo", timeout_s=5)
+    assert daemon.hypervisors() == {}
+
+
+async def test_a_guest_that_does_not_stop_when_asked_is_killed_after_its_grace(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        await boot(client, "demo")
+        await run(
+            client, "demo", "sh", "-c", "setsid sh -c 'trap \"\" TERM; while :; do sleep 1; done' >/dev/null 2>&1 &"
+        )
+        watch = Stopwatch()
+        assert (await client.vms.verb_and_wait("demo", "stop", ["stopped"], grace_s=2, timeout_s=60)).outcome == "met"
+        assert watch.seconds < 12
