@@ -37,7 +37,7 @@ async def test_a_vm_is_created_shown_and_deleted(served: Api) -> None:
     assert vm["created_at"].endswith("Z")
     again = await served.client.get("/api/v1/vms/demo")
     assert again.json()["id"] == vm["id"]
-    assert (await served.client.get("/api/v1/vms/demo/inspect")).json()["row"]["name"] == "demo"
+    assert (await served.client.get("/api/v1/vms/demo/inspect")).json()["vm"]["name"] == "demo"
     assert (await served.client.delete("/api/v1/vms/demo")).status_code == 204
     assert (await served.client.get("/api/v1/vms/demo")).status_code == 404
     assert (await served.create("demo"))["id"] > vm["id"]
