@@ -260,3 +260,9 @@ async def test_it_finds_its_feet_after_the_agent_was_restarted_at_any_byte(port:
             assert channel.statistics().links >= 4
     finally:
         agent.stop()
+
+
+async def test_what_goes_wrong_in_the_block_is_the_caller_s(port: Port) -> None:
+    with pytest.raises(KeyError):
+        async with open_channel(Host(), VirtioSerial(port.path)):
+            raise KeyError

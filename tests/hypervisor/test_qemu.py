@@ -17,7 +17,7 @@ import trio
 from volant.host import Host
 from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec
 from volant.hypervisor.qemu import QemuHypervisor, _probe
-from volant.hypervisor.qemu._argv import ENVIRONMENT
+from volant.hypervisor.qemu._argv import ENVIRONMENT, build_argv
 from volant.hypervisor.qemu._driver import classify
 from volant.hypervisor.qemu._machine import LOG_LIMIT
 from volant.model import EndKind
@@ -305,3 +305,21 @@ async def test_the_choice_is_made_once_and_kept(host: Host, tmp_path: Path) -> N
 )
 def test_last_words_have_a_meaning(text: str, code: str) -> None:
     assert classify(text) == code
+
+
+async def test_the_machine_that_kvm_gets_is_one_that_qemu_makes(
+    qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its devices on TCG, as KVM may not be there; Linux on it would need a TSC that TCG has not."""
+
+    def on_tcg(spec: MachineSpec, version: tuple[int, int], program: str) -> list[str]:
+        argv = build_argv(msgspec.structs.replace(spec, accelerator="kvm"), version, program)
+        argv[argv.index("-accel") + 1] = "tcg"
+        argv[argv.index("-cpu") + 1] = "max"
+        return argv
+
+    monkeypatch.setattr("volant.hypervisor.qemu._driver.build_argv", on_tcg)
+    with trio.fail_after(20):
+        identity = await qemu.launch(spec)
+        async with qemu.attach(spec, identity) as machine:
+            assert await machine.status() == "running"

@@ -199,10 +199,17 @@ async def run_channel(
 @asynccontextmanager
 async def open_channel(host: Host, address: Address) -> AsyncIterator[Channel]:
     """`run_channel` for the length of a block."""
+    failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         channel: Channel = await nursery.start(run_channel, host, address)
-        yield channel
+        # What goes wrong in the caller's block is the caller's, not a group of this nursery's.
+        try:
+            yield channel
+        except Exception as error:
+            failure = error
         nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 async def connect_hybrid(host: Host, path: Path, port: int, timeout_s: float) -> trio.SocketStream:

@@ -3,10 +3,14 @@
 Two things tell of an end and they overlap: QMP says what the guest did, the pidfd that the process is gone. A guest
 that shuts down, panics or reboots leaves QEMU paused, and `query-status` says so to whoever attaches later; so a watch
 that begins asks once, and from then on listens.
+
+A kernel that panics before it has a driver for pvpanic just reboots, and `shutdown` is all that is left of it. Then the
+last thing on the console says what it was. That text is the guest's, which may lie about its own end and nothing else.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -26,14 +30,17 @@ LOG_LIMIT = 1024 * 1024
 
 _LAST_WORDS_S = 1.0
 _TAIL = 4096
+_CONSOLE_TAIL = 64 * 1024
+_PANIC = re.compile(rb"Kernel panic - not syncing: ([\x20-\x7e]{1,200})")
 
 _BY_STATUS = {
     "shutdown": End(EndKind.SHUTDOWN, "the guest shut down, or rebooted while nobody watched"),
     "guest-panicked": End(EndKind.PANICKED, "the guest's kernel panicked"),
     "internal-error": End(EndKind.INTERNAL_ERROR, "the virtual CPU stopped with an internal error"),
 }
+_GUEST_SHUTDOWN = End(EndKind.SHUTDOWN, "the guest shut down")
 _BY_REASON = {
-    "guest-shutdown": End(EndKind.SHUTDOWN, "the guest shut down"),
+    "guest-shutdown": _GUEST_SHUTDOWN,
     "guest-reset": End(EndKind.RESET, "the guest rebooted"),
     "guest-panic": End(EndKind.PANICKED, "the guest's kernel panicked"),
 }
@@ -89,7 +96,7 @@ class QemuMachine:
             for watch in (watch_process, watch_guest, watch_control):
                 nursery.start_soon(watch, nursery.cancel_scope)
         if self._guest_end is not None:
-            return self._guest_end
+            return await self._with_panic(self._guest_end)
         if process_end:
             return process_end[0]
         raise HypervisorError(f"QEMU runs but cannot be talked to: {self._qmp.why if self._qmp else ''}")
@@ -116,7 +123,10 @@ class QemuMachine:
             return await self.ended()
         self._process.kill()
         with trio.move_on_after(timeout_s):
-            return await self._process_end()
+            end = await self._process_end()
+            if end.exit_status is None:
+                return End(EndKind.KILLED, "the hypervisor's process was killed")
+            return end
         raise HypervisorError(f"QEMU (process {self._identity.pid}) is still there {timeout_s:g} s after SIGKILL")
 
     # What the driver does with it
@@ -187,6 +197,20 @@ class QemuMachine:
         if self._guest_end is None:
             self._guest_end = end
             self._guest_ended.set()
+
+    async def _with_panic(self, end: End) -> End:
+        """Name the panic behind an end that may be one."""
+        if end is _GUEST_SHUTDOWN:
+            return end
+        try:
+            tail = await self._host.read_tail(self._spec.console_path, _CONSOLE_TAIL)
+        except OSError:
+            return end
+        found = _PANIC.findall(tail)
+        if not found:
+            return end
+        text = found[-1].decode("utf-8", "replace").strip()
+        return End(EndKind.PANICKED, f"the guest's kernel panicked: {text}")
 
     async def _execute(self, command: str, timeout_s: float = 5.0) -> Any:
         if self._qmp is None:
