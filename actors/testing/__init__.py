@@ -1,0 +1,26 @@
+"""Whole systems on virtual time, decided by a seed; and stand-ins for testing one actor alone."""
+
+from ._errors import NotDeterministic, RealWorld, SimulationError, Stuck
+from ._faults import Effect, FaultReport, Faults, Plan, SiteReport
+from ._guard import Kind, allow_real
+from ._probe import Probe, open_probe
+from ._simulate import Simulation, check_deterministic, simulate
+
+__all__ = [
+    "Effect",
+    "FaultReport",
+    "Faults",
+    "Kind",
+    "NotDeterministic",
+    "Plan",
+    "Probe",
+    "RealWorld",
+    "Simulation",
+    "SimulationError",
+    "SiteReport",
+    "Stuck",
+    "allow_real",
+    "check_deterministic",
+    "open_probe",
+    "simulate",
+]

@@ -1,0 +1,374 @@
+"""Real time, chance, threads and I/O are errors in a simulation.
+
+They would not break the run; it would only not be the same the next time, and nobody would know why. So they are found
+where they happen, and the error names the place. Two mechanisms, each for what it sees best:
+
+- **Calls** that read a clock or draw chance raise no audit event. From Python 3.12 on `sys.monitoring` shows each call
+  that Python code makes, by whatever name the function was imported. A place that was seen to be harmless is not
+  looked at again, so it costs next to nothing. On 3.11 `sys.setprofile` shows the same, and a run takes three to
+  four times as long.
+- **Audit hooks** see files, sockets, processes, threads and `time.sleep` below all names. A hook can't be removed
+  again, so it is installed by the first simulation, once, and does nothing outside of one.
+
+Rejected: replacing `time.time` and its like in their modules. `from time import monotonic`, a default argument or a
+stored `clock=time.monotonic` keep the original, `datetime` can't be replaced in place at all, and everybody else in the
+process sees the replacement. What is still not seen: a function that C code calls, such as
+`functools.partial(time.time)()`. `check_deterministic` finds what comes of it.
+
+The standard library may read clocks for its own sake (logging stamps its records), and so may Trio and pytest; Python
+may open files in order to import a module or to print a traceback.
+"""
+
+from __future__ import annotations
+
+import _thread
+import datetime
+import os
+import random
+import select
+import sys
+import sysconfig
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FrameType
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+import trio
+
+from ._errors import RealWorld
+
+Kind: TypeAlias = Literal["time", "randomness", "threads", "processes", "network", "files"]
+"""What of the real world `allow_real` can let in."""
+
+_INSTEAD: Final[dict[Kind, str]] = {
+    "time": "Use trio.current_time() and trio.sleep(), or hand a wall clock in from outside",
+    "randomness": "Draw from the simulation's own `sim.rng`, handed in from outside (open_system takes it as `rng`)",
+    "threads": "Virtual time does not wait for threads. Hand the work in from outside, so that a test can do it inline",
+    "processes": "Virtual time does not wait for processes. Put them behind a port that a test can stand in for",
+    "network": "Virtual time does not wait for sockets. Put them behind a port that a test can stand in for",
+    "files": "Put files behind a port that a test can stand in for, or read them before the simulation",
+}
+
+_READS: Final[dict[Any, Kind]] = {
+    **dict.fromkeys(
+        [
+            time.time,
+            time.time_ns,
+            time.monotonic,
+            time.monotonic_ns,
+            time.perf_counter,
+            time.perf_counter_ns,
+            time.process_time,
+            time.process_time_ns,
+            time.thread_time,
+            time.thread_time_ns,
+            time.clock_gettime,
+            datetime.datetime.now,
+            datetime.datetime.utcnow,
+            datetime.datetime.today,
+            datetime.date.today,
+            select.select,
+        ],
+        "time",
+    ),
+    os.urandom: "randomness",
+    os.getrandom: "randomness",
+    # From 3.12 on these two raise audit events of their own.
+    time.sleep: "time",
+    _thread.start_new_thread: "threads",
+}
+_SHARED_RANDOM: Final[Any] = random.random.__self__  # type: ignore[attr-defined]  # a bound method of the shared Random
+_NAMES: Final = {read.__name__ for read in _READS} | {name for name in dir(random.Random) if not name.startswith("_")}
+
+_AUDITED: Final[dict[str, Kind]] = {
+    "time.sleep": "time",
+    "_thread.start_new_thread": "threads",
+    "_thread.start_joinable_thread": "threads",
+    **dict.fromkeys(["subprocess.Popen", "os.system", "os.posix_spawn", "os.fork", "os.forkpty"], "processes"),
+    **dict.fromkeys(
+        ["socket.__new__", "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname"], "network"
+    ),
+    **dict.fromkeys(
+        ["open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "sqlite3.connect"],
+        "files",
+    ),
+}
+
+_STDLIB: Final = tuple(
+    {
+        sysconfig.get_path("stdlib") + os.sep,
+        sysconfig.get_path("platstdlib") + os.sep,
+        str(Path(os.__file__).parent) + os.sep,
+    }
+)
+_PACKAGES: Final = (
+    "trio",
+    "outcome",
+    "sortedcontainers",
+    "attr",
+    "_pytest",
+    "pytest",
+    "pluggy",
+    "coverage",
+    "hypothesis",
+)
+_HERE: Final = str(Path(__file__).parent) + os.sep
+_RUNTIME: Final = str(Path(__file__).parent.parent) + os.sep
+_OWN_FILES: Final = (
+    "<frozen importlib",
+    "<frozen zipimport",
+    *(
+        str(Path(os.__file__).parent / name)
+        for name in ("importlib", "linecache.py", "traceback.py", "logging", "warnings.py")
+    ),
+    *(str(Path(os.__file__).parent / name) for name in ("tokenize.py", "inspect.py", "tracemalloc.py")),
+)
+
+_allowed: ContextVar[frozenset[Kind]] = ContextVar("actors.testing.allowed", default=frozenset())
+
+
+@lru_cache(1)
+def _internal_directories() -> tuple[str, ...]:
+    found = []
+    for package in _PACKAGES:
+        spec = find_spec(package)
+        if spec is not None and spec.origin is not None:
+            found.append(str(Path(spec.origin).parent) + os.sep)
+    return tuple(found)
+
+
+@lru_cache(4096)
+def is_internal(filename: str) -> bool:
+    """Whether a file is of the standard library, the runtime, or what runs the simulation."""
+    if filename.startswith(("<frozen", "<attrs generated", _RUNTIME, *_internal_directories())):
+        return True
+    return filename.startswith(_STDLIB) and "site-packages" not in filename and "dist-packages" not in filename
+
+
+def _culprit(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame that is the program's; None when Python or the test runner acts for its own sake."""
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if filename.startswith(_HERE) or filename.startswith(_OWN_FILES):
+            return None
+        if not is_internal(filename):
+            break
+        frame = frame.f_back
+    culprit = frame
+    while frame is not None and not frame.f_code.co_filename.startswith(_HERE):
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return None
+        frame = frame.f_back
+    return culprit
+
+
+class Guard:
+    """Watches one thread for as long as `watching` lasts; `violated` hears of each violation before it is raised."""
+
+    def __init__(self, violated: Callable[[RealWorld], None], hold_clock: Callable[[bool], None]) -> None:
+        self._violated = violated
+        self._thread = threading.get_ident()
+        self.hold_clock = hold_clock
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """:raises RuntimeError: a simulation runs in this process already."""
+        global _active
+        if _active is not None:
+            raise RuntimeError("a simulation runs already, and one process can only hold one at a time")
+        _install_audit_hook()
+        starts = _start_checks()
+        _active = self
+        try:
+            with _watch_calls(self, starts):
+                yield
+        finally:
+            _active = None
+
+    def audited(self, event: str, args: tuple[Any, ...]) -> None:
+        kind = _AUDITED[event]
+        if kind in _allowed.get() or threading.get_ident() != self._thread:
+            return
+        detail = f"{event}({args[0]!r})" if args and isinstance(args[0], str) else event
+        self.check(kind, detail, sys._getframe(2))
+
+    def called(self, caller: FrameType, function: Any, kind: Kind) -> None:
+        if kind in _allowed.get() or threading.get_ident() != self._thread:
+            return
+        if kind == "time" and is_internal(caller.f_code.co_filename):
+            return
+        module = getattr(function, "__module__", None) or getattr(function.__self__, "__module__", None) or "random"
+        owner = function.__self__.__name__ + "." if isinstance(getattr(function, "__self__", None), type) else ""
+        self.check(kind, f"{module}.{owner}{function.__name__}()", caller)
+
+    def started(self, frame: FrameType, check: _StartCheck) -> None:
+        kind, what, applies = check
+        if kind in _allowed.get() or threading.get_ident() != self._thread or not applies(frame):
+            return
+        self.check(kind, what, frame.f_back)
+
+    def check(self, kind: Kind, what: str, frame: FrameType | None) -> None:
+        """:raises RealWorld: unless Python, Trio or the test runner acts for its own sake."""
+        culprit = _culprit(frame)
+        if culprit is None:
+            return
+        code = culprit.f_code
+        error = RealWorld(
+            f"{what} is real, and a simulation is not: no seed decides it.\n"
+            f"  at {code.co_filename}:{culprit.f_lineno} in {code.co_qualname}\n"
+            f"{_INSTEAD[kind]}. If it is meant: `with allow_real({kind!r}):`"
+        )
+        self._violated(error)
+        raise error
+
+
+_active: Guard | None = None
+_hooked = False
+
+
+@contextmanager
+def allow_real(*kinds: Kind) -> Iterator[None]:
+    """Lets the named kinds of the real world into a simulation, for the block; without effect outside of one.
+
+    The run is then no longer decided by its seed alone: use it for what cannot make a difference, such as a file
+    that never changes. Virtual time stands still in the block, so that real work takes none; don't sleep in it.
+
+    :raises ValueError: no kind is named, or one that there is not.
+    """
+    known = get_args(Kind)
+    if not kinds or not set(kinds) <= set(known):
+        raise ValueError(
+            f"allow_real() takes some of {', '.join(known)}, not {', '.join(map(repr, kinds)) or 'nothing'}"
+        )
+    guard = _active if _active is not None and threading.get_ident() == _active._thread else None
+    token = _allowed.set(_allowed.get() | set(kinds))
+    if guard is not None:
+        guard.hold_clock(True)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+        if guard is not None:
+            guard.hold_clock(False)
+
+
+def _install_audit_hook() -> None:
+    global _hooked
+    if _hooked:
+        return
+    _hooked = True
+    audited = _AUDITED
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if _active is not None and event in audited:
+            _active.audited(event, args)
+
+    sys.addaudithook(hook)
+
+
+_StartCheck: TypeAlias = tuple[Kind, str, Callable[[FrameType], bool]]
+
+
+def _start_checks() -> dict[CodeType, _StartCheck]:
+    """Functions in Python that are told by their code as they start, so that it doesn't matter who calls them."""
+
+    def always(frame: FrameType) -> bool:
+        return True
+
+    def unseeded(frame: FrameType) -> bool:
+        return frame.f_locals.get("x") is None
+
+    def not_for_trio_itself(frame: FrameType) -> bool:
+        awaiting = frame.f_back
+        return awaiting is None or not awaiting.f_code.co_filename.endswith("_wakeup_socketpair.py")
+
+    functions: list[tuple[Any, Kind, str, Callable[[FrameType], bool]]] = [
+        (trio.to_thread.run_sync, "threads", "trio.to_thread.run_sync()", always),
+        (trio.lowlevel.wait_readable, "network", "waiting until a file descriptor is readable", not_for_trio_itself),
+        (trio.lowlevel.wait_writable, "network", "waiting until a file descriptor is writable", always),
+        (random.Random.__init__, "randomness", "random.Random() without a seed", unseeded),
+        (uuid.uuid1, "randomness", "uuid.uuid1()", always),
+        (uuid.getnode, "randomness", "uuid.getnode()", always),
+    ]
+    return {function.__code__: (kind, what, applies) for function, kind, what, applies in functions}
+
+
+if sys.version_info >= (3, 12):
+    _monitoring = sys.monitoring
+
+    @contextmanager
+    def _watch_calls(guard: Guard, starts: dict[CodeType, _StartCheck]) -> Iterator[None]:
+        tool = next((n for n in (4, 3, 5, 2) if _monitoring.get_tool(n) is None), None)
+        if tool is None:
+            raise RuntimeError("sys.monitoring has no free tool id for the simulation")
+        disable = _monitoring.DISABLE
+        by_name = _NAMES
+        shared = _SHARED_RANDOM
+
+        def on_call(code: CodeType, offset: int, function: Any, arg0: Any) -> Any:
+            if getattr(function, "__name__", None) not in by_name:
+                return disable
+            kind = _READS.get(function) if type(function) is BuiltinFunctionType else None
+            if is_internal(code.co_filename) and kind in (None, "time"):
+                return disable
+            if arg0 is shared or getattr(function, "__self__", None) is shared:
+                guard.called(sys._getframe(1), function, "randomness")
+            elif kind is not None:
+                guard.called(sys._getframe(1), function, kind)
+            return None
+
+        def on_start(code: CodeType, offset: int) -> Any:
+            check = starts.get(code)
+            if check is not None:
+                guard.started(sys._getframe(1), check)
+
+        events = _monitoring.events
+        _monitoring.use_tool_id(tool, "actors.testing")
+        try:
+            _monitoring.register_callback(tool, events.CALL, on_call)
+            _monitoring.register_callback(tool, events.PY_START, on_start)
+            for code in starts:
+                _monitoring.set_local_events(tool, code, events.PY_START)
+            _monitoring.restart_events()
+            _monitoring.set_events(tool, events.CALL)
+            yield
+        finally:
+            _monitoring.set_events(tool, 0)
+            for code in starts:
+                _monitoring.set_local_events(tool, code, 0)
+            _monitoring.register_callback(tool, events.CALL, None)
+            _monitoring.register_callback(tool, events.PY_START, None)
+            _monitoring.free_tool_id(tool)
+
+else:
+
+    @contextmanager
+    def _watch_calls(guard: Guard, starts: dict[CodeType, _StartCheck]) -> Iterator[None]:
+        reads = dict(_READS)
+        for method in (_SHARED_RANDOM.random, _SHARED_RANDOM.getrandbits):
+            reads[method] = "randomness"
+        by_name = {code.co_name for code in starts}
+        by_id = {id(code): check for code, check in starts.items()}
+
+        def profile(frame: FrameType, event: str, arg: Any) -> None:
+            if event == "c_call":
+                if arg in reads:
+                    guard.called(frame, arg, reads[arg])
+            elif event == "call" and frame.f_code.co_name in by_name:
+                check = by_id.get(id(frame.f_code))
+                if check is not None:
+                    guard.started(frame, check)
+
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)

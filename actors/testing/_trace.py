@@ -1,0 +1,173 @@
+"""What happened in a run, as far as it must be the same for the same seed: which task ran when, and what was noted.
+
+The whole of it is folded into one number as the run goes; the last entries are kept for people. The same instrument
+sees when a run can't get on: Trio with a clock that jumps spins for ever when every task waits for ever.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import trio
+from trio.lowlevel import Task, current_statistics
+
+from ._errors import NotDeterministic, SimulationError, Stuck
+from ._guard import is_internal
+
+if TYPE_CHECKING:
+    from trio.testing import MockClock
+
+_KEPT: Final = 200
+_DETAIL: Final = 400
+_COLLECT_EVERY: Final = 20_000
+_ADDRESS: Final = re.compile(r" at 0x[0-9a-f]+")
+_MASK: Final = (1 << 64) - 1
+
+
+Entry: TypeAlias = tuple[float, tuple[int, str]]
+"""When, and either the number and name of the task that ran, tasks numbered as they first ran, or 0 and a note."""
+
+
+def _text(entry: Entry) -> str:
+    at_s, (number, text) = entry
+    return f"{at_s:12.6f} s  {f'#{number}' if number else 'note':>5}  {text}"
+
+
+class Trace(trio.abc.Instrument):
+    """Records a run, compares it with another, and calls `failed` when it can't get on."""
+
+    def __init__(
+        self,
+        clock: MockClock,
+        failed: Callable[[SimulationError], None],
+        *,
+        limit_s: float,
+        limit_steps: int,
+        keep_all: bool,
+        expected: deque[Entry] | None,
+    ) -> None:
+        self.entries: deque[Entry] = deque(maxlen=None if keep_all else _KEPT)
+        self.steps = 0
+        self.main: Task | None = None
+        self.held = 0
+        self._clock = clock
+        self._failed = failed
+        self._limit_s = limit_s
+        self._limit_steps = limit_steps
+        self._expected = None if expected is None else iter(expected)
+        self._compares = keep_all or expected is not None
+        self._count = 0
+        self._hash = 0
+        self._now_s = clock.current_time()
+        self._tasks: dict[Task, tuple[int, str]] = {}
+        self._numbered = 0
+        self._quiet_ticks = 0
+        self._steps_before = -1
+        self._collect_at = _COLLECT_EVERY
+
+    @property
+    def digest(self) -> str:
+        """The run so far, in 16 hexadecimal digits."""
+        return f"{self._hash & _MASK:016x}"
+
+    def note(self, text: str, detail: object = None) -> None:
+        """Adds an entry that is no step of a task. `detail` is for comparing two runs, and no part of the digest."""
+        if " at 0x" in text:
+            text = _ADDRESS.sub("", text)
+        self._hash = hash((self._hash, self._now_s, zlib.crc32(text.encode())))
+        if self._compares and detail is not None:
+            text = f"{text} {_ADDRESS.sub('', repr(detail))[:_DETAIL]}"
+        self._add((self._now_s, (0, text)))
+
+    def last(self, entries: int) -> list[str]:
+        """The last entries, as text for people."""
+        return [_text(entry) for entry in list(self.entries)[-entries:]]
+
+    def finish(self) -> None:
+        """Compares what is left once the run has ended."""
+        if self._expected is not None:
+            missing = next(self._expected, None)
+            if missing is not None:
+                self._differ(missing, None)
+
+    def before_task_step(self, task: Task) -> None:
+        self.steps += 1
+        known = self._tasks.get(task)
+        if known is None:
+            self._numbered += 1
+            name = _ADDRESS.sub("", task.name)
+            known = self._tasks[task] = (self._numbered, name)
+            self._hash = hash((self._hash, zlib.crc32(name.encode())))
+        self._hash = hash((self._hash, self._now_s, known[0]))
+        self._add((self._now_s, known))
+        if self.steps == self._limit_steps:
+            self._failed(Stuck(f"more than {self._limit_steps:,} steps of tasks\n{self._waiting()}"))
+
+    def task_exited(self, task: Task) -> None:
+        self._tasks.pop(task, None)
+
+    def before_io_wait(self, timeout: float) -> None:
+        if self.steps >= self._collect_at:
+            self._collect_at = self.steps + _COLLECT_EVERY
+            gc.collect(1)
+        if self.steps != self._steps_before:
+            self._steps_before = self.steps
+            self._quiet_ticks = 0
+            return
+        self._quiet_ticks += 1
+        if self._quiet_ticks > 1 and not self.held:
+            figures = current_statistics()
+            if figures.seconds_to_next_deadline == float("inf") and not figures.tasks_runnable:
+                self._failed(Stuck(f"every task waits for ever, so nothing can happen any more\n{self._waiting()}"))
+
+    def after_io_wait(self, timeout: float) -> None:
+        self._now_s = self._clock.current_time()
+        if self._now_s > self._limit_s:
+            self._failed(Stuck(f"not finished after {self._limit_s:g} virtual seconds\n{self._waiting()}"))
+            self._limit_s = float("inf")
+
+    def _add(self, entry: Entry) -> None:
+        if self._expected is not None:
+            self._count += 1
+            expected = next(self._expected, None)
+            if expected != entry:
+                self._differ(expected, entry)
+        self.entries.append(entry)
+
+    def _differ(self, expected: Entry | None, got: Entry | None) -> None:
+        self._expected = None
+        before = "\n".join(f"            {_text(entry)}" for entry in list(self.entries)[-8:])
+        self._failed(
+            NotDeterministic(
+                f"two runs with the same seed differ at entry {self._count:,} of the trace\n"
+                f"{before}\n"
+                f"    first:  {_text(expected) if expected else 'had ended'}\n"
+                f"    second: {_text(got) if got else 'has ended'}\n"
+                "Look for what the seed does not decide: the order of a set, id() or hash() of an object, the state "
+                "that an earlier run left in a module, or the real world behind a function that C code calls."
+            )
+        )
+
+    def _waiting(self) -> str:
+        if self.main is None:
+            return ""
+        lines = list(_describe(self.main, self._tasks))
+        shown = "\n".join(f"  {line}" for line in lines[:40])
+        return shown + (f"\n  and {len(lines) - 40} more" if len(lines) > 40 else "")
+
+
+def _describe(task: Task, known: dict[Task, tuple[int, str]]) -> Iterator[str]:
+    place = ""
+    for frame, line in task.iter_await_frames():
+        if not is_internal(frame.f_code.co_filename):
+            place = f" at {frame.f_code.co_filename}:{line} in {frame.f_code.co_qualname}"
+    number, name = known.get(task, (0, task.name))
+    yield f"#{number} {name}{place}"
+    for nursery in task.child_nurseries:
+        for child in sorted(nursery.child_tasks, key=lambda child: known.get(child, (0, ""))[0]):
+            yield from _describe(child, known)
