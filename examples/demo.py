@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 READY_S = 30.0
@@ -55,6 +55,8 @@ def show(stack: ExitStack) -> None:
     say("A daemon on a free port, with its own state")
     folder = stack.enter_context(scratch())
     api = stack.enter_context(daemon(folder))
+    # The first of what is done at the end: nobody interrupts the rest of it.
+    stack.callback(_ignore_signals)
     os.environ["VOLANT_API_BASE"] = api
     volar("system", "status")
 
@@ -141,8 +143,6 @@ def daemon(folder: Path) -> Iterator[str]:
 
 def stop(process: subprocess.Popen[bytes], folder: Path) -> None:
     """End the daemon and see to it that nothing of it is left."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
     process.terminate()
     try:
         process.wait(STOP_S)
@@ -188,9 +188,9 @@ def background(*words: str) -> Iterator[None]:
             finish(process)
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    """End a `volar` as Ctrl-C would."""
-    process.send_signal(signal.SIGINT)
+def finish(process: subprocess.Popen[bytes], signum: int = signal.SIGTERM) -> None:
+    """End a `volar`."""
+    process.send_signal(signum)
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:
@@ -201,14 +201,15 @@ def volar(*words: str, quiet: bool = False) -> None:
     """Run one command to its end. :raises DemoError: it failed."""
     if not quiet:
         prompt(words)
-    with subprocess.Popen([BIN / "volar", *words], stdout=subprocess.DEVNULL if quiet else None) as process:
+    # Ctrl-C reaches us alone, and we end it as it deserves.
+    with subprocess.Popen(
+        [BIN / "volar", *words], stdout=subprocess.DEVNULL if quiet else None, start_new_session=True
+    ) as process:
         try:
             code = process.wait()
         except BaseException:
-            # Ctrl-C reached it too, and it cleans up; who is ended otherwise has to tell it.
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(2)
-            finish(process)
+            # It has something to clean up when it builds an image.
+            finish(process, signal.SIGINT if words[0] == "images" else signal.SIGTERM)
             raise
     if code:
         raise DemoError(f"volar {shlex.join(words)} ended with {code}")
@@ -237,6 +238,11 @@ def say(text: str) -> None:
 def prompt(words: tuple[str, ...] | list[str]) -> None:
     """The command as one would type it."""
     print(f"$ volar {shlex.join(words)}", flush=True)
+
+
+def _ignore_signals() -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _interrupted(signum: int, frame: object) -> None:

@@ -1,0 +1,103 @@
+"""Each example runs, and the demo leaves nothing behind, also when it is interrupted."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from .kit import ENVIRONMENT, ROOT
+
+DEMO = ROOT / "examples" / "demo.py"
+# With a build of the image that has to fetch its packages.
+LONG_S = 300.0
+
+pytestmark = [pytest.mark.system, pytest.mark.slow]
+
+
+@pytest.fixture
+def demo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("volant_demo", DEMO)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[dict[str, str]]:
+    """An environment for a demo; afterwards its temporary folder is empty and no process speaks of it."""
+    # Short, as sockets lie beneath it.
+    folder = Path(f"/tmp/vx{os.getpid()}")
+    folder.mkdir()
+    yield ENVIRONMENT | {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+    mark = f"{folder}/".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                facts = os.fsencode((entry / "cwd").readlink()) + b"\0" + (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            assert mark not in facts
+
+
+def test_the_demo_ends_well(nothing_left: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, DEMO], env=nothing_left, capture_output=True, text=True, check=False, timeout=LONG_S
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for what in ("VM_RUNNING", "hello from the guest", "Linux demo", "supervisor", "VM_DELETED"):
+        assert what in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("moment", "signum"),
+    [
+        ("listening on", signal.SIGINT),
+        ("VM_STARTING", signal.SIGINT),
+        ("VM_RUNNING", signal.SIGTERM),
+        ("VM_STOPPING", signal.SIGINT),
+    ],
+)
+def test_an_interrupted_demo_cleans_up(nothing_left: dict[str, str], moment: str, signum: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, DEMO], env=nothing_left, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        text = ""
+        for line in process.stdout:
+            text += line.decode()
+            if moment in text:
+                break
+        # Ctrl-C reaches everybody at the terminal, a plain kill the demo alone.
+        (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
+        began = time.monotonic()
+        text += process.stdout.read().decode()
+        assert process.wait(60) == 130, text
+        assert time.monotonic() - began < 50
+    assert "Traceback" not in text
+
+
+def test_the_client_examples_run(
+    nothing_left: dict[str, str], demo: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", nothing_left["TMPDIR"])
+    with demo.scratch() as folder, demo.daemon(folder) as api:
+        done = subprocess.run(
+            [sys.executable, ROOT / "examples" / "parallel.py", api],
+            env=nothing_left, capture_output=True, text=True, check=False, timeout=LONG_S,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.split()[:2] for line in done.stdout.splitlines()) == [["hello", str(n)] for n in range(4)]
