@@ -175,7 +175,7 @@ class Context:
             raise own.refusal(message)
         runtime = self._cell.runtime
         timer = Timer(own, message, runtime.clock() + delay_s, self._timers)
-        runtime.deadlines.add(timer.due_s, timer)
+        runtime.deadlines.add(timer.at_s + runtime.offset_s, timer)
         return timer
 
     def monitor(self, ref: Ref[Any]) -> None:

@@ -25,7 +25,7 @@ from ._fence import Fence, current_fence
 from ._message import Handler
 from ._ref import Ref
 from ._runtime import Runtime
-from ._tap import TapEvent, TapKind
+from ._tap import TapKind
 
 A = TypeVar("A", bound=Actor)
 C_co = TypeVar("C_co", bound="Actor | None", covariant=True)
@@ -419,7 +419,7 @@ class Cell:
         return self.child.restart is TRANSIENT and exit_.abnormal
 
     def since_birth(self) -> float:
-        return self.runtime.since_birth(trio.current_time())
+        return self.runtime.since_birth(self.runtime.clock())
 
     def tree(self) -> dict[str, Any]:
         node: dict[str, Any] = {
@@ -455,9 +455,7 @@ class Cell:
         return node
 
     def _show(self, kind: TapKind, what: object = None) -> None:
-        tap = self.runtime.tap
-        if tap is not None:
-            tap(TapEvent(trio.current_time(), kind, self.path, "", what))
+        self.runtime.show(kind, self.path, "", what)
 
     def _keeps_tells(self) -> bool:
         return self.actor is not None and self.actor.keeps_tells and not self.stop_requested

@@ -2,7 +2,8 @@
 
 A Trio memory channel costs two checkpoints a message. Here a `tell` appends to a deque and wakes the actor only if it
 sleeps, and the actor takes message after message without a checkpoint of its own, so that a burst costs what the
-handlers cost. It would then starve every other task: after `BURST` messages it yields once.
+handlers cost. It would then starve every other task: after `BURST` messages, or `BURST_S`, it yields once. (The clock
+is read for each message anyhow. On virtual time it stands still, and the number alone counts.)
 
 An `ask` parks its task on an object that is the queue's entry and the reply's slot in one; no channel, event or
 nursery is made for it. Three things follow from the asker's being parked:
@@ -24,6 +25,7 @@ outside is lost); dropping the oldest (loses messages without a word).
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Generic, final
@@ -34,7 +36,7 @@ from ._errors import ActorDown, AskTimeout, MailboxFull, Unhandled
 from ._exit import Exit, ExitKind, flatten
 from ._fence import check_fence
 from ._message import Down, Handler, R, Request
-from ._tap import TapEvent, TapKind
+from ._tap import TapKind
 from ._timer import Timer
 
 if TYPE_CHECKING:
@@ -42,8 +44,10 @@ if TYPE_CHECKING:
     from ._runtime import Runtime
     from ._tap import Tap
 
-BURST: Final = 32
-"""Messages handled between two checkpoints of the loop."""
+BURST: Final = 128
+"""Messages handled at most between two checkpoints of the loop."""
+BURST_S: Final = 0.0005
+"""How long messages are handled, in seconds, before the loop makes a checkpoint."""
 RECENT: Final = 100
 """Messages of an actor that are remembered for people who look inside."""
 _NONE: Mapping[type, Handler] = {}
@@ -88,6 +92,13 @@ class Ask:
         if self.mailbox.tap is not None:
             self.mailbox.show(TapKind.REFUSE, self.sender, error)
         reschedule(task)
+
+    def take(self) -> object:
+        """The message, once its turn has come; None when nobody waits for the answer any more."""
+        if self.task is None:
+            return None
+        self.begun = True
+        return self.message
 
     def over(self) -> bool:
         return self.task is None
@@ -158,8 +169,8 @@ class Times:
 
     __slots__ = ("count", "handler", "max_s", "total_s")
 
-    def __init__(self) -> None:
-        self.handler: Handler | None = None
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
         self.count = 0
         self.total_s = self.max_s = 0.0
 
@@ -172,12 +183,10 @@ class Mailbox:
         "began_s",
         "capacity",
         "clock",
-        "current",
         "deferred",
         "ending",
-        "handled",
+        "entry",
         "handlers",
-        "handling",
         "high_water",
         "late_replies",
         "lost",
@@ -208,8 +217,7 @@ class Mailbox:
         self.overflow: dict[Ask, None] = {}
         self.system: list[tuple[float, Any, str]] = []
         self.deferred: dict[Ask, None] = {}
-        self.current: Ask | None = None
-        self.handling: object = None
+        self.entry: Any = None
         self.began_s = 0.0
         self.watchers: dict[Mailbox, dict[Ref[Any], None]] = {}
         self.task: Task | None = None
@@ -217,7 +225,7 @@ class Mailbox:
         self.ending = False
         self.recent: deque[tuple[float, float, float, type, str, str]] | None = None
         self.times: dict[type, Times] = {}
-        self.handled = self.high_water = self.late_replies = self.lost = self.refused = self.rejected = 0
+        self.high_water = self.late_replies = self.lost = self.refused = self.rejected = 0
         self._waiter: Task | None = None
 
     @property
@@ -232,7 +240,7 @@ class Mailbox:
 
     def open(self, handlers: Mapping[type, Handler], capacity: int) -> None:
         for kind, times in self.times.items():
-            times.handler = handlers.get(kind)
+            times.handler = handlers.get(kind, times.handler)
         self.handlers = handlers
         self.capacity = capacity
         self.task = current_task()
@@ -245,7 +253,7 @@ class Mailbox:
         self.handlers = _NONE
         self.reason = reason
         self.ending = True
-        waiting: list[Ask] = [] if self.current is None else [self.current]
+        waiting: list[Ask] = [self.entry] if type(self.entry) is Ask else []
         waiting += self.deferred
         tells = []
         for entry in self.queue:
@@ -258,7 +266,7 @@ class Mailbox:
         self.overflow.clear()
         self.deferred.clear()
         self.system.clear()
-        self.current = self.handling = None
+        self.entry = None
         if keep_tells:
             self.queue.extend(tells)
         else:
@@ -331,66 +339,57 @@ class Mailbox:
 
     def show(self, kind: TapKind, sender: str, what: object) -> None:
         """Tells the tap, if there is one."""
-        if self.tap is not None:
-            self.tap(TapEvent(self.clock(), kind, self.name, sender, what))
+        if self.runtime is not None:
+            self.runtime.show(kind, self.name, sender, what)
 
     async def drain(self, actor: object) -> None:
         """Handles messages until `finish()`; what a handler raises, unless its request declares it, comes out."""
         queue, system, overflow, deferred, known = self.queue, self.system, self.overflow, self.deferred, self.times
-        clock, tap, recent = self.clock, self.tap, self.recent
-        ask: Ask | None
-        now_s = clock()
-        burst = 0
+        clock, tap, recent, high_water = self.clock, self.tap, self.recent, self.high_water
+        entry: Any
+        left = 0
+        now_s = pause_s = -math.inf
         while not self.ending:
-            if not queue and not system:
-                burst = 0
-                self._waiter = current_task()
-                await wait_task_rescheduled(self._unpark)
+            if not left or now_s > pause_s or not (queue or system):
+                self.entry = None
+                if queue or system:
+                    await checkpoint()
+                else:
+                    self._waiter = current_task()
+                    await wait_task_rescheduled(self._unpark)
+                left = BURST
                 now_s = clock()
+                pause_s = now_s + BURST_S
                 continue
-            if burst == BURST:
-                burst = 0
-                await checkpoint()
-                now_s = clock()
-                continue
-            burst += 1
+            left -= 1
             if system:
-                at_s, message, sender = system.pop(0)
-                ask = None
+                entry = system.pop(0)
             else:
-                depth = len(queue)
-                if depth > self.high_water:
-                    self.high_water = depth
+                if len(queue) > high_water:
+                    high_water = self.high_water = len(queue)
                 entry = queue.popleft()
                 if overflow:
                     queue.append(_first(overflow))
-                if type(entry) is tuple:
-                    at_s, message, sender = entry
-                    ask = None
-                elif type(entry) is Ask:
-                    if entry.task is None:
-                        continue
-                    ask = entry
-                    ask.begun = True
-                    at_s, message, sender = ask.at_s, ask.message, ask.sender
-                else:
-                    at_s, message = entry.due_s, entry.take()
-                    if message is None:
-                        continue
-                    sender, ask = self.name, None
+            if type(entry) is tuple:
+                at_s, message, sender = entry
+                ask = None
+            else:
+                message = entry.take()
+                if message is None:
+                    continue
+                at_s, sender = entry.at_s, entry.sender
+                ask = entry if type(entry) is Ask else None
             kind = type(message)
             times = known.get(kind)
             if times is None:
-                times = known[kind] = Times()
-                times.handler = self.handlers[kind]
-            self.current = ask
-            self.handling = message
+                times = known[kind] = Times(self.handlers[kind])
+            self.entry = entry
             self.began_s = began_s = now_s
             if tap is not None:
                 self.show(TapKind.HANDLE, sender, message)
             outcome = "interrupted"
             try:
-                result = await times.handler(actor, message)  # type: ignore[misc]  # open() has seen to it
+                result = await times.handler(actor, message)
                 outcome = "handled"
             except Exception as exc:
                 outcome = "crashed"
@@ -422,13 +421,11 @@ class Mailbox:
                 if recent is None:
                     recent = self.recent = deque(maxlen=RECENT)
                 recent.append((at_s, began_s, now_s, kind, sender, outcome))
-                self.handled += 1
-            self.current = self.handling = None
 
     def defer(self, message: Request[R]) -> Deferred[R]:
-        if message is not self.handling:
+        if self.entry is None or message is not self._handling():
             raise RuntimeError("defer() takes the message that is being handled, in its handler")
-        ask = self.current
+        ask = self.entry if type(self.entry) is Ask else None
         if ask is not None and ask.task is not None:
             self.deferred[ask] = None
         return Deferred(self, ask)
@@ -439,7 +436,7 @@ class Mailbox:
             if type(entry) is tuple:
                 return self._age_s(entry[0])
             if not entry.over():
-                return self._age_s(entry.due_s if type(entry) is Timer else entry.at_s)
+                return self._age_s(entry.at_s)
         return None
 
     def statistics(self) -> dict[str, Any]:
@@ -450,7 +447,7 @@ class Mailbox:
             "askers_waiting_for_room": len(self.overflow),
             "replies_owed": len(self.deferred),
             "high_water": self.high_water,
-            "handled": self.handled,
+            "handled": sum(times.count for times in self.times.values()),
             "rejected": self.rejected,
             "refused": self.refused,
             "lost": self.lost,
@@ -459,7 +456,7 @@ class Mailbox:
 
     def activity(self) -> dict[str, Any]:
         """What it does, and what it has spent its time with."""
-        handling = self.handling
+        handling = self._handling()
         return {
             "handling": None
             if handling is None
@@ -495,6 +492,10 @@ class Mailbox:
         waiter, self._waiter = self._waiter, None
         if waiter is not None:
             reschedule(waiter)
+
+    def _handling(self) -> object:
+        entry = self.entry
+        return entry[1] if type(entry) is tuple else None if entry is None else entry.message
 
     def _age_s(self, at_s: float) -> float:
         return round(max(0.0, self.clock() - at_s), 6)

@@ -106,7 +106,7 @@ class Ref(Generic[A_co]):
         if timeout_s != math.inf:
             runtime = mailbox.runtime
             assert runtime is not None
-            runtime.deadlines.add(now_s + timeout_s, ask)
+            runtime.deadlines.add(now_s + runtime.offset_s + timeout_s, ask)
         await wait_task_rescheduled(ask.leave)
         if ask.error is not None:
             try:

@@ -20,34 +20,42 @@ if TYPE_CHECKING:
 class Timer:
     """A message on its way from an actor to itself. It has no public constructor: `ctx.send_after` makes it."""
 
-    __slots__ = ("_all", "_mailbox", "due_s", "message")
+    __slots__ = ("_all", "_mailbox", "_waiting", "at_s", "message", "sender")
 
-    def __init__(self, mailbox: Mailbox, message: object, due_s: float, all_: dict[Timer, None]) -> None:
-        #: When it is due, in Trio's time.
-        self.due_s = due_s
+    def __init__(self, mailbox: Mailbox, message: object, at_s: float, all_: dict[Timer, None]) -> None:
+        self.at_s = at_s
+        self.sender = mailbox.name
         self.message: object = message
         self._mailbox: Mailbox | None = mailbox
         self._all = all_
+        self._waiting = True
         all_[self] = None
 
     @property
     def pending(self) -> bool:
         """Whether the message has still to be handled: it is neither cancelled nor has its handler begun."""
-        return self.message is not None
+        return self._waiting
 
     def cancel(self) -> None:
         """The message will not be handled, even if it is in the mailbox already. May be called again."""
-        self.take()
+        if self._waiting:
+            self.message = None
+            self._end()
 
     def take(self) -> object:
-        message, self.message, self._mailbox = self.message, None, None
-        self._all.pop(self, None)
-        return message
+        """The message, once its turn has come; None when it is cancelled."""
+        self._end()
+        return self.message
 
     def over(self) -> bool:
-        return self.message is None
+        return not self._waiting
 
     def expire(self) -> None:
         mailbox, self._mailbox = self._mailbox, None
         if mailbox is not None:
             mailbox.remind(self)
+
+    def _end(self) -> None:
+        self._waiting = False
+        self._mailbox = None
+        self._all.pop(self, None)
