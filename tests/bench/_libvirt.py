@@ -23,10 +23,10 @@ from volant.hypervisor.qemu._argv import kernel_cmdline
 from volant.model import CreateVm
 from volant.model.agent import SERIAL_PORT_NAME
 
-from ._world import Skipped, ended, run, scratch
+from ._world import Skipped, kill_group, run, scratch
 
 _START_S = 20.0
-_COMMAND_S = 60.0
+_COMMAND_S = 20.0
 
 _QEMU_CONF = """
 user = "root"
@@ -88,19 +88,22 @@ def libvirt(spec: MachineSpec, wanted: CreateVm) -> Iterator[Libvirt]:
                 stderr=output,
                 start_new_session=True,
             )
-        with ended(process):
+        try:
             peer = Libvirt(directory, spec, wanted)
             give_up_at = time.monotonic() + _START_S
             while True:
                 try:
                     peer.virsh("version")
                     break
-                except RuntimeError as error:
+                except (RuntimeError, subprocess.TimeoutExpired) as error:
                     if process.poll() is not None or time.monotonic() > give_up_at:
                         said = log.read_text(errors="replace").strip().splitlines()[-1:]
                         raise Skipped(f"libvirtd does not start: {said[0] if said else error}") from None
                     time.sleep(0.1)
             yield peer
+        finally:
+            # SIGTERM does not end it; with it goes the namespace and all in it.
+            kill_group(process)
 
 
 _NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-ec")
@@ -117,7 +120,10 @@ def _script(directory: Path) -> str:
             f"echo 'unix_sock_dir = \"{directory}\"' > /etc/libvirt/libvirtd.conf",
             "echo 'auth_unix_rw = \"none\"' >> /etc/libvirt/libvirtd.conf",
             "virtlogd --daemon",
-            f"exec libvirtd --config /etc/libvirt/libvirtd.conf --pid-file {here}/libvirtd.pid",
+            f"libvirtd --config /etc/libvirt/libvirtd.conf --pid-file {here}/libvirtd.pid",
+            # Not the last command, which the shell would become: libvirtd as PID 1 waits for ever for a QEMU that it
+            # has killed, as it does not reap what is handed to it.
+            "exit",
         ]
     )
 
