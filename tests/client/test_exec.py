@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 
 import pytest
+import trio
 
 from volant.client import Client, ClientProblem, ConnectionLost, ExecEnd, UnexpectedAnswer
 
@@ -59,3 +60,12 @@ async def test_a_vm_that_does_not_run_is_a_problem() -> None:
         with pytest.raises(ClientProblem, match="stopped"):
             async with client.vms.exec("demo", ["x"]):
                 pytest.fail("entered")
+
+
+async def test_the_blocks_own_deadline_is_not_taken_for_the_daemons() -> None:
+    async with serving() as server, Client(server.base_url) as client:
+        server.routes[f"POST {PATH}"] = ndjson(line("stdout", b"x"), b'{"exit_code":0}\n')
+        with pytest.raises(trio.TooSlowError):
+            async with client.vms.exec("demo", ["x"], timeout_s=5):
+                with trio.fail_after(0):
+                    await trio.sleep_forever()

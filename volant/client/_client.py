@@ -17,7 +17,7 @@ from ._errors import ClientProblem, UnexpectedAnswer
 from ._events import pump_events
 from ._exec import Process, request_body
 from ._feed import Backoff, Feed, OnRetry, feeding
-from ._http import ANSWER_S, Http, Query, chunks_of, decode, json_value
+from ._http import ANSWER_S, Http, Query, chunks_of, decode
 from ._logs import pump_logs
 from ._types import Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus, Waited
 
@@ -118,7 +118,7 @@ class _Vms:
 
     async def inspect(self, name: str) -> dict[str, Any]:
         """What its actor and its process are doing; the members may change from version to version."""
-        return dict(json_value(await self._http.request("GET", f"{_vm(name)}/inspect")))
+        return await self._http.get(f"{_vm(name)}/inspect", dict[str, Any])
 
     async def create(self, request: CreateVm) -> VmView:
         """Create a VM. It is durable when this returns, and usually `pending`; see `wait`."""
@@ -262,11 +262,11 @@ class _Vms:
 
     async def agent_info(self, name: str) -> dict[str, Any]:
         """What the guest's agent says of itself and its guest (`volant.model.agent.Info`)."""
-        return dict(json_value(await self._http.request("GET", f"{_vm(name)}/agent/v1/info")))
+        return await self._http.get(f"{_vm(name)}/agent/v1/info", dict[str, Any])
 
     async def agent_health(self, name: str) -> dict[str, Any]:
         """The agent's own health and its workload's (`volant.model.agent.Healthz`)."""
-        return dict(json_value(await self._http.request("GET", f"{_vm(name)}/agent/healthz")))
+        return await self._http.get(f"{_vm(name)}/agent/healthz", dict[str, Any])
 
 
 class _Plugins:
@@ -308,11 +308,11 @@ class _System:
 
     async def info(self) -> dict[str, Any]:
         """Addresses, versions, accelerator and why; the members may grow."""
-        return dict(json_value(await self._http.request("GET", "/api/v1/system/info")))
+        return await self._http.get("/api/v1/system/info", dict[str, Any])
 
     async def tree(self) -> dict[str, Any]:
         """The supervisor tree."""
-        return dict(json_value(await self._http.request("GET", "/api/v1/system/tree")))
+        return await self._http.get("/api/v1/system/tree", dict[str, Any])
 
 
 def _name(name: str) -> str:

@@ -6,7 +6,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import httpx
 import msgspec
@@ -137,26 +137,26 @@ class Http:
             response = await self._client.send(request, stream=True)
             try:
                 if not response.is_success and response.status_code not in also:
-                    with trio.fail_after(ANSWER_S):
-                        raise problem(response.status_code, response.headers, await self._error_body(response))
+                    raise problem(response.status_code, response.headers, await self._error_body(response))
                 yield response
             finally:
                 with trio.move_on_after(1, shield=True):
                     await response.aclose()
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise self.address.unreachable(reason_of(error)) from error
-        except (httpx.TimeoutException, trio.TooSlowError) as error:
-            if isinstance(error, trio.TooSlowError) and read_s is None:
-                raise
+        except httpx.TimeoutException as error:
             raise self._too_slow(read_s or ANSWER_S) from error
         except (httpx.TransportError, httpx.StreamError) as error:
             raise ConnectionLost(f"the connection to {self.address.text} broke: {reason_of(error)}") from error
 
     async def _error_body(self, response: httpx.Response) -> bytes:
-        try:
-            return await self._read(response, _MAX_ERROR_BODY)
-        except UnexpectedAnswer:
-            return b""
+        """What explains an error; nothing, when that takes too long or is too much."""
+        with trio.move_on_after(ANSWER_S):
+            try:
+                return await self._read(response, _MAX_ERROR_BODY)
+            except UnexpectedAnswer:
+                pass
+        return b""
 
     async def _read(self, response: httpx.Response, maximum: int) -> bytes:
         body = bytearray()
@@ -231,8 +231,3 @@ def problem(status: int, headers: Mapping[str, str], body: bytes) -> ClientProbl
         vm=wire.vm,
         request_id=wire.request_id or request_id,
     )
-
-
-def json_value(response: httpx.Response) -> Any:
-    """The body of an answer whose members depend on the daemon."""
-    return decode(response, Any)
