@@ -62,10 +62,14 @@ async def test_a_vm_that_does_not_run_is_a_problem() -> None:
                 pytest.fail("entered")
 
 
+async def too_slow() -> None:
+    with trio.fail_after(0):
+        await trio.sleep_forever()
+
+
 async def test_the_blocks_own_deadline_is_not_taken_for_the_daemons() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes[f"POST {PATH}"] = ndjson(line("stdout", b"x"), b'{"exit_code":0}\n')
         with pytest.raises(trio.TooSlowError):
             async with client.vms.exec("demo", ["x"], timeout_s=5):
-                with trio.fail_after(0):
-                    await trio.sleep_forever()
+                await too_slow()
