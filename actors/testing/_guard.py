@@ -169,6 +169,14 @@ def _culprit(frame: FrameType | None) -> FrameType | None:
     return culprit
 
 
+def _in_a_file(frame: FrameType) -> FrameType:
+    """The frame itself, or for generated code (a dataclass's `__init__`) the one that called it."""
+    outer: FrameType | None = frame
+    while outer is not None and outer.f_code.co_filename.startswith("<"):
+        outer = outer.f_back
+    return frame if outer is None or outer.f_code.co_filename.startswith(_HERE) else outer
+
+
 class Guard:
     """Watches one thread for as long as `watching` lasts; `violated` hears of each violation before it is raised."""
 
@@ -219,6 +227,7 @@ class Guard:
         culprit = _culprit(frame)
         if culprit is None:
             return
+        culprit = _in_a_file(culprit)
         code = culprit.f_code
         error = RealWorld(
             f"{what} is real, and a simulation is not: no seed decides it.\n"

@@ -100,7 +100,7 @@ class Trace(trio.abc.Instrument):
         known = self._tasks.get(task)
         if known is None:
             self._numbered += 1
-            name = _ADDRESS.sub("", task.name)
+            name = _name(task)
             known = self._tasks[task] = (self._numbered, name)
             self._hash = hash((self._hash, zlib.crc32(name.encode())))
         self._hash = hash((self._hash, self._now_s, known[0]))
@@ -159,6 +159,14 @@ class Trace(trio.abc.Instrument):
         lines = list(_describe(self.main, self._tasks))
         shown = "\n".join(f"  {line}" for line in lines[:40])
         return shown + (f"\n  and {len(lines) - 40} more" if len(lines) > 40 else "")
+
+
+def _name(task: Task) -> str:
+    """Without the module, which is called differently when it is run as `__main__` or collected by pytest."""
+    inner = getattr(task.coro, "__qualname__", "")
+    if inner and task.name.endswith("." + inner):
+        return inner
+    return _ADDRESS.sub("", task.name)
 
 
 def _describe(task: Task, known: dict[Task, tuple[int, str]]) -> Iterator[str]:
