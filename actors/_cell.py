@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, final, overload
 
 import trio
@@ -205,6 +206,7 @@ class Cell:
         "inner",
         "kind",
         "loop",
+        "nursery",
         "outer",
         "path",
         "reason",
@@ -221,6 +223,7 @@ class Cell:
     )
 
     runtime: Runtime
+    nursery: trio.Nursery
     inner: trio.CancelScope
     outer: trio.CancelScope
     settled: trio.Event
@@ -266,11 +269,12 @@ class Cell:
     def alive(self) -> bool:
         return self.state not in (State.NEW, State.EXITED)
 
-    def prepare(self, parent: Cell | None, runtime: Runtime) -> None:
+    def prepare(self, parent: Cell | None, runtime: Runtime, nursery: trio.Nursery) -> None:
         """:raises RuntimeError: the child lives already."""
         if self.alive:
             raise RuntimeError(f"{self.label} lives already; one Child cannot be in two places")
         self.runtime = runtime
+        self.nursery = nursery
         if self.ref is not None:
             self.ref._mailbox.attach(runtime)
         self.path = self.child.name if parent is None or not parent.path else f"{parent.path}/{self.child.name}"
@@ -501,6 +505,10 @@ def _state_of(actor: Actor) -> dict[str, object]:
 
 
 def _is_async(start: object) -> bool:
+    while isinstance(start, partial):
+        start = start.func
+    if isinstance(start, type):
+        return False
     return inspect.iscoroutinefunction(start) or inspect.iscoroutinefunction(type(start).__call__)
 
 

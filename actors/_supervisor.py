@@ -121,7 +121,7 @@ class _Supervisor(Branch):
         nursery, parent = self._nursery, self._cell
         if nursery is None or parent is None:
             raise self._down()
-        cell.prepare(parent, parent.runtime)
+        cell.prepare(parent, parent.runtime, nursery)
         self._context.run(partial(nursery.start_soon, self._keep, cell, name=cell.path))
         try:
             await cell.settled.wait()

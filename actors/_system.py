@@ -116,8 +116,6 @@ async def open_system(
     """
     cell = Child(name, root)._cell
     runtime = Runtime(name, rng or Random(), tap or ambient_tap.get())
-    cell.prepare(None, runtime)
-    cell.path = ""
     body = trio.CancelScope()
     watch = trio.CancelScope(shield=True)
 
@@ -136,6 +134,8 @@ async def open_system(
 
     try:
         async with trio.open_nursery() as nursery:
+            cell.prepare(None, runtime, nursery)
+            cell.path = ""
             nursery.start_soon(watch_deadlines, name=f"{name}: deadlines")
             nursery.start_soon(keep, name=name)
             try:
