@@ -1,6 +1,7 @@
 """The boot image, built once, and daemons whose end is checked.
 
 `VOLANT_TEST_CACHE` names the directory of the image; the default is where an ordinary user's daemon has it.
+`VOLANT_TEST_FULL=1` takes the loads and rounds that the promises speak of, instead of shorter ones.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import trio
+from trio_websocket import WebSocketConnection, open_websocket_url
 
 from volant.client import Client, ClientProblem, Feed, StreamGap
 from volant.model import CreateVm, Event, VmView
@@ -279,6 +280,19 @@ async def reachable(client: Client, name: str) -> None:
                 if problem.status != 502:
                     raise
             await trio.sleep(0.02)
+
+
+@asynccontextmanager
+async def websocket(url: str) -> AsyncIterator[WebSocketConnection]:
+    """A WebSocket client. trio-websocket 0.12 leaves its socket open when the server has closed first."""
+    async with open_websocket_url(url) as connection:
+        yield connection
+    await trio.aclose_forcefully(connection._stream)
+
+
+def load(variable: str, *, usual: int, full: int) -> int:
+    """How much of something a test does: `usual`; `full` where VOLANT_TEST_FULL is set; or what `variable` says."""
+    return int(os.environ.get(variable) or (full if os.environ.get("VOLANT_TEST_FULL") else usual))
 
 
 class Stopwatch:
