@@ -679,8 +679,12 @@ class Host:
 
     # The machine
 
+    def memory_available_mb(self) -> int:
+        """Memory that programs can still have without swapping, in MiB."""
+        return _meminfo().get("MemAvailable", 0) // 1024
+
     def figures(self) -> HostFigures:
-        """What the machine is doing, from /proc."""
+        """What the machine is doing, from /proc. One caller, as its CPU figure is since the call before."""
         with (_PROC / "stat").open() as file:
             ticks = [int(figure) for figure in file.readline().split()[1:9]]
         total, idle = sum(ticks), ticks[3] + ticks[4]

@@ -216,6 +216,7 @@ async def test_a_kernel_that_is_none_is_a_bad_image(host: Host, qemu: QemuHyperv
             await qemu.launch(spec)
     assert failure.value.code == "bad_image", failure.value.message
     assert await host.find(spec.mark) is None
+    assert not host.exists(spec.memory_file)
 
 
 async def test_memory_that_the_host_lacks_is_refused(qemu: QemuHypervisor, spec: MachineSpec) -> None:

@@ -76,7 +76,6 @@ class Link:
         )
         self._streams: dict[int, MuxStream] = {}
         self._out = bytearray()
-        self._sending = 0
         self._out_filled = trio.Event()
         self._out_room = trio.lowlevel.ParkingLot()
         self._lost: str | None = None
@@ -186,14 +185,12 @@ class Link:
                 self._out_filled = trio.Event()
                 await self._out_filled.wait()
             chunk, self._out = self._out, bytearray()
-            self._sending = len(chunk)
             # In pieces, so that the deadline tells a slow guest from one that takes nothing.
             for start in range(0, len(chunk), FRAME_LIMIT):
                 piece = chunk[start : start + FRAME_LIMIT]
                 with trio.fail_after(STALL_S):
                     await self._stream.send_all(piece)
                 self.bytes_out += len(piece)
-                self._sending -= len(piece)
             self._out_room.unpark_all()
 
     def _flush(self) -> None:

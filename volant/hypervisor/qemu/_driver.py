@@ -26,8 +26,8 @@ from ._probe import probe, qemu_version
 from ._qmp import QmpClient, QmpLost
 
 LAUNCH_S = 15.0
-SPARE_MEMORY_MB = 64
-"""What must be left on the host beside a guest's memory: QEMU itself."""
+SPARE_MEMORY_MB = 192
+"""What must be left on the host beside a guest's memory: QEMU itself, and under TCG its translated code."""
 
 _RETRY_S = 0.005
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -85,6 +85,15 @@ class QemuHypervisor:
         await self.choice()
         if self._version is None:
             raise LaunchFailed("qemu_missing", _MISSING)
+        try:
+            return await self._launch(spec)
+        except LaunchFailed:
+            # Memory is what the host has least of.
+            await self._host.remove_file(spec.memory_file)
+            raise
+
+    async def _launch(self, spec: MachineSpec) -> ProcessIdentity:
+        assert self._version is not None
         await self._prepare(spec)
         argv = build_argv(spec, self._version[:2], self._program)
         try:
@@ -119,7 +128,7 @@ class QemuHypervisor:
             host.close_file(host.open_file(spec.console_path, _APPEND))
         except OSError as error:
             raise LaunchFailed("exited", f"the machine's directory cannot be prepared: {error}") from error
-        available_mb = host.figures().memory_available_mb
+        available_mb = host.memory_available_mb()
         if available_mb < spec.memory_mb + SPARE_MEMORY_MB:
             raise LaunchFailed(
                 "memory_refused", f"the host has {available_mb} MiB of memory left, the guest needs {spec.memory_mb}"
