@@ -14,9 +14,9 @@ the shield and the budget are `inner`, which has been there all along, and what 
 gone when the stack closes.
 
 Its child tasks run in the supervisor's nursery, each in a shielded scope of its own, and the incarnation counts them
-and waits for the last. Rejected: a nursery for each incarnation. It is a quarter of what a start costs and a fifth of the
-memory of an actor, most actors have no child task, and it could do nothing here that the counting does not: its own
-scope must not be used (a failure would cancel `on_stop` too), and what it would raise is taken out of its hands.
+and waits for the last. Rejected: a nursery for each incarnation. It made a start half as dear again, most have no
+child task, and it could do nothing here that the counting does not: its own scope must not be used (a failure would
+cancel `on_stop` too), and what it would raise is taken out of its hands.
 """
 
 from __future__ import annotations
