@@ -12,6 +12,7 @@ import trio
 from ._cell import PERMANENT, Cell, Child, State
 from ._ref import Ref
 from ._runtime import Runtime
+from ._show import as_mermaid, as_text
 from ._supervisor import DynamicSupervisor, Supervisor
 from ._tap import Tap, ambient_tap
 
@@ -56,7 +57,11 @@ class System:
 
     def format_tree(self) -> str:
         """The whole tree, as text for people."""
-        return "\n".join(_lines(self.tree(), "", ""))
+        return as_text(self.tree())
+
+    def mermaid(self) -> str:
+        """The whole tree as a Mermaid flowchart. What does not run is dashed, and red if it has crashed."""
+        return as_mermaid(self.tree())
 
     def trace(self, ref: Ref[Any], last: int = 100) -> list[dict[str, Any]]:
         """The last messages that an actor handled, over all incarnations, the oldest first, ready for JSON.
@@ -167,21 +172,3 @@ def _whole(cell: Cell) -> bool:
 
 def _content(cell: Cell) -> bool:
     return cell.exit is not None and not cell.exit.abnormal
-
-
-def _lines(node: dict[str, Any], first: str, rest: str) -> list[str]:
-    words = [node["name"], f"[{node['kind']}]", node["state"]]
-    if node["restarts"]:
-        words.append(f"{node['restarts']} restarts")
-    mailbox = node.get("mailbox")
-    if mailbox and mailbox["depth"]:
-        words.append(f"mailbox {mailbox['depth']}/{mailbox['capacity']}")
-    if node["exits"]:
-        last = node["exits"][-1]
-        words.append(f"(at {last['at_s']:.1f} s {last['reason'].splitlines()[0]})")
-    lines = [first + " ".join(words)]
-    children = node.get("children", [])
-    for child in children:
-        last_one = child is children[-1]
-        lines += _lines(child, rest + ("└─ " if last_one else "├─ "), rest + ("   " if last_one else "│  "))
-    return lines
