@@ -56,6 +56,8 @@ cgroup2 /sys/fs/cgroup cgroup2 nosuid,nodev,noexec,nsdelegate 0 0
 _VIRTIO_MODULES = {1: "virtio_net", 2: "virtio_blk", 4: "virtio_rng", 19: "vmw_vsock_virtio_transport"}
 _VIRTIO_VSOCK = 19
 _PVPANIC = ("0x1b36", "0x0011")
+_PVPANIC_ISA = "QEMU0001"
+"""Of machines without PCI; the driver's name notwithstanding."""
 
 
 def main() -> NoReturn:
@@ -197,6 +199,8 @@ def _later() -> None:
         for name in _list(base):
             if (_read(f"{base}/{name}/vendor"), _read(f"{base}/{name}/device")) == _PVPANIC:
                 modules = ["pvpanic", "pvpanic_pci"]
+        if any(name.startswith(_PVPANIC_ISA) for name in _list("/sys/bus/acpi/devices")):
+            modules += ["pvpanic", "pvpanic_mmio"]
         present = _virtio_ids() - {_VIRTIO_VSOCK}
         _load(modules + [_VIRTIO_MODULES[number] for number in sorted(present) if number in _VIRTIO_MODULES])
         for path in ("/dev/pts", "/dev/shm"):

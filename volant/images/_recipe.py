@@ -48,6 +48,7 @@ KERNEL_MODULES = (
     "virtio-rng",
     "pvpanic",
     "pvpanic-pci",
+    "pvpanic-mmio",
     "vsock",
     "vmw_vsock_virtio_transport",
     "overlay",

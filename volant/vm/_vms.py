@@ -56,7 +56,7 @@ _ASK_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 60.0
 _SHUTDOWN_S = 10.0
 _DELETE_TIMEOUT_S = 60.0
-_OVERHEAD_MB = 96
+_OVERHEAD_MB = 192
 """What a hypervisor's process needs beside its guest's memory."""
 _HOST_RESERVE_MB = 512
 """What the host keeps for itself."""
