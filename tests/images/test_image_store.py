@@ -171,11 +171,9 @@ def test_a_host_without_debians_sources_says_what_to_do(tmp_path: Path, monkeypa
     assert not list(tmp_path.glob("build-*"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
-def test_a_cache_that_cant_be_written_says_so(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
+def test_a_cache_that_cant_be_written_says_so() -> None:
     with pytest.raises(ImageError) as caught:
-        build(tmp_path / "cache")
+        build(Path("/proc/cache"))  # where nobody, not even root, can make a folder
     assert caught.value.code == "cache_unwritable"
 
 
