@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,6 @@ from actors import (
     TRANSIENT,
     Actor,
     ActorDown,
-    AskTimeout,
     Backoff,
     Child,
     DynamicSupervisor,
@@ -32,7 +33,8 @@ from actors import (
 )
 
 Simulate = Callable[[Callable[[Random], Awaitable[object]], int], object]
-SEEDS = range(200)
+MANY = range(int(os.environ.get("ACTORS_SEEDS", "1000")))
+FEW = range(min(200, len(MANY)))
 
 
 def test_trap_1_the_order_of_shutdown_is_reverse_under_outer_cancellation(simulate: Simulate) -> None:
@@ -82,7 +84,7 @@ def test_trap_1_the_order_of_shutdown_is_reverse_under_outer_cancellation(simula
         return log
 
     logs = set()
-    for seed in SEEDS:
+    for seed in MANY:
         log = simulate(main, seed)
         assert isinstance(log, list)
         starts, ends = log[: len(log) // 2], log[len(log) // 2 :]
@@ -125,18 +127,19 @@ def test_no_asker_is_lost_and_none_gets_the_answer_of_another(simulate: Simulate
         async def client(number: int) -> None:
             for n in range(10):
                 question = number * 1000 + n
+                patience_s = 30 if rng.random() < 0.9 else rng.random()
+                timeout_s = rng.choice([math.inf, 60.0])
                 try:
-                    with trio.move_on_after(30 if rng.random() < 0.9 else rng.random()) as patience:
-                        answer = await system[f"pool/{rng.randrange(3)}"].ask(Work(question), timeout_s=10)
+                    with trio.move_on_after(patience_s) as patience:
+                        answer = await system[f"pool/{rng.randrange(3)}"].ask(Work(question), timeout_s=timeout_s)
                         assert answer == question
                         outcomes.append("answer")
                     if patience.cancelled_caught:
+                        assert patience_s < 30, "nobody answered, and eight clients never wait that long"
                         outcomes.append("left")
                 except ActorDown:
                     outcomes.append("down")
                     await trio.sleep(rng.random())
-                except AskTimeout:
-                    outcomes.append("timeout")
 
         async def killer() -> None:
             for _ in range(20):
@@ -159,7 +162,7 @@ def test_no_asker_is_lost_and_none_gets_the_answer_of_another(simulate: Simulate
         return tuple(outcomes)
 
     seen = set()
-    for seed in SEEDS:
+    for seed in MANY:
         outcomes = simulate(main, seed)
         assert isinstance(outcomes, tuple)
         seen |= set(outcomes)
@@ -225,7 +228,7 @@ def test_every_strategy_converges_once_the_faults_are_over(simulate: Simulate) -
                 assert await leaf.ref.ask(Work(n), timeout_s=1) == n
             return sum(leaf.ref.inspect()["restarts"] for leaf in leaves)
 
-    assert sum(int(str(simulate(main, seed))) for seed in SEEDS) > 1000
+    assert sum(int(str(simulate(main, seed))) for seed in FEW) > 1000
 
 
 def test_starts_and_stops_that_cross_leave_nothing_behind(simulate: Simulate) -> None:
@@ -279,5 +282,5 @@ def test_starts_and_stops_that_cross_leave_nothing_behind(simulate: Simulate) ->
         assert open_now == []
         assert pool.names == []
 
-    for seed in SEEDS:
+    for seed in FEW:
         simulate(main, seed)

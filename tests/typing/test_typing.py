@@ -11,9 +11,9 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+API = str(HERE / "api.py")
 CHECKERS: dict[str, list[str]] = {
-    "mypy": ["--strict", "--config-file=", "--python-version=3.11", f"--cache-dir={ROOT / '.mypy_cache'}"]
-    + [str(HERE / "api.py")],
+    "mypy": ["--strict", "--config-file=", "--python-version=3.11", f"--cache-dir={ROOT / '.mypy_cache'}", API],
     "pyright": [f"--project={HERE}", f"--pythonpath={sys.executable}"],
 }
 
