@@ -18,6 +18,7 @@ from functools import partial
 from typing import Literal
 
 import trio
+from quart_trio import QuartTrio
 
 from actors import ONE_FOR_ONE, Child, DynamicSupervisor, GaveUp, Supervisor, System, open_system
 from volant import __version__
@@ -35,6 +36,8 @@ from ._sockets import ListenError, address_of, listening
 _logger = logging.getLogger("volant.daemon")
 
 _EPHEMERAL_STOP_S = 25.0
+_STREAMS_STOP_S = 3.0
+"""How long the API may take to see its connections off; it has a shorter deadline of its own."""
 
 Health = Literal["ok", "starting", "stopping", "degraded"]
 
@@ -61,6 +64,7 @@ class Daemon:
         self._settings = settings
         self._sockets = sockets
         self._stopping = trio.Event()
+        self._served = trio.Event()
         self._adopted = False
         self._system: System | None = None
         self._orphans: list[dict[str, object]] = []
@@ -123,7 +127,7 @@ class Daemon:
                 self._journal,
                 Child("logs", self.logs.keep),
                 Child("vms", self._supervisor),
-                Child("api", partial(serve, app, self._sockets, stopping=self._stopping), shutdown_s=10),
+                Child("api", partial(self._serve, app), shutdown_s=10),
             ],
         )
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -144,9 +148,18 @@ class Daemon:
                         _logger.error("these VMs could not be deleted: %s", ", ".join(left))
                 self._stopping.set()
                 self.store.events.close()
+                # Cancelled now, it would cut streams off in the middle of being told.
+                with trio.move_on_after(_STREAMS_STOP_S):
+                    await self._served.wait()
                 nursery.cancel_scope.cancel()
         self.logs.close()
         _logger.info("stopped")
+
+    async def _serve(self, app: QuartTrio, *, task_status: trio.TaskStatus[None]) -> None:
+        await serve(app, self._sockets, stopping=self._stopping, task_status=task_status)
+        self._served.set()
+        # A child that ends is one that its supervisor starts again.
+        await trio.sleep_forever()
 
     async def _hurry(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         """A second signal ends the patience with VMs."""

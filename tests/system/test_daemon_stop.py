@@ -1,0 +1,76 @@
+"""A clean stop: streams are told, VMs of an ephemeral daemon go with it, and a second signal is heard."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import httpx
+import pytest
+import trio
+from trio_websocket import ConnectionClosed
+
+from tests.system.kit import Daemon, Stopwatch, boot, spec, websocket
+
+
+async def test_streams_end_cleanly_when_the_daemon_stops_and_vms_go_on(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon(ephemeral=False)
+    async with daemon.client() as client, daemon.http() as http:
+        vm = await boot(client, "demo")
+        url = f"ws{daemon.base_url.removeprefix('http')}/ws/v1/vms/demo/logs"
+        async with http.stream("GET", "/api/v1/events/vms") as events, websocket(url) as log:
+            pieces = events.aiter_bytes()
+            assert await anext(pieces) == b"retry: 1000\n\n"
+            daemon.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]  # it runs
+            watch = Stopwatch()
+            with trio.fail_after(10):
+                # To its end, and that is no error.
+                async for _ in pieces:
+                    pass
+                code = None
+                while code is None:
+                    try:
+                        await log.get_message()
+                    except ConnectionClosed as closed:
+                        code = closed.reason.code
+            print(f"streams ended after {watch.seconds:.2f} s")
+            assert watch.seconds < 2
+            assert code == 1001
+    assert daemon.stop() == 0
+    assert list(daemon.hypervisors()) == [vm.pid]
+
+
+async def test_an_ephemeral_daemon_takes_its_vms_along_whatever_they_do(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon()
+    async with daemon.client() as client:
+        await boot(client, "running")
+        # One of these boots for ever, the other one has hardly begun.
+        await client.vms.create(spec("hanging", kernel_cmdline="rdinit=/bin/sh"))
+        await client.vms.wait("hanging", ["running"], timeout_s=3)
+        await client.vms.create(spec("booting"))
+    watch = Stopwatch()
+    assert daemon.stop() == 0
+    print(f"stopped after {watch.seconds:.2f} s")
+    assert watch.seconds < 30
+    assert daemon.leftovers() == []
+
+
+async def test_a_log_ends_with_its_vm_and_can_be_read_afterwards(daemon: Daemon) -> None:
+    async with daemon.client() as client, daemon.http() as http:
+        vm = await boot(client, "demo")
+        async with client.vms.logs("demo", since=0) as log:
+            await client.vms.delete("demo")
+            with trio.fail_after(10):
+                lines = [item async for item in log]
+        assert lines
+        kept = await http.get(f"/api/v1/vms/demo/logs?vm_id={vm.id}")
+        assert kept.status_code == 200
+        assert len(kept.text.splitlines()) == len(lines)
+        assert (await http.get("/api/v1/vms/demo/logs")).status_code == 404
+
+
+def test_a_stopped_daemon_refuses_connections(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon()
+    assert daemon.stop() == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{daemon.base_url}/healthz", trust_env=False)
