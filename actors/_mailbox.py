@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Generic, final
 
 from trio.lowlevel import Abort, Task, checkpoint, current_task, reschedule, wait_task_rescheduled
@@ -485,7 +486,9 @@ class Mailbox:
                 "took_s": round(ended_s - began_s, 6),
                 "outcome": outcome,
             }
-            for at_s, began_s, ended_s, kind, sender, outcome in list(self.recent)[-last:]
+            for at_s, began_s, ended_s, kind, sender, outcome in islice(
+                self.recent, max(0, len(self.recent) - last), None
+            )
         ]
 
     def wake(self) -> None:
