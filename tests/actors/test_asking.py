@@ -316,6 +316,88 @@ async def test_a_full_mailbox_refuses_tells_and_lets_askers_wait_for_room(autoju
         assert ref.inspect()["mailbox"]["rejected"] == 1
 
 
+async def test_the_wait_for_room_is_within_the_deadline_and_what_ran_out_is_not_handled(
+    autojump_clock: MockClock,
+) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(ref.ask, Sleep(5), timeout_s=10))
+            await wait_all_tasks_blocked()
+            for n in range(4):
+                ref.tell(Note(str(n)))
+            with pytest.raises(AskTimeout, match="was not taken up, and is withdrawn") as caught:
+                await ref.ask(Withdraw(10), timeout_s=2)
+            assert trio.current_time() == 2
+            assert not caught.value.begun
+            assert ref.inspect()["mailbox"]["askers_waiting_for_room"] == 0
+        assert await ref.ask(Withdraw(1), timeout_s=1) == 9
+
+
+async def test_the_first_answer_counts_and_a_second_is_dropped(autojump_clock: MockClock) -> None:
+    class Twice(Account):
+        async def answer(self, deferred: Deferred[str], message: Defer) -> None:
+            deferred.reply("first")
+            deferred.reply("second")
+            deferred.fail(NotEnough())
+
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Twice))
+        assert await ref.ask(Defer(1), timeout_s=1) == "first"
+        assert ref.inspect()["mailbox"]["late_replies"] == 0
+
+
+async def test_a_reply_that_is_owed_dies_with_whoever_owes_it(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    async with open_system(bank_) as system:
+        ref = await bank_.start_child(Child("a", Account))
+        async with trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                with pytest.raises(ActorDown, match="killed"):
+                    await ref.ask(Defer(50), timeout_s=math.inf)
+
+            nursery.start_soon(ask)
+            await wait_all_tasks_blocked()
+            system.kill("a")
+        assert trio.current_time() == 0
+
+
+async def test_a_handler_that_refuses_after_it_deferred_owes_nothing(autojump_clock: MockClock) -> None:
+    class Torn(Account):
+        @handles(Withdraw)
+        async def withdraw(self, message: Withdraw) -> int:
+            self.ctx.defer(message)
+            raise NotEnough
+
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Torn))
+        with pytest.raises(NotEnough):
+            await ref.ask(Withdraw(1), timeout_s=1)
+        assert ref.inspect()["mailbox"]["replies_owed"] == 0
+
+
+async def test_only_what_is_being_handled_can_be_deferred(autojump_clock: MockClock) -> None:
+    class Confused(Account):
+        async def on_start(self) -> None:
+            with pytest.raises(RuntimeError, match="being handled"):
+                self.ctx.defer(Withdraw(1))
+
+        @handles(Withdraw)
+        async def withdraw(self, message: Withdraw) -> int:
+            with pytest.raises(RuntimeError, match="being handled"):
+                self.ctx.defer(Withdraw(message.amount))
+            return 0
+
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Confused))
+        assert await ref.ask(Withdraw(1), timeout_s=1) == 0
+
+
 async def test_a_handler_replies_later_or_fails_later_while_others_are_served(autojump_clock: MockClock) -> None:
     bank_ = bank()
     async with open_system(bank_):
