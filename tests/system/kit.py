@@ -90,11 +90,20 @@ class Daemon:
         assert "listening on " in line, f"volantd did not start: {line!r}\n{self.log()}"
         self.base_url = line.rpartition(" ")[2].strip()
 
-    def stop(self) -> int:
-        """SIGTERM, and its exit code."""
+    def terminate(self) -> None:
+        """SIGTERM."""
         assert self.process is not None
         self.process.terminate()
+
+    def wait(self) -> int:
+        """Its exit code."""
+        assert self.process is not None
         return self.process.wait(_STOP_S)
+
+    def stop(self) -> int:
+        """SIGTERM, and its exit code."""
+        self.terminate()
+        return self.wait()
 
     def kill(self) -> None:
         """`kill -9`."""

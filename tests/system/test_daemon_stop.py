@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 
 import httpx
@@ -21,7 +20,7 @@ async def test_streams_end_cleanly_when_the_daemon_stops_and_vms_go_on(make_daem
         async with http.stream("GET", "/api/v1/events/vms") as events, websocket(url) as log:
             pieces = events.aiter_bytes()
             assert await anext(pieces) == b"retry: 1000\n\n"
-            daemon.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]  # it runs
+            daemon.terminate()
             watch = Stopwatch()
             with trio.fail_after(10):
                 # To its end, and that is no error.
@@ -36,7 +35,7 @@ async def test_streams_end_cleanly_when_the_daemon_stops_and_vms_go_on(make_daem
             print(f"streams ended after {watch.seconds:.2f} s")
             assert watch.seconds < 2
             assert code == 1001
-    assert daemon.stop() == 0
+    assert daemon.wait() == 0
     assert list(daemon.hypervisors()) == [vm.pid]
 
 
@@ -74,3 +73,31 @@ def test_a_stopped_daemon_refuses_connections(make_daemon: Callable[..., Daemon]
     assert daemon.stop() == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{daemon.base_url}/healthz", trust_env=False)
+
+
+async def test_a_vm_that_is_asked_for_while_an_ephemeral_daemon_stops_leaves_nothing(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    daemon = make_daemon()
+    answers: list[int] = []
+    async with daemon.http() as http:
+        await http.post("/api/v1/vms?wait=starting", json={"name": "first", "cpu_cores": 1, "memory_mb": 128})
+
+        async def create(name: str) -> None:
+            try:
+                answer = await http.post("/api/v1/vms", json={"name": name, "cpu_cores": 1, "memory_mb": 128})
+                answers.append(answer.status_code)
+            except httpx.TransportError as error:
+                print(f"{name}: {error!r}")
+
+        async with trio.open_nursery() as nursery:
+            for i in range(4):
+                nursery.start_soon(create, f"before{i}")
+            daemon.terminate()
+            # Some arrive before the signal, some after it, some not at all.
+            for i in range(8):
+                await create(f"while{i}")
+    print(answers)
+    assert set(answers) <= {201, 503}
+    assert daemon.wait() == 0
+    assert daemon.leftovers() == []

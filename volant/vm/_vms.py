@@ -74,6 +74,7 @@ class Vms:
     supervisor: DynamicSupervisor
     _refs: dict[int, Ref[VmActor]] = field(default_factory=dict)
     _creating: list[int] = field(default_factory=list)
+    _closing: bool = False
     _starting: dict[int, trio.Event] = field(default_factory=dict)
 
     async def create(self, request: CreateVm) -> VmRow:
@@ -233,12 +234,17 @@ class Vms:
                 nursery.start_soon(adopt, row)
 
     async def delete_all(self, timeout_s: float) -> list[str]:
-        """Delete every VM; the names of those that are left after `timeout_s`."""
+        """Delete every VM and make no more; the names of those that are left after `timeout_s`."""
+        self._closing = True
+        projection = self.doors.store.projection
         with trio.move_on_after(timeout_s):
-            async with trio.open_nursery() as nursery:
-                for row in self.doors.store.projection.rows():
-                    nursery.start_soon(self._delete_quietly, row.name)
-        return [row.name for row in self.doors.store.projection.rows()]
+            # One that was being made when this began has its row a moment later.
+            while projection.rows() or self._creating:
+                async with trio.open_nursery() as nursery:
+                    for row in projection.rows():
+                        nursery.start_soon(self._delete_quietly, row.name)
+                    nursery.start_soon(trio.sleep, 0.05)
+        return [row.name for row in projection.rows()]
 
     async def gave_up(self, told: GaveUp) -> None:
         """The supervisor has given up a VM's actor: the VM goes on, and its row says that nobody holds the reins."""
@@ -271,7 +277,9 @@ class Vms:
             )
 
     def _admit(self, memory_mb: int, *, besides: int | None = None) -> None:
-        """:raises Problem: 503 when the host has no room for one more VM of that size."""
+        """:raises Problem: 503 when the host has no room for one more VM of that size, or all are being deleted."""
+        if self._closing:
+            raise Problem(503, "daemon-stopping", "the daemon stops, and its VMs with it")
         rows = [row for row in self.doors.store.projection.rows() if row.id != besides]
         limit = self.doors.settings.max_vms
         if limit is not None and len(rows) + len(self._creating) >= limit:
