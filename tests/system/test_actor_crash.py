@@ -68,7 +68,12 @@ async def test_a_vm_outlives_crashes_of_its_actor(image_cache: Path, monkeypatch
         assert daemon._system is not None
         newest = await client.newest_event()
         writer = "setsid sh -c 'for i in $(seq 1 3000); do echo line $i; done >/dev/console' >/dev/null 2>&1 &"
-        async with client.vms.logs("demo", since=0, streams=["console"]) as log:
+        lost: list[object] = []
+
+        def on_retry(error: object, delay_s: float) -> None:
+            lost.append(error)
+
+        async with client.vms.logs("demo", since=0, streams=["console"], on_retry=on_retry) as log:
             await run(client, "demo", "sh", "-c", writer)
 
             # As if by kill -9, in the middle of a command and of the console's output.
@@ -106,6 +111,7 @@ async def test_a_vm_outlives_crashes_of_its_actor(image_cache: Path, monkeypatch
                     if item.line.startswith("line "):
                         lines.append(item.line)
             assert lines == [f"line {i}" for i in range(1, 3001)]
+            assert lost == []
 
         after = await client.vms.get("demo")
         assert (after.pid, after.status, after.boots, after.reason) == (vm.pid, "running", 1, None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
 from tests.system.kit import Daemon
+from volant import images
 
 GOOD = {"name": "demo", "cpu_cores": 1, "memory_mb": 128}
 DEEP = b'{"name":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
@@ -82,6 +84,15 @@ async def test_a_bad_parameter_is_400_and_is_named(daemon: Daemon, method: str, 
         answer = await http.request(method, path, json=GOOD if method == "POST" else None)
         assert (answer.status_code, answer.json()["field"]) == (400, field), answer.text
         assert (await http.get("/api/v1/vms")).json() == []
+
+
+async def test_less_memory_than_the_image_needs_is_400_with_the_figure(daemon: Daemon, image_cache: Path) -> None:
+    image = images.find(image_cache)
+    assert image is not None
+    async with daemon.http() as http:
+        answer = await http.post("/api/v1/vms", json={**GOOD, "memory_mb": image.min_memory_mb - 1})
+        assert (answer.status_code, answer.json()["field"]) == (400, "memory_mb")
+        assert str(image.min_memory_mb) in answer.json()["detail"]
 
 
 async def test_a_body_of_100_mb_is_413_and_costs_no_memory(daemon: Daemon) -> None:

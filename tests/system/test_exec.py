@@ -104,3 +104,16 @@ async def test_volar_speaks_json(daemon: Daemon, guest: str) -> None:
     done = await volar(daemon, "--json", "vms", "get", guest)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["name"] == guest
+
+
+async def test_a_command_that_takes_all_memory_dies_and_the_agent_does_not(daemon: Daemon, guest: str) -> None:
+    async with daemon.client() as client:
+        before = await client.vms.agent_health(guest)
+        script = "a = []\nwhile True: a.append(bytearray(b'x' * (1 << 20)))"
+        async with client.vms.exec(guest, ["python3.13", "-c", script], timeout_s=60) as process:
+            end = await process.wait()
+        print(end)
+        assert end.signal == 9 or end.exit_code == 1
+        # The very agent that was there before, and not one that was started anew.
+        assert (await client.vms.agent_health(guest))["uptime_s"] > before["uptime_s"]
+        assert (await client.vms.get(guest)).boots == 1

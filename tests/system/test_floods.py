@@ -175,3 +175,28 @@ async def test_a_workload_that_writes_without_end_harms_nobody_and_loses_no_line
         assert len(numbers) > 200_000
         logs = sum(path.stat().st_size for path in (daemon.state_dir / "logs").rglob("*.log"))
         assert logs < 80 * 1024 * 1024
+
+
+async def test_a_console_that_says_what_is_no_text_stays_a_log(daemon: Daemon) -> None:
+    noise = (
+        "exec >/dev/console; head -c 200000 /dev/urandom; echo; "
+        r'head -c 300000 /dev/zero | tr "\0" x; echo; echo the end'
+    )
+    async with daemon.client() as client:
+        await boot(client, "demo")
+        async with client.vms.logs("demo", since=0, streams=["console"]) as log:
+            await run(client, "demo", "sh", "-c", f"setsid sh -c '{noise}' >/dev/null 2>&1 &")
+            long: list[LogLine] = []
+            with trio.fail_after(60):
+                while True:
+                    item = await log.receive()
+                    assert isinstance(item, LogLine)
+                    assert len(item.line.encode()) <= 3 * 65536
+                    if item.line.startswith("xxxx"):
+                        long.append(item)
+                    if item.line == "the end":
+                        break
+        assert sum(len(item.line) for item in long) == 300_000
+        # A line over 64 KiB is split, and the parts say so.
+        assert [item.partial for item in long] == [True] * 4 + [False]
+        assert await run(client, "demo", "echo", "well") == "well\n"

@@ -16,7 +16,15 @@ async def test_a_killed_hypervisor_is_told_within_a_second_and_other_vms_notice_
         victim = await boot(client, "victim")
         other = await boot(client, "other")
         assert victim.pid is not None
-        async with client.events() as feed, client.vms.logs("other", tail=0) as log:
+        lost: list[object] = []
+
+        def on_retry(error: object, delay_s: float) -> None:
+            lost.append(error)
+
+        async with (
+            client.events(on_retry=on_retry) as feed,
+            client.vms.logs("other", tail=0, on_retry=on_retry) as log,
+        ):
             os.kill(victim.pid, signal.SIGKILL)
             watch = Stopwatch()
             event = await event_of(feed, "VM_CRASHED", "victim", timeout_s=10)
@@ -47,6 +55,7 @@ async def test_a_killed_hypervisor_is_told_within_a_second_and_other_vms_notice_
             assert await run(client, "victim", "echo", "back") == "back\n"
             # Of the other VM there was no event at all.
             assert (await client.vms.get("other")).updated_at == other.updated_at
+            assert lost == []
 
 
 async def test_a_hypervisor_killed_while_its_guest_boots_is_a_crash_too(daemon: Daemon) -> None:
