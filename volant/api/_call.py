@@ -67,9 +67,16 @@ class Call:
     # HTTP
 
     async def start(self, status: int, headers: Sequence[Header]) -> None:
-        """Send the head of an answer."""
+        """Send the head of an answer, at once: what follows may take its time."""
         self.started = True
-        await self.send({"type": "http.response.start", "status": status, "headers": list(headers)})
+        await self.send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": list(headers),
+                "volant.at_once": True,
+            }
+        )
 
     async def write(self, data: bytes) -> None:
         """Send a piece of the body; returns when the kernel has it."""

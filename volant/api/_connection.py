@@ -79,6 +79,10 @@ class Connection(TCPServer):
         self._header_begun = False
         self._closing = False
         self._torn = False
+        self.hold_next = False
+        """Whether the head of an answer, which comes now, is kept until something follows it, for one write of both.
+        ASGI asks for no less: a server waits for the first piece of the body."""
+        self._held = b""
 
     async def run(self) -> None:
         try:
@@ -135,9 +139,15 @@ class Connection(TCPServer):
 
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, RawData):
-            if event.data:
-                await self._write(event.data)
+            if self.hold_next:
+                self._held = event.data
+                return
+            data, self._held = self._held + event.data, b""
+            if data:
+                await self._write(data)
         elif isinstance(event, Closed):
+            if self._held:
+                await self.protocol_send(RawData(b""))
             await self._end()
             await self.http.handle(Closed())
         elif isinstance(event, Updated):
@@ -379,10 +389,13 @@ class Tasks:
                 with trio.move_on_after(finish_s) as scope:
                     scope.shield = True
                     await send(message)
+            elif message["type"] == "http.response.start":
+                self.connection.hold_next = not message.get("volant.at_once", False)
+                await send(message)
+                self.connection.hold_next = False
             else:
                 await send(message)
-                if message["type"] != "http.response.start":
-                    await trio.lowlevel.checkpoint()
+                await trio.lowlevel.checkpoint()
 
         try:
             await app(scope, inbox.receive, app_send, trio.to_thread.run_sync, trio.from_thread.run)
