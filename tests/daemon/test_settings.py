@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from volant.daemon._settings import Settings, SettingsError, load, parse_address, split
+from volant.daemon._settings import Settings, SettingsError, check, load, parse_address, split
+
+KEY = "0123456789abcdef0123"
 
 
 def settings(*argv: str, **environ: str) -> Settings:
     return load(argv, environ, uid=0)[0]
+
+
+def keys_of(found: Settings) -> list[str]:
+    return [key.reveal() for key in check(found).keys]
 
 
 def test_defaults_of_root_are_the_system_directories() -> None:
@@ -58,16 +65,99 @@ def test_an_unknown_flag_ends_with_usage() -> None:
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("name", ["VOLANT_API_KEY", "VOLANT_API_KEY_FILE", "VOLANT_API_ALLOW_CIDR"])
-def test_protection_that_is_not_there_is_refused_not_ignored(name: str) -> None:
-    with pytest.raises(SettingsError, match=name):
-        settings(**{name: "x"})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("VOLANT_API_KEY", ""),
+        ("VOLANT_API_KEY", "two words"),
+        ("VOLANT_API_KEY", "schlüssel"),
+        ("VOLANT_API_KEY", "a\nb"),
+        ("VOLANT_API_KEY_FILE", ""),
+        ("VOLANT_API_KEY_FILE", "/nowhere/keys"),
+        ("VOLANT_API_KEY_FILE", "/"),
+        ("VOLANT_API_KEY_FILE", "/dev/zero"),
+        ("VOLANT_API_ALLOW_CIDR", ""),
+        ("VOLANT_API_ALLOW_CIDR", "10.0.0.0/8,nonsense"),
+        ("VOLANT_API_ALLOW_CIDR", "10.0.0.0/33"),
+        ("VOLANT_API_ALLOW_CIDR", "10.0.0.1/8"),
+        ("VOLANT_API_ALLOW_CIDR", "localhost"),
+        ("VOLANT_TRUSTED_PROXIES", "proxy.example"),
+        ("VOLANT_CORS_ORIGINS", "*"),
+        ("VOLANT_CORS_ORIGINS", "null"),
+        ("VOLANT_CORS_ORIGINS", "console.example"),
+        ("VOLANT_CORS_ORIGINS", "https://*.example"),
+        ("VOLANT_CORS_ORIGINS", "https://console.example/app"),
+        ("VOLANT_CORS_ORIGINS", "https://console.example:port"),
+    ],
+)
+def test_a_protection_that_can_not_be_used_keeps_the_daemon_from_starting(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=name.removeprefix("VOLANT_").lower()) as caught:
+        settings(**{name: value})
+    assert name != "VOLANT_API_KEY" or not value or value not in str(caught.value)
 
 
-def test_an_open_address_needs_to_be_asked_for() -> None:
+def test_a_key_is_in_the_environment_or_a_file_and_never_a_flag(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        settings("--api-key", KEY)
+    config = tmp_path / "volantd.toml"
+    config.write_text(f'api_key = "{KEY}"\n')
+    for found in (settings(VOLANT_API_KEY=KEY), settings("--config", str(config))):
+        assert keys_of(found) == [KEY]
+        assert KEY not in repr(found) + str(found)
+
+
+def test_a_key_file_has_one_key_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# the old one\n{KEY}\n\n  {KEY[::-1]}  \r\n{KEY}\n")
+    assert keys_of(settings("--api-key-file", str(file))) == [KEY, KEY[::-1]]
+    assert keys_of(settings("--api-key-file", str(file), VOLANT_API_KEY="of-the-environment")) == [
+        "of-the-environment", KEY, KEY[::-1],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "two words\n", "\x00\n", "k\n" * 101, "k" * 70_000])
+def test_a_key_file_that_does_not_fit_is_an_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match="api_key_file"):
+        settings("--api-key-file", str(file))
+
+
+def test_a_pipe_as_key_file_holds_nobody_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys")
+    with pytest.raises(SettingsError, match="no ordinary file"):
+        settings("--api-key-file", str(tmp_path / "keys"))
+
+
+def test_the_credential_of_systemd_is_the_key_file_if_no_other_is_named(tmp_path: Path) -> None:
+    (tmp_path / "volant-api-key").write_text(KEY)
+    (tmp_path / "other").write_text(KEY[::-1])
+    assert keys_of(settings(CREDENTIALS_DIRECTORY=str(tmp_path))) == [KEY]
+    named = settings(CREDENTIALS_DIRECTORY=str(tmp_path), VOLANT_API_KEY_FILE=str(tmp_path / "other"))
+    assert keys_of(named) == [KEY[::-1]]
+    assert keys_of(settings(CREDENTIALS_DIRECTORY=str(tmp_path / "none"))) == []
+
+
+def test_keys_that_others_can_read_or_guess_are_warned_of(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    for text, mode, warned in ((KEY, 0o600, []), (KEY, 0o644, ["can read"]), ("short", 0o600, ["less than"])):
+        file.write_text(text)
+        file.chmod(mode)
+        warnings = load(["--api-key-file", str(file)], {}, uid=0)[1]
+        assert len(warnings) == len(warned)
+        for warning, words in zip(warnings, warned, strict=True):
+            assert words in warning
+            assert text not in warning
+
+
+def test_an_open_address_needs_a_protection_or_to_be_asked_for() -> None:
     with pytest.raises(SettingsError, match="--insecure"):
         settings("--listen", "0.0.0.0:7777")
+    with pytest.raises(SettingsError, match="--insecure"):
+        settings("--listen", "0.0.0.0:7777", "--trusted-proxies", "10.0.0.1")
     assert settings("--listen", "0.0.0.0:7777", "--insecure").insecure
+    assert settings("--listen", "0.0.0.0:7777", VOLANT_API_KEY=KEY)
+    assert settings("--listen", "[::]:7777", "--api-allow-cidr", "10.0.0.0/8, 2001:db8::/32")
     assert settings("--listen", "127.0.0.1:0,[::1]:0,unix:/run/volant.sock")
 
 

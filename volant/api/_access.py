@@ -1,43 +1,168 @@
 """Who may ask: the checks that come before any route.
 
-A web page that a person has open can send requests to loopback, and by rebinding its name to 127.0.0.1 can even read
-the answers. So `Host` must be a name that is known to be ours, and what changes something or opens a WebSocket must not
-come from another origin. The list of networks and the API key belong here too, before and after these checks.
+In this order, so that who is outside learns as little as can be:
+
+1. The client's address against `VOLANT_API_ALLOW_CIDR`: 403. Behind a proxy of `VOLANT_TRUSTED_PROXIES` it is the last
+   address in `X-Forwarded-For` that is no such proxy; what stands before that one anybody can have written.
+2. `Host`: 421. A web page that a person has open can send requests to loopback, and by rebinding its name to 127.0.0.1
+   can even read the answers; but it still says its own name.
+3. `Origin` on what changes something or opens a WebSocket: 403.
+4. The API key: 401. A preflight of a browser is answered before, as it can't carry one.
+
+A Unix socket has permissions of its own and skips the first and the last. All of it together costs some microseconds,
+and with the settings it can be replaced while the daemon runs.
 """
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from volant.model import Problem
 
 from ._doors import ApiSettings
+from ._keys import Keys, Tickets
+from ._networks import is_in, parse_client
+
+Header = tuple[bytes, bytes]
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _REMEMBERED = 256
+_PREFLIGHT_AGE = b"600"
+_METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+_KEYLESS = (b"/healthz",)
+_IN_QUERY = (b"api_key", b"ticket")
 
 
 class Access:
-    """The checks, for one configuration."""
+    """The checks, for the settings in force."""
 
     def __init__(self, settings: ApiSettings) -> None:
-        self._hosts = {name.lower() for name in settings.allowed_hosts}
-        self._hosts |= {urlsplit(address).netloc.lower() for address in settings.addresses if "://" in address}
-        self._origins = {origin.lower().rstrip("/") for origin in settings.cors_origins}
-        self._known: dict[tuple[bytes | None, object], bool] = {}
+        self._rules = _Rules(settings)
+        self.tickets = Tickets()
+
+    @property
+    def asks_for_key(self) -> bool:
+        """Whether a key is in force."""
+        return bool(self._rules.keys)
+
+    def replace(self, settings: ApiSettings) -> None:
+        """Let other settings be in force, for requests from now on. With the keys the tickets made with them go."""
+        if settings.api_keys != self._rules.settings.api_keys:
+            self.tickets.clear()
+        self._rules = _Rules(settings)
 
     def check(self, scope: Any) -> None:
-        """:raises Problem: 421 or 403."""
+        """Address, `Host` and `Origin`. :raises Problem: 421 or 403."""
+        self._rules.check(scope)
+
+    def authenticate(self, scope: Any, *, in_query: bool) -> None:
+        """The key; with `in_query` also as a parameter, for what browsers open without headers.
+
+        :raises Problem: 401.
+        """
+        keys = self._rules.keys
+        if not keys or scope["state"].get("unix"):
+            return
+        if scope["type"] == "http" and scope["raw_path"] in _KEYLESS:
+            return
+        shown = False
+        for name, value in scope["headers"]:
+            if name == b"x-volant-api-key":
+                shown = True
+            elif name == b"authorization" and value[:7].lower() == b"bearer ":
+                shown = True
+                value = value[7:]
+            else:
+                continue
+            if keys.accept(value.strip()):
+                return
+        ticket = False
+        for name, value in _credentials(scope["query_string"]):
+            if not in_query:
+                raise _unauthenticated(
+                    f"{name.decode()} in the query counts on WebSockets and event streams alone",
+                    "send the key as X-Volant-API-Key",
+                )
+            shown = True
+            ticket = ticket or name == b"ticket"
+            if self.tickets.redeem(value) if name == b"ticket" else keys.accept(value):
+                return
+        if ticket:
+            raise _unauthenticated(
+                "the ticket is used, too old, or not one of this daemon's", "POST /api/v1/tickets gives another"
+            )
+        if shown:
+            raise _unauthenticated("the API key is not one of this daemon's", None)
+        raise _unauthenticated(
+            "this daemon asks for an API key",
+            "send X-Volant-API-Key or Authorization: Bearer; volar takes it from VOLANT_API_KEY or --api-key-file",
+        )
+
+    def cors(self, scope: Any) -> list[Header]:
+        """What every answer says to browsers about pages of other origins."""
+        origins = self._rules.origins
+        if not origins:
+            return []
+        origin = _header(scope, b"origin")
+        if origin is None or not self._rules.is_allowed(_shown(origin)):
+            return [(b"vary", b"Origin")]
+        return [
+            (b"vary", b"Origin"),
+            (b"access-control-allow-origin", origin),
+            (b"access-control-expose-headers", b"*"),
+        ]
+
+    def preflight(self, scope: Any) -> list[Header] | None:
+        """The headers of the answer, if this is the question of a browser whether a page of an allowed origin may."""
+        if scope["type"] != "http" or scope["method"] != "OPTIONS" or not self._rules.origins:
+            return None
+        origin = _header(scope, b"origin")
+        if origin is None or _header(scope, b"access-control-request-method") is None:
+            return None
+        if not self._rules.is_allowed(_shown(origin)):
+            return None
+        headers = [
+            (b"access-control-allow-methods", _METHODS),
+            (b"access-control-max-age", _PREFLIGHT_AGE),
+            (b"vary", b"Access-Control-Request-Headers"),
+        ]
+        wanted = _header(scope, b"access-control-request-headers")
+        if wanted is not None:
+            # Any: what a guest's own API takes we can't list, and Authorization is not covered by a `*`.
+            headers.append((b"access-control-allow-headers", wanted))
+        return headers
+
+
+class _Rules:
+    """One set of settings, ready for use."""
+
+    def __init__(self, settings: ApiSettings) -> None:
+        self.settings = settings
+        self.keys = Keys(settings.api_keys)
+        self.origins = {origin.lower().rstrip("/") for origin in settings.cors_origins}
+        self._hosts = {name.lower() for name in settings.allowed_hosts}
+        self._hosts |= {urlsplit(address).netloc.lower() for address in settings.addresses if "://" in address}
+        self._known: dict[tuple[bytes | None, object], bool] = {}
+        self._is_proxy = lru_cache(_REMEMBERED)(self._find_proxy)
+        self._may_ask = lru_cache(_REMEMBERED)(self._find_client)
+
+    def check(self, scope: Any) -> None:
         host: bytes | None = None
         origin: bytes | None = None
+        forwarded: list[bytes] = []
         for name, value in scope["headers"]:
             if name == b"host":
                 host = value
             elif name == b"origin":
                 origin = value
+            elif name == b"x-forwarded-for":
+                forwarded.append(value)
+        if self.settings.allow_cidr and not scope["state"].get("unix"):
+            self._check_client(scope["client"][0], forwarded)
         server = scope.get("server")
         key = (host, server[0] if server else None)
         ours = self._known.get(key)
@@ -54,6 +179,37 @@ class Access:
             )
         if origin is not None and (scope["type"] == "websocket" or scope["method"] not in _SAFE):
             self._check_origin(_shown(origin), _shown(host))
+
+    def is_allowed(self, origin: str) -> bool:
+        """Whether an operator has named this origin."""
+        return origin.lower().rstrip("/") in self.origins
+
+    def _check_client(self, peer: str, forwarded: list[bytes]) -> None:
+        client = peer
+        if forwarded and self._is_proxy(peer):
+            for member in reversed(b",".join(forwarded).split(b",")):
+                client = _shown(member).strip()
+                if not self._is_proxy(client):
+                    break
+        if not self._may_ask(client):
+            raise Problem(
+                403,
+                "address-not-allowed",
+                f"this daemon takes no requests from {client[:100]}",
+                hint="networks that may ask go into VOLANT_API_ALLOW_CIDR, proxies into VOLANT_TRUSTED_PROXIES",
+            )
+
+    def _find_proxy(self, text: str) -> bool:
+        try:
+            return is_in(parse_client(text), self.settings.trusted_proxies)
+        except ValueError:
+            return False
+
+    def _find_client(self, text: str) -> bool:
+        try:
+            return is_in(parse_client(text), self.settings.allow_cidr)
+        except ValueError:
+            return False
 
     def _is_ours(self, host: bytes | None, local: object) -> bool:
         if not host:
@@ -77,7 +233,7 @@ class Access:
         return address.is_loopback or str(local).removeprefix("::ffff:") == str(address)
 
     def _check_origin(self, origin: str, host: str) -> None:
-        if origin.lower().rstrip("/") in self._origins:
+        if self.is_allowed(origin):
             return
         # `host` is one of ours by now. A page of ours is one whose origin is what it talks to.
         try:
@@ -105,9 +261,32 @@ def _shown(value: bytes | None) -> str:
     return (value or b"").decode("latin-1")[:200]
 
 
+def _header(scope: Any, wanted: bytes) -> bytes | None:
+    for name, value in scope["headers"]:
+        if name == wanted:
+            return bytes(value)
+    return None
+
+
+def _unauthenticated(detail: str, hint: str | None) -> Problem:
+    return Problem(401, "unauthenticated", detail, hint=hint)
+
+
+def _credentials(query: bytes) -> Iterable[Header]:
+    """Those among the parameters of a query, decoded."""
+    for pair in query.split(b"&") if _may_have_credentials(query) else ():
+        name, _, value = (unquote_to_bytes(part.replace(b"+", b" ")) for part in pair.partition(b"="))
+        if name in _IN_QUERY:
+            yield name, value
+
+
+def _may_have_credentials(query: bytes) -> bool:
+    return b"api" in query or b"ticket" in query or b"%" in query
+
+
 def without_credentials(query: bytes) -> bytes:
     """The query string without `api_key` and `ticket`, otherwise byte for byte."""
-    if b"api" not in query and b"ticket" not in query and b"%" not in query:
+    if not _may_have_credentials(query):
         return query
     return b"&".join(_others(query.split(b"&")))
 
@@ -115,5 +294,5 @@ def without_credentials(query: bytes) -> bytes:
 def _others(pairs: Iterable[bytes]) -> Iterable[bytes]:
     for pair in pairs:
         name = unquote_to_bytes(pair.partition(b"=")[0].replace(b"+", b" "))
-        if name not in (b"api_key", b"ticket"):
+        if name not in _IN_QUERY:
             yield pair

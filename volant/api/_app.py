@@ -10,7 +10,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from volant.model import Problem
 
-from . import _agent, _events, _logs, _plugins, _system, _vms
+from . import _agent, _events, _logs, _plugins, _system, _tickets, _vms
 from ._access import Access
 from ._doors import Doors
 from ._edge import Edge, internal_error, too_large
@@ -22,9 +22,10 @@ from ._turns import Turns
 _log = logging.getLogger("volant.api")
 
 
-def create_app(doors: Doors, limits: Limits | None = None) -> QuartTrio:
-    """The API over `doors`, to be handed to `serve`."""
+def create_app(doors: Doors, limits: Limits | None = None, access: Access | None = None) -> QuartTrio:
+    """The API over `doors`, to be handed to `serve`; `access` for whoever wants to replace its settings later."""
     limits = limits or Limits()
+    access = access or Access(doors.settings)
     app = QuartTrio("volant.api", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=limits.json_body, RESPONSE_TIMEOUT=None, BODY_TIMEOUT=30)
     # A proxied path is not ours to tidy, and redirects help no client of an API.
@@ -33,13 +34,14 @@ def create_app(doors: Doors, limits: Limits | None = None) -> QuartTrio:
     _answer_errors(app, limits)
     for resource in (_system, _vms, _plugins):
         resource.add_routes(app, doors)
+    _tickets.add_routes(app, doors, access)
     turns = Turns()
     streams = [
         *_agent.routes(doors, Relay(turns)),
         *_events.routes(doors),
         *_logs.routes(doors, turns),
     ]
-    app.asgi_app = Edge(app.asgi_app, streams, Access(doors.settings), limits)  # type: ignore[method-assign]
+    app.asgi_app = Edge(app.asgi_app, streams, access, limits)  # type: ignore[method-assign]
     return app
 
 

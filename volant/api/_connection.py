@@ -74,6 +74,7 @@ class Connection(TCPServer):
         self.limits = server.limits
         self.inbox: Inbox | None = None
         self._socket = stream.socket
+        self.is_unix = stream.socket.family == socket.AF_UNIX
         self._reading = trio.CancelScope()
         self._idle = True
         self._header_begun = False
@@ -242,7 +243,8 @@ class Http11(H11Protocol):
             connection.config,
             connection.context,
             tasks,  # type: ignore[arg-type]  # used by Hypercorn for spawn_app() and spawn() alone
-            ConnectionState(connection.state),
+            # A Unix socket's permissions are its key; what is checked of others must know it for sure.
+            ConnectionState({**connection.state, "unix": connection.is_unix}),
             False,
             client,
             server,
@@ -523,7 +525,8 @@ async def _send_problem(stream: HTTPStream | WSStream, status: int) -> None:
 def _malformed(error: h11.RemoteProtocolError) -> Problem:
     if error.error_status_hint == 431:
         return Problem(431, "headers-too-large", "the request's line and headers are too large")
-    return Problem(400, "malformed-request", f"this is not HTTP/1.1: {error}")
+    # h11 quotes the line after the colon, in which a key may stand.
+    return Problem(400, "malformed-request", f"this is not HTTP/1.1: {str(error).partition(':')[0]}")
 
 
 def _unacceptable(request: h11.Request) -> Problem | None:

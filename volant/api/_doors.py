@@ -12,6 +12,8 @@ from volant.host import Host
 from volant.journal import Journal, Store, VmLogs
 from volant.vm import Vms
 
+from ._networks import Network
+
 Health = Literal["ok", "starting", "stopping", "degraded"]
 
 
@@ -24,7 +26,13 @@ class ApiSettings:
     allowed_hosts: tuple[str, ...] = ()
     """Names besides loopback and the listen address that may stand in `Host`, with a port or for any."""
     cors_origins: tuple[str, ...] = ()
-    """Origins of web pages that may use WebSockets and unsafe methods."""
+    """Origins of web pages that may use the API."""
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Of which clients must show one; without any nobody is asked."""
+    allow_cidr: tuple[Network, ...] = ()
+    """Networks from which requests are taken; without any, from all."""
+    trusted_proxies: tuple[Network, ...] = ()
+    """Proxies whose `X-Forwarded-For` counts."""
 
 
 class SystemDoor(Protocol):

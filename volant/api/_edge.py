@@ -19,7 +19,7 @@ import trio
 from volant.model import Problem
 
 from ._access import Access
-from ._call import Call, Message
+from ._call import Call, Header, Message
 from ._limits import Limits
 from ._problems import new_request_id
 
@@ -28,6 +28,7 @@ _log = logging.getLogger("volant.api")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}\Z")
 _QUIET = frozenset({"/healthz"})
+_REFUSED = frozenset({401, 403, 421})
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 Handler = Callable[[Call], Awaitable[None]]
@@ -42,6 +43,8 @@ class StreamRoute:
     methods: frozenset[str] | None = frozenset({"GET", "HEAD"})
     http: bool = True
     websocket: bool = False
+    sse: bool = False
+    """Whether it is an event stream for whoever asks; others are for those who accept only that."""
 
 
 class Edge:
@@ -60,7 +63,7 @@ class Edge:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = given.decode("ascii") if _REQUEST_ID.match(given) else new_request_id()
         scope["state"]["request_id"] = request_id
-        answer = _Answer(send, request_id.encode("ascii"))
+        answer = _Answer(send, request_id.encode("ascii"), self._access.cors(scope))
         call = Call(scope, receive, answer.send, request_id)
         began = time.perf_counter()
         try:
@@ -78,18 +81,29 @@ class Edge:
     async def _serve(self, call: Call) -> None:
         scope = call.scope
         self._access.check(scope)
+        allowed = self._access.preflight(scope)
+        if allowed is not None:
+            await call.reject(204, allowed, b"")
+            return
         path = scope["raw_path"].decode("ascii")
-        for route in self._routes:
-            found = route.pattern.match(path)
-            if found:
-                call.args = [unquote(group or "") for group in found.groups()]
-                self._check_method(route, call)
-                await route.handler(call)
-                return
+        route, args = self._find(path)
+        self._access.authenticate(scope, in_query=_takes_credentials_in_query(call, route))
+        if route is not None:
+            call.args = args
+            self._check_method(route, call)
+            await route.handler(call)
+            return
         if call.is_websocket:
             raise Problem(404, "not-found", f"there is no WebSocket at {path[:200]}")
         self._check_length(call)
         await self._app(scope, call.receive, call.send)
+
+    def _find(self, path: str) -> tuple[StreamRoute | None, Sequence[str]]:
+        for route in self._routes:
+            found = route.pattern.match(path)
+            if found:
+                return route, [unquote(group or "") for group in found.groups()]
+        return None, ()
 
     def _check_method(self, route: StreamRoute, call: Call) -> None:
         if call.is_websocket and not route.websocket:
@@ -110,6 +124,8 @@ class Edge:
         if answer.status:
             return  # Too late: the server sees an answer that does not end, and cuts it off.
         headers = []
+        if problem.status == 401:
+            headers.append((b"www-authenticate", b'Bearer realm="volant"'))
         if problem.status == 405 and problem.hint:
             headers.append((b"allow", problem.hint.removeprefix("use ").encode("latin-1")))
         if problem.status == 426:
@@ -120,11 +136,12 @@ class Edge:
 class _Answer:
     """Adds what every answer has, and remembers its status."""
 
-    __slots__ = ("_request_id", "_send", "status")
+    __slots__ = ("_cors", "_request_id", "_send", "status")
 
-    def __init__(self, send: Callable[[Message], Awaitable[None]], request_id: bytes) -> None:
+    def __init__(self, send: Callable[[Message], Awaitable[None]], request_id: bytes, cors: Sequence[Header]) -> None:
         self._send = send
         self._request_id = request_id
+        self._cors = cors
         self.status = 0
 
     async def send(self, message: Message) -> None:
@@ -132,12 +149,22 @@ class _Answer:
         if kind in ("http.response.start", "websocket.http.response.start"):
             self.status = message["status"]
             headers = message["headers"]
+            headers.extend(self._cors)
             if not any(name == b"x-request-id" for name, _ in headers):
                 headers.append((b"x-request-id", self._request_id))
                 headers.append((b"x-content-type-options", b"nosniff"))
         elif kind in ("websocket.accept", "volant.websocket.switch"):
             self.status = 101
         await self._send(message)
+
+
+def _takes_credentials_in_query(call: Call, route: StreamRoute | None) -> bool:
+    """Browsers can't set headers for a WebSocket and an `EventSource`, and for those alone a URL may carry a key."""
+    if call.is_websocket:
+        return True
+    if route is None or call.method not in ("GET", "HEAD"):
+        return False
+    return route.sse or (call.header(b"accept") or "").strip().lower() == "text/event-stream"
 
 
 def too_large(limit: int) -> Problem:
@@ -166,4 +193,10 @@ def _log_request(scope: Any, request_id: str, status: int, took_s: float) -> Non
     if _requests.isEnabledFor(level):
         # Never the query: it may carry a key.
         method = scope.get("method", "WEBSOCKET")
-        _requests.log(level, "%s %s %s %s %.1f ms", request_id, method, path[:500], status or "-", took_s * 1000)
+        text, took_ms = path[:500], took_s * 1000
+        if status in _REFUSED:
+            client = scope["client"]
+            peer = client[0] if client else "a Unix socket"
+            _requests.log(level, "%s %s %s %s from %s %.1f ms", request_id, method, text, status, peer, took_ms)
+        else:
+            _requests.log(level, "%s %s %s %s %.1f ms", request_id, method, text, status or "-", took_ms)

@@ -54,7 +54,7 @@ def routes(doors: Doors) -> list[StreamRoute]:
                     return
             await call.finish()
 
-    return [StreamRoute(_PATH, events)]
+    return [StreamRoute(_PATH, events, sse=True)]
 
 
 class _Filter:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ._access import without_credentials
+
 Header = tuple[bytes, bytes]
 
 _HOP_BY_HOP = frozenset(
@@ -51,15 +53,23 @@ def to_guest(headers: Iterable[Header], *, host: bytes) -> list[Header]:
     dropped = _HOP_BY_HOP | _CREDENTIALS | _OURS_TO_SAY | _named_by_connection(headers)
     if any(name == b"transfer-encoding" for name, _ in headers):
         dropped |= {b"content-length"}  # Chunks were what counted (RFC 9112, 6.3).
-    return [(b"host", host), *((name, value) for name, value in headers if name not in dropped)]
+    kept = ((name, value) for name, value in headers if name not in dropped)
+    return [(b"host", host), *(field for field in kept if field[0] != b"referer" or _is_harmless(field[1]))]
 
 
 def from_guest(headers: Iterable[Header]) -> list[Header]:
     """A guest's headers as the client gets them: its pages never run as ours (contract: Access)."""
     headers = list(headers)
     dropped = _HOP_BY_HOP | _ORIGIN_WIDE | _SAID_BY_US | _named_by_connection(headers)
-    kept = [(name, value) for name, value in headers if name not in dropped]
+    # Who may read across origins is for the operator to say (VOLANT_CORS_ORIGINS), not for a guest.
+    kept = [field for field in headers if field[0] not in dropped and not field[0].startswith(b"access-control-")]
     return [*kept, SANDBOX]
+
+
+def _is_harmless(referer: bytes) -> bool:
+    """Whether the address of the page before has no credentials in it."""
+    query = referer.partition(b"?")[2]
+    return without_credentials(query) == query
 
 
 def _named_by_connection(headers: Iterable[Header]) -> frozenset[bytes]:

@@ -12,17 +12,18 @@ import logging
 import platform
 import signal
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime
 from functools import partial
 from typing import Literal
 
+import msgspec
 import trio
 from quart_trio import QuartTrio
 
 from actors import ONE_FOR_ONE, Child, DynamicSupervisor, GaveUp, Supervisor, System, open_system
 from volant import __version__
-from volant.api import ApiSettings, Doors, create_app, serve
+from volant.api import Access, ApiSettings, Doors, create_app, serve
 from volant.host import Host
 from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
@@ -30,12 +31,14 @@ from volant.journal import Journal, Store, VmLogs
 from volant.vm import VmDoors, Vms, VmSettings, instance_of
 
 from ._directories import DirectoryError, claimed, memory_dir, remove
-from ._settings import Settings, split
+from ._protection import Protection
+from ._settings import RELOADED, Settings, SettingsError, check, split
 from ._sockets import ListenError, address_of, listening
 
 _logger = logging.getLogger("volant.daemon")
 
 _EPHEMERAL_STOP_S = 25.0
+_RELOAD_S = 10.0
 _STREAMS_STOP_S = 3.0
 """How long the API may take to see its connections off; it has a shorter deadline of its own."""
 
@@ -46,11 +49,19 @@ class DaemonError(Exception):
     """The daemon can't run. The text is for the operator."""
 
 
-async def run(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT. :raises DaemonError: it can't."""
+Reread = Callable[[], tuple[Settings, list[str]]]
+"""Loads the settings once more, from where they came, with what to warn of."""
+
+
+async def run(settings: Settings, reread: Reread | None = None) -> None:
+    """Run until SIGTERM or SIGINT; on SIGHUP take from `reread` what can be taken.
+
+    :raises DaemonError: it can't run.
+    :raises SettingsError: a key file has become something else since the settings were loaded.
+    """
     try:
         with claimed(settings), listening(settings) as sockets:
-            await Daemon(settings, sockets).run()
+            await Daemon(settings, sockets, reread).run()
             if settings.ephemeral:
                 remove(settings)
     except (DirectoryError, ListenError) as error:
@@ -60,9 +71,11 @@ async def run(settings: Settings) -> None:
 class Daemon:
     """The assembled daemon, and what it knows of itself: the door that the API uses for `/system`."""
 
-    def __init__(self, settings: Settings, sockets: list[socket.socket]) -> None:
+    def __init__(self, settings: Settings, sockets: list[socket.socket], reread: Reread | None = None) -> None:
         self._settings = settings
         self._sockets = sockets
+        self._reread = reread
+        self._access = Access(self._api_settings(settings, check(settings)))
         self._stopping = trio.Event()
         self._served = trio.Event()
         self._adopted = False
@@ -104,21 +117,15 @@ class Daemon:
 
     async def run(self) -> None:
         """Run until a signal, then stop."""
-        app = create_app(
-            Doors(
-                vms=self.vms,
-                journal=self._journal.ref,
-                store=self.store,
-                logs=self.logs,
-                host=self.host,
-                system=self,
-                settings=ApiSettings(
-                    addresses=tuple(address_of(sock) for sock in self._sockets),
-                    allowed_hosts=tuple(split(self._settings.allowed_hosts)),
-                    cors_origins=tuple(split(self._settings.cors_origins)),
-                ),
-            )
+        doors = Doors(
+            vms=self.vms,
+            journal=self._journal.ref,
+            store=self.store,
+            logs=self.logs,
+            host=self.host,
+            system=self,
         )
+        app = create_app(doors, access=self._access)
         root = Supervisor(
             ONE_FOR_ONE,
             intensity=5,
@@ -130,7 +137,7 @@ class Daemon:
                 Child("api", partial(self._serve, app), shutdown_s=10),
             ],
         )
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with open_system(root, name="volantd") as system, trio.open_nursery() as nursery:
                 self._system = system
                 for sock in self._sockets:
@@ -139,6 +146,9 @@ class Daemon:
                 nursery.start_soon(self._adopt)
                 nursery.start_soon(self._choose_accelerator)
                 async for signum in signals:
+                    if signum == signal.SIGHUP:
+                        await self._reload()
+                        continue
                     _logger.info("stopping: %s", signal.Signals(signum).name)
                     break
                 nursery.start_soon(self._hurry, signals, nursery.cancel_scope)
@@ -163,9 +173,42 @@ class Daemon:
 
     async def _hurry(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         """A second signal ends the patience with VMs."""
-        async for _ in signals:
-            _logger.warning("stopping at once")
-            scope.cancel()
+        async for signum in signals:
+            if signum != signal.SIGHUP:
+                _logger.warning("stopping at once")
+                scope.cancel()
+
+    async def _reload(self) -> None:
+        """Take keys, networks, hosts and origins anew: all of them, or none when something does not fit."""
+        if self._reread is None:
+            return
+        try:
+            with trio.fail_after(_RELOAD_S):
+                settings, warnings = await trio.to_thread.run_sync(self._reread, abandon_on_cancel=True)
+                taken = msgspec.structs.replace(self._settings, **{name: getattr(settings, name) for name in RELOADED})
+                # With the addresses that are listened on, which may not be those of the new settings.
+                protection = await trio.to_thread.run_sync(check, taken, abandon_on_cancel=True)
+        except (SettingsError, OSError, trio.TooSlowError) as error:
+            _logger.error("nothing is reloaded, the old settings go on: %s", error or "reading them took too long")
+            return
+        for warning in warnings:
+            _logger.warning("%s", warning)
+        self._access.replace(self._api_settings(taken, protection))
+        self._settings = taken
+        _logger.info("reloaded keys, networks, hosts and origins")
+        left = [name for name in Settings.__struct_fields__ if getattr(settings, name) != getattr(taken, name)]
+        if left:
+            _logger.warning("these settings have changed and wait for a restart: %s", ", ".join(left))
+
+    def _api_settings(self, settings: Settings, protection: Protection) -> ApiSettings:
+        return ApiSettings(
+            addresses=tuple(address_of(sock) for sock in self._sockets),
+            allowed_hosts=tuple(split(settings.allowed_hosts)),
+            cors_origins=tuple(split(settings.cors_origins)),
+            api_keys=tuple(key.reveal() for key in protection.keys),
+            allow_cidr=protection.allow_cidr,
+            trusted_proxies=protection.trusted_proxies,
+        )
 
     async def _adopt(self) -> None:
         await self.logs.forget_unknown([row.id for row in self.store.projection.rows()])

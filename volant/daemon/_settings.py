@@ -17,12 +17,16 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
+from ._protection import Protection, ProtectionError, Secret, check_origin, others_may_read, protection
+
 _CLIENT_SIDE = {"VOLANT_API_BASE"}
-_REFUSED = {
-    "VOLANT_API_KEY": "API keys",
-    "VOLANT_API_KEY_FILE": "API keys",
-    "VOLANT_API_ALLOW_CIDR": "the CIDR list",
-}
+_NO_FLAG = {"api_key"}
+"""Every user of a host can read the arguments of its processes."""
+_NEVER_EMPTY = {"api_key", "api_key_file", "api_allow_cidr", "trusted_proxies"}
+_CREDENTIAL = "volant-api-key"
+
+RELOADED = ("api_key", "api_key_file", "api_allow_cidr", "trusted_proxies", "allowed_hosts", "cors_origins")
+"""What a running daemon takes anew from its settings."""
 
 
 class SettingsError(Exception):
@@ -47,6 +51,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Boot this initramfs instead of the built image's, for VMs whose plugin brings none."""
     max_vms: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """Refuse to create more; without it memory decides."""
+    api_key: Secret | None = None
+    """A key that clients must show. In the environment or the file alone, never a flag."""
+    api_key_file: Path | None = None
+    """A file with such keys, one a line; by default systemd's credential `volant-api-key`, if there is one."""
+    api_allow_cidr: str = ""
+    """Networks from which requests are taken, comma-separated; without it from all."""
+    trusted_proxies: str = ""
+    """Networks of proxies whose `X-Forwarded-For` counts, comma-separated."""
     allowed_hosts: str = ""
     """Further names under which clients reach the daemon, comma-separated; see the reference on `Host`."""
     cors_origins: str = ""
@@ -56,7 +68,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     image_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 300.0
     """How long building a boot image may take."""
     insecure: bool = False
-    """Listen on other addresses than loopback although nothing is asked of clients."""
+    """Listen on other addresses than loopback with neither an API key nor a list of networks."""
     ephemeral: bool = False
     """On a clean stop delete all VMs and remove state and runtime directories. For demos and tests."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -72,6 +84,10 @@ def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = N
     config = flags.pop("config") or environ.get("VOLANT_CONFIG")
     values: dict[str, Any] = dict(_default_dirs(environ, os.getuid() if uid is None else uid))
     sources = dict.fromkeys(values, "the default")
+    credential = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent") / _CREDENTIAL
+    if os.path.lexists(credential):
+        values["api_key_file"] = credential
+        sources["api_key_file"] = "systemd's credentials"
     warnings: list[str] = []
 
     for source, layer in (
@@ -80,28 +96,50 @@ def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = N
         ("the flags", {key: value for key, value in flags.items() if value is not None}),
     ):
         for key, value in layer.items():
+            if value == "" and key in _NEVER_EMPTY:
+                raise SettingsError(f"{key} (from {source}) is empty; leave it out, or say what it should be")
             values[key] = value
             sources[key] = source
     try:
-        settings = msgspec.convert(values, Settings, strict=False, dec_hook=_decode_path)
+        settings = msgspec.convert(values, Settings, strict=False, dec_hook=_decode)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$.")
         key = path.rstrip("`")
         where = f"{key} (from {sources[key]})" if key in sources else "the settings"
         raise SettingsError(f"{where}: {text}") from None
-    _check(settings)
+    if config and sources.get("api_key") == str(config) and others_may_read(Path(config)):
+        warnings.append(f"every user of this host can read the API key in {config}; chmod 600 it")
+    warnings += check(settings).warnings
     return settings, warnings
 
 
-def _check(settings: Settings) -> None:
+def protection_of(settings: Settings) -> Protection:
+    """What the settings let stand between clients and the API. :raises SettingsError:"""
+    try:
+        for origin in split(settings.cors_origins):
+            check_origin(origin)
+        return protection(
+            api_key=settings.api_key,
+            api_key_file=settings.api_key_file,
+            allow_cidr=split(settings.api_allow_cidr),
+            trusted_proxies=split(settings.trusted_proxies),
+        )
+    except ProtectionError as error:
+        raise SettingsError(str(error)) from None
+
+
+def check(settings: Settings) -> Protection:
+    """Whether the settings fit together. :raises SettingsError: they don't."""
+    protected = protection_of(settings)
     for address in split(settings.api_listen_addr):
         if address.startswith("unix:"):
             continue
         host, port = parse_address(address)
-        if not settings.insecure and not _is_loopback(host):
+        if not settings.insecure and not protected.is_any and not _is_loopback(host):
             raise SettingsError(
-                f"api_listen_addr {address}: this version asks clients for no key, so it listens on loopback alone; "
-                "put a proxy that authenticates before it, or say --insecure if everybody who reaches it may command it"
+                f"api_listen_addr {address}: with neither an API key nor a list of networks only loopback is listened "
+                "on; set VOLANT_API_KEY_FILE or VOLANT_API_ALLOW_CIDR, or say --insecure if everybody who reaches it "
+                "may command it"
             )
         if not 0 <= port <= 65535:
             raise SettingsError(f"api_listen_addr {address}: {port} is no port")
@@ -113,9 +151,14 @@ def _check(settings: Settings) -> None:
     # 108 bytes for a socket's path, of which "/vms/<id>/agent.sock" takes its share.
     if len(os.fsencode(settings.runtime_dir)) > 70:
         raise SettingsError(f"runtime_dir {settings.runtime_dir} is too long for the sockets in it: at most 70 bytes")
+    return protected
 
 
-def _decode_path(kind: type, value: object) -> object:
+def _decode(kind: type, value: object) -> object:
+    if kind is Secret:
+        if isinstance(value, str):
+            return Secret(value)
+        raise msgspec.ValidationError("Expected text")
     if kind is Path and isinstance(value, str | Path) and str(value):
         return Path(value)
     raise msgspec.ValidationError(f"Expected a path, got {value!r}")
@@ -182,11 +225,9 @@ def _read_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
         if not name.startswith("VOLANT_") or name in _CLIENT_SIDE or name == "VOLANT_CONFIG":
             continue
         key = name.removeprefix("VOLANT_").lower()
-        if name in _REFUSED and value:
-            raise SettingsError(f"{name}: this version does not know {_REFUSED[name]}, and will not run as if it did")
         if key not in Settings.__struct_fields__:
             warnings.append(f"{name} is not a setting of this version and does nothing")
-        elif value or key in ("allowed_hosts", "cors_origins"):
+        elif value or key in ("allowed_hosts", "cors_origins") or key in _NEVER_EMPTY:
             values[key] = value
     return values
 
@@ -203,6 +244,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="settings in TOML")
     hints = get_type_hints(Settings)
     for field in Settings.__struct_fields__:
+        if field in _NO_FLAG:
+            continue
         names = [f"--{field.replace('_', '-')}"]
         if field == "api_listen_addr":
             names.insert(0, "--listen")

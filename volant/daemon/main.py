@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import sys
+from functools import partial
 
 import trio
 
@@ -16,7 +17,11 @@ from ._settings import SettingsError, load
 def main() -> None:
     """Run the daemon until a signal ends it; exit code 0 then, 1 when it can't run, 2 for settings that don't fit."""
     try:
-        settings, warnings = load(sys.argv[1:], os.environ)
+        environ = dict(os.environ)
+        # No process that we start may inherit it.
+        os.environ.pop("VOLANT_API_KEY", None)
+        again = partial(load, sys.argv[1:], environ)
+        settings, warnings = again()
     except SettingsError as error:
         sys.exit(_complain(str(error), 2))
     logging.basicConfig(
@@ -32,8 +37,8 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
-        trio.run(run, settings)
-    except DaemonError as error:
+        trio.run(run, settings, again)
+    except (DaemonError, SettingsError) as error:
         sys.exit(_complain(str(error), 1))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,0 +1,78 @@
+"""What a client shows to be let in: an API key, or a ticket that was made with one.
+
+Both are compared as SHA-256 digests and never kept as they are, so that how long a comparison takes tells nothing of
+them, and no dump of an object shows one.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Iterable
+from hashlib import sha256
+
+import trio
+
+from volant.model import Problem
+
+TICKET_S = 60.0
+"""How long a ticket is good."""
+MAX_TICKETS = 10_000
+"""So many may be waiting to be used."""
+
+
+class Keys:
+    """The API keys in force. None at all means that nobody is asked for one."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def accept(self, given: bytes) -> bool:
+        """Whether `given` is one of them. Takes as long for any answer."""
+        digest = _digest(given)
+        found = False
+        for known in self._digests:
+            found |= hmac.compare_digest(digest, known)
+        return found
+
+
+class Tickets:
+    """Stand for a key once, within `TICKET_S` seconds: a URL with one may end in a history or a log, and is worth
+    nothing there."""
+
+    def __init__(self, most: int = MAX_TICKETS) -> None:
+        self._most = most
+        # In the order in which they end, as all last equally long.
+        self._good_until: dict[bytes, float] = {}
+
+    def issue(self) -> str:
+        """A new ticket. :raises Problem: 503 when too many are waiting to be used."""
+        now = trio.current_time()
+        while self._good_until:
+            oldest = next(iter(self._good_until))
+            if self._good_until[oldest] > now:
+                break
+            del self._good_until[oldest]
+        if len(self._good_until) >= self._most:
+            raise Problem(
+                503, "too-many-tickets", f"{self._most} tickets wait to be used", hint="each lasts for a minute"
+            )
+        ticket = secrets.token_urlsafe(32)
+        self._good_until[_digest(ticket.encode())] = now + TICKET_S
+        return ticket
+
+    def redeem(self, given: bytes) -> bool:
+        """Use a ticket up; whether it was good."""
+        good_until = self._good_until.pop(_digest(given), None)
+        return good_until is not None and trio.current_time() < good_until
+
+    def clear(self) -> None:
+        """Let none be good any more."""
+        self._good_until.clear()
+
+
+def _digest(value: bytes) -> bytes:
+    return sha256(value).digest()

@@ -1,0 +1,142 @@
+"""Keys, networks and origins out of settings: what says whom the daemon listens to.
+
+Whatever is named here and can't be used is an error. A daemon that ran without a protection that somebody has meant
+would be found out by the wrong people.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from volant.api import Network, parse_network
+
+_MAX_FILE = 64 * 1024
+_MAX_KEYS = 100
+_SHORT = 16
+_KEY = re.compile(r"[\x21-\x7e]{1,1000}\Z")
+
+
+class ProtectionError(Exception):
+    """A protection that can't be used. The text says which, and never what a key is."""
+
+
+class Secret:
+    """A text that does not show itself."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The text."""
+        return self._value
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __repr__(self) -> str:
+        return "Secret(…)"
+
+
+class Protection(msgspec.Struct, frozen=True):
+    """What stands between a client and the API."""
+
+    keys: tuple[Secret, ...] = ()
+    allow_cidr: tuple[Network, ...] = ()
+    trusted_proxies: tuple[Network, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def is_any(self) -> bool:
+        """Whether not everybody who reaches the daemon may command it."""
+        return bool(self.keys or self.allow_cidr)
+
+
+def protection(
+    *, api_key: Secret | None, api_key_file: Path | None, allow_cidr: list[str], trusted_proxies: list[str]
+) -> Protection:
+    """Read the key file and parse the lists. :raises ProtectionError:"""
+    warnings: list[str] = []
+    keys: list[str] = []
+    if api_key is not None:
+        keys.append(_checked(api_key.reveal(), "api_key"))
+    if api_key_file is not None:
+        keys += _read_keys(api_key_file, warnings)
+    if any(len(key) < _SHORT for key in keys):
+        warnings.append(f"an API key has less than {_SHORT} characters; make one with `openssl rand -hex 32`")
+    return Protection(
+        tuple(Secret(key) for key in dict.fromkeys(keys)),
+        _networks("api_allow_cidr", allow_cidr),
+        _networks("trusted_proxies", trusted_proxies),
+        tuple(warnings),
+    )
+
+
+def check_origin(origin: str) -> None:
+    """:raises ProtectionError: it is no origin that can be trusted."""
+    if origin == "null":
+        raise ProtectionError("cors_origins has 'null', which is the origin of every sandboxed page, a guest's too")
+    try:
+        parts = urlsplit(origin)
+        _ = parts.port
+        more = parts.query or parts.fragment or parts.username or parts.path.strip("/") or "*" in origin
+        fits = bool(parts.scheme and parts.hostname) and not more
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ProtectionError(f"cors_origins has {origin[:100]!r}; write each origin out: https://console.example")
+
+
+def others_may_read(path: Path) -> bool:
+    """Whether every user of this host can read the file."""
+    return bool(path.stat().st_mode & stat.S_IROTH)
+
+
+def _networks(setting: str, members: list[str]) -> tuple[Network, ...]:
+    try:
+        return tuple(parse_network(member) for member in members)
+    except ValueError as error:
+        raise ProtectionError(f"{setting}: {error}") from None
+
+
+def _read_keys(path: Path, warnings: list[str]) -> list[str]:
+    try:
+        # Not waiting, as a pipe without a writer would make us wait for ever.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ProtectionError(f"api_key_file {path} is no ordinary file")
+            data = file.read(_MAX_FILE + 1)
+        if others_may_read(path):
+            warnings.append(f"every user of this host can read the API keys in {path}; chmod 600 it")
+    except OSError as error:
+        raise ProtectionError(f"api_key_file {path} can't be read: {error.strerror}") from None
+    if len(data) > _MAX_FILE:
+        raise ProtectionError(f"api_key_file {path} is larger than {_MAX_FILE} bytes")
+    lines = [line.strip() for line in data.decode("latin-1").splitlines()]
+    keys = [
+        _checked(line, f"api_key_file {path}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line and not line.startswith("#")
+    ]
+    if not keys:
+        raise ProtectionError(f"api_key_file {path} has no key in it; write one a line")
+    if len(keys) > _MAX_KEYS:
+        raise ProtectionError(f"api_key_file {path} has {len(keys)} keys; {_MAX_KEYS} are the most")
+    return keys
+
+
+def _checked(key: str, where: str) -> str:
+    if not _KEY.match(key):
+        raise ProtectionError(f"{where}: a key has 1 to 1000 characters, visible ASCII without spaces")
+    return key
