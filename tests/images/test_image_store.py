@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,8 +208,12 @@ async def test_ensure_passes_on_why_there_is_none(tmp_path: Path) -> None:
 
 async def test_ensure_ends_the_build_at_its_deadline_and_when_cancelled(tmp_path: Path) -> None:
     def children() -> set[str]:
-        done = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
-        return set(done.stdout.split())
+        found = set()
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                if os.fsencode(tmp_path) in path.read_bytes():
+                    found.add(path.parent.name)
+        return found
 
     with _store.locked(tmp_path, lambda: None):  # so that the child waits
         with pytest.raises(ImageError) as caught:
