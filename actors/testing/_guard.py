@@ -121,15 +121,13 @@ _PACKAGES: Final = (
 )
 _HERE: Final = str(Path(__file__).parent) + os.sep
 _RUNTIME: Final = str(Path(__file__).parent.parent) + os.sep
+_OWN: Final = "importlib linecache.py tokenize.py traceback.py inspect.py warnings.py logging pdb.py bdb.py cmd.py"
 _OWN_FILES: Final = (
     "<frozen importlib",
     "<frozen zipimport",
-    *(
-        str(Path(os.__file__).parent / name)
-        for name in ("importlib", "linecache.py", "traceback.py", "logging", "warnings.py")
-    ),
-    *(str(Path(os.__file__).parent / name) for name in ("tokenize.py", "inspect.py", "tracemalloc.py")),
+    *(str(Path(os.__file__).parent / name) for name in _OWN.split()),
 )
+"""What Python does for its own sake, files and all: importing, printing tracebacks, logging, debugging."""
 
 _allowed: ContextVar[frozenset[Kind]] = ContextVar("actors.testing.allowed", default=frozenset())
 

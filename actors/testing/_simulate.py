@@ -108,8 +108,9 @@ class Simulation:
 
     def _tapped(self, event: TapEvent) -> None:
         what = event.what
-        detail = str(what) if isinstance(what, Exit) else type(what).__qualname__
-        self._trace.note(f"{event.kind.value} {event.name} {detail} {event.sender}", detail=what)
+        kind = str(what) if type(what) is Exit else type(what).__qualname__
+        source = f" from {event.sender}" if event.sender else ""
+        self._trace.note(f"{event.kind} {event.name} {kind}{source}", detail=what)
 
     def _fail(self, error: SimulationError) -> None:
         if self._failure is None:

@@ -11,6 +11,7 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import trio
@@ -79,7 +80,7 @@ class Trace(trio.abc.Instrument):
         """Adds an entry that is no step of a task. `detail` is for comparing two runs, and no part of the digest."""
         if " at 0x" in text:
             text = _ADDRESS.sub("", text)
-        self._hash = hash((self._hash, self._now_s, zlib.crc32(text.encode())))
+        self._hash = hash((self._hash, self._now_s, _checksum(text)))
         if self._compares and detail is not None:
             text = f"{text} {_ADDRESS.sub('', repr(detail))[:_DETAIL]}"
         self._add((self._now_s, (0, text)))
@@ -97,14 +98,13 @@ class Trace(trio.abc.Instrument):
 
     def before_task_step(self, task: Task) -> None:
         self.steps += 1
-        known = self._tasks.get(task)
-        if known is None:
-            self._numbered += 1
-            name = _name(task)
-            known = self._tasks[task] = (self._numbered, name)
-            self._hash = hash((self._hash, zlib.crc32(name.encode())))
-        self._hash = hash((self._hash, self._now_s, known[0]))
-        self._add((self._now_s, known))
+        known = self._tasks.get(task) or self._number(task)
+        now_s = self._now_s
+        self._hash = hash((self._hash, now_s, known[0]))
+        if self._expected is None:
+            self.entries.append((now_s, known))
+        else:
+            self._add((now_s, known))
         if self.steps == self._limit_steps:
             self._failed(Stuck(f"more than {self._limit_steps:,} steps of tasks\n{self._waiting()}"))
 
@@ -130,6 +130,13 @@ class Trace(trio.abc.Instrument):
         if self._now_s > self._limit_s:
             self._failed(Stuck(f"not finished after {self._limit_s:g} virtual seconds\n{self._waiting()}"))
             self._limit_s = float("inf")
+
+    def _number(self, task: Task) -> tuple[int, str]:
+        self._numbered += 1
+        name = _name(task)
+        self._hash = hash((self._hash, _checksum(name)))
+        self._tasks[task] = numbered = (self._numbered, name)
+        return numbered
 
     def _add(self, entry: Entry) -> None:
         if self._expected is not None:
@@ -159,6 +166,12 @@ class Trace(trio.abc.Instrument):
         lines = list(_describe(self.main, self._tasks))
         shown = "\n".join(f"  {line}" for line in lines[:40])
         return shown + (f"\n  and {len(lines) - 40} more" if len(lines) > 40 else "")
+
+
+@lru_cache(4096)
+def _checksum(text: str) -> int:
+    """As `hash()` would, but the same in every process."""
+    return zlib.crc32(text.encode())
 
 
 def _name(task: Task) -> str:

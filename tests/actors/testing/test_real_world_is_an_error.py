@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import linecache
 import logging
 import os
 import random
@@ -11,6 +12,8 @@ import socket
 import sys
 import threading
 import time
+import traceback
+import types
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -62,6 +65,14 @@ REAL: dict[str, Callable[[], Any]] = {
     "trio.Path": lambda: trio.Path(HERE).read_text(),
     "a directory": lambda: list(HERE.parent.iterdir()),
 }
+
+
+def _traceback() -> types.TracebackType | None:
+    linecache.clearcache()
+    try:
+        raise LookupError
+    except LookupError as exc:
+        return exc.__traceback__
 
 
 async def attempt(what: Callable[[], Any]) -> None:
@@ -133,6 +144,7 @@ HARMLESS: dict[str, Callable[[Simulation], object]] = {
     "formatting a time": lambda sim: time.strftime("%H", time.gmtime(0)),
     "a log record": lambda sim: logging.getLogger("actors.test").warning("stamped with the real time"),
     "an import": lambda sim: __import__("wave"),
+    "a traceback": lambda sim: traceback.format_exception(ValueError().with_traceback(_traceback())),
 }
 
 

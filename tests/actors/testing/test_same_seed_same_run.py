@@ -189,6 +189,26 @@ def test_every_task_waiting_for_ever_is_found_and_named() -> None:
     assert Path(__file__).name in str(caught.value)
 
 
+def test_the_trace_is_there_to_be_read() -> None:
+    async def main(sim: Simulation) -> list[str]:
+        child = Child("server", partial(Server, sim.rng))
+        async with open_system(Supervisor(children=[child]), rng=sim.rng):
+            await child.ref.ask(Work(1), timeout_s=2)
+            sim.note("asked")
+        return sim.trace(last=200)
+
+    text = "\n".join(simulate(main, seed=1))
+    for line in (
+        "starting server",
+        "ask server Work",
+        "handle server Work",
+        "reply server int",
+        "asked",
+        "exit server stopped",
+    ):
+        assert line in text
+
+
 def test_limits_end_what_would_not_end() -> None:
     async def spin(sim: Simulation) -> None:
         while True:
