@@ -60,7 +60,7 @@ def _pages(command: click.Command, context: click.Context) -> Iterator[str]:
 
 
 # Every command has these; they stand with `volar` itself.
-_EVERYWHERE = {"--api", "--json", "--debug", "--help"}
+_EVERYWHERE = {"--api", "--api-key-file", "--json", "--debug", "--help"}
 
 
 def _prose(text: str) -> str:

@@ -16,6 +16,7 @@ class Options:
     """The options that stand before or after the name of a command."""
 
     api: str | None = None
+    api_key_file: str | None = None
     json: bool = False
     debug: bool = False
 
@@ -24,7 +25,7 @@ pass_options = click.make_pass_decorator(Options, ensure=True)
 
 
 def common(*, environment: bool = False) -> Callable[[F], F]:
-    """Give a command `--api`, `--json` and `--debug`; on the command itself they win over those before it."""
+    """Give a command these options; on the command itself they win over those before it."""
 
     def keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
         if value and parameter.name is not None:
@@ -34,6 +35,14 @@ def common(*, environment: bool = False) -> Callable[[F], F]:
         for option in (
             click.option("--debug", is_flag=True, expose_value=False, callback=keep, help="Show stack traces."),
             click.option("--json", is_flag=True, expose_value=False, callback=keep, help="Print JSON, for programs."),
+            # A file, never a key: every user of the host can read the arguments of its processes.
+            click.option(
+                "--api-key-file",
+                metavar="FILE",
+                expose_value=False,
+                callback=keep,
+                help="A file whose first line is the API key (VOLANT_API_KEY_FILE, or the key in VOLANT_API_KEY).",
+            ),
             click.option(
                 "--api",
                 metavar="ADDRESS",

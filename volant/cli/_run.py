@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Concatenate, NoReturn, ParamSpec
 
 import click
@@ -29,6 +30,7 @@ CONFLICT = 4
 UNREACHABLE = 5
 TIMED_OUT = 124
 INTERRUPTED = 130
+_MAX_KEY_FILE = 64 * 1024
 BROKEN_PIPE = 141
 """128 + SIGPIPE, as if the signal had ended us."""
 
@@ -75,10 +77,30 @@ def command(
 
 
 def _client(options: Options) -> Client:
+    api_key = _api_key(options.api_key_file)
     try:
-        return Client(options.api or "http://127.0.0.1:7777", api_key=os.environ.get("VOLANT_API_KEY"))
+        return Client(options.api or "http://127.0.0.1:7777", api_key=api_key)
     except ValueError as error:
-        raise click.UsageError(f"--api or VOLANT_API_BASE: {error}") from None
+        raise click.UsageError(f"--api or VOLANT_API_BASE, or the API key: {error}") from None
+
+
+def _api_key(file: str | None) -> str | None:
+    """The key to show: of the named file, of the environment, or of a file that the environment names."""
+    key = os.environ.get("VOLANT_API_KEY")
+    if file is None and key:
+        return key.strip()
+    file = file or os.environ.get("VOLANT_API_KEY_FILE")
+    if not file:
+        return None
+    try:
+        with Path(file).open("rb") as opened:
+            lines = opened.read(_MAX_KEY_FILE).decode("latin-1").splitlines()
+    except OSError as error:
+        raise click.UsageError(f"the API key file {file!r} can't be read: {error.strerror}") from None
+    for line in lines:
+        if line.strip() and not line.strip().startswith("#"):
+            return line.strip()
+    raise click.UsageError(f"the API key file {file!r} has no key in it")
 
 
 def guarded(options: Options, work: Callable[[], int | None]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
@@ -21,6 +22,8 @@ T = TypeVar("T")
 
 Query = Mapping[str, str | int | Sequence[str] | None]
 """A parameter that is None is left out; a sequence repeats it."""
+
+_KEY = re.compile(r"[\x21-\x7e]{1,1000}\Z")
 
 CONNECT_S = 5.0
 ANSWER_S = 30.0
@@ -46,12 +49,17 @@ class _WireProblem(msgspec.Struct):
 
 
 class Http:
-    """The connections of one client."""
+    """The connections of one client.
+
+    :raises ValueError: `api_key` can't be one; the text does not tell it.
+    """
 
     def __init__(self, address: Address, api_key: str | None) -> None:
         self.address = address
         self.headers = {"User-Agent": f"volant-client/{__version__}"}
-        if api_key:
+        if api_key is not None:
+            if not _KEY.match(api_key):
+                raise ValueError("the API key is not 1 to 1000 characters of visible ASCII without spaces")
             self.headers["X-Volant-API-Key"] = api_key
         # Without TLS nothing needs the system's certificates, and loading them takes longer than a request.
         self.tls = ssl.create_default_context() if address.tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
