@@ -1,6 +1,7 @@
-"""Builds `docs/reference/volar.md` from the commands themselves, and the reference of the Python API in `docs/site`.
+"""Builds what the code says of itself: `docs/reference/volar.md` from the commands, `docs/api/openapi.yaml` from the
+routes, and the reference of the Python API in `docs/site`, which is not kept.
 
-With `--check` nothing is written: the exit code says whether the kept page is what the commands say.
+With `--check` nothing is written: the exit code says whether the kept files are what the code says.
 """
 
 from __future__ import annotations
@@ -12,25 +13,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import yaml
 
+from volant.api._openapi import document
 from volant.cli._volar import volar
 
 DOCS = Path(__file__).resolve().parent
-PAGE = DOCS / "reference" / "volar.md"
 MODULES = ["actors", "volant.client", "volant.model", "volant.images"]
 
 
 def main() -> int:
     """Write or check; return the exit code."""
-    text = reference()
+    kept = {DOCS / "reference" / "volar.md": reference(), DOCS / "api" / "openapi.yaml": openapi()}
     if "--check" in sys.argv[1:]:
-        if not PAGE.is_file() or PAGE.read_text() != text:
-            print(f"{PAGE} is not what the commands say: run `make docs`", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(text)
+        stale = [path for path, text in kept.items() if not path.is_file() or path.read_text() != text]
+        for path in stale:
+            print(f"{path} is not what the code says: run `make docs`", file=sys.stderr)
+        return 1 if stale else 0
+    for path, text in kept.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
     command = [sys.executable, "-m", "pdoc", "--docformat", "restructuredtext", "-o", str(DOCS / "site"), *MODULES]
     return subprocess.run(command, check=False, cwd=DOCS.parent).returncode
+
+
+def openapi() -> str:
+    """The OpenAPI document."""
+    text = yaml.safe_dump(document(), sort_keys=False, width=110, allow_unicode=True)
+    return f"# Written by docs/build.py from volant/api/_operations.py.\n{text}"
 
 
 def reference() -> str:

@@ -101,11 +101,23 @@ async def test_the_tree_is_drawn() -> None:
     assert json.loads(data.out) == TREE
 
 
+PLUGIN = {
+    "name": "p",
+    "version": "1",
+    "description": "",
+    "runtime": "base",
+    "enabled": True,
+    "builtin": False,
+    "created_at": None,
+    "labels": {},
+}
+
+
 async def test_plugins_come_from_toml_or_json(tmp_path: Path) -> None:
     manifest = tmp_path / "m.toml"
     manifest.write_text('name = "p"\n[workload]\nentrypoint = ["x"]\n')
     async with serving() as server:
-        server.routes["POST /api/v1/plugins"] = answer({"name": "p", "version": "1"}, 201)
+        server.routes["POST /api/v1/plugins"] = answer(PLUGIN, 201)
         done = await volar(server, "plugins", "install", str(manifest))
         manifest.write_text("name =")
         wrong = await volar(server, "plugins", "install", str(manifest))

@@ -33,7 +33,7 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _REMEMBERED = 256
 _PREFLIGHT_AGE = b"600"
 _METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-_KEYLESS = (b"/healthz",)
+_KEYLESS = (b"/healthz", b"/docs")
 _IN_QUERY = (b"api_key", b"ticket")
 
 

@@ -10,7 +10,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from volant.model import Problem
 
-from . import _agent, _events, _logs, _plugins, _system, _tickets, _vms
+from . import _agent, _docs, _events, _logs, _plugins, _system, _tickets, _vms
 from ._access import Access
 from ._doors import Doors
 from ._edge import Edge, internal_error, too_large
@@ -32,7 +32,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
     _answer_errors(app, limits)
-    for resource in (_system, _vms, _plugins):
+    for resource in (_system, _vms, _plugins, _docs):
         resource.add_routes(app, doors)
     _tickets.add_routes(app, doors, access)
     turns = Turns()

@@ -10,7 +10,7 @@ from quart_trio import QuartTrio
 
 from actors import ActorDown, AskTimeout, Request
 from volant.journal import EnablePlugin, InstallPlugin, Plugin, RemovePlugin
-from volant.model import Manifest, Problem, check_manifest
+from volant.model import Manifest, PluginView, Problem, check_manifest
 
 from ._body import Nothing, read_body
 from ._doors import Doors
@@ -83,15 +83,15 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
             ) from error  # fmt: skip
 
 
-def _shown(plugin: Plugin) -> dict[str, object]:
+def _shown(plugin: Plugin) -> PluginView:
     manifest = plugin.manifest
-    return {
-        "name": manifest.name,
-        "version": manifest.version,
-        "description": manifest.description,
-        "runtime": manifest.runtime,
-        "enabled": plugin.enabled,
-        "builtin": plugin.created_at is None,
-        "created_at": plugin.created_at,
-        "labels": manifest.labels,
-    }
+    return PluginView(
+        name=manifest.name,
+        version=manifest.version,
+        description=manifest.description,
+        runtime=manifest.runtime,
+        enabled=plugin.enabled,
+        builtin=plugin.created_at is None,
+        created_at=plugin.created_at,
+        labels=manifest.labels,
+    )

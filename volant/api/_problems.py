@@ -7,7 +7,7 @@ from http import HTTPStatus
 
 import msgspec
 
-from volant.model import Problem
+from volant.model import Problem, ProblemDetails
 
 PROBLEM_JSON = b"application/problem+json"
 
@@ -21,19 +21,19 @@ def new_request_id() -> str:
 
 def problem_body(problem: Problem, request_id: str) -> bytes:
     """The body of the answer for `problem`."""
-    body: dict[str, object] = {
-        "type": f"urn:volant:error:{problem.code}",
-        "title": _phrase(problem.status),
-        "status": problem.status,
-        "detail": problem.detail,
-        "error": problem.detail,
-        "request_id": request_id,
-    }
-    for name in ("vm", "field", "hint"):
-        value = getattr(problem, name)
-        if value is not None:
-            body[name] = value
-    return _encoder.encode(body)
+    return _encoder.encode(
+        ProblemDetails(
+            type=f"urn:volant:error:{problem.code}",
+            title=_phrase(problem.status),
+            status=problem.status,
+            detail=problem.detail,
+            error=problem.detail,
+            request_id=request_id,
+            vm=problem.vm,
+            field=problem.field,
+            hint=problem.hint,
+        )
+    )
 
 
 def problem_headers(body: bytes, request_id: str) -> list[tuple[bytes, bytes]]:

@@ -7,6 +7,8 @@ from datetime import timedelta
 from quart import Response
 from quart_trio import QuartTrio
 
+from volant.model import Ticket
+
 from ._access import Access
 from ._body import Nothing, read_body
 from ._doors import Doors
@@ -23,6 +25,6 @@ def add_routes(app: QuartTrio, doors: Doors, access: Access) -> None:
         no_query()
         await read_body(Nothing)
         expires_at = doors.host.wall_clock() + timedelta(seconds=TICKET_S)
-        response = json_response({"ticket": access.tickets.issue(), "expires_at": expires_at}, 201)
+        response = json_response(Ticket(access.tickets.issue(), expires_at), 201)
         response.headers["Cache-Control"] = "no-store"
         return response

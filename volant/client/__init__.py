@@ -1,10 +1,12 @@
 """The typed client of the daemon's HTTP API, for programs on Trio; `volar` is built on it."""
 
+from volant.model import Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus
+
 from ._client import Client
 from ._errors import ClientError, ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
 from ._exec import ExecEnd, ExecOutput, Process
 from ._feed import Feed
-from ._types import Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus, Waited
+from ._types import Waited
 
 __all__ = [
     "Client",

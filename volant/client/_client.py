@@ -10,7 +10,21 @@ from typing import Any, Literal
 
 import trio
 
-from volant.model import CreateVm, Event, Manifest, Status, VmView, check_name, format_duration
+from volant.model import (
+    CreateVm,
+    Event,
+    Health,
+    LogGap,
+    LogLine,
+    Manifest,
+    PluginView,
+    Status,
+    StreamGap,
+    SystemStatus,
+    VmView,
+    check_name,
+    format_duration,
+)
 
 from ._address import Address
 from ._errors import ClientProblem, UnexpectedAnswer
@@ -19,7 +33,7 @@ from ._exec import Process, request_body
 from ._feed import Backoff, Feed, OnRetry, feeding
 from ._http import ANSWER_S, Http, Query, chunks_of, decode
 from ._logs import pump_logs
-from ._types import Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus, Waited
+from ._types import Waited
 
 DEFAULT_BASE = "http://127.0.0.1:7777"
 

@@ -6,13 +6,12 @@ from collections.abc import Callable
 
 import trio
 
-from volant.model import Event, EventType
+from volant.model import Event, EventType, StreamGap
 
 from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
 from ._feed import Backoff
 from ._http import Http, Query, chunks_of, decode_json
 from ._sse import Message, SseParser
-from ._types import StreamGap
 
 PATH = "/api/v1/events/vms"
 # The daemon writes at least every 15 s.

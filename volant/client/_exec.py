@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from volant.model import agent
+from volant.model import agent_types
 
 from ._errors import ConnectionLost, UnexpectedAnswer
 from ._http import decode_json
@@ -31,7 +31,7 @@ class ExecEnd(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str | None = None
     """It could not be run, or not to its end."""
     code: str | None = None
-    """With `error`: `timeout`, `not_found`, `not_executable`, … (`volant.model.agent.ExecEnd`)."""
+    """With `error`: `timeout`, `not_found`, `not_executable`, … (`agent_types.ExecEnd`)."""
 
 
 class _Line(msgspec.Struct):
@@ -100,9 +100,9 @@ class Process:
 
 def request_body(
     command: list[str], env: dict[str, str], cwd: str | None, user: str | None, timeout_s: float | None
-) -> agent.ExecRequest:
+) -> agent_types.ExecRequest:
     """The body of the request; what is not given is left to the agent."""
-    body: agent.ExecRequest = {"command": command}
+    body: agent_types.ExecRequest = {"command": command}
     if env:
         body["env"] = env
     if cwd is not None:

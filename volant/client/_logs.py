@@ -8,15 +8,16 @@ from datetime import datetime
 import msgspec
 import trio
 
+from volant.model import LogGap, LogLine, LogRange
+
 from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, Unreachable
 from ._feed import Backoff
 from ._http import Http, Query, decode_json
-from ._types import LogGap, LogLine, Range
 from ._websocket import read_websocket
 
 
 class _Frame(msgspec.Struct):
-    gap: Range | None = None
+    gap: LogRange | None = None
     name: str = ""
     vm_id: int = 0
     stream: str = "console"

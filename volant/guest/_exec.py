@@ -131,7 +131,7 @@ def _decode_stdin(value: object) -> bytes:
 
 
 class SpawnError(Exception):
-    """A program could not be started; `code` is one of `agent.ExecEnd`'s."""
+    """A program could not be started; `code` is one of `agent_types.ExecEnd`'s."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

@@ -179,7 +179,7 @@ class Server:
         stream.answer(status, json.dumps(value).encode() + b"\n", head_only=method == "HEAD")
 
     def healthz(self) -> dict[str, object]:
-        """Return an `agent.Healthz`."""
+        """Return an `agent_types.Healthz`."""
         return {
             "status": "ok",
             "protocol": agent.PROTOCOL_VERSION,
@@ -189,7 +189,7 @@ class Server:
         }
 
     def info(self) -> dict[str, object]:
-        """Return an `agent.Info`."""
+        """Return an `agent_types.Info`."""
         system = os.uname()
         return {
             "agent": VERSION,

@@ -79,7 +79,7 @@ class HealthCheck:
 
 
 class Spec:
-    """A checked `agent.WorkloadSpec`."""
+    """A checked `agent_types.WorkloadSpec`."""
 
     def __init__(self, value: dict[str, Any]) -> None:
         """:raises Problem: 400, a field is wrong."""
@@ -129,7 +129,7 @@ class Workload:
         return spec.port if spec else None
 
     def status(self) -> dict[str, object]:
-        """Return a `agent.WorkloadStatus`."""
+        """Return a `agent_types.WorkloadStatus`."""
         with self._lock:
             return self._status()
 

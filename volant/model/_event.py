@@ -8,6 +8,7 @@ from enum import StrEnum
 import msgspec
 
 from ._row import Reason, Status, VmRow
+from ._text import Time
 
 
 class EventType(StrEnum):
@@ -51,7 +52,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     status: Status | None
     """None once the VM is deleted."""
     ip_address: str
-    timestamp: datetime
+    timestamp: Time
     message: str
     reason: Reason | None = None
     labels: dict[str, str] = {}

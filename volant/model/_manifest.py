@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ._problem import invalid
-from ._text import check_name, check_plain
+from ._text import Name, check_name, check_plain
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
@@ -46,11 +46,11 @@ class Resources(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_de
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """A plugin."""
 
-    name: str
+    name: Name
     version: str = "0"
     schema_version: Literal["1"] = "1"
     description: str = ""
-    runtime: str = "base"
+    runtime: Name = "base"
     resources: Resources = Resources()
     workload: Workload | None = None
     labels: dict[str, str] = {}

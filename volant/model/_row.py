@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ._manifest import Manifest
+from ._text import Duration, Labels, Name, Time
 
 
 class Status(StrEnum):
@@ -79,18 +80,18 @@ RestartPolicy = Literal["never", "on-failure", "always"]
 class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The body of `POST /api/v1/vms`."""
 
-    name: str
+    name: Name
     cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)]
     memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)]
-    plugin: str = "base"
-    runtime: str | None = None
-    kernel_cmdline: str = ""
+    plugin: Name = "base"
+    runtime: Name | None = None
+    kernel_cmdline: Annotated[str, msgspec.Meta(extra_json_schema={"maxLength": 1024})] = ""
     """Appended to the daemon's own."""
-    labels: dict[str, str] = {}
+    labels: Labels = {}
     env: dict[str, str] = {}
     """For the workload, over the manifest's."""
     restart_policy: RestartPolicy = "never"
-    ttl: str | None = None
+    ttl: Duration | None = None
     """A duration from creation; the VM is deleted then."""
 
 
@@ -148,7 +149,7 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VmView(msgspec.Struct, frozen=True, kw_only=True):
-    """A VM as the API shows it (contract: VM)."""
+    """A VM as the API shows it."""
 
     id: int
     name: str
@@ -171,9 +172,9 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int
     boots: int
     disk: Literal["none", "overlay"]
-    created_at: datetime
-    updated_at: datetime
-    started_at: datetime | None
+    created_at: Time
+    updated_at: Time
+    started_at: Time | None
 
 
 def view(row: VmRow) -> VmView:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
+from typing import Annotated
+
+import msgspec
 
 from ._problem import invalid
 
@@ -11,6 +15,18 @@ NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 
 MAX_LABELS = 64
 MAX_TEXT = 4096
+
+Name = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": NAME_PATTERN})]
+"""For the schema alone: `check_name` tells people better what is wrong with a name."""
+
+Duration = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[0-9]{1,12}(ms|s|m|h|d)$"})]
+"""For the schema alone, as `parse_duration` decides."""
+
+Labels = Annotated[dict[str, str], msgspec.Meta(extra_json_schema={"maxProperties": MAX_LABELS})]
+"""For the schema alone: `check_labels` tells people better."""
+
+Time = Annotated[datetime, msgspec.Meta(tz=True)]
+"""With a zone: RFC 3339 on the wire."""
 
 _NAME = re.compile(NAME_PATTERN.rstrip("$") + r"\Z")
 _DURATION = re.compile(r"(\d{1,12})(ms|s|m|h|d)\Z")

@@ -1,8 +1,8 @@
 """What the host and the guest's agent say to each other: the one module that both sides import.
 
 The guest has neither msgspec nor trio, so this is standard library alone, and as little of it as possible: every
-import here is paid for in each boot. The JSON bodies are plain dictionaries; the `TypedDict`s say what is in them,
-and each side checks what it reads.
+import here is paid for in each boot. The JSON bodies are plain dictionaries; `agent_types.py` says what is in
+them, and each side checks what it reads.
 
 A request is one byte stream to `AGENT_PORT`, with one HTTP/1.1 exchange on it: no keep-alive, the stream ends with
 the answer. Half-closing a stream is allowed and means nothing but "no more of the request"; a stream that is closed
@@ -20,132 +20,7 @@ import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing is a slow import, and the guest needs none of it
-    from typing import Final, Literal, NamedTuple, NotRequired, TypedDict
-
-    WorkloadState = Literal["none", "starting", "healthy", "unhealthy", "exited", "failed"]
-
-    class WorkloadStatus(TypedDict):
-        """What `/healthz` and `/v1/daemon/workload` tell of the workload."""
-
-        state: WorkloadState
-        """`none`: there is none. `starting`: it has not been healthy since it was started, or waits for a restart.
-        `healthy`: its check passes, or it runs and has no check. `unhealthy`: its check failed `retries` times
-        in a row. `exited`: it ended with 0 and stays so. `failed`: it ended otherwise or can't be started, and stays
-        so."""
-        pid: int | None
-        restarts: int
-        exit_code: NotRequired[int]
-        """Of the last run, when it ended by itself."""
-        signal: NotRequired[int]
-        """The number of the signal that ended the last run."""
-        error: NotRequired[str]
-        """Why it could not be started, or what the last failing check said. For people."""
-        since_s: NotRequired[float]
-        """Seconds since `state` last changed."""
-
-    class Healthz(TypedDict):
-        """The answer of `GET /healthz`."""
-
-        status: Literal["ok"]
-        protocol: int
-        agent: str
-        uptime_s: float
-        workload: WorkloadStatus
-
-    class ProtocolRange(TypedDict):
-        """The versions of this protocol that a side speaks, both ends included."""
-
-        min: int
-        max: int
-
-    class Memory(TypedDict):
-        """The guest's own view of its memory, in MiB."""
-
-        total_mb: int
-        available_mb: int
-
-    class Info(TypedDict):
-        """The answer of `GET /v1/info`."""
-
-        agent: str
-        protocol: ProtocolRange
-        kernel: str
-        hostname: str
-        boot_id: str
-        uptime_s: float
-        cpus: int
-        memory: Memory
-        workload: WorkloadStatus
-
-    class ExecRequest(TypedDict):
-        """The body of `POST /v1/exec`. Answered by NDJSON: output as it comes, then exactly one last line."""
-
-        command: list[str]
-        env: NotRequired[dict[str, str]]
-        """Added to the agent's own small environment."""
-        cwd: NotRequired[str]
-        user: NotRequired[str | None]
-        """A name or a number, optionally `:` and a group. None: root."""
-        timeout_s: NotRequired[float | None]
-        """The whole process group is killed after that many seconds. None: no limit."""
-        stdin: NotRequired[str | None]
-        """Base64. None: an empty standard input."""
-
-    class ExecOutput(TypedDict):
-        """A line of the answer while the command runs."""
-
-        stream: Literal["stdout", "stderr"]
-        data: str
-        """Base64."""
-
-    class ExecEnd(TypedDict):
-        """The last line of the answer: one of `exit_code`, `signal` and `error`."""
-
-        exit_code: NotRequired[int]
-        signal: NotRequired[int]
-        error: NotRequired[str]
-        code: NotRequired[str]
-        """Beside `error`: `timeout`, `not_found`, `not_executable`, `no_such_directory`, `no_such_user`,
-        `spawn_failed` or `agent_error`."""
-
-    class HealthCheckSpec(TypedDict):
-        """Either `path`, fetched from `port`, or `command`, which must exit 0."""
-
-        path: NotRequired[str | None]
-        port: NotRequired[int | None]
-        """None: the workload's."""
-        command: NotRequired[list[str]]
-        interval_s: NotRequired[float]
-        timeout_s: NotRequired[float]
-        retries: NotRequired[int]
-
-    class WorkloadSpec(TypedDict):
-        """The body of `PUT /v1/daemon/workload`: the workload of the manifest and the environment of the VM."""
-
-        entrypoint: list[str]
-        env: NotRequired[dict[str, str]]
-        workdir: NotRequired[str]
-        port: NotRequired[int | None]
-        restart: NotRequired[Literal["never", "on-failure", "always"]]
-        health_check: NotRequired[HealthCheckSpec | None]
-
-    class ShutdownRequest(TypedDict):
-        """The body of `POST /v1/daemon/shutdown`. Answered with 202 before anything is stopped."""
-
-        grace_s: NotRequired[float]
-        """How long processes have between SIGTERM and SIGKILL. At most `MAX_GRACE_S`; default `DEFAULT_GRACE_S`."""
-
-    class LogFrame(NamedTuple):
-        """A piece of the workload's output, or the news that a piece is lost."""
-
-        kind: int
-        """One of the `FRAME_` constants."""
-        position: int
-        """How many bytes of its stream came before it."""
-        time_ns: int
-        """The guest's wall clock when the agent read it, in nanoseconds since 1970."""
-        data: bytes
-        """The output. In a gap: see `gap_length`."""
+    from typing import Final
 
 
 PROTOCOL_MIN: Final = 1

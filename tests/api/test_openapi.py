@@ -1,0 +1,123 @@
+"""The OpenAPI document says what the daemon serves: every route, no other, with the parameters that it takes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from openapi_spec_validator import validate
+
+from tests.api.kit import UPGRADE, Api, api
+from volant.api import ApiSettings, create_app
+from volant.api._edge import Edge, StreamRoute
+from volant.api._openapi import document
+from volant.api._operations import OPERATIONS, Operation
+
+UPGRADE_HEADERS = {name.replace("_", "-"): value for name, value in UPGRADE.items()}
+KEPT = Path(__file__).resolve().parents[2] / "docs" / "api" / "openapi.yaml"
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Api]:
+    async with api(tmp_path) as running:
+        yield running
+
+
+def sample(operation: Operation) -> str:
+    """A path that the operation is for."""
+    return operation.path.format(name="base" if "/plugins/" in operation.path else "demo", port=8080, path="x/y")
+
+
+def test_it_is_openapi() -> None:
+    validate(document())
+    names = [operation.name for operation in OPERATIONS]
+    assert len(names) == len(set(names))
+
+
+def test_the_kept_file_is_what_the_code_says() -> None:
+    assert yaml.safe_load(KEPT.read_text()) == document(), "run `make docs`"
+
+
+async def test_every_route_is_described_and_no_other(served: Api) -> None:
+    app = create_app(served.doors)
+    plain = {
+        (method, re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
+        for rule in app.url_map.iter_rules()
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+    }
+    edge = app.asgi_app
+    assert isinstance(edge, Edge)
+    described = {
+        (operation.method, operation.path): [route for route in edge._routes if serves(route, operation)]
+        for operation in OPERATIONS
+    }
+    assert {key for key, streams in described.items() if not streams} == plain
+    assert {id(route) for streams in described.values() for route in streams} == {id(route) for route in edge._routes}
+
+
+def serves(route: StreamRoute, operation: Operation) -> bool:
+    if route.pattern.match(sample(operation)) is None:
+        return False
+    if 101 in operation.gives:
+        return route.websocket
+    return route.http and (route.methods is None or operation.method in route.methods)
+
+
+# What is the guest's to say is not ours to check, and a probe of health takes anything.
+STRICT = [
+    operation
+    for operation in OPERATIONS
+    if "{path}" not in operation.path and "/agent/" not in operation.path and operation.name != "healthz"
+]
+
+
+@pytest.mark.parametrize("operation", STRICT, ids=lambda operation: operation.name)
+async def test_it_takes_the_parameters_that_are_said(served: Api, operation: Operation) -> None:
+    await served.crashed("demo")
+    body: dict[str, Any] = {}
+    if operation.name == "create_vm":
+        body = {"name": "other", "cpu_cores": 1, "memory_mb": 128}
+    answer = await served.client.request(
+        operation.method,
+        sample(operation),
+        params={"not-a-parameter": "1"},
+        headers=UPGRADE_HEADERS if 101 in operation.gives else {},
+        **({"json": body} if operation.takes is not None else {}),
+    )
+    assert answer.status_code == 400
+    assert answer.json()["field"] == "not-a-parameter"
+    hint = answer.json()["hint"]
+    taken = set(hint.removeprefix("there are ").split(", ")) if hint.startswith("there are ") else set()
+    assert taken == {parameter.name for parameter in operation.parameters if parameter.place == "query"}
+
+
+async def test_the_daemon_serves_the_document(served: Api) -> None:
+    answer = await served.client.get("/openapi.json")
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json() == document()
+
+
+async def test_the_page_runs_its_own_script_and_loads_nothing_else(served: Api) -> None:
+    answer = await served.client.get("/docs")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+    for tag in ("script", "style"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
+        assert policy[f"{tag}-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    assert "http:" not in answer.text
+    assert "https:" not in answer.text
+
+
+async def test_the_page_needs_no_key_and_the_document_does(tmp_path: Path) -> None:
+    async with api(tmp_path, ApiSettings(api_keys=("k" * 32,))) as served:
+        assert (await served.client.get("/docs")).status_code == 200
+        assert (await served.client.get("/openapi.json")).status_code == 401
+        answer = await served.client.get("/openapi.json", headers={"X-Volant-API-Key": "k" * 32})
+        assert answer.status_code == 200

@@ -1,0 +1,214 @@
+"""The OpenAPI document: `_operations` and the structs that it names, put into OpenAPI's form."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Annotated, Any, get_args, get_type_hints, is_typeddict
+
+import msgspec
+
+from volant import __version__
+from volant.model import Name, ProblemDetails
+
+from ._body import Nothing
+from ._operations import ANY, HEADERS, JSON, OPERATIONS, PROBLEMS, TAGS, Answer, Operation, Parameter
+
+Schema = dict[str, Any]
+
+_REFERENCE = "#/components/schemas/{name}"
+_ABOUT = """\
+Errors are `application/problem+json`. Every answer has `X-Request-Id`; a client's own is kept when it is 1 to 64
+letters, digits and `._:-`. Sizes are MiB, times RFC 3339 in UTC, durations text such as `500ms`, `10s`, `2m`.
+
+Before a route is looked at, the server itself may answer 400 (not HTTP), 408 (headers over 10 s), 431 (headers over
+32 KiB), 503 (more than 1,000 connections) or 505."""
+_IN_PATH = {
+    "name": (Name, "Its name"),
+    "port": (Annotated[int, msgspec.Meta(ge=1, le=65535)], "Of the guest's loopback"),
+    "path": (str, "The path in the guest, slashes and all"),
+}
+_EVERYWHERE = (400, 401, 403, 421)
+_WITH_BODY = (408, 413, 415)
+
+
+@cache
+def document() -> Schema:
+    """The document, as plain data. The same object each time, not to be changed. Takes some 50 ms at first."""
+    # Through JSON, so that it is what a client reads: a default of a struct may be a tuple.
+    plain: Schema = msgspec.json.decode(msgspec.json.encode(_document()))
+    return plain
+
+
+def _document() -> Schema:
+    kinds = _Kinds(OPERATIONS)
+    paths: dict[str, Schema] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, kinds)
+    return {
+        "openapi": "3.1.1",
+        "info": {
+            "title": "Volant",
+            "version": __version__,
+            "summary": "MicroVMs on one host",
+            "description": _ABOUT,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/", "description": "The daemon that this document comes from"}],
+        "tags": [{"name": name, "description": says} for name, says in TAGS.items()],
+        "security": _HEADER_KEYS,
+        "paths": paths,
+        "components": {
+            "schemas": kinds.components,
+            "responses": {f"Problem{status}": _problem(says, kinds) for status, says in PROBLEMS.items()},
+            "headers": {
+                name: {"description": says, "schema": {"type": "string"}} for name, says in sorted(HEADERS.items())
+            },
+            "securitySchemes": _SCHEMES,
+        },
+    }
+
+
+_SCHEMES = {
+    "key": {"type": "apiKey", "in": "header", "name": "X-Volant-API-Key"},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "The same key"},
+    "keyInQuery": {"type": "apiKey", "in": "query", "name": "api_key", "description": "The same key, for browsers"},
+    "ticket": {"type": "apiKey", "in": "query", "name": "ticket", "description": "For one use, within 60 s"},
+}
+_HEADER_KEYS: list[dict[str, list[str]]] = [{}, {"key": []}, {"bearer": []}]
+"""The first: a daemon without `VOLANT_API_KEY` asks nobody."""
+_QUERY_KEYS: list[dict[str, list[str]]] = [{"keyInQuery": []}, {"ticket": []}]
+
+
+class _Kinds:
+    """The schemas of all types that operations name."""
+
+    def __init__(self, operations: Sequence[Operation]) -> None:
+        kinds: list[Any] = [ProblemDetails, *(kind for kind, _ in _IN_PATH.values())]
+        for operation in operations:
+            kinds.extend(parameter.kind for parameter in operation.parameters)
+            kinds.append(operation.takes)
+            for answer in operation.gives.values():
+                kinds.extend((answer.kind, *answer.items))
+        # The types that are in a schema by themselves: bytes are said to be base64 there, which bodies are not.
+        unique = {repr(kind): kind for kind in kinds if kind is not None and kind is not bytes}
+        schemas, self.components = msgspec.json.schema_components(unique.values(), ref_template=_REFERENCE)
+        self._schemas = dict(zip(unique, schemas, strict=True))
+        for kind in unique.values():
+            for owner in _owners(kind):
+                _describe(owner, self.components[owner.__name__])
+        self.components = dict(sorted(self.components.items()))
+
+    def schema(self, kind: Any) -> Schema:
+        """The schema of a type, or a reference to it."""
+        return {} if kind is bytes else dict(self._schemas[repr(kind)])
+
+
+def _operation(operation: Operation, kinds: _Kinds) -> Schema:
+    in_path = re.findall(r"{(\w+)}", operation.path)
+    shown: Schema = {
+        "operationId": operation.name,
+        "tags": [_tag(operation.path)],
+        "summary": operation.says,
+    }
+    if operation.details:
+        shown["description"] = operation.details
+    if operation.keyless:
+        shown["security"] = []
+    elif operation.key_in_query:
+        shown["security"] = _HEADER_KEYS + _QUERY_KEYS
+    parameters = [
+        {"name": name, "in": "path", "required": True, "description": says, "schema": kinds.schema(kind)}
+        for name in in_path
+        for kind, says in (_IN_PATH[name],)
+    ]
+    parameters.extend(_parameter(parameter, kinds) for parameter in operation.parameters)
+    if parameters:
+        shown["parameters"] = parameters
+    if operation.takes is not None:
+        media = ANY if operation.takes is bytes else JSON
+        shown["requestBody"] = {
+            "required": operation.takes not in (Nothing, bytes),
+            "content": {media: {"schema": kinds.schema(operation.takes)}},
+        }
+    responses: Schema = {str(status): _answer(answer, kinds) for status, answer in operation.gives.items()}
+    for status in sorted(_failures(operation, in_path)):
+        responses.setdefault(str(status), {"$ref": f"#/components/responses/Problem{status}"})
+    shown["responses"] = responses
+    return shown
+
+
+def _failures(operation: Operation, in_path: Sequence[str]) -> set[int]:
+    failures = {*_EVERYWHERE, *operation.fails}
+    if operation.keyless:
+        failures.discard(401)
+    if in_path:
+        failures.add(404)
+    if operation.takes not in (None, bytes):
+        failures.update(_WITH_BODY)
+    return failures
+
+
+def _parameter(parameter: Parameter, kinds: _Kinds) -> Schema:
+    schema = kinds.schema(parameter.kind)
+    shown: Schema = {"name": parameter.name, "in": parameter.place, "description": parameter.says}
+    if parameter.repeated:
+        shown["schema"] = {"type": "array", "items": schema}
+    else:
+        shown["schema"] = schema
+        if schema.get("type") == "array":
+            shown |= {"style": "form", "explode": False}
+    return shown
+
+
+def _answer(answer: Answer, kinds: _Kinds) -> Schema:
+    shown: Schema = {"description": answer.says}
+    if answer.headers:
+        shown["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in answer.headers}
+    if answer.kind is not None:
+        shown["content"] = {answer.media: {"schema": kinds.schema(answer.kind)}}
+    if answer.items:
+        shown["x-items"] = {"anyOf": [kinds.schema(item) for item in answer.items]}
+    return shown
+
+
+def _problem(says: str, kinds: _Kinds) -> Schema:
+    content = {"application/problem+json": {"schema": kinds.schema(ProblemDetails)}}
+    return {"description": says, "content": content}
+
+
+def _tag(path: str) -> str:
+    if re.search(r"/(agent|ports)/", path):
+        return "Inside a VM"
+    if "/vms" in path:
+        return "VMs"
+    return "Plugins" if "/plugins" in path else "System"
+
+
+def _owners(kind: Any) -> Iterator[type]:
+    """The structs and typed dictionaries that a type is made of."""
+    if isinstance(kind, type) and (issubclass(kind, msgspec.Struct) or is_typeddict(kind)):
+        yield kind
+        for hint in get_type_hints(kind).values():
+            yield from _owners(hint)
+    for argument in get_args(kind):
+        yield from _owners(argument)
+
+
+def _describe(owner: type, schema: Schema) -> None:
+    """Put the text under each member, and that of the class, into its schema."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    wire = dict(
+        zip(*(getattr(owner, name, ()) for name in ("__struct_fields__", "__struct_encode_fields__")), strict=True)
+    )
+    for member, after in zip(definition.body, definition.body[1:], strict=False):
+        match member, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                schema["properties"][wire.get(name, name)]["description"] = " ".join(text.split())
+    if "description" in schema:
+        schema["description"] = " ".join(schema["description"].split())

@@ -1,0 +1,303 @@
+"""Every route, described for people and machines: the OpenAPI document and the page `/docs` are made from this table.
+
+A new route needs an entry here; `tests/api/test_openapi.py` names what is missing, too many, or takes other parameters
+than are said. What the code knows is not said again: bodies and answers are the structs that the routes read and
+write, and `_openapi.py` adds what follows from an entry (404 where the path has a name, 413 where there is a body).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from volant.model import (
+    CreateVm,
+    Duration,
+    Event,
+    EventType,
+    Health,
+    LogGap,
+    LogLine,
+    Manifest,
+    Name,
+    PluginView,
+    Status,
+    StreamGap,
+    SystemStatus,
+    Ticket,
+    Time,
+    VmView,
+)
+from volant.model.agent_types import ExecEnd, ExecOutput, ExecRequest, Healthz, Info
+
+from ._body import Nothing
+from ._plugins import Enabled
+
+Anything = Mapping[str, Any]
+"""A JSON object whose shape is no contract."""
+
+JSON = "application/json"
+ANY = "*/*"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One in the query, unless `place` says otherwise."""
+
+    name: str
+    kind: Any
+    says: str
+    repeated: bool = False
+    """Given once for each value."""
+    place: Literal["query", "header"] = "query"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What comes when all is well. `kind` None: no body. `items`: what a line, message or event of a stream can be."""
+
+    says: str
+    kind: Any = None
+    media: str = JSON
+    headers: tuple[str, ...] = ()
+    items: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of one path."""
+
+    method: str
+    path: str
+    name: str
+    """Unique; clients that are generated call it so."""
+    says: str
+    gives: Mapping[int | Literal["default"], Answer]
+    takes: Any = None
+    """The type of the body. `Nothing` may be left out."""
+    parameters: tuple[Parameter, ...] = ()
+    fails: tuple[int, ...] = ()
+    """Statuses beside those that follow from the rest."""
+    details: str = ""
+    keyless: bool = False
+    key_in_query: bool = field(default=False, kw_only=True)
+    """Browsers open it without headers."""
+
+
+PROBLEMS = {
+    400: "A body that is no JSON, a wrong, unknown or missing field; an unknown, repeated or malformed parameter",
+    401: "The daemon asks for an API key",
+    403: "An address that is not allowed, or a foreign `Origin`",
+    404: "There is none of this name",
+    408: "The body took longer than 30 s",
+    409: "Not possible in the present state",
+    410: "The events after that one are not kept",
+    412: "The VM has changed since `If-Match`",
+    413: "The body is larger than 1 MiB",
+    415: "The body is not JSON",
+    421: "`Host` is not a name of this daemon",
+    426: "This is a WebSocket",
+    502: "The guest, its agent or its port does not answer",
+    503: "The daemon can't now: no capacity, it stops, or its disk does not take the change",
+}
+"""What each error status says; the body is always `ProblemDetails`."""
+
+HEADERS = {
+    "ETag": "Changes with every change of the VM; for `If-Match` and `If-None-Match`",
+    "Location": "The path of what was made",
+    "Volant-Wait": "With `wait`: `met`, `failed` (it came to rest in another state, or is gone) or `timeout`",
+    "Volant-Event-Id": "The event up to which the list is true: follow the events from there and miss nothing",
+    "Link": '`<…>; rel="next"` when there are more',
+}
+
+TAGS = {
+    "VMs": "Make, change and watch VMs",
+    "Inside a VM": "The agent, the workload and ports of a guest. Path, query and bodies pass byte for byte",
+    "Plugins": "Kinds of VMs",
+    "System": "The daemon about itself",
+}
+
+_ANSWERED_VM = Answer("The VM as it now is", VmView, headers=("ETag", "Volant-Wait"))
+_STATES = Literal["pending", "starting", "running", "paused", "stopping", "stopped", "crashed", "deleting", "deleted"]
+_WAIT = (
+    Parameter("wait", list[_STATES], "Answer once the VM is in, or since the request was in, one of these states"),
+    Parameter("timeout", Duration, "How long to wait: default `60s`, at most `10m`"),
+)
+_IF_MATCH = Parameter("If-Match", str, "Only if the VM's `ETag` is one of these", place="header")
+_GRACE = Parameter("grace", Duration, "How long the guest has before it is killed: default `10s`, at most `10m`")
+_LABEL = Parameter("label", str, "`key=value`; all of them must hold", repeated=True)
+_VM = "/api/v1/vms/{name}"
+
+
+def _verb(name: str, says: str, *parameters: Parameter) -> Operation:
+    return Operation(
+        "POST",
+        f"{_VM}/{name}",
+        f"{name}_vm",
+        says,
+        {200: _ANSWERED_VM},
+        takes=Nothing,
+        parameters=(*_WAIT, *parameters, _IF_MATCH),
+        fails=(409, 412, 503),
+    )
+
+
+def _relayed(what: str, path: str, says: str) -> tuple[Operation, ...]:
+    answers: Mapping[int | Literal["default"], Answer] = {"default": Answer("What the guest answers", bytes, ANY)}
+    details = "WebSockets too. The last part of the path may have slashes, and may be empty."
+    return tuple(
+        Operation(
+            method,
+            path,
+            f"{method.lower()}_{what}",
+            says,
+            answers,
+            takes=bytes if method in ("POST", "PUT", "PATCH") else None,
+            fails=(409, 502),
+            details=details,
+        )
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+    )
+
+
+_LOG_PARAMETERS = (
+    Parameter("tail", Annotated[int, msgspec.Meta(ge=0, le=1_000_000)], "The last so many lines of the chosen streams"),
+    Parameter("since", int | Time, "After this `seq`, or from this time on; wins over `tail`"),
+    Parameter("follow", bool, "Whether to go on with new lines"),
+    Parameter("stream", list[Literal["stdout", "stderr", "console"]], "Default: all"),
+    Parameter("vm_id", Annotated[int, msgspec.Meta(ge=1)], "Of a VM of that name, deleted within the last 24 h"),
+)
+
+OPERATIONS: tuple[Operation, ...] = (
+    # VMs
+    Operation(
+        "GET", "/api/v1/vms", "list_vms", "List VMs, by id",
+        {200: Answer("All that fit, unless there is a `limit`", list[VmView], headers=("Volant-Event-Id", "Link"))},
+        parameters=(
+            Parameter("status", list[Status], "In one of these states"),
+            Parameter("plugin", Name, "Of one of these plugins", repeated=True),
+            _LABEL,
+            Parameter("limit", Annotated[int, msgspec.Meta(ge=1, le=1000)], "At most so many"),
+            Parameter("cursor", Annotated[int, msgspec.Meta(ge=0, le=2**62)], "From the `Link` of the page before"),
+        ),
+    ),
+    Operation(
+        "POST", "/api/v1/vms", "create_vm", "Make a VM; it is durable when this is answered",
+        {201: Answer("The VM, usually `pending`", VmView, headers=("Location", "ETag", "Volant-Wait"))},
+        takes=CreateVm, parameters=_WAIT, fails=(404, 409, 503),
+    ),
+    Operation(
+        "GET", _VM, "get_vm", "A VM",
+        {200: _ANSWERED_VM, 304: Answer("The client has it already", headers=("ETag",))},
+        parameters=(*_WAIT, Parameter("If-None-Match", str, "The `ETag` of what the client has", place="header")),
+    ),
+    Operation(
+        "DELETE", _VM, "delete_vm", "Delete a VM",
+        {204: Answer("Nothing of it is left on the host")},
+        takes=Nothing, parameters=(_IF_MATCH,), fails=(412, 503),
+        details="A second one joins the first. A client that leaves cancels nothing; past 60 s it is 503.",
+    ),
+    _verb("start", "Start a VM; on one that runs, nothing happens"),
+    _verb("stop", "Ask the guest to stop, then kill it; on one that is stopped, nothing happens", _GRACE),
+    _verb("restart", "Stop a VM and start it again", _GRACE),
+    _verb("recover", "Take up a VM again whose reason is `control_lost`"),
+    Operation(
+        "GET", f"{_VM}/inspect", "inspect_vm", "For those who look for a fault; its shape is no contract",
+        {200: Answer("What is known", Anything)},
+    ),
+    Operation(
+        "GET", "/api/v1/events/vms", "vm_events", "What happens to VMs, as it happens",
+        {200: Answer("Server-sent events", str, "text/event-stream", items=(Event, StreamGap))},
+        parameters=(
+            Parameter("since", str, "After this event; `0` for the oldest kept"),
+            Parameter("last_event_id", str, "After this event; wins over `since`"),
+            Parameter("Last-Event-ID", str, "After this event; wins over both", place="header"),
+            Parameter("vm", Name, "Of this VM"),
+            Parameter("types", list[EventType], "Of these types"),
+            _LABEL,
+            Parameter("on_gap", Literal["410"], "410 instead of a `STREAM_GAP` when events are not kept"),
+        ),
+        fails=(410,), key_in_query=True,
+    ),
+    Operation(
+        "GET", f"{_VM}/logs", "vm_logs", "What the console and the workload said",
+        {200: Answer("One JSON object a line", str, "application/x-ndjson", items=(LogLine, LogGap))},
+        parameters=_LOG_PARAMETERS, fails=(503,),
+        details="By default everything that is kept, without following.",
+    ),
+    Operation(
+        "GET", "/ws/v1/vms/{name}/logs", "vm_logs_websocket", "The same as a WebSocket",
+        {101: Answer("One JSON object a text message", items=(LogLine, LogGap))},
+        parameters=_LOG_PARAMETERS, fails=(426, 503), key_in_query=True,
+        details="By default the last 100 lines, and following. Closes with 1000 when the VM is deleted or the wanted "
+        "part is through, with 1001 when the daemon stops.",
+    ),
+    # Inside a VM
+    Operation(
+        "GET", f"{_VM}/agent/healthz", "agent_healthz", "The agent and its workload",
+        {200: Answer("The agent has answered", Healthz)}, fails=(409, 502),
+    ),
+    Operation(
+        "GET", f"{_VM}/agent/v1/info", "agent_info", "The guest",
+        {200: Answer("Kernel, uptime, memory, workload", Info)}, fails=(409, 502),
+    ),
+    Operation(
+        "POST", f"{_VM}/agent/v1/exec", "agent_exec", "Run a command in the guest",
+        {200: Answer("One JSON object a line, the last an `ExecEnd`", str, "application/x-ndjson",
+                     items=(ExecOutput, ExecEnd))},
+        takes=ExecRequest, fails=(409, 502, 503), details="A client that leaves ends the command.",
+    ),
+    *_relayed("agent", f"{_VM}/agent/{{path}}", "A route of the agent or, if it has none, of the workload"),
+    *_relayed("port", f"{_VM}/ports/{{port}}/{{path}}", "HTTP to a port of the guest's loopback"),
+    # Plugins
+    Operation("GET", "/api/v1/plugins", "list_plugins", "List plugins", {200: Answer("All", list[PluginView])}),
+    Operation(
+        "POST", "/api/v1/plugins", "install_plugin", "Install a plugin from its manifest",
+        {201: Answer("Installed", PluginView, headers=("Location",))}, takes=Manifest, fails=(409, 503),
+    ),
+    Operation("GET", "/api/v1/plugins/{name}", "get_plugin", "A plugin", {200: Answer("The plugin", PluginView)}),
+    Operation(
+        "DELETE", "/api/v1/plugins/{name}", "remove_plugin", "Remove a plugin that no VM uses",
+        {204: Answer("Removed")}, takes=Nothing, fails=(409, 503),
+    ),
+    Operation(
+        "GET", "/api/v1/plugins/{name}/manifest", "get_manifest", "What a plugin was installed from",
+        {200: Answer("The manifest", Manifest)},
+    ),
+    Operation(
+        "POST", "/api/v1/plugins/{name}/enabled", "enable_plugin", "Let new VMs use a plugin, or not",
+        {200: Answer("The plugin", PluginView)}, takes=Enabled, fails=(409, 503),
+    ),
+    # System
+    Operation(
+        "GET", "/healthz", "healthz", "Whether the daemon is whole",
+        {200: Answer("It is", Health), 503: Answer("It starts, stops or is degraded", Health)}, keyless=True,
+    ),
+    Operation(
+        "GET", "/api/v1/system/status", "system_status", "Figures of the daemon and its host",
+        {200: Answer("Measured now", SystemStatus)},
+    ),
+    Operation(
+        "GET", "/api/v1/system/info", "system_info", "Versions, addresses, accelerator and why",
+        {200: Answer("Its shape is no contract", Anything)},
+    ),
+    Operation(
+        "GET", "/api/v1/system/tree", "system_tree", "The supervisor tree",
+        {200: Answer("Its shape is no contract", Anything)},
+    ),
+    Operation(
+        "POST", "/api/v1/tickets", "create_ticket", "For browsers, which can't set headers on some streams",
+        {201: Answer("For one use", Ticket)}, takes=Nothing,
+    ),
+    Operation(
+        "GET", "/openapi.json", "openapi", "This document",
+        {200: Answer("OpenAPI 3.1", Anything)},
+    ),
+    Operation(
+        "GET", "/docs", "docs", "This document for people; needs no network",
+        {200: Answer("A page", str, "text/html")}, keyless=True,
+    ),
+)  # fmt: skip

@@ -1,0 +1,115 @@
+"""What the API answers besides VMs and events: the daemon writes these, its clients read them, OpenAPI describes them.
+
+A client ignores members that it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from ._text import Time
+
+Wellbeing = Literal["ok", "starting", "stopping", "degraded"]
+"""`ok` when the supervisor tree is whole."""
+
+
+class Health(msgspec.Struct, frozen=True):
+    """The answer of `GET /healthz`."""
+
+    status: Wellbeing
+
+
+class SystemStatus(msgspec.Struct, frozen=True):
+    """The answer of `GET /api/v1/system/status`."""
+
+    status: Wellbeing
+    vm_count: int
+    vms: dict[str, int]
+    """How many VMs are in each status; every one is there."""
+    cpu_percent: float
+    """Of the whole host."""
+    mem_percent: float
+    """Of the whole host."""
+    version: str
+    uptime_s: float
+
+
+class PluginView(msgspec.Struct, frozen=True):
+    """A plugin as the API lists it."""
+
+    name: str
+    version: str
+    description: str
+    runtime: str
+    enabled: bool
+    """Whether new VMs may use it."""
+    builtin: bool
+    created_at: Time | None
+    """None for what is built in."""
+    labels: Mapping[str, str]
+
+
+class StreamGap(msgspec.Struct, frozen=True):
+    """Events between what was asked for and `oldest` are lost to this reader."""
+
+    type: Literal["STREAM_GAP"]
+    requested: str
+    oldest: str
+    newest: str
+
+
+class LogLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of a VM's log."""
+
+    name: str
+    vm_id: int
+    stream: Literal["stdout", "stderr", "console"]
+    line: str
+    timestamp: Time
+    seq: int
+    """Counts for each `vm_id`, over all boots and restarts of the daemon."""
+    partial: bool = False
+    """The line goes on in the next one of its stream."""
+
+
+class LogRange(msgspec.Struct, frozen=True):
+    """Both ends belong to it."""
+
+    first: int = msgspec.field(name="from")
+    last: int = msgspec.field(name="to")
+
+
+class LogGap(msgspec.Struct, frozen=True):
+    """Lines with these numbers are past retention and lost to this reader."""
+
+    gap: LogRange
+
+
+class Ticket(msgspec.Struct, frozen=True):
+    """Opens one WebSocket or event stream, as the query's `ticket`."""
+
+    ticket: str
+    expires_at: Time
+
+
+class ProblemDetails(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The body of every error answer (RFC 9457)."""
+
+    type: str
+    """`urn:volant:error:` and a stable word."""
+    title: str
+    status: int
+    detail: str
+    """What, where and why, for people."""
+    error: str
+    """The same as `detail`."""
+    request_id: str
+    """Also in the header `X-Request-Id` and in the daemon's log."""
+    vm: str | None = None
+    field: str | None = None
+    """The member of the body, the parameter or the part of the path at fault."""
+    hint: str | None = None
+    """What to do."""
