@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, run, spec, until
+from tests.system.kit import BOOT_S, Daemon, Stopwatch, adopted, boot, run, spec, until
 from volant.client import Client, ClientError, ClientProblem
 from volant.model import Reason
 
@@ -143,7 +143,7 @@ async def test_without_qemu_the_daemon_is_well_and_only_the_vm_crashes(make_daem
     qemu = shutil.which("qemu-system-x86_64")
     daemon = make_daemon(wrapper=mounted(f"mount --bind /dev/null {qemu}"))
     async with daemon.client() as client:
-        assert (await client.healthz()).status == "ok"
+        await adopted(client)
         await client.vms.create(spec("demo"))
         reason = await crash_reason(client, "demo", timeout_s=30)
         assert reason.code == "qemu_missing"

@@ -173,8 +173,9 @@ async def test_a_workload_that_writes_without_end_harms_nobody_and_loses_no_line
         assert first > 0
         assert gaps == [(1, sequences[0] - 1)]
         assert len(numbers) > 200_000
-        logs = sum(path.stat().st_size for path in (daemon.state_dir / "logs").rglob("*.log"))
-        assert logs < 80 * 1024 * 1024
+        vm_id = (await client.vms.get("demo")).id
+        size = sum(path.stat().st_size for path in (daemon.state_dir / "logs").glob(f"{vm_id}-*.log"))
+        assert 32 * 1024 * 1024 < size < 80 * 1024 * 1024
 
 
 async def test_a_console_that_says_what_is_no_text_stays_a_log(daemon: Daemon) -> None:
