@@ -136,6 +136,8 @@ def test_the_credential_of_systemd_is_the_key_file_if_no_other_is_named(tmp_path
     named = settings(CREDENTIALS_DIRECTORY=str(tmp_path), VOLANT_API_KEY_FILE=str(tmp_path / "other"))
     assert keys_of(named) == [KEY[::-1]]
     assert keys_of(settings(CREDENTIALS_DIRECTORY=str(tmp_path / "none"))) == []
+    with pytest.raises(SettingsError, match="credential"):
+        settings(CREDENTIALS_DIRECTORY=str(tmp_path / "other"))
 
 
 def test_keys_that_others_can_read_or_guess_are_warned_of(tmp_path: Path) -> None:

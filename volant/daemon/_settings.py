@@ -84,8 +84,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = N
     config = flags.pop("config") or environ.get("VOLANT_CONFIG")
     values: dict[str, Any] = dict(_default_dirs(environ, os.getuid() if uid is None else uid))
     sources = dict.fromkeys(values, "the default")
-    credential = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent") / _CREDENTIAL
-    if os.path.lexists(credential):
+    credential = _credential(environ)
+    if credential is not None:
         values["api_key_file"] = credential
         sources["api_key_file"] = "systemd's credentials"
     warnings: list[str] = []
@@ -200,6 +200,21 @@ def _default_dirs(environ: Mapping[str, str], uid: int) -> dict[str, Path]:
         "runtime_dir": Path(environ.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}") / "volant",
         "cache_dir": Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "volant",
     }
+
+
+def _credential(environ: Mapping[str, str]) -> Path | None:
+    """The key file that systemd hands in. One that is there and can't be looked at is an error, not none."""
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    if not directory:
+        return None
+    path = Path(directory) / _CREDENTIAL
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SettingsError(f"systemd's credential {path} can't be read: {error.strerror}") from None
+    return path
 
 
 def _read_file(path: Path) -> dict[str, Any]:
