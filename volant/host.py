@@ -679,6 +679,10 @@ class Host:
 
     # The machine
 
+    def memory_total_mb(self) -> int:
+        """The machine's memory."""
+        return _meminfo().get("MemTotal", 0) // 1024
+
     def memory_available_mb(self) -> int:
         """Memory that programs can still have without swapping, in MiB."""
         return _meminfo().get("MemAvailable", 0) // 1024

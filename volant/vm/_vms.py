@@ -288,7 +288,7 @@ class Vms:
                 hint="delete one, or raise the limit",
             )  # fmt: skip
         taken = sum(row.memory_mb + _OVERHEAD_MB for row in rows if _takes_memory(row))
-        total = self.doors.host.figures().memory_total_mb
+        total = self.doors.host.memory_total_mb()
         free = total - _HOST_RESERVE_MB - taken - sum(mb + _OVERHEAD_MB for mb in self._creating)
         if memory_mb + _OVERHEAD_MB > free:
             raise Problem(
