@@ -30,8 +30,6 @@ _BENCH_S = 180.0
 
 def main() -> int:
     """Run the benches; 1 when one of them failed or, with `--check`, a target was missed."""
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _interrupted)
     benches: dict[str, Bench] = {
         "create_to_agent": create_to_agent,
         "get_vm": get_vm,
@@ -51,13 +49,27 @@ def main() -> int:
         parser.error("--pairs must be at least 1")
     benches["create_to_agent"] = partial(create_to_agent, options.pairs)
     wanted = {name: bench for name, bench in benches.items() if not options.names or name in options.names}
-    try:
-        return trio.run(_run, wanted, options.check)
-    except KeyboardInterrupt:
-        return 130
+    return trio.run(_run, wanted, options.check)
 
 
 async def _run(benches: dict[str, Bench], check: bool) -> int:
+    """Run them one after the other, until a signal; the exit code."""
+    code = 130
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                # What runs is ended in its own way, and leaves nothing behind.
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            code = await _run_all(benches, check)
+            nursery.cancel_scope.cancel()
+    return code
+
+
+async def _run_all(benches: dict[str, Bench], check: bool) -> int:
     failed = False
     began = time.monotonic()
     with trio.move_on_after(_TOTAL_S) as total:
@@ -70,6 +82,9 @@ async def _run(benches: dict[str, Bench], check: bool) -> int:
                     failed |= check and figure.missed
             except Skipped as why:
                 print(f"{name} skipped: {why}", flush=True)
+            except trio.TooSlowError:
+                failed = True
+                print(f"{name} failed: it took longer than {_BENCH_S:.0f} s", file=sys.stderr, flush=True)
             except Exception as error:
                 failed = True
                 print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -78,11 +93,6 @@ async def _run(benches: dict[str, Bench], check: bool) -> int:
         return 1
     print(f"{time.monotonic() - began:.0f} s in all", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _interrupted(signum: int, frame: object) -> None:
-    del signum, frame
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ class Connection(TCPServer):
         """Whether the head of an answer, which comes now, is kept until something follows it, for one write of both.
         ASGI asks for no less: a server waits for the first piece of the body."""
         self._held = b""
+        self.writes = 0
+        """How often something was written; each was a checkpoint."""
 
     async def run(self) -> None:
         try:
@@ -169,6 +171,7 @@ class Connection(TCPServer):
             async with self.send_lock:
                 if self._torn:
                     return
+                self.writes += 1
                 if len(data) <= SLICE:
                     with trio.fail_after(self.limits.send_s):
                         await self.stream.send_all(data)
@@ -396,8 +399,11 @@ class Tasks:
                 await send(message)
                 self.connection.hold_next = False
             else:
+                before = self.connection.writes
                 await send(message)
-                await trio.lowlevel.checkpoint()
+                if self.connection.writes == before:
+                    # Its client has left, and a handler that only sends would never let anybody else run (see above).
+                    await trio.lowlevel.checkpoint()
 
         try:
             await app(scope, inbox.receive, app_send, trio.to_thread.run_sync, trio.from_thread.run)

@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import sys
+import time
 from functools import partial
 
 import trio
@@ -24,11 +25,7 @@ def main() -> None:
         settings, warnings = again()
     except SettingsError as error:
         sys.exit(_complain(str(error), 2))
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    _log_to_stderr(settings.log_level.upper())
     # It logs every header at this level.
     logging.getLogger("hpack").setLevel(logging.WARNING)
     for warning in warnings:
@@ -42,6 +39,28 @@ def main() -> None:
         sys.exit(_complain(str(error), 1))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class _Formatter(logging.Formatter):
+    """Writes the time of a line; what of it changes once a second is made once a second."""
+
+    _second = -1
+    _text = ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        second = int(record.created)
+        if second != self._second:
+            self._text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+            self._second = second
+        return f"{self._text},{int(record.msecs):03d}"
+
+
+def _log_to_stderr(level: str) -> None:
+    """Each request logs a line, so what a line costs counts: half of it is for what ours do not say."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def _complain(text: str, code: int) -> int:
