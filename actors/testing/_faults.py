@@ -15,7 +15,7 @@ from typing import TypeAlias, final
 
 Effect: TypeAlias = Callable[[], object]
 """Called when a site fires. An exception that it returns is raised at the site, so an exception class will do."""
-Plan: TypeAlias = Mapping[str, "float | tuple[float, Effect]"]
+Plan: TypeAlias = Mapping[str, float | tuple[float, Effect]]
 """Sites, or patterns such as `journal.*`, with their probability and, if they are to do something, their effect."""
 
 

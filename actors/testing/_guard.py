@@ -56,34 +56,27 @@ _INSTEAD: Final[dict[Kind, str]] = {
     "files": "Put files behind a port that a test can stand in for, or read them before the simulation",
 }
 
-_READS: Final[dict[Any, Kind]] = {
-    **dict.fromkeys(
-        [
-            time.time,
-            time.time_ns,
-            time.monotonic,
-            time.monotonic_ns,
-            time.perf_counter,
-            time.perf_counter_ns,
-            time.process_time,
-            time.process_time_ns,
-            time.thread_time,
-            time.thread_time_ns,
-            time.clock_gettime,
-            datetime.datetime.now,
-            datetime.datetime.utcnow,
-            datetime.datetime.today,
-            datetime.date.today,
-            select.select,
-        ],
-        "time",
-    ),
-    os.urandom: "randomness",
-    os.getrandom: "randomness",
-    # From 3.12 on these two raise audit events of their own.
-    time.sleep: "time",
-    _thread.start_new_thread: "threads",
-}
+_CLOCKS: Final = "time monotonic perf_counter process_time thread_time"
+
+
+def _reads() -> dict[Any, Kind]:
+    found: dict[Any, Kind] = {}
+    for name in _CLOCKS.split():
+        for suffix in ("", "_ns"):
+            found[getattr(time, name + suffix)] = "time"
+    today = (datetime.datetime.now, datetime.datetime.utcnow, datetime.datetime.today, datetime.date.today)
+    # From 3.12 on sleep() and start_new_thread() raise audit events of their own.
+    for function in (*today, getattr(time, "clock_gettime", None), select.select, time.sleep):
+        found[function] = "time"
+    for function in (os.urandom, getattr(os, "getrandom", None)):
+        found[function] = "randomness"
+    found[_thread.start_new_thread] = "threads"
+    found.pop(None, None)
+    return found
+
+
+_READS: Final = _reads()
+"""Functions in C that read a clock, wait by one, draw chance or start a thread."""
 _SHARED_RANDOM: Final[Any] = random.random.__self__  # type: ignore[attr-defined]  # a bound method of the shared Random
 _NAMES: Final = {read.__name__ for read in _READS} | {name for name in dir(random.Random) if not name.startswith("_")}
 

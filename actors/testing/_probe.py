@@ -153,12 +153,13 @@ class _StandIn(Actor):
         async def handle(actor: Actor, message: object) -> Any:
             return probe._take(actor, message)
 
-        self._born = probe._born
+        self._probe = probe
         handled: Mapping[type, Any] = probe._stands_for._handlers
         self._handlers = dict.fromkeys(handled, handle)  # type: ignore[misc]  # each probe has its own
 
     async def on_start(self) -> None:
-        self._born.set()
+        self._probe._owed.clear()
+        self._probe._born.set()
 
 
 async def _raise(error: Exception) -> None:

@@ -135,8 +135,10 @@ async def test_its_death_is_that_of_an_actor(autojump_clock: MockClock) -> None:
                     assert isinstance(caught.value.reason.exception, ZeroDivisionError)
 
                 nursery.start_soon(ask)
-                await store.expect(Load)
+                load = await store.expect(Load)
                 await store.crash(ZeroDivisionError())
+            with pytest.raises(LookupError):
+                store.reply(load, "too late")
             store.answer(Load, "back again")
             assert await store.ref.ask(Load("a"), timeout_s=1) == "back again"
             await trio.testing.wait_all_tasks_blocked()
