@@ -115,6 +115,40 @@ async def test_an_etag_changes_with_the_vm(served: Api) -> None:
     assert (await served.client.delete("/api/v1/vms/demo", headers={"if-match": "*"})).status_code == 204
 
 
+async def test_of_those_who_hold_the_same_etag_one_changes_the_vm(served: Api) -> None:
+    await served.crashed("demo")
+    await served.client.post("/api/v1/vms/demo/stop?wait=stopped")
+    answer = await served.client.get("/api/v1/vms/demo")
+    statuses: list[int] = []
+
+    async def restart() -> None:
+        given = await served.client.post("/api/v1/vms/demo/restart", headers={"if-match": answer.headers["etag"]})
+        statuses.append(given.status_code)
+        if given.status_code == 412:
+            assert given.json()["vm"] == "demo"
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(restart)
+    assert sorted(statuses) == [200] + 7 * [412]
+    row = served.doors.store.projection.get("demo")
+    assert row is not None
+    assert row.generation == 2
+
+
+async def test_if_match_means_the_vm_and_not_its_name(served: Api) -> None:
+    await served.crashed("demo")
+    await served.client.delete("/api/v1/vms/demo")
+    await served.crashed("demo")
+    row = served.doors.store.projection.get("demo")
+    assert row is not None
+    for tag in (f'"{row.id - 1}-{row.revision}"', f'W/"{row.id}-{row.revision}"', '"x"', "", f'"{row.id}-{10**30}"'):
+        answer = await served.client.delete("/api/v1/vms/demo", headers={"if-match": tag})
+        assert (answer.status_code, answer.json()["vm"]) == (412, "demo")
+    listed = f'"x", "{row.id}-{row.revision}"'
+    assert (await served.client.delete("/api/v1/vms/demo", headers={"if-match": listed})).status_code == 204
+
+
 async def test_who_waits_is_let_go_when_the_daemon_stops(served: Api) -> None:
     gate = trio.Event()
 

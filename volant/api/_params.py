@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from quart import request
 
 from volant.model import Problem, Status, VmRow, is_name, no_such_vm
-from volant.vm import DELETED
+from volant.vm import DELETED, Version
 
 from ._doors import Doors
 from ._query import Query
 
 MAX_WAIT_S = 600.0
 DEFAULT_WAIT_S = 60.0
+_ETAG = re.compile(r'"(\d{1,18})-(\d{1,18})"\Z', re.ASCII)
 _STATES = frozenset({*(str(state) for state in Status), DELETED})
 
 
@@ -48,27 +50,24 @@ def etag(row: VmRow) -> str:
     return f'"{row.id}-{row.revision}"'
 
 
-def check_if_match(row: VmRow) -> None:
-    """:raises Problem: 412 when the request names another state of the VM than the present one."""
+def if_match() -> Collection[Version] | None:
+    """The states of a VM of which the request wants one to be the present one; None when any will do.
+
+    What is no `ETag` of ours, weak ones too (RFC 9110, 13.1.1), is no state of any VM.
+    """
     given = request.headers.get("If-Match")
-    if given is not None and not _matches(given, etag(row)):
-        raise Problem(
-            412,
-            "vm-changed",
-            f"VM {row.name!r} has changed",
-            vm=row.name,
-            hint="read it again, and send its ETag as If-Match",
-        )
+    if given is None:
+        return None
+    tags = [tag.strip() for tag in given.split(",")]
+    if "*" in tags:
+        return None
+    return [Version(int(found[1]), int(found[2])) for tag in tags if (found := _ETAG.match(tag))]
 
 
 def is_not_modified(row: VmRow) -> bool:
     """Whether the client has what it would get."""
-    given = request.headers.get("If-None-Match")
-    return given is not None and _matches(given, etag(row))
-
-
-def _matches(given: str, tag: str) -> bool:
-    return any(part.strip().removeprefix("W/") in ("*", tag) for part in given.split(","))
+    given = request.headers.get("If-None-Match", "")
+    return any(tag.strip().removeprefix("W/") in ("*", etag(row)) for tag in given.split(","))
 
 
 def plugin_name(name: str) -> str:

@@ -23,11 +23,12 @@ from volant.model import (
     view,
 )
 from volant.model.agent import MAX_GRACE_S
+from volant.vm import Version
 
 from ._body import Nothing, read_body
 from ._doors import Doors
 from ._json import empty_response, json_response
-from ._params import check_if_match, etag, is_not_modified, no_query, query, vm_row, wait_of
+from ._params import etag, if_match, is_not_modified, no_query, query, vm_row, wait_of
 from ._query import Query
 from ._waits import interruptible
 
@@ -94,9 +95,10 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
     async def delete_vm(name: str) -> Response:
         no_query()
         await read_body(Nothing)
-        check_if_match(vm_row(doors, name))
+        name = vm_row(doors, name).name
+        only_at = if_match()
         async with interruptible(_stopping()) as waits:
-            gone = await waits.until(partial(_deleted, doors, name))
+            gone = await waits.until(partial(_deleted, doors, name, only_at))
         if not gone:
             raise Problem(
                 503, "daemon-stopping", f"the daemon stops; VM {name!r} goes on being deleted when it is back", vm=name
@@ -116,9 +118,9 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
             grace_s = _grace(parameters)
         parameters.done()
         await read_body(Nothing)
-        check_if_match(vm_row(doors, name))
+        name = vm_row(doors, name).name
         since = doors.store.projection.last_event
-        row = await doors.vms.verb(name, Verb(kind, grace_s=grace_s))
+        row = await doors.vms.verb(name, Verb(kind, grace_s=grace_s), only_at=if_match())
         return await answer(row, states, timeout_s, since)
 
     @app.post("/api/v1/vms/<name>/start")
@@ -152,8 +154,8 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
         return response
 
 
-async def _deleted(doors: Doors, name: str) -> bool:
-    await doors.vms.delete(name)
+async def _deleted(doors: Doors, name: str, only_at: Collection[Version] | None) -> bool:
+    await doors.vms.delete(name, only_at=only_at)
     return True
 
 

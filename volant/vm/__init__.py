@@ -3,6 +3,6 @@
 from ._actor import VmActor
 from ._doors import VmDoors, VmSettings
 from ._steps import instance_of
-from ._vms import DELETED, Vms, Wait
+from ._vms import DELETED, Version, Vms, Wait
 
-__all__ = ["DELETED", "VmActor", "VmDoors", "VmSettings", "Vms", "Wait", "instance_of"]
+__all__ = ["DELETED", "Version", "VmActor", "VmDoors", "VmSettings", "Vms", "Wait", "instance_of"]

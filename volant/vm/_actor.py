@@ -86,7 +86,7 @@ class VmActor(Actor):
 
     @handles(Ask)
     async def ask(self, message: Ask) -> VmRow:
-        await self._see(message.verb)
+        await self._see(message.verb, message.revisions)
         return self._row
 
     @handles(Report)
@@ -109,9 +109,13 @@ class VmActor(Actor):
 
     # One thing seen at a time
 
-    async def _see(self, seen: Seen) -> None:
+    async def _see(self, seen: Seen, revisions: frozenset[int] | None = None) -> None:
+        unsure = False
         for tries_left in reversed(range(_COMMIT_TRIES)):
             steps = decide(self._row, seen, self._doors.host.wall_clock())
+            # A commit of which nobody knows may have made the row what it is, if that is what was wanted.
+            if revisions is not None and self._row.revision not in revisions and (steps or not unsure):
+                raise _changed(self._row)
             if not steps:
                 break
             try:
@@ -126,6 +130,7 @@ class VmActor(Actor):
                         f"the journal could not keep the change: {error}",
                         hint="try again; the daemon's log says why the journal fails",
                     ) from error
+                unsure = unsure or not isinstance(error, StaleRow)
                 await trio.sleep(0.2)
                 # Whether it was kept is unknown: read the row again, and go on from there.
                 row = self._doors.store.projection.by_id(self._vm_id)
@@ -324,6 +329,16 @@ def _deadline(timeout_s: float, code: str, message: str) -> Iterator[None]:
         yield
     if scope.cancelled_caught:
         raise StepError(code, message)
+
+
+def _changed(row: VmRow) -> Problem:
+    return Problem(
+        412,
+        "vm-changed",
+        f"VM {row.name!r} has changed",
+        vm=row.name,
+        hint="read it again, and send its ETag as If-Match",
+    )
 
 
 def workload_spec(row: VmRow) -> dict[str, object] | None:

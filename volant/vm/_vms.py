@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 import trio
@@ -66,6 +66,13 @@ DELETED: Literal["deleted"] = "deleted"
 """Stands beside the statuses in what can be waited for."""
 
 
+class Version(NamedTuple):
+    """Names one committed state of one VM, whatever has or gets its name."""
+
+    vm_id: int
+    revision: int
+
+
 @dataclass
 class Vms:
     """Makes VMs, sends them verbs, and finds the way to their agents."""
@@ -97,12 +104,15 @@ class Vms:
             self._creating.remove(request.memory_mb)
         raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
 
-    async def verb(self, name: str, verb: Verb) -> VmRow:
-        """Change what a VM should be; durable when this returns.
+    async def verb(self, name: str, verb: Verb, *, only_at: Collection[Version] | None = None) -> VmRow:
+        """Change what a VM should be, if it is at one of the versions `only_at`; durable when this returns.
 
-        :raises Problem: 404, 409 not legal now, 503.
+        :raises Problem: 404, 409 not legal now, 412 it is at another version, 503.
         """
         row = self._row(name)
+        revisions = None
+        if only_at is not None:
+            revisions = frozenset(version.revision for version in only_at if version.vm_id == row.id)
         if verb.kind in (VerbKind.START, VerbKind.RESTART) and row.status in (Status.STOPPED, Status.CRASHED):
             self._admit(row.memory_mb, besides=row.id)
         deadline = trio.current_time() + _ASK_TIMEOUT_S
@@ -110,7 +120,7 @@ class Vms:
         while True:
             ref = await self._actor(row)
             try:
-                return await ref.ask(Ask(verb), timeout_s=_ASK_TIMEOUT_S)
+                return await ref.ask(Ask(verb, revisions), timeout_s=_ASK_TIMEOUT_S)
             except (ActorDown, AskTimeout) as error:
                 # It restarts, and may or may not have heard: read the row again, and go on from there.
                 after = self.doors.store.projection.by_id(row.id)
@@ -131,14 +141,14 @@ class Vms:
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, 2.0)
 
-    async def delete(self, name: str) -> None:
-        """Delete a VM and wait until nothing of it is left on the host.
+    async def delete(self, name: str, *, only_at: Collection[Version] | None = None) -> None:
+        """Delete a VM, if it is at one of the versions `only_at`, and wait until nothing of it is left on the host.
 
         A caller that is cancelled meanwhile cancels nothing. A second delete joins the first.
 
-        :raises Problem: 404; 503 after 60 s, and says what is left.
+        :raises Problem: 404; 412 it is at another version; 503 after 60 s, and says what is left.
         """
-        row = await self.verb(name, Verb(VerbKind.DELETE))
+        row = await self.verb(name, Verb(VerbKind.DELETE), only_at=only_at)
         _, after = await self.wait(row.id, {DELETED}, _DELETE_TIMEOUT_S)
         if after is not None:
             reason = f": {after.reason.message}" if after.reason else ""

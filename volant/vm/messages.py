@@ -12,10 +12,12 @@ from volant.model import Effect, Problem, Seen, Verb, VmRow
 class Ask(Request[VmRow]):
     """A client wants something -> the row, durable.
 
-    :raises Problem: 409 not legal now; 503 the journal can't keep it.
+    :raises Problem: 409 not legal now; 412 the row is at none of `revisions`; 503 the journal can't keep it.
     """
 
     verb: Verb
+    revisions: frozenset[int] | None = None
+    """None: whatever the row is at."""
     raises = (Problem,)
 
 
