@@ -68,6 +68,11 @@ async def test_keys_are_asked_for_kept_to_itself_and_reloaded(guarded: tuple[Dae
         assert FIRST not in str(await client.system.info())
         async with client.events(after="0"):
             pass
+        ticket = (await client.system.ticket()).ticket
+    async with httpx.AsyncClient(base_url=daemon.base_url, trust_env=False, timeout=20) as anonymous:
+        for expected in (200, 401):
+            async with anonymous.stream("GET", "/api/v1/events/vms", params={"ticket": ticket}) as answer:
+                assert answer.status_code == expected
     assert await status(daemon, OF_THE_ENVIRONMENT) == 200
 
     keys.write_text(f"{FIRST}\n{SECOND}\n")

@@ -7,7 +7,8 @@ In this order, so that who is outside learns as little as can be:
 2. `Host`: 421. A web page that a person has open can send requests to loopback, and by rebinding its name to 127.0.0.1
    can even read the answers; but it still says its own name.
 3. `Origin` on what changes something or opens a WebSocket: 403.
-4. The API key: 401. A preflight of a browser is answered before, as it can't carry one.
+4. The API key: 401. A preflight of a browser is answered before, as it can't carry one; so are `/healthz` and the page
+   `/docs`, which says of this daemon nothing.
 
 A Unix socket has permissions of its own and skips the first and the last. All of it together costs some microseconds,
 and with the settings it can be replaced while the daemon runs.

@@ -1,6 +1,6 @@
 """The typed client of the daemon's HTTP API, for programs on Trio; `volar` is built on it."""
 
-from volant.model import Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus
+from volant.model import Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus, Ticket
 
 from ._client import Client
 from ._errors import ClientError, ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
@@ -24,6 +24,7 @@ __all__ = [
     "Process",
     "StreamGap",
     "SystemStatus",
+    "Ticket",
     "UnexpectedAnswer",
     "Unreachable",
     "Waited",

@@ -21,6 +21,7 @@ from volant.model import (
     Status,
     StreamGap,
     SystemStatus,
+    Ticket,
     VmView,
     check_name,
     format_duration,
@@ -327,6 +328,10 @@ class _System:
     async def tree(self) -> dict[str, Any]:
         """The supervisor tree."""
         return await self._http.get("/api/v1/system/tree", dict[str, Any])
+
+    async def ticket(self) -> Ticket:
+        """What opens one WebSocket or event stream in place of a key: for browsers, which can't set headers there."""
+        return decode(await self._http.request("POST", "/api/v1/tickets"), Ticket)
 
 
 def _name(name: str) -> str:
