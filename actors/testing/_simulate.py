@@ -100,7 +100,7 @@ class Simulation:
 
     def note(self, text: str) -> None:
         """Adds a line to the trace, and so to what must be the same in every run with this seed."""
-        self._trace.note(f"{text}")
+        self._trace.note(text)
 
     def trace(self, last: int = 50) -> list[str]:
         """The last entries of the trace as text, 200 at most."""
