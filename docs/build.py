@@ -19,7 +19,7 @@ from volant.api._openapi import document
 from volant.cli._volar import volar
 
 DOCS = Path(__file__).resolve().parent
-MODULES = ["actors", "volant.client", "volant.model", "volant.images"]
+MODULES = ["actors", "actors.testing", "volant.client", "volant.model", "volant.images"]
 
 
 def main() -> int:
