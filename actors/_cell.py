@@ -15,9 +15,10 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar, final, overload
+from typing import Any, Final, Generic, Protocol, TypeVar, final, overload
 
 import trio
+from trio.lowlevel import checkpoint
 
 from ._actor import Actor, live
 from ._errors import StartFailed, StartTimeout
@@ -33,6 +34,8 @@ C_co = TypeVar("C_co", bound="Actor | None", covariant=True)
 
 _HISTORY = 8
 _SHOWN = 16
+_SETTLED: Final = trio.Event()
+_SETTLED.set()
 _logger = logging.getLogger("actors")
 
 
@@ -193,18 +196,19 @@ class Cell:
     """The life of a child over all its incarnations."""
 
     __slots__ = (
+        "_ended",
         "_shutdown_s",
         "actor",
         "branch",
         "child",
         "closing",
-        "ended",
         "exit",
         "fence",
         "handlers",
         "history",
         "inner",
         "kind",
+        "limit",
         "loop",
         "nursery",
         "outer",
@@ -227,7 +231,6 @@ class Cell:
     inner: trio.CancelScope
     outer: trio.CancelScope
     settled: trio.Event
-    ended: trio.Event
     fence: Fence
 
     def __init__(self, child: Child[Any], shutdown_s: float) -> None:
@@ -253,7 +256,9 @@ class Cell:
         self.start_error: BaseException | None = None
         self.started = self.started_once = self.stop_requested = self.closing = False
         self.restarts = 0
-        self.window: list[float] = []
+        self.window: list[float] | None = None
+        self.limit: _StartLimit | None = None
+        self._ended: trio.Event | None = None
         self.history: deque[tuple[float, str]] | None = None
 
     @property
@@ -279,13 +284,13 @@ class Cell:
             self.ref._mailbox.attach(runtime)
         self.path = self.child.name if parent is None or not parent.path else f"{parent.path}/{self.child.name}"
         self.settled = trio.Event()
-        self.ended = trio.Event()
+        self._ended = None
         self.state = State.STARTING
         self.start_error = None
         self.started = self.started_once = self.stop_requested = self.closing = False
         self.outer = trio.CancelScope()
         self.inner = trio.CancelScope()
-        self.window.clear()
+        self.window = None
 
     async def incarnate(self) -> Exit:
         """Runs one incarnation to its end.
@@ -301,7 +306,9 @@ class Cell:
             self.outer, self.inner = trio.CancelScope(), trio.CancelScope()
         outer, inner = self.outer, self.inner
         self._show(TapKind.STARTING)
-        outer.deadline = trio.current_time() + self.child.start_timeout_s
+        if self.child.start_timeout_s < math.inf:
+            self.limit = _StartLimit(self)
+            self.runtime.deadlines.add(trio.current_time() + self.child.start_timeout_s, self.limit)
         escaped: BaseException | None = None
         try:
             try:
@@ -324,19 +331,19 @@ class Cell:
         finally:
             del escaped
 
-    async def _body(self) -> None:
-        start = self.child.start
+    def _body(self) -> Awaitable[object]:
+        start: Any = self.child.start
         if self.branch is not None:
-            await self.branch._run(self)
-        elif self.kind == "task":
-            await start(task_status=_Started(self))  # type: ignore[call-arg,misc,operator]  # kind says which it is
-        else:
-            actor = start()  # type: ignore[call-arg,operator]  # kind says which it is
-            if not isinstance(actor, Actor):
-                if inspect.iscoroutine(actor):
-                    actor.close()
-                raise TypeError(f"{self.path}: {start!r} made {actor!r}, which is no Actor")
-            await live(self, actor)
+            return self.branch._run(self)
+        if self.kind == "task":
+            running: Awaitable[object] = start(task_status=_Started(self))
+            return running
+        actor = start()
+        if not isinstance(actor, Actor):
+            if inspect.iscoroutine(actor):
+                actor.close()
+            raise TypeError(f"{self.path}: {start!r} made {actor!r}, which is no Actor")
+        return live(self, actor)
 
     def mark_started(self) -> None:
         """From here on the child is shielded, and its failures are its supervisor's."""
@@ -344,15 +351,37 @@ class Cell:
             return
         self.started = self.started_once = True
         self.state = State.RUNNING
-        self.outer.deadline = math.inf
         self.inner.shield = True
-        self.settled.set()
+        self._unlimit()
+        self.settle()
         self._show(TapKind.STARTED)
+
+    def settle(self) -> None:
+        """It is known whether it has started."""
+        self.settled.set()
+        self.settled = _SETTLED  # an idle child keeps no event of its own
+
+    async def wait_ended(self) -> None:
+        """Waits until nothing of it is left. Always a checkpoint."""
+        if self.alive:
+            if self._ended is None:
+                self._ended = trio.Event()
+            await self._ended.wait()
+        else:
+            await checkpoint()
+
+    def finish(self) -> None:
+        """Nothing of it is left."""
+        self.state = State.EXITED
+        self.settle()
+        if self._ended is not None:
+            self._ended.set()
 
     def begin_end(self) -> None:
         """From here on nothing but the budget cuts the clean-up short."""
         if not self.closing:
             self.closing = True
+            self._unlimit()
             self.state = State.STOPPING
             self.inner.shield = True
             self.inner.deadline = min(self.inner.deadline, trio.current_time() + self.shutdown_s)
@@ -374,7 +403,7 @@ class Cell:
             self.outer.cancel()
 
     def request_stop(self) -> None:
-        """Asks for the end and returns; `ended` is set when it has come."""
+        """Asks for the end and returns; `wait_ended` waits for it."""
         if self.stop_requested or self.state in (State.NEW, State.EXITED):
             return
         self.stop_requested = True
@@ -458,6 +487,11 @@ class Cell:
                 node["actor"] = _state_of(actor)
         return node
 
+    def _unlimit(self) -> None:
+        if self.limit is not None:
+            self.limit.cell = None
+            self.limit = None
+
     def _show(self, kind: TapKind, what: object = None) -> None:
         self.runtime.show(kind, self.path, "", what)
 
@@ -484,6 +518,7 @@ class Cell:
     def _note(self, exit_: Exit) -> None:
         self.exit = exit_
         self.actor = None
+        self._unlimit()
         self._show(TapKind.EXIT, exit_)
         if exit_.kind is ExitKind.STOPPED and exit_.exception is None:
             return
@@ -510,6 +545,23 @@ def _is_async(start: object) -> bool:
     if isinstance(start, type):
         return False
     return inspect.iscoroutinefunction(start) or inspect.iscoroutinefunction(type(start).__call__)
+
+
+@final
+class _StartLimit:
+    """The deadline of one start. It stays in the heap for a while when it is over, and keeps nothing alive."""
+
+    __slots__ = ("cell",)
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell: Cell | None = cell
+
+    def over(self) -> bool:
+        return self.cell is None
+
+    def expire(self) -> None:
+        if self.cell is not None:
+            self.cell.outer.cancel()
 
 
 @final

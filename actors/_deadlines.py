@@ -1,10 +1,10 @@
-"""Deadlines of asks, and timers: all of one system in one heap, watched by one task.
+"""Deadlines of asks and starts, and timers: all of one system in one heap, watched by one task.
 
 A cancel scope round every ask would cost nearly as much as the ask itself, and almost none of them ever fires. Here a
 deadline is one entry in a heap; that its ask has been answered, or its timer cancelled, is noticed when the entry comes
 up, or when the heap has doubled since it was last cleared of such. The watching task sleeps until the earliest entry,
-and is woken only by one that is earlier still, which is rare, since most deadlines of a program are about as long as
-each other.
+also if that has lost its meaning meanwhile: else it would have to be woken for the next. So it is woken only by one
+that is earlier still, which is rare, since most deadlines of a program are about as long as each other.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ class Deadlines:
         """Runs for as long as the system does."""
         heap = self._heap
         while True:
-            now_s = trio.current_time()
-            while heap and (heap[0][0] <= now_s or heap[0][2].over()):
-                heappop(heap)[2].expire()
             self._next_s = heap[0][0] if heap else math.inf
-            with trio.CancelScope(deadline=self._next_s):
+            with trio.CancelScope(deadline=self._next_s) as nap:
                 await self._lot.park()
+            if nap.cancelled_caught:
+                now_s = trio.current_time()
+                while heap and (heap[0][0] <= now_s or heap[0][2].over()):
+                    heappop(heap)[2].expire()

@@ -45,13 +45,14 @@ if TYPE_CHECKING:
     from ._runtime import Runtime
     from ._tap import Tap
 
-BURST: Final = 128
+BURST: Final = 256
 """Messages handled at most between two checkpoints of the loop."""
 BURST_S: Final = 0.0005
 """How long messages are handled, in seconds, before the loop makes a checkpoint."""
 RECENT: Final = 100
 """Messages of an actor that are remembered for people who look inside."""
 _NONE: Mapping[type, Handler] = {}
+_UNBORN: Final = Exit(ExitKind.UNBORN)
 
 
 class Ask:
@@ -222,7 +223,7 @@ class Mailbox:
         self.began_s = 0.0
         self.watchers: dict[Mailbox, dict[Ref[Any], None]] = {}
         self.task: Task | None = None
-        self.reason = Exit(ExitKind.UNBORN)
+        self.reason = _UNBORN
         self.ending = False
         self.recent: deque[tuple[float, float, float, type, str, str]] | None = None
         self.times: dict[type, Times] = {}

@@ -131,7 +131,7 @@ class _Supervisor(Branch):
                 await _wait_for([cell])
             raise
         if not cell.started_once:
-            await cell.ended.wait()
+            await cell.wait_ended()
             assert cell.start_error is not None
             raise cell.start_error
 
@@ -182,21 +182,21 @@ class _Supervisor(Branch):
         return cell.restarts_after(exit_)
 
     def _window_of(self, cell: Cell) -> list[float]:
+        if cell.window is None:
+            cell.window = []
         return cell.window
 
     async def _give_up(self, cell: Cell, exit_: Exit) -> None:
         raise NotImplementedError
 
     def _ended(self, cell: Cell) -> None:
-        cell.state = State.EXITED
         exit_ = cell.exit or Exit(ExitKind.STOPPED)
         if cell.ref is not None and not cell.restarts_after(exit_):
             cell.ref._mailbox.abandon(exit_)
         if not cell.started_once and cell.start_error is None:
             stopped = exit_.exception is None or cell.stop_requested
             cell.start_error = ActorDown(cell.path, exit_) if stopped else exit_.exception
-        cell.settled.set()
-        cell.ended.set()
+        cell.finish()
 
 
 @final
@@ -402,7 +402,7 @@ class DynamicSupervisor(_Supervisor):
             raise NoSuchChild(f"{self._path} has no child called {name}")
         cell.request_stop()
         with trio.move_on_after(cell.shutdown_s + _GRACE_S):
-            await cell.ended.wait()
+            await cell.wait_ended()
             return
         raise TimeoutError(f"{cell.path} has not ended within its {cell.shutdown_s:g} s")
 
@@ -456,7 +456,7 @@ async def _wait_for(cells: Sequence[Cell]) -> None:
     with trio.CancelScope(shield=True, deadline=trio.current_time() + budget_s):
         for cell in cells:
             if cell.alive:
-                await cell.ended.wait()
+                await cell.wait_ended()
     for cell in cells:
         if cell.alive:
             _logger.error("%s has not ended within its budget, and cannot be forced to", cell.path)

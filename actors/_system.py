@@ -128,9 +128,7 @@ async def open_system(
         try:
             await cell.incarnate()
         finally:
-            cell.state = State.EXITED
-            cell.settled.set()
-            cell.ended.set()
+            cell.finish()
             body.cancel()
 
     async def watch_deadlines() -> None:
@@ -151,7 +149,7 @@ async def open_system(
             finally:
                 cell.request_stop()
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + cell.shutdown_s + 1):
-                    await cell.ended.wait()
+                    await cell.wait_ended()
                 watch.cancel()
             if cell.exit is not None and cell.exit.abnormal and cell.exit.exception is not None:
                 raise cell.exit.exception
