@@ -15,6 +15,7 @@ import trio
 from trio_websocket import WebSocketConnection, open_websocket_url
 
 from actors import ONE_FOR_ONE, Child, DynamicSupervisor, Supervisor, open_system
+from tests.api import conformance
 from volant.api import ApiSettings, Doors, Limits, create_app, serve
 from volant.api._doors import Health
 from volant.host import Host
@@ -283,7 +284,8 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
         )
         async with running(create_app(doors, limits), limits) as server:
             base = f"http://127.0.0.1:{server.port}"
-            async with httpx.AsyncClient(base_url=base, timeout=20, trust_env=False) as client:
+            hooks = {"response": [conformance.check]}
+            async with httpx.AsyncClient(base_url=base, timeout=20, trust_env=False, event_hooks=hooks) as client:
                 yield Api(server, doors, client, system)
 
 

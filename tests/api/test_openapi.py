@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from openapi_spec_validator import validate
 
+from tests.api import conformance
 from tests.api.kit import UPGRADE, Api, api
 from volant.api import ApiSettings, create_app
 from volant.api._edge import Edge, StreamRoute
@@ -95,6 +97,19 @@ async def test_it_takes_the_parameters_that_are_said(served: Api, operation: Ope
     hint = answer.json()["hint"]
     taken = set(hint.removeprefix("there are ").split(", ")) if hint.startswith("there are ") else set()
     assert taken == {parameter.name for parameter in operation.parameters if parameter.place == "query"}
+
+
+async def test_answers_are_held_against_the_document() -> None:
+    asked = httpx.Request("GET", "http://127.0.0.1/healthz")
+    await conformance.check(httpx.Response(200, json={"status": "ok"}, request=asked))
+    for wrong in (
+        httpx.Response(201, json={"status": "ok"}, request=asked),
+        httpx.Response(200, json={"status": "fine"}, request=asked),
+        httpx.Response(200, json={"status": "ok"}, headers={"location": "/"}, request=asked),
+        httpx.Response(200, text="ok", request=asked),
+    ):
+        with pytest.raises(AssertionError, match="/healthz"):
+            await conformance.check(wrong)
 
 
 async def test_the_daemon_serves_the_document(served: Api) -> None:

@@ -66,7 +66,7 @@ class Answer:
     items: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
     """One method of one path."""
 
