@@ -11,9 +11,9 @@ import trio
 from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, load, run, spec, websocket
 from volant.client import Client, LogLine
 
-FLOOD_S = load("VOLANT_TEST_FLOOD_S", usual=15, full=60)
+FLOOD_S = load("VOLANT_TEST_FLOOD_S", usual=10, full=60)
 """How long the console is flooded."""
-OUTPUT_MB = load("VOLANT_TEST_OUTPUT_MB", usual=50, full=200)
+OUTPUT_MB = load("VOLANT_TEST_OUTPUT_MB", usual=30, full=200)
 """How much the workload writes. What is kept of it is 64 MiB with all that belongs to a line."""
 RSS_MB = 60
 """How much the daemon may grow under a flood: its buffers, and what Python's allocator keeps of them."""
