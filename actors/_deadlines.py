@@ -25,9 +25,11 @@ class Entry(Protocol):
 
     def over(self) -> bool:
         """Whether the deadline has lost its meaning."""
+        ...
 
     def expire(self) -> None:
         """It has come. Does nothing when it has lost its meaning."""
+        ...
 
 
 class Deadlines:

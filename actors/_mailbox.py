@@ -235,7 +235,9 @@ class Mailbox:
         return self.ref.name
 
     def attach(self, runtime: Runtime) -> None:
-        """Makes it part of a system."""
+        """Makes it part of a system. What was seen in a former one was timed by another clock."""
+        if runtime is not self.runtime:
+            self.recent = None
         self.runtime = runtime
         self.clock = runtime.clock
         self.tap = runtime.tap
