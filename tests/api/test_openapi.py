@@ -99,6 +99,19 @@ async def test_it_takes_the_parameters_that_are_said(served: Api, operation: Ope
     assert taken == {parameter.name for parameter in operation.parameters if parameter.place == "query"}
 
 
+@pytest.mark.parametrize("path", ["/api/v1/vms", "/api/v1/vms/demo/logs"])
+async def test_integers_are_taken_up_to_the_bounds_that_are_said(served: Api, path: str) -> None:
+    await served.crashed("demo")
+    parameters = document()["paths"][path.replace("demo", "{name}")]["get"]["parameters"]
+    bounded = {one["name"]: one["schema"] for one in parameters if "maximum" in one["schema"]}
+    assert bounded
+    for name, schema in bounded.items():
+        for value, status in ((schema["minimum"], 200), (schema["maximum"], 200), (schema["maximum"] + 1, 400)):
+            answer = await served.client.get(path, params={name: value})
+            # An id that no VM has is none of the parameter's faults.
+            assert (400 if answer.status_code == 400 else 200) == status, (name, value, answer.text)
+
+
 async def test_answers_are_held_against_the_document() -> None:
     asked = httpx.Request("GET", "http://127.0.0.1/healthz")
     await conformance.check(httpx.Response(200, json={"status": "ok"}, request=asked))

@@ -90,7 +90,7 @@ def _find(doors: Doors, call: Call, *, tail: int | None, follow: bool) -> tuple[
     name = call.args[0]
     query = call.query(credentials=call.is_websocket)
     wanted = _wanted(query, tail, follow)
-    vm_id = query.integer("vm_id", minimum=1, maximum=2**63 - 1)
+    vm_id = query.integer("vm_id", minimum=1)
     query.done()
     row = doors.store.projection.get(name) if is_name(name) else None
     try:

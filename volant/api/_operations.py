@@ -35,6 +35,7 @@ from volant.model.agent_types import ExecEnd, ExecOutput, ExecRequest, Healthz, 
 
 from ._body import Nothing
 from ._plugins import Enabled
+from ._query import MAX_INTEGER
 
 Anything = Mapping[str, Any]
 """A JSON object whose shape is no contract."""
@@ -128,7 +129,9 @@ _WAIT = (
 )
 _IF_MATCH = Parameter("If-Match", str, "Only if the VM's `ETag` is one of these", place="header")
 _GRACE = Parameter("grace", Duration, "How long the guest has before it is killed: default `10s`, at most `10m`")
-_LABEL = Parameter("label", str, "`key=value`; all of them must hold", repeated=True)
+_LABEL = Parameter(
+    "label", Annotated[str, msgspec.Meta(pattern="^[^=]+=")], "`key=value`; all of them must hold", repeated=True
+)
 _VM = "/api/v1/vms/{name}"
 
 
@@ -165,10 +168,18 @@ def _relayed(what: str, path: str, says: str) -> tuple[Operation, ...]:
 
 _LOG_PARAMETERS = (
     Parameter("tail", Annotated[int, msgspec.Meta(ge=0, le=1_000_000)], "The last so many lines of the chosen streams"),
-    Parameter("since", int | Time, "After this `seq`, or from this time on; wins over `tail`"),
+    Parameter(
+        "since",
+        Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)] | Time,
+        "After this `seq`, or from this time on; wins over `tail`",
+    ),
     Parameter("follow", bool, "Whether to go on with new lines"),
     Parameter("stream", list[Literal["stdout", "stderr", "console"]], "Default: all"),
-    Parameter("vm_id", Annotated[int, msgspec.Meta(ge=1)], "Of a VM of that name, deleted within the last 24 h"),
+    Parameter(
+        "vm_id",
+        Annotated[int, msgspec.Meta(ge=1, le=MAX_INTEGER)],
+        "Of a VM of that name, deleted within the last 24 h",
+    ),
 )
 
 OPERATIONS: tuple[Operation, ...] = (
@@ -181,7 +192,7 @@ OPERATIONS: tuple[Operation, ...] = (
             Parameter("plugin", Name, "Of one of these plugins", repeated=True),
             _LABEL,
             Parameter("limit", Annotated[int, msgspec.Meta(ge=1, le=1000)], "At most so many"),
-            Parameter("cursor", Annotated[int, msgspec.Meta(ge=0, le=2**62)], "From the `Link` of the page before"),
+            Parameter("cursor", Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)], "From the `Link` before"),
         ),
     ),
     Operation(

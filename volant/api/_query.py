@@ -8,8 +8,11 @@ from urllib.parse import parse_qsl
 
 from volant.model import Problem, invalid, parse_duration
 
+MAX_INTEGER = 10**18 - 1
+"""The largest that a parameter can be."""
+
 _MAX_FIELDS = 100
-_INTEGER = re.compile(r"\d{1,18}\Z")
+_INTEGER = re.compile(r"[0-9]{1,18}\Z")
 
 
 class Query:
@@ -46,7 +49,7 @@ class Query:
             raise invalid(name, f"the parameter {name} is given {len(values)} times")
         return values[0] if values else None
 
-    def integer(self, name: str, *, minimum: int = 0, maximum: int) -> int | None:
+    def integer(self, name: str, *, minimum: int = 0, maximum: int = MAX_INTEGER) -> int | None:
         """:raises Problem: 400 when it is no integer in the range."""
         text = self.text(name)
         if text is None:
