@@ -351,6 +351,10 @@ class Mailbox:
         queue, system, overflow, deferred, known = self.queue, self.system, self.overflow, self.deferred, self.times
         clock, tap, recent, high_water = self.clock, self.tap, self.recent, self.high_water
         entry: Any
+        message: Any
+        result: Any
+        ask: Ask | None
+        error: BaseException | None
         left = 0
         now_s = pause_s = -math.inf
         while not self.ending:
@@ -359,6 +363,7 @@ class Mailbox:
                 if queue or system:
                     await checkpoint()
                 else:
+                    entry = message = result = ask = error = None  # an idle actor holds nothing of the last message
                     self._waiter = current_task()
                     await wait_task_rescheduled(self._unpark)
                 left = BURST

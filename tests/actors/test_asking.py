@@ -615,16 +615,49 @@ async def test_deadlines_expire_in_time_whatever_their_order(autojump_clock: Moc
         assert ref.inspect()["mailbox"]["replies_owed"] == 0
 
 
-async def test_asks_that_were_answered_are_not_kept_until_their_deadline(autojump_clock: MockClock) -> None:
+async def test_what_was_asked_and_answered_is_not_kept_until_the_deadline(autojump_clock: MockClock) -> None:
+    class Answer:
+        pass
+
+    @dataclass(frozen=True)
+    class Question(Request[Answer]):
+        pass
+
+    class Oracle(Actor):
+        @handles(Question)
+        async def answer(self, message: Question) -> Answer:
+            return Answer()
+
     bank_ = bank()
     async with open_system(bank_):
-        ref = await bank_.start_child(Child("a", Account))
-        requests = weakref.WeakSet[Notes]()
-        for _ in range(5000):
-            request = Notes()
-            requests.add(request)
-            await ref.ask(request, timeout_s=1000)
-        assert len(requests) < 2000
+        ref = await bank_.start_child(Child("a", Oracle))
+        alive = weakref.WeakSet[Any]()
+        for _ in range(100):
+            question = Question()
+            answer = await ref.ask(question, timeout_s=1000)
+            alive.update([question, answer])
+        del question, answer
+        await wait_all_tasks_blocked()
+        assert len(alive) == 0
+
+
+async def test_deadlines_wake_nobody_as_long_as_they_are_kept(autojump_clock: MockClock) -> None:
+    class Steps(trio.abc.Instrument):
+        def __init__(self) -> None:
+            self.taken = 0
+
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            self.taken += task.name.endswith(": deadlines")
+
+    bank_ = bank()
+    async with open_system(bank_):
+        steps = Steps()
+        trio.lowlevel.add_instrument(steps)
+        for number in range(100):
+            ref = await bank_.start_child(Child(str(number), Account))
+            await ref.ask(Withdraw(1), timeout_s=60)
+        trio.lowlevel.remove_instrument(steps)
+        assert steps.taken <= 1
 
 
 async def test_what_an_actor_says_of_itself_is_shown_even_when_that_fails(autojump_clock: MockClock) -> None:

@@ -178,6 +178,15 @@ async def test_a_trace_is_bounded(autojump_clock: MockClock) -> None:
         assert system.trace(child.ref, last=0) == []
 
 
+async def test_a_child_that_moves_to_another_system_brings_no_trace(autojump_clock: MockClock) -> None:
+    child = Child("worker", Worker)
+    for _ in range(2):
+        async with open_system(Supervisor(children=[child])) as system:
+            await child.ref.ask(Work(), timeout_s=1)
+            assert [row["at_s"] for row in system.trace(child.ref)] == [0]
+            await trio.sleep(10)
+
+
 async def test_dead_letters_say_what_came_to_nothing_and_why(autojump_clock: MockClock) -> None:
     vms = DynamicSupervisor()
     async with open_system(vms) as system:

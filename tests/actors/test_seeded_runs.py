@@ -228,7 +228,7 @@ def test_every_strategy_converges_once_the_faults_are_over(simulate: Simulate) -
                 assert await leaf.ref.ask(Work(n), timeout_s=1) == n
             return sum(leaf.ref.inspect()["restarts"] for leaf in leaves)
 
-    assert sum(int(str(simulate(main, seed))) for seed in FEW) > 1000
+    assert sum(int(str(simulate(main, seed))) for seed in FEW) > 5 * len(FEW)
 
 
 def test_starts_and_stops_that_cross_leave_nothing_behind(simulate: Simulate) -> None:
