@@ -79,6 +79,7 @@ def test_people_talk_and_the_room_survives_its_crash(port: int) -> None:
     bob.hear("bob: me")
     bob.say("/crash")
     bob.hear("! the room crashed, and that was lost")
+    ada.hear("* ada is here")  # again; what she says before that may be lost too
     ada.say("still there")
     bob.hear("ada: still there")
     bob.close()
