@@ -75,10 +75,13 @@ def main() -> NoReturn:
     _loopback_up()
     _modules_for_the_channel()
     ready, tell_ready = os.pipe()
-    agent = _start_agent(signals, tell_ready)
+    set_up, tell_set_up = os.pipe()
+    agent = _start_agent(signals, (tell_ready, set_up), (ready, tell_set_up))
     os.close(tell_ready)
+    os.close(set_up)
     _wait_for(ready)
     _later()
+    os.close(tell_set_up)
     starts = [time.monotonic()]
     while True:
         got = signal.sigwait(signals)
@@ -242,16 +245,19 @@ def _read_all(path: str) -> list[str]:
         return handle.read().splitlines()
 
 
-def _start_agent(signals: set[signal.Signals], tell_ready: int = -1) -> int:
+def _start_agent(signals: set[signal.Signals], its: tuple[int, ...] = (), ours: tuple[int, ...] = ()) -> int:
+    """Return its pid. Of the pipes between the two, it gets the ends that are its, and closes those that are ours."""
     pid = os.fork()
     if pid:
         return pid
     try:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        for end in ours:
+            os.close(end)
         from . import _main
 
-        _main.main(tell_ready)
+        _main.main(*its)
     except BaseException:
         # Whatever it was, the child must not return into PID 1's loop.
         sys.excepthook(*sys.exc_info())

@@ -22,13 +22,17 @@ GRACE_FILE = "/run/volant/grace"
 _STACK_BYTES = 256 * 1024
 _LAST_WORDS_S = 3.0
 _FIRST_ANSWER_S = 3.0
+_QUIET_S = 0.2
+_QUIET_AT_MOST_S = 1.0
+_SET_UP_MS = 10_000
 _OOM_SCORE = "-900"
 
 
-def main(tell_ready: int = -1) -> NoReturn:
+def main(tell_ready: int = -1, set_up: int = -1) -> NoReturn:
     """Serve until PID 1 sends SIGTERM; then see the workload out, and end.
 
-    :param tell_ready: closed when the first request has been answered, or when none comes
+    :param tell_ready: closed when the first requests have been answered, or when none comes
+    :param set_up: closed at its other end when PID 1 has done what it does only then
     """
     # A handler and no blocked signal: what the agent starts would inherit the mask, and be deaf to SIGTERM too.
     end = Bell()
@@ -37,13 +41,20 @@ def main(tell_ready: int = -1) -> NoReturn:
     threading.stack_size(_STACK_BYTES)
     _protect()
     server = Server(_begin_shutdown)
+    if set_up >= 0:
+        server.set_up.clear()
     if listen_on_vsock(server.serve):
         _say_listening()
     else:
         serve_serial_port(server.serve, _say_listening)
     server.answered.wait(_FIRST_ANSWER_S)
+    # The first is the daemon's own; the one behind it is what somebody waits for, and there may be one CPU.
+    server.wait_for_quiet(_QUIET_S, _QUIET_AT_MOST_S)
     if tell_ready >= 0:
         os.close(tell_ready)
+    if set_up >= 0:
+        _wait_for_end_of(set_up)
+        server.set_up.set()
     _warm_up()
     poll = select.poll()
     poll.register(end.fd, select.POLLIN)
@@ -57,6 +68,13 @@ def main(tell_ready: int = -1) -> NoReturn:
 def _say_listening() -> None:
     uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
     os.write(2, f"volant: the agent listens, {uptime:.3f} s after the kernel's start\n".encode())
+
+
+def _wait_for_end_of(pipe: int) -> None:
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    poll.poll(_SET_UP_MS)
+    os.close(pipe)
 
 
 def _protect() -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"
 _LINGER_S = 2.0
+_SET_UP_S = 15.0
 _MAX_LEFTOVER = 8 * 1024 * 1024
 
 
@@ -45,9 +46,13 @@ class Server:
         self._most = 0
         self._served = 0
         self._refused = 0
-        self._began = time.monotonic()
+        self._began = self._last = time.monotonic()
         self.answered = threading.Event()
-        """Set when the first stream has been answered."""
+        """Set when the first stream has been answered, or waits for the guest to be set up."""
+        self.set_up = threading.Event()
+        """Set when commands find all that they may expect: mounts, devices."""
+        self.set_up.set()
+        self._wanted = threading.Event()
 
     def serve(self, sock: socket) -> None:
         """Take a stream and answer it, in a thread of its own; never blocks. The socket belongs to the server now."""
@@ -60,6 +65,7 @@ class Server:
                 self._open += 1
                 self._most = max(self._most, self._open)
                 self._served += 1
+            self._last = time.monotonic()
         if full:
             _turn_away(sock)
             return
@@ -69,6 +75,20 @@ class Server:
             with self._lock:
                 self._open -= 1
             _turn_away(sock)
+
+    def wait_for_quiet(self, quiet_s: float, at_most_s: float) -> None:
+        """Return when no stream has come for `quiet_s`, when one waits for `set_up`, or after `at_most_s`."""
+        end = time.monotonic() + at_most_s
+        while (left := min(self._last + quiet_s, end) - time.monotonic()) > 0:
+            if self._wanted.wait(left):
+                return
+
+    def _wait_until_set_up(self) -> None:
+        """What is not set up by then will not be; PID 1 has said why on the console."""
+        if not self.set_up.is_set():
+            self._wanted.set()
+            self.answered.set()
+            self.set_up.wait(_SET_UP_S)
 
     def statistics(self) -> dict[str, int]:
         """Return how many streams are open, were open at most, were served and were turned away."""
@@ -137,10 +157,12 @@ class Server:
             _allow(method, "POST")
             from . import _exec
 
+            self._wait_until_set_up()
             _exec.handle(stream, request)
         elif path == agent.DAEMON_WORKLOAD:
             _allow(method, "PUT", "GET", "HEAD")
             if method == "PUT":
+                self._wait_until_set_up()
                 self.workload.serve_put(stream, request)
             else:
                 self.workload.serve_status(stream, head_only=method == "HEAD")

@@ -1,0 +1,43 @@
+"""A command finds the guest set up, and whoever asks something else is answered before that costs the CPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from tests.guest.conftest import Asker
+
+
+def test_a_command_waits_until_the_guest_is_set_up(agent: Asker) -> None:
+    agent.server.set_up.clear()
+    lines: list[object] = []
+    command = threading.Thread(target=lambda: lines.extend(agent.run("true")))
+    command.start()
+    # It says that it waits, so the set-up begins at once, also before anything was answered.
+    assert agent.server.answered.wait(5)
+    agent.server.wait_for_quiet(60, 60)
+    assert agent.ask("GET", "/healthz").status == 200
+    assert not lines
+    agent.server.set_up.set()
+    command.join(10)
+    assert lines == [{"exit_code": 0}]
+
+
+def test_a_workload_waits_until_the_guest_is_set_up(agent: Asker) -> None:
+    agent.server.set_up.clear()
+    put = threading.Thread(target=lambda: agent.ask("PUT", "/v1/daemon/workload", {"entrypoint": ["true"]}))
+    put.start()
+    assert agent.server.answered.wait(5)
+    assert agent.server.workload.status()["state"] == "none"
+    agent.server.set_up.set()
+    put.join(10)
+    assert not put.is_alive()
+
+
+def test_quiet_is_when_nobody_has_asked_for_a_while_or_the_patience_is_over(agent: Asker) -> None:
+    began = time.monotonic()
+    agent.server.wait_for_quiet(0.05, 60)
+    assert time.monotonic() - began < 10
+    agent.ask("GET", "/healthz")
+    agent.server.wait_for_quiet(60, 0.05)
+    assert time.monotonic() - began < 10
