@@ -22,8 +22,8 @@ from ._world import current_image, listening, volantd
 
 TARGET = 0.7
 CONNECTIONS = 8
-ROUNDS = 7
-ROUND_S = 1.5
+ROUNDS = 15
+ROUND_S = 0.7
 PROBES = 300
 PROBE_INTERVAL_S = 0.02
 
