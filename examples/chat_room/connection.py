@@ -36,7 +36,7 @@ class Connection(Actor):
                 return self.ctx.stop()
             if name and await self.join(name):
                 self.name = name
-        self.ctx.spawn(self.write)
+        self.ctx.spawn(self.write, self.log.newest)
         self.ctx.monitor(self.room)
         while (text := await lines.next()) is not None:
             await self.say(text)
@@ -62,9 +62,9 @@ class Connection(Actor):
                 return await self.send(b"! the room crashed, and that was lost\n")
         await self.send(b"! you are not in the room\n")
 
-    async def write(self) -> None:
-        """Sends what is said from now on. A client that is too slow is told what it missed, or dropped."""
-        async with self.log.cursor(after=self.log.newest) as cursor:
+    async def write(self, after: int) -> None:
+        """Sends what is said after a line. A client that is too slow is told what it missed, or dropped."""
+        async with self.log.cursor(after=after) as cursor:
             while found := await cursor.take(64 * 1024):
                 if isinstance(found, Gap):
                     await self.send(f"! you missed {found.oldest - found.after - 1} lines\n".encode())
