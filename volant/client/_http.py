@@ -141,6 +141,7 @@ class Http:
             headers=sent,
             timeout=httpx.Timeout(CONNECT_S, read=read_s, write=ANSWER_S),
         )
+        request.stream = RequestBody(content or b"")
         try:
             response = await self._client.send(request, stream=True)
             try:
@@ -179,6 +180,25 @@ class Http:
         return DeadlineExceeded(
             f"{self.address.text} did not answer within {timeout_s:g} s", hint="what was asked for may still be done"
         )
+
+
+class RequestBody(httpx.AsyncByteStream):
+    """The body of a request, in one piece.
+
+    httpx's own is an async generator, which a request that is cancelled while it is sent leaves half-way, to be closed
+    by the garbage collector.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._pieces = [data]
+
+    def __aiter__(self) -> RequestBody:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._pieces:
+            raise StopAsyncIteration
+        return self._pieces.pop()
 
 
 @asynccontextmanager
