@@ -16,6 +16,8 @@ test: ## All tests, real guests included
 bench: ## Measure against the bare hypervisor and an empty route
 	@.ci/system-packages python qemu
 	@.ci/in-venv python -m tests.bench
+	@.ci/in-venv python -m tests.bench.actors_bench
+	@.ci/in-venv python -m tests.bench.simulation_bench
 
 lint:
 	@.ci/in-venv ruff check .

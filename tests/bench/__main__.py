@@ -15,7 +15,6 @@ from functools import partial
 
 import trio
 
-from ._actors import actors
 from ._boot import create_to_agent
 from ._figure import Figure
 from ._journal import journal, vmlog
@@ -36,7 +35,6 @@ def main() -> int:
         "healthz": healthz,
         "journal": journal,
         "vmlog": vmlog,
-        "actors": actors,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benches)}; all by default")
