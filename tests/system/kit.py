@@ -20,6 +20,7 @@ import trio
 from trio_websocket import WebSocketConnection, open_websocket_url
 
 from volant.client import Client, ClientProblem, Feed, StreamGap
+from volant.client._http import RequestBody
 from volant.model import CreateVm, Event, VmView
 from volant.vm import instance_of
 
@@ -199,7 +200,14 @@ class Daemon:
     @asynccontextmanager
     async def http(self) -> AsyncIterator[httpx.AsyncClient]:
         """Where the wire matters."""
-        async with httpx.AsyncClient(base_url=self.base_url, trust_env=False, timeout=60) as client:
+
+        async def send_in_one_piece(request: httpx.Request) -> None:
+            # httpx's own body is a generator, which a connection that breaks leaves half-way.
+            if isinstance(request.stream, httpx.ByteStream):
+                request.stream = RequestBody(request.content)
+
+        hooks = {"request": [send_in_one_piece]}
+        async with httpx.AsyncClient(base_url=self.base_url, trust_env=False, timeout=60, event_hooks=hooks) as client:
             yield client
 
 

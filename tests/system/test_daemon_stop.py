@@ -10,6 +10,8 @@ import trio
 from trio_websocket import ConnectionClosed
 
 from tests.system.kit import Daemon, Stopwatch, boot, spec, websocket
+from volant.client import ClientError, ClientProblem
+from volant.model import CreateVm
 
 
 async def test_streams_end_cleanly_when_the_daemon_stops_and_vms_go_on(make_daemon: Callable[..., Daemon]) -> None:
@@ -80,14 +82,16 @@ async def test_a_vm_that_is_asked_for_while_an_ephemeral_daemon_stops_leaves_not
 ) -> None:
     daemon = make_daemon()
     answers: list[int] = []
-    async with daemon.http() as http:
-        await http.post("/api/v1/vms?wait=starting", json={"name": "first", "cpu_cores": 1, "memory_mb": 128})
+    async with daemon.client() as client:
+        await client.vms.create(CreateVm(name="first", cpu_cores=1, memory_mb=128))
 
         async def create(name: str) -> None:
             try:
-                answer = await http.post("/api/v1/vms", json={"name": name, "cpu_cores": 1, "memory_mb": 128})
-                answers.append(answer.status_code)
-            except httpx.TransportError as error:
+                await client.vms.create(CreateVm(name=name, cpu_cores=1, memory_mb=128))
+                answers.append(201)
+            except ClientProblem as problem:
+                answers.append(problem.status)
+            except ClientError as error:
                 print(f"{name}: {error!r}")
 
         async with trio.open_nursery() as nursery:

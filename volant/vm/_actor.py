@@ -196,6 +196,9 @@ class VmActor(Actor):
         while True:
             try:
                 return await self.ctx.self_ref.ask(report, timeout_s=2 * _COMMIT_TIMEOUT_S)
+            except ActorDown:
+                # This incarnation ends; the next one sees for itself.
+                return
             except (Problem, AskTimeout) as error:
                 _logger.warning("VM %s: %s; trying again in %.1f s", self._row.name, error, pause_s)
             await trio.sleep(pause_s)
