@@ -18,13 +18,15 @@ import pytest
 
 from tests.system.kit import REPOSITORY, Daemon
 
+_REAL = frozenset({"system", "conformance"})
+"""Folders whose tests boot real guests."""
 _IMAGE_S = 600.0
 _daemons = pytest.StashKey[list[Daemon]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.parent == Path(__file__).parent:
+        if item.path.parent.name in _REAL:
             item.add_marker(pytest.mark.system)
             if shutil.which("qemu-system-x86_64") is None:
                 item.add_marker(pytest.mark.skip("there is no qemu-system-x86_64"))
