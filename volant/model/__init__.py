@@ -30,7 +30,7 @@ from ._decide import (
 )
 from ._edges import EDGES, IllegalEdge, check_edge
 from ._event import Event, EventId, EventType, event_for
-from ._manifest import BASE, HealthCheck, Manifest, Resources, Workload, check_manifest
+from ._manifest import BASE, Action, Artifact, Boot, HealthCheck, Manifest, Resources, Workload, check_manifest
 from ._problem import Problem, invalid, no_such_vm
 from ._row import (
     CreateVm,
@@ -75,9 +75,12 @@ __all__ = [
     "EDGES",
     "MAX_RESTARTS",
     "NAME_PATTERN",
+    "Action",
     "AgentAnswered",
+    "Artifact",
     "AskStop",
     "AwaitAgent",
+    "Boot",
     "Cleared",
     "CreateVm",
     "Desired",

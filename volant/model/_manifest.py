@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -43,6 +43,36 @@ class Resources(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_de
     memory_mb: Annotated[int, msgspec.Meta(ge=64)] = 128
 
 
+class Artifact(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A file that a VM boots from, known by its digest."""
+
+    url: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    """An absolute path of the daemon's host, or a `file://`, `http://` or `https://` URL."""
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Boot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """What a VM boots from; what is not given is the daemon's own."""
+
+    kernel: Artifact | None = None
+    initramfs: Artifact | None = None
+    rootfs: Artifact | None = None
+    """A raw ext4 image, in which workload, exec and files act. It is never written to: each VM has its own layer."""
+
+
+class Action(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """Something that the workload does when it is asked: a request to its port."""
+
+    path: Annotated[str, msgspec.Meta(pattern="^/", max_length=1024)]
+    method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"] = "POST"
+    description: str = ""
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=600)] = 60.0
+    input: dict[str, Any] | None = None
+    """JSON Schema of the body, for people and tools."""
+    output: dict[str, Any] | None = None
+    """JSON Schema of the answer, likewise."""
+
+
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """A plugin."""
 
@@ -52,7 +82,12 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     description: str = ""
     runtime: Name = "base"
     resources: Resources = Resources()
+    boot: Boot | None = None
     workload: Workload | None = None
+    actions: dict[Name, Action] = {}
+    """By name; each is `POST /api/v1/vms/{name}/actions/{plugin}/{action}`. They need the workload's `port`."""
+    openapi: str | dict[str, Any] | None = None
+    """The OpenAPI document of the workload: itself, or the path under which the workload serves it."""
     labels: dict[str, str] = {}
 
 
