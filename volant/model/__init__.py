@@ -30,7 +30,19 @@ from ._decide import (
 )
 from ._edges import EDGES, IllegalEdge, check_edge
 from ._event import Event, EventId, EventType, event_for
-from ._manifest import BASE, Action, Artifact, Boot, HealthCheck, Manifest, Resources, Workload, check_manifest
+from ._manifest import (
+    BASE,
+    DEVTOOLS_PORT,
+    Action,
+    Artifact,
+    Boot,
+    DevTools,
+    HealthCheck,
+    Manifest,
+    Resources,
+    Workload,
+    check_manifest,
+)
 from ._problem import Problem, invalid, no_such_vm
 from ._row import (
     CreateVm,
@@ -72,6 +84,7 @@ from ._wire import (
 
 __all__ = [
     "BASE",
+    "DEVTOOLS_PORT",
     "EDGES",
     "MAX_RESTARTS",
     "NAME_PATTERN",
@@ -84,6 +97,7 @@ __all__ = [
     "Cleared",
     "CreateVm",
     "Desired",
+    "DevTools",
     "Duration",
     "Effect",
     "EndKind",

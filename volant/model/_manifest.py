@@ -11,6 +11,9 @@ from ._text import Name, check_name, check_plain
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
+DEVTOOLS_PORT = 9222
+"""Where browsers listen for DevTools clients unless they are told otherwise."""
+
 
 class HealthCheck(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """How the agent finds out whether the workload is well: an HTTP path, or a command that exits 0."""
@@ -73,6 +76,13 @@ class Action(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defau
     """JSON Schema of the answer, likewise."""
 
 
+class DevTools(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Where the workload's browser speaks the Chrome DevTools Protocol."""
+
+    port: Port = DEVTOOLS_PORT
+    """Of the guest's loopback."""
+
+
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """A plugin."""
 
@@ -88,6 +98,8 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     """By name; each is `POST /api/v1/vms/{name}/actions/{plugin}/{action}`. They need the workload's `port`."""
     openapi: str | dict[str, Any] | None = None
     """The OpenAPI document of the workload: itself, or the path under which the workload serves it."""
+    devtools: DevTools | None = None
+    """Where `/ws/v1/vms/{name}/devtools/` leads; without it, port 9222."""
     labels: dict[str, str] = {}
 
 
