@@ -17,6 +17,7 @@ import select
 import signal
 import time
 
+from . import _root
 from ._http import LAST_CHUNK, Gone, Problem, chunk
 from ._watch import Client
 
@@ -146,18 +147,23 @@ def spawn(
 
     options: dict[str, Any] = {}
     if user is not None:
-        options = _identity(user)
+        try:
+            options = dict(_root.identity(user))
+        except _root.NoSuchUser:
+            raise SpawnError("no_such_user", f"there is no user {user}") from None
     try:
-        process = subprocess.Popen(
-            command,
-            env=env,
-            cwd=cwd,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            bufsize=0,
-            start_new_session=True,
-            **options,
+        process = _root.inside(
+            lambda: subprocess.Popen(
+                command,
+                env=env,
+                cwd=cwd,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                bufsize=0,
+                start_new_session=True,
+                **options,
+            )
         )
     except FileNotFoundError as error:
         if error.filename == cwd and cwd != command[0]:
@@ -176,30 +182,6 @@ def spawn(
     except OSError:
         pass
     return process
-
-
-def _identity(user: str) -> dict[str, Any]:
-    import grp
-    import pwd
-
-    name, _, group = user.partition(":")
-    try:
-        if name.isdecimal():
-            uid, gid = int(name), int(name)
-            try:
-                gid = pwd.getpwuid(uid).pw_gid
-            except KeyError:
-                pass
-        else:
-            entry = pwd.getpwnam(name)
-            uid, gid = entry.pw_uid, entry.pw_gid
-        if group:
-            gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
-        if uid >= 2**32 - 1 or gid >= 2**32 - 1:
-            raise KeyError
-    except KeyError:
-        raise SpawnError("no_such_user", f"there is no user {user}") from None
-    return {"user": uid, "group": gid, "extra_groups": []}
 
 
 def handle(stream: Stream, request: Request) -> None:

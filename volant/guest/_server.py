@@ -16,6 +16,7 @@ import time
 
 from volant.model import agent
 
+from . import _root
 from ._http import Gone, Problem, Stream, parse_request
 from ._output import Output
 from ._workload import Workload
@@ -158,11 +159,13 @@ class Server:
             from . import _exec
 
             self._wait_until_set_up()
+            _root.root()
             _exec.handle(stream, request)
         elif path == agent.DAEMON_WORKLOAD:
             _allow(method, "PUT", "GET", "HEAD")
             if method == "PUT":
                 self._wait_until_set_up()
+                _root.root()
                 self.workload.serve_put(stream, request)
             else:
                 self.workload.serve_status(stream, head_only=method == "HEAD")
@@ -172,6 +175,11 @@ class Server:
         elif path == agent.DAEMON_LOGS:
             _allow(method, "GET")
             self.output.serve(stream, request)
+        elif path == agent.DAEMON_ROOT:
+            _allow(method, "GET", "HEAD")
+            self._wait_until_set_up()
+            state, detail = _root.state()
+            self._answer_json(stream, {"state": state, "detail": detail}, method)
         elif path == agent.DAEMON_SHUTDOWN:
             _allow(method, "POST")
             self._serve_shutdown(stream, request)

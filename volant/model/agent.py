@@ -56,6 +56,13 @@ DAEMON_LOGS: Final = "/v1/daemon/logs"
 shuts down. One reader at a time: a new one ends the one before. The answer's header `Volant-Log-Id` changes when the
 agent has been restarted, and positions with it."""
 DAEMON_SHUTDOWN: Final = "/v1/daemon/shutdown"
+DAEMON_ROOT: Final = "/v1/daemon/root"
+"""`GET`, waits a while for the guest to be set up: `{"state": "none"|"pending"|"mounted"|"failed", "detail"}`, what
+became of the root filesystem."""
+
+ROOT_PARAMETER: Final = "volant.root"
+"""The kernel's parameter by which PID 1 is told to mount a root filesystem: the serial number of the block device."""
+ROOT_SERIAL: Final = "volant-root"
 
 LOG_ID_HEADER: Final = "Volant-Log-Id"
 LOG_CONTENT_TYPE: Final = "application/vnd.volant.log"
