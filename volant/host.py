@@ -29,6 +29,7 @@ import resource
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import uuid
@@ -467,6 +468,24 @@ class Host:
         finally:
             os.close(directory)
 
+    def listen_unix(self, path: Path, *, mode: int = 0o600, backlog: int = 16) -> trio.SocketListener:
+        """Listen on a Unix stream socket, in place of what is there. Paths of any length; the name stays behind when
+        the listener is closed. Raises OSError."""
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            path.unlink(missing_ok=True)
+            # What bind makes takes its mode from here, so that it never has another one.
+            os.fchmod(sock.fileno(), mode)
+            sock.bind(f"/proc/self/fd/{directory}/{path.name}")
+            sock.listen(backlog)
+            return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        except BaseException:
+            sock.close()
+            raise
+        finally:
+            os.close(directory)
+
     def has_vsock(self) -> bool:
         """Whether guests can be given a vhost-vsock device."""
         return os.access("/dev/vhost-vsock", os.R_OK | os.W_OK)
@@ -626,6 +645,10 @@ class Host:
     def open_file(self, path: Path, flags: int, mode: int = 0o600) -> int:
         """A descriptor, never inherited and never a terminal's master. `flags` as for os.open. Raises OSError."""
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY, mode)
+
+    def open_pipe(self, path: Path) -> trio.lowlevel.FdStream:
+        """The writing end of a named pipe, to be closed by the caller. Raises OSError, with ENXIO when nobody reads."""
+        return trio.lowlevel.FdStream(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY))
 
     def close_file(self, fd: int) -> None:
         os.close(fd)

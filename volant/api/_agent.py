@@ -7,18 +7,17 @@ import re
 from urllib.parse import unquote
 
 from volant.channel import AgentClient
-from volant.model import Problem, VmRow, invalid, is_name, no_such_vm
+from volant.model import Problem, VmRow, is_name, no_such_vm
 from volant.model.agent import DAEMON_PREFIX
 
 from ._access import without_credentials
 from ._call import Call
 from ._doors import Doors
 from ._edge import StreamRoute
-from ._relay import Relay, to_port
+from ._relay import Relay, parse_port, to_port
 
 _AGENT = re.compile(r"/api/v1/vms/([^/]*)/agent(?:/.*)?\Z")
 _PORTS = re.compile(r"/api/v1/vms/([^/]*)/ports/([^/]*)(?:/.*)?\Z")
-_PORT = re.compile(r"[1-9][0-9]{0,4}\Z")
 
 
 def routes(doors: Doors, relay: Relay) -> list[StreamRoute]:
@@ -32,9 +31,7 @@ def routes(doors: Doors, relay: Relay) -> list[StreamRoute]:
         await relay.run(call, client, vm_id=row.id, vm=row.name, target=target, host=b"agent")
 
     async def ports(call: Call) -> None:
-        if not _PORT.match(call.args[1]) or int(call.args[1]) > 65535:
-            raise invalid("port", f"port {call.args[1][:40]!r} is not a number from 1 to 65535")
-        port = int(call.args[1])
+        port = parse_port(call.args[1])
         row, client = _way_in(doors, call.args[0])
         async with to_port(client, row.name, port) as inner:
             host = b"localhost:%d" % port

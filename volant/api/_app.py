@@ -10,12 +10,13 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from volant.model import Problem
 
-from . import _agent, _docs, _events, _logs, _plugins, _system, _tickets, _vms
+from . import _agent, _agui, _console, _docs, _events, _logs, _plugins, _system, _tcp, _tickets, _vms
 from ._access import Access
 from ._doors import Doors
-from ._edge import Edge, internal_error, too_large
+from ._edge import Edge, internal_error
+from ._idempotency import Repeats
 from ._limits import Limits
-from ._problems import problem_body
+from ._problems import problem_body, too_large
 from ._relay import Relay
 from ._turns import Turns
 
@@ -32,14 +33,20 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
     _answer_errors(app, limits)
-    for resource in (_system, _vms, _plugins, _docs):
+    for resource in (_system, _docs):
         resource.add_routes(app, doors)
+    repeats = Repeats(doors)
+    for changing in (_vms, _plugins):
+        changing.add_routes(app, doors, repeats)
     _tickets.add_routes(app, doors, access)
     turns = Turns()
     streams = [
         *_agent.routes(doors, Relay(turns)),
         *_events.routes(doors),
         *_logs.routes(doors, turns),
+        *_console.routes(doors, turns),
+        *_tcp.routes(doors, turns),
+        *_agui.routes(doors, limits),
     ]
     app.asgi_app = Edge(app.asgi_app, streams, access, limits)  # type: ignore[method-assign]
     return app

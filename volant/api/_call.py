@@ -122,6 +122,10 @@ class Call:
         self.started = True
         await self.send({"type": "websocket.accept", "headers": []})
 
+    async def send_bytes(self, data: bytes) -> None:
+        """Send one binary message."""
+        await self.send({"type": "websocket.send", "bytes": data})
+
     async def send_texts(self, texts: Sequence[bytes]) -> None:
         """Send text messages, each UTF-8, with one write."""
         await self.send({"type": "volant.websocket.texts", "texts": texts})

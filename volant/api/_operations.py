@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
 from volant.model import (
+    ConsoleGap,
     CreateVm,
     Duration,
     Event,
@@ -33,6 +34,7 @@ from volant.model import (
 )
 from volant.model.agent_types import ExecEnd, ExecOutput, ExecRequest, Healthz, Info
 
+from ._agui_events import AguiEvent, RunAgentInput
 from ._body import Nothing
 from ._plugins import Enabled
 from ._query import MAX_INTEGER
@@ -100,6 +102,7 @@ PROBLEMS = {
     413: "The body is larger than 1 MiB",
     415: "The body is not JSON",
     421: "`Host` is not a name of this daemon",
+    422: "The `Idempotency-Key` was used for another request",
     426: "This is a WebSocket",
     502: "The guest, its agent or its port does not answer",
     503: "The daemon can't now: no capacity, it stops, or its disk does not take the change",
@@ -111,6 +114,7 @@ HEADERS = {
     "Location": "The path of what was made",
     "Volant-Wait": "With `wait`: `met`, `failed` (it came to rest in another state, or is gone) or `timeout`",
     "Volant-Event-Id": "The event up to which the list is true: follow the events from there and miss nothing",
+    "Idempotency-Replayed": "`true` when the request came before: nothing was done now, and this is the first answer",
     "Link": '`<…>; rel="next"` when there are more',
 }
 
@@ -122,12 +126,19 @@ TAGS = {
 }
 
 _ANSWERED_VM = Answer("The VM as it now is", VmView, headers=("ETag", "Volant-Wait"))
+_VERB_ANSWER = Answer("The VM", VmView, headers=("ETag", "Volant-Wait", "Idempotency-Replayed"))
 _STATES = Literal["pending", "starting", "running", "paused", "stopping", "stopped", "crashed", "deleting", "deleted"]
 _WAIT = (
     Parameter("wait", list[_STATES], "Answer once the VM is in, or since the request was in, one of these states"),
     Parameter("timeout", Duration, "How long to wait: default `60s`, at most `10m`"),
 )
 _IF_MATCH = Parameter("If-Match", str, "Only if the VM's `ETag` is one of these", place="header")
+_ONCE = Parameter(
+    "Idempotency-Key",
+    Annotated[str, msgspec.Meta(pattern="^[!-~]{1,255}$")],
+    "With the same key the request can be sent again and is done once; the first answer counts for 24 h",
+    place="header",
+)
 _GRACE = Parameter("grace", Duration, "How long the guest has before it is killed: default `10s`, at most `10m`")
 _LABEL = Parameter(
     "label", Annotated[str, msgspec.Meta(pattern="^[^=]+=")], "`key=value`; all of them must hold", repeated=True
@@ -141,10 +152,10 @@ def _verb(name: str, says: str, *parameters: Parameter) -> Operation:
         f"{_VM}/{name}",
         f"{name}_vm",
         says,
-        {200: _ANSWERED_VM},
+        {200: _VERB_ANSWER},
         takes=Nothing,
-        parameters=(*_WAIT, *parameters, _IF_MATCH),
-        fails=(409, 412, 503),
+        parameters=(*_WAIT, *parameters, _IF_MATCH, _ONCE),
+        fails=(409, 412, 422, 503),
     )
 
 
@@ -197,8 +208,9 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         "POST", "/api/v1/vms", "create_vm", "Make a VM; it is durable when this is answered",
-        {201: Answer("The VM, usually `pending`", VmView, headers=("Location", "ETag", "Volant-Wait"))},
-        takes=CreateVm, parameters=_WAIT, fails=(404, 409, 503),
+        {201: Answer("The VM, usually `pending`", VmView,
+                     headers=("Location", "ETag", "Volant-Wait", "Idempotency-Replayed"))},
+        takes=CreateVm, parameters=(*_WAIT, _ONCE), fails=(404, 409, 422, 503),
     ),
     Operation(
         "GET", _VM, "get_vm", "A VM",
@@ -246,6 +258,28 @@ OPERATIONS: tuple[Operation, ...] = (
         details="By default the last 100 lines, and following. Closes with 1000 when the VM is deleted or the wanted "
         "part is through, with 1001 when the daemon stops.",
     ),
+    Operation(
+        "POST", "/api/v1/agui", "agui", "What happens to VMs, as an AG-UI run",
+        {200: Answer("Server-sent events, one AG-UI event each", str, "text/event-stream", items=get_args(AguiEvent))},
+        takes=RunAgentInput,
+        parameters=(
+            Parameter("vm", Name, "Of this VM alone: the run is its boot, and ends with it"),
+            Parameter("duration", Duration, "The run ends after it: default `60s` without `vm`, at most `10m`"),
+        ),
+        fails=(404,),
+    ),
+    Operation(
+        "GET", "/ws/v1/agui", "agui_websocket", "The same as a WebSocket",
+        {101: Answer("One AG-UI event a text message", items=get_args(AguiEvent))},
+        parameters=(
+            Parameter("vm", Name, "Of this VM alone: each of its boots is a run"),
+            Parameter("thread_id", str, "Of the runs; at most 200 characters"),
+            Parameter("run_id", str, "Of the first run; at most 200 characters"),
+            Parameter("resume", bool, "That run has begun on an earlier connection, and goes on"),
+        ),
+        fails=(404, 426), key_in_query=True,
+        details="Closes with 1000 when the VM of `vm` is deleted, with 1001 when the daemon stops.",
+    ),
     # Inside a VM
     Operation(
         "GET", f"{_VM}/agent/healthz", "agent_healthz", "The agent and its workload",
@@ -261,13 +295,36 @@ OPERATIONS: tuple[Operation, ...] = (
                      items=(ExecOutput, ExecEnd))},
         takes=ExecRequest, fails=(409, 502, 503), details="A client that leaves ends the command.",
     ),
+    Operation(
+        "GET", "/ws/v1/vms/{name}/console", "vm_console", "The serial console, as a WebSocket",
+        {101: Answer("Binary messages are the console's bytes, both ways", items=(ConsoleGap,))},
+        parameters=(
+            Parameter("tail", Annotated[int, msgspec.Meta(ge=0, le=1000)], "First the last so many lines: default 25"),
+            Parameter("write", bool, "To type: 409 while somebody else does"),
+            Parameter("take", bool, "To type, and take the keyboard from whoever has it"),
+        ),
+        fails=(409, 426, 503), key_in_query=True,
+        details="What a client sends, in binary or in text, is typed. A text message from the daemon is a "
+        "`ConsoleGap`. Closes with 1000 when the VM is down or deleted, 1001 when the daemon stops, 1008 when one "
+        "types without `write`, 1009 for a message over 64 KiB, 1012 when the console is taken up again (connect "
+        "again), 1013 when the guest does not read, 4000 when somebody else took the keyboard.",
+    ),
+    Operation(
+        "GET", "/ws/v1/vms/{name}/tcp/{port}", "vm_tcp", "One TCP connection to a port of the guest's loopback",
+        {101: Answer("Binary messages are the bytes, both ways; an empty one is the end of its direction")},
+        fails=(409, 426, 502), key_in_query=True,
+        details="Messages of a client have at most 64 KiB. Closes with 1000 when both directions have ended, 1001 when "
+        "the daemon stops, 1002 for bytes after the end, 1003 for text, 1009 for a message over 64 KiB, 1011 when the "
+        "connection breaks.",
+    ),
     *_relayed("agent", f"{_VM}/agent/{{path}}", "A route of the agent or, if it has none, of the workload"),
     *_relayed("port", f"{_VM}/ports/{{port}}/{{path}}", "HTTP to a port of the guest's loopback"),
     # Plugins
     Operation("GET", "/api/v1/plugins", "list_plugins", "List plugins", {200: Answer("All", list[PluginView])}),
     Operation(
         "POST", "/api/v1/plugins", "install_plugin", "Install a plugin from its manifest",
-        {201: Answer("Installed", PluginView, headers=("Location",))}, takes=Manifest, fails=(409, 503),
+        {201: Answer("Installed", PluginView, headers=("Location", "Idempotency-Replayed"))},
+        takes=Manifest, parameters=(_ONCE,), fails=(409, 422, 503),
     ),
     Operation("GET", "/api/v1/plugins/{name}", "get_plugin", "A plugin", {200: Answer("The plugin", PluginView)}),
     Operation(
@@ -280,7 +337,8 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         "POST", "/api/v1/plugins/{name}/enabled", "enable_plugin", "Let new VMs use a plugin, or not",
-        {200: Answer("The plugin", PluginView)}, takes=Enabled, fails=(409, 503),
+        {200: Answer("The plugin", PluginView, headers=("Idempotency-Replayed",))},
+        takes=Enabled, parameters=(_ONCE,), fails=(409, 422, 503),
     ),
     # System
     Operation(

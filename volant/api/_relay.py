@@ -15,6 +15,7 @@ What ends a stream is the end of either side, which the kernel's keep-alive (`_s
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -23,7 +24,7 @@ from typing import cast
 import trio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentResponse, AgentUnreachable, Channel, ChannelStream
-from volant.model import Problem
+from volant.model import Problem, invalid
 
 from ._call import GOING_AWAY, Call
 from ._headers import from_guest, to_guest
@@ -34,6 +35,7 @@ HEAD_S = 600.0
 """How long a server in a guest may take to begin its answer."""
 CONNECT_S = 10.0
 _PIECE = 64 * 1024
+_PORT = re.compile(r"[1-9][0-9]{0,4}\Z")
 _MAX_REFUSAL = 64 * 1024
 _SEND_S = 300.0
 """How long a guest may take to accept a piece of a WebSocket's bytes."""
@@ -245,9 +247,16 @@ def closing_frame(code: int) -> bytes:
     return b"\x88\x02" + code.to_bytes(2, "big")
 
 
+def parse_port(text: str) -> int:
+    """A port as it stands in a path. :raises Problem: 400."""
+    if not _PORT.match(text) or int(text) > 65535:
+        raise invalid("port", f"port {text[:40]!r} is not a number from 1 to 65535")
+    return int(text)
+
+
 @asynccontextmanager
-async def to_port(client: AgentClient, vm: str, port: int) -> AsyncIterator[AgentClient]:
-    """Requests to a port of the guest's loopback instead of to its agent: one, as the connection is for one.
+async def open_port(client: AgentClient, vm: str, port: int) -> AsyncIterator[ChannelStream]:
+    """A connection to a port of the guest's loopback.
 
     :raises Problem: 502 when nothing listens there, or the agent can't be reached.
     """
@@ -258,13 +267,21 @@ async def to_port(client: AgentClient, vm: str, port: int) -> AsyncIterator[Agen
                     502, "port-unreachable", f"nothing answers on port {port} in VM {vm!r}", vm=vm,
                     hint="it must listen on the guest's loopback",
                 )  # fmt: skip
-            async with trio.open_nursery() as nursery:
-                tunnel = _Tunnel(response.upgraded(), nursery)
-                # The client asks a channel for a stream and for a task, and the tunnel has both.
-                yield AgentClient(cast(Channel, tunnel))
-                nursery.cancel_scope.cancel()
+            yield response.upgraded()
     except (AgentUnreachable, AgentProtocolError) as error:
         raise unreachable(vm, str(error)) from None
+
+
+@asynccontextmanager
+async def to_port(client: AgentClient, vm: str, port: int) -> AsyncIterator[AgentClient]:
+    """Requests to a port of the guest's loopback instead of to its agent: one, as the connection is for one.
+
+    :raises Problem: as `open_port` does.
+    """
+    async with open_port(client, vm, port) as stream, trio.open_nursery() as nursery:
+        # The client asks a channel for a stream and for a task, and the tunnel has both.
+        yield AgentClient(cast(Channel, _Tunnel(stream, nursery)))
+        nursery.cancel_scope.cancel()
 
 
 class _Tunnel:

@@ -64,6 +64,11 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.directory / "console.in"
 
     @property
+    def console_socket_path(self) -> Path:
+        """The socket at which the daemon serves the serial console."""
+        return self.directory / "console.sock"
+
+    @property
     def control_path(self) -> Path:
         """The socket that controls the hypervisor. One client at a time: the one that is attached."""
         return self.directory / "qmp.sock"

@@ -56,13 +56,14 @@ from ._row import (
     VmView,
     view,
 )
-from ._spec import check_create, check_labels, new_row
+from ._spec import check_create, new_row
 from ._text import (
     NAME_PATTERN,
     Duration,
     Labels,
     Name,
     Time,
+    check_labels,
     check_name,
     check_plain,
     format_duration,
@@ -70,6 +71,7 @@ from ._text import (
     parse_duration,
 )
 from ._wire import (
+    ConsoleGap,
     Health,
     LogGap,
     LogLine,
@@ -95,6 +97,7 @@ __all__ = [
     "AwaitAgent",
     "Boot",
     "Cleared",
+    "ConsoleGap",
     "CreateVm",
     "Desired",
     "DevTools",

@@ -59,6 +59,8 @@ class ImageReady(msgspec.Struct, frozen=True):
 
     digest: str
     mark: str
+    serial_socket: str | None = None
+    """Where the daemon will serve the serial console of that process."""
 
 
 class Launched(msgspec.Struct, frozen=True):
@@ -216,13 +218,14 @@ def decide(row: VmRow, seen: Seen, now: datetime) -> tuple[Step, ...]:
             _verb(change, seen)
         case Woke(process):
             _woke(change, process)
-        case ImageReady(digest, mark):
+        case ImageReady(digest, mark, serial_socket):
             if row.phase is Phase.IMAGE:
                 change.to(
                     "launching",
                     phase=Phase.LAUNCH,
                     image=digest,
                     mark=mark,
+                    serial_socket=serial_socket,
                     boots=row.boots + 1,
                     booted=row.generation,
                     agent_seen=False,

@@ -135,6 +135,8 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     mark: str = ""
     """Committed before the process is launched; empty once nothing of it is left."""
     process: ProcessIdentity | None = None
+    serial_socket: str | None = None
+    """Where the daemon serves the serial console while there is a process."""
     hypervisor: str | None = None
     accelerator: Literal["kvm", "tcg"] | None = None
     agent_seen: bool = False
@@ -193,7 +195,7 @@ def view(row: VmRow) -> VmView:
         cpu_cores=row.cpu_cores,
         memory_mb=row.memory_mb,
         kernel_cmdline=row.kernel_cmdline,
-        serial_socket=None,
+        serial_socket=row.serial_socket if row.process else None,
         labels=row.labels,
         hypervisor=row.hypervisor,
         accelerator=row.accelerator,

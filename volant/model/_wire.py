@@ -88,6 +88,13 @@ class LogGap(msgspec.Struct, frozen=True):
     gap: LogRange
 
 
+class ConsoleGap(msgspec.Struct, frozen=True):
+    """This reader of a console was too slow for some of it, which is lost to it."""
+
+    missed: int
+    """Bytes."""
+
+
 class Ticket(msgspec.Struct, frozen=True):
     """Opens one WebSocket or event stream, as the query's `ticket`."""
 

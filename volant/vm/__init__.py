@@ -2,7 +2,23 @@
 
 from ._actor import VmActor
 from ._doors import VmDoors, VmSettings
+from ._serial import Keyboard, KeyboardTaken, Missed, NotTyped, Reader, SerialConsole
 from ._steps import instance_of
 from ._vms import DELETED, Version, Vms, Wait
 
-__all__ = ["DELETED", "Version", "VmActor", "VmDoors", "VmSettings", "Vms", "Wait", "instance_of"]
+__all__ = [
+    "DELETED",
+    "Keyboard",
+    "KeyboardTaken",
+    "Missed",
+    "NotTyped",
+    "Reader",
+    "SerialConsole",
+    "Version",
+    "VmActor",
+    "VmDoors",
+    "VmSettings",
+    "Vms",
+    "Wait",
+    "instance_of",
+]

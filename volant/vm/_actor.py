@@ -16,7 +16,7 @@ from actors import Actor, ActorDown, AskTimeout, TaskHandle, handles
 from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.host import ProcessGone
 from volant.hypervisor import LaunchFailed
-from volant.journal import CommitSteps, StaleRow
+from volant.journal import AlreadyAnswered, CommitSteps, Once, StaleRow
 from volant.model import (
     AgentAnswered,
     AskStop,
@@ -86,7 +86,7 @@ class VmActor(Actor):
 
     @handles(Ask)
     async def ask(self, message: Ask) -> VmRow:
-        await self._see(message.verb, message.revisions)
+        await self._see(message.verb, message.revisions, message.once)
         return self._row
 
     @handles(Report)
@@ -109,19 +109,24 @@ class VmActor(Actor):
 
     # One thing seen at a time
 
-    async def _see(self, seen: Seen, revisions: frozenset[int] | None = None) -> None:
+    async def _see(self, seen: Seen, revisions: frozenset[int] | None = None, once: Once | None = None) -> None:
         unsure = False
         for tries_left in reversed(range(_COMMIT_TRIES)):
             steps = decide(self._row, seen, self._doors.host.wall_clock())
             # A commit of which nobody knows may have made the row what it is, if that is what was wanted.
             if revisions is not None and self._row.revision not in revisions and (steps or not unsure):
                 raise _changed(self._row)
-            if not steps:
+            if not steps and once is None:
                 break
             try:
                 row = await self._doors.journal.ask(
-                    CommitSteps(self._vm_id, self._row.revision, steps), timeout_s=_COMMIT_TIMEOUT_S
+                    CommitSteps(self._vm_id, self._row.revision, steps, once), timeout_s=_COMMIT_TIMEOUT_S
                 )
+            except AlreadyAnswered:
+                # Perhaps by a commit of this very loop, of which nobody knew.
+                self._row = self._doors.store.projection.by_id(self._vm_id) or self._row
+                self._drive()
+                raise
             except (ActorDown, AskTimeout, StaleRow) as error:
                 if not tries_left:
                     raise Problem(
@@ -237,7 +242,8 @@ class VmActor(Actor):
         match effect:
             case PrepareImage():
                 digest = await prepare_image(self._doors, row)
-                return ImageReady(digest, mark_of(self._doors.instance, row))
+                socket = machine_spec(self._doors.settings, row, "tcg").console_socket_path
+                return ImageReady(digest, mark_of(self._doors.instance, row), str(socket))
             case Launch(mark):
                 return await self._launch(mark)
             case AwaitAgent():

@@ -11,6 +11,7 @@ punching a hole: positions stay what they are, and the disk gives the space back
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import trio
@@ -32,8 +33,12 @@ def console_source(boot_key: str) -> str:
 class ConsolePump:
     """Carries the console of one boot into the VM's log. Use as a context manager."""
 
-    def __init__(self, host: Host, path: Path, log: VmLog, boot_key: str) -> None:
+    def __init__(
+        self, host: Host, path: Path, log: VmLog, boot_key: str, *, tell: Callable[[bytes], None] | None = None
+    ) -> None:
+        """`tell` gets every piece, after its lines have been logged."""
         self._host = host
+        self._tell = tell
         self._path = path
         self._log = log
         self._source = console_source(boot_key)
@@ -61,6 +66,13 @@ class ConsolePump:
         while self._carry():
             await trio.lowlevel.checkpoint()
 
+    def recent(self, lines: int) -> bytes:
+        """The last lines of this boot, and what is no line yet, as a prompt is none."""
+        if not lines:
+            return b""
+        logged = self._log.tail_lines(lines, source=self._source)
+        return "".join(f"{line}\r\n" for line in logged).encode() + self._splitter.held
+
     async def finish(self) -> None:
         """Carry the rest, once nobody writes any more: a last line needs no end."""
         await self.drain()
@@ -76,6 +88,8 @@ class ConsolePump:
             # What the log has not yet on the disk may be freed: a power cut ends the VM and its console with it.
             self._host.punch_hole(self._fd, 0, lines[-1].end)
             self._freed = lines[-1].end
+        if self._tell is not None:
+            self._tell(data)
         return True
 
     def _append(self, lines: list[Line]) -> None:

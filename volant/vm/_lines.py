@@ -29,6 +29,11 @@ class LineSplitter:
         self.position = position
         self._rest = bytearray()
 
+    @property
+    def held(self) -> bytes:
+        """What has come and is no line yet."""
+        return bytes(self._rest)
+
     def feed(self, data: bytes) -> list[Line]:
         """Take the next bytes; return the lines that are whole now."""
         lines: list[Line] = []

@@ -1,10 +1,11 @@
-"""What of one hypervisor process is alive in one incarnation of its actor: three tasks.
+"""What of one hypervisor process is alive in one incarnation of its actor: four tasks.
 
 They begin when the row has a process and end when nothing of it is left, whatever the VM's status does meanwhile:
 
 - the watch on the hypervisor, which tells how the guest ended;
 - the channel to the agent, opened again whenever it breaks while the process lives;
-- the log pump, for the console and for what the workload writes.
+- the log pump, for the console and for what the workload writes;
+- the socket that serves the serial console.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from volant.model.agent import DAEMON_WORKLOAD
 
 from ._console import ConsolePump, console_source
 from ._output import pump_output
+from ._serial import SerialConsole
 
 _RETRY_MIN_S = 0.1
 _RETRY_MAX_S = 10.0
@@ -66,6 +68,7 @@ class LiveProcess:
         self._log = log
         self._boot_key = boot_key
         self._report = report
+        self.console = SerialConsole(host, spec.console_input_path, spec.console_socket_path)
         self._console: ConsolePump | None = None
         self._channel: Channel | None = None
         self._client: AgentClient | None = None
@@ -89,14 +92,17 @@ class LiveProcess:
             "identity": msgspec.to_builtins(self.identity),
             "channel": None if self._channel is None else msgspec.to_builtins(self._channel.statistics()),
             "output_error": self._output_error,
+            "console": self.console.inspect(),
         }
 
     async def run(self) -> None:
-        """Keep the three tasks until cancelled."""
-        with ConsolePump(self._host, self._spec.console_path, self._log, self._boot_key) as console:
+        """Keep the tasks until cancelled."""
+        pump = ConsolePump(self._host, self._spec.console_path, self._log, self._boot_key, tell=self.console.feed)
+        with pump as console, self.console.fed_by(console):
             self._console = console
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(console.follow)
+                nursery.start_soon(self.console.serve)
                 nursery.start_soon(self._keep_channel)
                 nursery.start_soon(self._watch)
 

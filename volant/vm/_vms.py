@@ -26,7 +26,7 @@ from actors import (
 )
 from volant import images
 from volant.channel import AgentClient
-from volant.journal import CommitSteps, CreateRow, EventGap
+from volant.journal import CommitSteps, CreateRow, EventGap, Once
 from volant.model import (
     CreateVm,
     Desired,
@@ -47,6 +47,7 @@ from volant.model import (
 from ._actor import VmActor
 from ._doors import VmDoors
 from ._process import LiveProcess
+from ._serial import SerialConsole
 from .messages import Ask
 
 R = TypeVar("R")
@@ -60,6 +61,7 @@ _OVERHEAD_MB = 192
 """What a hypervisor's process needs beside its guest's memory."""
 _HOST_RESERVE_MB = 512
 """What the host keeps for itself."""
+_WITH_CONSOLE = frozenset({Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING})
 
 Wait = Literal["met", "failed", "timeout"]
 DELETED: Literal["deleted"] = "deleted"
@@ -84,12 +86,13 @@ class Vms:
     _closing: bool = False
     _starting: dict[int, trio.Event] = field(default_factory=dict)
 
-    async def create(self, request: CreateVm) -> VmRow:
+    async def create(self, request: CreateVm, *, once: Once | None = None) -> VmRow:
         """Make a VM; durable when this returns.
 
         A caller that is cancelled meanwhile cancels nothing.
 
         :raises Problem: 400 the request, 404 no such plugin, 409 name taken or plugin disabled, 503 no capacity.
+        :raises AlreadyAnswered: the request came before, and its VM was made then.
         """
         await self._check_memory(request.memory_mb)
         self._admit(request.memory_mb)
@@ -97,17 +100,20 @@ class Vms:
         self._creating.append(request.memory_mb)
         try:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
-                row = await self._journal(CreateRow(request))
+                row = await self._journal(CreateRow(request, once))
                 await self._actor(row)
                 return row
         finally:
             self._creating.remove(request.memory_mb)
         raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
 
-    async def verb(self, name: str, verb: Verb, *, only_at: Collection[Version] | None = None) -> VmRow:
+    async def verb(
+        self, name: str, verb: Verb, *, only_at: Collection[Version] | None = None, once: Once | None = None
+    ) -> VmRow:
         """Change what a VM should be, if it is at one of the versions `only_at`; durable when this returns.
 
         :raises Problem: 404, 409 not legal now, 412 it is at another version, 503.
+        :raises AlreadyAnswered: the request came before, and was taken up then.
         """
         row = self._row(name)
         revisions = None
@@ -120,7 +126,7 @@ class Vms:
         while True:
             ref = await self._actor(row)
             try:
-                return await ref.ask(Ask(verb, revisions), timeout_s=_ASK_TIMEOUT_S)
+                return await ref.ask(Ask(verb, revisions, once), timeout_s=_ASK_TIMEOUT_S)
             except (ActorDown, AskTimeout) as error:
                 # It restarts, and may or may not have heard: read the row again, and go on from there.
                 after = self.doors.store.projection.by_id(row.id)
@@ -128,7 +134,7 @@ class Vms:
                     if verb.kind is VerbKind.DELETE:
                         return row
                     raise no_such_vm(name) from error
-                if _holds(after, verb.kind):
+                if once is None and _holds(after, verb.kind):
                     return after
                 if isinstance(error, AskTimeout) or trio.current_time() + pause_s > deadline:
                     raise Problem(
@@ -211,6 +217,25 @@ class Vms:
                 hint="its channel is being opened again; try again",
             )  # fmt: skip
         return client
+
+    def console(self, name: str) -> tuple[VmRow, SerialConsole]:
+        """The serial console of a VM, from its boot's first word to its last.
+
+        :raises Problem: 404, 409 there is no process, 503 nobody holds its console at present.
+        """
+        row = self._row(name)
+        if row.process is None or row.status not in _WITH_CONSOLE:
+            raise Problem(
+                409, "vm-not-running", f"VM {name!r} is {row.status.value}, and its console is there while it runs",
+                vm=name, hint=f"`volar vms logs {name}` shows what it has said; `volar vms start {name}` starts it",
+            )  # fmt: skip
+        live = self._live(row.id)
+        if live is None or not live.console.is_open:
+            raise Problem(
+                503, "console-unavailable", f"the console of VM {name!r} is being taken up again", vm=name,
+                hint="try again",
+            )  # fmt: skip
+        return row, live.console
 
     def inspect(self, name: str) -> Mapping[str, object]:
         """What is known of a VM for those who look for a fault. :raises Problem: 404."""

@@ -1,0 +1,256 @@
+"""The serial console of one boot, for those who look at it and the one who types.
+
+The hypervisor appends what the guest says to a file (`_console.py` says why), and the pump reads it once. Whoever
+watches gets it from there: the pump hands each piece to `feed`, which puts it into a ring that is there while somebody
+looks. So readers cost the disk nothing, one that does not read holds up nobody, and one that fell behind is told how
+much it has missed. What a reader sees first are the last lines of the VM's log, and the line that is not at its end,
+as that is where a prompt stands.
+
+What is typed goes into the hypervisor's named pipe, 64 KiB of it ahead of the guest. One keyboard at a time: two people
+who type at once would each get the other's half of a line. A guest that does not read its console fills the pipe, and
+then only the keyboard waits, with a deadline.
+
+The same bytes are served at a Unix socket, for `socat`, `minicom` and scripts that know serial ports and no
+WebSockets. It can't say anything beside the bytes, so where a WebSocket gets a word, a connection here just ends.
+
+A socket of the hypervisor's own was rejected: it loses lines while nobody reads, stops the guest while somebody does
+not, and takes one client.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from actors import Cursor, Gap, Log
+from volant.host import Host
+
+from ._console import ConsolePump
+
+TYPE_S = 10.0
+"""How long a guest may take to read what is typed, once the pipe is full."""
+_RING_BYTES = 256 * 1024
+_RING_FRAMES = 4096
+_TAKE_BYTES = 64 * 1024
+_CONNECTIONS = 8
+_SOCKET_LINES = 25
+_SOCKET_PIECE = 4096
+_SOCKET_SEND_S = 60.0
+_SOCKET_LINGER_S = 5.0
+
+_logger = logging.getLogger("volant.vm")
+
+
+class KeyboardTaken(Exception):
+    """Somebody else types."""
+
+
+class NotTyped(Exception):
+    """The guest, or its hypervisor, does not take what is typed. The text is for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """A reader was too slow for so many bytes."""
+
+    bytes: int
+
+
+class SerialConsole:
+    """The console of one boot in one incarnation of its VM's actor."""
+
+    def __init__(self, host: Host, input_path: Path, socket_path: Path) -> None:
+        self._host = host
+        self._input_path = input_path
+        self._socket_path = socket_path
+        self._pump: ConsolePump | None = None
+        self._ring: Log | None = None
+        self._readers = 0
+        self._fed = 0
+        self._keyboard: Keyboard | None = None
+        self._connections = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a pump behind it."""
+        return self._pump is not None
+
+    def inspect(self) -> dict[str, object]:
+        """Figures, ready for JSON."""
+        return {
+            "readers": self._readers,
+            "keyboard": self._keyboard is not None,
+            "socket": str(self._socket_path),
+            "socket_connections": self._connections,
+        }
+
+    # From the guest
+
+    def feed(self, data: bytes) -> None:
+        """What the guest has said, from the pump."""
+        self._fed += len(data)
+        if self._ring is not None:
+            self._ring.append(data)
+
+    @contextmanager
+    def fed_by(self, pump: ConsolePump) -> Iterator[None]:
+        """For the length of a block the console is open; its end is the end for all readers."""
+        self._pump = pump
+        try:
+            yield
+        finally:
+            self._pump = None
+            if self._ring is not None:
+                self._ring.close()
+
+    @asynccontextmanager
+    async def reader(self, lines: int) -> AsyncIterator[Reader]:
+        """What the guest says from now on, after the last `lines` that it has said."""
+        if self._ring is None:
+            self._ring = Log(max_frames=_RING_FRAMES, max_bytes=_RING_BYTES)
+            if self._pump is None:
+                self._ring.close()
+        ring = self._ring
+        recent = self._pump.recent(lines) if self._pump is not None else b""
+        self._readers += 1
+        try:
+            async with ring.cursor(after=ring.newest) as cursor:
+                yield Reader(self, ring, cursor, recent, self._fed)
+        finally:
+            self._readers -= 1
+            if not self._readers:
+                self._ring = None
+
+    # To the guest
+
+    @contextmanager
+    def keyboard(self, *, take: bool = False) -> Iterator[Keyboard]:
+        """The right to type, for the length of a block; with `take` whoever has it loses it.
+
+        :raises KeyboardTaken: somebody has it.
+        """
+        if self._keyboard is not None:
+            if not take:
+                raise KeyboardTaken
+            self._keyboard.lost.set()
+        mine = self._keyboard = Keyboard(self._host, self._input_path)
+        try:
+            yield mine
+        finally:
+            mine.release()
+            if self._keyboard is mine:
+                self._keyboard = None
+
+    # The Unix socket
+
+    async def serve(self) -> None:
+        """Serve the Unix socket until cancelled. Where that can't be, the VM goes on without."""
+        try:
+            listener = self._host.listen_unix(self._socket_path)
+        except OSError as error:
+            _logger.warning("the serial console can't be served at %s: %s", self._socket_path, error)
+            return
+        try:
+            await trio.serve_listeners(self._connection, [listener])
+        finally:
+            await trio.aclose_forcefully(listener)
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _SOCKET_LINGER_S):
+                await self._host.remove_file(self._socket_path)
+
+    async def _connection(self, stream: trio.SocketStream) -> None:
+        try:
+            async with stream:
+                if self._connections < _CONNECTIONS:
+                    self._connections += 1
+                    try:
+                        await self._converse(stream)
+                    finally:
+                        self._connections -= 1
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, KeyboardTaken, NotTyped):
+            pass
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
+        async with self.reader(_SOCKET_LINES) as reader, trio.open_nursery() as nursery:
+            nursery.start_soon(self._type, stream, nursery.cancel_scope)
+            while isinstance(data := await reader.take(), bytes):
+                with trio.move_on_after(_SOCKET_SEND_S) as sending:
+                    await stream.send_all(data)
+                if sending.cancelled_caught:
+                    break
+            nursery.cancel_scope.cancel()
+
+    async def _type(self, stream: trio.SocketStream, connection: trio.CancelScope) -> None:
+        """The first byte takes the keyboard. At the client's end its connection gets a moment for the answer: whether
+        it has closed one half or both can't be told."""
+        data = await stream.receive_some(_SOCKET_PIECE)
+        if data:
+            with self.keyboard() as keyboard:
+                while data:
+                    await keyboard.type(data)
+                    data = await stream.receive_some(_SOCKET_PIECE)
+        connection.deadline = trio.current_time() + _SOCKET_LINGER_S
+
+
+class Reader:
+    """One who looks on. `SerialConsole.reader` makes it."""
+
+    def __init__(self, console: SerialConsole, ring: Log, cursor: Cursor, recent: bytes, position: int) -> None:
+        self._console = console
+        self._ring = ring
+        self._cursor = cursor
+        self._recent = recent
+        self._position = position
+
+    async def take(self) -> bytes | Missed | None:
+        """What has been said since, or how much of it is lost; None at the end. A cancelled call has taken nothing."""
+        if self._recent:
+            await trio.lowlevel.checkpoint()
+            recent, self._recent = self._recent, b""
+            return recent
+        taken = await self._cursor.take(_TAKE_BYTES)
+        if isinstance(taken, Gap):
+            oldest = self._console._fed - self._ring.statistics().bytes
+            missed, self._position = oldest - self._position, oldest
+            return Missed(missed)
+        data = b"".join(frame for _, frame in taken)
+        self._position += len(data)
+        return data or None
+
+
+class Keyboard:
+    """The right to type. `SerialConsole.keyboard` makes it."""
+
+    def __init__(self, host: Host, path: Path) -> None:
+        self.lost = trio.Event()
+        """Set when somebody else has taken it."""
+        self._host = host
+        self._path = path
+        self._pipe: trio.lowlevel.FdStream | None = None
+
+    async def type(self, data: bytes) -> None:
+        """Give `data` to the guest. One task at a time.
+
+        :raises KeyboardTaken: it is another's by now.
+        :raises NotTyped: the guest does not read, and perhaps only a part of it was taken; or the hypervisor is gone.
+        """
+        if self.lost.is_set():
+            raise KeyboardTaken
+        try:
+            if self._pipe is None:
+                self._pipe = self._host.open_pipe(self._path)
+            with trio.fail_after(TYPE_S):
+                await self._pipe.send_all(data)
+        except trio.TooSlowError:
+            raise NotTyped("the guest does not read its console") from None
+        except (OSError, trio.BrokenResourceError) as error:
+            raise NotTyped("the console takes no input any more") from error
+
+    def release(self) -> None:
+        """Type no more."""
+        if self._pipe is not None:
+            self._pipe.close()
