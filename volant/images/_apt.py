@@ -4,8 +4,9 @@ apt verifies the archive's signature, the index files against it, and each packa
 written down with the SHA-256 of each package, and `verify` checks that once more on every use, so that what lies in the
 cache for a year is still what apt had verified.
 
-The dependency solver is not asked: the recipe names each package that files are taken from. Installing what the kernel
-package depends on would drag in tools that make an initramfs, a module loader and a linker configuration.
+For the boot image, the dependency solver is not asked: the recipe names each package that files are taken from.
+Installing what the kernel package depends on would drag in tools that make an initramfs, a module loader and a linker
+configuration. Root file systems are other people's, and may hold anything: for them it is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _UPDATE_TIMEOUT_S = 120.0
 _QUERY_TIMEOUT_S = 60.0
 _DOWNLOAD_TIMEOUT_S = 600.0
 _URI_LINE = re.compile(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})$")
+_NAME_LINE = re.compile(r"^'[^']+' (\S+) \d+ ")
+_HELD_FIELDS = ("Package:", "Version:", "Architecture:", "Multi-Arch:", "Provides:")
 _MAX_DEB_BYTES = 512 * 1024 * 1024
 
 
@@ -123,7 +126,41 @@ class Apt:
                 f"The archive has no {meta}: {_complaints(shown.stderr)}",
                 "check that the mirror has the suite " + _recipe.SUITE,
             )
-        names = sorted({*_recipe.PACKAGES, depends[1]})
+        return self._locate({*_recipe.PACKAGES, depends[1]})
+
+    def resolve_with_dependencies(self, names: list[str], without: list[str]) -> list[Package]:
+        """Return `names` and all that they depend on, as the index files at hand have it, sorted by name.
+
+        :param without: packages that apt is told are installed: the solver takes neither them nor what they alone need
+        :raises ImageError: one of them is not there, or what it depends on is not
+        """
+        status = self._folder / "installed"
+        status.write_text("".join(map(_held, self._show(without))) if without else "")
+        command = ["apt-get", "-q", "-q", "-o", f"Dir::State::Status={status}", "--no-install-recommends"]
+        printed = self._run([*command, "--print-uris", "install", *names], _QUERY_TIMEOUT_S)
+        if printed.returncode != 0:
+            raise ImageError(
+                "unresolved",
+                f"The archive can't provide {', '.join(names)}: {_complaints(printed.stderr)}",
+                "check that the mirror has the suite " + _recipe.SUITE,
+            )
+        # These lines have no SHA-256, and so are good for names alone.
+        filenames = [matched[1] for line in printed.stdout.splitlines() if (matched := _NAME_LINE.match(line))]
+        return self._locate({filename.split("_")[0] for filename in filenames})
+
+    def _show(self, names: list[str]) -> list[str]:
+        """Return what the index files say of each package."""
+        shown = self._run(["apt-cache", "show", "--no-all-versions", *names], _QUERY_TIMEOUT_S)
+        if shown.returncode != 0:
+            raise ImageError(
+                "unresolved",
+                f"The archive lacks one of {', '.join(names)}: {_complaints(shown.stderr)}",
+                "check that the mirror has the suite " + _recipe.SUITE,
+            )
+        return shown.stdout.strip().split("\n\n")
+
+    def _locate(self, wanted: set[str]) -> list[Package]:
+        names = sorted(wanted)
         printed = self._run(["apt-get", "--print-uris", "download", *names], _QUERY_TIMEOUT_S)
         found = [package for line in printed.stdout.splitlines() if (package := _package(line))]
         missing = set(names) - {package.name for package in found}
@@ -247,6 +284,12 @@ def _package(line: str) -> Package | None:
     name, version, architecture = parts
     # In a file name apt writes the colon of an epoch as %3a.
     return Package(name, version.replace("%3a", ":"), architecture, matched[4], int(matched[3]), filename)
+
+
+def _held(stanza: str) -> str:
+    """Return the stanza for a list of what is installed. Held: else apt would put the archive's own in its place."""
+    fields = [line for line in stanza.splitlines() if line.startswith(_HELD_FIELDS)]
+    return "\n".join([*fields, "Status: hold ok installed", "Maintainer: nobody", "Description: none", "", ""])
 
 
 def packages_by_name(packages: Iterable[Package], folder: Path) -> Mapping[str, Path]:

@@ -9,38 +9,20 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from volant.model import agent
 
-from . import _apt, _compose, _cpio, _recipe, _sources, _store
+from . import _apt, _compose, _cpio, _packages, _recipe, _store
 from ._errors import ImageError
+from ._packages import Progress, silent
 from ._store import Image
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a build is."""
-
-    phase: str
-    """`wait`, `update`, `resolve`, `download`, `unpack`, `compile`, `compose`, `write` or `done`, in this order."""
-    message: str
-    """For people."""
-    done: int = 0
-    total: int = 0
-    unit: str = ""
-    """`bytes` when `done` and `total` count something; else they are 0."""
-
-
-def _silent(progress: Progress) -> None:
-    del progress
 
 
 def build(
     cache_dir: Path,
     *,
-    progress: Callable[[Progress], None] = _silent,
+    progress: Callable[[Progress], None] = silent,
     mirror: str | None = None,
     security_mirror: str | None = None,
     keyring: Path | None = None,
@@ -95,17 +77,13 @@ def _build(
     guest_digest = _recipe.sources_digest(guest)
     apt: _apt.Apt | None = None
     if offline:
-        packages = _cached_list(cache_dir)
-        if packages is None:
-            raise ImageError(
-                "offline", "No earlier build left its packages in this cache", "build without --offline once"
-            )
+        packages = _packages.last(cache_dir)
     else:
-        packages, apt = _resolve(cache_dir, progress, mirror, security_mirror, keyring)
+        packages, apt = _packages.resolve(cache_dir, _apt.Apt.resolve, progress, mirror, security_mirror, keyring)
     digest = _store.image_digest(recipe, packages, guest_digest)
     image = _store.load(cache_dir, digest)
     if image is None:
-        debs = _fetch(cache_dir, scratch, packages, apt, progress)
+        debs = _packages.fetch(cache_dir, scratch, packages, apt, progress)
         kernel, tree = _compose.compose(
             _apt.packages_by_name(packages, debs),
             guest,
@@ -124,87 +102,6 @@ def _build(
     found = _store.load(cache_dir, digest)
     assert found is not None
     return found
-
-
-def _resolve(
-    cache_dir: Path,
-    progress: Callable[[Progress], None],
-    mirror: str | None,
-    security_mirror: str | None,
-    keyring: Path | None,
-) -> tuple[list[_apt.Package], _apt.Apt | None]:
-    if keyring is not None and not keyring.is_file():
-        raise ImageError("no_keyring", f"There is no keyring {keyring}", "name one that exists with --keyring FILE")
-    sources = _sources.explicit_sources(mirror, security_mirror) if mirror else _sources.host_sources()
-    if not sources:
-        raise ImageError(
-            "no_sources",
-            "This host's apt has no source of the Debian archive",
-            "name a mirror with --mirror URL, and Debian's keys with --keyring FILE where the host lacks the package "
-            "debian-archive-keyring",
-        )
-    apt = _apt.Apt(cache_dir / "apt", sources, (keyring or _sources.find_keyring()).absolute())
-    progress(Progress("update", "Asking the Debian archive for its packages"))
-    try:
-        apt.update()
-    except ImageError as error:
-        cached = _cached_list(cache_dir)
-        if error.code != "unreachable" or cached is None:
-            raise
-        progress(Progress("resolve", f"{error.message}: taking the packages of the last build"))
-        return cached, apt
-    progress(Progress("resolve", "Choosing the versions"))
-    return apt.resolve(), apt
-
-
-def _cached_list(cache_dir: Path) -> list[_apt.Package] | None:
-    try:
-        return _apt.load_list((cache_dir / "packages.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _fetch(
-    cache_dir: Path,
-    scratch: Path,
-    packages: list[_apt.Package],
-    apt: _apt.Apt | None,
-    progress: Callable[[Progress], None],
-) -> Path:
-    """Return the folder that has all packages, each verified just now."""
-    debs = cache_dir / "debs"
-    debs.mkdir(exist_ok=True)
-    missing = [item for item in packages if not _apt.verify(item, debs / item.filename)]
-    total = sum(item.size for item in packages)
-    had = total - sum(item.size for item in missing)
-    if missing:
-        if apt is None:
-            raise ImageError(
-                "offline",
-                f"The cache lacks {', '.join(item.name for item in missing)}",
-                "build without --offline once",
-            )
-        incoming = scratch / "incoming"
-        incoming.mkdir()
-
-        def arrived(count: int) -> None:
-            progress(Progress("download", "Fetching packages", min(total, had + count), total, "bytes"))
-
-        arrived(0)
-        apt.download(missing, incoming, arrived)
-        for item in missing:
-            if not _apt.verify(item, incoming / item.filename):
-                raise ImageError("untrusted", f"{item.filename} is not what the archive's index says", "try again")
-            (incoming / item.filename).replace(debs / item.filename)
-    progress(Progress("download", "All packages are there", total, total, "bytes"))
-    _store.write_atomically(
-        cache_dir / "packages.json", json.dumps(_apt.dump_list(packages), indent=1).encode() + b"\n"
-    )
-    keep = {item.filename for item in packages}
-    for path in debs.iterdir():
-        if path.name not in keep:
-            path.unlink(missing_ok=True)
-    return debs
 
 
 def _place(

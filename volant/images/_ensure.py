@@ -18,8 +18,8 @@ from pathlib import Path
 import trio
 
 from . import _store
-from ._build import Progress
 from ._errors import ImageError
+from ._packages import Progress
 from ._store import Image
 
 _MAX_LINE = 64 * 1024

@@ -1,0 +1,191 @@
+"""Packages of the archive in a cache folder: resolved and fetched by the private apt, verified on every use, and kept.
+
+debs/, packages.json      what the last build took: enough to build without a network
+apt/                      the private apt's state
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import _apt, _sources, _store
+from ._errors import ImageError
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a build is."""
+
+    phase: str
+    """`wait`, `update`, `resolve`, `download`, `unpack`, `compile`, `compose`, `write` or `done`, in this order."""
+    message: str
+    """For people."""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    """`bytes` when `done` and `total` count something; else they are 0."""
+
+
+def silent(progress: Progress) -> None:
+    """Tell nobody."""
+    del progress
+
+
+def fetch_packages(
+    cache_dir: Path,
+    names: Iterable[str],
+    *,
+    without: Iterable[str] = (),
+    progress: Callable[[Progress], None] = silent,
+    mirror: str | None = None,
+    security_mirror: str | None = None,
+    keyring: Path | None = None,
+    offline: bool = False,
+) -> dict[_apt.Package, Path]:
+    """Return the packages `names` and all that they depend on, each with its verified file, sorted by name.
+
+    For those who make root file systems of their own. What a package merely recommends is left out. When the mirror
+    can't be reached, the packages of the last time are taken instead. Only `cache_dir` is written to; it must not be
+    that of `build`. Several may fetch at once: one does it, the others wait for it.
+
+    :param without: packages that are taken to be there already: they are left out, and what they alone depend on
+    :param mirror: the address of a Debian mirror, in the place of this host's apt sources
+    :param security_mirror: that of the security archive, with `mirror`; without it there are no security updates
+    :param keyring: the keys that must have signed it; default: this host's keyring of the Debian archive
+    :param offline: take the packages of the last time, without asking the network
+    :raises ImageError: they can't be had, and why
+    """
+    wanted, given = sorted(set(names)), sorted(set(without))
+    cache_dir = cache_dir.absolute()
+    with _store.locked(cache_dir, lambda: progress(Progress("wait", "Waiting for another build to end"))):
+        _store.clean_up(cache_dir)
+        scratch = Path(tempfile.mkdtemp(dir=cache_dir, prefix="build-"))
+        try:
+            apt: _apt.Apt | None = None
+            if offline:
+                packages = last(cache_dir)
+            else:
+                packages, apt = resolve(
+                    cache_dir,
+                    lambda apt: apt.resolve_with_dependencies(wanted, given),
+                    progress,
+                    mirror,
+                    security_mirror,
+                    keyring,
+                )
+            lacking = set(wanted) - {package.name for package in packages}
+            if lacking:
+                raise ImageError(
+                    "offline",
+                    f"The packages of the last build lack {', '.join(sorted(lacking))}, and the archive was not asked",
+                    "try again with a network",
+                )
+            folder = fetch(cache_dir, scratch, packages, apt, progress)
+            return {package: folder / package.filename for package in packages}
+        except OSError as error:
+            raise ImageError(
+                "io_error",
+                f"The packages can't be written: {error.strerror or error}",
+                "check the space and the permissions of the cache folder",
+            ) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def resolve(
+    cache_dir: Path,
+    choose: Callable[[_apt.Apt], list[_apt.Package]],
+    progress: Callable[[Progress], None],
+    mirror: str | None,
+    security_mirror: str | None,
+    keyring: Path | None,
+) -> tuple[list[_apt.Package], _apt.Apt]:
+    """Return what `choose` takes from the archive, or the last packages when it can't be reached; the lock is held.
+
+    :raises ImageError: there is neither
+    """
+    if keyring is not None and not keyring.is_file():
+        raise ImageError("no_keyring", f"There is no keyring {keyring}", "name one that exists with --keyring FILE")
+    sources = _sources.explicit_sources(mirror, security_mirror) if mirror else _sources.host_sources()
+    if not sources:
+        raise ImageError(
+            "no_sources",
+            "This host's apt has no source of the Debian archive",
+            "name a mirror with --mirror URL, and Debian's keys with --keyring FILE where the host lacks the package "
+            "debian-archive-keyring",
+        )
+    apt = _apt.Apt(cache_dir / "apt", sources, (keyring or _sources.find_keyring()).absolute())
+    progress(Progress("update", "Asking the Debian archive for its packages"))
+    try:
+        apt.update()
+    except ImageError as error:
+        cached = _load(cache_dir)
+        if error.code != "unreachable" or cached is None:
+            raise
+        progress(Progress("resolve", f"{error.message}: taking the packages of the last build"))
+        return cached, apt
+    progress(Progress("resolve", "Choosing the versions"))
+    return choose(apt), apt
+
+
+def last(cache_dir: Path) -> list[_apt.Package]:
+    """Return the packages of the last build; :raises ImageError: there was none."""
+    packages = _load(cache_dir)
+    if packages is None:
+        raise ImageError("offline", "No earlier build left its packages in this cache", "build without --offline once")
+    return packages
+
+
+def _load(cache_dir: Path) -> list[_apt.Package] | None:
+    try:
+        return _apt.load_list((cache_dir / "packages.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def fetch(
+    cache_dir: Path,
+    scratch: Path,
+    packages: list[_apt.Package],
+    apt: _apt.Apt | None,
+    progress: Callable[[Progress], None],
+) -> Path:
+    """Return the folder that has all packages, each verified just now; the lock is held."""
+    debs = cache_dir / "debs"
+    debs.mkdir(exist_ok=True)
+    missing = [item for item in packages if not _apt.verify(item, debs / item.filename)]
+    total = sum(item.size for item in packages)
+    had = total - sum(item.size for item in missing)
+    if missing:
+        if apt is None:
+            raise ImageError(
+                "offline",
+                f"The cache lacks {', '.join(item.name for item in missing)}",
+                "build without --offline once",
+            )
+        incoming = scratch / "incoming"
+        incoming.mkdir()
+
+        def arrived(count: int) -> None:
+            progress(Progress("download", "Fetching packages", min(total, had + count), total, "bytes"))
+
+        arrived(0)
+        apt.download(missing, incoming, arrived)
+        for item in missing:
+            if not _apt.verify(item, incoming / item.filename):
+                raise ImageError("untrusted", f"{item.filename} is not what the archive's index says", "try again")
+            (incoming / item.filename).replace(debs / item.filename)
+    progress(Progress("download", "All packages are there", total, total, "bytes"))
+    _store.write_atomically(
+        cache_dir / "packages.json", json.dumps(_apt.dump_list(packages), indent=1).encode() + b"\n"
+    )
+    keep = {item.filename for item in packages}
+    for path in debs.iterdir():
+        if path.name not in keep:
+            path.unlink(missing_ok=True)
+    return debs
