@@ -214,6 +214,11 @@ def _later() -> None:
                 os.symlink(f"/proc/self/{target}", f"/dev/{link}")
     except OSError as error:
         _say(f"the guest is not set up completely: {error}")
+    serial = _parameter("volant.root")
+    if serial:
+        from ._rootfs import mount_root
+
+        mount_root(serial, _run, _say)
 
 
 def _load(modules: list[str], parameters: dict[str, list[str]] | None = None) -> None:
@@ -320,6 +325,11 @@ def _shut_down(agent: int, how: str) -> NoReturn:
             _signal_all(signal.SIGKILL)
             _wait_for_all(_AFTER_KILL_S)
     os.sync()
+    from ._rootfs import ROOT
+
+    if os.path.ismount(ROOT) and _run(["mount", "-o", "remount,ro", ROOT]) != 0:
+        # Something that is mounted from within it, for instance. What is synced is safe, and the journal does the rest.
+        _say("the root filesystem is still in use")
     os.execv(BUSYBOX, ["busybox", how, "-f"])
 
 

@@ -26,6 +26,7 @@ import threading
 from volant.model import agent
 
 from ._http import Problem
+from ._rootfs import ROOT, STATE_FILE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,10 +43,6 @@ if TYPE_CHECKING:
         extra_groups: list[int]
 
 
-ROOT = "/mnt"
-"""Where PID 1 mounts the root filesystem."""
-STATE_FILE = "/run/volant/root"
-"""What became of that: PID 1 writes `mounted`, or `failed: ` and why."""
 _MAX_TABLE = 4 * 1024 * 1024
 _NO_ID = 2**32 - 1
 

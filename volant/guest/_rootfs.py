@@ -1,0 +1,112 @@
+"""PID 1's part of a root filesystem: find the disk, mount it, give it what programs expect to find.
+
+It is an ext4 filesystem on the whole disk that has the serial number which the kernel's command line names. Mounted in
+it are the guest's own `/proc`, `/sys` and `/dev`, and a fresh `/run` and `/tmp` in memory, as they hold what belongs to
+one boot. What it has no directory for is made, where that can be.
+"""
+
+# ruff: noqa: PTH103, PTH104, PTH110, PTH114, PTH123, PTH208 - pathlib would cost every boot more than this module does
+
+from __future__ import annotations
+
+import os
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = "/mnt"
+"""Where the root filesystem is mounted, if there is one."""
+STATE_FILE = "/run/volant/root"
+"""What became of that: `mounted`, or `failed: ` and why."""
+_DISK_S = 5.0
+_MAGIC_AT, _MAGIC = 1024 + 56, b"\x53\xef"
+_MAX_KERNEL_LOG = 4096
+"""Records of the kernel's log that are read for the reason of a failure."""
+_BINDS = ("proc", "sys", "dev")
+_IN_MEMORY = (("run", "0755"), ("tmp", "1777"))
+
+
+def mount_root(serial: str, run: Callable[[list[str]], int], say: Callable[[str], None]) -> None:
+    """Mount it, and leave in `STATE_FILE` what came of that.
+
+    `run` runs BusyBox to its end and returns the exit code; `say` says something on the console.
+    """
+    try:
+        why = _mount(serial, run, say)
+    except OSError as error:
+        why = str(error)
+    if why:
+        say(f"the root filesystem can't be mounted: {why}")
+    with open(STATE_FILE + ".new", "w") as handle:
+        handle.write(f"failed: {why[:1000]}\n" if why else "mounted\n")
+    os.rename(STATE_FILE + ".new", STATE_FILE)
+
+
+def _mount(serial: str, run: Callable[[list[str]], int], say: Callable[[str], None]) -> str:
+    """Return why it can't be, or nothing."""
+    device = _find(serial)
+    if device is None:
+        return f"there is no disk with the serial number {serial}"
+    with open(device, "rb") as handle:
+        handle.seek(_MAGIC_AT)
+        if handle.read(2) != _MAGIC:
+            return "the image holds no ext4 filesystem: its superblock is not there"
+    if run(["mount", "-t", "ext4", "-o", "errors=remount-ro", device, ROOT]) != 0:
+        return "the image holds no sound ext4 filesystem" + _kernels_words()
+    for name in _BINDS:
+        _inside(["mount", "-o", "rbind", f"/{name}", f"{ROOT}/{name}"], name, run, say)
+    for name, mode in _IN_MEMORY:
+        options = f"nosuid,nodev,mode={mode}"
+        _inside(["mount", "-t", "tmpfs", "-o", options, "tmpfs", f"{ROOT}/{name}"], name, run, say)
+    return ""
+
+
+def _inside(command: list[str], name: str, run: Callable[[list[str]], int], say: Callable[[str], None]) -> None:
+    """Mount something in the root filesystem, at `name`, which must not be a link out of it."""
+    path = f"{ROOT}/{name}"
+    try:
+        if os.path.islink(path):
+            say(f"/{name} of the root filesystem is a link and is left as it is")
+            return
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        say(f"the root filesystem has no /{name}: {error}")
+        return
+    if run(command) != 0:
+        say(f"/{name} can't be mounted in the root filesystem")
+
+
+def _find(serial: str) -> str | None:
+    """Return the block device with a serial number; wait a moment for it, as drivers may be slow."""
+    end = time.monotonic() + _DISK_S
+    while True:
+        for name in sorted(os.listdir("/sys/block")):
+            try:
+                with open(f"/sys/block/{name}/serial") as handle:
+                    found = handle.read(64).strip()
+            except OSError:
+                continue
+            if found == serial and os.path.exists(f"/dev/{name}"):
+                return f"/dev/{name}"
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.02)
+
+
+def _kernels_words() -> str:
+    """Return the last thing that the kernel has said about ext4."""
+    words = ""
+    try:
+        log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            for _ in range(_MAX_KERNEL_LOG):
+                _, _, text = os.read(log, 8192).decode(errors="replace").partition(";")
+                if text.startswith("EXT4-fs"):
+                    words = ": " + text.splitlines()[0][:300]
+        finally:
+            os.close(log)
+    except OSError:
+        pass
+    return words
