@@ -297,7 +297,7 @@ async def test_a_bug_is_a_500_that_tells_nothing(served: Api, caplog: pytest.Log
 
 
 async def test_a_failure_below_is_passed_on_as_it_is(served: Api) -> None:
-    async def full(*_: object) -> None:
+    async def full(*_: object, **__: object) -> None:
         raise Problem(503, "no-capacity", "no room", hint="delete one")
 
     served.doors.vms.create = full  # type: ignore[method-assign,assignment]

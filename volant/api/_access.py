@@ -35,6 +35,7 @@ _REMEMBERED = 256
 _PREFLIGHT_AGE = b"600"
 _METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 _KEYLESS = (b"/healthz", b"/docs")
+_ANONYMOUS = "anonymous"
 _IN_QUERY = (b"api_key", b"ticket")
 
 
@@ -60,16 +61,18 @@ class Access:
         """Address, `Host` and `Origin`. :raises Problem: 421 or 403."""
         self._rules.check(scope)
 
-    def authenticate(self, scope: Any, *, in_query: bool) -> None:
+    def authenticate(self, scope: Any, *, in_query: bool) -> str:
         """The key; with `in_query` also as a parameter, for what browsers open without headers.
+
+        Returns who asks: a digest of the key, a user of this host, or a word for those of whom nothing is known.
 
         :raises Problem: 401.
         """
         keys = self._rules.keys
-        if not keys or scope["state"].get("unix"):
-            return
-        if scope["type"] == "http" and scope["raw_path"] in _KEYLESS:
-            return
+        if scope["state"].get("unix"):
+            return str(scope["state"]["peer"])
+        if not keys or (scope["type"] == "http" and scope["raw_path"] in _KEYLESS):
+            return _ANONYMOUS
         shown = False
         for name, value in scope["headers"]:
             if name == b"x-volant-api-key":
@@ -79,8 +82,9 @@ class Access:
                 value = value[7:]
             else:
                 continue
-            if keys.accept(value.strip()):
-                return
+            digest = keys.accept(value.strip())
+            if digest is not None:
+                return digest.hex()
         ticket = False
         for name, value in _credentials(scope["query_string"]):
             if not in_query:
@@ -90,8 +94,11 @@ class Access:
                 )
             shown = True
             ticket = ticket or name == b"ticket"
-            if self.tickets.redeem(value) if name == b"ticket" else keys.accept(value):
-                return
+            if name == b"ticket":
+                if self.tickets.redeem(value):
+                    return _ANONYMOUS
+            elif (digest := keys.accept(value)) is not None:
+                return digest.hex()
         if ticket:
             raise _unauthenticated(
                 "the ticket is used, too old, or not one of this daemon's", "POST /api/v1/tickets gives another"

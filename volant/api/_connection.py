@@ -75,6 +75,8 @@ class Connection(TCPServer):
         self.inbox: Inbox | None = None
         self._socket = stream.socket
         self.is_unix = stream.socket.family == socket.AF_UNIX
+        self.peer = _user_of(stream.socket) if self.is_unix else ""
+        """At a Unix socket, the user whose process connected."""
         self._reading = trio.CancelScope()
         self._idle = True
         self._header_begun = False
@@ -247,7 +249,7 @@ class Http11(H11Protocol):
             connection.context,
             tasks,  # type: ignore[arg-type]  # used by Hypercorn for spawn_app() and spawn() alone
             # A Unix socket's permissions are its key; what is checked of others must know it for sure.
-            ConnectionState({**connection.state, "unix": connection.is_unix}),
+            ConnectionState({**connection.state, "unix": connection.is_unix, "peer": connection.peer}),
             False,
             client,
             server,
@@ -499,6 +501,11 @@ class WebSocketStream(WSStream):
         if self.app_put is not None:
             await self.app_put({"type": "websocket.disconnect", "code": 1006})
         await self.send(StreamClosed(stream_id=self.stream_id))
+
+
+def _user_of(sock: trio.socket.SocketType) -> str:
+    _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return f"uid {uid}"
 
 
 def text_frame(text: bytes) -> bytes:

@@ -21,7 +21,7 @@ from volant.model import Problem
 from ._access import Access
 from ._call import Call, Header, Message
 from ._limits import Limits
-from ._problems import new_request_id
+from ._problems import new_request_id, too_large
 
 _requests = logging.getLogger("volant.api.request")
 _log = logging.getLogger("volant.api")
@@ -87,7 +87,7 @@ class Edge:
             return
         path = scope["raw_path"].decode("ascii")
         route, args = self._find(path)
-        self._access.authenticate(scope, in_query=_takes_credentials_in_query(call, route))
+        scope["state"]["caller"] = self._access.authenticate(scope, in_query=_takes_credentials_in_query(call, route))
         if route is not None:
             call.args = args
             self._check_method(route, call)
@@ -165,11 +165,6 @@ def _takes_credentials_in_query(call: Call, route: StreamRoute | None) -> bool:
     if route is None or call.method not in ("GET", "HEAD"):
         return False
     return route.sse or (call.header(b"accept") or "").strip().lower() == "text/event-stream"
-
-
-def too_large(limit: int) -> Problem:
-    """413."""
-    return Problem(413, "body-too-large", f"the body is larger than {limit} bytes")
 
 
 def internal_error() -> Problem:

@@ -30,13 +30,13 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def accept(self, given: bytes) -> bool:
-        """Whether `given` is one of them. Takes as long for any answer."""
+    def accept(self, given: bytes) -> bytes | None:
+        """The digest of `given` if it is one of them. Takes as long for any answer."""
         digest = _digest(given)
         found = False
         for known in self._digests:
             found |= hmac.compare_digest(digest, known)
-        return found
+        return digest if found else None
 
 
 class Tickets:

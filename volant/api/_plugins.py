@@ -9,11 +9,12 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from actors import ActorDown, AskTimeout, Request
-from volant.journal import EnablePlugin, InstallPlugin, Plugin, RemovePlugin
+from volant.journal import Answer, EnablePlugin, InstallPlugin, Once, Plugin, RemovePlugin
 from volant.model import Manifest, PluginView, Problem, check_manifest
 
 from ._body import Nothing, read_body
 from ._doors import Doors
+from ._idempotency import Repeats, answer_of
 from ._json import empty_response, json_response
 from ._params import no_query, plugin_name
 
@@ -27,7 +28,7 @@ class Enabled(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     enabled: bool
 
 
-def add_routes(app: QuartTrio, doors: Doors) -> None:
+def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
     """The routes of this resource."""
 
     @app.get("/api/v1/plugins")
@@ -39,10 +40,11 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
     async def install_plugin() -> Response:
         no_query()
         manifest = check_manifest(await read_body(Manifest))
-        plugin = await ask(InstallPlugin(manifest))
-        response = json_response(_shown(plugin), 201)
-        response.headers["Location"] = f"/api/v1/plugins/{plugin.name}"
-        return response
+
+        async def install(once: Once | None) -> Plugin:
+            return await ask(InstallPlugin(manifest, once))
+
+        return (await repeats.answer(manifest, install, _installed)).response()
 
     @app.get("/api/v1/plugins/<name>")
     async def get_plugin(name: str) -> Response:
@@ -65,7 +67,11 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
     async def enable_plugin(name: str) -> Response:
         no_query()
         wanted = await read_body(Enabled)
-        return json_response(_shown(await ask(EnablePlugin(plugin_name(name), wanted.enabled))))
+
+        async def enable(once: Once | None) -> Plugin:
+            return await ask(EnablePlugin(plugin_name(name), wanted.enabled, once))
+
+        return (await repeats.answer(wanted, enable, _seen)).response()
 
     def plugin_of(name: str) -> Plugin:
         plugin = doors.store.projection.plugins.get(name)
@@ -81,6 +87,14 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
                 503, "journal-down", f"the journal could not keep the change: {error}",
                 hint="look whether it was made, and try again",
             ) from error  # fmt: skip
+
+
+def _seen(plugin: Plugin) -> Answer:
+    return answer_of(_shown(plugin))
+
+
+def _installed(plugin: Plugin) -> Answer:
+    return answer_of(_shown(plugin), 201, Location=f"/api/v1/plugins/{plugin.name}")
 
 
 def _shown(plugin: Plugin) -> PluginView:

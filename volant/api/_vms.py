@@ -10,6 +10,7 @@ import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 
+from volant.journal import Answer, Once
 from volant.model import (
     CreateVm,
     EventId,
@@ -27,6 +28,7 @@ from volant.vm import Version
 
 from ._body import Nothing, read_body
 from ._doors import Doors
+from ._idempotency import Answered, Repeats, answer_of
 from ._json import empty_response, json_response
 from ._params import etag, if_match, is_not_modified, no_query, query, vm_row, wait_of
 from ._query import Query
@@ -36,7 +38,7 @@ _MAX_PAGE = 1000
 _DEFAULT_GRACE_S = 10.0
 
 
-def add_routes(app: QuartTrio, doors: Doors) -> None:
+def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
     """The routes of this resource."""
 
     @app.get("/api/v1/vms")
@@ -72,10 +74,11 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
         wanted = await read_body(CreateVm)
         check_create(wanted)
         since = doors.store.projection.last_event
-        row = await doors.vms.create(wanted)
-        response = await answer(row, states, timeout_s, since, status=201)
-        response.headers["Location"] = f"/api/v1/vms/{quote(row.name)}"
-        return response
+
+        async def create(once: Once | None) -> VmRow:
+            return await doors.vms.create(wanted, once=once)
+
+        return await after_waiting(await repeats.answer(wanted, create, _made), states, timeout_s, since)
 
     @app.get("/api/v1/vms/<name>")
     async def get_vm(name: str) -> Response:
@@ -89,7 +92,7 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
         parameters = query()
         states, timeout_s = wait_of(parameters)
         parameters.done()
-        return await answer(row, states, timeout_s, doors.store.projection.last_event)
+        return await after_waiting(Answered(_seen(row), False), states, timeout_s, doors.store.projection.last_event)
 
     @app.delete("/api/v1/vms/<name>")
     async def delete_vm(name: str) -> Response:
@@ -118,10 +121,14 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
             grace_s = _grace(parameters)
         parameters.done()
         await read_body(Nothing)
-        name = vm_row(doors, name).name
+        wanted = Verb(kind, grace_s=grace_s)
+        only_at = if_match()
         since = doors.store.projection.last_event
-        row = await doors.vms.verb(name, Verb(kind, grace_s=grace_s), only_at=if_match())
-        return await answer(row, states, timeout_s, since)
+
+        async def act(once: Once | None) -> VmRow:
+            return await doors.vms.verb(vm_row(doors, name).name, wanted, only_at=only_at, once=once)
+
+        return await after_waiting(await repeats.answer((wanted, only_at), act, _seen), states, timeout_s, since)
 
     @app.post("/api/v1/vms/<name>/start")
     async def start_vm(name: str) -> Response:
@@ -139,17 +146,16 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
     async def recover_vm(name: str) -> Response:
         return await verb(name, VerbKind.RECOVER)
 
-    async def answer(
-        row: VmRow, states: Collection[str], timeout_s: float, since: EventId, *, status: int = 200
-    ) -> Response:
-        """The VM as it is after waiting, if that was asked for."""
-        if not states:
-            return _shown(row, status)
+    async def after_waiting(answered: Answered, states: Collection[str], timeout_s: float, since: EventId) -> Response:
+        """The answer; with the VM as it is after waiting, if that was asked for, also when it is a replay."""
+        vm_id = answered.answer.vm_id
+        if not states or vm_id is None:
+            return answered.response()
         # A daemon that stops lets go of those who wait: what it tells is true, and they can ask again.
-        wait = partial(doors.vms.wait, row.id, states, timeout_s, since=since)
+        wait = partial(doors.vms.wait, vm_id, states, timeout_s, since=since)
         async with interruptible(_stopping()) as waits:
-            outcome, now = await waits.until(wait) or ("timeout", doors.store.projection.by_id(row.id))
-        response = _shown(now or row, status)
+            outcome, now = await waits.until(wait) or ("timeout", doors.store.projection.by_id(vm_id))
+        response = (answered if now is None else answered.now(_seen(now))).response()
         response.headers["Volant-Wait"] = outcome
         return response
 
@@ -164,8 +170,16 @@ def _stopping() -> trio.Event:
     return stopping
 
 
-def _shown(row: VmRow, status: int = 200) -> Response:
-    response = json_response(view(row), status)
+def _seen(row: VmRow) -> Answer:
+    return answer_of(view(row), vm_id=row.id, ETag=etag(row))
+
+
+def _made(row: VmRow) -> Answer:
+    return answer_of(view(row), 201, vm_id=row.id, ETag=etag(row), Location=f"/api/v1/vms/{quote(row.name)}")
+
+
+def _shown(row: VmRow) -> Response:
+    response = json_response(view(row))
     response.headers["ETag"] = etag(row)
     return response
 

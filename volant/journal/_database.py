@@ -13,15 +13,17 @@ import msgspec
 from volant.host import Host
 from volant.model import Manifest, VmRow
 
+from ._answers import Kept
 from ._errors import DatabaseRefused, JournalBroken
 from ._frames import EventFrame
 from ._projection import Plugin
 from ._schema import open_reader, open_writer
-from ._stage import AddEvent, DropPlugin, DropRow, Operation, PutPlugin, PutRow
+from ._stage import AddEvent, DropAnswer, DropPlugin, DropRow, Operation, PutAnswer, PutPlugin, PutRow
 
 _encode = msgspec.json.Encoder().encode
 _decode_row = msgspec.json.Decoder(VmRow).decode
 _decode_manifest = msgspec.json.Decoder(Manifest).decode
+_decode_kept = msgspec.json.Decoder(Kept).decode
 
 _VACUUM_PAGES = 256
 
@@ -32,6 +34,7 @@ class Loaded(msgspec.Struct, frozen=True):
     epoch: str
     rows: list[VmRow]
     plugins: list[Plugin]
+    answers: list[Kept]
     last_vm_id: int
     oldest_seq: int
     """Of the events that are kept; one more than `newest_seq` when there is none."""
@@ -84,9 +87,10 @@ class Database:
                     Plugin(_decode_manifest(manifest), bool(enabled), datetime.fromisoformat(created_at))
                     for manifest, enabled, created_at in get("SELECT manifest, enabled, created_at FROM plugins")
                 ]
+                answers = [_decode_kept(kept) for (kept,) in get("SELECT kept FROM answers")]
             except msgspec.MsgspecError as error:
                 raise DatabaseRefused(f"the database holds a row that can't be understood: {error}") from error
-        return Loaded(epoch, rows, plugins, sequence or 0, oldest or newest + 1, newest, oldest_at, untold)
+        return Loaded(epoch, rows, plugins, answers, sequence or 0, oldest or newest + 1, newest, oldest_at, untold)
 
     def write(self, operations: Sequence[Operation]) -> None:
         """One transaction. All of it is on the disk when this returns, or none of it will be.
@@ -183,6 +187,10 @@ class Database:
                 )
             case DropPlugin(name):
                 execute("DELETE FROM plugins WHERE name = ?", (name,))
+            case PutAnswer(kept):
+                execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (kept.scope, _encode(kept)))
+            case DropAnswer(scope):
+                execute("DELETE FROM answers WHERE scope = ?", (scope,))
 
     def _expect_one(self, vm_id: int) -> None:
         if self._connection.changes() != 1:

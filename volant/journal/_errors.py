@@ -6,6 +6,8 @@ import apsw
 
 from volant.model import Problem, VmRow
 
+from ._answers import Kept
+
 
 class StaleRow(Exception):
     """A commit was meant for another revision of the row than the one that is kept.
@@ -19,6 +21,14 @@ class StaleRow(Exception):
         self.vm_id = vm_id
         self.revision = revision
         self.row = row
+
+
+class AlreadyAnswered(Exception):
+    """The request came before and was answered; nothing was done now. `kept` is what it was answered with."""
+
+    def __init__(self, kept: Kept) -> None:
+        super().__init__("the request was answered before")
+        self.kept = kept
 
 
 class DatabaseRefused(Exception):

@@ -30,12 +30,13 @@ import trio
 from actors import Actor, Deferred, Request, check_fence, handles
 from volant.model import EventId, IllegalEdge, Problem, VmRow
 
+from ._answers import Once
 from ._database import Database
-from ._errors import StaleRow, overloaded, slow, unwritable
+from ._errors import AlreadyAnswered, StaleRow, overloaded, slow, unwritable
 from ._projection import Plugin
 from ._stage import Stage
 from ._store import Store
-from .messages import CommitSteps, CreateRow, EnablePlugin, InstallPlugin, RemovePlugin
+from .messages import CommitSteps, CreateRow, EnablePlugin, InstallPlugin, KeepRefusal, RemovePlugin
 
 _GROUP = 128
 _MAX_WAITING = 4096
@@ -76,6 +77,7 @@ class Journal(Actor):
         check_fence()
         store.events.attach(loaded.epoch, loaded.oldest_seq, loaded.newest_seq, loaded.untold)
         store.projection.replace(loaded.rows, loaded.plugins, EventId(loaded.epoch, loaded.newest_seq))
+        store.answers.replace(loaded.answers)
         self._last_vm_id = loaded.last_vm_id
         self._oldest_at = loaded.oldest_at
         self.ctx.spawn(self._write, name="writer")
@@ -101,6 +103,10 @@ class Journal(Actor):
     async def enable(self, message: EnablePlugin) -> Deferred[Plugin]:
         return self._enqueue(message)
 
+    @handles(KeepRefusal)
+    async def keep_refusal(self, message: KeepRefusal) -> Deferred[None]:
+        return self._enqueue(message)
+
     def inspect(self) -> Mapping[str, object]:
         return {
             "waiting": len(self._waiting),
@@ -112,6 +118,7 @@ class Journal(Actor):
             "last_error": self._last_error,
             "last_commit_ms": round(self._last_s * 1000, 3),
             "slowest_commit_ms": round(self._slowest_s * 1000, 3),
+            "answers_kept": len(self._store.answers),
         }
 
     def _enqueue(self, message: Request[Any]) -> Deferred[Any]:
@@ -137,14 +144,15 @@ class Journal(Actor):
 
     async def _commit_group(self) -> None:
         store = self._store
-        stage = Stage(store.projection, self._last_vm_id, store.host.wall_clock())
+        stage = Stage(store.projection, store.answers, self._last_vm_id, store.host.wall_clock())
         answers: list[tuple[Deferred[Any], object, Exception | None]] = []
         for _ in range(min(_GROUP, len(self._waiting))):
             message, deferred = self._waiting.popleft()
             try:
                 answers.append((deferred, _decide(stage, message), None))
-            except (Problem, StaleRow, IllegalEdge, ValueError) as refusal:
+            except (AlreadyAnswered, Problem, StaleRow, IllegalEdge, ValueError) as refusal:
                 answers.append((deferred, None, refusal))
+        stage.make_room()
         if stage.operations:
             failure = await self._commit_stage(stage, [deferred for deferred, _, _ in answers])
             check_fence()
@@ -155,6 +163,7 @@ class Journal(Actor):
                 return
             self._last_vm_id = stage.last_vm_id
             store.projection.apply(stage.rows, stage.plugins, stage.last_event)
+            store.answers.apply(stage.kept.values(), stage.forgotten)
             store.events.append(stage.frames)
             self._answered += len(answers)
             self._largest = max(self._largest, len(answers))
@@ -235,6 +244,19 @@ class Journal(Actor):
 
 
 def _decide(stage: Stage, message: Request[Any]) -> object:
+    once: Once | None = getattr(message, "once", None)
+    if once is not None:
+        stage.check(once)
+    if isinstance(message, KeepRefusal):
+        stage.keep(message.once, message.refusal)
+        return None
+    result = _change(stage, message)
+    if once is not None:
+        stage.keep(once, once.answer(result))
+    return result
+
+
+def _change(stage: Stage, message: Request[Any]) -> object:
     match message:
         case CreateRow(request):
             return stage.create(request)

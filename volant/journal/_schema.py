@@ -38,10 +38,16 @@ MIGRATIONS = (
         manifest BLOB NOT NULL
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE answers (
+        scope BLOB PRIMARY KEY,
+        kept BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
 )
 """Entry n brings a database from version n to n + 1. Entries are never changed once released.
 
-`vms.row`, `plugins.manifest` and `events.frame` are JSON. `events.at` is seconds since 1970.
+`vms.row`, `plugins.manifest`, `events.frame` and `answers.kept` are JSON. `events.at` is seconds since 1970.
 """
 
 VERSION = len(MIGRATIONS)

@@ -29,7 +29,8 @@ from volant.model import (
     new_row,
 )
 
-from ._errors import StaleRow
+from ._answers import Answer, Answers, Kept, Once, Refusal, check_same
+from ._errors import AlreadyAnswered, StaleRow
 from ._frames import EventFrame
 from ._projection import Plugin, Projection
 
@@ -58,14 +59,23 @@ class DropPlugin(msgspec.Struct, frozen=True):
     name: str
 
 
-Operation = PutRow | DropRow | AddEvent | PutPlugin | DropPlugin
+class PutAnswer(msgspec.Struct, frozen=True):
+    kept: Kept
+
+
+class DropAnswer(msgspec.Struct, frozen=True):
+    scope: bytes
+
+
+Operation = PutRow | DropRow | AddEvent | PutPlugin | DropPlugin | PutAnswer | DropAnswer
 
 
 class Stage:
     """A transaction that is being made up on top of a projection. A request that raises leaves nothing in it."""
 
-    def __init__(self, projection: Projection, last_vm_id: int, now: datetime) -> None:
+    def __init__(self, projection: Projection, answers: Answers, last_vm_id: int, now: datetime) -> None:
         self._projection = projection
+        self._answers = answers
         self._now = now
         self.last_vm_id = last_vm_id
         self.last_event = projection.last_event
@@ -75,6 +85,8 @@ class Stage:
         self.operations: list[Operation] = []
         """For the disk, in order."""
         self._names: dict[str, VmRow | None] = {}
+        self.kept: dict[bytes, Kept] = {}
+        self.forgotten: list[bytes] = []
 
     def create(self, request: CreateVm) -> VmRow:
         """:raises Problem: 400, 404, 409."""
@@ -171,6 +183,29 @@ class Stage:
             plugin = msgspec.structs.replace(plugin, enabled=enabled)
             self._put_plugin(plugin)
         return plugin
+
+    def check(self, once: Once) -> None:
+        """:raises AlreadyAnswered: it was. :raises Problem: 422 something else was, under the same key."""
+        here = self.kept.get(once.scope)
+        kept = self._answers.find(once, self._now) if here is None else check_same(here, once)
+        if kept is not None:
+            raise AlreadyAnswered(kept)
+
+    def keep(self, once: Once, answer: Answer | Refusal) -> None:
+        """Keep what a request is answered with."""
+        at = int(self._now.timestamp())
+        if isinstance(answer, Refusal):
+            kept = Kept(once.scope, once.asked, at, None, answer)
+        else:
+            kept = Kept(once.scope, once.asked, at, answer)
+        self.kept[once.scope] = kept
+        self.operations.append(PutAnswer(kept))
+
+    def make_room(self) -> None:
+        """Let go of the answers whose place is needed. Call it last."""
+        if self.kept:
+            self.forgotten = self._answers.surplus(self.kept.values(), self._now)
+            self.operations.extend(map(DropAnswer, self.forgotten))
 
     def _by_id(self, vm_id: int) -> VmRow | None:
         return self.rows[vm_id] if vm_id in self.rows else self._projection.by_id(vm_id)

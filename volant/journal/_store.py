@@ -8,6 +8,7 @@ import msgspec
 
 from volant.host import Host
 
+from ._answers import Answers
 from ._events import EventLog
 from ._projection import Projection
 
@@ -22,7 +23,8 @@ class Retention(msgspec.Struct, frozen=True):
 class Store:
     """The database's path, and what is read of it without asking anybody. Built once for a daemon.
 
-    `projection` and `events` are empty until the `Journal` has started for the first time, and go on over its restarts.
+    `projection`, `events` and `answers` are empty until the `Journal` has started for the first time, and go on over
+    its restarts.
     """
 
     def __init__(self, host: Host, path: Path, *, retention: Retention | None = None) -> None:
@@ -31,3 +33,4 @@ class Store:
         self.retention = retention or Retention()
         self.projection = Projection()
         self.events = EventLog(host, path)
+        self.answers = Answers()

@@ -2,6 +2,9 @@
 
 Every one of them is durable once it is answered, and can be answered with a `Problem` 503: `journal-full`,
 `journal-unwritable`, `journal-slow` (it may still be made), `journal-busy`. The journal then goes on.
+
+Those with `once` keep their answer in the same transaction. One that was answered before raises `AlreadyAnswered` and
+changes nothing; one whose `once` stands for something else is a `Problem` 422.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 from actors import Request
 from volant.model import CreateVm, Manifest, Step, VmRow
 
+from ._answers import Once, Refusal
 from ._projection import Plugin
 
 
@@ -22,13 +26,14 @@ class CreateRow(Request[VmRow]):
     """
 
     request: CreateVm
+    once: Once | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CommitSteps(Request[VmRow | None]):
     """Change a row by all `steps` or none, each with its event -> the row as it then is, None once it is removed.
 
-    The row's revision rises by one. No steps: nothing is written.
+    The row's revision rises by one. No steps: nothing of it changes.
 
     :raises StaleRow: the row is not at `revision`, or is gone.
     :raises IllegalEdge: a step that the table of edges does not have.
@@ -37,6 +42,7 @@ class CommitSteps(Request[VmRow | None]):
     vm_id: int
     revision: int
     steps: tuple[Step, ...]
+    once: Once | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,7 @@ class InstallPlugin(Request[Plugin]):
     """Add a plugin, enabled. :raises Problem: 400 for the manifest; 409 there is one of that name."""
 
     manifest: Manifest
+    once: Once | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +66,12 @@ class EnablePlugin(Request[Plugin]):
 
     name: str
     enabled: bool
+    once: Once | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeepRefusal(Request[None]):
+    """Keep that a request was refused and nothing was done. Answered when it is durable."""
+
+    refusal: Refusal
+    once: Once

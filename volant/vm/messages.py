@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from actors import Request
+from volant.journal import AlreadyAnswered, Once
 from volant.model import Effect, Problem, Seen, Verb, VmRow
 
 
@@ -12,13 +13,16 @@ from volant.model import Effect, Problem, Seen, Verb, VmRow
 class Ask(Request[VmRow]):
     """A client wants something -> the row, durable.
 
-    :raises Problem: 409 not legal now; 412 the row is at none of `revisions`; 503 the journal can't keep it.
+    :raises Problem: 409 not legal now; 412 the row is at none of `revisions`; 422 `once` stands for something else;
+        503 the journal can't keep it.
+    :raises AlreadyAnswered: the same request came before; nothing was done now.
     """
 
     verb: Verb
     revisions: frozenset[int] | None = None
     """None: whatever the row is at."""
-    raises = (Problem,)
+    once: Once | None = None
+    raises = (Problem, AlreadyAnswered)
 
 
 @dataclass(frozen=True, slots=True)
