@@ -6,9 +6,15 @@ import re
 from typing import Any, TypeVar
 
 import msgspec
+import trio
 from quart import request
 
 from volant.model import Problem, invalid
+
+from ._call import Call
+from ._limits import Limits
+from ._places import with_member
+from ._problems import too_large
 
 T = TypeVar("T")
 
@@ -29,14 +35,38 @@ async def read_body(kind: type[T]) -> T:
     """
     request.body_timeout = _BODY_S  # type: ignore[assignment]  # annotated int, any number is taken
     data = await request.get_data(False, False, False)
+    return _decode_body(data, request.mimetype, kind)
+
+
+async def read_call_body(call: Call, kind: type[T], limits: Limits) -> T:
+    """The same for a route beside Quart. :raises Problem: 400, 408, 413, 415; `trio.BrokenResourceError`: it left."""
+    length = call.header(b"content-length")
+    if length is not None and int(length) > limits.json_body:
+        raise too_large(limits.json_body)
+    data = bytearray()
+    with trio.move_on_after(_BODY_S) as scope:
+        more = True
+        while more:
+            message = await call.receive()
+            if message["type"] == "http.disconnect":
+                raise trio.BrokenResourceError("the client left")
+            data += message["body"]
+            if len(data) > limits.json_body:
+                raise too_large(limits.json_body)
+            more = message["more_body"]
+    if scope.cancelled_caught:
+        raise Problem(408, "request-timeout", "the body of the request took too long")
+    return _decode_body(bytes(data), (call.header(b"content-type") or "").partition(";")[0].strip().lower(), kind)
+
+
+def _decode_body(data: bytes, content_type: str, kind: type[T]) -> T:
     if not data:
         if kind is Nothing:
             return kind()
         raise Problem(400, "invalid-request", "the request has no body", hint="send a JSON object")
-    content_type = request.mimetype
     if content_type and content_type != "application/json" and not content_type.endswith("+json"):
         raise Problem(
-            415, "unsupported-media-type", f"the body is {content_type!r}, not JSON",
+            415, "unsupported-media-type", f"the body is {content_type[:80]!r}, not JSON",
             hint="send it with Content-Type: application/json",
         )  # fmt: skip
     return decode(data, kind)
@@ -47,7 +77,7 @@ def decode(data: bytes, kind: type[T]) -> T:
     try:
         return _decoder(kind).decode(data)
     except msgspec.ValidationError as error:
-        raise _problem(str(error)) from None
+        raise _problem(with_member(str(error), data, kind)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Problem(400, "invalid-json", f"the body is no JSON: {error}") from None
     except RecursionError:

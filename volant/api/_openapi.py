@@ -203,7 +203,7 @@ def _owners(kind: Any) -> Iterator[type]:
 
 
 def _describe(owner: type, schema: Schema) -> None:
-    """Put the text under each member, and that of the class, into its schema."""
+    """Put the text under each member, that of the class, and what its types can't say into its schema."""
     definition = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
     assert isinstance(definition, ast.ClassDef)
     wire = dict(
@@ -212,6 +212,9 @@ def _describe(owner: type, schema: Schema) -> None:
     for member, after in zip(definition.body, definition.body[1:], strict=False):
         match member, after:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                schema["properties"][wire.get(name, name)]["description"] = " ".join(text.split())
+                described = schema["properties"].get(wire.get(name, name))
+                if described is not None:
+                    described["description"] = " ".join(text.split())
     if "description" in schema:
         schema["description"] = " ".join(schema["description"].split())
+    schema.update(getattr(owner, "SCHEMA", {}))

@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
 from ._problem import invalid
-from ._text import Name, check_name, check_plain
+from ._text import Labels, Name, Plain, check_labels, check_name, check_plain
 
+MAX_MANIFEST_BYTES = 256 * 1024
+"""As JSON. Every VM of the plugin keeps a copy in its row."""
+MAX_ACTIONS = 128
+MAX_DEPTH = 64
+"""Of objects and lists within each other, where what they hold is free."""
+_MAX_ARGUMENTS = 256
+_MAX_VARIABLES = 256
+_MAX_VALUE = 32768
+_MAX_VERSION = 64
+
+_PATH_PATTERN = r"^/([A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*$"
+_PATH = re.compile(_PATH_PATTERN.rstrip("$") + r"\Z")
+_PRINTABLE = re.compile(r"[\x21-\x7e]*\Z")
+_OPENAPI_3 = re.compile(r"3\.\d+(\.\d+)?\Z")
+
+# What stands in `extra_json_schema` is for the schema alone: the checks below tell people better what is wrong.
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+PlainPath = Annotated[
+    str,
+    msgspec.Meta(
+        extra_json_schema={
+            "pattern": _PATH_PATTERN,
+            "maxLength": 1024,
+            "not": {"pattern": r"/(\.|%2[Ee]){1,2}(/|$)"},
+        }
+    ),
+]
+"""The path of a URL, percent-encoded where it must be, without `.` and `..` and without a query."""
+_Argument = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00]*$"})]
+_PROGRAM = {"type": "string", "pattern": r"^[^\x00]+$"}
+Env = Annotated[
+    dict[
+        Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[^=\x00]+$"})],
+        Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00]*$", "maxLength": _MAX_VALUE})],
+    ],
+    msgspec.Meta(extra_json_schema={"maxProperties": _MAX_VARIABLES}),
+]
+"""An environment."""
 
 DEVTOOLS_PORT = 9222
 """Where browsers listen for DevTools clients unless they are told otherwise."""
@@ -18,21 +58,38 @@ DEVTOOLS_PORT = 9222
 class HealthCheck(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """How the agent finds out whether the workload is well: an HTTP path, or a command that exits 0."""
 
-    path: str | None = None
+    path: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^/[\x21-\x7e]*$", "maxLength": 1024})] | None = (
+        None
+    )
+    """Well is what answers it with a status from 200 to 399."""
     port: Port | None = None
     """Defaults to the workload's port."""
-    command: tuple[str, ...] = ()
+    command: Annotated[tuple[_Argument, ...], msgspec.Meta(extra_json_schema={"maxItems": _MAX_ARGUMENTS})] = ()
     interval_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 5.0
     timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 2.0
     retries: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
+    """So many failures in a row make it unhealthy."""
+
+    SCHEMA: ClassVar[Mapping[str, Any]] = {
+        "oneOf": [
+            {"required": ["path"], "properties": {"path": {"type": "string"}, "command": {"maxItems": 0}}},
+            {"required": ["command"], "properties": {"path": {"type": "null"}, "command": {"minItems": 1}}},
+        ]
+    }
+    """What its types can't say, in JSON Schema's words."""
 
 
 class Workload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """The program that the agent runs and supervises inside the VM."""
 
-    entrypoint: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=256)]
-    env: dict[str, str] = {}
-    workdir: str = "/"
+    entrypoint: Annotated[
+        tuple[_Argument, ...],
+        msgspec.Meta(min_length=1, max_length=_MAX_ARGUMENTS, extra_json_schema={"prefixItems": [_PROGRAM]}),
+    ]
+    """The program and its arguments."""
+    env: Env = {}
+    """Of which a VM's own `env` replaces what it names."""
+    workdir: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^/[^\x00]*$", "maxLength": 4095})] = "/"
     port: Port | None = None
     """Where the workload serves HTTP on the guest's loopback; unknown routes of the agent go there."""
     restart: Literal["never", "on-failure", "always"] = "on-failure"
@@ -43,13 +100,18 @@ class Resources(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_de
     """What a VM of this plugin gets when `POST /vms` is silent, and the least that it may have."""
 
     cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
-    memory_mb: Annotated[int, msgspec.Meta(ge=64)] = 128
+    memory_mb: Annotated[int, msgspec.Meta(ge=64, le=2**24)] = 128
 
 
 class Artifact(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """A file that a VM boots from, known by its digest."""
 
-    url: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    url: Annotated[
+        str,
+        msgspec.Meta(
+            min_length=1, max_length=4096, extra_json_schema={"pattern": r"^(/|file://(localhost)?/|https?://)"}
+        ),
+    ]
     """An absolute path of the daemon's host, or a `file://`, `http://` or `https://` URL."""
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -66,10 +128,13 @@ class Boot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_default
 class Action(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """Something that the workload does when it is asked: a request to its port."""
 
-    path: Annotated[str, msgspec.Meta(pattern="^/", max_length=1024)]
+    path: PlainPath
+    """Where the workload serves it; the caller's query goes there as it is."""
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"] = "POST"
-    description: str = ""
+    """With which the workload is asked. Callers always `POST`."""
+    description: Plain = ""
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=600)] = 60.0
+    """How long all of it may take, the answer included."""
     input: dict[str, Any] | None = None
     """JSON Schema of the body, for people and tools."""
     output: dict[str, Any] | None = None
@@ -87,60 +152,225 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     """A plugin."""
 
     name: Name
-    version: str = "0"
+    version: Annotated[
+        str, msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00-\x1f\x7f]*$", "maxLength": _MAX_VERSION})
+    ] = "0"
+    """As the author counts; nothing is made of it."""
     schema_version: Literal["1"] = "1"
-    description: str = ""
+    description: Plain = ""
     runtime: Name = "base"
     resources: Resources = Resources()
     boot: Boot | None = None
     workload: Workload | None = None
-    actions: dict[Name, Action] = {}
+    actions: Annotated[dict[Name, Action], msgspec.Meta(extra_json_schema={"maxProperties": MAX_ACTIONS})] = {}
     """By name; each is `POST /api/v1/vms/{name}/actions/{plugin}/{action}`. They need the workload's `port`."""
-    openapi: str | dict[str, Any] | None = None
-    """The OpenAPI document of the workload: itself, or the path under which the workload serves it."""
+    openapi: PlainPath | dict[str, Any] | None = None
+    """The OpenAPI document of the workload: itself, or the path under which the workload serves it. Without it,
+    `/openapi.json` is tried."""
     devtools: DevTools | None = None
     """Where `/ws/v1/vms/{name}/devtools/` leads; without it, port 9222."""
-    labels: dict[str, str] = {}
+    labels: Labels = {}
+    """Each VM of the plugin gets them, under its own."""
+
+    SCHEMA: ClassVar[Mapping[str, Any]] = {
+        "if": {
+            "anyOf": [
+                {"required": ["actions"], "properties": {"actions": {"minProperties": 1}}},
+                {"required": ["openapi"], "properties": {"openapi": {"type": "string"}}},
+            ]
+        },
+        "then": {
+            "required": ["workload"],
+            "properties": {
+                "workload": {"type": "object", "required": ["port"], "properties": {"port": {"type": "integer"}}}
+            },
+        },
+    }
+    """What its types can't say, in JSON Schema's words."""
 
 
 def check_manifest(manifest: Manifest) -> Manifest:
     """Return `manifest` when what its types can't say holds too; :raises Problem: 400 that names the field."""
     check_name(manifest.name, "name")
     check_name(manifest.runtime, "runtime")
+    check_plain(manifest.version, "version", maximum=_MAX_VERSION)
     check_plain(manifest.description, "description")
-    workload = manifest.workload
-    if workload is None:
-        return manifest
-    if not workload.workdir.startswith("/"):
-        raise invalid("workload.workdir", "workload.workdir is not an absolute path")
-    for text in workload.entrypoint:
-        if "\0" in text:
-            raise invalid("workload.entrypoint", "workload.entrypoint has a NUL character")
-    check_env(workload.env, "workload.env")
-    check = workload.health_check
-    if check is not None:
-        if (check.path is None) == (not check.command):
-            raise invalid("workload.health_check", "workload.health_check needs either a path or a command")
-        if check.path is not None and check.port is None and workload.port is None:
-            raise invalid(
-                "workload.health_check.port", "a health check by path needs a port, its own or the workload's"
-            )
-        if check.path is not None and not check.path.startswith("/"):
-            raise invalid("workload.health_check.path", "workload.health_check.path does not begin with /")
+    check_labels(manifest.labels)
+    if manifest.boot is not None:
+        _check_boot(manifest.boot)
+    if manifest.workload is not None:
+        _check_workload(manifest.workload)
+    _check_actions(manifest.actions)
+    if manifest.openapi is not None:
+        _check_openapi(manifest.openapi)
+    _check_port(manifest)
+    _check_size(manifest)
     return manifest
 
 
-def check_env(env: dict[str, str], field: str) -> None:
+def check_path(path: str, field: str) -> str:
+    """Return `path` when it is a `PlainPath`; :raises Problem: 400 otherwise."""
+    if len(path) > 1024:
+        raise invalid(field, f"{field} has {len(path)} characters, at most 1024 are allowed")
+    if not path.startswith("/"):
+        raise invalid(field, f"{field} {path[:80]!r} does not begin with /")
+    if not _PATH.match(path):
+        raise invalid(
+            field,
+            f"{field} {path[:80]!r} is no plain path",
+            hint="what a URL's path can't hold is percent-encoded; a query is the caller's to give",
+        )
+    if {".", ".."} & set(unquote(path).split("/")):
+        raise invalid(field, f"{field} {path[:80]!r} has a '.' or '..' in it")
+    return path
+
+
+def check_env(env: Mapping[str, str], field: str) -> None:
     """:raises Problem: 400 when a variable's name or value can't be put into an environment."""
-    if len(env) > 256:
-        raise invalid(field, f"{field} has {len(env)} variables, at most 256 are allowed")
+    if len(env) > _MAX_VARIABLES:
+        raise invalid(field, f"{field} has {len(env)} variables, at most {_MAX_VARIABLES} are allowed")
     for key, value in env.items():
         if not key or "=" in key or "\0" in key:
             raise invalid(field, f"{field} has the variable name {key[:80]!r}: not empty, no '=' and no NUL")
-        if "\0" in value or len(value) > 32768:
+        if "\0" in value or len(value) > _MAX_VALUE:
             raise invalid(
-                f"{field}.{key[:80]}", f"{field}.{key[:80]} has a NUL character or more than 32768 characters"
+                f"{field}.{key[:80]}", f"{field}.{key[:80]} has a NUL character or more than {_MAX_VALUE} characters"
             )
+
+
+def _check_boot(boot: Boot) -> None:
+    for name in ("kernel", "initramfs", "rootfs"):
+        artifact = getattr(boot, name)
+        if artifact is not None:
+            _check_url(artifact.url, f"boot.{name}.url")
+
+
+def _check_url(url: str, field: str) -> None:
+    check_plain(url, field)
+    if url.startswith("/"):
+        return
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise invalid(field, f"{field} {url[:80]!r} is no URL: {error}") from None
+    if parts.scheme not in ("file", "http", "https"):
+        raise invalid(
+            field,
+            f"{field} {url[:80]!r} is neither an absolute path nor a URL of file, http or https",
+            hint="a relative path means nothing to the daemon",
+        )
+    if not _PRINTABLE.match(url):
+        raise invalid(field, f"{field} has spaces or characters beyond ASCII", hint="percent-encode them")
+    if parts.username is not None or parts.password is not None:
+        raise invalid(field, f"{field} has a user or a password in it, and whoever may list plugins could read them")
+    if "#" in url:
+        raise invalid(field, f"{field} has a fragment, which no server sees")
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or "?" in url:
+            raise invalid(field, f"{field} {url[:80]!r} is not of the form file:///absolute/path")
+    elif not parts.hostname or port == 0:
+        raise invalid(field, f"{field} {url[:80]!r} names no host and port")
+
+
+def _check_workload(workload: Workload) -> None:
+    if not workload.workdir.startswith("/") or "\0" in workload.workdir or len(workload.workdir) > 4095:
+        raise invalid("workload.workdir", "workload.workdir is not an absolute path")
+    if not workload.entrypoint[0]:
+        raise invalid("workload.entrypoint", "workload.entrypoint has an empty program")
+    _check_arguments(workload.entrypoint, "workload.entrypoint")
+    check_env(workload.env, "workload.env")
+    if workload.health_check is not None:
+        _check_health_check(workload.health_check, workload.port)
+
+
+def _check_arguments(arguments: tuple[str, ...], field: str) -> None:
+    if len(arguments) > _MAX_ARGUMENTS:
+        raise invalid(field, f"{field} has {len(arguments)} items, at most {_MAX_ARGUMENTS} are allowed")
+    if any("\0" in text for text in arguments):
+        raise invalid(field, f"{field} has a NUL character")
+
+
+def _check_health_check(check: HealthCheck, workload_port: int | None) -> None:
+    field = "workload.health_check"
+    if (check.path is None) == (not check.command):
+        raise invalid(field, f"{field} needs either a path or a command")
+    _check_arguments(check.command, f"{field}.command")
+    if check.path is None:
+        return
+    if check.port is None and workload_port is None:
+        raise invalid(f"{field}.port", "a health check by path needs a port, its own or the workload's")
+    if not check.path.startswith("/"):
+        raise invalid(f"{field}.path", f"{field}.path does not begin with /")
+    if len(check.path) > 1024 or not _PRINTABLE.match(check.path):
+        raise invalid(f"{field}.path", f"{field}.path has spaces, characters beyond ASCII, or more than 1024")
+
+
+def _check_actions(actions: Mapping[str, Action]) -> None:
+    if len(actions) > MAX_ACTIONS:
+        raise invalid("actions", f"actions has {len(actions)} members, at most {MAX_ACTIONS} are allowed")
+    for name, action in actions.items():
+        check_name(name, "actions")
+        field = f"actions.{name}"
+        check_path(action.path, f"{field}.path")
+        check_plain(action.description, f"{field}.description")
+        _check_depth(action.input, f"{field}.input")
+        _check_depth(action.output, f"{field}.output")
+
+
+def _check_openapi(openapi: str | dict[str, Any]) -> None:
+    if isinstance(openapi, str):
+        check_path(openapi, "openapi")
+        return
+    if not is_openapi(openapi):
+        raise invalid(
+            "openapi.openapi",
+            "openapi is no OpenAPI document of version 3: its member openapi does not say so",
+            hint="or give the path under which the workload serves its document",
+        )
+    _check_depth(openapi, "openapi")
+
+
+def is_openapi(document: object) -> bool:
+    """Whether that could be an OpenAPI document of version 3."""
+    version = document.get("openapi") if isinstance(document, dict) else None
+    return isinstance(version, str) and _OPENAPI_3.match(version) is not None
+
+
+def _check_depth(value: object, field: str) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for member in level:
+            if isinstance(member, dict):
+                inner.extend(member.values())
+            elif isinstance(member, list):
+                inner.extend(member)
+        if not inner:
+            return
+        level = inner
+    raise invalid(field, f"{field} is nested more than {MAX_DEPTH} deep")
+
+
+def _check_port(manifest: Manifest) -> None:
+    """What asks the workload needs to know where."""
+    if manifest.workload is not None and manifest.workload.port is not None:
+        return
+    what = "actions" if manifest.actions else "openapi" if isinstance(manifest.openapi, str) else None
+    if what is not None:
+        field = "workload" if manifest.workload is None else "workload.port"
+        raise invalid(field, f"{what} need{'' if what == 'actions' else 's'} the port of a workload that serves HTTP")
+
+
+def _check_size(manifest: Manifest) -> None:
+    size = len(msgspec.json.encode(manifest))
+    if size > MAX_MANIFEST_BYTES:
+        sizes = {name: len(msgspec.json.encode(getattr(manifest, name))) for name in manifest.__struct_fields__}
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise invalid(
+            largest,
+            f"the manifest has {size} bytes, at most {MAX_MANIFEST_BYTES} are allowed; {largest} has {sizes[largest]}",
+        )
 
 
 BASE = Manifest(

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from ._manifest import Manifest, check_env
 from ._problem import invalid
 from ._row import CreateVm, VmRow
-from ._text import MAX_LABELS, check_name, check_plain, parse_duration
+from ._text import check_labels, check_name, check_plain, parse_duration
 
 MAX_TTL_S = 366 * 86400.0
 
@@ -24,6 +24,8 @@ def new_row(request: CreateVm, manifest: Manifest, *, vm_id: int, now: datetime)
             f"memory_mb {request.memory_mb} is too little for plugin {manifest.name!r}, "
             f"which needs at least {manifest.resources.memory_mb}",
         )
+    labels = {**manifest.labels, **request.labels}
+    check_labels(labels)
     expires_at = None
     if request.ttl is not None:
         expires_at = now + timedelta(seconds=parse_duration(request.ttl, "ttl", minimum_s=1, maximum_s=MAX_TTL_S))
@@ -36,7 +38,7 @@ def new_row(request: CreateVm, manifest: Manifest, *, vm_id: int, now: datetime)
         runtime=request.runtime if request.runtime is not None else manifest.runtime,
         manifest=manifest,
         kernel_cmdline=request.kernel_cmdline,
-        labels={**manifest.labels, **request.labels},
+        labels=labels,
         env=request.env,
         restart_policy=request.restart_policy,
         created_at=now,
@@ -56,14 +58,3 @@ def check_create(request: CreateVm) -> None:
     check_env(request.env, "env")
     if request.ttl is not None:
         parse_duration(request.ttl, "ttl", minimum_s=1, maximum_s=MAX_TTL_S)
-
-
-def check_labels(labels: dict[str, str]) -> None:
-    """:raises Problem: 400 when there are too many labels, or one can't be written as `key=value`."""
-    if len(labels) > MAX_LABELS:
-        raise invalid("labels", f"labels has {len(labels)} members, at most {MAX_LABELS} are allowed")
-    for key, value in labels.items():
-        if not key or "=" in key:
-            raise invalid("labels", f"labels has the key {key[:80]!r}: not empty and without '='")
-        check_plain(key, "labels", maximum=128)
-        check_plain(value, f"labels.{key}", maximum=1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated
 
@@ -24,6 +25,9 @@ Duration = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[0-9]{1,
 
 Labels = Annotated[dict[str, str], msgspec.Meta(extra_json_schema={"maxProperties": MAX_LABELS})]
 """For the schema alone: `check_labels` tells people better."""
+
+Plain = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00-\x1f\x7f]*$", "maxLength": MAX_TEXT})]
+"""For the schema alone, as `check_plain` decides."""
 
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 """With a zone: RFC 3339 on the wire."""
@@ -81,3 +85,14 @@ def check_plain(value: str, field: str, *, maximum: int = MAX_TEXT) -> str:
     if _CONTROL.search(value):
         raise invalid(field, f"{field} has control characters")
     return value
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """:raises Problem: 400 when there are too many labels, or one can't be written as `key=value`."""
+    if len(labels) > MAX_LABELS:
+        raise invalid("labels", f"labels has {len(labels)} members, at most {MAX_LABELS} are allowed")
+    for key, value in labels.items():
+        if not key or "=" in key:
+            raise invalid("labels", f"labels has the key {key[:80]!r}: not empty and without '='")
+        check_plain(key, "labels", maximum=128)
+        check_plain(value, f"labels.{key}", maximum=1024)
