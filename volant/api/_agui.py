@@ -1,0 +1,264 @@
+"""`/ws/v1/agui` and `/api/v1/agui`: what happens to VMs, as AG-UI tells it.
+
+A WebSocket that was cut in the middle of a boot's run goes on with `?resume=true`. What the client has open then, the
+step of a boot, is remembered here for the last of those who left; nothing is open while a VM just runs, so a daemon
+that was restarted meanwhile, and remembers nothing, is right about nearly everybody. Ids of runs that say what is open
+were rejected: an id is chosen when a run begins, mostly by the client.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import trio
+
+from volant.journal import EventCursor, EventGap
+from volant.model import EventType, VmRow, check_plain, invalid, is_name, no_such_vm
+
+from ._agui_events import AguiEvent, Boots, Overview, RunAgentInput
+from ._body import read_call_body
+from ._call import GOING_AWAY, NORMAL, Call
+from ._doors import Doors
+from ._edge import StreamRoute
+from ._limits import Limits
+from ._problems import new_request_id
+from ._query import Query
+from ._waits import interruptible
+
+DEFAULT_DURATION_S = 60.0
+MAX_DURATION_S = 600.0
+MAX_LAG = 4096
+"""Events that a reader may be behind before it gets the state instead."""
+
+_WEBSOCKET = re.compile(r"/ws/v1/agui/?\Z")
+_HTTP = re.compile(r"/api/v1/agui/?\Z")
+_MAX_ID = 200
+_MAX_LEFT_OPEN = 1000
+_SSE = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+]
+
+_encoder = msgspec.json.Encoder()
+
+Send = Callable[[Sequence[AguiEvent]], Awaitable[None]]
+
+
+def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
+    """The routes of this resource."""
+    left_open = _LeftOpen()
+
+    async def websocket(call: Call) -> None:
+        query = call.query(credentials=True)
+        asked = _Asked.of(query)
+        query.done()
+        row = _row(doors, asked.vm)
+
+        async def send(events: Sequence[AguiEvent]) -> None:
+            if events:
+                await call.send_texts([_encoder.encode(event) for event in events])
+
+        async with doors.store.events.cursor(None) as cursor:
+            await call.accept()
+
+            async def stream() -> None:
+                if row is None:
+                    ended = await _tell_all(call, doors, cursor, asked.overview(), send, resumed=asked.resume)
+                else:
+                    boots = Boots(asked.thread_id, asked.run_id, _new_run_id)
+                    if asked.resume:
+                        boots.resume(*left_open.take(row.id, asked.thread_id, asked.run_id))
+                    try:
+                        ended = await _tell_boots(call, doors, cursor, boots, row, send)
+                    finally:
+                        left_open.keep(row.id, asked.thread_id, boots)
+                await call.close(NORMAL if ended else GOING_AWAY)
+
+            await call.while_connected(stream)
+
+    async def http(call: Call) -> None:
+        query = call.query(credentials=False)
+        vm = query.text("vm")
+        given = query.text("duration")
+        duration_s = query.duration("duration", DEFAULT_DURATION_S, maximum_s=MAX_DURATION_S)
+        query.done()
+        body = await read_call_body(call, RunAgentInput, limits)
+        asked = _Asked(vm, _identifier(body.thread_id, "threadId"), _identifier(body.run_id, "runId"))
+        row = _row(doors, asked.vm)
+        deadline = float("inf") if row is not None and given is None else trio.current_time() + duration_s
+
+        async def send(events: Sequence[AguiEvent]) -> None:
+            if events:
+                await call.write(b"".join(b"data: %b\n\n" % _encoder.encode(event) for event in events))
+
+        async with doors.store.events.cursor(None) as cursor:
+            await call.start(200, _SSE)
+
+            async def stream() -> None:
+                if row is None:
+                    await _tell_all(call, doors, cursor, asked.overview(), send, deadline=deadline)
+                else:
+                    boots = Boots(asked.thread_id, asked.run_id, _new_run_id, once=True)
+                    await _tell_boots(call, doors, cursor, boots, row, send, deadline=deadline)
+                    await send(boots.end())
+
+            if await call.while_connected(stream):
+                await call.finish()
+
+    return [
+        StreamRoute(_WEBSOCKET, websocket, http=False, websocket=True),
+        StreamRoute(_HTTP, http, methods=frozenset({"POST"})),
+    ]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Which telling a client wants."""
+
+    vm: str | None
+    thread_id: str
+    run_id: str
+    resume: bool = False
+
+    @classmethod
+    def of(cls, query: Query) -> _Asked:
+        """:raises Problem: 400."""
+        thread_id, run_id = query.text("thread_id"), query.text("run_id")
+        asked = cls(
+            query.text("vm"),
+            f"thread-{new_request_id()}" if thread_id is None else _identifier(thread_id, "thread_id"),
+            _new_run_id() if run_id is None else _identifier(run_id, "run_id"),
+            query.flag("resume", False),
+        )
+        if asked.resume:
+            for name, value in (("thread_id", thread_id), ("run_id", run_id)):
+                if value is None:
+                    raise invalid(name, f"resume needs {name}", hint="give those of the RUN_STARTED to go on with")
+        return asked
+
+    def overview(self) -> Overview:
+        return Overview(self.thread_id, self.run_id)
+
+
+@dataclass
+class _LeftOpen:
+    """What clients that left had open of a boot's run: its boot and its step."""
+
+    _known: OrderedDict[tuple[int, str, str], tuple[int, str | None]] = field(default_factory=OrderedDict)
+
+    def keep(self, vm_id: int, thread_id: str, boots: Boots) -> None:
+        if boots.run_id:
+            self._known[vm_id, thread_id, boots.run_id] = (boots.boot, boots.step)
+            while len(self._known) > _MAX_LEFT_OPEN:
+                self._known.popitem(last=False)
+
+    def take(self, vm_id: int, thread_id: str, run_id: str) -> tuple[int, str | None]:
+        return self._known.pop((vm_id, thread_id, run_id), (0, None))
+
+
+async def _tell_all(
+    call: Call,
+    doors: Doors,
+    cursor: EventCursor,
+    overview: Overview,
+    send: Send,
+    *,
+    resumed: bool = False,
+    deadline: float = float("inf"),
+) -> bool:
+    """Until `deadline` (True) or the stop (False)."""
+    projection = doors.store.projection
+    rows = projection.rows
+    # What the state has already is not told a second time.
+    true_to = projection.last_event.seq
+    first = overview.begin(rows(), resumed=resumed)
+    async with interruptible(call.stopping) as waits:
+        await send(first)
+        while (taken := await waits.until(cursor.take, deadline)) is not None:
+            if not taken:
+                break
+            if isinstance(taken, EventGap) or doors.store.events.newest.seq - cursor.seq > MAX_LAG:
+                true_to = projection.last_event.seq
+                await send(overview.catch_up(rows()))
+                continue
+            told: list[AguiEvent] = []
+            for frame in taken:
+                if frame.seq > true_to:
+                    told += overview.tell(frame.event, projection.by_id(frame.event.vm_id))
+            await send(told)
+        await send(overview.end())
+    return not call.stopping.is_set()
+
+
+async def _tell_boots(
+    call: Call,
+    doors: Doors,
+    cursor: EventCursor,
+    boots: Boots,
+    row: VmRow,
+    send: Send,
+    *,
+    deadline: float = float("inf"),
+) -> bool:
+    """Until the VM is deleted (True), there is no more to tell, `deadline` or the stop (False)."""
+    projection = doors.store.projection
+    # Both tellers send through this: each message whole, and in the order in which they were made.
+    turn = trio.Lock()
+    true_to = projection.last_event.seq
+    ended = False
+
+    async def tell_phases(revision: int) -> None:
+        while (now := await projection.changed(row.id, revision)) is not None:
+            revision = now.revision
+            async with turn:
+                await send(boots.phase(now))
+
+    async with interruptible(call.stopping) as waits, trio.open_nursery() as nursery:
+        async with turn:
+            await send(boots.catch_up(projection.by_id(row.id)))
+        nursery.start_soon(tell_phases, row.revision)
+        while not (ended or boots.over) and (taken := await waits.until(cursor.take, deadline)) is not None:
+            if not taken:
+                break
+            async with turn:
+                now = projection.by_id(row.id)
+                told: list[AguiEvent] = []
+                if isinstance(taken, EventGap) or doors.store.events.newest.seq - cursor.seq > MAX_LAG:
+                    true_to = projection.last_event.seq
+                    told += boots.catch_up(now)
+                    ended = now is None
+                else:
+                    for frame in taken:
+                        if frame.event.vm_id == row.id and frame.seq > true_to:
+                            told += boots.tell(frame.event, now)
+                            ended = ended or frame.event.type is EventType.VM_DELETED
+                await send(told)
+        async with turn:
+            nursery.cancel_scope.cancel()
+    return ended
+
+
+def _row(doors: Doors, vm: str | None) -> VmRow | None:
+    """The row of the VM that is asked for. :raises Problem: 404."""
+    if vm is None:
+        return None
+    row = doors.store.projection.get(vm) if is_name(vm) else None
+    if row is None:
+        raise no_such_vm(vm[:80])
+    return row
+
+
+def _identifier(text: str, name: str) -> str:
+    """:raises Problem: 400."""
+    if not text:
+        raise invalid(name, f"{name} is empty")
+    return check_plain(text, name, maximum=_MAX_ID)
+
+
+def _new_run_id() -> str:
+    return f"run-{new_request_id()}"

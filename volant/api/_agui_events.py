@@ -1,0 +1,318 @@
+"""AG-UI 1.0 as far as we speak it, and the two tellings of what happens to VMs. Pure.
+
+AG-UI knows runs, and no two at a time on one connection. VMs overlap, so they can't each be a run: with all VMs in view
+the connection is the run, and its state is the list of VMs (`Overview`). With one VM in view each of its boots is a run
+(`Boots`). Steps and messages are told by `Boots` alone, as what is open must be closed before a run ends, and a client
+that resumes an overview would have to be told what it left open.
+
+Optional fields that have nothing to say are left out, as AG-UI's clients give up at a `null`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from volant.model import Event, EventType, Phase, Status, VmRow, view
+
+PROTOCOL_VERSION = "1.0"
+
+_UP = frozenset({Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING, Status.DELETING})
+
+
+class RunAgentInput(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """The body of `POST /api/v1/agui`. AG-UI may add fields, so unknown ones pass; what is no use here is not read."""
+
+    thread_id: str
+    run_id: str
+    messages: list[Any] = []
+    state: Any = None
+    tools: Any = None
+    context: Any = None
+    forwarded_props: Any = None
+    parent_run_id: str | None = None
+    protocol_version: str | None = None
+
+
+class _AguiEvent(msgspec.Struct, frozen=True, rename="camel", tag_field="type"):
+    pass
+
+
+class RunStarted(_AguiEvent, frozen=True, tag="RUN_STARTED"):
+    """A run begins."""
+
+    thread_id: str
+    run_id: str
+    protocol_version: str = PROTOCOL_VERSION
+
+
+class RunFinished(_AguiEvent, frozen=True, tag="RUN_FINISHED"):
+    """A run ends well."""
+
+    thread_id: str
+    run_id: str
+
+
+class RunError(_AguiEvent, frozen=True, tag="RUN_ERROR"):
+    """A run ends badly: the VM crashed."""
+
+    message: str
+    code: str
+
+
+class StateSnapshot(_AguiEvent, frozen=True, tag="STATE_SNAPSHOT"):
+    """`{"vms": {name: VM}}`."""
+
+    snapshot: dict[str, Any]
+
+
+class PatchOperation(msgspec.Struct, frozen=True):
+    """RFC 6902."""
+
+    op: Literal["add", "replace", "remove"]
+    path: str
+    value: Any | UnsetType = UNSET
+
+
+class StateDelta(_AguiEvent, frozen=True, tag="STATE_DELTA"):
+    """What has changed in the state."""
+
+    delta: tuple[PatchOperation, ...]
+
+
+class Custom(_AguiEvent, frozen=True, tag="CUSTOM"):
+    """`volant.vm.<type>`: an event of a VM as it is."""
+
+    name: str
+    value: Event
+
+
+class StepStarted(_AguiEvent, frozen=True, tag="STEP_STARTED"):
+    """A phase of a boot or of its end begins."""
+
+    step_name: str
+
+
+class StepFinished(_AguiEvent, frozen=True, tag="STEP_FINISHED"):
+    """It is over."""
+
+    step_name: str
+
+
+class TextMessageStart(_AguiEvent, frozen=True, tag="TEXT_MESSAGE_START"):
+    """Opens a message."""
+
+    message_id: str
+    role: Literal["assistant"] = "assistant"
+
+
+class TextMessageContent(_AguiEvent, frozen=True, tag="TEXT_MESSAGE_CONTENT"):
+    """What happened, for people."""
+
+    message_id: str
+    delta: str
+
+
+class TextMessageEnd(_AguiEvent, frozen=True, tag="TEXT_MESSAGE_END"):
+    """Closes a message."""
+
+    message_id: str
+
+
+AguiEvent = (
+    RunStarted
+    | RunFinished
+    | RunError
+    | StateSnapshot
+    | StateDelta
+    | Custom
+    | StepStarted
+    | StepFinished
+    | TextMessageStart
+    | TextMessageContent
+    | TextMessageEnd
+)
+
+
+class State:
+    """The state as the client has it, `{"vms": {name: VM}}`, and how it changes."""
+
+    def __init__(self) -> None:
+        self._vms: dict[str, dict[str, Any]] = {}
+
+    def snapshot(self, rows: Iterable[VmRow]) -> StateSnapshot:
+        """Begin anew."""
+        self._vms = {row.name: _shown(row) for row in rows}
+        return StateSnapshot({"vms": dict(self._vms)})
+
+    def after(self, event: Event, row: VmRow | None) -> list[StateDelta]:
+        """What an event changes; `row` is that of its VM as it is by now, which may be later than the event."""
+        before = self._vms.get(event.name)
+        if before is not None and before["id"] != event.vm_id:
+            before = None
+        if event.type is EventType.VM_DELETED:
+            if before is None:
+                return []
+            del self._vms[event.name]
+            return [StateDelta((PatchOperation("remove", f"/vms/{event.name}"),))]
+        if row is not None:
+            now = _shown(row)
+        elif before is not None:
+            now = dict(before)
+        else:
+            return []  # It came and went, and what it was is not known any more.
+        if row is None or row.status is not event.status:
+            now["status"] = event.status
+            now["reason"] = msgspec.to_builtins(event.reason)
+        self._vms[event.name] = now
+        path = f"/vms/{event.name}"
+        if before is None:
+            return [StateDelta((PatchOperation("add", path, now),))]
+        changes = tuple(
+            PatchOperation("replace", f"{path}/{key}", value) for key, value in now.items() if before[key] != value
+        )
+        return [StateDelta(changes)] if changes else []
+
+
+class Overview:
+    """All VMs in one run, which lasts as long as the connection."""
+
+    def __init__(self, thread_id: str, run_id: str) -> None:
+        self._thread_id = thread_id
+        self._run_id = run_id
+        self._state = State()
+
+    def begin(self, rows: Iterable[VmRow], *, resumed: bool) -> list[AguiEvent]:
+        """The first events of a connection."""
+        started: list[AguiEvent] = [] if resumed else [RunStarted(self._thread_id, self._run_id)]
+        return [*started, self._state.snapshot(rows)]
+
+    def tell(self, event: Event, row: VmRow | None) -> list[AguiEvent]:
+        """What has happened."""
+        return [*self._state.after(event, row), Custom(f"volant.vm.{event.type}", event)]
+
+    def catch_up(self, rows: Iterable[VmRow]) -> list[AguiEvent]:
+        """For a reader that is too far behind."""
+        return [self._state.snapshot(rows)]
+
+    def end(self) -> list[AguiEvent]:
+        """A clean close."""
+        return [RunFinished(self._thread_id, self._run_id)]
+
+
+class Boots:
+    """One VM: each boot is a run, its phases are steps, and what happens is said in messages."""
+
+    def __init__(self, thread_id: str, run_id: str, new_run_id: Callable[[], str], *, once: bool = False) -> None:
+        """`run_id` is for the first run. `once`: that run is all."""
+        self._thread_id = thread_id
+        self._next_run_id = run_id
+        self._new_run_id = new_run_id
+        self._once = once
+        self._state = State()
+        self._status: Status | None = None
+        self.over = False
+        """Whether the only run has ended, and nothing is told any more."""
+        self.run_id = ""
+        """Of the run under way; empty between runs."""
+        self.boot = 0
+        """The generation of its boot."""
+        self.step: str | None = None
+        """The step that is open."""
+
+    def resume(self, boot: int, step: str | None) -> None:
+        """The client has a run of an earlier connection open; `boot` 0: which one is not known."""
+        self.run_id, self.boot, self.step = self._next_run_id, boot, step
+
+    def catch_up(self, row: VmRow | None) -> list[AguiEvent]:
+        """At the beginning, and for a reader that is too far behind: from what it has to what is."""
+        told: list[AguiEvent] = []
+        if self.over:
+            return told
+        self._status = row.status if row is not None else None
+        up = row is not None and row.status in _UP
+        if self.run_id:
+            told.append(self._state.snapshot([row] if row is not None else []))
+            if row is None or not up or self.boot not in (0, row.booted):
+                reason = row.reason if row is not None and row.status is Status.CRASHED else None
+                told += self._end(reason.code, reason.message) if reason else self._end()
+        if row is not None and up and not self.over:
+            if not self.run_id:
+                told += self._begin(row)
+            self.boot = row.booted
+            told += self.phase(row)
+        return told
+
+    def tell(self, event: Event, row: VmRow | None) -> list[AguiEvent]:
+        """What has happened to this VM; `row` as it is by now."""
+        self._status = event.status
+        told: list[AguiEvent] = []
+        if self.over:
+            return told
+        if event.type is EventType.VM_STARTING:
+            if self.run_id:
+                told += self._end()
+            if row is not None and not self.over:
+                told += self._begin(row)
+        elif event.type is EventType.VM_CRASHED and not self.run_id and row is not None:
+            told += self._begin(row)
+        if not self.run_id:
+            return told
+        told += self._state.after(event, row)
+        told += [
+            TextMessageStart(event.id),
+            TextMessageContent(event.id, event.message or str(event.type)),
+            TextMessageEnd(event.id),
+        ]
+        if event.type is EventType.VM_CRASHED:
+            reason = event.reason
+            told += self._end(reason.code, reason.message) if reason else self._end("crashed", event.message)
+        elif event.type in (EventType.VM_STOPPED, EventType.VM_DELETED):
+            told += self._end()
+        elif row is not None:
+            told += self.phase(row)
+        return told
+
+    def phase(self, row: VmRow) -> list[AguiEvent]:
+        """The VM may be in another phase. Its step is told when what led to it has been told."""
+        if not self.run_id or row.status is not self._status:
+            return []
+        return self._step(None if row.phase is Phase.NONE else str(row.phase))
+
+    def end(self) -> list[AguiEvent]:
+        """The telling ends, perhaps before the boot does, or before there was one."""
+        if self.over:
+            return []
+        begun: list[AguiEvent] = [] if self.run_id else [RunStarted(self._thread_id, self._next_run_id)]
+        self.run_id = self.run_id or self._next_run_id
+        return begun + self._end()
+
+    def _begin(self, row: VmRow) -> list[AguiEvent]:
+        self.run_id, self._next_run_id = self._next_run_id or self._new_run_id(), ""
+        self.boot = row.booted
+        return [RunStarted(self._thread_id, self.run_id), self._state.snapshot([row])]
+
+    def _end(self, code: str | None = None, message: str = "") -> list[AguiEvent]:
+        told = self._step(None)
+        told.append(RunFinished(self._thread_id, self.run_id) if code is None else RunError(message or code, code))
+        self.over = self._once
+        self.run_id, self.boot, self._next_run_id = "", 0, ""
+        return told
+
+    def _step(self, step: str | None) -> list[AguiEvent]:
+        told: list[AguiEvent] = []
+        if step != self.step:
+            if self.step is not None:
+                told.append(StepFinished(self.step))
+            if step is not None:
+                told.append(StepStarted(step))
+            self.step = step
+        return told
+
+
+def _shown(row: VmRow) -> dict[str, Any]:
+    shown: dict[str, Any] = msgspec.to_builtins(view(row))
+    return shown
