@@ -13,7 +13,7 @@ from volant.api._openapi import document
 from volant.api._operations import HEADERS, OPERATIONS, Operation
 
 _JSON = re.compile(r"application/(?:problem\+)?json\Z")
-_IN_PATH = {"{name}": "[^/]+", "{port}": "[^/]+", "{path}": ".*"}
+_IN_PATH = {"{name}": "[^/]+", "{port}": "[^/]+", "{path}": ".*", "{target}": "[^/]+"}
 
 
 async def check(answer: httpx.Response) -> None:

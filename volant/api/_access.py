@@ -110,6 +110,12 @@ class Access:
             "send X-Volant-API-Key or Authorization: Bearer; volar takes it from VOLANT_API_KEY or --api-key-file",
         )
 
+    def own_address(self, scope: Any) -> tuple[bool, str]:
+        """Where the client of a checked request reaches us, for addresses that we tell it: whether with TLS, and
+        `host[:port]`. The latter is made anew of the name that `Host` was found to be; TLS is known from the
+        connection, or from the `X-Forwarded-Proto` of a trusted proxy."""
+        return self._rules.is_tls(scope), own_netloc(_shown(_header(scope, b"host")))
+
     def cors(self, scope: Any) -> list[Header]:
         """What every answer says to browsers about pages of other origins."""
         origins = self._rules.origins
@@ -188,6 +194,16 @@ class _Rules:
         if origin is not None and (scope["type"] == "websocket" or scope["method"] not in _SAFE):
             self._check_origin(_shown(origin), _shown(host))
 
+    def is_tls(self, scope: Any) -> bool:
+        """Whether what the client speaks is encrypted on its side."""
+        if scope.get("scheme") in ("https", "wss"):
+            return True
+        if scope["state"].get("unix") or not self._is_proxy(scope["client"][0]):
+            return False
+        # The first of several is what the client spoke with the outermost proxy.
+        told = _shown(_header(scope, b"x-forwarded-proto")).partition(",")[0].strip().lower()
+        return told in ("https", "wss")
+
     def is_allowed(self, origin: str) -> bool:
         """Whether an operator has named this origin."""
         return origin.lower().rstrip("/") in self.origins
@@ -258,6 +274,14 @@ class _Rules:
                 f"a page of {origin[:100]!r} may not do this",
                 hint="origins that may go into VOLANT_CORS_ORIGINS",
             )
+
+
+def own_netloc(host: str) -> str:
+    """The name and port in a `Host` that has been checked, in their plainest form."""
+    parts = urlsplit(f"//{host}")
+    name = parts.hostname or ""
+    name = f"[{name}]" if ":" in name else name
+    return name if parts.port is None else f"{name}:{parts.port}"
 
 
 def _netloc(netloc: str, scheme: str) -> str:

@@ -10,7 +10,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from volant.model import Problem
 
-from . import _agent, _agui, _console, _docs, _events, _logs, _plugins, _system, _tcp, _tickets, _vms
+from . import _agent, _agui, _console, _devtools, _docs, _events, _logs, _plugins, _system, _tcp, _tickets, _vms
 from ._access import Access
 from ._doors import Doors
 from ._edge import Edge, internal_error
@@ -40,8 +40,10 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
         changing.add_routes(app, doors, repeats)
     _tickets.add_routes(app, doors, access)
     turns = Turns()
+    relay = Relay(turns)
     streams = [
-        *_agent.routes(doors, Relay(turns)),
+        *_agent.routes(doors, relay),
+        *_devtools.routes(doors, relay, turns, access),
         *_events.routes(doors),
         *_logs.routes(doors, turns),
         *_console.routes(doors, turns),

@@ -45,6 +45,8 @@ class StreamRoute:
     websocket: bool = False
     sse: bool = False
     """Whether it is an event stream for whoever asks; others are for those who accept only that."""
+    key_in_query: bool = False
+    """Whether clients open it that have nothing but its URL: then that may carry the key, as a WebSocket's may."""
 
 
 class Edge:
@@ -160,7 +162,7 @@ class _Answer:
 
 def _takes_credentials_in_query(call: Call, route: StreamRoute | None) -> bool:
     """Browsers can't set headers for a WebSocket and an `EventSource`, and for those alone a URL may carry a key."""
-    if call.is_websocket:
+    if call.is_websocket or (route is not None and route.key_in_query):
         return True
     if route is None or call.method not in ("GET", "HEAD"):
         return False

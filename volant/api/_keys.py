@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
+from collections import deque
 from collections.abc import Iterable
 from hashlib import sha256
 
@@ -19,6 +20,8 @@ TICKET_S = 60.0
 """How long a ticket is good."""
 MAX_TICKETS = 10_000
 """So many may be waiting to be used."""
+MAX_TICKETS_OF_ONE = 200
+"""So many of one owner."""
 
 
 class Keys:
@@ -47,9 +50,14 @@ class Tickets:
         self._most = most
         # In the order in which they end, as all last equally long.
         self._good_until: dict[bytes, float] = {}
+        self._of: dict[int, deque[bytes]] = {}
 
-    def issue(self) -> str:
-        """A new ticket. :raises Problem: 503 when too many are waiting to be used."""
+    def issue(self, owner: int | None = None) -> str:
+        """A new ticket. Those that are made because of one VM (`owner`) are few: its oldest makes room, so that a guest
+        which has many made takes none from others.
+
+        :raises Problem: 503 when too many are waiting to be used.
+        """
         now = trio.current_time()
         while self._good_until:
             oldest = next(iter(self._good_until))
@@ -61,7 +69,10 @@ class Tickets:
                 503, "too-many-tickets", f"{self._most} tickets wait to be used", hint="each lasts for a minute"
             )
         ticket = secrets.token_urlsafe(32)
-        self._good_until[_digest(ticket.encode())] = now + TICKET_S
+        digest = _digest(ticket.encode())
+        self._good_until[digest] = now + TICKET_S
+        if owner is not None:
+            self._keep(owner, digest)
         return ticket
 
     def redeem(self, given: bytes) -> bool:
@@ -72,6 +83,15 @@ class Tickets:
     def clear(self) -> None:
         """Let none be good any more."""
         self._good_until.clear()
+        self._of.clear()
+
+    def _keep(self, owner: int, digest: bytes) -> None:
+        if owner not in self._of:
+            self._of = {one: kept for one, kept in self._of.items() if kept[-1] in self._good_until}
+        kept = self._of.setdefault(owner, deque())
+        kept.append(digest)
+        if len(kept) > MAX_TICKETS_OF_ONE:
+            self._good_until.pop(kept.popleft(), None)
 
 
 def _digest(value: bytes) -> bytes:

@@ -34,6 +34,7 @@ _IN_PATH = {
     "name": (Name, "Its name"),
     "port": (Annotated[int, msgspec.Meta(ge=1, le=65535)], "Of the guest's loopback"),
     "path": (str, "The path in the guest, slashes and all"),
+    "target": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,128}$")], "The browser's name for it"),
 }
 _EVERYWHERE = (400, 401, 403, 421)
 _WITH_BODY = (408, 413, 415)
@@ -185,7 +186,7 @@ def _problem(says: str, kinds: _Kinds) -> Schema:
 
 
 def _tag(path: str) -> str:
-    if re.search(r"/(agent|ports)/", path):
+    if re.search(r"/(agent|ports|devtools)/", path):
         return "Inside a VM"
     if "/vms" in path:
         return "VMs"

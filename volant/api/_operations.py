@@ -177,6 +177,32 @@ def _relayed(what: str, path: str, says: str) -> tuple[Operation, ...]:
     )
 
 
+def _devtools(method: str, path: str, name: str, says: str, answer: Answer, *fails: int) -> Operation:
+    answers: Mapping[int | Literal["default"], Answer] = {200 if answer.kind is not None else 101: answer}
+    path = f"/ws/v1/vms/{{name}}/devtools/{path}"
+    return Operation(method, path, name, says, answers, fails=(409, 502, 503, *fails), key_in_query=True)
+
+
+_CDP = Answer("Messages of the Chrome DevTools Protocol, byte for byte")
+_DONE = Answer("Done, in the browser's words", str, "text/plain")
+_DEVTOOLS = (
+    _devtools("GET", "json/version", "devtools_version", "The browser in a VM, and where it is controlled",
+              Answer("Its `webSocketDebuggerUrl` leads through this daemon", Anything)),
+    _devtools("GET", "json/list", "devtools_list", "The pages of the browser",
+              Answer("Each with its `webSocketDebuggerUrl` and `devtoolsFrontendUrl`", list[Anything])),
+    _devtools("GET", "json", "devtools_json", "The same", Answer("As of `json/list`", list[Anything])),
+    _devtools("PUT", "json/new", "devtools_new", "Open a page; the query is its address, percent-encoded",
+              Answer("The page", Anything)),
+    _devtools("GET", "json/protocol", "devtools_protocol", "The protocol that the browser speaks",
+              Answer("Its domains, commands and types", Anything)),
+    _devtools("GET", "json/activate/{target}", "devtools_activate", "Bring a page to the front", _DONE),
+    _devtools("GET", "json/close/{target}", "devtools_close", "Close a page", _DONE),
+    _devtools("GET", "browser", "devtools_websocket", "Control the browser (WebSocket)", _CDP, 426),
+    _devtools("GET", "browser/{target}", "devtools_browser_websocket", "The same, by the browser's id (WebSocket)",
+              _CDP, 426),
+    _devtools("GET", "page/{target}", "devtools_page_websocket", "Control a page (WebSocket)", _CDP, 426),
+)  # fmt: skip
+
 _LOG_PARAMETERS = (
     Parameter("tail", Annotated[int, msgspec.Meta(ge=0, le=1_000_000)], "The last so many lines of the chosen streams"),
     Parameter(
@@ -319,6 +345,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     *_relayed("agent", f"{_VM}/agent/{{path}}", "A route of the agent or, if it has none, of the workload"),
     *_relayed("port", f"{_VM}/ports/{{port}}/{{path}}", "HTTP to a port of the guest's loopback"),
+    *_DEVTOOLS,
     # Plugins
     Operation("GET", "/api/v1/plugins", "list_plugins", "List plugins", {200: Answer("All", list[PluginView])}),
     Operation(

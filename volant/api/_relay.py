@@ -47,8 +47,18 @@ class Relay:
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
 
-    async def run(self, call: Call, client: AgentClient, *, vm_id: int, vm: str, target: str, host: bytes) -> None:
-        """Pass `call` on to `client` as a request for `target`.
+    async def run(
+        self,
+        call: Call,
+        client: AgentClient,
+        *,
+        vm_id: int,
+        vm: str,
+        target: str,
+        host: bytes,
+        method: str | None = None,
+    ) -> None:
+        """Pass `call` on to `client` as a request for `target`, with its own method or with another one.
 
         :raises Problem: 502 when no answer came.
         """
@@ -56,19 +66,19 @@ class Relay:
             if call.is_websocket:
                 await self._websocket(call, client, vm_id, target, host)
             else:
-                await self._http(call, client, vm_id, target, host)
+                await self._http(call, client, vm_id, method or call.method, target, host)
         except* (AgentUnreachable, AgentProtocolError) as group:
             if call.started:
                 raise trio.BrokenResourceError(f"VM {vm}: its answer broke off") from group
-            raise unreachable(vm, _text(group)) from None
+            raise unreachable(vm, first_text(group)) from None
         except* ValueError as group:
             if call.started:
                 raise
-            raise Problem(400, "malformed-request", f"the request can't be passed on: {_text(group)}") from None
+            raise Problem(400, "malformed-request", f"the request can't be passed on: {first_text(group)}") from None
 
     # HTTP
 
-    async def _http(self, call: Call, client: AgentClient, vm_id: int, target: str, host: bytes) -> None:
+    async def _http(self, call: Call, client: AgentClient, vm_id: int, method: str, target: str, host: bytes) -> None:
         headers = to_guest(call.scope["headers"], host=host)
         has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in call.scope["headers"])
         # A rendezvous: the client's next piece is taken when the guest has got this one.
@@ -76,7 +86,7 @@ class Relay:
         async with trio.open_nursery() as nursery:
             body = _Body(take, self._turns, vm_id) if has_body else None
             nursery.start_soon(self._take_in, call, put if has_body else None, nursery.cancel_scope)
-            async with client.stream(call.method, target, headers, body, timeout_s=HEAD_S) as response:
+            async with client.stream(method, target, headers, body, timeout_s=HEAD_S) as response:
                 await call.start(response.status, from_guest(response.headers))
                 while data := await response.receive():
                     await self._turns.take(vm_id, len(data))
@@ -310,7 +320,8 @@ async def _bounded(response: AgentResponse, limit: int) -> bytes:
     return body[:limit]
 
 
-def _text(group: BaseExceptionGroup[Exception]) -> str:
+def first_text(group: BaseExceptionGroup[Exception]) -> str:
+    """What the first error of a group says."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

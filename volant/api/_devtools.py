@@ -1,0 +1,315 @@
+"""`/ws/v1/vms/{name}/devtools/*`: the browser in a VM, for clients of the Chrome DevTools Protocol (CDP).
+
+Such a client goes in two steps: over HTTP it reads where the browser's WebSockets are, then it opens one.
+
+The WebSockets are `Relay`'s: bytes, whatever they mean and however long a message is. What is read over HTTP names
+addresses inside the guest, so it is decoded, within bounds, and each address becomes ours. None that a guest says is
+passed on: what has no place here is left out, so that a guest can't send a client somewhere else.
+
+A browser listens some seconds after its VM runs, and a client asks once and gives up. So a request waits: for a VM that
+is on its way, and for the browser of one that has just begun to run, a minute in all. One that has been running for
+longer and has no browser has none, and says so at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from urllib.parse import quote
+from weakref import WeakValueDictionary
+
+import msgspec
+import trio
+
+from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
+from volant.model import DEVTOOLS_PORT, Desired, Problem, Status, VmRow, is_name, no_such_vm
+
+from ._access import Access, without_credentials
+from ._call import Call
+from ._doors import Doors
+from ._edge import StreamRoute
+from ._headers import SANDBOX
+from ._relay import Relay, first_text, to_port
+from ._turns import Turns
+from ._waits import interruptible
+
+WAIT_S = 60.0
+"""How long a request waits for a VM and its browser, and how long a browser may take after its VM runs."""
+_ANSWER_S = 30.0
+_MAX_ANSWER = 4 * 1024 * 1024
+"""A page's address may be a `data:` URL of 2 MB."""
+_ANSWERS_AT_ONCE = 4
+"""Of one VM, as each is held in memory."""
+_FIRST_PAUSE_S = 0.1
+_LAST_PAUSE_S = 1.0
+
+_ROUTE = re.compile(r"/ws/v1/vms/([^/]*)/devtools(?:/(.*))?\Z", re.DOTALL)
+_SOCKET = r"(?:browser|page)/[A-Za-z0-9._-]{1,128}"
+_SOCKET_PATH = re.compile(rf"(?:devtools/)?({_SOCKET})\Z")
+"""Clients that know of no prefix put `/devtools/` behind it once more."""
+_SOCKET_URL = re.compile(rf"wss?://[^/?#]*/devtools/({_SOCKET})\Z")
+_FRONTEND_URL = re.compile(rf"(?P<page>[^?#]*)\?(?:[^#]*&)?wss?=[^/&#]*/devtools/(?P<path>{_SOCKET})(?:[&#].*)?\Z")
+_HOSTED_FRONTEND = "https://chrome-devtools-frontend.appspot.com/"
+_BUNDLED_FRONTEND = "devtools://devtools/bundled/inspector.html"
+"""In every Chromium. A guest's own frontend could not run here, as a guest's pages are sandboxed."""
+_TOLD = re.compile(r"json(?:/(version|list|protocol|new)/?|/(?:activate|close)/[A-Za-z0-9._-]{1,128}|/?)\Z")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where clients find the browser of one VM."""
+
+    secure: bool
+    base: str
+    """Host, port and path up to `…/devtools`."""
+    ticket: Callable[[], str] | None = None
+    """Makes what opens one WebSocket, where a key is asked for."""
+
+    def of(self, path: str) -> str:
+        """The address of a WebSocket, without its scheme."""
+        return f"{self.base}/{path}" + (f"?ticket={self.ticket()}" if self.ticket is not None else "")
+
+
+def routes(doors: Doors, relay: Relay, turns: Turns, access: Access) -> list[StreamRoute]:
+    """The routes of this resource."""
+    browsers = _Browsers(doors, relay, turns, access)
+    methods = frozenset({"GET", "PUT"})
+    return [StreamRoute(_ROUTE, browsers.serve, methods=methods, websocket=True, key_in_query=True)]
+
+
+class _Browsers:
+    def __init__(self, doors: Doors, relay: Relay, turns: Turns, access: Access) -> None:
+        self._doors = doors
+        self._relay = relay
+        self._turns = turns
+        self._access = access
+        self._answers: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()
+
+    async def serve(self, call: Call) -> None:
+        """Answer one request."""
+        name, path = call.args
+        row = self._doors.store.projection.get(name) if is_name(name) else None
+        if row is None:
+            raise no_such_vm(name[:80])
+        _check(call, path)
+        browser = _Browser(row.id, row.name, self._port(row))
+        if not await call.while_connected(partial(self._wait, call, browser)):
+            return
+        # An origin is what our edge has judged; and what the client had to say besides its headers is through.
+        unsaid = (b"origin", b"content-length", b"transfer-encoding")
+        call.scope = {**call.scope, "headers": [field for field in call.scope["headers"] if field[0] not in unsaid]}
+        if call.is_websocket:
+            await self._websocket(call, browser, path)
+        elif path.startswith("json/protocol"):
+            await self._pass(call, browser, "/json/protocol")
+        else:
+            await call.while_connected(partial(self._tell, call, browser, path))
+
+    def _port(self, row: VmRow) -> int:
+        plugin = self._doors.store.projection.plugins.get(row.plugin)
+        devtools = plugin.manifest.devtools if plugin is not None else None
+        return devtools.port if devtools is not None else DEVTOOLS_PORT
+
+    # Waiting
+
+    async def _wait(self, call: Call, browser: _Browser) -> None:
+        """Return when it is of no use to wait, or no more. :raises Problem: 503 the daemon stops."""
+        async with interruptible(call.stopping) as waits:
+            over = await waits.until(partial(self._until_it_listens, browser))
+        if not over:
+            raise Problem(503, "daemon-stopping", "the daemon stops", vm=browser.vm, hint="try again when it is back")
+
+    async def _until_it_listens(self, browser: _Browser) -> bool:
+        row = self._doors.store.projection.by_id(browser.vm_id)
+        give_up_at = trio.current_time() + (self._patience_s(row) if row is not None else 0.0)
+        if row is not None and row.status is not Status.RUNNING and trio.current_time() < give_up_at:
+            await self._doors.vms.wait(row.id, {Status.RUNNING}, give_up_at - trio.current_time())
+        pause_s = _FIRST_PAUSE_S
+        while trio.current_time() + pause_s < give_up_at:
+            try:
+                async with self._connected(browser):
+                    return True
+            except Problem as problem:
+                if problem.status != 502:
+                    break
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+        return True
+
+    def _patience_s(self, row: VmRow) -> float:
+        if row.status is Status.RUNNING:
+            # Nothing has changed since it began to.
+            return min(WAIT_S, WAIT_S - (self._doors.host.wall_clock() - row.updated_at).total_seconds())
+        return WAIT_S if row.desired is Desired.RUNNING else 0.0
+
+    # Reaching the browser
+
+    @asynccontextmanager
+    async def _connected(self, browser: _Browser) -> AsyncIterator[AgentClient]:
+        """One connection to the browser, for one request. :raises Problem: 404, 409 and 502."""
+        try:
+            async with to_port(self._doors.vms.agent(browser.vm), browser.vm, browser.port) as client:
+                yield client
+        except Problem as problem:
+            if problem.code != "port-unreachable":
+                raise
+            raise Problem(
+                502, "browser-unreachable", f"no browser listens on port {browser.port} in VM {browser.vm!r}",
+                vm=browser.vm,
+                hint=f"`volar vms logs {browser.vm}` shows what its workload says; "
+                "another port stands in the plugin's manifest, as devtools.port",
+            ) from None  # fmt: skip
+
+    async def _websocket(self, call: Call, browser: _Browser, path: str) -> None:
+        found = _SOCKET_PATH.match(path)
+        own = found[1] if found is not None else await self._own_socket(browser)
+        await self._pass(call, browser, _with_query(f"/devtools/{own}", call))
+
+    async def _pass(self, call: Call, browser: _Browser, target: str) -> None:
+        async with self._connected(browser) as client:
+            await self._relay.run(
+                call, client, vm_id=browser.vm_id, vm=browser.vm, target=target, host=browser.host
+            )  # fmt: skip
+
+    async def _own_socket(self, browser: _Browser) -> str:
+        """Where the browser says that its own WebSocket is."""
+        told = _decoded(await self._ask(browser, "GET", "/json/version"), browser)
+        found = _SOCKET_URL.match(str(told.get("webSocketDebuggerUrl"))) if isinstance(told, dict) else None
+        if found is None:
+            raise browser.problem("does not say where its WebSocket is")
+        return found[1]
+
+    async def _tell(self, call: Call, browser: _Browser, path: str) -> None:
+        """Answer what is asked over HTTP, with our addresses in the place of the guest's."""
+        limiter = self._answers.setdefault(browser.vm_id, trio.CapacityLimiter(_ANSWERS_AT_ONCE))
+        async with limiter:
+            body = await self._ask(browser, call.method, _with_query(f"/{path}", call))
+            media = b"text/plain; charset=utf-8"
+            if not path.startswith(("json/activate/", "json/close/")):
+                media = b"application/json"
+                body = msgspec.json.encode(rewritten(_decoded(body, browser), self._place(call, browser)))
+        length = (b"content-length", b"%d" % len(body))
+        await call.reject(200, [(b"content-type", media), length, (b"cache-control", b"no-store"), SANDBOX], body)
+
+    def _place(self, call: Call, browser: _Browser) -> Place:
+        secure, netloc = self._access.own_address(call.scope)
+        ticket = partial(self._access.tickets.issue, browser.vm_id) if self._access.asks_for_key else None
+        return Place(secure, f"{netloc}/ws/v1/vms/{browser.vm}/devtools", ticket)
+
+    async def _ask(self, browser: _Browser, method: str, target: str) -> bytes:
+        """What the browser answers when all is well. :raises Problem: 404, 409 and 502."""
+        try:
+            with trio.fail_after(_ANSWER_S):
+                status, body = await self._exchange(browser, method, target)
+        except trio.TooSlowError:
+            raise browser.problem(f"has not answered within {_ANSWER_S:g} s") from None
+        if status == 200:
+            return body
+        says = " ".join(body[:200].decode("utf-8", "replace").split())
+        if status == 404:
+            raise Problem(404, "not-found", f"the browser in VM {browser.vm!r} says: {says}", vm=browser.vm)
+        raise browser.problem(f"answers with {status}: {says}")
+
+    async def _exchange(self, browser: _Browser, method: str, target: str) -> tuple[int, bytes]:
+        body = bytearray()
+        try:
+            async with (
+                self._connected(browser) as client,
+                client.stream(method, target, [(b"host", browser.host)], timeout_s=_ANSWER_S) as response,
+            ):
+                while data := await response.receive():
+                    await self._turns.take(browser.vm_id, len(data))
+                    body += data
+                    if len(body) > _MAX_ANSWER:
+                        raise browser.problem(f"answers with more than {_MAX_ANSWER} bytes")
+                return response.status, bytes(body)
+        except* (AgentUnreachable, AgentProtocolError) as group:
+            raise browser.problem(f"does not answer: {first_text(group)}") from None
+
+
+@dataclass(frozen=True)
+class _Browser:
+    """Which one."""
+
+    vm_id: int
+    vm: str
+    port: int
+
+    @property
+    def host(self) -> bytes:
+        """What the browser wants to be called: it refuses names (rebinding)."""
+        return b"localhost:%d" % self.port
+
+    def problem(self, what: str) -> Problem:
+        """502."""
+        return Problem(
+            502, "browser-failed", f"what listens on port {self.port} in VM {self.vm!r} {what}", vm=self.vm
+        )  # fmt: skip
+
+
+def _check(call: Call, path: str) -> None:
+    """:raises Problem: 404, 405 or 426: there is no such thing here."""
+    is_socket = path == "browser" or _SOCKET_PATH.match(path) is not None
+    told = _TOLD.match(path)
+    if call.is_websocket or (is_socket and call.method == "GET"):
+        if not is_socket:
+            raise _nothing_there(path)
+        if not call.is_websocket:
+            raise Problem(426, "upgrade-required", "this is a WebSocket", hint="connect with ws://")
+        return
+    if told is None:
+        raise _nothing_there(path)
+    # A page of another origin can make a browser send GETs, so what opens a page is none.
+    wanted = "PUT" if told[1] == "new" else "GET"
+    if call.method != wanted:
+        raise Problem(405, "method-not-allowed", f"{call.method} is not possible here", hint=f"use {wanted}")
+
+
+def _with_query(path: str, call: Call) -> str:
+    query = without_credentials(call.scope["query_string"]).decode("ascii")
+    return f"{path}?{query}" if query else path
+
+
+def _nothing_there(path: str) -> Problem:
+    return Problem(
+        404, "not-found", f"there is nothing at devtools/{path[:100]}",
+        hint="json/version, json/list, json/protocol and json/new tell of the browser; "
+        "WebSockets are devtools/browser, devtools/browser/ID and devtools/page/ID",
+    )  # fmt: skip
+
+
+def _decoded(body: bytes, browser: _Browser) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        raise browser.problem("is no browser: its answer is no JSON") from None
+
+
+def rewritten(told: Any, place: Place) -> Any:
+    """What a browser says of itself or its pages, with addresses that lead through `place`."""
+    if isinstance(told, list):
+        return [rewritten(one, place) if isinstance(one, Mapping) else one for one in told]
+    if not isinstance(told, Mapping):
+        return told
+    moved = {key: value for key, value in told.items() if key not in ("webSocketDebuggerUrl", "devtoolsFrontendUrl")}
+    socket = _SOCKET_URL.match(str(told.get("webSocketDebuggerUrl")))
+    frontend = _FRONTEND_URL.match(str(told.get("devtoolsFrontendUrl")))
+    # Chromium names in both the same WebSocket; so one ticket will do.
+    addresses: dict[str, str] = {}
+
+    def address(path: str) -> str:
+        if path not in addresses:
+            addresses[path] = place.of(path)
+        return addresses[path]
+
+    scheme = "wss" if place.secure else "ws"
+    if frontend is not None:
+        page = frontend["page"] if frontend["page"].startswith(_HOSTED_FRONTEND) else _BUNDLED_FRONTEND
+        moved["devtoolsFrontendUrl"] = f"{page}?{scheme}={quote(address(frontend['path']), safe='/:[]')}"
+    if socket is not None:
+        moved["webSocketDebuggerUrl"] = f"{scheme}://{address(socket[1])}"
+    return moved
