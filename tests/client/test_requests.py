@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from volant.client import Client, ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
+from volant.client import Client, ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable, _http
 from volant.model import CreateVm, Problem, Status
 
-from .kit import answer, not_found, problem, send_head, serving, vm
+from .kit import Request, answer, not_found, problem, send_head, serving, vm
 
 
 async def test_a_problem_keeps_all_that_the_daemon_said() -> None:
@@ -170,3 +170,50 @@ async def test_who_waits_for_a_deletion_is_content_with_a_vm_that_is_not_there()
         assert (await client.vms.wait("demo", ["deleted"])).outcome == "met"
         with pytest.raises(ClientProblem, match="nothing here"):
             await client.vms.wait("demo", ["running"])
+
+
+PLUGIN = {
+    "name": "p", "version": "1", "description": "", "runtime": "base", "enabled": True, "builtin": False,
+    "created_at": None, "labels": {},
+}  # fmt: skip
+
+
+async def break_off(request: Request, stream: trio.abc.Stream) -> None:
+    """The connection ends before the answer."""
+    del request
+    await stream.aclose()
+
+
+async def test_what_changes_something_is_sent_again_under_its_key_when_the_connection_breaks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_http, "_AGAIN_PAUSE_S", 0.01)
+    async with serving() as server, Client(server.base_url) as client:
+        busy = problem(409, "idempotency-key-in-use", "under way")
+        server.routes["POST /api/v1/vms"] = [break_off, busy, break_off, answer(vm(), 201)]
+        await client.vms.create(CreateVm(name="demo", cpu_cores=1, memory_mb=256))
+        server.routes["POST /api/v1/vms/demo/restart"] = [break_off, answer(vm(), Volant_Wait="met")]
+        await client.vms.verb_and_wait("demo", "restart", ["running"], idempotency_key="mine")
+        server.routes["POST /api/v1/plugins"] = [answer(PLUGIN, 201)]
+        await client.plugins.install({"name": "p", "version": "1"})
+    keys = [request.headers["idempotency-key"] for request in server.requests]
+    assert len(set(keys[:4])) == 1
+    assert keys[4:6] == ["mine", "mine"]
+    assert len(set(keys)) == 3
+    assert len({(request.head, request.body) for request in server.asked("/api/v1/vms")}) == 1
+
+
+async def test_sending_again_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_http, "_AGAIN_PAUSE_S", 0.01)
+    monkeypatch.setattr(_http, "_AGAIN_S", 0.1)
+    async with serving() as server, Client(server.base_url) as client:
+        server.routes["POST /api/v1/vms/demo/start"] = break_off
+        with pytest.raises(ConnectionLost):
+            await client.vms.start("demo")
+        assert len(server.requests) > 1
+        # What was refused is refused; one that somebody else sends is theirs.
+        server.routes["POST /api/v1/vms/demo/start"] = problem(409, "idempotency-key-in-use", "under way")
+        with pytest.raises(ClientProblem, match="under way"):
+            await client.vms.start("demo", idempotency_key="theirs")
+        with pytest.raises(Problem, match="visible ASCII"):
+            await client.vms.start("demo", idempotency_key="two words")

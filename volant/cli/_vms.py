@@ -94,6 +94,9 @@ async def inspect(session: Session, name: str) -> None:
     help="When the daemon starts it again by itself.",
 )
 @click.option("--ttl", help="Delete it after so long, counted from now: 30m, 2h, …")
+@click.option(
+    "--idempotency-key", metavar="WORD", help="Run again with the same one within a day, it finds what it has made."
+)
 @wait_option
 @timeout_option
 async def create(
@@ -108,6 +111,7 @@ async def create(
     kernel_cmdline: str,
     restart_policy: Literal["never", "on-failure", "always"],
     ttl: str | None,
+    idempotency_key: str | None,
     wait: bool,
     timeout: float,
 ) -> int:
@@ -125,10 +129,11 @@ async def create(
         ttl=ttl,
     )
     if not wait:
-        _done(session.out, await session.client.vms.create(request), "is created")
+        made = await session.client.vms.create(request, idempotency_key=idempotency_key)
+        _done(session.out, made, "is created")
         return 0
     async with _telling(session, name) as teller:
-        waited = await session.client.vms.create_and_wait(request, timeout_s=timeout)
+        waited = await session.client.vms.create_and_wait(request, timeout_s=timeout, idempotency_key=idempotency_key)
         await _settle(teller, waited)
     return _outcome(session.out, name, waited, "running", timeout)
 

@@ -135,37 +135,42 @@ class _Vms:
         """What its actor and its process are doing; the members may change from version to version."""
         return await self._http.get(f"{_vm(name)}/inspect", dict[str, Any])
 
-    async def create(self, request: CreateVm) -> VmView:
-        """Create a VM. It is durable when this returns, and usually `pending`; see `wait`."""
+    async def create(self, request: CreateVm, *, idempotency_key: str | None = None) -> VmView:
+        """Create a VM. It is durable when this returns, and usually `pending`; see `wait`.
+
+        This and the verbs are sent again when a connection breaks, and done once. With an `idempotency_key` of your own
+        (1 to 255 visible ASCII characters) you can call them again with the same arguments for 24 h, from another
+        process too, and get the first answer.
+        """
         body = {
             field: value
             for field in request.__struct_fields__
             if (value := getattr(request, field)) not in (None, "", {}) or field in ("name", "cpu_cores", "memory_mb")
         }
-        return decode(await self._http.request("POST", "/api/v1/vms", body=body), VmView)
+        return decode(await self._http.once("/api/v1/vms", key=idempotency_key, body=body), VmView)
 
     async def delete(self, name: str) -> None:
         """Delete a VM; returns when nothing of it is left."""
         await self._http.request("DELETE", _vm(name), timeout_s=_DELETE_S)
 
-    async def start(self, name: str) -> VmView:
+    async def start(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Let it run. Durable when this returns, as with all verbs; the boot itself comes after."""
-        return await self._verb(name, "start")
+        return await self._verb(name, "start", idempotency_key)
 
-    async def stop(self, name: str, *, grace_s: float | None = None) -> VmView:
+    async def stop(self, name: str, *, grace_s: float | None = None, idempotency_key: str | None = None) -> VmView:
         """Let it stop: the guest is asked, and killed after `grace_s` (None: the daemon's default, 10 s)."""
-        return await self._verb(name, "stop", _grace(grace_s))
+        return await self._verb(name, "stop", idempotency_key, _grace(grace_s))
 
-    async def restart(self, name: str) -> VmView:
+    async def restart(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Let it boot anew."""
-        return await self._verb(name, "restart")
+        return await self._verb(name, "restart", idempotency_key)
 
-    async def recover(self, name: str) -> VmView:
+    async def recover(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Take control again of a VM whose reason is `control_lost`."""
-        return await self._verb(name, "recover")
+        return await self._verb(name, "recover", idempotency_key)
 
-    async def _verb(self, name: str, verb: str, query: Query | None = None) -> VmView:
-        return decode(await self._http.request("POST", f"{_vm(name)}/{verb}", query=query), VmView)
+    async def _verb(self, name: str, verb: str, key: str | None, query: Query | None = None) -> VmView:
+        return decode(await self._http.once(f"{_vm(name)}/{verb}", key=key, query=query), VmView)
 
     async def wait(
         self, name: str, states: Collection[Status | str] = (Status.RUNNING,), *, timeout_s: float = 60.0
@@ -174,10 +179,15 @@ class _Vms:
         return await self._wait("GET", name, _vm(name), states, timeout_s)
 
     async def create_and_wait(
-        self, request: CreateVm, states: Collection[Status | str] = (Status.RUNNING,), *, timeout_s: float = 60.0
+        self,
+        request: CreateVm,
+        states: Collection[Status | str] = (Status.RUNNING,),
+        *,
+        timeout_s: float = 60.0,
+        idempotency_key: str | None = None,
     ) -> Waited:
         """`create`, then `wait`."""
-        vm = await self.create(request)
+        vm = await self.create(request, idempotency_key=idempotency_key)
         return await self.wait(vm.name, states, timeout_s=timeout_s)
 
     async def verb_and_wait(
@@ -188,12 +198,14 @@ class _Vms:
         *,
         timeout_s: float = 60.0,
         grace_s: float | None = None,
+        idempotency_key: str | None = None,
     ) -> Waited:
         """A verb and the wait for its outcome in one request.
 
         Two would not do for `restart`: right after it the VM is still `running`, from before.
         """
-        return await self._wait("POST", name, f"{_vm(name)}/{verb}", states, timeout_s, _grace(grace_s))
+        key = idempotency_key
+        return await self._wait("POST", name, f"{_vm(name)}/{verb}", states, timeout_s, _grace(grace_s), key)
 
     async def _wait(
         self,
@@ -203,6 +215,7 @@ class _Vms:
         states: Collection[Status | str],
         timeout_s: float,
         query: Query | None = None,
+        key: str | None = None,
     ) -> Waited:
         """The daemon waits at most 10 minutes a request, so longer waits take several."""
         wanted = ",".join(str(state) for state in states)
@@ -211,7 +224,10 @@ class _Vms:
             left_s = min(max(give_up_at - trio.current_time(), 0.001), _MAX_WAIT_S)
             waiting = {**(query or {}), "wait": wanted, "timeout": format_duration(round(left_s, 3))}
             try:
-                response = await self._http.request(method, path, query=waiting, timeout_s=left_s + ANSWER_S)
+                if method == "POST":
+                    response = await self._http.once(path, key=key, query=waiting, timeout_s=left_s + ANSWER_S)
+                else:
+                    response = await self._http.request(method, path, query=waiting, timeout_s=left_s + ANSWER_S)
             except ClientProblem as gone:
                 if gone.status == 404 and "deleted" in states and method == "GET":
                     return Waited("met", None)
@@ -302,9 +318,11 @@ class _Plugins:
         """What one plugin is made of."""
         return await self._http.get(f"/api/v1/plugins/{_name(name)}/manifest", Manifest)
 
-    async def install(self, manifest: Manifest | Mapping[str, object]) -> PluginView:
-        """Install a plugin, or another version of one."""
-        return decode(await self._http.request("POST", "/api/v1/plugins", body=manifest), PluginView)
+    async def install(
+        self, manifest: Manifest | Mapping[str, object], *, idempotency_key: str | None = None
+    ) -> PluginView:
+        """Install a plugin; as with `vms.create`, it is done once however often it has to be sent."""
+        return decode(await self._http.once("/api/v1/plugins", key=idempotency_key, body=manifest), PluginView)
 
     async def remove(self, name: str) -> None:
         """Remove a plugin that no VM uses."""

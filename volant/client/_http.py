@@ -8,15 +8,17 @@ import ssl
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
+from uuid import uuid4
 
 import httpx
 import msgspec
 import trio
 
 from volant import __version__
+from volant.model import invalid
 
 from ._address import Address, reason_of
-from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer
+from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
 
 T = TypeVar("T")
 
@@ -24,9 +26,12 @@ Query = Mapping[str, str | int | Sequence[str] | None]
 """A parameter that is None is left out; a sequence repeats it."""
 
 _KEY = re.compile(r"[\x21-\x7e]{1,1000}\Z")
+_ONCE = re.compile(r"[\x21-\x7e]{1,255}\Z")
 
 CONNECT_S = 5.0
 ANSWER_S = 30.0
+_AGAIN_S = 20.0
+_AGAIN_PAUSE_S = 0.25
 _MAX_BODY = 64 * 1024 * 1024
 _MAX_ERROR_BODY = 1024 * 1024
 # A command in a guest may be silent for hours; the kernel then finds out whether its host is still there.
@@ -111,6 +116,49 @@ class Http:
                     return response
         except trio.TooSlowError:
             raise self._too_slow(timeout_s) from None
+
+    async def once(
+        self,
+        path: str,
+        *,
+        key: str | None,
+        query: Query | None = None,
+        body: object = None,
+        timeout_s: float = ANSWER_S,
+    ) -> httpx.Response:
+        """A `POST` that is done once, however often it has to be sent.
+
+        Where the connection breaks before the answer is there, it is sent again under the same `Idempotency-Key`, for
+        20 s: a daemon that is restarted meanwhile answers what it has done. A daemon that can't be reached in the first
+        place is not waited for.
+
+        :param key: None: one of its own; with a key of the caller's the caller can go on where this gives up
+        :raises Problem: 400 `key` can't be one.
+        :raises ClientProblem: the daemon answered with an error.
+        :raises ClientError: there is no answer; with `ConnectionLost` it may have been done.
+        """
+        if key is not None and not _ONCE.match(key):
+            raise invalid("idempotency_key", "the idempotency key is not 1 to 255 visible ASCII characters, no spaces")
+        headers = {"Idempotency-Key": key if key is not None else uuid4().hex}
+        lost: ConnectionLost | None = None
+        give_up_at = float("inf")
+        while True:
+            try:
+                return await self.request("POST", path, query=query, body=body, headers=headers, timeout_s=timeout_s)
+            except ConnectionLost as error:
+                if lost is None:
+                    give_up_at = trio.current_time() + _AGAIN_S
+                lost = error
+            except Unreachable:
+                if lost is None:
+                    raise
+            except ClientProblem as problem:
+                # The one before may not have noticed yet that its client has left.
+                if lost is None or problem.code != "idempotency-key-in-use":
+                    raise
+            if trio.current_time() + _AGAIN_PAUSE_S > give_up_at:
+                raise lost
+            await trio.sleep(_AGAIN_PAUSE_S)
 
     @asynccontextmanager
     async def stream(
