@@ -1,4 +1,5 @@
-"""Boot images: kernel and initramfs, built from Debian's packages and cached by what they are made of.
+"""What VMs boot from: kernel and initramfs, built from Debian's packages and cached by what they are made of, and the
+boot media of manifests, cached by their digests.
 
 `fetch_packages` is for those who make root file systems of their own, as `examples/browser` does."""
 
@@ -6,19 +7,28 @@ from ._apt import Package
 from ._build import build
 from ._ensure import ensure
 from ._errors import ImageError
+from ._fetch import fetch
+from ._media import Medium, list_media, medium_path, remove_medium
+from ._obtain import BootMedia
 from ._packages import Progress, fetch_packages
 from ._store import Image, find, list_images, load, prune
 
 __all__ = [
+    "BootMedia",
     "Image",
     "ImageError",
+    "Medium",
     "Package",
     "Progress",
     "build",
     "ensure",
+    "fetch",
     "fetch_packages",
     "find",
     "list_images",
+    "list_media",
     "load",
+    "medium_path",
     "prune",
+    "remove_medium",
 ]

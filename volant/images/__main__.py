@@ -1,8 +1,8 @@
-"""`python -m volant.images`: build and list images, for people and for the daemon's child process.
+"""`python -m volant.images`: build and list images, fetch boot media, for people and for the daemon's child process.
 
 With `--json-progress`, each line on standard output is a JSON object: `{"phase","message","done","total","unit"}` while
-it works, then `{"image":{…}}` or `{"error":{"code","message","hint"}}`. Exit codes: 0 there is an image, 1 there is
-none, 2 the arguments are wrong.
+it works, then `{"image":{…}}`, `{"medium":{…}}` or `{"error":{"code","message","hint"}}`. Exit codes: 0 it is there, 1
+it is not, 2 the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import ImageError, Progress, build, list_images
+from . import ImageError, Progress, build, fetch, list_images
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,22 +22,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     builder = commands.add_parser("build", help="build the image, or find that it is there")
     lister = commands.add_parser("list", help="print the images of a cache, one JSON object a line")
-    for command in (builder, lister):
+    fetcher = commands.add_parser("fetch", help="fetch a boot medium, or find that it is there")
+    fetcher.add_argument("--url", required=True, help="an absolute path, or a file, http or https URL")
+    fetcher.add_argument("--sha256", required=True, metavar="DIGEST")
+    fetcher.add_argument("--max-bytes", type=int, required=True, metavar="N")
+    for command in (builder, lister, fetcher):
         command.add_argument("--cache", type=Path, required=True, metavar="DIR")
     builder.add_argument("--mirror", metavar="URL", help="a Debian mirror, in the place of this host's apt sources")
     builder.add_argument("--security-mirror", metavar="URL", help="with --mirror: where security updates come from")
     builder.add_argument("--keyring", type=Path, metavar="FILE", help="the keys that must have signed the mirror")
     builder.add_argument("--offline", action="store_true", help="take the packages of the last build")
-    builder.add_argument("--json-progress", action="store_true", help="tell programs, not people")
+    for command in (builder, fetcher):
+        command.add_argument("--json-progress", action="store_true", help="tell programs, not people")
     options = parser.parse_args(arguments)
     if options.command == "list":
         for image in list_images(options.cache):
             _say(image.as_json())
         return 0
-    if options.security_mirror and not options.mirror:
-        parser.error("--security-mirror goes with --mirror")
     tell = _tell_programs if options.json_progress else _tell_people
     try:
+        if options.command == "fetch":
+            medium = fetch(
+                options.cache,
+                options.url,
+                options.sha256,
+                max_bytes=options.max_bytes,
+                tell=lambda done, total: tell(Progress("fetch", "Fetching", done, total, "bytes")),
+            )
+            _say({"medium": medium.as_json()})
+            return 0
+        if options.security_mirror and not options.mirror:
+            parser.error("--security-mirror goes with --mirror")
         image = build(
             options.cache,
             progress=tell,

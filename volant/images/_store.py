@@ -4,6 +4,7 @@
     current.json                                      which image fits the present recipe and guest code
     debs/, packages.json                              what the last build took: enough to build without a network
     apt/                                              the private apt's state
+    media/                                            what manifests boot from; see `_media.py`
     lock                                              held by the one builder
     build-*/                                          a build under way, or what one left that was killed
 
@@ -98,7 +99,7 @@ def load(cache_dir: Path, digest: str) -> Image | None:
     if not _DIGEST.match(digest):
         return None
     folder = cache_dir / "images" / digest
-    record = _read_json(folder / "image.json")
+    record = read_json(folder / "image.json")
     if record is None:
         return None
     try:
@@ -140,7 +141,7 @@ def prune(cache_dir: Path, keep: Iterable[str]) -> list[str]:
 
 
 def _current(cache_dir: Path) -> str | None:
-    index = _read_json(cache_dir / "current.json")
+    index = read_json(cache_dir / "current.json")
     digest = index.get(_recipe.input_key()) if index else None
     return digest if isinstance(digest, str) else None
 
@@ -203,7 +204,8 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a small file of ours, or None when it has none."""
     try:
         with path.open("rb") as handle:
             value = json.loads(handle.read(_MAX_JSON_BYTES))
