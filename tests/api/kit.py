@@ -205,6 +205,7 @@ class StandingSystem:
 
     def __init__(self, host: Host) -> None:
         self.started_at = host.wall_clock()
+        self.adoption_s: float | None = 0.5
         self.now: Health = "ok"
 
     def health(self) -> Health:

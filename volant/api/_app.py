@@ -10,7 +10,23 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from volant.model import Problem
 
-from . import _agent, _agui, _console, _devtools, _docs, _events, _logs, _plugins, _system, _tcp, _tickets, _vms
+from . import (
+    _actions,
+    _agent,
+    _agui,
+    _console,
+    _devtools,
+    _docs,
+    _events,
+    _logs,
+    _metrics,
+    _plugins,
+    _system,
+    _tcp,
+    _tickets,
+    _vms,
+    _workload_api,
+)
 from ._access import Access
 from ._doors import Doors
 from ._edge import Edge, internal_error
@@ -33,7 +49,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
     _answer_errors(app, limits)
-    for resource in (_system, _docs):
+    for resource in (_system, _metrics, _docs, _workload_api):
         resource.add_routes(app, doors)
     repeats = Repeats(doors)
     for changing in (_vms, _plugins):
@@ -43,6 +59,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
     relay = Relay(turns)
     streams = [
         *_agent.routes(doors, relay),
+        *_actions.routes(doors, relay),
         *_devtools.routes(doors, relay, turns, access),
         *_events.routes(doors),
         *_logs.routes(doors, turns),

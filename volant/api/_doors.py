@@ -39,6 +39,8 @@ class SystemDoor(Protocol):
     """The daemon, as far as it tells about itself."""
 
     started_at: datetime
+    adoption_s: float | None
+    """How long it took at the start to take up the VMs there were; None until that is done."""
 
     def health(self) -> Health:
         """`ok` when the supervisor tree is whole."""

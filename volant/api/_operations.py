@@ -346,6 +346,16 @@ OPERATIONS: tuple[Operation, ...] = (
     *_relayed("agent", f"{_VM}/agent/{{path}}", "A route of the agent or, if it has none, of the workload"),
     *_relayed("port", f"{_VM}/ports/{{port}}/{{path}}", "HTTP to a port of the guest's loopback"),
     *_DEVTOOLS,
+    Operation(
+        "POST", f"{_VM}/actions/{{plugin}}/{{action}}", "call_action", "Let the workload do what its manifest names",
+        {"default": Answer("What the workload answers", bytes, ANY)}, takes=bytes, fails=(409, 502),
+        details="Body, content type and query go to the workload, with the method and the path of the manifest.",
+    ),
+    Operation(
+        "GET", f"{_VM}/openapi", "workload_openapi", "The workload's own OpenAPI document",
+        {200: Answer("With its servers reached through the daemon", Anything)}, fails=(502,),
+        details="As the manifest has it or says where it is, else the workload's `/openapi.json`.",
+    ),
     # Plugins
     Operation("GET", "/api/v1/plugins", "list_plugins", "List plugins", {200: Answer("All", list[PluginView])}),
     Operation(
@@ -387,6 +397,10 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "POST", "/api/v1/tickets", "create_ticket", "For browsers, which can't set headers on some streams",
         {201: Answer("For one use", Ticket)}, takes=Nothing,
+    ),
+    Operation(
+        "GET", "/metrics", "metrics", "For Prometheus",
+        {200: Answer("Text 0.0.4; OpenMetrics for those who ask", str, "text/plain")},
     ),
     Operation(
         "GET", "/openapi.json", "openapi", "This document",

@@ -78,7 +78,7 @@ class Daemon:
         self._access = Access(self._api_settings(settings, check(settings)))
         self._stopping = trio.Event()
         self._served = trio.Event()
-        self._adopted = False
+        self.adoption_s: float | None = None
         self._system: System | None = None
         self._orphans: list[dict[str, object]] = []
         self._choice: AcceleratorChoice | None = None
@@ -211,10 +211,11 @@ class Daemon:
         )
 
     async def _adopt(self) -> None:
+        began = trio.current_time()
         await self.logs.forget_unknown([row.id for row in self.store.projection.rows()])
         await self.vms.adopt_all()
         await self._list_orphans()
-        self._adopted = True
+        self.adoption_s = trio.current_time() - began
         _logger.info("ready: %d VMs", len(self.store.projection))
 
     async def _list_orphans(self) -> None:
@@ -239,7 +240,7 @@ class Daemon:
         """`ok` when the tree is whole; a VM's failure or a missing hypervisor is nothing of that."""
         if self._stopping.is_set():
             return "stopping"
-        if not self._adopted or self._system is None:
+        if self.adoption_s is None or self._system is None:
             return "starting"
         return "ok" if self._system.whole() else "degraded"
 

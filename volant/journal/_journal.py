@@ -165,6 +165,7 @@ class Journal(Actor):
             store.projection.apply(stage.rows, stage.plugins, stage.last_event)
             store.answers.apply(stage.kept.values(), stage.forgotten)
             store.events.append(stage.frames)
+            store.figures.count(frame.event for frame in stage.frames)
             self._answered += len(answers)
             self._largest = max(self._largest, len(answers))
             kept = store.events.newest.seq - store.events.oldest.seq + 1
@@ -192,10 +193,12 @@ class Journal(Actor):
         self._stalled = False
         self._last_s = host.monotonic() - began
         self._slowest_s = max(self._slowest_s, self._last_s)
+        self._store.figures.commits.observe(self._last_s)
         if failure is None:
             self._commits += 1
             return None
         self._failures += 1
+        self._store.figures.failed_commits += 1
         self._last_error = f"{type(failure).__name__}: {failure}"
         if unwritable(failure) is None:
             raise failure

@@ -10,6 +10,7 @@ from volant.host import Host
 
 from ._answers import Answers
 from ._events import EventLog
+from ._figures import Figures
 from ._projection import Projection
 
 
@@ -34,3 +35,4 @@ class Store:
         self.projection = Projection()
         self.events = EventLog(host, path)
         self.answers = Answers()
+        self.figures = Figures()

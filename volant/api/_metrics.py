@@ -1,0 +1,134 @@
+"""`/metrics`: what operators alert on, in Prometheus' text or OpenMetrics, whichever the scraper asks for.
+
+Everything is read when it is asked for; what must be counted as it happens is counted where it happens (`journal`). No
+series has a VM's name in it but that of its restarts, and that only while there are some: names come and go.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from quart import Response, request
+from quart_trio import QuartTrio
+
+from volant import __version__
+from volant.model import EventType, Status
+
+from ._doors import Doors
+from ._params import no_query
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import Metric
+
+
+def add_routes(app: QuartTrio, doors: Doors) -> None:
+    """The routes of this resource."""
+    registries: list[CollectorRegistry] = []
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        no_query()
+        # Imported when the first scraper comes: most daemons of developers never see one.
+        from prometheus_client.exposition import choose_encoder
+
+        if not registries:
+            registries.append(_registry(doors))
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return Response(encode(registries[0]), content_type=content_type)
+
+
+def _registry(doors: Doors) -> CollectorRegistry:
+    from prometheus_client import CollectorRegistry, ProcessCollector
+    from prometheus_client.registry import Collector
+
+    class Volant(Collector):
+        def collect(self) -> Iterable[Metric]:
+            return _collect(doors)
+
+        def describe(self) -> Iterable[Metric]:
+            return []
+
+    registry = CollectorRegistry()
+    registry.register(Volant())
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def _collect(doors: Doors) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+
+    def gauge(name: str, says: str, value: float) -> Metric:
+        return GaugeMetricFamily(name, says, value=value)
+
+    store = doors.store
+    rows = store.projection.rows()
+    yield InfoMetricFamily("volant_build", "Of the daemon", value={"version": __version__})
+    yield gauge("volant_healthy", "1 when the daemon's tree is whole", doors.system.health() == "ok")
+
+    states = Counter(row.status for row in rows)
+    vms = GaugeMetricFamily("volant_vms", "VMs by status", labels=["status"])
+    for status in Status:
+        vms.add_metric([status.value], states[status])
+    yield vms
+    yield gauge("volant_vms_wanted_running", "VMs that should run", sum(row.desired == "running" for row in rows))
+    lost = sum(row.reason is not None and row.reason.code == "control_lost" for row in rows)
+    yield gauge("volant_vms_control_lost", "VMs that need `volar vms recover`", lost)
+    restarts = GaugeMetricFamily(
+        "volant_vm_restarts", "Restarts by policy since somebody last started it", labels=["vm"]
+    )
+    for row in rows:
+        if row.restarts:
+            restarts.add_metric([row.name], row.restarts)
+    yield restarts
+
+    figures = store.figures
+    events = CounterMetricFamily("volant_vm_events", "Events told since the daemon began, by type", labels=["type"])
+    for kind in EventType:
+        events.add_metric([kind.value], figures.events[kind])
+    yield events
+    failures = CounterMetricFamily("volant_vm_failures", "VMs that crashed, by reason", labels=["reason"])
+    for code, count in sorted(figures.failures.items()):
+        failures.add_metric([code], count)
+    yield failures
+
+    commits = HistogramMetricFamily("volant_journal_commit_seconds", "How long the disk took to confirm a commit")
+    buckets = [
+        ("+Inf" if bound == float("inf") else repr(bound), count) for bound, count in figures.commits.cumulative()
+    ]
+    commits.add_metric([], buckets, figures.commits.sum_s)
+    yield commits
+    yield CounterMetricFamily("volant_journal_failed_commits", "That the disk refused", value=figures.failed_commits)
+
+    log = store.events.statistics()
+    yield gauge("volant_event_readers", "Open event streams", log.readers)
+    yield gauge("volant_event_reader_lag", "How many events the slowest of them is behind", log.slowest_lag)
+    yield gauge("volant_event_newest", "Number of the newest event", log.newest)
+
+    adoption_s = doors.system.adoption_s
+    if adoption_s is not None:
+        yield gauge("volant_adoption_seconds", "How long it took at the start to take up the VMs", adoption_s)
+    depth = GaugeMetricFamily("volant_mailbox_depth", "Messages that wait; for VMs the most at one", labels=["actor"])
+    oldest = GaugeMetricFamily("volant_mailbox_oldest_seconds", "How long the oldest has waited", labels=["actor"])
+    for actor, mailboxes in _mailboxes(doors.system.tree()).items():
+        depth.add_metric([actor], max(mailbox["depth"] for mailbox in mailboxes))
+        oldest.add_metric([actor], max(mailbox["oldest_s"] or 0.0 for mailbox in mailboxes))
+    yield depth
+    yield oldest
+
+
+def _mailboxes(tree: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """By the name of the root's child to which they belong."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+
+    def look(node: Mapping[str, Any], actor: str) -> None:
+        if "mailbox" in node:
+            found.setdefault(actor, []).append(node["mailbox"])
+        for child in node.get("children", ()):
+            look(child, actor)
+
+    for child in tree.get("children", ()):
+        look(child, child["name"])
+    return found
