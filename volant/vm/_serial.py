@@ -148,17 +148,19 @@ class SerialConsole:
 
     # The Unix socket
 
-    async def serve(self) -> None:
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve the Unix socket until cancelled. Where that can't be, the VM goes on without."""
         try:
             listener = self._host.listen_unix(self._socket_path)
         except OSError as error:
             _logger.warning("the serial console can't be served at %s: %s", self._socket_path, error)
             return
+        finally:
+            task_status.started()
         try:
             await trio.serve_listeners(self._connection, [listener])
         finally:
-            await trio.aclose_forcefully(listener)
+            listener.socket.close()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _SOCKET_LINGER_S):
                 await self._host.remove_file(self._socket_path)
 
