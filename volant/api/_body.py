@@ -40,6 +40,12 @@ async def read_body(kind: type[T]) -> T:
 
 async def read_call_body(call: Call, kind: type[T], limits: Limits) -> T:
     """The same for a route beside Quart. :raises Problem: 400, 408, 413, 415; `trio.BrokenResourceError`: it left."""
+    data = await read_call_bytes(call, limits)
+    return _decode_body(data, (call.header(b"content-type") or "").partition(";")[0].strip().lower(), kind)
+
+
+async def read_call_bytes(call: Call, limits: Limits) -> bytes:
+    """The whole body, whatever it is. :raises Problem: 408, 413; `trio.BrokenResourceError`: the client left."""
     length = call.header(b"content-length")
     if length is not None and int(length) > limits.json_body:
         raise too_large(limits.json_body)
@@ -56,7 +62,7 @@ async def read_call_body(call: Call, kind: type[T], limits: Limits) -> T:
             more = message["more_body"]
     if scope.cancelled_caught:
         raise Problem(408, "request-timeout", "the body of the request took too long")
-    return _decode_body(bytes(data), (call.header(b"content-type") or "").partition(";")[0].strip().lower(), kind)
+    return bytes(data)
 
 
 def _decode_body(data: bytes, content_type: str, kind: type[T]) -> T:
@@ -72,16 +78,16 @@ def _decode_body(data: bytes, content_type: str, kind: type[T]) -> T:
     return decode(data, kind)
 
 
-def decode(data: bytes, kind: type[T]) -> T:
+def decode(data: bytes, kind: type[T], what: str = "the body") -> T:
     """:raises Problem: 400 that names the field."""
     try:
         return _decoder(kind).decode(data)
     except msgspec.ValidationError as error:
-        raise _problem(with_member(str(error), data, kind)) from None
+        raise _problem(with_member(str(error), data, kind), what) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Problem(400, "invalid-json", f"the body is no JSON: {error}") from None
+        raise Problem(400, "invalid-json", f"{what} is no JSON: {error}") from None
     except RecursionError:
-        raise Problem(400, "invalid-json", "the body is nested too deeply") from None
+        raise Problem(400, "invalid-json", f"{what} is nested too deeply") from None
 
 
 def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
@@ -94,11 +100,11 @@ def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
 _decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {}
 
 
-def _problem(text: str) -> Problem:
+def _problem(text: str, body: str) -> Problem:
     """What msgspec says, as a problem: `Expected `int`, got `str` - at `$.cpu_cores``."""
     at = _AT.match(text)
     what, where = (at["what"], at["where"].removeprefix("$").removeprefix(".")) if at else (text, "")
-    for pattern, words in ((_UNKNOWN, "there is no field"), (_MISSING, "the body lacks the field")):
+    for pattern, words in ((_UNKNOWN, "there is no field"), (_MISSING, f"{body} lacks the field")):
         found = pattern.match(what)
         if found:
             name = found["name"][:80]
@@ -106,7 +112,7 @@ def _problem(text: str) -> Problem:
             return invalid(field, f"{words} {field!r}")
     what = what.replace("`", "")
     if not where:
-        return Problem(400, "invalid-request", f"the body: {_lower(what)}")
+        return Problem(400, "invalid-request", f"{body}: {_lower(what)}")
     return invalid(where[:200], f"{where[:200]}: {_lower(what)}")
 
 

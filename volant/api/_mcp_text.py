@@ -1,0 +1,110 @@
+"""How much a model gets to read: the head and the tail of what is too long, with a marker between them.
+
+A model pays for every character and loses its way in too many, so a text has a budget. It is counted as the text stands
+in JSON, where a control character weighs six bytes, as that is what the client gets.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+MAX_TEXT = 64 * 1024
+"""Bytes of one text in an answer."""
+BUDGET = 56 * 1024
+"""What the parts of an answer may take of it together, so that what is around them fits too."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Window:
+    """The first and the last bytes of a stream, whose length does not matter."""
+
+    def __init__(self, part_bytes: int = BUDGET) -> None:
+        self.size = 0
+        """Bytes that have come."""
+        self._part = part_bytes
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def add(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self.size += len(data)
+        room = self._part - len(self._head)
+        if room > 0:
+            self._head += data[:room]
+            data = data[room:]
+        self._tail += data
+        if len(self._tail) > 4 * self._part:
+            del self._tail[: -self._part]
+
+    @property
+    def head(self) -> bytes:
+        """The first bytes; all of them where `is_whole`."""
+        return bytes(self._head + self._tail) if self.is_whole else bytes(self._head)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing has been dropped."""
+        return self.size == len(self._head) + len(self._tail)
+
+    def text(self, budget: int) -> tuple[str, bool]:
+        """As text of at most `budget` bytes in JSON, and whether that is all of it. What is no UTF-8 is U+FFFD."""
+        if self.is_whole:
+            whole = self.head.decode("utf-8", "replace")
+            clipped = clip(whole, budget)
+            return clipped, clipped is whole
+        head, tail = bytes(self._head).decode("utf-8", "replace"), bytes(self._tail).decode("utf-8", "replace")
+        return _joined(head, tail, self.size, budget), False
+
+
+def weight(value: object) -> int:
+    """Bytes of `value` as JSON."""
+    return len(_encode(value))
+
+
+def clip(text: str, budget: int) -> str:
+    """`text` itself, or its head and tail with a marker, in at most `budget` bytes of JSON."""
+    if weight(text) <= budget:
+        return text
+    return _joined(text, text, len(text.encode("utf-8", "replace")), budget)
+
+
+def _joined(head: str, tail: str, size: int, budget: int) -> str:
+    half = max(0, (budget - 80) // 2)
+    head, tail = prefix(head, half), _suffix(tail, half)
+    left_out = size - len(head.encode("utf-8", "replace")) - len(tail.encode("utf-8", "replace"))
+    return f"{head}\n[… {max(1, left_out)} bytes left out …]\n{tail}"
+
+
+def prefix(text: str, budget: int) -> str:
+    """As many of the first characters as fit into `budget` bytes of JSON."""
+    text = text[:budget]
+    return text[: bisect_right(range(1, len(text) + 1), budget, key=lambda count: weight(text[:count]))]
+
+
+def _suffix(text: str, budget: int) -> str:
+    text = text[-budget:] if budget else ""
+    count = bisect_right(range(1, len(text) + 1), budget, key=lambda count: weight(text[-count:]))
+    return text[len(text) - count :]
+
+
+def fitting(items: Iterable[T], budget: int = BUDGET) -> list[T]:
+    """As many of the first items as fit, and at least one if there is any."""
+    taken: list[T] = []
+    for item in items:
+        budget -= weight(item) + 1
+        if budget < 0 and taken:
+            break
+        taken.append(item)
+    return taken
+
+
+def fitting_last(items: Sequence[T], budget: int = BUDGET) -> list[T]:
+    """The same from the end, in their order."""
+    return fitting(reversed(items), budget)[::-1]
