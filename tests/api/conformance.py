@@ -13,7 +13,8 @@ from volant.api._openapi import document
 from volant.api._operations import HEADERS, OPERATIONS, Operation
 
 _JSON = re.compile(r"application/(?:problem\+)?json\Z")
-_IN_PATH = {"{name}": "[^/]+", "{port}": "[^/]+", "{path}": ".*", "{target}": "[^/]+"}
+_IN_PATH = {"{path}": ".*"}
+"""What is not the rest of a path is one part of it."""
 
 
 async def check(answer: httpx.Response) -> None:
@@ -54,10 +55,14 @@ def operation_of(method: str, path: str) -> Operation | None:
     return None
 
 
+def _part(part: str) -> str:
+    return _IN_PATH.get(part, "[^/]+") if part.startswith("{") else re.escape(part)
+
+
 @cache
 def _pattern(path: str) -> re.Pattern[str]:
     parts = re.split(r"({\w+})", path)
-    return re.compile("".join(_IN_PATH.get(part) or re.escape(part) for part in parts) + r"\Z")
+    return re.compile("".join(_part(part) for part in parts) + r"\Z")
 
 
 @cache

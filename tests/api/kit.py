@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from trio_websocket import WebSocketConnection, open_websocket_url
 
 from actors import ONE_FOR_ONE, Child, DynamicSupervisor, Supervisor, open_system
 from tests.api import conformance
-from volant.api import ApiSettings, Doors, Limits, create_app, serve
+from volant.api import Access, ApiSettings, Doors, Limits, create_app, serve
 from volant.api._doors import Health
+from volant.guest._server import Server
 from volant.host import Host
 from volant.hypervisor.qemu import QemuHypervisor
+from volant.images import BootMedia
 from volant.journal import Journal, Store, VmLogs
 from volant.vm import VmDoors, Vms, VmSettings
 
@@ -226,6 +229,7 @@ class Api:
     doors: Doors
     client: httpx.AsyncClient
     system: StandingSystem
+    access: Access
 
     async def create(self, name: str, **fields: Any) -> dict[str, Any]:
         answer = await self.client.post("/api/v1/vms", json={"name": name, "cpu_cores": 1, "memory_mb": 128, **fields})
@@ -260,10 +264,12 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
             store=store,
             logs=logs,
             hypervisor=QemuHypervisor(host, path / "cache", accelerator="tcg"),
+            media=BootMedia(path / "cache", timeout_s=60, max_mb=64),
             settings=VmSettings(
                 runtime_dir=path / "run",
                 cache_dir=path / "cache",
                 memory_dir=path / "mem",
+                disk_dir=path / "disks",
                 kernel=path / "no-kernel",
                 initramfs=path / "no-initramfs",
             ),
@@ -283,11 +289,41 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
             system=system,
             settings=settings or ApiSettings(),
         )
-        async with running(create_app(doors, limits), limits) as server:
+        access = Access(doors.settings)
+        async with running(create_app(doors, limits, access), limits) as server:
             base = f"http://127.0.0.1:{server.port}"
             hooks = {"response": [conformance.check]}
             async with httpx.AsyncClient(base_url=base, timeout=20, trust_env=False, event_hooks=hooks) as client:
-                yield Api(server, doors, client, system)
+                yield Api(server, doors, client, system, access)
+
+
+@asynccontextmanager
+async def agent_behind(path: Path) -> AsyncIterator[None]:
+    """The guest's real agent, in this process, behind a socket at `path` that speaks as a hybrid vsock does."""
+    agent = Server(lambda _: None)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(64)
+        threading.Thread(target=_take_streams, args=(listener, agent), daemon=True).start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            await trio.to_thread.run_sync(agent.workload.stop, 0.0)
+            agent.output.finish(0.0)
+
+
+def _take_streams(listener: socket.socket, agent: Server) -> None:
+    while True:
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return
+        line = b""
+        while not line.endswith(b"\n"):
+            line += sock.recv(1)
+        sock.sendall(b"OK 1\n")
+        agent.serve(sock)
 
 
 @asynccontextmanager

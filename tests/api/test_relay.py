@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +24,7 @@ from tests.api.kit import (
     FAST,
     UPGRADE,
     Api,
+    agent_behind,
     api,
     bare,
     read_answer,
@@ -38,7 +37,6 @@ from tests.api.kit import (
 )
 from volant.api import Limits
 from volant.channel import AgentClient, AgentUnreachable, HybridVsock, open_channel
-from volant.guest._server import Server
 from volant.model import Problem
 
 ROOMY = replace(FAST, websocket_message=16 * 1024 * 1024)
@@ -81,47 +79,24 @@ async def guest(path: Path, limits: Limits = FAST) -> AsyncIterator[Guest]:
             return
         await (_loopback_socket if scope["type"] == "websocket" else _loopback_http)(scope, receive, send, gone)
 
-    agent = Server(lambda _: None)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path / "vsock"))
-    listener.listen(64)
-    threading.Thread(target=_hybrid, args=(listener, agent), daemon=True).start()
-    try:
-        async with (
-            running(bare(loopback), ROOMY) as inner,
-            api(path, limits=limits) as served,
-        ):
-            async with open_channel(served.doors.host, HybridVsock(path / "vsock")) as channel:
-                client = AgentClient(channel)
-                await served.create("demo")
-                served.doors.vms.agent = lambda name: client  # type: ignore[method-assign,assignment]
-                await client.request_json(
-                    "PUT",
-                    "/v1/daemon/workload",
-                    {"entrypoint": ["sleep", "1000"], "port": inner.port},
-                    timeout_s=5,
-                )
-                yield Guest(served, inner.port, seen, gone, ends)
-                served.server.stopping.set()
-                await served.server.stopped.wait()
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        await trio.to_thread.run_sync(agent.workload.stop, 0.0)
-        agent.output.finish(0.0)
-
-
-def _hybrid(listener: socket.socket, agent: Server) -> None:
-    while True:
-        try:
-            sock, _ = listener.accept()
-        except OSError:
-            return
-        line = b""
-        while not line.endswith(b"\n"):
-            line += sock.recv(1)
-        sock.sendall(b"OK 1\n")
-        agent.serve(sock)
+    async with (
+        agent_behind(path / "vsock"),
+        running(bare(loopback), ROOMY) as inner,
+        api(path, limits=limits) as served,
+    ):
+        async with open_channel(served.doors.host, HybridVsock(path / "vsock")) as channel:
+            client = AgentClient(channel)
+            await served.create("demo")
+            served.doors.vms.agent = lambda name: client  # type: ignore[method-assign,assignment]
+            await client.request_json(
+                "PUT",
+                "/v1/daemon/workload",
+                {"entrypoint": ["sleep", "1000"], "port": inner.port},
+                timeout_s=5,
+            )
+            yield Guest(served, inner.port, seen, gone, ends)
+            served.server.stopping.set()
+            await served.server.stopped.wait()
 
 
 async def _loopback_http(scope: Any, receive: Any, send: Any, gone: trio.Event) -> None:

@@ -34,6 +34,8 @@ _IN_PATH = {
     "name": (Name, "Its name"),
     "port": (Annotated[int, msgspec.Meta(ge=1, le=65535)], "Of the guest's loopback"),
     "path": (str, "The path in the guest, slashes and all"),
+    "plugin": (Name, "The VM's own"),
+    "action": (Name, "One that the plugin's manifest names"),
     "target": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,128}$")], "The browser's name for it"),
 }
 _EVERYWHERE = (400, 401, 403, 421)
@@ -186,7 +188,7 @@ def _problem(says: str, kinds: _Kinds) -> Schema:
 
 
 def _tag(path: str) -> str:
-    if re.search(r"/(agent|ports|devtools)/", path):
+    if re.search(r"/(actions|agent|ports|devtools)/|{name}/openapi", path):
         return "Inside a VM"
     if "/vms" in path:
         return "VMs"

@@ -42,6 +42,8 @@ from ._manifest import (
     Resources,
     Workload,
     check_manifest,
+    is_openapi,
+    is_too_deep,
 )
 from ._problem import Problem, invalid, no_such_vm
 from ._row import (
@@ -161,6 +163,8 @@ __all__ = [
     "format_duration",
     "invalid",
     "is_name",
+    "is_openapi",
+    "is_too_deep",
     "new_row",
     "no_such_vm",
     "parse_duration",

@@ -337,19 +337,20 @@ def is_openapi(document: object) -> bool:
     return isinstance(version, str) and _OPENAPI_3.match(version) is not None
 
 
-def _check_depth(value: object, field: str) -> None:
-    level = [value]
+def is_too_deep(value: object) -> bool:
+    """Whether objects and lists are nested more than `MAX_DEPTH` deep."""
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
-        inner: list[object] = []
-        for member in level:
-            if isinstance(member, dict):
-                inner.extend(member.values())
-            elif isinstance(member, list):
-                inner.extend(member)
-        if not inner:
-            return
-        level = inner
-    raise invalid(field, f"{field} is nested more than {MAX_DEPTH} deep")
+        members = (item for owner in level for item in (owner.values() if isinstance(owner, dict) else owner))
+        level = [item for item in members if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _check_depth(value: object, field: str) -> None:
+    if is_too_deep(value):
+        raise invalid(field, f"{field} is nested more than {MAX_DEPTH} deep")
 
 
 def _check_port(manifest: Manifest) -> None:

@@ -1,0 +1,193 @@
+"""`GET /api/v1/vms/{name}/openapi`: the OpenAPI document of what runs in a VM, fit to be used from outside.
+
+A manifest holds the document, or says under which path the workload serves it; where it says nothing, `/openapi.json`
+is tried, as most frameworks have it there. A document from a guest is data of a stranger: it is read within bounds,
+parsed, and written anew.
+
+Its `servers` are rewritten, wherever it has them, so that clients call the workload through the daemon. They become
+paths without a host, which are relative to the address of the document itself: whatever name the client has for the
+daemon is right. `…/agent` takes `/healthz` and `/v1/…` for itself, so a document that describes such a path gets the
+prefix under which all of the workload's paths are reached, `…/agent/v1/workload`. A path with `..` in it is left out:
+joined to a server, it could lead a client with our key to another VM.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+from urllib.parse import unquote, urljoin, urlsplit
+
+import msgspec
+import trio
+from quart import Response
+from quart_trio import QuartTrio
+
+from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
+from volant.model import Problem, VmRow, is_openapi, is_too_deep
+from volant.model.agent import AGENT_PREFIX, HEALTHZ, WORKLOAD_PREFIX
+
+from ._doors import Doors
+from ._headers import SANDBOX
+from ._json import json_response
+from ._params import no_query, vm_row
+from ._relay import to_port, unreachable
+
+_USUAL_PATH = "/openapi.json"
+_ANSWER_S = 10.0
+_MAX_ANSWER = 1024 * 1024
+_MAX_SERVERS = 16
+_VARIABLE = re.compile(r"{([^{}]*)}")
+_SLASH = re.compile(r"[/\\]")
+_METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace", "query")
+
+
+def add_routes(app: QuartTrio, doors: Doors) -> None:
+    """The routes of this resource."""
+
+    @app.get("/api/v1/vms/<name>/openapi")
+    async def workload_openapi(name: str) -> Response:
+        no_query()
+        row = vm_row(doors, name)
+        said = row.manifest.openapi
+        if isinstance(said, dict):
+            # What is rewritten below is a copy: the manifest is the VM's.
+            found, path = deepcopy(said), "/"
+        else:
+            path = said if said is not None else _USUAL_PATH
+            found = await _asked(doors, row, path, promised=said is not None)
+        response = json_response(through_proxy(found, row.name, path))
+        response.headers[SANDBOX[0].decode()] = SANDBOX[1].decode()
+        return response
+
+
+async def _asked(doors: Doors, row: VmRow, path: str, *, promised: bool) -> dict[str, Any]:
+    """The document that the workload serves. :raises Problem: 404 there is none, 502 it can't be had."""
+    port = row.manifest.workload.port if row.manifest.workload is not None else None
+    if port is None:
+        raise _none(row, "its plugin names none, and no workload that serves HTTP")
+    try:
+        client = doors.vms.agent(row.name)
+    except Problem as problem:
+        if problem.status != 409:
+            raise
+        why = f"only its workload could have it, and {problem.detail}"
+        raise _none(row, why, hint="start the VM, and ask again") from None
+    with trio.move_on_after(_ANSWER_S) as deadline:
+        async with to_port(client, row.name, port) as inner:
+            body = await _fetch(inner, row, path, port, promised=promised)
+    if deadline.cancelled_caught:
+        raise _broken(row, f"did not answer {path} within {_ANSWER_S:g} s")
+    if isinstance(body, Problem):
+        raise body
+    return _parsed(body, row, path)
+
+
+async def _fetch(client: AgentClient, row: VmRow, path: str, port: int, *, promised: bool) -> bytes | Problem:
+    headers = [
+        (b"host", b"localhost:%d" % port),
+        (b"accept", b"application/vnd.oai.openapi+json, application/json"),
+        (b"accept-encoding", b"identity"),
+    ]
+    try:
+        async with client.stream("GET", path, headers, timeout_s=_ANSWER_S) as response:
+            kinds = dict(response.headers)
+            kind = kinds.get(b"content-type", b"").lower()
+            # A server of pages may have one for every path, or send whoever has not logged in somewhere else.
+            if not promised and (300 <= response.status < 500 or b"html" in kind):
+                return _none(row, f"its plugin names none, and its workload has no {path}")
+            if response.status != 200:
+                return _broken(row, f"answers {path} with the status {response.status}")
+            if b"yaml" in kind:
+                return _broken(row, f"serves {path} as YAML", hint="let it serve JSON, or put it into the manifest")
+            if kinds.get(b"content-encoding", b"identity").lower() != b"identity":
+                return _broken(row, f"serves {path} in an encoding that was not asked for")
+            return await response.read(_MAX_ANSWER)
+    except (AgentUnreachable, AgentProtocolError) as error:
+        return unreachable(row.name, str(error))
+
+
+def _parsed(body: bytes, row: VmRow, path: str) -> dict[str, Any]:
+    try:
+        document = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _broken(row, f"serves no JSON at {path}: {error}") from None
+    if not is_openapi(document):
+        raise _broken(row, f"serves JSON at {path} that is no OpenAPI document of version 3")
+    if is_too_deep(document):
+        raise _broken(row, f"serves a document at {path} that is nested too deeply")
+    assert isinstance(document, dict)
+    return document
+
+
+def _none(row: VmRow, why: str, *, hint: str | None = None) -> Problem:
+    return Problem(404, "openapi-not-found", f"VM {row.name!r} has no OpenAPI document: {why}", vm=row.name, hint=hint)
+
+
+def _broken(row: VmRow, what: str, *, hint: str | None = None) -> Problem:
+    return Problem(502, "openapi-broken", f"the workload of VM {row.name!r} {what}", vm=row.name, hint=hint)
+
+
+def through_proxy(document: dict[str, Any], vm: str, path: str) -> dict[str, Any]:
+    """The document with servers that are reached through the daemon; `path`: where the workload has it."""
+    agent = f"/api/v1/vms/{vm}/agent"
+    bases = {base for owner in _owners(document) for base, _ in _bases(owner.get("servers"), path)} or {""}
+    paths = document.get("paths")
+    if isinstance(paths, dict):
+        document["paths"] = paths = {key: item for key, item in paths.items() if not _climbs(key)}
+    hidden = any(
+        f"{base}{key}" == HEALTHZ or f"{base}{key}".startswith(AGENT_PREFIX)
+        for base in bases
+        for key in (paths if isinstance(paths, dict) else ())
+    )
+    prefix = agent + (WORKLOAD_PREFIX.rstrip("/") if hidden else "")
+    for owner in _owners(document):
+        if owner is document or "servers" in owner:
+            found = _bases(owner.get("servers"), path) or [("", None)]
+            owner["servers"] = [
+                {"url": prefix + base, **({} if says is None else {"description": says})} for base, says in found
+            ]
+    return document
+
+
+def _owners(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All that can have servers of its own: the document, its paths, their methods."""
+    yield document
+    paths = document.get("paths")
+    for item in paths.values() if isinstance(paths, dict) else ():
+        if isinstance(item, dict):
+            yield item
+            yield from (item[method] for method in _METHODS if isinstance(item.get(method), dict))
+
+
+def _bases(servers: object, path: str) -> list[tuple[str, str | None]]:
+    """Under which paths of the workload a document says that it is served, with what it says of them."""
+    found: dict[str, str | None] = {}
+    for server in servers[:_MAX_SERVERS] if isinstance(servers, list) else ():
+        url = server.get("url") if isinstance(server, dict) else None
+        if not isinstance(url, str):
+            continue
+        variables = server.get("variables")
+        try:
+            full = urljoin(path, _filled(url, variables if isinstance(variables, dict) else {}) or "/")
+            base = urlsplit(full).path.rstrip("/")
+        except ValueError:
+            continue
+        says = server.get("description")
+        if (not base or base.startswith("/")) and not _climbs(base):
+            found.setdefault(base, says if isinstance(says, str) else None)
+    return list(found.items())
+
+
+def _climbs(path: str) -> bool:
+    """Whether a client that joins it to a prefix may end up outside of that."""
+    return ".." in _SLASH.split(unquote(path))
+
+
+def _filled(url: str, variables: dict[str, Any]) -> str:
+    def default(name: re.Match[str]) -> str:
+        variable = variables.get(name[1])
+        return str(variable.get("default", "")) if isinstance(variable, dict) else ""
+
+    return _VARIABLE.sub(default, url)
