@@ -573,6 +573,21 @@ class Host:
 
         await trio.to_thread.run_sync(write)
 
+    async def put_in_place(self, fresh: Path, path: Path) -> None:
+        """Give a finished file its name, in place of what has that name, once it is on the disk; the name is on the
+        disk too when this returns. Both in the same directory. Raises OSError."""
+
+        def put() -> None:
+            fd = os.open(fresh, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            fresh.replace(path)
+            self.sync_directory(path.parent)
+
+        await trio.to_thread.run_sync(put)
+
     async def keep_tail(self, path: Path, limit: int) -> bool:
         """Cut a file down to nothing when it is larger than `limit` bytes; whether it was.
 

@@ -27,10 +27,11 @@ from volant.api import Access, ApiSettings, Doors, create_app, serve
 from volant.host import Host
 from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
+from volant.images import BootMedia
 from volant.journal import Journal, Store, VmLogs
 from volant.vm import VmDoors, Vms, VmSettings, instance_of
 
-from ._directories import DirectoryError, claimed, memory_dir, remove
+from ._directories import DirectoryError, claimed, disk_dir, memory_dir, remove
 from ._protection import Protection
 from ._settings import RELOADED, Settings, SettingsError, check, split
 from ._sockets import ListenError, address_of, listening
@@ -100,10 +101,12 @@ class Daemon:
                 store=self.store,
                 logs=self.logs,
                 hypervisor=self.hypervisor,
+                media=BootMedia(settings.cache_dir, timeout_s=settings.media_timeout_s, max_mb=settings.media_max_mb),
                 settings=VmSettings(
                     runtime_dir=settings.runtime_dir,
                     cache_dir=settings.cache_dir,
                     memory_dir=memory_dir(settings),
+                    disk_dir=disk_dir(settings),
                     kernel=settings.kernel,
                     initramfs=settings.initramfs,
                     max_vms=settings.max_vms,
@@ -219,12 +222,20 @@ class Daemon:
         _logger.info("ready: %d VMs", len(self.store.projection))
 
     async def _list_orphans(self) -> None:
-        """Processes that carry our mark and belong to no row are named, never killed on a guess."""
+        """Processes and disks that are ours and belong to no row are named, never removed on a guess: the database may
+        have been put back from a copy."""
         owned = {row.mark for row in self.store.projection.rows()}
         for identity in await self.host.processes(f"volant-{instance_of(self._settings.state_dir)}-"):
             if identity.mark not in owned:
                 _logger.warning("process %d is a hypervisor of ours (%s) that no VM owns", identity.pid, identity.mark)
                 self._orphans.append({"pid": identity.pid, "mark": identity.mark})
+
+        layers = {row.layer for row in self.store.projection.rows()}
+        directory = disk_dir(self._settings)
+        for name in await self.host.run_blocking(self.host.list_directory, directory):
+            if name not in layers:
+                _logger.warning("%s is the disk of a VM that does not exist", directory / name)
+                self._orphans.append({"disk": str(directory / name)})
 
     async def _choose_accelerator(self) -> None:
         """Try it now, so that the first VM does not wait for it, and `info` can tell."""

@@ -28,13 +28,24 @@ def memory_dir(settings: Settings) -> Path:
     return settings.runtime_dir / "memory"
 
 
+def disk_dir(settings: Settings) -> Path:
+    """Where VMs' disks lie: what is written to them must survive as what is written to the database."""
+    return settings.state_dir / "disks"
+
+
 @contextmanager
 def claimed(settings: Settings) -> Iterator[None]:
     """The directories exist, are ours alone, and no other daemon uses them.
 
     :raises DirectoryError: one can't be made, or another daemon holds the state directory.
     """
-    for path in (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings)):
+    for path in (
+        settings.state_dir,
+        settings.runtime_dir,
+        settings.cache_dir,
+        memory_dir(settings),
+        disk_dir(settings),
+    ):
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:

@@ -39,11 +39,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     api_listen_addr: str = "127.0.0.1:7777"
     """Where to listen: `HOST:PORT` or `unix:/PATH`, comma-separated. Port 0 takes a free one."""
     state_dir: Path
-    """What must survive: the database, VM logs."""
+    """What must survive: the database, VM logs, VMs' disks."""
     runtime_dir: Path
     """What lives as long as the VMs: sockets, consoles. Short, as a socket's path has 108 bytes."""
     cache_dir: Path
-    """What can be made again: boot images."""
+    """What can be made or fetched again: boot images, boot media of plugins."""
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     kernel: Path | None = None
     """Boot this kernel instead of the built image's, for VMs whose plugin brings none."""
@@ -67,6 +67,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long a boot may take from its launch to the agent's first answer."""
     image_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 300.0
     """How long building a boot image may take."""
+    media_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 1800.0
+    """How long one boot medium of a plugin may take to arrive."""
+    media_max_mb: Annotated[int, msgspec.Meta(gt=0, le=2**24)] = 16384
+    """How large one may be."""
     insecure: bool = False
     """Listen on other addresses than loopback with neither an API key nor a list of networks."""
     ephemeral: bool = False

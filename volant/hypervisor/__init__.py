@@ -3,6 +3,7 @@
 from ._interface import (
     AcceleratorChoice,
     AcceleratorName,
+    Disk,
     End,
     Hypervisor,
     HypervisorError,
@@ -15,6 +16,7 @@ from ._interface import (
 __all__ = [
     "AcceleratorChoice",
     "AcceleratorName",
+    "Disk",
     "End",
     "Hypervisor",
     "HypervisorError",

@@ -11,7 +11,9 @@ import msgspec
 from volant.model import EndKind, ProcessIdentity
 
 AcceleratorName = Literal["kvm", "tcg"]
-LaunchCode = Literal["qemu_missing", "memory_refused", "kvm_unavailable", "bad_image", "exited", "no_answer"]
+LaunchCode = Literal[
+    "qemu_missing", "memory_refused", "kvm_unavailable", "bad_image", "bad_disk", "exited", "no_answer"
+]
 
 
 class HypervisorError(Exception):
@@ -22,14 +24,23 @@ class LaunchFailed(HypervisorError):
     """No machine came to be; nothing of the attempt runs any more.
 
     `code`: `qemu_missing` (not installed, or not to be executed), `memory_refused`, `kvm_unavailable`, `bad_image`
-    (kernel or initramfs missing or not to be loaded), `exited` (for another reason, see the text), `no_answer` (it
-    hung).
+    (kernel or initramfs missing or not to be loaded), `bad_disk` (likewise the disk), `exited` (for another reason, see
+    the text), `no_answer` (it hung).
     """
 
     def __init__(self, code: LaunchCode, message: str) -> None:
         super().__init__(message)
         self.code: LaunchCode = code
         self.message = message
+
+
+class Disk(msgspec.Struct, frozen=True):
+    """A guest's disk: a copy-on-write layer over an image that is never written to."""
+
+    base: Path
+    """Raw."""
+    layer: Path
+    """As `Hypervisor.make_layer` made it."""
 
 
 class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +60,8 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     mark: str
     """What its process is known by; no secret."""
     accelerator: AcceleratorName
+    root: Disk | None = None
+    """The disk with the guest's root filesystem."""
     vsock_cid: int | None = None
     """The guest's vsock address, where the host has vhost-vsock: then the agent is reached by it instead of the
     serial port."""
@@ -141,6 +154,13 @@ class Hypervisor(Protocol):
 
     async def accelerator(self) -> AcceleratorName:
         """What `choice` says of it."""
+
+    async def make_layer(self, disk: Disk) -> None:
+        """Make the empty layer of a disk; all or nothing, also over a power cut. Its directory must be there. What a
+        call that was cancelled or killed has left is replaced, or goes with the directory.
+
+        Raises LaunchFailed: `qemu_missing`, `bad_disk`.
+        """
 
     async def launch(self, spec: MachineSpec) -> ProcessIdentity:
         """Start a machine. When this returns, its guest runs. Cancelled half-way, it may leave a process with the

@@ -120,7 +120,7 @@ Seen = Verb | Woke | ImageReady | Launched | AgentAnswered | StepFailed | Ended 
 
 
 class PrepareImage(msgspec.Struct, frozen=True):
-    """Find the boot image, build it if the cache lacks it -> `ImageReady`."""
+    """Find what the VM boots from, build or fetch what the cache lacks, make its layer -> `ImageReady`."""
 
     boot: str
 

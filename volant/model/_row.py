@@ -40,7 +40,7 @@ class Phase(StrEnum):
 
     NONE = ""
     IMAGE = "image"
-    """Waiting for kernel and initramfs, which may have to be built."""
+    """Waiting for what it boots from, which may have to be built or fetched."""
     LAUNCH = "launch"
     """The mark is committed; a process that carries it may exist."""
     AGENT = "agent"
@@ -113,6 +113,9 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     updated_at: datetime
     expires_at: datetime | None = None
+    layer: str = ""
+    """Names its copy-on-write layer over the manifest's root filesystem, unlike any other that ever was: so neither a
+    new database nor a restored one gives a VM the disk of another. Empty: it has none."""
 
     desired: Desired = Desired.RUNNING
     generation: int = 1
@@ -202,7 +205,7 @@ def view(row: VmRow) -> VmView:
         restart_policy=row.restart_policy,
         restarts=row.restarts,
         boots=row.boots,
-        disk="none",
+        disk="overlay" if row.layer else "none",
         created_at=row.created_at,
         updated_at=row.updated_at,
         started_at=row.started_at,

@@ -44,6 +44,7 @@ def new_row(request: CreateVm, manifest: Manifest, *, vm_id: int, now: datetime)
         created_at=now,
         updated_at=now,
         expires_at=expires_at,
+        layer=f"{vm_id}-{now:%Y%m%dT%H%M%S.%f}" if manifest.boot is not None and manifest.boot.rootfs else "",
     )
 
 

@@ -47,8 +47,8 @@ from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
 
 from ._console import ConsolePump
 from ._doors import VmDoors
-from ._process import LiveProcess
-from ._steps import StepError, machine_spec, mark_of, prepare_image
+from ._process import LiveProcess, RootFailed
+from ._steps import StepError, layer_directory, machine_spec, mark_of, prepare_boot
 from .messages import Ask, Report
 
 _logger = logging.getLogger("volant.vm")
@@ -105,6 +105,7 @@ class VmActor(Actor):
             "step": None if self._effect is None else repr(self._effect),
             "process": None if process is None else process.inspect(),
             "log": self._log.statistics(),
+            "media": self._doors.media.inspect(),
         }
 
     # One thing seen at a time
@@ -241,7 +242,7 @@ class VmActor(Actor):
     async def _outcome(self, effect: Effect, row: VmRow) -> Seen:
         match effect:
             case PrepareImage():
-                digest = await prepare_image(self._doors, row)
+                digest = await prepare_boot(self._doors, row)
                 socket = machine_spec(self._doors.settings, row, "tcg").console_socket_path
                 return ImageReady(digest, mark_of(self._doors.instance, row), str(socket))
             case Launch(mark):
@@ -254,7 +255,7 @@ class VmActor(Actor):
                 await self._kill(mark)
                 return Cleared()
             case Remove():
-                await self._doors.logs.forget(row.id)
+                await self._remove(row)
                 return Removed()
             case RestartLater(delay_s):
                 await trio.sleep(delay_s)
@@ -279,10 +280,14 @@ class VmActor(Actor):
                 try:
                     process = self._live()
                     await process.ask("GET", HEALTHZ)
+                    if self._row.layer:
+                        await process.root_mounted()
                     await process.hand_over()
                     return AgentAnswered()
                 except AgentUnreachable:
                     await trio.sleep(_AGENT_PAUSE_S)
+                except RootFailed as error:
+                    raise StepError("rootfs_failed", str(error)) from error
                 except AgentProtocolError as error:
                     raise StepError("agent_refused", f"the agent answered, but not as it should: {error}") from error
 
@@ -324,6 +329,15 @@ class VmActor(Actor):
             await host.remove_tree(spec.memory_file)
         except OSError as error:
             raise StepError("not_removed", f"files of the VM can't be removed: {error}") from error
+
+    async def _remove(self, row: VmRow) -> None:
+        """Leave nothing that belongs to the VM beside its row."""
+        if row.layer:
+            try:
+                await self._doors.host.remove_tree(layer_directory(self._doors.settings, row))
+            except OSError as error:
+                raise StepError("not_removed", f"the VM's disk can't be removed: {error}") from error
+        await self._doors.logs.forget(row.id)
 
     async def _console_tail(self) -> tuple[str, ...]:
         if self._process is not None:

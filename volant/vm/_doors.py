@@ -8,6 +8,7 @@ from pathlib import Path
 from actors import Ref
 from volant.host import Host
 from volant.hypervisor import Hypervisor
+from volant.images import BootMedia
 from volant.journal import Journal, Store, VmLogs
 
 from ._process import LiveProcess
@@ -21,9 +22,11 @@ class VmSettings:
     cache_dir: Path
     memory_dir: Path
     """On a file system in RAM."""
+    disk_dir: Path
+    """Where VMs' layers over their root filesystems lie; as durable as the database."""
     kernel: Path | None = None
     initramfs: Path | None = None
-    """Instead of the built image's."""
+    """Instead of the built image's, where a plugin brings none."""
     max_vms: int | None = None
     image_timeout_s: float = 300.0
     launch_timeout_s: float = 30.0
@@ -40,6 +43,7 @@ class VmDoors:
     store: Store
     logs: VmLogs
     hypervisor: Hypervisor
+    media: BootMedia
     settings: VmSettings
     instance: str
     """Names this daemon's state directory in the marks of its processes, so that two daemons never mix up theirs."""

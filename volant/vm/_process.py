@@ -29,7 +29,7 @@ from volant.host import Host
 from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec
 from volant.journal import VmLog
 from volant.model import Ended, EndKind, ProcessIdentity, Reason, Seen
-from volant.model.agent import DAEMON_WORKLOAD
+from volant.model.agent import DAEMON_ROOT, DAEMON_WORKLOAD
 
 from ._console import ConsolePump, console_source
 from ._output import pump_output
@@ -38,10 +38,16 @@ from ._serial import SerialConsole
 _RETRY_MIN_S = 0.1
 _RETRY_MAX_S = 10.0
 _ANSWER_S = 10.0
+_ROOT_S = 20.0
+"""The agent waits 15 s for the guest to be set up before it says that it is not."""
 _CONSOLE_LINES = 60
 """With the trace that follows it, what a kernel says when it panics is some forty lines long."""
 _CONSOLE_CHARACTERS = 500
 _PANIC = "Kernel panic - not syncing"
+
+
+class RootFailed(Exception):
+    """The guest has no root filesystem, although it should. The text is for people, in part the guest's."""
 
 
 class LiveProcess:
@@ -118,6 +124,26 @@ class LiveProcess:
         if not 200 <= answer.status < 300:
             detail = answer.body.get("detail") if isinstance(answer.body, dict) else None
             raise AgentProtocolError(f"it answers {method} {path} with {answer.status}: {detail}")
+
+    async def root_mounted(self) -> None:
+        """Return once the guest has mounted its root filesystem.
+
+        :raises AgentUnreachable: not yet, or it can't be asked. :raises RootFailed: it can't mount it, and says why.
+        :raises AgentProtocolError: it does not know of any.
+        """
+        if self._client is None:
+            raise AgentUnreachable("the channel to the guest is not open")
+        answer = await self._client.request_json("GET", DAEMON_ROOT, timeout_s=_ROOT_S)
+        said = answer.body if answer.status == 200 and isinstance(answer.body, dict) else {}
+        match said.get("state"):
+            case "mounted":
+                return
+            case "pending":
+                raise AgentUnreachable("the root filesystem is not mounted yet")
+            case "failed":
+                raise RootFailed(f"the guest can't mount its root filesystem: {str(said.get('detail'))[:1000]}")
+            case _:
+                raise AgentProtocolError("its initramfs mounts no root filesystem")
 
     async def hand_over(self) -> None:
         """Give the agent its workload. From then on every agent of this boot gets it, as one that was restarted has

@@ -1,4 +1,9 @@
-"""The parts of a boot that need no actor: which image, which paths, which command."""
+"""The parts of a boot that need no actor: what it boots from, which paths, which command.
+
+What a VM boots from is decided by three, the first that has something to say: the manifest of its plugin as it was when
+the VM was created, the operator's settings, the image that is built. Each kernel, initramfs and root filesystem on its
+own.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,13 @@ import hashlib
 from pathlib import Path
 
 from volant import images
-from volant.hypervisor import AcceleratorName, MachineSpec
-from volant.model import VmRow
+from volant.hypervisor import AcceleratorName, Disk, LaunchFailed, MachineSpec
+from volant.model import Artifact, Boot, Manifest, VmRow
 
 from ._doors import VmDoors, VmSettings
 
 CUSTOM_IMAGE = "custom"
-"""Stands for the digest where the operator's settings say what to boot."""
+"""Stands for the digest where nothing of the built image is used."""
 
 
 class StepError(Exception):
@@ -23,17 +28,34 @@ class StepError(Exception):
         self.code = code
 
 
-async def prepare_image(doors: VmDoors, row: VmRow) -> str:
-    """The digest of the image to boot, which then lies in the cache.
+async def prepare_boot(doors: VmDoors, row: VmRow) -> str:
+    """The digest of the built image, `CUSTOM_IMAGE` where it is not used. When this returns, all that the VM boots from
+    is in the cache, and its layer is made.
 
-    :raises StepError: `image_missing`, `image_failed`, `memory_too_small`.
+    :raises StepError: `image_missing`, `image_failed`, `memory_too_small`; `media_missing`, `media_unreachable`,
+        `media_mismatch`, `media_too_large`, `media_timeout`, `cache_full`, `cache_unwritable`, `io_error`;
+        `disk_missing`, `disk_failed`.
     """
     settings = doors.settings
-    for path, what in ((settings.kernel, "VOLANT_KERNEL"), (settings.initramfs, "VOLANT_INITRAMFS")):
-        if path is not None and not doors.host.exists(path):
+    boot = row.manifest.boot or Boot()
+    for path, brought, what in (
+        (settings.kernel, boot.kernel, "VOLANT_KERNEL"),
+        (settings.initramfs, boot.initramfs, "VOLANT_INITRAMFS"),
+    ):
+        if path is not None and brought is None and not doors.host.exists(path):
             raise StepError("image_missing", f"{what} is {path}, and there is no such file")
-    if settings.kernel is not None and settings.initramfs is not None:
-        return CUSTOM_IMAGE
+    digest = await _prepare_image(doors, row) if uses_image(settings, row.manifest) else CUSTOM_IMAGE
+    for artifact in (boot.kernel, boot.initramfs, boot.rootfs):
+        if artifact is not None:
+            await _obtain(doors, artifact)
+    disk = root_disk(settings, row)
+    if disk is not None:
+        await _prepare_layer(doors, row, disk)
+    return digest
+
+
+async def _prepare_image(doors: VmDoors, row: VmRow) -> str:
+    settings = doors.settings
     try:
         image = await images.ensure(settings.cache_dir, deadline_s=settings.image_timeout_s)
     except images.ImageError as error:
@@ -46,24 +68,76 @@ async def prepare_image(doors: VmDoors, row: VmRow) -> str:
     return image.digest
 
 
+async def _obtain(doors: VmDoors, artifact: Artifact) -> None:
+    try:
+        await doors.media.obtain(artifact)
+    except images.ImageError as error:
+        code = "media_timeout" if error.code == "timeout" else error.code
+        raise StepError(code, f"the VM can't boot from {error}") from error
+
+
+async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk) -> None:
+    """The row that owns the layer was committed when the VM was created."""
+    if doors.host.exists(disk.layer):
+        return
+    if row.boots:
+        raise StepError(
+            "disk_missing", f"the VM's disk {disk.layer} is gone; put it back, or delete the VM and create it anew"
+        )
+    try:
+        await doors.host.mkdir(disk.layer.parent)
+        await doors.hypervisor.make_layer(disk)
+    except LaunchFailed as error:
+        raise StepError("disk_failed", str(error)) from error
+    except OSError as error:
+        raise StepError("disk_failed", f"the directory of the VM's disk can't be made: {error}") from error
+
+
+def uses_image(settings: VmSettings, manifest: Manifest) -> bool:
+    """Whether VMs of that plugin boot a part of the built image, and so need the memory that it declares."""
+    boot = manifest.boot or Boot()
+    return (boot.kernel is None and settings.kernel is None) or (boot.initramfs is None and settings.initramfs is None)
+
+
 def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName) -> MachineSpec:
     """What the hypervisor needs to know of this boot; the same for whoever launches and for whoever adopts."""
     image = images.load(settings.cache_dir, row.image or "")
     # An image that is gone is no reason not to adopt; who launches is told by the path that does not exist.
     gone = settings.cache_dir / f"image-{row.image}-is-gone"
+    boot = row.manifest.boot or Boot()
+    kernel = _medium(settings, boot.kernel) or settings.kernel
+    initramfs = _medium(settings, boot.initramfs) or settings.initramfs
     return MachineSpec(
         vm_id=row.id,
         name=row.name,
         cpu_cores=row.cpu_cores,
         memory_mb=row.memory_mb,
-        kernel=settings.kernel or (image.kernel if image is not None else gone),
-        initramfs=settings.initramfs or (image.initramfs if image is not None else gone),
+        kernel=kernel or (image.kernel if image is not None else gone),
+        initramfs=initramfs or (image.initramfs if image is not None else gone),
         cmdline=" ".join((*(image.kernel_parameters if image is not None else ()), row.kernel_cmdline)).strip(),
         directory=vm_directory(settings, row.id),
         memory_file=memory_file(settings, row.id),
         mark=row.mark,
         accelerator=accelerator,
+        root=root_disk(settings, row),
     )
+
+
+def _medium(settings: VmSettings, artifact: Artifact | None) -> Path | None:
+    return None if artifact is None else images.medium_path(settings.cache_dir, artifact.sha256)
+
+
+def root_disk(settings: VmSettings, row: VmRow) -> Disk | None:
+    """The disk with a VM's root filesystem, if it has one."""
+    rootfs = row.manifest.boot.rootfs if row.manifest.boot is not None else None
+    if rootfs is None or not row.layer:
+        return None
+    return Disk(images.medium_path(settings.cache_dir, rootfs.sha256), layer_directory(settings, row) / "root.qcow2")
+
+
+def layer_directory(settings: VmSettings, row: VmRow) -> Path:
+    """What a VM with a layer has on the disk beside its row."""
+    return settings.disk_dir / row.layer
 
 
 def vm_directory(settings: VmSettings, vm_id: int) -> Path:

@@ -48,6 +48,7 @@ from ._actor import VmActor
 from ._doors import VmDoors
 from ._process import LiveProcess
 from ._serial import SerialConsole
+from ._steps import uses_image
 from .messages import Ask
 
 R = TypeVar("R")
@@ -94,7 +95,7 @@ class Vms:
         :raises Problem: 400 the request, 404 no such plugin, 409 name taken or plugin disabled, 503 no capacity.
         :raises AlreadyAnswered: the request came before, and its VM was made then.
         """
-        await self._check_memory(request.memory_mb)
+        await self._check_memory(request)
         self._admit(request.memory_mb)
         # Counted at once, as others ask while the journal writes.
         self._creating.append(request.memory_mb)
@@ -300,10 +301,11 @@ class Vms:
             if problem.status != 404:
                 _logger.error("VM %s: %s", name, problem.detail)
 
-    async def _check_memory(self, memory_mb: int) -> None:
+    async def _check_memory(self, request: CreateVm) -> None:
         """:raises Problem: 400 when the boot image says that it needs more. One that is not built yet says so later."""
-        settings = self.doors.settings
-        if settings.kernel is not None and settings.initramfs is not None:
+        settings, memory_mb = self.doors.settings, request.memory_mb
+        plugin = self.doors.store.projection.plugins.get(request.plugin)
+        if plugin is None or not uses_image(settings, plugin.manifest):
             return
         image = await self.doors.host.run_blocking(images.find, settings.cache_dir)
         if image is not None and memory_mb < image.min_memory_mb:

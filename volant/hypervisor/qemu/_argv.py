@@ -2,9 +2,9 @@
 
 Every machine is built so that it can become a template one day: its memory is a file, everything has an id, the
 machine type is a versioned one (microvm has no versions), and the set of devices does not depend on what a VM happens
-to use. Sockets, console
-and log are named relative to the machine's directory, which is QEMU's working directory, so that a long path to the
-state never meets the limit of 108 bytes for a socket's name.
+to use, but for the disk, which a VM has if its plugin has a root filesystem. Sockets, console and log are named
+relative to the machine's directory, which is QEMU's working directory, so that a long path to the state never meets the
+limit of 108 bytes for a socket's name.
 
 - `-action …=pause` and pvpanic: QEMU exits with 0 after poweroff, panic and reboot alike, and an adopted process has no
   exit status. So it stays until somebody has read how its guest ended.
@@ -18,8 +18,8 @@ state never meets the limit of 108 bytes for a socket's name.
 
 from __future__ import annotations
 
-from volant.hypervisor._interface import AcceleratorName, MachineSpec
-from volant.model.agent import SERIAL_PORT_NAME
+from volant.hypervisor._interface import AcceleratorName, Disk, MachineSpec
+from volant.model.agent import ROOT_PARAMETER, ROOT_SERIAL, SERIAL_PORT_NAME
 
 PROGRAM = "qemu-system-x86_64"
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
@@ -64,9 +64,31 @@ def build_argv(spec: MachineSpec, version: tuple[int, int], program: str = PROGR
         *("-initrd", str(spec.initramfs)),
         *("-append", kernel_cmdline(spec)),
     ]
+    if spec.root is not None:
+        argv += _disk(spec.root, spec.accelerator)
     if spec.vsock_cid is not None:
         argv += ["-device", f"{_device('vhost-vsock', spec.accelerator)},id=vsock0,guest-cid={spec.vsock_cid}"]
     return argv
+
+
+def _disk(disk: Disk, accelerator: AcceleratorName) -> list[str]:
+    """The whole graph of a disk, node by node.
+
+    What a layer says of its base is not heeded: the cache may have moved, and a guest that gets out of QEMU could have
+    written another path there. A full file system of the host is an I/O error in the guest, not a guest that stands
+    still without a word.
+    """
+    return [
+        *("-blockdev", f"file,node-name=root-base-file,filename={_quote(str(disk.base))},read-only=on"),
+        *("-blockdev", "raw,node-name=root-base,file=root-base-file,read-only=on"),
+        *("-blockdev", f"file,node-name=root-layer-file,filename={_quote(str(disk.layer))},discard=unmap"),
+        *("-blockdev", "qcow2,node-name=root,file=root-layer-file,backing=root-base,discard=unmap"),
+        *(
+            "-device",
+            f"{_device('virtio-blk', accelerator)},id=root0,drive=root,serial={ROOT_SERIAL},"
+            "werror=report,rerror=report",
+        ),
+    ]
 
 
 def machine_option(accelerator: AcceleratorName, version: tuple[int, int]) -> str:
@@ -87,7 +109,8 @@ def _device(kind: str, accelerator: AcceleratorName) -> str:
 
 def kernel_cmdline(spec: MachineSpec) -> str:
     """The daemon's part, then the VM's own."""
-    return " ".join(part for part in (CMDLINE, f"volant.hostname={spec.name}", spec.cmdline) if part)
+    root = f"{ROOT_PARAMETER}={ROOT_SERIAL}" if spec.root is not None else ""
+    return " ".join(part for part in (CMDLINE, f"volant.hostname={spec.name}", root, spec.cmdline) if part)
 
 
 def _quote(value: str) -> str:

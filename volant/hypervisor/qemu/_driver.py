@@ -13,6 +13,7 @@ from volant.host import Host, Process, ProcessGone
 from volant.hypervisor._interface import (
     AcceleratorChoice,
     AcceleratorName,
+    Disk,
     LaunchCode,
     LaunchFailed,
     Machine,
@@ -32,8 +33,12 @@ SPARE_MEMORY_MB = 192
 _RETRY_S = 0.005
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 _MISSING = "QEMU is not installed: there is no program qemu-system-x86_64 (Debian: apt install qemu-system-x86)"
+_IMG = "qemu-img"
+_IMG_S = 60.0
+_IMG_MISSING = "there is no program qemu-img (Debian: apt install qemu-utils)"
 _CAUSES: tuple[tuple[LaunchCode, tuple[str, ...]], ...] = (
     ("memory_refused", ("cannot allocate memory", "cannot set up guest memory", "no space left", "unable to map")),
+    ("bad_disk", ("-blockdev",)),
     ("kvm_unavailable", ("kvm",)),
     (
         "bad_image",
@@ -81,6 +86,27 @@ class QemuHypervisor:
             return AcceleratorChoice(self._forced, "the settings say so", self._version[2])
         return await probe(self._host, self._cache_dir, self._program, self._version)
 
+    async def make_layer(self, disk: Disk) -> None:
+        host = self._host
+        fresh = disk.layer.with_name(f"{disk.layer.name}.new")
+
+        command = [_IMG, "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(disk.base), str(fresh)]
+        try:
+            await host.remove_file(fresh)
+            status, said = await host.run_program(command, env=ENVIRONMENT, cwd=disk.layer.parent, timeout_s=_IMG_S)
+            if status != 0:
+                text = said.decode("utf-8", "replace").strip()[-500:]
+                raise LaunchFailed("bad_disk", f"the layer {disk.layer} can't be made: {text}")
+            await host.put_in_place(fresh, disk.layer)
+        except trio.TooSlowError:
+            raise LaunchFailed("bad_disk", f"qemu-img made no layer within {_IMG_S:g} s") from None
+        except FileNotFoundError as error:
+            if error.filename != _IMG:
+                raise LaunchFailed("bad_disk", f"the layer {disk.layer} can't be made: {error}") from error
+            raise LaunchFailed("qemu_missing", _IMG_MISSING) from None
+        except OSError as error:
+            raise LaunchFailed("bad_disk", f"the layer {disk.layer} can't be made: {error}") from error
+
     async def launch(self, spec: MachineSpec) -> ProcessIdentity:
         await self.choice()
         if self._version is None:
@@ -119,6 +145,9 @@ class QemuHypervisor:
         for path, what in ((spec.kernel, "kernel"), (spec.initramfs, "initramfs")):
             if not host.exists(path):
                 raise LaunchFailed("bad_image", f"the {what} {path} is missing")
+        for path in (spec.root.base, spec.root.layer) if spec.root is not None else ():
+            if not host.exists(path):
+                raise LaunchFailed("bad_disk", f"{path}, of which the guest's disk is made, is missing")
         size = spec.memory_mb * 1024 * 1024
         try:
             await host.mkdir(spec.directory)
