@@ -40,6 +40,7 @@ _IN_PATH = {
 }
 _EVERYWHERE = (400, 401, 403, 421)
 _WITH_BODY = (408, 413, 415)
+_OF_GUESTS = "Inside a VM"
 
 
 @cache
@@ -70,7 +71,10 @@ def _document() -> Schema:
         "paths": paths,
         "components": {
             "schemas": kinds.components,
-            "responses": {f"Problem{status}": _problem(says, kinds) for status, says in PROBLEMS.items()},
+            "responses": {
+                **{f"Problem{status}": _problem(says, kinds) for status, says in PROBLEMS.items()},
+                **{f"Relayed{status}": _relayed_problem(says, kinds) for status, says in PROBLEMS.items()},
+            },
             "headers": {
                 name: {"description": says, "schema": {"type": "string"}} for name, says in sorted(HEADERS.items())
             },
@@ -142,8 +146,9 @@ def _operation(operation: Operation, kinds: _Kinds) -> Schema:
             "content": {media: {"schema": kinds.schema(operation.takes)}},
         }
     responses: Schema = {str(status): _answer(answer, kinds) for status, answer in operation.gives.items()}
+    problem = "Relayed" if _tag(operation.path) == _OF_GUESTS else "Problem"
     for status in sorted(_failures(operation, in_path)):
-        responses.setdefault(str(status), {"$ref": f"#/components/responses/Problem{status}"})
+        responses.setdefault(str(status), {"$ref": f"#/components/responses/{problem}{status}"})
     shown["responses"] = responses
     return shown
 
@@ -176,7 +181,9 @@ def _answer(answer: Answer, kinds: _Kinds) -> Schema:
     if answer.headers:
         shown["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in answer.headers}
     if answer.kind is not None:
-        shown["content"] = {answer.media: {"schema": kinds.schema(answer.kind)}}
+        # Of a stream, tools hold each event against it (as OpenAPI 3.2 does with `itemSchema`), and not the text.
+        schema = {} if answer.media == "text/event-stream" else kinds.schema(answer.kind)
+        shown["content"] = {answer.media: {"schema": schema}}
     if answer.items:
         shown["x-items"] = {"anyOf": [kinds.schema(item) for item in answer.items]}
     return shown
@@ -187,9 +194,15 @@ def _problem(says: str, kinds: _Kinds) -> Schema:
     return {"description": says, "content": content}
 
 
+def _relayed_problem(says: str, kinds: _Kinds) -> Schema:
+    problem = {"anyOf": [kinds.schema(ProblemDetails), {"type": "object", "description": "The guest's own"}]}
+    content = {"application/problem+json": {"schema": problem}, ANY: {"schema": {}}}
+    return {"description": f"{says}; or the guest says so, in its own words", "content": content}
+
+
 def _tag(path: str) -> str:
     if re.search(r"/(actions|agent|ports|devtools)/|{name}/openapi", path):
-        return "Inside a VM"
+        return _OF_GUESTS
     if "/vms" in path:
         return "VMs"
     return "Plugins" if "/plugins" in path else "System"
