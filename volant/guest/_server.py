@@ -19,6 +19,7 @@ from volant.model import agent
 from . import _root
 from ._http import Gone, Problem, Stream, parse_request
 from ._output import Output
+from ._plugin import Plugin
 from ._workload import Workload
 
 TYPE_CHECKING = False
@@ -41,6 +42,7 @@ class Server:
         """:param shut_down: begins the shutdown of the guest, with seconds of grace, and returns."""
         self.output = Output()
         self.workload = Workload(self.output)
+        self.plugin = Plugin()
         self._shut_down = shut_down
         self._lock = threading.Lock()
         self._open = 0
@@ -90,6 +92,7 @@ class Server:
             self._wanted.set()
             self.answered.set()
             self.set_up.wait(_SET_UP_S)
+        self.plugin.write()
 
     def statistics(self) -> dict[str, int]:
         """Return how many streams are open, were open at most, were served and were turned away."""
@@ -166,9 +169,13 @@ class Server:
             if method == "PUT":
                 self._wait_until_set_up()
                 _root.root()
+                self.workload.environment = self.plugin.environment()
                 self.workload.serve_put(stream, request)
             else:
                 self.workload.serve_status(stream, head_only=method == "HEAD")
+        elif path == agent.DAEMON_MANIFEST:
+            _allow(method, "PUT")
+            self.plugin.serve_put(stream, request)
         elif path == agent.DAEMON_WATCH:
             _allow(method, "GET")
             self.workload.serve_watch(stream)
@@ -221,7 +228,7 @@ class Server:
     def info(self) -> dict[str, object]:
         """Return an `agent_types.Info`."""
         system = os.uname()
-        return {
+        found: dict[str, object] = {
             "agent": VERSION,
             "protocol": {"min": agent.PROTOCOL_MIN, "max": agent.PROTOCOL_VERSION},
             "kernel": system.release,
@@ -234,6 +241,10 @@ class Server:
             "output": self.output.statistics(),
             "streams": self.statistics(),
         }
+        plugin = self.plugin.info()
+        if plugin is not None:
+            found["plugin"] = plugin
+        return found
 
 
 def _is_for_daemon(path: str) -> bool:

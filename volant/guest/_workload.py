@@ -105,6 +105,8 @@ class Workload:
     """What runs, how it is, and who wants to know."""
 
     def __init__(self, output: Output) -> None:
+        self.environment: dict[str, str] = {}
+        """What each run finds in its environment, unless the spec says otherwise."""
         self._output = output
         self._lock = threading.Condition()
         self._spec: Spec | None = None
@@ -272,7 +274,13 @@ class Workload:
                 return False
             try:
                 process = spawn(
-                    spec.entrypoint, spec.env, spec.workdir, None, subprocess.DEVNULL, self._pipes[0], self._pipes[1]
+                    spec.entrypoint,
+                    self.environment | spec.env,
+                    spec.workdir,
+                    None,
+                    subprocess.DEVNULL,
+                    self._pipes[0],
+                    self._pipes[1],
                 )
             except SpawnError as error:
                 self._set("failed", str(error))

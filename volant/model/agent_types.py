@@ -54,6 +54,16 @@ class Memory(TypedDict):
     available_mb: int
 
 
+class PluginInfo(TypedDict):
+    """Of which plugin the VM is."""
+
+    name: str
+    version: str
+    labels: dict[str, str]
+    actions: list[str]
+    """Their names."""
+
+
 class Info(TypedDict):
     """The answer of `GET /v1/info`."""
 
@@ -66,6 +76,7 @@ class Info(TypedDict):
     cpus: int
     memory: Memory
     workload: WorkloadStatus
+    plugin: NotRequired[PluginInfo]
 
 
 class ExecRequest(TypedDict):

@@ -190,6 +190,7 @@ class VmActor(Actor):
                 self._log,
                 row.boot_key,
                 report,
+                manifest=told_manifest(row),
                 workload=workload_spec(row),
                 handed_over=row.agent_seen,
             )
@@ -362,6 +363,12 @@ def _changed(row: VmRow) -> Problem:
         vm=row.name,
         hint="read it again, and send its ETag as If-Match",
     )
+
+
+def told_manifest(row: VmRow) -> dict[str, object]:
+    """The body of `PUT /v1/daemon/manifest`: all of it but `boot`, as a guest has no business with the host's paths."""
+    told: dict[str, object] = msgspec.to_builtins(msgspec.structs.replace(row.manifest, boot=None))
+    return told
 
 
 def workload_spec(row: VmRow) -> dict[str, object] | None:

@@ -10,7 +10,7 @@ They begin when the row has a process and end when nothing of it is left, whatev
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 import msgspec
 import trio
@@ -29,7 +29,7 @@ from volant.host import Host
 from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec
 from volant.journal import VmLog
 from volant.model import Ended, EndKind, ProcessIdentity, Reason, Seen
-from volant.model.agent import DAEMON_ROOT, DAEMON_WORKLOAD
+from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_WORKLOAD
 
 from ._console import ConsolePump, console_source
 from ._output import pump_output
@@ -63,10 +63,12 @@ class LiveProcess:
         boot_key: str,
         report: Callable[[Seen], Awaitable[None]],
         *,
+        manifest: Mapping[str, object],
         workload: Mapping[str, object] | None,
         handed_over: bool,
     ) -> None:
-        """`workload`: what the agent is to run; `handed_over`: whether an earlier incarnation has told it."""
+        """`manifest`: what the agent is to know of its plugin; `workload`: what it is to run; `handed_over`: whether an
+        earlier incarnation has told it."""
         self.identity = identity
         self._host = host
         self._hypervisor = hypervisor
@@ -79,6 +81,7 @@ class LiveProcess:
         self._channel: Channel | None = None
         self._client: AgentClient | None = None
         self._output_error: str | None = None
+        self._manifest = manifest
         self._workload = workload
         self._handed_over = handed_over
 
@@ -112,8 +115,8 @@ class LiveProcess:
                 nursery.start_soon(self._keep_channel)
                 nursery.start_soon(self._watch)
 
-    async def ask(self, method: str, path: str, body: object = None) -> None:
-        """One request of ours to the agent.
+    async def ask(self, method: str, path: str, body: object = None, *, also: Collection[int] = ()) -> None:
+        """One request of ours to the agent; of other answers than successes those with a status of `also` will do.
 
         :raises AgentUnreachable: it can't be reached.
         :raises AgentProtocolError: it refuses, or answers with nonsense.
@@ -121,7 +124,7 @@ class LiveProcess:
         if self._client is None:
             raise AgentUnreachable("the channel to the guest is not open")
         answer = await self._client.request_json(method, path, body, timeout_s=_ANSWER_S)
-        if not 200 <= answer.status < 300:
+        if not 200 <= answer.status < 300 and answer.status not in also:
             detail = answer.body.get("detail") if isinstance(answer.body, dict) else None
             raise AgentProtocolError(f"it answers {method} {path} with {answer.status}: {detail}")
 
@@ -146,9 +149,11 @@ class LiveProcess:
                 raise AgentProtocolError("its initramfs mounts no root filesystem")
 
     async def hand_over(self) -> None:
-        """Give the agent its workload. From then on every agent of this boot gets it, as one that was restarted has
-        none. :raises AgentUnreachable: :raises AgentProtocolError: as `ask` does.
+        """Give the agent its manifest and its workload. From then on every agent of this boot gets them, as one that
+        was restarted has none. :raises AgentUnreachable: :raises AgentProtocolError: as `ask` does.
         """
+        # An agent of an older guest has no use for it.
+        await self.ask("PUT", DAEMON_MANIFEST, self._manifest, also=(404,))
         if self._workload is not None:
             await self.ask("PUT", DAEMON_WORKLOAD, self._workload)
         self._handed_over = True

@@ -1,0 +1,91 @@
+"""The agent knows of which plugin its VM is, and what runs in the guest finds the manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.guest.conftest import Asker
+from tests.guest.test_workload_is_supervised import put, wait_for
+from volant.model import agent as wire
+
+MANIFEST = {
+    "name": "web",
+    "version": "1.2",
+    "labels": {"team": "a"},
+    "actions": {"shot": {"path": "/shot"}, "find": {"path": "/find"}},
+    "workload": {"entrypoint": ["x"], "port": 80},
+}
+
+
+@pytest.fixture(autouse=True)
+def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where it is put."""
+    path = tmp_path / "manifest.json"
+    monkeypatch.setattr(wire, "MANIFEST_FILE", str(path))
+    return path
+
+
+def test_info_tells_of_the_plugin(agent: Asker) -> None:
+    assert "plugin" not in agent.ask("GET", wire.INFO).json()
+    assert agent.ask("PUT", wire.DAEMON_MANIFEST, MANIFEST).status == 200
+    assert agent.ask("GET", wire.INFO).json()["plugin"] == {
+        "name": "web",
+        "version": "1.2",
+        "labels": {"team": "a"},
+        "actions": ["find", "shot"],
+    }
+
+
+def test_the_workload_finds_it(agent: Asker, file: Path, tmp_path: Path) -> None:
+    agent.ask("PUT", wire.DAEMON_MANIFEST, MANIFEST)
+    assert not file.exists(), "the guest may not be set up"
+    put(agent, "sh", "-c", f'cat "$VOLANT_MANIFEST" > {tmp_path}/seen', restart="never")
+    wait_for(agent, lambda status: status["state"] == "exited")
+    assert json.loads((tmp_path / "seen").read_text()) == MANIFEST
+    assert file.stat().st_mode & 0o777 == 0o444
+
+
+def test_what_the_vm_says_of_its_environment_wins(agent: Asker, tmp_path: Path) -> None:
+    agent.ask("PUT", wire.DAEMON_MANIFEST, MANIFEST)
+    put(agent, "sh", "-c", f'echo "$VOLANT_MANIFEST" > {tmp_path}/seen', restart="never", env={"VOLANT_MANIFEST": "x"})
+    wait_for(agent, lambda status: status["state"] == "exited")
+    assert (tmp_path / "seen").read_text() == "x\n"
+
+
+def test_commands_find_it_too(agent: Asker, file: Path) -> None:
+    agent.ask("PUT", wire.DAEMON_MANIFEST, MANIFEST)
+    agent.run("cat", str(file))
+    assert json.loads(file.read_text()) == MANIFEST
+
+
+def test_a_new_daemon_may_give_it_again(agent: Asker, file: Path) -> None:
+    for version in ("1", "2"):
+        agent.ask("PUT", wire.DAEMON_MANIFEST, {**MANIFEST, "version": version})
+        agent.run("true")
+        assert json.loads(file.read_text())["version"] == version
+
+
+def test_without_one_there_is_neither_file_nor_variable(agent: Asker, file: Path, tmp_path: Path) -> None:
+    put(agent, "sh", "-c", f'echo "${{VOLANT_MANIFEST-unset}}" > {tmp_path}/seen', restart="never")
+    wait_for(agent, lambda status: status["state"] == "exited")
+    assert (tmp_path / "seen").read_text() == "unset\n"
+    assert not file.exists()
+
+
+def test_a_file_that_can_not_be_written_is_no_reason_not_to_run(
+    agent: Asker, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(wire, "MANIFEST_FILE", "/nonexistent/manifest.json")
+    agent.ask("PUT", wire.DAEMON_MANIFEST, MANIFEST)
+    put(agent, "sleep", "1000")
+    wait_for(agent, lambda status: status["state"] == "healthy")
+    assert "the manifest can't be written" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"name": 3}', b"\xff", b"[" * 100_000])
+def test_what_is_no_manifest_is_refused(agent: Asker, body: bytes) -> None:
+    assert agent.ask("PUT", wire.DAEMON_MANIFEST, body).status == 400
+    assert "plugin" not in agent.ask("GET", wire.INFO).json()
