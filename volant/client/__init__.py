@@ -1,18 +1,22 @@
 """The typed client of the daemon's HTTP API, for programs on Trio; `volar` is built on it."""
 
-from volant.model import Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus, Ticket
+from volant.model import ConsoleGap, Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus, Ticket
 
 from ._client import Client
+from ._console import Console
 from ._errors import ClientError, ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
 from ._exec import ExecEnd, ExecOutput, Process
 from ._feed import Feed
-from ._types import Waited
+from ._tcp import TcpStream
+from ._types import Reconnected, Waited
 
 __all__ = [
     "Client",
     "ClientError",
     "ClientProblem",
     "ConnectionLost",
+    "Console",
+    "ConsoleGap",
     "DeadlineExceeded",
     "ExecEnd",
     "ExecOutput",
@@ -22,8 +26,10 @@ __all__ = [
     "LogLine",
     "PluginView",
     "Process",
+    "Reconnected",
     "StreamGap",
     "SystemStatus",
+    "TcpStream",
     "Ticket",
     "UnexpectedAnswer",
     "Unreachable",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -12,6 +13,13 @@ import trio
 from ._errors import Unreachable
 
 _UNIX = "unix:"
+# A command in a guest may be silent for hours; the kernel then finds out whether its host is still there.
+KEEPALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,8 @@ class Address:
                 if self.socket_path is not None:
                     return await trio.open_unix_socket(self.socket_path)
                 stream = await trio.open_tcp_stream(self.host, self.port)
+                for level, option, value in KEEPALIVE:
+                    stream.setsockopt(level, option, value)
                 if not self.tls:
                     return stream
                 secured = trio.SSLStream(stream, tls, server_hostname=self.host, https_compatible=True)

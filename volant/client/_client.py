@@ -11,6 +11,7 @@ from typing import Any, Literal
 import trio
 
 from volant.model import (
+    ConsoleGap,
     CreateVm,
     Event,
     Health,
@@ -28,13 +29,16 @@ from volant.model import (
 )
 
 from ._address import Address
+from ._console import Console, Line, pump_console
 from ._errors import ClientProblem, UnexpectedAnswer
 from ._events import pump_events
 from ._exec import Process, request_body
 from ._feed import Backoff, Feed, OnRetry, feeding
 from ._http import ANSWER_S, Http, Query, chunks_of, decode
 from ._logs import pump_logs
-from ._types import Waited
+from ._tcp import TcpStream
+from ._types import Reconnected, Waited
+from ._websocket import open_websocket
 
 DEFAULT_BASE = "http://127.0.0.1:7777"
 
@@ -290,6 +294,44 @@ class _Vms:
             await pump_logs(self._http, _name(name), query, Backoff(patience_s, on_retry), channel, started)
 
         return feeding(pump)
+
+    @asynccontextmanager
+    async def console(
+        self,
+        name: str,
+        *,
+        write: bool = False,
+        take: bool = False,
+        tail: int | None = None,
+        patience_s: float = _PATIENCE_S,
+        on_retry: OnRetry | None = None,
+    ) -> AsyncIterator[Console]:
+        """A VM's serial console; it goes on over restarts of the daemon and ends with the boot.
+
+        :param write: to type, too; a problem (409) while somebody else does
+        :param take: to type, and take the keyboard from whoever has it
+        :param tail: begin with so many lines that were said before; default 25
+        """
+        query = {"write": "true" if write else None, "take": "true" if take else None, "tail": tail}
+        line = Line()
+
+        async def pump(
+            channel: trio.MemorySendChannel[bytes | ConsoleGap | Reconnected], started: Callable[[], None]
+        ) -> None:
+            await pump_console(self._http, _name(name), query, Backoff(patience_s, on_retry), line, channel, started)
+
+        async with feeding(pump) as feed:
+            yield Console(feed, line)
+
+    @asynccontextmanager
+    async def tcp(self, name: str, port: int) -> AsyncIterator[TcpStream]:
+        """A TCP connection to a port of the guest's loopback; leaving the block drops it.
+
+        Both ends must have ended their direction for a connection to be over in peace.
+        """
+        path = f"/ws/v1/vms/{_name(name)}/tcp/{port}"
+        async with open_websocket(self._http, path, {}, pings=False) as socket:
+            yield TcpStream(socket)
 
     async def agent_info(self, name: str) -> dict[str, Any]:
         """What the guest's agent says of itself and its guest (`volant.model.agent.Info`)."""

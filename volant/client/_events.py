@@ -8,8 +8,8 @@ import trio
 
 from volant.model import Event, EventType, StreamGap
 
-from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
-from ._feed import Backoff
+from ._errors import ConnectionLost, UnexpectedAnswer
+from ._feed import Backoff, keep_connected
 from ._http import Http, Query, chunks_of, decode_json
 from ._sse import Message, SseParser
 
@@ -28,39 +28,27 @@ async def pump_events(
     started: Callable[[], None],
 ) -> None:
     """Send the events after `last_event_id` to `channel`, for ever."""
-    connected = False
-    retry_s = 0.0
-    while True:
-        error: ClientProblem | Unreachable | ConnectionLost | DeadlineExceeded
+
+    async def connect(opened: Callable[[], None]) -> ConnectionLost:
+        nonlocal last_event_id
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-cache"}
         if last_event_id:
             headers["Last-Event-ID"] = last_event_id
-        try:
-            async with http.stream("GET", PATH, query=query, headers=headers, read_s=_SILENCE_S) as response:
-                connected = True
-                backoff.connected()
-                started()
-                parser = SseParser(last_event_id)
-                async with chunks_of(response) as chunks:
-                    async for chunk in chunks:
-                        for message in _parse(parser, chunk):
-                            backoff.heard()
-                            item = _decode(message)
-                            if item is not None:
-                                await channel.send(item)
-                            last_event_id = message.last_event_id
-                retry_s = parser.retry_s or retry_s
-            error = ConnectionLost(f"{http.address.text} ended the stream of events")
-        except ClientProblem as answer:
-            # Behind these, somebody is about to stop or has just started.
-            if not connected or answer.status not in (502, 503, 504):
-                raise
-            error = answer
-        except (Unreachable, ConnectionLost, DeadlineExceeded) as failure:
-            if not connected:
-                raise
-            error = failure
-        await backoff.wait(error, retry_s)
+        parser = SseParser(last_event_id)
+        async with http.stream("GET", PATH, query=query, headers=headers, read_s=_SILENCE_S) as response:
+            opened()
+            async with chunks_of(response) as chunks:
+                async for chunk in chunks:
+                    for message in _parse(parser, chunk):
+                        backoff.heard()
+                        item = _decode(message)
+                        if item is not None:
+                            await channel.send(item)
+                        last_event_id = message.last_event_id
+                    backoff.at_least_s = parser.retry_s or backoff.at_least_s
+        return ConnectionLost(f"{http.address.text} ended the stream of events")
+
+    await keep_connected(connect, backoff, started)
 
 
 def _parse(parser: SseParser, chunk: bytes) -> list[Message]:

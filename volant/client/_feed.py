@@ -17,7 +17,7 @@ import trio
 
 from volant.model import Problem
 
-from ._errors import ClientError
+from ._errors import ClientError, ClientProblem, ConnectionLost, DeadlineExceeded, Unreachable
 
 T = TypeVar("T")
 
@@ -111,6 +111,8 @@ class Backoff:
     """
 
     def __init__(self, patience_s: float, on_retry: OnRetry | None) -> None:
+        self.at_least_s = 0.0
+        """What the daemon wants between two attempts."""
         self._patience_s = patience_s
         self._on_retry = on_retry
         self._random = SystemRandom()
@@ -131,7 +133,7 @@ class Backoff:
         """Something came over it."""
         self._worked = True
 
-    async def wait(self, error: ClientError | Problem, at_least_s: float = 0.0) -> None:
+    async def wait(self, error: ClientError | Problem) -> None:
         """Sleep before the next attempt; :raises: `error`, when patience is used up."""
         now = trio.current_time()
         if self._connected_at is not None and (self._worked or now - self._connected_at >= _STEADY_S):
@@ -139,8 +141,56 @@ class Backoff:
         self._connected_at = None
         if now >= self._give_up_at:
             raise error
-        delay_s = max(min(at_least_s, _MAX_DELAY_S), self._delay_s) * self._random.uniform(0.5, 1.0)
+        delay_s = max(min(self.at_least_s, _MAX_DELAY_S), self._delay_s) * self._random.uniform(0.5, 1.0)
         self._delay_s = min(self._delay_s * 2, _MAX_DELAY_S)
         if self._on_retry is not None:
             self._on_retry(error, delay_s)
         await trio.sleep(delay_s)
+
+
+def is_passing(problem: Problem) -> bool:
+    """Whether somebody is about to stop, or has just started, behind this answer."""
+    return problem.status in (502, 503, 504)
+
+
+Connect = Callable[[Callable[[], None]], Awaitable[ClientError | None]]
+"""Holds one connection until it ends, and calls its argument once it stands. Returns how it was lost, or None at the
+end of all."""
+
+
+async def keep_connected(
+    connect: Connect,
+    backoff: Backoff,
+    started: Callable[[], None],
+    *,
+    again: Callable[[Problem], bool] = is_passing,
+) -> None:
+    """Connect again and again until the stream is at its end; where it goes on is for `connect` to know.
+
+    :param started: called when the first connection stands; what fails before is raised at once
+    :param again: whether an answer is no reason to give up, once there was a connection
+    """
+    connected = False
+
+    def opened() -> None:
+        nonlocal connected
+        connected = True
+        backoff.connected()
+        started()
+
+    while True:
+        error: ClientError | Problem
+        try:
+            lost = await connect(opened)
+            if lost is None:
+                return
+            error = lost
+        except ClientProblem as answer:
+            if not connected or not again(answer):
+                raise
+            error = answer
+        except (Unreachable, ConnectionLost, DeadlineExceeded) as failure:
+            if not connected:
+                raise
+            error = failure
+        await backoff.wait(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import ssl
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -17,7 +16,7 @@ import trio
 from volant import __version__
 from volant.model import invalid
 
-from ._address import Address, reason_of
+from ._address import KEEPALIVE, Address, reason_of
 from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
 
 T = TypeVar("T")
@@ -34,13 +33,6 @@ _AGAIN_S = 20.0
 _AGAIN_PAUSE_S = 0.25
 _MAX_BODY = 64 * 1024 * 1024
 _MAX_ERROR_BODY = 1024 * 1024
-# A command in a guest may be silent for hours; the kernel then finds out whether its host is still there.
-_KEEPALIVE = [
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-]
 
 
 class _WireProblem(msgspec.Struct):
@@ -77,7 +69,7 @@ class Http:
             transport=httpx.AsyncHTTPTransport(
                 verify=self.tls,
                 uds=address.socket_path,
-                socket_options=None if unix else _KEEPALIVE,
+                socket_options=None if unix else KEEPALIVE,
                 limits=httpx.Limits(max_connections=256, max_keepalive_connections=8, keepalive_expiry=15),
             ),
         )

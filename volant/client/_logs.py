@@ -10,8 +10,8 @@ import trio
 
 from volant.model import LogGap, LogLine, LogRange
 
-from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, Unreachable
-from ._feed import Backoff
+from ._errors import ConnectionLost
+from ._feed import Backoff, keep_connected
 from ._http import Http, Query, decode_json
 from ._websocket import read_websocket
 
@@ -37,13 +37,6 @@ async def pump_logs(
 ) -> None:
     """Send lines and gaps to `channel` until the daemon says that it was all."""
     last_seq = -1
-    connected = False
-
-    def opened() -> None:
-        nonlocal connected
-        connected = True
-        backoff.connected()
-        started()
 
     async def handle(message: str | bytes) -> None:
         nonlocal last_seq, query
@@ -62,19 +55,8 @@ async def pump_logs(
         if last_seq >= 0:
             query = {**query, "since": last_seq, "tail": None}
 
-    while True:
-        error: ClientProblem | Unreachable | ConnectionLost | DeadlineExceeded
-        try:
-            code = await read_websocket(http, f"/ws/v1/vms/{name}/logs", query, opened, handle)
-            if code == 1000:
-                return
-            error = ConnectionLost(f"{http.address.text} ended the log with code {code}")
-        except ClientProblem as answer:
-            if not connected or answer.status not in (502, 503, 504):
-                raise
-            error = answer
-        except (Unreachable, ConnectionLost, DeadlineExceeded) as failure:
-            if not connected:
-                raise
-            error = failure
-        await backoff.wait(error)
+    async def connect(opened: Callable[[], None]) -> ConnectionLost | None:
+        code = await read_websocket(http, f"/ws/v1/vms/{name}/logs", query, opened, handle)
+        return None if code == 1000 else ConnectionLost(f"{http.address.text} ended the log with code {code}")
+
+    await keep_connected(connect, backoff, started)

@@ -16,3 +16,7 @@ class Waited(msgspec.Struct, frozen=True):
     """`failed`: the VM came to rest in another state, or is deleted."""
     vm: VmView | None
     """As it was at the end of the wait; None when the name was free already."""
+
+
+class Reconnected(msgspec.Struct, frozen=True):
+    """The connection to a console was lost and is there again; what the guest said meanwhile is in the VM's log."""

@@ -1,21 +1,138 @@
-"""One WebSocket connection to the daemon, read to its end."""
+"""WebSocket connections to the daemon."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlencode
 
 import trio
 from trio_websocket import ConnectionClosed, ConnectionRejected, HandshakeError, WebSocketConnection, wrap_client_stream
 
+from ._address import Address
 from ._errors import ConnectionLost, UnexpectedAnswer
 from ._http import CONNECT_S, Http, Query, problem
 
-_HANDSHAKE_S = 10.0
+ABNORMAL = 1006
+"""The code of a connection that broke without being closed."""
+
+_HANDSHAKE_S = 20.0
+"""The daemon opens what is asked for before it answers: a port in a guest may take 10 s."""
 _SILENCE_S = 30.0
 _PONG_S = 20.0
 _MAX_MESSAGE = 4 * 1024 * 1024
+
+
+class Closed(Exception):
+    """The daemon has closed the WebSocket."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"closed with {code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+
+class Socket:
+    """An open WebSocket: one task may receive while others send. `open_websocket` makes it."""
+
+    def __init__(self, connection: WebSocketConnection, address: Address, pings: bool) -> None:
+        self._connection = connection
+        self._address = address
+        self._pings = pings
+
+    async def receive(self) -> str | bytes:
+        """The next message. May be cancelled without losing one.
+
+        :raises Closed: the daemon closed.
+        :raises ConnectionLost: the connection broke.
+        """
+        try:
+            return await (_next(self._connection) if self._pings else self._connection.get_message())
+        except ConnectionClosed as closed:
+            if closed.reason is None or closed.reason.code == ABNORMAL:
+                raise self._lost() from closed
+            raise Closed(int(closed.reason.code), closed.reason.reason or "") from None
+        except trio.TooSlowError:
+            raise self._lost() from None
+
+    async def send(self, message: str | bytes) -> None:
+        """Send a message; waits while the daemon does not take it. :raises ConnectionLost: it is closed or broken."""
+        try:
+            await self._connection.send_message(message)
+        except (ConnectionClosed, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise self._lost() from error
+
+    def _lost(self) -> ConnectionLost:
+        return ConnectionLost(f"the connection to {self._address.text} broke")
+
+
+@asynccontextmanager
+async def open_websocket(http: Http, path: str, query: Query, *, pings: bool = True) -> AsyncIterator[Socket]:
+    """Connect for the length of a block. Leaving it drops the connection, without a word and at once.
+
+    :param pings: whether a daemon that says nothing is asked if it is still there; one that waits for a guest to read
+        answers no pings, and then the kernel has to find out
+    :raises ClientProblem: the daemon answered with an error instead of the upgrade.
+    :raises ClientError: nobody is there, or no WebSocket.
+    """
+    stream: Any = await http.address.connect(CONNECT_S, http.tls)
+    text = urlencode({key: value for key, value in query.items() if value is not None}, doseq=True)
+    resource = f"{http.address.prefix}{path}" + (f"?{text}" if text else "")
+    headers = [(name.encode(), value.encode()) for name, value in http.headers.items()]
+    failure: Exception | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                with trio.fail_after(_HANDSHAKE_S):
+                    connection = await wrap_client_stream(
+                        nursery,
+                        stream,
+                        http.address.host_header,
+                        resource,
+                        extra_headers=headers,
+                        max_message_size=_MAX_MESSAGE,
+                    )
+                try:
+                    yield Socket(connection, http.address, pings)
+                except Exception as error:
+                    # Kept aside, so that it leaves the block as it is and in no group.
+                    failure = error
+            except Exception as error:
+                failure = _explained(error, http.address)
+            finally:
+                # A close handshake would wait for a peer that may be busy sending; the daemon copes with this one.
+                with trio.CancelScope() as closing:
+                    closing.cancel()
+                    await stream.aclose()
+                nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # trio-websocket 0.12 raises a refusal in a task of its own.
+        cause = _the_one(group)
+        if cause is None:
+            raise
+        failure = _explained(cause, http.address)
+    if failure is not None:
+        raise failure
+
+
+def _explained(error: Exception, address: Address) -> Exception:
+    if isinstance(error, ConnectionRejected):
+        fields = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in error.headers}
+        return problem(error.status_code, fields, error.body or b"")
+    if isinstance(error, HandshakeError):
+        return UnexpectedAnswer(f"{address.text} does not speak WebSocket: {error}")
+    if isinstance(error, ConnectionClosed | trio.BrokenResourceError | trio.TooSlowError):
+        return ConnectionLost(f"the connection to {address.text} broke")
+    return error
+
+
+def _the_one(group: BaseExceptionGroup[BaseException]) -> Exception | None:
+    """The one cause in nested groups; None when there are several, or when it is no plain exception."""
+    error: BaseException | None = group.split(trio.Cancelled)[1]
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, Exception) and not isinstance(error, BaseExceptionGroup) else None
 
 
 async def read_websocket(
@@ -26,78 +143,42 @@ async def read_websocket(
     :raises ClientProblem: it answered with an error instead of the upgrade.
     :raises ClientError: nobody is there, or the connection broke.
     """
-    stream: Any = await http.address.connect(CONNECT_S, http.tls)
-    text = urlencode({key: value for key, value in query.items() if value is not None}, doseq=True)
-    resource = f"{http.address.prefix}{path}" + (f"?{text}" if text else "")
-    headers = [(name.encode(), value.encode()) for name, value in http.headers.items()]
-    try:
-        async with trio.open_nursery() as nursery:
+    async with open_websocket(http, path, query) as socket:
+        opened()
+        while True:
             try:
-                with trio.fail_after(_HANDSHAKE_S):
-                    socket = await wrap_client_stream(
-                        nursery,
-                        stream,
-                        http.address.host_header,
-                        resource,
-                        extra_headers=headers,
-                        max_message_size=_MAX_MESSAGE,
-                    )
-                opened()
-                return await _read(socket, handle)
-            finally:
-                # A close handshake would wait for a peer that may be busy sending; the daemon copes with this one.
-                await trio.aclose_forcefully(stream)
-                nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        error = _the_one(group)
-        if error is None:
-            raise
-        if isinstance(error, ConnectionRejected):
-            fields = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in error.headers}
-            raise problem(error.status_code, fields, error.body or b"") from None
-        if isinstance(error, HandshakeError):
-            raise UnexpectedAnswer(f"{http.address.text} does not speak WebSocket: {error}") from error
-        if isinstance(error, ConnectionClosed | trio.BrokenResourceError | trio.TooSlowError):
-            raise ConnectionLost(f"the connection to {http.address.text} broke") from error
-        raise error from None
+                message = await socket.receive()
+            except Closed as closed:
+                return closed.code
+            await handle(message)
 
 
-async def _read(socket: WebSocketConnection, handle: Callable[[str | bytes], Awaitable[None]]) -> int:
-    while True:
-        try:
-            message = await _next(socket)
-        except ConnectionClosed as closed:
-            code = closed.reason.code if closed.reason is not None else 1006
-            if code == 1006:
-                raise
-            return int(code)
-        await handle(message)
-
-
-async def _next(socket: WebSocketConnection) -> str | bytes:
+async def _next(connection: WebSocketConnection) -> str | bytes:
     with trio.move_on_after(_SILENCE_S):
-        return await socket.get_message()
-    # Silence is fine in a log, a dead peer is not. The pong may stand behind messages, so both are waited for.
+        return await connection.get_message()
+    # Silence is fine, a dead peer is not. The pong may stand behind messages, so both are waited for.
     message: str | bytes | None = None
-    while message is None:
+    failure: Exception | None = None
+    while message is None and failure is None:
         async with trio.open_nursery() as nursery:
 
             async def ping(scope: trio.CancelScope) -> None:
-                with trio.fail_after(_PONG_S):
-                    await socket.ping()
-                await trio.sleep(_SILENCE_S)
+                nonlocal failure
+                try:
+                    with trio.fail_after(_PONG_S):
+                        await connection.ping()
+                    await trio.sleep(_SILENCE_S)
+                except (ConnectionClosed, trio.TooSlowError) as error:
+                    failure = error
                 scope.cancel()
 
             nursery.start_soon(ping, nursery.cancel_scope)
-            message = await socket.get_message()
+            try:
+                message = await connection.get_message()
+            except ConnectionClosed as closed:
+                failure = closed
             nursery.cancel_scope.cancel()
+    if message is None:
+        assert failure is not None
+        raise failure
     return message
-
-
-def _the_one(group: BaseExceptionGroup[BaseException]) -> Exception | None:
-    """The one cause in nested groups; None when there are several, or when it is no plain exception."""
-    rest = group.split(trio.Cancelled)[1]
-    error: BaseException | None = rest
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error if isinstance(error, Exception) and not isinstance(error, BaseExceptionGroup) else None
