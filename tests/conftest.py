@@ -46,6 +46,19 @@ def image_cache() -> Path:
     return cache
 
 
+@pytest.fixture(scope="session")
+def browser_plugin(image_cache: Path) -> Path:
+    """The manifest of `examples/browser`, its root filesystem beside it; made once for a cache."""
+    output = image_cache / "browser"
+    subprocess.run(
+        [sys.executable, str(REPOSITORY / "examples" / "browser" / "build.py"), "--output", str(output)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        check=True,
+        timeout=_IMAGE_S,
+    )
+    return output / "manifest.json"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _running(request: pytest.FixtureRequest) -> list[Daemon]:
     """The daemons that may have something to say about a failure."""
