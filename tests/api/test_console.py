@@ -106,12 +106,16 @@ async def read(socket: WebSocketConnection, count: int) -> bytes:
     return data
 
 
+async def drained(socket: WebSocketConnection) -> None:
+    while True:
+        await socket.get_message()
+
+
 async def end(socket: WebSocketConnection) -> tuple[int, str | None]:
     """How it was closed; what still comes before is dropped."""
     with trio.fail_after(5):
         with pytest.raises(ConnectionClosed) as closed:
-            while True:
-                await socket.get_message()
+            await drained(socket)
     assert closed.value.reason is not None
     return closed.value.reason.code, closed.value.reason.reason
 

@@ -51,11 +51,15 @@ async def message(connection: WebSocketConnection) -> bytes:
     return got
 
 
+async def drained(connection: WebSocketConnection) -> None:
+    while True:
+        await connection.get_message()
+
+
 async def code(connection: WebSocketConnection) -> int:
     with trio.fail_after(10):
         with pytest.raises(ConnectionClosed) as closed:
-            while True:
-                await connection.get_message()
+            await drained(connection)
     assert closed.value.reason is not None
     return int(closed.value.reason.code)
 

@@ -21,7 +21,7 @@ _GOES_ON = frozenset({1001, 1012})
 _REFUSALS = {
     1008: (403, "console-read-only"),
     1013: (502, "console-not-read"),
-    4000: (409, "keyboard-taken"),
+    4000: (409, "keyboard-lost"),
 }
 
 
