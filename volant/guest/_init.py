@@ -82,15 +82,23 @@ def main() -> NoReturn:
     _wait_for(ready)
     _later()
     os.close(tell_set_up)
+    from ._console import Console
+    from ._rootfs import ROOT, STATE_FILE
+
+    console = Console(BUSYBOX, ROOT, STATE_FILE, _say)
+    console.start()
     starts = [time.monotonic()]
     while True:
         got = signal.sigwait(signals)
         if got != signal.SIGCHLD:
             # As BusyBox's `reboot` and `poweroff` signal PID 1.
+            console.hang_up()
             _shut_down(agent, "reboot" if got == signal.SIGTERM else "poweroff")
         for pid in _reap():
             if pid == agent:
                 agent = _respawn(signals, starts)
+            elif pid == console.pid:
+                console.start()
 
 
 def _say(text: str) -> None:
