@@ -306,6 +306,27 @@ async def exec_(
     raise Failure(f"in the guest: {end.error}", code=code)
 
 
+@command(group, "devtools")
+@name_argument
+async def devtools(session: Session, name: str) -> None:
+    """Show where Playwright, Puppeteer and others find the browser in a VM.
+
+    Waits for a VM that has just been started, and for its browser. Where the daemon asks for an API key, those
+    programs have to show it too.
+    """
+    browser = await session.client.vms.browser(name)
+    if session.out.json:
+        session.out.document(browser)
+        return
+    session.out.fields(
+        (("browser", browser.name), ("endpoint", browser.endpoint), ("websocket", browser.websocket))
+    )  # fmt: skip
+    if browser.pages:
+        session.out.line("")
+        rows = [(page.id, page.type, page.url, page.title) for page in browser.pages]
+        session.out.table(("ID", "TYPE", "URL", "TITLE"), rows)
+
+
 @command(group, "watch")
 @click.argument("name", required=False)
 @click.option("--since", metavar="ID", help="Begin after this event; 0: with the oldest kept.")

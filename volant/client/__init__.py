@@ -2,6 +2,8 @@
 
 from volant.model import ConsoleGap, Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus, Ticket
 
+from ._actions import ActionAnswer
+from ._browser import Browser, BrowserPage
 from ._client import Client
 from ._console import Console
 from ._errors import ClientError, ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
@@ -11,6 +13,9 @@ from ._tcp import TcpStream
 from ._types import Reconnected, Waited
 
 __all__ = [
+    "ActionAnswer",
+    "Browser",
+    "BrowserPage",
     "Client",
     "ClientError",
     "ClientProblem",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import TracebackType
@@ -28,8 +28,10 @@ from volant.model import (
     format_duration,
 )
 
+from ._actions import ACTION_S, ActionAnswer, Pieces, is_from_guest
 from ._address import Address
 from ._console import Console, Line, pump_console
+from ._browser import Browser, find_browser
 from ._errors import ClientProblem, UnexpectedAnswer
 from ._events import pump_events
 from ._exec import Process, request_body
@@ -333,6 +335,48 @@ class _Vms:
         async with open_websocket(self._http, path, {}, pings=False) as socket:
             yield TcpStream(socket)
 
+    @asynccontextmanager
+    async def call_action(
+        self,
+        name: str,
+        action: str,
+        body: object = None,
+        *,
+        content: bytes | AsyncIterable[bytes] | None = None,
+        content_type: str | None = None,
+        query: Mapping[str, str] | None = None,
+        plugin: str | None = None,
+    ) -> AsyncIterator[ActionAnswer]:
+        """Let the workload do what its plugin's manifest names; inside the block its answer has begun.
+
+        What the workload answers is an answer, whatever its status. A `ClientProblem` is the daemon's: there is no such
+        VM or action, the VM does not run, the workload can't be reached or takes longer than the action has.
+
+        :param body: sent as JSON; or
+        :param content: sent as it is, with its `content_type`
+        :param plugin: the VM's own; None: the VM is asked first
+        """
+        if plugin is None:
+            plugin = (await self.get(name)).plugin
+        headers = {} if content_type is None else {"Content-Type": content_type}
+        path = f"{_vm(name)}/actions/{check_name(plugin, 'plugin')}/{check_name(action, 'action')}"
+        raw = content if content is None or isinstance(content, bytes) else Pieces(content)
+        async with self._http.stream(
+            "POST", path, query=query, body=body, content=raw, headers=headers, read_s=ACTION_S, also=range(600)
+        ) as response:
+            if not response.is_success and not is_from_guest(response.headers):
+                raise await self._http.problem_of(response)
+            async with chunks_of(response) as chunks:
+                yield ActionAnswer(response, chunks)
+
+    async def openapi(self, name: str) -> dict[str, Any]:
+        """The workload's own OpenAPI document, its servers reached through the daemon."""
+        return await self._http.get(f"{_vm(name)}/openapi", dict[str, Any])
+
+    async def browser(self, name: str) -> Browser:
+        """Where DevTools clients find the browser in a VM. Waits for one that has just been started, a minute."""
+        return await find_browser(self._http, f"/ws/v1/vms/{_name(name)}/devtools")
+
     async def agent_info(self, name: str) -> dict[str, Any]:
         """What the guest's agent says of itself and its guest (`volant.model.agent.Info`)."""
         return await self._http.get(f"{_vm(name)}/agent/v1/info", dict[str, Any])
@@ -365,6 +409,11 @@ class _Plugins:
     ) -> PluginView:
         """Install a plugin; as with `vms.create`, it is done once however often it has to be sent."""
         return decode(await self._http.once("/api/v1/plugins", key=idempotency_key, body=manifest), PluginView)
+
+    async def enable(self, name: str, enabled: bool = True) -> PluginView:
+        """Let new VMs use a plugin, or not."""
+        path = f"/api/v1/plugins/{_name(name)}/enabled"
+        return decode(await self._http.request("POST", path, body={"enabled": enabled}), PluginView)
 
     async def remove(self, name: str) -> None:
         """Remove a plugin that no VM uses."""

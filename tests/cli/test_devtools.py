@@ -1,0 +1,69 @@
+"""`volar vms devtools` says where other programs find the browser in a VM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.client.kit import answer, problem, serving
+from volant.client import Client, ClientError
+
+from .kit import volar
+
+PREFIX = "/ws/v1/vms/demo/devtools"
+PAGE = {
+    "id": "A1",
+    "type": "page",
+    "title": "Inbox\x1b[2J",
+    "url": "http://localhost/",
+    "webSocketDebuggerUrl": "ws://x",
+}
+
+
+async def test_people_and_programs_are_told_addresses_that_they_can_use() -> None:
+    async with serving() as server:
+        server.routes[f"GET {PREFIX}/json/version"] = answer({"Browser": "Chrome/1", "V8-Version": "1"})
+        server.routes[f"GET {PREFIX}/json/list"] = answer([PAGE])
+        shown = await volar(server, "vms", "devtools", "demo")
+        told = await volar(server, "vms", "devtools", "demo", "--json")
+    endpoint = f"{server.base_url}{PREFIX}"
+    websocket = endpoint.replace("http", "ws", 1) + "/browser"
+    assert shown.out.decode().splitlines() == [
+        "browser:   Chrome/1",
+        f"endpoint:  {endpoint}",
+        f"websocket: {websocket}",
+        "",
+        "ID  TYPE  URL                TITLE",
+        "A1  page  http://localhost/  Inbox\\x1b[2J",
+    ]
+    assert json.loads(told.out) == {
+        "name": "Chrome/1",
+        "endpoint": endpoint,
+        "websocket": websocket,
+        "pages": [{key: PAGE[key] for key in ("id", "type", "title", "url")}],
+    }
+
+
+async def test_without_a_browser_it_says_so() -> None:
+    async with serving() as server:
+        server.routes[f"GET {PREFIX}/json/version"] = problem(502, "browser-unreachable", "no browser", hint="a port")
+        done = await volar(server, "vms", "devtools", "demo")
+    assert (done.code, done.out) == (1, b"")
+    assert "no browser" in done.err
+    assert "a port" in done.err
+
+
+@pytest.mark.parametrize("addresses", [["unix:/x", "http://127.0.0.1:7777"], ["unix:/x"]])
+async def test_behind_a_unix_socket_there_may_be_another_address(tmp_path: Path, addresses: list[str]) -> None:
+    path = str(tmp_path / "s")
+    async with serving(path) as server, Client(f"unix:{path}") as client:
+        server.routes[f"GET {PREFIX}/json/version"] = answer({"Browser": "Chrome/1"})
+        server.routes[f"GET {PREFIX}/json/list"] = answer([])
+        server.routes["GET /api/v1/system/info"] = answer({"addresses": addresses})
+        if len(addresses) == 1:
+            with pytest.raises(ClientError, match="Unix socket alone"):
+                await client.vms.browser("demo")
+            return
+        assert (await client.vms.browser("demo")).endpoint == f"http://127.0.0.1:7777{PREFIX}"

@@ -1,0 +1,60 @@
+"""Where other programs find the browser in a VM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ._errors import ClientError
+from ._http import Http, decode
+
+_WAIT_S = 90.0
+"""Longer than the daemon waits for the VM and its browser."""
+
+
+class BrowserPage(msgspec.Struct, frozen=True):
+    """A page, or something else that DevTools clients may attach to."""
+
+    id: str
+    type: str = ""
+    title: str = ""
+    url: str = ""
+
+
+class Browser(msgspec.Struct, frozen=True):
+    """The browser in a VM, for clients of the Chrome DevTools Protocol. With a key in force they have to show it."""
+
+    name: str
+    """Product and version, as it says itself."""
+    endpoint: str
+    """For Playwright, @playwright/mcp and all that ask for `/json/version`."""
+    websocket: str
+    """For Puppeteer's `browserWSEndpoint` and others that connect at once."""
+    pages: list[BrowserPage]
+
+
+class _Version(msgspec.Struct, frozen=True):
+    browser: str = msgspec.field(name="Browser", default="")
+
+
+async def find_browser(http: Http, path: str) -> Browser:
+    """The browser at `path`, which ends with `/devtools`."""
+    version = decode(await http.request("GET", f"{path}/json/version", timeout_s=_WAIT_S), _Version)
+    pages = await http.get(f"{path}/json/list", list[BrowserPage])
+    endpoint = f"{await _base(http)}{path}"
+    return Browser(version.browser, endpoint, f"ws{endpoint.removeprefix('http')}/browser", pages)
+
+
+async def _base(http: Http) -> str:
+    """Where programs that speak TCP alone reach the daemon."""
+    if http.address.socket_path is None:
+        return http.address.http_url
+    told: dict[str, Any] = await http.get("/api/v1/system/info", dict[str, Any])
+    for address in told.get("addresses", ()):
+        if str(address).startswith("http"):
+            return str(address)
+    raise ClientError(
+        "the daemon listens on a Unix socket alone, which DevTools clients can't connect to",
+        hint="let it listen on 127.0.0.1:7777 too",
+    )
