@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from volant.hypervisor import MachineSpec
+from volant.hypervisor import Disk, MachineSpec
 from volant.hypervisor.qemu._argv import build_argv
 
 SPEC = MachineSpec(
@@ -84,3 +84,18 @@ def test_the_vm_s_own_kernel_options_come_last() -> None:
 def test_a_guest_gets_vsock_where_the_spec_says_so() -> None:
     argv = build_argv(msgspec.structs.replace(SPEC, vsock_cid=10), (10, 0))
     assert "vhost-vsock-pci,id=vsock0,guest-cid=10" in argv
+
+
+def test_a_disk_is_a_layer_over_a_base_that_is_only_read() -> None:
+    disk = Disk(Path("/cache/media/a,b"), Path("/state/disks/7/root.qcow2"))
+    for accelerator, device in (("tcg", "virtio-blk-pci"), ("kvm", "virtio-blk-device")):
+        spec = msgspec.structs.replace(SPEC, root=disk, accelerator=accelerator)
+        found = options(build_argv(spec, (10, 0)))
+        nodes = {node.split("node-name=")[1].split(",")[0]: node for node in found["-blockdev"]}
+        assert list(nodes) == ["root-base-file", "root-base", "root-layer-file", "root"]
+        assert all("read-only=on" in nodes[name] for name in ("root-base-file", "root-base"))
+        assert "filename=/cache/media/a,,b," in nodes["root-base-file"]
+        assert "backing=root-base," in nodes["root"]
+        assert any(value.startswith(f"{device},id=root0,drive=root,serial=volant-root") for value in found["-device"])
+        assert "volant.root=volant-root debug" in found["-append"][0]
+    assert "-blockdev" not in build_argv(SPEC, (10, 0))

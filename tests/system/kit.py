@@ -140,10 +140,14 @@ class Daemon:
         found = [*self.runtime_dir.glob("vms/*"), *self.memory_dir.glob("*")]
         return sorted(str(path) for path in found)
 
+    def disks(self) -> list[str]:
+        """What lies about of VMs' disks."""
+        return sorted(str(path) for path in self.state_dir.glob("disks/*"))
+
     def leftovers(self) -> list[str]:
         """What it should have taken with it when it stopped."""
         found = [f"process {pid} ({mark})" for pid, mark in self.hypervisors().items()]
-        found += self.files()
+        found += self.files() + self.disks()
         if self.ephemeral:
             found += [str(path) for path in (self.state_dir, self.runtime_dir, self.memory_dir) if path.exists()]
         return found
@@ -168,6 +172,7 @@ class Daemon:
         hypervisors = self.hypervisors()
         assert len(hypervisors) <= len(self.kept), hypervisors
         assert len(self.files()) <= 2 * len(self.kept), self.files()
+        assert len(self.disks()) <= len(self.kept), self.disks()
 
     def dispose(self) -> None:
         """End it in whatever state it is, check that nothing is left, and remove what a test may leave."""

@@ -1,0 +1,90 @@
+"""A disk is a layer over an image that nobody writes to, and the layer is there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import trio
+
+from volant.host import Host
+from volant.hypervisor import Disk, LaunchFailed
+from volant.hypervisor.qemu import QemuHypervisor
+
+pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="there is no qemu-img")
+
+SIZE = 4 * 2**20
+
+
+@pytest.fixture
+def qemu(tmp_path: Path) -> QemuHypervisor:
+    return QemuHypervisor(Host(), tmp_path / "cache", accelerator="tcg")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    base = tmp_path / "base,with comma"
+    base.write_bytes(b"x" * SIZE)
+    base.chmod(0o444)
+    (tmp_path / "vm").mkdir()
+    return Disk(base, tmp_path / "vm" / "root.qcow2")
+
+
+async def test_a_layer_shows_its_base_and_takes_the_writes(qemu: QemuHypervisor, disk: Disk) -> None:
+    await qemu.make_layer(disk)
+    info = json.loads(_run("qemu-img", "info", "--output=json", str(disk.layer)))
+    assert (info["format"], info["virtual-size"]) == ("qcow2", SIZE)
+    assert disk.layer.stat().st_size < 512 * 1024
+    before = hashlib.sha256(disk.base.read_bytes()).digest()
+    _run("qemu-io", "-c", "read -P 0x78 0 4M", "-c", "write -P 0x79 0 64k", str(disk.layer))
+    assert hashlib.sha256(disk.base.read_bytes()).digest() == before
+
+
+async def test_what_was_half_made_is_replaced(qemu: QemuHypervisor, disk: Disk) -> None:
+    half = disk.layer.with_name("root.qcow2.new")
+    half.write_bytes(b"half")
+    await qemu.make_layer(disk)
+    assert [path.name for path in disk.layer.parent.iterdir()] == ["root.qcow2"]
+
+
+async def test_without_its_base_there_is_none(qemu: QemuHypervisor, disk: Disk) -> None:
+    disk.base.unlink()
+    with pytest.raises(LaunchFailed, match="can't be made") as failure:
+        await qemu.make_layer(disk)
+    assert failure.value.code == "bad_disk"
+    assert not disk.layer.exists()
+
+
+async def test_without_qemu_img_the_reason_says_so(
+    qemu: QemuHypervisor, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("volant.hypervisor.qemu._driver._IMG", "no-such-qemu-img")
+    with pytest.raises(LaunchFailed, match="qemu-utils") as failure:
+        await qemu.make_layer(disk)
+    assert failure.value.code == "qemu_missing"
+
+
+async def test_cancelled_half_way_it_leaves_no_layer(
+    qemu: QemuHypervisor, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text('#!/bin/sh\nfor last; do :; done; echo half >"$last"; exec sleep 60\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr("volant.hypervisor.qemu._driver._IMG", str(slow))
+    half = disk.layer.with_name("root.qcow2.new")
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(qemu.make_layer, disk)
+            with Host().watch(half.parent) as watch:
+                while not half.exists():
+                    await watch.wait()
+            nursery.cancel_scope.cancel()
+    assert not disk.layer.exists()
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout

@@ -1,0 +1,379 @@
+"""Boot media arrive whole and verified or not at all, once for all who want them, and nothing is left of what fails."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import trio
+import trio.testing
+
+from volant.images import BootMedia, ImageError, fetch, list_media, medium_path, remove_medium
+from volant.images import _fetch as fetching
+from volant.images import _media as media
+from volant.model import Artifact
+
+LIMIT = 64 * 2**20
+DATA = os.urandom(3 * 2**20) + bytes(8 * 2**20) + os.urandom(1000)
+DIGEST = hashlib.sha256(DATA).hexdigest()
+
+
+class Server:
+    """An HTTP server that does to each request what its path says."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, str | None]] = []
+        self.release = threading.Event()
+        self.asked = threading.Event()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            ways: ClassVar[dict[str, Callable[[Handler], None]]] = {}
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                owner.requests.append((self.path, self.headers.get("Range")))
+                owner.asked.set()
+                self.close_connection = True
+                getattr(owner, self.path.split("?")[0].strip("/"))(self)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+        self.base = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def close(self) -> None:
+        self.release.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @staticmethod
+    def _begin(handler: BaseHTTPRequestHandler, status: int, **headers: object) -> None:
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), str(value))
+        handler.end_headers()
+
+    def whole(self, handler: BaseHTTPRequestHandler) -> None:
+        self._begin(handler, 200, Content_Length=len(DATA))
+        handler.wfile.write(DATA)
+
+    def held(self, handler: BaseHTTPRequestHandler) -> None:
+        self._begin(handler, 200, Content_Length=len(DATA))
+        handler.wfile.write(DATA[:1000])
+        self.release.wait(30)
+        handler.wfile.write(DATA[1000:])
+
+    def breaks(self, handler: BaseHTTPRequestHandler) -> None:
+        """A piece at a time, with the rest for who asks for it."""
+        begin = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
+        headers = {"Content_Range": f"bytes {begin}-{len(DATA) - 1}/{len(DATA)}"} if begin else {}
+        self._begin(handler, 206 if begin else 200, Content_Length=len(DATA) - begin, **headers)
+        handler.wfile.write(DATA[begin : begin + 4 * 2**20])
+
+    def cut(self, handler: BaseHTTPRequestHandler) -> None:
+        """Never more than a piece from the beginning."""
+        self._begin(handler, 200, Content_Length=len(DATA))
+        handler.wfile.write(DATA[:1000])
+
+    def endless(self, handler: BaseHTTPRequestHandler) -> None:
+        self._begin(handler, 200)
+        try:
+            while True:
+                handler.wfile.write(os.urandom(1024 * 1024))
+        except OSError:
+            pass
+
+    def huge(self, handler: BaseHTTPRequestHandler) -> None:
+        self._begin(handler, 200, Content_Length=LIMIT + 1)
+
+    def silent(self, handler: BaseHTTPRequestHandler) -> None:
+        self.release.wait(30)
+
+    def stalls(self, handler: BaseHTTPRequestHandler) -> None:
+        self._begin(handler, 200, Content_Length=len(DATA))
+        self.release.wait(30)
+
+    def drips(self, handler: BaseHTTPRequestHandler) -> None:
+        self._begin(handler, 200, Content_Length=len(DATA))
+        while not self.release.wait(0.05):
+            handler.wfile.write(b"x")
+
+    def gone(self, handler: BaseHTTPRequestHandler) -> None:
+        self._begin(handler, 404, Content_Length=0)
+
+    def sick(self, handler: BaseHTTPRequestHandler) -> None:
+        self._begin(handler, 503, Content_Length=0)
+
+    def away(self, handler: BaseHTTPRequestHandler) -> None:
+        self._begin(handler, 302, Location="/whole", Content_Length=0)
+
+    def circle(self, handler: BaseHTTPRequestHandler) -> None:
+        self._begin(handler, 302, Location="/circle", Content_Length=0)
+
+    def elsewhere(self, handler: BaseHTTPRequestHandler) -> None:
+        self._begin(handler, 302, Location="file:///etc/passwd", Content_Length=0)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(fetching, "_FIRST_PAUSE_S", 0.0)
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(DATA)
+    return path
+
+
+def get(cache: Path, url: str | Path, digest: str = DIGEST) -> Path:
+    return fetch(cache, str(url), digest, max_bytes=LIMIT).path
+
+
+def code(cache: Path, url: str | Path, digest: str = DIGEST) -> str:
+    """The code of a fetch that fails, and leaves nothing."""
+    with pytest.raises(ImageError) as caught:
+        get(cache, url, digest)
+    print(caught.value)
+    folder = cache / "media"
+    assert not folder.exists() or list(folder.iterdir()) == []
+    return caught.value.code
+
+
+@pytest.mark.parametrize("way", ["whole", "away", "breaks"])
+def test_what_comes_by_http_is_kept_by_its_digest(cache: Path, server: Server, way: str) -> None:
+    path = get(cache, f"{server.base}/{way}?token=secret")
+    assert path == medium_path(cache, DIGEST)
+    assert path.read_bytes() == DATA
+    assert path.stat().st_mode & 0o777 == 0o444
+    (medium,) = list_media(cache)
+    assert (medium.url, medium.size_bytes) == (f"{server.base}/{way}?…", len(DATA))
+    server.requests.clear()
+    assert get(cache, f"{server.base}/gone") == path
+    assert server.requests == []
+
+
+def test_a_transfer_that_breaks_goes_on_where_it_broke(cache: Path, server: Server) -> None:
+    get(cache, f"{server.base}/breaks")
+    assert [wanted for _, wanted in server.requests] == [None, "bytes=4194304-", "bytes=8388608-"]
+
+
+@pytest.mark.parametrize(
+    ("way", "expected", "requests"),
+    [
+        ("gone", "media_missing", 1),
+        ("sick", "media_unreachable", 5),
+        ("cut", "media_unreachable", 2),
+        ("huge", "media_too_large", 1),
+        ("endless", "media_too_large", 1),
+        ("circle", "media_unreachable", 5),
+        ("elsewhere", "media_unreachable", 1),
+    ],
+)
+def test_what_a_server_does_wrong_has_a_name(
+    cache: Path, server: Server, way: str, expected: str, requests: int
+) -> None:
+    assert code(cache, f"{server.base}/{way}") == expected
+    assert len(server.requests) == requests
+
+
+@pytest.mark.parametrize("way", ["silent", "stalls"])
+def test_a_silent_server_is_given_up(cache: Path, server: Server, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "_STALL_S", 0.1)
+    assert code(cache, f"{server.base}/{way}") == "media_unreachable"
+    assert len(server.requests) == 5
+
+
+def test_nobody_there(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "_FIRST_PAUSE_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    assert code(cache, f"http://127.0.0.1:{port}/") == "media_unreachable"
+
+
+def test_another_file_is_refused_and_its_digest_told_unless_it_is_a_file_of_this_host(
+    cache: Path, server: Server, local: Path
+) -> None:
+    for url, told in ((f"{server.base}/whole", True), (str(local), False)):
+        with pytest.raises(ImageError) as caught:
+            get(cache, url, "0" * 64)
+        assert caught.value.code == "media_mismatch"
+        assert "0" * 64 in caught.value.message
+        assert (DIGEST in str(caught.value)) is told
+
+
+@pytest.mark.parametrize("form", ["{}", "file://{}", "file://localhost{}"])
+def test_a_local_file_is_copied_with_its_holes(cache: Path, tmp_path: Path, form: str) -> None:
+    source = tmp_path / "spar se"
+    with source.open("wb") as handle:
+        handle.write(DATA[:5000])
+        handle.truncate(32 * 2**20)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    name = str(source) if form == "{}" else str(source).replace(" ", "%20")
+    path = get(cache, form.format(name), digest)
+    assert path.stat().st_size == 32 * 2**20
+    assert path.stat().st_blocks * 512 < 2**20
+    assert not path.samefile(source)
+    # Whoever writes to the original writes to nobody's disk.
+    with source.open("r+b") as handle:
+        handle.write(b"changed")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
+
+
+def test_what_is_no_file_is_refused_at_once(cache: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "none", tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        assert code(cache, path) == "media_missing"
+
+
+def test_a_local_file_may_be_too_large(cache: Path, tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as handle:
+        handle.truncate(LIMIT + 1)
+    assert code(cache, tmp_path / "large") == "media_too_large"
+
+
+def test_a_full_disk_is_told_before_it_is_full(
+    cache: Path, server: Server, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "_RESERVE_BYTES", 2**60)
+    assert code(cache, local) == "cache_full"
+    assert code(cache, f"{server.base}/endless") == "cache_full"
+
+
+def test_a_disk_that_is_full_all_the_same_leaves_nothing(cache: Path, local: Path) -> None:
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1048576, 1048576));"
+        "from volant.images.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["fetch", "--cache", str(cache), "--url", str(local), "--sha256", DIGEST, "--max-bytes", str(LIMIT)]
+    ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "the cache can't be written: File too large" in ended.stderr
+    assert list((cache / "media").iterdir()) == []
+
+
+def test_one_that_was_touched_is_verified_again_and_replaced_when_it_has_changed(cache: Path, local: Path) -> None:
+    path = get(cache, local)
+    inode = path.stat().st_ino
+    os.utime(path)
+    assert list_media(cache) == []
+    assert get(cache, local).stat().st_ino == inode
+    path.chmod(0o600)
+    with path.open("r+b") as handle:
+        handle.write(b"changed")
+    assert get(cache, local).read_bytes() == DATA
+    assert path.stat().st_ino != inode
+    path.with_name(f"{DIGEST}.json").write_text("nonsense")
+    local.unlink()
+    assert get(cache, local).read_bytes() == DATA
+
+
+def test_what_a_killed_fetch_left_goes_with_the_next_one(cache: Path, local: Path) -> None:
+    with media.locked_part(cache, "1" * 64) as under_way:
+        dead = under_way.with_name("2" * 64 + ".part")
+        dead.write_bytes(b"half")
+        get(cache, local)
+        assert under_way.exists()
+        assert not dead.exists()
+
+
+def test_it_can_be_removed(cache: Path, local: Path) -> None:
+    get(cache, local)
+    assert remove_medium(cache, DIGEST)
+    assert not remove_medium(cache, DIGEST)
+    assert list((cache / "media").iterdir()) == []
+
+
+async def test_ten_who_want_it_fetch_it_once(cache: Path, server: Server) -> None:
+    boot_media = BootMedia(cache, timeout_s=30, max_mb=64)
+    artifact = Artifact(f"{server.base}/held", DIGEST)
+    paths = set()
+
+    async def want() -> None:
+        paths.add((await boot_media.obtain(artifact)).path)
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(want)
+            await trio.to_thread.run_sync(server.asked.wait, 20)
+            assert list(boot_media.inspect()) == [DIGEST]
+            server.release.set()
+    assert paths == {medium_path(cache, DIGEST)}
+    assert len(server.requests) == 1
+    assert boot_media.inspect() == {}
+
+
+async def test_ten_who_want_what_is_not_to_be_had_are_told_once_each(cache: Path, server: Server) -> None:
+    boot_media = BootMedia(cache, timeout_s=30, max_mb=64)
+    artifact = Artifact(f"{server.base}/gone", DIGEST)
+    said = []
+
+    async def want() -> None:
+        with pytest.raises(ImageError) as caught:
+            await boot_media.obtain(artifact)
+        said.append(caught.value)
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(want)
+    assert {error.code for error in said} == {"media_missing"}
+    assert all(artifact.url in error.message and DIGEST in error.message for error in said)
+    assert len(server.requests) == 1
+
+
+async def test_a_server_that_drips_meets_the_deadline(cache: Path, server: Server) -> None:
+    boot_media = BootMedia(cache, timeout_s=2.0, max_mb=64)
+    with trio.fail_after(30):
+        with pytest.raises(ImageError, match="did not arrive within 2 s") as caught:
+            await boot_media.obtain(Artifact(f"{server.base}/drips", DIGEST))
+    assert caught.value.code == "timeout"
+
+
+async def test_who_leaves_ends_the_fetch_and_who_waits_begins_anew(cache: Path, server: Server) -> None:
+    boot_media = BootMedia(cache, timeout_s=30, max_mb=64)
+    artifact = Artifact(f"{server.base}/held", DIGEST)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            leaving = trio.CancelScope()
+
+            async def leave() -> None:
+                with leaving:
+                    await boot_media.obtain(artifact)
+
+            nursery.start_soon(leave)
+            await trio.to_thread.run_sync(server.asked.wait, 20)
+            nursery.start_soon(boot_media.obtain, artifact)
+            await trio.testing.wait_all_tasks_blocked()
+            leaving.cancel()
+            server.release.set()
+    assert leaving.cancelled_caught
+    assert len(server.requests) == 2
+    # What the first one had begun went with the second one's sweep.
+    assert {path.name for path in (cache / "media").iterdir()} == {DIGEST, f"{DIGEST}.json"}

@@ -1,0 +1,73 @@
+"""Small root filesystems, made without root and without mounts."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from volant.images._debs import read_files
+from volant.model import Artifact, Boot, Manifest
+
+APPLETS = ("cat", "dd", "echo", "env", "grep", "httpd", "id", "ls", "mkdir", "mount", "pwd", "rm", "sleep", "sync")
+"""No shell: the agent must not need one."""
+
+
+def busybox(cache: Path) -> bytes:
+    """A program that needs no library, out of the packages of the boot image."""
+    (deb,) = (cache / "debs").glob("busybox-static_*.deb")
+    (data,) = read_files(deb, lambda path: path.endswith("bin/busybox")).values()
+    return data
+
+
+def make_ext4(path: Path, cache: Path, *, files: Mapping[str, str] = {}, size_mb: int = 24) -> Path:
+    """An ext4 image at `path` with BusyBox, and `files` by their paths."""
+    with TemporaryDirectory() as scratch:
+        tree = Path(scratch)
+        (tree / "bin").mkdir()
+        program = tree / "bin/busybox"
+        program.write_bytes(busybox(cache))
+        program.chmod(0o755)
+        for name in APPLETS:
+            (tree / "bin" / name).symlink_to("busybox")
+        for name, text in files.items():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_text(text)
+        options = ["-q", "-F", "-t", "ext4", "-E", "root_owner=0:0", "-d", str(tree)]
+        subprocess.run(["mke2fs", *options, str(path), f"{size_mb}M"], check=True, timeout=60)
+    return path
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def plugin(name: str, rootfs: Path | Artifact, **fields: Any) -> Manifest:
+    """A plugin with a root filesystem."""
+    artifact = rootfs if isinstance(rootfs, Artifact) else Artifact(str(rootfs), digest(rootfs))
+    return Manifest(name=name, boot=Boot(rootfs=artifact), **fields)
+
+
+def is_clean(layer: Path) -> bool:
+    """Whether the filesystem in a layer was put aside properly: its journal has nothing to recover."""
+    with TemporaryDirectory() as scratch:
+        raw = Path(scratch) / "raw"
+        subprocess.run(["qemu-img", "convert", "-O", "raw", str(layer), str(raw)], check=True, timeout=60)
+        command = ["dumpe2fs", "-h", str(raw)]
+        head = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+    return "needs_recovery" not in head and "state:         clean" in head
+
+
+def layer_of(directory: str) -> Path:
+    """The layer in a VM's directory, which holds nothing else."""
+    (layer,) = Path(directory).iterdir()
+    return layer
+
+
+def hypervisor_arguments(pid: int) -> list[str]:
+    """The command line of a hypervisor."""
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
