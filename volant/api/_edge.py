@@ -73,7 +73,7 @@ class Edge:
         except* trio.BrokenResourceError:
             pass  # One of the two sides broke off in the middle: there is nobody left to tell.
         except* Problem as group:
-            await self._fail(call, answer, _first(group))
+            await self._fail(call, answer, first_problem(group))
         except* Exception as group:
             _log.error("request %s failed", request_id, exc_info=group)
             await self._fail(call, answer, internal_error())
@@ -176,7 +176,8 @@ def internal_error() -> Problem:
     )
 
 
-def _first(group: BaseExceptionGroup[Problem]) -> Problem:
+def first_problem(group: BaseExceptionGroup[Problem]) -> Problem:
+    """The first problem of a group that has nothing else."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -47,6 +47,11 @@ def problem_headers(body: bytes, request_id: str) -> list[tuple[bytes, bytes]]:
     ]
 
 
+def too_large(limit: int) -> Problem:
+    """413."""
+    return Problem(413, "body-too-large", f"the body is larger than {limit} bytes")
+
+
 def _phrase(status: int) -> str:
     try:
         return HTTPStatus(status).phrase
