@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,70 @@ async def install(session: Session, manifest: str) -> None:
         session.out.line(f"{safe(plugin.name)} {safe(plugin.version)} is installed")
 
 
+@command(group, "show")
+@click.argument("name")
+async def show(session: Session, name: str) -> None:
+    """Show what a plugin is made of; with --json its manifest, as `install` takes it."""
+    manifest = await session.client.plugins.manifest(name)
+    if session.out.json:
+        session.out.document(manifest)
+        return
+    plugin = await session.client.plugins.get(name)
+    workload = manifest.workload
+    session.out.fields(
+        [
+            ("name", plugin.name),
+            ("version", plugin.version),
+            ("description", plugin.description),
+            ("runtime", plugin.runtime),
+            ("enabled", plugin.enabled),
+            ("installed", plugin.created_at or "built in"),
+            ("needs", f"{manifest.resources.cpu_cores} vCPUs, {manifest.resources.memory_mb} MiB"),
+            ("workload", shlex.join(workload.entrypoint) if workload else None),
+            ("port", workload.port if workload else None),
+            ("openapi", "in the manifest" if isinstance(manifest.openapi, dict) else manifest.openapi),
+            ("labels", plugin.labels),
+        ]
+    )
+    if manifest.actions:
+        session.out.line("")
+        rows = [
+            (action, f"{called.method} {called.path}", ", ".join(_inputs(called.input)), called.description)
+            for action, called in sorted(manifest.actions.items())
+        ]
+        session.out.table(("ACTION", "REQUEST", "TAKES", "DESCRIPTION"), rows)
+
+
+def _inputs(schema: Mapping[str, Any] | None) -> list[str]:
+    """The members that an action takes, as far as its schema says so plainly; those that must be there with a star."""
+    members = (schema or {}).get("properties")
+    required = (schema or {}).get("required")
+    stars = required if isinstance(required, list) else []
+    return [f"{name}{'*' if name in stars else ''}" for name in members] if isinstance(members, dict) else []
+
+
+@command(group, "enable")
+@click.argument("name")
+async def enable(session: Session, name: str) -> None:
+    """Let new VMs use a plugin."""
+    await _enable(session, name, True)
+
+
+@command(group, "disable")
+@click.argument("name")
+async def disable(session: Session, name: str) -> None:
+    """Keep new VMs from a plugin; those that there are go on."""
+    await _enable(session, name, False)
+
+
+async def _enable(session: Session, name: str, enabled: bool) -> None:
+    plugin = await session.client.plugins.enable(name, enabled)
+    if session.out.json:
+        session.out.document(plugin)
+    else:
+        session.out.line(f"{safe(plugin.name)} is {'enabled' if plugin.enabled else 'disabled'}")
+
+
 @command(group, "remove")
 @click.argument("name")
 async def remove(session: Session, name: str) -> None:
@@ -61,7 +127,7 @@ def _read(manifest: str) -> dict[str, Any]:
         value = tomllib.loads(text) if manifest.endswith(".toml") else json.loads(text)
     except OSError as error:
         raise Failure(f"{manifest} can't be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Failure(f"{manifest} is not understood: {error}", hint="a manifest is a JSON or TOML file") from None
     if not isinstance(value, dict):
         raise Failure(f"{manifest} is not understood: a manifest is an object")

@@ -54,9 +54,9 @@ class Session:
 
 
 def command(
-    group: click.Group, name: str, **attributes: Any
+    group: click.Group | None, name: str, **attributes: Any
 ) -> Callable[[Callable[Concatenate[Session, P], Awaitable[int | None]]], click.Command]:
-    """Make an async function a command of `group`; it may return an exit code."""
+    """Make an async function a command of `group`, or of `volar` itself; it may return an exit code."""
 
     def decorate(function: Callable[Concatenate[Session, P], Awaitable[int | None]]) -> click.Command:
         @functools.wraps(function)
@@ -70,7 +70,8 @@ def command(
 
             return guarded(options, lambda: trio.run(work))
 
-        decorated: click.Command = group.command(name, **attributes)(common()(call))
+        make = click.command if group is None else group.command
+        decorated: click.Command = make(name, **attributes)(common()(call))
         return decorated
 
     return decorate

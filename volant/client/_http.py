@@ -160,16 +160,19 @@ class Http:
         *,
         query: Query | None = None,
         body: object = None,
+        content: bytes | httpx.AsyncByteStream | None = None,
         headers: Mapping[str, str] | None = None,
         read_s: float | None,
         also: Collection[int] = (),
     ) -> AsyncIterator[httpx.Response]:
-        """A request whose answer is read piece by piece; `read_s` is the longest silence, None any.
+        """A request whose answer is read piece by piece; `read_s` is the longest silence, None any. `body` is sent as
+        JSON, `content` as it is: in chunks, unless it is bytes or the headers say how long it is.
 
         Errors of the connection are raised as those of this package, also from within the block.
         """
         sent = dict(headers or {})
-        content = None
+        if isinstance(content, httpx.AsyncByteStream) and "Content-Length" not in sent:
+            sent["Transfer-Encoding"] = "chunked"
         if body is not None:
             content = msgspec.json.encode(body)
             sent["Content-Type"] = "application/json"
@@ -177,16 +180,16 @@ class Http:
             method,
             path,
             params={key: value for key, value in (query or {}).items() if value is not None},
-            content=content,
+            content=content if isinstance(content, bytes) else None,
             headers=sent,
             timeout=httpx.Timeout(CONNECT_S, read=read_s, write=ANSWER_S),
         )
-        request.stream = RequestBody(content or b"")
+        request.stream = content if isinstance(content, httpx.AsyncByteStream) else RequestBody(content or b"")
         try:
             response = await self._client.send(request, stream=True)
             try:
                 if not response.is_success and response.status_code not in also:
-                    raise problem(response.status_code, response.headers, await self._error_body(response))
+                    raise await self.problem_of(response)
                 yield response
             finally:
                 with trio.move_on_after(1, shield=True):
@@ -197,6 +200,10 @@ class Http:
             raise self._too_slow(read_s or ANSWER_S) from error
         except (httpx.TransportError, httpx.StreamError) as error:
             raise ConnectionLost(f"the connection to {self.address.text} broke: {reason_of(error)}") from error
+
+    async def problem_of(self, response: httpx.Response) -> ClientProblem:
+        """The exception for an answer that is an error, read to its end."""
+        return problem(response.status_code, response.headers, await self._error_body(response))
 
     async def _error_body(self, response: httpx.Response) -> bytes:
         """What explains an error; nothing, when that takes too long or is too much."""

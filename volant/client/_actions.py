@@ -1,0 +1,56 @@
+"""What a workload answers to an action."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
+
+import httpx
+
+from ._errors import UnexpectedAnswer
+
+ACTION_S = 660.0
+"""The daemon gives an action 600 s at most."""
+MAX_ANSWER = 64 * 1024 * 1024
+
+
+class ActionAnswer:
+    """A workload's answer, of whatever status; `async for` gives its body in pieces, once."""
+
+    def __init__(self, response: httpx.Response, chunks: AsyncIterator[bytes]) -> None:
+        self.status: int = response.status_code
+        self.headers: Mapping[str, str] = response.headers
+        """By name, which may be in any case."""
+        self.content_type: str = response.headers.get("Content-Type", "")
+        self._chunks = chunks
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the workload did what it was asked for."""
+        return 200 <= self.status < 300
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._chunks
+
+    async def read(self, limit: int = MAX_ANSWER) -> bytes:
+        """What is left of the body. :raises UnexpectedAnswer: it is longer than `limit` bytes."""
+        body = bytearray()
+        async for chunk in self._chunks:
+            body += chunk
+            if len(body) > limit:
+                raise UnexpectedAnswer(f"the workload's answer is longer than {limit} bytes")
+        return bytes(body)
+
+
+class Pieces(httpx.AsyncByteStream):
+    """The body of a request that comes in pieces; not a generator, as a request may leave it half-way."""
+
+    def __init__(self, pieces: AsyncIterable[bytes]) -> None:
+        self._pieces = pieces
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return aiter(self._pieces)
+
+
+def is_from_guest(headers: Mapping[str, str]) -> bool:
+    """Whether a guest gave an answer: the daemon marks those, and guests can't take the mark off."""
+    return "sandbox" in [part.strip() for part in headers.get("content-security-policy", "").split(",")]
