@@ -8,8 +8,6 @@ The shell is that of the root filesystem that the VM was given, if that has one,
 there are people who must be able to look what is wrong with it. Who reaches the console is root by `exec` already.
 """
 
-# ruff: noqa: S606 - as in `_init`
-
 from __future__ import annotations
 
 import os
