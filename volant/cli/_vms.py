@@ -12,7 +12,7 @@ import click
 import trio
 
 from volant.client import ClientError, Feed, LogGap, LogLine, StreamGap, Waited
-from volant.model import CreateVm, Event, EventType, Problem, Reason, Status, VmView
+from volant.model import BASE, CreateVm, Event, EventType, Problem, Reason, Status, VmView
 
 from ._output import Output, colourful, styled
 from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair, Session, command
@@ -77,10 +77,8 @@ async def inspect(session: Session, name: str) -> None:
 
 @command(group, "create")
 @name_argument
-@click.option("--cpu", "cpu_cores", type=click.IntRange(min=1), default=1, show_default=True, help="vCPUs.")
-@click.option(
-    "--memory", "memory_mb", type=click.IntRange(min=64), default=256, show_default=True, help="Memory in MiB."
-)
+@click.option("--cpu", "cpu_cores", type=click.IntRange(min=1), help="vCPUs.  [default: the plugin's]")
+@click.option("--memory", "memory_mb", type=click.IntRange(min=64), help="Memory in MiB.  [default: the plugin's]")
 @click.option("--plugin", default="base", show_default=True, help="What kind of VM.")
 @click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE for the workload; may be repeated.")
 @click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
@@ -102,8 +100,8 @@ async def inspect(session: Session, name: str) -> None:
 async def create(
     session: Session,
     name: str,
-    cpu_cores: int,
-    memory_mb: int,
+    cpu_cores: int | None,
+    memory_mb: int | None,
     plugin: str,
     env: tuple[tuple[str, str], ...],
     labels: tuple[tuple[str, str], ...],
@@ -116,6 +114,12 @@ async def create(
     timeout: float,
 ) -> int:
     """Create a VM and let it boot."""
+    if plugin == BASE.name:
+        # What the image needs at least is little to work with.
+        cpu_cores, memory_mb = cpu_cores or 1, memory_mb or 256
+    elif cpu_cores is None or memory_mb is None:
+        needs = (await session.client.plugins.manifest(plugin)).resources
+        cpu_cores, memory_mb = cpu_cores or needs.cpu_cores, memory_mb or needs.memory_mb
     request = CreateVm(
         name=name,
         cpu_cores=cpu_cores,
