@@ -19,6 +19,7 @@ from . import (
     _docs,
     _events,
     _logs,
+    _mcp,
     _metrics,
     _plugins,
     _system,
@@ -66,6 +67,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
         *_console.routes(doors, turns),
         *_tcp.routes(doors, turns),
         *_agui.routes(doors, limits),
+        *_mcp.routes(doors, limits),
     ]
     app.asgi_app = Edge(app.asgi_app, streams, access, limits)  # type: ignore[method-assign]
     return app

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import cast
 
 from volant.journal import LogCursor, LogGap, LogStream, VmLog
-from volant.model import Problem, invalid, is_name, no_such_vm
+from volant.model import Problem, VmRow, invalid, is_name, no_such_vm
 
 from ._call import GOING_AWAY, NORMAL, Call
 from ._doors import Doors
@@ -93,21 +93,33 @@ def _find(doors: Doors, call: Call, *, tail: int | None, follow: bool) -> tuple[
     vm_id = query.integer("vm_id", minimum=1)
     query.done()
     row = doors.store.projection.get(name) if is_name(name) else None
-    try:
-        if row is not None and vm_id in (None, row.id):
-            return doors.logs.open(row.id, row.name), wanted
-        if vm_id is not None and doors.store.projection.by_id(vm_id) is None:
+    if row is not None and vm_id in (None, row.id):
+        return log_of(doors, row), wanted
+    if vm_id is not None and doors.store.projection.by_id(vm_id) is None:
+        with _unreadable(name):
             log = doors.logs.find(vm_id)
-            if log is not None and log.name == name:
-                return log, wanted
-    except (OSError, RuntimeError) as error:
-        raise Problem(503, "log-unreadable", f"the log of VM {name!r} can't be read: {error}", vm=name) from error
+        if log is not None and log.name == name:
+            return log, wanted
     if row is None and vm_id is None:
         raise no_such_vm(name[:80])
     raise Problem(
         404, "log-not-found", f"there is no log of a VM {name[:80]!r} with the id {vm_id}",
         hint="a deleted VM's log is kept for 24 h",
     )  # fmt: skip
+
+
+def log_of(doors: Doors, row: VmRow) -> VmLog:
+    """The log of a VM. :raises Problem: 503 the disk can't be read."""
+    with _unreadable(row.name):
+        return doors.logs.open(row.id, row.name)
+
+
+@contextmanager
+def _unreadable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise Problem(503, "log-unreadable", f"the log of VM {name!r} can't be read: {error}", vm=name) from error
 
 
 def _wanted(query: Query, tail: int | None, follow: bool) -> _Wanted:

@@ -16,7 +16,7 @@ from volant import __version__
 from volant.model import Name, ProblemDetails
 
 from ._body import Nothing
-from ._operations import ANY, HEADERS, JSON, OPERATIONS, PROBLEMS, TAGS, Answer, Operation, Parameter
+from ._operations import ANY, HEADERS, JSON, OPERATIONS, PROBLEMS, TAGS, Answer, OneOf, Operation, Parameter
 
 Schema = dict[str, Any]
 
@@ -94,6 +94,26 @@ _HEADER_KEYS: list[dict[str, list[str]]] = [{}, {"key": []}, {"bearer": []}]
 _QUERY_KEYS: list[dict[str, list[str]]] = [{"keyInQuery": []}, {"ticket": []}]
 
 
+def standalone(kind: type[msgspec.Struct]) -> Schema:
+    """The schema of one struct, with what it refers to in its place: not everybody follows references."""
+    _, components = msgspec.json.schema_components([kind], ref_template="{name}")
+    for owner in _owners(kind):
+        for base in reversed(owner.__mro__):
+            if owner is base or (issubclass(base, msgspec.Struct) and base is not msgspec.Struct):
+                _describe(base, components[owner.__name__])
+    plain = msgspec.json.decode(msgspec.json.encode(components))
+
+    def resolved(schema: Any) -> Any:
+        if isinstance(schema, dict):
+            if isinstance(name := schema.get("$ref"), str):
+                return {**resolved(plain[name]), **{key: value for key, value in schema.items() if key != "$ref"}}
+            return {key: resolved(value) for key, value in schema.items()}
+        return [resolved(item) for item in schema] if isinstance(schema, list) else schema
+
+    whole: Schema = resolved(plain[kind.__name__])
+    return whole
+
+
 class _Kinds:
     """The schemas of all types that operations name."""
 
@@ -104,6 +124,7 @@ class _Kinds:
             kinds.append(operation.takes)
             for answer in operation.gives.values():
                 kinds.extend((answer.kind, *answer.items))
+        kinds = [single for kind in kinds for single in (kind.kinds if isinstance(kind, OneOf) else (kind,))]
         # The types that are in a schema by themselves: bytes are said to be base64 there, which bodies are not.
         unique = {repr(kind): kind for kind in kinds if kind is not None and kind is not bytes}
         schemas, self.components = msgspec.json.schema_components(unique.values(), ref_template=_REFERENCE)
@@ -115,6 +136,8 @@ class _Kinds:
 
     def schema(self, kind: Any) -> Schema:
         """The schema of a type, or a reference to it."""
+        if isinstance(kind, OneOf):
+            return {"anyOf": [self.schema(single) for single in kind.kinds]}
         return {} if kind is bytes else dict(self._schemas[repr(kind)])
 
 
@@ -148,7 +171,10 @@ def _operation(operation: Operation, kinds: _Kinds) -> Schema:
     responses: Schema = {str(status): _answer(answer, kinds) for status, answer in operation.gives.items()}
     problem = "Relayed" if _tag(operation.path) == _OF_GUESTS else "Problem"
     for status in sorted(_failures(operation, in_path)):
-        responses.setdefault(str(status), {"$ref": f"#/components/responses/{problem}{status}"})
+        if status in operation.gives:
+            responses[str(status)]["content"] |= _problem(PROBLEMS[status], kinds)["content"]
+        else:
+            responses[str(status)] = {"$ref": f"#/components/responses/{problem}{status}"}
     shown["responses"] = responses
     return shown
 
@@ -184,6 +210,8 @@ def _answer(answer: Answer, kinds: _Kinds) -> Schema:
         # Of a stream, tools hold each event against it (as OpenAPI 3.2 does with `itemSchema`), and not the text.
         schema = {} if answer.media == "text/event-stream" else kinds.schema(answer.kind)
         shown["content"] = {answer.media: {"schema": schema}}
+    if answer.streams:
+        shown["content"]["text/event-stream"] = {"schema": {}}
     if answer.items:
         shown["x-items"] = {"anyOf": [kinds.schema(item) for item in answer.items]}
     return shown

@@ -36,6 +36,8 @@ from volant.model.agent_types import ExecEnd, ExecOutput, ExecRequest, Healthz, 
 
 from ._agui_events import AguiEvent, RunAgentInput
 from ._body import Nothing
+from ._commands import Command, CommandAnswer
+from ._mcp import RpcAnswer, RpcMessage
 from ._plugins import Enabled
 from ._query import MAX_INTEGER
 
@@ -59,14 +61,26 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class OneOf:
+    """A body of one of these types."""
+
+    kinds: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Answer:
-    """What comes when all is well. `kind` None: no body. `items`: what a line, message or event of a stream can be."""
+    """What comes when all is well. `kind` None: no body. `items`: what a line, message or event of a stream can be.
+
+    Under the status of an error it is what comes beside `ProblemDetails`.
+    """
 
     says: str
     kind: Any = None
     media: str = JSON
     headers: tuple[str, ...] = ()
     items: tuple[Any, ...] = ()
+    streams: bool = False
+    """Whether it may also come as server-sent events, one JSON object each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +109,7 @@ PROBLEMS = {
     401: "The daemon asks for an API key",
     403: "An address that is not allowed, or a foreign `Origin`",
     404: "There is none of this name",
+    406: "What the client accepts is not what there is",
     408: "The body took longer than 30 s",
     409: "Not possible in the present state",
     410: "The events after that one are not kept",
@@ -305,6 +320,21 @@ OPERATIONS: tuple[Operation, ...] = (
         ),
         fails=(404, 426), key_in_query=True,
         details="Closes with 1000 when the VM of `vm` is deleted, with 1001 when the daemon stops.",
+    ),
+    Operation(
+        "POST", "/api/v1/mcp", "mcp", "The Model Context Protocol, and commands in a form of our own",
+        {
+            200: Answer("The answer to a request, or to a command", OneOf((RpcAnswer, CommandAnswer)), streams=True),
+            202: Answer("A notification or an answer was taken"),
+            **{
+                status: Answer("The protocol's own errors", RpcAnswer)
+                for status in (400, 404, 406, 413, 415)
+            },
+        },
+        takes=OneOf((RpcMessage, Command)), fails=(404, 406),
+        details="Streamable HTTP, without sessions: 2026-07-28, where each request has the headers "
+        "`MCP-Protocol-Version` and `Mcp-Method`, and versions that begin with `initialize`. An object with `command` "
+        "and without `jsonrpc` is a command; its failures are answered with 200 and `error`.",
     ),
     # Inside a VM
     Operation(

@@ -73,5 +73,10 @@ def is_not_modified(row: VmRow) -> bool:
 def plugin_name(name: str) -> str:
     """:raises Problem: 404 when there can't be a plugin of this name."""
     if not is_name(name):
-        raise Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}")
+        raise no_such_plugin(name)
     return name
+
+
+def no_such_plugin(name: str) -> Problem:
+    """404."""
+    return Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}")

@@ -1,0 +1,174 @@
+"""`POST /api/v1/mcp`: Volant for models, as a Model Context Protocol server; and the document's own form of commands.
+
+The protocol is the official package's to speak, in both its eras: 2026-07-28, where each request stands alone, and
+the older ones that begin with `initialize`. We serve those without sessions too. Nothing that a tool does needs one, a
+session is memory that an anonymous client makes, and a client that holds one loses it when the daemon restarts, which
+here is nobody's business. So a request is a task of its connection and nothing else: the package's session manager,
+which may run once and owns the tasks of a request, is made for each of them, inside of it, and ends with it. GET and
+DELETE, which are for sessions, are 405, as both eras allow.
+
+The body is read before, to tell the two forms apart and to bound it, and a client that leaves is watched for here. The
+package takes half a second to import, so it is imported by the first request that needs it, on a thread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import trio
+
+from volant.model import Problem, invalid
+
+from ._body import read_call_bytes
+from ._call import Call, Message
+from ._commands import answer_command
+from ._doors import Doors
+from ._edge import StreamRoute
+from ._limits import Limits
+from ._mcp_tools import Asked
+
+if TYPE_CHECKING:
+    from ._mcp_server import McpServer
+
+_PATH = re.compile(r"/api/v1/mcp/?\Z")
+_JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
+
+_encoder = msgspec.json.Encoder()
+
+
+class RpcMessage(msgspec.Struct, omit_defaults=True):
+    """A message of JSON-RPC 2.0, as the Model Context Protocol has it: a request, a notification or an answer."""
+
+    jsonrpc: Literal["2.0"]
+    method: str | msgspec.UnsetType = msgspec.UNSET
+    """What is asked for, such as `tools/call`."""
+    params: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    id: int | str | msgspec.UnsetType = msgspec.UNSET
+    """A notification has none."""
+
+
+class RpcAnswer(msgspec.Struct, omit_defaults=True):
+    """An answer of JSON-RPC 2.0: one of `result` and `error`."""
+
+    jsonrpc: Literal["2.0"]
+    id: int | str | None
+    result: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    error: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Looked(msgspec.Struct):
+    """As much of a body as tells what it is."""
+
+    command: Any = msgspec.UNSET
+    jsonrpc: Any = msgspec.UNSET
+
+
+_look = msgspec.json.Decoder(_Looked)
+
+
+def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
+    """The routes of this resource."""
+    server: McpServer | None = None
+    loading = trio.Lock()
+
+    async def loaded() -> McpServer:
+        nonlocal server
+        async with loading:
+            if server is None:
+                server = await doors.host.run_blocking(_load, doors)
+        return server
+
+    async def mcp(call: Call) -> None:
+        call.query(credentials=False).done()
+        content_type = (call.header(b"content-type") or "").partition(";")[0].strip().lower()
+        if content_type and content_type != "application/json":
+            raise Problem(
+                415, "unsupported-media-type", f"the body is {content_type[:80]!r}, not JSON",
+                hint="send it with Content-Type: application/json",
+            )  # fmt: skip
+        body = await read_call_bytes(call, limits)
+        serve = partial(_command, doors, body) if _is_command(call, body) else partial(_protocol, loaded, body)
+        if await call.while_connected(partial(serve, call)):
+            await call.finish()
+
+    return [StreamRoute(_PATH, mcp, methods=frozenset({"POST"}))]
+
+
+def _is_command(call: Call, body: bytes) -> bool:
+    """Whether it is the document's own form and not MCP's. :raises Problem: 400, an object that is neither."""
+    try:
+        looked = _look.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    if looked.jsonrpc is not msgspec.UNSET or call.header(b"mcp-protocol-version") is not None:
+        return False
+    if looked.command is msgspec.UNSET:
+        raise Problem(
+            400, "invalid-request", "the body is neither a message of the Model Context Protocol nor a command",
+            hint='send an object with "jsonrpc": "2.0", or one with "command"',
+        )  # fmt: skip
+    if not isinstance(looked.command, str):
+        raise invalid("command", "command is not text")
+    return True
+
+
+async def _command(doors: Doors, body: bytes, call: Call) -> None:
+    answer = _encoder.encode(await answer_command(Asked(doors, call.stopping), body))
+    await call.start(200, [*_JSON, (b"content-length", b"%d" % len(answer))])
+    await call.write(answer)
+
+
+async def _protocol(loaded: Callable[[], Awaitable[McpServer]], body: bytes, call: Call) -> None:
+    accepts_json, accepts_stream = _accepts(call.header(b"accept"))
+    if not accepts_json:
+        raise Problem(
+            406, "not-acceptable", "the client does not accept application/json",
+            hint="send Accept: application/json, text/event-stream",
+        )  # fmt: skip
+    server = await loaded()
+    replay = _Replay(body)
+
+    async def send(message: Message) -> None:
+        # The end is sent when all is done: with it the server reports that the client has left.
+        if message["type"] == "http.response.body":
+            if message["body"]:
+                await call.write(message["body"])
+        else:
+            await call.send(message)
+
+    await server.serve(call.scope, replay.receive, send, streams=accepts_stream)
+
+
+def _accepts(header: str | None) -> tuple[bool, bool]:
+    """Whether JSON and event streams are."""
+    kinds = {kind.partition(";")[0].strip().lower() for kind in (header or "*/*").split(",")}
+    anything = "*/*" in kinds
+    return (
+        anything or not kinds.isdisjoint({"application/json", "application/*"}),
+        anything or not kinds.isdisjoint({"text/event-stream", "text/*"}),
+    )
+
+
+def _load(doors: Doors) -> McpServer:
+    from ._mcp_server import McpServer
+
+    return McpServer(doors)
+
+
+class _Replay:
+    """A body that was read, to be read again; then silence, as it is not here that the client is watched."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body: bytes | None = body
+
+    async def receive(self) -> Message:
+        """The `receive` of ASGI."""
+        await trio.lowlevel.checkpoint()
+        if self._body is None:
+            await trio.sleep_forever()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}

@@ -1,0 +1,246 @@
+"""What tools do inside a guest, through the agent's own routes: commands, files, actions. Everything is bounded, as a
+model reads the answer and a guest is not trusted."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from urllib.parse import quote
+
+import msgspec
+import trio
+
+from volant.channel import AgentClient, AgentProtocolError, AgentResponse, AgentUnreachable
+from volant.model import Action, Problem, invalid
+from volant.model.agent import EXEC
+from volant.model.agent_types import ExecRequest
+
+from ._doors import Doors
+from ._edge import first_problem
+from ._mcp_text import Window
+from ._relay import first_text, to_port, unreachable
+
+MAX_BLOB = 1024 * 1024
+"""Bytes of a file or an image that is answered whole."""
+MAX_READ = 64 * 1024 * 1024
+"""Bytes that are read of a file to see its end, or to get to an offset."""
+FILE_S = 60.0
+_HEAD_S = 30.0
+_LATE_S = 10.0
+_MAX_LINE = 1024 * 1024
+_JSON = [(b"content-type", b"application/json")]
+
+_encoder = msgspec.json.Encoder()
+
+
+class _Line(msgspec.Struct):
+    """One of the agent's lines about a command."""
+
+    stream: str | None = None
+    data: bytes = b""
+    exit_code: int | None = None
+    signal: int | None = None
+    error: str | None = None
+    code: str | None = None
+
+
+_lines = msgspec.json.Decoder(_Line)
+
+
+class _AgentProblem(msgspec.Struct):
+    error: str = ""
+    detail: str = ""
+    field: str | None = None
+
+
+_problems = msgspec.json.Decoder(_AgentProblem)
+
+
+@dataclass
+class Ran:
+    """A command that has ended, or was ended."""
+
+    stdout: Window = field(default_factory=Window)
+    stderr: Window = field(default_factory=Window)
+    exit_code: int | None = None
+    signal: int | None = None
+    error: str | None = None
+
+
+async def run_command(doors: Doors, vm: str, request: ExecRequest, timeout_s: float) -> Ran:
+    """Run a command to its end, or for `timeout_s`. :raises Problem: 400, 404, 409, 502."""
+    ran = Ran()
+    body = _encoder.encode({**request, "timeout_s": timeout_s})
+    client = doors.vms.agent(vm)
+    with _guest_errors(vm), trio.move_on_after(timeout_s + _LATE_S) as scope:
+        async with client.stream("POST", EXEC, _JSON, body, timeout_s=_HEAD_S) as response:
+            await _check(response, vm)
+            lines = _Lines()
+            async for data in response:
+                for line in lines.feed(data):
+                    match line.stream:
+                        case "stdout":
+                            ran.stdout.add(line.data)
+                        case "stderr":
+                            ran.stderr.add(line.data)
+                        case _:
+                            ran.exit_code, ran.signal, ran.error = line.exit_code, line.signal, line.error
+                            return ran
+            raise AgentUnreachable("the command's output broke off, and nobody knows how it ended")
+    if scope.cancelled_caught:
+        ran.error = f"the agent did not end the command after its {timeout_s:g} s"
+    return ran
+
+
+class _Lines:
+    """Cuts what the agent sends into its lines."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[_Line]:
+        """:raises AgentProtocolError: these are no such lines."""
+        self._rest += data
+        if b"\n" not in data:
+            if len(self._rest) > _MAX_LINE:
+                raise AgentProtocolError("a line about a command is longer than 1 MiB")
+            return []
+        *lines, rest = bytes(self._rest).split(b"\n")
+        self._rest = bytearray(rest)
+        try:
+            return [_lines.decode(line) for line in lines]
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise AgentProtocolError(f"a line about a command is not what it should be: {error}") from error
+
+
+@dataclass
+class FileRead:
+    """Bytes of a file, from an offset on."""
+
+    window: Window
+    ended: bool
+    """Whether the window has seen the end of the file."""
+    size: int | None
+    """The whole file's, where it is known."""
+
+
+async def read_file(doors: Doors, vm: str, path: str, *, offset: int = 0, limit: int | None = None) -> FileRead:
+    """Read a file from `offset` on: at most `limit` bytes, and those at the beginning of the window; without a limit
+    up to the end, of which the window keeps both parts.
+
+    :raises Problem: 400, 404, 409, 413, 502, and what the agent says.
+    """
+    wanted = limit if limit is not None else MAX_READ
+    window = Window(limit) if limit is not None else Window()
+    client = doors.vms.agent(vm)
+    with _guest_errors(vm), trio.move_on_after(FILE_S) as scope:
+        async with client.stream("GET", _route(path), timeout_s=_HEAD_S) as response:
+            await _check(response, vm)
+            headers = dict(response.headers)
+            if headers.get(b"content-type", b"").startswith(b"application/x-tar"):
+                raise invalid("path", f"{path} is a directory", hint='list it with the command ["ls", "-la", …]')
+            length = headers.get(b"content-length", b"")
+            size = int(length) if length.isdigit() and len(length) < 18 else None
+            passed, ended = 0, True
+            async for data in response:
+                skip = min(len(data), max(0, offset - passed))
+                passed += len(data)
+                room = wanted - window.size
+                window.add(data[skip : skip + room])
+                if len(data) - skip > room:
+                    ended = False
+                    break
+            return FileRead(window, ended, passed if ended and size is None else size)
+    assert scope.cancelled_caught
+    raise Problem(502, "file-slow", f"reading {path} in VM {vm!r} took longer than {FILE_S:g} s", vm=vm)
+
+
+async def write_file(doors: Doors, vm: str, path: str, data: bytes) -> None:
+    """Put a file in place of what is there, whole or not at all. :raises Problem: as `read_file` does."""
+    client = doors.vms.agent(vm)
+    headers = [(b"content-type", b"application/octet-stream")]
+    with _guest_errors(vm), trio.move_on_after(FILE_S) as scope:
+        async with client.stream("PUT", _route(path), headers, data, timeout_s=FILE_S) as response:
+            await _check(response, vm)
+    if scope.cancelled_caught:
+        raise Problem(502, "file-slow", f"writing {path} in VM {vm!r} took longer than {FILE_S:g} s", vm=vm)
+
+
+def _route(path: str) -> str:
+    return "/v1/files/" + quote(path.lstrip("/"), safe="/")
+
+
+@dataclass
+class Acted:
+    """What the workload answered."""
+
+    status: int
+    content_type: str
+    body: Window
+
+
+async def call_action(
+    doors: Doors, vm: str, action: Action, port: int, body: bytes | None, *, limit: int = MAX_BLOB
+) -> Acted:
+    """Ask the workload for an action; the window keeps the first `limit` bytes. :raises Problem: 404, 409, 502."""
+    headers = [*(_JSON if body is not None else ()), (b"host", b"localhost:%d" % port)]
+    deadline_s = action.timeout_s
+    with trio.move_on_after(deadline_s) as scope:
+        async with _to_workload(doors, vm, port) as client:
+            async with client.stream(
+                action.method, action.path, headers, body if body is not None else b"", timeout_s=deadline_s
+            ) as response:
+                kind = dict(response.headers).get(b"content-type", b"").decode("latin-1")
+                window = Window(limit)
+                async for data in response:
+                    window.add(data)
+                    if window.size > 2 * limit:
+                        break
+                return Acted(response.status, kind.partition(";")[0].strip().lower()[:100], window)
+    assert scope.cancelled_caught
+    raise Problem(502, "action-timeout", f"the action took longer than the {deadline_s:g} s that it has", vm=vm)
+
+
+@asynccontextmanager
+async def _to_workload(doors: Doors, vm: str, port: int) -> AsyncIterator[AgentClient]:
+    with _guest_errors(vm):
+        async with to_port(doors.vms.agent(vm), vm, port) as client:
+            yield client
+
+
+async def _check(response: AgentResponse, vm: str) -> None:
+    """:raises Problem: the agent's own word, when it refuses."""
+    if response.status < 400:
+        return
+    try:
+        said = _problems.decode(await response.read(64 * 1024))
+    except (msgspec.DecodeError, AgentProtocolError, RecursionError):
+        said = _AgentProblem()
+    detail = said.detail or said.error or f"the agent answered {response.status}"
+    raise Problem(response.status, "agent-refused", detail[:1000], vm=vm, field=said.field)
+
+
+@contextmanager
+def _guest_errors(vm: str) -> Iterator[None]:
+    try:
+        yield
+    except (AgentUnreachable, AgentProtocolError) as error:
+        raise unreachable(vm, str(error)) from error
+    except ExceptionGroup as group:
+        # From the nursery around a tunnel.
+        if group.split(Problem)[1] is None:
+            raise first_problem(group) from None
+        if group.split((AgentUnreachable, AgentProtocolError))[1] is None:
+            raise unreachable(vm, first_text(group)) from group
+        raise
+
+
+def from_base64(text: str, name: str) -> bytes:
+    """:raises Problem: 400 that names the field."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise invalid(name, f"{name} is no base64: {error}") from None

@@ -1,0 +1,279 @@
+"""The tools and resources as a server of the official `mcp` package. Whoever imports this imports that."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import re
+from collections import deque
+from functools import partial
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
+import trio
+from mcp.server.caching import CacheHint
+from mcp.server.context import ServerRequestContext
+from mcp.server.lowlevel.server import Server
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+from mcp.shared.exceptions import MCPError
+from mcp_types import (
+    INVALID_PARAMS,
+    BlobResourceContents,
+    CallToolRequestParams,
+    CallToolResult,
+    ContentBlock,
+    ImageContent,
+    ListResourcesResult,
+    ListResourceTemplatesResult,
+    ListToolsResult,
+    PaginatedRequestParams,
+    ReadResourceRequestParams,
+    ReadResourceResult,
+    Resource,
+    ResourceLink,
+    ResourceTemplate,
+    TextContent,
+    TextResourceContents,
+    ToolAnnotations,
+)
+from mcp_types import Tool as ToolEntry
+
+from volant import __version__
+from volant.journal import LogGap
+from volant.model import LogLine, Problem, is_name, view
+
+from . import _mcp_guest
+from ._body import decode
+from ._doors import Doors
+from ._edge import first_problem, internal_error
+from ._limits import Limits
+from ._logs import log_of
+from ._mcp_text import MAX_TEXT, clip
+from ._mcp_tools import TOOLS, Asked, Result, Tool, log_link, vm_uri
+from ._openapi import standalone
+from ._params import vm_row
+
+Context = ServerRequestContext[Any, Any]
+
+_log = logging.getLogger("volant.api")
+# It says at INFO what our own log says of each request anyway.
+logging.getLogger("mcp").setLevel(logging.WARNING)
+
+_INSTRUCTIONS = (
+    "Volant runs Linux microVMs on one host. Make one with vms_create, which answers when it has booted; work in it "
+    "with vms_exec, vms_read_file and vms_write_file; remove it with vms_delete when you are done. Other people's VMs "
+    "may be on the same host: touch only those that you have made or were told of. When something fails, vms_get "
+    "shows the reason and vms_logs the console."
+)
+_TELL_S = 10.0
+"""So often a client that wants to know hears that a call is still under way."""
+_PAGE = 100
+_RESOURCE = re.compile(r"volant://vms/([^/]+)(?:/(logs|files)(/.*)?)?\Z", re.DOTALL)
+_LOG_LINES = 10_000
+_LATER = CacheHint(ttl_ms=300_000, scope="public")
+
+_encode = msgspec.json.Encoder().encode
+
+
+class McpServer:
+    """Serves one request after the other, or many at once; it keeps nothing between them."""
+
+    def __init__(self, doors: Doors) -> None:
+        self._doors = doors
+        self._tools = {tool.name: tool for tool in TOOLS}
+        self._entries = [_entry(tool) for tool in TOOLS]
+        schemas = {entry.name: entry.input_schema for entry in self._entries}
+        self._server: Server[Any] = Server(
+            "volant",
+            version=__version__,
+            title="Volant",
+            description="MicroVMs on one host",
+            instructions=_INSTRUCTIONS,
+            cache_hints={"tools/list": _LATER, "resources/templates/list": _LATER, "server/discover": _LATER},
+            get_tool_input_schema=schemas.get,
+            on_list_tools=self._list_tools,
+            on_call_tool=self._call_tool,
+            on_list_resources=self._list_resources,
+            on_list_resource_templates=self._list_templates,
+            on_read_resource=self._read_resource,
+        )
+
+    async def serve(self, scope: Any, receive: Any, send: Any, *, streams: bool) -> None:
+        """Serve one request of ASGI; with `streams` the client takes an event stream for an answer."""
+        manager = StreamableHTTPSessionManager(
+            self._server, json_response=not streams, stateless=True, max_request_body_size=Limits().json_body
+        )
+        async with manager.run():
+            await manager.handle_request(scope, receive, send)
+
+    async def _list_tools(self, context: Context, params: PaginatedRequestParams | None) -> ListToolsResult:
+        return ListToolsResult(tools=self._entries)
+
+    async def _call_tool(self, context: Context, params: CallToolRequestParams) -> CallToolResult:
+        tool = self._tools.get(params.name)
+        if tool is None:
+            raise MCPError(INVALID_PARAMS, f"there is no tool {params.name[:80]!r}")
+        asked = self._asked(context)
+        answer: CallToolResult | None = None
+        try:
+            arguments = decode(msgspec.json.encode(params.arguments or {}), tool.takes, "the arguments")
+            async with trio.open_nursery() as nursery:
+                if context.meta is not None and "progress_token" in context.meta:
+                    nursery.start_soon(_tell, asked, context)
+                answer = _success(await tool.run(asked, arguments))
+                nursery.cancel_scope.cancel()
+        except* Problem as group:
+            answer = _failure(first_problem(group))
+        except* Exception as group:
+            _log.error("request %s failed in %s", _request_id(context), tool.name, exc_info=group)
+            answer = _failure(internal_error())
+        assert answer is not None
+        return answer
+
+    async def _list_resources(self, context: Context, params: PaginatedRequestParams | None) -> ListResourcesResult:
+        rows = self._doors.store.projection.rows()
+        after = params.cursor if params is not None else None
+        if after is not None:
+            if not after.isascii() or not after.isdecimal() or len(after) > 18:
+                raise MCPError(INVALID_PARAMS, "the cursor is none that was given out")
+            rows = [row for row in rows if row.id > int(after)]
+        page = rows[:_PAGE]
+        await trio.lowlevel.checkpoint()
+        resources = []
+        for row in page:
+            link = log_link(row.name)
+            resources.append(
+                Resource(name=row.name, title=f"VM {row.name}", uri=vm_uri(row.name), mime_type="application/json")
+            )
+            resources.append(Resource(name=f"{row.name}/logs", title=link.name, uri=link.uri, mime_type=link.mime_type))
+        return ListResourcesResult(resources=resources, next_cursor=str(page[-1].id) if len(page) < len(rows) else None)
+
+    async def _list_templates(
+        self, context: Context, params: PaginatedRequestParams | None
+    ) -> ListResourceTemplatesResult:
+        return ListResourceTemplatesResult(
+            resource_templates=[
+                ResourceTemplate(
+                    name="vm", title="A VM", uri_template="volant://vms/{vm}", mime_type="application/json",
+                    description="The VM as vms_get gives it",
+                ),
+                ResourceTemplate(
+                    name="logs", title="The log of a VM", uri_template="volant://vms/{vm}/logs",
+                    mime_type="text/plain", description="The newest of its console and its workload, up to 1 MiB",
+                ),
+                ResourceTemplate(
+                    name="file", title="A file in a VM", uri_template="volant://vms/{vm}/files{+path}",
+                    description="Of up to 1 MiB, by its absolute path; the VM must run",
+                ),
+            ]
+        )  # fmt: skip
+
+    async def _read_resource(self, context: Context, params: ReadResourceRequestParams) -> ReadResourceResult:
+        uri = str(params.uri)
+        try:
+            return ReadResourceResult(contents=[await self._read(self._asked(context), uri)])
+        except Problem as problem:
+            raise MCPError(INVALID_PARAMS, _text(problem), {"uri": uri[:4096]}) from None
+
+    async def _read(self, asked: Asked, uri: str) -> TextResourceContents | BlobResourceContents:
+        found = _RESOURCE.match(uri)
+        vm, what, path = found.groups("") if found else ("", "", "")
+        if not is_name(vm) or bool(path) != (what == "files"):
+            raise Problem(404, "not-found", f"there is no resource {uri[:200]!r}")
+        row = vm_row(self._doors, vm)
+        if not what:
+            text = _encode(view(row)).decode()
+            return TextResourceContents(uri=uri, mime_type="application/json", text=text)
+        if what == "logs":
+            text = await _log_text(asked, vm)
+            return TextResourceContents(uri=uri, mime_type="text/plain", text=text)
+        name = unquote(path)
+        limit = _mcp_guest.MAX_BLOB
+        read = await asked.until(lambda: _mcp_guest.read_file(self._doors, vm, name, limit=limit))
+        if not read.ended:
+            raise Problem(413, "file-too-large", f"{name} is larger than {limit} bytes: read parts with vms_read_file")
+        data = read.window.head
+        try:
+            return TextResourceContents(uri=uri, mime_type="text/plain", text=data.decode())
+        except UnicodeDecodeError:
+            blob = base64.b64encode(data).decode("ascii")
+            return BlobResourceContents(uri=uri, mime_type="application/octet-stream", blob=blob)
+
+    def _asked(self, context: Context) -> Asked:
+        return Asked(self._doors, _state(context)["stopping"])
+
+
+async def _tell(asked: Asked, context: Context) -> None:
+    """Tell the client how far a call is, when there is news and every now and then."""
+    began = trio.current_time()
+    while True:
+        with trio.move_on_after(_TELL_S):
+            await asked.news.wait()
+        asked.news = trio.Event()
+        await context.session.report_progress(round(trio.current_time() - began, 3), None, asked.told or "under way")
+
+
+async def _log_text(asked: Asked, vm: str) -> str:
+    log = log_of(asked.doors, vm_row(asked.doors, vm))
+    lines: deque[str] = deque()
+    size = 0
+    async with log.cursor(tail=_LOG_LINES, follow=False) as cursor:
+        while taken := await asked.until(partial(cursor.take, 256 * 1024)):
+            if isinstance(taken, LogGap):
+                continue
+            for frame in taken:
+                line = msgspec.json.decode(frame, type=LogLine)
+                lines.append(f"{line.timestamp:%Y-%m-%dT%H:%M:%S.%f}Z {line.stream} {line.line}\n")
+                size += len(lines[-1])
+                while size > _mcp_guest.MAX_BLOB:
+                    size -= len(lines.popleft())
+    return "".join(lines)
+
+
+def _entry(tool: Tool) -> ToolEntry:
+    gives = standalone(tool.gives)
+    return ToolEntry(
+        name=tool.name,
+        title=tool.title,
+        description=tool.description,
+        input_schema=standalone(tool.takes),
+        output_schema=gives,
+        annotations=ToolAnnotations(
+            title=tool.title,
+            read_only_hint=tool.read_only,
+            destructive_hint=tool.destructive,
+            idempotent_hint=tool.idempotent or tool.read_only,
+            open_world_hint=tool.open_world,
+        ),
+    )
+
+
+def _success(result: Result) -> CallToolResult:
+    encoded = _encode(result.value)
+    content: list[ContentBlock] = [TextContent(type="text", text=clip(encoded.decode(), MAX_TEXT))]
+    for image in result.images:
+        data = base64.b64encode(image.data).decode("ascii")
+        content.append(ImageContent(type="image", data=data, mime_type=image.mime_type))
+    content.extend(
+        ResourceLink(type="resource_link", uri=link.uri, name=link.name, mime_type=link.mime_type)
+        for link in result.links
+    )
+    return CallToolResult(content=content, structured_content=msgspec.json.decode(encoded), is_error=result.failed)
+
+
+def _failure(problem: Problem) -> CallToolResult:
+    return CallToolResult(content=[TextContent(type="text", text=_text(problem))], is_error=True)
+
+
+def _text(problem: Problem) -> str:
+    return f"{problem.detail}\n{problem.hint}" if problem.hint else problem.detail
+
+
+def _request_id(context: Context) -> str:
+    return str(_state(context)["request_id"])
+
+
+def _state(context: Context) -> Any:
+    assert context.request is not None
+    return context.request.scope["state"]
