@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable
 
 import httpx
@@ -75,6 +77,36 @@ def test_a_stopped_daemon_refuses_connections(make_daemon: Callable[..., Daemon]
     assert daemon.stop() == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{daemon.base_url}/healthz", trust_env=False)
+
+
+def test_signals_that_come_while_it_stops_leave_nothing_half_removed(make_daemon: Callable[..., Daemon]) -> None:
+    for _ in range(3):
+        daemon = make_daemon()
+        process = daemon.process
+        assert process is not None
+        while process.poll() is None:
+            process.terminate()
+            time.sleep(0.0005)
+        assert process.returncode in (0, -signal.SIGTERM), daemon.log()
+        assert "stopped" in daemon.log()
+        assert daemon.leftovers() == []
+
+
+async def test_an_impatient_stop_keeps_the_state_of_the_vms_that_it_leaves(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon()
+    async with daemon.client() as client:
+        # Neither has an agent that could be asked; the first signal kills, the second does not wait for that.
+        vm = await boot(client, "demo")
+    daemon.terminate()
+    daemon.terminate()
+    assert daemon.wait() == 0
+    if daemon.hypervisors():
+        assert "the state is kept" in daemon.log()
+        daemon.start()
+        async with daemon.client() as client:
+            assert (await client.vms.get("demo")).id == vm.id
+    else:
+        assert daemon.leftovers() == []
 
 
 async def test_a_vm_that_is_asked_for_while_an_ephemeral_daemon_stops_leaves_nothing(

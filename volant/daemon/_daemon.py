@@ -43,6 +43,9 @@ _RELOAD_S = 10.0
 _STREAMS_STOP_S = 3.0
 """How long the API may take to see its connections off; it has a shorter deadline of its own."""
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_LATE_SIGNAL_S = 0.01
+
 Health = Literal["ok", "starting", "stopping", "degraded"]
 
 
@@ -61,10 +64,16 @@ async def run(settings: Settings, reread: Reread | None = None) -> None:
     :raises SettingsError: a key file has become something else since the settings were loaded.
     """
     try:
-        with claimed(settings), listening(settings) as sockets:
-            await Daemon(settings, sockets, reread).run()
-            if settings.ephemeral:
+        # Signals are held to the very end: one more that comes while the state is removed must not leave half of it.
+        with claimed(settings), listening(settings) as sockets, trio.open_signal_receiver(*_SIGNALS) as signals:
+            left = await Daemon(settings, sockets, reread).run(signals)
+            if settings.ephemeral and left:
+                _logger.error("the state is kept for the VMs that are left: %s", ", ".join(left))
+            elif settings.ephemeral:
                 remove(settings)
+            with trio.move_on_after(_LATE_SIGNAL_S):
+                async for _ in signals:
+                    pass
     except (DirectoryError, ListenError) as error:
         raise DaemonError(str(error)) from error
 
@@ -118,8 +127,8 @@ class Daemon:
             self._supervisor,
         )
 
-    async def run(self) -> None:
-        """Run until a signal, then stop."""
+    async def run(self, signals: AsyncIterator[int]) -> list[str]:
+        """Run until a signal, then stop; the names of the VMs that there are then."""
         doors = Doors(
             vms=self.vms,
             journal=self._journal.ref,
@@ -140,33 +149,33 @@ class Daemon:
                 Child("api", partial(self._serve, app), shutdown_s=10),
             ],
         )
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async with open_system(root, name="volantd") as system, trio.open_nursery() as nursery:
-                self._system = system
-                for sock in self._sockets:
-                    # On stdout, as whoever started us with port 0 has to read it.
-                    print(f"volantd: listening on {address_of(sock)}", flush=True)  # noqa: T201
-                nursery.start_soon(self._adopt)
-                nursery.start_soon(self._choose_accelerator)
-                async for signum in signals:
-                    if signum == signal.SIGHUP:
-                        await self._reload()
-                        continue
-                    _logger.info("stopping: %s", signal.Signals(signum).name)
-                    break
-                nursery.start_soon(self._hurry, signals, nursery.cancel_scope)
-                if self._settings.ephemeral:
-                    left = await self.vms.delete_all(_EPHEMERAL_STOP_S)
-                    if left:
-                        _logger.error("these VMs could not be deleted: %s", ", ".join(left))
-                self._stopping.set()
-                self.store.events.close()
-                # Cancelled now, it would cut streams off in the middle of being told.
-                with trio.move_on_after(_STREAMS_STOP_S):
-                    await self._served.wait()
-                nursery.cancel_scope.cancel()
+        async with open_system(root, name="volantd") as system, trio.open_nursery() as nursery:
+            self._system = system
+            for sock in self._sockets:
+                # On stdout, as whoever started us with port 0 has to read it.
+                print(f"volantd: listening on {address_of(sock)}", flush=True)  # noqa: T201
+            nursery.start_soon(self._adopt)
+            nursery.start_soon(self._choose_accelerator)
+            async for signum in signals:
+                if signum == signal.SIGHUP:
+                    await self._reload()
+                    continue
+                _logger.info("stopping: %s", signal.Signals(signum).name)
+                break
+            nursery.start_soon(self._hurry, signals, nursery.cancel_scope)
+            if self._settings.ephemeral:
+                left = await self.vms.delete_all(_EPHEMERAL_STOP_S)
+                if left:
+                    _logger.error("these VMs could not be deleted: %s", ", ".join(left))
+            self._stopping.set()
+            self.store.events.close()
+            # Cancelled now, it would cut streams off in the middle of being told.
+            with trio.move_on_after(_STREAMS_STOP_S):
+                await self._served.wait()
+            nursery.cancel_scope.cancel()
         self.logs.close()
         _logger.info("stopped")
+        return [row.name for row in self.store.projection.rows()]
 
     async def _serve(self, app: QuartTrio, *, task_status: trio.TaskStatus[None]) -> None:
         await serve(app, self._sockets, stopping=self._stopping, task_status=task_status)
