@@ -1,16 +1,19 @@
 """Builds what the code says of itself: `docs/reference/volar.md` from the commands, `docs/api/openapi.yaml` from the
-routes, and the reference of the Python API in `docs/site`, which is not kept.
+routes, the reference of manifests and their JSON Schema from the structs, and the reference of the Python API in
+`docs/site`, which is not kept.
 
 With `--check` nothing is written: the exit code says whether the kept files are what the code says.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
@@ -24,7 +27,7 @@ MODULES = ["actors", "actors.testing", "volant.client", "volant.model", "volant.
 
 def main() -> int:
     """Write or check; return the exit code."""
-    kept = {DOCS / "reference" / "volar.md": reference(), DOCS / "api" / "openapi.yaml": openapi()}
+    kept = {path: write() for path, write in KEPT.items()}
     if "--check" in sys.argv[1:]:
         stale = [path for path, text in kept.items() if not path.is_file() or path.read_text() != text]
         for path in stale:
@@ -80,6 +83,102 @@ def _prose(text: str) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", r"\|").replace("\n", " ")
+
+
+_MANIFEST = """\
+# Plugin manifests
+
+<!-- Written by docs/build.py. -->
+
+What `POST /api/v1/plugins` and `volar plugins install` take, in JSON (`volar` also reads TOML). [How to write a
+plugin](../how-to/write-a-plugin.md) goes through it step by step. [manifest.schema.json](manifest.schema.json) is the
+same as JSON Schema (2020-12), for editors and checkers.
+
+A member that is not named here is refused, and so is a manifest of more than 256 KiB. The answer names the member at
+fault: `actions.shot.path`.
+"""
+
+
+def manifest_schema() -> str:
+    """The JSON Schema of manifests."""
+    text = json.dumps({"$ref": _SCHEMAS + "Manifest", "$defs": _of_manifests()})
+    schema = json.loads(text.replace(_SCHEMAS, "#/$defs/"))
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Volant plugin manifest"}
+    return json.dumps(head | schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def manifest_reference() -> str:
+    """The page of manifests."""
+    parts = [_MANIFEST.rstrip("\n")]
+    for name, schema in _of_manifests().items():
+        parts.append(f"## {name}" if name != "Manifest" else "## The manifest")
+        parts.append(schema.get("description", ""))
+        rows = [
+            f"| `{member}` | {_cell(_kind(of))} | {_default(of, member in schema['required'])} "
+            f"| {_cell(of.get('description', ''))} |"
+            for member, of in schema["properties"].items()
+        ]
+        parts.append("\n".join(["| member | | default | |", "| --- | --- | --- | --- |", *rows]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_SCHEMAS = "#/components/schemas/"
+
+
+def _of_manifests() -> dict[str, Any]:
+    """The schemas that a manifest is made of, it first, each after one that names it."""
+    schemas = document()["components"]["schemas"]
+    names = ["Manifest"]
+    for name in names:
+        found = re.findall(f'"{_SCHEMAS}([^"]+)"', json.dumps(schemas[name]))
+        names.extend(one for one in dict.fromkeys(found) if one not in names)
+    return {name: schemas[name] for name in names}
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    """What a member may be, in a few words."""
+    if "$ref" in schema:
+        name = schema["$ref"].removeprefix(_SCHEMAS)
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in schema:
+        return " or ".join(_kind(one) for one in schema["anyOf"] if one.get("type") != "null")
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    match schema.get("type"):
+        case "array":
+            return f"list of {_kind(schema['items'])}"
+        case "object":
+            of = schema.get("additionalProperties")
+            most = f", at most {schema['maxProperties']}" if "maxProperties" in schema else ""
+            return f"object of {_kind(of)}{most}" if isinstance(of, dict) and of else "object"
+        case "string":
+            pattern, most = schema.get("pattern", ""), schema.get("maxLength")
+            # What only keeps control characters out is not worth a look.
+            return (f"text `{pattern}`" if pattern and "\\x" not in pattern else "text") + (
+                f", at most {most} characters" if most else ""
+            )
+        case "integer" | "number" as kind:
+            low, above, high = (schema.get(key) for key in ("minimum", "exclusiveMinimum", "maximum"))
+            least = f" more than {above}" if above is not None else "" if low is None else f" from {low}"
+            return kind + least + ("" if high is None else f" to {high}")
+        case kind:
+            return str(kind or "any")
+
+
+def _default(schema: dict[str, Any], required: bool) -> str:
+    if required:
+        return "required"
+    value = schema.get("default")
+    return "" if value in (None, {}, [], "") or "$ref" in schema else f"`{json.dumps(value)}`"
+
+
+KEPT = {
+    DOCS / "reference" / "volar.md": reference,
+    DOCS / "reference" / "manifest.md": manifest_reference,
+    DOCS / "reference" / "manifest.schema.json": manifest_schema,
+    DOCS / "api" / "openapi.yaml": openapi,
+}
+"""What is kept, and what writes it."""
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from jsonschema import Draft202012Validator
 from openapi_schema_validator import OAS31Validator
 
 from volant.api._body import decode
@@ -174,3 +177,11 @@ def test_a_user_in_a_url_is_not_told_again() -> None:
 
 def test_the_built_in_one_is_good() -> None:
     check_manifest(BASE)
+
+
+def test_the_kept_schema_takes_and_refuses_by_itself() -> None:
+    kept = json.loads((Path(__file__).resolve().parents[2] / "docs/reference/manifest.schema.json").read_text())
+    Draft202012Validator.check_schema(kept)
+    for members in GOOD:
+        assert Draft202012Validator(kept).is_valid({"name": "web", **members})
+    assert not Draft202012Validator(kept).is_valid({"name": "web", "actions": {"shot": {"path": "/shot"}}})

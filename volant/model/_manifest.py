@@ -93,11 +93,12 @@ class Workload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     port: Port | None = None
     """Where the workload serves HTTP on the guest's loopback; unknown routes of the agent go there."""
     restart: Literal["never", "on-failure", "always"] = "on-failure"
+    """When the agent starts it again."""
     health_check: HealthCheck | None = None
 
 
 class Resources(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """What a VM of this plugin gets when `POST /vms` is silent, and the least that it may have."""
+    """What a VM of this plugin needs: `memory_mb` is the least that it may have, `cpu_cores` what is good for it."""
 
     cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
     memory_mb: Annotated[int, msgspec.Meta(ge=64, le=2**24)] = 128
@@ -149,9 +150,10 @@ class DevTools(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """A plugin."""
+    """A plugin: a kind of VM."""
 
     name: Name
+    """Unique on a host."""
     version: Annotated[
         str, msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00-\x1f\x7f]*$", "maxLength": _MAX_VERSION})
     ] = "0"
@@ -159,9 +161,11 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     schema_version: Literal["1"] = "1"
     description: Plain = ""
     runtime: Name = "base"
+    """The boot image."""
     resources: Resources = Resources()
     boot: Boot | None = None
     workload: Workload | None = None
+    """Without one a VM has a shell and the agent."""
     actions: Annotated[dict[Name, Action], msgspec.Meta(extra_json_schema={"maxProperties": MAX_ACTIONS})] = {}
     """By name; each is `POST /api/v1/vms/{name}/actions/{plugin}/{action}`. They need the workload's `port`."""
     openapi: PlainPath | dict[str, Any] | None = None
