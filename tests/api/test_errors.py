@@ -58,7 +58,7 @@ def upgrade(**headers: str) -> dict[str, str]:
         ({"memory_mb": 63}, "memory_mb"),
         ({"memory_mb": None}, "memory_mb"),
         ({"colour": "red"}, "colour"),
-        ({"labels": {"a": 1}}, "labels[...]"),
+        ({"labels": {"a": 1}}, "labels.a"),
         ({"labels": {"": "x"}}, "labels"),
         ({"labels": {str(n): "x" for n in range(65)}}, "labels"),
         ({"env": {"A=B": "x"}}, "env"),

@@ -117,6 +117,22 @@ async def test_integers_are_taken_up_to_the_bounds_that_are_said(served: Api, pa
             assert (400 if answer.status_code == 400 else 200) == status, (name, value, answer.text)
 
 
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        *((text, True) for text in ("0ms", "600000ms", "000000599999ms", "600s", "10m", "010m", "0h", "000d", "7s")),
+        *((text, False) for text in ("600001ms", "601s", "11m", "1h", "1d", "0000000000001s", "10", "s", "-1s", "")),
+    ],
+)
+async def test_durations_are_taken_up_to_the_bound_that_is_said(served: Api, text: str, good: bool) -> None:
+    parameters = document()["paths"]["/api/v1/vms/{name}"]["get"]["parameters"]
+    (schema,) = [one["schema"] for one in parameters if one["name"] == "timeout"]
+    assert (re.search(schema["pattern"], text) is not None) == good
+    await served.crashed("demo")
+    answer = await served.client.get("/api/v1/vms/demo", params={"timeout": text})
+    assert answer.status_code == (200 if good else 400)
+
+
 async def test_answers_are_held_against_the_document() -> None:
     asked = httpx.Request("GET", "http://127.0.0.1/healthz")
     await conformance.check(httpx.Response(200, json={"status": "ok"}, request=asked))

@@ -444,3 +444,13 @@ async def test_an_upload_that_the_guest_refuses_is_answered(tmp_path: Path) -> N
             assert (await read_answer(stream)).body == b"POST"
             await stream.send_all(request("GET", "/healthz", Connection="close"))
             assert (await read_to_end(stream)).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("path", ["/api/v1/vms/demo/agent/x", "/api/v1/vms/demo/ports/{port}/x"])
+async def test_a_trace_is_not_passed_on(tmp_path: Path, path: str) -> None:
+    async with guest(tmp_path) as demo:
+        answer = await demo.client.request("TRACE", path.format(port=demo.port))
+        assert answer.status_code == 405
+        assert "TRACE" not in answer.headers["allow"]
+        assert "GET" in answer.headers["allow"]
+        assert not demo.seen

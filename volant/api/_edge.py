@@ -28,6 +28,8 @@ _log = logging.getLogger("volant.api")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}\Z")
 _QUIET = frozenset({"/healthz"})
+_ANY = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
+"""What an answer names where nearly any is possible."""
 _REFUSED = frozenset({401, 403, 421})
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
@@ -36,7 +38,7 @@ Handler = Callable[[Call], Awaitable[None]]
 
 @dataclass(frozen=True)
 class StreamRoute:
-    """A route beside Quart. `methods` None: any."""
+    """A route beside Quart. `methods` None: any but TRACE."""
 
     pattern: re.Pattern[str]
     handler: Handler
@@ -112,8 +114,9 @@ class Edge:
             raise Problem(404, "not-found", "there is no WebSocket here", hint="this is plain HTTP")
         if not call.is_websocket and not route.http:
             raise Problem(426, "upgrade-required", "this is a WebSocket", hint="connect with ws://")
-        if route.methods is not None and call.method not in route.methods:
-            allowed = ", ".join(sorted(route.methods))
+        # TRACE would show a page what its browser sends, and is of no use to anybody (RFC 9110, 9.3.8).
+        if call.method == "TRACE" or (route.methods is not None and call.method not in route.methods):
+            allowed = ", ".join(sorted(route.methods or _ANY))
             raise Problem(405, "method-not-allowed", f"{call.method} is not possible here", hint=f"use {allowed}")
 
     def _check_length(self, call: Call) -> None:

@@ -25,7 +25,7 @@ _ABOUT = "\n\n".join(
     (
         "Errors are `application/problem+json`. Every answer has `X-Request-Id`; a client's own is kept when it is 1 "
         "to 64 letters, digits and `._:-`. Sizes are MiB, times RFC 3339 in UTC, durations text such as `500ms`, "
-        "`10s`, `2m`.",
+        "`10s`, `2m`. Integers are written without a fraction: `80`, not `80.0`.",
         "Before a route is looked at, the server itself may answer 400 (not HTTP), 408 (headers over 10 s), 431 "
         "(headers over 32 KiB), 503 (more than 1,000 connections) or 505.",
     )

@@ -16,7 +16,6 @@ import msgspec
 from volant.model import (
     ConsoleGap,
     CreateVm,
-    Duration,
     Event,
     EventType,
     Health,
@@ -143,18 +142,34 @@ TAGS = {
 _ANSWERED_VM = Answer("The VM as it now is", VmView, headers=("ETag", "Volant-Wait"))
 _VERB_ANSWER = Answer("The VM", VmView, headers=("ETag", "Volant-Wait", "Idempotency-Replayed"))
 _STATES = Literal["pending", "starting", "running", "paused", "stopping", "stopped", "crashed", "deleting", "deleted"]
+_TEN_MINUTES = Annotated[
+    str,
+    msgspec.Meta(
+        extra_json_schema={
+            "pattern": "^(0{0,6}([0-9]{1,5}|[1-5][0-9]{5}|600000)ms|0{0,9}([0-9]{1,2}|[1-5][0-9]{2}|600)s"
+            "|0{0,10}([0-9]|10)m|0{1,12}[hd])$"
+        }
+    ),
+]
+"""A duration of at most that, for the schema alone."""
 _WAIT = (
-    Parameter("wait", list[_STATES], "Answer once the VM is in, or since the request was in, one of these states"),
-    Parameter("timeout", Duration, "How long to wait: default `60s`, at most `10m`"),
+    Parameter(
+        "wait",
+        Annotated[list[_STATES], msgspec.Meta(min_length=1)],
+        "Answer once the VM is in, or since the request was in, one of these states",
+    ),
+    Parameter("timeout", _TEN_MINUTES, "How long to wait: default `60s`, at most `10m`"),
 )
-_IF_MATCH = Parameter("If-Match", str, "Only if the VM's `ETag` is one of these", place="header")
+_IF_MATCH = Parameter(
+    "If-Match", Annotated[str, msgspec.Meta(min_length=1)], "Only if the VM's `ETag` is one of these", place="header"
+)
 _ONCE = Parameter(
     "Idempotency-Key",
     Annotated[str, msgspec.Meta(pattern="^[!-~]{1,255}$")],
     "With the same key the request can be sent again and is done once; the first answer counts for 24 h",
     place="header",
 )
-_GRACE = Parameter("grace", Duration, "How long the guest has before it is killed: default `10s`, at most `10m`")
+_GRACE = Parameter("grace", _TEN_MINUTES, "How long the guest has before it is killed: default `10s`, at most `10m`")
 _LABEL = Parameter(
     "label", Annotated[str, msgspec.Meta(pattern="^[^=]+=")], "`key=value`; all of them must hold", repeated=True
 )
@@ -226,7 +241,9 @@ _LOG_PARAMETERS = (
         "After this `seq`, or from this time on; wins over `tail`",
     ),
     Parameter("follow", bool, "Whether to go on with new lines"),
-    Parameter("stream", list[Literal["stdout", "stderr", "console"]], "Default: all"),
+    Parameter(
+        "stream", Annotated[list[Literal["stdout", "stderr", "console"]], msgspec.Meta(min_length=1)], "Default: all"
+    ),
     Parameter(
         "vm_id",
         Annotated[int, msgspec.Meta(ge=1, le=MAX_INTEGER)],
@@ -240,7 +257,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "GET", "/api/v1/vms", "list_vms", "List VMs, by id",
         {200: Answer("All that fit, unless there is a `limit`", list[VmView], headers=("Volant-Event-Id", "Link"))},
         parameters=(
-            Parameter("status", list[Status], "In one of these states"),
+            Parameter("status", Annotated[list[Status], msgspec.Meta(min_length=1)], "In one of these states"),
             Parameter("plugin", Name, "Of one of these plugins", repeated=True),
             _LABEL,
             Parameter("limit", Annotated[int, msgspec.Meta(ge=1, le=1000)], "At most so many"),
@@ -280,7 +297,7 @@ OPERATIONS: tuple[Operation, ...] = (
             Parameter("last_event_id", str, "After this event; wins over `since`"),
             Parameter("Last-Event-ID", str, "After this event; wins over both", place="header"),
             Parameter("vm", Name, "Of this VM"),
-            Parameter("types", list[EventType], "Of these types"),
+            Parameter("types", Annotated[list[EventType], msgspec.Meta(min_length=1)], "Of these types"),
             _LABEL,
             Parameter("on_gap", Literal["410"], "410 instead of a `STREAM_GAP` when events are not kept"),
         ),
@@ -305,7 +322,7 @@ OPERATIONS: tuple[Operation, ...] = (
         takes=RunAgentInput,
         parameters=(
             Parameter("vm", Name, "Of this VM alone: the run is its boot, and ends with it"),
-            Parameter("duration", Duration, "The run ends after it: default `60s` without `vm`, at most `10m`"),
+            Parameter("duration", _TEN_MINUTES, "The run ends after it: default `60s` without `vm`, at most `10m`"),
         ),
         fails=(404,),
     ),
