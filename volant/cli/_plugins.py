@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ._complete import plugin_names
 from ._run import Failure, Session, command
 from ._text import safe
 
@@ -47,7 +48,7 @@ async def install(session: Session, manifest: str) -> None:
 
 
 @command(group, "show")
-@click.argument("name")
+@click.argument("name", shell_complete=plugin_names)
 async def show(session: Session, name: str) -> None:
     """Show what a plugin is made of; with --json its manifest, as `install` takes it."""
     manifest = await session.client.plugins.manifest(name)
@@ -89,14 +90,14 @@ def _inputs(schema: Mapping[str, Any] | None) -> list[str]:
 
 
 @command(group, "enable")
-@click.argument("name")
+@click.argument("name", shell_complete=plugin_names)
 async def enable(session: Session, name: str) -> None:
     """Let new VMs use a plugin."""
     await _enable(session, name, True)
 
 
 @command(group, "disable")
-@click.argument("name")
+@click.argument("name", shell_complete=plugin_names)
 async def disable(session: Session, name: str) -> None:
     """Keep new VMs from a plugin; those that there are go on."""
     await _enable(session, name, False)
@@ -111,7 +112,7 @@ async def _enable(session: Session, name: str, enabled: bool) -> None:
 
 
 @command(group, "remove")
-@click.argument("name")
+@click.argument("name", shell_complete=plugin_names)
 async def remove(session: Session, name: str) -> None:
     """Remove a plugin that no VM uses."""
     await session.client.plugins.remove(name)

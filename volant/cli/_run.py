@@ -65,7 +65,7 @@ def command(
             options = ctx.ensure_object(Options)
 
             async def work() -> int | None:
-                async with _client(options) as client:
+                async with client_of(options) as client:
                     return await function(Session(client, Output(options.json)), *args, **kwargs)
 
             return guarded(options, lambda: trio.run(work))
@@ -77,7 +77,8 @@ def command(
     return decorate
 
 
-def _client(options: Options) -> Client:
+def client_of(options: Options) -> Client:
+    """The client that the options ask for. :raises click.UsageError: they ask for none that can be."""
     api_key = _api_key(options.api_key_file)
     try:
         return Client(options.api or "http://127.0.0.1:7777", api_key=api_key)

@@ -6,44 +6,41 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Literal, TextIO
+from typing import Literal
 
 import click
 import trio
 
 from volant.client import ClientError, Feed, LogGap, LogLine, StreamGap, Waited
-from volant.model import BASE, CreateVm, Event, EventType, Problem, Reason, Status, VmView
+from volant.model import BASE, CreateVm, Event, Problem, Status, VmView
 
+from . import _console, _forward
+from ._complete import plugin_names, vm_names
+from ._events import event_line, follow, label_option, reason_lines, retrying, since_option, type_option
 from ._output import Output, colourful, styled
 from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair, Session, command
-from ._text import clock, safe, span
+from ._text import safe, span
+from ._vms_group import group, name_argument
+
+__all__ = ["group"]
+
+# Their commands are of this group, too.
+del _console, _forward
 
 _WAIT_S = 120.0
-_EVENT_COLOURS = {
-    EventType.VM_RUNNING: "green",
-    EventType.VM_CRASHED: "red",
-    EventType.VM_DELETED: "bright_black",
-    EventType.VM_STOPPED: "bright_black",
-}
 _NOT_FOUND_IN_GUEST = 127
 _NOT_EXECUTABLE = 126
 
-name_argument = click.argument("name")
 wait_option = click.option("--wait", is_flag=True, help="Wait until it is there, and show its events meanwhile.")
 timeout_option = click.option(
     "--timeout", type=Duration(), default=_WAIT_S, show_default="2m", help="How long to wait: 500ms, 10s, 2m, …"
 )
 
 
-@click.group(name="vms")
-def group() -> None:
-    """Create, watch and use VMs."""
-
-
 @command(group, "list")
 @click.option("--status", type=click.Choice([str(state) for state in Status]), help="Only those in this status.")
 @click.option("--label", "labels", type=Pair(), multiple=True, help="Only those with this label; may be repeated.")
-@click.option("--plugin", help="Only those of this plugin.")
+@click.option("--plugin", shell_complete=plugin_names, help="Only those of this plugin.")
 async def list_(session: Session, status: str | None, labels: tuple[tuple[str, str], ...], plugin: str | None) -> None:
     """List VMs."""
     vms = await session.client.vms.list(status=status, labels=dict(labels), plugin=plugin)
@@ -79,7 +76,7 @@ async def inspect(session: Session, name: str) -> None:
 @name_argument
 @click.option("--cpu", "cpu_cores", type=click.IntRange(min=1), help="vCPUs.  [default: the plugin's]")
 @click.option("--memory", "memory_mb", type=click.IntRange(min=64), help="Memory in MiB.  [default: the plugin's]")
-@click.option("--plugin", default="base", show_default=True, help="What kind of VM.")
+@click.option("--plugin", default="base", show_default=True, shell_complete=plugin_names, help="What kind of VM.")
 @click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE for the workload; may be repeated.")
 @click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
 @click.option("--runtime", help="The boot image, when not the plugin's.")
@@ -207,7 +204,7 @@ async def wait_for(session: Session, name: str, states: str, timeout: float) -> 
 
 
 @command(group, "delete")
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=vm_names)
 async def delete(session: Session, names: tuple[str, ...]) -> None:
     """Delete VMs with all that is theirs; returns when nothing of them is left."""
     for name in names:
@@ -245,7 +242,7 @@ async def logs(
         raise click.UsageError("--tail and --since exclude each other")
     out = session.out
     async with session.client.vms.logs(
-        name, tail=tail, since=since, follow=follow, streams=streams, on_retry=_retrying(out)
+        name, tail=tail, since=since, follow=follow, streams=streams, on_retry=retrying(out.note)
     ) as feed:
         async for item in feed:
             if out.json:
@@ -332,12 +329,10 @@ async def devtools(session: Session, name: str) -> None:
 
 
 @command(group, "watch")
-@click.argument("name", required=False)
-@click.option("--since", metavar="ID", help="Begin after this event; 0: with the oldest kept.")
-@click.option(
-    "--type", "types", type=click.Choice([str(kind) for kind in EventType]), multiple=True, help="Only these."
-)
-@click.option("--label", "labels", type=Pair(), multiple=True, help="Only VMs with this label; may be repeated.")
+@click.argument("name", required=False, shell_complete=vm_names)
+@since_option
+@type_option
+@label_option
 async def watch(
     session: Session,
     name: str | None,
@@ -345,18 +340,8 @@ async def watch(
     types: tuple[str, ...],
     labels: tuple[tuple[str, str], ...],
 ) -> None:
-    """Print what happens to VMs as it happens, until interrupted."""
-    out = session.out
-    async with session.client.events(
-        after=since, vm=name, types=types, labels=dict(labels), on_retry=_retrying(out)
-    ) as feed:
-        async for item in feed:
-            if out.json:
-                out.item(item)
-            elif isinstance(item, StreamGap):
-                out.note("volar: events are lost: the daemon does not keep what came before the next one")
-            else:
-                out.line(_event_line(item, sys.stdout))
+    """Print what happens to VMs, or to one, as it happens, until interrupted; `volar events` says more."""
+    await follow(session, name, since, types, labels)
 
 
 async def _verb(
@@ -385,7 +370,7 @@ class _Teller:
         try:
             async for item in feed:
                 if isinstance(item, Event):
-                    sys.stderr.write(_event_line(item, sys.stderr) + "\n")
+                    sys.stderr.write(event_line(item, sys.stderr) + "\n")
                     sys.stderr.flush()
                     self._told = item.status
                     self._news.set()
@@ -425,17 +410,6 @@ async def _settle(teller: _Teller | None, waited: Waited) -> None:
         await teller.told(waited.vm.status)
 
 
-def _event_line(event: Event, terminal: TextIO) -> str:
-    kind = styled(str(event.type).ljust(11), _EVENT_COLOURS.get(event.type), terminal)
-    text = f"{clock(event.timestamp)}  {kind}  {safe(event.name)}  {safe(event.message)}"
-    return text + (f"\n{_reason(event.reason)}" if event.reason else "")
-
-
-def _reason(reason: Reason) -> str:
-    lines = [f"  {safe(reason.code)}: {safe(reason.message)}", *(f"  | {safe(line)}" for line in reason.console)]
-    return "\n".join(lines)
-
-
 def _print_line(out: Output, item: LogLine, timestamps: bool) -> None:
     terminal = sys.stdout.isatty()
     text = safe(item.line) if terminal else item.line
@@ -445,19 +419,6 @@ def _print_line(out: Output, item: LogLine, timestamps: bool) -> None:
         moment = item.timestamp.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         text = f"{moment}  {text}"
     out.line(text)
-
-
-def _retrying(out: Output):  # type: ignore[no-untyped-def]  # the callback's type is the client's own
-    told = False
-
-    def tell(error: ClientError | Problem, delay_s: float) -> None:
-        nonlocal told
-        del delay_s
-        if not told:
-            told = True
-            out.note(f"volar: {error}; trying again")
-
-    return tell
 
 
 def _outcome(out: Output, name: str, waited: Waited, wanted: str, timeout_s: float) -> int:
@@ -522,7 +483,7 @@ def _show(out: Output, vm: VmView) -> None:
     )
     if vm.reason is not None:
         out.line("reason:")
-        out.line(_reason(vm.reason))
+        out.line(reason_lines(vm.reason))
 
 
 def _up(vm: VmView) -> str:

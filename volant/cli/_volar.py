@@ -13,10 +13,12 @@ from ._options import common
 
 _GROUPS = {
     "vms": ("volant.cli._vms", "Create, watch and use VMs."),
+    "events": ("volant.cli._events", "Print what happens to VMs as it happens."),
     "images": ("volant.cli._images", "Build and list boot images, without a daemon."),
     "call": ("volant.cli._call", "Let a VM's workload do what its plugin names."),
     "plugins": ("volant.cli._plugins", "Install and list kinds of VMs."),
     "system": ("volant.cli._system", "Look at the daemon itself."),
+    "completion": ("volant.cli._completion", "Let a shell complete commands and names."),
 }
 
 

@@ -8,7 +8,7 @@ from ._client import Client
 from ._console import Console
 from ._errors import ClientError, ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
 from ._exec import ExecEnd, ExecOutput, Process
-from ._feed import Feed
+from ._feed import Feed, OnRetry
 from ._tcp import TcpStream
 from ._types import Reconnected, Waited
 
@@ -29,6 +29,7 @@ __all__ = [
     "Health",
     "LogGap",
     "LogLine",
+    "OnRetry",
     "PluginView",
     "Process",
     "Reconnected",

@@ -1,0 +1,24 @@
+"""`volar completion`."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import get_completion_class
+
+
+@click.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def group(shell: str) -> None:
+    """Print what makes SHELL complete commands, options and the names of VMs and plugins.
+
+    \b
+    bash: echo 'eval "$(volar completion bash)"' >> ~/.bashrc
+    zsh:  echo 'eval "$(volar completion zsh)"' >> ~/.zshrc
+    fish: volar completion fish > ~/.config/fish/completions/volar.fish
+
+    Names are asked of the daemon that VOLANT_API_BASE or --api names, for a second at most; without one there are none.
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None
+    root = click.get_current_context().find_root().command
+    click.echo(kind(root, {}, "volar", "_VOLAR_COMPLETE").source())

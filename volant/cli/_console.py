@@ -1,0 +1,191 @@
+"""`volar vms console`: a terminal at a VM's serial console.
+
+The terminal is raw while it lasts, so that Ctrl-C, Tab and Ctrl-D reach the guest, and is put back however that ends, a
+signal that can be caught included. One key leaves: Ctrl-], as of old.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import click
+import trio
+
+from volant.client import ConnectionLost, Console, ConsoleGap, Reconnected
+
+from ._events import retrying
+from ._output import Output
+from ._run import Session, command
+from ._text import safe
+from ._vms_group import group, name_argument
+
+_PIECE = 4096
+_INTERRUPT = 0x03
+_BELL = b"\a"
+_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Escape(click.ParamType[int]):
+    """`^]`, a control character as people write it: its code; -1 for none."""
+
+    name = "^char"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value)
+        if text == "none":
+            return -1
+        if len(text) != 2 or text[0] != "^" or not "@" <= text[1].upper() <= "_":
+            self.fail(f"{text!r} is no control character such as ^], nor none", param, ctx)
+        return ord(text[1].upper()) - 64
+
+
+@command(group, "console")
+@name_argument
+@click.option("--read-only", is_flag=True, help="Look on without typing.")
+@click.option("--take", is_flag=True, help="Take the keyboard from whoever has it.")
+@click.option("--tail", type=click.IntRange(0, 1000), help="Begin with so many lines; default 25.")
+@click.option("--escape", type=Escape(), default="^]", show_default=True, help="The key that leaves, or none.")
+async def console(
+    session: Session, name: str, read_only: bool, take: bool, tail: int | None, escape: int
+) -> int | None:
+    """Sit at the serial console of a VM; Ctrl-] leaves.
+
+    Press Enter for the guest's shell. What is typed goes to the guest, Ctrl-C too; many may look on (--read-only), one
+    types. A connection that is lost, for instance as the daemon is restarted, is made again. Where standard input is no
+    terminal, what it has is typed, and then the console is shown until the VM is down.
+    """
+    if read_only and take:
+        raise click.UsageError("--read-only and --take exclude each other")
+    words = _Words(session.out)
+    async with session.client.vms.console(
+        name, write=not read_only, take=take, tail=tail, on_retry=words.on_retry
+    ) as line:
+        terminal = sys.stdin.isatty()
+        if terminal:
+            leave = f"{_written(escape)} leaves" if escape >= 0 else "no key leaves"
+            words.say(f"at the console of {name}; {leave}" + ("" if read_only else ", Enter wakes the guest's shell"))
+        with _raw(sys.stdin.fileno(), words) if terminal else nullcontext():
+            code = await _sit(line, words, terminal=terminal, read_only=read_only, escape=escape)
+    if line.end:
+        words.say(line.end)
+    return code
+
+
+async def _sit(line: Console, words: _Words, *, terminal: bool, read_only: bool, escape: int) -> int:
+    """Until the console ends, the escape key, or a signal; the exit code."""
+    code = 0
+    with trio.open_signal_receiver(*_ENDINGS) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def ending() -> None:
+                nonlocal code
+                async for number in signals:
+                    code = 128 + number
+                    nursery.cancel_scope.cancel()
+
+            async def typing() -> None:
+                if terminal:
+                    await _type(line, None if read_only else line, escape)
+                    nursery.cancel_scope.cancel()
+                elif not read_only:
+                    await _type(line, line, -1)
+
+            nursery.start_soon(ending)
+            nursery.start_soon(typing)
+            await _show(line, words)
+            nursery.cancel_scope.cancel()
+    return code
+
+
+async def _show(line: Console, words: _Words) -> None:
+    async for piece in line:
+        if isinstance(piece, bytes):
+            await _write(piece)
+        elif isinstance(piece, ConsoleGap):
+            words.say(f"this terminal is too slow: {piece.missed} bytes are lost")
+        elif isinstance(piece, Reconnected):
+            words.say("connected again; what was said meanwhile is in `volar vms logs`")
+
+
+async def _type(line: Console, to: Console | None, escape: int) -> None:
+    """Until the input is at its end, or the escape key; in a terminal where one only looks on, Ctrl-C too."""
+    while data := await _read():
+        at = data.find(escape) if escape >= 0 else -1
+        if to is None and _INTERRUPT in data and escape >= 0:
+            return
+        if at >= 0:
+            data = data[:at]
+        if data and to is not None:
+            try:
+                await line.send(data)
+            except ConnectionLost:
+                await _write(_BELL)
+        if at >= 0:
+            return
+
+
+async def _read() -> bytes:
+    fd = sys.stdin.fileno()
+    try:
+        await trio.lowlevel.wait_readable(fd)
+    except PermissionError:
+        # A file can't be waited for, and need not be.
+        await trio.lowlevel.checkpoint()
+    return os.read(fd, _PIECE)
+
+
+async def _write(data: bytes) -> None:
+    fd = sys.stdout.fileno()
+    view = memoryview(data)
+    while view:
+        try:
+            await trio.lowlevel.wait_writable(fd)
+        except PermissionError:
+            await trio.lowlevel.checkpoint()
+        view = view[os.write(fd, view[:_PIECE]) :]
+
+
+class _Words:
+    """What `volar` says itself meanwhile, on standard error, so that it can be told from what the guest says."""
+
+    def __init__(self, out: Output) -> None:
+        self.raw = False
+        self._out = out
+        self.on_retry = retrying(self.note)
+
+    def say(self, text: str) -> None:
+        self.note(f"volar: {text}")
+
+    def note(self, text: str) -> None:
+        if self._out.json:
+            return
+        if self.raw:
+            # The guest's line may not be at its end, and a raw terminal takes a line feed for no more than that.
+            sys.stderr.write(f"\r\n{safe(text)}\r\n")
+            sys.stderr.flush()
+        else:
+            self._out.note(text)
+
+
+@contextmanager
+def _raw(fd: int, words: _Words) -> Iterator[None]:
+    before = termios.tcgetattr(fd)
+    try:
+        tty.setraw(fd, termios.TCSADRAIN)
+        words.raw = True
+        yield
+    finally:
+        words.raw = False
+        termios.tcsetattr(fd, termios.TCSAFLUSH, before)
+
+
+def _written(code: int) -> str:
+    return f"Ctrl-{chr(code + 64)}"

@@ -1,0 +1,105 @@
+"""`volar events`, and how events look."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+import click
+
+from volant.client import ClientError, OnRetry, StreamGap
+from volant.model import Event, EventType, Problem, Reason
+
+from ._complete import vm_names
+from ._output import styled
+from ._run import Pair, Session, command
+from ._text import clock, safe
+
+_COLOURS = {
+    EventType.VM_RUNNING: "green",
+    EventType.VM_CRASHED: "red",
+    EventType.VM_DELETED: "bright_black",
+    EventType.VM_STOPPED: "bright_black",
+}
+
+_SAME_OUTAGE_S = 12.0
+"""Longer than an attempt takes."""
+
+since_option = click.option("--since", metavar="ID", help="Begin after this event; 0: with the oldest kept.")
+type_option = click.option(
+    "--type", "types", type=click.Choice([str(kind) for kind in EventType]), multiple=True, help="Only these."
+)
+label_option = click.option(
+    "--label", "labels", type=Pair(), multiple=True, help="Only VMs with this label; may be repeated."
+)
+
+
+@command(None, "events")
+@click.option("--vm", metavar="NAME", shell_complete=vm_names, help="Only of this VM.")
+@since_option
+@type_option
+@label_option
+async def group(
+    session: Session,
+    vm: str | None,
+    since: str | None,
+    types: tuple[str, ...],
+    labels: tuple[tuple[str, str], ...],
+) -> None:
+    """Print what happens to VMs as it happens, until interrupted.
+
+    A connection that is lost is made again, for up to a minute, and goes on after the last event that was seen; where
+    the daemon does not keep what came after that, standard error says so, or with --json a line STREAM_GAP. Each line
+    of --json has its event's id, for --since.
+    """
+    await follow(session, vm, since, types, labels)
+
+
+async def follow(
+    session: Session,
+    vm: str | None,
+    since: str | None,
+    types: tuple[str, ...],
+    labels: tuple[tuple[str, str], ...],
+) -> None:
+    """Print events until interrupted."""
+    out = session.out
+    async with session.client.events(
+        after=since, vm=vm, types=types, labels=dict(labels), on_retry=retrying(out.note)
+    ) as feed:
+        async for item in feed:
+            if out.json:
+                out.item(item)
+            elif isinstance(item, StreamGap):
+                out.note("volar: events are lost: the daemon does not keep what came before the next one")
+            else:
+                out.line(event_line(item, sys.stdout))
+
+
+def event_line(event: Event, terminal: TextIO) -> str:
+    """An event, for people."""
+    kind = styled(str(event.type).ljust(11), _COLOURS.get(event.type), terminal)
+    text = f"{clock(event.timestamp)}  {kind}  {safe(event.name)}  {safe(event.message)}"
+    return text + (f"\n{reason_lines(event.reason)}" if event.reason else "")
+
+
+def reason_lines(reason: Reason) -> str:
+    """Why a VM is down, for people."""
+    lines = [f"  {safe(reason.code)}: {safe(reason.message)}", *(f"  | {safe(line)}" for line in reason.console)]
+    return "\n".join(lines)
+
+
+def retrying(note: Callable[[str], None]) -> OnRetry:
+    """Notes that a connection was lost, once for all that is tried until it is there again."""
+    tried_at = float("-inf")
+
+    def tell(error: ClientError | Problem, delay_s: float) -> None:
+        nonlocal tried_at
+        now = time.monotonic()
+        if now - tried_at > _SAME_OUTAGE_S:
+            note(f"volar: {error}; trying again")
+        tried_at = now + delay_s
+
+    return tell

@@ -1,0 +1,209 @@
+"""`volar vms forward`: ports of a VM on this machine's loopback."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import click
+import trio
+
+from volant.client import ClientError, TcpStream
+from volant.model import Problem
+
+from ._output import Output
+from ._run import Failure, Session, command
+from ._text import safe
+from ._vms_group import group, name_argument
+
+_CONNECTIONS = 128
+_PIECE = 64 * 1024
+_LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+_NO_IPV6 = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT})
+_TRIES = 10
+_RESET = struct.pack("ii", 1, 0)
+
+
+@dataclass(frozen=True)
+class Ports:
+    """A port here, 0 for any, and one in the guest."""
+
+    local: int
+    remote: int
+
+
+class PortsType(click.ParamType[Ports]):
+    """`[LOCAL:]PORT`."""
+
+    name = "[local:]port"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Ports:
+        if isinstance(value, Ports):
+            return value
+        local, colon, remote = str(value).rpartition(":")
+        numbers = [remote if not colon else local, remote]
+        if not all(text.isascii() and text.isdecimal() and len(text) <= 5 and int(text) < 65536 for text in numbers):
+            self.fail(f"{value!r} is not [LOCAL:]PORT with numbers up to 65535", param, ctx)
+        if int(remote) == 0:
+            self.fail("port 0 of a guest is none; 0:PORT takes any port here", param, ctx)
+        return Ports(int(numbers[0]), int(remote))
+
+
+@command(group, "forward")
+@name_argument
+@click.argument("ports", metavar="[LOCAL:]PORT...", nargs=-1, required=True, type=PortsType())
+async def forward(session: Session, name: str, ports: tuple[Ports, ...]) -> None:
+    """Listen here for ports of a VM's loopback, until interrupted.
+
+    PORT 8080 is 127.0.0.1:8080 and [::1]:8080 here, LOCAL:PORT another port, 0:PORT any that is free. Each connection
+    here is one in the guest, at most 128 at once. It goes on when the VM is restarted; while it is down, connections
+    are refused, and standard error says why.
+    """
+    vm = await session.client.vms.get(name)
+    forwarder = _Forwarder(session, vm.name)
+    async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
+        listening: list[tuple[Ports, list[trio.SocketListener]]] = []
+        for each in ports:
+            listeners = await _listen(each.local)
+            for listener in listeners:
+                await stack.enter_async_context(listener)
+            listening.append((each, listeners))
+        for each, listeners in listening:
+            _tell(session.out, vm.name, each.remote, listeners)
+            serve = partial(forwarder.serve, each.remote)
+            nursery.start_soon(trio.serve_listeners, serve, listeners)
+
+
+async def _listen(port: int) -> list[trio.SocketListener]:
+    """Listen on the loopback of both families, on one port. :raises Failure: it is taken, or not for us."""
+    for tries_left in reversed(range(_TRIES)):
+        listeners: list[trio.SocketListener] = []
+        chosen = port
+        for family, host in _LOOPBACKS:
+            try:
+                listener = await _bound(family, host, chosen)
+            except OSError as error:
+                if family is socket.AF_INET6 and error.errno in _NO_IPV6:
+                    continue
+                for other in listeners:
+                    await trio.aclose_forcefully(other)
+                if port == 0 and tries_left and error.errno == errno.EADDRINUSE:
+                    break
+                raise Failure(
+                    f"can't listen on {_address(host, chosen)}: {error.strerror}",
+                    hint="name another port here: LOCAL:PORT, or 0:PORT for any",
+                ) from None
+            listeners.append(listener)
+            chosen = listener.socket.getsockname()[1]
+        else:
+            return listeners
+    raise AssertionError("the last try returns or raises")
+
+
+async def _bound(family: int, host: str, port: int) -> trio.SocketListener:
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        await sock.bind((host, port))
+        sock.listen(_CONNECTIONS)
+    except BaseException:
+        sock.close()
+        raise
+    return trio.SocketListener(sock)
+
+
+def _tell(out: Output, name: str, port: int, listeners: list[trio.SocketListener]) -> None:
+    addresses = [_address(*listener.socket.getsockname()[:2]) for listener in listeners]
+    if out.json:
+        out.item({"vm": name, "port": port, "addresses": addresses})
+    else:
+        out.line(f"{' and '.join(addresses)} -> port {port} of {safe(name)}")
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class _Forwarder:
+    """Serves the connections of one command."""
+
+    def __init__(self, session: Session, name: str) -> None:
+        self._session = session
+        self._name = name
+        self._open = 0
+        self._trouble = ""
+
+    async def serve(self, port: int, local: trio.SocketStream) -> None:
+        """One connection; never raises."""
+        if self._open >= _CONNECTIONS:
+            self._note(f"{_CONNECTIONS} connections at once are all; one more is refused")
+            _reset(local)
+            return
+        self._open += 1
+        whole = False
+        try:
+            async with self._session.client.vms.tcp(self._name, port) as remote:
+                self._well(port)
+                whole = await _splice(local, remote)
+        except (Problem, ClientError) as error:
+            self._note(f"port {port}: {error}")
+        except trio.BrokenResourceError as error:
+            self._note(f"port {port}: a connection broke: {error}")
+        finally:
+            self._open -= 1
+            if not whole:
+                # The program here must not take it for the end of what was sent.
+                _reset(local)
+        await local.aclose()
+
+    def _note(self, text: str) -> None:
+        """Once, until it is another trouble or over."""
+        if text != self._trouble:
+            self._trouble = text
+            self._session.out.note(f"volar: {text}")
+
+    def _well(self, port: int) -> None:
+        if self._trouble:
+            self._trouble = ""
+            self._session.out.note(f"volar: port {port} of {self._name} answers again")
+
+
+async def _splice(local: trio.SocketStream, remote: TcpStream) -> bool:
+    """Pass bytes on both ways; whether both directions came to their proper end.
+
+    :raises trio.BrokenResourceError: it broke on the far side.
+    """
+    ended = 0
+    broken: trio.BrokenResourceError | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def copy(source: trio.abc.ReceiveStream, sink: trio.abc.HalfCloseableStream) -> None:
+            nonlocal ended, broken
+            try:
+                while data := await source.receive_some(_PIECE):
+                    await sink.send_all(data)
+                await sink.send_eof()
+                ended += 1
+            except trio.BrokenResourceError as error:
+                # What the system says is of the program here, which has left.
+                if not isinstance(error.__cause__, OSError):
+                    broken = error
+                nursery.cancel_scope.cancel()
+
+        nursery.start_soon(copy, local, remote)
+        nursery.start_soon(copy, remote, local)
+    if broken is not None:
+        raise broken
+    return ended == 2
+
+
+def _reset(stream: trio.SocketStream) -> None:
+    if stream.socket.fileno() >= 0:
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        stream.socket.close()
