@@ -10,7 +10,18 @@ from pathlib import Path
 
 import click
 
-from volant.images import ImageError, Progress, build, list_images
+from volant.images import (
+    DIGEST,
+    ImageError,
+    Progress,
+    build,
+    fetch,
+    list_images,
+    list_media,
+    local_path,
+    remove_medium,
+    shown,
+)
 
 from ._options import Options, common, pass_options
 from ._output import Output
@@ -28,7 +39,7 @@ cache_option = click.option(
 
 @click.group(name="images")
 def group() -> None:
-    """Build and list boot images, without a daemon."""
+    """What VMs boot from: images that are built, and boot media of plugins. Without a daemon."""
 
 
 @group.command("build")
@@ -103,6 +114,104 @@ def list_(options: Options, cache: Path | None) -> int:
     return guarded(options, work)
 
 
+@group.command("media")
+@cache_option
+@common()
+@pass_options
+def media(options: Options, cache: Path | None) -> int:
+    """List the boot media of plugins in the cache."""
+    out = Output(options.json)
+
+    def work() -> None:
+        found = list_media(cache or default_cache_dir(os.environ, os.getuid()))
+        if out.json:
+            out.document([medium.as_json() for medium in found])
+            return
+        rows = [
+            (medium.digest[:12], size(medium.size_bytes), size(medium.disk_bytes), safe(medium.url)) for medium in found
+        ]
+        out.table(("MEDIUM", "SIZE", "ON DISK", "FROM"), rows)
+
+    return guarded(options, work)
+
+
+@group.command("fetch")
+@click.argument("url")
+@click.argument("sha256")
+@cache_option
+@click.option("--max-mb", type=click.IntRange(1, 2**24), default=16384, show_default=True, help="How large it may be.")
+@common()
+@pass_options
+def fetch_(options: Options, url: str, sha256: str, cache: Path | None, max_mb: int) -> int:
+    """Fetch a boot medium into the cache, or find that it is there.
+
+    URL is an absolute path, or a file, http or https URL; SHA256 the digest that the file must have. Both as in the
+    plugin's manifest.
+    """
+    if not DIGEST.fullmatch(sha256):
+        raise click.BadParameter("64 hexadecimal digits in lower case are needed", param_hint="SHA256")
+    if local_path(url) is None and not url.startswith(("http://", "https://")):
+        raise click.BadParameter("an absolute path, or a file, http or https URL is needed", param_hint="URL")
+    out = Output(options.json)
+
+    def work() -> None:
+        try:
+            with _progress(out, "Fetching") as tell:
+                medium = fetch(
+                    cache or default_cache_dir(os.environ, os.getuid()),
+                    url,
+                    sha256,
+                    max_bytes=max_mb * 2**20,
+                    tell=lambda done, total: tell(Progress("fetch", "Fetching", done, total, "bytes")),
+                )
+        except ImageError as error:
+            raise Failure(f"{safe(shown(url))}: {error.message}", hint=error.hint or None) from error
+        if out.json:
+            out.document(medium.as_json())
+        else:
+            out.line(f"medium {medium.digest[:12]}, {size(medium.size_bytes)}, {size(medium.disk_bytes)} on the disk")
+
+    return guarded(options, work)
+
+
+@group.command("remove")
+@click.argument("media", metavar="SHA256...", nargs=-1, required=True)
+@cache_option
+@common()
+@pass_options
+def remove(options: Options, media: tuple[str, ...], cache: Path | None) -> int:
+    """Remove boot media from the cache, each named by the beginning of its digest.
+
+    VMs that run on one go on; one that boots later fetches it again from where its manifest says.
+    """
+    out = Output(options.json)
+
+    def work() -> None:
+        folder = cache or default_cache_dir(os.environ, os.getuid())
+        found = list_media(folder)
+        chosen = []
+        for prefix in media:
+            matching = [medium for medium in found if len(prefix) >= 4 and medium.digest.startswith(prefix)]
+            if len(matching) != 1:
+                raise Failure(
+                    f"{len(matching) or 'no'} boot media have a digest that begins with {safe(prefix)}",
+                    hint="`volar images media` lists them; at least four digits are needed",
+                )
+            chosen += matching
+        for medium in chosen:
+            try:
+                remove_medium(folder, medium.digest)
+            except ImageError as error:
+                raise Failure(error.message, hint=error.hint or None) from error
+        if out.json:
+            out.document([medium.as_json() for medium in chosen])
+        else:
+            for medium in chosen:
+                out.line(f"removed {medium.digest[:12]}, {size(medium.disk_bytes)}")
+
+    return guarded(options, work)
+
+
 def default_cache_dir(environ: Mapping[str, str], uid: int) -> Path:
     """The cache folder that a daemon of this user takes when it is told nothing."""
     if uid == 0:
@@ -111,7 +220,7 @@ def default_cache_dir(environ: Mapping[str, str], uid: int) -> Path:
 
 
 @contextmanager
-def _progress(out: Output) -> Iterator[Callable[[Progress], None]]:
+def _progress(out: Output, title: str = "Building the image") -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal, a line a phase elsewhere, nothing for programs."""
     if out.json:
         yield lambda progress: None
@@ -135,7 +244,7 @@ def _progress(out: Output) -> Iterator[Callable[[Progress], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Building the image", total=None)
+        task = bar.add_task(title, total=None)
 
         def draw(progress: Progress) -> None:
             bar.update(

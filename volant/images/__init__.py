@@ -7,13 +7,14 @@ from ._apt import Package
 from ._build import build
 from ._ensure import ensure
 from ._errors import ImageError
-from ._fetch import fetch
+from ._fetch import fetch, local_path, shown
 from ._media import Medium, list_media, medium_path, remove_medium
 from ._obtain import BootMedia
 from ._packages import Progress, fetch_packages
-from ._store import Image, find, list_images, load, prune
+from ._store import DIGEST, Image, find, list_images, load, prune
 
 __all__ = [
+    "DIGEST",
     "BootMedia",
     "Image",
     "ImageError",
@@ -28,7 +29,9 @@ __all__ = [
     "list_images",
     "list_media",
     "load",
+    "local_path",
     "medium_path",
     "prune",
     "remove_medium",
+    "shown",
 ]

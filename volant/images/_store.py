@@ -29,7 +29,8 @@ from typing import Any
 from . import _apt, _recipe
 from ._errors import ImageError
 
-_DIGEST = re.compile(r"^[0-9a-f]{64}$")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+"""A SHA-256 in hex, the whole of it."""
 _MAX_JSON_BYTES = 4 * 1024 * 1024
 
 
@@ -96,7 +97,7 @@ def list_images(cache_dir: Path) -> list[Image]:
 
 def load(cache_dir: Path, digest: str) -> Image | None:
     """Return one image by its digest, or None when it is not there or not whole."""
-    if not _DIGEST.match(digest):
+    if not DIGEST.fullmatch(digest):
         return None
     folder = cache_dir / "images" / digest
     record = read_json(folder / "image.json")

@@ -1,0 +1,50 @@
+"""`volar images`: boot media are fetched, listed and removed without a daemon, and what can't be is said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from .kit import volar
+
+DATA = b"a kernel, or so"
+DIGEST = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "kernel").write_bytes(DATA)
+    return {"VOLANT_CACHE_DIR": str(tmp_path / "cache")}
+
+
+async def test_a_medium_comes_is_listed_and_goes(environ: dict[str, str], tmp_path: Path) -> None:
+    fetched = await volar(None, "images", "fetch", str(tmp_path / "kernel"), DIGEST, "--json", environ=environ)
+    assert json.loads(fetched.out)["digest"] == DIGEST
+    listed = await volar(None, "images", "media", environ=environ)
+    title, row = listed.out.decode().splitlines()
+    assert title.split() == ["MEDIUM", "SIZE", "ON", "DISK", "FROM"]
+    assert row.split()[0] == DIGEST[:12]
+    removed = await volar(None, "images", "remove", DIGEST[:8], environ=environ)
+    assert removed.code == 0
+    assert json.loads((await volar(None, "images", "media", "--json", environ=environ)).out) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("fetch", "{}/kernel", "0" * 64), 1, ("/kernel: its SHA-256 is another one", "correct the manifest")),
+        (("fetch", "{}/kernel", DIGEST.upper()), 2, ("SHA256", "lower case")),
+        (("fetch", "kernel", DIGEST), 2, ("URL", "absolute path")),
+        (("fetch", "{}/none", DIGEST), 1, ("can't be read: No such file",)),
+        (("remove", "abc"), 1, ("begins with abc", "images media")),
+    ],
+)
+async def test_what_goes_wrong_is_said(
+    environ: dict[str, str], tmp_path: Path, arguments: tuple[str, ...], code: int, words: tuple[str, ...]
+) -> None:
+    done = await volar(None, "images", *(argument.format(tmp_path) for argument in arguments), environ=environ)
+    assert done.code == code
+    assert all(word in done.err for word in words), done.err
