@@ -30,8 +30,8 @@ from volant.model import (
 
 from ._actions import ACTION_S, ActionAnswer, Pieces, is_from_guest
 from ._address import Address
-from ._console import Console, Line, pump_console
 from ._browser import Browser, find_browser
+from ._console import Console, Line, pump_console
 from ._errors import ClientProblem, UnexpectedAnswer
 from ._events import pump_events
 from ._exec import Process, request_body
