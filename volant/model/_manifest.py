@@ -121,7 +121,9 @@ class Boot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_default
     """What a VM boots from; what is not given is the daemon's own."""
 
     kernel: Artifact | None = None
+    """What QEMU boots with `-kernel`: an ELF with a PVH entry point, or a `bzImage`."""
     initramfs: Artifact | None = None
+    """With the agent in it."""
     rootfs: Artifact | None = None
     """A raw ext4 image, in which workload, exec and files act. It is never written to: each VM has its own layer."""
 
