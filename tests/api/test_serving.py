@@ -9,6 +9,7 @@ import h2.config
 import h2.connection
 import pytest
 import trio
+import trio.testing
 from quart import Response, request, websocket
 from quart_trio import QuartTrio
 
@@ -240,8 +241,8 @@ async def test_one_connection_too_many_is_told_so() -> None:
     async with running(quart_app(), replace(FAST, connections=3)) as server:
         held = [await server.connect() for _ in range(3)]
         for stream in held:
-            await stream.send_all(http("GET", "/"))
-            await read_answer(stream)
+            await stream.send_all(http("GET", "/quiet"))
+        await trio.testing.wait_all_tasks_blocked(0.05)
         answer = await server.get("/")
         assert answer.status == 503
         assert answer.headers["retry-after"] == "1"
@@ -253,6 +254,24 @@ async def test_one_connection_too_many_is_told_so() -> None:
         else:
             raise AssertionError("a free place is not given away")
         for stream in held:
+            await stream.aclose()
+
+
+async def test_who_hoards_connections_keeps_nobody_out() -> None:
+    async with running(quart_app(), replace(FAST, connections=3)) as server:
+        busy, trickling, idle = [await server.connect() for _ in range(3)]
+        await busy.send_all(http("GET", "/quiet"))
+        await idle.send_all(http("GET", "/"))
+        await read_answer(idle)
+        await trickling.send_all(b"GET / HT")
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        # The one that trickles is the nearest to its deadline, the idle one comes after it.
+        await assert_alive(server)
+        with pytest.raises(trio.BrokenResourceError):
+            await read_to_end(trickling, within_s=2)
+        hoarded = [await server.connect() for _ in range(10)]
+        await assert_alive(server)
+        for stream in (busy, trickling, idle, *hoarded):
             await stream.aclose()
 
 

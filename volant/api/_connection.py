@@ -115,6 +115,11 @@ class Connection(TCPServer):
         """Whether no request is being served."""
         return self._idle
 
+    @property
+    def rests_until(self) -> float:
+        """When it is closed if no request comes; the sooner, the longer it has rested or trickled."""
+        return self._reading.deadline
+
     def abort(self) -> None:
         """Close the socket now, whoever is reading or writing."""
         self._torn = True

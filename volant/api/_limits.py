@@ -11,8 +11,8 @@ MIB = 1024 * 1024
 class Limits:
     """Bounds of the serving edge. Times in seconds, sizes in bytes."""
 
-    connections: int = 1000
-    """One more is told 503 and closed."""
+    connections: int = 2000
+    """For one more the connection that has rested longest is closed; where none rests, it is told 503."""
     keep_alive_s: float = 60.0
     """How long a connection may be idle between two requests, and before its first."""
     header_s: float = 10.0
@@ -22,7 +22,7 @@ class Limits:
     requests: int = 100_000
     """After so many a connection is closed."""
     send_s: float = 300.0
-    """A client that takes less than 64 KiB in this time is cut off."""
+    """A client that takes less than 64 KiB in this time is cut off, and one of which nothing is heard."""
     finish_s: float = 10.0
     """For what follows the last byte of an answer: dropping the rest of a body, closing or recycling."""
     drop_bytes: int = 128 * MIB

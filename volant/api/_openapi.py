@@ -27,7 +27,7 @@ _ABOUT = "\n\n".join(
         "to 64 letters, digits and `._:-`. Sizes are MiB, times RFC 3339 in UTC, durations text such as `500ms`, "
         "`10s`, `2m`. Integers are written without a fraction: `80`, not `80.0`.",
         "Before a route is looked at, the server itself may answer 400 (not HTTP), 408 (headers over 10 s), 431 "
-        "(headers over 32 KiB), 503 (more than 1,000 connections) or 505.",
+        "(headers over 32 KiB), 503 (more than 2,000 connections) or 505.",
     )
 )
 _IN_PATH = {
@@ -198,6 +198,7 @@ def _parameter(parameter: Parameter, kinds: _Kinds) -> Schema:
     else:
         shown["schema"] = schema
         if schema.get("type") == "array":
+            shown["schema"] = {**schema, "minItems": 1}
             shown |= {"style": "form", "explode": False}
     return shown
 

@@ -110,10 +110,10 @@ class Server:
         _log.info("%d connections did not end by themselves and are cut", len(self._connections))
 
     async def _serve(self, stream: trio.SocketStream) -> None:
-        if len(self._connections) >= self.limits.connections:
+        if len(self._connections) >= self.limits.connections and not self._make_room():
             await self._refuse(stream)
             return
-        _watch_peer(stream)
+        _watch_peer(stream, self.limits.send_s)
         connection = Connection(self, stream)
         self._connections.add(connection)
         try:
@@ -121,6 +121,15 @@ class Server:
         finally:
             self._connections.discard(connection)
             self._gone.set()
+
+    def _make_room(self) -> bool:
+        """Close the connection that has rested longest: whoever hoards connections must not keep others out."""
+        resting = min((one for one in self._connections if one.idle), key=lambda one: one.rests_until, default=None)
+        if resting is None:
+            return False
+        self._connections.discard(resting)
+        resting.tear()
+        return True
 
     async def _refuse(self, stream: trio.SocketStream) -> None:
         self._refused += 1
@@ -158,13 +167,17 @@ def _duplicates(sockets: Sequence[socket.socket]) -> list[trio.SocketListener]:
     return listeners
 
 
-def _watch_peer(stream: trio.SocketStream) -> None:
-    """Let the kernel find out that a silent peer is dead: an idle WebSocket has no other deadline."""
+def _watch_peer(stream: trio.SocketStream, silence_s: float) -> None:
+    """Let the kernel find out that a silent peer is dead: an idle WebSocket has no other deadline, and what is sent to
+    an event stream fits into the kernel's buffer for hours."""
     if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+        # Without it the kernel repeats what nobody acknowledges for a quarter of an hour. It counts for a peer that
+        # lives and takes nothing as well, so it is no shorter than our own patience.
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
 
 
 def _config(limits: Limits) -> Config:
