@@ -46,7 +46,7 @@ from volant.model import agent as wire
         (b"GET /healthz HTTP/1.1\r\nX: " + b"a" * wire.MAX_HEAD_BYTES, 431),
         (b"DELETE /healthz HTTP/1.1\r\nHost: a", 405),
         (b"GET /v1/nothing HTTP/1.1\r\nHost: a", 404),
-        (b"GET /v1/exec HTTP/1.1\r\nHost: a", 405),
+        (b"GET /v1/exec HTTP/1.1\r\nHost: a", 426),
         (b"GET / HTTP/1.1\r\nHost: a", 404),
         (b"CONNECT 127.0.0.1 HTTP/1.1\r\nHost: a", 400),
         (b"CONNECT 127.0.0.1:0 HTTP/1.1\r\nHost: a", 400),

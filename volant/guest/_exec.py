@@ -97,8 +97,15 @@ def check_number(value: object, field: str, low: float, high: float) -> float:
     return float(value)
 
 
+def check_size(value: object, field: str) -> int:
+    """Return a number of rows or columns; :raises Problem: 400, no terminal has so many."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 65536:
+        raise Problem(400, f"{field} is no whole number from 1 to 65535", field=field)
+    return value
+
+
 class Command:
-    """A checked request to run something."""
+    """A checked request to run something. Over HTTP there is no terminal."""
 
     def __init__(self, value: dict[str, Any]) -> None:
         """:raises Problem: 400, a field is wrong."""
@@ -116,6 +123,14 @@ class Command:
         timeout = value.get("timeout_s")
         self.timeout_s = None if timeout is None else check_number(timeout, "timeout_s", 0.001, _MAX_TIMEOUT_S)
         self.stdin = _decode_stdin(value.get("stdin"))
+        tty = value.get("tty", False)
+        if not isinstance(tty, bool):
+            raise Problem(400, "tty is neither true nor false", field="tty")
+        self.tty = tty
+        self.rows = check_size(value.get("rows", 24), "rows")
+        self.cols = check_size(value.get("cols", 80), "cols")
+        if tty:
+            self.env.setdefault("TERM", "xterm")
 
 
 def _decode_stdin(value: object) -> bytes:
@@ -140,9 +155,20 @@ class SpawnError(Exception):
 
 
 def spawn(
-    command: list[str], env: dict[str, str], cwd: str, user: str | None, stdin: int, stdout: int, stderr: int
+    command: list[str],
+    env: dict[str, str],
+    cwd: str,
+    user: str | None,
+    stdin: int,
+    stdout: int,
+    stderr: int,
+    *,
+    terminal: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """Start a program as the leader of its own session; :raises SpawnError: it does not start, and why."""
+    """Start a program as the leader of its own session; :raises SpawnError: it does not start, and why.
+
+    With `terminal`, `stdin` is one, and becomes the session's own.
+    """
     import subprocess
 
     options: dict[str, Any] = {}
@@ -151,6 +177,13 @@ def spawn(
             options = dict(_root.identity(user))
         except _root.NoSuchUser:
             raise SpawnError("no_such_user", f"there is no user {user}") from None
+    if terminal:
+        from ._tty import become_controlling
+
+        options["preexec_fn"] = become_controlling
+        if user is not None:
+            # Programs open their terminal again, by its name.
+            os.fchown(stdin, options["user"], -1)
     try:
         process = _root.inside(
             lambda: subprocess.Popen(

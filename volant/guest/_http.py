@@ -14,7 +14,7 @@ from volant.model import agent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from socket import socket
 
     Headers = list[tuple[bytes, bytes]]
@@ -38,7 +38,11 @@ _READ = 64 * 1024
 _TITLES = {
     100: "Continue",
     200: "OK",
+    201: "Created",
     202: "Accepted",
+    204: "No Content",
+    206: "Partial Content",
+    304: "Not Modified",
     400: "Bad Request",
     403: "Forbidden",
     404: "Not Found",
@@ -47,7 +51,9 @@ _TITLES = {
     409: "Conflict",
     413: "Content Too Large",
     415: "Unsupported Media Type",
+    416: "Range Not Satisfiable",
     417: "Expectation Failed",
+    426: "Upgrade Required",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
     501: "Not Implemented",
@@ -55,6 +61,7 @@ _TITLES = {
     503: "Service Unavailable",
     504: "Gateway Timeout",
     505: "HTTP Version Not Supported",
+    507: "Insufficient Storage",
 }
 
 
@@ -274,6 +281,25 @@ class Stream:
             if len(raw) > limit:
                 raise Problem(413, f"the body is longer than {limit} bytes")
         return bytes(raw)
+
+    def pieces(self, request: Request, silence_s: float) -> Iterator[bytes]:
+        """Yield the body of a request, however long it is, as it comes.
+
+        :raises Problem: 408 nothing came for `silence_s`, 400 malformed; :raises Gone: the stream ended in it
+        """
+        self.expect(request)
+        filter_ = BodyFilter(request.framing)
+        while not filter_.done:
+            if not self.buffer and not self._fill(time.monotonic() + silence_s):
+                raise Gone
+            data = bytearray()
+            try:
+                used = filter_.feed(self.buffer, data)
+            except ValueError as error:
+                raise Problem(400, f"malformed body: {error}") from None
+            del self.buffer[:used]
+            if data:
+                yield bytes(data)
 
     def expect(self, request: Request) -> None:
         """Say "100 Continue" to a client that waits for it; :raises Problem: 417 it expects something else."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from socket import socket
 
+    from ._exec_sessions import Sessions
     from ._http import Request
 
 VERSION = "0.1.0"
@@ -45,6 +46,7 @@ class Server:
         self.plugin = Plugin()
         self._shut_down = shut_down
         self._lock = threading.Lock()
+        self._sessions: Sessions | None = None
         self._open = 0
         self._most = 0
         self._served = 0
@@ -158,12 +160,21 @@ class Server:
             _allow(method, "GET", "HEAD")
             self._answer_json(stream, self.info(), method)
         elif path == agent.EXEC:
-            _allow(method, "POST")
-            from . import _exec
+            _allow(method, "POST", "GET")
+            if method == "GET":
+                self._serve_exec_websocket(stream, request)
+            else:
+                from . import _exec
 
-            self._wait_until_set_up()
-            _root.root()
-            _exec.handle(stream, request)
+                self._wait_for_root()
+                _exec.handle(stream, request)
+        elif path == agent.EXEC_SESSIONS or path.startswith(agent.EXEC_SESSIONS + "/"):
+            self._serve_exec_sessions(stream, request, path[len(agent.EXEC_SESSIONS) + 1 :])
+        elif path.startswith(agent.FILES):
+            from . import _files
+
+            self._wait_for_root()
+            _files.handle(stream, request, path[len(agent.FILES) :])
         elif path == agent.DAEMON_WORKLOAD:
             _allow(method, "PUT", "GET", "HEAD")
             if method == "PUT":
@@ -192,6 +203,40 @@ class Server:
             self._serve_shutdown(stream, request)
         else:
             raise Problem(404, f"the agent has no {path[:200]}")
+
+    def _wait_for_root(self) -> None:
+        """:raises Problem: 503, it is not there."""
+        self._wait_until_set_up()
+        _root.root()
+
+    def _serve_exec_websocket(self, stream: Stream, request: Request) -> None:
+        from ._websocket import is_upgrade
+
+        if not is_upgrade(request):
+            text = "this is a WebSocket, for commands that are talked to"
+            raise Problem(426, text, hint="without one: POST", headers=[("Upgrade", "websocket")])
+        self._exec_sessions().serve_websocket(stream, request, self._wait_for_root)
+
+    def _serve_exec_sessions(self, stream: Stream, request: Request, identifier: str) -> None:
+        method = request.method
+        if not identifier:
+            _allow(method, "GET", "HEAD")
+            self._answer_json(stream, {"sessions": self._exec_sessions().list()}, method)
+            return
+        _allow(method, "GET", "HEAD", "DELETE")
+        if method == "DELETE":
+            self._exec_sessions().end(identifier)
+            stream.start(204, ())
+        else:
+            self._answer_json(stream, self._exec_sessions().get(identifier), method)
+
+    def _exec_sessions(self) -> Sessions:
+        with self._lock:
+            if self._sessions is None:
+                from ._exec_sessions import Sessions
+
+                self._sessions = Sessions()
+            return self._sessions
 
     def _forward(self, stream: Stream, request: Request, target: str) -> None:
         port = self.workload.port

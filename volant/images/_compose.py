@@ -11,7 +11,13 @@ from ._errors import ImageError
 
 _DIST_PACKAGES = "usr/lib/python3/dist-packages/"
 _STDLIB = "usr/lib/python3.13/"
-_PURE = {"python3-h2": "h2/", "python3-hpack": "hpack/", "python3-hyperframe": "hyperframe/"}
+_PURE = {
+    "python3-h11": "h11/",
+    "python3-h2": "h2/",
+    "python3-hpack": "hpack/",
+    "python3-hyperframe": "hyperframe/",
+    "python3-wsproto": "wsproto/",
+}
 
 
 def compose(

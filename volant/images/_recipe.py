@@ -23,9 +23,11 @@ PACKAGES = (
     "libexpat1",
     "libpython3.13-minimal",
     "libpython3.13-stdlib",
+    "python3-h11",
     "python3-h2",
     "python3-hpack",
     "python3-hyperframe",
+    "python3-wsproto",
     "python3.13-minimal",
     "zlib1g",
 )

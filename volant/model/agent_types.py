@@ -94,6 +94,48 @@ class ExecRequest(TypedDict):
     """Base64. None: an empty standard input."""
 
 
+class ExecStart(ExecRequest):
+    """The first message of a WebSocket to `GET /v1/exec`."""
+
+    tty: NotRequired[bool]
+    """Whether the command gets a terminal: then all its output comes as standard output."""
+    rows: NotRequired[int]
+    cols: NotRequired[int]
+
+
+class ExecResize(TypedDict):
+    """A message of a client."""
+
+    resize: tuple[int, int]
+    """Rows and columns."""
+
+
+class ExecSignal(TypedDict):
+    """A message of a client: the command's process group gets it."""
+
+    signal: int
+
+
+class ExecHello(TypedDict):
+    """The first message to a client of a detached command."""
+
+    id: str
+    """For `?attach=`."""
+    tty: bool
+    position: int
+    """How many bytes of output, of both channels together, came before what follows."""
+
+
+ExecLost = TypedDict("ExecLost", {"from": int, "to": int})
+"""Positions, both included."""
+
+
+class ExecGap(TypedDict):
+    """A message to a client that attaches: these bytes of output are not kept any more."""
+
+    gap: ExecLost
+
+
 class ExecOutput(TypedDict):
     """A line of the answer while the command runs."""
 
@@ -110,7 +152,34 @@ class ExecEnd(TypedDict):
     error: NotRequired[str]
     code: NotRequired[str]
     """Beside `error`: `timeout`, `not_found`, `not_executable`, `no_such_directory`, `no_such_user`,
-    `spawn_failed` or `agent_error`."""
+    `spawn_failed` or `agent_error`; over a WebSocket also `invalid_request`."""
+    field: NotRequired[str]
+    """With `invalid_request`: which field of the request is wrong."""
+
+
+class ExecSession(TypedDict):
+    """A detached command."""
+
+    id: str
+    command: list[str]
+    """Shortened, when it is long."""
+    tty: bool
+    user: str | None
+    attached: bool
+    age_s: float
+    position: int
+    """How many bytes it has written, to both channels together."""
+    pid: int | None
+    """While it runs."""
+    end: ExecEnd | None
+    ended_s: NotRequired[float]
+    """Seconds since its end."""
+
+
+class ExecSessions(TypedDict):
+    """The answer of `GET /v1/exec/sessions`."""
+
+    sessions: list[ExecSession]
 
 
 class HealthCheckSpec(TypedDict):

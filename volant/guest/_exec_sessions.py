@@ -1,0 +1,217 @@
+"""`GET /v1/exec` as a WebSocket, and the commands that were detached from one.
+
+A detached command belongs to the agent and not to a connection: clients, the daemon and the channel may come and go. It
+does not outlive the agent, as PID 1 kills what an agent that died has left behind, and it is not kept on any disk.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+
+from . import _websocket
+from ._exec import Command, SpawnError, decode_json
+from ._exec_session import MAX_MESSAGE, Peer, Session
+from ._http import HEAD_TIMEOUT_S, Gone, Problem
+from ._query import parse_query
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from ._http import Request, Stream
+
+MAX_SESSIONS = 16
+"""Detached commands, those that have ended among them."""
+KEPT_S = 600.0
+"""How long it is kept how one ended."""
+
+_FIELDS = {"command", "env", "cwd", "user", "timeout_s", "stdin", "tty", "rows", "cols"}
+_MAX_POSITION_DIGITS = 15
+_KILL_S = 10.0
+_LAST_FRAME_S = 10.0
+_SHOWN_COMMAND = 200
+
+
+class Sessions:
+    """The detached commands of one agent."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sessions: dict[str, Session | None] = {}
+        """In order of their start; None: a place is taken, and the command has not started."""
+
+    def serve_websocket(self, stream: Stream, request: Request, set_up: Callable[[], None]) -> None:
+        """Answer `GET /v1/exec`; `set_up` waits until commands find what they may expect.
+
+        :raises Problem: 400, 404, 426 or 503, instead of the upgrade
+        :raises Gone: the client left
+        """
+        query = parse_query(request.query, {"detach", "attach", "from"})
+        identifier = query.get("attach")
+        detach = query.get("detach", "false")
+        position = query.get("from")
+        if detach not in ("true", "false"):
+            raise Problem(400, "detach is neither true nor false", field="detach")
+        if identifier is None:
+            if position is not None:
+                raise Problem(400, "from goes with attach", field="from")
+            self._begin(stream, request, set_up, detach=detach == "true")
+            return
+        if "detach" in query:
+            raise Problem(400, "what is attached to has been detached already", field="detach")
+        if position is not None and (not position.isdecimal() or len(position) > _MAX_POSITION_DIGITS):
+            raise Problem(400, "from is no number of bytes", field="from")
+        session = self._find(identifier)
+        socket = _websocket.WebSocket(stream, request, MAX_MESSAGE + 1)
+        session.attach(Peer(socket, None if position is None else int(position)))
+
+    def _begin(self, stream: Stream, request: Request, set_up: Callable[[], None], *, detach: bool) -> None:
+        identifier = self._reserve() if detach else None
+        session: Session | None = None
+        try:
+            socket = _websocket.WebSocket(stream, request, MAX_MESSAGE + 1)
+            try:
+                command = Command(decode_json(_first_message(socket), _FIELDS))
+                set_up()
+                session = Session(command, identifier)
+            except SpawnError as error:
+                _say_last(socket, {"error": str(error), "code": error.code})
+                return
+            except Problem as problem:
+                # The handshake is done, so this is the only way left to say it.
+                said: dict[str, Any] = {"error": problem.detail, "code": "invalid_request"}
+                _say_last(socket, said | ({"field": problem.field} if problem.field else {}))
+                return
+        finally:
+            if identifier is not None:
+                with self._lock:
+                    if session is None:
+                        del self._sessions[identifier]
+                    else:
+                        self._sessions[identifier] = session
+        peer = Peer(socket, 0)
+        if identifier is None:
+            session.run(peer)
+            return
+        threading.Thread(target=session.run, name="exec", daemon=True).start()
+        session.attach(peer)
+
+    def list(self) -> list[dict[str, Any]]:
+        """Return `agent_types.ExecSession`s, the oldest first."""
+        with self._lock:
+            self._forget_old()
+            sessions = [session for session in self._sessions.values() if session is not None]
+        return [_describe(session) for session in sessions]
+
+    def get(self, identifier: str) -> dict[str, Any]:
+        """Return one; :raises Problem: 404."""
+        return _describe(self._find(identifier))
+
+    def end(self, identifier: str) -> None:
+        """Kill a command and forget it; :raises Problem: 404, or 503: it does not end."""
+        session = self._find(identifier)
+        session.kill()
+        if not session.ended_within(_KILL_S):
+            raise Problem(503, f"the command {identifier} was killed, and does not end")
+        with self._lock:
+            self._sessions.pop(identifier, None)
+
+    def _reserve(self) -> str:
+        with self._lock:
+            self._forget_old()
+            if len(self._sessions) >= MAX_SESSIONS:
+                ended = next((key for key, session in self._sessions.items() if session and session.end), None)
+                if ended is None:
+                    raise Problem(
+                        503,
+                        f"{MAX_SESSIONS} detached commands run already",
+                        hint="end one: DELETE /v1/exec/sessions/{id}",
+                        headers=[("Retry-After", "10")],
+                    )
+                del self._sessions[ended]
+            identifier = os.urandom(8).hex()
+            self._sessions[identifier] = None
+            return identifier
+
+    def _find(self, identifier: str) -> Session:
+        with self._lock:
+            self._forget_old()
+            session = self._sessions.get(identifier)
+        if session is None:
+            raise Problem(
+                404,
+                f"there is no detached command {identifier[:40]}",
+                hint=f"how one ended is kept for {KEPT_S / 60:g} minutes; GET /v1/exec/sessions lists all",
+            )
+        return session
+
+    def _forget_old(self) -> None:
+        now = time.monotonic()
+        for key, session in list(self._sessions.items()):
+            if session is not None and session.ended is not None and now - session.ended > KEPT_S:
+                del self._sessions[key]
+
+
+def _describe(session: Session) -> dict[str, Any]:
+    now = time.monotonic()
+    words = [word[:_SHOWN_COMMAND] for word in session.command.command[:_SHOWN_COMMAND]]
+    found: dict[str, Any] = {
+        "id": session.identifier,
+        "command": words,
+        "tty": session.command.tty,
+        "user": session.command.user,
+        "attached": session.attached,
+        "age_s": round(now - session.started, 3),
+        "position": session.output.position,
+        "pid": session.pid,
+        "end": None,
+    }
+    if session.ended is not None:
+        found |= {"pid": None, "end": session.end, "ended_s": round(now - session.ended, 3)}
+    return found
+
+
+def _first_message(socket: _websocket.WebSocket) -> bytes:
+    """Return the text that a client begins with; :raises Gone: it left, or begins with something else."""
+    deadline = time.monotonic() + HEAD_TIMEOUT_S
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            socket.close(_websocket.POLICY, "the command did not come in time")
+        if socket.closing:
+            _flush(socket)
+            raise Gone
+        poll = select.poll()
+        poll.register(socket.sock, select.POLLIN | (select.POLLOUT if socket.out else 0))
+        if socket.has_early or poll.poll(int(left * 1000 + 0.999)):
+            messages = socket.receive()
+            socket.flush()
+            if messages and isinstance(messages[0], str):
+                if len(messages) > 1:
+                    socket.unread(messages[1:])
+                return messages[0].encode()
+            if messages:
+                socket.close(_websocket.POLICY, "the first message is the command, as text")
+
+
+def _say_last(socket: _websocket.WebSocket, value: dict[str, Any]) -> None:
+    import json
+
+    socket.send(json.dumps(value))
+    socket.close(_websocket.NORMAL)
+    _flush(socket)
+
+
+def _flush(socket: _websocket.WebSocket) -> None:
+    """Write what is left; :raises Gone: the client has left or does not read."""
+    deadline = time.monotonic() + _LAST_FRAME_S
+    while socket.out:
+        poll = select.poll()
+        poll.register(socket.sock, select.POLLOUT)
+        if not poll.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+            raise Gone
+        socket.flush()

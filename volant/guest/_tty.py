@@ -1,0 +1,52 @@
+"""Pseudo terminals, through their ioctls: Debian's Python has `termios` as a library of its own, which is not in the
+image."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from functools import partial
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_TCGETS = 0x5401
+_TIOCSCTTY = 0x540E
+_TIOCSWINSZ = 0x5414
+_ICANON = 0o2
+_VEOF = 4
+_TERMIOS = struct.Struct("=4IB19s")
+_LOCAL_FLAGS = 3
+_CHARACTERS = 5
+
+become_controlling: Callable[[], object] = partial(fcntl.ioctl, 0, _TIOCSCTTY, 0)
+"""Makes standard input the terminal of the session that the caller leads: for the child, between fork and exec.
+
+It is one call of a C function, so that it needs no lock that another thread may hold."""
+
+
+def open_terminal(rows: int, cols: int) -> tuple[int, int]:
+    """Return both ends of a new one: ours, which does not block, and the command's."""
+    ours, theirs = os.openpty()
+    os.set_blocking(ours, False)
+    resize(ours, rows, cols)
+    return ours, theirs
+
+
+def resize(ours: int, rows: int, cols: int) -> None:
+    """Tell the size; the programs in the foreground get SIGWINCH."""
+    fcntl.ioctl(ours, _TIOCSWINSZ, struct.pack("=4H", rows, cols, 0, 0))
+
+
+def end_of_input(ours: int, *, in_a_line: bool) -> bytes:
+    """Return what is typed to say that nothing more comes: nothing where programs read characters and not lines.
+
+    `in_a_line`: a line was begun, so that its first end only hands it over.
+    """
+    found = _TERMIOS.unpack(fcntl.ioctl(ours, _TCGETS, bytes(_TERMIOS.size)))
+    if not found[_LOCAL_FLAGS] & _ICANON:
+        return b""
+    character: bytes = found[_CHARACTERS][_VEOF : _VEOF + 1]
+    return character * 2 if in_a_line else character
