@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -26,11 +27,12 @@ from ._relay import first_text, to_port, unreachable
 MAX_BLOB = 1024 * 1024
 """Bytes of a file or an image that is answered whole."""
 MAX_READ = 64 * 1024 * 1024
-"""Bytes that are read of a file to see its end, or to get to an offset."""
+"""Bytes that are read to get to an offset in a file without a length."""
 FILE_S = 60.0
 _HEAD_S = 30.0
 _LATE_S = 10.0
 _MAX_LINE = 1024 * 1024
+_TOTAL = re.compile(rb"/([0-9]{1,18})\Z")
 _JSON = [(b"content-type", b"application/json")]
 
 _encoder = msgspec.json.Encoder()
@@ -54,6 +56,7 @@ class _AgentProblem(msgspec.Struct):
     error: str = ""
     detail: str = ""
     field: str | None = None
+    hint: str | None = None
 
 
 _problems = msgspec.json.Decoder(_AgentProblem)
@@ -118,43 +121,42 @@ class _Lines:
 
 @dataclass
 class FileRead:
-    """Bytes of a file, from an offset on."""
+    """Some bytes of a file."""
 
-    window: Window
-    ended: bool
-    """Whether the window has seen the end of the file."""
+    data: bytes
     size: int | None
-    """The whole file's, where it is known."""
+    """The whole file's; None for one without a length, such as those of `/proc`, whose end was not seen."""
+    ended: bool
+    """Whether `data` goes to the end of the file."""
 
 
-async def read_file(doors: Doors, vm: str, path: str, *, offset: int = 0, limit: int | None = None) -> FileRead:
-    """Read a file from `offset` on: at most `limit` bytes, and those at the beginning of the window; without a limit
-    up to the end, of which the window keeps both parts.
+async def read_file(doors: Doors, vm: str, path: str, *, offset: int = 0, limit: int = MAX_BLOB) -> FileRead:
+    """Read at most `limit` bytes of a file from `offset` on.
 
-    :raises Problem: 400, 404, 409, 413, 502, and what the agent says.
+    :raises Problem: 400, 404, 409, 502, and what the agent says.
     """
-    wanted = limit if limit is not None else MAX_READ
-    window = Window(limit) if limit is not None else Window()
+    headers = [(b"range", b"bytes=%d-%d" % (offset, offset + limit - 1))]
     client = doors.vms.agent(vm)
-    with _guest_errors(vm), trio.move_on_after(FILE_S) as scope:
-        async with client.stream("GET", _route(path), timeout_s=_HEAD_S) as response:
+    with _guest_errors(vm), trio.move_on_after(FILE_S):
+        async with client.stream("GET", _route(path), headers, timeout_s=_HEAD_S) as response:
             await _check(response, vm)
-            headers = dict(response.headers)
-            if headers.get(b"content-type", b"").startswith(b"application/x-tar"):
+            fields = dict(response.headers)
+            if fields.get(b"content-type", b"").startswith(b"application/x-tar"):
                 raise invalid("path", f"{path} is a directory", hint='list it with the command ["ls", "-la", …]')
-            length = headers.get(b"content-length", b"")
-            size = int(length) if length.isdigit() and len(length) < 18 else None
-            passed, ended = 0, True
-            async for data in response:
-                skip = min(len(data), max(0, offset - passed))
-                passed += len(data)
-                room = wanted - window.size
-                window.add(data[skip : skip + room])
-                if len(data) - skip > room:
-                    ended = False
+            # Without a length there are no ranges: what comes before `offset` comes too.
+            skip = 0 if response.status == 206 else offset
+            data = bytearray()
+            passed = 0
+            async for piece in response:
+                passed += len(piece)
+                data += piece[max(0, len(piece) - max(0, passed - skip)) :]
+                if len(data) > limit or passed > MAX_READ:
                     break
-            return FileRead(window, ended, passed if ended and size is None else size)
-    assert scope.cancelled_caught
+            else:
+                total = _TOTAL.search(fields.get(b"content-range", b""))
+                size = int(total[1]) if total else passed
+                return FileRead(bytes(data[:limit]), size, offset + len(data) >= size)
+            return FileRead(bytes(data[:limit]), None, False)
     raise Problem(502, "file-slow", f"reading {path} in VM {vm!r} took longer than {FILE_S:g} s", vm=vm)
 
 
@@ -220,7 +222,7 @@ async def _check(response: AgentResponse, vm: str) -> None:
     except (msgspec.DecodeError, AgentProtocolError, RecursionError):
         said = _AgentProblem()
     detail = said.detail or said.error or f"the agent answered {response.status}"
-    raise Problem(response.status, "agent-refused", detail[:1000], vm=vm, field=said.field)
+    raise Problem(response.status, "agent-refused", detail[:1000], vm=vm, field=said.field, hint=said.hint)
 
 
 @contextmanager

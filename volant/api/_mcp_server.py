@@ -193,7 +193,7 @@ class McpServer:
         read = await asked.until(lambda: _mcp_guest.read_file(self._doors, vm, name, limit=limit))
         if not read.ended:
             raise Problem(413, "file-too-large", f"{name} is larger than {limit} bytes: read parts with vms_read_file")
-        data = read.window.head
+        data = read.data
         try:
             return TextResourceContents(uri=uri, mime_type="text/plain", text=data.decode())
         except UnicodeDecodeError:

@@ -60,7 +60,7 @@ class Window:
             clipped = clip(whole, budget)
             return clipped, clipped is whole
         head, tail = bytes(self._head).decode("utf-8", "replace"), bytes(self._tail).decode("utf-8", "replace")
-        return _joined(head, tail, self.size, budget), False
+        return joined(head, tail, self.size, budget)[0], False
 
 
 def weight(value: object) -> int:
@@ -72,14 +72,17 @@ def clip(text: str, budget: int) -> str:
     """`text` itself, or its head and tail with a marker, in at most `budget` bytes of JSON."""
     if weight(text) <= budget:
         return text
-    return _joined(text, text, len(text.encode("utf-8", "replace")), budget)
+    return joined(text, text, len(text.encode("utf-8", "replace")), budget)[0]
 
 
-def _joined(head: str, tail: str, size: int, budget: int) -> str:
+def joined(head: str, tail: str, size: int, budget: int) -> tuple[str, int]:
+    """As much of a head and a tail as fits, with a marker that counts what of `size` bytes is not there; and how many
+    bytes of the head are."""
     half = max(0, (budget - 80) // 2)
     head, tail = prefix(head, half), _suffix(tail, half)
-    left_out = size - len(head.encode("utf-8", "replace")) - len(tail.encode("utf-8", "replace"))
-    return f"{head}\n[… {max(1, left_out)} bytes left out …]\n{tail}"
+    shown = len(head.encode("utf-8", "replace"))
+    left_out = max(1, size - shown - len(tail.encode("utf-8", "replace")))
+    return f"{head}\n[… {left_out} bytes left out …]\n{tail}", shown
 
 
 def prefix(text: str, budget: int) -> str:

@@ -42,7 +42,7 @@ from . import _mcp_guest
 from ._actions import action_of
 from ._doors import Doors
 from ._logs import log_of
-from ._mcp_text import BUDGET, clip, fitting, fitting_last, prefix, weight
+from ._mcp_text import BUDGET, clip, fitting, fitting_last, joined, prefix, weight
 from ._params import no_such_plugin, vm_row
 from ._waits import interruptible
 
@@ -389,38 +389,37 @@ class FileContent(msgspec.Struct, frozen=True):
 
 async def _read(asked: Asked, wanted: ReadFile) -> Result:
     vm = vm_row(asked.doors, wanted.vm).name
-    limit = None if wanted.offset is None else _PAGE_BYTES
     offset = wanted.offset or 0
-    read = await asked.until(partial(_mcp_guest.read_file, asked.doors, vm, wanted.path, offset=offset, limit=limit))
-    content = _content(wanted, read, offset)
-    links = (file_link(vm, wanted.path),) if content.truncated else ()
-    return Result(content, links=links)
-
-
-def _content(wanted: ReadFile, read: _mcp_guest.FileRead, offset: int) -> FileContent:
-    head = read.window.head
-    whole = read.window.is_whole and read.ended
-    text = _text_of(head, whole)
-    if text is None:
-        part = head[: (_PAGE_BYTES * 3 // 4)]
-        content, encoding = base64.b64encode(part).decode("ascii"), "base64"
-        shown, complete = len(part), whole and len(part) == len(head)
-    elif wanted.offset is None and read.ended:
-        content, complete = read.window.text(BUDGET)
-        encoding = "utf-8"
-        shown = len(head if complete else prefix(text, (BUDGET - 80) // 2).encode())
-    else:
+    read = await asked.until(
+        partial(_mcp_guest.read_file, asked.doors, vm, wanted.path, offset=offset, limit=_PAGE_BYTES)
+    )
+    text = _text_of(read.data, read.ended)
+    encoding: Literal["utf-8", "base64"] = "utf-8" if text is not None else "base64"
+    if text is not None:
         content = prefix(text, BUDGET)
-        encoding = "utf-8"
         shown = len(content.encode())
-        complete = whole and shown == len(head)
-    return FileContent(
-        path=wanted.path,
-        content=content,
-        encoding="base64" if encoding == "base64" else "utf-8",
-        size=read.size,
-        truncated=offset > 0 or not complete,
-        next_offset=None if complete else offset + shown,
+    else:
+        part = read.data[: BUDGET * 3 // 4]
+        content = base64.b64encode(part).decode("ascii")
+        shown = len(part)
+    complete = read.ended and shown == len(read.data)
+    if wanted.offset is None and text is not None and not complete and read.size is not None:
+        # The head, of which half is shown now, and the tail.
+        tail_at = max(shown // 2, read.size - _PAGE_BYTES // 2)
+        tail = await asked.until(
+            partial(_mcp_guest.read_file, asked.doors, vm, wanted.path, offset=tail_at, limit=_PAGE_BYTES // 2)
+        )
+        content, shown = joined(text, tail.data.decode("utf-8", "replace"), read.size, BUDGET)
+    return Result(
+        FileContent(
+            path=wanted.path,
+            content=content,
+            encoding=encoding,
+            size=read.size,
+            truncated=offset > 0 or not complete,
+            next_offset=None if complete else offset + shown,
+        ),
+        links=() if complete and not offset else (file_link(vm, wanted.path),),
     )
 
 
