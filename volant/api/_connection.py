@@ -298,7 +298,7 @@ class Http11(H11Protocol):
                 return
             if isinstance(event, h11.Request):
                 await self.send(Updated(idle=False))
-                problem = _unacceptable(event)
+                problem = _unacceptable(event, self.owner.limits.header_bytes)
                 if problem is not None:
                     await self.refuse(problem)
                     return
@@ -542,15 +542,22 @@ async def _send_problem(stream: HTTPStream | WSStream, status: int) -> None:
 
 def _malformed(error: h11.RemoteProtocolError) -> Problem:
     if error.error_status_hint == 431:
-        return Problem(431, "headers-too-large", "the request's line and headers are too large")
+        return _headers_too_large()
     # h11 quotes the line after the colon, in which a key may stand.
     return Problem(400, "malformed-request", f"this is not HTTP/1.1: {str(error).partition(':')[0]}")
 
 
-def _unacceptable(request: h11.Request) -> Problem | None:
+def _headers_too_large() -> Problem:
+    return Problem(431, "headers-too-large", "the request's line and headers are too large")
+
+
+def _unacceptable(request: h11.Request, header_bytes: int) -> Problem | None:
     if request.http_version not in (b"1.1", b"1.0"):
         version = request.http_version.decode("ascii")
         return Problem(505, "http-version", f"HTTP/{version} is not spoken here", hint="use HTTP/1.1")
+    # h11 bounds what is incomplete; what came in one piece it takes.
+    if len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers) > header_bytes:
+        return _headers_too_large()
     if request.method == b"CONNECT" or not request.target.startswith(b"/"):
         return Problem(400, "malformed-request", "the request's target must be a path", hint="this is no proxy")
     return None

@@ -9,10 +9,12 @@ daemon is ephemeral.
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Literal
@@ -76,6 +78,12 @@ async def run(settings: Settings, reread: Reread | None = None) -> None:
                     pass
     except (DirectoryError, ListenError) as error:
         raise DaemonError(str(error)) from error
+
+
+def _say(lines: Sequence[str]) -> None:
+    """On stdout, as whoever started us with port 0 has to read it. In one piece, as they may leave after a line."""
+    with suppress(OSError):
+        os.write(1, "".join(f"{line}\n" for line in lines).encode())
 
 
 class Daemon:
@@ -151,9 +159,7 @@ class Daemon:
         )
         async with open_system(root, name="volantd") as system, trio.open_nursery() as nursery:
             self._system = system
-            for sock in self._sockets:
-                # On stdout, as whoever started us with port 0 has to read it.
-                print(f"volantd: listening on {address_of(sock)}", flush=True)  # noqa: T201
+            _say([f"volantd: listening on {address_of(sock)}" for sock in self._sockets])
             nursery.start_soon(self._adopt)
             nursery.start_soon(self._choose_accelerator)
             async for signum in signals:
