@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from volant.host import Host
-from volant.hypervisor import Disk, LaunchFailed
+from volant.hypervisor import Disk, LaunchFailed, MachineSpec
 from volant.hypervisor.qemu import QemuHypervisor
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="there is no qemu-img")
@@ -42,6 +42,35 @@ async def test_a_layer_shows_its_base_and_takes_the_writes(qemu: QemuHypervisor,
     before = hashlib.sha256(disk.base.read_bytes()).digest()
     _run("qemu-io", "-c", "read -P 0x78 0 4M", "-c", "write -P 0x79 0 64k", str(disk.layer))
     assert hashlib.sha256(disk.base.read_bytes()).digest() == before
+
+
+@pytest.mark.parametrize("what", ["foreign", "external"])
+async def test_a_layer_that_is_not_what_was_made_is_refused(
+    qemu: QemuHypervisor, disk: Disk, tmp_path: Path, what: str
+) -> None:
+    await qemu.make_layer(disk)
+    if what == "foreign":
+        disk.layer.write_bytes(b"x" * 4096)
+    else:
+        options = f"data_file={tmp_path}/elsewhere,data_file_raw=on"
+        _run("qemu-img", "create", "-f", "qcow2", "-o", options, str(disk.layer), "4M")
+    machine = MachineSpec(
+        vm_id=7,
+        name="demo",
+        cpu_cores=1,
+        memory_mb=64,
+        kernel=disk.base,
+        initramfs=disk.base,
+        cmdline="",
+        directory=tmp_path / "run",
+        memory_file=tmp_path / "memory/7.mem",
+        mark="volant-test-7.1",
+        accelerator="tcg",
+        root=disk,
+    )
+    with pytest.raises(LaunchFailed, match=r"root\.qcow2 is") as failure:
+        await qemu.launch(machine)
+    assert failure.value.code == "bad_disk"
 
 
 async def test_what_was_half_made_is_replaced(qemu: QemuHypervisor, disk: Disk) -> None:

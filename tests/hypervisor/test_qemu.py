@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from volant.host import Host
-from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec
+from volant.hypervisor import Disk, HypervisorError, LaunchFailed, MachineSpec
 from volant.hypervisor.qemu import QemuHypervisor, _probe
 from volant.hypervisor.qemu._argv import ENVIRONMENT, build_argv
 from volant.hypervisor.qemu._driver import classify
@@ -308,18 +308,23 @@ def test_last_words_have_a_meaning(text: str, code: str) -> None:
     assert classify(text) == code
 
 
-async def test_the_machine_that_kvm_gets_is_one_that_qemu_makes(
-    qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
+async def test_the_machines_of_both_accelerators_are_some_that_qemu_makes(
+    qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, accelerator: str
 ) -> None:
     """Its devices on TCG, as KVM may not be there; Linux on it would need a TSC that TCG has not."""
 
     def on_tcg(spec: MachineSpec, version: tuple[int, int], program: str) -> list[str]:
-        argv = build_argv(msgspec.structs.replace(spec, accelerator="kvm"), version, program)
+        argv = build_argv(msgspec.structs.replace(spec, accelerator=accelerator), version, program)
         argv[argv.index("-accel") + 1] = "tcg"
         argv[argv.index("-cpu") + 1] = "max"
         return argv
 
     monkeypatch.setattr("volant.hypervisor.qemu._driver.build_argv", on_tcg)
+    root = Disk(tmp_path / "base", tmp_path / "root.qcow2")
+    await trio.Path(root.base).write_bytes(bytes(2**20))
+    await qemu.make_layer(root)
+    spec = msgspec.structs.replace(spec, root=root)
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
         async with qemu.attach(spec, identity) as machine:

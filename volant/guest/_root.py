@@ -80,6 +80,17 @@ def root() -> str:
     return ROOT if found == "mounted" else "/"
 
 
+def figures() -> dict[str, int] | None:
+    """Return how large the root filesystem is and what of it is free, in MiB; None without one."""
+    if state()[0] != "mounted":
+        return None
+    found = os.statvfs(ROOT)
+    return {
+        "total_mb": found.f_blocks * found.f_frsize // 2**20,
+        "available_mb": found.f_bavail * found.f_frsize // 2**20,
+    }
+
+
 def inside(call: Callable[[], T]) -> T:
     """Return what `call()` returns, with `root()` as its `/` and its working directory.
 
@@ -153,7 +164,10 @@ def identity(user: str) -> Identity:
 
 def _table(path: str) -> list[list[str]]:
     try:
-        with open(path, encoding="utf-8", errors="replace") as handle:
+        # A pipe in its place would be waited for.
+        with open(
+            os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="utf-8", errors="replace"
+        ) as handle:
             return [line.split(":") for line in handle.read(_MAX_TABLE).splitlines() if ":" in line]
     except OSError:
         return []

@@ -144,7 +144,7 @@ class Server:
         if method == "CONNECT":
             from . import _relay
 
-            _relay.connect(stream, request)
+            _relay.connect(stream, request, self.workload.comes)
         elif path == agent.HEALTHZ:
             _allow(method, "GET", "HEAD")
             self._answer_json(stream, self.healthz(), method)
@@ -244,7 +244,7 @@ class Server:
             raise Problem(404, "this guest has no workload that serves HTTP")
         from . import _relay
 
-        _relay.forward(stream, request, target, port)
+        _relay.forward(stream, request, target, port, self.workload.comes)
 
     def _serve_shutdown(self, stream: Stream, request: Request) -> None:
         from ._exec import check_number, decode_json
@@ -282,6 +282,7 @@ class Server:
             "uptime_s": round(time.clock_gettime(time.CLOCK_BOOTTIME), 3),
             "cpus": os.cpu_count() or 1,
             "memory": _memory(),
+            "disk": _root.figures(),
             "workload": self.workload.status(),
             "output": self.output.statistics(),
             "streams": self.statistics(),

@@ -75,6 +75,8 @@ class Info(TypedDict):
     uptime_s: float
     cpus: int
     memory: Memory
+    disk: NotRequired[Memory | None]
+    """The root filesystem; None without one."""
     workload: WorkloadStatus
     plugin: NotRequired[PluginInfo]
 

@@ -57,6 +57,8 @@ _COMMIT_TIMEOUT_S = 30.0
 _COMMIT_TRIES = 4
 _REPORT_PAUSE_MAX_S = 5.0
 _AGENT_PAUSE_S = 0.05
+_AGAIN_S = 1.0
+_AGAIN_MAX_S = 60.0
 
 
 class VmActor(Actor):
@@ -231,14 +233,21 @@ class VmActor(Actor):
     # The steps
 
     async def _perform(self, effect: Effect, before: TaskHandle | None) -> None:
-        """Run one step, after the one before it has ended, and report what comes of it."""
+        """Run one step, after the one before it has ended, and report what comes of it. What must be gone and is not is
+        tried again, for as long as that is the step that the VM needs."""
         if before is not None:
             await before.wait()
-        try:
-            seen = await self._outcome(effect, self._row)
-        except (LaunchFailed, StepError) as error:
-            seen = StepFailed(Reason(error.code, str(error), await self._console_tail()))
-        await self._deliver(Report(seen, self._row.mark, effect))
+        pause_s = _AGAIN_S
+        while True:
+            try:
+                seen = await self._outcome(effect, self._row)
+            except (LaunchFailed, StepError) as error:
+                seen = StepFailed(Reason(error.code, str(error), await self._console_tail()))
+            await self._deliver(Report(seen, self._row.mark, effect))
+            if not isinstance(effect, Kill | Remove) or not isinstance(seen, StepFailed):
+                return
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _AGAIN_MAX_S)
 
     async def _outcome(self, effect: Effect, row: VmRow) -> Seen:
         match effect:

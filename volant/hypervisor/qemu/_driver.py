@@ -36,6 +36,9 @@ _MISSING = "QEMU is not installed: there is no program qemu-system-x86_64 (Debia
 _IMG = "qemu-img"
 _IMG_S = 60.0
 _IMG_MISSING = "there is no program qemu-img (Debian: apt install qemu-utils)"
+_QCOW2 = b"QFI\xfb"
+_EXTERNAL_DATA = 1 << 2
+"""Of the features of a qcow2 image without which nobody may open it."""
 _CAUSES: tuple[tuple[LaunchCode, tuple[str, ...]], ...] = (
     ("memory_refused", ("cannot allocate memory", "cannot set up guest memory", "no space left", "unable to map")),
     ("bad_disk", ("-blockdev",)),
@@ -148,6 +151,8 @@ class QemuHypervisor:
         for path in (spec.root.base, spec.root.layer) if spec.root is not None else ():
             if not host.exists(path):
                 raise LaunchFailed("bad_disk", f"{path}, of which the guest's disk is made, is missing")
+        if spec.root is not None:
+            await self._check_layer(spec.root.layer)
         size = spec.memory_mb * 1024 * 1024
         try:
             await host.mkdir(spec.directory)
@@ -173,6 +178,16 @@ class QemuHypervisor:
                 "memory_refused",
                 f"{spec.memory_file.parent} has no room for {spec.memory_mb} MiB of guest memory: {error.strerror}",
             ) from error
+
+    async def _check_layer(self, layer: Path) -> None:
+        """A layer holds its data itself. One whose header names another file of the host for it was not made here: a
+        guest that got out of QEMU would have written that, for QEMU to open at the next start."""
+        head = await self._host.read_bytes(layer, 80)
+        if head[:4] != _QCOW2 or len(head) < 80:
+            raise LaunchFailed("bad_disk", f"{layer} is damaged: it is no qcow2 image any more")
+        version, features = int.from_bytes(head[4:8], "big"), int.from_bytes(head[72:80], "big")
+        if version < 3 or features & _EXTERNAL_DATA:
+            raise LaunchFailed("bad_disk", f"{layer} is none that this daemon has made")
 
     async def _await_control(self, spec: MachineSpec, process: Process) -> None:
         """Return once QEMU answers on its control socket: then memory, kernel and devices are what they should be."""
