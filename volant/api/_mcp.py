@@ -137,8 +137,11 @@ async def _protocol(loaded: Callable[[], Awaitable[McpServer]], body: bytes, cal
         if message["type"] == "http.response.body":
             if message["body"]:
                 await call.write(message["body"])
-        else:
-            await call.send(message)
+            return
+        if message["status"] == 202:
+            # There is no body that could be of a type.
+            message["headers"] = [field for field in message["headers"] if field[0] != b"content-type"]
+        await call.send(message)
 
     await server.serve(call.scope, replay.receive, send, streams=accepts_stream)
 

@@ -117,7 +117,7 @@ class McpServer:
         asked = self._asked(context)
         answer: CallToolResult | None = None
         try:
-            arguments = decode(msgspec.json.encode(params.arguments or {}), tool.takes, "the arguments")
+            arguments = decode(msgspec.json.encode(params.arguments or {}), tool.takes, "the call")
             async with trio.open_nursery() as nursery:
                 if context.meta is not None and "progress_token" in context.meta:
                     nursery.start_soon(_tell, asked, context)

@@ -489,9 +489,8 @@ class ActionDone(msgspec.Struct, frozen=True):
 async def _act(asked: Asked, wanted: Action) -> Result:
     row = vm_row(asked.doors, wanted.vm)
     action, port = action_of(row, row.plugin, wanted.action)
-    body = msgspec.json.encode(wanted.input) if wanted.input is not None else None
-    acted = await asked.until(partial(_mcp_guest.call_action, asked.doors, row.name, action, port, body))
-    whole = acted.body.is_whole
+    acted = await asked.until(partial(_mcp_guest.call_action, asked.doors, row.name, action, port, wanted.input))
+    whole = acted.body.size <= _mcp_guest.MAX_BLOB
     output: Any = None
     images: tuple[Image, ...] = ()
     truncated = not whole
