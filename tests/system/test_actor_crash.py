@@ -65,7 +65,7 @@ async def daemon_inside(image_cache: Path) -> AsyncIterator[tuple[Daemon, Client
 async def test_a_vm_outlives_crashes_of_its_actor(image_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with daemon_inside(image_cache) as (daemon, client):
         vm = await boot(client, "demo")
-        assert daemon._system is not None
+        assert daemon.system is not None
         newest = await client.newest_event()
         writer = "setsid sh -c 'for i in $(seq 1 3000); do echo line $i; done >/dev/console' >/dev/null 2>&1 &"
         lost: list[object] = []
@@ -80,7 +80,7 @@ async def test_a_vm_outlives_crashes_of_its_actor(image_cache: Path, monkeypatch
             with pytest.raises(ClientError):  # noqa: PT012 - it is raised where the block is left
                 async with client.vms.exec("demo", ["sh", "-c", "echo up; sleep 60"]) as process:
                     assert (await anext(process)).data == b"up\n"
-                    daemon._system.kill("vms/demo")
+                    daemon.system.kill("vms/demo")
                     with trio.fail_after(30):
                         await process.wait()
             watch = Stopwatch()
@@ -125,7 +125,7 @@ async def test_a_vm_whose_actor_is_given_up_goes_on_and_can_be_recovered(
     async with daemon_inside(image_cache) as (daemon, client):
         vm = await boot(client, "demo")
         assert vm.pid is not None
-        assert daemon._system is not None
+        assert daemon.system is not None
         newest = await client.newest_event()
         with pytest.raises(ClientProblem) as early:
             await client.vms.recover("demo")
@@ -139,7 +139,7 @@ async def test_a_vm_whose_actor_is_given_up_goes_on_and_can_be_recovered(
                 raise RuntimeError("it does not start any more")
 
             broken.setattr(_actor.VmActor, "on_start", on_start)
-            daemon._system.kill("vms/demo")
+            daemon.system.kill("vms/demo")
             with trio.fail_after(30):
                 while row is not None and row.reason is None:
                     row = await daemon.store.projection.changed(row.id, row.revision)

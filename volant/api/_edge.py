@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +68,7 @@ class Edge:
         scope["state"]["request_id"] = request_id
         answer = _Answer(send, request_id.encode("ascii"), self._access.cors(scope))
         call = Call(scope, receive, answer.send, request_id)
-        began = time.perf_counter()
+        began = trio.current_time()
         try:
             await self._serve(call)
         except* trio.BrokenResourceError:
@@ -80,7 +79,7 @@ class Edge:
             _log.error("request %s failed", request_id, exc_info=group)
             await self._fail(call, answer, internal_error())
         finally:
-            _log_request(scope, request_id, answer.status, time.perf_counter() - began)
+            _log_request(scope, request_id, answer.status, trio.current_time() - began)
 
     async def _serve(self, call: Call) -> None:
         scope = call.scope

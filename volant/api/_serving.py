@@ -87,9 +87,10 @@ class Server:
         async with trio.open_nursery() as connections:
             try:
                 async with trio.open_nursery() as accepting:
-                    accepting.start_soon(
-                        partial(trio.serve_listeners, self._serve, listeners, handler_nursery=connections)
-                    )
+                    for listener in listeners:
+                        accepting.start_soon(
+                            partial(trio.serve_listeners, self._serve, [listener], handler_nursery=connections)
+                        )
                     task_status.started()
                     await self._stopping.wait()
                     accepting.cancel_scope.cancel()

@@ -14,34 +14,38 @@ import platform
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from functools import partial
+from random import Random
 from typing import Literal
 
 import msgspec
 import trio
 from quart_trio import QuartTrio
 
-from actors import ONE_FOR_ONE, Child, DynamicSupervisor, GaveUp, Supervisor, System, open_system
+from actors import ONE_FOR_ONE, ActorDown, AskTimeout, Child, DynamicSupervisor, GaveUp, Supervisor, System, open_system
 from volant import __version__
 from volant.api import Access, ApiSettings, Doors, create_app, serve
 from volant.host import Host
 from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
-from volant.journal import Journal, Store, VmLogs
+from volant.journal import Journal, StillThere, Store, VmLogs
+from volant.model import Status
 from volant.vm import VmDoors, Vms, VmSettings, instance_of
 
 from ._directories import DirectoryError, claimed, disk_dir, memory_dir, remove
 from ._protection import Protection
 from ._settings import RELOADED, Settings, SettingsError, check, split
-from ._sockets import ListenError, address_of, listening
+from ._sockets import ListenError, address_of, listening, setting_of
+from ._systemd import Notifier
 
 _logger = logging.getLogger("volant.daemon")
 
 _EPHEMERAL_STOP_S = 25.0
 _RELOAD_S = 10.0
+_AILMENT_S = 60.0
 _STREAMS_STOP_S = 3.0
 """How long the API may take to see its connections off; it has a shorter deadline of its own."""
 
@@ -59,16 +63,33 @@ Reread = Callable[[], tuple[Settings, list[str]]]
 """Loads the settings once more, from where they came, with what to warn of."""
 
 
-async def run(settings: Settings, reread: Reread | None = None) -> None:
+async def run(
+    settings: Settings,
+    reread: Reread | None = None,
+    *,
+    handed_in: Sequence[socket.socket] = (),
+    notifier: Notifier | None = None,
+) -> None:
     """Run until SIGTERM or SIGINT; on SIGHUP take from `reread` what can be taken.
+
+    `handed_in`: sockets to listen on, whatever the settings say; `notifier`: who started us and wants to be told.
 
     :raises DaemonError: it can't run.
     :raises SettingsError: a key file has become something else since the settings were loaded.
     """
+    notifier = notifier or Notifier(None)
+    if handed_in:
+        settings = _listening_on(handed_in, settings)
+        if reread is not None:
+            reread = partial(_reread_but_addresses, reread, handed_in)
     try:
         # Signals are held to the very end: one more that comes while the state is removed must not leave half of it.
-        with claimed(settings), listening(settings) as sockets, trio.open_signal_receiver(*_SIGNALS) as signals:
-            left = await Daemon(settings, sockets, reread).run(signals)
+        with (
+            claimed(settings),
+            listening(settings, handed_in) as sockets,
+            trio.open_signal_receiver(*_SIGNALS) as signals,
+        ):
+            left = await Daemon(settings, sockets, reread, notifier).run(signals)
             if settings.ephemeral and left:
                 _logger.error("the state is kept for the VMs that are left: %s", ", ".join(left))
             elif settings.ephemeral:
@@ -80,6 +101,15 @@ async def run(settings: Settings, reread: Reread | None = None) -> None:
         raise DaemonError(str(error)) from error
 
 
+def _listening_on(sockets: Sequence[socket.socket], settings: Settings) -> Settings:
+    return msgspec.structs.replace(settings, api_listen_addr=",".join(setting_of(sock) for sock in sockets))
+
+
+def _reread_but_addresses(reread: Reread, sockets: Sequence[socket.socket]) -> tuple[Settings, list[str]]:
+    settings, warnings = reread()
+    return _listening_on(sockets, settings), warnings
+
+
 def _say(lines: Sequence[str]) -> None:
     """On stdout, as whoever started us with port 0 has to read it. In one piece, as they may leave after a line."""
     with suppress(OSError):
@@ -89,18 +119,27 @@ def _say(lines: Sequence[str]) -> None:
 class Daemon:
     """The assembled daemon, and what it knows of itself: the door that the API uses for `/system`."""
 
-    def __init__(self, settings: Settings, sockets: list[socket.socket], reread: Reread | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        sockets: list[socket.socket],
+        reread: Reread | None = None,
+        notifier: Notifier | None = None,
+        *,
+        host: Host | None = None,
+    ) -> None:
         self._settings = settings
         self._sockets = sockets
         self._reread = reread
+        self._notifier = notifier or Notifier(None)
         self._access = Access(self._api_settings(settings, check(settings)))
-        self._stopping = trio.Event()
+        self.stopping = trio.Event()
         self._served = trio.Event()
         self.adoption_s: float | None = None
-        self._system: System | None = None
+        self.system: System | None = None
         self._orphans: list[dict[str, object]] = []
         self._choice: AcceleratorChoice | None = None
-        self.host = Host()
+        self.host = host or Host(self._notifier.scopes())
         self.started_at: datetime = self.host.wall_clock()
         self.store = Store(self.host, settings.state_dir / "volant.db")
         self.logs = VmLogs(self.host, settings.state_dir / "logs")
@@ -134,18 +173,42 @@ class Daemon:
             ),
             self._supervisor,
         )
+        self.app = create_app(
+            Doors(
+                vms=self.vms,
+                journal=self._journal.ref,
+                store=self.store,
+                logs=self.logs,
+                host=self.host,
+                system=self,
+            ),
+            access=self._access,
+        )
 
     async def run(self, signals: AsyncIterator[int]) -> list[str]:
         """Run until a signal, then stop; the names of the VMs that there are then."""
-        doors = Doors(
-            vms=self.vms,
-            journal=self._journal.ref,
-            store=self.store,
-            logs=self.logs,
-            host=self.host,
-            system=self,
-        )
-        app = create_app(doors, access=self._access)
+        async with self.standing() as nursery:
+            _say([f"volantd: listening on {address_of(sock)}" for sock in self._sockets])
+            nursery.start_soon(self._notifier.keep, lambda: self.adoption_s is not None, self._ailment, self._summary)
+            async for signum in signals:
+                if signum == signal.SIGHUP:
+                    with self._notifier.reloading():
+                        await self._reload()
+                    continue
+                _logger.info("stopping: %s", signal.Signals(signum).name)
+                break
+            self._notifier.stopping("Stopping; VMs go on" if not self._settings.ephemeral else "Stopping, VMs too")
+            nursery.start_soon(self._hurry, signals, nursery.cancel_scope)
+            await self.see_off()
+        _logger.info("stopped")
+        return [row.name for row in self.store.projection.rows()]
+
+    @asynccontextmanager
+    async def standing(self, rng: Random | None = None) -> AsyncIterator[trio.Nursery]:
+        """The tree stands for the length of a block, in whose nursery its VMs are taken up; `health` tells how it is.
+
+        `rng` decides what is left to chance in the tree.
+        """
         root = Supervisor(
             ONE_FOR_ONE,
             intensity=5,
@@ -154,37 +217,33 @@ class Daemon:
                 self._journal,
                 Child("logs", self.logs.keep),
                 Child("vms", self._supervisor),
-                Child("api", partial(self._serve, app), shutdown_s=10),
+                Child("api", partial(self._serve, self.app), shutdown_s=10),
             ],
         )
-        async with open_system(root, name="volantd") as system, trio.open_nursery() as nursery:
-            self._system = system
-            _say([f"volantd: listening on {address_of(sock)}" for sock in self._sockets])
-            nursery.start_soon(self._adopt)
-            nursery.start_soon(self._choose_accelerator)
-            async for signum in signals:
-                if signum == signal.SIGHUP:
-                    await self._reload()
-                    continue
-                _logger.info("stopping: %s", signal.Signals(signum).name)
-                break
-            nursery.start_soon(self._hurry, signals, nursery.cancel_scope)
-            if self._settings.ephemeral:
-                left = await self.vms.delete_all(_EPHEMERAL_STOP_S)
-                if left:
-                    _logger.error("these VMs could not be deleted: %s", ", ".join(left))
-            self._stopping.set()
-            self.store.events.close()
-            # Cancelled now, it would cut streams off in the middle of being told.
-            with trio.move_on_after(_STREAMS_STOP_S):
-                await self._served.wait()
-            nursery.cancel_scope.cancel()
-        self.logs.close()
-        _logger.info("stopped")
-        return [row.name for row in self.store.projection.rows()]
+        try:
+            async with open_system(root, name="volantd", rng=rng) as system, trio.open_nursery() as nursery:
+                self.system = system
+                nursery.start_soon(self._adopt)
+                nursery.start_soon(self._choose_accelerator)
+                yield nursery
+                nursery.cancel_scope.cancel()
+        finally:
+            self.logs.close()
+
+    async def see_off(self) -> None:
+        """Before the tree stops: an ephemeral daemon's VMs go, and every stream is told and ends."""
+        if self._settings.ephemeral:
+            left = await self.vms.delete_all(_EPHEMERAL_STOP_S)
+            if left:
+                _logger.error("these VMs could not be deleted: %s", ", ".join(left))
+        self.stopping.set()
+        self.store.events.close()
+        # Cancelled now, the tree would cut streams off in the middle of being told.
+        with trio.move_on_after(_STREAMS_STOP_S):
+            await self._served.wait()
 
     async def _serve(self, app: QuartTrio, *, task_status: trio.TaskStatus[None]) -> None:
-        await serve(app, self._sockets, stopping=self._stopping, task_status=task_status)
+        await serve(app, self._sockets, stopping=self.stopping, task_status=task_status)
         self._served.set()
         # A child that ends is one that its supervisor starts again.
         await trio.sleep_forever()
@@ -257,6 +316,22 @@ class Daemon:
         self._choice = await self.hypervisor.choice()
         _logger.info("guests run under %s: %s", self._choice.accelerator, self._choice.reason)
 
+    async def _ailment(self) -> str | None:
+        """What ails the daemon, None when it is well: asked of the parts themselves, through the event loop."""
+        if self.system is not None and not self.system.whole():
+            return "a part of the daemon is down and does not come up again"
+        try:
+            # Whoever asks has a shorter patience.
+            await self._journal.ref.ask(StillThere(), timeout_s=_AILMENT_S)
+        except (ActorDown, AskTimeout) as error:
+            return f"the journal does not answer: {error}"
+        return None
+
+    def _summary(self) -> str:
+        rows = self.store.projection.rows()
+        running = sum(row.status is Status.RUNNING for row in rows)
+        return f"{len(rows)} VMs, {running} running" if rows else "no VMs"
+
     async def _gave_up(self, told: GaveUp) -> None:
         await self.vms.gave_up(told)
 
@@ -264,15 +339,15 @@ class Daemon:
 
     def health(self) -> Health:
         """`ok` when the tree is whole; a VM's failure or a missing hypervisor is nothing of that."""
-        if self._stopping.is_set():
+        if self.stopping.is_set():
             return "stopping"
-        if self.adoption_s is None or self._system is None:
+        if self.adoption_s is None or self.system is None:
             return "starting"
-        return "ok" if self._system.whole() else "degraded"
+        return "ok" if self.system.whole() else "degraded"
 
     def tree(self) -> Mapping[str, object]:
         """The supervisor tree, ready for JSON."""
-        return self._system.tree() if self._system is not None else {}
+        return self.system.tree() if self.system is not None else {}
 
     def info(self) -> Mapping[str, object]:
         """Addresses, versions, directories, accelerator and why; ready for JSON."""

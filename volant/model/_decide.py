@@ -52,6 +52,8 @@ class Woke(msgspec.Struct, frozen=True):
     """An incarnation of the actor begins. `process` is what was found on the host under the row's mark."""
 
     process: ProcessIdentity | None
+    rebooted: bool = False
+    """Whether the host was rebooted since the VM's process was started."""
 
 
 class ImageReady(msgspec.Struct, frozen=True):
@@ -216,8 +218,8 @@ def decide(row: VmRow, seen: Seen, now: datetime) -> tuple[Step, ...]:
     match seen:
         case Verb():
             _verb(change, seen)
-        case Woke(process):
-            _woke(change, process)
+        case Woke(process, rebooted):
+            _woke(change, process, rebooted)
         case ImageReady(digest, mark, serial_socket):
             if row.phase is Phase.IMAGE:
                 change.to(
@@ -380,10 +382,13 @@ def _end_process(change: _Change, status: Status, message: str) -> None:
         _stopped(change)
 
 
-def _woke(change: _Change, process: ProcessIdentity | None) -> None:
+def _woke(change: _Change, process: ProcessIdentity | None, rebooted: bool) -> None:
     row = change.row
     if row.status is Status.PENDING:
         _boot(change, "preparing the image")
+    elif rebooted and row.status in (Status.STARTING, Status.RUNNING, Status.PAUSED) and row.phase is not Phase.IMAGE:
+        # Nobody's fault, so no crash: what should run runs again, whatever its restart policy.
+        _boots_again(change, "the host was rebooted")
     elif row.phase in (Phase.NONE, Phase.AGENT, Phase.ASK) and row.mark:
         if process is None:
             _ended(
@@ -416,14 +421,13 @@ def _ended(change: _Change, kind: EndKind, reason: Reason) -> None:
             desired = Desired.RUNNING if row.restart_policy == "always" else Desired.STOPPED
             change.to("the guest shut itself down", status=Status.STOPPING, phase=Phase.KILL, desired=desired)
         elif kind is EndKind.RESET:
-            change.to(
-                "the guest reboots",
-                status=Status.STOPPING,
-                phase=Phase.KILL,
-                generation=row.generation + 1,
-            )
+            _boots_again(change, "the guest reboots")
         else:
             _crashed(change, reason)
+
+
+def _boots_again(change: _Change, message: str) -> None:
+    change.to(message, status=Status.STOPPING, phase=Phase.KILL, generation=change.row.generation + 1)
 
 
 def _crashed(change: _Change, reason: Reason) -> None:

@@ -82,7 +82,9 @@ class VmActor(Actor):
         self._row = row
         self._log = self._doors.logs.open(row.id, row.name)
         self.ctx.stack.callback(self._doors.live.pop, row.id, None)
-        await self._see(Woke(await self._doors.host.find(row.mark) if row.mark else None))
+        found = await self._doors.host.find(row.mark) if row.mark else None
+        rebooted = row.process is not None and row.process.boot_id != self._doors.host.boot_id()
+        await self._see(Woke(found, rebooted))
         if row.expires_at is not None:
             self.ctx.spawn(self._expire, name="ttl")
 

@@ -1,4 +1,4 @@
-"""What of one hypervisor process is alive in one incarnation of its actor: four tasks.
+"""What of one hypervisor process is alive in one incarnation of its actor: four tasks, and the move to its own scope.
 
 They begin when the row has a process and end when nothing of it is left, whatever the VM's status does meanwhile:
 
@@ -11,6 +11,7 @@ They begin when the row has a process and end when nothing of it is left, whatev
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import ExitStack
 
 import msgspec
 import trio
@@ -107,9 +108,18 @@ class LiveProcess:
     async def run(self) -> None:
         """Keep the tasks until cancelled."""
         pump = ConsolePump(self._host, self._spec.console_path, self._log, self._boot_key, tell=self.console.feed)
-        with pump as console, self.console.fed_by(console):
+        with ExitStack() as stack:
+            try:
+                console = stack.enter_context(pump)
+            except FileNotFoundError:
+                # The host was rebooted: what lay in RAM is gone, and the guest with it.
+                await self._watch()
+                return
+            stack.enter_context(self.console.fed_by(console))
             self._console = console
             async with trio.open_nursery() as nursery:
+                # Whoever finds the process later finds it there, or moves it then.
+                nursery.start_soon(self._host.give_own_scope, self.identity, f"VM {self._spec.name}")
                 nursery.start_soon(console.follow)
                 nursery.start_soon(self.console.serve)
                 nursery.start_soon(self._keep_channel)

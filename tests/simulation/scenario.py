@@ -1,0 +1,461 @@
+"""A life of a daemon under faults: people who use it, somebody who breaks things, and what must hold all the while.
+
+Operators make, start, stop and delete VMs of their own and know what was acknowledged. A follower reads every event,
+over all breaks of its connection, and holds them against the table of legal edges. A troublemaker kills the daemon, its
+actors and the power. When it has done enough, faults are turned off, and within a bounded time everything must be what
+it should be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import apsw
+import trio
+
+from actors.testing import FaultReport, Simulation, simulate
+from volant.model import EDGES, Status, VmRow, settled
+from volant.testing import Answer, Unreachable, World, simulated_world
+
+TROUBLE_S = 150.0
+CONVERGE_S = 900.0
+IDLE_S = 60.0
+IDLE_STEPS_PER_VM = 200
+
+FAULTS: dict[str, float] = {
+    "agent.refuses": 0.01,
+    "agent.restarts": 0.03,
+    "agent.slow": 0.03,
+    "channel.garbage": 0.002,
+    "channel.is_cut": 0.05,
+    "database.fails": 0.01,
+    "disk.full": 0.003,
+    "disk.writes_half": 0.01,
+    "guest.ignores_shutdown": 0.2,
+    "guest.never_answers": 0.05,
+    "guest.panics": 0.03,
+    "guest.panics_at_boot": 0.05,
+    "guest.powers_off": 0.03,
+    "guest.reboots": 0.03,
+    "memory.is_short": 0.03,
+    "process.does_not_start": 0.03,
+    "process.is_stubborn": 0.05,
+    "qemu.dies": 0.03,
+    "qemu.exits_at_start": 0.05,
+    "qemu.hangs_at_start": 0.03,
+    "qemu.ignores_a_command": 0.02,
+    "qemu.is_slow": 0.02,
+    "qemu.loses_control": 0.03,
+    "socket.refuses": 0.02,
+}
+
+REACHABLE = frozenset(
+    edge
+    for edge in EDGES
+    if Status.PAUSED not in edge and edge not in {(Status.PENDING, Status.STOPPED), (Status.PENDING, Status.DELETING)}
+)
+"""No verb pauses a VM yet; and one that is pending begins to start before its actor hears anybody."""
+
+_JSON = {"content-type": "application/json"}
+_LINE = re.compile(r"line (\d+)\Z")
+_ATTEMPTS = 400
+
+
+@dataclass
+class Seen:
+    """What came of one life, or of several together."""
+
+    edges: set[tuple[Status | None, Status | None]] = field(default_factory=set)
+    faults: FaultReport | None = None
+    starts: int = 0
+    events: int = 0
+    acknowledged: int = 0
+
+    def __iadd__(self, other: Seen) -> Seen:
+        self.edges |= other.edges
+        if other.faults is not None:
+            self.faults = other.faults if self.faults is None else self.faults + other.faults
+        self.starts += other.starts
+        self.events += other.events
+        self.acknowledged += other.acknowledged
+        return self
+
+    def lines(self) -> Iterable[str]:
+        """For people."""
+        if self.faults is not None:
+            yield from self.faults.lines()
+        yield f"{self.starts} daemons, {self.events} events, {self.acknowledged} acknowledged creations and deletions"
+
+
+def missing(seen: Seen) -> list[str]:
+    """What should have been seen over enough lives: each legal edge, each fault."""
+    edges = [f"{before} -> {after}" for before, after in sorted(REACHABLE - seen.edges, key=str)]
+    assert seen.faults is not None
+    return [*edges, *seen.faults.never_fired, *seen.faults.never_reached]
+
+
+def live(seed: int, directory: Path) -> Seen:
+    """One life; `directory` is empty. An AssertionError, or whatever else comes out, carries the seed and the end of
+    the trace."""
+    seen = Seen()
+
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, directory) as world:
+            await Life(sim, world, seen).run()
+        seen.faults = sim.faults.report()
+
+    simulate(main, seed=seed, faults=FAULTS, limit_steps=20_000_000)
+    return seen
+
+
+class Life:
+    """One run of the scenario."""
+
+    def __init__(self, sim: Simulation, world: World, seen: Seen) -> None:
+        self.sim = sim
+        self.world = world
+        self.seen = seen
+        self.over = False
+        self.follower = Follower(world, seen)
+        self.operators = [
+            Operator(world, Random(sim.rng.getrandbits(64)), [f"{name}-{n}" for n in range(2)], seen)
+            for name in ("ada", "bob", "eve")
+        ]
+
+    async def run(self) -> None:
+        await self.world.start_daemon()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.follower.run)
+            nursery.start_soon(self._watch_processes)
+            async with trio.open_nursery() as people:
+                for operator in self.operators:
+                    people.start_soon(operator.run, lambda: self.over)
+                with trio.move_on_after(TROUBLE_S):
+                    await self._make_trouble()
+                self.over = True
+                self.sim.faults.turn_off()
+                self.world.machine.disk_full = False
+                if not self.world.runs:
+                    await self._start()
+            await self._come_to_rest()
+            await self._stand_idle()
+            self._check_rest()
+            await self._check_logs()
+            await self.follower.catch_up()
+            self.follower.check_rest(self.world)
+            await self._clear_out()
+            await self.follower.catch_up()
+            nursery.cancel_scope.cancel()
+        self.seen.starts = self.world.starts
+
+    # Trouble
+
+    async def _make_trouble(self) -> None:
+        rng, world = self.sim.rng, self.world
+        while True:
+            await trio.sleep(rng.expovariate(1 / 12.0))
+            what = rng.choices(
+                ["kill", "stop", "power", "actor", "journal", "disk", "clock"], [30, 10, 6, 30, 8, 8, 4]
+            )[0]
+            self.sim.note(f"trouble: {what}")
+            system = world.daemon.system
+            assert system is not None
+            if what == "actor":
+                rows = world.daemon.store.projection.rows()
+                if rows:
+                    self._kill(f"vms/{rng.choice(rows).name}")
+            elif what == "journal":
+                self._kill("journal")
+            elif what == "disk":
+                world.machine.disk_full = True
+                await trio.sleep(rng.uniform(0.1, 15.0))
+                world.machine.disk_full = False
+            elif what == "clock":
+                world.machine.clock_offset += timedelta(seconds=rng.uniform(-3600, 3600))
+            else:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 120):
+                    await {"kill": world.kill_daemon, "stop": world.stop_daemon, "power": world.power_cut}[what]()
+                    await trio.sleep(rng.expovariate(1 / 2.0))
+                    await self._start()
+
+    async def _start(self) -> None:
+        """As systemd does it: again, when it does not come up."""
+        for _ in range(20):
+            try:
+                return await self.world.start_daemon()
+            except (OSError, apsw.Error) as error:
+                self.sim.note(f"the daemon does not start: {error}")
+                await trio.sleep(1.0)
+        raise AssertionError("the daemon does not start")
+
+    def _kill(self, path: str) -> None:
+        system = self.world.daemon.system
+        assert system is not None
+        try:
+            system.kill(path)
+        except KeyError:
+            pass  # It has gone, or does not run at the moment.
+
+    async def _watch_processes(self) -> None:
+        """At every moment: at most one hypervisor for each VM, and each has an owner."""
+        while True:
+            await self.world.machine.changed.wait()
+            marks = [qemu.mark.rpartition("-")[2].partition(".")[0] for qemu in self.world.machine.running()]
+            assert len(marks) == len(set(marks)), f"two hypervisors for one VM: {marks}"
+
+    # Rest
+
+    async def _come_to_rest(self) -> None:
+        deadline = trio.current_time() + CONVERGE_S
+        while True:
+            await trio.sleep(1.0)
+            daemon = self.world.daemon
+            rows = daemon.store.projection.rows()
+            for row in rows:
+                if row.reason is not None and row.reason.code == "control_lost":
+                    await self.world.request("POST", f"/api/v1/vms/{row.name}/recover")
+            restless = [row for row in rows if not settled(row)]
+            if not restless and daemon.health() == "ok":
+                return
+            assert trio.current_time() < deadline, f"no rest: {daemon.health()}, {[_short(row) for row in restless]}"
+
+    async def _stand_idle(self) -> None:
+        before = self.sim.steps
+        await trio.sleep(IDLE_S)
+        spent = self.sim.steps - before
+        vms = len(self.world.daemon.store.projection) + 1
+        assert spent < IDLE_STEPS_PER_VM * vms, f"{spent} steps while {vms} VMs stood idle for {IDLE_S:g} s"
+
+    def _check_rest(self) -> None:
+        world = self.world
+        daemon = world.daemon
+        rows = {row.name: row for row in daemon.store.projection.rows()}
+        for operator in self.operators:
+            operator.check(rows)
+        running = {qemu.mark: qemu for qemu in world.machine.running()}
+        owned = {row.mark for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)}
+        assert set(running) == owned, "hypervisors and VMs that run are not the same"
+        for row in rows.values():
+            assert row.status not in (Status.STARTING, Status.STOPPING, Status.DELETING, Status.PENDING), row
+            if row.status is Status.RUNNING:
+                assert row.process == running[row.mark].process.identity
+        self._check_files({str(row.id) for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)})
+
+    def _check_files(self, ids: set[str]) -> None:
+        files = self.world.machine.files
+        vms = self.world.settings.runtime_dir / "vms"
+        directories = set(files.names(vms)) if files.find(vms) else set()
+        assert directories == ids, f"directories {directories}, VMs that run {ids}"
+        memory = {path.stem for path in files.below(Path("/dev/shm")) if path.suffix == ".mem"}
+        assert memory == ids, f"memory files {memory}, VMs that run {ids}"
+
+    async def _check_logs(self) -> None:
+        """What a workload writes is logged once and in order; it counts from 0 in each boot and each agent."""
+        for row in self.world.daemon.store.projection.rows():
+            answer = await self.world.request("GET", f"/api/v1/vms/{row.name}/logs?stream=stdout")
+            assert answer.status == 200, answer
+            last, last_seq = -1, 0
+            for line in answer.body.splitlines():
+                entry = json.loads(line)
+                if "gap" in entry:
+                    continue
+                assert entry["seq"] > last_seq, (entry, last_seq)
+                last_seq = entry["seq"]
+                found = _LINE.match(entry["line"])
+                if found:
+                    number = int(found[1])
+                    assert number in (0, last + 1), f"{row.name}: line {number} follows line {last}"
+                    last = number
+
+    async def _clear_out(self) -> None:
+        """With everything deleted nothing is left on the machine."""
+        for row in self.world.daemon.store.projection.rows():
+            answer = await self.world.request("DELETE", f"/api/v1/vms/{row.name}")
+            assert answer.status == 204, answer
+        assert not self.world.machine.running()
+        self._check_files(set())
+        await self.world.stop_daemon()
+        assert not self.world.machine.files.open_count()
+
+
+class Follower:
+    """Reads every event exactly once, as a client that resumes."""
+
+    def __init__(self, world: World, seen: Seen) -> None:
+        self._world = world
+        self._seen = seen
+        self._last_id = ""
+        self._statuses: dict[int, Status | None] = {}
+        self._names: dict[int, str] = {}
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._follow()
+            except Unreachable:
+                pass
+            await trio.sleep(0.2)
+
+    async def _follow(self) -> None:
+        headers = {"last-event-id": self._last_id} if self._last_id else {}
+        target = "/api/v1/events/vms" + ("" if self._last_id else "?since=0")
+        async with self._world.stream("GET", target, headers=headers) as stream:
+            assert stream.status == 200, stream.status
+            buffer = b""
+            while data := await stream.receive():
+                buffer += data
+                *blocks, buffer = buffer.split(b"\n\n")
+                for block in blocks:
+                    self._take(dict(line.split(": ", 1) for line in block.decode().split("\n")))
+
+    def _take(self, block: dict[str, str]) -> None:
+        if "data" not in block:
+            if "id" in block:
+                assert not self._last_id or block["id"] == self._last_id, (block, self._last_id)
+            return
+        event = json.loads(block["data"])
+        assert event["type"] != "STREAM_GAP", event
+        epoch, _, seq = event["id"].rpartition("-")
+        last_epoch, _, last_seq = self._last_id.rpartition("-")
+        assert int(seq) == int(last_seq or 0) + 1, f"event {event['id']} follows {self._last_id}"
+        assert last_epoch in ("", epoch), "another epoch"
+        self._last_id = event["id"]
+        self._seen.events += 1
+        before = self._statuses.get(event["vm_id"])
+        after = Status(event["status"]) if event["status"] else None
+        assert (before, after) in EDGES, f"{event['name']} went from {before} to {after}"
+        self._seen.edges.add((before, after))
+        self._statuses[event["vm_id"]] = after
+        self._names[event["vm_id"]] = event["name"]
+        names = [self._names[vm_id] for vm_id, status in self._statuses.items() if status is not None]
+        assert len(names) == len(set(names)), f"two VMs of one name: {names}"
+
+    async def catch_up(self) -> None:
+        """Wait until it has read all that there is."""
+        with trio.fail_after(60):
+            while self._world.runs and self._last_id != str(self._world.daemon.store.events.newest):  # noqa: ASYNC110
+                await trio.sleep(0.1)
+
+    def check_rest(self, world: World) -> None:
+        """What the events said last is what is so."""
+        rows = world.daemon.store.projection.rows()
+        assert {row.id: row.status for row in rows} == {
+            vm_id: status for vm_id, status in self._statuses.items() if status is not None
+        }
+
+
+def _short(row: VmRow) -> str:
+    return f"{row.name}: {row.status}/{row.phase} wanted {row.desired}, boots {row.boots}, {row.reason}"
+
+
+@dataclass
+class Known:
+    """What an operator knows of a VM: all that is possible after what was acknowledged."""
+
+    exists: set[bool] = field(default_factory=lambda: {False})
+    vm_id: int | None = None
+    going: bool = False
+    """Somebody has asked to delete it: that is never taken back, and may be over at any time."""
+
+
+class Operator:
+    """Somebody with VMs of their own, who does one thing at a time."""
+
+    def __init__(self, world: World, rng: Random, names: list[str], seen: Seen) -> None:
+        self._world = world
+        self._rng = rng
+        self._known = {name: Known() for name in names}
+        self._seen = seen
+        self._keys = 0
+
+    async def run(self, is_over: Callable[[], bool]) -> None:
+        while not is_over():
+            name = self._rng.choice(sorted(self._known))
+            actions = [self._create, self._verb, self._verb, self._verb, self._delete, self._look]
+            await self._rng.choice(actions)(name)
+            await trio.sleep(self._rng.expovariate(1 / 1.5))
+
+    def check(self, rows: dict[str, Any]) -> None:
+        """At rest: what was acknowledged is so."""
+        for name, known in self._known.items():
+            assert (name in rows) in known.exists, f"{name} exists: {name in rows}, expected {known.exists}"
+            if name in rows and known.vm_id is not None:
+                assert rows[name].id == known.vm_id, f"{name} is another VM"
+
+    async def _create(self, name: str) -> None:
+        known = self._known[name]
+        self._keys += 1
+        headers = {**_JSON, "idempotency-key": f"{name}-{self._keys}"}
+        body = {
+            "name": name,
+            "cpu_cores": 1,
+            "memory_mb": self._rng.choice([64, 128]),
+            "restart_policy": self._rng.choice(["never", "on-failure", "always"]),
+        }
+        before = set(known.exists)
+        known.exists = {True} if before == {True} else {True, False}
+        # The same again under the same key: done once, whatever happens in between.
+        answer = await self._insist("POST", "/api/v1/vms", body, headers)
+        if answer.status == 201:
+            assert before != {True}, f"{name} was made twice"
+            known.exists, known.vm_id, known.going = {True}, answer.json()["id"], False
+            self._seen.acknowledged += 1
+        elif answer.status == 409:
+            assert True in before, f"{name} can't be made, and is not there: {answer}"
+            known.exists = {True, False} if known.going else {True}
+        else:
+            # It may have been made all the same, or come yet.
+            assert answer.status == 503, answer
+
+    async def _verb(self, name: str) -> None:
+        verb = self._rng.choice(["start", "stop", "restart", "recover", "stop?grace=1s"])
+        answer = await self._insist("POST", f"/api/v1/vms/{name}/{verb.replace('?', '?')}")
+        self._exists_if(name, answer, {200, 409})
+
+    async def _delete(self, name: str) -> None:
+        known = self._known[name]
+        before = set(known.exists)
+        known.exists = {True, False} if True in before else {False}
+        known.going = True
+        answer = await self._insist("DELETE", f"/api/v1/vms/{name}")
+        if answer.status == 204:
+            assert True in before, f"{name} was deleted, and was not there"
+            known.exists, known.vm_id, known.going = {False}, None, False
+            self._seen.acknowledged += 1
+        elif answer.status == 404:
+            # Perhaps deleted by a request of which no answer came.
+            known.exists, known.vm_id, known.going = {False}, None, False
+        else:
+            assert answer.status == 503, answer
+
+    async def _look(self, name: str) -> None:
+        self._exists_if(name, await self._insist("GET", f"/api/v1/vms/{name}"), {200})
+
+    def _exists_if(self, name: str, answer: Answer, statuses: set[int]) -> None:
+        known = self._known[name]
+        if answer.status in statuses:
+            assert True in known.exists, f"{name} is there, and should not be: {answer}"
+            if answer.status == 200 and known.vm_id is not None:
+                assert answer.json()["id"] == known.vm_id
+        elif answer.status == 404:
+            assert False in known.exists, f"{name} is gone, and nobody deleted it"
+        else:
+            assert answer.status == 503, answer
+
+    async def _insist(
+        self, method: str, target: str, body: object = None, headers: dict[str, str] | None = None
+    ) -> Answer:
+        """Ask until there is an answer, as a client does whose connection breaks."""
+        for _ in range(_ATTEMPTS):
+            try:
+                return await self._world.request(method, target, body, headers)
+            except Unreachable:
+                await trio.sleep(self._rng.uniform(0.1, 2.0))
+        raise AssertionError(f"{method} {target} was never answered")

@@ -1,0 +1,7 @@
+"""The simulated host: processes, guests, files and a disk that crash, lie, lose and delay as a seed decides."""
+
+from ._host import DaemonDied, SimHost
+from ._machine import Machine
+from ._world import Answer, Stream, Unreachable, World, simulated_world
+
+__all__ = ["Answer", "DaemonDied", "Machine", "SimHost", "Stream", "Unreachable", "World", "simulated_world"]

@@ -1,0 +1,85 @@
+"""SQLite as it is, on files that remember what of them was synced.
+
+The files are real and lie in a directory of the test's own, in RAM: SQLite does its own reading and writing. What
+stands between is a VFS that notes the bytes of a file at each sync, so that a power cut can put these back. `kill -9`
+needs nothing: what a process has written, the kernel has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import apsw
+
+_NAME = "volant-simulated"
+
+
+class Databases:
+    """Makes SQLite use the VFS while the block lasts; use it around everything that opens a database."""
+
+    def __init__(self) -> None:
+        self._synced: dict[Path, bytes] = {}
+        self._before = ""
+        self._vfs: _Vfs | None = None
+
+    def __enter__(self) -> Databases:
+        self._before = apsw.vfs_names()[0]
+        self._vfs = _Vfs(self, self._before)
+        apsw.set_default_vfs(_NAME)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close_all()
+        apsw.set_default_vfs(self._before)
+        assert self._vfs is not None
+        self._vfs.unregister()
+        self._vfs = None
+
+    def synced(self, path: Path) -> None:
+        """A file's bytes are on the disk."""
+        self._synced[path] = path.read_bytes()
+
+    def removed(self, path: Path) -> None:
+        """A file is gone, and stays so."""
+        self._synced.pop(path, None)
+
+    def close_all(self) -> None:
+        """The process that had connections open has died."""
+        for connection in apsw.connections():
+            connection.close(force=True)
+
+    def power_cut(self, directory: Path) -> None:
+        """Put back what was synced. No connection may be open."""
+        for path in directory.iterdir():
+            if path.name.endswith(("-wal", "-shm", ".db", "-journal")):
+                path.unlink()
+        for path, data in self._synced.items():
+            if path.parent == directory:
+                path.write_bytes(data)
+
+
+class _Vfs(apsw.VFS):
+    def __init__(self, databases: Databases, base: str) -> None:
+        self._databases = databases
+        self._base = base
+        super().__init__(_NAME, base=base)
+
+    def xOpen(self, name: apsw.URIFilename | str | None, flags: list[int]) -> apsw.VFSFile:
+        return _File(self._databases, self._base, name, flags)
+
+    def xDelete(self, name: str, sync_directory: bool) -> None:
+        super().xDelete(name, sync_directory)
+        self._databases.removed(Path(name))
+
+
+class _File(apsw.VFSFile):
+    def __init__(self, databases: Databases, base: str, name: apsw.URIFilename | str | None, flags: list[int]) -> None:
+        self._databases = databases
+        text = name.filename() if isinstance(name, apsw.URIFilename) else name
+        self._path = Path(text) if text else None
+        super().__init__(base, name, flags)
+
+    def xSync(self, flags: int) -> None:
+        super().xSync(flags)
+        if self._path is not None:
+            self._databases.synced(self._path)

@@ -1,0 +1,253 @@
+"""A file system in memory that keeps apart what is written and what would survive a power cut.
+
+A file's bytes reach the disk with `sync_file`, its name with `sync_directory` of where it lies; directories themselves
+are durable at once, as nothing here depends on when they are. What lies below a directory that is in RAM is gone with
+the power. Positions of holes are not kept: a hole reads as zeros, which is all that anybody relies on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+
+class Listening(Protocol):
+    """What a socket's name leads to."""
+
+    def connect(self) -> trio.abc.Stream:
+        """:raises ConnectionRefusedError: nobody listens any more."""
+
+
+@dataclass(eq=False)
+class File:
+    """A regular file."""
+
+    data: bytearray = field(default_factory=bytearray)
+    size: int = 0
+    """As far as it reaches; what is behind `data` is a hole."""
+    synced: bytes = b""
+    watchers: list[Watch] = field(default_factory=list)
+    appended: Callable[[], None] | None = None
+
+    def touched(self) -> None:
+        self.size = max(self.size, len(self.data))
+        for watch in self.watchers:
+            watch.poke()
+
+
+@dataclass(eq=False)
+class Directory:
+    """A directory; its entries are found by their paths."""
+
+    watchers: list[Watch] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Fifo:
+    """A named pipe. `reader` takes what is written, while somebody reads."""
+
+    reader: Callable[[bytes], None] | None = None
+
+
+@dataclass(eq=False)
+class SocketName:
+    """The name of a Unix socket; it stays when nobody listens any more."""
+
+    listening: Listening | None
+
+
+Node = File | Directory | Fifo | SocketName
+
+
+class Watch:
+    """As `volant.host.FileWatch`."""
+
+    def __init__(self) -> None:
+        self._changed = trio.Event()
+
+    def poke(self) -> None:
+        self._changed.set()
+
+    async def wait(self) -> None:
+        await self._changed.wait()
+        self._changed = trio.Event()
+
+
+@dataclass
+class _Descriptor:
+    node: File
+    path: Path
+    flags: int
+    position: int = 0
+
+
+class Files:
+    """All files of a simulated machine. Errors are those of the operating system."""
+
+    def __init__(self, in_ram: Collection[Path]) -> None:
+        self._in_ram = tuple(in_ram)
+        self._nodes: dict[Path, Node] = {Path("/"): Directory()}
+        self._disk: dict[Path, bytes] = {}
+        self._descriptors: dict[int, _Descriptor] = {}
+        self._next_fd = 1000
+
+    # Names
+
+    def find(self, path: Path) -> Node | None:
+        return self._nodes.get(path)
+
+    def get(self, path: Path) -> Node:
+        node = self._nodes.get(path)
+        if node is None:
+            raise _error(errno.ENOENT, path)
+        return node
+
+    def file(self, path: Path) -> File:
+        node = self.get(path)
+        if not isinstance(node, File):
+            raise _error(errno.EISDIR if isinstance(node, Directory) else errno.EINVAL, path)
+        return node
+
+    def put(self, path: Path, node: Node) -> None:
+        """Give a node a name, in place of what has it."""
+        parent = self._nodes.get(path.parent)
+        if not isinstance(parent, Directory):
+            raise _error(errno.ENOENT if parent is None else errno.ENOTDIR, path)
+        self._nodes[path] = node
+        for watch in parent.watchers:
+            watch.poke()
+
+    def mkdir(self, path: Path) -> None:
+        for directory in (*reversed(path.parents), path):
+            node = self._nodes.get(directory)
+            if node is None:
+                self.put(directory, Directory())
+            elif not isinstance(node, Directory):
+                raise _error(errno.EEXIST, path)
+
+    def unlink(self, path: Path) -> None:
+        if isinstance(self.get(path), Directory):
+            raise _error(errno.EISDIR, path)
+        del self._nodes[path]
+
+    def remove_tree(self, path: Path) -> None:
+        for name in [name for name in self._nodes if name == path or path in name.parents]:
+            del self._nodes[name]
+            # As far as the disk is concerned too: nothing of ours relies on a removal that is taken back.
+            self._disk.pop(name, None)
+
+    def rename(self, old: Path, new: Path) -> None:
+        node = self.get(old)
+        del self._nodes[old]
+        self.put(new, node)
+
+    def names(self, directory: Path) -> list[str]:
+        if not isinstance(self.get(directory), Directory):
+            raise _error(errno.ENOTDIR, directory)
+        return sorted(path.name for path in self._nodes if path.parent == directory and path != directory)
+
+    def below(self, directory: Path) -> list[Path]:
+        """Everything in a directory, however deep."""
+        return sorted(path for path in self._nodes if directory in path.parents)
+
+    # Descriptors
+
+    def open(self, path: Path, flags: int) -> int:
+        node = self._nodes.get(path)
+        if node is None:
+            if not flags & os.O_CREAT:
+                raise _error(errno.ENOENT, path)
+            node = File()
+            self.put(path, node)
+        elif flags & os.O_CREAT and flags & os.O_EXCL:
+            raise _error(errno.EEXIST, path)
+        elif not isinstance(node, File):
+            raise _error(errno.EISDIR if isinstance(node, Directory) else errno.ENXIO, path)
+        self._next_fd += 1
+        self._descriptors[self._next_fd] = _Descriptor(node, path, flags)
+        return self._next_fd
+
+    def close(self, fd: int) -> None:
+        self._of(fd)
+        del self._descriptors[fd]
+
+    def read_at(self, fd: int, limit: int, offset: int) -> bytes:
+        node = self._of(fd).node
+        data = bytes(node.data[offset : offset + limit])
+        return data + bytes(min(limit, max(0, node.size - offset)) - len(data)) if len(data) < limit else data
+
+    def write(self, fd: int, data: bytes) -> int:
+        descriptor = self._of(fd)
+        node = descriptor.node
+        at = len(node.data) if descriptor.flags & os.O_APPEND else descriptor.position
+        node.data[at : at + len(data)] = data
+        descriptor.position = at + len(data)
+        node.touched()
+        return len(data)
+
+    def punch(self, fd: int, start: int, length: int) -> None:
+        node = self._of(fd).node
+        end = min(start + length, len(node.data))
+        node.data[start:end] = bytes(max(0, end - start))
+
+    def append(self, path: Path, data: bytes) -> None:
+        """As a process of the machine does it that holds the file open."""
+        node = self._nodes.get(path)
+        if isinstance(node, File):
+            node.data += data
+            node.touched()
+
+    def open_count(self) -> int:
+        return len(self._descriptors)
+
+    def forget_descriptors(self) -> None:
+        """The process that had them has died."""
+        self._descriptors.clear()
+
+    # The disk
+
+    def sync_file(self, fd: int) -> None:
+        descriptor = self._of(fd)
+        node = descriptor.node
+        node.synced = bytes(node.data)
+        if descriptor.path in self._disk and self._nodes.get(descriptor.path) is node:
+            self._disk[descriptor.path] = node.synced
+
+    def sync_directory(self, directory: Path) -> None:
+        for path in [path for path in self._disk if path.parent == directory and path not in self._nodes]:
+            del self._disk[path]
+        for path, node in self._nodes.items():
+            if path.parent == directory and isinstance(node, File):
+                self._disk[path] = node.synced
+
+    def power_cut(self) -> None:
+        """Only what is on a disk is left, and directories on it."""
+        self._descriptors.clear()
+        kept: dict[Path, Node] = {}
+        for path, node in self._nodes.items():
+            if any(path == root or root in path.parents for root in self._in_ram):
+                continue
+            if isinstance(node, Directory):
+                kept[path] = Directory()
+            elif path in self._disk:
+                data = self._disk[path]
+                kept[path] = File(bytearray(data), len(data), data)
+        self._nodes = kept
+        for root in self._in_ram:
+            self.mkdir(root)
+
+    def _of(self, fd: int) -> _Descriptor:
+        descriptor = self._descriptors.get(fd)
+        if descriptor is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return descriptor
+
+
+def _error(code: int, path: Path) -> OSError:
+    return OSError(code, os.strerror(code), str(path))

@@ -1,0 +1,326 @@
+"""A simulated guest: the agent at the other end of the channel, and a workload that writes numbered lines.
+
+The channel speaks what a real guest speaks: it hunts for the host's request for a fresh start, then HTTP/2, and in each
+stream HTTP/1.1. So the daemon's own channel and client run against it. It misbehaves where a fault site says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.exceptions
+import h11
+import trio
+
+from actors import fault
+from volant.model.agent import (
+    DAEMON_LOGS,
+    DAEMON_ROOT,
+    DAEMON_SHUTDOWN,
+    DAEMON_WORKLOAD,
+    FRAME_STDOUT,
+    HEALTHZ,
+    LOG_CONTENT_TYPE,
+    LOG_ID_HEADER,
+    RESYNC_MAGIC,
+    RESYNC_NONCE_BYTES,
+    encode_log_frame,
+)
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_NO_NONCE = bytes(RESYNC_NONCE_BYTES)
+_HELLO = bytes(16384 + 18) + RESYNC_MAGIC + _NO_NONCE
+_WINDOW = 2**24
+_PIECE = 8192
+
+
+class SimGuest:
+    """What runs in one boot of one machine."""
+
+    def __init__(self, rng: Random, wall_clock_ns: Callable[[], int], power_off: Callable[[], None]) -> None:
+        self.up = trio.Event()
+        """Set while the agent answers."""
+        self.workload: Any = None
+        self.lines = 0
+        """How many the workload has written."""
+        self._rng = rng
+        self._wall_clock_ns = wall_clock_ns
+        self._power_off = power_off
+        self._log_id = f"{rng.getrandbits(64):016x}"
+        self._stdout = bytearray()
+        self._written = trio.Event()
+        self._reader: trio.CancelScope | None = None
+        self._going_down = False
+
+    async def run_workload(self) -> None:
+        """Write a line every few seconds, once there is a workload, until cancelled."""
+        while True:
+            await trio.sleep(self._rng.uniform(0.5, 5.0))
+            if self.workload is None or self._going_down:
+                continue
+            self._stdout += b"line %d\n" % self.lines
+            self.lines += 1
+            self._written.set()
+            self._written = trio.Event()
+
+    def restart_agent(self) -> None:
+        """The agent dies and comes back: what it knew is lost, and positions begin anew."""
+        self.workload = None
+        self._log_id = f"{self._rng.getrandbits(64):016x}"
+        self._stdout.clear()
+        self.lines = 0
+
+    async def serve(self, method: str, target: str, body: bytes, stream: _Stream) -> None:
+        """One request."""
+        path = target.partition("?")[0]
+        if fault("agent.slow"):
+            await trio.sleep(self._rng.uniform(1.0, 30.0))
+        if fault("agent.refuses"):
+            await answer(stream, 500, {"detail": "the agent has a bad day"})
+        elif path == HEALTHZ:
+            await answer(stream, 200, {"status": "ok"})
+        elif path == DAEMON_ROOT:
+            await answer(stream, 200, {"state": "none", "detail": ""})
+        elif (method, path) == ("PUT", DAEMON_WORKLOAD):
+            given = json.loads(body)
+            fits = self.workload in (None, given)
+            if fits:
+                self.workload = given
+            await answer(stream, 200 if fits else 409, {"state": "running"})
+        elif (method, path) == ("POST", DAEMON_SHUTDOWN):
+            await answer(stream, 202, {})
+            if not fault("guest.ignores_shutdown"):
+                self._going_down = True
+                await trio.sleep(self._rng.uniform(0.05, 3.0))
+                self._power_off()
+        elif path == DAEMON_LOGS:
+            await self._follow(target, stream)
+        else:
+            await answer(stream, 404, {"detail": "there is no such route"})
+
+    async def _follow(self, target: str, stream: _Stream) -> None:
+        query = dict(pair.partition("=")[::2] for pair in target.partition("?")[2].split("&"))
+        position = min(int(query.get("stdout", 0)), len(self._stdout))
+        if self._reader is not None:
+            self._reader.cancel()
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: {LOG_CONTENT_TYPE}\r\n{LOG_ID_HEADER}: {self._log_id}\r\n"
+        await stream.send_all(f"{head}Connection: close\r\n\r\n".encode())
+        with trio.CancelScope() as self._reader:
+            while True:
+                # Cut anywhere, as a pipe is.
+                while data := bytes(self._stdout[position : position + self._rng.randint(1, 40)]):
+                    await stream.send_all(encode_log_frame(FRAME_STDOUT, position, self._wall_clock_ns(), data))
+                    position += len(data)
+                await self._written.wait()
+
+
+async def answer(stream: _Stream, status: int, body: object) -> None:
+    """A JSON answer, and the end of it."""
+    data = json.dumps(body).encode()
+    head = f"HTTP/1.1 {status} x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
+    await stream.send_all(f"{head}Connection: close\r\n\r\n".encode() + data)
+
+
+class _Stream:
+    """One stream of HTTP/2, from the guest's side."""
+
+    def __init__(self, port: SimPort, stream_id: int) -> None:
+        self._port = port
+        self.id = stream_id
+        self.received = bytearray()
+        self.input_over = False
+        self.broken = False
+        self.wake = trio.Event()
+
+    def poke(self) -> None:
+        self.wake.set()
+        self.wake = trio.Event()
+
+    async def receive_some(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        while not self.received:
+            if self.broken:
+                raise trio.BrokenResourceError
+            if self.input_over:
+                return b""
+            await self.wake.wait()
+        data = bytes(self.received)
+        self.received.clear()
+        return data
+
+    async def send_all(self, data: bytes) -> None:
+        while data:
+            if self.broken:
+                raise trio.BrokenResourceError
+            room = min(self._port.window(self.id), _PIECE)
+            if room <= 0:
+                await self.wake.wait()
+                continue
+            await self._port.send(self.id, data[:room])
+            data = data[room:]
+
+
+class SimPort:
+    """The guest's end of the virtio-serial port while one host is connected to it."""
+
+    def __init__(self, guest: SimGuest, stream: trio.abc.Stream) -> None:
+        self._guest = guest
+        self._stream = stream
+        self._sending = trio.Lock()
+        self._conn: h2.connection.H2Connection | None = None
+        self._streams: dict[int, _Stream] = {}
+        self._hunted = bytearray()
+        self._nonce = b""
+
+    async def run(self) -> None:
+        """Until the host leaves."""
+        try:
+            await self._guest.up.wait()
+            await self._stream.send_all(_HELLO)
+            async with trio.open_nursery() as nursery:
+                while data := await self._stream.receive_some(65536):
+                    await self._receive(bytes(data), nursery)
+                nursery.cancel_scope.cancel()
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+
+    def window(self, stream_id: int) -> int:
+        assert self._conn is not None
+        return int(self._conn.local_flow_control_window(stream_id))
+
+    async def send(self, stream_id: int, data: bytes) -> None:
+        assert self._conn is not None
+        if fault("channel.garbage"):
+            # As of an agent that has lost its mind: the host must find a fresh start.
+            async with self._sending:
+                await self._stream.send_all(b"\xff" * 64)
+        self._conn.send_data(stream_id, data)
+        await self._flush()
+
+    async def _flush(self) -> None:
+        async with self._sending:
+            if self._conn is not None and (data := self._conn.data_to_send()):
+                await self._stream.send_all(data)
+
+    async def _receive(self, data: bytes, nursery: trio.Nursery) -> None:
+        if self._conn is None:
+            await self._hunt(data, nursery)
+            return
+        try:
+            for event in self._conn.receive_data(data):
+                self._on_event(event, nursery)
+        except (h2.exceptions.ProtocolError, ValueError, KeyError, IndexError):
+            await self._lose()
+            await self._hunt(data, nursery)
+            return
+        await self._flush()
+
+    async def _lose(self) -> None:
+        for stream in self._streams.values():
+            stream.broken = True
+            stream.poke()
+        self._streams.clear()
+        self._conn = None
+        self._nonce = b""
+        self._hunted.clear()
+        async with self._sending:
+            await self._stream.send_all(_HELLO)
+
+    async def _hunt(self, data: bytes, nursery: trio.Nursery) -> None:
+        self._hunted += data
+        while True:
+            magic = self._hunted.find(RESYNC_MAGIC)
+            start = self._hunted.find(_PREFACE) if self._nonce else -1
+            if start >= 0 and (magic < 0 or start < magic):
+                rest = bytes(self._hunted[start:])
+                self._hunted.clear()
+                self._begin()
+                await self._receive(rest, nursery)
+                return
+            after = magic + len(RESYNC_MAGIC)
+            nonce = bytes(self._hunted[after : after + RESYNC_NONCE_BYTES])
+            if magic < 0 or len(nonce) < RESYNC_NONCE_BYTES:
+                return
+            del self._hunted[: after + RESYNC_NONCE_BYTES]
+            if nonce not in (_NO_NONCE, self._nonce):
+                self._nonce = nonce
+                async with self._sending:
+                    await self._stream.send_all(nonce)
+
+    def _begin(self) -> None:
+        self._conn = h2.connection.H2Connection(
+            h2.config.H2Configuration(client_side=False, header_encoding=None, validate_inbound_headers=False)
+        )
+        self._conn.initiate_connection()
+        self._conn.increment_flow_control_window(_WINDOW)
+
+    def _on_event(self, event: h2.events.Event, nursery: trio.Nursery) -> None:
+        assert self._conn is not None
+        match event:
+            case h2.events.RequestReceived():
+                stream = self._streams[event.stream_id] = _Stream(self, event.stream_id)
+                self._conn.send_headers(event.stream_id, [(":status", "200")])
+                nursery.start_soon(self._serve, stream)
+            case h2.events.DataReceived():
+                self._conn.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                if found := self._streams.get(event.stream_id):
+                    found.received += event.data
+                    found.poke()
+            case h2.events.StreamEnded():
+                if found := self._streams.get(event.stream_id):
+                    found.input_over = True
+                    found.poke()
+            case h2.events.StreamReset():
+                if found := self._streams.pop(event.stream_id, None):
+                    found.broken = True
+                    found.poke()
+            case h2.events.WindowUpdated() | h2.events.RemoteSettingsChanged():
+                for other in self._streams.values():
+                    other.poke()
+
+    async def _serve(self, stream: _Stream) -> None:
+        conn = self._conn
+        with trio.CancelScope() as scope:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch, stream, scope)
+                    await self._answer(stream)
+                    nursery.cancel_scope.cancel()
+            except* (trio.BrokenResourceError, h11.RemoteProtocolError, h2.exceptions.ProtocolError):
+                pass
+        if conn is not None and conn is self._conn and self._streams.pop(stream.id, None) is not None:
+            try:
+                conn.end_stream(stream.id)
+                await self._flush()
+            except h2.exceptions.ProtocolError:
+                pass
+
+    async def _watch(self, stream: _Stream, scope: trio.CancelScope) -> None:
+        """A host that has reset the stream wants no answer any more."""
+        while not stream.broken:
+            await stream.wake.wait()
+        scope.cancel()
+
+    async def _answer(self, stream: _Stream) -> None:
+        parser = h11.Connection(h11.SERVER)
+        request: h11.Request | None = None
+        body = b""
+        while True:
+            event = parser.next_event()
+            if event is h11.NEED_DATA:
+                parser.receive_data(await stream.receive_some())
+            elif isinstance(event, h11.Request):
+                request = event
+            elif isinstance(event, h11.Data):
+                body += event.data
+            elif isinstance(event, h11.EndOfMessage) and request is not None:
+                break
+            else:
+                return
+        await self._guest.serve(request.method.decode(), request.target.decode(), body, stream)

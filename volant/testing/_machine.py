@@ -1,0 +1,99 @@
+"""The simulated machine: what is there whether or not a daemon runs on it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Collection
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from random import Random
+
+import trio
+
+from volant.model import ProcessIdentity
+
+from ._files import Files
+from ._processes import SimProcess
+from ._qemu import SimQemu
+
+_EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+_TICKS_PER_S = 100
+
+
+class Machine:
+    """Processes, files and clocks. `nursery` holds what its processes do."""
+
+    def __init__(self, rng: Random, nursery: trio.Nursery, *, in_ram: Collection[Path], memory_mb: int = 16384) -> None:
+        self.rng = rng
+        self.nursery = nursery
+        self.memory_mb = memory_mb
+        self.files = Files(in_ram)
+        self.processes: dict[int, SimProcess] = {}
+        self.qemus: dict[int, SimQemu] = {}
+        self.clock_offset = timedelta()
+        """How far somebody has set the wall clock."""
+        self.disk_full = False
+        self.changed = trio.Event()
+        """Set, and a new one made, when a process begins."""
+        self._booted_at = trio.current_time()
+        self._boots = 0
+        self._ids = 0
+        self.boot_id = ""
+        self.power_on()
+
+    def power_on(self) -> None:
+        self._boots += 1
+        self.boot_id = f"{self._boots:08d}-0000-4000-8000-{self.rng.getrandbits(48):012x}"
+        self._booted_at = trio.current_time()
+
+    def power_cut(self) -> None:
+        """Everything that runs is gone, and of what was written only what has reached a disk is left."""
+        for process in self.living():
+            process.end(-signal.SIGKILL)
+        self.processes.clear()
+        self.qemus.clear()
+        self.files.power_cut()
+        self.power_on()
+
+    def living(self) -> list[SimProcess]:
+        return [process for process in self.processes.values() if process.alive]
+
+    def running(self) -> list[SimQemu]:
+        """Hypervisors whose process lives."""
+        return [qemu for qemu in self.qemus.values() if qemu.process.alive]
+
+    # Clocks and names
+
+    def wall_clock(self) -> datetime:
+        return _EPOCH + timedelta(seconds=trio.current_time()) + self.clock_offset
+
+    def wall_clock_ns(self) -> int:
+        return int(self.wall_clock().timestamp() * 1e9)
+
+    def new_id(self) -> str:
+        self._ids += 1
+        return f"{self._ids:08x}{self.rng.getrandbits(96):024x}"
+
+    # Processes
+
+    def spawn(self, argv: list[str], mark: str, cwd: Path, output: Path) -> ProcessIdentity:
+        # Few numbers, so that one comes back while somebody still remembers who had it.
+        free = [pid for pid in range(2, 400) if pid not in self.processes or not self.processes[pid].alive]
+        pid = self.rng.choice(free)
+        start_time = int((trio.current_time() - self._booted_at) * _TICKS_PER_S)
+        identity = ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id, mark=mark)
+        process = self.processes[pid] = SimProcess(identity, argv)
+        qemu = self.qemus[pid] = SimQemu(self, process, argv, cwd, output)
+        self.nursery.start_soon(qemu.run)
+        self.changed.set()
+        self.changed = trio.Event()
+        return identity
+
+    def signal(self, process: SimProcess, signum: int) -> None:
+        """A process dies of a signal, at once or when the kernel lets it."""
+        process.signals.append(signum)
+        self.nursery.start_soon(self._die, process, signum)
+
+    async def _die(self, process: SimProcess, signum: int) -> None:
+        await trio.sleep(self.rng.uniform(0.0, 0.01) + process.stubborn_s)
+        process.end(-signum)

@@ -1,0 +1,70 @@
+"""Processes of a simulated machine: numbers that are used again, ends that come late, and a mark on each."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+
+import trio
+
+from volant.model import ProcessIdentity
+
+
+class SimProcess:
+    """One process. It runs until `end`, whoever calls that."""
+
+    def __init__(self, identity: ProcessIdentity, argv: Sequence[str], stubborn_s: float = 0.0) -> None:
+        """`stubborn_s`: how long it needs to die of a signal, as one does that sits in the kernel."""
+        self.identity = identity
+        self.argv = tuple(argv)
+        self.status: int | None = None
+        self.ended = trio.Event()
+        self.stubborn_s = stubborn_s
+        self.on_end: Callable[[], None] = lambda: None
+        self.signals: list[int] = []
+
+    @property
+    def alive(self) -> bool:
+        return not self.ended.is_set()
+
+    def end(self, status: int) -> None:
+        """It exits with `status`, or dies of signal `-status`."""
+        if self.alive:
+            self.status = status
+            self.ended.set()
+            self.on_end()
+
+
+class SimProcessHandle:
+    """As `volant.host.Process`; `child` where the daemon started it itself and is told how it ended."""
+
+    def __init__(self, process: SimProcess, kill: Callable[[SimProcess, int], None], *, child: bool) -> None:
+        self.identity = process.identity
+        self._process = process
+        self._kill = kill
+        self._child = child
+
+    @property
+    def pid(self) -> int:
+        return self.identity.pid
+
+    @property
+    def exited(self) -> bool:
+        return not self._process.alive
+
+    async def wait(self) -> int | None:
+        await trio.lowlevel.checkpoint()
+        await self._process.ended.wait()
+        return self._process.status if self._child else None
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        self._kill(self._process, signum)
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> SimProcessHandle:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()

@@ -1,0 +1,209 @@
+"""A simulated QEMU: it reads its command line, opens its sockets, speaks QMP, and runs a guest that may do anything.
+
+It does what the daemon relies on: sockets lie in its working directory and serve one client at a time, what the guest
+says is appended to a file, a guest that ends leaves QEMU paused until somebody has asked how.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from actors import fault
+
+from ._files import File, SocketName
+from ._guest import SimGuest, SimPort
+from ._processes import SimProcess
+from ._sockets import SimListener, hang_up
+
+if TYPE_CHECKING:
+    from ._machine import Machine
+
+_BOOT_S = (0.5, 6.0)
+
+
+class SimQemu:
+    """One process of QEMU. `run` it for as long as the process lives."""
+
+    def __init__(self, machine: Machine, process: SimProcess, argv: Sequence[str], cwd: Path, output: Path) -> None:
+        self.process = process
+        self.status = "running"
+        self.memory_file = Path(_option(argv, "mem-path"))
+        self._machine = machine
+        self._cwd = cwd
+        self._output = output
+        self._rng = Random(machine.rng.getrandbits(64))
+        self._clients: list[trio.abc.Stream] = []
+        self._control: trio.abc.Stream | None = None
+        self._sending = trio.Lock()
+        self._boot = trio.CancelScope()
+        self.guest = SimGuest(self._rng, machine.wall_clock_ns, self._guest_powers_off)
+
+    @property
+    def mark(self) -> str:
+        return self.process.identity.mark
+
+    async def run(self) -> None:
+        """The process's life, from its first instruction on; it is over when the process has ended."""
+        with trio.CancelScope() as life:
+            self.process.on_end = life.cancel
+            try:
+                await self._live()
+            finally:
+                for stream in self._clients:
+                    hang_up(stream)
+
+    async def _live(self) -> None:
+        await trio.sleep(self._rng.uniform(0.01, 0.2))
+        if fault("qemu.exits_at_start"):
+            self._machine.files.append(self._output, b"qemu-system-x86_64: could not set up guest memory\n")
+            self.process.end(1)
+            await trio.sleep_forever()
+        if fault("qemu.hangs_at_start"):
+            await trio.sleep_forever()
+        control, agent = SimListener(), SimListener()
+        self._machine.files.put(self._cwd / "agent.sock", SocketName(agent))
+        self._machine.files.put(self._cwd / "qmp.sock", SocketName(control))
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._serve_control, control)
+                nursery.start_soon(self._serve_agent, agent)
+                nursery.start_soon(self._run_guest)
+                nursery.start_soon(self._misbehave)
+        finally:
+            control.close()
+            agent.close()
+
+    # The guest
+
+    async def _run_guest(self) -> None:
+        with self._boot:
+            self.say("booting")
+            await trio.sleep(self._rng.uniform(*_BOOT_S))
+            if fault("guest.panics_at_boot"):
+                self.say("Kernel panic - not syncing: no init found")
+                self._guest_stops("guest-panicked", "GUEST_PANICKED", {"action": "pause"})
+            if fault("guest.never_answers"):
+                await trio.sleep_forever()
+            self.guest.up.set()
+            self.say("the agent runs")
+            await self.guest.run_workload()
+
+    async def _misbehave(self) -> None:
+        """What happens to a machine that nobody asked for, now and then."""
+        while True:
+            await trio.sleep(self._rng.uniform(5.0, 30.0))
+            if self.status == "running" and self.guest.up.is_set():
+                if fault("guest.panics"):
+                    self.say("Kernel panic - not syncing: sysrq triggered crash")
+                    self._guest_stops("guest-panicked", "GUEST_PANICKED", {"action": "pause"})
+                elif fault("guest.powers_off"):
+                    self._guest_powers_off()
+                elif fault("guest.reboots"):
+                    self._guest_stops("shutdown", "SHUTDOWN", {"guest": True, "reason": "guest-reset"})
+                elif fault("agent.restarts"):
+                    self.guest.restart_agent()
+            if fault("qemu.dies"):
+                self.process.end(-9 if self._rng.random() < 0.5 else 1)
+            elif fault("qemu.loses_control") and self._control is not None:
+                hang_up(self._control)
+            elif fault("channel.is_cut"):
+                for stream in self._clients:
+                    if stream is not self._control:
+                        hang_up(stream)
+
+    def _guest_powers_off(self) -> None:
+        self._guest_stops("shutdown", "SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
+
+    def _guest_stops(self, status: str, event: str, data: dict[str, Any]) -> None:
+        if self.status == "running":
+            self.status = status
+            self.guest.up = trio.Event()
+            self._boot.cancel()
+            for stream in self._clients:
+                if stream is not self._control:
+                    hang_up(stream)
+            self._machine.nursery.start_soon(self._tell, {"event": event, "data": data})
+            self._machine.nursery.start_soon(self._tell, {"event": "STOP"})
+
+    def say(self, line: str) -> None:
+        """On the serial console."""
+        self._machine.files.append(self._cwd / "console.log", f"{line}\r\n".encode())
+
+    # Sockets
+
+    async def _serve_agent(self, listener: SimListener) -> None:
+        while True:
+            stream = await listener.accept()
+            self._clients.append(stream)
+            await SimPort(self.guest, stream).run()
+            hang_up(stream)
+            self._clients.remove(stream)
+
+    async def _serve_control(self, listener: SimListener) -> None:
+        while True:
+            stream = self._control = await listener.accept()
+            self._clients.append(stream)
+            try:
+                await self._converse(stream)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+            self._control = None
+            hang_up(stream)
+            self._clients.remove(stream)
+
+    async def _converse(self, stream: trio.abc.Stream) -> None:
+        await self._send(stream, {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 13}}}})
+        buffer = b""
+        while data := await stream.receive_some(4096):
+            buffer += data
+            while b"\n" in buffer:
+                line, _, buffer = buffer.partition(b"\n")
+                if fault("qemu.ignores_a_command"):
+                    continue
+                if fault("qemu.is_slow"):
+                    await trio.sleep(self._rng.uniform(0.1, 20.0))
+                await self._obey(stream, json.loads(line))
+
+    async def _obey(self, stream: trio.abc.Stream, message: dict[str, Any]) -> None:
+        command = message["execute"]
+        answers: dict[str, Any] = {
+            "qmp_capabilities": {},
+            "query-status": {"status": self.status, "running": self.status == "running"},
+            "query-name": {"name": self.mark},
+            "system_powerdown": {},
+            "quit": {},
+        }
+        answer = {"return": answers[command]} if command in answers else {"error": {"desc": f"no command {command}"}}
+        await self._send(stream, {**answer, "id": message["id"]})
+        if command == "quit":
+            self.process.end(0)
+
+    async def _tell(self, message: dict[str, Any]) -> None:
+        if self._control is not None:
+            try:
+                await self._send(self._control, message)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+
+    async def _send(self, stream: trio.abc.Stream, message: dict[str, Any]) -> None:
+        async with self._sending:
+            await stream.send_all(json.dumps(message).encode() + b"\r\n")
+
+    def ram_in_use(self) -> File | None:
+        """The guest's memory file, if it has its name still."""
+        node = self._machine.files.find(self.memory_file)
+        return node if isinstance(node, File) else None
+
+
+def _option(argv: Sequence[str], name: str) -> str:
+    for argument in argv:
+        for part in argument.split(","):
+            if part.startswith(f"{name}="):
+                return part.partition("=")[2]
+    raise ValueError(f"no {name} on the command line {argv}")

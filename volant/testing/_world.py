@@ -1,0 +1,278 @@
+"""A daemon on a simulated machine, and its clients: what a simulation drives.
+
+The daemon is the real one, assembled by `volant.daemon`, from its API down to the driver of the hypervisor; only its
+host is simulated. Clients speak ASGI to it, as the serving edge below that is about real sockets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from actors.testing import Simulation, allow_real
+from volant.daemon import Daemon, Settings
+
+from ._database import Databases
+from ._files import File
+from ._host import DaemonDied, SimHost
+from ._machine import Machine
+
+_RAM = Path("/run/volant-simulated")
+_SHM = Path("/dev/shm")
+_MEDIA = Path("/boot/simulated")
+
+
+class Unreachable(Exception):
+    """There is no daemon, or it died before it had answered: whether the request was heard is unknown."""
+
+
+@dataclass
+class Answer:
+    """Of one request."""
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class World:
+    """One machine. `simulated_world` makes it."""
+
+    def __init__(self, sim: Simulation, nursery: trio.Nursery, directory: Path, databases: Databases) -> None:
+        self.sim = sim
+        self.machine = Machine(sim.rng, nursery, in_ram=(_RAM, _SHM))
+        self.settings = Settings(
+            state_dir=directory,
+            runtime_dir=_RAM,
+            cache_dir=Path("/var/cache/volant-simulated"),
+            accelerator="tcg",
+            kernel=_MEDIA / "vmlinux",
+            initramfs=_MEDIA / "initramfs",
+            agent_timeout_s=60.0,
+        )
+        self.starts = 0
+        self._nursery = nursery
+        self._databases = databases
+        self._daemon: Daemon | None = None
+        self._host: SimHost | None = None
+        self._life: trio.CancelScope | None = None
+        self._ended = trio.Event()
+        self._requests: trio.Nursery | None = None
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        files = self.machine.files
+        for path in (self.settings.state_dir, self.settings.cache_dir, _RAM, _SHM, _MEDIA):
+            files.mkdir(path)
+        for name in ("vmlinux", "initramfs"):
+            files.put(_MEDIA / name, File(bytearray(b"x"), 1, b"x"))
+        files.sync_directory(_MEDIA)
+
+    # The daemon
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a daemon."""
+        return self._daemon is not None
+
+    @property
+    def daemon(self) -> Daemon:
+        """:raises Unreachable: none runs."""
+        if self._daemon is None:
+            raise Unreachable
+        return self._daemon
+
+    async def start_daemon(self) -> None:
+        """Start one, and return once its API would be there.
+
+        What keeps it from starting comes out of the simulation, as it would out of `volantd`.
+        """
+        assert self._daemon is None
+        self.starts += 1
+        await self._nursery.start(self._run_daemon)
+
+    async def _run_daemon(self, task_status: trio.TaskStatus[None]) -> None:
+        host = self._host = SimHost(self.machine)
+        self.machine.files.mkdir(self.settings.state_dir / "disks")
+        with allow_real("files", "randomness", "time"):
+            daemon = Daemon(self.settings, [], host=host)
+        self._ended = trio.Event()
+        with trio.CancelScope() as self._life:
+            try:
+                async with daemon.standing(self.sim.rng) as nursery:
+                    self._daemon, self._requests = daemon, nursery
+                    task_status.started()
+                    await trio.sleep_forever()
+            except* DaemonDied:
+                pass  # What a dead daemon's clean-up ran into.
+            finally:
+                self._daemon = self._requests = None
+                self._ended.set()
+
+    async def kill_daemon(self) -> None:
+        """`kill -9`."""
+        daemon, host, life = self.daemon, self._host, self._life
+        assert host is not None
+        assert life is not None
+        assert daemon.system is not None
+        self._daemon = None
+        host.die()
+        daemon.system.kill("")
+        life.cancel()
+        await self._ended.wait()
+        with allow_real("files"):
+            self._databases.close_all()
+
+    async def stop_daemon(self) -> None:
+        """SIGTERM, and wait for its end."""
+        daemon, host, life = self.daemon, self._host, self._life
+        assert life is not None
+        assert host is not None
+        await daemon.see_off()
+        self._daemon = None
+        life.cancel()
+        await self._ended.wait()
+        host.die()
+
+    async def power_cut(self) -> None:
+        """The machine loses its power and gets it back. A daemon does not start by itself."""
+        if self._daemon is not None:
+            await self.kill_daemon()
+        self.machine.power_cut()
+        with allow_real("files"):
+            self._databases.power_cut(self.settings.state_dir)
+        self.machine.files.mkdir(self.settings.state_dir)
+
+    # Clients
+
+    async def request(
+        self, method: str, target: str, body: object = None, headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        """One request and its whole answer. :raises Unreachable: there is none."""
+        answer = Answer()
+        async with self.stream(method, target, body, headers) as stream:
+            answer.status, answer.headers = stream.status, stream.headers
+            while data := await stream.receive():
+                answer.body += data
+        return answer
+
+    @asynccontextmanager
+    async def stream(
+        self, method: str, target: str, body: object = None, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Stream]:
+        """One request whose answer is read piece by piece; leaving the block is leaving the daemon."""
+        self.daemon  # noqa: B018 - raises
+        assert self._requests is not None
+        stream = Stream(b"" if body is None else json.dumps(body).encode())
+        self._requests.start_soon(stream.run, self.daemon, method, target, headers or {})
+        try:
+            await stream.head.wait()
+            if not stream.status:
+                raise Unreachable
+            yield stream
+        finally:
+            stream.leave()
+
+
+class Stream:
+    """One exchange over ASGI."""
+
+    def __init__(self, body: bytes) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.head = trio.Event()
+        self._body = body
+        self._left = trio.Event()
+        self._put, self._take = trio.open_memory_channel[bytes](1)
+        self._whole = False
+
+    async def receive(self) -> bytes:
+        """The next piece; empty at the proper end. :raises Unreachable: the answer broke off."""
+        try:
+            return await self._take.receive()
+        except trio.EndOfChannel:
+            if not self._whole:
+                raise Unreachable from None
+            return b""
+
+    def leave(self) -> None:
+        self._left.set()
+        self._take.close()
+
+    async def run(self, daemon: Daemon, method: str, target: str, headers: Mapping[str, str]) -> None:
+        """The daemon's side."""
+        path, _, query = target.partition("?")
+        given = {"host": "localhost", "x-request-id": "simulated", "content-length": str(len(self._body)), **headers}
+        scope: Any = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
+            "root_path": "",
+            "headers": [(name.lower().encode(), value.encode()) for name, value in given.items()],
+            "client": ("127.0.0.1", 40000),
+            "server": ("127.0.0.1", 7777),
+            "state": {"stopping": daemon.stopping, "unix": False},
+            "extensions": {},
+        }
+        sent = False
+
+        async def receive() -> Any:
+            nonlocal sent
+            if not sent:
+                sent = True
+                return {"type": "http.request", "body": self._body, "more_body": False}
+            await self._left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.headers = {name.decode().lower(): value.decode() for name, value in message["headers"]}
+                self.status = message["status"]
+                self.head.set()
+            elif message["type"] == "http.response.body":
+                try:
+                    if message["body"]:
+                        await self._put.send(message["body"])
+                except trio.BrokenResourceError:
+                    pass
+                if not message.get("more_body", False):
+                    self._whole = True
+                    self._put.close()
+
+        try:
+            await daemon.app.asgi_app(scope, receive, send)
+        except* DaemonDied:
+            pass
+        finally:
+            self._put.close()
+            self.head.set()
+
+
+@asynccontextmanager
+async def simulated_world(sim: Simulation, directory: Path) -> AsyncIterator[World]:
+    """A machine for the length of a block; `directory` is real, empty, and holds its database."""
+    with allow_real("files"):
+        databases = Databases()
+    with databases:
+        async with trio.open_nursery() as nursery:
+            world = World(sim, nursery, directory, databases)
+            try:
+                yield world
+            finally:
+                if world._daemon is not None:
+                    await world.kill_daemon()
+            nursery.cancel_scope.cancel()
