@@ -1,9 +1,10 @@
 # Everything is set up on first use. PYTHON=python3.11 chooses an interpreter; TESTS="-m 'not system'" what pytest runs.
 export PYTHON
 TESTS ?=
+SEEDS ?= 300
 UV ?= uv
 
-.PHONY: demo test bench lint fmt docs lock setup clean
+.PHONY: demo test simulate bench lint fmt docs lock setup clean
 
 demo: ## A VM from nothing to nothing: build, boot, use, delete
 	@.ci/system-packages python qemu
@@ -12,6 +13,9 @@ demo: ## A VM from nothing to nothing: build, boot, use, delete
 test: ## All tests, real guests included
 	@.ci/system-packages python qemu
 	@.ci/test $(TESTS)
+
+simulate: ## SEEDS lives of a daemon on a simulated host, with faults and kills
+	@.ci/in-venv python -m tests.simulation --seeds $(SEEDS)
 
 bench: ## Measure against the bare hypervisor and an empty route
 	@.ci/system-packages python qemu
