@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import re
 import resource
@@ -43,11 +44,13 @@ import inotify_simple
 import msgspec
 import trio
 
+from volant._scopes import ScopeError, Scopes
 from volant.model import ProcessIdentity
 
 __all__ = ["FileWatch", "Host", "HostFigures", "Process", "ProcessGone"]
 
 T = TypeVar("T")
+_logger = logging.getLogger("volant.host")
 
 _PROC = Path("/proc")
 _FALLOC_FL_KEEP_SIZE = 0x01
@@ -265,7 +268,9 @@ class _Watches:
 class Host:
     """The real machine. One for a daemon; a test hands in a subclass or a stand-in."""
 
-    def __init__(self) -> None:
+    def __init__(self, scopes: Scopes | None = None) -> None:
+        """`scopes`: where a process gets a scope of its own; None: there is no such place."""
+        self._scopes = scopes
         self._children: dict[int, _Child] = {}
         self._watches = _Watches()
         self._boot_id: str | None = None
@@ -453,6 +458,18 @@ class Host:
             os.close(pidfd)
             raise
         return Process(identity, pidfd, None)
+
+    async def give_own_scope(self, identity: ProcessIdentity, description: str) -> None:
+        """Take a process out of the daemon's control group, so that what systemd does to the daemon does not touch it.
+        Its mark becomes the scope's name. Where there is no systemd, or one that refuses, the process stays where it
+        is, and the log says so.
+        """
+        if self._scopes is None:
+            return
+        try:
+            await self._scopes.enclose(identity.pid, identity.mark, description)
+        except ScopeError as error:
+            _logger.warning("process %d stays in the daemon's control group: %s", identity.pid, error)
 
     # Sockets
 

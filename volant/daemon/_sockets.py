@@ -1,30 +1,62 @@
-"""The sockets that clients connect to. They are bound before the tree begins and outlive every child of it."""
+"""The sockets that clients connect to. They are bound before the tree begins and outlive every child of it.
+
+systemd may hand them in, bound already (sd_listen_fds(3)): then they outlive the daemon too, and whoever connects while
+there is none waits for the next one. Where they are handed in, they are the addresses, whatever the settings say.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ._settings import Settings, parse_address, split
 
 _BACKLOG = 256
+_FIRST_FD = 3
+_MAX_FDS = 64
+_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 
 
 class ListenError(Exception):
     """An address that the daemon can't listen on."""
 
 
+def handed_in(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """The sockets that systemd has bound for us; they are taken out of the environment. :raises ListenError:"""
+    count, pid, _ = (environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"))
+    if not count or pid != str(os.getpid()):
+        return []
+    if not count.isdecimal() or int(count) > _MAX_FDS:
+        raise ListenError(f"LISTEN_FDS={count} is no number of sockets up to {_MAX_FDS}")
+    sockets = []
+    for fd in range(_FIRST_FD, _FIRST_FD + int(count)):
+        try:
+            os.set_inheritable(fd, False)
+            sock = socket.socket(fileno=fd)
+            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as error:
+            raise ListenError(f"descriptor {fd}, which LISTEN_FDS={count} names, is no socket: {error}") from None
+        if not listens or sock.type != socket.SOCK_STREAM or sock.family not in _FAMILIES:
+            raise ListenError(
+                f"descriptor {fd}, which LISTEN_FDS={count} names, does not listen for TCP or on a Unix socket; "
+                "the socket unit must say ListenStream= and Accept=no"
+            )
+        sockets.append(sock)
+    return sockets
+
+
 @contextmanager
-def listening(settings: Settings) -> Iterator[list[socket.socket]]:
-    """One bound socket an address; closed, and their paths removed, at the end. :raises ListenError:"""
-    sockets: list[socket.socket] = []
+def listening(settings: Settings, handed: Sequence[socket.socket] = ()) -> Iterator[list[socket.socket]]:
+    """The sockets that were handed in, else one bound socket an address. Closed at the end, and the paths of our own
+    removed; systemd keeps its own open. :raises ListenError:"""
+    sockets: list[socket.socket] = list(handed)
     paths: list[Path] = []
     try:
-        for address in split(settings.api_listen_addr):
+        for address in split(settings.api_listen_addr) if not handed else ():
             try:
                 if address.startswith("unix:"):
                     path = Path(address.removeprefix("unix:"))
@@ -105,3 +137,8 @@ def address_of(sock: socket.socket) -> str:
         return f"unix:{sock.getsockname()}"
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if sock.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+def setting_of(sock: socket.socket) -> str:
+    """As the settings write it: `HOST:PORT`, `[V6]:PORT` or `unix:/path`."""
+    return address_of(sock).removeprefix("http://")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import resource
@@ -12,12 +13,17 @@ from functools import partial
 import trio
 
 from ._daemon import DaemonError, run
+from ._journald import JournalHandler, is_journal
 from ._settings import SettingsError, load
+from ._sockets import ListenError, handed_in
+from ._systemd import Notifier
 
 
 def main() -> None:
     """Run the daemon until a signal ends it; exit code 0 then, 1 when it can't run, 2 for settings that don't fit."""
     try:
+        notifier = Notifier.from_environment(os.environ)
+        sockets = handed_in(os.environ)
         environ = dict(os.environ)
         # No process that we start may inherit it.
         os.environ.pop("VOLANT_API_KEY", None)
@@ -25,7 +31,16 @@ def main() -> None:
         settings, warnings = again()
     except SettingsError as error:
         sys.exit(_complain(str(error), 2))
-    _log_to_stderr(settings.log_level.upper())
+    except ListenError as error:
+        sys.exit(_complain(str(error), 1))
+    if is_journal(sys.stderr.fileno(), environ):
+        logging.basicConfig(level=settings.log_level.upper(), handlers=[JournalHandler("volantd")])
+        # What a signal like the watchdog's ends: where each thread was then.
+        faulthandler.enable()
+    else:
+        _log_to_stderr(settings.log_level.upper())
+    # Each request logs a line, so what a line costs counts: half of it is for what ours do not say.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # It logs every header at this level.
     logging.getLogger("hpack").setLevel(logging.WARNING)
     for warning in warnings:
@@ -34,7 +49,7 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
-        trio.run(run, settings, again)
+        trio.run(partial(run, settings, again, handed_in=sockets, notifier=notifier))
     except (DaemonError, SettingsError) as error:
         sys.exit(_complain(str(error), 1))
     except KeyboardInterrupt:
@@ -56,8 +71,7 @@ class _Formatter(logging.Formatter):
 
 
 def _log_to_stderr(level: str) -> None:
-    """Each request logs a line, so what a line costs counts: half of it is for what ours do not say."""
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    """Lines for people."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])

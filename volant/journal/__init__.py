@@ -9,7 +9,7 @@ from ._projection import Plugin, Projection
 from ._store import Retention, Store
 from ._vmlog import LogCursor, LogEntry, LogGap, LogStatistics, LogStream, VmLog
 from ._vmlogs import VmLogs
-from .messages import CommitSteps, CreateRow, EnablePlugin, InstallPlugin, KeepRefusal, RemovePlugin
+from .messages import CommitSteps, CreateRow, EnablePlugin, InstallPlugin, KeepRefusal, RemovePlugin, StillThere
 
 __all__ = [
     "AlreadyAnswered",
@@ -41,6 +41,7 @@ __all__ = [
     "RemovePlugin",
     "Retention",
     "StaleRow",
+    "StillThere",
     "Store",
     "VmLog",
     "VmLogs",

@@ -36,7 +36,7 @@ from ._errors import AlreadyAnswered, StaleRow, overloaded, slow, unwritable
 from ._projection import Plugin
 from ._stage import Stage
 from ._store import Store
-from .messages import CommitSteps, CreateRow, EnablePlugin, InstallPlugin, KeepRefusal, RemovePlugin
+from .messages import CommitSteps, CreateRow, EnablePlugin, InstallPlugin, KeepRefusal, RemovePlugin, StillThere
 
 _GROUP = 128
 _MAX_WAITING = 4096
@@ -106,6 +106,10 @@ class Journal(Actor):
     @handles(KeepRefusal)
     async def keep_refusal(self, message: KeepRefusal) -> Deferred[None]:
         return self._enqueue(message)
+
+    @handles(StillThere)
+    async def still_there(self, message: StillThere) -> None:
+        del message
 
     def inspect(self) -> Mapping[str, object]:
         return {

@@ -75,3 +75,8 @@ class KeepRefusal(Request[None]):
 
     refusal: Refusal
     once: Once
+
+
+@dataclass(frozen=True, slots=True)
+class StillThere(Request[None]):
+    """Answered at once by a journal that takes messages, whatever its disk does. The one that is not durable."""
