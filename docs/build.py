@@ -18,7 +18,8 @@ from typing import Any
 import click
 import yaml
 
-from volant.api._openapi import document
+from volant.api._mcp_tools import TOOLS, Tool
+from volant.api._openapi import document, standalone
 from volant.cli._volar import volar
 
 DOCS = Path(__file__).resolve().parent
@@ -172,10 +173,49 @@ def _default(schema: dict[str, Any], required: bool) -> str:
     return "" if value in (None, {}, [], "") or "$ref" in schema else f"`{json.dumps(value)}`"
 
 
+_MCP = """\
+# MCP tools
+
+<!-- Written by docs/build.py. -->
+
+What models can do over `POST /api/v1/mcp`, in the order in which they see it; [how to let a model use
+VMs](../how-to/mcp.md) tells the rest. Descriptions and schemas here are those that the model reads. A failure is a
+result with `isError`, whose text says what is wrong and what to do. Texts have at most 64 KiB: of more the head and the
+tail, with a marker between them.
+"""
+
+
+def mcp_reference() -> str:
+    """The page of tools for models."""
+    parts = [_MCP.rstrip("\n")]
+    for tool in TOOLS:
+        parts.append(f"## {tool.name}")
+        parts.append(f"{tool.description} {_behaviour(tool)}")
+        for title, kind in (("takes", tool.takes), ("gives", tool.gives)):
+            schema = standalone(kind)
+            rows = [
+                f"| `{member}` | {_cell(_kind(of))} | {_default(of, member in schema.get('required', ()))} "
+                f"| {_cell(of.get('description', ''))} |"
+                for member, of in schema["properties"].items()
+            ]
+            head = f"| it {title} | | {'default' if title == 'takes' else ''} | |"
+            parts.append("\n".join([head, "| --- | --- | --- | --- |", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _behaviour(tool: Tool) -> str:
+    if tool.read_only:
+        return "*Changes nothing.*"
+    words = ["destructive" if tool.destructive else "destroys nothing"]
+    words.append("doing it twice is doing it once" if tool.idempotent else "each call counts")
+    return f"*Changes something: {', '.join(words)}.*"
+
+
 KEPT = {
     DOCS / "reference" / "volar.md": reference,
     DOCS / "reference" / "manifest.md": manifest_reference,
     DOCS / "reference" / "manifest.schema.json": manifest_schema,
+    DOCS / "reference" / "mcp.md": mcp_reference,
     DOCS / "api" / "openapi.yaml": openapi,
 }
 """What is kept, and what writes it."""

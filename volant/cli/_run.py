@@ -79,15 +79,19 @@ def command(
 
 def client_of(options: Options) -> Client:
     """The client that the options ask for. :raises click.UsageError: they ask for none that can be."""
-    api_key = _api_key(options.api_key_file)
+    api_key = api_key_of(options)
     try:
         return Client(options.api or "http://127.0.0.1:7777", api_key=api_key)
     except ValueError as error:
         raise click.UsageError(f"--api or VOLANT_API_BASE, or the API key: {error}") from None
 
 
-def _api_key(file: str | None) -> str | None:
-    """The key to show: of the named file, of the environment, or of a file that the environment names."""
+def api_key_of(options: Options) -> str | None:
+    """The key to show: of the named file, of the environment, or of a file that the environment names.
+
+    :raises click.UsageError: the file can't be read, or has none.
+    """
+    file = options.api_key_file
     key = os.environ.get("VOLANT_API_KEY")
     if file is None and key:
         return key.strip()

@@ -18,6 +18,7 @@ _GROUPS = {
     "call": ("volant.cli._call", "Let a VM's workload do what its plugin names."),
     "plugins": ("volant.cli._plugins", "Install and list kinds of VMs."),
     "system": ("volant.cli._system", "Look at the daemon itself."),
+    "mcp": ("volant.cli._mcp", "Print what MCP clients want to know of the daemon."),
     "completion": ("volant.cli._completion", "Let a shell complete commands and names."),
 }
 

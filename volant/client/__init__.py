@@ -3,17 +3,21 @@
 from volant.model import ConsoleGap, Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus, Ticket
 
 from ._actions import ActionAnswer
+from ._address import Address
 from ._browser import Browser, BrowserPage
 from ._client import Client
 from ._console import Console
 from ._errors import ClientError, ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
 from ._exec import ExecEnd, ExecOutput, Process
+from ._exec_session import ExecGap, ExecSession, RemoteSession
 from ._feed import Feed, OnRetry
+from ._files import FileInfo, FileReader
 from ._tcp import TcpStream
 from ._types import Reconnected, Waited
 
 __all__ = [
     "ActionAnswer",
+    "Address",
     "Browser",
     "BrowserPage",
     "Client",
@@ -24,8 +28,12 @@ __all__ = [
     "ConsoleGap",
     "DeadlineExceeded",
     "ExecEnd",
+    "ExecGap",
     "ExecOutput",
+    "ExecSession",
     "Feed",
+    "FileInfo",
+    "FileReader",
     "Health",
     "LogGap",
     "LogLine",
@@ -33,6 +41,7 @@ __all__ = [
     "PluginView",
     "Process",
     "Reconnected",
+    "RemoteSession",
     "StreamGap",
     "SystemStatus",
     "TcpStream",

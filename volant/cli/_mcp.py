@@ -1,0 +1,139 @@
+"""`volar mcp`: what a client of the Model Context Protocol wants to be told of a daemon.
+
+A configuration is a file that people copy, commit and show, so it never has a key in it, only the place from which the
+client takes one. Each client has its own way to say that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import click
+
+from volant.client import Address
+
+from ._options import Options, common, pass_options
+from ._output import Output
+from ._run import api_key_of, guarded
+
+_ROUTE = "/api/v1/mcp"
+_HEADER = "X-Volant-API-Key"
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+Configuration = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client, and how it is told."""
+
+    title: str
+    where: str
+    """Into which file it goes, for people."""
+    make: Callable[[str, bool], Configuration]
+    """From the URL, and whether a key is asked for."""
+
+
+def _generic(url: str, key: bool) -> Configuration:
+    return {"mcpServers": {"volant": {"type": "http", "url": url, **_headers(key, "<the key>")}}}
+
+
+def _claude_code(url: str, key: bool) -> Configuration:
+    return {"mcpServers": {"volant": {"type": "http", "url": url, **_headers(key, "${VOLANT_API_KEY}")}}}
+
+
+def _claude_desktop(url: str, key: bool) -> Configuration:
+    # It starts programs and speaks to their pipes, so a program between has to speak HTTP.
+    arguments = ["-y", "mcp-remote", url, "--transport", "http-only"]
+    parts = urlsplit(url)
+    if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+        arguments.append("--allow-http")
+    server: dict[str, object] = {"command": "npx", "args": arguments}
+    if key:
+        # No blank after the colon: some versions of the client split arguments there.
+        arguments += ["--header", f"{_HEADER}:${{VOLANT_API_KEY}}"]
+        server["env"] = {"VOLANT_API_KEY": "<the key>"}
+    return {"mcpServers": {"volant": server}}
+
+
+def _cursor(url: str, key: bool) -> Configuration:
+    return {"mcpServers": {"volant": {"url": url, **_headers(key, "${env:VOLANT_API_KEY}")}}}
+
+
+def _vscode(url: str, key: bool) -> Configuration:
+    configuration: dict[str, object] = {
+        "servers": {"volant": {"type": "http", "url": url, **_headers(key, "${input:volant-api-key}")}}
+    }
+    if key:
+        configuration["inputs"] = [
+            {"type": "promptString", "id": "volant-api-key", "description": "API key of Volant", "password": True}
+        ]
+    return configuration
+
+
+def _headers(key: bool, value: str) -> Configuration:
+    return {"headers": {_HEADER: value}} if key else {}
+
+
+CLIENTS = {
+    "claude-code": Client("Claude Code", ".mcp.json in the project", _claude_code),
+    "claude-desktop": Client(
+        "Claude Desktop",
+        "claude_desktop_config.json (Settings, Developer, Edit Config); needs Node.js",
+        _claude_desktop,
+    ),
+    "cursor": Client("Cursor", "~/.cursor/mcp.json, or .cursor/mcp.json in the project", _cursor),
+    "vscode": Client("Visual Studio Code", ".vscode/mcp.json in the project", _vscode),
+    "generic": Client("Others", "where the client has its servers", _generic),
+}
+
+
+@click.command("mcp")
+@click.option(
+    "--client", type=click.Choice(list(CLIENTS)), help="Only for this one: prints its JSON, to be redirected."
+)
+@click.option(
+    "--key/--no-key",
+    default=None,
+    help="Whether the daemon asks for a key. Default: whether volar itself has one to show.",
+)
+@common()
+@pass_options
+def group(options: Options, client: str | None, key: bool | None) -> int:
+    """Print what MCP clients want to know of the daemon, in the form of each.
+
+    Keys are never printed, only the place where the client finds one.
+    """
+    return guarded(options, lambda: _print(options, client, key))
+
+
+def _print(options: Options, client: str | None, key: bool | None) -> None:
+    url = _url(options)
+    with_key = api_key_of(options) is not None if key is None else key
+    out = Output(options.json)
+    if client is not None:
+        out.document(CLIENTS[client].make(url, with_key))
+        out.note(f"This goes into {CLIENTS[client].where}.")
+        return
+    if options.json:
+        out.document({name: known.make(url, with_key) for name, known in CLIENTS.items()})
+        return
+    for position, (name, known) in enumerate(CLIENTS.items()):
+        if position:
+            out.line("")
+        out.line(f"# {known.title} (--client {name}): {known.where}")
+        out.document(known.make(url, with_key))
+
+
+def _url(options: Options) -> str:
+    """:raises click.UsageError: there is none."""
+    try:
+        address = Address.parse(options.api or "http://127.0.0.1:7777")
+    except ValueError as error:
+        raise click.UsageError(f"--api or VOLANT_API_BASE: {error}") from None
+    if address.socket_path is not None:
+        raise click.UsageError(f"MCP clients speak to a host and a port, not to {address.text}: give --api http://…")
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"{'https' if address.tls else 'http'}://{host}:{address.port}{address.prefix}{_ROUTE}"
