@@ -67,6 +67,8 @@ class Daemon:
         ]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("VOLANT_")}
         self.environ = {**inherited, "PYTHONPATH": str(REPOSITORY), **(environ or {})}
+        self.key = self.environ.get("VOLANT_API_KEY")
+        self.headers = {"X-Volant-API-Key": self.key} if self.key else {}
 
     @property
     def pid(self) -> int:
@@ -154,7 +156,7 @@ class Daemon:
 
     def delete_vms(self, *, but: Collection[str] = ()) -> None:
         """Delete all VMs, as a client would."""
-        with httpx.Client(base_url=self.base_url, trust_env=False, timeout=90) as client:
+        with httpx.Client(base_url=self.base_url, headers=self.headers, trust_env=False, timeout=90) as client:
             for vm in client.get("/api/v1/vms").raise_for_status().json():
                 if vm["name"] not in but:
                     answer = client.delete(f"/api/v1/vms/{vm['name']}")
@@ -199,7 +201,7 @@ class Daemon:
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:
-        async with Client(self.base_url) as client:
+        async with Client(self.base_url, api_key=self.key) as client:
             yield client
 
     @asynccontextmanager

@@ -1,0 +1,250 @@
+"""A page in Debian's Chromium follows events and a log of a daemon with a key, is cut off, and misses nothing.
+
+What the page runs is the code of the how-tos, taken from there. Between it and the daemon stands a proxy of the test's,
+which cuts connections; behind that, the daemon is killed and comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.system.kit import REPOSITORY, Daemon, adopted, boot, reachable, run, spec
+from volant.client import Client, LogLine
+from volant.model import Event
+
+_CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium"))), None)
+_HOW_TOS = ("events-in-a-browser.md", "log-sockets.md")
+_PATIENCE_S = 90.0
+_END = "that was all"
+
+pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="needs Debian's chromium-headless-shell, or chromium")
+
+
+def page(base: str, key: str) -> str:
+    """The how-tos' code, and what tells the test what it has seen."""
+    texts = [(REPOSITORY / "docs" / "how-to" / name).read_text() for name in _HOW_TOS]
+    code = "\n".join(block for text in texts for block in re.findall(r"```js\n(.*?)```", text, re.DOTALL))
+    return f"""<!doctype html><title>follower</title><script>
+{code}
+const base = {json.dumps(base)}, key = {json.dumps(key)};
+const seen = {{ vms: null, after: null, ticketed: [], keyed: [], lines: [] }};
+let told = Promise.resolve();
+const tell = () => {{ told = told.then(() => fetch("/seen", {{ method: "POST", body: JSON.stringify(seen) }})); }};
+listVms(base, key).then(({{ vms, after }}) => {{
+  Object.assign(seen, {{ vms: vms.map((vm) => vm.name), after }});
+  tell();
+  followEvents(base, key, after, (event) => {{ seen.ticketed.push(event); tell(); }});
+  followEventsByKey(base, key, after, (event) => {{ seen.keyed.push(event); tell(); }});
+  followLog(base, key, "talker", (line) => {{ seen.lines.push(line.seq); tell(); }}, 0);
+}});
+</script>"""
+
+
+class Site:
+    """The page's own origin."""
+
+    def __init__(self) -> None:
+        self.html = ""
+        self.seen: dict[str, Any] = {"vms": None, "ticketed": [], "keyed": [], "lines": []}
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer(200 if self.path == "/" else 404, site.html.encode() if self.path == "/" else b"")
+
+            def do_POST(self) -> None:
+                site.seen = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self._answer(200, b"")
+
+            def _answer(self, status: int, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.origin = f"http://127.0.0.1:{self._server.server_port}"
+
+    @contextmanager
+    def running(self) -> Iterator[Site]:
+        thread = threading.Thread(target=self._server.serve_forever)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._server.shutdown()
+            thread.join()
+            self._server.server_close()
+
+
+class Proxy:
+    """Passes bytes on to the daemon, until it cuts."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._scopes: set[trio.CancelScope] = set()
+        self.port = 0
+
+    async def run(self, task_status: trio.TaskStatus[None]) -> None:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.port = listeners[0].socket.getsockname()[1]
+        await trio.serve_listeners(self._serve, listeners, task_status=_Started(task_status))
+
+    def cut(self) -> int:
+        """Cut every connection in the middle of whatever it is at; how many there were."""
+        count = len(self._scopes)
+        for scope in self._scopes:
+            scope.cancel()
+        return count
+
+    async def _serve(self, client: trio.SocketStream) -> None:
+        port = int(self._daemon.base_url.rpartition(":")[2])
+        with trio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                async with client, await trio.open_tcp_stream("127.0.0.1", port) as server:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(_copy, client, server, nursery.cancel_scope)
+                        await _copy(server, client, nursery.cancel_scope)
+            except OSError:
+                pass  # The daemon is not there.
+            finally:
+                self._scopes.discard(scope)
+
+
+class _Started(trio.TaskStatus[list[trio.SocketListener]]):
+    def __init__(self, outer: trio.TaskStatus[None]) -> None:
+        self._outer = outer
+
+    def started(self, value: object = None) -> None:
+        self._outer.started()
+
+
+async def _copy(source: trio.SocketStream, sink: trio.SocketStream, scope: trio.CancelScope) -> None:
+    try:
+        while data := await source.receive_some(65536):
+            await sink.send_all(data)
+    except trio.BrokenResourceError:
+        pass
+    scope.cancel()
+
+
+@asynccontextmanager
+async def chromium(url: str, profile: Path) -> AsyncIterator[None]:
+    command = [
+        str(_CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--remote-debugging-port=0", f"--user-data-dir={profile}", url,
+    ]  # fmt: skip
+    process = await trio.lowlevel.open_process(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
+            await process.wait()
+
+
+async def seen_by(site: Site, what: str, condition: Callable[[dict[str, Any]], bool]) -> None:
+    with trio.move_on_after(_PATIENCE_S):
+        while not condition(site.seen):  # noqa: ASYNC110 - a browser's doing
+            await trio.sleep(0.05)
+        return
+    pytest.fail(f"the page has not seen {what}: {site.seen}")
+
+
+async def talk(client: Client, text: str) -> None:
+    await run(client, "talker", "sh", "-c", f"echo {text} > /dev/ttyS0")
+
+
+async def happen(client: Client, name: str) -> None:
+    """Some events: a VM comes and goes."""
+    await client.vms.create(spec(name))
+    await client.vms.delete(name)
+
+
+def deleted(*names: str) -> Callable[[dict[str, Any]], bool]:
+    """Whether the page has seen these go, on both streams."""
+
+    def condition(seen: dict[str, Any]) -> bool:
+        return all(
+            {event["name"] for event in seen[stream] if event["type"] == "VM_DELETED"} >= set(names)
+            for stream in ("ticketed", "keyed")
+        )
+
+    return condition
+
+
+async def test_a_page_that_is_cut_off_misses_nothing(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    key = secrets.token_urlsafe(24)
+    site = Site()
+    daemon = make_daemon(environ={"VOLANT_API_KEY": key, "VOLANT_CORS_ORIGINS": site.origin})
+    proxy = Proxy(daemon)
+    with site.running():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(proxy.run)
+            async with daemon.client() as client:
+                await boot(client, "talker")
+                site.html = page(f"http://127.0.0.1:{proxy.port}", key)
+                async with chromium(site.origin, tmp_path / "profile"):
+                    await seen_by(site, "the list", lambda seen: seen["vms"] == ["talker"])
+                    await happen(client, "one")
+                    await talk(client, "first")
+                    await seen_by(site, "the first events", deleted("one"))
+                    await seen_by(site, "the first lines", lambda seen: bool(seen["lines"]))
+                    # Two event streams and the log.
+                    assert proxy.cut() >= 3
+                    await happen(client, "two")
+                    await talk(client, "second")
+                    await seen_by(site, "what came after the cut", deleted("one", "two"))
+                    daemon.kill()
+                    daemon.start()
+                async with daemon.client() as client:
+                    await adopted(client)
+                    await reachable(client, "talker")
+                    await happen(client, "three")
+                    await talk(client, _END.replace(" ", "-"))
+                    await seen_by(site, "what came after the restart", deleted("one", "two", "three"))
+                    expected = await lines_of(client)
+                    await seen_by(site, "every line", lambda seen: len(seen["lines"]) >= len(expected))
+                    events = await events_after(client, site.seen["after"])
+                assert site.seen["lines"] == expected
+                for stream in ("ticketed", "keyed"):
+                    assert [event["id"] for event in site.seen[stream]] == events, stream
+            nursery.cancel_scope.cancel()
+
+
+async def lines_of(client: Client) -> list[int]:
+    async with client.vms.logs("talker", since=0, follow=False) as feed:
+        return [item.seq async for item in feed if isinstance(item, LogLine)]
+
+
+async def events_after(client: Client, event_id: str) -> list[str]:
+    """The ids of all events since, up to the newest."""
+    newest = await client.newest_event()
+    ids: list[str] = []
+    with trio.fail_after(_PATIENCE_S):
+        async with client.events(after=event_id) as feed:
+            while newest not in ids:
+                event = await feed.receive()
+                assert isinstance(event, Event), event
+                ids.append(event.id)
+    return ids
