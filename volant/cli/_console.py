@@ -6,11 +6,7 @@ signal that can be caught included. One key leaves: Ctrl-], as of old.
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import termios
-import tty
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -22,29 +18,12 @@ from volant.client import ConnectionLost, Console, ConsoleGap, Reconnected
 from ._events import retrying
 from ._output import Output
 from ._run import Session, command
+from ._terminal import ENDINGS, Escape, raw, read_input, write_output, written
 from ._text import safe
 from ._vms_group import group, name_argument
 
-_PIECE = 4096
 _INTERRUPT = 0x03
 _BELL = b"\a"
-_ENDINGS = (signal.SIGTERM, signal.SIGHUP)
-
-
-class Escape(click.ParamType[int]):
-    """`^]`, a control character as people write it: its code; -1 for none."""
-
-    name = "^char"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        text = str(value)
-        if text == "none":
-            return -1
-        if len(text) != 2 or text[0] != "^" or not "@" <= text[1].upper() <= "_":
-            self.fail(f"{text!r} is no control character such as ^], nor none", param, ctx)
-        return ord(text[1].upper()) - 64
 
 
 @command(group, "console")
@@ -70,7 +49,7 @@ async def console(
     ) as line:
         terminal = sys.stdin.isatty()
         if terminal:
-            leave = f"{_written(escape)} leaves" if escape >= 0 else "no key leaves"
+            leave = f"{written(escape)} leaves" if escape >= 0 else "no key leaves"
             words.say(f"at the console of {name}; {leave}" + ("" if read_only else ", Enter wakes the guest's shell"))
         with _raw(sys.stdin.fileno(), words) if terminal else nullcontext():
             code = await _sit(line, words, terminal=terminal, read_only=read_only, escape=escape)
@@ -82,7 +61,7 @@ async def console(
 async def _sit(line: Console, words: _Words, *, terminal: bool, read_only: bool, escape: int) -> int:
     """Until the console ends, the escape key, or a signal; the exit code."""
     code = 0
-    with trio.open_signal_receiver(*_ENDINGS) as signals:
+    with trio.open_signal_receiver(*ENDINGS) as signals:
         async with trio.open_nursery() as nursery:
 
             async def ending() -> None:
@@ -108,7 +87,7 @@ async def _sit(line: Console, words: _Words, *, terminal: bool, read_only: bool,
 async def _show(line: Console, words: _Words) -> None:
     async for piece in line:
         if isinstance(piece, bytes):
-            await _write(piece)
+            await write_output(piece)
         elif isinstance(piece, ConsoleGap):
             words.say(f"this terminal is too slow: {piece.missed} bytes are lost")
         elif isinstance(piece, Reconnected):
@@ -117,7 +96,7 @@ async def _show(line: Console, words: _Words) -> None:
 
 async def _type(line: Console, to: Console | None, escape: int) -> None:
     """Until the input is at its end, or the escape key; in a terminal where one only looks on, Ctrl-C too."""
-    while data := await _read():
+    while data := await read_input():
         at = data.find(escape) if escape >= 0 else -1
         if to is None and _INTERRUPT in data and escape >= 0:
             return
@@ -127,30 +106,9 @@ async def _type(line: Console, to: Console | None, escape: int) -> None:
             try:
                 await line.send(data)
             except ConnectionLost:
-                await _write(_BELL)
+                await write_output(_BELL)
         if at >= 0:
             return
-
-
-async def _read() -> bytes:
-    fd = sys.stdin.fileno()
-    try:
-        await trio.lowlevel.wait_readable(fd)
-    except PermissionError:
-        # A file can't be waited for, and need not be.
-        await trio.lowlevel.checkpoint()
-    return os.read(fd, _PIECE)
-
-
-async def _write(data: bytes) -> None:
-    fd = sys.stdout.fileno()
-    view = memoryview(data)
-    while view:
-        try:
-            await trio.lowlevel.wait_writable(fd)
-        except PermissionError:
-            await trio.lowlevel.checkpoint()
-        view = view[os.write(fd, view[:_PIECE]) :]
 
 
 class _Words:
@@ -177,15 +135,9 @@ class _Words:
 
 @contextmanager
 def _raw(fd: int, words: _Words) -> Iterator[None]:
-    before = termios.tcgetattr(fd)
-    try:
-        tty.setraw(fd, termios.TCSADRAIN)
+    with raw(fd):
         words.raw = True
-        yield
-    finally:
-        words.raw = False
-        termios.tcsetattr(fd, termios.TCSAFLUSH, before)
-
-
-def _written(code: int) -> str:
-    return f"Ctrl-{chr(code + 64)}"
+        try:
+            yield
+        finally:
+            words.raw = False

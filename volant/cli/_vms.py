@@ -14,7 +14,7 @@ import trio
 from volant.client import ClientError, Feed, LogGap, LogLine, StreamGap, Waited
 from volant.model import BASE, CreateVm, Event, Problem, Status, VmView
 
-from . import _console, _forward
+from . import _console, _copy, _exec, _forward
 from ._complete import plugin_names, vm_names
 from ._events import event_line, follow, label_option, reason_lines, retrying, since_option, type_option
 from ._output import Output, colourful, styled
@@ -25,11 +25,9 @@ from ._vms_group import group, name_argument
 __all__ = ["group"]
 
 # Their commands are of this group, too.
-del _console, _forward
+del _console, _copy, _exec, _forward
 
 _WAIT_S = 120.0
-_NOT_FOUND_IN_GUEST = 127
-_NOT_EXECUTABLE = 126
 
 wait_option = click.option("--wait", is_flag=True, help="Wait until it is there, and show its events meanwhile.")
 timeout_option = click.option(
@@ -251,60 +249,6 @@ async def logs(
                 out.note(f"volar: lines {item.gap.first} to {item.gap.last} are past retention and lost")
             else:
                 _print_line(out, item, timestamps)
-
-
-@command(
-    group,
-    "exec",
-    context_settings={"allow_interspersed_args": False},
-    options_metavar="[OPTIONS]",
-    no_args_is_help=True,
-)
-@name_argument
-@click.argument("words", metavar="[--] COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
-@click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
-@click.option("--cwd", help="The working directory.")
-@click.option("--user", help="A name or number in the guest, perhaps with :GROUP.")
-@click.option("--timeout", type=Duration(), help="Kill the command after so long: 500ms, 10s, 2m, …")
-async def exec_(
-    session: Session,
-    name: str,
-    words: tuple[str, ...],
-    env: tuple[tuple[str, str], ...],
-    cwd: str | None,
-    user: str | None,
-    timeout: float | None,
-) -> int:
-    """Run a command in a VM; options stand before NAME.
-
-    Its output is passed through byte for byte; it has no standard input. The exit code is the command's, 128 + n when
-    signal n ended it, 124 when --timeout did, 126 or 127 when it can't be run or is not there.
-    """
-    words = words[1:] if words[0] == "--" else words
-    if not words:
-        raise click.UsageError("a command has to follow the name of the VM")
-    if words[0].startswith("-"):
-        raise click.UsageError(f"options stand before the name of the VM; {words[0]!r} came after it")
-    out = session.out
-    async with session.client.vms.exec(name, words, env=dict(env), cwd=cwd, user=user, timeout_s=timeout) as process:
-        async for piece in process:
-            if out.json:
-                out.item(piece)
-            else:
-                out.raw(piece.stream, piece.data)
-        end = process.end
-    assert end is not None
-    if out.json:
-        out.item(end)
-    if end.exit_code is not None:
-        return end.exit_code
-    if end.signal is not None:
-        return 128 + end.signal
-    codes = {"timeout": TIMED_OUT, "not_found": _NOT_FOUND_IN_GUEST, "not_executable": _NOT_EXECUTABLE}
-    code = codes.get(end.code or "", FAILED)
-    if out.json:
-        return code
-    raise Failure(f"in the guest: {end.error}", code=code)
 
 
 @command(group, "devtools")

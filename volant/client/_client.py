@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
+from urllib.parse import quote
 
 import trio
 
@@ -27,6 +28,7 @@ from volant.model import (
     check_name,
     format_duration,
 )
+from volant.model.agent_types import ExecStart
 
 from ._actions import ACTION_S, ActionAnswer, Pieces, is_from_guest
 from ._address import Address
@@ -35,7 +37,9 @@ from ._console import Console, Line, pump_console
 from ._errors import ClientProblem, UnexpectedAnswer
 from ._events import pump_events
 from ._exec import Process, request_body
+from ._exec_session import ExecSession, RemoteSession, RemoteSessions, attach_session, open_session
 from ._feed import Backoff, Feed, OnRetry, feeding
+from ._files import SILENCE_S, TAR, FileInfo, FileReader, file_url, open_file, put_file, stat_file
 from ._http import ANSWER_S, Http, Query, chunks_of, decode
 from ._logs import pump_logs
 from ._tcp import TcpStream
@@ -268,6 +272,94 @@ class _Vms:
         async with self._http.stream("POST", path, body=body, read_s=silence_s) as response:
             async with chunks_of(response) as chunks:
                 yield Process(chunks, name)
+
+    def exec_session(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        tty: bool = False,
+        rows: int = 24,
+        cols: int = 80,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        timeout_s: float | None = None,
+        detach: bool = False,
+    ) -> AbstractAsyncContextManager[ExecSession]:
+        """Run a command in the guest and talk to it.
+
+        :param tty: give it a terminal of `rows` and `cols`
+        :param detach: it goes on when the block is left, and `attach` finds it again by its `id`
+        """
+        body = request_body(list(command), dict(env or {}), cwd, user, timeout_s)
+        start: ExecStart = {**body, "tty": tty, "rows": rows, "cols": cols}
+        return open_session(self._http, f"{_vm(name)}/agent/v1/exec", name, start, detach=detach)
+
+    def attach(
+        self, name: str, identifier: str, *, position: int | None = None
+    ) -> AbstractAsyncContextManager[ExecSession]:
+        """Go on with a detached command; who was attached before is no more.
+
+        :param position: of the output that is known already; None: begin with the oldest that is kept
+        """
+        return attach_session(self._http, f"{_vm(name)}/agent/v1/exec", name, identifier, position)
+
+    async def exec_sessions(self, name: str) -> Sequence[RemoteSession]:
+        """The detached commands of a VM, those that ended a short while ago among them; the oldest first."""
+        return (await self._http.get(f"{_vm(name)}/agent/v1/exec/sessions", RemoteSessions)).sessions
+
+    async def end_exec_session(self, name: str, identifier: str) -> None:
+        """Kill a detached command, and forget it."""
+        await self._http.request("DELETE", f"{_vm(name)}/agent/v1/exec/sessions/{quote(identifier, safe='')}")
+
+    async def stat_file(self, name: str, path: str) -> FileInfo:
+        """What an absolute path in the guest leads to."""
+        return await stat_file(self._http, file_url(_vm(name), path))
+
+    def read_file(self, name: str, path: str, *, start: int = 0) -> AbstractAsyncContextManager[FileReader]:
+        """A file of the guest, in pieces, from byte `start` on."""
+        return open_file(self._http, file_url(_vm(name), path), path, directory=False, start=start)
+
+    async def write_file(
+        self,
+        name: str,
+        path: str,
+        content: bytes | AsyncIterable[bytes],
+        *,
+        size: int | None = None,
+        mode: int | None = None,
+        user: str | None = None,
+    ) -> bool:
+        """Write a file of the guest, whole or not at all; return whether it is new.
+
+        :param size: in bytes, of pieces whose sum is known
+        :param mode: default: that of the file before, else 0644
+        :param user: who owns it, perhaps with `:GROUP`; default: who owned the file before, else root
+        """
+        query = {"mode": None if mode is None else f"{mode:o}", "user": user}
+        media = "application/octet-stream"
+        return await put_file(self._http, file_url(_vm(name), path), content, media=media, query=query, size=size)
+
+    def get_tar(self, name: str, path: str) -> AbstractAsyncContextManager[FileReader]:
+        """A directory of the guest as an uncompressed tar, in pieces; its members' names begin beneath it."""
+        return open_file(self._http, file_url(_vm(name), path), path, directory=True)
+
+    async def put_tar(
+        self, name: str, path: str, content: bytes | AsyncIterable[bytes], *, user: str | None = None
+    ) -> bool:
+        """Unpack an uncompressed tar into a directory of the guest, which is made unless it is there; return whether it
+        is new. A new one is there whole or not at all.
+
+        :param user: who owns all of it; default: whom the tar names, by number
+        """
+        url = file_url(_vm(name), path)
+        return await put_file(self._http, url, content, media=TAR, query={"user": user})
+
+    async def delete_file(self, name: str, path: str, *, recursive: bool = False) -> None:
+        """Delete a file, a link, or a directory, which must be empty unless `recursive`."""
+        query = {"recursive": "true" if recursive else None}
+        await self._http.request("DELETE", file_url(_vm(name), path), query=query, timeout_s=SILENCE_S)
 
     def logs(
         self,

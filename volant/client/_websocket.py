@@ -63,6 +63,16 @@ class Socket:
         except (ConnectionClosed, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise self._lost() from error
 
+    async def ping(self) -> None:
+        """Return when the other end has read all that was sent before. Another task has to receive meanwhile.
+
+        :raises ConnectionLost: it is closed or broken.
+        """
+        try:
+            await self._connection.ping()
+        except (ConnectionClosed, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise self._lost() from error
+
     def _lost(self) -> ConnectionLost:
         return ConnectionLost(f"the connection to {self._address.text} broke")
 

@@ -35,14 +35,16 @@ _BLOCK = 512
 # From a directory to a tar
 
 
-def pack(top: bytes, send: Callable[[bytes], None]) -> None:
+def pack(top: bytes, send: Callable[[bytes], None], owner: tuple[int, int] | None = None) -> None:
     """Give the tar of a directory to `send`, piece by piece: files, directories and links, of its own file system.
+
+    `owner`: by number, of all that is in it; None: whose it is.
 
     :raises OSError: something can't be read, or a file became shorter than it was
     """
-    out = _Buffer(send)
+    out = _Buffer(send, owner)
     device = os.stat(top).st_dev
-    out.add(_header(b".", os.stat(top)))
+    out.begin(b".", os.stat(top))
     # Depth first, and one open directory for each level, so that the width of the tree costs nothing.
     levels = [(b"", os.scandir(top))]
     try:
@@ -59,9 +61,9 @@ def pack(top: bytes, send: Callable[[bytes], None]) -> None:
                 if stat.S_ISREG(found.st_mode):
                     _pack_file(entry.path, name, out)
                 elif stat.S_ISLNK(found.st_mode):
-                    out.add(_header(name, found, os.readlink(entry.path)))
+                    out.begin(name, found, os.readlink(entry.path))
                 elif stat.S_ISDIR(found.st_mode):
-                    out.add(_header(name, found))
+                    out.begin(name, found)
                     if found.st_dev == device:
                         if len(levels) > _MAX_DEPTH:
                             raise OSError(errno.ELOOP, "the tree is too deep")
@@ -82,7 +84,7 @@ def _pack_file(path: bytes, name: bytes, out: _Buffer) -> None:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             return
-        out.add(_header(name, found))
+        out.begin(name, found)
         left = found.st_size
         while left:
             data = os.read(fd, min(_PIECE, left))
@@ -95,27 +97,28 @@ def _pack_file(path: bytes, name: bytes, out: _Buffer) -> None:
         os.close(fd)
 
 
-def _header(name: bytes, found: os.stat_result, target: bytes = b"") -> bytes:
-    member = tarfile.TarInfo(os.fsdecode(name))
-    member.mode = stat.S_IMODE(found.st_mode)
-    member.uid, member.gid = found.st_uid, found.st_gid
-    member.mtime = int(found.st_mtime)
-    if stat.S_ISDIR(found.st_mode):
-        member.type = tarfile.DIRTYPE
-    elif target:
-        member.type = tarfile.SYMTYPE
-        member.linkname = os.fsdecode(target)
-    else:
-        member.size = found.st_size
-    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-
-
 class _Buffer:
     """Makes larger pieces of small ones."""
 
-    def __init__(self, send: Callable[[bytes], None]) -> None:
+    def __init__(self, send: Callable[[bytes], None], owner: tuple[int, int] | None) -> None:
         self._send = send
+        self._owner = owner
         self._data = bytearray()
+
+    def begin(self, name: bytes, found: os.stat_result, target: bytes = b"") -> None:
+        """Add the header of a member."""
+        member = tarfile.TarInfo(os.fsdecode(name))
+        member.mode = stat.S_IMODE(found.st_mode)
+        member.uid, member.gid = self._owner or (found.st_uid, found.st_gid)
+        member.mtime = int(found.st_mtime)
+        if stat.S_ISDIR(found.st_mode):
+            member.type = tarfile.DIRTYPE
+        elif target:
+            member.type = tarfile.SYMTYPE
+            member.linkname = os.fsdecode(target)
+        else:
+            member.size = found.st_size
+        self.add(member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
 
     def add(self, data: bytes) -> None:
         self._data += data
@@ -189,15 +192,15 @@ class _Source:
         return True
 
 
-def unpack(body: Iterator[bytes], directory: int, owner: tuple[int, int] | None) -> None:
+def unpack(body: Iterator[bytes], directory: int, owner: tuple[int, int] | None, *, modes: int = 0o7777) -> None:
     """Put what a tar has into an open directory. All of `body` is read.
 
     Files, directories, symbolic and hard links; each file is whole or not there. `owner`: of everything; None: as
-    the tar says, by number.
+    the tar says, by number. `modes`: which bits of the modes count.
 
     :raises Problem: 400, it is no tar, or has what can't be unpacked; 409, something is in the way; 413; 507
     """
-    tree = _Tree(directory, owner)
+    tree = _Tree(directory, owner, modes)
     try:
         archive = tarfile.TarFile(
             fileobj=_Source(body),  # type: ignore[arg-type]  # it writes nothing, and closes nothing
@@ -223,9 +226,10 @@ def unpack(body: Iterator[bytes], directory: int, owner: tuple[int, int] | None)
 class _Tree:
     """The directory that is filled."""
 
-    def __init__(self, top: int, owner: tuple[int, int] | None) -> None:
+    def __init__(self, top: int, owner: tuple[int, int] | None, modes: int) -> None:
         self._top = top
         self._owner = owner
+        self._modes = modes
         # Members of one directory mostly follow each other.
         self._open: tuple[tuple[bytes, ...], int] = ((), os.dup(top))
 
@@ -260,7 +264,7 @@ class _Tree:
                 assert content is not None
                 while data := content.read(_PIECE):
                     write(fd, data)
-                finish(fd, member.mode & 0o7777, self._owner_of(member))
+                finish(fd, member.mode & self._modes, self._owner_of(member))
                 os.utime(fd, (member.mtime, member.mtime))
             finally:
                 os.close(fd)
@@ -281,7 +285,7 @@ class _Tree:
             raise Problem(400, f"{show(os.fsencode(member.name))} in the tar is no file, directory or link")
 
     def _add_directory(self, member: tarfile.TarInfo, parts: tuple[bytes, ...]) -> None:
-        finish(self._directory(parts), member.mode & 0o7777, self._owner_of(member))
+        finish(self._directory(parts), member.mode & self._modes, self._owner_of(member))
 
     def _owner_of(self, member: tarfile.TarInfo) -> tuple[int, int]:
         return self._owner or (member.uid, member.gid)

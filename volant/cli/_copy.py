@@ -1,0 +1,326 @@
+"""`volar vms cp`: files and directories between this machine and a VM.
+
+What comes from a VM is not trusted: directories are unpacked by the agent's own code, which opens each part of a path
+from the directory before it and follows no link; nothing gets an owner, a set-user-id bit, or a place outside.
+"""
+
+# ruff: noqa: ASYNC240 - whoever copies waits for their own disk anyway
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import trio
+
+from volant.client import Client, ClientProblem, FileInfo
+from volant.guest._http import Problem as TarProblem
+from volant.guest._tar import pack, unpack
+
+from ._output import Output
+from ._run import Failure, Session, command
+from ._terminal import read_input, write_output
+from ._text import safe
+from ._vms_group import group
+
+_PIECE = 256 * 1024
+_BAR_FROM = 1024 * 1024
+_REMOTE = re.compile(r"([a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?):(.*)\Z", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class _Remote:
+    vm: str
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.path.rstrip("/").rpartition("/")[2]
+
+    def below(self, name: str) -> _Remote:
+        return _Remote(self.vm, f"{self.path.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return f"{self.vm}:{self.path}"
+
+
+@command(group, "cp")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.option("--user", help="Who owns what is copied into the VM, perhaps with :GROUP; default: root.")
+async def copy(session: Session, source: str, target: str, user: str | None) -> None:
+    """Copy files and directories between here and a VM.
+
+    One of SRC and DST is VM:/PATH, the other a local path (./a:b for one with a colon) or -, which is standard input
+    or output; a directory is a tar there. Into a directory that exists SRC is copied under its name, elsewhere it
+    becomes DST. A file is replaced whole or not at all. Modes are kept; in the VM all belongs to root, or to --user.
+    """
+    from_vm, to_vm = _remote(source), _remote(target)
+    if (from_vm is None) == (to_vm is None):
+        raise click.UsageError("one of SRC and DST has to be VM:/PATH, and only one")
+    with _progress(session.out) as bar:
+        if from_vm is not None:
+            if user is not None:
+                raise click.UsageError("--user is for what is copied into a VM")
+            copied, where = await _download(session.client, from_vm, target, bar)
+        else:
+            assert to_vm is not None
+            copied, where = await _upload(session.client, source, to_vm, user, bar)
+    if session.out.json and target != "-":
+        session.out.document({"path": where, "bytes": copied})
+
+
+def _remote(text: str) -> _Remote | None:
+    found = _REMOTE.match(text)
+    if found is None:
+        return None
+    if not found[2].startswith("/"):
+        raise click.UsageError(f"{text!r}: paths in a VM begin with /")
+    return _Remote(found[1], found[2])
+
+
+# Progress
+
+
+class _Bar:
+    """What has been copied; drawn where somebody looks."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.total: int | None = None
+
+    def add(self, count: int) -> None:
+        self.done += count
+
+
+@contextmanager
+def _progress(out: Output) -> Iterator[_Bar]:
+    if out.json or not sys.stderr.isatty():
+        yield _Bar()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    with Progress(
+        BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+        console=Console(stderr=True), transient=True,
+    ) as drawn:  # fmt: skip
+        task = drawn.add_task("", total=None, visible=False)
+
+        class Drawn(_Bar):
+            def add(self, count: int) -> None:
+                super().add(count)
+                # A small file is there before a bar could be read.
+                drawn.update(task, completed=self.done, total=self.total, visible=self.done > _BAR_FROM)
+
+        yield Drawn()
+
+
+# From a VM
+
+
+async def _download(client: Client, source: _Remote, target: str, bar: _Bar) -> tuple[int, str]:
+    info = await client.vms.stat_file(source.vm, source.path)
+    if target == "-":
+        reader = client.vms.get_tar if info.is_directory else client.vms.read_file
+        async with reader(source.vm, source.path) as file:
+            async for data in file:
+                await write_output(data)
+                bar.add(len(data))
+        return bar.done, "-"
+    path = Path(target)
+    if path.is_dir():
+        if not source.name:
+            raise Failure(
+                f"{source} has no name to be called by in {target}", hint="name a directory that is not there"
+            )
+        path /= source.name
+    with _local(path):
+        if info.is_directory:
+            await _download_directory(client, source, path, bar)
+        else:
+            await _download_file(client, source, info, path, bar)
+    return bar.done, str(path)
+
+
+async def _download_file(client: Client, source: _Remote, info: FileInfo, path: Path, bar: _Bar) -> None:
+    if path.is_dir():
+        raise Failure(f"{path} is a directory")
+    temporary = _beside(path)
+    async with client.vms.read_file(source.vm, source.path) as file:
+        bar.total = file.info.size
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(fd, "wb") as opened:
+                async for data in file:
+                    await trio.to_thread.run_sync(opened.write, data)
+                    bar.add(len(data))
+                os.fchmod(opened.fileno(), info.mode & 0o777)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+async def _download_directory(client: Client, source: _Remote, path: Path, bar: _Bar) -> None:
+    if path.exists() and not path.is_dir():
+        raise Failure(f"{path} is no directory")
+    # A new one is there whole or not at all.
+    into = path if path.exists() else _beside(path)
+    into.mkdir(exist_ok=True)
+    try:
+        await _unpack(client, source, into, bar)
+        if into != path:
+            into.rename(path)
+    except BaseException:
+        if into != path:
+            shutil.rmtree(into)
+        raise
+
+
+async def _unpack(client: Client, source: _Remote, path: Path, bar: _Bar) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        async with client.vms.get_tar(source.vm, source.path) as tar:
+            pieces = aiter(tar)
+
+            async def next_piece() -> bytes:
+                data = await anext(pieces, b"")
+                bar.add(len(data))
+                return data
+
+            def body() -> Iterator[bytes]:
+                while data := trio.from_thread.run(next_piece):
+                    yield data
+
+            mine = (os.geteuid(), os.getegid())
+            await trio.to_thread.run_sync(lambda: unpack(body(), directory, mine, modes=0o777))
+    except TarProblem as problem:
+        raise Failure(f"{source}: {problem.detail}") from None
+    finally:
+        os.close(directory)
+
+
+# To a VM
+
+
+async def _upload(client: Client, source: str, target: _Remote, user: str | None, bar: _Bar) -> tuple[int, str]:
+    if source == "-":
+        where = target
+        await client.vms.write_file(target.vm, target.path, _Pieces(lambda: read_input(_PIECE), bar), user=user)
+        return bar.done, str(where)
+    path = Path(source)
+    with _local(path):
+        found = path.stat()
+    name = path.resolve().name
+    where = target
+    remote = await _stat(client, target)
+    if target.path.endswith("/") and remote is None:
+        raise Failure(f"there is no directory {target}", hint="without the / at its end it would be made")
+    if remote is not None and remote.is_directory:
+        where = target.below(name)
+    if stat.S_ISDIR(found.st_mode):
+        await _upload_directory(client, path, where, user, bar)
+    elif stat.S_ISREG(found.st_mode):
+        with _local(path):
+            opened = await trio.open_file(path, "rb")
+        async with opened:
+            bar.total = found.st_size
+            pieces = _Pieces(lambda: opened.read(_PIECE), bar)
+            mode = found.st_mode & 0o777
+            # A file that grows meanwhile would break off the request: so its length is not said.
+            await client.vms.write_file(where.vm, where.path, pieces, mode=mode, user=user)
+    else:
+        raise Failure(f"{source} is neither a file nor a directory")
+    return bar.done, str(where)
+
+
+async def _stat(client: Client, remote: _Remote) -> FileInfo | None:
+    try:
+        return await client.vms.stat_file(remote.vm, remote.path)
+    except ClientProblem as problem:
+        # That there is no such VM is told by what comes next.
+        if problem.status == 404:
+            return None
+        raise
+
+
+async def _upload_directory(client: Client, path: Path, where: _Remote, user: str | None, bar: _Bar) -> None:
+    put, take = trio.open_memory_channel[bytes](1)
+    failure: Exception | None = None
+
+    async def give(data: bytes) -> None:
+        await put.send(data)
+
+    async def next_piece() -> bytes:
+        try:
+            return await take.receive()
+        except trio.EndOfChannel:
+            if failure is not None:
+                raise failure from None
+            return b""
+
+    async with trio.open_nursery() as nursery:
+
+        async def packing() -> None:
+            nonlocal failure
+            async with put:
+                try:
+                    await trio.to_thread.run_sync(
+                        lambda: pack(os.fsencode(path), lambda data: trio.from_thread.run(give, data), (0, 0))
+                    )
+                except OSError as error:
+                    failure = Failure(f"{error.filename or path} can't be read: {error.strerror}")
+                except trio.BrokenResourceError:
+                    pass  # The VM takes no more, and says why.
+
+        nursery.start_soon(packing)
+        refused: Exception | None = None
+        async with take:
+            try:
+                await client.vms.put_tar(where.vm, where.path, _Pieces(next_piece, bar), user=user)
+            except Exception as error:
+                refused = error
+    if refused is not None:
+        raise refused
+
+
+class _Pieces:
+    """What `read` gives, piece by piece, until it gives nothing; counted."""
+
+    def __init__(self, read: Callable[[], Awaitable[bytes]], bar: _Bar) -> None:
+        self._read = read
+        self._bar = bar
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        data = await self._read()
+        if not data:
+            raise StopAsyncIteration
+        self._bar.add(len(data))
+        return data
+
+
+@contextmanager
+def _local(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Failure(f"{safe(str(error.filename or path))}: {error.strerror}") from None
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name[:200]}.volar-{secrets.token_hex(6)}")

@@ -1,0 +1,275 @@
+"""`volar vms exec` and `volar vms sessions`: commands in a VM, in a terminal, through pipes, or left to themselves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import nullcontext
+
+import click
+import trio
+
+from volant.client import ConnectionLost, ExecEnd, ExecGap, ExecOutput, ExecSession
+from volant.model import LogRange
+
+from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair, Session, command
+from ._terminal import ENDINGS, Escape, raw, read_input, write_output
+from ._text import safe, span
+from ._vms_group import group, name_argument
+
+_NOT_FOUND_IN_GUEST = 127
+_NOT_EXECUTABLE = 126
+_PIECE = 64 * 1024
+
+
+@command(
+    group,
+    "exec",
+    context_settings={"allow_interspersed_args": False},
+    options_metavar="[OPTIONS]",
+    no_args_is_help=True,
+)
+@name_argument
+@click.argument("words", metavar="[--] COMMAND...", nargs=-1, type=click.UNPROCESSED)
+@click.option("-i", "--interactive", is_flag=True, help="Pass standard input on.")
+@click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
+@click.option("-d", "--detach", is_flag=True, help="Leave it running, and print the id with which --attach finds it.")
+@click.option("--attach", metavar="ID", help="Go on with a command that was detached, in place of COMMAND.")
+@click.option("--from", "position", type=click.IntRange(min=0), help="With --attach: so many bytes are known already.")
+@click.option(
+    "--escape", type=Escape(), default="^]", show_default=True, help="The key that leaves a detached one, or none."
+)
+@click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
+@click.option("--cwd", help="The working directory.")
+@click.option("--user", help="A name or number in the guest, perhaps with :GROUP.")
+@click.option("--timeout", type=Duration(), help="Kill the command after so long: 500ms, 10s, 2m, …")
+async def exec_(
+    session: Session,
+    name: str,
+    words: tuple[str, ...],
+    interactive: bool,
+    tty: bool,
+    detach: bool,
+    attach: str | None,
+    position: int | None,
+    escape: int,
+    env: tuple[tuple[str, str], ...],
+    cwd: str | None,
+    user: str | None,
+    timeout: float | None,
+) -> int:
+    """Run a command in a VM; options stand before NAME. -it for a shell.
+
+    Its output is passed through byte for byte. Without -i it has no standard input. When volar ends, so does the
+    command, unless it is detached. The exit code is the command's, 128 + n when signal n ended it, 124 when --timeout
+    did, 126 or 127 when it can't be run or is not there.
+    """
+    words = words[1:] if words[:1] == ("--",) else words
+    if attach is not None:
+        if words or tty or detach or env or cwd or user or timeout:
+            raise click.UsageError("--attach goes with -i, --from and --escape alone: the command runs already")
+        async with session.client.vms.attach(name, attach, position=position) as process:
+            # A terminal that somebody sits at is for typing.
+            typing = interactive or (process.tty and sys.stdin.isatty())
+            return await _talk(session, name, process, typing, escape)
+    if position is not None:
+        raise click.UsageError("--from goes with --attach")
+    if not words:
+        raise click.UsageError("a command has to follow the name of the VM")
+    if words[0].startswith("-"):
+        raise click.UsageError(f"options stand before the name of the VM; {words[0]!r} came after it")
+    variables = dict(env)
+    if not (interactive or tty or detach):
+        async with session.client.vms.exec(name, words, env=variables, cwd=cwd, user=user, timeout_s=timeout) as simple:
+            async for piece in simple:
+                await _show(session, piece)
+        assert simple.end is not None
+        return _exit_code(session, simple.end)
+    if tty and os.environ.get("TERM"):
+        variables.setdefault("TERM", os.environ["TERM"])
+    rows, cols = _size() or (24, 80)
+    async with session.client.vms.exec_session(
+        name, words, tty=tty, rows=rows, cols=cols, env=variables, cwd=cwd, user=user, timeout_s=timeout, detach=detach
+    ) as process:
+        if detach:
+            return await _leave(session, name, process, interactive)
+        if not interactive and not tty:
+            await process.send_eof()
+        return await _talk(session, name, process, interactive, escape)
+
+
+@command(group, "sessions")
+@name_argument
+@click.option("--end", metavar="ID", help="Kill this one and forget it.")
+async def sessions(session: Session, name: str, end: str | None) -> None:
+    """List the commands that were detached in a VM; how one ended is kept for ten minutes."""
+    if end is not None:
+        await session.client.vms.end_exec_session(name, end)
+        if not session.out.json:
+            session.out.line(f"{safe(end)} is ended")
+        return
+    found = await session.client.vms.exec_sessions(name)
+    if session.out.json:
+        session.out.document(found)
+        return
+    rows = [
+        (
+            one.id,
+            "running" if one.end is None else _how(one.end),
+            "yes" if one.attached else "no",
+            span(one.age_s),
+            " ".join(one.command)[:60],
+        )
+        for one in found
+    ]
+    session.out.table(("ID", "STATUS", "ATTACHED", "AGE", "COMMAND"), rows, status_column=1)
+
+
+async def _leave(session: Session, name: str, process: ExecSession, interactive: bool) -> int:
+    """Hand over standard input, say the id, and go."""
+    if process.end is not None:
+        return _exit_code(session, process.end)
+    if interactive:
+        while data := await read_input(_PIECE):
+            await process.send(data)
+        await process.send_eof()
+        await process.settle()
+    if session.out.json:
+        session.out.document({"id": process.id})
+    else:
+        session.out.line(str(process.id))
+        session.out.note(f"`volar vms exec --attach {process.id} {name}` goes on with it")
+    return 0
+
+
+async def _talk(session: Session, name: str, process: ExecSession, interactive: bool, escape: int) -> int:
+    """Pass everything on until the command ends, somebody leaves it, or a signal ends us; return the exit code."""
+    terminal = process.tty and interactive and sys.stdin.isatty()
+    code: int | None = None
+    try:
+        with raw(sys.stdin.fileno()) if terminal else nullcontext():
+            code = await _pass_on(session, process, interactive, terminal, escape)
+    except ConnectionLost as lost:
+        if process.id is None:
+            raise
+        hint = f"it goes on: `volar vms exec --attach {process.id} --from {process.position} {name}`"
+        raise ConnectionLost(lost.detail, hint=hint) from lost
+    if code is not None:
+        return code
+    if process.end is None:
+        session.out.note(f"volar: left; `volar vms exec --attach {process.id} {name}` goes on with it")
+        return 0
+    return _exit_code(session, process.end)
+
+
+async def _pass_on(
+    session: Session, process: ExecSession, interactive: bool, terminal: bool, escape: int
+) -> int | None:
+    """The exit code that a signal wants; None: see `process.end`, which is None when somebody has left."""
+    code: int | None = None
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def ending() -> None:
+            nonlocal code
+            with trio.open_signal_receiver(*ENDINGS) as signals:
+                async for number in signals:
+                    code = 128 + number
+                    nursery.cancel_scope.cancel()
+
+        async def resizing() -> None:
+            with trio.open_signal_receiver(signal.SIGWINCH) as signals:
+                await _tell_size(process)
+                async for _ in signals:
+                    await _tell_size(process)
+
+        async def typing() -> None:
+            if await _type(process, escape if terminal and process.id is not None else -1):
+                nursery.cancel_scope.cancel()
+
+        nursery.start_soon(ending)
+        if process.tty and sys.stdin.isatty():
+            nursery.start_soon(resizing)
+        if interactive:
+            nursery.start_soon(typing)
+        try:
+            async for piece in process:
+                if isinstance(piece, ExecGap):
+                    _tell_gap(session, piece.gap)
+                else:
+                    await _show(session, piece)
+        except Exception as error:
+            # Kept aside, so that it leaves in no group.
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None and code is None:
+        raise failure
+    return code
+
+
+async def _type(process: ExecSession, escape: int) -> bool:
+    """Until the input or the command is at its end; return whether it was the escape key."""
+    try:
+        while data := await read_input(_PIECE):
+            at = data.find(escape) if escape >= 0 else -1
+            if at >= 0:
+                await process.send(data[:at])
+                return True
+            await process.send(data)
+        await process.send_eof()
+    except ConnectionLost:
+        pass  # Whoever reads the output hears why.
+    return False
+
+
+async def _tell_size(process: ExecSession) -> None:
+    size = _size()
+    if size is not None:
+        try:
+            await process.resize(*size)
+        except ConnectionLost:
+            pass
+
+
+def _size() -> tuple[int, int] | None:
+    """Rows and columns of our own terminal."""
+    try:
+        size = os.get_terminal_size(sys.stdin.fileno())
+    except OSError:
+        return None
+    return (size.lines, size.columns) if size.lines and size.columns else None
+
+
+async def _show(session: Session, piece: ExecOutput) -> None:
+    if session.out.json:
+        session.out.item(piece)
+    else:
+        await write_output(piece.data, (sys.stdout if piece.stream == "stdout" else sys.stderr).fileno())
+
+
+def _tell_gap(session: Session, gap: LogRange) -> None:
+    if session.out.json:
+        session.out.item({"gap": gap})
+    else:
+        session.out.note(f"volar: {gap.last - gap.first + 1} bytes of the output are not kept any more")
+
+
+def _exit_code(session: Session, end: ExecEnd) -> int:
+    if session.out.json:
+        session.out.item(end)
+    if end.exit_code is not None:
+        return end.exit_code
+    if end.signal is not None:
+        return 128 + end.signal
+    codes = {"timeout": TIMED_OUT, "not_found": _NOT_FOUND_IN_GUEST, "not_executable": _NOT_EXECUTABLE}
+    code = codes.get(end.code or "", FAILED)
+    if session.out.json:
+        return code
+    raise Failure(f"in the guest: {end.error}", code=code)
+
+
+def _how(end: ExecEnd) -> str:
+    if end.exit_code is not None:
+        return f"exit {end.exit_code}"
+    return f"signal {end.signal}" if end.signal is not None else end.code or "failed"

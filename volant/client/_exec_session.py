@@ -1,0 +1,214 @@
+"""A command in a guest that is talked to: input, a terminal, signals; it can be left and found again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+import trio
+
+from volant.model import LogRange
+from volant.model.agent_types import ExecStart
+
+from ._errors import ClientProblem, ConnectionLost, UnexpectedAnswer
+from ._exec import ExecEnd, ExecOutput
+from ._http import Http, Query, decode_json
+from ._websocket import Closed, Socket, open_websocket
+
+_MAX_MESSAGE = 64 * 1024
+_HELLO_S = 60.0
+_DETACH_S = 30.0
+_NORMAL = 1000
+_GOING_AWAY = 1001
+_TAKEN_OVER = 4000
+
+
+class ExecGap(msgspec.Struct, frozen=True):
+    """Output that is not kept any more; positions, both included."""
+
+    gap: LogRange
+
+
+class RemoteSession(msgspec.Struct, frozen=True):
+    """A detached command, as `volant.model.agent_types.ExecSession` says."""
+
+    id: str
+    command: list[str]
+    tty: bool
+    user: str | None
+    attached: bool
+    age_s: float
+    position: int
+    pid: int | None
+    end: ExecEnd | None
+    ended_s: float | None = None
+
+
+class RemoteSessions(msgspec.Struct, frozen=True):
+    """The detached commands of a VM."""
+
+    sessions: list[RemoteSession]
+
+
+class _Word(msgspec.Struct):
+    id: str | None = None
+    tty: bool = False
+    position: int = 0
+    gap: LogRange | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    error: str | None = None
+    code: str | None = None
+
+
+class ExecSession:
+    """A command: `async for output in session`, then `session.end`. One task may read while others send.
+
+    Leaving its block ends the command, unless it is detached.
+    """
+
+    def __init__(self, socket: Socket, vm: str, *, tty: bool) -> None:
+        self._socket = socket
+        self._vm = vm
+        self.id: str | None = None
+        """Of a detached command, for `attach`."""
+        self.tty = tty
+        """Whether it has a terminal: then all of its output is `stdout`."""
+        self.position = 0
+        """How many bytes of output have been read, those before this connection among them: for `attach`."""
+        self.end: ExecEnd | None = None
+        """How it ended; None while it runs."""
+
+    def __aiter__(self) -> ExecSession:
+        return self
+
+    async def __anext__(self) -> ExecOutput | ExecGap:
+        """The next output. May be cancelled without losing any.
+
+        :raises StopAsyncIteration: it has ended, see `end`.
+        :raises ClientProblem: somebody else has attached to it (409).
+        :raises ConnectionLost: the way to it is gone; a detached one goes on.
+        """
+        while self.end is None:
+            message = await self._receive()
+            if isinstance(message, bytes):
+                if message[:1] not in (b"\x01", b"\x02"):
+                    raise UnexpectedAnswer("the output of the command has an unknown channel")
+                if len(message) == 1:
+                    continue  # The end of one channel; that of the command says more.
+                self.position += len(message) - 1
+                return ExecOutput("stdout" if message[0] == 1 else "stderr", message[1:])
+            word = decode_json(message, _Word, "a word about the command")
+            if word.gap is not None:
+                return ExecGap(word.gap)
+            self._take_end(word)
+        raise StopAsyncIteration
+
+    async def send(self, data: bytes) -> None:
+        """Write to the command's input; waits while it does not read.
+
+        :raises ConnectionLost: it has ended, or the way to it is gone.
+        """
+        for start in range(0, len(data), _MAX_MESSAGE):
+            await self._socket.send(b"\0" + data[start : start + _MAX_MESSAGE])
+
+    async def send_eof(self) -> None:
+        """End the command's input. In a terminal it is as if Ctrl-D were typed."""
+        await self._socket.send(b"\0")
+
+    async def resize(self, rows: int, cols: int) -> None:
+        """Tell the terminal's new size."""
+        await self._socket.send(json.dumps({"resize": [rows, cols]}))
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the command's process group."""
+        await self._socket.send(json.dumps({"signal": number}))
+
+    async def settle(self) -> None:
+        """Return when the guest has all that was sent, so that a detached command may be left.
+
+        What the command says meanwhile is dropped; whoever attaches with `position` gets it again.
+
+        :raises ConnectionLost: it does not answer in time, for instance as the command does not read.
+        """
+        async with trio.open_nursery() as nursery:
+
+            async def drop() -> None:
+                try:
+                    while True:
+                        await self._socket.receive()
+                except (Closed, ConnectionLost):
+                    pass
+
+            nursery.start_soon(drop)
+            with trio.move_on_after(_DETACH_S) as scope:
+                await self._socket.ping()
+            nursery.cancel_scope.cancel()
+        if scope.cancelled_caught:
+            raise ConnectionLost(
+                f"the command in {self._vm} does not read its input", hint="what it had not read is lost"
+            )
+
+    async def begin(self) -> None:
+        """Wait for the word with which a detached command begins."""
+        with trio.move_on_after(_HELLO_S) as scope:
+            message = await self._receive()
+            if isinstance(message, bytes):
+                raise UnexpectedAnswer("a detached command began without its id")
+            word = decode_json(message, _Word, "a word about the command")
+            if word.id is None:
+                self._take_end(word)
+                return
+            self.id, self.tty, self.position = word.id, word.tty, word.position
+        if scope.cancelled_caught:
+            raise ConnectionLost(f"the agent of {self._vm} did not answer within {_HELLO_S:g} s")
+
+    def _take_end(self, word: _Word) -> None:
+        end = ExecEnd(word.exit_code, word.signal, word.error, word.code)
+        if end == ExecEnd():
+            raise UnexpectedAnswer("the command ended, and the agent did not say how")
+        self.end = end
+
+    async def _receive(self) -> str | bytes:
+        try:
+            return await self._socket.receive()
+        except Closed as closed:
+            if closed.code == _TAKEN_OVER:
+                raise ClientProblem(409, "taken-over", f"the command in {self._vm}: {closed.reason}") from None
+            if closed.code in (_NORMAL, _GOING_AWAY):
+                raise ConnectionLost(
+                    f"the connection to the command in {self._vm} was closed before it ended",
+                    hint=f"`volar vms get {self._vm}` shows whether the VM still runs",
+                ) from None
+            raise UnexpectedAnswer(f"the agent closed with {closed.code}: {closed.reason}") from None
+        except ConnectionLost:
+            raise ConnectionLost(
+                f"the connection to the command in {self._vm} broke before it ended",
+                hint=f"`volar vms get {self._vm}` shows whether the VM still runs",
+            ) from None
+
+
+@asynccontextmanager
+async def open_session(http: Http, path: str, vm: str, start: ExecStart, *, detach: bool) -> AsyncIterator[ExecSession]:
+    """Start a command, for the length of a block."""
+    query: Query = {"detach": "true" if detach else None}
+    async with open_websocket(http, path, query, pings=False) as socket:
+        session = ExecSession(socket, vm, tty=bool(start.get("tty")))
+        await socket.send(json.dumps(start))
+        if detach:
+            await session.begin()
+        yield session
+
+
+@asynccontextmanager
+async def attach_session(
+    http: Http, path: str, vm: str, identifier: str, position: int | None
+) -> AsyncIterator[ExecSession]:
+    """Go on with a detached command, for the length of a block."""
+    query: Query = {"attach": identifier, "from": position}
+    async with open_websocket(http, path, query, pings=False) as socket:
+        session = ExecSession(socket, vm, tty=False)
+        await session.begin()
+        yield session

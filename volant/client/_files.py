@@ -1,0 +1,118 @@
+"""Files and directories in a guest."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from urllib.parse import quote
+
+import msgspec
+
+from ._actions import Pieces
+from ._errors import ClientProblem, UnexpectedAnswer
+from ._http import Http, Query, chunks_of
+
+TAR = "application/x-tar"
+SILENCE_S = 630.0
+"""A guest may be slow, and lets a client be as slow: ten minutes for a piece."""
+MAX_READ = 64 * 1024 * 1024
+_MODE = "Volant-File-Mode"
+
+
+class FileInfo(msgspec.Struct, frozen=True):
+    """What a path in a guest leads to."""
+
+    is_directory: bool
+    mode: int
+    size: int | None
+    """In bytes; None: a directory, or a file that does not know before it is read."""
+    etag: str | None
+    """Changes with the file."""
+
+
+class FileReader:
+    """A file, or a directory as tar: `async for` gives it in pieces, once."""
+
+    def __init__(self, info: FileInfo, path: str, chunks: AsyncIterator[bytes]) -> None:
+        self.info = info
+        self._path = path
+        self._chunks = chunks
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._chunks
+
+    async def read(self, limit: int = MAX_READ) -> bytes:
+        """What is left of it. :raises UnexpectedAnswer: that is longer than `limit` bytes."""
+        body = bytearray()
+        async for chunk in self._chunks:
+            body += chunk
+            if len(body) > limit:
+                raise UnexpectedAnswer(f"{self._path} is longer than {limit} bytes")
+        return bytes(body)
+
+
+def file_url(base: str, path: str) -> str:
+    """The address of a file. :raises ClientProblem: 400, `path` is not absolute."""
+    if not path.startswith("/"):
+        raise ClientProblem(400, "invalid-request", f"{path!r} is no absolute path", field="path")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise ClientProblem(400, "invalid-request", f"{path!r} has a part ..", field="path")
+    encoded = "/".join(quote(part.encode("utf-8", "surrogateescape"), safe="") for part in parts)
+    return f"{base}/agent/v1/files/{encoded}"
+
+
+async def stat_file(http: Http, url: str) -> FileInfo:
+    """What is there."""
+    try:
+        response = await http.request("HEAD", url)
+    except ClientProblem as problem:
+        if problem.code != "unexpected-answer":
+            raise
+        # The answer to HEAD has no body that could say what is wrong.
+        async with http.stream("GET", url, headers={"Range": "bytes=0-0"}, read_s=SILENCE_S) as answer:
+            return _info(answer.headers)
+    return _info(response.headers)
+
+
+@asynccontextmanager
+async def open_file(http: Http, url: str, path: str, *, directory: bool, start: int = 0) -> AsyncIterator[FileReader]:
+    """Read it, for the length of a block."""
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    async with http.stream("GET", url, headers=headers, read_s=SILENCE_S) as response:
+        info = _info(response.headers)
+        if info.is_directory != directory:
+            what, use = ("a directory", "get_tar") if info.is_directory else ("no directory", "read_file")
+            raise ClientProblem(409, "conflict", f"{path} is {what}", field="path", hint=f"read it with {use}")
+        if start and response.status_code != 206:
+            raise UnexpectedAnswer(f"{path} is sent from its beginning, not from byte {start}")
+        async with chunks_of(response) as chunks:
+            yield FileReader(info, path, chunks)
+
+
+async def put_file(
+    http: Http,
+    url: str,
+    content: bytes | AsyncIterable[bytes],
+    *,
+    media: str,
+    query: Query,
+    size: int | None = None,
+) -> bool:
+    """Write it; return whether it is new."""
+    headers = {"Content-Type": media}
+    if size is not None:
+        headers["Content-Length"] = str(size)
+    raw = content if isinstance(content, bytes) else Pieces(content)
+    async with http.stream("PUT", url, query=query, content=raw, headers=headers, read_s=SILENCE_S) as response:
+        return response.status_code == 201
+
+
+def _info(headers: Mapping[str, str]) -> FileInfo:
+    mode = headers.get(_MODE, "")
+    if not mode or mode.strip("01234567"):
+        raise UnexpectedAnswer("the answer does not say what kind of file this is")
+    length = headers.get("Content-Length")
+    directory = headers.get("Content-Type") == TAR
+    size = int(length) if length is not None and length.isdecimal() and not directory else None
+    return FileInfo(directory, int(mode, 8), size, headers.get("ETag"))
