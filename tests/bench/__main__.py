@@ -19,6 +19,7 @@ from ._boot import create_to_agent
 from ._figure import Figure
 from ._journal import journal, vmlog
 from ._serving import get_vm, healthz
+from ._streams import healthz_busy
 from ._world import Skipped
 
 Bench = Callable[[], Awaitable[list[Figure]]]
@@ -33,6 +34,7 @@ def main() -> int:
         "create_to_agent": create_to_agent,
         "get_vm": get_vm,
         "healthz": healthz,
+        "healthz_busy": healthz_busy,
         "journal": journal,
         "vmlog": vmlog,
     }

@@ -10,7 +10,7 @@ from statistics import median
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured. `ratio` is to what `to` says."""
+    """What was measured. `ratio` is to what `to` says; `at_most` and `at_least` bound it, `within` the value."""
 
     name: str
     value: float
@@ -19,10 +19,13 @@ class Figure:
     to: str = ""
     at_most: float | None = None
     at_least: float | None = None
+    within: float | None = None
 
     @property
     def missed(self) -> bool:
-        """Whether there is a target for the ratio, and it is not met."""
+        """Whether there is a target, and it is not met."""
+        if self.within is not None and self.value > self.within:
+            return True
         if self.ratio is None:
             return False
         low = self.at_least if self.at_least is not None else -math.inf
@@ -38,6 +41,8 @@ class Figure:
         for bound, name in ((self.at_most, "at most"), (self.at_least, "at least")):
             if bound is not None:
                 words.append(f"target: {name} {bound:.2f}, {'missed' if self.missed else 'met'}")
+        if self.within is not None:
+            words.append(f"target: at most {self.within:g} {self.unit}, {'missed' if self.missed else 'met'}")
         told = f" ({'; '.join(words)})" if words else ""
         return f"{self.name} {_number(self.value)} {self.unit}{told}"
 

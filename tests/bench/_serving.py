@@ -37,7 +37,7 @@ async def get_vm() -> list[Figure]:
     with volantd() as daemon, listening("tests.bench._empty_route") as empty:
         async with daemon.http() as http:
             # It has booted, and no guest runs while we measure.
-            await _create(http)
+            await create(http)
             (await http.post(f"{_VM}/stop?grace=1s&wait=stopped", timeout=BOOT_S)).raise_for_status()
 
         async def load(base_url: str, path: str, seconds: float) -> float:
@@ -65,10 +65,10 @@ async def healthz() -> list[Figure]:
     current_image()
     with volantd() as daemon:
         async with daemon.http() as http:
-            await _create(http)
-            quiet = await _probe(daemon)
+            await create(http)
+            quiet = await probe(daemon)
             with _exec_stream(daemon) as stream:
-                busy = await _probe(daemon)
+                busy = await probe(daemon)
                 rate = stream.rate_mb_s()
             (await http.delete(_VM, timeout=90)).raise_for_status()
     return [
@@ -80,14 +80,16 @@ async def healthz() -> list[Figure]:
     ]  # fmt: skip
 
 
-async def _create(http: httpx.AsyncClient) -> None:
+async def create(http: httpx.AsyncClient) -> None:
+    """Let the VM run."""
     body = {"name": WANTED.name, "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb}
     made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=2 * BOOT_S)
     if made.headers.get("volant-wait") != "met":
         raise RuntimeError(f"the VM did not boot: {made.text}")
 
 
-async def _probe(daemon: Daemon) -> list[float]:
+async def probe(daemon: Daemon) -> list[float]:
+    """How long each of some hundred requests for `/healthz` took, in seconds."""
     return await trio.to_thread.run_sync(
         lambda: latencies_s(daemon.base_url, "/healthz", count=PROBES, interval_s=PROBE_INTERVAL_S)
     )
