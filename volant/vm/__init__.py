@@ -3,7 +3,7 @@
 from ._actor import VmActor
 from ._doors import VmDoors, VmSettings
 from ._serial import Keyboard, KeyboardTaken, Missed, NotTyped, Reader, SerialConsole
-from ._steps import instance_of
+from ._steps import instance_of, memory_file, vm_directory
 from ._vms import DELETED, Version, Vms, Wait
 
 __all__ = [
@@ -21,4 +21,6 @@ __all__ = [
     "Vms",
     "Wait",
     "instance_of",
+    "memory_file",
+    "vm_directory",
 ]

@@ -1,0 +1,230 @@
+"""`volar setup`: the daemon as a service of systemd, from the units in the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+
+import click
+
+import volant
+
+from ._options import Options, common, pass_options
+from ._output import Output
+from ._run import Failure, guarded
+
+UNITS = ("volant.slice", "volantd.socket", "volant-guests.service", "volantd.service")
+DIRECTORY = Path("/etc/systemd/system")
+
+_ENABLED = ("volantd.socket", "volant-guests.service", "volantd.service")
+_BOOTED = Path("/run/systemd/system")
+_RUNTIME = Path("/run/volant")
+_KEPT = (Path("/var/lib/volant"), Path("/var/cache/volant"))
+_HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
+"""What the sandbox of the units hides."""
+_PLAIN = re.compile(r"[A-Za-z0-9/._+@-]+")
+_TIMEOUT_S = 300.0
+
+
+def rendered() -> dict[str, str]:
+    """The text of each unit, for this installation of the package. :raises Failure: it lies where no unit can say."""
+    folder = files("volant") / "daemon" / "units"
+    values = {
+        "volantd": _program("volantd", "volant.daemon.main"),
+        "guests": f"{_plain(sys.executable)} -P -m volant.daemon.guests",
+        "bind": "\n".join(f"BindReadOnlyPaths={_plain(path)}" for path in _hidden_paths()),
+        "sandbox": (folder / "sandbox.conf").read_text(),
+    }
+    return {name: _filled((folder / name).read_text(), values) for name in UNITS}
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", value)
+    return re.sub(r"\n{3,}", "\n\n", text).replace("\n\n# What the daemon, and", "\n# What the daemon, and")
+
+
+def _program(script: str, module: str) -> str:
+    path = Path(sys.executable).parent / script
+    return _plain(path) if path.is_file() else f"{_plain(sys.executable)} -P -m {module}"
+
+
+def _plain(path: str | Path) -> str:
+    text = str(path)
+    if not _PLAIN.fullmatch(text):
+        raise Failure(
+            f"Volant is installed in {text!r}, and a unit can't name such a path",
+            hint="install it where the path has letters, digits and /._+@- alone",
+        )
+    return text
+
+
+def _hidden_paths() -> list[Path]:
+    """What must be seen in spite of the sandbox: Python and the package, where they lie in somebody's home."""
+    needed = {
+        Path(sys.prefix),
+        Path(sys.base_prefix),
+        Path(sys.executable).resolve().parent.parent,
+        Path(volant.__file__).resolve().parents[1],
+    }
+    hidden = {path for path in needed if any(path.is_relative_to(place) for place in _HIDDEN)}
+    return sorted(path for path in hidden if not any(other != path and path.is_relative_to(other) for other in hidden))
+
+
+class _Work:
+    """Does things, or only says what it would do."""
+
+    def __init__(self, out: Output, dry: bool) -> None:
+        self._out = out
+        self.dry = dry
+
+    def write(self, path: Path, text: str) -> bool:
+        """Whether it is another text than there was."""
+        if self.dry:
+            self._out.line(f"# write {path}")
+            for line in text.splitlines():
+                self._out.line(line)
+            self._out.line("")
+            return True
+        if path.is_file() and path.read_text() == text:
+            return False
+        fresh = path.with_name(f".{path.name}.new")
+        fresh.write_text(text)
+        fresh.chmod(0o644)
+        fresh.replace(path)
+        self._out.note(f"wrote {path}")
+        return True
+
+    def remove(self, path: Path) -> None:
+        if self.dry:
+            self._out.line(f"# remove {path}")
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+            self._out.note(f"removed {path}")
+        elif path.exists() or path.is_symlink():
+            path.unlink()
+            self._out.note(f"removed {path}")
+
+    def systemctl(self, *arguments: str, hint: str | None = None, may_fail: bool = False) -> None:
+        if self.dry:
+            self._out.line(f"# run systemctl {' '.join(arguments)}")
+            return
+        done = _systemctl(*arguments)
+        if done.returncode != 0 and not may_fail:
+            said = (done.stderr or done.stdout).strip()
+            raise Failure(f"systemctl {' '.join(arguments)} failed: {said[-1000:]}", hint=hint)
+
+
+def _systemctl(*arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            ["systemctl", "--no-pager", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise Failure("there is no systemctl on this host", hint=_WITHOUT) from None
+    except subprocess.TimeoutExpired:
+        raise Failure(f"systemctl {' '.join(arguments)} takes longer than {_TIMEOUT_S:g} s") from None
+
+
+_WITHOUT = "volantd does not need systemd: run it in a terminal, or under what supervises services here"
+
+
+def _check(what: str) -> None:
+    if not _BOOTED.is_dir():
+        raise Failure("this host does not run systemd", hint=_WITHOUT)
+    if os.geteuid() != 0:
+        raise Failure(f"only root can {what} services", hint="try it with sudo; --dry-run shows what it would do")
+
+
+def _install(work: _Work) -> None:
+    units = rendered()
+    if not work.dry:
+        _check("install")
+    changed = {name for name, text in units.items() if work.write(DIRECTORY / name, text)}
+    if changed:
+        work.systemctl("daemon-reload")
+    work.systemctl("enable", *_ENABLED)
+    look = "`journalctl -u volantd.service -u volantd.socket -n 50` says why"
+    if "volantd.socket" in changed:
+        # Its addresses may be others; the daemon has them from it.
+        work.systemctl("stop", "volantd.service", may_fail=True)
+        work.systemctl("restart", "volantd.socket", hint=look)
+    work.systemctl("start", *_ENABLED[:2], hint=look)
+    # Perhaps of another version: no VM is touched by it.
+    work.systemctl("restart", "volantd.service", hint=look)
+
+
+def _uninstall(work: _Work, stop_vms: bool, purge: bool) -> None:
+    if not work.dry:
+        _check("remove")
+        if not stop_vms and (running := _scopes()):
+            raise Failure(
+                f"{len(running)} VMs run: {', '.join(running[:10])}",
+                hint="stop them (`volar system drain --stop`), or say --stop-vms",
+            )
+    work.systemctl("disable", "--now", "volantd.service", "volantd.socket", may_fail=True)
+    # Asks the guests, then what is left of them goes with the slice.
+    work.systemctl("disable", "--now", "volant-guests.service", may_fail=True)
+    work.systemctl("stop", "volant.slice", may_fail=True)
+    for name in reversed(UNITS):
+        work.remove(DIRECTORY / name)
+    work.systemctl("daemon-reload")
+    work.systemctl("reset-failed", *UNITS, may_fail=True)
+    for path in (_RUNTIME, *(_KEPT if purge else ())):
+        work.remove(path)
+    for path in Path("/dev/shm").glob("volant-*"):
+        if not work.dry:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _scopes() -> Sequence[str]:
+    lines = _systemctl("list-units", "--plain", "--no-legend", "--state=running", "volant-*.scope").stdout.splitlines()
+    return [line.split()[0] for line in lines if line.strip()]
+
+
+@click.command(name="setup")
+@click.option("--dry-run", is_flag=True, help="Print the units and what would be done; do nothing.")
+@click.option("--uninstall", is_flag=True, help="Remove the service; what VMs have on disk stays.")
+@click.option("--stop-vms", is_flag=True, help="With --uninstall: shut down guests that run.")
+@click.option("--purge", is_flag=True, help="With --uninstall: remove the database, disks, logs and the cache, too.")
+@common()
+@pass_options
+def group(options: Options, dry_run: bool, uninstall: bool, stop_vms: bool, purge: bool) -> int:
+    """Let systemd run volantd, now and at every boot.
+
+    Can be run again, after an upgrade too: VMs that run go on running.
+    """
+
+    def work() -> int:
+        if (stop_vms or purge) and not uninstall:
+            raise click.UsageError("--stop-vms and --purge go with --uninstall")
+        out = Output(options.json)
+        doing = _Work(out, dry_run)
+        try:
+            if uninstall:
+                _uninstall(doing, stop_vms, purge)
+            else:
+                _install(doing)
+        except OSError as error:
+            raise Failure(f"{error.filename}: {error.strerror}") from error
+        if options.json and not dry_run:
+            out.document({"installed": not uninstall, "units": list(UNITS)})
+        elif not dry_run:
+            out.line("volantd is removed" if uninstall else "volantd runs; `volar system status` asks it how it is")
+        return 0
+
+    return guarded(options, work)
