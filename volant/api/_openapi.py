@@ -36,6 +36,7 @@ _IN_PATH = {
     "path": (str, "The path in the guest, slashes and all"),
     "plugin": (Name, "The VM's own"),
     "action": (Name, "One that the plugin's manifest names"),
+    "id": (Annotated[str, msgspec.Meta(pattern="^[^/]+$")], "What the first message of its WebSocket said"),
     "target": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,128}$")], "The browser's name for it"),
 }
 _EVERYWHERE = (400, 401, 403, 421)
@@ -249,7 +250,12 @@ def _owners(kind: Any) -> Iterator[type]:
 
 def _describe(owner: type, schema: Schema) -> None:
     """Put the text under each member, that of the class, and what its types can't say into its schema."""
-    definition = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+    try:
+        source = inspect.getsource(owner)
+    except OSError:
+        # A type that is made by a call, as its members' names are no names of Python's, describes none of them.
+        return
+    definition = ast.parse(textwrap.dedent(source)).body[0]
     assert isinstance(definition, ast.ClassDef)
     wire = dict(
         zip(*(getattr(owner, name, ()) for name in ("__struct_fields__", "__struct_encode_fields__")), strict=True)

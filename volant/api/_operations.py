@@ -31,12 +31,21 @@ from volant.model import (
     Time,
     VmView,
 )
-from volant.model.agent_types import ExecEnd, ExecOutput, ExecRequest, Healthz, Info
+from volant.model.agent_types import (
+    ExecEnd,
+    ExecGap,
+    ExecHello,
+    ExecOutput,
+    ExecRequest,
+    ExecSession,
+    ExecSessions,
+    Healthz,
+    Info,
+)
 
 from ._agui_events import AguiEvent, RunAgentInput
 from ._body import Nothing
-from ._commands import Command, CommandAnswer
-from ._mcp import RpcAnswer, RpcMessage
+from ._mcp import Command, CommandAnswer, RpcAnswer, RpcMessage
 from ._plugins import Enabled
 from ._query import MAX_INTEGER
 
@@ -115,16 +124,19 @@ PROBLEMS = {
     412: "The VM has changed since `If-Match`",
     413: "The body is larger than 1 MiB",
     415: "The body is not JSON",
+    416: "The file has no such range",
     421: "`Host` is not a name of this daemon",
     422: "The `Idempotency-Key` was used for another request",
     426: "This is a WebSocket",
     502: "The guest, its agent or its port does not answer",
     503: "The daemon can't now: no capacity, it stops, or its disk does not take the change",
+    507: "The guest's disk is full",
 }
 """What each error status says; the body is always `ProblemDetails`."""
 
 HEADERS = {
-    "ETag": "Changes with every change of the VM; for `If-Match` and `If-None-Match`",
+    "Volant-File-Mode": "The mode, octal",
+    "ETag": "Changes with every change of the VM, or of the file; for `If-Match` and `If-None-Match`",
     "Location": "The path of what was made",
     "Volant-Wait": "With `wait`: `met`, `failed` (it came to rest in another state, or is gone) or `timeout`",
     "Volant-Event-Id": "The event up to which the list is true: follow the events from there and miss nothing",
@@ -232,6 +244,8 @@ _DEVTOOLS = (
               _CDP, 426),
     _devtools("GET", "page/{target}", "devtools_page_websocket", "Control a page (WebSocket)", _CDP, 426),
 )  # fmt: skip
+
+_FILE_HEADERS = ("ETag", "Volant-File-Mode")
 
 _LOG_PARAMETERS = (
     Parameter("tail", Annotated[int, msgspec.Meta(ge=0, le=1_000_000)], "The last so many lines of the chosen streams"),
@@ -367,6 +381,69 @@ OPERATIONS: tuple[Operation, ...] = (
         {200: Answer("One JSON object a line, the last an `ExecEnd`", str, "application/x-ndjson",
                      items=(ExecOutput, ExecEnd))},
         takes=ExecRequest, fails=(409, 502, 503), details="A client that leaves ends the command.",
+    ),
+    Operation(
+        "GET", f"{_VM}/agent/v1/exec", "agent_exec_websocket", "Run a command and talk to it, as a WebSocket",
+        {101: Answer("Binary messages: a byte for the channel, and bytes. Texts: JSON, the last an `ExecEnd`",
+                     items=(ExecHello, ExecGap, ExecEnd))},
+        parameters=(
+            Parameter("detach", bool, "The command goes on when the client leaves; the first message says its `id`"),
+            Parameter("attach", str, "Go on with the detached command of this `id`; who was attached gets code 4000"),
+            Parameter("from", Annotated[int, msgspec.Meta(ge=0, le=10**15 - 1)],
+                      "With `attach`: the `position` up to which the output is known; default: all that is kept"),
+        ),
+        fails=(409, 426, 502, 503), key_in_query=True,
+        details="First a text message, the body of `POST` with `tty`, `rows` and `cols` besides. Then channel 0 is "
+        "standard input, 1 and 2 are standard output and error, and a channel without bytes is its end. A client may "
+        'send the texts `{"resize":[rows,cols]}` and `{"signal":n}`. A client that leaves ends the command unless it '
+        "is detached. Closes with 1000 after the last text, 1002, 1007, 1008 or 1009 when a client breaks the rules "
+        "(a message has at most 1 MiB), 1001 when the daemon stops.",
+    ),
+    Operation(
+        "GET", f"{_VM}/agent/v1/exec/sessions", "agent_exec_sessions", "The detached commands",
+        {200: Answer("At most 16, the oldest first; one that has ended is kept for 10 minutes", ExecSessions)},
+        fails=(409, 502, 503),
+    ),
+    Operation(
+        "GET", f"{_VM}/agent/v1/exec/sessions/{{id}}", "agent_exec_session", "A detached command",
+        {200: Answer("The command", ExecSession)}, fails=(409, 502, 503),
+    ),
+    Operation(
+        "DELETE", f"{_VM}/agent/v1/exec/sessions/{{id}}", "end_agent_exec_session", "Kill and forget a command",
+        {204: Answer("Its whole session has been killed")}, fails=(409, 502, 503),
+    ),
+    Operation(
+        "GET", f"{_VM}/agent/v1/files/{{path}}", "read_file", "A file of the guest, or a directory as tar",
+        {
+            200: Answer("The bytes; a directory is `application/x-tar`", bytes, ANY, headers=_FILE_HEADERS),
+            206: Answer("The part that `Range` asks for", bytes, ANY, headers=_FILE_HEADERS),
+            304: Answer("The client has it already", headers=_FILE_HEADERS),
+        },
+        parameters=(
+            Parameter("Range", str, "`bytes=FIRST-LAST`, one range of a file", place="header"),
+            Parameter("If-Range", str, "The range only if the file still has this `ETag`", place="header"),
+            Parameter("If-None-Match", str, "The `ETag` of what the client has", place="header"),
+        ),
+        fails=(403, 409, 416, 502, 503), details="HEAD too. The path is absolute, without its first slash.",
+    ),
+    Operation(
+        "PUT", f"{_VM}/agent/v1/files/{{path}}", "write_file", "Write a file, or unpack a tar into a directory",
+        {201: Answer("It is new", headers=("ETag",)), 204: Answer("It was there", headers=("ETag",))},
+        takes=bytes,
+        parameters=(
+            Parameter("mode", Annotated[str, msgspec.Meta(pattern="^[0-7]{1,5}$")],
+                      "Of a file, octal: default that of the file before, else `0644`"),
+            Parameter("user", str, "Who owns it, perhaps with `:GROUP`: default who did, or whom a tar says, or root"),
+        ),
+        fails=(403, 409, 413, 415, 502, 503, 507),
+        details="With `Content-Type: application/x-tar` the body is unpacked into the directory, else it is the file. "
+        "A file, and a directory that is new, is there whole or not at all. Of any length.",
+    ),
+    Operation(
+        "DELETE", f"{_VM}/agent/v1/files/{{path}}", "delete_file", "Delete a file or a directory",
+        {204: Answer("It is gone")},
+        parameters=(Parameter("recursive", bool, "A directory with all that is in it"),),
+        fails=(403, 409, 502, 503),
     ),
     Operation(
         "GET", "/ws/v1/vms/{name}/console", "vm_console", "The serial console, as a WebSocket",

@@ -128,14 +128,11 @@ class ExecHello(TypedDict):
     """How many bytes of output, of both channels together, came before what follows."""
 
 
-ExecLost = TypedDict("ExecLost", {"from": int, "to": int})
-"""Positions, both included."""
-
-
 class ExecGap(TypedDict):
     """A message to a client that attaches: these bytes of output are not kept any more."""
 
-    gap: ExecLost
+    gap: dict[Literal["from", "to"], int]
+    """Positions, both included."""
 
 
 class ExecOutput(TypedDict):
