@@ -129,8 +129,7 @@ class World:
         daemon.system.kill("")
         life.cancel()
         await self._ended.wait()
-        with allow_real("files"):
-            self._databases.close_all()
+        self._databases.close_all()
 
     async def stop_daemon(self) -> None:
         """SIGTERM, and wait for its end."""
@@ -148,8 +147,7 @@ class World:
         if self._daemon is not None:
             await self.kill_daemon()
         self.machine.power_cut()
-        with allow_real("files"):
-            self._databases.power_cut(self.settings.state_dir)
+        self._databases.power_cut(self.settings.state_dir)
         self.machine.files.mkdir(self.settings.state_dir)
 
     # Clients
@@ -265,9 +263,7 @@ class Stream:
 @asynccontextmanager
 async def simulated_world(sim: Simulation, directory: Path) -> AsyncIterator[World]:
     """A machine for the length of a block; `directory` is real, empty, and holds its database."""
-    with allow_real("files"):
-        databases = Databases()
-    with databases:
+    with Databases() as databases:
         async with trio.open_nursery() as nursery:
             world = World(sim, nursery, directory, databases)
             try:
