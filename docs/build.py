@@ -18,7 +18,8 @@ from typing import Any
 import click
 import yaml
 
-from volant.api._mcp_tools import TOOLS, Tool
+from volant.api._mcp._tool import Tool
+from volant.api._mcp._tools import TOOLS
 from volant.api._openapi import document, standalone
 from volant.cli._volar import volar
 

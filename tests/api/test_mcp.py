@@ -14,8 +14,8 @@ import pytest
 import trio
 
 from tests.api.kit import Api, agent_behind, api, bare, request, running, until
-from volant.api._mcp_text import BUDGET, MAX_TEXT, Window, clip, fitting, weight
-from volant.api._mcp_tools import TOOLS
+from volant.api._mcp._text import BUDGET, MAX_TEXT, Window, clip, fitting, weight
+from volant.api._mcp._tools import TOOLS
 from volant.channel import AgentClient, HybridVsock, open_channel
 from volant.host import Host
 from volant.journal import LogEntry

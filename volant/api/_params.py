@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from quart import request
 
@@ -36,6 +36,24 @@ def vm_row(doors: Doors, name: str) -> VmRow:
     if row is None:
         raise no_such_vm(name[:80])
     return row
+
+
+def chosen(
+    doors: Doors,
+    *,
+    states: Collection[str] = (),
+    plugins: Collection[str] = (),
+    labels: Mapping[str, str] | None = None,
+) -> list[VmRow]:
+    """The VMs in one of these states, of one of these plugins, with all of these labels; by id."""
+    wanted = (labels or {}).items()
+    return [
+        row
+        for row in doors.store.projection.rows()
+        if (not states or row.status in states)
+        and (not plugins or row.plugin in plugins)
+        and (not wanted or wanted <= row.labels.items())
+    ]
 
 
 def wait_of(parameters: Query) -> tuple[Collection[str], float]:

@@ -30,7 +30,7 @@ from ._body import Nothing, read_body
 from ._doors import Doors
 from ._idempotency import Answered, Repeats, answer_of
 from ._json import empty_response, json_response
-from ._params import etag, if_match, is_not_modified, no_query, query, vm_row, wait_of
+from ._params import chosen, etag, if_match, is_not_modified, no_query, query, vm_row, wait_of
 from ._query import Query
 from ._waits import interruptible
 
@@ -46,19 +46,12 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         parameters = query()
         states = parameters.all("status")
         plugins = parameters.all("plugin")
-        labels = parameters.labels().items()
+        labels = parameters.labels()
         limit = parameters.integer("limit", minimum=1, maximum=_MAX_PAGE)
         cursor = parameters.integer("cursor")
         parameters.done()
         wanted = _states(parameters, states)
-        rows = [
-            row
-            for row in doors.store.projection.rows()
-            if (not wanted or row.status in wanted)
-            and (not plugins or row.plugin in plugins)
-            and (not labels or labels <= row.labels.items())
-            and row.id > (cursor or 0)
-        ]
+        rows = [row for row in chosen(doors, states=wanted, plugins=plugins, labels=labels) if row.id > (cursor or 0)]
         page = rows if limit is None else rows[:limit]
         response = json_response([view(row) for row in page])
         response.headers["Volant-Event-Id"] = str(doors.store.projection.last_event)

@@ -23,16 +23,16 @@ import trio
 
 from volant.model import Problem, invalid
 
-from ._body import read_call_bytes
-from ._call import Call, Message
+from .._body import read_call_bytes
+from .._call import Call, Message
+from .._doors import Doors
+from .._edge import StreamRoute
+from .._limits import Limits
 from ._commands import answer_command
-from ._doors import Doors
-from ._edge import StreamRoute
-from ._limits import Limits
-from ._mcp_tools import Asked
+from ._tool import Asked
 
 if TYPE_CHECKING:
-    from ._mcp_server import McpServer
+    from ._server import McpServer
 
 _PATH = re.compile(r"/api/v1/mcp/?\Z")
 _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
@@ -90,6 +90,10 @@ def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
                 415, "unsupported-media-type", f"the body is {content_type[:80]!r}, not JSON",
                 hint="send it with Content-Type: application/json",
             )  # fmt: skip
+        if not content_type:
+            # None at all is taken for JSON, as everywhere; the server behind would refuse it.
+            others = [field for field in call.scope["headers"] if field[0] != b"content-type"]
+            call.scope["headers"] = [*others, _JSON[0]]
         body = await read_call_bytes(call, limits)
         serve = partial(_command, doors, body) if _is_command(call, body) else partial(_protocol, loaded, body)
         if await call.while_connected(partial(serve, call)):
@@ -157,7 +161,7 @@ def _accepts(header: str | None) -> tuple[bool, bool]:
 
 
 def _load(doors: Doors) -> McpServer:
-    from ._mcp_server import McpServer
+    from ._server import McpServer
 
     return McpServer(doors)
 

@@ -20,10 +20,10 @@ from volant.model import Action, Problem, invalid
 from volant.model.agent import EXEC
 from volant.model.agent_types import ExecRequest
 
-from ._doors import Doors
-from ._edge import first_problem
-from ._mcp_text import Window
-from ._relay import first_text, to_port, unreachable
+from .._doors import Doors
+from .._edge import first_problem
+from .._relay import first_text, to_port, unreachable
+from ._text import Window
 
 MAX_BLOB = 1024 * 1024
 """Bytes of a file or an image that is answered whole."""

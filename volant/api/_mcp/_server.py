@@ -43,16 +43,17 @@ from volant import __version__
 from volant.journal import LogGap
 from volant.model import LogLine, Problem, is_name, view
 
-from . import _mcp_guest
-from ._body import decode
-from ._doors import Doors
-from ._edge import first_problem, internal_error
-from ._limits import Limits
-from ._logs import log_of
-from ._mcp_text import MAX_TEXT, clip
-from ._mcp_tools import TOOLS, Asked, Result, Tool, log_link, vm_uri
-from ._openapi import standalone
-from ._params import vm_row
+from .._body import decode
+from .._doors import Doors
+from .._edge import first_problem, internal_error
+from .._limits import Limits
+from .._logs import log_of
+from .._openapi import standalone
+from .._params import vm_row
+from . import _guest
+from ._text import MAX_TEXT, clip
+from ._tool import Asked, Result, Tool, log_link, vm_uri
+from ._tools import TOOLS
 
 Context = ServerRequestContext[Any, Any]
 
@@ -189,8 +190,8 @@ class McpServer:
             text = await _log_text(asked, vm)
             return TextResourceContents(uri=uri, mime_type="text/plain", text=text)
         name = unquote(path)
-        limit = _mcp_guest.MAX_BLOB
-        read = await asked.until(lambda: _mcp_guest.read_file(self._doors, vm, name, limit=limit))
+        limit = _guest.MAX_BLOB
+        read = await asked.until(lambda: _guest.read_file(self._doors, vm, name, limit=limit))
         if not read.ended:
             raise Problem(413, "file-too-large", f"{name} is larger than {limit} bytes: read parts with vms_read_file")
         data = read.data
@@ -226,7 +227,7 @@ async def _log_text(asked: Asked, vm: str) -> str:
                 line = msgspec.json.decode(frame, type=LogLine)
                 lines.append(f"{line.timestamp:%Y-%m-%dT%H:%M:%S.%f}Z {line.stream} {line.line}\n")
                 size += len(lines[-1])
-                while size > _mcp_guest.MAX_BLOB:
+                while size > _guest.MAX_BLOB:
                     size -= len(lines.popleft())
     return "".join(lines)
 

@@ -11,9 +11,9 @@ import msgspec
 from volant import __version__
 from volant.model import CreateVm, Name, Problem, Status, check_create, invalid, view
 
-from ._body import Nothing, decode
-from ._mcp_tools import Asked
-from ._params import vm_row
+from .._body import Nothing, decode
+from .._params import chosen, vm_row
+from ._tool import Asked
 
 
 class Command(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -76,13 +76,8 @@ async def answer_command(asked: Asked, data: bytes) -> CommandAnswer:
 
 async def _list(asked: Asked, params: bytes) -> object:
     wanted = decode(params, _Listed, "params")
-    return [
-        view(row)
-        for row in asked.doors.store.projection.rows()
-        if (not wanted.status or row.status in wanted.status)
-        and wanted.plugin in (None, row.plugin)
-        and wanted.labels.items() <= row.labels.items()
-    ]
+    plugins = (wanted.plugin,) if wanted.plugin is not None else ()
+    return [view(row) for row in chosen(asked.doors, states=wanted.status, plugins=plugins, labels=wanted.labels)]
 
 
 async def _create(asked: Asked, params: bytes) -> object:

@@ -1,0 +1,148 @@
+"""Tools that tell what happened."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal
+
+import msgspec
+import trio
+
+from volant.journal import EventGap, LogGap
+from volant.model import Event, EventId, EventType, LogLine, Name, StreamGap
+
+from .._logs import log_of
+from .._params import vm_row
+from ._text import BUDGET, clip, fitting, fitting_last, weight
+from ._tool import Asked, Result, log_link
+
+_PAGE_BYTES = 64 * 1024
+_LINE_BYTES = 4 * 1024
+
+
+class Logs(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Which lines."""
+
+    vm: Name
+    tail: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    """The last so many lines."""
+    since: Annotated[int, msgspec.Meta(ge=0, le=10**18 - 1)] | None = None
+    """Only lines after this `seq`; `next_since` of an earlier call gives what is new. Wins over `tail`."""
+    stream: list[Literal["stdout", "stderr", "console"]] = []
+    """Default: all. `console` is the kernel and the boot, the others are the workload's."""
+
+
+class LogPage(msgspec.Struct, frozen=True):
+    """Lines of a log, oldest first."""
+
+    lines: list[LogLine]
+    next_since: int
+    """For `since`, to go on after the last line."""
+    left_out: int
+    """Lines that were asked for and did not fit: older ones, or with `since` newer ones."""
+    lost: int = 0
+    """Lines after `since` that are not kept any more."""
+
+
+async def read_logs(asked: Asked, wanted: Logs) -> Result:
+    row = vm_row(asked.doors, wanted.vm)
+    log = log_of(asked.doors, row)
+    lines: list[LogLine] = []
+    bytes_kept = left_out = lost = 0
+    position = log.newest if wanted.since is None else min(wanted.since, log.newest)
+    newest = wanted.since is None
+    async with log.cursor(
+        since_seq=wanted.since,
+        tail=wanted.tail if newest else None,
+        streams=frozenset(wanted.stream),
+        follow=False,
+    ) as cursor:
+        while taken := await asked.until(partial(cursor.take, 64 * 1024)):
+            if isinstance(taken, LogGap):
+                lost += taken.last - taken.first + 1
+                continue
+            for frame in taken:
+                line = msgspec.json.decode(frame, type=LogLine)
+                lines.append(msgspec.structs.replace(line, line=clip(line.line, _LINE_BYTES)))
+                bytes_kept += weight(lines[-1]) + 1
+            if newest:
+                kept = fitting_last(lines)
+                left_out += len(lines) - len(kept)
+                lines = kept
+            elif bytes_kept > BUDGET:
+                kept = fitting(lines)
+                left_out = max(0, log.newest - kept[-1].seq)
+                lines = kept
+                break
+        if lines:
+            position = lines[-1].seq
+        elif not newest:
+            position = max(position, cursor.position)
+    return Result(LogPage(lines, position, left_out, lost), links=(log_link(row.name),))
+
+
+class Events(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Which events."""
+
+    since: str | None = None
+    """After this event: `next` of an earlier call, or the `id` of an event. `0` for the oldest that is kept. Without
+    it, the newest ones."""
+    vm: Name | None = None
+    """Only of this VM."""
+    types: list[EventType] = []
+    """Default: all."""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=500)] = 50
+    """How many events to look at."""
+    wait_s: Annotated[float, msgspec.Meta(ge=0, le=50)] = 0.0
+    """Wait so long for one when there is none."""
+
+
+class EventPage(msgspec.Struct, frozen=True):
+    """Events, oldest first."""
+
+    events: list[Event]
+    next: str
+    """For `since`, to go on after them."""
+    gap: StreamGap | None = None
+    """Events after `since` that are not kept any more."""
+
+
+async def see_events(asked: Asked, wanted: Events) -> Result:
+    log = asked.doors.store.events
+    after: EventId | str | None = wanted.since and wanted.since[:200]
+    gap = None
+    if not after:
+        after = EventId(log.epoch, max(log.oldest.seq - 1, log.newest.seq - wanted.limit))
+    elif after == "0":
+        after = "oldest"
+    elif (missed := log.gap(after)) is not None:
+        gap = msgspec.json.decode(missed.data, type=StreamGap)
+        after = "oldest"
+    found: list[Event] = []
+    looked_at = 0
+    deadline = trio.current_time() + wanted.wait_s
+    async with log.cursor(after) as cursor:
+        position = cursor.position
+        while looked_at < wanted.limit:
+            at_end = position.seq >= log.newest.seq
+            if at_end and (found or trio.current_time() >= deadline):
+                break
+            with trio.CancelScope(deadline=deadline if at_end else float("inf")) as scope:
+                taken = await asked.until(partial(cursor.take, _PAGE_BYTES))
+            if scope.cancelled_caught or not taken:
+                break
+            if isinstance(taken, EventGap):
+                gap = msgspec.json.decode(taken.data, type=StreamGap)
+                position = cursor.position
+                continue
+            for frame in taken[: wanted.limit - looked_at]:
+                looked_at += 1
+                position = EventId(log.epoch, frame.seq)
+                if _wants(wanted, frame.event):
+                    found.append(frame.event)
+    page = fitting(found)
+    return Result(EventPage(page, page[-1].id if len(page) < len(found) else str(position), gap))
+
+
+def _wants(wanted: Events, event: Event) -> bool:
+    return wanted.vm in (None, event.name) and (not wanted.types or event.type in wanted.types)

@@ -1,0 +1,232 @@
+"""Tools that work inside a VM."""
+
+from __future__ import annotations
+
+import base64
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from volant.model import Name
+from volant.model.agent_types import ExecRequest
+
+from .._actions import action_of
+from .._params import vm_row
+from . import _guest
+from ._text import BUDGET, clip, joined, prefix, weight
+from ._tool import DEFAULT_S, Asked, Image, Path, Result, Seconds, file_link
+
+_PAGE_BYTES = 48 * 1024
+
+
+class Exec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A command."""
+
+    vm: Name
+    command: Annotated[list[str], msgspec.Meta(min_length=1)]
+    """The program and its arguments. There is no shell: for pipes, globs and `&&` use `["sh", "-c", "…"]`."""
+    env: dict[str, str] = {}
+    """Added to a small environment."""
+    cwd: str | None = None
+    user: str | None = None
+    """A name or a number, optionally `:` and a group. Default: root."""
+    stdin: str = ""
+    timeout_s: Seconds = DEFAULT_S
+    """The command and its children are killed then. For what takes longer, start it in the background, with its
+    output in a file."""
+
+
+class ExecDone(msgspec.Struct, frozen=True):
+    """How a command ended: one of the first three is not null."""
+
+    exit_code: int | None
+    signal: int | None
+    """The number of the signal that ended it."""
+    error: str | None
+    """Why it could not be run, or not to its end."""
+    stdout: str
+    stderr: str
+    stdout_bytes: int
+    """What was written in all; more than is shown if `truncated`."""
+    stderr_bytes: int
+    truncated: bool
+    """Whether the middle of stdout or stderr is left out."""
+
+
+async def execute(asked: Asked, wanted: Exec) -> Result:
+    request: ExecRequest = {"command": wanted.command, "env": wanted.env}
+    if wanted.cwd is not None:
+        request["cwd"] = wanted.cwd
+    if wanted.user is not None:
+        request["user"] = wanted.user
+    if wanted.stdin:
+        request["stdin"] = base64.b64encode(wanted.stdin.encode("utf-8", "surrogatepass")).decode("ascii")
+    vm = vm_row(asked.doors, wanted.vm).name
+    ran = await asked.until(partial(_guest.run_command, asked.doors, vm, request, wanted.timeout_s))
+    stderr, stderr_whole = ran.stderr.text(BUDGET // 2)
+    stdout, stdout_whole = ran.stdout.text(BUDGET - weight(stderr))
+    done = ExecDone(
+        exit_code=ran.exit_code,
+        signal=ran.signal,
+        error=clip(ran.error, 1024) if ran.error is not None else None,
+        stdout=stdout,
+        stderr=stderr,
+        stdout_bytes=ran.stdout.size,
+        stderr_bytes=ran.stderr.size,
+        truncated=not (stdout_whole and stderr_whole),
+    )
+    return Result(done, failed=ran.error is not None)
+
+
+class ReadFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A file, or a part of it."""
+
+    vm: Name
+    path: Path
+    """Absolute."""
+    offset: Annotated[int, msgspec.Meta(ge=0, le=10**12)] | None = None
+    """Bytes to skip. Without it the file is shown from its beginning, and of one that is too long the head and the
+    tail; with it, what follows, up to `next_offset`."""
+
+
+class FileContent(msgspec.Struct, frozen=True):
+    """What is in a file."""
+
+    path: str
+    content: str
+    encoding: Literal["utf-8", "base64"]
+    size: int | None
+    """The whole file's bytes; null when that is not known."""
+    truncated: bool
+    """Whether there is more in the file than is shown."""
+    next_offset: int | None = None
+    """Where to read on; null at the end."""
+
+
+async def read_file(asked: Asked, wanted: ReadFile) -> Result:
+    vm = vm_row(asked.doors, wanted.vm).name
+    offset = wanted.offset or 0
+    read = await asked.until(partial(_guest.read_file, asked.doors, vm, wanted.path, offset=offset, limit=_PAGE_BYTES))
+    text = _text_of(read.data, read.ended)
+    encoding: Literal["utf-8", "base64"] = "utf-8" if text is not None else "base64"
+    if text is not None:
+        content = prefix(text, BUDGET)
+        shown = len(content.encode())
+    else:
+        part = read.data[: BUDGET * 3 // 4]
+        content = base64.b64encode(part).decode("ascii")
+        shown = len(part)
+    complete = read.ended and shown == len(read.data)
+    if wanted.offset is None and text is not None and not complete and read.size is not None:
+        # The head, of which half is shown now, and the tail.
+        tail_at = max(shown // 2, read.size - _PAGE_BYTES // 2)
+        tail = await asked.until(
+            partial(_guest.read_file, asked.doors, vm, wanted.path, offset=tail_at, limit=_PAGE_BYTES // 2)
+        )
+        content, shown = joined(text, tail.data.decode("utf-8", "replace"), read.size, BUDGET)
+    return Result(
+        FileContent(
+            path=wanted.path,
+            content=content,
+            encoding=encoding,
+            size=read.size,
+            truncated=offset > 0 or not complete,
+            next_offset=None if complete else offset + shown,
+        ),
+        links=() if complete and not offset else (file_link(vm, wanted.path),),
+    )
+
+
+def _text_of(data: bytes, whole: bool) -> str | None:
+    """None when it is no text. What is not whole may end in the middle of a character."""
+    for cut in range(1 if whole else 4):
+        try:
+            text = data[: len(data) - cut].decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        return None if "\0" in text else text
+    return None
+
+
+class WriteFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A file."""
+
+    vm: Name
+    path: Path
+    """Absolute; its directory must be there."""
+    content: str
+    encoding: Literal["utf-8", "base64"] = "utf-8"
+    """How `content` stands for the file's bytes."""
+
+
+class WrittenFile(msgspec.Struct, frozen=True):
+    """A file that was written."""
+
+    path: str
+    size: int
+    """In bytes."""
+
+
+async def write_file(asked: Asked, wanted: WriteFile) -> Result:
+    vm = vm_row(asked.doors, wanted.vm).name
+    if wanted.encoding == "base64":
+        data = _guest.from_base64(wanted.content, "content")
+    else:
+        data = wanted.content.encode("utf-8", "surrogatepass")
+    await asked.until(partial(_guest.write_file, asked.doors, vm, wanted.path, data))
+    return Result(WrittenFile(wanted.path, len(data)))
+
+
+class Action(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the workload should do."""
+
+    vm: Name
+    action: Name
+    """One of the actions of the VM's plugin: see plugins_list."""
+    input: Any = None
+    """Sent to the workload as JSON; null for nothing."""
+
+
+class ActionDone(msgspec.Struct, frozen=True):
+    """What the workload answered."""
+
+    status: int
+    """Of HTTP."""
+    content_type: str
+    output: Any
+    """The answer: data where it is JSON, else text; null for an image, which stands beside it, and for other bytes."""
+    size: int
+    """In bytes."""
+    truncated: bool
+
+
+async def call_action(asked: Asked, wanted: Action) -> Result:
+    row = vm_row(asked.doors, wanted.vm)
+    action, port = action_of(row, row.plugin, wanted.action)
+    acted = await asked.until(partial(_guest.call_action, asked.doors, row.name, action, port, wanted.input))
+    whole = acted.body.size <= _guest.MAX_BLOB
+    output: Any = None
+    images: tuple[Image, ...] = ()
+    truncated = not whole
+    if acted.content_type.startswith("image/"):
+        if whole:
+            images = (Image(acted.body.head, acted.content_type),)
+    elif whole and acted.content_type.endswith("json") and acted.body.size <= BUDGET:
+        output = _json_or_text(acted.body.head)
+    elif not acted.content_type or acted.content_type.startswith("text/") or acted.content_type.endswith("json"):
+        output, complete = acted.body.text(BUDGET)
+        truncated = not complete
+    return Result(
+        ActionDone(acted.status, acted.content_type, output, acted.body.size, truncated),
+        images=images,
+        failed=acted.status >= 400,
+    )
+
+
+def _json_or_text(data: bytes) -> Any:
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return clip(data.decode("utf-8", "replace"), BUDGET)
+    return value if weight(value) <= BUDGET else clip(data.decode("utf-8", "replace"), BUDGET)

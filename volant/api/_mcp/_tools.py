@@ -1,0 +1,150 @@
+"""The tools: what a model can ask of Volant, one for each verb.
+
+Each is a struct of arguments, a struct of what it gives, and a function between them that calls what the REST routes
+call. The schemas are made from the structs, so that neither can say what the other does not do. What a struct can't
+tell, when to use a tool and when another, is in its description, which is written for the model that chooses.
+"""
+
+from __future__ import annotations
+
+from volant.model import VmView
+
+from ._history import EventPage, Events, LogPage, Logs, read_logs, see_events
+from ._inside import (
+    Action,
+    ActionDone,
+    Exec,
+    ExecDone,
+    FileContent,
+    ReadFile,
+    WriteFile,
+    WrittenFile,
+    call_action,
+    execute,
+    read_file,
+    write_file,
+)
+from ._plugins import ListPlugins, PluginList, list_plugins
+from ._tool import Tool
+from ._vms import (
+    ChangedVm,
+    DeletedVm,
+    GetVm,
+    ListVms,
+    MakeVm,
+    StartVm,
+    StopVm,
+    VmPage,
+    create_vm,
+    delete_vm,
+    get_vm,
+    list_vms,
+    restart_vm,
+    start_vm,
+    stop_vm,
+)
+
+TOOLS: tuple[Tool, ...] = (
+    Tool(
+        name="vms_list",
+        title="List VMs",
+        description="List the microVMs on this host with their state, size, plugin and labels, oldest first. Use it to "
+        "find a VM's name, or to see what runs; for one VM whose name you know use vms_get.",
+        takes=ListVms, gives=VmPage, run=list_vms, read_only=True,
+    ),
+    Tool(
+        name="vms_get",
+        title="Look at a VM",
+        description="One VM as it is now: its `status` (pending, starting, running, paused, stopping, stopped, "
+        "crashed, deleting), its size, and in `reason` why it failed, with the last lines of its console.",
+        takes=GetVm, gives=VmView, run=get_vm, read_only=True,
+    ),
+    Tool(
+        name="vms_create",
+        title="Create a VM",
+        description="Make a new Linux microVM and boot it. Answers once it runs and vms_exec works in it, usually in "
+        "some seconds. `name` must be new: lower-case letters, digits and dashes. 1 CPU core and 256 MiB do for most; "
+        "plugins (plugins_list) bring other software, and may need more. Without a root filesystem its files are in "
+        "memory, and are lost when it stops. Give `ttl` (such as `30m`) to a VM that you need only for a while.",
+        takes=MakeVm, gives=ChangedVm, run=create_vm,
+    ),
+    Tool(
+        name="vms_start",
+        title="Start a VM",
+        description="Boot a VM that is stopped or crashed. Does nothing to one that runs.",
+        takes=StartVm, gives=ChangedVm, run=start_vm, idempotent=True,
+    ),
+    Tool(
+        name="vms_stop",
+        title="Stop a VM",
+        description="Shut a VM down and keep it for vms_start. What it has in memory is lost, and with it its files "
+        'unless it has a disk (`"disk": "overlay"`). Does nothing to one that is stopped.',
+        takes=StopVm, gives=ChangedVm, run=stop_vm, destructive=True, idempotent=True,
+    ),
+    Tool(
+        name="vms_restart",
+        title="Restart a VM",
+        description="Shut a VM down and boot it again; what is lost is what vms_stop loses. For a VM that hangs, give "
+        "`grace_s` 0.",
+        takes=StopVm, gives=ChangedVm, run=restart_vm, destructive=True,
+    ),
+    Tool(
+        name="vms_delete",
+        title="Delete a VM",
+        description="Destroy a VM with its disk, for good. To get it back later, use vms_stop instead.",
+        takes=GetVm, gives=DeletedVm, run=delete_vm, destructive=True, idempotent=True,
+    ),
+    Tool(
+        name="vms_exec",
+        title="Run a command in a VM",
+        description="Run one command in a running VM, wait for its end, and get its exit code and output. Each call "
+        "is a process of its own: `cd` and variables do not carry over to the next. Of long output the middle is left "
+        "out: write it to a file, and read parts with vms_read_file. To write a file use vms_write_file.",
+        takes=Exec, gives=ExecDone, run=execute, destructive=True, open_world=True,
+    ),
+    Tool(
+        name="vms_read_file",
+        title="Read a file in a VM",
+        description="Read a file in a running VM: text as it is, other bytes as base64. Of a long file you get the "
+        "head and the tail; read on in between with `offset`. Directories: vms_exec with `ls`.",
+        takes=ReadFile, gives=FileContent, run=read_file, read_only=True,
+    ),
+    Tool(
+        name="vms_write_file",
+        title="Write a file in a VM",
+        description="Write a whole file in a running VM, in place of what is there; readers see the old or the new "
+        "one, never a half. At most some 700 KiB a call.",
+        takes=WriteFile, gives=WrittenFile, run=write_file, destructive=True, idempotent=True,
+    ),
+    Tool(
+        name="vms_call_action",
+        title="Call an action of a VM",
+        description="Ask the workload in a running VM for one of the actions that its plugin offers, such as taking a "
+        "screenshot in a browser. plugins_list says which there are and what they take.",
+        takes=Action, gives=ActionDone, run=call_action, destructive=True, open_world=True,
+    ),
+    Tool(
+        name="vms_logs",
+        title="Read the log of a VM",
+        description="What the console (kernel and boot) and the workload of a VM have said, also of one that is "
+        "stopped or has crashed. Use it to find out why a VM does not boot or its workload fails. What vms_exec "
+        "runs is not in it.",
+        takes=Logs, gives=LogPage, run=read_logs, read_only=True,
+    ),
+    Tool(
+        name="vms_events",
+        title="See what happened to VMs",
+        description="What happened to VMs, in order: created, starting, running, stopped, crashed (and why), deleted. "
+        "Without `since` the newest; pass `next` of one call as `since` of the next to miss nothing, with `wait_s` to "
+        "wait for something to happen.",
+        takes=Events, gives=EventPage, run=see_events, read_only=True,
+    ),
+    Tool(
+        name="plugins_list",
+        title="List plugins",
+        description="The kinds of VMs that vms_create can make (`plugin`), and the actions that vms_call_action can "
+        "call in them.",
+        takes=ListPlugins, gives=PluginList, run=list_plugins, read_only=True,
+    ),
+)  # fmt: skip
+"""In the order in which they are shown."""
