@@ -1,0 +1,298 @@
+"""Talking to commands in a real guest and copying to and from it, by `volar` and the client."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.system.kit import REPOSITORY, Daemon, boot, load
+from volant.client import ClientProblem, ExecEnd, ExecGap, ExecOutput
+
+_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def guest(module_daemon: Daemon) -> Iterator[str]:
+    """The name of a VM that runs for all tests of this module."""
+
+    async def make() -> None:
+        async with module_daemon.client() as client:
+            await boot(client, "demo")
+
+    module_daemon.kept.add("demo")
+    trio.run(make)
+    yield "demo"
+    module_daemon.kept.clear()
+
+
+def command(daemon: Daemon, *words: str) -> list[str]:
+    return [sys.executable, "-m", "volant.cli.main", "--api", daemon.base_url, "vms", *words]
+
+
+def environ() -> dict[str, str]:
+    return {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "TERM": "xterm-256color"}
+
+
+def volar(daemon: Daemon, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command(daemon, *words), input=stdin, capture_output=True, env=environ(), timeout=_S)
+
+
+class Terminal:
+    """A person's terminal with a `volar` in it."""
+
+    def __init__(self, daemon: Daemon, *words: str, rows: int, cols: int) -> None:
+        self.ours, theirs = pty.openpty()
+        self.resize(rows, cols)
+        self.before = termios.tcgetattr(theirs)
+        self.theirs = theirs
+        self.process = subprocess.Popen(
+            command(daemon, *words), stdin=theirs, stdout=theirs, stderr=theirs, env=environ(), start_new_session=True
+        )
+        self.seen = b""
+
+    def resize(self, rows: int, cols: int) -> None:
+        fcntl.ioctl(self.ours, termios.TIOCSWINSZ, struct.pack("4H", rows, cols, 0, 0))
+
+    def type(self, data: bytes) -> None:
+        os.write(self.ours, data)
+
+    def see(self, data: bytes) -> None:
+        end = time.monotonic() + _S
+        while data not in self.seen:
+            assert select.select([self.ours], [], [], max(0.0, end - time.monotonic()))[0], self.seen
+            self.seen += os.read(self.ours, 65536)
+
+    def end(self) -> int:
+        code = self.process.wait(_S)
+        assert termios.tcgetattr(self.theirs) == self.before, "the terminal was not put back"
+        return code
+
+
+@contextmanager
+def terminal(daemon: Daemon, *words: str, rows: int = 31, cols: int = 97) -> Iterator[Terminal]:
+    made = Terminal(daemon, *words, rows=rows, cols=cols)
+    try:
+        yield made
+    finally:
+        if made.process.poll() is None:
+            made.process.kill()
+            made.process.wait()
+        os.close(made.ours)
+        os.close(made.theirs)
+
+
+def test_a_shell_in_a_terminal(daemon: Daemon, guest: str) -> None:
+    with terminal(daemon, "exec", "-it", guest, "--", "sh") as person:
+        person.see(b"# ")
+        person.type(b"stty size; echo T=$TERM\r")
+        person.see(b"31 97\r\n")
+        person.see(b"T=xterm-256color")
+        person.resize(50, 132)
+        os.kill(person.process.pid, signal.SIGWINCH)
+        person.type(b"sleep 1; stty size\r")
+        person.see(b"50 132\r\n")
+        # Keys go to the guest: Ctrl-C ends what runs there, and neither the shell nor volar.
+        person.type(b"sleep 1000; echo code=$?\r")
+        time.sleep(0.5)
+        person.type(b"\x03")
+        person.type(b"echo st''ill\r")
+        person.see(b"still\r\n")
+        person.type(b"exit 7\r")
+        assert person.end() == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_puts_the_terminal_back_and_ends_the_command(daemon: Daemon, guest: str, number: int) -> None:
+    with terminal(daemon, "exec", "-it", guest, "--", "sh", "-c", "echo pid=$$; exec sleep 1000") as person:
+        person.see(b"pid=")
+        person.see(b"\r\n")
+        pid = person.seen.partition(b"pid=")[2].split()[0].decode()
+        os.kill(person.process.pid, number)
+        assert person.end() == 128 + number
+    gone = f"i=0; while kill -0 {pid} 2>/dev/null; do i=$((i+1)); [ $i = 50 ] && exit 1; sleep 0.1; done"
+    assert volar(daemon, "exec", guest, "--", "sh", "-c", gone).returncode == 0
+
+
+def test_input_from_a_pipe(daemon: Daemon, guest: str) -> None:
+    data = os.urandom(3_000_000)
+    done = volar(daemon, "exec", "-i", guest, "--", "sh", "-c", "cat; echo over >&2; exit 3", stdin=data)
+    assert (done.returncode, done.stderr) == (3, b"over\n")
+    assert hashlib.sha256(done.stdout).digest() == hashlib.sha256(data).digest()
+    assert volar(daemon, "exec", guest, "--", "cat", stdin=b"not passed on").stdout == b""
+
+
+def test_a_detached_command_survives_its_client_and_the_daemon_and_nothing_is_lost(daemon: Daemon, guest: str) -> None:
+    script = "i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); [ $i = 500 ] && read go; done; exit 9"
+
+    async def until_killed() -> tuple[str, bytes]:
+        async with daemon.client() as client:
+            async with client.vms.exec_session(guest, ["sh", "-c", script], detach=True) as session:
+                got = b""
+                async for piece in session:
+                    assert isinstance(piece, ExecOutput)
+                    got += piece.data
+                    if b"line 100\n" in got:
+                        break
+                assert session.id is not None
+                assert session.position == len(got)
+                return session.id, got
+
+    async def again(identifier: str, got: bytes) -> bytes:
+        async with daemon.client() as client, client.vms.attach(guest, identifier, position=len(got)) as session:
+            await session.send(b"go\n")
+            async for piece in session:
+                assert not isinstance(piece, ExecGap)
+                got += piece.data
+            assert session.end == ExecEnd(exit_code=9)
+        return got
+
+    identifier, got = trio.run(until_killed)
+    got = trio.run(again, identifier, got)
+    assert got == b"".join(b"line %d\n" % i for i in range(2000))
+    done = volar(daemon, "exec", "--attach", identifier, guest)
+    assert done.returncode == 9
+    assert done.stdout == got
+    listed = volar(daemon, "sessions", guest)
+    assert identifier.encode() in listed.stdout
+    assert b"exit 9" in listed.stdout
+    assert volar(daemon, "sessions", guest, "--end", identifier).returncode == 0
+    assert volar(daemon, "exec", "--attach", identifier, guest).returncode == 3
+
+
+def test_a_terminal_can_be_left_and_found_again(daemon: Daemon, guest: str) -> None:
+    done = volar(daemon, "exec", "-dt", guest, "--", "sh")
+    identifier = done.stdout.strip().decode()
+    with terminal(daemon, "exec", "--attach", identifier, guest) as person:
+        person.see(b"# ")
+        person.type(b"X=kept; stty size\r")
+        person.see(b"31 97\r\n")
+        person.type(b"\x1d")
+        assert person.end() == 0
+        person.see(b"left")
+    with terminal(daemon, "exec", "--attach", identifier, guest) as first:
+        first.type(b"echo is $X\r")
+        first.see(b"is kept")
+        with terminal(daemon, "exec", "--attach", identifier, guest) as second:
+            second.see(b"is kept")
+            assert first.end() == 4
+            second.type(b"exit 5\r")
+            assert second.end() == 5
+
+
+def test_a_tree_goes_in_and_comes_back(daemon: Daemon, guest: str, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "a" / "b").mkdir(parents=True)
+    (tree / "a" / "run").write_bytes(b"#!/bin/sh\necho ran\n")
+    (tree / "a" / "run").chmod(0o755)
+    (tree / "a" / "b" / "data").write_bytes(os.urandom(100_000))
+    (tree / "link").symlink_to("a/run")
+    (tree / os.fsdecode(b"caf\xe9 x")).write_bytes(b"name")
+    for i in range(100):
+        (tree / f"{i}").write_bytes(b"%d" % i)
+    assert volar(daemon, "cp", str(tree), f"{guest}:/tmp/").returncode == 0
+    ran = volar(daemon, "exec", guest, "--", "sh", "-c", "/tmp/tree/link; stat -c %u /tmp/tree/a/run")
+    assert ran.stdout == b"ran\n0\n"
+    done = volar(daemon, "cp", f"{guest}:/tmp/tree", str(tmp_path / "back"))
+    assert done.returncode == 0, done.stderr
+    assert digest(tmp_path / "back") == digest(tree)
+    # As a tar through a pipe, too.
+    packed = volar(daemon, "cp", f"{guest}:/tmp/tree", "-").stdout
+    (tmp_path / "t.tar").write_bytes(packed)
+    with tarfile.open(tmp_path / "t.tar") as archive:
+        assert "a/b/data" in archive.getnames()
+
+
+def digest(top: Path) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for path in sorted(top.rglob("*")):
+        content = os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+        found[str(path.relative_to(top))] = (path.lstat().st_mode, hashlib.sha256(content).hexdigest())
+    return found
+
+
+def test_files_by_volar(daemon: Daemon, guest: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"content")
+    (tmp_path / "f").chmod(0o750)
+    assert volar(daemon, "cp", str(tmp_path / "f"), f"{guest}:/tmp").returncode == 0
+    assert volar(daemon, "cp", "-", f"{guest}:/tmp/piped", stdin=b"through a pipe").returncode == 0
+    assert volar(daemon, "cp", f"{guest}:/tmp/piped", "-").stdout == b"through a pipe"
+    assert volar(daemon, "cp", f"{guest}:/tmp/f", str(tmp_path / "g")).returncode == 0
+    assert (tmp_path / "g").read_bytes() == b"content"
+    assert (tmp_path / "g").stat().st_mode & 0o777 == 0o750
+    missing = volar(daemon, "cp", f"{guest}:/no/such", str(tmp_path))
+    assert missing.returncode == 3
+    assert b"/no/such" in missing.stderr
+    assert volar(daemon, "cp", str(tmp_path / "none"), f"{guest}:/tmp").returncode == 1
+    assert volar(daemon, "cp", "a", "b").returncode == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "g"]
+
+
+async def test_a_large_file_arrives_whole_and_the_daemon_stays_small(daemon: Daemon, guest: str) -> None:
+    count = load("VOLANT_TEST_FILE_MB", usual=30, full=100)
+    block = os.urandom(1 << 20)
+
+    class Blocks:
+        def __init__(self) -> None:
+            self.left = count
+            self.digest = hashlib.sha256()
+            self.peak = 0.0
+
+        def __aiter__(self) -> Blocks:
+            return self
+
+        async def __anext__(self) -> bytes:
+            await trio.lowlevel.checkpoint()
+            self.peak = max(self.peak, daemon.rss_mb())
+            if not self.left:
+                raise StopAsyncIteration
+            self.left -= 1
+            self.digest.update(block)
+            return block
+
+    before = daemon.rss_mb()
+    blocks = Blocks()
+    async with daemon.client() as client:
+        assert await client.vms.write_file(guest, "/tmp/large", blocks, mode=0o600)
+        info = await client.vms.stat_file(guest, "/tmp/large")
+        assert (info.size, info.mode, info.is_directory) == (count << 20, 0o600, False)
+        back = hashlib.sha256()
+        async with client.vms.read_file(guest, "/tmp/large") as file:
+            async for piece in file:
+                back.update(piece)
+                blocks.peak = max(blocks.peak, daemon.rss_mb())
+        assert back.digest() == blocks.digest.digest()
+        async with client.vms.read_file(guest, "/tmp/large", start=(count << 20) - 5) as file:
+            assert await file.read() == block[-5:]
+        await client.vms.delete_file(guest, "/tmp/large")
+        with pytest.raises(ClientProblem, match="/tmp/large"):
+            await client.vms.stat_file(guest, "/tmp/large")
+    assert blocks.peak - before < 25, (before, blocks.peak)
+
+
+async def test_a_guest_without_space_says_so(daemon: Daemon, guest: str) -> None:
+    async with daemon.client() as client:
+        async with client.vms.exec(
+            guest, ["sh", "-c", "mkdir -p /mnt/s && mount -t tmpfs -o size=1m t /mnt/s"]
+        ) as done:
+            assert (await done.wait()).exit_code == 0
+        with pytest.raises(ClientProblem, match="no space left for /mnt/s/x") as refused:
+            await client.vms.write_file(guest, "/mnt/s/x", bytes(3 << 20))
+        assert refused.value.status == 507
+        async with client.vms.exec(guest, ["sh", "-c", "ls -A /mnt/s; umount /mnt/s"]) as process:
+            assert [piece async for piece in process] == []
