@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import trio
 
 from tests.api.kit import Api, agent_behind, api, bare, request, running, until
+from volant.api._mcp import _route
 from volant.api._mcp._text import BUDGET, MAX_TEXT, Window, clip, fitting, weight
 from volant.api._mcp._tools import TOOLS
 from volant.channel import AgentClient, HybridVsock, open_channel
@@ -202,6 +204,32 @@ async def test_failures_are_for_the_model_to_read(served: Api, modern: bool) -> 
     assert "colour" in surplus["content"][0]["text"]
     unknown = await rpc(served, "tools/call", {"name": "vms_fly", "arguments": {}}, modern=modern)
     assert unknown["error"]["code"] == -32602
+
+
+@pytest.mark.parametrize("modern", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        r'{"plugin": "\ud800"}',
+        r'{"\ud800": 1}',
+        '{"limit": %s}' % ("9" * 200),
+        '{"labels": %s}' % ("[" * 150 + "]" * 150),
+    ],
+)
+async def test_what_json_can_say_and_we_can_not_hear_is_the_clients_fault(
+    served: Api, caplog: pytest.LogCaptureFixture, arguments: str, modern: bool
+) -> None:
+    headers = {**BOTH, "Content-Type": "application/json"}
+    meta = ""
+    if modern:
+        headers |= {"MCP-Protocol-Version": MODERN, "Mcp-Method": "tools/call", "Mcp-Name": "vms_list"}
+        meta = f', "_meta": {{"{META}/protocolVersion": "{MODERN}", "{META}/clientCapabilities": {{}}}}'
+    params = f'{{"name": "vms_list", "arguments": {arguments}{meta}}}'
+    text = f'{{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {params}}}'
+    answer = await served.client.post(PATH, content=text.encode(), headers=headers)
+    told = message(answer)
+    assert told.get("error", {}).get("code") == -32700 or told["result"]["isError"] is True
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_a_vm_that_fails_to_boot_is_told_with_its_reason_and_its_progress(served: Api) -> None:
@@ -478,6 +506,24 @@ async def test_a_client_that_leaves_ends_its_command(demo: Demo, tmp_path: Path,
         await until(lambda: mark.exists() and mark.read_text().endswith("\n"))
     process = Path(f"/proc/{mark.read_text().strip()}")
     await until(lambda: not process.exists())
+
+
+async def test_large_calls_wait_for_no_memory(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_route, "_UNDER_WAY", 3000)
+    mark = tmp_path / "begun"
+    async with trio.open_nursery() as nursery:
+        script = ["sh", "-c", f"echo > {mark}; exec sleep 1000"]
+        nursery.start_soon(partial(demo.call, "vms_exec", command=script, stdin="x" * 2000))
+        await until(mark.exists)
+        body = {"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {"x": "x" * 2000}}
+        refused = await demo.served.client.post(PATH, json=body, headers=BOTH)
+        assert (refused.status_code, refused.headers["content-type"]) == (503, "application/problem+json")
+        assert (await call(demo.served, "vms_list"))["isError"] is False
+        nursery.cancel_scope.cancel()
+    # The client has left, and what it had under way ends once the daemon knows.
+    with trio.fail_after(10):
+        while (await demo.served.client.post(PATH, json=body, headers=BOTH)).status_code == 503:
+            pass
 
 
 async def test_the_daemon_that_stops_answers_first(demo: Demo, tmp_path: Path) -> None:

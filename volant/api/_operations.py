@@ -362,7 +362,7 @@ OPERATIONS: tuple[Operation, ...] = (
                 for status in (400, 404, 406, 413, 415)
             },
         },
-        takes=OneOf((RpcMessage, Command)), fails=(404, 406),
+        takes=OneOf((RpcMessage, Command)), fails=(404, 406, 503),
         details="Streamable HTTP, without sessions: 2026-07-28, where each request has the headers "
         "`MCP-Protocol-Version` and `Mcp-Method`, and versions that begin with `initialize`. An object with `command` "
         "and without `jsonrpc` is a command; its failures are answered with 200 and `error`.",

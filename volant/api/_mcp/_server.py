@@ -118,7 +118,7 @@ class McpServer:
         asked = self._asked(context)
         answer: CallToolResult | None = None
         try:
-            arguments = decode(msgspec.json.encode(params.arguments or {}), tool.takes, "the call")
+            arguments = _arguments(tool, params)
             async with trio.open_nursery() as nursery:
                 if context.meta is not None and "progress_token" in context.meta:
                     nursery.start_soon(_tell, asked, context)
@@ -248,6 +248,16 @@ def _entry(tool: Tool) -> ToolEntry:
             open_world_hint=tool.open_world,
         ),
     )
+
+
+def _arguments(tool: Tool, params: CallToolRequestParams) -> Any:
+    """:raises Problem: 400 that names the field."""
+    try:
+        data = _encode(params.arguments or {})
+    except (ValueError, OverflowError, RecursionError):
+        # The package takes half a surrogate pair for text, and nests as deep as the stack.
+        raise Problem(400, "invalid-request", "the arguments are not Unicode, or nested too deeply") from None
+    return decode(data, tool.takes, "the call")
 
 
 def _success(result: Result) -> CallToolResult:
