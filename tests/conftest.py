@@ -18,7 +18,7 @@ import pytest
 
 from tests.system.kit import REPOSITORY, Daemon
 
-_REAL = frozenset({"system", "conformance"})
+_REAL = frozenset({"system", "conformance", "systemd"})
 """Folders whose tests boot real guests."""
 _IMAGE_S = 600.0
 _daemons = pytest.StashKey[list[Daemon]]()

@@ -49,7 +49,7 @@ class Scopes:
         :raises ScopeError: systemd refuses, or does not do it within 15 s.
         """
         unit = f"{name}.scope"
-        if _scope_of(pid) == unit:
+        if unit in _units_of(pid):
             return
         try:
             with trio.fail_after(_TIMEOUT_S):
@@ -60,7 +60,7 @@ class Scopes:
             raise ScopeError(f"systemd did not make {unit} within {_TIMEOUT_S:g} s") from None
         except (OSError, ValueError, trio.BrokenResourceError, trio.EndOfChannel) as error:
             raise ScopeError(f"systemd can't be asked for {unit} at {self.socket}: {error}") from error
-        if _scope_of(pid) not in (unit, None):
+        if (units := _units_of(pid)) and unit not in units:
             raise ScopeError(f"systemd has made {unit}, and process {pid} is not in it")
 
     async def _start(self, stream: trio.SocketStream, unit: str, pid: int, description: str) -> None:
@@ -77,7 +77,8 @@ class Scopes:
         await stream.send_all(BEGIN)
 
         connection = DBusConnection(stream.socket)
-        manager = DBusAddress("/org/freedesktop/systemd1", interface="org.freedesktop.systemd1.Manager")
+        name = "org.freedesktop.systemd1"
+        manager = DBusAddress("/org/freedesktop/systemd1", bus_name=name, interface=f"{name}.Manager")
         properties = [(key, value) for key, value in self._properties(pid, description).items()]
         call = new_method_call(manager, "StartTransientUnit", "ssa(sv)a(sa(sv))", (unit, "fail", properties, []))
         await connection.send(call, serial=1)
@@ -121,13 +122,11 @@ def _text(body: tuple[object, ...]) -> str:
     return str(body[0])[:500] if body else "without a word"
 
 
-def _scope_of(pid: int) -> str | None:
-    """The innermost unit whose control group a process is in; None when it has ended."""
+def _units_of(pid: int) -> set[str]:
+    """The units whose control groups a process is in, as its innermost groups are named; empty when it has ended. A
+    host with both versions of control groups has one line for each hierarchy, and systemd uses but one or two."""
     try:
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     except OSError:
-        return None
-    # Version 2 alone is "0::"; on a host with both it is where systemd keeps its own book, "1:name=systemd:".
-    paths = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in lines}
-    path = paths.get("name=systemd", paths.get("", ""))
-    return path.rpartition("/")[2]
+        return set()
+    return {line.rpartition("/")[2] for line in lines}

@@ -26,6 +26,7 @@ _requests = logging.getLogger("volant.api.request")
 _log = logging.getLogger("volant.api")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}\Z")
+_OF_VM = re.compile(r"/(?:api|ws)/v1/vms/([a-z0-9-]{1,63})(?:/|\Z)")
 _QUIET = frozenset({"/healthz"})
 _ANY = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 """What an answer names where nearly any is possible."""
@@ -76,7 +77,7 @@ class Edge:
         except* Problem as group:
             await self._fail(call, answer, first_problem(group))
         except* Exception as group:
-            _log.error("request %s failed", request_id, exc_info=group)
+            _log.error("request %s failed", request_id, exc_info=group, extra={"request_id": request_id})
             await self._fail(call, answer, internal_error())
         finally:
             _log_request(scope, request_id, answer.status, trio.current_time() - began)
@@ -194,9 +195,13 @@ def _log_request(scope: Any, request_id: str, status: int, took_s: float) -> Non
         # Never the query: it may carry a key.
         method = scope.get("method", "WEBSOCKET")
         text, took_ms = path[:500], took_s * 1000
+        named = _OF_VM.match(path)
+        facts = {"request_id": request_id, "vm": named[1] if named else None}
         if status in _REFUSED:
             client = scope["client"]
             peer = client[0] if client else "a Unix socket"
-            _requests.log(level, "%s %s %s %s from %s %.1f ms", request_id, method, text, status, peer, took_ms)
+            _requests.log(
+                level, "%s %s %s %s from %s %.1f ms", request_id, method, text, status, peer, took_ms, extra=facts
+            )
         else:
-            _requests.log(level, "%s %s %s %s %.1f ms", request_id, method, text, status or "-", took_ms)
+            _requests.log(level, "%s %s %s %s %.1f ms", request_id, method, text, status or "-", took_ms, extra=facts)

@@ -42,6 +42,8 @@ class JournalHandler(logging.Handler):
 
     def __init__(self, identifier: str, path: Path = SOCKET) -> None:
         super().__init__()
+        # Time, level and logger are fields.
+        self.setFormatter(logging.Formatter("%(message)s"))
         self._identifier = identifier
         self._path = str(path)
         self._lost = 0

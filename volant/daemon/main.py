@@ -38,6 +38,8 @@ def main() -> None:
         # What a signal like the watchdog's ends: where each thread was then.
         faulthandler.enable()
     else:
+        # Where lines have no fields, `volar events` is the better place for them.
+        logging.getLogger("volant.event").setLevel(logging.WARNING)
         _log_to_stderr(settings.log_level.upper())
     # Each request logs a line, so what a line costs counts: half of it is for what ours do not say.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

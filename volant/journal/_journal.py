@@ -46,6 +46,7 @@ _TRIM_AT_LEAST_S = 1.0
 _TRIM_AT_MOST_S = 3600.0
 
 _logger = logging.getLogger("volant.journal")
+_events_logger = logging.getLogger("volant.event")
 
 
 class Journal(Actor):
@@ -170,6 +171,7 @@ class Journal(Actor):
             store.answers.apply(stage.kept.values(), stage.forgotten)
             store.events.append(stage.frames)
             store.figures.count(frame.event for frame in stage.frames)
+            _log_events(stage)
             self._answered += len(answers)
             self._largest = max(self._largest, len(answers))
             kept = store.events.newest.seq - store.events.oldest.seq + 1
@@ -248,6 +250,14 @@ class Journal(Actor):
             await trio.sleep(min(_TRIM_AT_MOST_S, max(_TRIM_AT_LEAST_S, wait_s)))
             self._trim_due = True
             self._wake.set()
+
+
+def _log_events(stage: Stage) -> None:
+    if _events_logger.isEnabledFor(logging.INFO):
+        for frame in stage.frames:
+            event = frame.event
+            facts = {"vm": event.name, "event": event.type}
+            _events_logger.info("VM %s: %s: %s", event.name, event.status, event.message, extra=facts)
 
 
 def _decide(stage: Stage, message: Request[Any]) -> object:

@@ -211,7 +211,9 @@ class VmActor(Actor):
                 # This incarnation ends; the next one sees for itself.
                 return
             except (Problem, AskTimeout) as error:
-                _logger.warning("VM %s: %s; trying again in %.1f s", self._row.name, error, pause_s)
+                _logger.warning(
+                    "VM %s: %s; trying again in %.1f s", self._row.name, error, pause_s, extra={"vm": self._row.name}
+                )
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, _REPORT_PAUSE_MAX_S)
 
@@ -317,7 +319,9 @@ class VmActor(Actor):
                 await self._live().ask("POST", DAEMON_SHUTDOWN, {"grace_s": grace_s * 0.8})
             except (AgentUnreachable, AgentProtocolError) as error:
                 # It may have heard all the same.
-                _logger.info("VM %s: asked to stop, no proper answer: %s", self._row.name, error)
+                _logger.info(
+                    "VM %s: asked to stop, no proper answer: %s", self._row.name, error, extra={"vm": self._row.name}
+                )
             await trio.sleep_forever()
         return StepFailed(Reason("grace_over", f"the guest did not stop within {grace_s:g} s and is killed"))
 

@@ -263,7 +263,7 @@ class Vms:
                 try:
                     await self._actor(row)
                 except Problem as problem:
-                    _logger.error("VM %s is not under control: %s", row.name, problem.detail)
+                    _logger.error("VM %s is not under control: %s", row.name, problem.detail, extra={"vm": row.name})
 
         async with trio.open_nursery() as nursery:
             for row in self.doors.store.projection.rows():
@@ -289,7 +289,8 @@ class Vms:
             return
         self._refs.pop(row.id, None)
         reason = Reason("control_lost", f"its actor keeps failing: {str(told.reason).splitlines()[0]}")
-        _logger.error("VM %s: control is lost; `volar vms recover %s` tries again: %s", row.name, row.name, told.reason)
+        text = "VM %s: control is lost; `volar vms recover %s` tries again: %s"
+        _logger.error(text, row.name, row.name, told.reason, extra={"vm": row.name})
         lost = msgspec.structs.replace(row, reason=reason)
         await self._journal(CommitSteps(row.id, row.revision, (Step(lost, reason.message),)))
 
@@ -299,7 +300,7 @@ class Vms:
             await self.delete(name)
         except Problem as problem:
             if problem.status != 404:
-                _logger.error("VM %s: %s", name, problem.detail)
+                _logger.error("VM %s: %s", name, problem.detail, extra={"vm": name})
 
     async def _check_memory(self, request: CreateVm) -> None:
         """:raises Problem: 400 when the boot image says that it needs more. One that is not built yet says so later."""
