@@ -183,6 +183,33 @@ def test_an_answer_that_is_cut_short_looks_cut_short(agent: Asker, upstream: Ups
     assert not answer.whole
 
 
+def test_a_workload_that_is_starting_is_waited_for(agent: Asker) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    check = {"command": ["false"], "interval_s": 3600}
+    body = {"entrypoint": ["sleep", "1000"], "port": port, "restart": "never", "health_check": check}
+    assert agent.ask("PUT", wire.DAEMON_WORKLOAD, body).json()["state"] == "starting"
+    clients = [
+        agent.open(b"GET /early HTTP/1.1\r\nHost: a\r\n\r\n"),
+        agent.open(b"CONNECT localhost:%d HTTP/1.1\r\nHost: a\r\n\r\n" % port),
+    ]
+    for client in clients:
+        client.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        client.settimeout(20)
+    with socket.create_server(("127.0.0.1", port)) as listener, contextlib.ExitStack() as stack:
+        listener.settimeout(20)
+        for _ in clients:
+            sock = stack.enter_context(listener.accept()[0])
+            sock.sendall(b"HTTP/1.1 200 Here\r\nContent-Length: 0\r\n\r\n")
+            sock.shutdown(socket.SHUT_WR)
+        for client in clients:
+            assert read_until(client, lambda data: b"\r\n\r\n" in data).startswith(b"HTTP/1.1 200 ")
+    # Others' ports are not.
+    assert agent.ask("CONNECT", f"localhost:{port - 1}").status == 502
+
+
 def test_a_workload_that_refuses_is_a_502(agent: Asker) -> None:
     body = {"entrypoint": ["sleep", "1000"], "port": 1, "restart": "never"}
     agent.ask("PUT", wire.DAEMON_WORKLOAD, body)

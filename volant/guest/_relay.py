@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 
 from volant.model import agent
 
@@ -19,9 +20,14 @@ from ._http import BodyFilter, Framing, Gone, Problem, framing_of, has_left, par
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._http import Headers, Request, Stream
 
 CONNECT_TIMEOUT_S = 10.0
+COMES_S = 30.0
+"""How long a port is waited for at which a workload that is starting will listen."""
+_TRY_AGAIN_S = 0.1
 _BUFFER = 64 * 1024
 _LOOK_AGAIN_MS = 1000
 _POLLRDHUP = 0x2000
@@ -39,14 +45,17 @@ _END_TO_END = {b"content-length", b"content-type", b"host", b"transfer-encoding"
 """What a `Connection` field can't name away: it would change what the message is."""
 
 
-def connect(stream: Stream, request: Request) -> None:
-    """Answer `CONNECT`, and be the connection; :raises Problem: 400, 403, 502 or 504 when there is none."""
+def connect(stream: Stream, request: Request, comes: Callable[[int], bool]) -> None:
+    """Answer `CONNECT`, and be the connection; :raises Problem: 400, 403, 502 or 504 when there is none.
+
+    `comes(port)`: whether somebody will listen there soon.
+    """
     host, colon, text = request.target.rpartition(":")
     if not colon or not text.isascii() or not text.isdecimal() or len(text) > 5 or not 0 < int(text) < 65536:
         raise Problem(400, "CONNECT wants host:port")
     if host not in _LOOPBACK:
         raise Problem(403, f"only the guest's loopback can be reached, not {host[:80]}")
-    upstream = dial(int(text), ipv6=host == "[::1]", what=f"port {int(text)} of the guest")
+    upstream = dial(int(text), comes, ipv6=host == "[::1]", what=f"port {int(text)} of the guest")
     with upstream:
         stream.answered = True
         stream.send(b"HTTP/1.1 200 Connected\r\n\r\n")
@@ -54,8 +63,22 @@ def connect(stream: Stream, request: Request) -> None:
         relay.run()
 
 
-def dial(port: int, *, ipv6: bool = False, what: str = "the workload") -> socket.socket:
-    """Return a connection to a port of the loopback; :raises Problem: 502 or 504."""
+def dial(port: int, comes: Callable[[int], bool], *, ipv6: bool = False, what: str = "the workload") -> socket.socket:
+    """Return a connection to a port of the loopback; :raises Problem: 502 or 504.
+
+    A VM runs when its agent answers, and its workload begins then. So who asks for what comes is not turned away.
+    """
+    give_up_at = time.monotonic() + COMES_S
+    while True:
+        try:
+            return _dial(port, ipv6, what)
+        except Problem as problem:
+            if problem.status != 502 or not comes(port) or time.monotonic() > give_up_at:
+                raise
+        time.sleep(_TRY_AGAIN_S)
+
+
+def _dial(port: int, ipv6: bool, what: str) -> socket.socket:
     family, host = (socket.AF_INET6, "::1") if ipv6 else (socket.AF_INET, "127.0.0.1")
     upstream = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -71,12 +94,14 @@ def dial(port: int, *, ipv6: bool = False, what: str = "the workload") -> socket
     return upstream
 
 
-def forward(stream: Stream, request: Request, target: str, port: int) -> None:
+def forward(stream: Stream, request: Request, target: str, port: int, comes: Callable[[int], bool]) -> None:
     """Send a request to the workload at `port` with the path `target`, and its answer back.
+
+    `comes` as in `connect`.
 
     :raises Problem: 502 or 504, the workload did not answer; :raises Gone: the client left
     """
-    with dial(port) as upstream:
+    with dial(port, comes) as upstream:
         upgrade = request.header(b"upgrade") if _wants_upgrade(request.headers) else b""
         if upgrade and not request.framing.empty:
             raise Problem(400, "a request to upgrade can't have a body")

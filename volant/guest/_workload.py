@@ -130,6 +130,10 @@ class Workload:
         spec = self._spec
         return spec.port if spec else None
 
+    def comes(self, port: int) -> bool:
+        """Whether it will listen at `port` soon, as far as anybody can tell."""
+        return self._state == "starting" and port == self.port
+
     def status(self) -> dict[str, object]:
         """Return a `agent_types.WorkloadStatus`."""
         with self._lock:
