@@ -5,29 +5,34 @@ from __future__ import annotations
 import os
 import pwd
 import signal
+import socket
 import sys
 from pathlib import Path
 
+from ._catalogue import PORT
+
 USER = "browser"
+BACKLOG = 32
 
 
 def main() -> int:
     """Run until SIGTERM."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     if os.geteuid() == 0:
         entry = pwd.getpwnam(USER)
         os.initgroups(USER, entry.pw_gid)
         os.setgid(entry.pw_gid)
         os.setuid(entry.pw_uid)
         os.environ["HOME"] = entry.pw_dir
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     from ._chromium import Chromium
 
+    # First of all, as it takes longest. Whoever connects meanwhile waits, and is not turned away.
     chromium = Chromium(Path.home())
-    # First of all, as it takes longest; meanwhile the server is imported.
     chromium.start()
+    listener = socket.create_server(("127.0.0.1", PORT), backlog=BACKLOG)
     from ._server import Server
 
-    Server(chromium).start()
+    Server(chromium, listener).start()
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
     chromium.stop()
     return 0

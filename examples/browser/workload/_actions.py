@@ -20,7 +20,7 @@ _PAPER_CM = {
     "legal": (21.59, 35.56),
 }
 _CM_PER_INCH = 2.54
-_LIFECYCLE = {"commit": "commit", "domcontentloaded": "DOMContentLoaded", "load": "load", "networkidle": "networkIdle"}
+_LIFECYCLE = {"domcontentloaded": "DOMContentLoaded", "load": "load", "networkidle": "networkIdle"}
 _HTML = """(() => {
     const type = document.doctype ? new XMLSerializer().serializeToString(document.doctype) + "\\n" : "";
     return [location.href, document.title, type + (document.documentElement?.outerHTML ?? "")];
@@ -101,8 +101,8 @@ def _navigate(page: Session, fields: dict[str, Any], deadline: Deadline) -> Answ
     if opened.get("errorText"):
         hint = "see that the server runs, and that the guest has a way to it"
         raise Failed(422, f"{url[:200]} can't be opened: {opened['errorText']}", field="url", hint=hint)
-    # Without a loader it is another place in the same document.
-    if "loaderId" in opened:
+    # Without a loader it is another place in the same document; and it is committed by now, whatever it is.
+    if "loaderId" in opened and fields["wait_until"] != "commit":
         page.wait_for(lambda: _LIFECYCLE[fields["wait_until"]] in reached, deadline)
     where, title, _ = _evaluate_own(page, deadline)
     loader = page.call("Page.getFrameTree", deadline)["frameTree"]["frame"]["loaderId"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -20,7 +21,6 @@ _FLAGS = (
     "--no-sandbox",
     "--no-zygote",
     "--disable-gpu",
-    "--disable-dev-shm-usage",
     "--disable-background-networking",
     "--no-first-run",
     "--hide-scrollbars",
@@ -43,6 +43,7 @@ class Chromium:
 
     def __init__(self, home: Path) -> None:
         self._profile = home / "profile"
+        self._flags = shlex.split(os.environ.get("CHROMIUM_FLAGS", ""))
         self._changed = threading.Condition()
         self._connection: Connection | None = None
         self._pid: int | None = None
@@ -173,7 +174,7 @@ class Chromium:
             commands, answers = ends[4:]
             pid = os.posix_spawn(
                 PROGRAM,
-                [PROGRAM, *_FLAGS, f"--user-data-dir={self._profile}", "about:blank"],
+                [PROGRAM, *_FLAGS, f"--user-data-dir={self._profile}", *self._flags, "about:blank"],
                 os.environ,
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
@@ -182,6 +183,9 @@ class Chromium:
                     (os.POSIX_SPAWN_DUP2, answers, 4),
                 ],
                 setpgroup=0,
+                # Else it would be as deaf to signals as this process is.
+                setsigmask=(),
+                setsigdef=(signal.SIGPIPE,),
             )
         except BaseException:
             for end in ends:

@@ -8,13 +8,14 @@ has to say that it is JSON, which a page can't send elsewhere without asking fir
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from ._actions import Failed, perform
-from ._catalogue import ACTIONS, PORT, BadInput, checked, openapi
+from ._catalogue import ACTIONS, BadInput, checked, openapi
 from ._cdp import MAX_MESSAGE, Ended, Late, Refused, TooLarge
 from ._chromium import Chromium
 
@@ -22,21 +23,23 @@ _MAX_BODY = 1024 * 1024
 _MAX_CONNECTIONS = 32
 _MAX_ACTIONS = 8
 _SOCKET_S = 30.0
-_HOSTS = {"localhost", "127.0.0.1", "[::1]"}
+_HOSTS = {"localhost", "127.0.0.1", "[::1]", "agent"}
+"""`agent`: as Volant's agent calls it, whose routes lead here too. No page has such a name."""
 
 
 class Server(ThreadingHTTPServer):
     """At most 32 connections, of which at most 8 act."""
 
     daemon_threads = True
-    allow_reuse_address = True
-    request_queue_size = _MAX_CONNECTIONS
 
-    def __init__(self, chromium: Chromium, port: int = PORT) -> None:
+    def __init__(self, chromium: Chromium, listener: socket.socket) -> None:
+        """`listener` is served, and is the server's from now on."""
+        super().__init__(listener.getsockname(), _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
         self.chromium = chromium
         self.acting = threading.BoundedSemaphore(_MAX_ACTIONS)
         self._connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
-        super().__init__(("127.0.0.1", port), _Handler)
 
     def start(self) -> None:
         """Serve in a thread of its own."""
@@ -65,6 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _SOCKET_S
 
     def do_GET(self) -> None:
+        """The document and the health."""
         path = self.path.partition("?")[0]
         if not self._is_for_us():
             return
@@ -78,6 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._problem(404, f"there is no {path[:200]}", hint=_routes())
 
     def do_POST(self) -> None:
+        """An action."""
         action = self.path.partition("?")[0].removeprefix("/")
         if not self._is_for_us():
             return
