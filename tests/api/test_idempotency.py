@@ -13,7 +13,7 @@ import trio
 
 from tests.api.kit import Api, api
 from volant.api import ApiSettings
-from volant.journal import Kept, KeepRefusal, Once
+from volant.journal import KeepRefusal, Kept, Once
 from volant.model import CreateVm, Problem, VmRow
 
 GOOD = {"name": "demo", "cpu_cores": 1, "memory_mb": 128}
@@ -174,7 +174,7 @@ async def test_one_under_way_is_409_and_is_done_once(served: Api) -> None:
 
 
 async def test_the_journal_decides_which_came_first(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when a client comes back while its first request waits in a mailbox: nothing is kept yet when it is looked up."""
+    """A client comes back while its first request waits in a mailbox: nothing is kept yet when it is looked up."""
     await served.crashed("demo")
     paths = ("/api/v1/vms/demo/restart", "/api/v1/vms/nobody/start")
     first = [await post(served, path, If_Match="*") for path in paths]
@@ -207,9 +207,10 @@ async def test_what_is_no_key_is_400(served: Api, key: str) -> None:
 
 async def test_keys_belong_to_who_asks(tmp_path: Path) -> None:
     async with api(tmp_path, ApiSettings(api_keys=("one-0123456789abcdef", "two-0123456789abcdef"))) as served:
-        answers: list[Any] = []
-        for api_key in ("one-0123456789abcdef", "two-0123456789abcdef", "one-0123456789abcdef"):
-            answers.append(await post(served, "/api/v1/vms", body=GOOD, X_Volant_API_Key=api_key))
+        answers = [
+            await post(served, "/api/v1/vms", body=GOOD, X_Volant_API_Key=api_key)
+            for api_key in ("one-0123456789abcdef", "two-0123456789abcdef", "one-0123456789abcdef")
+        ]
         assert [answer.status_code for answer in answers] == [201, 409, 201]
         same(answers[0], answers[2])
 
