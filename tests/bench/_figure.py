@@ -54,6 +54,11 @@ class Pairs:
         self.ours = list(ours)
         self.bare = list(bare)
 
+    def add(self, ours: float, bare: float) -> None:
+        """One more pair."""
+        self.ours.append(ours)
+        self.bare.append(bare)
+
     @property
     def value(self) -> float:
         """The median of our side."""

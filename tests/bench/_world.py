@@ -63,9 +63,9 @@ def volantd() -> Iterator[Daemon]:
 
 
 @contextmanager
-def listening(module: str) -> Iterator[str]:
+def listening(module: str, *arguments: str) -> Iterator[str]:
     """`python -m module`, which prints where it listens; gives that address."""
-    process = subprocess.Popen([sys.executable, "-m", module], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE)
     with ended(process):
         assert process.stdout is not None
         readable, _, _ = select.select([process.stdout], [], [], _LISTEN_S)
