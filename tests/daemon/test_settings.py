@@ -136,6 +136,9 @@ def test_the_credential_of_systemd_is_the_key_file_if_no_other_is_named(tmp_path
     named = settings(CREDENTIALS_DIRECTORY=str(tmp_path), VOLANT_API_KEY_FILE=str(tmp_path / "other"))
     assert keys_of(named) == [KEY[::-1]]
     assert keys_of(settings(CREDENTIALS_DIRECTORY=str(tmp_path / "none"))) == []
+    for place, warned in ((tmp_path / "none", 1), (tmp_path.parent, 0)):
+        warnings = load([], {"CREDENTIALS_DIRECTORY": str(place)}, uid=0)[1]
+        assert len(warnings) == warned
     with pytest.raises(SettingsError, match="credential"):
         settings(CREDENTIALS_DIRECTORY=str(tmp_path / "other"))
 

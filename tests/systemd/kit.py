@@ -46,6 +46,8 @@ done
 mount --bind "$ROOT/units" /usr/lib/systemd/system
 mount --bind "$ROOT/var" /var
 mkdir -p /run/lock /var/tmp
+# As on a host: what systemd mounts for a service in a namespace (its credentials) comes about here.
+mount --make-rshared /
 exec env -i container=oci PATH="$PATH" /lib/systemd/systemd --system --unit=multi-user.target --log-target=journal
 """
 

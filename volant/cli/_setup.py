@@ -25,6 +25,8 @@ DIRECTORY = Path("/etc/systemd/system")
 
 _ENABLED = ("volantd.socket", "volant-guests.service", "volantd.service")
 _BOOTED = Path("/run/systemd/system")
+_ENVIRONMENT = Path("/etc/default/volantd")
+"""The daemon's settings as a service."""
 _RUNTIME = Path("/run/volant")
 _KEPT = (Path("/var/lib/volant"), Path("/var/cache/volant"))
 _HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
@@ -84,6 +86,9 @@ class _Work:
     def __init__(self, out: Output, dry: bool) -> None:
         self._out = out
         self.dry = dry
+
+    def warn(self, text: str) -> None:
+        self._out.note(text)
 
     def write(self, path: Path, text: str) -> bool:
         """Whether it is another text than there was."""
@@ -149,8 +154,24 @@ def _check(what: str) -> None:
         raise Failure(f"only root can {what} services", hint="try it with sudo; --dry-run shows what it would do")
 
 
+def _addresses_that_do_nothing() -> str | None:
+    """The addresses that the service's settings name, if they do: there the socket unit has the word."""
+    try:
+        lines = _ENVIRONMENT.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    given = (line.partition("=") for line in map(str.strip, lines))
+    values = [value.strip("\"' ") for name, _, value in given if name.strip() == "VOLANT_API_LISTEN_ADDR"]
+    return values[-1] if values and values[-1] else None
+
+
 def _install(work: _Work) -> None:
     units = rendered()
+    if (addresses := _addresses_that_do_nothing()) is not None:
+        work.warn(
+            f"VOLANT_API_LISTEN_ADDR={addresses} in {_ENVIRONMENT} does nothing here: systemd holds the sockets; "
+            "`systemctl edit volantd.socket` says where to listen"
+        )
     if not work.dry:
         _check("install")
     changed = {name for name, text in units.items() if work.write(DIRECTORY / name, text)}
@@ -173,7 +194,7 @@ def _uninstall(work: _Work, stop_vms: bool, purge: bool) -> None:
         if not stop_vms and (running := _scopes()):
             raise Failure(
                 f"{len(running)} VMs run: {', '.join(running[:10])}",
-                hint="stop them (`volar system drain --stop`), or say --stop-vms",
+                hint="stop them (`volar system drain --stop-vms --wait`), or say --stop-vms",
             )
     work.systemctl("disable", "--now", "volantd.service", "volantd.socket", may_fail=True)
     # Asks the guests, then what is left of them goes with the slice.

@@ -37,7 +37,7 @@ from volant.vm import VmDoors, Vms, VmSettings, instance_of
 
 from ._directories import DirectoryError, claimed, disk_dir, memory_dir, remove
 from ._protection import Protection
-from ._settings import RELOADED, Settings, SettingsError, check, split
+from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, split
 from ._sockets import ListenError, address_of, listening, setting_of
 from ._systemd import Notifier
 
@@ -79,6 +79,7 @@ async def run(
     """
     notifier = notifier or Notifier(None)
     if handed_in:
+        _tell_of_addresses(handed_in, settings)
         settings = _listening_on(handed_in, settings)
         if reread is not None:
             reread = partial(_reread_but_addresses, reread, handed_in)
@@ -99,6 +100,18 @@ async def run(
                     pass
     except (DirectoryError, ListenError) as error:
         raise DaemonError(str(error)) from error
+
+
+def _tell_of_addresses(sockets: Sequence[socket.socket], settings: Settings) -> None:
+    """Addresses that somebody has meant and that are not listened on."""
+    given = [setting_of(sock) for sock in sockets]
+    unused = [address for address in split(settings.api_listen_addr) if address not in (*given, DEFAULT_ADDRESS)]
+    if unused:
+        _logger.warning(
+            "api_listen_addr %s does nothing, as systemd has bound %s; change it with `systemctl edit volantd.socket`",
+            ", ".join(unused),
+            ", ".join(given),
+        )
 
 
 def _listening_on(sockets: Sequence[socket.socket], settings: Settings) -> Settings:

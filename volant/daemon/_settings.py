@@ -25,6 +25,8 @@ _NO_FLAG = {"api_key"}
 _NEVER_EMPTY = {"api_key", "api_key_file", "api_allow_cidr", "trusted_proxies"}
 _CREDENTIAL = "volant-api-key"
 
+DEFAULT_ADDRESS = "127.0.0.1:7777"
+
 RELOADED = ("api_key", "api_key_file", "api_allow_cidr", "trusted_proxies", "allowed_hosts", "cors_origins")
 """What a running daemon takes anew from its settings."""
 
@@ -36,7 +38,7 @@ class SettingsError(Exception):
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings of `volantd`, with their defaults for an ordinary user; see `load`."""
 
-    api_listen_addr: str = "127.0.0.1:7777"
+    api_listen_addr: str = DEFAULT_ADDRESS
     """Where to listen: `HOST:PORT` or `unix:/PATH`, comma-separated. Port 0 takes a free one."""
     state_dir: Path
     """What must survive: the database, VM logs, VMs' disks."""
@@ -88,11 +90,11 @@ def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = N
     config = flags.pop("config") or environ.get("VOLANT_CONFIG")
     values: dict[str, Any] = dict(_default_dirs(environ, os.getuid() if uid is None else uid))
     sources = dict.fromkeys(values, "the default")
-    credential = _credential(environ)
+    warnings: list[str] = []
+    credential = _credential(environ, warnings)
     if credential is not None:
         values["api_key_file"] = credential
         sources["api_key_file"] = "systemd's credentials"
-    warnings: list[str] = []
 
     for source, layer in (
         (str(config), _read_file(Path(config)) if config else {}),
@@ -206,7 +208,7 @@ def _default_dirs(environ: Mapping[str, str], uid: int) -> dict[str, Path]:
     }
 
 
-def _credential(environ: Mapping[str, str]) -> Path | None:
+def _credential(environ: Mapping[str, str], warnings: list[str]) -> Path | None:
     """The key file that systemd hands in. One that is there and can't be looked at is an error, not none."""
     directory = environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
@@ -215,6 +217,9 @@ def _credential(environ: Mapping[str, str]) -> Path | None:
     try:
         path.lstat()
     except FileNotFoundError:
+        if not Path(directory).exists():
+            # Not for want of a key alone: so it is, too, where what systemd has mounted there does not arrive here.
+            warnings.append(f"there is no {directory}, where systemd hands keys in; none is taken from there")
         return None
     except OSError as error:
         raise SettingsError(f"systemd's credential {path} can't be read: {error.strerror}") from None

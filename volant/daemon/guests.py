@@ -30,7 +30,7 @@ def main() -> None:
         logging.error("%s", error)
         sys.exit(2)
     except DirectoryError as error:
-        logging.error("%s; `volar system drain --stop` stops guests while the daemon runs", error)
+        logging.error("%s; `volar system drain --stop-vms` stops guests while the daemon runs", error)
         sys.exit(1)
     sys.exit(1 if left else 0)
 

@@ -52,7 +52,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         trio.run(partial(run, settings, again, handed_in=sockets, notifier=notifier))
-    except (DaemonError, SettingsError) as error:
+    except SettingsError as error:
+        sys.exit(_complain(str(error), 2))
+    except DaemonError as error:
         sys.exit(_complain(str(error), 1))
     except KeyboardInterrupt:
         sys.exit(130)
