@@ -15,6 +15,7 @@ from functools import partial
 
 import trio
 
+from ._adoption import adoption, idle
 from ._boot import create_to_agent
 from ._figure import Figure
 from ._journal import journal, vmlog
@@ -32,6 +33,8 @@ def main() -> int:
     """Run the benches; 1 when one of them failed or, with `--check`, a target was missed."""
     benches: dict[str, Bench] = {
         "create_to_agent": create_to_agent,
+        "adoption": adoption,
+        "idle": idle,
         "get_vm": get_vm,
         "healthz": healthz,
         "healthz_busy": healthz_busy,

@@ -105,14 +105,14 @@ class Ours:
             # The connection and the client's own first-time costs are no part of a create.
             (await http.get("/healthz")).raise_for_status()
             body = {"name": WANTED.name, "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb}
-            cpu_before_s = _cpu_s(self._daemon.pid)
+            cpu_before_s = cpu_s(self._daemon.pid)
             began = time.perf_counter()
             made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=2 * BOOT_S)
             info = await http.get(f"/api/v1/vms/{WANTED.name}/agent/v1/info")
             seconds = time.perf_counter() - began
             if made.headers.get("volant-wait") != "met" or "boot_id" not in info.json():
                 raise RuntimeError(f"the VM did not boot: {made.text}\n{self._daemon.log()}")
-            self.cpu_s.append(_cpu_s(self._daemon.pid) - cpu_before_s + _cpu_s(made.json()["pid"]))
+            self.cpu_s.append(cpu_s(self._daemon.pid) - cpu_before_s + cpu_s(made.json()["pid"]))
             (await http.delete(f"/api/v1/vms/{WANTED.name}", timeout=90)).raise_for_status()
             return seconds
 
@@ -134,7 +134,7 @@ class Bare:
             try:
                 await ask_agent(spec.agent_path)
                 seconds = time.perf_counter() - began
-                self.cpu_s.append(_cpu_s(process.pid))
+                self.cpu_s.append(cpu_s(process.pid))
                 return seconds
             except Exception as error:
                 said = spec.log_path.read_text(errors="replace")[-2000:]
@@ -163,7 +163,7 @@ async def ask_agent(socket_path: Path) -> None:
         raise RuntimeError(f"the agent answered {answer}")
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
     """Processor time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

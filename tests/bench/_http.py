@@ -31,6 +31,18 @@ def get(base_url: str, path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: {urlsplit(base_url).netloc}\r\n\r\n".encode()
 
 
+def get_once(base_url: str, path: str) -> int:
+    """The status of one answer, on a connection of its own."""
+    with connect(base_url) as sock:
+        sock.sendall(get(base_url, path).removesuffix(b"\r\n") + b"Connection: close\r\n\r\n")
+        with sock.makefile("rb") as answer:
+            head = answer.readline()
+            answer.read()
+    if not head.startswith(b"HTTP/1.1 "):
+        raise LoadError(f"the server answered {head!r}")
+    return int(head.split()[1])
+
+
 def requests_per_s(base_url: str, path: str, *, connections: int, seconds: float) -> float:
     """How many requests a second are answered with 200 on so many connections, each asking again at once."""
     request = get(base_url, path)

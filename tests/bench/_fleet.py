@@ -1,0 +1,191 @@
+"""Many running VMs without a hypervisor, which a real daemon on the real host takes for its own.
+
+A host has memory for some dozens of emulated guests, and a bench needs a thousand. So these stand in: a shell that
+waits, with the mark on its command line, for each QEMU; and one process behind all their sockets, which speaks QMP and
+has the simulated guest's agent (`volant.testing`) on each port. The rows come from `decide` and the journal, as the
+daemon's own do. Nothing of the daemon is replaced: it reads /proc, holds pidfds, and talks over Unix sockets.
+
+`python -m tests.bench._fleet DIRECTORY MARKS` is the guests' process; DIRECTORY has one for each VM, by its id.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import trio
+
+from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
+from tests.system.kit import Daemon
+from volant.host import Host, _stat
+from volant.hypervisor import MachineSpec
+from volant.journal import CommitSteps, CreateRow, Journal, Store
+from volant.model import AgentAnswered, CreateVm, ImageReady, Launched, ProcessIdentity, Seen, Woke, decide
+from volant.testing._guest import SimGuest, SimPort
+from volant.vm import VmSettings, instance_of
+from volant.vm._steps import CUSTOM_IMAGE, machine_spec, mark_of
+
+from ._world import listening
+
+_ASK_S = 60.0
+_AT_ONCE = 32
+_GREETING: dict[str, Any] = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 13}}}}
+
+
+@asynccontextmanager
+async def fleet(daemon: Daemon, count: int) -> AsyncIterator[None]:
+    """So many running VMs in the state of a daemon that has not been started yet, for the length of a block."""
+    host = Host()
+    processes: list[subprocess.Popen[bytes]] = []
+    for directory in (daemon.state_dir, daemon.runtime_dir):
+        directory.mkdir(mode=0o700)
+    store = Store(host, daemon.state_dir / "volant.db")
+    child = Child("journal", lambda: Journal(store))
+    try:
+        async with open_system(Supervisor(ONE_FOR_ONE, intensity=1, period_s=60, children=[child])) as system:
+            ref: Ref[Journal] = system["journal"]
+            numbers = iter(range(count))
+
+            async def make_some() -> None:
+                for number in numbers:
+                    await _make(daemon, host, ref, number, processes)
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(_AT_ONCE):
+                    nursery.start_soon(make_some)
+        store.events.close()
+        prefix = mark_of(instance_of(daemon.state_dir), store.projection.rows()[0]).rpartition("-")[0]
+        with listening("tests.bench._fleet", str(daemon.runtime_dir / "vms"), prefix):
+            yield
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+
+
+@asynccontextmanager
+async def idle_daemon(count: int) -> AsyncIterator[Daemon]:
+    """A daemon that has not been started, and so many VMs of its that run."""
+    # No VM of it boots, so nothing is in the cache.
+    daemon = Daemon(Path("/nonexistent"), ephemeral=False)
+    daemon.command[daemon.command.index("--cache-dir") + 1] = str(daemon.root / "c")
+    try:
+        if count:
+            async with fleet(daemon, count):
+                yield daemon
+        else:
+            yield daemon
+    finally:
+        if daemon.runs:
+            daemon.kill()
+        shutil.rmtree(daemon.memory_dir, ignore_errors=True)
+        shutil.rmtree(daemon.root, ignore_errors=True)
+
+
+async def _make(
+    daemon: Daemon, host: Host, journal: Ref[Journal], number: int, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    row = await journal.ask(CreateRow(CreateVm(name=f"vm{number}", cpu_cores=1, memory_mb=128)), timeout_s=_ASK_S)
+    settings = VmSettings(
+        runtime_dir=daemon.runtime_dir,
+        cache_dir=daemon.root / "c",
+        memory_dir=daemon.memory_dir,
+        disk_dir=daemon.state_dir / "disks",
+    )
+    mark = mark_of(instance_of(daemon.state_dir), row)
+
+    async def see(seen: Seen) -> None:
+        nonlocal row
+        steps = decide(row, seen, datetime.now(UTC))
+        if steps:
+            after = await journal.ask(CommitSteps(row.id, row.revision, steps), timeout_s=_ASK_S)
+            assert after is not None
+            row = after
+
+    await see(Woke(None))
+    spec = machine_spec(settings, row, "tcg")
+    await see(ImageReady(CUSTOM_IMAGE, mark, str(spec.console_socket_path)))
+    await host.mkdir(spec.directory)
+    await host.make_fifo(spec.console_input_path)
+    await host.write_bytes(spec.console_path, b"the guest says something\r\n")
+    process = _wait_as_qemu(spec, mark)
+    processes.append(process)
+    identity = ProcessIdentity(pid=process.pid, start_time=_stat(process.pid)[0], boot_id=host.boot_id(), mark=mark)
+    await see(Launched(identity, "qemu", "tcg"))
+    await see(AgentAnswered())
+
+
+def _wait_as_qemu(spec: MachineSpec, mark: str) -> subprocess.Popen[bytes]:
+    # Opening a pipe that nobody writes to waits for ever.
+    argv = ["sh", "-c", f"read line <{spec.console_input_path.name}", "qemu-system-x86_64", "-name", f"guest={mark}"]
+    with spec.log_path.open("wb") as log:
+        return subprocess.Popen(
+            argv, cwd=spec.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+class _Guest:
+    """What one daemon at a time finds behind the sockets of one QEMU."""
+
+    def __init__(self, directory: Path, mark: str) -> None:
+        self._directory = directory
+        self._mark = mark
+        self._guest = SimGuest(Random(mark), time.time_ns, lambda: None)
+        self._guest.up.set()
+
+    def listen(self, nursery: trio.Nursery) -> None:
+        for name, serve in (("qmp.sock", self._control), ("agent.sock", self._agent)):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(str(self._directory / name))
+            sock.listen(4)
+            listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+            nursery.start_soon(partial(trio.serve_listeners, serve, [listener]))
+
+    async def _agent(self, stream: trio.SocketStream) -> None:
+        await SimPort(self._guest, stream).run()
+
+    async def _control(self, stream: trio.SocketStream) -> None:
+        answers: dict[str, object] = {
+            "qmp_capabilities": {},
+            "query-status": {"status": "running", "running": True},
+            "query-name": {"name": self._mark},
+        }
+        try:
+            await stream.send_all(json.dumps(_GREETING).encode() + b"\r\n")
+            buffer = b""
+            while data := await stream.receive_some(4096):
+                *lines, buffer = (buffer + data).split(b"\n")
+                for line in lines:
+                    said = json.loads(line)
+                    answer = {"return": answers[said["execute"]], "id": said["id"]}
+                    await stream.send_all(json.dumps(answer).encode() + b"\r\n")
+        except trio.BrokenResourceError:
+            pass  # that daemon was killed
+
+
+async def _serve(directories: Sequence[Path], prefix: str) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            for directory in directories:
+                _Guest(directory, f"{prefix}-{directory.name}.1").listen(nursery)
+            print(f"listening on {len(directories)} ports", flush=True)
+            async for _ in signals:
+                break
+            nursery.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    trio.run(_serve, sorted(Path(sys.argv[1]).iterdir()), sys.argv[2])
