@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from volant.model import (
     BASE,
     EDGES,
+    GUEST_SHUTDOWN,
     AgentAnswered,
     AskStop,
     AwaitAgent,
@@ -209,9 +210,19 @@ def test_stop_of_a_crashed_vm_gives_stopped() -> None:
 
 
 def test_a_guest_that_powers_itself_off_is_stopped() -> None:
-    row = see(running(), Ended(EndKind.SHUTDOWN, WHY))
+    why = Reason(GUEST_SHUTDOWN, "the guest shut down")
+    row = see(running(), Ended(EndKind.SHUTDOWN, why))
     assert statuses(row) == ["stopped"]
     assert row.desired is Desired.STOPPED
+    # Who looks later is told that nobody asked for it, until the next boot.
+    stopped = see(row, Cleared())
+    assert (stopped.status, stopped.reason) == (Status.STOPPED, why)
+    assert see(stopped, Verb(VerbKind.START)).reason is None
+
+
+def test_trouble_on_the_way_to_a_stop_is_over_with_it() -> None:
+    row = see(running(), Ended(EndKind.SHUTDOWN, WHY), StepFailed(Reason("unkillable", "it does not end")), Cleared())
+    assert (row.status, row.reason) == (Status.STOPPED, None)
 
 
 def test_a_guest_that_reboots_comes_back() -> None:

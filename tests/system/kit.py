@@ -79,12 +79,17 @@ class Daemon:
     def runs(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def start(self) -> None:
-        """Start it and wait until it listens."""
+    def launch(self) -> None:
+        """Start it and wait for nothing."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, env=self.environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
             )
+
+    def start(self) -> None:
+        """Start it and wait until it listens."""
+        self.launch()
+        assert self.process is not None
         stdout = self.process.stdout
         assert stdout is not None
         with stdout:
@@ -113,6 +118,8 @@ class Daemon:
         assert self.process is not None
         self.process.kill()
         self.process.wait(_STOP_S)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
     def log(self) -> str:
         """What it has said so far, the end of it."""
@@ -319,9 +326,13 @@ async def reachable(client: Client, name: str) -> None:
 @asynccontextmanager
 async def websocket(url: str) -> AsyncIterator[WebSocketConnection]:
     """A WebSocket client. trio-websocket 0.12 leaves its socket open when the server has closed first."""
-    async with open_websocket_url(url) as connection:
-        yield connection
-    await trio.aclose_forcefully(connection._stream)
+    connection: WebSocketConnection | None = None
+    try:
+        async with open_websocket_url(url) as connection:
+            yield connection
+    finally:
+        if connection is not None:
+            await trio.aclose_forcefully(connection._stream)
 
 
 def load(variable: str, *, usual: int, full: int) -> int:

@@ -1,6 +1,7 @@
 """Pure data and pure decisions: no I/O, no clock, no trio."""
 
 from ._decide import (
+    GUEST_SHUTDOWN,
     MAX_RESTARTS,
     AgentAnswered,
     AskStop,
@@ -9,11 +10,13 @@ from ._decide import (
     Effect,
     Ended,
     EndKind,
+    Hold,
     ImageReady,
     Kill,
     Launch,
     Launched,
     PrepareImage,
+    Released,
     Remove,
     Removed,
     RestartDue,
@@ -28,6 +31,7 @@ from ._decide import (
     effect_of,
     settled,
 )
+from ._drain import Drain, draining
 from ._edges import EDGES, IllegalEdge, check_edge
 from ._event import Event, EventId, EventType, event_for
 from ._manifest import (
@@ -90,6 +94,7 @@ __all__ = [
     "BASE",
     "DEVTOOLS_PORT",
     "EDGES",
+    "GUEST_SHUTDOWN",
     "MAX_RESTARTS",
     "NAME_PATTERN",
     "Action",
@@ -103,6 +108,7 @@ __all__ = [
     "CreateVm",
     "Desired",
     "DevTools",
+    "Drain",
     "Duration",
     "Effect",
     "EndKind",
@@ -112,6 +118,7 @@ __all__ = [
     "EventType",
     "Health",
     "HealthCheck",
+    "Hold",
     "IllegalEdge",
     "ImageReady",
     "Kill",
@@ -130,6 +137,7 @@ __all__ = [
     "ProblemDetails",
     "ProcessIdentity",
     "Reason",
+    "Released",
     "Remove",
     "Removed",
     "Resources",
@@ -158,6 +166,7 @@ __all__ = [
     "check_name",
     "check_plain",
     "decide",
+    "draining",
     "effect_of",
     "event_for",
     "format_duration",

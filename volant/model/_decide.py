@@ -26,6 +26,8 @@ from ._row import Desired, Phase, ProcessIdentity, Reason, Status, VmRow
 
 MAX_RESTARTS = 10
 """A policy gives up after so many restarts in a row without a person's `start`."""
+GUEST_SHUTDOWN = "guest_shutdown"
+"""The reason's code of a VM whose guest has powered itself off. Public."""
 
 
 # What is seen ------------------------------------------------------------------------------------------------------
@@ -115,7 +117,13 @@ class RestartDue(msgspec.Struct, frozen=True):
     """The back-off before an automatic restart has passed."""
 
 
-Seen = Verb | Woke | ImageReady | Launched | AgentAnswered | StepFailed | Ended | Cleared | Removed | RestartDue
+class Released(msgspec.Struct, frozen=True):
+    """The daemon does not drain, or does not any more."""
+
+
+Seen = (
+    Verb | Woke | ImageReady | Launched | AgentAnswered | StepFailed | Ended | Cleared | Removed | RestartDue | Released
+)
 
 
 # What is to be done ------------------------------------------------------------------------------------------------
@@ -162,7 +170,13 @@ class RestartLater(msgspec.Struct, frozen=True):
     delay_s: float
 
 
-Effect = PrepareImage | Launch | AwaitAgent | AskStop | Kill | Remove | RestartLater
+class Hold(msgspec.Struct, frozen=True):
+    """Wait until the daemon lets VMs start -> `Released`."""
+
+    boot: str
+
+
+Effect = PrepareImage | Launch | AwaitAgent | AskStop | Kill | Remove | RestartLater | Hold
 
 
 def effect_of(row: VmRow) -> Effect | None:
@@ -180,6 +194,8 @@ def effect_of(row: VmRow) -> Effect | None:
             return Kill(row.mark)
         case Phase.REMOVE:
             return Remove()
+        case Phase.NONE if _is_held(row):
+            return Hold(f"{row.id}.{row.generation}")
         case Phase.NONE:
             return RestartLater(_backoff_s(row.restarts)) if _restarts_by_itself(row) else None
 
@@ -209,12 +225,14 @@ class Step(msgspec.Struct, frozen=True):
     message: str
 
 
-def decide(row: VmRow, seen: Seen, now: datetime) -> tuple[Step, ...]:
+def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tuple[Step, ...]:
     """The changes, in order, that follow from what was seen; empty when there are none.
+
+    `held`: no boot may begin, as the daemon drains. One that is due then begins with `Released`.
 
     :raises Problem: 409 when a verb is not legal now.
     """
-    change = _Change(row, now)
+    change = _Change(row, now, held)
     match seen:
         case Verb():
             _verb(change, seen)
@@ -258,15 +276,19 @@ def decide(row: VmRow, seen: Seen, now: datetime) -> tuple[Step, ...]:
             if _restarts_by_itself(row):
                 change.to("", generation=row.generation + 1, restarts=row.restarts + 1, desired=Desired.RUNNING)
                 _boot(change, f"started again by its restart policy, {row.restarts + 1} of {MAX_RESTARTS}")
+        case Released():
+            if _is_held(row):
+                _boot(change, "started, as the daemon does not drain any more")
     return tuple(change.steps)
 
 
 class _Change:
     """Collects steps; checks each against the table of edges; joins a step that has no message to the next."""
 
-    def __init__(self, row: VmRow, now: datetime) -> None:
+    def __init__(self, row: VmRow, now: datetime, held: bool) -> None:
         self.row = row
         self.now = now
+        self.held = held
         self.steps: list[Step] = []
         self._silent = False
 
@@ -284,7 +306,9 @@ class _Change:
 
 
 def _boot(change: _Change, message: str) -> None:
-    """Begin the wanted boot. Only when nothing of the last one is left."""
+    """Begin the wanted boot, unless it must wait. Only when nothing of the last one is left."""
+    if change.held:
+        return
     change.to(
         message,
         status=Status.STARTING,
@@ -419,7 +443,9 @@ def _ended(change: _Change, kind: EndKind, reason: Reason) -> None:
     elif row.status in (Status.RUNNING, Status.PAUSED):
         if kind is EndKind.SHUTDOWN:
             desired = Desired.RUNNING if row.restart_policy == "always" else Desired.STOPPED
-            change.to("the guest shut itself down", status=Status.STOPPING, phase=Phase.KILL, desired=desired)
+            change.to(
+                "the guest shut itself down", status=Status.STOPPING, phase=Phase.KILL, desired=desired, reason=reason
+            )
         elif kind is EndKind.RESET:
             _boots_again(change, "the guest reboots")
         else:
@@ -461,9 +487,22 @@ def _cleared(change: _Change) -> None:
 
 
 def _stopped(change: _Change) -> None:
-    change.to("stopped", status=Status.STOPPED, reason=None)
+    row = change.row
+    # What went wrong on the way is over; that nobody but the guest wanted it is worth knowing until the next boot.
+    by_itself = row.reason is not None and row.reason.code == GUEST_SHUTDOWN
+    change.to("stopped", status=Status.STOPPED, reason=row.reason if by_itself else None)
     if change.row.desired is Desired.RUNNING and change.row.generation > change.row.booted:
         _boot(change, "started again")
+
+
+def _is_held(row: VmRow) -> bool:
+    """Whether a boot is due and has not begun: only a daemon that drains leaves it at that."""
+    return (
+        row.status in (Status.PENDING, Status.STOPPED, Status.CRASHED)
+        and row.phase is Phase.NONE
+        and row.desired is Desired.RUNNING
+        and row.generation > row.booted
+    )
 
 
 def _restarts_by_itself(row: VmRow) -> bool:

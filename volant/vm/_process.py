@@ -29,7 +29,7 @@ from volant.channel import (
 from volant.host import Host
 from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec
 from volant.journal import VmLog
-from volant.model import Ended, EndKind, ProcessIdentity, Reason, Seen
+from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
 from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_WORKLOAD
 
 from ._console import ConsolePump, console_source
@@ -238,7 +238,7 @@ def _agent_address(spec: MachineSpec) -> Address:
 
 
 _CODES = {
-    EndKind.SHUTDOWN: "guest_shutdown",
+    EndKind.SHUTDOWN: GUEST_SHUTDOWN,
     EndKind.RESET: "guest_reset",
     EndKind.PANICKED: "guest_panicked",
     EndKind.KILLED: "hypervisor_killed",
