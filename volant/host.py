@@ -592,7 +592,8 @@ class Host:
 
     async def put_in_place(self, fresh: Path, path: Path) -> None:
         """Give a finished file its name, in place of what has that name, once it is on the disk; the name is on the
-        disk too when this returns. Both in the same directory. Raises OSError."""
+        disk too when this returns. Both in the same directory. A directory whose files are on the disk can be given its
+        name likewise, if nothing has it. Raises OSError."""
 
         def put() -> None:
             fd = os.open(fresh, os.O_RDONLY | os.O_CLOEXEC)
@@ -604,6 +605,23 @@ class Host:
             self.sync_directory(path.parent)
 
         await trio.to_thread.run_sync(put)
+
+    async def copy_file(self, source: Path, target: Path, mode: int = 0o600) -> None:
+        """Copy the content of a file to a new one. It is not on the disk before `put_in_place`. Not cancelled half-way,
+        so for small files. Raises OSError, also when `target` is there."""
+
+        def copy() -> None:
+            with source.open("rb") as reader:
+                fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+                with os.fdopen(fd, "wb", buffering=0) as writer:
+                    size, done = os.fstat(reader.fileno()).st_size, 0
+                    while done < size:
+                        sent = os.sendfile(writer.fileno(), reader.fileno(), done, size - done)
+                        if not sent:
+                            break
+                        done += sent
+
+        await trio.to_thread.run_sync(copy)
 
     async def keep_tail(self, path: Path, limit: int) -> bool:
         """Cut a file down to nothing when it is larger than `limit` bytes; whether it was.
@@ -669,6 +687,16 @@ class Host:
     def file_size(self, path: Path) -> int:
         """The size in bytes. Raises OSError."""
         return path.stat().st_size
+
+    def disk_usage(self, path: Path) -> int:
+        """The bytes that a file takes on its disk, less than its size where it has holes. Raises OSError."""
+        return path.stat().st_blocks * 512
+
+    def fingerprint(self, path: Path) -> str:
+        """Another one once a file was written to or replaced: device, inode, size and time of modification. Raises
+        OSError."""
+        figures = path.stat()
+        return f"{figures.st_dev}.{figures.st_ino}.{figures.st_size}.{figures.st_mtime_ns}"
 
     def list_directory(self, path: Path) -> list[str]:
         """The names in a directory, sorted. Raises OSError."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from volant.hypervisor import Disk, MachineSpec
+from volant.hypervisor import Disk, MachineSpec, Template
 from volant.hypervisor.qemu._argv import build_argv
 
 SPEC = MachineSpec(
@@ -99,3 +99,15 @@ def test_a_disk_is_a_layer_over_a_base_that_is_only_read() -> None:
         assert any(value.startswith(f"{device},id=root0,drive=root,serial=volant-root") for value in found["-device"])
         assert "volant.root=volant-root debug" in found["-append"][0]
     assert "-blockdev" not in build_argv(SPEC, (10, 0))
+
+
+def test_a_clone_maps_its_template_s_memory_for_reading_and_has_its_command_line() -> None:
+    """Whatever a clone discards, no page of the file goes; and the kernel has read its command line long ago."""
+    base = msgspec.structs.replace(SPEC, name="")
+    clone = msgspec.structs.replace(SPEC, template=Template(Path("/t/memory"), Path("/t/state")))
+    found = options(build_argv(clone, (10, 0)))
+    memory = "memory-backend-file,id=memory0,size=256M,mem-path=/t/memory,share=off,readonly=on,rom=off"
+    assert memory in found["-object"]
+    assert found["-incoming"] == ["defer"]
+    assert found["-append"] == options(build_argv(base, (10, 0)))["-append"]
+    assert "-incoming" not in build_argv(SPEC, (10, 0))

@@ -11,6 +11,7 @@ from ._interface import (
     LaunchFailed,
     Machine,
     MachineSpec,
+    Template,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "LaunchFailed",
     "Machine",
     "MachineSpec",
+    "Template",
 ]

@@ -12,7 +12,14 @@ from volant.model import EndKind, ProcessIdentity
 
 AcceleratorName = Literal["kvm", "tcg"]
 LaunchCode = Literal[
-    "qemu_missing", "memory_refused", "kvm_unavailable", "bad_image", "bad_disk", "exited", "no_answer"
+    "qemu_missing",
+    "memory_refused",
+    "kvm_unavailable",
+    "bad_image",
+    "bad_disk",
+    "template_refused",
+    "exited",
+    "no_answer",
 ]
 
 
@@ -24,8 +31,8 @@ class LaunchFailed(HypervisorError):
     """No machine came to be; nothing of the attempt runs any more.
 
     `code`: `qemu_missing` (not installed, or not to be executed), `memory_refused`, `kvm_unavailable`, `bad_image`
-    (kernel or initramfs missing or not to be loaded), `bad_disk` (likewise the disk), `exited` (for another reason, see
-    the text), `no_answer` (it hung).
+    (kernel or initramfs missing or not to be loaded), `bad_disk` (likewise the disk), `template_refused` (likewise the
+    template that it was to go on from), `exited` (for another reason, see the text), `no_answer` (it hung).
     """
 
     def __init__(self, code: LaunchCode, message: str) -> None:
@@ -43,11 +50,21 @@ class Disk(msgspec.Struct, frozen=True):
     """As `Hypervisor.make_layer` made it."""
 
 
+class Template(msgspec.Struct, frozen=True):
+    """Where a machine goes on from, instead of booting: what `Machine.save` has left of one with the same spec."""
+
+    memory: Path
+    """The guest's memory. Mapped privately: never written to, and shared by all that go on from it."""
+    state: Path
+    """The devices' state."""
+
+
 class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One boot of a machine. Whoever adopts it gives the same one as who launched it."""
 
     vm_id: int
     name: str
+    """The guest's host name. Empty: it is told later, as nothing of a template may name a VM."""
     cpu_cores: int
     memory_mb: int
     kernel: Path
@@ -56,12 +73,16 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     directory: Path
     """Its sockets and its console. Made here, mode 0700."""
     memory_file: Path
-    """The guest's memory, on a file system in RAM, in a directory of mode 0700."""
+    """The guest's memory, on a file system in RAM, in a directory of mode 0700. With `template` there is none."""
     mark: str
     """What its process is known by; no secret."""
     accelerator: AcceleratorName
     root: Disk | None = None
     """The disk with the guest's root filesystem."""
+    template: Template | None = None
+    """Go on from there; the guest then is whatever that was, its host name among it."""
+    in_background: bool = False
+    """Whether everything else on the host comes first."""
     vsock_cid: int | None = None
     """The guest's vsock address, where the host has vhost-vsock: then the agent is reached by it instead of the
     serial port."""
@@ -136,6 +157,10 @@ class Machine(Protocol):
     async def powerdown(self) -> None:
         """Press the power button; the guest may ignore it. Raises HypervisorError."""
 
+    async def save(self, state: Path, timeout_s: float = 30.0) -> None:
+        """Stop the guest for good, bring what it has written to its disk there, and save the devices to a new file.
+        With the memory file that is a `Template`, once the process has ended. Raises HypervisorError."""
+
     async def quit(self, timeout_s: float = 5.0) -> End:
         """Ask the process to end, and kill it when it has not after `timeout_s`. Raises HypervisorError, as `kill`."""
 
@@ -155,9 +180,14 @@ class Hypervisor(Protocol):
     async def accelerator(self) -> AcceleratorName:
         """What `choice` says of it."""
 
-    async def make_layer(self, disk: Disk) -> None:
-        """Make the empty layer of a disk; all or nothing, also over a power cut. Its directory must be there. What a
-        call that was cancelled or killed has left is replaced, or goes with the directory.
+    async def fingerprint(self) -> str:
+        """What a machine must have in common with a template that it goes on from, beside its spec: the hypervisor's
+        version, the kind of machine, the order of its devices."""
+
+    async def make_layer(self, disk: Disk, like: Path | None = None) -> None:
+        """Make the layer of a disk, empty or `like` another one over the same base; all or nothing, also over a power
+        cut. Its directory must be there. What a call that was cancelled or killed has left is replaced, or goes with
+        the directory.
 
         Raises LaunchFailed: `qemu_missing`, `bad_disk`.
         """

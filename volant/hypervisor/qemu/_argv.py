@@ -1,6 +1,6 @@
 """The command line: a pure function of the spec.
 
-Every machine is built so that it can become a template one day: its memory is a file, everything has an id, the
+Every machine is built so that it can be a template or go on from one: its memory is a file, everything has an id, the
 machine type is a versioned one (microvm has no versions), and the set of devices does not depend on what a VM happens
 to use, but for the disk, which a VM has if its plugin has a root filesystem. Sockets, console and log are named
 relative to the machine's directory, which is QEMU's working directory, so that a long path to the state never meets the
@@ -12,6 +12,8 @@ limit of 108 bytes for a socket's name.
   replaced, and stops the guest while its reader sleeps. Input is a named pipe. A pipe ends for its reader with its last
   writer, for ever as far as QEMU is concerned; so a second chardev, connected to nothing, keeps it open for writing. It
   comes first, as opening a pipe to read waits for a writer.
+- A machine that goes on from a template maps the template's memory privately. `readonly` and `rom=off` open the file
+  for reading alone: with less, discarding a page would punch a hole into the file, for all that share it.
 - No `graphics=off`: it makes the firmware write to the serial console, which is the guest's alone.
 - The mark is the guest's `-name`: that is seen on the command line and by QMP, and not by the guest.
 """
@@ -25,6 +27,10 @@ PROGRAM = "qemu-system-x86_64"
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny"
 
+FORMAT = 1
+"""Raised with each change here that gives a guest other devices or another order of them: templates that were made
+before don't fit then."""
+
 CMDLINE = "console=ttyS0 quiet panic=-1"
 """The daemon's own part of the kernel's command line. pvpanic stops the machine before `panic=-1` reboots it; where a
 kernel panics before it has pvpanic, the reboot is seen instead of a guest that hangs."""
@@ -35,8 +41,8 @@ TCG_CODE_MB = 128
 
 def build_argv(spec: MachineSpec, version: tuple[int, int], program: str = PROGRAM) -> list[str]:
     """The command line that starts `spec` on QEMU `version`."""
-    memory = f"memory-backend-file,id=memory0,size={spec.memory_mb}M,mem-path={_quote(str(spec.memory_file))}"
     argv = [
+        *(("nice", "-n", "10") if spec.in_background else ()),
         program,
         *("-name", f"guest={_quote(spec.mark)},debug-threads=on"),
         *("-machine", machine_option(spec.accelerator, version) + ",memory-backend=memory0"),
@@ -44,7 +50,7 @@ def build_argv(spec: MachineSpec, version: tuple[int, int], program: str = PROGR
         *("-cpu", "host" if spec.accelerator == "kvm" else "max"),
         *("-smp", str(spec.cpu_cores)),
         *("-m", f"{spec.memory_mb}M"),
-        *("-object", f"{memory},share=on"),
+        *("-object", _memory(spec)),
         *("-nodefaults", "-no-user-config", "-display", "none"),
         *("-sandbox", SANDBOX),
         *("-msg", "timestamp=on"),
@@ -68,7 +74,15 @@ def build_argv(spec: MachineSpec, version: tuple[int, int], program: str = PROGR
         argv += _disk(spec.root, spec.accelerator)
     if spec.vsock_cid is not None:
         argv += ["-device", f"{_device('vhost-vsock', spec.accelerator)},id=vsock0,guest-cid={spec.vsock_cid}"]
+    if spec.template is not None:
+        argv += ["-incoming", "defer"]
     return argv
+
+
+def _memory(spec: MachineSpec) -> str:
+    path = spec.memory_file if spec.template is None else spec.template.memory
+    access = "share=on" if spec.template is None else "share=off,readonly=on,rom=off"
+    return f"memory-backend-file,id=memory0,size={spec.memory_mb}M,mem-path={_quote(str(path))},{access}"
 
 
 def _disk(disk: Disk, accelerator: AcceleratorName) -> list[str]:
@@ -110,7 +124,8 @@ def _device(kind: str, accelerator: AcceleratorName) -> str:
 def kernel_cmdline(spec: MachineSpec) -> str:
     """The daemon's part, then the VM's own."""
     root = f"{ROOT_PARAMETER}={ROOT_SERIAL}" if spec.root is not None else ""
-    return " ".join(part for part in (CMDLINE, f"volant.hostname={spec.name}", root, spec.cmdline) if part)
+    hostname = f"volant.hostname={spec.name}" if spec.name and spec.template is None else ""
+    return " ".join(part for part in (CMDLINE, hostname, root, spec.cmdline) if part)
 
 
 def _quote(value: str) -> str:

@@ -21,10 +21,11 @@ from volant.hypervisor._interface import (
 )
 from volant.model import ProcessIdentity
 
-from ._argv import ENVIRONMENT, PROGRAM, build_argv
+from ._argv import ENVIRONMENT, FORMAT, PROGRAM, build_argv, machine_option
 from ._machine import attach, last_words
+from ._migration import Migration
 from ._probe import probe, qemu_version
-from ._qmp import QmpClient, QmpLost
+from ._qmp import QmpClient, QmpLost, QmpRefused
 
 LAUNCH_S = 15.0
 SPARE_MEMORY_MB = 192
@@ -89,10 +90,23 @@ class QemuHypervisor:
             return AcceleratorChoice(self._forced, "the settings say so", self._version[2])
         return await probe(self._host, self._cache_dir, self._program, self._version)
 
-    async def make_layer(self, disk: Disk) -> None:
+    async def fingerprint(self) -> str:
+        accelerator = await self.accelerator()
+        if self._version is None:
+            return "none"
+        return f"qemu {self._version[2]}, {accelerator}, {machine_option(accelerator, self._version[:2])}, {FORMAT}"
+
+    async def make_layer(self, disk: Disk, like: Path | None = None) -> None:
         host = self._host
         fresh = disk.layer.with_name(f"{disk.layer.name}.new")
-
+        if like is not None:
+            try:
+                await host.remove_file(fresh)
+                await host.copy_file(like, fresh)
+                await host.put_in_place(fresh, disk.layer)
+            except OSError as error:
+                raise LaunchFailed("bad_disk", f"the layer {disk.layer} can't be made: {error}") from error
+            return
         command = [_IMG, "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(disk.base), str(fresh)]
         try:
             await host.remove_file(fresh)
@@ -148,6 +162,9 @@ class QemuHypervisor:
         for path, what in ((spec.kernel, "kernel"), (spec.initramfs, "initramfs")):
             if not host.exists(path):
                 raise LaunchFailed("bad_image", f"the {what} {path} is missing")
+        for path in (spec.template.memory, spec.template.state) if spec.template is not None else ():
+            if not host.exists(path):
+                raise LaunchFailed("template_refused", f"{path}, from which the guest goes on, is missing")
         for path in (spec.root.base, spec.root.layer) if spec.root is not None else ():
             if not host.exists(path):
                 raise LaunchFailed("bad_disk", f"{path}, of which the guest's disk is made, is missing")
@@ -167,6 +184,8 @@ class QemuHypervisor:
             raise LaunchFailed(
                 "memory_refused", f"the host has {available_mb} MiB of memory left, the guest needs {spec.memory_mb}"
             )
+        if spec.template is not None:
+            return
         try:
             # Taken now: a page that cannot be had later would end the guest in the middle of its work (SIGBUS).
             await host.mkdir(spec.memory_file.parent)
@@ -190,13 +209,18 @@ class QemuHypervisor:
             raise LaunchFailed("bad_disk", f"{layer} is none that this daemon has made")
 
     async def _await_control(self, spec: MachineSpec, process: Process) -> None:
-        """Return once QEMU answers on its control socket: then memory, kernel and devices are what they should be."""
+        """Return once QEMU answers on its control socket: then memory, kernel and devices are what they should be. One
+        that goes on from a template has taken it over then, and runs."""
         answered = False
+        refusal = ""
 
         async def ask(scope: trio.CancelScope) -> None:
-            nonlocal answered
-            await self._greet(spec)
-            answered = True
+            nonlocal answered, refusal
+            try:
+                await self._greet(spec)
+                answered = True
+            except QmpRefused as error:
+                refusal = str(error)
             scope.cancel()
 
         async def watch(scope: trio.CancelScope) -> None:
@@ -216,6 +240,8 @@ class QemuHypervisor:
         process.kill()
         with trio.move_on_after(LAUNCH_S):
             await process.wait()
+        if refusal:
+            raise LaunchFailed("template_refused", refusal)
         last = await last_words(self._host, spec.log_path)
         raise LaunchFailed("no_answer", f"QEMU did not answer within {LAUNCH_S:.0f} s" + (f": {last}" if last else ""))
 
@@ -231,18 +257,33 @@ class QemuHypervisor:
                 continue
             except (OSError, trio.TooSlowError):
                 await trio.sleep_forever()  # the end of the process, or the deadline, says what it is
-            async with stream:
+            lost: QmpLost | None = None
+            refused: QmpRefused | None = None
+            async with stream, trio.open_nursery() as nursery:
                 try:
-                    async with trio.open_nursery() as nursery:
-                        await nursery.start(QmpClient(stream, lambda _name, _data: None).start)
-                        nursery.cancel_scope.cancel()
-                except* QmpLost:
-                    await trio.sleep_forever()
+                    migration = Migration()
+                    qmp = QmpClient(stream, migration.on_event)
+                    await nursery.start(qmp.start)
+                    if spec.template is not None:
+                        await migration.take_over(qmp, spec.template.state)
+                except QmpLost as error:
+                    lost = error
+                except QmpRefused as error:
+                    refused = error
+                nursery.cancel_scope.cancel()
+            if refused is not None:
+                raise refused
+            if lost is not None:
+                await trio.sleep_forever()
             return
 
     async def _why(self, spec: MachineSpec, what: str) -> LaunchFailed:
         last = await last_words(self._host, spec.log_path)
-        return LaunchFailed(classify(last), f"{what}: {last}" if last else f"{what} without a word")
+        code = classify(last)
+        if code == "exited" and spec.template is not None:
+            # Of a machine that boots there is nothing else to refuse.
+            code = "template_refused"
+        return LaunchFailed(code, f"{what}: {last}" if last else f"{what} without a word")
 
 
 def classify(text: str) -> LaunchCode:

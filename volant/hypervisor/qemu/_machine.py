@@ -22,6 +22,7 @@ from volant.host import Host, Process, ProcessGone
 from volant.hypervisor._interface import End, HypervisorError, MachineSpec
 from volant.model import EndKind, ProcessIdentity
 
+from ._migration import Migration
 from ._qmp import QmpClient, QmpLost
 
 ATTACH_S = 10.0
@@ -66,6 +67,7 @@ class QemuMachine:
         self._guest_end: End | None = None
         self._guest_ended = trio.Event()
         self._stopped = trio.Event()
+        self._migration: Migration | None = None
 
     @property
     def identity(self) -> ProcessIdentity:
@@ -107,6 +109,12 @@ class QemuMachine:
 
     async def powerdown(self) -> None:
         await self._execute("system_powerdown")
+
+    async def save(self, state: Path, timeout_s: float = 30.0) -> None:
+        if self._qmp is None:
+            raise HypervisorError("the hypervisor's process is gone")
+        self._migration = Migration()
+        await self._migration.save(self._qmp, state, timeout_s)
 
     async def quit(self, timeout_s: float = 5.0) -> End:
         if self._process is not None:
@@ -192,6 +200,8 @@ class QemuMachine:
         elif name == "STOP":
             # It does not say why, and an internal error of the virtual CPU has no event of its own.
             self._stopped.set()
+        elif self._migration is not None:
+            self._migration.on_event(name, data)
 
     def _set_end(self, end: End) -> None:
         if self._guest_end is None:

@@ -1,0 +1,133 @@
+"""A machine that was saved goes on, as often as one likes, and nothing that goes on changes what it began with."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from tests.hypervisor.test_qemu import POWEROFF, kernel
+from volant.host import Host
+from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec, Template
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.model import EndKind
+
+pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed")
+
+# Waits for a byte that is typed on the serial console, writes to its memory and powers off: it ends where somebody
+# wants it to, in the template or in a clone.
+ONE_WORD = bytes([0xC7, 0x05]) + struct.pack("<II", 0x120000, 0x55AA55AA)
+UNTIL_TYPED = bytes([0x66, 0xBA, 0xFD, 0x03, 0xEC, 0xA8, 0x01, 0x74, 0xF7]) + ONE_WORD + POWEROFF
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+def spec(host: Host, tmp_path: Path) -> MachineSpec:
+    (tmp_path / "kernel").write_bytes(kernel(UNTIL_TYPED))
+    (tmp_path / "initramfs").write_bytes(b"x" * 100)
+    return MachineSpec(
+        vm_id=0,
+        name="",
+        cpu_cores=1,
+        memory_mb=64,
+        kernel=tmp_path / "kernel",
+        initramfs=tmp_path / "initramfs",
+        cmdline="",
+        directory=tmp_path / "t",
+        memory_file=Path("/dev/shm") / f"volant-test-{host.new_id()}" / "t.mem",
+        mark=f"volant-test-{host.new_id()}-0",
+        accelerator="tcg",
+        in_background=True,
+    )
+
+
+@pytest.fixture
+async def qemu(host: Host, spec: MachineSpec, tmp_path: Path) -> AsyncIterator[QemuHypervisor]:
+    yield QemuHypervisor(host, tmp_path / "cache", accelerator="tcg")
+    for identity in await host.processes(spec.mark[:-1]):
+        with host.open_process(identity) as process:
+            process.kill()
+            await process.wait()
+    await host.remove_tree(spec.memory_file.parent)
+
+
+async def saved(qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path) -> Template:
+    identity = await qemu.launch(spec)
+    async with qemu.attach(spec, identity) as machine:
+        await machine.save(tmp_path / "state")
+        await machine.quit()
+    return Template(spec.memory_file, tmp_path / "state")
+
+
+def clone(spec: MachineSpec, number: int, template: Template) -> MachineSpec:
+    return msgspec.structs.replace(
+        spec,
+        name=f"clone{number}",
+        directory=spec.directory.with_name(f"c{number}"),
+        memory_file=spec.memory_file.with_name(f"{number}.mem"),
+        mark=f"{spec.mark[:-1]}{number}",
+        template=template,
+        in_background=False,
+    )
+
+
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+async def test_clones_go_on_and_leave_their_template_alone(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path
+) -> None:
+    with trio.fail_after(60):
+        template = await saved(qemu, spec, tmp_path)
+        before = digest_of(template.memory)
+        for number in (1, 2):
+            machine_spec = clone(spec, number, template)
+            identity = await qemu.launch(machine_spec)
+            assert not machine_spec.memory_file.exists()
+            async with qemu.attach(machine_spec, identity) as machine:
+                assert await machine.status() == "running"
+                async with host.open_pipe(machine_spec.console_input_path) as keyboard:
+                    await keyboard.send_all(b"x")
+                    assert (await machine.ended()).kind is EndKind.SHUTDOWN
+                await machine.quit()
+        assert digest_of(template.memory) == before
+
+
+@pytest.mark.parametrize("what", ["empty", "cut off", "of another size", "missing"])
+async def test_a_template_that_does_not_fit_is_refused_and_no_process_is_left(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path, what: str
+) -> None:
+    with trio.fail_after(60):
+        template = await saved(qemu, spec, tmp_path)
+        wanted = clone(spec, 1, template)
+        if what == "of another size":
+            wanted = msgspec.structs.replace(wanted, memory_mb=96)
+        elif what == "missing":
+            template.memory.unlink()
+        else:
+            data = template.state.read_bytes()
+            template.state.write_bytes(b"" if what == "empty" else data[: len(data) // 2])
+        with pytest.raises(LaunchFailed) as caught:
+            await qemu.launch(wanted)
+        assert caught.value.code == "template_refused", caught.value
+        assert await host.find(wanted.mark) is None
+
+
+async def test_what_cannot_be_saved_is_told(qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path) -> None:
+    with trio.fail_after(60):
+        identity = await qemu.launch(spec)
+        async with qemu.attach(spec, identity) as machine:
+            with pytest.raises(HypervisorError):
+                await machine.save(tmp_path / "nowhere" / "state")
+            await machine.kill()

@@ -1,0 +1,69 @@
+"""A machine's state into a file, and out of it again.
+
+QEMU calls that a migration. With `x-ignore-shared` memory that lies in a file of its own stays there, and what is saved
+are the devices: 130 kB, in some ten milliseconds. QEMU tells of each turn of it by an event, so nobody polls.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from ._qmp import QmpClient, QmpLost, QmpRefused
+
+TAKE_OVER_S = 10.0
+
+_CAPABILITIES = {
+    "capabilities": [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
+}
+_OVER = frozenset({"completed", "failed", "cancelled"})
+
+
+class Migration:
+    """One, on one control socket: give its events to `on_event`."""
+
+    def __init__(self) -> None:
+        self._status = ""
+        self._over = trio.Event()
+
+    def on_event(self, name: str, data: dict[str, Any]) -> None:
+        if name == "MIGRATION":
+            self._status = str(data.get("status"))
+            if self._status in _OVER:
+                self._over.set()
+
+    async def save(self, qmp: QmpClient, state: Path, timeout_s: float) -> None:
+        """Stop the machine and save it. Raises QmpRefused, QmpLost."""
+        await qmp.execute("stop")
+        await qmp.execute("migrate-set-capabilities", _CAPABILITIES)
+        await qmp.execute("migrate", {"uri": f"file:{state}"})
+        await self._end(qmp, timeout_s, "the machine could not be saved")
+
+    async def take_over(self, qmp: QmpClient, state: Path) -> None:
+        """Let a machine that waits go on from a state. Raises QmpRefused, QmpLost; QEMU may end by itself then."""
+        await qmp.execute("migrate-set-capabilities", _CAPABILITIES)
+        await qmp.execute("migrate-incoming", {"uri": f"file:{state}"})
+        await self._end(qmp, TAKE_OVER_S, "the template does not fit")
+        await qmp.execute("cont")
+
+    async def _end(self, qmp: QmpClient, timeout_s: float, failure: str) -> None:
+        async def watch(scope: trio.CancelScope) -> None:
+            await qmp.lost.wait()
+            scope.cancel()
+
+        with trio.move_on_after(timeout_s):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch, nursery.cancel_scope)
+                await self._over.wait()
+                nursery.cancel_scope.cancel()
+        if self._status == "completed":
+            return
+        if qmp.lost.is_set():
+            raise QmpLost(qmp.why)
+        if not self._over.is_set():
+            raise QmpLost(f"QEMU did not come to an end with it within {timeout_s:g} s: {self._status or 'no event'}")
+        info = await qmp.execute("query-migrate")
+        text = info.get("error-desc") if isinstance(info, dict) else None
+        raise QmpRefused(f"{failure}: {text or self._status}")
