@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import final
 
 import trio
-from trio.lowlevel import ParkingLot, checkpoint
+from trio.lowlevel import ParkingLot, cancel_shielded_checkpoint, checkpoint_if_cancelled
 
 from ._fence import check_fence
 
@@ -125,6 +125,10 @@ class Log:
             raise ValueError(f"after={after} lies ahead of the newest frame, {self.newest}")
         return Cursor(self, after)
 
+    def _has(self, after: int) -> bool:
+        """Whether there is something to be told to who has read up to `after`."""
+        return self._closed or after < self._next - 1
+
     def close(self) -> None:
         """No more frames: readers take what is left, then learn that it is the end. May be called again."""
         self._closed = True
@@ -172,12 +176,14 @@ class Cursor:
         `Gap` says that frames are gone; the next call goes on with the oldest that is kept. It is always a checkpoint;
         a cancelled call has taken nothing.
         """
-        await checkpoint()
-        while True:
-            try:
-                return self.take_nowait(max_bytes)
-            except trio.WouldBlock:
-                await self._log._lot.park()
+        await checkpoint_if_cancelled()
+        waited = False
+        while not self._log._has(self.after):
+            await self._log._lot.park()
+            waited = True
+        if not waited:
+            await cancel_shielded_checkpoint()
+        return self.take_nowait(max_bytes)
 
     def take_nowait(self, max_bytes: int) -> list[tuple[int, bytes]] | Gap:
         """As `take`, without waiting.
@@ -189,9 +195,7 @@ class Cursor:
             gap = Gap(self.after, log._first, log.newest)
             self.after = log._first - 1
             return gap
-        if self.after >= log.newest:
-            if log._closed:
-                return []
+        if not log._has(self.after):
             raise trio.WouldBlock
         taken: list[tuple[int, bytes]] = []
         size = 0
@@ -202,5 +206,6 @@ class Cursor:
             if size > max_bytes and taken:
                 break
             taken.append((seq, frame))
-        self.after = taken[-1][0]
+        if taken:
+            self.after = taken[-1][0]
         return taken

@@ -443,6 +443,8 @@ async def test_nothing_else_of_the_browser_is_reached(tmp_path: Path, method: st
         answer = await at.ask(path, method)
         assert answer.status == status
         assert json.loads(answer.body)["hint"]
+        if status == 405:
+            assert answer.headers["allow"] == ("PUT" if path == "/json/new" else "GET")
         assert not at.browser.seen
 
 

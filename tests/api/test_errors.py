@@ -140,6 +140,8 @@ async def test_a_body_of_100_mb_is_413_and_the_client_sees_it(served: Api) -> No
         ("GET", "/api/v1/vms/none/start", 405),
         ("POST", "/api/v1/events/vms", 405),
         ("GET", "/ws/v1/vms/none/logs", 426),
+        ("POST", "/ws/v1/vms/none/logs", 405),
+        ("TRACE", "/ws/v1/agui", 405),
         ("GET", "/api/v1/plugins/none", 404),
         ("GET", "/api/v1/plugins/..", 404),
         ("DELETE", "/api/v1/plugins/none", 404),

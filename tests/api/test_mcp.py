@@ -140,6 +140,12 @@ async def test_what_is_no_message_is_answered_as_json_rpc_wants(
     assert (answer.status_code, message(answer)["error"]["code"]) == (status, code)
 
 
+@pytest.mark.parametrize("id", [{}, [], 1.5, True, None])
+async def test_a_request_whose_id_is_none_is_no_notification(served: Api, id: object) -> None:
+    answer = await served.client.post(PATH, json={"jsonrpc": "2.0", "method": "tools/list", "id": id})
+    assert (answer.status_code, answer.json()["field"]) == (400, "id")
+
+
 async def test_what_is_neither_form_says_which_there_are(served: Api) -> None:
     neither = await served.client.post(PATH, json={"method": "tools/list"})
     assert (neither.status_code, neither.headers["content-type"]) == (400, "application/problem+json")

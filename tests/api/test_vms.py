@@ -142,11 +142,19 @@ async def test_if_match_means_the_vm_and_not_its_name(served: Api) -> None:
     await served.crashed("demo")
     row = served.doors.store.projection.get("demo")
     assert row is not None
-    for tag in (f'"{row.id - 1}-{row.revision}"', f'W/"{row.id}-{row.revision}"', '"x"', "", f'"{row.id}-{10**30}"'):
+    for tag in (f'"{row.id - 1}-{row.revision}"', f'W/"{row.id}-{row.revision}"', '"x"', f'"{row.id}-{10**30}"'):
         answer = await served.client.delete("/api/v1/vms/demo", headers={"if-match": tag})
         assert (answer.status_code, answer.json()["vm"]) == (412, "demo")
-    listed = f'"x", "{row.id}-{row.revision}"'
-    assert (await served.client.delete("/api/v1/vms/demo", headers={"if-match": listed})).status_code == 204
+    listed = [("if-match", '"x"'), ("if-match", f'"y", "{row.id}-{row.revision}"')]
+    assert (await served.client.delete("/api/v1/vms/demo", headers=listed)).status_code == 204
+
+
+async def test_an_empty_if_match_is_no_precondition_and_not_none_either(served: Api) -> None:
+    await served.crashed("demo")
+    for empty in ("", ", ,"):
+        answer = await served.client.delete("/api/v1/vms/demo", headers={"if-match": empty})
+        assert (answer.status_code, answer.json()["field"]) == (400, "If-Match")
+    assert (await served.client.get("/api/v1/vms/demo")).status_code == 200
 
 
 async def test_who_waits_is_let_go_when_the_daemon_stops(served: Api) -> None:

@@ -28,6 +28,7 @@ is a release of Hypercorn that bounds its sends and contains its connections.
 from __future__ import annotations
 
 import logging
+import os
 import select
 import socket
 import struct
@@ -179,11 +180,7 @@ class Connection(TCPServer):
                 if self._torn:
                     return
                 self.writes += 1
-                if len(data) <= SLICE:
-                    with trio.fail_after(self.limits.send_s):
-                        await self.stream.send_all(data)
-                    return
-                view = memoryview(data)
+                view = memoryview(data)[await self._write_now(data) :]
                 for start in range(0, len(view), SLICE):
                     with trio.fail_after(self.limits.send_s):
                         await self.stream.send_all(view[start : start + SLICE])
@@ -194,6 +191,19 @@ class Connection(TCPServer):
             # Part of a frame may be out, or the protocol believes that it is: nothing can follow.
             self.tear()
             raise
+
+    async def _write_now(self, data: bytes) -> int:
+        """Give the kernel what it takes at once, a slice at most; how much that was. It is a checkpoint, and spares
+        most writes their deadline: an event for five hundred readers is five hundred writes."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            sent = os.write(self._socket.fileno(), data if len(data) <= SLICE else memoryview(data)[:SLICE])
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise trio.BrokenResourceError from error
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return sent
 
     async def _end(self) -> None:
         """Close our half; the reader goes on and drops what comes, for a moment."""

@@ -47,6 +47,7 @@ _ANSWERS_AT_ONCE = 4
 _FIRST_PAUSE_S = 0.1
 _LAST_PAUSE_S = 1.0
 
+_NEW = re.compile(r"/ws/v1/vms/([^/]*)/devtools/(json/new/?)\Z")
 _ROUTE = re.compile(r"/ws/v1/vms/([^/]*)/devtools(?:/(.*))?\Z", re.DOTALL)
 _SOCKET = r"(?:browser|page)/[A-Za-z0-9._-]{1,128}"
 _SOCKET_PATH = re.compile(rf"(?:devtools/)?({_SOCKET})\Z")
@@ -56,7 +57,7 @@ _FRONTEND_URL = re.compile(rf"(?P<page>[^?#]*)\?(?:[^#]*&)?wss?=[^/&#]*/devtools
 _HOSTED_FRONTEND = "https://chrome-devtools-frontend.appspot.com/"
 _BUNDLED_FRONTEND = "devtools://devtools/bundled/inspector.html"
 """In every Chromium. A guest's own frontend could not run here, as a guest's pages are sandboxed."""
-_TOLD = re.compile(r"json(?:/(version|list|protocol|new)/?|/(?:activate|close)/[A-Za-z0-9._-]{1,128}|/?)\Z")
+_TOLD = re.compile(r"json(?:/(?:version|list|protocol|new)/?|/(?:activate|close)/[A-Za-z0-9._-]{1,128}|/?)\Z")
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,11 @@ class Place:
 def routes(doors: Doors, relay: Relay, turns: Turns, access: Access) -> list[StreamRoute]:
     """The routes of this resource."""
     browsers = _Browsers(doors, relay, turns, access)
-    methods = frozenset({"GET", "PUT"})
-    return [StreamRoute(_ROUTE, browsers.serve, methods=methods, websocket=True, key_in_query=True)]
+    return [
+        # A page of another origin can make a browser send GETs, so what opens a page is none.
+        StreamRoute(_NEW, browsers.serve, methods=frozenset({"PUT"}), key_in_query=True),
+        StreamRoute(_ROUTE, browsers.serve, methods=frozenset({"GET"}), websocket=True, key_in_query=True),
+    ]
 
 
 class _Browsers:
@@ -96,7 +100,8 @@ class _Browsers:
         if row is None:
             raise no_such_vm(name[:80])
         _check(call, path)
-        browser = _Browser(row.id, row.name, self._port(row))
+        devtools = row.manifest.devtools
+        browser = _Browser(row.id, row.name, devtools.port if devtools is not None else DEVTOOLS_PORT)
         if not await call.while_connected(partial(self._wait, call, browser)):
             return
         # An origin is what our edge has judged; and what the client had to say besides its headers is through.
@@ -108,11 +113,6 @@ class _Browsers:
             await self._pass(call, browser, "/json/protocol")
         else:
             await call.while_connected(partial(self._tell, call, browser, path))
-
-    def _port(self, row: VmRow) -> int:
-        plugin = self._doors.store.projection.plugins.get(row.plugin)
-        devtools = plugin.manifest.devtools if plugin is not None else None
-        return devtools.port if devtools is not None else DEVTOOLS_PORT
 
     # Waiting
 
@@ -252,21 +252,12 @@ class _Browser:
 
 
 def _check(call: Call, path: str) -> None:
-    """:raises Problem: 404, 405 or 426: there is no such thing here."""
+    """:raises Problem: 404 or 426: there is no such thing here."""
     is_socket = path == "browser" or _SOCKET_PATH.match(path) is not None
-    told = _TOLD.match(path)
-    if call.is_websocket or (is_socket and call.method == "GET"):
-        if not is_socket:
-            raise _nothing_there(path)
-        if not call.is_websocket:
-            raise Problem(426, "upgrade-required", "this is a WebSocket", hint="connect with ws://")
-        return
-    if told is None:
+    if is_socket and not call.is_websocket:
+        raise Problem(426, "upgrade-required", "this is a WebSocket", hint="connect with ws://")
+    if is_socket != call.is_websocket or not (is_socket or _TOLD.match(path)):
         raise _nothing_there(path)
-    # A page of another origin can make a browser send GETs, so what opens a page is none.
-    wanted = "PUT" if told[1] == "new" else "GET"
-    if call.method != wanted:
-        raise Problem(405, "method-not-allowed", f"{call.method} is not possible here", hint=f"use {wanted}")
 
 
 def _with_query(path: str, call: Call) -> str:

@@ -112,12 +112,12 @@ class Edge:
     def _check_method(self, route: StreamRoute, call: Call) -> None:
         if call.is_websocket and not route.websocket:
             raise Problem(404, "not-found", "there is no WebSocket here", hint="this is plain HTTP")
-        if not call.is_websocket and not route.http:
-            raise Problem(426, "upgrade-required", "this is a WebSocket", hint="connect with ws://")
         # TRACE would show a page what its browser sends, and is of no use to anybody (RFC 9110, 9.3.8).
         if call.method == "TRACE" or (route.methods is not None and call.method not in route.methods):
             allowed = ", ".join(sorted(route.methods or _ANY))
             raise Problem(405, "method-not-allowed", f"{call.method} is not possible here", hint=f"use {allowed}")
+        if not call.is_websocket and not route.http:
+            raise Problem(426, "upgrade-required", "this is a WebSocket", hint="connect with ws://")
 
     def _check_length(self, call: Call) -> None:
         """Refuse a body that says that it is too long, before the client is asked for it."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from quart import request
 
-from volant.model import Problem, Status, VmRow, is_name, no_such_vm
+from volant.model import Problem, Status, VmRow, invalid, is_name, no_such_vm
 from volant.vm import DELETED, Version
 
 from ._doors import Doors
@@ -72,11 +72,16 @@ def if_match() -> Collection[Version] | None:
     """The states of a VM of which the request wants one to be the present one; None when any will do.
 
     What is no `ETag` of ours, weak ones too (RFC 9110, 13.1.1), is no state of any VM.
+
+    :raises Problem: 400 when it is empty: whoever meant to have an `ETag` has none.
     """
-    given = request.headers.get("If-Match")
-    if given is None:
+    tags = _tags("If-Match")
+    if tags is None:
         return None
-    tags = [tag.strip() for tag in given.split(",")]
+    if not any(tags):
+        raise invalid(
+            "If-Match", "the header If-Match is empty", hint="send the ETag of the VM, or leave the header out"
+        )
     if "*" in tags:
         return None
     return [Version(int(found[1]), int(found[2])) for tag in tags if (found := _ETAG.match(tag))]
@@ -84,8 +89,13 @@ def if_match() -> Collection[Version] | None:
 
 def is_not_modified(row: VmRow) -> bool:
     """Whether the client has what it would get."""
-    given = request.headers.get("If-None-Match", "")
-    return any(tag.strip().removeprefix("W/") in ("*", etag(row)) for tag in given.split(","))
+    return any(tag.removeprefix("W/") in ("*", etag(row)) for tag in _tags("If-None-Match") or ())
+
+
+def _tags(header: str) -> list[str] | None:
+    """What a header lists, in one line or several; None when it is not there."""
+    given = request.headers.getlist(header)
+    return [tag.strip() for line in given for tag in line.split(",")] if given else None
 
 
 def plugin_name(name: str) -> str:

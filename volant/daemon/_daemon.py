@@ -33,7 +33,7 @@ from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
 from volant.journal import Journal, StillThere, Store, VmLogs
 from volant.model import Status
-from volant.vm import VmDoors, Vms, VmSettings, instance_of
+from volant.vm import BootGate, VmDoors, Vms, VmSettings, instance_of
 
 from ._directories import DirectoryError, claimed, disk_dir, memory_dir, remove
 from ._protection import Protection
@@ -183,6 +183,7 @@ class Daemon:
                     agent_timeout_s=settings.agent_timeout_s,
                 ),
                 instance=instance_of(settings.state_dir),
+                gate=BootGate(settings.max_boots or 2 * len(os.sched_getaffinity(0))),
             ),
             self._supervisor,
         )

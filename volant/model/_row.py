@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ._manifest import Manifest
+from ._manifest import Env, Manifest
 from ._text import Duration, Labels, Name, Time
 
 
@@ -88,11 +88,11 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     kernel_cmdline: Annotated[str, msgspec.Meta(extra_json_schema={"maxLength": 1024})] = ""
     """Appended to the daemon's own."""
     labels: Labels = {}
-    env: dict[str, str] = {}
+    env: Env = {}
     """For the workload, over the manifest's."""
     restart_policy: RestartPolicy = "never"
     ttl: Duration | None = None
-    """A duration from creation; the VM is deleted then."""
+    """A duration from creation, from `1s` to `366d`; the VM is deleted then."""
 
 
 class VmRow(msgspec.Struct, frozen=True, kw_only=True):

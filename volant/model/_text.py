@@ -23,19 +23,27 @@ Name = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": NAME_PATTERN})]
 Duration = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[0-9]{1,12}(ms|s|m|h|d)$"})]
 """For the schema alone, as `parse_duration` decides."""
 
-Labels = Annotated[dict[str, str], msgspec.Meta(extra_json_schema={"maxProperties": MAX_LABELS})]
+_CONTROL_CLASS = r"\x00-\x1f\x7f"
+
+Labels = Annotated[
+    dict[
+        Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^[^={_CONTROL_CLASS}]+$", "maxLength": 128})],
+        Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^[^{_CONTROL_CLASS}]*$", "maxLength": 1024})],
+    ],
+    msgspec.Meta(extra_json_schema={"maxProperties": MAX_LABELS}),
+]
 """For the schema alone: `check_labels` tells people better."""
 
-Plain = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00-\x1f\x7f]*$", "maxLength": MAX_TEXT})]
+Plain = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^[^{_CONTROL_CLASS}]*$", "maxLength": MAX_TEXT})]
 """For the schema alone, as `check_plain` decides."""
 
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 """With a zone: RFC 3339 on the wire."""
 
 _NAME = re.compile(NAME_PATTERN.rstrip("$") + r"\Z")
-_DURATION = re.compile(r"(\d{1,12})(ms|s|m|h|d)\Z")
+_DURATION = re.compile(r"([0-9]{1,12})(ms|s|m|h|d)\Z")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(f"[{_CONTROL_CLASS}]")
 
 
 def check_name(value: str, field: str) -> str:

@@ -58,6 +58,8 @@ class World:
             kernel=_MEDIA / "vmlinux",
             initramfs=_MEDIA / "initramfs",
             agent_timeout_s=60.0,
+            # Fewer than there are VMs, whatever the machine.
+            max_boots=2,
         )
         self.starts = 0
         self._nursery = nursery

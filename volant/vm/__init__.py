@@ -2,12 +2,14 @@
 
 from ._actor import VmActor
 from ._doors import VmDoors, VmSettings
+from ._gate import BootGate
 from ._serial import Keyboard, KeyboardTaken, Missed, NotTyped, Reader, SerialConsole
 from ._steps import instance_of, memory_file, vm_directory
 from ._vms import DELETED, Version, Vms, Wait
 
 __all__ = [
     "DELETED",
+    "BootGate",
     "Keyboard",
     "KeyboardTaken",
     "Missed",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
@@ -18,15 +19,18 @@ from volant.host import ProcessGone
 from volant.hypervisor import LaunchFailed
 from volant.journal import AlreadyAnswered, CommitSteps, Once, StaleRow
 from volant.model import (
+    MAX_RESTARTS,
     AgentAnswered,
     AskStop,
     AwaitAgent,
     Cleared,
     Effect,
+    Ended,
     ImageReady,
     Kill,
     Launch,
     Launched,
+    Phase,
     PrepareImage,
     Problem,
     ProcessIdentity,
@@ -48,6 +52,7 @@ from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
 
 from ._console import ConsolePump
 from ._doors import VmDoors
+from ._gate import TURN_S
 from ._process import LiveProcess, RootFailed
 from ._steps import StepError, layer_directory, machine_spec, mark_of, prepare_boot
 from .messages import Ask, Report
@@ -60,6 +65,8 @@ _REPORT_PAUSE_MAX_S = 5.0
 _AGENT_PAUSE_S = 0.05
 _AGAIN_S = 1.0
 _AGAIN_MAX_S = 60.0
+_HISTORY = 20
+_HISTORY_CHARACTERS = 200
 
 
 class VmActor(Actor):
@@ -73,6 +80,8 @@ class VmActor(Actor):
         self._gone = False
         self._effect: Effect | None = None
         self._step: TaskHandle | None = None
+        self._step_began = 0.0
+        self._history: deque[dict[str, object]] = deque(maxlen=_HISTORY)
         self._process: LiveProcess | None = None
         self._process_task: TaskHandle | None = None
 
@@ -83,6 +92,7 @@ class VmActor(Actor):
         self._row = row
         self._log = self._doors.logs.open(row.id, row.name)
         self.ctx.stack.callback(self._doors.live.pop, row.id, None)
+        self.ctx.stack.callback(self._doors.gate.leave, row.id)
         found = await self._find(row)
         rebooted = row.process is not None and row.process.boot_id != self._doors.host.boot_id()
         await self._see(Woke(found, rebooted))
@@ -107,7 +117,10 @@ class VmActor(Actor):
             "desired": self._row.desired,
             "phase": self._row.phase,
             "revision": self._row.revision,
-            "step": None if self._effect is None else repr(self._effect),
+            "step": self._inspect_step(),
+            "turn": self._doors.gate.inspect(self._vm_id),
+            "restarts": {"policy": self._row.restart_policy, "done": self._row.restarts, "limit": MAX_RESTARTS},
+            "history": list(self._history),
             "process": None if process is None else process.inspect(),
             "log": self._log.statistics(),
             "media": self._doors.media.inspect(),
@@ -122,6 +135,51 @@ class VmActor(Actor):
                 if not process.exited:
                     return row.process
         return await host.find(row.mark) if row.mark else None
+
+    def _inspect_step(self) -> dict[str, object] | None:
+        if self._effect is None:
+            return None
+        took_s, limit_s = trio.current_time() - self._step_began, self._limit_s(self._effect)
+        return {
+            "name": type(self._effect).__name__,
+            "since_s": round(took_s, 3),
+            "limit_s": limit_s,
+            "left_s": None if limit_s is None else round(max(0.0, limit_s - took_s), 3),
+        }
+
+    def _limit_s(self, effect: Effect) -> float | None:
+        """How long a step may take; None: its parts have limits of their own, or it waits for somebody."""
+        settings = self._doors.settings
+        match effect:
+            case Launch():
+                return settings.launch_timeout_s
+            case AwaitAgent():
+                return settings.agent_timeout_s
+            case AskStop(grace_s=grace_s):
+                return grace_s
+            case Kill():
+                return settings.kill_timeout_s
+            case RestartLater(delay_s):
+                return delay_s
+            case _:
+                return None
+
+    def _remember(self, seen: Seen) -> None:
+        """Keep what was seen, and what the VM was then, for `inspect`."""
+        what = type(seen).__name__
+        if isinstance(seen, Verb):
+            what = f"{what}: {seen.kind}"
+        elif isinstance(seen, StepFailed | Ended):
+            what = f"{what}: {seen.reason.code}: {seen.reason.message}"
+        self._history.append(
+            {
+                "at": self._doors.host.wall_clock(),
+                "saw": what[:_HISTORY_CHARACTERS],
+                "status": self._row.status,
+                "phase": self._row.phase,
+                "generation": self._row.generation,
+            }
+        )
 
     # One thing seen at a time
 
@@ -163,6 +221,7 @@ class VmActor(Actor):
             else:
                 self._row = row
             break
+        self._remember(seen)
         self._drive()
 
     def _drive(self) -> None:
@@ -172,6 +231,10 @@ class VmActor(Actor):
             self.ctx.stop()
             return
         self._watch(self._row)
+        if self._row.phase in (Phase.LAUNCH, Phase.AGENT):
+            self._doors.gate.take(self._vm_id)
+        elif self._row.phase is not Phase.IMAGE:
+            self._doors.gate.leave(self._vm_id)
         wanted = effect_of(self._row)
         if wanted == self._effect:
             return
@@ -179,6 +242,7 @@ class VmActor(Actor):
         if before is not None:
             before.cancel()
         self._effect = wanted
+        self._step_began = trio.current_time()
         self._step = (
             None if wanted is None else self.ctx.spawn(self._perform, wanted, before, name=type(wanted).__name__)
         )
@@ -268,6 +332,7 @@ class VmActor(Actor):
         match effect:
             case PrepareImage():
                 digest = await prepare_boot(self._doors, row)
+                await self._doors.gate.enter(row.id)
                 socket = machine_spec(self._doors.settings, row, "tcg").console_socket_path
                 return ImageReady(digest, mark_of(self._doors.instance, row), str(socket))
             case Launch(mark):
@@ -300,8 +365,11 @@ class VmActor(Actor):
 
     async def _await_agent(self) -> Seen:
         timeout_s = self._doors.settings.agent_timeout_s
+        turn_ends_at = trio.current_time() + TURN_S
         with _deadline(timeout_s, "agent_timeout", f"the agent in the guest did not answer within {timeout_s:g} s"):
             while True:
+                if trio.current_time() >= turn_ends_at:
+                    self._doors.gate.leave(self._vm_id)
                 try:
                     process = self._live()
                     await process.ask("GET", HEALTHZ)

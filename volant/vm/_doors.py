@@ -11,6 +11,7 @@ from volant.hypervisor import Hypervisor
 from volant.images import BootMedia
 from volant.journal import Journal, Store, VmLogs
 
+from ._gate import BootGate
 from ._process import LiveProcess
 
 
@@ -47,5 +48,6 @@ class VmDoors:
     settings: VmSettings
     instance: str
     """Names this daemon's state directory in the marks of its processes, so that two daemons never mix up theirs."""
+    gate: BootGate = field(default_factory=lambda: BootGate(4))
     live: dict[int, LiveProcess] = field(default_factory=dict)
     """By the VM's id: what is alive of its process, for whoever wants a stream to its agent."""

@@ -68,6 +68,8 @@ class _Looked(msgspec.Struct):
 
     command: Any = msgspec.UNSET
     jsonrpc: Any = msgspec.UNSET
+    method: Any = msgspec.UNSET
+    id: Any = msgspec.UNSET
 
 
 _look = msgspec.json.Decoder(_Looked)
@@ -117,11 +119,17 @@ def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
 
 
 def _is_command(call: Call, body: bytes) -> bool:
-    """Whether it is the document's own form and not MCP's. :raises Problem: 400, an object that is neither."""
+    """Whether it is the document's own form and not MCP's.
+
+    :raises Problem: 400, an object that is neither; a request whose answer nobody could tell from others, which the
+        package (mcp 2.3) would take for a notification.
+    """
     try:
         looked = _look.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
+    if looked.method is not msgspec.UNSET and not (looked.id is msgspec.UNSET or type(looked.id) in (int, str)):
+        raise invalid("id", "id is neither an integer nor text", hint="a notification has none")
     if looked.jsonrpc is not msgspec.UNSET or call.header(b"mcp-protocol-version") is not None:
         return False
     if looked.command is msgspec.UNSET:
