@@ -112,6 +112,10 @@ class Output:
         # Not os.urandom: early in a boot it makes the caller wait for entropy.
         self.id = f"{time.time_ns():x}-{os.getpid():x}"
 
+    def rename(self, identifier: str) -> None:
+        """Give it another id: what it is a copy of has the old one. Nobody reads it yet."""
+        self.id = identifier
+
     def write(self, kind: int, data: bytes) -> None:
         """Keep what the workload wrote; blocks while a reader holds it back."""
         with self._changed:

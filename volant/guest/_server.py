@@ -187,6 +187,24 @@ class Server:
         elif path == agent.DAEMON_MANIFEST:
             _allow(method, "PUT")
             self.plugin.serve_put(stream, request)
+        elif path == agent.DAEMON_IDENTITY:
+            _allow(method, "PUT")
+            from . import _identity
+
+            self._wait_for_root()
+            _identity.serve_identity(stream, request, self.output, self.workload)
+        elif path == agent.DAEMON_CLOCK:
+            _allow(method, "PUT")
+            from . import _identity
+
+            _identity.serve_clock(stream, request)
+        elif path == agent.DAEMON_SETTLE:
+            _allow(method, "POST")
+            from . import _identity
+
+            self._wait_for_root()
+            _identity.settle()
+            self._answer_json(stream, {}, method)
         elif path == agent.DAEMON_WATCH:
             _allow(method, "GET")
             self.workload.serve_watch(stream)
@@ -272,13 +290,17 @@ class Server:
 
     def info(self) -> dict[str, object]:
         """Return an `agent_types.Info`."""
+        from ._identity import instance_id
+
         system = os.uname()
         found: dict[str, object] = {
             "agent": VERSION,
             "protocol": {"min": agent.PROTOCOL_MIN, "max": agent.PROTOCOL_VERSION},
             "kernel": system.release,
             "hostname": system.nodename,
+            # Made by the kernel when it is first read, so nobody may ask for it in a guest that becomes a template.
             "boot_id": _first_line("/proc/sys/kernel/random/boot_id"),
+            "instance_id": instance_id(),
             "uptime_s": round(time.clock_gettime(time.CLOCK_BOOTTIME), 3),
             "cpus": os.cpu_count() or 1,
             "memory": _memory(),

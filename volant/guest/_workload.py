@@ -42,6 +42,7 @@ _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 30.0
 _WELL_S = 60.0
 _STARTING_CHECK_S = 0.5
+_COPIED_CHECK_S = 0.05
 _READ = 64 * 1024
 _MAX_WATCHERS = 8
 _FIELDS = {"entrypoint", "env", "workdir", "port", "restart", "health_check"}
@@ -198,6 +199,25 @@ class Workload:
             with self._lock:
                 self._bells.discard(bell)
                 bell.close()
+
+    def is_copied(self, number: signal.Signals | None, timeout_s: float) -> str:
+        """What runs is a copy now: tell it by a signal, if it wants one, and return why it is not well, or nothing."""
+        with self._lock:
+            spec, process = self._spec, self._process
+            if spec is None or process is None:
+                return "" if spec is None else f"it does not run: {self._state} {self._error}".rstrip()
+            if number is not None:
+                try:
+                    os.kill(process.pid, number)
+                except ProcessLookupError:
+                    pass
+        end = time.monotonic() + timeout_s
+        while spec.health_check is not None:
+            why = run_check(spec.health_check)
+            if not why or time.monotonic() >= end:
+                return why
+            time.sleep(_COPIED_CHECK_S)
+        return ""
 
     def stop(self, grace_s: float) -> None:
         """Ask it to end, kill it after `grace_s`, and wait until all that it wrote is in the rings."""

@@ -40,6 +40,7 @@ from ._manifest import (
     Action,
     Artifact,
     Boot,
+    Cloning,
     DevTools,
     HealthCheck,
     Manifest,
@@ -51,6 +52,7 @@ from ._manifest import (
 )
 from ._problem import Problem, invalid, no_such_vm
 from ._row import (
+    BootMode,
     CreateVm,
     Desired,
     Phase,
@@ -103,7 +105,9 @@ __all__ = [
     "AskStop",
     "AwaitAgent",
     "Boot",
+    "BootMode",
     "Cleared",
+    "Cloning",
     "ConsoleGap",
     "CreateVm",
     "Desired",

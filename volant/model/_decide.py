@@ -65,6 +65,8 @@ class ImageReady(msgspec.Struct, frozen=True):
     mark: str
     serial_socket: str | None = None
     """Where the daemon will serve the serial console of that process."""
+    template: str | None = None
+    """What the boot goes on from; None: nothing, it is a cold one."""
 
 
 class Launched(msgspec.Struct, frozen=True):
@@ -133,6 +135,8 @@ class PrepareImage(msgspec.Struct, frozen=True):
     """Find what the VM boots from, build or fetch what the cache lacks, make its layer -> `ImageReady`."""
 
     boot: str
+    cold: bool = False
+    """Whether a clone has failed, and the boot begins anew without one."""
 
 
 class Launch(msgspec.Struct, frozen=True):
@@ -183,7 +187,7 @@ def effect_of(row: VmRow) -> Effect | None:
     """The one step that `row` needs now; None when the VM is at rest."""
     match row.phase:
         case Phase.IMAGE:
-            return PrepareImage(f"{row.id}.{row.generation}")
+            return PrepareImage(f"{row.id}.{row.generation}", cold=row.fallback is not None)
         case Phase.LAUNCH:
             return Launch(row.mark)
         case Phase.AGENT:
@@ -238,12 +242,13 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
             _verb(change, seen)
         case Woke(process, rebooted):
             _woke(change, process, rebooted)
-        case ImageReady(digest, mark, serial_socket):
+        case ImageReady(digest, mark, serial_socket, template):
             if row.phase is Phase.IMAGE:
                 change.to(
                     "launching",
                     phase=Phase.LAUNCH,
                     image=digest,
+                    template=template,
                     mark=mark,
                     serial_socket=serial_socket,
                     boots=row.boots + 1,
@@ -317,6 +322,8 @@ def _boot(change: _Change, message: str) -> None:
         process=None,
         mark="",
         agent_seen=False,
+        template=None,
+        fallback=None,
     )
 
 
@@ -426,18 +433,20 @@ def _woke(change: _Change, process: ProcessIdentity | None, rebooted: bool) -> N
 
 def _step_failed(change: _Change, reason: Reason) -> None:
     row = change.row
-    if row.status is Status.STARTING:
-        _crashed(change, reason)
+    if row.phase in (Phase.KILL, Phase.REMOVE):
+        change.to(reason.message, reason=reason)
+    elif row.status is Status.STARTING:
+        _boot_failed(change, reason)
     elif row.phase is Phase.ASK:
         change.to(reason.message, phase=Phase.KILL)
-    elif row.phase in (Phase.KILL, Phase.REMOVE):
-        change.to(reason.message, reason=reason)
 
 
 def _ended(change: _Change, kind: EndKind, reason: Reason) -> None:
     row = change.row
+    if row.phase is Phase.KILL:
+        return
     if row.status is Status.STARTING:
-        _crashed(change, reason)
+        _boot_failed(change, reason)
     elif row.phase is Phase.ASK:
         change.to("the guest is over", phase=Phase.KILL)
     elif row.status in (Status.RUNNING, Status.PAUSED):
@@ -454,6 +463,14 @@ def _ended(change: _Change, kind: EndKind, reason: Reason) -> None:
 
 def _boots_again(change: _Change, message: str) -> None:
     change.to(message, status=Status.STOPPING, phase=Phase.KILL, generation=change.row.generation + 1)
+
+
+def _boot_failed(change: _Change, reason: Reason) -> None:
+    """A clone that comes to nothing is a reason to boot cold, once nothing of it is left."""
+    if change.row.template is not None and change.row.boot == "auto":
+        change.to(f"the clone failed, a cold boot follows: {reason.message}", phase=Phase.KILL, fallback=reason)
+    else:
+        _crashed(change, reason)
 
 
 def _crashed(change: _Change, reason: Reason) -> None:
@@ -474,6 +491,8 @@ def _cleared(change: _Change) -> None:
         return
     change.to("", process=None, mark="", agent_seen=False, phase=Phase.NONE)
     match row.status:
+        case Status.STARTING:
+            change.to("booting cold, as the clone failed", phase=Phase.IMAGE, template=None)
         case Status.DELETING:
             change.to("nothing of its process is left", phase=Phase.REMOVE)
         case Status.STOPPING:

@@ -151,6 +151,22 @@ class DevTools(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Of the guest's loopback."""
 
 
+class Cloning(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """Of what VMs of the plugin are clones, where they are."""
+
+    after: Literal["agent", "workload"] = "agent"
+    """When the template is taken: before the workload is started, which each clone then does for itself; or once it is
+    healthy, for workloads that can stand to be copied while they run."""
+    signal: Literal["SIGHUP", "SIGUSR1", "SIGUSR2"] | None = None
+    """What the copied workload is told by; without it, it finds out by itself."""
+
+    SCHEMA: ClassVar[Mapping[str, Any]] = {
+        "if": {"required": ["signal"], "properties": {"signal": {"type": "string"}}},
+        "then": {"required": ["after"], "properties": {"after": {"const": "workload"}}},
+    }
+    """What its types can't say, in JSON Schema's words."""
+
+
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """A plugin: a kind of VM."""
 
@@ -175,6 +191,8 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     `/openapi.json` is tried."""
     devtools: DevTools | None = None
     """Where `/ws/v1/vms/{name}/devtools/` leads; without it, port 9222."""
+    template: Cloning = Cloning()
+    """How its VMs are cloned."""
     labels: Labels = {}
     """Each VM of the plugin gets them, under its own."""
 
@@ -191,6 +209,15 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
                 "workload": {"type": "object", "required": ["port"], "properties": {"port": {"type": "integer"}}}
             },
         },
+        "allOf": [
+            {
+                "if": {
+                    "required": ["template"],
+                    "properties": {"template": {"required": ["after"], "properties": {"after": {"const": "workload"}}}},
+                },
+                "then": {"required": ["workload"], "properties": {"workload": {"type": "object"}}},
+            }
+        ],
     }
     """What its types can't say, in JSON Schema's words."""
 
@@ -209,6 +236,7 @@ def check_manifest(manifest: Manifest) -> Manifest:
     _check_actions(manifest.actions)
     if manifest.openapi is not None:
         _check_openapi(manifest.openapi)
+    _check_template(manifest)
     _check_port(manifest)
     _check_size(manifest)
     return manifest
@@ -357,6 +385,16 @@ def is_too_deep(value: object) -> bool:
 def _check_depth(value: object, field: str) -> None:
     if is_too_deep(value):
         raise invalid(field, f"{field} is nested more than {MAX_DEPTH} deep")
+
+
+def _check_template(manifest: Manifest) -> None:
+    template = manifest.template
+    if template.after == "workload" and manifest.workload is None:
+        raise invalid("template.after", "template.after is 'workload', and there is no workload")
+    if template.signal is not None and template.after != "workload":
+        raise invalid(
+            "template.signal", "template.signal is for a workload that is copied, which needs template.after 'workload'"
+        )
 
 
 def _check_port(manifest: Manifest) -> None:

@@ -75,6 +75,8 @@ class Reason(msgspec.Struct, frozen=True):
 
 
 RestartPolicy = Literal["never", "on-failure", "always"]
+BootMode = Literal["auto", "cold", "template"]
+"""`auto`: as a clone of a template where there is one; `template`: as a clone, which may have to be waited for."""
 
 
 class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -91,6 +93,8 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     env: Env = {}
     """For the workload, over the manifest's."""
     restart_policy: RestartPolicy = "never"
+    boot: BootMode = "auto"
+    """Whether a boot may go on from a template, or must."""
     ttl: Duration | None = None
     """A duration from creation, from `1s` to `366d`; the VM is deleted then."""
 
@@ -110,6 +114,7 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     env: dict[str, str] = {}
     restart_policy: RestartPolicy = "never"
+    boot: BootMode = "auto"
     created_at: datetime
     updated_at: datetime
     expires_at: datetime | None = None
@@ -135,6 +140,10 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     started_at: datetime | None = None
     image: str | None = None
     """Digest of the boot image of the newest boot."""
+    template: str | None = None
+    """Digest of the template that the newest boot goes on from; None: it is a cold one."""
+    fallback: Reason | None = None
+    """Why the newest boot is a cold one, although there was a template."""
     mark: str = ""
     """Committed before the process is launched; empty once nothing of it is left."""
     process: ProcessIdentity | None = None
@@ -176,6 +185,11 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     restart_policy: RestartPolicy
     restarts: int
     boots: int
+    boot: BootMode
+    booted_from: Literal["cold", "template"] | None
+    """The newest boot; None before there was one."""
+    fallback: Reason | None
+    """Why it is a cold one, although it began as a clone of a template."""
     disk: Literal["none", "overlay"]
     created_at: Time
     updated_at: Time
@@ -205,6 +219,9 @@ def view(row: VmRow) -> VmView:
         restart_policy=row.restart_policy,
         restarts=row.restarts,
         boots=row.boots,
+        boot=row.boot,
+        booted_from=None if not row.boots else "cold" if row.template is None else "template",
+        fallback=row.fallback,
         disk="overlay" if row.layer else "none",
         created_at=row.created_at,
         updated_at=row.updated_at,

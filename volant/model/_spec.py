@@ -41,6 +41,7 @@ def new_row(request: CreateVm, manifest: Manifest, *, vm_id: int, now: datetime)
         labels=labels,
         env=request.env,
         restart_policy=request.restart_policy,
+        boot=request.boot,
         created_at=now,
         updated_at=now,
         expires_at=expires_at,

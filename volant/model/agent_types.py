@@ -72,6 +72,8 @@ class Info(TypedDict):
     kernel: str
     hostname: str
     boot_id: str
+    instance_id: NotRequired[str]
+    """Of this boot or clone, and of no other."""
     uptime_s: float
     cpus: int
     memory: Memory
@@ -202,6 +204,29 @@ class WorkloadSpec(TypedDict):
     port: NotRequired[int | None]
     restart: NotRequired[Literal["never", "on-failure", "always"]]
     health_check: NotRequired[HealthCheckSpec | None]
+
+
+class Identity(TypedDict):
+    """The body of `PUT /v1/daemon/identity`."""
+
+    hostname: str
+    machine_id: str
+    """32 hexadecimal digits."""
+    entropy: str
+    """Base64 of 64 to 512 bytes."""
+    time_ns: int
+    """Nanoseconds since 1970."""
+    vm_id: int
+    signal: NotRequired[Literal["SIGHUP", "SIGUSR1", "SIGUSR2"] | None]
+    """What a workload that runs is told by."""
+
+
+class Identified(TypedDict):
+    """The answer to it."""
+
+    instance_id: str
+    time_ns: int
+    """What the guest's clock shows."""
 
 
 class ShutdownRequest(TypedDict):

@@ -1,0 +1,169 @@
+"""A clone gets a clock, entropy, names and ids of its own before it says that it has."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.guest.conftest import Answer, Asker
+from volant.guest import _identity, _root
+from volant.model import agent as wire
+
+WANTED = {
+    "hostname": "demo-7",
+    "machine_id": "0123456789abcdef0123456789abcdef",
+    "entropy": base64.b64encode(bytes(64)).decode(),
+    "time_ns": 1_700_000_000_000_000_000,
+    "vm_id": 7,
+}
+
+
+class Kernel:
+    """What was asked of the kernel, instead of this machine's."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.broken = ""
+
+    def take(self, what: str, value: object) -> None:
+        if what == self.broken:
+            raise PermissionError(1, "not permitted")
+        self.calls.append((what, value))
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kernel:
+    kernel = Kernel()
+    for name in ("step_clock", "add_entropy", "set_hostname"):
+        monkeypatch.setattr(_identity, name, lambda value, name=name: kernel.take(name, value))
+    monkeypatch.setattr(_identity, "_known", "")
+    monkeypatch.setattr(wire, "CLONE_FILE", str(tmp_path / "clone.json"))
+    real, etc = _identity._replace, tmp_path / "machine-id"
+    monkeypatch.setattr(
+        _identity, "_replace", lambda path, data: real(str(etc) if path == "/etc/machine-id" else path, data)
+    )
+    monkeypatch.setattr(_root, "_known", ("none", ""))
+    return kernel
+
+
+def put(agent: Asker, path: str, body: object) -> Answer:
+    return agent.ask("PUT", path, body)
+
+
+def test_it_is_told_who_it_is_once(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
+    log_id, before = agent.server.output.id, _identity.instance_id()
+    random.seed(1)
+    answer = put(agent, wire.DAEMON_IDENTITY, WANTED)
+    assert answer.status == 200, answer.body
+    assert kernel.calls == [
+        ("step_clock", WANTED["time_ns"]),
+        ("add_entropy", bytes(64)),
+        ("set_hostname", "demo-7"),
+    ], "the clock comes first, as every moment counts"
+    said = answer.json()
+    assert said["instance_id"] not in (before, "")
+    assert abs(said["time_ns"] - time.time_ns()) < 10**10
+    assert (tmp_path / "machine-id").read_text() == WANTED["machine_id"] + "\n"
+    found = json.loads((tmp_path / "clone.json").read_text())
+    assert (found["hostname"], found["vm_id"], found["instance_id"]) == ("demo-7", 7, said["instance_id"])
+    assert agent.server.output.id not in (log_id, "")
+    assert _identity.instance_id() == said["instance_id"]
+    drawn = random.random()
+    random.seed(1)
+    assert drawn != random.random(), "Python's own generator goes on from the template"
+
+
+def test_an_agent_that_was_restarted_is_still_the_same_clone(agent: Asker, kernel: Kernel) -> None:
+    del kernel
+    said = put(agent, wire.DAEMON_IDENTITY, WANTED).json()
+    _identity._known = ""
+    assert _identity.instance_id() == said["instance_id"]
+
+
+@pytest.mark.parametrize("broken", ["step_clock", "add_entropy", "set_hostname"])
+def test_what_could_not_be_done_is_told_and_is_no_success(agent: Asker, kernel: Kernel, broken: str) -> None:
+    kernel.broken = broken
+    answer = put(agent, wire.DAEMON_IDENTITY, WANTED)
+    assert answer.status == 500
+    assert "not permitted" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hostname", "a b"),
+        ("hostname", "x" * 64),
+        ("machine_id", "0123"),
+        ("machine_id", "g" * 32),
+        ("entropy", base64.b64encode(bytes(63)).decode()),
+        ("entropy", base64.b64encode(bytes(513)).decode()),
+        ("entropy", "!"),
+        ("time_ns", 1.5),
+        ("time_ns", 0),
+        ("vm_id", -1),
+        ("signal", "SIGKILL"),
+        ("unknown", 1),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_done(
+    agent: Asker, kernel: Kernel, field: str, value: object
+) -> None:
+    answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, field: value})
+    assert answer.status == 400
+    assert answer.json()["field"] == field
+    assert not kernel.calls
+
+
+def test_the_clock_can_be_stepped_alone(agent: Asker, kernel: Kernel) -> None:
+    answer = put(agent, wire.DAEMON_CLOCK, {"time_ns": 5})
+    assert answer.status == 200
+    assert kernel.calls == [("step_clock", 5)]
+
+
+def test_a_workload_that_was_copied_is_told_and_must_be_well(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
+    del kernel
+    told, well = tmp_path / "told", tmp_path / "well"
+    well.touch()
+    script = f"trap 'echo x >> {told}' USR1; touch {tmp_path}/up; while :; do sleep 0.05; done"
+    spec = {
+        "entrypoint": ["/bin/sh", "-c", script],
+        "restart": "never",
+        "health_check": {"command": ["/bin/sh", "-c", f"test -e {well} -a -e {tmp_path}/up"], "interval_s": 0.1},
+    }
+    try:
+        assert put(agent, wire.DAEMON_WORKLOAD, spec).status == 200
+        deadline = time.monotonic() + 20
+        while agent.server.workload.status()["state"] != "healthy" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, "signal": "SIGUSR1"})
+        assert answer.status == 200, answer.body
+        while not told.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert told.read_text() == "x\n"
+        well.unlink()
+        _identity._WELL_S, before = 0.3, _identity._WELL_S
+        try:
+            answer = put(agent, wire.DAEMON_IDENTITY, WANTED)
+        finally:
+            _identity._WELL_S = before
+        assert answer.status == 503
+        assert "not well" in answer.json()["detail"]
+        assert told.read_text() == "x\n"
+    finally:
+        agent.server.workload.stop(0.0)
+
+
+def test_a_guest_that_becomes_a_template_settles(agent: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(os, "sync", lambda: done.append("sync"))
+    monkeypatch.setattr(gc, "freeze", lambda: done.append("freeze"))
+    assert agent.ask("POST", wire.DAEMON_SETTLE).status == 200
+    assert done == ["freeze", "sync"]

@@ -1,0 +1,111 @@
+"""A boot that goes on from a template: one that fails becomes a cold one, once, and says so."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.model.test_decide import ANYTHING, NOW, PROCESS, WHY, create, outcome, see, settle
+from volant.model import (
+    AgentAnswered,
+    Cleared,
+    Ended,
+    EndKind,
+    ImageReady,
+    Kill,
+    Launched,
+    Phase,
+    PrepareImage,
+    Problem,
+    Seen,
+    Status,
+    StepFailed,
+    Verb,
+    VerbKind,
+    VmRow,
+    Woke,
+    decide,
+    effect_of,
+    view,
+)
+
+CLONE = ImageReady("digest", "volant-mark", template="t")
+LAUNCHED = Launched(PROCESS, "qemu", "tcg")
+
+
+def cloning(*seen: Seen, **fields: object) -> VmRow:
+    return see(create(**fields), Woke(None), CLONE, *seen)
+
+
+def test_a_vm_says_what_its_newest_boot_was() -> None:
+    assert view(create()).booted_from is None
+    clone = view(cloning(LAUNCHED, AgentAnswered()))
+    assert (clone.status, clone.booted_from, clone.boot) == (Status.RUNNING, "template", "auto")
+    cold = settle(see(create(boot="cold"), Woke(None)))
+    assert cold is not None
+    assert (view(cold).booted_from, view(cold).boot) == ("cold", "cold")
+
+
+@pytest.mark.parametrize("so_far", [(), (LAUNCHED,)])
+@pytest.mark.parametrize("trouble", [StepFailed(WHY), Ended(EndKind.KILLED, WHY)])
+def test_a_clone_that_fails_is_cleared_away_and_boots_cold(so_far: tuple[Seen, ...], trouble: Seen) -> None:
+    row = see(cloning(*so_far), trouble)
+    assert (row.status, effect_of(row)) == (Status.STARTING, Kill("volant-mark"))
+    # The end of the process that is being killed is no news.
+    assert see(row, Ended(EndKind.KILLED, WHY)) == row
+    row = see(row, Cleared())
+    assert (row.status, effect_of(row)) == (Status.STARTING, PrepareImage("7.1", cold=True))
+    assert (row.mark, row.process, row.template) == ("", None, None)
+    after = settle(row)
+    assert after is not None
+    shown = view(after)
+    assert (shown.status, shown.booted_from, shown.fallback, shown.boots) == (Status.RUNNING, "cold", WHY, 2)
+    again = settle(see(after, Verb(VerbKind.RESTART)))
+    assert again is not None
+    assert again.fallback is None, "it is about one boot"
+
+
+def test_a_cold_boot_that_follows_is_the_last_try() -> None:
+    row = see(cloning(), StepFailed(WHY), Cleared(), ImageReady("digest", "volant-mark"), StepFailed(WHY))
+    assert row.status is Status.CRASHED
+
+
+def test_who_wants_a_clone_gets_no_cold_boot() -> None:
+    row = see(cloning(boot="template"), StepFailed(WHY))
+    assert (row.status, row.reason) == (Status.CRASHED, WHY)
+
+
+def test_a_clone_that_is_not_killed_is_killed_again() -> None:
+    row = see(cloning(LAUNCHED), StepFailed(WHY))
+    row = see(row, StepFailed(WHY))
+    assert (row.status, row.phase) == (Status.STARTING, Phase.KILL)
+    assert see(row, Woke(PROCESS)) == row
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.one_of(ANYTHING, st.none(), st.just(CLONE), st.just(LAUNCHED)), max_size=25),
+    st.sampled_from(["auto", "cold", "template"]),
+)
+def test_anything_in_any_order_leaves_no_clone_behind(chain: list[Seen | None], boot: str) -> None:
+    row: VmRow | None = create(boot=boot)
+    for seen in chain:
+        assert row is not None
+        if seen is None:
+            effect = effect_of(row)
+            if effect is None:
+                continue
+            seen = CLONE if isinstance(effect, PrepareImage) and not effect.cold else outcome(effect)
+        try:
+            for step in decide(row, seen, NOW):
+                row = step.row
+        except Problem:
+            continue
+        if row is None:
+            return
+        assert row.process is None or row.mark
+    assert row is not None
+    for step in decide(row, Verb(VerbKind.DELETE), NOW):
+        row = step.row
+    assert settle(row) is None

@@ -1,0 +1,240 @@
+"""What makes a clone somebody: its own clock, entropy, names and ids.
+
+A guest that goes on from a template has everything that the template had, and so have its siblings. Before it is used,
+the daemon says who it is. `docs/explanation/templates.md` has what differs between clones then, and what does not.
+"""
+
+# ruff: noqa: PTH104, PTH108, PTH123 - importing pathlib would cost every boot a good part of a second
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+from volant.model import agent
+
+from . import _root
+from ._exec import check_number, decode_json
+from ._http import Problem
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ._http import Request, Stream
+    from ._output import Output
+    from ._workload import Workload
+
+_FIELDS = {"hostname", "machine_id", "entropy", "time_ns", "vm_id", "signal"}
+_SIGNALS = {"SIGHUP": signal.SIGHUP, "SIGUSR1": signal.SIGUSR1, "SIGUSR2": signal.SIGUSR2}
+_MIN_ENTROPY, _MAX_ENTROPY = 64, 512
+_RNDADDENTROPY = 0x40085203
+_RNDRESEEDCRNG = 0x5207
+_WELL_S = 6.0
+"""How long a workload that was copied may take until its check passes."""
+_HEX = frozenset("0123456789abcdef")
+
+_lock = threading.Lock()
+_known = ""
+
+
+def instance_id() -> str:
+    """Return an id that no other boot and no other clone has."""
+    global _known
+    with _lock:
+        if not _known:
+            _known = _written() or os.urandom(16).hex()
+        return _known
+
+
+def serve_identity(stream: Stream, request: Request, output: Output, workload: Workload) -> None:
+    """Answer `PUT /v1/daemon/identity`; :raises Problem: 400 malformed, 500 it can't be done, 503 the workload."""
+    import json
+
+    value = decode_json(stream.read_body(request), _FIELDS)
+    now = _time_of(value)
+    hostname, machine_id, entropy = _hostname_of(value), _machine_id_of(value), _entropy_of(value)
+    number = _signal_of(value)
+    vm_id = int(check_number(value.get("vm_id"), "vm_id", 0, 2**53))
+    try:
+        step_clock(now)
+        add_entropy(entropy)
+        set_hostname(hostname)
+        identifier = os.urandom(16).hex()
+        told: dict[str, object] = {
+            "instance_id": identifier,
+            "hostname": hostname,
+            "machine_id": machine_id,
+            "vm_id": vm_id,
+            "time_ns": time.time_ns(),
+        }
+        text = json.dumps(told).encode() + b"\n"
+        for where in dict.fromkeys(("/", _root.root())):
+            _in(where, machine_id, text)
+    except OSError as error:
+        raise Problem(500, f"the guest can't become what it should be: {error}") from None
+    _become(identifier, output)
+    why = workload.is_copied(number, _WELL_S)
+    if why:
+        raise Problem(503, f"the workload is not well in the clone: {why}")
+    stream.answer(200, json.dumps({"instance_id": identifier, "time_ns": time.time_ns()}).encode() + b"\n")
+
+
+def serve_clock(stream: Stream, request: Request) -> None:
+    """Answer `PUT /v1/daemon/clock`; :raises Problem: 400 malformed, 500 it can't be set."""
+    import json
+
+    now = _time_of(decode_json(stream.read_body(request), {"time_ns"}))
+    try:
+        step_clock(now)
+    except OSError as error:
+        raise Problem(500, f"the clock can't be set: {error}") from None
+    stream.answer(200, json.dumps({"time_ns": time.time_ns()}).encode() + b"\n")
+
+
+def settle() -> None:
+    """Be done with everything that a clone would have to do otherwise, and have nothing left to write."""
+    from . import _exec_session, _exec_sessions, _files, _relay, _websocket
+
+    del _exec_session, _exec_sessions, _files, _relay, _websocket
+    import gc
+    import json
+    import subprocess
+
+    del json, subprocess
+    gc.collect()
+    # What is there now stays. Looked through by each collection, its pages would be copied in every clone.
+    gc.freeze()
+    os.sync()
+
+
+# What is done to the kernel
+
+
+def step_clock(now_ns: int) -> None:
+    """Set the time of day; :raises OSError:"""
+    time.clock_settime_ns(time.CLOCK_REALTIME, now_ns)
+
+
+def add_entropy(entropy: bytes) -> None:
+    """Give the kernel entropy, and let it draw on it at once; :raises OSError:"""
+    import fcntl
+    import struct
+
+    fd = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _RNDADDENTROPY, struct.pack("ii", 8 * len(entropy), len(entropy)) + entropy)
+        fcntl.ioctl(fd, _RNDRESEEDCRNG)
+    finally:
+        os.close(fd)
+
+
+def set_hostname(name: str) -> None:
+    """:raises OSError:"""
+    with open("/proc/sys/kernel/hostname", "w") as handle:
+        handle.write(name)
+
+
+# What is done to files and to the agent
+
+
+def _in(where: str, machine_id: str, told: bytes) -> None:
+    """Write the files of a clone to the initramfs or to the root filesystem."""
+
+    def write() -> None:
+        _replace(agent.CLONE_FILE, told)
+        try:
+            _replace("/etc/machine-id", machine_id.encode() + b"\n")
+        except FileNotFoundError:
+            pass  # a root filesystem without /etc has no machine id to share
+
+    if where == "/":
+        write()
+    else:
+        _root.inside(write)
+
+
+def _replace(path: str, data: bytes) -> None:
+    new = path + ".new"
+    try:
+        os.unlink(new)
+    except FileNotFoundError:
+        pass
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o444)
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    finally:
+        os.close(fd)
+    os.rename(new, path)
+
+
+def _become(identifier: str, output: Output) -> None:
+    global _known
+    with _lock:
+        _known = identifier
+    output.rename(identifier)
+    generator = sys.modules.get("random")
+    if generator is not None:
+        generator.seed()
+
+
+def _written() -> str:
+    """Return what an agent before this one was told, in this very clone."""
+    import json
+
+    try:
+        with open(agent.CLONE_FILE) as handle:
+            found = json.loads(handle.read(4096)).get("instance_id")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return found if isinstance(found, str) else ""
+
+
+# What is taken
+
+
+def _time_of(value: dict[str, Any]) -> int:
+    now = value.get("time_ns")
+    if isinstance(now, bool) or not isinstance(now, int) or not 0 < now < 2**63:
+        raise Problem(400, "time_ns is no time", field="time_ns")
+    return now
+
+
+def _hostname_of(value: dict[str, Any]) -> str:
+    name = value.get("hostname")
+    if not isinstance(name, str) or not 0 < len(name) < 64 or not name.isascii() or not name.replace("-", "").isalnum():
+        raise Problem(400, "hostname is none", field="hostname")
+    return name
+
+
+def _machine_id_of(value: dict[str, Any]) -> str:
+    name = value.get("machine_id")
+    if not isinstance(name, str) or len(name) != 32 or not _HEX.issuperset(name):
+        raise Problem(400, "machine_id has not 32 hexadecimal digits", field="machine_id")
+    return name
+
+
+def _entropy_of(value: dict[str, Any]) -> bytes:
+    import binascii
+
+    text = value.get("entropy")
+    try:
+        entropy = binascii.a2b_base64(text, strict_mode=True) if isinstance(text, str) else b""
+    except ValueError:
+        entropy = b""
+    if not _MIN_ENTROPY <= len(entropy) <= _MAX_ENTROPY:
+        raise Problem(400, f"entropy is no base64 of {_MIN_ENTROPY} to {_MAX_ENTROPY} bytes", field="entropy")
+    return entropy
+
+
+def _signal_of(value: dict[str, Any]) -> signal.Signals | None:
+    name = value.get("signal")
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in _SIGNALS:
+        raise Problem(400, f"signal is none of {', '.join(_SIGNALS)}", field="signal")
+    return _SIGNALS[name]
