@@ -1,6 +1,6 @@
-"""Builds what the code says of itself: `docs/reference/volar.md` from the commands, `docs/api/openapi.yaml` from the
-routes, the reference of manifests and their JSON Schema from the structs, and the reference of the Python API in
-`docs/site`, which is not kept.
+"""Builds what the code says of itself: `docs/reference/volar.md` from the commands, `docs/api/openapi.yaml` and the
+table in `docs/reference/rest.md` from the routes, the reference of manifests and their JSON Schema from the structs,
+and the reference of the Python API in `docs/site`, which is not kept.
 
 With `--check` nothing is written: the exit code says whether the kept files are what the code says.
 """
@@ -151,8 +151,8 @@ def _kind(schema: dict[str, Any]) -> str:
             return f"list of {_kind(schema['items'])}"
         case "object":
             of = schema.get("additionalProperties")
-            most = f", at most {schema['maxProperties']}" if "maxProperties" in schema else ""
-            return f"object of {_kind(of)}{most}" if isinstance(of, dict) and of else "object"
+            most = f"at most {schema['maxProperties']}: " if "maxProperties" in schema else ""
+            return f"object of {most}{_kind(of)}" if isinstance(of, dict) and of else "object"
         case "string":
             pattern, most = schema.get("pattern", ""), schema.get("maxLength")
             # What only keeps control characters out is not worth a look.
@@ -212,7 +212,23 @@ def _behaviour(tool: Tool) -> str:
     return f"*Changes something: {', '.join(words)}.*"
 
 
+_REST = DOCS / "reference" / "rest.md"
+_ROUTES = re.compile(r"(?<=<!-- Routes, written by docs/build.py. -->\n)(.*)(?=<!-- Here they end. -->)", re.DOTALL)
+
+
+def rest_reference() -> str:
+    """The page of the API: what people wrote, with the table of all routes in it."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for path, operations in document()["paths"].items():
+        for method, operation in operations.items():
+            how = "WebSocket" if "101" in operation["responses"] else method.upper()
+            rows.setdefault((path, operation["summary"]), []).append(how)
+    table = [f"| `{' '.join(how)}` | `{path}` | {_cell(says)} |" for (path, says), how in rows.items()]
+    return _ROUTES.sub("\n".join(["", "| method | path | |", "| --- | --- | --- |", *table, "", ""]), _REST.read_text())
+
+
 KEPT = {
+    _REST: rest_reference,
     DOCS / "reference" / "volar.md": reference,
     DOCS / "reference" / "manifest.md": manifest_reference,
     DOCS / "reference" / "manifest.schema.json": manifest_schema,

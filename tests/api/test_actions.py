@@ -198,6 +198,21 @@ async def test_the_manifest_has_the_document_itself_whether_the_vm_runs_or_not(t
         assert (await served.client.get("/api/v1/plugins/web/manifest")).json()["openapi"] == DOCUMENT
 
 
+async def test_a_running_workload_knows_better_than_the_manifest(tmp_path: Path) -> None:
+    async with web(tmp_path, openapi={**DOCUMENT, "info": {"title": "Kept", "version": "1"}}) as demo:
+        own = {**DOCUMENT, "servers": [{"url": "http://localhost:8080/v2"}]}
+        demo.serves["/openapi.json"] = (200, "application/json", json.dumps(own).encode())
+        assert (await demo.document()).json() == {**DOCUMENT, "servers": [{"url": f"{HOME}/agent/v2"}]}
+        for status, kind, body, _ in BROKEN:
+            demo.serves["/openapi.json"] = (status, kind, body)
+            assert (await demo.document()).json()["info"]["title"] == "Kept"
+
+
+async def test_where_the_workload_is_down_the_manifests_document_counts(tmp_path: Path) -> None:
+    async with web(tmp_path, listens=False, openapi=DOCUMENT) as demo:
+        assert (await demo.document()).json()["info"] == DOCUMENT["info"]
+
+
 async def test_where_the_manifest_says_nothing_the_usual_place_is_tried(tmp_path: Path) -> None:
     async with web(tmp_path) as demo:
         for none in ((404, "text/plain", b""), (302, "text/plain", b""), (200, "text/html; charset=utf-8", b"<html>")):

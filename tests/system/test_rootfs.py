@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -69,6 +70,8 @@ async def test_a_life_on_a_root_filesystem(daemon: Daemon, image_cache: Path, ro
         assert {mount: mounts[mount] for mount in ("/", "/proc", "/dev", "/run", "/tmp")} == {
             "/": "ext4", "/proc": "proc", "/dev": "devtmpfs", "/run": "tmpfs", "/tmp": "tmpfs",
         }  # fmt: skip
+        kept = json.loads(await run(client, "one", "cat", "/run/volant-manifest.json"))
+        assert (kept["name"], tuple(kept["workload"]["entrypoint"])) == ("site", SITE.entrypoint)
         assert await ended(client, "one", "sh") == "not_found"
         assert await ended(client, "one", "id", cwd="/usr") == "no_such_directory"
         assert await ended(client, "one", "id", user="nobody") == "no_such_user"

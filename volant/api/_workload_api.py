@@ -1,7 +1,8 @@
 """`GET /api/v1/vms/{name}/openapi`: the OpenAPI document of what runs in a VM, fit to be used from outside.
 
-A manifest holds the document, or says under which path the workload serves it; where it says nothing, `/openapi.json`
-is tried, as most frameworks have it there. A document from a guest is data of a stranger: it is read within bounds,
+What runs says best what it is: a running workload is asked first, under the path that the manifest names, else at
+`/openapi.json`, as most frameworks have it there. Where it has none that is fit, a document that the manifest itself
+holds counts, also while the VM does not run. A document from a guest is data of a stranger: it is read within bounds,
 parsed, and written anew.
 
 Its `servers` are rewritten, wherever it has them, so that clients call the workload through the daemon. They become
@@ -51,12 +52,14 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
         no_query()
         row = vm_row(doors, name)
         said = row.manifest.openapi
-        if isinstance(said, dict):
+        path = said if isinstance(said, str) else _USUAL_PATH
+        try:
+            found = await _asked(doors, row, path, promised=isinstance(said, str))
+        except Problem:
+            if not isinstance(said, dict):
+                raise
             # What is rewritten below is a copy: the manifest is the VM's.
             found, path = deepcopy(said), "/"
-        else:
-            path = said if said is not None else _USUAL_PATH
-            found = await _asked(doors, row, path, promised=said is not None)
         response = json_response(through_proxy(found, row.name, path))
         response.headers[SANDBOX[0].decode()] = SANDBOX[1].decode()
         return response
