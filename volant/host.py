@@ -286,6 +286,10 @@ class Host:
         """32 hexadecimal digits that were never given out before."""
         return uuid.uuid4().hex
 
+    def entropy(self, size: int) -> bytes:
+        """Random bytes, good enough for keys."""
+        return os.urandom(size)
+
     def boot_id(self) -> str:
         """The kernel's id of this boot: pids and start times mean nothing beyond it."""
         if self._boot_id is None:
@@ -693,10 +697,9 @@ class Host:
         return path.stat().st_blocks * 512
 
     def fingerprint(self, path: Path) -> str:
-        """Another one once a file was written to or replaced: device, inode, size and time of modification. Raises
-        OSError."""
+        """Another one once a file was written to or replaced: inode, size and time of modification. Raises OSError."""
         figures = path.stat()
-        return f"{figures.st_dev}.{figures.st_ino}.{figures.st_size}.{figures.st_mtime_ns}"
+        return f"{figures.st_ino}.{figures.st_size}.{figures.st_mtime_ns}"
 
     def list_directory(self, path: Path) -> list[str]:
         """The names in a directory, sorted. Raises OSError."""

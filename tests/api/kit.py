@@ -270,6 +270,7 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
                 cache_dir=path / "cache",
                 memory_dir=path / "mem",
                 disk_dir=path / "disks",
+                template_dir=path / "templates",
                 kernel=path / "no-kernel",
                 initramfs=path / "no-initramfs",
             ),

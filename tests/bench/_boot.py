@@ -192,7 +192,9 @@ def _spec(image: Image, accelerator: AcceleratorName) -> Iterator[MachineSpec]:
             runtime="base", manifest=Manifest(name="base", version="0"), created_at=now, updated_at=now,
             image=image.digest, mark="volant-bench-1.1",
         )  # fmt: skip
-        settings = VmSettings(runtime_dir=directory, cache_dir=cache_dir(), memory_dir=memory, disk_dir=directory)
+        settings = VmSettings(
+            runtime_dir=directory, cache_dir=cache_dir(), memory_dir=memory, disk_dir=directory, template_dir=directory
+        )
         spec = machine_spec(settings, row, accelerator)
         spec.directory.mkdir(parents=True, mode=0o700)
         yield spec

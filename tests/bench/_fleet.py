@@ -104,6 +104,7 @@ async def _make(
         cache_dir=daemon.root / "c",
         memory_dir=daemon.memory_dir,
         disk_dir=daemon.state_dir / "disks",
+        template_dir=daemon.state_dir / "templates",
     )
     mark = mark_of(instance_of(daemon.state_dir), row)
 

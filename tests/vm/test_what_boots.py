@@ -16,7 +16,13 @@ from volant.vm._steps import machine_spec, uses_image
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 CACHE = Path("/cache")
-SETTINGS = VmSettings(runtime_dir=Path("/run"), cache_dir=CACHE, memory_dir=Path("/shm"), disk_dir=Path("/state/disks"))
+SETTINGS = VmSettings(
+    runtime_dir=Path("/run"),
+    cache_dir=CACHE,
+    memory_dir=Path("/shm"),
+    disk_dir=Path("/state/disks"),
+    template_dir=Path("/state/templates"),
+)
 OPERATOR = {"kernel": Path("/operator/kernel"), "initramfs": Path("/operator/initramfs")}
 PARTS = ("kernel", "initramfs")
 
@@ -36,6 +42,7 @@ def settings(*operator: str) -> VmSettings:
         cache_dir=CACHE,
         memory_dir=SETTINGS.memory_dir,
         disk_dir=SETTINGS.disk_dir,
+        template_dir=SETTINGS.template_dir,
         **{part: OPERATOR[part] for part in operator},
     )
 

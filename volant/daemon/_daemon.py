@@ -15,7 +15,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from random import Random
 from typing import Literal
@@ -33,9 +33,10 @@ from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
 from volant.journal import Journal, StillThere, Store, VmLogs
 from volant.model import Status
+from volant.templates import BuildDoors, Templates, TemplateStore, template_mark_prefix
 from volant.vm import BootGate, VmDoors, Vms, VmSettings, instance_of
 
-from ._directories import DirectoryError, claimed, disk_dir, memory_dir, remove
+from ._directories import DirectoryError, claimed, disk_dir, memory_dir, remove, template_dir
 from ._protection import Protection
 from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, split
 from ._sockets import ListenError, address_of, listening, setting_of
@@ -161,6 +162,22 @@ class Daemon:
             settings.cache_dir,
             accelerator=None if settings.accelerator == "auto" else settings.accelerator,
         )
+        templates = TemplateStore(self.host, template_dir(settings), enabled=settings.templates == "auto")
+        builds = BuildDoors(
+            host=self.host,
+            hypervisor=self.hypervisor,
+            store=templates,
+            instance=instance_of(settings.state_dir),
+            runtime_dir=settings.runtime_dir,
+            memory_dir=memory_dir(settings),
+            agent_timeout_s=settings.agent_timeout_s,
+        )
+        max_age = timedelta(seconds=settings.templates_max_age_s)
+        self._templates = Child(
+            "templates",
+            partial(Templates, builds, max_bytes=settings.templates_max_mb * 2**20, max_age=max_age),
+            shutdown_s=10,
+        )
         self._journal = Child("journal", partial(Journal, self.store), shutdown_s=10)
         self._supervisor = DynamicSupervisor(intensity=3, period_s=60, gave_up=self._gave_up)
         self.vms = Vms(
@@ -171,11 +188,14 @@ class Daemon:
                 logs=self.logs,
                 hypervisor=self.hypervisor,
                 media=BootMedia(settings.cache_dir, timeout_s=settings.media_timeout_s, max_mb=settings.media_max_mb),
+                templates=templates,
+                builder=self._templates.ref,
                 settings=VmSettings(
                     runtime_dir=settings.runtime_dir,
                     cache_dir=settings.cache_dir,
                     memory_dir=memory_dir(settings),
                     disk_dir=disk_dir(settings),
+                    template_dir=template_dir(settings),
                     kernel=settings.kernel,
                     initramfs=settings.initramfs,
                     max_vms=settings.max_vms,
@@ -230,6 +250,7 @@ class Daemon:
             children=[
                 self._journal,
                 Child("logs", self.logs.keep),
+                self._templates,
                 Child("vms", self._supervisor),
                 Child("api", partial(self._serve, self.app), shutdown_s=10),
             ],
@@ -313,8 +334,9 @@ class Daemon:
         """Processes and disks that are ours and belong to no row are named, never removed on a guess: the database may
         have been put back from a copy."""
         owned = {row.mark for row in self.store.projection.rows()}
+        builds = template_mark_prefix(instance_of(self._settings.state_dir))
         for identity in await self.host.processes(f"volant-{instance_of(self._settings.state_dir)}-"):
-            if identity.mark not in owned:
+            if identity.mark not in owned and not identity.mark.startswith(builds):
                 _logger.warning("process %d is a hypervisor of ours (%s) that no VM owns", identity.pid, identity.mark)
                 self._orphans.append({"pid": identity.pid, "mark": identity.mark})
 

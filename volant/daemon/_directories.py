@@ -33,6 +33,11 @@ def disk_dir(settings: Settings) -> Path:
     return settings.state_dir / "disks"
 
 
+def template_dir(settings: Settings) -> Path:
+    """Where templates lie."""
+    return settings.state_dir / "templates"
+
+
 @contextmanager
 def claimed(settings: Settings) -> Iterator[None]:
     """The directories exist, are ours alone, and no other daemon uses them.

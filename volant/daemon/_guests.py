@@ -23,7 +23,7 @@ from volant.model import EndKind, ProcessIdentity
 from volant.model.agent import DAEMON_SHUTDOWN
 from volant.vm import VmSettings, instance_of, memory_file, vm_directory
 
-from ._directories import disk_dir, memory_dir
+from ._directories import disk_dir, memory_dir, template_dir
 from ._settings import Settings
 
 _logger = logging.getLogger("volant.guests")
@@ -117,6 +117,7 @@ def _spec(settings: Settings, identity: ProcessIdentity, prefix: str) -> Machine
         cache_dir=settings.cache_dir,
         memory_dir=memory_dir(settings),
         disk_dir=disk_dir(settings),
+        template_dir=template_dir(settings),
     )
     nowhere = places.cache_dir / "not-needed-to-attach"
     return MachineSpec(

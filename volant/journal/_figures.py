@@ -44,6 +44,8 @@ class Figures:
         """Events by type."""
         self.failures: Counter[str] = Counter()
         """Crashes of VMs by the code of their reason."""
+        self.fallbacks: Counter[str] = Counter()
+        """Cold boots that followed a clone which failed, by the code of its reason."""
 
     def count(self, events: Iterable[Event]) -> None:
         """These have been told."""

@@ -88,6 +88,7 @@ from ._wire import (
     ProblemDetails,
     StreamGap,
     SystemStatus,
+    TemplateView,
     Ticket,
     Wellbeing,
 )
@@ -154,6 +155,7 @@ __all__ = [
     "StepFailed",
     "StreamGap",
     "SystemStatus",
+    "TemplateView",
     "Ticket",
     "Time",
     "Verb",

@@ -52,6 +52,31 @@ class PluginView(msgspec.Struct, frozen=True):
     labels: Mapping[str, str]
 
 
+class TemplateView(msgspec.Struct, frozen=True, kw_only=True):
+    """A template as the API lists it."""
+
+    digest: str
+    """Its name."""
+    state: Literal["ready", "building", "waiting", "failed"]
+    plugin: str
+    """For whose VM it was made; VMs of others that boot from the same use it too."""
+    after: Literal["agent", "workload"]
+    """Whether the workload runs in it."""
+    cpu_cores: int
+    memory_mb: int
+    disk: bool
+    """Whether its guest has a root filesystem."""
+    size_bytes: int
+    """On the disk."""
+    created_at: Time
+    used_at: Time | None
+    """When a VM began as a clone of it last."""
+    clones: int
+    """How many VMs did, since the daemon began."""
+    error: str | None
+    """Why there is none."""
+
+
 class StreamGap(msgspec.Struct, frozen=True):
     """Events between what was asked for and `oldest` are lost to this reader."""
 

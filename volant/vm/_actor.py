@@ -10,10 +10,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-import msgspec
 import trio
 
-from actors import Actor, ActorDown, AskTimeout, TaskHandle, handles
+from actors import Actor, ActorDown, AskTimeout, MailboxFull, TaskHandle, handles
 from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.host import ProcessGone
 from volant.hypervisor import LaunchFailed
@@ -40,6 +39,7 @@ from volant.model import (
     RestartDue,
     RestartLater,
     Seen,
+    Status,
     StepFailed,
     Verb,
     VerbKind,
@@ -49,12 +49,23 @@ from volant.model import (
     effect_of,
 )
 from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
+from volant.templates.messages import Suspect, Wanted
 
 from ._console import ConsolePump
 from ._doors import VmDoors
 from ._gate import TURN_S
 from ._process import LiveProcess, RootFailed
-from ._steps import StepError, layer_directory, machine_spec, mark_of, prepare_boot
+from ._steps import (
+    StepError,
+    blueprint_of,
+    layer_directory,
+    machine_id,
+    machine_spec,
+    mark_of,
+    prepare_boot,
+    told_manifest,
+    workload_spec,
+)
 from .messages import Ask, Report
 
 _logger = logging.getLogger("volant.vm")
@@ -65,6 +76,12 @@ _REPORT_PAUSE_MAX_S = 5.0
 _AGENT_PAUSE_S = 0.05
 _AGAIN_S = 1.0
 _AGAIN_MAX_S = 60.0
+_CLONE_S = 30.0
+"""How long a clone may take until it is somebody; a cold boot follows then, so it is not the agent's patience."""
+_TEMPLATES_FAULT = frozenset(
+    {"template_refused", "clone_refused", "clone_timeout", "guest_panicked", "guest_reset", "hypervisor_exited"}
+)
+"""What is wrong with a clone that is not wrong with the host."""
 _HISTORY = 20
 _HISTORY_CHARACTERS = 200
 
@@ -84,6 +101,8 @@ class VmActor(Actor):
         self._history: deque[dict[str, object]] = deque(maxlen=_HISTORY)
         self._process: LiveProcess | None = None
         self._process_task: TaskHandle | None = None
+        self._fresh_mark = ""
+        """Of a process to come that nobody can have started yet."""
 
     async def on_start(self) -> None:
         row = self._doors.store.projection.by_id(self._vm_id)
@@ -92,7 +111,7 @@ class VmActor(Actor):
         self._row = row
         self._log = self._doors.logs.open(row.id, row.name)
         self.ctx.stack.callback(self._doors.live.pop, row.id, None)
-        self.ctx.stack.callback(self._doors.gate.leave, row.id)
+        self.ctx.stack.callback(self._leave_gates)
         found = await self._find(row)
         rebooted = row.process is not None and row.process.boot_id != self._doors.host.boot_id()
         await self._see(Woke(found, rebooted))
@@ -108,7 +127,41 @@ class VmActor(Actor):
     async def report(self, message: Report) -> None:
         current = message.effect == self._effect if message.effect is not None else message.mark == self._row.mark
         if current:
+            before = self._row
             await self._see(message.seen)
+            self._tell_builder(before, self._row)
+
+    def _tell_builder(self, before: VmRow, after: VmRow) -> None:
+        """What a boot says of templates: one that should be there, one that served, one that did not."""
+        doors = self._doors
+        if before.status is not Status.STARTING:
+            return
+        failed = after.fallback if after.status is Status.STARTING else after.reason
+        if after.status is Status.RUNNING:
+            if after.template is not None:
+                doors.templates.count_clone(after.template)
+            elif after.boot == "auto" and doors.templates.enabled:
+                self.ctx.spawn(self._want_template, after, name="template")
+        elif before.template is not None and failed is not None and failed is not before.fallback:
+            if after.status is Status.STARTING:
+                doors.store.figures.fallbacks[failed.code] += 1
+                _logger.warning(
+                    "VM %s boots cold, as the clone of template %s failed: %s: %s",
+                    after.name, before.template, failed.code, failed.message, extra={"vm": after.name},
+                )  # fmt: skip
+            if failed.code in _TEMPLATES_FAULT:
+                self._tell(Suspect(before.template, f"{failed.code}: {failed.message}"))
+
+    async def _want_template(self, row: VmRow) -> None:
+        with suppress(OSError):
+            blueprint = await blueprint_of(self._doors, row, row.image or "")
+            if await self._doors.templates.find(blueprint.recipe, blueprint.digest) is None:
+                self._tell(Wanted(blueprint))
+
+    def _tell(self, message: Wanted | Suspect) -> None:
+        # Lost, it is told again by the next VM.
+        with suppress(ActorDown, MailboxFull):
+            self._doors.builder.tell(message)
 
     def inspect(self) -> Mapping[str, object]:
         process = self._process
@@ -118,7 +171,8 @@ class VmActor(Actor):
             "phase": self._row.phase,
             "revision": self._row.revision,
             "step": self._inspect_step(),
-            "turn": self._doors.gate.inspect(self._vm_id),
+            "turn": self._doors.gate.inspect(self._vm_id) or self._doors.clone_gate.inspect(self._vm_id),
+            "template": self._row.template,
             "restarts": {"policy": self._row.restart_policy, "done": self._row.restarts, "limit": MAX_RESTARTS},
             "history": list(self._history),
             "process": None if process is None else process.inspect(),
@@ -232,9 +286,9 @@ class VmActor(Actor):
             return
         self._watch(self._row)
         if self._row.phase in (Phase.LAUNCH, Phase.AGENT):
-            self._doors.gate.take(self._vm_id)
+            (self._doors.gate if self._row.template is None else self._doors.clone_gate).take(self._vm_id)
         elif self._row.phase is not Phase.IMAGE:
-            self._doors.gate.leave(self._vm_id)
+            self._leave_gates()
         wanted = effect_of(self._row)
         if wanted == self._effect:
             return
@@ -246,6 +300,10 @@ class VmActor(Actor):
         self._step = (
             None if wanted is None else self.ctx.spawn(self._perform, wanted, before, name=type(wanted).__name__)
         )
+
+    def _leave_gates(self) -> None:
+        self._doors.gate.leave(self._vm_id)
+        self._doors.clone_gate.leave(self._vm_id)
 
     def _watch(self, row: VmRow | None) -> None:
         identity = row.process if row is not None else None
@@ -272,6 +330,8 @@ class VmActor(Actor):
                 manifest=told_manifest(row),
                 workload=workload_spec(row),
                 handed_over=row.agent_seen,
+                is_clone=row.template is not None,
+                signal=row.manifest.template.signal,
             )
             self._doors.live[self._vm_id] = self._process
             self._process_task = self.ctx.spawn(self._process.run, name="process")
@@ -331,10 +391,11 @@ class VmActor(Actor):
     async def _outcome(self, effect: Effect, row: VmRow) -> Seen:
         match effect:
             case PrepareImage():
-                digest = await prepare_boot(self._doors, row)
-                await self._doors.gate.enter(row.id)
+                image, template = await prepare_boot(self._doors, row)
+                await (self._doors.gate if template is None else self._doors.clone_gate).enter(row.id)
                 socket = machine_spec(self._doors.settings, row, "tcg").console_socket_path
-                return ImageReady(digest, mark_of(self._doors.instance, row), str(socket))
+                mark = self._fresh_mark = mark_of(self._doors.instance, row)
+                return ImageReady(image, mark, str(socket), template)
             case Launch(mark):
                 return await self._launch(mark)
             case AwaitAgent():
@@ -353,8 +414,10 @@ class VmActor(Actor):
 
     async def _launch(self, mark: str) -> Seen:
         hypervisor = self._doors.hypervisor
-        # A predecessor may have been killed between the launch and its commit.
-        found = await self._doors.host.find(mark)
+        # A predecessor may have been killed between the launch and its commit. Where there was none, a look through all
+        # processes would cost as much as starting one.
+        found = await self._doors.host.find(mark) if mark != self._fresh_mark else None
+        self._fresh_mark = ""
         accelerator = await hypervisor.accelerator()
         if found is None:
             with _deadline(
@@ -364,17 +427,23 @@ class VmActor(Actor):
         return Launched(found, hypervisor.name, accelerator)
 
     async def _await_agent(self) -> Seen:
-        timeout_s = self._doors.settings.agent_timeout_s
+        row, settings = self._row, self._doors.settings
+        is_clone = row.template is not None
+        timeout_s = min(_CLONE_S, settings.agent_timeout_s) if is_clone else settings.agent_timeout_s
+        code = "clone_timeout" if is_clone else "agent_timeout"
         turn_ends_at = trio.current_time() + TURN_S
-        with _deadline(timeout_s, "agent_timeout", f"the agent in the guest did not answer within {timeout_s:g} s"):
+        with _deadline(timeout_s, code, f"the agent in the guest did not answer within {timeout_s:g} s"):
             while True:
                 if trio.current_time() >= turn_ends_at:
-                    self._doors.gate.leave(self._vm_id)
+                    self._leave_gates()
                 try:
                     process = self._live()
-                    await process.ask("GET", HEALTHZ)
-                    if self._row.layer:
-                        await process.root_mounted()
+                    if is_clone:
+                        await process.become(row.name, machine_id(self._doors.instance, row), row.id)
+                    else:
+                        await process.ask("GET", HEALTHZ)
+                        if row.layer:
+                            await process.root_mounted()
                     await process.hand_over()
                     return AgentAnswered()
                 except AgentUnreachable:
@@ -382,7 +451,8 @@ class VmActor(Actor):
                 except RootFailed as error:
                     raise StepError("rootfs_failed", str(error)) from error
                 except AgentProtocolError as error:
-                    raise StepError("agent_refused", f"the agent answered, but not as it should: {error}") from error
+                    code = "clone_refused" if is_clone else "agent_refused"
+                    raise StepError(code, f"the agent answered, but not as it should: {error}") from error
 
     def _live(self) -> LiveProcess:
         """:raises AgentUnreachable: the row has no process any more."""
@@ -457,19 +527,3 @@ def _changed(row: VmRow) -> Problem:
         vm=row.name,
         hint="read it again, and send its ETag as If-Match",
     )
-
-
-def told_manifest(row: VmRow) -> dict[str, object]:
-    """The body of `PUT /v1/daemon/manifest`: all of it but `boot`, as a guest has no business with the host's paths."""
-    told: dict[str, object] = msgspec.to_builtins(msgspec.structs.replace(row.manifest, boot=None))
-    return told
-
-
-def workload_spec(row: VmRow) -> dict[str, object] | None:
-    """The body of `PUT /v1/daemon/workload`: the manifest's workload with the VM's own environment over it."""
-    workload = row.manifest.workload
-    if workload is None:
-        return None
-    spec: dict[str, object] = msgspec.to_builtins(workload)
-    spec["env"] = {**workload.env, **row.env}
-    return spec

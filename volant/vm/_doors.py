@@ -10,6 +10,7 @@ from volant.host import Host
 from volant.hypervisor import Hypervisor
 from volant.images import BootMedia
 from volant.journal import Journal, Store, VmLogs
+from volant.templates import Templates, TemplateStore
 
 from ._gate import BootGate
 from ._process import LiveProcess
@@ -25,6 +26,8 @@ class VmSettings:
     """On a file system in RAM."""
     disk_dir: Path
     """Where VMs' layers over their root filesystems lie; as durable as the database."""
+    template_dir: Path
+    """Where templates lie."""
     kernel: Path | None = None
     initramfs: Path | None = None
     """Instead of the built image's, where a plugin brings none."""
@@ -45,9 +48,14 @@ class VmDoors:
     logs: VmLogs
     hypervisor: Hypervisor
     media: BootMedia
+    templates: TemplateStore
+    builder: Ref[Templates]
+    """Of templates."""
     settings: VmSettings
     instance: str
     """Names this daemon's state directory in the marks of its processes, so that two daemons never mix up theirs."""
     gate: BootGate = field(default_factory=lambda: BootGate(4))
+    clone_gate: BootGate = field(default_factory=lambda: BootGate(8))
+    """Of its own, as a clone is done in a tenth of a second, and would wait for cold boots for many."""
     live: dict[int, LiveProcess] = field(default_factory=dict)
     """By the VM's id: what is alive of its process, for whoever wants a stream to its agent."""

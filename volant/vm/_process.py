@@ -10,6 +10,7 @@ They begin when the row has a process and end when nothing of it is left, whatev
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import ExitStack
 
@@ -30,7 +31,7 @@ from volant.host import Host
 from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec
 from volant.journal import VmLog
 from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
-from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_WORKLOAD
+from volant.model.agent import DAEMON_CLOCK, DAEMON_IDENTITY, DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_WORKLOAD
 
 from ._console import ConsolePump, console_source
 from ._output import pump_output
@@ -38,9 +39,15 @@ from ._serial import SerialConsole
 
 _RETRY_MIN_S = 0.1
 _RETRY_MAX_S = 10.0
+_OPEN_S = 1.0
 _ANSWER_S = 10.0
 _ROOT_S = 20.0
 """The agent waits 15 s for the guest to be set up before it says that it is not."""
+_ENTROPY_BYTES = 64
+_BECOME_S = 15.0
+"""The agent waits 6 s for a workload that was copied to be well."""
+_CLOCK_OFF_NS = 25_000_000
+_CLOCK_TRIES = 3
 _CONSOLE_LINES = 60
 """With the trace that follows it, what a kernel says when it panics is some forty lines long."""
 _CONSOLE_CHARACTERS = 500
@@ -66,10 +73,13 @@ class LiveProcess:
         *,
         manifest: Mapping[str, object],
         workload: Mapping[str, object] | None,
+        signal: str | None = None,
         handed_over: bool,
+        is_clone: bool = False,
     ) -> None:
-        """`manifest`: what the agent is to know of its plugin; `workload`: what it is to run; `handed_over`: whether an
-        earlier incarnation has told it."""
+        """`manifest`: what the agent is to know of its plugin; `workload`: what it is to run; `signal`: what that is
+        told by, when it was copied; `handed_over`: whether an earlier incarnation has told it; `is_clone`: whether the
+        guest takes itself for another one until it has heard who it is."""
         self.identity = identity
         self._host = host
         self._hypervisor = hypervisor
@@ -84,7 +94,12 @@ class LiveProcess:
         self._output_error: str | None = None
         self._manifest = manifest
         self._workload = workload
+        self._signal = signal
         self._handed_over = handed_over
+        self._opened = trio.Event()
+        self._is_itself = trio.Event()
+        if handed_over or not is_clone:
+            self._is_itself.set()
 
     @property
     def client(self) -> AgentClient | None:
@@ -131,6 +146,8 @@ class LiveProcess:
         :raises AgentUnreachable: it can't be reached.
         :raises AgentProtocolError: it refuses, or answers with nonsense.
         """
+        with trio.move_on_after(_OPEN_S):
+            await self._opened.wait()
         if self._client is None:
             raise AgentUnreachable("the channel to the guest is not open")
         answer = await self._client.request_json(method, path, body, timeout_s=_ANSWER_S)
@@ -157,6 +174,45 @@ class LiveProcess:
                 raise RootFailed(f"the guest can't mount its root filesystem: {str(said.get('detail'))[:1000]}")
             case _:
                 raise AgentProtocolError("its initramfs mounts no root filesystem")
+
+    async def become(self, hostname: str, machine_id: str, vm_id: int) -> None:
+        """Tell a clone who it is, with fresh entropy and the time; return once it is that.
+
+        :raises AgentUnreachable: it can't be reached. :raises AgentProtocolError: it can't be that, and says why.
+        """
+        await self._opened.wait()
+        if self._client is None or self._channel is None:
+            raise AgentUnreachable("the channel to the guest is not open")
+        # What is told has the time in it, so it is not told before there is somebody to hear it.
+        await self._channel.ready()
+        host = self._host
+        identity = {
+            "hostname": hostname,
+            "machine_id": machine_id,
+            "vm_id": vm_id,
+            "entropy": base64.b64encode(host.entropy(_ENTROPY_BYTES)).decode(),
+            "time_ns": _now_ns(host),
+            "signal": self._signal,
+        }
+        said = await self._tell(DAEMON_IDENTITY, identity)
+        for _ in range(_CLOCK_TRIES):
+            shown = said.get("time_ns")
+            if not isinstance(shown, int):
+                raise AgentProtocolError("it does not say what its clock shows")
+            if abs(shown - _now_ns(host)) <= _CLOCK_OFF_NS:
+                break
+            said = await self._tell(DAEMON_CLOCK, {"time_ns": _now_ns(host)})
+        self._is_itself.set()
+
+    async def _tell(self, path: str, body: object) -> dict[str, object]:
+        """`PUT` something that is answered by an object. :raises AgentUnreachable: :raises AgentProtocolError:"""
+        if self._client is None:
+            raise AgentUnreachable("the channel to the guest is not open")
+        answer = await self._client.request_json("PUT", path, body, timeout_s=_BECOME_S)
+        said = answer.body if isinstance(answer.body, dict) else {}
+        if answer.status != 200:
+            raise AgentProtocolError(f"it answers PUT {path} with {answer.status}: {said.get('detail')}")
+        return said
 
     async def hand_over(self) -> None:
         """Give the agent its manifest and its workload. From then on every agent of this boot gets them, as one that
@@ -194,6 +250,7 @@ class LiveProcess:
         async with open_channel(self._host, _agent_address(self._spec)) as channel:
             self._channel = channel
             self._client = AgentClient(channel)
+            self._opened.set()
             try:
                 await self._keep_output(channel, self._client)
             finally:
@@ -203,6 +260,8 @@ class LiveProcess:
         """Carry the workload's output for as long as there is a channel."""
         pause_s = _RETRY_MIN_S
         log_id = ""
+        # Until then its output has the id of the template's.
+        await self._is_itself.wait()
         while True:
             await channel.ready()
             began = trio.current_time()
@@ -231,6 +290,10 @@ def reason_of_end(kind: EndKind, message: str, console: tuple[str, ...]) -> Reas
             if panic:
                 return Reason(_CODES[EndKind.PANICKED], f"the guest's kernel panicked{why}", console)
     return Reason(_CODES[kind], message, console)
+
+
+def _now_ns(host: Host) -> int:
+    return int(host.wall_clock().timestamp() * 1e6) * 1000
 
 
 def _agent_address(spec: MachineSpec) -> Address:

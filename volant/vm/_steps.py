@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
+
+from actors import ActorDown, AskTimeout
 from volant import images
 from volant.hypervisor import AcceleratorName, Disk, LaunchFailed, MachineSpec
-from volant.model import Artifact, Boot, Manifest, VmRow
+from volant.model import Artifact, Boot, Manifest, Problem, VmRow
+from volant.templates import Blueprint, Found, Recipe, Told, template_at
+from volant.templates.messages import Build
 
 from ._doors import VmDoors, VmSettings
 
 CUSTOM_IMAGE = "custom"
 """Stands for the digest where nothing of the built image is used."""
+
+_BUILD_S = 300.0
+"""What building a template may take besides its guest's boot: others may wait before it."""
 
 
 class StepError(Exception):
@@ -28,13 +37,35 @@ class StepError(Exception):
         self.code = code
 
 
-async def prepare_boot(doors: VmDoors, row: VmRow) -> str:
-    """The digest of the built image, `CUSTOM_IMAGE` where it is not used. When this returns, all that the VM boots from
-    is in the cache, and its layer is made.
+class Prepared(NamedTuple):
+    """What a boot begins with."""
+
+    image: str
+    """The digest of the built image, `CUSTOM_IMAGE` where it is not used."""
+    template: str | None
+    """The digest of the template that it goes on from."""
+
+
+async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
+    """When this returns, all that the VM boots from is in the cache, and its layer is made.
 
     :raises StepError: `image_missing`, `image_failed`, `memory_too_small`; `media_missing`, `media_unreachable`,
         `media_mismatch`, `media_too_large`, `media_timeout`, `cache_full`, `cache_unwritable`, `io_error`;
-        `disk_missing`, `disk_failed`.
+        `disk_missing`, `disk_failed`; `template_failed`.
+    """
+    digest = await prepare_media(doors, row)
+    disk = root_disk(doors.settings, row)
+    if disk is None:
+        template = await _find_template(doors, row, digest)
+    else:
+        template = await _prepare_layer(doors, row, disk, digest)
+    return Prepared(digest, None if template is None else template.digest)
+
+
+async def prepare_media(doors: VmDoors, row: VmRow) -> str:
+    """The digest of the built image, as `Prepared` has it. All that the VM boots from is in the cache then.
+
+    :raises StepError: as `prepare_boot`.
     """
     settings = doors.settings
     boot = row.manifest.boot or Boot()
@@ -48,9 +79,6 @@ async def prepare_boot(doors: VmDoors, row: VmRow) -> str:
     for artifact in (boot.kernel, boot.initramfs, boot.rootfs):
         if artifact is not None:
             await _obtain(doors, artifact)
-    disk = root_disk(settings, row)
-    if disk is not None:
-        await _prepare_layer(doors, row, disk)
     return digest
 
 
@@ -76,21 +104,106 @@ async def _obtain(doors: VmDoors, artifact: Artifact) -> None:
         raise StepError(code, f"the VM can't boot from {error}") from error
 
 
-async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk) -> None:
-    """The row that owns the layer was committed when the VM was created."""
-    if doors.host.exists(disk.layer):
-        return
-    if row.boots:
+async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> Found | None:
+    """The template that the VM goes on from. The row that owns the layer was committed when the VM was created."""
+    # What a clone that failed has left is not what anybody was told of.
+    fails_first = row.fallback is not None and row.boots == 1
+    if doors.host.exists(disk.layer) and not fails_first:
+        # Its content is no longer what a template's memory knows of it.
+        return None
+    if row.boots and not fails_first:
         raise StepError(
             "disk_missing", f"the VM's disk {disk.layer} is gone; put it back, or delete the VM and create it anew"
         )
+    template = await _find_template(doors, row, image)
     try:
         await doors.host.mkdir(disk.layer.parent)
-        await doors.hypervisor.make_layer(disk)
+        await doors.hypervisor.make_layer(disk, None if template is None else template.layer)
     except LaunchFailed as error:
         raise StepError("disk_failed", str(error)) from error
     except OSError as error:
         raise StepError("disk_failed", f"the directory of the VM's disk can't be made: {error}") from error
+    return template
+
+
+async def _find_template(doors: VmDoors, row: VmRow, image: str) -> Found | None:
+    """What the VM is to go on from; None: it boots cold. :raises StepError: it must not."""
+    if row.boot == "cold" or row.fallback is not None or (row.boot == "auto" and not doors.templates.enabled):
+        return None
+    try:
+        blueprint = await blueprint_of(doors, row, image)
+        found = await doors.templates.find(blueprint.recipe, blueprint.digest)
+        if found is None and row.boot == "template":
+            await doors.builder.ask(Build(blueprint), timeout_s=doors.settings.agent_timeout_s + _BUILD_S)
+            found = await doors.templates.find(blueprint.recipe, blueprint.digest)
+    except (OSError, Problem, ActorDown, AskTimeout) as error:
+        if row.boot == "auto":
+            return None
+        why = error.detail if isinstance(error, Problem) else str(error)
+        raise StepError("template_failed", f"the VM is to be a clone, and there is no template: {why}") from error
+    if found is None and row.boot == "template":
+        raise StepError("template_failed", "the VM is to be a clone, and its template was there and is gone again")
+    return found
+
+
+async def blueprint_of(doors: VmDoors, row: VmRow, image: str) -> Blueprint:
+    """What a template must be made of for such a VM to go on from it. What it boots from is in the cache.
+
+    :raises OSError: it is not.
+    """
+    accelerator = await doors.hypervisor.accelerator()
+    spec = machine_spec(doors.settings, msgspec.structs.replace(row, image=image), accelerator)
+    boot = row.manifest.boot or Boot()
+
+    def part(artifact: Artifact | None, path: Path | None) -> str:
+        if artifact is not None:
+            return f"sha256 {artifact.sha256}"
+        return f"image {image}" if path is None else f"file {path} {doors.host.fingerprint(path)}"
+
+    workload = workload_spec(row)
+    told = None
+    if row.manifest.template.after == "workload" and workload is not None:
+        told = Told(told_manifest(row), workload)
+    recipe = Recipe(
+        hypervisor=await doors.hypervisor.fingerprint(),
+        kernel=part(boot.kernel, doors.settings.kernel),
+        initramfs=part(boot.initramfs, doors.settings.initramfs),
+        rootfs=boot.rootfs.sha256 if boot.rootfs is not None else None,
+        cmdline=spec.cmdline,
+        cpu_cores=row.cpu_cores,
+        memory_mb=row.memory_mb,
+        told=told,
+    )
+    return Blueprint(
+        recipe=recipe,
+        digest=recipe.digest,
+        plugin=row.plugin,
+        kernel=spec.kernel,
+        initramfs=spec.initramfs,
+        rootfs=None if spec.root is None else spec.root.base,
+        accelerator=accelerator,
+    )
+
+
+def told_manifest(row: VmRow) -> dict[str, object]:
+    """The body of `PUT /v1/daemon/manifest`: all of it but `boot`, as a guest has no business with the host's paths."""
+    told: dict[str, object] = msgspec.to_builtins(msgspec.structs.replace(row.manifest, boot=None))
+    return told
+
+
+def workload_spec(row: VmRow) -> dict[str, object] | None:
+    """The body of `PUT /v1/daemon/workload`: the manifest's workload with the VM's own environment over it."""
+    workload = row.manifest.workload
+    if workload is None:
+        return None
+    spec: dict[str, object] = msgspec.to_builtins(workload)
+    spec["env"] = {**workload.env, **row.env}
+    return spec
+
+
+def machine_id(instance: str, row: VmRow) -> str:
+    """What a clone has as its machine id: of this VM and of no other, and the same in each boot."""
+    return hashlib.sha256(f"{instance} {row.id} {row.created_at.isoformat()}".encode()).hexdigest()[:32]
 
 
 def uses_image(settings: VmSettings, manifest: Manifest) -> bool:
@@ -120,6 +233,7 @@ def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName)
         mark=row.mark,
         accelerator=accelerator,
         root=root_disk(settings, row),
+        template=None if row.template is None else template_at(settings.template_dir, row.template),
     )
 
 

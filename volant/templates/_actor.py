@@ -1,0 +1,246 @@
+"""The actor that keeps the templates: builds what VMs would be clones of, one at a time, and evicts what nobody uses.
+
+Nothing waits for it but who asked for a template by name: VMs look into the store themselves, and boot cold where that
+has nothing for them. So whatever goes wrong here costs time and no VM.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Literal
+
+import trio
+
+from actors import Actor, Deferred, handles
+from volant.model import Problem, TemplateView
+
+from ._builder import BuildDoors, TemplateFailed, build, sweep
+from ._recipe import Blueprint, Recipe
+from ._store import Stored
+from .messages import Build, ListTemplates, RemoveTemplate, Suspect, Wanted
+
+QUEUE = 16
+"""So many wait to be built; what is wanted beyond that is wanted again by the next VM."""
+_QUIET_S = 1.0
+"""What was just booted has this long for itself."""
+_FIRST_PAUSE_S = 30.0
+_MAX_PAUSE_S = 3600.0
+_FAILURES = 64
+_EVICT_EVERY_S = 3600.0
+_logger = logging.getLogger("volant.templates")
+
+
+@dataclass
+class _Job:
+    blueprint: Blueprint
+    waiting: list[Deferred[TemplateView]] = field(default_factory=list)
+
+
+@dataclass
+class _Failure:
+    blueprint: Blueprint | None
+    count: int
+    until: float
+    message: str
+    at: datetime
+
+
+class Templates(Actor):
+    """See `volant.templates.messages` for what it takes."""
+
+    mailbox = 256
+
+    def __init__(self, doors: BuildDoors, *, max_bytes: int, max_age: timedelta) -> None:
+        self._doors = doors
+        self._max_bytes = max_bytes
+        self._max_age = max_age
+        self._jobs: dict[str, _Job] = {}
+        """In the order in which they are built; the first is under way once the builder has taken it up."""
+        self._building: str | None = None
+        self._failures: dict[str, _Failure] = {}
+        self._wake = trio.Event()
+        self._built = 0
+
+    async def on_start(self) -> None:
+        self.ctx.spawn(self._work, name="builder")
+
+    def inspect(self) -> Mapping[str, object]:
+        return {
+            "building": self._building,
+            "waiting": [digest for digest in self._jobs if digest != self._building],
+            "built": self._built,
+            "failures": {digest: failure.message for digest, failure in self._failures.items()},
+        }
+
+    @handles(Wanted)
+    async def wanted(self, message: Wanted) -> None:
+        blueprint = message.blueprint
+        failure = self._failures.get(blueprint.digest)
+        if not self._doors.store.enabled or blueprint.digest in self._jobs or len(self._jobs) >= QUEUE:
+            return
+        if failure is not None and trio.current_time() < failure.until:
+            return
+        self._enqueue(_Job(blueprint))
+
+    @handles(Build)
+    async def build(self, message: Build) -> Deferred[TemplateView]:
+        deferred = self.ctx.defer(message)
+        digest = message.blueprint.digest
+        if not self._doors.store.enabled:
+            deferred.fail(
+                Problem(409, "templates-off", "there are no templates here, as the setting `templates` is `off`")
+            )
+        elif digest in self._jobs:
+            self._jobs[digest].waiting.append(deferred)
+        elif len(self._jobs) >= QUEUE:
+            deferred.fail(
+                Problem(503, "templates-busy", f"{len(self._jobs)} templates wait to be built", hint="try again later")
+            )
+        else:
+            self._enqueue(_Job(message.blueprint, [deferred]))
+        return deferred
+
+    @handles(Suspect)
+    async def suspect(self, message: Suspect) -> None:
+        """What made a clone fail makes the next one fail: it is built anew, after a while."""
+        _logger.warning("template %s is removed, as a clone of it failed: %s", message.digest, message.reason)
+        self._note_failure(message.digest, None, f"a clone of it failed: {message.reason}")
+        try:
+            await self._doors.store.remove(message.digest)
+        except OSError as error:
+            _logger.error("template %s can't be removed: %s", message.digest, error)
+
+    @handles(ListTemplates)
+    async def all(self, message: ListTemplates) -> tuple[TemplateView, ...]:
+        del message
+        store = self._doors.store
+        views = {
+            digest: self._ready(digest, stored, await store.used_at(digest, stored))
+            for digest, stored in (await store.all()).items()
+        }
+        for digest, failure in self._failures.items():
+            if digest not in views and failure.blueprint is not None:
+                views[digest] = _view(failure.blueprint, "failed", failure.at, failure.message)
+        now = self._doors.host.wall_clock()
+        for digest, job in self._jobs.items():
+            views[digest] = _view(job.blueprint, "building" if digest == self._building else "waiting", now)
+        return tuple(views[digest] for digest in sorted(views))
+
+    @handles(RemoveTemplate)
+    async def remove(self, message: RemoveTemplate) -> None:
+        if message.digest not in await self._doors.store.all():
+            raise Problem(404, "template-not-found", f"there is no template {message.digest[:40]!r}")
+        try:
+            await self._doors.store.remove(message.digest)
+        except OSError as error:
+            raise Problem(503, "template-not-removed", f"the template can't be removed: {error}") from error
+
+    def _enqueue(self, job: _Job) -> None:
+        self._jobs[job.blueprint.digest] = job
+        self._wake.set()
+
+    async def _work(self) -> None:
+        """Build one after the other, and evict in between."""
+        try:
+            await sweep(self._doors)
+        except OSError as error:
+            _logger.error("what an earlier build has left can't be removed: %s", error)
+        while True:
+            await self._evict()
+            with trio.move_on_after(_EVICT_EVERY_S):
+                await self._wake.wait()
+            while self._jobs:
+                digest = self._next()
+                self._building = digest
+                await self._build(digest)
+                self._building = None
+            self._wake = trio.Event()
+
+    def _next(self) -> str:
+        """Who waits for one comes first."""
+        return next((digest for digest, job in self._jobs.items() if job.waiting), next(iter(self._jobs)))
+
+    async def _build(self, digest: str) -> None:
+        job = self._jobs[digest]
+        blueprint = job.blueprint
+        try:
+            if await self._doors.store.find(blueprint.recipe, digest) is None:
+                if not job.waiting:
+                    await trio.sleep(_QUIET_S)
+                began = trio.current_time()
+                await build(self._doors, blueprint)
+                self._built += 1
+                took_s = trio.current_time() - began
+                _logger.info("template %s for plugin %s: built in %.1f s", digest, blueprint.plugin, took_s)
+            stored = (await self._doors.store.all())[digest]
+        except (TemplateFailed, OSError, KeyError) as error:
+            code = error.code if isinstance(error, TemplateFailed) else "io_error"
+            self._note_failure(digest, blueprint, f"{code}: {error}")
+            _logger.warning("template %s for plugin %s could not be built: %s", digest, blueprint.plugin, error)
+            for waiting in self._jobs.pop(digest).waiting:
+                waiting.fail(Problem(503, "template-failed", f"the template can't be built: {error}"))
+            return
+        self._failures.pop(digest, None)
+        for waiting in self._jobs.pop(digest).waiting:
+            waiting.reply(self._ready(digest, stored, stored.created_at))
+        await self._evict()
+
+    async def _evict(self) -> None:
+        try:
+            await self._doors.store.evict(self._max_bytes, self._max_age)
+        except OSError as error:
+            _logger.error("a template can't be removed: %s", error)
+
+    def _note_failure(self, digest: str, blueprint: Blueprint | None, message: str) -> None:
+        before = self._failures.pop(digest, None)
+        count = 1 if before is None else before.count + 1
+        pause_s = min(_FIRST_PAUSE_S * 2.0 ** (count - 1), _MAX_PAUSE_S)
+        if blueprint is None and before is not None:
+            blueprint = before.blueprint
+        until, now = trio.current_time() + pause_s, self._doors.host.wall_clock()
+        self._failures[digest] = _Failure(blueprint, count, until, message, now)
+        while len(self._failures) > _FAILURES:
+            del self._failures[next(iter(self._failures))]
+
+    def _ready(self, digest: str, stored: Stored, used_at: datetime) -> TemplateView:
+        return TemplateView(
+            digest=digest,
+            state="ready",
+            plugin=stored.plugin,
+            after=_after(stored.recipe),
+            cpu_cores=stored.recipe.cpu_cores,
+            memory_mb=stored.recipe.memory_mb,
+            disk=stored.recipe.rootfs is not None,
+            size_bytes=stored.disk_bytes,
+            created_at=stored.created_at,
+            used_at=used_at,
+            clones=self._doors.store.clones.get(digest, 0),
+            error=None,
+        )
+
+
+def _view(
+    blueprint: Blueprint, state: Literal["building", "waiting", "failed"], at: datetime, error: str | None = None
+) -> TemplateView:
+    recipe = blueprint.recipe
+    return TemplateView(
+        digest=blueprint.digest,
+        state=state,
+        plugin=blueprint.plugin,
+        after=_after(recipe),
+        cpu_cores=recipe.cpu_cores,
+        memory_mb=recipe.memory_mb,
+        disk=recipe.rootfs is not None,
+        size_bytes=0,
+        created_at=at,
+        used_at=None,
+        clones=0,
+        error=error,
+    )
+
+
+def _after(recipe: Recipe) -> Literal["agent", "workload"]:
+    return "agent" if recipe.told is None else "workload"

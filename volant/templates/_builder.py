@@ -1,0 +1,250 @@
+"""From a blueprint to a template: a boot of a machine of our own, stopped where it has nothing left to do.
+
+Whatever happens half-way, the process, its directory, its memory and the half-made template have names that follow from
+the digest, and no row. So whoever begins after a daemon that was killed finds all of it without having been told.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable, VirtioSerial, open_channel
+from volant.host import Host, ProcessGone
+from volant.hypervisor import Disk, Hypervisor, HypervisorError, LaunchFailed, Machine, MachineSpec
+from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_SETTLE, DAEMON_WORKLOAD
+
+from ._recipe import Blueprint, Told
+from ._store import LAYER, MEMORY, STATE, TemplateStore
+
+RESERVE_MB = 768
+"""What the host must have beyond the memory of the guest that boots: VMs come first."""
+_ROOT_S = 20.0
+_ANSWER_S = 10.0
+_SETTLE_S = 30.0
+_AGAIN_S = 0.2
+_WORKLOAD_AGAIN_S = 0.25
+_COPY_S = 120.0
+_CLEAR_S = 20.0
+_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_logger = logging.getLogger("volant.templates")
+
+
+class TemplateFailed(Exception):
+    """There is no template, and why; `code` is a stable word."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildDoors:
+    """What a build uses of the rest of the daemon."""
+
+    host: Host
+    hypervisor: Hypervisor
+    store: TemplateStore
+    instance: str
+    runtime_dir: Path
+    memory_dir: Path
+    agent_timeout_s: float = 120.0
+
+
+def template_mark_prefix(instance: str) -> str:
+    """What the marks of processes begin with that become templates, and those of no VM do."""
+    return f"volant-{instance}-t."
+
+
+async def build(doors: BuildDoors, blueprint: Blueprint) -> None:
+    """Make a template; the store has it afterwards. Cancelled, it leaves nothing.
+
+    :raises TemplateFailed: nothing is left of it.
+    """
+    host = doors.host
+    spec = _spec(doors, blueprint)
+    fresh = doors.store.directory / f"{blueprint.digest}.new"
+    _check_room(doors, blueprint)
+    try:
+        await _clear(host, spec, fresh)
+        await host.mkdir(fresh)
+        try:
+            if spec.root is not None:
+                await doors.hypervisor.make_layer(spec.root)
+            identity = await doors.hypervisor.launch(spec)
+            async with doors.hypervisor.attach(spec, identity) as machine:
+                await _until_ready(doors, spec, machine, blueprint.recipe.told)
+                await machine.save(fresh / f"{STATE}.part")
+                await machine.quit()
+            await host.put_in_place(fresh / f"{STATE}.part", fresh / STATE)
+            if spec.root is not None:
+                await host.put_in_place(spec.root.layer, fresh / LAYER)
+            await _copy_memory(host, spec.memory_file, fresh / MEMORY)
+            await doors.store.add(fresh, blueprint.digest, blueprint.recipe, blueprint.plugin)
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
+                await _clear(host, spec, fresh)
+    except LaunchFailed as error:
+        raise TemplateFailed(error.code, error.message) from error
+    except HypervisorError as error:
+        raise TemplateFailed("hypervisor_error", str(error)) from error
+    except OSError as error:
+        raise TemplateFailed("io_error", f"the template can't be written: {error}") from error
+
+
+async def sweep(doors: BuildDoors) -> None:
+    """End what builds of an earlier life have left: processes, their files, half-made templates. Raises OSError."""
+    host = doors.host
+    for identity in await host.processes(template_mark_prefix(doors.instance)):
+        _logger.info("process %d was to become a template (%s), and is ended", identity.pid, identity.mark)
+        with suppress(ProcessGone), host.open_process(identity) as process:
+            process.kill()
+    await host.remove_tree(_directories(doors))
+    for name in host.list_directory(doors.memory_dir):
+        if name.startswith(_MEMORY_PREFIX):
+            await host.remove_file(doors.memory_dir / name)
+    await doors.store.sweep()
+
+
+_MEMORY_PREFIX = "template-"
+
+
+def _directories(doors: BuildDoors) -> Path:
+    return doors.runtime_dir / "templates"
+
+
+def _spec(doors: BuildDoors, blueprint: Blueprint) -> MachineSpec:
+    recipe, name = blueprint.recipe, blueprint.digest[:16]
+    fresh = doors.store.directory / f"{blueprint.digest}.new"
+    return MachineSpec(
+        vm_id=0,
+        name="",
+        cpu_cores=recipe.cpu_cores,
+        memory_mb=recipe.memory_mb,
+        kernel=blueprint.kernel,
+        initramfs=blueprint.initramfs,
+        cmdline=recipe.cmdline,
+        directory=_directories(doors) / name,
+        memory_file=doors.memory_dir / f"{_MEMORY_PREFIX}{name}.mem",
+        mark=f"{template_mark_prefix(doors.instance)}{name}",
+        accelerator=blueprint.accelerator,
+        root=None if blueprint.rootfs is None else Disk(blueprint.rootfs, fresh / f"{LAYER}.part"),
+        in_background=True,
+    )
+
+
+def _check_room(doors: BuildDoors, blueprint: Blueprint) -> None:
+    """:raises TemplateFailed: the host has better things to do with its memory or its disk."""
+    memory_mb = blueprint.recipe.memory_mb
+    available_mb = doors.host.memory_available_mb()
+    if available_mb < memory_mb + RESERVE_MB:
+        raise TemplateFailed("no_memory", f"{available_mb} MiB of memory are left, and a build may not take the last")
+    try:
+        free_mb = doors.host.free_space(doors.store.directory) // 2**20
+    except OSError as error:
+        raise TemplateFailed("io_error", f"{doors.store.directory} can't be looked at: {error}") from error
+    if free_mb < memory_mb + RESERVE_MB:
+        raise TemplateFailed("no_space", f"{free_mb} MiB of the disk are left, and a build may not take the last")
+
+
+async def _until_ready(doors: BuildDoors, spec: MachineSpec, machine: Machine, told: Told | None) -> None:
+    """Bring the guest up, unless it ends before, or takes too long.
+
+    :raises TemplateFailed:
+    """
+    why: list[TemplateFailed] = []
+
+    async def watch(scope: trio.CancelScope) -> None:
+        try:
+            message = (await machine.ended()).message
+        except HypervisorError as error:
+            message = str(error)
+        why.append(TemplateFailed("guest_ended", message))
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch, nursery.cancel_scope)
+        with trio.move_on_after(doors.agent_timeout_s) as patience:
+            try:
+                await _bring_up(doors.host, spec, told)
+            except TemplateFailed as error:
+                why.append(error)
+        nursery.cancel_scope.cancel()
+    if patience.cancelled_caught:
+        raise TemplateFailed("agent_timeout", f"the guest was not ready within {doors.agent_timeout_s:g} s")
+    if why:
+        raise why[0]
+
+
+async def _bring_up(host: Host, spec: MachineSpec, told: Told | None) -> None:
+    """Wait until the guest is what clones are to begin with; nobody is connected to it afterwards.
+
+    :raises TemplateFailed:
+    """
+    async with open_channel(host, VirtioSerial(spec.agent_path)) as channel:
+        client = AgentClient(channel)
+        # The agent waits, for as long as a guest should need.
+        while (state := (await _ask(client, "GET", DAEMON_ROOT, timeout_s=_ROOT_S)).get("state")) == "pending":  # noqa: ASYNC110
+            await trio.sleep(_AGAIN_S)
+        if state != ("none" if spec.root is None else "mounted"):
+            raise TemplateFailed("rootfs_failed", "the guest can't mount its root filesystem")
+        if told is not None:
+            await _ask(client, "PUT", DAEMON_MANIFEST, told.manifest)
+            status = await _ask(client, "PUT", DAEMON_WORKLOAD, told.workload)
+            while status.get("state") != "healthy":
+                if status.get("state") in ("failed", "exited"):
+                    raise TemplateFailed("workload_failed", f"the workload does not run: {status.get('error')}"[:500])
+                await trio.sleep(_WORKLOAD_AGAIN_S)
+                status = await _ask(client, "GET", DAEMON_WORKLOAD)
+        await _ask(client, "POST", DAEMON_SETTLE, timeout_s=_SETTLE_S)
+
+
+async def _ask(
+    client: AgentClient, method: str, path: str, body: object = None, *, timeout_s: float = _ANSWER_S
+) -> dict[str, Any]:
+    """One request, again until there is an answer; the caller has a deadline.
+
+    :raises TemplateFailed: the agent refuses.
+    """
+    while True:
+        try:
+            answer = await client.request_json(method, path, body, timeout_s=timeout_s)
+        except AgentUnreachable:
+            await trio.sleep(_AGAIN_S)
+            continue
+        except AgentProtocolError as error:
+            raise TemplateFailed("agent_refused", f"the agent answers nonsense: {error}") from error
+        said = answer.body if isinstance(answer.body, dict) else {}
+        if not 200 <= answer.status < 300:
+            why = f"the agent answers {method} {path} with {answer.status}: {said.get('detail')}"
+            raise TemplateFailed("agent_refused", why[:500])
+        return said
+
+
+async def _copy_memory(host: Host, source: Path, target: Path) -> None:
+    """Without its pages of zeros, and in a process of its own, as it is a lot to look at. :raises TemplateFailed:"""
+    part = target.with_name(f"{target.name}.part")
+    command = ["cp", "--sparse=always", "--", str(source), str(part)]
+    try:
+        status, said = await host.run_program(command, env=_ENVIRONMENT, cwd=target.parent, timeout_s=_COPY_S)
+    except trio.TooSlowError:
+        raise TemplateFailed("io_error", f"the guest's memory was not copied within {_COPY_S:g} s") from None
+    if status != 0:
+        raise TemplateFailed("io_error", f"the guest's memory can't be copied: {said.decode(errors='replace')[-300:]}")
+    await host.put_in_place(part, target)
+
+
+async def _clear(host: Host, spec: MachineSpec, fresh: Path) -> None:
+    """Leave no process and no file of a build. Raises OSError."""
+    found = await host.find(spec.mark)
+    if found is not None:
+        with suppress(ProcessGone), host.open_process(found) as process:
+            process.kill()
+            await process.wait()
+    for path in (spec.directory, spec.memory_file, fresh):
+        await host.remove_tree(path)

@@ -1,0 +1,55 @@
+"""What a template is made of, and so what may go on from it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from volant.hypervisor import AcceleratorName
+
+
+class Told(msgspec.Struct, frozen=True):
+    """What a guest was told before it became a template."""
+
+    manifest: dict[str, Any]
+    """As the agent gets it."""
+    workload: dict[str, Any]
+    """Likewise, the VM's own environment in it."""
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a guest's state follows from. Nothing of it names a VM."""
+
+    hypervisor: str
+    """Its version, the kind of machine, the order of its devices; see `Hypervisor.fingerprint`."""
+    kernel: str
+    initramfs: str
+    """Digests, or whatever else changes with the file."""
+    rootfs: str | None
+    cmdline: str
+    """The kernel's, beside what the hypervisor's driver puts there."""
+    cpu_cores: int
+    memory_mb: int
+    told: Told | None = None
+    """None: nothing yet, and each clone hears of its plugin and its workload itself."""
+
+    @property
+    def digest(self) -> str:
+        """The template's name: 32 hexadecimal digits."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:32]
+
+
+class Blueprint(msgspec.Struct, frozen=True, kw_only=True):
+    """A recipe, and where on this host its parts lie."""
+
+    recipe: Recipe
+    digest: str
+    plugin: str
+    """Of the VM for which it is asked; others may be served by it too."""
+    kernel: Path
+    initramfs: Path
+    rootfs: Path | None
+    accelerator: AcceleratorName

@@ -1,0 +1,198 @@
+"""Finished templates in the state directory: `docs/explanation/templates.md` has what lies there.
+
+A template is a directory that got its name when it was whole, and it is one for as long as `template.json` is in it. So
+removing begins with that file, and whoever finds a directory without it may take it away.
+
+Looking one up is on the way of each boot: it costs a few calls of `stat`, and reads files only in the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import msgspec
+
+from volant.host import Host
+from volant.hypervisor import Template
+
+from ._recipe import Recipe
+
+MEMORY, STATE, LAYER, RECORD, USED = "memory", "state", "root.qcow2", "template.json", "used"
+
+_DIGEST = re.compile(r"[0-9a-f]{32}\Z")
+_MAX_RECORD = 1024 * 1024
+_MAX_STATE = 64 * 1024 * 1024
+_NOTE_USE_S = 3600.0
+_logger = logging.getLogger("volant.templates")
+
+
+def template_at(directory: Path, digest: str) -> Template:
+    """Where a template lies, whether or not it is there."""
+    return Template(directory / digest / MEMORY, directory / digest / STATE)
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A template that may be used now."""
+
+    digest: str
+    layer: Path | None
+    """The template's own, to be copied."""
+
+
+class Stored(msgspec.Struct, frozen=True, kw_only=True):
+    """What `template.json` says."""
+
+    version: int = 1
+    recipe: Recipe
+    plugin: str
+    created_at: datetime
+    state_sha256: str
+    fingerprints: dict[str, str]
+    """By the names of the files: as they were when all of it was on the disk."""
+    disk_bytes: int
+
+
+class TemplateStore:
+    """The templates of one daemon."""
+
+    def __init__(self, host: Host, directory: Path, *, enabled: bool = True) -> None:
+        self.directory = directory
+        self.enabled = enabled
+        self._host = host
+        self._known: dict[str, Stored] = {}
+        """Those whose `state` has been read and was right."""
+        self._used: dict[str, datetime] = {}
+        self._noted: dict[str, datetime] = {}
+        self.clones: dict[str, int] = {}
+        """How often each was given out, since the daemon began."""
+
+    # Finding
+
+    async def find(self, recipe: Recipe, digest: str) -> Found | None:
+        """The template of a recipe, checked just now. One that is damaged is removed, and the log says so."""
+        if not self.enabled or not self._host.exists(self.directory / digest / RECORD):
+            return None
+        why = await self._damage(digest, recipe)
+        if why:
+            _logger.warning("template %s is not used and removed: %s", digest, why)
+            await self.remove(digest)
+            return None
+        self._used[digest] = self._host.wall_clock()
+        return Found(digest, self.directory / digest / LAYER if recipe.rootfs is not None else None)
+
+    async def _damage(self, digest: str, recipe: Recipe) -> str:
+        """Why a template must not be used; empty: it may."""
+        try:
+            stored = self._known.get(digest) or await self._load(digest)
+            if stored.recipe != recipe:
+                return "it was made by another recipe"
+            for name, fingerprint in stored.fingerprints.items():
+                if self._host.fingerprint(self.directory / digest / name) != fingerprint:
+                    return f"somebody has touched its {name}"
+            if digest not in self._known:
+                state = await self._host.read_bytes(self.directory / digest / STATE, _MAX_STATE)
+                if hashlib.sha256(state).hexdigest() != stored.state_sha256:
+                    return f"its {STATE} is damaged"
+        except (OSError, msgspec.DecodeError) as error:
+            return str(error)
+        self._known[digest] = stored
+        return ""
+
+    async def _load(self, digest: str) -> Stored:
+        data = await self._host.read_bytes(self.directory / digest / RECORD, _MAX_RECORD)
+        return msgspec.json.decode(data, type=Stored)
+
+    async def all(self) -> dict[str, Stored]:
+        """All that are there, by digest; whether they are whole shows when they are used."""
+        found: dict[str, Stored] = {}
+        for digest in self._names():
+            try:
+                found[digest] = self._known.get(digest) or await self._load(digest)
+            except (OSError, msgspec.DecodeError):
+                continue
+        return found
+
+    async def used_at(self, digest: str, stored: Stored) -> datetime:
+        """When it was given out last, or made."""
+        known = self._used.get(digest)
+        if known is None:
+            try:
+                known = datetime.fromisoformat(
+                    (await self._host.read_bytes(self.directory / digest / USED, 64)).decode()
+                )
+            except (OSError, ValueError):
+                known = stored.created_at
+            self._used[digest] = self._noted[digest] = known
+        return known
+
+    def count_clone(self, digest: str) -> None:
+        """A VM runs that began as a clone of it."""
+        self.clones[digest] = self.clones.get(digest, 0) + 1
+
+    # Making and removing
+
+    async def add(self, fresh: Path, digest: str, recipe: Recipe, plugin: str) -> None:
+        """Take a finished template, whose files are on the disk, from `fresh`, a directory beside the others.
+
+        Raises OSError.
+        """
+        host = self._host
+        names = [MEMORY, STATE, *([LAYER] if recipe.rootfs is not None else [])]
+        stored = Stored(
+            recipe=recipe,
+            plugin=plugin,
+            created_at=host.wall_clock(),
+            state_sha256=hashlib.sha256(await host.read_bytes(fresh / STATE, _MAX_STATE)).hexdigest(),
+            fingerprints={name: host.fingerprint(fresh / name) for name in names},
+            disk_bytes=sum(host.disk_usage(fresh / name) for name in names),
+        )
+        await host.write_bytes(fresh / RECORD, msgspec.json.format(msgspec.json.encode(stored)))
+        await self.remove(digest)
+        await host.put_in_place(fresh, self.directory / digest)
+
+    async def remove(self, digest: str) -> None:
+        """Take one away; VMs that go on from it keep what they have. Nothing there is no error. Raises OSError."""
+        for known in (self._known, self._used, self._noted, self.clones):
+            known.pop(digest, None)
+        directory = self.directory / digest
+        if self._host.exists(directory):
+            await self._host.remove_file(directory / RECORD)
+            await self._host.remove_tree(directory)
+
+    async def sweep(self) -> None:
+        """Take away what is no template: half-made and half-removed ones. Nobody may be making one. Raises OSError."""
+        await self._host.mkdir(self.directory)
+        for name in self._host.list_directory(self.directory):
+            if not _DIGEST.match(name) or not self._host.exists(self.directory / name / RECORD):
+                await self._host.remove_tree(self.directory / name)
+
+    async def evict(self, max_bytes: int, max_age: timedelta) -> None:
+        """Take away what is not used, and what is used least where all together are too much. Raises OSError."""
+        stored = await self.all()
+        used = {digest: await self.used_at(digest, each) for digest, each in stored.items()}
+        total = sum(each.disk_bytes for each in stored.values())
+        now = self._host.wall_clock()
+        for digest in sorted(used, key=lambda each: used[each]):
+            if total <= max_bytes and now - used[digest] <= max_age:
+                await self._note_use(digest, used[digest])
+                continue
+            _logger.info("template %s is evicted; it was last used at %s", digest, used[digest])
+            total -= stored[digest].disk_bytes
+            await self.remove(digest)
+
+    async def _note_use(self, digest: str, used: datetime) -> None:
+        """Keep over restarts when one was used."""
+        noted = self._noted.get(digest)
+        if noted is None or (used - noted).total_seconds() >= _NOTE_USE_S:
+            await self._host.write_bytes(self.directory / digest / USED, used.isoformat().encode())
+            self._noted[digest] = used
+
+    def _names(self) -> list[str]:
+        try:
+            return [name for name in self._host.list_directory(self.directory) if _DIGEST.match(name)]
+        except OSError:
+            return []
