@@ -131,3 +131,18 @@ async def test_what_cannot_be_saved_is_told(qemu: QemuHypervisor, spec: MachineS
             with pytest.raises(HypervisorError):
                 await machine.save(tmp_path / "nowhere" / "state")
             await machine.kill()
+
+
+async def test_a_machine_whose_agent_somebody_talks_to_is_not_saved(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path
+) -> None:
+    """QEMU would go on writing to its memory: that they have left, for instance."""
+    with trio.fail_after(60):
+        identity = await qemu.launch(spec)
+        async with qemu.attach(spec, identity) as machine:
+            async with await host.connect_unix(spec.agent_path, 5):
+                with pytest.raises(HypervisorError, match="agent's port"):
+                    await machine.save(tmp_path / "state")
+                assert await machine.status() == "running"
+            await machine.save(tmp_path / "state")
+            await machine.quit()

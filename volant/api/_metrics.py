@@ -94,6 +94,13 @@ def _collect(doors: Doors) -> Iterator[Metric]:
         failures.add_metric([code], count)
     yield failures
 
+    fallbacks = CounterMetricFamily(
+        "volant_template_fallbacks", "Cold boots that followed a clone which failed, by reason", labels=["reason"]
+    )
+    for code, count in sorted(figures.fallbacks.items()):
+        fallbacks.add_metric([code], count)
+    yield fallbacks
+
     commits = HistogramMetricFamily("volant_journal_commit_seconds", "How long the disk took to confirm a commit")
     buckets = [
         ("+Inf" if bound == float("inf") else repr(bound), count) for bound, count in figures.commits.cumulative()

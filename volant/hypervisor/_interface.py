@@ -159,7 +159,8 @@ class Machine(Protocol):
 
     async def save(self, state: Path, timeout_s: float = 30.0) -> None:
         """Stop the guest for good, bring what it has written to its disk there, and save the devices to a new file.
-        With the memory file that is a `Template`, once the process has ended. Raises HypervisorError."""
+        With the memory file that is a `Template`, once the process has ended. Nobody may be connected to the agent.
+        Raises HypervisorError."""
 
     async def quit(self, timeout_s: float = 5.0) -> End:
         """Ask the process to end, and kill it when it has not after `timeout_s`. Raises HypervisorError, as `kill`."""

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable, VirtioSerial, open_channel
 from volant.host import Host, ProcessGone
-from volant.hypervisor import Disk, Hypervisor, HypervisorError, LaunchFailed, Machine, MachineSpec
-from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_SETTLE, DAEMON_WORKLOAD
+from volant.hypervisor import Disk, Hypervisor, HypervisorError, LaunchFailed, Machine, MachineSpec, Template
+from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_SETTLE, DAEMON_WORKLOAD, HEALTHZ
 
 from ._recipe import Blueprint, Told
 from ._store import LAYER, MEMORY, STATE, TemplateStore
@@ -27,6 +28,7 @@ RESERVE_MB = 768
 _ROOT_S = 20.0
 _ANSWER_S = 10.0
 _SETTLE_S = 30.0
+_TRIAL_S = 30.0
 _AGAIN_S = 0.2
 _WORKLOAD_AGAIN_S = 0.25
 _COPY_S = 120.0
@@ -85,6 +87,7 @@ async def build(doors: BuildDoors, blueprint: Blueprint) -> None:
             if spec.root is not None:
                 await host.put_in_place(spec.root.layer, fresh / LAYER)
             await _copy_memory(host, spec.memory_file, fresh / MEMORY)
+            await _try(doors, spec, fresh)
             await doors.store.add(fresh, blueprint.digest, blueprint.recipe, blueprint.plugin)
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
@@ -181,6 +184,29 @@ async def _until_ready(doors: BuildDoors, spec: MachineSpec, machine: Machine, t
         raise why[0]
 
 
+async def _try(doors: BuildDoors, spec: MachineSpec, fresh: Path) -> None:
+    """Prove the template by a clone of it: what does not go on once, never does.
+
+    :raises TemplateFailed:
+    """
+    host = doors.host
+    await _end(host, spec)
+    root = None
+    if spec.root is not None:
+        root = Disk(spec.root.base, fresh / "trial.qcow2")
+        await doors.hypervisor.make_layer(root, fresh / LAYER)
+    trial = msgspec.structs.replace(spec, root=root, template=Template(fresh / MEMORY, fresh / STATE))
+    await doors.hypervisor.launch(trial)
+    with trio.move_on_after(_TRIAL_S) as patience:
+        async with open_channel(host, VirtioSerial(trial.agent_path)) as channel:
+            await _ask(AgentClient(channel), "GET", HEALTHZ, timeout_s=_TRIAL_S)
+    if patience.cancelled_caught:
+        raise TemplateFailed("clone_timeout", f"a clone of it did not answer within {_TRIAL_S:g} s")
+    await _end(host, trial)
+    if root is not None:
+        await host.remove_file(root.layer)
+
+
 async def _bring_up(host: Host, spec: MachineSpec, told: Told | None) -> None:
     """Wait until the guest is what clones are to begin with; nobody is connected to it afterwards.
 
@@ -241,10 +267,16 @@ async def _copy_memory(host: Host, source: Path, target: Path) -> None:
 
 async def _clear(host: Host, spec: MachineSpec, fresh: Path) -> None:
     """Leave no process and no file of a build. Raises OSError."""
+    await _end(host, spec)
+    await host.remove_tree(fresh)
+
+
+async def _end(host: Host, spec: MachineSpec) -> None:
+    """Leave no process of a build, and nothing of its memory. Raises OSError."""
     found = await host.find(spec.mark)
     if found is not None:
         with suppress(ProcessGone), host.open_process(found) as process:
             process.kill()
             await process.wait()
-    for path in (spec.directory, spec.memory_file, fresh):
+    for path in (spec.directory, spec.memory_file):
         await host.remove_tree(path)

@@ -76,7 +76,7 @@ class TemplateStore:
         """The template of a recipe, checked just now. One that is damaged is removed, and the log says so."""
         if not self.enabled or not self._host.exists(self.directory / digest / RECORD):
             return None
-        why = await self._damage(digest, recipe)
+        why = await self._damage(digest)
         if why:
             _logger.warning("template %s is not used and removed: %s", digest, why)
             await self.remove(digest)
@@ -84,11 +84,11 @@ class TemplateStore:
         self._used[digest] = self._host.wall_clock()
         return Found(digest, self.directory / digest / LAYER if recipe.rootfs is not None else None)
 
-    async def _damage(self, digest: str, recipe: Recipe) -> str:
+    async def _damage(self, digest: str) -> str:
         """Why a template must not be used; empty: it may."""
         try:
             stored = self._known.get(digest) or await self._load(digest)
-            if stored.recipe != recipe:
+            if stored.recipe.digest != digest:
                 return "it was made by another recipe"
             for name, fingerprint in stored.fingerprints.items():
                 if self._host.fingerprint(self.directory / digest / name) != fingerprint:

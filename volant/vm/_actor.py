@@ -432,7 +432,8 @@ class VmActor(Actor):
         timeout_s = min(_CLONE_S, settings.agent_timeout_s) if is_clone else settings.agent_timeout_s
         code = "clone_timeout" if is_clone else "agent_timeout"
         turn_ends_at = trio.current_time() + TURN_S
-        with _deadline(timeout_s, code, f"the agent in the guest did not answer within {timeout_s:g} s"):
+        last = ""
+        with trio.move_on_after(timeout_s):
             while True:
                 if trio.current_time() >= turn_ends_at:
                     self._leave_gates()
@@ -446,13 +447,21 @@ class VmActor(Actor):
                             await process.root_mounted()
                     await process.hand_over()
                     return AgentAnswered()
-                except AgentUnreachable:
+                except AgentUnreachable as error:
+                    last = f": {error}"
                     await trio.sleep(_AGENT_PAUSE_S)
                 except RootFailed as error:
                     raise StepError("rootfs_failed", str(error)) from error
                 except AgentProtocolError as error:
-                    code = "clone_refused" if is_clone else "agent_refused"
-                    raise StepError(code, f"the agent answered, but not as it should: {error}") from error
+                    refused = "clone_refused" if is_clone else "agent_refused"
+                    raise StepError(refused, f"the agent answered, but not as it should: {error}") from error
+        print(
+            "DEBUG",
+            self._process and self._process.inspect(),
+            self._process and (self._process._opened.is_set(), self._process._is_itself.is_set()),
+            flush=True,
+        )  # noqa
+        raise StepError(code, f"the agent in the guest did not answer within {timeout_s:g} s{last}")
 
     def _live(self) -> LiveProcess:
         """:raises AgentUnreachable: the row has no process any more."""

@@ -14,11 +14,29 @@ import trio
 from ._qmp import QmpClient, QmpLost, QmpRefused
 
 TAKE_OVER_S = 10.0
+_SILENCE_S = 5.0
+_LOOK_AGAIN_S = 0.01
 
 _CAPABILITIES = {
     "capabilities": [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
 }
 _OVER = frozenset({"completed", "failed", "cancelled"})
+
+
+async def _await_silence(qmp: QmpClient) -> None:
+    """Return once QEMU knows that nobody is connected to the agent's port.
+
+    virtio-serial tells the guest of it by writing to its memory, whether or not the machine is stopped. When that comes
+    after the device was saved, memory and device contradict each other, and no clone ever answers ("Virtqueue size
+    exceeded"; seen with QEMU 10.0 in one of twenty templates on a busy host).
+    """
+    with trio.move_on_after(_SILENCE_S):
+        while True:
+            for each in await qmp.execute("query-chardev") or ():
+                if each.get("label") == "agent" and str(each.get("filename")).startswith("disconnected:"):
+                    return
+            await trio.sleep(_LOOK_AGAIN_S)
+    raise QmpRefused("somebody is connected to the agent's port, and so the machine can't be saved")
 
 
 class Migration:
@@ -36,6 +54,7 @@ class Migration:
 
     async def save(self, qmp: QmpClient, state: Path, timeout_s: float) -> None:
         """Stop the machine and save it. Raises QmpRefused, QmpLost."""
+        await _await_silence(qmp)
         await qmp.execute("stop")
         await qmp.execute("migrate-set-capabilities", _CAPABILITIES)
         await qmp.execute("migrate", {"uri": f"file:{state}"})
