@@ -17,6 +17,7 @@ import trio
 
 from ._adoption import adoption, idle
 from ._boot import create_to_agent
+from ._events import event_streams, unread_stream
 from ._figure import Figure
 from ._journal import journal, vmlog
 from ._serving import get_vm, healthz
@@ -38,6 +39,8 @@ def main() -> int:
         "get_vm": get_vm,
         "healthz": healthz,
         "healthz_busy": healthz_busy,
+        "event_streams": event_streams,
+        "unread_stream": unread_stream,
         "journal": journal,
         "vmlog": vmlog,
     }

@@ -46,7 +46,7 @@ async def journal() -> list[Figure]:
         try:
             async with open_system(Supervisor(ONE_FOR_ONE, intensity=1, period_s=60, children=[child])) as system:
                 ref: Ref[Journal] = system["journal"]
-                writers = [await _Writer.create(ref, f"vm{number}") for number in range(WRITERS)]
+                writers = [await Writer.create(ref, f"vm{number}") for number in range(WRITERS)]
                 rows = _Bare(bare, msgspec.json.encode(store.projection.rows()[0]), await _newest_frame(store))
                 for _ in range(ROUNDS):
                     plain = await trio.to_thread.run_sync(rows.commits_per_s, ROUND_S)
@@ -99,7 +99,7 @@ async def vmlog() -> list[Figure]:
     )]  # fmt: skip
 
 
-class _Writer:
+class Writer:
     """Somebody who changes one VM again and again."""
 
     def __init__(self, ref: Ref[Journal], row: VmRow) -> None:
@@ -108,7 +108,7 @@ class _Writer:
         self._next = cycle(_LIFE)
 
     @classmethod
-    async def create(cls, ref: Ref[Journal], name: str) -> _Writer:
+    async def create(cls, ref: Ref[Journal], name: str) -> Writer:
         return cls(ref, await ref.ask(CreateRow(CreateVm(name=name, cpu_cores=1, memory_mb=128)), timeout_s=_ASK_S))
 
     async def change(self) -> None:
@@ -119,11 +119,11 @@ class _Writer:
         self._row = row
 
 
-async def _commits_per_s(writers: list[_Writer], seconds: float) -> float:
+async def _commits_per_s(writers: list[Writer], seconds: float) -> float:
     done = 0
     began = time.perf_counter()
 
-    async def write(writer: _Writer) -> None:
+    async def write(writer: Writer) -> None:
         nonlocal done
         while time.perf_counter() - began < seconds:
             await writer.change()
