@@ -428,6 +428,17 @@ class Host:
                 found.append(ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), mark=marks[0]))
         return found
 
+    def command_line(self, identity: ProcessIdentity) -> list[str]:
+        """The arguments that a process was started with. :raises ProcessGone: there is none with this identity."""
+        with self.open_process(identity) as process:
+            try:
+                words = _cmdline(process.pid).rstrip(b"\0").split(b"\0")
+            except OSError as error:
+                raise ProcessGone(f"process {identity.pid} has ended") from error
+            if process.exited:
+                raise ProcessGone(f"process {identity.pid} has ended")
+            return [os.fsdecode(word) for word in words]
+
     def open_process(self, identity: ProcessIdentity) -> Process:
         """A handle on the process with this identity, ours or adopted. A child of ours that has ended can be opened
         until somebody has seen its status.
@@ -704,6 +715,16 @@ class Host:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def rename(self, path: Path, to: Path) -> None:
+        """Give a file another name in its directory, in place of what has that name; on the disk when this returns.
+        Raises OSError."""
+        path.replace(to)
+        self.sync_directory(to.parent)
+
+    def unlink(self, path: Path) -> None:
+        """Remove one file in place; nothing there is no error. Raises OSError."""
+        path.unlink(missing_ok=True)
 
     def punch_hole(self, fd: int, start: int, length: int) -> bool:
         """Give the space of a range back while the file keeps its size; whether the file system can do that.

@@ -23,7 +23,7 @@ from volant.guest._server import Server
 from volant.host import Host
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
-from volant.journal import Journal, Store, VmLogs
+from volant.journal import Backups, Evidence, Journal, Store, VmLogs
 from volant.vm import VmDoors, Vms, VmSettings
 
 FAST = Limits(
@@ -36,6 +36,11 @@ UPGRADE = {
     "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==",
     "Sec_WebSocket_Version": "13",
 }
+
+
+async def no_evidence() -> Evidence:
+    """Nothing runs on this host."""
+    return Evidence()
 
 
 @dataclass
@@ -285,6 +290,7 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
             journal=journal.ref,
             store=store,
             logs=logs,
+            backups=Backups(host, store, journal.ref, no_evidence),
             host=host,
             system=system,
             settings=settings or ApiSettings(),

@@ -9,6 +9,7 @@ it should be.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -123,6 +124,7 @@ class Life:
         self.world = world
         self.seen = seen
         self.over = False
+        self._undrain_at = math.inf
         self.follower = Follower(world, seen)
         self.operators = [
             Operator(world, Random(sim.rng.getrandbits(64)), [f"{name}-{n}" for n in range(2)], seen)
@@ -144,6 +146,7 @@ class Life:
                 self.world.machine.disk_full = False
                 if not self.world.runs:
                     await self._start()
+                await self._undrain()
             await self._come_to_rest()
             await self._stand_idle()
             self._check_rest()
@@ -161,8 +164,11 @@ class Life:
         rng, world = self.sim.rng, self.world
         while True:
             await trio.sleep(rng.expovariate(1 / 12.0))
+            if trio.current_time() > self._undrain_at:
+                self._undrain_at = math.inf
+                await self._undrain()
             what = rng.choices(
-                ["kill", "stop", "power", "actor", "journal", "disk", "clock"], [30, 10, 6, 30, 8, 8, 4]
+                ["kill", "stop", "power", "actor", "journal", "disk", "clock", "drain"], [30, 10, 6, 30, 8, 8, 4, 5]
             )[0]
             self.sim.note(f"trouble: {what}")
             system = world.daemon.system
@@ -177,6 +183,11 @@ class Life:
                 world.machine.disk_full = True
                 await trio.sleep(rng.uniform(0.1, 15.0))
                 world.machine.disk_full = False
+            elif what == "drain":
+                # Whatever comes next may come in the middle of it.
+                stop = rng.choice(["", "?stop_vms=true&grace=5s"])
+                await world.request("POST", f"/api/v1/system/drain{stop}")
+                self._undrain_at = trio.current_time() + rng.uniform(1.0, 20.0)
             elif what == "clock":
                 world.machine.clock_offset += timedelta(seconds=rng.uniform(-3600, 3600))
             else:
@@ -194,6 +205,10 @@ class Life:
                 self.sim.note(f"the daemon does not start: {error}")
                 await trio.sleep(1.0)
         raise AssertionError("the daemon does not start")
+
+    async def _undrain(self) -> None:
+        while (await self.world.request("POST", "/api/v1/system/undrain")).status != 200:
+            await trio.sleep(1.0)
 
     def _kill(self, path: str) -> None:
         system = self.world.daemon.system

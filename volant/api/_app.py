@@ -14,6 +14,7 @@ from . import (
     _actions,
     _agent,
     _agui,
+    _backups,
     _console,
     _devtools,
     _docs,
@@ -66,6 +67,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
         *_logs.routes(doors, turns),
         *_console.routes(doors, turns),
         *_tcp.routes(doors, turns),
+        *_backups.routes(doors),
         *_agui.routes(doors, limits),
         *_mcp.routes(doors, limits),
     ]

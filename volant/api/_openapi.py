@@ -164,9 +164,9 @@ def _operation(operation: Operation, kinds: _Kinds) -> Schema:
     if parameters:
         shown["parameters"] = parameters
     if operation.takes is not None:
-        media = ANY if operation.takes is bytes else JSON
+        media = operation.takes_media or (ANY if operation.takes is bytes else JSON)
         shown["requestBody"] = {
-            "required": operation.takes not in (Nothing, bytes),
+            "required": bool(operation.takes_media) or operation.takes not in (Nothing, bytes),
             "content": {media: {"schema": kinds.schema(operation.takes)}},
         }
     responses: Schema = {str(status): _answer(answer, kinds) for status, answer in operation.gives.items()}

@@ -167,7 +167,9 @@ class EventLog:
             page = self._kept.get(number)
             # The newest page is kept too, though it grows: it is the one that everybody comes back to.
             if page is None or page[-1].seq <= after:
-                page = await self._host.run_blocking(self._pages.read, number * _PAGE, (number + 1) * _PAGE)
+                page = await self._host.run_blocking(
+                    self._pages.read, self._epoch, number * _PAGE, (number + 1) * _PAGE
+                )
                 self._pages_read += 1
                 if page:
                     self._kept[number] = page
@@ -238,16 +240,11 @@ class EventCursor:
 
         :raises apsw.Error: the database can't be read.
         """
-        await trio.lowlevel.checkpoint()
         log = self._log
         while True:
-            if self._gap is not None:
-                gap, self._gap = self._gap, None
-                return gap
-            if self.seq + 1 < log._oldest:
-                gap = EventGap(str(self.position), log.oldest, log.newest)
-                self.seq = log._oldest - 1
-                return gap
+            if self._gap is not None or self.seq + 1 < log._oldest:
+                await trio.lowlevel.checkpoint()
+                return self._take_gap()
             ring = log._ring
             if self.seq + 1 >= ring.oldest:
                 taken = await ring.cursor(after=self.seq).take(max_bytes)
@@ -255,6 +252,7 @@ class EventCursor:
                     continue
                 frames = [log._recent[seq] for seq, _ in taken]
             elif log._closed:
+                await trio.lowlevel.checkpoint()
                 return []
             else:
                 frames = self._cut(await log._page(self.seq // _PAGE, self.seq), max_bytes)
@@ -265,6 +263,15 @@ class EventCursor:
             if frames:
                 self.seq = frames[-1].seq
             return frames
+
+    def _take_gap(self) -> EventGap:
+        log = self._log
+        if self._gap is not None:
+            gap, self._gap = self._gap, None
+            return gap
+        gap = EventGap(str(self.position), log.oldest, log.newest)
+        self.seq = log._oldest - 1
+        return gap
 
     def _cut(self, page: Sequence[EventFrame], max_bytes: int) -> list[EventFrame]:
         """What of a page comes next, as far as it follows without a hole."""

@@ -123,6 +123,21 @@ class VmLogs:
         for vm_id in {*self._logs, *self._found}.difference(vm_ids):
             await self.forget(vm_id)
 
+    async def recall(self, vm_ids: Collection[int]) -> None:
+        """These VMs are there: what was forgotten of them, before the database was put back, is kept again.
+
+        :raises OSError: the mark of it can't be removed.
+        """
+        for vm_id in self._expiry.keys() & set(vm_ids):
+            await self._host.remove_file(self._marker(vm_id))
+            self._expiry.pop(vm_id, None)
+            if vm_id in self._logs:
+                self._logs[vm_id].go_on()
+
+    def ids(self) -> set[int]:
+        """Of all VMs of which there is a log."""
+        return {*self._logs, *self._found}
+
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Remove what is past its time, for ever. :raises OSError: files can't be removed."""
         await self.prepare()

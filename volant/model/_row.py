@@ -144,6 +144,9 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: Literal["kvm", "tcg"] | None = None
     agent_seen: bool = False
     """Whether the agent of this process has ever answered."""
+    found_boot: int = 0
+    """Of `boots`, the one that was found on the host without a row and adopted: what its guest was told nobody knows.
+    0: none."""
     revision: int = 0
     """Raised by the journal with each commit."""
 

@@ -35,6 +35,32 @@ class SystemStatus(msgspec.Struct, frozen=True):
     """Of the whole host."""
     version: str
     uptime_s: float
+    draining_since: Time | None = None
+    """Since when no VM may start, for maintenance; null while they may."""
+
+
+class Restored(msgspec.Struct, frozen=True):
+    """The answer of `POST /api/v1/system/restore`."""
+
+    event_epoch: str
+    """Of the events of the restored database; `system/info` shows it once that is in its place."""
+
+
+class OrphanView(msgspec.Struct, frozen=True, kw_only=True):
+    """A hypervisor of this daemon's that runs and that no VM owns."""
+
+    mark: str
+    """Names it in requests; it stands on its command line."""
+    pid: int
+    vm_id: int
+    """Of the VM that it belonged to."""
+    name: str | None
+    """As its guest was told; null, as what follows, when its command line is not understood."""
+    cpu_cores: int | None
+    memory_mb: int | None
+    adoptable: bool
+    obstacle: str | None
+    """Why it can't be adopted; null when it can."""
 
 
 class PluginView(msgspec.Struct, frozen=True):

@@ -46,6 +46,20 @@ class Databases:
         """A file is gone, and stays so."""
         self._synced.pop(path, None)
 
+    def rename(self, path: Path, to: Path) -> None:
+        """A file gets another name, and has it also after a power cut."""
+        with allow_real("files"):
+            path.replace(to)
+        self._synced.pop(to, None)
+        if path in self._synced:
+            self._synced[to] = self._synced.pop(path)
+
+    def unlink(self, path: Path) -> None:
+        """A file is removed, if it is there."""
+        with allow_real("files"):
+            path.unlink(missing_ok=True)
+        self.removed(path)
+
     def close_all(self) -> None:
         """The process that had connections open has died."""
         with allow_real("files"):
@@ -83,6 +97,13 @@ class _File(apsw.VFSFile):
         text = name.filename() if isinstance(name, apsw.URIFilename) else name
         self._path = Path(text) if text else None
         super().__init__(base, name, flags)
+        self._is_read_only = bool(flags[0] & apsw.SQLITE_OPEN_READONLY)
+
+    def xLock(self, level: int) -> None:
+        # SQLite asks for it when the last connection closes, and does without; here an error would be raised.
+        if self._is_read_only and level == apsw.SQLITE_LOCK_EXCLUSIVE:
+            raise apsw.BusyError
+        super().xLock(level)
 
     def xSync(self, flags: int) -> None:
         super().xSync(flags)

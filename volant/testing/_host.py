@@ -153,6 +153,12 @@ class SimHost(Host):
             ]
         )
 
+    def command_line(self, identity: ProcessIdentity) -> list[str]:
+        with self.open_process(identity) as process:
+            if process.exited:
+                raise ProcessGone(f"process {identity.pid} has ended")
+        return list(self._machine.processes[identity.pid].argv)
+
     def open_process(self, identity: ProcessIdentity) -> Any:
         self._check()
         process = self._machine.processes.get(identity.pid)
@@ -268,7 +274,7 @@ class SimHost(Host):
 
     def exists(self, path: Path) -> bool:
         self._check()
-        if path.suffix == ".db":
+        if path.name.endswith((".db", ".db-wal")):
             with allow_real("files"):
                 return path.exists()
         return self._files.find(path) is not None
@@ -315,6 +321,14 @@ class SimHost(Host):
     def sync_directory(self, path: Path) -> None:
         self._check()
         self._files.sync_directory(path)
+
+    def rename(self, path: Path, to: Path) -> None:
+        self._check()
+        self._machine.databases.rename(path, to)
+
+    def unlink(self, path: Path) -> None:
+        self._check()
+        self._machine.databases.unlink(path)
 
     def punch_hole(self, fd: int, start: int, length: int) -> bool:
         self._check()

@@ -26,6 +26,7 @@ from volant.model import (
     Cleared,
     Effect,
     Ended,
+    Hold,
     ImageReady,
     Kill,
     Launch,
@@ -35,6 +36,7 @@ from volant.model import (
     Problem,
     ProcessIdentity,
     Reason,
+    Released,
     Remove,
     Removed,
     RestartDue,
@@ -185,8 +187,9 @@ class VmActor(Actor):
 
     async def _see(self, seen: Seen, revisions: frozenset[int] | None = None, once: Once | None = None) -> None:
         unsure = False
+        projection = self._doors.store.projection
         for tries_left in reversed(range(_COMMIT_TRIES)):
-            steps = decide(self._row, seen, self._doors.host.wall_clock())
+            steps = decide(self._row, seen, self._doors.host.wall_clock(), held=projection.drain is not None)
             # A commit of which nobody knows may have made the row what it is, if that is what was wanted.
             if revisions is not None and self._row.revision not in revisions and (steps or not unsure):
                 raise _changed(self._row)
@@ -198,7 +201,7 @@ class VmActor(Actor):
                 )
             except AlreadyAnswered:
                 # Perhaps by a commit of this very loop, of which nobody knew.
-                self._row = self._doors.store.projection.by_id(self._vm_id) or self._row
+                self._row = projection.by_id(self._vm_id) or self._row
                 self._drive()
                 raise
             except (ActorDown, AskTimeout, StaleRow) as error:
@@ -212,7 +215,7 @@ class VmActor(Actor):
                 unsure = unsure or not isinstance(error, StaleRow)
                 await trio.sleep(0.2)
                 # Whether it was kept is unknown: read the row again, and go on from there.
-                row = self._doors.store.projection.by_id(self._vm_id)
+                row = projection.by_id(self._vm_id)
                 if row is not None:
                     self._row = row
                     continue
@@ -269,7 +272,7 @@ class VmActor(Actor):
                 self._log,
                 row.boot_key,
                 report,
-                manifest=told_manifest(row),
+                manifest=None if row.boots == row.found_boot else told_manifest(row),
                 workload=workload_spec(row),
                 handed_over=row.agent_seen,
             )
@@ -313,7 +316,8 @@ class VmActor(Actor):
 
     async def _perform(self, effect: Effect, before: TaskHandle | None) -> None:
         """Run one step, after the one before it has ended, and report what comes of it. What must be gone and is not is
-        tried again, for as long as that is the step that the VM needs."""
+        tried again, and so is what the daemon, which drains anew, does not let begin: for as long as that is the step
+        that the VM needs."""
         if before is not None:
             await before.wait()
         pause_s = _AGAIN_S
@@ -323,7 +327,8 @@ class VmActor(Actor):
             except (LaunchFailed, StepError) as error:
                 seen = StepFailed(Reason(error.code, str(error), await self._console_tail()))
             await self._deliver(Report(seen, self._row.mark, effect))
-            if not isinstance(effect, Kill | Remove) or not isinstance(seen, StepFailed):
+            gone = not isinstance(effect, Kill | Remove) or not isinstance(seen, StepFailed)
+            if gone and not isinstance(effect, Hold):
                 return
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, _AGAIN_MAX_S)
@@ -350,6 +355,9 @@ class VmActor(Actor):
             case RestartLater(delay_s):
                 await trio.sleep(delay_s)
                 return RestartDue()
+            case Hold():
+                await self._doors.store.projection.undrained()
+                return Released()
 
     async def _launch(self, mark: str) -> Seen:
         hypervisor = self._doors.hypervisor

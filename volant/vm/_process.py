@@ -64,11 +64,11 @@ class LiveProcess:
         boot_key: str,
         report: Callable[[Seen], Awaitable[None]],
         *,
-        manifest: Mapping[str, object],
+        manifest: Mapping[str, object] | None,
         workload: Mapping[str, object] | None,
         handed_over: bool,
     ) -> None:
-        """`manifest`: what the agent is to know of its plugin; `workload`: what it is to run; `handed_over`: whether an
+        """`manifest`: what the agent is to know of its plugin, None: nothing is to be told to it; `workload`: what it is to run; `handed_over`: whether an
         earlier incarnation has told it."""
         self.identity = identity
         self._host = host
@@ -162,6 +162,8 @@ class LiveProcess:
         """Give the agent its manifest and its workload. From then on every agent of this boot gets them, as one that
         was restarted has none. :raises AgentUnreachable: :raises AgentProtocolError: as `ask` does.
         """
+        if self._manifest is None:
+            return
         # An agent of an older guest has no use for it.
         await self.ask("PUT", DAEMON_MANIFEST, self._manifest, also=(404,))
         if self._workload is not None:

@@ -29,6 +29,9 @@ CMDLINE = "console=ttyS0 quiet panic=-1"
 """The daemon's own part of the kernel's command line. pvpanic stops the machine before `panic=-1` reboots it; where a
 kernel panics before it has pvpanic, the reboot is seen instead of a guest that hangs."""
 
+HOSTNAME_PARAMETER = "volant.hostname"
+"""The kernel's parameter by which PID 1 is told the guest's name."""
+
 TCG_CODE_MB = 128
 """TCG's cache of translated code: host memory that a guest can fill, 1 GiB by default."""
 
@@ -110,7 +113,7 @@ def _device(kind: str, accelerator: AcceleratorName) -> str:
 def kernel_cmdline(spec: MachineSpec) -> str:
     """The daemon's part, then the VM's own."""
     root = f"{ROOT_PARAMETER}={ROOT_SERIAL}" if spec.root is not None else ""
-    return " ".join(part for part in (CMDLINE, f"volant.hostname={spec.name}", root, spec.cmdline) if part)
+    return " ".join(part for part in (CMDLINE, f"{HOSTNAME_PARAMETER}={spec.name}", root, spec.cmdline) if part)
 
 
 def _quote(value: str) -> str:
