@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from volant.hypervisor import Disk, MachineSpec
 from volant.hypervisor.qemu._argv import build_argv
+from volant.hypervisor.qemu._found import parse_argv
 
 SPEC = MachineSpec(
     vm_id=7,
@@ -99,3 +101,35 @@ def test_a_disk_is_a_layer_over_a_base_that_is_only_read() -> None:
         assert any(value.startswith(f"{device},id=root0,drive=root,serial=volant-root") for value in found["-device"])
         assert "volant.root=volant-root debug" in found["-append"][0]
     assert "-blockdev" not in build_argv(SPEC, (10, 0))
+
+
+DISK = Disk(Path("/cache/media/ab,12"), Path("/state/disks/7-now/root.qcow2"))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        msgspec.structs.replace(SPEC, accelerator="kvm", cmdline="", memory_file=Path("/dev/shm/a,b/7.mem")),
+        msgspec.structs.replace(SPEC, root=DISK, cmdline="quiet loglevel=3 volant.other=1"),
+    ],
+)
+def test_the_machine_can_be_read_back_from_it(spec: MachineSpec) -> None:
+    found = parse_argv(build_argv(spec, (10, 0)))
+    assert found is not None
+    for field in found.__struct_fields__:
+        assert getattr(found, field) == getattr(spec, field), field
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["sleep", "7"],
+        ["qemu-system-x86_64", "-name", "guest=volant-ab12-7.1"],
+        [*build_argv(SPEC, (10, 0))[:-1], "console=ttyS0"],
+        [word.replace("256M", "a lot") for word in build_argv(SPEC, (10, 0))],
+    ],
+)
+def test_a_command_line_that_is_none_of_ours_is_no_machine(argv: list[str]) -> None:
+    assert parse_argv(argv) is None

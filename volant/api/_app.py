@@ -22,6 +22,7 @@ from . import (
     _logs,
     _mcp,
     _metrics,
+    _orphans,
     _plugins,
     _system,
     _tcp,
@@ -51,7 +52,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
     _answer_errors(app, limits)
-    for resource in (_system, _metrics, _docs, _workload_api):
+    for resource in (_system, _orphans, _metrics, _docs, _workload_api):
         resource.add_routes(app, doors)
     repeats = Repeats(doors)
     for changing in (_vms, _plugins):

@@ -37,6 +37,7 @@ _IN_PATH = {
     "plugin": (Name, "The VM's own"),
     "action": (Name, "One that the plugin's manifest names"),
     "id": (Annotated[str, msgspec.Meta(pattern="^[^/]+$")], "What the first message of its WebSocket said"),
+    "mark": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._:@-]{1,100}$")], "Names the hypervisor"),
     "target": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,128}$")], "The browser's name for it"),
 }
 _EVERYWHERE = (400, 401, 403, 421)

@@ -23,6 +23,7 @@ from volant.model import (
     LogLine,
     Manifest,
     Name,
+    OrphanView,
     PluginView,
     Restored,
     Status,
@@ -542,6 +543,21 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "GET", "/api/v1/system/info", "system_info", "Versions, addresses, accelerator and why",
         {200: Answer("Its shape is no contract", Anything)},
+    ),
+    Operation(
+        "GET", "/api/v1/system/orphans", "list_orphans", "Hypervisors that run and that no VM owns",
+        {200: Answer("All of them", list[OrphanView])},
+        details="They are never touched by themselves. One is adopted, or killed, by whoever says so.",
+    ),
+    Operation(
+        "POST", "/api/v1/system/orphans/{mark}/adopt", "adopt_orphan", "Make a VM of one",
+        {201: Answer("The VM, running, under its old id", VmView, headers=("ETag", "Location"))},
+        takes=Nothing, parameters=(Parameter("name", Name, "Instead of its own name"),), fails=(404, 409, 503),
+        details="Name, size and disk are as its command line says; plugin `base`, no labels, no restart policy.",
+    ),
+    Operation(
+        "POST", "/api/v1/system/orphans/{mark}/kill", "kill_orphan", "End one; its disk stays",
+        {204: Answer("Its process and its files are gone")}, takes=Nothing, fails=(404, 503),
     ),
     Operation(
         "GET", "/api/v1/system/tree", "system_tree", "The supervisor tree",

@@ -68,8 +68,8 @@ class LiveProcess:
         workload: Mapping[str, object] | None,
         handed_over: bool,
     ) -> None:
-        """`manifest`: what the agent is to know of its plugin, None: nothing is to be told to it; `workload`: what it is to run; `handed_over`: whether an
-        earlier incarnation has told it."""
+        """`manifest`: what the agent is to know of its plugin, None: it is told nothing; `workload`: what it is to run;
+        `handed_over`: whether an earlier incarnation has told it."""
         self.identity = identity
         self._host = host
         self._hypervisor = hypervisor

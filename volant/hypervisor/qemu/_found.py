@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from volant.hypervisor._interface import Disk, FoundMachine
@@ -15,12 +16,12 @@ def parse_argv(argv: Sequence[str]) -> FoundMachine | None:
     """What `build_argv` made this command line of; None: it was not `build_argv`, or not one that this one knows."""
     try:
         return _parse(argv)
-    except (KeyError, ValueError, IndexError):
+    except (KeyError, StopIteration, ValueError):
         return None
 
 
 def _parse(argv: Sequence[str]) -> FoundMachine:
-    options = list(zip(argv[1:], argv[2:], strict=False))
+    options = list(pairwise(argv))
     given = dict(options)
     nodes = {fields["node-name"]: fields for name, text in options if name == "-blockdev" if (fields := _fields(text))}
     memory = next(_fields(text) for name, text in options if name == "-object" and "mem-path=" in text)
