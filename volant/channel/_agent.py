@@ -25,7 +25,7 @@ from ._stream import ChannelStream, PrefixedStream
 
 Header = tuple[bytes, bytes]
 
-_RECEIVE = 64 * 1024
+_RECEIVE = 256 * 1024
 _MAX_INFORMATIONAL = 16
 _CLOSE_BODY_S = 1.0
 
@@ -266,11 +266,13 @@ class _Exchange:
         while True:
             if self._body_error is not None:
                 raise self._body_error
+            begun = self._conn.their_state is h11.SEND_BODY
             try:
                 event = self._conn.next_event()
             except h11.RemoteProtocolError as error:
                 if self._ended:
-                    raise AgentUnreachable(f"the agent's answer broke off: {error}") from error
+                    where = "in the middle of its answer" if begun else "without an answer"
+                    raise AgentUnreachable(f"it closed the connection {where}") from error
                 raise AgentProtocolError(f"the agent broke HTTP: {error}") from error
             if event is not h11.NEED_DATA:
                 await trio.lowlevel.checkpoint()

@@ -105,7 +105,7 @@ class Stage:
                 "plugin-disabled",
                 f"plugin {request.plugin!r} is disabled",
                 field="plugin",
-                hint="enable it first, or use another one",
+                hint=f"`volar plugins enable {request.plugin}` enables it",
             )
         vm_id = self.last_vm_id + 1
         row = new_row(request, plugin.manifest, vm_id=vm_id, now=self._now)
