@@ -30,7 +30,14 @@ from volant.host import Host
 from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec
 from volant.journal import VmLog
 from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
-from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_WORKLOAD
+from volant.model.agent import (
+    DAEMON_MANIFEST,
+    DAEMON_ROOT,
+    DAEMON_WORKLOAD,
+    INFO,
+    PROTOCOL_MIN,
+    PROTOCOL_VERSION,
+)
 
 from ._console import ConsolePump, console_source
 from ._output import pump_output
@@ -85,6 +92,9 @@ class LiveProcess:
         self._manifest = manifest
         self._workload = workload
         self._handed_over = handed_over
+        self._protocol: int | None = None
+        self.incompatible: str | None = None
+        """Why the agent can't be talked to, although it answers."""
 
     @property
     def client(self) -> AgentClient | None:
@@ -101,6 +111,8 @@ class LiveProcess:
         return {
             "identity": msgspec.to_builtins(self.identity),
             "channel": None if self._channel is None else msgspec.to_builtins(self._channel.statistics()),
+            "protocol": self._protocol,
+            "incompatible": self.incompatible,
             "output_error": self._output_error,
             "console": self.console.inspect(),
         }
@@ -158,10 +170,30 @@ class LiveProcess:
             case _:
                 raise AgentProtocolError("its initramfs mounts no root filesystem")
 
-    async def hand_over(self) -> None:
-        """Give the agent its manifest and its workload. From then on every agent of this boot gets them, as one that
-        was restarted has none. :raises AgentUnreachable: :raises AgentProtocolError: as `ask` does.
+    async def _negotiate(self) -> None:
+        """Agree on the newest protocol that both sides speak. :raises AgentUnreachable: it can't be asked.
+        :raises AgentProtocolError: there is none, or it answers with nonsense.
         """
+        if self._client is None:
+            raise AgentUnreachable("the channel to the guest is not open")
+        answer = await self._client.request_json("GET", INFO, timeout_s=_ANSWER_S)
+        said = answer.body.get("protocol") if isinstance(answer.body, dict) else None
+        # One that has no such route is as old as they come.
+        oldest, newest = (1, 1) if answer.status == 404 else _range(said)
+        self.incompatible = self._protocol = None
+        if oldest > PROTOCOL_VERSION or newest < PROTOCOL_MIN:
+            ours = f"{PROTOCOL_MIN} to {PROTOCOL_VERSION}"
+            self.incompatible = f"its agent speaks the protocols {oldest} to {newest}, this daemon {ours}"
+            raise AgentProtocolError(self.incompatible)
+        self._protocol = min(newest, PROTOCOL_VERSION)
+
+    async def hand_over(self) -> None:
+        """Agree on a protocol with the agent, and give it its manifest and its workload. From then on every agent of
+        this boot gets them, as one that was restarted has none.
+
+        :raises AgentUnreachable: :raises AgentProtocolError: as `ask` does.
+        """
+        await self._negotiate()
         if self._manifest is None:
             return
         # An agent of an older guest has no use for it.
@@ -233,6 +265,15 @@ def reason_of_end(kind: EndKind, message: str, console: tuple[str, ...]) -> Reas
             if panic:
                 return Reason(_CODES[EndKind.PANICKED], f"the guest's kernel panicked{why}", console)
     return Reason(_CODES[kind], message, console)
+
+
+def _range(said: object) -> tuple[int, int]:
+    """:raises AgentProtocolError: an agent does not say so."""
+    if isinstance(said, dict):
+        oldest, newest = said.get("min"), said.get("max")
+        if type(oldest) is int and type(newest) is int and oldest <= newest:
+            return oldest, newest
+    raise AgentProtocolError("it does not say which protocols it speaks")
 
 
 def _agent_address(spec: MachineSpec) -> Address:

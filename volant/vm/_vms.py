@@ -228,7 +228,7 @@ class Vms:
     def agent(self, name: str) -> AgentClient:
         """The way to the agent of a VM.
 
-        :raises Problem: 404, 409 it does not run, 502 its channel is down.
+        :raises Problem: 404, 409 it does not run, 502 its channel is down, or its agent is too old or too new.
         """
         row = self._row(name)
         if row.status is not Status.RUNNING:
@@ -247,6 +247,11 @@ class Vms:
             raise Problem(
                 502, "agent-unreachable", f"the agent in VM {name!r} can't be reached at present", vm=name,
                 hint="its channel is being opened again; try again",
+            )  # fmt: skip
+        if live is not None and live.incompatible is not None:
+            raise Problem(
+                502, "agent-incompatible", f"VM {name!r} runs, and can't be talked to: {live.incompatible}", vm=name,
+                hint=f"`volar vms restart {name}` boots it with the agent of this version",
             )  # fmt: skip
         return client
 
