@@ -24,6 +24,7 @@ from . import (
     _metrics,
     _orphans,
     _plugins,
+    _storage,
     _system,
     _tcp,
     _tickets,
@@ -52,7 +53,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
     _answer_errors(app, limits)
-    for resource in (_system, _orphans, _metrics, _docs, _workload_api):
+    for resource in (_system, _storage, _orphans, _metrics, _docs, _workload_api):
         resource.add_routes(app, doors)
     repeats = Repeats(doors)
     for changing in (_vms, _plugins):

@@ -25,12 +25,15 @@ from volant.model import (
     Name,
     OrphanView,
     PluginView,
+    Pruned,
     Restored,
     Status,
+    StoredKind,
     StreamGap,
     SystemStatus,
     Ticket,
     Time,
+    Usage,
     VmView,
 )
 from volant.model.agent_types import (
@@ -562,6 +565,21 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "GET", "/api/v1/system/tree", "system_tree", "The supervisor tree",
         {200: Answer("Its shape is no contract", Anything)},
+    ),
+    Operation(
+        "GET", "/api/v1/system/df", "disk_usage", "What takes space on the host: database, logs, disks, images, media",
+        {200: Answer("The largest first, with who uses it", Usage)}, fails=(503,),
+    ),
+    Operation(
+        "POST", "/api/v1/system/prune", "prune", "Remove what nobody uses",
+        {200: Answer("What is gone, or with `dry_run` would be", Pruned)}, takes=Nothing,
+        parameters=(
+            Parameter("dry_run", bool, "Say what would go, and remove nothing"),
+            Parameter("kind", Annotated[list[StoredKind], msgspec.Meta(min_length=1)],
+                      "Only these; default `log`, `image`, `medium`, `leftover`. `disk`, `database` only when named"),
+        ),
+        fails=(503,),
+        details="What a VM, a plugin or a process uses stays, also when that begins meanwhile.",
     ),
     Operation(
         "GET", "/api/v1/system/backup", "backup", "A consistent copy of all that the daemon must not lose",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from . import _backup, _drain
+from . import _backup, _drain, _storage
 from ._output import styled
 from ._run import Session, command
 from ._system_group import group
@@ -15,7 +15,7 @@ from ._text import safe, span
 __all__ = ["group"]
 
 # Its commands are of this group, too.
-del _backup, _drain
+del _backup, _drain, _storage
 
 
 @command(group, "status")

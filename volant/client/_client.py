@@ -21,11 +21,14 @@ from volant.model import (
     Manifest,
     OrphanView,
     PluginView,
+    Pruned,
     Restored,
     Status,
+    StoredKind,
     StreamGap,
     SystemStatus,
     Ticket,
+    Usage,
     VmView,
     check_name,
     format_duration,
@@ -54,6 +57,7 @@ DEFAULT_BASE = "http://127.0.0.1:7777"
 _PATIENCE_S = 60.0
 _MAX_WAIT_S = 600.0
 _DELETE_S = 75.0
+_PRUNE_S = 330.0
 _ORPHANS = "/api/v1/system/orphans"
 
 
@@ -549,6 +553,20 @@ class _System:
     async def kill_orphan(self, mark: str) -> None:
         """End one. Its disk stays."""
         await self._http.request("POST", f"{_ORPHANS}/{quote(mark, safe='')}/kill")
+
+    async def df(self) -> Usage:
+        """What takes space on the host, and what of it can go."""
+        return await self._http.get("/api/v1/system/df", Usage)
+
+    async def prune(self, kinds: Collection[StoredKind] = (), *, dry_run: bool = False) -> Pruned:
+        """Remove what nobody uses.
+
+        :param kinds: only these; by default what can be had again, and logs of deleted VMs. Disks and databases without
+            a VM go only when they are named
+        :param dry_run: say what would go, and remove nothing
+        """
+        query = {"kind": ",".join(kinds) or None, "dry_run": "true" if dry_run else None}
+        return decode(await self._http.request("POST", "/api/v1/system/prune", query=query, timeout_s=_PRUNE_S), Pruned)
 
     def backup(self) -> AbstractAsyncContextManager[Backup]:
         """What the daemon must not lose, as one file in pieces: VMs, plugins, events; no disks and no logs."""

@@ -134,6 +134,19 @@ class VmLogs:
             if vm_id in self._logs:
                 self._logs[vm_id].go_on()
 
+    def sizes(self) -> dict[int, tuple[int, bool]]:
+        """Bytes of each VM's log, and whether that VM is deleted."""
+        logs = {vm_id: log.statistics().bytes for vm_id, log in self._logs.items()}
+        found = {vm_id: sum(segment.size for segment in segments) for vm_id, segments in self._found.items()}
+        return {vm_id: (size, vm_id in self._expiry) for vm_id, size in {**found, **logs}.items()}
+
+    async def discard(self, vm_id: int) -> bool:
+        """Remove the log of a deleted VM before its time; whether there was one. :raises OSError: it can't be."""
+        if vm_id not in self._expiry:
+            return False
+        await self._remove(vm_id)
+        return True
+
     def ids(self) -> set[int]:
         """Of all VMs of which there is a log."""
         return {*self._logs, *self._found}

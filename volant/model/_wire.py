@@ -63,6 +63,56 @@ class OrphanView(msgspec.Struct, frozen=True, kw_only=True):
     """Why it can't be adopted; null when it can."""
 
 
+StoredKind = Literal["journal", "database", "log", "disk", "image", "medium", "leftover", "cache"]
+PRUNED_KINDS: tuple[StoredKind, ...] = ("log", "image", "medium", "leftover")
+"""What `prune` removes when it is not told what: it can be had again, or its VM is deleted."""
+
+
+class StoredItem(msgspec.Struct, frozen=True):
+    """Something that takes space on the host."""
+
+    kind: StoredKind
+    """`database`: one that a restore has moved aside; `leftover`: sockets or memory of a VM that is no more."""
+    name: str
+    """A digest for images and media, the VM's id for logs, else a file's name."""
+    bytes: int
+    used_by: list[str]
+    """`VM demo`, `plugin web`."""
+    reclaimable: bool
+    """Whether it can be removed: nobody uses it, and the daemon works without it."""
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """The answer of `GET /api/v1/system/df`."""
+
+    items: list[StoredItem]
+    """The largest first."""
+    total_bytes: int
+    reclaimable_bytes: int
+    state_free_bytes: int
+    """What is free on the disk of database, logs and disks."""
+    cache_free_bytes: int
+    """What is free on the disk of images and media."""
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """What could not be removed, and why."""
+
+    kind: StoredKind
+    name: str
+    reason: str
+
+
+class Pruned(msgspec.Struct, frozen=True):
+    """The answer of `POST /api/v1/system/prune`."""
+
+    dry_run: bool
+    freed_bytes: int
+    """Or what would be."""
+    items: list[StoredItem]
+    kept: list[Kept]
+
+
 class PluginView(msgspec.Struct, frozen=True):
     """A plugin as the API lists it."""
 

@@ -6,6 +6,7 @@ from ._drain import keep_drained
 from ._gate import BootGate
 from ._serial import Keyboard, KeyboardTaken, Missed, NotTyped, Reader, SerialConsole
 from ._steps import instance_of, memory_file, parse_mark, vm_directory
+from ._storage import prune, usage
 from ._vms import DELETED, Version, Vms, Wait
 
 __all__ = [
@@ -27,5 +28,7 @@ __all__ = [
     "keep_drained",
     "memory_file",
     "parse_mark",
+    "prune",
+    "usage",
     "vm_directory",
 ]
