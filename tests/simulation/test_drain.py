@@ -1,4 +1,4 @@
-"""Maintenance on a simulated host: nothing starts, what runs goes on or is set aside, and afterwards all is as it was."""
+"""Maintenance: nothing starts, what runs goes on or is set aside, and afterwards all is as it was."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
-from volant.testing import Unreachable, World, simulated_world
+from volant.testing import World, simulated_world
 from volant.vm._drain import AT_ONCE
 
 JSON = {"content-type": "application/json"}
@@ -130,7 +130,7 @@ def test_after_a_reboot_of_the_host_vms_wait_for_the_end(tmp_path: Path) -> None
     lived(tmp_path, story)
 
 
-NAMES = [f"vm{number}" for number in range(20)]
+NAMES = [f"vm{number}" for number in range(12)]
 
 
 @pytest.mark.parametrize("stubborn", [0.0, 1.0], ids=["polite", "stubborn"])
@@ -210,8 +210,5 @@ def test_a_grace_without_stops_is_refused(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         assert (await post(world, f"{SYSTEM}/drain?grace=20s", 400))["field"] == "grace"
         assert (await post(world, f"{SYSTEM}/drain?stop_vms=perhaps", 400))["field"] == "stop_vms"
-        with pytest.raises(Unreachable):
-            await world.stop_daemon()
-            await world.request("POST", f"{SYSTEM}/drain")
 
     lived(tmp_path, story)

@@ -132,17 +132,17 @@ def test_one_that_can_not_be_asked_is_not_waited_for(tmp_path: Path) -> None:
 def test_every_guest_is_asked_however_many_do_not_go(tmp_path: Path) -> None:
     async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
         assert left == []
-        assert len(watched.asked) == 60
+        assert len(watched.asked) == 40
         # At the end not some at a time, as these would not be asked at all.
         assert watched.most > AT_ONCE
         assert took_s < TOTAL_S
 
-    goes_down(tmp_path, (50, "stubborn"), (10, "polite"), then=then)
+    goes_down(tmp_path, (36, "stubborn"), (4, "polite"), then=then)
 
 
 def test_there_is_an_end_whatever_processes_do_and_those_that_are_left_are_told(tmp_path: Path) -> None:
     async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
-        assert len(left) == len(watched.world.machine.running()) == 30
+        assert len(left) == len(watched.world.machine.running()) == 12
         assert took_s < TOTAL_S + 5
 
-    goes_down(tmp_path, (30, "unkillable"), (5, "polite"), then=then)
+    goes_down(tmp_path, (12, "unkillable"), (3, "polite"), then=then)

@@ -151,7 +151,7 @@ class Box:
         """Entries of its journal, also after its end."""
         folder = str(self.root / "var" / "log" / "journal")
         done = subprocess.run(
-            ["journalctl", "-D", folder, "-o", "json", "--no-pager", "-q", *matches],
+            ["journalctl", "-D", folder, "-o", "json", "--all", "--no-pager", "-q", *matches],
             capture_output=True,
             text=True,
             timeout=60,

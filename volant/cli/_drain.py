@@ -56,12 +56,12 @@ async def _wait(session: Session, timeout_s: float) -> None:
             while up := await _up(session.client):
                 if len(up) != told:
                     told = len(up)
-                    session.out.note(f"{told} VMs are up: {_some(up, 5)}")
+                    session.out.note(_told(up, 5))
                 # The end of a process after a crash is no event.
                 with trio.move_on_after(_LOOK_S):
                     await feed.receive()
         return
-    raise Failure(f"after {timeout_s:g} s {len(up)} VMs are up: {_some(up, 20)}", code=TIMED_OUT)
+    raise Failure(f"after {timeout_s:g} s {_told(up, 20)}", code=TIMED_OUT)
 
 
 async def _up(client: Client) -> list[str]:
@@ -69,5 +69,6 @@ async def _up(client: Client) -> list[str]:
     return [vm.name for vm in await client.vms.list() if vm.pid is not None or vm.status in _UNDER_WAY]
 
 
-def _some(names: list[str], most: int) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+def _told(names: list[str], most: int) -> str:
+    shown = ", ".join(names[:most]) + (", …" if len(names) > most else "")
+    return f"{len(names)} VM{'s are' if len(names) > 1 else ' is'} up: {shown}"

@@ -174,8 +174,8 @@ def _decode(kind: type, value: object) -> object:
 
 def shown(settings: Settings) -> dict[str, object]:
     """What they are, ready for JSON; of a key only that there is one."""
-    key = "set" if settings.api_key is not None else None
-    return msgspec.to_builtins(settings, enc_hook=str) | {"api_key": key}
+    found: dict[str, object] = msgspec.to_builtins(settings, enc_hook=str)
+    return found | {"api_key": None if settings.api_key is None else "set"}
 
 
 def split(text: str) -> list[str]:
