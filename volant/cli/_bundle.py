@@ -354,6 +354,7 @@ class _Daemon:
     async def vms(self) -> None:
         vms = await self._client.vms.list()
         self._bundle.document("vms.json", vms)
+        self._bundle.document("orphans.json", await self._client.system.orphans())
         self._bundle.document("plugins.json", await self._client.plugins.list())
         # Those with something to say first.
         vms.sort(key=lambda vm: (vm.reason is None, vm.status == "running", vm.id))
