@@ -26,6 +26,7 @@ from ._stream import ChannelStream, PrefixedStream
 Header = tuple[bytes, bytes]
 
 _RECEIVE = 256 * 1024
+"""At once, of a body. Of a head no more than may be: h11 takes whatever came in one piece."""
 _MAX_INFORMATIONAL = 16
 _CLOSE_BODY_S = 1.0
 
@@ -279,7 +280,7 @@ class _Exchange:
                 return event
             with trio.CancelScope() as self._receiver:
                 try:
-                    data = await self._stream.receive_some(_RECEIVE)
+                    data = await self._stream.receive_some(_RECEIVE if begun else MAX_HEAD_BYTES)
                 except trio.BrokenResourceError as error:
                     raise AgentUnreachable(f"the stream to the agent broke: {error}") from error
                 self._ended = not data
