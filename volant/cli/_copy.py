@@ -25,6 +25,7 @@ from volant.client import Client, ClientProblem, FileInfo
 from volant.guest._http import Problem as TarProblem
 from volant.guest._tar import pack, unpack
 
+from ._complete import files_here_or_in_a_vm
 from ._progress import Bar, progress
 from ._run import Failure, Session, command
 from ._terminal import read_input, write_output
@@ -52,8 +53,8 @@ class _Remote:
 
 
 @command(group, "cp")
-@click.argument("source", metavar="SRC")
-@click.argument("target", metavar="DST")
+@click.argument("source", metavar="SRC", shell_complete=files_here_or_in_a_vm)
+@click.argument("target", metavar="DST", shell_complete=files_here_or_in_a_vm)
 @click.option("--user", help="Who owns what is copied into the VM, perhaps with :GROUP; default: root.")
 async def copy(session: Session, source: str, target: str, user: str | None) -> None:
     """Copy files and directories between here and a VM.

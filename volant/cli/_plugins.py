@@ -18,6 +18,7 @@ from ._text import safe
 
 _MAX_SHOWN = 200
 
+
 @click.group(name="plugins")
 def group() -> None:
     """Install and list kinds of VMs."""

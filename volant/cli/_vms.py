@@ -465,8 +465,8 @@ def _show(out: Output, vm: VmView) -> None:
             ("boots", vm.boots),
             ("labels", vm.labels),
             ("kernel cmdline", vm.kernel_cmdline),
-            ("created", vm.created_at.isoformat()),
-            ("started", vm.started_at and vm.started_at.isoformat()),
+            ("created", vm.created_at),
+            ("started", vm.started_at),
         ]
     )
     if vm.reason is not None:
