@@ -164,12 +164,14 @@ class Relay:
                     await splice.from_guest()
                 else:
                     body = await _bounded(response, _MAX_REFUSAL)
-                    refusal = [field for field in from_guest(response.headers) if field[0] != b"content-length"]
+                    # Clients that follow a redirection take their key along (Puppeteer, Playwright).
+                    unsaid = (b"content-length", b"location")
+                    refusal = [field for field in from_guest(response.headers) if field[0] not in unsaid]
                     refusal.append((b"content-length", b"%d" % len(body)))
                     if explain is not None and response.status in _UNKNOWN:
                         problem = explain(response.status, body)
                     if problem is None:
-                        await call.reject(response.status if response.status >= 200 else 502, refusal, body)
+                        await call.reject(502 if response.status // 100 in (1, 3) else response.status, refusal, body)
             nursery.cancel_scope.cancel()
         return problem
 
