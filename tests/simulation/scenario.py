@@ -442,8 +442,10 @@ class Operator:
             assert True in before, f"{name} can't be made, and is not there: {answer}"
             known.exists = {True, False} if known.going else {True}
         else:
-            # It may have been made all the same, or come yet.
+            # It may have been made all the same, or come yet; the one before may have gone meanwhile.
             assert answer.status == 503, answer
+            if known.going:
+                known.vm_id = None
 
     async def _verb(self, name: str) -> None:
         verb = self._rng.choice(["start", "stop", "restart", "recover", "stop?grace=1s"])
