@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ._answers import Kept
 from ._errors import DatabaseRefused, JournalBroken
 from ._frames import EventFrame
 from ._projection import Plugin
-from ._schema import open_reader, open_writer
+from ._schema import BUSY_TIMEOUT_MS, open_reader, open_writer
 from ._stage import AddEvent, DropAnswer, DropPlugin, DropRow, Operation, PutAnswer, PutDrain, PutPlugin, PutRow
 
 _encode = msgspec.json.Encoder().encode
@@ -26,7 +26,11 @@ _decode_manifest = msgspec.json.Decoder(Manifest).decode
 _decode_kept = msgspec.json.Decoder(Kept).decode
 _decode_drain = msgspec.json.Decoder(Drain).decode
 
-_VACUUM_PAGES = 256
+_VACUUM_PAGES = 128
+"""Half a megabyte: a commit waits for one bite at most."""
+_SLACK_PAGES = 256
+_LOG_BYTES = 32 * 1024 * 1024
+_LOG_PATIENCE_MS = 250
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -60,6 +64,8 @@ class Database:
 
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
+        self._is_shorter = False
+        """By what stands in the log and not yet in the file."""
 
     @classmethod
     def open(cls, host: Host, path: Path) -> Database:
@@ -128,12 +134,39 @@ class Database:
             if dropped:
                 get("DELETE FROM events WHERE seq < ?", (oldest,))
             oldest_at = self._oldest_at(newest)
-        if dropped:
-            # The events are gone whether or not their space can be given back now.
-            with suppress(apsw.Error):
-                for _ in get(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})"):
-                    pass
         return Trimmed(oldest, oldest_at, dropped == limit)
+
+    def compact(self) -> bool:
+        """Give a bite of unused space back to the disk; whether there is more.
+
+        :raises apsw.Error: it can't be given back now; nothing is lost by that.
+        """
+        connection = self._connection
+        unused = connection.pragma("freelist_count")
+        if unused > _SLACK_PAGES:
+            for _ in connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})"):
+                pass
+            self._is_shorter = True
+            return True
+        # The file becomes shorter when the log has been moved into it. Readers that are in the middle of something are
+        # not waited for, unless so many have been there for so long that the log was never empty.
+        if self._log_bytes() <= _LOG_BYTES:
+            if self._is_shorter:
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").get  # noqa: B018 - runs it
+                self._is_shorter = False
+            return False
+        connection.set_busy_timeout(_LOG_PATIENCE_MS)
+        try:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").get  # noqa: B018 - runs it
+        finally:
+            connection.set_busy_timeout(BUSY_TIMEOUT_MS)
+        return False
+
+    def _log_bytes(self) -> int:
+        try:
+            return Path(self._connection.filename_wal).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def _oldest_at(self, newest: int) -> int | None:
         at: int | None = self._connection.execute(

@@ -11,8 +11,8 @@ The log outlives the journal's incarnations: an actor that restarts loads, and a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -91,6 +91,7 @@ class EventLog:
         self._reading = trio.Lock()
         self._cursors: dict[EventCursor, None] = {}
         self._pages_read = 0
+        self._trimming: trio.Event | None = None
         self._closed = False
 
     @property
@@ -211,6 +212,16 @@ class EventLog:
             self._recent.pop(self._recent_oldest, None)
             self._recent_oldest += 1
 
+    @contextmanager
+    def trimming(self) -> Iterator[None]:
+        """Retention takes events from the disk in this block, and `trimmed` tells which before it ends."""
+        over = self._trimming = trio.Event()
+        try:
+            yield
+        finally:
+            self._trimming = None
+            over.set()
+
     def trimmed(self, oldest: int) -> None:
         """Retention has taken the events before `oldest`."""
         self._oldest = max(self._oldest, oldest)
@@ -259,6 +270,10 @@ class EventCursor:
                 if not frames:
                     if self.seq + 1 < log._oldest:
                         continue
+                    if log._trimming is not None:
+                        # Gone from the disk already; how many, is known in a moment.
+                        await log._trimming.wait()
+                        continue
                     raise JournalBroken(f"event {self.seq + 1} should be in the database, and is not")
             if frames:
                 self.seq = frames[-1].seq
@@ -274,14 +289,19 @@ class EventCursor:
         return gap
 
     def _cut(self, page: Sequence[EventFrame], max_bytes: int) -> list[EventFrame]:
-        """What of a page comes next, as far as it follows without a hole."""
+        """What of a page comes next, as far as it follows without a hole and has been told. What is committed and not
+        yet told is on the disk as well."""
         frames: list[EventFrame] = []
         size = 0
         for frame in page:
             if frame.seq <= self.seq:
                 continue
             size += len(frame.sse)
-            if frame.seq != self.seq + len(frames) + 1 or (size > max_bytes and frames):
+            if (
+                frame.seq != self.seq + len(frames) + 1
+                or frame.seq > self._log._newest
+                or (size > max_bytes and frames)
+            ):
                 break
             frames.append(frame)
         return frames

@@ -57,6 +57,8 @@ _GROUP = 128
 _MAX_WAITING = 4096
 _TRIM_BITE = 1000
 _TRIM_SLACK = 1000
+_COMPACT_EVERY = 1000
+"""Commits: what else than retention has left space, or kept the log from being emptied, is found by then."""
 _TRIM_AT_LEAST_S = 1.0
 _TRIM_AT_MOST_S = 3600.0
 
@@ -77,6 +79,8 @@ class Journal(Actor):
         self._wake = trio.Event()
         self._oldest_at: int | None = None
         self._trim_due = False
+        # What an incarnation before this one had not come to.
+        self._compact_due = True
         self._restore: tuple[Restore, Deferred[Any]] | None = None
         self._stalled = False
         self._commits = self._answered = self._failures = self._largest = 0
@@ -196,7 +200,9 @@ class Journal(Actor):
                 self._restore = None
             if self._trim_due:
                 await self._trim()
-            if not self._waiting and self._restore is None and not self._trim_due:
+            elif self._compact_due:
+                await self._compact()
+            if not (self._waiting or self._restore or self._trim_due or self._compact_due):
                 self._wake = trio.Event()
 
     async def _decide_restore(self, message: Restore, deferred: Deferred[Any]) -> None:
@@ -278,6 +284,8 @@ class Journal(Actor):
         self._store.figures.commits.observe(self._last_s)
         if failure is None:
             self._commits += 1
+            if self._commits % _COMPACT_EVERY == 0:
+                self._compact_due = True
             return None
         self._failures += 1
         self._store.figures.failed_commits += 1
@@ -305,16 +313,30 @@ class Journal(Actor):
         below = store.events.newest.seq - store.retention.max_events + 1
         check_fence()
         try:
-            trimmed = await store.host.run_blocking(self._database.trim, cutoff_at, below, _TRIM_BITE)
+            with store.events.trimming():
+                trimmed = await store.host.run_blocking(self._database.trim, cutoff_at, below, _TRIM_BITE)
+                check_fence()
+                store.events.trimmed(trimmed.oldest_seq)
         except apsw.Error as error:
             if unwritable(error) is None:
                 raise
             _logger.warning("old events can't be removed now: %s", error)
             return
-        check_fence()
-        store.events.trimmed(trimmed.oldest_seq)
         self._oldest_at = trimmed.oldest_at
         self._trim_due = trimmed.more
+        self._compact_due = True
+
+    async def _compact(self) -> None:
+        """One bite of the space that is unused."""
+        check_fence()
+        try:
+            self._compact_due = await self._store.host.run_blocking(self._database.compact)
+        except apsw.Error as error:
+            if unwritable(error) is None:
+                raise
+            self._compact_due = False
+            _logger.warning("unused space can't be given back now: %s", error)
+        check_fence()
 
     async def _watch_age(self) -> None:
         store = self._store
