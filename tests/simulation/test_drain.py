@@ -206,9 +206,10 @@ def test_an_end_in_the_middle_leaves_the_others_alone(tmp_path: Path) -> None:
     lived(tmp_path, story, guest__ignores_shutdown=1.0)
 
 
-def test_a_grace_without_stops_is_refused(tmp_path: Path) -> None:
+def test_what_is_malformed_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     async def story(world: World) -> None:
-        assert (await post(world, f"{SYSTEM}/drain?grace=20s", 400))["field"] == "grace"
-        assert (await post(world, f"{SYSTEM}/drain?stop_vms=perhaps", 400))["field"] == "stop_vms"
+        for query, field in (("grace=soon", "grace"), ("stop_vms=perhaps", "stop_vms"), ("until=noon", "until")):
+            assert (await post(world, f"{SYSTEM}/drain?{query}", 400))["field"] == field
+        assert (await world.request("GET", f"{SYSTEM}/status")).json()["draining_since"] is None
 
     lived(tmp_path, story)

@@ -9,7 +9,7 @@ from quart_trio import QuartTrio
 
 from volant import __version__
 from volant._tasks import dump
-from volant.model import Health, Status, SystemStatus, invalid, parse_duration
+from volant.model import Health, Status, SystemStatus
 from volant.model.agent import DEFAULT_GRACE_S, MAX_GRACE_S
 
 from ._body import Nothing, read_body
@@ -52,12 +52,9 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
     async def drain() -> Response:
         parameters = query()
         stop_vms = parameters.flag("stop_vms", False)
-        given = parameters.text("grace")
+        grace_s = parameters.duration("grace", DEFAULT_GRACE_S, maximum_s=MAX_GRACE_S)
         parameters.done()
         await read_body(Nothing)
-        if given is not None and not stop_vms:
-            raise invalid("grace", "the parameter grace is for VMs that are stopped", hint="add stop_vms=true")
-        grace_s = DEFAULT_GRACE_S if given is None else parse_duration(given, "grace", maximum_s=MAX_GRACE_S)
         await doors.vms.drain(grace_s if stop_vms else None)
         return json_response(now())
 
