@@ -3,8 +3,8 @@
     python -m tests.bench._event_server ours CONTROL          # the API and its journal; the events are committed
     python -m tests.bench._event_server bare CONTROL BODY     # an ASGI app on plain Hypercorn, with nothing else
 
-The bare one writes what stands in the file BODY, a chunked body of ours: to a request for `/alike` chunk by chunk, to
-one for `/bulk` in pieces of whole events of some 64 KiB.
+The bare one writes what stands in the file BODY, the chunked body that one of our readers got last: to a request for
+`/alike` chunk by chunk, to one for `/bulk` in pieces of whole events of some 64 KiB.
 
 Each says where it listens, and serves until SIGTERM. At the Unix socket CONTROL a line with a number lets so many
 events pass. It is answered once all are committed or handed to Hypercorn, with the process's figures; the line 0 asks
@@ -60,25 +60,32 @@ async def ours(control: str) -> None:
             await _obey(control, served.server.port, commit)
 
 
-async def bare(control: str, body: bytes) -> None:
-    chunks = dechunked(body)
+def _pieces(path: str) -> dict[str, list[bytes]]:
+    """By the path of the request, what is written."""
+    chunks = dechunked(Path(path).read_bytes())
     bulk = [b""]
     for block in b"".join(chunks).split(b"\n\n")[:-1]:
         if len(bulk[-1]) + len(block) > _PIECE:
             bulk.append(b"")
         bulk[-1] += block + b"\n\n"
-    pieces = {"/alike": chunks, "/bulk": bulk}
+    return {"/alike": chunks, "/bulk": bulk}
+
+
+async def bare(control: str, path: str) -> None:
+    pieces: dict[str, list[bytes]] = {}
     passing = trio.Event()
     handed = trio.Semaphore(0)
     asked = 0
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        nonlocal asked
+        nonlocal asked, pieces
         if scope["type"] == "lifespan":
             for step in ("startup", "shutdown"):
                 await receive()
                 await send({"type": f"lifespan.{step}.complete"})
             return
+        if not asked:
+            pieces = _pieces(path)
         asked += 1
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -141,6 +148,6 @@ if __name__ == "__main__":
         case ["ours", control]:
             trio.run(ours, control)
         case ["bare", control, path]:
-            trio.run(bare, control, Path(path).read_bytes())
+            trio.run(bare, control, path)
         case _:
             sys.exit(__doc__)
