@@ -11,7 +11,7 @@ demo: ## A VM from nothing to nothing: build, boot, use, delete
 	@.ci/in-venv python examples/demo.py
 
 test: ## All tests, real guests included
-	@.ci/system-packages python qemu
+	@.ci/system-packages python qemu ext4
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages systemd || echo "Without it the tests under systemd are skipped" >&2
 	@.ci/test $(TESTS)
 

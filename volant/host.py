@@ -31,6 +31,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 import uuid
@@ -432,6 +433,17 @@ class Host:
                 found.append(ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), mark=marks[0]))
         return found
 
+    def command_line(self, identity: ProcessIdentity) -> list[str]:
+        """The arguments that a process was started with. :raises ProcessGone: there is none with this identity."""
+        with self.open_process(identity) as process:
+            try:
+                words = _cmdline(process.pid).rstrip(b"\0").split(b"\0")
+            except OSError as error:
+                raise ProcessGone(f"process {identity.pid} has ended") from error
+            if process.exited:
+                raise ProcessGone(f"process {identity.pid} has ended")
+            return [os.fsdecode(word) for word in words]
+
     def open_process(self, identity: ProcessIdentity) -> Process:
         """A handle on the process with this identity, ours or adopted. A child of ours that has ended can be opened
         until somebody has seen its status.
@@ -684,6 +696,18 @@ class Host:
         figures = os.statvfs(path)
         return figures.f_bavail * figures.f_frsize
 
+    def disk_usage(self, path: Path) -> int:
+        """Bytes on the disk of a file or of all that lies in a directory; 0 where nothing is. Follows no link."""
+        try:
+            figures = path.lstat()
+            used = figures.st_blocks * 512
+            if stat.S_ISDIR(figures.st_mode):
+                used += sum(self.disk_usage(inner) for inner in path.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            # It goes while we look.
+            return 0
+        return used
+
     def exists(self, path: Path) -> bool:
         """Whether there is something at `path`."""
         return path.exists()
@@ -691,10 +715,6 @@ class Host:
     def file_size(self, path: Path) -> int:
         """The size in bytes. Raises OSError."""
         return path.stat().st_size
-
-    def disk_usage(self, path: Path) -> int:
-        """The bytes that a file takes on its disk, less than its size where it has holes. Raises OSError."""
-        return path.stat().st_blocks * 512
 
     def fingerprint(self, path: Path) -> str:
         """Another one once a file was written to or replaced: inode, size and time of modification. Raises OSError."""
@@ -735,6 +755,16 @@ class Host:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def rename(self, path: Path, to: Path) -> None:
+        """Give a file another name in its directory, in place of what has that name; on the disk when this returns.
+        Raises OSError."""
+        path.replace(to)
+        self.sync_directory(to.parent)
+
+    def unlink(self, path: Path) -> None:
+        """Remove one file in place; nothing there is no error. Raises OSError."""
+        path.unlink(missing_ok=True)
 
     def punch_hole(self, fd: int, start: int, length: int) -> bool:
         """Give the space of a range back while the file keeps its size; whether the file system can do that.

@@ -46,6 +46,8 @@ class Faults:
         self._streams: dict[str, Random] = {}
         self._sites: dict[str, SiteReport] = {}
         self._planned: dict[str, None] = {}
+        self._applying: dict[str, _Rule | None] = {}
+        """What counts for a site, as the same few are passed again and again."""
 
     def turn_on(
         self, site: str, probability: float = 1.0, effect: Effect | None = None, *, times: int | None = None
@@ -64,12 +66,14 @@ class Faults:
             raise ValueError(f"{site} fires at least once if it is turned on, so times can't be {times}")
         self._planned[site] = None
         self._rules.append(_Rule(site, probability, effect, times))
+        self._applying.clear()
 
     def turn_off(self, site: str = "*") -> None:
         """From now on `site`, or every site that fits the pattern, doesn't fire. Without arguments: none does."""
         self._rules.append(_Rule(site, 0.0, None, None))
         if site == "*":
             self._rules = []
+        self._applying.clear()
 
     def plan(self, plan: Plan) -> None:
         """`turn_on` for each entry.
@@ -88,7 +92,11 @@ class Faults:
         if report is None:
             report = self._sites[site] = SiteReport()
         report.seen += 1
-        rule = next((rule for rule in reversed(self._rules) if fnmatchcase(site, rule.pattern)), None)
+        if site in self._applying:
+            rule = self._applying[site]
+        else:
+            rule = next((rule for rule in reversed(self._rules) if fnmatchcase(site, rule.pattern)), None)
+            self._applying[site] = rule
         if rule is None or rule.times == 0:
             return False
         stream = self._streams.get(site)

@@ -38,6 +38,8 @@ CHROMIUM = "chromium-headless-shell"
 PACKAGES = (CHROMIUM, "fonts-dejavu-core", "python3.13-minimal", "libpython3.13-stdlib", "busybox-static")
 WITHOUT = ("x11-utils", "xdg-utils", "mesa-libgallium", "debconf")
 """What packages depend on for desktops, graphics cards and questions during an installation: half of all files."""
+PROGRAMS = {"dpkg-deb": "dpkg", "mke2fs": "e2fsprogs", "debugfs": "e2fsprogs"}
+"""What builds the image, and the packages of this host that have it."""
 SIZE_MB = 1024
 """Of the filesystem; what is not used takes no space."""
 INODES = 65536
@@ -96,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output: Path = options.output.resolve()
     say = Teller()
     try:
+        for program in PROGRAMS:
+            located(program)
         with locked(output):
             packages = fetch_packages(
                 output / "packages",
@@ -307,15 +311,20 @@ def write(path: Path, value: object) -> None:
     temporary.replace(path)
 
 
+def located(program: str) -> str:
+    """Return where a program is; :raises ImageError: it is nowhere."""
+    # Those that make filesystems are not in the path of those who are not root.
+    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if found is None:
+        hint = f"sudo apt-get install {PROGRAMS.get(program, program)}"
+        raise ImageError("no_program", f"There is no {program} on this host", hint)
+    return found
+
+
 def run(*command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
     """Return all that a command writes; :raises ImageError: there is no such program, or it fails."""
-    # Programs that make filesystems are not in the path of those who are not root.
-    program = shutil.which(command[0], path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if program is None:
-        hint = "install dpkg and e2fsprogs, of version 1.47.1 or newer"
-        raise ImageError("no_program", f"There is no {command[0]} on this host", hint)
     done = subprocess.run(
-        [program, *command[1:]],
+        [located(command[0]), *command[1:]],
         cwd=cwd,
         env=env,
         stdin=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from volant.guest._server import Server
 from volant.host import Host
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
-from volant.journal import Journal, Store, VmLogs
+from volant.journal import Backups, Evidence, Journal, Store, VmLogs
+from volant.templates import BuildDoors, Templates, TemplateStore
 from volant.vm import VmDoors, Vms, VmSettings
 
 FAST = Limits(
@@ -36,6 +38,11 @@ UPGRADE = {
     "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==",
     "Sec_WebSocket_Version": "13",
 }
+
+
+async def no_evidence() -> Evidence:
+    """Nothing runs on this host."""
+    return Evidence()
 
 
 @dataclass
@@ -256,6 +263,17 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
     for name in ("run", "cache", "mem"):
         (path / name).mkdir()
     journal = Child("journal", lambda: Journal(store))
+    hypervisor = QemuHypervisor(host, path / "cache", accelerator="tcg")
+    templates = TemplateStore(host, path / "templates")
+    builds = BuildDoors(
+        host=host,
+        hypervisor=hypervisor,
+        store=templates,
+        instance="test",
+        runtime_dir=path / "run",
+        memory_dir=path / "mem",
+    )
+    builder = Child("templates", lambda: Templates(builds, max_bytes=2**30, max_age=timedelta(days=1)))
     supervisor = DynamicSupervisor(intensity=3, period_s=60)
     vms = Vms(
         VmDoors(
@@ -263,7 +281,9 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
             journal=journal.ref,
             store=store,
             logs=logs,
-            hypervisor=QemuHypervisor(host, path / "cache", accelerator="tcg"),
+            hypervisor=hypervisor,
+            templates=templates,
+            builder=builder.ref,
             media=BootMedia(path / "cache", timeout_s=60, max_mb=64),
             settings=VmSettings(
                 runtime_dir=path / "run",
@@ -279,13 +299,14 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
         supervisor,
     )
     system = StandingSystem(host)
-    root = Supervisor(ONE_FOR_ONE, intensity=5, period_s=60, children=[journal, Child("vms", supervisor)])
+    root = Supervisor(ONE_FOR_ONE, intensity=5, period_s=60, children=[journal, builder, Child("vms", supervisor)])
     async with open_system(root):
         doors = Doors(
             vms=vms,
             journal=journal.ref,
             store=store,
             logs=logs,
+            backups=Backups(host, store, journal.ref, no_evidence),
             host=host,
             system=system,
             settings=settings or ApiSettings(),

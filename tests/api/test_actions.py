@@ -215,7 +215,13 @@ async def test_where_the_workload_is_down_the_manifests_document_counts(tmp_path
 
 async def test_where_the_manifest_says_nothing_the_usual_place_is_tried(tmp_path: Path) -> None:
     async with web(tmp_path) as demo:
-        for none in ((404, "text/plain", b""), (302, "text/plain", b""), (200, "text/html; charset=utf-8", b"<html>")):
+        for none in (
+            (404, "text/plain", b""),
+            (302, "text/plain", b""),
+            (200, "text/html; charset=utf-8", b"<html>"),
+            (200, "text/plain", b"hello"),
+            (200, "application/json", b'{"count": 1}'),
+        ):
             demo.serves["/openapi.json"] = none
             assert (await demo.document()).status_code == 404
         demo.serves["/openapi.json"] = (200, "application/json", json.dumps(DOCUMENT).encode())

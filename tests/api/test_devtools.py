@@ -70,10 +70,10 @@ class Browser:
         elif "origin" in headers:
             status, body = 403, b"Rejected an incoming WebSocket connection."
         elif headers.get("upgrade") == "websocket":
-            if path in (f"/devtools/browser/{GUID}", f"/devtools/page/{PAGE}"):
+            if body is None and path in (f"/devtools/browser/{GUID}", f"/devtools/page/{PAGE}"):
                 await self._open(stream, headers["sec-websocket-key"], rest)
                 return
-            status, body = 404, b"No such target"
+            status, body = (404, b"No such target") if body is None else (status, body)
         elif body is None:
             status, body = self._told(method, path)
         if isinstance(body, bytes) and body.startswith(b"HTTP/"):
@@ -418,6 +418,100 @@ async def test_a_websocket_passes_byte_for_byte_however_long_its_messages_are(tm
         assert set(digests) == {hashlib.sha256(data).hexdigest() for data in (up, down)}
 
 
+async def head_of(stream: trio.SocketStream, path: str = f"/browser/{GUID}") -> bytes:
+    """Open a WebSocket; the head of the answer, and nothing that follows it."""
+    await stream.send_all(request("GET", f"{PREFIX}{path}", None, **UPGRADE))
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += await stream.receive_some(1)
+    return head
+
+
+async def test_a_frame_without_end_holds_nothing_and_a_client_that_leaves_within_one_is_missed(tmp_path: Path) -> None:
+    claim = ((1 << 62) + 7).to_bytes(8, "big")
+    got = 0
+    left = trio.Event()
+
+    async def pour(stream: trio.SocketStream, rest: bytes) -> None:
+        nonlocal got
+        await stream.send_all(b"\x01\x7f" + claim + bytes(MIB))
+        try:
+            while data := await stream.receive_some(65536):
+                got += len(data)
+        except trio.BrokenResourceError:
+            pass
+        left.set()
+
+    async with tab(tmp_path) as at:
+        at.browser.socket = pour
+        async with await at.api.server.connect() as stream:
+            assert (await head_of(stream)).startswith(b"HTTP/1.1 101")
+            await stream.send_all(b"\x01\xff" + claim + b"mask" + bytes(MIB))
+            size = 0
+            with trio.fail_after(30):
+                while size < 10 + MIB:
+                    size += len(await stream.receive_some(65536))
+                # All of it is there, and none of it was waited for.
+                await until(lambda: got == 14 + MIB)
+        with trio.fail_after(30):
+            await left.wait()
+
+
+async def test_a_frame_without_end_does_not_hold_up_the_daemons_stop(tmp_path: Path) -> None:
+    async def begin(stream: trio.SocketStream, rest: bytes) -> None:
+        await stream.send_all(b"\x81\x7f" + bytes(7))
+
+    async with tab(tmp_path) as at:
+        at.browser.socket = begin
+        async with await at.api.server.connect() as stream:
+            await head_of(stream)
+            with trio.fail_after(10):
+                assert await stream.receive_some(100)
+            await at.api.server.stop(within_s=5)
+
+
+async def test_a_guest_that_dies_within_a_frame_ends_its_websocket_alone(tmp_path: Path) -> None:
+    async def die(stream: trio.SocketStream, rest: bytes) -> None:
+        await stream.send_all(b"\x81\x7e\xff\xff" + bytes(1000))
+        if not at.browser.seen[-1][0].startswith(f"GET /devtools/page/{PAGE} "):
+            await stream.aclose()
+            raise trio.BrokenResourceError
+        await trio.sleep_forever()
+
+    async with tab(tmp_path) as at:
+        at.browser.socket = die
+        async with await at.api.server.connect() as other, await at.api.server.connect() as stream:
+            await head_of(other, f"/page/{PAGE}")
+            await head_of(stream)
+            size = 0
+            with trio.fail_after(10):
+                while data := await stream.receive_some(65536):
+                    size += len(data)
+            # Half a frame, and then the end: nothing is put in the place of what is missing.
+            assert size == 1004
+            with trio.fail_after(10):
+                assert await other.receive_some(65536)
+            assert (await at.ask("/json/list")).status == 200
+
+
+async def test_two_clients_have_a_page_each(tmp_path: Path) -> None:
+    async def echo(stream: trio.SocketStream, rest: bytes) -> None:
+        while data := await stream.receive_some(65536):
+            await stream.send_all(data)
+
+    async with tab(tmp_path) as at:
+        at.browser.socket = echo
+        async with await at.api.server.connect() as one, await at.api.server.connect() as two:
+            await head_of(one, f"/page/{PAGE}")
+            await head_of(two)
+            for number in range(20):
+                for stream, said in ((two, b"two"), (one, b"one")):
+                    await stream.send_all(b"\x81\x85mask%b%02d" % (said, number))
+                for stream, said in ((one, b"one"), (two, b"two")):
+                    with trio.fail_after(10):
+                        assert (await stream.receive_some(100)).endswith(b"%b%02d" % (said, number))
+
+
 # What is not there
 
 
@@ -490,6 +584,8 @@ async def test_without_a_word_in_the_manifest_the_port_is_9222(tmp_path: Path) -
         (b"HTTP/1.1 200 OK\r\nX", "within"),
         (b"HTTP/1.1 nonsense\r\n\r\n", "does not answer"),
         (b"HTTP/1.1 500 No\r\nContent-Length: 4\r\n\r\nwhy?", "answers with 500: why?"),
+        (b"HTTP/1.1 302 There\r\nLocation: http://evil.example/\r\nContent-Length: 0\r\n\r\n", "answers with 302"),
+        (b"HTTP/1.1 101 Up\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", "does not answer"),
     ],
 )
 async def test_a_browser_that_talks_nonsense_is_the_guests_fault(
@@ -503,6 +599,19 @@ async def test_a_browser_that_talks_nonsense_is_the_guests_fault(
         assert told in answer.json()["detail"]
         assert (await at.ask("/browser", **UPGRADE)).status == 502
         assert (await at.ask("/json/list")).status == 200
+
+
+@pytest.mark.parametrize("path", ["/json/protocol", f"/browser/{GUID}", f"/page/{PAGE}"])
+async def test_a_guest_sends_nobody_elsewhere(tmp_path: Path, path: str) -> None:
+    # Puppeteer and Playwright follow redirections of WebSockets, with the key in their headers.
+    async with tab(tmp_path, ApiSettings(api_keys=(KEY,))) as at:
+        to = b"HTTP/1.1 %s There\r\nLocation: ws://evil.example/\r\nContent-Length: 0\r\n\r\n"
+        headers = {"X_Volant_API_Key": KEY, **(UPGRADE if "json" not in path else {})}
+        for status in (b"301", b"302", b"307", b"308", b"401"):
+            at.browser.answers[path if "json" in path else f"/devtools{path}"] = to % status
+            answer = await at.ask(path, **headers)
+            assert answer.status == (401 if status == b"401" and "json" not in path else 502)
+            assert "location" not in answer.headers
 
 
 async def test_few_answers_of_one_vm_are_held_at_once(tmp_path: Path) -> None:

@@ -164,8 +164,10 @@ async def _loopback_http(scope: Any, receive: Any, send: Any, gone: trio.Event) 
 
 async def _loopback_socket(scope: Any, receive: Any, send: Any, gone: trio.Event) -> None:
     await receive()
-    if scope["path"] == "/no":
-        await send({"type": "websocket.http.response.start", "status": 404, "headers": [(b"x-own", b"kept")]})
+    if scope["path"] in ("/no", "/moved"):
+        status, there = (404, []) if scope["path"] == "/no" else (302, [(b"location", b"ws://evil.example/")])
+        headers = [(b"x-own", b"kept"), *there]
+        await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
         await send({"type": "websocket.http.response.body", "body": b"none here"})
         return
     await send({"type": "websocket.accept", "subprotocol": "chat" if scope["subprotocols"] else None})
@@ -386,6 +388,14 @@ async def test_a_refused_websocket_is_refused_as_the_guest_did(tmp_path: Path) -
             answer = await at.api.server.get(f"{prefix(at, way)}/no", **UPGRADE)
             assert (answer.status, answer.headers["x-own"], answer.body) == (404, "kept", b"none here")
             assert answer.headers["content-security-policy"] == "sandbox"
+
+
+async def test_a_websocket_is_not_sent_elsewhere(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        for way in WAYS:
+            answer = await at.api.server.get(f"{prefix(at, way)}/moved", **UPGRADE)
+            assert (answer.status, answer.headers["x-own"], answer.body) == (502, "kept", b"none here")
+            assert "location" not in answer.headers
 
 
 async def test_a_websocket_client_that_leaves_is_missed_in_the_guest(tmp_path: Path) -> None:

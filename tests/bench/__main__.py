@@ -17,15 +17,17 @@ import trio
 
 from ._adoption import adoption, idle
 from ._boot import create_to_agent
+from ._events import event_streams, unread_stream
 from ._figure import Figure
 from ._journal import journal, vmlog
+from ._relays import relays
 from ._serving import get_vm, healthz
 from ._streams import healthz_busy
 from ._world import Skipped
 
 Bench = Callable[[], Awaitable[list[Figure]]]
 
-_TOTAL_S = 300.0
+_TOTAL_S = 540.0
 _BENCH_S = 180.0
 
 
@@ -38,6 +40,9 @@ def main() -> int:
         "get_vm": get_vm,
         "healthz": healthz,
         "healthz_busy": healthz_busy,
+        "relays": relays,
+        "event_streams": event_streams,
+        "unread_stream": unread_stream,
         "journal": journal,
         "vmlog": vmlog,
     }

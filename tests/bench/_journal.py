@@ -2,14 +2,15 @@
 
 The bare side of a commit writes the same two rows in one transaction to a database with the same settings, so both wait
 for the disk alike. With many writers the journal puts what is pending into one transaction, and is measured against a
-transaction each, which is what SQLite offers them.
+transaction each, which is what SQLite offers them, and against one writer that has all at hand and puts 32 into each
+transaction, which is the best that could be.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from pathlib import Path
 
 import apsw
@@ -37,8 +38,8 @@ _LIFE = (Status.STARTING, Status.RUNNING, Status.STOPPING, Status.STOPPED)
 
 
 async def journal() -> list[Figure]:
-    """Durable changes of a VM a second, by one writer and by 32."""
-    one, many = Pairs(), Pairs()
+    """Events committed a second, each with its VM's change, by one writer and by 32."""
+    one, many, grouped = Pairs(), Pairs(), Pairs()
     with scratch() as directory:
         bare = open_writer(Host(), directory / "bare.db")
         store = Store(Host(), directory / "journal.db")
@@ -46,20 +47,24 @@ async def journal() -> list[Figure]:
         try:
             async with open_system(Supervisor(ONE_FOR_ONE, intensity=1, period_s=60, children=[child])) as system:
                 ref: Ref[Journal] = system["journal"]
-                writers = [await _Writer.create(ref, f"vm{number}") for number in range(WRITERS)]
+                writers = [await Writer.create(ref, f"vm{number}") for number in range(WRITERS)]
                 rows = _Bare(bare, msgspec.json.encode(store.projection.rows()[0]), await _newest_frame(store))
                 for _ in range(ROUNDS):
-                    plain = await trio.to_thread.run_sync(rows.commits_per_s, ROUND_S)
-                    for writing, pairs in ((writers[:1], one), (writers, many)):
-                        pairs.bare.append(plain)
-                        pairs.ours.append(await _commits_per_s(writing, ROUND_S))
+                    plain = await trio.to_thread.run_sync(rows.changes_per_s, ROUND_S, 1)
+                    best = await trio.to_thread.run_sync(rows.changes_per_s, ROUND_S, WRITERS)
+                    one.add(await _changes_per_s(writers[:1], ROUND_S), plain)
+                    rate = await _changes_per_s(writers, ROUND_S)
+                    many.add(rate, plain)
+                    grouped.add(rate, best)
         finally:
             bare.close()
     return [
-        Figure(
-            name, pairs.value, "commits/s", pairs.ratio, f"bare SQLite's {pairs.other:.0f}, as durable, one at a time"
+        Figure(name, pairs.value, "events/s", pairs.ratio, f"bare SQLite's {pairs.other:.0f}, as durable, {how}")
+        for name, pairs, how in (
+            ("journal_1_writer", one, "one at a time"),
+            (f"journal_{WRITERS}_writers", many, "one at a time"),
+            (f"journal_{WRITERS}_writers_grouped", grouped, f"{WRITERS} in each transaction"),
         )
-        for name, pairs in (("journal_1_writer", one), (f"journal_{WRITERS}_writers", many))
     ]
 
 
@@ -99,7 +104,7 @@ async def vmlog() -> list[Figure]:
     )]  # fmt: skip
 
 
-class _Writer:
+class Writer:
     """Somebody who changes one VM again and again."""
 
     def __init__(self, ref: Ref[Journal], row: VmRow) -> None:
@@ -108,7 +113,7 @@ class _Writer:
         self._next = cycle(_LIFE)
 
     @classmethod
-    async def create(cls, ref: Ref[Journal], name: str) -> _Writer:
+    async def create(cls, ref: Ref[Journal], name: str) -> Writer:
         return cls(ref, await ref.ask(CreateRow(CreateVm(name=name, cpu_cores=1, memory_mb=128)), timeout_s=_ASK_S))
 
     async def change(self) -> None:
@@ -119,11 +124,11 @@ class _Writer:
         self._row = row
 
 
-async def _commits_per_s(writers: list[_Writer], seconds: float) -> float:
+async def _changes_per_s(writers: list[Writer], seconds: float) -> float:
     done = 0
     began = time.perf_counter()
 
-    async def write(writer: _Writer) -> None:
+    async def write(writer: Writer) -> None:
         nonlocal done
         while time.perf_counter() - began < seconds:
             await writer.change()
@@ -152,19 +157,20 @@ class _Bare:
         self._numbers = count(1)
         self._execute("INSERT INTO vms VALUES (1, 'bench', 0, ?)", (row,))
 
-    def commits_per_s(self, seconds: float) -> float:
+    def changes_per_s(self, seconds: float, group: int) -> float:
+        """With `group` of them in one transaction."""
         began = time.perf_counter()
         done = 0
         while time.perf_counter() - began < seconds:
-            number = next(self._numbers)
             self._execute("BEGIN IMMEDIATE")
-            self._execute("UPDATE vms SET revision = ?, row = ? WHERE id = 1", (number, self._row))
-            self._execute(
-                "INSERT INTO events VALUES (?, ?, 1, 'bench', 'VM_RUNNING', ?)",
-                (number, int(time.time()), self._frame),
-            )
+            for number in islice(self._numbers, group):
+                self._execute("UPDATE vms SET revision = ?, row = ? WHERE id = 1", (number, self._row))
+                self._execute(
+                    "INSERT INTO events VALUES (?, ?, 1, 'bench', 'VM_RUNNING', ?)",
+                    (number, int(time.time()), self._frame),
+                )
             self._execute("COMMIT")
-            done += 1
+            done += group
         return done / (time.perf_counter() - began)
 
 

@@ -14,6 +14,8 @@ PLUGIN = {
     "created_at": None, "labels": {},
 }  # fmt: skip
 
+MANIFEST = {"name": "browser", "actions": {name: {"path": f"/{name}"} for name in ("go", "save", "shot")}}
+
 
 def completing(*words: str) -> dict[str, str]:
     """As click's script for bash asks."""
@@ -39,9 +41,15 @@ async def test_names_come_from_the_daemon() -> None:
         server.routes["GET /api/v1/plugins"] = answer([PLUGIN])
         vms = await volar(server, environ=completing("vms", "console", "d"))
         options = await volar(server, environ=completing("vms", "create", "x", "--plugin", "b"))
+        server.routes["GET /api/v1/vms/demo"] = answer(vm(plugin="browser"))
+        server.routes["GET /api/v1/plugins/browser/manifest"] = answer(MANIFEST)
+        actions = await volar(server, environ=completing("call", "demo", "s"))
+        paths = await volar(server, environ=completing("vms", "cp", "d"))
         commands = await volar(server, environ=completing("vms", "for"))
     assert vms.out.decode().split() == ["plain,demo", "plain,dinner"]
     assert options.out.decode().split() == ["plain,browser"]
+    assert actions.out.decode().split() == ["plain,save", "plain,shot"]
+    assert paths.out.decode().split() == ["file,d", "plain,demo:", "plain,dinner:"]
     assert commands.out.decode().split() == ["plain,forward"]
 
 

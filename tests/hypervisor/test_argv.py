@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from volant.hypervisor import Disk, MachineSpec, Template
 from volant.hypervisor.qemu._argv import build_argv
+from volant.hypervisor.qemu._found import parse_argv
 
 SPEC = MachineSpec(
     vm_id=7,
@@ -101,13 +103,53 @@ def test_a_disk_is_a_layer_over_a_base_that_is_only_read() -> None:
     assert "-blockdev" not in build_argv(SPEC, (10, 0))
 
 
-def test_a_clone_maps_its_template_s_memory_for_reading_and_has_its_command_line() -> None:
-    """Whatever a clone discards, no page of the file goes; and the kernel has read its command line long ago."""
-    base = msgspec.structs.replace(SPEC, name="")
-    clone = msgspec.structs.replace(SPEC, template=Template(Path("/t/memory"), Path("/t/state")))
-    found = options(build_argv(clone, (10, 0)))
-    memory = "memory-backend-file,id=memory0,size=256M,mem-path=/t/memory,share=off,readonly=on,rom=off"
+def test_a_clone_maps_its_template_s_memory_for_reading() -> None:
+    """Whatever a clone discards, no page of the file goes; and its name is for those who read its command line."""
+    clone = msgspec.structs.replace(SPEC, template=Template(Path("/t/digest/memory"), Path("/t/digest/state")))
+    argv = build_argv(clone, (10, 0))
+    found = options(argv)
+    memory = "memory-backend-file,id=memory0,size=256M,mem-path=/t/digest/memory,share=off,readonly=on,rom=off"
     assert memory in found["-object"]
     assert found["-incoming"] == ["defer"]
-    assert found["-append"] == options(build_argv(base, (10, 0)))["-append"]
     assert "-incoming" not in build_argv(SPEC, (10, 0))
+    machine = parse_argv(argv)
+    assert machine is not None
+    assert (machine.name, machine.memory_file, machine.template) == ("demo", None, Path("/t/digest"))
+
+
+def test_what_becomes_a_template_has_no_name_and_no_hurry() -> None:
+    argv = build_argv(msgspec.structs.replace(SPEC, name="", in_background=True), (10, 0))
+    assert argv[:4] == ["nice", "-n", "10", "qemu-system-x86_64"]
+    assert "volant.hostname" not in options(argv)["-append"][0]
+
+
+DISK = Disk(Path("/cache/media/ab,12"), Path("/state/disks/7-now/root.qcow2"))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        msgspec.structs.replace(SPEC, accelerator="kvm", cmdline="", memory_file=Path("/dev/shm/a,b/7.mem")),
+        msgspec.structs.replace(SPEC, root=DISK, cmdline="quiet loglevel=3 volant.other=1"),
+    ],
+)
+def test_the_machine_can_be_read_back_from_it(spec: MachineSpec) -> None:
+    found = parse_argv(build_argv(spec, (10, 0)))
+    assert found is not None
+    for field in found.__struct_fields__:
+        assert getattr(found, field) == getattr(spec, field), field
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["sleep", "7"],
+        ["qemu-system-x86_64", "-name", "guest=volant-ab12-7.1"],
+        [*build_argv(SPEC, (10, 0))[:-1], "console=ttyS0"],
+        [word.replace("256M", "a lot") for word in build_argv(SPEC, (10, 0))],
+    ],
+)
+def test_a_command_line_that_is_none_of_ours_is_no_machine(argv: list[str]) -> None:
+    assert parse_argv(argv) is None

@@ -30,6 +30,7 @@ from volant.images import (
     list_images,
     prune,
 )
+from volant.images._imports import imported_modules
 
 PACKAGES = [
     _apt.Package("b", "1:2-3", "amd64", "b" * 64, 10, "b_1%3a2-3_amd64.deb"),
@@ -250,3 +251,23 @@ def test_the_guests_code_is_that_of_the_guest_alone() -> None:
     assert sources["volant/__init__.py"] == sources["volant/model/__init__.py"] == b""
     assert {name.rsplit("/", 1)[0] for name in sources} == {"volant", "volant/model", "volant/guest"}
     assert "volant/guest/_init.py" in sources
+
+
+def test_what_is_imported_late_is_found_too() -> None:
+    source = b"""
+import os
+from h2.events import A, B
+from . import _http
+from ._http import C
+if TYPE_CHECKING:
+    from typing import Any
+else:
+    import only
+def late():
+    try:
+        from wsproto.connection import D
+    except OSError:
+        import json as j, re
+"""
+    assert imported_modules(source) == {"os", "h2.events", "only", "wsproto.connection", "json", "re"}
+    assert "wsproto" in set().union(*map(imported_modules, _recipe.guest_sources().values()))

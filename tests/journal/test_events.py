@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trio
 
-from tests.journal.kit import Bench, ClockHost, events_after, running, take
+from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, events_after, running, take
 from volant.host import Host
 from volant.journal import EventGap, EventLog, Retention, Store
 from volant.model import EventId
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -160,3 +164,63 @@ async def test_a_reader_that_does_not_read_holds_nothing(path: Path) -> None:
             figures = bench.store.events.statistics()
             assert (figures.readers, figures.slowest_lag, figures.ring_oldest) == (1, 100, 91)
             assert len(bench.store.events._recent) == 10
+
+
+class HeldHost(ClockHost):
+    """What the journal's thread has done on the disk is known to nobody before `told` is set."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__()
+        self._call = call
+        self.done = trio.Event()
+        self.told: trio.Event | None = None
+
+    async def run_blocking(self, call: Callable[..., T], *args: object) -> T:
+        result = await super().run_blocking(call, *args)
+        if self.told is not None and getattr(call, "__name__", "") == self._call:
+            self.done.set()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + TIMEOUT_S):
+                await self.told.wait()
+        return result
+
+
+async def test_an_event_that_is_committed_and_not_told_is_read_by_nobody(path: Path) -> None:
+    host = HeldHost("write")
+    async with running(path, store=small_ring(host, path)) as bench:
+        await fill(bench, 30)
+        host.told = trio.Event()
+        async with trio.open_nursery() as nursery, bench.store.events.cursor("oldest") as cursor:
+            nursery.start_soon(bench.create, "late")
+            await host.done.wait()
+            seen = []
+            while cursor.position != bench.store.events.newest:
+                seen += [frame.seq for frame in await take(cursor)]
+            assert seen == list(range(1, 31))
+            host.told.set()
+            assert [frame.event.name for frame in await take(cursor)] == ["late"]
+
+
+async def test_a_reader_whom_retention_overtakes_in_this_moment_is_told_of_a_gap(path: Path) -> None:
+    async with running(path, store=small_ring(ClockHost(), path)) as bench:
+        await fill(bench, 400)
+    host = HeldHost("trim")
+    store = small_ring(host, path)
+    store.retention = Retention(max_events=100)
+    async with running(path, store=store) as bench:
+        host.told = trio.Event()
+        async with bench.store.events.cursor("oldest") as cursor, trio.open_nursery() as nursery:
+            await bench.create("one-more")
+            await host.done.wait()
+            taken: list[object] = []
+
+            async def read() -> None:
+                taken.append(await cursor.take())
+
+            nursery.start_soon(read)
+            await trio.sleep(0.05)
+            assert not taken
+            host.told.set()
+        gap = taken[0]
+        assert isinstance(gap, EventGap)
+        assert gap.oldest.seq == 302
+        assert (await take(cursor))[0].seq == 302

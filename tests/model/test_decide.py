@@ -22,6 +22,7 @@ from volant.model import (
     Effect,
     Ended,
     EndKind,
+    Hold,
     ImageReady,
     Kill,
     Launch,
@@ -31,6 +32,7 @@ from volant.model import (
     Problem,
     ProcessIdentity,
     Reason,
+    Released,
     Remove,
     Removed,
     RestartDue,
@@ -75,12 +77,14 @@ def outcome(effect: Effect) -> Seen:
             return Removed()
         case RestartLater():
             return RestartDue()
+        case Hold():
+            return Released()
 
 
-def see(row: VmRow, *seen: Seen) -> VmRow:
+def see(row: VmRow, *seen: Seen, held: bool = False) -> VmRow:
     """The row after all of `seen`; the VM must still exist."""
     for each in seen:
-        for step in decide(row, each, NOW):
+        for step in decide(row, each, NOW, held=held):
             assert step.row is not None
             row = step.row
     return row
@@ -307,17 +311,57 @@ ANYTHING: st.SearchStrategy[Seen] = st.one_of(
     st.just(Cleared()),
     st.just(Removed()),
     st.just(RestartDue()),
+    st.just(Released()),
 )
 
 
+def due(row: VmRow) -> None:
+    """Its boot waits for the daemon, and for nothing else."""
+    assert isinstance(effect_of(row), Hold)
+    assert not settled(row)
+    assert see(row, Released(), held=True) == row
+    released = see(row, Released())
+    assert (released.status, released.phase) == (Status.STARTING, Phase.IMAGE)
+
+
+def test_no_boot_begins_while_the_daemon_drains_and_each_that_is_due_then_does() -> None:
+    made = see(create(), Woke(None), held=True)
+    assert made.status is Status.PENDING
+    due(made)
+
+    # Stopped for the time: a restart whose second half waits.
+    aside = see(running(), Verb(VerbKind.RESTART), Ended(EndKind.SHUTDOWN, WHY), Cleared(), held=True)
+    assert (aside.status, aside.desired) == (Status.STOPPED, Desired.RUNNING)
+    due(aside)
+    due(see(aside, Woke(None), held=True))
+
+    due(see(running(), Ended(EndKind.RESET, WHY), Cleared(), held=True))
+    due(see(running(), Woke(None, rebooted=True), Cleared(), held=True))
+    crashed = see(running(restart_policy="on-failure"), Ended(EndKind.KILLED, WHY), Cleared(), RestartDue(), held=True)
+    assert (crashed.status, crashed.restarts) == (Status.CRASHED, 1)
+    due(crashed)
+
+
+def test_one_that_waits_for_the_daemon_can_be_stopped_and_deleted() -> None:
+    aside = see(running(), Verb(VerbKind.RESTART), Ended(EndKind.SHUTDOWN, WHY), Cleared(), held=True)
+    stopped = see(aside, Verb(VerbKind.STOP), held=True)
+    assert (stopped.status, stopped.desired, effect_of(stopped)) == (Status.STOPPED, Desired.STOPPED, None)
+    assert statuses(aside, Verb(VerbKind.DELETE)) == ["deleting", "gone"]
+    made = see(create(), Woke(None), held=True)
+    assert see(made, Verb(VerbKind.STOP), held=True).status is Status.STOPPED
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.one_of(ANYTHING, st.none()), max_size=25), st.sampled_from(["never", "on-failure", "always"]))
+@given(
+    st.lists(st.tuples(st.one_of(ANYTHING, st.none()), st.booleans()), max_size=25),
+    st.sampled_from(["never", "on-failure", "always"]),
+)
 def test_anything_in_any_order_keeps_to_the_edges_and_can_still_be_deleted(
-    chain: list[Seen | None], policy: str
+    chain: list[tuple[Seen | None, bool]], policy: str
 ) -> None:
-    """None in the chain stands for: the step under way goes well."""
+    """None in the chain stands for: the step under way goes well; true for: the daemon drains."""
     row: VmRow | None = create(restart_policy=policy)
-    for seen in chain:
+    for seen, held in chain:
         assert row is not None
         if seen is None:
             effect = effect_of(row)
@@ -325,12 +369,13 @@ def test_anything_in_any_order_keeps_to_the_edges_and_can_still_be_deleted(
                 continue
             seen = outcome(effect)
         try:
-            steps = decide(row, seen, NOW)
+            steps = decide(row, seen, NOW, held=held)
         except Problem:
             continue
         before: VmRow = row
         for step in steps:
             assert step.row is None or (before.status, step.row.status) in EDGES or before.status is step.row.status
+            assert step.row is None or not held or before.status is step.row.status or step.row.phase is not Phase.IMAGE
             row = step.row
             if row is None:
                 return

@@ -54,6 +54,8 @@ class Daemon:
         self.log_path = self.root / "volantd.log"
         self.ephemeral = ephemeral
         self.base_url = ""
+        self.cwd: Path | None = None
+        """Where it is started; None: where the tests are."""
         self.kept: set[str] = set()
         """VMs that the fixture's next test finds again."""
         self.process: subprocess.Popen[bytes] | None = None
@@ -85,7 +87,12 @@ class Daemon:
         """Start it and wait for nothing."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, env=self.environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
+                self.command,
+                cwd=self.cwd,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
             )
 
     def start(self) -> None:

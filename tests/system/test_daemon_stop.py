@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack, closing
 
 import httpx
 import pytest
 import trio
 from trio_websocket import ConnectionClosed
 
-from tests.system.kit import Daemon, Stopwatch, boot, spec, websocket
+from tests.system.kit import Daemon, Stopwatch, boot, run, spec, websocket
 from volant.client import ClientError, ClientProblem
 from volant.model import CreateVm
 
@@ -41,6 +44,86 @@ async def test_streams_end_cleanly_when_the_daemon_stops_and_vms_go_on(make_daem
             assert code == 1001
     assert daemon.wait() == 0
     assert list(daemon.hypervisors()) == [vm.pid]
+
+
+UPGRADE = (
+    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+YES = json.dumps({"command": ["yes", "so much that no buffer takes it"]})
+
+
+def stalled(daemon: Daemon, request: str, fields: str = "", body: str = "") -> socket.socket:
+    """A client that asks, and then reads no byte of what comes."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    host, _, port = daemon.base_url.removeprefix("http://").partition(":")
+    sock.connect((host, int(port)))
+    sock.sendall(f"{request} HTTP/1.1\r\nHost: {host}:{port}\r\n{fields}\r\n{body}".encode())
+    return sock
+
+
+async def test_streams_end_cleanly_within_a_second_beside_clients_that_read_nothing(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    daemon = make_daemon(ephemeral=False)
+    sockets = f"ws{daemon.base_url.removeprefix('http')}/ws/v1/vms/demo"
+    ended: dict[str, float] = {}
+    codes: dict[str, int | None] = {}
+    async with daemon.client() as client, daemon.http() as http, AsyncExitStack() as stack:
+        await boot(client, "demo")
+        flood = "setsid sh -c 'while :; do echo a line of many; done >/dev/console' >/dev/null 2>&1 &"
+        await run(client, "demo", "sh", "-c", flood)
+        exec_fields = f"Content-Type: application/json\r\nContent-Length: {len(YES)}\r\n"
+        for request, fields, body in (
+            ("GET /api/v1/events/vms?since=0", "", ""),
+            ("GET /api/v1/vms/demo/logs?since=0&follow=true", "", ""),
+            ("GET /ws/v1/vms/demo/logs?since=0", UPGRADE, ""),
+            ("GET /ws/v1/vms/demo/console", UPGRADE, ""),
+            ("POST /api/v1/vms/demo/agent/v1/exec", exec_fields, YES),
+        ):
+            stack.enter_context(closing(stalled(daemon, request, fields, body)))
+        watch: Stopwatch | None = None
+
+        async def read_events(task_status: trio.TaskStatus[None]) -> None:
+            async with http.stream("GET", "/api/v1/events/vms") as events:
+                pieces = events.aiter_bytes()
+                await anext(pieces)
+                task_status.started()
+                # To its end, and that is no error.
+                async for _ in pieces:
+                    pass
+            assert watch is not None
+            ended["events"] = watch.seconds
+
+        async def read_socket(path: str, task_status: trio.TaskStatus[None]) -> None:
+            async with websocket(f"{sockets}/{path}") as connection:
+                await connection.get_message()
+                task_status.started()
+                while path not in codes:
+                    try:
+                        await connection.get_message()
+                    except ConnectionClosed as closed:
+                        codes[path] = closed.reason.code
+                assert watch is not None
+                ended[path] = watch.seconds
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(read_events)
+            await nursery.start(read_socket, "logs?tail=10")
+            await nursery.start(read_socket, "console")
+            # Long enough for the others to be full.
+            await trio.sleep(1.0)
+            daemon.terminate()
+            watch = Stopwatch()
+            nursery.cancel_scope.deadline = trio.current_time() + 20
+        print({name: round(seconds, 2) for name, seconds in ended.items()})
+        assert set(codes.values()) == {1001}
+        assert len(ended) == 3
+        assert max(ended.values()) < 1.0
+        assert daemon.wait() == 0
+        print(f"the daemon ended after {watch.seconds:.2f} s")
+        assert watch.seconds < 10
 
 
 async def test_an_ephemeral_daemon_takes_its_vms_along_whatever_they_do(make_daemon: Callable[..., Daemon]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, event_of, run, until
+from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, event_of, is_alive, patched, run, until
 from volant.client import LogLine
 
 
@@ -85,3 +86,32 @@ async def test_a_hypervisor_that_is_stopped_can_still_be_deleted(daemon: Daemon)
         assert stopped.outcome == "met"
         assert watch.seconds < 10
         await client.vms.delete("demo")
+
+
+IMPATIENT = """
+from volant.hypervisor.qemu import _machine
+_machine.PULSE_S, _machine.PULSE_ANSWER_S = 1.0, 2.0
+"""
+
+
+async def test_a_hypervisor_that_hangs_is_found_killed_and_named_and_a_stop_of_a_moment_is_not(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    daemon = make_daemon(wrapper=patched(IMPATIENT))
+    async with daemon.client() as client, client.events() as feed:
+        vm = await boot(client, "demo", restart_policy="on-failure")
+        assert vm.pid is not None
+        os.kill(vm.pid, signal.SIGSTOP)
+        await trio.sleep(1.5)
+        os.kill(vm.pid, signal.SIGCONT)
+        assert await run(client, "demo", "echo", "alive") == "alive\n"
+
+        os.kill(vm.pid, signal.SIGSTOP)
+        event = await event_of(feed, "VM_CRASHED", "demo", timeout_s=60)
+        assert event.reason is not None
+        assert event.reason.code == "hypervisor_error"
+        assert f"process {vm.pid} is there, and has not answered" in event.reason.message
+        again = await until(client, "demo", "running")
+        assert again is not None
+        assert (again.boots, again.restarts) == (2, 1)
+        assert not is_alive(vm.pid)

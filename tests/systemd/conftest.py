@@ -13,10 +13,12 @@ _missing = missing()
 
 
 @pytest.fixture
-def box(image_cache: Path) -> Iterator[Box]:
+def box(request: pytest.FixtureRequest) -> Iterator[Box]:
     """A host that has booted, without Volant."""
     if _missing is not None:
         pytest.skip(_missing)
+    # Not before that, as it takes a while to build.
+    image_cache: Path = request.getfixturevalue("image_cache")
     box = Box(image_cache)
     try:
         box.start()

@@ -151,7 +151,7 @@ class Box:
         """Entries of its journal, also after its end."""
         folder = str(self.root / "var" / "log" / "journal")
         done = subprocess.run(
-            ["journalctl", "-D", folder, "-o", "json", "--no-pager", "-q", *matches],
+            ["journalctl", "-D", folder, "-o", "json", "--all", "--no-pager", "-q", *matches],
             capture_output=True,
             text=True,
             timeout=60,
@@ -203,7 +203,9 @@ def missing() -> str | None:
         return "there is no systemd"
     if os.geteuid() != 0:
         return "namespaces with a systemd in them are for root"
-    tried: Sequence[str] = [*UNSHARE, "true"]
-    if subprocess.run(tried, capture_output=True, timeout=30, check=False).returncode != 0:
-        return "namespaces can't be made here"
+    mounts = "mount --make-rprivate / && mount -t cgroup2 none /sys/fs/cgroup && mount -t tmpfs tmpfs /run"
+    tried: Sequence[str] = [*UNSHARE, "sh", "-c", mounts]
+    done = subprocess.run(tried, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode != 0:
+        return f"namespaces with control groups of their own can't be made here: {done.stderr.strip()[-200:]}"
     return None

@@ -84,6 +84,8 @@ async def test_vms_outlive_restarts_and_hangs_of_the_daemon_and_are_asked_before
             await trio.sleep(0.1)
     await well(box)
     assert "watchdog" in " ".join(box.said("_PID=1", "UNIT=volantd.service")).lower()
+    # It says where it hung.
+    assert any("Fatal Python error: Aborted" in text for text in box.said())
     await still_there(box, before, uptimes)
 
     # What the daemon says has fields.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import posixpath
 import re
+from functools import partial
+from typing import Any
 from urllib.parse import unquote
+
+import msgspec
 
 from volant.channel import AgentClient
 from volant.model import Problem, VmRow, is_name, no_such_vm
-from volant.model.agent import DAEMON_PREFIX
+from volant.model.agent import DAEMON_PREFIX, EXEC, EXEC_SESSIONS, FILES
 
 from ._access import without_credentials
 from ._call import Call
@@ -17,6 +21,10 @@ from ._edge import StreamRoute
 from ._relay import Relay, parse_port, to_port
 
 _AGENT = re.compile(r"/api/v1/vms/([^/]*)/agent(?:/.*)?\Z")
+_NO_ROUTE = "the agent has no "
+"""So agents of all versions begin to say that."""
+_NO_WEBSOCKET = "not with GET"
+"""And so the first of them, of the route for commands."""
 _PORTS = re.compile(r"/api/v1/vms/([^/]*)/ports/([^/]*)(?:/.*)?\Z")
 
 
@@ -28,7 +36,8 @@ def routes(doors: Doors, relay: Relay) -> list[StreamRoute]:
         target = _target(call, depth=6)
         if _is_the_daemons(target):
             raise Problem(404, "not-found", "there is no such route in the agent", vm=row.name)
-        await relay.run(call, client, vm_id=row.id, vm=row.name, target=target, host=b"agent")
+        explain = partial(_explain, row.name, target) if _may_be_newer(target) else None
+        await relay.run(call, client, vm_id=row.id, vm=row.name, target=target, host=b"agent", explain=explain)
 
     async def ports(call: Call) -> None:
         port = parse_port(call.args[1])
@@ -56,6 +65,26 @@ def _target(call: Call, *, depth: int) -> str:
     rest = path.split("/", depth)[depth] if path.count("/") >= depth else ""
     query = without_credentials(call.scope["query_string"]).decode("ascii")
     return f"/{rest}?{query}" if query else f"/{rest}"
+
+
+def _may_be_newer(target: str) -> bool:
+    """Whether an agent of a guest that an older daemon has started may not have that route of ours yet."""
+    path = target.partition("?")[0]
+    return path in (EXEC, EXEC_SESSIONS) or path.startswith((EXEC_SESSIONS + "/", FILES))
+
+
+def _explain(vm: str, target: str, status: int, body: bytes) -> Problem | None:
+    """502, when an agent does not know its own route, and not what the route leads to."""
+    try:
+        detail = str(msgspec.json.decode(body, type=dict[str, Any]).get("detail"))
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    if not detail.startswith(_NO_ROUTE if status == 404 else _NO_WEBSOCKET):
+        return None
+    return Problem(
+        502, "agent-too-old", f"the agent in VM {vm!r} is older than this daemon, and can't do that: {detail[:300]}",
+        vm=vm, hint=f"`volar vms restart {vm}` boots it with the present one",
+    )  # fmt: skip
 
 
 def _is_the_daemons(target: str) -> bool:

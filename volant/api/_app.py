@@ -14,6 +14,7 @@ from . import (
     _actions,
     _agent,
     _agui,
+    _backups,
     _console,
     _devtools,
     _docs,
@@ -21,7 +22,9 @@ from . import (
     _logs,
     _mcp,
     _metrics,
+    _orphans,
     _plugins,
+    _storage,
     _system,
     _tcp,
     _tickets,
@@ -50,7 +53,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
     _answer_errors(app, limits)
-    for resource in (_system, _metrics, _docs, _workload_api):
+    for resource in (_system, _storage, _orphans, _metrics, _docs, _workload_api):
         resource.add_routes(app, doors)
     repeats = Repeats(doors)
     for changing in (_vms, _plugins):
@@ -66,6 +69,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
         *_logs.routes(doors, turns),
         *_console.routes(doors, turns),
         *_tcp.routes(doors, turns),
+        *_backups.routes(doors),
         *_agui.routes(doors, limits),
         *_mcp.routes(doors, limits),
     ]

@@ -58,7 +58,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("volant.api.serving")
 
 SLICE = 64 * 1024
-"""So many bytes are read or written before others get their turn."""
+"""So many bytes are read before others get their turn, and so many a client must take in the time of one write."""
+_AT_ONCE = 256 * 1024
+"""So many are written before others get their turn."""
 
 _RESET = struct.pack("ii", 1, 0)
 _HANGUP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
@@ -193,11 +195,11 @@ class Connection(TCPServer):
             raise
 
     async def _write_now(self, data: bytes) -> int:
-        """Give the kernel what it takes at once, a slice at most; how much that was. It is a checkpoint, and spares
-        most writes their deadline: an event for five hundred readers is five hundred writes."""
+        """Give the kernel what it takes at once; how much that was. It is a checkpoint, and spares most writes their
+        deadline: an event for five hundred readers is five hundred writes."""
         await trio.lowlevel.checkpoint_if_cancelled()
         try:
-            sent = os.write(self._socket.fileno(), data if len(data) <= SLICE else memoryview(data)[:SLICE])
+            sent = os.write(self._socket.fileno(), data if len(data) <= _AT_ONCE else memoryview(data)[:_AT_ONCE])
         except BlockingIOError:
             return 0
         except OSError as error:

@@ -109,8 +109,6 @@ class _Browsers:
         call.scope = {**call.scope, "headers": [field for field in call.scope["headers"] if field[0] not in unsaid]}
         if call.is_websocket:
             await self._websocket(call, browser, path)
-        elif path.startswith("json/protocol"):
-            await self._pass(call, browser, "/json/protocol")
         else:
             await call.while_connected(partial(self._tell, call, browser, path))
 
@@ -167,9 +165,7 @@ class _Browsers:
     async def _websocket(self, call: Call, browser: _Browser, path: str) -> None:
         found = _SOCKET_PATH.match(path)
         own = found[1] if found is not None else await self._own_socket(browser)
-        await self._pass(call, browser, _with_query(f"/devtools/{own}", call))
-
-    async def _pass(self, call: Call, browser: _Browser, target: str) -> None:
+        target = _with_query(f"/devtools/{own}", call)
         async with self._connected(browser) as client:
             await self._relay.run(
                 call, client, vm_id=browser.vm_id, vm=browser.vm, target=target, host=browser.host
@@ -188,9 +184,10 @@ class _Browsers:
         limiter = self._answers.setdefault(browser.vm_id, trio.CapacityLimiter(_ANSWERS_AT_ONCE))
         async with limiter:
             body = await self._ask(browser, call.method, _with_query(f"/{path}", call))
-            media = b"text/plain; charset=utf-8"
-            if not path.startswith(("json/activate/", "json/close/")):
-                media = b"application/json"
+            media = b"application/json"
+            if path.startswith(("json/activate/", "json/close/")):
+                media = b"text/plain; charset=utf-8"
+            elif not path.startswith("json/protocol"):
                 body = msgspec.json.encode(rewritten(_decoded(body, browser), self._place(call, browser)))
         length = (b"content-length", b"%d" % len(body))
         await call.reject(200, [(b"content-type", media), length, (b"cache-control", b"no-store"), SANDBOX], body)

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from actors import Ref
 from volant.host import Host
-from volant.journal import Journal, Store, VmLogs
+from volant.journal import Backups, Journal, Store, VmLogs
 from volant.vm import Vms
 
 from ._networks import Network
@@ -60,6 +60,7 @@ class Doors:
     journal: Ref[Journal]
     store: Store
     logs: VmLogs
+    backups: Backups
     host: Host
     system: SystemDoor
     settings: ApiSettings = field(default_factory=ApiSettings)

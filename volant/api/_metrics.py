@@ -68,6 +68,8 @@ def _collect(doors: Doors) -> Iterator[Metric]:
     yield InfoMetricFamily("volant_build", "Of the daemon", value={"version": __version__})
     yield gauge("volant_healthy", "1 when the daemon's tree is whole", doors.system.health() == "ok")
 
+    yield gauge("volant_draining", "1 while no VM may start, for maintenance", store.projection.drain is not None)
+
     states = Counter(row.status for row in rows)
     vms = GaugeMetricFamily("volant_vms", "VMs by status", labels=["status"])
     for status in Status:

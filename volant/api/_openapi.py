@@ -37,6 +37,7 @@ _IN_PATH = {
     "plugin": (Name, "The VM's own"),
     "action": (Name, "One that the plugin's manifest names"),
     "id": (Annotated[str, msgspec.Meta(pattern="^[^/]+$")], "What the first message of its WebSocket said"),
+    "mark": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._:@-]{1,100}$")], "Names the hypervisor"),
     "target": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,128}$")], "The browser's name for it"),
 }
 _EVERYWHERE = (400, 401, 403, 421)
@@ -164,9 +165,9 @@ def _operation(operation: Operation, kinds: _Kinds) -> Schema:
     if parameters:
         shown["parameters"] = parameters
     if operation.takes is not None:
-        media = ANY if operation.takes is bytes else JSON
+        media = operation.takes_media or (ANY if operation.takes is bytes else JSON)
         shown["requestBody"] = {
-            "required": operation.takes not in (Nothing, bytes),
+            "required": bool(operation.takes_media) or operation.takes not in (Nothing, bytes),
             "content": {media: {"schema": kinds.schema(operation.takes)}},
         }
     responses: Schema = {str(status): _answer(answer, kinds) for status, answer in operation.gives.items()}

@@ -23,12 +23,17 @@ from volant.model import (
     LogLine,
     Manifest,
     Name,
+    OrphanView,
     PluginView,
+    Pruned,
+    Restored,
     Status,
+    StoredKind,
     StreamGap,
     SystemStatus,
     Ticket,
     Time,
+    Usage,
     VmView,
 )
 from volant.model.agent_types import (
@@ -53,6 +58,7 @@ Anything = Mapping[str, Any]
 """A JSON object whose shape is no contract."""
 
 JSON = "application/json"
+SQLITE = "application/vnd.sqlite3"
 ANY = "*/*"
 
 
@@ -108,6 +114,8 @@ class Operation:
     """Statuses beside those that follow from the rest."""
     details: str = ""
     keyless: bool = False
+    takes_media: str | None = field(default=None, kw_only=True)
+    """Of a body that is nothing else, and must be there."""
     key_in_query: bool = field(default=False, kw_only=True)
     """Browsers open it without headers."""
 
@@ -122,7 +130,7 @@ PROBLEMS = {
     409: "Not possible in the present state",
     410: "The events after that one are not kept",
     412: "The VM has changed since `If-Match`",
-    413: "The body is larger than 1 MiB",
+    413: "The body is larger than 1 MiB, or than what the route takes",
     415: "The body is not JSON",
     416: "The file has no such range",
     421: "`Host` is not a name of this daemon",
@@ -135,6 +143,8 @@ PROBLEMS = {
 """What each error status says; the body is always `ProblemDetails`."""
 
 HEADERS = {
+    "Content-Disposition": "A name for the file",
+    "Repr-Digest": "`sha-256=:…:` (RFC 9530)",
     "Volant-File-Mode": "The mode, octal",
     "ETag": "Changes with every change of the VM, or of the file; for `If-Match` and `If-None-Match`",
     "Location": "The path of what was made",
@@ -220,7 +230,8 @@ def _relayed(what: str, path: str, says: str) -> tuple[Operation, ...]:
 
 
 def _devtools(method: str, path: str, name: str, says: str, answer: Answer, *fails: int) -> Operation:
-    answers: Mapping[int | Literal["default"], Answer] = {200 if answer.kind is not None else 101: answer}
+    status: int | Literal["default"] = "default" if answer.kind is bytes else 101 if answer.kind is None else 200
+    answers: Mapping[int | Literal["default"], Answer] = {status: answer}
     path = f"/ws/v1/vms/{{name}}/devtools/{path}"
     return Operation(method, path, name, says, answers, fails=(409, 502, 503, *fails), key_in_query=True)
 
@@ -236,7 +247,7 @@ _DEVTOOLS = (
     _devtools("PUT", "json/new", "devtools_new", "Open a page; the query is its address, percent-encoded",
               Answer("The page", Anything)),
     _devtools("GET", "json/protocol", "devtools_protocol", "The protocol that the browser speaks",
-              Answer("Its domains, commands and types", Anything)),
+              Answer("Its domains, commands and types, as the browser answers, byte for byte", bytes, ANY)),
     _devtools("GET", "json/activate/{target}", "devtools_activate", "Bring a page to the front", _DONE),
     _devtools("GET", "json/close/{target}", "devtools_close", "Close a page", _DONE),
     _devtools("GET", "browser", "devtools_websocket", "Control the browser (WebSocket)", _CDP, 426),
@@ -275,7 +286,7 @@ OPERATIONS: tuple[Operation, ...] = (
             Parameter("plugin", Name, "Of one of these plugins", repeated=True),
             _LABEL,
             Parameter("limit", Annotated[int, msgspec.Meta(ge=1, le=1000)], "At most so many"),
-            Parameter("cursor", Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)], "From the `Link` before"),
+            Parameter("cursor", Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)], "As in the `Link` before; opaque"),
         ),
     ),
     Operation(
@@ -478,7 +489,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "GET", f"{_VM}/openapi", "workload_openapi", "The workload's own OpenAPI document",
         {200: Answer("With its servers reached through the daemon", Anything)}, fails=(502,),
-        details="As the manifest has it or says where it is, else the workload's `/openapi.json`.",
+        details="A running workload is asked first, at the path of the manifest or at `/openapi.json`; if it has none "
+        "that is fit, the manifest's own counts.",
     ),
     # Plugins
     Operation("GET", "/api/v1/plugins", "list_plugins", "List plugins", {200: Answer("All", list[PluginView])}),
@@ -511,12 +523,78 @@ OPERATIONS: tuple[Operation, ...] = (
         {200: Answer("Measured now", SystemStatus)},
     ),
     Operation(
+        "GET", "/api/v1/system/tasks", "system_tasks", "What every task and thread of the daemon is doing",
+        {200: Answer("Where each one waits: for people, its shape is no contract", str, "text/plain")},
+        details="Files, lines and functions, and no values. Also in the log, after `SIGUSR1`.",
+    ),
+    Operation(
+        "POST", "/api/v1/system/drain", "drain", "Let no VM be made or start, for maintenance",
+        {200: Answer("Durable, over restarts of the daemon and of the host", SystemStatus)}, takes=Nothing,
+        parameters=(
+            Parameter("stop_vms", bool, "Stop VMs that are up, some at a time; they start again after `undrain`"),
+            Parameter("grace", _TEN_MINUTES, "With `stop_vms`, for each guest: default `10s`, at most `10m`"),
+        ),
+        fails=(503,),
+        details="What would make or start a VM is 503, `urn:volant:error:draining`. VMs that run go on. One whose "
+        "restart policy is due, or whose host or guest has rebooted, waits. Asked again, `draining_since` stays. The "
+        "answer comes before VMs have stopped: their events, or `GET /api/v1/vms/{name}?wait=stopped`, tell of that.",
+    ),
+    Operation(
+        "POST", "/api/v1/system/undrain", "undrain", "Let VMs start again; those that waited do",
+        {200: Answer("Durable", SystemStatus)}, takes=Nothing, fails=(503,),
+    ),
+    Operation(
         "GET", "/api/v1/system/info", "system_info", "Versions, addresses, accelerator and why",
         {200: Answer("Its shape is no contract", Anything)},
     ),
     Operation(
+        "GET", "/api/v1/system/orphans", "list_orphans", "Hypervisors that run and that no VM owns",
+        {200: Answer("All of them", list[OrphanView])},
+        details="They are never touched by themselves. One is adopted, or killed, by whoever says so.",
+    ),
+    Operation(
+        "POST", "/api/v1/system/orphans/{mark}/adopt", "adopt_orphan", "Make a VM of one",
+        {201: Answer("The VM, running, under its old id", VmView, headers=("ETag", "Location"))},
+        takes=Nothing, parameters=(Parameter("name", Name, "Instead of its own name"),), fails=(404, 409, 503),
+        details="Name, size and disk are as its command line says; plugin `base`, no labels, no restart policy.",
+    ),
+    Operation(
+        "POST", "/api/v1/system/orphans/{mark}/kill", "kill_orphan", "End one; its disk stays",
+        {204: Answer("Its process and its files are gone")}, takes=Nothing, fails=(404, 503),
+    ),
+    Operation(
         "GET", "/api/v1/system/tree", "system_tree", "The supervisor tree",
         {200: Answer("Its shape is no contract", Anything)},
+    ),
+    Operation(
+        "GET", "/api/v1/system/df", "disk_usage", "What takes space on the host: database, logs, disks, images, media",
+        {200: Answer("The largest first, with who uses it", Usage)}, fails=(503,),
+    ),
+    Operation(
+        "POST", "/api/v1/system/prune", "prune", "Remove what nobody uses",
+        {200: Answer("What is gone, or with `dry_run` would be", Pruned)}, takes=Nothing,
+        parameters=(
+            Parameter("dry_run", bool, "Say what would go, and remove nothing"),
+            Parameter("kind", Annotated[list[StoredKind], msgspec.Meta(min_length=1)],
+                      "Only these; default `log`, `image`, `medium`, `leftover`. `disk`, `database` only when named"),
+        ),
+        fails=(503,),
+        details="What a VM, a plugin or a process uses stays, also when that begins meanwhile.",
+    ),
+    Operation(
+        "GET", "/api/v1/system/backup", "backup", "A consistent copy of all that the daemon must not lose",
+        {200: Answer("An SQLite database: VMs, plugins, events, kept answers; no disks, no logs", bytes, SQLITE,
+                     headers=("Content-Disposition", "Repr-Digest"))},
+        fails=(409, 503),
+        details="Commits and readers go on meanwhile. `Content-Length` and `Repr-Digest` tell whether it came whole.",
+    ),
+    Operation(
+        "POST", "/api/v1/system/restore", "restore", "Go on with a backup",
+        {202: Answer("It is looked through and decided: the daemon ends all connections and begins anew", Restored)},
+        takes=bytes, takes_media=SQLITE,
+        parameters=(Parameter("replace", bool, "Also when there are VMs that the backup does not know"),),
+        fails=(408, 409, 413, 503),
+        details="VMs go on running. What the daemon knows of a VM that both know stays as it is.",
     ),
     Operation(
         "POST", "/api/v1/tickets", "create_ticket", "For browsers, which can't set headers on some streams",

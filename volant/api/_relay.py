@@ -34,11 +34,16 @@ from ._waits import interruptible
 HEAD_S = 600.0
 """How long a server in a guest may take to begin its answer."""
 CONNECT_S = 10.0
-_PIECE = 64 * 1024
+_PIECE = 256 * 1024
+"""The larger, the fewer turns of Python for a gigabyte: 64 KiB cost twice the processor time."""
 _PORT = re.compile(r"[1-9][0-9]{0,4}\Z")
 _MAX_REFUSAL = 64 * 1024
 _SEND_S = 300.0
 """How long a guest may take to accept a piece of a WebSocket's bytes."""
+
+_UNKNOWN = frozenset({404, 405})
+Explain = Callable[[int, bytes], Problem | None]
+"""Status and body of an answer -> what it means, if that is more than it says."""
 
 
 class Relay:
@@ -57,16 +62,20 @@ class Relay:
         target: str,
         host: bytes,
         method: str | None = None,
+        explain: Explain | None = None,
     ) -> None:
         """Pass `call` on to `client` as a request for `target`, with its own method or with another one.
 
-        :raises Problem: 502 when no answer came.
+        `explain` sees answers of 404 and 405, which must be short, and may have a better one.
+
+        :raises Problem: 502 when no answer came; what `explain` gives.
         """
+        problem = None
         try:
             if call.is_websocket:
-                await self._websocket(call, client, vm_id, target, host)
+                problem = await self._websocket(call, client, vm_id, target, host, explain)
             else:
-                await self._http(call, client, vm_id, method or call.method, target, host)
+                problem = await self._http(call, client, vm_id, method or call.method, target, host, explain)
         except* (AgentUnreachable, AgentProtocolError) as group:
             if call.started:
                 raise trio.BrokenResourceError(f"VM {vm}: its answer broke off") from group
@@ -75,10 +84,22 @@ class Relay:
             if call.started:
                 raise
             raise Problem(400, "malformed-request", f"the request can't be passed on: {first_text(group)}") from None
+        if problem is not None:
+            raise problem
 
     # HTTP
 
-    async def _http(self, call: Call, client: AgentClient, vm_id: int, method: str, target: str, host: bytes) -> None:
+    async def _http(
+        self,
+        call: Call,
+        client: AgentClient,
+        vm_id: int,
+        method: str,
+        target: str,
+        host: bytes,
+        explain: Explain | None,
+    ) -> Problem | None:
+        problem = None
         headers = to_guest(call.scope["headers"], host=host)
         has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in call.scope["headers"])
         # A rendezvous: the client's next piece is taken when the guest has got this one.
@@ -87,12 +108,20 @@ class Relay:
             body = _Body(take, self._turns, vm_id) if has_body else None
             nursery.start_soon(self._take_in, call, put if has_body else None, nursery.cancel_scope)
             async with client.stream(method, target, headers, body, timeout_s=HEAD_S) as response:
-                await call.start(response.status, from_guest(response.headers))
-                while data := await response.receive():
-                    await self._turns.take(vm_id, len(data))
-                    await call.write(data)
-            await call.finish()
+                begin = b""
+                if explain is not None and response.status in _UNKNOWN:
+                    begin = await response.read(_MAX_REFUSAL)
+                    problem = explain(response.status, begin)
+                if problem is None:
+                    await call.start(response.status, from_guest(response.headers))
+                    while data := begin or await response.receive():
+                        begin = b""
+                        await self._turns.take(vm_id, len(data))
+                        await call.write(data)
+            if problem is None:
+                await call.finish()
             nursery.cancel_scope.cancel()
+        return problem
 
     async def _take_in(self, call: Call, put: trio.MemorySendChannel[bytes] | None, scope: trio.CancelScope) -> None:
         """Hand on the client's body, an empty piece at its end; cancel `scope` when the client leaves."""
@@ -114,7 +143,10 @@ class Relay:
 
     # WebSockets
 
-    async def _websocket(self, call: Call, client: AgentClient, vm_id: int, target: str, host: bytes) -> None:
+    async def _websocket(
+        self, call: Call, client: AgentClient, vm_id: int, target: str, host: bytes, explain: Explain | None
+    ) -> Problem | None:
+        problem = None
         headers = to_guest(call.scope["headers"], host=host)
         headers += [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
         headers += [(b"sec-websocket-extensions", value) for value in call.scope["state"]["websocket_extensions"]]
@@ -132,10 +164,16 @@ class Relay:
                     await splice.from_guest()
                 else:
                     body = await _bounded(response, _MAX_REFUSAL)
-                    refusal = [field for field in from_guest(response.headers) if field[0] != b"content-length"]
+                    # Clients that follow a redirection take their key along (Puppeteer, Playwright).
+                    unsaid = (b"content-length", b"location")
+                    refusal = [field for field in from_guest(response.headers) if field[0] not in unsaid]
                     refusal.append((b"content-length", b"%d" % len(body)))
-                    await call.reject(response.status if response.status >= 200 else 502, refusal, body)
+                    if explain is not None and response.status in _UNKNOWN:
+                        problem = explain(response.status, body)
+                    if problem is None:
+                        await call.reject(502 if response.status // 100 in (1, 3) else response.status, refusal, body)
             nursery.cancel_scope.cancel()
+        return problem
 
 
 class _Body:

@@ -84,7 +84,13 @@ async def _asked(doors: Doors, row: VmRow, path: str, *, promised: bool) -> dict
         raise _broken(row, f"did not answer {path} within {_ANSWER_S:g} s")
     if isinstance(body, Problem):
         raise body
-    return _parsed(body, row, path)
+    try:
+        return _parsed(body, row, path)
+    except Problem as problem:
+        if promised:
+            raise
+        # A workload may answer any path with something.
+        raise _none(row, f"its plugin names none, and {problem.detail}") from None
 
 
 async def _fetch(client: AgentClient, row: VmRow, path: str, port: int, *, promised: bool) -> bytes | Problem:

@@ -25,7 +25,8 @@ from ._stream import ChannelStream, PrefixedStream
 
 Header = tuple[bytes, bytes]
 
-_RECEIVE = 64 * 1024
+_RECEIVE = 256 * 1024
+"""At once, of a body. Of a head no more than may be: h11 takes whatever came in one piece."""
 _MAX_INFORMATIONAL = 16
 _CLOSE_BODY_S = 1.0
 
@@ -266,18 +267,20 @@ class _Exchange:
         while True:
             if self._body_error is not None:
                 raise self._body_error
+            begun = self._conn.their_state is h11.SEND_BODY
             try:
                 event = self._conn.next_event()
             except h11.RemoteProtocolError as error:
                 if self._ended:
-                    raise AgentUnreachable(f"the agent's answer broke off: {error}") from error
+                    where = "in the middle of its answer" if begun else "without an answer"
+                    raise AgentUnreachable(f"it closed the connection {where}") from error
                 raise AgentProtocolError(f"the agent broke HTTP: {error}") from error
             if event is not h11.NEED_DATA:
                 await trio.lowlevel.checkpoint()
                 return event
             with trio.CancelScope() as self._receiver:
                 try:
-                    data = await self._stream.receive_some(_RECEIVE)
+                    data = await self._stream.receive_some(_RECEIVE if begun else MAX_HEAD_BYTES)
                 except trio.BrokenResourceError as error:
                     raise AgentUnreachable(f"the stream to the agent broke: {error}") from error
                 self._ended = not data

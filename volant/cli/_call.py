@@ -16,7 +16,7 @@ import trio
 
 from volant.client import ActionAnswer
 
-from ._complete import vm_names
+from ._complete import action_names, vm_names
 from ._run import FAILED, Failure, Session, command
 from ._text import safe
 
@@ -26,7 +26,7 @@ _TEXTS = ("text/", "application/json", "application/xml", "application/x-ndjson"
 
 @command(None, "call")
 @click.argument("vm", shell_complete=vm_names)
-@click.argument("action")
+@click.argument("action", shell_complete=action_names)
 @click.argument("members", metavar="[KEY=TEXT|KEY:=JSON]...", nargs=-1)
 @click.option("-d", "--data", metavar="BODY", help="The body as it is; @FILE: what is in the file; @-: standard input.")
 @click.option("--type", "content_type", metavar="TYPE", help="Its content type.  [default: application/json]")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
 from ._options import Options
 
@@ -15,24 +16,45 @@ if TYPE_CHECKING:
 _PATIENCE_S = 1.0
 
 
-class _Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
 def vm_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """The VMs whose names begin so."""
     del parameter
-    return _ask(ctx, incomplete, lambda client: client.vms.list())
+    return _ask(ctx, incomplete, _vms)
 
 
 def plugin_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """The plugins whose names begin so."""
     del parameter
-    return _ask(ctx, incomplete, lambda client: client.plugins.list())
+    return _ask(ctx, incomplete, _plugins)
 
 
-def _ask(ctx: click.Context, incomplete: str, wanted: Callable[[Client], Awaitable[Sequence[_Named]]]) -> list[str]:
+def action_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The actions of the VM that is named before."""
+    del parameter
+    vm = str(ctx.params["vm"])
+
+    async def actions(client: Client) -> Iterable[str]:
+        return (await client.plugins.manifest((await client.vms.get(vm)).plugin)).actions
+
+    return _ask(ctx, incomplete, actions)
+
+
+def files_here_or_in_a_vm(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Paths of this host, and the VMs whose paths may follow."""
+    del parameter
+    here = CompletionItem(incomplete, type="file")
+    return [here, *(CompletionItem(f"{name}:") for name in _ask(ctx, incomplete, _vms))]
+
+
+async def _vms(client: Client) -> Iterable[str]:
+    return [vm.name for vm in await client.vms.list()]
+
+
+async def _plugins(client: Client) -> Iterable[str]:
+    return [plugin.name for plugin in await client.plugins.list()]
+
+
+def _ask(ctx: click.Context, incomplete: str, wanted: Callable[[Client], Awaitable[Iterable[str]]]) -> list[str]:
     import trio
 
     from ._run import client_of
@@ -42,7 +64,7 @@ def _ask(ctx: click.Context, incomplete: str, wanted: Callable[[Client], Awaitab
     async def ask() -> None:
         with trio.move_on_after(_PATIENCE_S):
             async with client_of(ctx.ensure_object(Options)) as client:
-                names.extend(item.name for item in await wanted(client))
+                names.extend(await wanted(client))
 
     try:
         trio.run(ask)

@@ -13,7 +13,6 @@ import re
 import secrets
 import shutil
 import stat
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,14 +25,14 @@ from volant.client import Client, ClientProblem, FileInfo
 from volant.guest._http import Problem as TarProblem
 from volant.guest._tar import pack, unpack
 
-from ._output import Output
+from ._complete import files_here_or_in_a_vm
+from ._progress import Bar, progress
 from ._run import Failure, Session, command
 from ._terminal import read_input, write_output
 from ._text import safe
 from ._vms_group import group
 
 _PIECE = 256 * 1024
-_BAR_FROM = 1024 * 1024
 _REMOTE = re.compile(r"([a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?):(.*)\Z", re.DOTALL)
 
 
@@ -54,8 +53,8 @@ class _Remote:
 
 
 @command(group, "cp")
-@click.argument("source", metavar="SRC")
-@click.argument("target", metavar="DST")
+@click.argument("source", metavar="SRC", shell_complete=files_here_or_in_a_vm)
+@click.argument("target", metavar="DST", shell_complete=files_here_or_in_a_vm)
 @click.option("--user", help="Who owns what is copied into the VM, perhaps with :GROUP; default: root.")
 async def copy(session: Session, source: str, target: str, user: str | None) -> None:
     """Copy files and directories between here and a VM.
@@ -67,7 +66,7 @@ async def copy(session: Session, source: str, target: str, user: str | None) -> 
     from_vm, to_vm = _remote(source), _remote(target)
     if (from_vm is None) == (to_vm is None):
         raise click.UsageError("one of SRC and DST has to be VM:/PATH, and only one")
-    with _progress(session.out) as bar:
+    with progress(session.out) as bar:
         if from_vm is not None:
             if user is not None:
                 raise click.UsageError("--user is for what is copied into a VM")
@@ -88,47 +87,10 @@ def _remote(text: str) -> _Remote | None:
     return _Remote(found[1], found[2])
 
 
-# Progress
-
-
-class _Bar:
-    """What has been copied; drawn where somebody looks."""
-
-    def __init__(self) -> None:
-        self.done = 0
-        self.total: int | None = None
-
-    def add(self, count: int) -> None:
-        self.done += count
-
-
-@contextmanager
-def _progress(out: Output) -> Iterator[_Bar]:
-    if out.json or not sys.stderr.isatty():
-        yield _Bar()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-    with Progress(
-        BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
-        console=Console(stderr=True), transient=True,
-    ) as drawn:  # fmt: skip
-        task = drawn.add_task("", total=None, visible=False)
-
-        class Drawn(_Bar):
-            def add(self, count: int) -> None:
-                super().add(count)
-                # A small file is there before a bar could be read.
-                drawn.update(task, completed=self.done, total=self.total, visible=self.done > _BAR_FROM)
-
-        yield Drawn()
-
-
 # From a VM
 
 
-async def _download(client: Client, source: _Remote, target: str, bar: _Bar) -> tuple[int, str]:
+async def _download(client: Client, source: _Remote, target: str, bar: Bar) -> tuple[int, str]:
     info = await client.vms.stat_file(source.vm, source.path)
     if target == "-":
         reader = client.vms.get_tar if info.is_directory else client.vms.read_file
@@ -152,7 +114,7 @@ async def _download(client: Client, source: _Remote, target: str, bar: _Bar) -> 
     return bar.done, str(path)
 
 
-async def _download_file(client: Client, source: _Remote, info: FileInfo, path: Path, bar: _Bar) -> None:
+async def _download_file(client: Client, source: _Remote, info: FileInfo, path: Path, bar: Bar) -> None:
     if path.is_dir():
         raise Failure(f"{path} is a directory")
     temporary = _beside(path)
@@ -171,7 +133,7 @@ async def _download_file(client: Client, source: _Remote, info: FileInfo, path: 
             raise
 
 
-async def _download_directory(client: Client, source: _Remote, path: Path, bar: _Bar) -> None:
+async def _download_directory(client: Client, source: _Remote, path: Path, bar: Bar) -> None:
     if path.exists() and not path.is_dir():
         raise Failure(f"{path} is no directory")
     # A new one is there whole or not at all.
@@ -187,7 +149,7 @@ async def _download_directory(client: Client, source: _Remote, path: Path, bar: 
         raise
 
 
-async def _unpack(client: Client, source: _Remote, path: Path, bar: _Bar) -> None:
+async def _unpack(client: Client, source: _Remote, path: Path, bar: Bar) -> None:
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         async with client.vms.get_tar(source.vm, source.path) as tar:
@@ -213,7 +175,7 @@ async def _unpack(client: Client, source: _Remote, path: Path, bar: _Bar) -> Non
 # To a VM
 
 
-async def _upload(client: Client, source: str, target: _Remote, user: str | None, bar: _Bar) -> tuple[int, str]:
+async def _upload(client: Client, source: str, target: _Remote, user: str | None, bar: Bar) -> tuple[int, str]:
     if source == "-":
         where = target
         await client.vms.write_file(target.vm, target.path, _Pieces(lambda: read_input(_PIECE), bar), user=user)
@@ -254,7 +216,7 @@ async def _stat(client: Client, remote: _Remote) -> FileInfo | None:
         raise
 
 
-async def _upload_directory(client: Client, path: Path, where: _Remote, user: str | None, bar: _Bar) -> None:
+async def _upload_directory(client: Client, path: Path, where: _Remote, user: str | None, bar: Bar) -> None:
     put, take = trio.open_memory_channel[bytes](1)
     failure: Exception | None = None
 
@@ -297,7 +259,7 @@ async def _upload_directory(client: Client, path: Path, where: _Remote, user: st
 class _Pieces:
     """What `read` gives, piece by piece, until it gives nothing; counted."""
 
-    def __init__(self, read: Callable[[], Awaitable[bytes]], bar: _Bar) -> None:
+    def __init__(self, read: Callable[[], Awaitable[bytes]], bar: Bar) -> None:
         self._read = read
         self._bar = bar
 

@@ -16,6 +16,8 @@ from ._complete import plugin_names
 from ._run import Failure, Session, command
 from ._text import safe
 
+_MAX_SHOWN = 200
+
 
 @click.group(name="plugins")
 def group() -> None:
@@ -66,7 +68,7 @@ async def show(session: Session, name: str) -> None:
             ("enabled", plugin.enabled),
             ("installed", plugin.created_at or "built in"),
             ("needs", f"{manifest.resources.cpu_cores} vCPUs, {manifest.resources.memory_mb} MiB"),
-            ("workload", shlex.join(workload.entrypoint) if workload else None),
+            ("workload", _shortened(shlex.join(workload.entrypoint)) if workload else None),
             ("port", workload.port if workload else None),
             ("openapi", "in the manifest" if isinstance(manifest.openapi, dict) else manifest.openapi),
             ("labels", plugin.labels),
@@ -79,6 +81,11 @@ async def show(session: Session, name: str) -> None:
             for action, called in sorted(manifest.actions.items())
         ]
         session.out.table(("ACTION", "REQUEST", "TAKES", "DESCRIPTION"), rows)
+
+
+def _shortened(text: str) -> str:
+    """A program may be written out in its arguments."""
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"
 
 
 def _inputs(schema: Mapping[str, Any] | None) -> list[str]:

@@ -6,16 +6,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import click
-
+from . import _backup, _drain, _storage
 from ._output import styled
 from ._run import Session, command
+from ._system_group import group
 from ._text import safe, span
 
+__all__ = ["group"]
 
-@click.group(name="system")
-def group() -> None:
-    """Look at the daemon itself."""
+# Its commands are of this group, too.
+del _backup, _drain, _storage
 
 
 @command(group, "status")
@@ -28,6 +28,7 @@ async def status(session: Session) -> None:
     session.out.fields(
         [
             ("status", found.status),
+            ("draining", f"since {found.draining_since:%Y-%m-%d %H:%M:%S} UTC" if found.draining_since else None),
             ("version", found.version),
             ("up", span(found.uptime_s)),
             ("VMs", found.vm_count),
@@ -57,6 +58,17 @@ async def tree(session: Session) -> None:
         return
     for line in _lines(found, "", ""):
         session.out.line(line)
+
+
+@command(group, "tasks")
+async def tasks(session: Session) -> None:
+    """Show what every task and thread of the daemon is doing: where it waits, and no values."""
+    found = await session.client.system.tasks()
+    if session.out.json:
+        session.out.document({"tasks": found})
+        return
+    for line in found.splitlines():
+        session.out.line(safe(line))
 
 
 def _lines(node: Mapping[str, Any], first: str, rest: str) -> Iterator[str]:

@@ -181,6 +181,50 @@ async def recover(session: Session, name: str) -> None:
     _done(session.out, await session.client.vms.recover(name), "is under control again")
 
 
+@command(group, "orphans")
+async def orphans(session: Session) -> None:
+    """List hypervisors that run and that no VM owns."""
+    found = await session.client.system.orphans()
+    if session.out.json:
+        session.out.document(found)
+        return
+    rows = [
+        (
+            one.mark,
+            one.pid,
+            one.name or "",
+            one.cpu_cores or "",
+            f"{one.memory_mb} MiB" if one.memory_mb else "",
+            one.obstacle or "",
+        )
+        for one in found
+    ]
+    session.out.table(("MARK", "PID", "NAME", "CPUS", "MEMORY", "CAN'T BE ADOPTED: WHY"), rows)
+
+
+@command(group, "adopt")
+@click.argument("mark")
+@click.option("--name", help="Instead of its own, which another VM may have.")
+async def adopt(session: Session, mark: str, name: str | None) -> None:
+    """Make a VM of a hypervisor that no VM owns.
+
+    MARK is what `volar vms orphans` calls it.
+    """
+    _done(session.out, await session.client.system.adopt_orphan(mark, name=name), "is adopted")
+
+
+@command(group, "kill")
+@click.argument("mark")
+async def kill(session: Session, mark: str) -> None:
+    """End a hypervisor that no VM owns. Its disk stays.
+
+    MARK is what `volar vms orphans` calls it. A VM is ended by `stop` or `delete`.
+    """
+    await session.client.system.kill_orphan(mark)
+    if not session.out.json:
+        session.out.line(f"{safe(mark)} is killed")
+
+
 @command(group, "wait")
 @name_argument
 @click.option(
@@ -421,8 +465,8 @@ def _show(out: Output, vm: VmView) -> None:
             ("boots", vm.boots),
             ("labels", vm.labels),
             ("kernel cmdline", vm.kernel_cmdline),
-            ("created", vm.created_at.isoformat()),
-            ("started", vm.started_at and vm.started_at.isoformat()),
+            ("created", vm.created_at),
+            ("started", vm.started_at),
         ]
     )
     if vm.reason is not None:

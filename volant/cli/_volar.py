@@ -19,6 +19,7 @@ _GROUPS = {
     "plugins": ("volant.cli._plugins", "Install and list kinds of VMs."),
     "system": ("volant.cli._system", "Look at the daemon itself."),
     "mcp": ("volant.cli._mcp", "Print what MCP clients want to know of the daemon."),
+    "debug": ("volant.cli._debug", "Gather what a report of a bug needs."),
     "setup": ("volant.cli._setup", "Let systemd run the daemon."),
     "completion": ("volant.cli._completion", "Let a shell complete commands and names."),
 }

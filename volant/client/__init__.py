@@ -1,9 +1,10 @@
 """The typed client of the daemon's HTTP API, for programs on Trio; `volar` is built on it."""
 
-from volant.model import ConsoleGap, Health, LogGap, LogLine, PluginView, StreamGap, SystemStatus, Ticket
+from volant.model import ConsoleGap, Health, LogGap, LogLine, PluginView, Restored, StreamGap, SystemStatus, Ticket
 
 from ._actions import ActionAnswer
 from ._address import Address
+from ._backups import Backup
 from ._browser import Browser, BrowserPage
 from ._client import Client
 from ._console import Console
@@ -18,6 +19,7 @@ from ._types import Reconnected, Waited
 __all__ = [
     "ActionAnswer",
     "Address",
+    "Backup",
     "Browser",
     "BrowserPage",
     "Client",
@@ -42,6 +44,7 @@ __all__ = [
     "Process",
     "Reconnected",
     "RemoteSession",
+    "Restored",
     "StreamGap",
     "SystemStatus",
     "TcpStream",

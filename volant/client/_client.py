@@ -19,11 +19,16 @@ from volant.model import (
     LogGap,
     LogLine,
     Manifest,
+    OrphanView,
     PluginView,
+    Pruned,
+    Restored,
     Status,
+    StoredKind,
     StreamGap,
     SystemStatus,
     Ticket,
+    Usage,
     VmView,
     check_name,
     format_duration,
@@ -32,6 +37,7 @@ from volant.model.agent_types import ExecStart
 
 from ._actions import ACTION_S, ActionAnswer, Pieces, is_from_guest
 from ._address import Address
+from ._backups import Backup, open_backup, send_backup
 from ._browser import Browser, find_browser
 from ._console import Console, Line, pump_console
 from ._errors import ClientProblem, UnexpectedAnswer
@@ -51,6 +57,8 @@ DEFAULT_BASE = "http://127.0.0.1:7777"
 _PATIENCE_S = 60.0
 _MAX_WAIT_S = 600.0
 _DELETE_S = 75.0
+_PRUNE_S = 330.0
+_ORPHANS = "/api/v1/system/orphans"
 
 
 class Client:
@@ -529,6 +537,69 @@ class _System:
     async def tree(self) -> dict[str, Any]:
         """The supervisor tree."""
         return await self._http.get("/api/v1/system/tree", dict[str, Any])
+
+    async def orphans(self) -> list[OrphanView]:
+        """Hypervisors of the daemon's that run and that no VM owns."""
+        return await self._http.get(_ORPHANS, list[OrphanView])
+
+    async def adopt_orphan(self, mark: str, *, name: str | None = None) -> VmView:
+        """Make a VM of one.
+
+        :param name: instead of its own, which another VM may have
+        """
+        path = f"{_ORPHANS}/{quote(mark, safe='')}/adopt"
+        return decode(await self._http.request("POST", path, query={"name": name}), VmView)
+
+    async def kill_orphan(self, mark: str) -> None:
+        """End one. Its disk stays."""
+        await self._http.request("POST", f"{_ORPHANS}/{quote(mark, safe='')}/kill")
+
+    async def df(self) -> Usage:
+        """What takes space on the host, and what of it can go."""
+        return await self._http.get("/api/v1/system/df", Usage)
+
+    async def prune(self, kinds: Collection[StoredKind] = (), *, dry_run: bool = False) -> Pruned:
+        """Remove what nobody uses.
+
+        :param kinds: only these; by default what can be had again, and logs of deleted VMs. Disks and databases without
+            a VM go only when they are named
+        :param dry_run: say what would go, and remove nothing
+        """
+        query = {"kind": ",".join(kinds) or None, "dry_run": "true" if dry_run else None}
+        return decode(await self._http.request("POST", "/api/v1/system/prune", query=query, timeout_s=_PRUNE_S), Pruned)
+
+    def backup(self) -> AbstractAsyncContextManager[Backup]:
+        """What the daemon must not lose, as one file in pieces: VMs, plugins, events; no disks and no logs."""
+        return open_backup(self._http)
+
+    async def restore(self, content: AsyncIterable[bytes], size: int, *, replace: bool = False) -> Restored:
+        """Let the daemon go on with a backup of `size` bytes. It ends all connections then and begins anew: `info()`
+        shows the new epoch once it has.
+
+        :param replace: also when there are VMs that the backup does not know; what runs of them goes on
+        """
+        return await send_backup(self._http, content, size, replace=replace)
+
+    async def tasks(self) -> str:
+        """What every task and thread of the daemon is doing, for people."""
+        return (await self._http.request("GET", "/api/v1/system/tasks")).text
+
+    async def metrics(self) -> str:
+        """As Prometheus reads them."""
+        return (await self._http.request("GET", "/metrics")).text
+
+    async def drain(self, *, stop_vms: bool = False, grace_s: float | None = None) -> SystemStatus:
+        """Let no VM be made or start, until `undrain`; over restarts of daemon and host too.
+
+        :param stop_vms: stop those that are up, too, some at a time; they start again after `undrain`
+        :param grace_s: how long each guest has then (None: the daemon's default, 10 s)
+        """
+        query = {"stop_vms": "true" if stop_vms else None, **(_grace(grace_s) if stop_vms else {})}
+        return decode(await self._http.request("POST", "/api/v1/system/drain", query=query), SystemStatus)
+
+    async def undrain(self) -> SystemStatus:
+        """Let VMs start again; those that waited do."""
+        return decode(await self._http.request("POST", "/api/v1/system/undrain"), SystemStatus)
 
     async def ticket(self) -> Ticket:
         """What opens one WebSocket or event stream in place of a key: for browsers, which can't set headers there."""

@@ -20,6 +20,7 @@ from functools import partial
 from random import Random
 from typing import Literal
 
+import apsw
 import msgspec
 import trio
 from quart_trio import QuartTrio
@@ -27,18 +28,19 @@ from quart_trio import QuartTrio
 from actors import ONE_FOR_ONE, ActorDown, AskTimeout, Child, DynamicSupervisor, GaveUp, Supervisor, System, open_system
 from volant import __version__
 from volant.api import Access, ApiSettings, Doors, create_app, serve
-from volant.host import Host
+from volant.host import Host, ProcessGone
 from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
-from volant.journal import Journal, StillThere, Store, VmLogs
-from volant.model import Status
-from volant.templates import BuildDoors, Templates, TemplateStore, template_mark_prefix
-from volant.vm import BootGate, VmDoors, Vms, VmSettings, instance_of
+from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
+from volant.model import ProcessIdentity, Status
+from volant.templates import BuildDoors, Templates, TemplateStore
+from volant.vm import BootGate, VmDoors, Vms, VmSettings, instance_of, keep_drained, parse_mark
 
 from ._directories import DirectoryError, claimed, disk_dir, memory_dir, remove, template_dir
+from ._dump import dump_on_signal
 from ._protection import Protection
-from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, split
+from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, shown, split
 from ._sockets import ListenError, address_of, listening, setting_of
 from ._systemd import Notifier
 
@@ -91,7 +93,11 @@ async def run(
             listening(settings, handed_in) as sockets,
             trio.open_signal_receiver(*_SIGNALS) as signals,
         ):
-            left = await Daemon(settings, sockets, reread, notifier).run(signals)
+            daemon = Daemon(settings, sockets, reread, notifier)
+            left = await daemon.run(signals)
+            while daemon.begins_anew:
+                daemon = Daemon(daemon.settings, sockets, reread, notifier)
+                left = await daemon.run(signals, first=False)
             if settings.ephemeral and left:
                 _logger.error("the state is kept for the VMs that are left: %s", ", ".join(left))
             elif settings.ephemeral:
@@ -99,8 +105,10 @@ async def run(
             with trio.move_on_after(_LATE_SIGNAL_S):
                 async for _ in signals:
                     pass
-    except (DirectoryError, ListenError) as error:
+    except (DirectoryError, ListenError, DatabaseRefused) as error:
         raise DaemonError(str(error)) from error
+    except apsw.Error as error:
+        raise DaemonError(f"the database in {settings.state_dir} can't be opened: {error}") from error
 
 
 def _tell_of_addresses(sockets: Sequence[socket.socket], settings: Settings) -> None:
@@ -130,6 +138,19 @@ def _say(lines: Sequence[str]) -> None:
         os.write(1, "".join(f"{line}\n" for line in lines).encode())
 
 
+async def evidence_of(host: Host, settings: Settings, logs: VmLogs) -> Evidence:
+    """What there is of VMs on the host. :raises OSError: it can't be looked for."""
+    await logs.prepare()
+    instance = instance_of(settings.state_dir)
+    running = {}
+    for identity in await host.processes(f"volant-{instance}-"):
+        if found := parse_mark(instance, identity.mark):
+            running[found[0]] = Running(found[1], identity)
+    disks = await host.run_blocking(host.list_directory, disk_dir(settings))
+    ids = [int(name.partition("-")[0]) for name in disks if name.partition("-")[0].isdecimal()]
+    return Evidence(max([0, *running, *logs.ids(), *ids]), running)
+
+
 class Daemon:
     """The assembled daemon, and what it knows of itself: the door that the API uses for `/system`."""
 
@@ -142,16 +163,18 @@ class Daemon:
         *,
         host: Host | None = None,
     ) -> None:
-        self._settings = settings
+        self.settings = settings
         self._sockets = sockets
         self._reread = reread
         self._notifier = notifier or Notifier(None)
         self._access = Access(self._api_settings(settings, check(settings)))
         self.stopping = trio.Event()
         self._served = trio.Event()
+        self._told_to_stop = False
         self.adoption_s: float | None = None
         self.system: System | None = None
-        self._orphans: list[dict[str, object]] = []
+        self._orphans: list[ProcessIdentity] = []
+        self._stray_disks: list[str] = []
         self._choice: AcceleratorChoice | None = None
         self.host = host or Host(self._notifier.scopes())
         self.started_at: datetime = self.host.wall_clock()
@@ -207,42 +230,74 @@ class Daemon:
             ),
             self._supervisor,
         )
+        self.backups = Backups(self.host, self.store, self._journal.ref, self._evidence)
         self.app = create_app(
             Doors(
                 vms=self.vms,
                 journal=self._journal.ref,
                 store=self.store,
                 logs=self.logs,
+                backups=self.backups,
                 host=self.host,
                 system=self,
             ),
             access=self._access,
         )
 
-    async def run(self, signals: AsyncIterator[int]) -> list[str]:
-        """Run until a signal, then stop; the names of the VMs that there are then."""
+    @property
+    def begins_anew(self) -> bool:
+        """Whether it has ended because another database is to be taken, and a daemon with that shall follow."""
+        return self.store.replaced.is_set() and not self._told_to_stop
+
+    async def run(self, signals: AsyncIterator[int], *, first: bool = True) -> list[str]:
+        """Run until a signal, or until another database is to be taken, then stop; the names of the VMs that there are
+        then. `first`: nobody ran before it in this process."""
         async with self.standing() as nursery:
-            _say([f"volantd: listening on {address_of(sock)}" for sock in self._sockets])
+            if first:
+                _say([f"volantd: listening on {address_of(sock)}" for sock in self._sockets])
             nursery.start_soon(self._notifier.keep, lambda: self.adoption_s is not None, self._ailment, self._summary)
+            nursery.start_soon(dump_on_signal)
+            await self._until_over(signals)
+            if self.begins_anew:
+                _logger.info("the tree ends and begins anew with the restored database")
+            else:
+                self._notifier.stopping("Stopping, VMs too" if self.settings.ephemeral else "Stopping; VMs go on")
+            nursery.start_soon(self._hurry, signals, nursery.cancel_scope)
+            await self.see_off()
+        _logger.info("stopped")
+        return [row.name for row in self.store.projection.rows()]
+
+    async def _until_over(self, signals: AsyncIterator[int]) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def replaced() -> None:
+                await self.store.replaced.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(replaced)
             async for signum in signals:
                 if signum == signal.SIGHUP:
                     with self._notifier.reloading():
                         await self._reload()
                     continue
+                self._told_to_stop = True
                 _logger.info("stopping: %s", signal.Signals(signum).name)
+                nursery.cancel_scope.cancel()
                 break
-            self._notifier.stopping("Stopping; VMs go on" if not self._settings.ephemeral else "Stopping, VMs too")
-            nursery.start_soon(self._hurry, signals, nursery.cancel_scope)
-            await self.see_off()
-        _logger.info("stopped")
-        return [row.name for row in self.store.projection.rows()]
 
     @asynccontextmanager
     async def standing(self, rng: Random | None = None) -> AsyncIterator[trio.Nursery]:
         """The tree stands for the length of a block, in whose nursery its VMs are taken up; `health` tells how it is.
 
         `rng` decides what is left to chance in the tree.
+
+        :raises OSError: a restored database waits, and can't be put in its place.
         """
+        aside = await self.host.run_blocking(take_over, self.host, self.store.path)
+        if aside is not None:
+            _logger.warning("a restored database is taken; the one before it lies in %s", aside)
+        # A database that was lost, or put back by hand, does not know which ids are used.
+        self.store.ids_taken = (await self._evidence()).newest_id
         root = Supervisor(
             ONE_FOR_ONE,
             intensity=5,
@@ -260,6 +315,7 @@ class Daemon:
                 self.system = system
                 nursery.start_soon(self._adopt)
                 nursery.start_soon(self._choose_accelerator)
+                nursery.start_soon(keep_drained, self.vms)
                 yield nursery
                 nursery.cancel_scope.cancel()
         finally:
@@ -267,7 +323,7 @@ class Daemon:
 
     async def see_off(self) -> None:
         """Before the tree stops: an ephemeral daemon's VMs go, and every stream is told and ends."""
-        if self._settings.ephemeral:
+        if self.settings.ephemeral and not self.begins_anew:
             left = await self.vms.delete_all(_EPHEMERAL_STOP_S)
             if left:
                 _logger.error("these VMs could not be deleted: %s", ", ".join(left))
@@ -286,9 +342,14 @@ class Daemon:
     async def _hurry(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         """A second signal ends the patience with VMs."""
         async for signum in signals:
-            if signum != signal.SIGHUP:
-                _logger.warning("stopping at once")
-                scope.cancel()
+            if signum == signal.SIGHUP:
+                continue
+            if self.begins_anew:
+                self._told_to_stop = True
+                self._notifier.stopping("Stopping; VMs go on")
+                continue
+            _logger.warning("stopping at once")
+            scope.cancel()
 
     async def _reload(self) -> None:
         """Take keys, networks, hosts and origins anew: all of them, or none when something does not fit."""
@@ -297,7 +358,7 @@ class Daemon:
         try:
             with trio.fail_after(_RELOAD_S):
                 settings, warnings = await trio.to_thread.run_sync(self._reread, abandon_on_cancel=True)
-                taken = msgspec.structs.replace(self._settings, **{name: getattr(settings, name) for name in RELOADED})
+                taken = msgspec.structs.replace(self.settings, **{name: getattr(settings, name) for name in RELOADED})
                 # With the addresses that are listened on, which may not be those of the new settings.
                 protection = await trio.to_thread.run_sync(check, taken, abandon_on_cancel=True)
         except (SettingsError, OSError, trio.TooSlowError) as error:
@@ -306,7 +367,7 @@ class Daemon:
         for warning in warnings:
             _logger.warning("%s", warning)
         self._access.replace(self._api_settings(taken, protection))
-        self._settings = taken
+        self.settings = taken
         _logger.info("reloaded keys, networks, hosts and origins")
         left = [name for name in Settings.__struct_fields__ if getattr(settings, name) != getattr(taken, name)]
         if left:
@@ -324,28 +385,46 @@ class Daemon:
 
     async def _adopt(self) -> None:
         began = trio.current_time()
-        await self.logs.forget_unknown([row.id for row in self.store.projection.rows()])
+        ids = [row.id for row in self.store.projection.rows()]
+        await self.logs.recall(ids)
+        await self.logs.forget_unknown(ids)
         await self.vms.adopt_all()
         await self._list_orphans()
         self.adoption_s = trio.current_time() - began
         _logger.info("ready: %d VMs", len(self.store.projection))
 
+    async def _evidence(self) -> Evidence:
+        return await evidence_of(self.host, self.settings, self.logs)
+
     async def _list_orphans(self) -> None:
         """Processes and disks that are ours and belong to no row are named, never removed on a guess: the database may
         have been put back from a copy."""
-        owned = {row.mark for row in self.store.projection.rows()}
-        builds = template_mark_prefix(instance_of(self._settings.state_dir))
-        for identity in await self.host.processes(f"volant-{instance_of(self._settings.state_dir)}-"):
-            if identity.mark not in owned and not identity.mark.startswith(builds):
-                _logger.warning("process %d is a hypervisor of ours (%s) that no VM owns", identity.pid, identity.mark)
-                self._orphans.append({"pid": identity.pid, "mark": identity.mark})
-
+        self._orphans = [orphan.identity for orphan in await self.vms.orphans()]
+        for identity in self._orphans:
+            _logger.warning(
+                "process %d is a hypervisor of ours that no VM owns; `volar vms adopt %s` makes it one, `volar vms kill` "
+                "ends it",
+                identity.pid,
+                identity.mark,
+            )
         layers = {row.layer for row in self.store.projection.rows()}
-        directory = disk_dir(self._settings)
+        directory = disk_dir(self.settings)
         for name in await self.host.run_blocking(self.host.list_directory, directory):
             if name not in layers:
                 _logger.warning("%s is the disk of a VM that does not exist", directory / name)
-                self._orphans.append({"disk": str(directory / name)})
+                self._stray_disks.append(name)
+
+    def _ownerless(self) -> list[dict[str, object]]:
+        """What of that is so still."""
+        rows = self.store.projection.rows()
+        marks, layers = {row.mark for row in rows}, {row.layer for row in rows}
+        found: list[dict[str, object]] = []
+        for identity in self._orphans:
+            with suppress(ProcessGone), self.host.open_process(identity) as process:
+                if identity.mark not in marks and not process.exited:
+                    found.append({"pid": identity.pid, "mark": identity.mark})
+        found += [{"disk": str(disk_dir(self.settings) / name)} for name in self._stray_disks if name not in layers]
+        return found
 
     async def _choose_accelerator(self) -> None:
         """Try it now, so that the first VM does not wait for it, and `info` can tell."""
@@ -366,7 +445,8 @@ class Daemon:
     def _summary(self) -> str:
         rows = self.store.projection.rows()
         running = sum(row.status is Status.RUNNING for row in rows)
-        return f"{len(rows)} VMs, {running} running" if rows else "no VMs"
+        said = f"{len(rows)} VMs, {running} running" if rows else "no VMs"
+        return said if self.store.projection.drain is None else f"{said}, draining"
 
     async def _gave_up(self, told: GaveUp) -> None:
         await self.vms.gave_up(told)
@@ -396,10 +476,11 @@ class Daemon:
             "hypervisor_version": self._choice.version if self._choice else None,
             "accelerator": self._choice.accelerator if self._choice else None,
             "accelerator_reason": self._choice.reason if self._choice else "not known yet",
-            "state_dir": str(self._settings.state_dir),
-            "runtime_dir": str(self._settings.runtime_dir),
-            "cache_dir": str(self._settings.cache_dir),
+            "state_dir": str(self.settings.state_dir),
+            "runtime_dir": str(self.settings.runtime_dir),
+            "cache_dir": str(self.settings.cache_dir),
+            "settings": shown(self.settings),
             "event_epoch": self.store.projection.last_event.epoch,
-            "orphans": self._orphans,
+            "orphans": self._ownerless(),
             "started_at": self.started_at,
         }

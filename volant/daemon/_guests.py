@@ -13,6 +13,7 @@ processes carry their VM's id in their mark, and a database that is broken is no
 from __future__ import annotations
 
 import logging
+import math
 
 import trio
 
@@ -47,7 +48,8 @@ async def stop_guests(
 ) -> list[ProcessIdentity]:
     """Ask every guest of a state directory whose daemon has stopped; the processes that are left after `total_s`.
 
-    A guest that does not shut down within `grace_s`, or can't be asked, loses its power.
+    A guest that does not shut down within `grace_s`, or can't be asked, loses its power. When so many don't that the
+    time of the others comes near, all the others are asked at once.
     """
     prefix = f"volant-{instance_of(settings.state_dir)}-"
     found = await host.processes(prefix)
@@ -64,10 +66,18 @@ async def stop_guests(
             except (HypervisorError, OSError, ValueError) as error:
                 _logger.error("%s: %s", identity.mark, error)
 
+    async def hurry() -> None:
+        await trio.sleep(total_s - grace_s - _QUIT_S)
+        _logger.warning("time runs short: all that are left are asked at once")
+        limit.total_tokens = math.inf
+
     with trio.move_on_after(total_s):
-        async with trio.open_nursery() as nursery:
-            for identity in found:
-                nursery.start_soon(stop, identity)
+        async with trio.open_nursery() as hurrying:
+            hurrying.start_soon(hurry)
+            async with trio.open_nursery() as nursery:
+                for identity in found:
+                    nursery.start_soon(stop, identity)
+            hurrying.cancel_scope.cancel()
     left = await host.processes(prefix)
     for identity in left:
         _logger.error("%s: its process %d is left to systemd", identity.mark, identity.pid)

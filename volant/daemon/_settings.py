@@ -178,6 +178,12 @@ def _decode(kind: type, value: object) -> object:
     raise msgspec.ValidationError(f"Expected a path, got {value!r}")
 
 
+def shown(settings: Settings) -> dict[str, object]:
+    """What they are, ready for JSON; of a key only that there is one."""
+    found: dict[str, object] = msgspec.to_builtins(settings, enc_hook=str)
+    return found | {"api_key": None if settings.api_key is None else "set"}
+
+
 def split(text: str) -> list[str]:
     """The members of a comma-separated setting."""
     return [member for part in text.split(",") if (member := part.strip())]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
 import resource
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import trio
 
+from . import _dump
 from ._daemon import DaemonError, run
 from ._journald import JournalHandler, is_journal
+from ._offline import parse, restore
 from ._settings import SettingsError, load
 from ._sockets import ListenError, handed_in
 from ._systemd import Notifier
@@ -21,13 +23,18 @@ from ._systemd import Notifier
 
 def main() -> None:
     """Run the daemon until a signal ends it; exit code 0 then, 1 when it can't run, 2 for settings that don't fit."""
+    _dump.before()
     try:
         notifier = Notifier.from_environment(os.environ)
         sockets = handed_in(os.environ)
         environ = dict(os.environ)
         # No process that we start may inherit it.
         os.environ.pop("VOLANT_API_KEY", None)
-        again = partial(load, sys.argv[1:], environ)
+        argv = sys.argv[1:]
+        file: Path | None = None
+        if argv[:1] == ["restore"]:
+            file, replace, argv = parse(argv[1:])
+        again = partial(load, argv, environ)
         settings, warnings = again()
     except SettingsError as error:
         sys.exit(_complain(str(error), 2))
@@ -35,8 +42,6 @@ def main() -> None:
         sys.exit(_complain(str(error), 1))
     if is_journal(sys.stderr.fileno(), environ):
         logging.basicConfig(level=settings.log_level.upper(), handlers=[JournalHandler("volantd")])
-        # What a signal like the watchdog's ends: where each thread was then.
-        faulthandler.enable()
     else:
         # Where lines have no fields, `volar events` is the better place for them.
         logging.getLogger("volant.event").setLevel(logging.WARNING)
@@ -51,6 +56,9 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
+        if file is not None:
+            _say(restore(settings, file, replace=replace))
+            return
         trio.run(partial(run, settings, again, handed_in=sockets, notifier=notifier))
     except SettingsError as error:
         sys.exit(_complain(str(error), 2))
@@ -79,6 +87,10 @@ def _log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201
 
 
 def _complain(text: str, code: int) -> int:

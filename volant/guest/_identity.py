@@ -80,7 +80,12 @@ def serve_identity(stream: Stream, request: Request, output: Output, workload: W
     why = workload.is_copied(number, _WELL_S)
     if why:
         raise Problem(503, f"the workload is not well in the clone: {why}")
-    stream.answer(200, json.dumps({"instance_id": identifier, "time_ns": time.time_ns()}).encode() + b"\n")
+    answer = {
+        "instance_id": identifier,
+        "protocol": {"min": agent.PROTOCOL_MIN, "max": agent.PROTOCOL_VERSION},
+        "time_ns": time.time_ns(),
+    }
+    stream.answer(200, json.dumps(answer).encode() + b"\n")
 
 
 def serve_clock(stream: Stream, request: Request) -> None:

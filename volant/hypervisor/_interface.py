@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Literal, Protocol
@@ -118,6 +119,25 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.directory / "qemu.log"
 
 
+class FoundMachine(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command line of a running hypervisor tells of its machine."""
+
+    name: str
+    """As its guest was told."""
+    cpu_cores: int
+    memory_mb: int
+    accelerator: AcceleratorName
+    kernel: Path
+    initramfs: Path
+    cmdline: str
+    """As `MachineSpec.cmdline`."""
+    memory_file: Path | None
+    """None: it goes on from a template."""
+    root: Disk | None = None
+    template: Path | None = None
+    """The directory of that."""
+
+
 class AcceleratorChoice(msgspec.Struct, frozen=True):
     """How guests run on this host, and why so."""
 
@@ -199,6 +219,9 @@ class Hypervisor(Protocol):
 
         Raises LaunchFailed.
         """
+
+    def recognise(self, command_line: Sequence[str]) -> FoundMachine | None:
+        """The machine of a command line that `launch` once made; None where it is another one."""
 
     def attach(self, spec: MachineSpec, identity: ProcessIdentity) -> AbstractAsyncContextManager[Machine]:
         """Watch and control a machine, just launched or adopted. A process that is gone already gives a machine that

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import _bytecode, _cpio, _debs, _kernel, _recipe
 from ._errors import ImageError
+from ._imports import imported_modules
 
 _DIST_PACKAGES = "usr/lib/python3/dist-packages/"
 _STDLIB = "usr/lib/python3.13/"
@@ -45,9 +46,9 @@ def compose(
                 sources[relative] = data
 
     tell("compile", "Compiling the guest's Python modules")
-    # All of them, not what the main program imports: some are imported late, when somebody needs them.
-    own = [path.removesuffix(".py").replace("/", ".") for path in guest if not path.endswith("/__init__.py")]
-    roots = (*own, *_recipe.PYTHON_MODULES)
+    # All of them, not what the main program imports, and all that they import: some of it late, when somebody needs it.
+    own = {path.removesuffix(".py").replace("/", ".") for path in guest if not path.endswith("/__init__.py")}
+    roots = sorted(own.union(_recipe.PYTHON_MODULES, *map(imported_modules, guest.values())))
     compiled = _bytecode.compile_modules(binaries | stdlib, sources, roots, scratch)
 
     tell("compose", "Putting the initramfs together")

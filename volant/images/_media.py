@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from ._errors import ImageError
 _BLOCK = 64 * 1024
 _READ = 1024 * 1024
 _FICLONE = 0x40049409
+_F_OFD_GETLK = 36
 _ZEROS = bytes(_BLOCK)
 _RESERVE_BYTES = 256 * 1024 * 1024
 """What a fetch leaves free on the cache's file system, which is often that of the database too."""
@@ -90,11 +92,15 @@ def list_media(cache_dir: Path) -> list[Medium]:
 def remove_medium(cache_dir: Path, digest: str) -> bool:
     """Remove a medium; return whether there was one. A VM that needs it fetches it again when it boots next.
 
+    One that a hypervisor has open, perhaps another daemon's, stays.
+
     :raises ImageError: it can't be removed
     """
     path = medium_path(cache_dir, digest)
     try:
         with locked_part(cache_dir, digest):
+            if _is_locked(path):
+                return False
             _record_path(path).unlink(missing_ok=True)
             was_there = path.exists()
             path.unlink(missing_ok=True)
@@ -263,6 +269,21 @@ def too_large(max_bytes: int) -> ImageError:
     return ImageError(
         "media_too_large", f"it has more than {max_bytes // 2**20} MiB", "raise VOLANT_MEDIA_MAX_MB if it should have"
     )
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether somebody holds a lock on it, as QEMU does on the images of its disks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        # struct flock: any lock of anybody would be in the way of an exclusive one on all of it.
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        found = fcntl.fcntl(descriptor, _F_OFD_GETLK, asked)
+    finally:
+        os.close(descriptor)
+    return bool(struct.unpack("hhqqi4x", found)[0] != fcntl.F_UNLCK)
 
 
 def _unwritable(cache_dir: Path, error: OSError) -> ImageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import trio
@@ -37,6 +38,8 @@ class BootMedia:
         self._max_bytes = max_mb * 2**20
         self._under_way: dict[str, _Fetch] = {}
         self._slots = trio.CapacityLimiter(_AT_ONCE)
+        self._going: dict[str, trio.Event] = {}
+        """Those that are being removed: whoever wants one waits, and fetches it anew."""
 
     async def obtain(self, artifact: Artifact) -> Medium:
         """Return a medium, verified and in the cache; fetched first where the cache lacks it.
@@ -47,6 +50,8 @@ class BootMedia:
         """
         with trio.move_on_after(self._timeout_s):
             while True:
+                if (going := self._going.get(artifact.sha256)) is not None:
+                    await going.wait()
                 found = await trio.to_thread.run_sync(_media.find_medium, self._cache_dir, artifact.sha256)
                 if found is not None:
                     return found
@@ -62,6 +67,23 @@ class BootMedia:
             f"{_named(artifact)}: it did not arrive within {self._timeout_s:g} s",
             "raise VOLANT_MEDIA_TIMEOUT_S, or fetch it beforehand with `volar images fetch`",
         )
+
+    async def remove(self, digest: str, *, in_use: Callable[[], bool]) -> bool:
+        """Remove a medium unless it is `in_use`; return whether it is gone.
+
+        A VM's row is there before it asks for its media. So one that asks before this is seen by `in_use`, and one that
+        asks later waits until the file is gone, and finds that it has to be fetched.
+
+        :raises ImageError: it can't be removed.
+        """
+        if digest in self._under_way or digest in self._going or in_use():
+            return False
+        gone = self._going[digest] = trio.Event()
+        try:
+            return await trio.to_thread.run_sync(_media.remove_medium, self._cache_dir, digest)
+        finally:
+            del self._going[digest]
+            gone.set()
 
     def inspect(self) -> dict[str, object]:
         """What is on its way, by digest; ready for JSON."""

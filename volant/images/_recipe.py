@@ -102,8 +102,9 @@ PYTHON_MODULES = (
     "typing",
     "warnings",
 )
-"""What the image has of Python beside the agent: what is imported late, and what a small script may expect. Their
-imports follow by themselves. No asyncio, no http, no ssl: each would cost megabytes that every boot has to unpack."""
+"""What the image has of Python beside the agent and what that imports: what h2 imports late, and what a small script
+may expect. Their imports follow by themselves. No asyncio, no http, no ssl: each would cost megabytes that every boot
+has to unpack."""
 
 INIT = b"""#!/usr/bin/python3.13 -IS
 import sys
@@ -169,7 +170,16 @@ KERNEL_PARAMETERS = ("cryptomgr.notests", "initcall_blacklist=jent_mod_init,cryp
 """What the kernel's command line should have besides: half a second of self-tests, of ciphers that no guest uses before
 it runs, and of a random generator that is for machines without another."""
 
-_PARTS = ("_recipe.py", "_cpio.py", "_kernel.py", "_bytecode.py", "_compile_in_guest.py", "_compose.py", "_debs.py")
+_PARTS = (
+    "_recipe.py",
+    "_cpio.py",
+    "_kernel.py",
+    "_bytecode.py",
+    "_compile_in_guest.py",
+    "_compose.py",
+    "_debs.py",
+    "_imports.py",
+)
 
 
 def recipe_digest() -> str:

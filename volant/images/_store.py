@@ -126,12 +126,18 @@ def load(cache_dir: Path, digest: str) -> Image | None:
 
 
 def prune(cache_dir: Path, keep: Iterable[str]) -> list[str]:
-    """Remove the images that are neither current nor in `keep` (those of VMs that may boot again); return which.
+    """Remove the images that are neither current nor in `keep` (those of VMs that may boot again), and what builds that
+    were killed have left; return which images.
 
-    :raises ImageError: the cache can't be written to
+    :raises ImageError: the cache can't be written to; `cache_busy` when an image is being built
     """
     wanted = set(keep)
-    with locked(cache_dir, lambda: None):
+
+    def busy() -> None:
+        raise ImageError("cache_busy", "an image is being built", "try again when that is done")
+
+    with locked(cache_dir, busy):
+        clean_up(cache_dir)
         gone = [image.digest for image in list_images(cache_dir) if not image.current and image.digest not in wanted]
         for digest in gone:
             doomed = cache_dir / f"build-{digest}"

@@ -1,29 +1,48 @@
 """The journal: what must not be lost, events in order, and what VMs have said."""
 
 from ._answers import Answer, Answers, Kept, Once, Refusal
+from ._backups import MAX_UPLOAD_BYTES, Backup, Backups, Upload
 from ._errors import AlreadyAnswered, DatabaseRefused, JournalBroken, StaleRow
 from ._events import EventCursor, EventGap, EventLog, EventLogStatistics
 from ._frames import EventFrame
 from ._journal import Journal
 from ._projection import Plugin, Projection
+from ._restore import Evidence, Running, replaced_databases, restore_offline, take_over
 from ._store import Retention, Store
 from ._vmlog import LogCursor, LogEntry, LogGap, LogStatistics, LogStream, VmLog
 from ._vmlogs import VmLogs
-from .messages import CommitSteps, CreateRow, EnablePlugin, InstallPlugin, KeepRefusal, RemovePlugin, StillThere
+from .messages import (
+    AdoptRow,
+    CommitSteps,
+    CreateRow,
+    EnablePlugin,
+    EndDrain,
+    InstallPlugin,
+    KeepRefusal,
+    RemovePlugin,
+    SetDrain,
+    StillThere,
+)
 
 __all__ = [
+    "MAX_UPLOAD_BYTES",
+    "AdoptRow",
     "AlreadyAnswered",
     "Answer",
     "Answers",
+    "Backup",
+    "Backups",
     "CommitSteps",
     "CreateRow",
     "DatabaseRefused",
     "EnablePlugin",
+    "EndDrain",
     "EventCursor",
     "EventFrame",
     "EventGap",
     "EventLog",
     "EventLogStatistics",
+    "Evidence",
     "InstallPlugin",
     "Journal",
     "JournalBroken",
@@ -40,9 +59,15 @@ __all__ = [
     "Refusal",
     "RemovePlugin",
     "Retention",
+    "Running",
+    "SetDrain",
     "StaleRow",
     "StillThere",
     "Store",
+    "Upload",
     "VmLog",
     "VmLogs",
+    "replaced_databases",
+    "restore_offline",
+    "take_over",
 ]

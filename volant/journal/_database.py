@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -11,21 +11,26 @@ import apsw
 import msgspec
 
 from volant.host import Host
-from volant.model import Manifest, VmRow
+from volant.model import Drain, Manifest, VmRow
 
 from ._answers import Kept
 from ._errors import DatabaseRefused, JournalBroken
 from ._frames import EventFrame
 from ._projection import Plugin
-from ._schema import open_reader, open_writer
-from ._stage import AddEvent, DropAnswer, DropPlugin, DropRow, Operation, PutAnswer, PutPlugin, PutRow
+from ._schema import BUSY_TIMEOUT_MS, open_reader, open_writer
+from ._stage import AddEvent, DropAnswer, DropPlugin, DropRow, Operation, PutAnswer, PutDrain, PutPlugin, PutRow
 
 _encode = msgspec.json.Encoder().encode
 _decode_row = msgspec.json.Decoder(VmRow).decode
 _decode_manifest = msgspec.json.Decoder(Manifest).decode
 _decode_kept = msgspec.json.Decoder(Kept).decode
+_decode_drain = msgspec.json.Decoder(Drain).decode
 
-_VACUUM_PAGES = 256
+_VACUUM_PAGES = 128
+"""Half a megabyte: a commit waits for one bite at most."""
+_SLACK_PAGES = 256
+_LOG_BYTES = 32 * 1024 * 1024
+_LOG_PATIENCE_MS = 250
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -35,6 +40,7 @@ class Loaded(msgspec.Struct, frozen=True):
     rows: list[VmRow]
     plugins: list[Plugin]
     answers: list[Kept]
+    drain: Drain | None
     last_vm_id: int
     oldest_seq: int
     """Of the events that are kept; one more than `newest_seq` when there is none."""
@@ -58,6 +64,8 @@ class Database:
 
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
+        self._is_shorter = False
+        """By what stands in the log and not yet in the file."""
 
     @classmethod
     def open(cls, host: Host, path: Path) -> Database:
@@ -73,14 +81,15 @@ class Database:
         :raises DatabaseRefused: a row can't be understood.
         """
         # A commit of a predecessor may still be under way in its thread. Under the write lock it is over.
-        with self._transaction():
+        with self.transaction():
             get = self._connection.execute
             epoch = get("SELECT value FROM meta WHERE key = 'epoch'").get
+            drained = get("SELECT value FROM meta WHERE key = 'drain'").get
             sequence = get("SELECT seq FROM sqlite_sequence WHERE name = 'vms'").get
             oldest, newest = get("SELECT min(seq), max(seq) FROM events").get
             newest = newest or 0
             oldest_at = self._oldest_at(newest)
-            untold = [] if told_seq is None else self._after(told_seq)
+            untold = [] if told_seq is None else self._after(epoch, told_seq)
             try:
                 rows = [_decode_row(row) for (row,) in get("SELECT row FROM vms ORDER BY id")]
                 plugins = [
@@ -88,9 +97,12 @@ class Database:
                     for manifest, enabled, created_at in get("SELECT manifest, enabled, created_at FROM plugins")
                 ]
                 answers = [_decode_kept(kept) for (kept,) in get("SELECT kept FROM answers")]
+                drain = None if drained is None else _decode_drain(drained)
             except msgspec.MsgspecError as error:
                 raise DatabaseRefused(f"the database holds a row that can't be understood: {error}") from error
-        return Loaded(epoch, rows, plugins, answers, sequence or 0, oldest or newest + 1, newest, oldest_at, untold)
+        return Loaded(
+            epoch, rows, plugins, answers, drain, sequence or 0, oldest or newest + 1, newest, oldest_at, untold
+        )
 
     def write(self, operations: Sequence[Operation]) -> None:
         """One transaction. All of it is on the disk when this returns, or none of it will be.
@@ -98,9 +110,9 @@ class Database:
         :raises JournalBroken: a row on the disk is not at the revision that it should be at.
         :raises apsw.Error: nothing was written.
         """
-        with self._transaction():
+        with self.transaction():
             for operation in operations:
-                self._execute(operation)
+                self.execute(operation)
 
     def trim(self, cutoff_at: int, below_seq: int, limit: int) -> Trimmed:
         """Drop up to `limit` of the oldest events: those from before `cutoff_at` and those below `below_seq`.
@@ -108,7 +120,7 @@ class Database:
         Never the newest one, as the numbers go on from it. :raises apsw.Error: nothing was dropped.
         """
         get = self._connection.execute
-        with self._transaction():
+        with self.transaction():
             newest = get("SELECT max(seq) FROM events").get
             if newest is None:
                 return Trimmed(1, None, False)
@@ -122,12 +134,39 @@ class Database:
             if dropped:
                 get("DELETE FROM events WHERE seq < ?", (oldest,))
             oldest_at = self._oldest_at(newest)
-        if dropped:
-            # The events are gone whether or not their space can be given back now.
-            with suppress(apsw.Error):
-                for _ in get(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})"):
-                    pass
         return Trimmed(oldest, oldest_at, dropped == limit)
+
+    def compact(self) -> bool:
+        """Give a bite of unused space back to the disk; whether there is more.
+
+        :raises apsw.Error: it can't be given back now; nothing is lost by that.
+        """
+        connection = self._connection
+        unused = connection.pragma("freelist_count")
+        if unused > _SLACK_PAGES:
+            for _ in connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})"):
+                pass
+            self._is_shorter = True
+            return True
+        # The file becomes shorter when the log has been moved into it. Readers that are in the middle of something are
+        # not waited for, unless so many have been there for so long that the log was never empty.
+        if self._log_bytes() <= _LOG_BYTES:
+            if self._is_shorter:
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").get  # noqa: B018 - runs it
+                self._is_shorter = False
+            return False
+        connection.set_busy_timeout(_LOG_PATIENCE_MS)
+        try:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").get  # noqa: B018 - runs it
+        finally:
+            connection.set_busy_timeout(BUSY_TIMEOUT_MS)
+        return False
+
+    def _log_bytes(self) -> int:
+        try:
+            return Path(self._connection.filename_wal).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def _oldest_at(self, newest: int) -> int | None:
         at: int | None = self._connection.execute(
@@ -135,12 +174,13 @@ class Database:
         ).get
         return at
 
-    def _after(self, seq: int) -> list[EventFrame]:
+    def _after(self, epoch: str, seq: int) -> list[EventFrame]:
         found = self._connection.execute("SELECT seq, frame FROM events WHERE seq > ? ORDER BY seq", (seq,))
-        return [EventFrame.read(seq, frame) for seq, frame in found]
+        return [EventFrame.read(epoch, seq, frame) for seq, frame in found]
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
+        """All that is written in the block is on the disk after it, or none of it."""
         connection = self._connection
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -152,7 +192,8 @@ class Database:
                 connection.execute("ROLLBACK")
             raise
 
-    def _execute(self, operation: Operation) -> None:
+    def execute(self, operation: Operation) -> None:
+        """Do it, in a transaction."""
         execute = self._connection.execute
         match operation:
             case PutRow(row, None):
@@ -189,6 +230,10 @@ class Database:
                 execute("DELETE FROM plugins WHERE name = ?", (name,))
             case PutAnswer(kept):
                 execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (kept.scope, _encode(kept)))
+            case PutDrain(None):
+                execute("DELETE FROM meta WHERE key = 'drain'")
+            case PutDrain(drain):
+                execute("INSERT OR REPLACE INTO meta VALUES ('drain', ?)", (_encode(drain).decode(),))
             case DropAnswer(scope):
                 execute("DELETE FROM answers WHERE scope = ?", (scope,))
 
@@ -204,7 +249,7 @@ class EventPages:
         self._path = path
         self._idle: list[apsw.Connection] = []
 
-    def read(self, after_seq: int, up_to_seq: int) -> list[EventFrame]:
+    def read(self, epoch: str, after_seq: int, up_to_seq: int) -> list[EventFrame]:
         """The events after one number and up to another, as far as they are kept.
 
         :raises apsw.Error: the disk fails.
@@ -217,7 +262,7 @@ class EventPages:
             found = connection.execute(
                 "SELECT seq, frame FROM events WHERE seq > ? AND seq <= ? ORDER BY seq", (after_seq, up_to_seq)
             )
-            frames = [EventFrame.read(seq, frame) for seq, frame in found]
+            frames = [EventFrame.read(epoch, seq, frame) for seq, frame in found]
         except BaseException:
             connection.close()
             raise

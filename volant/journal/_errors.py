@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import EDQUOT, ENOSPC
+
 import apsw
 
 from volant.model import Problem, VmRow
@@ -86,3 +88,26 @@ def slow(deadline_s: float) -> Problem:
 def overloaded(waiting: int) -> Problem:
     """503: more changes wait for the disk than the journal is willing to hold."""
     return Problem(503, "journal-busy", f"{waiting} changes wait for the disk already", hint="try again in a second")
+
+
+def no_room(error: Exception) -> Problem:
+    """503: the disk did not take a copy or a restored database."""
+    full = isinstance(error, apsw.FullError) or (isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT))
+    return Problem(
+        503,
+        "no-space" if full else "state-unwritable",
+        "the disk that holds the daemon's state has no room for another copy of the database"
+        if full
+        else f"the disk that holds the daemon's state does not take a copy of the database: {error}",
+        hint="make room on that disk and try again" if full else "look at that disk, then try again",
+    )
+
+
+def restoring() -> Problem:
+    """503: a restored database is about to be taken, and what is changed now would be lost with the old one."""
+    return Problem(
+        503,
+        "journal-restoring",
+        "a restored database is being taken; running VMs go on running",
+        hint="try again in a second",
+    )

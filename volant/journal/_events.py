@@ -11,8 +11,8 @@ The log outlives the journal's incarnations: an actor that restarts loads, and a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -91,6 +91,7 @@ class EventLog:
         self._reading = trio.Lock()
         self._cursors: dict[EventCursor, None] = {}
         self._pages_read = 0
+        self._trimming: trio.Event | None = None
         self._closed = False
 
     @property
@@ -167,7 +168,9 @@ class EventLog:
             page = self._kept.get(number)
             # The newest page is kept too, though it grows: it is the one that everybody comes back to.
             if page is None or page[-1].seq <= after:
-                page = await self._host.run_blocking(self._pages.read, number * _PAGE, (number + 1) * _PAGE)
+                page = await self._host.run_blocking(
+                    self._pages.read, self._epoch, number * _PAGE, (number + 1) * _PAGE
+                )
                 self._pages_read += 1
                 if page:
                     self._kept[number] = page
@@ -209,6 +212,16 @@ class EventLog:
             self._recent.pop(self._recent_oldest, None)
             self._recent_oldest += 1
 
+    @contextmanager
+    def trimming(self) -> Iterator[None]:
+        """Retention takes events from the disk in this block, and `trimmed` tells which before it ends."""
+        over = self._trimming = trio.Event()
+        try:
+            yield
+        finally:
+            self._trimming = None
+            over.set()
+
     def trimmed(self, oldest: int) -> None:
         """Retention has taken the events before `oldest`."""
         self._oldest = max(self._oldest, oldest)
@@ -238,16 +251,11 @@ class EventCursor:
 
         :raises apsw.Error: the database can't be read.
         """
-        await trio.lowlevel.checkpoint()
         log = self._log
         while True:
-            if self._gap is not None:
-                gap, self._gap = self._gap, None
-                return gap
-            if self.seq + 1 < log._oldest:
-                gap = EventGap(str(self.position), log.oldest, log.newest)
-                self.seq = log._oldest - 1
-                return gap
+            if self._gap is not None or self.seq + 1 < log._oldest:
+                await trio.lowlevel.checkpoint()
+                return self._take_gap()
             ring = log._ring
             if self.seq + 1 >= ring.oldest:
                 taken = await ring.cursor(after=self.seq).take(max_bytes)
@@ -255,26 +263,45 @@ class EventCursor:
                     continue
                 frames = [log._recent[seq] for seq, _ in taken]
             elif log._closed:
+                await trio.lowlevel.checkpoint()
                 return []
             else:
                 frames = self._cut(await log._page(self.seq // _PAGE, self.seq), max_bytes)
                 if not frames:
                     if self.seq + 1 < log._oldest:
                         continue
+                    if log._trimming is not None:
+                        # Gone from the disk already; how many, is known in a moment.
+                        await log._trimming.wait()
+                        continue
                     raise JournalBroken(f"event {self.seq + 1} should be in the database, and is not")
             if frames:
                 self.seq = frames[-1].seq
             return frames
 
+    def _take_gap(self) -> EventGap:
+        log = self._log
+        if self._gap is not None:
+            gap, self._gap = self._gap, None
+            return gap
+        gap = EventGap(str(self.position), log.oldest, log.newest)
+        self.seq = log._oldest - 1
+        return gap
+
     def _cut(self, page: Sequence[EventFrame], max_bytes: int) -> list[EventFrame]:
-        """What of a page comes next, as far as it follows without a hole."""
+        """What of a page comes next, as far as it follows without a hole and has been told. What is committed and not
+        yet told is on the disk as well."""
         frames: list[EventFrame] = []
         size = 0
         for frame in page:
             if frame.seq <= self.seq:
                 continue
             size += len(frame.sse)
-            if frame.seq != self.seq + len(frames) + 1 or (size > max_bytes and frames):
+            if (
+                frame.seq != self.seq + len(frames) + 1
+                or frame.seq > self._log._newest
+                or (size > max_bytes and frames)
+            ):
                 break
             frames.append(frame)
         return frames

@@ -31,9 +31,14 @@ class EventFrame(msgspec.Struct, frozen=True):
         return cls._with(seq, event, _encode(event))
 
     @classmethod
-    def read(cls, seq: int, data: bytes) -> EventFrame:
-        """From the JSON that was kept. :raises msgspec.ValidationError: it is none of ours."""
-        return cls._with(seq, _decode(data), data)
+    def read(cls, epoch: str, seq: int, data: bytes) -> EventFrame:
+        """From the JSON that was kept. In a restored database it names the epoch of the one that was copied, and now
+        there is another. :raises msgspec.ValidationError: it is none of ours."""
+        event = _decode(data)
+        event_id = f"{epoch}-{seq}"
+        if event.id != event_id:
+            return cls.of(seq, msgspec.structs.replace(event, id=event_id))
+        return cls._with(seq, event, data)
 
     @classmethod
     def _with(cls, seq: int, event: Event, data: bytes) -> EventFrame:

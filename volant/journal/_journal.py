@@ -22,26 +22,43 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import apsw
 import trio
 
 from actors import Actor, Deferred, Request, check_fence, handles
-from volant.model import EventId, IllegalEdge, Problem, VmRow
+from volant.model import Drain, EventId, IllegalEdge, Problem, VmRow
 
 from ._answers import Once
 from ._database import Database
-from ._errors import AlreadyAnswered, StaleRow, overloaded, slow, unwritable
+from ._errors import AlreadyAnswered, StaleRow, no_room, overloaded, restoring, slow, unwritable
 from ._projection import Plugin
+from ._restore import finish, merge, next_path
+from ._schema import damaged
 from ._stage import Stage
 from ._store import Store
-from .messages import CommitSteps, CreateRow, EnablePlugin, InstallPlugin, KeepRefusal, RemovePlugin, StillThere
+from .messages import (
+    AdoptRow,
+    CommitSteps,
+    CreateRow,
+    EnablePlugin,
+    EndDrain,
+    InstallPlugin,
+    KeepRefusal,
+    RemovePlugin,
+    Restore,
+    SetDrain,
+    StillThere,
+)
 
 _GROUP = 128
 _MAX_WAITING = 4096
 _TRIM_BITE = 1000
 _TRIM_SLACK = 1000
+_COMPACT_EVERY = 1000
+"""Commits: what else than retention has left space, or kept the log from being emptied, is found by then."""
 _TRIM_AT_LEAST_S = 1.0
 _TRIM_AT_MOST_S = 3600.0
 
@@ -62,6 +79,9 @@ class Journal(Actor):
         self._wake = trio.Event()
         self._oldest_at: int | None = None
         self._trim_due = False
+        # What an incarnation before this one had not come to.
+        self._compact_due = True
+        self._restore: tuple[Restore, Deferred[Any]] | None = None
         self._stalled = False
         self._commits = self._answered = self._failures = self._largest = 0
         self._last_s = self._slowest_s = 0.0
@@ -71,21 +91,32 @@ class Journal(Actor):
         """:raises DatabaseRefused: the database is a newer version's, somebody else's, or damaged."""
         store = self._store
         check_fence()
-        self._database = await store.host.run_blocking(Database.open, store.host, store.path)
-        self.ctx.stack.push_async_callback(store.host.run_blocking, self._database.close)
-        told = store.events.newest.seq if store.events.epoch else None
-        loaded = await store.host.run_blocking(self._database.load, told)
+        try:
+            self._database = await store.host.run_blocking(Database.open, store.host, store.path)
+            self.ctx.stack.push_async_callback(store.host.run_blocking, self._database.close)
+            told = store.events.newest.seq if store.events.epoch else None
+            loaded = await store.host.run_blocking(self._database.load, told)
+        except (apsw.CorruptError, apsw.NotADBError) as error:
+            raise damaged(store.path, error) from error
         check_fence()
+        if store.host.exists(next_path(store.path)):
+            # A predecessor did not live to say so.
+            store.replaced.set()
         store.events.attach(loaded.epoch, loaded.oldest_seq, loaded.newest_seq, loaded.untold)
         store.projection.replace(loaded.rows, loaded.plugins, EventId(loaded.epoch, loaded.newest_seq))
+        store.projection.set_drain(loaded.drain)
         store.answers.replace(loaded.answers)
-        self._last_vm_id = loaded.last_vm_id
+        self._last_vm_id = max(loaded.last_vm_id, store.ids_taken)
         self._oldest_at = loaded.oldest_at
         self.ctx.spawn(self._write, name="writer")
         self.ctx.spawn(self._watch_age, name="retention")
 
     @handles(CreateRow)
     async def create(self, message: CreateRow) -> Deferred[VmRow]:
+        return self._enqueue(message)
+
+    @handles(AdoptRow)
+    async def adopt(self, message: AdoptRow) -> Deferred[VmRow]:
         return self._enqueue(message)
 
     @handles(CommitSteps)
@@ -104,9 +135,29 @@ class Journal(Actor):
     async def enable(self, message: EnablePlugin) -> Deferred[Plugin]:
         return self._enqueue(message)
 
+    @handles(SetDrain)
+    async def set_drain(self, message: SetDrain) -> Deferred[Drain]:
+        return self._enqueue(message)
+
+    @handles(EndDrain)
+    async def end_drain(self, message: EndDrain) -> Deferred[None]:
+        return self._enqueue(message)
+
     @handles(KeepRefusal)
     async def keep_refusal(self, message: KeepRefusal) -> Deferred[None]:
         return self._enqueue(message)
+
+    @handles(Restore)
+    async def restore(self, message: Restore) -> Deferred[str]:
+        deferred = self.ctx.defer(message)
+        if self._stalled:
+            deferred.fail(slow(self._deadline_s))
+        elif self._restore is not None or self._store.replaced.is_set():
+            deferred.fail(restoring())
+        else:
+            self._restore = message, deferred
+            self._wake.set()
+        return deferred
 
     @handles(StillThere)
     async def still_there(self, message: StillThere) -> None:
@@ -130,6 +181,8 @@ class Journal(Actor):
         deferred = self.ctx.defer(message)
         if self._stalled:
             deferred.fail(slow(self._deadline_s))
+        elif self._store.replaced.is_set():
+            deferred.fail(restoring())
         elif len(self._waiting) >= _MAX_WAITING:
             deferred.fail(overloaded(len(self._waiting)))
         else:
@@ -142,10 +195,38 @@ class Journal(Actor):
             await self._wake.wait()
             if self._waiting:
                 await self._commit_group()
+            if self._restore is not None:
+                await self._decide_restore(*self._restore)
+                self._restore = None
             if self._trim_due:
                 await self._trim()
-            if not self._waiting and not self._trim_due:
+            elif self._compact_due:
+                await self._compact()
+            if not (self._waiting or self._restore or self._trim_due or self._compact_due):
                 self._wake = trio.Event()
+
+    async def _decide_restore(self, message: Restore, deferred: Deferred[Any]) -> None:
+        """Between two commits, so that what is known of the VMs is all that there is to know."""
+        store = self._store
+        try:
+            rows = store.projection.rows()
+            changes = merge(message.backup, rows, message.evidence.running, replace=message.replace)
+            last_vm_id = max(message.backup.last_vm_id, self._last_vm_id, message.evidence.newest_id)
+            check_fence()
+            decide = partial(finish, last_vm_id=last_vm_id, drain=store.projection.drain, now=store.host.wall_clock())
+            epoch = await store.host.run_blocking(decide, store.host, message.upload, store.path, changes)
+        except Problem as problem:
+            deferred.fail(problem)
+            return
+        except (OSError, apsw.Error) as error:
+            _logger.error("a restore failed, nothing has changed: %s", error)
+            deferred.fail(no_room(error))
+            return
+        check_fence()
+        store.replaced.set()
+        while self._waiting:
+            self._waiting.popleft()[1].fail(restoring())
+        deferred.reply(epoch)
 
     async def _commit_group(self) -> None:
         store = self._store
@@ -168,6 +249,7 @@ class Journal(Actor):
                 return
             self._last_vm_id = stage.last_vm_id
             store.projection.apply(stage.rows, stage.plugins, stage.last_event)
+            store.projection.set_drain(stage.drain)
             store.answers.apply(stage.kept.values(), stage.forgotten)
             store.events.append(stage.frames)
             store.figures.count(frame.event for frame in stage.frames)
@@ -202,6 +284,8 @@ class Journal(Actor):
         self._store.figures.commits.observe(self._last_s)
         if failure is None:
             self._commits += 1
+            if self._commits % _COMPACT_EVERY == 0:
+                self._compact_due = True
             return None
         self._failures += 1
         self._store.figures.failed_commits += 1
@@ -229,16 +313,30 @@ class Journal(Actor):
         below = store.events.newest.seq - store.retention.max_events + 1
         check_fence()
         try:
-            trimmed = await store.host.run_blocking(self._database.trim, cutoff_at, below, _TRIM_BITE)
+            with store.events.trimming():
+                trimmed = await store.host.run_blocking(self._database.trim, cutoff_at, below, _TRIM_BITE)
+                check_fence()
+                store.events.trimmed(trimmed.oldest_seq)
         except apsw.Error as error:
             if unwritable(error) is None:
                 raise
             _logger.warning("old events can't be removed now: %s", error)
             return
-        check_fence()
-        store.events.trimmed(trimmed.oldest_seq)
         self._oldest_at = trimmed.oldest_at
         self._trim_due = trimmed.more
+        self._compact_due = True
+
+    async def _compact(self) -> None:
+        """One bite of the space that is unused."""
+        check_fence()
+        try:
+            self._compact_due = await self._store.host.run_blocking(self._database.compact)
+        except apsw.Error as error:
+            if unwritable(error) is None:
+                raise
+            self._compact_due = False
+            _logger.warning("unused space can't be given back now: %s", error)
+        check_fence()
 
     async def _watch_age(self) -> None:
         store = self._store
@@ -279,6 +377,8 @@ def _change(stage: Stage, message: Request[Any]) -> object:
             return stage.create(request)
         case CommitSteps(vm_id, revision, steps):
             return stage.commit(vm_id, revision, steps)
+        case AdoptRow(steps):
+            return stage.adopt(steps)
         case InstallPlugin(manifest):
             return stage.install(manifest)
         case RemovePlugin(name):
@@ -286,4 +386,9 @@ def _change(stage: Stage, message: Request[Any]) -> object:
             return None
         case EnablePlugin(name, enabled):
             return stage.enable(name, enabled)
+        case SetDrain(stop_grace_s):
+            return stage.set_drain(stop_grace_s)
+        case EndDrain():
+            stage.end_drain()
+            return None
     raise TypeError(f"the journal can't commit a {type(message).__name__}")

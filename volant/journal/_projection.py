@@ -9,7 +9,7 @@ from types import MappingProxyType
 import msgspec
 import trio
 
-from volant.model import BASE, EventId, Manifest, VmRow
+from volant.model import BASE, Drain, EventId, Manifest, VmRow
 
 
 class Plugin(msgspec.Struct, frozen=True):
@@ -39,6 +39,8 @@ class Projection:
         self._plugins: dict[str, Plugin] = {BASE.name: BASE_PLUGIN}
         self._last_event = EventId("", 0)
         self._waiting: dict[int, trio.Event] = {}
+        self._drain: Drain | None = None
+        self._drain_changed = trio.Event()
 
     @property
     def last_event(self) -> EventId:
@@ -49,6 +51,21 @@ class Projection:
     def plugins(self) -> Mapping[str, Plugin]:
         """By name, `base` among them. A live view."""
         return MappingProxyType(self._plugins)
+
+    @property
+    def drain(self) -> Drain | None:
+        """None: VMs may start."""
+        return self._drain
+
+    async def drain_is_not(self, drain: Drain | None) -> None:
+        """Wait until `drain` is another one."""
+        while self._drain == drain:
+            await self._drain_changed.wait()
+
+    async def undrained(self) -> None:
+        """Wait until VMs may start."""
+        while self._drain is not None:
+            await self._drain_changed.wait()
 
     def get(self, name: str) -> VmRow | None:
         """The row of the VM of this name."""
@@ -110,6 +127,13 @@ class Projection:
             else:
                 self._plugins[name] = plugin
         self._last_event = last_event
+
+    def set_drain(self, drain: Drain | None) -> None:
+        """Whether VMs may start."""
+        if drain != self._drain:
+            self._drain = drain
+            self._drain_changed.set()
+            self._drain_changed = trio.Event()
 
     def _wake(self, vm_id: int) -> None:
         event = self._waiting.pop(vm_id, None)

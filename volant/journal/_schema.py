@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from contextlib import closing
 from pathlib import Path
 
 import apsw
@@ -10,6 +12,8 @@ import apsw
 from volant.host import Host
 
 from ._errors import DatabaseRefused
+
+_logger = logging.getLogger("volant.journal")
 
 APPLICATION_ID = 0x566F_6C61
 """`Vola`: in the file's header, so that nobody's other database is taken for ours."""
@@ -54,24 +58,64 @@ VERSION = len(MIGRATIONS)
 
 BUSY_TIMEOUT_MS = 5000
 _WAL_LIMIT_BYTES = 16 * 1024 * 1024
+_CHECK_S = 10.0
+"""How long a start may look for damage: some gigabytes of pages from a disk."""
+_CHECK_STEPS = 10_000
+
+_WHAT_TO_DO = (
+    "it has not been touched. `volantd restore BACKUP` puts a backup in its place and keeps this file; or move it away "
+    "to begin with no VMs. Hypervisors that run go on and are listed"
+)
 
 
 def open_writer(host: Host, path: Path) -> apsw.Connection:
     """Open the database for writing, make it where there is none, migrate it where it is old. Blocks on the disk.
 
-    :raises DatabaseRefused: it is a newer version's, or no database of ours; it has not been touched.
+    :raises DatabaseRefused: it is damaged, a newer version's, or no database of ours; it has not been touched.
     :raises apsw.Error: the disk does not do what it should.
     """
-    if not host.exists(path):
+    if host.exists(path):
+        # Through a connection that can't write: closing another one would already move its log into a damaged file.
+        with closing(open_reader(path)) as reader:
+            if _check(reader, path) and _had_vms(host, path):
+                raise damaged(path, "it is empty, and there are logs of VMs beside it")
+            _look_for_damage(reader, path, host, _CHECK_S)
+    else:
         # SQLite gives its -wal and -shm the permissions of the database.
         host.close_file(host.open_file(path, os.O_RDWR | os.O_CREAT, 0o600))
         host.sync_directory(path.parent)
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
         connection.set_busy_timeout(BUSY_TIMEOUT_MS)
-        _check(connection, path)
         _prepare(connection)
         _migrate(connection, host)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def migrated(host: Host, path: Path, check_s: float, *, check: bool = True) -> apsw.Connection:
+    """Open a database that nobody else uses and that shall stay one file, and bring it up to date.
+
+    :param check: look at all of it; somebody else may have made it
+    :raises DatabaseRefused: it is damaged, a newer version's, or none of ours.
+    :raises apsw.Error: the disk does not do what it should.
+    """
+    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+    try:
+        connection.pragma("trusted_schema", False)
+        connection.pragma("temp_store", "memory")
+        if check:
+            if _check(connection, path):
+                raise DatabaseRefused(f"{path.name} is empty")
+            if not _look_for_damage(connection, path, host, check_s, "integrity_check"):
+                raise DatabaseRefused(f"looking through it took more than {check_s:g} s")
+        connection.pragma("journal_mode", "delete")
+        connection.pragma("synchronous", "extra")
+        _migrate(connection, host)
+        if check and _schema_of(connection) != _own_schema():
+            raise DatabaseRefused("its tables are not those of this version")
     except BaseException:
         connection.close()
         raise
@@ -85,15 +129,19 @@ def open_reader(path: Path) -> apsw.Connection:
     return connection
 
 
-def _check(connection: apsw.Connection, path: Path) -> None:
+def _check(connection: apsw.Connection, path: Path) -> bool:
+    """Whether it is empty. :raises DatabaseRefused: it can't become ours, or must not."""
     try:
         application_id = connection.pragma("application_id")
         version = connection.pragma("user_version")
         tables = connection.execute("SELECT count(*) FROM sqlite_schema").get
     except (apsw.NotADBError, apsw.CorruptError) as error:
-        raise DatabaseRefused(f"{path} is damaged or no SQLite database: {error}") from error
+        raise damaged(path, error) from error
     if application_id == 0 and tables == 0:
-        return
+        wal = path.with_name(f"{path.name}-wal")
+        if wal.exists() and wal.stat().st_size:
+            raise damaged(path, "it is empty, and its write-ahead log is not")
+        return True
     if application_id != APPLICATION_ID:
         raise DatabaseRefused(f"{path} is a database of some other program; Volant does not touch it")
     if version > VERSION:
@@ -101,6 +149,48 @@ def _check(connection: apsw.Connection, path: Path) -> None:
             f"{path} was written by a newer Volant (database version {version}, this one knows up to {VERSION}): "
             "run that version, or restore a backup that this one made"
         )
+    return False
+
+
+def _had_vms(host: Host, path: Path) -> bool:
+    logs = path.parent / "logs"
+    return host.exists(logs) and bool(host.list_directory(logs))
+
+
+def damaged(path: Path, what: object) -> DatabaseRefused:
+    """What is said of a database that can't be trusted."""
+    return DatabaseRefused(f"{path} is damaged or no SQLite database ({what}); {_WHAT_TO_DO}")
+
+
+def _look_for_damage(
+    connection: apsw.Connection, path: Path, host: Host, within_s: float, pragma: str = "quick_check"
+) -> bool:
+    """Whether it was looked at to its end in that time; then it is sound. :raises DatabaseRefused: it is not."""
+    deadline = host.monotonic() + within_s
+    connection.set_progress_handler(lambda: host.monotonic() > deadline, _CHECK_STEPS)
+    try:
+        found = connection.execute(f"PRAGMA {pragma}(1)").get
+    except apsw.InterruptError:
+        _logger.warning("%s is so large that only a part of it was looked at for damage in %g s", path, within_s)
+        return False
+    except (apsw.NotADBError, apsw.CorruptError) as error:
+        raise damaged(path, error) from error
+    finally:
+        connection.set_progress_handler(None)
+    if found != "ok":
+        raise damaged(path, str(found).strip().replace("\n", ", ")[:200])
+    return True
+
+
+def _schema_of(connection: apsw.Connection) -> list[object]:
+    return list(connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name"))
+
+
+def _own_schema() -> list[object]:
+    with closing(apsw.Connection(":memory:")) as connection:
+        for script in MIGRATIONS:
+            connection.execute(script)
+        return _schema_of(connection)
 
 
 def _prepare(connection: apsw.Connection) -> None:

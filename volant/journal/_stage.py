@@ -17,6 +17,7 @@ import msgspec
 from volant.model import (
     BASE,
     CreateVm,
+    Drain,
     EventId,
     Manifest,
     Problem,
@@ -25,6 +26,7 @@ from volant.model import (
     check_edge,
     check_manifest,
     check_name,
+    draining,
     event_for,
     new_row,
 )
@@ -67,7 +69,11 @@ class DropAnswer(msgspec.Struct, frozen=True):
     scope: bytes
 
 
-Operation = PutRow | DropRow | AddEvent | PutPlugin | DropPlugin | PutAnswer | DropAnswer
+class PutDrain(msgspec.Struct, frozen=True):
+    drain: Drain | None
+
+
+Operation = PutRow | DropRow | AddEvent | PutPlugin | DropPlugin | PutAnswer | DropAnswer | PutDrain
 
 
 class Stage:
@@ -81,6 +87,7 @@ class Stage:
         self.last_event = projection.last_event
         self.rows: dict[int, VmRow | None] = {}
         self.plugins: dict[str, Plugin | None] = {}
+        self.drain = projection.drain
         self.frames: list[EventFrame] = []
         self.operations: list[Operation] = []
         """For the disk, in order."""
@@ -89,7 +96,7 @@ class Stage:
         self.forgotten: list[bytes] = []
 
     def create(self, request: CreateVm) -> VmRow:
-        """:raises Problem: 400, 404, 409."""
+        """:raises Problem: 400, 404, 409, 503 the daemon drains."""
         check_name(request.name, "name")
         plugin = self._existing_plugin(check_name(request.plugin, "plugin"))
         if not plugin.enabled:
@@ -98,24 +105,40 @@ class Stage:
                 "plugin-disabled",
                 f"plugin {request.plugin!r} is disabled",
                 field="plugin",
-                hint="enable it first, or use another one",
+                hint=f"`volar plugins enable {request.plugin}` enables it",
             )
         vm_id = self.last_vm_id + 1
         row = new_row(request, plugin.manifest, vm_id=vm_id, now=self._now)
-        if self._named(request.name) is not None:
-            raise Problem(
-                409,
-                "name-taken",
-                f"there is a VM named {request.name!r} already",
-                field="name",
-                vm=request.name,
-                hint="choose another name, or delete that VM first",
-            )
+        self._check_free(request.name)
+        if self.drain is not None:
+            raise draining(self.drain, vm=request.name)
         row = msgspec.structs.replace(row, revision=1)
         check_edge(None, row.status)
         self.last_vm_id = vm_id
         self._put(row, None)
         self._tell(None, row, "created")
+        return row
+
+    def adopt(self, steps: Sequence[Step]) -> VmRow:
+        """:raises Problem: 409. :raises IllegalEdge: a step that can't be."""
+        before: VmRow | None = None
+        for step in steps:
+            if step.row is None or (before is not None and step.row.id != before.id):
+                raise ValueError("the steps of an adoption hold one row each, all of one VM")
+            check_edge(before.status if before is not None else None, step.row.status)
+            before = step.row
+        if before is None:
+            raise ValueError("an adoption has a step at least")
+        row = msgspec.structs.replace(before, revision=1)
+        if self._by_id(row.id) is not None:
+            raise Problem(409, "vm-exists", f"there is a VM with the id {row.id} already", vm=row.name)
+        self._check_free(row.name)
+        self.last_vm_id = max(self.last_vm_id, row.id)
+        self._put(row, None)
+        before = None
+        for step in steps:
+            self._tell(before, step.row, step.message)
+            before = step.row
         return row
 
     def commit(self, vm_id: int, revision: int, steps: Sequence[Step]) -> VmRow | None:
@@ -184,6 +207,22 @@ class Stage:
             self._put_plugin(plugin)
         return plugin
 
+    def set_drain(self, stop_grace_s: float | None) -> Drain:
+        """Begin to drain. Again: since when stays, and so does that VMs are stopped."""
+        before = self.drain
+        if before is None:
+            drain = Drain(self._now, stop_grace_s)
+        else:
+            drain = Drain(before.since, before.stop_grace_s if stop_grace_s is None else stop_grace_s)
+        if drain != before:
+            self._put_drain(drain)
+        return drain
+
+    def end_drain(self) -> None:
+        """Drain no more."""
+        if self.drain is not None:
+            self._put_drain(None)
+
     def check(self, once: Once) -> None:
         """:raises AlreadyAnswered: it was. :raises Problem: 422 something else was, under the same key."""
         here = self.kept.get(once.scope)
@@ -206,6 +245,17 @@ class Stage:
         if self.kept:
             self.forgotten = self._answers.surplus(self.kept.values(), self._now)
             self.operations.extend(map(DropAnswer, self.forgotten))
+
+    def _check_free(self, name: str) -> None:
+        if self._named(name) is not None:
+            raise Problem(
+                409,
+                "name-taken",
+                f"there is a VM named {name!r} already",
+                field="name",
+                vm=name,
+                hint="choose another name, or delete that VM first",
+            )
 
     def _by_id(self, vm_id: int) -> VmRow | None:
         return self.rows[vm_id] if vm_id in self.rows else self._projection.by_id(vm_id)
@@ -243,6 +293,10 @@ class Stage:
     def _put_plugin(self, plugin: Plugin) -> None:
         self.plugins[plugin.name] = plugin
         self.operations.append(PutPlugin(plugin))
+
+    def _put_drain(self, drain: Drain | None) -> None:
+        self.drain = drain
+        self.operations.append(PutDrain(drain))
 
     def _tell(self, before: VmRow | None, after: VmRow | None, message: str) -> None:
         event_id = EventId(self.last_event.epoch, self.last_event.seq + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import trio
 
 from volant.host import Host
 
@@ -36,3 +37,7 @@ class Store:
         self.events = EventLog(host, path)
         self.answers = Answers()
         self.figures = Figures()
+        self.ids_taken = 0
+        """No VM gets an id up to this one: the host has traces of VMs of which the database may not know."""
+        self.replaced = trio.Event()
+        """Set once another database is to be taken: this daemon's tree ends, and the next one begins with that."""

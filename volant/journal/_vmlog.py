@@ -354,6 +354,10 @@ class VmLog:
         if fd >= 0:
             self._host.close_file(fd)
 
+    def go_on(self) -> None:
+        """It has not ended after all."""
+        self._ended = False
+
     def end(self) -> None:
         """No more lines: who follows gets what is left, then the end."""
         self._ended = True

@@ -123,6 +123,34 @@ class VmLogs:
         for vm_id in {*self._logs, *self._found}.difference(vm_ids):
             await self.forget(vm_id)
 
+    async def recall(self, vm_ids: Collection[int]) -> None:
+        """These VMs are there: what was forgotten of them, before the database was put back, is kept again.
+
+        :raises OSError: the mark of it can't be removed.
+        """
+        for vm_id in self._expiry.keys() & set(vm_ids):
+            await self._host.remove_file(self._marker(vm_id))
+            self._expiry.pop(vm_id, None)
+            if vm_id in self._logs:
+                self._logs[vm_id].go_on()
+
+    def sizes(self) -> dict[int, tuple[int, bool]]:
+        """Bytes of each VM's log, and whether that VM is deleted."""
+        logs = {vm_id: log.statistics().bytes for vm_id, log in self._logs.items()}
+        found = {vm_id: sum(segment.size for segment in segments) for vm_id, segments in self._found.items()}
+        return {vm_id: (size, vm_id in self._expiry) for vm_id, size in {**found, **logs}.items()}
+
+    async def discard(self, vm_id: int) -> bool:
+        """Remove the log of a deleted VM before its time; whether there was one. :raises OSError: it can't be."""
+        if vm_id not in self._expiry:
+            return False
+        await self._remove(vm_id)
+        return True
+
+    def ids(self) -> set[int]:
+        """Of all VMs of which there is a log."""
+        return {*self._logs, *self._found}
+
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Remove what is past its time, for ever. :raises OSError: files can't be removed."""
         await self.prepare()

@@ -10,19 +10,22 @@ changes nothing; one whose `once` stands for something else is a `Problem` 422.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from actors import Request
-from volant.model import CreateVm, Manifest, Step, VmRow
+from volant.model import CreateVm, Drain, Manifest, Step, VmRow
 
 from ._answers import Once, Refusal
+from ._database import Loaded
 from ._projection import Plugin
+from ._restore import Evidence
 
 
 @dataclass(frozen=True, slots=True)
 class CreateRow(Request[VmRow]):
     """Make a VM of status `pending` -> its row, with its id.
 
-    :raises Problem: 400 for the request; 404 no such plugin; 409 name taken, plugin disabled.
+    :raises Problem: 400 for the request; 404 no such plugin; 409 name taken, plugin disabled; 503 the daemon drains.
     """
 
     request: CreateVm
@@ -43,6 +46,17 @@ class CommitSteps(Request[VmRow | None]):
     revision: int
     steps: tuple[Step, ...]
     once: Once | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptRow(Request[VmRow]):
+    """Make the row of a VM that is found on the host -> the row. `steps` lead from `pending` to where it is, each with
+    its event; the id is its own, and was given out before.
+
+    :raises Problem: 409 the name is taken, or there is a VM with this id.
+    """
+
+    steps: tuple[Step, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +84,38 @@ class EnablePlugin(Request[Plugin]):
 
 
 @dataclass(frozen=True, slots=True)
+class SetDrain(Request[Drain]):
+    """Let no VM be made or start, until `EndDrain`, over restarts too. `stop_grace_s`: see `Drain`."""
+
+    stop_grace_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EndDrain(Request[None]):
+    """Let VMs be made and start again."""
+
+
+@dataclass(frozen=True, slots=True)
 class KeepRefusal(Request[None]):
     """Keep that a request was refused and nothing was done. Answered when it is durable."""
 
     refusal: Refusal
     once: Once
+
+
+@dataclass(frozen=True, slots=True)
+class Restore(Request[str]):
+    """Let the next daemon go on with the database at `upload`, which `examine` has found to be `backup` -> its epoch.
+
+    Once this is answered nothing is changed any more here, and `Store.replaced` tells the daemon.
+
+    :raises Problem: 409 see `merge`; 503.
+    """
+
+    upload: Path
+    backup: Loaded
+    evidence: Evidence
+    replace: bool
 
 
 @dataclass(frozen=True, slots=True)

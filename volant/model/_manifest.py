@@ -187,8 +187,8 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     actions: Annotated[dict[Name, Action], msgspec.Meta(extra_json_schema={"maxProperties": MAX_ACTIONS})] = {}
     """By name; each is `POST /api/v1/vms/{name}/actions/{plugin}/{action}`. They need the workload's `port`."""
     openapi: PlainPath | dict[str, Any] | None = None
-    """The path under which the workload serves its OpenAPI document, by default `/openapi.json`; or the document itself,
-    for when the workload does not serve one or is down."""
+    """The path under which the workload serves its OpenAPI document, by default `/openapi.json`; or the document
+    itself, for when the workload does not serve one or is down."""
     devtools: DevTools | None = None
     """Where `/ws/v1/vms/{name}/devtools/` leads; without it, port 9222."""
     template: Cloning = Cloning()

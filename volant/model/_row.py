@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ._manifest import Env, Manifest
-from ._text import Duration, Labels, Name, Time
+from ._text import PLAIN_PATTERN, Duration, Labels, Name, Time
 
 
 class Status(StrEnum):
@@ -87,7 +87,7 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)]
     plugin: Name = "base"
     runtime: Name | None = None
-    kernel_cmdline: Annotated[str, msgspec.Meta(extra_json_schema={"maxLength": 1024})] = ""
+    kernel_cmdline: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": 1024})] = ""
     """Appended to the daemon's own."""
     labels: Labels = {}
     env: Env = {}
@@ -153,6 +153,9 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: Literal["kvm", "tcg"] | None = None
     agent_seen: bool = False
     """Whether the agent of this process has ever answered."""
+    found_boot: int = 0
+    """Of `boots`, the one that was found on the host without a row and adopted: what its guest was told nobody knows.
+    0: none."""
     revision: int = 0
     """Raised by the journal with each commit."""
 

@@ -24,17 +24,19 @@ Duration = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[0-9]{1,
 """For the schema alone, as `parse_duration` decides."""
 
 _CONTROL_CLASS = r"\x00-\x1f\x7f"
+PLAIN_PATTERN = rf"^[^{_CONTROL_CLASS}]*$"
+"""Text of one line (`check_plain`)."""
 
 Labels = Annotated[
     dict[
         Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^[^={_CONTROL_CLASS}]+$", "maxLength": 128})],
-        Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^[^{_CONTROL_CLASS}]*$", "maxLength": 1024})],
+        Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": 1024})],
     ],
     msgspec.Meta(extra_json_schema={"maxProperties": MAX_LABELS}),
 ]
 """For the schema alone: `check_labels` tells people better."""
 
-Plain = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^[^{_CONTROL_CLASS}]*$", "maxLength": MAX_TEXT})]
+Plain = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": MAX_TEXT})]
 """For the schema alone, as `check_plain` decides."""
 
 Time = Annotated[datetime, msgspec.Meta(tz=True)]

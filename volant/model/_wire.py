@@ -35,6 +35,82 @@ class SystemStatus(msgspec.Struct, frozen=True):
     """Of the whole host."""
     version: str
     uptime_s: float
+    draining_since: Time | None = None
+    """Since when no VM may start, for maintenance; null while they may."""
+
+
+class Restored(msgspec.Struct, frozen=True):
+    """The answer of `POST /api/v1/system/restore`."""
+
+    event_epoch: str
+    """Of the events of the restored database; `system/info` shows it once that is in its place."""
+
+
+class OrphanView(msgspec.Struct, frozen=True, kw_only=True):
+    """A hypervisor of this daemon's that runs and that no VM owns."""
+
+    mark: str
+    """Names it in requests; it stands on its command line."""
+    pid: int
+    vm_id: int
+    """Of the VM that it belonged to."""
+    name: str | None
+    """As its guest was told; null, as what follows, when its command line is not understood."""
+    cpu_cores: int | None
+    memory_mb: int | None
+    adoptable: bool
+    obstacle: str | None
+    """Why it can't be adopted; null when it can."""
+
+
+StoredKind = Literal["journal", "database", "log", "disk", "image", "medium", "leftover", "cache"]
+PRUNED_KINDS: tuple[StoredKind, ...] = ("log", "image", "medium", "leftover")
+"""What `prune` removes when it is not told what: it can be had again, or its VM is deleted."""
+
+
+class StoredItem(msgspec.Struct, frozen=True):
+    """Something that takes space on the host."""
+
+    kind: StoredKind
+    """`database`: one that a restore has moved aside; `leftover`: sockets or memory of a VM that is no more."""
+    name: str
+    """A digest for images and media, the VM's id for logs, else a file's name."""
+    bytes: int
+    used_by: list[str]
+    """`VM demo`, `plugin web`."""
+    reclaimable: bool
+    """Whether it can be removed: nobody uses it, and the daemon works without it."""
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """The answer of `GET /api/v1/system/df`."""
+
+    items: list[StoredItem]
+    """The largest first."""
+    total_bytes: int
+    reclaimable_bytes: int
+    state_free_bytes: int
+    """What is free on the disk of database, logs and disks."""
+    cache_free_bytes: int
+    """What is free on the disk of images and media."""
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """What could not be removed, and why."""
+
+    kind: StoredKind
+    name: str
+    reason: str
+
+
+class Pruned(msgspec.Struct, frozen=True):
+    """The answer of `POST /api/v1/system/prune`."""
+
+    dry_run: bool
+    freed_bytes: int
+    """Or what would be."""
+    items: list[StoredItem]
+    kept: list[Kept]
 
 
 class PluginView(msgspec.Struct, frozen=True):

@@ -225,6 +225,7 @@ class Identified(TypedDict):
     """The answer to it."""
 
     instance_id: str
+    protocol: ProtocolRange
     time_ns: int
     """What the guest's clock shows."""
 

@@ -7,6 +7,7 @@ needs nothing: what a process has written, the kernel has.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import apsw
@@ -20,7 +21,8 @@ class Databases:
     """Makes SQLite use the VFS while the block lasts; use it around everything that opens a database."""
 
     def __init__(self) -> None:
-        self._synced: dict[Path, bytes] = {}
+        self._synced: dict[Path, bytearray] = {}
+        self._written: dict[Path, list[tuple[int, int]]] = {}
         self._before = ""
         self._vfs: _Vfs | None = None
 
@@ -37,14 +39,46 @@ class Databases:
         self._vfs.unregister()
         self._vfs = None
 
+    def written(self, path: Path, offset: int, size: int) -> None:
+        """A piece of a file has changed."""
+        self._written.setdefault(path, []).append((offset, size))
+
     def synced(self, path: Path) -> None:
         """A file's bytes are on the disk."""
-        with allow_real("files"):
-            self._synced[path] = path.read_bytes()
+        pieces = self._written.pop(path, [])
+        kept = self._synced.get(path)
+        with allow_real("files"), path.open("rb") as file:
+            if kept is None:
+                self._synced[path] = bytearray(file.read())
+                return
+            # A log grows to megabytes, and a commit changes some pages of it.
+            size = file.seek(0, os.SEEK_END)
+            kept += bytes(max(0, size - len(kept)))
+            del kept[size:]
+            for offset, length in pieces:
+                file.seek(offset)
+                data = file.read(length)
+                kept[offset : offset + len(data)] = data
 
     def removed(self, path: Path) -> None:
         """A file is gone, and stays so."""
         self._synced.pop(path, None)
+        self._written.pop(path, None)
+
+    def rename(self, path: Path, to: Path) -> None:
+        """A file gets another name, and has it also after a power cut."""
+        with allow_real("files"):
+            path.replace(to)
+        self.removed(to)
+        if path in self._synced:
+            self._synced[to] = self._synced.pop(path)
+            self._written[to] = self._written.pop(path, [])
+
+    def unlink(self, path: Path) -> None:
+        """A file is removed, if it is there."""
+        with allow_real("files"):
+            path.unlink(missing_ok=True)
+        self.removed(path)
 
     def close_all(self) -> None:
         """The process that had connections open has died."""
@@ -54,6 +88,7 @@ class Databases:
 
     def power_cut(self, directory: Path) -> None:
         """Put back what was synced. No connection may be open."""
+        self._written.clear()
         with allow_real("files"):
             for path in directory.iterdir():
                 if path.name.endswith(("-wal", "-shm", ".db", "-journal")):
@@ -83,6 +118,18 @@ class _File(apsw.VFSFile):
         text = name.filename() if isinstance(name, apsw.URIFilename) else name
         self._path = Path(text) if text else None
         super().__init__(base, name, flags)
+        self._is_read_only = bool(flags[0] & apsw.SQLITE_OPEN_READONLY)
+
+    def xLock(self, level: int) -> None:
+        # SQLite asks for it when the last connection closes, and does without; here an error would be raised.
+        if self._is_read_only and level == apsw.SQLITE_LOCK_EXCLUSIVE:
+            raise apsw.BusyError
+        super().xLock(level)
+
+    def xWrite(self, data: bytes, offset: int) -> None:
+        super().xWrite(data, offset)
+        if self._path is not None:
+            self._databases.written(self._path, offset, len(data))
 
     def xSync(self, flags: int) -> None:
         super().xSync(flags)

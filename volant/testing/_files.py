@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -137,8 +137,8 @@ class Files:
         del self._nodes[path]
 
     def remove_tree(self, path: Path) -> None:
-        for name in [name for name in self._nodes if name == path or path in name.parents]:
-            del self._nodes[name]
+        for name in [path, *self.below(path)]:
+            self._nodes.pop(name, None)
             # As far as the disk is concerned too: nothing of ours relies on a removal that is taken back.
             self._disk.pop(name, None)
 
@@ -150,11 +150,11 @@ class Files:
     def names(self, directory: Path) -> list[str]:
         if not isinstance(self.get(directory), Directory):
             raise _error(errno.ENOTDIR, directory)
-        return sorted(path.name for path in self._nodes if path.parent == directory and path != directory)
+        return sorted(path.name for path in self.below(directory) if path.parent == directory)
 
     def below(self, directory: Path) -> list[Path]:
         """Everything in a directory, however deep."""
-        return sorted(path for path in self._nodes if directory in path.parents)
+        return sorted(_below(self._nodes, directory))
 
     # Descriptors
 
@@ -220,9 +220,11 @@ class Files:
             self._disk[descriptor.path] = node.synced
 
     def sync_directory(self, directory: Path) -> None:
-        for path in [path for path in self._disk if path.parent == directory and path not in self._nodes]:
-            del self._disk[path]
-        for path, node in self._nodes.items():
+        for path in _below(self._disk, directory):
+            if path.parent == directory and path not in self._nodes:
+                del self._disk[path]
+        for path in _below(self._nodes, directory):
+            node = self._nodes[path]
             if path.parent == directory and isinstance(node, File):
                 self._disk[path] = node.synced
 
@@ -247,6 +249,12 @@ class Files:
         if descriptor is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return descriptor
+
+
+def _below(paths: Iterable[Path], directory: Path) -> list[Path]:
+    # As text: this is asked often, and a path's parents are objects that have to be made.
+    prefix = str(directory).rstrip("/") + "/"
+    return [path for path in paths if str(path).startswith(prefix)]
 
 
 def _error(code: int, path: Path) -> OSError:

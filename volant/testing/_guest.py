@@ -26,8 +26,11 @@ from volant.model.agent import (
     DAEMON_WORKLOAD,
     FRAME_STDOUT,
     HEALTHZ,
+    INFO,
     LOG_CONTENT_TYPE,
     LOG_ID_HEADER,
+    PROTOCOL_MIN,
+    PROTOCOL_VERSION,
     RESYNC_MAGIC,
     RESYNC_NONCE_BYTES,
     encode_log_frame,
@@ -85,6 +88,8 @@ class SimGuest:
             await answer(stream, 500, {"detail": "the agent has a bad day"})
         elif path == HEALTHZ:
             await answer(stream, 200, {"status": "ok"})
+        elif path == INFO:
+            await answer(stream, 200, {"protocol": {"min": PROTOCOL_MIN, "max": PROTOCOL_VERSION}})
         elif path == DAEMON_ROOT:
             await answer(stream, 200, {"state": "none", "detail": ""})
         elif (method, path) == ("PUT", DAEMON_WORKLOAD):

@@ -75,9 +75,8 @@ class SimHost(Host):
         self._check()
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):
             await trio.sleep(self._machine.rng.uniform(0.0, 0.002))
-        self._check()
-        value = effect()
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):
+            self._check()
+            value = effect()
             await trio.sleep(self._machine.rng.uniform(0.0, 0.002))
         self._check()
         return value
@@ -152,6 +151,12 @@ class SimHost(Host):
                 process.identity for process in self._machine.living() if process.identity.mark.startswith(mark_prefix)
             ]
         )
+
+    def command_line(self, identity: ProcessIdentity) -> list[str]:
+        with self.open_process(identity) as process:
+            if process.exited:
+                raise ProcessGone(f"process {identity.pid} has ended")
+        return list(self._machine.processes[identity.pid].argv)
 
     def open_process(self, identity: ProcessIdentity) -> Any:
         self._check()
@@ -266,9 +271,19 @@ class SimHost(Host):
         self._check()
         return 0 if self._machine.disk_full else 2**40
 
+    def disk_usage(self, path: Path) -> int:
+        self._check()
+        if path.name.endswith((".db", ".db-wal")):
+            with allow_real("files"):
+                return path.stat().st_size if path.exists() else 0
+        return sum(self._files.file(inner).size for inner in [path, *self._files.below(path)] if self._is_file(inner))
+
+    def _is_file(self, path: Path) -> bool:
+        return isinstance(self._files.find(path), File)
+
     def exists(self, path: Path) -> bool:
         self._check()
-        if path.suffix == ".db":
+        if path.name.endswith((".db", ".db-wal")):
             with allow_real("files"):
                 return path.exists()
         return self._files.find(path) is not None
@@ -315,6 +330,14 @@ class SimHost(Host):
     def sync_directory(self, path: Path) -> None:
         self._check()
         self._files.sync_directory(path)
+
+    def rename(self, path: Path, to: Path) -> None:
+        self._check()
+        self._machine.databases.rename(path, to)
+
+    def unlink(self, path: Path) -> None:
+        self._check()
+        self._machine.databases.unlink(path)
 
     def punch_hole(self, fd: int, start: int, length: int) -> bool:
         self._check()

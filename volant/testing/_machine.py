@@ -12,6 +12,7 @@ import trio
 
 from volant.model import ProcessIdentity
 
+from ._database import Databases
 from ._files import Files
 from ._processes import SimProcess
 from ._qemu import SimQemu
@@ -23,10 +24,19 @@ _TICKS_PER_S = 100
 class Machine:
     """Processes, files and clocks. `nursery` holds what its processes do."""
 
-    def __init__(self, rng: Random, nursery: trio.Nursery, *, in_ram: Collection[Path], memory_mb: int = 16384) -> None:
+    def __init__(
+        self,
+        rng: Random,
+        nursery: trio.Nursery,
+        databases: Databases,
+        *,
+        in_ram: Collection[Path],
+        memory_mb: int = 16384,
+    ) -> None:
         self.rng = rng
         self.nursery = nursery
         self.memory_mb = memory_mb
+        self.databases = databases
         self.files = Files(in_ram)
         self.processes: dict[int, SimProcess] = {}
         self.qemus: dict[int, SimQemu] = {}

@@ -33,6 +33,8 @@ class SimQemu:
     def __init__(self, machine: Machine, process: SimProcess, argv: Sequence[str], cwd: Path, output: Path) -> None:
         self.process = process
         self.status = "running"
+        self.frozen = False
+        """Its process is stopped, or hangs: it answers nothing."""
         self.memory_file = Path(_option(argv, "mem-path"))
         self._machine = machine
         self._cwd = cwd
@@ -164,7 +166,7 @@ class SimQemu:
             buffer += data
             while b"\n" in buffer:
                 line, _, buffer = buffer.partition(b"\n")
-                if fault("qemu.ignores_a_command"):
+                if self.frozen or fault("qemu.ignores_a_command"):
                     continue
                 if fault("qemu.is_slow"):
                     await trio.sleep(self._rng.uniform(0.1, 20.0))

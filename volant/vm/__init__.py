@@ -2,9 +2,11 @@
 
 from ._actor import VmActor
 from ._doors import VmDoors, VmSettings
+from ._drain import keep_drained
 from ._gate import BootGate
 from ._serial import Keyboard, KeyboardTaken, Missed, NotTyped, Reader, SerialConsole
-from ._steps import instance_of, memory_file, vm_directory
+from ._steps import instance_of, memory_file, parse_mark, vm_directory
+from ._storage import prune, usage
 from ._vms import DELETED, Version, Vms, Wait
 
 __all__ = [
@@ -23,6 +25,10 @@ __all__ = [
     "Vms",
     "Wait",
     "instance_of",
+    "keep_drained",
     "memory_file",
+    "parse_mark",
+    "prune",
+    "usage",
     "vm_directory",
 ]

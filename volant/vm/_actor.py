@@ -25,6 +25,7 @@ from volant.model import (
     Cleared,
     Effect,
     Ended,
+    Hold,
     ImageReady,
     Kill,
     Launch,
@@ -34,6 +35,7 @@ from volant.model import (
     Problem,
     ProcessIdentity,
     Reason,
+    Released,
     Remove,
     Removed,
     RestartDue,
@@ -239,8 +241,9 @@ class VmActor(Actor):
 
     async def _see(self, seen: Seen, revisions: frozenset[int] | None = None, once: Once | None = None) -> None:
         unsure = False
+        projection = self._doors.store.projection
         for tries_left in reversed(range(_COMMIT_TRIES)):
-            steps = decide(self._row, seen, self._doors.host.wall_clock())
+            steps = decide(self._row, seen, self._doors.host.wall_clock(), held=projection.drain is not None)
             # A commit of which nobody knows may have made the row what it is, if that is what was wanted.
             if revisions is not None and self._row.revision not in revisions and (steps or not unsure):
                 raise _changed(self._row)
@@ -252,7 +255,7 @@ class VmActor(Actor):
                 )
             except AlreadyAnswered:
                 # Perhaps by a commit of this very loop, of which nobody knew.
-                self._row = self._doors.store.projection.by_id(self._vm_id) or self._row
+                self._row = projection.by_id(self._vm_id) or self._row
                 self._drive()
                 raise
             except (ActorDown, AskTimeout, StaleRow) as error:
@@ -266,7 +269,7 @@ class VmActor(Actor):
                 unsure = unsure or not isinstance(error, StaleRow)
                 await trio.sleep(0.2)
                 # Whether it was kept is unknown: read the row again, and go on from there.
-                row = self._doors.store.projection.by_id(self._vm_id)
+                row = projection.by_id(self._vm_id)
                 if row is not None:
                     self._row = row
                     continue
@@ -327,7 +330,7 @@ class VmActor(Actor):
                 self._log,
                 row.boot_key,
                 report,
-                manifest=told_manifest(row),
+                manifest=None if row.boots == row.found_boot else told_manifest(row),
                 workload=workload_spec(row),
                 handed_over=row.agent_seen,
                 is_clone=row.template is not None,
@@ -373,7 +376,8 @@ class VmActor(Actor):
 
     async def _perform(self, effect: Effect, before: TaskHandle | None) -> None:
         """Run one step, after the one before it has ended, and report what comes of it. What must be gone and is not is
-        tried again, for as long as that is the step that the VM needs."""
+        tried again, and so is what the daemon, which drains anew, does not let begin: for as long as that is the step
+        that the VM needs."""
         if before is not None:
             await before.wait()
         pause_s = _AGAIN_S
@@ -383,7 +387,8 @@ class VmActor(Actor):
             except (LaunchFailed, StepError) as error:
                 seen = StepFailed(Reason(error.code, str(error), await self._console_tail()))
             await self._deliver(Report(seen, self._row.mark, effect))
-            if not isinstance(effect, Kill | Remove) or not isinstance(seen, StepFailed):
+            gone = not isinstance(effect, Kill | Remove) or not isinstance(seen, StepFailed)
+            if gone and not isinstance(effect, Hold):
                 return
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, _AGAIN_MAX_S)
@@ -411,6 +416,9 @@ class VmActor(Actor):
             case RestartLater(delay_s):
                 await trio.sleep(delay_s)
                 return RestartDue()
+            case Hold():
+                await self._doors.store.projection.undrained()
+                return Released()
 
     async def _launch(self, mark: str) -> Seen:
         hypervisor = self._doors.hypervisor
@@ -445,7 +453,7 @@ class VmActor(Actor):
                         await process.ask("GET", HEALTHZ)
                         if row.layer:
                             await process.root_mounted()
-                    await process.hand_over()
+                    await process.hand_over(agreed=is_clone)
                     return AgentAnswered()
                 except AgentUnreachable as error:
                     last = f": {error}"
@@ -455,12 +463,6 @@ class VmActor(Actor):
                 except AgentProtocolError as error:
                     refused = "clone_refused" if is_clone else "agent_refused"
                     raise StepError(refused, f"the agent answered, but not as it should: {error}") from error
-        print(
-            "DEBUG",
-            self._process and self._process.inspect(),
-            self._process and (self._process._opened.is_set(), self._process._is_itself.is_set()),
-            flush=True,
-        )  # noqa
         raise StepError(code, f"the agent in the guest did not answer within {timeout_s:g} s{last}")
 
     def _live(self) -> LiveProcess:

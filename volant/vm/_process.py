@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import msgspec
 import trio
@@ -31,7 +32,16 @@ from volant.host import Host
 from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec
 from volant.journal import VmLog
 from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
-from volant.model.agent import DAEMON_CLOCK, DAEMON_IDENTITY, DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_WORKLOAD
+from volant.model.agent import (
+    DAEMON_CLOCK,
+    DAEMON_IDENTITY,
+    DAEMON_MANIFEST,
+    DAEMON_ROOT,
+    DAEMON_WORKLOAD,
+    INFO,
+    PROTOCOL_MIN,
+    PROTOCOL_VERSION,
+)
 
 from ._console import ConsolePump, console_source
 from ._output import pump_output
@@ -72,15 +82,15 @@ class LiveProcess:
         boot_key: str,
         report: Callable[[Seen], Awaitable[None]],
         *,
-        manifest: Mapping[str, object],
+        manifest: Mapping[str, object] | None,
         workload: Mapping[str, object] | None,
         signal: str | None = None,
         handed_over: bool,
         is_clone: bool = False,
     ) -> None:
-        """`manifest`: what the agent is to know of its plugin; `workload`: what it is to run; `signal`: what that is
-        told by, when it was copied; `handed_over`: whether an earlier incarnation has told it; `is_clone`: whether the
-        guest takes itself for another one until it has heard who it is."""
+        """`manifest`: what the agent is to know of its plugin, None: it is told nothing; `workload`: what it is to run;
+        `signal`: what that is told by, when it was copied; `handed_over`: whether an earlier incarnation has told it;
+        `is_clone`: whether the guest takes itself for another one until it has heard who it is."""
         self.identity = identity
         self._host = host
         self._hypervisor = hypervisor
@@ -101,6 +111,9 @@ class LiveProcess:
         self._is_itself = trio.Event()
         if handed_over or not is_clone:
             self._is_itself.set()
+        self._protocol: int | None = None
+        self.incompatible: str | None = None
+        """Why the agent can't be talked to, although it answers."""
 
     @property
     def client(self) -> AgentClient | None:
@@ -117,6 +130,8 @@ class LiveProcess:
         return {
             "identity": msgspec.to_builtins(self.identity),
             "channel": None if self._channel is None else msgspec.to_builtins(self._channel.statistics()),
+            "protocol": self._protocol,
+            "incompatible": self.incompatible,
             "output_error": self._output_error,
             "console": self.console.inspect(),
         }
@@ -195,7 +210,9 @@ class LiveProcess:
             "time_ns": _now_ns(host),
             "signal": self._signal,
         }
-        shown = await self._tell(DAEMON_IDENTITY, identity)
+        said = await self._tell(DAEMON_IDENTITY, identity)
+        self._agree(*_range(said.get("protocol")))
+        shown = said["time_ns"]
         # It was set to the time at which the request left, so it is behind by the way there, which is less than this.
         if not 0 <= _now_ns(host) - shown <= _CLOCK_OFF_NS:
             await self._set_clock()
@@ -211,8 +228,8 @@ class LiveProcess:
                 return
             lead = way // 2
 
-    async def _tell(self, path: str, body: object) -> int:
-        """`PUT` something that is answered by what the guest's clock shows, in nanoseconds since 1970.
+    async def _tell(self, path: str, body: object) -> dict[str, Any]:
+        """`PUT` something that is answered, among others, by what the guest's clock shows.
 
         :raises AgentUnreachable: :raises AgentProtocolError:
         """
@@ -220,15 +237,41 @@ class LiveProcess:
             raise AgentUnreachable("the channel to the guest is not open")
         answer = await self._client.request_json("PUT", path, body, timeout_s=_BECOME_S)
         said = answer.body if isinstance(answer.body, dict) else {}
-        shown = said.get("time_ns")
-        if answer.status != 200 or not isinstance(shown, int):
+        if answer.status != 200 or type(said.get("time_ns")) is not int:
             raise AgentProtocolError(f"it answers PUT {path} with {answer.status}: {said.get('detail')}")
-        return shown
+        return said
 
-    async def hand_over(self) -> None:
-        """Give the agent its manifest and its workload. From then on every agent of this boot gets them, as one that
-        was restarted has none. :raises AgentUnreachable: :raises AgentProtocolError: as `ask` does.
+    async def _negotiate(self) -> None:
+        """Agree on the newest protocol that both sides speak. :raises AgentUnreachable: it can't be asked.
+        :raises AgentProtocolError: there is none, or it answers with nonsense.
         """
+        if self._client is None:
+            raise AgentUnreachable("the channel to the guest is not open")
+        answer = await self._client.request_json("GET", INFO, timeout_s=_ANSWER_S)
+        said = answer.body.get("protocol") if isinstance(answer.body, dict) else None
+        # One that has no such route is as old as they come.
+        self._agree(*((1, 1) if answer.status == 404 else _range(said)))
+
+    def _agree(self, oldest: int, newest: int) -> None:
+        """Agree with an agent that speaks these. :raises AgentProtocolError: there is none that both speak."""
+        self.incompatible = self._protocol = None
+        if oldest > PROTOCOL_VERSION or newest < PROTOCOL_MIN:
+            ours = f"{PROTOCOL_MIN} to {PROTOCOL_VERSION}"
+            self.incompatible = f"its agent speaks the protocols {oldest} to {newest}, this daemon {ours}"
+            raise AgentProtocolError(self.incompatible)
+        self._protocol = min(newest, PROTOCOL_VERSION)
+
+    async def hand_over(self, *, agreed: bool = False) -> None:
+        """Agree on a protocol with the agent, unless that has been done, and give it its manifest and its workload.
+        From then on every agent of this boot gets them, as one that was restarted has none.
+
+        :raises AgentUnreachable: :raises AgentProtocolError: as `ask` does.
+        """
+        if not agreed:
+            await self._negotiate()
+        if self._manifest is None:
+            self._is_itself.set()
+            return
         # An agent of an older guest has no use for it.
         await self.ask("PUT", DAEMON_MANIFEST, self._manifest, also=(404,))
         if self._workload is not None:
@@ -308,6 +351,15 @@ def reason_of_end(kind: EndKind, message: str, console: tuple[str, ...]) -> Reas
 
 def _now_ns(host: Host) -> int:
     return int(host.wall_clock().timestamp() * 1e6) * 1000
+
+
+def _range(said: object) -> tuple[int, int]:
+    """:raises AgentProtocolError: an agent does not say so."""
+    if isinstance(said, dict):
+        oldest, newest = said.get("min"), said.get("max")
+        if type(oldest) is int and type(newest) is int and oldest <= newest:
+            return oldest, newest
+    raise AgentProtocolError("it does not say which protocols it speaks")
 
 
 def _agent_address(spec: MachineSpec) -> Address:

@@ -8,6 +8,7 @@ own.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -272,3 +273,9 @@ def instance_of(state_dir: Path) -> str:
 def mark_of(instance: str, row: VmRow) -> str:
     """The mark of the next boot of a VM."""
     return f"volant-{instance}-{row.id}.{row.boots + 1}"
+
+
+def parse_mark(instance: str, mark: str) -> tuple[int, int] | None:
+    """The id and the boot of the VM whose process carries this mark; None when it is none of this instance's."""
+    found = re.fullmatch(rf"volant-{re.escape(instance)}-([1-9][0-9]{{0,17}})\.([1-9][0-9]{{0,17}})", mark)
+    return (int(found[1]), int(found[2])) if found else None

@@ -26,7 +26,7 @@ from actors import (
 )
 from volant import images
 from volant.channel import AgentClient
-from volant.journal import CommitSteps, CreateRow, EventGap, Once
+from volant.journal import AdoptRow, CommitSteps, CreateRow, EndDrain, EventGap, Once, SetDrain
 from volant.model import (
     CreateVm,
     Desired,
@@ -38,6 +38,7 @@ from volant.model import (
     Verb,
     VerbKind,
     VmRow,
+    draining,
     invalid,
     no_such_vm,
     settled,
@@ -46,6 +47,7 @@ from volant.model import (
 
 from ._actor import VmActor
 from ._doors import VmDoors
+from ._orphans import Orphan, find_orphans, kill_orphan, steps_to_adopt
 from ._process import LiveProcess
 from ._serial import SerialConsole
 from ._steps import uses_image
@@ -92,7 +94,8 @@ class Vms:
 
         A caller that is cancelled meanwhile cancels nothing.
 
-        :raises Problem: 400 the request, 404 no such plugin, 409 name taken or plugin disabled, 503 no capacity.
+        :raises Problem: 400 the request, 404 no such plugin, 409 name taken or plugin disabled, 503 no capacity or
+            the daemon drains.
         :raises AlreadyAnswered: the request came before, and its VM was made then.
         """
         await self._check_memory(request)
@@ -113,13 +116,17 @@ class Vms:
     ) -> VmRow:
         """Change what a VM should be, if it is at one of the versions `only_at`; durable when this returns.
 
-        :raises Problem: 404, 409 not legal now, 412 it is at another version, 503.
+        :raises Problem: 404, 409 not legal now, 412 it is at another version, 503 (among others: it would start, and
+            the daemon drains).
         :raises AlreadyAnswered: the request came before, and was taken up then.
         """
         row = self._row(name)
         revisions = None
         if only_at is not None:
             revisions = frozenset(version.revision for version in only_at if version.vm_id == row.id)
+        drain = self.doors.store.projection.drain
+        if drain is not None and _starts(row, verb.kind):
+            raise draining(drain, vm=name)
         if verb.kind in (VerbKind.START, VerbKind.RESTART) and row.status in (Status.STOPPED, Status.CRASHED):
             self._admit(row.memory_mb, besides=row.id)
         deadline = trio.current_time() + _ASK_TIMEOUT_S
@@ -147,6 +154,30 @@ class Vms:
                     ) from error
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, 2.0)
+
+    async def drain(self, stop_grace_s: float | None = None) -> None:
+        """Let no VM be made or start, until `undrain`; durable when this returns. Those that are up go on or, with a
+        grace, are stopped and start again afterwards (`keep_drained`). :raises Problem: 503."""
+        drain = await self._journal(SetDrain(stop_grace_s))
+        since = drain.since.strftime("%Y-%m-%d %H:%M:%S UTC")
+        _logger.warning("draining since %s: no VM starts until `volar system undrain`", since)
+
+    async def undrain(self) -> None:
+        """Let VMs start; those whose time came meanwhile do. :raises Problem: 503."""
+        await self._journal(EndDrain())
+        _logger.warning("not draining: VMs start")
+
+    async def set_aside(self, row: VmRow, grace_s: float) -> None:
+        """Stop a VM that is up and as `row` says; it starts again once the daemon does not drain.
+
+        :raises Problem: 412 it has changed; 503.
+        """
+        ref = await self._actor(row)
+        stop = Ask(Verb(VerbKind.RESTART, grace_s=grace_s), frozenset({row.revision}))
+        try:
+            await ref.ask(stop, timeout_s=_ASK_TIMEOUT_S)
+        except (ActorDown, AskTimeout) as error:
+            raise Problem(503, "vm-busy", f"VM {row.name!r} did not take it up: {error}", vm=row.name) from error
 
     async def delete(self, name: str, *, only_at: Collection[Version] | None = None) -> None:
         """Delete a VM, if it is at one of the versions `only_at`, and wait until nothing of it is left on the host.
@@ -197,7 +228,7 @@ class Vms:
     def agent(self, name: str) -> AgentClient:
         """The way to the agent of a VM.
 
-        :raises Problem: 404, 409 it does not run, 502 its channel is down.
+        :raises Problem: 404, 409 it does not run, 502 its channel is down, or its agent is too old or too new.
         """
         row = self._row(name)
         if row.status is not Status.RUNNING:
@@ -216,6 +247,11 @@ class Vms:
             raise Problem(
                 502, "agent-unreachable", f"the agent in VM {name!r} can't be reached at present", vm=name,
                 hint="its channel is being opened again; try again",
+            )  # fmt: skip
+        if live is not None and live.incompatible is not None:
+            raise Problem(
+                502, "agent-incompatible", f"VM {name!r} runs, and can't be talked to: {live.incompatible}", vm=name,
+                hint=f"`volar vms restart {name}` boots it with the agent of this version",
             )  # fmt: skip
         return client
 
@@ -281,6 +317,30 @@ class Vms:
                         nursery.start_soon(self._delete_quietly, row.name)
                     nursery.start_soon(trio.sleep, 0.05)
         return [row.name for row in projection.rows()]
+
+    async def orphans(self) -> list[Orphan]:
+        """Hypervisors of this daemon's that no VM owns, by id. Looks through all processes."""
+        return await find_orphans(self.doors)
+
+    async def adopt_orphan(self, mark: str, name: str | None = None) -> VmRow:
+        """Make a VM of one; durable when this returns. `name`: instead of its own.
+
+        :raises Problem: 404; 409 it can't be adopted, or the name is taken; 503.
+        """
+        steps = await steps_to_adopt(self.doors, mark, name)
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
+            row = await self._journal(AdoptRow(steps))
+            # What was to be forgotten with the database that knew it.
+            await self.doors.logs.recall([row.id])
+            await self._actor(row)
+            _logger.info("VM %s: %s", row.name, steps[0].message, extra={"vm": row.name})
+            return row
+        raise Problem(503, "journal-slow", "the VM was not adopted in time; it may still appear")
+
+    async def kill_orphan(self, mark: str) -> None:
+        """End one and remove its files; its disk stays. :raises Problem: 404, 503."""
+        await kill_orphan(self.doors, mark)
+        _logger.warning("the hypervisor %s, which no VM owned, is killed", mark)
 
     async def gave_up(self, told: GaveUp) -> None:
         """The supervisor has given up a VM's actor: the VM goes on, and its row says that nobody holds the reins."""
@@ -408,6 +468,13 @@ def _came_to_rest(row: VmRow) -> bool:
 
 def _takes_memory(row: VmRow) -> bool:
     return bool(row.mark) or row.status in (Status.PENDING, Status.STARTING)
+
+
+def _starts(row: VmRow, kind: VerbKind) -> bool:
+    """Whether a verb wants another boot than the one that is."""
+    if kind is VerbKind.RESTART:
+        return row.status is not Status.DELETING
+    return kind is VerbKind.START and row.status in (Status.STOPPED, Status.CRASHED, Status.STOPPING)
 
 
 def _holds(row: VmRow, kind: VerbKind) -> bool:

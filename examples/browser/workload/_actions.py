@@ -76,8 +76,10 @@ def _navigate(page: Session, fields: dict[str, Any], deadline: Deadline) -> Answ
 
     def response(event: dict[str, Any]) -> None:
         # Of a document, and there is one for each redirection of a script's.
-        if event["type"] == "Document" and event.get("frameId") == frame["id"]:
-            statuses[event["loaderId"]] = event["response"]["status"]
+        # Chromium says 200 of data: and file: too.
+        told = event["response"]
+        if event["type"] == "Document" and event.get("frameId") == frame["id"] and told["url"].startswith("http"):
+            statuses[event["loaderId"]] = told["status"]
 
     def dialog(event: dict[str, Any]) -> None:
         # One that nobody answers would hold the page up for ever. This is the reader's thread, which can't wait.

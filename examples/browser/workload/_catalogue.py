@@ -19,7 +19,7 @@ _TIMEOUT: Schema = {
     "type": "number",
     "minimum": 0.1,
     "maximum": MAX_TIMEOUT_S,
-    "default": 30,
+    "default": 60,
     "description": "Seconds for all of it.",
 }
 _TARGET: Schema = {

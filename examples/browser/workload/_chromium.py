@@ -34,7 +34,8 @@ _FIRST_PAUSE_S = 0.2
 _MAX_PAUSE_S = 10.0
 _WELL_S = 30.0
 _PROBE_S = 4.0
-_STUCK_S = 60.0
+_STUCK_S = 180.0
+"""A large picture keeps it from answering: under emulation and beside other load, for a minute."""
 _SHORT_RUNS = 3
 
 
@@ -76,7 +77,7 @@ class Chromium:
             return self._connection
 
     def probe(self) -> str:
-        """Return which browser it is, from itself; one that has said nothing for a minute is killed.
+        """Return which browser it is, from itself; one that has said nothing for three minutes is killed.
 
         :raises Late, Ended: it does not answer
         """

@@ -35,6 +35,9 @@ CMDLINE = "console=ttyS0 quiet panic=-1"
 """The daemon's own part of the kernel's command line. pvpanic stops the machine before `panic=-1` reboots it; where a
 kernel panics before it has pvpanic, the reboot is seen instead of a guest that hangs."""
 
+HOSTNAME_PARAMETER = "volant.hostname"
+"""The kernel's parameter by which PID 1 is told the guest's name."""
+
 TCG_CODE_MB = 128
 """TCG's cache of translated code: host memory that a guest can fill, 1 GiB by default."""
 
@@ -124,7 +127,7 @@ def _device(kind: str, accelerator: AcceleratorName) -> str:
 def kernel_cmdline(spec: MachineSpec) -> str:
     """The daemon's part, then the VM's own."""
     root = f"{ROOT_PARAMETER}={ROOT_SERIAL}" if spec.root is not None else ""
-    hostname = f"volant.hostname={spec.name}" if spec.name and spec.template is None else ""
+    hostname = f"{HOSTNAME_PARAMETER}={spec.name}" if spec.name else ""
     return " ".join(part for part in (CMDLINE, hostname, root, spec.cmdline) if part)
 
 

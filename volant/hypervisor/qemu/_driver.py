@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from volant.hypervisor._interface import (
     AcceleratorChoice,
     AcceleratorName,
     Disk,
+    FoundMachine,
     LaunchCode,
     LaunchFailed,
     Machine,
@@ -22,6 +24,7 @@ from volant.hypervisor._interface import (
 from volant.model import ProcessIdentity
 
 from ._argv import ENVIRONMENT, FORMAT, PROGRAM, build_argv, machine_option
+from ._found import parse_argv
 from ._machine import attach, last_words
 from ._migration import Migration
 from ._probe import probe, qemu_version
@@ -152,6 +155,9 @@ class QemuHypervisor:
         with process:
             await self._await_control(spec, process)
         return identity
+
+    def recognise(self, command_line: Sequence[str]) -> FoundMachine | None:
+        return parse_argv(command_line)
 
     def attach(self, spec: MachineSpec, identity: ProcessIdentity) -> AbstractAsyncContextManager[Machine]:
         return attach(self._host, spec, identity)

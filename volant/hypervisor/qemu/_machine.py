@@ -6,6 +6,9 @@ that begins asks once, and from then on listens.
 
 A kernel that panics before it has a driver for pvpanic just reboots, and `shutdown` is all that is left of it. Then the
 last thing on the console says what it was. That text is the guest's, which may lie about its own end and nothing else.
+
+A process that hangs tells of nothing. So it is asked how it is, rarely, as a thousand idle machines must not cost a
+processor; and again some times before it is given up, as a host that is busy is no reason to end anybody's VM.
 """
 
 from __future__ import annotations
@@ -26,6 +29,11 @@ from ._migration import Migration
 from ._qmp import QmpClient, QmpLost
 
 ATTACH_S = 10.0
+PULSE_S = 120.0
+"""Between two questions to a machine of which nothing is heard."""
+PULSE_ANSWER_S = 20.0
+PULSES_MISSED = 3
+"""So many unanswered in a row are the end."""
 LOG_LIMIT = 1024 * 1024
 """QEMU's own output beyond that is dropped: a guest can make it complain for ever."""
 
@@ -78,6 +86,7 @@ class QemuMachine:
             await trio.lowlevel.checkpoint()
             return End(EndKind.GONE, "the hypervisor's process is gone, and nobody saw how it ended")
         process_end: list[End] = []
+        hangs = False
 
         async def watch_process(scope: trio.CancelScope) -> None:
             process_end.append(await self._process_end())
@@ -94,14 +103,40 @@ class QemuMachine:
                 await trio.sleep(_LAST_WORDS_S)
                 scope.cancel()
 
+        async def watch_pulse(scope: trio.CancelScope) -> None:
+            nonlocal hangs
+            if self._qmp is not None:
+                await self._until_it_hangs()
+                hangs = True
+                scope.cancel()
+
         async with trio.open_nursery() as nursery:
-            for watch in (watch_process, watch_guest, watch_control):
+            for watch in (watch_process, watch_guest, watch_control, watch_pulse):
                 nursery.start_soon(watch, nursery.cancel_scope)
         if self._guest_end is not None:
             return await self._with_panic(self._guest_end)
         if process_end:
             return process_end[0]
+        if hangs:
+            raise HypervisorError(
+                f"QEMU hangs: process {self._identity.pid} is there, and has not answered {PULSES_MISSED} questions, "
+                f"each for {PULSE_ANSWER_S:g} s"
+            )
         raise HypervisorError(f"QEMU runs but cannot be talked to: {self._qmp.why if self._qmp else ''}")
+
+    async def _until_it_hangs(self) -> None:
+        """Ask now and then; return once it does not answer any more."""
+        # Machines that are adopted at once are not asked at once.
+        await trio.sleep(PULSE_S * (self._spec.vm_id * 37 % 100) / 100)
+        missed = 0
+        while missed < PULSES_MISSED:
+            try:
+                await self._execute("query-status", PULSE_ANSWER_S)
+                missed = 0
+            except QmpLost:
+                missed += 1
+            if not missed:
+                await trio.sleep(PULSE_S)
 
     async def status(self) -> str:
         answer = await self._execute("query-status")

@@ -1,0 +1,179 @@
+"""What takes space is listed with who uses it; what nobody uses can go, and what somebody uses never does."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import struct
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from tests.api.kit import Api, api
+from tests.images.test_image_store import place
+from volant.images import BootMedia, _store, fetch, medium_path
+from volant.journal import LogEntry
+from volant.model import Artifact
+
+LIMIT = 2**20
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Api]:
+    async with api(tmp_path) as running:
+        yield running
+
+
+def medium(path: Path, content: bytes) -> tuple[str, str]:
+    """A medium in the cache: its URL and its digest."""
+    source = path / f"source-{content.decode()}"
+    source.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    fetch(path / "cache", str(source), digest, max_bytes=LIMIT)
+    return str(source), digest
+
+
+async def items(served: Api) -> dict[tuple[str, str], dict[str, Any]]:
+    answer = await served.client.get("/api/v1/system/df")
+    assert answer.status_code == 200, answer.text
+    usage = answer.json()
+    sizes = [item["bytes"] for item in usage["items"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert usage["total_bytes"] == sum(sizes)
+    assert usage["reclaimable_bytes"] == sum(item["bytes"] for item in usage["items"] if item["reclaimable"])
+    assert usage["state_free_bytes"] > 0
+    return {(item["kind"], item["name"]): item for item in usage["items"]}
+
+
+async def prune(served: Api, query: str = "") -> dict[str, Any]:
+    answer = await served.client.post(f"/api/v1/system/prune{query}")
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+async def install(served: Api, name: str, url: str, digest: str) -> None:
+    boot = {"kernel": {"url": url, "sha256": digest}}
+    answer = await served.client.post("/api/v1/plugins", json={"name": name, "version": "1", "boot": boot})
+    assert answer.status_code == 201, answer.text
+
+
+async def test_what_a_vm_or_a_plugin_uses_stays_and_the_rest_goes(served: Api, tmp_path: Path) -> None:
+    of_plugin, of_vm, of_nobody = (medium(tmp_path, word) for word in (b"plugin", b"vm", b"nobody"))
+    await install(served, "keeper", *of_plugin)
+    await install(served, "user", *of_vm)
+    await served.crashed("demo", plugin="user")
+    for letter in "ab":
+        place(tmp_path / "cache", letter * 64)
+    _store.make_current(tmp_path / "cache", "a" * 64)
+    found = await items(served)
+    assert found["medium", of_plugin[1]]["used_by"] == ["plugin keeper"]
+    assert found["medium", of_vm[1]]["used_by"] == ["VM demo", "plugin user"]
+    assert found["medium", of_nobody[1]] == {
+        "kind": "medium", "name": of_nobody[1], "bytes": 4096, "used_by": [], "reclaimable": True,
+    }  # fmt: skip
+    assert {key[1]: item["reclaimable"] for key, item in found.items() if key[0] == "image"} == {
+        "a" * 64: False,
+        "b" * 64: True,
+    }
+    assert found["journal", "volant.db"]["bytes"] > 0
+    assert not found["journal", "volant.db"]["reclaimable"]
+
+    dry = await prune(served, "?dry_run=true")
+    expected = {("medium", of_nobody[1]), ("image", "b" * 64)}
+    assert {(item["kind"], item["name"]) for item in dry["items"]} == expected
+    assert set(await items(served)) == set(found)
+    done = await prune(served)
+    assert done == {**dry, "dry_run": False}
+    assert set(found) - set(await items(served)) == expected
+    assert (await prune(served))["items"] == []
+
+
+async def test_logs_of_deleted_vms_go_and_those_of_others_stay(served: Api) -> None:
+    for name in ("demo", "gone"):
+        vm = await served.crashed(name)
+        log = served.doors.logs.open(vm["id"], name)
+        log.append([_entry("x" * 100)])
+    assert (await served.client.delete("/api/v1/vms/gone")).status_code == 204
+    found = {key[1]: item for key, item in (await items(served)).items() if key[0] == "log"}
+    said = {vm_id: (item["used_by"], item["reclaimable"]) for vm_id, item in found.items()}
+    assert said == {str(vm["id"] - 1): (["VM demo"], False), str(vm["id"]): ([], True)}
+    done = await prune(served, "?kind=log")
+    assert [item["name"] for item in done["items"]] == [str(vm["id"])]
+    assert done["freed_bytes"] > 100
+    left = [path.name.partition("-")[0] for path in (served.doors.store.path.parent / "logs").iterdir()]
+    assert left == [str(vm["id"] - 1)]
+
+
+def _entry(line: str) -> LogEntry:
+    return LogEntry(stream="console", line=line.encode(), timestamp=datetime.now(UTC), source="c", position=len(line))
+
+
+async def test_disks_and_databases_without_a_vm_go_only_when_they_are_named(served: Api, tmp_path: Path) -> None:
+    for path in ("disks/7-x/root.qcow2", "run/vms/8/qmp.sock", "mem/9.mem", "volant-before-0a0b.db"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"x" * 5000)
+    planted = {("disk", "7-x"), ("leftover", "8"), ("leftover", "9.mem"), ("database", "volant-before-0a0b.db")}
+    assert {key for key, item in (await items(served)).items() if item["reclaimable"]} == planted
+    assert {item["name"] for item in (await prune(served))["items"]} == {"8", "9.mem"}
+    assert (tmp_path / "disks/7-x/root.qcow2").exists()
+    assert [item["name"] for item in (await prune(served, "?kind=disk,database"))["items"]] == [
+        "volant-before-0a0b.db",
+        "7-x",
+    ]
+    assert not list((tmp_path / "disks").iterdir())
+    answer = await served.client.post("/api/v1/system/prune?kind=everything")
+    assert answer.status_code == 400
+    assert "everything" in answer.json()["detail"]
+    # The database itself can't be named away.
+    assert (await prune(served, "?kind=journal,cache"))["items"] == []
+
+
+async def test_an_image_that_a_hypervisor_of_somebody_else_has_open_stays(served: Api, tmp_path: Path) -> None:
+    _, digest = medium(tmp_path, b"shared")
+    with medium_path(tmp_path / "cache", digest).open("rb") as file:
+        # As QEMU does: a shared lock on some byte, of the open file.
+        fcntl.fcntl(file, 37, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 100, 1, 0))
+        done = await prune(served)
+        assert (done["items"], [kept["name"] for kept in done["kept"]]) == ([], [digest])
+        assert medium_path(tmp_path / "cache", digest).exists()
+    assert [item["name"] for item in (await prune(served))["items"]] == [digest]
+
+
+async def test_a_build_that_is_under_way_is_not_waited_for(served: Api, tmp_path: Path) -> None:
+    place(tmp_path / "cache", "b" * 64)
+    with _store.locked(tmp_path / "cache", lambda: None):
+        done = await prune(served)
+    assert [(kept["name"], kept["reason"]) for kept in done["kept"]] == [("b" * 64, "an image is being built")]
+
+
+async def test_who_wants_a_medium_while_it_goes_fetches_it_anew(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    url, digest = medium(tmp_path, b"wanted")
+    media = BootMedia(tmp_path / "cache", timeout_s=60, max_mb=1)
+    asked = False
+
+    def in_use() -> bool:
+        # From here on the file counts as gone; who comes later finds it gone, and nobody finds half of it.
+        nonlocal asked
+        assert not asked
+        asked = True
+        return False
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_gone, media, digest, in_use)
+        await trio.testing.wait_all_tasks_blocked(0.0)
+        found = await media.obtain(Artifact(url=url, sha256=digest))
+        assert asked
+        assert found.path.read_bytes() == b"wanted"
+    assert found.path.exists()
+    assert not await media.remove(digest, in_use=lambda: True)
+    assert found.path.exists()
+
+
+async def _gone(media: BootMedia, digest: str, in_use: Any) -> None:
+    assert await media.remove(digest, in_use=in_use)

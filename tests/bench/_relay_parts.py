@@ -1,0 +1,143 @@
+"""What stands between a DevTools client and its browser, each in a process of its own, without a hypervisor.
+
+    python -m tests.bench._relay_parts browser            # answers CDP commands and sends as many bytes as asked for
+    python -m tests.bench._relay_parts guest SOCKET       # the agent, behind a hypervisor's vsock socket
+    python -m tests.bench._relay_parts daemon SOCKET PORT # the API, with a VM whose agent is behind SOCKET
+
+Each says where it listens, and serves until SIGTERM.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from base64 import b64encode
+from collections.abc import Callable
+from hashlib import sha1
+from pathlib import Path
+
+import trio
+
+from tests.api.kit import api
+from volant.api import Limits
+from volant.channel import AgentClient, HybridVsock, open_channel
+from volant.guest._server import Server
+
+VM = "demo"
+_PIECE = bytes(256 * 1024)
+_ANSWER = b'{"id":1,"result":{"protocolVersion":"1.3","product":"HeadlessChrome/1","jsVersion":"1"}}'
+
+
+def browser() -> None:
+    """Blocking sockets and a thread each: as little as can be done in Python, so that others are what is measured."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+        _accept(listener, _browse)
+
+
+def _accept(listener: socket.socket, serve: Callable[[socket.socket], None]) -> None:
+    def guarded(sock: socket.socket) -> None:
+        try:
+            serve(sock)
+        except OSError:
+            pass
+
+    while True:
+        sock, _ = listener.accept()
+        threading.Thread(target=guarded, args=(sock,), daemon=True).start()
+
+
+def _browse(sock: socket.socket) -> None:
+    """One connection: `GET /SIZE` gives so many bytes, an upgrade a WebSocket on which a text `SIZE` does."""
+    with sock, sock.makefile("rb") as lines:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        line = lines.readline()
+        if not line:
+            # Somebody looked whether a browser listens.
+            return
+        path = line.split()[1]
+        fields = {}
+        while (line := lines.readline()) not in (b"\r\n", b""):
+            name, _, value = line.partition(b":")
+            fields[name.lower()] = value.strip()
+        key = fields.get(b"sec-websocket-key")
+        if key is None:
+            size = int(path.rpartition(b"/")[2])
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+            _pour(sock, size)
+            return
+        accept = b64encode(sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11", usedforsecurity=False).digest())
+        head = (
+            b"HTTP/1.1 101 Switching\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: %s\r\n\r\n"
+        )
+        sock.sendall(head % accept)
+        while header := lines.read(2):
+            length = header[1] & 0x7F
+            mask = lines.read(4)
+            said = bytes(byte ^ mask[place % 4] for place, byte in enumerate(lines.read(length)))
+            if said.isdigit():
+                sock.sendall(b"\x82\x7f" + int(said).to_bytes(8, "big"))
+                _pour(sock, int(said))
+            else:
+                sock.sendall(b"\x81%c" % len(_ANSWER) + _ANSWER)
+
+
+def _pour(sock: socket.socket, size: int) -> None:
+    for _ in range(size // len(_PIECE)):
+        sock.sendall(_PIECE)
+    sock.sendall(_PIECE[: size % len(_PIECE)])
+
+
+def guest(path: str) -> None:
+    """The real agent."""
+    agent = Server(lambda _: None)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(64)
+        print(f"listening on unix:{path}", flush=True)
+
+        def serve(sock: socket.socket) -> None:
+            line = b""
+            while not line.endswith(b"\n"):
+                line += sock.recv(1)
+            sock.sendall(b"OK 1\n")
+            agent.serve(sock)
+
+        _accept(listener, serve)
+
+
+async def daemon(path: str, port: int) -> None:
+    """The real API, channel and relays; the VM is a row that says nothing of a hypervisor."""
+    with (
+        tempfile.TemporaryDirectory(prefix="vb") as state,
+        trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
+    ):
+        async with (
+            api(Path(state), limits=Limits()) as served,
+            open_channel(served.doors.host, HybridVsock(Path(path))) as channel,
+        ):
+            client = AgentClient(channel)
+            await served.client.post("/api/v1/plugins", json={"name": "browser", "devtools": {"port": port}})
+            await served.crashed(VM, plugin="browser")
+            served.doors.vms.agent = lambda name: client  # type: ignore[method-assign,assignment]
+            workload = {"entrypoint": ["sleep", "1000"], "port": port}
+            await client.request_json("PUT", "/v1/daemon/workload", workload, timeout_s=30)
+            print(f"listening on http://127.0.0.1:{served.server.port}", flush=True)
+            async for _ in signals:
+                break
+            await client.request_json("PUT", "/v1/daemon/workload", None, timeout_s=30)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["browser"]:
+            browser()
+        case ["guest", path]:
+            guest(path)
+        case ["daemon", path, port]:
+            trio.run(daemon, path, int(port))
+        case _:
+            sys.exit(__doc__)

@@ -1,0 +1,37 @@
+"""Who lacks what the browser plugin is built with is told what to install, before anything is fetched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "examples/browser/build.py"
+WITHOUT = """
+import runpy, shutil, sys
+which, lacks = shutil.which, sys.argv.pop(1)
+shutil.which = lambda program, **options: None if program == lacks else which(program, **options)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("lacks", "package"), [("dpkg-deb", "dpkg"), ("mke2fs", "e2fsprogs"), ("debugfs", "e2fsprogs")]
+)
+def test_what_lacks_is_named(tmp_path: Path, lacks: str, package: str) -> None:
+    output = tmp_path / "browser"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, lacks, str(BUILD), "--output", str(output)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"error: There is no {lacks} on this host (sudo apt-get install {package})\n"
+    assert not output.exists()

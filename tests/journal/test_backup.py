@@ -1,0 +1,440 @@
+"""A backup is one consistent moment of a journal that is in use; a restore is all of it or nothing."""
+
+# ruff: noqa: ASYNC240 - small files of the test's own
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import apsw
+import pytest
+import trio
+
+from actors import ONE_FOR_ONE, Child, Supervisor, open_system
+from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, events_after, take
+from volant.host import Host
+from volant.journal import Backups, EventGap, Evidence, Journal, Running, Store, take_over
+from volant.journal import _backups as backups_module
+from volant.model import Problem, ProcessIdentity, Status
+
+IDENTITY = ProcessIdentity(pid=4242, start_time=1, boot_id="b", mark="volant-test-1.3")
+
+
+class Kept(Bench):
+    """A journal, and its backups."""
+
+    backups: Backups
+    evidence = Evidence()
+
+    async def look(self) -> Evidence:
+        return self.evidence
+
+    async def backup(self, to: Path) -> Path:
+        async with self.backups.take() as taken:
+            data = b""
+            while piece := await taken.read():
+                data += piece
+        assert len(data) == taken.size
+        assert hashlib.sha256(data).digest() == taken.sha256
+        to.write_bytes(data)
+        return to
+
+    async def restore(self, data: bytes, *, replace: bool = False) -> str:
+        async with self.backups.receiving() as upload:
+            upload.expect(len(data))
+            for start in range(0, len(data), 50_000):
+                await upload.write(data[start : start + 50_000])
+            return await self.backups.restore(upload, replace=replace)
+
+
+@asynccontextmanager
+async def keeping(path: Path, host: Host | None = None, evidence: Evidence | None = None) -> AsyncIterator[Kept]:
+    """As the daemon does it: what waits is taken over before the journal begins."""
+    host = host or ClockHost()
+    take_over(host, path)
+    store = Store(host, path)
+    child = Child("journal", lambda: Journal(store))
+    async with open_system(Supervisor(ONE_FOR_ONE, intensity=5, period_s=60, children=[child])) as system:
+        bench = Kept(system, store, system["journal"])
+        bench.evidence = evidence or Evidence()
+        bench.backups = Backups(host, store, bench.journal, bench.look)
+        yield bench
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    directory = tmp_path / "state"
+    directory.mkdir()
+    return directory / "volant.db"
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    return tmp_path / "kept.db"
+
+
+def names(path: Path) -> list[str]:
+    """Databases in the directory, without what SQLite has beside an open one."""
+    return sorted(file.name for file in path.parent.iterdir() if file.suffix == ".db")
+
+
+def check(path: Path) -> list[str]:
+    """The names of the VMs in a sound file."""
+    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    assert connection.pragma("integrity_check") == "ok"
+    found = [name for (name,) in connection.execute("SELECT name FROM vms ORDER BY id")]
+    connection.close()
+    return found
+
+
+async def test_a_backup_holds_what_was_acknowledged_before_it_and_commits_go_on(path: Path, kept: Path) -> None:
+    async with keeping(path) as bench:
+        for number in range(20):
+            await bench.create(f"vm-{number}")
+        made = 0
+        over = trio.Event()
+
+        async def write() -> None:
+            nonlocal made
+            while not over.is_set():
+                await bench.create(f"later-{made}")
+                made += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            await bench.backup(kept)
+            over.set()
+        assert made
+        found = check(kept)
+        # One moment: no later VM without those before it, and as many events as VMs.
+        later = [name for name in found if name.startswith("later-")]
+        assert found[:20] == [f"vm-{number}" for number in range(20)]
+        assert later == [f"later-{number}" for number in range(len(later))]
+        connection = apsw.Connection(str(kept))
+        assert connection.execute("SELECT count(*), max(seq) FROM events").get == (len(found), len(found))
+        connection.close()
+        assert names(path) == ["volant.db"]
+
+
+async def test_a_restore_brings_rows_plugins_and_history_back_with_a_new_epoch(path: Path, kept: Path) -> None:
+    async with keeping(path) as bench:
+        one = await bench.create("one")
+        await bench.delete(await bench.to(await bench.create("two"), Status.STARTING, Status.STOPPING, Status.STOPPED))
+        await bench.backup(kept)
+        old = bench.store.events.newest
+        # After it: one goes, two more come and go. Their ids stay used.
+        await bench.delete(await bench.to(one, Status.STARTING, Status.STOPPING, Status.STOPPED))
+        for name in ("three", "four"):
+            row = await bench.to(await bench.create(name), Status.STARTING, Status.STOPPING, Status.STOPPED)
+            await bench.delete(row)
+        epoch = await bench.restore(kept.read_bytes())
+        assert bench.store.replaced.is_set()
+        # What would be lost with the old database is refused from now on.
+        with pytest.raises(Problem) as refused:
+            await bench.create("lost")
+        assert (refused.value.status, refused.value.code) == (503, "journal-restoring")
+    async with keeping(path) as bench:
+        assert [row.name for row in bench.store.projection.rows()] == ["one"]
+        assert bench.store.projection.get("one") == one
+        assert bench.store.events.epoch == epoch != old.epoch
+        assert (await bench.create("five")).id == 5
+        # The history is there, under ids of the new epoch; whoever comes with an old id is told of a gap.
+        frames = await events_after(bench.store.events)
+        assert [frame.event.id for frame in frames] == [f"{epoch}-{n + 1}" for n in range(len(frames))]
+        assert {frame.event.name for frame in frames} == {"one", "two", "five"}
+        async with bench.store.events.cursor(old) as cursor:
+            gap = await cursor.take()
+            assert isinstance(gap, EventGap)
+            assert (gap.requested, gap.oldest.epoch) == (str(old), epoch)
+            assert len(await take(cursor)) > 0
+        assert f"{path.stem}-before-{epoch}.db" in names(path)
+    aside = path.with_name(f"{path.stem}-before-{epoch}.db")
+    assert check(aside) == []
+
+
+async def test_vms_that_both_know_stay_as_they_are_now(path: Path, kept: Path) -> None:
+    async with keeping(path) as bench:
+        row = await bench.create("one")
+        await bench.backup(kept)
+        row = await bench.to(row, Status.STARTING, Status.RUNNING)
+        epoch = await bench.restore(kept.read_bytes())
+    async with keeping(path) as bench:
+        assert bench.store.projection.get("one") == row
+        # The change of its status since the backup is an event, so that events and rows tell the same.
+        last = (await events_after(bench.store.events))[-1].event
+        assert (last.id.split("-")[0], last.name, last.status) == (epoch, "one", Status.RUNNING)
+
+
+async def test_vms_that_the_backup_does_not_know_lose_their_rows_only_when_told(path: Path, kept: Path) -> None:
+    async with keeping(path) as bench:
+        await bench.create("old")
+        await bench.backup(kept)
+        await bench.create("new")
+        with pytest.raises(Problem, match="does not know these VMs: new") as refused:
+            await bench.restore(kept.read_bytes())
+        assert refused.value.status == 409
+        assert not bench.store.replaced.is_set()
+        await bench.create("newer")
+        await bench.restore(kept.read_bytes(), replace=True)
+    async with keeping(path) as bench:
+        assert [row.name for row in bench.store.projection.rows()] == ["old"]
+        assert (await bench.create("next")).id == 4
+
+
+async def test_another_daemons_backup_takes_no_vm_for_another(path: Path, kept: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    async with keeping(other / "volant.db") as bench:
+        await bench.create("theirs")
+        await bench.backup(kept)
+    async with keeping(path) as bench:
+        await bench.create("ours")
+        with pytest.raises(Problem, match="1 \\('ours' here, 'theirs' in the backup\\)") as refused:
+            await bench.restore(kept.read_bytes(), replace=True)
+        assert refused.value.status == 409
+
+
+async def test_a_process_of_a_later_boot_is_taken_for_its_vm(path: Path, kept: Path, tmp_path: Path) -> None:
+    """The database was lost, the backup is older than the newest boot: a second process would fight for the disk."""
+    async with keeping(path) as bench:
+        await bench.to(await bench.create("one"), Status.STARTING, Status.STOPPING, Status.STOPPED)
+        await bench.create("two")
+        await bench.backup(kept)
+    fresh = tmp_path / "fresh" / "volant.db"
+    fresh.parent.mkdir()
+    evidence = Evidence(newest_id=9, running={1: Running(3, IDENTITY), 9: Running(1, IDENTITY)})
+    async with keeping(fresh, evidence=evidence) as bench:
+        await bench.restore(kept.read_bytes())
+    async with keeping(fresh) as bench:
+        row = bench.store.projection.get("one")
+        assert row is not None
+        assert (row.status, row.mark, row.boots, row.process) == (Status.RUNNING, IDENTITY.mark, 3, IDENTITY)
+        # Nothing on the host knows of an id above 9.
+        assert (await bench.create("next")).id == 10
+
+
+def _flip(data: bytearray) -> None:
+    for page in range(4096, len(data), 4096):
+        data[page + 5] ^= 0xFF
+
+
+BROKEN: dict[str, tuple[Callable[[bytearray], None], str]] = {
+    "empty": (lambda data: data.clear(), "is empty"),
+    "a text": (lambda data: data.__setitem__(slice(None), b"Dear diary, " * 1000), "no SQLite database"),
+    "half": (lambda data: data.__delitem__(slice(len(data) // 2, None)), "damaged"),
+    "flipped pages": (_flip, "damaged"),
+    "the header alone": (lambda data: data.__delitem__(slice(100, None)), "damaged"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+async def test_what_is_no_sound_backup_is_refused_and_leaves_nothing(path: Path, kept: Path, how: str) -> None:
+    damage, words = BROKEN[how]
+    async with keeping(path) as bench:
+        for number in range(50):
+            await bench.create(f"vm-{number}")
+        data = bytearray((await bench.backup(kept)).read_bytes())
+        damage(data)
+        with pytest.raises(Problem, match=words) as refused:
+            await bench.restore(bytes(data))
+        assert (refused.value.status, refused.value.code) == (400, "no-backup")
+        assert str(path.parent) not in refused.value.detail or "upload" in refused.value.detail
+        assert names(path) == ["volant.db"]
+        assert await bench.create("still-works")
+
+
+def _sql(*statements: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        connection = apsw.Connection(str(path))
+        for statement in statements:
+            connection.execute(statement)
+        connection.close()
+
+    return change
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "newer": (_sql("PRAGMA user_version = 1000"), "newer Volant"),
+    "another program's": (_sql("PRAGMA application_id = 7"), "some other program"),
+    "with a trigger": (
+        _sql("CREATE TRIGGER t AFTER INSERT ON vms BEGIN DELETE FROM vms; END"),
+        "not those of this version",
+    ),
+    "with a row that is none": (_sql("INSERT INTO vms VALUES (99, 'x', 1, x'7b7d')"), "can't be understood"),
+    "with an event that is none": (
+        _sql("UPDATE events SET frame = x'7b7d' WHERE seq = 1"),
+        "event 1 can't be understood",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", FOREIGN)
+async def test_what_this_version_would_not_write_is_refused(path: Path, kept: Path, how: str) -> None:
+    change, words = FOREIGN[how]
+    async with keeping(path) as bench:
+        await bench.create("one")
+        await bench.backup(kept)
+        change(kept)
+        with pytest.raises(Problem, match=words) as refused:
+            await bench.restore(kept.read_bytes())
+        assert refused.value.status == 400
+
+
+async def test_one_backup_at_a_time_and_none_that_would_fill_the_disk(
+    path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(ClockHost):
+        free = 2**40
+
+        def free_space(self, path: Path) -> int:
+            return self.free
+
+    host = Full()
+    async with keeping(path, host) as bench:
+        await bench.create("one")
+        async with bench.backups.take():
+            with pytest.raises(Problem, match="already") as refused:
+                await bench.backup(kept)
+            assert refused.value.status == 409
+        data = (await bench.backup(kept)).read_bytes()
+        host.free = 2**20
+        for attempt in (bench.backup(kept), bench.restore(data)):
+            with pytest.raises(Problem, match="no room") as refused:
+                await attempt
+            assert (refused.value.status, refused.value.code) == (503, "no-space")
+        host.free = 2**40
+        monkeypatch.setattr(backups_module, "MAX_UPLOAD_BYTES", 1000)
+        with pytest.raises(Problem) as refused:
+            await bench.restore(data)
+        assert refused.value.status == 413
+        assert names(path) == ["volant.db"]
+
+
+async def test_a_backup_that_nobody_waits_for_ends_and_leaves_nothing(path: Path) -> None:
+    async with keeping(path) as bench:
+        await bench.create("one")
+        with trio.move_on_after(0) as scope:
+            async with bench.backups.take():
+                pass
+        assert scope.cancelled_caught
+        async with bench.backups.take() as taken:
+            assert taken.size
+        assert names(path) == ["volant.db"]
+
+
+class Died(BaseException):
+    pass
+
+
+class Mortal(ClockHost):
+    """Dies before or after the n-th change of a name."""
+
+    def __init__(self, dies_at: int) -> None:
+        super().__init__()
+        self.left = dies_at
+
+    def rename(self, path: Path, to: Path) -> None:
+        self._pass()
+        super().rename(path, to)
+        self._pass()
+
+    def unlink(self, path: Path) -> None:
+        self._pass()
+        super().unlink(path)
+
+    def _pass(self) -> None:
+        if self.left == 0:
+            raise Died
+        self.left -= 1
+
+
+@pytest.mark.parametrize("clean", [True, False])
+async def test_whoever_is_killed_while_taking_a_restore_over_leaves_the_old_or_the_new(
+    path: Path, kept: Path, tmp_path: Path, clean: bool
+) -> None:
+    async with keeping(path) as bench:
+        await bench.create("old")
+        await bench.backup(kept)
+        row = await bench.create("not-in-it")
+        if not clean:
+            # As after `kill -9`: what was committed last is in the log alone.
+            for name in ("volant.db", "volant.db-wal"):
+                (tmp_path / name).write_bytes((path.parent / name).read_bytes())
+        epoch = await bench.restore(kept.read_bytes(), replace=True)
+    if not clean:
+        for name in ("volant.db", "volant.db-wal"):
+            (path.parent / name).write_bytes((tmp_path / name).read_bytes())
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    dies_at = 0
+    while True:
+        for file in path.parent.iterdir():
+            file.unlink()
+        for name, data in before.items():
+            (path.parent / name).write_bytes(data)
+        try:
+            take_over(Mortal(dies_at), path)
+        except Died:
+            dies_at += 1
+        else:
+            break
+        async with keeping(path) as bench:
+            assert bench.store.events.epoch == epoch
+            assert [row.name for row in bench.store.projection.rows()] == ["old"]
+        assert check(path.with_name(f"volant-before-{epoch}.db")) == ["old", row.name]
+    assert dies_at >= 4
+
+
+async def test_a_disk_that_fails_at_the_last_step_leaves_the_old_one(path: Path, kept: Path) -> None:
+    class Failing(ClockHost):
+        def rename(self, path: Path, to: Path) -> None:
+            super().rename(path, to)
+            raise OSError(5, "Input/output error")
+
+    async with keeping(path, Failing()) as bench:
+        await bench.create("old")
+        await bench.backup(kept)
+        with pytest.raises(Problem) as refused:
+            await bench.restore(kept.read_bytes())
+        assert refused.value.status == 503
+        assert not bench.store.replaced.is_set()
+        await bench.create("new")
+    async with keeping(path) as bench:
+        assert [row.name for row in bench.store.projection.rows()] == ["old", "new"]
+
+
+async def test_what_killed_copies_and_uploads_left_goes_with_the_next_start(path: Path) -> None:
+    async with keeping(path):
+        pass
+    for name in ("volant-copy-0f.db", "volant-copy-0f.db-journal", "volant-upload-1a.db"):
+        (path.parent / name).write_bytes(b"x")
+    (path.parent / "volant-copy-of-mine.db").write_bytes(b"x")
+    async with keeping(path):
+        assert names(path) == ["volant-copy-of-mine.db", "volant.db"]
+
+
+async def test_an_actor_that_died_right_after_the_decision_does_not_take_it_back(path: Path, kept: Path) -> None:
+    async with keeping(path) as bench:
+        await bench.create("one")
+        await bench.backup(kept)
+        os.link(kept, path.with_name("volant-next.db"))
+        bench.system.kill("journal")
+        with trio.fail_after(TIMEOUT_S):
+            await bench.store.replaced.wait()
+
+
+async def test_a_backup_of_an_older_version_is_brought_up_to_date(path: Path, kept: Path) -> None:
+    async with keeping(path) as bench:
+        await bench.create("one")
+        await bench.ask_plugin() if hasattr(bench, "ask_plugin") else None
+        await bench.backup(kept)
+        _sql("DROP TABLE answers", "PRAGMA user_version = 1")(kept)
+        await bench.restore(kept.read_bytes())
+    async with keeping(path) as bench:
+        assert [row.name for row in bench.store.projection.rows()] == ["one"]
+        connection = apsw.Connection(str(path))
+        assert connection.execute("SELECT count(*) FROM answers").get == 0
+        connection.close()

@@ -1,0 +1,215 @@
+"""Maintenance: nothing starts, what runs goes on or is set aside, and afterwards all is as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from actors.testing import Simulation, simulate
+from volant.testing import World, simulated_world
+from volant.vm._drain import AT_ONCE
+
+JSON = {"content-type": "application/json"}
+SYSTEM = "/api/v1/system"
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def lived(directory: Path, story: Callable[[World], Awaitable[None]], **faults: float) -> None:
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, directory) as world:
+            await world.start_daemon()
+            with trio.fail_after(3600):
+                await story(world)
+
+    simulate(main, seed=7, faults={name.replace("__", "."): chance for name, chance in faults.items()})
+
+
+async def create(world: World, name: str, **fields: object) -> Any:
+    body = {"name": name, "cpu_cores": 1, "memory_mb": 128, **fields}
+    return await world.request("POST", "/api/v1/vms", body, JSON)
+
+
+async def boot(world: World, *names: str, **fields: object) -> None:
+    for name in names:
+        assert (await create(world, name, **fields)).status == 201
+    for name in names:
+        await until(world, name, "running")
+
+
+async def until(world: World, name: str, status: str, timeout: str = "5m") -> None:
+    answer = await world.request("GET", f"/api/v1/vms/{name}?wait={status}&timeout={timeout}")
+    assert answer.json()["status"] == status, answer.body
+
+
+async def post(world: World, path: str, expected: int = 200) -> Any:
+    answer = await world.request("POST", path)
+    assert answer.status == expected, answer.body
+    return answer.json()
+
+
+def statuses(world: World) -> dict[str, str]:
+    return {row.name: row.status.value for row in world.daemon.store.projection.rows()}
+
+
+def test_nothing_is_made_or_started_while_it_drains_over_its_restarts_too(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await boot(world, "up", "down")
+        await post(world, "/api/v1/vms/down/stop?wait=stopped")
+        drained = await post(world, f"{SYSTEM}/drain")
+        assert drained["draining_since"].endswith("Z")
+        # Again, the same.
+        await trio.sleep(5)
+        assert (await post(world, f"{SYSTEM}/drain"))["draining_since"] == drained["draining_since"]
+
+        for restart in (world.stop_daemon, world.kill_daemon, None):
+            for path in ("/api/v1/vms/down/start", "/api/v1/vms/down/restart", "/api/v1/vms/up/restart"):
+                refused = await post(world, path, 503)
+                assert refused["type"] == "urn:volant:error:draining"
+                assert "undrain" in refused["hint"]
+            refused_create = await create(world, "more")
+            assert (refused_create.status, refused_create.json()["type"]) == (503, "urn:volant:error:draining")
+            # What would start nothing is not refused.
+            await post(world, "/api/v1/vms/up/start")
+            status = (await world.request("GET", f"{SYSTEM}/status")).json()
+            assert (status["status"], status["draining_since"]) == ("ok", drained["draining_since"])
+            assert statuses(world) == {"up": "running", "down": "stopped"}
+            if restart is not None:
+                await restart()
+                await world.start_daemon()
+                await trio.sleep(5)
+
+        assert (await post(world, f"{SYSTEM}/undrain"))["draining_since"] is None
+        assert (await post(world, f"{SYSTEM}/undrain"))["draining_since"] is None
+        await post(world, "/api/v1/vms/down/start?wait=running")
+        await boot(world, "more")
+
+    lived(tmp_path, story)
+
+
+def test_a_boot_that_is_due_waits_for_the_end(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await boot(world, "faithful", restart_policy="always")
+        await boot(world, "plain")
+        await post(world, f"{SYSTEM}/drain")
+        for qemu in world.machine.running():
+            world.machine.signal(qemu.process, 9)
+        await until(world, "faithful", "crashed")
+        await trio.sleep(300)
+        assert statuses(world) == {"faithful": "crashed", "plain": "crashed"}
+        await post(world, f"{SYSTEM}/undrain")
+        await until(world, "faithful", "running")
+        assert statuses(world)["plain"] == "crashed"
+
+    lived(tmp_path, story)
+
+
+def test_after_a_reboot_of_the_host_vms_wait_for_the_end(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await boot(world, "one", "two")
+        await post(world, f"{SYSTEM}/drain")
+        await world.power_cut()
+        await world.start_daemon()
+        await trio.sleep(300)
+        assert statuses(world) == {"one": "stopped", "two": "stopped"}
+        assert not world.machine.running()
+        await post(world, f"{SYSTEM}/undrain")
+        await until(world, "one", "running")
+        await until(world, "two", "running")
+
+    lived(tmp_path, story)
+
+
+NAMES = [f"vm{number}" for number in range(12)]
+
+
+@pytest.mark.parametrize("stubborn", [0.0, 1.0], ids=["polite", "stubborn"])
+def test_vms_are_stopped_some_at_a_time_and_start_again_afterwards(tmp_path: Path, stubborn: float) -> None:
+    async def story(world: World) -> None:
+        await boot(world, *NAMES)
+        most = 0
+
+        async def watch() -> None:
+            nonlocal most
+            async with world.daemon.store.events.cursor(world.daemon.store.projection.last_event) as cursor:
+                while await cursor.take():
+                    most = max(most, sum(status == "stopping" for status in statuses(world).values()))
+
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            await post(world, f"{SYSTEM}/drain?stop_vms=true&grace=20s")
+            for name in NAMES:
+                await until(world, name, "stopped")
+            nursery.cancel_scope.cancel()
+        assert 2 <= most <= AT_ONCE
+        assert trio.current_time() - began < 3 * 30
+        assert not world.machine.running()
+        # Somebody wants these otherwise.
+        await post(world, "/api/v1/vms/vm3/stop")
+        assert (await world.request("DELETE", "/api/v1/vms/vm4")).status == 204
+        # A drain that says nothing of VMs takes nothing back.
+        await post(world, f"{SYSTEM}/drain")
+        await trio.sleep(60)
+
+        await post(world, f"{SYSTEM}/undrain")
+        for name in NAMES:
+            if name not in ("vm3", "vm4"):
+                await until(world, name, "running")
+        assert statuses(world)["vm3"] == "stopped"
+
+    lived(tmp_path, story, guest__ignores_shutdown=stubborn)
+
+
+def test_a_daemon_that_is_killed_goes_on_with_the_stops(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await boot(world, *NAMES)
+        await post(world, f"{SYSTEM}/drain?stop_vms=true&grace=20s")
+        for _ in range(3):
+            await trio.sleep(1)
+            assert "running" in statuses(world).values()
+            await world.kill_daemon()
+            await world.start_daemon()
+        for name in NAMES:
+            await until(world, name, "stopped")
+        await post(world, f"{SYSTEM}/undrain")
+        for name in NAMES:
+            await until(world, name, "running")
+
+    lived(tmp_path, story, guest__ignores_shutdown=1.0)
+
+
+def test_an_end_in_the_middle_leaves_the_others_alone(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await boot(world, *NAMES)
+        pids = {row.name: row.process for row in world.daemon.store.projection.rows()}
+        await post(world, f"{SYSTEM}/drain?stop_vms=true&grace=20s")
+        await trio.sleep(1)
+        await post(world, f"{SYSTEM}/undrain")
+        for name in NAMES:
+            await until(world, name, "running")
+        await trio.sleep(120)
+        untouched = [row for row in world.daemon.store.projection.rows() if row.process == pids[row.name]]
+        assert len(untouched) >= len(NAMES) - AT_ONCE
+        assert set(statuses(world).values()) == {"running"}
+
+    lived(tmp_path, story, guest__ignores_shutdown=1.0)
+
+
+def test_what_is_malformed_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        for query, field in (("grace=soon", "grace"), ("stop_vms=perhaps", "stop_vms"), ("until=noon", "until")):
+            assert (await post(world, f"{SYSTEM}/drain?{query}", 400))["field"] == field
+        assert (await world.request("GET", f"{SYSTEM}/status")).json()["draining_since"] is None
+
+    lived(tmp_path, story)

@@ -1,0 +1,148 @@
+"""The host goes down: guests are asked, some at a time, each within its grace and all within a bound."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from actors.testing import Simulation, simulate
+from volant.daemon._guests import AT_ONCE, GRACE_S, TOTAL_S, stop_guests
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.model import ProcessIdentity
+from volant.model.agent import DAEMON_SHUTDOWN
+from volant.testing import World, simulated_world
+from volant.testing._guest import answer
+from volant.testing._host import SimHost
+from volant.testing._qemu import SimQemu
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+class Watched:
+    """Sees who is asked, and makes guests as they should be."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+        self.most = 0
+
+    def make(self, qemu: SimQemu, kind: str) -> None:
+        """`polite`; `stubborn`: says that it will, and does not; `mute`: says nothing; `unkillable`: stubborn, and its
+        hypervisor survives its SIGKILL for long."""
+        if kind == "unkillable":
+            qemu.process.stubborn_s = 1000.0
+            obey = qemu._obey
+
+            async def obey_but(stream: Any, message: dict[str, Any]) -> None:
+                if message["execute"] != "quit":
+                    await obey(stream, message)
+
+            qemu._obey = obey_but  # type: ignore[method-assign]
+        serve = qemu.guest.serve
+
+        async def watched(method: str, target: str, body: bytes, stream: Any) -> None:
+            if target.partition("?")[0] == DAEMON_SHUTDOWN:
+                self.asked.add(qemu.mark)
+                self.most = max(self.most, sum(mark in self.asked for mark in self._living))
+                if kind == "mute":
+                    await trio.sleep_forever()
+                if kind in ("stubborn", "unkillable"):
+                    return await answer(stream, 202, {})
+            await serve(method, target, body, stream)
+
+        qemu.guest.serve = watched  # type: ignore[method-assign]
+
+    @property
+    def _living(self) -> list[str]:
+        return [qemu.mark for qemu in self.world.machine.running()]
+
+    world: World
+
+
+def goes_down(
+    directory: Path, *guests: tuple[int, str], then: Callable[[Watched, list[ProcessIdentity], float], Awaitable[None]]
+) -> None:
+    """A daemon has booted so many guests of each kind and stopped; the host goes down; `then` looks."""
+
+    async def main(sim: Simulation) -> None:
+        watched = Watched()
+        async with simulated_world(sim, directory) as world:
+            watched.world = world
+            await world.start_daemon()
+            kinds = [kind for count, kind in guests for _ in range(count)]
+            body = {"cpu_cores": 1, "memory_mb": 64}
+            for number in range(len(kinds)):
+                made = await world.request(
+                    "POST", "/api/v1/vms", {"name": f"vm{number}", **body}, {"content-type": "application/json"}
+                )
+                assert made.status == 201, made.body
+            for number in range(len(kinds)):
+                answered = await world.request("GET", f"/api/v1/vms/vm{number}?wait=running&timeout=10m")
+                assert answered.json()["status"] == "running"
+            await world.stop_daemon()
+            for qemu, kind in zip(world.machine.running(), kinds, strict=True):
+                watched.make(qemu, kind)
+            host = SimHost(world.machine)
+            began = trio.current_time()
+            left = await stop_guests(world.settings, host, QemuHypervisor(host, world.settings.cache_dir))
+            await then(watched, left, trio.current_time() - began)
+            host.die()
+
+    simulate(main, seed=3, faults={})
+
+
+def test_thirty_guests_of_which_some_never_answer_and_some_never_go(tmp_path: Path) -> None:
+    async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
+        assert left == []
+        assert len(watched.asked) == 30
+        assert 2 <= watched.most <= AT_ONCE
+        assert took_s < TOTAL_S
+        assert not watched.world.machine.running()
+        # It is memory of a host that may stay up.
+        assert not [path for path in watched.world.machine.files.below(Path("/dev/shm")) if path.suffix == ".mem"]
+
+    goes_down(tmp_path, (10, "polite"), (10, "mute"), (10, "stubborn"), then=then)
+
+
+def test_one_that_does_not_go_has_its_grace_and_no_more(tmp_path: Path) -> None:
+    async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
+        assert left == []
+        assert GRACE_S <= took_s < GRACE_S + 10
+
+    goes_down(tmp_path, (1, "stubborn"), then=then)
+
+
+def test_one_that_can_not_be_asked_is_not_waited_for(tmp_path: Path) -> None:
+    async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
+        assert left == []
+        assert took_s < 10
+
+    goes_down(tmp_path, (3, "mute"), then=then)
+
+
+def test_every_guest_is_asked_however_many_do_not_go(tmp_path: Path) -> None:
+    async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
+        assert left == []
+        assert len(watched.asked) == 40
+        # At the end not some at a time, as these would not be asked at all.
+        assert watched.most > AT_ONCE
+        assert took_s < TOTAL_S
+
+    goes_down(tmp_path, (36, "stubborn"), (4, "polite"), then=then)
+
+
+def test_there_is_an_end_whatever_processes_do_and_those_that_are_left_are_told(tmp_path: Path) -> None:
+    async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
+        assert len(left) == len(watched.world.machine.running()) == 12
+        assert took_s < TOTAL_S + 5
+
+    goes_down(tmp_path, (12, "unkillable"), (3, "polite"), then=then)

@@ -1,0 +1,177 @@
+"""A hypervisor that no VM owns is listed and not touched, until somebody adopts or kills it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from actors.testing import Simulation, allow_real, simulate
+from volant.testing import World, simulated_world
+
+JSON = {"content-type": "application/json"}
+ORPHANS = "/api/v1/system/orphans"
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def live(directory: Path, story: Callable[[World], Awaitable[None]]) -> None:
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, directory) as world:
+            await world.start_daemon()
+            with trio.fail_after(3600):
+                await story(world)
+
+    simulate(main, seed=3)
+
+
+async def boot(world: World, name: str, **fields: object) -> Any:
+    body = {"name": name, "cpu_cores": 2, "memory_mb": 128, **fields}
+    answer = await world.request("POST", "/api/v1/vms?wait=running&timeout=5m", body, JSON)
+    assert answer.json()["status"] == "running", answer
+    return answer.json()
+
+
+async def lose_the_database(world: World) -> None:
+    """The daemon begins anew and knows of nothing."""
+    await world.kill_daemon()
+    with allow_real("files"):
+        for path in world.settings.state_dir.glob("volant.db*"):
+            path.unlink()
+    await world.start_daemon()
+    while world.daemon.health() != "ok":  # noqa: ASYNC110 - it offers no wait
+        await trio.sleep(0.1)
+
+
+async def orphans(world: World) -> Any:
+    answer = await world.request("GET", ORPHANS)
+    assert answer.status == 200
+    return answer.json()
+
+
+def test_a_lost_database_costs_no_vm(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await boot(world, "demo", kernel_cmdline="quiet loglevel=3")
+        other = await boot(world, "other")
+        await lose_the_database(world)
+        assert [qemu.process.identity.pid for qemu in world.machine.running()] == [vm["pid"], other["pid"]]
+        info = (await world.request("GET", "/api/v1/system/info")).json()
+        found = await orphans(world)
+        assert info["orphans"] == [{"pid": one["pid"], "mark": one["mark"]} for one in found]
+        first = found[0]
+        assert first == {
+            "mark": first["mark"], "pid": vm["pid"], "vm_id": vm["id"], "name": "demo", "cpu_cores": 2,
+            "memory_mb": 128, "adoptable": True, "obstacle": None,
+        }  # fmt: skip
+
+        # Its id is given to nobody else, so nothing of a new VM's is where its own is.
+        new = await boot(world, "new")
+        assert new["id"] > other["id"]
+
+        answer = await world.request("POST", f"{ORPHANS}/{first['mark']}/adopt")
+        assert answer.status == 201, answer
+        adopted = answer.json()
+        kept = ("id", "name", "pid", "cpu_cores", "memory_mb", "kernel_cmdline", "accelerator", "serial_socket")
+        assert {key: adopted[key] for key in kept} == {key: vm[key] for key in kept}
+        assert (adopted["status"], adopted["boots"], adopted["plugin"]) == ("running", 1, "base")
+        assert [one["name"] for one in await orphans(world)] == ["other"]
+        assert (await world.request("POST", f"{ORPHANS}/{first['mark']}/adopt")).status == 404
+
+        # From now on it is a VM like any other: held over kills, asked to stop, booted again.
+        await world.kill_daemon()
+        await world.start_daemon()
+        assert (await world.request("GET", "/api/v1/vms/demo?wait=running")).json()["pid"] == vm["pid"]
+        stopped = await world.request("POST", "/api/v1/vms/demo/stop?wait=stopped")
+        assert stopped.json()["status"] == "stopped"
+        again = await world.request("POST", "/api/v1/vms/demo/start?wait=running&timeout=5m")
+        assert (again.json()["status"], again.json()["boots"]) == ("running", 2)
+
+    live(tmp_path, story)
+
+
+def test_it_is_told_as_a_vm_that_begins(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await boot(world, "demo")
+        await lose_the_database(world)
+        mark = (await orphans(world))[0]["mark"]
+        assert (await world.request("POST", f"{ORPHANS}/{mark}/adopt")).status == 201
+        async with world.stream("GET", "/api/v1/events/vms?since=0") as stream:
+            told = b""
+            while told.count(b"event: ") < 3:
+                told += await stream.receive()
+        types = [line.removeprefix(b"event: ") for line in told.splitlines() if line.startswith(b"event: ")]
+        assert types == [b"VM_CREATED", b"VM_STARTING", b"VM_RUNNING"]
+
+    live(tmp_path, story)
+
+
+def test_a_name_that_is_taken_is_given_anew(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await boot(world, "demo")
+        await lose_the_database(world)
+        await boot(world, "demo")
+        mark = (await orphans(world))[0]["mark"]
+        refused = await world.request("POST", f"{ORPHANS}/{mark}/adopt")
+        assert (refused.status, refused.json()["field"]) == (409, "name")
+        assert (await world.request("POST", f"{ORPHANS}/{mark}/adopt?name=No.")).status == 400
+        adopted = await world.request("POST", f"{ORPHANS}/{mark}/adopt?name=demo-2")
+        assert (adopted.status, adopted.json()["id"], adopted.json()["pid"]) == (201, vm["id"], vm["pid"])
+        assert adopted.headers["location"] == "/api/v1/vms/demo-2"
+
+    live(tmp_path, story)
+
+
+def test_one_that_is_killed_leaves_nothing_but_its_disk(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await boot(world, "demo")
+        await lose_the_database(world)
+        mark = (await orphans(world))[0]["mark"]
+        assert (await world.request("POST", f"{ORPHANS}/{mark}/kill")).status == 204
+        assert not world.machine.running()
+        assert world.machine.files.names(world.settings.runtime_dir / "vms") == []
+        assert not [path for path in world.machine.files.below(Path("/dev/shm")) if path.name == f"{vm['id']}.mem"]
+        assert await orphans(world) == []
+        assert (await world.request("GET", "/api/v1/system/info")).json()["orphans"] == []
+
+    live(tmp_path, story)
+
+
+def test_what_a_vm_owns_can_be_neither_killed_nor_adopted_here(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await boot(world, "demo")
+        mark = world.machine.running()[0].mark
+        assert await orphans(world) == []
+        for verb in ("kill", "adopt"):
+            answer = await world.request("POST", f"{ORPHANS}/{mark}/{verb}")
+            assert (answer.status, answer.json()["type"]) == (404, "urn:volant:error:orphan-not-found")
+        assert len(world.machine.running()) == 1
+
+    live(tmp_path, story)
+
+
+def test_one_that_can_t_be_held_is_left_running_and_why_is_said(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await boot(world, "demo")
+        await lose_the_database(world)
+        qemu = world.machine.running()[0]
+        world.machine.files.unlink(world.settings.runtime_dir / "vms" / "1" / "qmp.sock")
+        refused = await world.request("POST", f"{ORPHANS}/{qemu.mark}/adopt")
+        assert refused.status == 409, refused
+        assert "can't be controlled" in refused.json()["detail"]
+        world.machine.files.remove_tree(world.settings.runtime_dir / "vms" / "1")
+        found = (await orphans(world))[0]
+        assert (found["adoptable"], found["obstacle"]) == (False, "the directory with its sockets is gone")
+        assert (await world.request("POST", f"{ORPHANS}/{qemu.mark}/adopt")).status == 409
+        assert world.machine.running() == [qemu]
+        assert world.daemon.store.projection.rows() == []
+
+    live(tmp_path, story)

@@ -1,0 +1,179 @@
+"""There is a way out of every state, and `inspect` tells how long each step may take and what comes next."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from actors.testing import Simulation, simulate
+from volant.hypervisor.qemu._machine import PULSE_ANSWER_S, PULSE_S, PULSES_MISSED
+from volant.model import MAX_RESTARTS
+from volant.testing import World, simulated_world
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def live(directory: Path, story: Callable[[World], Awaitable[None]], **faults: float) -> None:
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, directory) as world:
+            await world.start_daemon()
+            with trio.fail_after(7200):
+                await story(world)
+
+    chances = {name.replace("__", "."): chance for name, chance in faults.items()}
+    simulate(main, seed=5, faults=chances, limit_steps=10_000_000)
+
+
+async def create(world: World, **fields: object) -> None:
+    body = {"name": "demo", "cpu_cores": 1, "memory_mb": 64, **fields}
+    assert (await world.request("POST", "/api/v1/vms", body, JSON)).status == 201
+
+
+async def wait_for(world: World, status: str) -> Any:
+    answer = await world.request("GET", f"/api/v1/vms/demo?wait={status}&timeout=10m")
+    assert answer.headers["volant-wait"] == "met", answer
+    return answer.json()
+
+
+async def look(world: World) -> Any:
+    return (await world.request("GET", "/api/v1/vms/demo/inspect")).json()["actor"]["actor"]
+
+
+async def until(world: World, fits: Callable[[Any], bool]) -> Any:
+    """What `inspect` says of the actor, once it is so."""
+    while True:
+        shown = await look(world)
+        if fits(shown):
+            return shown
+        await trio.sleep(0.05)
+
+
+async def step(world: World, name: str) -> Any:
+    """Wait until that step is under way; how `inspect` shows it."""
+    return (await until(world, lambda shown: shown["step"] is not None and shown["step"]["name"] == name))["step"]
+
+
+def _restarted(before: int, shown: Any) -> bool:
+    return bool(shown["restarts"]["done"] > before)
+
+
+def test_a_restart_policy_backs_off_shows_when_and_gives_up(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await create(world, restart_policy="on-failure")
+        delays = []
+        for restart in range(MAX_RESTARTS):
+            shown = await step(world, "RestartLater")
+            assert 0 <= shown["left_s"] <= shown["limit_s"]
+            delays.append(shown["limit_s"])
+            assert (await look(world))["restarts"] == {"policy": "on-failure", "done": restart, "limit": MAX_RESTARTS}
+            await until(world, partial(_restarted, restart))
+        assert delays == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+        await until(world, lambda shown: shown["step"] is None)
+        vm = (await world.request("GET", "/api/v1/vms/demo")).json()
+        assert (vm["status"], vm["restarts"], vm["reason"]["code"]) == ("crashed", MAX_RESTARTS, "guest_panicked")
+        await trio.sleep(600)
+        assert (await world.request("GET", "/api/v1/vms/demo")).json()["boots"] == MAX_RESTARTS + 1
+        # Whoever wants it tried again says so.
+        await world.request("POST", "/api/v1/vms/demo/start")
+        assert (await look(world))["restarts"]["done"] == 0
+
+    live(tmp_path, story, guest__panics_at_boot=1.0)
+
+
+def test_each_step_of_a_life_says_how_long_it_may_take(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await create(world)
+        booting = await step(world, "AwaitAgent")
+        assert booting["limit_s"] == world.settings.agent_timeout_s
+        crashed = await wait_for(world, "crashed")
+        assert crashed["reason"]["code"] == "agent_timeout"
+        history = (await look(world))["history"]
+        assert [entry["saw"].partition(":")[0] for entry in history][:3] == ["Woke", "ImageReady", "Launched"]
+        assert any(entry["saw"].startswith("StepFailed: agent_timeout") for entry in history)
+
+    live(tmp_path, story, guest__never_answers=1.0)
+
+
+def test_a_hypervisor_that_hangs_at_its_start_is_given_up(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await create(world)
+        crashed = await wait_for(world, "crashed")
+        assert crashed["reason"]["code"] in ("no_answer", "launch_timeout")
+        await world.request("DELETE", "/api/v1/vms/demo")
+        assert not world.machine.running()
+
+    live(tmp_path, story, qemu__hangs_at_start=1.0)
+
+
+def test_a_guest_that_ignores_its_stop_is_killed_after_its_grace(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await create(world)
+        await wait_for(world, "running")
+        began = trio.current_time()
+        await world.request("POST", "/api/v1/vms/demo/stop?grace=20s")
+        assert (await step(world, "AskStop"))["limit_s"] == 20
+        await wait_for(world, "stopped")
+        assert 20 <= trio.current_time() - began < 25
+
+    live(tmp_path, story, guest__ignores_shutdown=1.0)
+
+
+def test_a_process_that_outlives_its_kill_is_killed_until_it_is_gone(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await create(world)
+        await wait_for(world, "running")
+        await world.request("POST", "/api/v1/vms/demo/stop?grace=0s")
+        assert (await step(world, "Kill"))["limit_s"] == 30
+        await trio.sleep(35)
+        # It says so meanwhile.
+        assert (await world.request("GET", "/api/v1/vms/demo")).json()["reason"]["code"] == "unkillable"
+        assert (await wait_for(world, "stopped"))["reason"] is None
+
+    live(tmp_path, story, process__is_stubborn=1.0)
+
+
+def test_a_hypervisor_that_hangs_while_it_runs_is_killed_and_named(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await create(world)
+        vm = await wait_for(world, "running")
+        await trio.sleep(1000)
+        assert (await world.request("GET", "/api/v1/vms/demo")).json()["pid"] == vm["pid"]
+        world.machine.running()[0].frozen = True
+        began = trio.current_time()
+        crashed = await wait_for(world, "crashed")
+        assert trio.current_time() - began <= PULSE_S + PULSES_MISSED * PULSE_ANSWER_S + 1
+        assert crashed["reason"]["code"] == "hypervisor_error"
+        assert f"process {vm['pid']} is there, and has not answered" in crashed["reason"]["message"]
+        await trio.sleep(1)
+        assert not world.machine.running()
+
+    live(tmp_path, story)
+
+
+def test_one_that_hangs_for_a_moment_is_left_alone(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await create(world)
+        vm = await wait_for(world, "running")
+        qemu = world.machine.running()[0]
+        for _ in range(20):
+            qemu.frozen = True
+            await trio.sleep(PULSE_ANSWER_S * (PULSES_MISSED - 1))
+            qemu.frozen = False
+            await trio.sleep(PULSE_ANSWER_S + PULSE_S)
+        after = (await world.request("GET", "/api/v1/vms/demo")).json()
+        assert (after["status"], after["pid"]) == ("running", vm["pid"])
+
+    live(tmp_path, story)

@@ -1,0 +1,240 @@
+"""A restore loses no VM that runs; a daemon killed in it comes back with the old database or with the new one."""
+
+# ruff: noqa: ASYNC240, ASYNC221 - the files and the commands are the test's own, and nothing else runs meanwhile
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import trio
+
+from tests.system.kit import Daemon, adopted, boot, is_alive, next_event, reachable, run, spec
+from volant.client import Client, ClientError, StreamGap
+
+
+def volar(daemon: Daemon, *words: str, code: int = 0) -> Any:
+    """What the command says, as JSON; its errors as text."""
+    command = [sys.executable, "-m", "volant.cli.main", *words, *(["--json"] if not code else [])]
+    environ = {**daemon.environ, "VOLANT_API_BASE": daemon.base_url}
+    done = subprocess.run(command, env=environ, capture_output=True, timeout=90, check=False)
+    assert done.returncode == code, (words, done)
+    return msgspec.json.decode(done.stdout) if not code else done.stderr.decode()
+
+
+def restore_offline(daemon: Daemon, file: Path, *flags: str) -> subprocess.CompletedProcess[bytes]:
+    at = daemon.command.index("volant.daemon.main") + 1
+    command = [*daemon.command[:at], "restore", str(file), *flags, *daemon.command[at:]]
+    return subprocess.run(command, env=daemon.environ, capture_output=True, timeout=60, check=False)
+
+
+async def stopped_vm(client: Client, name: str) -> None:
+    """One that costs no boot."""
+    await client.vms.create(spec(name))
+    assert (await client.vms.verb_and_wait(name, "stop", ["stopped"], grace_s=0)).outcome == "met"
+
+
+async def test_a_restore_of_a_daemon_at_work(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon = make_daemon(ephemeral=False)
+    kept = tmp_path / "kept.db"
+    async with daemon.client() as client:
+        stays = await boot(client, "stays")
+        await stopped_vm(client, "deleted-later")
+        said = volar(daemon, "system", "backup", str(kept))
+        assert said == {"path": str(kept), "bytes": kept.stat().st_size}
+        assert kept.stat().st_mode & 0o077 == 0
+        assert "is there already" in volar(daemon, "system", "backup", str(kept), code=4)
+        volar(daemon, "system", "backup", str(kept), "--force")
+        assert [path.name for path in tmp_path.iterdir()] == ["kept.db"]
+
+        await client.vms.delete("deleted-later")
+        orphan = await boot(client, "made-later")
+        newest = await client.newest_event()
+        assert "does not know these VMs: made-later" in volar(daemon, "system", "restore", str(kept), code=4)
+        assert (await client.vms.get("made-later")).status == "running"
+
+        async with client.events(after=newest) as feed:
+            restored = volar(daemon, "system", "restore", str(kept), "--replace")
+            assert restored["vm_count"] == 2
+            gap = None
+            with trio.fail_after(30):
+                while not isinstance(gap, StreamGap):
+                    gap = await feed.receive()
+            assert gap.requested == newest
+            assert gap.newest.startswith(restored["event_epoch"])
+            # What is kept comes under ids of the new epoch.
+            assert (await next_event(feed)).id == gap.oldest == f"{restored['event_epoch']}-1"
+
+        await adopted(client)
+        info = await client.system.info()
+        assert info["event_epoch"] == restored["event_epoch"]
+        after = await client.vms.get("stays")
+        assert (after.id, after.pid, after.status, after.boots) == (stays.id, stays.pid, "running", 1)
+        await reachable(client, "stays")
+        assert await run(client, "stays", "echo", "alive") == "alive\n"
+        assert (await client.vms.get("deleted-later")).status == "stopped"
+        assert orphan.pid is not None
+        assert is_alive(orphan.pid)
+        assert [found["pid"] for found in info["orphans"]] == [orphan.pid]
+        assert sorted(vm.name for vm in await client.vms.list()) == ["deleted-later", "stays"]
+        # No id is given out again.
+        await client.vms.create(spec("next"))
+        assert (await client.vms.get("next")).id == orphan.id + 1
+        await client.vms.delete("next")
+    # The next start takes nothing over once more.
+    daemon.stop()
+    daemon.start()
+    async with daemon.client() as client:
+        assert (await client.newest_event()).startswith(restored["event_epoch"])
+        os.kill(orphan.pid, signal.SIGKILL)
+        _remove_files_of(daemon, orphan.id)
+
+
+def _remove_files_of(daemon: Daemon, vm_id: int) -> None:
+    """What a VM without a row leaves behind is its owner's business."""
+    subprocess.run(
+        ["rm", "-rf", str(daemon.runtime_dir / "vms" / str(vm_id)), str(daemon.memory_dir / f"{vm_id}.mem")], check=True
+    )
+
+
+async def test_killed_at_any_moment_of_a_restore_it_is_the_old_database_or_the_new_one(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    daemon = make_daemon(ephemeral=False)
+    rng = random.Random(20)
+    old_seen = new_seen = 0
+    async with daemon.client() as client:
+        await stopped_vm(client, "old")
+        volar(daemon, "system", "backup", str(tmp_path / "kept.db"))
+        data = (tmp_path / "kept.db").read_bytes()
+        await stopped_vm(client, "newer")
+    for _ in range(8):
+        async with daemon.client() as client:
+            await adopted(client)
+            before = (await client.system.info())["event_epoch"]
+            names = {vm.name for vm in await client.vms.list()}
+            if "newer" not in names:
+                await stopped_vm(client, "newer")
+        accepted: list[str] = []
+
+        async def restore(base_url: str, accepted: list[str]) -> None:
+            try:
+                async with httpx.AsyncClient(base_url=base_url, trust_env=False, timeout=30) as http:
+                    answer = await http.post("/api/v1/system/restore?replace=true", content=data)
+                    assert answer.status_code == 202, answer.text
+                    accepted.append(answer.json()["event_epoch"])
+            except httpx.TransportError:
+                pass
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(restore, daemon.base_url, accepted)
+            await trio.sleep(rng.uniform(0.0, 0.08))
+            daemon.kill()
+        daemon.start()
+        async with daemon.client() as client:
+            await adopted(client)
+            after = (await client.system.info())["event_epoch"]
+            names = {vm.name for vm in await client.vms.list()}
+        if accepted:
+            assert after == accepted[0]
+        if after == before:
+            old_seen += 1
+            assert names == {"old", "newer"}
+        else:
+            new_seen += 1
+            assert names == {"old"}
+        left = [path.name for path in daemon.state_dir.glob("volant-*.db")]
+        assert all(name.startswith("volant-before-") for name in left), left
+    assert old_seen + new_seen == 8
+
+
+async def test_a_damaged_database_is_kept_and_a_backup_brings_the_running_vm_back(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    daemon = make_daemon(ephemeral=False)
+    kept = tmp_path / "kept.db"
+    async with daemon.client() as client:
+        vm = await boot(client, "demo")
+        volar(daemon, "system", "backup", str(kept))
+        # The newest boot is one of which the backup does not know.
+        await client.vms.verb_and_wait("demo", "restart", ["running"], timeout_s=120)
+        vm = await client.vms.get("demo")
+    assert b"another volantd uses" in restore_offline(daemon, kept).stderr
+    daemon.kill()
+    database = daemon.state_dir / "volant.db"
+    whole = database.read_bytes()
+    wal = database.with_name("volant.db-wal")
+
+    flipped = bytearray(whole)
+    for page in range(4096, len(whole), 4096):
+        flipped[page + 5] ^= 0xFF
+    damages = {
+        "flipped": bytes(flipped),
+        "cut off": whole[: len(whole) // 2],
+        "garbage": random.Random(1).randbytes(len(whole)),
+        "empty": b"",
+    }
+    wal.unlink()
+    for how, data in damages.items():
+        database.write_bytes(data)
+        refused = subprocess.run(daemon.command, env=daemon.environ, capture_output=True, timeout=60, check=False)
+        last = refused.stderr.decode().splitlines()[-1]
+        assert refused.returncode == 1, how
+        assert last.startswith(f"volantd: {database} is damaged"), (how, last)
+        assert "`volantd restore BACKUP`" in last
+        assert database.read_bytes() == data, how
+
+    broken = tmp_path / "broken.db"
+    broken.write_bytes(kept.read_bytes()[:-5000])
+    done = restore_offline(daemon, broken)
+    assert done.returncode == 1
+    assert b"can't be restored" in done.stderr
+    done = restore_offline(daemon, kept)
+    assert done.returncode == 0, done
+    assert b"restored 1 VMs" in done.stdout
+    assert [path.read_bytes() for path in daemon.state_dir.glob("volant-before-*.db")] == [b""]
+
+    daemon.start()
+    async with daemon.client() as client:
+        await adopted(client)
+        after = await client.vms.get("demo")
+        assert (after.pid, after.status, after.boots) == (vm.pid, "running", 2)
+        await reachable(client, "demo")
+        assert await run(client, "demo", "echo", "alive") == "alive\n"
+        assert (await client.system.info())["orphans"] == []
+
+
+async def test_requests_wait_while_the_daemon_begins_anew(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon = make_daemon(ephemeral=False)
+    kept = tmp_path / "kept.db"
+    async with daemon.client() as client:
+        await stopped_vm(client, "one")
+        volar(daemon, "system", "backup", str(kept))
+        failures: list[ClientError] = []
+        asked = 0
+
+        async def ask() -> None:
+            nonlocal asked
+            while True:
+                async with daemon.client() as own:
+                    try:
+                        await own.vms.list()
+                        asked += 1
+                    except ClientError as error:
+                        failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.to_thread.run_sync(volar, daemon, "system", "restore", str(kept))
+            nursery.cancel_scope.cancel()
+        assert asked > 5
+        # A connection that was just being taken when the tree ended may break; none is refused.
+        assert len(failures) <= 1, failures

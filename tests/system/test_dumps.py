@@ -1,0 +1,95 @@
+"""A daemon says what it is doing when asked, also when its event loop hangs, and goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from tests.system.kit import Daemon, patched
+from volant.client import Client
+
+SECRET = "do-not-tell-anybody-42"
+
+
+async def until_logged(daemon: Daemon, text: str) -> str:
+    with trio.fail_after(30):
+        while text not in (log := daemon.log_path.read_text()):  # noqa: ASYNC110 - a file
+            await trio.sleep(0.05)
+    return log
+
+
+async def test_a_signal_puts_all_tasks_into_the_log_and_the_daemon_goes_on(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon(environ={"VOLANT_API_KEY": SECRET, "VOLANT_LOG_LEVEL": "error"})
+    async with daemon.client() as client, client.events():
+        for number in (1, 2):
+            os.kill(daemon.pid, signal.SIGUSR1)
+            with trio.fail_after(30):
+                while daemon.log_path.read_text().count("what all tasks do:") < number:  # noqa: ASYNC110
+                    await trio.sleep(0.05)
+        log = daemon.log_path.read_text()
+        # Threads, from the signal's own handler, then the tree of tasks.
+        assert log.index("Current thread") < log.index("what all tasks do:")
+        assert "volant/daemon/_daemon.py" in log
+        assert "journal" in log
+        assert "volant/api/_events.py" in log
+        shown = await client.system.tasks()
+        assert "volant/daemon/_daemon.py" in shown
+        assert "volant/_tasks.py" in shown
+        assert (await client.healthz()).status == "ok"
+    assert SECRET not in log + shown
+
+
+async def test_a_loop_that_hangs_shows_where(make_daemon: Callable[..., Daemon]) -> None:
+    hangs = """
+import time
+from volant.api import _system
+def dump():
+    deadline = time.monotonic() + 3
+    while time.monotonic() < deadline:
+        pass
+    return ""
+_system.dump = dump
+"""
+    daemon = make_daemon(wrapper=patched(hangs))
+    async with Client(daemon.base_url) as client, trio.open_nursery() as nursery:
+        nursery.start_soon(client.system.tasks)
+        # Not before it hangs; the answer is the end of that.
+        await trio.sleep(1)
+        os.kill(daemon.pid, signal.SIGUSR1)
+        log = await until_logged(daemon, "in dump")
+        assert "what all tasks do:" not in log
+        assert "volant/api/_system.py" in log
+        assert "what all tasks do:" in await until_logged(daemon, "what all tasks do:")
+        assert (await client.healthz()).status == "ok"
+
+
+async def test_the_signal_does_not_end_a_daemon_that_begins_or_stops(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon()
+    assert daemon.stop() == 0
+    daemon.launch()
+    assert daemon.process is not None
+    assert daemon.process.stdout is not None
+    # From before its first line on, until it has ended.
+    with trio.fail_after(60):
+        while not _ignores(daemon.pid):  # noqa: ASYNC110 - the kernel's
+            await trio.sleep(0.005)
+        for _ in range(300):
+            os.kill(daemon.pid, signal.SIGUSR1)
+            await trio.sleep(0.002)
+        daemon.terminate()
+        while daemon.process.poll() is None:
+            os.kill(daemon.pid, signal.SIGUSR1)
+            await trio.sleep(0.005)
+    daemon.process.stdout.close()
+    assert daemon.process.returncode == 0, daemon.log()
+
+
+def _ignores(pid: int) -> bool:
+    """Whether the signal would not end it now."""
+    lines = (line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    masks = {name: int(mask, 16) for name, _, mask in lines if name in ("SigIgn", "SigCgt")}
+    return bool((masks["SigIgn"] | masks["SigCgt"]) >> (signal.SIGUSR1 - 1) & 1)

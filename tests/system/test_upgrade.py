@@ -1,0 +1,202 @@
+"""An upgrade costs no VM, no event and no line; guests with another agent are served as far as that goes."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import apsw
+import httpx
+import pytest
+import trio
+
+from tests.system.kit import BOOT_S, REPOSITORY, Daemon, adopted, boot, next_event, reachable, run, spec, until
+from volant.client import Client, ClientError, ClientProblem, LogLine
+from volant.journal._schema import VERSION
+
+PREVIOUS = os.environ.get("VOLANT_TEST_PREVIOUS") or "HEAD~1"
+"""What is upgraded from: a commit."""
+
+TICKER = """
+import time
+number = 0
+while True:
+    print("tick", number, flush=True)
+    number += 1
+    time.sleep(0.1)
+"""
+KILL = "kill -9 $(pidof python3.13 | tr ' ' '\\n' | sort -n | grep -vx 1 | head -n 1); sleep 60"
+
+
+@pytest.fixture
+def previous(tmp_path: Path) -> Path:
+    """The tree of the previous commit."""
+    archive = subprocess.run(
+        ["git", "-C", REPOSITORY, "archive", PREVIOUS, "volant", "actors"], capture_output=True, check=False
+    )
+    if archive.returncode != 0:
+        pytest.skip(f"there is no {PREVIOUS} here: {archive.stderr.decode().strip()[:200]}")
+    tree = tmp_path / "previous"
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+        tar.extractall(tree, filter="data")
+    return tree
+
+
+def begin_with(daemon: Daemon, tree: Path | None) -> None:
+    """Let the next start be of the code in `tree`; None: of ours."""
+    daemon.cwd = tree
+    daemon.environ["PYTHONPATH"] = str(tree or REPOSITORY)
+    where = subprocess.run(
+        [sys.executable, "-c", "import volant; print(volant.__file__)"],
+        cwd=daemon.cwd, env=daemon.environ, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert Path(where.strip()).is_relative_to(tree or REPOSITORY), where
+
+
+async def test_the_next_daemon_goes_on_with_what_the_previous_one_has_begun(
+    make_daemon: Callable[..., Daemon], previous: Path
+) -> None:
+    daemon = make_daemon(ephemeral=False)
+    assert daemon.stop() == 0
+    begin_with(daemon, previous)
+    # What ours has made is none of its business.
+    for path in daemon.state_dir.glob("volant.db*"):
+        path.unlink()
+    daemon.start()
+    async with daemon.client() as client:
+        await client.plugins.install({"name": "ticker", "workload": {"entrypoint": ["python3.13", "-c", TICKER]}})
+        waited = await client.vms.create_and_wait(spec("demo", plugin="ticker", labels={"a": "b"}), timeout_s=BOOT_S)
+        assert waited.vm is not None
+        vm = waited.vm
+        await boot(client, "idle")
+        assert (await client.vms.verb_and_wait("idle", "stop", ["stopped"], grace_s=0)).outcome == "met"
+        made = await client.vms.create(spec("once"), idempotency_key="made-once")
+        await client.vms.delete("once")
+        newest = await client.newest_event()
+        last = await last_line(client, 0)
+        before = (await client.vms.get("idle")).id
+    daemon.kill()
+
+    begin_with(daemon, None)
+    daemon.start()
+    async with daemon.client() as client:
+        await adopted(client)
+        after = await client.vms.get("demo")
+        assert (after.id, after.pid, after.status, after.boots) == (vm.id, vm.pid, "running", 1)
+        assert (after.labels, after.plugin, after.started_at) == (vm.labels, vm.plugin, vm.started_at)
+        await reachable(client, "demo")
+        assert await run(client, "demo", "echo", "alive") == "alive\n"
+        # The log and the events go on where they were, and adoption is no event.
+        await last_line(client, last)
+        assert await client.newest_event() == newest
+        async with client.events(after=newest) as feed:
+            assert (await client.vms.verb_and_wait("idle", "start", ["running"], timeout_s=BOOT_S)).outcome == "met"
+            event = await next_event(feed)
+            assert (event.type, event.vm_id) == ("VM_STARTING", before)
+            epoch, _, seq = newest.rpartition("-")
+            assert event.id == f"{epoch}-{int(seq) + 1}"
+        # What was answered before is answered again.
+        assert (await client.vms.create(spec("once"), idempotency_key="made-once")).id == made.id
+        assert [plugin.name for plugin in await client.plugins.list()] == ["base", "ticker"]
+        stopped = await client.vms.verb_and_wait("demo", "stop", ["stopped"], grace_s=60)
+        assert stopped.outcome == "met"
+    connection = apsw.Connection(str(daemon.state_dir / "volant.db"), flags=apsw.SQLITE_OPEN_READONLY)
+    assert connection.pragma("user_version") == VERSION
+    connection.close()
+
+
+async def last_line(client: Client, after: int) -> int:
+    """Read some lines of the workload after that one, none of which may lack or come twice; the number of the last."""
+    numbers: list[int] = []
+    seq = after
+    with trio.fail_after(60):
+        async with client.vms.logs("demo", since=after, streams=["stdout"]) as log:
+            while len(numbers) < 10:
+                line = await log.receive()
+                assert isinstance(line, LogLine), line
+                numbers.append(int(line.line.removeprefix("tick ")))
+                seq = line.seq
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert after or numbers[0] == 0
+    return seq
+
+
+def older(source: str) -> str:
+    """The agent's server without the routes that came later."""
+    for route in ("agent.FILES", "agent.EXEC_SESSIONS", "agent.DAEMON_MANIFEST"):
+        assert route in source
+        source = source.replace(route, '"/v1/there-is-none"')
+    allowed = '_allow(method, "POST", "GET")'
+    assert allowed in source
+    return source.replace(allowed, '_allow(method, "POST")')
+
+
+def newer(source: str) -> str:
+    """One of a later version, which has given up what we speak."""
+    said = '{"min": agent.PROTOCOL_MIN, "max": agent.PROTOCOL_VERSION}'
+    assert said in source
+    return source.replace(said, '{"min": 70, "max": 90}')
+
+
+async def replace_agent(client: Client, name: str, source: str) -> None:
+    """Let PID 1 start another agent in the place of the one that runs."""
+    try:
+        await run(client, name, "sh", "-c", f"cp {source} /usr/lib/volant/volant/guest/_server.py; {KILL}")
+    except (ClientError, AssertionError) as error:
+        print(f"as it should: {error}")
+    else:
+        pytest.fail("the agent is still there")
+
+
+async def test_a_guest_with_another_agent_is_served_as_far_as_it_goes(daemon: Daemon) -> None:
+    source = (REPOSITORY / "volant" / "guest" / "_server.py").read_text()
+    async with daemon.client() as client, daemon.http() as http:
+        vm = await boot(client, "demo")
+        for path, text in (("/tmp/older", older(source)), ("/tmp/newer", newer(source))):
+            await client.vms.write_file("demo", path, text.encode())
+        await replace_agent(client, "demo", "/tmp/older")
+        await reachable(client, "demo")
+
+        # What it can, it does; what it can't is said as what it is, and no file that is missing.
+        assert await run(client, "demo", "echo", "alive") == "alive\n"
+        agent = "/api/v1/vms/demo/agent"
+        for answer in (await http.get(f"{agent}/v1/files/etc/passwd"), await http.get(f"{agent}/v1/exec/sessions")):
+            check_refusal(answer, "agent-too-old")
+        assert (await http.get(f"{agent}/v1/nothing")).status_code == 404
+        with pytest.raises(ClientProblem) as refused:
+            async with client.vms.exec_session("demo", ["true"]):
+                pass
+        assert (refused.value.status, "older" in str(refused.value)) == (502, True)
+        inspected = await client.vms.inspect("demo")
+        assert inspected["actor"]["actor"]["process"]["protocol"] == 1
+
+        # With one that speaks nothing of ours it runs on, and says why nobody gets in.
+        await replace_agent(client, "demo", "/tmp/newer")
+        with trio.fail_after(30):
+            while (answer := await http.get(f"{agent}/v1/info")).json().get("type", "").endswith("unreachable") or (  # noqa: ASYNC110
+                answer.status_code == 200
+            ):
+                await trio.sleep(0.1)
+        check_refusal(answer, "agent-incompatible")
+        assert "70 to 90" in answer.json()["detail"]
+        assert (await client.vms.get("demo")).pid == vm.pid
+        assert (await client.vms.get("demo")).status == "running"
+
+        # As the hint says.
+        again = await client.vms.verb_and_wait("demo", "restart", ["running"], grace_s=0, timeout_s=BOOT_S)
+        assert again.outcome == "met"
+        await until(client, "demo", "running")
+        await reachable(client, "demo")
+        assert (await http.get(f"{agent}/v1/files/etc/passwd")).status_code == 200
+
+
+def check_refusal(answer: httpx.Response, kind: str) -> None:
+    assert answer.status_code == 502, answer.text
+    problem = answer.json()
+    assert problem["type"] == f"urn:volant:error:{kind}"
+    assert problem["hint"].startswith("`volar vms restart demo`")

@@ -1,0 +1,34 @@
+"""The pages of the documentation hang together: every link leads somewhere, and the README names every how-to."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDERS = ("tutorial", "how-to", "reference", "explanation")
+PAGES = [REPOSITORY / "README.md", *(page for name in FOLDERS for page in (REPOSITORY / "docs" / name).glob("*.md"))]
+
+_LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+_CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+
+
+def test_every_link_leads_somewhere() -> None:
+    broken = []
+    for page in PAGES:
+        for path, anchor in _LINK.findall(_CODE.sub("", page.read_text())):
+            target = (page.parent / path).resolve() if path else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.relative_to(REPOSITORY)}: {path}#{anchor}")
+    assert not broken
+
+
+def test_the_readme_names_every_how_to() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    assert not [page.name for page in (REPOSITORY / "docs/how-to").glob("*.md") if f"how-to/{page.name})" not in readme]
+
+
+def anchors(page: Path) -> set[str]:
+    """What its headings are called in addresses, as GitHub makes it of them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -1,0 +1,65 @@
+"""A row that is made of a command line is one that makes the same command line: nothing a process needs is lost."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from volant.hypervisor.qemu._argv import build_argv
+from volant.hypervisor.qemu._found import parse_argv
+from volant.model import Artifact, Boot, CreateVm, Manifest, ProcessIdentity, Status, VmRow, new_row
+from volant.vm import VmSettings
+from volant.vm._orphans import Orphan, _row
+from volant.vm._steps import CUSTOM_IMAGE, machine_spec, mark_of
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+DIGEST = "5" * 64
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> VmSettings:
+    image = tmp_path / "images" / DIGEST
+    image.mkdir(parents=True)
+    for name in ("vmlinux", "initramfs"):
+        (image / name).write_bytes(b"x")
+    record = {"min_memory_mb": 96, "kernel_parameters": ["quiet", "random=1"], "protocol": 1, "kernel_version": "6"}
+    (image / "image.json").write_text(json.dumps({**record, "kernel": {"size": 1}, "initramfs": {"size": 1}}))
+    return VmSettings(runtime_dir=Path("/run"), cache_dir=tmp_path, memory_dir=Path("/shm"), disk_dir=Path("/disks"))
+
+
+def launched(boot: Boot | None, image: str, cmdline: str) -> VmRow:
+    request = CreateVm(name="demo", cpu_cores=3, memory_mb=160, plugin="site", kernel_cmdline=cmdline)
+    row = new_row(request, Manifest(name="site", boot=boot), vm_id=7, now=NOW)
+    row = msgspec.structs.replace(row, boots=4, booted=2, generation=2, image=image)
+    return msgspec.structs.replace(row, mark=mark_of("ab12", msgspec.structs.replace(row, boots=3)))
+
+
+@pytest.mark.parametrize("cmdline", ["", "debug volant.x=1"])
+@pytest.mark.parametrize(
+    ("boot", "image"),
+    [
+        (None, DIGEST),
+        (Boot(rootfs=Artifact("https://there/root", "1" * 64)), DIGEST),
+        (Boot(kernel=Artifact("/srv/k", "2" * 64), initramfs=Artifact("/srv/i", "3" * 64)), CUSTOM_IMAGE),
+    ],
+)
+def test_it_needs_what_its_process_has(settings: VmSettings, boot: Boot | None, image: str, cmdline: str) -> None:
+    before = machine_spec(settings, launched(boot, image, cmdline), "tcg")
+    found = parse_argv(build_argv(before, (10, 0)))
+    assert found is not None
+    identity = ProcessIdentity(4242, 99, "boot", before.mark)
+    later = NOW + timedelta(days=1)
+    row = _row(settings, Orphan(identity, 7, 4, found, None), found, found.name, later)
+    assert machine_spec(settings, row, "tcg") == before
+    assert (row.kernel_cmdline, row.image, row.boots, row.process) == (cmdline, image, 4, identity)
+    assert (row.status, row.created_at) == (Status.RUNNING, later)
+    # Its next boot has another mark than any before, and finds its media in the cache.
+    assert mark_of("ab12", row).endswith("-7.5")
+    adopted = row.manifest.boot or Boot()
+    for part in ("kernel", "initramfs", "rootfs"):
+        one, other = getattr(boot or Boot(), part), getattr(adopted, part)
+        assert (one and one.sha256) == (other and other.sha256)

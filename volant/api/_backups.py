@@ -1,0 +1,72 @@
+"""`/api/v1/system/backup` and `/api/v1/system/restore`: the journal as one file."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+
+import msgspec
+import trio
+
+from volant.model import Problem, Restored
+
+from ._call import Call
+from ._doors import Doors
+from ._edge import StreamRoute
+
+MEDIA = "application/vnd.sqlite3"
+_SILENCE_S = 60.0
+
+
+def routes(doors: Doors) -> list[StreamRoute]:
+    """The routes of this resource."""
+
+    async def backup(call: Call) -> None:
+        call.query(credentials=False).done()
+        async with doors.backups.take() as taken:
+
+            async def send() -> None:
+                await call.start(
+                    200,
+                    [
+                        (b"content-type", MEDIA.encode()),
+                        (b"content-length", b"%d" % taken.size),
+                        (b"content-disposition", b'attachment; filename="%s"' % taken.name.encode()),
+                        (b"repr-digest", b"sha-256=:%s:" % b64encode(taken.sha256)),
+                        (b"cache-control", b"no-store"),
+                    ],
+                )
+                while data := await taken.read():
+                    await call.write(data)
+                await call.finish()
+
+            await call.while_connected(send)
+
+    async def restore(call: Call) -> None:
+        query = call.query(credentials=False)
+        replace = query.flag("replace", default=False)
+        query.done()
+        async with doors.backups.receiving() as upload:
+            length = call.header(b"content-length")
+            if length is not None:
+                upload.expect(int(length))
+            more = True
+            while more:
+                with trio.move_on_after(_SILENCE_S) as scope:
+                    message = await call.receive()
+                if scope.cancelled_caught:
+                    raise Problem(408, "request-timeout", f"nothing of the body came for {_SILENCE_S:g} s")
+                if message["type"] == "http.disconnect":
+                    raise trio.BrokenResourceError("the client left")
+                if message["body"]:
+                    await upload.write(message["body"])
+                more = message["more_body"]
+            epoch = await doors.backups.restore(upload, replace=replace)
+            body = msgspec.json.encode(Restored(event_epoch=epoch))
+            fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+            await call.reject(202, fields, body)
+
+    return [
+        StreamRoute(re.compile(r"/api/v1/system/backup\Z"), backup, methods=frozenset({"GET"})),
+        StreamRoute(re.compile(r"/api/v1/system/restore\Z"), restore, methods=frozenset({"POST"})),
+    ]

@@ -1,0 +1,71 @@
+"""`volar debug`: for reports of bugs."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+import trio
+
+from ._bundle import Bundle, gather
+from ._options import Options, common, pass_options
+from ._output import Output
+from ._run import CONFLICT, Failure, api_key_of, client_of, guarded
+
+
+@click.group(name="debug")
+def group() -> None:
+    """Gather what a report of a bug needs."""
+
+
+@group.command("bundle")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: volant-debug-<time>.tar.gz here.")
+@click.option("--log", type=click.Path(path_type=Path), help="The daemon's log, where it is not in systemd's journal.")
+@click.option("--consoles", is_flag=True, help="Also what guests that crashed have printed last: it may hold secrets.")
+@common()
+@pass_options
+def bundle(options: Options, output: Path | None, log: Path | None, consoles: bool) -> int:
+    """Write one file for a report of a bug: versions, the host, settings, log, VMs, events, what every task is doing.
+
+    It works without the daemon, too; then it has the part of the host. As root it finds more. Keys, tokens, queries,
+    environments, kernel command lines and values of labels are left out. Look through it before you hand it on.
+    """
+
+    def work() -> int:
+        name = f"volant-debug-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        path = output if output is not None else Path(f"{name}.tar.gz")
+        if log is not None and not log.is_file():
+            raise click.UsageError(f"--log: there is no file {log}")
+        out = Output(options.json)
+        key = api_key_of(options)
+
+        async def run() -> Bundle:
+            async with client_of(options) as client:
+                return await gather(client, [key] if key else [], log, consoles)
+
+        gathered = trio.run(run)
+        _write(path, gathered.archive(name))
+        if options.json:
+            out.document({"path": str(path), "members": list(gathered.members), "missing": gathered.missing})
+            return 0
+        for what, why in gathered.missing.items():
+            out.note(f"not in it: {what}: {why}")
+        out.note("look through it before you hand it on")
+        out.line(str(path))
+        return 0
+
+    return guarded(options, work)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """For its owner alone, and over nothing. :raises Failure:"""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise Failure(f"{path} is there already", code=CONFLICT, hint="name another file with --output") from None
+    except OSError as error:
+        raise Failure(f"{path} can't be written: {error.strerror}") from error
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)

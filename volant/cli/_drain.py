@@ -1,0 +1,74 @@
+"""`volar system drain|undrain`: maintenance."""
+
+from __future__ import annotations
+
+import click
+import trio
+
+from volant.client import Client
+
+from ._run import TIMED_OUT, Duration, Failure, Session, command
+from ._system_group import group
+
+_UNDER_WAY = ("starting", "running", "paused", "stopping", "deleting")
+_LOOK_S = 2.0
+
+
+@command(group, "drain")
+@click.option("--stop-vms", is_flag=True, help="Stop VMs that are up, some at a time; they start after `undrain`.")
+@click.option("--grace", type=Duration(), metavar="DURATION", help="With --stop-vms: how long each guest has (10s).")
+@click.option("--wait", is_flag=True, help="Return once no VM is up.")
+@click.option(
+    "--timeout", type=Duration(), default=600.0, metavar="DURATION", help="With --wait: at most so long (10m)."
+)
+async def drain(session: Session, stop_vms: bool, grace: float | None, wait: bool, timeout: float) -> None:
+    """Let no VM be made or start, for maintenance, until `undrain`.
+
+    VMs that run go on running. It lasts over restarts of the daemon and of the host.
+    """
+    if grace is not None and not stop_vms:
+        raise click.UsageError("--grace goes with --stop-vms")
+    found = await session.client.system.drain(stop_vms=stop_vms, grace_s=grace)
+    if wait:
+        await _wait(session, timeout)
+    if session.out.json:
+        session.out.document(found)
+    else:
+        session.out.line("draining: no VM starts until `volar system undrain`")
+
+
+@command(group, "undrain")
+async def undrain(session: Session) -> None:
+    """Let VMs start again; those that waited do."""
+    found = await session.client.system.undrain()
+    if session.out.json:
+        session.out.document(found)
+    else:
+        session.out.line("VMs start again")
+
+
+async def _wait(session: Session, timeout_s: float) -> None:
+    """:raises Failure: VMs are up after that time."""
+    up: list[str] = []
+    told = 0
+    with trio.move_on_after(timeout_s):
+        async with session.client.events() as feed:
+            while up := await _up(session.client):
+                if len(up) != told:
+                    told = len(up)
+                    session.out.note(_told(up, 5))
+                # The end of a process after a crash is no event.
+                with trio.move_on_after(_LOOK_S):
+                    await feed.receive()
+        return
+    raise Failure(f"after {timeout_s:g} s {_told(up, 20)}", code=TIMED_OUT)
+
+
+async def _up(client: Client) -> list[str]:
+    """VMs of which something runs on the host, or may in a moment."""
+    return [vm.name for vm in await client.vms.list() if vm.pid is not None or vm.status in _UNDER_WAY]
+
+
+def _told(names: list[str], most: int) -> str:
+    shown = ", ".join(names[:most]) + (", …" if len(names) > most else "")
+    return f"{len(names)} VM{'s are' if len(names) > 1 else ' is'} up: {shown}"

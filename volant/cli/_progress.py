@@ -1,0 +1,47 @@
+"""How far a copy has come."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ._output import Output
+
+_BAR_FROM = 1024 * 1024
+
+
+class Bar:
+    """What has been copied; drawn where somebody looks."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.total: int | None = None
+
+    def add(self, count: int) -> None:
+        """So many bytes more."""
+        self.done += count
+
+
+@contextmanager
+def progress(out: Output) -> Iterator[Bar]:
+    """A bar on standard error, for the length of a block."""
+    if out.json or not sys.stderr.isatty():
+        yield Bar()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    with Progress(
+        BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+        console=Console(stderr=True), transient=True,
+    ) as drawn:  # fmt: skip
+        task = drawn.add_task("", total=None, visible=False)
+
+        class Drawn(Bar):
+            def add(self, count: int) -> None:
+                super().add(count)
+                # A small file is there before a bar could be read.
+                drawn.update(task, completed=self.done, total=self.total, visible=self.done > _BAR_FROM)
+
+        yield Drawn()

@@ -1,0 +1,70 @@
+"""`volar system df` and `volar system prune`."""
+
+from __future__ import annotations
+
+from typing import cast, get_args
+
+import click
+
+from volant.model import PRUNED_KINDS, StoredItem, StoredKind
+
+from ._run import FAILED, Session, command
+from ._system_group import group
+from ._text import safe
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_KINDS = get_args(StoredKind)
+
+
+@command(group, "df")
+async def df(session: Session) -> None:
+    """Show what takes space on the host, the largest first, who uses it, and what `volar system prune` can remove."""
+    found = await session.client.system.df()
+    if session.out.json:
+        session.out.document(found)
+        return
+    session.out.table(["KIND", "NAME", "SIZE", "USED BY"], [_row(item) for item in found.items])
+    session.out.line(f"{_size(found.total_bytes)} in all, {_size(found.reclaimable_bytes)} of it used by nobody")
+    session.out.line(
+        f"{_size(found.state_free_bytes)} free for the state, {_size(found.cache_free_bytes)} for the cache"
+    )
+
+
+@command(group, "prune")
+@click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    type=click.Choice(_KINDS),
+    help=f"Only this; may be repeated.  [default: {', '.join(PRUNED_KINDS)}]",
+)
+async def prune(session: Session, dry_run: bool, kinds: tuple[str, ...]) -> int | None:
+    """Remove what nobody uses: images, media, logs of deleted VMs, leftovers.
+
+    What a VM, a plugin or a process uses stays. Disks without a VM, and databases that a restore has moved aside, go
+    only when they are named: --kind disk, --kind database.
+    """
+    done = await session.client.system.prune(cast("tuple[StoredKind, ...]", kinds), dry_run=dry_run)
+    if session.out.json:
+        session.out.document(done)
+    else:
+        if done.items:
+            session.out.table(["KIND", "NAME", "SIZE", ""], [_row(item) for item in done.items])
+        session.out.line(f"{_size(done.freed_bytes)} {'would be' if dry_run else 'are'} free again")
+        for kept in done.kept:
+            session.out.line(f"{kept.kind} {safe(kept.name)} stays: {safe(kept.reason)}")
+    return FAILED if done.kept else None
+
+
+def _row(item: StoredItem) -> list[str]:
+    return [item.kind, safe(item.name[:40]), _size(item.bytes), safe(", ".join(item.used_by))]
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in _UNITS:
+        if size < 1024 or unit == _UNITS[-1]:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")

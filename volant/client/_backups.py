@@ -1,0 +1,89 @@
+"""Backups of the daemon's database, on their way out and in."""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import re
+from base64 import b64decode
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import asynccontextmanager
+
+from volant.model import Restored
+
+from ._actions import Pieces
+from ._errors import UnexpectedAnswer
+from ._http import Http, chunks_of, decode_json
+
+_SILENCE_S = 660.0
+"""The daemon takes ten minutes at most for a copy, and for looking through one."""
+_DIGEST = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")
+_NAME = re.compile(r'filename="([A-Za-z0-9._-]{1,200})"')
+_MAX_ANSWER = 1024 * 1024
+
+
+class Backup:
+    """A backup that the daemon sends: `async for` gives it in pieces, once, and raises `UnexpectedAnswer` at its end
+    when it is not what the daemon has made."""
+
+    def __init__(self, size: int, name: str, sha256: bytes, chunks: AsyncIterator[bytes]) -> None:
+        self.size = size
+        """In bytes."""
+        self.name = name
+        """How a file that keeps it may be called."""
+        self._left = size
+        self._sha256 = sha256
+        self._hash = hashlib.sha256()
+        self._chunks = chunks
+
+    def __aiter__(self) -> Backup:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            piece = await anext(self._chunks)
+        except StopAsyncIteration:
+            if self._left or self._hash.digest() != self._sha256:
+                raise UnexpectedAnswer(
+                    "the backup did not arrive as the daemon has made it", hint="try again"
+                ) from None
+            raise
+        self._left -= len(piece)
+        self._hash.update(piece)
+        return piece
+
+
+@asynccontextmanager
+async def open_backup(http: Http) -> AsyncIterator[Backup]:
+    """One for the length of a block."""
+    async with http.stream("GET", "/api/v1/system/backup", read_s=_SILENCE_S) as response:
+        digest = _DIGEST.search(response.headers.get("Repr-Digest", ""))
+        name = _NAME.search(response.headers.get("Content-Disposition", ""))
+        length = response.headers.get("Content-Length", "")
+        if digest is None or name is None or not length.isdecimal():
+            raise UnexpectedAnswer("the daemon did not say how long the backup is, and what its digest")
+        try:
+            sha256 = b64decode(digest[1], validate=True)
+        except binascii.Error:
+            raise UnexpectedAnswer("the digest of the backup is none") from None
+        async with chunks_of(response) as chunks:
+            yield Backup(int(length), name[1], sha256, chunks)
+
+
+async def send_backup(http: Http, content: AsyncIterable[bytes], size: int, *, replace: bool) -> Restored:
+    """Let the daemon restore it."""
+    body = bytearray()
+    async with http.stream(
+        "POST",
+        "/api/v1/system/restore",
+        query={"replace": "true" if replace else None},
+        content=Pieces(content),
+        headers={"Content-Type": "application/vnd.sqlite3", "Content-Length": str(size)},
+        read_s=_SILENCE_S,
+    ) as response:
+        async with chunks_of(response) as chunks:
+            async for piece in chunks:
+                body += piece
+                if len(body) > _MAX_ANSWER:
+                    raise UnexpectedAnswer("the answer to a restore is too long")
+    return decode_json(bytes(body), Restored, "the answer to the restore")

@@ -1,0 +1,52 @@
+"""A machine read back from its command line: what is known of one that no VM owns any more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from volant.hypervisor._interface import Disk, FoundMachine
+from volant.model.agent import ROOT_PARAMETER
+
+from ._argv import CMDLINE, HOSTNAME_PARAMETER
+
+
+def parse_argv(argv: Sequence[str]) -> FoundMachine | None:
+    """What `build_argv` made this command line of; None: it was not `build_argv`, or not one that this one knows."""
+    try:
+        return _parse(argv)
+    except (KeyError, StopIteration, ValueError):
+        return None
+
+
+def _parse(argv: Sequence[str]) -> FoundMachine:
+    options = list(pairwise(argv))
+    given = dict(options)
+    nodes = {fields["node-name"]: fields for name, text in options if name == "-blockdev" if (fields := _fields(text))}
+    memory = next(_fields(text) for name, text in options if name == "-object" and "mem-path=" in text)
+    words = given["-append"].removeprefix(CMDLINE).split()
+    told = dict(word.partition("=")[::2] for word in words)
+    ours = (f"{HOSTNAME_PARAMETER}=", f"{ROOT_PARAMETER}=")
+    is_clone = memory["share"] == "off"
+    root = None
+    if nodes:
+        root = Disk(Path(nodes["root-base-file"]["filename"]), Path(nodes["root-layer-file"]["filename"]))
+    return FoundMachine(
+        name=told[HOSTNAME_PARAMETER],
+        cpu_cores=int(given["-smp"]),
+        memory_mb=int(given["-m"].removesuffix("M")),
+        accelerator="kvm" if given["-accel"] == "kvm" else "tcg",
+        kernel=Path(given["-kernel"]),
+        initramfs=Path(given["-initrd"]),
+        cmdline=" ".join(word for word in words if not word.startswith(ours)),
+        memory_file=None if is_clone else Path(memory["mem-path"]),
+        root=root,
+        template=Path(memory["mem-path"]).parent if is_clone else None,
+    )
+
+
+def _fields(text: str) -> dict[str, str]:
+    """The fields of an option; a doubled comma stands for itself."""
+    parts = text.replace(",,", "\0").split(",")
+    return {name: value.replace("\0", ",") for name, _, value in (part.partition("=") for part in parts)}

@@ -1,0 +1,229 @@
+"""Backups of the journal, and restores: what the API asks for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import apsw
+import trio
+
+from actors import ActorDown, AskTimeout, Ref
+from volant.host import Host
+from volant.model import Problem
+
+from ._errors import DatabaseRefused, no_room
+from ._journal import Journal
+from ._restore import Copied, Evidence, append, copy_path, examine, make_copy, read, upload_path
+from ._store import Store
+from .messages import Restore
+
+MAX_UPLOAD_BYTES = 8 * 2**30
+"""Of a database that is sent to be restored; a million events take less than one."""
+_COPY_S = 600.0
+_EXAMINE_S = 600.0
+_ASK_S = 60.0
+_CLEAN_S = 10.0
+_RESERVE_BYTES = 64 * 2**20
+"""What copies and uploads leave free for commits."""
+_SPACE_EVERY_BYTES = 16 * 2**20
+
+
+class Backup:
+    """A consistent copy of the database, to be read from its begin to its end."""
+
+    def __init__(self, host: Host, copied: Copied, name: str) -> None:
+        self._host = host
+        self._copied = copied
+        self._offset = 0
+        self.size = copied.size
+        self.sha256 = copied.sha256
+        self.name = name
+        """For a file that keeps it."""
+
+    async def read(self) -> bytes:
+        """The next piece, empty at the end. :raises OSError: it can't be read."""
+        data = await self._host.run_blocking(read, self._copied.path, self._offset)
+        self._offset += len(data)
+        return data
+
+
+class Upload:
+    """A database on its way to the disk."""
+
+    def __init__(self, host: Host, path: Path) -> None:
+        self._host = host
+        self._unchecked = _SPACE_EVERY_BYTES
+        self.path = path
+        self.size = 0
+
+    def expect(self, size: int) -> None:
+        """:raises Problem: 413, 503: so many bytes are too many."""
+        if size > MAX_UPLOAD_BYTES:
+            raise _too_large()
+        _check_space(self._host, self.path.parent, size)
+
+    async def write(self, data: bytes) -> None:
+        """Take the next piece. :raises Problem: 413, 503."""
+        self.size += len(data)
+        self._unchecked += len(data)
+        if self.size > MAX_UPLOAD_BYTES:
+            raise _too_large()
+        if self._unchecked >= _SPACE_EVERY_BYTES:
+            self._unchecked = 0
+            _check_space(self._host, self.path.parent, len(data))
+        try:
+            await self._host.run_blocking(append, self.path, data)
+        except OSError as error:
+            raise no_room(error) from error
+
+
+class Backups:
+    """Takes and restores them, one at a time. `evidence` looks at the host for VMs of which the database may not
+    know."""
+
+    def __init__(
+        self, host: Host, store: Store, journal: Ref[Journal], evidence: Callable[[], Awaitable[Evidence]]
+    ) -> None:
+        self._host = host
+        self._store = store
+        self._journal = journal
+        self._evidence = evidence
+        self._is_busy = False
+
+    @asynccontextmanager
+    async def take(self) -> AsyncIterator[Backup]:
+        """A backup, there for the length of the block; commits and readers go on meanwhile.
+
+        :raises Problem: 409 another one is taken or restored; 503 there is no room for the copy.
+        """
+        with _Alone(self):
+            host, store = self._host, self._store
+            path = copy_path(store.path, host.new_id())
+            name = f"volant-{store.events.newest}.db"
+            try:
+                _check_space(host, path.parent, await host.run_blocking(_size, store.path))
+                copied = await self._copy(path)
+                yield Backup(host, copied, name)
+            finally:
+                await self._remove(path)
+
+    async def _copy(self, path: Path) -> Copied:
+        host = self._host
+        connections: list[apsw.Connection] = []
+        over = False
+
+        def opened(connection: apsw.Connection) -> None:
+            connections[:] = [connection]
+            connection.set_progress_handler(lambda: over, 1000)
+
+        async def interrupt() -> None:
+            nonlocal over
+            try:
+                await trio.sleep(_COPY_S)
+            finally:
+                # A thread is not cancelled, and whoever stops the daemon does not wait for gigabytes.
+                over = True
+
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(interrupt)
+            try:
+                return await host.run_blocking(make_copy, host, self._store.path, path, opened)
+            except (DatabaseRefused, OSError, apsw.Error) as error:
+                failure = error
+            finally:
+                nursery.cancel_scope.cancel()
+        assert failure is not None
+        if isinstance(failure, DatabaseRefused):
+            raise Problem(503, "journal-damaged", str(failure))
+        if isinstance(failure, apsw.InterruptError):
+            raise Problem(503, "backup-slow", f"the copy took more than {_COPY_S:g} s", hint="look at the disk")
+        raise no_room(failure) from failure
+
+    @asynccontextmanager
+    async def receiving(self) -> AsyncIterator[Upload]:
+        """Room for a database that is sent; what is not restored at the end of the block is gone.
+
+        :raises Problem: 409 another one is taken or restored.
+        """
+        with _Alone(self):
+            upload = Upload(self._host, upload_path(self._store.path, self._host.new_id()))
+            try:
+                yield upload
+            finally:
+                await self._remove(upload.path)
+
+    async def restore(self, upload: Upload, *, replace: bool) -> str:
+        """Let the daemon go on with what was sent; the epoch of its events. Decided when this returns: also a daemon
+        that is killed right after it comes back with it.
+
+        :param replace: VMs of which the backup does not know may lose their rows
+        :raises Problem: 400 it is no backup; 409 see `merge`; 503.
+        """
+        host = self._host
+        if not upload.size:
+            raise no_backup(DatabaseRefused("it is empty"))
+        try:
+            backup = await host.run_blocking(examine, host, upload.path)
+        except DatabaseRefused as refused:
+            raise no_backup(refused) from None
+        except (OSError, apsw.Error) as error:
+            raise no_room(error) from error
+        evidence = await self._evidence()
+        try:
+            return await self._journal.ask(Restore(upload.path, backup, evidence, replace), timeout_s=_ASK_S)
+        except (ActorDown, AskTimeout) as error:
+            raise Problem(
+                503, "journal-down", f"whether the backup is restored is unknown: {error}",
+                hint="`volar system info` shows the epoch of the events",
+            ) from error  # fmt: skip
+
+    async def _remove(self, path: Path) -> None:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAN_S):
+            for suffix in ("", "-journal"):
+                await self._host.run_blocking(self._host.unlink, path.with_name(path.name + suffix))
+
+
+class _Alone:
+    def __init__(self, backups: Backups) -> None:
+        self._backups = backups
+
+    def __enter__(self) -> None:
+        if self._backups._is_busy:
+            raise Problem(
+                409, "backup-under-way", "a backup is being taken or restored already", hint="try again when it is done"
+            )
+        self._backups._is_busy = True
+
+    def __exit__(self, *exc: object) -> None:
+        self._backups._is_busy = False
+
+
+def no_backup(refused: DatabaseRefused) -> Problem:
+    """400: what was sent can't be restored."""
+    text = str(refused).partition("; it has not been touched")[0]
+    return Problem(
+        400, "no-backup", f"this can't be restored: {text}", hint="send a file that `volar system backup` has written"
+    )
+
+
+def _too_large() -> Problem:
+    return Problem(413, "body-too-large", f"a backup has at most {MAX_UPLOAD_BYTES // 2**20} MiB")
+
+
+def _check_space(host: Host, directory: Path, size: int) -> None:
+    if host.free_space(directory) < size + _RESERVE_BYTES:
+        raise Problem(
+            503,
+            "no-space",
+            f"the disk that holds the daemon's state has no room for {size // 2**20 + 1} MiB more; "
+            f"{_RESERVE_BYTES // 2**20} MiB stay free for changes",
+            hint="make room on that disk and try again",
+        )
+
+
+def _size(path: Path) -> int:
+    wal = path.with_name(f"{path.name}-wal")
+    return path.stat().st_size + (wal.stat().st_size if wal.exists() else 0)

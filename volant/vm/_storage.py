@@ -1,0 +1,201 @@
+"""What takes space on the host for this daemon, and what of it can go.
+
+**Who uses a thing is asked at the moment at which it goes**, of the projection, without an await in between. The row of
+a VM is there before anything is fetched or made for it. So one that begins meanwhile either is seen, or comes after, and
+makes or fetches what it needs (`BootMedia.remove`). Images that VMs boot are never removed, as the current one stays and
+the others are those of rows. A process that carries our mark counts as a user, whatever the database says.
+
+Disks and databases without a VM are removed only when they are named: they may be all that is left of somebody's work,
+and a restored database may not know of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from volant import images
+from volant.host import Host
+from volant.journal import replaced_databases
+from volant.model import PRUNED_KINDS, Artifact, Boot, Kept, Manifest, Pruned, StoredItem, StoredKind, Usage, VmRow
+
+from ._doors import VmDoors
+from ._steps import parse_mark
+
+_MAX_ITEMS = 10_000
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One thing on the disk."""
+
+    kind: StoredKind
+    name: str
+    bytes: int
+    path: Path | None = None
+    vm_id: int | None = None
+    current: bool = False
+
+
+@dataclass
+class _Users:
+    """Who uses what, as of now."""
+
+    rows: dict[int, VmRow]
+    running: frozenset[int]
+    """The VMs of which a process of ours runs, also those without a row."""
+    plugins: dict[str, Manifest] = field(default_factory=dict)
+
+    def of(self, found: _Found) -> list[str]:
+        match found.kind:
+            case "image":
+                return [f"VM {row.name}" for row in self.rows.values() if row.image == found.name]
+            case "medium":
+                vms = [f"VM {row.name}" for row in self.rows.values() if found.name in _media_of(row.manifest)]
+                return vms + [f"plugin {name}" for name, has in self.plugins.items() if found.name in _media_of(has)]
+            case "disk":
+                owners = [f"VM {row.name}" for row in self.rows.values() if row.layer == found.name]
+                return owners or self._process(found)
+            case "log" | "leftover":
+                row = self.rows.get(found.vm_id or 0)
+                return [f"VM {row.name}"] if row is not None else self._process(found)
+            case _:
+                return []
+
+    def _process(self, found: _Found) -> list[str]:
+        return ["a process without a VM"] if found.vm_id in self.running else []
+
+
+def _media_of(manifest: Manifest) -> set[str]:
+    boot = manifest.boot or Boot()
+    media: tuple[Artifact | None, ...] = (boot.kernel, boot.initramfs, boot.rootfs)
+    return {artifact.sha256 for artifact in media if artifact is not None}
+
+
+async def usage(doors: VmDoors) -> Usage:
+    """What there is, the largest first. :raises OSError: it can't be looked at."""
+    found, running = await _look(doors)
+    settings = doors.settings
+    users = _users(doors, running)
+    items = sorted((_shown(one, users) for one in found), key=lambda item: (-item.bytes, item.kind, item.name))
+    return Usage(
+        items=items[:_MAX_ITEMS],
+        total_bytes=sum(item.bytes for item in items),
+        reclaimable_bytes=sum(item.bytes for item in items if item.reclaimable),
+        state_free_bytes=doors.host.free_space(doors.store.path.parent),
+        cache_free_bytes=doors.host.free_space(settings.cache_dir),
+    )
+
+
+async def prune(doors: VmDoors, kinds: Collection[StoredKind] | None, *, dry_run: bool) -> Pruned:
+    """Remove what nobody uses, of these kinds; None: of those that can be had again, or are over.
+
+    :raises OSError: it can't be looked at.
+    """
+    wanted = PRUNED_KINDS if kinds is None else kinds
+    found, running = await _look(doors)
+    gone: list[StoredItem] = []
+    kept: list[Kept] = []
+    for one in found:
+        item = _shown(one, _users(doors, running))
+        if one.kind not in wanted or not item.reclaimable:
+            continue
+        if dry_run:
+            gone.append(item)
+            continue
+        try:
+            if await _remove(doors, one, running):
+                gone.append(item)
+            else:
+                kept.append(Kept(kind=one.kind, name=one.name, reason="it is in use now"))
+        except images.ImageError as error:
+            kept.append(Kept(kind=one.kind, name=one.name, reason=error.message))
+        except OSError as error:
+            kept.append(Kept(kind=one.kind, name=one.name, reason=error.strerror or str(error)))
+    return Pruned(dry_run=dry_run, freed_bytes=sum(item.bytes for item in gone), items=gone, kept=kept)
+
+
+def _users(doors: VmDoors, running: frozenset[int]) -> _Users:
+    projection = doors.store.projection
+    plugins = {name: plugin.manifest for name, plugin in projection.plugins.items()}
+    return _Users({row.id: row for row in projection.rows()}, running, plugins)
+
+
+def _shown(found: _Found, users: _Users) -> StoredItem:
+    used_by = users.of(found)
+    fixed = found.kind in ("journal", "cache") or found.current
+    return StoredItem(
+        kind=found.kind,
+        name=found.name,
+        bytes=found.bytes,
+        used_by=used_by,
+        reclaimable=not used_by and not fixed,
+    )
+
+
+async def _look(doors: VmDoors) -> tuple[list[_Found], frozenset[int]]:
+    host = doors.host
+    # The processes last: what one that was launched meanwhile has made is then not taken for nobody's.
+    found = await host.run_blocking(_scan, doors)
+    numbers = [parse_mark(doors.instance, one.mark) for one in await host.processes(f"volant-{doors.instance}-")]
+    logs = doors.logs.sizes()
+    found += [_Found("log", str(vm_id), size, vm_id=vm_id) for vm_id, (size, _) in logs.items()]
+    return found, frozenset(vm_id for vm_id, _ in filter(None, numbers))
+
+
+def _scan(doors: VmDoors) -> list[_Found]:
+    host, settings, database = doors.host, doors.settings, doors.store.path
+    beside = [database.with_name(database.name + suffix) for suffix in ("", "-wal", "-shm")]
+    found = [_Found("journal", database.name, sum(map(host.disk_usage, beside)))]
+    found += [_Found("database", path.name, host.disk_usage(path), path) for path in replaced_databases(database)]
+    found += [
+        _Found("disk", path.name, host.disk_usage(path), path, _id_of(path.name.partition("-")[0]))
+        for path in _in(host, settings.disk_dir)
+    ]
+    found += [
+        _Found("leftover", path.name, host.disk_usage(path), path, _id_of(path.name))
+        for path in _in(host, settings.runtime_dir / "vms")
+    ]
+    found += [
+        _Found("leftover", path.name, host.disk_usage(path), path, _id_of(path.stem))
+        for path in _in(host, settings.memory_dir)
+        if path.suffix == ".mem"
+    ]
+    found += [_Found("image", image.digest, image.size_bytes, current=image.current)
+              for image in images.list_images(settings.cache_dir)]  # fmt: skip
+    found += [_Found("medium", one.digest, one.disk_bytes) for one in images.list_media(settings.cache_dir)]
+    rest = [path for path in _in(host, settings.cache_dir) if path.name not in ("images", "media")]
+    found.append(_Found("cache", "packages and indexes", sum(map(host.disk_usage, rest))))
+    return [one for one in found if one.kind != "leftover" or one.vm_id is not None]
+
+
+def _in(host: Host, directory: Path) -> list[Path]:
+    return [directory / name for name in host.list_directory(directory)] if host.exists(directory) else []
+
+
+def _id_of(text: str) -> int | None:
+    return int(text) if text.isdecimal() and len(text) < 19 else None
+
+
+async def _remove(doors: VmDoors, found: _Found, running: frozenset[int]) -> bool:
+    """Whether it is gone. :raises images.ImageError, OSError: it can't be removed."""
+
+    def in_use() -> bool:
+        return bool(_users(doors, running).of(found))
+
+    match found.kind:
+        case "medium":
+            return await doors.media.remove(found.name, in_use=in_use)
+        case "image":
+            keep = {row.image for row in doors.store.projection.rows() if row.image is not None}
+            # Those that were listed as used, too: one thing at a time.
+            gone = await doors.host.run_blocking(images.prune, doors.settings.cache_dir, keep)
+            return found.name in gone or not images.load(doors.settings.cache_dir, found.name)
+        case "log":
+            return await doors.logs.discard(found.vm_id or 0)
+        case _:
+            if in_use() or found.path is None:
+                return False
+            await doors.host.remove_tree(found.path)
+            return True
