@@ -13,7 +13,7 @@ from tests.api.kit import Api, api, read_answer, request
 VM_FIELDS = {
     "id", "name", "status", "desired", "reason", "plugin", "runtime", "pid", "ip_address", "mac_address", "cpu_cores",
     "memory_mb", "kernel_cmdline", "serial_socket", "labels", "hypervisor", "accelerator", "restart_policy",
-    "restarts", "boots", "disk", "created_at", "updated_at", "started_at",
+    "restarts", "boots", "boot", "booted_from", "fallback", "disk", "created_at", "updated_at", "started_at",
 }  # fmt: skip
 
 

@@ -52,10 +52,12 @@ FAULTS: dict[str, float] = {
     "process.is_stubborn": 0.05,
     "qemu.dies": 0.03,
     "qemu.exits_at_start": 0.05,
+    "qemu.fails_to_save": 0.1,
     "qemu.hangs_at_start": 0.03,
     "qemu.ignores_a_command": 0.02,
     "qemu.is_slow": 0.02,
     "qemu.loses_control": 0.03,
+    "qemu.refuses_template": 0.05,
     "socket.refuses": 0.02,
 }
 
@@ -80,6 +82,8 @@ class Seen:
     starts: int = 0
     events: int = 0
     acknowledged: int = 0
+    clones: int = 0
+    """VMs that ran as clones at the end."""
 
     def __iadd__(self, other: Seen) -> Seen:
         self.edges |= other.edges
@@ -88,6 +92,7 @@ class Seen:
         self.starts += other.starts
         self.events += other.events
         self.acknowledged += other.acknowledged
+        self.clones += other.clones
         return self
 
     def lines(self) -> Iterable[str]:
@@ -95,6 +100,7 @@ class Seen:
         if self.faults is not None:
             yield from self.faults.lines()
         yield f"{self.starts} daemons, {self.events} events, {self.acknowledged} acknowledged creations and deletions"
+        yield f"{self.clones} VMs were clones at the end"
 
 
 def missing(seen: Seen) -> list[str]:
@@ -228,8 +234,9 @@ class Life:
         """At every moment: at most one hypervisor for each VM, and each has an owner."""
         while True:
             await self.world.machine.changed.wait()
-            marks = [qemu.mark.rpartition("-")[2].partition(".")[0] for qemu in self.world.machine.running()]
-            assert len(marks) == len(set(marks)), f"two hypervisors for one VM: {marks}"
+            marks = [qemu.mark.rpartition("-")[2] for qemu in self.world.machine.running()]
+            owners = [mark if mark.startswith("t.") else mark.partition(".")[0] for mark in marks]
+            assert len(owners) == len(set(owners)), f"two hypervisors for one VM, or for one template: {marks}"
 
     # Rest
 
@@ -244,7 +251,7 @@ class Life:
                 if row.reason is not None and row.reason.code == "control_lost":
                     await self.world.request("POST", f"/api/v1/vms/{row.name}/recover")
             restless = [row for row in rows if not settled(row)]
-            if restless or daemon.health() != "ok":
+            if restless or daemon.health() != "ok" or _builds(daemon):
                 rests_since = trio.current_time()
             elif trio.current_time() - rests_since >= AFTERMATH_S:
                 return
@@ -270,15 +277,22 @@ class Life:
             assert row.status not in (Status.STARTING, Status.STOPPING, Status.DELETING, Status.PENDING), row
             if row.status is Status.RUNNING:
                 assert row.process == running[row.mark].process.identity
-        self._check_files({str(row.id) for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)})
+        alive = [row for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)]
+        self.seen.clones += sum(row.template is not None for row in alive)
+        self._check_files({str(row.id) for row in alive}, {str(row.id) for row in alive if row.template is None})
 
-    def _check_files(self, ids: set[str]) -> None:
+    def _check_files(self, ids: set[str], with_memory: set[str]) -> None:
         files = self.world.machine.files
         vms = self.world.settings.runtime_dir / "vms"
         directories = set(files.names(vms)) if files.find(vms) else set()
         assert directories == ids, f"directories {directories}, VMs that run {ids}"
         memory = {path.stem for path in files.below(Path("/dev/shm")) if path.suffix == ".mem"}
-        assert memory == ids, f"memory files {memory}, VMs that run {ids}"
+        assert memory == with_memory, f"memory files {memory}, VMs that run and are no clones {with_memory}"
+        templates = self.world.settings.state_dir / "templates"
+        halves = [name for name in files.names(templates) if "." in name] if files.find(templates) else []
+        assert not halves, f"half-made templates are left: {halves}"
+        built = self.world.settings.runtime_dir / "templates"
+        assert not files.find(built) or not files.names(built), files.names(built)
 
     async def _check_orphans(self) -> None:
         """Nothing runs that no VM owns, and nobody keeps a turn to boot."""
@@ -311,7 +325,7 @@ class Life:
             answer = await self.world.request("DELETE", f"/api/v1/vms/{row.name}")
             assert answer.status == 204, answer
         assert not self.world.machine.running()
-        self._check_files(set())
+        self._check_files(set(), set())
         await self.world.stop_daemon()
         assert not self.world.machine.files.open_count()
 
@@ -382,6 +396,12 @@ class Follower:
         }
 
 
+def _builds(daemon: Any) -> bool:
+    """Whether a template is being built, or waits for it."""
+    builder = daemon.vms.doors.builder.inspect().get("actor") or {}
+    return bool(builder.get("building") or builder.get("waiting"))
+
+
 def _short(row: VmRow) -> str:
     return f"{row.name}: {row.status}/{row.phase} wanted {row.desired}, boots {row.boots}, {row.reason}"
 
@@ -428,6 +448,7 @@ class Operator:
             "name": name,
             "cpu_cores": 1,
             "memory_mb": self._rng.choice([64, 128]),
+            "boot": self._rng.choice(["auto", "auto", "auto", "cold"]),
             "restart_policy": self._rng.choice(["never", "on-failure", "always"]),
         }
         before = set(known.exists)

@@ -28,7 +28,13 @@ def settings(tmp_path: Path) -> VmSettings:
         (image / name).write_bytes(b"x")
     record = {"min_memory_mb": 96, "kernel_parameters": ["quiet", "random=1"], "protocol": 1, "kernel_version": "6"}
     (image / "image.json").write_text(json.dumps({**record, "kernel": {"size": 1}, "initramfs": {"size": 1}}))
-    return VmSettings(runtime_dir=Path("/run"), cache_dir=tmp_path, memory_dir=Path("/shm"), disk_dir=Path("/disks"))
+    return VmSettings(
+        runtime_dir=Path("/run"),
+        cache_dir=tmp_path,
+        memory_dir=Path("/shm"),
+        disk_dir=Path("/disks"),
+        template_dir=Path("/templates"),
+    )
 
 
 def launched(boot: Boot | None, image: str, cmdline: str) -> VmRow:

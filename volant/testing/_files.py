@@ -146,6 +146,12 @@ class Files:
         node = self.get(old)
         del self._nodes[old]
         self.put(new, node)
+        if isinstance(node, Directory):
+            for path in [path for path in self._nodes if old in path.parents]:
+                self._nodes[new / path.relative_to(old)] = self._nodes.pop(path)
+            # Durable at once, as directories are.
+            for path in [path for path in self._disk if old in path.parents]:
+                self._disk[new / path.relative_to(old)] = self._disk.pop(path)
 
     def names(self, directory: Path) -> list[str]:
         if not isinstance(self.get(directory), Directory):

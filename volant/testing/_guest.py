@@ -20,8 +20,12 @@ import trio
 
 from actors import fault
 from volant.model.agent import (
+    DAEMON_CLOCK,
+    DAEMON_IDENTITY,
     DAEMON_LOGS,
+    DAEMON_MANIFEST,
     DAEMON_ROOT,
+    DAEMON_SETTLE,
     DAEMON_SHUTDOWN,
     DAEMON_WORKLOAD,
     FRAME_STDOUT,
@@ -52,6 +56,8 @@ class SimGuest:
         self.workload: Any = None
         self.lines = 0
         """How many the workload has written."""
+        self.is_copy = False
+        """Whether it takes itself for the template that it was."""
         self._rng = rng
         self._wall_clock_ns = wall_clock_ns
         self._power_off = power_off
@@ -86,6 +92,19 @@ class SimGuest:
             await trio.sleep(self._rng.uniform(1.0, 30.0))
         if fault("agent.refuses"):
             await answer(stream, 500, {"detail": "the agent has a bad day"})
+        elif path == DAEMON_IDENTITY:
+            wanted = json.loads(body)
+            assert len(wanted["entropy"]) >= 64
+            self.is_copy = False
+            self._log_id = f"{self._rng.getrandbits(64):016x}"
+            said = {"protocol": {"min": PROTOCOL_MIN, "max": PROTOCOL_VERSION}, "time_ns": wanted["time_ns"]}
+            await answer(stream, 200, said)
+        elif path == DAEMON_CLOCK:
+            await answer(stream, 200, {"time_ns": json.loads(body)["time_ns"]})
+        elif path == DAEMON_SETTLE:
+            await answer(stream, 200, {})
+        elif path in (DAEMON_MANIFEST, DAEMON_WORKLOAD, DAEMON_LOGS) and self.is_copy:
+            raise AssertionError(f"{path} was asked for before the clone had heard who it is")
         elif path == HEALTHZ:
             await answer(stream, 200, {"status": "ok"})
         elif path == INFO:

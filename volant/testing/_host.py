@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -93,6 +94,9 @@ class SimHost(Host):
     def new_id(self) -> str:
         return self._machine.new_id()
 
+    def entropy(self, size: int) -> bytes:
+        return self._machine.rng.randbytes(size)
+
     def boot_id(self) -> str:
         return self._machine.boot_id
 
@@ -134,6 +138,9 @@ class SimHost(Host):
         def run() -> tuple[int, bytes]:
             if argv[0] == _QEMU and "--version" in argv:
                 return 0, b"QEMU emulator version 10.0.13 (Debian)\n"
+            if argv[0] == "cp":
+                self._copy(Path(argv[-2]), Path(argv[-1]))
+                return 0, b""
             if argv[0] == _IMG:
                 self._files.put(Path(argv[-1]), File())
                 return 0, b""
@@ -232,10 +239,19 @@ class SimHost(Host):
 
         await self._call(write)
 
+    async def copy_file(self, source: Path, target: Path, mode: int = 0o600) -> None:
+        await self._call(lambda: self._copy(source, target))
+
+    def _copy(self, source: Path, target: Path) -> None:
+        self._write_may_fail(target)
+        node = self._files.file(source)
+        self._files.put(target, File(bytearray(node.data), node.size))
+
     async def put_in_place(self, fresh: Path, path: Path) -> None:
         def put() -> None:
-            node = self._files.file(fresh)
-            node.synced = bytes(node.data)
+            node = self._files.get(fresh)
+            if isinstance(node, File):
+                node.synced = bytes(node.data)
             self._files.rename(fresh, path)
             self._files.sync_directory(path.parent)
 
@@ -270,6 +286,11 @@ class SimHost(Host):
     def free_space(self, path: Path) -> int:
         self._check()
         return 0 if self._machine.disk_full else 2**40
+
+    def fingerprint(self, path: Path) -> str:
+        self._check()
+        node = self._files.file(path)
+        return f"{node.size}.{zlib.crc32(node.data)}"
 
     def disk_usage(self, path: Path) -> int:
         self._check()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ._machine import Machine
 
 _BOOT_S = (0.5, 6.0)
+_CLONE_S = (0.02, 0.3)
 
 
 class SimQemu:
@@ -32,7 +33,8 @@ class SimQemu:
 
     def __init__(self, machine: Machine, process: SimProcess, argv: Sequence[str], cwd: Path, output: Path) -> None:
         self.process = process
-        self.status = "running"
+        self.waits_for_state = "-incoming" in argv
+        self.status = "inmigrate" if self.waits_for_state else "running"
         self.frozen = False
         """Its process is stopped, or hangs: it answers nothing."""
         self.memory_file = Path(_option(argv, "mem-path"))
@@ -44,6 +46,7 @@ class SimQemu:
         self._control: trio.abc.Stream | None = None
         self._sending = trio.Lock()
         self._boot = trio.CancelScope()
+        self._goes_on = trio.Event()
         self.guest = SimGuest(self._rng, machine.wall_clock_ns, self._guest_powers_off)
 
     @property
@@ -85,6 +88,14 @@ class SimQemu:
 
     async def _run_guest(self) -> None:
         with self._boot:
+            if self.waits_for_state:
+                await self._goes_on.wait()
+                await trio.sleep(self._rng.uniform(*_CLONE_S))
+                if fault("guest.never_answers"):
+                    await trio.sleep_forever()
+                self.guest.up.set()
+                self.say("the clone goes on")
+                await self.guest.run_workload()
             self.say("booting")
             await trio.sleep(self._rng.uniform(*_BOOT_S))
             if fault("guest.panics_at_boot"):
@@ -180,11 +191,55 @@ class SimQemu:
             "query-name": {"name": self.mark},
             "system_powerdown": {},
             "quit": {},
+            "stop": {},
+            "cont": {},
+            "migrate-set-capabilities": {},
+            "migrate": {},
+            "migrate-incoming": {},
+            "query-chardev": [{"label": "agent", "filename": self._agent_chardev()}],
+            "query-migrate": {"status": "failed", "error-desc": "the disk is full"},
         }
         answer = {"return": answers[command]} if command in answers else {"error": {"desc": f"no command {command}"}}
         await self._send(stream, {**answer, "id": message["id"]})
-        if command == "quit":
-            self.process.end(0)
+        match command:
+            case "quit":
+                self.process.end(0)
+            case "stop" if self.status == "running":
+                self.status = "paused"
+                self._boot.cancel()
+            case "cont":
+                self.status = "running"
+                self._goes_on.set()
+            case "migrate":
+                await self._save(Path(message["arguments"]["uri"].removeprefix("file:")))
+            case "migrate-incoming":
+                await self._take_over(Path(message["arguments"]["uri"].removeprefix("file:")))
+
+    def _agent_chardev(self) -> str:
+        connected = any(stream is not self._control for stream in self._clients)
+        return "unix:agent.sock,server=on" if connected else "disconnected:unix:agent.sock,server=on"
+
+    async def _save(self, path: Path) -> None:
+        await trio.sleep(self._rng.uniform(0.01, 0.1))
+        saved = not fault("qemu.fails_to_save")
+        if saved:
+            state = json.dumps({"workload": self.guest.workload}).encode()
+            self._machine.files.put(path, File(bytearray(state), len(state)))
+        await self._tell({"event": "MIGRATION", "data": {"status": "completed" if saved else "failed"}})
+
+    async def _take_over(self, path: Path) -> None:
+        await trio.sleep(self._rng.uniform(0.01, 0.1))
+        state, memory = self._machine.files.find(path), self._machine.files.find(self.memory_file)
+        if not isinstance(state, File) or not isinstance(memory, File) or fault("qemu.refuses_template"):
+            self._machine.files.append(
+                self._output, b"qemu-system-x86_64: load of migration failed: Invalid argument\n"
+            )
+            self.process.end(1)
+            return
+        self.guest.workload = json.loads(bytes(state.data))["workload"]
+        self.guest.is_copy = True
+        self.status = "paused"
+        await self._tell({"event": "MIGRATION", "data": {"status": "completed"}})
 
     async def _tell(self, message: dict[str, Any]) -> None:
         if self._control is not None:
