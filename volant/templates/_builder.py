@@ -32,6 +32,7 @@ _TRIAL_S = 30.0
 _AGAIN_S = 0.2
 _WORKLOAD_AGAIN_S = 0.25
 _COPY_S = 120.0
+_KILL_S = 10.0
 _CLEAR_S = 20.0
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _logger = logging.getLogger("volant.templates")
@@ -266,17 +267,26 @@ async def _copy_memory(host: Host, source: Path, target: Path) -> None:
 
 
 async def _clear(host: Host, spec: MachineSpec, fresh: Path) -> None:
-    """Leave no process and no file of a build. Raises OSError."""
-    await _end(host, spec)
-    await host.remove_tree(fresh)
+    """Leave no process and no file of a build. :raises TemplateFailed: the process does not go. Raises OSError."""
+    try:
+        await _end(host, spec)
+    finally:
+        await host.remove_tree(fresh)
 
 
 async def _end(host: Host, spec: MachineSpec) -> None:
-    """Leave no process of a build, and nothing of its memory. Raises OSError."""
+    """Leave no process of a build, and nothing of its memory. :raises TemplateFailed: it does not go, although killed;
+    its files are gone then, too. Raises OSError."""
     found = await host.find(spec.mark)
+    ended = True
     if found is not None:
         with suppress(ProcessGone), host.open_process(found) as process:
             process.kill()
-            await process.wait()
+            ended = False
+            with trio.move_on_after(_KILL_S):
+                await process.wait()
+                ended = True
     for path in (spec.directory, spec.memory_file):
         await host.remove_tree(path)
+    if not ended:
+        raise TemplateFailed("unkillable", "the hypervisor's process does not end, although killed")
