@@ -187,7 +187,8 @@ def vm(**members: object) -> dict[str, object]:
         "id": 7, "name": "demo", "status": "running", "desired": "running", "reason": None, "plugin": "base",
         "runtime": "base", "pid": 4242, "ip_address": "", "mac_address": "", "cpu_cores": 1, "memory_mb": 256,
         "kernel_cmdline": "", "serial_socket": None, "labels": {}, "hypervisor": "qemu", "accelerator": "tcg",
-        "restart_policy": "never", "restarts": 0, "boots": 1, "disk": "none", "created_at": "2025-09-24T12:34:56Z",
+        "restart_policy": "never", "restarts": 0, "boots": 1, "boot": "auto", "booted_from": "cold",
+        "fallback": None, "disk": "none", "created_at": "2025-09-24T12:34:56Z",
         "updated_at": "2025-09-24T12:34:56Z", "started_at": "2025-09-24T12:34:56Z", **members,
     }  # fmt: skip
 

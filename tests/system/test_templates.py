@@ -32,21 +32,21 @@ print(json.dumps({
 }))
 """
 COUNTER = """
-import http.server, json, os, signal
+import json, os, signal, socket
 born, told = os.urandom(8).hex(), []
 def tell(number, frame):
     told.append(json.load(open("/run/volant-clone.json"))["instance_id"])
 signal.signal(signal.SIGUSR1, tell)
+listener = socket.create_server(("127.0.0.1", 8080), backlog=16)
 print("the workload began", flush=True)
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        body = json.dumps({"born": born, "told": told, "now": os.urandom(8).hex(), "env": os.environ.get("WHO")})
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(body.encode())
-    def log_message(self, *words):
-        pass
-http.server.HTTPServer(("127.0.0.1", 8080), Handler).serve_forever()
+while True:
+    with listener.accept()[0] as sock, sock.makefile("rb") as stream:
+        while stream.readline().strip():
+            pass
+        said = {"born": born, "told": told, "now": os.urandom(8).hex(), "env": os.environ.get("WHO")}
+        body = json.dumps(said).encode()
+        head = f"HTTP/1.1 200 X\\r\\nContent-Type: application/json\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n"
+        sock.sendall(head.encode() + body)
 """
 
 
@@ -75,8 +75,8 @@ def templates(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
 def daemon(templates: Daemon) -> Iterator[Daemon]:
     yield templates
     templates.delete_vms()
-    assert not templates.hypervisors()
-    assert not templates.files()
+    assert len(templates.hypervisors()) == len(builds(templates))
+    assert len(templates.files()) <= 2 * len(builds(templates))
 
 
 async def eventually(look: Callable[[], T], timeout_s: float = BOOT_S) -> T:

@@ -27,6 +27,7 @@ from . import (
     _storage,
     _system,
     _tcp,
+    _templates,
     _tickets,
     _vms,
     _workload_api,
@@ -53,7 +54,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
     _answer_errors(app, limits)
-    for resource in (_system, _storage, _orphans, _metrics, _docs, _workload_api):
+    for resource in (_system, _storage, _orphans, _templates, _metrics, _docs, _workload_api):
         resource.add_routes(app, doors)
     repeats = Repeats(doors)
     for changing in (_vms, _plugins):

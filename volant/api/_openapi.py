@@ -31,6 +31,7 @@ _ABOUT = "\n\n".join(
     )
 )
 _IN_PATH = {
+    "digest": (str, "Of a template"),
     "name": (Name, "Its name"),
     "port": (Annotated[int, msgspec.Meta(ge=1, le=65535)], "Of the guest's loopback"),
     "path": (str, "The path in the guest, slashes and all"),
@@ -236,6 +237,8 @@ def _tag(path: str) -> str:
         return _OF_GUESTS
     if "/vms" in path:
         return "VMs"
+    if "/templates" in path:
+        return "Templates"
     return "Plugins" if "/plugins" in path else "System"
 
 

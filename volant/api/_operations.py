@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 
 from volant.model import (
+    BuildTemplate,
     ConsoleGap,
     CreateVm,
     Event,
@@ -31,6 +32,7 @@ from volant.model import (
     StoredKind,
     StreamGap,
     SystemStatus,
+    TemplateView,
     Ticket,
     Time,
     Usage,
@@ -158,6 +160,7 @@ TAGS = {
     "VMs": "Make, change and watch VMs",
     "Inside a VM": "The agent, the workload and ports of a guest. Path, query and bodies pass byte for byte",
     "Plugins": "Kinds of VMs",
+    "Templates": "What VMs begin as clones of",
     "System": "The daemon about itself",
 }
 
@@ -512,6 +515,20 @@ OPERATIONS: tuple[Operation, ...] = (
         "POST", "/api/v1/plugins/{name}/enabled", "enable_plugin", "Let new VMs use a plugin, or not",
         {200: Answer("The plugin", PluginView, headers=("Idempotency-Replayed",))},
         takes=Enabled, parameters=(_ONCE,), fails=(409, 422, 503),
+    ),
+    # Templates
+    Operation(
+        "GET", "/api/v1/templates", "list_templates", "List what VMs begin as clones of",
+        {200: Answer("All, also those that are being built or could not be", list[TemplateView])}, fails=(503,),
+    ),
+    Operation(
+        "POST", "/api/v1/templates", "build_template", "Build the template of a kind of VM, and wait for it",
+        {201: Answer("It is there", TemplateView)}, takes=BuildTemplate, fails=(404, 409, 503),
+        details="One that is there is that; one that is being built is waited for. Who leaves cancels nothing.",
+    ),
+    Operation(
+        "DELETE", "/api/v1/templates/{digest}", "remove_template", "Remove a template; its clones go on",
+        {204: Answer("Removed")}, takes=Nothing, fails=(404, 503),
     ),
     # System
     Operation(

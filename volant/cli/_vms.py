@@ -70,6 +70,14 @@ async def inspect(session: Session, name: str) -> None:
         session.out.nested(found)
 
 
+def _booted_from(vm: VmView) -> str | None:
+    if vm.booted_from is None:
+        return None
+    wanted = "" if vm.boot == "auto" else f", as asked for: {vm.boot}"
+    fallback = "" if vm.fallback is None else f", as a clone failed: {safe(vm.fallback.message)}"
+    return f"{vm.booted_from}{wanted}{fallback}"
+
+
 @command(group, "create")
 @name_argument
 @click.option("--cpu", "cpu_cores", type=click.IntRange(min=1), help="vCPUs.  [default: the plugin's]")
@@ -85,6 +93,13 @@ async def inspect(session: Session, name: str) -> None:
     default="never",
     show_default=True,
     help="When the daemon starts it again by itself.",
+)
+@click.option(
+    "--boot",
+    type=click.Choice(["auto", "cold", "template"]),
+    default="auto",
+    show_default=True,
+    help="Whether a boot may be a clone of a template, or must.",
 )
 @click.option("--ttl", help="Delete it after so long, counted from now: 30m, 2h, …")
 @click.option(
@@ -103,6 +118,7 @@ async def create(
     runtime: str | None,
     kernel_cmdline: str,
     restart_policy: Literal["never", "on-failure", "always"],
+    boot: Literal["auto", "cold", "template"],
     ttl: str | None,
     idempotency_key: str | None,
     wait: bool,
@@ -125,6 +141,7 @@ async def create(
         runtime=runtime,
         kernel_cmdline=kernel_cmdline,
         restart_policy=restart_policy,
+        boot=boot,
         ttl=ttl,
     )
     if not wait:
@@ -463,6 +480,7 @@ def _show(out: Output, vm: VmView) -> None:
             ("restart policy", vm.restart_policy),
             ("restarts", vm.restarts),
             ("boots", vm.boots),
+            ("booted from", _booted_from(vm)),
             ("labels", vm.labels),
             ("kernel cmdline", vm.kernel_cmdline),
             ("created", vm.created_at),

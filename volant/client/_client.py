@@ -12,6 +12,7 @@ from urllib.parse import quote
 import trio
 
 from volant.model import (
+    BuildTemplate,
     ConsoleGap,
     CreateVm,
     Event,
@@ -27,6 +28,7 @@ from volant.model import (
     StoredKind,
     StreamGap,
     SystemStatus,
+    TemplateView,
     Ticket,
     Usage,
     VmView,
@@ -60,6 +62,9 @@ _DELETE_S = 75.0
 _PRUNE_S = 330.0
 _ORPHANS = "/api/v1/system/orphans"
 
+BUILD_S = 600.0
+"""How long a template may take: others may be built before it."""
+
 
 class Client:
     """A connection to one daemon, for one Trio run: `async with Client("http://127.0.0.1:7777") as client`.
@@ -74,6 +79,7 @@ class Client:
         self._http = Http(Address.parse(base_url), api_key)
         self.vms = _Vms(self._http)
         self.plugins = _Plugins(self._http)
+        self.templates = _Templates(self._http)
         self.system = _System(self._http)
 
     async def __aenter__(self) -> Client:
@@ -518,6 +524,26 @@ class _Plugins:
     async def remove(self, name: str) -> None:
         """Remove a plugin that no VM uses."""
         await self._http.request("DELETE", f"/api/v1/plugins/{_name(name)}")
+
+
+class _Templates:
+    """`client.templates`."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    async def list(self) -> list[TemplateView]:
+        """All, also those that are being built or could not be."""
+        return await self._http.get("/api/v1/templates", list[TemplateView])
+
+    async def build(self, wanted: BuildTemplate, *, timeout_s: float = BUILD_S) -> TemplateView:
+        """Build the template of a kind of VM, and wait until it is there."""
+        answer = await self._http.request("POST", "/api/v1/templates", body=wanted, timeout_s=timeout_s)
+        return decode(answer, TemplateView)
+
+    async def remove(self, digest: str) -> None:
+        """Remove a template; VMs that began as its clones go on."""
+        await self._http.request("DELETE", f"/api/v1/templates/{_name(digest)}")
 
 
 class _System:

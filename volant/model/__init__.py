@@ -53,6 +53,7 @@ from ._manifest import (
 from ._problem import Problem, invalid, no_such_vm
 from ._row import (
     BootMode,
+    BuildTemplate,
     CreateVm,
     Desired,
     Phase,
@@ -116,6 +117,7 @@ __all__ = [
     "AwaitAgent",
     "Boot",
     "BootMode",
+    "BuildTemplate",
     "Cleared",
     "Cloning",
     "ConsoleGap",

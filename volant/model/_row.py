@@ -99,6 +99,19 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     """A duration from creation, from `1s` to `366d`; the VM is deleted then."""
 
 
+class BuildTemplate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """The body of `POST /api/v1/templates`: what a VM would be created with."""
+
+    plugin: Name = "base"
+    cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
+    """None: what the plugin asks for."""
+    memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)] | None = None
+    """None: what the plugin asks for."""
+    kernel_cmdline: Annotated[str, msgspec.Meta(extra_json_schema={"maxLength": 1024})] = ""
+    env: dict[str, str] = {}
+    """Counts with `template.after: workload` alone."""
+
+
 class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that must survive about a VM. Changed only by `decide`, kept only by the journal."""
 

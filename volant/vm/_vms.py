@@ -28,6 +28,7 @@ from volant import images
 from volant.channel import AgentClient
 from volant.journal import AdoptRow, CommitSteps, CreateRow, EndDrain, EventGap, Once, SetDrain
 from volant.model import (
+    BuildTemplate,
     CreateVm,
     Desired,
     EventId,
@@ -35,22 +36,25 @@ from volant.model import (
     Reason,
     Status,
     Step,
+    TemplateView,
     Verb,
     VerbKind,
     VmRow,
     draining,
     invalid,
+    new_row,
     no_such_vm,
     settled,
     view,
 )
+from volant.templates.messages import Build, ListTemplates, RemoveTemplate
 
 from ._actor import VmActor
 from ._doors import VmDoors
 from ._orphans import Orphan, find_orphans, kill_orphan, steps_to_adopt
 from ._process import LiveProcess
 from ._serial import SerialConsole
-from ._steps import uses_image
+from ._steps import StepError, blueprint_of, prepare_media, uses_image
 from .messages import Ask
 
 R = TypeVar("R")
@@ -60,6 +64,7 @@ _ASK_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 60.0
 _SHUTDOWN_S = 10.0
 _DELETE_TIMEOUT_S = 60.0
+_BUILD_TIMEOUT_S = 300.0
 _OVERHEAD_MB = 192
 """What a hypervisor's process needs beside its guest's memory."""
 _HOST_RESERVE_MB = 512
@@ -341,6 +346,47 @@ class Vms:
         """End one and remove its files; its disk stays. :raises Problem: 404, 503."""
         await kill_orphan(self.doors, mark)
         _logger.warning("the hypervisor %s, which no VM owned, is killed", mark)
+
+    async def templates(self) -> tuple[TemplateView, ...]:
+        """All templates, those that are being built, and those that could not be. :raises Problem: 503."""
+        return await self._builder(ListTemplates())
+
+    async def build_template(self, request: BuildTemplate) -> TemplateView:
+        """The template that VMs made like this begin with, once it is there. A caller that is cancelled meanwhile
+        cancels nothing.
+
+        :raises Problem: 400; 404 no such plugin; 409 there are no templates here; 503 it can't be built.
+        """
+        plugin = self.doors.store.projection.plugins.get(request.plugin)
+        if plugin is None:
+            raise Problem(404, "plugin-not-found", f"there is no plugin named {request.plugin[:80]!r}")
+        needs = plugin.manifest.resources
+        like = CreateVm(
+            name="template",
+            cpu_cores=request.cpu_cores or needs.cpu_cores,
+            memory_mb=request.memory_mb or needs.memory_mb,
+            plugin=request.plugin,
+            kernel_cmdline=request.kernel_cmdline,
+            env=request.env,
+        )
+        row = new_row(like, plugin.manifest, vm_id=0, now=self.doors.host.wall_clock())
+        try:
+            image = await prepare_media(self.doors, row)
+            blueprint = await blueprint_of(self.doors, row, image)
+        except (StepError, OSError) as error:
+            raise Problem(503, "template-failed", f"the template can't be built: {error}") from error
+        return await self._builder(Build(blueprint), self.doors.settings.agent_timeout_s + _BUILD_TIMEOUT_S)
+
+    async def remove_template(self, digest: str) -> None:
+        """Remove a template; VMs that began as its clones go on. :raises Problem: 404, 503."""
+        await self._builder(RemoveTemplate(digest))
+
+    async def _builder(self, message: Request[R], timeout_s: float = _ASK_TIMEOUT_S) -> R:
+        """Ask who keeps the templates. :raises Problem: its own, or 503 when it does not answer."""
+        try:
+            return await self.doors.builder.ask(message, timeout_s=timeout_s)
+        except (ActorDown, AskTimeout) as error:
+            raise Problem(503, "templates-down", f"who keeps the templates does not answer: {error}") from error
 
     async def gave_up(self, told: GaveUp) -> None:
         """The supervisor has given up a VM's actor: the VM goes on, and its row says that nobody holds the reins."""

@@ -1,0 +1,72 @@
+"""`volar templates`."""
+
+from __future__ import annotations
+
+import click
+
+from volant.model import BASE, BuildTemplate
+
+from ._complete import plugin_names
+from ._run import Session, command
+from ._text import safe
+
+
+@click.group(name="templates")
+def group() -> None:
+    """Look at what VMs begin as clones of, build it beforehand, or remove it."""
+
+
+@command(group, "list")
+async def list_(session: Session) -> None:
+    """List templates, and those that are being built or could not be."""
+    templates = await session.client.templates.list()
+    if session.out.json:
+        session.out.document(templates)
+        return
+    rows = [
+        (
+            each.digest,
+            each.state,
+            each.plugin,
+            each.after,
+            each.cpu_cores,
+            each.memory_mb,
+            f"{each.size_bytes / 2**20:.0f}",
+            each.clones,
+            each.error or "",
+        )
+        for each in templates
+    ]
+    columns = ("DIGEST", "STATE", "PLUGIN", "AFTER", "VCPUS", "MEMORY_MB", "SIZE_MB", "CLONES", "ERROR")
+    session.out.table(columns, rows)
+
+
+@command(group, "build")
+@click.argument("plugin", default="base", shell_complete=plugin_names)
+@click.option("--cpu", "cpu_cores", type=click.IntRange(1, 256), help="vCPUs; default: what the plugin asks for")
+@click.option("--memory", "memory_mb", type=click.IntRange(64), help="MiB; default: what the plugin asks for")
+@click.option("--cmdline", "kernel_cmdline", default="", help="what the VMs are created with")
+async def build(
+    session: Session, plugin: str, cpu_cores: int | None, memory_mb: int | None, kernel_cmdline: str
+) -> None:
+    """Build the template for VMs of PLUGIN, and wait until it is there. VMs of another size have others."""
+    if plugin == BASE.name:
+        # As `vms create` does it.
+        cpu_cores, memory_mb = cpu_cores or 1, memory_mb or 256
+    wanted = BuildTemplate(plugin=plugin, cpu_cores=cpu_cores, memory_mb=memory_mb, kernel_cmdline=kernel_cmdline)
+    template = await session.client.templates.build(wanted)
+    if session.out.json:
+        session.out.document(template)
+    else:
+        session.out.line(f"template {safe(template.digest)} for {safe(template.plugin)} is ready")
+
+
+@command(group, "remove")
+@click.argument("digest")
+async def remove(session: Session, digest: str) -> None:
+    """Remove a template. VMs that began as its clones go on; the next one of its kind boots cold."""
+    await session.client.templates.remove(digest)
+    if session.out.json:
+        session.out.document({"digest": digest, "removed": True})
+    else:
+        session.out.line(f"template {safe(digest)} is removed")
