@@ -23,6 +23,7 @@ from ._journal import journal, vmlog
 from ._relays import relays
 from ._serving import get_vm, healthz
 from ._streams import healthz_busy
+from ._template import template_to_agent
 from ._world import Skipped
 
 Bench = Callable[[], Awaitable[list[Figure]]]
@@ -35,6 +36,7 @@ def main() -> int:
     """Run the benches; 1 when one of them failed or, with `--check`, a target was missed."""
     benches: dict[str, Bench] = {
         "create_to_agent": create_to_agent,
+        "template_to_agent": template_to_agent,
         "adoption": adoption,
         "idle": idle,
         "get_vm": get_vm,

@@ -25,7 +25,7 @@ from volant.hypervisor import AcceleratorName, MachineSpec
 from volant.hypervisor.qemu._argv import ENVIRONMENT, PROGRAM, build_argv
 from volant.hypervisor.qemu._probe import qemu_version
 from volant.images import Image
-from volant.model import CreateVm, Manifest, VmRow
+from volant.model import BootMode, CreateVm, Manifest, VmRow
 from volant.vm import VmSettings
 from volant.vm._steps import machine_spec
 
@@ -95,8 +95,9 @@ async def create_to_agent(pairs: int = 5) -> list[Figure]:
 class Ours:
     """A VM through the API of a real daemon."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, boot: BootMode = "cold") -> None:
         self._daemon = daemon
+        self._boot = boot
         self.cpu_s: list[float] = []
 
     async def boot(self) -> float:
@@ -104,7 +105,12 @@ class Ours:
         async with self._daemon.http() as http:
             # The connection and the client's own first-time costs are no part of a create.
             (await http.get("/healthz")).raise_for_status()
-            body = {"name": WANTED.name, "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb}
+            body: dict[str, object] = {
+                "name": WANTED.name,
+                "cpu_cores": WANTED.cpu_cores,
+                "memory_mb": WANTED.memory_mb,
+            }
+            body["boot"] = self._boot
             cpu_before_s = cpu_s(self._daemon.pid)
             began = time.perf_counter()
             made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=2 * BOOT_S)
@@ -132,7 +138,7 @@ class Bare:
             began = time.perf_counter()
             process = self._start()
             try:
-                await ask_agent(spec.agent_path)
+                await self.ask()
                 seconds = time.perf_counter() - began
                 self.cpu_s.append(cpu_s(process.pid))
                 return seconds
@@ -141,6 +147,10 @@ class Bare:
                 raise RuntimeError(f"the bare guest did not answer: {error}\n{said}") from error
             finally:
                 kill_group(process)
+
+    async def ask(self) -> None:
+        """Return once the agent has answered."""
+        await ask_agent(self._spec.agent_path)
 
     def _start(self) -> subprocess.Popen[bytes]:
         with self._spec.log_path.open("wb") as log:

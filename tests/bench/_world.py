@@ -51,10 +51,10 @@ def current_image() -> images.Image:
 
 
 @contextmanager
-def volantd() -> Iterator[Daemon]:
+def volantd(*flags: str) -> Iterator[Daemon]:
     """A real daemon with state of its own, as a user starts it."""
     # The last flag of a name wins: the kit's own would keep KVM out.
-    daemon = Daemon(cache_dir(), "--accelerator", "auto")
+    daemon = Daemon(cache_dir(), "--accelerator", "auto", *flags)
     try:
         daemon.start()
         yield daemon

@@ -52,6 +52,7 @@ async def test_what_is_not_sent_is_left_to_the_daemon() -> None:
         "plugin": "base",
         "labels": {"a": "b"},
         "restart_policy": "never",
+        "boot": "auto",
     }
 
 

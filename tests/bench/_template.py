@@ -1,0 +1,97 @@
+"""From `POST /api/v1/vms` with a template to the agent's first answer as itself, beside a bare script and a cold boot.
+
+The bare side is what somebody would script who has a template: start QEMU on its memory, tell it by QMP to take its
+state over and to go on, connect to the agent's port, ask. It has the daemon's own command line and template. It leaves
+out what makes a clone somebody: entropy, clock, names; ours has all of it before it answers.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import trio
+
+from tests.system.kit import Daemon
+from volant.host import Host
+from volant.hypervisor import Template
+from volant.hypervisor.qemu._migration import Migration
+from volant.hypervisor.qemu._qmp import QmpClient
+
+from ._boot import BOOT_S, WANTED, Bare, Ours, _accelerator, _argv, _spec, ask_agent
+from ._figure import Figure, Pairs, percentile
+from ._world import current_image, volantd
+
+TARGET = 1.5
+_COLD = 3
+_SETTLE_S = 0.3
+_CONNECT_S = 10.0
+_LOOK_AGAIN_S = 0.001
+
+
+async def template_to_agent(pairs: int = 15) -> list[Figure]:
+    """Clones by the daemon and by hand in turns, and some cold boots between them."""
+    image = current_image()
+    took: dict[str, list[float]] = {"ours": [], "bare": [], "cold": []}
+    with ExitStack() as stack:
+        daemon = stack.enter_context(volantd("--templates", "auto"))
+        spec = stack.enter_context(_spec(image, await _accelerator(daemon)))
+        directory = await _template(daemon)
+        clone = msgspec.structs.replace(spec, template=Template(directory / "memory", directory / "state"))
+        ours, cold = Ours(daemon, boot="template"), Ours(daemon, boot="cold")
+        bare = BareClone(clone, await _argv(clone))
+        for number in range(pairs):
+            for name, boot in (("bare", bare.boot), ("ours", ours.boot)):
+                await trio.sleep(_SETTLE_S)
+                took[name].append(await boot())
+            if number % (pairs // _COLD or 1) == 0:
+                await trio.sleep(_SETTLE_S)
+                took["cold"].append(await cold.boot())
+    against = Pairs(took["ours"], took["bare"])
+    slowest, cold_s = percentile(took["ours"], 95), Pairs(took["cold"], took["cold"]).value
+    return [
+        Figure(
+            "template_to_agent", against.value, "s", against.ratio,
+            f"a bare script's {against.other:.3g} s for the same clone, {pairs} pairs, p95 {slowest:.3g} s",
+            at_most=TARGET,
+        ),
+        Figure("template_to_cold", cold_s, "s", cold_s / against.value, "a clone, for a cold boot of the same VM"),
+    ]  # fmt: skip
+
+
+class BareClone(Bare):
+    """The command that the daemon would run, and the few words by QMP."""
+
+    async def ask(self) -> None:
+        spec = self._spec
+        assert spec.template is not None
+        migration = Migration()
+        async with await _connect(spec.control_path) as stream, trio.open_nursery() as nursery:
+            qmp = QmpClient(stream, migration.on_event)
+            await nursery.start(qmp.start)
+            await migration.take_over(qmp, spec.template.state)
+            nursery.cancel_scope.cancel()
+        await ask_agent(spec.agent_path)
+
+
+async def _connect(path: Path) -> trio.SocketStream:
+    with trio.fail_after(_CONNECT_S):
+        while True:
+            try:
+                return await Host().connect_unix(path, _CONNECT_S)
+            except (FileNotFoundError, ConnectionRefusedError):
+                await trio.sleep(_LOOK_AGAIN_S)
+
+
+async def _template(daemon: Daemon) -> Path:
+    """Build the template; where it lies."""
+    async with daemon.http() as http:
+        wanted = {"cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb}
+        began = time.perf_counter()
+        built = await http.post("/api/v1/templates", json=wanted, timeout=2 * BOOT_S)
+        if built.status_code != 201:
+            raise RuntimeError(f"there is no template: {built.text}")
+        print(f"the template was built in {time.perf_counter() - began:.1f} s", flush=True)
+        return daemon.state_dir / "templates" / str(built.json()["digest"])
