@@ -364,9 +364,10 @@ class Daemon:
 
     async def _adopt(self) -> None:
         began = trio.current_time()
-        ids = [row.id for row in self.store.projection.rows()]
-        await self.logs.recall(ids)
-        await self.logs.forget_unknown(ids)
+        projection = self.store.projection
+        await self.logs.recall([row.id for row in projection.rows()])
+        # Asked anew: the API takes requests already, and one that was made meanwhile is known.
+        await self.logs.forget_unknown([row.id for row in projection.rows()])
         await self.vms.adopt_all()
         await self._list_orphans()
         self.adoption_s = trio.current_time() - began
