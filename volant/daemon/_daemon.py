@@ -382,8 +382,8 @@ class Daemon:
         self._orphans = [orphan.identity for orphan in await self.vms.orphans()]
         for identity in self._orphans:
             _logger.warning(
-                "process %d is a hypervisor of ours that no VM owns; `volar vms adopt %s` makes it one, `volar vms kill` "
-                "ends it",
+                "process %d is a hypervisor of ours that no VM owns; `volar vms adopt %s` makes it one, "
+                "`volar vms kill` ends it",
                 identity.pid,
                 identity.mark,
             )
