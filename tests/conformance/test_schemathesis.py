@@ -55,7 +55,9 @@ HERE = Path(__file__).parent / "schemathesis"
 _LOGGED = re.compile(r" volant\.api\.request: \S+ (\S+) (\S+) (\d{3}|-) ")
 
 
-async def test_no_request_is_answered_otherwise_than_documented(make_daemon: Callable[..., Daemon]) -> None:
+async def test_no_request_is_answered_otherwise_than_documented(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
     daemon = make_daemon(environ={"VOLANT_MAX_VMS": "2"})
     async with daemon.client() as client:
         await client.plugins.install(WEB)
@@ -64,13 +66,14 @@ async def test_no_request_is_answered_otherwise_than_documented(make_daemon: Cal
         with trio.fail_after(TIMEOUT_S):
             ended = await trio.run_process(
                 [
-                    *(str(Path(sys.executable).parent / "schemathesis"), "--config-file", "schemathesis.toml", "run"),
+                    str(Path(sys.executable).parent / "schemathesis"),
+                    *("--config-file", str(HERE / "schemathesis.toml"), "run"),
                     *(f"{daemon.base_url}/openapi.json", "--phases", "coverage,fuzzing"),
                     *("--max-examples", str(EXAMPLES), "--workers", "2", "--request-timeout", "20"),
                     *("--continue-on-failure", "--warnings", "off"),
                     *(() if os.environ.get("VOLANT_TEST_FULL") else ("--generation-deterministic",)),
                 ],
-                cwd=HERE,
+                cwd=tmp_path,
                 env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{REPOSITORY}", "PYTHONDONTWRITEBYTECODE": "1"},
                 capture_stdout=True,
                 stderr=subprocess.STDOUT,
