@@ -50,9 +50,9 @@ from volant.model.agent_types import (
 
 from ._agui_events import AguiEvent, RunAgentInput
 from ._body import Nothing
-from ._mcp import Command, CommandAnswer, RpcAnswer, RpcMessage
 from ._plugins import Enabled
 from ._query import MAX_INTEGER
+from ._rpc import Command, CommandAnswer, RpcAnswer, RpcMessage
 
 Anything = Mapping[str, Any]
 """A JSON object whose shape is no contract."""
