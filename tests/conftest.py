@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.system.kit import REPOSITORY, Daemon
 
 _REAL = frozenset({"system", "conformance", "systemd"})
 """Folders whose tests boot real guests."""
 _IMAGE_S = 600.0
+# How long an example takes says more of what else the machine does.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 _daemons = pytest.StashKey[list[Daemon]]()
 
 

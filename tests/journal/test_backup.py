@@ -438,3 +438,39 @@ async def test_a_backup_of_an_older_version_is_brought_up_to_date(path: Path, ke
         connection = apsw.Connection(str(path))
         assert connection.execute("SELECT count(*) FROM answers").get == 0
         connection.close()
+
+
+def _cut_off(path: Path) -> None:
+    """Leave the database as somebody does who is killed in the middle of a transaction without a write-ahead log."""
+    connection = apsw.Connection(str(path))
+    connection.pragma("journal_mode", "delete")
+    connection.pragma("cache_spill", 1)
+    connection.pragma("cache_size", 1)
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("UPDATE vms SET name = name || '-cut'")
+    connection.execute("CREATE TABLE t (x)")
+    for _ in range(200):
+        connection.execute("INSERT INTO t VALUES (zeroblob(2000))")
+    files = [path, path.with_name(path.name + "-journal")]
+    data = [file.read_bytes() for file in files]
+    connection.execute("ROLLBACK")
+    connection.close()
+    for file, content in zip(files, data, strict=True):
+        file.write_bytes(content)
+
+
+async def test_a_transaction_that_was_cut_off_is_no_damage_and_goes_aside_with_its_database(
+    path: Path, kept: Path
+) -> None:
+    async with keeping(path) as bench:
+        await bench.create("old")
+        await bench.backup(kept)
+    _cut_off(path)
+    async with keeping(path) as bench:
+        assert [row.name for row in bench.store.projection.rows()] == ["old"]
+        epoch = await bench.restore(kept.read_bytes())
+    _cut_off(path)
+    async with keeping(path) as bench:
+        assert bench.store.events.epoch == epoch
+        assert [row.name for row in bench.store.projection.rows()] == ["old"]
+    assert path.with_name(f"volant-before-{epoch}.db-journal").exists()

@@ -238,3 +238,13 @@ async def test_requests_wait_while_the_daemon_begins_anew(make_daemon: Callable[
         assert asked > 5
         # A connection that was just being taken when the tree ended may break; none is refused.
         assert len(failures) <= 1, failures
+
+        # What the restore has moved aside is told of, and goes when it is named.
+        kept_aside = [path.name for path in daemon.state_dir.glob("volant-before-*")]
+        assert kept_aside
+        found = {item["name"]: item for item in volar(daemon, "system", "df")["items"]}
+        assert all(found[name]["reclaimable"] for name in kept_aside)
+        dry = volar(daemon, "system", "prune", "--kind", "database", "--dry-run")
+        assert sorted(item["name"] for item in dry["items"]) == sorted(kept_aside)
+        assert volar(daemon, "system", "prune", "--kind", "database") == {**dry, "dry_run": False}
+        assert not list(daemon.state_dir.glob("volant-before-*"))

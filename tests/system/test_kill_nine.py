@@ -115,7 +115,11 @@ class LogReader:
         self.lost = 0
 
     async def run(self) -> None:
-        async with self._daemon.client() as client, client.vms.logs(self._name, since=0, on_retry=self._retry) as feed:
+        async with (
+            self._daemon.client() as client,
+            # As long as the guests take that end while there is no daemon.
+            client.vms.logs(self._name, since=0, patience_s=3 * BOOT_S, on_retry=self._retry) as feed,
+        ):
             async for line in feed:
                 assert isinstance(line, LogLine), line
                 assert line.seq == self._seq + 1, (line, self._seq)

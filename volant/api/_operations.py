@@ -52,9 +52,9 @@ from volant.model.agent_types import (
 
 from ._agui_events import AguiEvent, RunAgentInput
 from ._body import Nothing
-from ._mcp import Command, CommandAnswer, RpcAnswer, RpcMessage
 from ._plugins import Enabled
 from ._query import MAX_INTEGER
+from ._rpc import Command, CommandAnswer, RpcAnswer, RpcMessage
 
 Anything = Mapping[str, Any]
 """A JSON object whose shape is no contract."""
@@ -233,8 +233,7 @@ def _relayed(what: str, path: str, says: str) -> tuple[Operation, ...]:
 
 
 def _devtools(method: str, path: str, name: str, says: str, answer: Answer, *fails: int) -> Operation:
-    status: int | Literal["default"] = "default" if answer.kind is bytes else 101 if answer.kind is None else 200
-    answers: Mapping[int | Literal["default"], Answer] = {status: answer}
+    answers: Mapping[int | Literal["default"], Answer] = {200 if answer.kind is not None else 101: answer}
     path = f"/ws/v1/vms/{{name}}/devtools/{path}"
     return Operation(method, path, name, says, answers, fails=(409, 502, 503, *fails), key_in_query=True)
 
@@ -250,7 +249,7 @@ _DEVTOOLS = (
     _devtools("PUT", "json/new", "devtools_new", "Open a page; the query is its address, percent-encoded",
               Answer("The page", Anything)),
     _devtools("GET", "json/protocol", "devtools_protocol", "The protocol that the browser speaks",
-              Answer("Its domains, commands and types, as the browser answers, byte for byte", bytes, ANY)),
+              Answer("Its domains, commands and types, as the browser has them", Anything)),
     _devtools("GET", "json/activate/{target}", "devtools_activate", "Bring a page to the front", _DONE),
     _devtools("GET", "json/close/{target}", "devtools_close", "Close a page", _DONE),
     _devtools("GET", "browser", "devtools_websocket", "Control the browser (WebSocket)", _CDP, 426),

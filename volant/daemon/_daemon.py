@@ -385,9 +385,10 @@ class Daemon:
 
     async def _adopt(self) -> None:
         began = trio.current_time()
-        ids = [row.id for row in self.store.projection.rows()]
-        await self.logs.recall(ids)
-        await self.logs.forget_unknown(ids)
+        projection = self.store.projection
+        await self.logs.recall([row.id for row in projection.rows()])
+        # Asked anew: the API takes requests already, and one that was made meanwhile is known.
+        await self.logs.forget_unknown([row.id for row in projection.rows()])
         await self.vms.adopt_all()
         await self._list_orphans()
         self.adoption_s = trio.current_time() - began
@@ -402,8 +403,8 @@ class Daemon:
         self._orphans = [orphan.identity for orphan in await self.vms.orphans()]
         for identity in self._orphans:
             _logger.warning(
-                "process %d is a hypervisor of ours that no VM owns; `volar vms adopt %s` makes it one, `volar vms kill` "
-                "ends it",
+                "process %d is a hypervisor of ours that no VM owns; `volar vms adopt %s` makes it one, "
+                "`volar vms kill` ends it",
                 identity.pid,
                 identity.mark,
             )

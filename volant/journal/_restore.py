@@ -326,8 +326,8 @@ def take_over(host: Host, path: Path) -> str | None:
     finally:
         connection.close()
     aside = path.with_name(f"{path.stem}-before-{epoch}{path.suffix}")
-    # Its last commits may be in the log alone, which is of no use to any other database.
-    for suffix in ("-wal", ""):
+    # Its last commits may be in the log alone, and what was begun is in its journal: both would ruin another database.
+    for suffix in ("-wal", "-journal", ""):
         if host.exists(path.with_name(path.name + suffix)):
             host.rename(path.with_name(path.name + suffix), aside.with_name(aside.name + suffix))
     host.unlink(path.with_name(path.name + "-shm"))

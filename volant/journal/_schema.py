@@ -76,10 +76,13 @@ def open_writer(host: Host, path: Path) -> apsw.Connection:
     """
     if host.exists(path):
         # Through a connection that can't write: closing another one would already move its log into a damaged file.
-        with closing(open_reader(path)) as reader:
-            if _check(reader, path) and _had_vms(host, path):
-                raise damaged(path, "it is empty, and there are logs of VMs beside it")
-            _look_for_damage(reader, path, host, _CHECK_S)
+        try:
+            with closing(open_reader(path)) as reader:
+                _inspect(reader, path, host)
+        except apsw.ReadOnlyError:
+            # Somebody was killed while they made it: what was begun is rolled back, which is no damage.
+            with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)) as connection:
+                _inspect(connection, path, host)
     else:
         # SQLite gives its -wal and -shm the permissions of the database.
         host.close_file(host.open_file(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -127,6 +130,12 @@ def open_reader(path: Path) -> apsw.Connection:
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
     connection.set_busy_timeout(BUSY_TIMEOUT_MS)
     return connection
+
+
+def _inspect(connection: apsw.Connection, path: Path, host: Host) -> None:
+    if _check(connection, path) and _had_vms(host, path):
+        raise damaged(path, "it is empty, and there are logs of VMs beside it")
+    _look_for_damage(connection, path, host, _CHECK_S)
 
 
 def _check(connection: apsw.Connection, path: Path) -> bool:

@@ -28,6 +28,7 @@ from volant.model import (
     check_name,
     draining,
     event_for,
+    name_taken,
     new_row,
 )
 
@@ -248,14 +249,7 @@ class Stage:
 
     def _check_free(self, name: str) -> None:
         if self._named(name) is not None:
-            raise Problem(
-                409,
-                "name-taken",
-                f"there is a VM named {name!r} already",
-                field="name",
-                vm=name,
-                hint="choose another name, or delete that VM first",
-            )
+            raise name_taken(name)
 
     def _by_id(self, vm_id: int) -> VmRow | None:
         return self.rows[vm_id] if vm_id in self.rows else self._projection.by_id(vm_id)

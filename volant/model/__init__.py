@@ -50,7 +50,7 @@ from ._manifest import (
     is_openapi,
     is_too_deep,
 )
-from ._problem import Problem, invalid, no_such_vm
+from ._problem import Problem, invalid, name_taken, no_such_vm
 from ._row import (
     BootMode,
     BuildTemplate,
@@ -198,6 +198,7 @@ __all__ = [
     "is_name",
     "is_openapi",
     "is_too_deep",
+    "name_taken",
     "new_row",
     "no_such_vm",
     "parse_duration",

@@ -37,6 +37,18 @@ def invalid(field: str, detail: str, *, hint: str | None = None) -> Problem:
     return Problem(400, "invalid-request", detail, field=field, hint=hint)
 
 
+def name_taken(name: str) -> Problem:
+    """409: there is a VM of that name."""
+    return Problem(
+        409,
+        "name-taken",
+        f"there is a VM named {name!r} already",
+        field="name",
+        vm=name,
+        hint="choose another name, or delete that VM first",
+    )
+
+
 def no_such_vm(name: str) -> Problem:
     """404: there is no VM of that name."""
     return Problem(

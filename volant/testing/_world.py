@@ -172,7 +172,8 @@ class World:
         """One request whose answer is read piece by piece; leaving the block is leaving the daemon."""
         self.daemon  # noqa: B018 - raises
         assert self._requests is not None
-        stream = Stream(b"" if body is None else json.dumps(body).encode())
+        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        stream = Stream(data)
         self._requests.start_soon(stream.run, self.daemon, method, target, headers or {})
         try:
             await stream.head.wait()

@@ -116,7 +116,12 @@ class VmActor(Actor):
         self.ctx.stack.callback(self._leave_gates)
         found = await self._find(row)
         rebooted = row.process is not None and row.process.boot_id != self._doors.host.boot_id()
-        await self._see(Woke(found, rebooted))
+        try:
+            await self._see(Woke(found, rebooted))
+        except Problem as problem:
+            # A full disk must not leave a VM without an actor, as nobody would come back to it once there is space.
+            _logger.warning("VM %s: %s; trying again", row.name, problem, extra={"vm": row.name})
+            self.ctx.spawn(self._deliver, Report(Woke(found, rebooted), row.mark), name="woke")
         if row.expires_at is not None:
             self.ctx.spawn(self._expire, name="ttl")
 

@@ -1,9 +1,9 @@
 """What takes space on the host for this daemon, and what of it can go.
 
 **Who uses a thing is asked at the moment at which it goes**, of the projection, without an await in between. The row of
-a VM is there before anything is fetched or made for it. So one that begins meanwhile either is seen, or comes after, and
-makes or fetches what it needs (`BootMedia.remove`). Images that VMs boot are never removed, as the current one stays and
-the others are those of rows. A process that carries our mark counts as a user, whatever the database says.
+a VM is there before anything is fetched or made for it. So one that begins meanwhile either is seen, or comes after,
+and makes or fetches what it needs (`BootMedia.remove`). Images that VMs boot are never removed, as the current one
+stays and the others are those of rows. A process that carries our mark counts as a user, whatever the database says.
 
 Disks and databases without a VM are removed only when they are named: they may be all that is left of somebody's work,
 and a restored database may not know of them.

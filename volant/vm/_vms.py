@@ -42,6 +42,7 @@ from volant.model import (
     VmRow,
     draining,
     invalid,
+    name_taken,
     new_row,
     no_such_vm,
     settled,
@@ -104,6 +105,9 @@ class Vms:
         :raises AlreadyAnswered: the request came before, and its VM was made then.
         """
         await self._check_memory(request)
+        if self.doors.store.projection.get(request.name) is not None:
+            # Room would not help.
+            raise name_taken(request.name)
         self._admit(request.memory_mb)
         # Counted at once, as others ask while the journal writes.
         self._creating.append(request.memory_mb)

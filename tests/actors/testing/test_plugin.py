@@ -110,7 +110,7 @@ def test_other_tests_are_left_alone(folder: Path) -> None:
     assert code == 0
     assert "simulations" not in text
     (folder / "test_it.py").write_text("import sys\ndef test(): assert 'trio.testing' not in sys.modules\n")
-    code, text = pytest_(folder, "-p", "no:trio", "-o", "addopts=", "-W", "ignore")
+    code, text = pytest_(folder, "-p", "no:trio", "-p", "no:schemathesis", "-o", "addopts=", "-W", "ignore")
     assert code == 0, text
 
 

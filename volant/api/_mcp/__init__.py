@@ -1,7 +1,5 @@
 """Volant for models: the Model Context Protocol, and the document's own form of commands."""
 
-from ._commands import Command, CommandAnswer
-from ._route import RpcAnswer, RpcMessage, routes
-from ._tools import TOOLS
+from ._route import routes
 
-__all__ = ["TOOLS", "Command", "CommandAnswer", "RpcAnswer", "RpcMessage", "routes"]
+__all__ = ["routes"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any
 
 import msgspec
 
@@ -13,27 +12,8 @@ from volant.model import CreateVm, Name, Problem, Status, check_create, invalid,
 
 from .._body import Nothing, decode
 from .._params import chosen, vm_row
+from .._rpc import Command, CommandAnswer
 from ._tool import Asked
-
-
-class Command(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A command in the API's own form, which is not MCP's."""
-
-    command: str
-    """`volant.vms.list`, `volant.vms.create`, `volant.vms.get`, `volant.vms.delete` or
-    `volant.system.get_capabilities`."""
-    params: dict[str, Any] = {}
-    """`create` takes the body of `POST /api/v1/vms`, `get` and `delete` take `name`, `list` takes `status` (an
-    array), `plugin` and `labels`, all optional."""
-
-
-class CommandAnswer(msgspec.Struct, frozen=True):
-    """The answer to a `Command`."""
-
-    result: Any
-    """What the REST route answers; null for `delete`, and after a failure."""
-    error: str
-    """Empty when all is well."""
 
 
 class Capabilities(msgspec.Struct, frozen=True):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import trio
@@ -41,26 +41,6 @@ for minutes. Ordinary ones have less than a kilobyte."""
 _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
 
 _encoder = msgspec.json.Encoder()
-
-
-class RpcMessage(msgspec.Struct, omit_defaults=True):
-    """A message of JSON-RPC 2.0, as the Model Context Protocol has it: a request, a notification or an answer."""
-
-    jsonrpc: Literal["2.0"]
-    method: str | msgspec.UnsetType = msgspec.UNSET
-    """What is asked for, such as `tools/call`."""
-    params: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
-    id: int | str | msgspec.UnsetType = msgspec.UNSET
-    """A notification has none."""
-
-
-class RpcAnswer(msgspec.Struct, omit_defaults=True):
-    """An answer of JSON-RPC 2.0: one of `result` and `error`."""
-
-    jsonrpc: Literal["2.0"]
-    id: int | str | None
-    result: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
-    error: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Looked(msgspec.Struct):

@@ -1,0 +1,106 @@
+"""Steers what schemathesis makes up, so that requests reach a guest, and none waits long. It loads this file itself.
+
+Two VMs may exist. `demo` runs and stays as it is, for everything that goes into a guest: its workload answers anything,
+also on port 9000. `other` comes and goes with the requests that make, change and delete VMs.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import requests
+import schemathesis
+from schemathesis.core.parameters import ParameterLocation
+
+from volant.model import Problem, parse_duration
+
+schemathesis.serializer.alias("application/vnd.sqlite3", "application/octet-stream")
+
+STREAM_S = 1.0
+"""How long an event stream is read; each that is well-formed has no end."""
+
+_chance = random.Random(0)
+_TRUE = (True, "true", "1", "")
+
+
+@schemathesis.hook
+def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
+    """Change a request that is about to be sent."""
+    del context
+    path, query = case.path, case.query
+    if isinstance(case.body, dict):
+        case.body = _with_integers(case.body)
+    fits = case.meta.generation.mode is schemathesis.GenerationMode.POSITIVE
+    if case.meta.is_negative_at(ParameterLocation.PATH):
+        return
+    if "/vms/{name}" in path:
+        inside = case.method == "GET" or any(part in path for part in ("/agent", "/ports/", "/actions/", "/devtools/"))
+        if _chance.random() < 0.7:
+            case.path_parameters["name"] = "demo" if inside else "other"
+        elif not inside and case.path_parameters["name"] == "demo":
+            case.path_parameters["name"] = "other"
+    if "/ports/" in path and _chance.random() < 0.7:
+        case.path_parameters["port"] = 9000
+    if "/actions/" in path and _chance.random() < 0.7:
+        case.path_parameters |= {"plugin": "web", "action": "greet"}
+    if path == "/api/v1/vms" and case.method == "POST" and isinstance(case.body, dict):
+        if isinstance(case.body.get("name"), str) and _chance.random() < 0.5:
+            case.body["name"] = "other"
+        # From a second to 366 days, which the pattern of durations does not say.
+        if fits and not _is_duration(case.body.get("ttl", "1s"), 1, 366 * 86400):
+            case.body["ttl"] = "1h"
+        # What the boot image needs at least, the document can't know.
+        if isinstance(case.body.get("memory_mb"), int) and 64 <= case.body["memory_mb"] < 128:
+            case.body["memory_mb"] = 128
+    if path == "/api/v1/events/vms":
+        kwargs["timeout"] = STREAM_S
+        if fits and _chance.random() < 0.8:
+            # Enough of them, and schemathesis leaves before that.
+            case.query = {"since": "0"}
+            case.headers.pop("Last-Event-ID", None)
+    if path == "/api/v1/system/drain":
+        # `demo` has to run on, and without that `grace` makes no sense.
+        if query.get("stop_vms") in _TRUE:
+            query["stop_vms"] = "false"
+        if fits:
+            query.pop("grace", None)
+    if path == "/api/v1/agui":
+        _shorten(query, "duration")
+    if "wait" in query:
+        _shorten(query, "timeout")
+    if query.get("follow") in _TRUE:
+        query["follow"] = "false"
+
+
+@schemathesis.hook
+def after_call(context: Any, case: Any, response: Any) -> None:
+    """Undo what would end the others."""
+    del context
+    if case.path == "/api/v1/system/drain" and response.status_code == 200:
+        requests.post(response.request.url.partition("?")[0].replace("/drain", "/undrain"), timeout=20)
+
+
+def _shorten(query: dict[str, Any], name: str) -> None:
+    """Nobody waits for long. What is no duration, or too long a one, stays as it is: that is refused at once."""
+    if _is_duration(query.get(name, "0s"), 0, 600):
+        query[name] = "50ms"
+
+
+def _is_duration(value: Any, least_s: float, most_s: float) -> bool:
+    try:
+        return parse_duration(str(value), "", minimum_s=least_s, maximum_s=most_s) >= 0
+    except Problem:
+        return False
+
+
+def _with_integers(value: Any) -> Any:
+    """To JSON Schema 80.0 is an integer; to us it is not, and the document says so."""
+    match value:
+        case dict():
+            return {name: _with_integers(member) for name, member in value.items()}
+        case list():
+            return [_with_integers(member) for member in value]
+        case float() if value.is_integer():
+            return int(value)
+    return value
