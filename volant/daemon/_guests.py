@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import suppress
 
 import trio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable, VirtioSerial, open_channel
-from volant.host import Host
+from volant.host import Host, ProcessGone
 from volant.hypervisor import Hypervisor, HypervisorError, Machine, MachineSpec
 from volant.model import EndKind, ProcessIdentity
 from volant.model.agent import DAEMON_SHUTDOWN
+from volant.templates import template_mark_prefix
 from volant.vm import VmSettings, instance_of, memory_file, vm_directory
 
 from ._directories import disk_dir, memory_dir, template_dir
@@ -52,7 +54,14 @@ async def stop_guests(
     time of the others comes near, all the others are asked at once.
     """
     prefix = f"volant-{instance_of(settings.state_dir)}-"
-    found = await host.processes(prefix)
+    found = []
+    for identity in await host.processes(prefix):
+        if identity.mark.startswith(template_mark_prefix(instance_of(settings.state_dir))):
+            # It was to become a template; nobody misses it.
+            with suppress(ProcessGone), host.open_process(identity) as process:
+                process.kill()
+        else:
+            found.append(identity)
     if not found:
         _logger.info("no guest runs")
         return []

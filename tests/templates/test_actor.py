@@ -1,0 +1,145 @@
+"""Who builds templates does one at a time, gives up on none for ever, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
+from tests.templates.test_store import RECIPE, add
+from volant.host import Host
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.model import Problem, TemplateView
+from volant.templates import Blueprint, BuildDoors, TemplateFailed, Templates, TemplateStore, _actor
+from volant.templates.messages import Build, ListTemplates, RemoveTemplate, Suspect, Wanted
+
+BLUEPRINT = Blueprint(
+    recipe=RECIPE,
+    digest=RECIPE.digest,
+    plugin="base",
+    kernel=Path("/k"),
+    initramfs=Path("/i"),
+    rootfs=None,
+    accelerator="tcg",
+)
+
+
+class Builder:
+    """Instead of a boot: `outcome` None makes a template."""
+
+    def __init__(self) -> None:
+        self.outcome: TemplateFailed | None = None
+        self.begun = 0
+        self.may_end = trio.Event()
+
+    async def build(self, doors: BuildDoors, blueprint: Blueprint) -> None:
+        self.begun += 1
+        await self.may_end.wait()
+        if self.outcome is not None:
+            raise self.outcome
+        await add(doors.store, blueprint.recipe)
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
+    builder = Builder()
+    monkeypatch.setattr(_actor, "build", builder.build)
+    monkeypatch.setattr(_actor, "_QUIET_S", 0.0)
+    return builder
+
+
+@asynccontextmanager
+async def standing(tmp_path: Path, *, enabled: bool = True) -> AsyncIterator[Ref[Any]]:
+    host = Host()
+    (tmp_path / "mem").mkdir(exist_ok=True)
+    doors = BuildDoors(
+        host=host,
+        hypervisor=QemuHypervisor(host, tmp_path / "c", accelerator="tcg"),
+        store=TemplateStore(host, tmp_path / "t", enabled=enabled),
+        instance="volant-test",
+        runtime_dir=tmp_path / "r",
+        memory_dir=tmp_path / "mem",
+    )
+    child = Child("templates", lambda: Templates(doors, max_bytes=2**30, max_age=timedelta(days=1)))
+    async with open_system(Supervisor(ONE_FOR_ONE, intensity=1, period_s=60, children=[child])):
+        yield child.ref
+
+
+async def views(ref: Ref[Any]) -> list[TemplateView]:
+    return list(await ref.ask(ListTemplates(), timeout_s=5))
+
+
+async def until(ref: Ref[Any], state: str) -> TemplateView:
+    with trio.fail_after(10):
+        while not (found := [view for view in await views(ref) if view.state == state]):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    return found[0]
+
+
+async def test_what_is_wanted_often_is_built_once(tmp_path: Path, builder: Builder) -> None:
+    async with standing(tmp_path) as ref:
+        for _ in range(3):
+            ref.tell(Wanted(BLUEPRINT))
+        await until(ref, "building")
+        builder.may_end.set()
+        view = await until(ref, "ready")
+        assert (view.digest, view.plugin, view.after, view.error) == (RECIPE.digest, "base", "agent", None)
+        again = await ref.ask(Build(BLUEPRINT), timeout_s=5)
+        assert (again.digest, builder.begun) == (view.digest, 1)
+        await ref.ask(RemoveTemplate(view.digest), timeout_s=5)
+        assert not await views(ref)
+        with pytest.raises(Problem) as caught:
+            await ref.ask(RemoveTemplate(view.digest), timeout_s=5)
+        assert caught.value.status == 404
+
+
+async def test_who_asks_for_one_that_fails_is_told_why_and_others_pause(tmp_path: Path, builder: Builder) -> None:
+    builder.outcome = TemplateFailed("guest_ended", "the guest panicked")
+    builder.may_end.set()
+    async with standing(tmp_path) as ref:
+        with pytest.raises(Problem) as caught:
+            await ref.ask(Build(BLUEPRINT), timeout_s=5)
+        assert (caught.value.status, "the guest panicked" in caught.value.detail) == (503, True)
+        assert (await until(ref, "failed")).error == "guest_ended: the guest panicked"
+        ref.tell(Wanted(BLUEPRINT))
+        await views(ref)
+        assert builder.begun == 1, "it was tried a moment ago"
+        builder.outcome = None
+        assert (await ref.ask(Build(BLUEPRINT), timeout_s=5)).state == "ready", "a person need not wait"
+
+
+async def test_a_template_whose_clone_failed_goes(tmp_path: Path, builder: Builder) -> None:
+    builder.may_end.set()
+    async with standing(tmp_path) as ref:
+        await ref.ask(Build(BLUEPRINT), timeout_s=5)
+        ref.tell(Suspect(RECIPE.digest, "clone_refused: no"))
+        assert not await views(ref)
+        assert not list((tmp_path / "t").iterdir())
+
+
+async def test_where_there_are_none_nobody_waits_for_one(tmp_path: Path, builder: Builder) -> None:
+    async with standing(tmp_path, enabled=False) as ref:
+        ref.tell(Wanted(BLUEPRINT))
+        with pytest.raises(Problem) as caught:
+            await ref.ask(Build(BLUEPRINT), timeout_s=5)
+        assert (caught.value.status, builder.begun) == (409, 0)
+
+
+async def test_what_an_earlier_life_has_left_is_swept_away(tmp_path: Path, builder: Builder) -> None:
+    del builder
+    for path in (tmp_path / "t" / f"{RECIPE.digest}.new", tmp_path / "r" / "templates" / "x", tmp_path / "mem"):
+        path.mkdir(parents=True)
+    left, other = tmp_path / "mem" / "template-x.mem", tmp_path / "mem" / "7.mem"
+    left.touch()
+    other.touch()
+    async with standing(tmp_path):
+        with trio.fail_after(10):
+            while left.exists() or (tmp_path / "r" / "templates").exists() or list((tmp_path / "t").iterdir()):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+    assert other.exists()

@@ -1,0 +1,160 @@
+"""A template is whole and untouched, or it is not given out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from volant.host import Host
+from volant.templates import Recipe, TemplateStore, Told
+
+RECIPE = Recipe(
+    hypervisor="qemu 10.0.13", kernel="k", initramfs="i", rootfs=None, cmdline="", cpu_cores=1, memory_mb=64
+)
+DAY = timedelta(days=1)
+
+
+async def add(store: TemplateStore, recipe: Recipe, size: int = 8192) -> Path:
+    digest = recipe.digest
+    fresh = store.directory / f"{digest}.new"
+    fresh.mkdir(parents=True)
+    for name in ("memory", "state", *(["root.qcow2"] if recipe.rootfs else [])):
+        (fresh / name).write_bytes(os.urandom(size))
+    await store.add(fresh, digest, recipe, "base")
+    return store.directory / digest
+
+
+def fresh_store(tmp_path: Path) -> TemplateStore:
+    """As after a restart: nothing is known by heart."""
+    return TemplateStore(Host(), tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"hypervisor": "qemu 10.1.0"},
+        {"kernel": "x"},
+        {"initramfs": "x"},
+        {"rootfs": "x"},
+        {"cmdline": "debug"},
+        {"cpu_cores": 2},
+        {"memory_mb": 128},
+        {"told": Told({"name": "a"}, {})},
+    ],
+)
+def test_everything_that_a_guest_follows_from_is_in_the_name(other: dict[str, object]) -> None:
+    assert msgspec.structs.replace(RECIPE, **other).digest != RECIPE.digest
+
+
+def test_the_order_of_an_environment_is_not() -> None:
+    one = msgspec.structs.replace(RECIPE, told=Told({}, {"env": {"a": "1", "b": "2"}}))
+    two = msgspec.structs.replace(RECIPE, told=Told({}, {"env": {"b": "2", "a": "1"}}))
+    assert one.digest == two.digest
+
+
+async def test_what_was_added_is_found_also_by_a_successor(tmp_path: Path) -> None:
+    store = fresh_store(tmp_path)
+    assert await store.find(RECIPE, RECIPE.digest) is None
+    recipe = msgspec.structs.replace(RECIPE, rootfs="r", told=Told({"name": "a", "x": ["y"]}, {"entrypoint": ("a",)}))
+    directory = await add(store, recipe)
+    for each in (store, fresh_store(tmp_path)):
+        found = await each.find(recipe, recipe.digest)
+        assert found is not None
+        assert found.layer == directory / "root.qcow2"
+    assert await TemplateStore(Host(), tmp_path / "t", enabled=False).find(recipe, recipe.digest) is None
+
+
+def truncate(directory: Path) -> None:
+    os.truncate(directory / "memory", 100)
+
+
+def touch(directory: Path) -> None:
+    os.utime(directory / "state")
+
+
+def replace(directory: Path) -> None:
+    data = (directory / "memory").read_bytes()
+    (directory / "memory").unlink()
+    (directory / "memory").write_bytes(data)
+
+
+def lose(directory: Path) -> None:
+    (directory / "state").unlink()
+
+
+def garble(directory: Path) -> None:
+    (directory / "template.json").write_text("{")
+
+
+def flip(directory: Path) -> None:
+    """A bit, without a trace in what `stat` says."""
+    state = directory / "state"
+    before = state.stat()
+    data = bytearray(state.read_bytes())
+    data[0] ^= 1
+    with state.open("r+b") as file:
+        file.write(data)
+    os.utime(state, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("damage", "known"),
+    [
+        *((damage, False) for damage in (truncate, touch, replace, lose, garble, flip)),
+        # The rest was read once, and is known by heart.
+        *((damage, True) for damage in (truncate, touch, replace, lose)),
+    ],
+)
+async def test_what_was_touched_is_removed_and_not_given_out(
+    tmp_path: Path, damage: Callable[[Path], None], known: bool
+) -> None:
+    store = fresh_store(tmp_path)
+    directory = await add(store, RECIPE)
+    if known:
+        assert await store.find(RECIPE, RECIPE.digest) is not None
+    damage(directory)
+    store = store if known else fresh_store(tmp_path)
+    assert await store.find(RECIPE, RECIPE.digest) is None
+    assert not directory.exists()
+
+
+async def test_halves_are_swept_away_and_whole_ones_are_not(tmp_path: Path) -> None:
+    store = fresh_store(tmp_path)
+    directory = await add(store, RECIPE)
+    for name in ("f" * 32 + ".new", "e" * 32, "something"):
+        (store.directory / name).mkdir()
+        (store.directory / name / "memory").touch()
+    await store.sweep()
+    assert [path.name for path in store.directory.iterdir()] == [directory.name]
+
+
+async def test_the_least_used_goes_first_when_there_is_too_much(tmp_path: Path) -> None:
+    store = fresh_store(tmp_path)
+    recipes = [msgspec.structs.replace(RECIPE, cmdline=str(number)) for number in range(3)]
+    for recipe in recipes:
+        await add(store, recipe, size=64 * 1024)
+    assert await store.find(recipes[0], recipes[0].digest) is not None
+    await store.evict(max_bytes=300 * 1024, max_age=DAY)
+    assert set(await store.all()) == {recipes[0].digest, recipes[2].digest}
+    # What was used is known to a successor.
+    await fresh_store(tmp_path).evict(max_bytes=200 * 1024, max_age=DAY)
+    assert set(await store.all()) == {recipes[0].digest}
+
+
+async def test_what_nobody_uses_goes_in_time(tmp_path: Path) -> None:
+    store = fresh_store(tmp_path)
+    directory = await add(store, RECIPE)
+    await store.evict(max_bytes=2**30, max_age=DAY)
+    assert directory.exists()
+    said = json.loads((directory / "template.json").read_text())
+    said["created_at"] = "2020-01-01T00:00:00Z"
+    (directory / "template.json").write_text(json.dumps(said))
+    (directory / "used").unlink(missing_ok=True)
+    await fresh_store(tmp_path).evict(max_bytes=2**30, max_age=DAY)
+    assert not directory.exists()
