@@ -33,7 +33,10 @@ def _quiet() -> Iterator[None]:
 def live(directory: Path, story: Callable[[World], Awaitable[None]], faults: dict[str, float] | None = None) -> None:
     async def main(sim: Simulation) -> None:
         async with simulated_world(sim, directory) as world:
-            world.settings = msgspec.structs.replace(world.settings, agent_timeout_s=DEADLINE_S, max_boots=AT_ONCE)
+            # Turns are those of cold boots, and a clone is none.
+            world.settings = msgspec.structs.replace(
+                world.settings, agent_timeout_s=DEADLINE_S, max_boots=AT_ONCE, templates="off"
+            )
             await world.start_daemon()
             await story(world)
 
@@ -120,7 +123,9 @@ def test_a_daemon_that_is_killed_in_the_middle_of_a_burst_goes_on_with_it(tmp_pa
 def test_guests_that_never_answer_hold_up_the_others_for_their_turn_alone(tmp_path: Path) -> None:
     async def main(sim: Simulation) -> None:
         async with simulated_world(sim, tmp_path) as world:
-            world.settings = msgspec.structs.replace(world.settings, agent_timeout_s=600.0, max_boots=AT_ONCE)
+            world.settings = msgspec.structs.replace(
+                world.settings, agent_timeout_s=600.0, max_boots=AT_ONCE, templates="off"
+            )
             await world.start_daemon()
             await create(world, *(f"hangs{n}" for n in range(AT_ONCE)))
             await trio.sleep(10.0)
