@@ -6,7 +6,6 @@ The agent is the real one, as in `test_relay`; what listens is the test's.
 from __future__ import annotations
 
 import hashlib
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from tests.api.kit import UPGRADE, api, request, until, websocket
 from tests.api.test_relay import Guest, guest
+from tests.ports import free_port
 
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 
@@ -161,8 +161,7 @@ async def test_the_stop_of_the_daemon_closes_with_1001(tmp_path: Path) -> None:
 
 
 async def test_an_error_comes_instead_of_the_upgrade(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        nobody = taken.getsockname()[1]
+    nobody = free_port()
     async with guest(tmp_path) as at:
         for path, status in ((nobody, 502), (0, 400), (65536, 400), ("x", 400), (f"{nobody}?x=1", 400)):
             answer = await at.api.server.get(f"/ws/v1/vms/demo/tcp/{path}", **UPGRADE)

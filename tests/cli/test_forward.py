@@ -15,6 +15,7 @@ import trio
 from tests.api.test_relay import guest
 from tests.api.test_tcp import digest_at_the_end, listening
 from tests.cli.kit import running, volar
+from tests.ports import free_port
 
 
 def server_of(at: Any) -> Any:
@@ -51,8 +52,7 @@ async def test_connections_pass_with_their_ends(tmp_path: Path) -> None:
 
 
 async def test_what_cannot_be_reached_is_reset_and_said_once(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        nobody = taken.getsockname()[1]
+    nobody = free_port()
     async with guest(tmp_path) as at:
         async with running(server_of(at), ["vms", "forward", "demo", f"0:{nobody}"]) as process:
             here = int((await line(process.stdout)).split()[0].rpartition(":")[2])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.guest.conftest import Answer, Asker, read_all, read_until
+from tests.ports import free_port
 from volant.guest._relay import without_hops
 from volant.model import agent as wire
 
@@ -184,8 +185,7 @@ def test_an_answer_that_is_cut_short_looks_cut_short(agent: Asker, upstream: Ups
 
 
 def test_a_workload_that_is_starting_is_waited_for(agent: Asker) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     check = {"command": ["false"], "interval_s": 3600}
     body = {"entrypoint": ["sleep", "1000"], "port": port, "restart": "never", "health_check": check}
     assert agent.ask("PUT", wire.DAEMON_WORKLOAD, body).json()["state"] == "starting"

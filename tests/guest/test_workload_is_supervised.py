@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.guest.conftest import Asker, read_until
+from tests.ports import free_port
 from volant.guest import _workload
 from volant.model import agent as wire
 
@@ -150,9 +150,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 @pytest.mark.parametrize(("path", "state"), [("/well", "healthy"), ("/ill", "unhealthy")])
 def test_a_check_by_http_decides(agent: Asker, path: str, state: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     check = {"path": path, "interval_s": 1.0, "retries": 2}
     put(agent, sys.executable, "-c", SERVER, str(port), port=port, health_check=check)
     wait_for(agent, lambda status: status["state"] == state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.ports import free_port
 from volant.images import BootMedia, ImageError, fetch, list_media, medium_path, remove_medium
 from volant.images import _fetch as fetching
 from volant.images import _media as media
@@ -211,8 +211,7 @@ def test_a_silent_server_is_given_up(cache: Path, server: Server, way: str, monk
 
 def test_nobody_there(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "_FIRST_PAUSE_S", 0.0)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     assert code(cache, f"http://127.0.0.1:{port}/") == "media_unreachable"
 
 

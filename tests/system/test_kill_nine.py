@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import trio
 
+from tests.ports import free_port
 from tests.system.kit import BOOT_S, Daemon, adopted, boot, is_alive, load, reachable, run
 from volant.client import Client, ClientError, ClientProblem, LogLine
 from volant.model import EDGES, CreateVm, Status, VmView
@@ -248,12 +249,6 @@ def wait_for_end(directory: Path) -> str:
             if message.get("event") == "STOP":
                 lines.write(b'{"execute":"query-status"}\n')
     raise AssertionError("QEMU has left")
-
-
-def free_port() -> int:
-    """A port that clients find the daemon at again."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 async def test_twenty_kills_lose_nothing_leave_nothing_and_repeat_nothing(make_daemon: Callable[..., Daemon]) -> None:

@@ -26,7 +26,9 @@ from ._stream import ChannelStream, PrefixedStream
 Header = tuple[bytes, bytes]
 
 _RECEIVE = 256 * 1024
-"""At once, of a body. Of a head no more than may be: h11 takes whatever came in one piece."""
+"""At once, of a body."""
+_RECEIVE_HEAD = 8 * 1024
+"""h11 bounds a head that is incomplete; one that comes in one piece it takes, so pieces are small."""
 _MAX_INFORMATIONAL = 16
 _CLOSE_BODY_S = 1.0
 
@@ -280,7 +282,7 @@ class _Exchange:
                 return event
             with trio.CancelScope() as self._receiver:
                 try:
-                    data = await self._stream.receive_some(_RECEIVE if begun else MAX_HEAD_BYTES)
+                    data = await self._stream.receive_some(_RECEIVE if begun else _RECEIVE_HEAD)
                 except trio.BrokenResourceError as error:
                     raise AgentUnreachable(f"the stream to the agent broke: {error}") from error
                 self._ended = not data

@@ -37,7 +37,7 @@ from volant.model import ProcessIdentity, Status
 from volant.templates import BuildDoors, Templates, TemplateStore
 from volant.vm import BootGate, VmDoors, Vms, VmSettings, instance_of, keep_drained, parse_mark
 
-from ._directories import DirectoryError, claimed, disk_dir, memory_dir, remove, template_dir
+from ._directories import DirectoryError, claimed, disk_dir, log_dir, memory_dir, remove, template_dir
 from ._dump import dump_on_signal
 from ._protection import Protection
 from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, shown, split
@@ -179,7 +179,7 @@ class Daemon:
         self.host = host or Host(self._notifier.scopes())
         self.started_at: datetime = self.host.wall_clock()
         self.store = Store(self.host, settings.state_dir / "volant.db")
-        self.logs = VmLogs(self.host, settings.state_dir / "logs")
+        self.logs = VmLogs(self.host, log_dir(settings))
         self.hypervisor: Hypervisor = QemuHypervisor(
             self.host,
             settings.cache_dir,

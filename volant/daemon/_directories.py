@@ -38,6 +38,11 @@ def template_dir(settings: Settings) -> Path:
     return settings.state_dir / "templates"
 
 
+def log_dir(settings: Settings) -> Path:
+    """Where the logs of VMs lie."""
+    return settings.state_dir / "logs"
+
+
 @contextmanager
 def claimed(settings: Settings) -> Iterator[None]:
     """The directories exist, are ours alone, and no other daemon uses them.
@@ -50,6 +55,7 @@ def claimed(settings: Settings) -> Iterator[None]:
         settings.cache_dir,
         memory_dir(settings),
         disk_dir(settings),
+        log_dir(settings),
     ):
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from volant.journal import DatabaseRefused, VmLogs, restore_offline
 from volant.model import Problem
 
 from ._daemon import DaemonError, evidence_of
-from ._directories import DirectoryError, claimed
+from ._directories import DirectoryError, claimed, log_dir
 from ._settings import Settings
 
 
@@ -55,7 +55,7 @@ def _readable(file: Path) -> Iterator[None]:
 async def _restore(settings: Settings, file: Path, replace: bool) -> str:
     host = Host()
     path = settings.state_dir / "volant.db"
-    evidence = await evidence_of(host, settings, VmLogs(host, settings.state_dir / "logs"))
+    evidence = await evidence_of(host, settings, VmLogs(host, log_dir(settings)))
     try:
         done = await host.run_blocking(lambda: restore_offline(host, path, file, evidence, replace=replace))
     except Problem as problem:

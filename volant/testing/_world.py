@@ -104,7 +104,8 @@ class World:
 
     async def _run_daemon(self, task_status: trio.TaskStatus[None]) -> None:
         host = self._host = SimHost(self.machine)
-        self.machine.files.mkdir(self.settings.state_dir / "disks")
+        for name in ("disks", "logs"):
+            self.machine.files.mkdir(self.settings.state_dir / name)
         with allow_real("files", "randomness", "time"):
             daemon = Daemon(self.settings, [], host=host)
         self._ended = trio.Event()
