@@ -60,6 +60,7 @@ class World:
             agent_timeout_s=60.0,
             # Fewer than there are VMs, whatever the machine.
             max_boots=2,
+            templates="auto",
         )
         self.starts = 0
         self._nursery = nursery
