@@ -39,11 +39,15 @@ async def daemon_inside(image_cache: Path) -> AsyncIterator[tuple[Daemon, Client
         ephemeral=True,
     )
     try:
-        with claimed(settings), listening(settings) as sockets:
+        with (
+            claimed(settings),
+            listening(settings) as sockets,
+            trio.open_signal_receiver(signal.SIGTERM) as signals,
+        ):
             daemon = Daemon(settings, sockets)
             failure: BaseException | None = None
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(daemon.run)
+                nursery.start_soon(daemon.run, signals)
                 async with Client(address_of(sockets[0])) as client:
                     await adopted(client)
                     try:
@@ -51,7 +55,6 @@ async def daemon_inside(image_cache: Path) -> AsyncIterator[tuple[Daemon, Client
                     except Exception as error:
                         # It would cancel the daemon, and a daemon that is to leave no VM has to stop by itself.
                         failure = error
-                assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
                 os.kill(os.getpid(), signal.SIGTERM)
             remove(settings)
             if failure is not None:
