@@ -242,6 +242,20 @@ def test_a_full_disk_is_507_and_leaves_nothing(agent: Asker, tmp_path: Path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_the_last_memory_of_the_guest_is_not_taken(
+    agent: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_files, "memory", lambda: {"total_mb": 87, "available_mb": 11})
+    answer = agent.ask("PUT", url(tmp_path / "x"), b"1")
+    problem(answer, 507, f"{tmp_path}/x")
+    assert "memory" in answer.json()["hint"]
+    problem(agent.ask("PUT", url(tmp_path / "d"), tar_of(("f", b"1")), headers=TAR), 507, "f")
+    assert not list(tmp_path.iterdir())
+    # Where nobody knows, nobody refuses.
+    monkeypatch.setattr(_files, "memory", lambda: {"total_mb": 0, "available_mb": 0})
+    assert agent.ask("PUT", url(tmp_path / "x"), b"1").status == 201
+
+
 def test_deleting(agent: Asker, tmp_path: Path) -> None:
     (tmp_path / "d" / "e").mkdir(parents=True)
     (tmp_path / "d" / "e" / "f").touch()

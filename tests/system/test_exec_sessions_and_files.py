@@ -14,14 +14,14 @@ import sys
 import tarfile
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.system.kit import REPOSITORY, Daemon, boot, load
+from tests.system.kit import REPOSITORY, Daemon, boot, load, run
 from volant.client import ClientProblem, ExecEnd, ExecGap, ExecOutput
 
 _S = 120.0
@@ -33,7 +33,7 @@ def guest(module_daemon: Daemon) -> Iterator[str]:
 
     async def make() -> None:
         async with module_daemon.client() as client:
-            await boot(client, "demo")
+            await boot(client, "demo", memory_mb=160)
 
     module_daemon.kept.add("demo")
     trio.run(make)
@@ -241,6 +241,19 @@ def test_files_by_volar(daemon: Daemon, guest: str, tmp_path: Path) -> None:
     assert volar(daemon, "cp", str(tmp_path / "none"), f"{guest}:/tmp").returncode == 1
     assert volar(daemon, "cp", "a", "b").returncode == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "g"]
+
+
+async def test_a_file_that_memory_does_not_hold_is_refused_and_the_guest_goes_on(daemon: Daemon, guest: str) -> None:
+    class Blocks:
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            for _ in range(160):
+                yield bytes(1 << 20)
+
+    async with daemon.client() as client:
+        with pytest.raises(ClientProblem, match="no space left for /root/huge") as refused:
+            await client.vms.write_file(guest, "/root/huge", Blocks())
+        assert refused.value.status == 507
+        assert await run(client, guest, "ls", "-A", "/root") == ""
 
 
 async def test_a_large_file_arrives_whole_and_the_daemon_stays_small(daemon: Daemon, guest: str) -> None:

@@ -23,6 +23,7 @@ import time
 
 from . import _root
 from ._http import LAST_CHUNK, Problem, chunk
+from ._memory import memory
 from ._query import parse_query, unquote
 
 TYPE_CHECKING = False
@@ -37,6 +38,8 @@ SILENCE_S = 600.0
 MODE_HEADER = "Volant-File-Mode"
 
 _PIECE = 256 * 1024
+_SPARE_MB = 12
+"""What is left of the guest's memory. A file system in RAM would take the last of it, and the agent would be killed."""
 _MAX_PATH = 4095
 _SHOWN_PATH = 200
 _STATUSES = {
@@ -55,6 +58,10 @@ _STATUSES = {
     errno.ENOSPC: (507, "there is no space left for {}"),
     errno.EDQUOT: (507, "there is no space left for {}"),
     errno.EFBIG: (413, "{} is longer than the file system allows"),
+}
+_HINTS = {
+    errno.ENOTEMPTY: "delete it with ?recursive=true",
+    errno.ENOSPC: "files of a guest without a root filesystem are in its memory; delete some, or give the VM more",
 }
 
 
@@ -107,7 +114,7 @@ def problem_of(error: OSError, path: bytes, *, reading: bool) -> Problem:
     status, text = _STATUSES.get(error.errno or 0, (500, f"the guest's file system fails at {{}}: {error.strerror}"))
     if reading and error.errno == errno.ENOTDIR:
         status, text = _STATUSES[errno.ENOENT]
-    hint = "delete it with ?recursive=true" if error.errno == errno.ENOTEMPTY else ""
+    hint = _HINTS.get(error.errno or 0, "")
     return Problem(status, text.format(show(path)), field="path", hint=hint)
 
 
@@ -331,7 +338,10 @@ def beside(name: bytes) -> bytes:
 
 
 def write(fd: int, data: bytes) -> None:
-    """Write all of it."""
+    """Write all of it; :raises OSError: ENOSPC also when the guest's memory is nearly used up."""
+    left = memory()
+    if left["total_mb"] and left["available_mb"] < _SPARE_MB:
+        raise OSError(errno.ENOSPC, "the guest's memory is nearly used up")
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

@@ -18,6 +18,7 @@ from volant.model import agent
 
 from . import _root
 from ._http import Gone, Problem, Stream, parse_request
+from ._memory import memory
 from ._output import Output
 from ._plugin import Plugin
 from ._workload import Workload
@@ -303,7 +304,7 @@ class Server:
             "instance_id": instance_id(),
             "uptime_s": round(time.clock_gettime(time.CLOCK_BOOTTIME), 3),
             "cpus": os.cpu_count() or 1,
-            "memory": _memory(),
+            "memory": memory(),
             "disk": _root.figures(),
             "workload": self.workload.status(),
             "output": self.output.statistics(),
@@ -372,18 +373,3 @@ def _first_line(path: str) -> str:
             return handle.readline(256).strip()
     except OSError:
         return ""
-
-
-def _memory() -> dict[str, int]:
-    found = {"total_mb": 0, "available_mb": 0}
-    try:
-        with open("/proc/meminfo") as handle:
-            for line in handle:
-                name, _, rest = line.partition(":")
-                if name == "MemTotal":
-                    found["total_mb"] = int(rest.split()[0]) // 1024
-                elif name == "MemAvailable":
-                    found["available_mb"] = int(rest.split()[0]) // 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return found
