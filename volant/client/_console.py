@@ -95,11 +95,12 @@ async def pump_console(
         # What was seen must not come again, and where it ended is not known.
         async with open_websocket(http, path, query if first else {**query, "tail": 0}) as socket:
             opened()
-            if not first:
-                await channel.send(Reconnected())
-            first = False
+            # Who is told that the connection is back may type at once.
             line.socket = socket
             try:
+                if not first:
+                    await channel.send(Reconnected())
+                first = False
                 while True:
                     message = await socket.receive()
                     backoff.heard()
