@@ -139,6 +139,16 @@ async def test_an_overview_that_resumes_begins_with_the_state(served: Api) -> No
         assert (await again.next())["type"] == "STATE_SNAPSHOT"
 
 
+@pytest.mark.parametrize("step", ["launch", ""])
+async def test_a_boot_that_resumes_finishes_the_step_that_the_client_says(served: Api, step: str) -> None:
+    await served.crashed("demo")
+    async with agui(served, f"?vm=demo&thread_id=t&run_id=r&resume=true&step={step}") as again:
+        again.running = True
+        again.steps = [step] if step else []
+        await again.until("RUN_ERROR")
+        assert again.types.count("STEP_FINISHED") == (1 if step else 0)
+
+
 async def test_a_stop_finishes_the_overview_and_goes_away(served: Api) -> None:
     async with agui(served) as socket:
         await socket.next()
@@ -190,6 +200,8 @@ async def test_another_vm_of_the_same_name_is_another_vm(served: Api) -> None:
         ("?vm=No%20name", 404, None),
         ("?resume=true&thread_id=t", 400, "run_id"),
         ("?resume=true&run_id=t", 400, "thread_id"),
+        ("?step=launch&vm=demo", 400, "step"),
+        ("?step=launch&resume=true&thread_id=t&run_id=r", 400, "step"),
         ("?run_id=", 400, "run_id"),
         ("?run_id=%0a", 400, "run_id"),
         (f"?thread_id={'t' * 201}", 400, "thread_id"),

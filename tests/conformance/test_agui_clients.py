@@ -104,7 +104,7 @@ async def test_the_boot_of_one_vm_is_a_run_that_resumes(daemon: Daemon, node: No
             await client.vms.wait("one", {"running"}, timeout_s=BOOT_S)
             cut = len(events)
             assert events[-1]["type"] == "STEP_STARTED"
-            await nursery.start(listen, f"{socket}&resume=true", events, is_end)
+            await nursery.start(listen, f"{socket}&resume=true&step={events[-1]['stepName']}", events, is_end)
             pid = (await client.vms.get("one")).pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)

@@ -1,9 +1,10 @@
 """`/ws/v1/agui` and `/api/v1/agui`: what happens to VMs, as AG-UI tells it.
 
-A WebSocket that was cut in the middle of a boot's run goes on with `?resume=true`. What the client has open then, the
-step of a boot, is remembered here for the last of those who left; nothing is open while a VM just runs, so a daemon
-that was restarted meanwhile, and remembers nothing, is right about nearly everybody. Ids of runs that say what is open
-were rejected: an id is chosen when a run begins, mostly by the client.
+A WebSocket that was cut in the middle of a boot's run goes on with `?resume=true`. Which step the client has open then,
+it alone knows, as what was sent last may never have come: `step` says it. Where it says nothing, what was sent last is
+remembered here for the last of those who left; nothing is open while a VM just runs, so a daemon that was restarted
+meanwhile, and remembers nothing, is right about nearly everybody. Ids of runs that say what is open were rejected: an
+id is chosen when a run begins, mostly by the client.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
                 else:
                     boots = Boots(asked.thread_id, asked.run_id, _new_run_id)
                     if asked.resume:
-                        boots.resume(*left_open.take(row.id, asked.thread_id, asked.run_id))
+                        boot, step = left_open.take(row.id, asked.thread_id, asked.run_id)
+                        boots.resume(boot, step if asked.step is None else asked.step or None)
                     try:
                         ended = await _tell_boots(call, doors, cursor, boots, row, send)
                     finally:
@@ -124,6 +126,8 @@ class _Asked:
     thread_id: str
     run_id: str
     resume: bool = False
+    step: str | None = None
+    """The one that the client has open, empty for none; None: it does not say."""
 
     @classmethod
     def of(cls, query: Query) -> _Asked:
@@ -134,7 +138,13 @@ class _Asked:
             f"thread-{new_request_id()}" if thread_id is None else _identifier(thread_id, "thread_id"),
             _new_run_id() if run_id is None else _identifier(run_id, "run_id"),
             query.flag("resume", False),
+            query.text("step"),
         )
+        if asked.step is not None:
+            if not asked.resume or asked.vm is None:
+                raise invalid("step", "step is for a boot's run that goes on: with vm and resume=true")
+            if asked.step:
+                _identifier(asked.step, "step")
         if asked.resume:
             for name, value in (("thread_id", thread_id), ("run_id", run_id)):
                 if value is None:

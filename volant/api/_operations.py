@@ -361,6 +361,7 @@ OPERATIONS: tuple[Operation, ...] = (
             Parameter("thread_id", str, "Of the runs; at most 200 characters"),
             Parameter("run_id", str, "Of the first run; at most 200 characters"),
             Parameter("resume", bool, "That run has begun on an earlier connection, and goes on"),
+            Parameter("step", str, "With `resume` and `vm`: the step that the client has open, empty for none"),
         ),
         fails=(404, 426), key_in_query=True,
         details="Closes with 1000 when the VM of `vm` is deleted, with 1001 when the daemon stops.",

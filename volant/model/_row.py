@@ -79,6 +79,9 @@ BootMode = Literal["auto", "cold", "template"]
 """`auto`: as a clone of a template where there is one; `template`: as a clone, which may have to be waited for."""
 
 
+KernelCmdline = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": 1024})]
+
+
 class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The body of `POST /api/v1/vms`."""
 
@@ -87,7 +90,7 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)]
     plugin: Name = "base"
     runtime: Name | None = None
-    kernel_cmdline: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": 1024})] = ""
+    kernel_cmdline: KernelCmdline = ""
     """Appended to the daemon's own."""
     labels: Labels = {}
     env: Env = {}
@@ -107,8 +110,8 @@ class BuildTemplate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     """None: what the plugin asks for."""
     memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)] | None = None
     """None: what the plugin asks for."""
-    kernel_cmdline: Annotated[str, msgspec.Meta(extra_json_schema={"maxLength": 1024})] = ""
-    env: dict[str, str] = {}
+    kernel_cmdline: KernelCmdline = ""
+    env: Env = {}
     """Counts with `template.after: workload` alone."""
 
 
