@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Box:
     def __init__(self, cache: Path) -> None:
         self._cache = cache
         self.root = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
+        self._private = set(_private())
         self._process: subprocess.Popen[bytes] | None = None
         self._init = 0
 
@@ -191,7 +192,13 @@ class Box:
                 os.kill(self.init, signal.SIGKILL)
             self._process.kill()
             self._process.wait(30)
-        shutil.rmtree(self.root, ignore_errors=True)
+        # The private directories of services that were killed with it.
+        for path in (self.root, *(set(_private()) - self._private)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _private() -> Iterator[Path]:
+    return Path("/tmp").glob("systemd-private-*-volant*")
 
 
 def missing() -> str | None:
