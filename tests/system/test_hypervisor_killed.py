@@ -90,7 +90,7 @@ async def test_a_hypervisor_that_is_stopped_can_still_be_deleted(daemon: Daemon)
 
 IMPATIENT = """
 from volant.hypervisor.qemu import _machine
-_machine.PULSE_S, _machine.PULSE_ANSWER_S = 1.0, 2.0
+_machine.PULSE_S, _machine.PULSE_TOGETHER_S, _machine.PULSE_ANSWER_S = 1.0, 0.5, 2.0
 """
 
 
