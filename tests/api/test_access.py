@@ -17,9 +17,9 @@ from trio.testing import MockClock
 
 from tests.api.kit import FAST, UPGRADE, Answer, Api, api, request, streamed
 from volant.api import Access, ApiSettings, create_app, parse_network, serve
-from volant.api._headers import from_guest, to_guest
-from volant.api._keys import TICKET_S, Keys, Tickets
-from volant.api._networks import parse_client
+from volant.api._edge._keys import TICKET_S, Keys, Tickets
+from volant.api._edge._networks import parse_client
+from volant.api._relay._headers import from_guest, to_guest
 from volant.model import Problem
 
 KEY = "k3y-0123456789abcdef"

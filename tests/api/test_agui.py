@@ -17,8 +17,8 @@ from pydantic import TypeAdapter
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from tests.api.kit import UPGRADE, Api, api, websocket
-from volant.api import _agui
-from volant.api._agui_events import AguiEvent, Boots
+from volant.api._agui import _route
+from volant.api._agui._events import AguiEvent, Boots
 from volant.model import BASE, CreateVm, EventId, Phase, Reason, Status, VmRow, event_for, new_row
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -158,7 +158,7 @@ async def test_a_stop_finishes_the_overview_and_goes_away(served: Api) -> None:
 
 
 async def test_a_reader_that_is_far_behind_gets_the_state_anew(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_agui, "MAX_LAG", -1)
+    monkeypatch.setattr(_route, "MAX_LAG", -1)
     async with agui(served) as socket:
         await socket.next()
         await socket.next()

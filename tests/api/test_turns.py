@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 import trio.testing
 
-from volant.api._turns import Turns
+from volant.api._relay import Turns
 
 
 async def test_what_fits_into_the_turn_does_not_wait() -> None:

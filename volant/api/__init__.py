@@ -1,11 +1,8 @@
 """The front end: HTTP, WebSockets and server-sent events over what the daemon does."""
 
-from ._access import Access
 from ._app import create_app
-from ._doors import ApiSettings, Doors, SystemDoor
-from ._limits import Limits
-from ._networks import Network, parse_network
-from ._serving import serve
+from ._doors import Doors, SystemDoor
+from ._edge import Access, ApiSettings, Limits, Network, parse_network, serve
 
 __all__ = [
     "Access",

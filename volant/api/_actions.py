@@ -17,10 +17,8 @@ import trio
 
 from volant.model import Action, Problem, VmRow, is_name, no_such_vm
 
-from ._access import without_credentials
-from ._call import Call
 from ._doors import Doors
-from ._edge import StreamRoute
+from ._edge import Call, StreamRoute, without_credentials
 from ._relay import Relay, to_port
 
 _ACTIONS = re.compile(r"/api/v1/vms/([^/]*)/actions/([^/]*)/([^/]*)\Z")

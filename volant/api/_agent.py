@@ -14,10 +14,8 @@ from volant.channel import AgentClient
 from volant.model import Problem, VmRow, is_name, no_such_vm
 from volant.model.agent import DAEMON_PREFIX, EXEC, EXEC_SESSIONS, FILES
 
-from ._access import without_credentials
-from ._call import Call
 from ._doors import Doors
-from ._edge import StreamRoute
+from ._edge import Call, StreamRoute, without_credentials
 from ._relay import Relay, parse_port, to_port
 
 _AGENT = re.compile(r"/api/v1/vms/([^/]*)/agent(?:/.*)?\Z")

@@ -32,14 +32,10 @@ from . import (
     _vms,
     _workload_api,
 )
-from ._access import Access
 from ._doors import Doors
-from ._edge import Edge, internal_error
+from ._edge import Access, Edge, Limits, internal_error, problem_body, too_large
 from ._idempotency import Repeats
-from ._limits import Limits
-from ._problems import problem_body, too_large
-from ._relay import Relay
-from ._turns import Turns
+from ._relay import Relay, Turns
 
 _log = logging.getLogger("volant.api")
 

@@ -10,9 +10,8 @@ import trio
 
 from volant.model import Problem, Restored
 
-from ._call import Call
 from ._doors import Doors
-from ._edge import StreamRoute
+from ._edge import Call, StreamRoute
 
 MEDIA = "application/vnd.sqlite3"
 _SILENCE_S = 60.0

@@ -11,10 +11,8 @@ from quart import request
 
 from volant.model import Problem, invalid
 
-from ._call import Call
-from ._limits import Limits
+from ._edge import Call, Limits, too_large
 from ._places import with_member
-from ._problems import too_large
 
 T = TypeVar("T")
 

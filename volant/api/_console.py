@@ -18,11 +18,9 @@ import trio
 from volant.model import Problem, Status, VmRow, is_name, no_such_vm
 from volant.vm import Keyboard, KeyboardTaken, Missed, NotTyped, Reader
 
-from ._call import GOING_AWAY, NORMAL, Call
 from ._doors import Doors
-from ._edge import StreamRoute
-from ._turns import Turns
-from ._waits import interruptible
+from ._edge import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
+from ._relay import Turns
 
 NOT_ALLOWED = 1008
 COME_AGAIN = 1012

@@ -28,14 +28,9 @@ import trio
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
 from volant.model import DEVTOOLS_PORT, Desired, Problem, Status, VmRow, is_name, no_such_vm
 
-from ._access import Access, without_credentials
-from ._call import Call
 from ._doors import Doors
-from ._edge import StreamRoute
-from ._headers import SANDBOX
-from ._relay import Relay, first_text, to_port
-from ._turns import Turns
-from ._waits import interruptible
+from ._edge import Access, Call, StreamRoute, interruptible, without_credentials
+from ._relay import SANDBOX, Relay, Turns, first_text, to_port
 
 WAIT_S = 60.0
 """How long a request waits for a VM and its browser, and how long a browser may take after its VM runs."""

@@ -9,10 +9,8 @@ import trio
 from volant.journal import EventCursor, EventFrame, EventGap
 from volant.model import EventType, Problem, is_name
 
-from ._call import Call
 from ._doors import Doors
-from ._edge import StreamRoute
-from ._waits import interruptible
+from ._edge import Call, StreamRoute, interruptible
 
 KEEP_UP_S = 15.0
 """So often a reader is told the newest id, and that the stream lives."""

@@ -50,10 +50,10 @@ from volant.model.agent_types import (
     Info,
 )
 
-from ._agui_events import AguiEvent, RunAgentInput
+from ._agui import AguiEvent, RunAgentInput
 from ._body import Nothing
+from ._edge import MAX_INTEGER
 from ._plugins import Enabled
-from ._query import MAX_INTEGER
 from ._rpc import Command, CommandAnswer, RpcAnswer, RpcMessage
 
 Anything = Mapping[str, Any]
@@ -177,6 +177,7 @@ _TEN_MINUTES = Annotated[
     ),
 ]
 """A duration of at most that, for the schema alone."""
+_DURATION = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": "^[0-9]{1,12}(ms|s|m|h|d)$"})]
 _WAIT = (
     Parameter(
         "wait",
@@ -584,7 +585,7 @@ OPERATIONS: tuple[Operation, ...] = (
         {200: Answer("Its shape is no contract", Anything)},
     ),
     Operation(
-        "GET", "/api/v1/system/df", "disk_usage", "What takes space on the host: database, logs, disks, images, media",
+        "GET", "/api/v1/system/df", "disk_usage", "What takes space on the host: database, logs, disks, images, media, templates",
         {200: Answer("The largest first, with who uses it", Usage)}, fails=(503,),
     ),
     Operation(
@@ -593,7 +594,9 @@ OPERATIONS: tuple[Operation, ...] = (
         parameters=(
             Parameter("dry_run", bool, "Say what would go, and remove nothing"),
             Parameter("kind", Annotated[list[StoredKind], msgspec.Meta(min_length=1)],
-                      "Only these; default `log`, `image`, `medium`, `leftover`. `disk`, `database` only when named"),
+                      "Only these; default `log`, `image`, `medium`, `template`, `leftover`; "
+                      "`disk`, `database` only when named"),
+            Parameter("unused_for", _DURATION, "Of templates only those from which no VM began for so long, like `12h`"),
         ),
         fails=(503,),
         details="What a VM, a plugin or a process uses stays, also when that begins meanwhile.",

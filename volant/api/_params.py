@@ -11,7 +11,7 @@ from volant.model import Problem, Status, VmRow, invalid, is_name, no_such_vm
 from volant.vm import DELETED, Version
 
 from ._doors import Doors
-from ._query import Query
+from ._edge import Query
 
 MAX_WAIT_S = 600.0
 DEFAULT_WAIT_S = 60.0

@@ -18,12 +18,9 @@ import trio
 from volant.channel import ChannelStream
 from volant.model import is_name, no_such_vm
 
-from ._call import GOING_AWAY, NORMAL, Call
 from ._doors import Doors
-from ._edge import StreamRoute
-from ._relay import open_port, parse_port
-from ._turns import Turns
-from ._waits import interruptible
+from ._edge import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
+from ._relay import Turns, open_port, parse_port
 
 PROTOCOL_ERROR = 1002
 UNSUPPORTED = 1003

@@ -9,11 +9,10 @@ from quart_trio import QuartTrio
 
 from volant.model import Ticket
 
-from ._access import Access
 from ._body import Nothing, read_body
 from ._doors import Doors
+from ._edge import TICKET_S, Access
 from ._json import json_response
-from ._keys import TICKET_S
 from ._params import no_query
 
 

@@ -28,11 +28,10 @@ from volant.vm import Version
 
 from ._body import Nothing, read_body
 from ._doors import Doors
+from ._edge import Query, interruptible
 from ._idempotency import Answered, Repeats, answer_of
 from ._json import empty_response, json_response
 from ._params import chosen, etag, if_match, is_not_modified, no_query, query, vm_row, wait_of
-from ._query import Query
-from ._waits import interruptible
 
 _MAX_PAGE = 1000
 _DEFAULT_GRACE_S = 10.0

@@ -30,10 +30,9 @@ from volant.model import Problem, VmRow, is_openapi, is_too_deep
 from volant.model.agent import AGENT_PREFIX, HEALTHZ, WORKLOAD_PREFIX
 
 from ._doors import Doors
-from ._headers import SANDBOX
 from ._json import json_response
 from ._params import no_query, vm_row
-from ._relay import to_port, unreachable
+from ._relay import SANDBOX, to_port, unreachable
 
 _USUAL_PATH = "/openapi.json"
 _ANSWER_S = 10.0

@@ -24,10 +24,8 @@ import trio
 from volant.model import Problem, invalid
 
 from .._body import read_call_bytes
-from .._call import Call, Message
 from .._doors import Doors
-from .._edge import StreamRoute
-from .._limits import Limits
+from .._edge import Call, Limits, Message, StreamRoute
 from ._commands import answer_command
 from ._tool import Asked
 

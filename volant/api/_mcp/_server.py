@@ -45,8 +45,7 @@ from volant.model import LogLine, Problem, is_name, view
 
 from .._body import decode
 from .._doors import Doors
-from .._edge import first_problem, internal_error
-from .._limits import Limits
+from .._edge import Limits, first_problem, internal_error
 from .._logs import log_of
 from .._openapi import standalone
 from .._params import vm_row

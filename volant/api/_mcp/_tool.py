@@ -13,7 +13,7 @@ import trio
 from volant.model import Problem
 
 from .._doors import Doors
-from .._waits import interruptible
+from .._edge import interruptible
 
 T = TypeVar("T")
 

@@ -20,15 +20,10 @@ import trio
 from volant.journal import EventCursor, EventGap
 from volant.model import EventType, VmRow, check_plain, invalid, is_name, no_such_vm
 
-from ._agui_events import AguiEvent, Boots, Overview, RunAgentInput
-from ._body import read_call_body
-from ._call import GOING_AWAY, NORMAL, Call
-from ._doors import Doors
-from ._edge import StreamRoute
-from ._limits import Limits
-from ._problems import new_request_id
-from ._query import Query
-from ._waits import interruptible
+from .._body import read_call_body
+from .._doors import Doors
+from .._edge import GOING_AWAY, NORMAL, Call, Limits, Query, StreamRoute, interruptible, new_request_id
+from ._events import AguiEvent, Boots, Overview, RunAgentInput
 
 DEFAULT_DURATION_S = 60.0
 MAX_DURATION_S = 600.0

@@ -26,10 +26,9 @@ import trio
 from volant.channel import AgentClient, AgentProtocolError, AgentResponse, AgentUnreachable, Channel, ChannelStream
 from volant.model import Problem, invalid
 
-from ._call import GOING_AWAY, Call
+from .._edge import GOING_AWAY, Call, interruptible
 from ._headers import from_guest, to_guest
 from ._turns import Turns
-from ._waits import interruptible
 
 HEAD_S = 600.0
 """How long a server in a guest may take to begin its answer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ._access import without_credentials
+from .._edge import without_credentials
 
 Header = tuple[bytes, bytes]
 

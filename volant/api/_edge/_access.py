@@ -24,9 +24,9 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from volant.model import Problem
 
-from ._doors import ApiSettings
 from ._keys import Keys, Tickets
 from ._networks import is_in, parse_client
+from ._settings import ApiSettings
 
 Header = tuple[bytes, bytes]
 

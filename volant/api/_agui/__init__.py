@@ -1,0 +1,6 @@
+"""What happens to VMs, as AG-UI tells it."""
+
+from ._events import AguiEvent, RunAgentInput
+from ._route import routes
+
+__all__ = ["AguiEvent", "RunAgentInput", "routes"]
