@@ -1,11 +1,16 @@
 """From a spec to a process with a control socket, and how it ends."""
 
 from ._interface import (
+    STANDS_STILL,
     AcceleratorChoice,
     AcceleratorName,
+    CaptureCode,
+    Captured,
+    CaptureFailed,
     Disk,
     End,
     FoundMachine,
+    HoldChannel,
     Hypervisor,
     HypervisorError,
     LaunchCode,
@@ -16,11 +21,16 @@ from ._interface import (
 )
 
 __all__ = [
+    "STANDS_STILL",
     "AcceleratorChoice",
     "AcceleratorName",
+    "CaptureCode",
+    "CaptureFailed",
+    "Captured",
     "Disk",
     "End",
     "FoundMachine",
+    "HoldChannel",
     "Hypervisor",
     "HypervisorError",
     "LaunchCode",

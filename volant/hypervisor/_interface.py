@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,6 +12,8 @@ import msgspec
 from volant.model import EndKind, ProcessIdentity
 
 AcceleratorName = Literal["kvm", "tcg"]
+STANDS_STILL = frozenset({"paused", "postmigrate", "finish-migrate"})
+"""What `Machine.status` says of a guest that was stopped, and can go on. The last one can't yet: it is being saved."""
 LaunchCode = Literal[
     "qemu_missing",
     "memory_refused",
@@ -22,6 +24,8 @@ LaunchCode = Literal[
     "exited",
     "no_answer",
 ]
+
+CaptureCode = Literal["no_space", "not_permitted", "io_error", "refused", "too_slow", "guest_stopped"]
 
 
 class HypervisorError(Exception):
@@ -42,6 +46,20 @@ class LaunchFailed(HypervisorError):
         self.message = message
 
 
+class CaptureFailed(HypervisorError):
+    """There is no capture. The guest goes on as if nothing had been asked, unless `code` is `guest_stopped`.
+
+    `code`: `no_space` (where the copy goes is full), `not_permitted` (the system keeps the daemon from reading the
+    memory of the hypervisor's process), `io_error`, `refused` (the hypervisor can't save the devices, or is gone),
+    `too_slow`, `guest_stopped` (it could not be let go on; who attaches next tries again).
+    """
+
+    def __init__(self, code: CaptureCode, message: str) -> None:
+        super().__init__(message)
+        self.code: CaptureCode = code
+        self.message = message
+
+
 class Disk(msgspec.Struct, frozen=True):
     """A guest's disk: a copy-on-write layer over an image that is never written to."""
 
@@ -52,12 +70,33 @@ class Disk(msgspec.Struct, frozen=True):
 
 
 class Template(msgspec.Struct, frozen=True):
-    """Where a machine goes on from, instead of booting: what `Machine.save` has left of one with the same spec."""
+    """Where a machine goes on from, instead of booting: what `Machine.save` or `Machine.capture` has left of one with
+    the same spec."""
 
     memory: Path
     """The guest's memory. Mapped privately: never written to, and shared by all that go on from it."""
     state: Path
     """The devices' state."""
+
+
+class Captured(msgspec.Struct, frozen=True, kw_only=True):
+    """A copy of a machine at one instant, in the directory that `Machine.capture` was given."""
+
+    template: Template
+    """Its files `memory`, mode 0600, in which pages of zeros are holes, and `state`."""
+    layer: Path | None
+    """`root.qcow2`: a layer over the same image, for `Hypervisor.make_layer(like=…)`. None: the machine has no disk."""
+    paused_s: float
+    """How long the guest stood still; 0 where it did already."""
+    memory_bytes: int
+    """Room that the memory takes, holes not counted."""
+    state_bytes: int
+    layer_bytes: int
+
+
+HoldChannel = Callable[[], AbstractAsyncContextManager[Callable[[], int]]]
+"""Makes the block in which nobody reads or writes at the host's end of the agent's port, or connects or leaves there;
+what it gives tells how many bytes the hypervisor has not taken yet (see `Channel.hold`)."""
 
 
 class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,10 +216,25 @@ class Machine(Protocol):
     async def powerdown(self) -> None:
         """Press the power button; the guest may ignore it. Raises HypervisorError."""
 
+    async def pause(self, timeout_s: float = 30.0) -> None:
+        """Let the guest stand still until `resume`; one that does already is left so. Its memory, its devices and who is
+        connected to them stay. Raises HypervisorError, also where the guest has ended."""
+
+    async def resume(self, timeout_s: float = 30.0) -> None:
+        """Let a guest that stands still go on; another one is left alone. Raises HypervisorError."""
+
     async def save(self, state: Path, timeout_s: float = 30.0) -> None:
         """Stop the guest for good, bring what it has written to its disk there, and save the devices to a new file.
         With the memory file that is a `Template`, once the process has ended. Nobody may be connected to the agent.
         Raises HypervisorError."""
+
+    async def capture(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Captured:
+        """Copy the machine as it is at one instant into an empty directory, best in RAM, and let its guest go on. One
+        that stands still is copied too, and still does afterwards. `hold` is entered for the time in which the guest
+        stands still and a little before. Whatever happens, also when this is cancelled, the guest goes on, and what
+        is in the directory then is the caller's to remove. One capture of a machine at a time.
+
+        `timeout_s` is for all of it. Raises CaptureFailed."""
 
     async def quit(self, timeout_s: float = 5.0) -> End:
         """Ask the process to end, and kill it when it has not after `timeout_s`. Raises HypervisorError, as `kill`."""

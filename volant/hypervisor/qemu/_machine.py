@@ -23,7 +23,7 @@ from typing import Any
 import trio
 
 from volant.host import Host, Process, ProcessGone
-from volant.hypervisor._interface import End, HypervisorError, MachineSpec
+from volant.hypervisor._interface import Captured, CaptureFailed, End, HoldChannel, HypervisorError, MachineSpec
 from volant.model import EndKind, ProcessIdentity
 
 from ._migration import Migration
@@ -148,11 +148,25 @@ class QemuMachine:
     async def powerdown(self) -> None:
         await self._execute("system_powerdown")
 
+    async def pause(self, timeout_s: float = 30.0) -> None:
+        await self._execute("stop", timeout_s)
+        status = await self.status()
+        if status not in STANDS_STILL:
+            raise HypervisorError(f"the guest can't be paused: QEMU says that it is {status!r}")
+
+    async def resume(self, timeout_s: float = 30.0) -> None:
+        # Told to a machine that runs, QEMU tells of a stop that was none.
+        if await self.status() in STANDS_STILL:
+            await self._execute("cont", timeout_s)
+
     async def save(self, state: Path, timeout_s: float = 30.0) -> None:
         if self._qmp is None:
             raise HypervisorError("the hypervisor's process is gone")
         self._migration = Migration()
         await self._migration.save(self._qmp, state, timeout_s)
+
+    async def capture(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Captured:
+        raise CaptureFailed("refused", f"{self._spec.name} can't be copied into {into} within {timeout_s:g} s: {hold}")
 
     async def quit(self, timeout_s: float = 5.0) -> End:
         if self._process is not None:
