@@ -10,15 +10,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 
 from tests.api.kit import Api, api
 from tests.images.test_image_store import place
+from tests.templates.test_store import RECIPE, add
 from volant.images import BootMedia, _store, fetch, medium_path
 from volant.journal import LogEntry
 from volant.model import Artifact
+from volant.templates import BuildDoors, _actor
 
 LIMIT = 2**20
 
@@ -131,6 +134,47 @@ async def test_disks_and_databases_without_a_vm_go_only_when_they_are_named(serv
     assert "everything" in answer.json()["detail"]
     # The database itself can't be named away.
     assert (await prune(served, "?kind=journal,cache"))["items"] == []
+
+
+@pytest.fixture
+async def unswept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
+    async def sweep(doors: BuildDoors) -> None:
+        await doors.host.mkdir(doors.store.directory)
+
+    monkeypatch.setattr(_actor, "sweep", sweep)
+    async with api(tmp_path) as running:
+        yield running
+
+
+async def test_templates_go_unless_a_clone_of_them_runs_or_they_have_served_lately(
+    unswept: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = unswept
+    store = served.doors.vms.doors.templates
+    used, idle = RECIPE, msgspec.structs.replace(RECIPE, cmdline="idle")
+    for recipe in (used, idle):
+        await add(store, recipe)
+    (store.directory / ("f" * 32 + ".new")).mkdir()
+    (store.directory / "not-ours").mkdir()
+    vm = await served.crashed("demo")
+    projection = served.doors.store.projection
+    row = projection.by_id(vm["id"])
+    assert row is not None
+    monkeypatch.setitem(projection._by_id, vm["id"], msgspec.structs.replace(row, template=used.digest))
+    found = {key[1]: item for key, item in (await items(served)).items() if key[0] == "template"}
+    assert found[used.digest]["bytes"] > 16_000
+    assert {name: (item["used_by"], item["reclaimable"]) for name, item in found.items()} == {
+        used.digest: (["VM demo"], False),
+        idle.digest: ([], True),
+        "f" * 32 + ".new": (["a build of a template"], False),
+        "not-ours": (["a build of a template"], False),
+    }
+    assert (await prune(served, "?kind=template&unused_for=1h"))["items"] == []
+    answer = await served.client.post("/api/v1/system/prune?unused_for=soon")
+    assert (answer.status_code, answer.json()["field"]) == (400, "unused_for")
+    assert [item["name"] for item in (await prune(served))["items"]] == [idle.digest]
+    assert set(await store.all()) == {used.digest}
+    assert await store.find(idle, idle.digest) is None
 
 
 async def test_an_image_that_a_hypervisor_of_somebody_else_has_open_stays(served: Api, tmp_path: Path) -> None:

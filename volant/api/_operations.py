@@ -585,7 +585,7 @@ OPERATIONS: tuple[Operation, ...] = (
         {200: Answer("Its shape is no contract", Anything)},
     ),
     Operation(
-        "GET", "/api/v1/system/df", "disk_usage", "What takes space on the host: database, logs, disks, images, media, templates",
+        "GET", "/api/v1/system/df", "disk_usage", "What takes space: database, logs, disks, images, media, templates",
         {200: Answer("The largest first, with who uses it", Usage)}, fails=(503,),
     ),
     Operation(
@@ -596,7 +596,7 @@ OPERATIONS: tuple[Operation, ...] = (
             Parameter("kind", Annotated[list[StoredKind], msgspec.Meta(min_length=1)],
                       "Only these; default `log`, `image`, `medium`, `template`, `leftover`; "
                       "`disk`, `database` only when named"),
-            Parameter("unused_for", _DURATION, "Of templates only those from which no VM began for so long, like `12h`"),
+            Parameter("unused_for", _DURATION, "Of templates only those from which no VM began for so long: `12h`"),
         ),
         fails=(503,),
         details="What a VM, a plugin or a process uses stays, also when that begins meanwhile.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast, get_args
@@ -34,10 +35,13 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
         parameters = query()
         dry_run = parameters.flag("dry_run", default=False)
         kinds = cast("frozenset[StoredKind]", parameters.words("kind", _KINDS))
+        unused_for_s = parameters.duration("unused_for", 0.0, maximum_s=math.inf)
         parameters.done()
         await read_body(Nothing)
         with _disk():
-            return json_response(await prune(doors.vms.doors, kinds or None, dry_run=dry_run))
+            return json_response(
+                await prune(doors.vms.doors, kinds or None, dry_run=dry_run, unused_for_s=unused_for_s)
+            )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import click
 
 from volant.model import PRUNED_KINDS, StoredItem, StoredKind
 
-from ._run import FAILED, Session, command
+from ._run import FAILED, Duration, Session, command
 from ._system_group import group
 from ._text import safe
 
@@ -31,6 +31,12 @@ async def df(session: Session) -> None:
 
 
 @command(group, "prune")
+@click.option(
+    "--unused-for",
+    type=Duration(),
+    metavar="DURATION",
+    help="Of templates only those from which no VM began for so long, like 12h.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
 @click.option(
     "--kind",
@@ -39,13 +45,15 @@ async def df(session: Session) -> None:
     type=click.Choice(_KINDS),
     help=f"Only this; may be repeated.  [default: {', '.join(PRUNED_KINDS)}]",
 )
-async def prune(session: Session, dry_run: bool, kinds: tuple[str, ...]) -> int | None:
-    """Remove what nobody uses: images, media, logs of deleted VMs, leftovers.
+async def prune(session: Session, dry_run: bool, kinds: tuple[str, ...], unused_for: float | None) -> int | None:
+    """Remove what nobody uses: images, media, templates, logs of deleted VMs, leftovers.
 
     What a VM, a plugin or a process uses stays. Disks without a VM, and databases that a restore has moved aside, go
     only when they are named: --kind disk, --kind database.
     """
-    done = await session.client.system.prune(cast("tuple[StoredKind, ...]", kinds), dry_run=dry_run)
+    done = await session.client.system.prune(
+        cast("tuple[StoredKind, ...]", kinds), dry_run=dry_run, unused_for_s=unused_for
+    )
     if session.out.json:
         session.out.document(done)
     else:

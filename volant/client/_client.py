@@ -584,14 +584,21 @@ class _System:
         """What takes space on the host, and what of it can go."""
         return await self._http.get("/api/v1/system/df", Usage)
 
-    async def prune(self, kinds: Collection[StoredKind] = (), *, dry_run: bool = False) -> Pruned:
+    async def prune(
+        self, kinds: Collection[StoredKind] = (), *, dry_run: bool = False, unused_for_s: float | None = None
+    ) -> Pruned:
         """Remove what nobody uses.
 
         :param kinds: only these; by default what can be had again, and logs of deleted VMs. Disks and databases without
             a VM go only when they are named
         :param dry_run: say what would go, and remove nothing
+        :param unused_for_s: of templates only those from which no VM began for so long
         """
-        query = {"kind": ",".join(kinds) or None, "dry_run": "true" if dry_run else None}
+        query = {
+            "kind": ",".join(kinds) or None,
+            "dry_run": "true" if dry_run else None,
+            "unused_for": None if unused_for_s is None else format_duration(round(unused_for_s, 3)),
+        }
         return decode(await self._http.request("POST", "/api/v1/system/prune", query=query, timeout_s=_PRUNE_S), Pruned)
 
     def backup(self) -> AbstractAsyncContextManager[Backup]:

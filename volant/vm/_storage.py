@@ -4,6 +4,7 @@
 a VM is there before anything is fetched or made for it. So one that begins meanwhile either is seen, or comes after,
 and makes or fetches what it needs (`BootMedia.remove`). Images that VMs boot are never removed, as the current one
 stays and the others are those of rows. A process that carries our mark counts as a user, whatever the database says.
+A template that goes between a VM's look and its launch costs that VM a cold boot, as one that is damaged does.
 
 Disks and databases without a VM are removed only when they are named: they may be all that is left of somebody's work,
 and a restored database may not know of them.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from volant import images
@@ -24,6 +26,8 @@ from ._doors import VmDoors
 from ._steps import parse_mark
 
 _MAX_ITEMS = 10_000
+_LONG_S = 100 * 366 * 86400.0
+_A_BUILD = "a build of a template"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class _Found:
     path: Path | None = None
     vm_id: int | None = None
     current: bool = False
+    used_at: datetime | None = None
+    """When a template served last."""
 
 
 @dataclass
@@ -54,6 +60,10 @@ class _Users:
             case "medium":
                 vms = [f"VM {row.name}" for row in self.rows.values() if found.name in _media_of(row.manifest)]
                 return vms + [f"plugin {name}" for name, has in self.plugins.items() if found.name in _media_of(has)]
+            case "template" if found.current:
+                return [_A_BUILD]
+            case "template":
+                return [f"VM {row.name}" for row in self.rows.values() if row.template == found.name]
             case "disk":
                 owners = [f"VM {row.name}" for row in self.rows.values() if row.layer == found.name]
                 return owners or self._process(found)
@@ -88,18 +98,22 @@ async def usage(doors: VmDoors) -> Usage:
     )
 
 
-async def prune(doors: VmDoors, kinds: Collection[StoredKind] | None, *, dry_run: bool) -> Pruned:
-    """Remove what nobody uses, of these kinds; None: of those that can be had again, or are over.
+async def prune(
+    doors: VmDoors, kinds: Collection[StoredKind] | None, *, dry_run: bool, unused_for_s: float = 0.0
+) -> Pruned:
+    """Remove what nobody uses, of these kinds; None: of those that can be had again, or are over. Templates that have
+    served within `unused_for_s` stay.
 
     :raises OSError: it can't be looked at.
     """
     wanted = PRUNED_KINDS if kinds is None else kinds
+    unused_since = doors.host.wall_clock() - timedelta(seconds=min(unused_for_s, _LONG_S))
     found, running = await _look(doors)
     gone: list[StoredItem] = []
     kept: list[Kept] = []
     for one in found:
         item = _shown(one, _users(doors, running))
-        if one.kind not in wanted or not item.reclaimable:
+        if one.kind not in wanted or not item.reclaimable or (one.used_at and one.used_at > unused_since):
             continue
         if dry_run:
             gone.append(item)
@@ -139,9 +153,23 @@ async def _look(doors: VmDoors) -> tuple[list[_Found], frozenset[int]]:
     # The processes last: what one that was launched meanwhile has made is then not taken for nobody's.
     found = await host.run_blocking(_scan, doors)
     numbers = [parse_mark(doors.instance, one.mark) for one in await host.processes(f"volant-{doors.instance}-")]
+    found += await _templates(doors)
     logs = doors.logs.sizes()
     found += [_Found("log", str(vm_id), size, vm_id=vm_id) for vm_id, (size, _) in logs.items()]
     return found, frozenset(vm_id for vm_id, _ in filter(None, numbers))
+
+
+async def _templates(doors: VmDoors) -> list[_Found]:
+    """Templates, and what is to become one."""
+    store = doors.templates
+    whole = await store.all()
+    names = {path.name: path for path in _in(doors.host, store.directory)}
+    sizes = await doors.host.run_blocking(lambda: {name: doors.host.disk_usage(path) for name, path in names.items()})
+    found = []
+    for name, size in sizes.items():
+        used_at = await store.used_at(name, whole[name]) if name in whole else None
+        found.append(_Found("template", name, size, current=name not in whole, used_at=used_at))
+    return found
 
 
 def _scan(doors: VmDoors) -> list[_Found]:
@@ -194,6 +222,11 @@ async def _remove(doors: VmDoors, found: _Found, running: frozenset[int]) -> boo
             return found.name in gone or not images.load(doors.settings.cache_dir, found.name)
         case "log":
             return await doors.logs.discard(found.vm_id or 0)
+        case "template":
+            if in_use():
+                return False
+            await doors.templates.remove(found.name)
+            return True
         case _:
             if in_use() or found.path is None:
                 return False
