@@ -131,6 +131,39 @@ async def test_a_killed_process_is_told_at_once_and_to_nobody_else(
             assert trio.current_time() - began < 0.5
 
 
+async def test_a_pause_is_no_end_and_a_successor_finds_it(qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    with trio.fail_after(20):
+        identity = await qemu.launch(spec)
+        async with qemu.attach(spec, identity) as machine:
+            for _ in range(2):
+                await machine.pause()
+                assert await machine.status() == "paused"
+            with trio.move_on_after(0.3):
+                await machine.ended()
+                raise AssertionError("a pause was taken for an end")
+        async with qemu.attach(spec, identity) as machine:
+            assert await machine.status() == "paused"
+            for _ in range(2):
+                await machine.resume()
+                assert await machine.status() == "running"
+            await machine.pause()
+            await machine.kill()
+            with pytest.raises(HypervisorError):
+                await machine.pause()
+
+
+async def test_a_guest_that_has_ended_can_t_be_paused(qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    await trio.Path(spec.kernel).write_bytes(kernel(delayed(POWEROFF)))
+    with trio.fail_after(20):
+        identity = await qemu.launch(spec)
+        async with qemu.attach(spec, identity) as machine:
+            await machine.ended()
+            with pytest.raises(HypervisorError, match="'shutdown'"):
+                await machine.pause()
+            await machine.resume()
+            assert await machine.status() == "shutdown"
+
+
 async def test_what_goes_wrong_in_the_block_is_the_caller_s(qemu: QemuHypervisor, spec: MachineSpec) -> None:
     with trio.fail_after(20):
         identity = await qemu.launch(spec)

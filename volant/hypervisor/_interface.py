@@ -217,8 +217,8 @@ class Machine(Protocol):
         """Press the power button; the guest may ignore it. Raises HypervisorError."""
 
     async def pause(self, timeout_s: float = 30.0) -> None:
-        """Let the guest stand still until `resume`; one that does already is left so. Its memory, its devices and who is
-        connected to them stay. Raises HypervisorError, also where the guest has ended."""
+        """Let the guest stand still until `resume`; one that does already is left so. Its memory and its devices stay,
+        and whoever is connected to them. Raises HypervisorError, also where the guest has ended."""
 
     async def resume(self, timeout_s: float = 30.0) -> None:
         """Let a guest that stands still go on; another one is left alone. Raises HypervisorError."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import msgspec
@@ -29,7 +29,7 @@ from volant.channel import (
     open_channel,
 )
 from volant.host import Host
-from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec
+from volant.hypervisor import STANDS_STILL, Hypervisor, HypervisorError, Machine, MachineSpec
 from volant.journal import VmLog
 from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
 from volant.model.agent import (
@@ -49,6 +49,7 @@ from ._serial import SerialConsole
 
 _RETRY_MIN_S = 0.1
 _RETRY_MAX_S = 10.0
+_ATTACHED_S = 15.0
 _OPEN_S = 1.0
 _ANSWER_S = 10.0
 _ROOT_S = 20.0
@@ -59,6 +60,8 @@ _BECOME_S = 15.0
 _CLONE_OUTPUT_S = 0.3
 _CLOCK_OFF_NS = 25_000_000
 _CLOCK_TRIES = 3
+_CLOCK_S = 15.0
+"""For the agent of a guest that has stood still to be there again, and to set its clock."""
 _CONSOLE_LINES = 60
 """With the trace that follows it, what a kernel says when it panics is some forty lines long."""
 _CONSOLE_CHARACTERS = 500
@@ -67,6 +70,10 @@ _PANIC = "Kernel panic - not syncing"
 
 class RootFailed(Exception):
     """The guest has no root filesystem, although it should. The text is for people, in part the guest's."""
+
+
+class _NoSuchRoute(AgentProtocolError):
+    """The agent is older than what it is asked."""
 
 
 class LiveProcess:
@@ -87,10 +94,12 @@ class LiveProcess:
         signal: str | None = None,
         handed_over: bool,
         is_clone: bool = False,
+        stands_still: bool = False,
     ) -> None:
         """`manifest`: what the agent is to know of its plugin, None: it is told nothing; `workload`: what it is to run;
         `signal`: what that is told by, when it was copied; `handed_over`: whether an earlier incarnation has told it;
-        `is_clone`: whether the guest takes itself for another one until it has heard who it is."""
+        `is_clone`: whether the guest takes itself for another one until it has heard who it is; `stands_still`: whether
+        it is paused. One that is found otherwise is made so."""
         self.identity = identity
         self._host = host
         self._hypervisor = hypervisor
@@ -100,6 +109,9 @@ class LiveProcess:
         self._report = report
         self.console = SerialConsole(host, spec.console_input_path, spec.console_socket_path)
         self._console: ConsolePump | None = None
+        self._machine: Machine | None = None
+        self._attached = trio.Event()
+        self._stands_still = stands_still
         self._channel: Channel | None = None
         self._client: AgentClient | None = None
         self._output_error: str | None = None
@@ -155,6 +167,41 @@ class LiveProcess:
                 nursery.start_soon(self.console.serve)
                 nursery.start_soon(self._keep_channel)
                 nursery.start_soon(self._watch)
+
+    async def machine(self) -> Machine:
+        """The machine under watch, once it is that. Raises HypervisorError: it is not, or it has ended."""
+        with trio.move_on_after(_ATTACHED_S):
+            await self._attached.wait()
+        if self._machine is None:
+            raise HypervisorError("the hypervisor is not under control at present")
+        return self._machine
+
+    async def pause(self) -> None:
+        """Let the guest stand still, and whoever talks to it wait. Raises HypervisorError."""
+        machine = await self.machine()
+        await machine.pause()
+        self._stands_still = True
+
+    async def resume(self) -> None:
+        """Let the guest go on. Raises HypervisorError."""
+        machine = await self.machine()
+        await machine.resume()
+        self._stands_still = False
+
+    async def set_clock(self) -> None:
+        """Tell a guest that has stood still what time it is. An agent that is too old for it is left alone.
+
+        :raises AgentUnreachable: it can't be reached in time. :raises AgentProtocolError: it refuses, and says why.
+        """
+        with trio.move_on_after(_CLOCK_S):
+            await self._opened.wait()
+            if self._channel is None:
+                raise AgentUnreachable("the channel to the guest is not open")
+            await self._channel.ready()
+            with suppress(_NoSuchRoute):
+                await self._set_clock()
+            return
+        raise AgentUnreachable(f"the agent did not take the time within {_CLOCK_S:g} s")
 
     async def ask(self, method: str, path: str, body: object = None, *, also: Collection[int] = ()) -> None:
         """One request of ours to the agent; of other answers than successes those with a status of `also` will do.
@@ -237,6 +284,8 @@ class LiveProcess:
             raise AgentUnreachable("the channel to the guest is not open")
         answer = await self._client.request_json("PUT", path, body, timeout_s=_BECOME_S)
         said = answer.body if isinstance(answer.body, dict) else {}
+        if answer.status == 404:
+            raise _NoSuchRoute(f"its agent does not know {path}")
         if answer.status != 200 or type(said.get("time_ns")) is not int:
             raise AgentProtocolError(f"it answers PUT {path} with {answer.status}: {said.get('detail')}")
         return said
@@ -289,16 +338,43 @@ class LiveProcess:
 
     async def _watch(self) -> None:
         try:
-            async with self._hypervisor.attach(self._spec, self.identity) as machine:
-                end = await machine.ended()
-            kind, message = EndKind(end.kind), end.message
+            async with self._hypervisor.attach(self._spec, self.identity) as machine, trio.open_nursery() as nursery:
+                nursery.start_soon(self._take, machine)
+                kind, message = await _end_of(machine)
+                nursery.cancel_scope.cancel()
         except HypervisorError as error:
             kind, message = EndKind.INTERNAL_ERROR, str(error)
+        finally:
+            self._machine = None
         reason = reason_of_end(kind, message, await self.console_tail())
         if reason.code == _CODES[EndKind.PANICKED]:
             # Not the reboot that it looked like.
             kind = EndKind.PANICKED
         await self._report(Ended(kind, reason))
+
+    async def _take(self, machine: Machine) -> None:
+        """See that the guest goes on, or stands still, as it should, before anybody has it: a daemon that was killed in
+        the middle of something may have left it otherwise."""
+        pause_s = _RETRY_MIN_S
+        was_left = False
+        while True:
+            try:
+                status = await machine.status()
+                if self._stands_still and status == "running":
+                    await machine.pause()
+                elif not self._stands_still and status in STANDS_STILL:
+                    was_left = True
+                    await machine.resume()
+                break
+            except HypervisorError:
+                # Whether it still answers at all is watched elsewhere.
+                await trio.sleep(pause_s)
+                pause_s = min(pause_s * 2, _RETRY_MAX_S)
+        self._machine = machine
+        self._attached.set()
+        if was_left and self._handed_over:
+            with suppress(AgentUnreachable, AgentProtocolError):
+                await self.set_clock()
 
     async def _keep_channel(self) -> None:
         """Keep the way to the agent open; a link that breaks is made again by the channel itself."""
@@ -333,6 +409,14 @@ class LiveProcess:
                 pause_s = _RETRY_MIN_S
             await trio.sleep(pause_s)
             pause_s = min(pause_s * 2, _RETRY_MAX_S)
+
+
+async def _end_of(machine: Machine) -> tuple[EndKind, str]:
+    try:
+        end = await machine.ended()
+        return EndKind(end.kind), end.message
+    except HypervisorError as error:
+        return EndKind.INTERNAL_ERROR, str(error)
 
 
 def reason_of_end(kind: EndKind, message: str, console: tuple[str, ...]) -> Reason:

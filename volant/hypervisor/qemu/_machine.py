@@ -23,7 +23,15 @@ from typing import Any
 import trio
 
 from volant.host import Host, Process, ProcessGone
-from volant.hypervisor._interface import Captured, CaptureFailed, End, HoldChannel, HypervisorError, MachineSpec
+from volant.hypervisor._interface import (
+    STANDS_STILL,
+    Captured,
+    CaptureFailed,
+    End,
+    HoldChannel,
+    HypervisorError,
+    MachineSpec,
+)
 from volant.model import EndKind, ProcessIdentity
 
 from ._migration import Migration
