@@ -86,6 +86,8 @@ class QemuMachine:
         self._guest_end: End | None = None
         self._guest_ended = trio.Event()
         self._stopped = trio.Event()
+        self._moving = trio.Lock()
+        """Held by whoever stops the guest or lets it go on, until it is where they want it."""
         self._migration: Migration | None = None
 
     @property
@@ -157,15 +159,29 @@ class QemuMachine:
         await self._execute("system_powerdown")
 
     async def pause(self, timeout_s: float = 30.0) -> None:
-        await self._execute("stop", timeout_s)
-        status = await self.status()
-        if status not in STANDS_STILL:
-            raise HypervisorError(f"the guest can't be paused: QEMU says that it is {status!r}")
+        async with self._alone(timeout_s):
+            await self._execute("stop", timeout_s)
+            status = await self.status()
+            if status not in STANDS_STILL:
+                raise HypervisorError(f"the guest can't be paused: QEMU says that it is {status!r}")
 
     async def resume(self, timeout_s: float = 30.0) -> None:
-        # Told to a machine that runs, QEMU tells of a stop that was none.
-        if await self.status() in STANDS_STILL:
-            await self._execute("cont", timeout_s)
+        async with self._alone(timeout_s):
+            # Told to a machine that runs, QEMU tells of a stop that was none.
+            if await self.status() in STANDS_STILL:
+                await self._execute("cont", timeout_s)
+
+    @asynccontextmanager
+    async def _alone(self, timeout_s: float) -> AsyncIterator[None]:
+        """A block in which nobody else stops the guest or lets it go on."""
+        with trio.move_on_after(timeout_s) as waiting:
+            await self._moving.acquire()
+        if waiting.cancelled_caught:
+            raise HypervisorError(f"the guest is being copied, and was not let go on within {timeout_s:g} s")
+        try:
+            yield
+        finally:
+            self._moving.release()
 
     async def save(self, state: Path, timeout_s: float = 30.0) -> None:
         if self._qmp is None:
