@@ -25,7 +25,8 @@ IDLE_PERCENT = 1.0
 _START_S = 120.0
 _POLL_S = 0.002
 _SETTLE_S = 45.0
-"""Nobody is idle before the deadlines of its beginning have passed: those that were met lie in Trio's heap until then."""
+"""Nobody is idle before the deadlines of its beginning have passed: those that were met lie in Trio's heap until then.
+"""
 _IDLE_S = 60.0
 """A minute, as what is done once a minute counts too."""
 

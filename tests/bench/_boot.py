@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -133,20 +133,26 @@ class Bare:
 
     async def boot(self) -> float:
         """Start it and ask its agent; seconds. Nothing of it is left afterwards."""
-        spec = self._spec
-        with scratch_of(spec):
+        with scratch_of(self._spec):
             began = time.perf_counter()
-            process = self._start()
-            try:
-                await self.ask()
+            async with self.running() as process:
                 seconds = time.perf_counter() - began
                 self.cpu_s.append(cpu_s(process.pid))
                 return seconds
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[subprocess.Popen[bytes]]:
+        """Start it and wait for its agent's answer; it is killed with the block. Use `scratch_of` around it."""
+        process = self._start()
+        try:
+            try:
+                await self.ask()
             except Exception as error:
-                said = spec.log_path.read_text(errors="replace")[-2000:]
+                said = self._spec.log_path.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"the bare guest did not answer: {error}\n{said}") from error
-            finally:
-                kill_group(process)
+            yield process
+        finally:
+            kill_group(process)
 
     async def ask(self) -> None:
         """Return once the agent has answered."""

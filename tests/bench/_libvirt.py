@@ -1,4 +1,4 @@
-"""libvirt as the peer: `virsh create` of the same guest, with daemons of its own that touch nothing of the host's.
+"""libvirt as the peer: `virsh create` and `restore` of the same guest, by daemons that touch nothing of the host's.
 
 `libvirtd` and `virtlogd` run in a mount and a PID namespace, with empty file systems where they keep state, so neither
 a libvirt of the host nor its configuration is met, and all of it ends with one process. Only root can make these.
@@ -11,8 +11,8 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
@@ -27,6 +27,8 @@ from ._world import Skipped, kill_group, run, scratch
 
 _START_S = 20.0
 _COMMAND_S = 20.0
+_SETTLE_S = 1.0
+"""After the boot, for what the guest puts off until it is not asked anything, and for its agent to be left alone."""
 
 _QEMU_CONF = """
 user = "root"
@@ -47,6 +49,7 @@ class Libvirt:
         self._agent = directory / "agent.sock"
         self._domain = directory / "domain.xml"
         self._domain.write_text(_domain(spec, wanted, self._agent, directory / "console.log"))
+        self._saved = directory / "saved"
         self._uri = f"qemu+unix:///system?mode=direct&socket={directory / 'libvirt-sock'}"
 
     def virsh(self, *words: str) -> str:
@@ -55,17 +58,37 @@ class Libvirt:
 
     async def boot(self) -> float:
         """`virsh create`, and the agent's answer; seconds. The domain is gone afterwards."""
+        async with self._running("create", self._domain) as seconds:
+            return seconds
+
+    async def save(self) -> None:
+        """Boot the guest, and `virsh save` it as it is then, with nobody connected to its agent."""
+        async with self._running("create", self._domain):
+            await trio.sleep(_SETTLE_S)
+            await trio.to_thread.run_sync(self.virsh, "save", "bench", str(self._saved))
+
+    async def restore(self) -> float:
+        """`virsh restore` of what `save` saved, and the agent's answer; seconds. The domain is gone afterwards."""
+        async with self._running("restore", self._saved) as seconds:
+            return seconds
+
+    @asynccontextmanager
+    async def _running(self, verb: str, source: Path) -> AsyncIterator[float]:
         from ._boot import ask_agent
 
         self._agent.unlink(missing_ok=True)
         began = time.perf_counter()
         try:
-            await trio.to_thread.run_sync(self.virsh, "create", str(self._domain))
+            await trio.to_thread.run_sync(self.virsh, verb, str(source))
             await ask_agent(self._agent)
-            return time.perf_counter() - began
+            yield time.perf_counter() - began
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(_COMMAND_S):
-                await trio.to_thread.run_sync(self.virsh, "destroy", "bench")
+                await trio.to_thread.run_sync(self._destroy)
+
+    def _destroy(self) -> None:
+        if self.virsh("list", "--name"):
+            self.virsh("destroy", "bench")
 
 
 @contextmanager

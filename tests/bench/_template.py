@@ -1,4 +1,5 @@
-"""From `POST /api/v1/vms` with a template to the agent's first answer as itself, beside a bare script and a cold boot.
+"""From `POST /api/v1/vms` with a template to the agent's first answer as itself, beside a bare script, a cold boot of
+the same VM, and libvirt's way to the same end: `virsh restore` of a guest that was saved after its boot.
 
 The bare side is what somebody would script who has a template: start QEMU on its memory, tell it by QMP to take its
 state over and to go on, connect to the agent's port, ask. It has the daemon's own command line and template. It leaves
@@ -7,6 +8,7 @@ out what makes a clone somebody: entropy, clock, names; ours has all of it befor
 
 from __future__ import annotations
 
+import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,25 +18,29 @@ import trio
 
 from tests.system.kit import Daemon
 from volant.host import Host
-from volant.hypervisor import Template
+from volant.hypervisor import MachineSpec, Template
 from volant.hypervisor.qemu._migration import Migration
 from volant.hypervisor.qemu._qmp import QmpClient
 
 from ._boot import BOOT_S, WANTED, Bare, Ours, _accelerator, _argv, _spec, ask_agent
 from ._figure import Figure, Pairs, percentile
-from ._world import current_image, volantd
+from ._libvirt import Libvirt, libvirt
+from ._world import Skipped, current_image, volantd
 
 TARGET = 1.5
+LIBVIRT_TARGET = 4.0
 _COLD = 3
+_RESTORES = 5
 _SETTLE_S = 0.3
 _CONNECT_S = 10.0
 _LOOK_AGAIN_S = 0.001
 
 
 async def template_to_agent(pairs: int = 15) -> list[Figure]:
-    """Clones by the daemon and by hand in turns, and some cold boots between them."""
+    """Clones by the daemon and by hand in turns, and some cold boots and some of libvirt's between them."""
     image = current_image()
     took: dict[str, list[float]] = {"ours": [], "bare": [], "cold": []}
+    restored = Pairs()
     with ExitStack() as stack:
         daemon = stack.enter_context(volantd("--templates", "auto"))
         spec = stack.enter_context(_spec(image, await _accelerator(daemon)))
@@ -42,16 +48,20 @@ async def template_to_agent(pairs: int = 15) -> list[Figure]:
         clone = msgspec.structs.replace(spec, template=Template(directory / "memory", directory / "state"))
         ours, cold = Ours(daemon, boot="template"), Ours(daemon, boot="cold")
         bare = BareClone(clone, await _argv(clone))
+        peer = await _saved(stack, spec)
         for number in range(pairs):
             for name, boot in (("bare", bare.boot), ("ours", ours.boot)):
                 await trio.sleep(_SETTLE_S)
                 took[name].append(await boot())
+            if peer is not None and number % (pairs // _RESTORES or 1) == 0:
+                await trio.sleep(_SETTLE_S)
+                restored.add(await peer.restore(), took["ours"][-1])
             if number % (pairs // _COLD or 1) == 0:
                 await trio.sleep(_SETTLE_S)
                 took["cold"].append(await cold.boot())
     against = Pairs(took["ours"], took["bare"])
     slowest, cold_s = percentile(took["ours"], 95), Pairs(took["cold"], took["cold"]).value
-    return [
+    figures = [
         Figure(
             "template_to_agent", against.value, "s", against.ratio,
             f"a bare script's {against.other:.3g} s for the same clone, {pairs} pairs, p95 {slowest:.3g} s",
@@ -59,6 +69,25 @@ async def template_to_agent(pairs: int = 15) -> list[Figure]:
         ),
         Figure("template_to_cold", cold_s, "s", cold_s / against.value, "a clone, for a cold boot of the same VM"),
     ]  # fmt: skip
+    if restored.ours:
+        figures.append(
+            Figure(
+                "template_to_libvirt", restored.value, "s", restored.ratio,
+                "a clone, for `virsh restore` of the same VM", at_least=LIBVIRT_TARGET,
+            )
+        )  # fmt: skip
+    return figures
+
+
+async def _saved(stack: ExitStack, spec: MachineSpec) -> Libvirt | None:
+    """A libvirt with the same guest saved, where there can be one."""
+    try:
+        peer = stack.enter_context(libvirt(spec, WANTED))
+        await peer.save()
+    except (Skipped, RuntimeError, subprocess.TimeoutExpired) as why:
+        print(f"template_to_libvirt skipped: {why}", flush=True)
+        return None
+    return peer
 
 
 class BareClone(Bare):
