@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import httpx
 import pytest
@@ -150,6 +151,7 @@ async def _loopback_http(scope: Any, receive: Any, send: Any, gone: trio.Event) 
                 (b"content-security-policy", b"sandbox allow-scripts allow-same-origin"),
                 (b"x-content-type-options", b"sniff"),
                 (b"x-request-id", b"forged"),
+                (b"volant-location", b"http://evil.example/"),
                 (b"x-own", b"kept"),
             )
         case "/broken":
@@ -158,6 +160,8 @@ async def _loopback_http(scope: Any, receive: Any, send: Any, gone: trio.Event) 
             raise trio.BrokenResourceError
         case "/nothing":
             await answer(b"", 204)
+        case "/moved" | "/moved/here":
+            await answer(b"", 307, (b"location", parse_qs(scope["query_string"])[b"to"][0]))
         case _:
             await answer(scope["method"].encode(), 200)
 

@@ -27,7 +27,8 @@ from volant.channel import AgentClient, AgentProtocolError, AgentResponse, Agent
 from volant.model import Problem, invalid
 
 from .._edge import GOING_AWAY, Call, interruptible
-from ._headers import from_guest, to_guest
+from ._headers import from_guest, shows_key, to_guest
+from ._redirect import Sender
 from ._turns import Turns
 
 HEAD_S = 600.0
@@ -70,11 +71,12 @@ class Relay:
         :raises Problem: 502 when no answer came; what `explain` gives.
         """
         problem = None
+        sender = Sender(vm, host, target)
         try:
             if call.is_websocket:
-                problem = await self._websocket(call, client, vm_id, target, host, explain)
+                problem = await self._websocket(call, client, vm_id, sender, explain)
             else:
-                problem = await self._http(call, client, vm_id, method or call.method, target, host, explain)
+                problem = await self._http(call, client, vm_id, method or call.method, sender, explain)
         except* (AgentUnreachable, AgentProtocolError) as group:
             if call.started:
                 raise trio.BrokenResourceError(f"VM {vm}: its answer broke off") from group
@@ -94,25 +96,25 @@ class Relay:
         client: AgentClient,
         vm_id: int,
         method: str,
-        target: str,
-        host: bytes,
+        sender: Sender,
         explain: Explain | None,
     ) -> Problem | None:
         problem = None
-        headers = to_guest(call.scope["headers"], host=host)
+        headers = to_guest(call.scope["headers"], host=sender.host)
         has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in call.scope["headers"])
         # A rendezvous: the client's next piece is taken when the guest has got this one.
         put, take = trio.open_memory_channel[bytes](0)
         async with trio.open_nursery() as nursery:
             body = _Body(take, self._turns, vm_id) if has_body else None
             nursery.start_soon(self._take_in, call, put if has_body else None, nursery.cancel_scope)
-            async with client.stream(method, target, headers, body, timeout_s=HEAD_S) as response:
+            async with client.stream(method, sender.target, headers, body, timeout_s=HEAD_S) as response:
                 begin = b""
                 if explain is not None and response.status in _UNKNOWN:
                     begin = await response.read(_MAX_REFUSAL)
                     problem = explain(response.status, begin)
                 if problem is None:
-                    await call.start(response.status, from_guest(response.headers))
+                    said = sender.redirect(from_guest(response.headers), has_key=shows_key(call.scope["headers"]))
+                    await call.start(response.status, said)
                     while data := begin or await response.receive():
                         begin = b""
                         await self._turns.take(vm_id, len(data))
@@ -143,16 +145,16 @@ class Relay:
     # WebSockets
 
     async def _websocket(
-        self, call: Call, client: AgentClient, vm_id: int, target: str, host: bytes, explain: Explain | None
+        self, call: Call, client: AgentClient, vm_id: int, sender: Sender, explain: Explain | None
     ) -> Problem | None:
         problem = None
-        headers = to_guest(call.scope["headers"], host=host)
+        headers = to_guest(call.scope["headers"], host=sender.host)
         headers += [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
         headers += [(b"sec-websocket-extensions", value) for value in call.scope["state"]["websocket_extensions"]]
         async with trio.open_nursery() as nursery:
             splice = _Splice(call, self._turns, vm_id)
             nursery.start_soon(splice.to_guest, nursery.cancel_scope)
-            async with client.stream("GET", target, headers, timeout_s=HEAD_S) as response:
+            async with client.stream("GET", sender.target, headers, timeout_s=HEAD_S) as response:
                 if response.switched and response.status == 101:
                     upgrade = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
                     call.started = True

@@ -1,0 +1,103 @@
+"""Where a guest may send a client: anywhere in itself, and elsewhere only a client that shows no key.
+
+Clients that follow redirections take the headers along that they were told to send (`curl -L -H`, requests, httpx, Go,
+fetch), to another host too, as they can't know that `X-Volant-API-Key` is a credential. And a guest's `Location: /` is
+our own root to them, below which other VMs are: with a 307 a guest could have its client stop them. So what a guest
+says is understood as the guest meant it, and put together anew. Whatever is not certainly in the guest is elsewhere.
+
+Only headers are rewritten. A page's links are the page's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Header = tuple[bytes, bytes]
+
+_BLANK = bytes(range(0x21))
+_LOOPBACK = re.compile(rb"(?:http:)?//(?:localhost|127\.0\.0\.1|\[::1\])(?::([0-9]{1,5}))?(?=[/?#]|\Z)", re.IGNORECASE)
+_AGENT = re.compile(rb"(?:http:)?//agent(?=[/?#]|\Z)", re.IGNORECASE)
+_ELSEWHERE = re.compile(rb"[a-z][a-z0-9+.-]*:|[/\\]{2}", re.IGNORECASE)
+_PATH = re.compile(rb"[^?#]*")
+_UNSAFE = re.compile(rb"[^\x21-\x5b\x5d-\x7e]")
+_DOT = re.compile(rb"%2e", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Who answers, as it was asked: the `Host` and the target that it got."""
+
+    vm: str
+    host: bytes
+    target: str
+
+    def redirect(self, headers: Iterable[Header], *, has_key: bool) -> list[Header]:
+        """`headers` of the answer with each `Location` below our path of the guest.
+
+        One elsewhere stays as it is for a client without a key, and becomes `Volant-Location`, which none follows, for
+        one that has shown its key in a header.
+        """
+        sent = []
+        for name, value in headers:
+            if name == b"location":
+                place = self.place(value)
+                if place is not None:
+                    value = place
+                elif has_key:
+                    name = b"volant-location"
+            sent.append((name, value))
+        return sent
+
+    def place(self, location: bytes) -> bytes | None:
+        """The path here of what a guest calls `location`; None for what is elsewhere."""
+        location = location.strip(_BLANK)
+        base = self._below(b"agent" if self.host == b"agent" else b"ports/" + self.host.rpartition(b":")[2])
+        loopback = _LOOPBACK.match(location)
+        agent = _AGENT.match(location) if self.host == b"agent" else None
+        if loopback is not None:
+            port = int(loopback[1] or 80)
+            if not 0 < port < 65536:
+                return None
+            return self._below(b"ports/%d" % port) + _absolute(location[loopback.end() :], b"/")
+        if agent is not None:
+            return base + _absolute(location[agent.end() :], b"/")
+        if _ELSEWHERE.match(location):
+            return None
+        return base + _absolute(location, self.target.encode("ascii"))
+
+    def _below(self, what: bytes) -> bytes:
+        return b"/api/v1/vms/%s/%s" % (self.vm.encode("ascii"), what)
+
+
+def _absolute(reference: bytes, base: bytes) -> bytes:
+    """A relative reference, resolved (RFC 3986, 5.2), as browsers read it: backslashes are slashes, `%2e` is a dot."""
+    path = _PATH.match(reference)[0]  # type: ignore[index]  # it matches anything
+    rest = reference[len(path) :]
+    base_path, _, base_query = base.partition(b"?")
+    if not path:
+        path = base_path
+        if not rest.startswith(b"?") and base_query:
+            rest = b"?" + base_query + rest
+    elif path[:1] not in (b"/", b"\\"):
+        path = base_path[: base_path.rindex(b"/") + 1] + path
+    return _UNSAFE.sub(_quoted, _without_dots(path.replace(b"\\", b"/")) + rest)
+
+
+def _without_dots(path: bytes) -> bytes:
+    kept: list[bytes] = []
+    segments = path.split(b"/")[1:]
+    for segment in segments:
+        dots = _DOT.sub(b".", segment)
+        if dots == b"..":
+            del kept[-1:]
+        elif dots != b".":
+            kept.append(segment)
+    if dots in (b".", b".."):
+        kept.append(b"")
+    return b"/" + b"/".join(kept)
+
+
+def _quoted(found: re.Match[bytes]) -> bytes:
+    return b"%%%02X" % found[0][0]
