@@ -45,6 +45,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kernel:
     for name in ("step_clock", "add_entropy", "set_hostname"):
         monkeypatch.setattr(_identity, name, lambda value, name=name: kernel.take(name, value))
     monkeypatch.setattr(_identity, "_known", "")
+    monkeypatch.setattr(_identity, "_BALLOON", str(tmp_path / "balloon"))
     monkeypatch.setattr(wire, "CLONE_FILE", str(tmp_path / "clone.json"))
     real, etc = _identity._replace, tmp_path / "machine-id"
     monkeypatch.setattr(
@@ -79,6 +80,22 @@ def test_it_is_told_who_it_is_once(agent: Asker, kernel: Kernel, tmp_path: Path)
     drawn = random.random()
     random.seed(1)
     assert drawn != random.random(), "Python's own generator goes on from the template"
+
+
+def test_a_copy_of_a_guest_with_a_balloon_gives_nothing_back_any_more(
+    agent: Asker, kernel: Kernel, tmp_path: Path
+) -> None:
+    del kernel
+    for name in ("bind", "unbind", "module", "virtio3"):
+        (tmp_path / "balloon").mkdir(exist_ok=True)
+        (tmp_path / "balloon" / name).touch()
+    assert put(agent, wire.DAEMON_IDENTITY, WANTED).status == 200
+    # Nobody waits for it.
+    deadline = time.monotonic() + 30
+    while not (said := (tmp_path / "balloon" / "unbind").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert said == "virtio3"
+    assert (tmp_path / "balloon" / "bind").read_text() == ""
 
 
 def test_an_agent_that_was_restarted_is_still_the_same_clone(agent: Asker, kernel: Kernel) -> None:

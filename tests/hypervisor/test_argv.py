@@ -117,6 +117,16 @@ def test_a_clone_maps_its_template_s_memory_for_reading() -> None:
     assert (machine.name, machine.memory_file, machine.template) == ("demo", None, Path("/t/digest"))
 
 
+def test_only_a_machine_with_memory_of_its_own_is_given_a_balloon_and_a_copy_of_it_keeps_that() -> None:
+    """And nothing before it gets another place on the bus by it."""
+    plain, balloon = build_argv(SPEC, (10, 0)), build_argv(msgspec.structs.replace(SPEC, balloon=True), (10, 0))
+    assert balloon == [*plain, "-device", "virtio-balloon-pci,id=balloon0,free-page-reporting=on"]
+    template = Template(Path("/forks/1/memory"), Path("/forks/1/state"))
+    copy = build_argv(msgspec.structs.replace(SPEC, balloon=True, template=template), (10, 0))
+    assert any("share=off,readonly=on,rom=off" in value for value in options(copy)["-object"])
+    assert options(copy)["-device"] == options(balloon)["-device"]
+
+
 def test_what_becomes_a_template_has_no_name_and_no_hurry() -> None:
     argv = build_argv(msgspec.structs.replace(SPEC, name="", in_background=True), (10, 0))
     assert argv[:4] == ["nice", "-n", "10", "qemu-system-x86_64"]
@@ -132,6 +142,8 @@ DISK = Disk(Path("/cache/media/ab,12"), Path("/state/disks/7-now/root.qcow2"))
         SPEC,
         msgspec.structs.replace(SPEC, accelerator="kvm", cmdline="", memory_file=Path("/dev/shm/a,b/7.mem")),
         msgspec.structs.replace(SPEC, root=DISK, cmdline="quiet loglevel=3 volant.other=1"),
+        msgspec.structs.replace(SPEC, balloon=True),
+        msgspec.structs.replace(SPEC, balloon=True, accelerator="kvm"),
     ],
 )
 def test_the_machine_can_be_read_back_from_it(spec: MachineSpec) -> None:

@@ -4,7 +4,7 @@ A guest that goes on from a template has everything that the template had, and s
 the daemon says who it is. `docs/explanation/templates.md` has what differs between clones then, and what does not.
 """
 
-# ruff: noqa: PTH104, PTH108, PTH123 - importing pathlib would cost every boot a good part of a second
+# ruff: noqa: PTH104, PTH108, PTH123, PTH208 - importing pathlib would cost every boot a good part of a second
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ _RNDRESEEDCRNG = 0x5207
 _WELL_S = 6.0
 """How long a workload that was copied may take until its check passes."""
 _HEX = frozenset("0123456789abcdef")
+_BALLOON = "/sys/bus/virtio/drivers/virtio_balloon"
 
 _lock = threading.Lock()
 _known = ""
@@ -86,6 +87,7 @@ def serve_identity(stream: Stream, request: Request, output: Output, workload: W
         "time_ns": time.time_ns(),
     }
     stream.answer(200, json.dumps(answer).encode() + b"\n")
+    threading.Thread(target=keep_freed_memory, name="balloon", daemon=True).start()
 
 
 def serve_clock(stream: Stream, request: Request) -> None:
@@ -141,6 +143,18 @@ def set_hostname(name: str) -> None:
     """:raises OSError:"""
     with open("/proc/sys/kernel/hostname", "w") as handle:
         handle.write(name)
+
+
+def keep_freed_memory() -> None:
+    """Give the host nothing back any more: a copy's memory is that of its original, of which nothing can be returned,
+    and QEMU would say so each time."""
+    try:
+        for name in os.listdir(_BALLOON):
+            if name.startswith("virtio"):
+                with open(f"{_BALLOON}/unbind", "w") as handle:
+                    handle.write(name)
+    except OSError:
+        pass  # there is no balloon
 
 
 # What is done to files and to the agent

@@ -54,6 +54,7 @@ tmpfs /dev/shm tmpfs nosuid,nodev,mode=1777 0 0
 cgroup2 /sys/fs/cgroup cgroup2 nosuid,nodev,noexec,nsdelegate 0 0
 """
 _VIRTIO_MODULES = {1: "virtio_net", 2: "virtio_blk", 4: "virtio_rng", 19: "vmw_vsock_virtio_transport"}
+_VIRTIO_BALLOON = 5
 _VIRTIO_VSOCK = 19
 _PVPANIC = ("0x1b36", "0x0011")
 _PVPANIC_ISA = "QEMU0001"
@@ -227,6 +228,9 @@ def _later() -> None:
         from ._rootfs import mount_root
 
         mount_root(serial, _run, _say)
+    if _VIRTIO_BALLOON in _virtio_ids():
+        # From now on the host has back what the guest frees. Nobody waits for that, so it comes last.
+        _load(["virtio_balloon"])
 
 
 def _load(modules: list[str], parameters: dict[str, list[str]] | None = None) -> None:

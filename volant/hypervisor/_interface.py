@@ -123,6 +123,9 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Go on from there; the guest then is whatever that was, its host name among it."""
     in_background: bool = False
     """Whether everything else on the host comes first."""
+    balloon: bool = False
+    """Whether it has the device by which the memory file shrinks as the guest frees memory. With `template` it is what
+    that machine had, and nothing comes back."""
     vsock_cid: int | None = None
     """The guest's vsock address, where the host has vhost-vsock: then the agent is reached by it instead of the
     serial port."""
@@ -175,6 +178,7 @@ class FoundMachine(msgspec.Struct, frozen=True, kw_only=True):
     root: Disk | None = None
     template: Path | None = None
     """The directory of that."""
+    balloon: bool = False
 
 
 class AcceleratorChoice(msgspec.Struct, frozen=True):

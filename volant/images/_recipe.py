@@ -48,6 +48,7 @@ KERNEL_MODULES = (
     "virtio_blk",
     "virtio_net",
     "virtio-rng",
+    "virtio_balloon",
     "pvpanic",
     "pvpanic-pci",
     "pvpanic-mmio",

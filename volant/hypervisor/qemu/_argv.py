@@ -2,9 +2,9 @@
 
 Every machine is built so that it can be a template or go on from one: its memory is a file, everything has an id, the
 machine type is a versioned one (microvm has no versions), and the set of devices does not depend on what a VM happens
-to use, but for the disk, which a VM has if its plugin has a root filesystem. Sockets, console and log are named
-relative to the machine's directory, which is QEMU's working directory, so that a long path to the state never meets the
-limit of 108 bytes for a socket's name.
+to use, but for the disk, which a VM has if its plugin has a root filesystem, and the balloon. Sockets, console and log
+are named relative to the machine's directory, which is QEMU's working directory, so that a long path to the state never
+meets the limit of 108 bytes for a socket's name.
 
 - `-action …=pause` and pvpanic: QEMU exits with 0 after poweroff, panic and reboot alike, and an adopted process has no
   exit status. So it stays until somebody has read how its guest ended.
@@ -14,6 +14,9 @@ limit of 108 bytes for a socket's name.
   comes first, as opening a pipe to read waits for a writer.
 - A machine that goes on from a template maps the template's memory privately. `readonly` and `rom=off` open the file
   for reading alone: with less, discarding a page would punch a hole into the file, for all that share it.
+- A balloon, for what its free page reporting does alone: pages that the guest frees are punched out of the memory file.
+  Whatever maps a file together with others must not do that, so what becomes a template has none, and a copy of a
+  machine that has one relies on the file being open for reading only.
 - No `graphics=off`: it makes the firmware write to the serial console, which is the guest's alone.
 - The mark is the guest's `-name`: that is seen on the command line and by QMP, and not by the guest.
 """
@@ -77,6 +80,8 @@ def build_argv(spec: MachineSpec, version: tuple[int, int], program: str = PROGR
         argv += _disk(spec.root, spec.accelerator)
     if spec.vsock_cid is not None:
         argv += ["-device", f"{_device('vhost-vsock', spec.accelerator)},id=vsock0,guest-cid={spec.vsock_cid}"]
+    if spec.balloon:
+        argv += ["-device", f"{_device('virtio-balloon', spec.accelerator)},id=balloon0,free-page-reporting=on"]
     if spec.template is not None:
         argv += ["-incoming", "defer"]
     return argv

@@ -43,6 +43,7 @@ def _parse(argv: Sequence[str]) -> FoundMachine:
         memory_file=None if is_clone else Path(memory["mem-path"]),
         root=root,
         template=Path(memory["mem-path"]).parent if is_clone else None,
+        balloon=any(name == "-device" and text.startswith("virtio-balloon-") for name, text in options),
     )
 
 
