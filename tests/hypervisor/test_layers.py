@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -18,11 +19,6 @@ from volant.hypervisor.qemu import QemuHypervisor
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="there is no qemu-img")
 
 SIZE = 4 * 2**20
-
-
-@pytest.fixture
-def qemu(tmp_path: Path) -> QemuHypervisor:
-    return QemuHypervisor(Host(), tmp_path / "cache", accelerator="tcg")
 
 
 @pytest.fixture
@@ -46,7 +42,7 @@ async def test_a_layer_shows_its_base_and_takes_the_writes(qemu: QemuHypervisor,
 
 @pytest.mark.parametrize("what", ["foreign", "external"])
 async def test_a_layer_that_is_not_what_was_made_is_refused(
-    qemu: QemuHypervisor, disk: Disk, tmp_path: Path, what: str
+    qemu: QemuHypervisor, spec: MachineSpec, disk: Disk, tmp_path: Path, what: str
 ) -> None:
     await qemu.make_layer(disk)
     if what == "foreign":
@@ -54,22 +50,8 @@ async def test_a_layer_that_is_not_what_was_made_is_refused(
     else:
         options = f"data_file={tmp_path}/elsewhere,data_file_raw=on"
         _run("qemu-img", "create", "-f", "qcow2", "-o", options, str(disk.layer), "4M")
-    machine = MachineSpec(
-        vm_id=7,
-        name="demo",
-        cpu_cores=1,
-        memory_mb=64,
-        kernel=disk.base,
-        initramfs=disk.base,
-        cmdline="",
-        directory=tmp_path / "run",
-        memory_file=tmp_path / "memory/7.mem",
-        mark="volant-test-7.1",
-        accelerator="tcg",
-        root=disk,
-    )
     with pytest.raises(LaunchFailed, match=r"root\.qcow2 is") as failure:
-        await qemu.launch(machine)
+        await qemu.launch(msgspec.structs.replace(spec, root=disk))
     assert failure.value.code == "bad_disk"
 
 

@@ -7,13 +7,13 @@ import shutil
 import signal
 import stat
 import struct
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import trio
 
+from tests.hypervisor.kit import POWEROFF, RESET, kernel, tiny_spec
 from volant.host import Host
 from volant.hypervisor import Disk, HypervisorError, LaunchFailed, MachineSpec
 from volant.hypervisor.qemu import QemuHypervisor, _probe
@@ -24,52 +24,10 @@ from volant.model import EndKind
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed")
 
-HANG = bytes([0xF4, 0xEB, 0xFD])
-RESET = bytes([0xBA, 0xF9, 0x0C, 0, 0, 0xB0, 0x06, 0xEE]) + HANG  # 6 to port 0xCF9
-POWEROFF = bytes([0x66, 0xBA, 0x04, 0x06, 0x66, 0xB8, 0x00, 0x20, 0x66, 0xEF]) + HANG  # S5 to PM1a control of q35
-
-
-def kernel(code: bytes) -> bytes:
-    """A PVH kernel that does just this."""
-    whole = bytearray(_probe.probe_kernel())
-    at = len(whole) - len(_probe._CODE)
-    whole[at : at + len(code)] = code
-    return bytes(whole)
-
-
-@pytest.fixture
-def host() -> Host:
-    return Host()
-
 
 @pytest.fixture
 def spec(host: Host, tmp_path: Path) -> MachineSpec:
-    (tmp_path / "kernel").write_bytes(kernel(HANG))
-    (tmp_path / "initramfs").write_bytes(b"x" * 100)
-    return MachineSpec(
-        vm_id=7,
-        name="demo",
-        cpu_cores=1,
-        memory_mb=64,
-        kernel=tmp_path / "kernel",
-        initramfs=tmp_path / "initramfs",
-        cmdline="",
-        directory=tmp_path / ("deep" * 30) / "7",
-        memory_file=Path("/dev/shm") / f"volant-test-{host.new_id()}" / "7.mem",
-        mark=f"volant-test-{host.new_id()}",
-        accelerator="tcg",
-    )
-
-
-@pytest.fixture
-async def qemu(host: Host, spec: MachineSpec, tmp_path: Path) -> AsyncIterator[QemuHypervisor]:
-    yield QemuHypervisor(host, tmp_path / "cache", accelerator="tcg")
-    identity = await host.find(spec.mark)
-    if identity is not None:
-        with host.open_process(identity) as process:
-            process.kill()
-            await process.wait()
-    await host.remove_tree(spec.memory_file.parent)
+    return tiny_spec(host, tmp_path, directory=tmp_path / ("deep" * 30) / "7")
 
 
 async def test_a_machine_is_launched_attached_and_killed(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 import struct
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import trio
 
-from tests.hypervisor.test_qemu import POWEROFF, kernel
+from tests.hypervisor.kit import POWEROFF, tiny_spec
 from volant.host import Host
 from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec, Template
 from volant.hypervisor.qemu import QemuHypervisor
@@ -27,38 +26,8 @@ UNTIL_TYPED = bytes([0x66, 0xBA, 0xFD, 0x03, 0xEC, 0xA8, 0x01, 0x74, 0xF7]) + ON
 
 
 @pytest.fixture
-def host() -> Host:
-    return Host()
-
-
-@pytest.fixture
 def spec(host: Host, tmp_path: Path) -> MachineSpec:
-    (tmp_path / "kernel").write_bytes(kernel(UNTIL_TYPED))
-    (tmp_path / "initramfs").write_bytes(b"x" * 100)
-    return MachineSpec(
-        vm_id=0,
-        name="",
-        cpu_cores=1,
-        memory_mb=64,
-        kernel=tmp_path / "kernel",
-        initramfs=tmp_path / "initramfs",
-        cmdline="",
-        directory=tmp_path / "t",
-        memory_file=Path("/dev/shm") / f"volant-test-{host.new_id()}" / "t.mem",
-        mark=f"volant-test-{host.new_id()}-0",
-        accelerator="tcg",
-        in_background=True,
-    )
-
-
-@pytest.fixture
-async def qemu(host: Host, spec: MachineSpec, tmp_path: Path) -> AsyncIterator[QemuHypervisor]:
-    yield QemuHypervisor(host, tmp_path / "cache", accelerator="tcg")
-    for identity in await host.processes(spec.mark[:-1]):
-        with host.open_process(identity) as process:
-            process.kill()
-            await process.wait()
-    await host.remove_tree(spec.memory_file.parent)
+    return tiny_spec(host, tmp_path, UNTIL_TYPED, name="", in_background=True)
 
 
 async def saved(qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path) -> Template:
@@ -75,7 +44,7 @@ def clone(spec: MachineSpec, number: int, template: Template) -> MachineSpec:
         name=f"clone{number}",
         directory=spec.directory.with_name(f"c{number}"),
         memory_file=spec.memory_file.with_name(f"{number}.mem"),
-        mark=f"{spec.mark[:-1]}{number}",
+        mark=f"{spec.mark}-{number}",
         template=template,
         in_background=False,
     )

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import trio
 
+from tests.hypervisor.kit import machine_spec, real_qemu
 from volant import images
 from volant.channel import AgentClient, VirtioSerial, open_channel
 from volant.host import Host
@@ -35,30 +36,13 @@ def host() -> Host:
 def spec(host: Host, image_cache: Path, tmp_path: Path) -> MachineSpec:
     image = images.find(image_cache)
     assert image is not None
-    return MachineSpec(
-        vm_id=1,
-        name="boot",
-        cpu_cores=1,
-        memory_mb=128,
-        kernel=image.kernel,
-        initramfs=image.initramfs,
-        cmdline="",
-        directory=tmp_path / "vm",
-        memory_file=Path("/dev/shm") / f"volant-test-{host.new_id()}" / "1.mem",
-        mark=f"volant-test-{host.new_id()}",
-        accelerator="tcg",
-    )
+    return machine_spec(host, tmp_path / "vm", image.kernel, image.initramfs, name="boot", memory_mb=128)
 
 
 @pytest.fixture
 async def qemu(host: Host, spec: MachineSpec, tmp_path: Path) -> AsyncIterator[QemuHypervisor]:
-    yield QemuHypervisor(host, tmp_path / "cache", accelerator="tcg")
-    identity = await host.find(spec.mark)
-    if identity is not None:
-        with host.open_process(identity) as process:
-            process.kill()
-            await process.wait()
-    await host.remove_tree(spec.memory_file.parent)
+    async with real_qemu(host, spec, tmp_path / "cache") as hypervisor:
+        yield hypervisor
 
 
 async def run(client: AgentClient, *command: str) -> tuple[bytes, int]:

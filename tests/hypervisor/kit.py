@@ -1,0 +1,63 @@
+"""Machines for tests: their kernels are a few bytes, and none outlives its test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from volant.host import Host
+from volant.hypervisor import MachineSpec
+from volant.hypervisor.qemu import QemuHypervisor, _probe
+
+HANG = bytes([0xF4, 0xEB, 0xFD])
+RESET = bytes([0xBA, 0xF9, 0x0C, 0, 0, 0xB0, 0x06, 0xEE]) + HANG  # 6 to port 0xCF9
+POWEROFF = bytes([0x66, 0xBA, 0x04, 0x06, 0x66, 0xB8, 0x00, 0x20, 0x66, 0xEF]) + HANG  # S5 to PM1a control of q35
+
+
+def kernel(code: bytes) -> bytes:
+    """A PVH kernel that does just this."""
+    whole = bytearray(_probe.probe_kernel())
+    at = len(whole) - len(_probe._CODE)
+    whole[at : at + len(code)] = code
+    return bytes(whole)
+
+
+def machine_spec(host: Host, directory: Path, kernel: Path, initramfs: Path, /, **other: Any) -> MachineSpec:
+    """A small machine with its things in `directory`, its memory in shared memory and a mark of its own."""
+    mark = f"volant-test-{host.new_id()}"
+    spec = MachineSpec(
+        vm_id=7,
+        name="demo",
+        cpu_cores=1,
+        memory_mb=64,
+        kernel=kernel,
+        initramfs=initramfs,
+        cmdline="",
+        directory=directory,
+        memory_file=Path("/dev/shm") / mark / "7.mem",
+        mark=mark,
+        accelerator="tcg",
+    )
+    return msgspec.structs.replace(spec, **other)
+
+
+def tiny_spec(host: Host, directory: Path, code: bytes = HANG, /, **other: Any) -> MachineSpec:
+    """One that does just what `code` says."""
+    (directory / "kernel").write_bytes(kernel(code))
+    (directory / "initramfs").write_bytes(b"x" * 100)
+    return machine_spec(host, directory / "vm", directory / "kernel", directory / "initramfs", **other)
+
+
+@asynccontextmanager
+async def real_qemu(host: Host, spec: MachineSpec, cache: Path) -> AsyncIterator[QemuHypervisor]:
+    """A hypervisor on TCG. At the end it takes all whose marks begin with that of `spec`, and their memory."""
+    yield QemuHypervisor(host, cache, accelerator="tcg")
+    for identity in await host.processes(spec.mark):
+        with host.open_process(identity) as process:
+            process.kill()
+            await process.wait()
+    await host.remove_tree(spec.memory_file.parent)
