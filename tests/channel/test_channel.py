@@ -51,6 +51,28 @@ async def echoes(channel: Channel, data: bytes) -> bool:
         return await read_all(stream) == data
 
 
+async def test_nothing_is_begun_with_a_guest_that_stands_still_and_open_streams_stay(channel: Channel) -> None:
+    with trio.fail_after(10):
+        async with await channel.open_stream(timeout_s=5) as stream:
+            channel.stand_still(True)
+            with pytest.raises(AgentUnreachable):
+                await channel.open_stream(timeout_s=0.1)
+            began = trio.current_time()
+
+            async def go_on() -> None:
+                await trio.sleep(0.2)
+                channel.stand_still(False)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(go_on)
+                assert await echoes(channel, b"later")
+            assert trio.current_time() - began >= 0.2
+            await stream.send_all(b"echo\nstill there")
+            await stream.send_eof()
+            assert await read_all(stream) == b"still there"
+        assert channel.statistics().links == 1
+
+
 async def test_bytes_go_both_ways_and_each_way_ends_by_itself(channel: Channel) -> None:
     with trio.fail_after(5):
         async with await channel.open_stream(timeout_s=5) as stream:

@@ -186,6 +186,41 @@ async def test_what_a_guest_makes_us_answer_is_bounded(autojump_clock: trio.test
         nursery.cancel_scope.cancel()
 
 
+async def test_a_guest_that_stands_still_may_take_nothing_for_ever(autojump_clock: trio.testing.MockClock) -> None:
+    """Once it goes on its time begins anew; one that takes nothing then is lost."""
+    ours, theirs = trio.testing.lockstep_stream_pair()
+    nonce = b"n" * 16
+    link = Link(ours, nonce)
+    ready = trio.Event()
+    ended: list[tuple[float, str]] = []
+
+    async def guest() -> None:
+        await theirs.receive_some(RESYNC_ZEROS + 32)
+        await theirs.send_all(nonce)
+        await theirs.receive_some(PREFACE)
+
+    async def run() -> None:
+        try:
+            await link.run(ready.set)
+        except LinkLost as error:
+            ended.append((trio.current_time(), str(error)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest)
+        nursery.start_soon(run)
+        await ready.wait()
+        link.be_patient(True)
+        await trio.sleep(1000 * STALL_S)
+        assert not ended
+        link.be_patient(False)
+        went_on = trio.current_time()
+        await trio.sleep(2 * STALL_S)
+        [(when, why)] = ended
+        assert "taken no input" in why
+        assert when - went_on == pytest.approx(STALL_S)
+        nursery.cancel_scope.cancel()
+
+
 async def test_more_data_than_the_window_ends_the_link(tmp_path: Path) -> None:
     async def guest(stream: trio.SocketStream) -> None:
         await find_host(stream)

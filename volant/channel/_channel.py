@@ -18,15 +18,19 @@ from ._address import Address, HybridVsock, VirtioSerial, Vsock
 from ._errors import AgentUnreachable, LinkLost
 from ._link import Link
 from ._slots import Slot, Slots
+from ._still import Port, Stillness
 from ._stream import ChannelStream, SocketChannelStream
 
 CONNECT_S = 5.0
+TAKE_S = 0.1
+"""How long a guest that moves is given to take what was sent to it already."""
 RETRY_MIN_S = 0.02
 RETRY_MAX_S = 5.0
 HONEST_LIFE_S = 10.0
 """A link that lived so long was one; what comes next is tried at once."""
 
 _HYBRID_ANSWER = 64
+_LOOK_AGAIN_S = 0.001
 
 
 class ChannelStatistics(msgspec.Struct, frozen=True):
@@ -55,6 +59,9 @@ class Channel:
         self._link: Link | None = None
         self._changed = trio.Event()
         self._closed = trio.Event()
+        self._stands_still = False
+        self._stillness = Stillness()
+        self._socket: trio.SocketStream | None = None
         self._links = 0
         self._bytes_in = 0
         self._bytes_out = 0
@@ -79,15 +86,55 @@ class Channel:
         raise AgentUnreachable(f"the guest's agent could not be reached within {timeout_s:g} s{self._because()}")
 
     async def ready(self) -> None:
-        """Return once the guest's agent is on the other end; at once where no link is kept. Has no deadline.
+        """Return once the guest's agent is on the other end, and the guest does not stand still; where no link is kept
+        for the second alone. Has no deadline.
 
         Raises AgentUnreachable when the channel is closed.
         """
-        while not self.connected:
+        while not self.connected or self._stands_still:
             if self._closed.is_set():
                 raise AgentUnreachable("the channel to the guest is closed")
             await self._changed.wait()
         await trio.lowlevel.checkpoint()
+
+    def stand_still(self, yes: bool) -> None:
+        """Say whether the guest is paused. While it is, nobody begins anything with it, and what is under way waits,
+        with the link and all its streams open, however long it takes."""
+        self._stands_still = yes
+        self._let_stall(yes)
+        self._wake()
+
+    @asynccontextmanager
+    async def hold(self) -> AsyncIterator[Callable[[], tuple[int, int]]]:
+        """A block in which nothing happens at the host's end of the agent's port: nobody reads, writes, connects or
+        leaves there. Streams stay open, and who uses them waits; the caller bounds how long.
+
+        What it gives tells how many bytes the hypervisor has not read yet, and how many it has sent that were not read
+        here. Without a port (vsock) there is nothing to hold: the kernel stops that with its machine.
+
+        Raises trio.BrokenResourceError in the end, when the channel was closed meanwhile.
+        """
+        with trio.move_on_after(TAKE_S):
+            # It saves time later, when the guest stands still; nothing depends on it.
+            while self._on_the_way()[0]:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(_LOOK_AGAIN_S)
+        async with self._stillness.keep():
+            self._let_stall(True)
+            try:
+                yield self._on_the_way
+            finally:
+                self._let_stall(self._stands_still)
+        if self._closed.is_set():
+            raise trio.BrokenResourceError("the channel to the guest was closed while it was held")
+
+    def _on_the_way(self) -> tuple[int, int]:
+        if self._socket is None or self._closed.is_set():
+            return 0, 0
+        return self._host.unread(self._socket)
+
+    def _let_stall(self, yes: bool) -> None:
+        if self._link is not None:
+            self._link.be_patient(yes)
 
     async def closed(self) -> None:
         """Return once the channel is over, and all its streams with it."""
@@ -119,6 +166,7 @@ class Channel:
         return f": {self._last_loss}" if self._last_loss else ""
 
     async def _open(self, slot: Slot, port: int, timeout_s: float) -> ChannelStream:
+        await self.ready()
         match self.address:
             case Vsock(cid):
                 return await self._open_socket(slot, self._host.connect_vsock(cid, port, timeout_s))
@@ -145,12 +193,13 @@ class Channel:
         while True:
             began = trio.current_time()
             try:
-                stream = await self._host.connect_unix(path, CONNECT_S)
+                stream = await self._stillness.move(partial(self._host.connect_unix, path, CONNECT_S))
             except (OSError, trio.TooSlowError) as error:
                 self._last_loss = f"the hypervisor's agent socket: {str(error) or 'no answer'}"
             else:
                 async with stream:
-                    link = Link(stream, bytes.fromhex(self._host.new_id()))
+                    self._socket = stream
+                    link = Link(Port(stream, self._stillness), bytes.fromhex(self._host.new_id()))
                     try:
                         await link.run(partial(self._set_link, link))
                     except LinkLost as error:
@@ -159,6 +208,8 @@ class Channel:
                         self._bytes_in += link.bytes_in
                         self._bytes_out += link.bytes_out
                         self._set_link(None)
+                    await self._stillness.end()
+                    self._socket = None
             if trio.current_time() - began >= HONEST_LIFE_S:
                 delay = RETRY_MIN_S
             await trio.sleep(delay)
@@ -167,7 +218,11 @@ class Channel:
     def _set_link(self, link: Link | None) -> None:
         self._link = link
         if link is not None:
+            link.be_patient(self._stands_still)
             self._links += 1
+        self._wake()
+
+    def _wake(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 

@@ -15,6 +15,7 @@ The other side is `volant/guest/_mux.py`, whose essay says how the two find each
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -80,6 +81,8 @@ class Link:
         self._out_room = trio.lowlevel.ParkingLot()
         self._lost: str | None = None
         self._scope = trio.CancelScope()
+        self._stall = trio.CancelScope()
+        self._patient = False
 
     async def run(self, on_ready: Callable[[], None]) -> NoReturn:
         """Find the guest's agent, call `on_ready`, and carry streams. Raises LinkLost in the end."""
@@ -121,6 +124,11 @@ class Link:
         self._streams[stream_id] = stream
         self._flush()
         return stream
+
+    def be_patient(self, patient: bool) -> None:
+        """Whether the guest may take none of its input for ever, as it stands still."""
+        self._patient = patient
+        self._stall.deadline = math.inf if patient else trio.current_time() + STALL_S
 
     # Finding each other
 
@@ -188,8 +196,11 @@ class Link:
             # In pieces, so that the deadline tells a slow guest from one that takes nothing.
             for start in range(0, len(chunk), FRAME_LIMIT):
                 piece = chunk[start : start + FRAME_LIMIT]
-                with trio.fail_after(STALL_S):
+                with trio.CancelScope() as self._stall:
+                    self.be_patient(self._patient)
                     await self._stream.send_all(piece)
+                if self._stall.cancelled_caught:
+                    raise trio.TooSlowError
                 self.bytes_out += len(piece)
             self._out_room.unpark_all()
 

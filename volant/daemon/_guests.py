@@ -98,6 +98,9 @@ async def _stop(
 ) -> None:
     async with hypervisor.attach(spec, identity) as machine:
         with trio.move_on_after(grace_s):
+            # One that is paused hears nothing.
+            with suppress(HypervisorError):
+                await machine.resume()
             if await _ask(host, spec, grace_s):
                 end = await machine.ended()
                 how = "has shut down" if end.kind is EndKind.SHUTDOWN else f"has ended: {end.message}"
@@ -137,6 +140,7 @@ def _spec(settings: Settings, identity: ProcessIdentity, prefix: str) -> Machine
         memory_dir=memory_dir(settings),
         disk_dir=disk_dir(settings),
         template_dir=template_dir(settings),
+        snapshot_dir=snapshot_dir(settings),
     )
     nowhere = places.cache_dir / "not-needed-to-attach"
     return MachineSpec(
