@@ -47,9 +47,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kernel:
     monkeypatch.setattr(_identity, "_known", "")
     monkeypatch.setattr(_identity, "_BALLOON", str(tmp_path / "balloon"))
     monkeypatch.setattr(wire, "CLONE_FILE", str(tmp_path / "clone.json"))
-    real, etc = _identity._replace, tmp_path / "machine-id"
+    real, etc = _root.replace, tmp_path / "machine-id"
     monkeypatch.setattr(
-        _identity, "_replace", lambda path, data: real(str(etc) if path == "/etc/machine-id" else path, data)
+        _root, "replace", lambda path, data: real(str(etc) if path == "/etc/machine-id" else path, data)
     )
     monkeypatch.setattr(_root, "_known", ("none", ""))
     return kernel

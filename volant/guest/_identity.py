@@ -4,7 +4,7 @@ A guest that goes on from a template has everything that the template had, and s
 the daemon says who it is. `docs/explanation/templates.md` has what differs between clones then, and what does not.
 """
 
-# ruff: noqa: PTH104, PTH108, PTH123, PTH208 - importing pathlib would cost every boot a good part of a second
+# ruff: noqa: PTH123, PTH208 - importing pathlib would cost every boot a good part of a second
 
 from __future__ import annotations
 
@@ -164,9 +164,9 @@ def _in(where: str, machine_id: str, told: bytes) -> None:
     """Write the files of a clone to the initramfs or to the root filesystem."""
 
     def write() -> None:
-        _replace(agent.CLONE_FILE, told)
+        _root.replace(agent.CLONE_FILE, told)
         try:
-            _replace("/etc/machine-id", machine_id.encode() + b"\n")
+            _root.replace("/etc/machine-id", machine_id.encode() + b"\n")
         except FileNotFoundError:
             pass  # a root filesystem without /etc has no machine id to share
 
@@ -174,21 +174,6 @@ def _in(where: str, machine_id: str, told: bytes) -> None:
         write()
     else:
         _root.inside(write)
-
-
-def _replace(path: str, data: bytes) -> None:
-    new = path + ".new"
-    try:
-        os.unlink(new)
-    except FileNotFoundError:
-        pass
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o444)
-    try:
-        while data:
-            data = data[os.write(fd, data) :]
-    finally:
-        os.close(fd)
-    os.rename(new, path)
 
 
 def _become(identifier: str, output: Output) -> None:

@@ -4,18 +4,15 @@ It comes with the daemon's first requests, when not all is mounted yet. So it is
 when the first command, workload or file is asked for, which waits until the guest is set up.
 """
 
-# ruff: noqa: PTH104, PTH108 - importing pathlib would cost every boot a good part of a second
-
 from __future__ import annotations
 
-import os
 import sys
 import threading
 
 from volant.model import agent
 
 from ._http import Problem
-from ._root import inside
+from ._root import inside, replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,7 +66,7 @@ class Plugin:
             if text == self._written:
                 return
             try:
-                inside(lambda: _replace(agent.MANIFEST_FILE, text))
+                inside(lambda: replace(agent.MANIFEST_FILE, text))
                 self._written = text
             except (OSError, Problem) as error:
                 # What does without it is not to suffer from that.
@@ -78,18 +75,3 @@ class Plugin:
 
 def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _replace(path: str, data: bytes) -> None:
-    new = path + ".new"
-    try:
-        os.unlink(new)
-    except FileNotFoundError:
-        pass
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o444)
-    try:
-        while data:
-            data = data[os.write(fd, data) :]
-    finally:
-        os.close(fd)
-    os.rename(new, path)
