@@ -317,6 +317,54 @@ async def test_a_watched_file_may_vanish(host: Host, tmp_path: Path) -> None:
             pass
 
 
+async def test_what_a_process_takes_of_the_memory_is_told(
+    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+) -> None:
+    identity = await spawn(host, mark, tmp_path, "x = b'x' * 2**26\n" + SLEEP, started)
+    await until_output(host, tmp_path / "out", b"up")
+    found = await host.process_memory(identity, 10)
+    assert 2**16 <= found.private_kb <= found.pss_kb <= found.rss_kb < 2**18
+    assert abs(found.private_kb + found.shared_kb - found.rss_kb) <= 64
+    with host.open_process(identity) as process:
+        process.kill()
+        await process.wait()
+    with pytest.raises(ProcessGone):
+        await host.process_memory(identity, 10)
+
+
+async def test_a_process_that_holds_up_those_who_look_into_it_does_so_until_their_deadline(
+    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = await spawn(host, mark, tmp_path, SLEEP, started)
+    rollup = tmp_path / str(identity.pid) / "smaps_rollup"
+    rollup.parent.mkdir()
+    os.mkfifo(rollup)
+    monkeypatch.setattr("volant.host._PROC", tmp_path)
+    for _ in range(3):
+        with pytest.raises(trio.TooSlowError):
+            await host.process_memory(identity, 0.1)
+    # Two threads wait, and the third caller has waited for one of them. They end now, and it goes on.
+    with rollup.open("w"):
+        await trio.sleep(0.1)
+    monkeypatch.undo()
+    assert (await host.process_memory(identity, 10)).rss_kb > 0
+
+
+async def test_files_that_may_grow_to_their_size_are_counted(host: Host, tmp_path: Path) -> None:
+    assert await host.unbacked_space(tmp_path / "nowhere") == 0
+    await host.allocate_file(tmp_path / "full", 2**20)
+    await host.allocate_file(tmp_path / "empty", 2**22, reserve=False)
+    assert await host.unbacked_space(tmp_path) == 2**22
+    with (tmp_path / "empty").open("r+b") as file:
+        file.write(bytes(2**16))
+        file.flush()
+        os.fsync(file.fileno())
+    assert await host.unbacked_space(tmp_path) == 2**22 - 2**16
+    assert await host.memory_to_spare_mb(tmp_path) <= host.memory_available_mb() + 64
+    await host.allocate_file(tmp_path / "vast", 2**43, reserve=False)
+    assert await host.memory_to_spare_mb(tmp_path) == 0
+
+
 def test_the_machine_is_measured(host: Host) -> None:
     figures = host.figures()
     assert 0 <= figures.cpu_percent <= 100

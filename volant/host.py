@@ -48,7 +48,7 @@ import trio
 from volant._scopes import ScopeError, Scopes
 from volant.model import ProcessIdentity
 
-__all__ = ["FileWatch", "Host", "HostFigures", "Process", "ProcessGone"]
+__all__ = ["FileWatch", "Host", "HostFigures", "Process", "ProcessGone", "ProcessMemory"]
 
 T = TypeVar("T")
 _logger = logging.getLogger("volant.host")
@@ -60,6 +60,8 @@ _MARK = re.compile(r"[A-Za-z0-9._:@-]{4,100}")
 _TOKENS = re.compile(rb"[\0,=]")
 _READ_LIMIT = 16 * 1024 * 1024
 _STATUSES_KEPT = 256
+_LOOKS_AT_ONCE = 2
+"""How many processes' mappings the kernel walks through for us at a time; each takes milliseconds of a processor."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -75,6 +77,15 @@ class HostFigures(msgspec.Struct, frozen=True):
     cpu_percent: float  #: busy share of all CPUs, 0 to 100, since the previous call (since boot at the first one)
     memory_total_mb: int
     memory_available_mb: int
+
+
+class ProcessMemory(msgspec.Struct, frozen=True):
+    """What a process takes of the machine's memory."""
+
+    rss_kb: int  #: all that it has mapped and that is there
+    pss_kb: int  #: likewise, what it shares counted by its part: the sum over all processes is what they take together
+    private_kb: int  #: mapped by nobody else, and free once it ends, unless it is of a file
+    shared_kb: int  #: mapped by others too
 
 
 class _Child:
@@ -276,6 +287,7 @@ class Host:
         self._watches = _Watches()
         self._boot_id: str | None = None
         self._cpu_before = (0, 0)
+        self._looks = trio.CapacityLimiter(_LOOKS_AT_ONCE)
 
     # Time and names
 
@@ -443,6 +455,23 @@ class Host:
             if process.exited:
                 raise ProcessGone(f"process {identity.pid} has ended")
             return [os.fsdecode(word) for word in words]
+
+    async def process_memory(self, identity: ProcessIdentity, timeout_s: float) -> ProcessMemory:
+        """What a process takes of the memory. It costs some milliseconds a GiB, so it is for who asks.
+
+        Raises ProcessGone, OSError where the process may not be looked into, trio.TooSlowError.
+        """
+        with self.open_process(identity) as process, trio.fail_after(timeout_s):
+            try:
+                # Who holds the mappings' lock holds this up too, for ever if he hangs.
+                text = await trio.to_thread.run_sync(
+                    (_PROC / str(process.pid) / "smaps_rollup").read_text, abandon_on_cancel=True, limiter=self._looks
+                )
+            except (FileNotFoundError, ProcessLookupError) as error:
+                raise ProcessGone(f"process {identity.pid} has ended") from error
+            if process.exited or not text:
+                raise ProcessGone(f"process {identity.pid} has ended")
+            return _process_memory(text)
 
     def open_process(self, identity: ProcessIdentity) -> Process:
         """A handle on the process with this identity, ours or adopted. A child of ours that has ended can be opened
@@ -691,6 +720,26 @@ class Host:
 
         await trio.to_thread.run_sync(allocate)
 
+    async def unbacked_space(self, directory: Path) -> int:
+        """Bytes that the files in a directory still lack to be as large as they say, as their owners may write there.
+        0 where there is no such directory."""
+
+        def add_up() -> int:
+            try:
+                entries = list(os.scandir(directory))
+            except FileNotFoundError:
+                return 0
+            lacking = 0
+            for entry in entries:
+                try:
+                    figures = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue  # it went while we look
+                lacking += max(0, figures.st_size - figures.st_blocks * 512)
+            return lacking
+
+        return await trio.to_thread.run_sync(add_up)
+
     def free_space(self, path: Path) -> int:
         """Bytes that may still be written to the file system that holds `path`. Raises OSError."""
         figures = os.statvfs(path)
@@ -803,6 +852,10 @@ class Host:
         """Memory that programs can still have without swapping, in MiB."""
         return _meminfo().get("MemAvailable", 0) // 1024
 
+    async def memory_to_spare_mb(self, directory: Path) -> int:
+        """Likewise, less what the files in a directory in RAM may still grow by."""
+        return max(0, self.memory_available_mb() - await self.unbacked_space(directory) // 2**20)
+
     def figures(self) -> HostFigures:
         """What the machine is doing, from /proc. One caller, as its CPU figure is since the call before."""
         with (_PROC / "stat").open() as file:
@@ -843,6 +896,19 @@ def _stat(pid: int) -> tuple[int, int, str]:
     # The second field is the name in brackets, and may hold spaces and brackets itself.
     fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     return int(fields[19]), int(fields[3]), fields[0]
+
+
+def _process_memory(rollup: str) -> ProcessMemory:
+    figures = {}
+    for line in rollup.splitlines()[1:]:
+        name, _, rest = line.partition(":")
+        figures[name] = int(rest.split()[0])
+    return ProcessMemory(
+        rss_kb=figures["Rss"],
+        pss_kb=figures["Pss"],
+        private_kb=figures["Private_Clean"] + figures["Private_Dirty"],
+        shared_kb=figures["Shared_Clean"] + figures["Shared_Dirty"],
+    )
 
 
 def _meminfo() -> dict[str, int]:

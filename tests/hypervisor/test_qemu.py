@@ -229,6 +229,21 @@ async def test_memory_that_the_file_system_lacks_is_refused(
     assert failure.value.code == "memory_refused"
 
 
+@pytest.mark.parametrize("what", ["MiB of memory left", "no room for 64 MiB"])
+async def test_what_other_guests_have_given_back_is_theirs_to_take_again(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    short = what == "MiB of memory left"
+    monkeypatch.setattr(host, "memory_available_mb", lambda: 1024 + (128 if short else 1024))
+    monkeypatch.setattr(host, "free_space", lambda path: 2**31 if short else 2**30 - 1)
+    await host.mkdir(spec.memory_file.parent)
+    await host.allocate_file(spec.memory_file.with_name("other.mem"), 2**30, reserve=False)
+    with pytest.raises(LaunchFailed, match=what) as failure:
+        await qemu.launch(spec)
+    assert failure.value.code == "memory_refused"
+    assert not host.exists(spec.memory_file)
+
+
 async def test_a_qemu_that_exits_is_quoted(host: Host, spec: MachineSpec, tmp_path: Path) -> None:
     program = script(tmp_path, "echo something odd >&2; exit 3")
     with trio.fail_after(10):

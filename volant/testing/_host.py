@@ -23,7 +23,7 @@ import trio
 
 from actors import check_fence, fault
 from actors.testing import allow_real
-from volant.host import Host, HostFigures, ProcessGone
+from volant.host import Host, HostFigures, ProcessGone, ProcessMemory
 from volant.model import ProcessIdentity
 
 from ._files import Directory, Fifo, File, SocketName, Watch
@@ -36,6 +36,8 @@ T = TypeVar("T")
 _QEMU = "qemu-system-x86_64"
 _IMG = "qemu-img"
 _STUBBORN_S = 45.0
+_QEMU_KB = 40 * 1024
+"""Of a hypervisor, beside its guest's memory."""
 
 
 class DaemonDied(Exception):
@@ -165,6 +167,15 @@ class SimHost(Host):
                 raise ProcessGone(f"process {identity.pid} has ended")
         return list(self._machine.processes[identity.pid].argv)
 
+    async def process_memory(self, identity: ProcessIdentity, timeout_s: float) -> ProcessMemory:
+        with self.open_process(identity) as process:
+            await trio.sleep(self._machine.rng.uniform(0.0, 0.01))
+            if process.exited:
+                raise ProcessGone(f"process {identity.pid} has ended")
+            ram = self._machine.qemus[identity.pid].ram_in_use()
+            taken = _QEMU_KB + (0 if ram is None else ram.size // 1024)
+            return ProcessMemory(rss_kb=taken, pss_kb=taken, private_kb=taken, shared_kb=0)
+
     def open_process(self, identity: ProcessIdentity) -> Any:
         self._check()
         process = self._machine.processes.get(identity.pid)
@@ -282,6 +293,9 @@ class SimHost(Host):
             self._files.put(path, File(size=size))
 
         await self._call(allocate)
+
+    async def unbacked_space(self, directory: Path) -> int:
+        return await self._call(lambda: 0)
 
     def free_space(self, path: Path) -> int:
         self._check()

@@ -185,7 +185,8 @@ class QemuHypervisor:
             host.close_file(host.open_file(spec.console_path, _APPEND))
         except OSError as error:
             raise LaunchFailed("exited", f"the machine's directory cannot be prepared: {error}") from error
-        available_mb = host.memory_available_mb()
+        # What other guests have given back is theirs to take again.
+        available_mb = await host.memory_to_spare_mb(spec.memory_file.parent)
         if available_mb < spec.memory_mb + SPARE_MEMORY_MB:
             raise LaunchFailed(
                 "memory_refused", f"the host has {available_mb} MiB of memory left, the guest needs {spec.memory_mb}"
@@ -196,6 +197,9 @@ class QemuHypervisor:
             # Taken now: a page that cannot be had later would end the guest in the middle of its work (SIGBUS).
             await host.mkdir(spec.memory_file.parent)
             await host.allocate_file(spec.memory_file, size)
+            # Looked at afterwards, so that of two that are launched at once neither misses the other.
+            if host.free_space(spec.memory_file.parent) < await host.unbacked_space(spec.memory_file.parent):
+                raise OSError(errno.ENOSPC, "what is left there has been given back by other guests, and is theirs")
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
                 raise LaunchFailed("exited", f"the guest's memory cannot be made: {error}") from error
