@@ -26,7 +26,7 @@ from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
 from volant.journal import Backups, Evidence, Journal, Store, VmLogs
 from volant.templates import BuildDoors, Templates, TemplateStore
-from volant.vm import VmDoors, Vms, VmSettings
+from volant.vm import BootGate, VmDoors, Vms, VmSettings
 
 FAST = Limits(
     keep_alive_s=30.0, header_s=5.0, send_s=20.0, finish_s=3.0, drop_s=2.0, linger_s=0.5, grace_s=0.3, lifespan_s=2.0
@@ -269,6 +269,8 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
         host=host,
         hypervisor=hypervisor,
         store=templates,
+        turns=BootGate(1),
+        projection=store.projection,
         instance="test",
         runtime_dir=path / "run",
         memory_dir=path / "mem",

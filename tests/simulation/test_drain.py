@@ -213,3 +213,33 @@ def test_what_is_malformed_is_refused_and_changes_nothing(tmp_path: Path) -> Non
         assert (await world.request("GET", f"{SYSTEM}/status")).json()["draining_since"] is None
 
     lived(tmp_path, story)
+
+
+@pytest.mark.parametrize("boot_mode", ["cold", "auto", "template"])
+def test_who_waits_for_a_turn_when_it_begins_does_not_boot(tmp_path: Path, boot_mode: str) -> None:
+    async def story(world: World) -> None:
+        for name in NAMES:
+            assert (await create(world, name, boot=boot_mode)).status == 201
+        await trio.sleep(0.3)
+        await post(world, f"{SYSTEM}/drain")
+        await trio.sleep(1)
+        booting = {qemu.mark for qemu in world.machine.running()}
+        assert len(booting) < len(NAMES)
+        await trio.sleep(300)
+        assert {qemu.mark for qemu in world.machine.running()} <= booting
+        held = [name for name, status in statuses(world).items() if status == "starting"]
+        assert held
+        for restart in (world.kill_daemon, world.stop_daemon):
+            await restart()
+            await world.start_daemon()
+            await trio.sleep(60)
+            assert {qemu.mark for qemu in world.machine.running()} <= booting
+        assert not any("-t." in qemu.mark for qemu in world.machine.running())
+        # Somebody may want it otherwise, and is heard at once.
+        assert (await world.request("DELETE", f"/api/v1/vms/{held[0]}")).status == 204
+        await post(world, f"{SYSTEM}/undrain")
+        for name in NAMES:
+            if name != held[0]:
+                await until(world, name, "running")
+
+    lived(tmp_path, story)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
 from tests.templates.test_store import RECIPE, add
 from volant.host import Host
 from volant.hypervisor.qemu import QemuHypervisor
-from volant.model import Problem, TemplateView
+from volant.journal import Projection
+from volant.model import Drain, Problem, TemplateView
 from volant.templates import Blueprint, BuildDoors, TemplateFailed, Templates, TemplateStore, _actor
 from volant.templates.messages import Build, ListTemplates, RemoveTemplate, Suspect, Wanted
+from volant.vm import BootGate
 
 BLUEPRINT = Blueprint(
     recipe=RECIPE,
@@ -36,11 +39,16 @@ class Builder:
     def __init__(self) -> None:
         self.outcome: TemplateFailed | None = None
         self.begun = 0
+        self.under_way = False
         self.may_end = trio.Event()
 
     async def build(self, doors: BuildDoors, blueprint: Blueprint) -> None:
         self.begun += 1
-        await self.may_end.wait()
+        self.under_way = True
+        try:
+            await self.may_end.wait()
+        finally:
+            self.under_way = False
         if self.outcome is not None:
             raise self.outcome
         await add(doors.store, blueprint.recipe)
@@ -55,13 +63,17 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
 
 
 @asynccontextmanager
-async def standing(tmp_path: Path, *, enabled: bool = True) -> AsyncIterator[Ref[Any]]:
+async def standing(
+    tmp_path: Path, *, enabled: bool = True, gate: BootGate | None = None, projection: Projection | None = None
+) -> AsyncIterator[Ref[Any]]:
     host = Host()
     (tmp_path / "mem").mkdir(exist_ok=True)
     doors = BuildDoors(
         host=host,
         hypervisor=QemuHypervisor(host, tmp_path / "c", accelerator="tcg"),
         store=TemplateStore(host, tmp_path / "t", enabled=enabled),
+        turns=gate or BootGate(1),
+        projection=Projection() if projection is None else projection,
         instance="volant-test",
         runtime_dir=tmp_path / "r",
         memory_dir=tmp_path / "mem",
@@ -129,6 +141,69 @@ async def test_where_there_are_none_nobody_waits_for_one(tmp_path: Path, builder
         with pytest.raises(Problem) as caught:
             await ref.ask(Build(BLUEPRINT), timeout_s=5)
         assert (caught.value.status, builder.begun) == (409, 0)
+
+
+async def test_a_build_has_its_turn_behind_all_vms_that_wait(tmp_path: Path, builder: Builder) -> None:
+    gate = BootGate(1)
+    await gate.enter(1)
+    builder.may_end.set()
+    async with standing(tmp_path, gate=gate) as ref, trio.open_nursery() as nursery:
+        ref.tell(Wanted(BLUEPRINT))
+        await until(ref, "waiting")
+        with trio.fail_after(10):
+            while gate.inspect(BLUEPRINT.digest) is None:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        nursery.start_soon(gate.enter, 2)
+        await trio.testing.wait_all_tasks_blocked()
+        gate.leave(1)
+        assert gate.inspect(2) == {"state": "booting", "limit": 1}
+        assert gate.inspect(BLUEPRINT.digest) == {"state": "waiting", "ahead": 0, "limit": 1}
+        assert builder.begun == 0
+        gate.leave(2)
+        await until(ref, "ready")
+        assert gate.statistics() == {"limit": 1, "booting": 0, "waiting": 0}
+
+
+async def test_a_build_that_hangs_holds_up_nobody_for_ever(
+    tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_actor, "_TURN_S", 0.05)
+    gate = BootGate(1)
+    async with standing(tmp_path, gate=gate) as ref:
+        ref.tell(Wanted(BLUEPRINT))
+        await until(ref, "building")
+        with trio.fail_after(10):
+            await gate.enter(1)
+        assert builder.under_way
+
+
+async def test_no_build_goes_on_while_the_daemon_drains(tmp_path: Path, builder: Builder) -> None:
+    projection = Projection()
+    drain = Drain(since=datetime.now(UTC))
+    gate = BootGate(1, projection)
+    async with standing(tmp_path, gate=gate, projection=projection) as ref, trio.open_nursery() as nursery:
+        refused: list[Problem] = []
+
+        async def ask() -> None:
+            try:
+                await ref.ask(Build(BLUEPRINT), timeout_s=5)
+            except Problem as problem:
+                refused.append(problem)
+
+        nursery.start_soon(ask)
+        await until(ref, "building")
+        projection.set_drain(drain)
+        await until(ref, "waiting")
+        assert not builder.under_way
+        nursery.start_soon(ask)
+        await views(ref)
+        await trio.testing.wait_all_tasks_blocked()
+        assert [problem.code for problem in refused] == ["draining", "draining"]
+        assert (builder.begun, gate.statistics()["booting"]) == (1, 0)
+        builder.may_end.set()
+        projection.set_drain(None)
+        await until(ref, "ready")
+        assert builder.begun == 2
 
 
 async def test_what_an_earlier_life_has_left_is_swept_away(tmp_path: Path, builder: Builder) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import trio
 import trio.testing
 
+from volant.journal import Projection
+from volant.model import Drain
 from volant.vm import BootGate
 
 
@@ -12,7 +16,8 @@ class Crowd:
     """VMs at a gate of two."""
 
     def __init__(self, nursery: trio.Nursery, limit: int = 2) -> None:
-        self.gate = BootGate(limit)
+        self.projection = Projection()
+        self.gate = BootGate(limit, self.projection)
         self.entered: list[int] = []
         self._nursery = nursery
         self._scopes: dict[int, trio.CancelScope] = {}
@@ -88,3 +93,20 @@ async def test_one_that_has_its_turn_keeps_it_for_the_next_try(nursery: trio.Nur
     crowd = Crowd(nursery, limit=1)
     await crowd.come(1, 2, 1)
     assert crowd.entered == [1, 1]
+
+
+async def test_nobody_has_a_turn_while_the_daemon_drains(nursery: trio.Nursery) -> None:
+    crowd = Crowd(nursery, limit=1)
+    await crowd.come(1, 2, 3)
+    crowd.projection.set_drain(Drain(since=datetime.now(UTC)))
+    await crowd.come(4)
+    await crowd.leave(1)
+    assert crowd.entered == [1]
+    assert crowd.gate.inspect(2) == crowd.gate.inspect(4) == {"state": "held", "limit": 1}
+    assert crowd.gate.statistics() == {"limit": 1, "booting": 0, "waiting": 3}
+    await crowd.cancel(3)
+    crowd.projection.set_drain(None)
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(crowd.entered) == 2
+    await crowd.leave(crowd.entered[-1])
+    assert sorted(crowd.entered) == [1, 2, 4]

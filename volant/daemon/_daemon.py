@@ -35,7 +35,7 @@ from volant.images import BootMedia
 from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
 from volant.model import ProcessIdentity, Status
 from volant.templates import BuildDoors, Templates, TemplateStore
-from volant.vm import BootGate, VmDoors, Vms, VmSettings, instance_of, keep_drained, parse_mark
+from volant.vm import CLONES_AT_ONCE, BootGate, VmDoors, Vms, VmSettings, instance_of, keep_drained, parse_mark
 
 from ._directories import DirectoryError, claimed, disk_dir, log_dir, memory_dir, remove, template_dir
 from ._dump import dump_on_signal
@@ -186,10 +186,13 @@ class Daemon:
             accelerator=None if settings.accelerator == "auto" else settings.accelerator,
         )
         templates = TemplateStore(self.host, template_dir(settings), enabled=settings.templates == "auto")
+        gate = BootGate(settings.max_boots or 2 * len(os.sched_getaffinity(0)), self.store.projection)
         builds = BuildDoors(
             host=self.host,
             hypervisor=self.hypervisor,
             store=templates,
+            turns=gate,
+            projection=self.store.projection,
             instance=instance_of(settings.state_dir),
             runtime_dir=settings.runtime_dir,
             memory_dir=memory_dir(settings),
@@ -226,7 +229,8 @@ class Daemon:
                     agent_timeout_s=settings.agent_timeout_s,
                 ),
                 instance=instance_of(settings.state_dir),
-                gate=BootGate(settings.max_boots or 2 * len(os.sched_getaffinity(0))),
+                gate=gate,
+                clone_gate=BootGate(CLONES_AT_ONCE, self.store.projection),
             ),
             self._supervisor,
         )

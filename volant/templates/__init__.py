@@ -1,7 +1,7 @@
 """Templates: guests that have booted, for others to go on from."""
 
 from ._actor import Templates
-from ._builder import BuildDoors, TemplateFailed, template_mark_prefix
+from ._builder import BuildDoors, TemplateFailed, Turns, template_mark_prefix
 from ._recipe import Blueprint, Recipe, Told
 from ._store import Found, Stored, TemplateStore, template_at
 
@@ -15,6 +15,7 @@ __all__ = [
     "TemplateStore",
     "Templates",
     "Told",
+    "Turns",
     "template_at",
     "template_mark_prefix",
 ]

@@ -2,6 +2,9 @@
 
 Nothing waits for it but who asked for a template by name: VMs look into the store themselves, and boot cold where that
 has nothing for them. So whatever goes wrong here costs time and no VM.
+
+A build is a boot, and has its turn behind all VMs that wait for theirs. One that is under way when the daemon begins to
+drain is given up, as the host is to be quiet; it begins anew afterwards.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Literal
 import trio
 
 from actors import Actor, Deferred, handles
-from volant.model import Problem, TemplateView
+from volant.model import Problem, TemplateView, draining
 
 from ._builder import BuildDoors, TemplateFailed, build, sweep
 from ._recipe import Blueprint, Recipe
@@ -26,6 +29,8 @@ QUEUE = 16
 """So many wait to be built; what is wanted beyond that is wanted again by the next VM."""
 _QUIET_S = 1.0
 """What was just booted has this long for itself."""
+_TURN_S = 30.0
+"""As long as a VM's: longer than a boot takes; who takes longer goes on beside the others."""
 _FIRST_PAUSE_S = 30.0
 _MAX_PAUSE_S = 3600.0
 _FAILURES = 64
@@ -88,8 +93,10 @@ class Templates(Actor):
     @handles(Build)
     async def build(self, message: Build) -> Deferred[TemplateView]:
         deferred = self.ctx.defer(message)
-        digest = message.blueprint.digest
-        if not self._doors.store.enabled:
+        digest, drain = message.blueprint.digest, self._doors.projection.drain
+        if drain is not None:
+            deferred.fail(draining(drain))
+        elif not self._doors.store.enabled:
             deferred.fail(
                 Problem(409, "templates-off", "there are no templates here, as the setting `templates` is `off`")
             )
@@ -153,28 +160,22 @@ class Templates(Actor):
             with trio.move_on_after(_EVICT_EVERY_S):
                 await self._wake.wait()
             while self._jobs:
-                digest = self._next()
-                self._building = digest
-                await self._build(digest)
-                self._building = None
+                await self._do(self._next())
             self._wake = trio.Event()
 
     def _next(self) -> str:
         """Who waits for one comes first."""
         return next((digest for digest, job in self._jobs.items() if job.waiting), next(iter(self._jobs)))
 
-    async def _build(self, digest: str) -> None:
+    async def _do(self, digest: str) -> None:
         job = self._jobs[digest]
         blueprint = job.blueprint
         try:
             if await self._doors.store.find(blueprint.recipe, digest) is None:
                 if not job.waiting:
                     await trio.sleep(_QUIET_S)
-                began = trio.current_time()
-                await build(self._doors, blueprint)
-                self._built += 1
-                took_s = trio.current_time() - began
-                _logger.info("template %s for plugin %s: built in %.1f s", digest, blueprint.plugin, took_s)
+                if not await self._build_in_turn(job):
+                    return self._give_up(job)
             stored = (await self._doors.store.all())[digest]
         except (TemplateFailed, OSError, KeyError) as error:
             code = error.code if isinstance(error, TemplateFailed) else "io_error"
@@ -187,6 +188,55 @@ class Templates(Actor):
         for waiting in self._jobs.pop(digest).waiting:
             waiting.reply(self._ready(digest, stored, stored.created_at))
         await self._evict()
+
+    async def _build_in_turn(self, job: _Job) -> bool:
+        """Whether it was built: the daemon may begin to drain meanwhile.
+
+        :raises TemplateFailed: :raises OSError:
+        """
+        doors, blueprint, digest = self._doors, job.blueprint, job.blueprint.digest
+        built = False
+        failure: TemplateFailed | OSError | None = None
+
+        async def end_turn() -> None:
+            await trio.sleep(_TURN_S)
+            doors.turns.leave(digest)
+
+        async def give_way(scope: trio.CancelScope) -> None:
+            await doors.projection.drain_is_not(None)
+            scope.cancel()
+
+        try:
+            # Behind all VMs, unless one waits for it.
+            await doors.turns.enter(digest, last=not job.waiting)
+            self._building = digest
+            began = trio.current_time()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(end_turn)
+                nursery.start_soon(give_way, nursery.cancel_scope)
+                try:
+                    await build(doors, blueprint)
+                    built = True
+                except (TemplateFailed, OSError) as error:
+                    failure = error
+                nursery.cancel_scope.cancel()
+        finally:
+            doors.turns.leave(digest)
+            self._building = None
+        if failure is not None:
+            raise failure
+        if built:
+            self._built += 1
+            took_s = trio.current_time() - began
+            _logger.info("template %s for plugin %s: built in %.1f s", digest, blueprint.plugin, took_s)
+        return built
+
+    def _give_up(self, job: _Job) -> None:
+        """Tell who waits for it that the daemon drains; it is built afterwards."""
+        drain = self._doors.projection.drain
+        waiting, job.waiting = job.waiting, []
+        for each in waiting:
+            each.fail(Problem(503, "draining", "the daemon drains") if drain is None else draining(drain))
 
     async def _evict(self) -> None:
         try:

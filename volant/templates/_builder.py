@@ -10,7 +10,7 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import trio
@@ -18,6 +18,7 @@ import trio
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable, VirtioSerial, open_channel
 from volant.host import Host, ProcessGone
 from volant.hypervisor import Disk, Hypervisor, HypervisorError, LaunchFailed, Machine, MachineSpec, Template
+from volant.journal import Projection
 from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_SETTLE, DAEMON_WORKLOAD, HEALTHZ
 
 from ._recipe import Blueprint, Told
@@ -46,6 +47,16 @@ class TemplateFailed(Exception):
         self.code = code
 
 
+class Turns(Protocol):
+    """Who may boot: see `volant.vm.BootGate`."""
+
+    async def enter(self, who: str, *, last: bool = False) -> None:
+        """Wait for a turn."""
+
+    def leave(self, who: str) -> None:
+        """It is over."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuildDoors:
     """What a build uses of the rest of the daemon."""
@@ -53,6 +64,9 @@ class BuildDoors:
     host: Host
     hypervisor: Hypervisor
     store: TemplateStore
+    turns: Turns
+    projection: Projection
+    """Knows whether the daemon drains."""
     instance: str
     runtime_dir: Path
     memory_dir: Path

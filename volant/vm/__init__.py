@@ -3,13 +3,14 @@
 from ._actor import VmActor
 from ._doors import VmDoors, VmSettings
 from ._drain import keep_drained
-from ._gate import BootGate
+from ._gate import CLONES_AT_ONCE, BootGate
 from ._serial import Keyboard, KeyboardTaken, Missed, NotTyped, Reader, SerialConsole
 from ._steps import instance_of, memory_file, parse_mark, vm_directory
 from ._storage import prune, usage
 from ._vms import DELETED, Version, Vms, Wait
 
 __all__ = [
+    "CLONES_AT_ONCE",
     "DELETED",
     "BootGate",
     "Keyboard",

@@ -12,7 +12,7 @@ from volant.images import BootMedia
 from volant.journal import Journal, Store, VmLogs
 from volant.templates import Templates, TemplateStore
 
-from ._gate import BootGate
+from ._gate import CLONES_AT_ONCE, BootGate
 from ._process import LiveProcess
 
 
@@ -55,7 +55,7 @@ class VmDoors:
     instance: str
     """Names this daemon's state directory in the marks of its processes, so that two daemons never mix up theirs."""
     gate: BootGate = field(default_factory=lambda: BootGate(4))
-    clone_gate: BootGate = field(default_factory=lambda: BootGate(8))
+    clone_gate: BootGate = field(default_factory=lambda: BootGate(CLONES_AT_ONCE))
     """Of its own, as a clone is done in a tenth of a second, and would wait for cold boots for many."""
     live: dict[int, LiveProcess] = field(default_factory=dict)
     """By the VM's id: what is alive of its process, for whoever wants a stream to its agent."""

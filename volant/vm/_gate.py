@@ -1,10 +1,12 @@
-"""At most so many VMs boot at a time.
+"""At most so many boots at a time.
 
 A boot costs seconds of a processor. When a host comes back with two hundred VMs to start, or somebody creates as many,
 all at once would mean that each takes as long as all of them, and that every one misses its deadline. So a boot first
 waits for its turn, and no deadline runs meanwhile: those who came first go first, and the turn ends with the agent's
 answer, with the boot, or after `TURN_S`. The last is so that a few guests which never answer hold up nobody else for
-the whole of their deadlines.
+the whole of their deadlines. What becomes a template boots, too: it has its turn once no VM waits for one.
+
+While the daemon drains nobody gets a turn, so whoever waited when that began goes on waiting.
 
 A process that is there already, as an actor or the daemon has begun anew, has its turn without waiting, even when
 there are too many then: it boots anyway.
@@ -14,53 +16,85 @@ from __future__ import annotations
 
 import trio
 
+from volant.journal import Projection
+
 TURN_S = 30.0
 """Longer than a guest takes to answer, even when there are some at once; who takes longer goes on beside the others."""
 
+CLONES_AT_ONCE = 8
+"""A clone is done in a tenth of a second, and most of that is QEMU's start."""
+
+Who = int | str
+"""The id of a VM, or the name of a template."""
+
 
 class BootGate:
-    """Whose turn it is to boot, by the ids of VMs."""
+    """Whose turn it is to boot."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, projection: Projection | None = None) -> None:
+        """`projection`: knows whether the daemon drains; None: it never does."""
         self.limit = limit
-        self._inside: set[int] = set()
-        self._waiting: dict[int, trio.Event] = {}
+        self._projection = projection
+        self._inside: set[Who] = set()
+        self._held: set[Who] = set()
+        self._waiting: dict[Who, trio.Event] = {}
         """In the order in which they came."""
+        self._last: dict[Who, trio.Event] = {}
+        """Likewise, of those who come after all of these."""
 
-    async def enter(self, vm_id: int) -> None:
-        """Wait for a turn; one that has it keeps it. Cancelled, it has neither turn nor place."""
-        if vm_id in self._inside or (len(self._inside) < self.limit and not self._waiting):
-            self._inside.add(vm_id)
+    async def enter(self, who: Who, *, last: bool = False) -> None:
+        """Wait for a turn; one that has it keeps it. Cancelled, it has neither turn nor place. `last`: behind all who
+        wait without."""
+        while True:
+            if self._projection is not None and self._projection.drain is not None:
+                self._held.add(who)
+                try:
+                    await self._projection.undrained()
+                finally:
+                    self._held.discard(who)
+            await self._enter(who, self._last if last else self._waiting)
+            if self._projection is None or self._projection.drain is None:
+                return
+            self.leave(who)
+
+    async def _enter(self, who: Who, queue: dict[Who, trio.Event]) -> None:
+        if who in self._inside or (len(self._inside) < self.limit and not self._waiting):
+            self._inside.add(who)
             await trio.lowlevel.checkpoint()
             return
-        event = self._waiting[vm_id] = trio.Event()
+        event = queue[who] = trio.Event()
         try:
             await event.wait()
         except BaseException:
-            self.leave(vm_id)
+            self.leave(who)
             raise
 
-    def take(self, vm_id: int) -> None:
+    def take(self, who: Who) -> None:
         """Have a turn at once: it boots already."""
-        self._inside.add(vm_id)
+        self._inside.add(who)
 
-    def leave(self, vm_id: int) -> None:
+    def leave(self, who: Who) -> None:
         """The turn is over; without one nothing happens."""
-        self._inside.discard(vm_id)
-        self._waiting.pop(vm_id, None)
-        while self._waiting and len(self._inside) < self.limit:
-            first = next(iter(self._waiting))
+        self._inside.discard(who)
+        for queue in (self._waiting, self._last):
+            queue.pop(who, None)
+        while (queue := self._waiting or self._last) and len(self._inside) < self.limit:
+            first = next(iter(queue))
             self._inside.add(first)
-            self._waiting.pop(first).set()
+            queue.pop(first).set()
 
-    def inspect(self, vm_id: int) -> dict[str, object] | None:
-        """How it stands with one VM, ready for JSON; None: it has no turn and wants none."""
-        if vm_id in self._inside:
+    def inspect(self, who: Who) -> dict[str, object] | None:
+        """How it stands with one, ready for JSON; None: it has no turn and wants none."""
+        if who in self._inside:
             return {"state": "booting", "limit": self.limit}
-        if vm_id in self._waiting:
-            return {"state": "waiting", "ahead": list(self._waiting).index(vm_id), "limit": self.limit}
+        if who in self._held:
+            return {"state": "held", "limit": self.limit}
+        waiting = [*self._waiting, *self._last]
+        if who in waiting:
+            return {"state": "waiting", "ahead": waiting.index(who), "limit": self.limit}
         return None
 
     def statistics(self) -> dict[str, int]:
         """Figures, ready for JSON."""
-        return {"limit": self.limit, "booting": len(self._inside), "waiting": len(self._waiting)}
+        waiting = len(self._waiting) + len(self._last) + len(self._held)
+        return {"limit": self.limit, "booting": len(self._inside), "waiting": waiting}

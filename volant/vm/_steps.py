@@ -135,7 +135,7 @@ async def _find_template(doors: VmDoors, row: VmRow, image: str) -> Found | None
         blueprint = await blueprint_of(doors, row, image)
         found = await doors.templates.find(blueprint.recipe, blueprint.digest)
         if found is None and row.boot == "template":
-            await doors.builder.ask(Build(blueprint), timeout_s=doors.settings.agent_timeout_s + _BUILD_S)
+            await _have_built(doors, blueprint)
             found = await doors.templates.find(blueprint.recipe, blueprint.digest)
     except (OSError, Problem, ActorDown, AskTimeout) as error:
         if row.boot == "auto":
@@ -145,6 +145,18 @@ async def _find_template(doors: VmDoors, row: VmRow, image: str) -> Found | None
     if found is None and row.boot == "template":
         raise StepError("template_failed", "the VM is to be a clone, and its template was there and is gone again")
     return found
+
+
+async def _have_built(doors: VmDoors, blueprint: Blueprint) -> None:
+    """Wait for the template, and before that for the end of a drain. Raises Problem, ActorDown, AskTimeout."""
+    while True:
+        await doors.store.projection.undrained()
+        try:
+            await doors.builder.ask(Build(blueprint), timeout_s=doors.settings.agent_timeout_s + _BUILD_S)
+            return
+        except Problem as problem:
+            if problem.code != "draining":
+                raise
 
 
 async def blueprint_of(doors: VmDoors, row: VmRow, image: str) -> Blueprint:
