@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -33,10 +34,12 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
+import termios
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +48,7 @@ import inotify_simple
 import msgspec
 import trio
 
+from volant import _memory
 from volant._scopes import ScopeError, Scopes
 from volant.model import ProcessIdentity
 
@@ -58,6 +62,7 @@ _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _MARK = re.compile(r"[A-Za-z0-9._:@-]{4,100}")
 _TOKENS = re.compile(rb"[\0,=]")
+_FICLONE = 0x40049409
 _READ_LIMIT = 16 * 1024 * 1024
 _STATUSES_KEPT = 256
 _LOOKS_AT_ONCE = 2
@@ -548,6 +553,14 @@ class Host:
         finally:
             os.close(directory)
 
+    def unread(self, stream: trio.SocketStream) -> tuple[int, int]:
+        """Bytes of a Unix stream that the other side has not read yet, and that we have not. Raises OSError."""
+        queues = []
+        for request in (termios.TIOCOUTQ, termios.FIONREAD):
+            answer = fcntl.ioctl(stream.socket.fileno(), request, bytes(4))
+            queues.append(int.from_bytes(answer, sys.byteorder))
+        return queues[0], queues[1]
+
     def has_vsock(self) -> bool:
         """Whether guests can be given a vhost-vsock device."""
         return os.access("/dev/vhost-vsock", os.R_OK | os.W_OK)
@@ -667,6 +680,63 @@ class Host:
                         done += sent
 
         await trio.to_thread.run_sync(copy)
+
+    async def copy_sparse(self, source: Path, target: Path, mode: int = 0o600) -> None:
+        """Copy a large file to a new one, by reference where the file system can, else without its holes, in pieces:
+        cancelled, it leaves what it has. It is not on the disk before `put_in_place`. Raises OSError, also when
+        `target` is there."""
+        await self._copy_pieces(source, target, mode)
+
+    async def copy_mapped_file(self, identity: ProcessIdentity, size: int, target: Path, mode: int = 0o600) -> None:
+        """Copy the file of which a process has its one private mapping of `size` bytes to a new one, as `copy_sparse`
+        does; what the process has written there is not in it. Raises ProcessGone, OSError; PermissionError where the
+        process may not be looked into."""
+        mapping = await self._private_mapping(identity, size)
+        await self._copy_pieces(mapping.file, target, mode)
+
+    async def copy_own_pages(self, identity: ProcessIdentity, size: int, target: Path) -> int:
+        """Write what a process has in the pages of that mapping that it has written to over the same places of
+        `target`, in pieces; how many bytes that is. Raises as `copy_mapped_file`."""
+        mapping = await self._private_mapping(identity, size)
+        with ExitStack() as opened:
+            memory, pagemap, copy = (
+                opened.enter_context(_descriptor(path, flags))
+                for path, flags in (
+                    (_PROC / str(mapping.pid) / "mem", os.O_RDONLY),
+                    (_PROC / str(mapping.pid) / "pagemap", os.O_RDONLY),
+                    (target, os.O_WRONLY),
+                )
+            )
+            copied = 0
+            try:
+                for start in range(0, size, _memory.PIECE):
+                    end = min(size, start + _memory.PIECE)
+                    copied += await trio.to_thread.run_sync(
+                        _memory.copy_own_piece, mapping, memory, pagemap, copy, start, end
+                    )
+            except ProcessLookupError as error:
+                raise ProcessGone(str(error)) from error
+            return copied
+
+    async def _private_mapping(self, identity: ProcessIdentity, size: int) -> _memory.PrivateMapping:
+        with self.open_process(identity) as process:
+            mapping = await trio.to_thread.run_sync(_memory.find_private_mapping, process.pid, size)
+            if process.exited:
+                raise ProcessGone(f"process {identity.pid} has ended")
+            return mapping
+
+    async def _copy_pieces(self, source: Path, target: Path, mode: int) -> None:
+        with (
+            _descriptor(source, os.O_RDONLY) as reader,
+            _descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode) as writer,
+        ):
+            if await trio.to_thread.run_sync(_share_blocks, reader, writer):
+                return
+            size = os.fstat(reader).st_size
+            os.ftruncate(writer, size)
+            for start in range(0, size, _memory.PIECE):
+                end = min(size, start + _memory.PIECE)
+                await trio.to_thread.run_sync(_memory.copy_piece, reader, writer, start, end)
 
     async def keep_tail(self, path: Path, limit: int) -> bool:
         """Cut a file down to nothing when it is larger than `limit` bytes; whether it was.
@@ -875,6 +945,24 @@ class Host:
     def monotonic(self) -> float:
         """Seconds on a clock that does not jump, for measuring; deadlines use Trio's clock."""
         return time.monotonic()
+
+
+@contextmanager
+def _descriptor(path: Path, flags: int, mode: int = 0o600) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC, mode)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _share_blocks(source: int, target: int) -> bool:
+    """Make a file another one's copy that costs no room until one of them is written to; whether that can be."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        return False
+    return True
 
 
 def _readable(fd: int) -> bool:

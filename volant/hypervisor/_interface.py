@@ -83,7 +83,7 @@ class Captured(msgspec.Struct, frozen=True, kw_only=True):
     """A copy of a machine at one instant, in the directory that `Machine.capture` was given."""
 
     template: Template
-    """Its files `memory`, mode 0600, in which pages of zeros are holes, and `state`."""
+    """Its files `memory`, mode 0600, in which what no guest has ever written is a hole, and `state`."""
     layer: Path | None
     """`root.qcow2`: a layer over the same image, for `Hypervisor.make_layer(like=…)`. None: the machine has no disk."""
     paused_s: float
@@ -94,9 +94,10 @@ class Captured(msgspec.Struct, frozen=True, kw_only=True):
     layer_bytes: int
 
 
-HoldChannel = Callable[[], AbstractAsyncContextManager[Callable[[], int]]]
+HoldChannel = Callable[[], AbstractAsyncContextManager[Callable[[], tuple[int, int]]]]
 """Makes the block in which nobody reads or writes at the host's end of the agent's port, or connects or leaves there;
-what it gives tells how many bytes the hypervisor has not taken yet (see `Channel.hold`)."""
+what it gives tells how many bytes the hypervisor has not read yet, and how many nobody has read that it has sent (see
+`Channel.hold`)."""
 
 
 class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -66,11 +66,26 @@ class SimGuest:
         self._written = trio.Event()
         self._reader: trio.CancelScope | None = None
         self._going_down = False
+        self._goes_on = trio.Event()
+        self._goes_on.set()
+
+    def stand_still(self, yes: bool) -> None:
+        """Its processors are stopped, or go on."""
+        if not yes:
+            self._goes_on.set()
+        elif self._goes_on.is_set():
+            self._goes_on = trio.Event()
+
+    async def goes_on(self) -> None:
+        """Return once it does not stand still."""
+        while not self._goes_on.is_set():
+            await self._goes_on.wait()
 
     async def run_workload(self) -> None:
         """Write a line every few seconds, once there is a workload, until cancelled."""
         while True:
             await trio.sleep(self._rng.uniform(0.5, 5.0))
+            await self.goes_on()
             if self.workload is None or self._going_down:
                 continue
             self._stdout += b"line %d\n" % self.lines
@@ -122,6 +137,7 @@ class SimGuest:
             if not fault("guest.ignores_shutdown"):
                 self._going_down = True
                 await trio.sleep(self._rng.uniform(0.05, 3.0))
+                await self.goes_on()
                 self._power_off()
         elif path == DAEMON_LOGS:
             await self._follow(target, stream)
@@ -206,9 +222,11 @@ class SimPort:
         """Until the host leaves."""
         try:
             await self._guest.up.wait()
+            await self._guest.goes_on()
             await self._stream.send_all(_HELLO)
             async with trio.open_nursery() as nursery:
                 while data := await self._stream.receive_some(65536):
+                    await self._guest.goes_on()
                     await self._receive(bytes(data), nursery)
                 nursery.cancel_scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -219,6 +237,7 @@ class SimPort:
         return int(self._conn.local_flow_control_window(stream_id))
 
     async def send(self, stream_id: int, data: bytes) -> None:
+        await self._guest.goes_on()
         assert self._conn is not None
         if fault("channel.garbage"):
             # As of an agent that has lost its mind: the host must find a fresh start.

@@ -213,6 +213,10 @@ class SimHost(Host):
         self._listeners.append(listener)
         return listener
 
+    def unread(self, stream: Any) -> tuple[int, int]:
+        self._check()
+        return 0, 0
+
     def has_vsock(self) -> bool:
         return False
 
@@ -257,6 +261,31 @@ class SimHost(Host):
         self._write_may_fail(target)
         node = self._files.file(source)
         self._files.put(target, File(bytearray(node.data), node.size))
+
+    async def copy_sparse(self, source: Path, target: Path, mode: int = 0o600) -> None:
+        await self._call(lambda: self._copy(source, target))
+
+    async def copy_mapped_file(self, identity: ProcessIdentity, size: int, target: Path, mode: int = 0o600) -> None:
+        def copy() -> None:
+            self._write_may_fail(target)
+            self._mapped(identity)
+            self._files.put(target, File(size=size))
+
+        await self._call(copy)
+
+    async def copy_own_pages(self, identity: ProcessIdentity, size: int, target: Path) -> int:
+        def copy() -> int:
+            self._write_may_fail(target)
+            self._mapped(identity)
+            self._files.file(target)
+            return size // 8
+
+        return await self._call(copy)
+
+    def _mapped(self, identity: ProcessIdentity) -> None:
+        with self.open_process(identity) as process:
+            if process.exited or not self._machine.qemus[identity.pid].waits_for_state:
+                raise ProcessGone(f"process {identity.pid} has no private mapping")
 
     async def put_in_place(self, fresh: Path, path: Path) -> None:
         def put() -> None:

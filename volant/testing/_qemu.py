@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from actors import fault
+from volant.hypervisor import STANDS_STILL
 
 from ._files import File, SocketName
 from ._guest import SimGuest, SimPort
@@ -91,6 +92,7 @@ class SimQemu:
             if self.waits_for_state:
                 await self._goes_on.wait()
                 await trio.sleep(self._rng.uniform(*_CLONE_S))
+                await self.guest.goes_on()
                 if fault("guest.never_answers"):
                     await trio.sleep_forever()
                 self.guest.up.set()
@@ -98,6 +100,7 @@ class SimQemu:
                 await self.guest.run_workload()
             self.say("booting")
             await trio.sleep(self._rng.uniform(*_BOOT_S))
+            await self.guest.goes_on()
             if fault("guest.panics_at_boot"):
                 self.say("Kernel panic - not syncing: no init found")
                 self._guest_stops("guest-panicked", "GUEST_PANICKED", {"action": "pause"})
@@ -181,10 +184,18 @@ class SimQemu:
                     continue
                 if fault("qemu.is_slow"):
                     await trio.sleep(self._rng.uniform(0.1, 20.0))
-                await self._obey(stream, json.loads(line))
+                message = json.loads(line)
+                if message["execute"] in ("stop", "cont") and fault(f"qemu.refuses_{message['execute']}"):
+                    refusal = {"class": "GenericError", "desc": "a device is busy"}
+                    await self._send(stream, {"error": refusal, "id": message["id"]})
+                    continue
+                await self._obey(stream, message)
 
     async def _obey(self, stream: trio.abc.Stream, message: dict[str, Any]) -> None:
         command = message["execute"]
+        if command == "xen-save-devices-state":
+            await self._send(stream, {**await self._save_devices(message["arguments"]), "id": message["id"]})
+            return
         answers: dict[str, Any] = {
             "qmp_capabilities": {},
             "query-status": {"status": self.status, "running": self.status == "running"},
@@ -198,6 +209,7 @@ class SimQemu:
             "migrate-incoming": {},
             "query-chardev": [{"label": "agent", "filename": self._agent_chardev()}],
             "query-migrate": {"status": "failed", "error-desc": "the disk is full"},
+            "qom-get": "pc-q35-10.0-machine",
         }
         answer = {"return": answers[command]} if command in answers else {"error": {"desc": f"no command {command}"}}
         await self._send(stream, {**answer, "id": message["id"]})
@@ -206,10 +218,13 @@ class SimQemu:
                 self.process.end(0)
             case "stop" if self.status == "running":
                 self.status = "paused"
-                self._boot.cancel()
-            case "cont":
+                self.guest.stand_still(True)
+                await self._tell({"event": "STOP"})
+            case "cont" if self.status in STANDS_STILL:
                 self.status = "running"
                 self._goes_on.set()
+                self.guest.stand_still(False)
+                await self._tell({"event": "RESUME"})
             case "migrate":
                 await self._save(Path(message["arguments"]["uri"].removeprefix("file:")))
             case "migrate-incoming":
@@ -219,12 +234,25 @@ class SimQemu:
         connected = any(stream is not self._control for stream in self._clients)
         return "unix:agent.sock,server=on" if connected else "disconnected:unix:agent.sock,server=on"
 
+    async def _save_devices(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What a capture asks for: the machine must stand still, and goes on as one that was stopped."""
+        assert self.status in STANDS_STILL, self.status
+        await trio.sleep(self._rng.uniform(0.001, 0.02))
+        if fault("qemu.fails_to_save"):
+            return {"error": {"class": "GenericError", "desc": "saving Xen device state failed"}}
+        self._write_state(Path(arguments["filename"]), b"QEVM\0\0\0\3")
+        return {"return": {}}
+
+    def _write_state(self, path: Path, head: bytes = b"") -> None:
+        state = head + json.dumps({"workload": self.guest.workload}).encode()
+        self._machine.files.put(path, File(bytearray(state), len(state)))
+
     async def _save(self, path: Path) -> None:
         await trio.sleep(self._rng.uniform(0.01, 0.1))
         saved = not fault("qemu.fails_to_save")
         if saved:
-            state = json.dumps({"workload": self.guest.workload}).encode()
-            self._machine.files.put(path, File(bytearray(state), len(state)))
+            self._write_state(path)
+            self.status = "postmigrate"
         await self._tell({"event": "MIGRATION", "data": {"status": "completed" if saved else "failed"}})
 
     async def _take_over(self, path: Path) -> None:
@@ -236,7 +264,7 @@ class SimQemu:
             )
             self.process.end(1)
             return
-        self.guest.workload = json.loads(bytes(state.data))["workload"]
+        self.guest.workload = json.loads(bytes(state.data[state.data.index(b"{") :]))["workload"]
         self.guest.is_copy = True
         self.status = "paused"
         await self._tell({"event": "MIGRATION", "data": {"status": "completed"}})

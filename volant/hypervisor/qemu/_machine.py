@@ -34,6 +34,7 @@ from volant.hypervisor._interface import (
 )
 from volant.model import EndKind, ProcessIdentity
 
+from ._capture import Capture
 from ._migration import Migration
 from ._qmp import QmpClient, QmpLost
 
@@ -190,7 +191,17 @@ class QemuMachine:
         await self._migration.save(self._qmp, state, timeout_s)
 
     async def capture(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Captured:
-        raise CaptureFailed("refused", f"{self._spec.name} can't be copied into {into} within {timeout_s:g} s: {hold}")
+        if self._qmp is None:
+            raise CaptureFailed("refused", "the hypervisor's process is gone")
+        capture = Capture(self._host, self._spec, self._identity, self._qmp)
+        with trio.move_on_after(timeout_s) as waiting:
+            await self._moving.acquire()
+        if waiting.cancelled_caught:
+            raise CaptureFailed("too_slow", f"somebody else had the guest stand still for {timeout_s:g} s")
+        try:
+            return await capture.take(into, hold, timeout_s)
+        finally:
+            self._moving.release()
 
     async def quit(self, timeout_s: float = 5.0) -> End:
         if self._process is not None:

@@ -17,9 +17,9 @@ TAKE_OVER_S = 10.0
 _SILENCE_S = 5.0
 _LOOK_AGAIN_S = 0.01
 
-_CAPABILITIES = {
-    "capabilities": [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
-}
+CAPABILITY = "x-ignore-shared"
+"""A stream made with it is taken by nobody who has it not, and the other way round."""
+_CAPABILITIES = {"capabilities": [{"capability": CAPABILITY, "state": True}, {"capability": "events", "state": True}]}
 _OVER = frozenset({"completed", "failed", "cancelled"})
 
 

@@ -1,0 +1,109 @@
+"""A guest's memory, copied out of its file or out of the process that runs it.
+
+A guest that booted has its memory in a file of its own. One that goes on from somebody else's has a private mapping of
+that file in its hypervisor's process: a page is the process's own once it was written to, and the file's until then.
+The kernel tells which in `/proc/<pid>/pagemap`, eight bytes for a page, of which the last holds all that matters here.
+
+The file may have lost its name, so it is opened as what the process has open. All of it works in pieces, so that who
+copies can stop between two of them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = mmap.PAGESIZE
+PIECE = 32 * 1024 * 1024
+"""Some ten milliseconds' work."""
+
+_BUFFER = 1024 * 1024
+_ENTRY = 8
+_FILES = 1 << 5
+"""Of an entry's last byte: the page is one of a file, or shared."""
+_THERE = 0b11 << 6
+"""Likewise: it is in memory, or swapped out."""
+_OWN = bytes(bool(byte & _THERE and not byte & _FILES) for byte in range(256))
+_RUN = re.compile(rb"\x01+")
+
+
+@dataclass(frozen=True)
+class PrivateMapping:
+    """Where a process has a file mapped as memory of its own."""
+
+    pid: int
+    start: int
+    size: int
+    file: Path
+    """Opens the file, whatever became of its name."""
+
+
+def find_private_mapping(pid: int, size: int) -> PrivateMapping:
+    """The writable private mapping of a file's first `size` bytes in a process. Raises OSError; FileNotFoundError when
+    there is none, or more than one."""
+    found: list[tuple[int, str]] = []
+    with Path(f"/proc/{pid}/maps").open(encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            span, access, offset, _, inode, *name = line.rstrip("\n").split(maxsplit=5)
+            start, end = (int(address, 16) for address in span.split("-"))
+            if (end - start, access[1:4:2], int(offset, 16)) == (size, "wp", 0) and inode != "0" and name:
+                found.append((start, name[0]))
+    if len(found) != 1:
+        raise FileNotFoundError(f"process {pid} has {len(found)} private mappings of {size} bytes, and not the one")
+    start, name_there = found[0]
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            if str(path.readlink()) == name_there and path.is_file():
+                return PrivateMapping(pid, start, size, path)
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(f"process {pid} has a mapping of {name_there}, and does not have it open any more")
+
+
+def copy_piece(source: int, target: int, start: int, end: int) -> None:
+    """Copy a range of a file to the same range of another, but for its holes. Raises OSError."""
+    while start < end:
+        try:
+            start = os.lseek(source, start, os.SEEK_DATA)
+        except OSError:
+            return  # a hole up to the end
+        run_end = min(end, os.lseek(source, start, os.SEEK_HOLE))
+        os.lseek(target, start, os.SEEK_SET)
+        while start < run_end:
+            sent = os.sendfile(target, source, start, run_end - start)
+            if not sent:
+                return
+            start += sent
+
+
+def copy_own_piece(mapping: PrivateMapping, memory: int, pagemap: int, target: int, start: int, end: int) -> int:
+    """Write those pages of a range of a mapping to the same range of a file that are the process's own; how many bytes
+    they are. `memory` and `pagemap` are the process's. Raises OSError."""
+    buffer = memoryview(bytearray(min(_BUFFER, end - start)))
+    copied = 0
+    for first, last in _own_runs(mapping, pagemap, start, end):
+        at = first
+        while at < last:
+            count = os.preadv(memory, [buffer[: last - at]], mapping.start + at)
+            if not count:
+                raise ProcessLookupError(f"process {mapping.pid} has ended")
+            written = 0
+            while written < count:
+                written += os.pwrite(target, buffer[written:count], at + written)
+            at += count
+        copied += last - first
+    return copied
+
+
+def _own_runs(mapping: PrivateMapping, pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Ranges of pages that are the process's own, in bytes from the mapping's start."""
+    length = (end - start) // PAGE * _ENTRY
+    entries = os.pread(pagemap, length, (mapping.start + start) // PAGE * _ENTRY)
+    if len(entries) != length:
+        raise ProcessLookupError(f"process {mapping.pid} has ended")
+    for run in _RUN.finditer(entries[_ENTRY - 1 :: _ENTRY].translate(_OWN)):
+        yield start + run.start() * PAGE, start + run.end() * PAGE
