@@ -27,6 +27,8 @@ from volant.model import (
     Kill,
     Launch,
     Launched,
+    Pause,
+    Paused,
     Phase,
     PrepareImage,
     Problem,
@@ -37,6 +39,8 @@ from volant.model import (
     Removed,
     RestartDue,
     RestartLater,
+    Resume,
+    Resumed,
     Seen,
     Status,
     StepFailed,
@@ -69,6 +73,10 @@ def outcome(effect: Effect) -> Seen:
             return Launched(PROCESS, "qemu", "tcg")
         case AwaitAgent():
             return AgentAnswered()
+        case Pause():
+            return Paused()
+        case Resume():
+            return Resumed()
         case AskStop():
             return Ended(EndKind.SHUTDOWN, WHY)
         case Kill():
@@ -244,7 +252,7 @@ def test_delete_is_joined_by_a_second_delete() -> None:
     assert decide(row, Verb(VerbKind.DELETE), NOW) == ()
 
 
-@pytest.mark.parametrize("kind", [VerbKind.START, VerbKind.STOP, VerbKind.RESTART, VerbKind.RECOVER])
+@pytest.mark.parametrize("kind", sorted(set(VerbKind) - {VerbKind.DELETE}))
 def test_nothing_else_is_legal_while_deleting(kind: VerbKind) -> None:
     with pytest.raises(Problem, match="is being deleted") as caught:
         decide(see(running(), Verb(VerbKind.DELETE)), Verb(kind), NOW)
@@ -299,6 +307,112 @@ def test_a_verb_takes_an_automatic_restart_back() -> None:
     assert (row.status, effect_of(row)) == (Status.STOPPED, None)
 
 
+def paused(**fields: object) -> VmRow:
+    row = settle(see(running(**fields), Verb(VerbKind.PAUSE)))
+    assert row is not None
+    assert (row.status, row.desired, row.process) == (Status.PAUSED, Desired.PAUSED, PROCESS)
+    return row
+
+
+def test_pause_and_resume_keep_the_process() -> None:
+    assert statuses(running(), Verb(VerbKind.PAUSE)) == ["running", "paused"]
+    assert statuses(paused(), Verb(VerbKind.RESUME)) == ["paused", "running"]
+    assert settled(paused())
+    assert not settled(see(running(), Verb(VerbKind.PAUSE)))
+    assert decide(paused(), Verb(VerbKind.PAUSE), NOW) == ()
+    assert decide(running(), Verb(VerbKind.RESUME), NOW) == ()
+
+
+def test_start_of_a_paused_vm_lets_it_go_on() -> None:
+    assert statuses(paused(), Verb(VerbKind.START)) == ["paused", "running"]
+
+
+def test_a_boot_that_should_end_paused_runs_first() -> None:
+    row = see(create(), Woke(None), Verb(VerbKind.PAUSE))
+    assert (row.status, row.desired) == (Status.STARTING, Desired.PAUSED)
+    assert statuses(row)[-2:] == ["running", "paused"]
+    assert statuses(row, Verb(VerbKind.RESUME))[-1] == "running"
+    assert statuses(row, Verb(VerbKind.START))[-1] == "running"
+
+
+@pytest.mark.parametrize("kind", [VerbKind.PAUSE, VerbKind.RESUME])
+def test_what_has_no_guest_can_be_neither_paused_nor_resumed(kind: VerbKind) -> None:
+    stopping = see(running(), Verb(VerbKind.STOP))
+    stopped = settle(stopping)
+    crashed = settle(see(running(), Ended(EndKind.KILLED, WHY)))
+    for row in (stopping, stopped, crashed):
+        assert row is not None
+        with pytest.raises(Problem, match=f"'demo' is {row.status}") as caught:
+            decide(row, Verb(kind), NOW)
+        assert (caught.value.status, caught.value.code) == (409, "vm-not-running")
+        assert caught.value.hint
+
+
+def test_who_takes_a_pause_or_a_resume_back_is_sure_of_it() -> None:
+    # The step that was cancelled may have had its effect already.
+    back = see(running(), Verb(VerbKind.PAUSE), Verb(VerbKind.RESUME))
+    assert isinstance(effect_of(back), Resume)
+    assert statuses(back) == ["running"]
+    again = see(paused(), Verb(VerbKind.RESUME), Verb(VerbKind.PAUSE))
+    assert isinstance(effect_of(again), Pause)
+    assert statuses(again) == ["paused"]
+
+
+def test_a_pause_that_fails_is_taken_back_and_says_why() -> None:
+    row = see(running(), Verb(VerbKind.PAUSE), StepFailed(Reason("pause_failed", "QEMU does not answer")))
+    assert isinstance(effect_of(row), Resume)
+    done = settle(row)
+    assert done is not None
+    assert (done.status, done.desired) == (Status.RUNNING, Desired.RUNNING)
+    assert done.reason is not None
+    assert done.reason.code == "pause_failed"
+    assert see(done, Verb(VerbKind.PAUSE), Paused()).reason is None
+
+
+def test_a_resume_that_fails_is_tried_on_and_can_be_stopped() -> None:
+    row = see(paused(), Verb(VerbKind.RESUME), StepFailed(Reason("resume_failed", "QEMU does not answer")))
+    assert (row.status, effect_of(row)) == (Status.PAUSED, Resume("volant-mark"))
+    assert row.reason is not None
+    assert see(row, Resumed()).reason is None
+    assert statuses(row, Verb(VerbKind.STOP)) == ["stopping", "stopped"]
+
+
+def test_a_clock_that_was_not_set_is_told() -> None:
+    why = Reason("clock_not_set", "the agent does not answer")
+    assert see(paused(), Verb(VerbKind.RESUME), Resumed(why)).reason == why
+
+
+def test_stop_and_delete_ask_a_paused_guest_too() -> None:
+    assert isinstance(effect_of(see(paused(), Verb(VerbKind.STOP))), AskStop)
+    assert statuses(paused(), Verb(VerbKind.STOP)) == ["stopping", "stopped"]
+    assert statuses(paused(), Verb(VerbKind.DELETE)) == ["deleting", "gone"]
+    assert isinstance(effect_of(see(paused(), Verb(VerbKind.STOP, 0.0))), Kill)
+
+
+def test_restart_of_a_paused_vm_runs() -> None:
+    assert statuses(paused(), Verb(VerbKind.RESTART)) == ["stopping", "stopped", "starting", "running"]
+
+
+def test_what_boots_again_by_itself_ends_paused_as_it_should() -> None:
+    again = ["stopping", "stopped", "starting", "running", "paused"]
+    assert statuses(paused(), Woke(None, rebooted=True)) == again
+    assert statuses(paused(), Verb(VerbKind.RESTART, aside=True)) == again
+    assert statuses(see(running(), Verb(VerbKind.PAUSE)), Ended(EndKind.RESET, WHY)) == again
+    crashed = ["crashed", "starting", "running", "paused"]
+    assert statuses(paused(restart_policy="on-failure"), Ended(EndKind.KILLED, WHY)) == crashed
+
+
+def test_a_paused_vm_whose_process_dies_has_crashed() -> None:
+    assert statuses(paused(), Ended(EndKind.KILLED, WHY)) == ["crashed"]
+    assert statuses(paused(), Woke(None)) == ["crashed"]
+
+
+def test_an_incarnation_that_begins_in_a_pause_or_a_resume_goes_on_with_it() -> None:
+    for row in (see(running(), Verb(VerbKind.PAUSE)), see(paused(), Verb(VerbKind.RESUME)), paused()):
+        assert decide(row, Woke(PROCESS), NOW) == ()
+        assert statuses(row, Woke(None)) == ["crashed"]
+
+
 REASONS = st.just(WHY)
 ANYTHING: st.SearchStrategy[Seen] = st.one_of(
     st.builds(Verb, st.sampled_from(VerbKind), st.sampled_from([0.0, 10.0])),
@@ -306,6 +420,8 @@ ANYTHING: st.SearchStrategy[Seen] = st.one_of(
     st.just(ImageReady("digest", "volant-mark")),
     st.just(Launched(PROCESS, "qemu", "tcg")),
     st.just(AgentAnswered()),
+    st.just(Paused()),
+    st.builds(Resumed, st.sampled_from([None, WHY])),
     st.builds(StepFailed, REASONS),
     st.builds(Ended, st.sampled_from(EndKind), REASONS),
     st.just(Cleared()),
@@ -334,6 +450,7 @@ def test_no_boot_begins_while_the_daemon_drains_and_each_that_is_due_then_does()
     assert (aside.status, aside.desired) == (Status.STOPPED, Desired.RUNNING)
     due(aside)
     due(see(aside, Woke(None), held=True))
+    due(see(paused(), Verb(VerbKind.RESTART, aside=True), Ended(EndKind.SHUTDOWN, WHY), Cleared(), held=True))
 
     due(see(running(), Ended(EndKind.RESET, WHY), Cleared(), held=True))
     due(see(running(), Woke(None, rebooted=True), Cleared(), held=True))

@@ -312,6 +312,8 @@ OPERATIONS: tuple[Operation, ...] = (
     _verb("start", "Start a VM; on one that runs, nothing happens"),
     _verb("stop", "Ask the guest to stop, then kill it; on one that is stopped, nothing happens", _GRACE),
     _verb("restart", "Stop a VM and start it again", _GRACE),
+    _verb("pause", "Let the guest stand still, once it runs; its memory, its process and open streams stay"),
+    _verb("resume", "Let a paused guest go on, with its clock set"),
     _verb("recover", "Take up a VM again whose reason is `control_lost`"),
     Operation(
         "GET", f"{_VM}/inspect", "inspect_vm", "For those who look for a fault; its shape is no contract",

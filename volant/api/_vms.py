@@ -134,6 +134,14 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
     async def restart_vm(name: str) -> Response:
         return await verb(name, VerbKind.RESTART)
 
+    @app.post("/api/v1/vms/<name>/pause")
+    async def pause_vm(name: str) -> Response:
+        return await verb(name, VerbKind.PAUSE)
+
+    @app.post("/api/v1/vms/<name>/resume")
+    async def resume_vm(name: str) -> Response:
+        return await verb(name, VerbKind.RESUME)
+
     @app.post("/api/v1/vms/<name>/recover")
     async def recover_vm(name: str) -> Response:
         return await verb(name, VerbKind.RECOVER)

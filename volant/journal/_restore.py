@@ -199,7 +199,7 @@ def _as_it_runs(row: VmRow, running: Running | None) -> VmRow:
         row,
         status=Status.RUNNING,
         desired=Desired.RUNNING if row.desired is Desired.STOPPED else row.desired,
-        phase=Phase.NONE,
+        phase=Phase.PAUSE if row.desired is Desired.PAUSED else Phase.NONE,
         reason=None,
         mark=running.identity.mark,
         process=running.identity,

@@ -26,6 +26,8 @@ from ._row import Desired, Phase, ProcessIdentity, Reason, Status, VmRow
 
 MAX_RESTARTS = 10
 """A policy gives up after so many restarts in a row without a person's `start`."""
+_UP = (Desired.RUNNING, Desired.PAUSED)
+"""What is wanted of a VM that is to have a guest: one that should be paused boots first."""
 GUEST_SHUTDOWN = "guest_shutdown"
 """The reason's code of a VM whose guest has powered itself off. Public."""
 
@@ -39,6 +41,8 @@ class VerbKind(StrEnum):
     START = "start"
     STOP = "stop"
     RESTART = "restart"
+    PAUSE = "pause"
+    RESUME = "resume"
     DELETE = "delete"
     RECOVER = "recover"
 
@@ -48,6 +52,8 @@ class Verb(msgspec.Struct, frozen=True):
 
     kind: VerbKind
     grace_s: float = 10.0
+    aside: bool = False
+    """With `RESTART`: one that should be paused still should, once it has booted again."""
 
 
 class Woke(msgspec.Struct, frozen=True):
@@ -79,6 +85,16 @@ class Launched(msgspec.Struct, frozen=True):
 
 class AgentAnswered(msgspec.Struct, frozen=True):
     """The agent in the guest has answered and has got its workload."""
+
+
+class Paused(msgspec.Struct, frozen=True):
+    """The guest stands still."""
+
+
+class Resumed(msgspec.Struct, frozen=True):
+    """The guest goes on, and has been told the time; `reason` says why it has not."""
+
+    reason: Reason | None = None
 
 
 class StepFailed(msgspec.Struct, frozen=True):
@@ -124,7 +140,19 @@ class Released(msgspec.Struct, frozen=True):
 
 
 Seen = (
-    Verb | Woke | ImageReady | Launched | AgentAnswered | StepFailed | Ended | Cleared | Removed | RestartDue | Released
+    Verb
+    | Woke
+    | ImageReady
+    | Launched
+    | AgentAnswered
+    | Paused
+    | Resumed
+    | StepFailed
+    | Ended
+    | Cleared
+    | Removed
+    | RestartDue
+    | Released
 )
 
 
@@ -151,8 +179,21 @@ class AwaitAgent(msgspec.Struct, frozen=True):
     mark: str
 
 
+class Pause(msgspec.Struct, frozen=True):
+    """Make the guest stand still -> `Paused`."""
+
+    mark: str
+
+
+class Resume(msgspec.Struct, frozen=True):
+    """Let the guest go on, and set its clock -> `Resumed`."""
+
+    mark: str
+
+
 class AskStop(msgspec.Struct, frozen=True):
-    """Ask the guest to shut down -> `Ended`, or `StepFailed` once `grace_s` has passed."""
+    """Ask the guest, which goes on for that if it is paused, to shut down -> `Ended`, or `StepFailed` once `grace_s`
+    has passed."""
 
     mark: str
     grace_s: float
@@ -180,7 +221,7 @@ class Hold(msgspec.Struct, frozen=True):
     boot: str
 
 
-Effect = PrepareImage | Launch | AwaitAgent | AskStop | Kill | Remove | RestartLater | Hold
+Effect = PrepareImage | Launch | AwaitAgent | Pause | Resume | AskStop | Kill | Remove | RestartLater | Hold
 
 
 def effect_of(row: VmRow) -> Effect | None:
@@ -192,6 +233,10 @@ def effect_of(row: VmRow) -> Effect | None:
             return Launch(row.mark)
         case Phase.AGENT:
             return AwaitAgent(row.mark)
+        case Phase.PAUSE:
+            return Pause(row.mark)
+        case Phase.RESUME:
+            return Resume(row.mark)
         case Phase.ASK:
             return AskStop(row.mark, row.grace_s)
         case Phase.KILL:
@@ -208,8 +253,8 @@ def settled(row: VmRow) -> bool:
     """Whether the public status stays what it is until somebody, or the guest, does something."""
     match row.status:
         case Status.RUNNING | Status.PAUSED:
-            return True
-        case Status.STOPPED | Status.CRASHED if row.desired is Desired.RUNNING:
+            return row.phase is Phase.NONE
+        case Status.STOPPED | Status.CRASHED if row.desired in _UP:
             return row.generation <= row.booted and not _policy_restarts(row)
         case Status.STOPPED:
             return True
@@ -267,7 +312,20 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
                 )
         case AgentAnswered():
             if row.phase is Phase.AGENT:
-                change.to("the agent has answered", status=Status.RUNNING, phase=Phase.NONE, agent_seen=True)
+                change.to(
+                    "the agent has answered",
+                    status=Status.RUNNING,
+                    phase=Phase.PAUSE if row.desired is Desired.PAUSED else Phase.NONE,
+                    agent_seen=True,
+                )
+        case Paused():
+            if row.phase is Phase.PAUSE:
+                change.to("paused", status=Status.PAUSED, phase=Phase.NONE, reason=None)
+        case Resumed(reason):
+            if row.phase is Phase.RESUME:
+                # That a pause failed, and was taken back, is worth knowing.
+                before = row.reason if row.status is Status.RUNNING else None
+                change.to("goes on", status=Status.RUNNING, phase=Phase.NONE, reason=reason or before)
         case StepFailed(reason):
             _step_failed(change, reason)
         case Ended(kind, reason):
@@ -279,7 +337,7 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
                 change.remove("deleted")
         case RestartDue():
             if _restarts_by_itself(row):
-                change.to("", generation=row.generation + 1, restarts=row.restarts + 1, desired=Desired.RUNNING)
+                change.to("", generation=row.generation + 1, restarts=row.restarts + 1)
                 _boot(change, f"started again by its restart policy, {row.restarts + 1} of {MAX_RESTARTS}")
         case Released():
             if _is_held(row):
@@ -342,7 +400,12 @@ def _verb(change: _Change, verb: Verb) -> None:
             _start(change, again=False)
         case VerbKind.RESTART:
             change.to("", grace_s=verb.grace_s)
-            _start(change, again=True)
+            _start(change, again=True, aside=verb.aside)
+        case VerbKind.PAUSE:
+            _pause(change)
+        case VerbKind.RESUME:
+            _check_up(row, "resumed")
+            _go_on(change, "resume was asked for")
         case VerbKind.STOP:
             if row.status is not Status.STOPPED or row.desired is not Desired.STOPPED:
                 change.to("", grace_s=verb.grace_s)
@@ -363,7 +426,42 @@ def _verb(change: _Change, verb: Verb) -> None:
             change.to("control is back", reason=None)
 
 
-def _start(change: _Change, *, again: bool) -> None:
+def _check_up(row: VmRow, what: str) -> None:
+    """:raises Problem: 409 when there is no guest, and none is being booted."""
+    if row.status not in (Status.PENDING, Status.STARTING, Status.RUNNING, Status.PAUSED):
+        hint = f"`volar vms start {row.name}` starts it" if row.status is not Status.STOPPING else "wait until it runs"
+        raise Problem(
+            409,
+            "vm-not-running",
+            f"VM {row.name!r} is {row.status.value}, and can't be {what}",
+            vm=row.name,
+            hint=hint,
+        )
+
+
+def _pause(change: _Change) -> None:
+    row = change.row
+    _check_up(row, "paused")
+    if row.desired is Desired.PAUSED:
+        return
+    if row.status in (Status.RUNNING, Status.PAUSED):
+        change.to("pause was asked for", desired=Desired.PAUSED, phase=Phase.PAUSE)
+    else:
+        change.to("will be paused once it runs", desired=Desired.PAUSED)
+
+
+def _go_on(change: _Change, message: str) -> None:
+    """Want it to run, if it was to be paused."""
+    row = change.row
+    if row.desired is not Desired.PAUSED:
+        return
+    if row.status in (Status.RUNNING, Status.PAUSED):
+        change.to(message, desired=Desired.RUNNING, phase=Phase.RESUME)
+    else:
+        change.to(message, desired=Desired.RUNNING)
+
+
+def _start(change: _Change, *, again: bool, aside: bool = False) -> None:
     row = change.row
     match row.status:
         case Status.STOPPED | Status.CRASHED:
@@ -379,9 +477,12 @@ def _start(change: _Change, *, again: bool) -> None:
                 generation=row.booted + 1,
                 restarts=0,
             )
-        case Status.STARTING | Status.RUNNING if again:
-            change.to("", desired=Desired.RUNNING, generation=row.generation + 1, restarts=0)
+        case Status.STARTING | Status.RUNNING | Status.PAUSED if again:
+            desired = row.desired if aside else Desired.RUNNING
+            change.to("", desired=desired, generation=row.generation + 1, restarts=0)
             _end_process(change, Status.STOPPING, "restart was asked for")
+        case Status.PENDING | Status.STARTING | Status.RUNNING | Status.PAUSED:
+            _go_on(change, "start was asked for")
 
 
 def _stop(change: _Change) -> None:
@@ -402,7 +503,7 @@ def _end_process(change: _Change, status: Status, message: str) -> None:
     phase: Phase
     if row.phase in (Phase.KILL, Phase.ASK):
         phase = row.phase
-    elif row.status is Status.RUNNING and row.agent_seen and row.grace_s > 0:
+    elif row.status in (Status.RUNNING, Status.PAUSED) and row.agent_seen and row.grace_s > 0:
         phase = Phase.ASK
     elif row.mark:
         phase = Phase.KILL
@@ -420,7 +521,7 @@ def _woke(change: _Change, process: ProcessIdentity | None, rebooted: bool) -> N
     elif rebooted and row.status in (Status.STARTING, Status.RUNNING, Status.PAUSED) and row.phase is not Phase.IMAGE:
         # Nobody's fault, so no crash: what should run runs again, whatever its restart policy.
         _boots_again(change, "the host was rebooted")
-    elif row.phase in (Phase.NONE, Phase.AGENT, Phase.ASK) and row.mark:
+    elif row.phase in (Phase.NONE, Phase.AGENT, Phase.PAUSE, Phase.RESUME, Phase.ASK) and row.mark:
         if process is None:
             _ended(
                 change,
@@ -439,6 +540,11 @@ def _step_failed(change: _Change, reason: Reason) -> None:
         _boot_failed(change, reason)
     elif row.phase is Phase.ASK:
         change.to(reason.message, phase=Phase.KILL)
+    elif row.phase is Phase.PAUSE:
+        # Whether the guest stands still now nobody knows, so it is let go on.
+        change.to(reason.message, desired=Desired.RUNNING, phase=Phase.RESUME, reason=reason)
+    elif row.phase is Phase.RESUME:
+        change.to(reason.message, reason=reason)
 
 
 def _ended(change: _Change, kind: EndKind, reason: Reason) -> None:
@@ -451,7 +557,7 @@ def _ended(change: _Change, kind: EndKind, reason: Reason) -> None:
         change.to("the guest is over", phase=Phase.KILL)
     elif row.status in (Status.RUNNING, Status.PAUSED):
         if kind is EndKind.SHUTDOWN:
-            desired = Desired.RUNNING if row.restart_policy == "always" else Desired.STOPPED
+            desired = row.desired if row.restart_policy == "always" else Desired.STOPPED
             change.to(
                 "the guest shut itself down", status=Status.STOPPING, phase=Phase.KILL, desired=desired, reason=reason
             )
@@ -499,7 +605,7 @@ def _cleared(change: _Change) -> None:
             _stopped(change)
         case Status.CRASHED if row.desired is Desired.STOPPED:
             change.to("stopped", status=Status.STOPPED, reason=None)
-        case Status.CRASHED if row.desired is Desired.RUNNING and row.generation > row.booted:
+        case Status.CRASHED if row.desired in _UP and row.generation > row.booted:
             _boot(change, "start was asked for")
         case _:
             change.to("nothing of its process is left")
@@ -510,7 +616,7 @@ def _stopped(change: _Change) -> None:
     # What went wrong on the way is over; that nobody but the guest wanted it is worth knowing until the next boot.
     by_itself = row.reason is not None and row.reason.code == GUEST_SHUTDOWN
     change.to("stopped", status=Status.STOPPED, reason=row.reason if by_itself else None)
-    if change.row.desired is Desired.RUNNING and change.row.generation > change.row.booted:
+    if change.row.desired in _UP and change.row.generation > change.row.booted:
         _boot(change, "started again")
 
 
@@ -519,14 +625,14 @@ def _is_held(row: VmRow) -> bool:
     return (
         row.status in (Status.PENDING, Status.STOPPED, Status.CRASHED)
         and row.phase is Phase.NONE
-        and row.desired is Desired.RUNNING
+        and row.desired in _UP
         and row.generation > row.booted
     )
 
 
 def _restarts_by_itself(row: VmRow) -> bool:
     """Whether a VM is due for another boot by its restart policy."""
-    return row.phase is Phase.NONE and row.desired is Desired.RUNNING and _policy_restarts(row)
+    return row.phase is Phase.NONE and row.desired in _UP and _policy_restarts(row)
 
 
 def _policy_restarts(row: VmRow) -> bool:

@@ -15,7 +15,7 @@ import trio
 from actors import Actor, ActorDown, AskTimeout, MailboxFull, TaskHandle, handles
 from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.host import ProcessGone
-from volant.hypervisor import LaunchFailed
+from volant.hypervisor import HypervisorError, LaunchFailed
 from volant.journal import AlreadyAnswered, CommitSteps, Once, StaleRow
 from volant.model import (
     MAX_RESTARTS,
@@ -30,6 +30,8 @@ from volant.model import (
     Kill,
     Launch,
     Launched,
+    Pause,
+    Paused,
     Phase,
     PrepareImage,
     Problem,
@@ -40,6 +42,8 @@ from volant.model import (
     Removed,
     RestartDue,
     RestartLater,
+    Resume,
+    Resumed,
     Seen,
     Status,
     StepFailed,
@@ -78,6 +82,10 @@ _REPORT_PAUSE_MAX_S = 5.0
 _AGENT_PAUSE_S = 0.05
 _AGAIN_S = 1.0
 _AGAIN_MAX_S = 60.0
+_PAUSE_S = 45.0
+"""A guest is stopped once its disk has all that it has written."""
+_RESUME_S = 60.0
+"""Its clock, for which its agent has to answer, included."""
 _CLONE_S = 30.0
 """How long a clone may take until it is somebody; a cold boot follows then, so it is not the agent's patience."""
 _TEMPLATES_FAULT = frozenset(
@@ -216,6 +224,10 @@ class VmActor(Actor):
                 return settings.launch_timeout_s
             case AwaitAgent():
                 return settings.agent_timeout_s
+            case Pause():
+                return _PAUSE_S
+            case Resume():
+                return _RESUME_S
             case AskStop(grace_s=grace_s):
                 return grace_s
             case Kill():
@@ -340,6 +352,7 @@ class VmActor(Actor):
                 handed_over=row.agent_seen,
                 is_clone=row.template is not None,
                 signal=row.manifest.template.signal,
+                stands_still=row.phase is Phase.PAUSE or (row.status is Status.PAUSED and row.phase is Phase.NONE),
             )
             self._doors.live[self._vm_id] = self._process
             self._process_task = self.ctx.spawn(self._process.run, name="process")
@@ -380,9 +393,9 @@ class VmActor(Actor):
     # The steps
 
     async def _perform(self, effect: Effect, before: TaskHandle | None) -> None:
-        """Run one step, after the one before it has ended, and report what comes of it. What must be gone and is not is
-        tried again, and so is what the daemon, which drains anew, does not let begin: for as long as that is the step
-        that the VM needs."""
+        """Run one step, after the one before it has ended, and report what comes of it. What must be gone and is not,
+        or must go on and does not, is tried again, and so is what the daemon, which drains anew, does not let begin:
+        for as long as that is the step that the VM needs."""
         if before is not None:
             await before.wait()
         pause_s = _AGAIN_S
@@ -392,8 +405,8 @@ class VmActor(Actor):
             except (LaunchFailed, StepError) as error:
                 seen = StepFailed(Reason(error.code, str(error), await self._console_tail()))
             await self._deliver(Report(seen, self._row.mark, effect))
-            gone = not isinstance(effect, Kill | Remove) or not isinstance(seen, StepFailed)
-            if gone and not isinstance(effect, Hold):
+            done = not isinstance(effect, Kill | Remove | Resume) or not isinstance(seen, StepFailed)
+            if done and not isinstance(effect, Hold):
                 return
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, _AGAIN_MAX_S)
@@ -410,6 +423,11 @@ class VmActor(Actor):
                 return await self._launch(mark)
             case AwaitAgent():
                 return await self._await_agent()
+            case Pause():
+                await self._pause()
+                return Paused()
+            case Resume():
+                return await self._resume()
             case AskStop(grace_s=grace_s):
                 return await self._ask_stop(grace_s)
             case Kill(mark):
@@ -476,12 +494,36 @@ class VmActor(Actor):
             raise AgentUnreachable("the hypervisor's process is gone")
         return self._process
 
+    async def _pause(self) -> None:
+        try:
+            with _deadline(_PAUSE_S, "pause_failed", f"the guest did not stand still within {_PAUSE_S:g} s"):
+                await self._live().pause()
+        except (AgentUnreachable, HypervisorError) as error:
+            raise StepError("pause_failed", f"the guest can't be paused: {error}") from error
+
+    async def _resume(self) -> Seen:
+        try:
+            with _deadline(_RESUME_S, "resume_failed", f"the guest did not go on within {_RESUME_S:g} s"):
+                process = self._live()
+                await process.resume()
+                try:
+                    await process.set_clock()
+                except (AgentUnreachable, AgentProtocolError) as error:
+                    return Resumed(Reason("clock_not_set", f"the guest goes on, and its clock may be behind: {error}"))
+                return Resumed()
+        except (AgentUnreachable, HypervisorError) as error:
+            raise StepError("resume_failed", f"the guest can't be resumed: {error}") from error
+
     async def _ask_stop(self, grace_s: float) -> Seen:
         """Ask the guest; the watch on the process tells when it is over, and this step is cancelled then."""
         with trio.move_on_after(grace_s):
             try:
+                process = self._live()
+                if process.stands_still:
+                    with suppress(HypervisorError):
+                        await process.resume()
                 # The agent's patience ends before ours, so that a stubborn process does not cost the guest its sync.
-                await self._live().ask("POST", DAEMON_SHUTDOWN, {"grace_s": grace_s * 0.8})
+                await process.ask("POST", DAEMON_SHUTDOWN, {"grace_s": grace_s * 0.8})
             except (AgentUnreachable, AgentProtocolError) as error:
                 # It may have heard all the same.
                 _logger.info(

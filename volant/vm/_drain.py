@@ -70,4 +70,7 @@ async def _stop(vms: Vms, vm_id: int, grace_s: float, slots: trio.CapacityLimite
 
 
 def _is_up(row: VmRow) -> bool:
-    return row.status in (Status.STARTING, Status.RUNNING) and row.desired is Desired.RUNNING
+    return row.status in (Status.STARTING, Status.RUNNING, Status.PAUSED) and row.desired in (
+        Desired.RUNNING,
+        Desired.PAUSED,
+    )

@@ -111,7 +111,8 @@ class LiveProcess:
         self._console: ConsolePump | None = None
         self._machine: Machine | None = None
         self._attached = trio.Event()
-        self._stands_still = stands_still
+        self.stands_still = stands_still
+        """Whether the guest is paused, or may be."""
         self._channel: Channel | None = None
         self._client: AgentClient | None = None
         self._output_error: str | None = None
@@ -179,14 +180,19 @@ class LiveProcess:
     async def pause(self) -> None:
         """Let the guest stand still, and whoever talks to it wait. Raises HypervisorError."""
         machine = await self.machine()
+        self._stand_still(True)
         await machine.pause()
-        self._stands_still = True
 
     async def resume(self) -> None:
         """Let the guest go on. Raises HypervisorError."""
         machine = await self.machine()
         await machine.resume()
-        self._stands_still = False
+        self._stand_still(False)
+
+    def _stand_still(self, yes: bool) -> None:
+        self.stands_still = yes
+        if self._channel is not None:
+            self._channel.stand_still(yes)
 
     async def set_clock(self) -> None:
         """Tell a guest that has stood still what time it is. An agent that is too old for it is left alone.
@@ -360,9 +366,9 @@ class LiveProcess:
         while True:
             try:
                 status = await machine.status()
-                if self._stands_still and status == "running":
+                if self.stands_still and status == "running":
                     await machine.pause()
-                elif not self._stands_still and status in STANDS_STILL:
+                elif not self.stands_still and status in STANDS_STILL:
                     was_left = True
                     await machine.resume()
                 break
@@ -380,6 +386,7 @@ class LiveProcess:
         """Keep the way to the agent open; a link that breaks is made again by the channel itself."""
         async with open_channel(self._host, _agent_address(self._spec)) as channel:
             self._channel = channel
+            channel.stand_still(self.stands_still)
             self._client = AgentClient(channel)
             self._opened.set()
             try:

@@ -182,7 +182,7 @@ class Vms:
         :raises Problem: 412 it has changed; 503.
         """
         ref = await self._actor(row)
-        stop = Ask(Verb(VerbKind.RESTART, grace_s=grace_s), frozenset({row.revision}))
+        stop = Ask(Verb(VerbKind.RESTART, grace_s=grace_s, aside=True), frozenset({row.revision}))
         try:
             await ref.ask(stop, timeout_s=_ASK_TIMEOUT_S)
         except (ActorDown, AskTimeout) as error:
@@ -241,14 +241,16 @@ class Vms:
         """
         row = self._row(name)
         if row.status is not Status.RUNNING:
+            hints = {
+                Status.STARTING: "wait until it runs",
+                Status.PAUSED: f"`volar vms resume {name}` lets it go on",
+            }
             raise Problem(
                 409,
                 "vm-not-running",
                 f"VM {name!r} is {row.status.value}",
                 vm=name,
-                hint=f"`volar vms start {name}` starts it"
-                if row.status is not Status.STARTING
-                else "wait until it runs",
+                hint=hints.get(row.status, f"`volar vms start {name}` starts it"),
             )
         live = self._live(row.id)
         client = live.client if live is not None else None
@@ -534,6 +536,8 @@ def _holds(row: VmRow, kind: VerbKind) -> bool:
             return row.desired is Desired.STOPPED
         case VerbKind.START:
             return row.desired is Desired.RUNNING and row.generation > row.booted
+        case VerbKind.PAUSE:
+            return row.desired is Desired.PAUSED
         case VerbKind.DELETE:
             return row.desired is Desired.DELETED
         case _:
