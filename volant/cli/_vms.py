@@ -159,7 +159,7 @@ async def create(
 @wait_option
 @timeout_option
 async def start(session: Session, name: str, wait: bool, timeout: float) -> int:
-    """Start a VM that is stopped or has crashed."""
+    """Start a VM that is stopped or has crashed, or let one that is paused go on."""
     if not wait:
         _done(session.out, await session.client.vms.start(name), "is to run")
         return 0
@@ -189,6 +189,30 @@ async def restart(session: Session, name: str, wait: bool, timeout: float) -> in
         _done(session.out, await session.client.vms.restart(name), "is to boot anew")
         return 0
     return await _verb(session, name, "restart", "running", timeout)
+
+
+@command(group, "pause")
+@name_argument
+@wait_option
+@timeout_option
+async def pause(session: Session, name: str, wait: bool, timeout: float) -> int:
+    """Let a VM stand still, with all that it has in memory. One that starts is paused once it runs."""
+    if not wait:
+        _done(session.out, await session.client.vms.pause(name), "is to be paused")
+        return 0
+    return await _verb(session, name, "pause", "paused", timeout)
+
+
+@command(group, "resume")
+@name_argument
+@wait_option
+@timeout_option
+async def resume(session: Session, name: str, wait: bool, timeout: float) -> int:
+    """Let a paused VM go on. Its clock is set."""
+    if not wait:
+        _done(session.out, await session.client.vms.resume(name), "is to go on")
+        return 0
+    return await _verb(session, name, "resume", "running", timeout)
 
 
 @command(group, "recover")
@@ -352,7 +376,7 @@ async def watch(
 async def _verb(
     session: Session,
     name: str,
-    verb: Literal["start", "stop", "restart"],
+    verb: Literal["start", "stop", "restart", "pause", "resume"],
     state: str,
     timeout: float,
     grace: float | None = None,

@@ -189,6 +189,14 @@ class _Vms:
         """Let it boot anew."""
         return await self._verb(name, "restart", idempotency_key)
 
+    async def pause(self, name: str, *, idempotency_key: str | None = None) -> VmView:
+        """Let its guest stand still once it runs: its memory, its process and open streams stay."""
+        return await self._verb(name, "pause", idempotency_key)
+
+    async def resume(self, name: str, *, idempotency_key: str | None = None) -> VmView:
+        """Let a paused guest go on, with its clock set."""
+        return await self._verb(name, "resume", idempotency_key)
+
     async def recover(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Take control again of a VM whose reason is `control_lost`."""
         return await self._verb(name, "recover", idempotency_key)
@@ -217,7 +225,7 @@ class _Vms:
     async def verb_and_wait(
         self,
         name: str,
-        verb: Literal["start", "stop", "restart", "recover"],
+        verb: Literal["start", "stop", "restart", "pause", "resume", "recover"],
         states: Collection[Status | str],
         *,
         timeout_s: float = 60.0,

@@ -39,7 +39,9 @@ from ._vms import (
     delete_vm,
     get_vm,
     list_vms,
+    pause_vm,
     restart_vm,
+    resume_vm,
     start_vm,
     stop_vm,
 )
@@ -71,7 +73,7 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         name="vms_start",
         title="Start a VM",
-        description="Boot a VM that is stopped or crashed. Does nothing to one that runs.",
+        description="Boot a VM that is stopped or crashed, or let a paused one go on. Does nothing to one that runs.",
         takes=StartVm, gives=ChangedVm, run=start_vm, idempotent=True,
     ),
     Tool(
@@ -87,6 +89,20 @@ TOOLS: tuple[Tool, ...] = (
         description="Shut a VM down and boot it again; what is lost is what vms_stop loses. For a VM that hangs, give "
         "`grace_s` 0.",
         takes=StopVm, gives=ChangedVm, run=restart_vm, destructive=True,
+    ),
+    Tool(
+        name="vms_pause",
+        title="Pause a VM",
+        description="Let a VM stand still, to go on later from the same instant: programs, memory, connections stay, "
+        "and it takes no processor time. While it is paused nothing works in it, vms_exec neither. Its memory stays "
+        "taken; to free that, use vms_stop.",
+        takes=StartVm, gives=ChangedVm, run=pause_vm, idempotent=True,
+    ),
+    Tool(
+        name="vms_resume",
+        title="Resume a VM",
+        description="Let a paused VM go on; its clock is set. Does nothing to one that runs.",
+        takes=StartVm, gives=ChangedVm, run=resume_vm, idempotent=True,
     ),
     Tool(
         name="vms_delete",

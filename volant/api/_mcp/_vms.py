@@ -103,7 +103,7 @@ class StartVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     vm: Name
     wait: bool = True
-    """Answer once it runs, or has failed to."""
+    """Answer once it is done, or has failed."""
     timeout_s: Seconds = DEFAULT_S
     """How long to wait. What is not ready then goes on; look again with vms_get."""
 
@@ -126,6 +126,14 @@ async def start_vm(asked: Asked, wanted: StartVm) -> Result:
 
 async def stop_vm(asked: Asked, wanted: StopVm) -> Result:
     return await _verb(asked, wanted, Verb(VerbKind.STOP, grace_s=wanted.grace_s), Status.STOPPED)
+
+
+async def pause_vm(asked: Asked, wanted: StartVm) -> Result:
+    return await _verb(asked, wanted, Verb(VerbKind.PAUSE), Status.PAUSED)
+
+
+async def resume_vm(asked: Asked, wanted: StartVm) -> Result:
+    return await _verb(asked, wanted, Verb(VerbKind.RESUME), Status.RUNNING)
 
 
 async def restart_vm(asked: Asked, wanted: StopVm) -> Result:
