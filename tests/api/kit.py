@@ -26,7 +26,7 @@ from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
 from volant.journal import Backups, Evidence, Journal, Store, VmLogs
 from volant.templates import BuildDoors, Templates, TemplateStore
-from volant.vm import BootGate, VmDoors, Vms, VmSettings
+from volant.vm import BootGate, Captures, VmDoors, Vms, VmSettings
 
 FAST = Limits(
     keep_alive_s=30.0, header_s=5.0, send_s=20.0, finish_s=3.0, drop_s=2.0, linger_s=0.5, grace_s=0.3, lifespan_s=2.0
@@ -276,6 +276,7 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
         memory_dir=path / "mem",
     )
     builder = Child("templates", lambda: Templates(builds, max_bytes=2**30, max_age=timedelta(days=1)))
+    captures = Captures(host, store, journal.ref, hypervisor, memory_dir=path / "mem", snapshot_dir=path / "snapshots")
     supervisor = DynamicSupervisor(intensity=3, period_s=60)
     vms = Vms(
         VmDoors(
@@ -286,6 +287,7 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
             hypervisor=hypervisor,
             templates=templates,
             builder=builder.ref,
+            captures=captures,
             media=BootMedia(path / "cache", timeout_s=60, max_mb=64),
             settings=VmSettings(
                 runtime_dir=path / "run",
@@ -293,6 +295,7 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
                 memory_dir=path / "mem",
                 disk_dir=path / "disks",
                 template_dir=path / "templates",
+                snapshot_dir=path / "snapshots",
                 kernel=path / "no-kernel",
                 initramfs=path / "no-initramfs",
             ),
@@ -301,7 +304,12 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
         supervisor,
     )
     system = StandingSystem(host)
-    root = Supervisor(ONE_FOR_ONE, intensity=5, period_s=60, children=[journal, builder, Child("vms", supervisor)])
+    root = Supervisor(
+        ONE_FOR_ONE,
+        intensity=5,
+        period_s=60,
+        children=[journal, builder, Child("captures", captures.keep), Child("vms", supervisor)],
+    )
     async with open_system(root):
         doors = Doors(
             vms=vms,

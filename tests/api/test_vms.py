@@ -13,7 +13,7 @@ from tests.api.kit import Api, api, read_answer, request
 VM_FIELDS = {
     "id", "name", "status", "desired", "reason", "plugin", "runtime", "pid", "ip_address", "mac_address", "cpu_cores",
     "memory_mb", "kernel_cmdline", "serial_socket", "labels", "hypervisor", "accelerator", "restart_policy",
-    "restarts", "boots", "boot", "booted_from", "fallback", "disk", "created_at", "updated_at", "started_at",
+    "restarts", "boots", "boot", "booted_from", "fallback", "origin", "disk", "created_at", "updated_at", "started_at",
 }  # fmt: skip
 
 
@@ -38,6 +38,7 @@ async def test_a_vm_is_created_shown_and_deleted(served: Api) -> None:
     again = await served.client.get("/api/v1/vms/demo")
     assert again.json()["id"] == vm["id"]
     assert (await served.client.get("/api/v1/vms/demo/inspect")).json()["vm"]["name"] == "demo"
+    assert (await served.client.get("/api/v1/vms/demo/memory")).json()["type"].endswith("vm-not-running")
     assert (await served.client.delete("/api/v1/vms/demo")).status_code == 204
     assert (await served.client.get("/api/v1/vms/demo")).status_code == 404
     assert (await served.create("demo"))["id"] > vm["id"]

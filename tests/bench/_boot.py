@@ -209,7 +209,12 @@ def _spec(image: Image, accelerator: AcceleratorName) -> Iterator[MachineSpec]:
             image=image.digest, mark="volant-bench-1.1",
         )  # fmt: skip
         settings = VmSettings(
-            runtime_dir=directory, cache_dir=cache_dir(), memory_dir=memory, disk_dir=directory, template_dir=directory
+            runtime_dir=directory,
+            cache_dir=cache_dir(),
+            memory_dir=memory,
+            disk_dir=directory,
+            template_dir=directory,
+            snapshot_dir=directory,
         )
         spec = machine_spec(settings, row, accelerator)
         spec.directory.mkdir(parents=True, mode=0o700)

@@ -105,6 +105,7 @@ async def _make(
         memory_dir=daemon.memory_dir,
         disk_dir=daemon.state_dir / "disks",
         template_dir=daemon.state_dir / "templates",
+        snapshot_dir=daemon.state_dir / "snapshots",
     )
     mark = mark_of(instance_of(daemon.state_dir), row)
 

@@ -431,7 +431,7 @@ async def test_a_backup_of_an_older_version_is_brought_up_to_date(path: Path, ke
         await bench.create("one")
         await bench.ask_plugin() if hasattr(bench, "ask_plugin") else None
         await bench.backup(kept)
-        _sql("DROP TABLE answers", "PRAGMA user_version = 1")(kept)
+        _sql("DROP TABLE answers", "DROP TABLE snapshots", "PRAGMA user_version = 1")(kept)
         await bench.restore(kept.read_bytes())
     async with keeping(path) as bench:
         assert [row.name for row in bench.store.projection.rows()] == ["one"]

@@ -34,6 +34,7 @@ def settings(tmp_path: Path) -> VmSettings:
         memory_dir=Path("/shm"),
         disk_dir=Path("/disks"),
         template_dir=Path("/templates"),
+        snapshot_dir=Path("/snapshots"),
     )
 
 

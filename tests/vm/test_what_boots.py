@@ -22,6 +22,7 @@ SETTINGS = VmSettings(
     memory_dir=Path("/shm"),
     disk_dir=Path("/state/disks"),
     template_dir=Path("/state/templates"),
+    snapshot_dir=Path("/state/snapshots"),
 )
 OPERATOR = {"kernel": Path("/operator/kernel"), "initramfs": Path("/operator/initramfs")}
 PARTS = ("kernel", "initramfs")
@@ -43,6 +44,7 @@ def settings(*operator: str) -> VmSettings:
         memory_dir=SETTINGS.memory_dir,
         disk_dir=SETTINGS.disk_dir,
         template_dir=SETTINGS.template_dir,
+        snapshot_dir=SETTINGS.snapshot_dir,
         **{part: OPERATOR[part] for part in operator},
     )
 

@@ -24,6 +24,7 @@ from . import (
     _metrics,
     _orphans,
     _plugins,
+    _snapshots,
     _storage,
     _system,
     _tcp,
@@ -53,7 +54,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
     for resource in (_system, _storage, _orphans, _templates, _metrics, _docs, _workload_api):
         resource.add_routes(app, doors)
     repeats = Repeats(doors)
-    for changing in (_vms, _plugins):
+    for changing in (_vms, _snapshots, _plugins):
         changing.add_routes(app, doors, repeats)
     _tickets.add_routes(app, doors, access)
     turns = Turns()

@@ -15,6 +15,7 @@ from ._edge import Call, Limits, too_large
 from ._places import with_member
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 _AT = re.compile(r"(?P<what>.*) - at `(?P<where>[^`]*)`\Z", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`\Z", re.DOTALL)
@@ -34,6 +35,18 @@ async def read_body(kind: type[T]) -> T:
     request.body_timeout = _BODY_S  # type: ignore[assignment]  # annotated int, any number is taken
     data = await request.get_data(False, False, False)
     return _decode_body(data, request.mimetype, kind)
+
+
+async def read_one_of(member: str, kind: type[T], otherwise: type[U]) -> T | U:
+    """Decode the body of the request under way: as `kind` if it is an object with that member. :raises Problem: as
+    `read_body`."""
+    request.body_timeout = _BODY_S  # type: ignore[assignment]  # annotated int, any number is taken
+    data = await request.get_data(False, False, False)
+    try:
+        has = member in msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        has = False
+    return _decode_body(data, request.mimetype, kind) if has else _decode_body(data, request.mimetype, otherwise)
 
 
 async def read_call_body(call: Call, kind: type[T], limits: Limits) -> T:

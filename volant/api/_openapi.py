@@ -36,6 +36,7 @@ _IN_PATH = {
     "port": (Annotated[int, msgspec.Meta(ge=1, le=65535)], "Of the guest's loopback"),
     "path": (str, "The path in the guest, slashes and all"),
     "plugin": (Name, "The VM's own"),
+    "snapshot": (Name, "Its name"),
     "action": (Name, "One that the plugin's manifest names"),
     "id": (Annotated[str, msgspec.Meta(pattern="^[^/]+$")], "What the first message of its WebSocket said"),
     "mark": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._:@-]{1,100}$")], "Names the hypervisor"),
@@ -235,6 +236,8 @@ def _relayed_problem(says: str, kinds: _Kinds) -> Schema:
 def _tag(path: str) -> str:
     if re.search(r"/(actions|agent|ports|devtools)/|{name}/openapi", path):
         return _OF_GUESTS
+    if "/snapshots" in path:
+        return "Snapshots"
     if "/vms" in path:
         return "VMs"
     if "/templates" in path:

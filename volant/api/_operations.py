@@ -19,6 +19,7 @@ from volant.model import (
     CreateVm,
     Event,
     EventType,
+    ForkVm,
     Health,
     LogGap,
     LogLine,
@@ -28,14 +29,18 @@ from volant.model import (
     PluginView,
     Pruned,
     Restored,
+    RestoreVm,
+    SnapshotView,
     Status,
     StoredKind,
     StreamGap,
     SystemStatus,
+    TakeSnapshot,
     TemplateView,
     Ticket,
     Time,
     Usage,
+    VmMemory,
     VmView,
 )
 from volant.model.agent_types import (
@@ -161,6 +166,7 @@ TAGS = {
     "Inside a VM": "The agent, the workload and ports of a guest. Path, query and bodies pass byte for byte",
     "Plugins": "Kinds of VMs",
     "Templates": "What VMs begin as clones of",
+    "Snapshots": "Copies of VMs that are kept, to go on from",
     "System": "The daemon about itself",
 }
 
@@ -296,7 +302,9 @@ OPERATIONS: tuple[Operation, ...] = (
         "POST", "/api/v1/vms", "create_vm", "Make a VM; it is durable when this is answered",
         {201: Answer("The VM, usually `pending`", VmView,
                      headers=("Location", "ETag", "Volant-Wait", "Idempotency-Replayed"))},
-        takes=CreateVm, parameters=(*_WAIT, _ONCE), fails=(404, 409, 422, 503),
+        takes=OneOf((CreateVm, RestoreVm)), parameters=(*_WAIT, _ONCE), fails=(404, 409, 422, 503),
+        details="With `from_snapshot` its first boot goes on from there, as a copy that is told who it is; every later "
+        "one is an ordinary one, with the disk as it was left. If that fails it is `crashed`; no cold boot follows.",
     ),
     Operation(
         "GET", _VM, "get_vm", "A VM",
@@ -316,8 +324,47 @@ OPERATIONS: tuple[Operation, ...] = (
     _verb("resume", "Let a paused guest go on, with its clock set"),
     _verb("recover", "Take up a VM again whose reason is `control_lost`"),
     Operation(
+        "POST", f"{_VM}/fork", "fork_vm", "Make VMs that go on from where this one is; it goes on itself",
+        {201: Answer("The new VMs, usually `pending`; durable", list[VmView],
+                     headers=("Volant-Wait", "Idempotency-Replayed"))},
+        takes=ForkVm, parameters=(*_WAIT, _ONCE), fails=(409, 422, 503),
+        details="Each has the memory and disk of this one, and is told who it is before it is `running`. The VM has to "
+        "be running or paused. With `wait`, `Volant-Wait` is `met` when it is for all.",
+    ),
+    # Snapshots
+    Operation(
+        "POST", f"{_VM}/snapshots", "take_snapshot", "Keep a VM as it is now: memory, devices and disk",
+        {201: Answer("The snapshot, `ready` and on the disk", SnapshotView,
+                     headers=("Location", "Idempotency-Replayed"))},
+        takes=TakeSnapshot, parameters=(_ONCE,), fails=(409, 422, 503),
+        details="The guest stands still for a moment, and what is copied then is written to the disk while it goes on. "
+        "Who leaves cancels nothing. The VM has to be running or paused; a verb that ends that ends this too.",
+    ),
+    Operation(
+        "GET", f"{_VM}/snapshots", "list_vm_snapshots", "List the snapshots of a VM",
+        {200: Answer("The oldest first", list[SnapshotView])},
+    ),
+    Operation(
+        "GET", "/api/v1/snapshots", "list_snapshots", "List all snapshots, also those of VMs that are gone",
+        {200: Answer("The oldest first", list[SnapshotView])},
+    ),
+    Operation(
+        "GET", "/api/v1/snapshots/{snapshot}", "get_snapshot", "A snapshot",
+        {200: Answer("The snapshot", SnapshotView)},
+    ),
+    Operation(
+        "DELETE", "/api/v1/snapshots/{snapshot}", "remove_snapshot", "Remove a snapshot; VMs made from it go on",
+        {204: Answer("Nothing of it is left")}, takes=Nothing, fails=(409, 503),
+    ),
+    Operation(
         "GET", f"{_VM}/inspect", "inspect_vm", "For those who look for a fault; its shape is no contract",
         {200: Answer("What is known", Anything)},
+    ),
+    Operation(
+        "GET", f"{_VM}/memory", "vm_memory", "What a VM takes of memory, as its guest and as the host sees it",
+        {200: Answer("Measured now", VmMemory)}, fails=(409, 503),
+        details="Costs the kernel some milliseconds for each GiB, so it is not for every second. 409: there is no "
+        "process.",
     ),
     Operation(
         "GET", "/api/v1/events/vms", "vm_events", "What happens to VMs, as it happens",

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from functools import partial
 from urllib.parse import quote, urlencode
 
+import msgspec
 import trio
 from quart import Response, request
 from quart_trio import QuartTrio
@@ -14,19 +15,23 @@ from volant.journal import Answer, Once
 from volant.model import (
     CreateVm,
     EventId,
+    ForkVm,
     Problem,
+    RestoreVm,
     Status,
     Verb,
     VerbKind,
     VmRow,
     check_create,
+    check_fork,
+    check_restore,
     parse_duration,
     view,
 )
 from volant.model.agent import MAX_GRACE_S
 from volant.vm import Version
 
-from ._body import Nothing, read_body
+from ._body import Nothing, read_body, read_one_of
 from ._doors import Doors
 from ._edge import Query, interruptible
 from ._idempotency import Answered, Repeats, answer_of
@@ -63,11 +68,16 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         parameters = query()
         states, timeout_s = wait_of(parameters)
         parameters.done()
-        wanted = await read_body(CreateVm)
-        check_create(wanted)
+        wanted = await read_one_of("from_snapshot", RestoreVm, CreateVm)
+        if isinstance(wanted, RestoreVm):
+            check_restore(wanted)
+        else:
+            check_create(wanted)
         since = doors.store.projection.last_event
 
         async def create(once: Once | None) -> VmRow:
+            if isinstance(wanted, RestoreVm):
+                return await doors.vms.restore(wanted, once=once)
             return await doors.vms.create(wanted, once=once)
 
         return await after_waiting(await repeats.answer(wanted, create, _made), states, timeout_s, since)
@@ -104,6 +114,11 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
     async def inspect_vm(name: str) -> Response:
         no_query()
         return json_response(doors.vms.inspect(vm_row(doors, name).name))
+
+    @app.get("/api/v1/vms/<name>/memory")
+    async def vm_memory(name: str) -> Response:
+        no_query()
+        return json_response(await doors.vms.memory(vm_row(doors, name).name))
 
     async def verb(name: str, kind: VerbKind) -> Response:
         parameters = query()
@@ -146,6 +161,41 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
     async def recover_vm(name: str) -> Response:
         return await verb(name, VerbKind.RECOVER)
 
+    @app.post("/api/v1/vms/<name>/fork")
+    async def fork_vm(name: str) -> Response:
+        parameters = query()
+        states, timeout_s = wait_of(parameters)
+        parameters.done()
+        wanted = await read_body(ForkVm)
+        check_fork(wanted)
+        since = doors.store.projection.last_event
+
+        async def fork(once: Once | None) -> tuple[VmRow, ...]:
+            return await doors.vms.fork(vm_row(doors, name).name, wanted, once=once)
+
+        answered = await repeats.answer(wanted, fork, _forked)
+        if not states:
+            return answered.response()
+        outcomes: list[str] = []
+
+        async def wait_for(vm_id: int) -> None:
+            outcomes.append((await doors.vms.wait(vm_id, states, timeout_s, since=since))[0])
+
+        async def wait() -> bool:
+            async with trio.open_nursery() as nursery:
+                for vm_id in ids:
+                    nursery.start_soon(wait_for, vm_id)
+            return True
+
+        ids = [copy.id for copy in msgspec.json.decode(answered.answer.body, type=list[_Id])]
+        async with interruptible(_stopping()) as waits:
+            all_told = await waits.until(wait)
+        rows = [row for row in map(doors.store.projection.by_id, ids) if row is not None]
+        response = answered.now(answer_of([view(row) for row in rows])).response()
+        worst = "failed" if "failed" in outcomes else "timeout" if "timeout" in outcomes or not all_told else "met"
+        response.headers["Volant-Wait"] = worst
+        return response
+
     async def after_waiting(answered: Answered, states: Collection[str], timeout_s: float, since: EventId) -> Response:
         """The answer; with the VM as it is after waiting, if that was asked for, also when it is a replay."""
         vm_id = answered.answer.vm_id
@@ -176,6 +226,14 @@ def _seen(row: VmRow) -> Answer:
 
 def _made(row: VmRow) -> Answer:
     return answer_of(view(row), 201, vm_id=row.id, ETag=etag(row), Location=f"/api/v1/vms/{quote(row.name)}")
+
+
+def _forked(copies: tuple[VmRow, ...]) -> Answer:
+    return answer_of([view(row) for row in copies], 201)
+
+
+class _Id(msgspec.Struct):
+    id: int
 
 
 def _shown(row: VmRow) -> Response:

@@ -28,6 +28,12 @@ def plugin_names(ctx: click.Context, parameter: click.Parameter, incomplete: str
     return _ask(ctx, incomplete, _plugins)
 
 
+def snapshot_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The snapshots whose names begin so."""
+    del parameter
+    return _ask(ctx, incomplete, _snapshots)
+
+
 def action_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """The actions of the VM that is named before."""
     del parameter
@@ -48,6 +54,10 @@ def files_here_or_in_a_vm(ctx: click.Context, parameter: click.Parameter, incomp
 
 async def _vms(client: Client) -> Iterable[str]:
     return [vm.name for vm in await client.vms.list()]
+
+
+async def _snapshots(client: Client) -> Iterable[str]:
+    return [snapshot.name for snapshot in await client.snapshots.list()]
 
 
 async def _plugins(client: Client) -> Iterable[str]:

@@ -12,10 +12,10 @@ import click
 import trio
 
 from volant.client import ClientError, Feed, LogGap, LogLine, StreamGap, Waited
-from volant.model import BASE, CreateVm, Event, Problem, Status, VmView
+from volant.model import BASE, CreateVm, Event, Problem, RestoreVm, Status, VmMemory, VmView
 
-from . import _console, _copy, _exec, _forward
-from ._complete import plugin_names, vm_names
+from . import _console, _copy, _exec, _forward, _snapshots
+from ._complete import plugin_names, snapshot_names, vm_names
 from ._events import event_line, follow, label_option, reason_lines, retrying, since_option, type_option
 from ._output import Output, colourful, styled
 from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair, Session, command
@@ -25,7 +25,7 @@ from ._vms_group import group, name_argument
 __all__ = ["group"]
 
 # Their commands are of this group, too.
-del _console, _copy, _exec, _forward
+del _console, _copy, _exec, _forward, _snapshots
 
 _WAIT_S = 120.0
 
@@ -70,6 +70,29 @@ async def inspect(session: Session, name: str) -> None:
         session.out.nested(found)
 
 
+@command(group, "memory")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=vm_names)
+async def memory(session: Session, names: tuple[str, ...]) -> None:
+    """Show what VMs take of memory.
+
+    GUEST USED is what the guest itself says. What the hypervisor takes of the host's memory for it is in the other
+    columns: TAKES counts what it shares with others by its part, so that the sum over VMs is what they take together;
+    OWN is what nobody else has, SHARED what others have too, as clones do with their template.
+    """
+    found = {name: await session.client.vms.memory(name) for name in dict.fromkeys(names)}
+    if session.out.json:
+        session.out.document(found)
+        return
+    rows = [(name, *_memory_row(of)) for name, of in found.items()]
+    session.out.table(("NAME", "MEMORY", "GUEST USED", "TAKES", "OWN", "SHARED"), rows)
+
+
+def _memory_row(of: VmMemory) -> tuple[str, ...]:
+    guest = "unknown" if of.guest is None else f"{of.guest.total_mb - of.guest.available_mb} MiB"
+    host = (of.host.pss_mb, of.host.private_mb, of.host.shared_mb)
+    return (f"{of.memory_mb} MiB", guest, *(f"{figure:.0f} MiB" for figure in host))
+
+
 def _booted_from(vm: VmView) -> str | None:
     if vm.booted_from is None:
         return None
@@ -82,7 +105,7 @@ def _booted_from(vm: VmView) -> str | None:
 @name_argument
 @click.option("--cpu", "cpu_cores", type=click.IntRange(min=1), help="vCPUs.  [default: the plugin's]")
 @click.option("--memory", "memory_mb", type=click.IntRange(min=64), help="Memory in MiB.  [default: the plugin's]")
-@click.option("--plugin", default="base", show_default=True, shell_complete=plugin_names, help="What kind of VM.")
+@click.option("--plugin", show_default="base", shell_complete=plugin_names, help="What kind of VM.")
 @click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE for the workload; may be repeated.")
 @click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
 @click.option("--runtime", help="The boot image, when not the plugin's.")
@@ -101,6 +124,9 @@ def _booted_from(vm: VmView) -> str | None:
     show_default=True,
     help="Whether a boot may be a clone of a template, or must.",
 )
+@click.option(
+    "--from-snapshot", shell_complete=snapshot_names, help="Go on from there; vCPUs, memory and plugin are its own."
+)
 @click.option("--ttl", help="Delete it after so long, counted from now: 30m, 2h, …")
 @click.option(
     "--idempotency-key", metavar="WORD", help="Run again with the same one within a day, it finds what it has made."
@@ -112,38 +138,56 @@ async def create(
     name: str,
     cpu_cores: int | None,
     memory_mb: int | None,
-    plugin: str,
+    plugin: str | None,
     env: tuple[tuple[str, str], ...],
     labels: tuple[tuple[str, str], ...],
     runtime: str | None,
     kernel_cmdline: str,
     restart_policy: Literal["never", "on-failure", "always"],
     boot: Literal["auto", "cold", "template"],
+    from_snapshot: str | None,
     ttl: str | None,
     idempotency_key: str | None,
     wait: bool,
     timeout: float,
 ) -> int:
-    """Create a VM and let it boot."""
-    if plugin == BASE.name:
-        # What the image needs at least is little to work with.
-        cpu_cores, memory_mb = cpu_cores or 1, memory_mb or 256
-    elif cpu_cores is None or memory_mb is None:
-        needs = (await session.client.plugins.manifest(plugin)).resources
-        cpu_cores, memory_mb = cpu_cores or needs.cpu_cores, memory_mb or needs.memory_mb
-    request = CreateVm(
-        name=name,
-        cpu_cores=cpu_cores,
-        memory_mb=memory_mb,
-        plugin=plugin,
-        env=dict(env),
-        labels=dict(labels),
-        runtime=runtime,
-        kernel_cmdline=kernel_cmdline,
-        restart_policy=restart_policy,
-        boot=boot,
-        ttl=ttl,
-    )
+    """Create a VM and let it boot, or go on from a snapshot."""
+    request: CreateVm | RestoreVm
+    if from_snapshot is not None:
+        if env or runtime or kernel_cmdline:
+            raise click.UsageError("--env, --runtime and --cmdline are the snapshot's, with --from-snapshot")
+        request = RestoreVm(
+            name=name,
+            from_snapshot=from_snapshot,
+            cpu_cores=cpu_cores,
+            memory_mb=memory_mb,
+            plugin=plugin,
+            labels=dict(labels),
+            restart_policy=restart_policy,
+            boot=boot,
+            ttl=ttl,
+        )
+    else:
+        plugin = plugin or BASE.name
+        if plugin == BASE.name:
+            # What the image needs at least is little to work with.
+            cpu_cores, memory_mb = cpu_cores or 1, memory_mb or 256
+        elif cpu_cores is None or memory_mb is None:
+            needs = (await session.client.plugins.manifest(plugin)).resources
+            cpu_cores, memory_mb = cpu_cores or needs.cpu_cores, memory_mb or needs.memory_mb
+        request = CreateVm(
+            name=name,
+            cpu_cores=cpu_cores,
+            memory_mb=memory_mb,
+            plugin=plugin,
+            env=dict(env),
+            labels=dict(labels),
+            runtime=runtime,
+            kernel_cmdline=kernel_cmdline,
+            restart_policy=restart_policy,
+            boot=boot,
+            ttl=ttl,
+        )
     if not wait:
         made = await session.client.vms.create(request, idempotency_key=idempotency_key)
         _done(session.out, made, "is created")

@@ -16,6 +16,7 @@ from volant.model import (
     ConsoleGap,
     CreateVm,
     Event,
+    ForkVm,
     Health,
     LogGap,
     LogLine,
@@ -24,13 +25,17 @@ from volant.model import (
     PluginView,
     Pruned,
     Restored,
+    RestoreVm,
+    SnapshotView,
     Status,
     StoredKind,
     StreamGap,
     SystemStatus,
+    TakeSnapshot,
     TemplateView,
     Ticket,
     Usage,
+    VmMemory,
     VmView,
     check_name,
     format_duration,
@@ -62,6 +67,8 @@ _DELETE_S = 75.0
 _PRUNE_S = 330.0
 _ORPHANS = "/api/v1/system/orphans"
 
+SNAPSHOT_S = 600.0
+"""How long a snapshot may take: a guest's memory goes to the disk."""
 BUILD_S = 600.0
 """How long a template may take: others may be built before it."""
 
@@ -80,6 +87,7 @@ class Client:
         self.vms = _Vms(self._http)
         self.plugins = _Plugins(self._http)
         self.templates = _Templates(self._http)
+        self.snapshots = _Snapshots(self._http)
         self.system = _System(self._http)
 
     async def __aenter__(self) -> Client:
@@ -159,8 +167,13 @@ class _Vms:
         """What its actor and its process are doing; the members may change from version to version."""
         return await self._http.get(f"{_vm(name)}/inspect", dict[str, Any])
 
-    async def create(self, request: CreateVm, *, idempotency_key: str | None = None) -> VmView:
-        """Create a VM. It is durable when this returns, and usually `pending`; see `wait`.
+    async def memory(self, name: str) -> VmMemory:
+        """What it takes of memory, measured now."""
+        return await self._http.get(f"{_vm(name)}/memory", VmMemory)
+
+    async def create(self, request: CreateVm | RestoreVm, *, idempotency_key: str | None = None) -> VmView:
+        """Create a VM, or one that goes on from a snapshot. It is durable when this returns, and usually `pending`; see
+        `wait`.
 
         This and the verbs are sent again when a connection breaks, and done once. With an `idempotency_key` of your own
         (1 to 255 visible ASCII characters) you can call them again with the same arguments for 24 h, from another
@@ -172,6 +185,13 @@ class _Vms:
             if (value := getattr(request, field)) not in (None, "", {}) or field in ("name", "cpu_cores", "memory_mb")
         }
         return decode(await self._http.once("/api/v1/vms", key=idempotency_key, body=body), VmView)
+
+    async def fork(
+        self, name: str, request: ForkVm | None = None, *, idempotency_key: str | None = None
+    ) -> Sequence[VmView]:
+        """Make VMs that go on from where this one is. They are durable when this returns, and usually `pending`."""
+        body = request or ForkVm()
+        return decode(await self._http.once(f"{_vm(name)}/fork", key=idempotency_key, body=body), list[VmView])
 
     async def delete(self, name: str) -> None:
         """Delete a VM; returns when nothing of it is left."""
@@ -212,7 +232,7 @@ class _Vms:
 
     async def create_and_wait(
         self,
-        request: CreateVm,
+        request: CreateVm | RestoreVm,
         states: Collection[Status | str] = (Status.RUNNING,),
         *,
         timeout_s: float = 60.0,
@@ -552,6 +572,38 @@ class _Templates:
     async def remove(self, digest: str) -> None:
         """Remove a template; VMs that began as its clones go on."""
         await self._http.request("DELETE", f"/api/v1/templates/{_name(digest)}")
+
+
+class _Snapshots:
+    """`client.snapshots`."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    async def list(self, vm: str | None = None) -> list[SnapshotView]:
+        """All, or those of a VM; the oldest first."""
+        return await self._http.get("/api/v1/snapshots" if vm is None else f"{_vm(vm)}/snapshots", list[SnapshotView])
+
+    async def get(self, name: str) -> SnapshotView:
+        """One snapshot."""
+        return await self._http.get(f"/api/v1/snapshots/{_name(name)}", SnapshotView)
+
+    async def take(
+        self,
+        vm: str,
+        request: TakeSnapshot | None = None,
+        *,
+        idempotency_key: str | None = None,
+        timeout_s: float = SNAPSHOT_S,
+    ) -> SnapshotView:
+        """Keep a VM as it is now; all of it is on the disk when this returns."""
+        body = request or TakeSnapshot()
+        answer = await self._http.once(f"{_vm(vm)}/snapshots", key=idempotency_key, body=body, timeout_s=timeout_s)
+        return decode(answer, SnapshotView)
+
+    async def remove(self, name: str) -> None:
+        """Remove a snapshot; VMs made from it go on."""
+        await self._http.request("DELETE", f"/api/v1/snapshots/{_name(name)}")
 
 
 class _System:

@@ -35,9 +35,19 @@ from volant.images import BootMedia
 from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
 from volant.model import ProcessIdentity, Status
 from volant.templates import BuildDoors, Templates, TemplateStore
-from volant.vm import CLONES_AT_ONCE, BootGate, VmDoors, Vms, VmSettings, instance_of, keep_drained, parse_mark
+from volant.vm import (
+    CLONES_AT_ONCE,
+    BootGate,
+    Captures,
+    VmDoors,
+    Vms,
+    VmSettings,
+    instance_of,
+    keep_drained,
+    parse_mark,
+)
 
-from ._directories import DirectoryError, claimed, disk_dir, log_dir, memory_dir, remove, template_dir
+from ._directories import DirectoryError, claimed, disk_dir, log_dir, memory_dir, remove, snapshot_dir, template_dir
 from ._dump import dump_on_signal
 from ._protection import Protection
 from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, shown, split
@@ -205,6 +215,14 @@ class Daemon:
             shutdown_s=10,
         )
         self._journal = Child("journal", partial(Journal, self.store), shutdown_s=10)
+        self._captures = Captures(
+            self.host,
+            self.store,
+            self._journal.ref,
+            self.hypervisor,
+            memory_dir=memory_dir(settings),
+            snapshot_dir=snapshot_dir(settings),
+        )
         self._supervisor = DynamicSupervisor(intensity=3, period_s=60, gave_up=self._gave_up)
         self.vms = Vms(
             VmDoors(
@@ -216,15 +234,18 @@ class Daemon:
                 media=BootMedia(settings.cache_dir, timeout_s=settings.media_timeout_s, max_mb=settings.media_max_mb),
                 templates=templates,
                 builder=self._templates.ref,
+                captures=self._captures,
                 settings=VmSettings(
                     runtime_dir=settings.runtime_dir,
                     cache_dir=settings.cache_dir,
                     memory_dir=memory_dir(settings),
                     disk_dir=disk_dir(settings),
                     template_dir=template_dir(settings),
+                    snapshot_dir=snapshot_dir(settings),
                     kernel=settings.kernel,
                     initramfs=settings.initramfs,
                     max_vms=settings.max_vms,
+                    return_memory=settings.return_memory == "on",
                     image_timeout_s=settings.image_timeout_s,
                     agent_timeout_s=settings.agent_timeout_s,
                 ),
@@ -310,6 +331,7 @@ class Daemon:
                 self._journal,
                 Child("logs", self.logs.keep),
                 self._templates,
+                Child("captures", self._captures.keep),
                 Child("vms", self._supervisor),
                 Child("api", partial(self._serve, self.app), shutdown_s=10),
             ],

@@ -38,6 +38,11 @@ def template_dir(settings: Settings) -> Path:
     return settings.state_dir / "templates"
 
 
+def snapshot_dir(settings: Settings) -> Path:
+    """Where snapshots lie: what is said to be kept must survive as what is written to the database."""
+    return settings.state_dir / "snapshots"
+
+
 def log_dir(settings: Settings) -> Path:
     """Where the logs of VMs lie."""
     return settings.state_dir / "logs"

@@ -26,7 +26,7 @@ from volant.model.agent import DAEMON_SHUTDOWN
 from volant.templates import template_mark_prefix
 from volant.vm import VmSettings, instance_of, memory_file, vm_directory
 
-from ._directories import disk_dir, memory_dir, template_dir
+from ._directories import disk_dir, memory_dir, snapshot_dir, template_dir
 from ._settings import Settings
 
 _logger = logging.getLogger("volant.guests")

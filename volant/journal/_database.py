@@ -11,20 +11,33 @@ import apsw
 import msgspec
 
 from volant.host import Host
-from volant.model import Drain, Manifest, VmRow
+from volant.model import Drain, Manifest, Snapshot, VmRow
 
 from ._answers import Kept
 from ._errors import DatabaseRefused, JournalBroken
 from ._frames import EventFrame
 from ._projection import Plugin
 from ._schema import BUSY_TIMEOUT_MS, open_reader, open_writer
-from ._stage import AddEvent, DropAnswer, DropPlugin, DropRow, Operation, PutAnswer, PutDrain, PutPlugin, PutRow
+from ._stage import (
+    AddEvent,
+    DropAnswer,
+    DropPlugin,
+    DropRow,
+    DropSnapshot,
+    Operation,
+    PutAnswer,
+    PutDrain,
+    PutPlugin,
+    PutRow,
+    PutSnapshot,
+)
 
 _encode = msgspec.json.Encoder().encode
 _decode_row = msgspec.json.Decoder(VmRow).decode
 _decode_manifest = msgspec.json.Decoder(Manifest).decode
 _decode_kept = msgspec.json.Decoder(Kept).decode
 _decode_drain = msgspec.json.Decoder(Drain).decode
+_decode_snapshot = msgspec.json.Decoder(Snapshot).decode
 
 _VACUUM_PAGES = 128
 """Half a megabyte: a commit waits for one bite at most."""
@@ -39,6 +52,7 @@ class Loaded(msgspec.Struct, frozen=True):
     epoch: str
     rows: list[VmRow]
     plugins: list[Plugin]
+    snapshots: list[Snapshot]
     answers: list[Kept]
     drain: Drain | None
     last_vm_id: int
@@ -96,12 +110,14 @@ class Database:
                     Plugin(_decode_manifest(manifest), bool(enabled), datetime.fromisoformat(created_at))
                     for manifest, enabled, created_at in get("SELECT manifest, enabled, created_at FROM plugins")
                 ]
+                snapshots = [_decode_snapshot(one) for (one,) in get("SELECT snapshot FROM snapshots")]
                 answers = [_decode_kept(kept) for (kept,) in get("SELECT kept FROM answers")]
                 drain = None if drained is None else _decode_drain(drained)
             except msgspec.MsgspecError as error:
                 raise DatabaseRefused(f"the database holds a row that can't be understood: {error}") from error
+        oldest_seq = oldest or newest + 1
         return Loaded(
-            epoch, rows, plugins, answers, drain, sequence or 0, oldest or newest + 1, newest, oldest_at, untold
+            epoch, rows, plugins, snapshots, answers, drain, sequence or 0, oldest_seq, newest, oldest_at, untold
         )
 
     def write(self, operations: Sequence[Operation]) -> None:
@@ -228,6 +244,13 @@ class Database:
                 )
             case DropPlugin(name):
                 execute("DELETE FROM plugins WHERE name = ?", (name,))
+            case PutSnapshot(snapshot):
+                execute(
+                    "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)",
+                    (snapshot.id, snapshot.name, _encode(snapshot)),
+                )
+            case DropSnapshot(snapshot_id):
+                execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
             case PutAnswer(kept):
                 execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (kept.scope, _encode(kept)))
             case PutDrain(None):

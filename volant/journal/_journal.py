@@ -29,7 +29,7 @@ import apsw
 import trio
 
 from actors import Actor, Deferred, Request, check_fence, handles
-from volant.model import Drain, EventId, IllegalEdge, Problem, VmRow
+from volant.model import Drain, EventId, IllegalEdge, Problem, Snapshot, VmRow
 
 from ._answers import Once
 from ._database import Database
@@ -41,14 +41,19 @@ from ._stage import Stage
 from ._store import Store
 from .messages import (
     AdoptRow,
+    BeginSnapshot,
     CommitSteps,
     CreateRow,
     EnablePlugin,
     EndDrain,
+    FinishSnapshot,
+    ForkRow,
     InstallPlugin,
     KeepRefusal,
     RemovePlugin,
+    RemoveSnapshot,
     Restore,
+    RestoreRow,
     SetDrain,
     StillThere,
 )
@@ -104,6 +109,7 @@ class Journal(Actor):
             store.replaced.set()
         store.events.attach(loaded.epoch, loaded.oldest_seq, loaded.newest_seq, loaded.untold)
         store.projection.replace(loaded.rows, loaded.plugins, EventId(loaded.epoch, loaded.newest_seq))
+        store.projection.replace_snapshots(loaded.snapshots)
         store.projection.set_drain(loaded.drain)
         store.answers.replace(loaded.answers)
         self._last_vm_id = max(loaded.last_vm_id, store.ids_taken)
@@ -117,6 +123,26 @@ class Journal(Actor):
 
     @handles(AdoptRow)
     async def adopt(self, message: AdoptRow) -> Deferred[VmRow]:
+        return self._enqueue(message)
+
+    @handles(RestoreRow)
+    async def restore_vm(self, message: RestoreRow) -> Deferred[VmRow]:
+        return self._enqueue(message)
+
+    @handles(ForkRow)
+    async def fork(self, message: ForkRow) -> Deferred[tuple[VmRow, ...]]:
+        return self._enqueue(message)
+
+    @handles(BeginSnapshot)
+    async def begin_snapshot(self, message: BeginSnapshot) -> Deferred[Snapshot]:
+        return self._enqueue(message)
+
+    @handles(FinishSnapshot)
+    async def finish_snapshot(self, message: FinishSnapshot) -> Deferred[Snapshot]:
+        return self._enqueue(message)
+
+    @handles(RemoveSnapshot)
+    async def remove_snapshot(self, message: RemoveSnapshot) -> Deferred[None]:
         return self._enqueue(message)
 
     @handles(CommitSteps)
@@ -213,7 +239,13 @@ class Journal(Actor):
             changes = merge(message.backup, rows, message.evidence.running, replace=message.replace)
             last_vm_id = max(message.backup.last_vm_id, self._last_vm_id, message.evidence.newest_id)
             check_fence()
-            decide = partial(finish, last_vm_id=last_vm_id, drain=store.projection.drain, now=store.host.wall_clock())
+            decide = partial(
+                finish,
+                last_vm_id=last_vm_id,
+                drain=store.projection.drain,
+                snapshots=list(store.projection.snapshots.values()),
+                now=store.host.wall_clock(),
+            )
             epoch = await store.host.run_blocking(decide, store.host, message.upload, store.path, changes)
         except Problem as problem:
             deferred.fail(problem)
@@ -249,6 +281,7 @@ class Journal(Actor):
                 return
             self._last_vm_id = stage.last_vm_id
             store.projection.apply(stage.rows, stage.plugins, stage.last_event)
+            store.projection.apply_snapshots(stage.snapshots)
             store.projection.set_drain(stage.drain)
             store.answers.apply(stage.kept.values(), stage.forgotten)
             store.events.append(stage.frames)
@@ -375,6 +408,17 @@ def _change(stage: Stage, message: Request[Any]) -> object:
     match message:
         case CreateRow(request):
             return stage.create(request)
+        case RestoreRow(request):
+            return stage.restore(request)
+        case ForkRow(vm_id, request, capture):
+            return stage.fork(vm_id, request, capture)
+        case BeginSnapshot(vm_id, request, snapshot_id):
+            return stage.take_snapshot(vm_id, request, snapshot_id)
+        case FinishSnapshot(name, snapshot_id, paused_ms, size_bytes):
+            return stage.finish_snapshot(name, snapshot_id, paused_ms, size_bytes)
+        case RemoveSnapshot(name, snapshot_id):
+            stage.drop_snapshot(name, snapshot_id)
+            return None
         case CommitSteps(vm_id, revision, steps):
             return stage.commit(vm_id, revision, steps)
         case AdoptRow(steps):

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import msgspec
 import trio
 
-from volant.model import BASE, Drain, EventId, Manifest, VmRow
+from volant.model import BASE, Drain, EventId, Manifest, Snapshot, VmRow
 
 
 class Plugin(msgspec.Struct, frozen=True):
@@ -28,7 +28,7 @@ BASE_PLUGIN = Plugin(BASE)
 
 
 class Projection:
-    """The committed rows and plugins. Anybody reads it; the journal alone writes it, after each commit.
+    """The committed rows, plugins and snapshots. Anybody reads it; the journal alone writes it, after each commit.
 
     Between two awaits of a reader it is one consistent state, the one after `last_event`.
     """
@@ -37,6 +37,7 @@ class Projection:
         self._by_id: dict[int, VmRow] = {}
         self._by_name: dict[str, VmRow] = {}
         self._plugins: dict[str, Plugin] = {BASE.name: BASE_PLUGIN}
+        self._snapshots: dict[str, Snapshot] = {}
         self._last_event = EventId("", 0)
         self._waiting: dict[int, trio.Event] = {}
         self._drain: Drain | None = None
@@ -51,6 +52,11 @@ class Projection:
     def plugins(self) -> Mapping[str, Plugin]:
         """By name, `base` among them. A live view."""
         return MappingProxyType(self._plugins)
+
+    @property
+    def snapshots(self) -> Mapping[str, Snapshot]:
+        """By name, those that are being made among them. A live view."""
+        return MappingProxyType(self._snapshots)
 
     @property
     def drain(self) -> Drain | None:
@@ -127,6 +133,18 @@ class Projection:
             else:
                 self._plugins[name] = plugin
         self._last_event = last_event
+
+    def replace_snapshots(self, snapshots: Iterable[Snapshot]) -> None:
+        """Have those that were loaded."""
+        self._snapshots = {snapshot.name: snapshot for snapshot in snapshots}
+
+    def apply_snapshots(self, snapshots: Mapping[str, Snapshot | None]) -> None:
+        """Take over what a commit changed of snapshots; None stands for what it removed."""
+        for name, snapshot in snapshots.items():
+            if snapshot is None:
+                self._snapshots.pop(name, None)
+            else:
+                self._snapshots[name] = snapshot
 
     def set_drain(self, drain: Drain | None) -> None:
         """Whether VMs may start."""

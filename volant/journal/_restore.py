@@ -27,13 +27,13 @@ import apsw
 import msgspec
 
 from volant.host import Host
-from volant.model import Desired, Drain, EventId, Phase, Problem, ProcessIdentity, Status, VmRow, event_for
+from volant.model import Desired, Drain, EventId, Phase, Problem, ProcessIdentity, Snapshot, Status, VmRow, event_for
 
 from ._database import Database, Loaded
 from ._errors import DatabaseRefused
 from ._frames import EventFrame
 from ._schema import migrated, open_reader
-from ._stage import AddEvent, PutDrain
+from ._stage import AddEvent, PutDrain, PutSnapshot
 
 EXAMINE_S = 300.0
 _READ = 1024 * 1024
@@ -221,9 +221,12 @@ def finish(
     *,
     last_vm_id: int,
     drain: Drain | None,
+    snapshots: Iterable[Snapshot],
     now: datetime,
 ) -> str:
     """Make an examined upload what the next daemon finds, and give it the name that says so; the new epoch.
+
+    `snapshots`: those of now, which stay, as their files do; a backup has none.
 
     :raises apsw.Error, OSError: the disk fails; nothing is decided.
     """
@@ -249,6 +252,8 @@ def finish(
             execute("INSERT INTO sqlite_sequence VALUES ('vms', ?)", (last_vm_id,))
             execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (epoch,))
             database.execute(PutDrain(drain))
+            for snapshot in snapshots:
+                database.execute(PutSnapshot(snapshot))
     finally:
         connection.close()
     try:
@@ -288,8 +293,16 @@ def restore_offline(host: Host, path: Path, file: Path, evidence: Evidence, *, r
         present, refused = _present(host, path)
         changes = merge(backup, present.rows if present else [], evidence.running, replace=replace)
         last_vm_id = max(backup.last_vm_id, present.last_vm_id if present else 0, evidence.newest_id)
-        drain = present.drain if present else None
-        epoch = finish(host, upload, path, changes, last_vm_id=last_vm_id, drain=drain, now=host.wall_clock())
+        epoch = finish(
+            host,
+            upload,
+            path,
+            changes,
+            last_vm_id=last_vm_id,
+            drain=present.drain if present else None,
+            snapshots=present.snapshots if present else (),
+            now=host.wall_clock(),
+        )
     finally:
         host.unlink(upload)
     return Done(epoch, len(backup.rows), take_over(host, path), refused)

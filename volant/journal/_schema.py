@@ -48,10 +48,18 @@ MIGRATIONS = (
         kept BLOB NOT NULL
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE snapshots (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL UNIQUE,
+        snapshot BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
 )
 """Entry n brings a database from version n to n + 1. Entries are never changed once released.
 
-`vms.row`, `plugins.manifest`, `events.frame` and `answers.kept` are JSON. `events.at` is seconds since 1970.
+`vms.row`, `plugins.manifest`, `events.frame`, `answers.kept` and `snapshots.snapshot` are JSON. `events.at` is seconds
+since 1970.
 """
 
 VERSION = len(MIGRATIONS)

@@ -18,18 +18,34 @@ from volant.model import (
     BASE,
     CreateVm,
     Drain,
+    Event,
     EventId,
+    ForkVm,
     Manifest,
+    Origin,
     Problem,
+    RestoreVm,
+    Snapshot,
     Step,
+    TakeSnapshot,
     VmRow,
+    check_copyable,
     check_edge,
+    check_fork,
     check_manifest,
     check_name,
+    copied_row,
     draining,
     event_for,
+    fork_names,
+    forked_event,
     name_taken,
     new_row,
+    new_snapshot,
+    no_such_snapshot,
+    restored_event,
+    restored_row,
+    waits_for,
 )
 
 from ._answers import Answer, Answers, Kept, Once, Refusal, check_same
@@ -74,7 +90,26 @@ class PutDrain(msgspec.Struct, frozen=True):
     drain: Drain | None
 
 
-Operation = PutRow | DropRow | AddEvent | PutPlugin | DropPlugin | PutAnswer | DropAnswer | PutDrain
+class PutSnapshot(msgspec.Struct, frozen=True):
+    snapshot: Snapshot
+
+
+class DropSnapshot(msgspec.Struct, frozen=True):
+    snapshot_id: str
+
+
+Operation = (
+    PutRow
+    | DropRow
+    | AddEvent
+    | PutPlugin
+    | DropPlugin
+    | PutAnswer
+    | DropAnswer
+    | PutDrain
+    | PutSnapshot
+    | DropSnapshot
+)
 
 
 class Stage:
@@ -88,6 +123,8 @@ class Stage:
         self.last_event = projection.last_event
         self.rows: dict[int, VmRow | None] = {}
         self.plugins: dict[str, Plugin | None] = {}
+        self.snapshots: dict[str, Snapshot | None] = {}
+        """By name."""
         self.drain = projection.drain
         self.frames: list[EventFrame] = []
         self.operations: list[Operation] = []
@@ -108,16 +145,91 @@ class Stage:
                 field="plugin",
                 hint=f"`volar plugins enable {request.plugin}` enables it",
             )
-        vm_id = self.last_vm_id + 1
-        row = new_row(request, plugin.manifest, vm_id=vm_id, now=self._now)
-        self._check_free(request.name)
+        return self._make(new_row(request, plugin.manifest, vm_id=self.last_vm_id + 1, now=self._now), "created")
+
+    def restore(self, request: RestoreVm) -> VmRow:
+        """:raises Problem: 400, 404 no such snapshot, 409, 503 the daemon drains."""
+        check_name(request.name, "name")
+        snapshot = self._snapshot(request.from_snapshot)
+        if snapshot is None:
+            raise no_such_snapshot(request.from_snapshot, field="from_snapshot")
+        row = restored_row(request, snapshot, vm_id=self.last_vm_id + 1, now=self._now)
+        return self._make(row, f"created from snapshot {snapshot.name}")
+
+    def fork(self, vm_id: int, request: ForkVm, capture: str) -> tuple[VmRow, ...]:
+        """:raises Problem: 400, 404, 409, 503 the daemon drains."""
+        check_fork(request)
+        vm = self._by_id(vm_id)
+        if vm is None:
+            raise Problem(404, "vm-not-found", "the VM is gone")
+        check_copyable(vm)
+        names = fork_names(request, vm.name, frozenset(row.name for row in self._rows()))
         if self.drain is not None:
-            raise draining(self.drain, vm=request.name)
+            raise draining(self.drain, vm=names[0])
+        origin = Origin("fork", vm.name, vm.id)
+        copies = tuple(
+            self._make(
+                copied_row(vm, vm_id=self.last_vm_id + 1, name=name, origin=origin, capture=capture, now=self._now),
+                f"created as a fork of VM {vm.name}",
+            )
+            for name in names
+        )
+        event_id = EventId(self.last_event.epoch, self.last_event.seq + 1)
+        self._add_event(event_id, forked_event(vm, names, event_id=event_id, now=self._now))
+        return copies
+
+    def take_snapshot(self, vm_id: int, request: TakeSnapshot, snapshot_id: str) -> Snapshot:
+        """:raises Problem: 400, 404, 409."""
+        vm = self._by_id(vm_id)
+        if vm is None:
+            raise Problem(404, "vm-not-found", "the VM is gone")
+        snapshot = new_snapshot(request, vm, snapshot_id=snapshot_id, now=self._now)
+        if self._snapshot(snapshot.name) is not None:
+            raise Problem(
+                409,
+                "snapshot-exists",
+                f"there is a snapshot named {snapshot.name!r} already",
+                field="name",
+                hint="choose another name, or delete that one first",
+            )
+        self._put_snapshot(snapshot)
+        return snapshot
+
+    def finish_snapshot(self, name: str, snapshot_id: str, paused_ms: float, size_bytes: int) -> Snapshot:
+        """:raises Problem: 404 it is gone."""
+        snapshot = self._snapshot(name)
+        if snapshot is None or snapshot.id != snapshot_id:
+            raise no_such_snapshot(name)
+        snapshot = msgspec.structs.replace(snapshot, status="ready", paused_ms=paused_ms, size_bytes=size_bytes)
+        self._put_snapshot(snapshot)
+        return snapshot
+
+    def drop_snapshot(self, name: str, snapshot_id: str) -> None:
+        """One that is gone stays gone. :raises Problem: 409 a VM has yet to go on from it."""
+        snapshot = self._snapshot(name)
+        if snapshot is None or snapshot.id != snapshot_id:
+            return
+        users = [row.name for row in self._rows() if waits_for(row, snapshot.capture)]
+        if users:
+            raise Problem(
+                409,
+                "snapshot-in-use",
+                f"VM {users[0]!r} is about to go on from snapshot {name!r}",
+                hint="wait until it runs, or delete it",
+            )
+        self.snapshots[name] = None
+        self.operations.append(DropSnapshot(snapshot_id))
+
+    def _make(self, row: VmRow, message: str) -> VmRow:
+        """:raises Problem: 409 name taken, 503 the daemon drains."""
+        self._check_free(row.name)
+        if self.drain is not None:
+            raise draining(self.drain, vm=row.name)
         row = msgspec.structs.replace(row, revision=1)
         check_edge(None, row.status)
-        self.last_vm_id = vm_id
+        self.last_vm_id = row.id
         self._put(row, None)
-        self._tell(None, row, "created")
+        self._tell(None, row, message)
         return row
 
     def adopt(self, steps: Sequence[Step]) -> VmRow:
@@ -284,6 +396,13 @@ class Stage:
         self.rows[row.id] = self._names[row.name] = None
         self.operations.append(DropRow(row.id, row.revision))
 
+    def _snapshot(self, name: str) -> Snapshot | None:
+        return self.snapshots[name] if name in self.snapshots else self._projection.snapshots.get(name)
+
+    def _put_snapshot(self, snapshot: Snapshot) -> None:
+        self.snapshots[snapshot.name] = snapshot
+        self.operations.append(PutSnapshot(snapshot))
+
     def _put_plugin(self, plugin: Plugin) -> None:
         self.plugins[plugin.name] = plugin
         self.operations.append(PutPlugin(plugin))
@@ -295,8 +414,16 @@ class Stage:
     def _tell(self, before: VmRow | None, after: VmRow | None, message: str) -> None:
         event_id = EventId(self.last_event.epoch, self.last_event.seq + 1)
         event = event_for(before, after, event_id=event_id, message=message, now=self._now)
-        if event is not None:
-            frame = EventFrame.of(event_id.seq, event)
-            self.last_event = event_id
-            self.frames.append(frame)
-            self.operations.append(AddEvent(frame))
+        if event is None:
+            return
+        self._add_event(event_id, event)
+        event_id = EventId(event_id.epoch, event_id.seq + 1)
+        restored = restored_event(before, after, event_id=event_id, now=self._now)
+        if restored is not None:
+            self._add_event(event_id, restored)
+
+    def _add_event(self, event_id: EventId, event: Event) -> None:
+        frame = EventFrame.of(event_id.seq, event)
+        self.last_event = event_id
+        self.frames.append(frame)
+        self.operations.append(AddEvent(frame))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors import Request
-from volant.model import CreateVm, Drain, Manifest, Step, VmRow
+from volant.model import CreateVm, Drain, ForkVm, Manifest, RestoreVm, Snapshot, Step, TakeSnapshot, VmRow
 
 from ._answers import Once, Refusal
 from ._database import Loaded
@@ -30,6 +30,64 @@ class CreateRow(Request[VmRow]):
 
     request: CreateVm
     once: Once | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreRow(Request[VmRow]):
+    """Make a VM of status `pending` that is to go on from a snapshot -> its row.
+
+    :raises Problem: 400 for the request; 404 no such snapshot; 409 name taken, or it is not ready; 503 the daemon
+        drains.
+    """
+
+    request: RestoreVm
+    once: Once | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForkRow(Request[tuple[VmRow, ...]]):
+    """Make the VMs that are to go on from `capture`, which will be made of another one, and tell of it -> their rows,
+    all or none.
+
+    :raises Problem: 404 it is gone; 409 it is neither running nor paused, a name is taken; 503 the daemon drains.
+    """
+
+    vm_id: int
+    request: ForkVm
+    capture: str
+    once: Once | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BeginSnapshot(Request[Snapshot]):
+    """Make the row of a snapshot, `creating`. Its files may be made then.
+
+    :raises Problem: 400 for the request; 404 the VM is gone; 409 it is neither running nor paused, the name is taken.
+    """
+
+    vm_id: int
+    request: TakeSnapshot
+    snapshot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class FinishSnapshot(Request[Snapshot]):
+    """All of it is on the disk: it is `ready` -> its row. :raises Problem: 404 it is gone."""
+
+    name: str
+    snapshot_id: str
+    paused_ms: float
+    size_bytes: int
+    once: Once | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveSnapshot(Request[None]):
+    """Take the row of a snapshot away; one that is gone is no error. :raises Problem: 409 a VM has yet to go on from
+    it."""
+
+    name: str
+    snapshot_id: str
 
 
 @dataclass(frozen=True, slots=True)

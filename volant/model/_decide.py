@@ -22,7 +22,7 @@ import msgspec
 
 from ._edges import check_edge
 from ._problem import Problem
-from ._row import Desired, Phase, ProcessIdentity, Reason, Status, VmRow
+from ._row import Desired, Origin, Phase, ProcessIdentity, Reason, Status, VmRow
 
 MAX_RESTARTS = 10
 """A policy gives up after so many restarts in a row without a person's `start`."""
@@ -73,6 +73,10 @@ class ImageReady(msgspec.Struct, frozen=True):
     """Where the daemon will serve the serial console of that process."""
     template: str | None = None
     """What the boot goes on from; None: nothing, it is a cold one."""
+    origin: Origin | None = None
+    """What is known now of whose copy it is."""
+    balloon: bool = False
+    """Whether the machine has one; see `VmRow`."""
 
 
 class Launched(msgspec.Struct, frozen=True):
@@ -287,13 +291,15 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
             _verb(change, seen)
         case Woke(process, rebooted):
             _woke(change, process, rebooted)
-        case ImageReady(digest, mark, serial_socket, template):
+        case ImageReady(digest, mark, serial_socket, template, origin):
             if row.phase is Phase.IMAGE:
                 change.to(
                     "launching",
                     phase=Phase.LAUNCH,
                     image=digest,
                     template=template,
+                    balloon=seen.balloon,
+                    origin=origin or row.origin,
                     mark=mark,
                     serial_socket=serial_socket,
                     boots=row.boots + 1,
@@ -317,6 +323,7 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
                     status=Status.RUNNING,
                     phase=Phase.PAUSE if row.desired is Desired.PAUSED else Phase.NONE,
                     agent_seen=True,
+                    capture=None,
                 )
         case Paused():
             if row.phase is Phase.PAUSE:
@@ -572,8 +579,9 @@ def _boots_again(change: _Change, message: str) -> None:
 
 
 def _boot_failed(change: _Change, reason: Reason) -> None:
-    """A clone that comes to nothing is a reason to boot cold, once nothing of it is left."""
-    if change.row.template is not None and change.row.boot == "auto":
+    """A clone that comes to nothing is a reason to boot cold, once nothing of it is left. What was to go on from a copy
+    of another guest is not: a cold boot is not what was asked for."""
+    if change.row.template is not None and change.row.boot == "auto" and change.row.capture is None:
         change.to(f"the clone failed, a cold boot follows: {reason.message}", phase=Phase.KILL, fallback=reason)
     else:
         _crashed(change, reason)

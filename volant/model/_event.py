@@ -1,4 +1,5 @@
-"""Lifecycle events: every change of a VM's public status has exactly one (contract: Events)."""
+"""Lifecycle events: every change of a VM's public status has exactly one (contract: Events), and two tell of copies
+without any."""
 
 from __future__ import annotations
 
@@ -22,6 +23,10 @@ class EventType(StrEnum):
     VM_STOPPED = "VM_STOPPED"
     VM_CRASHED = "VM_CRASHED"
     VM_DELETED = "VM_DELETED"
+    VM_FORKED = "VM_FORKED"
+    """Of a VM of which copies were made; its status is what it was."""
+    VM_RESTORED = "VM_RESTORED"
+    """Of a VM that runs for the first time, and went on from a snapshot. After its `VM_RUNNING`."""
 
 
 class EventId(msgspec.Struct, frozen=True, order=True):
@@ -57,6 +62,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: Reason | None = None
     labels: dict[str, str] = {}
     """For filters. Not in the contract's example; clients ignore what they don't know."""
+    copies: tuple[str, ...] = ()
+    """With `VM_FORKED`: the names of the new VMs."""
+    snapshot: str | None = None
+    """With `VM_RESTORED`: the name of the snapshot."""
 
 
 _ENTERING: dict[Status, EventType] = {
@@ -94,4 +103,41 @@ def event_for(
         message=message,
         reason=after.reason if after is not None and after.status is Status.CRASHED else None,
         labels=row.labels,
+    )
+
+
+def forked_event(row: VmRow, copies: tuple[str, ...], *, event_id: EventId, now: datetime) -> Event:
+    """The event of copies that were made of a VM."""
+    return Event(
+        type=EventType.VM_FORKED,
+        id=str(event_id),
+        name=row.name,
+        vm_id=row.id,
+        status=row.status,
+        ip_address="",
+        timestamp=now,
+        message=f"forked: {', '.join(copies[:5])}" + (f" and {len(copies) - 5} more" if len(copies) > 5 else ""),
+        labels=row.labels,
+        copies=copies,
+    )
+
+
+def restored_event(before: VmRow | None, after: VmRow | None, *, event_id: EventId, now: datetime) -> Event | None:
+    """The event of a change by which a VM has gone on from a snapshot, if it is one."""
+    if before is None or after is None or before.capture is None or after.capture is not None:
+        return None
+    origin = after.origin
+    if origin is None or origin.kind != "snapshot" or after.status is not Status.RUNNING:
+        return None
+    return Event(
+        type=EventType.VM_RESTORED,
+        id=str(event_id),
+        name=after.name,
+        vm_id=after.id,
+        status=after.status,
+        ip_address="",
+        timestamp=now,
+        message=f"goes on from snapshot {origin.snapshot} of VM {origin.vm}",
+        labels=after.labels,
+        snapshot=origin.snapshot,
     )

@@ -78,9 +78,31 @@ class Reason(msgspec.Struct, frozen=True):
     """The last lines of the serial console."""
 
 
+class Origin(msgspec.Struct, frozen=True):
+    """Of which guest a VM began as a copy."""
+
+    kind: Literal["snapshot", "fork"]
+    vm: str
+    """Its name then."""
+    vm_id: int
+    snapshot: str | None = None
+    """The name of the snapshot; null for a fork."""
+    paused_ms: float | None = None
+    """For how long that guest stood still; null until it is known."""
+
+
 RestartPolicy = Literal["never", "on-failure", "always"]
 BootMode = Literal["auto", "cold", "template"]
 """`auto`: as a clone of a template where there is one; `template`: as a clone, which may have to be waited for."""
+
+
+FORK, SNAPSHOT = "fork-", "snapshot-"
+"""What the name of a capture begins with, by who keeps it."""
+
+
+def is_capture(template: str) -> bool:
+    """Whether what a boot goes on from was captured of another VM, and is no template."""
+    return template.startswith((FORK, SNAPSHOT))
 
 
 KernelCmdline = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": 1024})]
@@ -161,9 +183,16 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     image: str | None = None
     """Digest of the boot image of the newest boot."""
     template: str | None = None
-    """Digest of the template that the newest boot goes on from; None: it is a cold one."""
+    """What the newest boot goes on from: the digest of a template, or `capture`; None: it is a cold one."""
     fallback: Reason | None = None
     """Why the newest boot is a cold one, although there was a template."""
+    balloon: bool = False
+    """Whether the machine of the newest boot has the device by which freed memory goes back to the host. One that goes
+    on from where it is must have it too."""
+    origin: Origin | None = None
+    """Whose copy it is; None: nobody's."""
+    capture: str | None = None
+    """What its next boot goes on from, until it has run: the name of what was captured of its origin."""
     mark: str = ""
     """Committed before the process is launched; empty once nothing of it is left."""
     process: ProcessIdentity | None = None
@@ -209,7 +238,7 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int
     boots: int
     boot: BootMode
-    booted_from: Literal["cold", "template"] | None
+    booted_from: Literal["cold", "template", "snapshot", "fork"] | None
     """The newest boot; None before there was one."""
     fallback: Reason | None
     """Why it is a cold one, although it began as a clone of a template."""
@@ -217,6 +246,8 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     created_at: Time
     updated_at: Time
     started_at: Time | None
+    origin: Origin | None = None
+    """Of which guest it began as a copy; null: of none."""
 
 
 def view(row: VmRow) -> VmView:
@@ -243,10 +274,19 @@ def view(row: VmRow) -> VmView:
         restarts=row.restarts,
         boots=row.boots,
         boot=row.boot,
-        booted_from=None if not row.boots else "cold" if row.template is None else "template",
+        booted_from=_booted_from(row),
         fallback=row.fallback,
+        origin=row.origin,
         disk="overlay" if row.layer else "none",
         created_at=row.created_at,
         updated_at=row.updated_at,
         started_at=row.started_at,
     )
+
+
+def _booted_from(row: VmRow) -> Literal["cold", "template", "snapshot", "fork"] | None:
+    if not row.boots:
+        return None
+    if row.template is None:
+        return "cold"
+    return row.origin.kind if row.origin is not None and is_capture(row.template) else "template"

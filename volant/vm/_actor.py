@@ -9,13 +9,14 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import trio
 
-from actors import Actor, ActorDown, AskTimeout, MailboxFull, TaskHandle, handles
+from actors import Actor, ActorDown, AskTimeout, Deferred, MailboxFull, TaskHandle, handles
 from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.host import ProcessGone
-from volant.hypervisor import HypervisorError, LaunchFailed
+from volant.hypervisor import Captured, CaptureFailed, HypervisorError, LaunchFailed
 from volant.journal import AlreadyAnswered, CommitSteps, Once, StaleRow
 from volant.model import (
     MAX_RESTARTS,
@@ -51,12 +52,15 @@ from volant.model import (
     VerbKind,
     VmRow,
     Woke,
+    check_copyable,
     decide,
     effect_of,
+    is_copyable,
 )
 from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
 from volant.templates.messages import Suspect, Wanted
 
+from ._captures import CAPTURE_S
 from ._console import ConsolePump
 from ._doors import VmDoors
 from ._gate import TURN_S
@@ -72,7 +76,7 @@ from ._steps import (
     told_manifest,
     workload_spec,
 )
-from .messages import Ask, Report
+from .messages import Ask, Capture, Report
 
 _logger = logging.getLogger("volant.vm")
 
@@ -111,6 +115,8 @@ class VmActor(Actor):
         self._history: deque[dict[str, object]] = deque(maxlen=_HISTORY)
         self._process: LiveProcess | None = None
         self._process_task: TaskHandle | None = None
+        self._capture: TaskHandle | None = None
+        """The copy that is being made."""
         self._fresh_mark = ""
         """Of a process to come that nobody can have started yet."""
 
@@ -138,6 +144,32 @@ class VmActor(Actor):
         await self._see(message.verb, message.revisions, message.once)
         return self._row
 
+    @handles(Capture)
+    async def capture(self, message: Capture) -> Deferred[Captured]:
+        deferred = self.ctx.defer(message)
+        try:
+            check_copyable(self._row)
+        except Problem as problem:
+            deferred.fail(problem)
+            return deferred
+        if self._capture is not None and not self._capture.done:
+            deferred.fail(CaptureFailed("refused", "it is being copied already"))
+        else:
+            self._capture = self.ctx.spawn(self._copy, message.into, deferred, name="capture")
+        return deferred
+
+    async def _copy(self, into: Path, deferred: Deferred[Captured]) -> None:
+        """Copy the guest; cancelled when it is to be something else."""
+        try:
+            with trio.fail_after(2 * CAPTURE_S):
+                deferred.reply(await self._live().capture(into, CAPTURE_S))
+        except CaptureFailed as error:
+            deferred.fail(error)
+        except (AgentUnreachable, HypervisorError, trio.TooSlowError) as error:
+            deferred.fail(CaptureFailed("refused", str(error) or "the hypervisor does not answer"))
+        finally:
+            deferred.fail(CaptureFailed("refused", "the VM was to be something else, or its guest has ended"))
+
     @handles(Report)
     async def report(self, message: Report) -> None:
         current = message.effect == self._effect if message.effect is not None else message.mark == self._row.mark
@@ -149,7 +181,7 @@ class VmActor(Actor):
     def _tell_builder(self, before: VmRow, after: VmRow) -> None:
         """What a boot says of templates: one that should be there, one that served, one that did not."""
         doors = self._doors
-        if before.status is not Status.STARTING:
+        if before.status is not Status.STARTING or before.capture is not None:
             return
         failed = after.fallback if after.status is Status.STARTING else after.reason
         if after.status is Status.RUNNING:
@@ -188,6 +220,7 @@ class VmActor(Actor):
             "step": self._inspect_step(),
             "turn": self._doors.gate.inspect(self._vm_id) or self._doors.clone_gate.inspect(self._vm_id),
             "template": self._row.template,
+            "being_copied": self._capture is not None and not self._capture.done,
             "restarts": {"policy": self._row.restart_policy, "done": self._row.restarts, "limit": MAX_RESTARTS},
             "history": list(self._history),
             "process": None if process is None else process.inspect(),
@@ -315,10 +348,16 @@ class VmActor(Actor):
         before = self._step
         if before is not None:
             before.cancel()
+        copying = self._capture
+        if copying is not None and not is_copyable(self._row):
+            # What is wanted now begins once the guest goes on.
+            copying.cancel()
         self._effect = wanted
         self._step_began = trio.current_time()
         self._step = (
-            None if wanted is None else self.ctx.spawn(self._perform, wanted, before, name=type(wanted).__name__)
+            None
+            if wanted is None
+            else self.ctx.spawn(self._perform, wanted, (before, copying), name=type(wanted).__name__)
         )
 
     def _leave_gates(self) -> None:
@@ -392,12 +431,13 @@ class VmActor(Actor):
 
     # The steps
 
-    async def _perform(self, effect: Effect, before: TaskHandle | None) -> None:
-        """Run one step, after the one before it has ended, and report what comes of it. What must be gone and is not,
+    async def _perform(self, effect: Effect, before: tuple[TaskHandle | None, ...]) -> None:
+        """Run one step, after what was under way has ended, and report what comes of it. What must be gone and is not,
         or must go on and does not, is tried again, and so is what the daemon, which drains anew, does not let begin:
         for as long as that is the step that the VM needs."""
-        if before is not None:
-            await before.wait()
+        for task in before:
+            if task is not None:
+                await task.wait()
         pause_s = _AGAIN_S
         while True:
             try:
@@ -414,11 +454,16 @@ class VmActor(Actor):
     async def _outcome(self, effect: Effect, row: VmRow) -> Seen:
         match effect:
             case PrepareImage():
-                image, template = await prepare_boot(self._doors, row)
+                image, template, origin = await prepare_boot(self._doors, row)
                 await (self._doors.gate if template is None else self._doors.clone_gate).enter(row.id)
                 socket = machine_spec(self._doors.settings, row, "tcg").console_socket_path
                 mark = self._fresh_mark = mark_of(self._doors.instance, row)
-                return ImageReady(image, mark, str(socket), template)
+                # A copy has what its origin had; what becomes a template has none, and so its clones have none.
+                if row.capture is not None:
+                    balloon = row.balloon
+                else:
+                    balloon = template is None and self._doors.settings.return_memory
+                return ImageReady(image, mark, str(socket), template, origin, balloon)
             case Launch(mark):
                 return await self._launch(mark)
             case AwaitAgent():

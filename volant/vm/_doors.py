@@ -12,6 +12,7 @@ from volant.images import BootMedia
 from volant.journal import Journal, Store, VmLogs
 from volant.templates import Templates, TemplateStore
 
+from ._captures import Captures
 from ._gate import CLONES_AT_ONCE, BootGate
 from ._process import LiveProcess
 
@@ -28,10 +29,14 @@ class VmSettings:
     """Where VMs' layers over their root filesystems lie; as durable as the database."""
     template_dir: Path
     """Where templates lie."""
+    snapshot_dir: Path
+    """Where snapshots lie; as durable as the database."""
     kernel: Path | None = None
     initramfs: Path | None = None
     """Instead of the built image's, where a plugin brings none."""
     max_vms: int | None = None
+    return_memory: bool = True
+    """Whether what a guest frees goes back to the host, where its memory is its own."""
     image_timeout_s: float = 300.0
     launch_timeout_s: float = 30.0
     agent_timeout_s: float = 120.0
@@ -51,6 +56,7 @@ class VmDoors:
     templates: TemplateStore
     builder: Ref[Templates]
     """Of templates."""
+    captures: Captures
     settings: VmSettings
     instance: str
     """Names this daemon's state directory in the marks of its processes, so that two daemons never mix up theirs."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,7 +30,7 @@ from volant.channel import (
     open_channel,
 )
 from volant.host import Host
-from volant.hypervisor import STANDS_STILL, Hypervisor, HypervisorError, Machine, MachineSpec
+from volant.hypervisor import STANDS_STILL, Captured, CaptureFailed, Hypervisor, HypervisorError, Machine, MachineSpec
 from volant.journal import VmLog
 from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
 from volant.model.agent import (
@@ -193,6 +194,15 @@ class LiveProcess:
         self.stands_still = yes
         if self._channel is not None:
             self._channel.stand_still(yes)
+
+    async def capture(self, into: Path, timeout_s: float) -> Captured:
+        """Copy the guest into an empty directory; who talks to it waits for a moment. Raises HypervisorError."""
+        machine = await self.machine()
+        with trio.move_on_after(_OPEN_S):
+            await self._opened.wait()
+        if self._channel is None:
+            raise CaptureFailed("refused", "the channel to the guest is not open")
+        return await machine.capture(into, hold=self._channel.hold, timeout_s=timeout_s)
 
     async def set_clock(self) -> None:
         """Tell a guest that has stood still what time it is. An agent that is too old for it is left alone.

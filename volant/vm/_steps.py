@@ -16,11 +16,12 @@ import msgspec
 
 from actors import ActorDown, AskTimeout
 from volant import images
-from volant.hypervisor import AcceleratorName, Disk, LaunchFailed, MachineSpec
-from volant.model import Artifact, Boot, Manifest, Problem, VmRow
+from volant.hypervisor import AcceleratorName, Disk, LaunchFailed, MachineSpec, Template
+from volant.model import Artifact, Boot, Manifest, Origin, Problem, VmRow, is_capture
 from volant.templates import Blueprint, Found, Recipe, Told, template_at
 from volant.templates.messages import Build
 
+from ._captures import MEMORY, STATE, CaptureLost, capture_at
 from ._doors import VmDoors, VmSettings
 
 CUSTOM_IMAGE = "custom"
@@ -44,7 +45,9 @@ class Prepared(NamedTuple):
     image: str
     """The digest of the built image, `CUSTOM_IMAGE` where it is not used."""
     template: str | None
-    """The digest of the template that it goes on from."""
+    """The digest of the template, or the name of the capture, that it goes on from."""
+    origin: Origin | None = None
+    """What is known now of whose copy it is."""
 
 
 async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
@@ -52,8 +55,11 @@ async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
 
     :raises StepError: `image_missing`, `image_failed`, `memory_too_small`; `media_missing`, `media_unreachable`,
         `media_mismatch`, `media_too_large`, `media_timeout`, `cache_full`, `cache_unwritable`, `io_error`;
-        `disk_missing`, `disk_failed`; `template_failed`.
+        `disk_missing`, `disk_failed`; `template_failed`; `capture_failed`, `capture_gone`, `capture_damaged`,
+        `capture_unfit`.
     """
+    if row.capture is not None:
+        return await _prepare_copy(doors, row, row.capture)
     digest = await prepare_media(doors, row)
     disk = root_disk(doors.settings, row)
     if disk is None:
@@ -61,6 +67,24 @@ async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
     else:
         template = await _prepare_layer(doors, row, disk, digest)
     return Prepared(digest, None if template is None else template.digest)
+
+
+async def _prepare_copy(doors: VmDoors, row: VmRow, capture: str) -> Prepared:
+    """What goes on from a capture has the image that its origin has booted, and a copy of its layer."""
+    try:
+        found = await doors.captures.find(capture)
+    except CaptureLost as error:
+        raise StepError(error.code, str(error)) from error
+    digest = row.image or CUSTOM_IMAGE
+    if digest != CUSTOM_IMAGE and images.load(doors.settings.cache_dir, digest) is None:
+        raise StepError("image_missing", f"the image {digest[:12]}, which its origin booted, is gone from the cache")
+    disk = root_disk(doors.settings, row)
+    if disk is not None:
+        if row.manifest.boot is not None and row.manifest.boot.rootfs is not None:
+            await _obtain(doors, row.manifest.boot.rootfs)
+        await _make_layer(doors, disk, found.layer)
+    origin = None if row.origin is None else msgspec.structs.replace(row.origin, paused_ms=found.paused_ms)
+    return Prepared(digest, capture, origin)
 
 
 async def prepare_media(doors: VmDoors, row: VmRow) -> str:
@@ -117,14 +141,18 @@ async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> 
             "disk_missing", f"the VM's disk {disk.layer} is gone; put it back, or delete the VM and create it anew"
         )
     template = await _find_template(doors, row, image)
+    await _make_layer(doors, disk, None if template is None else template.layer)
+    return template
+
+
+async def _make_layer(doors: VmDoors, disk: Disk, like: Path | None) -> None:
     try:
         await doors.host.mkdir(disk.layer.parent)
-        await doors.hypervisor.make_layer(disk, None if template is None else template.layer)
+        await doors.hypervisor.make_layer(disk, like)
     except LaunchFailed as error:
         raise StepError("disk_failed", str(error)) from error
     except OSError as error:
         raise StepError("disk_failed", f"the directory of the VM's disk can't be made: {error}") from error
-    return template
 
 
 async def _find_template(doors: VmDoors, row: VmRow, image: str) -> Found | None:
@@ -246,8 +274,17 @@ def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName)
         mark=row.mark,
         accelerator=accelerator,
         root=root_disk(settings, row),
-        template=None if row.template is None else template_at(settings.template_dir, row.template),
+        template=None if row.template is None else _source(settings, row.template),
+        balloon=row.balloon,
     )
+
+
+def _source(settings: VmSettings, template: str) -> Template:
+    """Where what a boot goes on from lies."""
+    if not is_capture(template):
+        return template_at(settings.template_dir, template)
+    directory = capture_at(settings.memory_dir, settings.snapshot_dir, template)
+    return Template(directory / MEMORY, directory / STATE)
 
 
 def _medium(settings: VmSettings, artifact: Artifact | None) -> Path | None:

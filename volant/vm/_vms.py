@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -26,24 +27,45 @@ from actors import (
 )
 from volant import images
 from volant.channel import AgentClient
-from volant.journal import AdoptRow, CommitSteps, CreateRow, EndDrain, EventGap, Once, SetDrain
+from volant.hypervisor import Captured
+from volant.journal import (
+    AdoptRow,
+    BeginSnapshot,
+    CommitSteps,
+    CreateRow,
+    EndDrain,
+    EventGap,
+    ForkRow,
+    Once,
+    RestoreRow,
+    SetDrain,
+)
 from volant.model import (
+    FORK,
+    SNAPSHOT,
     BuildTemplate,
     CreateVm,
     Desired,
     EventId,
+    ForkVm,
     Problem,
     Reason,
+    RestoreVm,
+    Snapshot,
     Status,
     Step,
+    TakeSnapshot,
     TemplateView,
     Verb,
     VerbKind,
+    VmMemory,
     VmRow,
+    check_copyable,
     draining,
     invalid,
     name_taken,
     new_row,
+    no_such_snapshot,
     no_such_vm,
     settled,
     view,
@@ -51,12 +73,14 @@ from volant.model import (
 from volant.templates.messages import Build, ListTemplates, RemoveTemplate
 
 from ._actor import VmActor
+from ._captures import CAPTURE_S, CaptureLost
 from ._doors import VmDoors
+from ._memory import measure
 from ._orphans import Orphan, find_orphans, kill_orphan, steps_to_adopt
 from ._process import LiveProcess
 from ._serial import SerialConsole
 from ._steps import StepError, blueprint_of, prepare_media, uses_image
-from .messages import Ask
+from .messages import Ask, Capture
 
 R = TypeVar("R")
 _logger = logging.getLogger("volant.vm")
@@ -108,17 +132,107 @@ class Vms:
         if self.doors.store.projection.get(request.name) is not None:
             # Room would not help.
             raise name_taken(request.name)
-        self._admit(request.memory_mb)
-        # Counted at once, as others ask while the journal writes.
-        self._creating.append(request.memory_mb)
-        try:
+        with self._making(request.memory_mb):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
                 row = await self._journal(CreateRow(request, once))
                 await self._actor(row)
                 return row
-        finally:
-            self._creating.remove(request.memory_mb)
         raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
+
+    async def restore(self, request: RestoreVm, *, once: Once | None = None) -> VmRow:
+        """Make a VM that goes on from a snapshot; durable when this returns. A caller that is cancelled meanwhile
+        cancels nothing.
+
+        :raises Problem: 400 the request, 404 no such snapshot, 409 name taken, or it is not ready, 503 no capacity or
+            the daemon drains.
+        :raises AlreadyAnswered: the request came before, and its VM was made then.
+        """
+        snapshot = self.doors.store.projection.snapshots.get(request.from_snapshot)
+        if snapshot is None:
+            raise no_such_snapshot(request.from_snapshot, field="from_snapshot")
+        if self.doors.store.projection.get(request.name) is not None:
+            raise name_taken(request.name)
+        with self._making(snapshot.vm.memory_mb):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
+                row = await self._journal(RestoreRow(request, once))
+                await self._actor(row)
+                return row
+        raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
+
+    async def fork(self, name: str, request: ForkVm, *, once: Once | None = None) -> tuple[VmRow, ...]:
+        """Make VMs that go on from where this one is; durable when this returns. It goes on itself, and they begin a
+        moment later. A caller that is cancelled meanwhile cancels nothing.
+
+        :raises Problem: 400 the request, 404, 409 it is neither running nor paused, or a name is taken, 503 no
+            capacity, others are being copied, or the daemon drains.
+        :raises AlreadyAnswered: the request came before, and its VMs were made then.
+        """
+        row = self._row(name)
+        check_copyable(row)
+        captures = self.doors.captures
+        with self._making(row.memory_mb, len(request.names or ()) or request.count or 1):
+            turn = captures.enter(row, FORK)
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
+                try:
+                    copies = await self._journal(ForkRow(row.id, request, turn.name, once))
+                except BaseException:
+                    captures.leave(turn)
+                    raise
+                captures.start_fork(turn, partial(self._capture, row))
+                for copy in copies:
+                    await self._actor(copy)
+                return copies
+        raise Problem(503, "journal-slow", "the VMs were not made in time; they may still appear", vm=name)
+
+    async def take_snapshot(self, name: str, request: TakeSnapshot, *, once: Once | None = None) -> Snapshot:
+        """Copy a VM as it is now, and keep that; all of it is on the disk when this returns. A caller that is cancelled
+        meanwhile cancels nothing.
+
+        :raises Problem: 400 the request, 404, 409 it is neither running nor paused, the name is taken, or it could not
+            be copied, 503 no capacity, or others are being copied.
+        :raises AlreadyAnswered: the request came before, and its snapshot was made then.
+        """
+        row = self._row(name)
+        check_copyable(row)
+        captures = self.doors.captures
+        turn = captures.enter(row, SNAPSHOT)
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
+            try:
+                begun = await self._journal(BeginSnapshot(row.id, request, turn.id))
+            except BaseException:
+                captures.leave(turn)
+                raise
+            captures.start_snapshot(turn, begun, partial(self._capture, row), once)
+        try:
+            await turn.over()
+        except CaptureLost as error:
+            raise Problem(503, "snapshot-failed", f"there is no snapshot: {error}", vm=name) from error
+        snapshot = self.doors.store.projection.snapshots.get(begun.name)
+        if snapshot is None or snapshot.id != begun.id:
+            raise no_such_snapshot(begun.name)
+        return snapshot
+
+    async def remove_snapshot(self, name: str) -> None:
+        """Remove a snapshot; VMs that went on from it keep what they have.
+
+        :raises Problem: 404; 409 a VM has yet to go on from it, or it is being made; 503.
+        """
+        snapshot = self.doors.store.projection.snapshots.get(name)
+        if snapshot is None:
+            raise no_such_snapshot(name)
+        if snapshot.status != "ready":
+            raise Problem(
+                409, "snapshot-not-ready", f"snapshot {name!r} is being made", hint="try again once it is `ready`"
+            )  # fmt: skip
+        try:
+            await self.doors.captures.remove(snapshot)
+        except OSError as error:
+            raise Problem(503, "snapshot-not-removed", f"files of the snapshot can't be removed: {error}") from error
+
+    async def _capture(self, row: VmRow, into: Path) -> Captured:
+        """Have the actor of a VM copy it. Raises CaptureFailed, Problem, ActorDown, AskTimeout."""
+        ref = await self._actor(row)
+        return await ref.ask(Capture(into), timeout_s=3 * CAPTURE_S)
 
     async def verb(
         self, name: str, verb: Verb, *, only_at: Collection[Version] | None = None, once: Once | None = None
@@ -285,6 +399,13 @@ class Vms:
             )  # fmt: skip
         return row, live.console
 
+    async def memory(self, name: str) -> VmMemory:
+        """What a VM takes of memory, measured now. :raises Problem: 404, 409 it has no process, 503."""
+        row = self._row(name)
+        live = self._live(row.id)
+        answers = row.status is Status.RUNNING and live is not None and live.incompatible is None
+        return await measure(self.doors.host, row, live.client if live is not None and answers else None)
+
     def inspect(self, name: str) -> Mapping[str, object]:
         """What is known of a VM for those who look for a fault. :raises Problem: 404."""
         row = self._row(name)
@@ -425,6 +546,21 @@ class Vms:
             raise invalid(
                 "memory_mb", f"memory_mb {memory_mb} is too little: the boot image needs at least {image.min_memory_mb}"
             )
+
+    @contextmanager
+    def _making(self, memory_mb: int, count: int = 1) -> Iterator[None]:
+        """The block in which so many VMs of that size get their rows. :raises Problem: 503 the host has no room."""
+        made: list[int] = []
+        try:
+            for _ in range(count):
+                self._admit(memory_mb)
+                # Counted at once, as others ask while the journal writes.
+                self._creating.append(memory_mb)
+                made.append(memory_mb)
+            yield
+        finally:
+            for each in made:
+                self._creating.remove(each)
 
     def _admit(self, memory_mb: int, *, besides: int | None = None) -> None:
         """:raises Problem: 503 when the host has no room for one more VM of that size, or all are being deleted."""

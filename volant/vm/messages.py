@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from actors import Request
+from volant.hypervisor import Captured, CaptureFailed
 from volant.journal import AlreadyAnswered, Once
 from volant.model import Effect, Problem, Seen, Verb, VmRow
 
@@ -23,6 +25,19 @@ class Ask(Request[VmRow]):
     """None: whatever the row is at."""
     once: Once | None = None
     raises = (Problem, AlreadyAnswered)
+
+
+@dataclass(frozen=True, slots=True)
+class Capture(Request[Captured]):
+    """Copy the guest into an empty directory; it stands still for a moment, or goes on doing so. A verb that wants it
+    to be something else ends that.
+
+    :raises Problem: 409 there is no guest that runs or is paused, or it is to be something else.
+    :raises CaptureFailed: there is no copy. The directory is the caller's to remove.
+    """
+
+    into: Path
+    raises = (Problem, CaptureFailed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,67 @@
+"""`/api/v1/snapshots`, and those of a VM: copies of guests that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from urllib.parse import quote
+
+from quart import Response
+from quart_trio import QuartTrio
+
+from volant.journal import Answer, Once
+from volant.model import Snapshot, TakeSnapshot, check_take, no_such_snapshot, snapshot_view
+
+from ._body import Nothing, read_body
+from ._doors import Doors
+from ._idempotency import Repeats, answer_of
+from ._json import empty_response, json_response
+from ._params import no_query, vm_row
+
+
+def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
+    """The routes of this resource."""
+
+    @app.post("/api/v1/vms/<name>/snapshots")
+    async def take_snapshot(name: str) -> Response:
+        no_query()
+        wanted = await read_body(TakeSnapshot)
+        check_take(wanted)
+
+        async def take(once: Once | None) -> Snapshot:
+            return await doors.vms.take_snapshot(vm_row(doors, name).name, wanted, once=once)
+
+        return (await repeats.answer(wanted, take, _made)).response()
+
+    @app.get("/api/v1/vms/<name>/snapshots")
+    async def list_snapshots_of_vm(name: str) -> Response:
+        no_query()
+        vm_id = vm_row(doors, name).id
+        return _list(one for one in doors.store.projection.snapshots.values() if one.vm.id == vm_id)
+
+    @app.get("/api/v1/snapshots")
+    async def list_snapshots() -> Response:
+        no_query()
+        return _list(doors.store.projection.snapshots.values())
+
+    @app.get("/api/v1/snapshots/<snapshot>")
+    async def get_snapshot(snapshot: str) -> Response:
+        no_query()
+        found = doors.store.projection.snapshots.get(snapshot)
+        if found is None:
+            raise no_such_snapshot(snapshot)
+        return json_response(snapshot_view(found))
+
+    @app.delete("/api/v1/snapshots/<snapshot>")
+    async def remove_snapshot(snapshot: str) -> Response:
+        no_query()
+        await read_body(Nothing)
+        await doors.vms.remove_snapshot(snapshot)
+        return empty_response(204)
+
+
+def _list(snapshots: Iterable[Snapshot]) -> Response:
+    return json_response([snapshot_view(one) for one in sorted(snapshots, key=lambda one: (one.created_at, one.name))])
+
+
+def _made(snapshot: Snapshot) -> Answer:
+    return answer_of(snapshot_view(snapshot), 201, Location=f"/api/v1/snapshots/{quote(snapshot.name)}")

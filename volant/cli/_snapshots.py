@@ -1,0 +1,146 @@
+"""`volar snapshots`, and what of `volar vms` makes copies of a VM."""
+
+from __future__ import annotations
+
+import click
+
+from volant.model import MAX_COPIES, ForkVm, SnapshotView, TakeSnapshot
+
+from ._complete import snapshot_names, vm_names
+from ._output import Output
+from ._run import FAILED, TIMED_OUT, Duration, Pair, Session, command
+from ._text import safe, span
+from ._vms_group import group as vms_group
+from ._vms_group import name_argument
+
+_WAIT_S = 120.0
+
+
+@click.group(name="snapshots")
+def group() -> None:
+    """Look at snapshots of VMs, or remove them.
+
+    `volar vms snapshot` takes one, `volar vms create --from-snapshot` makes a VM of it.
+    """
+
+
+snapshot_argument = click.argument("snapshot", shell_complete=snapshot_names)
+
+
+@command(group, "list")
+@click.option("--vm", shell_complete=vm_names, help="Only those of this VM.")
+async def list_(session: Session, vm: str | None) -> None:
+    """List snapshots, also those of VMs that are gone."""
+    snapshots = await session.client.snapshots.list(vm)
+    if session.out.json:
+        session.out.document(snapshots)
+        return
+    rows = [
+        (
+            each.name,
+            each.status,
+            each.vm,
+            each.plugin,
+            each.cpu_cores,
+            f"{each.memory_mb} MiB",
+            f"{each.size_bytes / 2**20:.0f}",
+            f"{each.created_at:%Y-%m-%d %H:%M:%S}",
+            each.description,
+        )
+        for each in snapshots
+    ]
+    session.out.table(("NAME", "STATUS", "VM", "PLUGIN", "CPUS", "MEMORY", "SIZE_MB", "CREATED", "DESCRIPTION"), rows)
+
+
+@command(group, "show")
+@snapshot_argument
+async def show(session: Session, snapshot: str) -> None:
+    """Show one snapshot."""
+    _show(session.out, await session.client.snapshots.get(snapshot))
+
+
+@command(group, "remove")
+@snapshot_argument
+async def remove(session: Session, snapshot: str) -> None:
+    """Remove a snapshot. VMs that were made from it go on."""
+    await session.client.snapshots.remove(snapshot)
+    if session.out.json:
+        session.out.document({"snapshot": snapshot, "removed": True})
+    else:
+        session.out.line(f"snapshot {safe(snapshot)} is removed")
+
+
+@command(vms_group, "snapshot")
+@name_argument
+@click.option("--name", "as_name", help="What it is called; default: the VM's name and the time.")
+@click.option("--description", default="", help="What it is good for.")
+@click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
+async def snapshot_(
+    session: Session, name: str, as_name: str | None, description: str, labels: tuple[tuple[str, str], ...]
+) -> None:
+    """Keep a VM as it is now: memory, devices and disk. It goes on, after a moment in which it stands still."""
+    wanted = TakeSnapshot(name=as_name, description=description, labels=dict(labels))
+    taken = await session.client.snapshots.take(name, wanted)
+    if session.out.json:
+        session.out.document(taken)
+    else:
+        session.out.line(
+            f"snapshot {safe(taken.name)} of {safe(taken.vm)} is ready: {taken.size_bytes / 2**20:.0f} MiB, "
+            f"the guest stood still for {taken.paused_ms or 0:.0f} ms"
+        )
+
+
+@command(vms_group, "fork")
+@name_argument
+@click.option("-n", "--count", type=click.IntRange(1, MAX_COPIES), help="How many copies; default 1.")
+@click.option("--as", "names", multiple=True, metavar="NAME", help="What a copy is called; may be repeated.")
+@click.option("--wait", is_flag=True, help="Wait until all of them run.")
+@click.option(
+    "--timeout", type=Duration(), default=_WAIT_S, show_default="2m", help="How long to wait: 500ms, 10s, 2m, …"
+)
+async def fork(
+    session: Session, name: str, count: int | None, names: tuple[str, ...], wait: bool, timeout: float
+) -> int:
+    """Make VMs that go on from where this one is, which goes on, too.
+
+    They have its memory and its disk, and names and ids of their own.
+    """
+    copies = await session.client.vms.fork(name, ForkVm(count=count, names=list(names) or None))
+    code = 0
+    if wait:
+        shown = []
+        for copy in copies:
+            waited = await session.client.vms.wait(copy.name, timeout_s=timeout)
+            shown.append(waited.vm or copy)
+            if waited.outcome != "met":
+                code = max(code, TIMED_OUT if waited.outcome == "timeout" else FAILED)
+        copies = shown
+    if session.out.json:
+        session.out.document(copies)
+        return code
+    for copy in copies:
+        why = f": {safe(copy.reason.message)}" if copy.reason is not None else ""
+        session.out.line(f"{safe(copy.name)} is {copy.status}{why}")
+    return code
+
+
+def _show(out: Output, snapshot: SnapshotView) -> None:
+    if out.json:
+        out.document(snapshot)
+        return
+    out.fields(
+        (
+            ("name", snapshot.name),
+            ("status", snapshot.status),
+            ("vm", f"{snapshot.vm} ({snapshot.vm_id})"),
+            ("plugin", snapshot.plugin),
+            ("cpus", snapshot.cpu_cores),
+            ("memory", f"{snapshot.memory_mb} MiB"),
+            ("disk", snapshot.disk),
+            ("size", f"{snapshot.size_bytes / 2**20:.0f} MiB"),
+            ("stood still", "" if snapshot.paused_ms is None else span(snapshot.paused_ms / 1000)),
+            ("created", f"{snapshot.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+            ("description", snapshot.description),
+            ("labels", ", ".join(f"{key}={value}" for key, value in snapshot.labels.items())),
+        )
+    )

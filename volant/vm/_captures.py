@@ -1,0 +1,433 @@
+"""Copies of guests that run: making them, where they lie, and when they go. `docs/explanation/snapshots.md` says why.
+
+A capture is a directory that got its name when it was whole. What a fork needs lies in memory, as `fork-<id>`, and goes
+once no copy has yet to go on from it; a snapshot is brought to the disk, as `snapshot-<id>`. While one is made its
+directory is called `….new`. Rows name all of them before they are there: those of the copies, and that of the snapshot.
+So whoever begins after a daemon that was killed knows what has an owner, and removes the rest.
+
+A directory of a snapshot without a row stays and is listed, as the database may have been put back from a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import trio
+
+from actors import ActorDown, AskTimeout, Ref, Request
+from volant.host import Host
+from volant.hypervisor import Captured, CaptureFailed, Hypervisor
+from volant.journal import AlreadyAnswered, EventGap, FinishSnapshot, Journal, Once, RemoveSnapshot, Store
+from volant.model import FORK, SNAPSHOT, Problem, Snapshot, VmRow, is_copyable, waits_for
+
+AT_ONCE = 2
+"""So many captures are under way at a time."""
+CAPTURE_S = 60.0
+RESERVE_MB = 256
+"""What the host must have beside a copy of a guest's memory, in memory or on its disk."""
+_COPY_S = 300.0
+_COMMIT_S = 60.0
+_CLEAR_S = 20.0
+_AGAIN_S = 1.0
+_AGAIN_MAX_S = 60.0
+MEMORY, STATE, LAYER, RECORD = "memory", "state", "root.qcow2", "capture.json"
+_MAX_RECORD = 1024 * 1024
+_MAX_STATE = 64 * 1024 * 1024
+_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_logger = logging.getLogger("volant.vm")
+
+Take = Callable[[Path], Awaitable[Captured]]
+"""Copies the guest into an empty directory. Raises CaptureFailed, Problem, ActorDown, AskTimeout."""
+
+
+def capture_at(memory_dir: Path, snapshot_dir: Path, capture: str) -> Path:
+    """Where a capture lies, whether or not it is there."""
+    return (snapshot_dir if capture.startswith(SNAPSHOT) else memory_dir) / capture
+
+
+class CaptureLost(Exception):
+    """There is nothing to go on from. `code` is a stable word: `capture_failed`, `capture_gone`, `capture_damaged`,
+    `capture_unfit`. The text is for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What `capture.json` says."""
+
+    version: int = 1
+    hypervisor: str
+    """What a machine that goes on from it must have in common with it; see `Hypervisor.fingerprint`."""
+    state_sha256: str
+    fingerprints: dict[str, str]
+    """By the names of the files: as they were when all of it was there."""
+    paused_ms: float
+    size_bytes: int
+    """Room that it takes."""
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A capture that may be used now."""
+
+    layer: Path | None
+    """To be copied."""
+    paused_ms: float
+
+
+@dataclass(eq=False)
+class Turn:
+    """One capture that is to be made, or is being made."""
+
+    vm: VmRow
+    name: str
+    done: trio.Event = field(default_factory=trio.Event)
+    failure: Exception | None = None
+
+    @property
+    def id(self) -> str:
+        return self.name.partition("-")[2]
+
+    def fail(self, failure: Exception) -> None:
+        self.failure = self.failure or failure
+
+    async def over(self) -> None:
+        """Wait for its end. Raises what it came to, if that is nothing."""
+        await self.done.wait()
+        if self.failure is not None:
+            raise self.failure
+
+
+class Captures:
+    """The captures of one daemon."""
+
+    def __init__(
+        self,
+        host: Host,
+        store: Store,
+        journal: Ref[Journal],
+        hypervisor: Hypervisor,
+        *,
+        memory_dir: Path,
+        snapshot_dir: Path,
+    ) -> None:
+        self._host = host
+        self._store = store
+        self._journal = journal
+        self._hypervisor = hypervisor
+        self._memory_dir = memory_dir
+        self.snapshot_dir = snapshot_dir
+        self._nursery: trio.Nursery | None = None
+        self._turns: dict[str, Turn] = {}
+        """By the names of the captures."""
+        self._known: set[Path] = set()
+        """Those whose `state` has been read and was right."""
+
+    async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Make captures, for ever, after what an earlier life has left is removed. Raises OSError."""
+        async with trio.open_nursery() as nursery:
+            await self._sweep(nursery)
+            self._nursery = nursery
+            try:
+                task_status.started()
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
+
+    def at(self, capture: str) -> Path:
+        """Where a capture lies, whether or not it is there."""
+        return capture_at(self._memory_dir, self.snapshot_dir, capture)
+
+    def inspect(self) -> list[dict[str, object]]:
+        """Those under way, ready for JSON."""
+        return [{"capture": turn.name, "vm": turn.vm.name} for turn in self._turns.values()]
+
+    # Making them
+
+    def enter(self, vm: VmRow, kind: str) -> Turn:
+        """Have the turn of a capture of `vm`, which ends with `leave`, or with what is started with it.
+
+        :raises Problem: 503 too many are under way, or the host has no room for it.
+        """
+        if self._nursery is None:
+            raise _busy("captures are not made at present", vm)
+        if any(turn.vm.id == vm.id for turn in self._turns.values()):
+            raise _busy(f"VM {vm.name!r} is being copied already", vm)
+        if len(self._turns) >= AT_ONCE:
+            raise _busy(f"{len(self._turns)} VMs are being copied", vm)
+        available = self._host.memory_available_mb() - sum(turn.vm.memory_mb for turn in self._turns.values())
+        if available < vm.memory_mb + RESERVE_MB:
+            raise Problem(
+                503, "no-capacity",
+                f"a copy of VM {vm.name!r} needs up to {vm.memory_mb} MiB of memory, and {max(0, available)} are left",
+                vm=vm.name, hint="stop or delete a VM",
+            )  # fmt: skip
+        turn = Turn(vm, f"{kind}{self._host.new_id()[:12]}")
+        self._turns[turn.name] = turn
+        return turn
+
+    def leave(self, turn: Turn) -> None:
+        """It is over, or was never used."""
+        self._turns.pop(turn.name, None)
+        turn.done.set()
+
+    def start_fork(self, turn: Turn, take: Take) -> None:
+        """Make what copies go on from, whose rows are committed, and remove it once they have."""
+        self._start(turn, partial(self._fork, turn, take))
+
+    def start_snapshot(self, turn: Turn, snapshot: Snapshot, take: Take, once: Once | None) -> None:
+        """Make the files of a snapshot, whose row is committed, and commit that it is ready."""
+        self._start(turn, partial(self._snapshot, turn, snapshot, take, once))
+
+    def _start(self, turn: Turn, job: Callable[[], Awaitable[None]]) -> None:
+        if self._nursery is None:
+            turn.fail(CaptureLost("capture_failed", "captures are not made at present"))
+            self.leave(turn)
+            return
+        self._nursery.start_soon(self._run, turn, job)
+
+    async def _run(self, turn: Turn, job: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await job()
+        except trio.Cancelled:
+            turn.fail(CaptureLost("capture_failed", "the daemon stopped before the copy was made"))
+            raise
+        finally:
+            self.leave(turn)
+
+    async def _fork(self, turn: Turn, take: Take) -> None:
+        path = self.at(turn.name)
+        fresh = _fresh(path)
+        try:
+            captured = await self._take(turn, take, fresh)
+            await self._write_record(fresh, captured)
+            await self._host.put_in_place(fresh, path)
+        except (CaptureLost, OSError) as error:
+            lost = error if isinstance(error, CaptureLost) else CaptureLost("capture_failed", _unwritable(error))
+            _logger.warning("VM %s is not forked: %s", turn.vm.name, lost, extra={"vm": turn.vm.name})
+            turn.fail(lost)
+            await self._clear(fresh)
+            return
+        finally:
+            self.leave(turn)
+        await self._remove_once_used(turn.name)
+
+    async def _snapshot(self, turn: Turn, snapshot: Snapshot, take: Take, once: Once | None) -> None:
+        path = self.at(turn.name)
+        passing, fresh = _fresh(self._memory_dir / turn.name), _fresh(path)
+        try:
+            captured = await self._take(turn, take, passing)
+            size = captured.memory_bytes + captured.state_bytes + captured.layer_bytes
+            await self._host.mkdir(fresh)
+            if self._host.free_space(self.snapshot_dir) < size + RESERVE_MB * 2**20:
+                raise CaptureLost("capture_failed", f"the disk has no room for {size // 2**20} MiB more")
+            for name in _names(captured):
+                await self._copy(passing / name, fresh / name)
+            record = await self._write_record(fresh, captured)
+            await self._host.put_in_place(fresh, path)
+            await self._host.remove_tree(passing)
+            await self._ask(FinishSnapshot(snapshot.name, snapshot.id, record.paused_ms, record.size_bytes, once))
+        except (CaptureLost, AlreadyAnswered, Problem, OSError) as error:
+            lost = CaptureLost("capture_failed", _unwritable(error)) if isinstance(error, OSError) else error
+            _logger.warning("VM %s has no snapshot %s: %s", turn.vm.name, snapshot.name, lost)
+            turn.fail(lost)
+            await self._clear(passing)
+            await self._undo(snapshot)
+
+    async def _take(self, turn: Turn, take: Take, into: Path) -> Captured:
+        """:raises CaptureLost: :raises OSError:"""
+        now = self._store.projection.by_id(turn.vm.id)
+        if now is None or not is_copyable(now) or now.process != turn.vm.process:
+            raise CaptureLost("capture_failed", f"VM {turn.vm.name!r} has changed before it was copied")
+        await self._host.mkdir(into)
+        try:
+            return await take(into)
+        except CaptureFailed as error:
+            raise CaptureLost("capture_failed", f"VM {turn.vm.name!r} was not copied: {error.message}") from error
+        except Problem as error:
+            raise CaptureLost("capture_failed", error.detail) from error
+        except (ActorDown, AskTimeout) as error:
+            raise CaptureLost("capture_failed", f"VM {turn.vm.name!r} was not copied: {error}") from error
+
+    async def _copy(self, source: Path, target: Path) -> None:
+        """Onto the disk, without pages of zeros, in a process of its own, as it is a lot to look at.
+
+        :raises CaptureLost: :raises OSError:
+        """
+        part = target.with_name(f"{target.name}.part")
+        command = ["cp", "--sparse=always", "--", str(source), str(part)]
+        try:
+            status, said = await self._host.run_program(command, env=_ENVIRONMENT, cwd=target.parent, timeout_s=_COPY_S)
+        except trio.TooSlowError:
+            raise CaptureLost("capture_failed", f"the disk did not take the copy within {_COPY_S:g} s") from None
+        if status != 0:
+            raise CaptureLost("capture_failed", f"the copy can't be written: {said.decode(errors='replace')[-300:]}")
+        await self._host.put_in_place(part, target)
+
+    async def _write_record(self, directory: Path, captured: Captured) -> Record:
+        host, names = self._host, _names(captured)
+        state = await host.read_bytes(directory / STATE, _MAX_STATE)
+        record = Record(
+            hypervisor=await self._hypervisor.fingerprint(),
+            state_sha256=hashlib.sha256(state).hexdigest(),
+            fingerprints={name: host.fingerprint(directory / name) for name in names},
+            paused_ms=round(captured.paused_s * 1000, 3),
+            size_bytes=sum(host.disk_usage(directory / name) for name in names),
+        )
+        await host.write_bytes(directory / RECORD, msgspec.json.format(msgspec.json.encode(record)))
+        return record
+
+    # Using them
+
+    async def find(self, capture: str) -> Found:
+        """A capture that a VM is to go on from, checked just now; one that is being made is waited for.
+
+        :raises CaptureLost:
+        """
+        turn = self._turns.get(capture)
+        if turn is not None:
+            try:
+                await turn.over()
+            except Problem as error:
+                raise CaptureLost("capture_failed", error.detail) from error
+        directory = self.at(capture)
+        what = "the snapshot" if capture.startswith(SNAPSHOT) else "the copy of its original"
+        if not self._host.exists(directory / RECORD):
+            why = "its files are gone" if capture.startswith(SNAPSHOT) else "it was not made, or is gone again"
+            raise CaptureLost("capture_gone", f"{what} can't be gone on from: {why}")
+        try:
+            record = msgspec.json.decode(await self._host.read_bytes(directory / RECORD, _MAX_RECORD), type=Record)
+            for name, fingerprint in record.fingerprints.items():
+                if self._host.fingerprint(directory / name) != fingerprint:
+                    raise CaptureLost("capture_damaged", f"{what} is damaged: somebody has touched its {name}")
+            if directory not in self._known:
+                state = await self._host.read_bytes(directory / STATE, _MAX_STATE)
+                if hashlib.sha256(state).hexdigest() != record.state_sha256:
+                    raise CaptureLost("capture_damaged", f"{what} is damaged: its {STATE} has other bytes")
+        except (OSError, msgspec.DecodeError) as error:
+            raise CaptureLost("capture_damaged", f"{what} is damaged: {error}") from error
+        here = await self._hypervisor.fingerprint()
+        if record.hypervisor != here:
+            raise CaptureLost(
+                "capture_unfit", f"{what} was made by {record.hypervisor}, and this host has {here}: it does not fit"
+            )
+        self._known.add(directory)
+        return Found(directory / LAYER if LAYER in record.fingerprints else None, record.paused_ms)
+
+    # Removing them
+
+    async def remove(self, snapshot: Snapshot) -> None:
+        """Take a snapshot away; VMs that went on from it keep what they have.
+
+        :raises Problem: 409 a VM has yet to go on from it; 503. :raises OSError: its files can't be removed.
+        """
+        host, path = self._host, self.at(snapshot.capture)
+        if not host.exists(path):
+            await self._ask(RemoveSnapshot(snapshot.name, snapshot.id))
+            return
+        # So that whoever begins after a crash knows that the row has not merely been forgotten.
+        await host.write_bytes(path / _REMOVED, b"")
+        try:
+            await self._ask(RemoveSnapshot(snapshot.name, snapshot.id))
+        except Problem as problem:
+            if problem.status == 409:
+                await host.remove_file(path / _REMOVED)
+            raise
+        self._known.discard(path)
+        await host.remove_tree(path)
+
+    async def _remove_once_used(self, capture: str) -> None:
+        """Take what a fork went on from away once nobody waits for it. Those that run keep what they map."""
+        store = self._store
+        async with store.events.cursor(store.projection.last_event) as cursor:
+            while any(waits_for(row, capture) for row in store.projection.rows()):
+                taken = await cursor.take()
+                if not isinstance(taken, EventGap) and not taken:
+                    return  # the daemon ends
+        self._known.discard(self.at(capture))
+        await self._clear(self.at(capture))
+
+    async def _clear(self, path: Path) -> None:
+        try:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
+                await self._host.remove_tree(path)
+        except OSError as error:
+            _logger.error("what a copy of a VM has left can't be removed: %s", error)
+
+    async def _undo(self, snapshot: Snapshot) -> None:
+        """Remove the row of a snapshot that came to nothing, and then its files: again and again while the journal
+        can't. One that it has kept as ready although nobody was told is one, and stays."""
+        pause_s = _AGAIN_S
+        while True:
+            now = self._store.projection.snapshots.get(snapshot.name)
+            if now is not None and now.id == snapshot.id and now.status == "ready":
+                return
+            try:
+                await self._ask(RemoveSnapshot(snapshot.name, snapshot.id))
+                break
+            except Problem as problem:
+                _logger.warning("snapshot %s is not removed yet: %s", snapshot.name, problem.detail)
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _AGAIN_MAX_S)
+        await self._clear(_fresh(self.at(snapshot.capture)))
+        await self._clear(self.at(snapshot.capture))
+
+    async def _sweep(self, nursery: trio.Nursery) -> None:
+        """Remove what nobody owns, and wait to remove what somebody still needs. Raises OSError."""
+        host, projection = self._host, self._store.projection
+        await host.mkdir(self.snapshot_dir)
+        for name in host.list_directory(self._memory_dir) if host.exists(self._memory_dir) else ():
+            if name.startswith((FORK, SNAPSHOT)):
+                if name.endswith(_NEW) or name.startswith(SNAPSHOT):
+                    await host.remove_tree(self._memory_dir / name)
+                else:
+                    nursery.start_soon(self._remove_once_used, name)
+        for snapshot in list(projection.snapshots.values()):
+            if snapshot.status == "creating":
+                _logger.warning("snapshot %s was not finished, and is removed", snapshot.name)
+                nursery.start_soon(self._undo, snapshot)
+        for name in host.list_directory(self.snapshot_dir):
+            path = self.snapshot_dir / name
+            owned = name in {snapshot.capture for snapshot in projection.snapshots.values()}
+            if owned:
+                await host.remove_file(path / _REMOVED)
+            elif name.endswith(_NEW) or host.exists(path / _REMOVED) or not host.exists(path / RECORD):
+                await host.remove_tree(path)
+            else:
+                _logger.warning("%s is a snapshot that the database does not know", path)
+
+    async def _ask(self, message: Request[object]) -> object:
+        """Ask the journal. :raises Problem: its own, or 503 when it does not answer. :raises AlreadyAnswered:"""
+        try:
+            return await self._journal.ask(message, timeout_s=_COMMIT_S)
+        except (ActorDown, AskTimeout) as error:
+            raise Problem(
+                503, "journal-down", f"the journal could not keep the change: {error}", hint="try again"
+            ) from error  # fmt: skip
+
+
+_NEW = ".new"
+_REMOVED = "removed"
+
+
+def _fresh(path: Path) -> Path:
+    return path.with_name(path.name + _NEW)
+
+
+def _names(captured: Captured) -> list[str]:
+    return [MEMORY, STATE, *([LAYER] if captured.layer is not None else [])]
+
+
+def _unwritable(error: OSError) -> str:
+    return f"the copy can't be written: {error.strerror or error}"
+
+
+def _busy(detail: str, vm: VmRow) -> Problem:
+    return Problem(503, "captures-busy", detail, vm=vm.name, hint="try again in a moment")
