@@ -128,6 +128,7 @@ async def test_a_body_of_100_mb_is_413_and_the_client_sees_it(served: Api) -> No
         ("GET", "/api/v1/nothing", 404),
         ("GET", "/api/v1/vms/none", 404),
         ("GET", "/api/v1/vms/none/inspect", 404),
+        ("GET", "/api/v1/vms/none/memory", 404),
         ("GET", "/api/v1/vms/..%2f..%2fetc", 404),
         ("GET", "/api/v1/vms/none/agent/healthz", 404),
         ("GET", "/api/v1/vms/none/ports/80/", 404),

@@ -181,7 +181,7 @@ async def test_tools_say_what_they_take_and_give_and_how_they_behave(served: Api
     hints = {name: tool["annotations"] for name, tool in tools.items()}
     read_only = {name for name, hint in hints.items() if hint["readOnlyHint"]}
     assert read_only == {
-        "vms_list", "vms_get", "vms_read_file", "vms_logs", "vms_events", "plugins_list",
+        "vms_list", "vms_get", "vms_memory", "vms_read_file", "vms_logs", "vms_events", "plugins_list",
     }  # fmt: skip
     destructive = {name for name, hint in hints.items() if hint["destructiveHint"]}
     assert destructive == {

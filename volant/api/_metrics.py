@@ -75,6 +75,10 @@ def _collect(doors: Doors) -> Iterator[Metric]:
     for status in Status:
         vms.add_metric([status.value], states[status])
     yield vms
+    memory = GaugeMetricFamily("volant_vms_memory_bytes", "Memory that VMs were given, by status", labels=["status"])
+    for status in Status:
+        memory.add_metric([status.value], sum(row.memory_mb for row in rows if row.status is status) * 2**20)
+    yield memory
     yield gauge("volant_vms_wanted_running", "VMs that should run", sum(row.desired == "running" for row in rows))
     lost = sum(row.reason is not None and row.reason.code == "control_lost" for row in rows)
     yield gauge("volant_vms_control_lost", "VMs that need `volar vms recover`", lost)

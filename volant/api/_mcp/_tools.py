@@ -7,7 +7,7 @@ tell, when to use a tool and when another, is in its description, which is writt
 
 from __future__ import annotations
 
-from volant.model import VmView
+from volant.model import VmMemory, VmView
 
 from ._history import EventPage, Events, LogPage, Logs, read_logs, see_events
 from ._inside import (
@@ -44,6 +44,7 @@ from ._vms import (
     resume_vm,
     start_vm,
     stop_vm,
+    vm_memory,
 )
 
 TOOLS: tuple[Tool, ...] = (
@@ -60,6 +61,14 @@ TOOLS: tuple[Tool, ...] = (
         description="One VM as it is now: its `status` (pending, starting, running, paused, stopping, stopped, "
         "crashed, deleting), its size, and in `reason` why it failed, with the last lines of its console.",
         takes=GetVm, gives=VmView, run=get_vm, read_only=True,
+    ),
+    Tool(
+        name="vms_memory",
+        title="Measure the memory of a VM",
+        description="How much memory a VM takes now, in MiB: `guest` as its own kernel sees it (null when it does not "
+        "answer), `host` what its hypervisor takes of this host. Use it when a VM seems short of memory, or to find "
+        "which one takes most.",
+        takes=GetVm, gives=VmMemory, run=vm_memory, read_only=True,
     ),
     Tool(
         name="vms_create",

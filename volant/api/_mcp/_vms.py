@@ -72,6 +72,10 @@ async def get_vm(asked: Asked, wanted: GetVm) -> Result:
     return Result(view(vm_row(asked.doors, wanted.vm)), links=(log_link(wanted.vm),))
 
 
+async def vm_memory(asked: Asked, wanted: GetVm) -> Result:
+    return Result(await asked.doors.vms.memory(vm_row(asked.doors, wanted.vm).name))
+
+
 class MakeVm(CreateVm, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A VM, and whether to wait for it."""
 

@@ -1,0 +1,188 @@
+"""What a guest frees goes back to the host where its memory is its own, and never out of a file that others share."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from tests.system.kit import BOOT_S, Daemon, boot, run
+from volant import images
+from volant.channel import AgentClient, AgentUnreachable, VirtioSerial, open_channel
+from volant.host import Host
+from volant.hypervisor import MachineSpec, Template
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.vm._memory import GUEST_S
+
+MEMORY_MB = 320
+TAKEN_MB = 150
+FILL = f"x = bytearray(b'x') * ({TAKEN_MB} << 20); print(sum(x[::4096]))"
+RETURN_S = 60.0
+"""Most is back after two seconds, and the rest within a minute."""
+HOSTILE = """
+import os, time
+balloon = "/sys/bus/virtio/drivers/virtio_balloon"
+paths = os.listdir("/sys/bus/virtio/devices")
+[device] = [name for name in paths if int(open(f"/sys/bus/virtio/devices/{name}/device").read(), 16) == 5]
+if not os.path.exists(f"{balloon}/{device}"):
+    open(f"{balloon}/bind", "w").write(device)
+open("/sys/module/page_reporting/parameters/page_reporting_order", "w").write("0")
+for _ in range(2):
+    x = bytearray(b"x") * (50 << 20)
+    del x
+    time.sleep(3)
+"""
+
+
+@pytest.fixture
+async def vm(module_daemon: Daemon, daemon: Daemon) -> Path:
+    """The memory file of a VM that booted cold and that the tests of this module share."""
+    async with daemon.client() as client:
+        if "vm" not in daemon.kept:
+            await boot(client, "vm", memory_mb=MEMORY_MB)
+            daemon.kept.add("vm")
+    [file] = module_daemon.memory_dir.glob("*.mem")
+    return file
+
+
+def taken_mb(file: Path) -> float:
+    return file.stat().st_blocks / 2048
+
+
+async def at_most(file: Path, limit_mb: float) -> None:
+    """Return once a file takes no more than that."""
+    with trio.fail_after(RETURN_S):
+        while taken_mb(file) > limit_mb:  # noqa: ASYNC110
+            await trio.sleep(0.1)
+
+
+async def test_what_a_guest_frees_goes_back_to_the_host(daemon: Daemon, vm: Path) -> None:
+    async with daemon.client() as client:
+        # What it has not used since its boot is already back.
+        await at_most(vm, MEMORY_MB - 100)
+        before = await client.vms.memory("vm")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, client, "vm", "python3.13", "-c", f"{FILL}; import time; time.sleep(2)")
+            with trio.fail_after(60):
+                while taken_mb(vm) < TAKEN_MB + 60:  # noqa: ASYNC110
+                    await trio.sleep(0.05)
+            full = await client.vms.memory("vm")
+        await at_most(vm, MEMORY_MB - 100)
+        after = await client.vms.memory("vm")
+    for found in (before, full, after):
+        assert found.memory_mb == MEMORY_MB
+        assert found.guest is not None
+        assert MEMORY_MB - 80 < found.guest.total_mb < MEMORY_MB
+        assert 0 < found.guest.available_mb < found.guest.total_mb
+        host = found.host
+        assert 0 < host.private_mb <= host.pss_mb <= host.rss_mb < MEMORY_MB + 512
+        assert abs(host.private_mb + host.shared_mb - host.rss_mb) < 1
+    assert full.host.pss_mb > before.host.pss_mb + 50
+    assert after.host.pss_mb < full.host.pss_mb - 50
+
+
+async def test_a_guest_that_hangs_keeps_nobody_from_its_figures(daemon: Daemon, vm: Path) -> None:
+    async with daemon.client() as client:
+        pid = (await client.vms.get("vm")).pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with trio.fail_after(GUEST_S + 10):
+                found = await client.vms.memory("vm")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert found.guest is None
+        assert found.host.rss_mb > taken_mb(vm) / 2
+        daemon.kept.discard("vm")
+
+
+@asynccontextmanager
+async def machines(image_cache: Path, tmp_path: Path) -> AsyncIterator[tuple[Host, QemuHypervisor, MachineSpec]]:
+    """A hypervisor, and what it boots with a balloon; nothing of it is left."""
+    host = Host()
+    image = images.find(image_cache)
+    assert image is not None
+    mark = f"volant-test-{host.new_id()}"
+    spec = MachineSpec(
+        vm_id=1,
+        name="origin",
+        cpu_cores=1,
+        memory_mb=192,
+        kernel=image.kernel,
+        initramfs=image.initramfs,
+        cmdline=" ".join(image.kernel_parameters),
+        directory=tmp_path / "origin",
+        memory_file=Path("/dev/shm") / mark / "origin.mem",
+        mark=f"{mark}-1",
+        accelerator="tcg",
+        balloon=True,
+    )
+    try:
+        yield host, QemuHypervisor(host, tmp_path / "cache", accelerator="tcg"), spec
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 30):
+            for identity in await host.processes(mark):
+                with host.open_process(identity) as process:
+                    process.kill()
+                    await process.wait()
+            await host.remove_tree(spec.memory_file.parent)
+
+
+async def tell(client: AgentClient, *command: str) -> None:
+    """Run a command in a guest that no daemon has; it must end well."""
+    body = json.dumps({"command": command}).encode()
+    headers = [(b"content-type", b"application/json")]
+    async with client.stream("POST", "/v1/exec", headers, body, timeout_s=60) as answer:
+        said = [json.loads(line) for line in (await answer.read(2**20)).splitlines()]
+    assert said[-1] == {"exit_code": 0}, [base64.b64decode(one.get("data", "")) for one in said]
+
+
+async def with_agent(host: Host, spec: MachineSpec, use: Callable[[AgentClient], Awaitable[None]]) -> None:
+    with trio.fail_after(BOOT_S):
+        async with open_channel(host, VirtioSerial(spec.agent_path)) as channel:
+            client = AgentClient(channel)
+            while True:
+                try:
+                    await client.request_json("GET", "/healthz", timeout_s=BOOT_S)
+                    break
+                except AgentUnreachable:
+                    await trio.sleep(0.1)
+            await use(client)
+
+
+async def test_a_copy_that_gives_back_what_is_not_its_own_changes_nothing(image_cache: Path, tmp_path: Path) -> None:
+    """A copy of a guest with a balloon has one, and whoever is root in it may do with it what he likes."""
+
+    async def settle(client: AgentClient) -> None:
+        # The driver is loaded last of all, when the agent answers already.
+        await tell(client, "sh", "-c", "until ls -d /sys/bus/virtio/drivers/virtio_balloon/virtio*; do sleep 0.1; done")
+
+    async def attack(client: AgentClient) -> None:
+        await tell(client, "python3.13", "-c", HOSTILE)
+
+    async with machines(image_cache, tmp_path) as (host, qemu, spec):
+        identity = await qemu.launch(spec)
+        await with_agent(host, spec, settle)
+        async with qemu.attach(spec, identity) as machine:
+            await machine.save(tmp_path / "state")
+            await machine.quit()
+        before = hashlib.sha256(spec.memory_file.read_bytes()).hexdigest()
+        copy = msgspec.structs.replace(
+            spec,
+            directory=tmp_path / "copy",
+            mark=f"{spec.mark[:-1]}2",
+            template=Template(spec.memory_file, tmp_path / "state"),
+        )
+        await qemu.launch(copy)
+        await with_agent(host, copy, attack)
+        assert "Discarding RAM with readonly files is not supported" in copy.log_path.read_text(), "it has tried"
+        assert hashlib.sha256(spec.memory_file.read_bytes()).hexdigest() == before
