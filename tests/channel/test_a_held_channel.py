@@ -1,0 +1,180 @@
+"""Nothing happens at a port while its channel is held; who uses the channel waits, and misses nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from volant.channel import Channel, VirtioSerial, open_channel
+from volant.channel._still import Port as StillPort
+from volant.channel._still import Stillness
+from volant.host import Host
+
+from .kit import GuestAgent, Port, handle
+
+
+@pytest.fixture
+async def port(tmp_path: Path) -> AsyncIterator[Port]:
+    async with Port(tmp_path / "agent.sock").open() as port:
+        yield port
+
+
+@pytest.fixture
+def guest(port: Port) -> Iterator[GuestAgent]:
+    agent = GuestAgent(port, handle)
+    yield agent
+    agent.stop()
+
+
+async def socket_pair(host: Host, path: Path) -> tuple[trio.SocketStream, trio.SocketStream]:
+    async with host.listen_unix(path) as listener:
+        return await host.connect_unix(path, 5), await listener.accept()
+
+
+async def test_a_send_that_is_under_way_stops_where_it_is_and_goes_on_there(tmp_path: Path) -> None:
+    host, stillness = Host(), Stillness()
+    data = random.Random(7).randbytes(3_000_000)
+    got = bytearray()
+    ours, theirs = await socket_pair(host, tmp_path / "socket")
+    with trio.fail_after(20):
+        async with ours, theirs, trio.open_nursery() as nursery:
+            nursery.start_soon(StillPort(ours, stillness).send_all, data)
+            while len(got) < len(data):
+                got += await theirs.receive_some(50_000)
+                async with stillness.keep():
+                    # What the kernel has is read, and then there is no more, although there is room.
+                    while host.unread(ours)[0]:
+                        got += await theirs.receive_some(500_000)
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                    assert host.unread(ours) == (0, 0)
+    assert got == data
+
+
+async def test_nothing_is_read_meanwhile(tmp_path: Path) -> None:
+    host, stillness = Host(), Stillness()
+    got = bytearray()
+    ours, theirs = await socket_pair(host, tmp_path / "socket")
+
+    async def read() -> None:
+        port = StillPort(ours, stillness)
+        while data := await port.receive_some(100):
+            got.extend(data)
+
+    with trio.fail_after(20):
+        async with ours, theirs, trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            async with stillness.keep():
+                await theirs.send_all(b"late")
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                assert (got, host.unread(ours)[1]) == (b"", 4)
+            await theirs.send_eof()
+    assert got == b"late"
+
+
+async def test_who_holds_waits_for_nobody_and_one_after_the_other() -> None:
+    stillness, order = Stillness(), list[str]()
+
+    async def hold(name: str) -> None:
+        async with stillness.keep():
+            order.append(name)
+            await trio.testing.wait_all_tasks_blocked()
+            order.append(name)
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stillness.move, trio.sleep_forever)
+            for name in "ab":
+                nursery.start_soon(hold, name)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            nursery.cancel_scope.cancel()
+    assert order in (list("aabb"), list("bbaa"))
+
+
+async def test_streams_outlive_it_and_requests_wait(port: Port, guest: GuestAgent) -> None:
+    async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+        with trio.fail_after(20):
+            async with await channel.open_stream(timeout_s=5) as stream:
+                await stream.send_all(b"echo\nbefore")
+                assert await stream.receive_some() == b"before"
+                answered = trio.Event()
+
+                async def ask() -> None:
+                    async with await channel.open_stream(timeout_s=5) as other:
+                        await other.send_all(b"echo\nlate")
+                        assert await other.receive_some() == b"late"
+                        answered.set()
+
+                async with trio.open_nursery() as nursery:
+                    async with channel.hold() as on_the_way:
+                        nursery.start_soon(ask)
+                        nursery.start_soon(stream.send_all, b" after")
+                        await trio.testing.wait_all_tasks_blocked(0.05)
+                        assert not answered.is_set()
+                        assert on_the_way() == (0, 0)
+                    assert await stream.receive_some() == b" after"
+                    await answered.wait()
+            statistics = channel.statistics()
+            assert (statistics.links, statistics.connected) == (1, True)
+            assert port.clients == 1
+
+
+async def test_a_link_that_is_lost_before_is_neither_closed_nor_made_again_meanwhile(port: Port) -> None:
+    first = GuestAgent(port, handle)
+    async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+        with trio.fail_after(20):
+            await channel.ready()
+            async with channel.hold():
+                first.stop()
+                # It says that it has begun, which ends the link, to nobody who listens.
+                second = GuestAgent(port, handle)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert channel.statistics().connected
+                assert port.clients == 1
+            while channel.statistics().links < 2:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)
+            async with await channel.open_stream(timeout_s=5) as stream:
+                await stream.send_all(b"echo\nhello")
+                assert await stream.receive_some() == b"hello"
+    second.stop()
+
+
+async def test_who_holds_a_channel_that_is_closed_is_told(port: Port, guest: GuestAgent) -> None:
+    async with trio.open_nursery() as nursery:
+        opened = list[Channel]()
+
+        async def live(scope: trio.CancelScope) -> None:
+            with scope:
+                async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+                    opened.append(channel)
+                    await trio.sleep_forever()
+
+        life = trio.CancelScope()
+        nursery.start_soon(partial(live, life))
+        await trio.testing.wait_all_tasks_blocked(0.01)
+
+        async def hold() -> None:
+            async with opened[0].hold() as on_the_way:
+                life.cancel()
+                await opened[0].closed()
+                assert on_the_way() == (0, 0)
+
+        with trio.fail_after(10), pytest.raises(trio.BrokenResourceError, match="closed while it was held"):
+            await hold()
+
+
+async def test_a_guest_that_takes_nothing_keeps_nobody_from_holding(port: Port) -> None:
+    """Its agent has not begun, so what the daemon asks of it lies in the socket."""
+    async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        with trio.fail_after(5):
+            async with channel.hold() as on_the_way:
+                before = on_the_way()
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                assert on_the_way() == before

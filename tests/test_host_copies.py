@@ -1,0 +1,141 @@
+"""What is copied is what was there: files with their holes, and the pages of a process that are its own."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from volant import _memory
+from volant.host import Host, ProcessGone
+from volant.model import ProcessIdentity
+
+MIB = 1024 * 1024
+SIZE = 5 * MIB
+OWN = ((0, 1), (7, 1), (20, 300), (511, 2), (SIZE // 4096 - 1, 1))
+"""First page and count of what the process writes to."""
+
+# Maps a file privately, writes to some of it, reads the rest, and says so.
+WRITER = f"""
+import mmap, os, sys, time
+fd = os.open("memory", os.O_RDONLY)
+memory = mmap.mmap(fd, {SIZE}, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+sum(memory[::4096])
+for first, count in {OWN}:
+    memory[first * 4096 : (first + count) * 4096] = bytes([first % 251 + 1]) * (count * 4096)
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+def content() -> bytes:
+    """Data, a hole, data, and a hole at the end."""
+    noise = random.Random(1).randbytes
+    return noise(MIB + 4096) + bytes(2 * MIB) + noise(MIB // 2) + bytes(SIZE - 3 * MIB - MIB // 2 - 4096)
+
+
+@pytest.fixture
+def memory(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "memory"
+    with path.open("wb") as file:
+        for start in range(0, SIZE, 4096):
+            if any(page := content[start : start + 4096]):
+                file.seek(start)
+                file.write(page)
+        file.truncate(SIZE)
+    return path
+
+
+@pytest.fixture
+async def writer(host: Host, tmp_path: Path, memory: Path) -> AsyncIterator[ProcessIdentity]:
+    mark = f"volant-test.{host.new_id()}"
+    argv = [sys.executable, "-c", WRITER, f"guest={mark}"]
+    identity = await host.spawn(argv, mark=mark, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
+    with host.open_process(identity) as process:
+        with trio.fail_after(20), host.watch(tmp_path / "out") as watch:
+            while not await host.read_bytes(tmp_path / "out"):
+                await watch.wait()
+        yield identity
+        process.kill()
+        await process.wait()
+
+
+def seen_by_writer(content: bytes) -> bytes:
+    seen = bytearray(content)
+    for first, count in OWN:
+        seen[first * 4096 : (first + count) * 4096] = bytes([first % 251 + 1]) * (count * 4096)
+    return bytes(seen)
+
+
+@pytest.fixture(params=[_memory.PIECE, MIB])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, and in pieces whose borders lie anywhere."""
+    monkeypatch.setattr(_memory, "PIECE", request.param)
+
+
+@pytest.mark.usefixtures("pieces")
+async def test_a_file_is_copied_without_its_holes(host: Host, tmp_path: Path, memory: Path, content: bytes) -> None:
+    copy = tmp_path / "copy"
+    await host.copy_sparse(memory, copy)
+    assert copy.read_bytes() == content
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert host.disk_usage(copy) <= host.disk_usage(memory)
+    with pytest.raises(FileExistsError):
+        await host.copy_sparse(memory, copy)
+
+
+@pytest.mark.usefixtures("pieces")
+async def test_a_mapping_is_copied_whose_file_has_lost_its_name(
+    host: Host, tmp_path: Path, memory: Path, content: bytes, writer: ProcessIdentity
+) -> None:
+    await host.remove_file(memory)
+    copy = tmp_path / "copy"
+    await host.copy_mapped_file(writer, SIZE, copy)
+    assert copy.read_bytes() == content
+    assert await host.copy_own_pages(writer, SIZE, copy) == sum(count for _, count in OWN) * 4096
+    assert copy.read_bytes() == seen_by_writer(content)
+
+
+async def test_where_there_is_no_such_mapping_it_is_told(host: Host, tmp_path: Path, writer: ProcessIdentity) -> None:
+    with pytest.raises(FileNotFoundError, match="0 private mappings"):
+        await host.copy_mapped_file(writer, SIZE + 4096, tmp_path / "copy")
+    with host.open_process(writer) as process:
+        process.kill()
+        await process.wait()
+    with pytest.raises((ProcessGone, OSError)):
+        await host.copy_own_pages(writer, SIZE, tmp_path / "memory")
+
+
+async def test_who_gives_up_copying_does_not_wait_for_the_rest(
+    host: Host, tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_memory, "PIECE", 4096)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await host.copy_sparse(memory, tmp_path / "copy")
+    assert scope.cancelled_caught
+    assert host.disk_usage(tmp_path / "copy") < 8 * 4096
+
+
+async def test_bytes_that_nobody_has_read_are_counted(host: Host, tmp_path: Path) -> None:
+    listener = host.listen_unix(tmp_path / "socket")
+    async with listener, await host.connect_unix(tmp_path / "socket", 5) as ours, await listener.accept() as theirs:
+        assert host.unread(ours) == (0, 0)
+        await ours.send_all(b"x" * 1000)
+        await theirs.send_all(b"y" * 70)
+        assert host.unread(ours)[0] > 0
+        assert host.unread(ours)[1] == 70
+        await theirs.receive_some(999)
+        assert host.unread(ours)[0] > 0
+        await theirs.receive_some(999)
+        assert host.unread(ours)[0] == 0
