@@ -113,6 +113,11 @@ def test_what_could_not_be_done_is_told_and_is_no_success(agent: Asker, kernel: 
     assert "not permitted" in answer.json()["detail"]
 
 
+def expected_of(workload: object) -> str:
+    """The field of a workload that is at fault."""
+    return "unheard" if workload else "entrypoint"
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -127,6 +132,9 @@ def test_what_could_not_be_done_is_told_and_is_no_success(agent: Asker, kernel: 
         ("time_ns", 0),
         ("vm_id", -1),
         ("signal", "SIGKILL"),
+        ("manifest", {"version": "1"}),
+        ("workload", {}),
+        ("workload", {"entrypoint": ["true"], "unheard": 1}),
         ("unknown", 1),
     ],
 )
@@ -135,8 +143,33 @@ def test_what_does_not_fit_is_refused_and_nothing_is_done(
 ) -> None:
     answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, field: value})
     assert answer.status == 400
-    assert answer.json()["field"] == field
+    assert answer.json()["field"] == {"manifest": "name", "workload": expected_of(value)}.get(field, field)
     assert not kernel.calls
+    assert agent.server.workload.status()["state"] == "none"
+
+
+def test_all_of_it_can_be_told_at_once(
+    agent: Asker, kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del kernel
+    monkeypatch.setattr(wire, "MANIFEST_FILE", str(tmp_path / "manifest.json"))
+    script = f'cp "$VOLANT_MANIFEST" {tmp_path}/found; exec sleep 60'
+    manifest, spec = {"name": "counter", "version": "3"}, {"entrypoint": ["/bin/sh", "-c", script]}
+    try:
+        for _ in range(2):
+            # Again, as when the answer was lost.
+            answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, "manifest": manifest, "workload": spec})
+            assert answer.status == 200, answer.body
+        assert put(agent, wire.DAEMON_WORKLOAD, spec).status == 200
+        assert agent.ask("GET", wire.INFO).json()["plugin"]["name"] == "counter"
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "found").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert json.loads((tmp_path / "found").read_text()) == manifest
+        other = {**WANTED, "workload": {"entrypoint": ["true"]}}
+        assert put(agent, wire.DAEMON_IDENTITY, other).status == 409
+    finally:
+        agent.server.workload.stop(0.0)
 
 
 def test_the_clock_can_be_stepped_alone(agent: Asker, kernel: Kernel) -> None:

@@ -132,7 +132,9 @@ def older(source: str) -> str:
         assert route in source
         source = source.replace(route, '"/v1/there-is-none"')
     allowed = '_allow(method, "POST", "GET")'
-    assert allowed in source
+    for newest in ("agent.PROTOCOL_VERSION", allowed):
+        assert newest in source
+    source = source.replace("agent.PROTOCOL_VERSION", "1")
     return source.replace(allowed, '_allow(method, "POST")')
 
 

@@ -55,8 +55,13 @@ def decode_json(body: bytes, fields: set[str]) -> dict[str, Any]:
         value = json.loads(body.decode())
     except (ValueError, RecursionError):
         raise Problem(400, "the body is no JSON") from None
+    return check_object(value, fields, "the body")
+
+
+def check_object(value: object, fields: set[str], what: str) -> dict[str, Any]:
+    """Return an object with no other fields than `fields`; :raises Problem: 400, it is none."""
     if not isinstance(value, dict):
-        raise Problem(400, "the body is no JSON object")
+        raise Problem(400, f"{what} is no JSON object")
     for name in value:
         if name not in fields:
             raise Problem(400, f"unknown field {name[:80]!r}", field=name[:80])

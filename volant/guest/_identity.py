@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
     from ._http import Request, Stream
     from ._output import Output
+    from ._plugin import Plugin
     from ._workload import Workload
 
-_FIELDS = {"hostname", "machine_id", "entropy", "time_ns", "vm_id", "signal"}
+_FIELDS = {"hostname", "machine_id", "entropy", "time_ns", "vm_id", "signal", "manifest", "workload"}
 _SIGNALS = {"SIGHUP": signal.SIGHUP, "SIGUSR1": signal.SIGUSR1, "SIGUSR2": signal.SIGUSR2}
 _MIN_ENTROPY, _MAX_ENTROPY = 64, 512
 _RNDADDENTROPY = 0x40085203
@@ -51,15 +52,21 @@ def instance_id() -> str:
         return _known
 
 
-def serve_identity(stream: Stream, request: Request, output: Output, workload: Workload) -> None:
-    """Answer `PUT /v1/daemon/identity`; :raises Problem: 400 malformed, 500 it can't be done, 503 the workload."""
+def serve_identity(stream: Stream, request: Request, output: Output, workload: Workload, plugin: Plugin) -> None:
+    """Answer `PUT /v1/daemon/identity`; :raises Problem: 400 malformed, 409 the guest has another workload, 500 it
+    can't be done, 503 the workload is not well."""
     import json
+
+    from ._workload import spec_of
 
     value = decode_json(stream.read_body(request), _FIELDS)
     now = _time_of(value)
     hostname, machine_id, entropy = _hostname_of(value), _machine_id_of(value), _entropy_of(value)
     number = _signal_of(value)
     vm_id = int(check_number(value.get("vm_id"), "vm_id", 0, 2**53))
+    spec = spec_of(value["workload"]) if "workload" in value else None
+    if "manifest" in value:
+        plugin.take(value["manifest"], json.dumps(value["manifest"]).encode())
     try:
         step_clock(now)
         add_entropy(entropy)
@@ -81,6 +88,8 @@ def serve_identity(stream: Stream, request: Request, output: Output, workload: W
     why = workload.is_copied(number, _WELL_S)
     if why:
         raise Problem(503, f"the workload is not well in the clone: {why}")
+    if spec is not None:
+        workload.begin(spec, plugin)
     answer = {
         "instance_id": identifier,
         "protocol": {"min": agent.PROTOCOL_MIN, "max": agent.PROTOCOL_VERSION},

@@ -39,8 +39,13 @@ class Plugin:
             value = json.loads(text.decode())
         except (ValueError, RecursionError):
             raise Problem(400, "the body is no JSON") from None
+        self.take(value, text)
+        stream.answer(200, b"{}\n")
+
+    def take(self, value: object, text: bytes) -> None:
+        """Know it from now on; `text` is how it is written. :raises Problem: 400, that is none."""
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-            raise Problem(400, "the body is no manifest", field="name")
+            raise Problem(400, "that is no manifest", field="name")
         known = {
             "name": value["name"],
             "version": str(value.get("version", "0")),
@@ -49,7 +54,6 @@ class Plugin:
         }
         with self._lock:
             self._text, self._known = text, known
-        stream.answer(200, b"{}\n")
 
     def info(self) -> dict[str, object] | None:
         """Return a `agent_types.PluginInfo`, or None while it is not known."""

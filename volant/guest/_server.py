@@ -181,8 +181,7 @@ class Server:
             if method == "PUT":
                 self._wait_until_set_up()
                 _root.root()
-                self.workload.environment = self.plugin.environment()
-                self.workload.serve_put(stream, request)
+                self.workload.serve_put(stream, request, self.plugin)
             else:
                 self.workload.serve_status(stream, head_only=method == "HEAD")
         elif path == agent.DAEMON_MANIFEST:
@@ -193,7 +192,7 @@ class Server:
             from . import _identity
 
             self._wait_for_root()
-            _identity.serve_identity(stream, request, self.output, self.workload)
+            _identity.serve_identity(stream, request, self.output, self.workload, self.plugin)
         elif path == agent.DAEMON_CLOCK:
             _allow(method, "PUT")
             from . import _identity

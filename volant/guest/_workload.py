@@ -21,6 +21,7 @@ from ._exec import (
     check_directory,
     check_environment,
     check_number,
+    check_object,
     check_strings,
     decode_json,
     how_it_ended,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from ._http import Request, Stream
     from ._output import Output
+    from ._plugin import Plugin
 
 _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 30.0
@@ -96,6 +98,11 @@ class Spec:
         self.health_check = None if check is None else HealthCheck(check, self.port)
 
 
+def spec_of(value: object) -> Spec:
+    """:raises Problem: 400, it is none."""
+    return Spec(check_object(value, _FIELDS, "the workload"))
+
+
 def _check_port(value: object, field: str) -> int | None:
     if value is None:
         return None
@@ -153,9 +160,15 @@ class Workload:
         status["since_s"] = round(time.monotonic() - self._since, 3)
         return status
 
-    def serve_put(self, stream: Stream, request: Request) -> None:
+    def serve_put(self, stream: Stream, request: Request, plugin: Plugin) -> None:
         """Answer `PUT /v1/daemon/workload`; :raises Problem: 400 malformed, 409 there is another one."""
-        spec = Spec(decode_json(stream.read_body(request), _FIELDS))
+        self.begin(Spec(decode_json(stream.read_body(request), _FIELDS)), plugin)
+        self.serve_status(stream)
+
+    def begin(self, spec: Spec, plugin: Plugin) -> None:
+        """Run it from now on; :raises Problem: 409 there is another one."""
+        plugin.write()
+        self.environment = plugin.environment()
         with self._lock:
             if self._stopping:
                 raise Problem(409, "the guest is shutting down")
@@ -165,7 +178,6 @@ class Workload:
                 threading.Thread(target=self._supervise, args=(spec,), name="workload", daemon=True).start()
             elif self._spec.raw != spec.raw:
                 raise Problem(409, "this guest has another workload already", hint="restart the VM to change it")
-        self.serve_status(stream)
 
     def serve_status(self, stream: Stream, *, head_only: bool = False) -> None:
         """Answer `GET /v1/daemon/workload`."""

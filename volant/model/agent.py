@@ -24,8 +24,10 @@ if TYPE_CHECKING:  # typing is a slow import, and the guest needs none of it
 
 
 PROTOCOL_MIN: Final = 1
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 """The newest version that this code speaks."""
+TELLS_ALL_AT_ONCE: Final = 2
+"""The version from which on an `Identity` may have `manifest` and `workload` with it."""
 
 AGENT_PORT: Final = 1024
 """The vsock port on which the agent listens; over virtio-serial, the `:authority` of the CONNECT."""

@@ -5,7 +5,7 @@ Beside it and not in it, as the guest's Python has no time for `typing`.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 WorkloadState = Literal["none", "starting", "healthy", "unhealthy", "exited", "failed"]
 
@@ -219,6 +219,10 @@ class Identity(TypedDict):
     vm_id: int
     signal: NotRequired[Literal["SIGHUP", "SIGUSR1", "SIGUSR2"] | None]
     """What a workload that runs is told by."""
+    manifest: NotRequired[dict[str, Any]]
+    """As by `PUT /v1/daemon/manifest`; this and what follows since `TELLS_ALL_AT_ONCE`."""
+    workload: NotRequired[WorkloadSpec]
+    """As by `PUT /v1/daemon/workload`."""
 
 
 class Identified(TypedDict):

@@ -102,8 +102,8 @@ async def build(doors: BuildDoors, blueprint: Blueprint) -> None:
             if spec.root is not None:
                 await host.put_in_place(spec.root.layer, fresh / LAYER)
             await _copy_memory(host, spec.memory_file, fresh / MEMORY)
-            await _try(doors, spec, fresh)
-            await doors.store.add(fresh, blueprint.digest, blueprint.recipe, blueprint.plugin)
+            protocol = await _try(doors, spec, fresh)
+            await doors.store.add(fresh, blueprint.digest, blueprint.recipe, blueprint.plugin, protocol)
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
                 await _clear(host, spec, fresh)
@@ -199,8 +199,8 @@ async def _until_ready(doors: BuildDoors, spec: MachineSpec, machine: Machine, t
         raise why[0]
 
 
-async def _try(doors: BuildDoors, spec: MachineSpec, fresh: Path) -> None:
-    """Prove the template by a clone of it: what does not go on once, never does.
+async def _try(doors: BuildDoors, spec: MachineSpec, fresh: Path) -> int:
+    """Prove the template by a clone of it: what does not go on once, never does. The newest protocol that it speaks.
 
     :raises TemplateFailed:
     """
@@ -212,14 +212,16 @@ async def _try(doors: BuildDoors, spec: MachineSpec, fresh: Path) -> None:
         await doors.hypervisor.make_layer(root, fresh / LAYER)
     trial = msgspec.structs.replace(spec, root=root, template=Template(fresh / MEMORY, fresh / STATE))
     await doors.hypervisor.launch(trial)
+    protocol: object = None
     with trio.move_on_after(_TRIAL_S) as patience:
         async with open_channel(host, VirtioSerial(trial.agent_path)) as channel:
-            await _ask(AgentClient(channel), "GET", HEALTHZ, timeout_s=_TRIAL_S)
+            protocol = (await _ask(AgentClient(channel), "GET", HEALTHZ, timeout_s=_TRIAL_S)).get("protocol")
     if patience.cancelled_caught:
         raise TemplateFailed("clone_timeout", f"a clone of it did not answer within {_TRIAL_S:g} s")
     await _end(host, trial)
     if root is not None:
         await host.remove_file(root.layer)
+    return protocol if type(protocol) is int else 1
 
 
 async def _bring_up(host: Host, spec: MachineSpec, told: Told | None) -> None:

@@ -54,6 +54,8 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     fingerprints: dict[str, str]
     """By the names of the files: as they were when all of it was on the disk."""
     disk_bytes: int
+    protocol: int = 1
+    """The newest that its agent speaks."""
 
 
 class TemplateStore:
@@ -129,13 +131,18 @@ class TemplateStore:
             self._used[digest] = self._noted[digest] = known
         return known
 
+    def protocol(self, digest: str) -> int:
+        """The newest protocol that the agents of its clones speak, as far as is known here: 1, the oldest, else."""
+        known = self._known.get(digest)
+        return 1 if known is None else known.protocol
+
     def count_clone(self, digest: str) -> None:
         """A VM runs that began as a clone of it."""
         self.clones[digest] = self.clones.get(digest, 0) + 1
 
     # Making and removing
 
-    async def add(self, fresh: Path, digest: str, recipe: Recipe, plugin: str) -> None:
+    async def add(self, fresh: Path, digest: str, recipe: Recipe, plugin: str, protocol: int = 1) -> None:
         """Take a finished template, whose files are on the disk, from `fresh`, a directory beside the others.
 
         Raises OSError.
@@ -149,6 +156,7 @@ class TemplateStore:
             state_sha256=hashlib.sha256(await host.read_bytes(fresh / STATE, _MAX_STATE)).hexdigest(),
             fingerprints={name: host.fingerprint(fresh / name) for name in names},
             disk_bytes=sum(host.disk_usage(fresh / name) for name in names),
+            protocol=protocol,
         )
         await host.write_bytes(fresh / RECORD, msgspec.json.format(msgspec.json.encode(stored)))
         await self.remove(digest)

@@ -37,6 +37,7 @@ from volant.model.agent import (
     PROTOCOL_VERSION,
     RESYNC_MAGIC,
     RESYNC_NONCE_BYTES,
+    TELLS_ALL_AT_ONCE,
     encode_log_frame,
 )
 
@@ -56,6 +57,8 @@ class SimGuest:
         self.workload: Any = None
         self.lines = 0
         """How many the workload has written."""
+        self.protocol = rng.randint(PROTOCOL_MIN, PROTOCOL_VERSION)
+        """The newest that its agent speaks."""
         self.is_copy = False
         """Whether it takes itself for the template that it was."""
         self._rng = rng
@@ -110,9 +113,11 @@ class SimGuest:
         elif path == DAEMON_IDENTITY:
             wanted = json.loads(body)
             assert len(wanted["entropy"]) >= 64
+            assert "manifest" not in wanted or self.protocol >= TELLS_ALL_AT_ONCE
             self.is_copy = False
+            self.workload = wanted.get("workload", self.workload)
             self._log_id = f"{self._rng.getrandbits(64):016x}"
-            said = {"protocol": {"min": PROTOCOL_MIN, "max": PROTOCOL_VERSION}, "time_ns": wanted["time_ns"]}
+            said = {"protocol": {"min": PROTOCOL_MIN, "max": self.protocol}, "time_ns": wanted["time_ns"]}
             await answer(stream, 200, said)
         elif path == DAEMON_CLOCK:
             await answer(stream, 200, {"time_ns": json.loads(body)["time_ns"]})
@@ -121,9 +126,9 @@ class SimGuest:
         elif path in (DAEMON_MANIFEST, DAEMON_WORKLOAD, DAEMON_LOGS) and self.is_copy:
             raise AssertionError(f"{path} was asked for before the clone had heard who it is")
         elif path == HEALTHZ:
-            await answer(stream, 200, {"status": "ok"})
+            await answer(stream, 200, {"status": "ok", "protocol": self.protocol})
         elif path == INFO:
-            await answer(stream, 200, {"protocol": {"min": PROTOCOL_MIN, "max": PROTOCOL_VERSION}})
+            await answer(stream, 200, {"protocol": {"min": PROTOCOL_MIN, "max": self.protocol}})
         elif path == DAEMON_ROOT:
             await answer(stream, 200, {"state": "none", "detail": ""})
         elif (method, path) == ("PUT", DAEMON_WORKLOAD):

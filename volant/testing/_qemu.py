@@ -244,7 +244,7 @@ class SimQemu:
         return {"return": {}}
 
     def _write_state(self, path: Path, head: bytes = b"") -> None:
-        state = head + json.dumps({"workload": self.guest.workload}).encode()
+        state = head + json.dumps({"workload": self.guest.workload, "protocol": self.guest.protocol}).encode()
         self._machine.files.put(path, File(bytearray(state), len(state)))
 
     async def _save(self, path: Path) -> None:
@@ -264,7 +264,8 @@ class SimQemu:
             )
             self.process.end(1)
             return
-        self.guest.workload = json.loads(bytes(state.data[state.data.index(b"{") :]))["workload"]
+        saved = json.loads(bytes(state.data[state.data.index(b"{") :]))
+        self.guest.workload, self.guest.protocol = saved["workload"], saved["protocol"]
         self.guest.is_copy = True
         self.status = "paused"
         await self._tell({"event": "MIGRATION", "data": {"status": "completed"}})

@@ -516,12 +516,13 @@ class VmActor(Actor):
                 try:
                     process = self._live()
                     if is_clone:
-                        await process.become(row.name, machine_id(self._doors.instance, row), row.id)
+                        protocol = self._doors.templates.protocol(row.template or "")
+                        await process.become(row.name, machine_id(self._doors.instance, row), row.id, protocol=protocol)
                     else:
                         await process.ask("GET", HEALTHZ)
                         if row.layer:
                             await process.root_mounted()
-                    await process.hand_over(agreed=is_clone)
+                        await process.hand_over()
                     return AgentAnswered()
                 except AgentUnreachable as error:
                     last = f": {error}"

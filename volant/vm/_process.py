@@ -42,6 +42,7 @@ from volant.model.agent import (
     INFO,
     PROTOCOL_MIN,
     PROTOCOL_VERSION,
+    TELLS_ALL_AT_ONCE,
 )
 
 from ._console import ConsolePump, console_source
@@ -254,8 +255,9 @@ class LiveProcess:
             case _:
                 raise AgentProtocolError("its initramfs mounts no root filesystem")
 
-    async def become(self, hostname: str, machine_id: str, vm_id: int) -> None:
-        """Tell a clone who it is, with fresh entropy and the time; return once it is that.
+    async def become(self, hostname: str, machine_id: str, vm_id: int, *, protocol: int) -> None:
+        """Tell a clone who it is, with fresh entropy and the time, and give it its manifest and its workload; return
+        once it is that. `protocol`: the newest that its agent is known to speak.
 
         :raises AgentUnreachable: it can't be reached. :raises AgentProtocolError: it can't be that, and says why.
         """
@@ -265,7 +267,7 @@ class LiveProcess:
         # What is told has the time in it, so it is not told before there is somebody to hear it.
         await self._channel.ready()
         host = self._host
-        identity = {
+        identity: dict[str, object] = {
             "hostname": hostname,
             "machine_id": machine_id,
             "vm_id": vm_id,
@@ -273,12 +275,22 @@ class LiveProcess:
             "time_ns": _now_ns(host),
             "signal": self._signal,
         }
+        at_once = protocol >= TELLS_ALL_AT_ONCE and self._manifest is not None
+        if at_once:
+            identity["manifest"] = self._manifest
+            if self._workload is not None:
+                identity["workload"] = self._workload
         said = await self._tell(DAEMON_IDENTITY, identity)
         self._agree(*_range(said.get("protocol")))
         shown = said["time_ns"]
         # It was set to the time at which the request left, so it is behind by the way there, which is less than this.
         if not 0 <= _now_ns(host) - shown <= _CLOCK_OFF_NS:
             await self._set_clock()
+        if at_once:
+            self._handed_over = True
+            self._is_itself.set()
+        else:
+            await self.hand_over(agreed=True)
 
     async def _set_clock(self) -> None:
         """As good as the way to the guest allows: half of what it takes there and back is added to the time."""
