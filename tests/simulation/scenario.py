@@ -82,6 +82,8 @@ class Seen:
     acknowledged: int = 0
     clones: int = 0
     """VMs that ran as clones at the end."""
+    copies: int = 0
+    """VMs that were seen to run as copies of others."""
 
     def __iadd__(self, other: Seen) -> Seen:
         self.edges |= other.edges
@@ -91,6 +93,7 @@ class Seen:
         self.events += other.events
         self.acknowledged += other.acknowledged
         self.clones += other.clones
+        self.copies += other.copies
         return self
 
     def lines(self) -> Iterable[str]:
@@ -98,13 +101,15 @@ class Seen:
         if self.faults is not None:
             yield from self.faults.lines()
         yield f"{self.starts} daemons, {self.events} events, {self.acknowledged} acknowledged creations and deletions"
-        yield f"{self.clones} VMs were clones at the end"
+        yield f"{self.clones} VMs were clones at the end, {self.copies} ran as copies of others"
 
 
 def missing(seen: Seen) -> list[str]:
     """What should have been seen over enough lives: each legal edge, each fault."""
     edges = [f"{before} -> {after}" for before, after in sorted(REACHABLE - seen.edges, key=str)]
     assert seen.faults is not None
+    if not seen.copies:
+        edges.append("a VM that ran as a copy of another one")
     return [*edges, *seen.faults.never_fired, *seen.faults.never_reached]
 
 
@@ -249,7 +254,8 @@ class Life:
                 if row.reason is not None and row.reason.code == "control_lost":
                     await self.world.request("POST", f"/api/v1/vms/{row.name}/recover")
             restless = [row for row in rows if not settled(row)]
-            if restless or daemon.health() != "ok" or _builds(daemon):
+            copying = daemon.vms.doors.captures.inspect()
+            if restless or daemon.health() != "ok" or _builds(daemon) or copying:
                 rests_since = trio.current_time()
             elif trio.current_time() - rests_since >= AFTERMATH_S:
                 return
@@ -279,6 +285,7 @@ class Life:
                 assert row.desired.value == row.status.value == machine.status, (_short(row), machine.status)
         alive = [row for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)]
         self.seen.clones += sum(row.template is not None for row in alive)
+        self.seen.copies += sum(row.origin is not None and row.capture is None for row in rows.values())
         self._check_files({str(row.id) for row in alive}, {str(row.id) for row in alive if row.template is None})
 
     def _check_files(self, ids: set[str], with_memory: set[str]) -> None:
@@ -289,10 +296,26 @@ class Life:
         memory = {path.stem for path in files.below(Path("/dev/shm")) if path.suffix == ".mem"}
         assert memory == with_memory, f"memory files {memory}, VMs that run and are no clones {with_memory}"
         templates = self.world.settings.state_dir / "templates"
+        self._check_captures()
         halves = [name for name in files.names(templates) if "." in name] if files.find(templates) else []
         assert not halves, f"half-made templates are left: {halves}"
         built = self.world.settings.runtime_dir / "templates"
         assert not files.find(built) or not files.names(built), files.names(built)
+
+    def _check_captures(self) -> None:
+        """No copy of a guest is half-made, and each has an owner: forks none any more, as all copies have gone on."""
+        files = self.world.machine.files
+        snapshots = self.world.daemon.store.projection.snapshots.values() if self.world.runs else ()
+        assert all(snapshot.status == "ready" for snapshot in snapshots), snapshots
+        kept = self.world.settings.state_dir / "snapshots"
+        there = set(files.names(kept)) if files.find(kept) else set()
+        assert there == {snapshot.capture for snapshot in snapshots}, (there, snapshots)
+        passing = [
+            path
+            for path in files.below(Path("/dev/shm"))
+            if path.parent.name.startswith(("fork-", "snapshot-")) and kept not in path.parents
+        ]
+        assert not passing, f"copies of guests are left: {passing}"
 
     async def _check_orphans(self) -> None:
         """Nothing runs that no VM owns, and nobody keeps a turn to boot."""
@@ -323,6 +346,9 @@ class Life:
         """With everything deleted nothing is left on the machine."""
         for row in self.world.daemon.store.projection.rows():
             answer = await self.world.request("DELETE", f"/api/v1/vms/{row.name}")
+            assert answer.status == 204, answer
+        for name in list(self.world.daemon.store.projection.snapshots):
+            answer = await self.world.request("DELETE", f"/api/v1/snapshots/{name}")
             assert answer.status == 204, answer
         assert not self.world.machine.running()
         self._check_files(set(), set())
@@ -375,6 +401,11 @@ class Follower:
         self._seen.events += 1
         before = self._statuses.get(event["vm_id"])
         after = Status(event["status"]) if event["status"] else None
+        if event["type"] in ("VM_FORKED", "VM_RESTORED"):
+            # Of no change of the status.
+            assert before is after, (event, before)
+            self._seen.copies += event["type"] == "VM_RESTORED"
+            return
         assert (before, after) in EDGES, f"{event['name']} went from {before} to {after}"
         self._seen.edges.add((before, after))
         self._statuses[event["vm_id"]] = after
@@ -425,11 +456,16 @@ class Operator:
         self._known = {name: Known() for name in names}
         self._seen = seen
         self._keys = 0
+        self._snapshots: list[str] = []
+        """Those that were acknowledged, the oldest first."""
 
     async def run(self, is_over: Callable[[], bool]) -> None:
         while not is_over():
             name = self._rng.choice(sorted(self._known))
-            actions = [self._create, self._verb, self._verb, self._verb, self._delete, self._look]
+            actions = [
+                *(self._create, self._verb, self._verb, self._verb, self._delete, self._look),
+                *(self._take_snapshot, self._restore, self._fork),
+            ]
             await self._rng.choice(actions)(name)
             await trio.sleep(self._rng.expovariate(1 / 1.5))
 
@@ -441,9 +477,6 @@ class Operator:
                 assert rows[name].id == known.vm_id, f"{name} is another VM"
 
     async def _create(self, name: str) -> None:
-        known = self._known[name]
-        self._keys += 1
-        headers = {**_JSON, "idempotency-key": f"{name}-{self._keys}"}
         body = {
             "name": name,
             "cpu_cores": 1,
@@ -451,14 +484,52 @@ class Operator:
             "boot": self._rng.choice(["auto", "auto", "auto", "cold"]),
             "restart_policy": self._rng.choice(["never", "on-failure", "always"]),
         }
+        await self._make(name, "/api/v1/vms", body)
+
+    async def _restore(self, name: str) -> None:
+        """A VM from one of our snapshots, if there is one."""
+        if self._snapshots:
+            await self._make(name, "/api/v1/vms", {"name": name, "from_snapshot": self._rng.choice(self._snapshots)})
+
+    async def _fork(self, name: str) -> None:
+        """A VM as a copy of another of ours."""
+        other = self._rng.choice(sorted(self._known))
+        await self._make(name, f"/api/v1/vms/{other}/fork", {"names": [name]})
+
+    async def _take_snapshot(self, name: str) -> None:
+        self._keys += 1
+        snapshot = f"{name}-{self._keys}"
+        headers = {**_JSON, "idempotency-key": f"snapshot-{snapshot}"}
+        answer = await self._insist("POST", f"/api/v1/vms/{name}/snapshots", {"name": snapshot}, headers)
+        if answer.status == 201:
+            assert (answer.json()["name"], answer.json()["status"]) == (snapshot, "ready"), answer
+            self._snapshots.append(snapshot)
+        else:
+            assert answer.status in (404, 409, 503), answer
+        if len(self._snapshots) > 2:
+            gone = self._snapshots.pop(0)
+            answer = await self._insist("DELETE", f"/api/v1/snapshots/{gone}")
+            # One of which no answer came may be gone all the same; one that a VM is about to go on from stays.
+            assert answer.status in (204, 404, 409, 503), answer
+
+    async def _make(self, name: str, path: str, body: dict[str, object]) -> None:
+        known = self._known[name]
+        self._keys += 1
+        headers = {**_JSON, "idempotency-key": f"{name}-{self._keys}"}
+        is_copy = "cpu_cores" not in body
         before = set(known.exists)
         known.exists = {True} if before == {True} else {True, False}
         # The same again under the same key: done once, whatever happens in between.
-        answer = await self._insist("POST", "/api/v1/vms", body, headers)
+        answer = await self._insist("POST", path, body, headers)
         if answer.status == 201:
             assert before != {True}, f"{name} was made twice"
-            known.exists, known.vm_id, known.going = {True}, answer.json()["id"], False
+            made = answer.json()[0] if path.endswith("/fork") else answer.json()
+            known.exists, known.vm_id, known.going = {True}, made["id"], False
             self._seen.acknowledged += 1
+        elif is_copy and answer.status in (404, 409):
+            # There is nothing to copy, or it is in no state for it; whether the name was taken nobody has said.
+            assert answer.json()["type"] != "urn:volant:error:vm-deleting", answer
+            known.exists = before if not known.going else {True, False} if True in before else before
         elif answer.status == 409:
             assert True in before, f"{name} can't be made, and is not there: {answer}"
             known.exists = {True, False} if known.going else {True}
