@@ -16,6 +16,7 @@ import click
 
 import volant
 
+from . import _doctor
 from ._options import Options, common, pass_options
 from ._output import Output
 from ._run import Failure, guarded
@@ -54,8 +55,12 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
 
 
 def _program(script: str, module: str) -> str:
+    return " ".join(map(_plain, _command(script, module)))
+
+
+def _command(script: str, module: str) -> list[str]:
     path = Path(sys.executable).parent / script
-    return _plain(path) if path.is_file() else f"{_plain(sys.executable)} -P -m {module}"
+    return [str(path)] if path.is_file() else [sys.executable, "-P", "-m", module]
 
 
 def _plain(path: str | Path) -> str:
@@ -154,20 +159,20 @@ def _check(what: str) -> None:
         raise Failure(f"only root can {what} services", hint="try it with sudo; --dry-run shows what it would do")
 
 
-def _addresses_that_do_nothing() -> str | None:
-    """The addresses that the service's settings name, if they do: there the socket unit has the word."""
+def _settings() -> dict[str, str]:
+    """The service's, as far as this user may read them."""
     try:
         lines = _ENVIRONMENT.read_text(errors="replace").splitlines()
     except OSError:
-        return None
-    given = (line.partition("=") for line in map(str.strip, lines))
-    values = [value.strip("\"' ") for name, _, value in given if name.strip() == "VOLANT_API_LISTEN_ADDR"]
-    return values[-1] if values and values[-1] else None
+        return {}
+    given = (line.partition("=") for line in map(str.strip, lines) if not line.startswith(("#", ";")))
+    return {name.strip(): value.strip("\"' ") for name, equals, value in given if equals}
 
 
 def _install(work: _Work) -> None:
     units = rendered()
-    if (addresses := _addresses_that_do_nothing()) is not None:
+    # The socket unit has the word on them.
+    if addresses := _settings().get("VOLANT_API_LISTEN_ADDR"):
         work.warn(
             f"VOLANT_API_LISTEN_ADDR={addresses} in {_ENVIRONMENT} does nothing here: systemd holds the sockets; "
             "`systemctl edit volantd.socket` says where to listen"
@@ -218,22 +223,30 @@ def _scopes() -> Sequence[str]:
 
 
 @click.command(name="setup")
+@click.option("--check", is_flag=True, help="Only look whether VMs can run here, and at what they lack.")
 @click.option("--dry-run", is_flag=True, help="Print the units and what would be done; do nothing.")
 @click.option("--uninstall", is_flag=True, help="Remove the service; what VMs have on disk stays.")
 @click.option("--stop-vms", is_flag=True, help="With --uninstall: shut down guests that run.")
 @click.option("--purge", is_flag=True, help="With --uninstall: remove the database, disks, logs and the cache, too.")
 @common()
 @pass_options
-def group(options: Options, dry_run: bool, uninstall: bool, stop_vms: bool, purge: bool) -> int:
+def group(options: Options, check: bool, dry_run: bool, uninstall: bool, stop_vms: bool, purge: bool) -> int:
     """Let systemd run volantd, now and at every boot.
 
     Can be run again, after an upgrade too: VMs that run go on running.
+
+    With --check nothing is changed, and neither root nor a daemon is needed: it says of each thing whether it is `ok`,
+    `less` than it could be, or `fails`, what comes of that, and what to do. The exit code is 1 when something fails.
     """
 
     def work() -> int:
         if (stop_vms or purge) and not uninstall:
             raise click.UsageError("--stop-vms and --purge go with --uninstall")
         out = Output(options.json)
+        if check:
+            if dry_run or uninstall:
+                raise click.UsageError("--check goes with none of the others")
+            return _doctor.check(out, _command("volantd", "volant.daemon.main"), _settings())
         doing = _Work(out, dry_run)
         try:
             if uninstall:

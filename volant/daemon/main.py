@@ -13,6 +13,7 @@ from pathlib import Path
 import trio
 
 from . import _dump
+from ._check import check
 from ._daemon import DaemonError, run
 from ._journald import JournalHandler, is_journal
 from ._offline import parse, restore
@@ -34,6 +35,9 @@ def main() -> None:
         file: Path | None = None
         if argv[:1] == ["restore"]:
             file, replace, argv = parse(argv[1:])
+        checks = argv[:1] == ["check"]
+        if checks:
+            argv = argv[1:]
         again = partial(load, argv, environ)
         settings, warnings = again()
     except SettingsError as error:
@@ -56,6 +60,10 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
+        if checks:
+            report, code = check(settings)
+            _say(report)
+            sys.exit(code)
         if file is not None:
             _say(restore(settings, file, replace=replace))
             return

@@ -9,6 +9,7 @@ from ._ensure import ensure
 from ._errors import ImageError
 from ._fetch import fetch, local_path, shown
 from ._media import Medium, list_media, medium_path, remove_medium
+from ._obstacle import obstacle
 from ._obtain import BootMedia
 from ._packages import Progress, fetch_packages
 from ._store import DIGEST, Image, find, list_images, load, prune
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "local_path",
     "medium_path",
+    "obstacle",
     "prune",
     "remove_medium",
     "shown",

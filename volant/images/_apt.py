@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -326,6 +327,12 @@ def _complaints(stderr: str) -> str:
         or stderr.strip()[:300]
         or "apt says nothing"
     )
+
+
+def require_programs() -> None:
+    """:raises ImageError: this host lacks one that images are built with."""
+    if not all(map(shutil.which, ("apt-get", "apt-config", "apt-cache", "dpkg-deb"))):
+        raise _no_apt()
 
 
 def _no_apt() -> ImageError:

@@ -111,14 +111,7 @@ def resolve(
     """
     if keyring is not None and not keyring.is_file():
         raise ImageError("no_keyring", f"There is no keyring {keyring}", "name one that exists with --keyring FILE")
-    sources = _sources.explicit_sources(mirror, security_mirror) if mirror else _sources.host_sources()
-    if not sources:
-        raise ImageError(
-            "no_sources",
-            "This host's apt has no source of the Debian archive",
-            "name a mirror with --mirror URL, and Debian's keys with --keyring FILE where the host lacks the package "
-            "debian-archive-keyring",
-        )
+    sources = _sources.explicit_sources(mirror, security_mirror) if mirror else _sources.archive()
     apt = _apt.Apt(cache_dir / "apt", sources, (keyring or _sources.find_keyring()).absolute())
     progress(Progress("update", "Asking the Debian archive for its packages"))
     try:

@@ -69,6 +69,19 @@ def host_sources(etc_apt: Path = Path("/etc/apt")) -> list[Source]:
     return list(dict.fromkeys(found))
 
 
+def archive() -> list[Source]:
+    """Return this host's sources of the Debian archive; :raises ImageError: it has none."""
+    sources = host_sources()
+    if not sources:
+        raise ImageError(
+            "no_sources",
+            "This host's apt has no source of the Debian archive",
+            "name a mirror with --mirror URL, and Debian's keys with --keyring FILE where the host lacks the package "
+            "debian-archive-keyring",
+        )
+    return sources
+
+
 def explicit_sources(mirror: str, security_mirror: str | None) -> list[Source]:
     """Return the sources for addresses that somebody gave on the command line.
 

@@ -1,5 +1,6 @@
 """The QEMU driver."""
 
+from ._argv import ENVIRONMENT, PROGRAM
 from ._driver import QemuHypervisor
 
-__all__ = ["QemuHypervisor"]
+__all__ = ["ENVIRONMENT", "PROGRAM", "QemuHypervisor"]

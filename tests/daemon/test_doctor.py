@@ -1,0 +1,210 @@
+"""`volantd check` tells of a host what is so, what comes of it and what to do; whatever hangs is told, too."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import trio
+
+from volant.daemon import Settings
+from volant.daemon._doctor import _machine
+from volant.daemon._doctor._examine import CHECKS, Check, examine, in_thread
+from volant.daemon._doctor._given import Given
+from volant.daemon._doctor._image import judge_own, judge_unbuilt
+from volant.daemon._doctor._machine import judge_kvm, judge_machine, judge_qemu, judge_qemu_img
+from volant.daemon._doctor._network import judge_forwarding, judge_network, judge_rights
+from volant.daemon._doctor._places import CACHE, RUNTIME, STATE, Place, file_system_of, judge_memory, judge_place, look
+from volant.daemon._doctor._service import judge_cgroups, judge_descriptors, judge_systemd
+from volant.host import Host
+from volant.hypervisor import AcceleratorChoice
+from volant.images import ImageError
+from volant.model.doctor import Finding, Level
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_KVM = AcceleratorChoice("tcg", "there is no /dev/kvm", "10.0.0")
+NO_GUEST = AcceleratorChoice("tcg", "KVM runs no guest here: QEMU ended with status 1", "10.0.0")
+RUNS = AcceleratorChoice("kvm", "a guest ran on KVM", "10.0.0")
+HERE = Path("/var/lib/volant")
+
+
+def kvm(choice: AcceleratorChoice, **other: str) -> Finding:
+    facts = {"wanted": "auto", "there": "missing", "module": "kvm_intel", "how_to_be_let_in": "ask root"} | other
+    return judge_kvm(facts["wanted"], choice, facts["there"], facts["module"] or None, facts["how_to_be_let_in"])  # type: ignore[arg-type]
+
+
+def place(**other: object) -> Place:
+    there = Place(path=HERE, there=HERE, writable=True, file_system="ext4", free_mb=10_000)
+    return Place(**{name: other.get(name, getattr(there, name)) for name in there.__dataclass_fields__})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("finding", "level", "says"),
+    [
+        (judge_machine("Linux", "x86_64", "6.12", 4), "ok", "4 CPUs"),
+        (judge_machine("Linux", "aarch64", "6.12", 4), "fails", "x86-64"),
+        (judge_qemu("/usr/bin/q", "10.0.3"), "ok", "QEMU 10.0.3"),
+        (judge_qemu(None, None), "fails", "apt install qemu-system-x86"),
+        (judge_qemu("/usr/bin/q", None), "fails", "/usr/bin/q --version"),
+        (judge_qemu_img(0, b"qemu-img version 10\nCopyright"), "ok", "qemu-img version 10"),
+        (judge_qemu_img(-1, b""), "less", "apt install qemu-utils"),
+        (judge_qemu_img(127, b"what"), "less", "apt install qemu-utils"),
+        (kvm(RUNS), "ok", "a guest ran on it"),
+        (kvm(RUNS, wanted="tcg"), "less", "VOLANT_ACCELERATOR"),
+        (kvm(NO_KVM), "less", "modprobe kvm_intel"),
+        (kvm(NO_KVM, module=""), "less", "nested"),
+        (kvm(NO_GUEST, there="denied"), "less", "ask root"),
+        (kvm(NO_GUEST, there="there"), "less", "ended with status 1"),
+        (kvm(NO_GUEST, there="there", wanted="kvm"), "fails", "leave out VOLANT_ACCELERATOR"),
+        (kvm(AcceleratorChoice("tcg", "no QEMU", None)), "less", "not tried"),
+        (judge_own(Path("/")), "ok", "/"),
+        (judge_own(Path("/none")), "fails", "VOLANT_KERNEL"),
+        (judge_unbuilt(HERE, None), "less", "volar images build"),
+        (judge_unbuilt(HERE, ImageError("no_apt", "There is no apt", "install apt")), "fails", "install apt"),
+        (judge_place(STATE, place()), "ok", "10000 MiB free (ext4)"),
+        (judge_place(STATE, place(writable=False)), "fails", "VOLANT_STATE_DIR"),
+        (judge_place(RUNTIME, place(writable=False, there=Path("/var"))), "fails", "in /var"),
+        (judge_place(STATE, place(free_mb=63)), "fails", "63 MiB free"),
+        (judge_place(STATE, place(free_mb=1000)), "less", "make room"),
+        (judge_place(STATE, place(file_system="tmpfs")), "less", "go with the power"),
+        (judge_place(STATE, place(file_system="nfs4")), "less", "fsync"),
+        (judge_place(RUNTIME, place(file_system="tmpfs", free_mb=40)), "ok", "tmpfs"),
+        (judge_place(CACHE, place(free_mb=500)), "less", "VOLANT_CACHE_DIR"),
+        (judge_memory(place(file_system="tmpfs"), 5000), "ok", "19 guests"),
+        (judge_memory(place(file_system="tmpfs", free_mb=64), 5000), "less", "--shm-size"),
+        (judge_memory(place(file_system="tmpfs", free_mb=1000), 5000), "less", "remount"),
+        (judge_memory(place(file_system="tmpfs"), 63), "fails", "end something"),
+        (judge_memory(place(), 5000), "less", "tmpfs at /dev/shm"),
+        (judge_memory(place(writable=False), 5000), "fails", "can't write"),
+        (judge_descriptors(524288), "ok", "524288"),
+        (judge_descriptors(-1), "ok", "without limit"),
+        (judge_descriptors(1024), "less", "51 VMs"),
+        (judge_systemd(b"systemd 257 (257.8)\n+PAM"), "ok", "systemd 257"),
+        (judge_systemd(b"systemd 252 (252.1)\n"), "less", "systemd 252"),
+        (judge_systemd(b""), "less", "systemctl --version"),
+        (judge_systemd(None), "less", "in a terminal"),
+        (judge_cgroups(["cpu", "io", "memory", "pids"]), "ok", "version 2"),
+        (judge_cgroups(["cpu", "pids"]), "less", "without memory"),
+        (judge_cgroups(None), "less", "unified_cgroup_hierarchy"),
+        (judge_rights(True), "ok", "may change"),
+        (judge_rights(False), "less", "volar setup"),
+        (judge_forwarding("1"), "ok", "passed on"),
+        (judge_forwarding("0"), "less", "sysctl"),
+    ],
+)
+def test_each_finding_says_what_is_what_it_means_and_what_to_do(finding: Finding, level: Level, says: str) -> None:
+    assert finding.level == level, finding
+    assert says in " ".join((finding.found, finding.means, finding.advice))
+    assert bool(finding.means) == (level != "ok"), finding
+
+
+def test_what_the_kernel_can_not_make_is_told_one_by_one() -> None:
+    made, denied, absent = judge_network(
+        {"bridge": None, "tap": "Permission denied", "nftables": "Protocol not supported"}, "ask root"
+    )
+    assert (made.level, denied.level, absent.level) == ("ok", "less", "less")
+    assert denied.advice == "ask root"
+    assert "modprobe nf_tables" in absent.advice
+    assert [finding.check for finding in judge_network({"namespace": "Operation not permitted"}, None)] == ["network"]
+
+
+def test_a_file_system_is_the_one_mounted_nearest_and_last() -> None:
+    mounts = (
+        "22 1 254:0 / / rw - ext4 /dev/vda rw\n"
+        "23 22 0:21 / /var/my\\040lib rw shared:1 - nfs4 host:/x rw\n"
+        "24 22 0:22 / /tmp rw - ext4 /dev/vdb rw\n"
+        "25 22 0:23 / /tmp rw - tmpfs tmpfs rw\n"
+        "no line of these\n"
+    )
+    for path, kind in (("/var/lib", "ext4"), ("/var/my lib/a", "nfs4"), ("/tmp/a", "tmpfs"), ("/tmpx", "ext4")):
+        assert file_system_of(Path(path), mounts) == kind
+    assert file_system_of(Path("/"), "") == ""
+
+
+def test_a_place_that_is_not_there_is_judged_by_what_it_would_be_made_in(tmp_path: Path) -> None:
+    there = look(tmp_path / "a" / "b")
+    assert (there.there, there.writable) == (tmp_path, True)
+    assert there.free_mb > 0
+    (tmp_path / "file").write_text("")
+    assert not look(tmp_path / "file").writable
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def settings(directory: Path) -> Settings:
+    return Settings(state_dir=directory / "s", runtime_dir=directory / "r", cache_dir=directory / "c")
+
+
+async def test_what_hangs_or_breaks_is_a_finding_and_the_others_are_told(tmp_path: Path) -> None:
+    released = threading.Event()
+
+    def stuck(given: Given) -> Sequence[Finding]:
+        released.wait(20)
+        return []
+
+    async def hangs(given: Given) -> Sequence[Finding]:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def breaks(given: Given) -> Sequence[Finding]:
+        raise PermissionError(13, "Permission denied", "/proc/x")
+
+    async def fine(given: Given) -> Sequence[Finding]:
+        assert given.scratch.is_dir()
+        return [Finding(check="fine", level="ok", found="it is")]
+
+    checks: tuple[tuple[str, float, Check], ...] = (
+        ("stuck", 0.2, in_thread(stuck)),
+        ("hangs", 0.2, hangs),
+        ("breaks", 10, breaks),
+        ("fine", 10, fine),
+    )
+    with trio.fail_after(10):
+        report = await examine(settings(tmp_path), Host(), checks)
+    released.set()
+    assert [(finding.check, finding.level) for finding in report.findings] == [
+        ("stuck", "less"), ("hangs", "less"), ("breaks", "less"), ("fine", "ok"),
+    ]  # fmt: skip
+    assert "0.2 s" in report.findings[0].found
+    assert "/proc/x" in report.findings[2].found
+    assert report.lesser == ["stuck", "hangs", "breaks"]
+
+
+async def test_this_host_is_looked_at_and_nothing_is_left_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "tmp"
+    await trio.Path(scratch).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    report = await examine(settings(tmp_path), Host())
+    levels = {finding.check: finding.level for finding in report.findings}
+    assert levels.keys() >= {name for name, _, _ in CHECKS} - {"directories", "network"} | {"kvm", "cache", "runtime"}
+    assert "network" in levels or levels.keys() >= {"bridge", "tap", "nftables"}
+    assert (levels["machine"], levels["state"]) == ("ok", "ok")
+    assert levels["qemu"] == ("ok" if shutil.which("qemu-system-x86_64") else "fails")
+    assert [path.name for path in await trio.Path(tmp_path).rglob("*")] == ["tmp"]
+
+
+async def test_a_qemu_that_does_not_run_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "qemu"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    for program, says in ((str(broken), "does not tell"), ("no-such-qemu", "no program")):
+        monkeypatch.setattr(_machine, "PROGRAM", program)
+        qemu, kvm = await _machine.hypervisor(Given(Host(), settings(tmp_path), tmp_path))
+        assert (qemu.level, kvm.level) == ("fails", "less")
+        assert says in qemu.found
+
+
+def test_settings_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "volant.daemon.main", "check", "--state-dir", str(tmp_path), "--max-boots", "many"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "max_boots" in done.stderr

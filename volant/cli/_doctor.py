@@ -1,0 +1,86 @@
+"""`volar setup --check`: what volantd finds of this host, laid out for people.
+
+The daemon's program is asked, as it alone knows what it needs, and it finds out as it would when it runs. It is the one
+that `volar setup` would install: of this installation, with the service's settings where there are any.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import msgspec
+
+from volant.model.doctor import Report
+
+from ._output import Output, styled
+from ._run import Failure
+from ._text import safe
+
+_COLOURS = {"ok": "green", "less": "yellow", "fails": "red"}
+_TIMEOUT_S = 60.0
+"""All checks of volantd have deadlines of their own, and the longest is 25 s."""
+_WRONG_SETTINGS = 2
+
+
+def check(out: Output, program: Sequence[str], settings: Mapping[str, str]) -> int:
+    """Print what is found; the exit code. `settings`: of the service, which this environment's win over.
+
+    :raises Failure: volantd can't say.
+    """
+    report = _ask(program, {**settings, **os.environ})
+    if out.json:
+        out.document({"ok": not report.failed, "user": report.user, "findings": report.findings})
+    else:
+        _lay_out(out, report)
+    return 1 if report.failed else 0
+
+
+def _ask(program: Sequence[str], environ: Mapping[str, str]) -> Report:
+    try:
+        done = subprocess.run(
+            [*program, "check"], env=environ, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S,
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise Failure(f"`{' '.join(program)} check` takes longer than {_TIMEOUT_S:g} s") from None
+    said = done.stderr.decode(errors="replace").strip()
+    if done.returncode == _WRONG_SETTINGS:
+        raise Failure(said.removeprefix("volantd: "), hint="mend the settings: volantd would not start with them")
+    try:
+        return msgspec.json.decode(done.stdout, type=Report)
+    except msgspec.DecodeError:
+        raise Failure(f"`{' '.join(program)} check` failed with {done.returncode}: {said[-1000:]}") from None
+
+
+def _lay_out(out: Output, report: Report) -> None:
+    width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 0
+    column = max((len(finding.check) for finding in report.findings), default=0)
+    margin = " " * (5 + 2 + column + 2)
+    for finding in report.findings:
+        paragraphs = (finding.found, finding.means, f"→ {finding.advice}" if finding.advice else "")
+        first, *rest = chain.from_iterable(_wrapped(text, width - len(margin)) for text in paragraphs)
+        level = styled(finding.level.ljust(5), _COLOURS[finding.level], sys.stdout)
+        out.line(f"{level}  {safe(finding.check).ljust(column)}  {first}")
+        for line in rest:
+            out.line(f"{margin}{line}")
+    out.line("")
+    who = safe(report.user)
+    if report.failed:
+        out.line(f"VMs can't run here with volantd as {who}: {safe(', '.join(report.failed))}")
+    elif report.lesser:
+        out.line(f"VMs can run here with volantd as {who}. Less than it could be: {safe(', '.join(report.lesser))}")
+    else:
+        out.line(f"VMs can run here with volantd as {who}")
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines that fit; one, where nobody looks."""
+    if not text:
+        return []
+    return textwrap.wrap(safe(text), width, break_long_words=False) if width >= 20 else [safe(text)]

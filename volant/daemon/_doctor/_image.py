@@ -1,0 +1,48 @@
+"""What VMs boot from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from volant import images
+from volant.model.doctor import Finding
+
+from ._given import Given
+
+
+def image(given: Given) -> Sequence[Finding]:
+    """The kernel and the initramfs of VMs whose plugin brings none."""
+    settings = given.settings
+    if settings.kernel is not None and settings.initramfs is not None:
+        return [judge_own(settings.kernel, settings.initramfs)]
+    built = images.find(settings.cache_dir)
+    if built is not None:
+        size = built.size_bytes / 2**20
+        found = f"built from Debian's kernel {built.kernel_version}, {size:.0f} MiB, {built.digest[:12]}"
+        return [Finding(check="image", level="ok", found=found)]
+    return [judge_unbuilt(settings.cache_dir, images.obstacle())]
+
+
+def judge_own(*paths: Path) -> Finding:
+    unread = [str(path) for path in paths if not os.access(path, os.R_OK)]
+    if not unread:
+        return Finding(check="image", level="ok", found=f"the settings name {' and '.join(map(str, paths))}")
+    return Finding(
+        check="image", level="fails", found=f"{' and '.join(unread)} can't be read",
+        means="VMs whose plugin brings no kernel can't start", advice="mend VOLANT_KERNEL and VOLANT_INITRAMFS",
+    )  # fmt: skip
+
+
+def judge_unbuilt(cache: Path, obstacle: images.ImageError | None) -> Finding:
+    if obstacle is None:
+        return Finding(
+            check="image", level="less", found=f"none is built in {cache}",
+            means="the first VM waits until it is, for seconds to minutes, and the Debian archive must be reached",
+            advice="`volar images build`, as the user who runs volantd",
+        )  # fmt: skip
+    return Finding(
+        check="image", level="fails", found=f"none is built in {cache}, and none can be: {obstacle.message}",
+        means="VMs whose plugin brings no kernel can't start", advice=obstacle.hint,
+    )  # fmt: skip
