@@ -351,18 +351,25 @@ async def test_a_process_that_holds_up_those_who_look_into_it_does_so_until_thei
 
 
 async def test_files_that_may_grow_to_their_size_are_counted(host: Host, tmp_path: Path) -> None:
-    assert await host.unbacked_space(tmp_path / "nowhere") == 0
+    assert host.unbacked_space(tmp_path / "nowhere") == 0
     await host.allocate_file(tmp_path / "full", 2**20)
     await host.allocate_file(tmp_path / "empty", 2**22, reserve=False)
-    assert await host.unbacked_space(tmp_path) == 2**22
+    assert host.unbacked_space(tmp_path) == 2**22
     with (tmp_path / "empty").open("r+b") as file:
         file.write(bytes(2**16))
         file.flush()
         os.fsync(file.fileno())
-    assert await host.unbacked_space(tmp_path) == 2**22 - 2**16
-    assert await host.memory_to_spare_mb(tmp_path) <= host.memory_available_mb() + 64
+    assert host.unbacked_space(tmp_path) == 2**22 - 2**16
+    assert host.memory_to_spare_mb(tmp_path) <= host.memory_available_mb() + 64
     await host.allocate_file(tmp_path / "vast", 2**43, reserve=False)
-    assert await host.memory_to_spare_mb(tmp_path) == 0
+    assert host.memory_to_spare_mb(tmp_path) == 0
+    assert host.room_in_memory_mb(tmp_path) == 0
+    (tmp_path / "vast").unlink()
+    (tmp_path / "inner").mkdir()
+    await host.allocate_file(tmp_path / "inner" / "empty", 2**20, reserve=False)
+    assert host.unbacked_space(tmp_path) == 2**22 - 2**16 + 2**20
+    for directory in (tmp_path, tmp_path / "none"):
+        assert 0 < host.room_in_memory_mb(directory) <= host.free_space(tmp_path) // 2**20
 
 
 def test_the_machine_is_measured(host: Host) -> None:

@@ -790,25 +790,17 @@ class Host:
 
         await trio.to_thread.run_sync(allocate)
 
-    async def unbacked_space(self, directory: Path) -> int:
-        """Bytes that the files in a directory still lack to be as large as they say, as their owners may write there.
-        0 where there is no such directory."""
-
-        def add_up() -> int:
-            try:
-                entries = list(os.scandir(directory))
-            except FileNotFoundError:
-                return 0
-            lacking = 0
-            for entry in entries:
-                try:
-                    figures = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue  # it went while we look
-                lacking += max(0, figures.st_size - figures.st_blocks * 512)
-            return lacking
-
-        return await trio.to_thread.run_sync(add_up)
+    def unbacked_space(self, path: Path) -> int:
+        """Bytes that a file, or those in a directory, still lack to be as large as they say; their owners may write
+        there. 0 where nothing is. Follows no link."""
+        try:
+            figures = path.lstat()
+            if stat.S_ISDIR(figures.st_mode):
+                return sum(self.unbacked_space(inner) for inner in path.iterdir())
+            return max(0, figures.st_size - figures.st_blocks * 512) if stat.S_ISREG(figures.st_mode) else 0
+        except (FileNotFoundError, NotADirectoryError):
+            # It goes while we look.
+            return 0
 
     def free_space(self, path: Path) -> int:
         """Bytes that may still be written to the file system that holds `path`. Raises OSError."""
@@ -922,9 +914,15 @@ class Host:
         """Memory that programs can still have without swapping, in MiB."""
         return _meminfo().get("MemAvailable", 0) // 1024
 
-    async def memory_to_spare_mb(self, directory: Path) -> int:
+    def memory_to_spare_mb(self, directory: Path) -> int:
         """Likewise, less what the files in a directory in RAM may still grow by."""
-        return max(0, self.memory_available_mb() - await self.unbacked_space(directory) // 2**20)
+        return max(0, self.memory_available_mb() - self.unbacked_space(directory) // 2**20)
+
+    def room_in_memory_mb(self, directory: Path) -> int:
+        """What a new file in that directory, which need not be there, may take, in MiB. Raises OSError."""
+        there = directory if self.exists(directory) else directory.parent
+        free = (self.free_space(there) - self.unbacked_space(directory)) // 2**20
+        return max(0, min(free, self.memory_to_spare_mb(directory)))
 
     def figures(self) -> HostFigures:
         """What the machine is doing, from /proc. One caller, as its CPU figure is since the call before."""

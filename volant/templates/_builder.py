@@ -86,7 +86,7 @@ async def build(doors: BuildDoors, blueprint: Blueprint) -> None:
     host = doors.host
     spec = _spec(doors, blueprint)
     fresh = doors.store.directory / f"{blueprint.digest}.new"
-    await _check_room(doors, blueprint)
+    _check_room(doors, blueprint)
     try:
         await _clear(host, spec, fresh)
         await host.mkdir(fresh)
@@ -156,10 +156,10 @@ def _spec(doors: BuildDoors, blueprint: Blueprint) -> MachineSpec:
     )
 
 
-async def _check_room(doors: BuildDoors, blueprint: Blueprint) -> None:
+def _check_room(doors: BuildDoors, blueprint: Blueprint) -> None:
     """:raises TemplateFailed: the host has better things to do with its memory or its disk."""
     memory_mb = blueprint.recipe.memory_mb
-    available_mb = await doors.host.memory_to_spare_mb(doors.memory_dir)
+    available_mb = doors.host.memory_to_spare_mb(doors.memory_dir)
     if available_mb < memory_mb + RESERVE_MB:
         raise TemplateFailed("no_memory", f"{available_mb} MiB of memory are left, and a build may not take the last")
     try:

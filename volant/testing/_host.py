@@ -323,8 +323,9 @@ class SimHost(Host):
 
         await self._call(allocate)
 
-    async def unbacked_space(self, directory: Path) -> int:
-        return await self._call(lambda: 0)
+    def unbacked_space(self, path: Path) -> int:
+        self._check()
+        return 0
 
     def free_space(self, path: Path) -> int:
         self._check()

@@ -162,7 +162,8 @@ class Captures:
             raise _busy(f"VM {vm.name!r} is being copied already", vm)
         if len(self._turns) >= AT_ONCE:
             raise _busy(f"{len(self._turns)} VMs are being copied", vm)
-        available = self._host.memory_available_mb() - sum(turn.vm.memory_mb for turn in self._turns.values())
+        available = self._host.room_in_memory_mb(self._memory_dir)
+        available -= sum(turn.vm.memory_mb for turn in self._turns.values())
         if available < vm.memory_mb + RESERVE_MB:
             raise Problem(
                 503, "no-capacity",

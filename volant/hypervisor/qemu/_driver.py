@@ -186,7 +186,7 @@ class QemuHypervisor:
         except OSError as error:
             raise LaunchFailed("exited", f"the machine's directory cannot be prepared: {error}") from error
         # What other guests have given back is theirs to take again.
-        available_mb = await host.memory_to_spare_mb(spec.memory_file.parent)
+        available_mb = host.memory_to_spare_mb(spec.memory_file.parent)
         if available_mb < spec.memory_mb + SPARE_MEMORY_MB:
             raise LaunchFailed(
                 "memory_refused", f"the host has {available_mb} MiB of memory left, the guest needs {spec.memory_mb}"
@@ -198,7 +198,7 @@ class QemuHypervisor:
             await host.mkdir(spec.memory_file.parent)
             await host.allocate_file(spec.memory_file, size)
             # Looked at afterwards, so that of two that are launched at once neither misses the other.
-            if host.free_space(spec.memory_file.parent) < await host.unbacked_space(spec.memory_file.parent):
+            if host.free_space(spec.memory_file.parent) < host.unbacked_space(spec.memory_file.parent):
                 raise OSError(errno.ENOSPC, "what is left there has been given back by other guests, and is theirs")
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
