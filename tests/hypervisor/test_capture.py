@@ -1,0 +1,274 @@
+"""A copy of a running machine is what the machine was at one instant. Whatever becomes of it, the machine goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from tests.hypervisor.kit import POWEROFF, tiny_spec
+from volant.host import Host
+from volant.hypervisor import CaptureFailed, Disk, Machine, MachineSpec, Template
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.hypervisor.qemu._machine import QemuMachine
+from volant.model import EndKind
+from volant.model import ProcessIdentity as Identity
+
+COUNTER = 0x200000
+# Says a byte on the serial console, counts in its memory until one is typed there, and powers off.
+COUNTS = (
+    bytes([0x66, 0xBA, 0xF8, 0x03, 0xEE])
+    + bytes([0xFF, 0x05])
+    + struct.pack("<I", COUNTER)
+    + bytes([0x66, 0xBA, 0xFD, 0x03, 0xEC, 0xA8, 0x01, 0x74, 0xF1])
+    + POWEROFF
+)
+
+
+@pytest.fixture
+def spec(host: Host, tmp_path: Path) -> MachineSpec:
+    return tiny_spec(host, tmp_path, COUNTS)
+
+
+@pytest.fixture
+def into(host: Host, spec: MachineSpec) -> Path:
+    """Goes with the machine's memory."""
+    directory = spec.memory_file.parent / "copy"
+    directory.mkdir(parents=True, mode=0o700)
+    return directory
+
+
+@asynccontextmanager
+async def nobody() -> AsyncIterator[Callable[[], tuple[int, int]]]:
+    """Holds the port of an agent that there is none of."""
+    yield lambda: (0, 0)
+
+
+def clone(spec: MachineSpec, name: str, template: Template, **other: Any) -> MachineSpec:
+    return msgspec.structs.replace(
+        spec,
+        directory=spec.directory.with_name(name),
+        memory_file=spec.memory_file.with_name(f"{name}.mem"),
+        mark=f"{spec.mark}{name}",
+        template=template,
+        **other,
+    )
+
+
+async def launch(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> Identity:
+    """Launch it; it has left its firmware then, as every guest has whose agent answers."""
+    identity = await qemu.launch(spec)
+    with host.watch(spec.console_path) as watch:
+        while not host.file_size(spec.console_path):
+            await watch.wait()
+    return identity
+
+
+async def ends_when_typed_to(host: Host, spec: MachineSpec, machine: Machine) -> bool:
+    async with host.open_pipe(spec.console_input_path) as keyboard:
+        await keyboard.send_all(b"x")
+        return (await machine.ended()).kind is EndKind.SHUTDOWN
+
+
+async def memory_of(machine: Machine, size: int, path: Path) -> bytes:
+    """As QEMU has it, but for the hole in which a PC has its ROMs."""
+    assert isinstance(machine, QemuMachine)
+    assert machine._qmp is not None
+    await machine._qmp.execute("pmemsave", {"val": 0, "size": size, "filename": str(path)})
+    return without_roms(path)
+
+
+def without_roms(path: Path) -> bytes:
+    data = path.read_bytes()
+    return data[:0xA0000] + data[0x100000:]
+
+
+async def test_copies_of_copies_hold_what_the_machine_held(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, into: Path
+) -> None:
+    """A machine that booted, one that goes on from its copy, and one that goes on from that one's; the files that they
+    map have lost their names."""
+    size = spec.memory_mb * 1024 * 1024
+    running = spec
+    with trio.fail_after(90):
+        for number in range(3):
+            identity = await (qemu.launch(running) if number else launch(host, qemu, running))
+            async with qemu.attach(running, identity) as machine:
+                await host.remove_tree(into)
+                await host.mkdir(into)
+                await machine.pause()
+                captured = await machine.capture(into, hold=nobody)
+                assert captured.paused_s == 0.0
+                assert await machine.status() == "paused"
+                assert without_roms(captured.template.memory) == await memory_of(machine, size, into / "seen")
+                assert captured.template.memory.stat().st_mode & 0o777 == 0o600
+                assert captured.memory_bytes < size // 4
+                await machine.resume()
+                assert await ends_when_typed_to(host, running, machine), number
+                await machine.quit()
+            running = clone(spec, f"c{number}", captured.template)
+
+
+async def test_a_machine_is_copied_again_and_again_and_goes_on(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, into: Path
+) -> None:
+    with trio.fail_after(60):
+        identity = await launch(host, qemu, spec)
+        async with qemu.attach(spec, identity) as machine:
+            for number in range(3):
+                directory = into / str(number)
+                directory.mkdir()
+                captured = await machine.capture(directory, hold=nobody)
+                assert await machine.status() == "running"
+                assert 0.0 < captured.paused_s < 5.0
+                assert (captured.state_bytes, captured.layer) == (captured.template.state.stat().st_size, None)
+            copy = clone(spec, "c", captured.template)
+            async with qemu.attach(copy, await qemu.launch(copy)) as other:
+                assert await other.status() == "running"
+                assert await ends_when_typed_to(host, copy, other)
+            assert await ends_when_typed_to(host, spec, machine)
+
+
+async def test_a_disk_is_copied_as_it_is(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, into: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(os.urandom(1024 * 1024))
+    spec = msgspec.structs.replace(spec, root=Disk(base, tmp_path / "root.qcow2"))
+    assert spec.root is not None
+    with trio.fail_after(60):
+        await qemu.make_layer(spec.root)
+        identity = await launch(host, qemu, spec)
+        async with qemu.attach(spec, identity) as machine:
+            captured = await machine.capture(into, hold=nobody)
+            assert captured.layer == into / "root.qcow2"
+            assert captured.layer_bytes > 0
+            assert captured.layer.read_bytes() == spec.root.layer.read_bytes()
+            disk = Disk(base, tmp_path / "copy.qcow2")
+            await qemu.make_layer(disk, captured.layer)
+            copy = clone(spec, "c", captured.template, root=disk)
+            async with qemu.attach(copy, await qemu.launch(copy)) as other:
+                assert await ends_when_typed_to(host, copy, other)
+            assert await ends_when_typed_to(host, spec, machine)
+
+
+class FaultyHost(Host):
+    """Something is wrong with the copying; `copying` is set when it begins."""
+
+    def __init__(self, error: OSError | None) -> None:
+        super().__init__()
+        self.copying = trio.Event()
+        self._error = error
+
+    async def copy_sparse(self, source: Path, target: Path, mode: int = 0o600) -> None:
+        self.copying.set()
+        if self._error is not None:
+            raise self._error
+        await trio.sleep_forever()
+
+
+@pytest.fixture
+async def launched(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> Identity:
+    return await launch(host, qemu, spec)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "no space left"), "no_space"),
+        (PermissionError(errno.EPERM, "not permitted"), "not_permitted"),
+        (OSError(errno.EIO, "input/output error"), "io_error"),
+        (None, "too_slow"),
+    ],
+)
+async def test_what_fails_is_told_and_the_guest_goes_on(
+    tmp_path: Path, spec: MachineSpec, launched: Identity, into: Path, error: OSError | None, code: str
+) -> None:
+    qemu = QemuHypervisor(FaultyHost(error), tmp_path / "cache", accelerator="tcg")
+    with trio.fail_after(30):
+        async with qemu.attach(spec, launched) as machine:
+            with pytest.raises(CaptureFailed) as caught:
+                await machine.capture(into, hold=nobody, timeout_s=1.0)
+            assert caught.value.code == code, caught.value
+            assert await machine.status() == "running"
+
+
+async def test_a_state_that_cannot_be_written_is_told_and_the_guest_goes_on(
+    qemu: QemuHypervisor, spec: MachineSpec, launched: Identity, into: Path
+) -> None:
+    with trio.fail_after(30):
+        async with qemu.attach(spec, launched) as machine:
+            with pytest.raises(CaptureFailed) as caught:
+                await machine.capture(into / "nowhere", hold=nobody)
+            assert caught.value.code == "refused", caught.value
+            assert await machine.status() == "running"
+            await machine.capture(into, hold=nobody)
+
+
+async def test_who_gives_up_half_way_lets_the_guest_go_on(
+    tmp_path: Path, spec: MachineSpec, launched: Identity, into: Path
+) -> None:
+    host = FaultyHost(None)
+    qemu = QemuHypervisor(host, tmp_path / "cache", accelerator="tcg")
+    with trio.fail_after(30):
+        async with qemu.attach(spec, launched) as machine:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(machine.capture, into, hold=nobody))
+                await host.copying.wait()
+                assert await machine.status() == "paused"
+                nursery.cancel_scope.cancel()
+            assert await machine.status() == "running"
+            await machine.pause(timeout_s=1.0)
+
+
+async def test_a_hypervisor_that_is_killed_half_way_is_told(
+    tmp_path: Path, spec: MachineSpec, launched: Identity, into: Path
+) -> None:
+    host = FaultyHost(None)
+    qemu = QemuHypervisor(host, tmp_path / "cache", accelerator="tcg")
+    with trio.fail_after(30):
+        async with qemu.attach(spec, launched) as machine, trio.open_nursery() as nursery:
+
+            async def kill() -> None:
+                await host.copying.wait()
+                await machine.kill()
+
+            nursery.start_soon(kill)
+            with pytest.raises(CaptureFailed):
+                await machine.capture(into, hold=nobody, timeout_s=2.0)
+
+
+async def test_a_guest_that_has_ended_is_not_copied(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, launched: Identity, into: Path
+) -> None:
+    with trio.fail_after(30):
+        async with qemu.attach(spec, launched) as machine:
+            assert await ends_when_typed_to(host, spec, machine)
+            with pytest.raises(CaptureFailed, match="shutdown") as caught:
+                await machine.capture(into, hold=nobody)
+            assert caught.value.code == "refused"
+
+
+async def test_a_port_that_does_not_come_to_rest_is_told(
+    qemu: QemuHypervisor, spec: MachineSpec, launched: Identity, into: Path
+) -> None:
+    taken = iter(range(10**9))
+
+    @asynccontextmanager
+    async def restless() -> AsyncIterator[Callable[[], tuple[int, int]]]:
+        yield lambda: (0, next(taken))
+
+    with trio.fail_after(30):
+        async with qemu.attach(spec, launched) as machine:
+            with pytest.raises(CaptureFailed, match="come to rest"):
+                await machine.capture(into, hold=restless)
+            assert await machine.status() == "running"
