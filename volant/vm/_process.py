@@ -62,7 +62,7 @@ _BECOME_S = 15.0
 _CLONE_OUTPUT_S = 0.3
 _CLOCK_OFF_NS = 25_000_000
 _CLOCK_TRIES = 3
-_CLOCK_S = 15.0
+_CLOCK_S = 20.0
 """For the agent of a guest that has stood still to be there again, and to set its clock."""
 _CONSOLE_LINES = 60
 """With the trace that follows it, what a kernel says when it panics is some forty lines long."""
