@@ -145,7 +145,11 @@ class Daemon:
         raise AssertionError("the daemon is gone")
 
     def hypervisors(self) -> dict[int, str]:
-        """The processes on this host that carry this daemon's mark, by pid."""
+        """The processes of VMs, by pid: those of this host that carry this daemon's mark."""
+        return {pid: mark for pid, mark in self.processes().items() if mark[len(self.mark_prefix)].isdigit()}
+
+    def processes(self) -> dict[int, str]:
+        """Likewise, those that become templates or that wait for work, too."""
         return {
             pid: mark
             for pid, arguments in _processes()
@@ -155,7 +159,8 @@ class Daemon:
 
     def files(self) -> list[str]:
         """What lies about of VMs: runtime directories and memory."""
-        found = [*self.runtime_dir.glob("vms/*"), *self.memory_dir.glob("*")]
+        memory = [path for path in self.memory_dir.glob("*") if not path.name.startswith("template-")]
+        found = [*self.runtime_dir.glob("vms/*"), *memory]
         return sorted(str(path) for path in found)
 
     def disks(self) -> list[str]:
@@ -164,8 +169,8 @@ class Daemon:
 
     def leftovers(self) -> list[str]:
         """What it should have taken with it when it stopped."""
-        found = [f"process {pid} ({mark})" for pid, mark in self.hypervisors().items()]
-        found += self.files() + self.disks()
+        found = [f"process {pid} ({mark})" for pid, mark in self.processes().items()]
+        found += self.files() + self.disks() + [str(path) for path in self.memory_dir.glob("template-*")]
         if self.ephemeral:
             found += [str(path) for path in (self.state_dir, self.runtime_dir, self.memory_dir) if path.exists()]
         return found
@@ -210,7 +215,7 @@ class Daemon:
         finally:
             if self.runs:
                 self.kill()
-            for pid in self.hypervisors():
+            for pid in self.processes():
                 os.kill(pid, signal.SIGKILL)
             shutil.rmtree(self.memory_dir, ignore_errors=True)
             shutil.rmtree(self.root, ignore_errors=True)

@@ -77,7 +77,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long one boot medium of a plugin may take to arrive."""
     media_max_mb: Annotated[int, msgspec.Meta(gt=0, le=2**24)] = 16384
     """How large one may be."""
-    templates: Literal["auto", "off"] = "off"
+    templates: Literal["auto", "off"] = "auto"
     """`auto`: what has booted once is made a template, and further VMs of its kind are clones of it."""
     templates_max_mb: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 4096
     """How large all templates together may be; those that were not used for the longest time go."""

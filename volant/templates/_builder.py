@@ -24,8 +24,8 @@ from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_SETTLE, DAEM
 from ._recipe import Blueprint, Told
 from ._store import LAYER, MEMORY, STATE, TemplateStore
 
-RESERVE_MB = 768
-"""What the host must have beyond the memory of the guest that boots: VMs come first."""
+RESERVE_MB = 384
+"""What the host must have beyond the memory of the guest that boots: what its hypervisor takes, and as much again."""
 _ROOT_S = 20.0
 _ANSWER_S = 10.0
 _SETTLE_S = 30.0
