@@ -14,7 +14,6 @@ from actors.testing import Simulation, simulate
 from volant.daemon._guests import AT_ONCE, GRACE_S, TOTAL_S, stop_guests
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
-from volant.model.agent import DAEMON_SHUTDOWN
 from volant.testing import World, simulated_world
 from volant.testing._guest import answer
 from volant.testing._host import SimHost
@@ -40,26 +39,20 @@ class Watched:
         hypervisor survives its SIGKILL for long."""
         if kind == "unkillable":
             qemu.process.stubborn_s = 1000.0
-            obey = qemu._obey
+            qemu.deaf_to.add("quit")
+        polite = qemu.guest.when_asked_to_stop
 
-            async def obey_but(stream: Any, message: dict[str, Any]) -> None:
-                if message["execute"] != "quit":
-                    await obey(stream, message)
+        async def watched(stream: Any) -> None:
+            self.asked.add(qemu.mark)
+            self.most = max(self.most, sum(mark in self.asked for mark in self._living))
+            if kind == "mute":
+                await trio.sleep_forever()
+            if kind in ("stubborn", "unkillable"):
+                await answer(stream, 202, {})
+            else:
+                await polite(stream)
 
-            qemu._obey = obey_but  # type: ignore[method-assign]
-        serve = qemu.guest.serve
-
-        async def watched(method: str, target: str, body: bytes, stream: Any) -> None:
-            if target.partition("?")[0] == DAEMON_SHUTDOWN:
-                self.asked.add(qemu.mark)
-                self.most = max(self.most, sum(mark in self.asked for mark in self._living))
-                if kind == "mute":
-                    await trio.sleep_forever()
-                if kind in ("stubborn", "unkillable"):
-                    return await answer(stream, 202, {})
-            await serve(method, target, body, stream)
-
-        qemu.guest.serve = watched  # type: ignore[method-assign]
+        qemu.guest.when_asked_to_stop = watched
 
     @property
     def _living(self) -> list[str]:

@@ -7,7 +7,7 @@ stream HTTP/1.1. So the daemon's own channel and client run against it. It misbe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Any
 
@@ -61,6 +61,8 @@ class SimGuest:
         """The newest that its agent speaks."""
         self.is_copy = False
         """Whether it takes itself for the template that it was."""
+        self.when_asked_to_stop: Callable[[_Stream], Awaitable[None]] = self._shut_down
+        """Answers who asks that. Tests hand in other manners."""
         self._rng = rng
         self._wall_clock_ns = wall_clock_ns
         self._power_off = power_off
@@ -138,16 +140,19 @@ class SimGuest:
                 self.workload = given
             await answer(stream, 200 if fits else 409, {"state": "running"})
         elif (method, path) == ("POST", DAEMON_SHUTDOWN):
-            await answer(stream, 202, {})
-            if not fault("guest.ignores_shutdown"):
-                self._going_down = True
-                await trio.sleep(self._rng.uniform(0.05, 3.0))
-                await self.goes_on()
-                self._power_off()
+            await self.when_asked_to_stop(stream)
         elif path == DAEMON_LOGS:
             await self._follow(target, stream)
         else:
             await answer(stream, 404, {"detail": "there is no such route"})
+
+    async def _shut_down(self, stream: _Stream) -> None:
+        await answer(stream, 202, {})
+        if not fault("guest.ignores_shutdown"):
+            self._going_down = True
+            await trio.sleep(self._rng.uniform(0.05, 3.0))
+            await self.goes_on()
+            self._power_off()
 
     async def _follow(self, target: str, stream: _Stream) -> None:
         query = dict(pair.partition("=")[::2] for pair in target.partition("?")[2].split("&"))

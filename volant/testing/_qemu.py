@@ -38,6 +38,8 @@ class SimQemu:
         self.status = "inmigrate" if self.waits_for_state else "running"
         self.frozen = False
         """Its process is stopped, or hangs: it answers nothing."""
+        self.deaf_to: set[str] = set()
+        """Commands that it does not even answer."""
         self.memory_file = Path(_option(argv, "mem-path"))
         self._machine = machine
         self._cwd = cwd
@@ -185,6 +187,8 @@ class SimQemu:
                 if fault("qemu.is_slow"):
                     await trio.sleep(self._rng.uniform(0.1, 20.0))
                 message = json.loads(line)
+                if message["execute"] in self.deaf_to:
+                    continue
                 if message["execute"] in ("stop", "cont") and fault(f"qemu.refuses_{message['execute']}"):
                     refusal = {"class": "GenericError", "desc": "a device is busy"}
                     await self._send(stream, {"error": refusal, "id": message["id"]})
