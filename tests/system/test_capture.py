@@ -1,0 +1,268 @@
+"""A busy guest is copied while it runs: it loses no byte and no stream, and every copy answers and becomes somebody.
+
+Without a daemon, as this is about guest, hypervisor and channel.
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from tests.hypervisor.kit import machine_spec, real_qemu
+from tests.system.kit import load
+from tests.system.rootfs import make_ext4
+from volant import images
+from volant.channel import AgentClient, Channel, VirtioSerial, open_channel
+from volant.host import Host
+from volant.hypervisor import Captured, Disk, Machine, MachineSpec
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.model.agent import DAEMON_IDENTITY, DAEMON_ROOT, EXEC, HEALTHZ, INFO
+
+BOOT_S = 120.0
+JSON = [(b"content-type", b"application/json")]
+COPIES = load("VOLANT_TEST_COPIES", usual=4, full=40)
+
+ECHO = """
+import socket, threading
+listener = socket.create_server(("127.0.0.1", 9000))
+print("up", flush=True)
+def serve(connection):
+    while data := connection.recv(65536):
+        connection.sendall(data)
+while True:
+    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"""
+CHATTER = """
+import time
+for number in range(10**9):
+    print(number, "x" * (number * 37 % 900), flush=True)
+    if number % 50 == 0:
+        time.sleep(0.02)
+"""
+WHO_RUNS = """
+import glob
+for path in glob.glob("/proc/[0-9]*/cmdline"):
+    try:
+        command = open(path, "rb").read()
+    except OSError:
+        continue
+    if b"number * 37" in command or b"create_server" in command:
+        print("left over")
+"""
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+def spec(host: Host, image_cache: Path, tmp_path: Path) -> MachineSpec:
+    image = images.find(image_cache)
+    assert image is not None
+    cmdline = " ".join(image.kernel_parameters)
+    return machine_spec(
+        host, tmp_path / "vm", image.kernel, image.initramfs, name="origin", memory_mb=160, cmdline=cmdline
+    )
+
+
+@pytest.fixture
+async def qemu(host: Host, spec: MachineSpec, tmp_path: Path) -> AsyncIterator[QemuHypervisor]:
+    async with real_qemu(host, spec, tmp_path / "cache") as hypervisor:
+        yield hypervisor
+
+
+class Guest:
+    """One that runs, and the way into it."""
+
+    def __init__(self, host: Host, qemu: QemuHypervisor, spec: MachineSpec, machine: Machine, channel: Channel) -> None:
+        self.spec = spec
+        self.channel = channel
+        self.client = AgentClient(channel)
+        self._host = host
+        self._qemu = qemu
+        self._machine = machine
+
+    async def copy(self) -> Captured:
+        into = self.spec.memory_file.parent / f"copy-{self._host.new_id()}"
+        await self._host.mkdir(into)
+        captured = await self._machine.capture(into, hold=self.channel.hold)
+        print(f"stood still for {captured.paused_s * 1000:.0f} ms; {captured.memory_bytes // 2**20} MiB of memory")
+        return captured
+
+    @asynccontextmanager
+    async def fork(self, name: str) -> AsyncIterator[Guest]:
+        """A copy that has become somebody; its files have lost their names."""
+        captured = await self.copy()
+        root = None
+        if self.spec.root is not None:
+            root = Disk(self.spec.root.base, self.spec.root.layer.with_name(f"{name}.qcow2"))
+            await self._qemu.make_layer(root, captured.layer)
+        spec = msgspec.structs.replace(
+            self.spec,
+            name=name,
+            directory=self.spec.directory.with_name(name),
+            memory_file=self.spec.memory_file.with_name(f"{name}.mem"),
+            mark=f"{self.spec.mark}-{name}",
+            template=captured.template,
+            root=root,
+        )
+        async with running(self._host, self._qemu, spec) as other:
+            await self._host.remove_tree(captured.template.memory.parent)
+            await other.become(name)
+            yield other
+
+    async def ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        answer = await self.client.request_json(method, path, body, timeout_s=30)
+        assert 200 <= answer.status < 300, answer
+        return answer.body or {}
+
+    async def become(self, name: str) -> None:
+        identity = {
+            "hostname": name,
+            "machine_id": self._host.new_id(),
+            "vm_id": 7,
+            "entropy": base64.b64encode(self._host.entropy(64)).decode(),
+            "time_ns": time.time_ns(),
+        }
+        await self.ask("PUT", DAEMON_IDENTITY, identity)
+
+    async def run(self, *command: str) -> bytes:
+        """What a command says on stdout."""
+        lines = [line async for line in self.output(*command)]
+        return b"".join(lines)
+
+    async def output(self, *command: str) -> AsyncIterator[bytes]:
+        body, text = msgspec.json.encode({"command": command}), b""
+        async with self.client.stream("POST", EXEC, JSON, body, timeout_s=30) as response:
+            assert response.status == 200
+            async for piece in response:
+                *lines, text = (text + piece).split(b"\n")
+                for line in lines:
+                    said = msgspec.json.decode(line)
+                    if said.get("stream") == "stdout":
+                        yield base64.b64decode(said["data"])
+
+
+@asynccontextmanager
+async def running(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> AsyncIterator[Guest]:
+    identity = await qemu.launch(spec)
+    async with qemu.attach(spec, identity) as machine:
+        async with open_channel(host, VirtioSerial(spec.agent_path)) as channel:
+            guest = Guest(host, qemu, spec, machine, channel)
+            with trio.fail_after(BOOT_S):
+                await channel.ready()
+            await guest.ask("GET", HEALTHZ)
+            yield guest
+        await machine.kill()
+
+
+class Traffic:
+    """What a guest is busy with. Each checks what comes, byte for byte."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.lines = 0
+        self.echoed = 0
+        self._guest = guest
+
+    async def chatter(self) -> None:
+        text = b""
+        async for data in self._guest.output("python3.13", "-c", CHATTER):
+            *lines, text = (text + data).split(b"\n")
+            for line in lines:
+                assert line == b"%d %s" % (self.lines, b"x" * (self.lines * 37 % 900))
+                self.lines += 1
+        raise AssertionError("the chatter has ended")
+
+    async def serve_echo(self, *, task_status: trio.TaskStatus[None]) -> None:
+        async for _ in self._guest.output("python3.13", "-c", ECHO):
+            task_status.started()
+        raise AssertionError("the echo has ended")
+
+    async def echo(self) -> None:
+        async with self._guest.client.stream("CONNECT", "127.0.0.1:9000", timeout_s=30) as response:
+            assert response.status == 200
+            stream = response.upgraded()
+            expected = bytearray()
+
+            async def send() -> None:
+                rng = random.Random(1)
+                while True:
+                    data = rng.randbytes(rng.randrange(1, 20_000))
+                    expected.extend(data)
+                    await stream.send_all(data)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send)
+                while data := await stream.receive_some(30_000):
+                    assert data == expected[: len(data)]
+                    del expected[: len(data)]
+                    self.echoed += len(data)
+                raise AssertionError("the relayed connection has ended")
+
+
+async def test_a_busy_guest_is_copied_and_does_not_know(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    with trio.fail_after(BOOT_S + 20 * COPIES):
+        async with running(host, qemu, spec) as guest, trio.open_nursery() as nursery:
+            traffic = Traffic(guest)
+            await nursery.start(traffic.serve_echo)
+            for task in (traffic.chatter, traffic.echo):
+                nursery.start_soon(task)
+            copied_from = guest
+            for number in range(COPIES):
+                before = traffic.lines, traffic.echoed
+                while traffic.lines < before[0] + 20 or traffic.echoed < before[1] + 20_000:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+                async with copied_from.fork(f"copy{number}") as copy:
+                    assert (await copy.ask("GET", INFO))["hostname"] == f"copy{number}"
+                    # What the original's streams were connected to is over there, and keeps nobody.
+                    assert await copy.run("python3.13", "-c", WHO_RUNS) == b""
+            assert guest.channel.statistics().links == 1
+            print(f"{traffic.lines} lines, {traffic.echoed} bytes there and back")
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_copy_of_a_copy_is_somebody_else(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    with trio.fail_after(2 * BOOT_S):
+        async with running(host, qemu, spec) as guest:
+            async with guest.fork("child") as child:
+                async with child.fork("grandchild") as grandchild:
+                    who = [await each.ask("GET", INFO) for each in (guest, child, grandchild)]
+                    assert [each["hostname"] for each in who] == ["origin", "child", "grandchild"]
+                    assert len({each["instance_id"] for each in who}) == 3
+                    machine_ids = {await each.run("cat", "/etc/machine-id") for each in (child, grandchild)}
+                    assert len(machine_ids) == 2
+                    draws = {await each.run("head", "-c", "16", "/dev/urandom") for each in (guest, child, grandchild)}
+                    assert len(draws) == 3
+
+
+async def test_a_disk_is_copied_with_its_guest(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, image_cache: Path, tmp_path: Path
+) -> None:
+    """What was written lies in the memory of the guest, on its way to the disk, or there."""
+    base = make_ext4(tmp_path / "base.ext4", image_cache)
+    spec = msgspec.structs.replace(spec, root=Disk(base, tmp_path / "root.qcow2"))
+    assert spec.root is not None
+    with trio.fail_after(BOOT_S):
+        await qemu.make_layer(spec.root)
+        async with running(host, qemu, spec) as guest:
+            while (await guest.ask("GET", DAEMON_ROOT))["state"] == "pending":
+                pass  # the agent waits
+            await guest.run("dd", "if=/dev/urandom", "of=/synced", "bs=4096", "count=200", "conv=fsync")
+            await guest.run("dd", "if=/dev/urandom", "of=/unsynced", "bs=4096", "count=200")
+            async with guest.fork("child") as child, child.fork("grandchild") as grandchild:
+                family = (guest, child, grandchild)
+                for name in ("synced", "unsynced"):
+                    assert len({await each.run("cat", f"/{name}") for each in family}) == 1
+                for each in family:
+                    await each.run("dd", "if=/dev/urandom", "of=/unsynced", "bs=4096", "count=1", "conv=notrunc,fsync")
+                assert len({await each.run("cat", "/unsynced") for each in family}) == 3
