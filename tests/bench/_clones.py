@@ -1,0 +1,218 @@
+"""Many clones: twenty created at once, beside twenty by a script; and fifty that have nothing to do.
+
+The script is that of `_template.py`, as often, and with as many under way at a time as the daemon allows itself: what
+two processors do then is what either side has to share.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import msgspec
+import trio
+
+from tests.system.clones import Who, who
+from tests.system.kit import Daemon
+from volant.hypervisor import MachineSpec, Template
+from volant.vm import CLONES_AT_ONCE
+
+from ._boot import BOOT_S, WANTED, _accelerator, _argv, _spec, scratch_of
+from ._figure import Figure, Pairs, percentile
+from ._template import BareClone, _template
+from ._world import current_image, volantd
+
+AT_ONCE = 20
+AT_ONCE_TARGET = 0.67
+MANY = 50
+CLOCK_MS = 50.0
+
+_SETTLE_S = 2.0
+_CALM_S = 10.0
+"""Until guests have done what they put off, and nobody remembers the requests."""
+
+
+async def creates_at_once(rounds: int = 3) -> list[Figure]:
+    """Twenty clones at once, by the daemon and by hand in turns."""
+    image = current_image()
+    throughput = Pairs()
+    each_s: list[float] = []
+    with ExitStack() as stack:
+        daemon = stack.enter_context(volantd("--templates", "auto"))
+        accelerator = await _accelerator(daemon)
+        directory = await _template(daemon)
+        specs = [_clone_of(directory, stack.enter_context(_spec(image, accelerator))) for _ in range(AT_ONCE)]
+        bare = [(spec, BareClone(spec, await _argv(spec))) for spec in specs]
+        async with _clients(daemon, AT_ONCE) as clients:
+            for _ in range(rounds):
+                await trio.sleep(_SETTLE_S)
+                by_hand = await _bare_at_once(bare)
+                await trio.sleep(_SETTLE_S)
+                ran_after = await _ours_at_once(clients)
+                each_s.extend(ran_after)
+                throughput.add(AT_ONCE / max(ran_after), AT_ONCE / by_hand)
+    return [
+        Figure(
+            f"creates_{AT_ONCE}_at_once", throughput.value, "VMs a second", throughput.ratio,
+            f"{AT_ONCE} bare clones' {throughput.other:.3g} a second, both with {CLONES_AT_ONCE} under way at a time, "
+            f"{rounds} rounds; a VM ran after {median(each_s):.3g} s, p95 {percentile(each_s, 95):.3g} s",
+            at_least=AT_ONCE_TARGET,
+        )
+    ]  # fmt: skip
+
+
+async def many_clones(idle_s: float = 60.0) -> list[Figure]:
+    """Fifty clones: whether each is somebody, what each takes of the memory, and what they cost doing nothing."""
+    image = current_image()
+    with ExitStack() as stack:
+        daemon = stack.enter_context(volantd("--templates", "auto"))
+        accelerator = await _accelerator(daemon)
+        directory = await _template(daemon)
+        spec = _clone_of(directory, stack.enter_context(_spec(image, accelerator)))
+        bare = BareClone(spec, await _argv(spec))
+        async with daemon.http() as http:
+            cold = await _create(http, "cold", boot="cold")
+            cold_pss_mb = pss_mb(cold["pid"])
+            (await http.delete("/api/v1/vms/cold", timeout=BOOT_S)).raise_for_status()
+        async with _clients(daemon, MANY) as clients:
+            made, _ = await _create_at_once(clients)
+        found = await _look(daemon, [vm["name"] for vm in made])
+        pids = [vm["pid"] for vm in made]
+        stack.enter_context(scratch_of(spec))
+        async with bare.running() as process:
+            await trio.sleep(_CALM_S)
+            shared = [pss_mb(pid) for pid in pids]
+            watched = [*pids, daemon.pid, process.pid]
+            before = [cpu_ns(pid) for pid in watched]
+            await trio.sleep(idle_s)
+            *used, of_daemon, of_bare = (
+                100 * (cpu_ns(pid) - then) / 1e9 / idle_s for pid, then in zip(watched, before, strict=True)
+            )
+    beyond = sum(used) - MANY * of_bare
+    off_ms = [1000 * abs(each.clock_off_s) for each in found]
+    way_ms = 1000 * max(each.clock_way_s for each in found) / 2
+    return [
+        Figure(
+            f"clones_{MANY}_clock", max(off_ms), "ms", within=CLOCK_MS,
+            to=f"the furthest from the host's, median {median(off_ms):.3g} ms; measured to ±{way_ms:.2g} ms or better",
+        ),
+        Figure(
+            f"clones_{MANY}_memory", median(shared), "MiB a clone", median(shared) / cold_pss_mb,
+            f"a cold VM's {cold_pss_mb:.0f} MiB (PSS), p95 {percentile(shared, 95):.3g}",
+        ),
+        Figure(
+            f"clones_{MANY}_idle", sum(used), "% of a processor", sum(used) / MANY / of_bare,
+            f"{MANY} idle bare clones at {of_bare:.2g} % each; {beyond:.2g} % beyond, over {idle_s:g} s",
+        ),
+        Figure(f"clones_{MANY}_idle_daemon", of_daemon, "% of a processor", to="the daemon's, meanwhile", within=1.0),
+    ]  # fmt: skip
+
+
+def pss_mb(pid: int) -> float:
+    """Memory of a process, where what it shares with others counts in parts."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"the kernel says nothing of the memory of process {pid}")
+
+
+def cpu_ns(pid: int) -> int:
+    """Processor time so far of all threads that a process has; finer than `cpu_s`."""
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
+
+
+def _clone_of(directory: Path, spec: MachineSpec) -> MachineSpec:
+    return msgspec.structs.replace(spec, template=Template(directory / "memory", directory / "state"))
+
+
+@asynccontextmanager
+async def _clients(daemon: Daemon, count: int) -> AsyncIterator[list[httpx.AsyncClient]]:
+    """So many, each with a connection that is there already."""
+    clients = []
+    async with AsyncExitStack() as stack:
+        for _ in range(count):
+            http = await stack.enter_async_context(daemon.http())
+            (await http.get("/healthz")).raise_for_status()
+            clients.append(http)
+        yield clients
+
+
+async def _create(http: httpx.AsyncClient, name: str, boot: str) -> dict[str, Any]:
+    """Create a VM and ask its agent; the VM. :raises RuntimeError: it is not what was asked for."""
+    body = {"name": name, "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb, "boot": boot}
+    made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=2 * BOOT_S)
+    info = await http.get(f"/api/v1/vms/{name}/agent/v1/info", timeout=BOOT_S)
+    vm: dict[str, Any] = made.json()
+    if made.headers.get("volant-wait") != "met" or vm["booted_from"] != boot or info.json().get("hostname") != name:
+        raise RuntimeError(f"VM {name} did not become what it should: {made.text} {info.text}")
+    return vm
+
+
+async def _create_at_once(clients: list[httpx.AsyncClient]) -> tuple[list[dict[str, Any]], list[float]]:
+    """A clone by each; the VMs, and after how many seconds each had answered."""
+    made, took = [], []
+    began = time.perf_counter()
+
+    async def one(http: httpx.AsyncClient, number: int) -> None:
+        made.append(await _create(http, f"clone{number}", "template"))
+        took.append(time.perf_counter() - began)
+
+    async with trio.open_nursery() as nursery:
+        for number, http in enumerate(clients):
+            nursery.start_soon(one, http, number)
+    return made, took
+
+
+async def _ours_at_once(clients: list[httpx.AsyncClient]) -> list[float]:
+    """After how many seconds each had answered. They are gone afterwards."""
+    made, took = await _create_at_once(clients)
+
+    async def remove(http: httpx.AsyncClient, name: str) -> None:
+        (await http.delete(f"/api/v1/vms/{name}", timeout=BOOT_S)).raise_for_status()
+
+    async with trio.open_nursery() as nursery:
+        for http, vm in zip(clients, made, strict=True):
+            nursery.start_soon(remove, http, vm["name"])
+    return took
+
+
+async def _bare_at_once(bare: list[tuple[MachineSpec, BareClone]]) -> float:
+    """Seconds until all have answered. They are gone afterwards."""
+    turns = trio.CapacityLimiter(CLONES_AT_ONCE)
+    over = trio.Event()
+    left = len(bare)
+
+    async def one(clone: BareClone) -> None:
+        nonlocal left
+        async with AsyncExitStack() as stack:
+            async with turns:
+                await stack.enter_async_context(clone.running())
+            left -= 1
+            if not left:
+                over.set()
+            await over.wait()
+
+    with ExitStack() as scratches:
+        for spec, _ in bare:
+            scratches.enter_context(scratch_of(spec))
+        began = time.perf_counter()
+        async with trio.open_nursery() as nursery:
+            for _, clone in bare:
+                nursery.start_soon(one, clone)
+            await over.wait()
+            return time.perf_counter() - began
+
+
+async def _look(daemon: Daemon, names: list[str]) -> list[Who]:
+    """What each says of itself. :raises RuntimeError: two of them are the same in something."""
+    async with daemon.client() as client:
+        found = [await who(client, name) for name in names]
+    for what in ("random_uuid", "urandom", "boot_id", "machine_id", "hostname"):
+        if len({getattr(each, what) for each in found}) < len(names):
+            raise RuntimeError(f"two clones have the same {what}")
+    return found
