@@ -35,8 +35,8 @@ class Watched:
         self.most = 0
 
     def make(self, qemu: SimQemu, kind: str) -> None:
-        """`polite`; `stubborn`: says that it will, and does not; `mute`: says nothing; `unkillable`: stubborn, and its
-        hypervisor survives its SIGKILL for long."""
+        """`polite`; `paused`, and polite; `stubborn`: says that it will, and does not; `mute`: says nothing;
+        `unkillable`: stubborn, and its hypervisor survives its SIGKILL for long."""
         if kind == "unkillable":
             qemu.process.stubborn_s = 1000.0
             qemu.deaf_to.add("quit")
@@ -81,6 +81,9 @@ def goes_down(
             for number in range(len(kinds)):
                 answered = await world.request("GET", f"/api/v1/vms/vm{number}?wait=running&timeout=10m")
                 assert answered.json()["status"] == "running"
+                if kinds[number] == "paused":
+                    paused = await world.request("POST", f"/api/v1/vms/vm{number}/pause?wait=paused")
+                    assert paused.json()["status"] == "paused"
             await world.stop_daemon()
             for qemu, kind in zip(world.machine.running(), kinds, strict=True):
                 watched.make(qemu, kind)
@@ -120,6 +123,14 @@ def test_one_that_can_not_be_asked_is_not_waited_for(tmp_path: Path) -> None:
         assert took_s < 10
 
     goes_down(tmp_path, (3, "mute"), then=then)
+
+
+def test_one_that_is_paused_is_asked_too(tmp_path: Path) -> None:
+    async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
+        assert left == []
+        assert len(watched.asked) == 4
+
+    goes_down(tmp_path, (2, "paused"), (2, "polite"), then=then)
 
 
 def test_every_guest_is_asked_however_many_do_not_go(tmp_path: Path) -> None:

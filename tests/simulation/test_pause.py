@@ -1,0 +1,180 @@
+"""A VM that should be paused is, whatever is in the way, and one that should not be goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from actors.testing import Simulation, simulate
+from volant.channel._link import STALL_S
+from volant.hypervisor.qemu._machine import PULSE_S
+from volant.testing import World, simulated_world
+
+JSON = {"content-type": "application/json"}
+VM = "/api/v1/vms/demo"
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def live(directory: Path, story: Callable[[Simulation, World], Awaitable[None]], **faults: float) -> None:
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, directory) as world:
+            await world.start_daemon()
+            body = {"name": "demo", "cpu_cores": 1, "memory_mb": 64, "boot": "cold"}
+            assert (await world.request("POST", "/api/v1/vms?wait=running", body, JSON)).json()["status"] == "running"
+            await story(sim, world)
+
+    simulate(main, seed=11, faults={name.replace("__", "."): chance for name, chance in faults.items()})
+
+
+async def post(world: World, path: str, expected: int = 200) -> Any:
+    answer = await world.request("POST", f"{VM}/{path}")
+    assert answer.status == expected, answer.body
+    return answer.json()
+
+
+async def until(world: World, status: str) -> Any:
+    answer = await world.request("GET", f"{VM}?wait={status}&timeout=10m")
+    assert answer.headers["volant-wait"] == "met", answer
+    return answer.json()
+
+
+def machine(world: World) -> str:
+    """What the one hypervisor does."""
+    [qemu] = world.machine.running()
+    return qemu.status
+
+
+def test_half_a_day_of_standing_still_is_no_reason_for_anything(tmp_path: Path) -> None:
+    async def story(sim: Simulation, world: World) -> None:
+        vm = await post(world, "pause?wait=paused")
+        assert (vm["status"], vm["desired"], machine(world)) == ("paused", "paused", "paused")
+        assert (await world.request("GET", f"{VM}/agent/healthz")).status == 409
+        await trio.sleep(60)
+        before = sim.steps
+        await trio.sleep(12 * 3600)
+        # The simulated machine itself takes some; else there is a question now and then whether it hangs.
+        assert sim.steps - before < 12 * 3600 + 100 * 12 * 3600 / PULSE_S
+        vm = await post(world, "resume?wait=running")
+        assert (vm["status"], vm["desired"], vm["reason"], machine(world)) == ("running", "running", None, "running")
+        await trio.sleep(STALL_S)
+        shown = (await world.request("GET", f"{VM}/inspect")).json()["actor"]["actor"]["process"]
+        assert (shown["channel"]["links"], shown["output_error"]) == (1, None)
+
+    live(tmp_path, story)
+
+
+def test_a_pause_that_fails_is_taken_back_and_says_why(tmp_path: Path) -> None:
+    async def story(sim: Simulation, world: World) -> None:
+        vm = await post(world, "pause")
+        assert (vm["status"], vm["desired"]) == ("running", "paused")
+        with trio.fail_after(60):
+            while vm["desired"] != "running" or (vm["reason"] or {}).get("code") != "pause_failed":
+                await trio.sleep(0.1)
+                vm = (await world.request("GET", VM)).json()
+        assert "a device is busy" in vm["reason"]["message"]
+        assert machine(world) == "running"
+        sim.faults.turn_off()
+        assert (await post(world, "pause?wait=paused"))["reason"] is None
+        assert machine(world) == "paused"
+
+    live(tmp_path, story, qemu__refuses_stop=1.0)
+
+
+def test_a_resume_that_fails_is_tried_on_and_can_be_stopped(tmp_path: Path) -> None:
+    async def story(sim: Simulation, world: World) -> None:
+        await post(world, "pause?wait=paused")
+        await post(world, "resume")
+        await trio.sleep(300)
+        vm = (await world.request("GET", VM)).json()
+        assert (vm["status"], vm["desired"], vm["reason"]["code"]) == ("paused", "running", "resume_failed")
+        # Its guest can't be asked.
+        assert (await post(world, "stop?grace=10s&wait=stopped"))["status"] == "stopped"
+        assert not world.machine.running()
+        sim.faults.turn_off()
+        await post(world, "start?wait=running")
+
+    live(tmp_path, story, qemu__refuses_cont=1.0)
+
+
+def test_a_guest_whose_agent_does_not_take_the_time_runs_and_says_so(tmp_path: Path) -> None:
+    async def story(sim: Simulation, world: World) -> None:
+        await post(world, "pause?wait=paused")
+        [qemu] = world.machine.running()
+
+        async def sleeps(*request: object) -> None:
+            await trio.sleep_forever()
+
+        qemu.guest.serve = sleeps  # type: ignore[method-assign]
+        vm = await post(world, "resume?wait=running")
+        assert (vm["status"], vm["reason"]["code"]) == ("running", "clock_not_set")
+
+    live(tmp_path, story)
+
+
+def test_a_daemon_that_comes_back_makes_the_guest_what_it_should_be(tmp_path: Path) -> None:
+    async def story(sim: Simulation, world: World) -> None:
+        [qemu] = world.machine.running()
+
+        def stop(yes: bool) -> None:
+            qemu.status = "paused" if yes else "running"
+            qemu.guest.stand_still(yes)
+
+        for verb, status in (("pause", "paused"), ("resume", "running")):
+            await post(world, f"{verb}?wait={status}")
+            newest = world.daemon.store.projection.last_event
+            for found in (True, False):
+                await world.kill_daemon()
+                # As one leaves it that is killed while it copies the guest, or as somebody else does.
+                stop(found)
+                await world.start_daemon()
+                with trio.fail_after(60):
+                    while qemu.status != status:  # noqa: ASYNC110 - nothing tells
+                        await trio.sleep(0.1)
+                assert (await until(world, status))["status"] == status
+            assert world.daemon.store.projection.last_event == newest, "adoption is no event"
+
+    live(tmp_path, story)
+
+
+def test_a_daemon_that_is_killed_in_a_pause_or_a_resume_finishes_it(tmp_path: Path) -> None:
+    async def story(sim: Simulation, world: World) -> None:
+        for verb, status in (("pause", "paused"), ("resume", "running")) * 10:
+            await post(world, verb)
+            await trio.sleep(sim.rng.uniform(0.0, 0.02))
+            await world.kill_daemon()
+            await world.start_daemon()
+            await until(world, status)
+            assert machine(world) == status
+
+    live(tmp_path, story)
+
+
+def test_what_must_boot_again_is_paused_once_it_runs(tmp_path: Path) -> None:
+    async def story(sim: Simulation, world: World) -> None:
+        await post(world, "pause?wait=paused")
+        await world.power_cut()
+        await world.start_daemon()
+        vm = await until(world, "running,stopped")
+        assert (await until(world, "paused"))["boots"] == 2
+        assert machine(world) == "paused"
+
+        # Set aside for maintenance, likewise.
+        assert (await world.request("POST", "/api/v1/system/drain?stop_vms=true&grace=5s")).status == 200
+        vm = await until(world, "stopped")
+        assert vm["desired"] == "paused"
+        assert (await world.request("POST", "/api/v1/system/undrain")).status == 200
+        vm = await until(world, "paused")
+        assert (vm["boots"], vm["desired"], machine(world)) == (3, "paused", "paused")
+
+    live(tmp_path, story)
