@@ -19,7 +19,7 @@ from volant.hypervisor.qemu import QemuHypervisor
 from volant.journal import Projection
 from volant.model import Drain, Problem, TemplateView
 from volant.templates import Blueprint, BuildDoors, TemplateFailed, Templates, TemplateStore, _actor
-from volant.templates.messages import Build, ListTemplates, RemoveTemplate, Suspect, Wanted
+from volant.templates.messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
 from volant.vm import BootGate
 
 BLUEPRINT = Blueprint(
@@ -204,6 +204,19 @@ async def test_no_build_goes_on_while_the_daemon_drains(tmp_path: Path, builder:
         projection.set_drain(None)
         await until(ref, "ready")
         assert builder.begun == 2
+
+
+async def test_a_build_gives_way_to_a_vm_that_lacks_memory(tmp_path: Path, builder: Builder) -> None:
+    async with standing(tmp_path) as ref:
+        assert not await ref.ask(GiveWay(), timeout_s=5)
+        ref.tell(Wanted(BLUEPRINT))
+        await until(ref, "building")
+        assert await ref.ask(GiveWay(), timeout_s=5)
+        assert not builder.under_way
+        assert (await until(ref, "failed")).error == "no_memory: a VM needed the memory"
+        ref.tell(Wanted(BLUEPRINT))
+        await views(ref)
+        assert builder.begun == 1, "it was tried a moment ago"
 
 
 async def test_what_an_earlier_life_has_left_is_swept_away(tmp_path: Path, builder: Builder) -> None:

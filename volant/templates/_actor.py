@@ -23,7 +23,7 @@ from volant.model import Problem, TemplateView, draining
 from ._builder import BuildDoors, TemplateFailed, build, sweep
 from ._recipe import Blueprint, Recipe
 from ._store import Stored
-from .messages import Build, ListTemplates, RemoveTemplate, Suspect, Wanted
+from .messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
 
 QUEUE = 16
 """So many wait to be built; what is wanted beyond that is wanted again by the next VM."""
@@ -65,6 +65,10 @@ class Templates(Actor):
         self._jobs: dict[str, _Job] = {}
         """In the order in which they are built; the first is under way once the builder has taken it up."""
         self._building: str | None = None
+        self._scope: trio.CancelScope | None = None
+        """Of the build that is under way."""
+        self._give_way: list[Deferred[bool]] = []
+        """Who wait for its end, as they need its memory."""
         self._failures: dict[str, _Failure] = {}
         self._wake = trio.Event()
         self._built = 0
@@ -108,6 +112,16 @@ class Templates(Actor):
             )
         else:
             self._enqueue(_Job(message.blueprint, [deferred]))
+        return deferred
+
+    @handles(GiveWay)
+    async def give_way(self, message: GiveWay) -> Deferred[bool]:
+        deferred = self.ctx.defer(message)
+        if self._scope is None:
+            deferred.reply(False)
+        else:
+            self._give_way.append(deferred)
+            self._scope.cancel()
         return deferred
 
     @handles(Suspect)
@@ -202,7 +216,7 @@ class Templates(Actor):
             await trio.sleep(_TURN_S)
             doors.turns.leave(digest)
 
-        async def give_way(scope: trio.CancelScope) -> None:
+        async def end_for_drain(scope: trio.CancelScope) -> None:
             await doors.projection.drain_is_not(None)
             scope.cancel()
 
@@ -213,7 +227,8 @@ class Templates(Actor):
             began = trio.current_time()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(end_turn)
-                nursery.start_soon(give_way, nursery.cancel_scope)
+                nursery.start_soon(end_for_drain, nursery.cancel_scope)
+                self._scope = nursery.cancel_scope
                 try:
                     await build(doors, blueprint)
                     built = True
@@ -222,7 +237,12 @@ class Templates(Actor):
                 nursery.cancel_scope.cancel()
         finally:
             doors.turns.leave(digest)
-            self._building = None
+            self._building = self._scope = None
+            gave_way, self._give_way = self._give_way, []
+            for each in gave_way:
+                each.reply(True)
+        if gave_way and not built:
+            failure = TemplateFailed("no_memory", "a VM needed the memory")
         if failure is not None:
             raise failure
         if built:

@@ -37,6 +37,11 @@ class Build(Request[TemplateView]):
 
 
 @dataclass(frozen=True, slots=True)
+class GiveWay(Request[bool]):
+    """A VM lacks memory -> whether a build was under way that had some of it. It is given up, and tried again later."""
+
+
+@dataclass(frozen=True, slots=True)
 class ListTemplates(Request[tuple[TemplateView, ...]]):
     """All that are there, are being made, or could not be made lately."""
 

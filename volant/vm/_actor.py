@@ -16,7 +16,7 @@ import trio
 from actors import Actor, ActorDown, AskTimeout, Deferred, MailboxFull, TaskHandle, handles
 from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.host import ProcessGone
-from volant.hypervisor import Captured, CaptureFailed, HypervisorError, LaunchFailed
+from volant.hypervisor import Captured, CaptureFailed, HypervisorError, LaunchFailed, MachineSpec
 from volant.journal import AlreadyAnswered, CommitSteps, Once, StaleRow
 from volant.model import (
     MAX_RESTARTS,
@@ -58,7 +58,7 @@ from volant.model import (
     is_copyable,
 )
 from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
-from volant.templates.messages import Suspect, Wanted
+from volant.templates.messages import GiveWay, Suspect, Wanted
 
 from ._captures import CAPTURE_S
 from ._console import ConsolePump
@@ -92,6 +92,7 @@ _RESUME_S = 60.0
 """Its clock, for which its agent has to answer, included."""
 _CLONE_S = 30.0
 """How long a clone may take until it is somebody; a cold boot follows then, so it is not the agent's patience."""
+_GIVE_WAY_S = 10.0
 _TEMPLATES_FAULT = frozenset(
     {"template_refused", "clone_refused", "clone_timeout", "guest_panicked", "guest_reset", "hypervisor_exited"}
 )
@@ -499,8 +500,18 @@ class VmActor(Actor):
             with _deadline(
                 self._doors.settings.launch_timeout_s, "launch_timeout", "the hypervisor was not up in time"
             ):
-                found = await hypervisor.launch(machine_spec(self._doors.settings, self._row, accelerator))
+                found = await self._launch_machine(machine_spec(self._doors.settings, self._row, accelerator))
         return Launched(found, hypervisor.name, accelerator)
+
+    async def _launch_machine(self, spec: MachineSpec) -> ProcessIdentity:
+        """Where memory is short, a template's build gives way."""
+        try:
+            return await self._doors.hypervisor.launch(spec)
+        except LaunchFailed as error:
+            with suppress(ActorDown, AskTimeout):
+                if error.code == "memory_refused" and await self._doors.builder.ask(GiveWay(), timeout_s=_GIVE_WAY_S):
+                    return await self._doors.hypervisor.launch(spec)
+            raise
 
     async def _await_agent(self) -> Seen:
         row, settings = self._row, self._doors.settings

@@ -1,0 +1,78 @@
+"""A daemon that dies in the middle of a template's build leaves nothing of it to the next one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from actors.testing import Simulation, simulate
+from volant.testing import World, simulated_world
+
+JSON = {"content-type": "application/json"}
+MOMENTS_S = (0.0, 0.005, 0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0)
+"""From the launch of the build's machine to its trial and beyond, a little later with each seed."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+async def create(world: World, name: str) -> Any:
+    body = {"name": name, "cpu_cores": 1, "memory_mb": 128}
+    assert (await world.request("POST", "/api/v1/vms", body, JSON)).status == 201
+    answer = await world.request("GET", f"/api/v1/vms/{name}?wait=running&timeout=5m")
+    assert answer.json()["status"] == "running", answer.body
+    return answer.json()
+
+
+def builds(world: World) -> list[str]:
+    return [qemu.mark for qemu in world.machine.running() if "-t." in qemu.mark]
+
+
+def halves(world: World) -> list[str]:
+    """What lies about of a build."""
+    files, settings = world.machine.files, world.settings
+    left = [str(path) for path in files.below(Path("/dev/shm")) if path.name.startswith("template-")]
+    for directory in (settings.state_dir / "templates", settings.runtime_dir / "templates"):
+        names = files.names(directory) if files.find(directory) else []
+        left += [name for name in names if not files.find(directory / name / "template.json")]
+    return left
+
+
+@pytest.mark.parametrize("moment_s", MOMENTS_S)
+def test_whenever_it_dies_nothing_is_left_half_done(tmp_path: Path, moment_s: float) -> None:
+    killed = 0
+
+    async def main(sim: Simulation) -> None:
+        nonlocal killed
+        async with simulated_world(sim, tmp_path / str(sim.seed)) as world:
+            await world.start_daemon()
+            await create(world, "first")
+            with trio.fail_after(60):
+                while not builds(world):  # noqa: ASYNC110
+                    await trio.sleep(0.001)
+            await trio.sleep(moment_s)
+            killed += bool(halves(world))
+            await world.kill_daemon()
+            await world.start_daemon()
+            await trio.sleep(30)
+            assert not builds(world)
+            assert not halves(world)
+            # And the next of its kind is none the worse for it.
+            await create(world, "second")
+            await trio.sleep(60)
+            third = await create(world, "third")
+            assert (third["booted_from"], third["fallback"]) == ("template", None)
+
+    for seed in range(4):
+        (tmp_path / str(seed)).mkdir()
+        simulate(main, seed=seed)
+    assert killed or moment_s > 1.0, "it was over too early"
