@@ -66,11 +66,7 @@ async def test_no_line_is_lost_and_no_stream_breaks_over_a_hundred_pauses(daemon
                     numbers.append(int(item.line.removeprefix("line ")))
 
         async def listen() -> None:
-<<<<<<< ours
-            command = ["sh", "-c", "i=0; while [ ! -e /tmp/over ]; do i=$((i+1)); echo $i; sleep 0.05; done"]
-=======
             command = ["sh", "-c", "i=0; while [ ! -e /tmp/over ]; do i=$((i+1)); echo $i; sleep 0.5; done"]
->>>>>>> theirs
             async with client.vms.exec("demo", command, timeout_s=300) as process:
                 async for piece in process:
                     written.extend(piece.data.split())

@@ -61,12 +61,8 @@ _BECOME_S = 15.0
 """The agent waits 6 s for a workload that was copied to be well."""
 _CLONE_OUTPUT_S = 0.3
 _CLOCK_OFF_NS = 25_000_000
-<<<<<<< ours
-_CLOCK_TRIES = 3
-=======
 _CLOCK_TRIES = 2
 """The second one knows how long the way is; a third would know no more."""
->>>>>>> theirs
 _CLOCK_S = 20.0
 """For the agent of a guest that has stood still to be there again, and to set its clock."""
 _CONSOLE_LINES = 60
