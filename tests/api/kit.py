@@ -20,6 +20,7 @@ from actors import ONE_FOR_ONE, Child, DynamicSupervisor, Supervisor, open_syste
 from tests.api import conformance
 from volant.api import Access, ApiSettings, Doors, Limits, create_app, serve
 from volant.api._doors import Health
+from volant.channel import AgentClient
 from volant.guest._server import Server
 from volant.host import Host
 from volant.hypervisor.qemu import QemuHypervisor
@@ -228,6 +229,15 @@ class StandingSystem:
         return {"addresses": []}
 
 
+class ReachedVms(Vms):
+    """VMs whose agent is whom a test says, whatever runs in them."""
+
+    reach: Callable[[str], AgentClient] | None = None
+
+    def agent(self, name: str) -> AgentClient:
+        return super().agent(name) if self.reach is None else self.reach(name)
+
+
 @dataclass
 class Api:
     """The whole API on a server, over a real journal, real logs and real actors; VMs that start end in `crashed`."""
@@ -237,6 +247,11 @@ class Api:
     client: httpx.AsyncClient
     system: StandingSystem
     access: Access
+    vms: ReachedVms
+
+    def reach(self, agent: AgentClient | Callable[[str], AgentClient]) -> None:
+        """From now on this is the way to the agent of each VM, or whatever `agent` does when it is asked for one."""
+        self.vms.reach = agent if callable(agent) else lambda name: agent
 
     async def create(self, name: str, **fields: Any) -> dict[str, Any]:
         answer = await self.client.post("/api/v1/vms", json={"name": name, "cpu_cores": 1, "memory_mb": 128, **fields})
@@ -278,7 +293,7 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
     builder = Child("templates", lambda: Templates(builds, max_bytes=2**30, max_age=timedelta(days=1)))
     captures = Captures(host, store, journal.ref, hypervisor, memory_dir=path / "mem", snapshot_dir=path / "snapshots")
     supervisor = DynamicSupervisor(intensity=3, period_s=60)
-    vms = Vms(
+    vms = ReachedVms(
         VmDoors(
             host=host,
             journal=journal.ref,
@@ -326,7 +341,7 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
             base = f"http://127.0.0.1:{server.port}"
             hooks = {"response": [conformance.check]}
             async with httpx.AsyncClient(base_url=base, timeout=20, trust_env=False, event_hooks=hooks) as client:
-                yield Api(server, doors, client, system, access)
+                yield Api(server, doors, client, system, access, vms)
 
 
 @asynccontextmanager

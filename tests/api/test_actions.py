@@ -83,7 +83,7 @@ async def web(path: Path, *, listens: bool = True, **members: Any) -> AsyncItera
         await served.crashed("demo", plugin="web")
         async with open_channel(served.doors.host, HybridVsock(path / "vsock")) as channel:
             client = AgentClient(channel)
-            served.doors.vms.agent = lambda name: client  # type: ignore[method-assign]
+            served.reach(client)
             found.append(Web(served))
             yield found[0]
             served.server.stopping.set()

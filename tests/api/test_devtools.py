@@ -562,7 +562,7 @@ async def test_who_is_to_blame_is_said(tmp_path: Path) -> None:
         def stopped(name: str) -> Any:
             raise Problem(409, "vm-not-running", "it is stopped", vm=name)
 
-        at.api.doors.vms.agent = stopped  # type: ignore[method-assign]
+        at.api.reach(stopped)
         for headers in ({}, UPGRADE):
             assert (await at.ask("/browser" if headers else "/json/list", **headers)).status == 409
 

@@ -396,7 +396,7 @@ async def demo(tmp_path: Path) -> AsyncIterator[Demo]:
         await served.crashed("demo", plugin="web")
         async with open_channel(served.doors.host, HybridVsock(tmp_path / "vsock")) as channel:
             client = AgentClient(channel)
-            served.doors.vms.agent = lambda name: client  # type: ignore[method-assign]
+            served.reach(client)
             found.append(Demo(served))
             yield found[0]
             served.server.stopping.set()

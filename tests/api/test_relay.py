@@ -88,7 +88,7 @@ async def guest(path: Path, limits: Limits = FAST) -> AsyncIterator[Guest]:
         async with open_channel(served.doors.host, HybridVsock(path / "vsock")) as channel:
             client = AgentClient(channel)
             await served.create("demo")
-            served.doors.vms.agent = lambda name: client  # type: ignore[method-assign,assignment]
+            served.reach(client)
             await client.request_json(
                 "PUT",
                 "/v1/daemon/workload",
@@ -348,20 +348,20 @@ async def test_a_port_where_nothing_listens_is_502(tmp_path: Path) -> None:
 async def test_an_agent_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
 
-        class Absent:
+        class Absent(AgentClient):
             @asynccontextmanager
-            async def stream(self, *_: Any, **__: Any) -> AsyncIterator[None]:
+            async def stream(self, *_: Any, **__: Any) -> AsyncIterator[Any]:
                 raise AgentUnreachable("the channel is down")
                 yield
 
-        at.api.doors.vms.agent = lambda name: Absent()  # type: ignore[method-assign,assignment]
+        at.api.reach(Absent.__new__(Absent))
         for path in ("/agent/healthz", "/ports/80/"):
             assert (await at.client.get(f"/api/v1/vms/demo{path}")).status_code == 502
 
         def stopped(name: str) -> Any:
             raise Problem(409, "vm-not-running", "it is stopped", vm=name)
 
-        at.api.doors.vms.agent = stopped  # type: ignore[method-assign]
+        at.api.reach(stopped)
         for path in ("/agent/healthz", "/ports/80/"):
             assert (await at.client.get(f"/api/v1/vms/demo{path}")).status_code == 409
         assert (await at.api.server.get("/api/v1/vms/demo/agent/x", **UPGRADE)).status == 409

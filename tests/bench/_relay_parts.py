@@ -122,7 +122,7 @@ async def daemon(path: str, port: int) -> None:
             client = AgentClient(channel)
             await served.client.post("/api/v1/plugins", json={"name": "browser", "devtools": {"port": port}})
             await served.crashed(VM, plugin="browser")
-            served.doors.vms.agent = lambda name: client  # type: ignore[method-assign,assignment]
+            served.reach(client)
             workload = {"entrypoint": ["sleep", "1000"], "port": port}
             await client.request_json("PUT", "/v1/daemon/workload", workload, timeout_s=30)
             print(f"listening on http://127.0.0.1:{served.server.port}", flush=True)
