@@ -1,0 +1,165 @@
+"""A fork by hand: what somebody would script who knows how it is done, for the daemon's to be compared with.
+
+The same mechanism, with nothing around it: the template's file is copied, the guest is stopped, QEMU saves its devices,
+the pages that are its own are read out of it, it goes on, and another QEMU takes all that over. Nobody is connected to
+the agent of the guest that is forked, so nothing has to be held; nobody is told who it is; nothing is owned by anybody
+should the script be killed; a guest that can't be copied stays stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from volant.hypervisor import MachineSpec
+from volant.hypervisor.qemu._argv import ENVIRONMENT
+from volant.hypervisor.qemu._capture import complete
+
+_PAGE = 4096
+_CHUNK = 1024 * 1024
+_CONNECT_S = 10.0
+_OWN = bytes(bool(byte & 0xC0 and not byte & 0x20) for byte in range(256))
+_RUN = re.compile(rb"\x01+")
+
+
+def fork(
+    origin: MachineSpec, pid: int, copy: MachineSpec, argv: Sequence[str]
+) -> tuple[subprocess.Popen[bytes], float]:
+    """Fork a running clone: the process of its copy, which runs when this returns, and how long the guest stood still.
+
+    `pid` is the process of `origin`, to which nobody is connected. `copy.template` names two files that are not there
+    yet; `argv` is the command line of `copy`, whose directory is there, with its named pipe in it.
+    """
+    assert origin.template is not None
+    assert copy.template is not None
+    size = origin.memory_mb * 1024 * 1024
+    source = os.open(origin.template.memory, os.O_RDONLY)
+    target = os.open(copy.template.memory, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
+    try:
+        _copy_file(source, target, size)
+        start = _mapping(pid, size)
+        qmp = _Qmp(origin.control_path)
+        machine = str(qmp.ask("qom-get", path="/machine", property="type")).removesuffix("-machine")
+        began = time.perf_counter()
+        qmp.ask("stop")
+        qmp.ask("xen-save-devices-state", filename=str(copy.template.state), live=False)
+        _copy_own_pages(memory, pagemap, start, target, size)
+        qmp.ask("cont")
+        paused_s = time.perf_counter() - began
+        qmp.close()
+        copy.template.state.write_bytes(complete(copy.template.state.read_bytes(), machine))
+    finally:
+        for fd in (source, target, memory, pagemap):
+            os.close(fd)
+    with copy.log_path.open("wb") as log:
+        process = subprocess.Popen(
+            argv,
+            cwd=copy.directory,
+            env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    qmp = _Qmp(copy.control_path)
+    qmp.ask(
+        "migrate-set-capabilities",
+        capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")],
+    )
+    qmp.ask("migrate-incoming", uri=f"file:{copy.template.state}")
+    if (status := qmp.migrated()) != "completed":
+        raise RuntimeError(f"the copy does not go on: {status}")
+    qmp.ask("cont")
+    qmp.close()
+    return process, paused_s
+
+
+def _copy_file(source: int, target: int, size: int) -> None:
+    os.ftruncate(target, size)
+    at = 0
+    while at < size:
+        try:
+            at = os.lseek(source, at, os.SEEK_DATA)
+        except OSError:
+            return
+        end = os.lseek(source, at, os.SEEK_HOLE)
+        os.lseek(target, at, os.SEEK_SET)
+        while at < end:
+            at += os.sendfile(target, source, at, end - at)
+
+
+def _mapping(pid: int, size: int) -> int:
+    """Where the guest's memory begins in the process."""
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        span, access, *rest = line.split()
+        start, end = (int(address, 16) for address in span.split("-"))
+        if end - start == size and access == "rw-p" and len(rest) > 3:
+            return start
+    raise RuntimeError(f"process {pid} has no memory of {size} bytes")
+
+
+def _copy_own_pages(memory: int, pagemap: int, start: int, target: int, size: int) -> None:
+    entries = os.pread(pagemap, size // _PAGE * 8, start // _PAGE * 8)
+    buffer = memoryview(bytearray(_CHUNK))
+    for run in _RUN.finditer(entries[7::8].translate(_OWN)):
+        at, end = run.start() * _PAGE, run.end() * _PAGE
+        while at < end:
+            count = os.preadv(memory, [buffer[: end - at]], start + at)
+            os.pwrite(target, buffer[:count], at)
+            at += count
+
+
+class _Qmp:
+    def __init__(self, path: Path) -> None:
+        deadline = time.monotonic() + _CONNECT_S
+        while True:
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.settimeout(_CONNECT_S)
+            try:
+                self._socket.connect(str(path))
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                self._socket.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.001)
+        self._lines = self._socket.makefile("rb")
+        self._status = ""
+        self._next()
+        self.ask("qmp_capabilities")
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        message = {"execute": command, **({"arguments": arguments} if arguments else {})}
+        self._socket.sendall(json.dumps(message).encode())
+        while "return" not in (answer := self._next()):
+            if "error" in answer:
+                raise RuntimeError(f"{command}: {answer['error']}")
+        return answer["return"]
+
+    def migrated(self) -> str:
+        """How it ended."""
+        while self._status not in ("completed", "failed"):
+            self._next()
+        return self._status
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
+
+    def _next(self) -> dict[str, Any]:
+        line = self._lines.readline()
+        if not line:
+            raise RuntimeError("QEMU has closed its control socket")
+        message: dict[str, Any] = json.loads(line)
+        if message.get("event") == "MIGRATION":
+            self._status = message["data"]["status"]
+        return message
