@@ -634,7 +634,7 @@ OPERATIONS: tuple[Operation, ...] = (
         {200: Answer("Its shape is no contract", Anything)},
     ),
     Operation(
-        "GET", "/api/v1/system/df", "disk_usage", "What takes space: database, logs, disks, images, media, templates",
+        "GET", "/api/v1/system/df", "disk_usage", "What takes space on the host for the daemon",
         {200: Answer("The largest first, with who uses it", Usage)}, fails=(503,),
     ),
     Operation(
@@ -644,7 +644,7 @@ OPERATIONS: tuple[Operation, ...] = (
             Parameter("dry_run", bool, "Say what would go, and remove nothing"),
             Parameter("kind", Annotated[list[StoredKind], msgspec.Meta(min_length=1)],
                       "Only these; default `log`, `image`, `medium`, `template`, `leftover`; "
-                      "`disk`, `database` only when named"),
+                      "`disk`, `snapshot`, `database` only when named"),
             Parameter("unused_for", _DURATION, "Of templates only those from which no VM began for so long: `12h`"),
         ),
         fails=(503,),

@@ -48,8 +48,8 @@ async def df(session: Session) -> None:
 async def prune(session: Session, dry_run: bool, kinds: tuple[str, ...], unused_for: float | None) -> int | None:
     """Remove what nobody uses: images, media, templates, logs of deleted VMs, leftovers.
 
-    What a VM, a plugin or a process uses stays. Disks without a VM, and databases that a restore has moved aside, go
-    only when they are named: --kind disk, --kind database.
+    What a VM, a plugin, a snapshot or a process uses stays. Disks without a VM, snapshots that the daemon does not
+    know, and databases that a restore has moved aside go only when they are named: --kind disk, snapshot, database.
     """
     done = await session.client.system.prune(
         cast("tuple[StoredKind, ...]", kinds), dry_run=dry_run, unused_for_s=unused_for

@@ -63,7 +63,9 @@ class OrphanView(msgspec.Struct, frozen=True, kw_only=True):
     """Why it can't be adopted; null when it can."""
 
 
-StoredKind = Literal["journal", "database", "log", "disk", "image", "medium", "template", "leftover", "cache"]
+StoredKind = Literal[
+    "journal", "database", "log", "disk", "snapshot", "image", "medium", "template", "leftover", "cache"
+]
 PRUNED_KINDS: tuple[StoredKind, ...] = ("log", "image", "medium", "template", "leftover")
 """What `prune` removes when it is not told what: it can be had again, or its VM is deleted."""
 
@@ -77,7 +79,7 @@ class StoredItem(msgspec.Struct, frozen=True):
     """A digest for images, media and templates, the VM's id for logs, else a file's name."""
     bytes: int
     used_by: list[str]
-    """`VM demo`, `plugin web`; of a template the VMs that run as its clones."""
+    """`VM demo`, `plugin web`, `snapshot warm`; of a template the VMs that run as its clones."""
     reclaimable: bool
     """Whether it can be removed: nobody uses it, and the daemon works without it."""
 
@@ -90,7 +92,7 @@ class Usage(msgspec.Struct, frozen=True):
     total_bytes: int
     reclaimable_bytes: int
     state_free_bytes: int
-    """What is free on the disk of database, logs, disks and templates."""
+    """What is free on the disk of database, logs, disks, snapshots and templates."""
     cache_free_bytes: int
     """What is free on the disk of images and media."""
 

@@ -528,7 +528,9 @@ class VmActor(Actor):
                     process = self._live()
                     if is_clone:
                         protocol = self._doors.templates.protocol(row.template or "")
-                        await process.become(row.name, machine_id(self._doors.instance, row), row.id, protocol=protocol)
+                        own_id = machine_id(self._doors.instance, row)
+                        is_copy = row.capture is not None
+                        await process.become(row.name, own_id, row.id, protocol=protocol, as_it_is=is_copy)
                     else:
                         await process.ask("GET", HEALTHZ)
                         if row.layer:

@@ -127,6 +127,8 @@ class Captures:
         self._nursery: trio.Nursery | None = None
         self._turns: dict[str, Turn] = {}
         """By the names of the captures."""
+        self._failures: dict[str, CaptureLost] = {}
+        """Why there is nothing to go on from, for as long as somebody waits for it."""
         self._known: set[Path] = set()
         """Those whose `state` has been read and was right."""
 
@@ -214,8 +216,9 @@ class Captures:
             lost = error if isinstance(error, CaptureLost) else CaptureLost("capture_failed", _unwritable(error))
             _logger.warning("VM %s is not forked: %s", turn.vm.name, lost, extra={"vm": turn.vm.name})
             turn.fail(lost)
+            # For those of its copies that ask later.
+            self._failures[turn.name] = lost
             await self._clear(fresh)
-            return
         finally:
             self.leave(turn)
         await self._remove_once_used(turn.name)
@@ -298,6 +301,8 @@ class Captures:
                 await turn.over()
             except Problem as error:
                 raise CaptureLost("capture_failed", error.detail) from error
+        if capture in self._failures:
+            raise self._failures[capture]
         directory = self.at(capture)
         what = "the snapshot" if capture.startswith(SNAPSHOT) else "the copy of its original"
         if not self._host.exists(directory / RECORD):
@@ -353,6 +358,7 @@ class Captures:
                 if not isinstance(taken, EventGap) and not taken:
                     return  # the daemon ends
         self._known.discard(self.at(capture))
+        self._failures.pop(capture, None)
         await self._clear(self.at(capture))
 
     async def _clear(self, path: Path) -> None:

@@ -75,6 +75,10 @@ class RootFailed(Exception):
     """The guest has no root filesystem, although it should. The text is for people, in part the guest's."""
 
 
+class _NotWell(AgentProtocolError):
+    """The workload of a clone is ill."""
+
+
 class _NoSuchRoute(AgentProtocolError):
     """The agent is older than what it is asked."""
 
@@ -256,9 +260,12 @@ class LiveProcess:
             case _:
                 raise AgentProtocolError("its initramfs mounts no root filesystem")
 
-    async def become(self, hostname: str, machine_id: str, vm_id: int, *, protocol: int) -> None:
+    async def become(
+        self, hostname: str, machine_id: str, vm_id: int, *, protocol: int, as_it_is: bool = False
+    ) -> None:
         """Tell a clone who it is, with fresh entropy and the time, and give it its manifest and its workload; return
-        once it is that. `protocol`: the newest that its agent is known to speak.
+        once it is that. `protocol`: the newest that its agent is known to speak. `as_it_is`: its workload may be ill,
+        or have ended, as that of what it is a copy of.
 
         :raises AgentUnreachable: it can't be reached. :raises AgentProtocolError: it can't be that, and says why.
         """
@@ -281,9 +288,16 @@ class LiveProcess:
             identity["manifest"] = self._manifest
             if self._workload is not None:
                 identity["workload"] = self._workload
-        said = await self._tell(DAEMON_IDENTITY, identity)
-        self._agree(*_range(said.get("protocol")))
-        shown = said["time_ns"]
+        try:
+            said = await self._tell(DAEMON_IDENTITY, identity)
+            self._agree(*_range(said.get("protocol")))
+            shown = said["time_ns"]
+        except _NotWell:
+            if not as_it_is:
+                raise
+            # All but its workload is what it should be.
+            at_once, shown = False, 0
+            await self._negotiate()
         # It was set to the time at which the request left, so it is behind by the way there, which is less than this.
         if not 0 <= _now_ns(host) - shown <= _CLOCK_OFF_NS:
             await self._set_clock()
@@ -315,6 +329,8 @@ class LiveProcess:
         said = answer.body if isinstance(answer.body, dict) else {}
         if answer.status == 404:
             raise _NoSuchRoute(f"its agent does not know {path}")
+        if answer.status == 503:
+            raise _NotWell(f"it answers PUT {path}: {said.get('detail')}")
         if answer.status != 200 or type(said.get("time_ns")) is not int:
             raise AgentProtocolError(f"it answers PUT {path} with {answer.status}: {said.get('detail')}")
         return said

@@ -6,8 +6,8 @@ and makes or fetches what it needs (`BootMedia.remove`). Images that VMs boot ar
 stays and the others are those of rows. A process that carries our mark counts as a user, whatever the database says.
 A template that goes between a VM's look and its launch costs that VM a cold boot, as one that is damaged does.
 
-Disks and databases without a VM are removed only when they are named: they may be all that is left of somebody's work,
-and a restored database may not know of them.
+Disks, snapshots and databases that nobody knows of are removed only when they are named: they may be all that is left
+of somebody's work, and a restored database may not know of them. A snapshot that is known goes by its own route.
 """
 
 from __future__ import annotations
@@ -20,7 +20,19 @@ from pathlib import Path
 from volant import images
 from volant.host import Host
 from volant.journal import replaced_databases
-from volant.model import PRUNED_KINDS, Artifact, Boot, Kept, Manifest, Pruned, StoredItem, StoredKind, Usage, VmRow
+from volant.model import (
+    PRUNED_KINDS,
+    Artifact,
+    Boot,
+    Kept,
+    Manifest,
+    Pruned,
+    Snapshot,
+    StoredItem,
+    StoredKind,
+    Usage,
+    VmRow,
+)
 
 from ._doors import VmDoors
 from ._steps import parse_mark
@@ -52,14 +64,20 @@ class _Users:
     running: frozenset[int]
     """The VMs of which a process of ours runs, also those without a row."""
     plugins: dict[str, Manifest] = field(default_factory=dict)
+    snapshots: tuple[Snapshot, ...] = ()
 
     def of(self, found: _Found) -> list[str]:
         match found.kind:
             case "image":
-                return [f"VM {row.name}" for row in self.rows.values() if row.image == found.name]
+                users = [f"VM {row.name}" for row in self.rows.values() if row.image == found.name]
+                return users + [f"snapshot {one.name}" for one in self.snapshots if one.vm.image == found.name]
             case "medium":
-                vms = [f"VM {row.name}" for row in self.rows.values() if found.name in _media_of(row.manifest)]
-                return vms + [f"plugin {name}" for name, has in self.plugins.items() if found.name in _media_of(has)]
+                users = [f"VM {row.name}" for row in self.rows.values() if found.name in _media_of(row.manifest)]
+                users += [f"plugin {name}" for name, has in self.plugins.items() if found.name in _media_of(has)]
+                has_it = [one.name for one in self.snapshots if found.name in _media_of(one.vm.manifest)]
+                return users + [f"snapshot {name}" for name in has_it]
+            case "snapshot":
+                return [f"snapshot {one.name}" for one in self.snapshots if found.name.startswith(one.capture)]
             case "template" if found.current:
                 return [_A_BUILD]
             case "template":
@@ -133,7 +151,8 @@ async def prune(
 def _users(doors: VmDoors, running: frozenset[int]) -> _Users:
     projection = doors.store.projection
     plugins = {name: plugin.manifest for name, plugin in projection.plugins.items()}
-    return _Users({row.id: row for row in projection.rows()}, running, plugins)
+    rows = {row.id: row for row in projection.rows()}
+    return _Users(rows, running, plugins, tuple(projection.snapshots.values()))
 
 
 def _shown(found: _Found, users: _Users) -> StoredItem:
@@ -181,6 +200,7 @@ def _scan(doors: VmDoors) -> list[_Found]:
         _Found("disk", path.name, host.disk_usage(path), path, _id_of(path.name.partition("-")[0]))
         for path in _in(host, settings.disk_dir)
     ]
+    found += [_Found("snapshot", path.name, host.disk_usage(path), path) for path in _in(host, settings.snapshot_dir)]
     found += [
         _Found("leftover", path.name, host.disk_usage(path), path, _id_of(path.name))
         for path in _in(host, settings.runtime_dir / "vms")
@@ -216,7 +236,9 @@ async def _remove(doors: VmDoors, found: _Found, running: frozenset[int]) -> boo
         case "medium":
             return await doors.media.remove(found.name, in_use=in_use)
         case "image":
-            keep = {row.image for row in doors.store.projection.rows() if row.image is not None}
+            projection = doors.store.projection
+            rows = [*projection.rows(), *(one.vm for one in projection.snapshots.values())]
+            keep = {row.image for row in rows if row.image is not None}
             # Those that were listed as used, too: one thing at a time.
             gone = await doors.host.run_blocking(images.prune, doors.settings.cache_dir, keep)
             return found.name in gone or not images.load(doors.settings.cache_dir, found.name)

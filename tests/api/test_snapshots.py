@@ -1,0 +1,157 @@
+"""Snapshots and forks over the wire: what is refused says why, what comes to nothing leaves nothing, once is once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.api.kit import Api, api
+from volant.images import fetch
+from volant.journal import AdoptRow, BeginSnapshot, FinishSnapshot
+from volant.model import Artifact, Boot, CreateVm, Manifest, Status, Step, TakeSnapshot, VmRow, new_row
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Api]:
+    async with api(tmp_path) as running:
+        yield running
+
+
+async def said_to_run(served: Api, name: str = "demo", manifest: Manifest | None = None) -> VmRow:
+    """The row of a VM that runs, of which there is nothing else."""
+    manifest = manifest or Manifest(name="base", version="1")
+    request = CreateVm(name=name, cpu_cores=1, memory_mb=128, plugin=manifest.name)
+    row = new_row(request, manifest, vm_id=len(served.doors.store.projection) + 1, now=NOW)
+    steps = [Step(msgspec.structs.replace(row, status=status), "so it is said")
+             for status in (Status.PENDING, Status.STARTING, Status.RUNNING)]  # fmt: skip
+    return await served.doors.journal.ask(AdoptRow(tuple(steps)), timeout_s=10)
+
+
+async def kept(served: Api, name: str = "warm", **fields: Any) -> VmRow:
+    """A snapshot of which there is nothing but the row; and the VM that it is of."""
+    row = await said_to_run(served, **fields)
+    await served.doors.journal.ask(BeginSnapshot(row.id, TakeSnapshot(name=name), "abc"), timeout_s=10)
+    await served.doors.journal.ask(FinishSnapshot(name, "abc", 12.5, 4096), timeout_s=10)
+    return row
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "field"),
+    [
+        ("vms/none/fork", {}, 404, None),
+        ("vms/none/snapshots", {}, 404, None),
+        ("vms/demo/fork", {}, 409, None),
+        ("vms/demo/snapshots", {}, 409, None),
+        ("vms/demo/fork", {"count": 0}, 400, "count"),
+        ("vms/demo/fork", {"count": 33}, 400, "count"),
+        ("vms/demo/fork", {"names": []}, 400, "names"),
+        ("vms/demo/fork", {"names": ["a", "a"]}, 400, "names"),
+        ("vms/demo/fork", {"names": ["a", "B"]}, 400, "names[1]"),
+        ("vms/demo/fork", {"names": ["a"], "count": 2}, 400, "count"),
+        ("vms/demo/snapshots", {"name": "No"}, 400, "name"),
+        ("vms/demo/snapshots", {"labels": {"a=b": "c"}}, 400, "labels"),
+        ("vms", {"from_snapshot": "none"}, 400, "name"),
+        ("vms", {"from_snapshot": "none", "name": "new"}, 404, "from_snapshot"),
+        ("vms", {"from_snapshot": "none", "name": "new", "env": {"A": "b"}}, 400, "env"),
+        ("vms", {"from_snapshot": 7, "name": "new"}, 400, "from_snapshot"),
+    ],
+)
+async def test_what_can_not_be_is_refused_and_says_why(
+    served: Api, path: str, body: dict[str, object], status: int, field: str | None
+) -> None:
+    await served.crashed("demo")
+    answer = await served.client.post(f"/api/v1/{path}", json=body)
+    assert (answer.status_code, answer.json().get("field")) == (status, field), answer.text
+    assert len(served.doors.store.projection) == 1
+
+
+async def test_a_snapshot_is_shown_used_and_removed(served: Api) -> None:
+    row = await kept(served)
+    (shown,) = (await served.client.get("/api/v1/snapshots")).json()
+    assert (shown["name"], shown["status"], shown["vm"], shown["paused_ms"]) == ("warm", "ready", "demo", 12.5)
+    assert (await served.client.get("/api/v1/snapshots/warm")).json() == shown
+    assert (await served.client.get("/api/v1/vms/demo/snapshots")).json() == [shown]
+    for field, wrong in (("memory_mb", 256), ("cpu_cores", 2), ("plugin", "web")):
+        body = {"name": "new", "from_snapshot": "warm", field: wrong}
+        refused = await served.client.post("/api/v1/vms", json=body)
+        assert (refused.status_code, refused.json()["field"]) == (400, field)
+    body = {"name": "new", "from_snapshot": "warm", "memory_mb": row.memory_mb, "labels": {"a": "b"}}
+    made = await served.client.post("/api/v1/vms?wait=crashed", json=body)
+    assert (made.status_code, made.headers["volant-wait"]) == (201, "met"), made.text
+    vm = made.json()
+    assert (vm["memory_mb"], vm["labels"], vm["restart_policy"]) == (row.memory_mb, {"a": "b"}, "never")
+    assert vm["origin"] == {"kind": "snapshot", "vm": "demo", "vm_id": row.id, "snapshot": "warm", "paused_ms": 12.5}
+    # Its files never were: no cold boot is made of what was to be a copy.
+    assert vm["reason"]["code"] == "capture_gone"
+    assert (await served.client.delete("/api/v1/snapshots/warm")).status_code == 204
+    for method in ("GET", "DELETE"):
+        gone = await served.client.request(method, "/api/v1/snapshots/warm")
+        assert (gone.status_code, gone.json()["type"]) == (404, "urn:volant:error:snapshot-not-found")
+    assert (await served.client.get("/api/v1/snapshots")).json() == []
+
+
+async def test_what_a_snapshot_needs_is_not_pruned(served: Api, tmp_path: Path) -> None:
+    import hashlib
+
+    source = tmp_path / "kernel"
+    source.write_bytes(b"a kernel")
+    digest = hashlib.sha256(b"a kernel").hexdigest()
+    fetch(tmp_path / "cache", str(source), digest, max_bytes=2**20)
+    manifest = Manifest(name="site", version="1", boot=Boot(kernel=Artifact(str(source), digest)))
+    await kept(served, manifest=manifest)
+    assert (await served.client.delete("/api/v1/vms/demo")).status_code == 204
+    stray = tmp_path / "snapshots" / "snapshot-of-nobody"
+    stray.mkdir()
+    (stray / "memory").write_bytes(b"x" * 5000)
+    found = {item["name"]: item for item in (await served.client.get("/api/v1/system/df")).json()["items"]}
+    assert (found[digest]["used_by"], found[digest]["reclaimable"]) == (["snapshot warm"], False)
+    assert (found[stray.name]["kind"], found[stray.name]["reclaimable"]) == ("snapshot", True)
+    pruned = (await served.client.post("/api/v1/system/prune")).json()
+    assert not {digest, stray.name} & {item["name"] for item in pruned["items"]}
+    pruned = (await served.client.post("/api/v1/system/prune?kind=snapshot")).json()
+    assert [item["name"] for item in pruned["items"]] == [stray.name]
+    assert not stray.exists()
+
+
+async def test_a_fork_that_comes_to_nothing_says_so_in_its_copies_and_leaves_nothing(
+    served: Api, tmp_path: Path
+) -> None:
+    await said_to_run(served)
+    headers = {"Idempotency-Key": "once"}
+    answer = await served.client.post("/api/v1/vms/demo/fork?wait=crashed", json={"count": 2}, headers=headers)
+    assert (answer.status_code, answer.headers["volant-wait"]) == (201, "met"), answer.text
+    copies = answer.json()
+    assert [copy["name"] for copy in copies] == ["demo-fork-1", "demo-fork-2"]
+    for copy in copies:
+        assert (copy["status"], copy["reason"]["code"]) == ("crashed", "capture_failed")
+        assert (copy["origin"]["kind"], copy["booted_from"]) == ("fork", None)
+    again = await served.client.post("/api/v1/vms/demo/fork", json={"count": 2}, headers=headers)
+    assert (again.status_code, again.headers["idempotency-replayed"]) == (201, "true")
+    assert [copy["id"] for copy in again.json()] == [copy["id"] for copy in copies]
+    assert list((tmp_path / "mem").iterdir()) == []
+    told = [frame async for frame in events(served)]
+    assert told.count("VM_FORKED") == 1
+
+
+async def test_a_snapshot_that_comes_to_nothing_leaves_nothing(served: Api, tmp_path: Path) -> None:
+    await said_to_run(served)
+    answer = await served.client.post("/api/v1/vms/demo/snapshots", json={"name": "warm"})
+    assert (answer.status_code, answer.json()["type"]) == (503, "urn:volant:error:snapshot-failed"), answer.text
+    assert (await served.client.get("/api/v1/snapshots")).json() == []
+    assert [*(tmp_path / "mem").iterdir(), *(tmp_path / "snapshots").iterdir()] == []
+
+
+async def events(served: Api) -> AsyncIterator[str]:
+    async with served.doors.store.events.cursor("oldest") as cursor:
+        while cursor.position != served.doors.store.events.newest:
+            taken = await cursor.take()
+            assert isinstance(taken, list)
+            for frame in taken:
+                yield str(frame.event.type)

@@ -1,0 +1,292 @@
+"""A copy of a running guest goes on from where that was, as somebody else; the guest itself does not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import trio
+
+from tests.system.kit import BOOT_S, Daemon, adopted, boot, event_of, is_alive, patched, reachable, run, until
+from tests.system.rootfs import make_ext4, plugin
+from volant.client import Client, ClientProblem
+from volant.model import ForkVm, RestoreVm, TakeSnapshot, VmView, Workload
+
+COUNT = "i=0; while :; do i=$((i+1)); echo $i > /run/next; mv /run/next /run/count; sleep 0.5; done"
+
+
+@pytest.fixture(scope="module")
+def shared(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
+    daemon = Daemon(image_cache, ephemeral=False)
+    _running.append(daemon)
+    try:
+        daemon.start()
+        yield daemon
+    finally:
+        _running.remove(daemon)
+        daemon.dispose()
+
+
+@pytest.fixture
+def daemon(shared: Daemon) -> Iterator[Daemon]:
+    yield shared
+    if not shared.runs:
+        shared.start()
+    shared.delete_vms()
+    with httpx.Client(base_url=shared.base_url, trust_env=False, timeout=30) as client:
+        for snapshot in client.get("/api/v1/snapshots").json():
+            client.delete(f"/api/v1/snapshots/{snapshot['name']}").raise_for_status()
+    assert captures(shared) == []
+    assert shared.leftovers() == []
+
+
+def captures(daemon: Daemon) -> list[str]:
+    """What lies about of copies of guests."""
+    found = [*daemon.memory_dir.glob("fork-*"), *daemon.memory_dir.glob("snapshot-*")]
+    return sorted(path.name for path in [*found, *(daemon.state_dir / "snapshots").glob("*")])
+
+
+async def no_captures(daemon: Daemon) -> None:
+    """Return once the daemon has taken away what copies no longer need: it does so a moment after they run."""
+    with trio.fail_after(30):
+        while captures(daemon):  # noqa: ASYNC110 - another process's files
+            await trio.sleep(0.02)
+
+
+async def fork(client: Client, name: str, count: int = 1) -> list[VmView]:
+    """Copies that run."""
+    made = []
+    for copy in await client.vms.fork(name, ForkVm(count=count)):
+        vm = await until(client, copy.name, "running")
+        assert vm is not None
+        made.append(vm)
+    return made
+
+
+async def count(client: Client, name: str) -> int:
+    return int(await run(client, name, "cat", "/run/count"))
+
+
+async def begin_to_count(client: Client, name: str) -> None:
+    await run(client, name, "sh", "-c", f"({COUNT}) >/dev/null 2>&1 &")
+    with trio.fail_after(30):
+        while not (await run(client, name, "sh", "-c", "cat /run/count 2>/dev/null || true")).strip():  # noqa: ASYNC110
+            await trio.sleep(0.05)
+
+
+async def test_forks_go_on_from_there_and_the_original_keeps_what_it_has(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        before = await boot(client, "demo", labels={"team": "a"})
+        await begin_to_count(client, "demo")
+        await run(client, "demo", "sh", "-c", "echo before > /before")
+        async with (
+            client.vms.exec_session("demo", ["sh", "-c", "while read line; do echo got $line; done"]) as session,
+            client.events(vm="demo") as events,
+        ):
+            await session.send(b"one\n")
+            assert b"got one" in await said(session)
+            counted = await count(client, "demo")
+            copies = await fork(client, "demo", 2)
+            await session.send(b"two\n")
+            assert b"got two" in await said(session)
+            told = await event_of(events, "VM_FORKED", "demo")
+            assert (told.copies, told.status) == (("demo-fork-1", "demo-fork-2"), "running")
+        await run(client, "demo", "sh", "-c", "echo after > /after")
+        after = await client.vms.get("demo")
+        assert (after.pid, after.boots, after.status) == (before.pid, before.boots, "running")
+        ids = set()
+        for copy in copies:
+            assert copy.origin is not None
+            assert (copy.booted_from, copy.origin.kind, copy.origin.vm, copy.labels) == (
+                "fork", "fork", "demo", {"team": "a"},
+            )  # fmt: skip
+            assert copy.origin.paused_ms is not None
+            assert copy.origin.paused_ms > 0
+            assert (await run(client, copy.name, "cat", "/before")).strip() == "before"
+            assert (await run(client, copy.name, "ls", "/")).split().count("after") == 0
+            first = await count(client, copy.name)
+            assert first >= counted
+            await trio.sleep(1.5)
+            assert await count(client, copy.name) > first
+            who = (await run(client, copy.name, "cat", "/proc/sys/kernel/hostname", "/etc/machine-id")).split()
+            assert who[0] == copy.name
+            ids.add(who[1])
+        assert len(ids) == 2
+        # Nobody needs the capture any more, and no copy is harmed by its end.
+        await no_captures(daemon)
+        assert (await fork(client, copies[0].name))[0].status == "running"
+
+
+async def said(session: object) -> bytes:
+    data = b""
+    with trio.fail_after(30):
+        while not data.endswith(b"\n"):
+            piece = await session.__anext__()  # type: ignore[attr-defined]
+            data += piece.data
+    return data
+
+
+async def test_a_snapshot_outlives_its_vm_and_the_daemon(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        await boot(client, "demo")
+        await begin_to_count(client, "demo")
+        await run(client, "demo", "sh", "-c", "echo before > /before")
+        counted = await count(client, "demo")
+        taken = await client.snapshots.take("demo", TakeSnapshot(name="warm", description="before it breaks"))
+        assert (taken.name, taken.status, taken.vm, taken.disk) == ("warm", "ready", "demo", "none")
+        assert taken.size_bytes > 2**20
+        await run(client, "demo", "sh", "-c", "echo after > /after")
+        await client.vms.delete("demo")
+    assert daemon.stop() == 0
+    daemon.start()
+    async with daemon.client() as client:
+        await adopted(client)
+        assert [one.name for one in await client.snapshots.list()] == ["warm"]
+        async with client.events(vm="again") as events:
+            waited = await client.vms.create_and_wait(RestoreVm(name="again", from_snapshot="warm"), timeout_s=BOOT_S)
+            vm = waited.vm
+            assert vm is not None
+            assert (vm.status, vm.booted_from) == ("running", "snapshot"), vm
+            assert (await event_of(events, "VM_RESTORED", "again")).snapshot == "warm"
+        assert (await run(client, "again", "cat", "/before")).strip() == "before"
+        assert "after" not in (await run(client, "again", "ls", "/")).split()
+        assert await count(client, "again") >= counted
+        # A VM that goes on from it has it in its memory, whatever becomes of its name.
+        await client.snapshots.remove("warm")
+        assert await count(client, "again") >= counted
+        # A later boot is an ordinary one.
+        again = await client.vms.verb_and_wait("again", "restart", ["running"], timeout_s=BOOT_S)
+        assert again.vm is not None
+        assert (again.vm.booted_from, again.vm.status) == ("cold", "running")
+        assert "before" not in (await run(client, "again", "ls", "/")).split()
+
+
+async def test_the_disk_is_copied_with_the_memory_and_stays_the_copy_s_own(
+    daemon: Daemon, image_cache: Path, tmp_path: Path
+) -> None:
+    rootfs = make_ext4(tmp_path / "root.ext4", image_cache, files={"etc/hello": "hello\n"})
+    # A copy of a VM whose workload has ended is one whose workload has ended.
+    manifest = plugin("disk", rootfs, workload=Workload(("/bin/mkdir", "/ran"), restart="never"))
+    async with daemon.client() as client:
+        await client.plugins.install(manifest)
+        await boot(client, "demo", plugin="disk")
+        await run(client, "demo", "mkdir", "/before")
+        await run(client, "demo", "sync")
+        # Not on the disk yet, but in the memory that is copied with it.
+        await run(client, "demo", "mkdir", "/late")
+        await client.snapshots.take("demo", TakeSnapshot(name="warm"))
+        (copy,) = await fork(client, "demo")
+        await run(client, "demo", "mkdir", "/after")
+        await run(client, "demo", "rm", "-r", "/before")
+        await run(client, "demo", "sync")
+        await client.vms.create(RestoreVm(name="again", from_snapshot="warm"))
+        await until(client, "again", "running")
+        for name in (copy.name, "again"):
+            there = set((await run(client, name, "ls", "/")).split())
+            assert there >= {"before", "late", "ran"}
+            assert "after" not in there
+        await run(client, "again", "mkdir", "/mine")
+        restarted = await client.vms.verb_and_wait("again", "restart", ["running"], timeout_s=BOOT_S)
+        assert restarted.vm is not None
+        assert (restarted.vm.booted_from, restarted.vm.disk) == ("cold", "overlay")
+        assert {"before", "late", "mine"} <= set((await run(client, "again", "ls", "/")).split())
+        for name in ("demo", copy.name, "again"):
+            await client.vms.delete(name)
+        await client.plugins.remove("disk")
+
+
+HANGS_WHILE_THE_GUEST_STANDS_STILL = """
+import trio
+from volant.hypervisor.qemu import _capture
+async def hang(self, state):
+    await trio.sleep_forever()
+_capture.Capture._save = hang
+"""
+HANGS_BEFORE_A_COPY_IS_SOMEBODY = """
+import trio
+from volant.vm import _actor
+async def hang(self):
+    await trio.sleep_forever()
+_actor.VmActor._await_agent = hang
+"""
+
+
+async def test_what_a_killed_daemon_has_left_half_done_is_finished_or_gone(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        before = await boot(client, "demo")
+        await begin_to_count(client, "demo")
+        await client.snapshots.take("demo", TakeSnapshot(name="whole"))
+    # While it is copied, for a snapshot and for a fork.
+    for what in ("snapshots", "fork"):
+        await begin_and_be_killed(daemon, HANGS_WHILE_THE_GUEST_STANDS_STILL, f"/api/v1/vms/demo/{what}", {})
+        assert is_alive(before.pid or 0)
+        daemon.start()
+        async with daemon.client() as client:
+            await adopted(client)
+            await reachable(client, "demo")
+            counted = await count(client, "demo")
+            await trio.sleep(1.5)
+            assert await count(client, "demo") > counted, "its guest stands still"
+            await no_captures_but_one(daemon)
+            assert [(one.name, one.status) for one in await client.snapshots.list()] == [("whole", "ready")]
+    async with daemon.client() as client:
+        copy = await until(client, "demo-fork-1", "crashed")
+        assert copy is not None
+        assert copy.reason is not None
+        assert copy.reason.code == "capture_gone"
+        await client.vms.delete("demo-fork-1")
+    # While a copy is not yet told who it is.
+    body = {"name": "again", "from_snapshot": "whole"}
+    await begin_and_be_killed(daemon, HANGS_BEFORE_A_COPY_IS_SOMEBODY, "/api/v1/vms?wait=running", body)
+    daemon.start()
+    async with daemon.client() as client:
+        vm = await until(client, "again", "running")
+        assert vm is not None
+        assert (vm.booted_from, vm.boots) == ("snapshot", 1)
+        assert (await run(client, "again", "hostname")).strip() == "again"
+
+
+async def begin_and_be_killed(daemon: Daemon, code: str, path: str, body: dict[str, str]) -> None:
+    """Begin something of which a hang is known, and kill the daemon in the middle of it."""
+    assert daemon.stop() == 0
+    whole = daemon.command
+    daemon.command = [*patched(code), *whole]
+    try:
+        daemon.start()
+        async with daemon.client() as client, daemon.http() as http, trio.open_nursery() as nursery:
+            await adopted(client)
+            await reachable(client, "demo")
+
+            async def ask() -> None:
+                try:
+                    await http.post(path, json=body, timeout=120)
+                except httpx.TransportError:
+                    pass  # It was killed.
+
+            nursery.start_soon(ask)
+            with trio.fail_after(60):
+                if body:
+                    while (await phase(client, "again")) != "agent":  # noqa: ASYNC110
+                        await trio.sleep(0.05)
+                else:
+                    while not list(daemon.memory_dir.glob("*.new")):  # noqa: ASYNC110 - another process's files
+                        await trio.sleep(0.05)
+                    await trio.sleep(0.5)
+            daemon.kill()
+    finally:
+        daemon.command = whole
+
+
+async def phase(client: Client, name: str) -> str:
+    try:
+        return str((await client.vms.inspect(name))["phase"])
+    except ClientProblem:
+        return ""
+
+
+async def no_captures_but_one(daemon: Daemon) -> None:
+    with trio.fail_after(30):
+        while len(captures(daemon)) != 1:  # noqa: ASYNC110 - another process's files
+            await trio.sleep(0.02)
