@@ -244,7 +244,11 @@ class SimQemu:
         await trio.sleep(self._rng.uniform(0.001, 0.02))
         if fault("qemu.fails_to_save"):
             return {"error": {"class": "GenericError", "desc": "saving Xen device state failed"}}
-        self._write_state(Path(arguments["filename"]), b"QEVM\0\0\0\3")
+        try:
+            self._write_state(Path(arguments["filename"]), b"QEVM\0\0\0\3")
+        except OSError as error:
+            # Whoever asked did not wait, and has cleaned up.
+            return {"error": {"class": "GenericError", "desc": f"could not open the file: {error}"}}
         return {"return": {}}
 
     def _write_state(self, path: Path, head: bytes = b"") -> None:
@@ -255,7 +259,11 @@ class SimQemu:
         await trio.sleep(self._rng.uniform(0.01, 0.1))
         saved = not fault("qemu.fails_to_save")
         if saved:
-            self._write_state(path)
+            try:
+                self._write_state(path)
+            except OSError:
+                saved = False
+        if saved:
             self.status = "postmigrate"
         await self._tell({"event": "MIGRATION", "data": {"status": "completed" if saved else "failed"}})
 
