@@ -91,6 +91,11 @@ async def test_verbs_answer_with_the_vm(served: Api) -> None:
     answer = await served.client.get("/api/v1/vms/demo?wait=stopped")
     assert (answer.json()["status"], answer.headers["volant-wait"]) == ("stopped", "met")
     assert (await served.client.post("/api/v1/vms/demo/recover")).status_code == 409
+    for verb in ("pause", "resume"):
+        answer = await served.client.post(f"/api/v1/vms/demo/{verb}")
+        assert (answer.status_code, answer.json()["type"]) == (409, "urn:volant:error:vm-not-running")
+        assert "is stopped" in answer.json()["detail"]
+        assert "start" in answer.json()["hint"]
     answer = await served.client.post("/api/v1/vms/demo/restart?wait=running")
     assert (answer.headers["volant-wait"], answer.json()["status"]) == ("failed", "crashed")
 
