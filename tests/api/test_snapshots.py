@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,8 +99,6 @@ async def test_a_snapshot_is_shown_used_and_removed(served: Api) -> None:
 
 
 async def test_what_a_snapshot_needs_is_not_pruned(served: Api, tmp_path: Path) -> None:
-    import hashlib
-
     source = tmp_path / "kernel"
     source.write_bytes(b"a kernel")
     digest = hashlib.sha256(b"a kernel").hexdigest()
@@ -155,3 +154,30 @@ async def events(served: Api) -> AsyncIterator[str]:
             assert isinstance(taken, list)
             for frame in taken:
                 yield str(frame.event.type)
+
+
+async def test_tools_copy_vms_and_say_why_not(served: Api) -> None:
+    await kept(served)
+    found = await tool(served, "snapshots_list", vm="demo")
+    assert ([one["name"] for one in found["snapshots"]], found["left_out"]) == (["warm"], 0)
+    forked = await tool(served, "vms_fork", vm="demo", names=["one", "two"])
+    assert forked["outcome"] == "failed"
+    assert [vm["reason"]["code"] for vm in forked["vms"]] == ["capture_failed"] * 2
+    restored = await tool(served, "vms_restore", name="three", snapshot="warm")
+    assert (restored["outcome"], restored["vm"]["reason"]["code"]) == ("failed", "capture_gone")
+    # Its actor has looked by now: nothing runs.
+    assert await tool(served, "vms_snapshot", vm="demo") is None
+    assert (await tool(served, "snapshots_delete", snapshot="warm"))["deleted"] is True
+    assert (await tool(served, "snapshots_list"))["snapshots"] == []
+
+
+async def tool(served: Api, tool_name: str, /, **arguments: object) -> Any:
+    """What a tool gives; None when it fails without."""
+    message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool_name, "arguments": arguments}}
+    headers = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-06-18"}
+    answer = await served.client.post("/api/v1/mcp", json=message, headers=headers)
+    assert answer.status_code == 200, answer.text
+    text = answer.text
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        text = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")][-1]
+    return msgspec.json.decode(text)["result"].get("structuredContent")

@@ -96,6 +96,9 @@ def _memory_row(of: VmMemory) -> tuple[str, ...]:
 def _booted_from(vm: VmView) -> str | None:
     if vm.booted_from is None:
         return None
+    if vm.origin is not None and vm.booted_from == vm.origin.kind:
+        which = "" if vm.origin.snapshot is None else f" {safe(vm.origin.snapshot)}"
+        return f"{vm.booted_from}{which} of {safe(vm.origin.vm)}"
     wanted = "" if vm.boot == "auto" else f", as asked for: {vm.boot}"
     fallback = "" if vm.fallback is None else f", as a clone failed: {safe(vm.fallback.message)}"
     return f"{vm.booted_from}{wanted}{fallback}"

@@ -7,7 +7,7 @@ tell, when to use a tool and when another, is in its description, which is writt
 
 from __future__ import annotations
 
-from volant.model import VmMemory, VmView
+from volant.model import SnapshotView, VmMemory, VmView
 
 from ._history import EventPage, Events, LogPage, Logs, read_logs, see_events
 from ._inside import (
@@ -25,6 +25,21 @@ from ._inside import (
     write_file,
 )
 from ._plugins import ListPlugins, PluginList, list_plugins
+from ._snapshots import (
+    DeletedSnapshot,
+    Fork,
+    ForkedVms,
+    ListSnapshots,
+    Restore,
+    SnapshotList,
+    Take,
+    WhichSnapshot,
+    delete_snapshot,
+    fork_vm,
+    list_snapshots,
+    restore_vm,
+    take_snapshot,
+)
 from ._tool import Tool
 from ._vms import (
     ChangedVm,
@@ -118,6 +133,39 @@ TOOLS: tuple[Tool, ...] = (
         title="Delete a VM",
         description="Destroy a VM with its disk, for good. To get it back later, use vms_stop instead.",
         takes=GetVm, gives=DeletedVm, run=delete_vm, destructive=True, idempotent=True,
+    ),
+    Tool(
+        name="vms_fork",
+        title="Copy a running VM",
+        description="Make new VMs that go on from where a running or paused VM is now: programs, memory and disk are "
+        "the same, name and ids their own; the VM itself goes on. Use it to try several things from one point.",
+        takes=Fork, gives=ForkedVms, run=fork_vm,
+    ),
+    Tool(
+        name="vms_snapshot",
+        title="Keep a VM as it is now",
+        description="Keep a copy of a running or paused VM, memory and disk, on the host, to go back to it with "
+        "vms_restore, also after the VM is deleted. Take one before something that may break the VM.",
+        takes=Take, gives=SnapshotView, run=take_snapshot,
+    ),
+    Tool(
+        name="vms_restore",
+        title="Make a VM from a snapshot",
+        description="Make a new VM that goes on from a snapshot (snapshots_list). The VM that the snapshot is of is "
+        "not touched; `name` must be new.",
+        takes=Restore, gives=ChangedVm, run=restore_vm,
+    ),
+    Tool(
+        name="snapshots_list",
+        title="List snapshots",
+        description="The copies of VMs that vms_snapshot has kept, the newest first.",
+        takes=ListSnapshots, gives=SnapshotList, run=list_snapshots, read_only=True,
+    ),
+    Tool(
+        name="snapshots_delete",
+        title="Delete a snapshot",
+        description="Destroy a snapshot, for good. VMs that were made from it go on.",
+        takes=WhichSnapshot, gives=DeletedSnapshot, run=delete_snapshot, destructive=True, idempotent=True,
     ),
     Tool(
         name="vms_exec",

@@ -99,7 +99,7 @@ async def create_vm(asked: Asked, wanted: MakeVm) -> Result:
     check_create(asked_for)
     since = asked.doors.store.projection.last_event
     row = await asked.doors.vms.create(asked_for)
-    return await _changed(asked, row, {Status.RUNNING}, wanted.wait, wanted.timeout_s, since)
+    return await changed(asked, row, {Status.RUNNING}, wanted.wait, wanted.timeout_s, since)
 
 
 class StartVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -148,10 +148,10 @@ async def _verb(asked: Asked, wanted: StartVm | StopVm, verb: Verb, state: Statu
     name = vm_row(asked.doors, wanted.vm).name
     since = asked.doors.store.projection.last_event
     row = await asked.doors.vms.verb(name, verb)
-    return await _changed(asked, row, {state}, wanted.wait, wanted.timeout_s, since)
+    return await changed(asked, row, {state}, wanted.wait, wanted.timeout_s, since)
 
 
-async def _changed(
+async def changed(
     asked: Asked, row: VmRow, states: Collection[str], wait: bool, timeout_s: float, since: EventId
 ) -> Result:
     """The VM once it is in one of `states`, if somebody waits for that."""
