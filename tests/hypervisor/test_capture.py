@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -228,6 +229,36 @@ async def test_who_gives_up_half_way_lets_the_guest_go_on(
                 nursery.cancel_scope.cancel()
             assert await machine.status() == "running"
             await machine.pause(timeout_s=1.0)
+
+
+async def test_a_guest_that_cannot_be_let_go_on_at_once_is_later(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, launched: Identity, into: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hypervisor hangs for a while."""
+    monkeypatch.setattr("volant.hypervisor.qemu._capture.GO_ON_S", 0.2)
+    monkeypatch.setattr("volant.hypervisor.qemu._machine._UNDO_AGAIN_S", 0.1)
+    with trio.fail_after(40), host.open_process(launched) as process:
+
+        @asynccontextmanager
+        async def hangs_in_the_end() -> AsyncIterator[Callable[[], tuple[int, int]]]:
+            turns = iter((0, 1, 2))
+
+            def on_the_way() -> tuple[int, int]:
+                if next(turns, None) is None:
+                    process.kill(signal.SIGSTOP)
+                return 0, 0
+
+            yield on_the_way
+
+        async with qemu.attach(spec, launched) as machine:
+            with pytest.raises(CaptureFailed) as caught:
+                await machine.capture(into, hold=hangs_in_the_end, timeout_s=2.0)
+            assert caught.value.code == "guest_stopped", caught.value
+            process.kill(signal.SIGCONT)
+            while await machine.status() != "running":  # noqa: ASYNC110 - it is being tried
+                await trio.sleep(0.05)
+            await machine.pause()
+            assert await machine.status() == "paused"
 
 
 async def test_a_hypervisor_that_is_killed_half_way_is_told(

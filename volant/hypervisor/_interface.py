@@ -51,7 +51,8 @@ class CaptureFailed(HypervisorError):
 
     `code`: `no_space` (where the copy goes is full), `not_permitted` (the system keeps the daemon from reading the
     memory of the hypervisor's process), `io_error`, `refused` (the hypervisor can't save the devices, or is gone),
-    `too_slow`, `guest_stopped` (it could not be let go on; who attaches next tries again).
+    `too_slow`, `guest_stopped` (it could not be let go on yet; that is tried again for as long as the machine is
+    attached, and by who attaches next).
     """
 
     def __init__(self, code: CaptureCode, message: str) -> None:

@@ -3,9 +3,9 @@
 **The devices** are saved by a command that was made for Xen, `xen-save-devices-state`: two milliseconds, 120 kB, and a
 machine that goes on as one goes on that was just stopped. A migration, which templates are made by, was rejected: it
 counts the private memory of a machine that goes on from a template as the machine's own, and puts all of it in the
-stream (`x-ignore-shared` speaks of shared memory alone). What Xen's command leaves out is the section in which a stream
-says what machine it is of and with which capabilities it was made. `migrate-incoming` asks for it, so it is put there
-(QEMU 10.0; needless once `x-ignore-shared` knows private mappings of files).
+stream (`x-ignore-shared` speaks of shared memory alone). What Xen's command leaves out are the sections in which a
+stream says what machine it is of and with which capabilities it was made, and describes itself. `migrate-incoming` asks
+for them, so they are put there (QEMU 10.0; needless once `x-ignore-shared` knows private mappings of files).
 
 **What had come before the stop** QEMU still handles after it: bytes of the agent's port that it reads into the guest's
 memory, or room in the port's socket, upon which it hands back buffers of the guest's that were waiting. Nobody reads or
@@ -42,11 +42,12 @@ from ._qmp import QmpClient, QmpLost, QmpRefused
 GO_ON_S = 10.0
 _SAVE_S = 30.0
 _TURNS = 3
-_TURNS_LIMIT = 3000
+_TURNS_LIMIT = 1000
 _STATE_LIMIT = 16 * 1024 * 1024
 _HEAD = b"QEVM" + struct.pack(">I", 3)
 _CONFIGURATION = 0x07
 _SUBSECTION = 0x05
+_DESCRIPTION = bytes([0x06]) + struct.pack(">I", 0)
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG})
 _logger = logging.getLogger("volant.hypervisor")
 
@@ -60,7 +61,8 @@ class Capture:
         self._identity = identity
         self._qmp = qmp
         self._size = spec.memory_mb * 1024 * 1024
-        self._stuck = False
+        self.stuck = False
+        """Whether the guest was left standing still although it ran before."""
 
     async def take(self, into: Path, hold: HoldChannel, timeout_s: float) -> Captured:
         """See `Machine.capture`. Raises CaptureFailed."""
@@ -79,7 +81,7 @@ class Capture:
         except OSError as error:
             code = "no_space" if error.errno in _NO_ROOM else "io_error"
             why = f"the machine can't be copied to {into}: {error.strerror or error}"
-        if self._stuck:
+        if self.stuck:
             code, why = "guest_stopped", f"{why}; and the guest could not be let go on"
         raise CaptureFailed(code, why)
 
@@ -142,15 +144,15 @@ class Capture:
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + GO_ON_S):
                 await self._go_on()
-        if self._stuck:
+        if self.stuck:
             raise QmpRefused("the machine was copied")
 
     async def _go_on(self) -> None:
-        self._stuck = True
+        self.stuck = True
         try:
             if await self._status() in STANDS_STILL:
-                await self._qmp.execute("cont")
-            self._stuck = False
+                await self._qmp.execute("cont", timeout_s=GO_ON_S)
+            self.stuck = False
         except (QmpLost, QmpRefused) as error:
             _logger.error("the guest of process %d was not let go on: %s", self._identity.pid, error)
 
@@ -182,4 +184,4 @@ def complete(state: bytes, machine: str) -> bytes:
         *(bytes([_SUBSECTION, len(section)]), section, struct.pack(">I", 1)),
         *(struct.pack(">I", 1), bytes([len(CAPABILITY)]), CAPABILITY.encode()),
     )
-    return head + b"".join(configuration) + rest
+    return head + b"".join(configuration) + rest + _DESCRIPTION

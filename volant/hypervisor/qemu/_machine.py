@@ -48,7 +48,10 @@ PULSES_MISSED = 3
 """So many unanswered in a row are the end."""
 LOG_LIMIT = 1024 * 1024
 """QEMU's own output beyond that is dropped: a guest can make it complain for ever."""
+LOG_PAUSE_S = 1.0
 
+_UNDO_S = 30.0
+_UNDO_AGAIN_S = 2.0
 _LAST_WORDS_S = 1.0
 _TAIL = 4096
 _CONSOLE_TAIL = 64 * 1024
@@ -89,6 +92,8 @@ class QemuMachine:
         self._stopped = trio.Event()
         self._moving = trio.Lock()
         """Held by whoever stops the guest or lets it go on, until it is where they want it."""
+        self._left_still = trio.Event()
+        """Set when a capture could not let the guest go on."""
         self._migration: Migration | None = None
 
     @property
@@ -161,6 +166,7 @@ class QemuMachine:
 
     async def pause(self, timeout_s: float = 30.0) -> None:
         async with self._alone(timeout_s):
+            self._left_still = trio.Event()
             await self._execute("stop", timeout_s)
             status = await self.status()
             if status not in STANDS_STILL:
@@ -168,9 +174,13 @@ class QemuMachine:
 
     async def resume(self, timeout_s: float = 30.0) -> None:
         async with self._alone(timeout_s):
-            # Told to a machine that runs, QEMU tells of a stop that was none.
-            if await self.status() in STANDS_STILL:
-                await self._execute("cont", timeout_s)
+            await self._go_on(timeout_s)
+
+    async def _go_on(self, timeout_s: float) -> None:
+        # Told to a machine that runs, QEMU tells of a stop that was none.
+        if await self.status() in STANDS_STILL:
+            await self._execute("cont", timeout_s)
+        self._left_still = trio.Event()
 
     @asynccontextmanager
     async def _alone(self, timeout_s: float) -> AsyncIterator[None]:
@@ -201,6 +211,8 @@ class QemuMachine:
         try:
             return await capture.take(into, hold, timeout_s)
         finally:
+            if capture.stuck:
+                self._left_still.set()
             self._moving.release()
 
     async def quit(self, timeout_s: float = 5.0) -> End:
@@ -254,14 +266,27 @@ class QemuMachine:
             except HypervisorError:
                 return  # `ended` tells
 
+    async def undo_captures(self) -> None:
+        """Let the guest go on that a capture has left standing still, unless somebody has paused it by then."""
+        while True:
+            await self._left_still.wait()
+            try:
+                async with self._alone(_UNDO_S):
+                    if self._left_still.is_set():
+                        await self._go_on(_UNDO_S)
+            except HypervisorError:
+                await trio.sleep(_UNDO_AGAIN_S)
+
     async def bound_log(self) -> None:
         """Keep QEMU's own output within `LOG_LIMIT`."""
         path = self._spec.log_path
         try:
-            with self._host.watch(path) as watch:
-                while True:
+            while True:
+                with self._host.watch(path) as watch:
                     await self._host.keep_tail(path, LOG_LIMIT)
                     await watch.wait()
+                # Nobody watches meanwhile: to wake up for each of a thousand lines a second would cost a processor.
+                await trio.sleep(LOG_PAUSE_S)
         except OSError:
             pass  # the directory was removed, and the machine with it
 
@@ -345,6 +370,7 @@ async def attach(host: Host, spec: MachineSpec, identity: ProcessIdentity) -> As
                 nursery.start_soon(machine.bound_log)
                 await machine.connect(nursery)
                 nursery.start_soon(machine.explain_stops)
+                nursery.start_soon(machine.undo_captures)
                 yield machine
             except Exception as error:
                 failure = error
