@@ -164,6 +164,32 @@ async def test_its_own_complaints_are_bounded(host: Host, qemu: QemuHypervisor, 
                 await trio.sleep(0.01)
 
 
+async def test_one_that_complains_all_the_time_is_looked_after_now_and_then(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("volant.hypervisor.qemu._machine.LOG_PAUSE_S", 0.5)
+    real, looks = host.keep_tail, 0
+
+    async def keep_tail(path: Path, limit: int) -> bool:
+        nonlocal looks
+        looks += 1
+        return await real(path, limit)
+
+    monkeypatch.setattr(host, "keep_tail", keep_tail)
+    with trio.fail_after(20):
+        identity = await qemu.launch(spec)
+        async with qemu.attach(spec, identity):
+            began = trio.current_time()
+            async with await trio.open_file(spec.log_path, "ab") as file:
+                while trio.current_time() < began + 1.5:
+                    await file.write(b"once more\n")
+                    await file.flush()
+                await file.write(bytes(LOG_LIMIT))
+            assert 1 <= looks <= 1 + (trio.current_time() - began) / 0.5 + 1
+            while host.file_size(spec.log_path) > LOG_LIMIT:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)
+
+
 async def test_console_input_reaches_the_guest_s_port_after_its_writer_was_replaced(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec
 ) -> None:
