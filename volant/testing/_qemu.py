@@ -276,7 +276,8 @@ class SimQemu:
             )
             self.process.end(1)
             return
-        saved = json.loads(bytes(state.data[state.data.index(b"{") :]))
+        text = state.data.decode("latin-1")
+        saved, _ = json.JSONDecoder().raw_decode(text, text.index("{"))
         self.guest.workload, self.guest.protocol = saved["workload"], saved["protocol"]
         self.guest.is_copy = True
         self.status = "paused"
