@@ -31,6 +31,15 @@ print(json.dumps({
     "time": time.time(),
 }))
 """
+FREES = """
+import time
+x = bytearray(b"x") * (12 << 20)
+del x
+for what, how in (("drop_caches", "3"), ("compact_memory", "1")):
+    with open(f"/proc/sys/vm/{what}", "w") as handle:
+        handle.write(how)
+time.sleep(3)
+"""
 COUNTER = """
 import json, os, signal, socket
 born, told = os.urandom(8).hex(), []
@@ -95,6 +104,10 @@ async def template(daemon: Daemon) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def builds(daemon: Daemon) -> list[str]:
     """The marks of the processes that are to become templates."""
     return [mark for mark in daemon.processes().values() if mark.startswith(f"{daemon.mark_prefix}t.")]
@@ -142,6 +155,21 @@ async def test_clones_are_somebody_each(daemon: Daemon) -> None:
         again = await who(client, "clone1")
         assert again["machine_id"] == found["clone1"]["machine_id"]
         assert again["boot_id"] != found["clone1"]["boot_id"]
+
+
+async def test_whatever_a_clone_does_with_its_memory_is_not_done_to_its_template(daemon: Daemon) -> None:
+    memory = (await template(daemon)) / "memory"
+    before, room = digest_of(memory), memory.stat().st_blocks
+    async with daemon.client() as client:
+        assert (await boot(client, "clone")).booted_from == "template"
+        # Nothing by which a guest, whoever is root in it, could give memory back.
+        found = await run(client, "clone", "sh", "-c", "cat /sys/bus/virtio/devices/*/device")
+        assert "0x0005" not in found.split(), "it has a balloon"
+        await run(client, "clone", "python3.13", "-c", FREES)
+        taken = await client.vms.memory("clone")
+        assert taken.guest is not None
+        assert taken.host.private_mb > 12, "what it wrote is its own"
+    assert (digest_of(memory), memory.stat().st_blocks) == (before, room)
 
 
 async def test_a_boot_is_what_was_asked_for(daemon: Daemon) -> None:
