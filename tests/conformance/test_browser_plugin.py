@@ -23,7 +23,7 @@ import httpx
 import pytest
 
 from tests.conformance.kit import JS, Node
-from tests.system.kit import BOOT_S, REPOSITORY, Daemon
+from tests.system.kit import BOOT_S, REPOSITORY, Daemon, kept
 
 CLIENT_S = 400.0
 """An emulated guest needs some fifteen seconds of processor time for such a picture."""
@@ -85,18 +85,12 @@ def site(
     (folder / "browser").symlink_to(browser_plugin.parent)
     config = folder / "volantd.toml"
     config.touch(0o600)
-    daemon = Daemon(image_cache, "--config", str(config))
-    _running.append(daemon)
-    try:
-        daemon.start()
+    with kept(Daemon(image_cache, "--config", str(config)), _running) as daemon:
         made = Site(daemon, config, folder, {})
         for line in commands():
             made.told[line] = made.volar(line)
         made.volar(f"volar vms cp {JS / 'devtools_page.html'} web:/srv/www/noise.html")
         yield made
-    finally:
-        _running.remove(daemon)
-        daemon.dispose()
 
 
 def commands() -> list[str]:

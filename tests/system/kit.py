@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +335,18 @@ async def reachable(client: Client, name: str) -> None:
                 if problem.status != 502:
                     raise
             await trio.sleep(0.02)
+
+
+@contextmanager
+def kept(daemon: Daemon, running: list[Daemon]) -> Iterator[Daemon]:
+    """A daemon for the length of a block, during which a failure shows what it has said."""
+    running.append(daemon)
+    try:
+        daemon.start()
+        yield daemon
+    finally:
+        running.remove(daemon)
+        daemon.dispose()
 
 
 @asynccontextmanager

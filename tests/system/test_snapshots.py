@@ -9,7 +9,7 @@ import httpx
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, adopted, boot, event_of, is_alive, patched, reachable, run, until
+from tests.system.kit import BOOT_S, Daemon, adopted, boot, event_of, is_alive, kept, patched, reachable, run, until
 from tests.system.rootfs import make_ext4, plugin
 from volant.client import Client, ClientProblem
 from volant.model import ForkVm, RestoreVm, TakeSnapshot, VmView, Workload
@@ -19,14 +19,8 @@ COUNT = "i=0; while :; do i=$((i+1)); echo $i > /run/next; mv /run/next /run/cou
 
 @pytest.fixture(scope="module")
 def shared(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
-    daemon = Daemon(image_cache, ephemeral=False)
-    _running.append(daemon)
-    try:
-        daemon.start()
+    with kept(Daemon(image_cache, ephemeral=False), _running) as daemon:
         yield daemon
-    finally:
-        _running.remove(daemon)
-        daemon.dispose()
 
 
 @pytest.fixture

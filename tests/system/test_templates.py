@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, boot, reachable, run, until
+from tests.system.kit import BOOT_S, Daemon, boot, kept, reachable, run, until
 from tests.system.rootfs import make_ext4, plugin
 from volant.client import Client
 from volant.model import Cloning, HealthCheck, Manifest, Workload
@@ -62,8 +62,6 @@ while True:
 @pytest.fixture(scope="module")
 def templates(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
     """A daemon in which the kind of VM that the tests make has a template."""
-    daemon = Daemon(image_cache, "--templates", "auto")
-    _running.append(daemon)
 
     async def prepare() -> None:
         async with daemon.client() as client:
@@ -71,13 +69,9 @@ def templates(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
             assert (vm.booted_from, vm.boot, vm.fallback) == ("cold", "auto", None)
             await template(daemon)
 
-    try:
-        daemon.start()
+    with kept(Daemon(image_cache, "--templates", "auto"), _running) as daemon:
         trio.run(prepare)
         yield daemon
-    finally:
-        _running.remove(daemon)
-        daemon.dispose()
 
 
 @pytest.fixture
