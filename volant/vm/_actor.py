@@ -164,12 +164,23 @@ class VmActor(Actor):
         try:
             with trio.fail_after(2 * CAPTURE_S):
                 deferred.reply(await self._live().capture(into, CAPTURE_S))
+            self.ctx.spawn(self._catch_up, name="clock")
         except CaptureFailed as error:
             deferred.fail(error)
+            self.ctx.spawn(self._catch_up, name="clock")
         except (AgentUnreachable, HypervisorError, trio.TooSlowError) as error:
             deferred.fail(CaptureFailed("refused", str(error) or "the hypervisor does not answer"))
         finally:
             deferred.fail(CaptureFailed("refused", "the VM was to be something else, or its guest has ended"))
+
+    async def _catch_up(self) -> None:
+        """Set the clock of a guest that stood still while it was copied, unless it still does."""
+        try:
+            process = self._live()
+            if not process.stands_still:
+                await process.set_clock()
+        except (AgentUnreachable, AgentProtocolError) as error:
+            _logger.info("VM %s: its clock may be behind: %s", self._row.name, error, extra={"vm": self._row.name})
 
     @handles(Report)
     async def report(self, message: Report) -> None:
