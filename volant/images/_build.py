@@ -9,6 +9,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from volant.model import agent
@@ -99,9 +100,7 @@ def _build(
             )
     _store.make_current(cache_dir, digest)
     progress(Progress("done", f"The image {digest[:12]} is ready"))
-    found = _store.load(cache_dir, digest)
-    assert found is not None
-    return found
+    return replace(image, current=True)
 
 
 def _place(

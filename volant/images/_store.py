@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Image:
     size_bytes: int
     """Kernel and initramfs together."""
     current: bool
-    """Whether this is the one that new VMs boot."""
+    """Whether it was looked up as the one that new VMs boot."""
 
     def as_json(self) -> dict[str, object]:
         """Return it as JSON can carry it."""
@@ -84,19 +84,24 @@ def find(cache_dir: Path) -> Image | None:
     Reads two small files: no lock, no network, no digest over the image.
     """
     digest = _current(cache_dir)
-    return load(cache_dir, digest) if digest else None
+    image = load(cache_dir, digest) if digest else None
+    return None if image is None else replace(image, current=True)
 
 
 def list_images(cache_dir: Path) -> list[Image]:
     """Return all whole images of a cache, the current one first."""
     folder = cache_dir / "images"
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    images = [image for name in names if (image := load(cache_dir, name))]
+    current = _current(cache_dir)
+    images = [replace(image, current=name == current) for name in names if (image := load(cache_dir, name))]
     return sorted(images, key=lambda image: (not image.current, image.digest))
 
 
 def load(cache_dir: Path, digest: str) -> Image | None:
-    """Return one image by its digest, or None when it is not there or not whole."""
+    """Return one image by its digest, or None when it is not there or not whole.
+
+    A boot asks several times. So whether it is the `current` one is not looked at, as that reads all code of the guest.
+    """
     if not DIGEST.fullmatch(digest):
         return None
     folder = cache_dir / "images" / digest
@@ -113,7 +118,7 @@ def load(cache_dir: Path, digest: str) -> Image | None:
             protocol=int(record["protocol"]),
             kernel_version=str(record["kernel_version"]),
             size_bytes=int(record["kernel"]["size"]) + int(record["initramfs"]["size"]),
-            current=_current(cache_dir) == digest,
+            current=False,
         )
         # Sizes, not digests: this runs at each boot of a VM, and the rename was atomic.
         whole = (
