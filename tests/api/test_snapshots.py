@@ -107,7 +107,7 @@ async def test_what_a_snapshot_needs_is_not_pruned(served: Api, tmp_path: Path) 
     await kept(served, manifest=manifest)
     assert (await served.client.delete("/api/v1/vms/demo")).status_code == 204
     stray = tmp_path / "snapshots" / "snapshot-of-nobody"
-    stray.mkdir()
+    stray.mkdir(parents=True)
     (stray / "memory").write_bytes(b"x" * 5000)
     found = {item["name"]: item for item in (await served.client.get("/api/v1/system/df")).json()["items"]}
     assert (found[digest]["used_by"], found[digest]["reclaimable"]) == (["snapshot warm"], False)
@@ -144,7 +144,7 @@ async def test_a_snapshot_that_comes_to_nothing_leaves_nothing(served: Api, tmp_
     answer = await served.client.post("/api/v1/vms/demo/snapshots", json={"name": "warm"})
     assert (answer.status_code, answer.json()["type"]) == (503, "urn:volant:error:snapshot-failed"), answer.text
     assert (await served.client.get("/api/v1/snapshots")).json() == []
-    assert [*(tmp_path / "mem").iterdir(), *(tmp_path / "snapshots").iterdir()] == []
+    assert [*(tmp_path / "mem").iterdir(), *(tmp_path / "snapshots").glob("*")] == []
 
 
 async def events(served: Api) -> AsyncIterator[str]:

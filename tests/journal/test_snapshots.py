@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from tests.journal.kit import Bench, ClockHost, events_after, running, types
+from tests.journal.test_backup import keeping
 from volant.journal import BeginSnapshot, CommitSteps, FinishSnapshot, ForkRow, RemoveSnapshot, RestoreRow
 from volant.model import ForkVm, Problem, RestoreVm, Status, Step, TakeSnapshot, VmRow, snapshot_view, view
 
@@ -141,3 +142,15 @@ async def test_what_does_not_fit_the_snapshot_is_refused_with_the_field(
             await bench.ask(RestoreRow(wanted))
         assert (refused.value.status, refused.value.field) == (status, field)
         assert len(bench.store.projection) == 1
+
+
+async def test_a_restore_keeps_the_snapshots_that_are_there(path: Path, tmp_path: Path) -> None:
+    async with keeping(path) as bench:
+        await bench.backup(tmp_path / "kept.db")
+        row = await running_vm(bench)
+        await snapshot_of(bench, row)
+        await bench.delete(await bench.to(row, Status.STOPPING))
+        await bench.restore((tmp_path / "kept.db").read_bytes())
+    async with keeping(path) as bench:
+        assert list(bench.store.projection.snapshots) == ["warm"]
+        assert len(bench.store.projection) == 0

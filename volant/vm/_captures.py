@@ -133,9 +133,17 @@ class Captures:
         """Those whose `state` has been read and was right."""
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Make captures, for ever, after what an earlier life has left is removed. Raises OSError."""
+        """Make captures, for ever, and remove what an earlier life has left. Raises OSError."""
         async with trio.open_nursery() as nursery:
-            await self._sweep(nursery)
+            for path in self._left_behind():
+                nursery.start_soon(self._clear, path)
+            for name in self._names_in(self._memory_dir):
+                if name.startswith(FORK) and not name.endswith(_NEW):
+                    nursery.start_soon(self._remove_once_used, name)
+            for snapshot in self._store.projection.snapshots.values():
+                if snapshot.status == "creating":
+                    _logger.warning("snapshot %s was not finished, and is removed", snapshot.name)
+                    nursery.start_soon(self._undo, snapshot)
             self._nursery = nursery
             try:
                 task_status.started()
@@ -386,29 +394,28 @@ class Captures:
         await self._clear(_fresh(self.at(snapshot.capture)))
         await self._clear(self.at(snapshot.capture))
 
-    async def _sweep(self, nursery: trio.Nursery) -> None:
-        """Remove what nobody owns, and wait to remove what somebody still needs. Raises OSError."""
+    def _left_behind(self) -> list[Path]:
+        """What nobody owns, of those that lie there now."""
         host, projection = self._host, self._store.projection
-        await host.mkdir(self.snapshot_dir)
-        for name in host.list_directory(self._memory_dir) if host.exists(self._memory_dir) else ():
-            if name.startswith((FORK, SNAPSHOT)):
-                if name.endswith(_NEW) or name.startswith(SNAPSHOT):
-                    await host.remove_tree(self._memory_dir / name)
-                else:
-                    nursery.start_soon(self._remove_once_used, name)
-        for snapshot in list(projection.snapshots.values()):
-            if snapshot.status == "creating":
-                _logger.warning("snapshot %s was not finished, and is removed", snapshot.name)
-                nursery.start_soon(self._undo, snapshot)
-        for name in host.list_directory(self.snapshot_dir):
+        owned = {snapshot.capture for snapshot in projection.snapshots.values()}
+        found = [
+            self._memory_dir / name
+            for name in self._names_in(self._memory_dir)
+            if name.startswith(SNAPSHOT) or (name.startswith(FORK) and name.endswith(_NEW))
+        ]
+        for name in self._names_in(self.snapshot_dir):
             path = self.snapshot_dir / name
-            owned = name in {snapshot.capture for snapshot in projection.snapshots.values()}
-            if owned:
-                await host.remove_file(path / _REMOVED)
+            if name in owned:
+                # Whoever was about to remove it did not come to it.
+                found.append(path / _REMOVED)
             elif name.endswith(_NEW) or host.exists(path / _REMOVED) or not host.exists(path / RECORD):
-                await host.remove_tree(path)
+                found.append(path)
             else:
                 _logger.warning("%s is a snapshot that the database does not know", path)
+        return found
+
+    def _names_in(self, directory: Path) -> list[str]:
+        return self._host.list_directory(directory) if self._host.exists(directory) else []
 
     async def _ask(self, message: Request[object]) -> object:
         """Ask the journal. :raises Problem: its own, or 503 when it does not answer. :raises AlreadyAnswered:"""
