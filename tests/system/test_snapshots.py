@@ -11,7 +11,7 @@ import trio
 
 from tests.system.kit import BOOT_S, Daemon, adopted, boot, event_of, is_alive, kept, patched, reachable, run, until
 from tests.system.rootfs import make_ext4, plugin
-from volant.client import Client, ClientProblem
+from volant.client import Client, ClientProblem, LogLine
 from volant.model import ForkVm, RestoreVm, TakeSnapshot, VmView, Workload
 
 COUNT = "i=0; while :; do i=$((i+1)); echo $i > /run/next; mv /run/next /run/count; sleep 0.5; done"
@@ -78,6 +78,7 @@ async def test_forks_go_on_from_there_and_the_original_keeps_what_it_has(daemon:
         async with (
             client.vms.exec_session("demo", ["sh", "-c", "while read line; do echo got $line; done"]) as session,
             client.events(vm="demo") as events,
+            client.vms.logs("demo", tail=0, follow=True, streams=("console",)) as log,
         ):
             await session.send(b"one\n")
             assert b"got one" in await said(session)
@@ -85,6 +86,11 @@ async def test_forks_go_on_from_there_and_the_original_keeps_what_it_has(daemon:
             copies = await fork(client, "demo", 2)
             await session.send(b"two\n")
             assert b"got two" in await said(session)
+            await run(client, "demo", "sh", "-c", "echo still here > /dev/console")
+            with trio.fail_after(30):
+                async for item in log:
+                    if isinstance(item, LogLine) and "still here" in item.line:
+                        break
             told = await event_of(events, "VM_FORKED", "demo")
             assert (told.copies, told.status) == (("demo-fork-1", "demo-fork-2"), "running")
         await run(client, "demo", "sh", "-c", "echo after > /after")

@@ -644,9 +644,14 @@ def _restarts_by_itself(row: VmRow) -> bool:
 
 
 def _policy_restarts(row: VmRow) -> bool:
-    return row.restarts < MAX_RESTARTS and (
-        (row.status is Status.CRASHED and row.restart_policy != "never")
-        or (row.status is Status.STOPPED and row.restart_policy == "always")
+    # Of a copy that has never run there is nothing to start again.
+    return (
+        row.capture is None
+        and row.restarts < MAX_RESTARTS
+        and (
+            (row.status is Status.CRASHED and row.restart_policy != "never")
+            or (row.status is Status.STOPPED and row.restart_policy == "always")
+        )
     )
 
 

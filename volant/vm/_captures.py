@@ -34,6 +34,7 @@ RESERVE_MB = 256
 _COPY_S = 300.0
 _COMMIT_S = 60.0
 _CLEAR_S = 20.0
+_UNDO_S = 10.0
 _AGAIN_S = 1.0
 _AGAIN_MAX_S = 60.0
 MEMORY, STATE, LAYER, RECORD = "memory", "state", "root.qcow2", "capture.json"
@@ -251,7 +252,12 @@ class Captures:
             _logger.warning("VM %s has no snapshot %s: %s", turn.vm.name, snapshot.name, lost)
             turn.fail(lost)
             await self._clear(passing)
-            await self._undo(snapshot)
+            with trio.move_on_after(_UNDO_S) as patience:
+                await self._undo(snapshot)
+            if patience.cancelled_caught:
+                # Whoever asked need not wait for a journal that is down.
+                self.leave(turn)
+                await self._undo(snapshot)
 
     async def _take(self, turn: Turn, take: Take, into: Path) -> Captured:
         """:raises CaptureLost: :raises OSError:"""

@@ -1,0 +1,86 @@
+"""A copy of another guest goes on from there in its first boot, or not at all; later boots are ordinary ones."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from tests.model.test_decide import NOW, PROCESS, WHY, create, see
+from volant.model import (
+    AgentAnswered,
+    Cleared,
+    Ended,
+    EndKind,
+    ForkVm,
+    ImageReady,
+    Launched,
+    Origin,
+    PrepareImage,
+    Problem,
+    Seen,
+    Status,
+    StepFailed,
+    Verb,
+    VerbKind,
+    VmRow,
+    Woke,
+    check_copyable,
+    copied_row,
+    effect_of,
+    fork_names,
+    settled,
+    view,
+    waits_for,
+)
+
+READY = ImageReady("digest", "volant-mark", template="fork-a", origin=Origin("fork", "demo", 7, paused_ms=3.5))
+LAUNCHED = Launched(PROCESS, "qemu", "tcg")
+
+
+def copy(*seen: Seen, **fields: object) -> VmRow:
+    vm = msgspec.structs.replace(create(**fields), image="digest")
+    row = copied_row(vm, vm_id=8, name="copy", origin=Origin("fork", "demo", 7), capture="fork-a", now=NOW)
+    return see(row, Woke(None), *seen)
+
+
+def test_it_shows_whose_copy_it_is_and_waits_for_nothing_once_it_runs() -> None:
+    row = copy(READY, LAUNCHED)
+    assert waits_for(row, "fork-a")
+    row = see(row, AgentAnswered())
+    shown = view(row)
+    assert (shown.status, shown.booted_from, row.capture) == (Status.RUNNING, "fork", None)
+    assert shown.origin == Origin("fork", "demo", 7, paused_ms=3.5)
+    assert not waits_for(row, "fork-a")
+    again = see(row, Verb(VerbKind.RESTART, grace_s=0), Cleared())
+    assert effect_of(again) == PrepareImage("8.2")
+    assert (again.template, again.capture) == (None, None)
+
+
+@pytest.mark.parametrize("so_far", [(), (READY,), (READY, LAUNCHED)])
+@pytest.mark.parametrize("trouble", [StepFailed(WHY), Ended(EndKind.KILLED, WHY)])
+@pytest.mark.parametrize("policy", ["never", "on-failure", "always"])
+def test_one_that_fails_is_crashed_and_nothing_else_is_booted_in_its_place(
+    so_far: tuple[Seen, ...], trouble: Seen, policy: str
+) -> None:
+    row = see(copy(*so_far, restart_policy=policy), trouble, Cleared())
+    assert (row.status, row.reason, row.fallback) == (Status.CRASHED, WHY, None)
+    assert (effect_of(row), settled(row)) == (None, True)
+    # Whoever asks for it once more gets the copy, or the reason why not.
+    row = see(row, Verb(VerbKind.START))
+    assert (row.status, row.capture) == (Status.STARTING, "fork-a")
+
+
+def test_what_is_on_its_way_can_not_be_copied() -> None:
+    running = see(create(), Woke(None), ImageReady("digest", "volant-mark"), LAUNCHED, AgentAnswered())
+    check_copyable(running)
+    for verb in (VerbKind.STOP, VerbKind.RESTART, VerbKind.PAUSE, VerbKind.DELETE):
+        with pytest.raises(Problem) as refused:
+            check_copyable(see(running, Verb(verb)))
+        assert (refused.value.status, refused.value.code) == (409, "vm-not-running")
+
+
+def test_names_are_the_next_ones_that_are_free_and_never_too_long() -> None:
+    taken = frozenset({"a-fork-1", "a-fork-3"})
+    assert fork_names(ForkVm(count=3), "a", taken) == ("a-fork-2", "a-fork-4", "a-fork-5")
+    (name,) = fork_names(ForkVm(), "x" * 63, frozenset())
+    assert (len(name), name[-7:]) == (63, "-fork-1")
