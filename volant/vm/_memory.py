@@ -1,20 +1,32 @@
-"""What a VM takes of memory, measured when somebody asks: to walk through a process's mappings costs milliseconds."""
+"""What VMs may take of memory, and what they do take. That is measured when somebody asks, as to walk through a
+process's mappings costs milliseconds."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import trio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
 from volant.host import Host, ProcessGone
-from volant.model import GuestMemory, HostMemory, Problem, ProcessIdentity, VmMemory, VmRow
+from volant.model import FORK, GuestMemory, HostMemory, Problem, ProcessIdentity, Status, VmMemory, VmRow
 from volant.model.agent import INFO
 
+OVERHEAD_MB = 192
+"""What a hypervisor's process needs beside its guest's memory."""
 HOST_S = 5.0
 GUEST_S = 2.0
 """A guest that is too busy to answer is no reason to keep anybody waiting for the host's figures."""
 _MAX_MB = 2**32
+
+
+def promised_mb(rows: Iterable[VmRow]) -> int:
+    """What of the host's memory VMs that are up, or about to be, may take at most. Clones count in full, as they may
+    write to all they have; and what those of a fork began with lies in memory, too, for as long as one of them runs."""
+    up = [row for row in rows if row.mark or row.status in (Status.PENDING, Status.STARTING)]
+    forks = {origin: row.memory_mb for row in up if (origin := row.capture or row.template or "").startswith(FORK)}
+    return sum(row.memory_mb + OVERHEAD_MB for row in up) + sum(forks.values())
 
 
 async def measure(host: Host, row: VmRow, agent: AgentClient | None) -> VmMemory:

@@ -75,7 +75,7 @@ from volant.templates.messages import Build, ListTemplates, RemoveTemplate
 from ._actor import VmActor
 from ._captures import CAPTURE_S, CaptureLost
 from ._doors import VmDoors
-from ._memory import measure
+from ._memory import OVERHEAD_MB, measure, promised_mb
 from ._orphans import Orphan, find_orphans, kill_orphan, steps_to_adopt
 from ._process import LiveProcess
 from ._serial import SerialConsole
@@ -90,8 +90,6 @@ _START_TIMEOUT_S = 60.0
 _SHUTDOWN_S = 10.0
 _DELETE_TIMEOUT_S = 60.0
 _BUILD_TIMEOUT_S = 300.0
-_OVERHEAD_MB = 192
-"""What a hypervisor's process needs beside its guest's memory."""
 _HOST_RESERVE_MB = 512
 """What the host keeps for itself."""
 _WITH_CONSOLE = frozenset({Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING})
@@ -573,13 +571,12 @@ class Vms:
                 503, "no-capacity", f"there are {len(rows)} VMs, and VOLANT_MAX_VMS allows {limit}",
                 hint="delete one, or raise the limit",
             )  # fmt: skip
-        taken = sum(row.memory_mb + _OVERHEAD_MB for row in rows if _takes_memory(row))
         total = self.doors.host.memory_total_mb()
-        free = total - _HOST_RESERVE_MB - taken - sum(mb + _OVERHEAD_MB for mb in self._creating)
-        if memory_mb + _OVERHEAD_MB > free:
+        free = total - _HOST_RESERVE_MB - promised_mb(rows) - sum(mb + OVERHEAD_MB for mb in self._creating)
+        if memory_mb + OVERHEAD_MB > free:
             raise Problem(
                 503, "no-capacity",
-                f"the VM needs {memory_mb + _OVERHEAD_MB} MiB, and {max(0, free)} of the host's {total} MiB are free",
+                f"the VM needs {memory_mb + OVERHEAD_MB} MiB, and {max(0, free)} of the host's {total} MiB are free",
                 hint="stop or delete a VM, or ask for less memory_mb",
             )  # fmt: skip
 
@@ -652,10 +649,6 @@ class Vms:
 def _came_to_rest(row: VmRow) -> bool:
     """Whether nothing more will happen to a VM that does not run (contract: Waiting)."""
     return row.status in (Status.STOPPED, Status.CRASHED) and settled(row)
-
-
-def _takes_memory(row: VmRow) -> bool:
-    return bool(row.mark) or row.status in (Status.PENDING, Status.STARTING)
 
 
 def _starts(row: VmRow, kind: VerbKind) -> bool:
