@@ -243,3 +243,22 @@ def test_who_waits_for_a_turn_when_it_begins_does_not_boot(tmp_path: Path, boot_
                 await until(world, name, "running")
 
     lived(tmp_path, story)
+
+
+def test_who_waits_for_a_turn_is_set_aside_as_those_that_are_up_are(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        for name in NAMES:
+            assert (await create(world, name, boot="cold")).status == 201
+        await trio.sleep(0.3)
+        await post(world, f"{SYSTEM}/drain")
+        await trio.sleep(60)
+        assert "starting" in statuses(world).values()
+        await post(world, f"{SYSTEM}/drain?stop_vms=true&grace=20s")
+        for name in NAMES:
+            await until(world, name, "stopped")
+        assert not world.machine.running()
+        await post(world, f"{SYSTEM}/undrain")
+        for name in NAMES:
+            await until(world, name, "running")
+
+    lived(tmp_path, story)
