@@ -20,6 +20,7 @@ from ._boot import create_to_agent
 from ._clones import creates_at_once, many_clones
 from ._events import event_streams, unread_stream
 from ._figure import Figure
+from ._fork import fork_chromium
 from ._journal import journal, vmlog
 from ._relays import relays
 from ._serving import get_vm, healthz
@@ -41,6 +42,7 @@ def main() -> int:
         "template_to_agent": template_to_agent,
         "creates_at_once": creates_at_once,
         "many_clones": many_clones,
+        "fork_chromium": fork_chromium,
         "adoption": adoption,
         "idle": idle,
         "get_vm": get_vm,

@@ -1,9 +1,9 @@
 """A fork by hand: what somebody would script who knows how it is done, for the daemon's to be compared with.
 
 The same mechanism, with nothing around it: the template's file is copied, the guest is stopped, QEMU saves its devices,
-the pages that are its own are read out of it, it goes on, and another QEMU takes all that over. Nobody is connected to
-the agent of the guest that is forked, so nothing has to be held; nobody is told who it is; nothing is owned by anybody
-should the script be killed; a guest that can't be copied stays stopped.
+the pages that are its own are read out of it, its disk's layer is copied, it goes on, and another QEMU takes all that
+over. Nobody is connected to the agent of the guest that is forked, so nothing has to be held; nobody is told who it is;
+nothing is owned by anybody should the script be killed; a guest that can't be copied stays stopped.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -53,6 +54,8 @@ def fork(
         qmp.ask("stop")
         qmp.ask("xen-save-devices-state", filename=str(copy.template.state), live=False)
         _copy_own_pages(memory, pagemap, start, target, size)
+        if copy.root is not None and origin.root is not None:
+            shutil.copyfile(origin.root.layer, copy.root.layer)
         qmp.ask("cont")
         paused_s = time.perf_counter() - began
         qmp.close()

@@ -198,16 +198,15 @@ def scratch_of(spec: MachineSpec) -> Iterator[None]:
         spec.memory_file.unlink(missing_ok=True)
 
 
+BASE = Manifest(name="base", version="0")
+
+
 @contextmanager
-def _spec(image: Image, accelerator: AcceleratorName) -> Iterator[MachineSpec]:
+def _spec(
+    image: Image, accelerator: AcceleratorName, wanted: CreateVm = WANTED, manifest: Manifest = BASE
+) -> Iterator[MachineSpec]:
     """The spec that the daemon makes of such a VM, with directories of its own."""
     with scratch() as directory, scratch("/dev/shm") as memory:
-        now = datetime.now(UTC)
-        row = VmRow(
-            id=1, name=WANTED.name, cpu_cores=WANTED.cpu_cores, memory_mb=WANTED.memory_mb, plugin="base",
-            runtime="base", manifest=Manifest(name="base", version="0"), created_at=now, updated_at=now,
-            image=image.digest, mark="volant-bench-1.1",
-        )  # fmt: skip
         settings = VmSettings(
             runtime_dir=directory,
             cache_dir=cache_dir(),
@@ -216,9 +215,19 @@ def _spec(image: Image, accelerator: AcceleratorName) -> Iterator[MachineSpec]:
             template_dir=directory,
             snapshot_dir=directory,
         )
-        spec = machine_spec(settings, row, accelerator)
+        spec = machine_spec(settings, row_of(wanted, manifest, image.digest), accelerator)
         spec.directory.mkdir(parents=True, mode=0o700)
         yield spec
+
+
+def row_of(wanted: CreateVm, manifest: Manifest = BASE, image: str | None = None) -> VmRow:
+    """The row of such a VM."""
+    now = datetime.now(UTC)
+    return VmRow(
+        id=1, name=wanted.name, cpu_cores=wanted.cpu_cores, memory_mb=wanted.memory_mb, plugin=manifest.name,
+        runtime="base", manifest=manifest, created_at=now, updated_at=now, image=image, mark="volant-bench-1.1",
+        layer="" if manifest.boot is None else "layer",
+    )  # fmt: skip
 
 
 async def _argv(spec: MachineSpec) -> list[str]:
