@@ -39,7 +39,7 @@ import termios
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -685,51 +685,43 @@ class Host:
         """Copy a large file to a new one, by reference where the file system can, else without its holes, in pieces:
         cancelled, it leaves what it has. It is not on the disk before `put_in_place`. Raises OSError, also when
         `target` is there."""
-        await self._copy_pieces(source, target, mode)
+        with _descriptor(source, os.O_RDONLY) as reader:
+            await self._copy_pieces(reader, target, mode)
 
     async def copy_mapped_file(self, identity: ProcessIdentity, size: int, target: Path, mode: int = 0o600) -> None:
         """Copy the file of which a process has its one private mapping of `size` bytes to a new one, as `copy_sparse`
         does; what the process has written there is not in it. Raises ProcessGone, OSError; PermissionError where the
         process may not be looked into."""
-        mapping = await self._private_mapping(identity, size)
-        await self._copy_pieces(mapping.file, target, mode)
+        with self.open_process(identity) as process:
+            mapping = await trio.to_thread.run_sync(_memory.find_private_mapping, process.pid, size)
+            with _descriptor(mapping.file, os.O_RDONLY) as source:
+                _check_alive(process)
+                await self._copy_pieces(source, target, mode)
 
     async def copy_own_pages(self, identity: ProcessIdentity, size: int, target: Path) -> int:
         """Write what a process has in the pages of that mapping that it has written to over the same places of
         `target`, in pieces; how many bytes that is. Raises as `copy_mapped_file`."""
-        mapping = await self._private_mapping(identity, size)
-        with ExitStack() as opened:
-            memory, pagemap, copy = (
-                opened.enter_context(_descriptor(path, flags))
-                for path, flags in (
-                    (_PROC / str(mapping.pid) / "mem", os.O_RDONLY),
-                    (_PROC / str(mapping.pid) / "pagemap", os.O_RDONLY),
-                    (target, os.O_WRONLY),
-                )
-            )
-            copied = 0
-            try:
-                for start in range(0, size, _memory.PIECE):
-                    end = min(size, start + _memory.PIECE)
-                    copied += await trio.to_thread.run_sync(
-                        _memory.copy_own_piece, mapping, memory, pagemap, copy, start, end
-                    )
-            except ProcessLookupError as error:
-                raise ProcessGone(str(error)) from error
-            return copied
-
-    async def _private_mapping(self, identity: ProcessIdentity, size: int) -> _memory.PrivateMapping:
         with self.open_process(identity) as process:
             mapping = await trio.to_thread.run_sync(_memory.find_private_mapping, process.pid, size)
-            if process.exited:
-                raise ProcessGone(f"process {identity.pid} has ended")
-            return mapping
+            with (
+                _descriptor(_PROC / str(process.pid) / "mem", os.O_RDONLY) as memory,
+                _descriptor(_PROC / str(process.pid) / "pagemap", os.O_RDONLY) as pagemap,
+                _descriptor(target, os.O_WRONLY) as copy,
+            ):
+                _check_alive(process)
+                copied = 0
+                try:
+                    for start in range(0, size, _memory.PIECE):
+                        end = min(size, start + _memory.PIECE)
+                        copied += await trio.to_thread.run_sync(
+                            _memory.copy_own_piece, mapping, memory, pagemap, copy, start, end
+                        )
+                except ProcessLookupError as error:
+                    raise ProcessGone(str(error)) from error
+                return copied
 
-    async def _copy_pieces(self, source: Path, target: Path, mode: int) -> None:
-        with (
-            _descriptor(source, os.O_RDONLY) as reader,
-            _descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode) as writer,
-        ):
+    async def _copy_pieces(self, reader: int, target: Path, mode: int) -> None:
+        with _descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode) as writer:
             if await trio.to_thread.run_sync(_share_blocks, reader, writer):
                 return
             size = os.fstat(reader).st_size
@@ -952,6 +944,12 @@ def _descriptor(path: Path, flags: int, mode: int = 0o600) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _check_alive(process: Process) -> None:
+    """Its number is its own: what was opened by it is, too. :raises ProcessGone:"""
+    if process.exited:
+        raise ProcessGone(f"process {process.pid} has ended")
 
 
 def _share_blocks(source: int, target: int) -> bool:
