@@ -90,8 +90,10 @@ class _Descriptor:
 class Files:
     """All files of a simulated machine. Errors are those of the operating system."""
 
-    def __init__(self, in_ram: Collection[Path]) -> None:
+    def __init__(self, in_ram: Collection[Path], on_disk: Collection[Path] = ()) -> None:
         self._in_ram = tuple(in_ram)
+        self._on_disk = tuple(on_disk)
+        """Nevertheless."""
         self._nodes: dict[Path, Node] = {Path("/"): Directory()}
         self._disk: dict[Path, bytes] = {}
         self._descriptors: dict[int, _Descriptor] = {}
@@ -239,7 +241,7 @@ class Files:
         self._descriptors.clear()
         kept: dict[Path, Node] = {}
         for path, node in self._nodes.items():
-            if any(path == root or root in path.parents for root in self._in_ram):
+            if _lies_in(path, self._in_ram) and not _lies_in(path, self._on_disk):
                 continue
             if isinstance(node, Directory):
                 kept[path] = Directory()
@@ -255,6 +257,10 @@ class Files:
         if descriptor is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return descriptor
+
+
+def _lies_in(path: Path, roots: Collection[Path]) -> bool:
+    return any(path == root or root in path.parents for root in roots)
 
 
 def _below(paths: Iterable[Path], directory: Path) -> list[Path]:

@@ -31,13 +31,14 @@ class Machine:
         databases: Databases,
         *,
         in_ram: Collection[Path],
+        on_disk: Collection[Path] = (),
         memory_mb: int = 16384,
     ) -> None:
         self.rng = rng
         self.nursery = nursery
         self.memory_mb = memory_mb
         self.databases = databases
-        self.files = Files(in_ram)
+        self.files = Files(in_ram, on_disk)
         self.processes: dict[int, SimProcess] = {}
         self.qemus: dict[int, SimQemu] = {}
         self.clock_offset = timedelta()

@@ -49,7 +49,7 @@ class World:
 
     def __init__(self, sim: Simulation, nursery: trio.Nursery, directory: Path, databases: Databases) -> None:
         self.sim = sim
-        self.machine = Machine(sim.rng, nursery, databases, in_ram=(_RAM, _SHM))
+        self.machine = Machine(sim.rng, nursery, databases, in_ram=(_RAM, _SHM), on_disk=(directory,))
         self.settings = Settings(
             state_dir=directory,
             runtime_dir=_RAM,
