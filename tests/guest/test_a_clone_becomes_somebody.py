@@ -178,6 +178,17 @@ def test_the_clock_can_be_stepped_alone(agent: Asker, kernel: Kernel) -> None:
     assert kernel.calls == [("step_clock", 5)]
 
 
+def test_the_clock_can_be_moved_by_what_was_measured(agent: Asker, kernel: Kernel) -> None:
+    before = time.time_ns()
+    assert put(agent, wire.DAEMON_CLOCK, {"step_ns": 10**9}).status == 200
+    ((_, to),) = kernel.calls
+    assert before <= to - 10**9 <= time.time_ns()
+    assert put(agent, wire.DAEMON_CLOCK, {"step_ns": 0}).status == 200
+    assert len(kernel.calls) == 1, "a question alone leaves it as it is"
+    for nonsense in (True, "1", 1.5, 10**18):
+        assert put(agent, wire.DAEMON_CLOCK, {"step_ns": nonsense}).status == 400
+
+
 def test_a_workload_that_was_copied_is_told_and_must_be_well(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
     del kernel
     told, well = tmp_path / "told", tmp_path / "well"

@@ -36,6 +36,7 @@ _RNDADDENTROPY = 0x40085203
 _RNDRESEEDCRNG = 0x5207
 _WELL_S = 6.0
 """How long a workload that was copied may take until its check passes."""
+_MAX_STEP_NS = 3600 * 10**9
 _HEX = frozenset("0123456789abcdef")
 _BALLOON = "/sys/bus/virtio/drivers/virtio_balloon"
 
@@ -100,12 +101,16 @@ def serve_identity(stream: Stream, request: Request, output: Output, workload: W
 
 
 def serve_clock(stream: Stream, request: Request) -> None:
-    """Answer `PUT /v1/daemon/clock`; :raises Problem: 400 malformed, 500 it can't be set."""
+    """Answer `PUT /v1/daemon/clock`, which sets the clock, or moves it by `step_ns`; :raises Problem: 400 malformed,
+    500 it can't be set."""
     import json
 
-    now = _time_of(decode_json(stream.read_body(request), {"time_ns"}))
+    wanted = decode_json(stream.read_body(request), {"time_ns", "step_ns"})
     try:
-        step_clock(now)
+        if "step_ns" not in wanted:
+            step_clock(_time_of(wanted))
+        elif step := _step_of(wanted):
+            step_clock(time.time_ns() + step)
     except OSError as error:
         raise Problem(500, f"the clock can't be set: {error}") from None
     stream.answer(200, json.dumps({"time_ns": time.time_ns()}).encode() + b"\n")
@@ -215,6 +220,13 @@ def _time_of(value: dict[str, Any]) -> int:
     if isinstance(now, bool) or not isinstance(now, int) or not 0 < now < 2**63:
         raise Problem(400, "time_ns is no time", field="time_ns")
     return now
+
+
+def _step_of(value: dict[str, Any]) -> int:
+    step = value["step_ns"]
+    if isinstance(step, bool) or not isinstance(step, int) or not -_MAX_STEP_NS <= step <= _MAX_STEP_NS:
+        raise Problem(400, "step_ns is no step", field="step_ns")
+    return step
 
 
 def _hostname_of(value: dict[str, Any]) -> str:

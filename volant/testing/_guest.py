@@ -122,7 +122,7 @@ class SimGuest:
             said = {"protocol": {"min": PROTOCOL_MIN, "max": self.protocol}, "time_ns": wanted["time_ns"]}
             await answer(stream, 200, said)
         elif path == DAEMON_CLOCK:
-            await answer(stream, 200, {"time_ns": json.loads(body)["time_ns"]})
+            await answer(stream, 200, {"time_ns": json.loads(body).get("time_ns", self._wall_clock_ns())})
         elif path == DAEMON_SETTLE:
             await answer(stream, 200, {})
         elif path in (DAEMON_MANIFEST, DAEMON_WORKLOAD, DAEMON_LOGS) and self.is_copy:
