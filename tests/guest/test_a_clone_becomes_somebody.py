@@ -45,6 +45,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kernel:
     for name in ("step_clock", "add_entropy", "set_hostname"):
         monkeypatch.setattr(_identity, name, lambda value, name=name: kernel.take(name, value))
     monkeypatch.setattr(_identity, "_known", "")
+    monkeypatch.setattr(_identity, "_begun_for", "")
     monkeypatch.setattr(_identity, "_BALLOON", str(tmp_path / "balloon"))
     monkeypatch.setattr(wire, "CLONE_FILE", str(tmp_path / "clone.json"))
     real, etc = _root.replace, tmp_path / "machine-id"

@@ -42,6 +42,8 @@ _BALLOON = "/sys/bus/virtio/drivers/virtio_balloon"
 
 _lock = threading.Lock()
 _known = ""
+_begun_for = ""
+"""The machine that was last told of a workload with its identity."""
 
 
 def instance_id() -> str:
@@ -56,6 +58,7 @@ def instance_id() -> str:
 def serve_identity(stream: Stream, request: Request, output: Output, workload: Workload, plugin: Plugin) -> None:
     """Answer `PUT /v1/daemon/identity`; :raises Problem: 400 malformed, 409 the guest has another workload, 500 it
     can't be done, 503 the workload is not well."""
+    global _begun_for
     import json
 
     from ._workload import spec_of
@@ -86,11 +89,13 @@ def serve_identity(stream: Stream, request: Request, output: Output, workload: W
     except OSError as error:
         raise Problem(500, f"the guest can't become what it should be: {error}") from None
     _become(identifier, output)
-    why = workload.is_copied(number, _WELL_S)
+    # One that was begun for this very machine, and the answer was lost, is no copy.
+    why = workload.is_copied(number, _WELL_S) if _begun_for != machine_id else ""
     if why:
         raise Problem(503, f"the workload is not well in the clone: {why}")
     if spec is not None:
         workload.begin(spec, plugin)
+        _begun_for = machine_id
     answer = {
         "instance_id": identifier,
         "protocol": {"min": agent.PROTOCOL_MIN, "max": agent.PROTOCOL_VERSION},
