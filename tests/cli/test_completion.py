@@ -45,7 +45,7 @@ async def test_names_come_from_the_daemon() -> None:
         server.routes["GET /api/v1/plugins/browser/manifest"] = answer(MANIFEST)
         actions = await volar(server, environ=completing("call", "demo", "s"))
         paths = await volar(server, environ=completing("vms", "cp", "d"))
-        commands = await volar(server, environ=completing("vms", "for"))
+        commands = await volar(server, environ=completing("vms", "forw"))
     assert vms.out.decode().split() == ["plain,demo", "plain,dinner"]
     assert options.out.decode().split() == ["plain,browser"]
     assert actions.out.decode().split() == ["plain,save", "plain,shot"]

@@ -11,7 +11,7 @@ from typing import Literal
 import click
 import trio
 
-from volant.client import ClientError, Feed, LogGap, LogLine, StreamGap, Waited
+from volant.client import ClientError, Feed, LogGap, LogLine, StreamGap, Verb, Waited
 from volant.model import BASE, CreateVm, Event, Problem, RestoreVm, Status, VmMemory, VmView
 
 from . import _console, _copy, _exec, _forward, _snapshots
@@ -207,10 +207,7 @@ async def create(
 @timeout_option
 async def start(session: Session, name: str, wait: bool, timeout: float) -> int:
     """Start a VM that is stopped or has crashed, or let one that is paused go on."""
-    if not wait:
-        _done(session.out, await session.client.vms.start(name), "is to run")
-        return 0
-    return await _verb(session, name, "start", "running", timeout)
+    return await _verb(session, name, "start", wait, timeout)
 
 
 @command(group, "stop")
@@ -220,10 +217,7 @@ async def start(session: Session, name: str, wait: bool, timeout: float) -> int:
 @timeout_option
 async def stop(session: Session, name: str, grace: float | None, wait: bool, timeout: float) -> int:
     """Stop a VM: its guest is asked, then killed."""
-    if not wait:
-        _done(session.out, await session.client.vms.stop(name, grace_s=grace), "is to stop")
-        return 0
-    return await _verb(session, name, "stop", "stopped", timeout, grace)
+    return await _verb(session, name, "stop", wait, timeout, grace)
 
 
 @command(group, "restart")
@@ -232,10 +226,7 @@ async def stop(session: Session, name: str, grace: float | None, wait: bool, tim
 @timeout_option
 async def restart(session: Session, name: str, wait: bool, timeout: float) -> int:
     """Boot a VM anew."""
-    if not wait:
-        _done(session.out, await session.client.vms.restart(name), "is to boot anew")
-        return 0
-    return await _verb(session, name, "restart", "running", timeout)
+    return await _verb(session, name, "restart", wait, timeout)
 
 
 @command(group, "pause")
@@ -244,10 +235,7 @@ async def restart(session: Session, name: str, wait: bool, timeout: float) -> in
 @timeout_option
 async def pause(session: Session, name: str, wait: bool, timeout: float) -> int:
     """Let a VM stand still, with all that it has in memory. One that starts is paused once it runs."""
-    if not wait:
-        _done(session.out, await session.client.vms.pause(name), "is to be paused")
-        return 0
-    return await _verb(session, name, "pause", "paused", timeout)
+    return await _verb(session, name, "pause", wait, timeout)
 
 
 @command(group, "resume")
@@ -256,10 +244,7 @@ async def pause(session: Session, name: str, wait: bool, timeout: float) -> int:
 @timeout_option
 async def resume(session: Session, name: str, wait: bool, timeout: float) -> int:
     """Let a paused VM go on. Its clock is set."""
-    if not wait:
-        _done(session.out, await session.client.vms.resume(name), "is to go on")
-        return 0
-    return await _verb(session, name, "resume", "running", timeout)
+    return await _verb(session, name, "resume", wait, timeout)
 
 
 @command(group, "recover")
@@ -420,14 +405,21 @@ async def watch(
     await follow(session, name, since, types, labels)
 
 
-async def _verb(
-    session: Session,
-    name: str,
-    verb: Literal["start", "stop", "restart", "pause", "resume"],
-    state: str,
-    timeout: float,
-    grace: float | None = None,
-) -> int:
+_OUTCOMES: dict[Verb, tuple[str, str]] = {
+    "start": ("running", "is to run"),
+    "stop": ("stopped", "is to stop"),
+    "restart": ("running", "is to boot anew"),
+    "pause": ("paused", "is to be paused"),
+    "resume": ("running", "is to go on"),
+}
+"""Where a verb leads to, and what is said of it before it is there."""
+
+
+async def _verb(session: Session, name: str, verb: Verb, wait: bool, timeout: float, grace: float | None = None) -> int:
+    state, so_far = _OUTCOMES[verb]
+    if not wait:
+        _done(session.out, await session.client.vms.verb(name, verb, grace_s=grace), so_far)
+        return 0
     async with _telling(session, name) as teller:
         waited = await session.client.vms.verb_and_wait(name, verb, [state], timeout_s=timeout, grace_s=grace)
         await _settle(teller, waited)

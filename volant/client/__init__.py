@@ -14,7 +14,7 @@ from ._exec_session import ExecGap, ExecSession, RemoteSession
 from ._feed import Feed, OnRetry
 from ._files import FileInfo, FileReader
 from ._tcp import TcpStream
-from ._types import Reconnected, Waited
+from ._types import Reconnected, Verb, Waited
 
 __all__ = [
     "ActionAnswer",
@@ -51,5 +51,6 @@ __all__ = [
     "Ticket",
     "UnexpectedAnswer",
     "Unreachable",
+    "Verb",
     "Waited",
 ]

@@ -56,7 +56,7 @@ from ._files import SILENCE_S, TAR, FileInfo, FileReader, file_url, open_file, p
 from ._http import ANSWER_S, Http, Query, chunks_of, decode
 from ._logs import pump_logs
 from ._tcp import TcpStream
-from ._types import Reconnected, Waited
+from ._types import Reconnected, Verb, Waited
 from ._websocket import open_websocket
 
 DEFAULT_BASE = "http://127.0.0.1:7777"
@@ -199,30 +199,34 @@ class _Vms:
 
     async def start(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Let it run. Durable when this returns, as with all verbs; the boot itself comes after."""
-        return await self._verb(name, "start", idempotency_key)
+        return await self.verb(name, "start", idempotency_key=idempotency_key)
 
     async def stop(self, name: str, *, grace_s: float | None = None, idempotency_key: str | None = None) -> VmView:
         """Let it stop: the guest is asked, and killed after `grace_s` (None: the daemon's default, 10 s)."""
-        return await self._verb(name, "stop", idempotency_key, _grace(grace_s))
+        return await self.verb(name, "stop", grace_s=grace_s, idempotency_key=idempotency_key)
 
     async def restart(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Let it boot anew."""
-        return await self._verb(name, "restart", idempotency_key)
+        return await self.verb(name, "restart", idempotency_key=idempotency_key)
 
     async def pause(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Let its guest stand still once it runs: its memory, its process and open streams stay."""
-        return await self._verb(name, "pause", idempotency_key)
+        return await self.verb(name, "pause", idempotency_key=idempotency_key)
 
     async def resume(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Let a paused guest go on, with its clock set."""
-        return await self._verb(name, "resume", idempotency_key)
+        return await self.verb(name, "resume", idempotency_key=idempotency_key)
 
     async def recover(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Take control again of a VM whose reason is `control_lost`."""
-        return await self._verb(name, "recover", idempotency_key)
+        return await self.verb(name, "recover", idempotency_key=idempotency_key)
 
-    async def _verb(self, name: str, verb: str, key: str | None, query: Query | None = None) -> VmView:
-        return decode(await self._http.once(f"{_vm(name)}/{verb}", key=key, query=query), VmView)
+    async def verb(
+        self, name: str, verb: Verb, *, grace_s: float | None = None, idempotency_key: str | None = None
+    ) -> VmView:
+        """One of the above, named; `grace_s` goes with `stop` and `restart`."""
+        path = f"{_vm(name)}/{verb}"
+        return decode(await self._http.once(path, key=idempotency_key, query=_grace(grace_s)), VmView)
 
     async def wait(
         self, name: str, states: Collection[Status | str] = (Status.RUNNING,), *, timeout_s: float = 60.0
@@ -245,7 +249,7 @@ class _Vms:
     async def verb_and_wait(
         self,
         name: str,
-        verb: Literal["start", "stop", "restart", "pause", "resume", "recover"],
+        verb: Verb,
         states: Collection[Status | str],
         *,
         timeout_s: float = 60.0,

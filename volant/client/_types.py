@@ -8,6 +8,8 @@ import msgspec
 
 from volant.model import VmView
 
+Verb = Literal["start", "stop", "restart", "pause", "resume", "recover"]
+
 
 class Waited(msgspec.Struct, frozen=True):
     """How a wait ended."""
