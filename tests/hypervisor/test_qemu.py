@@ -154,6 +154,34 @@ async def test_another_machine_behind_the_socket_is_not_taken_for_ours(qemu: Qem
                 pass
 
 
+async def test_one_that_is_adopted_before_it_listens_is_waited_for(qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    """Its daemon was killed just after it had started it."""
+    with trio.fail_after(20):
+        identity = await qemu.launch(spec)
+        hidden = spec.control_path.with_name("later")
+        spec.control_path.rename(hidden)
+
+        async def listen() -> None:
+            await trio.sleep(0.2)
+            os.link(hidden, spec.control_path)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listen)
+            async with qemu.attach(spec, identity) as machine:
+                assert await machine.status() == "running"
+        # One that ends instead keeps nobody waiting.
+        spec.control_path.unlink()
+
+        async def end() -> None:
+            await trio.sleep(0.2)
+            os.kill(identity.pid, signal.SIGKILL)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end)
+            async with qemu.attach(spec, identity) as machine:
+                assert (await machine.ended()).kind is EndKind.KILLED
+
+
 async def test_its_own_complaints_are_bounded(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
     with trio.fail_after(20):
         identity = await qemu.launch(spec)

@@ -53,6 +53,7 @@ LOG_PAUSE_S = 1.0
 _UNDO_S = 30.0
 _UNDO_AGAIN_S = 2.0
 _LAST_WORDS_S = 1.0
+_RETRY_S = 0.005
 _TAIL = 4096
 _CONSOLE_TAIL = 64 * 1024
 _PANIC = re.compile(rb"Kernel panic - not syncing: ([\x20-\x7e]{1,200})")
@@ -243,7 +244,7 @@ class QemuMachine:
         assert self._process is not None
         try:
             with trio.fail_after(ATTACH_S):
-                stream = await self._host.connect_unix(self._spec.control_path, ATTACH_S)
+                stream = await self._reach(self._process)
                 # Closed with the attachment: QEMU answers nobody else before.
                 self._closing.push_async_callback(trio.aclose_forcefully, stream)
                 self._qmp = QmpClient(stream, self._on_event)
@@ -255,6 +256,33 @@ class QemuMachine:
                 await self._process.wait()
                 return
             raise HypervisorError(f"QEMU runs but does not answer: {str(error) or 'no greeting'}") from error
+
+    async def _reach(self, process: Process) -> trio.SocketStream:
+        """Connect to the control socket, while the process lives. It may not be there yet, when who launched the
+        process was killed just then. Raises OSError."""
+        path, stream, failure = self._spec.control_path, None, None
+
+        async def watch_process(scope: trio.CancelScope) -> None:
+            await process.wait()
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch_process, nursery.cancel_scope)
+            try:
+                with self._host.watch(path.parent) as names:
+                    while not self._host.exists(path):
+                        await names.wait()
+                while stream is None:
+                    try:
+                        stream = await self._host.connect_unix(path, ATTACH_S)
+                    except ConnectionRefusedError:
+                        await trio.sleep(_RETRY_S)  # bound, and not listening yet
+            except OSError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if stream is None:
+            raise failure or ConnectionRefusedError(f"the process ended before it listened on {path}")
+        return stream
 
     async def explain_stops(self) -> None:
         """Ask why, whenever the machine stops."""
