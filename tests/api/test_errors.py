@@ -167,6 +167,7 @@ async def test_what_is_not_there_is_a_problem(served: Api, method: str, path: st
         ("GET", "/api/v1/vms?limit=0", "limit"),
         ("GET", "/api/v1/vms?limit=5&limit=6", "limit"),
         ("GET", "/api/v1/vms?cursor=-1", "cursor"),
+        ("GET", "/api/v1/vms?plugin=base&plugin=a/b", "plugin"),
         ("GET", "/api/v1/vms/none2?wait=running", None),
         ("POST", "/api/v1/vms?wait=flying", "wait"),
         ("POST", "/api/v1/vms?timeout=11m", "timeout"),

@@ -49,7 +49,7 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
     async def list_vms() -> Response:
         parameters = query()
         states = parameters.all("status")
-        plugins = parameters.all("plugin")
+        plugins = parameters.names("plugin")
         labels = parameters.labels()
         limit = parameters.integer("limit", minimum=1, maximum=_MAX_PAGE)
         cursor = parameters.integer("cursor")

@@ -6,7 +6,7 @@ import re
 from datetime import datetime
 from urllib.parse import parse_qsl
 
-from volant.model import Problem, invalid, parse_duration
+from volant.model import Problem, invalid, is_name, parse_duration
 
 MAX_INTEGER = 10**18 - 1
 """The largest that a parameter can be."""
@@ -41,6 +41,13 @@ class Query:
         """Every value of a parameter that may be repeated."""
         self._known.add(name)
         return self._values.get(name, [])
+
+    def names(self, name: str) -> list[str]:
+        """As `all`. :raises Problem: 400 when one can't be the name of a VM or a plugin."""
+        for value in (values := self.all(name)):
+            if not is_name(value):
+                raise invalid(name, f"the parameter {name} is {value[:80]!r}, not a name")
+        return values
 
     def text(self, name: str) -> str | None:
         """:raises Problem: 400 when it is given more than once."""
