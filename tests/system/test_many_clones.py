@@ -1,0 +1,54 @@
+"""Clones created at once all run, and each is somebody. Alone on the machine, as its promise is many guests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from tests.system.clones import Who, who
+from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, load, run, spec
+from volant.model import VmView
+
+CLONES = load("VOLANT_TEST_CLONES", usual=12, full=50)
+CLOCK_S = 0.05
+
+
+async def test_clones_created_at_once_are_somebody_each(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon("--templates", "auto")
+    made: dict[str, VmView] = {}
+    found: dict[str, Who] = {}
+    async with daemon.client() as client:
+        await boot(client, "first", boot="template")
+        watch = Stopwatch()
+
+        async def one(name: str) -> None:
+            waited = await client.vms.create_and_wait(spec(name), timeout_s=BOOT_S)
+            assert waited.outcome == "met", waited
+            assert waited.vm is not None
+            made[name] = waited.vm
+
+        async with trio.open_nursery() as nursery:
+            for number in range(CLONES):
+                nursery.start_soon(one, f"clone{number}")
+        print(f"{CLONES} clones ran after {watch.seconds:.1f} s")
+        for name, vm in made.items():
+            assert (vm.booted_from, vm.fallback) == ("template", None), vm
+            found[name] = await who(client, name)
+        # What one writes is in no other one, and none of them waits for another.
+        await run(client, "clone0", "touch", "/root/mine")
+        for name in found:
+            assert ("mine" in await run(client, name, "ls", "-a", "/root")) == (name == "clone0"), name
+
+    assert {name: each.hostname for name, each in found.items()} == {name: name for name in made}
+    assert {name: each.clone["vm_id"] for name, each in found.items()} == {name: vm.id for name, vm in made.items()}
+    for what in ("random_uuid", "urandom", "boot_id", "machine_id"):
+        assert len({getattr(each, what) for each in found.values()}) == CLONES, what
+    assert len({each.clone["instance_id"] for each in found.values()}) == CLONES
+    # Those that have addresses.
+    for addresses in ([vm.mac_address for vm in made.values()], [vm.ip_address for vm in made.values()]):
+        given = [address for address in addresses if address]
+        assert len(set(given)) == len(given)
+    # What a slow way there hides is not held against it.
+    off = {name: (each.clock_off_s, each.clock_way_s) for name, each in found.items()}
+    assert all(abs(clock) - way / 2 <= CLOCK_S for clock, way in off.values()), off
