@@ -139,3 +139,27 @@ async def test_bytes_that_nobody_has_read_are_counted(host: Host, tmp_path: Path
         assert host.unread(ours)[0] > 0
         await theirs.receive_some(999)
         assert host.unread(ours)[0] == 0
+
+
+async def test_a_large_hole_is_passed_at_once(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel looks at each of its pages, so who asks again and again on the way takes seconds."""
+    size, began = 1024 * MIB, list[int]()
+    copy_piece = _memory.copy_piece
+
+    def counted(source: int, target: int, start: int, size: int) -> int:
+        began.append(start)
+        return copy_piece(source, target, start, size)
+
+    monkeypatch.setattr(_memory, "copy_piece", counted)
+    await host.allocate_file(tmp_path / "memory", size, reserve=False)
+    with (tmp_path / "memory").open("r+b") as file:
+        for at in (MIB, size - MIB):
+            file.seek(at)
+            file.write(b"data")
+    await host.copy_sparse(tmp_path / "memory", tmp_path / "copy")
+    assert began == [0]
+    with (tmp_path / "copy").open("rb") as file:
+        for at in (MIB, size - MIB):
+            file.seek(at)
+            assert file.read(4) == b"data"
+    assert host.file_size(tmp_path / "copy") == size

@@ -64,39 +64,48 @@ def find_private_mapping(pid: int, size: int) -> PrivateMapping:
     raise FileNotFoundError(f"process {pid} has a mapping of {name_there}, and does not have it open any more")
 
 
-def copy_piece(source: int, target: int, start: int, end: int) -> None:
-    """Copy a range of a file to the same range of another, but for its holes. Raises OSError."""
-    while start < end:
+def copy_piece(source: int, target: int, start: int, size: int) -> int:
+    """Copy a file's data from `start` on to the same places of another, some `PIECE` of it: where to go on; `size` is
+    the end. Raises OSError."""
+    left = PIECE
+    while start < size and left > 0:
         try:
+            # Over a large hole only once: the kernel looks at each page of it, where the room for it was taken.
             start = os.lseek(source, start, os.SEEK_DATA)
         except OSError:
-            return  # a hole up to the end
-        run_end = min(end, os.lseek(source, start, os.SEEK_HOLE))
+            return size
+        end = min(start + left, os.lseek(source, start, os.SEEK_HOLE))
         os.lseek(target, start, os.SEEK_SET)
-        while start < run_end:
-            sent = os.sendfile(target, source, start, run_end - start)
+        left -= end - start
+        while start < end:
+            sent = os.sendfile(target, source, start, end - start)
             if not sent:
-                return
+                return size
             start += sent
+    return start
 
 
-def copy_own_piece(mapping: PrivateMapping, memory: int, pagemap: int, target: int, start: int, end: int) -> int:
-    """Write those pages of a range of a mapping to the same range of a file that are the process's own; how many bytes
-    they are. `memory` and `pagemap` are the process's. Raises OSError."""
-    buffer = memoryview(bytearray(min(_BUFFER, end - start)))
+def copy_own_piece(mapping: PrivateMapping, memory: int, pagemap: int, target: int, start: int) -> tuple[int, int]:
+    """Write pages of a mapping, from `start` on, to the same places of a file, if they are the process's own, some
+    `PIECE` of them: where to go on, and how many bytes they were. `memory` and `pagemap` are the process's. Raises
+    OSError."""
+    buffer = memoryview(bytearray(_BUFFER))
     copied = 0
-    for first, last in _own_runs(mapping, pagemap, start, end):
-        at = first
-        while at < last:
-            count = os.preadv(memory, [buffer[: last - at]], mapping.start + at)
-            if not count:
-                raise ProcessLookupError(f"process {mapping.pid} has ended")
-            written = 0
-            while written < count:
-                written += os.pwrite(target, buffer[written:count], at + written)
-            at += count
-        copied += last - first
-    return copied
+    while start < mapping.size and copied < PIECE:
+        end = min(start + PIECE, mapping.size)
+        for first, last in _own_runs(mapping, pagemap, start, end):
+            at = first
+            while at < last:
+                count = os.preadv(memory, [buffer[: last - at]], mapping.start + at)
+                if not count:
+                    raise ProcessLookupError(f"process {mapping.pid} has ended")
+                written = 0
+                while written < count:
+                    written += os.pwrite(target, buffer[written:count], at + written)
+                at += count
+            copied += last - first
+        start = end
+    return start, copied
 
 
 def _own_runs(mapping: PrivateMapping, pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:

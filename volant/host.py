@@ -709,13 +709,13 @@ class Host:
                 _descriptor(target, os.O_WRONLY) as copy,
             ):
                 _check_alive(process)
-                copied = 0
+                at = copied = 0
                 try:
-                    for start in range(0, size, _memory.PIECE):
-                        end = min(size, start + _memory.PIECE)
-                        copied += await trio.to_thread.run_sync(
-                            _memory.copy_own_piece, mapping, memory, pagemap, copy, start, end
+                    while at < size:
+                        at, more = await trio.to_thread.run_sync(
+                            _memory.copy_own_piece, mapping, memory, pagemap, copy, at
                         )
+                        copied += more
                 except ProcessLookupError as error:
                     raise ProcessGone(str(error)) from error
                 return copied
@@ -726,9 +726,9 @@ class Host:
                 return
             size = os.fstat(reader).st_size
             os.ftruncate(writer, size)
-            for start in range(0, size, _memory.PIECE):
-                end = min(size, start + _memory.PIECE)
-                await trio.to_thread.run_sync(_memory.copy_piece, reader, writer, start, end)
+            at = 0
+            while at < size:
+                at = await trio.to_thread.run_sync(_memory.copy_piece, reader, writer, at, size)
 
     async def keep_tail(self, path: Path, limit: int) -> bool:
         """Cut a file down to nothing when it is larger than `limit` bytes; whether it was.

@@ -31,11 +31,13 @@ from volant.hypervisor._interface import (
     Captured,
     CaptureFailed,
     HoldChannel,
+    MachineKind,
     MachineSpec,
     Template,
 )
 from volant.model import ProcessIdentity
 
+from ._argv import FORMAT
 from ._migration import CAPABILITY
 from ._qmp import QmpClient, QmpLost, QmpRefused
 
@@ -88,7 +90,7 @@ class Capture:
     async def _take(self, into: Path, hold: HoldChannel) -> Captured:
         host, spec = self._host, self._spec
         memory, state, layer = into / "memory", into / "state", into / "root.qcow2"
-        machine = await self._machine()
+        kind = await self._kind()
         if spec.template is not None:
             # It never changes, so the guest need not wait for it.
             await host.copy_mapped_file(self._identity, self._size, memory)
@@ -106,20 +108,31 @@ class Capture:
                     await host.copy_sparse(spec.root.layer, layer)
             if stopped:
                 paused_s = host.monotonic() - began
-        await host.write_bytes(state, complete(await host.read_bytes(state, _STATE_LIMIT), machine))
+        await host.write_bytes(state, complete(await host.read_bytes(state, _STATE_LIMIT), kind.machine))
         return Captured(
             template=Template(memory, state),
             layer=None if spec.root is None else layer,
+            kind=kind,
             paused_s=paused_s,
             memory_bytes=host.disk_usage(memory),
             state_bytes=host.file_size(state),
             layer_bytes=0 if spec.root is None else host.disk_usage(layer),
         )
 
-    async def _machine(self) -> str:
-        """The machine's type, as a stream says it."""
-        kind = await self._qmp.execute("qom-get", {"path": "/machine", "property": "type"})
-        return str(kind).removesuffix("-machine")
+    async def _kind(self) -> MachineKind:
+        """As the process says, which may be of an older QEMU than is installed now, and of an older machine than that
+        boots."""
+        machine = await self._qmp.execute("qom-get", {"path": "/machine", "property": "type"})
+        version = await self._qmp.execute("query-version")
+        numbers = version.get("qemu") if isinstance(version, dict) else None
+        if not isinstance(numbers, dict):
+            raise QmpRefused("QEMU does not say which version it is")
+        return MachineKind(
+            version=".".join(str(numbers.get(part)) for part in ("major", "minor", "micro")),
+            accelerator=self._spec.accelerator,
+            machine=str(machine).removesuffix("-machine"),
+            devices=FORMAT,
+        )
 
     async def _save(self, state: Path) -> None:
         """The devices; the disk has what the guest has written to it since the stop."""
@@ -137,9 +150,6 @@ class Capture:
             raise QmpRefused(f"the machine can't be copied: QEMU says that it is {status!r}")
         try:
             await self._qmp.execute("stop", timeout_s=_SAVE_S)
-            status = await self._status()
-            if status not in STANDS_STILL:
-                raise QmpRefused(f"the guest can't be stopped: QEMU says that it is {status!r}")
             yield True
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + GO_ON_S):
@@ -160,7 +170,9 @@ class Capture:
         """Return once nothing comes to the guest or from it any more."""
         still, before = 0, on_the_way()
         for _ in range(_TURNS_LIMIT):
-            await self._status()
+            status = await self._status()
+            if status not in STANDS_STILL:
+                raise QmpRefused(f"the guest can't be stopped: QEMU says that it is {status!r}")
             after = on_the_way()
             still = still + 1 if after == before else 0
             if still == _TURNS:
