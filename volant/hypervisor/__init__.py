@@ -16,6 +16,7 @@ from ._interface import (
     LaunchCode,
     LaunchFailed,
     Machine,
+    MachineKind,
     MachineSpec,
     Template,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "LaunchCode",
     "LaunchFailed",
     "Machine",
+    "MachineKind",
     "MachineSpec",
     "Template",
 ]

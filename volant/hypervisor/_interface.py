@@ -80,6 +80,18 @@ class Template(msgspec.Struct, frozen=True):
     """The devices' state."""
 
 
+class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
+    """What a machine is of, beside its spec, as far as it matters to where a copy of it goes on."""
+
+    version: str
+    """The hypervisor's, whose process it is."""
+    accelerator: AcceleratorName
+    machine: str
+    """The hypervisor's name for the kind of machine."""
+    devices: int
+    """The form that its devices and their order have."""
+
+
 class Captured(msgspec.Struct, frozen=True, kw_only=True):
     """A copy of a machine at one instant, in the directory that `Machine.capture` was given."""
 
@@ -87,6 +99,7 @@ class Captured(msgspec.Struct, frozen=True, kw_only=True):
     """Its files `memory`, mode 0600, in which what no guest has ever written is a hole, and `state`."""
     layer: Path | None
     """`root.qcow2`: a layer over the same image, for `Hypervisor.make_layer(like=…)`. None: the machine has no disk."""
+    kind: MachineKind
     paused_s: float
     """How long the guest stood still; 0 where it did already."""
     memory_bytes: int
@@ -264,6 +277,10 @@ class Hypervisor(Protocol):
     async def fingerprint(self) -> str:
         """What a machine must have in common with a template that it goes on from, beside its spec: the hypervisor's
         version, the kind of machine, the order of its devices."""
+
+    async def misfit(self, kind: MachineKind) -> str | None:
+        """Why a machine that was captured as `kind` can't go on here, for people; None: it can, also under a later
+        version than it was captured under. A template is made anew instead; see `fingerprint`."""
 
     async def make_layer(self, disk: Disk, like: Path | None = None) -> None:
         """Make the layer of a disk, empty or `like` another one over the same base; all or nothing, also over a power

@@ -140,6 +140,8 @@ class SimHost(Host):
         def run() -> tuple[int, bytes]:
             if argv[0] == _QEMU and "--version" in argv:
                 return 0, b"QEMU emulator version 10.0.13 (Debian)\n"
+            if argv[0] == _QEMU and "help" in argv:
+                return 0, b"Supported machines are:\nmicrovm  microvm\npc-q35-9.2  A PC\npc-q35-10.0  A PC\n"
             if argv[0] == "cp":
                 self._copy(Path(argv[-2]), Path(argv[-1]))
                 return 0, b""

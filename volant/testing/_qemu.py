@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _BOOT_S = (0.5, 6.0)
 _CLONE_S = (0.02, 0.3)
+_VERSION = {"qemu": {"major": 10, "minor": 0, "micro": 13}, "package": "Debian"}
 
 
 class SimQemu:
@@ -176,7 +177,7 @@ class SimQemu:
             self._clients.remove(stream)
 
     async def _converse(self, stream: trio.abc.Stream) -> None:
-        await self._send(stream, {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 13}}}})
+        await self._send(stream, {"QMP": {"version": _VERSION}})
         buffer = b""
         while data := await stream.receive_some(4096):
             buffer += data
@@ -204,6 +205,7 @@ class SimQemu:
             "qmp_capabilities": {},
             "query-status": {"status": self.status, "running": self.status == "running"},
             "query-name": {"name": self.mark},
+            "query-version": _VERSION,
             "system_powerdown": {},
             "quit": {},
             "stop": {},

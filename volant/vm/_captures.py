@@ -22,7 +22,7 @@ import trio
 
 from actors import ActorDown, AskTimeout, Ref, Request
 from volant.host import Host
-from volant.hypervisor import Captured, CaptureFailed, Hypervisor
+from volant.hypervisor import Captured, CaptureFailed, Hypervisor, MachineKind
 from volant.journal import AlreadyAnswered, EventGap, FinishSnapshot, Journal, Once, RemoveSnapshot, Store
 from volant.model import FORK, SNAPSHOT, Problem, Snapshot, VmRow, is_copyable, waits_for
 
@@ -65,8 +65,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What `capture.json` says."""
 
     version: int = 1
-    hypervisor: str
-    """What a machine that goes on from it must have in common with it; see `Hypervisor.fingerprint`."""
+    kind: MachineKind
+    """What it is of; see `Hypervisor.misfit`."""
     state_sha256: str
     fingerprints: dict[str, str]
     """By the names of the files: as they were when all of it was there."""
@@ -293,7 +293,7 @@ class Captures:
         host, names = self._host, _names(captured)
         state = await host.read_bytes(directory / STATE, _MAX_STATE)
         record = Record(
-            hypervisor=await self._hypervisor.fingerprint(),
+            kind=captured.kind,
             state_sha256=hashlib.sha256(state).hexdigest(),
             fingerprints={name: host.fingerprint(directory / name) for name in names},
             paused_ms=round(captured.paused_s * 1000, 3),
@@ -333,11 +333,9 @@ class Captures:
                     raise CaptureLost("capture_damaged", f"{what} is damaged: its {STATE} has other bytes")
         except (OSError, msgspec.DecodeError) as error:
             raise CaptureLost("capture_damaged", f"{what} is damaged: {error}") from error
-        here = await self._hypervisor.fingerprint()
-        if record.hypervisor != here:
-            raise CaptureLost(
-                "capture_unfit", f"{what} was made by {record.hypervisor}, and this host has {here}: it does not fit"
-            )
+        misfit = await self._hypervisor.misfit(record.kind)
+        if misfit is not None:
+            raise CaptureLost("capture_unfit", f"{what} can't go on here: {misfit}")
         self._known.add(directory)
         return Found(directory / LAYER if LAYER in record.fingerprints else None, record.paused_ms)
 

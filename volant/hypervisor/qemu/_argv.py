@@ -45,13 +45,15 @@ TCG_CODE_MB = 128
 """TCG's cache of translated code: host memory that a guest can fill, 1 GiB by default."""
 
 
-def build_argv(spec: MachineSpec, version: tuple[int, int], program: str = PROGRAM) -> list[str]:
-    """The command line that starts `spec` on QEMU `version`."""
+def build_argv(
+    spec: MachineSpec, version: tuple[int, int], program: str = PROGRAM, *, machine: str | None = None
+) -> list[str]:
+    """The command line that starts `spec` on QEMU `version`; `machine` is the type that what it goes on from says."""
     argv = [
         *(("nice", "-n", "10") if spec.in_background else ()),
         program,
         *("-name", f"guest={_quote(spec.mark)},debug-threads=on"),
-        *("-machine", machine_option(spec.accelerator, version) + ",memory-backend=memory0"),
+        *("-machine", machine_option(spec.accelerator, version, machine) + ",memory-backend=memory0"),
         *("-accel", "kvm" if spec.accelerator == "kvm" else f"tcg,tb-size={TCG_CODE_MB}"),
         *("-cpu", "host" if spec.accelerator == "kvm" else "max"),
         *("-smp", str(spec.cpu_cores)),
@@ -113,13 +115,19 @@ def _disk(disk: Disk, accelerator: AcceleratorName) -> list[str]:
     ]
 
 
-def machine_option(accelerator: AcceleratorName, version: tuple[int, int]) -> str:
-    """The machine type. KVM gets microvm; under TCG that hangs in early boot beside other load, as it has no second
-    timer to calibrate by. ACPI is what makes it power off and tell of a panic. Its PCI is left off: with it, QEMU
-    10.0's hangs in early boot under TCG, where alone this machine can be tried without KVM."""
+def machine_type(accelerator: AcceleratorName, version: tuple[int, int]) -> str:
+    """The type of a machine that boots."""
+    return "microvm" if accelerator == "kvm" else f"pc-q35-{version[0]}.{version[1]}"
+
+
+def machine_option(accelerator: AcceleratorName, version: tuple[int, int], machine: str | None = None) -> str:
+    """The machine, of another versioned type where one is given. KVM gets microvm; under TCG that hangs in early boot
+    beside other load, as it has no second timer to calibrate by. ACPI is what makes it power off and tell of a panic.
+    Its PCI is left off: with it, QEMU 10.0's hangs in early boot under TCG, where alone this machine can be tried
+    without KVM."""
     if accelerator == "kvm":
         return "microvm,acpi=on,rtc=on,isa-serial=on,usb=off"
-    return f"pc-q35-{version[0]}.{version[1]},usb=off,vmport=off,smbus=off,i8042=off"
+    return f"{machine or machine_type(accelerator, version)},usb=off,vmport=off,smbus=off,i8042=off"
 
 
 def _device(kind: str, accelerator: AcceleratorName) -> str:

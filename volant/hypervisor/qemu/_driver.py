@@ -19,12 +19,14 @@ from volant.hypervisor._interface import (
     LaunchCode,
     LaunchFailed,
     Machine,
+    MachineKind,
     MachineSpec,
 )
 from volant.model import ProcessIdentity
 
-from ._argv import ENVIRONMENT, FORMAT, PROGRAM, build_argv, machine_option
+from ._argv import ENVIRONMENT, FORMAT, PROGRAM, build_argv, machine_option, machine_type
 from ._found import parse_argv
+from ._kind import HEAD_BYTES, machine_of, misfit, parse_machines
 from ._machine import attach, last_words
 from ._migration import Migration
 from ._probe import probe, qemu_version
@@ -37,6 +39,7 @@ SPARE_MEMORY_MB = 192
 _RETRY_S = 0.005
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 _MISSING = "QEMU is not installed: there is no program qemu-system-x86_64 (Debian: apt install qemu-system-x86)"
+_HELP_S = 10.0
 _IMG = "qemu-img"
 _IMG_S = 60.0
 _IMG_MISSING = "there is no program qemu-img (Debian: apt install qemu-utils)"
@@ -72,6 +75,8 @@ class QemuHypervisor:
         self._version: tuple[int, int, str] | None = None
         self._choice: AcceleratorChoice | None = None
         self._choosing = trio.Lock()
+        self._machines: frozenset[str] = frozenset()
+        """The types that QEMU has, once it was asked."""
 
     async def choice(self) -> AcceleratorChoice:
         async with self._choosing:
@@ -98,6 +103,33 @@ class QemuHypervisor:
         if self._version is None:
             return "none"
         return f"qemu {self._version[2]}, {accelerator}, {machine_option(accelerator, self._version[:2])}, {FORMAT}"
+
+    async def misfit(self, kind: MachineKind) -> str | None:
+        accelerator = await self.accelerator()
+        if self._version is None:
+            return _MISSING
+        here = MachineKind(
+            version=self._version[2],
+            accelerator=accelerator,
+            machine=machine_type(accelerator, self._version[:2]),
+            devices=FORMAT,
+        )
+        if kind.machine == here.machine:
+            return misfit(kind, here, {here.machine})
+        known = await self._known_machines()
+        return misfit(kind, here, known) if known else f"{self._program} does not say which machines it has"
+
+    async def _known_machines(self) -> frozenset[str]:
+        """None, while it does not say."""
+        if not self._machines:
+            command = [self._program, "-machine", "help"]
+            try:
+                status, said = await self._host.run_program(command, env=ENVIRONMENT, cwd=Path("/"), timeout_s=_HELP_S)
+            except (OSError, trio.TooSlowError):
+                return frozenset()
+            if status == 0:
+                self._machines = parse_machines(said)
+        return self._machines
 
     async def make_layer(self, disk: Disk, like: Path | None = None) -> None:
         host = self._host
@@ -141,7 +173,13 @@ class QemuHypervisor:
     async def _launch(self, spec: MachineSpec) -> ProcessIdentity:
         assert self._version is not None
         await self._prepare(spec)
-        argv = build_argv(spec, self._version[:2], self._program)
+        machine = None
+        if spec.template is not None:
+            try:
+                machine = machine_of(await self._host.read_bytes(spec.template.state, HEAD_BYTES))
+            except OSError as error:
+                raise LaunchFailed("template_refused", f"{spec.template.state} can't be read: {error}") from error
+        argv = build_argv(spec, self._version[:2], self._program, machine=machine)
         try:
             identity = await self._host.spawn(
                 argv, mark=spec.mark, env=ENVIRONMENT, cwd=spec.directory, stdout_path=spec.log_path

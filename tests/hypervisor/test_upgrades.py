@@ -1,0 +1,94 @@
+"""A machine that was captured goes on under a later QEMU that still has its type, and nowhere that it could not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from tests.hypervisor.kit import tiny_spec
+from tests.hypervisor.test_capture import COUNTS, clone, ends_when_typed_to, launch, nobody
+from volant.host import Host
+from volant.hypervisor import MachineKind, MachineSpec
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.hypervisor.qemu._argv import FORMAT
+from volant.hypervisor.qemu._capture import complete
+from volant.hypervisor.qemu._kind import HEAD_BYTES, machine_of, misfit, parse_machines
+
+HERE = MachineKind(version="10.0.13", accelerator="tcg", machine="pc-q35-10.0", devices=FORMAT)
+KVM = msgspec.structs.replace(HERE, accelerator="kvm", machine="microvm")
+KNOWN = {"microvm", "pc-q35-9.2", "pc-q35-10.0"}
+EMPTY = b"QEVM\0\0\0\3"
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "why"),
+    [
+        (HERE, HERE, None),
+        (msgspec.structs.replace(HERE, version="9.2.4", machine="pc-q35-9.2"), HERE, None),
+        # A daemon that adopted machines of an older QEMU, or restored them, captures them as what they are.
+        (msgspec.structs.replace(HERE, machine="pc-q35-9.2"), HERE, None),
+        (msgspec.structs.replace(HERE, version="10.0.2"), HERE, None),
+        (msgspec.structs.replace(HERE, version="2.12.1", machine="pc-q35-2.12"), HERE, "does not have its machine"),
+        (msgspec.structs.replace(HERE, version="10.1.0"), HERE, "is older: 10.0.13"),
+        (HERE, msgspec.structs.replace(HERE, version="9.2.4"), "is older: 9.2.4"),
+        (msgspec.structs.replace(HERE, devices=FORMAT + 1), HERE, f"of form {FORMAT + 1}"),
+        (HERE, KVM, "under TCG, and guests run under KVM here"),
+        (KVM, KVM, None),
+        (KVM, msgspec.structs.replace(KVM, version="10.0.14"), "goes on under the same one only"),
+    ],
+)
+def test_a_capture_fits_within_the_promises_of_qemu(saved: MachineKind, here: MachineKind, why: str | None) -> None:
+    found = misfit(saved, here, KNOWN)
+    assert found is None if why is None else why in (found or "")
+
+
+def test_the_head_of_a_stream_says_its_machine_and_nothing_else_is_taken_for_one() -> None:
+    assert machine_of(complete(EMPTY, "pc-q35-9.2")[:HEAD_BYTES]) == "pc-q35-9.2"
+    assert machine_of(complete(EMPTY, "pc-q35-4.0.1")) == "pc-q35-4.0.1"
+    for other in ("microvm", "pc-q35-9.2,accel=kvm", "q35", "pc-q35-9.2\n", ""):
+        assert machine_of(complete(EMPTY, other)) is None, other
+    for damaged in (b"", EMPTY, b"{}", complete(EMPTY, "pc-q35-9.2")[1:], b"QEVM\0\0\0\3\7\1\0\0\12pc-q35-9.2"):
+        assert machine_of(damaged) is None, damaged
+
+
+async def test_a_copy_of_an_older_machine_goes_on_as_that_and_is_copied_as_that(
+    host: Host, qemu: QemuHypervisor, tmp_path: Path
+) -> None:
+    """As after an upgrade of QEMU: the same program plays the older one, whose machine it has."""
+    with trio.fail_after(90):
+        choice = await qemu.choice()
+        spec: MachineSpec = tiny_spec(host, tmp_path, COUNTS)
+        status, listing = await host.run_program(
+            ["qemu-system-x86_64", "-machine", "help"], env={"PATH": "/usr/bin:/bin"}, cwd=tmp_path, timeout_s=10
+        )
+        assert status == 0
+        machines = parse_machines(listing)
+        old = next(name for name in ("pc-q35-9.2", "pc-q35-9.0", "pc-q35-8.2", "pc-q35-7.2") if name in machines)
+        major, minor = map(int, old.removeprefix("pc-q35-").split("."))
+        before = QemuHypervisor(host, tmp_path / "cache", accelerator="tcg")
+        await before.choice()
+        before._version = (major, minor, f"{major}.{minor}.0")
+        running, hypervisor = spec, before
+        try:
+            for number in range(2):
+                identity = await (hypervisor.launch(running) if number else launch(host, hypervisor, running))
+                assert any(word.startswith(f"{old},") for word in host.command_line(identity))
+                into = spec.memory_file.parent / str(number)
+                await host.mkdir(into)
+                async with hypervisor.attach(running, identity) as machine:
+                    captured = await machine.capture(into, hold=nobody)
+                    assert (captured.kind.machine, captured.kind.version) == (old, choice.version)
+                    assert await ends_when_typed_to(host, running, machine)
+                    await machine.quit()
+                assert await qemu.misfit(captured.kind) is None
+                gone = msgspec.structs.replace(captured.kind, machine="pc-q35-1.4")
+                assert "does not have its machine pc-q35-1.4" in (await qemu.misfit(gone) or "")
+                running, hypervisor = clone(running, f"u{number}", captured.template), qemu
+        finally:
+            for found in await host.processes(spec.mark):
+                with host.open_process(found) as process:
+                    process.kill()
+            await host.remove_tree(spec.memory_file.parent)
