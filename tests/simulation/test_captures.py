@@ -1,0 +1,209 @@
+"""A copy of a guest is used as it was made, or refused with the reason; and a verb is not kept waiting by one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from actors.testing import Simulation, simulate
+from volant.testing import World, simulated_world
+from volant.testing._qemu import SimQemu
+
+JSON = {"content-type": "application/json"}
+VMS = "/api/v1/vms"
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def live(directory: Path, story: Callable[[World], Awaitable[None]]) -> None:
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, directory) as world:
+            await world.start_daemon()
+            body = {"name": "demo", "cpu_cores": 1, "memory_mb": 64, "boot": "cold"}
+            assert (await world.request("POST", f"{VMS}?wait=running", body, JSON)).json()["status"] == "running"
+            await story(world)
+
+    simulate(main, seed=11, faults={})
+
+
+async def snapshot(world: World) -> Path:
+    """Where a snapshot of the VM lies."""
+    answer = await world.request("POST", f"{VMS}/demo/snapshots", {"name": "warm"}, JSON)
+    assert answer.status == 201, answer.body
+    [kept] = world.daemon.store.projection.snapshots.values()
+    return world.settings.state_dir / "snapshots" / kept.capture
+
+
+async def restore(world: World, name: str) -> Any:
+    answer = await world.request(
+        "POST", f"{VMS}?wait=running,crashed&timeout=2m", {"name": name, "from_snapshot": "warm"}, JSON
+    )
+    assert answer.status == 201, answer.body
+    return answer.json()
+
+
+async def stands_still(qemu: SimQemu) -> None:
+    with trio.fail_after(20):
+        while qemu.status != "paused":  # noqa: ASYNC110 - nothing tells
+            await trio.sleep(0.01)
+
+
+def copies(world: World) -> list[Path]:
+    """What lies there of captures, whole or half."""
+    files = world.machine.files
+    roots = [Path("/dev/shm"), world.settings.state_dir / "snapshots"]
+    found = [path for root in roots if files.find(root) for path in files.below(root)]
+    return [path for path in found if any(part.startswith(("fork-", "snapshot-")) for part in path.parts)]
+
+
+def rewrite(world: World, record: Path, **kind: object) -> None:
+    """As if another machine had been captured."""
+    data = world.machine.files.file(record).data
+    said = json.loads(bytes(data))
+    said["kind"].update(kind)
+    data[:] = json.dumps(said).encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ({"version": "10.1.0"}, "the one here is older: 10.0.13"),
+        ({"version": "2.12.1", "machine": "pc-q35-2.12"}, "does not have its machine pc-q35-2.12 any more"),
+        ({"devices": 99}, "its devices are of form 99"),
+        ({"accelerator": "kvm", "machine": "microvm"}, "it was made under KVM"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_does_once_it_fits(tmp_path: Path, kind: dict[str, object], why: str) -> None:
+    async def story(world: World) -> None:
+        record = await snapshot(world) / "capture.json"
+        before = bytes(world.machine.files.file(record).data)
+        rewrite(world, record, **kind)
+        vm = await restore(world, "no")
+        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_unfit")
+        assert why in vm["reason"]["message"]
+        world.machine.files.file(record).data[:] = before
+        assert (await restore(world, "yes"))["status"] == "running"
+
+    live(tmp_path, story)
+
+
+def test_one_of_an_older_qemu_goes_on(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        rewrite(world, await snapshot(world) / "capture.json", version="9.2.4", machine="pc-q35-9.2")
+        assert (await restore(world, "copy"))["status"] == "running"
+
+    live(tmp_path, story)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("memory", "touched its memory"), ("state", "touched its state"), ("capture.json", "is damaged")]
+)
+def test_a_file_that_somebody_has_touched_is_refused(tmp_path: Path, name: str, why: str) -> None:
+    async def story(world: World) -> None:
+        directory = await snapshot(world)
+        node = world.machine.files.file(directory / name)
+        node.data[:] = b"X" + node.data[1:]
+        vm = await restore(world, "no")
+        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_damaged")
+        assert why in vm["reason"]["message"]
+
+    live(tmp_path, story)
+
+
+def test_a_state_with_other_bytes_is_refused_whatever_stat_says_of_it(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        directory = await snapshot(world)
+        files = world.machine.files
+        files.file(directory / "state").data[-1:] = b" "
+        record = files.file(directory / "capture.json").data
+        said = json.loads(bytes(record))
+        said["fingerprints"]["state"] = world.daemon.vms.doors.host.fingerprint(directory / "state")
+        record[:] = json.dumps(said).encode()
+        vm = await restore(world, "no")
+        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_damaged")
+        assert "its state has other bytes" in vm["reason"]["message"]
+
+    live(tmp_path, story)
+
+
+def test_files_that_are_gone_are_missed(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        world.machine.files.remove_tree(await snapshot(world))
+        vm = await restore(world, "no")
+        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_gone")
+
+    live(tmp_path, story)
+
+
+@pytest.mark.parametrize("kind", ["snapshots", "fork"])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "demo/stop?grace=9s", "stopped"),
+        ("POST", "demo/restart?grace=9s", "running"),
+        ("POST", "demo/pause", "paused"),
+        ("DELETE", "demo", None),
+    ],
+)
+def test_a_verb_ends_a_copy_that_is_under_way_and_nothing_is_left_of_it(
+    tmp_path: Path, kind: str, method: str, path: str, status: str | None
+) -> None:
+    async def story(world: World) -> None:
+        [qemu] = world.machine.running()
+        # Else it would be copied in no time.
+        qemu.deaf_to.add("xen-save-devices-state")
+        answers = []
+
+        async def copy() -> None:
+            body = {"name": "warm"} if kind == "snapshots" else {"names": ["twin"]}
+            answers.append(await world.request("POST", f"{VMS}/demo/{kind}", body, JSON))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(copy)
+            await stands_still(qemu)
+            assert world.daemon.vms.doors.captures.inspect()
+            nursery.start_soon(world.request, method, f"{VMS}/{path}")
+            await trio.sleep(1)
+            assert not world.daemon.vms.doors.captures.inspect()
+            assert (qemu.status == "paused") == (status == "paused"), "the guest can be asked to end"
+        if status is not None:
+            vm = (await world.request("GET", f"{VMS}/demo?wait={status}&timeout=2m")).json()
+            assert (vm["status"], vm["reason"]) == (status, None)
+        if kind == "snapshots":
+            [refused] = answers
+            assert refused.status == 503, refused.body
+        else:
+            twin = (await world.request("GET", f"{VMS}/twin?wait=crashed&timeout=1m")).json()
+            assert (twin["status"], twin["reason"]["code"]) == ("crashed", "capture_failed")
+        assert not world.daemon.store.projection.snapshots
+        assert not copies(world)
+
+    live(tmp_path, story)
+
+
+def test_a_copy_that_a_pause_has_ended_can_be_made_afterwards(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        [qemu] = world.machine.running()
+        qemu.deaf_to.add("xen-save-devices-state")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.request, "POST", f"{VMS}/demo/snapshots", {"name": "warm"}, JSON)
+            await stands_still(qemu)
+            assert (await world.request("POST", f"{VMS}/demo/pause?wait=paused")).json()["status"] == "paused"
+        qemu.deaf_to.clear()
+        assert (await world.request("POST", f"{VMS}/demo/resume?wait=running")).json()["status"] == "running"
+        assert qemu.status == "running"
+        assert await snapshot(world) / "memory" in copies(world)
+        assert (await restore(world, "copy"))["status"] == "running"
+
+    live(tmp_path, story)
