@@ -54,7 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_vms: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """Refuse to create more; without it memory decides."""
     return_memory: Literal["on", "off"] = "on"
-    """`on`: what guests free goes back to the host, for VMs that booted cold; `off`: a guest keeps what it was given."""
+    """`on`: what guests free goes back to the host, for VMs that booted cold; `off`: a guest keeps what it has."""
     max_boots: Annotated[int, msgspec.Meta(ge=1, le=10000)] | None = None
     """How many VMs boot at a time, the others wait for their turn; by default two for each CPU."""
     api_key: Secret | None = None
