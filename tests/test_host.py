@@ -130,6 +130,32 @@ async def test_a_child_that_nobody_watched_keeps_its_status_for_who_comes_later(
             assert await process.wait() == 7
 
 
+async def test_the_end_of_a_process_that_is_not_waited_for_any_more_is_taken_for_nobody_elses(
+    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+) -> None:
+    one, other = [await spawn(host, mark + suffix, tmp_path, SLEEP, started) for suffix in ("a", "b")]
+    with host.open_process(one) as first, host.open_process(other) as second, trio.fail_after(20):
+        for _ in range(3):
+            with trio.move_on_after(0.01):
+                await first.wait()
+        ended = trio.Event()
+
+        async def watch() -> None:
+            # Its descriptor has the number of one that the cancelled waits have closed.
+            await second.wait()
+            ended.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            await trio.testing.wait_all_tasks_blocked()
+            first.kill()
+            await first.wait()
+            assert await host.find(mark + "a") is None
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert not ended.is_set()
+            second.kill()
+
+
 async def test_an_adopted_process_is_found_by_its_mark_and_watched(
     host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
 ) -> None:

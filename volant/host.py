@@ -155,6 +155,9 @@ class Process:
         try:
             await trio.lowlevel.wait_readable(own)
         finally:
+            # What it stands for is open elsewhere, so epoll would keep it, and tell the end of this process to whoever
+            # waits for another one on a descriptor of the same number.
+            trio.lowlevel.notify_closing(own)
             os.close(own)
         if self._child is None:
             return None
