@@ -64,10 +64,13 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
 
 @asynccontextmanager
 async def standing(
-    tmp_path: Path, *, enabled: bool = True, gate: BootGate | None = None, projection: Projection | None = None
+    tmp_path: Path,
+    *,
+    enabled: bool = True,
+    gate: BootGate | None = None,
+    projection: Projection | None = None,
 ) -> AsyncIterator[Ref[Any]]:
     host = Host()
-    (tmp_path / "mem").mkdir(exist_ok=True)
     doors = BuildDoors(
         host=host,
         hypervisor=QemuHypervisor(host, tmp_path / "c", accelerator="tcg"),
@@ -231,3 +234,15 @@ async def test_what_an_earlier_life_has_left_is_swept_away(tmp_path: Path, build
             while left.exists() or (tmp_path / "r" / "templates").exists() or list((tmp_path / "t").iterdir()):  # noqa: ASYNC110
                 await trio.sleep(0.01)
     assert other.exists()
+
+
+async def test_what_is_left_on_the_disk_is_swept_away_where_memory_is_as_a_reboot_leaves_it(
+    tmp_path: Path, builder: Builder
+) -> None:
+    del builder
+    left = tmp_path / "t" / f"{RECIPE.digest}.new"
+    left.mkdir(parents=True)
+    async with standing(tmp_path):
+        with trio.fail_after(10):
+            while left.exists():  # noqa: ASYNC110
+                await trio.sleep(0.01)

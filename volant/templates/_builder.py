@@ -123,7 +123,8 @@ async def sweep(doors: BuildDoors) -> None:
         with suppress(ProcessGone), host.open_process(identity) as process:
             process.kill()
     await host.remove_tree(_directories(doors))
-    for name in host.list_directory(doors.memory_dir):
+    # After a reboot of the host there is none.
+    for name in host.list_directory(doors.memory_dir) if host.exists(doors.memory_dir) else ():
         if name.startswith(_MEMORY_PREFIX):
             await host.remove_file(doors.memory_dir / name)
     await doors.store.sweep()
