@@ -251,6 +251,8 @@ async def test_a_guest_that_cannot_be_let_go_on_at_once_is_later(
             yield on_the_way
 
         async with qemu.attach(spec, launched) as machine:
+            await machine.pause()
+            await machine.resume()
             with pytest.raises(CaptureFailed) as caught:
                 await machine.capture(into, hold=hangs_in_the_end, timeout_s=2.0)
             assert caught.value.code == "guest_stopped", caught.value

@@ -167,7 +167,7 @@ class QemuMachine:
 
     async def pause(self, timeout_s: float = 30.0) -> None:
         async with self._alone(timeout_s):
-            self._left_still = trio.Event()
+            self._nobody_waits()
             await self._execute("stop", timeout_s)
             status = await self.status()
             if status not in STANDS_STILL:
@@ -181,7 +181,12 @@ class QemuMachine:
         # Told to a machine that runs, QEMU tells of a stop that was none.
         if await self.status() in STANDS_STILL:
             await self._execute("cont", timeout_s)
-        self._left_still = trio.Event()
+        self._nobody_waits()
+
+    def _nobody_waits(self) -> None:
+        """Nothing is left to undo of a capture."""
+        if self._left_still.is_set():
+            self._left_still = trio.Event()
 
     @asynccontextmanager
     async def _alone(self, timeout_s: float) -> AsyncIterator[None]:
