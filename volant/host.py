@@ -481,6 +481,20 @@ class Host:
                 raise ProcessGone(f"process {identity.pid} has ended")
             return _process_memory(text)
 
+    def working_directory(self, identity: ProcessIdentity) -> Path:
+        """Where a process works, under the name that the directory has by now.
+
+        :raises ProcessGone: there is none with this identity, or it is not ours to look at.
+        """
+        with self.open_process(identity) as process:
+            try:
+                path = (_PROC / str(process.pid) / "cwd").readlink()
+            except OSError as error:
+                raise ProcessGone(f"process {identity.pid} can't be looked at") from error
+            if process.exited:
+                raise ProcessGone(f"process {identity.pid} has ended")
+            return path
+
     def open_process(self, identity: ProcessIdentity) -> Process:
         """A handle on the process with this identity, ours or adopted. A child of ours that has ended can be opened
         until somebody has seen its status.
@@ -666,6 +680,11 @@ class Host:
             self.sync_directory(path.parent)
 
         await trio.to_thread.run_sync(put)
+
+    async def move_directory(self, path: Path, to: Path) -> None:
+        """Give a directory another name on its file system, which nothing has that is not empty. What is open in it, or
+        bound, goes with it. Raises OSError."""
+        await trio.to_thread.run_sync(os.rename, path, to)
 
     async def copy_file(self, source: Path, target: Path, mode: int = 0o600) -> None:
         """Copy the content of a file to a new one. It is not on the disk before `put_in_place`. Not cancelled half-way,

@@ -26,7 +26,7 @@ from volant.host import Host
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
 from volant.journal import Backups, Evidence, Journal, Store, VmLogs
-from volant.templates import BuildDoors, Templates, TemplateStore
+from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
 from volant.vm import BootGate, Captures, VmDoors, Vms, VmSettings
 
 FAST = Limits(
@@ -290,7 +290,8 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
         runtime_dir=path / "run",
         memory_dir=path / "mem",
     )
-    builder = Child("templates", lambda: Templates(builds, max_bytes=2**30, max_age=timedelta(days=1)))
+    standbys = Standbys(builds, StandbyLimits(), quiet=lambda: True)
+    builder = Child("templates", lambda: Templates(builds, standbys, max_bytes=2**30, max_age=timedelta(days=1)))
     captures = Captures(host, store, journal.ref, hypervisor, memory_dir=path / "mem", snapshot_dir=path / "snapshots")
     supervisor = DynamicSupervisor(intensity=3, period_s=60)
     vms = ReachedVms(
@@ -302,6 +303,7 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
             hypervisor=hypervisor,
             templates=templates,
             builder=builder.ref,
+            standbys=standbys,
             captures=captures,
             media=BootMedia(path / "cache", timeout_s=60, max_mb=64),
             settings=VmSettings(

@@ -25,7 +25,7 @@ from ._journal import journal, vmlog
 from ._relays import relays
 from ._serving import get_vm, healthz
 from ._streams import healthz_busy
-from ._template import template_to_agent
+from ._template import standby_to_agent, template_to_agent
 from ._world import Skipped
 
 Bench = Callable[[], Awaitable[list[Figure]]]
@@ -40,6 +40,7 @@ def main() -> int:
     benches: dict[str, Bench] = {
         "create_to_agent": create_to_agent,
         "template_to_agent": template_to_agent,
+        "standby_to_agent": standby_to_agent,
         "creates_at_once": creates_at_once,
         "many_clones": many_clones,
         "fork_chromium": fork_chromium,

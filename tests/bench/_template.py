@@ -29,6 +29,8 @@ from ._libvirt import Libvirt, libvirt
 from ._world import Skipped, current_image, volantd
 
 TARGET = 1.5
+STANDBY_TARGET = 0.7
+STANDBY_TO_COLD = 20.0
 READY_S = 20.0
 LIBVIRT_TARGET = 4.0
 _COLD = 3
@@ -83,6 +85,53 @@ async def template_to_agent(pairs: int = 15) -> list[Figure]:
             )
         )  # fmt: skip
     return figures
+
+
+async def standby_to_agent(pairs: int = 15) -> list[Figure]:
+    """Clones whose process waited for them, and clones by hand, in turns; some cold boots between them."""
+    image = current_image()
+    took: dict[str, list[float]] = {"ours": [], "bare": [], "cold": []}
+    with ExitStack() as stack:
+        daemon = stack.enter_context(volantd("--templates", "auto", "--standby", "1"))
+        spec = stack.enter_context(_spec(image, await _accelerator(daemon)))
+        directory, _ = await _first_template(daemon)
+        clone = msgspec.structs.replace(spec, template=Template(directory / "memory", directory / "state"))
+        ours, cold = Ours(daemon, boot="template"), Ours(daemon, boot="cold")
+        bare = BareClone(clone, await _argv(clone))
+        await ours.boot()
+        for number in range(pairs):
+            await _until_one_waits(daemon)
+            for name, boot in (("bare", bare.boot), ("ours", ours.boot)):
+                await trio.sleep(_SETTLE_S)
+                took[name].append(await boot())
+            if number % (pairs // _COLD or 1) == 0:
+                await trio.sleep(_SETTLE_S)
+                took["cold"].append(await cold.boot())
+        async with daemon.http() as http:
+            said = (await http.get("/metrics")).text
+        if f"volant_standby_claims_total {pairs:.1f}" not in said.splitlines():
+            raise RuntimeError(f"not every clone took over a process that waited:\n{said}")
+    against = Pairs(took["ours"], took["bare"])
+    slowest, cold_s = percentile(took["ours"], 95), Pairs(took["cold"], took["cold"]).value
+    return [
+        Figure(
+            "standby_to_agent", against.value, "s", against.ratio,
+            f"a bare script's {against.other:.3g} s that starts QEMU for the same clone, {pairs} pairs, "
+            f"p95 {slowest:.3g} s",
+            at_most=STANDBY_TARGET,
+        ),
+        Figure(
+            "standby_to_cold", cold_s, "s", cold_s / against.value,
+            "a clone whose process waited, for a cold boot of the same VM", at_least=STANDBY_TO_COLD,
+        ),
+    ]  # fmt: skip
+
+
+async def _until_one_waits(daemon: Daemon) -> None:
+    async with daemon.http() as http:
+        with trio.fail_after(BOOT_S):
+            while "volant_standby_waiting 1.0" not in (await http.get("/metrics")).text:  # noqa: ASYNC110
+                await trio.sleep(_SETTLE_S)
 
 
 async def _saved(stack: ExitStack, spec: MachineSpec) -> Libvirt | None:

@@ -19,11 +19,13 @@ from random import Random
 from typing import Any
 
 import apsw
+import msgspec
 import trio
 
 from actors.testing import FaultReport, Simulation, simulate
 from volant.model import EDGES, Status, VmRow, settled
 from volant.testing import Answer, Unreachable, World, simulated_world
+from volant.testing._qemu import SimQemu
 
 TROUBLE_S = 150.0
 CONVERGE_S = 900.0
@@ -31,6 +33,8 @@ AFTERMATH_S = 30.0
 """A command that a hypervisor has ignored under the last faults is missed that late."""
 IDLE_S = 60.0
 IDLE_STEPS_PER_VM = 200
+STANDBYS = 4
+"""Two for each of the two templates that there can be."""
 
 FAULTS: dict[str, float] = {
     "agent.refuses": 0.01,
@@ -39,6 +43,7 @@ FAULTS: dict[str, float] = {
     "channel.garbage": 0.002,
     "channel.is_cut": 0.05,
     "database.fails": 0.01,
+    "directory.does_not_move": 0.3,
     "disk.full": 0.003,
     "disk.writes_half": 0.01,
     "guest.ignores_shutdown": 0.2,
@@ -51,6 +56,7 @@ FAULTS: dict[str, float] = {
     "process.does_not_start": 0.03,
     "process.is_stubborn": 0.05,
     "qemu.dies": 0.03,
+    "qemu.dies_as_it_goes_on": 0.1,
     "qemu.exits_at_start": 0.05,
     "qemu.fails_to_save": 0.1,
     "qemu.hangs_at_start": 0.03,
@@ -61,6 +67,7 @@ FAULTS: dict[str, float] = {
     "qemu.refuses_stop": 0.05,
     "qemu.refuses_template": 0.05,
     "socket.refuses": 0.02,
+    "standby.dies": 0.05,
 }
 
 REACHABLE = EDGES - {(Status.PENDING, Status.STOPPED), (Status.PENDING, Status.DELETING)}
@@ -84,6 +91,8 @@ class Seen:
     """VMs that ran as clones at the end."""
     copies: int = 0
     """VMs that were seen to run as copies of others."""
+    standbys: int = 0
+    """Of those, the ones whose process had waited for them."""
 
     def __iadd__(self, other: Seen) -> Seen:
         self.edges |= other.edges
@@ -94,6 +103,7 @@ class Seen:
         self.acknowledged += other.acknowledged
         self.clones += other.clones
         self.copies += other.copies
+        self.standbys += other.standbys
         return self
 
     def lines(self) -> Iterable[str]:
@@ -101,7 +111,8 @@ class Seen:
         if self.faults is not None:
             yield from self.faults.lines()
         yield f"{self.starts} daemons, {self.events} events, {self.acknowledged} acknowledged creations and deletions"
-        yield f"{self.clones} VMs were clones at the end, {self.copies} ran as copies of others"
+        yield f"{self.clones} VMs were clones at the end, {self.standbys} of them in processes that had waited"
+        yield f"{self.copies} ran as copies of others"
 
 
 def missing(seen: Seen) -> list[str]:
@@ -143,6 +154,10 @@ class Life:
         ]
 
     async def run(self) -> None:
+        # Some lives end with processes that wait, and some without.
+        self.world.settings = msgspec.structs.replace(
+            self.world.settings, standby=2, standby_idle_s=self.sim.rng.choice([40.0, 600.0])
+        )
         await self.world.start_daemon()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.follower.run)
@@ -237,9 +252,8 @@ class Life:
         """At every moment: at most one hypervisor for each VM, and each has an owner."""
         while True:
             await self.world.machine.changed.wait()
-            marks = [qemu.mark.rpartition("-")[2] for qemu in self.world.machine.running()]
-            owners = [mark if mark.startswith("t.") else mark.partition(".")[0] for mark in marks]
-            assert len(owners) == len(set(owners)), f"two hypervisors for one VM, or for one template: {marks}"
+            owners = [_owner(qemu) for qemu in self.world.machine.running()]
+            assert len(owners) == len(set(owners)), f"two hypervisors for one VM, or for one template: {owners}"
 
     # Rest
 
@@ -276,7 +290,9 @@ class Life:
             operator.check(rows)
         running = {qemu.mark: qemu for qemu in world.machine.running()}
         owned = {row.mark for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)}
-        assert set(running) == owned, "hypervisors and VMs that run are not the same"
+        pool = daemon.vms.doors.standbys.marks
+        assert set(running) == owned | pool, "hypervisors and VMs that run, or processes that wait, are not the same"
+        assert len(pool) <= STANDBYS, f"too many wait: {pool}"
         for row in rows.values():
             assert row.status not in (Status.STARTING, Status.STOPPING, Status.DELETING, Status.PENDING), row
             if row.status in (Status.RUNNING, Status.PAUSED):
@@ -286,6 +302,7 @@ class Life:
         alive = [row for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)]
         self.seen.clones += sum(row.template is not None for row in alive)
         self.seen.copies += sum(row.origin is not None and row.capture is None for row in rows.values())
+        self.seen.standbys += sum("-s." in row.mark for row in alive)
         self._check_files({str(row.id) for row in alive}, {str(row.id) for row in alive if row.template is None})
 
     def _check_files(self, ids: set[str], with_memory: set[str]) -> None:
@@ -299,6 +316,10 @@ class Life:
         self._check_captures()
         halves = [name for name in files.names(templates) if "." in name] if files.find(templates) else []
         assert not halves, f"half-made templates are left: {halves}"
+        standby = self.world.settings.runtime_dir / "standby"
+        waiting = set(files.names(standby)) if files.find(standby) else set()
+        pool = self.world.daemon.vms.doors.standbys.marks if self.world.runs else set()
+        assert waiting == {mark.rpartition(".")[2] for mark in pool}, f"{waiting} are left of processes that waited"
         built = self.world.settings.runtime_dir / "templates"
         assert not files.find(built) or not files.names(built), files.names(built)
 
@@ -350,9 +371,12 @@ class Life:
         for name in list(self.world.daemon.store.projection.snapshots):
             answer = await self.world.request("DELETE", f"/api/v1/snapshots/{name}")
             assert answer.status == 204, answer
-        assert not self.world.machine.running()
+        pool = self.world.daemon.vms.doors.standbys.marks
+        assert {qemu.mark for qemu in self.world.machine.running()} == pool
         self._check_files(set(), set())
         await self.world.stop_daemon()
+        assert not self.world.machine.running(), "a clean stop leaves processes that wait"
+        self._check_files(set(), set())
         assert not self.world.machine.files.open_count()
 
 
@@ -425,6 +449,15 @@ class Follower:
         assert {row.id: row.status for row in rows} == {
             vm_id: status for vm_id, status in self._statuses.items() if status is not None
         }
+
+
+def _owner(qemu: SimQemu) -> str:
+    """Whose a process is, while there can be one such process."""
+    mark = qemu.mark.rpartition("-")[2]
+    if mark.startswith("s.") and qemu.directory.parent.name == "vms":
+        # It had waited, and was taken over.
+        return qemu.directory.name
+    return mark if mark.startswith(("s.", "t.")) else mark.partition(".")[0]
 
 
 def _builds(daemon: Any) -> bool:

@@ -65,7 +65,7 @@ class Daemon:
             *(("--ephemeral",) if ephemeral else ()),
             *("--listen", "127.0.0.1:0", "--accelerator", "tcg"),
             # What is tested of a boot is a cold one, and nothing else runs beside it; `flags` come after this.
-            *("--templates", "off"),
+            *("--templates", "off", "--standby", "0"),
             *("--state-dir", str(self.state_dir), "--runtime-dir", str(self.runtime_dir), "--cache-dir", str(cache)),
             *flags,
         ]
@@ -146,7 +146,11 @@ class Daemon:
 
     def hypervisors(self) -> dict[int, str]:
         """The processes of VMs, by pid: those of this host that carry this daemon's mark."""
-        return {pid: mark for pid, mark in self.processes().items() if mark[len(self.mark_prefix)].isdigit()}
+        return {
+            pid: mark
+            for pid, mark in self.processes().items()
+            if mark[len(self.mark_prefix)].isdigit() or (mark[len(self.mark_prefix)] == "s" and _works_for_a_vm(pid))
+        }
 
     def processes(self) -> dict[int, str]:
         """Likewise, those that become templates or that wait for work, too."""
@@ -255,6 +259,14 @@ def _processes() -> list[tuple[int, list[str]]]:
                 continue
             found.append((int(entry.name), arguments))
     return found
+
+
+def _works_for_a_vm(pid: int) -> bool:
+    """Whether a process that has waited for a VM was taken over by one."""
+    try:
+        return Path(f"/proc/{pid}/cwd").readlink().parent.name == "vms"
+    except OSError:
+        return False
 
 
 def is_alive(pid: int) -> bool:

@@ -18,7 +18,16 @@ from volant.host import Host
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.journal import Projection
 from volant.model import Drain, Problem, TemplateView
-from volant.templates import Blueprint, BuildDoors, TemplateFailed, Templates, TemplateStore, _actor
+from volant.templates import (
+    Blueprint,
+    BuildDoors,
+    StandbyLimits,
+    Standbys,
+    TemplateFailed,
+    Templates,
+    TemplateStore,
+    _actor,
+)
 from volant.templates.messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
 from volant.vm import BootGate
 
@@ -81,7 +90,8 @@ async def standing(
         runtime_dir=tmp_path / "r",
         memory_dir=tmp_path / "mem",
     )
-    child = Child("templates", lambda: Templates(doors, max_bytes=2**30, max_age=timedelta(days=1)))
+    standbys = Standbys(doors, StandbyLimits(), quiet=lambda: True)
+    child = Child("templates", lambda: Templates(doors, standbys, max_bytes=2**30, max_age=timedelta(days=1)))
     async with open_system(Supervisor(ONE_FOR_ONE, intensity=1, period_s=60, children=[child])):
         yield child.ref
 

@@ -106,6 +106,12 @@ def _collect(doors: Doors) -> Iterator[Metric]:
     for code, count in sorted(figures.fallbacks.items()):
         fallbacks.add_metric([code], count)
     yield fallbacks
+    standbys = doors.vms.doors.standbys
+    yield gauge("volant_standby_waiting", "Processes that wait for a VM to take them over", len(standbys.marks))
+    yield CounterMetricFamily("volant_standby_claims", "VMs that began as one", value=standbys.figures.claimed)
+    yield CounterMetricFamily(
+        "volant_standby_failed_claims", "That were to, and became ordinary clones", value=standbys.figures.failed_claims
+    )
 
     commits = HistogramMetricFamily("volant_journal_commit_seconds", "How long the disk took to confirm a commit")
     buckets = [

@@ -34,7 +34,7 @@ from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
 from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
 from volant.model import ProcessIdentity, Status
-from volant.templates import BuildDoors, Templates, TemplateStore
+from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
 from volant.vm import (
     CLONES_AT_ONCE,
     BootGate,
@@ -44,7 +44,7 @@ from volant.vm import (
     VmSettings,
     instance_of,
     keep_drained,
-    parse_mark,
+    processes_of_vms,
 )
 
 from ._directories import DirectoryError, claimed, disk_dir, log_dir, memory_dir, remove, snapshot_dir, template_dir
@@ -153,9 +153,8 @@ async def evidence_of(host: Host, settings: Settings, logs: VmLogs) -> Evidence:
     await logs.prepare()
     instance = instance_of(settings.state_dir)
     running = {}
-    for identity in await host.processes(f"volant-{instance}-"):
-        if found := parse_mark(instance, identity.mark):
-            running[found[0]] = Running(found[1], identity)
+    for each in await processes_of_vms(host, instance):
+        running[each.vm_id] = Running(each.boot, each.identity)
     disks = await host.run_blocking(host.list_directory, disk_dir(settings))
     ids = [int(name.partition("-")[0]) for name in disks if name.partition("-")[0].isdecimal()]
     return Evidence(max([0, *running, *logs.ids(), *ids]), running)
@@ -208,10 +207,16 @@ class Daemon:
             memory_dir=memory_dir(settings),
             agent_timeout_s=settings.agent_timeout_s,
         )
+        clone_gate = BootGate(CLONES_AT_ONCE, self.store.projection)
+        standbys = Standbys(
+            builds,
+            StandbyLimits(each=settings.standby, max_mb=settings.standby_max_mb, idle_s=settings.standby_idle_s),
+            quiet=lambda: not (gate.is_used or clone_gate.is_used),
+        )
         max_age = timedelta(seconds=settings.templates_max_age_s)
         self._templates = Child(
             "templates",
-            partial(Templates, builds, max_bytes=settings.templates_max_mb * 2**20, max_age=max_age),
+            partial(Templates, builds, standbys, max_bytes=settings.templates_max_mb * 2**20, max_age=max_age),
             shutdown_s=10,
         )
         self._journal = Child("journal", partial(Journal, self.store), shutdown_s=10)
@@ -234,6 +239,7 @@ class Daemon:
                 media=BootMedia(settings.cache_dir, timeout_s=settings.media_timeout_s, max_mb=settings.media_max_mb),
                 templates=templates,
                 builder=self._templates.ref,
+                standbys=standbys,
                 captures=self._captures,
                 settings=VmSettings(
                     runtime_dir=settings.runtime_dir,
@@ -251,7 +257,7 @@ class Daemon:
                 ),
                 instance=instance_of(settings.state_dir),
                 gate=gate,
-                clone_gate=BootGate(CLONES_AT_ONCE, self.store.projection),
+                clone_gate=clone_gate,
             ),
             self._supervisor,
         )

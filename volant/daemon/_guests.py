@@ -23,8 +23,8 @@ from volant.host import Host, ProcessGone
 from volant.hypervisor import Hypervisor, HypervisorError, Machine, MachineSpec
 from volant.model import EndKind, ProcessIdentity
 from volant.model.agent import DAEMON_SHUTDOWN
-from volant.templates import template_mark_prefix
-from volant.vm import VmSettings, instance_of, memory_file, vm_directory
+from volant.templates import standby_mark_prefix, template_mark_prefix
+from volant.vm import VmSettings, instance_of, memory_file, processes_of_vms, vm_directory
 
 from ._directories import disk_dir, memory_dir, snapshot_dir, template_dir
 from ._settings import Settings
@@ -53,15 +53,17 @@ async def stop_guests(
     A guest that does not shut down within `grace_s`, or can't be asked, loses its power. When so many don't that the
     time of the others comes near, all the others are asked at once.
     """
-    prefix = f"volant-{instance_of(settings.state_dir)}-"
+    instance = instance_of(settings.state_dir)
+    prefix = f"volant-{instance}-"
     found = []
+    of_vms = {each.identity: each.vm_id for each in await processes_of_vms(host, instance)}
     for identity in await host.processes(prefix):
-        if identity.mark.startswith(template_mark_prefix(instance_of(settings.state_dir))):
-            # It was to become a template; nobody misses it.
+        if identity in of_vms:
+            found.append(identity)
+        elif identity.mark.startswith((template_mark_prefix(instance), standby_mark_prefix(instance))):
+            # It was to become a template, or waited for a VM; nobody misses it.
             with suppress(ProcessGone), host.open_process(identity) as process:
                 process.kill()
-        else:
-            found.append(identity)
     if not found:
         _logger.info("no guest runs")
         return []
@@ -71,8 +73,8 @@ async def stop_guests(
     async def stop(identity: ProcessIdentity) -> None:
         async with limit:
             try:
-                await _stop(host, hypervisor, _spec(settings, identity, prefix), grace_s, identity)
-            except (HypervisorError, OSError, ValueError) as error:
+                await _stop(host, hypervisor, _spec(settings, identity, of_vms[identity]), grace_s, identity)
+            except (HypervisorError, OSError) as error:
                 _logger.error("%s: %s", identity.mark, error)
 
     async def hurry() -> None:
@@ -131,9 +133,8 @@ async def _ask(host: Host, spec: MachineSpec, grace_s: float) -> bool:
     return 200 <= answer.status < 300
 
 
-def _spec(settings: Settings, identity: ProcessIdentity, prefix: str) -> MachineSpec:
-    """As much of a machine as it takes to attach to it: its directory and its mark. :raises ValueError: no id there."""
-    vm_id = int(identity.mark.removeprefix(prefix).partition(".")[0])
+def _spec(settings: Settings, identity: ProcessIdentity, vm_id: int) -> MachineSpec:
+    """As much of a machine as it takes to attach to it: its directory and its mark."""
     places = VmSettings(
         runtime_dir=settings.runtime_dir,
         cache_dir=settings.cache_dir,

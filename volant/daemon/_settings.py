@@ -83,6 +83,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How large all templates together may be; those that were not used for the longest time go."""
     templates_max_age_s: Annotated[float, msgspec.Meta(gt=0, le=10 * 366 * 86400)] = 30 * 86400.0
     """A template that was not used for so long goes."""
+    standby: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
+    """How many processes wait, all but running, for the next VMs of each template that was used lately."""
+    standby_max_mb: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 2048
+    """How much memory the guests of all that wait may have together."""
+    standby_idle_s: Annotated[float, msgspec.Meta(gt=0, le=366 * 86400)] = 600.0
+    """A template that was not used for so long has none that wait."""
     insecure: bool = False
     """Listen on other addresses than loopback with neither an API key nor a list of networks."""
     ephemeral: bool = False

@@ -136,6 +136,8 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The disk with the guest's root filesystem."""
     template: Template | None = None
     """Go on from there; the guest then is whatever that was, its host name among it."""
+    waits: bool = False
+    """With `template`: stop before the guest's first instruction, until `Hypervisor.go_on`."""
     in_background: bool = False
     """Whether everything else on the host comes first."""
     balloon: bool = False
@@ -180,7 +182,7 @@ class FoundMachine(msgspec.Struct, frozen=True, kw_only=True):
     """What the command line of a running hypervisor tells of its machine."""
 
     name: str
-    """As its guest was told."""
+    """As its guest was told. Empty: not on its command line."""
     cpu_cores: int
     memory_mb: int
     accelerator: AcceleratorName
@@ -296,6 +298,10 @@ class Hypervisor(Protocol):
 
         Raises LaunchFailed.
         """
+
+    async def go_on(self, spec: MachineSpec) -> None:
+        """Let the guest of a machine run that waits; one that runs does so already. Its directory may have another name
+        than when it was launched. Nobody may be attached. Raises HypervisorError; the guest may run all the same."""
 
     def recognise(self, command_line: Sequence[str]) -> FoundMachine | None:
         """The machine of a command line that `launch` once made; None where it is another one."""

@@ -3,19 +3,28 @@
 from ._actor import Templates
 from ._builder import BuildDoors, TemplateFailed, Turns, template_mark_prefix
 from ._recipe import Blueprint, Recipe, Told
-from ._store import Found, Stored, TemplateStore, template_at
+from ._standby import Claim, Standby, StandbyLimits, Standbys, claim_in, standby_directory, standby_mark_prefix
+from ._store import Found, Stored, TemplateStore, template_at, template_layer
 
 __all__ = [
     "Blueprint",
     "BuildDoors",
+    "Claim",
     "Found",
     "Recipe",
+    "Standby",
+    "StandbyLimits",
+    "Standbys",
     "Stored",
     "TemplateFailed",
     "TemplateStore",
     "Templates",
     "Told",
     "Turns",
+    "claim_in",
+    "standby_directory",
+    "standby_mark_prefix",
     "template_at",
+    "template_layer",
     "template_mark_prefix",
 ]

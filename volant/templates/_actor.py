@@ -22,6 +22,7 @@ from volant.model import Problem, TemplateView, draining
 
 from ._builder import BuildDoors, TemplateFailed, build, sweep
 from ._recipe import Blueprint, Recipe
+from ._standby import Standbys
 from ._store import Stored
 from .messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
 
@@ -58,8 +59,9 @@ class Templates(Actor):
 
     mailbox = 256
 
-    def __init__(self, doors: BuildDoors, *, max_bytes: int, max_age: timedelta) -> None:
+    def __init__(self, doors: BuildDoors, standbys: Standbys, *, max_bytes: int, max_age: timedelta) -> None:
         self._doors = doors
+        self._standbys = standbys
         self._max_bytes = max_bytes
         self._max_age = max_age
         self._jobs: dict[str, _Job] = {}
@@ -75,6 +77,7 @@ class Templates(Actor):
 
     async def on_start(self) -> None:
         self.ctx.spawn(self._work, name="builder")
+        self.ctx.spawn(self._standbys.keep, name="standby")
 
     def inspect(self) -> Mapping[str, object]:
         return {
@@ -82,6 +85,7 @@ class Templates(Actor):
             "waiting": [digest for digest in self._jobs if digest != self._building],
             "built": self._built,
             "failures": {digest: failure.message for digest, failure in self._failures.items()},
+            "standby": self._standbys.statistics(),
         }
 
     @handles(Wanted)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -33,6 +34,11 @@ _logger = logging.getLogger("volant.templates")
 def template_at(directory: Path, digest: str) -> Template:
     """Where a template lies, whether or not it is there."""
     return Template(directory / digest / MEMORY, directory / digest / STATE)
+
+
+def template_layer(directory: Path, digest: str) -> Path:
+    """Where its layer lies, if it has one."""
+    return directory / digest / LAYER
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -71,6 +77,8 @@ class TemplateStore:
         self._noted: dict[str, datetime] = {}
         self.clones: dict[str, int] = {}
         """How often each was given out, since the daemon began."""
+        self.on_removed: Callable[[str], None] = lambda digest: None
+        """Told of each that goes."""
 
     # Finding
 
@@ -84,7 +92,7 @@ class TemplateStore:
             await self.remove(digest)
             return None
         self._used[digest] = self._host.wall_clock()
-        return Found(digest, self.directory / digest / LAYER if recipe.rootfs is not None else None)
+        return Found(digest, template_layer(self.directory, digest) if recipe.rootfs is not None else None)
 
     async def _damage(self, digest: str) -> str:
         """Why a template must not be used; empty: it may."""
@@ -166,6 +174,7 @@ class TemplateStore:
         """Take one away; VMs that go on from it keep what they have. Nothing there is no error. Raises OSError."""
         for known in (self._known, self._used, self._noted, self.clones):
             known.pop(digest, None)
+        self.on_removed(digest)
         directory = self.directory / digest
         if self._host.exists(directory):
             await self._host.remove_file(directory / RECORD)

@@ -178,6 +178,12 @@ class SimHost(Host):
             taken = _QEMU_KB + (0 if ram is None else ram.size // 1024)
             return ProcessMemory(rss_kb=taken, pss_kb=taken, private_kb=taken, shared_kb=0)
 
+    def working_directory(self, identity: ProcessIdentity) -> Path:
+        with self.open_process(identity) as process:
+            if process.exited:
+                raise ProcessGone(f"process {identity.pid} has ended")
+        return self._machine.qemus[identity.pid].directory
+
     def open_process(self, identity: ProcessIdentity) -> Any:
         self._check()
         process = self._machine.processes.get(identity.pid)
@@ -255,6 +261,19 @@ class SimHost(Host):
             self._files.sync_directory(path.parent)
 
         await self._call(write)
+
+    async def move_directory(self, path: Path, to: Path) -> None:
+        def move() -> None:
+            if fault("directory.does_not_move"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            if self._files.find(to) is not None and self._files.below(to):
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(to))
+            self._files.rename(path, to)
+            for qemu in self._machine.qemus.values():
+                if qemu.directory == path:
+                    qemu.directory = to
+
+        await self._call(move)
 
     async def copy_file(self, source: Path, target: Path, mode: int = 0o600) -> None:
         await self._call(lambda: self._copy(source, target))

@@ -43,7 +43,8 @@ class SimQemu:
         """Commands that it does not even answer."""
         self.memory_file = Path(_option(argv, "mem-path"))
         self._machine = machine
-        self._cwd = cwd
+        self.directory = cwd
+        """Where it works; it goes along when that gets another name."""
         self._output = output
         self._rng = Random(machine.rng.getrandbits(64))
         self._clients: list[trio.abc.Stream] = []
@@ -76,8 +77,8 @@ class SimQemu:
         if fault("qemu.hangs_at_start"):
             await trio.sleep_forever()
         control, agent = SimListener(), SimListener()
-        self._machine.files.put(self._cwd / "agent.sock", SocketName(agent))
-        self._machine.files.put(self._cwd / "qmp.sock", SocketName(control))
+        self._machine.files.put(self.directory / "agent.sock", SocketName(agent))
+        self._machine.files.put(self.directory / "qmp.sock", SocketName(control))
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._serve_control, control)
@@ -127,6 +128,8 @@ class SimQemu:
                     self._guest_stops("shutdown", "SHUTDOWN", {"guest": True, "reason": "guest-reset"})
                 elif fault("agent.restarts"):
                     self.guest.restart_agent()
+            if self.status == "paused" and not self._goes_on.is_set() and fault("standby.dies"):
+                self.process.end(-9)
             if fault("qemu.dies"):
                 self.process.end(-9 if self._rng.random() < 0.5 else 1)
             elif fault("qemu.loses_control") and self._control is not None:
@@ -152,7 +155,7 @@ class SimQemu:
 
     def say(self, line: str) -> None:
         """On the serial console."""
-        self._machine.files.append(self._cwd / "console.log", f"{line}\r\n".encode())
+        self._machine.files.append(self.directory / "console.log", f"{line}\r\n".encode())
 
     # Sockets
 
@@ -226,6 +229,8 @@ class SimQemu:
                 self.status = "paused"
                 self.guest.stand_still(True)
                 await self._tell({"event": "STOP"})
+            case "cont" if self.status in STANDS_STILL and fault("qemu.dies_as_it_goes_on"):
+                self.process.end(-9)
             case "cont" if self.status in STANDS_STILL:
                 self.status = "running"
                 self._goes_on.set()

@@ -58,6 +58,7 @@ from volant.model import (
     is_copyable,
 )
 from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
+from volant.templates import Claim, Standby, standby_directory, template_layer
 from volant.templates.messages import GiveWay, Suspect, Wanted
 
 from ._captures import CAPTURE_S
@@ -120,6 +121,8 @@ class VmActor(Actor):
         """The copy that is being made."""
         self._fresh_mark = ""
         """Of a process to come that nobody can have started yet."""
+        self._standby: Standby | None = None
+        """The process that this boot has taken over."""
 
     async def on_start(self) -> None:
         row = self._doors.store.projection.by_id(self._vm_id)
@@ -129,6 +132,7 @@ class VmActor(Actor):
         self._log = self._doors.logs.open(row.id, row.name)
         self.ctx.stack.callback(self._doors.live.pop, row.id, None)
         self.ctx.stack.callback(self._leave_gates)
+        self.ctx.stack.callback(lambda: self._doors.standbys.settle(self._vm_id, self._row.mark))
         found = await self._find(row)
         rebooted = row.process is not None and row.process.boot_id != self._doors.host.boot_id()
         try:
@@ -350,6 +354,8 @@ class VmActor(Actor):
             self.ctx.stop()
             return
         self._watch(self._row)
+        if self._row.phase is not Phase.IMAGE:
+            self._standby = self._doors.standbys.settle(self._vm_id, self._row.mark) or self._standby
         if self._row.phase in (Phase.LAUNCH, Phase.AGENT):
             (self._doors.gate if self._row.template is None else self._doors.clone_gate).take(self._vm_id)
         elif self._row.phase is not Phase.IMAGE:
@@ -466,10 +472,12 @@ class VmActor(Actor):
     async def _outcome(self, effect: Effect, row: VmRow) -> Seen:
         match effect:
             case PrepareImage():
-                image, template, origin = await prepare_boot(self._doors, row)
+                image, template, origin, standby = await prepare_boot(self._doors, row)
                 await (self._doors.gate if template is None else self._doors.clone_gate).enter(row.id)
                 socket = machine_spec(self._doors.settings, row, "tcg").console_socket_path
                 mark = self._fresh_mark = mark_of(self._doors.instance, row)
+                if standby is not None:
+                    mark = standby.mark
                 # A copy has what its origin had; what becomes a template has none, and so its clones have none.
                 if row.capture is not None:
                     balloon = row.balloon
@@ -501,27 +509,42 @@ class VmActor(Actor):
                 return Released()
 
     async def _launch(self, mark: str) -> Seen:
-        hypervisor = self._doors.hypervisor
-        # A predecessor may have been killed between the launch and its commit. Where there was none, a look through all
-        # processes would cost as much as starting one.
-        found = await self._doors.host.find(mark) if mark != self._fresh_mark else None
-        self._fresh_mark = ""
+        hypervisor, standbys, row = self._doors.hypervisor, self._doors.standbys, self._row
+        fresh, self._fresh_mark = mark == self._fresh_mark, ""
         accelerator = await hypervisor.accelerator()
-        if found is None:
-            with _deadline(
-                self._doors.settings.launch_timeout_s, "launch_timeout", "the hypervisor was not up in time"
-            ):
-                found = await self._launch_machine(machine_spec(self._doors.settings, self._row, accelerator))
+        spec = machine_spec(self._doors.settings, row, accelerator)
+        with _deadline(self._doors.settings.launch_timeout_s, "launch_timeout", "the hypervisor was not up in time"):
+            found = None
+            if self._standby is not None and self._standby.mark == mark:
+                found = self._standby.identity
+            elif not fresh:
+                # A predecessor may have been killed between the launch and its commit. Where there was none, a look
+                # through all processes would cost as much as starting one.
+                found = await self._doors.host.find(mark)
+            try:
+                if found is not None and standbys.is_one(mark):
+                    found = found if await standbys.claim(spec, Claim(row.boots, row.name, row.layer)) else None
+            except OSError as error:
+                raise StepError("launch_failed", f"a process that was to become the VM is left: {error}") from error
+            if found is None:
+                if standbys.is_one(mark) and spec.root is not None:
+                    # One that ran may have written to it.
+                    await hypervisor.make_layer(
+                        spec.root, template_layer(self._doors.settings.template_dir, row.template or "")
+                    )
+                found = await self._launch_machine(spec)
         return Launched(found, hypervisor.name, accelerator)
 
     async def _launch_machine(self, spec: MachineSpec) -> ProcessIdentity:
-        """Where memory is short, a template's build gives way."""
+        """Where memory is short, a template's build gives way, and what waits for VMs to come."""
         try:
             return await self._doors.hypervisor.launch(spec)
         except LaunchFailed as error:
             with suppress(ActorDown, AskTimeout):
-                if error.code == "memory_refused" and await self._doors.builder.ask(GiveWay(), timeout_s=_GIVE_WAY_S):
-                    return await self._doors.hypervisor.launch(spec)
+                if error.code == "memory_refused":
+                    gone = await self._doors.standbys.give_way()
+                    if await self._doors.builder.ask(GiveWay(), timeout_s=_GIVE_WAY_S) or gone:
+                        return await self._doors.hypervisor.launch(spec)
             raise
 
     async def _await_agent(self) -> Seen:
@@ -620,6 +643,8 @@ class VmActor(Actor):
         try:
             await host.remove_tree(spec.directory)
             await host.remove_tree(spec.memory_file)
+            if self._doors.standbys.is_one(mark):
+                await host.remove_tree(standby_directory(settings.runtime_dir, mark))
         except OSError as error:
             raise StepError("not_removed", f"files of the VM can't be removed: {error}") from error
 

@@ -10,7 +10,7 @@ from volant.host import Host
 from volant.hypervisor import Hypervisor
 from volant.images import BootMedia
 from volant.journal import Journal, Store, VmLogs
-from volant.templates import Templates, TemplateStore
+from volant.templates import Standbys, Templates, TemplateStore
 
 from ._captures import Captures
 from ._gate import CLONES_AT_ONCE, BootGate
@@ -56,6 +56,7 @@ class VmDoors:
     templates: TemplateStore
     builder: Ref[Templates]
     """Of templates."""
+    standbys: Standbys
     captures: Captures
     settings: VmSettings
     instance: str

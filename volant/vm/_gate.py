@@ -83,6 +83,11 @@ class BootGate:
             self._inside.add(first)
             queue.pop(first).set()
 
+    @property
+    def is_used(self) -> bool:
+        """Whether anybody has a turn."""
+        return bool(self._inside)
+
     def inspect(self, who: Who) -> dict[str, object] | None:
         """How it stands with one, ready for JSON; None: it has no turn and wants none."""
         if who in self._inside:

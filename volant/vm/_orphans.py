@@ -34,9 +34,11 @@ from volant.model import (
     VmRow,
     is_name,
 )
+from volant.templates import Claim
 
 from ._doors import VmDoors, VmSettings
-from ._steps import CUSTOM_IMAGE, machine_spec, memory_file, parse_mark, vm_directory
+from ._marks import processes_of_vms
+from ._steps import CUSTOM_IMAGE, machine_spec, memory_file, vm_directory
 
 _ATTACH_S = 15.0
 
@@ -71,17 +73,25 @@ async def find_orphans(doors: VmDoors) -> list[Orphan]:
     """All of them, by id. Looks through all processes."""
     found = []
     # The processes first: one that is launched meanwhile has its row before it is there.
-    for identity in await doors.host.processes(f"volant-{doors.instance}-"):
-        numbers = parse_mark(doors.instance, identity.mark)
-        if numbers is None or any(row.mark == identity.mark for row in doors.store.projection.rows()):
+    for identity, vm_id, boot, claim in await processes_of_vms(doors.host, doors.instance):
+        if any(row.mark == identity.mark for row in doors.store.projection.rows()):
             continue
         try:
             machine = doors.hypervisor.recognise(doors.host.command_line(identity))
         except ProcessGone:
             # Of a VM that was just stopped.
             continue
-        found.append(Orphan(identity, *numbers, machine, _obstacle(doors, numbers[0], machine)))
+        if machine is not None and claim is not None:
+            machine = _claimed(doors.settings, machine, claim)
+        found.append(Orphan(identity, vm_id, boot, machine, _obstacle(doors, vm_id, machine)))
     return sorted(found, key=lambda orphan: (orphan.vm_id, orphan.boot))
+
+
+def _claimed(settings: VmSettings, machine: FoundMachine, claim: Claim) -> FoundMachine:
+    root = machine.root
+    if root is not None:
+        root = msgspec.structs.replace(root, layer=settings.disk_dir / claim.layer / root.layer.name)
+    return msgspec.structs.replace(machine, name=claim.name, root=root)
 
 
 def _obstacle(doors: VmDoors, vm_id: int, machine: FoundMachine | None) -> str | None:

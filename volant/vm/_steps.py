@@ -18,7 +18,7 @@ from actors import ActorDown, AskTimeout
 from volant import images
 from volant.hypervisor import AcceleratorName, Disk, LaunchFailed, MachineSpec, Template
 from volant.model import Artifact, Boot, Manifest, Origin, Problem, VmRow, is_capture
-from volant.templates import Blueprint, Found, Recipe, Told, template_at
+from volant.templates import Blueprint, Found, Recipe, Standby, Told, template_at
 from volant.templates.messages import Build
 
 from ._captures import MEMORY, STATE, CaptureLost, capture_at
@@ -48,6 +48,8 @@ class Prepared(NamedTuple):
     """The digest of the template, or the name of the capture, that it goes on from."""
     origin: Origin | None = None
     """What is known now of whose copy it is."""
+    standby: Standby | None = None
+    """The process that has taken the template over, and waits."""
 
 
 async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
@@ -62,11 +64,13 @@ async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
         return await _prepare_copy(doors, row, row.capture)
     digest = await prepare_media(doors, row)
     disk = root_disk(doors.settings, row)
-    if disk is None:
-        template = await _find_template(doors, row, digest)
-    else:
-        template = await _prepare_layer(doors, row, disk, digest)
-    return Prepared(digest, None if template is None else template.digest)
+    if disk is not None:
+        return await _prepare_layer(doors, row, disk, digest)
+    found = await _find_template(doors, row, digest)
+    if found is None:
+        return Prepared(digest, None)
+    template, blueprint = found
+    return Prepared(digest, template.digest, standby=doors.standbys.take(row.id, blueprint))
 
 
 async def _prepare_copy(doors: VmDoors, row: VmRow, capture: str) -> Prepared:
@@ -129,34 +133,47 @@ async def _obtain(doors: VmDoors, artifact: Artifact) -> None:
         raise StepError(code, f"the VM can't boot from {error}") from error
 
 
-async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> Found | None:
-    """The template that the VM goes on from. The row that owns the layer was committed when the VM was created."""
+async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> Prepared:
+    """Make the layer, if it is the first boot. The row that owns it was committed when the VM was created."""
+    try:
+        # A process that was taken for an earlier try would hold it.
+        await doors.standbys.clear(row.id)
+    except OSError as error:
+        raise StepError("disk_failed", f"a process that was to become the VM is left: {error}") from error
     # What a clone that failed has left is not what anybody was told of.
     fails_first = row.fallback is not None and row.boots == 1
     if doors.host.exists(disk.layer) and not fails_first:
         # Its content is no longer what a template's memory knows of it.
-        return None
+        return Prepared(image, None)
     if row.boots and not fails_first:
         raise StepError(
             "disk_missing", f"the VM's disk {disk.layer} is gone; put it back, or delete the VM and create it anew"
         )
-    template = await _find_template(doors, row, image)
-    await _make_layer(doors, disk, None if template is None else template.layer)
-    return template
+    found = await _find_template(doors, row, image)
+    if found is None:
+        await _make_layer(doors, disk, None)
+        return Prepared(image, None)
+    template, blueprint = found
+    standby = doors.standbys.take(row.id, blueprint)
+    await _make_layer(doors, disk, template.layer, standby)
+    return Prepared(image, template.digest, standby=standby)
 
 
-async def _make_layer(doors: VmDoors, disk: Disk, like: Path | None) -> None:
+async def _make_layer(doors: VmDoors, disk: Disk, like: Path | None, standby: Standby | None = None) -> None:
     try:
         await doors.host.mkdir(disk.layer.parent)
-        await doors.hypervisor.make_layer(disk, like)
+        if standby is not None and standby.layer is not None:
+            await doors.host.put_in_place(standby.layer, disk.layer)
+        else:
+            await doors.hypervisor.make_layer(disk, like)
     except LaunchFailed as error:
         raise StepError("disk_failed", str(error)) from error
     except OSError as error:
         raise StepError("disk_failed", f"the directory of the VM's disk can't be made: {error}") from error
 
 
-async def _find_template(doors: VmDoors, row: VmRow, image: str) -> Found | None:
-    """What the VM is to go on from; None: it boots cold. :raises StepError: it must not."""
+async def _find_template(doors: VmDoors, row: VmRow, image: str) -> tuple[Found, Blueprint] | None:
+    """What the VM is to go on from, and is there; None: it boots cold. :raises StepError: it must not."""
     if row.boot == "cold" or row.fallback is not None or (row.boot == "auto" and not doors.templates.enabled):
         return None
     try:
@@ -172,7 +189,7 @@ async def _find_template(doors: VmDoors, row: VmRow, image: str) -> Found | None
         raise StepError("template_failed", f"the VM is to be a clone, and there is no template: {why}") from error
     if found is None and row.boot == "template":
         raise StepError("template_failed", "the VM is to be a clone, and its template was there and is gone again")
-    return found
+    return None if found is None else (found, blueprint)
 
 
 async def _have_built(doors: VmDoors, blueprint: Blueprint) -> None:

@@ -35,7 +35,7 @@ from volant.model import (
 )
 
 from ._doors import VmDoors
-from ._steps import parse_mark
+from ._marks import processes_of_vms
 
 _MAX_ITEMS = 10_000
 _LONG_S = 100 * 366 * 86400.0
@@ -171,11 +171,11 @@ async def _look(doors: VmDoors) -> tuple[list[_Found], frozenset[int]]:
     host = doors.host
     # The processes last: what one that was launched meanwhile has made is then not taken for nobody's.
     found = await host.run_blocking(_scan, doors)
-    numbers = [parse_mark(doors.instance, one.mark) for one in await host.processes(f"volant-{doors.instance}-")]
+    running = frozenset(each.vm_id for each in await processes_of_vms(host, doors.instance))
     found += await _templates(doors)
     logs = doors.logs.sizes()
     found += [_Found("log", str(vm_id), size, vm_id=vm_id) for vm_id, (size, _) in logs.items()]
-    return found, frozenset(vm_id for vm_id, _ in filter(None, numbers))
+    return found, running
 
 
 async def _templates(doors: VmDoors) -> list[_Found]:

@@ -16,6 +16,7 @@ from volant.hypervisor._interface import (
     AcceleratorName,
     Disk,
     FoundMachine,
+    HypervisorError,
     LaunchCode,
     LaunchFailed,
     Machine,
@@ -33,6 +34,7 @@ from ._probe import probe, qemu_version
 from ._qmp import QmpClient, QmpLost, QmpRefused
 
 LAUNCH_S = 15.0
+GO_ON_S = 5.0
 SPARE_MEMORY_MB = 192
 """What must be left on the host beside a guest's memory: QEMU itself, and under TCG its translated code."""
 
@@ -194,6 +196,24 @@ class QemuHypervisor:
             await self._await_control(spec, process)
         return identity
 
+    async def go_on(self, spec: MachineSpec) -> None:
+        failure: HypervisorError | None = None
+        try:
+            with trio.fail_after(GO_ON_S):
+                stream = await self._host.connect_unix(spec.control_path, GO_ON_S)
+                async with stream, trio.open_nursery() as nursery:
+                    try:
+                        qmp = QmpClient(stream, lambda name, data: None)
+                        await nursery.start(qmp.start)
+                        await qmp.execute("cont", timeout_s=GO_ON_S)
+                    except HypervisorError as error:
+                        failure = error
+                    nursery.cancel_scope.cancel()
+        except (OSError, trio.TooSlowError) as error:
+            raise HypervisorError(f"the machine can't be told to go on: {error or 'no answer'}") from error
+        if failure is not None:
+            raise failure
+
     def recognise(self, command_line: Sequence[str]) -> FoundMachine | None:
         return parse_argv(command_line)
 
@@ -313,7 +333,7 @@ class QemuHypervisor:
                     qmp = QmpClient(stream, migration.on_event)
                     await nursery.start(qmp.start)
                     if spec.template is not None:
-                        await migration.take_over(qmp, spec.template.state)
+                        await migration.take_over(qmp, spec.template.state, go_on=not spec.waits)
                 except QmpLost as error:
                     lost = error
                 except QmpRefused as error:

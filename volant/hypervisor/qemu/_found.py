@@ -33,7 +33,7 @@ def _parse(argv: Sequence[str]) -> FoundMachine:
     if nodes:
         root = Disk(Path(nodes["root-base-file"]["filename"]), Path(nodes["root-layer-file"]["filename"]))
     return FoundMachine(
-        name=told[HOSTNAME_PARAMETER],
+        name=told.get(HOSTNAME_PARAMETER, "") if is_clone else told[HOSTNAME_PARAMETER],
         cpu_cores=int(given["-smp"]),
         memory_mb=int(given["-m"].removesuffix("M")),
         accelerator="kvm" if given["-accel"] == "kvm" else "tcg",

@@ -60,12 +60,14 @@ class Migration:
         await qmp.execute("migrate", {"uri": f"file:{state}"})
         await self._end(qmp, timeout_s, "the machine could not be saved")
 
-    async def take_over(self, qmp: QmpClient, state: Path) -> None:
-        """Let a machine that waits go on from a state. Raises QmpRefused, QmpLost; QEMU may end by itself then."""
+    async def take_over(self, qmp: QmpClient, state: Path, *, go_on: bool = True) -> None:
+        """Let a machine that waits for a state take it over, and go on from there unless told otherwise. Raises
+        QmpRefused, QmpLost; QEMU may end by itself then."""
         await qmp.execute("migrate-set-capabilities", _CAPABILITIES)
         await qmp.execute("migrate-incoming", {"uri": f"file:{state}"})
         await self._end(qmp, TAKE_OVER_S, "the template does not fit")
-        await qmp.execute("cont")
+        if go_on:
+            await qmp.execute("cont")
 
     async def _end(self, qmp: QmpClient, timeout_s: float, failure: str) -> None:
         async def watch(scope: trio.CancelScope) -> None:

@@ -1,0 +1,269 @@
+"""A process that waits is the pool's until a row names it, and none is left that nobody owns."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from tests.templates.test_store import RECIPE, add
+from volant.host import Host
+from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.model import ProcessIdentity
+from volant.templates import Blueprint, BuildDoors, Claim, Standby, StandbyLimits, Standbys, TemplateStore
+from volant.templates._standby import Use, claim_in, wanted
+from volant.vm import BootGate
+
+
+def blueprint(memory_mb: int = 128) -> Blueprint:
+    recipe = msgspec.structs.replace(RECIPE, memory_mb=memory_mb)
+    return Blueprint(
+        recipe=recipe,
+        digest=recipe.digest,
+        plugin="base",
+        kernel=Path("/k"),
+        initramfs=Path("/i"),
+        rootfs=None,
+        accelerator="tcg",
+    )
+
+
+class Hypervisor(QemuHypervisor):
+    """Instead of a machine, a process that sleeps."""
+
+    refuses = False
+    hangs = False
+    running: list[MachineSpec]
+
+    async def launch(self, spec: MachineSpec) -> ProcessIdentity:
+        if self.refuses:
+            raise LaunchFailed("template_refused", "it does not fit")
+        assert spec.waits
+        await self._host.mkdir(spec.directory)
+        argv = ["/bin/sh", "-c", "sleep 1000 & wait", spec.mark]
+        return await self._host.spawn(argv, mark=spec.mark, env={}, cwd=spec.directory, stdout_path=spec.log_path)
+
+    async def go_on(self, spec: MachineSpec) -> None:
+        if self.hangs:
+            raise HypervisorError("it does not answer")
+        assert spec.log_path.exists()
+        self.running.append(spec)
+
+
+@dataclass
+class Row:
+    """As much of a VM's row as the pool asks for."""
+
+    mark: str
+
+
+@dataclass
+class Rows:
+    """A projection."""
+
+    drain: object = None
+    marks: list[str] = field(default_factory=list)
+
+    def rows(self) -> list[Row]:
+        return [Row(mark) for mark in self.marks]
+
+
+class Pool:
+    """A pool under test, and the world around it."""
+
+    def __init__(self, path: Path, limits: StandbyLimits) -> None:
+        self.host = Host()
+        self.path = path
+        self.rows: Any = Rows()
+        self.hypervisor = Hypervisor(self.host, path / "c", accelerator="tcg")
+        self.hypervisor.running = []
+        self.quiet = True
+        self.doors = BuildDoors(
+            host=self.host,
+            hypervisor=self.hypervisor,
+            store=TemplateStore(self.host, path / "templates"),
+            turns=BootGate(1),
+            projection=self.rows,
+            instance=self.host.new_id()[:10],
+            runtime_dir=path / "r",
+            memory_dir=path / "mem",
+        )
+        self.standbys = Standbys(self.doors, limits, quiet=lambda: self.quiet)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        with trio.fail_after(20):
+            while not holds():  # noqa: ASYNC110
+                await trio.sleep(0.01)
+
+    async def looked(self) -> None:
+        """Return once it has looked, long enough after the last claim, whether one may be started."""
+        asked, ask = trio.Event(), self.standbys.quiet
+
+        def quiet() -> bool:
+            asked.set()
+            return ask()
+
+        self.standbys.quiet = quiet
+        try:
+            with trio.fail_after(20):
+                await asked.wait()
+        finally:
+            self.standbys.quiet = ask
+
+    async def filled(self, count: int = 1) -> None:
+        await self.until(lambda: len(self.standbys.marks) == count)
+
+    async def take(self, vm_id: int, of: Blueprint) -> Standby:
+        standby = self.standbys.take(vm_id, of)
+        assert standby is not None
+        return standby
+
+    async def processes(self) -> set[str]:
+        return {each.mark for each in await self.host.processes(f"volant-{self.doors.instance}-")}
+
+    def spec(self, standby: Standby, vm_id: int) -> MachineSpec:
+        directory = self.doors.runtime_dir / "vms" / str(vm_id)
+        spec = self.standbys._spec(blueprint(), standby.mark)
+        return msgspec.structs.replace(spec, vm_id=vm_id, name="vm", directory=directory, waits=False)
+
+
+@asynccontextmanager
+async def standing(path: Path, limits: StandbyLimits | None = None) -> AsyncIterator[Pool]:
+    """A pool that has a template."""
+    pool = Pool(path, limits or StandbyLimits(each=1))
+    await add(pool.doors.store, RECIPE)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.standbys.keep)
+            yield pool
+            nursery.cancel_scope.cancel()
+        left = await pool.processes()
+        assert left == set(pool.rows.marks), "a pool that stops leaves what rows name and nothing else"
+    finally:
+        for identity in await pool.host.processes(f"volant-{pool.doors.instance}-"):
+            with pool.host.open_process(identity) as process:
+                process.kill()
+                await process.wait()
+
+
+def test_the_newest_use_comes_first_as_far_as_the_memory_goes() -> None:
+    small, large = blueprint(128), blueprint(512)
+    uses = {"a": Use(small, 10.0), "b": Use(large, 20.0), "c": Use(small, 5.0)}
+    assert wanted(uses, 21.0, StandbyLimits(each=2, max_mb=1200)) == {"b": 2, "a": 1}
+    assert wanted(uses, 21.0, StandbyLimits(each=1, max_mb=1200)) == {"b": 1, "a": 1, "c": 1}
+    assert wanted(uses, 21.0, StandbyLimits(each=2, max_mb=300)) == {"a": 2}
+    assert wanted(uses, 21.0, StandbyLimits(each=0)) == {}
+    assert wanted(uses, 106.0, StandbyLimits(each=1, idle_s=100.0)) == {"b": 1, "a": 1}
+
+
+async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: Path) -> None:
+    async with standing(tmp_path) as pool:
+        assert pool.standbys.take(7, blueprint()) is None
+        await pool.filled()
+        standby = await pool.take(7, blueprint())
+        # The row names it, and from then on it is the row's.
+        pool.rows.marks.append(standby.mark)
+        assert pool.standbys.settle(7, standby.mark) == standby
+        spec = pool.spec(standby, 7)
+        for _ in range(2):
+            assert await pool.standbys.claim(spec, Claim(3, "vm", ""))
+        assert pool.hypervisor.running == [spec, spec]
+        assert pool.host.working_directory(standby.identity) == spec.directory
+        assert await claim_in(pool.host, spec.directory) == Claim(3, "vm", "")
+        await pool.filled()
+        assert pool.standbys.marks != {standby.mark}
+
+
+async def test_what_was_taken_and_not_claimed_is_ended(tmp_path: Path) -> None:
+    async with standing(tmp_path, StandbyLimits(each=2)) as pool:
+        pool.standbys.take(1, blueprint())
+        await pool.filled(2)
+        one, two = await pool.take(1, blueprint()), await pool.take(2, blueprint())
+        pool.quiet = False
+        assert pool.standbys.settle(1, "volant-another-1.1") is None
+        await pool.standbys.clear(2)
+        assert two.mark not in await pool.processes()
+        await pool.until(lambda: not pool.host.exists(pool.doors.runtime_dir / "standby" / one.mark.rpartition(".")[2]))
+        assert await pool.processes() == set()
+
+
+async def test_a_claim_that_fails_leaves_nothing_of_it(tmp_path: Path) -> None:
+    async with standing(tmp_path) as pool:
+        pool.standbys.take(1, blueprint())
+        await pool.filled()
+        pool.hypervisor.hangs = True
+        standby = await pool.take(1, blueprint())
+        pool.quiet = False
+        assert not await pool.standbys.claim(pool.spec(standby, 1), Claim(1, "vm", ""))
+        assert await pool.processes() == set()
+        assert (pool.standbys.figures.claimed, pool.standbys.figures.failed_claims) == (0, 1)
+
+
+async def test_none_is_started_beside_a_boot_in_a_drain_or_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with standing(tmp_path) as pool:
+        pool.quiet = False
+        pool.standbys.take(1, blueprint())
+        await pool.looked()
+        pool.quiet, pool.rows.drain = True, "drains"
+        pool.standbys.take(1, blueprint())
+        await pool.looked()
+        assert not await pool.processes()
+        pool.rows.drain = None
+        pool.standbys.take(1, blueprint())
+        await pool.filled()
+        # What waits gives way to what is there already.
+        monkeypatch.setattr(Host, "memory_available_mb", lambda self: 100)
+        pool.standbys._wake.set()
+        await pool.filled(0)
+        await pool.until(lambda: not list((pool.doors.runtime_dir / "standby").iterdir()))
+
+
+async def test_they_go_with_their_template_with_the_time_and_when_they_die(tmp_path: Path) -> None:
+    async with standing(tmp_path, StandbyLimits(each=1, idle_s=3.0)) as pool:
+        pool.standbys.take(1, blueprint())
+        await pool.filled()
+        await pool.filled(0)
+        pool.standbys.take(1, blueprint())
+        await pool.filled()
+        await pool.doors.store.remove(blueprint().digest)
+        assert not pool.standbys.marks
+        pool.standbys.take(1, blueprint())
+        await pool.filled()
+        (mark,) = pool.standbys.marks
+        found = await pool.host.find(mark)
+        assert found is not None
+        with pool.host.open_process(found) as process:
+            process.kill()
+        await pool.filled(0)
+        assert pool.standbys.figures.died == 1
+
+
+async def test_the_next_daemon_ends_those_that_wait_and_no_other(tmp_path: Path) -> None:
+    async with standing(tmp_path, StandbyLimits(each=3)) as pool:
+        pool.standbys.take(1, blueprint())
+        await pool.filled(3)
+        named, moved, waits = [await pool.take(vm_id, blueprint()) for vm_id in (1, 2, 3)]
+        pool.quiet = False
+        # One was just given to a VM, and the row of another one was lost.
+        pool.rows.marks.append(named.mark)
+        assert await pool.standbys.claim(pool.spec(moved, 2), Claim(1, "vm", ""))
+        stray = tmp_path / "standby" / "0123.qcow2"
+        stray.parent.mkdir()
+        stray.touch()
+        after = Standbys(pool.doors, StandbyLimits(), quiet=lambda: True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(after.keep)
+            await pool.until(lambda: not stray.exists())
+            nursery.cancel_scope.cancel()
+        assert await pool.processes() == {named.mark, moved.mark}
+        assert waits.mark not in await pool.processes()
+        pool.rows.marks.append(moved.mark)
