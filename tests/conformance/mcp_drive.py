@@ -39,7 +39,9 @@ async def main(url: str, name: str) -> None:
 
         tools = await session.list_tools()
         created = await call("vms_create", name=name, cpu_cores=1, memory_mb=128, timeout_s=120)
-        ran = await call("vms_exec", vm=name, command=["sh", "-c", "echo out; echo err >&2; exit 3"])
+        ran = await call(
+            "vms_exec", vm=name, command=["sh", "-c", "echo said >/dev/console; echo out; echo err >&2; exit 3"]
+        )
         await call("vms_write_file", vm=name, path="/tmp/note", content="grüße\n")
         read_back = await call("vms_read_file", vm=name, path="/tmp/note")
         long = await call("vms_exec", vm=name, command=["seq", "100000"])

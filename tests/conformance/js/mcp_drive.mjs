@@ -3,7 +3,7 @@ export async function drive(client, name, call, version) {
   const { tools } = await client.listTools();
   const progress = [];
   const created = await call("vms_create", { name, cpu_cores: 1, memory_mb: 128, timeout_s: 120 }, progress);
-  const ran = await call("vms_exec", { vm: name, command: ["sh", "-c", "echo out; echo err >&2; exit 3"] });
+  const ran = await call("vms_exec", { vm: name, command: ["sh", "-c", "echo said >/dev/console; echo out; echo err >&2; exit 3"] });
   await call("vms_write_file", { vm: name, path: "/tmp/note", content: "grüße\n" });
   const read = await call("vms_read_file", { vm: name, path: "/tmp/note" });
   const long = await call("vms_exec", { vm: name, command: ["seq", "100000"] });
