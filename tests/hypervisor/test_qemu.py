@@ -374,8 +374,8 @@ async def test_the_machines_of_both_accelerators_are_some_that_qemu_makes(
 ) -> None:
     """Its devices on TCG, as KVM may not be there; Linux on it would need a TSC that TCG has not."""
 
-    def on_tcg(spec: MachineSpec, version: tuple[int, int], program: str) -> list[str]:
-        argv = build_argv(msgspec.structs.replace(spec, accelerator=accelerator), version, program)
+    def on_tcg(spec: MachineSpec, version: tuple[int, int], program: str, *, machine: str | None = None) -> list[str]:
+        argv = build_argv(msgspec.structs.replace(spec, accelerator=accelerator), version, program, machine=machine)
         argv[argv.index("-accel") + 1] = "tcg"
         argv[argv.index("-cpu") + 1] = "max"
         return argv
