@@ -13,8 +13,9 @@ import trio
 
 from tests.hypervisor.kit import POWEROFF, tiny_spec
 from volant.host import Host
-from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec, Template
+from volant.hypervisor import HypervisorError, LaunchFailed, Machine, MachineSpec, Template
 from volant.hypervisor.qemu import QemuHypervisor
+from volant.hypervisor.qemu._machine import QemuMachine
 from volant.model import EndKind
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed")
@@ -110,8 +111,19 @@ async def test_a_machine_whose_agent_somebody_talks_to_is_not_saved(
         identity = await qemu.launch(spec)
         async with qemu.attach(spec, identity) as machine:
             async with await host.connect_unix(spec.agent_path, 5):
+                await until_qemu_has_noticed(machine)
                 with pytest.raises(HypervisorError, match="agent's port"):
                     await machine.save(tmp_path / "state")
                 assert await machine.status() == "running"
             await machine.save(tmp_path / "state")
             await machine.quit()
+
+
+async def until_qemu_has_noticed(machine: Machine) -> None:
+    """That somebody has connected to the agent's port: the kernel takes connections before QEMU does."""
+    assert isinstance(machine, QemuMachine)
+    while any(  # noqa: ASYNC110 - QEMU has no event for it, and the caller has a deadline
+        each["label"] == "agent" and each["filename"].startswith("disconnected:")
+        for each in await machine._execute("query-chardev")
+    ):
+        await trio.sleep(0.01)
