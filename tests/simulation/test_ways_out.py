@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -13,6 +14,7 @@ import trio
 
 from actors.testing import Simulation, simulate
 from volant.hypervisor.qemu._machine import PULSE_ANSWER_S, PULSE_S, PULSE_TOGETHER_S, PULSES_MISSED
+from volant.journal import VmLogs
 from volant.model import MAX_RESTARTS
 from volant.testing import World, simulated_world
 
@@ -175,5 +177,35 @@ def test_one_that_hangs_for_a_moment_is_left_alone(tmp_path: Path) -> None:
             await trio.sleep(PULSE_ANSWER_S + PULSE_S)
         after = (await world.request("GET", "/api/v1/vms/demo")).json()
         assert (after["status"], after["pid"]) == ("running", vm["pid"])
+
+    live(tmp_path, story)
+
+
+def test_a_log_that_cannot_be_ended_yet_is_tried_again_and_the_vm_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in seed 2223, whose disk was full."""
+    forget, full = VmLogs.forget, True
+
+    async def forget_once_there_is_room(logs: VmLogs, vm_id: int, keep_s: float = 86400.0) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        await forget(logs, vm_id, keep_s)
+
+    monkeypatch.setattr(VmLogs, "forget", forget_once_there_is_room)
+
+    async def story(world: World) -> None:
+        nonlocal full
+        await create(world)
+        await wait_for(world, "running")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.request, "DELETE", "/api/v1/vms/demo")
+            await trio.sleep(50)
+            vm = (await world.request("GET", "/api/v1/vms/demo")).json()
+            vm = (await world.request("GET", "/api/v1/vms/demo")).json()
+            assert (vm["status"], vm["reason"]["code"]) == ("deleting", "not_removed")
+            full = False
+        await trio.sleep(60)
+        assert (await world.request("GET", "/api/v1/vms/demo")).status == 404
 
     live(tmp_path, story)

@@ -655,7 +655,10 @@ class VmActor(Actor):
                 await self._doors.host.remove_tree(layer_directory(self._doors.settings, row))
             except OSError as error:
                 raise StepError("not_removed", f"the VM's disk can't be removed: {error}") from error
-        await self._doors.logs.forget(row.id)
+        try:
+            await self._doors.logs.forget(row.id)
+        except OSError as error:
+            raise StepError("not_removed", f"the VM's log can't be ended: {error}") from error
 
     async def _console_tail(self) -> tuple[str, ...]:
         if self._process is not None:

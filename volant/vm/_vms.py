@@ -39,6 +39,7 @@ from volant.journal import (
     Once,
     RestoreRow,
     SetDrain,
+    StaleRow,
 )
 from volant.model import (
     FORK,
@@ -88,6 +89,7 @@ _logger = logging.getLogger("volant.vm")
 _ASK_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 60.0
 _SHUTDOWN_S = 10.0
+_TELL_AGAIN_S = 1.0
 _DELETE_TIMEOUT_S = 60.0
 _BUILD_TIMEOUT_S = 300.0
 _HOST_RESERVE_MB = 512
@@ -514,7 +516,8 @@ class Vms:
             raise Problem(503, "templates-down", f"who keeps the templates does not answer: {error}") from error
 
     async def gave_up(self, told: GaveUp) -> None:
-        """The supervisor has given up a VM's actor: the VM goes on, and its row says that nobody holds the reins."""
+        """The supervisor has given up a VM's actor: the VM goes on, and its row says that nobody holds the reins; once
+        the journal can keep that, as far as the supervisor waits for it."""
         row = self.doors.store.projection.get(told.name)
         if row is None:
             return
@@ -522,8 +525,14 @@ class Vms:
         reason = Reason("control_lost", f"its actor keeps failing: {str(told.reason).splitlines()[0]}")
         text = "VM %s: control is lost; `volar vms recover %s` tries again: %s"
         _logger.error(text, row.name, row.name, told.reason, extra={"vm": row.name})
-        lost = msgspec.structs.replace(row, reason=reason)
-        await self._journal(CommitSteps(row.id, row.revision, (Step(lost, reason.message),)))
+        while row is not None and row.id not in self._refs:
+            lost = msgspec.structs.replace(row, reason=reason)
+            try:
+                await self._journal(CommitSteps(row.id, row.revision, (Step(lost, reason.message),)))
+                return
+            except (Problem, StaleRow):
+                await trio.sleep(_TELL_AGAIN_S)
+            row = self.doors.store.projection.by_id(row.id)
 
     async def _delete_quietly(self, name: str) -> None:
         try:
