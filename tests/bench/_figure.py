@@ -24,13 +24,18 @@ class Figure:
     @property
     def missed(self) -> bool:
         """Whether there is a target, and it is not met."""
-        if self.within is not None and self.value > self.within:
-            return True
-        if self.ratio is None:
-            return False
-        low = self.at_least if self.at_least is not None else -math.inf
-        high = self.at_most if self.at_most is not None else math.inf
-        return not low <= self.ratio <= high
+        return not all(met for _, met in self._targets())
+
+    def _targets(self) -> list[tuple[str, bool]]:
+        """Each in words, and whether it is met."""
+        found = []
+        if self.ratio is not None and self.at_most is not None:
+            found.append((f"at most {self.at_most:.2f}", self.ratio <= self.at_most))
+        if self.ratio is not None and self.at_least is not None:
+            found.append((f"at least {self.at_least:.2f}", self.ratio >= self.at_least))
+        if self.within is not None:
+            found.append((f"at most {self.within:g} {self.unit}", self.value <= self.within))
+        return found
 
     def __str__(self) -> str:
         words = []
@@ -38,11 +43,7 @@ class Figure:
             words.append(f"{self.ratio:.{_places(self.ratio)}f} of {self.to}")
         elif self.to:
             words.append(self.to)
-        for bound, name in ((self.at_most, "at most"), (self.at_least, "at least")):
-            if bound is not None:
-                words.append(f"target: {name} {bound:.2f}, {'missed' if self.missed else 'met'}")
-        if self.within is not None:
-            words.append(f"target: at most {self.within:g} {self.unit}, {'missed' if self.missed else 'met'}")
+        words += [f"target: {target}, {'met' if met else 'missed'}" for target, met in self._targets()]
         told = f" ({'; '.join(words)})" if words else ""
         return f"{self.name} {_number(self.value)} {self.unit}{told}"
 
