@@ -10,6 +10,7 @@ copies can stop between two of them.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -72,15 +73,17 @@ def copy_piece(source: int, target: int, start: int, size: int) -> int:
         try:
             # Over a large hole only once: the kernel looks at each page of it, where the room for it was taken.
             start = os.lseek(source, start, os.SEEK_DATA)
-        except OSError:
-            return size
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return size  # nothing but a hole is left
+            raise
         end = min(start + left, os.lseek(source, start, os.SEEK_HOLE))
         os.lseek(target, start, os.SEEK_SET)
         left -= end - start
         while start < end:
             sent = os.sendfile(target, source, start, end - start)
             if not sent:
-                return size
+                raise OSError(errno.EIO, "the file was cut while it was copied")
             start += sent
     return start
 
