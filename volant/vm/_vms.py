@@ -196,6 +196,7 @@ class Vms:
         check_copyable(row)
         captures = self.doors.captures
         turn = captures.enter(row, SNAPSHOT)
+        begun: Snapshot | None = None
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
             try:
                 begun = await self._journal(BeginSnapshot(row.id, request, turn.id))
@@ -203,6 +204,8 @@ class Vms:
                 captures.leave(turn)
                 raise
             captures.start_snapshot(turn, begun, partial(self._capture, row), once)
+        if begun is None:
+            raise Problem(503, "journal-slow", "the snapshot was not begun in time", vm=name, hint="try again")
         try:
             await turn.over()
         except CaptureLost as error:
