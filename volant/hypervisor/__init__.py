@@ -18,6 +18,7 @@ from ._interface import (
     Machine,
     MachineKind,
     MachineSpec,
+    Nic,
     Template,
 )
 
@@ -39,5 +40,6 @@ __all__ = [
     "Machine",
     "MachineKind",
     "MachineSpec",
+    "Nic",
     "Template",
 ]

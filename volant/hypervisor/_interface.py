@@ -70,6 +70,17 @@ class Disk(msgspec.Struct, frozen=True):
     """As `Hypervisor.make_layer` made it."""
 
 
+class Nic(msgspec.Struct, frozen=True, kw_only=True):
+    """A guest's network card, and what is behind it: a tap, a socket, or nothing at all."""
+
+    mac: str
+    """As the card has it. The guest of a copy keeps its original's until it is told who it is."""
+    tap: str | None = None
+    """A network interface of the host's that is there already, and that the hypervisor's user may open."""
+    socket: Path | None = None
+    """A Unix socket at which a process listens that speaks for the guest on the host's network (passt)."""
+
+
 class Template(msgspec.Struct, frozen=True):
     """Where a machine goes on from, instead of booting: what `Machine.save` or `Machine.capture` has left of one with
     the same spec."""
@@ -143,6 +154,8 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     balloon: bool = False
     """Whether it has the device by which the memory file shrinks as the guest frees memory. With `template` it is what
     that machine had, and nothing comes back."""
+    nic: Nic | None = None
+    """With `template` there is one exactly if that machine had one; what is behind it may be another thing."""
     vsock_cid: int | None = None
     """The guest's vsock address, where the host has vhost-vsock: then the agent is reached by it instead of the
     serial port."""
