@@ -1,0 +1,270 @@
+"""Networks of VMs: leases, names, published ports. What follows from a row follows from it alone, so that two who ask
+say the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime
+from ipaddress import AddressValueError, IPv4Address, IPv4Network
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+
+from ._problem import Problem, invalid
+from ._text import Name, Time, check_name
+
+NONE, BRIDGE, USER = "none", "bridge", "user"
+KINDS = (NONE, BRIDGE, USER)
+"""What `network` can be besides a network's name."""
+
+DEFAULT_SUBNET = IPv4Network("192.168.127.0/24")
+MAX_PORTS = 64
+"""That one VM publishes."""
+MAX_NETWORKS = 1000
+"""Named ones."""
+
+_ANY_HOST = "0.0.0.0"
+_PORT_TEXT = re.compile(r"(?:([0-9.]{7,15}):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?\Z")
+_TAP_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_INSTANCE_DIGITS, _ID_DIGITS = 8, 6
+
+PortText = Annotated[
+    str,
+    msgspec.Meta(extra_json_schema={"pattern": r"^([0-9.]{7,15}:)?[0-9]{1,5}:[0-9]{1,5}(/(tcp|udp))?$"}),
+]
+"""For the schema alone, as `parse_port` decides."""
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """The address of a VM, and what follows from its having one."""
+
+    address: str
+    prefix: int
+    gateway: str
+    mac: str
+    tap: str
+    """The name of its network device on the host, 15 characters."""
+    address6: str = ""
+    """None is given yet."""
+
+
+class PublishedPort(msgspec.Struct, frozen=True, kw_only=True):
+    """A port of the host that leads to one of a guest."""
+
+    host: str
+    """An IPv4 address of the host; 0.0.0.0: all of them."""
+    host_port: int
+    guest_port: int
+    protocol: Literal["tcp", "udp"] = "tcp"
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.host_port}:{self.guest_port}/{self.protocol}"
+
+    def meets(self, other: PublishedPort) -> bool:
+        """Whether the host can't have both."""
+        return (self.host_port, self.protocol) == (other.host_port, other.protocol) and (
+            self.host == other.host or _ANY_HOST in (self.host, other.host)
+        )
+
+
+class CreateNetwork(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """The body of `POST /api/v1/networks`."""
+
+    name: Name
+
+
+class Network(msgspec.Struct, frozen=True, kw_only=True):
+    """What must survive about a named network. Kept only by the journal."""
+
+    name: str
+    created_at: datetime
+
+
+class NetworkView(msgspec.Struct, frozen=True, kw_only=True):
+    """A named network as the API shows it."""
+
+    name: str
+    vms: Mapping[str, str]
+    """The VMs in it: address by name."""
+    created_at: Time
+
+
+class Networking(msgspec.Struct, frozen=True, kw_only=True):
+    """What the daemon gives VMs that are created."""
+
+    default: str = NONE
+    """The network of a VM that says nothing."""
+    subnet: IPv4Network = DEFAULT_SUBNET
+    instance: str = "0" * 10
+    """Ten hexadecimal digits that tell this state directory from every other one."""
+    obstacles: Mapping[str, str] = {}
+    """Why a kind of network, `bridge` or `user`, can't be had here, and what to do."""
+
+
+class Asked(NamedTuple):
+    """What network a VM is to have, and why."""
+
+    network: str
+    reason: str
+
+
+def kind_of(network: str) -> str:
+    """`none`, `bridge` or `user`: what is behind a VM's card. A named network is on the bridge."""
+    return network if network in KINDS else BRIDGE
+
+
+def is_named(network: str) -> bool:
+    """Whether `network` is the name of one, and no kind."""
+    return network not in KINDS
+
+
+def asked_network(network: str | None, default: str) -> Asked:
+    """The network of a VM that is created with `network`."""
+    if network is None:
+        return Asked(default, "the daemon's setting `network`")
+    return Asked(network, "asked for when it was created")
+
+
+def new_network(request: CreateNetwork, *, now: datetime) -> Network:
+    """:raises Problem: 400 it is no name, or the name of a kind."""
+    check_name(request.name, "name")
+    if not is_named(request.name):
+        raise invalid("name", f"{request.name!r} is a kind of network, and can't be the name of one")
+    return Network(name=request.name, created_at=now)
+
+
+def no_such_network(name: str, *, field: str | None = None) -> Problem:
+    """404: there is no network of that name."""
+    return Problem(
+        404,
+        "network-not-found",
+        f"there is no network named {name[:80]!r}",
+        field=field,
+        hint="`volar networks ls` shows what there is, `volar networks create` makes one",
+    )
+
+
+def parse_subnet(text: str) -> IPv4Network:
+    """The subnet of guests, from /8 to /30. :raises ValueError: with what is wrong."""
+    try:
+        subnet = IPv4Network(text)
+    except ValueError as error:
+        raise ValueError(
+            f"subnet {text[:40]!r} is no IPv4 subnet ({error}): write for instance {DEFAULT_SUBNET}"
+        ) from None
+    if not 8 <= subnet.prefixlen <= 30:
+        raise ValueError(f"subnet {subnet} has a prefix of {subnet.prefixlen} bits, from 8 to 30 are possible")
+    if not subnet.is_private or subnet.is_loopback or subnet.is_link_local or subnet.is_reserved:
+        raise ValueError(f"subnet {subnet} is not one for private use: write for instance {DEFAULT_SUBNET}")
+    return subnet
+
+
+def gateway_of(subnet: IPv4Network) -> IPv4Address:
+    """The address of the host's end: the first one."""
+    return subnet.network_address + 1
+
+
+def capacity_of(subnet: IPv4Network) -> int:
+    """How many guests it carries: without its own, the gateway's and the broadcast's address."""
+    return subnet.num_addresses - 3
+
+
+def allocate(subnet: IPv4Network, taken: Collection[str], *, instance: str, vm_id: int) -> Lease:
+    """The lowest address that nobody has.
+
+    :param taken: addresses; ask for a set where there are many
+    :raises Problem: 503 all are taken.
+    """
+    first = int(gateway_of(subnet)) + 1
+    last = int(subnet.broadcast_address) - 1
+    # One more than are taken: one of them is free.
+    for number in range(first, min(last, first + len(taken)) + 1):
+        address = str(IPv4Address(number))
+        if address not in taken:
+            return Lease(
+                address=address,
+                prefix=subnet.prefixlen,
+                gateway=str(gateway_of(subnet)),
+                mac=mac_of(instance, vm_id),
+                tap=tap_of(instance, vm_id),
+            )
+    capacity = capacity_of(subnet)
+    raise Problem(
+        503,
+        "subnet-full",
+        f"all {capacity} addresses of the subnet {subnet} are taken",
+        field="network",
+        hint="delete a VM, create this one with network `none`, or give the daemon a larger subnet (VOLANT_SUBNET)",
+    )
+
+
+def mac_of(instance: str, vm_id: int) -> str:
+    """The MAC address of a VM: two bytes of the instance, three of the id, so no two VMs of one daemon share one until
+    16 million have been created in between."""
+    octets = bytes([0x02]) + bytes.fromhex(instance[:4]) + (vm_id & 0xFFFFFF).to_bytes(3, "big")
+    return octets.hex(":")
+
+
+def tap_of(instance: str, vm_id: int) -> str:
+    """The name of a VM's tap. Exactly 15 characters, as many as Linux takes."""
+    return tap_prefix(instance) + _base36(vm_id % 36**_ID_DIGITS, _ID_DIGITS)
+
+
+def tap_prefix(instance: str) -> str:
+    """What the names of all taps of this daemon begin with, and no others: `v`, and the whole of the instance."""
+    return "v" + _base36(int(instance, 16), _INSTANCE_DIGITS)
+
+
+def _base36(number: int, digits: int) -> str:
+    text = ""
+    for _ in range(digits):
+        number, digit = divmod(number, 36)
+        text = _TAP_DIGITS[digit] + text
+    return text
+
+
+def parse_port(text: str, field: str = "ports") -> PublishedPort:
+    """`[host:]host_port:guest_port[/tcp|udp]`, on 127.0.0.1 and TCP without a word. :raises Problem: 400."""
+    match = _PORT_TEXT.match(text)
+    if match is None:
+        raise invalid(
+            field,
+            f"{field} has {text[:80]!r}, which is not [host:]host_port:guest_port[/tcp|udp]",
+            hint="write for instance 8080:80 or 0.0.0.0:5353:53/udp; the host is an IPv4 address",
+        )
+    host, host_port, guest_port, protocol = match.groups()
+    try:
+        address = IPv4Address(host or "127.0.0.1")
+    except AddressValueError:
+        raise invalid(field, f"{field} has {text[:80]!r}, and {host!r} is no IPv4 address") from None
+    if address.is_multicast or (address.is_reserved and not address.is_unspecified):
+        raise invalid(field, f"{field} has {text[:80]!r}, and {host!r} can't be an address of the host")
+    for port in (int(host_port), int(guest_port)):
+        if not 1 <= port <= 65535:
+            raise invalid(field, f"{field} has {text[:80]!r}, and {port} is no port: from 1 to 65535")
+    return PublishedPort(
+        host=str(address),
+        host_port=int(host_port),
+        guest_port=int(guest_port),
+        protocol="udp" if protocol == "udp" else "tcp",
+    )
+
+
+def parse_ports(texts: Iterable[str]) -> tuple[PublishedPort, ...]:
+    """:raises Problem: 400 one is none, there are too many, or two meet."""
+    ports: list[PublishedPort] = []
+    for text in texts:
+        port = parse_port(text)
+        for other in ports:
+            if port.meets(other):
+                raise invalid("ports", f"ports has {other} and {port}, and the host can't have both")
+        ports.append(port)
+        if len(ports) > MAX_PORTS:
+            raise invalid("ports", f"a VM publishes at most {MAX_PORTS} ports")
+    return tuple(ports)
+
+
+def hosts_of(members: Iterable[tuple[str, Lease | None]]) -> dict[str, str]:
+    """The addresses of the VMs of one network by their names: what the guests in it are told."""
+    return {name: lease.address for name, lease in sorted(members) if lease is not None}
