@@ -79,6 +79,13 @@ class Nic(msgspec.Struct, frozen=True, kw_only=True):
     """A network interface of the host's that is there already, and that the hypervisor's user may open."""
     socket: Path | None = None
     """A Unix socket at which a process listens that speaks for the guest on the host's network (passt)."""
+    address: str = ""
+    """What the guest takes in its boot, with the prefix: `192.168.127.2/24`. Empty, as in a template: none, and the
+    card stays silent. A copy is told by its agent."""
+    gateway: str = ""
+    """With an address."""
+    nameservers: tuple[str, ...] = ()
+    """With an address, whom the guest asks for names. Empty: its files are left as they are."""
 
 
 class Template(msgspec.Struct, frozen=True):
@@ -209,6 +216,7 @@ class FoundMachine(msgspec.Struct, frozen=True, kw_only=True):
     template: Path | None = None
     """The directory of that."""
     balloon: bool = False
+    nic: Nic | None = None
 
 
 class AcceleratorChoice(msgspec.Struct, frozen=True):
