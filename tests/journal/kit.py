@@ -13,7 +13,7 @@ import msgspec
 from actors import ONE_FOR_ONE, Child, Ref, Request, Supervisor, System, open_system
 from volant.host import Host
 from volant.journal import CommitSteps, CreateRow, EventCursor, EventFrame, EventLog, Journal, Retention, Store
-from volant.model import CreateVm, EventId, Phase, Status, Step, VmRow
+from volant.model import CreateVm, EventId, Networking, Phase, Status, Step, VmRow
 
 T = TypeVar("T")
 TIMEOUT_S = 10.0
@@ -97,9 +97,10 @@ async def running(
     host: Host | None = None,
     store: Store | None = None,
     retention: Retention | None = None,
+    networking: Networking | None = None,
     commit_deadline_s: float = 5.0,
 ) -> AsyncIterator[Bench]:
-    store = store or Store(host or Host(), path, retention=retention)
+    store = store or Store(host or Host(), path, retention=retention, networking=networking)
     child = Child("journal", lambda: Journal(store, commit_deadline_s=commit_deadline_s))
     async with open_system(Supervisor(ONE_FOR_ONE, intensity=5, period_s=60, children=[child])) as system:
         yield Bench(system, store, system["journal"])

@@ -244,6 +244,7 @@ async def test_an_older_database_learns_to_keep_answers(path: Path) -> None:
     connection = apsw.Connection(str(path))
     connection.execute("DROP TABLE answers")
     connection.execute("DROP TABLE snapshots")
+    connection.execute("DROP TABLE networks")
     connection.pragma("user_version", 1)
     connection.close()
     async with running(path) as bench:

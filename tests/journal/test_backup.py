@@ -19,7 +19,7 @@ from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, events_after, take
 from volant.host import Host
 from volant.journal import Backups, EventGap, Evidence, Journal, Running, Store, take_over
 from volant.journal import _backups as backups_module
-from volant.model import Problem, ProcessIdentity, Status
+from volant.model import Networking, Problem, ProcessIdentity, Status
 
 IDENTITY = ProcessIdentity(pid=4242, start_time=1, boot_id="b", mark="volant-test-1.3")
 
@@ -52,11 +52,13 @@ class Kept(Bench):
 
 
 @asynccontextmanager
-async def keeping(path: Path, host: Host | None = None, evidence: Evidence | None = None) -> AsyncIterator[Kept]:
+async def keeping(
+    path: Path, host: Host | None = None, evidence: Evidence | None = None, networking: Networking | None = None
+) -> AsyncIterator[Kept]:
     """As the daemon does it: what waits is taken over before the journal begins."""
     host = host or ClockHost()
     take_over(host, path)
-    store = Store(host, path)
+    store = Store(host, path, networking=networking)
     child = Child("journal", lambda: Journal(store))
     async with open_system(Supervisor(ONE_FOR_ONE, intensity=5, period_s=60, children=[child])) as system:
         bench = Kept(system, store, system["journal"])
@@ -431,7 +433,7 @@ async def test_a_backup_of_an_older_version_is_brought_up_to_date(path: Path, ke
         await bench.create("one")
         await bench.ask_plugin() if hasattr(bench, "ask_plugin") else None
         await bench.backup(kept)
-        _sql("DROP TABLE answers", "DROP TABLE snapshots", "PRAGMA user_version = 1")(kept)
+        _sql("DROP TABLE answers", "DROP TABLE snapshots", "DROP TABLE networks", "PRAGMA user_version = 1")(kept)
         await bench.restore(kept.read_bytes())
     async with keeping(path) as bench:
         assert [row.name for row in bench.store.projection.rows()] == ["one"]

@@ -24,10 +24,10 @@ async def writer(bench, number):
     while True:
         row = await bench.create(f"vm-{number}-{turn}")
         row = await bench.to(row, Status.STARTING, Status.RUNNING)
-        print(row.id, row.revision, flush=True)
+        print(f"{row.id} {row.revision}", flush=True)
         if turn % 3 == 0:
             await bench.delete(row)
-            print(row.id, 0, flush=True)
+            print(f"{row.id} 0", flush=True)
         turn += 1
 
 async def main():

@@ -14,6 +14,7 @@ import trio
 from volant.host import Host
 from volant.journal import DatabaseRefused, VmLogs, restore_offline
 from volant.model import Problem
+from volant.vm import instance_of
 
 from ._daemon import DaemonError, evidence_of
 from ._directories import DirectoryError, claimed, log_dir
@@ -55,9 +56,10 @@ def _readable(file: Path) -> Iterator[None]:
 async def _restore(settings: Settings, file: Path, replace: bool) -> str:
     host = Host()
     path = settings.state_dir / "volant.db"
+    instance = instance_of(settings.state_dir)
     evidence = await evidence_of(host, settings, VmLogs(host, log_dir(settings)))
     try:
-        done = await host.run_blocking(lambda: restore_offline(host, path, file, evidence, replace=replace))
+        done = await host.run_blocking(lambda: restore_offline(host, path, file, evidence, instance, replace=replace))
     except Problem as problem:
         raise DaemonError(f"{problem.detail}; {problem.hint}" if problem.hint else problem.detail) from None
     except DatabaseRefused as refused:

@@ -12,6 +12,7 @@ from ._store import Retention, Store
 from ._vmlog import LogCursor, LogEntry, LogGap, LogStatistics, LogStream, VmLog
 from ._vmlogs import VmLogs
 from .messages import (
+    AddNetwork,
     AdoptRow,
     BeginSnapshot,
     CommitSteps,
@@ -22,6 +23,7 @@ from .messages import (
     ForkRow,
     InstallPlugin,
     KeepRefusal,
+    RemoveNetwork,
     RemovePlugin,
     RemoveSnapshot,
     RestoreRow,
@@ -31,6 +33,7 @@ from .messages import (
 
 __all__ = [
     "MAX_UPLOAD_BYTES",
+    "AddNetwork",
     "AdoptRow",
     "AlreadyAnswered",
     "Answer",
@@ -65,6 +68,7 @@ __all__ = [
     "Plugin",
     "Projection",
     "Refusal",
+    "RemoveNetwork",
     "RemovePlugin",
     "RemoveSnapshot",
     "RestoreRow",

@@ -11,7 +11,7 @@ import apsw
 import msgspec
 
 from volant.host import Host
-from volant.model import Drain, Manifest, Snapshot, VmRow
+from volant.model import Drain, Manifest, Network, Snapshot, VmRow
 
 from ._answers import Kept
 from ._errors import DatabaseRefused, JournalBroken
@@ -21,12 +21,14 @@ from ._schema import BUSY_TIMEOUT_MS, open_reader, open_writer
 from ._stage import (
     AddEvent,
     DropAnswer,
+    DropNetwork,
     DropPlugin,
     DropRow,
     DropSnapshot,
     Operation,
     PutAnswer,
     PutDrain,
+    PutNetwork,
     PutPlugin,
     PutRow,
     PutSnapshot,
@@ -38,6 +40,7 @@ _decode_manifest = msgspec.json.Decoder(Manifest).decode
 _decode_kept = msgspec.json.Decoder(Kept).decode
 _decode_drain = msgspec.json.Decoder(Drain).decode
 _decode_snapshot = msgspec.json.Decoder(Snapshot).decode
+_decode_network = msgspec.json.Decoder(Network).decode
 
 _VACUUM_PAGES = 128
 """Half a megabyte: a commit waits for one bite at most."""
@@ -53,6 +56,7 @@ class Loaded(msgspec.Struct, frozen=True):
     rows: list[VmRow]
     plugins: list[Plugin]
     snapshots: list[Snapshot]
+    networks: list[Network]
     answers: list[Kept]
     drain: Drain | None
     last_vm_id: int
@@ -111,13 +115,25 @@ class Database:
                     for manifest, enabled, created_at in get("SELECT manifest, enabled, created_at FROM plugins")
                 ]
                 snapshots = [_decode_snapshot(one) for (one,) in get("SELECT snapshot FROM snapshots")]
+                networks = [_decode_network(one) for (one,) in get("SELECT network FROM networks")]
                 answers = [_decode_kept(kept) for (kept,) in get("SELECT kept FROM answers")]
                 drain = None if drained is None else _decode_drain(drained)
             except msgspec.MsgspecError as error:
                 raise DatabaseRefused(f"the database holds a row that can't be understood: {error}") from error
         oldest_seq = oldest or newest + 1
         return Loaded(
-            epoch, rows, plugins, snapshots, answers, drain, sequence or 0, oldest_seq, newest, oldest_at, untold
+            epoch,
+            rows,
+            plugins,
+            snapshots,
+            networks,
+            answers,
+            drain,
+            sequence or 0,
+            oldest_seq,
+            newest,
+            oldest_at,
+            untold,
         )
 
     def write(self, operations: Sequence[Operation]) -> None:
@@ -251,6 +267,10 @@ class Database:
                 )
             case DropSnapshot(snapshot_id):
                 execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
+            case PutNetwork(network):
+                execute("INSERT OR REPLACE INTO networks VALUES (?, ?)", (network.name, _encode(network)))
+            case DropNetwork(name):
+                execute("DELETE FROM networks WHERE name = ?", (name,))
             case PutAnswer(kept):
                 execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (kept.scope, _encode(kept)))
             case PutDrain(None):

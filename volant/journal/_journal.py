@@ -29,7 +29,7 @@ import apsw
 import trio
 
 from actors import Actor, Deferred, Request, check_fence, handles
-from volant.model import Drain, EventId, IllegalEdge, Problem, Snapshot, VmRow
+from volant.model import Drain, EventId, IllegalEdge, Network, Problem, Snapshot, VmRow
 
 from ._answers import Once
 from ._database import Database
@@ -40,6 +40,7 @@ from ._schema import damaged
 from ._stage import Stage
 from ._store import Store
 from .messages import (
+    AddNetwork,
     AdoptRow,
     BeginSnapshot,
     CommitSteps,
@@ -50,6 +51,7 @@ from .messages import (
     ForkRow,
     InstallPlugin,
     KeepRefusal,
+    RemoveNetwork,
     RemovePlugin,
     RemoveSnapshot,
     Restore,
@@ -110,6 +112,7 @@ class Journal(Actor):
         store.events.attach(loaded.epoch, loaded.oldest_seq, loaded.newest_seq, loaded.untold)
         store.projection.replace(loaded.rows, loaded.plugins, EventId(loaded.epoch, loaded.newest_seq))
         store.projection.replace_snapshots(loaded.snapshots)
+        store.projection.replace_networks(loaded.networks)
         store.projection.set_drain(loaded.drain)
         store.answers.replace(loaded.answers)
         self._last_vm_id = max(loaded.last_vm_id, store.ids_taken)
@@ -159,6 +162,14 @@ class Journal(Actor):
 
     @handles(EnablePlugin)
     async def enable(self, message: EnablePlugin) -> Deferred[Plugin]:
+        return self._enqueue(message)
+
+    @handles(AddNetwork)
+    async def add_network(self, message: AddNetwork) -> Deferred[Network]:
+        return self._enqueue(message)
+
+    @handles(RemoveNetwork)
+    async def remove_network(self, message: RemoveNetwork) -> Deferred[None]:
         return self._enqueue(message)
 
     @handles(SetDrain)
@@ -236,7 +247,8 @@ class Journal(Actor):
         store = self._store
         try:
             rows = store.projection.rows()
-            changes = merge(message.backup, rows, message.evidence.running, replace=message.replace)
+            instance = store.networking.instance
+            changes = merge(message.backup, rows, message.evidence.running, instance, replace=message.replace)
             last_vm_id = max(message.backup.last_vm_id, self._last_vm_id, message.evidence.newest_id)
             check_fence()
             decide = partial(
@@ -262,7 +274,8 @@ class Journal(Actor):
 
     async def _commit_group(self) -> None:
         store = self._store
-        stage = Stage(store.projection, store.answers, self._last_vm_id, store.host.wall_clock())
+        now = store.host.wall_clock()
+        stage = Stage(store.projection, store.answers, self._last_vm_id, now, store.networking)
         answers: list[tuple[Deferred[Any], object, Exception | None]] = []
         for _ in range(min(_GROUP, len(self._waiting))):
             message, deferred = self._waiting.popleft()
@@ -282,6 +295,7 @@ class Journal(Actor):
             self._last_vm_id = stage.last_vm_id
             store.projection.apply(stage.rows, stage.plugins, stage.last_event)
             store.projection.apply_snapshots(stage.snapshots)
+            store.projection.apply_networks(stage.networks)
             store.projection.set_drain(stage.drain)
             store.answers.apply(stage.kept.values(), stage.forgotten)
             store.events.append(stage.frames)
@@ -430,6 +444,11 @@ def _change(stage: Stage, message: Request[Any]) -> object:
             return None
         case EnablePlugin(name, enabled):
             return stage.enable(name, enabled)
+        case AddNetwork(request):
+            return stage.add_network(request)
+        case RemoveNetwork(name):
+            stage.remove_network(name)
+            return None
         case SetDrain(stop_grace_s):
             return stage.set_drain(stop_grace_s)
         case EndDrain():

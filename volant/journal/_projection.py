@@ -9,7 +9,7 @@ from types import MappingProxyType
 import msgspec
 import trio
 
-from volant.model import BASE, Drain, EventId, Manifest, Snapshot, VmRow
+from volant.model import BASE, Drain, EventId, Manifest, Network, Snapshot, VmRow
 
 
 class Plugin(msgspec.Struct, frozen=True):
@@ -28,7 +28,8 @@ BASE_PLUGIN = Plugin(BASE)
 
 
 class Projection:
-    """The committed rows, plugins and snapshots. Anybody reads it; the journal alone writes it, after each commit.
+    """The committed rows, plugins, snapshots and networks. Anybody reads it; the journal alone writes it, after each
+    commit.
 
     Between two awaits of a reader it is one consistent state, the one after `last_event`.
     """
@@ -38,6 +39,7 @@ class Projection:
         self._by_name: dict[str, VmRow] = {}
         self._plugins: dict[str, Plugin] = {BASE.name: BASE_PLUGIN}
         self._snapshots: dict[str, Snapshot] = {}
+        self._networks: dict[str, Network] = {}
         self._last_event = EventId("", 0)
         self._waiting: dict[int, trio.Event] = {}
         self._drain: Drain | None = None
@@ -57,6 +59,11 @@ class Projection:
     def snapshots(self) -> Mapping[str, Snapshot]:
         """By name, those that are being made among them. A live view."""
         return MappingProxyType(self._snapshots)
+
+    @property
+    def networks(self) -> Mapping[str, Network]:
+        """Those with a name, by it. A live view."""
+        return MappingProxyType(self._networks)
 
     @property
     def drain(self) -> Drain | None:
@@ -145,6 +152,18 @@ class Projection:
                 self._snapshots.pop(name, None)
             else:
                 self._snapshots[name] = snapshot
+
+    def replace_networks(self, networks: Iterable[Network]) -> None:
+        """Have those that were loaded."""
+        self._networks = {network.name: network for network in networks}
+
+    def apply_networks(self, networks: Mapping[str, Network | None]) -> None:
+        """Take over what a commit changed of networks; None stands for what it removed."""
+        for name, network in networks.items():
+            if network is None:
+                self._networks.pop(name, None)
+            else:
+                self._networks[name] = network
 
     def set_drain(self, drain: Drain | None) -> None:
         """Whether VMs may start."""

@@ -27,7 +27,19 @@ import apsw
 import msgspec
 
 from volant.host import Host
-from volant.model import Desired, Drain, EventId, Phase, Problem, ProcessIdentity, Snapshot, Status, VmRow, event_for
+from volant.model import (
+    Desired,
+    Drain,
+    EventId,
+    Phase,
+    Problem,
+    ProcessIdentity,
+    Snapshot,
+    Status,
+    VmRow,
+    event_for,
+    moved,
+)
 
 from ._database import Database, Loaded
 from ._errors import DatabaseRefused
@@ -152,9 +164,13 @@ def examine(host: Host, path: Path) -> Loaded:
     return loaded
 
 
-def merge(backup: Loaded, present: Sequence[VmRow], running: Mapping[int, Running], *, replace: bool) -> list[Change]:
-    """Which rows of a backup must not become what they were: what is known now of a VM is truer.
+def merge(
+    backup: Loaded, present: Sequence[VmRow], running: Mapping[int, Running], instance: str, *, replace: bool
+) -> list[Change]:
+    """Which rows of a backup must not become what they were: what is known now of a VM is truer. Addresses stay as they
+    are: a VM has one for life, and so nobody in the backup has that of another one who is kept.
 
+    :param instance: of this daemon, which may not be the one that made the backup
     :raises Problem: 409 VMs would lose their rows, unless `replace`; 409 an id belongs to two VMs.
     """
     kept = {row.id: row for row in backup.rows}
@@ -181,7 +197,7 @@ def merge(backup: Loaded, present: Sequence[VmRow], running: Mapping[int, Runnin
     now = {row.id: row for row in present}
     changes = []
     for row in backup.rows:
-        after = now.get(row.id) or _as_it_runs(row, running.get(row.id))
+        after = now.get(row.id) or _as_it_runs(row, running.get(row.id), instance)
         if after != row:
             changes.append(Change(row, after))
     return changes
@@ -191,8 +207,10 @@ def _same(one: VmRow, other: VmRow) -> bool:
     return (one.name, one.created_at) == (other.name, other.created_at)
 
 
-def _as_it_runs(row: VmRow, running: Running | None) -> VmRow:
+def _as_it_runs(row: VmRow, running: Running | None, instance: str) -> VmRow:
     """A process of a later boot than the one in the backup is the VM: to boot another beside it would be two."""
+    if running is None and row.lease is not None:
+        return msgspec.structs.replace(row, lease=moved(row.lease, instance, row.id))
     if running is None or running.identity.mark == row.mark:
         return row
     return msgspec.structs.replace(
@@ -275,7 +293,7 @@ class Done(msgspec.Struct, frozen=True):
     """Why that could not be looked at."""
 
 
-def restore_offline(host: Host, path: Path, file: Path, evidence: Evidence, *, replace: bool) -> Done:
+def restore_offline(host: Host, path: Path, file: Path, evidence: Evidence, instance: str, *, replace: bool) -> Done:
     """Put a backup in the place of a database that no daemon uses, whatever has become of that.
 
     :raises DatabaseRefused: of `file`, see `examine`. :raises Problem: 409 see `merge`.
@@ -291,7 +309,7 @@ def restore_offline(host: Host, path: Path, file: Path, evidence: Evidence, *, r
             raise DatabaseRefused("it is empty")
         backup = examine(host, upload)
         present, refused = _present(host, path)
-        changes = merge(backup, present.rows if present else [], evidence.running, replace=replace)
+        changes = merge(backup, present.rows if present else [], evidence.running, instance, replace=replace)
         last_vm_id = max(backup.last_vm_id, present.last_vm_id if present else 0, evidence.newest_id)
         epoch = finish(
             host,

@@ -55,11 +55,17 @@ MIGRATIONS = (
         snapshot BLOB NOT NULL
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE networks (
+        name TEXT PRIMARY KEY,
+        network BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
 )
 """Entry n brings a database from version n to n + 1. Entries are never changed once released.
 
-`vms.row`, `plugins.manifest`, `events.frame`, `answers.kept` and `snapshots.snapshot` are JSON. `events.at` is seconds
-since 1970.
+`vms.row`, `plugins.manifest`, `events.frame`, `answers.kept`, `snapshots.snapshot` and `networks.network` are JSON.
+`events.at` is seconds since 1970.
 """
 
 VERSION = len(MIGRATIONS)

@@ -16,12 +16,19 @@ import msgspec
 
 from volant.model import (
     BASE,
+    BRIDGE,
+    MAX_NETWORKS,
+    NONE,
+    Asked,
+    CreateNetwork,
     CreateVm,
     Drain,
     Event,
     EventId,
     ForkVm,
     Manifest,
+    Network,
+    Networking,
     Origin,
     Problem,
     RestoreVm,
@@ -29,22 +36,30 @@ from volant.model import (
     Step,
     TakeSnapshot,
     VmRow,
+    allocate,
     check_copyable,
     check_edge,
     check_fork,
     check_manifest,
     check_name,
+    check_ports_free,
     copied_row,
     draining,
     event_for,
     fork_names,
     forked_event,
+    is_named,
+    kind_of,
     name_taken,
+    new_network,
     new_row,
     new_snapshot,
+    no_such_network,
     no_such_snapshot,
     restored_event,
     restored_row,
+    unavailable,
+    user_lease,
     waits_for,
 )
 
@@ -86,6 +101,14 @@ class DropAnswer(msgspec.Struct, frozen=True):
     scope: bytes
 
 
+class PutNetwork(msgspec.Struct, frozen=True):
+    network: Network
+
+
+class DropNetwork(msgspec.Struct, frozen=True):
+    name: str
+
+
 class PutDrain(msgspec.Struct, frozen=True):
     drain: Drain | None
 
@@ -109,22 +132,30 @@ Operation = (
     | PutDrain
     | PutSnapshot
     | DropSnapshot
+    | PutNetwork
+    | DropNetwork
 )
 
 
 class Stage:
     """A transaction that is being made up on top of a projection. A request that raises leaves nothing in it."""
 
-    def __init__(self, projection: Projection, answers: Answers, last_vm_id: int, now: datetime) -> None:
+    def __init__(
+        self, projection: Projection, answers: Answers, last_vm_id: int, now: datetime, networking: Networking
+    ) -> None:
         self._projection = projection
         self._answers = answers
         self._now = now
+        self._networking = networking
+        self._taken: set[str] | None = None
+        """Addresses on the bridge, once somebody has asked."""
         self.last_vm_id = last_vm_id
         self.last_event = projection.last_event
         self.rows: dict[int, VmRow | None] = {}
         self.plugins: dict[str, Plugin | None] = {}
         self.snapshots: dict[str, Snapshot | None] = {}
         """By name."""
+        self.networks: dict[str, Network | None] = {}
         self.drain = projection.drain
         self.frames: list[EventFrame] = []
         self.operations: list[Operation] = []
@@ -134,7 +165,7 @@ class Stage:
         self.forgotten: list[bytes] = []
 
     def create(self, request: CreateVm) -> VmRow:
-        """:raises Problem: 400, 404, 409, 503 the daemon drains."""
+        """:raises Problem: 400, 404, 409, 503 see `CreateRow`."""
         check_name(request.name, "name")
         plugin = self._existing_plugin(check_name(request.plugin, "plugin"))
         if not plugin.enabled:
@@ -145,34 +176,33 @@ class Stage:
                 field="plugin",
                 hint=f"`volar plugins enable {request.plugin}` enables it",
             )
-        return self._make(new_row(request, plugin.manifest, vm_id=self.last_vm_id + 1, now=self._now), "created")
+        row = new_row(request, plugin.manifest, vm_id=self.last_vm_id + 1, now=self._now, networking=self._networking)
+        return self._make([row], "created")[0]
 
     def restore(self, request: RestoreVm) -> VmRow:
-        """:raises Problem: 400, 404 no such snapshot, 409, 503 the daemon drains."""
+        """:raises Problem: 400, 404 no such snapshot, 409, 503 see `CreateRow`."""
         check_name(request.name, "name")
         snapshot = self._snapshot(request.from_snapshot)
         if snapshot is None:
             raise no_such_snapshot(request.from_snapshot, field="from_snapshot")
         row = restored_row(request, snapshot, vm_id=self.last_vm_id + 1, now=self._now)
-        return self._make(row, f"created from snapshot {snapshot.name}")
+        return self._make([row], f"created from snapshot {snapshot.name}")[0]
 
     def fork(self, vm_id: int, request: ForkVm, capture: str) -> tuple[VmRow, ...]:
-        """:raises Problem: 400, 404, 409, 503 the daemon drains."""
+        """:raises Problem: 400, 404, 409, 503 see `CreateRow`."""
         check_fork(request)
         vm = self._by_id(vm_id)
         if vm is None:
             raise Problem(404, "vm-not-found", "the VM is gone")
         check_copyable(vm)
         names = fork_names(request, vm.name, frozenset(row.name for row in self._rows()))
-        if self.drain is not None:
-            raise draining(self.drain, vm=names[0])
         origin = Origin("fork", vm.name, vm.id)
-        copies = tuple(
-            self._make(
-                copied_row(vm, vm_id=self.last_vm_id + 1, name=name, origin=origin, capture=capture, now=self._now),
-                f"created as a fork of VM {vm.name}",
-            )
-            for name in names
+        copies = self._make(
+            [
+                copied_row(vm, vm_id=vm_id, name=name, origin=origin, capture=capture, now=self._now)
+                for vm_id, name in enumerate(names, self.last_vm_id + 1)
+            ],
+            f"created as a fork of VM {vm.name}",
         )
         event_id = EventId(self.last_event.epoch, self.last_event.seq + 1)
         self._add_event(event_id, forked_event(vm, names, event_id=event_id, now=self._now))
@@ -220,17 +250,83 @@ class Stage:
         self.snapshots[name] = None
         self.operations.append(DropSnapshot(snapshot_id))
 
-    def _make(self, row: VmRow, message: str) -> VmRow:
-        """:raises Problem: 409 name taken, 503 the daemon drains."""
-        self._check_free(row.name)
-        if self.drain is not None:
-            raise draining(self.drain, vm=row.name)
-        row = msgspec.structs.replace(row, revision=1)
-        check_edge(None, row.status)
-        self.last_vm_id = row.id
-        self._put(row, None)
-        self._tell(None, row, message)
-        return row
+    def _make(self, rows: Sequence[VmRow], message: str) -> tuple[VmRow, ...]:
+        """Put rows of new VMs, each with its lease, all or none. :raises Problem: 404, 409, 503 see `CreateRow`."""
+        for row in rows:
+            self._check_free(row.name)
+            if self.drain is not None:
+                raise draining(self.drain, vm=row.name)
+        made = [msgspec.structs.replace(row, revision=1) for row in self._connected(rows)]
+        for row in made:
+            check_edge(None, row.status)
+            self.last_vm_id = row.id
+            self._put(row, None)
+            self._tell(None, row, message)
+        return tuple(made)
+
+    def _connected(self, rows: Sequence[VmRow]) -> list[VmRow]:
+        """The rows with their leases. :raises Problem: 404 no such network, 409 port taken, 503 it can't be had."""
+        instance, subnet = self._networking.instance, self._networking.subnet
+        connected = []
+        leased: set[str] = set()
+        for row in rows:
+            kind = kind_of(row.network)
+            if is_named(row.network) and self._network(row.network) is None:
+                raise no_such_network(row.network, field="network")
+            obstacle = self._networking.obstacles.get(kind)
+            if obstacle is not None:
+                raise unavailable(Asked(row.network, row.network_reason), obstacle, vm=row.name)
+            if row.ports:
+                check_ports_free(row.ports, ((other.name, port) for other in self._rows() for port in other.ports))
+            lease = None
+            if kind == BRIDGE:
+                taken = self._addresses()
+                lease = allocate(subnet, taken | leased if leased else taken, instance=instance, vm_id=row.id)
+                leased.add(lease.address)
+            elif kind != NONE:
+                lease = user_lease(instance, row.id)
+            connected.append(msgspec.structs.replace(row, lease=lease))
+        return connected
+
+    def add_network(self, request: CreateNetwork) -> Network:
+        """:raises Problem: 400, 409, 503 it can't be had here."""
+        network = new_network(request, now=self._now)
+        if self._network(network.name) is not None:
+            raise Problem(
+                409,
+                "network-exists",
+                f"there is a network named {network.name!r} already",
+                field="name",
+                hint="choose another name; VMs that are created with this one join it",
+            )
+        obstacle = self._networking.obstacles.get(BRIDGE)
+        if obstacle is not None:
+            raise Problem(503, "network-unavailable", f"there can't be networks with a name here: {obstacle}")
+        gone = sum(one is None for one in self.networks.values())
+        if len(self._projection.networks.keys() | self.networks.keys()) - gone >= MAX_NETWORKS:
+            raise Problem(
+                409, "too-many-networks", f"there are {MAX_NETWORKS} networks, and there can't be more",
+                hint="`volar networks rm` removes those that nobody is in",
+            )  # fmt: skip
+        self.networks[network.name] = network
+        self.operations.append(PutNetwork(network))
+        return network
+
+    def remove_network(self, name: str) -> None:
+        """:raises Problem: 404; 409 a VM is in it."""
+        if self._network(name) is None:
+            raise no_such_network(name)
+        members = sorted(row.name for row in self._rows() if row.network == name)
+        if members:
+            shown = ", ".join(members[:5]) + (", …" if len(members) > 5 else "")
+            raise Problem(
+                409,
+                "network-in-use",
+                f"{len(members)} VM{'s are' if len(members) > 1 else ' is'} in network {name!r}: {shown}",
+                hint="delete them first",
+            )
+        self.networks[name] = None
+        self.operations.append(DropNetwork(name))
 
     def adopt(self, steps: Sequence[Step]) -> VmRow:
         """:raises Problem: 409. :raises IllegalEdge: a step that can't be."""
@@ -373,6 +469,15 @@ class Stage:
         changed = [row for row in self.rows.values() if row is not None]
         return changed + [row for row in self._projection.rows() if row.id not in self.rows]
 
+    def _network(self, name: str) -> Network | None:
+        return self.networks[name] if name in self.networks else self._projection.networks.get(name)
+
+    def _addresses(self) -> set[str]:
+        """Those on the bridge that are taken."""
+        if self._taken is None:
+            self._taken = {address for row in self._rows() if (address := _on_the_bridge(row)) is not None}
+        return self._taken
+
     def _plugin(self, name: str) -> Plugin | None:
         return self.plugins[name] if name in self.plugins else self._projection.plugins.get(name)
 
@@ -390,10 +495,14 @@ class Stage:
 
     def _put(self, row: VmRow, after: int | None) -> None:
         self.rows[row.id] = self._names[row.name] = row
+        if self._taken is not None and (address := _on_the_bridge(row)) is not None:
+            self._taken.add(address)
         self.operations.append(PutRow(row, after))
 
     def _drop(self, row: VmRow) -> None:
         self.rows[row.id] = self._names[row.name] = None
+        if self._taken is not None and (address := _on_the_bridge(row)) is not None:
+            self._taken.discard(address)
         self.operations.append(DropRow(row.id, row.revision))
 
     def _snapshot(self, name: str) -> Snapshot | None:
@@ -427,3 +536,7 @@ class Stage:
         self.last_event = event_id
         self.frames.append(frame)
         self.operations.append(AddEvent(frame))
+
+
+def _on_the_bridge(row: VmRow) -> str | None:
+    return row.lease.address if row.lease is not None and row.lease.tap else None

@@ -8,6 +8,7 @@ import msgspec
 import trio
 
 from volant.host import Host
+from volant.model import Networking
 
 from ._answers import Answers
 from ._events import EventLog
@@ -29,10 +30,14 @@ class Store:
     its restarts.
     """
 
-    def __init__(self, host: Host, path: Path, *, retention: Retention | None = None) -> None:
+    def __init__(
+        self, host: Host, path: Path, *, retention: Retention | None = None, networking: Networking | None = None
+    ) -> None:
         self.host = host
         self.path = path
         self.retention = retention or Retention()
+        self.networking = networking or Networking()
+        """By which VMs that are created get their networks and leases."""
         self.projection = Projection()
         self.events = EventLog(host, path)
         self.answers = Answers()

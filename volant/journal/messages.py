@@ -13,7 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors import Request
-from volant.model import CreateVm, Drain, ForkVm, Manifest, RestoreVm, Snapshot, Step, TakeSnapshot, VmRow
+from volant.model import (
+    CreateNetwork,
+    CreateVm,
+    Drain,
+    ForkVm,
+    Manifest,
+    Network,
+    RestoreVm,
+    Snapshot,
+    Step,
+    TakeSnapshot,
+    VmRow,
+)
 
 from ._answers import Once, Refusal
 from ._database import Loaded
@@ -23,9 +35,10 @@ from ._restore import Evidence
 
 @dataclass(frozen=True, slots=True)
 class CreateRow(Request[VmRow]):
-    """Make a VM of status `pending` -> its row, with its id.
+    """Make a VM of status `pending` -> its row, with its id and its lease.
 
-    :raises Problem: 400 for the request; 404 no such plugin; 409 name taken, plugin disabled; 503 the daemon drains.
+    :raises Problem: 400 for the request; 404 no such plugin or network; 409 name or port taken, plugin disabled;
+        503 the daemon drains, no address is left, or such a network can't be had here.
     """
 
     request: CreateVm
@@ -36,8 +49,8 @@ class CreateRow(Request[VmRow]):
 class RestoreRow(Request[VmRow]):
     """Make a VM of status `pending` that is to go on from a snapshot -> its row.
 
-    :raises Problem: 400 for the request; 404 no such snapshot; 409 name taken, or it is not ready; 503 the daemon
-        drains.
+    :raises Problem: 400 for the request; 404 no such snapshot, or its network is gone; 409 name taken, or it is not
+        ready; 503 as with `CreateRow`.
     """
 
     request: RestoreVm
@@ -49,7 +62,7 @@ class ForkRow(Request[tuple[VmRow, ...]]):
     """Make the VMs that are to go on from `capture`, which will be made of another one, and tell of it -> their rows,
     all or none.
 
-    :raises Problem: 404 it is gone; 409 it is neither running nor paused, a name is taken; 503 the daemon drains.
+    :raises Problem: 404 it is gone; 409 it is neither running nor paused, a name is taken; 503 as with `CreateRow`.
     """
 
     vm_id: int
@@ -139,6 +152,22 @@ class EnablePlugin(Request[Plugin]):
     name: str
     enabled: bool
     once: Once | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AddNetwork(Request[Network]):
+    """Make a named network -> its row. :raises Problem: 400 for the name; 409 there is one of that name, or there are
+    too many; 503 it can't be had here."""
+
+    request: CreateNetwork
+    once: Once | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveNetwork(Request[None]):
+    """Take a named network away. :raises Problem: 404; 409 a VM is in it."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ NONE, BRIDGE, USER = "none", "bridge", "user"
 KINDS = (NONE, BRIDGE, USER)
 """What `network` can be besides a network's name."""
 
+USER_ADDRESS, USER_PREFIX, USER_GATEWAY = "10.0.2.15", 24, "10.0.2.2"
+"""What each VM with a network of its own process has: nobody but that process ever sees it."""
+
 DEFAULT_SUBNET = IPv4Network("192.168.127.0/24")
 MAX_PORTS = 64
 """That one VM publishes."""
@@ -44,7 +47,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     gateway: str
     mac: str
     tap: str
-    """The name of its network device on the host, 15 characters."""
+    """The name of its network device on the host, 15 characters; empty: it has none there."""
     address6: str = ""
     """None is given yet."""
 
@@ -126,6 +129,38 @@ def asked_network(network: str | None, default: str) -> Asked:
     return Asked(network, "asked for when it was created")
 
 
+def unavailable(asked: Asked, obstacle: str, *, vm: str) -> Problem:
+    """503: this host can't have what the VM is to have."""
+    return Problem(
+        503,
+        "network-unavailable",
+        f"VM {vm!r} can't have the network {asked.network!r} ({asked.reason}): {obstacle}",
+        field="network",
+        vm=vm,
+        hint="create it with network `none`, or make that possible and restart the daemon",
+    )
+
+
+def check_ports_free(ports: Iterable[PublishedPort], others: Iterable[tuple[str, PublishedPort]]) -> None:
+    """:param others: those that are published, each with the VM that has it
+
+    :raises Problem: 409 one is taken.
+    """
+    taken: dict[tuple[int, str], list[tuple[str, PublishedPort]]] = {}
+    for vm, other in others:
+        taken.setdefault((other.host_port, other.protocol), []).append((vm, other))
+    for port in ports:
+        for vm, other in taken.get((port.host_port, port.protocol), ()):
+            if port.meets(other):
+                raise Problem(
+                    409,
+                    "port-taken",
+                    f"port {port.host_port}/{port.protocol} of {port.host} leads to VM {vm!r} already",
+                    field="ports",
+                    hint="publish another port of the host, or delete that VM",
+                )
+
+
 def new_network(request: CreateNetwork, *, now: datetime) -> Network:
     """:raises Problem: 400 it is no name, or the name of a kind."""
     check_name(request.name, "name")
@@ -197,6 +232,16 @@ def allocate(subnet: IPv4Network, taken: Collection[str], *, instance: str, vm_i
         field="network",
         hint="delete a VM, create this one with network `none`, or give the daemon a larger subnet (VOLANT_SUBNET)",
     )
+
+
+def user_lease(instance: str, vm_id: int) -> Lease:
+    """What a VM with network `user` has, whatever others have."""
+    return Lease(address=USER_ADDRESS, prefix=USER_PREFIX, gateway=USER_GATEWAY, mac=mac_of(instance, vm_id), tap="")
+
+
+def moved(lease: Lease, instance: str, vm_id: int) -> Lease:
+    """The lease with the names that another daemon has for it, if that is another one."""
+    return msgspec.structs.replace(lease, mac=mac_of(instance, vm_id), tap=tap_of(instance, vm_id) if lease.tap else "")
 
 
 def mac_of(instance: str, vm_id: int) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ._manifest import Env, Manifest
+from ._network import MAX_PORTS, NONE, Lease, PortText, PublishedPort
 from ._text import PLAIN_PATTERN, Duration, Labels, Name, Time
 
 
@@ -126,6 +127,11 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     """Whether a boot may go on from a template, or must."""
     ttl: Duration | None = None
     """A duration from creation, from `1s` to `366d`; the VM is deleted then."""
+    network: Name | None = None
+    """`none`, `bridge`, `user`, or the name of a network; None: the daemon's setting."""
+    ports: Annotated[tuple[PortText, ...], msgspec.Meta(extra_json_schema={"maxItems": MAX_PORTS})] = ()
+    """Of the host that lead to the VM's, each as `[host:]host_port:guest_port[/tcp|udp]`, on 127.0.0.1 and TCP without
+    a word."""
 
 
 class BuildTemplate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -163,6 +169,14 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     layer: str = ""
     """Names its copy-on-write layer over the manifest's root filesystem, unlike any other that ever was: so neither a
     new database nor a restored one gives a VM the disk of another. Empty: it has none."""
+    network: str = NONE
+    """`none`, `bridge`, `user`, or the name of a network. It and what follows are the same for as long as there is the
+    VM."""
+    network_reason: str = "it was created before there were networks"
+    """Why it has that one."""
+    lease: Lease | None = None
+    """None: it has no card."""
+    ports: tuple[PublishedPort, ...] = ()
 
     desired: Desired = Desired.RUNNING
     generation: int = 1
@@ -209,6 +223,11 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     """Raised by the journal with each commit."""
 
     @property
+    def ip_address(self) -> str:
+        """Empty: it has none."""
+        return self.lease.address if self.lease is not None else ""
+
+    @property
     def boot_key(self) -> str:
         """Names one boot of one VM, for instance in the positions of its logs."""
         return f"{self.id}.{self.boots}"
@@ -227,6 +246,12 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None
     ip_address: str
     mac_address: str
+    network: str
+    """`none`, `bridge`, `user`, or the name of a network."""
+    network_reason: str
+    """Why it has that one."""
+    ports: tuple[str, ...]
+    """Those that are published, each as `host:host_port:guest_port/protocol`."""
     cpu_cores: int
     memory_mb: int
     kernel_cmdline: str
@@ -261,8 +286,11 @@ def view(row: VmRow) -> VmView:
         plugin=row.plugin,
         runtime=row.runtime,
         pid=row.process.pid if row.process else None,
-        ip_address="",
-        mac_address="",
+        ip_address=row.ip_address,
+        mac_address=row.lease.mac if row.lease is not None else "",
+        network=row.network,
+        network_reason=row.network_reason,
+        ports=tuple(map(str, row.ports)),
         cpu_cores=row.cpu_cores,
         memory_mb=row.memory_mb,
         kernel_cmdline=row.kernel_cmdline,

@@ -5,15 +5,19 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from ._manifest import Manifest, check_env
+from ._network import NONE, Networking, asked_network, parse_ports
 from ._problem import invalid
 from ._row import CreateVm, VmRow
 from ._text import check_labels, check_name, check_plain, parse_duration
 
 MAX_TTL_S = 366 * 86400.0
+_NO_NETWORKING = Networking()
 
 
-def new_row(request: CreateVm, manifest: Manifest, *, vm_id: int, now: datetime) -> VmRow:
-    """The row of a VM that does not exist yet, status `pending`.
+def new_row(
+    request: CreateVm, manifest: Manifest, *, vm_id: int, now: datetime, networking: Networking = _NO_NETWORKING
+) -> VmRow:
+    """The row of a VM that does not exist yet, status `pending`, and without a lease.
 
     :raises Problem: 400 that names the field.
     """
@@ -26,6 +30,14 @@ def new_row(request: CreateVm, manifest: Manifest, *, vm_id: int, now: datetime)
         )
     labels = {**manifest.labels, **request.labels}
     check_labels(labels)
+    asked = asked_network(request.network, networking.default)
+    ports = parse_ports(request.ports)
+    if ports and asked.network == NONE:
+        raise invalid(
+            "ports",
+            f"ports is {[*map(str, ports)]}, and the VM has no network ({asked.reason})",
+            hint="say `network` `bridge`, `user`, or the name of a network",
+        )
     expires_at = None
     if request.ttl is not None:
         expires_at = now + timedelta(seconds=parse_duration(request.ttl, "ttl", minimum_s=1, maximum_s=MAX_TTL_S))
@@ -45,6 +57,9 @@ def new_row(request: CreateVm, manifest: Manifest, *, vm_id: int, now: datetime)
         created_at=now,
         updated_at=now,
         expires_at=expires_at,
+        network=asked.network,
+        network_reason=asked.reason,
+        ports=ports,
         layer=f"{vm_id}-{now:%Y%m%dT%H%M%S.%f}" if manifest.boot is not None and manifest.boot.rootfs else "",
     )
 
@@ -58,5 +73,8 @@ def check_create(request: CreateVm) -> None:
     check_plain(request.kernel_cmdline, "kernel_cmdline", maximum=1024)
     check_labels(request.labels)
     check_env(request.env, "env")
+    if request.network is not None:
+        check_name(request.network, "network")
+    parse_ports(request.ports)
     if request.ttl is not None:
         parse_duration(request.ttl, "ttl", minimum_s=1, maximum_s=MAX_TTL_S)

@@ -1,0 +1,247 @@
+"""Leases in the transaction that makes the VM: different ones at once, given back with the row."""
+
+# ruff: noqa: ASYNC240 - small files of the test's own
+
+from __future__ import annotations
+
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.journal.kit import Bench, events_after, running
+from tests.journal.test_backup import keeping
+from volant.journal import AddNetwork, BeginSnapshot, FinishSnapshot, ForkRow, RemoveNetwork, RestoreRow
+from volant.model import (
+    CreateNetwork,
+    ForkVm,
+    Networking,
+    Problem,
+    RestoreVm,
+    Status,
+    TakeSnapshot,
+    VmRow,
+    mac_of,
+    tap_of,
+    view,
+)
+
+INSTANCE = "0123456789"
+BRIDGED = Networking(default="bridge", instance=INSTANCE)
+TINY = Networking(default="bridge", subnet=IPv4Network("10.0.0.0/29"), instance=INSTANCE)
+"""For five."""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "volant.db"
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    return tmp_path / "kept.db"
+
+
+async def running_vm(bench: Bench, name: str, **fields: Any) -> VmRow:
+    return await bench.to(await bench.create(name, **fields), Status.STARTING, Status.RUNNING)
+
+
+async def test_253_creates_at_once_have_253_addresses_and_the_254th_leaks_nothing(path: Path) -> None:
+    made: dict[str, VmRow] = {}
+    refused: list[Problem] = []
+
+    async def create(bench: Bench, number: int) -> None:
+        try:
+            row = await bench.create(f"vm-{number}")
+            made[row.name] = row
+        except Problem as problem:
+            refused.append(problem)
+
+    async with running(path, networking=BRIDGED) as bench:
+        async with trio.open_nursery() as nursery:
+            for number in range(254):
+                nursery.start_soon(create, bench, number)
+        addresses = {row.ip_address for row in made.values()}
+        assert addresses == {f"192.168.127.{last}" for last in range(2, 255)}
+        assert len({row.lease.tap for row in made.values() if row.lease}) == 253
+        (full,) = refused
+        assert (full.status, full.code, full.field) == (503, "subnet-full", "network")
+        assert "all 253 addresses of the subnet 192.168.127.0/24" in full.detail
+        rows = bench.store.projection.rows()
+        assert len(rows) == 253
+        # Who was refused has neither row nor event, and their name is free.
+        assert len(await events_after(bench.store.events)) == 253
+        gone = rows[100]
+        await bench.delete(gone)
+        assert (await bench.create(gone.name)).ip_address == gone.ip_address
+    async with running(path, networking=BRIDGED) as bench:
+        assert {row.ip_address for row in bench.store.projection.rows()} == addresses
+        with pytest.raises(Problem, match="all 253"):
+            await bench.create("one-more")
+
+
+async def test_a_lease_is_of_this_daemon_and_stays_what_it_is(path: Path) -> None:
+    async with running(path, networking=BRIDGED) as bench:
+        await bench.create("other")
+        row = await running_vm(bench, "demo")
+        assert row.lease is not None
+        assert (row.lease.mac, row.lease.tap) == (mac_of(INSTANCE, row.id), tap_of(INSTANCE, row.id))
+        assert (view(row).ip_address, view(row).mac_address) == ("192.168.127.3", row.lease.mac)
+        frames = await events_after(bench.store.events)
+        assert {frame.event.ip_address for frame in frames if frame.event.name == "demo"} == {"192.168.127.3"}
+    # Also when those that come have another subnet.
+    async with running(path, networking=TINY) as bench:
+        assert bench.store.projection.get("demo") == row
+        assert (await bench.create("next")).ip_address == "10.0.0.2"
+
+
+async def test_without_a_network_there_is_no_lease(path: Path) -> None:
+    async with running(path) as bench:
+        row = await bench.create("demo")
+        assert (row.network, row.lease, view(row).ip_address, view(row).mac_address) == ("none", None, "", "")
+
+
+async def test_each_vm_with_a_network_of_its_own_has_the_same_address(path: Path) -> None:
+    async with running(path, networking=TINY) as bench:
+        rows = [await bench.create(f"vm-{number}", network="user") for number in range(6)]
+        assert {row.ip_address for row in rows} == {"10.0.2.15"}
+        assert len({row.lease.mac for row in rows if row.lease}) == 6
+        assert (await bench.create("bridged")).ip_address == "10.0.0.2"
+
+
+@pytest.mark.parametrize("network", ["bridge", "user", "blue"])
+async def test_what_can_not_be_had_here_is_refused_with_the_reason(path: Path, network: str) -> None:
+    async with running(path, networking=BRIDGED) as bench:
+        await bench.ask(AddNetwork(CreateNetwork(name="blue")))
+    obstacles = {"bridge": "it needs root; run volantd as root", "user": "it needs root; run volantd as root"}
+    async with running(path, networking=Networking(obstacles=obstacles)) as bench:
+        with pytest.raises(Problem) as refused:
+            await bench.create("demo", network=network)
+        problem = refused.value
+        assert (problem.status, problem.code, problem.field) == (503, "network-unavailable", "network")
+        assert "run volantd as root" in problem.detail
+        assert "asked for" in problem.detail
+        await bench.create("demo", network="none")
+        with pytest.raises(Problem, match="run volantd as root"):
+            await bench.ask(AddNetwork(CreateNetwork(name="green")))
+
+
+async def test_a_port_of_the_host_is_published_once_also_at_once(path: Path) -> None:
+    refused: list[Problem] = []
+
+    async def create(bench: Bench, name: str, port: str) -> None:
+        try:
+            await bench.create(name, ports=(port,))
+        except Problem as problem:
+            refused.append(problem)
+
+    async with running(path, networking=BRIDGED) as bench:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(create, bench, "one", "8080:80")
+            nursery.start_soon(create, bench, "another", "0.0.0.0:8080:81")
+        (taken,) = refused
+        assert (taken.status, taken.code, taken.field) == (409, "port-taken", "ports")
+        (row,) = bench.store.projection.rows()
+        assert row.name in taken.detail
+        # Nothing of who was refused is taken.
+        assert (await bench.create("next", ports=("8080:53/udp",))).ip_address == "192.168.127.3"
+        await bench.delete(row)
+        again = await bench.create("again", ports=("8080:80",))
+        assert view(again).ports == ("127.0.0.1:8080:80/tcp",)
+
+
+async def test_copies_have_leases_of_their_own_and_no_ports(path: Path) -> None:
+    async with running(path, networking=BRIDGED) as bench:
+        await bench.ask(AddNetwork(CreateNetwork(name="blue")))
+        vm = await running_vm(bench, "demo", network="blue", ports=("8080:80",))
+        forks = await bench.ask(ForkRow(vm.id, ForkVm(count=2), "fork-a"))
+        await bench.ask(BeginSnapshot(vm.id, TakeSnapshot(name="warm"), "id-warm"))
+        await bench.ask(FinishSnapshot("warm", "id-warm", 12.5, 4096))
+        restored = await bench.ask(RestoreRow(RestoreVm(name="again", from_snapshot="warm")))
+        copies = [*forks, restored]
+        assert [row.ip_address for row in copies] == ["192.168.127.3", "192.168.127.4", "192.168.127.5"]
+        assert {(row.network, row.ports) for row in copies} == {("blue", ())}
+        assert all("demo" in row.network_reason for row in copies)
+        for row in [vm, *copies]:
+            await bench.delete(row)
+        await bench.ask(RemoveNetwork("blue"))
+        with pytest.raises(Problem) as gone:
+            await bench.ask(RestoreRow(RestoreVm(name="late", from_snapshot="warm")))
+        assert (gone.value.status, gone.value.code) == (404, "network-not-found")
+
+
+async def test_a_fork_for_which_there_are_too_few_addresses_makes_no_copy(path: Path) -> None:
+    async with running(path, networking=TINY) as bench:
+        vm = await running_vm(bench, "demo")
+        with pytest.raises(Problem) as full:
+            await bench.ask(ForkRow(vm.id, ForkVm(count=5), "fork-a"))
+        assert (full.value.status, full.value.code) == (503, "subnet-full")
+        assert [row.name for row in bench.store.projection.rows()] == ["demo"]
+        assert len(await bench.ask(ForkRow(vm.id, ForkVm(count=4), "fork-a"))) == 4
+
+
+async def test_a_named_network_is_kept_and_goes_when_nobody_is_in_it(path: Path) -> None:
+    async with running(path, networking=BRIDGED) as bench:
+        blue = await bench.ask(AddNetwork(CreateNetwork(name="blue")))
+        with pytest.raises(Problem) as twice:
+            await bench.ask(AddNetwork(CreateNetwork(name="blue")))
+        assert (twice.value.status, twice.value.code) == (409, "network-exists")
+        with pytest.raises(Problem) as unknown:
+            await bench.create("demo", network="green")
+        assert (unknown.value.status, unknown.value.code) == (404, "network-not-found")
+        row = await bench.create("demo", network="blue")
+        assert row.ip_address == "192.168.127.2"
+    async with running(path, networking=BRIDGED) as bench:
+        assert bench.store.projection.networks == {"blue": blue}
+        with pytest.raises(Problem) as used:
+            await bench.ask(RemoveNetwork("blue"))
+        assert (used.value.status, used.value.code) == (409, "network-in-use")
+        assert "demo" in used.value.detail
+        await bench.delete(row)
+        await bench.ask(RemoveNetwork("blue"))
+        with pytest.raises(Problem) as gone:
+            await bench.ask(RemoveNetwork("blue"))
+        assert gone.value.status == 404
+    async with running(path, networking=BRIDGED) as bench:
+        assert bench.store.projection.networks == {}
+
+
+async def test_a_network_can_not_go_while_somebody_joins_it(path: Path) -> None:
+    """Whoever comes first in the transaction is right, and so is what the other one is told."""
+    outcomes: list[str] = []
+
+    async def run(what: str, action: Any) -> None:
+        try:
+            await action()
+            outcomes.append(what)
+        except Problem as problem:
+            outcomes.append(problem.code)
+
+    async with running(path, networking=BRIDGED) as bench:
+        await bench.ask(AddNetwork(CreateNetwork(name="blue")))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, "removed", lambda: bench.ask(RemoveNetwork("blue")))
+            nursery.start_soon(run, "created", lambda: bench.create("demo", network="blue"))
+        assert sorted(outcomes) in (["created", "network-in-use"], ["network-not-found", "removed"])
+        assert ("blue" in bench.store.projection.networks) == (len(bench.store.projection) == 1)
+
+
+async def test_what_another_daemon_has_leased_comes_back_under_the_names_of_this_one(path: Path, kept: Path) -> None:
+    async with keeping(path, networking=BRIDGED) as bench:
+        await bench.ask(AddNetwork(CreateNetwork(name="blue")))
+        row = await bench.create("demo", network="blue", ports=("8080:80",))
+        await bench.backup(kept)
+    other = Networking(default="bridge", instance="fedcba9876")
+    elsewhere = path.with_name("elsewhere.db")
+    async with keeping(elsewhere, networking=other) as bench:
+        await bench.restore(kept.read_bytes())
+    async with keeping(elsewhere, networking=other) as bench:
+        again = bench.store.projection.get("demo")
+        assert again is not None
+        assert again.lease is not None
+        assert (again.ip_address, again.network, again.ports) == (row.ip_address, "blue", row.ports)
+        assert (again.lease.tap, again.lease.mac) == (tap_of("fedcba9876", row.id), mac_of("fedcba9876", row.id))
+        assert set(bench.store.projection.networks) == {"blue"}
+        assert (await bench.create("next")).ip_address == "192.168.127.3"

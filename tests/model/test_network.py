@@ -1,0 +1,210 @@
+"""Leases, names of taps and published ports: what follows from a row, and who can't have what."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from volant.model import (
+    MAX_PORTS,
+    CreateNetwork,
+    CreateVm,
+    Lease,
+    Manifest,
+    Networking,
+    Problem,
+    PublishedPort,
+    allocate,
+    capacity_of,
+    check_ports_free,
+    hosts_of,
+    mac_of,
+    moved,
+    new_network,
+    new_row,
+    parse_port,
+    parse_ports,
+    parse_subnet,
+    tap_of,
+    tap_prefix,
+    view,
+)
+
+from .test_decide import NOW
+
+ONE, OTHER = "0123456789", "fedcba9876"
+instances = st.from_regex(r"[0-9a-f]{10}", fullmatch=True)
+ids = st.integers(1, 2**40)
+
+
+def lease(subnet: str, *taken: str, vm_id: int = 1) -> Lease:
+    return allocate(IPv4Network(subnet), set(taken), instance=ONE, vm_id=vm_id)
+
+
+def test_the_lowest_address_that_nobody_has_is_leased() -> None:
+    assert lease("192.168.127.0/24").address == "192.168.127.2"
+    assert lease("192.168.127.0/24", "192.168.127.2", "192.168.127.4").address == "192.168.127.3"
+    given = lease("10.1.0.0/16")
+    assert (given.prefix, given.gateway) == (16, "10.1.0.1")
+
+
+@given(
+    prefix=st.integers(26, 30),
+    network=st.integers(0, 2**24 - 1),
+    order=st.lists(st.booleans(), max_size=150),
+    data=st.data(),
+)
+def test_nobody_shares_an_address_and_a_full_subnet_says_so(
+    prefix: int, network: int, order: list[bool], data: st.DataObject
+) -> None:
+    subnet = IPv4Network((int(IPv4Address("10.0.0.0")) + network, prefix), strict=False)
+    out: dict[str, int] = {}
+    for vm_id, comes in enumerate(order, 1):
+        if not comes:
+            if out:
+                del out[data.draw(st.sampled_from(sorted(out)))]
+            continue
+        if len(out) == capacity_of(subnet):
+            with pytest.raises(Problem) as full:
+                allocate(subnet, out.keys(), instance=ONE, vm_id=vm_id)
+            assert (full.value.status, full.value.code) == (503, "subnet-full")
+            assert f"all {capacity_of(subnet)} addresses of the subnet {subnet}" in full.value.detail
+            continue
+        given = allocate(subnet, out.keys(), instance=ONE, vm_id=vm_id)
+        assert given.address not in out
+        assert IPv4Address(given.address) in set(subnet.hosts()) - {IPv4Address(given.gateway)}
+        out[given.address] = vm_id
+
+
+@given(instance=instances, vm_id=ids)
+def test_the_name_of_a_tap_fits_and_tells_whose_it_is(instance: str, vm_id: int) -> None:
+    name = tap_of(instance, vm_id)
+    assert len(name) == 15
+    assert name.isalnum()
+    assert name.isascii()
+    assert name.startswith(tap_prefix(instance))
+
+
+@given(first=instances, second=instances, one=st.integers(1, 36**6), another=st.integers(1, 36**6))
+def test_no_two_taps_have_one_name(first: str, second: str, one: int, another: int) -> None:
+    assert (tap_of(first, one) == tap_of(second, another)) == ((first, one % 36**6) == (second, another % 36**6))
+
+
+@given(instance=instances, one=st.integers(1, 2**24), apart=st.integers(1, 2**24 - 1))
+def test_a_mac_is_local_unicast_and_of_one_vm(instance: str, one: int, apart: int) -> None:
+    octets = bytes.fromhex(mac_of(instance, one).replace(":", ""))
+    assert (len(octets), octets[0]) == (6, 0x02)
+    assert mac_of(instance, one) != mac_of(instance, one + apart)
+
+
+def test_a_lease_that_moves_to_another_daemon_keeps_its_address_alone() -> None:
+    before = lease("10.0.0.0/24", vm_id=7)
+    after = moved(before, OTHER, 7)
+    assert (after.address, after.gateway) == (before.address, before.gateway)
+    assert (after.tap, after.mac) == (tap_of(OTHER, 7), mac_of(OTHER, 7))
+    assert moved(before, ONE, 7) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "port"),
+    [
+        ("8080:80", PublishedPort(host="127.0.0.1", host_port=8080, guest_port=80)),
+        ("0.0.0.0:53:5353/udp", PublishedPort(host="0.0.0.0", host_port=53, guest_port=5353, protocol="udp")),
+        ("10.0.0.7:65535:1/tcp", PublishedPort(host="10.0.0.7", host_port=65535, guest_port=1)),
+    ],
+)
+def test_a_port_is_read_as_it_is_meant_and_shown_so_that_it_can_be_read(text: str, port: PublishedPort) -> None:
+    assert parse_port(text) == port
+    assert parse_port(str(port)) == port
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "80", "0:80", "80:0", "65536:80", "80:65536", "80:80/sctp", "localhost:80:80", "1.2.3:80:80",
+     "256.1.1.1:80:80", "224.0.0.1:80:80", "::1:80:80", "[::1]:80:80", " 80:80", "80:80\n", "-1:80",
+     "٨٠:80", "1:2:3:4"],
+)  # fmt: skip
+def test_what_is_no_port_is_a_400_that_shows_it(text: str) -> None:
+    with pytest.raises(Problem) as refused:
+        parse_port(text)
+    assert (refused.value.status, refused.value.field) == (400, "ports")
+    assert repr(text) in refused.value.detail
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "meet"),
+    [
+        ("8080:80", "8080:81", True),
+        ("8080:80", "0.0.0.0:8080:80", True),
+        ("8080:80", "10.0.0.1:8080:80", False),
+        ("8080:80", "8080:80/udp", False),
+        ("8080:80", "8081:80", False),
+    ],
+)
+def test_a_port_of_the_host_leads_to_one_guest(one: str, other: str, meet: bool) -> None:
+    first, second = parse_port(one), parse_port(other)
+    assert first.meets(second) == second.meets(first) == meet
+    if meet:
+        with pytest.raises(Problem, match="can't have both"):
+            parse_ports([one, other])
+        with pytest.raises(Problem) as taken:
+            check_ports_free([first], [("web", second)])
+        assert (taken.value.status, taken.value.code) == (409, "port-taken")
+        assert "'web'" in taken.value.detail
+    else:
+        assert parse_ports([one, other]) == (first, second)
+        check_ports_free([first], [("web", second)])
+
+
+def test_a_vm_publishes_a_bounded_number_of_ports() -> None:
+    parse_ports([f"{8000 + number}:80" for number in range(MAX_PORTS)])
+    with pytest.raises(Problem, match=f"at most {MAX_PORTS}"):
+        parse_ports([f"{8000 + number}:80" for number in range(MAX_PORTS + 1)])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "10.0.0.1/24", "10.0.0.0/31", "10.0.0.0/7", "10.0.0.0/33", "fd00::/64", "8.8.8.0/24", "127.0.0.0/24",
+             "169.254.0.0/16", "224.0.0.0/24", "blue"],
+)  # fmt: skip
+def test_a_subnet_that_guests_can_not_have_is_refused_with_the_text(text: str) -> None:
+    with pytest.raises(ValueError, match=r"subnet"):
+        parse_subnet(text)
+
+
+def test_a_subnet_of_thirty_bits_carries_one_guest() -> None:
+    subnet = parse_subnet("10.0.0.0/30")
+    assert capacity_of(subnet) == 1
+    assert allocate(subnet, set(), instance=ONE, vm_id=1).address == "10.0.0.2"
+
+
+@pytest.mark.parametrize("name", ["none", "bridge", "user"])
+def test_a_network_is_not_named_as_a_kind_is(name: str) -> None:
+    with pytest.raises(Problem, match="kind of network"):
+        new_network(CreateNetwork(name=name), now=NOW)
+
+
+def test_a_vm_says_which_network_it_has_and_why() -> None:
+    def made(**fields: object) -> tuple[str, str]:
+        request = CreateVm(name="demo", cpu_cores=1, memory_mb=128, **fields)  # type: ignore[arg-type] # by the test
+        networking = Networking(default="bridge")
+        shown = view(new_row(request, Manifest(name="base"), vm_id=1, now=NOW, networking=networking))
+        return shown.network, shown.network_reason
+
+    assert made() == ("bridge", "the daemon's setting `network`")
+    assert made(network="none") == ("none", "asked for when it was created")
+
+
+def test_ports_of_a_vm_without_a_network_are_refused() -> None:
+    request = CreateVm(name="demo", cpu_cores=1, memory_mb=128, ports=("8080:80",))
+    with pytest.raises(Problem) as refused:
+        new_row(request, Manifest(name="base"), vm_id=1, now=NOW)
+    assert (refused.value.status, refused.value.field) == (400, "ports")
+    assert "setting `network`" in refused.value.detail
+
+
+def test_guests_are_told_the_addresses_of_those_that_have_one() -> None:
+    one = lease("10.0.0.0/24")
+    assert hosts_of([("web", one), ("alone", None)]) == {"web": "10.0.0.2"}
