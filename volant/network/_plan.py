@@ -1,0 +1,169 @@
+"""What of networks should be on the host, from the rows alone.
+
+A VM has a tap while it has a process: from the commit of the mark that the process will carry, until its process is
+being ended. So whoever derives the plan after a crash, of the actor, the daemon or the host, derives the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from ipaddress import IPv4Interface, IPv4Network
+
+import msgspec
+
+from volant.model import Phase, PublishedPort, VmRow, gateway_of, is_named, tap_prefix
+
+from ._door import Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
+
+_NAME_BYTES = 15
+"""Of a network interface."""
+_TAP = "tun"
+_EVERYTHING_BITS = 8
+"""A route this wide or wider is a way out into the world, whatever it is called, and nobody's subnet."""
+
+
+class NetworkSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator has said, and what tells this daemon from every other one."""
+
+    instance: str
+    """Ten hexadecimal digits that tell this state directory from every other one."""
+    subnet: IPv4Network
+    bridge: str = ""
+    """The name of the bridge; empty: one that carries the instance."""
+    owner: int = 0
+    """The id of the user that hypervisors run as."""
+
+    @property
+    def bridge_name(self) -> str:
+        # Shorter than a tap's name, hence never one.
+        return self.bridge or f"{tap_prefix(self.instance)}br"
+
+    @property
+    def bridge_mac(self) -> str:
+        """The whole instance is in it: by this a bridge is known to be ours, whatever its name."""
+        return (b"\x06" + bytes.fromhex(self.instance)).hex(":")
+
+    @property
+    def table(self) -> str:
+        """The name of both firewall tables."""
+        return f"volant-{self.instance}"
+
+
+class Tap(msgspec.Struct, frozen=True, kw_only=True):
+    """A VM on the bridge."""
+
+    vm_id: int
+    name: str
+    mac: str
+    address: str
+    network: str
+    """Whose other members it reaches; empty: nobody's."""
+    ports: tuple[PublishedPort, ...]
+
+
+class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """All that should be there, once there is anything at all."""
+
+    settings: NetworkSettings
+    gateways: tuple[IPv4Interface, ...]
+    """The bridge's addresses: that of the subnet, and those of VMs that were created when it was another one."""
+    taps: tuple[Tap, ...]
+    """By the ids of their VMs."""
+
+    @property
+    def localnet(self) -> bool:
+        """Whether a port is published where the host itself reaches it by a loopback address."""
+        return any(port.host.startswith(("127.", "0.0.0.0")) for tap in self.taps for port in tap.ports)
+
+
+def has_tap(row: VmRow) -> bool:
+    """Whether a VM has, or is about to have, a process with a card on the bridge."""
+    return row.lease is not None and bool(row.lease.tap and row.mark) and row.phase not in (Phase.KILL, Phase.REMOVE)
+
+
+def plan_of(settings: NetworkSettings, rows: Iterable[VmRow]) -> NetworkPlan:
+    """What should be there."""
+    gateways = {IPv4Interface((gateway_of(settings.subnet), settings.subnet.prefixlen))}
+    taps = []
+    for row in sorted(filter(has_tap, rows), key=lambda row: row.id):
+        lease = row.lease
+        assert lease is not None
+        gateways.add(IPv4Interface(f"{lease.gateway}/{lease.prefix}"))
+        taps.append(
+            Tap(
+                vm_id=row.id,
+                name=lease.tap,
+                mac=lease.mac,
+                address=lease.address,
+                network=row.network if is_named(row.network) else "",
+                ports=row.ports,
+            )
+        )
+    return NetworkPlan(settings=settings, gateways=tuple(sorted(gateways)), taps=tuple(taps))
+
+
+def is_ours(settings: NetworkSettings, link: Link) -> bool:
+    """Whether we have made a link, under these settings or others."""
+    if link.kind == _TAP:
+        return len(link.name) == _NAME_BYTES and link.name.startswith(tap_prefix(settings.instance))
+    return link.kind == "bridge" and link.mac == settings.bridge_mac
+
+
+def steps_to(plan: NetworkPlan, links: Collection[Link]) -> list[Step]:
+    """What is to be done where `links` are all that there are. A tap that nobody should have and a process has open is
+    left, as that process may be a VM's that is found again.
+
+    :raises NetworkFailed: the bridge's name is somebody else's.
+    """
+    settings = plan.settings
+    check_bridge(settings, links)
+    wanted = {settings.bridge_name, *(tap.name for tap in plan.taps)}
+    stale = [link for link in links if is_ours(settings, link) and link.name not in wanted and not link.in_use]
+    return [
+        make_bridge(plan),
+        *(make_tap(plan, tap) for tap in plan.taps),
+        *(RemoveLink(name=link.name) for link in stale),
+        SetLocalnet(bridge=settings.bridge_name, on=plan.localnet),
+    ]
+
+
+def make_bridge(plan: NetworkPlan) -> MakeBridge:
+    """The step that makes the bridge as it should be."""
+    return MakeBridge(
+        name=plan.settings.bridge_name,
+        mac=plan.settings.bridge_mac,
+        addresses=tuple(str(gateway) for gateway in plan.gateways),
+    )
+
+
+def make_tap(plan: NetworkPlan, tap: Tap) -> MakeTap:
+    """The step that makes a VM's tap as it should be."""
+    return MakeTap(name=tap.name, bridge=plan.settings.bridge_name, owner=plan.settings.owner)
+
+
+def check_bridge(settings: NetworkSettings, links: Iterable[Link]) -> None:
+    """:raises NetworkFailed: there is a link of the bridge's name, and it is not ours."""
+    for link in links:
+        if link.name == settings.bridge_name and not is_ours(settings, link):
+            raise NetworkFailed(
+                "bridge_taken",
+                f"there is a network interface {link.name} that this daemon has not made; give the bridge another "
+                "name (VOLANT_BRIDGE), or remove that one",
+            )
+
+
+def check_subnets(plan: NetworkPlan, routes: Sequence[Route]) -> None:
+    """:raises NetworkFailed: the host has another way to an address of ours."""
+    for route in routes:
+        if route.device == plan.settings.bridge_name:
+            continue
+        destination = IPv4Network(route.destination)
+        if destination.prefixlen < _EVERYTHING_BITS:
+            continue
+        for gateway in plan.gateways:
+            if gateway.network.overlaps(destination):
+                raise NetworkFailed(
+                    "subnet_in_use",
+                    f"the subnet {gateway.network} is in use on this host: it has the route {route}; give the daemon "
+                    "another one (VOLANT_SUBNET), such as 10.87.0.0/24, or remove that route",
+                )
