@@ -173,7 +173,7 @@ async def test_a_foreign_page_gets_nothing(served: Api) -> None:
 async def test_tools_say_what_they_take_and_give_and_how_they_behave(served: Api) -> None:
     tools = {tool["name"]: tool for tool in (await rpc(served, "tools/list", {}))["result"]["tools"]}
     for tool in tools.values():
-        assert re.fullmatch(r"(vms|plugins|snapshots)_[a-z_]+", tool["name"])
+        assert re.fullmatch(r"(vms|plugins|snapshots|networks)_[a-z_]+", tool["name"])
         assert len(tool["description"]) > 60
         assert tool["inputSchema"]["type"] == tool["outputSchema"]["type"] == "object"
         assert tool["inputSchema"]["additionalProperties"] is False
@@ -182,11 +182,12 @@ async def test_tools_say_what_they_take_and_give_and_how_they_behave(served: Api
     read_only = {name for name, hint in hints.items() if hint["readOnlyHint"]}
     assert read_only == {
         "vms_list", "vms_get", "vms_memory", "vms_read_file", "vms_logs", "vms_events", "plugins_list",
-        "snapshots_list",
+        "snapshots_list", "networks_list",
     }  # fmt: skip
     destructive = {name for name, hint in hints.items() if hint["destructiveHint"]}
     assert destructive == {
         "vms_stop", "vms_restart", "vms_delete", "vms_exec", "vms_write_file", "vms_call_action", "snapshots_delete",
+        "networks_delete",
     }  # fmt: skip
     assert not hints["vms_create"]["idempotentHint"]
     assert hints["vms_delete"]["idempotentHint"]

@@ -22,6 +22,7 @@ from . import (
     _logs,
     _mcp,
     _metrics,
+    _networks,
     _orphans,
     _plugins,
     _snapshots,
@@ -54,7 +55,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
     for resource in (_system, _storage, _orphans, _templates, _metrics, _docs, _workload_api):
         resource.add_routes(app, doors)
     repeats = Repeats(doors)
-    for changing in (_vms, _snapshots, _plugins):
+    for changing in (_vms, _snapshots, _plugins, _networks):
         changing.add_routes(app, doors, repeats)
     _tickets.add_routes(app, doors, access)
     turns = Turns()

@@ -16,6 +16,7 @@ import msgspec
 from volant.model import (
     BuildTemplate,
     ConsoleGap,
+    CreateNetwork,
     CreateVm,
     Event,
     EventType,
@@ -25,6 +26,7 @@ from volant.model import (
     LogLine,
     Manifest,
     Name,
+    NetworkView,
     OrphanView,
     PluginView,
     Pruned,
@@ -565,6 +567,26 @@ OPERATIONS: tuple[Operation, ...] = (
         "POST", "/api/v1/plugins/{name}/enabled", "enable_plugin", "Let new VMs use a plugin, or not",
         {200: Answer("The plugin", PluginView, headers=("Idempotency-Replayed",))},
         takes=Enabled, parameters=(_ONCE,), fails=(409, 422, 503),
+    ),
+    # Networks
+    Operation(
+        "GET", "/api/v1/networks", "list_networks", "List networks in which VMs reach each other",
+        {200: Answer("By name", list[NetworkView])},
+    ),
+    Operation(
+        "POST", "/api/v1/networks", "create_network", "Make a network",
+        {201: Answer("It is there", NetworkView, headers=("Location", "Idempotency-Replayed"))},
+        takes=CreateNetwork, parameters=(_ONCE,), fails=(409, 422, 503),
+        details="VMs that are created with its name as `network` are in it, and reach each other there, by their "
+        "names.",
+    ),
+    Operation(
+        "GET", "/api/v1/networks/{name}", "get_network", "A network, and the VMs in it",
+        {200: Answer("The network", NetworkView)},
+    ),
+    Operation(
+        "DELETE", "/api/v1/networks/{name}", "remove_network", "Remove a network that no VM is in",
+        {204: Answer("Removed")}, takes=Nothing, fails=(409, 503),
     ),
     # Templates
     Operation(

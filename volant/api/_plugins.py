@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import msgspec
 from quart import Response
 from quart_trio import QuartTrio
 
-from actors import ActorDown, AskTimeout, Request
 from volant.journal import Answer, EnablePlugin, InstallPlugin, Once, Plugin, RemovePlugin
 from volant.model import Manifest, PluginView, Problem, check_manifest
 
+from ._ask import ask_journal
 from ._body import Nothing, read_body
 from ._doors import Doors
 from ._idempotency import Repeats, answer_of
 from ._json import empty_response, json_response
 from ._params import no_query, plugin_name
-
-R = TypeVar("R")
-_ASK_S = 60.0
 
 
 class Enabled(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -42,7 +37,7 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         manifest = check_manifest(await read_body(Manifest))
 
         async def install(once: Once | None) -> Plugin:
-            return await ask(InstallPlugin(manifest, once))
+            return await ask_journal(doors, InstallPlugin(manifest, once))
 
         return (await repeats.answer(manifest, install, _installed)).response()
 
@@ -55,7 +50,7 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
     async def remove_plugin(name: str) -> Response:
         no_query()
         await read_body(Nothing)
-        await ask(RemovePlugin(plugin_name(name)))
+        await ask_journal(doors, RemovePlugin(plugin_name(name)))
         return empty_response(204)
 
     @app.get("/api/v1/plugins/<name>/manifest")
@@ -69,7 +64,7 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         wanted = await read_body(Enabled)
 
         async def enable(once: Once | None) -> Plugin:
-            return await ask(EnablePlugin(plugin_name(name), wanted.enabled, once))
+            return await ask_journal(doors, EnablePlugin(plugin_name(name), wanted.enabled, once))
 
         return (await repeats.answer(wanted, enable, _seen)).response()
 
@@ -78,15 +73,6 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         if plugin is None:
             raise Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}")
         return plugin
-
-    async def ask(message: Request[R]) -> R:
-        try:
-            return await doors.journal.ask(message, timeout_s=_ASK_S)
-        except (ActorDown, AskTimeout) as error:
-            raise Problem(
-                503, "journal-down", f"the journal could not keep the change: {error}",
-                hint="look whether it was made, and try again",
-            ) from error  # fmt: skip
 
 
 def _seen(plugin: Plugin) -> Answer:

@@ -34,6 +34,18 @@ def snapshot_names(ctx: click.Context, parameter: click.Parameter, incomplete: s
     return _ask(ctx, incomplete, _snapshots)
 
 
+def network_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The networks whose names begin so."""
+    del parameter
+    return _ask(ctx, incomplete, _networks)
+
+
+def network_choices(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """What a VM's network can be, that begins so."""
+    kinds = [kind for kind in ("none", "bridge", "user") if kind.startswith(incomplete)]
+    return kinds + network_names(ctx, parameter, incomplete)
+
+
 def action_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """The actions of the VM that is named before."""
     del parameter
@@ -58,6 +70,10 @@ async def _vms(client: Client) -> Iterable[str]:
 
 async def _snapshots(client: Client) -> Iterable[str]:
     return [snapshot.name for snapshot in await client.snapshots.list()]
+
+
+async def _networks(client: Client) -> Iterable[str]:
+    return [network.name for network in await client.networks.list()]
 
 
 async def _plugins(client: Client) -> Iterable[str]:

@@ -15,7 +15,7 @@ from volant.client import ClientError, Feed, LogGap, LogLine, StreamGap, Verb, W
 from volant.model import BASE, CreateVm, Event, Problem, RestoreVm, Status, VmMemory, VmView
 
 from . import _console, _copy, _exec, _forward, _snapshots
-from ._complete import plugin_names, snapshot_names, vm_names
+from ._complete import network_choices, plugin_names, snapshot_names, vm_names
 from ._events import event_line, follow, label_option, reason_lines, retrying, since_option, type_option
 from ._output import Output, colourful, styled
 from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair, Session, command
@@ -130,6 +130,19 @@ def _booted_from(vm: VmView) -> str | None:
 @click.option(
     "--from-snapshot", shell_complete=snapshot_names, help="Go on from there; vCPUs, memory and plugin are its own."
 )
+@click.option(
+    "--network",
+    shell_complete=network_choices,
+    help="none, bridge, user, or a network's name.  [default: the daemon's setting]",
+)
+@click.option(
+    "-p",
+    "--publish",
+    "ports",
+    multiple=True,
+    metavar="[HOST:]PORT:GUEST_PORT[/udp]",
+    help="A port of the host that leads to one of the VM's, on 127.0.0.1 without HOST; may be repeated.",
+)
 @click.option("--ttl", help="Delete it after so long, counted from now: 30m, 2h, …")
 @click.option(
     "--idempotency-key", metavar="WORD", help="Run again with the same one within a day, it finds what it has made."
@@ -149,6 +162,8 @@ async def create(
     restart_policy: Literal["never", "on-failure", "always"],
     boot: Literal["auto", "cold", "template"],
     from_snapshot: str | None,
+    network: str | None,
+    ports: tuple[str, ...],
     ttl: str | None,
     idempotency_key: str | None,
     wait: bool,
@@ -159,6 +174,8 @@ async def create(
     if from_snapshot is not None:
         if env or runtime or kernel_cmdline:
             raise click.UsageError("--env, --runtime and --cmdline are the snapshot's, with --from-snapshot")
+        if network or ports:
+            raise click.UsageError("--network is the snapshot's, with --from-snapshot, and no ports are published")
         request = RestoreVm(
             name=name,
             from_snapshot=from_snapshot,
@@ -190,6 +207,8 @@ async def create(
             restart_policy=restart_policy,
             boot=boot,
             ttl=ttl,
+            network=network,
+            ports=ports,
         )
     if not wait:
         made = await session.client.vms.create(request, idempotency_key=idempotency_key)
@@ -539,7 +558,9 @@ def _show(out: Output, vm: VmView) -> None:
             ("up", _up(vm)),
             ("pid", vm.pid),
             ("hypervisor", vm.hypervisor and f"{vm.hypervisor} ({vm.accelerator})"),
+            ("network", f"{safe(vm.network)} ({safe(vm.network_reason)})"),
             ("address", vm.ip_address),
+            ("ports", ", ".join(map(safe, vm.ports))),
             ("restart policy", vm.restart_policy),
             ("restarts", vm.restarts),
             ("boots", vm.boots),

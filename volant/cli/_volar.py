@@ -17,6 +17,7 @@ _GROUPS = {
     "images": ("volant.cli._images", "Build and list boot images, without a daemon."),
     "call": ("volant.cli._call", "Let a VM's workload do what its plugin names."),
     "plugins": ("volant.cli._plugins", "Install and list kinds of VMs."),
+    "networks": ("volant.cli._networks", "Look after networks in which VMs reach each other."),
     "snapshots": ("volant.cli._snapshots", "Look after copies of VMs that are kept."),
     "templates": ("volant.cli._templates", "Look after what VMs begin as clones of."),
     "system": ("volant.cli._system", "Look at the daemon itself."),

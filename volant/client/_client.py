@@ -14,6 +14,7 @@ import trio
 from volant.model import (
     BuildTemplate,
     ConsoleGap,
+    CreateNetwork,
     CreateVm,
     Event,
     ForkVm,
@@ -21,6 +22,7 @@ from volant.model import (
     LogGap,
     LogLine,
     Manifest,
+    NetworkView,
     OrphanView,
     PluginView,
     Pruned,
@@ -86,6 +88,7 @@ class Client:
         self._http = Http(Address.parse(base_url), api_key)
         self.vms = _Vms(self._http)
         self.plugins = _Plugins(self._http)
+        self.networks = _Networks(self._http)
         self.templates = _Templates(self._http)
         self.snapshots = _Snapshots(self._http)
         self.system = _System(self._http)
@@ -556,6 +559,30 @@ class _Plugins:
     async def remove(self, name: str) -> None:
         """Remove a plugin that no VM uses."""
         await self._http.request("DELETE", f"/api/v1/plugins/{_name(name)}")
+
+
+class _Networks:
+    """`client.networks`."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    async def list(self) -> list[NetworkView]:
+        """All, by name."""
+        return await self._http.get("/api/v1/networks", list[NetworkView])
+
+    async def get(self, name: str) -> NetworkView:
+        """One network, and the VMs in it."""
+        return await self._http.get(f"/api/v1/networks/{_name(name)}", NetworkView)
+
+    async def create(self, name: str, *, idempotency_key: str | None = None) -> NetworkView:
+        """Make a network; as with `vms.create`, it is done once however often it has to be sent."""
+        body = CreateNetwork(name=name)
+        return decode(await self._http.once("/api/v1/networks", key=idempotency_key, body=body), NetworkView)
+
+    async def remove(self, name: str) -> None:
+        """Remove a network that no VM is in."""
+        await self._http.request("DELETE", f"/api/v1/networks/{_name(name)}")
 
 
 class _Templates:

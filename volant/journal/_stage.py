@@ -306,7 +306,7 @@ class Stage:
         if len(self._projection.networks.keys() | self.networks.keys()) - gone >= MAX_NETWORKS:
             raise Problem(
                 409, "too-many-networks", f"there are {MAX_NETWORKS} networks, and there can't be more",
-                hint="`volar networks rm` removes those that nobody is in",
+                hint="`volar networks remove` removes those that nobody is in",
             )  # fmt: skip
         self.networks[network.name] = network
         self.operations.append(PutNetwork(network))

@@ -176,7 +176,7 @@ def no_such_network(name: str, *, field: str | None = None) -> Problem:
         "network-not-found",
         f"there is no network named {name[:80]!r}",
         field=field,
-        hint="`volar networks ls` shows what there is, `volar networks create` makes one",
+        hint="`volar networks list` shows what there is, `volar networks create` makes one",
     )
 
 

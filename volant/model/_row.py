@@ -246,12 +246,6 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None
     ip_address: str
     mac_address: str
-    network: str
-    """`none`, `bridge`, `user`, or the name of a network."""
-    network_reason: str
-    """Why it has that one."""
-    ports: tuple[str, ...]
-    """Those that are published, each as `host:host_port:guest_port/protocol`."""
     cpu_cores: int
     memory_mb: int
     kernel_cmdline: str
@@ -273,6 +267,12 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     started_at: Time | None
     origin: Origin | None = None
     """Of which guest it began as a copy; null: of none."""
+    network: str = NONE
+    """`none`, `bridge`, `user`, or the name of a network."""
+    network_reason: str = ""
+    """Why it has that one."""
+    ports: tuple[str, ...] = ()
+    """Of the host that lead to its own, each as `host:host_port:guest_port/protocol`."""
 
 
 def view(row: VmRow) -> VmView:

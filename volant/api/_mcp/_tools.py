@@ -7,7 +7,7 @@ tell, when to use a tool and when another, is in its description, which is writt
 
 from __future__ import annotations
 
-from volant.model import SnapshotView, VmMemory, VmView
+from volant.model import NetworkView, SnapshotView, VmMemory, VmView
 
 from ._history import EventPage, Events, LogPage, Logs, read_logs, see_events
 from ._inside import (
@@ -23,6 +23,16 @@ from ._inside import (
     execute,
     read_file,
     write_file,
+)
+from ._networks import (
+    DeletedNetwork,
+    ListNetworks,
+    MakeNetwork,
+    NetworkList,
+    WhichNetwork,
+    create_network,
+    delete_network,
+    list_networks,
 )
 from ._plugins import ListPlugins, PluginList, list_plugins
 from ._snapshots import (
@@ -166,6 +176,26 @@ TOOLS: tuple[Tool, ...] = (
         title="Delete a snapshot",
         description="Destroy a snapshot, for good. VMs that were made from it go on.",
         takes=WhichSnapshot, gives=DeletedSnapshot, run=delete_snapshot, destructive=True, idempotent=True,
+    ),
+    Tool(
+        name="networks_list",
+        title="List networks",
+        description="The networks in which VMs reach each other by their names, and which VMs are in them with which "
+        "addresses.",
+        takes=ListNetworks, gives=NetworkList, run=list_networks, read_only=True,
+    ),
+    Tool(
+        name="networks_create",
+        title="Make a network",
+        description="Make a network in which VMs reach each other by their names; pass its name as `network` to "
+        "vms_create. VMs elsewhere do not reach those in it.",
+        takes=MakeNetwork, gives=NetworkView, run=create_network,
+    ),
+    Tool(
+        name="networks_delete",
+        title="Delete a network",
+        description="Remove a network that no VM is in; while one is, delete that first, with vms_delete.",
+        takes=WhichNetwork, gives=DeletedNetwork, run=delete_network, destructive=True, idempotent=True,
     ),
     Tool(
         name="vms_exec",

@@ -1,0 +1,62 @@
+"""`volar` makes, shows and removes networks, and puts VMs into them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tests.client.kit import answer, serving, vm
+
+from .kit import volar
+
+BLUE: dict[str, Any] = {
+    "name": "blue", "vms": {"web": "192.168.127.2", "db": "192.168.127.3"}, "created_at": "2025-09-24T12:34:56Z",
+}  # fmt: skip
+
+
+async def test_networks_are_made_listed_shown_and_removed() -> None:
+    async with serving() as server:
+        server.routes["POST /api/v1/networks"] = answer(BLUE | {"vms": {}}, 201)
+        server.routes["GET /api/v1/networks"] = answer([BLUE])
+        server.routes["GET /api/v1/networks/blue"] = answer(BLUE)
+        server.routes["DELETE /api/v1/networks/blue"] = answer(None, 204)
+        made = await volar(server, "networks", "create", "blue")
+        listed = await volar(server, "networks", "list")
+        shown = await volar(server, "networks", "show", "blue")
+        as_json = await volar(server, "networks", "show", "blue", "--json")
+        gone = await volar(server, "networks", "remove", "blue")
+    assert made.out.decode().strip() == "network blue is created"
+    assert listed.out.decode().splitlines()[1].split()[:2] == ["blue", "2"]
+    assert [line.split() for line in shown.out.decode().splitlines()[-2:]] == [
+        ["web", "192.168.127.2"],
+        ["db", "192.168.127.3"],
+    ]
+    assert json.loads(as_json.out) == BLUE
+    assert gone.out.decode().strip() == "network blue is removed"
+
+
+async def test_a_network_that_is_in_use_is_a_conflict() -> None:
+    async with serving() as server:
+        problem = {"type": "x", "title": "x", "status": 409, "detail": "2 VMs are in network 'blue': db, web"}
+        server.routes["DELETE /api/v1/networks/blue"] = answer(problem, 409)
+        done = await volar(server, "networks", "remove", "blue")
+    assert done.code == 4
+    assert "db, web" in done.err
+
+
+async def test_a_vm_is_made_in_a_network_with_ports() -> None:
+    made = vm(network="blue", network_reason="asked for when it was created", ip_address="192.168.127.2",
+              ports=["127.0.0.1:8080:80/tcp"])  # fmt: skip
+    async with serving() as server:
+        server.routes["POST /api/v1/vms"] = answer(made, 201)
+        server.routes["GET /api/v1/vms/demo"] = answer(made)
+        done = await volar(server, "vms", "create", "demo", "--network", "blue", "-p", "8080:80", "-p", "53:53/udp")
+        body = json.loads(server.requests[-1].body)
+        shown = await volar(server, "vms", "get", "demo")
+        wrong = await volar(server, "vms", "create", "demo", "--from-snapshot", "warm", "--network", "blue")
+    assert done.code == 0, done
+    assert (body["network"], body["ports"]) == ("blue", ["8080:80", "53:53/udp"])
+    said = shown.out.decode()
+    assert "blue (asked for when it was created)" in said
+    assert "127.0.0.1:8080:80/tcp" in said
+    assert wrong.code == 2

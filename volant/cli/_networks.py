@@ -1,0 +1,74 @@
+"""`volar networks`."""
+
+from __future__ import annotations
+
+import click
+
+from volant.model import NetworkView
+
+from ._complete import network_names
+from ._output import Output
+from ._run import Session, command
+from ._text import safe
+
+
+@click.group(name="networks")
+def group() -> None:
+    """Look after networks in which VMs reach each other, by their names.
+
+    A VM is put into one with `volar vms create --network NAME`, and stays in it. VMs in different ones, and those with
+    the network `bridge`, do not reach each other.
+    """
+
+
+network_argument = click.argument("network", shell_complete=network_names)
+
+
+@command(group, "list")
+async def list_(session: Session) -> None:
+    """List networks."""
+    networks = await session.client.networks.list()
+    if session.out.json:
+        session.out.document(networks)
+        return
+    rows = [(each.name, len(each.vms), f"{each.created_at:%Y-%m-%d %H:%M:%S}") for each in networks]
+    session.out.table(("NAME", "VMS", "CREATED (UTC)"), rows)
+
+
+@command(group, "create")
+@click.argument("network")
+async def create(session: Session, network: str) -> None:
+    """Make a network."""
+    made = await session.client.networks.create(network)
+    if session.out.json:
+        session.out.document(made)
+    else:
+        session.out.line(f"network {safe(made.name)} is created")
+
+
+@command(group, "show")
+@network_argument
+async def show(session: Session, network: str) -> None:
+    """Show a network, and the VMs in it with their addresses."""
+    _show(session.out, await session.client.networks.get(network))
+
+
+@command(group, "remove")
+@network_argument
+async def remove(session: Session, network: str) -> None:
+    """Remove a network that no VM is in."""
+    await session.client.networks.remove(network)
+    if session.out.json:
+        session.out.document({"network": network, "removed": True})
+    else:
+        session.out.line(f"network {safe(network)} is removed")
+
+
+def _show(out: Output, network: NetworkView) -> None:
+    if out.json:
+        out.document(network)
+        return
+    out.fields([("name", network.name), ("created", f"{network.created_at:%Y-%m-%d %H:%M:%S} UTC")])
+    if network.vms:
+        out.line("")
+        out.table(("VM", "ADDRESS"), list(network.vms.items()))
