@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import stat
@@ -405,3 +406,22 @@ def test_the_machine_is_measured(host: Host) -> None:
     assert 0 <= host.figures().cpu_percent <= 100
     assert host.wall_clock().utcoffset() is not None
     assert host.new_id() != host.new_id()
+
+
+async def test_a_program_reads_what_it_is_given_more_than_a_pipe_holds_too(host: Host, tmp_path: Path) -> None:
+    given = b"0123456789abcdef" * 8192
+    status, said = await host.run_program(
+        ["sh", "-c", "sha256sum; echo $(wc -c)"],
+        env={"PATH": os.environ["PATH"]},
+        cwd=tmp_path,
+        timeout_s=10,
+        stdin=given,
+    )
+
+    assert (status, said.decode().split()) == (0, [hashlib.sha256(given).hexdigest(), "-", "0"])
+
+
+async def test_a_program_that_is_given_nothing_reads_nothing(host: Host, tmp_path: Path) -> None:
+    status, said = await host.run_program(["cat"], env={"PATH": os.environ["PATH"]}, cwd=tmp_path, timeout_s=10)
+
+    assert (status, said) == (0, b"")

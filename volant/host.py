@@ -391,21 +391,23 @@ class Host:
         timeout_s: float,
         output_limit: int = 65536,
         until: bytes | None = None,
+        stdin: bytes = b"",
     ) -> tuple[int, bytes]:
         """Run a short program to its end: exit status (minus the signal number), and stdout and stderr together.
 
         It is killed past `timeout_s`, past `output_limit` bytes of output, and as soon as it has said `until`. Raises
         OSError when it cannot be started, trio.TooSlowError.
         """
-        process = await trio.lowlevel.open_process(
-            list(argv),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=dict(env),
-            cwd=cwd,
-            start_new_session=True,
-        )
+        with _file_of(stdin) as given:
+            process = await trio.lowlevel.open_process(
+                list(argv),
+                stdin=given,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                cwd=cwd,
+                start_new_session=True,
+            )
         assert process.stdout is not None
         output = bytearray()
         try:
@@ -957,6 +959,19 @@ class Host:
     def monotonic(self) -> float:
         """Seconds on a clock that does not jump, for measuring; deadlines use Trio's clock."""
         return time.monotonic()
+
+
+@contextmanager
+def _file_of(data: bytes) -> Iterator[int]:
+    """A file in memory, for a program to read: unlike a pipe it needs nobody to feed it."""
+    fd = os.memfd_create("stdin", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -136,6 +136,7 @@ class SimHost(Host):
         timeout_s: float,
         output_limit: int = 65536,
         until: bytes | None = None,
+        stdin: bytes = b"",
     ) -> tuple[int, bytes]:
         def run() -> tuple[int, bytes]:
             if argv[0] == _QEMU and "--version" in argv:
