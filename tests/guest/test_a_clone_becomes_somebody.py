@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.guest.conftest import Answer, Asker
-from volant.guest import _identity, _root
+from volant.guest import _identity, _root, _rootfs
 from volant.model import agent as wire
 
 WANTED = {
@@ -48,9 +48,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kernel:
     monkeypatch.setattr(_identity, "_begun_for", "")
     monkeypatch.setattr(_identity, "_BALLOON", str(tmp_path / "balloon"))
     monkeypatch.setattr(wire, "CLONE_FILE", str(tmp_path / "clone.json"))
-    real, etc = _root.replace, tmp_path / "machine-id"
+    real, etc = _rootfs.replace, tmp_path / "machine-id"
     monkeypatch.setattr(
-        _root, "replace", lambda path, data: real(str(etc) if path == "/etc/machine-id" else path, data)
+        _rootfs, "replace", lambda path, data: real(str(etc) if path == "/etc/machine-id" else path, data)
     )
     monkeypatch.setattr(_root, "_known", ("none", ""))
     return kernel

@@ -53,9 +53,11 @@ def tiny_spec(host: Host, directory: Path, code: bytes = HANG, /, **other: Any) 
 
 
 @asynccontextmanager
-async def real_qemu(host: Host, spec: MachineSpec, cache: Path) -> AsyncIterator[QemuHypervisor]:
+async def real_qemu(
+    host: Host, spec: MachineSpec, cache: Path, program: str = "qemu-system-x86_64"
+) -> AsyncIterator[QemuHypervisor]:
     """A hypervisor on TCG. At the end it takes all whose marks begin with that of `spec`, and their memory."""
-    yield QemuHypervisor(host, cache, accelerator="tcg")
+    yield QemuHypervisor(host, cache, accelerator="tcg", program=program)
     for identity in await host.processes(spec.mark):
         with host.open_process(identity) as process:
             process.kill()

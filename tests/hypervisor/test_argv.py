@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from volant.hypervisor import Disk, MachineSpec, Template
+from volant.hypervisor import AcceleratorName, Disk, MachineSpec, Nic, Template
 from volant.hypervisor.qemu._argv import build_argv
 from volant.hypervisor.qemu._found import parse_argv
 
@@ -127,13 +127,59 @@ def test_only_a_machine_with_memory_of_its_own_is_given_a_balloon_and_a_copy_of_
     assert options(copy)["-device"] == options(balloon)["-device"]
 
 
+DISK = Disk(Path("/cache/media/ab,12"), Path("/state/disks/7-now/root.qcow2"))
+CARD = Nic(
+    mac="02:00:00:00:00:07",
+    tap="v12345678000007",
+    address="192.168.127.7/24",
+    gateway="192.168.127.1",
+    nameservers=("192.168.127.1", "9.9.9.9"),
+)
+
+
+@pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
+@pytest.mark.parametrize("balloon", [False, True])
+def test_a_card_comes_after_all_that_there_is_without_it(accelerator: AcceleratorName, balloon: bool) -> None:
+    """So that what was saved before there were any goes on."""
+    without = msgspec.structs.replace(SPEC, accelerator=accelerator, balloon=balloon, root=DISK)
+    argv = build_argv(msgspec.structs.replace(without, nic=CARD), (10, 0))
+    plain = build_argv(without, (10, 0))
+    assert [word for word in plain if word not in argv] == options(plain)["-append"]
+    devices = options(argv)["-device"]
+    assert devices[:-1] == options(plain)["-device"]
+    assert devices[-1].startswith(f"virtio-net-{'pci' if accelerator == 'tcg' else 'device'},id=nic0,netdev=net0,mac=")
+    assert ("romfile=" in devices[-1].split(",")) == (accelerator == "tcg")
+
+
+def test_a_tap_is_taken_as_it_is_and_no_script_is_run() -> None:
+    (netdev,) = options(build_argv(msgspec.structs.replace(SPEC, nic=CARD), (10, 0)))["-netdev"]
+    assert netdev == "tap,id=net0,ifname=v12345678000007,script=no,downscript=no,vhost=off"
+
+
+def test_a_socket_in_the_machine_s_directory_has_a_short_name_however_deep_that_lies() -> None:
+    deep = Path("/" + "d" * 300)
+    nic = Nic(mac=CARD.mac, socket=deep / "net.sock")
+    spec = msgspec.structs.replace(SPEC, directory=deep, nic=nic)
+    (netdev,) = options(build_argv(spec, (10, 0)))["-netdev"]
+    assert netdev == "stream,id=net0,server=off,addr.type=unix,addr.path=net.sock,reconnect-ms=1000"
+    elsewhere = msgspec.structs.replace(spec, nic=msgspec.structs.replace(nic, socket=Path("/run/a,b")))
+    assert "addr.path=/run/a,,b" in options(build_argv(elsewhere, (9, 1)))["-netdev"][0]
+
+
+def test_what_a_guest_with_a_card_is_told_stands_before_the_vm_s_own() -> None:
+    line = options(build_argv(msgspec.structs.replace(SPEC, nic=CARD), (10, 0)))["-append"][0]
+    told = "volant.net=192.168.127.7/24,192.168.127.1,02:00:00:00:00:07 volant.dns=192.168.127.1,9.9.9.9"
+    assert line.endswith(f" {told} debug")
+    silent = msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac))
+    argv = build_argv(silent, (10, 0))
+    assert options(argv)["-append"] == options(build_argv(SPEC, (10, 0)))["-append"]
+    assert options(argv)["-netdev"] == ["hubport,id=net0,hubid=0"], "it leads nowhere"
+
+
 def test_what_becomes_a_template_has_no_name_and_no_hurry() -> None:
     argv = build_argv(msgspec.structs.replace(SPEC, name="", in_background=True), (10, 0))
     assert argv[:4] == ["nice", "-n", "10", "qemu-system-x86_64"]
     assert "volant.hostname" not in options(argv)["-append"][0]
-
-
-DISK = Disk(Path("/cache/media/ab,12"), Path("/state/disks/7-now/root.qcow2"))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +190,10 @@ DISK = Disk(Path("/cache/media/ab,12"), Path("/state/disks/7-now/root.qcow2"))
         msgspec.structs.replace(SPEC, root=DISK, cmdline="quiet loglevel=3 volant.other=1"),
         msgspec.structs.replace(SPEC, balloon=True),
         msgspec.structs.replace(SPEC, balloon=True, accelerator="kvm"),
+        msgspec.structs.replace(SPEC, nic=CARD),
+        msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac, tap="tap,1"), accelerator="kvm"),
+        msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac, socket=Path("/run/passt,7/7.sock")), root=DISK),
+        msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac)),
     ],
 )
 def test_the_machine_can_be_read_back_from_it(spec: MachineSpec) -> None:

@@ -23,7 +23,7 @@ from tests.system.rootfs import make_ext4
 from volant import images
 from volant.channel import AgentClient, Channel, VirtioSerial, open_channel
 from volant.host import Host
-from volant.hypervisor import Captured, Disk, Machine, MachineSpec
+from volant.hypervisor import Captured, Disk, Machine, MachineSpec, Nic
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model.agent import DAEMON_IDENTITY, DAEMON_ROOT, EXEC, HEALTHZ, INFO
 
@@ -100,7 +100,7 @@ class Guest:
         return captured
 
     @asynccontextmanager
-    async def fork(self, name: str) -> AsyncIterator[Guest]:
+    async def fork(self, name: str, nic: Nic | None = None, **told: object) -> AsyncIterator[Guest]:
         """A copy that has become somebody; its files have lost their names."""
         captured = await self.copy()
         root = None
@@ -115,10 +115,11 @@ class Guest:
             mark=f"{self.spec.mark}-{name}",
             template=captured.template,
             root=root,
+            nic=nic,
         )
         async with running(self._host, self._qemu, spec) as other:
             await self._host.remove_tree(captured.template.memory.parent)
-            await other.become(name)
+            await other.become(name, **told)
             yield other
 
     async def ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
@@ -126,13 +127,14 @@ class Guest:
         assert 200 <= answer.status < 300, answer
         return answer.body or {}
 
-    async def become(self, name: str) -> None:
+    async def become(self, name: str, **told: object) -> None:
         identity = {
             "hostname": name,
             "machine_id": self._host.new_id(),
             "vm_id": 7,
             "entropy": base64.b64encode(self._host.entropy(64)).decode(),
             "time_ns": time.time_ns(),
+            **told,
         }
         await self.ask("PUT", DAEMON_IDENTITY, identity)
 

@@ -16,20 +16,23 @@ import time
 
 from volant.model import agent
 
-from . import _root
+from . import _root, _rootfs
 from ._exec import check_number, decode_json
 from ._http import Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from ._http import Request, Stream
+    from ._network import Settings
     from ._output import Output
     from ._plugin import Plugin
     from ._workload import Workload
 
-_FIELDS = {"hostname", "machine_id", "entropy", "time_ns", "vm_id", "signal", "manifest", "workload"}
+_FIELDS = {"hostname", "machine_id", "entropy", "time_ns", "vm_id", "signal", "manifest", "workload", "network"}
+_NETWORK_FIELDS = {"mac", "address", "prefix", "gateway", "nameservers", "hosts"}
 _SIGNALS = {"SIGHUP": signal.SIGHUP, "SIGUSR1": signal.SIGUSR1, "SIGUSR2": signal.SIGUSR2}
 _MIN_ENTROPY, _MAX_ENTROPY = 64, 512
 _RNDADDENTROPY = 0x40085203
@@ -69,12 +72,15 @@ def serve_identity(stream: Stream, request: Request, output: Output, workload: W
     number = _signal_of(value)
     vm_id = int(check_number(value.get("vm_id"), "vm_id", 0, 2**53))
     spec = spec_of(value["workload"]) if "workload" in value else None
+    network = _network_of(value["network"]) if "network" in value else None
     if "manifest" in value:
         plugin.take(value["manifest"], json.dumps(value["manifest"]).encode())
     try:
         step_clock(now)
         add_entropy(entropy)
         set_hostname(hostname)
+        if network is not None:
+            set_network(hostname, *network)
         identifier = os.urandom(16).hex()
         told: dict[str, object] = {
             "instance_id": identifier,
@@ -84,8 +90,7 @@ def serve_identity(stream: Stream, request: Request, output: Output, workload: W
             "time_ns": time.time_ns(),
         }
         text = json.dumps(told).encode() + b"\n"
-        for where in dict.fromkeys(("/", _root.root())):
-            _in(where, machine_id, text)
+        _write(machine_id, text)
     except OSError as error:
         raise Problem(500, f"the guest can't become what it should be: {error}") from None
     _become(identifier, output)
@@ -121,11 +126,25 @@ def serve_clock(stream: Stream, request: Request) -> None:
     stream.answer(200, json.dumps({"time_ns": time.time_ns()}).encode() + b"\n")
 
 
+def serve_hosts(stream: Stream, request: Request) -> None:
+    """Answer `PUT /v1/daemon/hosts`; :raises Problem: 400 malformed, 500 it can't be done."""
+    from . import _network
+
+    wanted = decode_json(stream.read_body(request), {"hosts"})
+    names = _hosts_of(wanted.get("hosts"))
+    try:
+        names = {**_network.own_names(), **names}
+        _everywhere(lambda: _network.write_hosts(names))
+    except OSError as error:
+        raise Problem(500, f"the names can't be written: {error}") from None
+    stream.answer(200, b"{}\n")
+
+
 def settle() -> None:
     """Be done with everything that a clone would have to do otherwise, and have nothing left to write."""
-    from . import _exec_session, _exec_sessions, _files, _relay, _websocket
+    from . import _exec_session, _exec_sessions, _files, _network, _relay, _websocket
 
-    del _exec_session, _exec_sessions, _files, _relay, _websocket
+    del _exec_session, _exec_sessions, _files, _network, _relay, _websocket
     import gc
     import json
     import subprocess
@@ -164,6 +183,21 @@ def set_hostname(name: str) -> None:
         handle.write(name)
 
 
+def set_network(hostname: str, settings: Settings, nameservers: list[str] | None, hosts: dict[str, str]) -> None:
+    """:raises OSError:"""
+    from . import _network
+
+    _network.apply(settings)
+    names = {hostname: settings.address, **hosts}
+
+    def write() -> None:
+        _network.write_hosts(names)
+        if nameservers is not None:
+            _network.write_nameservers(nameservers)
+
+    _everywhere(write)
+
+
 def keep_freed_memory() -> None:
     """Give the host nothing back any more: a copy's memory is that of its original, of which nothing can be returned,
     and QEMU would say so each time."""
@@ -179,19 +213,23 @@ def keep_freed_memory() -> None:
 # What is done to files and to the agent
 
 
-def _in(where: str, machine_id: str, told: bytes) -> None:
-    """Write the files of a clone to the initramfs or to the root filesystem."""
+def _write(machine_id: str, told: bytes) -> None:
+    """Write the files of a clone."""
 
     def write() -> None:
-        _root.replace(agent.CLONE_FILE, told)
+        _rootfs.replace(agent.CLONE_FILE, told)
         try:
-            _root.replace("/etc/machine-id", machine_id.encode() + b"\n")
+            _rootfs.replace("/etc/machine-id", machine_id.encode() + b"\n")
         except FileNotFoundError:
             pass  # a root filesystem without /etc has no machine id to share
 
-    if where == "/":
-        write()
-    else:
+    _everywhere(write)
+
+
+def _everywhere(write: Callable[[], None]) -> None:
+    """Write something to the initramfs, and to the root filesystem if there is one."""
+    write()
+    if _root.root() != "/":
         _root.inside(write)
 
 
@@ -268,3 +306,34 @@ def _signal_of(value: dict[str, Any]) -> signal.Signals | None:
     if not isinstance(name, str) or name not in _SIGNALS:
         raise Problem(400, f"signal is none of {', '.join(_SIGNALS)}", field="signal")
     return _SIGNALS[name]
+
+
+def _network_of(value: object) -> tuple[Settings, list[str] | None, dict[str, str]]:
+    from ._network import Settings, check_address
+
+    if not isinstance(value, dict) or not value.keys() <= _NETWORK_FIELDS:
+        raise Problem(400, f"network has other fields than {', '.join(sorted(_NETWORK_FIELDS))}", field="network")
+    prefix, nameservers = value.get("prefix"), value.get("nameservers")
+    texts = [text for name in ("address", "gateway", "mac") if isinstance(text := value.get(name), str)]
+    try:
+        if type(prefix) is not int or len(texts) != 3:
+            raise ValueError("network lacks address, prefix, gateway or mac")
+        settings = Settings(texts[0], prefix, texts[1], texts[2])
+        if nameservers is not None:
+            if not isinstance(nameservers, list) or not all(isinstance(each, str) for each in nameservers):
+                raise ValueError("nameservers is no list of addresses")
+            nameservers = [check_address(each, "a name server") for each in nameservers]
+    except ValueError as error:
+        raise Problem(400, str(error), field="network") from None
+    return settings, nameservers, _hosts_of(value.get("hosts", {}))
+
+
+def _hosts_of(value: object) -> dict[str, str]:
+    from ._network import check_address, check_name
+
+    try:
+        if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
+            raise ValueError("hosts has no addresses by name")
+        return {check_name(name): check_address(address, f"what {name} has") for name, address in value.items()}
+    except ValueError as error:
+        raise Problem(400, str(error), field="hosts") from None

@@ -53,7 +53,8 @@ devpts /dev/pts devpts nosuid,noexec,gid=5,mode=0620,ptmxmode=0666 0 0
 tmpfs /dev/shm tmpfs nosuid,nodev,mode=1777 0 0
 cgroup2 /sys/fs/cgroup cgroup2 nosuid,nodev,noexec,nsdelegate 0 0
 """
-_VIRTIO_MODULES = {1: "virtio_net", 2: "virtio_blk", 4: "virtio_rng", 19: "vmw_vsock_virtio_transport"}
+_VIRTIO_MODULES = {2: "virtio_blk", 4: "virtio_rng", 19: "vmw_vsock_virtio_transport"}
+_VIRTIO_NET = 1
 _VIRTIO_BALLOON = 5
 _VIRTIO_VSOCK = 19
 _PVPANIC = ("0x1b36", "0x0011")
@@ -205,6 +206,7 @@ def _wait_for(ready: int) -> None:
 
 def _later() -> None:
     """Do the rest: what fails here is said on the console and costs no more than itself."""
+    present = _virtio_ids() - {_VIRTIO_VSOCK}
     try:
         modules = []
         base = "/sys/bus/pci/devices"
@@ -213,7 +215,6 @@ def _later() -> None:
                 modules = ["pvpanic", "pvpanic_pci"]
         if any(name.startswith(_PVPANIC_ISA) for name in _list("/sys/bus/acpi/devices")):
             modules += ["pvpanic", "pvpanic_mmio"]
-        present = _virtio_ids() - {_VIRTIO_VSOCK}
         _load(modules + [_VIRTIO_MODULES[number] for number in sorted(present) if number in _VIRTIO_MODULES])
         for path in ("/dev/pts", "/dev/shm"):
             os.makedirs(path, exist_ok=True)
@@ -228,6 +229,10 @@ def _later() -> None:
         from ._rootfs import mount_root
 
         mount_root(serial, _run, _say)
+    if _VIRTIO_NET in present:
+        from . import _network
+
+        _network.boot(_parameter("volant.net"), _parameter("volant.dns"), lambda: _load(["virtio_net"]), _say)
     if _VIRTIO_BALLOON in _virtio_ids():
         # From now on the host has back what the guest frees. Nobody waits for that, so it comes last.
         _load(["virtio_balloon"])

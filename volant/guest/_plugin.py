@@ -12,7 +12,8 @@ import threading
 from volant.model import agent
 
 from ._http import Problem
-from ._root import inside, replace
+from ._root import inside
+from ._rootfs import replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

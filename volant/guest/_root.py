@@ -15,7 +15,7 @@ A call that runs inside must import nothing: it would be looked for in there.
 It is no wall. A workload is root in its VM, and the VM is the wall.
 """
 
-# ruff: noqa: PTH104, PTH108, PTH123 - importing pathlib would cost every boot a good part of a second
+# ruff: noqa: PTH123 - importing pathlib would cost every boot a good part of a second
 
 from __future__ import annotations
 
@@ -115,22 +115,6 @@ def inside(call: Callable[[], T]) -> T:
     if failure:
         raise failure[0]
     return result[0]
-
-
-def replace(path: str, data: bytes) -> None:
-    """Make a file with `data` in place of what is there, whole or not at all. :raises OSError"""
-    new = path + ".new"
-    try:
-        os.unlink(new)
-    except FileNotFoundError:
-        pass
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o444)
-    try:
-        while data:
-            data = data[os.write(fd, data) :]
-    finally:
-        os.close(fd)
-    os.rename(new, path)
 
 
 def _enter(where: str) -> None:

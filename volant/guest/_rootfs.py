@@ -5,7 +5,7 @@ it are the guest's own `/proc`, `/sys` and `/dev`, and a fresh `/run` and `/tmp`
 one boot. What it has no directory for is made, where that can be.
 """
 
-# ruff: noqa: PTH103, PTH104, PTH110, PTH114, PTH123, PTH208 - pathlib would cost every boot more than this module does
+# ruff: noqa: PTH103, PTH104, PTH108, PTH110, PTH114, PTH123, PTH208 - pathlib would cost every boot more than this module does
 
 from __future__ import annotations
 
@@ -42,6 +42,22 @@ def mount_root(serial: str, run: Callable[[list[str]], int], say: Callable[[str]
     with open(STATE_FILE + ".new", "w") as handle:
         handle.write(f"failed: {why[:1000]}\n" if why else "mounted\n")
     os.rename(STATE_FILE + ".new", STATE_FILE)
+
+
+def replace(path: str, data: bytes, mode: int = 0o444) -> None:
+    """Make a file with `data` in place of what is there, whole or not at all. :raises OSError"""
+    new = path + ".new"
+    try:
+        os.unlink(new)
+    except FileNotFoundError:
+        pass
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    finally:
+        os.close(fd)
+    os.rename(new, path)
 
 
 def _mount(serial: str, run: Callable[[list[str]], int], say: Callable[[str], None]) -> str:

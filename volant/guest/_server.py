@@ -198,6 +198,12 @@ class Server:
             from . import _identity
 
             _identity.serve_clock(stream, request)
+        elif path == agent.DAEMON_HOSTS:
+            _allow(method, "PUT")
+            from . import _identity
+
+            self._wait_for_root()
+            _identity.serve_hosts(stream, request)
         elif path == agent.DAEMON_SETTLE:
             _allow(method, "POST")
             from . import _identity

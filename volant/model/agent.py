@@ -24,10 +24,12 @@ if TYPE_CHECKING:  # typing is a slow import, and the guest needs none of it
 
 
 PROTOCOL_MIN: Final = 1
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 """The newest version that this code speaks."""
 TELLS_ALL_AT_ONCE: Final = 2
 """The version from which on an `Identity` may have `manifest` and `workload` with it."""
+TELLS_NETWORK: Final = 3
+"""The version from which on it may have `network`, and from which on there is `DAEMON_HOSTS`."""
 
 AGENT_PORT: Final = 1024
 """The vsock port on which the agent listens; over virtio-serial, the `:authority` of the CONNECT."""
@@ -63,6 +65,8 @@ DAEMON_IDENTITY: Final = "/v1/daemon/identity"
 once the guest is that. 500: it can't be; 503: its workload is not well."""
 DAEMON_CLOCK: Final = "/v1/daemon/clock"
 """`PUT {"time_ns"}`: steps the wall clock; answered with what it shows."""
+DAEMON_HOSTS: Final = "/v1/daemon/hosts"
+"""`PUT {"hosts": {NAME: ADDRESS}}`: all that the guest is to know by name, in the daemon's part of `/etc/hosts`."""
 DAEMON_SETTLE: Final = "/v1/daemon/settle"
 """`POST`: waits until the guest is set up and has nothing left to write, so that it can be made a template."""
 CLONE_FILE: Final = "/run/volant-clone.json"
@@ -86,6 +90,10 @@ became of the root filesystem."""
 ROOT_PARAMETER: Final = "volant.root"
 """The kernel's parameter by which PID 1 is told to mount a root filesystem: the serial number of the block device."""
 ROOT_SERIAL: Final = "volant-root"
+NETWORK_PARAMETER: Final = "volant.net"
+"""The one by which it is told what its card is to have: `ADDRESS/PREFIX,GATEWAY,MAC`."""
+NAMESERVERS_PARAMETER: Final = "volant.dns"
+"""And whom to ask for names: addresses, with commas in between."""
 
 LOG_ID_HEADER: Final = "Volant-Log-Id"
 LOG_CONTENT_TYPE: Final = "application/vnd.volant.log"

@@ -206,6 +206,28 @@ class WorkloadSpec(TypedDict):
     health_check: NotRequired[HealthCheckSpec | None]
 
 
+class GuestNetwork(TypedDict):
+    """What a guest's card has: of a copy, as of one that boots."""
+
+    mac: str
+    """Six pairs of hexadecimal digits, with colons in between."""
+    address: str
+    """IPv4."""
+    prefix: int
+    gateway: str
+    nameservers: NotRequired[list[str]]
+    """Addresses. None: `/etc/resolv.conf` is left as it is."""
+    hosts: NotRequired[dict[str, str]]
+    """As by `PUT /v1/daemon/hosts`."""
+
+
+class Hosts(TypedDict):
+    """The body of `PUT /v1/daemon/hosts`."""
+
+    hosts: dict[str, str]
+    """Addresses by name. What it was told before and is not among them is forgotten."""
+
+
 class Identity(TypedDict):
     """The body of `PUT /v1/daemon/identity`."""
 
@@ -223,6 +245,8 @@ class Identity(TypedDict):
     """As by `PUT /v1/daemon/manifest`; this and what follows since `TELLS_ALL_AT_ONCE`."""
     workload: NotRequired[WorkloadSpec]
     """As by `PUT /v1/daemon/workload`."""
+    network: NotRequired[GuestNetwork]
+    """What its card has from now on; since `TELLS_NETWORK`. Without it a card is left as it is."""
 
 
 class Identified(TypedDict):

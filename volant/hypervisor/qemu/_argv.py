@@ -2,9 +2,9 @@
 
 Every machine is built so that it can be a template or go on from one: its memory is a file, everything has an id, the
 machine type is a versioned one (microvm has no versions), and the set of devices does not depend on what a VM happens
-to use, but for the disk, which a VM has if its plugin has a root filesystem, and the balloon. Sockets, console and log
-are named relative to the machine's directory, which is QEMU's working directory, so that a long path to the state never
-meets the limit of 108 bytes for a socket's name.
+to use, but for the disk, which a VM has if its plugin has a root filesystem, the balloon and the network card. Sockets,
+console and log are named relative to the machine's directory, which is QEMU's working directory, so that a long path to
+the state never meets the limit of 108 bytes for a socket's name.
 
 - `-action …=pause` and pvpanic: QEMU exits with 0 after poweroff, panic and reboot alike, and an adopted process has no
   exit status. So it stays until somebody has read how its guest ended.
@@ -23,8 +23,14 @@ meets the limit of 108 bytes for a socket's name.
 
 from __future__ import annotations
 
-from volant.hypervisor._interface import AcceleratorName, Disk, MachineSpec
-from volant.model.agent import ROOT_PARAMETER, ROOT_SERIAL, SERIAL_PORT_NAME
+from volant.hypervisor._interface import AcceleratorName, Disk, MachineSpec, Nic
+from volant.model.agent import (
+    NAMESERVERS_PARAMETER,
+    NETWORK_PARAMETER,
+    ROOT_PARAMETER,
+    ROOT_SERIAL,
+    SERIAL_PORT_NAME,
+)
 
 PROGRAM = "qemu-system-x86_64"
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
@@ -84,6 +90,8 @@ def build_argv(
         argv += ["-device", f"{_device('vhost-vsock', spec.accelerator)},id=vsock0,guest-cid={spec.vsock_cid}"]
     if spec.balloon:
         argv += ["-device", f"{_device('virtio-balloon', spec.accelerator)},id=balloon0,free-page-reporting=on"]
+    if spec.nic is not None:
+        argv += _card(spec, spec.nic, version)
     if spec.template is not None:
         argv += ["-incoming", "defer"]
     return argv
@@ -115,6 +123,30 @@ def _disk(disk: Disk, accelerator: AcceleratorName) -> list[str]:
     ]
 
 
+def _card(spec: MachineSpec, nic: Nic, version: tuple[int, int]) -> list[str]:
+    """The card, after all that there may be without it, and what is behind it.
+
+    A copy may have something else behind it than its original, as long as that can do as much. A driver that has
+    negotiated nothing yet, as a template's, goes on with anything. What not every Linux can do for a tap is left off,
+    so that one that has goes on under another kernel of the host.
+    """
+    if nic.tap is not None:
+        behind = f"tap,id=net0,ifname={_quote(nic.tap)},script=no,downscript=no,vhost=off"
+    elif nic.socket is not None:
+        name = nic.socket.name if nic.socket.parent == spec.directory else str(nic.socket)
+        again = ",reconnect-ms=1000" if version >= (9, 2) else ""
+        behind = f"stream,id=net0,server=off,addr.type=unix,addr.path={_quote(name)}{again}"
+    else:
+        behind = "hubport,id=net0,hubid=0"
+    without = ["guest_ufo=off", "host_ufo=off"]
+    if version >= (8, 1):
+        without += ["guest_uso4=off", "guest_uso6=off", "host_uso=off"]
+    if spec.accelerator == "tcg":
+        without.append("romfile=")
+    card = f"{_device('virtio-net', spec.accelerator)},id=nic0,netdev=net0,mac={nic.mac}"
+    return ["-netdev", behind, "-device", ",".join((card, *without))]
+
+
 def machine_type(accelerator: AcceleratorName, version: tuple[int, int]) -> str:
     """The type of a machine that boots."""
     return "microvm" if accelerator == "kvm" else f"pc-q35-{version[0]}.{version[1]}"
@@ -141,7 +173,14 @@ def kernel_cmdline(spec: MachineSpec) -> str:
     """The daemon's part, then the VM's own."""
     root = f"{ROOT_PARAMETER}={ROOT_SERIAL}" if spec.root is not None else ""
     hostname = f"{HOSTNAME_PARAMETER}={spec.name}" if spec.name else ""
-    return " ".join(part for part in (CMDLINE, hostname, root, spec.cmdline) if part)
+    nic = spec.nic
+    network = nameservers = ""
+    if nic is not None and nic.address:
+        network = f"{NETWORK_PARAMETER}={nic.address},{nic.gateway},{nic.mac}"
+        if nic.nameservers:
+            nameservers = f"{NAMESERVERS_PARAMETER}={','.join(nic.nameservers)}"
+    parts = (CMDLINE, hostname, root, network, nameservers, spec.cmdline)
+    return " ".join(part for part in parts if part)
 
 
 def _quote(value: str) -> str:

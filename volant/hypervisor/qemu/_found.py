@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from volant.hypervisor._interface import Disk, FoundMachine
-from volant.model.agent import ROOT_PARAMETER
+from volant.hypervisor._interface import Disk, FoundMachine, Nic
+from volant.model.agent import NAMESERVERS_PARAMETER, NETWORK_PARAMETER, ROOT_PARAMETER
 
 from ._argv import CMDLINE, HOSTNAME_PARAMETER
 
@@ -27,7 +27,7 @@ def _parse(argv: Sequence[str]) -> FoundMachine:
     memory = next(_fields(text) for name, text in options if name == "-object" and "mem-path=" in text)
     words = given["-append"].removeprefix(CMDLINE).split()
     told = dict(word.partition("=")[::2] for word in words)
-    ours = (f"{HOSTNAME_PARAMETER}=", f"{ROOT_PARAMETER}=")
+    ours = tuple(f"{name}=" for name in (HOSTNAME_PARAMETER, ROOT_PARAMETER, NETWORK_PARAMETER, NAMESERVERS_PARAMETER))
     is_clone = memory["share"] == "off"
     root = None
     if nodes:
@@ -44,6 +44,25 @@ def _parse(argv: Sequence[str]) -> FoundMachine:
         root=root,
         template=Path(memory["mem-path"]).parent if is_clone else None,
         balloon=any(name == "-device" and text.startswith("virtio-balloon-") for name, text in options),
+        nic=_card(options, told),
+    )
+
+
+def _card(options: Sequence[tuple[str, str]], told: Mapping[str, str]) -> Nic | None:
+    devices = [_fields(text) for name, text in options if name == "-device" and text.startswith("virtio-net-")]
+    if not devices:
+        return None
+    behind = _fields(next(text for name, text in options if name == "-netdev"))
+    socket = behind.get("addr.path")
+    network, nameservers = told.get(NETWORK_PARAMETER), told.get(NAMESERVERS_PARAMETER)
+    address, gateway, _ = network.split(",") if network else ("", "", "")
+    return Nic(
+        mac=devices[0]["mac"],
+        tap=behind.get("ifname"),
+        socket=None if socket is None else Path(socket),
+        address=address,
+        gateway=gateway,
+        nameservers=tuple(nameservers.split(",")) if nameservers else (),
     )
 
 

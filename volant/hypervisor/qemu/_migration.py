@@ -20,6 +20,8 @@ _LOOK_AGAIN_S = 0.01
 CAPABILITY = "x-ignore-shared"
 """A stream made with it is taken by nobody who has it not, and the other way round."""
 _CAPABILITIES = {"capabilities": [{"capability": CAPABILITY, "state": True}, {"capability": "events", "state": True}]}
+_SILENT = {"announce-rounds": 0}
+"""Else QEMU itself, and the guest's driver, would tell the network of an address that is the original's."""
 _OVER = frozenset({"completed", "failed", "cancelled"})
 
 
@@ -64,6 +66,7 @@ class Migration:
         """Let a machine that waits for a state take it over, and go on from there unless told otherwise. Raises
         QmpRefused, QmpLost; QEMU may end by itself then."""
         await qmp.execute("migrate-set-capabilities", _CAPABILITIES)
+        await qmp.execute("migrate-set-parameters", _SILENT)
         await qmp.execute("migrate-incoming", {"uri": f"file:{state}"})
         await self._end(qmp, TAKE_OVER_S, "the template does not fit")
         if go_on:

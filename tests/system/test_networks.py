@@ -1,0 +1,224 @@
+"""A guest with a card reaches its gateway, and so does every copy of it, as itself and never as what it is a copy of.
+
+Without a daemon, as this is about guest, hypervisor and channel. QEMU runs in a network namespace of the test's own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from tests.hypervisor.kit import machine_spec, real_qemu
+from tests.system.netns import IN_ITS_OWN
+from tests.system.test_capture import BOOT_S, Guest, running
+from volant import images
+from volant.channel import VirtioSerial, open_channel
+from volant.host import Host
+from volant.hypervisor import MachineSpec, Nic, Template
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.model.agent import DAEMON_HOSTS, DAEMON_ROOT, DAEMON_SETTLE
+
+GATEWAY = "192.168.127.1"
+_S = 20.0
+LISTEN = """
+import socket
+wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+wire.bind(("br0", 0))
+print("listening", flush=True)
+while True:
+    frame = wire.recv(2000)
+    arp = ".".join(map(str, frame[28:32])) if frame[12:14] == bytes((8, 6)) else ""
+    print(frame[6:12].hex(":"), arp, flush=True)
+"""
+"""Tells who speaks on the bridge: each MAC, and in ARP the address that it names as its own."""
+
+
+class Net:
+    """A network namespace with a bridge, the gateway's address on it, and three taps."""
+
+    def __init__(self, directory: Path) -> None:
+        self._holder = subprocess.Popen(
+            [*IN_ITS_OWN, "sh", "-c", "echo; exec sleep 600"], stdout=subprocess.PIPE, text=True
+        )
+        assert self._holder.stdout is not None
+        self._holder.stdout.readline()
+        self._enter = ("nsenter", f"--net=/proc/{self._holder.pid}/ns/net", "--")
+        self.run("ip", "link", "add", "br0", "type", "bridge")
+        self.run("ip", "address", "add", f"{GATEWAY}/24", "dev", "br0")
+        self.run("ip", "link", "set", "br0", "up")
+        for number in (1, 2, 3):
+            self.run("ip", "tuntap", "add", f"tap{number}", "mode", "tap")
+            self.run("ip", "link", "set", f"tap{number}", "master", "br0", "up")
+        self.program = directory / "qemu"
+        self.program.write_text(f'#!/bin/sh\nexec {" ".join(self._enter)} qemu-system-x86_64 "$@"\n')
+        self.program.chmod(0o755)
+        self._listener = subprocess.Popen([*self._enter, "python3", "-c", LISTEN], stdout=subprocess.PIPE, text=True)
+        assert self._listener.stdout is not None
+        assert self._listener.stdout.readline() == "listening\n"
+
+    def run(self, *command: str) -> str:
+        return subprocess.run(
+            [*self._enter, *command], check=True, stdout=subprocess.PIPE, text=True, timeout=_S
+        ).stdout
+
+    def end(self) -> list[list[str]]:
+        """Everybody who has spoken, and as whom."""
+        self._listener.terminate()
+        said = self._listener.communicate(timeout=_S)[0]
+        self._holder.kill()
+        self._holder.communicate(timeout=_S)
+        return [line.split() for line in said.splitlines()]
+
+
+@contextmanager
+def made(directory: Path) -> Iterator[Net]:
+    net = Net(directory)
+    try:
+        yield net
+    finally:
+        net.end()
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Iterator[Net]:
+    with made(tmp_path) as net:
+        yield net
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+def spec(host: Host, image_cache: Path, tmp_path: Path) -> MachineSpec:
+    image = images.find(image_cache)
+    assert image is not None
+    cmdline = " ".join(image.kernel_parameters)
+    return machine_spec(
+        host, tmp_path / "vm", image.kernel, image.initramfs, name="origin", memory_mb=160, cmdline=cmdline
+    )
+
+
+@pytest.fixture
+async def qemu(host: Host, spec: MachineSpec, net: Net, tmp_path: Path) -> AsyncIterator[QemuHypervisor]:
+    async with real_qemu(host, spec, tmp_path / "cache", str(net.program)) as hypervisor:
+        yield hypervisor
+
+
+def mac(number: int) -> str:
+    return f"02:00:00:00:00:{number:02x}"
+
+
+def address(number: int) -> str:
+    return f"192.168.127.{number}"
+
+
+def card(number: int) -> Nic:
+    """Of a copy, which hears of its address from the agent."""
+    return Nic(mac=mac(number), tap=f"tap{number - 1}")
+
+
+def told(number: int, **more: object) -> dict[str, Any]:
+    """What an `Identity` says of the network."""
+    return {"address": address(number), "prefix": 24, "gateway": GATEWAY, "mac": mac(number), **more}
+
+
+def booting(spec: MachineSpec, **more: Any) -> MachineSpec:
+    nic = msgspec.structs.replace(card(2), address=f"{address(2)}/24", gateway=GATEWAY, **more)
+    return msgspec.structs.replace(spec, nic=nic)
+
+
+async def is_on_the_network(guest: Guest, number: int) -> None:
+    """It has this address and no other, and the gateway answers."""
+    said = (await guest.run("ip", "address", "show", "eth0")).decode()
+    assert f"link/ether {mac(number)} " in said
+    assert [line.split()[1] for line in said.splitlines() if "inet " in line] == [f"{address(number)}/24"]
+    assert (await guest.run("ip", "route")).decode().count("default via") == 1
+    assert b" 0% packet loss" in await guest.run("ping", "-c", "2", "-W", "5", GATEWAY)
+
+
+async def test_a_guest_and_the_copy_of_it_are_both_on_the_network(qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    with trio.fail_after(BOOT_S):
+        async with running(Host(), qemu, booting(spec, nameservers=(GATEWAY,))) as guest:
+            await is_on_the_network(guest, 2)
+            assert await guest.run("cat", "/etc/resolv.conf") == b"nameserver 192.168.127.1\n"
+            assert b"192.168.127.2 origin\n" in await guest.run("cat", "/etc/hosts")
+            async with guest.fork("child", card(3), network=told(3, hosts={"origin": address(2)})) as child:
+                await is_on_the_network(child, 3)
+                await is_on_the_network(guest, 2)
+                assert b" 0% packet loss" in await child.run("ping", "-c", "2", "-W", "5", "origin")
+                assert b"192.168.127.3" in await child.run("ping", "-c", "1", "-W", "5", "child")
+                async with child.fork("grandchild", card(4), network=told(4)) as grandchild:
+                    await is_on_the_network(grandchild, 4)
+                    assert b"origin" not in await grandchild.run("cat", "/etc/hosts")
+
+
+async def test_clones_speak_as_themselves_and_never_as_their_template(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, net: Net, tmp_path: Path
+) -> None:
+    """It had a card that leads nowhere, and theirs can do what a tap can."""
+    spec = msgspec.structs.replace(spec, name="", nic=Nic(mac=mac(0x70)))
+    with trio.fail_after(2 * BOOT_S):
+        template = await saved(host, qemu, spec, tmp_path / "state")
+        async with (
+            clone(host, qemu, spec, template, 2) as first,
+            clone(host, qemu, spec, template, 3) as other,
+        ):
+            await is_on_the_network(first, 2)
+            await is_on_the_network(other, 3)
+            assert b" 0% packet loss" in await first.run("ping", "-c", "2", "-W", "5", address(3))
+            features = (await first.run("sh", "-c", "cat /sys/bus/virtio/drivers/virtio_net/virtio*/features")).decode()
+            assert features[0] == "1", "VIRTIO_NET_F_CSUM"
+            # As often as the daemon likes, and not for longer than it likes.
+            await first.ask("PUT", DAEMON_HOSTS, {"hosts": {"other": address(3)}})
+            assert b" 0% packet loss" in await first.run("ping", "-c", "2", "-W", "5", "other")
+            await first.ask("PUT", DAEMON_HOSTS, {"hosts": {}})
+            hosts = await first.run("cat", "/etc/hosts")
+            assert b"other" not in hosts
+            assert b"192.168.127.2 clone2\n" in hosts
+    spoken = net.end()
+    assert [mac(0x70)] not in [words[:1] for words in spoken]
+    for number in (2, 3):
+        assert {words[1] for words in spoken if words[0] == mac(number) and len(words) > 1} == {address(number)}
+
+
+async def saved(host: Host, qemu: QemuHypervisor, spec: MachineSpec, state: Path) -> Template:
+    identity = await qemu.launch(spec)
+    async with qemu.attach(spec, identity) as machine:
+        async with open_channel(host, VirtioSerial(spec.agent_path)) as channel:
+            await channel.ready()
+            guest = Guest(host, qemu, spec, machine, channel)
+            await guest.ask("GET", DAEMON_ROOT)
+            assert b"eth0" not in await guest.run("ip", "link", "show")
+            await guest.ask("POST", DAEMON_SETTLE)
+        await machine.save(state)
+        await machine.quit()
+    return Template(spec.memory_file, state)
+
+
+@asynccontextmanager
+async def clone(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, template: Template, number: int
+) -> AsyncIterator[Guest]:
+    name = f"clone{number}"
+    spec = msgspec.structs.replace(
+        spec,
+        name=name,
+        directory=spec.directory.with_name(name),
+        mark=f"{spec.mark}-{name}",
+        template=template,
+        nic=card(number),
+    )
+    async with running(host, qemu, spec) as guest:
+        began = host.monotonic()
+        await guest.become(name, network=told(number))
+        print(f"told who it is in {(host.monotonic() - began) * 1000:.0f} ms")
+        yield guest
