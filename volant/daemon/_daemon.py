@@ -33,7 +33,7 @@ from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
 from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
-from volant.model import ProcessIdentity, Status
+from volant.model import Networking, ProcessIdentity, Status, parse_subnet
 from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
 from volant.vm import (
     CLONES_AT_ONCE,
@@ -49,6 +49,7 @@ from volant.vm import (
 
 from ._directories import DirectoryError, claimed, disk_dir, log_dir, memory_dir, remove, snapshot_dir, template_dir
 from ._dump import dump_on_signal
+from ._nameservers import nameservers_of_host
 from ._protection import Protection
 from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, shown, split
 from ._sockets import ListenError, address_of, listening, setting_of
@@ -187,7 +188,12 @@ class Daemon:
         self._choice: AcceleratorChoice | None = None
         self.host = host or Host(self._notifier.scopes())
         self.started_at: datetime = self.host.wall_clock()
-        self.store = Store(self.host, settings.state_dir / "volant.db")
+        instance = instance_of(settings.state_dir)
+        self.store = Store(
+            self.host,
+            settings.state_dir / "volant.db",
+            networking=Networking(default=settings.network, subnet=parse_subnet(settings.subnet), instance=instance),
+        )
         self.logs = VmLogs(self.host, log_dir(settings))
         self.hypervisor: Hypervisor = QemuHypervisor(
             self.host,
@@ -202,7 +208,7 @@ class Daemon:
             store=templates,
             turns=gate,
             projection=self.store.projection,
-            instance=instance_of(settings.state_dir),
+            instance=instance,
             runtime_dir=settings.runtime_dir,
             memory_dir=memory_dir(settings),
             agent_timeout_s=settings.agent_timeout_s,
@@ -254,8 +260,9 @@ class Daemon:
                     return_memory=settings.return_memory == "on",
                     image_timeout_s=settings.image_timeout_s,
                     agent_timeout_s=settings.agent_timeout_s,
+                    nameservers=tuple(split(settings.nameservers)) or nameservers_of_host(),
                 ),
-                instance=instance_of(settings.state_dir),
+                instance=instance,
                 gate=gate,
                 clone_gate=clone_gate,
             ),

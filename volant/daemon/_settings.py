@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
+
+from volant.model import DEFAULT_SUBNET, parse_subnet
 
 from ._protection import Protection, ProtectionError, Secret, check_origin, others_may_read, protection
 
@@ -24,6 +27,11 @@ _NO_FLAG = {"api_key"}
 """Every user of a host can read the arguments of its processes."""
 _NEVER_EMPTY = {"api_key", "api_key_file", "api_allow_cidr", "trusted_proxies"}
 _CREDENTIAL = "volant-api-key"
+
+MAX_NAMESERVERS = 3
+"""The C library heeds no more."""
+_INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,13}")
+"""Shorter than the name of a tap."""
 
 DEFAULT_ADDRESS = "127.0.0.1:7777"
 
@@ -89,6 +97,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How much memory the guests of all that wait may have together."""
     standby_idle_s: Annotated[float, msgspec.Meta(gt=0, le=366 * 86400)] = 600.0
     """A template that was not used for so long has none that wait."""
+    network: Literal["none", "bridge", "user"] = "none"
+    """The network of VMs that are created without a word of their own."""
+    bridge: str = ""
+    """The name of the bridge; by default one that carries a digest of the state directory."""
+    subnet: str = str(DEFAULT_SUBNET)
+    """The subnet on the bridge, from which VMs have their addresses."""
+    nameservers: str = ""
+    """Whom guests with a card ask for names, IPv4 addresses, comma-separated; by default whom the host asks."""
     insecure: bool = False
     """Listen on other addresses than loopback with neither an API key nor a list of networks."""
     ephemeral: bool = False
@@ -165,6 +181,20 @@ def check(settings: Settings) -> Protection:
             )
         if not 0 <= port <= 65535:
             raise SettingsError(f"api_listen_addr {address}: {port} is no port")
+    try:
+        parse_subnet(settings.subnet)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    if settings.bridge and not _INTERFACE.fullmatch(settings.bridge):
+        raise SettingsError(
+            f"bridge {settings.bridge[:40]!r} is no name of a network interface: 1 to 14 letters, digits, '-', '_', '.'"
+        )
+    nameservers = split(settings.nameservers)
+    if len(nameservers) > MAX_NAMESERVERS:
+        raise SettingsError(f"nameservers has {len(nameservers)} members, at most {MAX_NAMESERVERS} are heeded")
+    for server in nameservers:
+        if not is_nameserver(server):
+            raise SettingsError(f"nameservers has {server[:40]!r}, which is no IPv4 address that a guest can ask")
     if not split(settings.api_listen_addr):
         raise SettingsError("api_listen_addr is empty; write for instance 127.0.0.1:7777")
     for name in ("state_dir", "runtime_dir", "cache_dir"):
@@ -204,6 +234,15 @@ def parse_address(address: str) -> tuple[str, int]:
     if not colon or not host or not (port.isascii() and port.isdecimal()):
         raise SettingsError(f"api_listen_addr {address!r} is not HOST:PORT, [IPv6]:PORT or unix:/PATH")
     return host, int(port)
+
+
+def is_nameserver(text: str) -> bool:
+    """Whether it is an IPv4 address at which a guest may find somebody: the host's loopback is not its own."""
+    try:
+        address = ipaddress.IPv4Address(text)
+    except ValueError:
+        return False
+    return not (address.is_loopback or address.is_unspecified or address.is_multicast)
 
 
 def _is_loopback(host: str) -> bool:

@@ -37,6 +37,8 @@ class VmSettings:
     max_vms: int | None = None
     return_memory: bool = True
     """Whether what a guest frees goes back to the host, where its memory is its own."""
+    nameservers: tuple[str, ...] = ()
+    """Whom guests with a card ask for names."""
     image_timeout_s: float = 300.0
     launch_timeout_s: float = 30.0
     agent_timeout_s: float = 120.0

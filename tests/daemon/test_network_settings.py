@@ -1,0 +1,57 @@
+"""What an operator says of networks, and whom guests ask for names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from volant.daemon._nameservers import nameservers_of_host
+from volant.daemon._settings import SettingsError, load
+
+
+def test_by_default_vms_have_no_network() -> None:
+    settings, _ = load([], {}, uid=0)
+    assert (settings.network, settings.bridge, settings.subnet) == ("none", "", "192.168.127.0/24")
+
+
+def test_each_is_taken_from_the_environment() -> None:
+    environ = {
+        "VOLANT_NETWORK": "bridge",
+        "VOLANT_BRIDGE": "lab0",
+        "VOLANT_SUBNET": "10.87.0.0/16",
+        "VOLANT_NAMESERVERS": "9.9.9.9, 1.1.1.1",
+    }
+    settings, warnings = load([], environ, uid=0)
+    assert (settings.network, settings.bridge, settings.subnet) == ("bridge", "lab0", "10.87.0.0/16")
+    assert not warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("network", "blue", "network"),
+        ("subnet", "10.0.0.1/24", "host bits"),
+        ("subnet", "10.0.0.0/31", "from 8 to 30"),
+        ("subnet", "8.8.8.0/24", "private"),
+        ("bridge", "a-name-too-long", "interface"),
+        ("bridge", "br/0", "interface"),
+        ("nameservers", "127.0.0.53", "nameservers"),
+        ("nameservers", "dns.example", "nameservers"),
+        ("nameservers", "9.9.9.9,9.9.9.8,9.9.9.7,9.9.9.6", "at most 3"),
+    ],
+)
+def test_what_can_not_be_is_an_error_that_names_it(name: str, value: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=text) as refused:
+        load([f"--{name}={value}"], {}, uid=0)
+    assert name in str(refused.value)
+
+
+def test_guests_ask_whom_the_host_asks_and_not_the_host(tmp_path: Path) -> None:
+    stub, real = tmp_path / "resolv.conf", tmp_path / "real.conf"
+    stub.write_text("# a stub\nnameserver 127.0.0.53\nnameserver ::1\noptions edns0\n")
+    real.write_text(
+        "nameserver 10.0.0.53\nnameserver fe80::1%eth0\nnameserver 10.0.0.54\nnameserver 10.0.0.53\nsearch x\n"
+    )
+    assert nameservers_of_host((stub, real)) == ("10.0.0.53", "10.0.0.54")
+    assert nameservers_of_host((stub, tmp_path / "none")) == ()
