@@ -228,6 +228,26 @@ async def test_sockets_with_long_paths_connect(host: Host, tmp_path: Path) -> No
         await host.connect_unix(deep / "t", 1.0)
 
 
+async def test_who_connects_waits_while_as_many_as_may_wait_already(host: Host, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with host.listen_unix(path, backlog=0).socket as listening, trio.fail_after(5):
+        listening.listen(0)
+        async with await host.connect_unix(path, 1.0):
+            with pytest.raises(trio.TooSlowError):
+                await host.connect_unix(path, 0.05)
+            async with trio.open_nursery() as nursery:
+
+                async def come() -> None:
+                    async with await host.connect_unix(path, 1.0) as stream:
+                        await stream.send_all(b"second")
+
+                nursery.start_soon(come)
+                await trio.testing.wait_all_tasks_blocked()
+                (await listening.accept())[0].close()
+                with (await listening.accept())[0] as second:
+                    assert await second.recv(100) == b"second"
+
+
 async def test_files_are_replaced_whole_and_trees_removed(host: Host, tmp_path: Path) -> None:
     path = tmp_path / "file"
     await host.write_bytes(path, b"one")

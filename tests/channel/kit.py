@@ -1,20 +1,84 @@
-"""A guest for the channel's tests: the agent's real multiplexer in a thread, behind a port that behaves as QEMU's."""
+"""Guests for the channel's tests, behind a virtio-serial port that behaves as QEMU's, or behind a hybrid vsock.
+
+`way.begin(handler)` is an agent of the tests: on the port with the real multiplexer, and a thread a stream that runs
+`handler`. `way.begin_real()` is the agent itself, in a process of its own.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import select
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
 
+from volant.channel import Address, HybridVsock, VirtioSerial
 from volant.guest import _mux
+from volant.model.agent import AGENT_PORT
 
 Handler = Callable[[socket.socket], None]
+BACKLOG = 128
+"""As many as the agent lets wait on its vsock."""
+
+
+class Agent(ABC):
+    """One life of an agent of the tests."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        self._threads: list[threading.Thread] = []
+
+    def _serve(self, sock: socket.socket) -> None:
+        def run() -> None:
+            with sock:
+                try:
+                    self._handler(sock)
+                except OSError:
+                    pass  # the host has left
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+    @abstractmethod
+    async def idle(self) -> None:
+        """Wait until it has no stream."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Die as a killed process does, whatever was under way. A second time is nothing."""
+
+
+class Way(ABC):
+    """A way into a guest: what the hypervisor has on the host, whether or not there is an agent."""
+
+    address: Address
+
+    @abstractmethod
+    def begin(self, handler: Handler) -> Agent:
+        """An agent of the tests."""
+
+    @abstractmethod
+    def begin_real(self) -> subprocess.Popen[bytes]:
+        """The agent itself; the caller ends it."""
+
+
+def _agent_process(how: str, end: socket.socket) -> subprocess.Popen[bytes]:
+    with end:
+        command = [sys.executable, "-m", "tests.channel.agent_process", how, str(end.fileno())]
+        return subprocess.Popen(command, pass_fds=[end.fileno()], start_new_session=True)
 
 
 class _Stop(Exception):
@@ -30,13 +94,12 @@ class _StoppableMux(_mux._Mux):
         return super().turn()
 
 
-class GuestAgent:
-    """One life of the agent: its multiplexer, and a thread a stream that runs `handler`."""
+class GuestAgent(Agent):
+    """On the port, with the agent's own multiplexer."""
 
     def __init__(self, port: Port, handler: Handler) -> None:
+        super().__init__(handler)
         self._sock = port.guest_end()
-        self._handler = handler
-        self._threads: list[threading.Thread] = []
         self._mux = _StoppableMux(self._sock.fileno(), self._serve)
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -50,38 +113,24 @@ class GuestAgent:
         except BaseException as error:
             self.error = error
 
-    def _serve(self, sock: socket.socket) -> None:
-        def run() -> None:
-            with sock:
-                try:
-                    self._handler(sock)
-                except OSError:
-                    pass  # the host has left
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        self._threads.append(thread)
-
     async def idle(self) -> None:
-        """Wait until it has no stream."""
         while self._mux.by_id:  # noqa: ASYNC110 - another thread's, and nothing tells
             await trio.sleep(0.01)
 
     def stop(self) -> None:
-        """Die as a killed process does: the port's end is closed, whatever was under way."""
+        if self._mux.stopped:
+            return
         self._mux.stopped = True
         self._sock.shutdown(socket.SHUT_RD)  # wakes the loop
         self._thread.join(10)
         assert not self._thread.is_alive()
         self._sock.close()
-        for thread in self._threads:
-            thread.join(10)
-            assert not thread.is_alive()
+        self._join()
         if self.error is not None:
             raise self.error
 
 
-class Port:
+class Port(Way):
     """A virtio-serial port: a Unix socket outside for one client at a time, a descriptor inside.
 
     Bytes that left the client before it died still reach the guest; what the guest says while nobody is there is lost;
@@ -90,6 +139,7 @@ class Port:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.address = VirtioSerial(path)
         self.clients = 0
         self._outer = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
         self._inner: trio.SocketStream | None = None
@@ -97,6 +147,12 @@ class Port:
         self._client: trio.SocketStream | None = None
         self._to_guest: int | None = None
         self._to_host: int | None = None
+
+    def begin(self, handler: Handler) -> Agent:
+        return GuestAgent(self, handler)
+
+    def begin_real(self) -> subprocess.Popen[bytes]:
+        return _agent_process("serial", self.guest_end())
 
     def guest_end(self) -> socket.socket:
         """Open the port anew, as an agent that begins does."""
@@ -190,8 +246,125 @@ class Port:
                 await client.aclose()
 
 
+class Hypervisor(Way):
+    """One that maps connections on a Unix socket to its guest's vsock, as Firecracker and Cloud Hypervisor do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.address = HybridVsock(path)
+        self.take: Handler | None = None
+        """What takes connections to the agent's port; without they are refused."""
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._closing = ExitStack()
+
+    def begin(self, handler: Handler) -> Agent:
+        return _VsockAgent(self, handler)
+
+    def begin_real(self) -> subprocess.Popen[bytes]:
+        ours, theirs = socket.socketpair()
+        self._closing.enter_context(ours)
+        process = _agent_process("vsock", theirs)
+
+        def take(sock: socket.socket) -> None:
+            with sock:
+                socket.send_fds(ours, [b"1"], [sock.fileno()])
+
+        self.take = take
+        return process
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Hypervisor]:
+        self._listener.bind(str(self.path))
+        self._listener.listen(BACKLOG)
+        thread = threading.Thread(target=self._accept, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            with self._closing, self._listener:
+                self._listener.shutdown(socket.SHUT_RDWR)
+                thread.join(10)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._connect, args=(sock,), daemon=True).start()
+
+    def _connect(self, sock: socket.socket) -> None:
+        try:
+            line = b""
+            while not line.endswith(b"\n"):
+                byte = sock.recv(1)
+                if not byte:
+                    raise ConnectionAbortedError
+                line += byte
+            take = self.take
+            if line != b"CONNECT %d\n" % AGENT_PORT or take is None:
+                raise ConnectionRefusedError
+            sock.sendall(b"OK 1073741824\n")
+            take(sock)
+        except OSError:
+            sock.close()
+
+
+class _VsockAgent(Agent):
+    """Connections of its own, which go when it dies."""
+
+    def __init__(self, hypervisor: Hypervisor, handler: Handler) -> None:
+        super().__init__(handler)
+        self._hypervisor = hypervisor
+        self._socks: list[socket.socket] = []
+        hypervisor.take = self._take
+
+    def _take(self, sock: socket.socket) -> None:
+        self._socks.append(sock)
+        self._serve(sock)
+
+    async def idle(self) -> None:
+        while any(thread.is_alive() for thread in self._threads):  # noqa: ASYNC110 - nothing tells
+            await trio.sleep(0.01)
+
+    def stop(self) -> None:
+        self._hypervisor.take = None
+        for sock in self._socks:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it was over
+        self._join()
+
+
+WAYS: dict[str, type[Port] | type[Hypervisor]] = {"virtio-serial": Port, "hybrid-vsock": Hypervisor}
+
+
+@contextmanager
+def running(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """For the length of a block, unless the test has ended it before."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+sent = 0
+"""How many bytes all `source`s have sent."""
+
+
+async def settled() -> None:
+    """Wait until no `source` gets any byte off: all buffers are full."""
+    before = -1
+    while before != sent:
+        before = sent
+        await trio.sleep(0.1)
+
+
 def handle(sock: socket.socket) -> None:
     """What the tests' guest does with a stream: its first line says what."""
+    global sent
     line = b""
     while not line.endswith(b"\n"):
         byte = sock.recv(1)
@@ -205,7 +378,9 @@ def handle(sock: socket.socket) -> None:
         case [b"source", count]:
             left = int(count)
             while left:
-                left -= sock.send(bytes(min(left, 65536)))
+                count = sock.send(bytes(min(left, 65536)))
+                left -= count
+                sent += count
         case [b"hash"]:
             digest = hashlib.sha256()
             while data := sock.recv(65536):

@@ -10,8 +10,12 @@ from volant.channel._budget import FRAME_LIMIT, FrameBudget, FrameCounter
 from volant.channel._errors import LinkLost
 
 
-def frame(size: int) -> bytes:
-    return size.to_bytes(3, "big") + bytes(6) + bytes(size)
+def frame(size: int, kind: int = 0) -> bytes:
+    return size.to_bytes(3, "big") + bytes([kind]) + bytes(5) + bytes(size)
+
+
+def price(frames: bytes) -> float:
+    return FrameCounter().take(frames, 1_000_000)[2]
 
 
 @given(st.lists(st.integers(0, 300), max_size=30), st.data())
@@ -22,7 +26,7 @@ def test_frames_are_counted_however_the_bytes_are_cut(sizes: list[int], data: st
     while stream:
         chunk = stream[: data.draw(st.integers(1, len(stream)))]
         limit = data.draw(st.integers(1, 5))
-        size, count = counter.take(chunk, limit)
+        size, count, _ = counter.take(chunk, limit)
         assert count <= limit
         assert 0 < size <= len(chunk)
         assert size == len(chunk) or count == limit
@@ -39,9 +43,18 @@ def test_an_overlong_frame_is_seen_at_its_header() -> None:
 
 def test_data_pays_for_its_frames_and_empty_ones_wait() -> None:
     budget = FrameBudget(0.0)
-    assert all(budget.spend(64, 64 * 16384, 0.0) == 0.0 for _ in range(10_000))
-    assert budget.spend(2500, 0, 0.0) == 0.0
-    assert budget.spend(2500, 0, 0.0) == pytest.approx(1.0)
-    assert budget.spend(0, 0, 2.0) == 0.0
-    assert budget.spend(2500, 0, 1000.0) == 0.0, "what is saved up is bounded"
-    assert budget.spend(2500, 0, 1000.0) > 0.9
+    bulk, empty = price(frame(16384) * 64), price(frame(0) * 2500)
+    assert all(budget.spend(bulk, 0.0) == 0.0 for _ in range(10_000))
+    assert budget.spend(empty, 0.0) == 0.0
+    assert budget.spend(empty, 0.0) == pytest.approx(1.0)
+    assert budget.spend(0, 2.0) == 0.0
+    assert budget.spend(empty, 1000.0) == 0.0, "what is saved up is bounded"
+    assert budget.spend(empty, 1000.0) > 0.9
+
+
+def test_what_is_no_data_costs_the_more_the_longer_it_is() -> None:
+    """16 KiB of settings take this side a hundred times as long as 16 KiB of data."""
+    settings, data = frame(16382, kind=4), frame(16384)
+    assert price(settings) > 500
+    assert price(settings + 4 * data) > 450, "data pays for no more than a few others"
+    assert price(frame(8, kind=6)) < 2

@@ -1,10 +1,11 @@
-"""Byte streams into a guest over one port: the host's side against the guest's own code."""
+"""Byte streams into a guest, on each way into it; over a port, the host's side against the guest's own code."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from volant.channel import AgentUnreachable, Channel, ChannelStream, VirtioSeria
 from volant.host import Host
 from volant.model.agent import MAX_STREAMS, RESERVED_STREAMS
 
-from .kit import GuestAgent, Port, handle
+from .kit import WAYS, Agent, GuestAgent, Port, Way, handle, settled
 
 
 @pytest.fixture
@@ -25,15 +26,15 @@ async def port(tmp_path: Path) -> AsyncIterator[Port]:
 
 
 @pytest.fixture
-def guest(port: Port) -> Iterator[GuestAgent]:
-    agent = GuestAgent(port, handle)
+def guest(way: Way) -> Iterator[Agent]:
+    agent = way.begin(handle)
     yield agent
     agent.stop()
 
 
 @pytest.fixture
-async def channel(port: Port, guest: GuestAgent) -> AsyncIterator[Channel]:
-    async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+async def channel(way: Way, guest: Agent) -> AsyncIterator[Channel]:
+    async with open_channel(Host(), way.address) as channel:
         yield channel
 
 
@@ -70,7 +71,7 @@ async def test_nothing_is_begun_with_a_guest_that_stands_still_and_open_streams_
             await stream.send_all(b"echo\nstill there")
             await stream.send_eof()
             assert await read_all(stream) == b"still there"
-        assert channel.statistics().links == 1
+        assert channel.statistics().last_loss is None
 
 
 async def test_bytes_go_both_ways_and_each_way_ends_by_itself(channel: Channel) -> None:
@@ -92,8 +93,7 @@ async def test_streams_whose_reader_sleeps_block_no_other(channel: Channel) -> N
             for sleeper in sleepers:
                 await sleeper.send_all(b"source 1000000\n")
             # All of them have filled their windows: more than HTTP/2's default for the whole connection.
-            while channel.statistics().bytes_in < len(sleepers) * 128 * 1024:  # noqa: ASYNC110 - nothing tells
-                await trio.sleep(0.01)
+            await settled()
             assert await echoes(channel, b"x" * 300_000)
             for sleeper in sleepers:
                 nursery.start_soon(sleeper.aclose)
@@ -101,9 +101,9 @@ async def test_streams_whose_reader_sleeps_block_no_other(channel: Channel) -> N
 
 async def test_guests_that_do_not_read_block_no_other_stream(channel: Channel) -> None:
     with trio.fail_after(10):
-        async with trio.open_nursery() as nursery:
+        async with AsyncExitStack() as streams, trio.open_nursery() as nursery:
             for _ in range(40):
-                stream = await channel.open_stream(timeout_s=5)
+                stream = await streams.enter_async_context(await channel.open_stream(timeout_s=5))
                 await stream.send_all(b"hold\n")
                 nursery.start_soon(stream.send_all, bytes(1_000_000))
             await trio.testing.wait_all_tasks_blocked(0.2)
@@ -131,7 +131,7 @@ async def test_twenty_large_streams_at_once_are_right(channel: Channel) -> None:
     assert channel.statistics().streams == 0
 
 
-async def test_closing_tells_the_guest_and_frees_the_stream(channel: Channel, guest: GuestAgent) -> None:
+async def test_closing_tells_the_guest_and_frees_the_stream(channel: Channel, guest: Agent) -> None:
     with trio.fail_after(5):
         for command in (b"hold\n", b"source 10000000\n", b"echo\n"):
             stream = await channel.open_stream(timeout_s=5)
@@ -192,52 +192,107 @@ async def test_streams_are_bounded_and_the_daemon_keeps_some(channel: Channel) -
 
 
 async def test_another_port_is_refused(channel: Channel) -> None:
+    with trio.fail_after(5), pytest.raises((AgentUnreachable, trio.BrokenResourceError), match=r"404|refused port 99"):
+        async with await channel.open_stream(99, timeout_s=0.3) as stream:
+            await stream.receive_some()
+    assert channel.statistics().streams == 0
+
+
+async def test_a_channel_that_is_closed_breaks_its_streams(way: Way, guest: Agent) -> None:
+    """Whoever has one is an actor's, which may be another one by then."""
+    async with open_channel(Host(), way.address) as channel:
+        stream = await channel.open_stream(timeout_s=5)
+        await stream.send_all(b"echo\nhello")
+        assert await stream.receive_some() == b"hello"
     with trio.fail_after(5):
-        async with await channel.open_stream(99, timeout_s=5) as stream:
-            with pytest.raises(trio.BrokenResourceError, match="404"):
+        async with stream:
+            with pytest.raises(trio.BrokenResourceError, match="closed"):
                 await stream.receive_some()
+            with pytest.raises(trio.BrokenResourceError, match="closed"):
+                await stream.send_all(b"more")
+        assert channel.statistics().streams == 0
+        async with open_channel(Host(), way.address) as successor:
+            assert await echoes(successor, b"hello")
+            await guest.idle()
 
 
-async def test_an_agent_that_does_not_come_is_unreachable_in_time(port: Port) -> None:
-    async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+async def test_what_streams_carry_is_counted(channel: Channel) -> None:
+    with trio.fail_after(5):
+        assert await echoes(channel, b"x" * 100_000)
+    statistics = channel.statistics()
+    assert 100_000 <= statistics.bytes_in < 110_000
+    assert 100_000 <= statistics.bytes_out < 150_000
+
+
+async def test_an_agent_that_does_not_come_is_unreachable_in_time(way: Way) -> None:
+    async with open_channel(Host(), way.address) as channel:
         with pytest.raises(AgentUnreachable, match="could not be reached within 0"):
             await channel.open_stream(timeout_s=0.05)
-        assert not channel.connected
+        assert channel.statistics().streams == 0
     with pytest.raises(AgentUnreachable, match="closed"):
         await channel.open_stream(timeout_s=5)
     await channel.closed()
 
 
-async def test_an_agent_that_comes_late_is_found(port: Port) -> None:
-    async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+async def test_an_agent_that_comes_late_is_found(way: Way) -> None:
+    agents: list[Agent] = []
+
+    async def come() -> None:
         await trio.sleep(0.05)
-        agent = GuestAgent(port, handle)
-        try:
+        agents.append(way.begin(handle))
+
+    try:
+        async with open_channel(Host(), way.address) as channel, trio.open_nursery() as nursery:
+            nursery.start_soon(come)
             with trio.fail_after(5):
-                await channel.ready()
                 assert await echoes(channel, b"hello")
-        finally:
+    finally:
+        for agent in agents:
             agent.stop()
 
 
-async def test_a_socket_that_comes_late_is_found(tmp_path: Path) -> None:
-    port = Port(tmp_path / "agent.sock")
-    async with open_channel(Host(), VirtioSerial(port.path)) as channel:
+async def test_an_agent_that_is_restarted_is_found_again(way: Way) -> None:
+    agent = way.begin(handle)
+    try:
+        async with open_channel(Host(), way.address) as channel:
+            with trio.fail_after(20):
+                for _ in range(3):
+                    async with await channel.open_stream(timeout_s=5) as stream:
+                        await stream.send_all(b"source 100000000\n")
+                        await stream.receive_some()
+                        agent.stop()
+                        agent = way.begin(handle)
+                        # Of a connection the death of a process is the end, of a link it is the loss.
+                        with suppress(trio.BrokenResourceError):
+                            assert len(await read_all(stream)) < 100_000_000
+                    assert await echoes(channel, b"again")
+    finally:
+        agent.stop()
+
+
+@pytest.mark.parametrize("kind", WAYS)
+async def test_a_socket_that_comes_late_is_found(tmp_path: Path, kind: str) -> None:
+    way = WAYS[kind](tmp_path / "agent.sock")
+    answered = trio.Event()
+
+    async def come() -> None:
         await trio.sleep(0.05)
-        async with port.open():
-            agent = GuestAgent(port, handle)
-            try:
-                with trio.fail_after(5):
-                    assert await echoes(channel, b"hello")
-            finally:
-                agent.stop()
+        async with way.open():
+            agent = way.begin(handle)
+            await answered.wait()
+            agent.stop()
+
+    async with open_channel(Host(), way.address) as channel, trio.open_nursery() as nursery:
+        nursery.start_soon(come)
+        with trio.fail_after(5):
+            assert await echoes(channel, b"hello")
+            answered.set()
 
 
 @pytest.mark.parametrize("seed", range(12))
-async def test_it_finds_its_feet_after_the_host_was_killed_at_any_byte(
-    port: Port, guest: GuestAgent, seed: int
-) -> None:
+async def test_it_finds_its_feet_after_the_host_was_killed_at_any_byte(port: Port, seed: int) -> None:
     """The host's end dies while data flows, its successor comes before the guest has noticed."""
+    guest = port.begin(handle)
     rng = random.Random(seed)
     span = rng.choice((40, 16_500, 40_000, 300_000))
     broken = 0
@@ -259,6 +314,7 @@ async def test_it_finds_its_feet_after_the_host_was_killed_at_any_byte(
                 assert await echoes(channel, b"again " * 1000), f"round {round_}"
     with trio.fail_after(5):
         await guest.idle()
+    guest.stop()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -284,7 +340,7 @@ async def test_it_finds_its_feet_after_the_agent_was_restarted_at_any_byte(port:
         agent.stop()
 
 
-async def test_what_goes_wrong_in_the_block_is_the_caller_s(port: Port) -> None:
+async def test_what_goes_wrong_in_the_block_is_the_caller_s(way: Way) -> None:
     with pytest.raises(KeyError):
-        async with open_channel(Host(), VirtioSerial(port.path)):
+        async with open_channel(Host(), way.address):
             raise KeyError

@@ -74,6 +74,7 @@ async def lost(channel: Channel) -> str:
         return why
 
 
+MANY_SETTINGS = frame(4, 0, 0, b"".join(struct.pack(">HI", number, 1) for number in range(16, 16 + 2700)))
 HEADERS_WITHOUT_END = frame(1, 0, 1, b"\x88")
 GARBAGE = {
     "garbage": (b"\xff" * 100, "a frame of 16777215 bytes"),
@@ -88,6 +89,7 @@ GARBAGE = {
     "headers that never end": (SETTINGS + HEADERS_WITHOUT_END + frame(9, 0, 1, b"") * 100, "broke HTTP/2"),
     "a farewell": (SETTINGS + frame(7, 0, 0, bytes(8)), "ended the link"),
     "settings out of range": (SETTINGS + frame(4, 0, 0, struct.pack(">HI", 5, 1)), "broke HTTP/2"),
+    "settings that nobody knows": (SETTINGS + MANY_SETTINGS, "different settings"),
     "zeros, as an agent that begins": (bytes(RESYNC_ZEROS), "broke HTTP/2"),
 }
 

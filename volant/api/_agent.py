@@ -75,7 +75,7 @@ def _explain(vm: str, target: str, status: int, body: bytes) -> Problem | None:
     """502, when an agent does not know its own route, and not what the route leads to."""
     try:
         detail = str(msgspec.json.decode(body, type=dict[str, Any]).get("detail"))
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     if not detail.startswith(_NO_ROUTE if status == 404 else _NO_WEBSOCKET):
         return None

@@ -268,7 +268,7 @@ def _nothing_there(path: str) -> Problem:
 def _decoded(body: bytes, browser: _Browser) -> Any:
     try:
         return msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise browser.problem("is no browser: its answer is no JSON") from None
 
 

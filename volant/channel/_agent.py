@@ -116,7 +116,7 @@ class AgentClient:
             return AgentAnswer(response.status, None)
         try:
             return AgentAnswer(response.status, msgspec.json.decode(text))
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise AgentProtocolError(f"the agent's answer to {method} {path} is no JSON: {error}") from error
 
     @asynccontextmanager

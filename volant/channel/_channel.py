@@ -19,13 +19,15 @@ from ._errors import AgentUnreachable, LinkLost
 from ._link import Link
 from ._slots import Slot, Slots
 from ._still import Port, Stillness
-from ._stream import ChannelStream, SocketChannelStream
+from ._stream import ChannelStream, SocketChannelStream, Sockets
 
 CONNECT_S = 5.0
 TAKE_S = 0.1
 """How long a guest that moves is given to take what was sent to it already."""
 RETRY_MIN_S = 0.02
 RETRY_MAX_S = 5.0
+RETRY_CONNECT_MAX_S = 0.5
+"""Between two tries of somebody who waits for a connection of their own."""
 HONEST_LIFE_S = 10.0
 """A link that lived so long was one; what comes next is tried at once."""
 
@@ -45,7 +47,7 @@ class ChannelStatistics(msgspec.Struct, frozen=True):
     bytes_in: int
     bytes_out: int
     last_loss: str | None
-    """Why the last link ended."""
+    """Why the last link ended; without a link to keep, why nobody was reached last, until somebody is."""
 
 
 class Channel:
@@ -62,6 +64,7 @@ class Channel:
         self._stands_still = False
         self._stillness = Stillness()
         self._socket: trio.SocketStream | None = None
+        self._sockets = Sockets()
         self._links = 0
         self._bytes_in = 0
         self._bytes_out = 0
@@ -74,6 +77,7 @@ class Channel:
         the slots that are kept for the daemon's own requests. Whether anybody listens on the port may show only in
         the first receive. Raises AgentUnreachable.
         """
+        slot = None
         with trio.move_on_after(timeout_s):
             slot = await self._slots.acquire(reserved=reserved)
             try:
@@ -81,7 +85,7 @@ class Channel:
             except BaseException:
                 slot.release()
                 raise
-        if self.connected:
+        if slot is None:
             raise AgentUnreachable(f"no stream into the guest was free within {timeout_s:g} s")
         raise AgentUnreachable(f"the guest's agent could not be reached within {timeout_s:g} s{self._because()}")
 
@@ -151,8 +155,8 @@ class Channel:
             connected=self.connected,
             links=self._links,
             streams=self._slots.taken,
-            bytes_in=self._bytes_in + (link.bytes_in if link else 0),
-            bytes_out=self._bytes_out + (link.bytes_out if link else 0),
+            bytes_in=self._bytes_in + self._sockets.bytes_in + (link.bytes_in if link else 0),
+            bytes_out=self._bytes_out + self._sockets.bytes_out + (link.bytes_out if link else 0),
             last_loss=self._last_loss,
         )
 
@@ -169,9 +173,9 @@ class Channel:
         await self.ready()
         match self.address:
             case Vsock(cid):
-                return await self._open_socket(slot, self._host.connect_vsock(cid, port, timeout_s))
+                return await self._connect(slot, partial(self._host.connect_vsock, cid, port, timeout_s))
             case HybridVsock(path):
-                return await self._open_socket(slot, connect_hybrid(self._host, path, port, timeout_s))
+                return await self._connect(slot, partial(connect_hybrid, self._host, path, port, timeout_s))
         while True:
             await self.ready()
             if self._link is not None:
@@ -181,11 +185,23 @@ class Channel:
                     # It is over, and about to be replaced.
                     await self._changed.wait()
 
-    async def _open_socket(self, slot: Slot, connecting: Awaitable[trio.SocketStream]) -> ChannelStream:
-        try:
-            return SocketChannelStream(slot, await connecting)
-        except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
-            raise AgentUnreachable(f"the guest does not answer: {str(error) or type(error).__name__}") from error
+    async def _connect(self, slot: Slot, connect: Callable[[], Awaitable[trio.SocketStream]]) -> ChannelStream:
+        """Again and again until there is somebody: the agent may be about to begin. The caller sets the deadline."""
+        delay = RETRY_MIN_S
+        while True:
+            await self.ready()
+            try:
+                stream = await connect()
+            except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
+                self._last_loss = f"no connection: {str(error) or type(error).__name__}"
+                await trio.sleep(delay)
+                delay = min(2 * delay, RETRY_CONNECT_MAX_S)
+                continue
+            if self._closed.is_set():
+                await trio.aclose_forcefully(stream)
+                continue
+            self._last_loss = None
+            return SocketChannelStream(slot, stream, self._sockets)
 
     async def _keep(self, path: Path) -> None:
         """Make one link after the other."""
@@ -229,6 +245,7 @@ class Channel:
     def _close(self) -> None:
         self._closed.set()
         self._changed.set()
+        self._sockets.fail("the channel was closed")
 
 
 async def run_channel(

@@ -48,6 +48,8 @@ CONNECTION_WINDOW = STREAM_WINDOW * (MAX_STREAMS + RESERVED_STREAMS)
 OUTPUT_HIGH = 64 * 1024
 OUTPUT_LIMIT = 512 * 1024
 RESYNC_ZEROS = FRAME_LIMIT + 2 * 9
+MAX_SETTINGS = 64
+"""HTTP/2 and its extensions have about ten."""
 STALL_S = 60.0
 """A guest that takes none of its input for so long has lost its link."""
 
@@ -161,12 +163,12 @@ class Link:
         budget = FrameBudget(trio.current_time())
         while True:
             while data:
-                size, frames = counter.take(data, _FRAMES_PER_TURN)
+                size, _, price = counter.take(data, _FRAMES_PER_TURN)
                 self._feed(data[:size])
                 data = data[size:]
                 while len(self._out) > OUTPUT_LIMIT:
                     await self._out_room.park()
-                wait = budget.spend(frames, size, trio.current_time())
+                wait = budget.spend(price, trio.current_time())
                 if wait or data:
                     await trio.sleep(wait)
             data = bytes(await self._stream.receive_some(_READ))
@@ -228,6 +230,9 @@ class Link:
                 if (stream := self._streams.get(event.stream_id)) is not None:
                     stream.wake_sender()
             case WindowUpdated() | RemoteSettingsChanged():
+                if len(self._conn.remote_settings) > MAX_SETTINGS:
+                    # h2 keeps those that it does not know, and walks through all of them for every frame of settings.
+                    raise LinkLost(f"the guest sent {len(self._conn.remote_settings)} different settings")
                 for stream in self._streams.values():
                     stream.wake_sender()
             case ResponseReceived():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import suppress
 
 import trio
 
@@ -24,28 +25,74 @@ class ChannelStream(trio.abc.HalfCloseableStream):
         """The next bytes, empty at the end."""
 
 
+class Sockets:
+    """The streams of one channel that have a socket each, and how much they have carried."""
+
+    def __init__(self) -> None:
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.open = set[SocketChannelStream]()
+
+    def fail(self, why: str) -> None:
+        """The channel is over: who still uses one of its streams is told so."""
+        for stream in self.open.copy():
+            stream.fail(why)
+
+
 class SocketChannelStream(ChannelStream):
     """A stream that has a socket to itself."""
 
-    def __init__(self, slot: Slot, stream: trio.SocketStream) -> None:
+    def __init__(self, slot: Slot, stream: trio.SocketStream, sockets: Sockets) -> None:
         self._slot = slot
         self._stream = stream
+        self._sockets = sockets
+        self._failure: str | None = None
+        sockets.open.add(self)
 
     async def send_all(self, data: Bytes) -> None:
-        await self._stream.send_all(data)
+        self._check()
+        try:
+            await self._stream.send_all(data)
+        except trio.BrokenResourceError as error:
+            raise trio.BrokenResourceError(self._failure or "the guest has closed its end of the stream") from error
+        self._sockets.bytes_out += len(data)
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
+        self._check()
         await self._stream.send_eof()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        return bytes(await self._stream.receive_some(max_bytes))
+        try:
+            data = bytes(await self._stream.receive_some(max_bytes))
+        except trio.BrokenResourceError as error:
+            raise trio.BrokenResourceError(self._failure or "the guest reset the stream") from error
+        if not data:
+            self._check()  # it may be we who have ended it
+        self._sockets.bytes_in += len(data)
+        return data
 
     async def aclose(self) -> None:
-        self._slot.release()
+        self._failure = None
+        self._over()
         await self._stream.aclose()
+
+    def fail(self, why: str) -> None:
+        """It is broken. What was received can still be taken."""
+        self._failure = why
+        self._over()
+        with suppress(OSError):
+            self._stream.socket.shutdown(trio.socket.SHUT_RDWR)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise trio.BrokenResourceError(self._failure)
+
+    def _over(self) -> None:
+        self._slot.release()
+        self._sockets.open.discard(self)
 
 
 class PrefixedStream(ChannelStream):

@@ -14,7 +14,7 @@ import base64
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 import trio
@@ -65,6 +65,7 @@ _CLOCK_TRIES = 5
 """On a busy host one in some ways is short enough."""
 _CLOCK_S = 20.0
 """For the agent of a guest that has stood still to be there again, and to set its clock."""
+_DETAIL_CHARACTERS = 1000
 _CONSOLE_LINES = 60
 """With the trace that follows it, what a kernel says when it panics is some forty lines long."""
 _CONSOLE_CHARACTERS = 500
@@ -237,8 +238,7 @@ class LiveProcess:
             raise AgentUnreachable("the channel to the guest is not open")
         answer = await self._client.request_json(method, path, body, timeout_s=_ANSWER_S)
         if not 200 <= answer.status < 300 and answer.status not in also:
-            detail = answer.body.get("detail") if isinstance(answer.body, dict) else None
-            raise AgentProtocolError(f"it answers {method} {path} with {answer.status}: {detail}")
+            raise AgentProtocolError(f"it answers {method} {path} with {answer.status}: {_detail(answer.body)}")
 
     async def root_mounted(self) -> None:
         """Return once the guest has mounted its root filesystem.
@@ -256,7 +256,7 @@ class LiveProcess:
             case "pending":
                 raise AgentUnreachable("the root filesystem is not mounted yet")
             case "failed":
-                raise RootFailed(f"the guest can't mount its root filesystem: {str(said.get('detail'))[:1000]}")
+                raise RootFailed(f"the guest can't mount its root filesystem: {_detail(said)}")
             case _:
                 raise AgentProtocolError("its initramfs mounts no root filesystem")
 
@@ -341,9 +341,9 @@ class LiveProcess:
         if answer.status == 404:
             raise _NoSuchRoute(f"its agent does not know {path}")
         if answer.status == 503:
-            raise _NotWell(f"it answers PUT {path}: {said.get('detail')}")
-        if answer.status != 200 or type(said.get("time_ns")) is not int:
-            raise AgentProtocolError(f"it answers PUT {path} with {answer.status}: {said.get('detail')}")
+            raise _NotWell(f"it answers PUT {path}: {_detail(said)}")
+        if answer.status != 200 or not _is_number(said.get("time_ns")):
+            raise AgentProtocolError(f"it answers PUT {path} with {answer.status}: {_detail(said)}")
         return said
 
     async def _negotiate(self) -> None:
@@ -498,9 +498,19 @@ def _range(said: object) -> tuple[int, int]:
     """:raises AgentProtocolError: an agent does not say so."""
     if isinstance(said, dict):
         oldest, newest = said.get("min"), said.get("max")
-        if type(oldest) is int and type(newest) is int and oldest <= newest:
+        if _is_number(oldest) and _is_number(newest) and oldest <= newest:
             return oldest, newest
     raise AgentProtocolError("it does not say which protocols it speaks")
+
+
+def _is_number(said: object) -> TypeGuard[int]:
+    """Whether it is a number as an agent says them. JSON's may have thousands of digits."""
+    return type(said) is int and 0 <= said < 2**63
+
+
+def _detail(said: object) -> str:
+    """What a guest says of what went wrong; it gets into rows, events and logs, so no more than people would read."""
+    return str(said.get("detail"))[:_DETAIL_CHARACTERS] if isinstance(said, dict) else ""
 
 
 def _agent_address(spec: MachineSpec) -> Address:

@@ -152,7 +152,7 @@ class _Lines:
 def _decode(line: bytes) -> dict[str, Any]:
     try:
         message = msgspec.json.decode(line)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise QmpLost(f"the control socket does not speak JSON: {error}") from error
     if not isinstance(message, dict):
         raise QmpLost("the control socket does not speak QMP")

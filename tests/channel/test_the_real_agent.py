@@ -1,0 +1,201 @@
+"""The agent itself, in a process of its own, on each way to it: what is promised of streams holds to the end."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from volant.channel import AgentClient, AgentUnreachable, Channel, ChannelStream, open_channel
+from volant.host import Host
+from volant.model.agent import EXEC, FILES, HEALTHZ, INFO, MAX_STREAMS
+
+from .kit import Way, handle, running, settled
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def process(way: Way) -> Iterator[subprocess.Popen[bytes]]:
+    with running(way.begin_real()) as process:
+        yield process
+
+
+@pytest.fixture
+async def channel(way: Way, process: subprocess.Popen[bytes]) -> AsyncIterator[Channel]:
+    async with open_channel(Host(), way.address) as channel:
+        yield channel
+
+
+@pytest.fixture
+def client(channel: Channel) -> AgentClient:
+    return AgentClient(channel)
+
+
+@pytest.fixture
+def loopback() -> Iterator[int]:
+    """The port of a server on the guest's loopback, which does what the tests' agents do."""
+
+    def serve(sock: socket.socket) -> None:
+        with sock, suppress(OSError):
+            handle(sock)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                threading.Thread(target=serve, args=(sock,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as listener:
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+
+
+async def read_all(stream: ChannelStream) -> bytes:
+    data = bytearray()
+    while piece := await stream.receive_some():
+        data += piece
+    return bytes(data)
+
+
+async def streams_of(client: AgentClient) -> int:
+    """How many streams the agent has, the one that asks not among them."""
+    answer = await client.request_json("GET", INFO, timeout_s=10)
+    count = answer.body["streams"]["streams"] - 1
+    assert isinstance(count, int)
+    return count
+
+
+async def idle(client: AgentClient) -> None:
+    with trio.fail_after(20):
+        while await streams_of(client):  # noqa: ASYNC110 - another process's
+            await trio.sleep(0.02)
+
+
+async def test_a_megabyte_there_and_back_with_each_way_ended_by_itself(client: AgentClient, loopback: int) -> None:
+    data = random.Random(1).randbytes(3 * MIB)
+    with trio.fail_after(30):
+        async with client.stream("CONNECT", f"127.0.0.1:{loopback}", timeout_s=10) as response:
+            assert response.status == 200
+            stream = response.upgraded()
+            await stream.send_all(b"hash\n")
+            await stream.send_all(data)
+            await stream.send_eof()
+            assert await read_all(stream) == hashlib.sha256(data).hexdigest().encode()
+        await idle(client)
+
+
+async def test_a_file_goes_in_and_comes_out_whole(client: AgentClient, tmp_path: Path) -> None:
+    data = random.Random(2).randbytes(5 * MIB)
+    target = FILES + str(tmp_path / "file").lstrip("/")
+
+    async def body() -> AsyncIterator[bytes]:
+        for start in range(0, len(data), 100_000):
+            yield data[start : start + 100_000]
+
+    with trio.fail_after(30):
+        async with client.stream("PUT", target, [(b"content-length", b"%d" % len(data))], body(), timeout_s=20) as put:
+            assert put.status in (200, 201, 204), await put.read(MIB)
+        async with client.stream("GET", target, timeout_s=20) as got:
+            assert await got.read(10 * MIB) == data
+
+
+async def test_readers_that_sleep_hold_back_their_sender_alone(client: AgentClient, loopback: int) -> None:
+    with trio.fail_after(60):
+        async with AsyncExitStack() as held:
+            for _ in range(30):
+                connect = client.stream("CONNECT", f"127.0.0.1:{loopback}", timeout_s=10)
+                sleeper = (await held.enter_async_context(connect)).upgraded()
+                await sleeper.send_all(b"source 100000000\n")
+            await settled()
+            began = trio.current_time()
+            for _ in range(5):
+                assert (await client.request_json("GET", HEALTHZ, timeout_s=5)).status == 200
+            async with client.stream("CONNECT", f"127.0.0.1:{loopback}", timeout_s=10) as response:
+                stream = response.upgraded()
+                await stream.send_all(b"echo\n" + b"x" * 50_000)
+                await stream.send_eof()
+                assert await read_all(stream) == b"x" * 50_000
+            assert trio.current_time() - began < 5
+        await idle(client)
+
+
+async def test_a_guest_that_does_not_read_holds_back_its_sender_alone(client: AgentClient, loopback: int) -> None:
+    with trio.fail_after(30):
+        async with client.stream("CONNECT", f"127.0.0.1:{loopback}", timeout_s=10) as response:
+            stream = response.upgraded()
+            await stream.send_all(b"hold\n")
+            with trio.move_on_after(0.5) as sending:
+                while True:
+                    await stream.send_all(bytes(MIB))
+            assert sending.cancelled_caught, "somewhere it piles up"
+            assert (await client.request_json("GET", HEALTHZ, timeout_s=5)).status == 200
+        await idle(client)
+
+
+async def test_who_leaves_ends_what_was_begun(client: AgentClient, tmp_path: Path) -> None:
+    begun, survived = tmp_path / "begun", tmp_path / "survived"
+    command = ["sh", "-c", f"touch {begun}; sleep 1; touch {survived}"]
+    body = msgspec.json.encode({"command": command})
+    with trio.fail_after(30):
+        async with client.stream("POST", EXEC, body=body, timeout_s=10) as response:
+            assert response.status == 200
+            while not begun.exists():  # noqa: ASYNC110 - another process's
+                await trio.sleep(0.01)
+        await idle(client)
+        await trio.sleep(1)
+    assert not survived.exists()
+
+
+async def test_streams_are_bounded_and_the_daemon_keeps_some(
+    client: AgentClient, channel: Channel, loopback: int
+) -> None:
+    async def hold(held: AsyncExitStack) -> None:
+        connect = client.stream("CONNECT", f"127.0.0.1:{loopback}", timeout_s=30)
+        stream = (await held.enter_async_context(connect)).upgraded()
+        await stream.send_all(b"hold\n")
+
+    with trio.fail_after(60):
+        async with AsyncExitStack() as held:
+            # All at once: more than a listening socket lets wait.
+            async with trio.open_nursery() as nursery:
+                for _ in range(MAX_STREAMS):
+                    nursery.start_soon(hold, held)
+            with pytest.raises(AgentUnreachable, match="was free"):
+                await channel.open_stream(timeout_s=0.05)
+            for _ in range(20):
+                assert (await client.request_json("GET", HEALTHZ, timeout_s=5)).status == 200
+        await idle(client)
+    assert channel.statistics().streams == 0
+
+
+async def test_an_agent_that_is_killed_is_found_again_and_no_answer_is_cut_unnoticed(way: Way) -> None:
+    # A client that leaves ends it, and an agent that dies, too: nobody reads what it writes.
+    source = [sys.executable, "-c", "import sys; [sys.stdout.write('x' * 100000) for _ in range(200)]"]
+    body = msgspec.json.encode({"command": source})
+    async with open_channel(Host(), way.address) as channel:
+        client = AgentClient(channel)
+        with trio.fail_after(90), ExitStack() as ends:
+            process = ends.enter_context(running(way.begin_real()))
+            for _ in range(4):
+                assert (await client.request_json("GET", HEALTHZ, timeout_s=20)).status == 200
+                async with client.stream("POST", EXEC, body=body, timeout_s=10) as response:
+                    await response.receive()
+                    process.kill()
+                    process = ends.enter_context(running(way.begin_real()))
+                    with pytest.raises(AgentUnreachable):
+                        await response.read(100 * MIB)
+            assert (await client.request_json("GET", HEALTHZ, timeout_s=20)).status == 200
