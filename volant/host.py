@@ -48,11 +48,23 @@ import inotify_simple
 import msgspec
 import trio
 
-from volant import _memory
+from volant import _memory, _walls
 from volant._scopes import ScopeError, Scopes
+from volant._walls import Grant, Walls
 from volant.model import ProcessIdentity
 
-__all__ = ["FileWatch", "Host", "HostFigures", "Process", "ProcessGone", "ProcessMemory"]
+__all__ = [
+    "FileWatch",
+    "Grant",
+    "Host",
+    "HostFigures",
+    "Process",
+    "ProcessGone",
+    "ProcessMemory",
+    "ProcessStatus",
+    "WallSupport",
+    "Walls",
+]
 
 T = TypeVar("T")
 _logger = logging.getLogger("volant.host")
@@ -93,6 +105,23 @@ class ProcessMemory(msgspec.Struct, frozen=True):
     pss_kb: int  #: likewise, what it shares counted by its part: the sum over all processes is what they take together
     private_kb: int  #: mapped by nobody else, and free once it ends, unless it is of a file
     shared_kb: int  #: mapped by others too
+
+
+class WallSupport(msgspec.Struct, frozen=True):
+    """What walls can be made of here, and why not of what is missing."""
+
+    landlock: int  #: its version; 0: there is none
+    no_connect: bool  #: whether a process can be kept from connecting
+    no_users: str | None  #: why no process can be given a user of its own; None: it can
+
+
+class ProcessStatus(msgspec.Struct, frozen=True):
+    """What the kernel says of a process's rights."""
+
+    user: int
+    capabilities: int  #: those that it has, or may get, a bit each
+    no_new_privileges: bool
+    filters: int  #: of system calls
 
 
 class _Child:
@@ -329,19 +358,22 @@ class Host:
         env: Mapping[str, str],
         cwd: Path,
         stdout_path: Path,
+        walls: Walls | None = None,
     ) -> ProcessIdentity:
-        """Start a process that outlives us: own session, stdin null, no descriptor of ours, no core dump.
+        """Start a process that outlives us: own session, stdin null, no descriptor of ours, no core dump. `walls`:
+        what it may; None: what we may.
 
         `mark` must stand on the command line already, as a whole argument or between `,` and `=` of one; letters,
         digits and `._:@-`, 4 to 100 of them. Stdout and stderr are appended to `stdout_path` (made 0600), a path
         that the caller keeps within bounds with `keep_tail`. Not cancelled half-way.
 
-        Raises OSError when the program cannot be started, ValueError for a bad mark.
+        Raises OSError when the program cannot be started, or one of the walls can't be put up, ValueError for a bad
+        mark.
         """
         if not _MARK.fullmatch(mark) or mark not in _tokens("\0".join(argv).encode()):
             raise ValueError(f"the mark {mark!r} is malformed or not on the command line")
         self._collect_children()
-        pid = await trio.to_thread.run_sync(self._spawn, list(argv), dict(env), cwd, stdout_path)
+        pid = await trio.to_thread.run_sync(self._spawn, list(argv), dict(env), cwd, stdout_path, walls)
         # Not reaped by anybody yet, so the pid is still its own.
         pidfd = os.pidfd_open(pid)
         start_time = _stat(pid)[0]
@@ -352,19 +384,22 @@ class Host:
             pass  # it has ended, or changed its user: then it has set its own limits
         return ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), mark=mark)
 
-    def _spawn(self, argv: list[str], env: dict[str, str], cwd: Path, stdout_path: Path) -> int:
+    def _spawn(self, argv: list[str], env: dict[str, str], cwd: Path, stdout_path: Path, walls: Walls | None) -> int:
         output = os.open(stdout_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            popen = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=env,
-                cwd=cwd,
-                close_fds=True,
-                start_new_session=True,
-            )
+            if walls is not None:
+                popen = _walls.start(argv, env, cwd, output, walls)
+            else:
+                popen = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=env,
+                    cwd=cwd,
+                    close_fds=True,
+                    start_new_session=True,
+                )
         finally:
             os.close(output)
         # Popen must neither reap this child nor warn of it when it is collected as garbage.
@@ -484,6 +519,56 @@ class Host:
             if process.exited or not text:
                 raise ProcessGone(f"process {identity.pid} has ended")
             return _process_memory(text)
+
+    def process_status(self, identity: ProcessIdentity) -> ProcessStatus:
+        """What a process may. :raises ProcessGone: there is none with this identity."""
+        with self.open_process(identity) as process:
+            try:
+                lines = (_PROC / str(process.pid) / "status").read_text().splitlines()
+            except OSError as error:
+                raise ProcessGone(f"process {identity.pid} has ended") from error
+            if process.exited:
+                raise ProcessGone(f"process {identity.pid} has ended")
+        said = {name: text.split() for name, _, text in (line.partition(":") for line in lines)}
+        held = [int(said[name][0], 16) for name in ("CapInh", "CapPrm", "CapBnd", "CapAmb")]
+        return ProcessStatus(
+            user=int(said["Uid"][1]),
+            capabilities=held[0] | held[1] | held[2] | held[3],
+            no_new_privileges=said["NoNewPrivs"][0] == "1",
+            filters=int(said.get("Seccomp_filters", said["Seccomp"])[0]),
+        )
+
+    async def users_of_processes(self) -> frozenset[int]:
+        """Whose processes run. Reads all of /proc: once, not in a loop."""
+
+        def look() -> frozenset[int]:
+            found = set()
+            for entry in os.scandir(_PROC):
+                if entry.name.isdigit():
+                    try:
+                        found.add(entry.stat().st_uid)
+                    except OSError:
+                        continue
+            return frozenset(found)
+
+        return await trio.to_thread.run_sync(look)
+
+    # Walls
+
+    def wall_support(self, directories: Sequence[Path]) -> WallSupport:
+        """What walls can be made of, for processes that use files in these directories, which are there. Raises
+        OSError."""
+        return WallSupport(_walls.landlock_version(), _walls.has_filter(), _why_no_users(directories))
+
+    async def grant(self, grants: Sequence[Grant], below: Sequence[Path]) -> None:
+        """Let somebody use files, and nobody else but their owner. Directories above them that are one of `below`, or
+        in one, let everybody through from then on, and show nobody what is in them. Raises OSError."""
+        await trio.to_thread.run_sync(_walls.grant, grants, below)
+
+    async def lend_directory(self, path: Path, user: int) -> None:
+        """Let a user make files in a directory of ours that we can use, too, and remove or replace none of ours.
+        Raises OSError."""
+        await trio.to_thread.run_sync(_walls.lend_directory, path, user)
 
     def working_directory(self, identity: ProcessIdentity) -> Path:
         """Where a process works, under the name that the directory has by now.
@@ -614,16 +699,18 @@ class Host:
     # Files
 
     async def mkdir(self, path: Path, mode: int = 0o700) -> None:
-        """Make a directory, and its parents, unless it is there: then it is left as it is. `mode` is what it gets
-        whatever the umask. Raises OSError."""
+        """Make a directory, and its parents, unless it is there: then it is left as it is. `mode` is what each of them
+        gets whatever the umask. Raises OSError."""
 
         def make() -> None:
-            try:
-                path.mkdir(mode=mode, parents=True)
-                path.chmod(mode)
-            except FileExistsError:
-                if not path.is_dir():
-                    raise
+            for each in (*reversed(path.parents), path):
+                try:
+                    if not each.is_dir():
+                        each.mkdir(mode)
+                        each.chmod(mode)
+                except FileExistsError:
+                    if not each.is_dir():
+                        raise
 
         await trio.to_thread.run_sync(make)
 
@@ -997,6 +1084,23 @@ def _descriptor(path: Path, flags: int, mode: int = 0o600) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _why_no_users(directories: Sequence[Path]) -> str | None:
+    if not _walls.can_have_users():
+        return "it is not known how, on this kind of processor"
+    if os.geteuid() != 0:
+        return "volantd does not run as root"
+    has = _walls.capabilities()
+    lacking = [name for name, number in _walls.NEEDED_CAPABILITIES.items() if not has >> number & 1]
+    if lacking:
+        return f"volantd lacks {', '.join(lacking)}"
+    for directory in directories:
+        if (closed := _walls.way_to(directory)) is not None:
+            return f"{closed} lets no other user through to {directory}: chmod o+x {closed}"
+        if not _walls.takes_access_lists(directory):
+            return f"the file system of {directory} has no access lists (POSIX ACL)"
+    return None
 
 
 def _check_alive(process: Process) -> None:

@@ -23,7 +23,7 @@ import trio
 
 from actors import check_fence, fault
 from actors.testing import allow_real
-from volant.host import Host, HostFigures, ProcessGone, ProcessMemory
+from volant.host import Host, HostFigures, ProcessGone, ProcessMemory, ProcessStatus, Walls, WallSupport
 from volant.model import ProcessIdentity
 
 from ._files import Directory, Fifo, File, SocketName, Watch
@@ -108,7 +108,14 @@ class SimHost(Host):
     # Processes
 
     async def spawn(
-        self, argv: Sequence[str], *, mark: str, env: Mapping[str, str], cwd: Path, stdout_path: Path
+        self,
+        argv: Sequence[str],
+        *,
+        mark: str,
+        env: Mapping[str, str],
+        cwd: Path,
+        stdout_path: Path,
+        walls: Walls | None = None,
     ) -> ProcessIdentity:
         def start() -> ProcessIdentity:
             if fault("process.does_not_start"):
@@ -178,6 +185,15 @@ class SimHost(Host):
             ram = self._machine.qemus[identity.pid].ram_in_use()
             taken = _QEMU_KB + (0 if ram is None else ram.size // 1024)
             return ProcessMemory(rss_kb=taken, pss_kb=taken, private_kb=taken, shared_kb=0)
+
+    def process_status(self, identity: ProcessIdentity) -> ProcessStatus:
+        with self.open_process(identity) as process:
+            if process.exited:
+                raise ProcessGone(f"process {identity.pid} has ended")
+        return ProcessStatus(user=os.geteuid(), capabilities=0, no_new_privileges=False, filters=0)
+
+    def wall_support(self, directories: Sequence[Path]) -> WallSupport:
+        return WallSupport(landlock=0, no_connect=False, no_users="the host is simulated")
 
     def working_directory(self, identity: ProcessIdentity) -> Path:
         with self.open_process(identity) as process:

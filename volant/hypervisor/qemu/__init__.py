@@ -2,5 +2,6 @@
 
 from ._argv import ENVIRONMENT, PROGRAM
 from ._driver import QemuHypervisor
+from ._enclosure import RECORD, WallPlan, user_of
 
-__all__ = ["ENVIRONMENT", "PROGRAM", "QemuHypervisor"]
+__all__ = ["ENVIRONMENT", "PROGRAM", "RECORD", "QemuHypervisor", "WallPlan", "user_of"]

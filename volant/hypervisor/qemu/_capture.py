@@ -38,6 +38,7 @@ from volant.hypervisor._interface import (
 from volant.model import ProcessIdentity
 
 from ._argv import FORMAT
+from ._enclosure import place_to_save
 from ._migration import CAPABILITY
 from ._qmp import QmpClient, QmpLost, QmpRefused
 
@@ -94,12 +95,13 @@ class Capture:
         if spec.template is not None:
             # It never changes, so the guest need not wait for it.
             await host.copy_mapped_file(self._identity, self._size, memory)
+        saved = await place_to_save(host, spec, self._identity)
         paused_s = 0.0
         async with hold() as on_the_way:
             began = host.monotonic()
             async with self._standing_still() as stopped:
                 await self._settle(on_the_way)
-                await self._save(state)
+                await self._save(saved)
                 if spec.template is not None:
                     await host.copy_own_pages(self._identity, self._size, memory)
                 else:
@@ -108,7 +110,8 @@ class Capture:
                     await host.copy_sparse(spec.root.layer, layer)
             if stopped:
                 paused_s = host.monotonic() - began
-        await host.write_bytes(state, complete(await host.read_bytes(state, _STATE_LIMIT), kind.machine))
+        await host.write_bytes(state, complete(await host.read_bytes(saved, _STATE_LIMIT), kind.machine))
+        await host.remove_file(saved)
         return Captured(
             template=Template(memory, state),
             layer=None if spec.root is None else layer,

@@ -26,6 +26,7 @@ from volant.hypervisor._interface import (
 from volant.model import ProcessIdentity
 
 from ._argv import ENVIRONMENT, FORMAT, PROGRAM, build_argv, machine_option, machine_type
+from ._enclosure import Enclosure, WallPlan
 from ._found import parse_argv
 from ._kind import HEAD_BYTES, machine_of, misfit, parse_machines
 from ._machine import attach, last_words
@@ -62,15 +63,23 @@ _CAUSES: tuple[tuple[LaunchCode, tuple[str, ...]], ...] = (
 class QemuHypervisor:
     """See `volant.hypervisor.Hypervisor`.
 
-    `accelerator` forces KVM or TCG; None takes KVM where a probe has shown that it runs guests.
+    `accelerator` forces KVM or TCG; None takes KVM where a probe has shown that it runs guests. `walls`: what its
+    processes are put behind; None: nothing but QEMU's own sandbox.
     """
 
     name = "qemu"
 
     def __init__(
-        self, host: Host, cache_dir: Path, *, accelerator: AcceleratorName | None = None, program: str = PROGRAM
+        self,
+        host: Host,
+        cache_dir: Path,
+        *,
+        accelerator: AcceleratorName | None = None,
+        program: str = PROGRAM,
+        walls: WallPlan | None = None,
     ) -> None:
         self._host = host
+        self._enclosure = None if walls is None else Enclosure(host, walls)
         self._cache_dir = cache_dir
         self._forced = accelerator
         self._program = program
@@ -183,8 +192,12 @@ class QemuHypervisor:
                 raise LaunchFailed("template_refused", f"{spec.template.state} can't be read: {error}") from error
         argv = build_argv(spec, self._version[:2], self._program, machine=machine)
         try:
+            walls = None if self._enclosure is None else await self._enclosure.enclose(spec)
+        except OSError as error:
+            raise LaunchFailed("exited", f"the walls around QEMU can't be put up: {error}") from error
+        try:
             identity = await self._host.spawn(
-                argv, mark=spec.mark, env=ENVIRONMENT, cwd=spec.directory, stdout_path=spec.log_path
+                argv, mark=spec.mark, env=ENVIRONMENT, cwd=spec.directory, stdout_path=spec.log_path, walls=walls
             )
         except OSError as error:
             raise LaunchFailed("qemu_missing", f"QEMU cannot be started: {error}") from error

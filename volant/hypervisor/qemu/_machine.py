@@ -35,6 +35,7 @@ from volant.hypervisor._interface import (
 from volant.model import EndKind, ProcessIdentity
 
 from ._capture import Capture
+from ._enclosure import place_to_save
 from ._migration import Migration
 from ._qmp import QmpClient, QmpLost
 
@@ -204,7 +205,15 @@ class QemuMachine:
         if self._qmp is None:
             raise HypervisorError("the hypervisor's process is gone")
         self._migration = Migration()
-        await self._migration.save(self._qmp, state, timeout_s)
+        try:
+            saved = await place_to_save(self._host, self._spec, self._identity)
+            await self._migration.save(self._qmp, saved, timeout_s)
+            await self._host.copy_file(saved, state)
+            await self._host.remove_file(saved)
+        except ProcessGone as error:
+            raise HypervisorError(f"the machine could not be saved: {error}") from error
+        except OSError as error:
+            raise HypervisorError(f"the machine's state can't be written: {error}") from error
 
     async def capture(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Captured:
         if self._qmp is None:

@@ -1,0 +1,413 @@
+"""What somebody can do who has taken a hypervisor's process over: nothing that is not its own VM's.
+
+Guests run behind the walls that a daemon puts up, and an intruder of the tests' is started behind the very same ones in
+QEMU's place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from tests.hypervisor.kit import real_qemu, tiny_spec
+from tests.hypervisor.test_capture import COUNTS, clone, nobody
+from volant.host import Host, ProcessStatus
+from volant.hypervisor import Disk, MachineSpec, Template
+from volant.hypervisor.qemu import QemuHypervisor, WallPlan, user_of
+from volant.hypervisor.qemu._enclosure import Enclosure
+from volant.model import ProcessIdentity
+
+USERS = range(65536, 65536 + 32768)
+PYTHON = next((path for path in map(Path, ("/usr/bin/python3.13", "/usr/bin/python3")) if path.exists()), None)
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="users of their own are given by root")
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Where a daemon would have its directories: others come through to it, and no further."""
+    top = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
+    top.chmod(0o711)
+    yield top
+    shutil.rmtree(top)
+
+
+@pytest.fixture
+def spec(host: Host, place: Path) -> MachineSpec:
+    (place / "cache").mkdir(mode=0o700)
+    spec = tiny_spec(host, place / "cache", COUNTS)
+    return msgspec.structs.replace(spec, directory=place / "r" / "vms" / "7")
+
+
+@pytest.fixture
+def plan(host: Host, place: Path, spec: MachineSpec) -> WallPlan:
+    """All walls that this machine has, as the daemon makes it out."""
+    memory = spec.memory_file.parent
+    memory.mkdir(mode=0o700)
+    support = host.wall_support([place])
+    return WallPlan(
+        places=(place, memory),
+        landlock=support.landlock,
+        no_connect=support.no_connect,
+        users=USERS if support.no_users is None else None,
+        no_users=support.no_users,
+    )
+
+
+@pytest.fixture
+async def qemu(host: Host, place: Path, spec: MachineSpec, plan: WallPlan) -> AsyncIterator[QemuHypervisor]:
+    async with real_qemu(host, spec, place / "cache"):
+        yield QemuHypervisor(host, place / "cache", accelerator="tcg", walls=plan)
+
+
+def status(host: Host, identity: ProcessIdentity) -> ProcessStatus:
+    found = host.process_status(identity)
+    assert found.capabilities == 0
+    assert found.no_new_privileges
+    assert found.filters >= 1
+    return found
+
+
+async def test_a_guest_runs_is_saved_and_copied_behind_walls(
+    host: Host, qemu: QemuHypervisor, plan: WallPlan, spec: MachineSpec, place: Path
+) -> None:
+    """All that a hypervisor ever opens, it may: memory, disk, console, sockets, states, templates."""
+    base = place / "cache" / "base.img"
+    base.write_bytes(bytes(2**20))
+    base.chmod(0o400)
+    (place / "disks" / "7").mkdir(parents=True, mode=0o700)
+    disk = Disk(base, place / "disks" / "7" / "root.qcow2")
+    cold = msgspec.structs.replace(spec, root=disk)
+    with trio.fail_after(120):
+        await qemu.make_layer(disk)
+        identity = await qemu.launch(cold)
+        if plan.users is not None:
+            assert status(host, identity).user == user_of(plan.users, cold.mark, 7)
+            assert cold.memory_file.stat().st_uid == os.geteuid()
+        else:
+            status(host, identity)
+        into = spec.memory_file.parent / "fork-1"
+        into.mkdir(mode=0o700)
+        async with qemu.attach(cold, identity) as machine:
+            captured = await machine.capture(into, hold=nobody)
+            assert await machine.status() == "running"
+            saved = place / "templates" / "t1"
+            saved.mkdir(parents=True, mode=0o700)
+            await machine.save(saved / "state")
+            await machine.quit()
+        shutil.copy(cold.memory_file, saved / "memory")
+        shutil.copy(disk.layer, saved / "root.qcow2")
+        sources = [
+            (captured.template, captured.layer),
+            (Template(saved / "memory", saved / "state"), saved / "root.qcow2"),
+        ]
+        for number, (template, layer) in enumerate(sources):
+            (place / "disks" / f"c{number}").mkdir(mode=0o700)
+            own = Disk(base, place / "disks" / f"c{number}" / "root.qcow2")
+            await qemu.make_layer(own, layer)
+            # One that waits for a VM has no id yet.
+            copy = clone(cold, f"c{number}", template, root=own, vm_id=number * 9)
+            copied = await qemu.launch(copy)
+            if plan.users is not None:
+                assert status(host, copied).user in plan.users
+                assert status(host, copied).user != user_of(plan.users, cold.mark, 7)
+            async with qemu.attach(copy, copied) as machine:
+                assert await machine.status() == "running"
+                again = spec.memory_file.parent / f"again{number}"
+                again.mkdir(mode=0o700)
+                assert (await machine.capture(again, hold=nobody)).memory_bytes > 0
+                assert (await host.process_memory(copied, 5)).pss_kb > 0
+                assert host.working_directory(copied) == copy.directory
+                await machine.kill()
+
+
+INTRUDER = r"""
+import ctypes, errno, json, os, signal, socket, sys
+tasks = json.loads(sys.argv[2])
+def trial(what, *arguments):
+    try:
+        if what == "read": open(arguments[0], "rb").read(1)
+        elif what == "write": open(arguments[0], "r+b").close()
+        elif what == "append": open(arguments[0], "ab").close()
+        elif what == "list": os.listdir(arguments[0])
+        elif what == "make": open(arguments[0], "xb").close()
+        elif what == "link": os.symlink("/etc/passwd", arguments[0])
+        elif what == "remove": os.unlink(arguments[0])
+        elif what == "rename": os.rename(arguments[0], arguments[0] + "x")
+        elif what == "chmod": os.chmod(arguments[0], 0o777)
+        elif what == "bind": socket.socket(socket.AF_UNIX).bind(arguments[0])
+        elif what == "unix": socket.socket(socket.AF_UNIX).connect(arguments[0])
+        elif what == "abstract": socket.socket(socket.AF_UNIX).connect("\0" + arguments[0])
+        elif what == "tcp": socket.create_connection(("127.0.0.1", arguments[0]), 2)
+        elif what == "listen": socket.socket().bind(("127.0.0.1", 0))
+        elif what == "kill": os.kill(arguments[0], signal.SIGTERM)
+        elif what == "ptrace":
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.ptrace(16, arguments[0], 0, 0): raise OSError(ctypes.get_errno(), "ptrace")
+        elif what == "setuid": os.setresuid(0, 0, 0)
+        elif what == "chroot": os.chroot("/")
+        elif what == "mount":
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.mount(b"none", b"/tmp", b"tmpfs", 0, 0): raise OSError(ctypes.get_errno(), "mount")
+        elif what == "uring":
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.syscall(425, 8, ctypes.create_string_buffer(200)) < 0: raise OSError(ctypes.get_errno(), "io_uring")
+        else: return "no such trial"
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    return "DONE"
+print(json.dumps([trial(*task) for task in tasks]), flush=True)
+print("end", flush=True)
+signal.pause()
+"""
+"""Does what it is told to, and says what came of each."""
+
+_DENIED = frozenset({"EACCES", "EPERM"})
+
+
+class Intruder:
+    """Runs in the place of the QEMU of a machine, behind its walls."""
+
+    def __init__(self, host: Host, plan: WallPlan, spec: MachineSpec) -> None:
+        self.host = host
+        self.plan = plan
+        self.spec = spec
+        self.status: ProcessStatus | None = None
+
+    async def tries(self, tasks: Sequence[Sequence[object]]) -> dict[tuple[object, ...], str]:
+        """What came of each."""
+        host, spec = self.host, self.spec
+        output = spec.directory / "qemu.log"
+        await host.remove_file(output)
+        walls = await Enclosure(host, self.plan).enclose(spec)
+        argv = [str(PYTHON), "-I", "-S", "-c", INTRUDER, f"guest={spec.mark}", json.dumps(tasks)]
+        identity = await host.spawn(
+            argv, mark=spec.mark, env={"PATH": "/usr/bin"}, cwd=spec.directory, stdout_path=output, walls=walls
+        )
+        with trio.fail_after(30), host.open_process(identity) as process:
+            with host.watch(output) as watch:
+                while b"end\n" not in (said := await host.read_bytes(output)) and not process.exited:
+                    await watch.wait()
+            self.status = host.process_status(identity)
+            process.kill()
+            await process.wait()
+        results: list[str] = json.loads(said.splitlines()[0])
+        return {tuple(task): result for task, result in zip(tasks, results, strict=True)}
+
+
+@pytest.fixture
+async def intruder(host: Host, plan: WallPlan, spec: MachineSpec, qemu: QemuHypervisor) -> Intruder:
+    if PYTHON is None:
+        pytest.skip("there is no Python where programs lie")
+    await qemu._prepare(spec)
+    return Intruder(host, plan, spec)
+
+
+@pytest.fixture
+def other(host: Host, spec: MachineSpec) -> MachineSpec:
+    return msgspec.structs.replace(
+        spec,
+        vm_id=8,
+        directory=spec.directory.with_name("8"),
+        memory_file=spec.memory_file.with_name("8.mem"),
+        mark=f"{spec.mark}8",
+    )
+
+
+async def test_it_uses_what_is_its_own_and_no_file_of_another_vm_or_of_the_daemon(
+    host: Host, plan: WallPlan, spec: MachineSpec, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder,
+    place: Path,
+) -> None:  # fmt: skip
+    database = place / "volant.db"
+    database.write_bytes(b"rows")
+    database.chmod(0o600)
+    template = place / "templates" / "t"
+    template.mkdir(parents=True)
+    for name in ("memory", "state"):
+        (template / name).write_bytes(b"x")
+        (template / name).chmod(0o600)
+    with trio.fail_after(60):
+        victim = await qemu.launch(other)
+        its = other.directory
+        may = [
+            *(("read", str(path)) for path in (spec.kernel, spec.initramfs, spec.memory_file)),
+            *(("append", str(path)) for path in (spec.memory_file, spec.console_path)),
+            ("bind", "own.sock"),
+        ]
+        may_not = [
+            *(("write", str(path)) for path in (spec.kernel, spec.initramfs)),
+            *(("read", str(path)) for path in (other.memory_file, its / "console.log", its / "qemu.log", database)),
+            *(("append", str(path)) for path in (other.memory_file, its / "console.log", database)),
+            *(("list", str(path)) for path in (place, spec.directory.parent, its, "/root", "/proc", "/tmp", "/etc")),
+            *((what, str(template / "memory")) for what in ("read", "write", "chmod", "remove")),
+            *(("unix", str(its / name)) for name in ("qmp.sock", "agent.sock")),
+            *(("read", path) for path in ("/etc/passwd", "/proc/1/environ", f"/proc/{victim.pid}/cmdline")),
+            # In its own directory it can replace nothing by a link that the daemon would follow.
+            *((what, "console.log") for what in ("remove", "rename")),
+            ("make", "new"), ("link", "console.sock"), ("chmod", "console.log"),
+        ]  # fmt: skip
+        found = await intruder.tries([*may, *may_not])
+    assert {task: found[task] for task in may} == dict.fromkeys(may, "DONE")
+    assert {task: result for task in may_not if (result := found[task]) not in _DENIED} == {}
+
+
+@as_root
+async def test_without_landlock_its_user_keeps_it_from_the_same(
+    host: Host, plan: WallPlan, spec: MachineSpec, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder,
+    place: Path,
+) -> None:  # fmt: skip
+    """Older kernels have none."""
+    intruder.plan = msgspec.structs.replace(plan, landlock=0, no_connect=False)
+    database = place / "volant.db"
+    database.write_bytes(b"rows")
+    database.chmod(0o600)
+    with trio.fail_after(60):
+        victim = await qemu.launch(other)
+        its = other.directory
+        may = [("read", str(spec.memory_file)), ("append", "console.log"), ("bind", "own.sock"), ("make", "new")]
+        may_not = [
+            *(("read", str(path)) for path in (other.memory_file, its / "console.log", database)),
+            *(("append", str(path)) for path in (other.memory_file, its / "console.log", database)),
+            *(("list", str(path)) for path in (place, spec.directory.parent, its)),
+            *(("unix", str(its / name)) for name in ("qmp.sock", "agent.sock")),
+            *((what, "console.log") for what in ("remove", "rename", "chmod")),
+            ("kill", victim.pid), ("ptrace", victim.pid), ("read", f"/proc/{victim.pid}/mem"),
+            ("kill", os.getpid()), ("setuid",), ("chroot",), ("mount",),
+        ]  # fmt: skip
+        found = await intruder.tries([*may, *may_not])
+    assert {task: found[task] for task in may} == dict.fromkeys(may, "DONE")
+    assert {task: result for task in may_not if (result := found[task]) not in _DENIED} == {}
+
+
+async def test_without_a_user_of_its_own_it_is_kept_from_other_vms_all_the_same(
+    plan: WallPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder
+) -> None:
+    """As where the daemon does not run as root: all hypervisors have one user."""
+    intruder.plan = msgspec.structs.replace(plan, users=None)
+    if not plan.landlock:
+        pytest.skip("the kernel has no Landlock")
+    with trio.fail_after(60):
+        victim = await qemu.launch(other)
+        tasks = [
+            *(("append", str(path)) for path in (other.memory_file, other.directory / "console.log")),
+            *(("unix", str(other.directory / name)) for name in ("qmp.sock", "agent.sock")),
+            ("list", str(other.directory)), ("kill", victim.pid), ("ptrace", victim.pid), ("kill", os.getppid()),
+            ("read", f"/proc/{victim.pid}/mem"),
+        ]  # fmt: skip
+        found = await intruder.tries(tasks)
+    assert {task: result for task, result in found.items() if result not in _DENIED} == {}
+    assert intruder.status is not None
+    assert (intruder.status.capabilities, intruder.status.no_new_privileges) == (0, True)
+
+
+@pytest.fixture
+def listeners(place: Path) -> Iterator[tuple[int, str, Path]]:
+    """A daemon's sockets of three kinds, to which everybody may connect: a port, an abstract name, a path."""
+    tcp = socket.create_server(("127.0.0.1", 0))
+    abstract = socket.socket(socket.AF_UNIX)
+    abstract.bind(f"\0{place.name}")
+    path = place / "volant.sock"
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(str(path))
+    path.chmod(0o666)
+    for each in (abstract, unix):
+        each.listen()
+    yield tcp.getsockname()[1], place.name, path
+    for each in (tcp, abstract, unix):
+        each.close()
+
+
+async def test_it_talks_to_nobody_and_touches_no_process(
+    plan: WallPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder, listeners: tuple[int, str, Path]
+) -> None:
+    port, name, path = listeners
+    with trio.fail_after(60):
+        victim = await qemu.launch(other)
+        tasks: list[tuple[object, ...]] = [
+            ("tcp", port), ("abstract", name), ("unix", str(path)), ("uring",),
+            ("kill", victim.pid), ("kill", os.getpid()), ("ptrace", victim.pid), ("ptrace", os.getpid()),
+            ("read", f"/proc/{victim.pid}/mem"), ("read", f"/proc/{os.getpid()}/environ"),
+            ("setuid",), ("chroot",), ("mount",), ("list", "/proc/1/root"),
+        ]  # fmt: skip
+        if plan.landlock >= 4:
+            tasks.append(("listen",))
+        found = await intruder.tries(tasks)
+    assert {task: result for task, result in found.items() if result not in _DENIED} == {}
+    assert intruder.status is not None
+    assert intruder.status.capabilities == 0
+    if plan.users is not None:
+        assert intruder.status.user == user_of(plan.users, intruder.spec.mark, 7)
+
+
+async def test_landlock_alone_keeps_it_from_ports_and_processes(
+    plan: WallPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder, listeners: tuple[int, str, Path]
+) -> None:
+    port, name, _ = listeners
+    intruder.plan = msgspec.structs.replace(plan, users=None, no_connect=False)
+    if plan.landlock < 6:
+        pytest.skip("this Landlock knows of no sockets and signals")
+    with trio.fail_after(60):
+        victim = await qemu.launch(other)
+        found = await intruder.tries(
+            [("tcp", port), ("abstract", name), ("listen",), ("kill", victim.pid), ("ptrace", victim.pid)]
+        )
+    assert {task: result for task, result in found.items() if result not in _DENIED} == {}
+
+
+async def test_the_intruder_can_do_all_of_it_where_there_are_no_walls(
+    host: Host, plan: WallPlan, spec: MachineSpec, intruder: Intruder, listeners: tuple[int, str, Path], place: Path
+) -> None:
+    """Else the other tests would show nothing."""
+    port, name, path = listeners
+    tasks: list[tuple[object, ...]] = [
+        ("tcp", port), ("abstract", name), ("unix", str(path)), ("listen",), ("read", "/etc/passwd"),
+        ("list", str(place)), ("make", "new"), ("link", "console.sock"), ("rename", "console.log"),
+    ]  # fmt: skip
+    output = spec.directory / "out"
+    argv = [str(PYTHON), "-I", "-S", "-c", INTRUDER, f"guest={spec.mark}", json.dumps(tasks)]
+    identity = await host.spawn(argv, mark=spec.mark, env={}, cwd=spec.directory, stdout_path=output)
+    with trio.fail_after(30), host.open_process(identity) as process, host.watch(output) as watch:
+        while b"end\n" not in (said := await host.read_bytes(output)):
+            await watch.wait()
+        process.kill()
+        await process.wait()
+    assert set(json.loads(said.splitlines()[0])) == {"DONE"}
+
+
+async def test_a_wall_that_cannot_be_put_up_lets_nothing_start(
+    host: Host, plan: WallPlan, spec: MachineSpec, intruder: Intruder
+) -> None:
+    await intruder.tries([("bind", "a.sock")])
+    walls = await Enclosure(host, plan).enclose(spec)
+    gone = msgspec.structs.replace(walls, landlock=True, read=(spec.directory / "gone",))
+    with pytest.raises(OSError, match="gone"):
+        await host.spawn(
+            ["/bin/true", spec.mark], mark=spec.mark, env={}, cwd=spec.directory,
+            stdout_path=spec.directory / "out", walls=gone,
+        )  # fmt: skip
+    assert await host.find(spec.mark) is None
+
+
+async def test_whoever_puts_walls_up_is_not_behind_them(host: Host, plan: WallPlan, intruder: Intruder) -> None:
+    before = (os.getresuid(), os.getgroups(), Path.cwd(), _status_of_threads())
+    await intruder.tries([("bind", "a.sock")])
+    assert (os.getresuid(), os.getgroups(), Path.cwd(), _status_of_threads()) == before
+    assert "walls" not in {thread.name for thread in threading.enumerate()}
+
+
+def _status_of_threads() -> set[tuple[str, ...]]:
+    kinds = ("Uid:", "Gid:", "Groups:", "CapEff:", "CapBnd:", "NoNewPrivs:", "Seccomp:")
+    return {
+        tuple(line for line in (path / "status").read_text().splitlines() if line.startswith(kinds))
+        for path in Path("/proc/self/task").iterdir()
+    }

@@ -1,0 +1,356 @@
+"""What a process can't do any more once it is started: the walls of `docs/explanation/walls.md`.
+
+In Linux credentials, capabilities, Landlock's rules and filters of system calls belong to a thread, and what is forked
+from it inherits them. So a thread of its own puts itself behind the walls, starts the process, and ends; the others
+never notice. The C library makes `setuid` and the like a matter of all threads, so these are called past it. Rejected:
+code of ours between `fork` and `exec` (Python may not run there in a program with threads), and a program in between
+(see the document).
+
+Access lists are written as the kernel has them, as there is no call for them but in a library for C.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import resource
+import stat
+import struct
+import subprocess
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+
+READ, WRITE, EXECUTE = 4, 2, 1
+
+_PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+_CLONE_FS = 0x200
+_CAPABILITIES = 64
+"""More than there are."""
+NEEDED_CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8, "CAP_SYS_PTRACE": 19}
+"""What it takes to give a process a user of its own, and to end it and look into it afterwards."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Machine(NamedTuple):
+    """Numbers of system calls, and of the processor they are for."""
+
+    audit: int
+    connect: int
+    setgroups: int
+    setresuid: int
+    setresgid: int
+
+
+_MACHINES = {
+    "x86_64": _Machine(0xC000003E, 42, 116, 117, 119),
+    "aarch64": _Machine(0xC00000B7, 203, 159, 147, 149),
+}
+_machine = _MACHINES.get(platform.machine())
+_IO_URING_SETUP = 425
+_X32 = 0x40000000
+
+
+class Walls(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process may, beside what every program must: run what is installed, and use its working directory, in
+    which it can make sockets and use what there is."""
+
+    user: int | None = None
+    """Its user and its group; None: those of who starts it."""
+    groups: tuple[int, ...] = ()
+    """Others that it is in, if it has a user of its own."""
+    landlock: bool = False
+    """Whether it is kept to the files that are named here, from TCP, and from what runs outside."""
+    read: tuple[Path, ...] = ()
+    """Files, and directories with all in them."""
+    write: tuple[Path, ...] = ()
+    """Files that it may read and change; devices among them."""
+    no_connect: bool = False
+    """Whether it connects to nobody: others connect to it."""
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """Who may use a file beside its owner; nobody else may from then on."""
+
+    path: Path
+    who: Literal["user", "group", "others"]
+    id: int
+    """Of the user or the group."""
+    access: int
+    """`READ`, `WRITE` and `EXECUTE`, added."""
+
+
+# Landlock
+
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_FS_EXECUTE, _FS_WRITE_FILE, _FS_READ_FILE, _FS_READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+_FS_MAKE_SOCK, _FS_TRUNCATE, _FS_IOCTL_DEV = 1 << 9, 1 << 14, 1 << 15
+_FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
+_FS_BITS_NOW = 16
+_OF_FILES = _FS_EXECUTE | _FS_WRITE_FILE | _FS_READ_FILE | _FS_TRUNCATE | _FS_IOCTL_DEV
+_NO_TCP, _TCP_SINCE = 0b11, 4
+_SCOPED, _SCOPED_SINCE = 0b11, 6
+_SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/nix/store", "/gnu/store", "/etc/ld.so.cache")
+"""Where programs and their libraries lie."""
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+
+
+def landlock_version() -> int:
+    """Which Landlock the kernel has; 0: none."""
+    version: int = _libc.syscall(ctypes.c_long(_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    return max(0, version)
+
+
+def can_have_users() -> bool:
+    """Whether this kind of processor is known here."""
+    return _machine is not None
+
+
+def has_filter() -> bool:
+    """Whether `no_connect` does something here."""
+    return _machine is not None
+
+
+def capabilities() -> int:
+    """Those that this thread can use, a bit each."""
+    for line in Path("/proc/thread-self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+def start(argv: Sequence[str], env: Mapping[str, str], cwd: Path, output: int, walls: Walls) -> subprocess.Popen[bytes]:
+    """Start a process behind walls, in a session of its own, without input or core dumps. Raises OSError: no process
+    is left then, and nobody was started without one of them."""
+    if walls.user is not None and _machine is None:
+        raise OSError(errno.ENOSYS, f"no users can be given on {platform.machine()}")
+    with ExitStack() as open_files:
+
+        def opened(path: Path | str, flags: int) -> int:
+            fd = os.open(path, flags | os.O_CLOEXEC)
+            open_files.callback(os.close, fd)
+            return fd
+
+        place = opened(cwd, os.O_PATH | os.O_DIRECTORY)
+        null = opened("/dev/null", os.O_RDONLY)
+        rules = opened_ruleset(walls, place, open_files) if walls.landlock else None
+        started: list[subprocess.Popen[bytes]] = []
+        failures: list[BaseException] = []
+
+        def behind() -> None:
+            try:
+                _put_up(walls, place, rules)
+                popen = subprocess.Popen(
+                    argv, stdin=null, stdout=output, stderr=output, env=dict(env), close_fds=True,
+                    start_new_session=True,
+                )  # fmt: skip
+                started.append(popen)
+                # From here, as it takes the same user.
+                try:
+                    resource.prlimit(popen.pid, resource.RLIMIT_CORE, (0, 0))
+                except ProcessLookupError:
+                    pass
+            except BaseException as error:
+                failures.append(error)
+
+        # Never one that others use later: what it gives up is gone.
+        thread = threading.Thread(target=behind, name="walls", daemon=True)
+        thread.start()
+        thread.join()
+    if started:
+        # Without the bound on core dumps all the others stand, and it is there already.
+        return started[0]
+    raise failures[0]
+
+
+def _put_up(walls: Walls, place: int, rules: int | None) -> None:
+    """Give up, in this thread, what is not in `walls`. The order matters: each step takes what later ones take away."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    # Working directory and umask are then this thread's alone.
+    _check(_libc.unshare(_CLONE_FS), "unshare")
+    os.fchdir(place)
+    os.umask(0o007 if walls.user is not None else 0o077)
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    _drop_capabilities()
+    if rules is not None:
+        _syscall(_RESTRICT_SELF, rules, 0)
+    if walls.user is not None:
+        assert _machine is not None
+        groups = (ctypes.c_uint32 * len(walls.groups))(*walls.groups)
+        _syscall(_machine.setgroups, len(walls.groups), ctypes.byref(groups))
+        _syscall(_machine.setresgid, *[walls.user] * 3)
+        _syscall(_machine.setresuid, *[walls.user] * 3)
+    if walls.no_connect and _machine is not None:
+        _forbid(_machine, (_machine.connect, _IO_URING_SETUP))
+
+
+def _drop_capabilities() -> None:
+    for capability in range(_CAPABILITIES):
+        has = _libc.prctl(_PR_CAPBSET_READ, ctypes.c_ulong(capability), 0, 0, 0)
+        if has < 0:
+            return
+        # What an ordinary user starts gets none of them anyway.
+        if has and (os.geteuid() == 0 or capabilities() >> NEEDED_CAPABILITIES["CAP_SETPCAP"] & 1):
+            _prctl(_PR_CAPBSET_DROP, capability)
+
+
+def opened_ruleset(walls: Walls, place: int, open_files: ExitStack) -> int:
+    """Landlock's rules for them, as a descriptor. Raises OSError."""
+    version = landlock_version()
+    if not version:
+        raise OSError(errno.EOPNOTSUPP, "the kernel has no Landlock")
+    known = (1 << _FS_BITS.get(version, _FS_BITS_NOW)) - 1
+    attributes = struct.pack(
+        "=QQQ", known, _NO_TCP if version >= _TCP_SINCE else 0, _SCOPED if version >= _SCOPED_SINCE else 0
+    )[: 24 if version >= _SCOPED_SINCE else 16 if version >= _TCP_SINCE else 8]
+    rules = _syscall(_CREATE_RULESET, attributes, len(attributes), 0)
+    open_files.callback(os.close, rules)
+
+    def allow(fd: int, rights: int) -> None:
+        rule = struct.pack("=Qi", rights & known, fd)
+        _syscall(_ADD_RULE, rules, 1, rule, 0)
+
+    def allow_path(path: Path | str, rights: int, *, must_be: bool) -> None:
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if must_be:
+                raise
+            return
+        try:
+            is_directory = stat.S_ISDIR(os.fstat(fd).st_mode)
+            allow(fd, rights if is_directory else rights & _OF_FILES)
+        finally:
+            os.close(fd)
+
+    use = _FS_READ_FILE | _FS_READ_DIR
+    change = _FS_READ_FILE | _FS_WRITE_FILE | _FS_TRUNCATE | _FS_IOCTL_DEV
+    allow(place, use | _FS_WRITE_FILE | _FS_TRUNCATE | _FS_MAKE_SOCK)
+    for system in _SYSTEM:
+        allow_path(system, use | _FS_EXECUTE, must_be=False)
+    for device in _DEVICES:
+        allow_path(device, change, must_be=False)
+    for path in walls.read:
+        allow_path(path, use, must_be=True)
+    for path in walls.write:
+        allow_path(path, change, must_be=True)
+    return rules
+
+
+def _forbid(machine: _Machine, calls: Iterable[int]) -> None:
+    """Let these system calls, and those of another kind of program, fail with EPERM from now on."""
+    load, jump_equal, jump_at_least, give = 0x20, 0x15, 0x35, 0x06
+    allow, refuse = 0x7FFF0000, 0x00050000 | errno.EPERM
+    numbers = tuple(calls)
+    body = [
+        (load, 0, 0, 4),
+        (jump_equal, 0, len(numbers) + 3, machine.audit),
+        (load, 0, 0, 0),
+        (jump_at_least, len(numbers) + 1, 0, _X32),
+        *((jump_equal, len(numbers) - at, 0, number) for at, number in enumerate(numbers)),
+        (give, 0, 0, allow),
+        (give, 0, 0, refuse),
+    ]
+    program = b"".join(struct.pack("=HBBI", *each) for each in body)
+    held = ctypes.create_string_buffer(program, len(program))
+    # The pointer lies where a C compiler puts it, after the number and a gap.
+    head = struct.pack("@HP", len(body), ctypes.addressof(held))
+    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, head)
+
+
+def _prctl(option: int, value: int, more: int | bytes = 0) -> None:
+    third = ctypes.c_char_p(more) if isinstance(more, bytes) else ctypes.c_ulong(more)
+    _check(_libc.prctl(option, ctypes.c_ulong(value), third, ctypes.c_ulong(0), ctypes.c_ulong(0)), "prctl")
+
+
+def _syscall(number: int, *arguments: object) -> int:
+    as_they_are = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
+    return _check(_libc.syscall(ctypes.c_long(number), *as_they_are), f"system call {number}")
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result
+
+
+# Access lists: see acl(5), and posix_acl_xattr.h of the kernel
+
+_ACCESS, _DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
+_VERSION = 2
+_OWNER, _USER, _OWNING_GROUP, _GROUP, _MASK, _OTHERS = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+_NOBODY = 0xFFFFFFFF
+_STICKY = 0o1000
+
+
+def grant(grants: Sequence[Grant], below: Sequence[Path]) -> None:
+    """Let them use files; of the directories above a file those that lie in one of `below`, or are it, let everybody
+    through. Follows no link. Raises OSError."""
+    for each in grants:
+        if each.who == "others":
+            _add_mode(each.path, each.access)
+        else:
+            owner = os.lstat(each.path).st_mode >> 6 & 7
+            entry = (_USER if each.who == "user" else _GROUP, each.id, each.access)
+            _set(each.path, _ACCESS, owner, [entry], each.access)
+        for parent in each.path.parents:
+            if not any(parent.is_relative_to(place) for place in below):
+                break
+            _add_mode(parent, EXECUTE)
+
+
+def lend_directory(path: Path, user: int) -> None:
+    """Let a user make files in a directory of ours that we can use, too, and touch none of ours there."""
+    path.chmod(_STICKY | 0o700)
+    _set(path, _ACCESS, 7, [(_USER, user, 7)], 7)
+    _set(path, _DEFAULT, 7, [(_USER, os.geteuid(), 7)], 7)
+
+
+def takes_access_lists(directory: Path) -> bool:
+    """Whether files there can have them. Raises OSError."""
+    trial = directory / f".access-list-{os.getpid()}"
+    fd = os.open(trial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    os.close(fd)
+    try:
+        _set(trial, _ACCESS, 6, [(_USER, 1, READ)], READ)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS):
+            return False
+        raise
+    finally:
+        trial.unlink()
+    return True
+
+
+def _set(path: Path, name: str, owner: int, entries: Sequence[tuple[int, int, int]], mask: int) -> None:
+    whole = [(_OWNER, _NOBODY, owner), *(e for e in entries if e[0] == _USER), (_OWNING_GROUP, _NOBODY, 0)]
+    whole += [*(e for e in entries if e[0] == _GROUP), (_MASK, _NOBODY, mask), (_OTHERS, _NOBODY, 0)]
+    data = struct.pack("<I", _VERSION) + b"".join(struct.pack("<HHI", tag, access, of) for tag, of, access in whole)
+    os.setxattr(path, name, data, follow_symlinks=False)
+
+
+def _add_mode(path: Path, access: int) -> None:
+    mode = os.lstat(path).st_mode
+    if mode & access != access:
+        path.chmod(mode & 0o7777 | access)
+
+
+def way_to(path: Path) -> Path | None:
+    """The first directory on the way to `path`, and not of it, through which not everybody comes; None: there is none.
+    Raises OSError."""
+    # By both names, as a link may lead on from somewhere else.
+    for parent in dict.fromkeys([*reversed(path.parents), *reversed(path.resolve().parents)]):
+        if not parent.stat().st_mode & EXECUTE:
+            return parent
+    return None

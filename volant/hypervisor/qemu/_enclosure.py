@@ -1,0 +1,148 @@
+"""Which walls a process of QEMU is put behind, and what is handed to it through them. `docs/explanation/walls.md` says
+why.
+
+Whatever a process needs is granted to it anew at each launch, by what its spec says, and to nobody else: so there is
+nothing to remember, and nothing to take back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import msgspec
+
+from volant.host import Grant, Host, Walls
+from volant.hypervisor._interface import MachineSpec
+from volant.model import ProcessIdentity
+
+RECORD = "walls.json"
+"""What of its walls the kernel can't be asked afterwards; in the machine's directory."""
+_READ, _READ_WRITE = 4, 6
+_KVM, _VSOCK, _TUN = Path("/dev/kvm"), Path("/dev/vhost-vsock"), Path("/dev/net/tun")
+_SAVED = "saved.state"
+
+
+class WallPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What walls there can be on this host."""
+
+    places: tuple[Path, ...]
+    """The daemon's directories."""
+    landlock: int
+    """Its version; 0: there is none."""
+    no_connect: bool
+    """Whether there is a filter against connections."""
+    users: range | None
+    """Of users and groups for hypervisors alone; None: they run as the daemon does."""
+    no_users: str | None = None
+    """Why there are none."""
+
+    def view(self) -> dict[str, object]:
+        """For people, ready for JSON."""
+        users = None if self.users is None else f"{self.users.start}-{self.users.stop - 1}"
+        return {
+            "users": users,
+            "no_users": self.no_users,
+            "landlock": self.landlock,
+            "no_connect": self.no_connect,
+        }
+
+
+class Enclosure:
+    """Puts up the walls of one daemon's hypervisors."""
+
+    def __init__(self, host: Host, plan: WallPlan) -> None:
+        self._host = host
+        self.plan = plan
+        self._turn = 0
+
+    async def enclose(self, spec: MachineSpec) -> Walls:
+        """What the process of a machine may, whose directory and files are there; they are granted to it. Raises
+        OSError."""
+        host, plan, template = self._host, self.plan, spec.template
+        user = await self._user(spec)
+        group = None if template is None or plan.users is None else group_of(plan.users, template.memory.parent)
+        reads = [spec.kernel, spec.initramfs]
+        writes = []
+        if template is None:
+            writes.append(spec.memory_file)
+        else:
+            reads += [template.memory, template.state]
+        if spec.root is not None:
+            reads.append(spec.root.base)
+            writes.append(spec.root.layer)
+        if user is not None:
+            await host.lend_directory(spec.directory, user)
+            grants = [Grant(path, "user", user, _READ_WRITE) for path in writes]
+            grants += [Grant(path, "user", user, _READ_WRITE) for path in (spec.console_path, spec.console_input_path)]
+            if spec.nic is not None and spec.nic.socket is not None:
+                grants.append(Grant(spec.nic.socket, "user", user, _READ_WRITE))
+            for path in reads:
+                if template is not None and group is not None and path in (template.memory, template.state):
+                    grants.append(Grant(path, "group", group, _READ))
+                elif any(path.is_relative_to(place) for place in plan.places):
+                    grants.append(Grant(path, "others", 0, _READ))
+            await host.grant(grants, plan.places)
+        walls = Walls(
+            user=user,
+            groups=() if group is None else (group,),
+            landlock=plan.landlock > 0,
+            read=tuple(reads),
+            write=(*writes, *_devices(spec)),
+            no_connect=plan.no_connect and (spec.nic is None or spec.nic.socket is None),
+        )
+        record = {"user": user, "landlock": plan.landlock, "no_connect": walls.no_connect, "no_user": plan.no_users}
+        await host.write_bytes(spec.directory / RECORD, msgspec.json.encode(record))
+        return walls
+
+    async def _user(self, spec: MachineSpec) -> int | None:
+        users = self.plan.users
+        if users is None:
+            return None
+        if spec.vm_id:
+            return user_of(users, spec.mark, spec.vm_id)
+        # Whose it will be is not known, so it takes one that nobody has. Nobody waits for it, and few are started.
+        rest = users[len(users) // 2 :]
+        taken = await self._host.users_of_processes()
+        for _ in rest:
+            # Not the same again for one that is started at the same time.
+            self._turn = (self._turn + 1) % len(rest)
+            if rest[self._turn] not in taken:
+                return rest[self._turn]
+        raise OSError(f"all of {len(rest)} users for hypervisors without a VM have processes")
+
+
+def user_of(users: range, mark: str, vm_id: int) -> int:
+    """The user of the process that a VM starts; `mark` is its own, or another one of the same daemon's."""
+    half = max(1, len(users) // 2)
+    return users[(_number(mark.rpartition("-")[0]) + vm_id) % half]
+
+
+def group_of(users: range, source: Path) -> int:
+    """The group of those that go on from a template or a capture."""
+    return users[_number(source.name) % len(users)]
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+
+
+def _devices(spec: MachineSpec) -> tuple[Path, ...]:
+    found = [_KVM] if spec.accelerator == "kvm" else []
+    if spec.vsock_cid is not None:
+        found.append(_VSOCK)
+    if spec.nic is not None and spec.nic.tap is not None:
+        found.append(_TUN)
+    return tuple(found)
+
+
+async def place_to_save(host: Host, spec: MachineSpec, identity: ProcessIdentity) -> Path:
+    """An empty file that the process of a machine can write to, in the one directory that it can use. Remove it. Raises
+    OSError, ProcessGone."""
+    path = spec.directory / _SAVED
+    await host.allocate_file(path, 0, reserve=False)
+    user = host.process_status(identity).user
+    if user != os.geteuid():
+        await host.grant([Grant(path, "user", user, _READ_WRITE)], ())
+    return path
