@@ -1,19 +1,23 @@
 """The host's side of networks: bridge, taps, addresses, firewall."""
 
+from ._actor import NetworkKeeper
 from ._door import Link, MakeBridge, MakeTap, NetworkDoor, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
-from ._plan import NetworkPlan, NetworkSettings, plan_of
+from ._netlink import HostNetwork
+from ._networks import Networks
+from ._plan import NetworkSettings
 
 __all__ = [
+    "HostNetwork",
     "Link",
     "MakeBridge",
     "MakeTap",
     "NetworkDoor",
     "NetworkFailed",
-    "NetworkPlan",
+    "NetworkKeeper",
     "NetworkSettings",
+    "Networks",
     "RemoveLink",
     "Route",
     "SetLocalnet",
     "Step",
-    "plan_of",
 ]

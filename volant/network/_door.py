@@ -84,6 +84,10 @@ Step = MakeBridge | MakeTap | RemoveLink | SetLocalnet
 class NetworkDoor(Protocol):
     """Each call has a deadline of its own. :raises NetworkFailed: it has passed, or the host refuses."""
 
+    async def names(self) -> Collection[str]:
+        """The names of all links of the host: cheap, and open to everybody."""
+        ...
+
     async def links(self, names: Collection[str] | None = None) -> Sequence[Link]:
         """Those of these names that there are, at a price that does not grow with the others; None: all of the host."""
         ...

@@ -17,7 +17,6 @@ from ._door import Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Route, 
 
 _NAME_BYTES = 15
 """Of a network interface."""
-_TAP = "tun"
 _EVERYTHING_BITS = 8
 """A route this wide or wider is a way out into the world, whatever it is called, and nobody's subnet."""
 
@@ -47,6 +46,11 @@ class NetworkSettings(msgspec.Struct, frozen=True, kw_only=True):
     def table(self) -> str:
         """The name of both firewall tables."""
         return f"volant-{self.instance}"
+
+    @property
+    def tables(self) -> tuple[str, str]:
+        """Both, with their families: of frames, and of packets."""
+        return f"bridge {self.table}", f"inet {self.table}"
 
 
 class Tap(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,11 +106,19 @@ def plan_of(settings: NetworkSettings, rows: Iterable[VmRow]) -> NetworkPlan:
     return NetworkPlan(settings=settings, gateways=tuple(sorted(gateways)), taps=tuple(taps))
 
 
+def may_be_ours(settings: NetworkSettings, name: str) -> bool:
+    """Whether a link of this name is one of ours, should it be of the right kind."""
+    return name == settings.bridge_name or name.startswith(tap_prefix(settings.instance))
+
+
 def is_ours(settings: NetworkSettings, link: Link) -> bool:
     """Whether we have made a link, under these settings or others."""
-    if link.kind == _TAP:
-        return len(link.name) == _NAME_BYTES and link.name.startswith(tap_prefix(settings.instance))
-    return link.kind == "bridge" and link.mac == settings.bridge_mac
+    return is_tap(settings, link) or (link.kind == "bridge" and link.mac == settings.bridge_mac)
+
+
+def is_tap(settings: NetworkSettings, link: Link) -> bool:
+    """Whether a link is a tap of ours."""
+    return link.kind == "tun" and len(link.name) == _NAME_BYTES and link.name.startswith(tap_prefix(settings.instance))
 
 
 def steps_to(plan: NetworkPlan, links: Collection[Link]) -> list[Step]:
@@ -153,17 +165,21 @@ def check_bridge(settings: NetworkSettings, links: Iterable[Link]) -> None:
 
 
 def check_subnets(plan: NetworkPlan, routes: Sequence[Route]) -> None:
-    """:raises NetworkFailed: the host has another way to an address of ours."""
+    """A subnet that the bridge has already is not looked at again: its VMs would be none the better for it.
+
+    :raises NetworkFailed: the host has another way to addresses that are to be ours.
+    """
+    bridge = plan.settings.bridge_name
+    ours = {IPv4Network(route.destination) for route in routes if route.device == bridge}
+    subnets = [gateway.network for gateway in plan.gateways if gateway.network not in ours]
     for route in routes:
-        if route.device == plan.settings.bridge_name:
-            continue
         destination = IPv4Network(route.destination)
-        if destination.prefixlen < _EVERYTHING_BITS:
+        if route.device == bridge or destination.prefixlen < _EVERYTHING_BITS:
             continue
-        for gateway in plan.gateways:
-            if gateway.network.overlaps(destination):
+        for subnet in subnets:
+            if subnet.overlaps(destination):
                 raise NetworkFailed(
                     "subnet_in_use",
-                    f"the subnet {gateway.network} is in use on this host: it has the route {route}; give the daemon "
+                    f"the subnet {subnet} is in use on this host: it has the route {route}; give the daemon "
                     "another one (VOLANT_SUBNET), such as 10.87.0.0/24, or remove that route",
                 )

@@ -1,0 +1,115 @@
+"""The actor `network`: one at a time, and all who wait at once.
+
+Whoever asks while the host is being seen to waits for the next turn, together with all others who came meanwhile: so a
+hundred VMs that are created at once change the firewall a few times, and not a hundred.
+
+What goes wrong at its start is told and tried again by the next VM that needs it: VMs without a network don't.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import trio
+
+from actors import Actor, Deferred, handles
+
+from ._door import NetworkFailed
+from ._networks import Networks
+from .messages import Attach, Detach, Reconcile
+
+_Waiting = tuple[int | None, Deferred[None]]
+"""Who asked for a VM, or, with None, for all of it."""
+_TURN_S = 60.0
+_logger = logging.getLogger("volant.network")
+
+
+class NetworkKeeper(Actor):
+    """See `volant.network.messages` for what it takes."""
+
+    mailbox = 256
+
+    def __init__(self, networks: Networks, *, ephemeral: bool = False) -> None:
+        """`ephemeral`: once it is stopped, and no VM has a tap, nothing is left on the host."""
+        self._networks = networks
+        self._ephemeral = ephemeral
+        self._waiting: list[_Waiting] = []
+        self._wake = trio.Event()
+        self._failure: NetworkFailed | None = None
+        self._turns = 0
+        self._asked = 0
+
+    async def on_start(self) -> None:
+        self.ctx.spawn(self._work, name="networks")
+
+    async def on_stop(self) -> None:
+        if self._ephemeral and not self._networks.has_taps():
+            try:
+                await self._networks.remove()
+            except NetworkFailed as error:
+                _logger.error("not all of the network is removed: %s", error)
+
+    def inspect(self) -> Mapping[str, object]:
+        return {
+            **self._networks.statistics(),
+            "waiting": len(self._waiting),
+            "asked": self._asked,
+            "turns": self._turns,
+            "failure": str(self._failure) if self._failure is not None else None,
+        }
+
+    @handles(Attach)
+    async def attach(self, message: Attach) -> Deferred[None]:
+        return self._enqueue(message.vm_id, self.ctx.defer(message))
+
+    @handles(Detach)
+    async def detach(self, message: Detach) -> Deferred[None]:
+        return self._enqueue(message.vm_id, self.ctx.defer(message))
+
+    @handles(Reconcile)
+    async def reconcile(self, message: Reconcile) -> Deferred[None]:
+        return self._enqueue(None, self.ctx.defer(message))
+
+    def _enqueue(self, vm_id: int | None, deferred: Deferred[None]) -> Deferred[None]:
+        self._waiting.append((vm_id, deferred))
+        self._asked += 1
+        self._wake.set()
+        return deferred
+
+    async def _work(self) -> None:
+        await self._turn(())
+        if self._failure is not None:
+            _logger.error("VMs with a network on the bridge can't start: %s", self._failure)
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            waiting, self._waiting = self._waiting, []
+            await self._turn(waiting)
+
+    async def _turn(self, waiting: Sequence[_Waiting]) -> None:
+        """See to what was asked for, or to all of it when nothing was, and answer."""
+        self._turns += 1
+        vm_ids = {vm_id for vm_id, _ in waiting if vm_id is not None}
+        failures: dict[int, NetworkFailed] = {}
+        self._failure = None
+        try:
+            with trio.fail_after(_TURN_S):
+                if not vm_ids or any(vm_id is None for vm_id, _ in waiting):
+                    failures |= await self._networks.reconcile()
+                    for failure in failures.values():
+                        _logger.error("%s", failure)
+                if vm_ids:
+                    failures |= await self._networks.ensure(vm_ids)
+        except NetworkFailed as error:
+            self._failure = error
+        except trio.TooSlowError:
+            self._failure = NetworkFailed("timeout", f"the host's networks were not ready within {_TURN_S:g} s")
+        for vm_id, deferred in waiting:
+            failed = self._failure or (
+                failures.get(vm_id) if vm_id is not None else next(iter(failures.values()), None)
+            )
+            if failed is None:
+                deferred.reply(None)
+            else:
+                deferred.fail(NetworkFailed(failed.code, str(failed)))

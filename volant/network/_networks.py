@@ -1,0 +1,162 @@
+"""Makes of the host what the rows say: all of it, or what one more VM needs.
+
+**All of it** is looked at when an actor begins, when somebody asks, and when something was not as it should have been.
+**One VM more or less** looks at the bridge and at that VM's tap alone, and changes a few elements of the firewall's
+sets; so the thousandth costs what the first did. What was loaded into the firewall is remembered for that, and where
+memory and host differ nftables refuses the change, and everything is replaced.
+
+The firewall goes first, as it knows taps by name: a tap that has no rules yet reaches nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from volant.model import VmRow, tap_of
+
+from ._door import MakeTap, NetworkDoor, NetworkFailed, RemoveLink, SetLocalnet, Step
+from ._plan import (
+    NetworkPlan,
+    NetworkSettings,
+    check_bridge,
+    check_subnets,
+    has_tap,
+    is_ours,
+    is_tap,
+    make_tap,
+    may_be_ours,
+    plan_of,
+    steps_to,
+)
+from ._rules import Rules, change, nothing, rules_of, whole
+
+_logger = logging.getLogger("volant.network")
+
+
+class Networks:
+    """The host's side of the networks of one daemon. One call at a time."""
+
+    def __init__(self, door: NetworkDoor, settings: NetworkSettings, rows: Callable[[], Iterable[VmRow]]) -> None:
+        self._door = door
+        self._settings = settings
+        self._rows = rows
+        self._loaded: Rules | None = None
+        """What the firewall is, as far as we know; None: we don't."""
+        self._gateways: object = None
+        """What the bridge has for addresses, once all has been looked at."""
+        self._left: tuple[str, ...] = ()
+        self._counts = {"reconciled": 0, "mended": 0}
+
+    def statistics(self) -> dict[str, object]:
+        """For people."""
+        plan = self._plan()
+        return {
+            "bridge": self._settings.bridge_name,
+            "subnet": str(self._settings.subnet),
+            "taps": len(plan.taps),
+            "ports": sum(len(tap.ports) for tap in plan.taps),
+            "left_in_use": self._left,
+            **self._counts,
+        }
+
+    def has_taps(self) -> bool:
+        """Whether a VM should have a tap."""
+        return any(map(has_tap, self._rows()))
+
+    async def reconcile(self) -> Mapping[int, NetworkFailed]:
+        """See to all of it; the VMs whose taps can't be had, and why.
+
+        :raises NetworkFailed: nobody's can.
+        """
+        plan, settings = self._plan(), self._settings
+        self._loaded = self._gateways = None
+        if not plan.taps and not await self._is_begun():
+            return {}
+        links = await self._door.links()
+        steps = steps_to(plan, links)
+        check_subnets(plan, await self._door.routes())
+        await self._change(rules_of(plan))
+        failures = await self._do(plan, steps)
+        self._gateways = plan.gateways
+        wanted = {tap.name for tap in plan.taps}
+        self._left = tuple(
+            link.name for link in links if link.in_use and link.name not in wanted and is_tap(settings, link)
+        )
+        for name in self._left:
+            _logger.warning("the tap %s is no VM's, and stays as a process has it open", name)
+        self._counts["reconciled"] += 1
+        return failures
+
+    async def ensure(self, vm_ids: Collection[int]) -> Mapping[int, NetworkFailed]:
+        """See to these VMs' taps and rules; those of them that can't be as they should, and why.
+
+        :raises NetworkFailed: none can.
+        """
+        plan, settings = self._plan(), self._settings
+        names = {tap_of(settings.instance, vm_id): vm_id for vm_id in vm_ids}
+        links = await self._door.links({settings.bridge_name, *names})
+        check_bridge(settings, links)
+        taps = [tap for tap in plan.taps if tap.vm_id in vm_ids]
+        wanted = {tap.name for tap in taps}
+        # Nothing of these VMs runs any more, so whoever has such a tap open is nobody to wait for.
+        steps: list[Step] = [
+            RemoveLink(name=link.name) for link in links if is_tap(settings, link) and link.name not in wanted
+        ]
+        failures: dict[int, NetworkFailed] = {}
+        if plan.gateways == self._gateways and any(link.name == settings.bridge_name and link.up for link in links):
+            await self._change(rules_of(plan))
+            steps += [make_tap(plan, tap) for tap in taps]
+            steps.append(SetLocalnet(bridge=settings.bridge_name, on=plan.localnet))
+        else:
+            failures |= await self.reconcile()
+        failures |= await self._do(plan, steps)
+        return {vm_id: failure for vm_id, failure in failures.items() if vm_id in vm_ids}
+
+    async def remove(self) -> None:
+        """Take all of it away. :raises NetworkFailed: something is left."""
+        self._loaded = self._gateways = None
+        if not await self._is_begun():
+            return
+        links = [link for link in await self._door.links() if is_ours(self._settings, link)]
+        results = await self._door.do([RemoveLink(name=link.name) for link in links])
+        await self._door.load(nothing(self._settings.tables))
+        for failure in filter(None, results):
+            raise failure
+
+    def _plan(self) -> NetworkPlan:
+        return plan_of(self._settings, self._rows())
+
+    async def _is_begun(self) -> bool:
+        """Whether anything of ours may be on the host. Not before a VM needed it: a daemon without networks leaves the
+        host's alone, and needs no leave to touch them."""
+        return any(may_be_ours(self._settings, name) for name in await self._door.names())
+
+    async def _change(self, rules: Rules) -> None:
+        """Have the firewall be this one."""
+        before, self._loaded = self._loaded, None
+        text = change(before, rules)
+        if text:
+            try:
+                await self._door.load(text)
+            except NetworkFailed as error:
+                if text == whole(rules):
+                    raise
+                _logger.warning("the firewall is not as it was left, and is replaced: %s", error)
+                self._counts["mended"] += 1
+                await self._door.load(whole(rules))
+        self._loaded = rules
+
+    async def _do(self, plan: NetworkPlan, steps: list[Step]) -> dict[int, NetworkFailed]:
+        """What failed, by VM. :raises NetworkFailed: what failed is everybody's."""
+        vm_ids = {tap.name: tap.vm_id for tap in plan.taps}
+        failures: dict[int, NetworkFailed] = {}
+        for step, failure in zip(steps, await self._door.do(steps), strict=True):
+            match step:
+                case MakeTap(name=name) if failure is not None:
+                    failures[vm_ids[name]] = failure
+                case RemoveLink() if failure is not None:
+                    _logger.warning("%s", failure)
+                case _ if failure is not None:
+                    raise failure
+        return failures

@@ -1,0 +1,241 @@
+"""The firewall of a plan, as text for `nft -f`.
+
+Two tables. That of the family `bridge` sees frames, where they come out of a tap and where they go into one; that of
+the family `inet` sees packets, which the host routes or takes for itself::
+
+      guest ──tap──▶ from-guest ──┬─▶ between-guests ─▶ to-guest ──tap──▶ guest of the same named network
+                     its own MAC  │
+                     and address  └─▶ bridge ─▶ from-bridge ─▶ [routing] ─▶ to-bridge ─▶ source-nat ──▶ world
+                     or nothing                 not the host                answers and
+                                                nor metadata                published ports
+
+- **What a guest may send** is a set of (tap, MAC, address), for ARP too. All else, IPv6 and tagged frames among it,
+  ends at the tap. Ports of the bridge are known by the prefix of their names, as not every kernel can tell to which
+  bridge a port belongs.
+- **Loopback addresses** are closed for guests at the tap, before anything can translate them. That is the guard for a
+  port published on 127.0.0.1: the switch `route_localnet` lets the host's own packets from 127.0.0.1 out to the bridge
+  and their answers in, and would let a guest send to the host's loopback. It is on only while such a port is published,
+  and for the bridge alone. Rejected: a process that listens on 127.0.0.1 and copies. It has to be kept alive, takes
+  turns on a CPU for each byte, and its connections die with it.
+- **A guest behind the gateway's MAC** is closed at the tap likewise: what isolation keeps apart can't meet by way of
+  the host's routing.
+- **The host's own addresses** are closed before destinations are translated, so that a port that somebody else has
+  published on this host is no way in either. Answers to what the host itself began pass, and so does a ping of the
+  gateway.
+- **Bridge netfilter** (`bridge-nf-call-iptables`) shows bridged frames to the `inet` table too; it lets them pass.
+
+**What differs by VM is elements of sets**, all else is the same for every VM. So one VM more or less is a few elements,
+which cost the same however many there are; `whole` replaces both tables, `change` goes from one state to another. Each
+is one transaction, so no packet ever sees half of it. `change` fails when what it takes away is not there, as somebody
+else has had a hand in it; then `whole` is right again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from ipaddress import collapse_addresses
+
+import msgspec
+
+from volant.model import tap_prefix
+
+from ._plan import NetworkPlan, Tap
+
+_CONNECTIONS = 8192
+"""That one guest has through the host at a time: the host's table of them is everybody's."""
+
+Elements = Mapping[str, Mapping[str, str]]
+
+
+class Rules(msgspec.Struct, frozen=True):
+    """A firewall: what both tables consist of, and which elements their sets have.
+
+    An element is a key and what it is mapped to, empty in a set. A set is named with its table: `bridge t guests`.
+    """
+
+    tables: tuple[str, ...]
+    chains: str
+    elements: Elements
+
+
+def rules_of(plan: NetworkPlan) -> Rules:
+    """The firewall of a plan."""
+    settings = plan.settings
+    bridge, inet = settings.tables
+    names = sorted({tap.network for tap in plan.taps if tap.network})
+    elements: dict[str, dict[str, str]] = {
+        f"{bridge} guests": {f'"{tap.name}" . {tap.mac} . {tap.address}': "" for tap in plan.taps},
+        f"{bridge} cards": {f'"{tap.name}" . {tap.mac}': "" for tap in plan.taps},
+        f"{bridge} networks": {f'"{tap.name}"': f"goto in-{tap.network}" for tap in plan.taps if tap.network},
+        **{
+            f"{bridge} members-{name}": {f'"{tap.name}"': "" for tap in plan.taps if tap.network == name}
+            for name in names
+        },
+        f"{inet} published": _published(plan.taps, everywhere=False),
+        f"{inet} published-everywhere": _published(plan.taps, everywhere=True),
+    }
+    return Rules(settings.tables, _bridge_table(plan, names) + _inet_table(plan), elements)
+
+
+def _published(taps: tuple[Tap, ...], *, everywhere: bool) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for tap in taps:
+        for port in tap.ports:
+            if (port.host == "0.0.0.0") is everywhere:
+                host = "" if everywhere else f"{port.host} . "
+                # Of two that publish the same one the elder has it.
+                found.setdefault(f"{port.protocol} . {host}{port.host_port}", f"{tap.address} . {port.guest_port}")
+    return found
+
+
+def whole(rules: Rules) -> str:
+    """What replaces both tables, whatever they are now."""
+    return nothing(rules.tables) + rules.chains + "".join(_all("add", name, rules) for name in rules.elements)
+
+
+def nothing(tables: tuple[str, ...]) -> str:
+    """What removes tables, whether they are there or not."""
+    return "".join(f"add table {table}\ndelete table {table}\n" for table in tables)
+
+
+def change(before: Rules | None, after: Rules) -> str:
+    """What makes `after` of `before`; empty when they are equal. From nothing known, or where more than elements
+    differs, it is the whole."""
+    if before is None or (before.tables, before.chains) != (after.tables, after.chains):
+        return whole(after)
+    text = ""
+    for verb, mine, other in (("delete", before, after), ("add", after, before)):
+        for name, elements in mine.elements.items():
+            others = other.elements[name]
+            text += _elements(verb, name, {key: value for key, value in elements.items() if others.get(key) != value})
+    return text
+
+
+def _all(verb: str, name: str, rules: Rules) -> str:
+    return _elements(verb, name, rules.elements[name])
+
+
+def _elements(verb: str, name: str, elements: Mapping[str, str]) -> str:
+    if not elements:
+        return ""
+    written = (f"{key} : {value}" if value and verb == "add" else key for key, value in elements.items())
+    return f"{verb} element {name} {{ {', '.join(written)} }}\n"
+
+
+def _bridge_table(plan: NetworkPlan, names: list[str]) -> str:
+    settings = plan.settings
+    taps = f'"{tap_prefix(settings.instance)}*"'
+    subnets = _set(collapse_addresses(gateway.network for gateway in plan.gateways))
+    networks = "".join(
+        f"""
+    set members-{name} {{
+        type ifname
+    }}
+    chain in-{name} {{
+        oifname @members-{name} accept
+        drop
+    }}"""
+        for name in names
+    )
+    return f"""table bridge {settings.table} {{
+    set guests {{
+        type ifname . ether_addr . ipv4_addr
+    }}
+    set cards {{
+        type ifname . ether_addr
+    }}
+    map networks {{
+        type ifname : verdict
+    }}{networks}
+    chain prerouting {{
+        type filter hook prerouting priority filter; policy accept;
+        iifname {taps} goto from-guest
+    }}
+    chain from-guest {{
+        ether type ip ip daddr 127.0.0.0/8 drop
+        ether type ip ether daddr {settings.bridge_mac} ip daddr {subnets} ip daddr != {_gateways(plan)} drop
+        ether type ip iifname . ether saddr . ip saddr @guests accept
+        ether type arp arp htype 1 arp ptype ip jump from-guest-arp
+        drop
+    }}
+    chain from-guest-arp {{
+        iifname . ether saddr . arp saddr ip @guests iifname . arp saddr ether . arp saddr ip @guests accept
+    }}
+    chain forward {{
+        type filter hook forward priority filter; policy accept;
+        iifname vmap @networks
+        iifname {taps} drop
+        oifname {taps} drop
+    }}
+    chain postrouting {{
+        type filter hook postrouting priority filter; policy accept;
+        oifname {taps} goto to-guest
+    }}
+    chain to-guest {{
+        ether daddr & 01:00:00:00:00:00 == 01:00:00:00:00:00 accept
+        oifname . ether daddr @cards accept
+        drop
+    }}
+}}
+"""
+
+
+def _inet_table(plan: NetworkPlan) -> str:
+    settings = plan.settings
+    bridge = f'"{settings.bridge_name}"'
+    published = """
+        fib daddr type local dnat ip to meta l4proto . ip daddr . th dport map @published
+        fib daddr type local dnat ip to meta l4proto . th dport map @published-everywhere"""
+    return f"""table inet {settings.table} {{
+    map published {{
+        type inet_proto . ipv4_addr . inet_service : ipv4_addr . inet_service
+    }}
+    map published-everywhere {{
+        type inet_proto . inet_service : ipv4_addr . inet_service
+    }}
+    set connections {{
+        type ipv4_addr
+        size 65535
+        flags dynamic
+    }}
+    chain prerouting {{
+        type filter hook prerouting priority mangle; policy accept;
+        iifname {bridge} goto from-bridge
+    }}
+    chain from-bridge {{
+        ct state established,related accept
+        ct state invalid drop
+        ip daddr {_gateways(plan)} icmp type echo-request accept
+        fib daddr type local reject with icmpx admin-prohibited
+        ip daddr 169.254.0.0/16 reject with icmpx admin-prohibited
+        ct state new add @connections {{ ip saddr ct count over {_CONNECTIONS} }} drop
+    }}
+    chain destination-nat {{
+        type nat hook prerouting priority dstnat; policy accept;{published}
+    }}
+    chain destination-nat-of-the-host {{
+        type nat hook output priority dstnat; policy accept;{published}
+    }}
+    chain to-bridge {{
+        type filter hook forward priority filter; policy accept;
+        oifname != {bridge} accept
+        iifname {bridge} accept
+        ct state established,related accept
+        ct status dnat accept
+        drop
+    }}
+    chain source-nat {{
+        type nat hook postrouting priority srcnat; policy accept;
+        iifname {bridge} oifname != {bridge} masquerade
+        oifname {bridge} ip saddr 127.0.0.0/8 masquerade
+    }}
+}}
+"""
+
+
+def _gateways(plan: NetworkPlan) -> str:
+    return _set(gateway.ip for gateway in plan.gateways)
+
+
+def _set(members: Iterable[object]) -> str:
+    return f"{{ {', '.join(map(str, members))} }}"
