@@ -88,9 +88,10 @@ async def template_to_agent(pairs: int = 15) -> list[Figure]:
 
 
 async def standby_to_agent(pairs: int = 15) -> list[Figure]:
-    """Clones whose process waited for them, and clones by hand, in turns; some cold boots between them."""
+    """Clones whose process waited, and clones by hand, in turns; some cold boots and some of libvirt's restores too."""
     image = current_image()
     took: dict[str, list[float]] = {"ours": [], "bare": [], "cold": []}
+    restored = Pairs()
     with ExitStack() as stack:
         daemon = stack.enter_context(volantd("--templates", "auto", "--standby", "1"))
         spec = stack.enter_context(_spec(image, await _accelerator(daemon)))
@@ -98,12 +99,16 @@ async def standby_to_agent(pairs: int = 15) -> list[Figure]:
         clone = msgspec.structs.replace(spec, template=Template(directory / "memory", directory / "state"))
         ours, cold = Ours(daemon, boot="template"), Ours(daemon, boot="cold")
         bare = BareClone(clone, await _argv(clone))
+        peer = await _saved(stack, spec)
         await ours.boot()
         for number in range(pairs):
             await _until_one_waits(daemon)
             for name, boot in (("bare", bare.boot), ("ours", ours.boot)):
                 await trio.sleep(_SETTLE_S)
                 took[name].append(await boot())
+            if peer is not None and number % (pairs // _RESTORES or 1) == 0:
+                await trio.sleep(_SETTLE_S)
+                restored.add(await peer.restore(), took["ours"][-1])
             if number % (pairs // _COLD or 1) == 0:
                 await trio.sleep(_SETTLE_S)
                 took["cold"].append(await cold.boot())
@@ -113,7 +118,7 @@ async def standby_to_agent(pairs: int = 15) -> list[Figure]:
             raise RuntimeError(f"not every clone took over a process that waited:\n{said}")
     against = Pairs(took["ours"], took["bare"])
     slowest, cold_s = percentile(took["ours"], 95), Pairs(took["cold"], took["cold"]).value
-    return [
+    figures = [
         Figure(
             "standby_to_agent", against.value, "s", against.ratio,
             f"a bare script's {against.other:.3g} s that starts QEMU for the same clone, {pairs} pairs, "
@@ -125,6 +130,14 @@ async def standby_to_agent(pairs: int = 15) -> list[Figure]:
             "a clone whose process waited, for a cold boot of the same VM", at_least=STANDBY_TO_COLD,
         ),
     ]  # fmt: skip
+    if restored.ours:
+        figures.append(
+            Figure(
+                "standby_to_libvirt", restored.value, "s", restored.ratio,
+                "a clone whose process waited, for `virsh restore` of the same VM", at_least=LIBVIRT_TARGET,
+            )
+        )  # fmt: skip
+    return figures
 
 
 async def _until_one_waits(daemon: Daemon) -> None:
@@ -140,7 +153,7 @@ async def _saved(stack: ExitStack, spec: MachineSpec) -> Libvirt | None:
         peer = stack.enter_context(libvirt(spec, WANTED))
         await peer.save()
     except (Skipped, RuntimeError, subprocess.TimeoutExpired) as why:
-        print(f"template_to_libvirt skipped: {why}", flush=True)
+        print(f"libvirt skipped: {why}", flush=True)
         return None
     return peer
 

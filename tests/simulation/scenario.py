@@ -170,6 +170,8 @@ class Life:
                 self.over = True
                 self.sim.faults.turn_off()
                 self.world.machine.disk_full = False
+                for process in self.world.machine.processes.values():
+                    process.stubborn_s = 0.0
                 if not self.world.runs:
                     await self._start()
                 await self._undrain()

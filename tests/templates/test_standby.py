@@ -17,13 +17,23 @@ from volant.host import Host
 from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
-from volant.templates import Blueprint, BuildDoors, Claim, Standby, StandbyLimits, Standbys, TemplateStore
+from volant.templates import (
+    Blueprint,
+    BuildDoors,
+    Claim,
+    Standby,
+    StandbyLimits,
+    Standbys,
+    TemplateFailed,
+    TemplateStore,
+    Told,
+)
 from volant.templates._standby import Use, claim_in, wanted
 from volant.vm import BootGate
 
 
-def blueprint(memory_mb: int = 128) -> Blueprint:
-    recipe = msgspec.structs.replace(RECIPE, memory_mb=memory_mb)
+def blueprint(memory_mb: int = 128, told: Told | None = None) -> Blueprint:
+    recipe = msgspec.structs.replace(RECIPE, memory_mb=memory_mb, told=told)
     return Blueprint(
         recipe=recipe,
         digest=recipe.digest,
@@ -85,6 +95,8 @@ class Pool:
         self.hypervisor = Hypervisor(self.host, path / "c", accelerator="tcg")
         self.hypervisor.running = []
         self.quiet = True
+        self.warmed: list[str] = []
+        self.cold: Exception | None = None
         self.doors = BuildDoors(
             host=self.host,
             hypervisor=self.hypervisor,
@@ -95,7 +107,13 @@ class Pool:
             runtime_dir=path / "r",
             memory_dir=path / "mem",
         )
-        self.standbys = Standbys(self.doors, limits, quiet=lambda: self.quiet)
+        self.standbys = Standbys(self.doors, limits, quiet=lambda: self.quiet, warm_up=self.warm_up)
+
+    async def warm_up(self, doors: BuildDoors, spec: MachineSpec, identity: ProcessIdentity) -> None:
+        """A process that sleeps is warm at once."""
+        self.warmed.append(spec.mark)
+        if self.cold is not None:
+            raise self.cold
 
     async def until(self, holds: Callable[[], bool]) -> None:
         with trio.fail_after(20):
@@ -163,6 +181,16 @@ def test_the_newest_use_comes_first_as_far_as_the_memory_goes() -> None:
     assert wanted(uses, 106.0, StandbyLimits(each=1, idle_s=100.0)) == {"b": 1, "a": 1}
 
 
+def test_one_is_idle_to_the_very_moment() -> None:
+    limits, rounded = StandbyLimits(each=1, idle_s=40.0), 0
+    for number in range(1000):
+        use = Use(blueprint(), 100 / 3 * number)
+        now = use.idle_at(limits)
+        rounded += now - use.at < limits.idle_s
+        assert wanted({"a": use}, now, limits) == {}
+    assert rounded, "none of these is one of those that once were idle to the clock and not to the pool"
+
+
 async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: Path) -> None:
     async with standing(tmp_path) as pool:
         assert pool.standbys.take(7, blueprint()) is None
@@ -179,6 +207,32 @@ async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: P
         assert await claim_in(pool.host, spec.directory) == Claim(3, "vm", "")
         await pool.filled()
         assert pool.standbys.marks != {standby.mark}
+
+
+async def test_one_waits_once_its_guest_has_rehearsed_unless_a_workload_runs_in_it(tmp_path: Path) -> None:
+    with_workload = blueprint(told=Told({"name": "browser"}, {"command": ["/browser"]}))
+    async with standing(tmp_path, StandbyLimits(each=1)) as pool:
+        pool.standbys.take(1, blueprint())
+        await pool.filled()
+        assert pool.warmed == [*pool.standbys.marks]
+        pool.standbys.take(2, with_workload)
+        await pool.filled(2)
+        assert len(pool.warmed) == 1
+
+
+@pytest.mark.parametrize("error", [TemplateFailed("agent_timeout", "it sleeps"), HypervisorError("it hangs")])
+async def test_one_that_does_not_answer_is_ended_and_none_is_started_for_a_while(
+    tmp_path: Path, error: Exception
+) -> None:
+    async with standing(tmp_path) as pool:
+        pool.cold = error
+        pool.standbys.take(1, blueprint())
+        await pool.until(lambda: pool.standbys.figures.failed_starts == 1)
+        await pool.until(lambda: not list((pool.doors.runtime_dir / "standby").iterdir()))
+        assert not await pool.processes()
+        pool.standbys.take(1, blueprint())
+        await pool.until(lambda: pool.standbys._wake.statistics().tasks_waiting == 1)
+        assert len(pool.warmed) == 1
 
 
 async def test_what_was_taken_and_not_claimed_is_ended(tmp_path: Path) -> None:

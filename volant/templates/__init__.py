@@ -1,7 +1,8 @@
 """Templates: guests that have booted, for others to go on from."""
 
 from ._actor import Templates
-from ._builder import BuildDoors, TemplateFailed, Turns, template_mark_prefix
+from ._ask import TemplateFailed
+from ._builder import BuildDoors, Turns, template_mark_prefix
 from ._recipe import Blueprint, Recipe, Told
 from ._standby import Claim, Standby, StandbyLimits, Standbys, claim_in, standby_directory, standby_mark_prefix
 from ._store import Found, Stored, TemplateStore, template_at, template_layer

@@ -20,7 +20,8 @@ import trio
 from actors import Actor, Deferred, handles
 from volant.model import Problem, TemplateView, draining
 
-from ._builder import BuildDoors, TemplateFailed, build, sweep
+from ._ask import TemplateFailed
+from ._builder import BuildDoors, build, sweep
 from ._recipe import Blueprint, Recipe
 from ._standby import Standbys
 from ._store import Stored

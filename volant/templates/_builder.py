@@ -9,25 +9,26 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 import trio
 
-from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable, VirtioSerial, open_channel
+from volant.channel import AgentClient, VirtioSerial, open_channel
 from volant.host import Host, ProcessGone
-from volant.hypervisor import Disk, Hypervisor, HypervisorError, LaunchFailed, Machine, MachineSpec, Template
+from volant.hypervisor import Disk, Hypervisor, HypervisorError, LaunchFailed, MachineSpec, Nic, Template
 from volant.journal import Projection
 from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_SETTLE, DAEMON_WORKLOAD, HEALTHZ
 
+from ._ask import TemplateFailed, ask, while_it_lives
 from ._recipe import Blueprint, Told
 from ._store import LAYER, MEMORY, STATE, TemplateStore
 
 RESERVE_MB = 384
 """What the host must have beyond the memory of the guest that boots: what its hypervisor takes, and as much again."""
 _ROOT_S = 20.0
-_ANSWER_S = 10.0
 _SETTLE_S = 30.0
 _TRIAL_S = 30.0
 _AGAIN_S = 0.2
@@ -37,14 +38,6 @@ _KILL_S = 10.0
 _CLEAR_S = 20.0
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _logger = logging.getLogger("volant.templates")
-
-
-class TemplateFailed(Exception):
-    """There is no template, and why; `code` is a stable word."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class Turns(Protocol):
@@ -95,7 +88,9 @@ async def build(doors: BuildDoors, blueprint: Blueprint) -> None:
                 await doors.hypervisor.make_layer(spec.root)
             identity = await doors.hypervisor.launch(spec)
             async with doors.hypervisor.attach(spec, identity) as machine:
-                await _until_ready(doors, spec, machine, blueprint.recipe.told)
+                await while_it_lives(
+                    machine, partial(_bring_up, host, spec, blueprint.recipe.told), doors.agent_timeout_s
+                )
                 await machine.save(fresh / f"{STATE}.part")
                 await machine.quit()
             await host.put_in_place(fresh / f"{STATE}.part", fresh / STATE)
@@ -131,6 +126,8 @@ async def sweep(doors: BuildDoors) -> None:
 
 
 _MEMORY_PREFIX = "template-"
+_MAC = "02:00:00:00:00:01"
+"""Of a card that is connected to nothing, in a guest that does not use it."""
 
 
 def _directories(doors: BuildDoors) -> Path:
@@ -153,6 +150,7 @@ def _spec(doors: BuildDoors, blueprint: Blueprint) -> MachineSpec:
         mark=f"{template_mark_prefix(doors.instance)}{name}",
         accelerator=blueprint.accelerator,
         root=None if blueprint.rootfs is None else Disk(blueprint.rootfs, fresh / f"{LAYER}.part"),
+        nic=Nic(mac=_MAC) if recipe.has_nic else None,
         in_background=True,
     )
 
@@ -171,35 +169,6 @@ def _check_room(doors: BuildDoors, blueprint: Blueprint) -> None:
         raise TemplateFailed("no_space", f"{free_mb} MiB of the disk are left, and a build may not take the last")
 
 
-async def _until_ready(doors: BuildDoors, spec: MachineSpec, machine: Machine, told: Told | None) -> None:
-    """Bring the guest up, unless it ends before, or takes too long.
-
-    :raises TemplateFailed:
-    """
-    why: list[TemplateFailed] = []
-
-    async def watch(scope: trio.CancelScope) -> None:
-        try:
-            message = (await machine.ended()).message
-        except HypervisorError as error:
-            message = str(error)
-        why.append(TemplateFailed("guest_ended", message))
-        scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch, nursery.cancel_scope)
-        with trio.move_on_after(doors.agent_timeout_s) as patience:
-            try:
-                await _bring_up(doors.host, spec, told)
-            except TemplateFailed as error:
-                why.append(error)
-        nursery.cancel_scope.cancel()
-    if patience.cancelled_caught:
-        raise TemplateFailed("agent_timeout", f"the guest was not ready within {doors.agent_timeout_s:g} s")
-    if why:
-        raise why[0]
-
-
 async def _try(doors: BuildDoors, spec: MachineSpec, fresh: Path) -> int:
     """Prove the template by a clone of it: what does not go on once, never does. The newest protocol that it speaks.
 
@@ -216,7 +185,7 @@ async def _try(doors: BuildDoors, spec: MachineSpec, fresh: Path) -> int:
     protocol: object = None
     with trio.move_on_after(_TRIAL_S) as patience:
         async with open_channel(host, VirtioSerial(trial.agent_path)) as channel:
-            protocol = (await _ask(AgentClient(channel), "GET", HEALTHZ, timeout_s=_TRIAL_S)).get("protocol")
+            protocol = (await ask(AgentClient(channel), "GET", HEALTHZ, timeout_s=_TRIAL_S)).get("protocol")
     if patience.cancelled_caught:
         raise TemplateFailed("clone_timeout", f"a clone of it did not answer within {_TRIAL_S:g} s")
     await _end(host, trial)
@@ -233,41 +202,19 @@ async def _bring_up(host: Host, spec: MachineSpec, told: Told | None) -> None:
     async with open_channel(host, VirtioSerial(spec.agent_path)) as channel:
         client = AgentClient(channel)
         # The agent waits, for as long as a guest should need.
-        while (state := (await _ask(client, "GET", DAEMON_ROOT, timeout_s=_ROOT_S)).get("state")) == "pending":  # noqa: ASYNC110
+        while (state := (await ask(client, "GET", DAEMON_ROOT, timeout_s=_ROOT_S)).get("state")) == "pending":  # noqa: ASYNC110
             await trio.sleep(_AGAIN_S)
         if state != ("none" if spec.root is None else "mounted"):
             raise TemplateFailed("rootfs_failed", "the guest can't mount its root filesystem")
         if told is not None:
-            await _ask(client, "PUT", DAEMON_MANIFEST, told.manifest)
-            status = await _ask(client, "PUT", DAEMON_WORKLOAD, told.workload)
+            await ask(client, "PUT", DAEMON_MANIFEST, told.manifest)
+            status = await ask(client, "PUT", DAEMON_WORKLOAD, told.workload)
             while status.get("state") != "healthy":
                 if status.get("state") in ("failed", "exited"):
                     raise TemplateFailed("workload_failed", f"the workload does not run: {status.get('error')}"[:500])
                 await trio.sleep(_WORKLOAD_AGAIN_S)
-                status = await _ask(client, "GET", DAEMON_WORKLOAD)
-        await _ask(client, "POST", DAEMON_SETTLE, timeout_s=_SETTLE_S)
-
-
-async def _ask(
-    client: AgentClient, method: str, path: str, body: object = None, *, timeout_s: float = _ANSWER_S
-) -> dict[str, Any]:
-    """One request, again until there is an answer; the caller has a deadline.
-
-    :raises TemplateFailed: the agent refuses.
-    """
-    while True:
-        try:
-            answer = await client.request_json(method, path, body, timeout_s=timeout_s)
-        except AgentUnreachable:
-            await trio.sleep(_AGAIN_S)
-            continue
-        except AgentProtocolError as error:
-            raise TemplateFailed("agent_refused", f"the agent answers nonsense: {error}") from error
-        said = answer.body if isinstance(answer.body, dict) else {}
-        if not 200 <= answer.status < 300:
-            why = f"the agent answers {method} {path} with {answer.status}: {said.get('detail')}"
-            raise TemplateFailed("agent_refused", why[:500])
-        return said
+                status = await ask(client, "GET", DAEMON_WORKLOAD)
+        await ask(client, "POST", DAEMON_SETTLE, timeout_s=_SETTLE_S)
 
 
 async def _copy_memory(host: Host, source: Path, target: Path) -> None:

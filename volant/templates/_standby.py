@@ -1,4 +1,5 @@
-"""The pool of processes that wait, paused and with a template's state in them, for a VM to take one over.
+"""The pool of processes that wait, with a guest that has gone on from a template and stands still, for a VM to take one
+over.
 
 `docs/explanation/templates.md` says how a claim goes and what holds when somebody dies in the middle. In short: a
 process belongs to the pool until a row is committed that names its mark, and then to that row. Whoever takes one out of
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,14 @@ import msgspec
 import trio
 
 from volant.host import Host, ProcessGone
-from volant.hypervisor import Disk, HypervisorError, LaunchFailed, MachineSpec
+from volant.hypervisor import Disk, HypervisorError, MachineSpec
 from volant.model import ProcessIdentity
 
+from ._ask import TemplateFailed
 from ._builder import RESERVE_MB, BuildDoors
 from ._recipe import Blueprint
 from ._store import template_at, template_layer
+from ._warm import warm_up
 
 _QUIET_S = 0.5
 """What was just claimed has this long for itself."""
@@ -78,6 +81,11 @@ class Use:
     at: float
     not_before: float = -math.inf
 
+    def idle_at(self, limits: StandbyLimits) -> float:
+        """When it was not used for so long that none is kept for it. Said in one way alone: what two ways round
+        differently would be idle for one of them and not for the other, and whoever waits for it would spin."""
+        return self.at + limits.idle_s
+
 
 @dataclass
 class _Figures:
@@ -104,7 +112,7 @@ def wanted(uses: Mapping[str, Use], now: float, limits: StandbyLimits) -> dict[s
     found = {}
     for digest, use in sorted(uses.items(), key=lambda each: -each[1].at):
         memory_mb = use.blueprint.recipe.memory_mb
-        count = min(limits.each, left_mb // memory_mb) if now - use.at < limits.idle_s else 0
+        count = min(limits.each, left_mb // memory_mb) if now < use.idle_at(limits) else 0
         if count:
             found[digest] = count
             left_mb -= count * memory_mb
@@ -118,6 +126,7 @@ class Standbys:
     doors: BuildDoors
     limits: StandbyLimits
     quiet: Callable[[], bool]
+    warm_up: Callable[[BuildDoors, MachineSpec, ProcessIdentity], Awaitable[None]] = warm_up
     figures: _Figures = field(default_factory=_Figures)
     _uses: dict[str, Use] = field(default_factory=dict)
     _waiting: dict[str, Standby] = field(default_factory=dict)
@@ -246,7 +255,7 @@ class Standbys:
     async def _tend(self, nursery: trio.Nursery) -> bool:
         """One round: end what is too much, or start one that lacks. Whether there was something to do."""
         now = trio.current_time()
-        for digest in [digest for digest, use in self._uses.items() if now - use.at >= self.limits.idle_s]:
+        for digest in [digest for digest, use in self._uses.items() if now >= use.idle_at(self.limits)]:
             del self._uses[digest]
         available_mb = self.doors.host.memory_available_mb()
         have: dict[str, int] = {}
@@ -273,26 +282,30 @@ class Standbys:
         return bool(self._doomed) or sum(want.values()) > len(self._waiting)
 
     def _until_idle(self) -> float:
-        idle_at = min((use.at + self.limits.idle_s for use in self._uses.values()), default=math.inf)
+        idle_at = min((use.idle_at(self.limits) for use in self._uses.values()), default=math.inf)
         return max(0.0, idle_at - trio.current_time())
 
     async def _start(self, use: Use, nursery: trio.Nursery) -> None:
         host, doors, blueprint = self.doors.host, self.doors, use.blueprint
         mark = f"{standby_mark_prefix(doors.instance)}{host.new_id()[:12]}"
         spec = self._spec(blueprint, mark)
+        identity: ProcessIdentity | None = None
         try:
             if spec.root is not None:
                 await host.mkdir(spec.root.layer.parent)
                 await doors.hypervisor.make_layer(spec.root, template_layer(doors.store.directory, blueprint.digest))
             identity = await doors.hypervisor.launch(spec)
-        except (LaunchFailed, OSError) as error:
+            # A workload does not run for as long as it is nobody's.
+            if blueprint.recipe.told is None:
+                await self.warm_up(doors, spec, identity)
+        except (HypervisorError, TemplateFailed, OSError) as error:
             _logger.warning("no process can wait for template %s: %s", blueprint.digest, error)
             self.figures.failed_starts += 1
             use.not_before = trio.current_time() + _HOLD_OFF_S
-            self._doom(mark, None)
+            self._doom(mark, identity)
             return
         except BaseException:
-            self._doom(mark, None)
+            self._doom(mark, identity)
             raise
         self.figures.started += 1
         if self._uses.get(blueprint.digest) is not use:

@@ -128,7 +128,7 @@ class SimQemu:
                     self._guest_stops("shutdown", "SHUTDOWN", {"guest": True, "reason": "guest-reset"})
                 elif fault("agent.restarts"):
                     self.guest.restart_agent()
-            if self.status == "paused" and not self._goes_on.is_set() and fault("standby.dies"):
+            if self.status == "paused" and self.directory.parent.name == "standby" and fault("standby.dies"):
                 self.process.end(-9)
             if fault("qemu.dies"):
                 self.process.end(-9 if self._rng.random() < 0.5 else 1)
