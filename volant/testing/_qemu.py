@@ -214,6 +214,7 @@ class SimQemu:
             "stop": {},
             "cont": {},
             "migrate-set-capabilities": {},
+            "migrate-set-parameters": {},
             "migrate": {},
             "migrate-incoming": {},
             "query-chardev": [{"label": "agent", "filename": self._agent_chardev()}],
