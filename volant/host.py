@@ -555,9 +555,9 @@ class Host:
 
     # Walls
 
-    def wall_support(self, directories: Sequence[Path]) -> WallSupport:
-        """What walls can be made of, for processes that use files in these directories, which are there. Raises
-        OSError."""
+    def wall_support(self, directories: Sequence[Path]) -> WallSupport | None:
+        """What walls can be made of, for processes that use files in these directories, which are there; None: there
+        is nothing to be kept from them. Raises OSError."""
         return WallSupport(_walls.landlock_version(), _walls.has_filter(), _why_no_users(directories))
 
     async def grant(self, grants: Sequence[Grant], below: Sequence[Path]) -> None:

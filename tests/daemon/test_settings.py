@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from volant.daemon._settings import Settings, SettingsError, check, load, parse_address, split
+from volant.daemon._settings import Settings, SettingsError, check, load, parse_address, parse_uids, split
 
 KEY = "0123456789abcdef0123"
 
@@ -185,3 +185,12 @@ def test_addresses_and_lists() -> None:
 def test_the_reference_names_every_setting() -> None:
     text = (Path(__file__).parents[2] / "docs/reference/settings.md").read_text()
     assert [field for field in Settings.__struct_fields__ if f"`{field}`" not in text] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "65536", "65536-", "98303-65536", "0-99999", "65536-65540", "70000-4294967295", "a-b"]
+)
+def test_users_of_hypervisors_are_a_range_that_is_nobodys(text: str) -> None:
+    with pytest.raises(SettingsError, match="vm_uids"):
+        settings("--vm-uids", text)
+    assert len(parse_uids(settings().vm_uids)) == 32768

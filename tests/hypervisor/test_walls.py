@@ -55,6 +55,7 @@ def plan(host: Host, place: Path, spec: MachineSpec) -> WallPlan:
     memory = spec.memory_file.parent
     memory.mkdir(mode=0o700)
     support = host.wall_support([place])
+    assert support is not None
     return WallPlan(
         places=(place, memory),
         landlock=support.landlock,

@@ -47,6 +47,8 @@ class Daemon:
         """`wrapper`: a program and its arguments that runs the command which follows them."""
         # Short, as the sockets' paths have 108 bytes.
         self.root = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
+        # Hypervisors have users of their own.
+        self.root.chmod(0o711)
         self.state_dir = self.root / "s"
         self.runtime_dir = self.root / "r"
         self.memory_dir = Path("/dev/shm") / f"volant-{instance_of(self.state_dir)}"

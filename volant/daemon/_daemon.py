@@ -54,6 +54,7 @@ from ._protection import Protection
 from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, shown, split
 from ._sockets import ListenError, address_of, listening, setting_of
 from ._systemd import Notifier
+from ._walls import wall_plan
 
 _logger = logging.getLogger("volant.daemon")
 
@@ -195,10 +196,14 @@ class Daemon:
             networking=Networking(default=settings.network, subnet=parse_subnet(settings.subnet), instance=instance),
         )
         self.logs = VmLogs(self.host, log_dir(settings))
+        self._walls = wall_plan(self.host, settings)
+        if self._walls is not None and self._walls.no_users is not None:
+            _logger.warning("hypervisors have no users of their own: %s", self._walls.no_users)
         self.hypervisor: Hypervisor = QemuHypervisor(
             self.host,
             settings.cache_dir,
             accelerator=None if settings.accelerator == "auto" else settings.accelerator,
+            walls=self._walls,
         )
         templates = TemplateStore(self.host, template_dir(settings), enabled=settings.templates == "auto")
         gate = BootGate(settings.max_boots or 2 * len(os.sched_getaffinity(0)), self.store.projection)
@@ -516,6 +521,7 @@ class Daemon:
             "hypervisor_version": self._choice.version if self._choice else None,
             "accelerator": self._choice.accelerator if self._choice else None,
             "accelerator_reason": self._choice.reason if self._choice else "not known yet",
+            "walls": None if self._walls is None else self._walls.view(),
             "state_dir": str(self.settings.state_dir),
             "runtime_dir": str(self.settings.runtime_dir),
             "cache_dir": str(self.settings.cache_dir),

@@ -27,6 +27,7 @@ _NO_FLAG = {"api_key"}
 """Every user of a host can read the arguments of its processes."""
 _NEVER_EMPTY = {"api_key", "api_key_file", "api_allow_cidr", "trusted_proxies"}
 _CREDENTIAL = "volant-api-key"
+_FIRST_UID, _LEAST_UIDS = 1000, 512
 
 MAX_NAMESERVERS = 3
 """The C library heeds no more."""
@@ -105,6 +106,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The subnet on the bridge, from which VMs have their addresses."""
     nameservers: str = ""
     """Whom guests with a card ask for names, IPv4 addresses, comma-separated; by default whom the host asks."""
+    walls: Literal["auto", "off"] = "auto"
+    """`auto`: hypervisors are put behind every wall that this host has; `off`: behind none but QEMU's own sandbox."""
+    vm_uids: str = "65536-98303"
+    """Users and groups for hypervisors, which nobody else has: the first and the last."""
     insecure: bool = False
     """Listen on other addresses than loopback with neither an API key nor a list of networks."""
     ephemeral: bool = False
@@ -197,6 +202,7 @@ def check(settings: Settings) -> Protection:
             raise SettingsError(f"nameservers has {server[:40]!r}, which is no IPv4 address that a guest can ask")
     if not split(settings.api_listen_addr):
         raise SettingsError("api_listen_addr is empty; write for instance 127.0.0.1:7777")
+    parse_uids(settings.vm_uids)
     for name in ("state_dir", "runtime_dir", "cache_dir"):
         if not getattr(settings, name).is_absolute():
             raise SettingsError(f"{name} {getattr(settings, name)} is not an absolute path")
@@ -225,6 +231,17 @@ def shown(settings: Settings) -> dict[str, object]:
 def split(text: str) -> list[str]:
     """The members of a comma-separated setting."""
     return [member for part in text.split(",") if (member := part.strip())]
+
+
+def parse_uids(text: str) -> range:
+    """Users of `FIRST-LAST`. :raises SettingsError: it is not that, or they are others' already."""
+    first, _, last = (part.strip() for part in text.partition("-"))
+    if not (first.isascii() and last.isascii() and first.isdecimal() and last.isdecimal()):
+        raise SettingsError(f"vm_uids {text!r} is not FIRST-LAST, as 65536-98303")
+    found = range(int(first), int(last) + 1)
+    if len(found) < _LEAST_UIDS or found.start < _FIRST_UID or found.stop > 2**32 - 1:
+        raise SettingsError(f"vm_uids {text}: at least {_LEAST_UIDS} numbers, from {_FIRST_UID} to {2**32 - 2}")
+    return found
 
 
 def parse_address(address: str) -> tuple[str, int]:

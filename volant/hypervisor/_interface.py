@@ -193,6 +193,11 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.directory / "agent.sock"
 
     @property
+    def walls_path(self) -> Path:
+        """What stands between its process and the host, as JSON, where the kernel does not say it."""
+        return self.directory / "walls.json"
+
+    @property
     def log_path(self) -> Path:
         """What the hypervisor itself has to say."""
         return self.directory / "qemu.log"
@@ -300,6 +305,10 @@ class Hypervisor(Protocol):
     async def fingerprint(self) -> str:
         """What a machine must have in common with a template that it goes on from, beside its spec: the hypervisor's
         version, the kind of machine, the order of its devices."""
+
+    def user_of(self, mark: str, vm_id: int) -> int | None:
+        """The user that the process of a VM runs as, if this daemon starts it for that; None: its own. `mark` is one of
+        this daemon's."""
 
     async def misfit(self, kind: MachineKind) -> str | None:
         """Why a machine that was captured as `kind` can't go on here, for people; None: it can, also under a later

@@ -192,8 +192,8 @@ class SimHost(Host):
                 raise ProcessGone(f"process {identity.pid} has ended")
         return ProcessStatus(user=os.geteuid(), capabilities=0, no_new_privileges=False, filters=0)
 
-    def wall_support(self, directories: Sequence[Path]) -> WallSupport:
-        return WallSupport(landlock=0, no_connect=False, no_users="the host is simulated")
+    def wall_support(self, directories: Sequence[Path]) -> WallSupport | None:
+        return None
 
     def working_directory(self, identity: ProcessIdentity) -> Path:
         with self.open_process(identity) as process:

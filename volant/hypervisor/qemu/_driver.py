@@ -26,7 +26,7 @@ from volant.hypervisor._interface import (
 from volant.model import ProcessIdentity
 
 from ._argv import ENVIRONMENT, FORMAT, PROGRAM, build_argv, machine_option, machine_type
-from ._enclosure import Enclosure, WallPlan
+from ._enclosure import Enclosure, WallPlan, user_of
 from ._found import parse_argv
 from ._kind import HEAD_BYTES, machine_of, misfit, parse_machines
 from ._machine import attach, last_words
@@ -114,6 +114,10 @@ class QemuHypervisor:
         if self._version is None:
             return "none"
         return f"qemu {self._version[2]}, {accelerator}, {machine_option(accelerator, self._version[:2])}, {FORMAT}"
+
+    def user_of(self, mark: str, vm_id: int) -> int | None:
+        users = None if self._enclosure is None else self._enclosure.plan.users
+        return None if users is None else user_of(users, mark, vm_id)
 
     async def misfit(self, kind: MachineKind) -> str | None:
         accelerator = await self.accelerator()

@@ -17,8 +17,6 @@ from volant.host import Grant, Host, Walls
 from volant.hypervisor._interface import MachineSpec
 from volant.model import ProcessIdentity
 
-RECORD = "walls.json"
-"""What of its walls the kernel can't be asked afterwards; in the machine's directory."""
 _READ, _READ_WRITE = 4, 6
 _KVM, _VSOCK, _TUN = Path("/dev/kvm"), Path("/dev/vhost-vsock"), Path("/dev/net/tun")
 _SAVED = "saved.state"
@@ -93,7 +91,7 @@ class Enclosure:
             no_connect=plan.no_connect and (spec.nic is None or spec.nic.socket is None),
         )
         record = {"user": user, "landlock": plan.landlock, "no_connect": walls.no_connect, "no_user": plan.no_users}
-        await host.write_bytes(spec.directory / RECORD, msgspec.json.encode(record))
+        await host.write_bytes(spec.walls_path, msgspec.json.encode(record))
         return walls
 
     async def _user(self, spec: MachineSpec) -> int | None:
