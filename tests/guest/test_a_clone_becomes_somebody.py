@@ -26,6 +26,9 @@ WANTED = {
 }
 
 
+NETWORK = {"address": "192.168.127.7", "prefix": 24, "gateway": "192.168.127.1", "mac": "02:00:00:00:00:07"}
+
+
 class Kernel:
     """What was asked of the kernel, instead of this machine's."""
 
@@ -44,6 +47,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kernel:
     kernel = Kernel()
     for name in ("step_clock", "add_entropy", "set_hostname"):
         monkeypatch.setattr(_identity, name, lambda value, name=name: kernel.take(name, value))
+    monkeypatch.setattr(_identity, "set_network", lambda *told: kernel.take("set_network", told))
     monkeypatch.setattr(_identity, "_known", "")
     monkeypatch.setattr(_identity, "_begun_for", "")
     monkeypatch.setattr(_identity, "_BALLOON", str(tmp_path / "balloon"))
@@ -106,10 +110,19 @@ def test_an_agent_that_was_restarted_is_still_the_same_clone(agent: Asker, kerne
     assert _identity.instance_id() == said["instance_id"]
 
 
-@pytest.mark.parametrize("broken", ["step_clock", "add_entropy", "set_hostname"])
+def test_it_is_told_its_network_with_the_rest(agent: Asker, kernel: Kernel) -> None:
+    more = {"nameservers": ["192.168.127.1"], "hosts": {"other": "192.168.127.8"}}
+    assert put(agent, wire.DAEMON_IDENTITY, {**WANTED, "network": NETWORK}).status == 200
+    assert put(agent, wire.DAEMON_IDENTITY, {**WANTED, "network": {**NETWORK, **more}}).status == 200
+    (first, then) = [value for what, value in kernel.calls if what == "set_network"]
+    assert (first[0], first[1].address, first[2:]) == ("demo-7", "192.168.127.7", (None, {}))
+    assert then[2:] == (["192.168.127.1"], {"other": "192.168.127.8"})
+
+
+@pytest.mark.parametrize("broken", ["step_clock", "add_entropy", "set_hostname", "set_network"])
 def test_what_could_not_be_done_is_told_and_is_no_success(agent: Asker, kernel: Kernel, broken: str) -> None:
     kernel.broken = broken
-    answer = put(agent, wire.DAEMON_IDENTITY, WANTED)
+    answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, "network": NETWORK})
     assert answer.status == 500
     assert "not permitted" in answer.json()["detail"]
 
@@ -136,6 +149,14 @@ def expected_of(workload: object) -> str:
         ("manifest", {"version": "1"}),
         ("workload", {}),
         ("workload", {"entrypoint": ["true"], "unheard": 1}),
+        ("network", None),
+        ("network", {}),
+        ("network", {**NETWORK, "unheard": 1}),
+        ("network", {**NETWORK, "prefix": True}),
+        ("network", {**NETWORK, "mac": 7}),
+        ("network", {**NETWORK, "gateway": "10.0.0.1"}),
+        ("network", {**NETWORK, "nameservers": "192.168.127.1"}),
+        ("network", {**NETWORK, "nameservers": ["1.1.1.1\nsearch bank"]}),
         ("unknown", 1),
     ],
 )
@@ -147,6 +168,16 @@ def test_what_does_not_fit_is_refused_and_nothing_is_done(
     assert answer.json()["field"] == {"manifest": "name", "workload": expected_of(value)}.get(field, field)
     assert not kernel.calls
     assert agent.server.workload.status()["state"] == "none"
+
+
+@pytest.mark.parametrize("hosts", [None, [], {"a": 1}, {"a": "1.1.1"}, {"a\n10.0.0.1 b": "10.0.0.1"}])
+def test_names_that_are_none_are_refused(agent: Asker, kernel: Kernel, hosts: object) -> None:
+    told = (put(agent, wire.DAEMON_HOSTS, {"hosts": hosts}),)
+    if hosts is not None:
+        told += (put(agent, wire.DAEMON_IDENTITY, {**WANTED, "network": {**NETWORK, "hosts": hosts}}),)
+    for answer in told:
+        assert (answer.status, answer.json()["field"]) == (400, "hosts")
+    assert not kernel.calls
 
 
 def test_all_of_it_can_be_told_at_once(

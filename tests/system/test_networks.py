@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ import trio
 
 from tests.hypervisor.kit import machine_spec, real_qemu
 from tests.system.netns import IN_ITS_OWN
+from tests.system.rootfs import make_ext4
 from tests.system.test_capture import BOOT_S, Guest, running
 from volant import images
 from volant.channel import VirtioSerial, open_channel
 from volant.host import Host
-from volant.hypervisor import MachineSpec, Nic, Template
+from volant.hypervisor import Disk, MachineSpec, Nic, Template
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model.agent import DAEMON_HOSTS, DAEMON_ROOT, DAEMON_SETTLE
 
@@ -68,28 +69,25 @@ class Net:
             [*self._enter, *command], check=True, stdout=subprocess.PIPE, text=True, timeout=_S
         ).stdout
 
-    def end(self) -> list[list[str]]:
-        """Everybody who has spoken, and as whom."""
+    def spoken(self) -> list[list[str]]:
+        """Everybody who has spoken until now, and as whom. Once."""
         self._listener.terminate()
         said = self._listener.communicate(timeout=_S)[0]
-        self._holder.kill()
-        self._holder.communicate(timeout=_S)
         return [line.split() for line in said.splitlines()]
 
-
-@contextmanager
-def made(directory: Path) -> Iterator[Net]:
-    net = Net(directory)
-    try:
-        yield net
-    finally:
-        net.end()
+    def close(self) -> None:
+        for process in (self._listener, self._holder):
+            process.kill()
+            process.wait(_S)
+            assert process.stdout is not None
+            process.stdout.close()
 
 
 @pytest.fixture
 def net(tmp_path: Path) -> Iterator[Net]:
-    with made(tmp_path) as net:
-        yield net
+    net = Net(tmp_path)
+    yield net
+    net.close()
 
 
 @pytest.fixture
@@ -184,7 +182,7 @@ async def test_clones_speak_as_themselves_and_never_as_their_template(
             hosts = await first.run("cat", "/etc/hosts")
             assert b"other" not in hosts
             assert b"192.168.127.2 clone2\n" in hosts
-    spoken = net.end()
+    spoken = net.spoken()
     assert [mac(0x70)] not in [words[:1] for words in spoken]
     for number in (2, 3):
         assert {words[1] for words in spoken if words[0] == mac(number) and len(words) > 1} == {address(number)}
@@ -222,3 +220,92 @@ async def clone(
         await guest.become(name, network=told(number))
         print(f"told who it is in {(host.monotonic() - began) * 1000:.0f} ms")
         yield guest
+
+
+async def test_a_root_filesystem_is_told_too_and_keeps_its_own_names(
+    qemu: QemuHypervisor, spec: MachineSpec, image_cache: Path, tmp_path: Path
+) -> None:
+    files = {"etc/hosts": "10.0.0.1 mine\n", "etc/resolv.conf": "nameserver 10.0.0.1\n"}
+    base = make_ext4(tmp_path / "base.ext4", image_cache, files=files)
+    root = Disk(base, tmp_path / "root.qcow2")
+    spec = msgspec.structs.replace(booting(spec, nameservers=(GATEWAY,)), root=root)
+    with trio.fail_after(BOOT_S):
+        await qemu.make_layer(root)
+        async with running(Host(), qemu, spec) as guest:
+            while (await guest.ask("GET", DAEMON_ROOT))["state"] == "pending":
+                pass  # the agent waits
+            hosts = await guest.run("cat", "/etc/hosts")
+            assert hosts.startswith(b"10.0.0.1 mine\n")
+            assert b"\n192.168.127.2 origin\n" in hosts
+            assert await guest.run("cat", "/etc/resolv.conf") == b"nameserver 192.168.127.1\n"
+            await guest.ask("PUT", DAEMON_HOSTS, {"hosts": {"other": address(9)}})
+            assert b"\n192.168.127.9 other\n" in await guest.run("cat", "/etc/hosts")
+            async with guest.fork("child", card(3), network=told(3, nameservers=[])) as child:
+                hosts = await child.run("cat", "/etc/hosts")
+                assert hosts.startswith(b"10.0.0.1 mine\n")
+                assert b"\n192.168.127.3 child\n" in hosts
+                assert b"other" not in hosts
+                assert await child.run("cat", "/etc/resolv.conf") == b""
+
+
+class Peer:
+    """Who speaks for the guest behind a socket, as passt does: answers ARP for the gateway, and echoes."""
+
+    def __init__(self) -> None:
+        self.heard: set[tuple[str, str]] = set()
+        """MACs, and the addresses with which they sent."""
+
+    async def serve(self, path: Path, *, task_status: trio.TaskStatus[Any]) -> None:
+        listener = trio.socket.socket(trio.socket.AF_UNIX)
+        await listener.bind(str(path))
+        listener.listen()
+        await trio.serve_listeners(self._answer, [trio.SocketListener(listener)], task_status=task_status)
+
+    async def _answer(self, stream: trio.SocketStream) -> None:
+        data = b""
+        async for piece in stream:
+            data += piece
+            while len(data) >= 4 and len(data) >= (end := 4 + int.from_bytes(data[:4], "big")):
+                answer, data = self._frame(data[4:end]), data[end:]
+                if answer:
+                    await stream.send_all(len(answer).to_bytes(4, "big") + answer)
+
+    def _frame(self, frame: bytes) -> bytes:
+        ours = bytes.fromhex("020000000001")
+        back = frame[6:12] + ours + frame[12:14]
+        if frame[12:14] == b"\x08\x06" and frame[38:42] == bytes(map(int, GATEWAY.split("."))):
+            return back + frame[14:21] + b"\x02" + ours + frame[38:42] + frame[22:32]
+        if frame[12:14] == b"\x08\x00" and frame[23] == 1:
+            self.heard.add((frame[6:12].hex(":"), ".".join(map(str, frame[26:30]))))
+            # From a request to a reply its sum grows by what its type shrinks.
+            total = int.from_bytes(frame[36:38], "big") + 0x0800
+            ping = b"\0\0" + ((total & 0xFFFF) + (total >> 16)).to_bytes(2, "big") + frame[38:]
+            return back + frame[14:26] + frame[30:34] + frame[26:30] + ping
+        return b""
+
+
+async def test_a_card_may_have_a_socket_behind_it_and_copies_one_of_their_own(
+    qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path
+) -> None:
+    def behind(number: int, **more: Any) -> Nic:
+        return Nic(mac=mac(number), socket=tmp_path / f"net{number}.sock", **more)
+
+    async def reaches_the_gateway(guest: Guest) -> None:
+        assert b" 0% packet loss" in await guest.run("ping", "-c", "2", "-W", "5", GATEWAY)
+
+    first, second = Peer(), Peer()
+    nic = behind(2, address=f"{address(2)}/24", gateway=GATEWAY)
+    with trio.fail_after(BOOT_S):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(first.serve, tmp_path / "net2.sock")
+            await nursery.start(second.serve, tmp_path / "net3.sock")
+            async with running(Host(), qemu, msgspec.structs.replace(spec, nic=nic)) as guest:
+                await reaches_the_gateway(guest)
+                async with guest.fork("child", behind(3), network=told(3)) as child:
+                    await reaches_the_gateway(child)
+                    # What began at a socket goes on at a tap.
+                    async with child.fork("grandchild", card(4), network=told(4)) as grandchild:
+                        await is_on_the_network(grandchild, 4)
+            nursery.cancel_scope.cancel()
+    assert first.heard == {(mac(2), address(2))}
+    assert second.heard == {(mac(3), address(3))}

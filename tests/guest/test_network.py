@@ -1,0 +1,64 @@
+"""What a card is to have, and whom a guest knows by name: taken strictly, written without a loss of what is others'."""
+
+from __future__ import annotations
+
+import pytest
+
+from volant.guest._network import Settings, check_name, hosts_text
+
+IMAGE = "127.0.0.1 localhost\n::1 localhost\n"
+MAC = "02:ab:00:00:00:07"
+
+
+def test_a_card_has_what_was_said() -> None:
+    settings = Settings("192.168.127.7", 24, "192.168.127.1", MAC)
+    assert (settings.address, settings.prefix, settings.gateway) == ("192.168.127.7", 24, "192.168.127.1")
+    assert settings.mac == bytes.fromhex("02ab00000007")
+
+
+@pytest.mark.parametrize(
+    ("address", "prefix", "gateway", "mac", "why"),
+    [
+        ("192.168.127.7/24", 24, "192.168.127.1", MAC, "address"),
+        ("192.168.127", 24, "192.168.127.1", MAC, "address"),
+        ("::1", 24, "192.168.127.1", MAC, "address"),
+        ("192.168.127.7\0", 24, "192.168.127.1", MAC, "address"),
+        ("192.168.127.7", 0, "192.168.127.1", MAC, "prefix"),
+        ("192.168.127.7", 31, "192.168.127.6", MAC, "prefix"),
+        ("192.168.127.7", 24, "", MAC, "gateway"),
+        ("192.168.127.7", 24, "192.168.128.1", MAC, "gateway"),
+        ("192.168.127.7", 24, "192.168.127.7", MAC, "gateway"),
+        ("192.168.127.7", 24, "192.168.127.1", "02:ab:00:00:07", "mac"),
+        ("192.168.127.7", 24, "192.168.127.1", "02:ab:00:00:00:+7", "mac"),
+        ("192.168.127.7", 24, "192.168.127.1", "03:ab:00:00:00:07", "mac"),
+        ("192.168.127.7", 24, "192.168.127.1", "00:00:00:00:00:00", "mac"),
+    ],
+)
+def test_what_no_card_can_have_is_refused(address: str, prefix: int, gateway: str, mac: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Settings(address, prefix, gateway, mac)
+
+
+def test_names_are_added_and_taken_away_and_what_is_others_stays() -> None:
+    one = hosts_text(IMAGE, {"demo": "192.168.127.2"})
+    assert one.startswith(IMAGE)
+    assert "\n192.168.127.2 demo\n" in one
+    # Somebody has added a name of their own below.
+    other = hosts_text(one + "10.0.0.1 mine\n", {"demo": "192.168.127.3", "site": "192.168.127.4"})
+    assert other.startswith(IMAGE + "10.0.0.1 mine\n")
+    assert "192.168.127.2" not in other
+    assert other.count("192.168.127.3 demo\n192.168.127.4 site\n") == 1
+    assert hosts_text(other, {}) == hosts_text(IMAGE + "10.0.0.1 mine\n", {})
+
+
+@pytest.mark.parametrize("before", ["", "10.0.0.1 mine"])
+def test_a_file_that_is_empty_or_lacks_its_last_line_end_is_no_trap(before: str) -> None:
+    lines = hosts_text(before, {"demo": "192.168.127.2"}).splitlines()
+    assert lines[0] in (before, lines[-3])
+    assert lines[-2] == "192.168.127.2 demo"
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a\n10.0.0.1 bank", "#", "ä", "x" * 64, "-"])
+def test_what_is_no_name_does_not_get_into_the_file(name: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        check_name(name)
