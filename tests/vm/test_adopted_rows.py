@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from volant.hypervisor.qemu._argv import build_argv
 from volant.hypervisor.qemu._found import parse_argv
-from volant.model import Artifact, Boot, CreateVm, Manifest, ProcessIdentity, Status, VmRow, new_row
+from volant.model import (
+    DEFAULT_SUBNET,
+    Artifact,
+    Boot,
+    CreateVm,
+    Lease,
+    Manifest,
+    ProcessIdentity,
+    Status,
+    VmRow,
+    allocate,
+    new_row,
+    user_lease,
+)
 from volant.vm import VmSettings
 from volant.vm._orphans import Orphan, _row
 from volant.vm._steps import CUSTOM_IMAGE, machine_spec, mark_of
@@ -38,10 +53,10 @@ def settings(tmp_path: Path) -> VmSettings:
     )
 
 
-def launched(boot: Boot | None, image: str, cmdline: str) -> VmRow:
+def launched(boot: Boot | None, image: str, cmdline: str, **fields: Any) -> VmRow:
     request = CreateVm(name="demo", cpu_cores=3, memory_mb=160, plugin="site", kernel_cmdline=cmdline)
     row = new_row(request, Manifest(name="site", boot=boot), vm_id=7, now=NOW)
-    row = msgspec.structs.replace(row, boots=4, booted=2, generation=2, image=image)
+    row = msgspec.structs.replace(row, boots=4, booted=2, generation=2, image=image, **fields)
     return msgspec.structs.replace(row, mark=mark_of("ab12", msgspec.structs.replace(row, boots=3)))
 
 
@@ -70,3 +85,27 @@ def test_it_needs_what_its_process_has(settings: VmSettings, boot: Boot | None, 
     for part in ("kernel", "initramfs", "rootfs"):
         one, other = getattr(boot or Boot(), part), getattr(adopted, part)
         assert (one and one.sha256) == (other and other.sha256)
+
+
+@pytest.mark.parametrize(
+    ("network", "lease", "then"),
+    [
+        ("none", None, "none"),
+        ("bridge", allocate(DEFAULT_SUBNET, (), instance="ab12ab12ab", vm_id=7), "bridge"),
+        # That others of the name may reach it, a command line does not say.
+        ("blue", allocate(DEFAULT_SUBNET, (), instance="ab12ab12ab", vm_id=7), "bridge"),
+        ("user", user_lease("ab12ab12ab", 7), "user"),
+    ],
+)
+@pytest.mark.parametrize("template", [None, "0" * 32])
+def test_it_keeps_its_address(
+    settings: VmSettings, network: str, lease: Lease | None, then: str, template: str | None
+) -> None:
+    settings = replace(settings, nameservers=("10.0.0.53",))
+    before = machine_spec(settings, launched(None, DIGEST, "", network=network, lease=lease, template=template), "tcg")
+    found = parse_argv(build_argv(before, (10, 0)))
+    assert found is not None
+    identity = ProcessIdentity(4242, 99, "boot", before.mark)
+    row = _row(settings, Orphan(identity, 7, 4, found, None), found, found.name or "demo", NOW)
+    assert (row.network, row.lease) == (then, lease)
+    assert machine_spec(settings, row, "tcg").nic == before.nic

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from urllib.parse import quote
 
 from quart import Response
 from quart_trio import QuartTrio
 
 from volant.journal import AddNetwork, Answer, Once, Projection, RemoveNetwork
-from volant.model import CreateNetwork, Network, NetworkView, hosts_of, no_such_network
+from volant.model import CreateNetwork, Network, NetworkView, no_such_network
 
 from ._ask import ask_journal
 from ._body import Nothing, read_body
@@ -54,20 +55,15 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
 
 def shown_networks(projection: Projection) -> list[NetworkView]:
     """All, by name."""
-    members: dict[str, dict[str, str]] = {name: {} for name in sorted(projection.networks)}
-    for row in projection.rows():
-        if row.network in members:
-            members[row.network][row.name] = row.ip_address
-    return [_view(projection.networks[name], vms) for name, vms in members.items()]
+    return [shown_network(network, projection) for _, network in sorted(projection.networks.items())]
 
 
 def shown_network(network: Network, projection: Projection) -> NetworkView:
     """One, with the VMs that are in it."""
-    members = ((row.name, row.lease) for row in projection.rows() if row.network == network.name)
-    return _view(network, hosts_of(members))
+    return _view(network, projection.members(network.name))
 
 
-def _view(network: Network, vms: dict[str, str]) -> NetworkView:
+def _view(network: Network, vms: Mapping[str, str]) -> NetworkView:
     return NetworkView(name=network.name, vms=vms, created_at=network.created_at)
 
 

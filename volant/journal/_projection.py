@@ -9,7 +9,7 @@ from types import MappingProxyType
 import msgspec
 import trio
 
-from volant.model import BASE, Drain, EventId, Manifest, Network, Snapshot, VmRow
+from volant.model import BASE, Drain, EventId, Manifest, Network, Snapshot, VmRow, is_named
 
 
 class Plugin(msgspec.Struct, frozen=True):
@@ -27,6 +27,9 @@ class Plugin(msgspec.Struct, frozen=True):
 BASE_PLUGIN = Plugin(BASE)
 
 
+_NOBODY: Mapping[str, str] = {}
+
+
 class Projection:
     """The committed rows, plugins, snapshots and networks. Anybody reads it; the journal alone writes it, after each
     commit.
@@ -40,6 +43,8 @@ class Projection:
         self._plugins: dict[str, Plugin] = {BASE.name: BASE_PLUGIN}
         self._snapshots: dict[str, Snapshot] = {}
         self._networks: dict[str, Network] = {}
+        self._members: dict[str, Mapping[str, str]] = {}
+        self._joined: dict[str, trio.Event] = {}
         self._last_event = EventId("", 0)
         self._waiting: dict[int, trio.Event] = {}
         self._drain: Drain | None = None
@@ -92,6 +97,15 @@ class Projection:
         """All rows, in the order of their ids."""
         return list(self._by_id.values())
 
+    def members(self, network: str) -> Mapping[str, str]:
+        """The addresses of the VMs in a network by their names; nothing changes what is returned."""
+        return self._members.get(network) or _NOBODY
+
+    async def members_are_not(self, network: str, members: Mapping[str, str]) -> None:
+        """Wait until others than these are in a network. Who came and went in between may be missed."""
+        while self.members(network) == members:
+            await self._joined.setdefault(network, trio.Event()).wait()
+
     def __len__(self) -> int:
         return len(self._by_id)
 
@@ -115,6 +129,11 @@ class Projection:
         self._by_name = {row.name: row for row in self._by_id.values()}
         self._plugins = {BASE.name: BASE_PLUGIN} | {plugin.name: plugin for plugin in plugins}
         self._last_event = last_event
+        self._members = {}
+        for row in self._by_id.values():
+            self._join(row)
+        for network in list(self._joined):
+            self._joined.pop(network).set()
         for vm_id in list(self._waiting):
             self._wake(vm_id)
 
@@ -123,11 +142,15 @@ class Projection:
     ) -> None:
         """Take over what a commit changed; None stands for what it removed."""
         # A name that moved to a new VM within one commit: take all old names away before new ones are set.
-        for vm_id in rows:
+        for vm_id, row in rows.items():
             old = self._by_id.get(vm_id)
             if old is not None:
                 del self._by_name[old.name]
+                if row is None:
+                    self._leave(old)
         for vm_id, row in rows.items():
+            if row is not None and vm_id not in self._by_id:
+                self._join(row)
             if row is None:
                 self._by_id.pop(vm_id, None)
             else:
@@ -171,6 +194,24 @@ class Projection:
             self._drain = drain
             self._drain_changed.set()
             self._drain_changed = trio.Event()
+
+    def _join(self, row: VmRow) -> None:
+        if is_named(row.network):
+            self._set_members(row.network, {**self.members(row.network), row.name: row.ip_address})
+
+    def _leave(self, row: VmRow) -> None:
+        if is_named(row.network):
+            left = {name: address for name, address in self.members(row.network).items() if name != row.name}
+            self._set_members(row.network, left)
+
+    def _set_members(self, network: str, members: Mapping[str, str]) -> None:
+        if members:
+            self._members[network] = members
+        else:
+            self._members.pop(network, None)
+        event = self._joined.pop(network, None)
+        if event is not None:
+            event.set()
 
     def _wake(self, vm_id: int) -> None:
         event = self._waiting.pop(vm_id, None)

@@ -342,6 +342,15 @@ class Stage:
         if self._by_id(row.id) is not None:
             raise Problem(409, "vm-exists", f"there is a VM with the id {row.id} already", vm=row.name)
         self._check_free(row.name)
+        address = _on_the_bridge(row)
+        if address is not None and address in self._addresses():
+            raise Problem(
+                409,
+                "address-taken",
+                f"the address {address} of VM {row.name!r} is that of another VM",
+                vm=row.name,
+                hint="delete that one first",
+            )
         self.last_vm_id = max(self.last_vm_id, row.id)
         self._put(row, None)
         before = None

@@ -64,10 +64,11 @@ from volant.templates.messages import GiveWay, Suspect, Wanted
 from ._captures import CAPTURE_S
 from ._console import ConsolePump
 from ._doors import VmDoors
+from ._errors import StepError
 from ._gate import TURN_S
+from ._network import Neighbours, attach, detach
 from ._process import LiveProcess, RootFailed
 from ._steps import (
-    StepError,
     blueprint_of,
     layer_directory,
     machine_id,
@@ -406,6 +407,8 @@ class VmActor(Actor):
                 report,
                 manifest=None if row.boots == row.found_boot else told_manifest(row),
                 workload=workload_spec(row),
+                neighbours=Neighbours(self._doors.store.projection, row, self._doors.settings.nameservers),
+                telling=self._doors.telling,
                 handed_over=row.agent_seen,
                 is_clone=row.template is not None,
                 signal=row.manifest.template.signal,
@@ -514,6 +517,7 @@ class VmActor(Actor):
         accelerator = await hypervisor.accelerator()
         spec = machine_spec(self._doors.settings, row, accelerator)
         with _deadline(self._doors.settings.launch_timeout_s, "launch_timeout", "the hypervisor was not up in time"):
+            await attach(self._doors, row)
             found = None
             if self._standby is not None and self._standby.mark == mark:
                 found = self._standby.identity
@@ -637,6 +641,7 @@ class VmActor(Actor):
         if self._process_task is not None:
             self._process_task.cancel()
             await self._process_task.wait()
+        await detach(self._doors, row)
         spec = machine_spec(settings, row, row.accelerator or "tcg")
         with suppress(FileNotFoundError), ConsolePump(host, spec.console_path, self._log, row.boot_key) as console:
             await console.finish()

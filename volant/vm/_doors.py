@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import trio
 
 from actors import Ref
 from volant.host import Host
@@ -14,6 +17,7 @@ from volant.templates import Standbys, Templates, TemplateStore
 
 from ._captures import Captures
 from ._gate import CLONES_AT_ONCE, BootGate
+from ._network import HOSTS_AT_ONCE
 from ._process import LiveProcess
 
 
@@ -63,6 +67,10 @@ class VmDoors:
     settings: VmSettings
     instance: str
     """Names this daemon's state directory in the marks of its processes, so that two daemons never mix up theirs."""
+    network: Ref[Any] | None = None
+    """Who keeps the host's side of networks. None: nobody, and no VM gets a tap."""
+    telling: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(HOSTS_AT_ONCE))
+    """Of who is in their network: so many guests at a time."""
     gate: BootGate = field(default_factory=lambda: BootGate(4))
     clone_gate: BootGate = field(default_factory=lambda: BootGate(CLONES_AT_ONCE))
     """Of its own, as a clone is done in a tenth of a second, and would wait for cold boots for many."""

@@ -35,6 +35,7 @@ from volant.journal import VmLog
 from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
 from volant.model.agent import (
     DAEMON_CLOCK,
+    DAEMON_HOSTS,
     DAEMON_IDENTITY,
     DAEMON_MANIFEST,
     DAEMON_ROOT,
@@ -43,9 +44,11 @@ from volant.model.agent import (
     PROTOCOL_MIN,
     PROTOCOL_VERSION,
     TELLS_ALL_AT_ONCE,
+    TELLS_NETWORK,
 )
 
 from ._console import ConsolePump, console_source
+from ._network import Neighbours
 from ._output import pump_output
 from ._serial import SerialConsole
 
@@ -60,6 +63,9 @@ _ENTROPY_BYTES = 64
 _BECOME_S = 15.0
 """The agent waits 6 s for a workload that was copied to be well."""
 _CLONE_OUTPUT_S = 0.3
+_HOSTS_PAUSE_S = 0.5
+"""Of many who come to a network at once the others are told once."""
+_HOSTS_AGAIN_MAX_S = 60.0
 _CLOCK_OFF_NS = 25_000_000
 _CLOCK_TRIES = 5
 """On a busy host one in some ways is short enough."""
@@ -99,15 +105,18 @@ class LiveProcess:
         *,
         manifest: Mapping[str, object] | None,
         workload: Mapping[str, object] | None,
+        neighbours: Neighbours,
+        telling: trio.CapacityLimiter,
         signal: str | None = None,
         handed_over: bool,
         is_clone: bool = False,
         stands_still: bool = False,
     ) -> None:
         """`manifest`: what the agent is to know of its plugin, None: it is told nothing; `workload`: what it is to run;
-        `signal`: what that is told by, when it was copied; `handed_over`: whether an earlier incarnation has told it;
-        `is_clone`: whether the guest takes itself for another one until it has heard who it is; `stands_still`: whether
-        it is paused. One that is found otherwise is made so."""
+        `neighbours`: what it is to know of its network, and `telling`: who may be told at a time that others are in it;
+        `signal`: what the workload is told by, when it was copied; `handed_over`: whether an earlier incarnation has
+        told it; `is_clone`: whether the guest takes itself for another one until it has heard who it is;
+        `stands_still`: whether it is paused. One that is found otherwise is made so."""
         self.identity = identity
         self._host = host
         self._hypervisor = hypervisor
@@ -127,6 +136,10 @@ class LiveProcess:
         self._manifest = manifest
         self._workload = workload
         self._signal = signal
+        self._neighbours = neighbours
+        self._telling = telling
+        self._hosts: Mapping[str, str] | None = None
+        """Those of which the guest was told."""
         self._handed_over = handed_over
         self._opened = trio.Event()
         self._is_itself = trio.Event()
@@ -176,6 +189,8 @@ class LiveProcess:
                 nursery.start_soon(self.console.serve)
                 nursery.start_soon(self._keep_channel)
                 nursery.start_soon(self._watch)
+                if self._neighbours.can_change:
+                    nursery.start_soon(self._keep_hosts)
 
     async def machine(self) -> Machine:
         """The machine under watch, once it is that. Raises HypervisorError: it is not, or it has ended."""
@@ -274,7 +289,12 @@ class LiveProcess:
             raise AgentUnreachable("the channel to the guest is not open")
         # What is told has the time in it, so it is not told before there is somebody to hear it.
         await self._channel.ready()
-        host = self._host
+        host, card, hosts = self._host, self._neighbours.told(), self._neighbours.hosts()
+        if card is not None and protocol < TELLS_NETWORK:
+            await self._negotiate()
+            protocol = self._protocol or protocol
+            if protocol < TELLS_NETWORK:
+                raise AgentProtocolError("its agent is too old to be told what its network card is to have")
         identity: dict[str, object] = {
             "hostname": hostname,
             "machine_id": machine_id,
@@ -283,6 +303,8 @@ class LiveProcess:
             "time_ns": _now_ns(host),
             "signal": self._signal,
         }
+        if card is not None:
+            identity["network"] = card
         at_once = protocol >= TELLS_ALL_AT_ONCE and self._manifest is not None
         if at_once:
             identity["manifest"] = self._manifest
@@ -298,6 +320,7 @@ class LiveProcess:
             # All but its workload is what it should be.
             at_once, shown = False, 0
             await self._negotiate()
+        self._hosts = hosts
         # It was set to the time at which the request left, so it is behind by the way there, which is less than this.
         if not 0 <= _now_ns(host) - shown <= _CLOCK_OFF_NS:
             await self._set_clock()
@@ -374,6 +397,10 @@ class LiveProcess:
         """
         if not agreed:
             await self._negotiate()
+        if self._neighbours.can_change and self._hosts is None:
+            # Before its workload looks for them. One that can't keep them now is told again.
+            with suppress(AgentProtocolError):
+                await self._tell_hosts()
         if self._manifest is None:
             self._is_itself.set()
             return
@@ -383,6 +410,27 @@ class LiveProcess:
             await self.ask("PUT", DAEMON_WORKLOAD, self._workload)
         self._handed_over = True
         self._is_itself.set()
+
+    async def _tell_hosts(self) -> None:
+        """Tell the guest who is in its network, unless its agent is too old for that. Raises as `ask` does."""
+        hosts = self._neighbours.hosts()
+        await self.ask("PUT", DAEMON_HOSTS, {"hosts": dict(hosts)}, also=(404,))
+        self._hosts = hosts
+
+    async def _keep_hosts(self) -> None:
+        """Tell the guest whenever others are in its network; one that can't be told now hears of it later."""
+        await self._is_itself.wait()
+        pause_s = _HOSTS_PAUSE_S
+        while True:
+            if self._hosts is not None:
+                await self._neighbours.changed(self._hosts)
+            await trio.sleep(pause_s)
+            try:
+                async with self._telling:
+                    await self._tell_hosts()
+                pause_s = _HOSTS_PAUSE_S
+            except (AgentUnreachable, AgentProtocolError):
+                pause_s = min(2 * pause_s, _HOSTS_AGAIN_MAX_S)
 
     async def console_tail(self) -> tuple[str, ...]:
         """The last lines that the console has said in this boot, all that was written so far included."""

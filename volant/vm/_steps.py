@@ -23,20 +23,14 @@ from volant.templates.messages import Build
 
 from ._captures import MEMORY, STATE, CaptureLost, capture_at
 from ._doors import VmDoors, VmSettings
+from ._errors import StepError
+from ._network import card_of
 
 CUSTOM_IMAGE = "custom"
 """Stands for the digest where nothing of the built image is used."""
 
 _BUILD_S = 300.0
 """What building a template may take besides its guest's boot: others may wait before it."""
-
-
-class StepError(Exception):
-    """A step came to nothing. `code` becomes the reason's code, the text its message."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class Prepared(NamedTuple):
@@ -70,7 +64,7 @@ async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
     if found is None:
         return Prepared(digest, None)
     template, blueprint = found
-    return Prepared(digest, template.digest, standby=doors.standbys.take(row.id, blueprint))
+    return Prepared(digest, template.digest, standby=_standby(doors, row, blueprint))
 
 
 async def _prepare_copy(doors: VmDoors, row: VmRow, capture: str) -> Prepared:
@@ -154,9 +148,15 @@ async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> 
         await _make_layer(doors, disk, None)
         return Prepared(image, None)
     template, blueprint = found
-    standby = doors.standbys.take(row.id, blueprint)
+    standby = _standby(doors, row, blueprint)
     await _make_layer(doors, disk, template.layer, standby)
     return Prepared(image, template.digest, standby=standby)
+
+
+def _standby(doors: VmDoors, row: VmRow, blueprint: Blueprint) -> Standby | None:
+    """A process that waits, if one does. What is behind a card is said when a process begins, and so none waits for a
+    VM that has one."""
+    return None if row.lease is not None else doors.standbys.take(row.id, blueprint)
 
 
 async def _make_layer(doors: VmDoors, disk: Disk, like: Path | None, standby: Standby | None = None) -> None:
@@ -231,6 +231,7 @@ async def blueprint_of(doors: VmDoors, row: VmRow, image: str) -> Blueprint:
         cpu_cores=row.cpu_cores,
         memory_mb=row.memory_mb,
         told=told,
+        has_nic=spec.nic is not None,
     )
     return Blueprint(
         recipe=recipe,
@@ -293,6 +294,7 @@ def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName)
         root=root_disk(settings, row),
         template=None if row.template is None else _source(settings, row.template),
         balloon=row.balloon,
+        nic=card_of(settings, row),
     )
 
 

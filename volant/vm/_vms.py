@@ -76,11 +76,12 @@ from volant.templates.messages import Build, ListTemplates, RemoveTemplate
 from ._actor import VmActor
 from ._captures import CAPTURE_S, CaptureLost
 from ._doors import VmDoors
+from ._errors import StepError
 from ._memory import OVERHEAD_MB, measure, promised_mb
 from ._orphans import Orphan, find_orphans, kill_orphan, steps_to_adopt
 from ._process import LiveProcess
 from ._serial import SerialConsole
-from ._steps import StepError, blueprint_of, prepare_media, uses_image
+from ._steps import blueprint_of, prepare_media, uses_image
 from .messages import Ask, Capture
 
 R = TypeVar("R")

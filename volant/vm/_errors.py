@@ -1,0 +1,11 @@
+"""What a step of a VM fails with."""
+
+from __future__ import annotations
+
+
+class StepError(Exception):
+    """A step came to nothing. `code` becomes the reason's code, the text its message."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code

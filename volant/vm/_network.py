@@ -1,0 +1,108 @@
+"""What a VM's actor has to do with networks: its tap before there is a process, whom its guest knows by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from actors import ActorDown, AskTimeout
+from volant.hypervisor import Nic
+from volant.journal import Projection
+from volant.model import USER, Lease, VmRow, is_named, kind_of
+from volant.network import NetworkFailed
+from volant.network.messages import Attach, Detach
+
+from ._errors import StepError
+
+if TYPE_CHECKING:
+    from ._doors import VmDoors, VmSettings
+
+HOSTS_AT_ONCE = 8
+"""So many guests at a time are told who is in their network."""
+_ASK_S = 25.0
+
+
+async def attach(doors: VmDoors, row: VmRow) -> None:
+    """Have a VM's tap there, and its firewall. Its row has the mark of the process to come.
+
+    :raises StepError: it can't be had, with the network's own code; `network_down`.
+    """
+    await _ask(doors, row, Attach(row.id), None)
+
+
+async def detach(doors: VmDoors, row: VmRow) -> None:
+    """Leave nothing of it. :raises StepError: `not_removed`."""
+    await _ask(doors, row, Detach(row.id), "not_removed")
+
+
+async def _ask(doors: VmDoors, row: VmRow, message: Attach | Detach, code: str | None) -> None:
+    if row.lease is None or not row.lease.tap:
+        return
+    if doors.network is None:
+        raise StepError(code or "network_down", "this daemon has nobody who keeps its networks")
+    try:
+        await doors.network.ask(message, timeout_s=_ASK_S)
+    except NetworkFailed as error:
+        raise StepError(code or error.code, f"the VM's network: {error}") from error
+    except (ActorDown, AskTimeout) as error:
+        raise StepError(code or "network_down", f"who keeps the networks does not answer: {error}") from error
+
+
+def card_of(settings: VmSettings, row: VmRow) -> Nic | None:
+    """The card of a VM's machine."""
+    lease = row.lease
+    if lease is None:
+        return None
+    return Nic(
+        mac=lease.mac,
+        tap=lease.tap or None,
+        socket=settings.runtime_dir / "vms" / str(row.id) / "net.sock" if kind_of(row.network) == USER else None,
+        address=f"{lease.address}/{lease.prefix}",
+        gateway=lease.gateway,
+        nameservers=settings.nameservers,
+    )
+
+
+def lease_of(nic: Nic) -> Lease | None:
+    """The lease of a VM whose machine has this card; None: it is silent."""
+    if not nic.address:
+        return None
+    address, _, prefix = nic.address.partition("/")
+    return Lease(address=address, prefix=int(prefix), gateway=nic.gateway, mac=nic.mac, tap=nic.tap or "")
+
+
+class Neighbours:
+    """What a guest with a card is told of itself and of those it reaches, and when that changes."""
+
+    def __init__(self, projection: Projection, row: VmRow, nameservers: tuple[str, ...]) -> None:
+        self._projection = projection
+        self._row = row
+        self._nameservers = nameservers
+
+    @property
+    def can_change(self) -> bool:
+        """Whether there are others, of whom it is to hear."""
+        return is_named(self._row.network)
+
+    def hosts(self) -> Mapping[str, str]:
+        """The addresses of those in its network, itself among them; of nobody where that has no name."""
+        return self._projection.members(self._row.network) if self.can_change else {}
+
+    async def changed(self, hosts: Mapping[str, str]) -> None:
+        """Wait until they are others than these."""
+        await self._projection.members_are_not(self._row.network, hosts)
+
+    def told(self) -> dict[str, object] | None:
+        """What a copy is told of its card (`GuestNetwork`). None: it has none."""
+        lease = self._row.lease
+        if lease is None:
+            return None
+        told: dict[str, object] = {
+            "mac": lease.mac,
+            "address": lease.address,
+            "prefix": lease.prefix,
+            "gateway": lease.gateway,
+        }
+        if self._nameservers:
+            told["nameservers"] = list(self._nameservers)
+        return told | {"hosts": dict(self.hosts())}
