@@ -22,7 +22,8 @@ from volant.daemon._doctor._machine import judge_kvm, judge_machine, judge_qemu,
 from volant.daemon._doctor._network import judge_forwarding, judge_network, judge_rights
 from volant.daemon._doctor._places import CACHE, RUNTIME, STATE, Place, file_system_of, judge_memory, judge_place, look
 from volant.daemon._doctor._service import judge_cgroups, judge_descriptors, judge_systemd
-from volant.host import Host
+from volant.daemon._doctor._walls import judge_landlock, judge_walls
+from volant.host import Host, WallSupport
 from volant.hypervisor import AcceleratorChoice
 from volant.images import ImageError
 from volant.model.doctor import Finding, Level
@@ -63,6 +64,12 @@ def place(**other: object) -> Place:
         (kvm(NO_GUEST, there="there"), "less", "ended with status 1"),
         (kvm(NO_GUEST, there="there", wanted="kvm"), "fails", "leave out VOLANT_ACCELERATOR"),
         (kvm(AcceleratorChoice("tcg", "no QEMU", None)), "less", "not tried"),
+        (judge_walls(WallSupport(7, True, None)), "ok", "a user of its own"),
+        (judge_walls(WallSupport(7, True, "volantd does not run as root")), "less", "not run as root"),
+        (judge_walls(None), "less", "VOLANT_WALLS"),
+        (judge_landlock(7), "ok", "version 7"),
+        (judge_landlock(3), "less", "6.12"),
+        (judge_landlock(0), "less", "5.13"),
         (judge_own(Path("/")), "ok", "/"),
         (judge_own(Path("/none")), "fails", "VOLANT_KERNEL"),
         (judge_unbuilt(HERE, None), "less", "volar images build"),

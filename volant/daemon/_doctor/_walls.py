@@ -1,0 +1,55 @@
+"""What walls around hypervisors can be made of; see `docs/explanation/walls.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from volant.host import WallSupport
+from volant.model.doctor import Finding
+
+from .._directories import memory_dir
+from ._given import Given
+
+_ALL_OF_LANDLOCK = 6
+_MEANS = "somebody who breaks out of a guest is held by fewer walls"
+
+
+def walls(given: Given) -> Sequence[Finding]:
+    """Users of their own, and Landlock."""
+    settings = given.settings
+    if settings.walls == "off":
+        return [judge_walls(None)]
+    wanted = (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings))
+    # Those that are not there yet will be made where they are to be.
+    support = given.host.wall_support(list(dict.fromkeys(_there(path) for path in wanted)))
+    return [judge_walls(support), *([] if support is None else [judge_landlock(support.landlock)])]
+
+
+def _there(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def judge_walls(support: WallSupport | None) -> Finding:
+    """`support`: None where the settings want no walls."""
+    if support is None:
+        return Finding(
+            check="walls", level="less", found="the settings say off", means=_MEANS, advice="leave out VOLANT_WALLS"
+        )
+    if support.no_users is not None:
+        return Finding(
+            check="walls", level="less", found=f"hypervisors have no users of their own: {support.no_users}",
+            means=_MEANS, advice="run volantd as root, as the service of `sudo volar setup` does; it gives its own up",
+        )  # fmt: skip
+    return Finding(check="walls", level="ok", found="each hypervisor has a user of its own, and no capability")
+
+
+def judge_landlock(version: int) -> Finding:
+    if version >= _ALL_OF_LANDLOCK:
+        return Finding(check="landlock", level="ok", found=f"version {version}: files, TCP, signals")
+    found = f"version {version} knows of files alone" if version else "the kernel has none"
+    return Finding(
+        check="landlock", level="less", found=found, means=_MEANS,
+        advice="boot a kernel from 6.12 on, with `landlock` among its `lsm=`" if version else
+        "boot a kernel that has it (5.13, better 6.12), with `landlock` among its `lsm=`",
+    )  # fmt: skip
