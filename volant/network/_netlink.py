@@ -248,9 +248,10 @@ def _make_tap(ipr: Any, step: MakeTap) -> None:
             raise NetworkFailed(
                 "tap", f"there is a network interface {step.name} that is no tap, where one is to be; remove it"
             )
-        if link.master != step.bridge or not link.up:
-            _join(ipr, message["index"], bridge)
-        return
+        if link.in_use:
+            if link.master != step.bridge or not link.up:
+                _join(ipr, message["index"], bridge)
+            return
     tun = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", step.name.encode(), _TAP_FLAGS))

@@ -37,10 +37,18 @@ _logger = logging.getLogger("volant.network")
 class Networks:
     """The host's side of the networks of one daemon. One call at a time."""
 
-    def __init__(self, door: NetworkDoor, settings: NetworkSettings, rows: Callable[[], Iterable[VmRow]]) -> None:
+    def __init__(
+        self,
+        door: NetworkDoor,
+        settings: NetworkSettings,
+        rows: Callable[[], Iterable[VmRow]],
+        owner_of: Callable[[VmRow], int],
+    ) -> None:
+        """`owner_of`: the id of the user that a VM's hypervisor runs as, and who may open its tap."""
         self._door = door
         self._settings = settings
         self._rows = rows
+        self._owner_of = owner_of
         self._loaded: Rules | None = None
         """What the firewall is, as far as we know; None: we don't."""
         self._gateways: object = None
@@ -125,7 +133,7 @@ class Networks:
             raise failure
 
     def _plan(self) -> NetworkPlan:
-        return plan_of(self._settings, self._rows())
+        return plan_of(self._settings, self._rows(), self._owner_of)
 
     async def _is_begun(self) -> bool:
         """Whether anything of ours may be on the host. Not before a VM needed it: a daemon without networks leaves the

@@ -6,7 +6,7 @@ being ended. So whoever derives the plan after a crash, of the actor, the daemon
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from ipaddress import IPv4Interface, IPv4Network
 
 import msgspec
@@ -29,8 +29,6 @@ class NetworkSettings(msgspec.Struct, frozen=True, kw_only=True):
     subnet: IPv4Network
     bridge: str = ""
     """The name of the bridge; empty: one that carries the instance."""
-    owner: int = 0
-    """The id of the user that hypervisors run as."""
 
     @property
     def bridge_name(self) -> str:
@@ -60,6 +58,8 @@ class Tap(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     mac: str
     address: str
+    owner: int
+    """The id of the user that its hypervisor runs as."""
     network: str
     """Whose other members it reaches; empty: nobody's."""
     ports: tuple[PublishedPort, ...]
@@ -85,8 +85,8 @@ def has_tap(row: VmRow) -> bool:
     return row.lease is not None and bool(row.lease.tap and row.mark) and row.phase not in (Phase.KILL, Phase.REMOVE)
 
 
-def plan_of(settings: NetworkSettings, rows: Iterable[VmRow]) -> NetworkPlan:
-    """What should be there."""
+def plan_of(settings: NetworkSettings, rows: Iterable[VmRow], owner_of: Callable[[VmRow], int]) -> NetworkPlan:
+    """What should be there. `owner_of`: the id of the user that a VM's hypervisor runs as."""
     gateways = {IPv4Interface((gateway_of(settings.subnet), settings.subnet.prefixlen))}
     taps = []
     for row in sorted(filter(has_tap, rows), key=lambda row: row.id):
@@ -99,6 +99,7 @@ def plan_of(settings: NetworkSettings, rows: Iterable[VmRow]) -> NetworkPlan:
                 name=lease.tap,
                 mac=lease.mac,
                 address=lease.address,
+                owner=owner_of(row),
                 network=row.network if is_named(row.network) else "",
                 ports=row.ports,
             )
@@ -150,7 +151,7 @@ def make_bridge(plan: NetworkPlan) -> MakeBridge:
 
 def make_tap(plan: NetworkPlan, tap: Tap) -> MakeTap:
     """The step that makes a VM's tap as it should be."""
-    return MakeTap(name=tap.name, bridge=plan.settings.bridge_name, owner=plan.settings.owner)
+    return MakeTap(name=tap.name, bridge=plan.settings.bridge_name, owner=tap.owner)
 
 
 def check_bridge(settings: NetworkSettings, links: Iterable[Link]) -> None:

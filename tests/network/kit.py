@@ -1,0 +1,186 @@
+"""Rows, and a small internet to try networks in: this namespace is the host, and has an uplink to another one."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from pyroute2 import IPRoute
+
+from volant.host import Host
+from volant.model import BASE, Phase, Status, VmRow, allocate, parse_port
+from volant.network import HostNetwork, NetworkDoor, Networks, NetworkSettings
+
+INSTANCE = "0123456789"
+SUBNET = IPv4Network("10.87.0.0/24")
+SETTINGS = NetworkSettings(instance=INSTANCE, subnet=SUBNET)
+WORLD = "198.51.100.2"
+UPLINK = "198.51.100.1"
+_NOW = datetime(2026, 1, 1, tzinfo=UTC)
+_PEER = Path(__file__).with_name("peer.py")
+_CALL_S = 30.0
+
+
+def vm(
+    vm_id: int,
+    network: str = "bridge",
+    *ports: str,
+    instance: str = INSTANCE,
+    subnet: IPv4Network = SUBNET,
+    **fields: Any,
+) -> VmRow:
+    """The row of a VM whose process runs; the address follows from the id: 1 has the first."""
+    taken = {str(subnet.network_address + number + 1) for number in range(1, vm_id)}
+    return VmRow(
+        id=vm_id,
+        name=f"vm{vm_id}",
+        cpu_cores=1,
+        memory_mb=64,
+        plugin="base",
+        runtime="base",
+        manifest=BASE,
+        created_at=_NOW,
+        updated_at=_NOW,
+        network=network,
+        lease=allocate(subnet, taken, instance=instance, vm_id=vm_id),
+        ports=tuple(map(parse_port, ports)),
+        **{"status": Status.RUNNING, "mark": f"volant-{instance}-{vm_id}.1", **fields},
+    )
+
+
+def stopped(row: VmRow) -> VmRow:
+    """The same VM, while its process is being ended."""
+    return msgspec.structs.replace(row, status=Status.STOPPING, phase=Phase.KILL)
+
+
+class Peer:
+    """Another machine; see `peer.py`."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def __call__(self, name: str, *args: object) -> Any:
+        """Have it do something; what comes of it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([name, args]) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._line())
+        if "error" in answer:
+            raise AssertionError(f"{name}{args}: {answer['error']}")
+        return answer["value"]
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], _CALL_S)[0]:
+            raise AssertionError("a peer does not answer")
+        line = self._process.stdout.readline()
+        if not line:
+            raise AssertionError(f"a peer has ended with {self._process.wait()}")
+        return line
+
+
+@contextmanager
+def peer(*args: str) -> Iterator[Peer]:
+    """A machine with a network namespace of its own."""
+    process = subprocess.Popen(
+        [sys.executable, str(_PEER), *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        found = Peer(process)
+        assert found._line() == "ready\n"
+        yield found
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class World:
+    """The host, which this process is on, and the world behind its uplink. The world has no route to any guest."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self.rows: list[VmRow] = []
+        self.world = self.machine("up0", f"{UPLINK}/24", f"{WORLD}/24")
+        with IPRoute() as ipr:
+            ipr.link("set", index=ipr.link_lookup(ifname="lo")[0], state="up")
+            ipr.route("add", dst="default", gateway=WORLD)
+
+    def machine(self, name: str, address: str, its_address: str) -> Peer:
+        """One more, at the other end of the link `name`."""
+        there = self._stack.enter_context(peer())
+        with IPRoute() as ipr:
+            ipr.link("add", ifname=name, kind="veth", peer={"ifname": "eth0", "net_ns_fd": f"/proc/{there.pid}/ns/net"})
+            (index,) = ipr.link_lookup(ifname=name)
+            ip, _, prefix = address.partition("/")
+            ipr.addr("add", index=index, address=ip, prefixlen=int(prefix))
+            ipr.link("set", index=index, state="up")
+        there("configure", "eth0", "", its_address, "")
+        return there
+
+    def networks(self, settings: NetworkSettings = SETTINGS, door: NetworkDoor | None = None) -> Networks:
+        """Those of a daemon that has `rows`."""
+        return Networks(door or HostNetwork(Host()), settings, lambda: self.rows, lambda row: 0)
+
+    def guest(self, row: VmRow) -> Peer:
+        """A VM's guest; its tap is there."""
+        lease = row.lease
+        assert lease is not None
+        guest = self._stack.enter_context(peer(lease.tap))
+        guest("configure", "eth0", lease.mac, f"{lease.address}/{lease.prefix}", lease.gateway)
+        return guest
+
+
+@contextmanager
+def a_world(forwarding: bool = False) -> Iterator[World]:
+    """A host with an uplink; `forwarding`: whether it is a router already."""
+    switch("ipv4/ip_forward", str(int(forwarding)))
+    with ExitStack() as stack:
+        yield World(stack)
+
+
+def address(row: VmRow) -> str:
+    """Of a VM with a lease."""
+    assert row.lease is not None
+    return row.lease.address
+
+
+def links() -> set[str]:
+    """The names of all links."""
+    return {name for _, name in socket.if_nameindex()}
+
+
+def switch(name: str, to: str | None = None) -> str | None:
+    """What a switch below `net` is at, after it was set, if it is to be; None: there is none."""
+    path = Path("/proc/sys/net") / name
+    if to is not None:
+        path.write_text(to)
+    return path.read_text().strip() if path.exists() else None
+
+
+def ruleset() -> str:
+    """All of the firewall, without what it counts."""
+    return subprocess.run(["nft", "-s", "list", "ruleset"], check=True, capture_output=True, text=True).stdout
+
+
+def nft(rules: str) -> None:
+    """Load rules by hand."""
+    subprocess.run(["nft", "-f", "-"], input=rules, check=True, text=True)
+
+
+async def having(networks: Networks, *rows: VmRow) -> None:
+    """Every VM has its tap."""
+    assert await networks.ensure({row.id for row in rows}) == {}

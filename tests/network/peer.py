@@ -1,0 +1,234 @@
+"""A machine with a network namespace of its own, as a process that is told what to do: one JSON a line.
+
+`python peer.py [TAP]`: with a tap it is a guest, that has the tap open as a hypervisor has, and whose card `eth0` is
+the other end of it; without, an empty namespace, that is handed a link. It ends when its stdin does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+_CLONE_NEWNET = 0x40000000
+_TUNSETIFF = 0x400454CA
+_TAP_FLAGS = 0x0002 | 0x1000
+_ANSWER_S = 5.0
+_REFUSED_S = 0.7
+_KEPT = 1000
+
+frames: list[bytes] = []
+"""What came to the guest's card last."""
+came = threading.Condition()
+begun: list[socket.socket] = []
+tap = -1
+
+
+def open_tap(name: str) -> int:
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _TAP_FLAGS))
+    return fd
+
+
+def splice(card: int) -> None:
+    """Carry frames between the host's tap and the guest's card."""
+    while True:
+        readable, _, _ = select.select([tap, card], [], [])
+        for source in readable:
+            try:
+                frame = os.read(source, 65536)
+                if source == tap:
+                    with came:
+                        frames.append(frame)
+                        del frames[:-_KEPT]
+                        came.notify_all()
+                os.write(card if source == tap else tap, frame)
+            except OSError:
+                # The tap was taken away, or the card is down.
+                if source == tap:
+                    return
+
+
+def configure(name: str, mac: str, address: str, gateway: str) -> None:
+    """The card's addresses, and the way out."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as ipr:
+        (index,) = ipr.link_lookup(ifname=name)
+        ipr.link("set", index=index, state="down")
+        if mac:
+            ipr.link("set", index=index, address=mac)
+        ipr.flush_addr(index=index)
+        ip, _, prefix = address.partition("/")
+        ipr.addr("add", index=index, address=ip, prefixlen=int(prefix))
+        ipr.link("set", index=index, state="up")
+        ipr.link("set", index=ipr.link_lookup(ifname="lo")[0], state="up")
+        if gateway:
+            ipr.route("add", dst="default", gateway=gateway)
+
+
+def serve(protocol: str, host: str, port: int, says: str) -> None:
+    """Answer everybody with a word and the address he came from."""
+    if protocol == "udp":
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind((host, port))
+
+        def answer() -> None:
+            while True:
+                _, sender = sock.recvfrom(1000)
+                sock.sendto(f"{says} {sender[0]}".encode(), sender)
+
+    else:
+        sock = socket.create_server((host, port))
+
+        def answer() -> None:
+            while True:
+                connection, (who, _) = sock.accept()
+                with connection:
+                    connection.sendall(f"{says} {who}".encode())
+
+    threading.Thread(target=answer, daemon=True).start()
+
+
+def ask(protocol: str, host: str, port: int, wait_s: float = _ANSWER_S, bind: str = "") -> str:
+    """What is answered there; empty: nothing, in time or at all."""
+    kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
+    with socket.socket(socket.AF_INET, kind) as sock:
+        sock.settimeout(wait_s)
+        try:
+            if bind:
+                sock.bind((bind, 0))
+            sock.connect((host, port))
+            if protocol == "udp":
+                sock.send(b"?")
+            return sock.recv(1000).decode()
+        except OSError:
+            return ""
+
+
+def echo(host: str, port: int) -> None:
+    """Give everybody back what he sends, for as long as he does."""
+    server = socket.create_server((host, port))
+
+    def carry(connection: socket.socket) -> None:
+        with connection:
+            while data := connection.recv(1000):
+                connection.sendall(data)
+
+    def accept() -> None:
+        while True:
+            connection, _ = server.accept()
+            threading.Thread(target=carry, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+
+
+def begin(host: str, port: int) -> None:
+    """A connection that stays."""
+    begun.append(socket.create_connection((host, port), _ANSWER_S))
+
+
+def go_on() -> str:
+    """Send something on it, and read it back."""
+    begun[0].sendall(b"again")
+    return begun[0].recv(1000).decode()
+
+
+def route(subnet: str, gateway: str) -> None:
+    """One more way."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as ipr:
+        ipr.route("add", dst=subnet, gateway=gateway)
+
+
+def refused(protocol: str, host: str, port: int) -> bool:
+    """Whether nothing answers there."""
+    return ask(protocol, host, port, _REFUSED_S) == ""
+
+
+def ping(host: str, wait_s: float = _ANSWER_S) -> bool:
+    """Whether it answers."""
+    ident = os.getpid() & 0xFFFF
+    total = 0x0800 + ident + 1
+    packet = struct.pack("!BBHHH", 8, 0, ~(total + (total >> 16)) & 0xFFFF, ident, 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
+        sock.settimeout(wait_s)
+        until = time.monotonic() + wait_s
+        try:
+            sock.sendto(packet, (host, 0))
+            while time.monotonic() < until:
+                data, (who, _) = sock.recvfrom(1000)
+                if who == host and data[20] == 0 and data[24:26] == ident.to_bytes(2, "big"):
+                    return True
+        except OSError:
+            pass
+    return False
+
+
+def send_frame(*frames: str) -> None:
+    """Put bytes on the wire, as a guest can that has taken its kernel over."""
+    for frame in frames:
+        os.write(tap, bytes.fromhex(frame))
+
+
+def wait_for_frame(part: str, wait_s: float = _ANSWER_S) -> bool:
+    """Whether a frame with these bytes in it has come, or comes."""
+    wanted = bytes.fromhex(part)
+    with came:
+        return came.wait_for(lambda: any(wanted in frame for frame in frames), wait_s)
+
+
+def has_frame(part: str) -> bool:
+    """Whether one has come."""
+    with came:
+        return any(bytes.fromhex(part) in frame for frame in frames)
+
+
+CALLS: tuple[Callable[..., Any], ...] = (
+    configure,
+    route,
+    serve,
+    echo,
+    ask,
+    refused,
+    ping,
+    begin,
+    go_on,
+    send_frame,
+    wait_for_frame,
+    has_frame,
+)
+
+
+def main() -> None:
+    global tap
+    names = sys.argv[1:]
+    if names:
+        tap = open_tap(names[0])
+    if ctypes.CDLL(None).unshare(_CLONE_NEWNET) != 0:
+        raise SystemExit("unshare failed")
+    if names:
+        card = open_tap("eth0")
+        threading.Thread(target=splice, args=(card,), daemon=True).start()
+    print("ready", flush=True)
+    calls = {call.__name__: call for call in CALLS}
+    for line in sys.stdin:
+        name, args = json.loads(line)
+        try:
+            print(json.dumps({"value": calls[name](*args)}), flush=True)
+        except Exception as error:
+            print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

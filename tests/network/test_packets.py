@@ -1,0 +1,345 @@
+"""What guests reach, and who reaches them: real taps, a real firewall, and kernels in namespaces for guests.
+
+That something does not come is seen without waiting: what is sent after it, on the same way and allowed, has come.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+import pytest
+
+from tests.network import peer
+from tests.network.kit import SETTINGS, UPLINK, WORLD, a_world, address, having, links, switch, vm
+from volant.model import VmRow
+
+pytestmark = pytest.mark.usefixtures("namespace")
+
+GATEWAY = "10.87.0.1"
+ALL = "ff:ff:ff:ff:ff:ff"
+NOBODY = "02:00:00:00:00:99"
+FIRST, SECOND, THIRD = b"the first".hex(), b"the second".hex(), b"the third".hex()
+
+
+def mac(row: VmRow) -> str:
+    assert row.lease is not None
+    return row.lease.mac
+
+
+def ethernet(to: str, sender: str, kind: int, payload: bytes) -> str:
+    """A frame."""
+    header = bytes.fromhex((to + sender).replace(":", "")) + struct.pack("!H", kind)
+    return (header + payload).ljust(60, b"\0").hex()
+
+
+def ipv4(to: str, sender: str, text: str, port: int = 9) -> bytes:
+    """A UDP packet to port 9 with this text, in hexadecimal digits."""
+    body = struct.pack("!HHHH", port, 9, 8 + len(text) // 2, 0) + bytes.fromhex(text)
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 0, 0, 64, socket.IPPROTO_UDP, 0)
+    header += socket.inet_aton(sender) + socket.inet_aton(to)
+    total = sum(struct.unpack("!10H", header))
+    total = (total & 0xFFFF) + (total >> 16)
+    checksum = ~(total + (total >> 16)) & 0xFFFF
+    return header[:10] + struct.pack("!H", checksum) + header[12:] + body
+
+
+def arp(sender_mac: str, sender: str, wanted: str) -> bytes:
+    """Who has `wanted`?"""
+    return (
+        struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1)
+        + bytes.fromhex(sender_mac.replace(":", ""))
+        + socket.inet_aton(sender)
+        + bytes(6)
+        + socket.inet_aton(wanted)
+    )
+
+
+async def test_a_guest_reaches_its_gateway_and_the_world_which_sees_the_host() -> None:
+    with a_world() as world:
+        world.rows = [vm(1)]
+        await having(world.networks(), *world.rows)
+        guest = world.guest(world.rows[0])
+        world.world("serve", "tcp", WORLD, 80, "web")
+        world.world("serve", "udp", WORLD, 53, "names")
+
+        assert guest("ping", GATEWAY)
+        assert guest("ping", WORLD)
+        assert guest("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
+        assert guest("ask", "udp", WORLD, 53) == f"names {UPLINK}"
+
+
+async def test_the_host_becomes_no_router_for_its_other_networks() -> None:
+    with a_world() as world:
+        world.machine("other0", "203.0.113.1/24", "203.0.113.2/24")
+        world.rows = [vm(1)]
+        await having(world.networks(), *world.rows)
+
+        on = {name for name in links() if switch(f"ipv4/conf/{name}/forwarding") == "1"}
+
+        assert on == {"up0", SETTINGS.bridge_name}
+        assert switch("ipv4/ip_forward") == "0"
+
+
+async def test_the_world_reaches_no_guest_though_it_knows_the_way() -> None:
+    with a_world(forwarding=True) as world:
+        world.rows = [vm(1)]
+        await having(world.networks(), *world.rows)
+        guest = world.guest(world.rows[0])
+        guest("serve", "tcp", "0.0.0.0", 80, "guest")
+        world.world("route", "10.87.0.0/24", UPLINK)
+
+        assert peer.ask("tcp", address(world.rows[0]), 80) == f"guest {GATEWAY}"
+        assert world.world("refused", "tcp", address(world.rows[0]), 80)
+
+
+async def test_guests_meet_in_one_named_network_and_nowhere_else() -> None:
+    with a_world() as world:
+        one, two, other, alone, too = world.rows = [
+            vm(1, "blue"),
+            vm(2, "blue"),
+            vm(3, "green"),
+            vm(4, "bridge"),
+            vm(5, "bridge"),
+        ]
+        await having(world.networks(), *world.rows)
+        guests = {row.name: world.guest(row) for row in world.rows}
+        for name, guest in guests.items():
+            guest("serve", "tcp", "0.0.0.0", 80, name)
+
+        assert guests["vm1"]("ask", "tcp", address(two), 80) == f"vm2 {address(one)}"
+        assert guests["vm2"]("ping", address(one))
+        for here, there in ((one, other), (other, one), (one, alone), (alone, one), (alone, too), (too, alone)):
+            assert guests[here.name]("refused", "tcp", address(there), 80), f"{here.name} reaches {there.name}"
+        for guest in guests.values():
+            assert guest("ping", GATEWAY)
+
+
+async def test_guests_that_are_kept_apart_do_not_meet_by_way_of_the_gateway_or_by_what_all_hear() -> None:
+    with a_world(forwarding=True) as world:
+        one, two = world.rows = [vm(1, "blue"), vm(2, "green")]
+        await having(world.networks(), *world.rows)
+        sender, receiver = world.guest(one), world.guest(two)
+
+        sender("send_frame", ethernet(SETTINGS.bridge_mac, mac(one), 0x0800, ipv4(address(two), address(one), FIRST)))
+        sender("send_frame", ethernet(mac(two), mac(one), 0x0800, ipv4(address(two), address(one), FIRST)))
+        sender("send_frame", ethernet(ALL, mac(one), 0x0800, ipv4("10.87.0.255", address(one), FIRST)))
+        sender("send_frame", ethernet(ALL, mac(one), 0x0806, arp(mac(one), address(one), address(two))))
+        assert sender("ping", GATEWAY)
+        send_from_host(address(two), SECOND)
+
+        assert receiver("wait_for_frame", SECOND)
+        assert not receiver("has_frame", FIRST)
+        assert not receiver("has_frame", socket.inet_aton(address(one)).hex())
+
+
+async def test_a_guest_hears_nothing_that_is_for_another_one() -> None:
+    with a_world() as world:
+        one, two, _ = world.rows = [vm(1, "blue"), vm(2, "blue"), vm(3, "blue")]
+        await having(world.networks(), *world.rows)
+        guests = [world.guest(row) for row in world.rows]
+        assert guests[0]("ping", address(two))
+
+        # The bridge has never heard of this address, and would tell everybody.
+        guests[0]("send_frame", ethernet(NOBODY, mac(one), 0x0800, ipv4("10.87.0.9", address(one), FIRST)))
+        guests[0]("send_frame", ethernet(mac(two), mac(one), 0x0800, ipv4(address(two), address(one), SECOND)))
+        guests[0]("send_frame", ethernet(ALL, mac(one), 0x0800, ipv4("10.87.0.255", address(one), THIRD)))
+
+        assert guests[1]("wait_for_frame", THIRD)
+        assert guests[2]("wait_for_frame", THIRD)
+        assert guests[1]("has_frame", SECOND)
+        assert not guests[2]("has_frame", SECOND)
+        assert not guests[1]("has_frame", FIRST)
+        assert not guests[2]("has_frame", FIRST)
+
+
+@pytest.mark.parametrize("what", ["mac", "address", "arp mac", "arp address", "ipv6", "tagged"])
+async def test_a_guest_can_say_nothing_in_the_name_of_another_one(what: str) -> None:
+    with a_world() as world:
+        one, two, victim = world.rows = [vm(1, "blue"), vm(2, "blue"), vm(3, "blue")]
+        await having(world.networks(), *world.rows)
+        sender, receiver = world.guest(one), world.guest(two)
+        marker = socket.inet_aton("10.87.0.77").hex()
+        lie = {
+            "mac": ethernet(mac(two), mac(victim), 0x0800, ipv4(address(two), address(one), FIRST)),
+            "address": ethernet(mac(two), mac(one), 0x0800, ipv4(address(two), address(victim), FIRST)),
+            "arp mac": ethernet(ALL, mac(one), 0x0806, arp(mac(victim), address(one), "10.87.0.77")),
+            "arp address": ethernet(ALL, mac(one), 0x0806, arp(mac(one), address(victim), "10.87.0.77")),
+            "ipv6": ethernet(mac(two), mac(one), 0x86DD, bytes.fromhex(FIRST).rjust(60, b"\0")),
+            "tagged": ethernet(mac(two), mac(one), 0x8100, b"\0\7\x08\0" + ipv4(address(two), address(one), FIRST)),
+        }[what]
+
+        sender("send_frame", lie)
+        sender("send_frame", ethernet(mac(two), mac(one), 0x0800, ipv4(address(two), address(one), SECOND)))
+        sender("send_frame", ethernet(ALL, mac(one), 0x0806, arp(mac(one), address(one), address(two))))
+
+        assert receiver("wait_for_frame", SECOND)
+        assert not receiver("has_frame", FIRST)
+        assert not receiver("has_frame", marker)
+        assert neighbour(address(victim)) in ("", mac(victim))
+
+
+async def test_the_host_does_not_believe_a_guest_that_says_it_is_another_one() -> None:
+    with a_world() as world:
+        one, victim = world.rows = [vm(1), vm(2)]
+        await having(world.networks(), *world.rows)
+        liar, honest = world.guest(one), world.guest(victim)
+        honest("serve", "udp", "0.0.0.0", 7, "honest")
+        assert peer.ask("udp", address(victim), 7) == f"honest {GATEWAY}"
+
+        liar("send_frame", ethernet(SETTINGS.bridge_mac, mac(one), 0x0806, arp(mac(one), address(victim), GATEWAY)))
+        liar("send_frame", ethernet(SETTINGS.bridge_mac, mac(victim), 0x0806, arp(mac(victim), address(one), GATEWAY)))
+        assert liar("ping", GATEWAY)
+
+        assert neighbour(address(victim)) == mac(victim)
+        assert neighbour(address(one)) == mac(one)
+        assert peer.ask("udp", address(victim), 7) == f"honest {GATEWAY}"
+
+
+async def test_metadata_and_the_hosts_own_addresses_are_closed_to_guests() -> None:
+    with a_world() as world:
+        _, two = world.rows = [vm(1, "bridge", "0.0.0.0:8080:80/tcp"), vm(2)]
+        give_address("169.254.169.254/16")
+        await having(world.networks(), *world.rows)
+        guest = world.guest(two)
+        for host in ("0.0.0.0", "127.0.0.1"):
+            peer.serve("tcp", host, 22 if host == "0.0.0.0" else 6379, "host")
+        world.world("serve", "tcp", WORLD, 80, "web")
+        assert peer.ask("tcp", UPLINK, 22) == f"host {UPLINK}"
+
+        assert guest("refused", "tcp", GATEWAY, 22)
+        assert guest("refused", "tcp", UPLINK, 22)
+        assert guest("refused", "tcp", "169.254.169.254", 22)
+        assert guest("refused", "tcp", "169.254.0.1", 22)
+        assert guest("refused", "tcp", UPLINK, 8080), "what another guest publishes is no way round isolation"
+        assert guest("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
+
+
+async def test_a_guest_does_not_reach_the_hosts_loopback_while_a_port_is_published_there() -> None:
+    with a_world() as world:
+        _, two = world.rows = [vm(1, "bridge", "127.0.0.1:8080:80/tcp"), vm(2)]
+        await having(world.networks(), *world.rows)
+        assert switch(f"ipv4/conf/{SETTINGS.bridge_name}/route_localnet") == "1"
+        guest = world.guest(two)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as secret:
+            secret.bind(("127.0.0.1", 9))
+            secret.setblocking(False)
+
+            guest("send_frame", ethernet(SETTINGS.bridge_mac, mac(two), 0x0800, ipv4("127.0.0.1", address(two), FIRST)))
+            assert guest("ping", GATEWAY)
+
+            with pytest.raises(BlockingIOError):
+                secret.recv(100)
+
+
+async def test_published_ports_answer_from_outside_and_from_the_host() -> None:
+    with a_world() as world:
+        world.rows = [
+            vm(1, "bridge", "127.0.0.1:8080:80/tcp", "0.0.0.0:5353:53/udp"),
+            vm(2, "bridge", f"{UPLINK}:8081:80/tcp"),
+        ]
+        await having(world.networks(), *world.rows)
+        for row in world.rows:
+            guest = world.guest(row)
+            guest("serve", "tcp", "0.0.0.0", 80, row.name)
+            guest("serve", "udp", "0.0.0.0", 53, row.name)
+
+        assert peer.ask("tcp", "127.0.0.1", 8080) == f"vm1 {GATEWAY}"
+        assert peer.ask("udp", "127.0.0.1", 5353) == f"vm1 {GATEWAY}"
+        assert peer.ask("tcp", UPLINK, 8081) == f"vm2 {UPLINK}"
+        assert world.world("ask", "tcp", UPLINK, 8081) == f"vm2 {WORLD}"
+        assert world.world("ask", "udp", UPLINK, 5353) == f"vm1 {WORLD}"
+        assert world.world("refused", "tcp", UPLINK, 8080), "what is published on 127.0.0.1 is the host's alone"
+        assert peer.refused("tcp", "127.0.0.1", 8081)
+
+
+async def test_a_port_is_published_for_as_long_as_its_vm_runs() -> None:
+    with a_world() as world:
+        networks = world.networks()
+        one, two = vm(1, "bridge", "127.0.0.1:8080:80"), vm(2)
+        world.rows = [one, two]
+        await having(networks, one, two)
+        world.guest(one)("serve", "tcp", "0.0.0.0", 80, "vm1")
+        assert peer.ask("tcp", "127.0.0.1", 8080) == f"vm1 {GATEWAY}"
+
+        world.rows = [two]
+        await having(networks, one)
+
+        assert peer.refused("tcp", "127.0.0.1", 8080)
+        assert switch(f"ipv4/conf/{SETTINGS.bridge_name}/route_localnet") == "0"
+
+
+async def test_what_a_guest_has_begun_goes_on_while_others_come_and_go() -> None:
+    with a_world() as world:
+        networks = world.networks()
+        world.rows = [vm(1)]
+        await having(networks, *world.rows)
+        guest = world.guest(world.rows[0])
+        world.world("echo", WORLD, 80)
+        guest("begin", WORLD, 80)
+
+        for number in range(2, 12):
+            world.rows = [vm(1), vm(number, "blue", f"127.0.0.1:{8000 + number}:80")]
+            await having(networks, world.rows[-1])
+            assert guest("go_on") == "again"
+        await networks.reconcile()
+
+        assert guest("go_on") == "again"
+
+
+async def test_guests_meet_where_the_host_shows_bridged_frames_to_its_firewall_too() -> None:
+    name = "bridge/bridge-nf-call-iptables"
+    if switch(name) is None:
+        pytest.skip("this kernel has no br_netfilter")
+    with a_world() as world:
+        switch(name, "1")
+        one, two, _ = world.rows = [vm(1, "blue", "127.0.0.1:8080:80"), vm(2, "blue"), vm(3)]
+        await having(world.networks(), *world.rows)
+        first, second, third = (world.guest(row) for row in world.rows)
+        first("serve", "tcp", "0.0.0.0", 80, "vm1")
+        world.world("serve", "tcp", WORLD, 80, "web")
+
+        assert second("ask", "tcp", address(one), 80) == f"vm1 {address(two)}"
+        assert third("refused", "tcp", address(one), 80)
+        assert third("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
+        assert peer.ask("tcp", "127.0.0.1", 8080) == f"vm1 {GATEWAY}"
+
+
+async def test_a_flood_of_connections_of_one_guest_leaves_room_in_the_hosts_table() -> None:
+    with a_world() as world:
+        one, two = world.rows = [vm(1), vm(2)]
+        await having(world.networks(), *world.rows)
+        flood, quiet = world.guest(one), world.guest(two)
+        world.world("serve", "udp", WORLD, 53, "names")
+
+        packets = (ipv4(WORLD, address(one), FIRST, port) for port in range(20000, 30000))
+        flood("send_frame", *(ethernet(SETTINGS.bridge_mac, mac(one), 0x0800, packet) for packet in packets))
+
+        assert 8000 < int(switch("netfilter/nf_conntrack_count") or 0) < 9000
+        assert quiet("ask", "udp", WORLD, 53) == f"names {UPLINK}"
+
+
+def send_from_host(host: str, text: str) -> None:
+    """A packet of the host's own."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.sendto(bytes.fromhex(text), (host, 9))
+
+
+def neighbour(host: str) -> str:
+    """The MAC that the host takes for that of `host`; empty: none."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as ipr:
+        for entry in ipr.get_neighbours(family=socket.AF_INET):
+            if entry.get("dst") == host:
+                return str(entry.get("lladdr") or "")
+    return ""
+
+
+def give_address(given: str) -> None:
+    """One more address of the host, on its loopback interface."""
+    from pyroute2 import IPRoute
+
+    ip, _, prefix = given.partition("/")
+    with IPRoute() as ipr:
+        ipr.addr("add", index=ipr.link_lookup(ifname="lo")[0], address=ip, prefixlen=int(prefix))
