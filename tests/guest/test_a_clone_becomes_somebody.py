@@ -157,6 +157,7 @@ def expected_of(workload: object) -> str:
         ("network", {**NETWORK, "gateway": "10.0.0.1"}),
         ("network", {**NETWORK, "nameservers": "192.168.127.1"}),
         ("network", {**NETWORK, "nameservers": ["1.1.1.1\nsearch bank"]}),
+        ("as_it_is", "yes"),
         ("unknown", 1),
     ],
 )
@@ -250,6 +251,12 @@ def test_a_workload_that_was_copied_is_told_and_must_be_well(agent: Asker, kerne
         assert answer.status == 503
         assert "not well" in answer.json()["detail"]
         assert told.read_text() == "x\n"
+        # Of a copy that is taken as it is nobody asks that; it is told all the same.
+        answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, "signal": "SIGUSR1", "as_it_is": True, "workload": spec})
+        assert answer.status == 200, answer.body
+        while told.read_text() != "x\nx\n" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert told.read_text() == "x\nx\n"
     finally:
         agent.server.workload.stop(0.0)
 

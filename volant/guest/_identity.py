@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from ._plugin import Plugin
     from ._workload import Workload
 
-_FIELDS = {"hostname", "machine_id", "entropy", "time_ns", "vm_id", "signal", "manifest", "workload", "network"}
+_NAMES = {"hostname", "machine_id", "entropy", "time_ns", "vm_id"}
+_FIELDS = _NAMES | {"signal", "manifest", "workload", "network", "as_it_is"}
 _NETWORK_FIELDS = {"mac", "address", "prefix", "gateway", "nameservers", "hosts"}
 _SIGNALS = {"SIGHUP": signal.SIGHUP, "SIGUSR1": signal.SIGUSR1, "SIGUSR2": signal.SIGUSR2}
 _MIN_ENTROPY, _MAX_ENTROPY = 64, 512
@@ -73,6 +74,7 @@ def serve_identity(stream: Stream, request: Request, output: Output, workload: W
     vm_id = int(check_number(value.get("vm_id"), "vm_id", 0, 2**53))
     spec = spec_of(value["workload"]) if "workload" in value else None
     network = _network_of(value["network"]) if "network" in value else None
+    as_it_is = _flag_of(value, "as_it_is")
     if "manifest" in value:
         plugin.take(value["manifest"], json.dumps(value["manifest"]).encode())
     try:
@@ -95,8 +97,8 @@ def serve_identity(stream: Stream, request: Request, output: Output, workload: W
         raise Problem(500, f"the guest can't become what it should be: {error}") from None
     _become(identifier, output)
     # One that was begun for this very machine, and the answer was lost, is no copy.
-    why = workload.is_copied(number, _WELL_S) if _begun_for != machine_id else ""
-    if why:
+    why = workload.is_copied(number, None if as_it_is else _WELL_S) if _begun_for != machine_id else ""
+    if why and not as_it_is:
         raise Problem(503, f"the workload is not well in the clone: {why}")
     if spec is not None:
         workload.begin(spec, plugin)
@@ -277,6 +279,13 @@ def _hostname_of(value: dict[str, Any]) -> str:
     if not isinstance(name, str) or not 0 < len(name) < 64 or not name.isascii() or not name.replace("-", "").isalnum():
         raise Problem(400, "hostname is none", field="hostname")
     return name
+
+
+def _flag_of(value: dict[str, Any], name: str) -> bool:
+    flag = value.get(name, False)
+    if not isinstance(flag, bool):
+        raise Problem(400, f"{name} is neither true nor false", field=name)
+    return flag
 
 
 def _machine_id_of(value: dict[str, Any]) -> str:

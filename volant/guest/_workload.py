@@ -212,8 +212,9 @@ class Workload:
                 self._bells.discard(bell)
                 bell.close()
 
-    def is_copied(self, number: signal.Signals | None, timeout_s: float) -> str:
-        """What runs is a copy now: tell it by a signal, if it wants one, and return why it is not well, or nothing."""
+    def is_copied(self, number: signal.Signals | None, timeout_s: float | None) -> str:
+        """What runs is a copy now: tell it by a signal, if it wants one, and return why it is not well after
+        `timeout_s`, or nothing. None: its check is not asked."""
         with self._lock:
             spec, process = self._spec, self._process
             if spec is None or process is None:
@@ -223,6 +224,8 @@ class Workload:
                     os.kill(process.pid, number)
                 except ProcessLookupError:
                     pass
+        if timeout_s is None:
+            return ""
         end = time.monotonic() + timeout_s
         while spec.health_check is not None:
             why = run_check(spec.health_check)

@@ -29,6 +29,8 @@ PROTOCOL_VERSION: Final = 3
 TELLS_ALL_AT_ONCE: Final = 2
 """The version from which on an `Identity` may have `manifest` and `workload` with it."""
 TELLS_NETWORK: Final = 3
+TAKES_AS_IT_IS: Final = 3
+"""The version from which on an `Identity` may say that the workload is taken as it is."""
 """The version from which on it may have `network`, and from which on there is `DAEMON_HOSTS`."""
 
 AGENT_PORT: Final = 1024

@@ -247,6 +247,8 @@ class Identity(TypedDict):
     """As by `PUT /v1/daemon/workload`."""
     network: NotRequired[GuestNetwork]
     """What its card has from now on; since `TELLS_NETWORK`. Without it a card is left as it is."""
+    as_it_is: NotRequired[bool]
+    """The workload may be ill, or have ended: nobody asks it how it is. Since `TAKES_AS_IT_IS`."""
 
 
 class Identified(TypedDict):

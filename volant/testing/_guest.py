@@ -37,6 +37,7 @@ from volant.model.agent import (
     PROTOCOL_VERSION,
     RESYNC_MAGIC,
     RESYNC_NONCE_BYTES,
+    TAKES_AS_IT_IS,
     TELLS_ALL_AT_ONCE,
     encode_log_frame,
 )
@@ -116,6 +117,7 @@ class SimGuest:
             wanted = json.loads(body)
             assert len(wanted["entropy"]) >= 64
             assert "manifest" not in wanted or self.protocol >= TELLS_ALL_AT_ONCE
+            assert "as_it_is" not in wanted or self.protocol >= TAKES_AS_IT_IS
             self.is_copy = False
             self.workload = wanted.get("workload", self.workload)
             self._log_id = f"{self._rng.getrandbits(64):016x}"

@@ -16,7 +16,7 @@ import trio
 from actors import Actor, ActorDown, AskTimeout, Deferred, MailboxFull, TaskHandle, handles
 from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.host import ProcessGone
-from volant.hypervisor import Captured, CaptureFailed, HypervisorError, LaunchFailed, MachineSpec
+from volant.hypervisor import CaptureFailed, HypervisorError, LaunchFailed, MachineSpec
 from volant.journal import AlreadyAnswered, CommitSteps, Once, StaleRow
 from volant.model import (
     MAX_RESTARTS,
@@ -78,7 +78,7 @@ from ._steps import (
     told_manifest,
     workload_spec,
 )
-from .messages import Ask, Capture, Report
+from .messages import Ask, Capture, Report, Taken
 
 _logger = logging.getLogger("volant.vm")
 
@@ -151,7 +151,7 @@ class VmActor(Actor):
         return self._row
 
     @handles(Capture)
-    async def capture(self, message: Capture) -> Deferred[Captured]:
+    async def capture(self, message: Capture) -> Deferred[Taken]:
         deferred = self.ctx.defer(message)
         try:
             check_copyable(self._row)
@@ -164,11 +164,12 @@ class VmActor(Actor):
             self._capture = self.ctx.spawn(self._copy, message.into, deferred, name="capture")
         return deferred
 
-    async def _copy(self, into: Path, deferred: Deferred[Captured]) -> None:
+    async def _copy(self, into: Path, deferred: Deferred[Taken]) -> None:
         """Copy the guest; cancelled when it is to be something else."""
         try:
             with trio.fail_after(2 * CAPTURE_S):
-                deferred.reply(await self._live().capture(into, CAPTURE_S))
+                process = self._live()
+                deferred.reply(Taken(await process.capture(into, CAPTURE_S), process.protocol))
             self.ctx.spawn(self._catch_up, name="clock")
         except CaptureFailed as error:
             deferred.fail(error)
@@ -565,9 +566,10 @@ class VmActor(Actor):
                 try:
                     process = self._live()
                     if is_clone:
-                        protocol = self._doors.templates.protocol(row.template or "")
                         own_id = machine_id(self._doors.instance, row)
                         is_copy = row.capture is not None
+                        source = self._doors.captures if is_copy else self._doors.templates
+                        protocol = source.protocol(row.template or "")
                         await process.become(row.name, own_id, row.id, protocol=protocol, as_it_is=is_copy)
                     else:
                         await process.ask("GET", HEALTHZ)

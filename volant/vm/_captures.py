@@ -26,6 +26,8 @@ from volant.hypervisor import Captured, CaptureFailed, Hypervisor, MachineKind
 from volant.journal import AlreadyAnswered, EventGap, FinishSnapshot, Journal, Once, RemoveSnapshot, Store
 from volant.model import FORK, SNAPSHOT, Problem, Snapshot, VmRow, is_copyable, waits_for
 
+from .messages import Taken
+
 AT_ONCE = 2
 """So many captures are under way at a time."""
 CAPTURE_S = 60.0
@@ -43,7 +45,7 @@ _MAX_STATE = 64 * 1024 * 1024
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _logger = logging.getLogger("volant.vm")
 
-Take = Callable[[Path], Awaitable[Captured]]
+Take = Callable[[Path], Awaitable[Taken]]
 """Copies the guest into an empty directory. Raises CaptureFailed, Problem, ActorDown, AskTimeout."""
 
 
@@ -73,6 +75,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     paused_ms: float
     size_bytes: int
     """Room that it takes."""
+    protocol: int = 1
+    """The newest that the agent of its guest is known to speak."""
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -130,7 +134,7 @@ class Captures:
         """By the names of the captures."""
         self._failures: dict[str, CaptureLost] = {}
         """Why there is nothing to go on from, for as long as somebody waits for it."""
-        self._known: set[Path] = set()
+        self._known: dict[Path, Record] = {}
         """Those whose `state` has been read and was right."""
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -218,8 +222,7 @@ class Captures:
         path = self.at(turn.name)
         fresh = _fresh(path)
         try:
-            captured = await self._take(turn, take, fresh)
-            await self._write_record(fresh, captured)
+            await self._write_record(fresh, await self._take(turn, take, fresh))
             await self._host.put_in_place(fresh, path)
         except (CaptureLost, OSError) as error:
             lost = error if isinstance(error, CaptureLost) else CaptureLost("capture_failed", _unwritable(error))
@@ -236,14 +239,15 @@ class Captures:
         path = self.at(turn.name)
         passing, fresh = _fresh(self._memory_dir / turn.name), _fresh(path)
         try:
-            captured = await self._take(turn, take, passing)
+            taken = await self._take(turn, take, passing)
+            captured = taken.captured
             size = captured.memory_bytes + captured.state_bytes + captured.layer_bytes
             await self._host.mkdir(fresh)
             if self._host.free_space(self.snapshot_dir) < size + RESERVE_MB * 2**20:
                 raise CaptureLost("capture_failed", f"the disk has no room for {size // 2**20} MiB more")
             for name in _names(captured):
                 await self._copy(passing / name, fresh / name)
-            record = await self._write_record(fresh, captured)
+            record = await self._write_record(fresh, taken)
             await self._host.put_in_place(fresh, path)
             await self._host.remove_tree(passing)
             await self._ask(FinishSnapshot(snapshot.name, snapshot.id, record.paused_ms, record.size_bytes, once))
@@ -259,7 +263,7 @@ class Captures:
                 self.leave(turn)
                 await self._undo(snapshot)
 
-    async def _take(self, turn: Turn, take: Take, into: Path) -> Captured:
+    async def _take(self, turn: Turn, take: Take, into: Path) -> Taken:
         """:raises CaptureLost: :raises OSError:"""
         now = self._store.projection.by_id(turn.vm.id)
         if now is None or not is_copyable(now) or now.process != turn.vm.process:
@@ -289,7 +293,8 @@ class Captures:
             raise CaptureLost("capture_failed", f"the copy can't be written: {said.decode(errors='replace')[-300:]}")
         await self._host.put_in_place(part, target)
 
-    async def _write_record(self, directory: Path, captured: Captured) -> Record:
+    async def _write_record(self, directory: Path, taken: Taken) -> Record:
+        captured = taken.captured
         host, names = self._host, _names(captured)
         state = await host.read_bytes(directory / STATE, _MAX_STATE)
         record = Record(
@@ -298,6 +303,7 @@ class Captures:
             fingerprints={name: host.fingerprint(directory / name) for name in names},
             paused_ms=round(captured.paused_s * 1000, 3),
             size_bytes=sum(host.disk_usage(directory / name) for name in names),
+            protocol=taken.protocol,
         )
         await host.write_bytes(directory / RECORD, msgspec.json.format(msgspec.json.encode(record)))
         return record
@@ -336,8 +342,13 @@ class Captures:
         misfit = await self._hypervisor.misfit(record.kind)
         if misfit is not None:
             raise CaptureLost("capture_unfit", f"{what} can't go on here: {misfit}")
-        self._known.add(directory)
+        self._known[directory] = record
         return Found(directory / LAYER if LAYER in record.fingerprints else None, record.paused_ms)
+
+    def protocol(self, capture: str) -> int:
+        """The newest protocol that the agents of its copies speak, as far as is known here: 1, the oldest, else."""
+        record = self._known.get(self.at(capture))
+        return 1 if record is None else record.protocol
 
     # Removing them
 
@@ -358,7 +369,7 @@ class Captures:
             if problem.status == 409:
                 await host.remove_file(path / _REMOVED)
             raise
-        self._known.discard(path)
+        self._known.pop(path, None)
         await host.remove_tree(path)
 
     async def _remove_once_used(self, capture: str) -> None:
@@ -369,7 +380,7 @@ class Captures:
                 taken = await cursor.take()
                 if not isinstance(taken, EventGap) and not taken:
                     return  # the daemon ends
-        self._known.discard(self.at(capture))
+        self._known.pop(self.at(capture), None)
         self._failures.pop(capture, None)
         await self._clear(self.at(capture))
 

@@ -43,6 +43,7 @@ from volant.model.agent import (
     INFO,
     PROTOCOL_MIN,
     PROTOCOL_VERSION,
+    TAKES_AS_IT_IS,
     TELLS_ALL_AT_ONCE,
     TELLS_NETWORK,
 )
@@ -158,6 +159,11 @@ class LiveProcess:
     def reachable(self) -> bool:
         """Whether the agent is on the other end of the channel, as far as is known."""
         return self._channel is not None and self._channel.connected
+
+    @property
+    def protocol(self) -> int:
+        """The newest that the agent is known to speak; 1, the oldest, before anything is."""
+        return self._protocol or PROTOCOL_MIN
 
     def inspect(self) -> dict[str, object]:
         """Figures, ready for JSON."""
@@ -305,6 +311,8 @@ class LiveProcess:
         }
         if card is not None:
             identity["network"] = card
+        if as_it_is and protocol >= TAKES_AS_IT_IS:
+            identity["as_it_is"] = True
         at_once = protocol >= TELLS_ALL_AT_ONCE and self._manifest is not None
         if at_once:
             identity["manifest"] = self._manifest

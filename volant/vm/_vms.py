@@ -27,7 +27,6 @@ from actors import (
 )
 from volant import images
 from volant.channel import AgentClient
-from volant.hypervisor import Captured
 from volant.journal import (
     AdoptRow,
     BeginSnapshot,
@@ -82,7 +81,7 @@ from ._orphans import Orphan, find_orphans, kill_orphan, steps_to_adopt
 from ._process import LiveProcess
 from ._serial import SerialConsole
 from ._steps import blueprint_of, prepare_media, uses_image
-from .messages import Ask, Capture
+from .messages import Ask, Capture, Taken
 
 R = TypeVar("R")
 _logger = logging.getLogger("volant.vm")
@@ -233,7 +232,7 @@ class Vms:
         except OSError as error:
             raise Problem(503, "snapshot-not-removed", f"files of the snapshot can't be removed: {error}") from error
 
-    async def _capture(self, row: VmRow, into: Path) -> Captured:
+    async def _capture(self, row: VmRow, into: Path) -> Taken:
         """Have the actor of a VM copy it. Raises CaptureFailed, Problem, ActorDown, AskTimeout."""
         ref = await self._actor(row)
         return await ref.ask(Capture(into), timeout_s=3 * CAPTURE_S)

@@ -28,7 +28,16 @@ class Ask(Request[VmRow]):
 
 
 @dataclass(frozen=True, slots=True)
-class Capture(Request[Captured]):
+class Taken:
+    """A guest that was copied."""
+
+    captured: Captured
+    protocol: int
+    """The newest that its agent is known to speak."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capture(Request[Taken]):
     """Copy the guest into an empty directory; it stands still for a moment, or goes on doing so. A verb that wants it
     to be something else ends that.
 
