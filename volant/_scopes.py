@@ -21,6 +21,8 @@ from typing import Any
 
 import trio
 
+from ._cgroups import Bounds
+
 _TIMEOUT_S = 15.0
 _MAX_MESSAGES = 10_000
 """A manager that is busy tells of many jobs; more than that is no answer."""
@@ -42,9 +44,9 @@ class Scopes:
     stop_timeout_s: float = 10.0
     """How long systemd waits after SIGTERM before it kills what is in one."""
 
-    async def enclose(self, pid: int, name: str, description: str) -> None:
-        """Move a process into a scope of its own, `<name>.scope`; it is there when this returns. One that is there
-        already stays.
+    async def enclose(self, pid: int, name: str, description: str, bounds: Bounds | None) -> None:
+        """Move a process into a scope of its own, `<name>.scope`, which is held to `bounds` as far as the kernel can;
+        it is there when this returns. One that is there already stays.
 
         :raises ScopeError: systemd refuses, or does not do it within 15 s.
         """
@@ -55,7 +57,7 @@ class Scopes:
             with trio.fail_after(_TIMEOUT_S):
                 stream = await trio.open_unix_socket(self.socket)
                 async with stream:
-                    await self._start(stream, unit, pid, description)
+                    await self._start(stream, unit, pid, description, bounds)
         except trio.TooSlowError:
             raise ScopeError(f"systemd did not make {unit} within {_TIMEOUT_S:g} s") from None
         except (OSError, ValueError, trio.BrokenResourceError, trio.EndOfChannel) as error:
@@ -63,7 +65,9 @@ class Scopes:
         if (units := _units_of(pid)) and unit not in units:
             raise ScopeError(f"systemd has made {unit}, and process {pid} is not in it")
 
-    async def _start(self, stream: trio.SocketStream, unit: str, pid: int, description: str) -> None:
+    async def _start(
+        self, stream: trio.SocketStream, unit: str, pid: int, description: str, bounds: Bounds | None
+    ) -> None:
         # Imported here, as most daemons on most machines have no use for it.
         from jeepney import DBusAddress, MessageType, new_method_call
         from jeepney.auth import BEGIN, Authenticator
@@ -79,7 +83,7 @@ class Scopes:
         connection = DBusConnection(stream.socket)
         name = "org.freedesktop.systemd1"
         manager = DBusAddress("/org/freedesktop/systemd1", bus_name=name, interface=f"{name}.Manager")
-        properties = [(key, value) for key, value in self._properties(pid, description).items()]
+        properties = [(key, value) for key, value in self._properties(pid, description, bounds).items()]
         call = new_method_call(manager, "StartTransientUnit", "ssa(sv)a(sa(sv))", (unit, "fail", properties, []))
         await connection.send(call, serial=1)
         job: str | None = None
@@ -101,8 +105,17 @@ class Scopes:
                 (job,) = message.body
         raise ScopeError(f"systemd did not say what became of {unit}")
 
-    def _properties(self, pid: int, description: str) -> dict[str, tuple[str, Any]]:
-        return {
+    def _properties(self, pid: int, description: str, bounds: Bounds | None) -> dict[str, tuple[str, Any]]:
+        bounded: dict[str, tuple[str, Any]] = {}
+        if bounds is not None:
+            bounded = {
+                "MemoryMax": ("t", bounds.memory_mb * 2**20),
+                "CPUQuotaPerSecUSec": ("t", bounds.cpus * 1_000_000),
+                "CPUWeight": ("t", bounds.weight),
+                "IOWeight": ("t", bounds.weight),
+                "TasksMax": ("t", bounds.tasks),
+            }
+        return bounded | {
             "Description": ("s", description),
             "Slice": ("s", self.slice),
             "PIDs": ("au", [pid]),

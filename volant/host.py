@@ -33,6 +33,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import termios
@@ -48,12 +49,14 @@ import inotify_simple
 import msgspec
 import trio
 
-from volant import _memory, _walls
+from volant import _cgroups, _memory, _walls
+from volant._cgroups import Bounds, Cgroups
 from volant._scopes import ScopeError, Scopes
 from volant._walls import Grant, Walls
 from volant.model import ProcessIdentity
 
 __all__ = [
+    "Bounds",
     "FileWatch",
     "Grant",
     "Host",
@@ -75,6 +78,10 @@ _FALLOC_FL_PUNCH_HOLE = 0x02
 _MARK = re.compile(r"[A-Za-z0-9._:@-]{4,100}")
 _TOKENS = re.compile(rb"[\0,=]")
 _FICLONE = 0x40049409
+_TUN = "/dev/net/tun"
+_TUNSETIFF = 0x400454CA
+_TAP = 0x0002 | 0x1000
+"""IFF_TAP, IFF_NO_PI."""
 _READ_LIMIT = 16 * 1024 * 1024
 _STATUSES_KEPT = 256
 _FULL_S = 0.005
@@ -319,9 +326,11 @@ class _Watches:
 class Host:
     """The real machine. One for a daemon; a test hands in a subclass or a stand-in."""
 
-    def __init__(self, scopes: Scopes | None = None) -> None:
-        """`scopes`: where a process gets a scope of its own; None: there is no such place."""
+    def __init__(self, scopes: Scopes | None = None, groups: Cgroups | None = None) -> None:
+        """`scopes`: where a process gets a scope of its own; None: there is no such place. `groups`: where it gets a
+        control group of its own then; None: nor that."""
         self._scopes = scopes
+        self._groups = groups
         self._children: dict[int, _Child] = {}
         self._watches = _Watches()
         self._boot_id: str | None = None
@@ -615,17 +624,46 @@ class Host:
             raise
         return Process(identity, pidfd, None)
 
-    async def give_own_scope(self, identity: ProcessIdentity, description: str) -> None:
-        """Take a process out of the daemon's control group, so that what systemd does to the daemon does not touch it.
-        Its mark becomes the scope's name. Where there is no systemd, or one that refuses, the process stays where it
-        is, and the log says so.
+    async def give_own_scope(self, identity: ProcessIdentity, description: str, bounds: Bounds | None = None) -> None:
+        """Take a process out of the daemon's control group, so that what systemd does to the daemon does not touch it,
+        and bound what it takes of the machine, as far as the host can; `bounds` None: it is not bounded. Its mark
+        becomes the name of its scope, or of its group where there is no systemd. Where there is neither, or it can't
+        be, the process stays where it is, and the log says so.
         """
-        if self._scopes is None:
-            return
         try:
-            await self._scopes.enclose(identity.pid, identity.mark, description)
-        except ScopeError as error:
+            if self._scopes is not None:
+                await self._scopes.enclose(identity.pid, identity.mark, description, bounds)
+            elif self._groups is not None:
+                await trio.to_thread.run_sync(self._groups.enclose, identity.pid, identity.mark, bounds)
+        except (ScopeError, OSError) as error:
             _logger.warning("process %d stays in the daemon's control group: %s", identity.pid, error)
+
+    async def remove_own_scope(self, mark: str) -> None:
+        """Remove the control group of a process that has ended, if it is ours to remove."""
+        if self._groups is not None:
+            await trio.to_thread.run_sync(self._groups.remove, mark)
+
+    def limits_of(self, identity: ProcessIdentity) -> dict[str, str] | None:
+        """What the kernel holds a process to, by the names of the files in its control group; None: it has none of its
+        own."""
+        group = self._own_group(identity)
+        return None if group is None else _cgroups.limits_in(group)
+
+    def memory_events(self, identity: ProcessIdentity) -> Path | None:
+        """The file that changes when the kernel kills a process as memory is short; None: nobody tells of it."""
+        group = self._own_group(identity)
+        return None if group is None else _cgroups.events_of(group)
+
+    def killed_for_memory(self, events: Path) -> int:
+        """How many processes have been. Raises OSError."""
+        return _cgroups.killed_in(events.read_text())
+
+    def _own_group(self, identity: ProcessIdentity) -> Path | None:
+        try:
+            group = _cgroups.group_of(identity.pid)
+        except OSError:
+            return None
+        return group if group is not None and group.name in (identity.mark, f"{identity.mark}.scope") else None
 
     # Sockets
 
@@ -654,6 +692,17 @@ class Host:
                 raise
         finally:
             os.close(directory)
+
+    @contextmanager
+    def open_tap(self, name: str) -> Iterator[int]:
+        """A descriptor of a tap that is there, for as long as the block lasts. Raises OSError."""
+        socket.if_nametoindex(name)  # else one would be made
+        tun = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _TAP))
+            yield tun
+        finally:
+            os.close(tun)
 
     def listen_unix(self, path: Path, *, mode: int = 0o600, backlog: int = 16) -> trio.SocketListener:
         """Listen on a Unix stream socket, in place of what is there. Paths of any length; the name stays behind when

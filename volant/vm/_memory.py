@@ -15,6 +15,8 @@ from volant.model.agent import INFO
 
 OVERHEAD_MB = 192
 """What a hypervisor's process needs beside its guest's memory."""
+CEILING_MB = 2 * OVERHEAD_MB
+"""What it may take at most."""
 HOST_S = 5.0
 GUEST_S = 2.0
 """A guest that is too busy to answer is no reason to keep anybody waiting for the host's figures."""

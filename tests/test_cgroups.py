@@ -1,0 +1,113 @@
+"""A hypervisor's process is held to what its VM has a right to, and that the kernel has killed it for more is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from volant import _cgroups
+from volant._cgroups import Bounds, Cgroups
+from volant.host import Host
+from volant.model import ProcessIdentity
+
+BOUNDS = Bounds(memory_mb=640, cpus=3, weight=200, tasks=258)
+
+
+@pytest.fixture
+def groups() -> Iterator[Cgroups]:
+    """Of the machine itself."""
+    found = _cgroups.own_groups(f"volant-test-{uuid.uuid4().hex[:10]}")
+    if found is None:
+        pytest.skip("there is no place for control groups here")
+    yield found
+    if found.directory.exists():
+        found.sweep()
+        found.directory.rmdir()
+
+
+async def started(host: Host, tmp_path: Path) -> ProcessIdentity:
+    mark = f"volant-test-{host.new_id()}"
+    argv = [sys.executable, "-c", "import signal; signal.pause()", mark]
+    return await host.spawn(argv, mark=mark, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
+
+
+async def end(host: Host, identity: ProcessIdentity) -> None:
+    with host.open_process(identity) as process, trio.fail_after(10):
+        process.kill(signal.SIGKILL)
+        await process.wait()
+
+
+async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroups, tmp_path: Path) -> None:
+    host = Host(groups=groups)
+    first, second = await started(host, tmp_path), await started(host, tmp_path)
+    assert host.limits_of(first) is None
+    for _ in range(2):
+        # Whoever adopts it does it once more.
+        await host.give_own_scope(first, "VM one", BOUNDS)
+    await host.give_own_scope(second, "VM two")
+    assert _cgroups.group_of(first.pid) == groups.directory / first.mark
+    assert _cgroups.group_of(second.pid) == groups.directory / second.mark
+    assert _cgroups.group_of(os.getpid()) != groups.directory
+    limits = host.limits_of(first)
+    assert limits is not None
+    # The controllers may be somebody else's; what is there is as it should be.
+    assert (
+        limits.items()
+        <= {
+            "memory.max": str(640 * 2**20),
+            "cpu.max": "300000 100000",
+            "cpu.weight": "200",
+            "io.weight": "default 200",
+            "pids.max": "258",
+        }.items()
+    )
+    await end(host, first)
+    await host.remove_own_scope(first.mark)
+    assert not (groups.directory / first.mark).exists()
+    # One of a daemon that was killed goes as the next is made.
+    await end(host, second)
+    third = await started(host, tmp_path)
+    await host.give_own_scope(third, "VM three", BOUNDS)
+    assert [path.name for path in groups.directory.iterdir() if path.is_dir()] == [third.mark]
+    await end(host, third)
+    await host.remove_own_scope(third.mark)
+    assert not groups.directory.exists()
+
+
+async def test_bounds_are_set_where_the_controllers_are(tmp_path: Path) -> None:
+    """In a directory that looks like a group with all of them but the disk's."""
+    group = tmp_path / "volant" / "demo"
+    group.mkdir(parents=True)
+    for name in ("memory.max", "cpu.max", "cpu.weight", "pids.max"):
+        (group / name).touch()
+    Cgroups(tmp_path / "volant").enclose(os.getpid(), "demo", BOUNDS)
+    assert _cgroups.limits_in(group) == {
+        "memory.max": "671088640", "cpu.max": "300000 100000", "cpu.weight": "200", "pids.max": "258",
+    }  # fmt: skip
+    assert (group / "cgroup.procs").read_text() == str(os.getpid())
+    assert (tmp_path / "cgroup.subtree_control").exists()
+
+
+@pytest.mark.parametrize(
+    ("mountinfo", "found"),
+    [
+        ("31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw", (Path("/sys/fs/cgroup"), "/")),
+        ("31 23 0:28 /a /my\\040groups rw shared:4 - cgroup2 none rw", (Path("/my groups"), "/a")),
+        ("31 23 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu", None),
+        ("", None),
+    ],
+)
+def test_the_hierarchy_is_found_where_it_is_mounted(mountinfo: str, found: object) -> None:
+    assert _cgroups.mount_of(mountinfo) == found
+
+
+def test_how_many_were_killed_is_what_the_kernel_says() -> None:
+    assert _cgroups.killed_in("low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 0\n") == 2
+    assert _cgroups.killed_in("low 0\nmax 1\n") == 0
