@@ -25,6 +25,7 @@ from volant.channel import AgentClient, Channel, VirtioSerial, open_channel
 from volant.host import Host
 from volant.hypervisor import Captured, Disk, Machine, MachineSpec, Nic
 from volant.hypervisor.qemu import QemuHypervisor
+from volant.model import ProcessIdentity
 from volant.model.agent import DAEMON_IDENTITY, DAEMON_ROOT, EXEC, HEALTHZ, INFO
 
 BOOT_S = 120.0
@@ -157,7 +158,14 @@ class Guest:
 
 @asynccontextmanager
 async def running(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> AsyncIterator[Guest]:
-    identity = await qemu.launch(spec)
+    async with adopted(host, qemu, spec, await qemu.launch(spec)) as guest:
+        yield guest
+
+
+@asynccontextmanager
+async def adopted(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, identity: ProcessIdentity
+) -> AsyncIterator[Guest]:
     async with qemu.attach(spec, identity) as machine:
         async with open_channel(host, VirtioSerial(spec.agent_path)) as channel:
             guest = Guest(host, qemu, spec, machine, channel)

@@ -5,9 +5,11 @@ Without a daemon, as this is about guest, hypervisor and channel. QEMU runs in a
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import trio
 from tests.hypervisor.kit import machine_spec, real_qemu
 from tests.system.netns import IN_ITS_OWN
 from tests.system.rootfs import make_ext4
-from tests.system.test_capture import BOOT_S, Guest, running
+from tests.system.test_capture import BOOT_S, Guest, adopted, running
 from volant import images
 from volant.channel import VirtioSerial, open_channel
 from volant.host import Host
@@ -69,6 +71,11 @@ class Net:
             [*self._enter, *command], check=True, stdout=subprocess.PIPE, text=True, timeout=_S
         ).stdout
 
+    def enter(self) -> None:
+        """Let the thread that calls be in there, for good."""
+        with Path(f"/proc/{self._holder.pid}/ns/net").open() as handle:
+            assert ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), 0) == 0
+
     def spoken(self) -> list[list[str]]:
         """Everybody who has spoken until now, and as whom. Once."""
         self._listener.terminate()
@@ -83,6 +90,22 @@ class Net:
             process.stdout.close()
 
 
+class HostInside(Host):
+    """Finds taps where QEMU runs."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self._net = net
+
+    @contextmanager
+    def open_tap(self, name: str) -> Iterator[int]:
+        """See `Host`. A network namespace belongs to a thread."""
+        with ThreadPoolExecutor(1, initializer=self._net.enter) as inside:
+            block = super().open_tap(name)
+            yield inside.submit(block.__enter__).result()
+            inside.submit(block.__exit__, None, None, None).result()
+
+
 @pytest.fixture
 def net(tmp_path: Path) -> Iterator[Net]:
     net = Net(tmp_path)
@@ -91,8 +114,8 @@ def net(tmp_path: Path) -> Iterator[Net]:
 
 
 @pytest.fixture
-def host() -> Host:
-    return Host()
+def host(net: Net) -> Host:
+    return HostInside(net)
 
 
 @pytest.fixture
@@ -188,6 +211,31 @@ async def test_clones_speak_as_themselves_and_never_as_their_template(
         assert {words[1] for words in spoken if words[0] == mac(number) and len(words) > 1} == {address(number)}
 
 
+@pytest.mark.parametrize("behind", ["tap", "socket"])
+async def test_a_machine_that_waited_is_given_what_is_behind_its_card(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path, behind: str
+) -> None:
+    """When it was launched nobody knew whose it would be. Who is told to let it go on twice does so once."""
+    nobody = Nic(mac=mac(0x70))
+    spec = msgspec.structs.replace(spec, name="", nic=nobody)
+    peer, path = Peer(), tmp_path / "net.sock"
+    with trio.fail_after(2 * BOOT_S):
+        template = await saved(host, qemu, spec, tmp_path / "state")
+        waiting = clone_spec(msgspec.structs.replace(spec, waits=True), template, 2, nobody)
+        identity = await qemu.launch(waiting)
+        nic = card(2) if behind == "tap" else Nic(mac=mac(2), socket=path)
+        machine_spec = msgspec.structs.replace(waiting, nic=nic)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(peer.serve, path)
+            for _ in range(2):
+                await qemu.go_on(machine_spec)
+            async with adopted(host, qemu, machine_spec, identity) as guest:
+                await guest.become("clone2", network=told(2))
+                await is_on_the_network(guest, 2)
+            nursery.cancel_scope.cancel()
+    assert peer.heard == ({(mac(2), address(2))} if behind == "socket" else set())
+
+
 async def saved(host: Host, qemu: QemuHypervisor, spec: MachineSpec, state: Path) -> Template:
     identity = await qemu.launch(spec)
     async with qemu.attach(spec, identity) as machine:
@@ -206,20 +254,24 @@ async def saved(host: Host, qemu: QemuHypervisor, spec: MachineSpec, state: Path
 async def clone(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, template: Template, number: int
 ) -> AsyncIterator[Guest]:
+    spec = clone_spec(spec, template, number, card(number))
+    async with running(host, qemu, spec) as guest:
+        began = host.monotonic()
+        await guest.become(spec.name, network=told(number))
+        print(f"told who it is in {(host.monotonic() - began) * 1000:.0f} ms")
+        yield guest
+
+
+def clone_spec(spec: MachineSpec, template: Template, number: int, nic: Nic) -> MachineSpec:
     name = f"clone{number}"
-    spec = msgspec.structs.replace(
+    return msgspec.structs.replace(
         spec,
         name=name,
         directory=spec.directory.with_name(name),
         mark=f"{spec.mark}-{name}",
         template=template,
-        nic=card(number),
+        nic=nic,
     )
-    async with running(host, qemu, spec) as guest:
-        began = host.monotonic()
-        await guest.become(name, network=told(number))
-        print(f"told who it is in {(host.monotonic() - began) * 1000:.0f} ms")
-        yield guest
 
 
 async def test_a_root_filesystem_is_told_too_and_keeps_its_own_names(

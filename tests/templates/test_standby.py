@@ -14,7 +14,7 @@ import trio
 
 from tests.templates.test_store import RECIPE, add
 from volant.host import Host
-from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec
+from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec, Nic
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
 from volant.templates import (
@@ -32,8 +32,8 @@ from volant.templates._standby import Use, claim_in, wanted
 from volant.vm import BootGate
 
 
-def blueprint(memory_mb: int = 128, told: Told | None = None) -> Blueprint:
-    recipe = msgspec.structs.replace(RECIPE, memory_mb=memory_mb, told=told)
+def blueprint(memory_mb: int = 128, told: Told | None = None, *, has_nic: bool = False) -> Blueprint:
+    recipe = msgspec.structs.replace(RECIPE, memory_mb=memory_mb, told=told, has_nic=has_nic)
     return Blueprint(
         recipe=recipe,
         digest=recipe.digest,
@@ -50,9 +50,11 @@ class Hypervisor(QemuHypervisor):
 
     refuses = False
     hangs = False
+    launched: list[MachineSpec]
     running: list[MachineSpec]
 
     async def launch(self, spec: MachineSpec) -> ProcessIdentity:
+        self.launched.append(spec)
         if self.refuses:
             raise LaunchFailed("template_refused", "it does not fit")
         assert spec.waits
@@ -93,7 +95,7 @@ class Pool:
         self.path = path
         self.rows: Any = Rows()
         self.hypervisor = Hypervisor(self.host, path / "c", accelerator="tcg")
-        self.hypervisor.running = []
+        self.hypervisor.launched, self.hypervisor.running = [], []
         self.quiet = True
         self.warmed: list[str] = []
         self.cold: Exception | None = None
@@ -207,6 +209,25 @@ async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: P
         assert await claim_in(pool.host, spec.directory) == Claim(3, "vm", "")
         await pool.filled()
         assert pool.standbys.marks != {standby.mark}
+
+
+async def test_one_with_a_card_waits_for_a_vm_with_one_and_is_given_its_own_at_the_claim(tmp_path: Path) -> None:
+    async with standing(tmp_path, StandbyLimits(each=1)) as pool:
+        with_card = blueprint(has_nic=True)
+        pool.standbys.take(7, with_card)
+        await pool.filled()
+        assert pool.standbys.take(8, blueprint()) is None
+        standby = await pool.take(7, with_card)
+        pool.rows.marks.append(standby.mark)
+        pool.standbys.settle(7, standby.mark)
+        (launched,) = [each for each in pool.hypervisor.launched if each.mark == standby.mark]
+        assert launched.nic is not None
+        assert (launched.nic.tap, launched.nic.socket, launched.nic.address) == (None, None, "")
+        nic = Nic(mac="02:00:00:00:00:07", tap="v7", address="192.168.127.7/24", gateway="192.168.127.1")
+        spec = msgspec.structs.replace(pool.spec(standby, 7), nic=nic)
+        assert await pool.standbys.claim(spec, Claim(1, "vm", "", nic))
+        assert pool.hypervisor.running == [spec]
+        assert await claim_in(pool.host, spec.directory) == Claim(1, "vm", "", nic), "no command line says it"
 
 
 async def test_one_waits_once_its_guest_has_rehearsed_unless_a_workload_runs_in_it(tmp_path: Path) -> None:

@@ -331,7 +331,8 @@ class Hypervisor(Protocol):
 
     async def go_on(self, spec: MachineSpec) -> None:
         """Let the guest of a machine run that waits; one that runs does so already. Its directory may have another name
-        than when it was launched. Nobody may be attached. Raises HypervisorError; the guest may run all the same."""
+        than when it was launched, and its card has what is behind it only now. Nobody may be attached. Raises
+        HypervisorError; the guest may run all the same."""
 
     def recognise(self, command_line: Sequence[str]) -> FoundMachine | None:
         """The machine of a command line that `launch` once made; None where it is another one."""

@@ -23,7 +23,7 @@ from volant.journal import Projection
 from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_SETTLE, DAEMON_WORKLOAD, HEALTHZ
 
 from ._ask import TemplateFailed, ask, while_it_lives
-from ._recipe import Blueprint, Told
+from ._recipe import Blueprint, Recipe, Told
 from ._store import LAYER, MEMORY, STATE, TemplateStore
 
 RESERVE_MB = 384
@@ -130,6 +130,11 @@ _MAC = "02:00:00:00:00:01"
 """Of a card that is connected to nothing, in a guest that does not use it."""
 
 
+def card_to_nowhere(recipe: Recipe) -> Nic | None:
+    """The card of a machine that is nobody's VM."""
+    return Nic(mac=_MAC) if recipe.has_nic else None
+
+
 def _directories(doors: BuildDoors) -> Path:
     return doors.runtime_dir / "templates"
 
@@ -150,7 +155,7 @@ def _spec(doors: BuildDoors, blueprint: Blueprint) -> MachineSpec:
         mark=f"{template_mark_prefix(doors.instance)}{name}",
         accelerator=blueprint.accelerator,
         root=None if blueprint.rootfs is None else Disk(blueprint.rootfs, fresh / f"{LAYER}.part"),
-        nic=Nic(mac=_MAC) if recipe.has_nic else None,
+        nic=card_to_nowhere(recipe),
         in_background=True,
     )
 

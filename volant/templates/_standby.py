@@ -19,11 +19,11 @@ import msgspec
 import trio
 
 from volant.host import Host, ProcessGone
-from volant.hypervisor import Disk, HypervisorError, MachineSpec
+from volant.hypervisor import Disk, HypervisorError, MachineSpec, Nic
 from volant.model import ProcessIdentity
 
 from ._ask import TemplateFailed
-from ._builder import RESERVE_MB, BuildDoors
+from ._builder import RESERVE_MB, BuildDoors, card_to_nowhere
 from ._recipe import Blueprint
 from ._store import template_at, template_layer
 from ._warm import warm_up
@@ -49,6 +49,7 @@ class Claim(msgspec.Struct, frozen=True):
     name: str
     layer: str
     """As the row has it."""
+    nic: Nic | None = None
 
 
 class StandbyLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -350,6 +351,7 @@ class Standbys:
             accelerator=blueprint.accelerator,
             root=root,
             template=template_at(doors.store.directory, blueprint.digest),
+            nic=card_to_nowhere(recipe),
             waits=True,
         )
 

@@ -26,6 +26,7 @@ from ._builder import BuildDoors
 
 WARM_S = 20.0
 _NAME = "standby"
+_ADDRESS, _GATEWAY = "192.0.2.2", "192.0.2.1"
 _ENTROPY_BYTES = 64
 _ROUNDS = 2
 """Some code runs for the first time when something is done for the second."""
@@ -50,13 +51,16 @@ async def _rehearse(host: Host, spec: MachineSpec) -> None:
         async with open_channel(host, VirtioSerial(spec.agent_path)) as channel:
             await channel.ready()
             client = AgentClient(channel)
-            nobody = {
+            nobody: dict[str, object] = {
                 "hostname": _NAME,
                 "machine_id": host.entropy(16).hex(),
                 "vm_id": 0,
                 "entropy": base64.b64encode(host.entropy(_ENTROPY_BYTES)).decode(),
                 "time_ns": int(host.wall_clock().timestamp() * 1e6) * 1000,
             }
+            if spec.nic is not None:
+                # It wakes up, and what it says leads nowhere.
+                nobody["network"] = {"mac": spec.nic.mac, "address": _ADDRESS, "prefix": 24, "gateway": _GATEWAY}
             await ask(client, "PUT", DAEMON_IDENTITY, nobody)
             await ask(client, "GET", HEALTHZ)
             await ask(client, "GET", INFO)

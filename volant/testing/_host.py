@@ -229,6 +229,11 @@ class SimHost(Host):
         self._streams.append(stream)
         return stream
 
+    @contextmanager
+    def open_tap(self, name: str) -> Iterator[int]:
+        self._check()
+        yield -1
+
     def listen_unix(self, path: Path, *, mode: int = 0o600, backlog: int = 16) -> Any:
         self._check()
         listener = SimListener()

@@ -527,8 +527,9 @@ class VmActor(Actor):
                 # through all processes would cost as much as starting one.
                 found = await self._doors.host.find(mark)
             try:
-                if found is not None and standbys.is_one(mark):
-                    found = found if await standbys.claim(spec, Claim(row.boots, row.name, row.layer)) else None
+                claim = Claim(row.boots, row.name, row.layer, spec.nic)
+                if found is not None and standbys.is_one(mark) and not await standbys.claim(spec, claim):
+                    found = None
             except OSError as error:
                 raise StepError("launch_failed", f"a process that was to become the VM is left: {error}") from error
             if found is None:

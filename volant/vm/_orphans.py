@@ -95,7 +95,7 @@ def _claimed(settings: VmSettings, machine: FoundMachine, claim: Claim) -> Found
     root = machine.root
     if root is not None:
         root = msgspec.structs.replace(root, layer=settings.disk_dir / claim.layer / root.layer.name)
-    return msgspec.structs.replace(machine, name=claim.name, root=root)
+    return msgspec.structs.replace(machine, name=claim.name, root=root, nic=claim.nic)
 
 
 def _obstacle(doors: VmDoors, vm_id: int, machine: FoundMachine | None) -> str | None:

@@ -64,7 +64,7 @@ async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
     if found is None:
         return Prepared(digest, None)
     template, blueprint = found
-    return Prepared(digest, template.digest, standby=_standby(doors, row, blueprint))
+    return Prepared(digest, template.digest, standby=doors.standbys.take(row.id, blueprint))
 
 
 async def _prepare_copy(doors: VmDoors, row: VmRow, capture: str) -> Prepared:
@@ -148,15 +148,9 @@ async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> 
         await _make_layer(doors, disk, None)
         return Prepared(image, None)
     template, blueprint = found
-    standby = _standby(doors, row, blueprint)
+    standby = doors.standbys.take(row.id, blueprint)
     await _make_layer(doors, disk, template.layer, standby)
     return Prepared(image, template.digest, standby=standby)
-
-
-def _standby(doors: VmDoors, row: VmRow, blueprint: Blueprint) -> Standby | None:
-    """A process that waits, if one does. What is behind a card is said when a process begins, and so none waits for a
-    VM that has one."""
-    return None if row.lease is not None else doors.standbys.take(row.id, blueprint)
 
 
 async def _make_layer(doors: VmDoors, disk: Disk, like: Path | None, standby: Standby | None = None) -> None:

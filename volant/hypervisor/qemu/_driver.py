@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack, suppress
 from pathlib import Path
 
 import trio
@@ -39,6 +39,8 @@ GO_ON_S = 5.0
 SPARE_MEMORY_MB = 192
 """What must be left on the host beside a guest's memory: QEMU itself, and under TCG its translated code."""
 
+_HUB_PORT, _BEHIND_HUB, _HANDED = "net1", "net2", "handed"
+"""Of a machine that waited: what its card is connected to now, and what that was handed over as."""
 _RETRY_S = 0.005
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 _MISSING = "QEMU is not installed: there is no program qemu-system-x86_64 (Debian: apt install qemu-system-x86)"
@@ -222,6 +224,7 @@ class QemuHypervisor:
                     try:
                         qmp = QmpClient(stream, lambda name, data: None)
                         await nursery.start(qmp.start)
+                        await self._plug_in(qmp, spec)
                         await qmp.execute("cont", timeout_s=GO_ON_S)
                     except HypervisorError as error:
                         failure = error
@@ -230,6 +233,32 @@ class QemuHypervisor:
             raise HypervisorError(f"the machine can't be told to go on: {error or 'no answer'}") from error
         if failure is not None:
             raise failure
+
+    async def _plug_in(self, qmp: QmpClient, spec: MachineSpec) -> None:
+        """Put what is behind a machine's card at the other end of the hub that it was launched with. It is opened here,
+        as the process may have no right to. Raises OSError, HypervisorError."""
+        nic = spec.nic
+        if nic is None or (await qmp.execute("query-status")).get("running"):
+            return
+        with ExitStack() as stack:
+            if nic.tap is not None:
+                descriptor = stack.enter_context(self._host.open_tap(nic.tap))
+                behind: dict[str, object] = {"type": "tap", "fd": _HANDED, "vhost": False}
+            elif nic.socket is not None:
+                stream = await self._host.connect_unix(nic.socket, GO_ON_S)
+                stack.callback(stream.socket.close)
+                descriptor = stream.socket.fileno()
+                # `stream` would look for the descriptor in a thread that knows of none.
+                behind = {"type": "socket", "fd": _HANDED}
+            else:
+                return
+            for name in (_HUB_PORT, _BEHIND_HUB):
+                # Of somebody who did not come further.
+                with suppress(QmpRefused):
+                    await qmp.execute("netdev_del", {"id": name})
+            await qmp.execute("getfd", {"fdname": _HANDED}, descriptor=descriptor)
+        await qmp.execute("netdev_add", {"id": _BEHIND_HUB, **behind})
+        await qmp.execute("netdev_add", {"id": _HUB_PORT, "type": "hubport", "hubid": 0, "netdev": _BEHIND_HUB})
 
     def recognise(self, command_line: Sequence[str]) -> FoundMachine | None:
         return parse_argv(command_line)

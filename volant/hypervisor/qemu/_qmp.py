@@ -5,6 +5,8 @@ Written here rather than taken from `qemu.qmp`, which is asyncio. What is needed
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -63,8 +65,16 @@ class QmpClient:
         finally:
             self._lose("the control socket was closed")
 
-    async def execute(self, command: str, arguments: dict[str, Any] | None = None, *, timeout_s: float = 5.0) -> Any:
-        """Run a command and give what it returns. Raises QmpRefused, QmpLost, also when there is no answer in time."""
+    async def execute(
+        self,
+        command: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        timeout_s: float = 5.0,
+        descriptor: int | None = None,
+    ) -> Any:
+        """Run a command and give what it returns; a descriptor goes with it. Raises QmpRefused, QmpLost, also when
+        there is no answer in time."""
         self._next_id += 1
         number = self._next_id
         message: dict[str, Any] = {"execute": command, "id": number}
@@ -75,7 +85,7 @@ class QmpClient:
             with trio.fail_after(timeout_s):
                 async with self._sending:
                     if not self.lost.is_set():
-                        await self._stream.send_all(msgspec.json.encode(message) + b"\n")
+                        await self._send(msgspec.json.encode(message) + b"\n", descriptor)
                 if not self.lost.is_set():
                     await answer.came.wait()
         except trio.TooSlowError:
@@ -91,6 +101,17 @@ class QmpClient:
             text = refusal.get("desc") if isinstance(refusal, dict) else refusal
             raise QmpRefused(f"QEMU refused {command}: {text}")
         return answer.message.get("return")
+
+    async def _send(self, data: bytes, descriptor: int | None) -> None:
+        # A stream that is simulated has no descriptors.
+        if descriptor is not None and isinstance(self._stream, trio.SocketStream):
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", descriptor))
+            try:
+                sent = await self._stream.socket.sendmsg([data], [rights])
+            except OSError as error:
+                raise trio.BrokenResourceError from error
+            data = data[sent:]
+        await self._stream.send_all(data)
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         if "event" in message:
