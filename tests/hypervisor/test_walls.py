@@ -6,7 +6,6 @@ QEMU's place.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -19,6 +18,7 @@ import msgspec
 import pytest
 import trio
 
+from tests.hypervisor.intruder import DENIED, PYTHON, tries
 from tests.hypervisor.kit import real_qemu, tiny_spec
 from tests.hypervisor.test_capture import COUNTS, clone, nobody
 from volant.host import Host, ProcessStatus
@@ -28,8 +28,6 @@ from volant.hypervisor.qemu._enclosure import Enclosure
 from volant.model import ProcessIdentity
 
 USERS = range(65536, 65536 + 32768)
-PYTHON = next((path for path in map(Path, ("/usr/bin/python3.13", "/usr/bin/python3")) if path.exists()), None)
-
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="users of their own are given by root")
 
 
@@ -132,50 +130,6 @@ async def test_a_guest_runs_is_saved_and_copied_behind_walls(
                 await machine.kill()
 
 
-INTRUDER = r"""
-import ctypes, errno, json, os, signal, socket, sys
-tasks = json.loads(sys.argv[2])
-def trial(what, *arguments):
-    try:
-        if what == "read": open(arguments[0], "rb").read(1)
-        elif what == "write": open(arguments[0], "r+b").close()
-        elif what == "append": open(arguments[0], "ab").close()
-        elif what == "list": os.listdir(arguments[0])
-        elif what == "make": open(arguments[0], "xb").close()
-        elif what == "link": os.symlink("/etc/passwd", arguments[0])
-        elif what == "remove": os.unlink(arguments[0])
-        elif what == "rename": os.rename(arguments[0], arguments[0] + "x")
-        elif what == "chmod": os.chmod(arguments[0], 0o777)
-        elif what == "bind": socket.socket(socket.AF_UNIX).bind(arguments[0])
-        elif what == "unix": socket.socket(socket.AF_UNIX).connect(arguments[0])
-        elif what == "abstract": socket.socket(socket.AF_UNIX).connect("\0" + arguments[0])
-        elif what == "tcp": socket.create_connection(("127.0.0.1", arguments[0]), 2)
-        elif what == "listen": socket.socket().bind(("127.0.0.1", 0))
-        elif what == "kill": os.kill(arguments[0], signal.SIGTERM)
-        elif what == "ptrace":
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.ptrace(16, arguments[0], 0, 0): raise OSError(ctypes.get_errno(), "ptrace")
-        elif what == "setuid": os.setresuid(0, 0, 0)
-        elif what == "chroot": os.chroot("/")
-        elif what == "mount":
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.mount(b"none", b"/tmp", b"tmpfs", 0, 0): raise OSError(ctypes.get_errno(), "mount")
-        elif what == "uring":
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.syscall(425, 8, ctypes.create_string_buffer(200)) < 0: raise OSError(ctypes.get_errno(), "io_uring")
-        else: return "no such trial"
-    except OSError as error:
-        return errno.errorcode[error.errno]
-    return "DONE"
-print(json.dumps([trial(*task) for task in tasks]), flush=True)
-print("end", flush=True)
-signal.pause()
-"""
-"""Does what it is told to, and says what came of each."""
-
-_DENIED = frozenset({"EACCES", "EPERM"})
-
-
 class Intruder:
     """Runs in the place of the QEMU of a machine, behind its walls."""
 
@@ -187,23 +141,9 @@ class Intruder:
 
     async def tries(self, tasks: Sequence[Sequence[object]]) -> dict[tuple[object, ...], str]:
         """What came of each."""
-        host, spec = self.host, self.spec
-        output = spec.directory / "qemu.log"
-        await host.remove_file(output)
-        walls = await Enclosure(host, self.plan).enclose(spec)
-        argv = [str(PYTHON), "-I", "-S", "-c", INTRUDER, f"guest={spec.mark}", json.dumps(tasks)]
-        identity = await host.spawn(
-            argv, mark=spec.mark, env={"PATH": "/usr/bin"}, cwd=spec.directory, stdout_path=output, walls=walls
-        )
-        with trio.fail_after(30), host.open_process(identity) as process:
-            with host.watch(output) as watch:
-                while b"end\n" not in (said := await host.read_bytes(output)) and not process.exited:
-                    await watch.wait()
-            self.status = host.process_status(identity)
-            process.kill()
-            await process.wait()
-        results: list[str] = json.loads(said.splitlines()[0])
-        return {tuple(task): result for task, result in zip(tasks, results, strict=True)}
+        walls = await Enclosure(self.host, self.plan).enclose(self.spec)
+        found, self.status = await tries(self.host, self.spec.mark, self.spec.directory, walls, tasks)
+        return found
 
 
 @pytest.fixture
@@ -259,7 +199,7 @@ async def test_it_uses_what_is_its_own_and_no_file_of_another_vm_or_of_the_daemo
         ]  # fmt: skip
         found = await intruder.tries([*may, *may_not])
     assert {task: found[task] for task in may} == dict.fromkeys(may, "DONE")
-    assert {task: result for task in may_not if (result := found[task]) not in _DENIED} == {}
+    assert {task: result for task in may_not if (result := found[task]) not in DENIED} == {}
 
 
 @as_root
@@ -287,7 +227,7 @@ async def test_without_landlock_its_user_keeps_it_from_the_same(
         ]  # fmt: skip
         found = await intruder.tries([*may, *may_not])
     assert {task: found[task] for task in may} == dict.fromkeys(may, "DONE")
-    assert {task: result for task in may_not if (result := found[task]) not in _DENIED} == {}
+    assert {task: result for task in may_not if (result := found[task]) not in DENIED} == {}
 
 
 async def test_without_a_user_of_its_own_it_is_kept_from_other_vms_all_the_same(
@@ -306,7 +246,7 @@ async def test_without_a_user_of_its_own_it_is_kept_from_other_vms_all_the_same(
             ("read", f"/proc/{victim.pid}/mem"),
         ]  # fmt: skip
         found = await intruder.tries(tasks)
-    assert {task: result for task, result in found.items() if result not in _DENIED} == {}
+    assert {task: result for task, result in found.items() if result not in DENIED} == {}
     assert intruder.status is not None
     assert (intruder.status.capabilities, intruder.status.no_new_privileges) == (0, True)
 
@@ -343,7 +283,7 @@ async def test_it_talks_to_nobody_and_touches_no_process(
         if plan.landlock >= 4:
             tasks.append(("listen",))
         found = await intruder.tries(tasks)
-    assert {task: result for task, result in found.items() if result not in _DENIED} == {}
+    assert {task: result for task, result in found.items() if result not in DENIED} == {}
     assert intruder.status is not None
     assert intruder.status.capabilities == 0
     if plan.users is not None:
@@ -362,7 +302,7 @@ async def test_landlock_alone_keeps_it_from_ports_and_processes(
         found = await intruder.tries(
             [("tcp", port), ("abstract", name), ("listen",), ("kill", victim.pid), ("ptrace", victim.pid)]
         )
-    assert {task: result for task, result in found.items() if result not in _DENIED} == {}
+    assert {task: result for task, result in found.items() if result not in DENIED} == {}
 
 
 async def test_the_intruder_can_do_all_of_it_where_there_are_no_walls(
@@ -374,15 +314,8 @@ async def test_the_intruder_can_do_all_of_it_where_there_are_no_walls(
         ("tcp", port), ("abstract", name), ("unix", str(path)), ("listen",), ("read", "/etc/passwd"),
         ("list", str(place)), ("make", "new"), ("link", "console.sock"), ("rename", "console.log"),
     ]  # fmt: skip
-    output = spec.directory / "out"
-    argv = [str(PYTHON), "-I", "-S", "-c", INTRUDER, f"guest={spec.mark}", json.dumps(tasks)]
-    identity = await host.spawn(argv, mark=spec.mark, env={}, cwd=spec.directory, stdout_path=output)
-    with trio.fail_after(30), host.open_process(identity) as process, host.watch(output) as watch:
-        while b"end\n" not in (said := await host.read_bytes(output)):
-            await watch.wait()
-        process.kill()
-        await process.wait()
-    assert set(json.loads(said.splitlines()[0])) == {"DONE"}
+    found, _ = await tries(host, spec.mark, spec.directory, None, tasks)
+    assert set(found.values()) == {"DONE"}
 
 
 async def test_a_wall_that_cannot_be_put_up_lets_nothing_start(

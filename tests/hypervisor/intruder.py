@@ -1,0 +1,77 @@
+"""A program that does what somebody would try who has taken a hypervisor's process over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from volant.host import Host, ProcessStatus, Walls
+
+PYTHON = next((path for path in map(Path, ("/usr/bin/python3.13", "/usr/bin/python3")) if path.exists()), None)
+"""One that lies where programs lie, as behind the walls there are no others."""
+
+INTRUDER = r"""
+import ctypes, errno, json, os, signal, socket, sys
+tasks = json.loads(sys.argv[2])
+def trial(what, *arguments):
+    try:
+        if what == "read": open(arguments[0], "rb").read(1)
+        elif what == "write": open(arguments[0], "r+b").close()
+        elif what == "append": open(arguments[0], "ab").close()
+        elif what == "list": os.listdir(arguments[0])
+        elif what == "make": open(arguments[0], "xb").close()
+        elif what == "link": os.symlink("/etc/passwd", arguments[0])
+        elif what == "remove": os.unlink(arguments[0])
+        elif what == "rename": os.rename(arguments[0], arguments[0] + "x")
+        elif what == "chmod": os.chmod(arguments[0], 0o777)
+        elif what == "bind": socket.socket(socket.AF_UNIX).bind(arguments[0])
+        elif what == "unix": socket.socket(socket.AF_UNIX).connect(arguments[0])
+        elif what == "abstract": socket.socket(socket.AF_UNIX).connect("\0" + arguments[0])
+        elif what == "tcp": socket.create_connection(("127.0.0.1", arguments[0]), 2)
+        elif what == "listen": socket.socket().bind(("127.0.0.1", 0))
+        elif what == "kill": os.kill(arguments[0], signal.SIGTERM)
+        elif what == "ptrace":
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.ptrace(16, arguments[0], 0, 0): raise OSError(ctypes.get_errno(), "ptrace")
+        elif what == "setuid": os.setresuid(0, 0, 0)
+        elif what == "chroot": os.chroot("/")
+        elif what == "mount":
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.mount(b"none", b"/tmp", b"tmpfs", 0, 0): raise OSError(ctypes.get_errno(), "mount")
+        elif what == "uring":
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.syscall(425, 8, ctypes.create_string_buffer(200)) < 0: raise OSError(ctypes.get_errno(), "io_uring")
+        else: return "no such trial"
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    return "DONE"
+print(json.dumps([trial(*task) for task in tasks]), flush=True)
+print("end", flush=True)
+signal.pause()
+"""
+"""Does what it is told to, and says what came of each."""
+
+DENIED = frozenset({"EACCES", "EPERM"})
+
+
+async def tries(
+    host: Host, mark: str, directory: Path, walls: Walls | None, tasks: Sequence[Sequence[object]]
+) -> tuple[dict[tuple[object, ...], str], ProcessStatus]:
+    """What came of each, in the place of a QEMU behind those walls; and what the kernel says of its rights."""
+    output = directory / "qemu.log"
+    await host.remove_file(output)
+    argv = [str(PYTHON), "-I", "-S", "-c", INTRUDER, f"guest={mark}", json.dumps(tasks)]
+    env = {"PATH": "/usr/bin"}
+    identity = await host.spawn(argv, mark=mark, env=env, cwd=directory, stdout_path=output, walls=walls)
+    with trio.fail_after(30), host.open_process(identity) as process:
+        with host.watch(output) as watch:
+            while b"end\n" not in (said := await host.read_bytes(output)) and not process.exited:
+                await watch.wait()
+        status = host.process_status(identity)
+        process.kill()
+        await process.wait()
+    results: list[str] = json.loads(said.splitlines()[0])
+    return {tuple(task): result for task, result in zip(tasks, results, strict=True)}, status
