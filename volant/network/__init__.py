@@ -4,6 +4,7 @@ from ._actor import NetworkKeeper
 from ._door import Link, MakeBridge, MakeTap, NetworkDoor, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
 from ._netlink import HostNetwork
 from ._networks import Networks
+from ._passt import Passt, passt_socket
 from ._plan import NetworkSettings
 
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "NetworkKeeper",
     "NetworkSettings",
     "Networks",
+    "Passt",
     "RemoveLink",
     "Route",
     "SetLocalnet",
     "Step",
+    "passt_socket",
 ]

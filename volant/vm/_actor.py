@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -66,7 +67,7 @@ from ._console import ConsolePump
 from ._doors import VmDoors
 from ._errors import StepError
 from ._gate import TURN_S
-from ._network import Neighbours, attach, detach
+from ._network import Neighbours, attach, detach, is_user, keep_user_network
 from ._process import LiveProcess, RootFailed
 from ._steps import (
     blueprint_of,
@@ -416,7 +417,8 @@ class VmActor(Actor):
                 stands_still=row.phase is Phase.PAUSE or (row.status is Status.PAUSED and row.phase is Phase.NONE),
             )
             self._doors.live[self._vm_id] = self._process
-            self._process_task = self.ctx.spawn(self._process.run, name="process")
+            beside = partial(keep_user_network, self._doors, row) if is_user(row) else None
+            self._process_task = self.ctx.spawn(self._process.run, beside, name="process")
 
     async def _deliver(self, report: Report) -> None:
         """Tell the own actor, again and again while the journal can't keep it."""

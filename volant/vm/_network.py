@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+import trio
 
 from actors import ActorDown, AskTimeout
 from volant.hypervisor import Nic
 from volant.journal import Projection
 from volant.model import USER, Lease, VmRow, is_named, kind_of
-from volant.network import NetworkFailed
+from volant.network import NetworkFailed, Passt, passt_socket
 from volant.network.messages import Attach, Detach
 
 from ._errors import StepError
@@ -20,32 +23,73 @@ if TYPE_CHECKING:
 HOSTS_AT_ONCE = 8
 """So many guests at a time are told who is in their network."""
 _ASK_S = 25.0
+_KEEP_S, _KEEP_MAX_S = 1.0, 60.0
+
+_logger = logging.getLogger("volant.vm")
 
 
 async def attach(doors: VmDoors, row: VmRow) -> None:
-    """Have a VM's tap there, and its firewall. Its row has the mark of the process to come.
+    """Have there what is to be behind a VM's card. Its row has the mark of the process to come.
 
     :raises StepError: it can't be had, with the network's own code; `network_down`.
     """
-    await _ask(doors, row, Attach(row.id), None)
+    try:
+        if is_user(row):
+            await passt_of(doors).start(row, doors.hypervisor.user_of(row.mark, row.id))
+        else:
+            await _ask(doors, row, Attach(row.id))
+    except NetworkFailed as error:
+        raise StepError(error.code, f"the VM's network: {error}") from error
 
 
 async def detach(doors: VmDoors, row: VmRow) -> None:
-    """Leave nothing of it. :raises StepError: `not_removed`."""
-    await _ask(doors, row, Detach(row.id), "not_removed")
+    """Leave nothing of that. :raises StepError: `not_removed`."""
+    try:
+        if is_user(row):
+            await passt_of(doors).end(row.id)
+        else:
+            await _ask(doors, row, Detach(row.id))
+    except (NetworkFailed, StepError) as error:
+        raise StepError("not_removed", f"what was behind the VM's card is left: {error}") from error
 
 
-async def _ask(doors: VmDoors, row: VmRow, message: Attach | Detach, code: str | None) -> None:
+async def keep_user_network(doors: VmDoors, row: VmRow) -> None:
+    """Have one speak for the guest for as long as its hypervisor runs, which connects again by itself."""
+    passt, pause_s = passt_of(doors), _KEEP_S
+    while True:
+        try:
+            await passt.start(row, doors.hypervisor.user_of(row.mark, row.id))
+            began = trio.current_time()
+            await passt.ended(row.id)
+            _logger.warning("VM %s: passt has ended, and is started again", row.name, extra={"vm": row.name})
+            if trio.current_time() - began >= _KEEP_MAX_S:
+                pause_s = _KEEP_S
+        except NetworkFailed as error:
+            _logger.warning("VM %s: %s; trying again in %g s", row.name, error, pause_s, extra={"vm": row.name})
+        # It ends with its hypervisor, too; of that others hear in that time.
+        await trio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _KEEP_MAX_S)
+
+
+def is_user(row: VmRow) -> bool:
+    """Whether a process of its own speaks for its guest."""
+    return row.lease is not None and kind_of(row.network) == USER
+
+
+def passt_of(doors: VmDoors) -> Passt:
+    """Those processes."""
+    return Passt(doors.host, doors.settings.runtime_dir, doors.instance)
+
+
+async def _ask(doors: VmDoors, row: VmRow, message: Attach | Detach) -> None:
     if row.lease is None or not row.lease.tap:
         return
     if doors.network is None:
-        raise StepError(code or "network_down", "this daemon has nobody who keeps its networks")
+        raise StepError("network_down", "this daemon has nobody who keeps its networks")
     try:
         await doors.network.ask(message, timeout_s=_ASK_S)
-    except NetworkFailed as error:
-        raise StepError(code or error.code, f"the VM's network: {error}") from error
     except (ActorDown, AskTimeout) as error:
-        raise StepError(code or "network_down", f"who keeps the networks does not answer: {error}") from error
+        raise StepError("network_down", f"who keeps the networks does not answer: {error}") from error
 
 
 def card_of(settings: VmSettings, row: VmRow) -> Nic | None:
@@ -56,7 +100,7 @@ def card_of(settings: VmSettings, row: VmRow) -> Nic | None:
     return Nic(
         mac=lease.mac,
         tap=lease.tap or None,
-        socket=settings.runtime_dir / "vms" / str(row.id) / "net.sock" if kind_of(row.network) == USER else None,
+        socket=passt_socket(settings.runtime_dir, row.id) if is_user(row) else None,
         address=f"{lease.address}/{lease.prefix}",
         gateway=lease.gateway,
         nameservers=settings.nameservers,

@@ -176,8 +176,8 @@ class LiveProcess:
             "console": self.console.inspect(),
         }
 
-    async def run(self) -> None:
-        """Keep the tasks until cancelled."""
+    async def run(self, beside: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Keep the tasks until cancelled, and `beside` with them."""
         pump = ConsolePump(self._host, self._spec.console_path, self._log, self._boot_key, tell=self.console.feed)
         with ExitStack() as stack:
             try:
@@ -197,6 +197,8 @@ class LiveProcess:
                 nursery.start_soon(self._watch)
                 if self._neighbours.can_change:
                     nursery.start_soon(self._keep_hosts)
+                if beside is not None:
+                    nursery.start_soon(beside)
 
     async def machine(self) -> Machine:
         """The machine under watch, once it is that. Raises HypervisorError: it is not, or it has ended."""

@@ -1,0 +1,100 @@
+"""A process of passt: there before its hypervisor, gone with it, and of one VM."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from tests.model.test_decide import create
+from volant.host import Host
+from volant.model import Lease, PublishedPort, VmRow, user_lease
+from volant.network import NetworkFailed, Passt
+from volant.network._passt import passt_argv
+
+INSTANCE = f"{os.getpid():010x}"
+
+needs_passt = pytest.mark.skipif(shutil.which("passt") is None, reason="needs passt: .ci/system-packages network")
+
+
+def row_of(vm_id: int, *ports: PublishedPort) -> VmRow:
+    return msgspec.structs.replace(create(), id=vm_id, network="user", lease=user_lease(INSTANCE, vm_id), ports=ports)
+
+
+@pytest.fixture
+def passt(tmp_path: Path) -> Passt:
+    return Passt(Host(), tmp_path, INSTANCE)
+
+
+def test_a_guest_reaches_nothing_of_the_hosts_loopback_and_is_given_what_the_row_says() -> None:
+    lease = Lease(address="10.0.2.15", prefix=24, gateway="10.0.2.2", mac="02:00:00:00:00:07", tap="")
+    ports = [
+        PublishedPort(host="127.0.0.1", host_port=8080, guest_port=80),
+        PublishedPort(host="0.0.0.0", host_port=53, guest_port=5353, protocol="udp"),
+    ]
+    argv = passt_argv(Path("/run/7.sock"), Path("/run/7.log"), "volant-a-n.7", lease, ports)
+    assert "--no-map-gw" in argv
+    words = " ".join(argv)
+    assert "--address 10.0.2.15 --netmask 24 --gateway 10.0.2.2" in words
+    assert "--tcp-ports 127.0.0.1/8080:80" in words
+    assert "--udp-ports 0.0.0.0/53:5353" in words
+    nothing = " ".join(passt_argv(Path("/run/7.sock"), Path("/run/7.log"), "volant-a-n.7", lease, []))
+    assert nothing.endswith("--tcp-ports none --udp-ports none")
+
+
+@needs_passt
+async def test_it_listens_when_it_is_started_and_is_the_same_when_it_is_started_again(passt: Passt) -> None:
+    row, other = row_of(7), row_of(8)
+    await passt.start(row, None)
+    await passt.start(other, None)
+    try:
+        first = await passt.host.find(f"volant-{INSTANCE}-n.7")
+        assert first is not None
+        await passt.start(row, None)
+        assert await passt.host.find(f"volant-{INSTANCE}-n.7") == first
+        await passt.end(7)
+        assert await passt.host.find(f"volant-{INSTANCE}-n.7") is None
+        assert await passt.host.find(f"volant-{INSTANCE}-n.8") is not None
+        await passt.end(7)
+    finally:
+        await passt.end(7)
+        await passt.end(8)
+    assert not passt.host.list_directory(passt.runtime_dir / "net")
+
+
+@needs_passt
+async def test_it_ends_with_its_hypervisor_whoever_looks_on(passt: Passt) -> None:
+    await passt.start(row_of(7), None)
+    try:
+        with closing(socket.socket(socket.AF_UNIX)) as hypervisor:
+            hypervisor.connect(str(passt.socket(7)))
+        with trio.fail_after(10):
+            await passt.ended(7)
+        assert await passt.host.find(f"volant-{INSTANCE}-n.7") is None
+        # What it has left behind is in nobody's way.
+        await passt.start(row_of(7), None)
+    finally:
+        await passt.end(7)
+
+
+@needs_passt
+async def test_a_port_that_is_taken_says_so(passt: Passt) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(NetworkFailed, match=str(port)) as failed:
+            await passt.start(row_of(7, PublishedPort(host="127.0.0.1", host_port=port, guest_port=80)), None)
+    assert failed.value.code == "passt_failed"
+    await passt.end(7)
+
+
+async def test_a_host_without_it_says_what_to_install(passt: Passt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("volant.network._passt.PROGRAM", "no-such-passt")
+    with pytest.raises(NetworkFailed, match="apt-get install passt") as failed:
+        await passt.start(row_of(7), None)
+    assert failed.value.code == "passt_missing"

@@ -1,0 +1,130 @@
+"""Networks of the kind `user`: a process of passt for each VM, which speaks for its guest as a user of the host's.
+
+It goes into the background by itself once its socket is there and its ports are bound, so that whoever started it knows
+either that or why not. `--one-off`: it ends with its hypervisor, whoever looks on. `--no-map-gw`: else a guest would
+reach what listens on the host's loopback at its gateway's address, this daemon's API among it. What it says is
+bounded by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from volant.host import Bounds, Grant, Host, ProcessGone
+from volant.model import Lease, PublishedPort, VmRow
+
+from ._door import NetworkFailed
+
+PROGRAM = "passt"
+_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_START_S = 10.0
+_END_S = 10.0
+_LOG_BYTES = 1024 * 1024
+_SAID_CHARACTERS = 500
+_READ_WRITE = 6
+_BOUNDS = Bounds(memory_mb=256, cpus=1, weight=100, tasks=8)
+"""It takes some 60 MiB, and has one thread."""
+
+
+def passt_argv(socket: Path, log: Path, mark: str, lease: Lease, ports: Sequence[PublishedPort]) -> list[str]:
+    """The command line for one VM."""
+    argv = [
+        *(PROGRAM, "--quiet", "--one-off", "--ipv4-only", "--no-map-gw"),
+        # The guest is told otherwise.
+        *("--no-dhcp", "--hostname", mark),
+        *("--address", lease.address, "--netmask", str(lease.prefix), "--gateway", lease.gateway),
+        *("--socket", str(socket), "--log-file", str(log), "--log-size", str(_LOG_BYTES)),
+    ]
+    for protocol, option in (("tcp", "--tcp-ports"), ("udp", "--udp-ports")):
+        wanted = [port for port in ports if port.protocol == protocol]
+        for port in wanted:
+            argv += [option, f"{port.host}/{port.host_port}:{port.guest_port}"]
+        if not wanted:
+            argv += [option, "none"]
+    return argv
+
+
+def passt_socket(runtime_dir: Path, vm_id: int) -> Path:
+    """Where the hypervisor of a VM finds the process that speaks for its guest. In no directory of a VM's, as those are
+    moved about."""
+    return runtime_dir / "net" / f"{vm_id}.sock"
+
+
+@dataclass(frozen=True)
+class Passt:
+    """The processes of one daemon."""
+
+    host: Host
+    runtime_dir: Path
+    instance: str
+
+    def socket(self, vm_id: int) -> Path:
+        """Where the hypervisor finds the one of a VM."""
+        return passt_socket(self.runtime_dir, vm_id)
+
+    async def start(self, row: VmRow, user: int | None) -> None:
+        """Have one there, and return once it listens. It may have been started before.
+
+        :param user: as whom the hypervisor runs; None: as the daemon does
+        :raises NetworkFailed: `passt_missing`, `passt_failed`.
+        """
+        if row.lease is None:
+            return
+        host, mark, socket = self.host, self._mark(row.id), self.socket(row.id)
+        found = await host.find(mark)
+        if found is None or not host.exists(socket):
+            await self.end(row.id)
+            argv = passt_argv(socket, self._log(row.id), mark, row.lease, row.ports)
+            try:
+                await host.mkdir(socket.parent)
+                status, said = await host.run_program(argv, env=_ENVIRONMENT, cwd=Path("/"), timeout_s=_START_S)
+            except FileNotFoundError:
+                raise NetworkFailed(
+                    "passt_missing", "passt is not installed: apt-get install passt, then start the VM again"
+                ) from None
+            except (OSError, trio.TooSlowError) as error:
+                raise NetworkFailed("passt_failed", f"passt can't be started: {error or 'it takes too long'}") from None
+            found = await host.find(mark)
+            if status != 0 or found is None:
+                words = said.decode(errors="replace").strip()[-_SAID_CHARACTERS:] or "it ended without a word"
+                raise NetworkFailed("passt_failed", f"passt does not run: {words}")
+            await host.give_own_scope(found, f"network of VM {row.name}", _BOUNDS)
+        if user is not None:
+            try:
+                await host.grant([Grant(socket, "user", user, _READ_WRITE)], [self.runtime_dir])
+            except OSError as error:
+                raise NetworkFailed("passt_failed", f"passt's socket can't be handed over: {error}") from error
+
+    async def ended(self, vm_id: int) -> None:
+        """Return once a VM has none."""
+        found = await self.host.find(self._mark(vm_id))
+        if found is not None:
+            with suppress(ProcessGone), self.host.open_process(found) as process:
+                await process.wait()
+
+    async def end(self, vm_id: int) -> None:
+        """Leave nothing of the one of a VM. :raises NetworkFailed: `passt_failed`."""
+        host = self.host
+        found = await host.find(self._mark(vm_id))
+        try:
+            if found is not None:
+                with trio.fail_after(_END_S), suppress(ProcessGone), host.open_process(found) as process:
+                    process.kill()
+                    await process.wait()
+            await host.remove_own_scope(self._mark(vm_id))
+            for path in (self.socket(vm_id), self._log(vm_id)):
+                await host.remove_file(path)
+        except (OSError, trio.TooSlowError) as error:
+            raise NetworkFailed("passt_failed", f"passt can't be ended: {error or 'it does not end'}") from error
+
+    def _mark(self, vm_id: int) -> str:
+        # Unlike a hypervisor's: it is none.
+        return f"volant-{self.instance}-n.{vm_id}"
+
+    def _log(self, vm_id: int) -> Path:
+        return self.socket(vm_id).with_suffix(".log")
