@@ -1,11 +1,11 @@
-"""Relays move a bounded number of bytes a turn, and VMs share it evenly."""
+"""What is done for VMs in one turn of the scheduler is bounded, and they share it evenly."""
 
 from __future__ import annotations
 
 import trio
 import trio.testing
 
-from volant.api._relay import Turns
+from volant._turns import Turns
 
 
 async def test_what_fits_into_the_turn_does_not_wait() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from volant.channel._budget import FRAME_LIMIT, FrameBudget, FrameCounter
+from volant.channel._budget import FRAME_LIMIT, FrameCounter, frame_budget
 from volant.channel._errors import LinkLost
 
 
@@ -42,7 +42,7 @@ def test_an_overlong_frame_is_seen_at_its_header() -> None:
 
 
 def test_data_pays_for_its_frames_and_empty_ones_wait() -> None:
-    budget = FrameBudget(0.0)
+    budget = frame_budget()
     bulk, empty = price(frame(16384) * 64), price(frame(0) * 2500)
     assert all(budget.spend(bulk, 0.0) == 0.0 for _ in range(10_000))
     assert budget.spend(empty, 0.0) == 0.0

@@ -8,6 +8,7 @@ from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from volant._turns import Turns
 from volant.model import Problem
 
 from . import (
@@ -37,7 +38,7 @@ from . import (
 from ._doors import Doors
 from ._edge import Access, Edge, Limits, internal_error, problem_body, too_large
 from ._idempotency import Repeats
-from ._relay import Relay, Turns
+from ._relay import Relay
 
 _log = logging.getLogger("volant.api")
 

@@ -15,12 +15,12 @@ from contextlib import AsyncExitStack
 
 import trio
 
+from volant._turns import Turns
 from volant.model import Problem, Status, VmRow, is_name, no_such_vm
 from volant.vm import Keyboard, KeyboardTaken, Missed, NotTyped, Reader
 
 from ._doors import Doors
 from ._edge import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
-from ._relay import Turns
 
 NOT_ALLOWED = 1008
 COME_AGAIN = 1012

@@ -25,12 +25,13 @@ from weakref import WeakValueDictionary
 import msgspec
 import trio
 
+from volant._turns import Turns
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
 from volant.model import DEVTOOLS_PORT, Desired, Problem, Status, VmRow, is_name, no_such_vm
 
 from ._doors import Doors
 from ._edge import Access, Call, StreamRoute, interruptible, without_credentials
-from ._relay import SANDBOX, Relay, Turns, first_text, to_port
+from ._relay import SANDBOX, Relay, first_text, to_port
 
 WAIT_S = 60.0
 """How long a request waits for a VM and its browser, and how long a browser may take after its VM runs."""

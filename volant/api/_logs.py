@@ -10,12 +10,12 @@ from datetime import datetime
 from functools import partial
 from typing import cast
 
+from volant._turns import Turns
 from volant.journal import LogCursor, LogGap, LogStream, VmLog
 from volant.model import Problem, VmRow, invalid, is_name, no_such_vm
 
 from ._doors import Doors
 from ._edge import GOING_AWAY, NORMAL, Call, Query, StreamRoute, interruptible, parse_time
-from ._relay import Turns
 
 _WEBSOCKET = re.compile(r"/ws/v1/vms/([^/]*)/logs/?\Z")
 _HTTP = re.compile(r"/api/v1/vms/([^/]*)/logs/?\Z")

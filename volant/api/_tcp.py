@@ -15,12 +15,13 @@ from functools import partial
 
 import trio
 
+from volant._turns import Turns
 from volant.channel import ChannelStream
 from volant.model import is_name, no_such_vm
 
 from ._doors import Doors
 from ._edge import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
-from ._relay import Turns, open_port, parse_port
+from ._relay import open_port, parse_port
 
 PROTOCOL_ERROR = 1002
 UNSUPPORTED = 1003

@@ -10,6 +10,8 @@ honest guest with short lines would lose all its streams.
 
 from __future__ import annotations
 
+from volant._turns import Bucket
+
 from ._errors import LinkLost
 
 FRAME_LIMIT = 16384
@@ -62,19 +64,6 @@ class FrameCounter:
         return position, frames, price
 
 
-class FrameBudget:
-    """A bucket that refills with time. `spend` says how long to wait before reading on."""
-
-    RATE = 2500.0  #: frames a second that need no data to pay for them
-    BURST = 2500.0
-
-    def __init__(self, now: float) -> None:
-        self._tokens = self.BURST
-        self._at = now
-
-    def spend(self, price: float, now: float) -> float:
-        """Seconds to wait, 0 as a rule, after frames of that price were taken in at `now`."""
-        self._tokens = min(self.BURST, self._tokens + (now - self._at) * self.RATE)
-        self._at = now
-        self._tokens -= max(0.0, price)
-        return max(0.0, -self._tokens / self.RATE)
+def frame_budget() -> Bucket:
+    """Frames a second that need no data to pay for them."""
+    return Bucket(2500.0, 2500.0)

@@ -38,7 +38,7 @@ from h2.settings import SettingCodes, Settings
 
 from volant.model.agent import MAX_STREAMS, RESERVED_STREAMS, RESYNC_MAGIC, RESYNC_NONCE_BYTES
 
-from ._budget import FRAME_LIMIT, FrameBudget, FrameCounter
+from ._budget import FRAME_LIMIT, FrameCounter, frame_budget
 from ._errors import LinkLost
 from ._slots import Slot
 from ._stream import Bytes, ChannelStream
@@ -160,7 +160,7 @@ class Link:
 
     async def _read(self, data: bytes) -> None:
         counter = FrameCounter()
-        budget = FrameBudget(trio.current_time())
+        budget = frame_budget()
         while True:
             while data:
                 size, _, price = counter.take(data, _FRAMES_PER_TURN)

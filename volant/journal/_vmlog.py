@@ -29,8 +29,10 @@ import msgspec
 import trio
 
 from actors import Gap, Log, check_fence
+from volant._turns import Turns
 from volant.host import Host
 
+from ._pace import Pace
 from ._segments import (
     CHECKPOINT_BYTES,
     MAX_SOURCES,
@@ -114,6 +116,7 @@ class VmLog:
         max_bytes: int,
         segment_bytes: int,
         drop: Callable[[Path], None],
+        turns: Turns,
     ) -> None:
         self._host = host
         self._directory = directory
@@ -122,6 +125,7 @@ class VmLog:
         self._segment_bytes = segment_bytes
         self._drop = drop
         self.vm_id = vm_id
+        self._pace = Pace(turns, vm_id)
         self._name = ""
         self._newest = 0
         self._resume: dict[str, int] = {}
@@ -197,6 +201,11 @@ class VmLog:
     def resume_position(self, source: str) -> int:
         """Where to go on in `source` so that no line is missing and none is there twice; 0 when it is not known."""
         return self._resume.get(self._token(source)[0], 0)
+
+    async def pace(self, lines: int, size: int) -> None:
+        """For who has appended so many lines, of so many bytes in all: wait for the next turn, at least a checkpoint.
+        Whoever has brought much waits longer."""
+        await self._pace.keep(lines, size)
 
     def append(self, entries: Sequence[LogEntry]) -> None:
         """Number, encode and write lines, and wake up those who follow. Never waits, never fails for the disk.

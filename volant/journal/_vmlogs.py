@@ -10,6 +10,7 @@ import trio
 
 from volant.host import Host
 
+from ._pace import log_turns
 from ._segments import Segment, segment_of
 from ._vmlog import LogStatistics, VmLog
 
@@ -48,6 +49,7 @@ class VmLogs:
         self._logs: dict[int, VmLog] = {}
         self._expiry: dict[int, datetime] = {}
         self._dropped: dict[Path, None] = {}
+        self._turns = log_turns()
         self._wake = trio.Event()
 
     async def prepare(self) -> None:
@@ -211,6 +213,7 @@ class VmLogs:
                 max_bytes=self._max_bytes,
                 segment_bytes=self._segment_bytes,
                 drop=self._drop,
+                turns=self._turns,
             )
             if vm_id in self._expiry:
                 log.end()

@@ -19,9 +19,13 @@ import trio
 from volant.host import Host
 from volant.journal import LogEntry, VmLog
 
-from ._lines import Line, LineSplitter
+from ._lines import PIECE_BYTES, Line, LineSplitter, piece_of
 
-_READ_BYTES = 64 * 1024
+BEHIND_BYTES = 64 * 1024 * 1024
+"""A guest may be so far ahead of the pump: about as much as its log keeps. It bounds what its console takes of the disk
+while there is a daemon, and how long the next daemon has to catch up."""
+FINISH_S = 3.0
+_FINISH_BYTES = 64 * 1024
 _PUNCH_BYTES = 1024 * 1024
 
 
@@ -62,9 +66,9 @@ class ConsolePump:
                 await watch.wait()
 
     async def drain(self) -> None:
-        """Carry what is there now. Yields after each piece, so that a flood starves nobody."""
-        while self._carry():
-            await trio.lowlevel.checkpoint()
+        """Carry what is there now, at the pace of the log, so that a flood starves nobody."""
+        while piece := self._carry():
+            await self._log.pace(*piece)
 
     def recent(self, lines: int) -> bytes:
         """The last lines of this boot, and what is no line yet, as a prompt is none."""
@@ -74,14 +78,23 @@ class ConsolePump:
         return "".join(f"{line}\r\n" for line in logged).encode() + self._splitter.held
 
     async def finish(self) -> None:
-        """Carry the rest, once nobody writes any more: a last line needs no end."""
-        await self.drain()
+        """Carry the rest, once nobody writes any more: a last line needs no end. Of more than can be carried in
+        `FINISH_S` only the last."""
+        with trio.move_on_after(FINISH_S):
+            await self.drain()
+        self._skip(_FINISH_BYTES, _FINISH_BYTES)
+        while self._carry():
+            await trio.lowlevel.checkpoint()
         self._append(self._splitter.flush())
 
-    def _carry(self) -> bool:
-        data = self._host.read_at(self._fd, _READ_BYTES, self._splitter.position)
+    def _carry(self) -> tuple[int, int] | None:
+        """Carry a piece: how many lines and bytes that was. None: there is no more."""
+        data = self._host.read_at(self._fd, PIECE_BYTES, self._splitter.position)
         if not data:
-            return False
+            return None
+        if len(data) == PIECE_BYTES and self._skip(BEHIND_BYTES, BEHIND_BYTES // 2):
+            return 1, 0
+        data = piece_of(data)
         lines = self._splitter.feed(data)
         self._append(lines)
         if lines and lines[-1].end - self._freed >= _PUNCH_BYTES:
@@ -90,6 +103,22 @@ class ConsolePump:
             self._freed = lines[-1].end
         if self._tell is not None:
             self._tell(data)
+        return len(lines), len(data)
+
+    def _skip(self, limit: int, keep: int) -> bool:
+        """When more than `limit` bytes are not carried yet, give up all but the last `keep`."""
+        try:
+            end = self._host.file_size(self._path)
+        except OSError:
+            return False
+        lost = end - keep - self._splitter.position
+        if end - self._splitter.position <= limit:
+            return False
+        lines = self._splitter.skip_to(end - keep)
+        lines.append(Line(b"[%d bytes of the console are lost]" % lost, False, end - keep))
+        self._append(lines)
+        self._host.punch_hole(self._fd, 0, end - keep)
+        self._freed = end - keep
         return True
 
     def _append(self, lines: list[Line]) -> None:

@@ -8,6 +8,18 @@ MAX_LINE_BYTES = 64 * 1024
 """Longer lines are split (contract: Logs)."""
 
 
+PIECE_BYTES = 64 * 1024
+_PIECE_LINES = 2000
+
+
+def piece_of(data: bytes, start: int = 0) -> bytes:
+    """What to take next of `data`, at its position `start`: all of it, unless that is too much for one turn."""
+    if len(data) - start > PIECE_BYTES or data.count(b"\n", start) > _PIECE_LINES:
+        end = start + PIECE_BYTES
+        return data[start : end if data.count(b"\n", start, end) <= _PIECE_LINES else start + _PIECE_LINES]
+    return data[start:] if start else data
+
+
 class Line(NamedTuple):
     """A line without its end, or a part of one that is too long."""
 

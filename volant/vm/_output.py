@@ -18,7 +18,7 @@ from volant.model.agent import (
     gap_length,
 )
 
-from ._lines import Line, LineSplitter
+from ._lines import Line, LineSplitter, piece_of
 
 _Stream = Literal["stdout", "stderr"]
 _NAMES: tuple[_Stream, ...] = ("stdout", "stderr")
@@ -29,6 +29,7 @@ _STREAMS: dict[int, _Stream] = {
     FRAME_STDERR_GAP: "stderr",
 }
 _OPEN_TIMEOUT_S = 30.0
+_LINES_AT_ONCE = 1000
 _MAX_CLOCK_NS = 253_402_300_799 * 10**9  # the last second of the year 9999
 
 
@@ -71,20 +72,35 @@ async def pump_output(client: AgentClient, log: VmLog, boot_key: str, log_id: st
 
         async for chunk in response:
             batch: list[LogEntry] = []
+            frames = size = 0
             for kind, position, time_ns, data in decoder.feed(chunk):
                 stream = _STREAMS[kind]
                 splitter = splitters[stream]
                 when = datetime.fromtimestamp(min(time_ns, _MAX_CLOCK_NS) / 1e9, UTC)
+                frames += 1
                 if kind in (FRAME_STDOUT_GAP, FRAME_STDERR_GAP):
                     lost = gap_length(data)
                     lines = splitter.skip_to(position + lost)
                     lines.append(Line(b"[%d bytes are lost]" % lost, False, position + lost))
-                else:
-                    lines = splitter.skip_to(position) if position != splitter.position else []
-                    lines += splitter.feed(data)
+                    batch += entries(stream, lines)
+                    continue
+                lines = splitter.skip_to(position) if position != splitter.position else []
+                start = 0
+                while start < len(data):
+                    piece = piece_of(data, start)
+                    start += len(piece)
+                    batch += entries(stream, lines + splitter.feed(piece))
+                    lines = []
+                    size += len(piece)
+                    if len(batch) + frames >= _LINES_AT_ONCE:
+                        log.append(batch)
+                        await log.pace(len(batch) + frames, size)
+                        batch = []
+                        frames = size = 0
                 batch += entries(stream, lines)
             if batch:
                 log.append(batch)
+            await log.pace(len(batch) + frames, size)
         # The guest has shut down, or the agent has ended: what is left over are last lines.
         for stream, splitter in splitters.items():
             if rest := splitter.flush():

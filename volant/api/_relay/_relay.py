@@ -23,13 +23,13 @@ from typing import cast
 
 import trio
 
+from volant._turns import Turns
 from volant.channel import AgentClient, AgentProtocolError, AgentResponse, AgentUnreachable, Channel, ChannelStream
 from volant.model import Problem, invalid
 
 from .._edge import GOING_AWAY, Call, interruptible
 from ._headers import from_guest, shows_key, to_guest
 from ._redirect import Sender
-from ._turns import Turns
 
 HEAD_S = 600.0
 """How long a server in a guest may take to begin its answer."""

@@ -1,0 +1,174 @@
+"""What a guest says gets into its log at a pace that leaves the daemon to others, whatever it says."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+import trio
+import trio.testing
+
+from volant.channel import AgentClient, AgentResponse
+from volant.host import Host
+from volant.journal import LogGap, VmLog, VmLogs
+from volant.model.agent import FRAME_STDOUT, LOG_ID_HEADER, encode_log_frame
+from volant.vm import _console
+from volant.vm._console import ConsolePump
+from volant.vm._lines import piece_of
+from volant.vm._output import pump_output
+
+LONGEST_S = 0.1
+"""How long the scheduler may be kept from others; one piece takes some milliseconds of an idle machine."""
+
+
+@pytest.fixture
+async def log(tmp_path: Path) -> VmLog:
+    logs = VmLogs(Host(), tmp_path / "logs")
+    await logs.prepare()
+    return logs.open(1, "demo")
+
+
+async def slowest_turn(into: list[float]) -> None:
+    while True:
+        # Of the processor, as the machine may have other things to do.
+        began = time.thread_time()
+        await trio.lowlevel.checkpoint()
+        into.append(time.thread_time() - began)
+
+
+async def lines_of(log: VmLog) -> list[str]:
+    lines: list[str] = []
+    async with log.cursor(follow=False) as cursor:
+        while taken := await cursor.take():
+            if isinstance(taken, LogGap):
+                lines.append(f"gap {taken.first} {taken.last}")
+            else:
+                lines += [frame.decode() for frame in taken]
+    return lines
+
+
+class Output:
+    """An agent that sends so many chunks of its workload's output."""
+
+    status = 200
+    headers = ((LOG_ID_HEADER.lower().encode(), b"1"),)
+
+    def __init__(self, chunks: int, chunk: bytes) -> None:
+        self._chunks = chunks
+        self._chunk = chunk
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        position = 0
+        for _ in range(self._chunks):
+            await trio.lowlevel.checkpoint()
+            yield b"".join(
+                encode_log_frame(FRAME_STDOUT, position + start, 0, self._chunk[start : start + 65536])
+                for start in range(0, len(self._chunk), 65536)
+            )
+            position += len(self._chunk)
+
+    def stream(self, *_: object, **__: object) -> Output:
+        return self
+
+    async def __aenter__(self) -> AgentResponse:
+        return cast(AgentResponse, self)
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+
+FLOODS = {"line feeds": b"\n" * 131072, "no text": b"\xff" * 131072, "zeros": bytes(131072), "empty frames": b""}
+
+
+@pytest.mark.parametrize("what", FLOODS)
+async def test_output_of_any_kind_keeps_the_daemon_from_nobody(log: VmLog, what: str) -> None:
+    turns: list[float] = []
+    output = Output(4, FLOODS[what])
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(slowest_turn, turns)
+            await pump_output(cast(AgentClient, output), log, "b", "1")
+            nursery.cancel_scope.cancel()
+    assert max(turns) < LONGEST_S
+    if what == "line feeds":
+        assert log.newest == 4 * 131072
+
+
+async def test_more_lines_than_the_pace_allows_are_waited_for(
+    log: VmLog, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A hundred thousand a second; a second's worth may come at once."""
+    began = trio.current_time()
+    await pump_output(cast(AgentClient, Output(8, b"\n" * 131072)), log, "b", "1")
+    assert log.newest == 8 * 131072
+    assert 9 < trio.current_time() - began < 11
+
+
+def test_pieces_have_a_bounded_number_of_lines_and_bytes() -> None:
+    text = (b"x" * 99 + b"\n") * 3000
+    assert piece_of(text) == text[:65536]
+    assert piece_of(text, 299_000) == text[299_000:]
+    assert piece_of(b"\n" * 10_000, 5) == b"\n" * 2000
+    assert piece_of(b"short\n") == b"short\n"
+
+
+async def test_a_console_of_line_feeds_keeps_the_daemon_from_nobody(log: VmLog, tmp_path: Path) -> None:
+    path = tmp_path / "console.log"
+    path.write_bytes(b"\r\n" * 200_000)
+    turns: list[float] = []
+    with ConsolePump(Host(), path, log, "b") as pump, trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(slowest_turn, turns)
+            await pump.drain()
+            nursery.cancel_scope.cancel()
+    assert max(turns) < LONGEST_S
+    assert log.newest == 200_000
+
+
+async def test_a_console_far_ahead_of_its_log_is_cut_and_its_file_stays_small(
+    log: VmLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_console, "BEHIND_BYTES", 2_000_000)
+    path = tmp_path / "console.log"
+    path.write_bytes(b"early\n" * 1_000_000 + b"late\n")
+    with ConsolePump(Host(), path, log, "b") as pump:
+        await pump.drain()
+    lines = await lines_of(log)
+    assert "[5000005 bytes of the console are lost]" in lines[0]
+    assert '"late"' in lines[-1]
+    assert 150_000 < len(lines) < 170_000
+    assert path.stat().st_size == 6_000_005
+    assert path.stat().st_blocks * 512 < 1_200_000
+
+
+async def test_the_end_of_a_console_is_there_in_time_however_much_is_before_it(
+    log: VmLog, tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    path = tmp_path / "console.log"
+    path.write_bytes(b"\n" * 2_000_000 + b"last words")
+    began = trio.current_time()
+    with ConsolePump(Host(), path, log, "b") as pump:
+        await pump.finish()
+    assert trio.current_time() - began <= _console.FINISH_S
+    assert '"last words"' in (await lines_of(log))[-1]
+
+
+async def test_what_was_lost_is_not_read_again_by_the_next_pump(
+    log: VmLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_console, "BEHIND_BYTES", 200_000)
+    path = tmp_path / "console.log"
+    path.write_bytes(b"x\n" * 500_000)
+    with ConsolePump(Host(), path, log, "b") as pump:
+        await pump.drain()
+    newest = log.newest
+    with path.open("ab") as file:
+        file.write(b"more\n")
+        os.fsync(file.fileno())
+    with ConsolePump(Host(), path, log, "b") as pump:
+        await pump.drain()
+    assert log.newest == newest + 1
