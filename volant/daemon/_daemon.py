@@ -33,7 +33,8 @@ from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
 from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
-from volant.model import Networking, ProcessIdentity, Status, parse_subnet
+from volant.model import BRIDGE, Networking, ProcessIdentity, Status, VmRow, parse_subnet
+from volant.network import HostNetwork, NetworkDoor, NetworkKeeper, Networks, NetworkSettings
 from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
 from volant.vm import (
     CLONES_AT_ONCE,
@@ -173,6 +174,7 @@ class Daemon:
         notifier: Notifier | None = None,
         *,
         host: Host | None = None,
+        network: NetworkDoor | None = None,
     ) -> None:
         self.settings = settings
         self._sockets = sockets
@@ -231,6 +233,15 @@ class Daemon:
             shutdown_s=10,
         )
         self._journal = Child("journal", partial(Journal, self.store), shutdown_s=10)
+        self._networks = Networks(
+            network or HostNetwork(self.host),
+            NetworkSettings(instance=instance, subnet=parse_subnet(settings.subnet), bridge=settings.bridge),
+            self.store.projection.rows,
+            self._owner_of,
+        )
+        self._network = Child(
+            "network", partial(NetworkKeeper, self._networks, ephemeral=settings.ephemeral), shutdown_s=30
+        )
         self._captures = Captures(
             self.host,
             self.store,
@@ -270,6 +281,7 @@ class Daemon:
                 instance=instance,
                 gate=gate,
                 clone_gate=clone_gate,
+                network=self._network.ref,
             ),
             self._supervisor,
         )
@@ -341,12 +353,17 @@ class Daemon:
             _logger.warning("a restored database is taken; the one before it lies in %s", aside)
         # A database that was lost, or put back by hand, does not know which ids are used.
         self.store.ids_taken = (await self._evidence()).newest_id
+        obstacle = await self._networks.obstacle()
+        if obstacle is not None:
+            obstacles = {**self.store.networking.obstacles, BRIDGE: obstacle}
+            self.store.networking = msgspec.structs.replace(self.store.networking, obstacles=obstacles)
         root = Supervisor(
             ONE_FOR_ONE,
             intensity=5,
             period_s=60,
             children=[
                 self._journal,
+                self._network,
                 Child("logs", self.logs.keep),
                 self._templates,
                 Child("captures", self._captures.keep),
@@ -437,6 +454,11 @@ class Daemon:
         await self._list_orphans()
         self.adoption_s = trio.current_time() - began
         _logger.info("ready: %d VMs", len(self.store.projection))
+
+    def _owner_of(self, row: VmRow) -> int:
+        """Who may open a VM's tap."""
+        user = self.hypervisor.user_of(row.mark, row.id)
+        return os.geteuid() if user is None else user
 
     async def _evidence(self) -> Evidence:
         return await evidence_of(self.host, self.settings, self.logs)

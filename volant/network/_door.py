@@ -84,6 +84,10 @@ Step = MakeBridge | MakeTap | RemoveLink | SetLocalnet
 class NetworkDoor(Protocol):
     """Each call has a deadline of its own. :raises NetworkFailed: it has passed, or the host refuses."""
 
+    async def ready(self) -> None:
+        """:raises NetworkFailed: nothing can be made here, whatever it is, and why."""
+        ...
+
     async def names(self) -> Collection[str]:
         """The names of all links of the host: cheap, and open to everybody."""
         ...
@@ -93,7 +97,7 @@ class NetworkDoor(Protocol):
         ...
 
     async def routes(self) -> Sequence[Route]:
-        """The host's IPv4 routes."""
+        """The host's IPv4 routes, but for those into the world."""
         ...
 
     async def do(self, steps: Sequence[Step]) -> Sequence[NetworkFailed | None]:

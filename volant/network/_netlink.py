@@ -21,7 +21,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,12 +36,13 @@ from ._door import Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Route, 
 T = TypeVar("T")
 
 _TIMEOUT_S = 20.0
-_TUN = "/dev/net/tun"
+_TUN = Path("/dev/net/tun")
 _SYSCTL = Path("/proc/sys/net")
 _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 _TAP_FLAGS = 0x0002 | 0x1000 | 0x4000
 """IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, as QEMU opens it."""
-_UNICAST, _LOCAL_TABLE = 1, 255
+_ROUTES = Path("/proc/self/net/route")
+_CAP_NET_ADMIN = 12
 _UP = 0x1
 
 
@@ -52,6 +53,10 @@ class HostNetwork:
         self._host = host
         self._turn = trio.CapacityLimiter(1)
 
+    async def ready(self) -> None:
+        await trio.lowlevel.checkpoint()
+        _check_ready()
+
     async def names(self) -> Collection[str]:
         await trio.lowlevel.checkpoint()
         return [name for _, name in socket.if_nameindex()]
@@ -60,7 +65,8 @@ class HostNetwork:
         return await self._visit(_links, names)
 
     async def routes(self) -> Sequence[Route]:
-        return await self._visit(_routes)
+        await trio.lowlevel.checkpoint()
+        return [Route(destination=destination, device=device) for destination, device in _routes() if destination]
 
     async def do(self, steps: Sequence[Step]) -> Sequence[NetworkFailed | None]:
         return await self._visit(_do_all, steps)
@@ -137,18 +143,33 @@ def _name_of(index: int) -> str:
     return ""
 
 
-def _routes(ipr: Any) -> list[Route]:
-    return [
-        Route(destination=f"{message.get('dst')}/{message['dst_len']}", device=_name_of(message.get("oif") or 0))
-        for message in _unicast_routes(ipr)
-        if message.get("dst")
-    ]
+def _routes() -> Iterator[tuple[str, str]]:
+    """Destination, empty for a way into the world, and device of each route of the main table. Read as text, as that
+    costs a host with a hundred thousand of them little."""
+    for line in _ROUTES.read_text().splitlines()[1:]:
+        device, destination, _, _, _, _, _, mask, *_ = line.split()
+        network = socket.inet_ntoa(struct.pack("=I", int(destination, 16)))
+        bits = int(mask, 16).bit_count()
+        yield f"{network}/{bits}" if bits else "", device
 
 
-def _unicast_routes(ipr: Any) -> Iterable[Any]:
-    for message in ipr.get_routes(family=socket.AF_INET):
-        if message["type"] == _UNICAST and message.get("table") != _LOCAL_TABLE:
-            yield message
+def _check_ready() -> None:
+    if not _may_administer():
+        raise NetworkFailed(
+            "not_allowed", "the daemon may not change the host's networks: it needs to be root, or CAP_NET_ADMIN"
+        )
+    if _nftables.nft() is None:
+        raise NetworkFailed("firewall", _nftables.MISSING)
+    if not _TUN.exists():
+        raise NetworkFailed("tap", f"there is no {_TUN}; `modprobe tun` makes it")
+
+
+def _may_administer() -> bool:
+    """Whether we have CAP_NET_ADMIN."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
+    return False
 
 
 def _do_all(ipr: Any, steps: Sequence[Step]) -> list[NetworkFailed | None]:
@@ -222,12 +243,13 @@ def _make_bridge(ipr: Any, step: MakeBridge) -> None:
         ip, _, prefix = address.partition("/")
         ipr.addr("del", index=index, address=ip, prefixlen=int(prefix))
     ipr.link("set", index=index, state="up")
-    _forward(ipr, step.name)
+    _forward(step.name)
 
 
-def _forward(ipr: Any, bridge: str) -> None:
-    uplinks = {_name_of(message.get("oif") or 0) for message in _unicast_routes(ipr) if not message.get("dst")}
-    for name in (bridge, *sorted(uplinks - {""})):
+def _forward(bridge: str) -> None:
+    # Of a route that refuses, the device is a star.
+    uplinks = {device for destination, device in _routes() if not destination and device != "*"}
+    for name in (bridge, *sorted(uplinks)):
         try:
             _switch(f"ipv4/conf/{name}/forwarding", True)
         except OSError as error:

@@ -68,6 +68,19 @@ class Networks:
             **self._counts,
         }
 
+    async def obstacle(self) -> str | None:
+        """Why no VM can have a tap here, and what to do; None: nothing is in the way, as far as can be seen."""
+        settings = self._settings
+        plan = plan_of(settings, (), self._owner_of)
+        try:
+            await self._door.ready()
+            if settings.bridge_name in await self._door.names():
+                check_bridge(settings, await self._door.links({settings.bridge_name}))
+            check_subnets(plan, await self._door.routes())
+        except NetworkFailed as error:
+            return str(error)
+        return None
+
     def has_taps(self) -> bool:
         """Whether a VM should have a tap."""
         return any(map(has_tap, self._rows()))

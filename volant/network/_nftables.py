@@ -16,6 +16,7 @@ from volant.host import Host
 
 from ._door import NetworkFailed
 
+MISSING = "nft is not installed; `apt install nftables` brings it"
 _TIMEOUT_S = 20.0
 _SHOWN = 600
 _WHERE = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -31,7 +32,7 @@ async def load(host: Host, rules: str) -> None:
     """Hand rules over. :raises NetworkFailed: they are not taken, none of them, and why."""
     program = nft()
     if program is None:
-        raise NetworkFailed("firewall", "nft is not installed; `apt install nftables` brings it")
+        raise NetworkFailed("firewall", MISSING)
     try:
         status, said = await host.run_program(
             [program, "-f", "-"],

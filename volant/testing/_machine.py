@@ -14,6 +14,7 @@ from volant.model import ProcessIdentity
 
 from ._database import Databases
 from ._files import Files
+from ._network import SimLinks
 from ._processes import SimProcess
 from ._qemu import SimQemu
 
@@ -44,6 +45,7 @@ class Machine:
         self.clock_offset = timedelta()
         """How far somebody has set the wall clock."""
         self.disk_full = False
+        self.links = SimLinks()
         self.changed = trio.Event()
         """Set, and a new one made, when a process begins."""
         self._booted_at = trio.current_time()
@@ -64,6 +66,7 @@ class Machine:
         self.processes.clear()
         self.qemus.clear()
         self.files.power_cut()
+        self.links.power_cut()
         self.power_on()
 
     def living(self) -> list[SimProcess]:

@@ -22,6 +22,7 @@ from ._database import Databases
 from ._files import File
 from ._host import DaemonDied, SimHost
 from ._machine import Machine
+from ._network import SimNetwork
 
 _RAM = Path("/run/volant-simulated")
 _SHM = Path("/dev/shm")
@@ -108,7 +109,7 @@ class World:
         for name in ("disks", "logs"):
             self.machine.files.mkdir(self.settings.state_dir / name)
         with allow_real("files", "randomness", "time"):
-            daemon = Daemon(self.settings, [], host=host)
+            daemon = Daemon(self.settings, [], host=host, network=SimNetwork(self.machine.links, host.call))
         self._ended = trio.Event()
         with trio.CancelScope() as self._life:
             try:

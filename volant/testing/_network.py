@@ -1,0 +1,161 @@
+"""The simulated machine's networks: links, routes, and a firewall that knows which elements its sets have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Interface
+from typing import Protocol, TypeVar
+
+from actors import fault
+from volant.network import (
+    Link,
+    MakeBridge,
+    MakeTap,
+    NetworkFailed,
+    RemoveLink,
+    Route,
+    SetLocalnet,
+    Step,
+)
+
+T = TypeVar("T")
+
+
+class Call(Protocol):
+    """Makes an effect happen, in its time."""
+
+    def __call__(self, effect: Callable[[], T], /) -> Awaitable[T]: ...
+
+
+_LINE = re.compile(r"(add|delete) (table|element) (.+?)(?: \{ (.*) \})?")
+
+
+@dataclass
+class SimLinks:
+    """What there is, whether or not a daemon runs."""
+
+    links: dict[str, Link] = field(default_factory=dict)
+    addresses: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of bridges."""
+    owners: dict[str, int] = field(default_factory=dict)
+    """Of taps."""
+    routes: list[Route] = field(default_factory=list)
+    """But for the bridges'."""
+    localnet: set[str] = field(default_factory=set)
+    elements: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Of the firewall's sets, by table and name. One that has none may be missing."""
+    tables: set[str] = field(default_factory=set)
+
+    def power_cut(self) -> None:
+        """All of it is in memory."""
+        self.links.clear()
+        self.addresses.clear()
+        self.owners.clear()
+        self.localnet.clear()
+        self.elements.clear()
+        self.tables.clear()
+
+    def do(self, step: Step) -> None:
+        """:raises NetworkFailed: as the kernel would."""
+        match step:
+            case MakeBridge(name=name, mac=mac, addresses=addresses):
+                self.links[name] = Link(name=name, kind="bridge", mac=mac, up=True)
+                self.addresses[name] = addresses
+            case MakeTap(name=name, bridge=bridge, owner=owner):
+                if bridge not in self.links:
+                    raise NetworkFailed("tap", f"there is no bridge {bridge}")
+                before = self.links.get(name)
+                in_use = before is not None and before.in_use
+                self.links[name] = Link(name=name, kind="tun", mac="", up=True, master=bridge, in_use=in_use)
+                self.owners[name] = owner
+            case RemoveLink(name=name):
+                self.links.pop(name, None)
+                self.addresses.pop(name, None)
+                self.owners.pop(name, None)
+                self.localnet.discard(name)
+            case SetLocalnet(bridge=bridge, on=on):
+                (self.localnet.add if on else self.localnet.discard)(bridge)
+
+    def load(self, rules: str) -> None:
+        """All or nothing, as nftables does. :raises NetworkFailed: something that is to be taken away is not there."""
+        tables, elements = set(self.tables), {name: dict(held) for name, held in self.elements.items()}
+        for line in rules.splitlines():
+            match = _LINE.fullmatch(line)
+            if match is None:
+                continue
+            verb, what, name, members = match.groups()
+            if what == "table" and verb == "add":
+                tables.add(name)
+            elif what == "table":
+                tables.discard(name)
+                elements = {held: of for held, of in elements.items() if not held.startswith(f"{name} ")}
+            elif name.rpartition(" ")[0] not in tables:
+                raise NetworkFailed("firewall", f"there is no table for {name}")
+            else:
+                _change(elements.setdefault(name, {}), verb, members.split(", "))
+        self.tables, self.elements = tables, {name: held for name, held in elements.items() if held}
+
+
+def _change(held: dict[str, str], verb: str, members: list[str]) -> None:
+    for member in members:
+        key, _, value = member.partition(" : ")
+        if verb == "add":
+            held[key] = value
+        elif held.pop(key, None) is None:
+            raise NetworkFailed("firewall", f"there is no {key}")
+
+
+class SimNetwork:
+    """The door of one daemon. `call` makes each of its effects happen, or not."""
+
+    def __init__(self, links: SimLinks, call: Call) -> None:
+        self._links = links
+        self._call = call
+
+    async def ready(self) -> None:
+        await self._call(lambda: None)
+
+    async def names(self) -> Collection[str]:
+        return await self._call(lambda: list(self._links.links))
+
+    async def links(self, names: Collection[str] | None = None) -> Sequence[Link]:
+        def look() -> list[Link]:
+            return [link for name, link in self._links.links.items() if names is None or name in names]
+
+        return await self._call(look)
+
+    async def routes(self) -> Sequence[Route]:
+        def look() -> list[Route]:
+            ours = [
+                Route(destination=str(IPv4Interface(address).network), device=bridge)
+                for bridge, addresses in self._links.addresses.items()
+                for address in addresses
+            ]
+            return self._links.routes + ours
+
+        return await self._call(look)
+
+    async def do(self, steps: Sequence[Step]) -> Sequence[NetworkFailed | None]:
+        return [await self._do(step) for step in steps]
+
+    async def _do(self, step: Step) -> NetworkFailed | None:
+        def do() -> None:
+            if fault("network.refuses"):
+                raise NetworkFailed("tap", "the simulated kernel refuses")
+            self._links.do(step)
+
+        try:
+            await self._call(do)
+        except NetworkFailed as error:
+            return error
+        return None
+
+    async def load(self, rules: str) -> None:
+        def load() -> None:
+            if fault("firewall.refuses"):
+                raise NetworkFailed("firewall", "the simulated firewall refuses")
+            self._links.load(rules)
+
+        await self._call(load)
