@@ -27,6 +27,7 @@ from quart_trio import QuartTrio
 
 from actors import ONE_FOR_ONE, ActorDown, AskTimeout, Child, DynamicSupervisor, GaveUp, Supervisor, System, open_system
 from volant import __version__
+from volant._cgroups import own_groups
 from volant.api import Access, ApiSettings, Doors, create_app, serve
 from volant.host import Host, ProcessGone
 from volant.hypervisor import AcceleratorChoice, Hypervisor
@@ -145,6 +146,11 @@ def _reread_but_addresses(reread: Reread, sockets: Sequence[socket.socket]) -> t
     return _listening_on(sockets, settings), warnings
 
 
+def _host(notifier: Notifier, settings: Settings) -> Host:
+    scopes = notifier.scopes()
+    return Host(scopes, own_groups(f"volant-{instance_of(settings.state_dir)}") if scopes is None else None)
+
+
 def _say(lines: Sequence[str]) -> None:
     """On stdout, as whoever started us with port 0 has to read it. In one piece, as they may leave after a line."""
     with suppress(OSError):
@@ -189,7 +195,7 @@ class Daemon:
         self._orphans: list[ProcessIdentity] = []
         self._stray_disks: list[str] = []
         self._choice: AcceleratorChoice | None = None
-        self.host = host or Host(self._notifier.scopes())
+        self.host = host or _host(self._notifier, settings)
         self.started_at: datetime = self.host.wall_clock()
         instance = instance_of(settings.state_dir)
         self.store = Store(

@@ -23,7 +23,7 @@ import trio
 
 from actors import check_fence, fault
 from actors.testing import allow_real
-from volant.host import Host, HostFigures, ProcessGone, ProcessMemory, ProcessStatus, Walls, WallSupport
+from volant.host import Bounds, Host, HostFigures, ProcessGone, ProcessMemory, ProcessStatus, Walls, WallSupport
 from volant.model import ProcessIdentity
 
 from ._files import Directory, Fifo, File, SocketName, Watch
@@ -120,6 +120,7 @@ class SimHost(Host):
         cwd: Path,
         stdout_path: Path,
         walls: Walls | None = None,
+        descriptors: Sequence[int] = (),
     ) -> ProcessIdentity:
         def start() -> ProcessIdentity:
             if fault("process.does_not_start"):
@@ -135,8 +136,14 @@ class SimHost(Host):
 
         return await self._call(start)
 
-    async def give_own_scope(self, identity: ProcessIdentity, description: str) -> None:
+    async def give_own_scope(self, identity: ProcessIdentity, description: str, bounds: Bounds | None = None) -> None:
         await trio.lowlevel.checkpoint()
+
+    def limits_of(self, identity: ProcessIdentity) -> dict[str, str] | None:
+        return None
+
+    def memory_events(self, identity: ProcessIdentity) -> Path | None:
+        return None
 
     async def run_program(
         self,

@@ -29,7 +29,7 @@ from volant.channel import (
     Vsock,
     open_channel,
 )
-from volant.host import Host
+from volant.host import Bounds, Host, ProcessGone
 from volant.hypervisor import STANDS_STILL, Captured, CaptureFailed, Hypervisor, HypervisorError, Machine, MachineSpec
 from volant.journal import VmLog
 from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
@@ -49,6 +49,7 @@ from volant.model.agent import (
 )
 
 from ._console import ConsolePump, console_source
+from ._memory import CEILING_MB
 from ._network import Neighbours
 from ._output import pump_output
 from ._serial import SerialConsole
@@ -76,6 +77,12 @@ _DETAIL_CHARACTERS = 1000
 _CONSOLE_LINES = 60
 """With the trace that follows it, what a kernel says when it panics is some forty lines long."""
 _CONSOLE_CHARACTERS = 500
+_MAX_WALLS = 65536
+_MAX_WEIGHT = 10_000
+_TASKS = 256
+"""Threads that a QEMU may have beside those of its vCPUs; it has some ten, and 64 more where a disk is slow."""
+_OUT_OF_MEMORY = "out_of_memory"
+_SHORT = "the kernel has killed the hypervisor's process, as the host or the VM's share of it is short of memory"
 _PANIC = "Kernel panic - not syncing"
 
 
@@ -134,6 +141,10 @@ class LiveProcess:
         self._channel: Channel | None = None
         self._client: AgentClient | None = None
         self._output_error: str | None = None
+        self._memory_events: Path | None = None
+        self._short_of_memory = False
+        self._walls: dict[str, object] = {}
+        """What was kept of them when the process was started."""
         self._manifest = manifest
         self._workload = workload
         self._signal = signal
@@ -174,10 +185,23 @@ class LiveProcess:
             "incompatible": self.incompatible,
             "output_error": self._output_error,
             "console": self.console.inspect(),
+            "walls": self._inspect_walls(),
         }
+
+    def _inspect_walls(self) -> dict[str, object] | None:
+        """What stands between the process and the host; None: it has ended."""
+        try:
+            status = self._host.process_status(self.identity)
+        except ProcessGone:
+            return None
+        return {**self._walls, **msgspec.to_builtins(status), "limits": self._host.limits_of(self.identity)}
 
     async def run(self, beside: Callable[[], Awaitable[None]] | None = None) -> None:
         """Keep the tasks until cancelled, and `beside` with them."""
+        if self._host.exists(self._spec.walls_path):
+            with suppress(OSError, msgspec.DecodeError):
+                said = await self._host.read_bytes(self._spec.walls_path, _MAX_WALLS)
+                self._walls = msgspec.json.decode(said, type=dict[str, object])
         pump = ConsolePump(self._host, self._spec.console_path, self._log, self._boot_key, tell=self.console.feed)
         with ExitStack() as stack:
             try:
@@ -189,8 +213,7 @@ class LiveProcess:
             stack.enter_context(self.console.fed_by(console))
             self._console = console
             async with trio.open_nursery() as nursery:
-                # Whoever finds the process later finds it there, or moves it then.
-                nursery.start_soon(self._host.give_own_scope, self.identity, f"VM {self._spec.name}")
+                nursery.start_soon(self._bound)
                 nursery.start_soon(console.follow)
                 nursery.start_soon(self.console.serve)
                 nursery.start_soon(self._keep_channel)
@@ -199,6 +222,23 @@ class LiveProcess:
                     nursery.start_soon(self._keep_hosts)
                 if beside is not None:
                     nursery.start_soon(beside)
+
+    async def _bound(self) -> None:
+        """Hold the process to what its VM has a right to, and note when the kernel kills it as memory is short."""
+        # Whoever finds the process later finds it there, or moves it then.
+        await self._host.give_own_scope(self.identity, f"VM {self._spec.name}", bounds_of(self._spec))
+        self._memory_events = events = self._host.memory_events(self.identity)
+        if events is None:
+            return
+        with suppress(OSError), self._host.watch(events) as watch:
+            while not self._was_short_of_memory():
+                await watch.wait()
+
+    def _was_short_of_memory(self) -> bool:
+        if self._memory_events is not None and not self._short_of_memory:
+            with suppress(OSError):
+                self._short_of_memory = self._host.killed_for_memory(self._memory_events) > 0
+        return self._short_of_memory
 
     async def machine(self) -> Machine:
         """The machine under watch, once it is that. Raises HypervisorError: it is not, or it has ended."""
@@ -461,6 +501,8 @@ class LiveProcess:
         finally:
             self._machine = None
         reason = reason_of_end(kind, message, await self.console_tail())
+        if kind in (EndKind.KILLED, EndKind.EXITED) and self._was_short_of_memory():
+            kind, reason = EndKind.KILLED, Reason(_OUT_OF_MEMORY, f"{_SHORT}: {message}", reason.console)
         if reason.code == _CODES[EndKind.PANICKED]:
             # Not the reboot that it looked like.
             kind = EndKind.PANICKED
@@ -546,6 +588,16 @@ def reason_of_end(kind: EndKind, message: str, console: tuple[str, ...]) -> Reas
             if panic:
                 return Reason(_CODES[EndKind.PANICKED], f"the guest's kernel panicked{why}", console)
     return Reason(_CODES[kind], message, console)
+
+
+def bounds_of(spec: MachineSpec) -> Bounds:
+    """What the hypervisor's process of a machine may take of the host."""
+    return Bounds(
+        memory_mb=spec.memory_mb + CEILING_MB,
+        cpus=spec.cpu_cores + 1,
+        weight=min(_MAX_WEIGHT, 100 * spec.cpu_cores),
+        tasks=_TASKS + spec.cpu_cores,
+    )
 
 
 def _now_ns(host: Host) -> int:

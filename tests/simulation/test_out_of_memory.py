@@ -1,0 +1,72 @@
+"""A hypervisor that the kernel has killed as memory is short is told from one that somebody has killed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from actors.testing import Simulation, simulate
+from volant import _cgroups
+from volant.model import ProcessIdentity
+from volant.testing import simulated_world
+from volant.testing._files import File
+from volant.testing._host import SimHost
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def events_of(self: SimHost, identity: ProcessIdentity) -> Path:
+    """The simulated machine has no control groups but these."""
+    path = Path("/run/groups") / identity.mark
+    if self._files.find(path) is None:
+        self._files.mkdir(path.parent)
+        self._files.put(path, File(bytearray(b"oom 0\noom_kill 0\n")))
+    return path
+
+
+def killed(self: SimHost, events: Path) -> int:
+    return _cgroups.killed_in(bytes(self._files.file(events).data).decode())
+
+
+@pytest.mark.parametrize(
+    ("count", "adopted", "code"),
+    [(1, False, "out_of_memory"), (1, True, "out_of_memory"), (0, False, "hypervisor_killed")],
+)
+def test_the_reason_says_which_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, adopted: bool, code: str
+) -> None:
+    monkeypatch.setattr(SimHost, "memory_events", events_of)
+    monkeypatch.setattr(SimHost, "killed_for_memory", killed)
+
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, tmp_path) as world:
+            await world.start_daemon()
+            body = {"name": "demo", "cpu_cores": 1, "memory_mb": 64, "boot": "cold"}
+            made: Any = (await world.request("POST", "/api/v1/vms?wait=running", body, JSON)).json()
+            assert made["status"] == "running"
+            if adopted:
+                await world.kill_daemon()
+                await world.start_daemon()
+            await trio.sleep(5)
+            [qemu] = world.machine.running()
+            # The kernel counts before it kills.
+            events = world.machine.files.file(Path("/run/groups") / qemu.mark)
+            events.data[:] = f"oom 1\noom_kill {count}\n".encode()
+            qemu.process.end(-9)
+            vm: Any = (await world.request("GET", "/api/v1/vms/demo?wait=crashed")).json()
+            assert (vm["status"], vm["reason"]["code"]) == ("crashed", code)
+            assert ("short of memory" in vm["reason"]["message"]) == bool(count)
+
+    simulate(main, seed=5)
