@@ -129,9 +129,16 @@ def capabilities() -> int:
     return 0
 
 
-def start(argv: Sequence[str], env: Mapping[str, str], cwd: Path, output: int, walls: Walls) -> subprocess.Popen[bytes]:
-    """Start a process behind walls, in a session of its own, without input or core dumps. Raises OSError: no process
-    is left then, and nobody was started without one of them."""
+def start(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path,
+    output: int,
+    walls: Walls,
+    descriptors: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a process behind walls, in a session of its own, without input or core dumps, and with `descriptors`.
+    Raises OSError: no process is left then, and nobody was started without one of them."""
     if walls.user is not None and _machine is None:
         raise OSError(errno.ENOSYS, f"no users can be given on {platform.machine()}")
     with ExitStack() as open_files:
@@ -152,7 +159,7 @@ def start(argv: Sequence[str], env: Mapping[str, str], cwd: Path, output: int, w
                 _put_up(walls, place, rules)
                 popen = subprocess.Popen(
                     argv, stdin=null, stdout=output, stderr=output, env=dict(env), close_fds=True,
-                    start_new_session=True,
+                    pass_fds=descriptors, start_new_session=True,
                 )  # fmt: skip
                 started.append(popen)
                 # From here, as it takes the same user.

@@ -80,8 +80,8 @@ _TOKENS = re.compile(rb"[\0,=]")
 _FICLONE = 0x40049409
 _TUN = "/dev/net/tun"
 _TUNSETIFF = 0x400454CA
-_TAP = 0x0002 | 0x1000
-"""IFF_TAP, IFF_NO_PI."""
+_TAP = 0x0002 | 0x1000 | 0x4000
+"""IFF_TAP, IFF_NO_PI, IFF_VNET_HDR."""
 _READ_LIMIT = 16 * 1024 * 1024
 _STATUSES_KEPT = 256
 _FULL_S = 0.005
@@ -368,9 +368,10 @@ class Host:
         cwd: Path,
         stdout_path: Path,
         walls: Walls | None = None,
+        descriptors: Sequence[int] = (),
     ) -> ProcessIdentity:
-        """Start a process that outlives us: own session, stdin null, no descriptor of ours, no core dump. `walls`:
-        what it may; None: what we may.
+        """Start a process that outlives us: own session, stdin null, no core dump, and of our descriptors only
+        `descriptors`, under the same numbers. `walls`: what it may; None: what we may.
 
         `mark` must stand on the command line already, as a whole argument or between `,` and `=` of one; letters,
         digits and `._:@-`, 4 to 100 of them. Stdout and stderr are appended to `stdout_path` (made 0600), a path
@@ -382,7 +383,7 @@ class Host:
         if not _MARK.fullmatch(mark) or mark not in _tokens("\0".join(argv).encode()):
             raise ValueError(f"the mark {mark!r} is malformed or not on the command line")
         self._collect_children()
-        pid = await trio.to_thread.run_sync(self._spawn, list(argv), dict(env), cwd, stdout_path, walls)
+        pid = await trio.to_thread.run_sync(self._spawn, list(argv), dict(env), cwd, stdout_path, walls, descriptors)
         # Not reaped by anybody yet, so the pid is still its own.
         pidfd = os.pidfd_open(pid)
         start_time = _stat(pid)[0]
@@ -393,11 +394,19 @@ class Host:
             pass  # it has ended, or changed its user: then it has set its own limits
         return ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), mark=mark)
 
-    def _spawn(self, argv: list[str], env: dict[str, str], cwd: Path, stdout_path: Path, walls: Walls | None) -> int:
+    def _spawn(
+        self,
+        argv: list[str],
+        env: dict[str, str],
+        cwd: Path,
+        stdout_path: Path,
+        walls: Walls | None,
+        descriptors: Sequence[int],
+    ) -> int:
         output = os.open(stdout_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             if walls is not None:
-                popen = _walls.start(argv, env, cwd, output, walls)
+                popen = _walls.start(argv, env, cwd, output, walls, descriptors)
             else:
                 popen = subprocess.Popen(
                     argv,
@@ -407,6 +416,7 @@ class Host:
                     env=env,
                     cwd=cwd,
                     close_fds=True,
+                    pass_fds=descriptors,
                     start_new_session=True,
                 )
         finally:
@@ -695,7 +705,7 @@ class Host:
 
     @contextmanager
     def open_tap(self, name: str) -> Iterator[int]:
-        """A descriptor of a tap that is there, for as long as the block lasts. Raises OSError."""
+        """A descriptor of a tap that is there and that nobody has, for as long as the block lasts. Raises OSError."""
         socket.if_nametoindex(name)  # else one would be made
         tun = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         try:

@@ -147,13 +147,15 @@ def test_a_card_comes_after_all_that_there_is_without_it(accelerator: Accelerato
     assert [word for word in plain if word not in argv] == options(plain)["-append"]
     devices = options(argv)["-device"]
     assert devices[:-1] == options(plain)["-device"]
-    assert devices[-1].startswith(f"virtio-net-{'pci' if accelerator == 'tcg' else 'device'},id=nic0,netdev=net0,mac=")
+    assert devices[-1].startswith(
+        f"virtio-net-{'pci' if accelerator == 'tcg' else 'device'},id=nic0,netdev=v12345678000007,mac="
+    )
     assert ("romfile=" in devices[-1].split(",")) == (accelerator == "tcg")
 
 
-def test_a_tap_is_taken_as_it_is_and_no_script_is_run() -> None:
-    (netdev,) = options(build_argv(msgspec.structs.replace(SPEC, nic=CARD), (10, 0)))["-netdev"]
-    assert netdev == "tap,id=net0,ifname=v12345678000007,script=no,downscript=no,vhost=off"
+def test_a_tap_is_inherited_and_known_by_its_name() -> None:
+    argv = build_argv(msgspec.structs.replace(SPEC, nic=CARD), (10, 0), tap=12)
+    assert options(argv)["-netdev"] == ["tap,id=v12345678000007,fd=12,vhost=off"]
 
 
 def test_a_socket_in_the_machine_s_directory_has_a_short_name_however_deep_that_lies() -> None:
@@ -191,7 +193,7 @@ def test_what_becomes_a_template_has_no_name_and_no_hurry() -> None:
         msgspec.structs.replace(SPEC, balloon=True),
         msgspec.structs.replace(SPEC, balloon=True, accelerator="kvm"),
         msgspec.structs.replace(SPEC, nic=CARD),
-        msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac, tap="tap,1"), accelerator="kvm"),
+        msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac, tap="tap1"), accelerator="kvm"),
         msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac, socket=Path("/run/passt,7/7.sock")), root=DISK),
         msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac)),
     ],

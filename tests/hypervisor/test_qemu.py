@@ -8,6 +8,7 @@ import signal
 import stat
 import struct
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,7 +16,7 @@ import trio
 
 from tests.hypervisor.kit import POWEROFF, RESET, kernel, tiny_spec
 from volant.host import Host
-from volant.hypervisor import Disk, HypervisorError, LaunchFailed, MachineSpec
+from volant.hypervisor import Disk, HypervisorError, LaunchFailed, MachineSpec, Nic
 from volant.hypervisor.qemu import QemuHypervisor, _probe
 from volant.hypervisor.qemu._argv import ENVIRONMENT, build_argv
 from volant.hypervisor.qemu._driver import classify
@@ -374,8 +375,8 @@ async def test_the_machines_of_both_accelerators_are_some_that_qemu_makes(
 ) -> None:
     """Its devices on TCG, as KVM may not be there; Linux on it would need a TSC that TCG has not."""
 
-    def on_tcg(spec: MachineSpec, version: tuple[int, int], program: str, *, machine: str | None = None) -> list[str]:
-        argv = build_argv(msgspec.structs.replace(spec, accelerator=accelerator), version, program, machine=machine)
+    def on_tcg(spec: MachineSpec, version: tuple[int, int], program: str, **more: Any) -> list[str]:
+        argv = build_argv(msgspec.structs.replace(spec, accelerator=accelerator), version, program, **more)
         argv[argv.index("-accel") + 1] = "tcg"
         argv[argv.index("-cpu") + 1] = "max"
         return argv
@@ -384,7 +385,7 @@ async def test_the_machines_of_both_accelerators_are_some_that_qemu_makes(
     root = Disk(tmp_path / "base", tmp_path / "root.qcow2")
     await trio.Path(root.base).write_bytes(bytes(2**20))
     await qemu.make_layer(root)
-    spec = msgspec.structs.replace(spec, root=root)
+    spec = msgspec.structs.replace(spec, root=root, nic=Nic(mac="02:00:00:00:00:07"), balloon=True)
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
         async with qemu.attach(spec, identity) as machine:

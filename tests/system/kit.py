@@ -183,7 +183,7 @@ class Daemon:
 
     def delete_vms(self, *, but: Collection[str] = ()) -> None:
         """Delete all VMs, as a client would."""
-        with httpx.Client(base_url=self.base_url, headers=self.headers, trust_env=False, timeout=90) as client:
+        with self._clients(timeout=90) as client:
             for vm in client.get("/api/v1/vms").raise_for_status().json():
                 if vm["name"] not in but:
                     answer = client.delete(f"/api/v1/vms/{vm['name']}")
@@ -192,7 +192,7 @@ class Daemon:
     def check_between_tests(self) -> None:
         """What a test made is gone, and the daemon is well."""
         self.delete_vms(but=self.kept)
-        with httpx.Client(base_url=self.base_url, trust_env=False, timeout=30) as client:
+        with self._clients(timeout=30) as client:
             # A short test may be over before the daemon has begun.
             deadline = time.monotonic() + 30
             while (health := client.get("/healthz").json()) == {"status": "starting"} and time.monotonic() < deadline:
@@ -241,8 +241,29 @@ class Daemon:
                 request.stream = RequestBody(request.content)
 
         hooks = {"request": [send_in_one_piece]}
-        async with httpx.AsyncClient(base_url=self.base_url, trust_env=False, timeout=60, event_hooks=hooks) as client:
+        transport = httpx.AsyncHTTPTransport(uds=self.socket)
+        async with httpx.AsyncClient(
+            base_url=self._url, transport=transport, trust_env=False, timeout=60, event_hooks=hooks
+        ) as client:
             yield client
+
+    def _clients(self, timeout: float) -> httpx.Client:
+        return httpx.Client(
+            base_url=self._url,
+            transport=httpx.HTTPTransport(uds=self.socket),
+            headers=self.headers,
+            trust_env=False,
+            timeout=timeout,
+        )
+
+    @property
+    def socket(self) -> str | None:
+        """The Unix socket at which it listens; None: it does not listen at one."""
+        return self.base_url.removeprefix("unix:") if self.base_url.startswith("unix:") else None
+
+    @property
+    def _url(self) -> str:
+        return "http://localhost" if self.socket else self.base_url
 
 
 def patched(code: str) -> Sequence[str]:

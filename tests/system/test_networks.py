@@ -166,9 +166,11 @@ async def is_on_the_network(guest: Guest, number: int) -> None:
     assert b" 0% packet loss" in await guest.run("ping", "-c", "2", "-W", "5", GATEWAY)
 
 
-async def test_a_guest_and_the_copy_of_it_are_both_on_the_network(qemu: QemuHypervisor, spec: MachineSpec) -> None:
+async def test_a_guest_and_the_copy_of_it_are_both_on_the_network(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec
+) -> None:
     with trio.fail_after(BOOT_S):
-        async with running(Host(), qemu, booting(spec, nameservers=(GATEWAY,))) as guest:
+        async with running(host, qemu, booting(spec, nameservers=(GATEWAY,))) as guest:
             await is_on_the_network(guest, 2)
             assert await guest.run("cat", "/etc/resolv.conf") == b"nameserver 192.168.127.1\n"
             assert b"192.168.127.2 origin\n" in await guest.run("cat", "/etc/hosts")
@@ -275,7 +277,7 @@ def clone_spec(spec: MachineSpec, template: Template, number: int, nic: Nic) -> 
 
 
 async def test_a_root_filesystem_is_told_too_and_keeps_its_own_names(
-    qemu: QemuHypervisor, spec: MachineSpec, image_cache: Path, tmp_path: Path
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, image_cache: Path, tmp_path: Path
 ) -> None:
     files = {"etc/hosts": "10.0.0.1 mine\n", "etc/resolv.conf": "nameserver 10.0.0.1\n"}
     base = make_ext4(tmp_path / "base.ext4", image_cache, files=files)
@@ -283,7 +285,7 @@ async def test_a_root_filesystem_is_told_too_and_keeps_its_own_names(
     spec = msgspec.structs.replace(booting(spec, nameservers=(GATEWAY,)), root=root)
     with trio.fail_after(BOOT_S):
         await qemu.make_layer(root)
-        async with running(Host(), qemu, spec) as guest:
+        async with running(host, qemu, spec) as guest:
             while (await guest.ask("GET", DAEMON_ROOT))["state"] == "pending":
                 pass  # the agent waits
             hosts = await guest.run("cat", "/etc/hosts")
@@ -337,7 +339,7 @@ class Peer:
 
 
 async def test_a_card_may_have_a_socket_behind_it_and_copies_one_of_their_own(
-    qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path
 ) -> None:
     def behind(number: int, **more: Any) -> Nic:
         return Nic(mac=mac(number), socket=tmp_path / f"net{number}.sock", **more)
@@ -351,7 +353,7 @@ async def test_a_card_may_have_a_socket_behind_it_and_copies_one_of_their_own(
         async with trio.open_nursery() as nursery:
             await nursery.start(first.serve, tmp_path / "net2.sock")
             await nursery.start(second.serve, tmp_path / "net3.sock")
-            async with running(Host(), qemu, msgspec.structs.replace(spec, nic=nic)) as guest:
+            async with running(host, qemu, msgspec.structs.replace(spec, nic=nic)) as guest:
                 await reaches_the_gateway(guest)
                 async with guest.fork("child", behind(3), network=told(3)) as child:
                     await reaches_the_gateway(child)

@@ -52,9 +52,15 @@ TCG_CODE_MB = 128
 
 
 def build_argv(
-    spec: MachineSpec, version: tuple[int, int], program: str = PROGRAM, *, machine: str | None = None
+    spec: MachineSpec,
+    version: tuple[int, int],
+    program: str = PROGRAM,
+    *,
+    machine: str | None = None,
+    tap: int = -1,
 ) -> list[str]:
-    """The command line that starts `spec` on QEMU `version`; `machine` is the type that what it goes on from says."""
+    """The command line that starts `spec` on QEMU `version`; `machine` is the type that what it goes on from says,
+    `tap` the descriptor of its tap that it inherits."""
     argv = [
         *(("nice", "-n", "10") if spec.in_background else ()),
         program,
@@ -91,7 +97,7 @@ def build_argv(
     if spec.balloon:
         argv += ["-device", f"{_device('virtio-balloon', spec.accelerator)},id=balloon0,free-page-reporting=on"]
     if spec.nic is not None:
-        argv += _card(spec, spec.nic, version)
+        argv += _card(spec, spec.nic, version, tap)
     if spec.template is not None:
         argv += ["-incoming", "defer"]
     return argv
@@ -123,15 +129,18 @@ def _disk(disk: Disk, accelerator: AcceleratorName) -> list[str]:
     ]
 
 
-def _card(spec: MachineSpec, nic: Nic, version: tuple[int, int]) -> list[str]:
+def _card(spec: MachineSpec, nic: Nic, version: tuple[int, int], tap: int) -> list[str]:
     """The card, after all that there may be without it, and what is behind it.
+
+    A tap is opened by the daemon, as QEMU's user has no right to, and is known by its name all the same.
 
     A copy may have something else behind it than its original, as long as that can do as much. A driver that has
     negotiated nothing yet, as a template's, goes on with anything. What not every Linux can do for a tap is left off,
     so that one that has goes on under another kernel of the host.
     """
+    net = "net0"
     if nic.tap is not None:
-        behind = f"tap,id=net0,ifname={_quote(nic.tap)},script=no,downscript=no,vhost=off"
+        net, behind = nic.tap, f"tap,id={nic.tap},fd={tap},vhost=off"
     elif nic.socket is not None:
         name = nic.socket.name if nic.socket.parent == spec.directory else str(nic.socket)
         again = ",reconnect-ms=1000" if version >= (9, 2) else ""
@@ -143,7 +152,7 @@ def _card(spec: MachineSpec, nic: Nic, version: tuple[int, int]) -> list[str]:
         without += ["guest_uso4=off", "guest_uso6=off", "host_uso=off"]
     if spec.accelerator == "tcg":
         without.append("romfile=")
-    card = f"{_device('virtio-net', spec.accelerator)},id=nic0,netdev=net0,mac={nic.mac}"
+    card = f"{_device('virtio-net', spec.accelerator)},id=nic0,netdev={net},mac={nic.mac}"
     return ["-netdev", behind, "-device", ",".join((card, *without))]
 
 

@@ -196,17 +196,30 @@ class QemuHypervisor:
                 machine = machine_of(await self._host.read_bytes(spec.template.state, HEAD_BYTES))
             except OSError as error:
                 raise LaunchFailed("template_refused", f"{spec.template.state} can't be read: {error}") from error
-        argv = build_argv(spec, self._version[:2], self._program, machine=machine)
         try:
             walls = None if self._enclosure is None else await self._enclosure.enclose(spec)
         except OSError as error:
             raise LaunchFailed("exited", f"the walls around QEMU can't be put up: {error}") from error
-        try:
-            identity = await self._host.spawn(
-                argv, mark=spec.mark, env=ENVIRONMENT, cwd=spec.directory, stdout_path=spec.log_path, walls=walls
-            )
-        except OSError as error:
-            raise LaunchFailed("qemu_missing", f"QEMU cannot be started: {error}") from error
+        with ExitStack() as stack:
+            taps = []
+            if spec.nic is not None and spec.nic.tap is not None:
+                try:
+                    taps = [stack.enter_context(self._host.open_tap(spec.nic.tap))]
+                except OSError as error:
+                    raise LaunchFailed("exited", f"the tap {spec.nic.tap} can't be opened: {error}") from error
+            argv = build_argv(spec, self._version[:2], self._program, machine=machine, tap=taps[0] if taps else -1)
+            try:
+                identity = await self._host.spawn(
+                    argv,
+                    mark=spec.mark,
+                    env=ENVIRONMENT,
+                    cwd=spec.directory,
+                    stdout_path=spec.log_path,
+                    walls=walls,
+                    descriptors=taps,
+                )
+            except OSError as error:
+                raise LaunchFailed("qemu_missing", f"QEMU cannot be started: {error}") from error
         try:
             process = self._host.open_process(identity)
         except ProcessGone:

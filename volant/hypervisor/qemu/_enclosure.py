@@ -18,7 +18,7 @@ from volant.hypervisor._interface import MachineSpec
 from volant.model import ProcessIdentity
 
 _READ, _READ_WRITE = 4, 6
-_KVM, _VSOCK, _TUN = Path("/dev/kvm"), Path("/dev/vhost-vsock"), Path("/dev/net/tun")
+_KVM, _VSOCK = Path("/dev/kvm"), Path("/dev/vhost-vsock")
 _SAVED = "saved.state"
 
 
@@ -130,8 +130,6 @@ def _devices(spec: MachineSpec) -> tuple[Path, ...]:
     found = [_KVM] if spec.accelerator == "kvm" else []
     if spec.vsock_cid is not None:
         found.append(_VSOCK)
-    if spec.nic is not None and spec.nic.tap is not None:
-        found.append(_TUN)
     return tuple(found)
 
 

@@ -58,7 +58,7 @@ def _card(options: Sequence[tuple[str, str]], told: Mapping[str, str]) -> Nic | 
     address, gateway, _ = network.split(",") if network else ("", "", "")
     return Nic(
         mac=devices[0]["mac"],
-        tap=behind.get("ifname"),
+        tap=behind["id"] if "tap" in behind else None,
         socket=None if socket is None else Path(socket),
         address=address,
         gateway=gateway,
