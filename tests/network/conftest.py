@@ -51,6 +51,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in _reports(item):
         item.ihook.pytest_runtest_logreport(report=report)
+    item.session._setupstate.teardown_exact(nextitem)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
 
@@ -69,8 +70,8 @@ def _reports(item: pytest.Item) -> list[pytest.TestReport]:
             if _libc.unshare(_CLONE_NEWNET) != 0:
                 raise OSError(ctypes.get_errno(), "unshare")
             signal.alarm(_TEST_S)
-            # All that was set up for the test is taken down here: the other process has set up nothing.
-            reports = runtestprotocol(item, log=False, nextitem=None)
+            # What is set up for this test is taken down here, and nothing of what the other process has set up.
+            reports = runtestprotocol(item, log=False, nextitem=item.parent)
             hook = item.config.hook
             data = [hook.pytest_report_to_serializable(config=item.config, report=report) for report in reports]
             with os.fdopen(writer, "w") as file:

@@ -2,6 +2,18 @@
 
 from ._host import DaemonDied, SimHost
 from ._machine import Machine
+from ._network import SimLinks, SimNetwork
 from ._world import Answer, Stream, Unreachable, World, simulated_world
 
-__all__ = ["Answer", "DaemonDied", "Machine", "SimHost", "Stream", "Unreachable", "World", "simulated_world"]
+__all__ = [
+    "Answer",
+    "DaemonDied",
+    "Machine",
+    "SimHost",
+    "SimLinks",
+    "SimNetwork",
+    "Stream",
+    "Unreachable",
+    "World",
+    "simulated_world",
+]

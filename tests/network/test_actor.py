@@ -1,0 +1,235 @@
+"""The actor: who waits together is seen to together, and each is told what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import pytest
+import trio
+
+from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
+from tests.network.kit import INSTANCE, SETTINGS, stopped, vm
+from volant.model import VmRow, tap_of
+from volant.network import Link, NetworkFailed, NetworkKeeper, Networks, Step
+from volant.network.messages import Attach, Detach, Reconcile
+from volant.testing import SimLinks, SimNetwork
+
+T = TypeVar("T")
+FOREVER_S = 1e6
+
+
+@dataclass
+class Bench:
+    """A simulated host, and how long each thing on it takes."""
+
+    links: SimLinks = field(default_factory=SimLinks)
+    rows: list[VmRow] = field(default_factory=list)
+    takes_s: float = 0.01
+    loads: int = 0
+    refuses: Callable[[Step], bool] = lambda step: False
+    firewall_refuses: bool = False
+
+    def networks(self) -> Networks:
+        return Networks(Door(self), SETTINGS, lambda: self.rows, lambda row: 0)
+
+    @asynccontextmanager
+    async def actor(self, *, ephemeral: bool = False) -> AsyncIterator[Ref[Any]]:
+        child = Child("network", partial(NetworkKeeper, self.networks(), ephemeral=ephemeral), shutdown_s=100)
+        async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
+            yield child.ref
+
+    def taps(self) -> set[str]:
+        return {name for name, link in self.links.links.items() if link.kind == "tun"}
+
+    def guests(self) -> set[str]:
+        """The taps that the firewall lets something out of."""
+        guests = self.links.elements.get(f"bridge {SETTINGS.table} guests", {})
+        return {key.split('"')[1] for key in guests}
+
+
+class Door(SimNetwork):
+    def __init__(self, bench: Bench) -> None:
+        async def call(effect: Callable[[], T]) -> T:
+            await trio.sleep(bench.takes_s)
+            return effect()
+
+        super().__init__(bench.links, call)
+        self._bench = bench
+
+    async def do(self, steps: Sequence[Step]) -> Sequence[NetworkFailed | None]:
+        done = []
+        for step in steps:
+            if self._bench.refuses(step):
+                done.append(NetworkFailed("tap", f"{step} is refused"))
+            else:
+                done += await super().do([step])
+        return done
+
+    async def load(self, rules: str) -> None:
+        self._bench.loads += 1
+        if self._bench.firewall_refuses:
+            raise NetworkFailed("firewall", "refused")
+        await super().load(rules)
+
+
+def tap(vm_id: int) -> str:
+    return tap_of(INSTANCE, vm_id)
+
+
+async def all_of(*calls: Callable[[], Awaitable[object]]) -> None:
+    async with trio.open_nursery() as nursery:
+        for call in calls:
+            nursery.start_soon(call)
+
+
+async def test_a_vm_that_was_answered_has_its_tap_and_its_rules(autojump_clock: trio.testing.MockClock) -> None:
+    bench = Bench()
+    async with bench.actor() as network:
+        bench.rows = [vm(1), vm(2)]
+        await network.ask(Attach(1), timeout_s=FOREVER_S)
+        assert tap(1) in bench.taps() & bench.guests()
+
+        bench.rows = [stopped(vm(1)), vm(2)]
+        await network.ask(Detach(1), timeout_s=FOREVER_S)
+        assert bench.taps() == bench.guests() == {tap(2)}
+
+
+async def test_a_hundred_that_come_at_once_change_the_firewall_a_few_times(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench()
+    async with bench.actor() as network:
+        bench.rows = [vm(number) for number in range(1, 101)]
+        await all_of(*(partial(network.ask, Attach(row.id), timeout_s=FOREVER_S) for row in bench.rows))
+
+        assert bench.taps() == bench.guests() == {tap(row.id) for row in bench.rows}
+        assert bench.loads <= 4
+
+
+async def test_what_was_there_before_is_put_right_at_the_start(autojump_clock: trio.testing.MockClock) -> None:
+    bench = Bench(rows=[vm(1), vm(2), vm(3)])
+    await bench.networks().reconcile()
+    bench.rows = [vm(2), vm(4)]
+    del bench.links.links[tap(2)]
+
+    async with bench.actor() as network:
+        await network.ask(Reconcile(), timeout_s=FOREVER_S)
+
+        assert bench.taps() == bench.guests() == {tap(2), tap(4)}
+
+
+async def test_a_tap_that_a_process_has_open_stays_until_its_vm_is_known_or_detached(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench(rows=[vm(1)])
+    async with bench.actor() as network:
+        await network.ask(Attach(1), timeout_s=FOREVER_S)
+        bench.links.links[tap(1)] = Link(name=tap(1), kind="tun", mac="", up=True, in_use=True)
+        bench.rows = []
+        await network.ask(Reconcile(), timeout_s=FOREVER_S)
+        assert bench.taps() == {tap(1)}
+        assert bench.guests() == set()
+        assert network.inspect()["actor"]["left_in_use"] == (tap(1),)
+
+        await network.ask(Detach(1), timeout_s=FOREVER_S)
+        assert bench.taps() == set()
+
+
+async def test_one_vm_whose_tap_can_not_be_made_keeps_nobody_else_from_theirs(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench(refuses=lambda step: tap(2) in str(step))
+    told: dict[int, str] = {}
+    async with bench.actor() as network:
+        bench.rows = [vm(number) for number in range(1, 5)]
+
+        async def attach(vm_id: int) -> None:
+            try:
+                await network.ask(Attach(vm_id), timeout_s=FOREVER_S)
+            except NetworkFailed as error:
+                told[vm_id] = error.code
+
+        await all_of(*(partial(attach, row.id) for row in bench.rows))
+
+        assert told == {2: "tap"}
+        assert bench.taps() == {tap(1), tap(3), tap(4)}
+
+
+async def test_a_host_that_refuses_keeps_no_daemon_from_starting_and_is_asked_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench(rows=[vm(1)], firewall_refuses=True)
+    async with bench.actor() as network:
+        with pytest.raises(NetworkFailed, match="refused") as caught:
+            await network.ask(Attach(1), timeout_s=FOREVER_S)
+        assert caught.value.code == "firewall"
+        assert bench.taps() == set()
+        assert "refused" in network.inspect()["actor"]["failure"]
+
+        bench.firewall_refuses = False
+        await network.ask(Attach(1), timeout_s=FOREVER_S)
+        assert bench.taps() == bench.guests() == {tap(1)}
+        assert network.inspect()["actor"]["failure"] is None
+
+
+async def test_a_host_that_does_not_answer_is_given_up_in_time(autojump_clock: trio.testing.MockClock) -> None:
+    bench = Bench(takes_s=1000.0)
+    async with bench.actor() as network:
+        bench.rows = [vm(1)]
+        with pytest.raises(NetworkFailed) as caught:
+            await network.ask(Attach(1), timeout_s=FOREVER_S)
+        assert caught.value.code == "timeout"
+        assert trio.current_time() < 200
+
+
+async def test_a_firewall_that_somebody_has_emptied_is_replaced_by_the_next_vm(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench(rows=[vm(1), vm(2)])
+    async with bench.actor() as network:
+        await network.ask(Reconcile(), timeout_s=FOREVER_S)
+        bench.links.tables.clear()
+        bench.links.elements.clear()
+
+        bench.rows = [vm(1), vm(2), vm(3)]
+        await network.ask(Attach(3), timeout_s=FOREVER_S)
+
+        assert bench.guests() == {tap(1), tap(2), tap(3)}
+
+
+@pytest.mark.parametrize("rows", [[], [vm(1)]])
+async def test_of_an_ephemeral_daemon_nothing_is_left_unless_a_vm_is(
+    rows: list[VmRow], autojump_clock: trio.testing.MockClock
+) -> None:
+    bench = Bench(rows=[vm(1)])
+    bench.links.links["eth0"] = Link(name="eth0", kind="", mac="", up=True)
+    async with bench.actor(ephemeral=True) as network:
+        await network.ask(Reconcile(), timeout_s=FOREVER_S)
+        bench.rows = rows
+
+    assert set(bench.links.links) == ({"eth0", SETTINGS.bridge_name, tap(1)} if rows else {"eth0"})
+    assert bool(bench.links.tables) is bool(rows)
+
+
+async def test_a_daemon_that_is_no_ephemeral_one_leaves_all_of_it(autojump_clock: trio.testing.MockClock) -> None:
+    bench = Bench(rows=[vm(1)])
+    async with bench.actor() as network:
+        await network.ask(Reconcile(), timeout_s=FOREVER_S)
+        bench.rows = []
+
+    assert bench.taps() == bench.guests() == {tap(1)}
+
+
+async def test_a_daemon_without_such_vms_touches_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    bench = Bench(firewall_refuses=True, refuses=lambda step: True)
+    async with bench.actor(ephemeral=True) as network:
+        await network.ask(Reconcile(), timeout_s=FOREVER_S)
+        await network.ask(Attach(1), timeout_s=FOREVER_S)
+        await network.ask(Detach(1), timeout_s=FOREVER_S)
+
+    assert bench.loads == 0
+    assert bench.links == SimLinks()

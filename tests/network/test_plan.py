@@ -1,0 +1,137 @@
+"""What should be on the host follows from the rows alone."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Network
+
+import msgspec
+import pytest
+
+from tests.network.kit import INSTANCE, SETTINGS, SUBNET, stopped, vm
+from volant.model import Phase, Status, VmRow, user_lease
+from volant.network import Link, MakeBridge, MakeTap, NetworkFailed, NetworkSettings, RemoveLink, Route, SetLocalnet
+from volant.network._plan import NetworkPlan, check_subnets, plan_of, steps_to
+
+BRIDGE = Link(name=SETTINGS.bridge_name, kind="bridge", mac=SETTINGS.bridge_mac, up=True)
+
+
+def plan(*rows: VmRow, settings: NetworkSettings = SETTINGS) -> NetworkPlan:
+    return plan_of(settings, rows, lambda row: 1000 + row.id)
+
+
+def tap(row: VmRow, **fields: object) -> Link:
+    assert row.lease is not None
+    return msgspec.structs.replace(
+        Link(name=row.lease.tap, kind="tun", mac="", up=True, master=SETTINGS.bridge_name), **fields
+    )
+
+
+def test_a_vm_has_a_tap_from_the_commit_of_its_mark_until_its_process_is_being_ended() -> None:
+    row = vm(1, phase=Phase.LAUNCH, status=Status.STARTING)
+    replace = msgspec.structs.replace
+
+    assert [tap.name for tap in plan(row).taps] == [row.lease.tap if row.lease else ""]
+    assert plan(replace(row, phase=Phase.ASK)).taps
+    assert not plan(replace(row, mark="", phase=Phase.IMAGE)).taps
+    assert not plan(replace(row, phase=Phase.KILL)).taps
+    assert not plan(replace(row, phase=Phase.REMOVE)).taps
+
+
+def test_a_vm_without_a_network_or_with_one_of_its_own_process_has_no_tap() -> None:
+    none = msgspec.structs.replace(vm(1), lease=None, network="none")
+    user = msgspec.structs.replace(vm(2), lease=user_lease(INSTANCE, 2), network="user")
+
+    assert plan(none, user).taps == ()
+    assert [gateway.network for gateway in plan(none, user).gateways] == [SUBNET]
+
+
+def test_names_carry_the_whole_instance_and_fit() -> None:
+    other = NetworkSettings(instance="0123456788", subnet=SUBNET)
+
+    assert SETTINGS.bridge_name != other.bridge_name
+    assert SETTINGS.bridge_mac != other.bridge_mac
+    assert SETTINGS.table != other.table
+    assert len(SETTINGS.bridge_name) < 15
+    assert NetworkSettings(instance=INSTANCE, subnet=SUBNET, bridge="br7").bridge_name == "br7"
+
+
+def test_a_host_with_nothing_gets_all_of_it_and_one_with_all_of_it_nothing_else() -> None:
+    rows = vm(1), vm(2, "blue", "127.0.0.1:8080:80")
+    wanted = plan(*rows)
+    made = [
+        MakeBridge(name=SETTINGS.bridge_name, mac=SETTINGS.bridge_mac, addresses=("10.87.0.1/24",)),
+        *(MakeTap(name=tap(row).name, bridge=SETTINGS.bridge_name, owner=1000 + row.id) for row in rows),
+        SetLocalnet(bridge=SETTINGS.bridge_name, on=True),
+    ]
+
+    assert steps_to(wanted, []) == made
+    assert steps_to(wanted, [BRIDGE, *map(tap, rows)]) == made
+
+
+def test_what_is_ours_and_stale_goes_and_what_is_not_ours_stays() -> None:
+    gone, found_again = vm(2), vm(3)
+    ours = [
+        tap(gone),
+        msgspec.structs.replace(BRIDGE, name="renamed"),
+    ]
+    others = [
+        tap(found_again, in_use=True),
+        tap(vm(4, instance="0123456788")),
+        # Beginning with our prefix, and no tap, or no name that we give.
+        tap(vm(5), kind="vlan"),
+        tap(vm(6), name=f"{tap(vm(6)).name[:-1]}"),
+        Link(name="br0", kind="bridge", mac="06:01:23:45:67:88", up=True),
+        Link(name="eth0", kind="", mac="52:54:00:00:00:01", up=True),
+    ]
+
+    removed = [step.name for step in steps_to(plan(vm(1)), [*ours, *others]) if isinstance(step, RemoveLink)]
+
+    assert removed == [link.name for link in ours]
+
+
+def test_a_bridges_name_that_is_somebody_elses_is_refused() -> None:
+    for taken in (
+        Link(name=SETTINGS.bridge_name, kind="bridge", mac="02:00:00:00:00:01", up=True),
+        Link(name=SETTINGS.bridge_name, kind="", mac=SETTINGS.bridge_mac, up=True),
+    ):
+        with pytest.raises(NetworkFailed, match=f"{SETTINGS.bridge_name}.*VOLANT_BRIDGE") as caught:
+            steps_to(plan(vm(1)), [taken])
+        assert caught.value.code == "bridge_taken"
+
+
+@pytest.mark.parametrize("destination", ["10.87.0.0/24", "10.87.0.128/25", "10.87.0.7/32", "10.0.0.0/8"])
+def test_a_subnet_that_the_host_has_a_way_to_is_refused_with_the_route(destination: str) -> None:
+    with pytest.raises(NetworkFailed, match=rf"10\.87\.0\.0/24.*{destination} dev wg0.*VOLANT_SUBNET") as caught:
+        check_subnets(plan(), [Route(destination=destination, device="wg0")])
+    assert caught.value.code == "subnet_in_use"
+
+
+def test_ways_into_the_world_and_our_own_are_no_obstacle() -> None:
+    check_subnets(
+        plan(),
+        [
+            Route(destination="0.0.0.0/1", device="tun0"),
+            Route(destination="10.86.0.0/24", device="eth0"),
+            Route(destination="10.87.0.0/24", device=SETTINGS.bridge_name),
+            # Somebody has added it since; our VMs would be none the better for a refusal.
+            Route(destination="10.87.0.0/16", device="wg0"),
+        ],
+    )
+
+
+def test_vms_of_an_earlier_subnet_keep_their_gateway() -> None:
+    before = vm(1, subnet=IPv4Network("192.168.9.0/24"))
+
+    gateways = plan(before, vm(2)).gateways
+
+    assert list(map(str, gateways)) == ["10.87.0.1/24", "192.168.9.1/24"]
+
+
+@pytest.mark.parametrize(
+    ("port", "on"), [("127.0.0.1:80:80", True), ("0.0.0.0:80:80", True), ("198.51.100.1:80:80", False)]
+)
+def test_the_loopback_is_opened_to_the_bridge_only_for_ports_that_need_it(port: str, on: bool) -> None:
+    row = vm(1, "bridge", port)
+
+    assert plan(row).localnet is on
+    assert plan(stopped(row)).localnet is False

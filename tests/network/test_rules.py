@@ -1,0 +1,81 @@
+"""A firewall that was changed is the one that would have been made."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Network
+from random import Random
+
+import pytest
+
+from tests.network.kit import SETTINGS, nft, ruleset, vm
+from volant.model import VmRow
+from volant.network._plan import plan_of
+from volant.network._rules import Rules, change, nothing, rules_of, whole
+
+
+def rules(*rows: VmRow) -> Rules:
+    return rules_of(plan_of(SETTINGS, rows, lambda row: 0))
+
+
+def many(rng: Random) -> list[VmRow]:
+    """Some VMs, in some networks, with some ports."""
+    hosts = ["127.0.0.1", "0.0.0.0", "198.51.100.1"]
+    return [
+        vm(
+            number,
+            rng.choice(["bridge", "blue", "green"]),
+            *(f"{rng.choice(hosts)}:{8000 + number}:{rng.choice([80, 81])}/{rng.choice(['tcp', 'udp'])}",)
+            * rng.randrange(2),
+        )
+        for number in rng.sample(range(1, 12), rng.randrange(8))
+    ]
+
+
+def test_one_vm_more_is_as_many_elements_among_a_thousand_as_among_ten() -> None:
+    subnet = IPv4Network("10.88.0.0/16")
+
+    def elements_of_one_more(count: int) -> int:
+        rows = [vm(number, "blue", f"{8000 + number}:80", subnet=subnet) for number in range(1, count + 2)]
+        text = change(rules(*rows[:-1]), rules(*rows))
+        assert "table" not in text
+        return len(text)
+
+    assert elements_of_one_more(1000) - elements_of_one_more(10) < 40
+
+
+def test_nothing_is_loaded_where_nothing_is_different() -> None:
+    assert change(rules(vm(1), vm(2, "blue")), rules(vm(2, "blue"), vm(1))) == ""
+
+
+def test_of_two_vms_that_publish_one_port_the_elder_has_it() -> None:
+    elder, younger = vm(1, "bridge", "8080:80"), vm(2, "bridge", "8080:81")
+
+    published = rules(younger, elder).elements[f"inet {SETTINGS.table} published"]
+
+    assert published == {"tcp . 127.0.0.1 . 8080": "10.87.0.2 . 80"}
+
+
+@pytest.mark.usefixtures("namespace")
+def test_from_any_firewall_to_any_other_by_changes_is_what_it_is_when_made_whole() -> None:
+    rng = Random(7)
+    before: Rules | None = None
+    for _ in range(25):
+        after = rules(*many(rng))
+        if text := change(before, after):
+            nft(text)
+        changed = ruleset()
+        nft(whole(after))
+        assert ruleset() == changed
+        before = after
+
+
+@pytest.mark.usefixtures("namespace")
+def test_what_is_not_ours_stays_when_ours_is_replaced_and_when_it_goes() -> None:
+    theirs = "table inet volant-9999999999 {\n\tset guests {\n\t\ttype ifname\n\t}\n}\n"
+    nft(theirs)
+
+    nft(whole(rules(vm(1, "blue", "8080:80"))))
+    assert theirs in ruleset()
+    nft(nothing(SETTINGS.tables))
+
+    assert ruleset() == theirs
