@@ -15,7 +15,7 @@ import trio
 from tests.model.test_decide import create
 from volant.host import Host
 from volant.model import Lease, PublishedPort, VmRow, user_lease
-from volant.network import NetworkFailed, Passt
+from volant.network import NetworkFailed, Passt, passt_obstacle
 from volant.network._passt import passt_argv
 
 INSTANCE = f"{os.getpid():010x}"
@@ -98,3 +98,10 @@ async def test_a_host_without_it_says_what_to_install(passt: Passt, monkeypatch:
     with pytest.raises(NetworkFailed, match="apt-get install passt") as failed:
         await passt.start(row_of(7), None)
     assert failed.value.code == "passt_missing"
+
+
+def test_a_host_without_it_has_an_obstacle_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("volant.network._passt.PROGRAM", "no-such-passt")
+    assert "apt-get install passt" in (passt_obstacle() or "")
+    monkeypatch.setattr("volant.network._passt.PROGRAM", "sh")
+    assert passt_obstacle() is None

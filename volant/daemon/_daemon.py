@@ -34,8 +34,8 @@ from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
 from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
-from volant.model import BRIDGE, Networking, ProcessIdentity, Status, VmRow, parse_subnet
-from volant.network import HostNetwork, NetworkDoor, NetworkKeeper, Networks, NetworkSettings
+from volant.model import BRIDGE, USER, Networking, ProcessIdentity, Status, VmRow, parse_subnet
+from volant.network import HostNetwork, NetworkDoor, NetworkKeeper, Networks, NetworkSettings, passt_obstacle
 from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
 from volant.vm import (
     CLONES_AT_ONCE,
@@ -359,10 +359,9 @@ class Daemon:
             _logger.warning("a restored database is taken; the one before it lies in %s", aside)
         # A database that was lost, or put back by hand, does not know which ids are used.
         self.store.ids_taken = (await self._evidence()).newest_id
-        obstacle = await self._networks.obstacle()
-        if obstacle is not None:
-            obstacles = {**self.store.networking.obstacles, BRIDGE: obstacle}
-            self.store.networking = msgspec.structs.replace(self.store.networking, obstacles=obstacles)
+        found = {BRIDGE: await self._networks.obstacle(), USER: passt_obstacle()}
+        obstacles = {kind: obstacle for kind, obstacle in found.items() if obstacle is not None}
+        self.store.networking = msgspec.structs.replace(self.store.networking, obstacles=obstacles)
         root = Supervisor(
             ONE_FOR_ONE,
             intensity=5,

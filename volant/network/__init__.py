@@ -4,7 +4,7 @@ from ._actor import NetworkKeeper
 from ._door import Link, MakeBridge, MakeTap, NetworkDoor, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
 from ._netlink import HostNetwork
 from ._networks import Networks
-from ._passt import Passt, passt_socket
+from ._passt import Passt, passt_obstacle, passt_socket
 from ._plan import NetworkSettings
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "Route",
     "SetLocalnet",
     "Step",
+    "passt_obstacle",
     "passt_socket",
 ]

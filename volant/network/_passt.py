@@ -8,6 +8,7 @@ bounded by itself.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,6 +48,13 @@ def passt_argv(socket: Path, log: Path, mark: str, lease: Lease, ports: Sequence
         if not wanted:
             argv += [option, "none"]
     return argv
+
+
+def passt_obstacle() -> str | None:
+    """Why there can be none here, and what to do."""
+    if shutil.which(PROGRAM, path=_ENVIRONMENT["PATH"]) is None:
+        return "passt is not installed: apt-get install passt, and restart the daemon"
+    return None
 
 
 def passt_socket(runtime_dir: Path, vm_id: int) -> Path:

@@ -21,6 +21,7 @@ import trio
 from actors import fault
 from volant.model.agent import (
     DAEMON_CLOCK,
+    DAEMON_HOSTS,
     DAEMON_IDENTITY,
     DAEMON_LOGS,
     DAEMON_MANIFEST,
@@ -39,6 +40,7 @@ from volant.model.agent import (
     RESYNC_NONCE_BYTES,
     TAKES_AS_IT_IS,
     TELLS_ALL_AT_ONCE,
+    TELLS_NETWORK,
     encode_log_frame,
 )
 
@@ -62,6 +64,10 @@ class SimGuest:
         """The newest that its agent speaks."""
         self.is_copy = False
         """Whether it takes itself for the template that it was."""
+        self.hosts: dict[str, str] = {}
+        """Whom it knows by name."""
+        self.network: dict[str, Any] | None = None
+        """What it was told of its card."""
         self.when_asked_to_stop: Callable[[_Stream], Awaitable[None]] = self._shut_down
         """Answers who asks that. Tests hand in other manners."""
         self._rng = rng
@@ -119,12 +125,22 @@ class SimGuest:
             assert "manifest" not in wanted or self.protocol >= TELLS_ALL_AT_ONCE
             assert "as_it_is" not in wanted or self.protocol >= TAKES_AS_IT_IS
             self.is_copy = False
+            if "network" in wanted:
+                assert self.protocol >= TELLS_NETWORK
+                self.network = wanted["network"]
+                self.hosts = wanted["network"]["hosts"]
             self.workload = wanted.get("workload", self.workload)
             self._log_id = f"{self._rng.getrandbits(64):016x}"
             said = {"protocol": {"min": PROTOCOL_MIN, "max": self.protocol}, "time_ns": wanted["time_ns"]}
             await answer(stream, 200, said)
         elif path == DAEMON_CLOCK:
             await answer(stream, 200, {"time_ns": json.loads(body).get("time_ns", self._wall_clock_ns())})
+        elif path == DAEMON_HOSTS and self.protocol >= TELLS_NETWORK:
+            assert not self.is_copy
+            refuses = fault("agent.refuses_hosts")
+            if not refuses:
+                self.hosts = json.loads(body)["hosts"]
+            await answer(stream, 500 if refuses else 200, {})
         elif path == DAEMON_SETTLE:
             await answer(stream, 200, {})
         elif path in (DAEMON_MANIFEST, DAEMON_WORKLOAD, DAEMON_LOGS) and self.is_copy:

@@ -29,7 +29,8 @@ class Call(Protocol):
     def __call__(self, effect: Callable[[], T], /) -> Awaitable[T]: ...
 
 
-_LINE = re.compile(r"(add|delete) (table|element) (.+?)(?: \{ (.*) \})?")
+_LINE = re.compile(r"(?:(add|delete) )?(table|element) (.+?)(?: \{(?: (.*) \})?)?")
+"""A block says with its first line that the table is there."""
 
 
 @dataclass
@@ -86,7 +87,7 @@ class SimLinks:
             if match is None:
                 continue
             verb, what, name, members = match.groups()
-            if what == "table" and verb == "add":
+            if what == "table" and verb != "delete":
                 tables.add(name)
             elif what == "table":
                 tables.discard(name)

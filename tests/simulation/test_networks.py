@@ -1,0 +1,184 @@
+"""Guests of a named network know each other, whoever dies meanwhile; a tap is there as long as its process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from actors.testing import Simulation, simulate
+from volant.model.agent import TELLS_NETWORK
+from volant.testing import World, simulated_world
+from volant.testing._qemu import SimQemu
+
+JSON = {"content-type": "application/json"}
+VMS = "/api/v1/vms"
+PATIENCE_S = 200.0
+"""Longer than the longest pause before somebody is told again."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def live(
+    directory: Path, story: Callable[[World], Awaitable[None]], *, seed: int, faults: Mapping[str, float] | None = None
+) -> None:
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, directory) as world:
+            await world.start_daemon()
+            await story(world)
+
+    simulate(main, seed=seed, faults=faults or {})
+
+
+async def make(world: World, name: str, network: str, *, boot: str = "cold") -> Any:
+    body = {"name": name, "cpu_cores": 1, "memory_mb": 64, "network": network, "boot": boot}
+    answer = await world.request("POST", f"{VMS}?wait=running,crashed&timeout=5m", body, JSON)
+    assert answer.status == 201, answer.body
+    return answer.json()
+
+
+async def named(world: World, *names: str) -> None:
+    for name in names:
+        assert (await world.request("POST", "/api/v1/networks", {"name": name}, JSON)).status == 201
+
+
+def machine_of(world: World, name: str) -> SimQemu:
+    row = world.daemon.store.projection.get(name)
+    assert row is not None
+    (qemu,) = [each for each in world.machine.running() if each.mark == row.mark]
+    return qemu
+
+
+def knows(world: World, name: str) -> dict[str, str] | None:
+    """Whom a guest knows; None: its agent is too old to know anybody."""
+    guest = machine_of(world, name).guest
+    return guest.hosts if guest.protocol >= TELLS_NETWORK else None
+
+
+async def all_know(world: World, *names: str) -> None:
+    """Wait until each of these knows all of them, and nobody else."""
+    addresses = {name: world.daemon.store.projection.get(name) for name in names}
+    wanted = {name: row.ip_address for name, row in addresses.items() if row is not None}
+    assert set(wanted) == set(names)
+    with trio.fail_after(PATIENCE_S):
+        while any(knows(world, name) not in (wanted, None) for name in names):  # noqa: ASYNC110 - nothing tells
+            await trio.sleep(0.1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_guests_know_each_other_whoever_comes_and_goes(tmp_path: Path, seed: int) -> None:
+    async def story(world: World) -> None:
+        await named(world, "blue", "green")
+        for name in ("a", "b"):
+            await make(world, name, "blue")
+        await make(world, "c", "green")
+        await make(world, "alone", "bridge")
+        await make(world, "d", "blue")
+        await all_know(world, "a", "b", "d")
+        await all_know(world, "c")
+        assert knows(world, "alone") in ({}, None)
+        assert (await world.request("DELETE", f"{VMS}/a")).status == 204
+        await all_know(world, "b", "d")
+        # One that is restarted hears of it again, and one whose daemon dies in the middle of telling.
+        await world.request("POST", f"{VMS}/b/restart?wait=running", None, JSON)
+        await make(world, "e", "blue")
+        await world.kill_daemon()
+        await world.start_daemon()
+        await all_know(world, "b", "d", "e")
+
+    live(tmp_path, story, seed=seed, faults={"agent.refuses_hosts": 0.3, "agent.slow": 0.05, "channel.is_cut": 0.05})
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("boot", ["cold", "auto"])
+def test_a_guest_knows_the_others_before_it_runs(tmp_path: Path, boot: str, seed: int) -> None:
+    async def story(world: World) -> None:
+        await named(world, "blue")
+        await make(world, "a", "blue", boot=boot)
+        # Of the second there is a template then.
+        await trio.sleep(60)
+        vm = await make(world, "b", "blue", boot=boot)
+        assert vm["status"] == "running", vm
+        assert knows(world, "b") in ({"a": "192.168.127.2", "b": "192.168.127.3"}, None)
+
+    live(tmp_path, story, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_copy_is_told_that_it_has_an_address_of_its_own(tmp_path: Path, seed: int) -> None:
+    async def story(world: World) -> None:
+        await named(world, "blue")
+        await make(world, "demo", "blue")
+        answer = await world.request("POST", f"{VMS}/demo/fork?wait=running,crashed", {"names": ["copy"]}, JSON)
+        (copy,) = answer.json()
+        assert (copy["network"], copy["ip_address"]) == ("blue", "192.168.127.3")
+        guest = machine_of(world, "demo").guest
+        if guest.protocol < TELLS_NETWORK:
+            # As itself it would speak with its original's address.
+            assert (copy["status"], copy["reason"]["code"]) == ("crashed", "clone_refused")
+            return
+        assert copy["status"] == "running", copy
+        told = machine_of(world, "copy").guest.network
+        assert told is not None
+        assert (told["address"], told["prefix"], told["gateway"], told["mac"]) == (
+            copy["ip_address"], 24, "192.168.127.1", copy["mac_address"],
+        )  # fmt: skip
+        await all_know(world, "demo", "copy")
+
+    live(tmp_path, story, seed=seed)
+
+
+@pytest.mark.parametrize("boot", ["cold", "auto"])
+def test_a_tap_is_there_as_long_as_its_process(tmp_path: Path, boot: str) -> None:
+    async def story(world: World) -> None:
+        taps: dict[str, bool] = {}
+
+        def look() -> None:
+            for qemu in world.machine.running():
+                for row in world.daemon.store.projection.rows():
+                    if row.mark == qemu.mark and row.lease is not None:
+                        assert row.lease.tap in world.machine.links.links, f"{row.name} runs without its tap"
+                        taps[row.name] = True
+
+        async def watch() -> None:
+            while True:
+                look()
+                await trio.sleep(0.001)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            for name in ("a", "b", "c"):
+                assert (await make(world, name, "bridge", boot=boot))["status"] == "running"
+                await trio.sleep(30)
+            await world.request("POST", f"{VMS}/a/stop?wait=stopped", None, JSON)
+            lease = world.daemon.store.projection.get("a")
+            assert lease is not None
+            assert lease.lease is not None
+            assert lease.lease.tap not in world.machine.links.links
+            for name in ("a", "b", "c"):
+                assert (await world.request("DELETE", f"{VMS}/{name}")).status == 204
+            nursery.cancel_scope.cancel()
+        assert set(taps) == {"a", "b", "c"}
+        assert not [name for name, link in world.machine.links.links.items() if link.kind == "tun"]
+
+    live(tmp_path, story, seed=3)
+
+
+def test_a_tap_that_can_not_be_had_is_a_reason_and_no_process(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        vm = await make(world, "demo", "bridge")
+        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "tap")
+        assert "the simulated kernel refuses" in vm["reason"]["message"]
+        assert not world.machine.running()
+        assert (await make(world, "other", "none"))["status"] == "running"
+
+    live(tmp_path, story, seed=5, faults={"network.refuses": 1.0})
