@@ -99,3 +99,14 @@ async def test_cancelled_half_way_it_leaves_no_layer(
 
 def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+
+
+async def test_a_layer_is_as_large_as_was_asked_and_takes_no_more(qemu: QemuHypervisor, disk: Disk) -> None:
+    large = msgspec.structs.replace(disk, size_mb=8)
+    await qemu.make_layer(large)
+    info = json.loads(_run("qemu-img", "info", "--output=json", str(disk.layer)))
+    assert info["virtual-size"] == 8 * 2**20
+    _run("qemu-io", "-c", "write -P 0x79 0 8M", str(disk.layer))
+    assert disk.layer.stat().st_size < 9 * 2**20
+    with pytest.raises(subprocess.CalledProcessError):
+        _run("qemu-io", "-c", "write 8M 64k", str(disk.layer))

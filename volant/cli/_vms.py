@@ -143,6 +143,11 @@ def _booted_from(vm: VmView) -> str | None:
     metavar="[HOST:]PORT:GUEST_PORT[/udp]",
     help="A port of the host that leads to one of the VM's, on 127.0.0.1 without HOST; may be repeated.",
 )
+@click.option(
+    "--disk-mb",
+    type=click.IntRange(min=1),
+    help="How large its disk is, in MiB; as large as the plugin's root filesystem without it.",
+)
 @click.option("--ttl", help="Delete it after so long, counted from now: 30m, 2h, …")
 @click.option(
     "--idempotency-key", metavar="WORD", help="Run again with the same one within a day, it finds what it has made."
@@ -164,6 +169,7 @@ async def create(
     from_snapshot: str | None,
     network: str | None,
     ports: tuple[str, ...],
+    disk_mb: int | None,
     ttl: str | None,
     idempotency_key: str | None,
     wait: bool,
@@ -174,6 +180,8 @@ async def create(
     if from_snapshot is not None:
         if env or runtime or kernel_cmdline:
             raise click.UsageError("--env, --runtime and --cmdline are the snapshot's, with --from-snapshot")
+        if disk_mb is not None:
+            raise click.UsageError("--disk-mb is the snapshot's, with --from-snapshot")
         if network or ports:
             raise click.UsageError("--network is the snapshot's, with --from-snapshot, and no ports are published")
         request = RestoreVm(
@@ -209,6 +217,7 @@ async def create(
             ttl=ttl,
             network=network,
             ports=ports,
+            disk_mb=disk_mb,
         )
     if not wait:
         made = await session.client.vms.create(request, idempotency_key=idempotency_key)

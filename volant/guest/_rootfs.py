@@ -21,7 +21,12 @@ ROOT = "/mnt"
 STATE_FILE = "/run/volant/root"
 """What became of that: `mounted`, or `failed: ` and why."""
 _DISK_S = 5.0
-_MAGIC_AT, _MAGIC = 1024 + 56, b"\x53\xef"
+_SUPERBLOCK_AT = 1024
+_MAGIC_AT, _MAGIC = _SUPERBLOCK_AT + 56, b"\x53\xef"
+_BLOCKS_AT, _BLOCK_SIZE_AT, _BLOCKS_HIGH_AT = 0x04, 0x18, 0x150
+_RESIZE = 0x40086610
+"""`EXT4_IOC_RESIZE_FS`, of a filesystem that is mounted, to so many blocks."""
+_WORTH = 1024 * 1024
 _MAX_KERNEL_LOG = 4096
 """Records of the kernel's log that are read for the reason of a failure."""
 _BINDS = ("proc", "sys", "dev")
@@ -71,12 +76,37 @@ def _mount(serial: str, run: Callable[[list[str]], int], say: Callable[[str], No
             return "the image holds no ext4 filesystem: its superblock is not there"
     if run(["mount", "-t", "ext4", "-o", "errors=remount-ro", device, ROOT]) != 0:
         return "the image holds no sound ext4 filesystem" + _kernels_words()
+    try:
+        _grow(device)
+    except OSError as error:
+        say(f"the root filesystem can't grow to the size of its disk: {error}")
     for name in _BINDS:
         _inside(["mount", "-o", "rbind", f"/{name}", f"{ROOT}/{name}"], name, run, say)
     for name, mode in _IN_MEMORY:
         options = f"nosuid,nodev,mode={mode}"
         _inside(["mount", "-t", "tmpfs", "-o", options, "tmpfs", f"{ROOT}/{name}"], name, run, say)
     return ""
+
+
+def _grow(device: str) -> None:
+    """Let the filesystem be as large as its disk, which may be larger than the image. :raises OSError:"""
+    with open(device, "rb") as handle:
+        disk = handle.seek(0, os.SEEK_END)
+        handle.seek(_SUPERBLOCK_AT)
+        superblock = handle.read(1024)
+    blocks, block = (int.from_bytes(superblock[at : at + 4], "little") for at in (_BLOCKS_AT, _BLOCK_SIZE_AT))
+    blocks |= int.from_bytes(superblock[_BLOCKS_HIGH_AT : _BLOCKS_HIGH_AT + 4], "little") << 32
+    size = 1024 << block
+    # A group that has not room for its own tables is left out, so a small rest is no reason to ask.
+    if disk // size - blocks < _WORTH // size:
+        return
+    import fcntl
+
+    fd = os.open(ROOT, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.ioctl(fd, _RESIZE, (disk // size).to_bytes(8, "little"))
+    finally:
+        os.close(fd)
 
 
 def _inside(command: list[str], name: str, run: Callable[[list[str]], int], say: Callable[[str], None]) -> None:

@@ -68,6 +68,8 @@ class Disk(msgspec.Struct, frozen=True):
     """Raw."""
     layer: Path
     """As `Hypervisor.make_layer` made it."""
+    size_mb: int | None = None
+    """How large it is when it is made, the image at least; None: as large as that. It never takes more of the host."""
 
 
 class Nic(msgspec.Struct, frozen=True, kw_only=True):

@@ -106,6 +106,7 @@ def is_capture(template: str) -> bool:
     return template.startswith((FORK, SNAPSHOT))
 
 
+MAX_DISK_MB = 16 * 1024 * 1024
 KernelCmdline = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": 1024})]
 
 
@@ -127,6 +128,8 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     """Whether a boot may go on from a template, or must."""
     ttl: Duration | None = None
     """A duration from creation, from `1s` to `366d`; the VM is deleted then."""
+    disk_mb: Annotated[int, msgspec.Meta(ge=1, le=MAX_DISK_MB)] | None = None
+    """How large its disk is, and so what it may take of the host's; None: as large as the plugin's root filesystem."""
     network: Name | None = None
     """`none`, `bridge`, `user`, or the name of a network; None: the daemon's setting."""
     ports: Annotated[tuple[PortText, ...], msgspec.Meta(extra_json_schema={"maxItems": MAX_PORTS})] = ()
@@ -169,6 +172,8 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     layer: str = ""
     """Names its copy-on-write layer over the manifest's root filesystem, unlike any other that ever was: so neither a
     new database nor a restored one gives a VM the disk of another. Empty: it has none."""
+    disk_mb: int | None = None
+    """How large its disk is; None: as large as the root filesystem."""
     network: str = NONE
     """`none`, `bridge`, `user`, or the name of a network. It and what follows are the same for as long as there is the
     VM."""
@@ -265,6 +270,8 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     created_at: Time
     updated_at: Time
     started_at: Time | None
+    disk_mb: int | None = None
+    """How large the disk was asked to be; null: as large as the root filesystem."""
     origin: Origin | None = None
     """Of which guest it began as a copy; null: of none."""
     network: str = NONE
@@ -306,6 +313,7 @@ def view(row: VmRow) -> VmView:
         fallback=row.fallback,
         origin=row.origin,
         disk="overlay" if row.layer else "none",
+        disk_mb=row.disk_mb,
         created_at=row.created_at,
         updated_at=row.updated_at,
         started_at=row.started_at,

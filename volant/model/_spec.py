@@ -30,6 +30,13 @@ def new_row(
         )
     labels = {**manifest.labels, **request.labels}
     check_labels(labels)
+    has_disk = manifest.boot is not None and manifest.boot.rootfs is not None
+    if request.disk_mb is not None and not has_disk:
+        raise invalid(
+            "disk_mb",
+            f"disk_mb is {request.disk_mb}, and plugin {manifest.name!r} has no root filesystem to be on a disk",
+            hint="leave it out; the root of such a VM is in its memory",
+        )
     asked = asked_network(request.network, networking.default)
     ports = parse_ports(request.ports)
     if ports and asked.network == NONE:
@@ -60,7 +67,8 @@ def new_row(
         network=asked.network,
         network_reason=asked.reason,
         ports=ports,
-        layer=f"{vm_id}-{now:%Y%m%dT%H%M%S.%f}" if manifest.boot is not None and manifest.boot.rootfs else "",
+        layer=f"{vm_id}-{now:%Y%m%dT%H%M%S.%f}" if has_disk else "",
+        disk_mb=request.disk_mb,
     )
 
 

@@ -154,7 +154,7 @@ def _spec(doors: BuildDoors, blueprint: Blueprint) -> MachineSpec:
         memory_file=doors.memory_dir / f"{_MEMORY_PREFIX}{name}.mem",
         mark=f"{template_mark_prefix(doors.instance)}{name}",
         accelerator=blueprint.accelerator,
-        root=None if blueprint.rootfs is None else Disk(blueprint.rootfs, fresh / f"{LAYER}.part"),
+        root=None if blueprint.rootfs is None else Disk(blueprint.rootfs, fresh / f"{LAYER}.part", recipe.disk_mb),
         nic=card_to_nowhere(recipe),
         in_background=True,
     )

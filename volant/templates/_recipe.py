@@ -33,6 +33,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """The kernel's, beside what the hypervisor's driver puts there."""
     cpu_cores: int
     memory_mb: int
+    disk_mb: int | None = None
+    """How large its disk is; None: as large as the root filesystem."""
     has_nic: bool = False
     """Whether its machine has a network card. What stands on that is each clone's own."""
     told: Told | None = None

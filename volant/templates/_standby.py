@@ -336,7 +336,7 @@ class Standbys:
         doors, recipe = self.doors, blueprint.recipe
         root = None
         if blueprint.rootfs is not None:
-            root = Disk(blueprint.rootfs, self._layer(mark))
+            root = Disk(blueprint.rootfs, self._layer(mark), recipe.disk_mb)
         return MachineSpec(
             vm_id=0,
             name="",

@@ -31,6 +31,12 @@ def promised_mb(rows: Iterable[VmRow]) -> int:
     return sum(row.memory_mb + OVERHEAD_MB for row in up) + sum(forks.values())
 
 
+def about_to_take_mb(rows: Iterable[VmRow]) -> int:
+    """What of that those will take that have no process yet."""
+    up = (row for row in rows if row.process is None and row.status in (Status.PENDING, Status.STARTING))
+    return sum(row.memory_mb + OVERHEAD_MB for row in up)
+
+
 async def measure(host: Host, row: VmRow, agent: AgentClient | None) -> VmMemory:
     """What a VM takes. `agent`: None, its guest is not asked.
 

@@ -51,8 +51,8 @@ async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
 
     :raises StepError: `image_missing`, `image_failed`, `memory_too_small`; `media_missing`, `media_unreachable`,
         `media_mismatch`, `media_too_large`, `media_timeout`, `cache_full`, `cache_unwritable`, `io_error`;
-        `disk_missing`, `disk_failed`; `template_failed`; `capture_failed`, `capture_gone`, `capture_damaged`,
-        `capture_unfit`.
+        `disk_missing`, `disk_failed`, `disk_too_small`; `template_failed`; `capture_failed`, `capture_gone`,
+        `capture_damaged`, `capture_unfit`.
     """
     if row.capture is not None:
         return await _prepare_copy(doors, row, row.capture)
@@ -143,6 +143,7 @@ async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> 
         raise StepError(
             "disk_missing", f"the VM's disk {disk.layer} is gone; put it back, or delete the VM and create it anew"
         )
+    _check_size(doors, disk)
     found = await _find_template(doors, row, image)
     if found is None:
         await _make_layer(doors, disk, None)
@@ -151,6 +152,20 @@ async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> 
     standby = doors.standbys.take(row.id, blueprint)
     await _make_layer(doors, disk, template.layer, standby)
     return Prepared(image, template.digest, standby=standby)
+
+
+def _check_size(doors: VmDoors, disk: Disk) -> None:
+    """:raises StepError: the disk is smaller than what lies on it."""
+    if disk.size_mb is None:
+        return
+    try:
+        least_mb = -(-doors.host.file_size(disk.base) // 2**20)
+    except OSError as error:
+        raise StepError("disk_failed", f"{disk.base}, over which the VM's disk is made, is not there") from error
+    if disk.size_mb < least_mb:
+        raise StepError(
+            "disk_too_small", f"disk_mb is {disk.size_mb}, and the root filesystem alone has {least_mb} MiB"
+        )
 
 
 async def _make_layer(doors: VmDoors, disk: Disk, like: Path | None, standby: Standby | None = None) -> None:
@@ -224,6 +239,7 @@ async def blueprint_of(doors: VmDoors, row: VmRow, image: str) -> Blueprint:
         cmdline=spec.cmdline,
         cpu_cores=row.cpu_cores,
         memory_mb=row.memory_mb,
+        disk_mb=row.disk_mb,
         told=told,
         has_nic=spec.nic is not None,
     )
@@ -309,7 +325,8 @@ def root_disk(settings: VmSettings, row: VmRow) -> Disk | None:
     rootfs = row.manifest.boot.rootfs if row.manifest.boot is not None else None
     if rootfs is None or not row.layer:
         return None
-    return Disk(images.medium_path(settings.cache_dir, rootfs.sha256), layer_directory(settings, row) / "root.qcow2")
+    base = images.medium_path(settings.cache_dir, rootfs.sha256)
+    return Disk(base, layer_directory(settings, row) / "root.qcow2", row.disk_mb)
 
 
 def layer_directory(settings: VmSettings, row: VmRow) -> Path:

@@ -76,7 +76,7 @@ from ._actor import VmActor
 from ._captures import CAPTURE_S, CaptureLost
 from ._doors import VmDoors
 from ._errors import StepError
-from ._memory import OVERHEAD_MB, measure, promised_mb
+from ._memory import OVERHEAD_MB, about_to_take_mb, measure, promised_mb
 from ._orphans import Orphan, find_orphans, kill_orphan, steps_to_adopt
 from ._process import LiveProcess
 from ._serial import SerialConsole
@@ -94,6 +94,8 @@ _DELETE_TIMEOUT_S = 60.0
 _BUILD_TIMEOUT_S = 300.0
 _HOST_RESERVE_MB = 512
 """What the host keeps for itself."""
+_DISK_RESERVE_MB = 128
+"""What must be left of the disk for the database and the logs."""
 _WITH_CONSOLE = frozenset({Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING})
 
 Wait = Literal["met", "failed", "timeout"]
@@ -132,6 +134,7 @@ class Vms:
         if self.doors.store.projection.get(request.name) is not None:
             # Room would not help.
             raise name_taken(request.name)
+        self._check_disk(request)
         with self._making(request.memory_mb):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
                 row = await self._journal(CreateRow(request, once))
@@ -583,13 +586,46 @@ class Vms:
                 503, "no-capacity", f"there are {len(rows)} VMs, and VOLANT_MAX_VMS allows {limit}",
                 hint="delete one, or raise the limit",
             )  # fmt: skip
+        needed = memory_mb + OVERHEAD_MB
         total = self.doors.host.memory_total_mb()
         free = total - _HOST_RESERVE_MB - promised_mb(rows) - sum(mb + OVERHEAD_MB for mb in self._creating)
-        if memory_mb + OVERHEAD_MB > free:
+        if needed > free:
+            raise Problem(
+                503, "no-capacity", f"the VM needs {needed} MiB, and {max(0, free)} of the host's {total} MiB are free",
+                hint="stop or delete a VM, or ask for less memory_mb",
+            )  # fmt: skip
+        if self.doors.standbys.marks:
+            # They give way, and what they take is more than what is missing.
+            return
+        # What others than VMs have taken is not to be had, whatever was promised to nobody.
+        spare = self.doors.host.memory_to_spare_mb(self.doors.settings.memory_dir)
+        spare -= about_to_take_mb(rows) + sum(mb + OVERHEAD_MB for mb in self._creating)
+        if needed > spare:
             raise Problem(
                 503, "no-capacity",
-                f"the VM needs {memory_mb + OVERHEAD_MB} MiB, and {max(0, free)} of the host's {total} MiB are free",
-                hint="stop or delete a VM, or ask for less memory_mb",
+                f"the VM needs {needed} MiB, and {max(0, spare)} of the host's {total} MiB are left by its VMs and by "
+                "all else that runs there",
+                hint="stop or delete a VM, end other programs, or ask for less memory_mb",
+            )  # fmt: skip
+
+    def _check_disk(self, request: CreateVm) -> None:
+        """:raises Problem: 503 when the host's disk has no room for the VM's."""
+        plugin = self.doors.store.projection.plugins.get(request.plugin)
+        boot = plugin.manifest.boot if plugin is not None else None
+        if boot is None or boot.rootfs is None:
+            return
+        directory = self.doors.settings.disk_dir
+        try:
+            free_mb = self.doors.host.free_space(directory) // 2**20
+        except OSError as error:
+            raise Problem(503, "no-capacity", f"{directory} can't be looked at: {error.strerror}") from error
+        needed_mb = (request.disk_mb or 0) + _DISK_RESERVE_MB
+        if needed_mb > free_mb:
+            raise Problem(
+                503, "no-capacity",
+                f"the VM's disk may take {request.disk_mb or 'some'} MiB, and {free_mb} MiB are left in {directory}, "
+                f"of which {_DISK_RESERVE_MB} are the daemon's own",
+                hint="delete a VM or a snapshot, make room, or ask for less disk_mb",
             )  # fmt: skip
 
     async def _journal(self, message: Request[R]) -> R:

@@ -160,6 +160,8 @@ class QemuHypervisor:
                 raise LaunchFailed("bad_disk", f"the layer {disk.layer} can't be made: {error}") from error
             return
         command = [_IMG, "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(disk.base), str(fresh)]
+        if disk.size_mb is not None:
+            command.append(f"{disk.size_mb}M")
         try:
             await host.remove_file(fresh)
             status, said = await host.run_program(command, env=ENVIRONMENT, cwd=disk.layer.parent, timeout_s=_IMG_S)

@@ -1,0 +1,81 @@
+"""A VM that the host can't carry is refused when it is asked for, with figures, and not when it boots."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.testing import Simulation, simulate
+from volant.testing import World, simulated_world
+from volant.testing._host import SimHost
+from volant.vm._memory import OVERHEAD_MB
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def live(directory: Path, story: Callable[[World], Awaitable[None]]) -> None:
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, directory) as world:
+            await world.start_daemon()
+            await story(world)
+
+    simulate(main, seed=3)
+
+
+async def create(world: World, name: str, memory_mb: int, wait: str = "") -> Any:
+    body = {"name": name, "cpu_cores": 1, "memory_mb": memory_mb, "boot": "cold"}
+    return await world.request("POST", f"/api/v1/vms{wait}", body, JSON)
+
+
+def test_what_other_programs_have_taken_is_not_promised_to_a_vm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = 64 + OVERHEAD_MB
+    monkeypatch.setattr(SimHost, "memory_available_mb", lambda self: left)
+
+    async def story(world: World) -> None:
+        nonlocal left
+        refused = await create(world, "large", 65)
+        said = refused.json()
+        assert (refused.status, said["type"]) == (503, "urn:volant:error:no-capacity")
+        assert f"{65 + OVERHEAD_MB} MiB" in said["detail"]
+        assert f" {left} of the host's" in said["detail"]
+        assert (await world.request("GET", "/api/v1/vms")).json() == []
+        made = await create(world, "fits", 64)
+        assert made.status == 201
+        # It has taken nothing yet, and what it will take is taken off.
+        second = await create(world, "second", 64)
+        assert (second.status, " 0 of the host's" in second.json()["detail"]) == (503, True)
+        left += 64 + OVERHEAD_MB
+        assert (await world.request("GET", "/api/v1/vms/fits?wait=running")).json()["status"] == "running"
+        assert (await create(world, "second", 64)).status == 201
+
+    live(tmp_path, story)
+
+
+def test_one_that_is_started_again_is_asked_for_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = 10_000
+    monkeypatch.setattr(SimHost, "memory_available_mb", lambda self: left)
+
+    async def story(world: World) -> None:
+        nonlocal left
+        assert (await create(world, "demo", 64, "?wait=running")).json()["status"] == "running"
+        assert (await world.request("POST", "/api/v1/vms/demo/stop?wait=stopped")).status == 200
+        left = 64
+        assert (await world.request("POST", "/api/v1/vms/demo/start")).status == 503
+        left = 64 + OVERHEAD_MB
+        started = await world.request("POST", "/api/v1/vms/demo/start?wait=running")
+        assert started.json()["status"] == "running"
+
+    live(tmp_path, story)
