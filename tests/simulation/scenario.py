@@ -24,6 +24,7 @@ import trio
 
 from actors.testing import FaultReport, Simulation, simulate
 from volant.model import EDGES, Status, VmRow, settled
+from volant.model.agent import TELLS_NETWORK
 from volant.testing import Answer, Unreachable, World, simulated_world
 from volant.testing._qemu import SimQemu
 
@@ -38,6 +39,7 @@ STANDBYS = 4
 
 FAULTS: dict[str, float] = {
     "agent.refuses": 0.01,
+    "agent.refuses_hosts": 0.1,
     "agent.restarts": 0.03,
     "agent.slow": 0.03,
     "channel.garbage": 0.002,
@@ -46,6 +48,7 @@ FAULTS: dict[str, float] = {
     "directory.does_not_move": 0.3,
     "disk.full": 0.003,
     "disk.writes_half": 0.01,
+    "firewall.refuses": 0.03,
     "guest.ignores_shutdown": 0.2,
     "guest.never_answers": 0.05,
     "guest.panics": 0.03,
@@ -53,6 +56,7 @@ FAULTS: dict[str, float] = {
     "guest.powers_off": 0.03,
     "guest.reboots": 0.03,
     "memory.is_short": 0.03,
+    "network.refuses": 0.02,
     "process.does_not_start": 0.03,
     "process.is_stubborn": 0.05,
     "qemu.dies": 0.03,
@@ -69,6 +73,10 @@ FAULTS: dict[str, float] = {
     "socket.refuses": 0.02,
     "standby.dies": 0.05,
 }
+
+BLUE = "blue"
+NETWORKS = {"ada": BLUE, "bob": "bridge"}
+"""Of the VMs of each operator; `none` of the others."""
 
 REACHABLE = EDGES - {(Status.PENDING, Status.STOPPED), (Status.PENDING, Status.DELETING)}
 """One that is pending begins to start before its actor hears anybody."""
@@ -159,6 +167,7 @@ class Life:
             self.world.settings, standby=2, standby_idle_s=self.sim.rng.choice([40.0, 600.0])
         )
         await self.world.start_daemon()
+        await self._make_network()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.follower.run)
             nursery.start_soon(self._watch_processes)
@@ -186,6 +195,14 @@ class Life:
             await self.follower.catch_up()
             nursery.cancel_scope.cancel()
         self.seen.starts = self.world.starts
+
+    async def _make_network(self) -> None:
+        for _ in range(_ATTEMPTS):
+            answer = await self.world.request("POST", "/api/v1/networks", {"name": BLUE}, _JSON)
+            if answer.status in (201, 409):
+                return
+            await trio.sleep(1.0)
+        raise AssertionError("a network is never made")
 
     # Trouble
 
@@ -306,6 +323,27 @@ class Life:
         self.seen.copies += sum(row.origin is not None and row.capture is None for row in rows.values())
         self.seen.standbys += sum("-s." in row.mark for row in alive)
         self._check_files({str(row.id) for row in alive}, {str(row.id) for row in alive if row.template is None})
+        self._check_networks(list(rows.values()), running)
+
+    def _check_networks(self, rows: list[VmRow], running: dict[str, SimQemu]) -> None:
+        """Nobody shares an address; there is a tap, and a way through the firewall, for each VM that runs and has a
+        lease, and for nobody else; those who can be told know the others in their network."""
+        leases = [row.lease for row in rows if row.lease is not None]
+        assert len({lease.address for lease in leases}) == len(leases), leases
+        wanted = {row.lease.tap: row.lease for row in rows if row.lease is not None and row.mark}
+        machine = self.world.machine.links
+        taps = {name for name, link in machine.links.items() if link.kind == "tun"}
+        assert taps == set(wanted), (taps, [_short(row) for row in rows])
+        let_out = [held for name, held in machine.elements.items() if name.endswith(" guests")]
+        assert sorted(element for held in let_out for element in held) == sorted(
+            f'"{lease.tap}" . {lease.mac} . {lease.address}' for lease in wanted.values()
+        )
+        members = {row.name: row.ip_address for row in rows if row.network == BLUE}
+        for row in rows:
+            if row.status is Status.RUNNING and row.lease is not None:
+                guest = running[row.mark].guest
+                if guest.protocol >= TELLS_NETWORK:
+                    assert guest.hosts == (members if row.network == BLUE else {}), (_short(row), guest.hosts, members)
 
     def _check_files(self, ids: set[str], with_memory: set[str]) -> None:
         files = self.world.machine.files
@@ -376,6 +414,7 @@ class Life:
         pool = self.world.daemon.vms.doors.standbys.marks
         assert {qemu.mark for qemu in self.world.machine.running()} == pool
         self._check_files(set(), set())
+        self._check_networks([], {})
         await self.world.stop_daemon()
         assert not self.world.machine.running(), "a clean stop leaves processes that wait"
         self._check_files(set(), set())
@@ -518,6 +557,7 @@ class Operator:
             "memory_mb": self._rng.choice([64, 128]),
             "boot": self._rng.choice(["auto", "auto", "auto", "cold"]),
             "restart_policy": self._rng.choice(["never", "on-failure", "always"]),
+            "network": NETWORKS.get(name.partition("-")[0], "none"),
         }
         await self._make(name, "/api/v1/vms", body)
 

@@ -131,7 +131,7 @@ class Networks:
             steps.append(SetLocalnet(bridge=settings.bridge_name, on=plan.localnet))
         else:
             failures |= await self.reconcile()
-        failures |= await self._do(plan, steps)
+        failures |= await self._do(plan, steps, names)
         return {vm_id: failure for vm_id, failure in failures.items() if vm_id in vm_ids}
 
     async def remove(self) -> None:
@@ -168,14 +168,21 @@ class Networks:
                 await self._door.load(whole(rules))
         self._loaded = rules
 
-    async def _do(self, plan: NetworkPlan, steps: list[Step]) -> dict[int, NetworkFailed]:
-        """What failed, by VM. :raises NetworkFailed: what failed is everybody's."""
-        vm_ids = {tap.name: tap.vm_id for tap in plan.taps}
+    async def _do(
+        self, plan: NetworkPlan, steps: list[Step], going: Mapping[str, int] | None = None
+    ) -> dict[int, NetworkFailed]:
+        """What failed, by VM. `going`: whose taps those are that somebody waits to see gone.
+
+        :raises NetworkFailed: what failed is everybody's.
+        """
+        vm_ids = {tap.name: tap.vm_id for tap in plan.taps} | dict(going or {})
         failures: dict[int, NetworkFailed] = {}
         for step, failure in zip(steps, await self._door.do(steps), strict=True):
             match step:
                 case MakeTap(name=name) if failure is not None:
                     failures[vm_ids[name]] = failure
+                case RemoveLink(name=name) if failure is not None and going and name in going:
+                    failures[going[name]] = failure
                 case RemoveLink() if failure is not None:
                     _logger.warning("%s", failure)
                 case _ if failure is not None:
