@@ -20,7 +20,7 @@ import trio
 from volant.model.agent import MAX_HEAD_BYTES, MAX_JSON_BYTES
 
 from ._channel import Channel
-from ._errors import AgentProtocolError, AgentUnreachable
+from ._errors import WHY_CHARACTERS, AgentProtocolError, AgentUnreachable
 from ._stream import ChannelStream, PrefixedStream
 
 Header = tuple[bytes, bytes]
@@ -276,7 +276,7 @@ class _Exchange:
                 if self._ended:
                     where = "in the middle of its answer" if begun else "without an answer"
                     raise AgentUnreachable(f"it closed the connection {where}") from error
-                raise AgentProtocolError(f"the agent broke HTTP: {error}") from error
+                raise AgentProtocolError(f"the agent broke HTTP: {str(error)[:WHY_CHARACTERS]}") from error
             if event is not h11.NEED_DATA:
                 await trio.lowlevel.checkpoint()
                 return event

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from volant._helpers import open_helpers
 from volant.host import Host
 from volant.model.agent import AGENT_PORT
 
@@ -271,17 +272,9 @@ async def run_channel(
 @asynccontextmanager
 async def open_channel(host: Host, address: Address) -> AsyncIterator[Channel]:
     """`run_channel` for the length of a block."""
-    failure: Exception | None = None
-    async with trio.open_nursery() as nursery:
-        channel: Channel = await nursery.start(run_channel, host, address)
-        # What goes wrong in the caller's block is the caller's, not a group of this nursery's.
-        try:
-            yield channel
-        except Exception as error:
-            failure = error
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    async with open_helpers() as helpers:
+        channel: Channel = await helpers.start(run_channel, host, address)
+        yield channel
 
 
 async def connect_hybrid(host: Host, path: Path, port: int, timeout_s: float) -> trio.SocketStream:

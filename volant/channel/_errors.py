@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+WHY_CHARACTERS = 300
+"""Of what a parser says of a guest's bytes. They are in it, perhaps a whole head, and it gets into rows and events."""
+
 
 class AgentUnreachable(Exception):
     """No byte stream into the guest could be opened, or it broke before the answer was whole.

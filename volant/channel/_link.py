@@ -39,7 +39,7 @@ from h2.settings import SettingCodes, Settings
 from volant.model.agent import MAX_STREAMS, RESERVED_STREAMS, RESYNC_MAGIC, RESYNC_NONCE_BYTES
 
 from ._budget import FRAME_LIMIT, FrameCounter, frame_budget
-from ._errors import LinkLost
+from ._errors import WHY_CHARACTERS, LinkLost
 from ._slots import Slot
 from ._stream import Bytes, ChannelStream
 
@@ -181,12 +181,13 @@ class Link:
             for event in self._conn.receive_data(data):
                 self._on_event(event)
         except ProtocolError as error:
-            raise LinkLost(f"the guest broke HTTP/2: {error}") from error
+            raise LinkLost(f"the guest broke HTTP/2: {str(error)[:WHY_CHARACTERS]}") from error
         except LinkLost:
             raise
         except Exception as error:
             # A guest can make h2 and hpack raise more than they promise. It must end at this link.
-            raise LinkLost(f"the guest broke HTTP/2: {type(error).__name__}: {error}") from error
+            why = f"{type(error).__name__}: {error}"
+            raise LinkLost(f"the guest broke HTTP/2: {why[:WHY_CHARACTERS]}") from error
         self._flush()
 
     async def _write(self) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 import click
 import trio
 
+from volant._helpers import open_helpers
 from volant.client import ClientError, Feed, LogGap, LogLine, StreamGap, Verb, Waited
 from volant.model import BASE, CreateVm, Event, Problem, RestoreVm, Status, VmMemory, VmView
 
@@ -489,16 +490,9 @@ async def _telling(session: Session, name: str) -> AsyncIterator[_Teller | None]
         yield None
         return
     teller = _Teller()
-    failure: Exception | None = None
-    async with session.client.events(vm=name) as feed, trio.open_nursery() as nursery:
-        nursery.start_soon(teller.run, feed)
-        try:
-            yield teller
-        except Exception as error:
-            failure = error
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    async with session.client.events(vm=name) as feed, open_helpers() as helpers:
+        helpers.start_soon(teller.run, feed)
+        yield teller
 
 
 async def _settle(teller: _Teller | None, waited: Waited) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import trio
 
+from volant._helpers import open_helpers
 from volant.host import Host, Process, ProcessGone
 from volant.hypervisor._interface import (
     STANDS_STILL,
@@ -398,7 +399,6 @@ class QemuMachine:
 @asynccontextmanager
 async def attach(host: Host, spec: MachineSpec, identity: ProcessIdentity) -> AsyncIterator[QemuMachine]:
     """See `volant.hypervisor.Hypervisor.attach`."""
-    failure: Exception | None = None
     async with AsyncExitStack() as closing:
         try:
             process = closing.enter_context(host.open_process(identity))
@@ -406,19 +406,12 @@ async def attach(host: Host, spec: MachineSpec, identity: ProcessIdentity) -> As
             yield QemuMachine(host, spec, identity, None, closing)
             return
         machine = QemuMachine(host, spec, identity, process, closing)
-        async with trio.open_nursery() as nursery:
-            # What goes wrong in the caller's block is the caller's, not a group of this nursery's.
-            try:
-                nursery.start_soon(machine.bound_log)
-                await machine.connect(nursery)
-                nursery.start_soon(machine.explain_stops)
-                nursery.start_soon(machine.undo_captures)
-                yield machine
-            except Exception as error:
-                failure = error
-            nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+        async with open_helpers() as helpers:
+            helpers.start_soon(machine.bound_log)
+            await machine.connect(helpers)
+            helpers.start_soon(machine.explain_stops)
+            helpers.start_soon(machine.undo_captures)
+            yield machine
 
 
 async def _sleep_about(seconds: float) -> None:
