@@ -92,6 +92,7 @@ async def test_json_there_and_back(client: AgentClient, server: Server) -> None:
         (answer(b"[" * 100_000), "no JSON"),
         (answer(bytes(1024 * 1024 + 1)), "longer than"),
         (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20_000 + b"\r\n", "broke HTTP"),
+        (b"SSH-2.0-" + b"x" * 30_000 + b"\r\n\r\n", "broke HTTP"),
         (b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100, "informational"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", "broke HTTP"),
     ],
@@ -100,8 +101,9 @@ async def test_an_answer_that_is_none_is_a_protocol_error(
     client: AgentClient, server: Server, data: bytes, why: str
 ) -> None:
     server.answer = data
-    with pytest.raises(AgentProtocolError, match=why):
+    with pytest.raises(AgentProtocolError, match=why) as caught:
         await client.request_json("GET", "/", timeout_s=5)
+    assert len(str(caught.value)) < 500, "it gets into rows and events"
 
 
 async def test_a_head_that_never_ends_is_bounded(client: AgentClient, server: Server) -> None:
