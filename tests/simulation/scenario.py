@@ -288,7 +288,8 @@ class Life:
                     await self.world.request("POST", f"/api/v1/vms/{row.name}/recover")
             restless = [row for row in rows if not settled(row)]
             copying = daemon.vms.doors.captures.inspect()
-            if restless or daemon.health() != "ok" or _builds(daemon) or copying:
+            refilling = daemon.vms.doors.standbys.lacks()
+            if restless or daemon.health() != "ok" or _builds(daemon) or copying or refilling:
                 rests_since = trio.current_time()
             elif trio.current_time() - rests_since >= AFTERMATH_S:
                 return

@@ -242,7 +242,7 @@ class Standbys:
                     if await self._tend(nursery):
                         again_s = _AGAIN_S
                         continue
-                    with trio.move_on_after(min(again_s, self._until_idle()) if self._lacks() else self._until_idle()):
+                    with trio.move_on_after(min(again_s, self._until_idle()) if self.lacks() else self._until_idle()):
                         await self._wake.wait()
                         again_s = _AGAIN_S / 2
                     again_s = min(2 * again_s, _AGAIN_MAX_S)
@@ -277,8 +277,8 @@ class Standbys:
                 return True
         return False
 
-    def _lacks(self) -> bool:
-        """Whether something is not as it should be that nobody will tell of."""
+    def lacks(self) -> bool:
+        """Whether the pool is not as it should be, and looks again by itself."""
         want = wanted(self._uses, trio.current_time(), self.limits)
         return bool(self._doomed) or sum(want.values()) > len(self._waiting)
 
