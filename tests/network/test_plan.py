@@ -102,7 +102,7 @@ def test_a_bridges_name_that_is_somebody_elses_is_refused() -> None:
 @pytest.mark.parametrize("destination", ["10.87.0.0/24", "10.87.0.128/25", "10.87.0.7/32", "10.0.0.0/8"])
 def test_a_subnet_that_the_host_has_a_way_to_is_refused_with_the_route(destination: str) -> None:
     with pytest.raises(NetworkFailed, match=rf"10\.87\.0\.0/24.*{destination} dev wg0.*VOLANT_SUBNET") as caught:
-        check_subnets(plan(), [Route(destination=destination, device="wg0")])
+        check_subnets(plan(), [Route(destination=destination, device="wg0")], [])
     assert caught.value.code == "subnet_in_use"
 
 
@@ -116,6 +116,7 @@ def test_ways_into_the_world_and_our_own_are_no_obstacle() -> None:
             # Somebody has added it since; our VMs would be none the better for a refusal.
             Route(destination="10.87.0.0/16", device="wg0"),
         ],
+        [BRIDGE],
     )
 
 

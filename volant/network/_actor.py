@@ -22,6 +22,8 @@ from .messages import Attach, Detach, Reconcile
 _Waiting = tuple[int | None, Deferred[None]]
 """Who asked for a VM, or, with None, for all of it."""
 _TURN_S = 60.0
+_AT_ONCE = 100
+"""Who waits longer than all of these take would rather be among the next."""
 _logger = logging.getLogger("volant.network")
 
 
@@ -84,8 +86,9 @@ class NetworkKeeper(Actor):
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
-            waiting, self._waiting = self._waiting, []
-            await self._turn(waiting)
+            while self._waiting:
+                waiting, self._waiting = self._waiting[:_AT_ONCE], self._waiting[_AT_ONCE:]
+                await self._turn(waiting)
 
     async def _turn(self, waiting: Sequence[_Waiting]) -> None:
         """See to what was asked for, or to all of it when nothing was, and answer."""

@@ -36,6 +36,8 @@ from ._door import Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Route, 
 T = TypeVar("T")
 
 _TIMEOUT_S = 20.0
+_AT_ONCE = 100
+"""Steps in one visit: the kernel takes up to some 20 ms for one, as it waits until no processor looks at a link."""
 _TUN = Path("/dev/net/tun")
 _SYSCTL = Path("/proc/sys/net")
 _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
@@ -69,7 +71,10 @@ class HostNetwork:
         return [Route(destination=destination, device=device) for destination, device in _routes() if destination]
 
     async def do(self, steps: Sequence[Step]) -> Sequence[NetworkFailed | None]:
-        return await self._visit(_do_all, steps)
+        done: list[NetworkFailed | None] = []
+        for batch in (steps[at : at + _AT_ONCE] for at in range(0, len(steps), _AT_ONCE)):
+            done += await self._visit(_do_all, batch)
+        return done
 
     async def load(self, rules: str) -> None:
         await _nftables.load(self._host, rules)
@@ -126,14 +131,15 @@ def _message_of(ipr: Any, name: str) -> Any:
 
 def _link(message: Any, known: dict[int, str]) -> Link:
     info = message.get("linkinfo")
+    kind = (info.get("kind") if info is not None else None) or ""
     master = message.get("master")
     return Link(
         name=message.get("ifname"),
-        kind=(info.get("kind") if info is not None else None) or "",
+        kind=kind,
         mac=message.get("address") or "",
         up=bool(message["flags"] & _UP),
         master=known.get(master) or _name_of(master) if master else "",
-        in_use=bool(message.get("carrier")),
+        in_use=kind == "tun" and bool(message.get("carrier")),
     )
 
 
@@ -297,8 +303,9 @@ def _join(ipr: Any, index: int, bridge: int) -> None:
 
 
 def _no_ipv6(name: str) -> None:
-    """An interface that no guest's IPv6 gets through has no address of its own either, and says nothing by itself."""
-    with suppress(FileNotFoundError):
+    """An interface that no guest's IPv6 gets through needs no address of its own, nor to look for others with one. That
+    is quieter, and no more: where there is no such switch, or it can't be turned, it stays as it is."""
+    with suppress(OSError):
         _switch(f"ipv6/conf/{name}/disable_ipv6", True)
 
 

@@ -11,11 +11,11 @@ The firewall goes first, as it knows taps by name: a tap that has no rules yet r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from volant.model import VmRow, tap_of
 
-from ._door import MakeTap, NetworkDoor, NetworkFailed, RemoveLink, SetLocalnet, Step
+from ._door import Link, MakeTap, NetworkDoor, NetworkFailed, RemoveLink, SetLocalnet, Step
 from ._plan import (
     NetworkPlan,
     NetworkSettings,
@@ -74,9 +74,11 @@ class Networks:
         plan = plan_of(settings, (), self._owner_of)
         try:
             await self._door.ready()
+            links: Sequence[Link] = ()
             if settings.bridge_name in await self._door.names():
-                check_bridge(settings, await self._door.links({settings.bridge_name}))
-            check_subnets(plan, await self._door.routes())
+                links = await self._door.links({settings.bridge_name})
+            check_bridge(settings, links)
+            check_subnets(plan, await self._door.routes(), links)
         except NetworkFailed as error:
             return str(error)
         return None
@@ -94,9 +96,10 @@ class Networks:
         self._loaded = self._gateways = None
         if not plan.taps and not await self._is_begun():
             return {}
+        await self._door.ready()
         links = await self._door.links()
         steps = steps_to(plan, links)
-        check_subnets(plan, await self._door.routes())
+        check_subnets(plan, await self._door.routes(), links)
         await self._change(rules_of(plan))
         failures = await self._do(plan, steps)
         self._gateways = plan.gateways

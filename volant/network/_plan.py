@@ -165,22 +165,23 @@ def check_bridge(settings: NetworkSettings, links: Iterable[Link]) -> None:
             )
 
 
-def check_subnets(plan: NetworkPlan, routes: Sequence[Route]) -> None:
+def check_subnets(plan: NetworkPlan, routes: Sequence[Route], links: Iterable[Link]) -> None:
     """A subnet that the bridge has already is not looked at again: its VMs would be none the better for it.
 
+    :param links: those of the host, at least our bridge
     :raises NetworkFailed: the host has another way to addresses that are to be ours.
     """
-    bridge = plan.settings.bridge_name
-    ours = {IPv4Network(route.destination) for route in routes if route.device == bridge}
+    bridges = {link.name for link in links if is_ours(plan.settings, link)}
+    ours = {IPv4Network(route.destination) for route in routes if route.device in bridges}
     subnets = [gateway.network for gateway in plan.gateways if gateway.network not in ours]
     for route in routes:
         destination = IPv4Network(route.destination)
-        if route.device == bridge or destination.prefixlen < _EVERYTHING_BITS:
+        if route.device in bridges or destination.prefixlen < _EVERYTHING_BITS:
             continue
         for subnet in subnets:
             if subnet.overlaps(destination):
                 raise NetworkFailed(
                     "subnet_in_use",
-                    f"the subnet {subnet} is in use on this host: it has the route {route}; give the daemon "
-                    "another one (VOLANT_SUBNET), such as 10.87.0.0/24, or remove that route",
+                    f"the subnet {subnet} is in use on this host: it has the route {route}; give the daemon another "
+                    "subnet (VOLANT_SUBNET), or remove that route",
                 )

@@ -1,0 +1,376 @@
+"""However the host was left, it becomes what the rows say, and what is not ours stays as it is."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from ipaddress import IPv4Network
+
+import pytest
+import trio
+from pyroute2 import IPRoute
+
+from actors import ONE_FOR_ONE, Child, Supervisor, open_system
+from tests.network import peer
+from tests.network.kit import (
+    SETTINGS,
+    SUBNET,
+    UPLINK,
+    WORLD,
+    World,
+    a_world,
+    address,
+    having,
+    links,
+    nft,
+    ruleset,
+    stopped,
+    vm,
+)
+from volant.host import Host
+from volant.model import VmRow
+from volant.network import HostNetwork, NetworkFailed, NetworkKeeper, Networks, NetworkSettings
+from volant.network.messages import Attach, Detach
+
+pytestmark = pytest.mark.usefixtures("namespace")
+
+ROUNDS = 500 if os.environ.get("VOLANT_TEST_FULL") else 60
+_MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
+_CLONE_NEWNS = 0x20000
+_PR_CAPBSET_DROP, _CAP_NET_ADMIN = 24, 12
+
+
+def state() -> tuple[object, ...]:
+    """All that matters of this host's networks."""
+    with IPRoute() as ipr:
+        names = {link["index"]: link.get("ifname") for link in ipr.get_links()}
+        there = sorted(
+            (
+                link.get("ifname"),
+                link.get("linkinfo").get("kind") if link.get("linkinfo") else "",
+                names.get(link.get("master")),
+                bool(link["flags"] & 1),
+            )
+            for link in ipr.get_links()
+        )
+        addresses = sorted(
+            (names[message["index"]], message.get("address"), message["prefixlen"])
+            for message in ipr.get_addr(family=socket.AF_INET)
+        )
+        return there, addresses, ruleset()
+
+
+def tap(row: VmRow) -> str:
+    assert row.lease is not None
+    return row.lease.tap
+
+
+def delete(*names: str) -> None:
+    with IPRoute() as ipr:
+        for name in names:
+            ipr.link("del", ifname=name)
+
+
+async def as_it_should_be(world: World) -> tuple[object, ...]:
+    """What the host is like when nothing was ever there."""
+    await world.networks().reconcile()
+    return state()
+
+
+ROWS = [vm(1), vm(2, "blue", "127.0.0.1:8080:80"), vm(3, "blue")]
+
+
+def nothing_left() -> None:
+    delete(*(name for name in links() if name.startswith("v")))
+    nft("flush ruleset")
+
+
+def bridge_gone() -> None:
+    delete(SETTINGS.bridge_name)
+
+
+def bridge_down_and_without_its_address() -> None:
+    with IPRoute() as ipr:
+        (index,) = ipr.link_lookup(ifname=SETTINGS.bridge_name)
+        ipr.link("set", index=index, state="down")
+        ipr.flush_addr(index=index)
+        ipr.addr("add", index=index, address="10.99.0.1", prefixlen=24)
+
+
+def a_tap_gone_and_one_elsewhere() -> None:
+    delete(tap(ROWS[0]))
+    with IPRoute() as ipr:
+        ipr.link("set", index=ipr.link_lookup(ifname=tap(ROWS[1]))[0], master=0, state="down")
+
+
+def firewall_gone() -> None:
+    nft("flush ruleset")
+
+
+def firewall_half_gone() -> None:
+    nft(
+        f"delete table inet {SETTINGS.table}\n"
+        f"flush chain bridge {SETTINGS.table} forward\n"
+        f"flush set bridge {SETTINGS.table} guests\n"
+        f'add element bridge {SETTINGS.table} cards {{ "vstale" . 02:00:00:00:00:01 }}\n'
+    )
+
+
+def a_tap_of_nobody() -> None:
+    with IPRoute() as ipr:
+        ipr.link("add", ifname=tap(vm(9)), kind="tuntap", mode="tap")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        nothing_left,
+        bridge_gone,
+        bridge_down_and_without_its_address,
+        a_tap_gone_and_one_elsewhere,
+        firewall_gone,
+        firewall_half_gone,
+        a_tap_of_nobody,
+    ],
+)
+async def test_whatever_was_torn_down_is_put_back(damage: object) -> None:
+    assert callable(damage)
+    with a_world() as world:
+        world.rows = ROWS
+        wanted = await as_it_should_be(world)
+        damage()
+        assert state() != wanted
+
+        assert await world.networks().reconcile() == {}
+
+        assert state() == wanted
+
+
+@pytest.mark.parametrize("damage", [nothing_left, bridge_gone, firewall_gone, a_tap_gone_and_one_elsewhere])
+async def test_a_vm_that_starts_has_its_network_though_it_was_torn_down_a_moment_ago(damage: object) -> None:
+    assert callable(damage)
+    with a_world() as world:
+        networks = world.networks()
+        world.rows = ROWS
+        await having(networks, *ROWS)
+        damage()
+
+        world.rows = [*ROWS, vm(4)]
+        await having(networks, world.rows[-1])
+        guest = world.guest(world.rows[-1])
+        world.world("serve", "tcp", WORLD, 80, "web")
+
+        assert guest("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
+
+
+async def test_what_is_not_ours_is_never_touched() -> None:
+    with a_world() as world:
+        with IPRoute() as ipr:
+            ipr.link("add", ifname="br0", kind="bridge")
+            ipr.link("add", ifname="tap0", kind="tuntap", mode="tap")
+            ipr.link("set", index=ipr.link_lookup(ifname="tap0")[0], master=ipr.link_lookup(ifname="br0")[0])
+            ipr.addr("add", index=ipr.link_lookup(ifname="br0")[0], address="172.17.0.1", prefixlen=16)
+        nft("table inet mine { chain c { type filter hook forward priority 0; policy accept; counter accept; }; }")
+        before = state()
+        networks = world.networks()
+
+        world.rows = ROWS
+        await having(networks, *ROWS)
+        await networks.reconcile()
+        world.rows = []
+        await networks.remove()
+
+        assert state() == before
+
+
+async def test_rounds_of_vms_that_come_and_go_leave_the_host_as_it_was() -> None:
+    with a_world() as world:
+        networks = world.networks()
+        world.rows = [vm(1), vm(2, "blue")]
+        await having(networks, *world.rows)
+        before = state()
+
+        for number in range(ROUNDS):
+            row = vm(3 + number % 7, ["bridge", "blue", "green"][number % 3], f"127.0.0.1:{8000 + number % 5}:80")
+            world.rows = [vm(1), vm(2, "blue"), row]
+            await having(networks, row)
+            assert tap(row) in links()
+            world.rows[-1] = stopped(row)
+            await having(networks, row)
+
+        assert state() == before
+
+
+async def test_all_of_a_subnets_vms_at_once_are_there_and_gone_again() -> None:
+    with a_world() as world:
+        child = Child("network", partial(NetworkKeeper, world.networks()))
+        async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
+            before = links()
+            world.rows = [vm(number) for number in range(1, 254)]
+            await _ask_all(child, [Attach(row.id) for row in world.rows])
+            assert links() - before == {SETTINGS.bridge_name, *map(tap, world.rows)}
+
+            world.rows, gone = [], world.rows
+            await _ask_all(child, [Detach(row.id) for row in gone])
+            assert links() - before == {SETTINGS.bridge_name}
+
+
+async def _ask_all(child: Child[NetworkKeeper], messages: Sequence[Attach | Detach]) -> None:
+    async with trio.open_nursery() as nursery:
+        for message in messages:
+            nursery.start_soon(partial(child.ref.ask, message, timeout_s=60))
+
+
+async def test_two_daemons_on_one_host_keep_out_of_each_others_way() -> None:
+    other = NetworkSettings(instance="abcdef0123", subnet=IPv4Network("10.88.0.0/24"))
+    with a_world() as world:
+        mine, theirs = world.networks(), Networks(HostNetwork(Host()), other, lambda: rows, lambda row: 0)
+        world.rows = [vm(1, "blue", "127.0.0.1:8080:80")]
+        rows = [vm(1, "blue", "127.0.0.1:8081:80", instance=other.instance, subnet=other.subnet)]
+        await having(mine, *world.rows)
+        alone = state()
+        await having(theirs, *rows)
+        one, two = world.guest(world.rows[0]), world.guest(rows[0])
+        for guest, name in ((one, "mine"), (two, "theirs")):
+            guest("serve", "tcp", "0.0.0.0", 80, name)
+        world.world("serve", "tcp", WORLD, 80, "web")
+
+        assert peer.ask("tcp", "127.0.0.1", 8080) == "mine 10.87.0.1"
+        assert peer.ask("tcp", "127.0.0.1", 8081) == "theirs 10.88.0.1"
+        assert two("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
+        assert one("refused", "tcp", address(rows[0]), 80)
+        assert two("refused", "tcp", address(world.rows[0]), 80)
+        await mine.reconcile()
+        assert two("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
+
+        rows.clear()
+        await theirs.remove()
+        assert state() == alone
+
+
+async def test_a_subnet_in_use_is_refused_and_nothing_is_made() -> None:
+    with a_world() as world:
+        there = world.machine("lan0", "10.87.0.9/16", "10.87.0.10/16")
+        before = state()
+        world.rows = [vm(1)]
+        networks = world.networks()
+
+        assert "10.87.0.0/16 dev lan0" in (await networks.obstacle() or "")
+        with pytest.raises(NetworkFailed, match=r"10\.87\.0\.0/16 dev lan0.*VOLANT_SUBNET"):
+            await networks.ensure({1})
+
+        assert state() == before
+        there("serve", "tcp", "0.0.0.0", 80, "lan")
+        assert peer.ask("tcp", "10.87.0.10", 80) == "lan 10.87.0.9"
+
+
+async def test_the_subnet_of_another_daemon_is_in_use() -> None:
+    other = NetworkSettings(instance="abcdef0123", subnet=SUBNET)
+    with a_world() as world:
+        world.rows = [vm(1)]
+        await having(world.networks(), *world.rows)
+
+        second = Networks(HostNetwork(Host()), other, lambda: [], lambda row: 0)
+
+        assert f"10.87.0.0/24 dev {SETTINGS.bridge_name}" in (await second.obstacle() or "")
+        assert await world.networks().obstacle() is None
+
+
+async def test_a_bridge_that_somebody_else_has_made_is_refused_and_left() -> None:
+    settings = NetworkSettings(instance=SETTINGS.instance, subnet=SUBNET, bridge="br0")
+    with a_world() as world:
+        with IPRoute() as ipr:
+            ipr.link("add", ifname="br0", kind="bridge")
+        before = state()
+        world.rows = [vm(1)]
+        networks = world.networks(settings)
+
+        assert "VOLANT_BRIDGE" in (await networks.obstacle() or "")
+        with pytest.raises(NetworkFailed, match="br0"):
+            await networks.ensure({1})
+
+        assert state() == before
+
+
+async def test_a_bridge_that_has_got_another_name_takes_its_vms_along() -> None:
+    with a_world() as world:
+        world.rows = [vm(1)]
+        await having(world.networks(), *world.rows)
+        guest = world.guest(world.rows[0])
+        world.world("serve", "tcp", WORLD, 80, "web")
+
+        renamed = NetworkSettings(instance=SETTINGS.instance, subnet=SUBNET, bridge="br7")
+        await world.networks(renamed).reconcile()
+
+        assert SETTINGS.bridge_name not in links()
+        assert guest("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
+
+
+async def test_a_host_that_can_not_be_made_to_forward_says_which_switch_to_turn() -> None:
+    with a_world() as world:
+        world.rows = [vm(1)]
+        _make_switches_read_only()
+
+        with pytest.raises(NetworkFailed, match=r"ip_forward=1.*/etc/sysctl\.d") as caught:
+            await world.networks().ensure({1})
+
+        assert caught.value.code == "forwarding"
+
+
+def _make_switches_read_only() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    path = b"/proc/sys"
+    assert libc.unshare(_CLONE_NEWNS) == 0
+    assert libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) == 0
+    assert libc.mount(path, path, None, _MS_BIND, None) == 0
+    assert libc.mount(path, path, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY, None) == 0
+
+
+async def test_a_tap_may_be_opened_by_its_hypervisors_user_and_by_no_other() -> None:
+    with a_world() as world:
+        row = vm(1)
+        world.rows = [row]
+        for owner, other in ((54321, 54322), (54322, 54321)):
+            networks = Networks(HostNetwork(Host()), SETTINGS, lambda: world.rows, lambda row, owner=owner: owner)
+            await having(networks, row)
+
+            assert _opens(owner, tap(row))
+            assert not _opens(other, tap(row))
+
+
+def _opens(user: int, name: str) -> bool:
+    """Whether a process of this user can, that may use the device as such."""
+    code = f"""
+import fcntl, os, struct
+fd = os.open("/dev/net/tun", os.O_RDWR)
+os.setuid({user})
+fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"{name}", 0x1002))
+"""
+    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def _give_up_net_admin() -> None:
+    """Without the capability, and without a way to have it back."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(_PR_CAPBSET_DROP, _CAP_NET_ADMIN, 0, 0, 0) == 0
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    for index in range(3):
+        sets[index] &= ~(1 << _CAP_NET_ADMIN)
+    assert libc.capset(header, sets) == 0
+
+
+async def test_without_leave_to_change_networks_it_is_said_what_is_missing() -> None:
+    with a_world() as world:
+        world.rows = [vm(1)]
+        _give_up_net_admin()
+
+        assert "CAP_NET_ADMIN" in (await world.networks().obstacle() or "")
+        with pytest.raises(NetworkFailed, match="CAP_NET_ADMIN"):
+            await world.networks().ensure({1})
