@@ -6,15 +6,20 @@ The kernel tells which in `/proc/<pid>/pagemap`, eight bytes for a page, of whic
 
 The file may have lost its name, so it is opened as what the process has open. All of it works in pieces, so that who
 copies can stop between two of them.
+
+What `/proc` has of a process belongs to the process's user, and a daemon that has to see it need not be one who may
+read everything: for the moment of opening, a thread is that user to file systems, and nobody else is.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +35,7 @@ _THERE = 0b11 << 6
 """Likewise: it is in memory, or swapped out."""
 _OWN = bytes(bool(byte & _THERE and not byte & _FILES) for byte in range(256))
 _RUN = re.compile(rb"\x01+")
+_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,29 @@ class PrivateMapping:
     start: int
     size: int
     file: Path
-    """Opens the file, whatever became of its name."""
+    """Leads to the file, whatever became of its name."""
+
+    def open_file(self) -> int:
+        """A descriptor of the file. Raises OSError."""
+        with _as_user_of(self.pid):
+            place = os.open(self.file, os.O_PATH | os.O_CLOEXEC)
+        try:
+            # The file is not that user's but ours.
+            return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(place)
+
+    def open_memory(self) -> int:
+        """A descriptor of the process's memory. Raises OSError."""
+        return self._open("mem")
+
+    def open_pagemap(self) -> int:
+        """A descriptor of what is where in it. Raises OSError."""
+        return self._open("pagemap")
+
+    def _open(self, name: str) -> int:
+        with _as_user_of(self.pid):
+            return os.open(f"/proc/{self.pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def find_private_mapping(pid: int, size: int) -> PrivateMapping:
@@ -56,13 +84,28 @@ def find_private_mapping(pid: int, size: int) -> PrivateMapping:
     if len(found) != 1:
         raise FileNotFoundError(f"process {pid} has {len(found)} private mappings of {size} bytes, and not the one")
     start, name_there = found[0]
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            if str(path.readlink()) == name_there and path.is_file():
-                return PrivateMapping(pid, start, size, path)
-        except FileNotFoundError:
-            continue
+    with _as_user_of(pid):
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                if str(path.readlink()) == name_there and path.is_file():
+                    return PrivateMapping(pid, start, size, path)
+            except FileNotFoundError:
+                continue
     raise FileNotFoundError(f"process {pid} has a mapping of {name_there}, and does not have it open any more")
+
+
+@contextmanager
+def _as_user_of(pid: int) -> Iterator[None]:
+    """In this block, in which nobody may wait for anything else, this thread opens files as a process's user would. For
+    who may not be that, nothing is different."""
+    figures = Path(f"/proc/{pid}").stat()
+    _libc.setfsgid(figures.st_gid)
+    _libc.setfsuid(figures.st_uid)
+    try:
+        yield
+    finally:
+        _libc.setfsuid(os.geteuid())
+        _libc.setfsgid(os.getegid())
 
 
 def copy_piece(source: int, target: int, start: int, size: int) -> int:

@@ -880,7 +880,7 @@ class Host:
         process may not be looked into."""
         with self.open_process(identity) as process:
             mapping = await trio.to_thread.run_sync(_memory.find_private_mapping, process.pid, size)
-            with _descriptor(mapping.file, os.O_RDONLY) as source:
+            with _closing(mapping.open_file()) as source:
                 _check_alive(process)
                 await self._copy_pieces(source, target, mode)
 
@@ -890,8 +890,8 @@ class Host:
         with self.open_process(identity) as process:
             mapping = await trio.to_thread.run_sync(_memory.find_private_mapping, process.pid, size)
             with (
-                _descriptor(_PROC / str(process.pid) / "mem", os.O_RDONLY) as memory,
-                _descriptor(_PROC / str(process.pid) / "pagemap", os.O_RDONLY) as pagemap,
+                _closing(mapping.open_memory()) as memory,
+                _closing(mapping.open_pagemap()) as pagemap,
                 _descriptor(target, os.O_WRONLY) as copy,
             ):
                 _check_alive(process)
@@ -1160,6 +1160,14 @@ def _why_no_users(directories: Sequence[Path]) -> str | None:
         if not _walls.takes_access_lists(directory):
             return f"the file system of {directory} has no access lists (POSIX ACL)"
     return None
+
+
+@contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _check_alive(process: Process) -> None:
