@@ -19,7 +19,7 @@ from volant.daemon._doctor._examine import CHECKS, Check, examine, in_thread
 from volant.daemon._doctor._given import Given
 from volant.daemon._doctor._image import judge_own, judge_unbuilt
 from volant.daemon._doctor._machine import judge_kvm, judge_machine, judge_qemu, judge_qemu_img
-from volant.daemon._doctor._network import judge_forwarding, judge_network, judge_rights
+from volant.daemon._doctor._network import judge_forwarding, judge_network, judge_passt, judge_rights
 from volant.daemon._doctor._places import CACHE, RUNTIME, STATE, Place, file_system_of, judge_memory, judge_place, look
 from volant.daemon._doctor._service import judge_cgroups, judge_descriptors, judge_systemd
 from volant.daemon._doctor._walls import judge_landlock, judge_walls
@@ -101,6 +101,8 @@ def place(**other: object) -> Place:
         (judge_cgroups(None), "less", "unified_cgroup_hierarchy"),
         (judge_rights(True), "ok", "may change"),
         (judge_rights(False), "less", "volar setup"),
+        (judge_passt(None), "ok", "there is one"),
+        (judge_passt("passt is not installed"), "less", "apt install passt"),
         (judge_forwarding("1"), "ok", "passed on"),
         (judge_forwarding("0"), "less", "sysctl"),
     ],

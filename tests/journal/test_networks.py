@@ -245,3 +245,15 @@ async def test_what_another_daemon_has_leased_comes_back_under_the_names_of_this
         assert (again.lease.tap, again.lease.mac) == (tap_of("fedcba9876", row.id), mac_of("fedcba9876", row.id))
         assert set(bench.store.projection.networks) == {"blue"}
         assert (await bench.create("next")).ip_address == "192.168.127.3"
+
+
+async def test_no_guest_has_the_hosts_address_in_a_subnet_of_before(path: Path) -> None:
+    before = Networking(default="bridge", subnet=IPv4Network("10.0.0.4/30"), instance=INSTANCE)
+    async with running(path, networking=before) as bench:
+        assert (await bench.create("old")).ip_address == "10.0.0.6"
+    async with running(path, networking=TINY) as bench:
+        addresses = [(await bench.create(f"vm-{number}")).ip_address for number in range(3)]
+        # Neither 10.0.0.5, which is the host's, nor 10.0.0.6.
+        assert addresses == ["10.0.0.2", "10.0.0.3", "10.0.0.4"]
+        with pytest.raises(Problem, match="taken"):
+            await bench.create("one-more")

@@ -20,7 +20,6 @@ from volant.model import (
     allocate,
     capacity_of,
     check_ports_free,
-    hosts_of,
     mac_of,
     moved,
     new_network,
@@ -203,8 +202,3 @@ def test_ports_of_a_vm_without_a_network_are_refused() -> None:
         new_row(request, Manifest(name="base"), vm_id=1, now=NOW)
     assert (refused.value.status, refused.value.field) == (400, "ports")
     assert "setting `network`" in refused.value.detail
-
-
-def test_guests_are_told_the_addresses_of_those_that_have_one() -> None:
-    one = lease("10.0.0.0/24")
-    assert hosts_of([("web", one), ("alone", None)]) == {"web": "10.0.0.2"}

@@ -539,6 +539,7 @@ class Daemon:
 
     def info(self) -> Mapping[str, object]:
         """Addresses, versions, directories, accelerator and why; ready for JSON."""
+        networking = self.store.networking
         return {
             "version": __version__,
             "addresses": [address_of(sock) for sock in self._sockets],
@@ -548,6 +549,7 @@ class Daemon:
             "hypervisor_version": self._choice.version if self._choice else None,
             "accelerator": self._choice.accelerator if self._choice else None,
             "accelerator_reason": self._choice.reason if self._choice else "not known yet",
+            "networks": {kind: networking.obstacles.get(kind, "can be had") for kind in (BRIDGE, USER)},
             "walls": None if self._walls is None else self._walls.view(),
             "state_dir": str(self.settings.state_dir),
             "runtime_dir": str(self.settings.runtime_dir),

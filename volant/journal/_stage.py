@@ -482,9 +482,10 @@ class Stage:
         return self.networks[name] if name in self.networks else self._projection.networks.get(name)
 
     def _addresses(self) -> set[str]:
-        """Those on the bridge that are taken."""
+        """Those on the bridge that are taken; also the host's own, for VMs that were created in another subnet."""
         if self._taken is None:
-            self._taken = {address for row in self._rows() if (address := _on_the_bridge(row)) is not None}
+            leases = [row.lease for row in self._rows() if row.lease is not None and row.lease.tap]
+            self._taken = {lease.address for lease in leases} | {lease.gateway for lease in leases}
         return self._taken
 
     def _plugin(self, name: str) -> Plugin | None:

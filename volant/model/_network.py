@@ -308,8 +308,3 @@ def parse_ports(texts: Iterable[str]) -> tuple[PublishedPort, ...]:
         if len(ports) > MAX_PORTS:
             raise invalid("ports", f"a VM publishes at most {MAX_PORTS} ports")
     return tuple(ports)
-
-
-def hosts_of(members: Iterable[tuple[str, Lease | None]]) -> dict[str, str]:
-    """The addresses of the VMs of one network by their names: what the guests in it are told."""
-    return {name: lease.address for name, lease in sorted(members) if lease is not None}

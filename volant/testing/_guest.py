@@ -119,6 +119,8 @@ class SimGuest:
             await trio.sleep(self._rng.uniform(1.0, 30.0))
         if fault("agent.refuses"):
             await answer(stream, 500, {"detail": "the agent has a bad day"})
+        elif path == DAEMON_IDENTITY and "network" in json.loads(body) and self.protocol < TELLS_NETWORK:
+            await answer(stream, 400, {"detail": "the body has other fields than an agent of this age knows"})
         elif path == DAEMON_IDENTITY:
             wanted = json.loads(body)
             assert len(wanted["entropy"]) >= 64
@@ -126,7 +128,6 @@ class SimGuest:
             assert "as_it_is" not in wanted or self.protocol >= TAKES_AS_IT_IS
             self.is_copy = False
             if "network" in wanted:
-                assert self.protocol >= TELLS_NETWORK
                 self.network = wanted["network"]
                 self.hosts = wanted["network"]["hosts"]
             self.workload = wanted.get("workload", self.workload)

@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from volant.model.doctor import Finding
+from volant.network import passt_obstacle
 
 from ._given import Given, device, let_in
 
@@ -35,7 +36,7 @@ async def network(given: Given) -> Sequence[Finding]:
         outcome = {"namespace": "the attempt did not end well"}
     capabilities = _effective((await given.host.read_bytes(Path("/proc/self/status"))).decode())
     findings = judge_network(outcome, let_in(_TUN) if device(_TUN) == "denied" else None)
-    return [*findings, judge_rights(bool(capabilities >> _CAP_NET_ADMIN & 1))]
+    return [*findings, judge_rights(bool(capabilities >> _CAP_NET_ADMIN & 1)), judge_passt(passt_obstacle())]
 
 
 def _effective(status: str) -> int:
@@ -66,6 +67,15 @@ def judge_rights(has: bool) -> Finding:
     return Finding(
         check="rights", level="less", found="this user may not change the host's network (CAP_NET_ADMIN)",
         means=_NO_NETWORK, advice="run volantd as root, as the service of `sudo volar setup` does",
+    )  # fmt: skip
+
+
+def judge_passt(obstacle: str | None) -> Finding:
+    if obstacle is None:
+        return Finding(check="passt", level="ok", found="there is one")
+    return Finding(
+        check="passt", level="less", found="it is not installed", means="VMs can't have the network `user`",
+        advice="install it; Debian: `sudo apt install passt`",
     )  # fmt: skip
 
 
