@@ -50,14 +50,20 @@ class _Machine(NamedTuple):
     setgroups: int
     setresuid: int
     setresgid: int
+    rights: tuple[int, ...]
+    """Change whose a file is and who may use it, which Landlock leaves to whoever has the same user: chmod, chown,
+    setxattr, removexattr and the like."""
 
 
+_IO_URING_SETUP, _FCHMODAT2 = 425, 452
+"""The same everywhere. A ring does what the filter can't see."""
 _MACHINES = {
-    "x86_64": _Machine(0xC000003E, 42, 116, 117, 119),
-    "aarch64": _Machine(0xC00000B7, 203, 159, 147, 149),
+    "x86_64": _Machine(
+        0xC000003E, 42, 116, 117, 119, (90, 91, 268, 92, 93, 94, 260, 188, 189, 190, 197, 198, 199, _FCHMODAT2)
+    ),
+    "aarch64": _Machine(0xC00000B7, 203, 159, 147, 149, (52, 53, 54, 55, 5, 6, 7, 14, 15, 16, _FCHMODAT2)),
 }
 _machine = _MACHINES.get(platform.machine())
-_IO_URING_SETUP = 425
 _X32 = 0x40000000
 
 
@@ -197,8 +203,8 @@ def _put_up(walls: Walls, place: int, rules: int | None) -> None:
         _syscall(_machine.setgroups, len(walls.groups), ctypes.byref(groups))
         _syscall(_machine.setresgid, *[walls.user] * 3)
         _syscall(_machine.setresuid, *[walls.user] * 3)
-    if walls.no_connect and _machine is not None:
-        _forbid(_machine, (_machine.connect, _IO_URING_SETUP))
+    if _machine is not None:
+        _forbid(_machine, (*_machine.rights, _IO_URING_SETUP, *([_machine.connect] if walls.no_connect else [])))
 
 
 def _drop_capabilities() -> None:

@@ -549,11 +549,12 @@ class Host:
             if process.exited:
                 raise ProcessGone(f"process {identity.pid} has ended")
         said = {name: text.split() for name, _, text in (line.partition(":") for line in lines)}
-        held = [int(said[name][0], 16) for name in ("CapInh", "CapPrm", "CapBnd", "CapAmb")]
+        held, more, bound = (int(said[name][0], 16) for name in ("CapPrm", "CapInh", "CapBnd"))
+        none_new = said["NoNewPrivs"][0] == "1"
         return ProcessStatus(
             user=int(said["Uid"][1]),
-            capabilities=held[0] | held[1] | held[2] | held[3],
-            no_new_privileges=said["NoNewPrivs"][0] == "1",
+            capabilities=held if none_new else held | more | bound,
+            no_new_privileges=none_new,
             filters=int(said.get("Seccomp_filters", said["Seccomp"])[0]),
         )
 
