@@ -585,10 +585,15 @@ class Host:
         in one, let everybody through from then on, and show nobody what is in them. Raises OSError."""
         await trio.to_thread.run_sync(_walls.grant, grants, below)
 
-    async def lend_directory(self, path: Path, user: int) -> None:
-        """Let a user make files in a directory of ours that we can use, too, and remove or replace none of ours.
-        Raises OSError."""
-        await trio.to_thread.run_sync(_walls.lend_directory, path, user)
+    async def lend_directory(self, path: Path, user: int, grants: Sequence[Grant], below: Sequence[Path]) -> None:
+        """Let a user make files in a directory of ours that we can use, too, and remove or replace none of ours; and
+        `grant` besides. Raises OSError."""
+
+        def lend() -> None:
+            _walls.lend_directory(path, user)
+            _walls.grant(grants, below)
+
+        await trio.to_thread.run_sync(lend)
 
     def working_directory(self, identity: ProcessIdentity) -> Path:
         """Where a process works, under the name that the directory has by now.

@@ -71,7 +71,6 @@ class Enclosure:
             reads.append(spec.root.base)
             writes.append(spec.root.layer)
         if user is not None:
-            await host.lend_directory(spec.directory, user)
             grants = [Grant(path, "user", user, _READ_WRITE) for path in writes]
             grants += [Grant(path, "user", user, _READ_WRITE) for path in (spec.console_path, spec.console_input_path)]
             if spec.nic is not None and spec.nic.socket is not None:
@@ -81,7 +80,7 @@ class Enclosure:
                     grants.append(Grant(path, "group", group, _READ))
                 elif any(path.is_relative_to(place) for place in plan.places):
                     grants.append(Grant(path, "others", 0, _READ))
-            await host.grant(grants, plan.places)
+            await host.lend_directory(spec.directory, user, grants, plan.places)
         walls = Walls(
             user=user,
             groups=() if group is None else (group,),
@@ -91,7 +90,13 @@ class Enclosure:
             no_connect=plan.no_connect and (spec.nic is None or spec.nic.socket is None),
         )
         record = {"user": user, "landlock": plan.landlock, "no_connect": walls.no_connect, "no_user": plan.no_users}
-        await host.write_bytes(spec.walls_path, msgspec.json.encode(record))
+        # Not what somebody who was in there has put in its place. It is of no use after a loss of power.
+        host.unlink(spec.walls_path)
+        fd = host.open_file(spec.walls_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            host.write(fd, msgspec.json.encode(record))
+        finally:
+            host.close_file(fd)
         return walls
 
     async def _user(self, spec: MachineSpec) -> int | None:
