@@ -21,7 +21,9 @@ from ._clones import creates_at_once, many_clones
 from ._events import event_streams, unread_stream
 from ._figure import Figure
 from ._fork import fork_chromium
+from ._hostile_guest import hostile_guest
 from ._journal import journal, vmlog
+from ._network import network
 from ._relays import relays
 from ._serving import get_vm, healthz
 from ._streams import healthz_busy
@@ -50,10 +52,12 @@ def main() -> int:
         "healthz": healthz,
         "healthz_busy": healthz_busy,
         "relays": relays,
+        "hostile_guest": hostile_guest,
         "event_streams": event_streams,
         "unread_stream": unread_stream,
         "journal": journal,
         "vmlog": vmlog,
+        "network": network,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benches)}; all by default")

@@ -1,13 +1,25 @@
 """The host's side of networks: bridge, taps, addresses, firewall."""
 
 from ._actor import NetworkKeeper
-from ._door import Link, MakeBridge, MakeTap, NetworkDoor, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
+from ._door import (
+    BridgeDown,
+    Link,
+    MakeBridge,
+    MakeTap,
+    NetworkDoor,
+    NetworkFailed,
+    RemoveLink,
+    Route,
+    SetLocalnet,
+    Step,
+)
 from ._netlink import HostNetwork
 from ._networks import Networks
 from ._passt import Passt, passt_obstacle, passt_socket
 from ._plan import NetworkSettings
 
 __all__ = [
+    "BridgeDown",
     "HostNetwork",
     "Link",
     "MakeBridge",

@@ -20,6 +20,13 @@ class NetworkFailed(Exception):
         self.code = code
 
 
+class BridgeDown(NetworkFailed):
+    """The bridge that something is to be done with is not there, or not up: somebody else has had a hand in it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("bridge_down", f"the bridge {name} is not there, or not up")
+
+
 class Link(msgspec.Struct, frozen=True, kw_only=True):
     """A network interface."""
 
@@ -66,9 +73,10 @@ class MakeTap(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RemoveLink(msgspec.Struct, frozen=True, kw_only=True):
-    """No such link. There being none is no failure."""
+    """No link of this name and kind. There being none is no failure."""
 
     name: str
+    kind: str
 
 
 class SetLocalnet(msgspec.Struct, frozen=True, kw_only=True):

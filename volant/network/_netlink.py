@@ -31,7 +31,7 @@ import trio
 from volant.host import Host
 
 from . import _nftables
-from ._door import Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
+from ._door import BridgeDown, Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
 
 T = TypeVar("T")
 
@@ -45,6 +45,7 @@ _TAP_FLAGS = 0x0002 | 0x1000 | 0x4000
 """IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, as QEMU opens it."""
 _ROUTES = Path("/proc/self/net/route")
 _CAP_NET_ADMIN = 12
+_SIOCGIFFLAGS = 0x8913
 _UP = 0x1
 
 
@@ -214,11 +215,14 @@ def _do(ipr: Any, step: Step) -> None:
             _make_bridge(ipr, step)
         case MakeTap():
             _make_tap(ipr, step)
-        case RemoveLink(name=name):
-            if (message := _message_of(ipr, name)) is not None:
+        case RemoveLink(name=name, kind=kind):
+            if (message := _message_of(ipr, name)) is not None and _link(message, {}).kind == kind:
                 ipr.link("del", index=message["index"])
         case SetLocalnet(bridge=bridge, on=on):
-            _switch(f"ipv4/conf/{bridge}/route_localnet", on)
+            try:
+                _switch(f"ipv4/conf/{bridge}/route_localnet", on)
+            except FileNotFoundError as error:
+                raise BridgeDown(bridge) from error
 
 
 def _make_bridge(ipr: Any, step: MakeBridge) -> None:
@@ -268,18 +272,7 @@ def _forward(bridge: str) -> None:
 
 
 def _make_tap(ipr: Any, step: MakeTap) -> None:
-    bridge = socket.if_nametoindex(step.bridge)
-    message = _message_of(ipr, step.name)
-    if message is not None:
-        link = _link(message, {})
-        if link.kind != "tun":
-            raise NetworkFailed(
-                "tap", f"there is a network interface {step.name} that is no tap, where one is to be; remove it"
-            )
-        if link.in_use:
-            if link.master != step.bridge or not link.up:
-                _join(ipr, message["index"], bridge)
-            return
+    bridge = _index_of_bridge(step.bridge)
     tun = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", step.name.encode(), _TAP_FLAGS))
@@ -287,8 +280,30 @@ def _make_tap(ipr: Any, step: MakeTap) -> None:
         _join(ipr, socket.if_nametoindex(step.name), bridge)
         fcntl.ioctl(tun, _TUNSETOWNER, step.owner)
         fcntl.ioctl(tun, _TUNSETPERSIST, 1)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise NetworkFailed(
+                "tap", f"there is a network interface {step.name} that is no tap, where one is to be; remove it"
+            ) from error
+        if error.errno != errno.EBUSY:
+            raise
+        # Somebody has it open, so it is there, and his.
+        _join(ipr, socket.if_nametoindex(step.name), bridge)
     finally:
         os.close(tun)
+
+
+def _index_of_bridge(name: str) -> int:
+    """:raises BridgeDown:"""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            answer = fcntl.ioctl(sock, _SIOCGIFFLAGS, struct.pack("16s24x", name.encode()))
+        index = socket.if_nametoindex(name)
+    except OSError as error:
+        raise BridgeDown(name) from error
+    if not struct.unpack_from("H", answer, 16)[0] & _UP:
+        raise BridgeDown(name)
+    return index
 
 
 def _join(ipr: Any, index: int, bridge: int) -> None:

@@ -1,9 +1,9 @@
 """Makes of the host what the rows say: all of it, or what one more VM needs.
 
 **All of it** is looked at when an actor begins, when somebody asks, and when something was not as it should have been.
-**One VM more or less** looks at the bridge and at that VM's tap alone, and changes a few elements of the firewall's
-sets; so the thousandth costs what the first did. What was loaded into the firewall is remembered for that, and where
-memory and host differ nftables refuses the change, and everything is replaced.
+**One VM more or less** is that VM's tap and a few elements of the firewall's sets; so the thousandth costs what the
+first did. What was loaded into the firewall is remembered for that. Where memory and host differ, as somebody has had a
+hand in them, nftables refuses the change or the tap finds no bridge; then all of it is looked at.
 
 The firewall goes first, as it knows taps by name: a tap that has no rules yet reaches nobody.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from volant.model import VmRow, tap_of
 
-from ._door import Link, MakeTap, NetworkDoor, NetworkFailed, RemoveLink, SetLocalnet, Step
+from ._door import BridgeDown, Link, MakeTap, NetworkDoor, NetworkFailed, RemoveLink, SetLocalnet, Step
 from ._plan import (
     NetworkPlan,
     NetworkSettings,
@@ -117,25 +117,34 @@ class Networks:
 
         :raises NetworkFailed: none can.
         """
-        plan, settings = self._plan(), self._settings
-        names = {tap_of(settings.instance, vm_id): vm_id for vm_id in vm_ids}
-        links = await self._door.links({settings.bridge_name, *names})
-        check_bridge(settings, links)
+        plan = self._plan()
+        if plan.gateways == self._gateways:
+            try:
+                return await self._see_to(plan, vm_ids)
+            except BridgeDown as error:
+                _logger.warning("all of the network is looked at: %s", error)
+                self._counts["mended"] += 1
+        failures = await self.reconcile()
+        if self._gateways is None:
+            return failures
+        return {**failures, **await self._see_to(self._plan(), vm_ids)}
+
+    async def _see_to(self, plan: NetworkPlan, vm_ids: Collection[int]) -> dict[int, NetworkFailed]:
+        """What these VMs need, where all else is as it should be. :raises BridgeDown: it is not."""
+        settings = plan.settings
         taps = [tap for tap in plan.taps if tap.vm_id in vm_ids]
-        wanted = {tap.name for tap in taps}
-        # Nothing of these VMs runs any more, so whoever has such a tap open is nobody to wait for.
-        steps: list[Step] = [
-            RemoveLink(name=link.name) for link in links if is_tap(settings, link) and link.name not in wanted
-        ]
-        failures: dict[int, NetworkFailed] = {}
-        if plan.gateways == self._gateways and any(link.name == settings.bridge_name and link.up for link in links):
-            await self._change(rules_of(plan))
-            steps += [make_tap(plan, tap) for tap in taps]
-            steps.append(SetLocalnet(bridge=settings.bridge_name, on=plan.localnet))
-        else:
-            failures |= await self.reconcile()
-        failures |= await self._do(plan, steps, names)
-        return {vm_id: failure for vm_id, failure in failures.items() if vm_id in vm_ids}
+        going = {tap_of(settings.instance, vm_id): vm_id for vm_id in set(vm_ids) - {tap.vm_id for tap in taps}}
+        await self._change(rules_of(plan))
+        return await self._do(
+            plan,
+            [
+                *(make_tap(plan, tap) for tap in taps),
+                # Nothing of these VMs runs any more, so whoever has such a tap open is nobody to wait for.
+                *(RemoveLink(name=name, kind="tun") for name in going),
+                SetLocalnet(bridge=settings.bridge_name, on=plan.localnet),
+            ],
+            going,
+        )
 
     async def remove(self) -> None:
         """Take all of it away. :raises NetworkFailed: something is left."""
@@ -143,7 +152,7 @@ class Networks:
         if not await self._is_begun():
             return
         links = [link for link in await self._door.links() if is_ours(self._settings, link)]
-        results = await self._door.do([RemoveLink(name=link.name) for link in links])
+        results = await self._door.do([RemoveLink(name=link.name, kind=link.kind) for link in links])
         await self._door.load(nothing(self._settings.tables))
         for failure in filter(None, results):
             raise failure
@@ -181,6 +190,8 @@ class Networks:
         vm_ids = {tap.name: tap.vm_id for tap in plan.taps} | dict(going or {})
         failures: dict[int, NetworkFailed] = {}
         for step, failure in zip(steps, await self._door.do(steps), strict=True):
+            if isinstance(failure, BridgeDown):
+                raise failure
             match step:
                 case MakeTap(name=name) if failure is not None:
                     failures[vm_ids[name]] = failure

@@ -87,12 +87,12 @@ def has_tap(row: VmRow) -> bool:
 
 def plan_of(settings: NetworkSettings, rows: Iterable[VmRow], owner_of: Callable[[VmRow], int]) -> NetworkPlan:
     """What should be there. `owner_of`: the id of the user that a VM's hypervisor runs as."""
-    gateways = {IPv4Interface((gateway_of(settings.subnet), settings.subnet.prefixlen))}
+    gateways = {f"{gateway_of(settings.subnet)}/{settings.subnet.prefixlen}"}
     taps = []
     for row in sorted(filter(has_tap, rows), key=lambda row: row.id):
         lease = row.lease
         assert lease is not None
-        gateways.add(IPv4Interface(f"{lease.gateway}/{lease.prefix}"))
+        gateways.add(f"{lease.gateway}/{lease.prefix}")
         taps.append(
             Tap(
                 vm_id=row.id,
@@ -104,7 +104,7 @@ def plan_of(settings: NetworkSettings, rows: Iterable[VmRow], owner_of: Callable
                 ports=row.ports,
             )
         )
-    return NetworkPlan(settings=settings, gateways=tuple(sorted(gateways)), taps=tuple(taps))
+    return NetworkPlan(settings=settings, gateways=tuple(sorted(map(IPv4Interface, gateways))), taps=tuple(taps))
 
 
 def may_be_ours(settings: NetworkSettings, name: str) -> bool:
@@ -135,7 +135,7 @@ def steps_to(plan: NetworkPlan, links: Collection[Link]) -> list[Step]:
     return [
         make_bridge(plan),
         *(make_tap(plan, tap) for tap in plan.taps),
-        *(RemoveLink(name=link.name) for link in stale),
+        *(RemoveLink(name=link.name, kind=link.kind) for link in stale),
         SetLocalnet(bridge=settings.bridge_name, on=plan.localnet),
     ]
 

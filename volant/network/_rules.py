@@ -12,16 +12,16 @@ the family `inet` sees packets, which the host routes or takes for itself::
 - **What a guest may send** is a set of (tap, MAC, address), for ARP too. All else, IPv6 and tagged frames among it,
   ends at the tap. Ports of the bridge are known by the prefix of their names, as not every kernel can tell to which
   bridge a port belongs.
-- **Loopback addresses** are closed for guests at the tap, before anything can translate them. That is the guard for a
-  port published on 127.0.0.1: the switch `route_localnet` lets the host's own packets from 127.0.0.1 out to the bridge
-  and their answers in, and would let a guest send to the host's loopback. It is on only while such a port is published,
-  and for the bridge alone. Rejected: a process that listens on 127.0.0.1 and copies. It has to be kept alive, takes
-  turns on a CPU for each byte, and its connections die with it.
 - **A guest behind the gateway's MAC** is closed at the tap likewise: what isolation keeps apart can't meet by way of
   the host's routing.
-- **The host's own addresses** are closed before destinations are translated, so that a port that somebody else has
-  published on this host is no way in either. Answers to what the host itself began pass, and so does a ping of the
-  gateway.
+- **The host's own addresses**, its loopback's among them, are closed before destinations are translated, so that a port
+  that is published on this host, by us or by somebody else, is no way in either. Answers to what the host itself began
+  pass, and so does a ping of the gateway.
+- **A port published on 127.0.0.1** is reached by the host's own packets, which leave by the bridge with the gateway's
+  address. The kernel lets them out, and the answers in, where the switch `route_localnet` is on: for the bridge alone,
+  and only while such a port is published. It would let guests send to the host's loopback, and the rule above is what
+  keeps them from it; so it is there before the switch is turned. Rejected: a process that listens on 127.0.0.1 and
+  copies. It has to be kept alive, takes turns on a CPU for each byte, and its connections die with it.
 - **Bridge netfilter** (`bridge-nf-call-iptables`) shows bridged frames to the `inet` table too; it lets them pass.
 
 **What differs by VM is elements of sets**, all else is the same for every VM. So one VM more or less is a few elements,
@@ -152,7 +152,6 @@ def _bridge_table(plan: NetworkPlan, names: list[str]) -> str:
         iifname {taps} goto from-guest
     }}
     chain from-guest {{
-        ether type ip ip daddr 127.0.0.0/8 drop
         ether type ip ether daddr {settings.bridge_mac} ip daddr {subnets} ip daddr != {_gateways(plan)} drop
         ether type ip iifname . ether saddr . ip saddr @guests accept
         ether type arp arp htype 1 arp ptype ip jump from-guest-arp

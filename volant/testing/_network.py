@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from actors import fault
 from volant.network import (
+    BridgeDown,
     Link,
     MakeBridge,
     MakeTap,
@@ -66,7 +67,7 @@ class SimLinks:
                 self.addresses[name] = addresses
             case MakeTap(name=name, bridge=bridge, owner=owner):
                 if bridge not in self.links:
-                    raise NetworkFailed("tap", f"there is no bridge {bridge}")
+                    raise BridgeDown(bridge)
                 before = self.links.get(name)
                 in_use = before is not None and before.in_use
                 self.links[name] = Link(name=name, kind="tun", mac="", up=True, master=bridge, in_use=in_use)
@@ -77,6 +78,8 @@ class SimLinks:
                 self.owners.pop(name, None)
                 self.localnet.discard(name)
             case SetLocalnet(bridge=bridge, on=on):
+                if bridge not in self.links:
+                    raise BridgeDown(bridge)
                 (self.localnet.add if on else self.localnet.discard)(bridge)
 
     def load(self, rules: str) -> None:
