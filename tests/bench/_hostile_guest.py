@@ -1,0 +1,46 @@
+"""What a guest that means no good costs the others: `tests/system/hostile.py` says what it does."""
+
+from __future__ import annotations
+
+import trio
+
+from tests.system.hostile import OTHER, boot_evil, delete_evil, hostile_plugin, noticing, turn
+from tests.system.kit import boot
+
+from ._figure import Figure
+from ._world import cache_dir, current_image, scratch, volantd
+
+LONG_S = 6.0
+BEHAVIOURS = ("garbage", "settings", "line-feeds", "forks")
+
+
+async def hostile_guest() -> list[Figure]:
+    """The slowest answer of another VM to a command, and what the daemon grew by, beside each kind of hostile guest."""
+    current_image()
+    figures: list[Figure] = []
+    with scratch() as directory, volantd() as daemon:
+        async with daemon.client() as client:
+            await client.plugins.install(hostile_plugin(directory, cache_dir()))
+            await boot(client, OTHER)
+            await boot_evil(client)
+            async with noticing(daemon, client) as quiet:
+                await trio.sleep(LONG_S)
+                await delete_evil(client, quiet)
+            figures.append(Figure("quiet_guest_slowest_answer", quiet.slowest_s, "s"))
+            for behaviour in BEHAVIOURS:
+                await boot_evil(client)
+                await turn(client, behaviour)
+                async with noticing(daemon, client) as noticed:
+                    await trio.sleep(LONG_S)
+                    await delete_evil(client, noticed)
+                name = f"hostile_guest_{behaviour}"
+                ratio = noticed.slowest_s / quiet.slowest_s
+                figures += [
+                    Figure(f"{name}_slowest_answer", noticed.slowest_s, "s", ratio, "beside a quiet one"),
+                    Figure(f"{name}_slowest_healthz", noticed.slowest_healthz_s, "s"),
+                    Figure(f"{name}_daemon_grows", noticed.grown_mb, "MiB"),
+                    Figure(f"{name}_daemon_cpu", noticed.cpu, "of a processor"),
+                    Figure(f"{name}_deleted", noticed.deleted_s, "s"),
+                ]
+            await client.vms.delete(OTHER)
+    return figures
