@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from trio_websocket import WebSocketConnection, open_websocket_url
 
 from actors import ONE_FOR_ONE, Child, DynamicSupervisor, Supervisor, open_system
 from tests.api import conformance
+from tests.channel.kit import Hypervisor
 from volant.api import Access, ApiSettings, Doors, Limits, create_app, serve
 from volant.api._doors import Health
 from volant.channel import AgentClient
@@ -350,29 +350,14 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
 async def agent_behind(path: Path) -> AsyncIterator[None]:
     """The guest's real agent, in this process, behind a socket at `path` that speaks as a hybrid vsock does."""
     agent = Server(lambda _: None)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen(64)
-        threading.Thread(target=_take_streams, args=(listener, agent), daemon=True).start()
+    hypervisor = Hypervisor(path)
+    hypervisor.take = agent.serve
+    with hypervisor.listening():
         try:
             yield
         finally:
-            listener.shutdown(socket.SHUT_RDWR)
             await trio.to_thread.run_sync(agent.workload.stop, 0.0)
             agent.output.finish(0.0)
-
-
-def _take_streams(listener: socket.socket, agent: Server) -> None:
-    while True:
-        try:
-            sock, _ = listener.accept()
-        except OSError:
-            return
-        line = b""
-        while not line.endswith(b"\n"):
-            line += sock.recv(1)
-        sock.sendall(b"OK 1\n")
-        agent.serve(sock)
 
 
 @asynccontextmanager

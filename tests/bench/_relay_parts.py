@@ -22,6 +22,7 @@ from pathlib import Path
 import trio
 
 from tests.api.kit import api
+from tests.channel.kit import Hypervisor
 from volant.api import Limits
 from volant.channel import AgentClient, HybridVsock, open_channel
 from volant.guest._server import Server
@@ -93,20 +94,11 @@ def _pour(sock: socket.socket, size: int) -> None:
 
 def guest(path: str) -> None:
     """The real agent."""
-    agent = Server(lambda _: None)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen(64)
+    hypervisor = Hypervisor(Path(path))
+    hypervisor.take = Server(lambda _: None).serve
+    with hypervisor.listening():
         print(f"listening on unix:{path}", flush=True)
-
-        def serve(sock: socket.socket) -> None:
-            line = b""
-            while not line.endswith(b"\n"):
-                line += sock.recv(1)
-            sock.sendall(b"OK 1\n")
-            agent.serve(sock)
-
-        _accept(listener, serve)
+        signal.pause()
 
 
 async def daemon(path: str, port: int) -> None:

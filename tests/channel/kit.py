@@ -274,12 +274,18 @@ class Hypervisor(Way):
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Hypervisor]:
+        with self.listening():
+            yield self
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Serve, in threads, for the length of a block."""
         self._listener.bind(str(self.path))
         self._listener.listen(BACKLOG)
         thread = threading.Thread(target=self._accept, daemon=True)
         thread.start()
         try:
-            yield self
+            yield
         finally:
             with self._closing, self._listener:
                 self._listener.shutdown(socket.SHUT_RDWR)
