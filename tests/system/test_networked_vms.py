@@ -1,20 +1,25 @@
-"""VMs on the bridge of a daemon: each has an address of its own, however it came to be, and meets those that it should.
+"""VMs of a daemon with networks: each has an address of its own, however it came to be, and meets those that it should.
 
-The daemon runs in a network namespace of its own. What the bridge lets through is the matter of `tests/network`.
+The daemon's host is a network namespace, with a cable to another one, which is the world. What the bridge lets through
+to the last bit is the matter of `tests/network`; here it is about real guests.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, boot, run, until
+from tests.system.kit import BOOT_S, Daemon, adopted, boot, reachable, run, until
 from tests.system.netns import IN_ITS_OWN
+from tests.system.test_orphans import volar
 from tests.system.test_snapshots import fork
 from tests.system.test_standby import count, filled
 from tests.system.test_templates import template
@@ -26,13 +31,84 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("nft") is None, reason="nftables is not installed"),
 ]
 GATEWAY = "192.168.127.1"
+HOST, WORLD, PORT = "198.51.100.1", "198.51.100.2", 7000
+_S = 30.0
+SERVE = f"""
+import socket
+listener = socket.create_server(("{WORLD}", {PORT}))
+print("listening", flush=True)
+while True:
+    connection, address = listener.accept()
+    connection.sendall(address[0].encode())
+    connection.close()
+"""
+"""The world: it says from where one came."""
+FETCH = """
+import socket, sys
+with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=10) as stream:
+    while data := stream.recv(4096):
+        sys.stdout.write(data.decode())
+"""
+
+
+class Namespace:
+    """A network namespace, which lasts until it is closed."""
+
+    def __init__(self) -> None:
+        self._holder = subprocess.Popen(
+            [*IN_ITS_OWN, "sh", "-c", "echo; exec sleep 3600"], stdout=subprocess.PIPE, text=True
+        )
+        assert self._holder.stdout is not None
+        self._holder.stdout.readline()
+        self.pid = self._holder.pid
+        self.enter = ("nsenter", f"--net=/proc/{self.pid}/ns/net", "--")
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run([*self.enter, *command], check=True, stdout=subprocess.PIPE, text=True, timeout=_S)
+        return done.stdout
+
+    def links(self) -> set[str]:
+        return {link["ifname"] for link in json.loads(self.run("ip", "-j", "link"))}
+
+    def close(self) -> None:
+        self._holder.kill()
+        self._holder.communicate(timeout=_S)
+
+
+class Lab:
+    """A host, the world, and a cable between them."""
+
+    def __init__(self) -> None:
+        self.host, self.world = Namespace(), Namespace()
+        self.host.run("ip", "link", "add", "up0", "type", "veth", "peer", "name", "up0", "netns", str(self.world.pid))
+        for end, address in ((self.host, HOST), (self.world, WORLD)):
+            end.run("ip", "address", "add", f"{address}/24", "dev", "up0")
+            end.run("ip", "link", "set", "up0", "up")
+        self.host.run("ip", "route", "add", "default", "via", WORLD)
+        command = [*self.world.enter, sys.executable, "-c", SERVE]
+        self._server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._server.stdout is not None
+        assert self._server.stdout.readline() == "listening\n"
+
+    def close(self) -> None:
+        self._server.kill()
+        self._server.communicate(timeout=_S)
+        self.host.close()
+        self.world.close()
 
 
 @pytest.fixture(scope="module")
-def bridged(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
+def lab() -> Iterator[Lab]:
+    lab = Lab()
+    yield lab
+    lab.close()
+
+
+@pytest.fixture(scope="module")
+def bridged(image_cache: Path, lab: Lab, _running: list[Daemon]) -> Iterator[Daemon]:
     """A daemon that has a template of a machine with a card, and a process that waits."""
     flags = ("--network", "bridge", "--templates", "auto", "--standby", "1")
-    daemon = Daemon(image_cache, *flags, wrapper=IN_ITS_OWN, ephemeral=False)
+    daemon = Daemon(image_cache, *flags, wrapper=lab.host.enter, ephemeral=False)
     daemon.command += ["--listen", f"unix:{daemon.root}/api"]
     _running.append(daemon)
 
@@ -57,9 +133,10 @@ def bridged(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def daemon(bridged: Daemon) -> Iterator[Daemon]:
+def daemon(bridged: Daemon, lab: Lab) -> Iterator[Daemon]:
     yield bridged
     bridged.delete_vms()
+    assert len(lab.host.links()) == len({"lo", "up0", "the bridge"})
 
 
 async def is_on_the_network(client: Client, vm: VmView) -> None:
@@ -78,6 +155,7 @@ async def reaches(client: Client, name: str, other: str) -> bool:
 
 async def test_each_is_somebody_however_it_came_to_be(daemon: Daemon) -> None:
     async with daemon.client() as client:
+        await boot(client, "used")
         await filled(daemon)
         claims = await count(daemon, "claims_total")
         vms = [await boot(client, "waited")]
@@ -123,3 +201,101 @@ async def test_those_of_one_named_network_know_each_other_by_name(daemon: Daemon
         assert await reaches(client, "one", GATEWAY)
         await client.vms.delete("one")
         await client.networks.remove("blue")
+
+
+async def tells_from_where(client: Client, name: str) -> str:
+    """What the world sees of who comes from that guest."""
+    return await run(client, name, "python3", "-c", FETCH, WORLD, str(PORT))
+
+
+async def serve(client: Client, name: str) -> None:
+    """Let something listen in the guest, on port 80, that says its name."""
+    script = "while :; do hostname | nc -l -p 80; done"
+    await run(client, name, "sh", "-c", f"({script}) </dev/null >/dev/null 2>&1 &")
+
+
+async def fetch(lab: Lab, port: int) -> str:
+    """What a port of the host says to the world, once it says something."""
+    with trio.fail_after(_S):
+        while True:
+            try:
+                return lab.world.run(sys.executable, "-c", FETCH, HOST, str(port))
+            except subprocess.CalledProcessError:
+                await trio.sleep(0.2)
+
+
+async def test_networks_outlive_the_daemon_that_is_killed_and_what_has_gone_meanwhile_is_removed(
+    daemon: Daemon, lab: Lab
+) -> None:
+    async with daemon.client() as client:
+        vm = await boot(client, "stays", ports=["0.0.0.0:8080:80"])
+        await boot(client, "goes")
+        assert await tells_from_where(client, "stays") == HOST
+        await serve(client, "stays")
+        assert await fetch(lab, 8080) == "stays\n"
+    with_both = lab.host.links()
+    daemon.kill()
+    # Nobody needs the daemon for what there is.
+    assert await fetch(lab, 8080) == "stays\n"
+    daemon.start()
+    async with daemon.client() as client:
+        await adopted(client)
+        assert lab.host.links() == with_both
+        assert await fetch(lab, 8080) == "stays\n"
+        await reachable(client, "stays")
+        await is_on_the_network(client, vm)
+        assert await tells_from_where(client, "stays") == HOST
+        await client.vms.delete("goes")
+        assert len(with_both - lab.host.links()) == 1
+        await client.vms.delete("stays")
+        with pytest.raises(subprocess.CalledProcessError):
+            lab.world.run(sys.executable, "-c", FETCH, HOST, "8080")
+
+
+async def test_a_guest_that_no_row_knows_any_more_keeps_its_address_when_it_is_adopted(
+    daemon: Daemon, lab: Lab
+) -> None:
+    """One that booted has it on its command line; of one that had waited it lies in its directory."""
+    async with daemon.client() as client:
+        # A daemon that has just begun does not know what will be used.
+        await boot(client, "first")
+        await filled(daemon)
+        claims = await count(daemon, "claims_total")
+        vms = [await boot(client, "waited"), await boot(client, "cold", boot="cold")]
+        assert await count(daemon, "claims_total") == claims + 1
+        assert [vm.booted_from for vm in vms] == ["template", "cold"]
+        await client.vms.delete("first")
+        await boot(client, "victim")
+    with_all = lab.host.links()
+    daemon.kill()
+    for path in daemon.state_dir.glob("volant.db*"):
+        path.unlink()
+    daemon.start()
+    async with daemon.client() as client:
+        await adopted(client)
+        assert lab.host.links() == with_all, "what a guest has that may be found again is not taken away"
+        marks = {orphan["name"]: orphan["mark"] for orphan in volar(daemon, "vms", "orphans")}
+        volar(daemon, "vms", "kill", marks["victim"])
+        assert len(with_all - lab.host.links()) == 1
+        for vm in vms:
+            volar(daemon, "vms", "adopt", marks[vm.name])
+        for vm in vms:
+            found = await client.vms.get(vm.name)
+            assert (found.ip_address, found.mac_address) == (vm.ip_address, vm.mac_address)
+            await reachable(client, vm.name)
+            await is_on_the_network(client, found)
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+async def test_guests_come_to_the_world_as_users_of_the_host_do(daemon: Daemon, lab: Lab) -> None:
+    async with daemon.client() as client:
+        await boot(client, "booted", network="user", boot="cold", ports=["0.0.0.0:8081:80"])
+        await boot(client, "clone", network="user")
+        assert len(lab.host.links()) == len({"lo", "up0", "the bridge"}), "they need nothing of the host"
+        await fork(client, "clone")
+        for vm in await client.vms.list():
+            assert vm.fallback is None
+            assert (vm.network, vm.ip_address) == ("user", "10.0.2.15")
+            assert await tells_from_where(client, vm.name) == HOST
+        await serve(client, "booted")
+        assert await fetch(lab, 8081) == "booted\n"

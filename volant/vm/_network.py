@@ -53,6 +53,27 @@ async def detach(doors: VmDoors, row: VmRow) -> None:
         raise StepError("not_removed", f"what was behind the VM's card is left: {error}") from error
 
 
+async def reconnect(doors: VmDoors, row: VmRow) -> None:
+    """Let a guest that runs and was nobody's have its network again. One that can't be had is told to the log: the VM
+    is there without."""
+    try:
+        await attach(doors, row)
+    except StepError as error:
+        _logger.error("VM %s: %s", row.name, error, extra={"vm": row.name})
+
+
+async def disconnect(doors: VmDoors, vm_id: int, nic: Nic) -> None:
+    """Leave nothing of what was behind the card of a guest that was nobody's, and is gone. What can't be removed goes
+    when the daemon next begins."""
+    try:
+        if nic.socket is not None:
+            await passt_of(doors).end(vm_id)
+        elif nic.tap is not None and doors.network is not None:
+            await doors.network.ask(Detach(vm_id), timeout_s=_ASK_S)
+    except (NetworkFailed, ActorDown, AskTimeout) as error:
+        _logger.error("what was behind the card of VM %d is left: %s", vm_id, error)
+
+
 async def keep_user_network(doors: VmDoors, row: VmRow) -> None:
     """Have one speak for the guest for as long as its hypervisor runs, which connects again by itself."""
     passt, pause_s = passt_of(doors), _KEEP_S

@@ -41,7 +41,7 @@ from volant.templates import Claim
 
 from ._doors import VmDoors, VmSettings
 from ._marks import processes_of_vms
-from ._network import lease_of
+from ._network import disconnect, lease_of
 from ._steps import CUSTOM_IMAGE, machine_spec, memory_file, vm_directory
 
 _ATTACH_S = 15.0
@@ -125,6 +125,8 @@ async def kill_orphan(doors: VmDoors, mark: str) -> None:
     if doors.store.projection.by_id(orphan.vm_id) is None:
         await doors.host.remove_tree(vm_directory(doors.settings, orphan.vm_id))
         await doors.host.remove_tree(memory_file(doors.settings, orphan.vm_id))
+        if orphan.machine is not None and orphan.machine.nic is not None:
+            await disconnect(doors, orphan.vm_id, orphan.machine.nic)
 
 
 async def steps_to_adopt(doors: VmDoors, mark: str, name: str | None) -> tuple[Step, ...]:

@@ -77,6 +77,7 @@ from ._captures import CAPTURE_S, CaptureLost
 from ._doors import VmDoors
 from ._errors import StepError
 from ._memory import OVERHEAD_MB, about_to_take_mb, measure, promised_mb
+from ._network import reconnect
 from ._orphans import Orphan, find_orphans, kill_orphan, steps_to_adopt
 from ._process import LiveProcess
 from ._serial import SerialConsole
@@ -472,6 +473,7 @@ class Vms:
             await self.doors.logs.recall([row.id])
             await self._actor(row)
             _logger.info("VM %s: %s", row.name, steps[0].message, extra={"vm": row.name})
+            await reconnect(self.doors, row)
             return row
         raise Problem(503, "journal-slow", "the VM was not adopted in time; it may still appear")
 
