@@ -580,6 +580,16 @@ class Host:
         is nothing to be kept from them. Raises OSError."""
         return WallSupport(_walls.landlock_version(), _walls.has_filter(), _why_no_users(directories))
 
+    def group_for(self, device: Path) -> int | None:
+        """The group whose members may open a device; None: everybody may. Raises OSError; PermissionError when only its
+        owner may."""
+        figures = device.stat()
+        if figures.st_mode & 0o006 == 0o006:
+            return None
+        if figures.st_mode & 0o060 == 0o060 and figures.st_gid:
+            return figures.st_gid
+        raise PermissionError(errno.EACCES, f"no other user than {figures.st_uid} may open it", str(device))
+
     async def grant(self, grants: Sequence[Grant], below: Sequence[Path]) -> None:
         """Let somebody use files, and nobody else but their owner. Directories above them that are one of `below`, or
         in one, let everybody through from then on, and show nobody what is in them. Raises OSError."""

@@ -23,7 +23,7 @@ from tests.hypervisor.kit import real_qemu, tiny_spec
 from tests.hypervisor.test_capture import COUNTS, clone, nobody
 from volant.host import Host, ProcessStatus
 from volant.hypervisor import Disk, MachineSpec, Template
-from volant.hypervisor.qemu import QemuHypervisor, WallPlan, user_of
+from volant.hypervisor.qemu import QemuHypervisor, WallPlan, _enclosure, user_of
 from volant.hypervisor.qemu._enclosure import Enclosure
 from volant.model import ProcessIdentity
 
@@ -345,3 +345,26 @@ def _status_of_threads() -> set[tuple[str, ...]]:
         tuple(line for line in (path / "status").read_text().splitlines() if line.startswith(kinds))
         for path in Path("/proc/self/task").iterdir()
     }
+
+
+@as_root
+async def test_who_may_open_kvm_is_in_its_group_and_where_none_may_but_root_its_user_is_told_to_be_missing(
+    host: Host, plan: WallPlan, spec: MachineSpec, qemu: QemuHypervisor, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await qemu._prepare(spec)
+    device = place / "kvm"
+    device.touch()
+    monkeypatch.setattr(_enclosure, "_KVM", device)
+    kvm = msgspec.structs.replace(spec, accelerator="kvm")
+    os.chown(device, 0, 991)
+    for mode, user, groups in ((0o666, True, ()), (0o660, True, (991,)), (0o600, False, ()), (0o640, False, ())):
+        device.chmod(mode)
+        walls = await Enclosure(host, plan).enclose(kvm)
+        assert (walls.user is not None, walls.groups) == (user, groups), oct(mode)
+        assert device in walls.write
+        said = msgspec.json.decode(spec.walls_path.read_bytes())["no_user"]
+        assert (said is None) == user, said
+    os.chown(device, 0, 0)
+    device.chmod(0o660)
+    # To be in root's group is worse than to have root's number.
+    assert (await Enclosure(host, plan).enclose(kvm)).user is None

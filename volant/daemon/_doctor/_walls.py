@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from volant.host import WallSupport
 from volant.model.doctor import Finding
 
@@ -12,6 +14,7 @@ from .._directories import memory_dir
 from ._given import Given
 
 _ALL_OF_LANDLOCK = 6
+_KVM = Path("/dev/kvm")
 _MEANS = "somebody who breaks out of a guest is held by fewer walls"
 
 
@@ -23,7 +26,14 @@ def walls(given: Given) -> Sequence[Finding]:
     wanted = (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings))
     # Those that are not there yet will be made where they are to be.
     support = given.host.wall_support(list(dict.fromkeys(_there(path) for path in wanted)))
-    return [judge_walls(support), *([] if support is None else [judge_landlock(support.landlock)])]
+    if support is None:
+        return []
+    if support.no_users is None and settings.accelerator != "tcg" and given.host.exists(_KVM):
+        try:
+            given.host.group_for(_KVM)
+        except PermissionError as error:
+            support = msgspec.structs.replace(support, no_users=f"{_KVM}: {error.strerror}")
+    return [judge_walls(support), judge_landlock(support.landlock)]
 
 
 def _there(path: Path) -> Path:
@@ -39,7 +49,8 @@ def judge_walls(support: WallSupport | None) -> Finding:
     if support.no_users is not None:
         return Finding(
             check="walls", level="less", found=f"hypervisors have no users of their own: {support.no_users}",
-            means=_MEANS, advice="run volantd as root, as the service of `sudo volar setup` does; it gives its own up",
+            means=_MEANS, advice="run volantd as root, as the service of `sudo volar setup` does, and let a group open "
+            "/dev/kvm, as udev's rules do (`sudo chgrp kvm /dev/kvm && sudo chmod 660 /dev/kvm`)",
         )  # fmt: skip
     return Finding(check="walls", level="ok", found="each hypervisor has a user of its own, and no capability")
 

@@ -59,8 +59,14 @@ class Enclosure:
         """What the process of a machine may, whose directory and files are there; they are granted to it. Raises
         OSError."""
         host, plan, template = self._host, self.plan, spec.template
-        user = await self._user(spec)
+        user, no_user, groups = await self._user(spec), plan.no_users, set()
+        for device in _devices(spec):
+            try:
+                groups.add(host.group_for(device))
+            except PermissionError as error:
+                user, no_user = None, str(error)
         group = None if template is None or plan.users is None else group_of(plan.users, template.memory.parent)
+        groups.add(group)
         reads = [spec.kernel, spec.initramfs]
         writes = []
         if template is None:
@@ -83,13 +89,13 @@ class Enclosure:
             await host.lend_directory(spec.directory, user, grants, plan.places)
         walls = Walls(
             user=user,
-            groups=() if group is None else (group,),
+            groups=tuple(sorted(each for each in groups if each is not None)),
             landlock=plan.landlock > 0,
             read=tuple(reads),
             write=(*writes, *_devices(spec)),
             no_connect=plan.no_connect and (spec.nic is None or spec.nic.socket is None),
         )
-        record = {"user": user, "landlock": plan.landlock, "no_connect": walls.no_connect, "no_user": plan.no_users}
+        record = {"user": user, "landlock": plan.landlock, "no_connect": walls.no_connect, "no_user": no_user}
         # Not what somebody who was in there has put in its place. It is of no use after a loss of power.
         host.unlink(spec.walls_path)
         fd = host.open_file(spec.walls_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
