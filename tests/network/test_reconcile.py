@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from ipaddress import IPv4Network
 
@@ -35,7 +35,7 @@ from tests.network.kit import (
 from volant.host import Host
 from volant.model import VmRow
 from volant.network import HostNetwork, NetworkFailed, NetworkKeeper, Networks, NetworkSettings
-from volant.network.messages import Attach, Detach
+from volant.network.messages import Attach, Detach, Reconcile
 
 pytestmark = pytest.mark.usefixtures("namespace")
 
@@ -166,6 +166,55 @@ async def test_a_vm_that_starts_has_its_network_though_it_was_torn_down_a_moment
         world.world("serve", "tcp", WORLD, 80, "web")
 
         assert guest("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
+
+
+class Seen(Networks):
+    """Tells when all of it was looked at."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(HostNetwork(Host()), SETTINGS, lambda: world.rows, lambda row: 0)
+        self.looked = trio.Event()
+
+    async def reconcile(self) -> Mapping[int, NetworkFailed]:
+        failures = await super().reconcile()
+        self.looked.set()
+        return failures
+
+
+@pytest.mark.parametrize("damage", [firewall_gone, bridge_gone, nothing_left])
+async def test_what_keeps_guests_apart_is_put_back_when_somebody_takes_it_away(damage: object) -> None:
+    assert callable(damage)
+    with a_world() as world:
+        world.rows = ROWS
+        networks = Seen(world)
+        child = Child("network", partial(NetworkKeeper, networks))
+        async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
+            await child.ref.ask(Reconcile(), timeout_s=60)
+            wanted = state()
+            networks.looked = trio.Event()
+            damage()
+            with trio.fail_after(20):
+                await networks.looked.wait()
+
+            assert state() == wanted
+
+
+async def test_what_we_do_ourselves_is_not_taken_for_somebody_elses_doing() -> None:
+    with a_world() as world:
+        world.rows = ROWS
+        networks = Seen(world)
+        child = Child("network", partial(NetworkKeeper, networks))
+        async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
+            for _ in range(3):
+                await child.ref.ask(Reconcile(), timeout_s=60)
+            for times in (1, 2):
+                networks.looked = trio.Event()
+                # All that the kernel has told of before is heard before this.
+                firewall_gone()
+                with trio.fail_after(20):
+                    await networks.looked.wait()
+
+                assert child.ref.inspect()["actor"]["turns"] == 1 + 3 + times
 
 
 async def test_what_is_not_ours_is_never_touched() -> None:

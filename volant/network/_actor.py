@@ -38,6 +38,8 @@ class NetworkKeeper(Actor):
         self._ephemeral = ephemeral
         self._waiting: list[_Waiting] = []
         self._wake = trio.Event()
+        self._torn = False
+        self._watched = False
         self._failure: NetworkFailed | None = None
         self._turns = 0
         self._asked = 0
@@ -79,6 +81,12 @@ class NetworkKeeper(Actor):
         self._wake.set()
         return deferred
 
+    def _tear(self, why: str) -> None:
+        """Somebody has taken away what keeps guests apart, or connected: it is put back at once."""
+        _logger.warning("the network is put back, as %s", why)
+        self._torn = True
+        self._wake.set()
+
     async def _work(self) -> None:
         await self._turn(())
         if self._failure is not None:
@@ -86,6 +94,9 @@ class NetworkKeeper(Actor):
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
+            if self._torn:
+                self._torn = False
+                await self._turn(())
             while self._waiting:
                 waiting, self._waiting = self._waiting[:_AT_ONCE], self._waiting[_AT_ONCE:]
                 await self._turn(waiting)
@@ -108,6 +119,9 @@ class NetworkKeeper(Actor):
             self._failure = error
         except trio.TooSlowError:
             self._failure = NetworkFailed("timeout", f"the host's networks were not ready within {_TURN_S:g} s")
+        if self._networks.stands and not self._watched:
+            self._watched = True
+            self.ctx.spawn(self._networks.watch, self._tear, name="watch")
         for vm_id, deferred in waiting:
             failed = self._failure or (
                 failures.get(vm_id) if vm_id is not None else next(iter(failures.values()), None)

@@ -6,7 +6,7 @@ that what is to be done can be decided, and tested, without a kernel.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import msgspec
@@ -90,7 +90,7 @@ Step = MakeBridge | MakeTap | RemoveLink | SetLocalnet
 
 
 class NetworkDoor(Protocol):
-    """Each call has a deadline of its own. :raises NetworkFailed: it has passed, or the host refuses."""
+    """Each call but `watch` has a deadline of its own. :raises NetworkFailed: it has passed, or the host refuses."""
 
     async def ready(self) -> None:
         """:raises NetworkFailed: nothing can be made here, whatever it is, and why."""
@@ -114,4 +114,9 @@ class NetworkDoor(Protocol):
 
     async def load(self, rules: str) -> None:
         """Hand rules to nftables, which takes all of them in one transaction, or none."""
+        ...
+
+    async def watch(self, bridge: str, tables: Collection[str], torn: Callable[[str], None]) -> None:
+        """Call `torn` each time that somebody has taken the bridge or one of the firewall's tables away, with what has
+        happened; without an end."""
         ...

@@ -30,7 +30,7 @@ import trio
 
 from volant.host import Host
 
-from . import _nftables
+from . import _nftables, _watch
 from ._door import BridgeDown, Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
 
 T = TypeVar("T")
@@ -79,6 +79,9 @@ class HostNetwork:
 
     async def load(self, rules: str) -> None:
         await _nftables.load(self._host, rules)
+
+    async def watch(self, bridge: str, tables: Collection[str], torn: Callable[[str], None]) -> None:
+        await _watch.watch(bridge, tables, torn)
 
     async def _visit(self, call: Callable[..., T], *args: object) -> T:
         def visit() -> T:

@@ -146,6 +146,15 @@ class Networks:
             going,
         )
 
+    @property
+    def stands(self) -> bool:
+        """Whether there is anything of ours, and all of it as it should be, as far as we know."""
+        return self._gateways is not None
+
+    async def watch(self, torn: Callable[[str], None]) -> None:
+        """Call `torn` each time that somebody has taken what is everybody's away, with what has happened."""
+        await self._door.watch(self._settings.bridge_name, self._settings.tables, torn)
+
     async def remove(self) -> None:
         """Take all of it away. :raises NetworkFailed: something is left."""
         self._loaded = self._gateways = None

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Interface
 from typing import Protocol, TypeVar
 
+import trio
+
 from actors import fault
 from volant.network import (
     BridgeDown,
@@ -163,3 +165,6 @@ class SimNetwork:
             self._links.load(rules)
 
         await self._call(load)
+
+    async def watch(self, bridge: str, tables: Collection[str], torn: Callable[[str], None]) -> None:
+        await trio.sleep_forever()
