@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from volant.guest._network import Settings, check_name, hosts_text
+from volant.guest import _network
+from volant.guest._network import Settings, boot, check_name, hosts_text
 
 IMAGE = "127.0.0.1 localhost\n::1 localhost\n"
 MAC = "02:ab:00:00:00:07"
@@ -62,3 +65,52 @@ def test_a_file_that_is_empty_or_lacks_its_last_line_end_is_no_trap(before: str)
 def test_what_is_no_name_does_not_get_into_the_file(name: str) -> None:
     with pytest.raises(ValueError, match="name"):
         check_name(name)
+
+
+@pytest.mark.parametrize(
+    "network",
+    ["nonsense", "192.168.127.2,192.168.127.1,02:ab:00:00:00:07", "192.168.127.2/x,192.168.127.1,02:ab:00:00:00:07"],
+)
+def test_a_command_line_that_makes_no_sense_costs_the_network_and_not_the_boot(network: str) -> None:
+    loaded: list[bool] = []
+    said: list[str] = []
+    boot(network, "", lambda: loaded.append(True), said.append)
+    (text,) = said
+    assert text.startswith("the network can't be set up: ")
+    assert loaded == [True]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_card_of_which_nothing_is_said_gets_no_driver_and_others_get_theirs_afterwards(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it has nothing of the template when its clones wake it up."""
+    monkeypatch.setattr(_network, "_BUS", str(tmp_path))
+    probes = tmp_path / "drivers_autoprobe"
+    probes.write_text("1")
+    said: list[str] = []
+
+    def load() -> None:
+        assert probes.read_text() == "0"
+        if fails:
+            raise OSError("there is no such module")
+
+    boot("", "", load, said.append)
+    assert probes.read_text() == "1"
+    assert bool(said) == fails
+
+
+def test_the_card_that_sleeps_is_found_among_the_devices_and_woken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_network, "_BUS", str(tmp_path))
+    monkeypatch.setattr(_network, "_CARDS", str(tmp_path / "net"))
+    for name, kind in (("virtio0", "0x0003"), ("virtio1", "0x0001")):
+        (tmp_path / "devices" / name).mkdir(parents=True)
+        (tmp_path / "devices" / name / "device").write_text(f"{kind}\n")
+    (tmp_path / "drivers" / "virtio_net").mkdir(parents=True)
+    (tmp_path / "net" / "lo").mkdir(parents=True)
+    assert _network._wake() == "", "the kernel has made nothing of it"
+    assert (tmp_path / "drivers" / "virtio_net" / "bind").read_text() == "virtio1"
+    (tmp_path / "net" / "eth0" / "device").mkdir(parents=True)
+    assert _network._card() == "eth0"
