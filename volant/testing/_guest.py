@@ -129,7 +129,7 @@ class SimGuest:
             self.is_copy = False
             if "network" in wanted:
                 self.network = wanted["network"]
-                self.hosts = wanted["network"]["hosts"]
+                self.hosts = wanted["network"].get("hosts", {})
             self.workload = wanted.get("workload", self.workload)
             self._log_id = f"{self._rng.getrandbits(64):016x}"
             said = {"protocol": {"min": PROTOCOL_MIN, "max": self.protocol}, "time_ns": wanted["time_ns"]}
