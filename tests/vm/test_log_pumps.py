@@ -135,8 +135,10 @@ async def test_a_console_far_ahead_of_its_log_is_cut_and_its_file_stays_small(
     monkeypatch.setattr(_console, "BEHIND_BYTES", 2_000_000)
     path = tmp_path / "console.log"
     path.write_bytes(b"early\n" * 1_000_000 + b"late\n")
-    with ConsolePump(Host(), path, log, "b") as pump:
+    told: list[bytes] = []
+    with ConsolePump(Host(), path, log, "b", tell=told.append) as pump:
         await pump.drain()
+    assert told[0] == b"\r\n[5000005 bytes of the console are lost]\r\n", "who watches the console knows, too"
     lines = await lines_of(log)
     assert "[5000005 bytes of the console are lost]" in lines[0]
     assert '"late"' in lines[-1]

@@ -114,9 +114,10 @@ class ConsolePump:
         lost = end - keep - self._splitter.position
         if end - self._splitter.position <= limit:
             return False
-        lines = self._splitter.skip_to(end - keep)
-        lines.append(Line(b"[%d bytes of the console are lost]" % lost, False, end - keep))
-        self._append(lines)
+        said = b"[%d bytes of the console are lost]" % lost
+        self._append([*self._splitter.skip_to(end - keep), Line(said, False, end - keep)])
+        if self._tell is not None:
+            self._tell(b"\r\n%b\r\n" % said)
         self._host.punch_hole(self._fd, 0, end - keep)
         self._freed = end - keep
         return True
