@@ -68,7 +68,7 @@ async def _measure() -> dict[str, object]:
             self.instance, self.subnet = instance, subnet
             self.rows: list[VmRow] = []
             settings = NetworkSettings(instance=instance, subnet=subnet)
-            networks = Networks(HostNetwork(Host()), settings, lambda: self.rows, lambda row: 0)
+            networks = Networks(HostNetwork(Host()), settings, lambda: self.rows)
             self.child = Child(name, partial(NetworkKeeper, networks))
 
         def vm(self, vm_id: int) -> VmRow:

@@ -133,7 +133,7 @@ class World:
 
     def networks(self, settings: NetworkSettings = SETTINGS, door: NetworkDoor | None = None) -> Networks:
         """Those of a daemon that has `rows`."""
-        return Networks(door or HostNetwork(Host()), settings, lambda: self.rows, lambda row: 0)
+        return Networks(door or HostNetwork(Host()), settings, lambda: self.rows)
 
     def guest(self, row: VmRow) -> Peer:
         """A VM's guest; its tap is there."""

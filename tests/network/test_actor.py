@@ -34,7 +34,7 @@ class Bench:
     firewall_refuses: bool = False
 
     def networks(self) -> Networks:
-        return Networks(Door(self), SETTINGS, lambda: self.rows, lambda row: 0)
+        return Networks(Door(self), SETTINGS, lambda: self.rows)
 
     @asynccontextmanager
     async def actor(self, *, ephemeral: bool = False) -> AsyncIterator[Ref[Any]]:

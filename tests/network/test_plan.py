@@ -16,7 +16,7 @@ BRIDGE = Link(name=SETTINGS.bridge_name, kind="bridge", mac=SETTINGS.bridge_mac,
 
 
 def plan(*rows: VmRow, settings: NetworkSettings = SETTINGS) -> NetworkPlan:
-    return plan_of(settings, rows, lambda row: 1000 + row.id)
+    return plan_of(settings, rows)
 
 
 def tap(row: VmRow, **fields: object) -> Link:
@@ -60,7 +60,7 @@ def test_a_host_with_nothing_gets_all_of_it_and_one_with_all_of_it_nothing_else(
     wanted = plan(*rows)
     made = [
         MakeBridge(name=SETTINGS.bridge_name, mac=SETTINGS.bridge_mac, addresses=("10.87.0.1/24",)),
-        *(MakeTap(name=tap(row).name, bridge=SETTINGS.bridge_name, owner=1000 + row.id) for row in rows),
+        *(MakeTap(name=tap(row).name, bridge=SETTINGS.bridge_name) for row in rows),
         SetLocalnet(bridge=SETTINGS.bridge_name, on=True),
     ]
 

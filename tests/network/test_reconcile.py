@@ -172,7 +172,7 @@ class Seen(Networks):
     """Tells when all of it was looked at."""
 
     def __init__(self, world: World) -> None:
-        super().__init__(HostNetwork(Host()), SETTINGS, lambda: world.rows, lambda row: 0)
+        super().__init__(HostNetwork(Host()), SETTINGS, lambda: world.rows)
         self.looked = trio.Event()
 
     async def reconcile(self) -> Mapping[int, NetworkFailed]:
@@ -278,7 +278,7 @@ async def _ask_all(child: Child[NetworkKeeper], messages: Sequence[Attach | Deta
 async def test_two_daemons_on_one_host_keep_out_of_each_others_way() -> None:
     other = NetworkSettings(instance="abcdef0123", subnet=IPv4Network("10.88.0.0/24"))
     with a_world() as world:
-        mine, theirs = world.networks(), Networks(HostNetwork(Host()), other, lambda: rows, lambda row: 0)
+        mine, theirs = world.networks(), Networks(HostNetwork(Host()), other, lambda: rows)
         world.rows = [vm(1, "blue", "127.0.0.1:8080:80")]
         rows = [vm(1, "blue", "127.0.0.1:8081:80", instance=other.instance, subnet=other.subnet)]
         await having(mine, *world.rows)
@@ -324,7 +324,7 @@ async def test_the_subnet_of_another_daemon_is_in_use() -> None:
         world.rows = [vm(1)]
         await having(world.networks(), *world.rows)
 
-        second = Networks(HostNetwork(Host()), other, lambda: [], lambda row: 0)
+        second = Networks(HostNetwork(Host()), other, lambda: [])
 
         assert f"10.87.0.0/24 dev {SETTINGS.bridge_name}" in (await second.obstacle() or "")
         assert await world.networks().obstacle() is None
@@ -380,16 +380,13 @@ def _make_switches_read_only() -> None:
     assert libc.mount(path, path, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY, None) == 0
 
 
-async def test_a_tap_may_be_opened_by_its_hypervisors_user_and_by_no_other() -> None:
+async def test_a_tap_is_nobody_elses_to_open() -> None:
     with a_world() as world:
-        row = vm(1)
-        world.rows = [row]
-        for owner, other in ((54321, 54322), (54322, 54321)):
-            networks = Networks(HostNetwork(Host()), SETTINGS, lambda: world.rows, lambda row, owner=owner: owner)
-            await having(networks, row)
+        world.rows = [vm(1)]
+        await having(world.networks(), *world.rows)
 
-            assert _opens(owner, tap(row))
-            assert not _opens(other, tap(row))
+        assert _opens(0, tap(world.rows[0]))
+        assert not _opens(54321, tap(world.rows[0]))
 
 
 def _opens(user: int, name: str) -> bool:

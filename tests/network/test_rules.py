@@ -14,7 +14,7 @@ from volant.network._rules import Rules, change, nothing, rules_of, whole
 
 
 def rules(*rows: VmRow) -> Rules:
-    return rules_of(plan_of(SETTINGS, rows, lambda row: 0))
+    return rules_of(plan_of(SETTINGS, rows))
 
 
 def many(rng: Random) -> list[VmRow]:

@@ -34,7 +34,7 @@ from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
 from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
-from volant.model import BRIDGE, USER, Networking, ProcessIdentity, Status, VmRow, parse_subnet
+from volant.model import BRIDGE, USER, Networking, ProcessIdentity, Status, parse_subnet
 from volant.network import HostNetwork, NetworkDoor, NetworkKeeper, Networks, NetworkSettings, passt_obstacle
 from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
 from volant.vm import (
@@ -243,7 +243,6 @@ class Daemon:
             network or HostNetwork(self.host),
             NetworkSettings(instance=instance, subnet=parse_subnet(settings.subnet), bridge=settings.bridge),
             self.store.projection.rows,
-            self._owner_of,
         )
         self._network = Child(
             "network", partial(NetworkKeeper, self._networks, ephemeral=settings.ephemeral), shutdown_s=30
@@ -459,11 +458,6 @@ class Daemon:
         await self._list_orphans()
         self.adoption_s = trio.current_time() - began
         _logger.info("ready: %d VMs", len(self.store.projection))
-
-    def _owner_of(self, row: VmRow) -> int:
-        """Who may open a VM's tap."""
-        user = self.hypervisor.user_of(row.mark, row.id)
-        return os.geteuid() if user is None else user
 
     async def _evidence(self) -> Evidence:
         return await evidence_of(self.host, self.settings, self.logs)

@@ -63,13 +63,11 @@ class MakeBridge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MakeTap(msgspec.Struct, frozen=True, kw_only=True):
-    """A tap that outlives us, that this user may open, a port of that bridge, up. One that is there gets what it lacks;
-    but who has it open already, has it."""
+    """A tap that outlives us, that we may open and no other user, a port of that bridge, up. One that is there gets
+    what it lacks; but who has it open already, has it."""
 
     name: str
     bridge: str
-    owner: int
-    """A user id."""
 
 
 class RemoveLink(msgspec.Struct, frozen=True, kw_only=True):

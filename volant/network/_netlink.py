@@ -281,7 +281,7 @@ def _make_tap(ipr: Any, step: MakeTap) -> None:
         fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", step.name.encode(), _TAP_FLAGS))
         _no_ipv6(step.name)
         _join(ipr, socket.if_nametoindex(step.name), bridge)
-        fcntl.ioctl(tun, _TUNSETOWNER, step.owner)
+        fcntl.ioctl(tun, _TUNSETOWNER, os.geteuid())
         fcntl.ioctl(tun, _TUNSETPERSIST, 1)
     except OSError as error:
         if error.errno == errno.EINVAL:

@@ -37,18 +37,10 @@ _logger = logging.getLogger("volant.network")
 class Networks:
     """The host's side of the networks of one daemon. One call at a time."""
 
-    def __init__(
-        self,
-        door: NetworkDoor,
-        settings: NetworkSettings,
-        rows: Callable[[], Iterable[VmRow]],
-        owner_of: Callable[[VmRow], int],
-    ) -> None:
-        """`owner_of`: the id of the user that a VM's hypervisor runs as, and who may open its tap."""
+    def __init__(self, door: NetworkDoor, settings: NetworkSettings, rows: Callable[[], Iterable[VmRow]]) -> None:
         self._door = door
         self._settings = settings
         self._rows = rows
-        self._owner_of = owner_of
         self._loaded: Rules | None = None
         """What the firewall is, as far as we know; None: we don't."""
         self._gateways: object = None
@@ -71,7 +63,7 @@ class Networks:
     async def obstacle(self) -> str | None:
         """Why no VM can have a tap here, and what to do; None: nothing is in the way, as far as can be seen."""
         settings = self._settings
-        plan = plan_of(settings, (), self._owner_of)
+        plan = plan_of(settings, ())
         try:
             await self._door.ready()
             links: Sequence[Link] = ()
@@ -167,7 +159,7 @@ class Networks:
             raise failure
 
     def _plan(self) -> NetworkPlan:
-        return plan_of(self._settings, self._rows(), self._owner_of)
+        return plan_of(self._settings, self._rows())
 
     async def _is_begun(self) -> bool:
         """Whether anything of ours may be on the host. Not before a VM needed it: a daemon without networks leaves the

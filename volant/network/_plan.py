@@ -6,7 +6,7 @@ being ended. So whoever derives the plan after a crash, of the actor, the daemon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from ipaddress import IPv4Interface, IPv4Network
 
 import msgspec
@@ -58,8 +58,6 @@ class Tap(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     mac: str
     address: str
-    owner: int
-    """The id of the user that its hypervisor runs as."""
     network: str
     """Whose other members it reaches; empty: nobody's."""
     ports: tuple[PublishedPort, ...]
@@ -85,8 +83,8 @@ def has_tap(row: VmRow) -> bool:
     return row.lease is not None and bool(row.lease.tap and row.mark) and row.phase not in (Phase.KILL, Phase.REMOVE)
 
 
-def plan_of(settings: NetworkSettings, rows: Iterable[VmRow], owner_of: Callable[[VmRow], int]) -> NetworkPlan:
-    """What should be there. `owner_of`: the id of the user that a VM's hypervisor runs as."""
+def plan_of(settings: NetworkSettings, rows: Iterable[VmRow]) -> NetworkPlan:
+    """What should be there."""
     gateways = {f"{gateway_of(settings.subnet)}/{settings.subnet.prefixlen}"}
     taps = []
     for row in sorted(filter(has_tap, rows), key=lambda row: row.id):
@@ -99,7 +97,6 @@ def plan_of(settings: NetworkSettings, rows: Iterable[VmRow], owner_of: Callable
                 name=lease.tap,
                 mac=lease.mac,
                 address=lease.address,
-                owner=owner_of(row),
                 network=row.network if is_named(row.network) else "",
                 ports=row.ports,
             )
@@ -151,7 +148,7 @@ def make_bridge(plan: NetworkPlan) -> MakeBridge:
 
 def make_tap(plan: NetworkPlan, tap: Tap) -> MakeTap:
     """The step that makes a VM's tap as it should be."""
-    return MakeTap(name=tap.name, bridge=plan.settings.bridge_name, owner=tap.owner)
+    return MakeTap(name=tap.name, bridge=plan.settings.bridge_name)
 
 
 def check_bridge(settings: NetworkSettings, links: Iterable[Link]) -> None:

@@ -43,8 +43,6 @@ class SimLinks:
     links: dict[str, Link] = field(default_factory=dict)
     addresses: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Of bridges."""
-    owners: dict[str, int] = field(default_factory=dict)
-    """Of taps."""
     routes: list[Route] = field(default_factory=list)
     """But for the bridges'."""
     localnet: set[str] = field(default_factory=set)
@@ -56,7 +54,6 @@ class SimLinks:
         """All of it is in memory."""
         self.links.clear()
         self.addresses.clear()
-        self.owners.clear()
         self.localnet.clear()
         self.elements.clear()
         self.tables.clear()
@@ -67,17 +64,15 @@ class SimLinks:
             case MakeBridge(name=name, mac=mac, addresses=addresses):
                 self.links[name] = Link(name=name, kind="bridge", mac=mac, up=True)
                 self.addresses[name] = addresses
-            case MakeTap(name=name, bridge=bridge, owner=owner):
+            case MakeTap(name=name, bridge=bridge):
                 if bridge not in self.links:
                     raise BridgeDown(bridge)
                 before = self.links.get(name)
                 in_use = before is not None and before.in_use
                 self.links[name] = Link(name=name, kind="tun", mac="", up=True, master=bridge, in_use=in_use)
-                self.owners[name] = owner
             case RemoveLink(name=name):
                 self.links.pop(name, None)
                 self.addresses.pop(name, None)
-                self.owners.pop(name, None)
                 self.localnet.discard(name)
             case SetLocalnet(bridge=bridge, on=on):
                 if bridge not in self.links:
