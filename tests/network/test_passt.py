@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 
@@ -28,8 +29,11 @@ def row_of(vm_id: int, *ports: PublishedPort) -> VmRow:
 
 
 @pytest.fixture
-def passt(tmp_path: Path) -> Passt:
-    return Passt(Host(), tmp_path, INSTANCE)
+async def passt(tmp_path: Path) -> AsyncIterator[Passt]:
+    passt = Passt(Host(), tmp_path, INSTANCE)
+    yield passt
+    for vm_id in (7, 8):
+        await passt.end(vm_id)
 
 
 def test_a_guest_reaches_nothing_of_the_hosts_loopback_and_is_given_what_the_row_says() -> None:
@@ -53,34 +57,28 @@ async def test_it_listens_when_it_is_started_and_is_the_same_when_it_is_started_
     row, other = row_of(7), row_of(8)
     await passt.start(row, None)
     await passt.start(other, None)
-    try:
-        first = await passt.host.find(f"volant-{INSTANCE}-n.7")
-        assert first is not None
-        await passt.start(row, None)
-        assert await passt.host.find(f"volant-{INSTANCE}-n.7") == first
-        await passt.end(7)
-        assert await passt.host.find(f"volant-{INSTANCE}-n.7") is None
-        assert await passt.host.find(f"volant-{INSTANCE}-n.8") is not None
-        await passt.end(7)
-    finally:
-        await passt.end(7)
-        await passt.end(8)
+    first = await passt.host.find(f"volant-{INSTANCE}-n.7")
+    assert first is not None
+    await passt.start(row, None)
+    assert await passt.host.find(f"volant-{INSTANCE}-n.7") == first
+    await passt.end(7)
+    assert await passt.host.find(f"volant-{INSTANCE}-n.7") is None
+    assert await passt.host.find(f"volant-{INSTANCE}-n.8") is not None
+    await passt.end(7)
+    await passt.end(8)
     assert not passt.host.list_directory(passt.runtime_dir / "net")
 
 
 @needs_passt
 async def test_it_ends_with_its_hypervisor_whoever_looks_on(passt: Passt) -> None:
     await passt.start(row_of(7), None)
-    try:
-        with closing(socket.socket(socket.AF_UNIX)) as hypervisor:
-            hypervisor.connect(str(passt.socket(7)))
-        with trio.fail_after(10):
-            await passt.ended(7)
-        assert await passt.host.find(f"volant-{INSTANCE}-n.7") is None
-        # What it has left behind is in nobody's way.
-        await passt.start(row_of(7), None)
-    finally:
-        await passt.end(7)
+    with closing(socket.socket(socket.AF_UNIX)) as hypervisor:
+        hypervisor.connect(str(passt.socket(7)))
+    with trio.fail_after(10):
+        await passt.ended(7)
+    assert await passt.host.find(f"volant-{INSTANCE}-n.7") is None
+    # What it has left behind is in nobody's way.
+    await passt.start(row_of(7), None)
 
 
 @needs_passt
@@ -90,7 +88,6 @@ async def test_a_port_that_is_taken_says_so(passt: Passt) -> None:
         with pytest.raises(NetworkFailed, match=str(port)) as failed:
             await passt.start(row_of(7, PublishedPort(host="127.0.0.1", host_port=port, guest_port=80)), None)
     assert failed.value.code == "passt_failed"
-    await passt.end(7)
 
 
 async def test_a_host_without_it_says_what_to_install(passt: Passt, monkeypatch: pytest.MonkeyPatch) -> None:

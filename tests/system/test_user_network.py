@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -122,7 +122,10 @@ async def test_it_outlives_the_daemon_and_goes_with_its_vm(image_cache: Path) ->
             while behind.passts():  # noqa: ASYNC110 - nothing tells
                 await trio.sleep(0.05)
     finally:
+        if daemon.runs:
+            daemon.kill()
         for pid in daemon.processes():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(daemon.memory_dir, ignore_errors=True)
         shutil.rmtree(daemon.root, ignore_errors=True)
