@@ -71,8 +71,16 @@ async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroup
     await end(host, first)
     await host.remove_own_scope(first.mark)
     assert not (groups.directory / first.mark).exists()
-    # One of a daemon that was killed goes as the next is made.
+    # What a daemon finds that comes after one that was killed: those whose processes live stay, the others go.
+    assert _cgroups.own_groups(groups.directory.name) == groups
+    assert (groups.directory / second.mark).is_dir()
     await end(host, second)
+    assert _cgroups.own_groups(groups.directory.name) == groups
+    assert not groups.directory.exists()
+    second = await started(host, tmp_path)
+    await host.give_own_scope(second, "VM two")
+    await end(host, second)
+    # Or as the next is made.
     third = await started(host, tmp_path)
     await host.give_own_scope(third, "VM three", BOUNDS)
     assert [path.name for path in groups.directory.iterdir() if path.is_dir()] == [third.mark]

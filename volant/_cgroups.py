@@ -58,10 +58,10 @@ class Cgroups:
 
     def remove(self, name: str) -> None:
         """Remove a group whose process has ended. Nothing there is no error."""
-        with suppress(OSError):
-            (self.directory / name).rmdir()
-        with suppress(OSError):
-            self.directory.rmdir()
+        for group in (self.directory / name, self.directory):
+            # Refused where there is something in it.
+            with suppress(OSError):
+                group.rmdir()
 
     def sweep(self, *, except_for: str = "") -> None:
         """Remove the groups of processes that have ended."""
@@ -138,9 +138,11 @@ def own_groups(name: str) -> Cgroups | None:
         found = mount_of(Path("/proc/self/mountinfo").read_text(errors="replace"))
         if found is None:
             return None
-        directory = found[0] / name
-        directory.mkdir(exist_ok=True)
-        directory.rmdir()
+        groups = Cgroups(found[0] / name)
+        groups.directory.mkdir(exist_ok=True)
+        # Those of a daemon before this one, of which some go on.
+        groups.sweep()
+        groups.remove("")
     except OSError:
         return None
-    return Cgroups(directory)
+    return groups

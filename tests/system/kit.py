@@ -31,6 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 _START_S = 60.0
 _STOP_S = 60.0
 _LOG_TAIL = 20_000
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 class Daemon:
@@ -177,6 +178,7 @@ class Daemon:
         """What it should have taken with it when it stopped."""
         found = [f"process {pid} ({mark})" for pid, mark in self.processes().items()]
         found += self.files() + self.disks() + [str(path) for path in self.memory_dir.glob("template-*")]
+        found += [str(path) for path in _GROUPS.glob(f"**/{self.mark_prefix.rstrip('-')}/*/")]
         if self.ephemeral:
             found += [str(path) for path in (self.state_dir, self.runtime_dir, self.memory_dir) if path.exists()]
         return found
