@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -143,26 +144,36 @@ async def test_a_flood_while_the_host_looks_for_the_agent_takes_no_memory(tmp_pa
             await channel.ready()
 
 
-async def test_empty_frames_are_read_slowly_and_hold_back_nobody_else(tmp_path: Path) -> None:
+FRAMES = {
+    "pings": (frame(6, 1, 0, bytes(8)) * 1000, 17 * 15_000),
+    "settings": (frame(4, 0, 0, struct.pack(">HI", 4, 65535) * 2730) * 4, 1_000_000),
+}
+"""What a guest sends without end, and how much of it may be taken in."""
+
+
+@pytest.mark.parametrize("what", FRAMES)
+async def test_frames_that_bring_nothing_are_read_slowly_and_hold_back_nobody_else(tmp_path: Path, what: str) -> None:
+    frames, most = FRAMES[what]
+
     async def guest(stream: trio.SocketStream) -> None:
         await find_host(stream)
         await stream.send_all(SETTINGS)
-        pings = frame(6, 1, 0, bytes(8)) * 1000
         while True:
-            await stream.send_all(pings)
+            await stream.send_all(frames)
 
     async with hostile(tmp_path / "s", guest) as channel:
         await channel.ready()
         worst = 0.0
         with trio.move_on_after(1.5):
             while True:
-                began = trio.current_time()
+                began = time.thread_time()
                 await trio.sleep(0.001)
-                worst = max(worst, trio.current_time() - began)
+                worst = max(worst, time.thread_time() - began)
         assert channel.connected
-    # What is taken in: the burst and the rate, apart from what socket buffers hold. Unbounded it would be 100,000.
-    assert channel.statistics().bytes_in < 17 * 15_000
-    assert worst < 0.25
+    # What is taken in: the burst and the rate, apart from what socket buffers hold. Without a bound it would be as much
+    # as the processor can.
+    assert channel.statistics().bytes_in < most
+    assert worst < 0.2
 
 
 async def test_what_a_guest_makes_us_answer_is_bounded(autojump_clock: trio.testing.MockClock) -> None:
