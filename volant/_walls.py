@@ -331,18 +331,15 @@ def lend_directory(path: Path, user: int) -> None:
 
 
 def takes_access_lists(directory: Path) -> bool:
-    """Whether files there can have them. Raises OSError."""
+    """Whether files there can have them, as far as that can be found out: not on a disk that is full."""
     trial = directory / f".access-list-{os.getpid()}"
-    fd = os.open(trial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    os.close(fd)
     try:
+        os.close(os.open(trial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         _set(trial, _ACCESS, 6, [(_USER, 1, READ)], READ)
     except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS):
-            return False
-        raise
+        return error.errno not in (errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS)
     finally:
-        trial.unlink()
+        trial.unlink(missing_ok=True)
     return True
 
 

@@ -6,6 +6,7 @@ QEMU's place.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -21,6 +22,7 @@ import trio
 from tests.hypervisor.intruder import DENIED, PYTHON, tries
 from tests.hypervisor.kit import real_qemu, tiny_spec
 from tests.hypervisor.test_capture import COUNTS, clone, nobody
+from volant import _walls
 from volant.host import Host, ProcessStatus
 from volant.hypervisor import Disk, MachineSpec, Template
 from volant.hypervisor.qemu import QemuHypervisor, WallPlan, _enclosure, user_of
@@ -368,3 +370,37 @@ async def test_who_may_open_kvm_is_in_its_group_and_where_none_may_but_root_its_
     device.chmod(0o660)
     # To be in root's group is worse than to have root's number.
     assert (await Enclosure(host, plan).enclose(kvm)).user is None
+
+
+def test_where_users_of_their_own_cannot_be_had_the_host_says_why(
+    host: Host, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = place / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "state").mkdir()
+
+    def why(directory: Path) -> str:
+        support = host.wall_support([directory])
+        assert support is not None
+        return str(support.no_users)
+
+    if os.geteuid() != 0:
+        assert why(place) == "volantd does not run as root"
+        return
+    assert why(place) == "None"
+    assert why(closed / "state").startswith(f"{closed} lets no other user through")
+    assert [path.name for path in place.iterdir()] == ["closed"]
+
+    def refuses(code: int) -> None:
+        def setxattr(*_: object, **__: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "setxattr", setxattr)
+
+    refuses(errno.EOPNOTSUPP)
+    assert "no access lists" in why(place)
+    # A full disk is no reason to do without.
+    refuses(errno.ENOSPC)
+    assert why(place) == "None"
+    monkeypatch.setattr(_walls, "capabilities", lambda: 1 << 7)
+    assert why(place) == "volantd lacks CAP_KILL, CAP_SETGID, CAP_SETPCAP, CAP_SYS_PTRACE"
