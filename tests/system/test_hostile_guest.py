@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.system.hostile import (
     turn,
 )
 from tests.system.hostile_agent import PORTS, SERVERS
-from tests.system.kit import Daemon, boot, load, spec
+from tests.system.kit import Daemon, adopted, boot, load, spec
 from tests.system.rootfs import layer_of, make_ext4
 from volant.client import ClientProblem
 
@@ -129,3 +129,23 @@ async def test_one_that_fills_its_disk_takes_what_it_was_promised_and_no_more(
         check(noticed)
         assert not daemon.disks()
         await client.plugins.remove("with-disk")
+
+
+@pytest.mark.parametrize("behaviour", ["garbage", "line-feeds"])
+async def test_a_daemon_that_comes_back_to_one_has_the_others_and_can_delete_it(
+    make_daemon: Callable[..., Daemon], image_cache: Path, tmp_path: Path, behaviour: str
+) -> None:
+    daemon = make_daemon(ephemeral=False)
+    async with daemon.client() as client:
+        await client.plugins.install(hostile_plugin(tmp_path, image_cache))
+        await boot(client, OTHER)
+        await boot_evil(client)
+        await turn(client, behaviour)
+    daemon.kill()
+    daemon.start()
+    async with daemon.client() as client:
+        await adopted(client)
+        async with noticing(daemon, client) as noticed:
+            await trio.sleep(LONG_S)
+            await delete_evil(client, noticed)
+        check(noticed)
