@@ -183,7 +183,7 @@ async def test_a_host_that_does_not_answer_is_given_up_in_time(autojump_clock: t
         with pytest.raises(NetworkFailed) as caught:
             await network.ask(Attach(1), timeout_s=FOREVER_S)
         assert caught.value.code == "timeout"
-        assert trio.current_time() < 200
+        assert trio.current_time() < 300
 
 
 async def test_a_firewall_that_somebody_has_emptied_is_replaced_by_the_next_vm(

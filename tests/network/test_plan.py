@@ -58,14 +58,18 @@ def test_names_carry_the_whole_instance_and_fit() -> None:
 def test_a_host_with_nothing_gets_all_of_it_and_one_with_all_of_it_nothing_else() -> None:
     rows = vm(1), vm(2, "blue", "127.0.0.1:8080:80")
     wanted = plan(*rows)
-    made = [
-        MakeBridge(name=SETTINGS.bridge_name, mac=SETTINGS.bridge_mac, addresses=("10.87.0.1/24",)),
-        *(MakeTap(name=tap(row).name, bridge=SETTINGS.bridge_name) for row in rows),
-        SetLocalnet(bridge=SETTINGS.bridge_name, on=True),
-    ]
+    bridge = MakeBridge(name=SETTINGS.bridge_name, mac=SETTINGS.bridge_mac, addresses=("10.87.0.1/24",))
+    one, two = (MakeTap(name=tap(row).name, bridge=SETTINGS.bridge_name) for row in rows)
+    localnet = SetLocalnet(bridge=SETTINGS.bridge_name, on=True)
 
-    assert steps_to(wanted, []) == made
-    assert steps_to(wanted, [BRIDGE, *map(tap, rows)]) == made
+    assert steps_to(wanted, []) == [bridge, one, two, localnet]
+    assert steps_to(wanted, [BRIDGE, *map(tap, rows)]) == [bridge, localnet]
+    assert steps_to(wanted, [BRIDGE, tap(rows[0], up=False), tap(rows[1], master="br9")]) == [
+        bridge,
+        one,
+        two,
+        localnet,
+    ]
 
 
 def test_what_is_ours_and_stale_goes_and_what_is_not_ours_stays() -> None:

@@ -21,7 +21,7 @@ from .messages import Attach, Detach, Reconcile
 
 _Waiting = tuple[int | None, Deferred[None]]
 """Who asked for a VM, or, with None, for all of it."""
-_TURN_S = 60.0
+_TURN_S = 120.0
 _AT_ONCE = 100
 """Who waits longer than all of these take would rather be among the next."""
 _logger = logging.getLogger("volant.network")

@@ -128,10 +128,11 @@ def steps_to(plan: NetworkPlan, links: Collection[Link]) -> list[Step]:
     settings = plan.settings
     check_bridge(settings, links)
     wanted = {settings.bridge_name, *(tap.name for tap in plan.taps)}
+    ready = {link.name for link in links if is_tap(settings, link) and link.master == settings.bridge_name and link.up}
     stale = [link for link in links if is_ours(settings, link) and link.name not in wanted and not link.in_use]
     return [
         make_bridge(plan),
-        *(make_tap(plan, tap) for tap in plan.taps),
+        *(make_tap(plan, tap) for tap in plan.taps if tap.name not in ready),
         *(RemoveLink(name=link.name, kind=link.kind) for link in stale),
         SetLocalnet(bridge=settings.bridge_name, on=plan.localnet),
     ]

@@ -19,6 +19,10 @@ import trio
 _NETLINK_ROUTE, _NETLINK_NETFILTER = 0, 12
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _GROUP_LINK, _GROUP_NFTABLES = 1, 7
+_SO_RCVBUFFORCE = 33
+_BUFFER_BYTES = 16 * 1024 * 1024
+"""The kernel tells of each element too: a firewall of a thousand VMs that is replaced has to fit, or each replacement
+would look like a loss, and be answered by the next."""
 _DELLINK = 17
 _NEWTABLE, _DELTABLE, _NEWGEN = 0x0A00, 0x0A02, 0x0A0F
 _FAMILIES = {1: "inet", 7: "bridge"}
@@ -37,6 +41,7 @@ async def watch(bridge: str, tables: Collection[str], torn: Callable[[str], None
 async def _watch(protocol: int, group: int, told: _Links | _Tables, torn: Callable[[str], None]) -> None:
     with closing(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)) as sock:
         sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
         sock.bind((0, 0))
         sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
         while True:
