@@ -135,6 +135,16 @@ class World:
         """Those of a daemon that has `rows`."""
         return Networks(door or HostNetwork(Host()), settings, lambda: self.rows)
 
+    def foreign_port(self, name: str, mac: str, address: str) -> Peer:
+        """One that nobody of ours has put on the bridge."""
+        with IPRoute() as ipr:
+            ipr.link("add", ifname=name, kind="tuntap", mode="tap")
+            (bridge,) = ipr.link_lookup(ifname=SETTINGS.bridge_name)
+            ipr.link("set", index=ipr.link_lookup(ifname=name)[0], master=bridge, state="up")
+        there = self._stack.enter_context(peer(name))
+        there("configure", "eth0", mac, address, "")
+        return there
+
     def guest(self, row: VmRow) -> Peer:
         """A VM's guest; its tap is there."""
         lease = row.lease

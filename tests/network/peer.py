@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 _CLONE_NEWNET = 0x40000000
@@ -46,16 +47,17 @@ def splice(card: int) -> None:
         for source in readable:
             try:
                 frame = os.read(source, 65536)
-                if source == tap:
-                    with came:
-                        frames.append(frame)
-                        del frames[:-_KEPT]
-                        came.notify_all()
-                os.write(card if source == tap else tap, frame)
             except OSError:
-                # The tap was taken away, or the card is down.
-                if source == tap:
-                    return
+                # The tap was taken away.
+                return
+            if source == tap:
+                with came:
+                    frames.append(frame)
+                    del frames[:-_KEPT]
+                    came.notify_all()
+            # The card is down until it is configured.
+            with suppress(OSError):
+                os.write(card if source == tap else tap, frame)
 
 
 def configure(name: str, mac: str, address: str, gateway: str) -> None:

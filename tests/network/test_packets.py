@@ -153,6 +153,22 @@ async def test_a_guest_hears_nothing_that_is_for_another_one() -> None:
         assert not guests[2]("has_frame", FIRST)
 
 
+async def test_what_somebody_else_puts_on_the_bridge_and_guests_do_not_meet() -> None:
+    with a_world() as world:
+        (row,) = world.rows = [vm(1, "blue")]
+        await having(world.networks(), row)
+        guest, foreign = world.guest(row), world.foreign_port("foreign0", NOBODY, "10.87.0.200/24")
+
+        guest("send_frame", ethernet(ALL, mac(row), 0x0800, ipv4("10.87.0.255", address(row), FIRST)))
+        foreign("send_frame", ethernet(mac(row), NOBODY, 0x0800, ipv4(address(row), "10.87.0.200", FIRST)))
+        send_from_host("10.87.0.200", SECOND)
+        send_from_host(address(row), SECOND)
+
+        for each in (guest, foreign):
+            assert each("wait_for_frame", SECOND)
+            assert not each("has_frame", FIRST)
+
+
 @pytest.mark.parametrize("what", ["mac", "address", "arp mac", "arp address", "ipv6", "tagged"])
 async def test_a_guest_can_say_nothing_in_the_name_of_another_one(what: str) -> None:
     with a_world() as world:
