@@ -176,6 +176,24 @@ async def test_a_host_that_refuses_keeps_no_daemon_from_starting_and_is_asked_ag
         assert network.inspect()["actor"]["failure"] is None
 
 
+async def test_what_can_not_be_put_right_is_tried_again_though_nobody_asks(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(rows=[vm(1)], firewall_refuses=True)
+    async with bench.actor():
+        await trio.sleep(100)
+        assert bench.loads > 1
+        assert bench.guests() == set()
+        bench.firewall_refuses = False
+        await trio.sleep(100)
+
+        assert bench.guests() == {tap(1)}
+        done = bench.loads
+        await trio.sleep(1000)
+        assert bench.loads == done
+    assert len([text for text in caplog.messages if "without a network" in text]) == 1
+
+
 async def test_a_host_that_does_not_answer_is_given_up_in_time(autojump_clock: trio.testing.MockClock) -> None:
     bench = Bench(takes_s=1000.0)
     async with bench.actor() as network:

@@ -3,17 +3,19 @@
 Whoever asks while the host is being seen to waits for the next turn, together with all others who came meanwhile: so a
 hundred VMs that are created at once change the firewall a few times, and not a hundred.
 
-What goes wrong at its start is told and tried again by the next VM that needs it: VMs without a network don't.
+What goes wrong at its start keeps nobody from starting, as VMs without a network don't need it. It is told, and tried
+again by the next VM that does, or after a while.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import trio
 
-from actors import Actor, Deferred, handles
+from actors import Actor, Deferred, TaskHandle, handles
 
 from ._door import NetworkFailed
 from ._networks import Networks
@@ -22,6 +24,7 @@ from .messages import Attach, Detach, Reconcile
 _Waiting = tuple[int | None, Deferred[None]]
 """Who asked for a VM, or, with None, for all of it."""
 _TURN_S = 120.0
+_AGAIN_S = 30.0
 _AT_ONCE = 100
 """Who waits longer than all of these take would rather be among the next."""
 _logger = logging.getLogger("volant.network")
@@ -38,16 +41,21 @@ class NetworkKeeper(Actor):
         self._ephemeral = ephemeral
         self._waiting: list[_Waiting] = []
         self._wake = trio.Event()
-        self._torn = False
+        self._due = True
+        """Whether all of it is to be looked at."""
+        self._tasks: list[TaskHandle] = []
         self._watched = False
         self._failure: NetworkFailed | None = None
         self._turns = 0
         self._asked = 0
 
     async def on_start(self) -> None:
-        self.ctx.spawn(self._work, name="networks")
+        self._tasks.append(self.ctx.spawn(self._work, name="networks"))
 
     async def on_stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+            await task.wait()
         if self._ephemeral and not self._networks.has_taps():
             try:
                 await self._networks.remove()
@@ -84,48 +92,53 @@ class NetworkKeeper(Actor):
     def _tear(self, why: str) -> None:
         """Somebody has taken away what keeps guests apart, or connected: it is put back at once."""
         _logger.warning("the network is put back, as %s", why)
-        self._torn = True
+        self._due = True
         self._wake.set()
 
     async def _work(self) -> None:
-        await self._turn(())
-        if self._failure is not None:
-            _logger.error("VMs with a network on the bridge can't start: %s", self._failure)
         while True:
-            await self._wake.wait()
-            self._wake = trio.Event()
-            if self._torn:
-                self._torn = False
-                await self._turn(())
+            if self._due:
+                self._due = False
+                await self._look_at_all()
             while self._waiting:
                 waiting, self._waiting = self._waiting[:_AT_ONCE], self._waiting[_AT_ONCE:]
                 await self._turn(waiting)
+            # VMs may run that nothing keeps apart.
+            with trio.move_on_after(math.inf if self._failure is None else _AGAIN_S) as pause:
+                await self._wake.wait()
+            self._due |= pause.cancelled_caught
+            self._wake = trio.Event()
+
+    async def _look_at_all(self) -> None:
+        before = str(self._failure)
+        await self._turn(())
+        if self._failure is not None and str(self._failure) != before:
+            _logger.error("VMs on the bridge are without a network: %s", self._failure)
 
     async def _turn(self, waiting: Sequence[_Waiting]) -> None:
         """See to what was asked for, or to all of it when nothing was, and answer."""
         self._turns += 1
         vm_ids = {vm_id for vm_id, _ in waiting if vm_id is not None}
         failures: dict[int, NetworkFailed] = {}
-        self._failure = None
+        failure: NetworkFailed | None = None
         try:
             with trio.fail_after(_TURN_S):
                 if not vm_ids or any(vm_id is None for vm_id, _ in waiting):
                     failures |= await self._networks.reconcile()
-                    for failure in failures.values():
-                        _logger.error("%s", failure)
+                    for each in failures.values():
+                        _logger.error("%s", each)
                 if vm_ids:
                     failures |= await self._networks.ensure(vm_ids)
         except NetworkFailed as error:
-            self._failure = error
+            failure = error
         except trio.TooSlowError:
-            self._failure = NetworkFailed("timeout", f"the host's networks were not ready within {_TURN_S:g} s")
+            failure = NetworkFailed("timeout", f"the host's networks were not ready within {_TURN_S:g} s")
+        self._failure = failure
         if self._networks.stands and not self._watched:
             self._watched = True
-            self.ctx.spawn(self._networks.watch, self._tear, name="watch")
+            self._tasks.append(self.ctx.spawn(self._networks.watch, self._tear, name="watch"))
         for vm_id, deferred in waiting:
-            failed = self._failure or (
-                failures.get(vm_id) if vm_id is not None else next(iter(failures.values()), None)
-            )
+            failed = failure or (failures.get(vm_id) if vm_id is not None else next(iter(failures.values()), None))
             if failed is None:
                 deferred.reply(None)
             else:
