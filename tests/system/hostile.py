@@ -31,6 +31,8 @@ IN_THE_GUEST = {
     "processors": "for i in 1 2 3 4 5 6 7 8; do while :; do :; done & done; wait",
 }
 """What a command does, rather than an agent; as root, as every command is."""
+WRITES = ("line-feeds", "no-text")
+"""What an agent does as the output of a workload."""
 
 
 def hostile_plugin(directory: Path, cache: Path, *, rootfs: Path | None = None) -> Manifest:
@@ -99,6 +101,11 @@ async def turn(client: Client, behaviour: str) -> None:
                 async for item in lines:
                     if isinstance(item, LogLine) and item.line == f"hostile: {behaviour}":
                         break
+    if behaviour in WRITES:
+        # The daemon has to ask its new agent for the output first.
+        async with client.vms.logs(EVIL, since=0, streams=["stdout"]) as output:
+            with trio.fail_after(TURN_S):
+                await output.receive()
 
 
 async def boot_evil(client: Client, **fields: object) -> None:
