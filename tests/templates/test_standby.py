@@ -211,7 +211,10 @@ async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: P
         assert pool.standbys.marks != {standby.mark}
 
 
-async def test_one_with_a_card_waits_for_a_vm_with_one_and_is_given_its_own_at_the_claim(tmp_path: Path) -> None:
+@pytest.mark.parametrize("behind", [{"tap": "v7"}, {"socket": Path("/run/volant/net/7.sock")}])
+async def test_one_with_a_card_waits_for_a_vm_with_one_and_is_given_its_own_at_the_claim(
+    tmp_path: Path, behind: dict[str, Any]
+) -> None:
     async with standing(tmp_path, StandbyLimits(each=1)) as pool:
         with_card = blueprint(has_nic=True)
         pool.standbys.take(7, with_card)
@@ -223,7 +226,7 @@ async def test_one_with_a_card_waits_for_a_vm_with_one_and_is_given_its_own_at_t
         (launched,) = [each for each in pool.hypervisor.launched if each.mark == standby.mark]
         assert launched.nic is not None
         assert (launched.nic.tap, launched.nic.socket, launched.nic.address) == (None, None, "")
-        nic = Nic(mac="02:00:00:00:00:07", tap="v7", address="192.168.127.7/24", gateway="192.168.127.1")
+        nic = Nic(mac="02:00:00:00:00:07", address="192.168.127.7/24", gateway="192.168.127.1", **behind)
         spec = msgspec.structs.replace(pool.spec(standby, 7), nic=nic)
         assert await pool.standbys.claim(spec, Claim(1, "vm", "", nic))
         assert pool.hypervisor.running == [spec]

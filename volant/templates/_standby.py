@@ -202,7 +202,7 @@ class Standbys:
         directory = standby_directory(self.doors.runtime_dir, spec.mark)
         try:
             if host.exists(directory):
-                await host.write_bytes(directory / _CLAIM, msgspec.json.encode(claim))
+                await host.write_bytes(directory / _CLAIM, msgspec.json.encode(claim, enc_hook=str))
                 await host.mkdir(spec.directory.parent)
                 await host.move_directory(directory, spec.directory)
             await self.doors.hypervisor.go_on(spec)
@@ -441,6 +441,7 @@ class Standbys:
 async def claim_in(host: Host, directory: Path) -> Claim | None:
     """What was written there when a process was claimed; None: nothing that can be read."""
     try:
-        return msgspec.json.decode(await host.read_bytes(directory / _CLAIM, _MAX_CLAIM), type=Claim)
+        said = await host.read_bytes(directory / _CLAIM, _MAX_CLAIM)
+        return msgspec.json.decode(said, type=Claim, dec_hook=lambda kind, value: kind(value))
     except (OSError, msgspec.DecodeError):
         return None
