@@ -13,7 +13,15 @@ import trio
 
 from tests.journal.kit import Bench, events_after, running
 from tests.journal.test_backup import keeping
-from volant.journal import AddNetwork, BeginSnapshot, FinishSnapshot, ForkRow, RemoveNetwork, RestoreRow
+from volant.journal import (
+    AddNetwork,
+    BeginSnapshot,
+    CommitSteps,
+    FinishSnapshot,
+    ForkRow,
+    RemoveNetwork,
+    RestoreRow,
+)
 from volant.model import (
     CreateNetwork,
     ForkVm,
@@ -21,6 +29,7 @@ from volant.model import (
     Problem,
     RestoreVm,
     Status,
+    Step,
     TakeSnapshot,
     VmRow,
     mac_of,
@@ -257,3 +266,28 @@ async def test_no_guest_has_the_hosts_address_in_a_subnet_of_before(path: Path) 
         assert addresses == ["10.0.0.2", "10.0.0.3", "10.0.0.4"]
         with pytest.raises(Problem, match="taken"):
             await bench.create("one-more")
+
+
+async def test_an_address_that_becomes_free_in_between_is_the_next_one(path: Path) -> None:
+    """Also in the middle of one transaction, in which others were given."""
+    async with running(path, networking=BRIDGED) as bench:
+        rows = [await bench.create(f"vm-{number}") for number in range(4)]
+        gone = await bench.to(rows[1], Status.DELETING)
+        made: list[VmRow] = []
+
+        async def create(name: str) -> None:
+            made.append(await bench.create(name))
+
+        async def remove() -> None:
+            await bench.ask(CommitSteps(gone.id, gone.revision, (Step(None, "deleted"),)))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(3):
+                nursery.start_soon(create, f"before-{number}")
+            nursery.start_soon(remove)
+            for number in range(3):
+                nursery.start_soon(create, f"after-{number}")
+        taken = {row.ip_address for row in bench.store.projection.rows()}
+        assert len(taken) == 9
+        assert (await bench.create("last")).ip_address not in taken
+        assert {row.ip_address for row in bench.store.projection.rows()} == {f"192.168.127.{n}" for n in range(2, 12)}

@@ -149,6 +149,8 @@ class Stage:
         self._networking = networking
         self._taken: set[str] | None = None
         """Addresses on the bridge, once somebody has asked."""
+        self._full_to: str | None = None
+        """The highest of them that was given here, as long as none below has become free."""
         self.last_vm_id = last_vm_id
         self.last_event = projection.last_event
         self.rows: dict[int, VmRow | None] = {}
@@ -257,6 +259,7 @@ class Stage:
             if self.drain is not None:
                 raise draining(self.drain, vm=row.name)
         made = [msgspec.structs.replace(row, revision=1) for row in self._connected(rows)]
+        self._full_to = next((address for row in reversed(made) if (address := _on_the_bridge(row))), self._full_to)
         for row in made:
             check_edge(None, row.status)
             self.last_vm_id = row.id
@@ -269,6 +272,7 @@ class Stage:
         instance, subnet = self._networking.instance, self._networking.subnet
         connected = []
         leased: set[str] = set()
+        above = self._full_to
         for row in rows:
             kind = kind_of(row.network)
             if is_named(row.network) and self._network(row.network) is None:
@@ -281,8 +285,9 @@ class Stage:
             lease = None
             if kind == BRIDGE:
                 taken = self._addresses()
-                lease = allocate(subnet, taken | leased if leased else taken, instance=instance, vm_id=row.id)
-                leased.add(lease.address)
+                held = taken | leased if leased else taken
+                lease = allocate(subnet, held, instance=instance, vm_id=row.id, above=above)
+                leased.add(above := lease.address)
             elif kind != NONE:
                 lease = user_lease(instance, row.id)
             connected.append(msgspec.structs.replace(row, lease=lease))
@@ -513,6 +518,7 @@ class Stage:
         self.rows[row.id] = self._names[row.name] = None
         if self._taken is not None and (address := _on_the_bridge(row)) is not None:
             self._taken.discard(address)
+            self._full_to = None
         self.operations.append(DropRow(row.id, row.revision))
 
     def _snapshot(self, name: str) -> Snapshot | None:

@@ -205,17 +205,20 @@ def capacity_of(subnet: IPv4Network) -> int:
     return subnet.num_addresses - 3
 
 
-def allocate(subnet: IPv4Network, taken: Collection[str], *, instance: str, vm_id: int) -> Lease:
+def allocate(
+    subnet: IPv4Network, taken: Collection[str], *, instance: str, vm_id: int, above: str | None = None
+) -> Lease:
     """The lowest address that nobody has.
 
     :param taken: addresses; ask for a set where there are many
+    :param above: up to this one all are known to be taken
     :raises Problem: 503 all are taken.
     """
-    first = int(gateway_of(subnet)) + 1
+    first = int(gateway_of(subnet) if above is None else IPv4Address(above)) + 1
     last = int(subnet.broadcast_address) - 1
     # One more than are taken: one of them is free.
     for number in range(first, min(last, first + len(taken)) + 1):
-        address = str(IPv4Address(number))
+        address = _dotted(number)
         if address not in taken:
             return Lease(
                 address=address,
@@ -259,6 +262,11 @@ def tap_of(instance: str, vm_id: int) -> str:
 def tap_prefix(instance: str) -> str:
     """What the names of all taps of this daemon begin with, and no others: `v`, and the whole of the instance."""
     return "v" + _base36(int(instance, 16), _INSTANCE_DIGITS)
+
+
+def _dotted(number: int) -> str:
+    # A fifth of what IPv4Address takes, and asked for each address that is taken.
+    return f"{number >> 24}.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
 
 
 def _base36(number: int, digits: int) -> str:
