@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
 from tests.guest.proxy import Behind, agent_behind
-from volant.client import Client, ClientProblem
+from volant.client import Client, ClientProblem, ConnectionLost
 
 
 @pytest.fixture
@@ -92,3 +92,21 @@ async def test_errors_name_the_path(agent: Behind, tmp_path: Path) -> None:
             with pytest.raises(ClientProblem) as wrong:
                 await client.vms.stat_file("demo", path)
             assert wrong.value.field == "path"
+
+
+async def test_a_generator_that_is_refused_half_way_is_closed_at_once(agent: Behind, tmp_path: Path) -> None:
+    left: list[str] = []
+
+    async def pieces() -> AsyncIterator[bytes]:
+        try:
+            for _ in range(200):
+                yield bytes(1 << 20)
+            left.append("at its end")
+        finally:
+            left.append("closed")
+
+    (tmp_path / "file").touch()
+    async with Client(agent.base_url) as client:
+        with pytest.raises((ClientProblem, ConnectionLost)):
+            await client.vms.write_file("demo", f"{tmp_path}/file/below", pieces())
+        assert left == ["closed"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping
 
 import httpx
 
@@ -42,13 +42,21 @@ class ActionAnswer:
 
 
 class Pieces(httpx.AsyncByteStream):
-    """The body of a request that comes in pieces; not a generator, as a request may leave it half-way."""
+    """The body of a request that comes in pieces. A request may leave it half-way: a generator is closed then."""
 
     def __init__(self, pieces: AsyncIterable[bytes]) -> None:
         self._pieces = pieces
+        self._generators: list[AsyncGenerator[bytes, None]] = []
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        return aiter(self._pieces)
+        pieces = aiter(self._pieces)
+        if isinstance(pieces, AsyncGenerator):
+            self._generators.append(pieces)
+        return pieces
+
+    async def aclose(self) -> None:
+        for generator in self._generators:
+            await generator.aclose()
 
 
 def is_from_guest(headers: Mapping[str, str]) -> bool:

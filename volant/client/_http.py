@@ -200,6 +200,10 @@ class Http:
             raise self._too_slow(read_s or ANSWER_S) from error
         except (httpx.TransportError, httpx.StreamError) as error:
             raise ConnectionLost(f"the connection to {self.address.text} broke: {reason_of(error)}") from error
+        finally:
+            if isinstance(content, httpx.AsyncByteStream):
+                with trio.move_on_after(1, shield=True):
+                    await content.aclose()
 
     async def problem_of(self, response: httpx.Response) -> ClientProblem:
         """The exception for an answer that is an error, read to its end."""
