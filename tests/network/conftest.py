@@ -35,8 +35,10 @@ def _obstacle() -> str | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     why = _obstacle()
     for item in items:
-        if why is not None and "namespace" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.skip(why))
+        if "namespace" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.kernel)
+            if why is not None:
+                item.add_marker(pytest.mark.skip(why))
 
 
 @pytest.fixture
