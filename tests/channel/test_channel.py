@@ -220,7 +220,8 @@ async def test_what_streams_carry_is_counted(channel: Channel) -> None:
     with trio.fail_after(5):
         assert await echoes(channel, b"x" * 100_000)
     statistics = channel.statistics()
-    assert 100_000 <= statistics.bytes_in < 110_000
+    # The guest may have said hello meanwhile, behind as many zeros as a frame is long.
+    assert 100_000 <= statistics.bytes_in < 150_000
     assert 100_000 <= statistics.bytes_out < 150_000
 
 
