@@ -75,10 +75,12 @@ async def test_the_signal_does_not_end_a_daemon_that_begins_or_stops(make_daemon
     assert daemon.process.stdout is not None
     # From before its first line on, until it has ended.
     with trio.fail_after(60):
-        while not _ignores(daemon.pid):  # noqa: ASYNC110 - the kernel's
+        while not _is_safe_from(daemon.pid, signal.SIGUSR1):  # noqa: ASYNC110 - the kernel's
             await trio.sleep(0.005)
-        for _ in range(300):
+        sent = 0
+        while sent < 300 or not _is_safe_from(daemon.pid, signal.SIGTERM):
             os.kill(daemon.pid, signal.SIGUSR1)
+            sent += 1
             await trio.sleep(0.002)
         daemon.terminate()
         while daemon.process.poll() is None:
@@ -88,8 +90,8 @@ async def test_the_signal_does_not_end_a_daemon_that_begins_or_stops(make_daemon
     assert daemon.process.returncode == 0, daemon.log()
 
 
-def _ignores(pid: int) -> bool:
-    """Whether the signal would not end it now."""
+def _is_safe_from(pid: int, number: signal.Signals) -> bool:
+    """Whether the signal would not end the process now, without a word."""
     lines = (line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     masks = {name: int(mask, 16) for name, _, mask in lines if name in ("SigIgn", "SigCgt")}
-    return bool((masks["SigIgn"] | masks["SigCgt"]) >> (signal.SIGUSR1 - 1) & 1)
+    return bool((masks["SigIgn"] | masks["SigCgt"]) >> (number - 1) & 1)
