@@ -39,6 +39,10 @@ async def test_clones_created_at_once_are_somebody_each(make_daemon: Callable[..
         await run(client, "clone0", "touch", "/root/mine")
         for name in found:
             assert ("mine" in await run(client, name, "ls", "-a", "/root")) == (name == "clone0"), name
+        # What a slow way there hides is not held against it. On a busy host a clock is set again once that is calm.
+        with trio.fail_after(BOOT_S):
+            while off := {name: each for name, each in found.items() if not is_right(each)}:
+                found |= {name: await who(client, name) for name in off}
 
     assert {name: each.hostname for name, each in found.items()} == {name: name for name in made}
     assert {name: each.clone["vm_id"] for name, each in found.items()} == {name: vm.id for name, vm in made.items()}
@@ -49,6 +53,8 @@ async def test_clones_created_at_once_are_somebody_each(make_daemon: Callable[..
     for addresses in ([vm.mac_address for vm in made.values()], [vm.ip_address for vm in made.values()]):
         given = [address for address in addresses if address]
         assert len(set(given)) == len(given)
-    # What a slow way there hides is not held against it.
-    off = {name: (each.clock_off_s, each.clock_way_s) for name, each in found.items()}
-    assert all(abs(clock) - way / 2 <= CLOCK_S for clock, way in off.values()), off
+
+
+def is_right(each: Who) -> bool:
+    """Whether its clock is the host's."""
+    return abs(each.clock_off_s) - each.clock_way_s / 2 <= CLOCK_S

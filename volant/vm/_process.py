@@ -71,6 +71,8 @@ _HOSTS_AGAIN_MAX_S = 60.0
 _CLOCK_OFF_NS = 25_000_000
 _CLOCK_TRIES = 5
 """On a busy host one in some ways is short enough."""
+_CLOCK_AGAIN_S = 1.0
+_CLOCK_MENDS = 20
 _CLOCK_S = 20.0
 """For the agent of a guest that has stood still to be there again, and to set its clock."""
 _DETAIL_CHARACTERS = 1000
@@ -155,6 +157,8 @@ class LiveProcess:
         self._handed_over = handed_over
         self._opened = trio.Event()
         self._is_itself = trio.Event()
+        self._setting_clock = trio.Lock()
+        self._clock_is_exact = True
         if handed_over or not is_clone:
             self._is_itself.set()
         self._protocol: int | None = None
@@ -217,6 +221,7 @@ class LiveProcess:
                 nursery.start_soon(console.follow)
                 nursery.start_soon(self.console.serve)
                 nursery.start_soon(self._keep_channel)
+                nursery.start_soon(self._mend_clock)
                 nursery.start_soon(self._watch)
                 if self._neighbours.can_change:
                     nursery.start_soon(self._keep_hosts)
@@ -381,8 +386,13 @@ class LiveProcess:
             await self.hand_over(agreed=True)
 
     async def _set_clock(self) -> None:
-        """As good as the way to the guest allows. How far its clock is ahead is known to half of the way there and
-        back, and a step by that may take as long as it likes to get there. So the shortest of some ways counts."""
+        async with self._setting_clock:
+            self._clock_is_exact = await self._measure_clock()
+
+    async def _measure_clock(self) -> bool:
+        """Set it as well as the way to the guest allows; whether that is well enough. How far it is ahead is known to
+        half of the way there and back, and a step by that may take as long as it likes to get there. So the shortest
+        of some ways counts."""
         told = {"time_ns": _now_ns(self._host)}
         shortest = _BECOME_S * 1e9
         for _ in range(_CLOCK_TRIES):
@@ -392,15 +402,26 @@ class LiveProcess:
             except AgentProtocolError:
                 if "step_ns" not in told:
                     raise
-                return  # an agent that is too old for it
+                return True  # an agent that is too old for it
             way = _now_ns(self._host) - sent
             ahead = shown - sent - way // 2
             if abs(ahead) + way // 2 <= _CLOCK_OFF_NS:
-                return
+                return True
             told = {"step_ns": -ahead if way < shortest else 0}
             shortest = min(shortest, way)
         if told["step_ns"]:
             await self._tell(DAEMON_CLOCK, told)
+        return shortest // 2 <= _CLOCK_OFF_NS
+
+    async def _mend_clock(self) -> None:
+        """Set the clock of a copy again that was made while the host was busy, once no way to it is long."""
+        await self._is_itself.wait()
+        for _ in range(_CLOCK_MENDS):
+            if self._clock_is_exact:
+                return
+            await trio.sleep(_CLOCK_AGAIN_S)
+            with suppress(AgentUnreachable, AgentProtocolError):
+                await self.set_clock()
 
     async def _tell(self, path: str, body: object) -> dict[str, Any]:
         """`PUT` something that is answered, among others, by what the guest's clock shows.
