@@ -41,11 +41,11 @@ async def test_a_vm_shows_its_network_address_and_ports(served: Api) -> None:
         ({"network": "No Name"}, 400, "network"),
         ({"network": "green"}, 404, "network"),
         ({"network": "bridge", "ports": ["http:80"]}, 400, "ports"),
-        ({"network": "bridge", "ports": ["80:80", "80:81"]}, 400, "ports"),
+        ({"network": "bridge", "ports": ["80:80", "80:81"]}, 422, "ports"),
         ({"network": "bridge", "ports": "80:80"}, 400, "ports"),
         ({"network": "bridge", "ports": ["8080:80"]}, 409, "ports"),
-        ({"network": "none", "ports": ["80:80"]}, 400, "ports"),
-        ({"ports": ["80:80"]}, 400, "ports"),
+        ({"network": "none", "ports": ["80:80"]}, 422, "ports"),
+        ({"ports": ["80:80"]}, 422, "ports"),
     ],
 )
 async def test_what_can_not_be_is_refused_and_names_the_field(

@@ -200,5 +200,5 @@ def test_ports_of_a_vm_without_a_network_are_refused() -> None:
     request = CreateVm(name="demo", cpu_cores=1, memory_mb=128, ports=("8080:80",))
     with pytest.raises(Problem) as refused:
         new_row(request, Manifest(name="base"), vm_id=1, now=NOW)
-    assert (refused.value.status, refused.value.field) == (400, "ports")
+    assert (refused.value.status, refused.value.field) == (422, "ports")
     assert "setting `network`" in refused.value.detail

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
-from ._problem import Problem, invalid
+from ._problem import Problem, contradictory, invalid
 from ._text import Name, Time, check_name
 
 NONE, BRIDGE, USER = "none", "bridge", "user"
@@ -32,10 +32,10 @@ _PORT_TEXT = re.compile(r"(?:([0-9.]{7,15}):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|
 _TAP_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _INSTANCE_DIGITS, _ID_DIGITS = 8, 6
 
-PortText = Annotated[
-    str,
-    msgspec.Meta(extra_json_schema={"pattern": r"^([0-9.]{7,15}:)?[0-9]{1,5}:[0-9]{1,5}(/(tcp|udp))?$"}),
-]
+_PORT = "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+_BYTE = "([0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
+_HOST = rf"([0-9]|[1-9][0-9]|1[0-9]{{2}}|2[01][0-9]|22[0-3])(\.{_BYTE}){{3}}"
+PortText = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^({_HOST}:)?{_PORT}:{_PORT}(/(tcp|udp))?$"})]
 """For the schema alone, as `parse_port` decides."""
 
 
@@ -305,13 +305,13 @@ def parse_port(text: str, field: str = "ports") -> PublishedPort:
 
 
 def parse_ports(texts: Iterable[str]) -> tuple[PublishedPort, ...]:
-    """:raises Problem: 400 one is none, there are too many, or two meet."""
+    """:raises Problem: 400 one is none, or there are too many; 422 two meet."""
     ports: list[PublishedPort] = []
     for text in texts:
         port = parse_port(text)
         for other in ports:
             if port.meets(other):
-                raise invalid("ports", f"ports has {other} and {port}, and the host can't have both")
+                raise contradictory("ports", f"ports has {other} and {port}, and the host can't have both")
         ports.append(port)
         if len(ports) > MAX_PORTS:
             raise invalid("ports", f"a VM publishes at most {MAX_PORTS} ports")

@@ -37,6 +37,11 @@ def invalid(field: str, detail: str, *, hint: str | None = None) -> Problem:
     return Problem(400, "invalid-request", detail, field=field, hint=hint)
 
 
+def contradictory(field: str, detail: str, *, hint: str | None = None) -> Problem:
+    """422: each member of a body is acceptable, and `field` is not together with the others."""
+    return Problem(422, "contradictory-request", detail, field=field, hint=hint)
+
+
 def name_taken(name: str) -> Problem:
     """409: there is a VM of that name."""
     return Problem(

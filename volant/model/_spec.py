@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 from ._manifest import Manifest, check_env
 from ._network import NONE, Networking, asked_network, parse_ports
-from ._problem import invalid
+from ._problem import contradictory, invalid
 from ._row import CreateVm, VmRow
 from ._text import check_labels, check_name, check_plain, parse_duration
 
@@ -32,7 +32,7 @@ def new_row(
     check_labels(labels)
     has_disk = manifest.boot is not None and manifest.boot.rootfs is not None
     if request.disk_mb is not None and not has_disk:
-        raise invalid(
+        raise contradictory(
             "disk_mb",
             f"disk_mb is {request.disk_mb}, and plugin {manifest.name!r} has no root filesystem to be on a disk",
             hint="leave it out; the root of such a VM is in its memory",
@@ -40,7 +40,7 @@ def new_row(
     asked = asked_network(request.network, networking.default)
     ports = parse_ports(request.ports)
     if ports and asked.network == NONE:
-        raise invalid(
+        raise contradictory(
             "ports",
             f"ports is {[*map(str, ports)]}, and the VM has no network ({asked.reason})",
             hint="say `network` `bridge`, `user`, or the name of a network",
