@@ -1,6 +1,6 @@
 """The boot image, built once, and daemons whose end is checked.
 
-`VOLANT_TEST_CACHE` names the directory of the image; the default is where an ordinary user's daemon has it.
+`VOLANT_TEST_CACHE` names the directory of the image; the default is where a daemon of this user has it.
 `VOLANT_TEST_FULL=1` takes the loads and rounds that the promises speak of, instead of shorter ones.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.system.kit import REPOSITORY, Daemon, kept
+from tests.system.kit import REPOSITORY, Daemon, cache_dir, kept
 
 _REAL = frozenset({"system", "conformance", "systemd"})
 """Folders whose tests boot real guests."""
@@ -39,8 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def image_cache() -> Path:
     """A cache directory with an up-to-date boot image in it."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volant"
-    cache = Path(os.environ.get("VOLANT_TEST_CACHE") or default).absolute()
+    cache = cache_dir()
     subprocess.run(
         [sys.executable, "-m", "volant.images", "build", "--cache", str(cache)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},

@@ -28,7 +28,7 @@ def groups() -> Iterator[Cgroups]:
         pytest.skip("there is no place for control groups here")
     yield found
     if found.directory.exists():
-        found.sweep()
+        found.remove_empty()
         found.directory.rmdir()
 
 
@@ -69,7 +69,7 @@ async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroup
         }.items()
     )
     await end(host, first)
-    await host.remove_own_scope(first.mark)
+    await host.remove_empty_scopes()
     assert not (groups.directory / first.mark).exists()
     # What a daemon finds that comes after one that was killed: those whose processes live stay, the others go.
     assert _cgroups.own_groups(groups.directory.name) == groups
@@ -85,7 +85,7 @@ async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroup
     await host.give_own_scope(third, "VM three", BOUNDS)
     assert [path.name for path in groups.directory.iterdir() if path.is_dir()] == [third.mark]
     await end(host, third)
-    await host.remove_own_scope(third.mark)
+    await host.remove_empty_scopes()
     assert not groups.directory.exists()
 
 

@@ -4,14 +4,15 @@ Where systemd runs the host it keeps them, and is asked for a scope (`_scopes.py
 for each hypervisor itself, beside its own, as a group with processes in it can't bound groups below it. What bounds
 there are depends on the controllers that the kernel and whoever runs the host leave to it; each is set where it is.
 
-A group that has lost its last process is removed by whoever cleans up after that process; and each one that is made
-takes those along that were left, as by a daemon that was killed.
+A group that has lost its last process is removed by whoever cleans up after that process; and each one that is made or
+removed takes those along that were left, as by a daemon that was killed, or of a process that is nobody's any more.
 """
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -38,35 +39,39 @@ class Cgroups:
     """Where groups are made."""
 
     directory: Path
+    _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
+    """Else a thread that sweeps removes the group that another has made and not filled yet."""
 
     def enclose(self, pid: int, name: str, bounds: Bounds | None) -> None:
         """Move a process into a group of its own, which is held to `bounds` as far as the kernel can; one that is there
         already stays. Raises OSError."""
-        self.directory.mkdir(exist_ok=True)
-        for group in (self.directory.parent, self.directory):
-            for controller in _CONTROLLERS:
-                # One by one, as one that is not there would spoil the others.
-                with suppress(OSError):
-                    (group / "cgroup.subtree_control").write_text(f"+{controller}")
-        group = self.directory / name
-        self.sweep(except_for=name)
-        group.mkdir(exist_ok=True)
-        for file, value in () if bounds is None else _values(bounds).items():
-            if (group / file).exists():
-                (group / file).write_text(value)
-        (group / "cgroup.procs").write_text(str(pid))
+        with self._lock:
+            self.directory.mkdir(exist_ok=True)
+            for group in (self.directory.parent, self.directory):
+                for controller in _CONTROLLERS:
+                    # One by one, as one that is not there would spoil the others.
+                    with suppress(OSError):
+                        (group / "cgroup.subtree_control").write_text(f"+{controller}")
+            self._sweep()
+            group = self.directory / name
+            group.mkdir(exist_ok=True)
+            for file, value in () if bounds is None else _values(bounds).items():
+                if (group / file).exists():
+                    (group / file).write_text(value)
+            (group / "cgroup.procs").write_text(str(pid))
 
-    def remove(self, name: str) -> None:
-        """Remove a group whose process has ended. Nothing there is no error."""
-        for group in (self.directory / name, self.directory):
-            # Refused where there is something in it.
+    def remove_empty(self) -> None:
+        """Remove the groups of processes that have ended, and the directory with the last one."""
+        with self._lock:
+            self._sweep()
             with suppress(OSError):
-                group.rmdir()
+                self.directory.rmdir()
 
-    def sweep(self, *, except_for: str = "") -> None:
-        """Remove the groups of processes that have ended."""
+    def _sweep(self) -> None:
+        if not self.directory.is_dir():
+            return
         for group in self.directory.iterdir():
-            if group.is_dir() and group.name != except_for:
+            if group.is_dir():
                 # Refused while there is a process in it.
                 with suppress(OSError):
                     group.rmdir()
@@ -141,8 +146,7 @@ def own_groups(name: str) -> Cgroups | None:
         groups = Cgroups(found[0] / name)
         groups.directory.mkdir(exist_ok=True)
         # Those of a daemon before this one, of which some go on.
-        groups.sweep()
-        groups.remove("")
+        groups.remove_empty()
     except OSError:
         return None
     return groups

@@ -664,10 +664,10 @@ class Host:
         except (ScopeError, OSError) as error:
             _logger.warning("process %d stays in the daemon's control group: %s", identity.pid, error)
 
-    async def remove_own_scope(self, mark: str) -> None:
-        """Remove the control group of a process that has ended, if it is ours to remove."""
+    async def remove_empty_scopes(self) -> None:
+        """Remove the control groups of processes that have ended, where they are ours to remove."""
         if self._groups is not None:
-            await trio.to_thread.run_sync(self._groups.remove, mark)
+            await trio.to_thread.run_sync(self._groups.remove_empty)
 
     def limits_of(self, identity: ProcessIdentity) -> dict[str, str] | None:
         """What the kernel holds a process to, by the names of the files in its control group; None: it has none of its

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.system.kit import REPOSITORY, Daemon
+from tests.system.kit import REPOSITORY, Daemon, cache_dir
 from volant import images
 
 _IMAGE_S = 300.0
@@ -23,12 +23,6 @@ _END_S = 15.0
 
 class Skipped(Exception):
     """It can't be measured here; the text says why."""
-
-
-def cache_dir() -> Path:
-    """The image cache: an ordinary user's, unless `VOLANT_TEST_CACHE` names another."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "volant"
-    return Path(os.environ.get("VOLANT_TEST_CACHE") or default).absolute()
 
 
 def current_image() -> images.Image:

@@ -19,6 +19,7 @@ import httpx
 import trio
 from trio_websocket import WebSocketConnection, open_websocket_url
 
+from volant.cli._images import default_cache_dir
 from volant.client import Client, ClientProblem, Feed, StreamGap
 from volant.client._http import RequestBody
 from volant.model import CreateVm, Event, VmView
@@ -266,6 +267,12 @@ class Daemon:
     @property
     def _url(self) -> str:
         return "http://localhost" if self.socket else self.base_url
+
+
+def cache_dir() -> Path:
+    """The directory of the boot image: where a daemon of this user has it, unless `VOLANT_TEST_CACHE` names another.
+    Root's own home would not do: no other user may read there, and hypervisors are other users."""
+    return Path(os.environ.get("VOLANT_TEST_CACHE") or default_cache_dir(os.environ, os.getuid())).absolute()
 
 
 def patched(code: str) -> Sequence[str]:

@@ -61,7 +61,7 @@ async def test_a_guest_has_all_of_its_disk_and_fills_it_for_nobody_else(daemon: 
         assert vm_or_none.reason.code == "disk_too_small"
         with pytest.raises(ClientProblem) as refused:
             await client.vms.create(spec("bare", disk_mb=DISK_MB))
-        assert (refused.value.status, "no root filesystem" in str(refused.value)) == (400, True)
+        assert (refused.value.status, "no root filesystem" in str(refused.value)) == (422, True)
         with pytest.raises(ClientProblem) as refused:
             await client.vms.create(spec("huge", plugin="small", disk_mb=16 * 1024 * 1024))
         assert (refused.value.status, "MiB are left" in str(refused.value)) == (503, True)

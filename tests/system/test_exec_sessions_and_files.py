@@ -246,7 +246,7 @@ def test_files_by_volar(daemon: Daemon, guest: str, tmp_path: Path) -> None:
 async def test_a_file_that_memory_does_not_hold_is_refused_and_the_guest_goes_on(daemon: Daemon, guest: str) -> None:
     class Blocks:
         async def __aiter__(self) -> AsyncIterator[bytes]:
-            for _ in range(160):
+            for _ in range(100):
                 yield bytes(1 << 20)
 
     async with daemon.client() as client:

@@ -124,7 +124,7 @@ class Passt:
                 with trio.fail_after(_END_S), suppress(ProcessGone), host.open_process(found) as process:
                     process.kill()
                     await process.wait()
-            await host.remove_own_scope(self._mark(vm_id))
+            await host.remove_empty_scopes()
             for path in (self.socket(vm_id), self._log(vm_id)):
                 await host.remove_file(path)
         except (OSError, trio.TooSlowError) as error:

@@ -651,7 +651,7 @@ class VmActor(Actor):
         with suppress(FileNotFoundError), ConsolePump(host, spec.console_path, self._log, row.boot_key) as console:
             await console.finish()
         try:
-            await host.remove_own_scope(mark)
+            await host.remove_empty_scopes()
             await host.remove_tree(spec.directory)
             await host.remove_tree(spec.memory_file)
             if self._doors.standbys.is_one(mark):
