@@ -11,7 +11,7 @@ import pytest
 
 from tests.api.kit import Api, api
 from tests.api.test_mcp import call
-from volant.model import Networking
+from volant.model import Asked, Networking
 
 
 @pytest.fixture
@@ -67,7 +67,9 @@ async def test_a_host_without_it_says_what_to_do(served: Api) -> None:
 
 
 async def test_the_last_address_is_given_and_the_next_is_503_with_the_figure(served: Api) -> None:
-    served.doors.store.networking = Networking(default="bridge", subnet=IPv4Network("10.0.0.0/30"))
+    served.doors.store.networking = Networking(
+        default=Asked("bridge", "the daemon's setting `network`"), subnet=IPv4Network("10.0.0.0/30")
+    )
     assert (await served.create("only"))["ip_address"] == "10.0.0.2"
     body = {"name": "next", "cpu_cores": 1, "memory_mb": 128}
     answer = await served.client.post("/api/v1/vms", json=body)

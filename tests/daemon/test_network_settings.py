@@ -10,9 +10,9 @@ from volant.daemon._nameservers import nameservers_of_host
 from volant.daemon._settings import SettingsError, load
 
 
-def test_by_default_vms_have_no_network() -> None:
+def test_by_default_vms_have_the_best_network_that_can_be_had() -> None:
     settings, _ = load([], {}, uid=0)
-    assert (settings.network, settings.bridge, settings.subnet) == ("none", "", "192.168.127.0/24")
+    assert (settings.network, settings.bridge, settings.subnet) == ("auto", "", "192.168.127.0/24")
 
 
 def test_each_is_taken_from_the_environment() -> None:

@@ -23,6 +23,7 @@ from volant.journal import (
     RestoreRow,
 )
 from volant.model import (
+    Asked,
     CreateNetwork,
     ForkVm,
     Networking,
@@ -38,8 +39,9 @@ from volant.model import (
 )
 
 INSTANCE = "0123456789"
-BRIDGED = Networking(default="bridge", instance=INSTANCE)
-TINY = Networking(default="bridge", subnet=IPv4Network("10.0.0.0/29"), instance=INSTANCE)
+BRIDGE_BY_DEFAULT = Asked("bridge", "the daemon's setting `network`")
+BRIDGED = Networking(default=BRIDGE_BY_DEFAULT, instance=INSTANCE)
+TINY = Networking(default=BRIDGE_BY_DEFAULT, subnet=IPv4Network("10.0.0.0/29"), instance=INSTANCE)
 """For five."""
 
 
@@ -242,7 +244,7 @@ async def test_what_another_daemon_has_leased_comes_back_under_the_names_of_this
         await bench.ask(AddNetwork(CreateNetwork(name="blue")))
         row = await bench.create("demo", network="blue", ports=("8080:80",))
         await bench.backup(kept)
-    other = Networking(default="bridge", instance="fedcba9876")
+    other = Networking(default=BRIDGE_BY_DEFAULT, instance="fedcba9876")
     elsewhere = path.with_name("elsewhere.db")
     async with keeping(elsewhere, networking=other) as bench:
         await bench.restore(kept.read_bytes())
@@ -257,7 +259,7 @@ async def test_what_another_daemon_has_leased_comes_back_under_the_names_of_this
 
 
 async def test_no_guest_has_the_hosts_address_in_a_subnet_of_before(path: Path) -> None:
-    before = Networking(default="bridge", subnet=IPv4Network("10.0.0.4/30"), instance=INSTANCE)
+    before = Networking(default=BRIDGE_BY_DEFAULT, subnet=IPv4Network("10.0.0.4/30"), instance=INSTANCE)
     async with running(path, networking=before) as bench:
         assert (await bench.create("old")).ip_address == "10.0.0.6"
     async with running(path, networking=TINY) as bench:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from volant.model import (
     MAX_PORTS,
+    Asked,
     CreateNetwork,
     CreateVm,
     Lease,
@@ -20,6 +21,7 @@ from volant.model import (
     allocate,
     capacity_of,
     check_ports_free,
+    default_network,
     mac_of,
     moved,
     new_network,
@@ -188,12 +190,32 @@ def test_a_network_is_not_named_as_a_kind_is(name: str) -> None:
 def test_a_vm_says_which_network_it_has_and_why() -> None:
     def made(**fields: object) -> tuple[str, str]:
         request = CreateVm(name="demo", cpu_cores=1, memory_mb=128, **fields)  # type: ignore[arg-type] # by the test
-        networking = Networking(default="bridge")
+        networking = Networking(default=Asked("bridge", "the daemon's setting `network`"))
         shown = view(new_row(request, Manifest(name="base"), vm_id=1, now=NOW, networking=networking))
         return shown.network, shown.network_reason
 
     assert made() == ("bridge", "the daemon's setting `network`")
     assert made(network="none") == ("none", "asked for when it was created")
+
+
+@pytest.mark.parametrize(
+    ("setting", "obstacles", "found"),
+    [
+        ("auto", {}, ("bridge", "the daemon may make a bridge")),
+        ("auto", {"bridge": "it needs root"}, ("user", "no bridge: it needs root")),
+        (
+            "auto",
+            {"bridge": "it needs root", "user": "there is no passt"},
+            ("none", "no bridge: it needs root; no network of a user: there is no passt"),
+        ),
+        ("none", {}, ("none", "the daemon's setting `network`")),
+        ("bridge", {"bridge": "it needs root"}, ("bridge", "the daemon's setting `network`")),
+    ],
+)
+def test_a_vm_that_names_no_network_has_the_best_that_can_be_had(
+    setting: str, obstacles: dict[str, str], found: tuple[str, str]
+) -> None:
+    assert default_network(setting, obstacles) == found
 
 
 def test_ports_of_a_vm_without_a_network_are_refused() -> None:

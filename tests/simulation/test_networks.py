@@ -98,6 +98,26 @@ def test_guests_know_each_other_whoever_comes_and_goes(tmp_path: Path, seed: int
     live(tmp_path, story, seed=seed, faults={"agent.refuses_hosts": 0.3, "agent.slow": 0.05, "channel.is_cut": 0.05})
 
 
+@pytest.mark.parametrize("seed", [7, 8, 12, 24])
+def test_what_a_guest_was_told_first_it_does_not_believe_last(tmp_path: Path, seed: int) -> None:
+    """A daemon that begins anew tells the guest while it makes itself known to its agent, and others come meanwhile."""
+
+    async def story(world: World) -> None:
+        await named(world, "blue")
+        for name in ("a", "b", "c"):
+            await make(world, name, "blue")
+        for _ in range(4):
+            await world.kill_daemon()
+            await world.start_daemon()
+            await trio.sleep(world.sim.rng.uniform(0, 2))
+            await world.request("POST", VMS, {"name": "d", "cpu_cores": 1, "memory_mb": 64, "network": "blue"}, JSON)
+            await trio.sleep(PATIENCE_S)
+            await all_know(world, "a", "b", "c", "d")
+            assert (await world.request("DELETE", f"{VMS}/d")).status == 204
+
+    live(tmp_path, story, seed=seed, faults={"agent.slow": 0.15})
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("boot", ["cold", "auto"])
 def test_a_guest_knows_the_others_before_it_runs(tmp_path: Path, boot: str, seed: int) -> None:

@@ -69,7 +69,7 @@ class Daemon:
             *(("--ephemeral",) if ephemeral else ()),
             *("--listen", "127.0.0.1:0", "--accelerator", "tcg"),
             # What is tested of a boot is a cold one, and nothing else runs beside it; `flags` come after this.
-            *("--templates", "off", "--standby", "0"),
+            *("--templates", "off", "--standby", "0", "--network", "none"),
             *("--state-dir", str(self.state_dir), "--runtime-dir", str(self.runtime_dir), "--cache-dir", str(cache)),
             *flags,
         ]

@@ -36,6 +36,7 @@ async def daemon_inside(image_cache: Path) -> AsyncIterator[tuple[Daemon, Client
         runtime_dir=root / "r",
         cache_dir=image_cache,
         accelerator="tcg",
+        network="none",
         ephemeral=True,
     )
     try:

@@ -108,7 +108,7 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def bridged(image_cache: Path, lab: Lab, _running: list[Daemon]) -> Iterator[Daemon]:
     """A daemon that has a template of a machine with a card, and a process that waits."""
-    flags = ("--network", "bridge", "--templates", "auto", "--standby", "1")
+    flags = ("--network", "auto", "--templates", "auto", "--standby", "1")
     daemon = Daemon(image_cache, *flags, wrapper=lab.host.enter, ephemeral=False)
     daemon.command += ["--listen", f"unix:{daemon.root}/api"]
     _running.append(daemon)

@@ -34,7 +34,7 @@ from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia
 from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
-from volant.model import BRIDGE, USER, Networking, ProcessIdentity, Status, parse_subnet
+from volant.model import AUTO, BRIDGE, USER, Networking, ProcessIdentity, Status, default_network, parse_subnet
 from volant.network import HostNetwork, NetworkDoor, NetworkKeeper, Networks, NetworkSettings, passt_obstacle
 from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
 from volant.vm import (
@@ -201,7 +201,7 @@ class Daemon:
         self.store = Store(
             self.host,
             settings.state_dir / "volant.db",
-            networking=Networking(default=settings.network, subnet=parse_subnet(settings.subnet), instance=instance),
+            networking=Networking(subnet=parse_subnet(settings.subnet), instance=instance),
         )
         self.logs = VmLogs(self.host, log_dir(settings))
         self._walls = wall_plan(self.host, settings)
@@ -360,7 +360,10 @@ class Daemon:
         self.store.ids_taken = (await self._evidence()).newest_id
         found = {BRIDGE: await self._networks.obstacle(), USER: passt_obstacle()}
         obstacles = {kind: obstacle for kind, obstacle in found.items() if obstacle is not None}
-        self.store.networking = msgspec.structs.replace(self.store.networking, obstacles=obstacles)
+        default = default_network(self.settings.network, obstacles)
+        if self.settings.network == AUTO:
+            _logger.info("VMs have the network %s where they name none: %s", *default)
+        self.store.networking = msgspec.structs.replace(self.store.networking, default=default, obstacles=obstacles)
         root = Supervisor(
             ONE_FOR_ONE,
             intensity=5,

@@ -98,8 +98,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How much memory the guests of all that wait may have together."""
     standby_idle_s: Annotated[float, msgspec.Meta(gt=0, le=366 * 86400)] = 600.0
     """A template that was not used for so long has none that wait."""
-    network: Literal["none", "bridge", "user"] = "none"
-    """The network of VMs that are created without a word of their own."""
+    network: Literal["auto", "none", "bridge", "user"] = "auto"
+    """The network of VMs that are created without a word of their own; `auto`: the best that can be had, `bridge`, else
+    `user`, else `none`."""
     bridge: str = ""
     """The name of the bridge; by default one that carries a digest of the state directory."""
     subnet: str = str(DEFAULT_SUBNET)

@@ -56,6 +56,7 @@ from ._manifest import (
 )
 from ._memory import GuestMemory, HostMemory, VmMemory
 from ._network import (
+    AUTO,
     BRIDGE,
     DEFAULT_SUBNET,
     KINDS,
@@ -76,6 +77,7 @@ from ._network import (
     asked_network,
     capacity_of,
     check_ports_free,
+    default_network,
     gateway_of,
     is_named,
     kind_of,
@@ -169,6 +171,7 @@ from ._wire import (
 )
 
 __all__ = [
+    "AUTO",
     "BASE",
     "BRIDGE",
     "DEFAULT_SUBNET",
@@ -298,6 +301,7 @@ __all__ = [
     "check_take",
     "copied_row",
     "decide",
+    "default_network",
     "draining",
     "effect_of",
     "event_for",

@@ -17,6 +17,8 @@ from ._text import Name, Time, check_name
 NONE, BRIDGE, USER = "none", "bridge", "user"
 KINDS = (NONE, BRIDGE, USER)
 """What `network` can be besides a network's name."""
+AUTO = "auto"
+"""The setting alone: what is best of those that can be had."""
 
 USER_ADDRESS, USER_PREFIX, USER_GATEWAY = "10.0.2.15", 24, "10.0.2.2"
 """What each VM with a network of its own process has: nobody but that process ever sees it."""
@@ -93,23 +95,23 @@ class NetworkView(msgspec.Struct, frozen=True, kw_only=True):
     created_at: Time
 
 
-class Networking(msgspec.Struct, frozen=True, kw_only=True):
-    """What the daemon gives VMs that are created."""
-
-    default: str = NONE
-    """The network of a VM that says nothing."""
-    subnet: IPv4Network = DEFAULT_SUBNET
-    instance: str = "0" * 10
-    """Ten hexadecimal digits that tell this state directory from every other one."""
-    obstacles: Mapping[str, str] = {}
-    """Why a kind of network, `bridge` or `user`, can't be had here, and what to do."""
-
-
 class Asked(NamedTuple):
     """What network a VM is to have, and why."""
 
     network: str
     reason: str
+
+
+class Networking(msgspec.Struct, frozen=True, kw_only=True):
+    """What the daemon gives VMs that are created."""
+
+    default: Asked = Asked(NONE, "the daemon's setting `network`")
+    """The network of a VM that says nothing, and why."""
+    subnet: IPv4Network = DEFAULT_SUBNET
+    instance: str = "0" * 10
+    """Ten hexadecimal digits that tell this state directory from every other one."""
+    obstacles: Mapping[str, str] = {}
+    """Why a kind of network, `bridge` or `user`, can't be had here, and what to do."""
 
 
 def kind_of(network: str) -> str:
@@ -122,11 +124,23 @@ def is_named(network: str) -> bool:
     return network not in KINDS
 
 
-def asked_network(network: str | None, default: str) -> Asked:
+def asked_network(network: str | None, default: Asked) -> Asked:
     """The network of a VM that is created with `network`."""
-    if network is None:
-        return Asked(default, "the daemon's setting `network`")
-    return Asked(network, "asked for when it was created")
+    return default if network is None else Asked(network, "asked for when it was created")
+
+
+def default_network(setting: str, obstacles: Mapping[str, str]) -> Asked:
+    """The network of VMs that are created without a word, where the setting `network` is `setting`.
+
+    :param obstacles: why a kind of network can't be had here
+    """
+    if setting != AUTO:
+        return Asked(setting, "the daemon's setting `network`")
+    if BRIDGE not in obstacles:
+        return Asked(BRIDGE, "the daemon may make a bridge")
+    if USER not in obstacles:
+        return Asked(USER, f"no bridge: {obstacles[BRIDGE]}")
+    return Asked(NONE, f"no bridge: {obstacles[BRIDGE]}; no network of a user: {obstacles[USER]}")
 
 
 def unavailable(asked: Asked, obstacle: str, *, vm: str) -> Problem:

@@ -62,6 +62,7 @@ class World:
             # Fewer than there are VMs, whatever the machine.
             max_boots=2,
             templates="auto",
+            network="none",
         )
         self.starts = 0
         self._nursery = nursery

@@ -152,6 +152,7 @@ class LiveProcess:
         self._signal = signal
         self._neighbours = neighbours
         self._telling = telling
+        self._setting_hosts = trio.Lock()
         self._hosts: Mapping[str, str] | None = None
         """Those of which the guest was told."""
         self._handed_over = handed_over
@@ -484,9 +485,12 @@ class LiveProcess:
 
     async def _tell_hosts(self) -> None:
         """Tell the guest who is in its network, unless its agent is too old for that. Raises as `ask` does."""
-        hosts = self._neighbours.hosts()
-        await self.ask("PUT", DAEMON_HOSTS, {"hosts": dict(hosts)}, also=(404,))
-        self._hosts = hosts
+        # One after the other: the guest may be done with the later of two requests first.
+        async with self._setting_hosts:
+            hosts = self._neighbours.hosts()
+            if hosts != self._hosts:
+                await self.ask("PUT", DAEMON_HOSTS, {"hosts": dict(hosts)}, also=(404,))
+                self._hosts = hosts
 
     async def _keep_hosts(self) -> None:
         """Tell the guest whenever others are in its network; one that can't be told now hears of it later."""
