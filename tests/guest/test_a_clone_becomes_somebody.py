@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.guest.conftest import Answer, Asker
-from volant.guest import _identity, _root, _rootfs
+from volant.guest import _identity, _root
 from volant.model import agent as wire
 
 WANTED = {
@@ -52,10 +52,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kernel:
     monkeypatch.setattr(_identity, "_begun_for", "")
     monkeypatch.setattr(_identity, "_BALLOON", str(tmp_path / "balloon"))
     monkeypatch.setattr(wire, "CLONE_FILE", str(tmp_path / "clone.json"))
-    real, etc = _rootfs.replace, tmp_path / "machine-id"
-    monkeypatch.setattr(
-        _rootfs, "replace", lambda path, data: real(str(etc) if path == "/etc/machine-id" else path, data)
-    )
+    monkeypatch.setattr(_identity, "_MACHINE_ID", str(tmp_path / "machine-id"))
     monkeypatch.setattr(_root, "_known", ("none", ""))
     return kernel
 
@@ -85,6 +82,36 @@ def test_it_is_told_who_it_is_once(agent: Asker, kernel: Kernel, tmp_path: Path)
     drawn = random.random()
     random.seed(1)
     assert drawn != random.random(), "Python's own generator goes on from the template"
+
+
+def test_a_machine_id_is_written_over_the_one_that_is_there(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
+    del kernel
+    path = tmp_path / "machine-id"
+    path.write_text("f" * 32 + "\n")
+    before = path.stat().st_ino
+    assert put(agent, wire.DAEMON_IDENTITY, WANTED).status == 200
+    assert (path.read_text(), path.stat().st_ino) == (WANTED["machine_id"] + "\n", before)
+
+
+@pytest.mark.parametrize("what", ["link", "other name", "pipe", "short"])
+def test_what_is_no_plain_machine_id_is_replaced(agent: Asker, kernel: Kernel, tmp_path: Path, what: str) -> None:
+    del kernel
+    path, other = tmp_path / "machine-id", tmp_path / "other"
+    text = "uninitialized\n" if what == "short" else "f" * 32 + "\n"
+    other.write_text(text)
+    if what == "link":
+        path.symlink_to(other)
+    elif what == "other name":
+        path.hardlink_to(other)
+    elif what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text(text)
+    assert put(agent, wire.DAEMON_IDENTITY, WANTED).status == 200
+    assert path.is_file()
+    assert not path.is_symlink()
+    assert path.read_text() == WANTED["machine_id"] + "\n"
+    assert other.read_text() == text
 
 
 def test_a_copy_of_a_guest_with_a_balloon_gives_nothing_back_any_more(
@@ -245,18 +272,21 @@ def test_a_workload_that_was_copied_is_told_and_must_be_well(agent: Asker, kerne
         well.unlink()
         _identity._WELL_S, before = 0.3, _identity._WELL_S
         try:
-            answer = put(agent, wire.DAEMON_IDENTITY, WANTED)
+            answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, "machine_id": "1" * 32})
         finally:
             _identity._WELL_S = before
         assert answer.status == 503
         assert "not well" in answer.json()["detail"]
         assert told.read_text() == "x\n"
         # Of a copy that is taken as it is nobody asks that; it is told all the same.
-        answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, "signal": "SIGUSR1", "as_it_is": True, "workload": spec})
-        assert answer.status == 200, answer.body
-        while told.read_text() != "x\nx\n" and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert told.read_text() == "x\nx\n"
+        other = {**WANTED, "machine_id": "2" * 32, "signal": "SIGUSR1", "as_it_is": True}
+        # Twice, as the answer may have been lost: then it is no other copy.
+        for _ in range(2):
+            answer = put(agent, wire.DAEMON_IDENTITY, other)
+            assert answer.status == 200, answer.body
+            while told.read_text() != "x\nx\n" and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert told.read_text() == "x\nx\n"
     finally:
         agent.server.workload.stop(0.0)
 

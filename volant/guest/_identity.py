@@ -42,12 +42,13 @@ _WELL_S = 6.0
 """How long a workload that was copied may take until its check passes."""
 _MAX_STEP_NS = 3600 * 10**9
 _HEX = frozenset("0123456789abcdef")
+_MACHINE_ID = "/etc/machine-id"
 _BALLOON = "/sys/bus/virtio/drivers/virtio_balloon"
 
 _lock = threading.Lock()
 _known = ""
 _begun_for = ""
-"""The machine that was last told of a workload with its identity."""
+"""The machine that was last told who it is, and what runs in it with that."""
 
 
 def instance_id() -> str:
@@ -102,7 +103,7 @@ def serve_identity(stream: Stream, request: Request, output: Output, workload: W
         raise Problem(503, f"the workload is not well in the clone: {why}")
     if spec is not None:
         workload.begin(spec, plugin)
-        _begun_for = machine_id
+    _begun_for = machine_id
     answer = {
         "instance_id": identifier,
         "protocol": {"min": agent.PROTOCOL_MIN, "max": agent.PROTOCOL_VERSION},
@@ -181,8 +182,9 @@ def add_entropy(entropy: bytes) -> None:
 
 def set_hostname(name: str) -> None:
     """:raises OSError:"""
-    with open("/proc/sys/kernel/hostname", "w") as handle:
-        handle.write(name)
+    import socket
+
+    socket.sethostname(name)
 
 
 def set_network(hostname: str, settings: Settings, nameservers: list[str] | None, hosts: dict[str, str]) -> None:
@@ -218,10 +220,14 @@ def keep_freed_memory() -> None:
 def _write(machine_id: str, told: bytes) -> None:
     """Write the files of a clone."""
 
+    text = machine_id.encode() + b"\n"
+
     def write() -> None:
         _rootfs.replace(agent.CLONE_FILE, told)
+        if _rootfs.overwrite(_MACHINE_ID, text):
+            return
         try:
-            _rootfs.replace("/etc/machine-id", machine_id.encode() + b"\n")
+            _rootfs.replace(_MACHINE_ID, text)
         except FileNotFoundError:
             pass  # a root filesystem without /etc has no machine id to share
 

@@ -65,6 +65,27 @@ def replace(path: str, data: bytes, mode: int = 0o444) -> None:
     os.rename(new, path)
 
 
+def overwrite(path: str, data: bytes) -> bool:
+    """Write `data` over a file that is as long as that and has one name; whether there is one. What fits a block is
+    written whole or not at all.
+
+    On ext4 a new file, a new name and the blocks of both cost a clone 60 ms under TCG, and this some 10 ms.
+    """
+    try:
+        # Whatever else has that name must neither be followed nor waited for.
+        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        found = os.fstat(fd)
+        fits = found.st_mode & 0o170000 == 0o100000 and (found.st_size, found.st_nlink) == (len(data), 1)
+        return fits and os.pwrite(fd, data, 0) == len(data)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
 def _mount(serial: str, run: Callable[[list[str]], int], say: Callable[[str], None]) -> str:
     """Return why it can't be, or nothing."""
     device = _find(serial)

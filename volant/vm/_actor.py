@@ -94,6 +94,7 @@ _PAUSE_S = 45.0
 _RESUME_S = 60.0
 """Its clock, for which its agent has to answer, included."""
 _CLONE_S = 30.0
+_MEASURE_AGAIN_S = 1.0
 """How long a clone may take until it is somebody; a cold boot follows then, so it is not the agent's patience."""
 _GIVE_WAY_S = 10.0
 _TEMPLATES_FAULT = frozenset(
@@ -170,20 +171,28 @@ class VmActor(Actor):
         try:
             with trio.fail_after(2 * CAPTURE_S):
                 process = self._live()
-                deferred.reply(Taken(await process.capture(into, CAPTURE_S), process.protocol))
-            self.ctx.spawn(self._catch_up, name="clock")
+                captured = await process.capture(into, CAPTURE_S)
+                deferred.reply(Taken(captured, process.protocol))
+            self.ctx.spawn(self._catch_up, captured.paused_s, name="clock")
         except CaptureFailed as error:
             deferred.fail(error)
-            self.ctx.spawn(self._catch_up, name="clock")
+            self.ctx.spawn(self._catch_up, 0.0, name="clock")
         except (AgentUnreachable, HypervisorError, trio.TooSlowError) as error:
             deferred.fail(CaptureFailed("refused", str(error) or "the hypervisor does not answer"))
         finally:
             deferred.fail(CaptureFailed("refused", "the VM was to be something else, or its guest has ended"))
 
-    async def _catch_up(self) -> None:
-        """Set the clock of a guest that stood still while it was copied, unless it still does."""
+    async def _catch_up(self, paused_s: float) -> None:
+        """Set the clock of a guest that stood still while it was copied, unless it still does: by how long that was, if
+        it is known, and when its copies have begun, by what it shows."""
         try:
             process = self._live()
+            if paused_s and not process.stands_still:
+                # An agent that is too old for a step is told the time.
+                with suppress(AgentProtocolError):
+                    await process.step_clock(paused_s)
+                    await trio.sleep(_MEASURE_AGAIN_S)
+                process = self._live()
             if not process.stands_still:
                 await process.set_clock()
         except (AgentUnreachable, AgentProtocolError) as error:

@@ -285,13 +285,27 @@ class LiveProcess:
 
         :raises AgentUnreachable: it can't be reached in time. :raises AgentProtocolError: it refuses, and says why.
         """
+        await self._once_reachable(self._set_clock)
+
+    async def step_clock(self, behind_s: float) -> None:
+        """Let the clock of a guest that has stood still for so long catch up, by a single request. Raises as
+        `set_clock`."""
+
+        async def step() -> None:
+            async with self._setting_clock:
+                await self._tell(DAEMON_CLOCK, {"step_ns": int(behind_s * 1e9)})
+
+        await self._once_reachable(step)
+
+    async def _once_reachable(self, tell: Callable[[], Awaitable[None]]) -> None:
+        """Tell the guest's clock something, once there is somebody to hear it."""
         with trio.move_on_after(_CLOCK_S):
             await self._opened.wait()
             if self._channel is None:
                 raise AgentUnreachable("the channel to the guest is not open")
             await self._channel.ready()
             with suppress(_NoSuchRoute):
-                await self._set_clock()
+                await tell()
             return
         raise AgentUnreachable(f"the agent did not take the time within {_CLOCK_S:g} s")
 
@@ -359,10 +373,12 @@ class LiveProcess:
         }
         if card is not None:
             identity["network"] = card
-        if as_it_is and protocol >= TAKES_AS_IT_IS:
-            identity["as_it_is"] = True
         at_once = protocol >= TELLS_ALL_AT_ONCE and self._manifest is not None
-        if at_once:
+        if as_it_is and protocol >= TAKES_AS_IT_IS:
+            # The agent knows its manifest and its workload from what it is a copy of. It hears of them again as soon as
+            # its output is asked for, as each agent does.
+            identity["as_it_is"] = True
+        elif at_once:
             identity["manifest"] = self._manifest
             if self._workload is not None:
                 identity["workload"] = self._workload
