@@ -36,7 +36,7 @@ async def test_pipes_get_columns_that_are_neither_coloured_nor_cut() -> None:
         )
         done = await volar(server, "vms", "list", environ={"COLUMNS": "20"})
     title, first, second = done.out.decode().splitlines()
-    assert title.split() == ["NAME", "STATUS", "PLUGIN", "CPUS", "MEMORY", "UP", "RESTARTS", "REASON"]
+    assert title.split() == ["NAME", "STATUS", "PLUGIN", "CPUS", "MEMORY", "ADDRESS", "UP", "RESTARTS", "REASON"]
     assert first.split()[:2] == [LONG, "running"]
     assert second.split()[:2] == ["demo", "crashed"]
     assert b"\x1b" not in done.out

@@ -46,11 +46,15 @@ async def list_(session: Session, status: str | None, labels: tuple[tuple[str, s
     if session.out.json:
         session.out.document(vms)
         return
+    titles = ("NAME", "STATUS", "PLUGIN", "CPUS", "MEMORY", "ADDRESS", "UP", "RESTARTS", "REASON")
     rows = [
-        (vm.name, str(vm.status), vm.plugin, vm.cpu_cores, f"{vm.memory_mb} MiB", _up(vm), vm.restarts, _why(vm))
+        (
+            *(vm.name, str(vm.status), vm.plugin, vm.cpu_cores, f"{vm.memory_mb} MiB"),
+            *(vm.ip_address, _up(vm), vm.restarts, _why(vm)),
+        )
         for vm in vms
     ]
-    session.out.table(("NAME", "STATUS", "PLUGIN", "CPUS", "MEMORY", "UP", "RESTARTS", "REASON"), rows, status_column=1)
+    session.out.table(titles, rows, status_column=1)
 
 
 @command(group, "get")
