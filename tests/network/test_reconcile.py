@@ -302,6 +302,18 @@ async def test_two_daemons_on_one_host_keep_out_of_each_others_way() -> None:
         assert state() == alone
 
 
+async def test_whether_the_kernel_can_is_asked_without_a_change() -> None:
+    with a_world() as world:
+        before = state()
+
+        assert await world.networks().obstacle() is None
+        await HostNetwork(Host()).check("add table bridge volant-tried")
+        with pytest.raises(NetworkFailed, match="no-such-family"):
+            await HostNetwork(Host()).check("add table no-such-family volant-tried")
+
+        assert state() == before
+
+
 async def test_a_subnet_in_use_is_refused_and_nothing_is_made() -> None:
     with a_world() as world:
         there = world.machine("lan0", "10.87.0.9/16", "10.87.0.10/16")
@@ -369,6 +381,14 @@ async def test_a_host_that_can_not_be_made_to_forward_says_which_switch_to_turn(
             await world.networks().ensure({1})
 
         assert caught.value.code == "forwarding"
+
+
+@pytest.mark.parametrize("forwards", [False, True])
+async def test_a_host_that_can_not_be_made_to_forward_is_known_before_a_vm_is_made(forwards: bool) -> None:
+    with a_world(forwarding=forwards) as world:
+        _make_switches_read_only()
+        obstacle = await world.networks().obstacle()
+        assert obstacle is None if forwards else "sysctl -w net.ipv4.ip_forward=1" in str(obstacle)
 
 
 def _make_switches_read_only() -> None:

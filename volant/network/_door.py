@@ -110,6 +110,10 @@ class NetworkDoor(Protocol):
         """Do one after the other, also when one fails; what came of each."""
         ...
 
+    async def check(self, rules: str) -> None:
+        """Whether nftables would take such rules here. Nothing is changed."""
+        ...
+
     async def load(self, rules: str) -> None:
         """Hand rules to nftables, which takes all of them in one transaction, or none."""
         ...

@@ -45,6 +45,10 @@ _TAP_FLAGS = 0x0002 | 0x1000 | 0x4000
 """IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, as QEMU opens it."""
 _ROUTES = Path("/proc/self/net/route")
 _CAP_NET_ADMIN = 12
+_FORWARDING = (
+    "net.ipv4.{where} is off and can't be turned on ({why}), so nothing that guests send would leave this host; run "
+    "`sysctl -w net.ipv4.ip_forward=1` on the host, and write that into a file in /etc/sysctl.d"
+)
 _SIOCGIFFLAGS = 0x8913
 _UP = 0x1
 
@@ -76,6 +80,9 @@ class HostNetwork:
         for batch in (steps[at : at + _AT_ONCE] for at in range(0, len(steps), _AT_ONCE)):
             done += await self._visit(_do_all, batch)
         return done
+
+    async def check(self, rules: str) -> None:
+        await _nftables.load(self._host, rules, only_check=True)
 
     async def load(self, rules: str) -> None:
         await _nftables.load(self._host, rules)
@@ -172,6 +179,13 @@ def _check_ready() -> None:
         raise NetworkFailed("firewall", _nftables.MISSING)
     if not _TUN.exists():
         raise NetworkFailed("tap", f"there is no {_TUN}; `modprobe tun` makes it")
+    switch = _SYSCTL / "ipv4/conf/default/forwarding"
+    try:
+        is_on = switch.read_text().strip() == "1"
+    except OSError as error:
+        raise NetworkFailed("forwarding", f"the host has no IPv4: {error}") from error
+    if not is_on and not os.access(switch, os.W_OK):
+        raise NetworkFailed("forwarding", _FORWARDING.format(where="ip_forward", why="it can't be written to"))
 
 
 def _may_administer() -> bool:
@@ -266,12 +280,8 @@ def _forward(bridge: str) -> None:
         try:
             _switch(f"ipv4/conf/{name}/forwarding", True)
         except OSError as error:
-            raise NetworkFailed(
-                "forwarding",
-                f"net.ipv4.conf.{name}.forwarding is off and can't be turned on ({error.strerror}), so nothing that "
-                "guests send would leave this host; run `sysctl -w net.ipv4.ip_forward=1` on the host, and write that "
-                "into a file in /etc/sysctl.d",
-            ) from error
+            where = f"conf.{name}.forwarding"
+            raise NetworkFailed("forwarding", _FORWARDING.format(where=where, why=error.strerror)) from error
 
 
 def _make_tap(ipr: Any, step: MakeTap) -> None:

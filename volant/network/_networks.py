@@ -71,6 +71,8 @@ class Networks:
                 links = await self._door.links({settings.bridge_name})
             check_bridge(settings, links)
             check_subnets(plan, await self._door.routes(), links)
+            # A kernel has all that they need, or not: the family of bridges tells of bridges, too.
+            await self._door.check(whole(rules_of(plan)))
         except NetworkFailed as error:
             return str(error)
         return None

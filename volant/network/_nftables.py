@@ -28,14 +28,17 @@ def nft() -> str | None:
     return shutil.which("nft", path=f"{os.environ.get('PATH', '')}:{_WHERE}")
 
 
-async def load(host: Host, rules: str) -> None:
-    """Hand rules over. :raises NetworkFailed: they are not taken, none of them, and why."""
+async def load(host: Host, rules: str, *, only_check: bool = False) -> None:
+    """Hand rules over. :raises NetworkFailed: they are not taken, none of them, and why.
+
+    `only_check`: the kernel says whether it would take them, and changes nothing.
+    """
     program = nft()
     if program is None:
         raise NetworkFailed("firewall", MISSING)
     try:
         status, said = await host.run_program(
-            [program, "-f", "-"],
+            [program, *(["--check"] if only_check else []), "-f", "-"],
             env={"PATH": _WHERE, "LC_ALL": "C.UTF-8"},
             cwd=Path("/"),
             timeout_s=_TIMEOUT_S,

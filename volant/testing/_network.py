@@ -153,6 +153,9 @@ class SimNetwork:
             return error
         return None
 
+    async def check(self, rules: str) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def load(self, rules: str) -> None:
         def load() -> None:
             if fault("firewall.refuses"):
