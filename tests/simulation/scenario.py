@@ -42,6 +42,7 @@ FAULTS: dict[str, float] = {
     "agent.refuses_hosts": 0.1,
     "agent.restarts": 0.03,
     "agent.slow": 0.03,
+    "bridge.goes": 0.01,
     "channel.garbage": 0.002,
     "channel.is_cut": 0.05,
     "database.fails": 0.01,
@@ -56,6 +57,8 @@ FAULTS: dict[str, float] = {
     "guest.powers_off": 0.03,
     "guest.reboots": 0.03,
     "memory.is_short": 0.03,
+    "network.answer_is_lost": 0.01,
+    "network.does_half": 0.02,
     "network.refuses": 0.02,
     "process.does_not_start": 0.03,
     "process.is_stubborn": 0.05,
@@ -215,7 +218,8 @@ class Life:
                 self._undrain_at = math.inf
                 await self._undrain()
             what = rng.choices(
-                ["kill", "stop", "power", "actor", "journal", "disk", "clock", "drain"], [30, 10, 6, 30, 8, 8, 4, 5]
+                ["kill", "stop", "power", "actor", "journal", "disk", "clock", "drain", "network"],
+                [30, 10, 6, 30, 8, 8, 4, 5, 5],
             )[0]
             self.sim.note(f"trouble: {what}")
             system = world.daemon.system
@@ -235,6 +239,8 @@ class Life:
                 stop = rng.choice(["", "?stop_vms=true&grace=5s"])
                 await world.request("POST", f"/api/v1/system/drain{stop}")
                 self._undrain_at = trio.current_time() + rng.uniform(1.0, 20.0)
+            elif what == "network":
+                rng.choice([world.machine.links.take_away_bridges, world.machine.links.take_away_firewall])()
             elif what == "clock":
                 world.machine.clock_offset += timedelta(seconds=rng.uniform(-3600, 3600))
             else:
@@ -324,6 +330,7 @@ class Life:
         self.seen.clones += sum(row.template is not None for row in alive)
         self.seen.copies += sum(row.origin is not None and row.capture is None for row in rows.values())
         self.seen.standbys += sum("-s." in row.mark for row in alive)
+        assert set(world.machine.groups) == {row.mark for row in alive}, "control groups and VMs are not the same"
         self._check_files({str(row.id) for row in alive}, {str(row.id) for row in alive if row.template is None})
         self._check_networks(list(rows.values()), running)
 
@@ -336,6 +343,12 @@ class Life:
         machine = self.world.machine.links
         taps = {name for name, link in machine.links.items() if link.kind == "tun"}
         assert taps == set(wanted), (taps, [_short(row) for row in rows])
+        for name in taps:
+            bridge = machine.links.get(machine.links[name].master)
+            assert machine.links[name].up, name
+            assert bridge is not None, name
+            assert bridge.up, bridge
+            assert machine.addresses[bridge.name], bridge
         let_out = [held for name, held in machine.elements.items() if name.endswith(" guests")]
         assert sorted(element for held in let_out for element in held) == sorted(
             f'"{lease.tap}" . {lease.mac} . {lease.address}' for lease in wanted.values()

@@ -137,7 +137,15 @@ class SimHost(Host):
         return await self._call(start)
 
     async def give_own_scope(self, identity: ProcessIdentity, description: str, bounds: Bounds | None = None) -> None:
-        await trio.lowlevel.checkpoint()
+        def move() -> None:
+            process = self._machine.processes.get(identity.pid)
+            if process is not None and process.alive:
+                self._machine.groups[identity.mark] = identity.pid
+
+        await self._call(move)
+
+    async def remove_empty_scopes(self) -> None:
+        await self._call(self._machine.remove_empty_groups)
 
     def limits_of(self, identity: ProcessIdentity) -> dict[str, str] | None:
         return None

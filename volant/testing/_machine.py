@@ -46,6 +46,8 @@ class Machine:
         """How far somebody has set the wall clock."""
         self.disk_full = False
         self.links = SimLinks()
+        self.groups: dict[str, int] = {}
+        """Control groups by name, each with the process in it."""
         self.changed = trio.Event()
         """Set, and a new one made, when a process begins."""
         self._booted_at = trio.current_time()
@@ -65,6 +67,7 @@ class Machine:
             process.end(-signal.SIGKILL)
         self.processes.clear()
         self.qemus.clear()
+        self.groups.clear()
         self.files.power_cut()
         self.links.power_cut()
         self.power_on()
@@ -75,6 +78,10 @@ class Machine:
     def running(self) -> list[SimQemu]:
         """Hypervisors whose process lives."""
         return [qemu for qemu in self.qemus.values() if qemu.process.alive]
+
+    def remove_empty_groups(self) -> None:
+        living = {process.identity.pid for process in self.living()}
+        self.groups = {name: pid for name, pid in self.groups.items() if pid in living}
 
     # Clocks and names
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface
 from typing import Protocol, TypeVar
 
+import msgspec
 import trio
 
 from actors import fault
@@ -49,6 +52,8 @@ class SimLinks:
     elements: dict[str, dict[str, str]] = field(default_factory=dict)
     """Of the firewall's sets, by table and name. One that has none may be missing."""
     tables: set[str] = field(default_factory=set)
+    watchers: list[Callable[[str], None]] = field(default_factory=list)
+    """Who is told when something is taken away that is everybody's."""
 
     def power_cut(self) -> None:
         """All of it is in memory."""
@@ -65,11 +70,9 @@ class SimLinks:
                 self.links[name] = Link(name=name, kind="bridge", mac=mac, up=True)
                 self.addresses[name] = addresses
             case MakeTap(name=name, bridge=bridge):
-                if bridge not in self.links:
+                if bridge not in self.links or not self.links[bridge].up:
                     raise BridgeDown(bridge)
-                before = self.links.get(name)
-                in_use = before is not None and before.in_use
-                self.links[name] = Link(name=name, kind="tun", mac="", up=True, master=bridge, in_use=in_use)
+                self.links[name] = self._tap(name, master=bridge, up=True)
             case RemoveLink(name=name):
                 self.links.pop(name, None)
                 self.addresses.pop(name, None)
@@ -78,6 +81,40 @@ class SimLinks:
                 if bridge not in self.links:
                     raise BridgeDown(bridge)
                 (self.localnet.add if on else self.localnet.discard)(bridge)
+
+    def do_half(self, step: Step) -> None:
+        """As far as a kernel comes that fails in the middle."""
+        match step:
+            case MakeBridge(name=name, mac=mac) if name not in self.links:
+                self.links[name] = Link(name=name, kind="bridge", mac=mac, up=False)
+                self.addresses[name] = ()
+            case MakeTap(name=name) if name not in self.links:
+                self.links[name] = self._tap(name, master="", up=False)
+            case RemoveLink(name=name) if name in self.links:
+                self.links[name] = msgspec.structs.replace(self.links[name], up=False)
+
+    def _tap(self, name: str, *, master: str, up: bool) -> Link:
+        before = self.links.get(name)
+        in_use = before is not None and before.in_use
+        return Link(name=name, kind="tun", mac="", up=up, master=master, in_use=in_use)
+
+    def take_away_bridges(self) -> None:
+        """As somebody does who cleans up."""
+        for name in [link.name for link in self.links.values() if link.kind == "bridge"]:
+            self.do(RemoveLink(name=name, kind="bridge"))
+            for tap in [link for link in self.links.values() if link.master == name]:
+                self.links[tap.name] = msgspec.structs.replace(tap, master="")
+            self._tell(f"the bridge {name} was removed")
+
+    def take_away_firewall(self) -> None:
+        """As `flush ruleset` does."""
+        self.tables.clear()
+        self.elements.clear()
+        self._tell("the firewall was flushed")
+
+    def _tell(self, what: str) -> None:
+        for told in tuple(self.watchers):
+            told(what)
 
     def load(self, rules: str) -> None:
         """All or nothing, as nftables does. :raises NetworkFailed: something that is to be taken away is not there."""
@@ -144,8 +181,16 @@ class SimNetwork:
     async def _do(self, step: Step) -> NetworkFailed | None:
         def do() -> None:
             if fault("network.refuses"):
-                raise NetworkFailed("tap", "the simulated kernel refuses")
+                raise NetworkFailed("tap", os.strerror(errno.EBUSY))
+            if fault("network.does_half"):
+                self._links.do_half(step)
+                raise NetworkFailed("tap", os.strerror(errno.ENOMEM))
+            if isinstance(step, MakeTap) and fault("bridge.goes"):
+                self._links.take_away_bridges()
             self._links.do(step)
+            if fault("network.answer_is_lost"):
+                # Who tries again finds what is there already, or gone already.
+                raise NetworkFailed("timeout", "the simulated kernel did not answer")
 
         try:
             await self._call(do)
@@ -165,4 +210,8 @@ class SimNetwork:
         await self._call(load)
 
     async def watch(self, bridge: str, tables: Collection[str], torn: Callable[[str], None]) -> None:
-        await trio.sleep_forever()
+        self._links.watchers.append(torn)
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._links.watchers.remove(torn)
