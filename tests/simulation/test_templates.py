@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
@@ -76,3 +77,23 @@ def test_whenever_it_dies_nothing_is_left_half_done(tmp_path: Path, moment_s: fl
         (tmp_path / str(seed)).mkdir()
         simulate(main, seed=seed)
     assert killed or moment_s > 1.0, "it was over too early"
+
+
+@pytest.mark.parametrize("network", ["none", "bridge"])
+def test_what_is_built_without_a_word_is_what_a_vm_without_a_word_begins_with(tmp_path: Path, network: str) -> None:
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, tmp_path) as world:
+            world.settings = msgspec.structs.replace(world.settings, network=network)
+            await world.start_daemon()
+            body = {"cpu_cores": 1, "memory_mb": 128}
+            made = await world.request("POST", "/api/v1/templates", body, JSON)
+            assert made.status == 201, made.body
+            vm = await create(world, "first")
+            assert (vm["network"], vm["booted_from"]) == (network, "template")
+            other = "none" if network == "bridge" else "bridge"
+            made = await world.request("POST", "/api/v1/templates", {**body, "network": other}, JSON)
+            assert made.status == 201, made.body
+            listed = await world.request("GET", "/api/v1/templates")
+            assert len(listed.json()) == 2
+
+    simulate(main, seed=1)

@@ -6,7 +6,7 @@ import click
 
 from volant.model import BASE, BuildTemplate
 
-from ._complete import plugin_names
+from ._complete import network_choices, plugin_names
 from ._run import Session, command
 from ._text import safe
 
@@ -46,14 +46,35 @@ async def list_(session: Session) -> None:
 @click.option("--cpu", "cpu_cores", type=click.IntRange(1, 256), help="vCPUs; default: what the plugin asks for")
 @click.option("--memory", "memory_mb", type=click.IntRange(64), help="MiB; default: what the plugin asks for")
 @click.option("--cmdline", "kernel_cmdline", default="", help="what the VMs are created with")
+@click.option(
+    "--disk-mb", "disk_mb", type=click.IntRange(1), help="MiB; default: as large as the plugin's root filesystem"
+)
+@click.option(
+    "--network",
+    shell_complete=network_choices,
+    help="none, or what the VMs have: those with a network have one template.  [default: the daemon's setting]",
+)
 async def build(
-    session: Session, plugin: str, cpu_cores: int | None, memory_mb: int | None, kernel_cmdline: str
+    session: Session,
+    plugin: str,
+    cpu_cores: int | None,
+    memory_mb: int | None,
+    kernel_cmdline: str,
+    disk_mb: int | None,
+    network: str | None,
 ) -> None:
     """Build the template for VMs of PLUGIN, and wait until it is there. VMs of another size have others."""
     if plugin == BASE.name:
         # As `vms create` does it.
         cpu_cores, memory_mb = cpu_cores or 1, memory_mb or 256
-    wanted = BuildTemplate(plugin=plugin, cpu_cores=cpu_cores, memory_mb=memory_mb, kernel_cmdline=kernel_cmdline)
+    wanted = BuildTemplate(
+        plugin=plugin,
+        cpu_cores=cpu_cores,
+        memory_mb=memory_mb,
+        kernel_cmdline=kernel_cmdline,
+        disk_mb=disk_mb,
+        network=network,
+    )
     template = await session.client.templates.build(wanted)
     if session.out.json:
         session.out.document(template)

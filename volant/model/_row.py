@@ -148,6 +148,10 @@ class BuildTemplate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     kernel_cmdline: KernelCmdline = ""
     env: Env = {}
     """Counts with `template.after: workload` alone."""
+    disk_mb: Annotated[int, msgspec.Meta(ge=1, le=MAX_DISK_MB)] | None = None
+    """How large their disk is; None: as large as the plugin's root filesystem."""
+    network: Name | None = None
+    """`none`, or another one: all of these have the same template. None: the daemon's setting."""
 
 
 class VmRow(msgspec.Struct, frozen=True, kw_only=True):

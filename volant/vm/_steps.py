@@ -17,7 +17,7 @@ import msgspec
 from actors import ActorDown, AskTimeout
 from volant import images
 from volant.hypervisor import AcceleratorName, Disk, LaunchFailed, MachineSpec, Template
-from volant.model import Artifact, Boot, Manifest, Origin, Problem, VmRow, is_capture
+from volant.model import NONE, Artifact, Boot, Manifest, Origin, Problem, VmRow, is_capture
 from volant.templates import Blueprint, Found, Recipe, Standby, Told, template_at
 from volant.templates.messages import Build
 
@@ -241,7 +241,7 @@ async def blueprint_of(doors: VmDoors, row: VmRow, image: str) -> Blueprint:
         memory_mb=row.memory_mb,
         disk_mb=row.disk_mb,
         told=told,
-        has_nic=spec.nic is not None,
+        has_nic=row.network != NONE,
     )
     return Blueprint(
         recipe=recipe,

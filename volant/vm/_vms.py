@@ -503,8 +503,11 @@ class Vms:
             plugin=request.plugin,
             kernel_cmdline=request.kernel_cmdline,
             env=request.env,
+            disk_mb=request.disk_mb,
+            network=request.network,
         )
-        row = new_row(like, plugin.manifest, vm_id=0, now=self.doors.host.wall_clock())
+        now, networking = self.doors.host.wall_clock(), self.doors.store.networking
+        row = new_row(like, plugin.manifest, vm_id=0, now=now, networking=networking)
         try:
             image = await prepare_media(self.doors, row)
             blueprint = await blueprint_of(self.doors, row, image)
