@@ -113,6 +113,9 @@ class Machine:
     def signal(self, process: SimProcess, signum: int) -> None:
         """A process dies of a signal, at once or when the kernel lets it."""
         process.signals.append(signum)
+        if signum == signal.SIGKILL and process.identity.pid in self.qemus:
+            # However long the kernel takes to let go of it, not an instruction of its own runs any more.
+            self.qemus[process.identity.pid].freeze()
         self.nursery.start_soon(self._die, process, signum)
 
     async def _die(self, process: SimProcess, signum: int) -> None:

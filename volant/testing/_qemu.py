@@ -89,6 +89,11 @@ class SimQemu:
             control.close()
             agent.close()
 
+    def freeze(self) -> None:
+        """Nothing of it runs from now on."""
+        self.frozen = True
+        self.guest.stand_still(True)
+
     # The guest
 
     async def _run_guest(self) -> None:
