@@ -24,6 +24,7 @@ from ._fork import fork_chromium
 from ._hostile_guest import hostile_guest
 from ._journal import journal, vmlog
 from ._network import network
+from ._networked_clone import networked_clone
 from ._relays import relays
 from ._serving import get_vm, healthz
 from ._streams import healthz_busy
@@ -58,6 +59,7 @@ def main() -> int:
         "journal": journal,
         "vmlog": vmlog,
         "network": network,
+        "networked_clone": networked_clone,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benches)}; all by default")

@@ -95,9 +95,10 @@ async def create_to_agent(pairs: int = 5) -> list[Figure]:
 class Ours:
     """A VM through the API of a real daemon."""
 
-    def __init__(self, daemon: Daemon, boot: BootMode = "cold") -> None:
+    def __init__(self, daemon: Daemon, boot: BootMode = "cold", network: str = "none") -> None:
         self._daemon = daemon
         self._boot = boot
+        self._network = network
         self.cpu_s: list[float] = []
 
     async def boot(self) -> float:
@@ -110,7 +111,7 @@ class Ours:
                 "cpu_cores": WANTED.cpu_cores,
                 "memory_mb": WANTED.memory_mb,
             }
-            body["boot"] = self._boot
+            body |= {"boot": self._boot, "network": self._network}
             cpu_before_s = cpu_s(self._daemon.pid)
             began = time.perf_counter()
             made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=2 * BOOT_S)

@@ -32,10 +32,7 @@ _ASK_S = 60.0
 
 async def network() -> list[Figure]:
     """One VM more, at the first and at the 200th, and 200 at once. :raises Skipped: there is no root, or no nft."""
-    if os.geteuid() != 0:
-        raise Skipped("a bridge needs root")
-    if shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
-        raise Skipped("nft is not installed")
+    check_bridge()
     done = await trio.run_process(
         [sys.executable, "-m", "tests.bench._network"], cwd=REPOSITORY, capture_stdout=True, check=True
     )
@@ -49,6 +46,14 @@ async def network() -> list[Figure]:
         Figure("network_detach", median(told["detach"]), "ms"),
         Figure("network_at_once", told["at_once"] / COUNT, "ms", to=f"each of {COUNT} at once"),
     ]
+
+
+def check_bridge() -> None:
+    """:raises Skipped: none can be made here."""
+    if os.geteuid() != 0:
+        raise Skipped("a bridge needs root")
+    if shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
+        raise Skipped("nft is not installed")
 
 
 async def _measure() -> dict[str, object]:

@@ -143,7 +143,7 @@ PROBLEMS = {
     415: "The body is not JSON",
     416: "The file has no such range",
     421: "`Host` is not a name of this daemon",
-    422: "The `Idempotency-Key` was used for another request",
+    422: "The `Idempotency-Key` was used for another request, or members of the body contradict each other",
     426: "This is a WebSocket",
     502: "The guest, its agent or its port does not answer",
     503: "The daemon can't now: no capacity, it stops, or its disk does not take the change",
@@ -595,7 +595,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         "POST", "/api/v1/templates", "build_template", "Build the template of a kind of VM, and wait for it",
-        {201: Answer("It is there", TemplateView)}, takes=BuildTemplate, fails=(404, 409, 503),
+        {201: Answer("It is there", TemplateView)}, takes=BuildTemplate, fails=(404, 409, 422, 503),
         details="One that is there is that; one that is being built is waited for. Who leaves cancels nothing.",
     ),
     Operation(

@@ -36,7 +36,8 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
         return
     if "/vms/{name}" in path:
         inside = case.method == "GET" or any(part in path for part in ("/agent", "/ports/", "/actions/", "/devtools/"))
-        if _chance.random() < 0.7:
+        # For a browser that does not listen yet clients wait a minute.
+        if _chance.random() < 0.7 or "/devtools" in path:
             case.path_parameters["name"] = "demo" if inside else "other"
         elif not inside and case.path_parameters["name"] == "demo":
             case.path_parameters["name"] = "other"
@@ -50,8 +51,10 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
         # From a second to 366 days, which the pattern of durations does not say.
         if fits and not _is_duration(case.body.get("ttl", "1s"), 1, 366 * 86400):
             case.body["ttl"] = "1h"
+    if path in ("/api/v1/vms", "/api/v1/templates") and isinstance(case.body, dict):
+        memory_mb = case.body.get("memory_mb")
         # What the boot image needs at least, the document can't know.
-        if isinstance(case.body.get("memory_mb"), int) and 64 <= case.body["memory_mb"] < 128:
+        if isinstance(memory_mb, int) and 64 <= memory_mb < 128:
             case.body["memory_mb"] = 128
     if path == "/api/v1/events/vms":
         kwargs["timeout"] = STREAM_S
