@@ -28,7 +28,7 @@ from volant.model.agent import TELLS_NETWORK
 from volant.testing import Answer, Unreachable, World, simulated_world
 from volant.testing._qemu import SimQemu
 
-TROUBLE_S = 150.0
+TROUBLE_S = 120.0
 CONVERGE_S = 900.0
 AFTERMATH_S = 30.0
 """A command that a hypervisor has ignored under the last faults is missed that late."""
@@ -46,7 +46,7 @@ FAULTS: dict[str, float] = {
     "channel.garbage": 0.002,
     "channel.is_cut": 0.05,
     "database.fails": 0.01,
-    "directory.does_not_move": 0.3,
+    "directory.does_not_move": 0.6,
     "disk.full": 0.003,
     "disk.writes_half": 0.01,
     "firewall.refuses": 0.03,
