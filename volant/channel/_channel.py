@@ -149,6 +149,12 @@ class Channel:
     def connected(self) -> bool:
         return not self._closed.is_set() and (self._link is not None or not isinstance(self.address, VirtioSerial))
 
+    @property
+    def link(self) -> int | None:
+        """Which of its links this one is: as long as that is the same, so is the agent. None: there is none now, or, as
+        with vsock, none is kept."""
+        return None if self._link is None else self._links
+
     def statistics(self) -> ChannelStatistics:
         link = self._link
         return ChannelStatistics(

@@ -133,6 +133,7 @@ class SimQemu:
                     self._guest_stops("shutdown", "SHUTDOWN", {"guest": True, "reason": "guest-reset"})
                 elif fault("agent.restarts"):
                     self.guest.restart_agent()
+                    self._cut_channel()
             if self.status == "paused" and self.directory.parent.name == "standby" and fault("standby.dies"):
                 self.process.end(-9)
             if fault("qemu.dies"):
@@ -140,9 +141,12 @@ class SimQemu:
             elif fault("qemu.loses_control") and self._control is not None:
                 hang_up(self._control)
             elif fault("channel.is_cut"):
-                for stream in self._clients:
-                    if stream is not self._control:
-                        hang_up(stream)
+                self._cut_channel()
+
+    def _cut_channel(self) -> None:
+        for stream in self._clients:
+            if stream is not self._control:
+                hang_up(stream)
 
     def _guest_powers_off(self) -> None:
         self._guest_stops("shutdown", "SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
@@ -152,9 +156,7 @@ class SimQemu:
             self.status = status
             self.guest.up = trio.Event()
             self._boot.cancel()
-            for stream in self._clients:
-                if stream is not self._control:
-                    hang_up(stream)
+            self._cut_channel()
             self._machine.nursery.start_soon(self._tell, {"event": event, "data": data})
             self._machine.nursery.start_soon(self._tell, {"event": "STOP"})
 

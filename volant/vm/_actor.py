@@ -420,6 +420,7 @@ class VmActor(Actor):
                 workload=workload_spec(row),
                 neighbours=Neighbours(self._doors.store.projection, row, self._doors.settings.nameservers),
                 telling=self._doors.telling,
+                mending=self._doors.mending,
                 handed_over=row.agent_seen,
                 is_clone=row.template is not None,
                 signal=row.manifest.template.signal,

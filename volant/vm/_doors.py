@@ -69,6 +69,8 @@ class VmDoors:
     """Names this daemon's state directory in the marks of its processes, so that two daemons never mix up theirs."""
     network: Ref[Any] | None = None
     """Who keeps the host's side of networks. None: nobody, and no VM gets a tap."""
+    mending: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
+    """Whose clock is set again. What that takes of the processors the others lack, whose clocks that keeps wrong."""
     telling: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(HOSTS_AT_ONCE))
     """Of who is in their network: so many guests at a time."""
     gate: BootGate = field(default_factory=lambda: BootGate(4))

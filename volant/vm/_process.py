@@ -71,8 +71,10 @@ _HOSTS_AGAIN_MAX_S = 60.0
 _CLOCK_OFF_NS = 25_000_000
 _CLOCK_TRIES = 5
 """On a busy host one in some ways is short enough."""
-_CLOCK_AGAIN_S = 1.0
-_CLOCK_MENDS = 20
+_CLOCK_FIRST_TRIES = 2
+"""Of a copy, for which somebody waits. Where that was not enough, it is mended."""
+_CLOCK_AGAIN_S, _CLOCK_AGAIN_MAX_S = 1.0, 60.0
+_CLOCK_MENDS = 12
 _CLOCK_S = 20.0
 """For the agent of a guest that has stood still to be there again, and to set its clock."""
 _DETAIL_CHARACTERS = 1000
@@ -117,6 +119,7 @@ class LiveProcess:
         workload: Mapping[str, object] | None,
         neighbours: Neighbours,
         telling: trio.CapacityLimiter,
+        mending: trio.CapacityLimiter,
         signal: str | None = None,
         handed_over: bool,
         is_clone: bool = False,
@@ -124,6 +127,7 @@ class LiveProcess:
     ) -> None:
         """`manifest`: what the agent is to know of its plugin, None: it is told nothing; `workload`: what it is to run;
         `neighbours`: what it is to know of its network, and `telling`: who may be told at a time that others are in it;
+        `mending`: whose clock may be set again at a time;
         `signal`: what the workload is told by, when it was copied; `handed_over`: whether an earlier incarnation has
         told it; `is_clone`: whether the guest takes itself for another one until it has heard who it is;
         `stands_still`: whether it is paused. One that is found otherwise is made so."""
@@ -152,11 +156,14 @@ class LiveProcess:
         self._signal = signal
         self._neighbours = neighbours
         self._telling = telling
+        self._mending = mending
         self._setting_hosts = trio.Lock()
         self._hosts: Mapping[str, str] | None = None
         """Those of which the guest was told."""
         self._handed_over = handed_over
         self._opened = trio.Event()
+        self._heard: int | None = None
+        """On which link its agent was told of its manifest and its workload."""
         self._is_itself = trio.Event()
         self._setting_clock = trio.Lock()
         self._clock_is_exact = True
@@ -357,6 +364,7 @@ class LiveProcess:
             raise AgentUnreachable("the channel to the guest is not open")
         # What is told has the time in it, so it is not told before there is somebody to hear it.
         await self._channel.ready()
+        link = self._channel.link
         host, card, hosts = self._host, self._neighbours.told(), self._neighbours.hosts()
         if card is not None and protocol < TELLS_NETWORK:
             await self._negotiate()
@@ -378,6 +386,7 @@ class LiveProcess:
             # The agent knows its manifest and its workload from what it is a copy of. It hears of them again as soon as
             # its output is asked for, as each agent does.
             identity["as_it_is"] = True
+            link = None
         elif at_once:
             identity["manifest"] = self._manifest
             if self._workload is not None:
@@ -395,24 +404,24 @@ class LiveProcess:
         self._hosts = hosts
         # It was set to the time at which the request left, so it is behind by the way there, which is less than this.
         if not 0 <= _now_ns(host) - shown <= _CLOCK_OFF_NS:
-            await self._set_clock()
+            await self._set_clock(_CLOCK_FIRST_TRIES)
         if at_once:
-            self._handed_over = True
+            self._handed_over, self._heard = True, link
             self._is_itself.set()
         else:
             await self.hand_over(agreed=True)
 
-    async def _set_clock(self) -> None:
+    async def _set_clock(self, tries: int = _CLOCK_TRIES) -> None:
         async with self._setting_clock:
-            self._clock_is_exact = await self._measure_clock()
+            self._clock_is_exact = await self._measure_clock(tries)
 
-    async def _measure_clock(self) -> bool:
+    async def _measure_clock(self, tries: int) -> bool:
         """Set it as well as the way to the guest allows; whether that is well enough. How far it is ahead is known to
         half of the way there and back, and a step by that may take as long as it likes to get there. So the shortest
         of some ways counts."""
         told = {"time_ns": _now_ns(self._host)}
         shortest = _BECOME_S * 1e9
-        for _ in range(_CLOCK_TRIES):
+        for _ in range(tries):
             sent = _now_ns(self._host)
             try:
                 shown = (await self._tell(DAEMON_CLOCK, told))["time_ns"]
@@ -431,14 +440,18 @@ class LiveProcess:
         return shortest // 2 <= _CLOCK_OFF_NS
 
     async def _mend_clock(self) -> None:
-        """Set the clock of a copy again that was made while the host was busy, once no way to it is long."""
+        """Set the clock of a copy again that was made while the host was busy, once no way to it is long. One copy at a
+        time, and more and more seldom: else it would be this that keeps the host busy."""
         await self._is_itself.wait()
+        pause_s = _CLOCK_AGAIN_S
         for _ in range(_CLOCK_MENDS):
             if self._clock_is_exact:
                 return
-            await trio.sleep(_CLOCK_AGAIN_S)
-            with suppress(AgentUnreachable, AgentProtocolError):
-                await self.set_clock()
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _CLOCK_AGAIN_MAX_S)
+            async with self._mending:
+                with suppress(AgentUnreachable, AgentProtocolError):
+                    await self.set_clock()
 
     async def _tell(self, path: str, body: object) -> dict[str, Any]:
         """`PUT` something that is answered, among others, by what the guest's clock shows.
@@ -483,6 +496,7 @@ class LiveProcess:
 
         :raises AgentUnreachable: :raises AgentProtocolError: as `ask` does.
         """
+        link = None if self._channel is None else self._channel.link
         if not agreed:
             await self._negotiate()
         if self._neighbours.can_change and self._hosts is None:
@@ -496,7 +510,7 @@ class LiveProcess:
         await self.ask("PUT", DAEMON_MANIFEST, self._manifest, also=(404,))
         if self._workload is not None:
             await self.ask("PUT", DAEMON_WORKLOAD, self._workload)
-        self._handed_over = True
+        self._handed_over, self._heard = True, link
         self._is_itself.set()
 
     async def _tell_hosts(self) -> None:
@@ -597,7 +611,7 @@ class LiveProcess:
             await channel.ready()
             began = trio.current_time()
             try:
-                if self._handed_over:
+                if self._handed_over and (channel.link is None or channel.link != self._heard):
                     await self.hand_over()
                 log_id = await pump_output(client, self._log, self._boot_key, log_id)
             except (AgentUnreachable, AgentProtocolError, ValueError) as error:
