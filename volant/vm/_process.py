@@ -70,6 +70,7 @@ _HOSTS_PAUSE_S = 0.5
 _HOSTS_AGAIN_MAX_S = 60.0
 _CLOCK_OFF_NS = 25_000_000
 _CLOCK_LEAD_NS = 20_000_000
+"""A clock that is set ahead of a way that then takes no time is no further off than one may be."""
 _CLOCK_TRIES = 5
 """On a busy host one in some ways is short enough."""
 _CLOCK_FIRST_TRIES = 2
