@@ -305,7 +305,7 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
             builder=builder.ref,
             standbys=standbys,
             captures=captures,
-            media=BootMedia(path / "cache", timeout_s=60, max_mb=64),
+            media=BootMedia(path / "cache", path, timeout_s=60, max_mb=64),
             settings=VmSettings(
                 runtime_dir=path / "run",
                 cache_dir=path / "cache",

@@ -18,7 +18,7 @@ import trio.testing
 from tests.api.kit import Api, api
 from tests.images.test_image_store import place
 from tests.templates.test_store import RECIPE, add
-from volant.images import BootMedia, _store, fetch, medium_path
+from volant.images import BootMedia, _store, _users, fetch, medium_path
 from volant.journal import LogEntry
 from volant.model import Artifact
 from volant.templates import BuildDoors, _actor
@@ -188,6 +188,43 @@ async def test_an_image_that_a_hypervisor_of_somebody_else_has_open_stays(served
     assert [item["name"] for item in (await prune(served))["items"]] == [digest]
 
 
+async def test_what_another_daemon_with_the_same_cache_uses_stays_for_as_long_as_that_has_a_state(
+    served: Api, tmp_path: Path
+) -> None:
+    cache, other = tmp_path / "cache", tmp_path / "other"
+    other.mkdir()
+    url, digest = medium(tmp_path, b"theirs")
+    artifact = Artifact(url=url, sha256=digest)
+    media = BootMedia(cache, other, timeout_s=60, max_mb=1)
+    place(cache, "b" * 64)
+    _users.note_use(cache, "b" * 64, other)
+    # This daemon has used it, too, and a third one, of which nothing is left.
+    for state_dir in (served.doors.store.path.parent, tmp_path / "gone"):
+        await BootMedia(cache, state_dir, timeout_s=60, max_mb=1).obtain(artifact)
+    await media.obtain(artifact)
+    found = await items(served)
+    for key in (("medium", digest), ("image", "b" * 64)):
+        assert (found[key]["used_by"], found[key]["reclaimable"]) == ([f"the daemon of {other}"], False)
+    assert (await prune(served))["items"] == []
+    # Whoever asks for it finds it, without another fetch.
+    (tmp_path / "source-theirs").unlink()
+    assert (await media.obtain(artifact)).path.read_bytes() == b"theirs"
+
+    other.rmdir()
+    assert {item["name"] for item in (await prune(served))["items"]} == {digest, "b" * 64}
+    assert not list((cache / "users").iterdir())
+
+
+async def test_one_that_another_daemon_has_begun_to_use_since_it_was_listed_stays(served: Api, tmp_path: Path) -> None:
+    cache, other = tmp_path / "cache", tmp_path / "other"
+    other.mkdir()
+    url, digest = medium(tmp_path, b"theirs")
+    ours, theirs = (BootMedia(cache, each, timeout_s=60, max_mb=1) for each in (tmp_path, other))
+    await theirs.obtain(Artifact(url=url, sha256=digest))
+    assert not await ours.remove(digest, in_use=lambda: False)
+    assert medium_path(cache, digest).exists()
+
+
 async def test_a_build_that_is_under_way_is_not_waited_for(served: Api, tmp_path: Path) -> None:
     place(tmp_path / "cache", "b" * 64)
     with _store.locked(tmp_path / "cache", lambda: None):
@@ -198,7 +235,7 @@ async def test_a_build_that_is_under_way_is_not_waited_for(served: Api, tmp_path
 async def test_who_wants_a_medium_while_it_goes_fetches_it_anew(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     url, digest = medium(tmp_path, b"wanted")
-    media = BootMedia(tmp_path / "cache", timeout_s=60, max_mb=1)
+    media = BootMedia(tmp_path / "cache", tmp_path, timeout_s=60, max_mb=1)
     asked = False
 
     def in_use() -> bool:

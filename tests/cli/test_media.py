@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ async def test_a_medium_comes_is_listed_and_goes(environ: dict[str, str], tmp_pa
     removed = await volar(None, "images", "remove", DIGEST[:8], environ=environ)
     assert removed.code == 0
     assert json.loads((await volar(None, "images", "media", "--json", environ=environ)).out) == []
+
+
+async def test_one_on_which_a_vm_runs_stays_and_that_is_said(environ: dict[str, str], tmp_path: Path) -> None:
+    assert (await volar(None, "images", "fetch", str(tmp_path / "kernel"), DIGEST, environ=environ)).code == 0
+    with (tmp_path / "cache/media" / DIGEST).open("rb") as file:
+        # As QEMU does: a shared lock on some byte, of the open file.
+        fcntl.fcntl(file, 37, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 100, 1, 0))
+        kept = await volar(None, "images", "remove", DIGEST[:8], environ=environ)
+    assert (kept.code, kept.out) == (1, b"")
+    assert f"a VM runs on {DIGEST[:12]}, which stays" in kept.err
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ def test_it_can_be_removed(cache: Path, local: Path) -> None:
 
 
 async def test_ten_who_want_it_fetch_it_once(cache: Path, server: Server) -> None:
-    boot_media = BootMedia(cache, timeout_s=30, max_mb=64)
+    boot_media = BootMedia(cache, cache.parent, timeout_s=30, max_mb=64)
     artifact = Artifact(f"{server.base}/held", DIGEST)
     paths = set()
 
@@ -329,7 +329,7 @@ async def test_ten_who_want_it_fetch_it_once(cache: Path, server: Server) -> Non
 
 
 async def test_ten_who_want_what_is_not_to_be_had_are_told_once_each(cache: Path, server: Server) -> None:
-    boot_media = BootMedia(cache, timeout_s=30, max_mb=64)
+    boot_media = BootMedia(cache, cache.parent, timeout_s=30, max_mb=64)
     artifact = Artifact(f"{server.base}/gone", DIGEST)
     said = []
 
@@ -348,7 +348,7 @@ async def test_ten_who_want_what_is_not_to_be_had_are_told_once_each(cache: Path
 
 
 async def test_a_server_that_drips_meets_the_deadline(cache: Path, server: Server) -> None:
-    boot_media = BootMedia(cache, timeout_s=2.0, max_mb=64)
+    boot_media = BootMedia(cache, cache.parent, timeout_s=2.0, max_mb=64)
     with trio.fail_after(30):
         with pytest.raises(ImageError, match="did not arrive within 2 s") as caught:
             await boot_media.obtain(Artifact(f"{server.base}/drips", DIGEST))
@@ -356,7 +356,7 @@ async def test_a_server_that_drips_meets_the_deadline(cache: Path, server: Serve
 
 
 async def test_who_leaves_ends_the_fetch_and_who_waits_begins_anew(cache: Path, server: Server) -> None:
-    boot_media = BootMedia(cache, timeout_s=30, max_mb=64)
+    boot_media = BootMedia(cache, cache.parent, timeout_s=30, max_mb=64)
     artifact = Artifact(f"{server.base}/held", DIGEST)
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:

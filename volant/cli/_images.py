@@ -13,6 +13,7 @@ import click
 from volant.images import (
     DIGEST,
     ImageError,
+    Medium,
     Progress,
     build,
     fetch,
@@ -198,16 +199,23 @@ def remove(options: Options, media: tuple[str, ...], cache: Path | None) -> int:
                     hint="`volar images media` lists them; at least four digits are needed",
                 )
             chosen += matching
+        removed: list[Medium] = []
+        held: list[Medium] = []
         for medium in chosen:
             try:
-                remove_medium(folder, medium.digest)
+                (removed if remove_medium(folder, medium.digest) else held).append(medium)
             except ImageError as error:
                 raise Failure(error.message, hint=error.hint or None) from error
         if out.json:
-            out.document([medium.as_json() for medium in chosen])
+            out.document([medium.as_json() for medium in removed])
         else:
-            for medium in chosen:
+            for medium in removed:
                 out.line(f"removed {medium.digest[:12]}, {size(medium.disk_bytes)}")
+        if held:
+            raise Failure(
+                f"a VM runs on {', '.join(medium.digest[:12] for medium in held)}, which stays",
+                hint="stop it first; `volar system df` shows who uses what",
+            )
 
     return guarded(options, work)
 

@@ -263,7 +263,12 @@ class Daemon:
                 store=self.store,
                 logs=self.logs,
                 hypervisor=self.hypervisor,
-                media=BootMedia(settings.cache_dir, timeout_s=settings.media_timeout_s, max_mb=settings.media_max_mb),
+                media=BootMedia(
+                    settings.cache_dir,
+                    settings.state_dir,
+                    timeout_s=settings.media_timeout_s,
+                    max_mb=settings.media_max_mb,
+                ),
                 templates=templates,
                 builder=self._templates.ref,
                 standbys=standbys,

@@ -13,6 +13,7 @@ from ._obstacle import obstacle
 from ._obtain import BootMedia
 from ._packages import Progress, fetch_packages
 from ._store import DIGEST, Image, find, list_images, load, prune
+from ._users import forget_use, users
 
 __all__ = [
     "DIGEST",
@@ -27,6 +28,7 @@ __all__ = [
     "fetch",
     "fetch_packages",
     "find",
+    "forget_use",
     "list_images",
     "list_media",
     "load",
@@ -36,4 +38,5 @@ __all__ = [
     "prune",
     "remove_medium",
     "shown",
+    "users",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -12,12 +14,14 @@ from ._child import run_child
 from ._errors import ImageError
 from ._packages import Progress
 from ._store import Image
+from ._users import is_noted, note_use
 
 
 async def ensure(
     cache_dir: Path,
     *,
     deadline_s: float,
+    owner: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     arguments: tuple[str, ...] = (),
 ) -> Image:
@@ -26,18 +30,19 @@ async def ensure(
     Cancelling ends the build: its processes are killed.
 
     :param deadline_s: how long it may take in all
+    :param owner: the state directory of the daemon for which it stays, whatever others that share the cache remove
     :param progress: hears how far the build is, in the caller's task
     :param arguments: further ones for `python -m volant.images build`, `--mirror URL` for instance
     :raises ImageError: there is no image, and why; `timeout` when the deadline has passed
     """
-    found = await trio.to_thread.run_sync(_store.find, cache_dir)
+    found = await trio.to_thread.run_sync(_used, cache_dir, _store.find, owner)
     if found is not None:
         return found
     with trio.move_on_after(deadline_s):
         outcome = await run_child(["build", "--cache", str(cache_dir), *arguments], progress)
         image = outcome.get("image")
         digest = str(image.get("digest")) if isinstance(image, dict) else ""
-        found = await trio.to_thread.run_sync(_store.load, cache_dir, digest)
+        found = await trio.to_thread.run_sync(_used, cache_dir, partial(_store.load, digest=digest), owner)
         if found is None:
             raise ImageError(
                 "build_failed", "The image was built and can't be read back", "check the cache folder's disk"
@@ -48,3 +53,12 @@ async def ensure(
         f"The image was not built within {deadline_s:g} s",
         "check the network, or build it beforehand with `volar images build`",
     )
+
+
+def _used(cache_dir: Path, look: Callable[[Path], Image | None], owner: Path | None) -> Image | None:
+    found = look(cache_dir)
+    if found is not None and owner is not None and not is_noted(cache_dir, found.digest, owner):
+        # Of a cache that can't be written to nobody removes anything.
+        with suppress(OSError):
+            note_use(cache_dir, found.digest, owner)
+    return found

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from . import _store
 from ._errors import ImageError
+from ._users import forget_use, is_noted, note_use, users
 
 _BLOCK = 64 * 1024
 _READ = 1024 * 1024
@@ -89,16 +90,31 @@ def list_media(cache_dir: Path) -> list[Medium]:
     return [medium for name in names if (medium := find_medium(cache_dir, name))]
 
 
-def remove_medium(cache_dir: Path, digest: str) -> bool:
-    """Remove a medium; return whether there was one. A VM that needs it fetches it again when it boots next.
+def use_medium(cache_dir: Path, digest: str, owner: Path) -> Medium | None:
+    """As `find_medium`, and no other daemon than that of the state directory `owner` removes it from now on."""
+    if not is_noted(cache_dir, digest, owner):
+        # Who removes it has the lock from its look at the users on. A cache that can't be written to is one of which
+        # nobody removes anything.
+        with contextlib.suppress(ImageError, OSError), locked_part(cache_dir, digest):
+            note_use(cache_dir, digest, owner)
+    return find_medium(cache_dir, digest)
 
-    One that a hypervisor has open, perhaps another daemon's, stays.
+
+def remove_medium(cache_dir: Path, digest: str, owner: Path | None = None) -> bool:
+    """Remove a medium; return whether that was done. A VM that needs it fetches it again when it boots next.
+
+    One that a hypervisor has open stays, and for the daemon with the state directory `owner` one that another daemon
+    uses.
 
     :raises ImageError: it can't be removed
     """
     path = medium_path(cache_dir, digest)
     try:
         with locked_part(cache_dir, digest):
+            if owner is not None:
+                forget_use(cache_dir, digest, owner)
+                if users(cache_dir, digest):
+                    return False
             if _is_locked(path):
                 return False
             _record_path(path).unlink(missing_ok=True)

@@ -31,9 +31,14 @@ class _Fetch:
 class BootMedia:
     """The boot media of a cache folder."""
 
-    def __init__(self, cache_dir: Path, *, timeout_s: float, max_mb: int) -> None:
-        """:param timeout_s: how long one may take to arrive. :param max_mb: how large one may be, in MiB."""
+    def __init__(self, cache_dir: Path, owner: Path, *, timeout_s: float, max_mb: int) -> None:
+        """
+        :param owner: the daemon's state directory, by which others that share the cache know of it
+        :param timeout_s: how long one may take to arrive
+        :param max_mb: how large one may be, in MiB
+        """
         self._cache_dir = cache_dir
+        self._owner = owner
         self._timeout_s = timeout_s
         self._max_bytes = max_mb * 2**20
         self._under_way: dict[str, _Fetch] = {}
@@ -42,7 +47,8 @@ class BootMedia:
         """Those that are being removed: whoever wants one waits, and fetches it anew."""
 
     async def obtain(self, artifact: Artifact) -> Medium:
-        """Return a medium, verified and in the cache; fetched first where the cache lacks it.
+        """Return a medium, verified and in the cache; fetched first where the cache lacks it. It stays there until this
+        daemon removes it.
 
         Cancelling ends the fetch, unless others wait for it: then one of them begins anew.
 
@@ -52,7 +58,9 @@ class BootMedia:
             while True:
                 if (going := self._going.get(artifact.sha256)) is not None:
                     await going.wait()
-                found = await trio.to_thread.run_sync(_media.find_medium, self._cache_dir, artifact.sha256)
+                found = await trio.to_thread.run_sync(
+                    _media.use_medium, self._cache_dir, artifact.sha256, self._owner, abandon_on_cancel=True
+                )
                 if found is not None:
                     return found
                 other = self._under_way.get(artifact.sha256)
@@ -69,7 +77,7 @@ class BootMedia:
         )
 
     async def remove(self, digest: str, *, in_use: Callable[[], bool]) -> bool:
-        """Remove a medium unless it is `in_use`; return whether it is gone.
+        """Remove a medium unless it is `in_use`, or another daemon uses it; return whether it is gone.
 
         A VM's row is there before it asks for its media. So one that asks before this is seen by `in_use`, and one that
         asks later waits until the file is gone, and finds that it has to be fetched.
@@ -80,7 +88,7 @@ class BootMedia:
             return False
         gone = self._going[digest] = trio.Event()
         try:
-            return await trio.to_thread.run_sync(_media.remove_medium, self._cache_dir, digest)
+            return await trio.to_thread.run_sync(_media.remove_medium, self._cache_dir, digest, self._owner)
         finally:
             del self._going[digest]
             gone.set()

@@ -108,7 +108,9 @@ async def prepare_media(doors: VmDoors, row: VmRow) -> str:
 async def _prepare_image(doors: VmDoors, row: VmRow) -> str:
     settings = doors.settings
     try:
-        image = await images.ensure(settings.cache_dir, deadline_s=settings.image_timeout_s)
+        image = await images.ensure(
+            settings.cache_dir, deadline_s=settings.image_timeout_s, owner=doors.store.path.parent
+        )
     except images.ImageError as error:
         raise StepError("image_failed", f"the boot image could not be built: {error}") from error
     if row.memory_mb < image.min_memory_mb:

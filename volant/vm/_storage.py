@@ -54,6 +54,8 @@ class _Found:
     current: bool = False
     used_at: datetime | None = None
     """When a template served last."""
+    others: tuple[str, ...] = ()
+    """Which other daemons use it, where the cache is not ours alone."""
 
 
 @dataclass
@@ -67,6 +69,9 @@ class _Users:
     snapshots: tuple[Snapshot, ...] = ()
 
     def of(self, found: _Found) -> list[str]:
+        return self._ours(found) + list(found.others)
+
+    def _ours(self, found: _Found) -> list[str]:
         match found.kind:
             case "image":
                 users = [f"VM {row.name}" for row in self.rows.values() if row.image == found.name]
@@ -210,12 +215,21 @@ def _scan(doors: VmDoors) -> list[_Found]:
         for path in _in(host, settings.memory_dir)
         if path.suffix == ".mem"
     ]
-    found += [_Found("image", image.digest, image.size_bytes, current=image.current)
-              for image in images.list_images(settings.cache_dir)]  # fmt: skip
-    found += [_Found("medium", one.digest, one.disk_bytes) for one in images.list_media(settings.cache_dir)]
+    for image in images.list_images(settings.cache_dir):
+        others = _others(doors, image.digest)
+        found.append(_Found("image", image.digest, image.size_bytes, current=image.current, others=others))
+    for medium in images.list_media(settings.cache_dir):
+        others = _others(doors, medium.digest)
+        found.append(_Found("medium", medium.digest, medium.disk_bytes, others=others))
     rest = [path for path in _in(host, settings.cache_dir) if path.name not in ("images", "media")]
     found.append(_Found("cache", "packages and indexes", sum(map(host.disk_usage, rest))))
     return [one for one in found if one.kind != "leftover" or one.vm_id is not None]
+
+
+def _others(doors: VmDoors, digest: str) -> tuple[str, ...]:
+    own = doors.store.path.parent
+    found = images.users(doors.settings.cache_dir, digest)
+    return tuple(f"the daemon of {state_dir}" for state_dir in found if state_dir != own)
 
 
 def _in(host: Host, directory: Path) -> list[Path]:
@@ -236,12 +250,7 @@ async def _remove(doors: VmDoors, found: _Found, running: frozenset[int]) -> boo
         case "medium":
             return await doors.media.remove(found.name, in_use=in_use)
         case "image":
-            projection = doors.store.projection
-            rows = [*projection.rows(), *(one.vm for one in projection.snapshots.values())]
-            keep = {row.image for row in rows if row.image is not None}
-            # Those that were listed as used, too: one thing at a time.
-            gone = await doors.host.run_blocking(images.prune, doors.settings.cache_dir, keep)
-            return found.name in gone or not images.load(doors.settings.cache_dir, found.name)
+            return await doors.host.run_blocking(_prune_images, doors, found.name)
         case "log":
             return await doors.logs.discard(found.vm_id or 0)
         case "template":
@@ -254,3 +263,16 @@ async def _remove(doors: VmDoors, found: _Found, running: frozenset[int]) -> boo
                 return False
             await doors.host.remove_tree(found.path)
             return True
+
+
+def _prune_images(doors: VmDoors, digest: str) -> bool:
+    """Whether that one is gone; those that were listed as used go, too, if they no longer are: one thing at a time."""
+    cache_dir, projection = doors.settings.cache_dir, doors.store.projection
+    rows = [*projection.rows(), *(one.vm for one in projection.snapshots.values())]
+    keep = {row.image for row in rows if row.image is not None}
+    for image in images.list_images(cache_dir):
+        if image.digest not in keep:
+            images.forget_use(cache_dir, image.digest, doors.store.path.parent)
+        if images.users(cache_dir, image.digest):
+            keep.add(image.digest)
+    return digest in images.prune(cache_dir, keep) or not images.load(cache_dir, digest)
