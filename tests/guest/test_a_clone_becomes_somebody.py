@@ -7,14 +7,16 @@ import gc
 import json
 import os
 import random
+import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.guest.conftest import Answer, Asker
-from volant.guest import _identity, _root
+from tests.guest.conftest import TIMEOUT_S, Answer, Asker, read_all
+from volant.guest import _identity, _network, _root
 from volant.model import agent as wire
 
 WANTED = {
@@ -128,6 +130,41 @@ def test_a_copy_of_a_guest_with_a_balloon_gives_nothing_back_any_more(
         time.sleep(0.01)
     assert said == "virtio3"
     assert (tmp_path / "balloon" / "bind").read_text() == ""
+
+
+def test_names_of_which_nobody_waits_to_hear_are_not_written_over_newer_ones(
+    agent: Asker, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three requests get there while the first is being done; who asked the second has left by then."""
+    del kernel
+    begun, go_on = threading.Event(), threading.Event()
+    written: list[list[str]] = []
+
+    def write_hosts(names: dict[str, str]) -> None:
+        begun.set()
+        assert go_on.wait(TIMEOUT_S)
+        written.append(sorted(names))
+
+    monkeypatch.setattr(_network, "own_names", dict)
+    monkeypatch.setattr(_network, "write_hosts", write_hosts)
+
+    def ask(name: str) -> socket.socket:
+        body = json.dumps({"hosts": {name: "192.168.127.8"}})
+        head = f"PUT {wire.DAEMON_HOSTS} HTTP/1.1\r\nHost: agent\r\nContent-Length: {len(body)}\r\n\r\n"
+        return agent.open((head + body).encode())
+
+    first = ask("first")
+    assert begun.wait(TIMEOUT_S)
+    ask("older").close()
+    newer = ask("newer")
+    go_on.set()
+    for asked in (first, newer):
+        asked.shutdown(socket.SHUT_WR)
+        assert Answer(read_all(asked)).status == 200
+    deadline = time.monotonic() + TIMEOUT_S
+    while agent.server.statistics()["streams"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert written == [["first"], ["newer"]]
 
 
 def test_an_agent_that_was_restarted_is_still_the_same_clone(agent: Asker, kernel: Kernel) -> None:

@@ -18,7 +18,7 @@ from volant.model import agent
 
 from . import _root, _rootfs
 from ._exec import check_number, decode_json
-from ._http import Problem
+from ._http import Gone, Problem, has_left
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ _MACHINE_ID = "/etc/machine-id"
 _BALLOON = "/sys/bus/virtio/drivers/virtio_balloon"
 
 _lock = threading.Lock()
+_writing_names = threading.Lock()
 _known = ""
 _begun_for = ""
 """The machine that was last told who it is, and what runs in it with that."""
@@ -130,16 +131,21 @@ def serve_clock(stream: Stream, request: Request) -> None:
 
 
 def serve_hosts(stream: Stream, request: Request) -> None:
-    """Answer `PUT /v1/daemon/hosts`; :raises Problem: 400 malformed, 500 it can't be done."""
+    """Answer `PUT /v1/daemon/hosts`; :raises Problem: 400 malformed, 500 it can't be done; :raises Gone: the client has
+    left, and nothing was done."""
     from . import _network
 
     wanted = decode_json(stream.read_body(request), {"hosts"})
     names = _hosts_of(wanted.get("hosts"))
-    try:
-        names = {**_network.own_names(), **names}
-        _everywhere(lambda: _network.write_hosts(names))
-    except OSError as error:
-        raise Problem(500, f"the names can't be written: {error}") from None
+    with _writing_names:
+        # Who has left may have asked again since, with something newer.
+        if has_left(stream.sock):
+            raise Gone
+        try:
+            names = {**_network.own_names(), **names}
+            _everywhere(lambda: _network.write_hosts(names))
+        except OSError as error:
+            raise Problem(500, f"the names can't be written: {error}") from None
     stream.answer(200, b"{}\n")
 
 
