@@ -118,6 +118,30 @@ def test_what_a_guest_was_told_first_it_does_not_believe_last(tmp_path: Path, se
     live(tmp_path, story, seed=seed, faults={"agent.slow": 0.15})
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3, 5, 7])
+def test_a_guest_that_hears_late_of_somebody_who_is_gone_hears_of_that_too(tmp_path: Path, seed: int) -> None:
+    """What it is told while it stands still, as one does that is copied, it takes when nobody waits any more."""
+
+    async def story(world: World) -> None:
+        await named(world, "blue")
+        for name in ("a", "b", "c"):
+            await make(world, name, "blue")
+        await all_know(world, "a", "b", "c")
+        guests = [machine_of(world, name).guest for name in ("a", "b", "c")]
+        for guest in guests:
+            guest.stand_still(True)
+        await make(world, "d", "blue")
+        await trio.sleep(6)
+        assert (await world.request("DELETE", f"{VMS}/d")).status == 204
+        await trio.sleep(world.sim.rng.uniform(0, 20))
+        for guest in guests:
+            guest.stand_still(False)
+        await trio.sleep(PATIENCE_S)
+        await all_know(world, "a", "b", "c")
+
+    live(tmp_path, story, seed=seed)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("boot", ["cold", "auto"])
 def test_a_guest_knows_the_others_before_it_runs(tmp_path: Path, boot: str, seed: int) -> None:

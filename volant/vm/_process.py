@@ -161,7 +161,7 @@ class LiveProcess:
         self._mending = mending
         self._setting_hosts = trio.Lock()
         self._hosts: Mapping[str, str] | None = None
-        """Those of which the guest was told."""
+        """Those of which the guest was told; None: nobody can say."""
         self._handed_over = handed_over
         self._opened = trio.Event()
         self._heard: int | None = None
@@ -523,6 +523,8 @@ class LiveProcess:
         async with self._setting_hosts:
             hosts = self._neighbours.hosts()
             if hosts != self._hosts:
+                # It may take what nobody waits for any more: until it answers, it has the one or the other.
+                self._hosts = None
                 await self.ask("PUT", DAEMON_HOSTS, {"hosts": dict(hosts)}, also=(404,))
                 self._hosts = hosts
 
