@@ -194,6 +194,62 @@ async def test_what_can_not_be_put_right_is_tried_again_though_nobody_asks(
     assert len([text for text in caplog.messages if "without a network" in text]) == 1
 
 
+@pytest.mark.parametrize("somebody_comes", [False, True])
+async def test_a_tap_that_can_not_be_put_back_is_tried_again_though_its_vm_does_not_ask(
+    somebody_comes: bool, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(rows=[vm(1), vm(2)])
+    async with bench.actor() as network:
+        await network.ask(Reconcile(), timeout_s=FOREVER_S)
+        bench.refuses = lambda step: tap(2) in str(step)
+        bench.links.take_away_bridges()
+        await trio.sleep(100)
+        assert bench.links.links[tap(1)].master == SETTINGS.bridge_name
+        assert bench.links.links[tap(2)].master == ""
+        assert network.inspect()["actor"]["lacking"] == [2]
+
+        if somebody_comes:
+            # That one has its own all the same, and nothing is forgotten over it.
+            bench.rows = [vm(1), vm(2), vm(3)]
+            await network.ask(Attach(3), timeout_s=FOREVER_S)
+            assert tap(3) in bench.taps()
+        bench.refuses = lambda step: False
+        await trio.sleep(100)
+
+        assert bench.links.links[tap(2)].master == SETTINGS.bridge_name
+        turns = network.inspect()["actor"]["turns"]
+        await trio.sleep(1000)
+        assert network.inspect()["actor"]["turns"] == turns
+    assert len([text for text in caplog.messages if "VM 2 is without a network" in text]) == 1
+
+
+async def test_the_next_to_come_brings_the_tap_that_another_one_lacks(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench(rows=[vm(1), vm(2)], refuses=lambda step: tap(2) in str(step))
+    async with bench.actor() as network:
+        with pytest.raises(NetworkFailed, match="refused"):
+            await network.ask(Reconcile(), timeout_s=FOREVER_S)
+        bench.refuses = lambda step: False
+        bench.rows = [stopped(vm(1)), vm(2)]
+        await network.ask(Detach(1), timeout_s=FOREVER_S)
+
+        assert bench.taps() == {tap(2)}
+
+
+async def test_nobody_waits_for_the_tap_of_a_vm_that_has_gone(autojump_clock: trio.testing.MockClock) -> None:
+    bench = Bench(rows=[vm(1)], refuses=lambda step: tap(1) in str(step))
+    async with bench.actor() as network:
+        with pytest.raises(NetworkFailed, match="refused"):
+            await network.ask(Attach(1), timeout_s=FOREVER_S)
+        bench.rows = []
+        await trio.sleep(100)
+        turns = network.inspect()["actor"]["turns"]
+        await trio.sleep(1000)
+
+        assert (network.inspect()["actor"]["turns"], network.inspect()["actor"]["lacking"]) == (turns, [])
+
+
 async def test_a_host_that_does_not_answer_is_given_up_in_time(autojump_clock: trio.testing.MockClock) -> None:
     bench = Bench(takes_s=1000.0)
     async with bench.actor() as network:

@@ -29,6 +29,7 @@ FOUND = {
     3: "a hypervisor that outlived its SIGKILL for 30 s was never killed again",
     362: "a guest was told twice at once whom it reaches, and done with the older of the two last",
     1393: "a guest took what it was told of its network when nobody waited any more, and was believed not to have",
+    1582: "a tap that could not be put back, when all of them were, was never tried again, though its VM ran",
     3171: "a process that was killed and did not go yet went on answering, and was taken for a VM's",
 }
 """What the first lives brought to light."""

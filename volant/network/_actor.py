@@ -4,7 +4,7 @@ Whoever asks while the host is being seen to waits for the next turn, together w
 hundred VMs that are created at once change the firewall a few times, and not a hundred.
 
 What goes wrong at its start keeps nobody from starting, as VMs without a network don't need it. It is told, and tried
-again by the next VM that does, or after a while.
+again by the next VM that does, or after a while. So is the tap of a VM that runs and nobody asks for any more.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ class NetworkKeeper(Actor):
             while self._waiting:
                 waiting, self._waiting = self._waiting[:_AT_ONCE], self._waiting[_AT_ONCE:]
                 await self._turn(waiting)
-            # VMs may run that nothing keeps apart.
-            with trio.move_on_after(math.inf if self._failure is None else _AGAIN_S) as pause:
+            # VMs may run that nothing keeps apart, or connects.
+            well = self._failure is None and not self._networks.lacking
+            with trio.move_on_after(math.inf if well else _AGAIN_S) as pause:
                 await self._wake.wait()
             self._due |= pause.cancelled_caught
             self._wake = trio.Event()
@@ -119,21 +120,23 @@ class NetworkKeeper(Actor):
         """See to what was asked for, or to all of it when nothing was, and answer."""
         self._turns += 1
         vm_ids = {vm_id for vm_id, _ in waiting if vm_id is not None}
-        failures: dict[int, NetworkFailed] = {}
+        lacked = self._networks.lacking
+        failures: Mapping[int, NetworkFailed] = {}
         failure: NetworkFailed | None = None
         try:
             with trio.fail_after(_TURN_S):
                 if not vm_ids or any(vm_id is None for vm_id, _ in waiting):
-                    failures |= await self._networks.reconcile()
-                    for each in failures.values():
-                        _logger.error("%s", each)
+                    failures = await self._networks.reconcile()
                 if vm_ids:
-                    failures |= await self._networks.ensure(vm_ids)
+                    failures = await self._networks.ensure(vm_ids)
         except NetworkFailed as error:
             failure = error
         except trio.TooSlowError:
             failure = NetworkFailed("timeout", f"the host's networks were not ready within {_TURN_S:g} s")
         self._failure = failure
+        # Who has asked is answered.
+        for lacks in self._networks.lacking.keys() - lacked.keys() - vm_ids:
+            _logger.error("VM %d is without a network: %s", lacks, self._networks.lacking[lacks])
         if self._networks.stands and not self._watched:
             self._watched = True
             self._tasks.append(self.ctx.spawn(self._networks.watch, self._tear, name="watch"))

@@ -3,7 +3,8 @@
 **All of it** is looked at when an actor begins, when somebody asks, and when something was not as it should have been.
 **One VM more or less** is that VM's tap and a few elements of the firewall's sets; so the thousandth costs what the
 first did. What was loaded into the firewall is remembered for that. Where memory and host differ, as somebody has had a
-hand in them, nftables refuses the change or the tap finds no bridge; then all of it is looked at.
+hand in them, nftables refuses the change or the tap finds no bridge; then all of it is looked at. A tap that can't be
+had keeps no other VM waiting: it stays lacking, and is tried again with whatever is done next.
 
 The firewall goes first, as it knows taps by name: a tap that has no rules yet reaches nobody.
 """
@@ -45,6 +46,7 @@ class Networks:
         """What the firewall is, as far as we know; None: we don't."""
         self._gateways: object = None
         """What the bridge has for addresses, once all has been looked at."""
+        self._lacking: Mapping[int, NetworkFailed] = {}
         self._left: tuple[str, ...] = ()
         self._counts = {"reconciled": 0, "mended": 0}
 
@@ -56,6 +58,7 @@ class Networks:
             "subnet": str(self._settings.subnet),
             "taps": len(plan.taps),
             "ports": sum(len(tap.ports) for tap in plan.taps),
+            "lacking": sorted(self._lacking),
             "left_in_use": self._left,
             **self._counts,
         }
@@ -88,6 +91,7 @@ class Networks:
         """
         plan, settings = self._plan(), self._settings
         self._loaded = self._gateways = None
+        self._lacking = {}
         if not plan.taps and not await self._is_begun():
             return {}
         await self._door.ready()
@@ -107,7 +111,7 @@ class Networks:
         return failures
 
     async def ensure(self, vm_ids: Collection[int]) -> Mapping[int, NetworkFailed]:
-        """See to these VMs' taps and rules; those of them that can't be as they should, and why.
+        """See to these VMs' taps and rules; those, also of others, that can't be as they should, and why.
 
         :raises NetworkFailed: none can.
         """
@@ -121,12 +125,15 @@ class Networks:
         failures = await self.reconcile()
         if self._gateways is None:
             return failures
-        return {**failures, **await self._see_to(self._plan(), vm_ids)}
+        return await self._see_to(self._plan(), vm_ids)
 
     async def _see_to(self, plan: NetworkPlan, vm_ids: Collection[int]) -> dict[int, NetworkFailed]:
-        """What these VMs need, where all else is as it should be. :raises BridgeDown: it is not."""
+        """What these VMs need, and those that lack their taps, where all else is as it should be.
+
+        :raises BridgeDown: it is not.
+        """
         settings = plan.settings
-        taps = [tap for tap in plan.taps if tap.vm_id in vm_ids]
+        taps = [tap for tap in plan.taps if tap.vm_id in vm_ids or tap.vm_id in self._lacking]
         going = {tap_of(settings.instance, vm_id): vm_id for vm_id in set(vm_ids) - {tap.vm_id for tap in taps}}
         await self._change(rules_of(plan))
         return await self._do(
@@ -144,6 +151,11 @@ class Networks:
     def stands(self) -> bool:
         """Whether there is anything of ours, and all of it as it should be, as far as we know."""
         return self._gateways is not None
+
+    @property
+    def lacking(self) -> Mapping[int, NetworkFailed]:
+        """The VMs that should have a tap and have none that is as it should be, and why."""
+        return self._lacking
 
     async def watch(self, torn: Callable[[str], None]) -> None:
         """Call `torn` each time that somebody has taken what is everybody's away, with what has happened."""
@@ -186,22 +198,25 @@ class Networks:
     async def _do(
         self, plan: NetworkPlan, steps: list[Step], going: Mapping[str, int] | None = None
     ) -> dict[int, NetworkFailed]:
-        """What failed, by VM. `going`: whose taps those are that somebody waits to see gone.
+        """What failed, by VM. `going`: whose taps those are that somebody waits to see gone. The steps make, or make
+        again, the tap of each VM that lacks it.
 
         :raises NetworkFailed: what failed is everybody's.
         """
         vm_ids = {tap.name: tap.vm_id for tap in plan.taps} | dict(going or {})
         failures: dict[int, NetworkFailed] = {}
+        lacking: dict[int, NetworkFailed] = {}
         for step, failure in zip(steps, await self._door.do(steps), strict=True):
             if isinstance(failure, BridgeDown):
                 raise failure
             match step:
                 case MakeTap(name=name) if failure is not None:
-                    failures[vm_ids[name]] = failure
+                    failures[vm_ids[name]] = lacking[vm_ids[name]] = failure
                 case RemoveLink(name=name) if failure is not None and going and name in going:
                     failures[going[name]] = failure
                 case RemoveLink() if failure is not None:
                     _logger.warning("%s", failure)
                 case _ if failure is not None:
                     raise failure
+        self._lacking = lacking
         return failures
