@@ -172,16 +172,24 @@ async def test_each_is_somebody_however_it_came_to_be(daemon: Daemon) -> None:
             assert not await reaches(client, "waited", vm.ip_address), "they have no network in common"
 
 
-async def test_a_vm_that_goes_on_from_a_snapshot_has_an_address_of_its_own(daemon: Daemon) -> None:
+async def test_copies_have_an_address_of_their_own_and_can_power_off(daemon: Daemon) -> None:
     async with daemon.client() as client:
         original = await boot(client, "original")
         await client.snapshots.take("original", TakeSnapshot(name="kept"))
         restored = await client.vms.create(RestoreVm(name="restored", from_snapshot="kept"))
         restored = await until(client, "restored", "running") or restored
         assert restored.ip_address not in ("", original.ip_address)
-        for vm in (original, restored):
+        [forked] = await fork(client, "original")
+        for vm in (original, restored, forked):
             await is_on_the_network(client, vm)
         await client.snapshots.remove("kept")
+        # Linux resets its cards then.
+        for vm in (restored, forked):
+            await run(client, vm.name, "sh", "-c", "setsid poweroff >/dev/null 2>&1 &")
+            ended = await until(client, vm.name, "stopped", "crashed")
+            assert ended is not None
+            assert ended.reason is not None
+            assert (ended.status, ended.reason.code) == ("stopped", "guest_shutdown"), ended.reason
 
 
 async def test_those_of_one_named_network_know_each_other_by_name(daemon: Daemon) -> None:
