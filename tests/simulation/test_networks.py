@@ -226,3 +226,16 @@ def test_a_tap_that_can_not_be_had_is_a_reason_and_no_process(tmp_path: Path) ->
         assert (await make(world, "other", "none"))["status"] == "running"
 
     live(tmp_path, story, seed=5, faults={"network.refuses": 1.0})
+
+
+def test_a_tap_that_does_not_go_holds_up_its_vm_and_breaks_nobody(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        for name in ("a", "b", "c", "d"):
+            await make(world, name, "bridge")
+            await world.request("POST", f"{VMS}/{name}/start?wait=running,crashed&timeout=5m", None, JSON)
+            await world.request("POST", f"{VMS}/{name}/stop?grace=0s&wait=stopped,crashed&timeout=5m", None, JSON)
+        tree = (await world.request("GET", "/api/v1/system/tree")).json()
+        (vms,) = [child for child in tree["children"] if child["name"] == "vms"]
+        assert {child["name"]: child["restarts"] for child in vms["children"]} == dict.fromkeys("abcd", 0)
+
+    live(tmp_path, story, seed=7, faults={"network.refuses": 0.3})

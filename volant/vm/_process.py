@@ -226,6 +226,8 @@ class LiveProcess:
                 return
             stack.enter_context(self.console.fed_by(console))
             self._console = console
+            # Whoever asks for its last lines afterwards gets them from the log.
+            stack.callback(setattr, self, "_console", None)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._bound)
                 nursery.start_soon(console.follow)
