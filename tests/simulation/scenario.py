@@ -28,7 +28,7 @@ from volant.model.agent import TELLS_NETWORK
 from volant.testing import Answer, Unreachable, World, simulated_world
 from volant.testing._qemu import SimQemu
 
-TROUBLE_S = 120.0
+TROUBLE_S = 110.0
 CONVERGE_S = 900.0
 AFTERMATH_S = 30.0
 """A command that a hypervisor has ignored under the last faults is missed that late."""
