@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -140,9 +141,18 @@ def make_daemon(
             raise failures[0]
 
 
+def pytest_configure() -> None:
+    # Whoever ends the run, the daemons of its fixtures are ended and leave nothing.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[None]:
     report = yield
+    error = call.excinfo.value if call.excinfo else None
+    # In a group, as Trio has it, pytest takes it for a failure as any other.
+    if isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt):
+        item.session.shouldstop = "interrupted"
     if report.failed:
         for daemon in item.session.stash.get(_daemons, []):
             report.sections.append((f"volantd in {daemon.root}", daemon.log()))

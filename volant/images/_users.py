@@ -40,12 +40,23 @@ def users(cache_dir: Path, digest: str) -> list[Path]:
             owner = Path(note.read_text().rstrip("\n"))
         except (OSError, UnicodeDecodeError):
             continue
-        if owner.is_dir():
+        if _is_there(owner):
             found.append(owner)
         else:
             with contextlib.suppress(OSError):
                 _drop(note)
     return sorted(found)
+
+
+def _is_there(owner: Path) -> bool:
+    """Whether there is that directory, or who may not look there can't say."""
+    try:
+        owner.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _note(cache_dir: Path, digest: str, owner: Path) -> Path:
