@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 from ag_ui.core import Event as AguiModel
 from pydantic import TypeAdapter
@@ -17,6 +18,9 @@ from pydantic import TypeAdapter
 from tests.conformance.kit import Node
 from tests.system.kit import BOOT_S, Daemon, spec, websocket
 from volant.client import Client
+
+# A boot is watched, which is to take its time.
+pytestmark = pytest.mark.cold
 
 NAMES = ("one", "two", "three")
 _model: TypeAdapter[Any] = TypeAdapter(AguiModel)

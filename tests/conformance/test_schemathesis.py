@@ -10,9 +10,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import trio
 
 from tests.system.kit import REPOSITORY, Daemon, boot, load
+
+# No template is built for each number of processors that is tried.
+pytestmark = pytest.mark.cold
 
 EXAMPLES = load("VOLANT_TEST_EXAMPLES", usual=75, full=500)
 """Requests made up for each operation, besides those that schemathesis derives from the document one by one."""

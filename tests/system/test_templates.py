@@ -18,6 +18,9 @@ from tests.system.rootfs import make_ext4, plugin
 from volant.client import Client
 from volant.model import Cloning, HealthCheck, Manifest, Workload
 
+# They make templates of their own, and damage them.
+pytestmark = pytest.mark.cold
+
 T = TypeVar("T")
 CLOCK_S = 0.05
 WHO = """
