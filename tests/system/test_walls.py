@@ -20,6 +20,9 @@ from volant.hypervisor.qemu import WallPlan, user_of
 from volant.hypervisor.qemu._enclosure import Enclosure
 from volant.model import VmView
 
+# A clone has no memory of its own to be read, and a group besides, by which it reads its template's.
+pytestmark = pytest.mark.cold
+
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="users of their own are given by root")
 
 

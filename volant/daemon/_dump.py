@@ -2,6 +2,10 @@
 
 The threads come first, on standard error and from the signal's own handler: that works, too, while the event loop
 hangs, and then shows where. The tasks follow, once the loop turns. Both say where, and never what a variable holds.
+
+The handler is one of Python's, and runs between two of its instructions. One of the C library's
+(`faulthandler.register`) would show more of a daemon that hangs in C, and reads frames that are half made: it has ended
+a daemon. Such a hang shows itself when the watchdog ends it (`faulthandler.enable`).
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import faulthandler
 import logging
 import signal
 from collections.abc import Iterator
+from types import FrameType
 
 import trio
 
@@ -33,14 +38,18 @@ def before() -> None:
 async def dump_on_signal() -> None:
     """Answers each signal, for as long as it runs."""
     with trio.open_signal_receiver(signal.SIGUSR1) as signals:
-        # Over Trio's handler, and calls it afterwards.
-        faulthandler.register(signal.SIGUSR1, file=_STDERR, all_threads=True, chain=True)
-        try:
-            async for _ in signals:
-                for text in _pieces(dump().splitlines()):
-                    _logger.info("what all tasks do:\n%s", text)
-        finally:
-            faulthandler.unregister(signal.SIGUSR1)
+        wake = signal.getsignal(signal.SIGUSR1)
+        assert callable(wake)
+
+        def show(number: int, frame: FrameType | None) -> None:
+            faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+            wake(number, frame)
+
+        # Until the receiver goes, which puts back what was there before it.
+        signal.signal(signal.SIGUSR1, show)
+        async for _ in signals:
+            for text in _pieces(dump().splitlines()):
+                _logger.info("what all tasks do:\n%s", text)
 
 
 def _pieces(lines: list[str]) -> Iterator[str]:
