@@ -7,6 +7,7 @@ import hashlib
 import struct
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import trio.testing
 from tests.api.kit import Api, api
 from tests.images.test_image_store import place
 from tests.templates.test_store import RECIPE, add
-from volant.images import BootMedia, _store, _users, fetch, medium_path
+from volant.images import BootMedia, _media, _store, _users, fetch, medium_path
 from volant.journal import LogEntry
 from volant.model import Artifact
 from volant.templates import BuildDoors, _actor
@@ -213,6 +214,16 @@ async def test_what_another_daemon_with_the_same_cache_uses_stays_for_as_long_as
     other.rmdir()
     assert {item["name"] for item in (await prune(served))["items"]} == {digest, "b" * 64}
     assert not list((cache / "users").iterdir())
+
+
+async def test_a_medium_that_somebody_is_fetching_is_asked_for_without_waiting(tmp_path: Path) -> None:
+    cache, owner, digest = tmp_path / "cache", tmp_path / "state", "c" * 64
+    owner.mkdir()
+    with _media.locked_part(cache, digest), trio.fail_after(10):
+        # In a thread, which nobody could call back.
+        look = partial(_media.use_medium, cache, digest, owner)
+        assert await trio.to_thread.run_sync(look, abandon_on_cancel=True) is None
+    assert _users.users(cache, digest) == [owner]
 
 
 async def test_one_that_another_daemon_has_begun_to_use_since_it_was_listed_stays(served: Api, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def check(noticed: Noticed) -> None:
 
 
 ALL = [*PORTS, *SERVERS, *IN_THE_GUEST, "events"]
-SOME = ["garbage", "huge", "forks"]
+SOME = ["garbage", "half", "huge", "line-feeds", "forks"]
 FULL = bool(os.environ.get("VOLANT_TEST_FULL"))
 
 

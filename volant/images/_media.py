@@ -93,10 +93,15 @@ def list_media(cache_dir: Path) -> list[Medium]:
 def use_medium(cache_dir: Path, digest: str, owner: Path) -> Medium | None:
     """As `find_medium`, and no other daemon than that of the state directory `owner` removes it from now on."""
     if not is_noted(cache_dir, digest, owner):
-        # Who removes it has the lock from its look at the users on. A cache that can't be written to is one of which
-        # nobody removes anything.
-        with contextlib.suppress(ImageError, OSError), locked_part(cache_dir, digest):
-            note_use(cache_dir, digest, owner)
+        # A cache that can't be written to is one of which nobody removes anything.
+        with contextlib.suppress(ImageError, OSError):
+            if not medium_path(cache_dir, digest).exists():
+                # The lock may be held for as long as somebody fetches it.
+                note_use(cache_dir, digest, owner)
+                return None
+            # Who removes it has the lock from its look at the users on.
+            with locked_part(cache_dir, digest):
+                note_use(cache_dir, digest, owner)
     return find_medium(cache_dir, digest)
 
 
