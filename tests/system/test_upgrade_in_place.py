@@ -1,0 +1,144 @@
+"""An upgrade with everything in use: VMs of each origin, networks of each kind, a snapshot, a disk, a warm process.
+
+The state directory, the runtime directory, the cache and the memory files are made by the previous version alone, with
+the owners and modes that it gives them. `VOLANT_TEST_PREVIOUS` names the commit; the default is the one before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.system.kit import BOOT_S, REPOSITORY, Daemon, adopted, boot, reachable, run, until
+from tests.system.rootfs import make_ext4, plugin
+from tests.system.test_networked_vms import HOST, Lab, fetch, is_on_the_network, serve, tells_from_where
+from tests.system.test_snapshots import fork
+from tests.system.test_standby import filled
+from tests.system.test_templates import template
+from tests.system.test_upgrade import begin_with, previous
+from volant.client import Client
+from volant.model import RestoreVm, TakeSnapshot, VmView
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root makes bridges"),
+    pytest.mark.skipif(shutil.which("nft") is None, reason="nftables is not installed"),
+    pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed"),
+    pytest.mark.skipif(shutil.which("mke2fs") is None, reason="e2fsprogs is not installed"),
+]
+__all__ = ["previous"]
+
+_BUILD_S = 600.0
+
+
+@pytest.fixture
+def upgraded(image_cache: Path, previous: Path, tmp_path: Path, _running: list[Daemon]) -> Iterator[tuple[Daemon, Lab]]:
+    """A daemon that has not started yet, whose code is the previous version's, in a host of its own."""
+    cache = tmp_path / "cache"
+    # The daemon's host reaches no archive of packages, so both versions' images are there beforehand.
+    for tree in (previous, REPOSITORY):
+        subprocess.run(
+            [sys.executable, "-m", "volant.images", "build", "--cache", str(cache)],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": str(tree)},
+            check=True,
+            timeout=_BUILD_S,
+        )
+    lab = Lab()
+    daemon = Daemon(
+        cache, "--network", "auto", "--templates", "auto", "--standby", "1", wrapper=lab.host.enter, ephemeral=False
+    )
+    daemon.command += ["--listen", f"unix:{daemon.root}/api"]
+    begin_with(daemon, previous)
+    _running.append(daemon)
+    try:
+        yield daemon, lab
+    finally:
+        _running.remove(daemon)
+        daemon.dispose()
+        lab.close()
+
+
+async def test_everything_that_runs_goes_on_and_everything_that_is_kept_can_be_used(
+    upgraded: tuple[Daemon, Lab], tmp_path: Path, image_cache: Path
+) -> None:
+    daemon, lab = upgraded
+    rootfs = make_ext4(tmp_path / "root.ext4", image_cache, files={"etc/who": "the root file system\n"})
+    daemon.start()
+    async with daemon.client() as client:
+        before = await _prepare(daemon, lab, client, rootfs)
+    processes = daemon.hypervisors()
+    links = lab.host.links()
+    daemon.kill()
+    # An artifact of an installed manifest comes from the cache.
+    rootfs.unlink()
+
+    begin_with(daemon, None)
+    daemon.start()
+    async with daemon.client() as client:
+        await adopted(client)
+        assert daemon.hypervisors() == processes
+        assert lab.host.links() == links
+        for vm in before:
+            after = await client.vms.get(vm.name)
+            assert (after.id, after.pid, after.status, after.boots) == (vm.id, vm.pid, vm.status, vm.boots), vm.name
+            assert (after.ip_address, after.mac_address) == (vm.ip_address, vm.mac_address), vm.name
+        await client.vms.verb_and_wait("paused", "resume", ["running"])
+        for vm in before:
+            if vm.status != "stopped":
+                await reachable(client, vm.name)
+        await _check(lab, client)
+        assert (await client.vms.verb_and_wait("stopped", "start", ["running"], timeout_s=BOOT_S)).outcome == "met"
+        assert await run(client, "stopped", "cat", "/kept") == "mine\n"
+        await boot(client, "another", plugin="disk")
+        assert await run(client, "another", "cat", "/etc/who") == "the root file system\n"
+        await client.vms.create(RestoreVm(name="restored", from_snapshot="kept"))
+        await until(client, "restored", "running")
+        assert await run(client, "restored", "cat", "/tmp/note") == "noted\n"
+        await fork(client, "cold")
+        await boot(client, "new")
+        await client.snapshots.remove("kept")
+
+
+async def _prepare(daemon: Daemon, lab: Lab, client: Client, rootfs: Path) -> list[VmView]:
+    """Make one VM of each kind; them as they then are."""
+    await boot(client, "cold", boot="cold")
+    await boot(client, "first")
+    await template(daemon)
+    await boot(client, "clone")
+    await filled(daemon)
+    await boot(client, "warm")
+    await fork(client, "clone")
+    await boot(client, "paused")
+    await client.vms.verb_and_wait("paused", "pause", ["paused"])
+    await client.plugins.install(plugin("disk", rootfs))
+    await boot(client, "stopped", plugin="disk")
+    await client.vms.write_file("stopped", "/kept", b"mine\n")
+    await client.vms.verb_and_wait("stopped", "stop", ["stopped"])
+    await boot(client, "web", ports=["0.0.0.0:8080:80"])
+    await serve(client, "web")
+    assert await fetch(lab, 8080) == "web\n"
+    await boot(client, "user", network="user")
+    assert await tells_from_where(client, "user") == HOST
+    await client.vms.write_file("clone", "/tmp/note", b"noted\n")
+    await client.snapshots.take("clone", TakeSnapshot(name="kept"))
+    await filled(daemon)
+    with trio.fail_after(BOOT_S):
+        while any(vm.status in ("pending", "starting") for vm in await client.vms.list()):  # noqa: ASYNC110
+            await trio.sleep(0.1)
+    return await client.vms.list()
+
+
+async def _check(lab: Lab, client: Client) -> None:
+    """The networks of VMs that were adopted are what they were."""
+    for name in ("cold", "clone", "warm", "paused", "web"):
+        await is_on_the_network(client, await client.vms.get(name))
+    assert await fetch(lab, 8080) == "web\n"
+    for name in ("web", "user"):
+        assert await tells_from_where(client, name) == HOST
