@@ -51,6 +51,7 @@ import trio
 
 from volant import _cgroups, _memory, _walls
 from volant._cgroups import Bounds, Cgroups
+from volant._directories import make_own_directory
 from volant._scopes import ScopeError, Scopes
 from volant._walls import Grant, Walls
 from volant.model import ProcessIdentity
@@ -774,20 +775,11 @@ class Host:
     # Files
 
     async def mkdir(self, path: Path, mode: int = 0o700) -> None:
-        """Make a directory, and its parents, unless it is there: then it is left as it is. `mode` is what each of them
-        gets whatever the umask. Raises OSError."""
-
-        def make() -> None:
-            for each in (*reversed(path.parents), path):
-                try:
-                    if not each.is_dir():
-                        each.mkdir(mode)
-                        each.chmod(mode)
-                except FileExistsError:
-                    if not each.is_dir():
-                        raise
-
-        await trio.to_thread.run_sync(make)
+        """Make a directory, and its parents, unless it is there: then it must be ours (see `make_own_directory`).
+        `mode` is what it gets whatever the umask. Raises OSError."""
+        warning = await trio.to_thread.run_sync(make_own_directory, path, mode)
+        if warning is not None:
+            _logger.warning("%s", warning)
 
     async def remove_tree(self, path: Path) -> None:
         """Remove a directory and all in it, or a file. Follows no link; nothing there is no error."""

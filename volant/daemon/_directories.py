@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from volant._directories import UnsafeDirectory, check_way_to, make_own_directory
 from volant.vm import instance_of
 
 from ._settings import Settings
+
+_logger = logging.getLogger("volant.daemon")
 
 _RAM_DISKS = (Path("/dev/shm"),)
 
@@ -52,7 +56,8 @@ def log_dir(settings: Settings) -> Path:
 def claimed(settings: Settings) -> Iterator[None]:
     """The directories exist, are ours alone, and no other daemon uses them.
 
-    :raises DirectoryError: one can't be made, or another daemon holds the state directory.
+    :raises DirectoryError: one can't be made, another user owns or can replace one, or another daemon holds the state
+        directory.
     """
     for path in (
         settings.state_dir,
@@ -62,14 +67,10 @@ def claimed(settings: Settings) -> Iterator[None]:
         disk_dir(settings),
         log_dir(settings),
     ):
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise DirectoryError(
-                f"{path} can't be made: {error.strerror}; choose another one, or run as root"
-            ) from None
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise DirectoryError(f"{path} can't be written to; choose another one, or run as root")
+        _claim(path)
+    for path in (template_dir(settings), snapshot_dir(settings), *_made_later(settings)):
+        if os.path.lexists(path):
+            _claim(path)
     lock = settings.state_dir / "lock"
     fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -82,6 +83,29 @@ def claimed(settings: Settings) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _made_later(settings: Settings) -> Iterator[Path]:
+    """Directories inside that are made when they are needed."""
+    yield settings.state_dir / "standby"
+    for name in ("vms", "net", "standby", "templates"):
+        yield settings.runtime_dir / name
+
+
+def _claim(path: Path) -> None:
+    """:raises DirectoryError:"""
+    try:
+        warnings = check_way_to(path)
+        if (corrected := make_own_directory(path)) is not None:
+            warnings.append(corrected)
+    except UnsafeDirectory as error:
+        raise DirectoryError(str(error)) from None
+    except OSError as error:
+        raise DirectoryError(f"{path} can't be made: {error.strerror}; choose another one, or run as root") from None
+    for warning in warnings:
+        _logger.warning("%s", warning)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise DirectoryError(f"{path} can't be written to; choose another one, or run as root")
 
 
 def remove(settings: Settings) -> None:

@@ -6,6 +6,7 @@ there is none waits for the next one. Where they are handed in, they are the add
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import stat
@@ -13,7 +14,11 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from volant._directories import UnsafeDirectory, check_way_to
+
 from ._settings import Settings, parse_address, split
+
+_logger = logging.getLogger("volant.daemon")
 
 _BACKLOG = 256
 _FIRST_FD = 3
@@ -64,6 +69,8 @@ def listening(settings: Settings, handed: Sequence[socket.socket] = ()) -> Itera
                     paths.append(path)
                 else:
                     sockets += _bind_tcp(*parse_address(address))
+            except UnsafeDirectory as error:
+                raise ListenError(f"can't listen on {address}: {error}") from None
             except OSError as error:
                 raise ListenError(
                     f"can't listen on {address}: {error.strerror or error}; is another daemon there already?"
@@ -99,6 +106,9 @@ def _bind_tcp(host: str, port: int) -> list[socket.socket]:
 
 
 def _bind_unix(path: Path) -> socket.socket:
+    # Whoever can replace it is taken for the daemon by clients, and hears their keys.
+    for warning in check_way_to(path):
+        _logger.warning("%s", warning)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _clear(path)

@@ -1,0 +1,76 @@
+"""A local user other than root: Python code that runs as `nobody`, in a real process without any right of ours.
+
+The tests need root, as only root can start a process of another user; others skip them (`needs_root`).
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+NOBODY = pwd.getpwnam("nobody")
+_TIMEOUT_S = 60.0
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start processes of another user")
+
+
+def run_code(code: str, *arguments: object) -> str:
+    """Runs `code` as nobody to its end and returns what it printed; `arguments` are its `sys.argv[1:]`.
+
+    Raises CalledProcessError when it exits with another status than 0.
+    """
+    done = subprocess.run(
+        _command(code, arguments),
+        **_AS_NOBODY,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=True,
+    )
+    return done.stdout
+
+
+@contextmanager
+def running_code(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A process of nobody's that leads its own session, once it has printed a line; killed at the end of the block."""
+    with subprocess.Popen(
+        _command(code, arguments),
+        **_AS_NOBODY,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline(), "the attacker's process ended before it was ready"
+            yield process
+        finally:
+            process.kill()
+
+
+def make_directory(path: Path, mode: int = 0o777) -> None:
+    """Nobody makes a directory."""
+    run_code("import os, sys; os.mkdir(sys.argv[1]); os.chmod(sys.argv[1], int(sys.argv[2]))", path, mode)
+
+
+def make_link(path: Path, target: Path) -> None:
+    """Nobody makes a symbolic link."""
+    run_code("import os, sys; os.symlink(sys.argv[2], sys.argv[1])", path, target)
+
+
+_AS_NOBODY = {"user": NOBODY.pw_uid, "group": NOBODY.pw_gid, "extra_groups": (), "cwd": "/", "umask": 0, "env": {}}
+
+
+def _command(code: str, arguments: tuple[object, ...]) -> list[str]:
+    # Not the virtual environment's name for it, which may lie where nobody may not go.
+    program = Path(sys.executable).resolve()
+    return [str(program), "-I", "-c", code, *map(str, arguments)]

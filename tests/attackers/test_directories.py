@@ -1,0 +1,191 @@
+"""No other local user owns, or can replace, a directory that the daemon works in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from tests.attackers.local_user import NOBODY, make_directory, make_link, needs_root, run_code
+from volant.daemon._directories import DirectoryError, claimed, memory_dir
+from volant.daemon._settings import Settings
+from volant.daemon._sockets import ListenError, listening
+from volant.host import Host
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SQUATTED = ("state_dir", "runtime_dir", "cache_dir")
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """A directory through which everybody comes."""
+    path = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
+    path.chmod(0o711)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def settings(root: Path) -> Iterator[Settings]:
+    found = Settings(state_dir=root / "s", runtime_dir=root / "r", cache_dir=root / "c")
+    yield found
+    memory = memory_dir(found)
+    if memory.is_symlink():
+        memory.unlink()
+    shutil.rmtree(memory, ignore_errors=True)
+
+
+def claim(settings: Settings) -> None:
+    with claimed(settings):
+        pass
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o777, 0o755])
+def test_memory_is_not_kept_in_a_directory_that_another_user_made(settings: Settings, mode: int) -> None:
+    memory = memory_dir(settings)
+    make_directory(memory, mode)
+    with pytest.raises(DirectoryError, match=rf"{memory} belongs to the user nobody, .*remove it"):
+        claim(settings)
+    assert memory.stat().st_uid == NOBODY.pw_uid, "it is not taken over either"
+
+
+@needs_root
+def test_memory_is_not_kept_where_another_users_link_leads(settings: Settings, root: Path) -> None:
+    memory, ours = memory_dir(settings), root / "ours"
+    ours.mkdir(mode=0o700)
+    make_link(memory, ours)
+    with pytest.raises(DirectoryError, match=rf"{memory} belongs to the user nobody"):
+        claim(settings)
+
+
+@needs_root
+def test_volantd_refuses_to_start_on_memory_of_another_user(settings: Settings) -> None:
+    make_directory(memory_dir(settings))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "volant.daemon.main", "--listen", "127.0.0.1:0"),
+            *("--state-dir", settings.state_dir, "--runtime-dir", settings.runtime_dir),
+            *("--cache-dir", settings.cache_dir),
+        ],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"{memory_dir(settings)} belongs to the user nobody" in done.stderr
+
+
+@needs_root
+def test_a_directory_that_was_removed_under_the_daemon_is_not_shared_with_who_made_it_again(root: Path) -> None:
+    root.chmod(0o1777)
+    place = root / "memory"
+    make_directory(place)
+    with pytest.raises(OSError, match="belongs to the user nobody"):
+        trio.run(Host().mkdir, place)
+    shutil.rmtree(place)
+    make_link(place, root)
+    with pytest.raises(OSError, match="is a symbolic link that the user nobody made"):
+        trio.run(Host().mkdir, place)
+
+
+@needs_root
+@pytest.mark.parametrize("name", SQUATTED)
+def test_no_directory_of_the_daemon_is_another_users(settings: Settings, root: Path, name: str) -> None:
+    root.chmod(0o1777)
+    make_directory(getattr(settings, name))
+    with pytest.raises(DirectoryError, match="belongs to the user nobody"):
+        claim(settings)
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["s/disks", "s/logs", "s/templates", "s/snapshots", "s/standby", "r/vms", "r/net"])
+def test_nor_is_one_inside(settings: Settings, root: Path, name: str) -> None:
+    (root / name).parent.mkdir(mode=0o700)
+    (root / name).mkdir(mode=0o700)
+    os.chown(root / name, NOBODY.pw_uid, NOBODY.pw_gid)
+    with pytest.raises(DirectoryError, match=f"{name} belongs to the user nobody"):
+        claim(settings)
+
+
+@needs_root
+@pytest.mark.parametrize("name", SQUATTED)
+def test_nobody_can_replace_a_directory_above(settings: Settings, root: Path, name: str) -> None:
+    above = root / "above"
+    above.mkdir()
+    above.chmod(0o777)
+    moved = Settings(**{**{each: getattr(settings, each) for each in SQUATTED}, name: above / "d"})
+    with pytest.raises(DirectoryError, match=rf"every user can write in {above}.*chmod o-w {above}"):
+        claim(moved)
+
+
+@needs_root
+def test_a_link_of_another_users_leads_the_daemon_nowhere(settings: Settings, root: Path) -> None:
+    root.chmod(0o1777)
+    (root / "ours").mkdir(mode=0o700)
+    make_link(settings.state_dir, root / "ours")
+    with pytest.raises(DirectoryError, match="s belongs to the user nobody"):
+        claim(settings)
+
+
+def test_a_link_of_the_operators_leads_to_another_disk(settings: Settings, root: Path) -> None:
+    (root / "disk").mkdir(mode=0o700)
+    (root / "other").mkdir(mode=0o700)
+    settings.state_dir.symlink_to(root / "disk")
+    (root / "disk" / "logs").symlink_to(root / "other")
+    claim(settings)
+    assert (root / "disk" / "disks").is_dir()
+    assert stat.S_IMODE((root / "other").stat().st_mode) == 0o700
+
+
+def test_directories_that_are_ours_are_corrected(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    places = (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings))
+    for place in places:
+        place.mkdir()
+        place.chmod(0o777)
+    claim(settings)
+    assert [stat.S_IMODE(place.stat().st_mode) for place in places] == [0o755] * 4
+    assert f"{settings.state_dir} could be written to by other users (mode 0777)" in caplog.text
+
+
+@needs_root
+def test_one_that_was_open_to_all_and_holds_files_of_others_is_refused(settings: Settings) -> None:
+    settings.state_dir.mkdir()
+    settings.state_dir.chmod(0o777)
+    run_code("import sys; open(sys.argv[1], 'w').close()", settings.state_dir / "volant.db")
+    with pytest.raises(DirectoryError, match=r"volant\.db in it belongs to the user nobody"):
+        claim(settings)
+
+
+def test_new_directories_above_are_not_open_to_all_whatever_the_umask(settings: Settings, root: Path) -> None:
+    before = os.umask(0)
+    try:
+        claim(Settings(state_dir=root / "a/b/s", runtime_dir=root / "r", cache_dir=root / "c"))
+    finally:
+        os.umask(before)
+        shutil.rmtree(memory_dir(Settings(state_dir=root / "a/b/s", runtime_dir=root, cache_dir=root)))
+    assert [stat.S_IMODE((root / each).stat().st_mode) for each in ("a", "a/b", "a/b/s")] == [0o755, 0o755, 0o700]
+
+
+def test_no_socket_lies_where_every_user_can_replace_it(settings: Settings, root: Path) -> None:
+    open_to_all = root / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    there = msgspec.structs.replace(settings, api_listen_addr=f"unix:{open_to_all}/volant.sock")
+    with pytest.raises(ListenError, match=f"every user can write in {open_to_all}"), listening(there):
+        pass
+    open_to_all.chmod(0o1777)
+    with listening(there):
+        assert stat.S_IMODE((open_to_all / "volant.sock").stat().st_mode) == 0o660

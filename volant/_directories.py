@@ -1,0 +1,168 @@
+"""Directories that no other user of the host owns, can write in, or can replace.
+
+Names such as `/dev/shm/volant-<id>` are known to every user, and whoever makes such a directory first owns what is put
+there: guests' memory, their sockets. So a directory that is there already is looked at through a descriptor, without
+following a link, before anything is put into it. Whoever checks a name once can use it afterwards: an entry of ours in
+a directory that only we can write in, or in one with the sticky bit, can't be replaced by other users.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_ROOT = 0
+_WRITE_OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_ABOVE = 0o755
+"""Mode of directories above: hypervisors have users of their own, which must come through."""
+_ACCESS_LIST = "system.posix_acl_access"
+
+
+class UnsafeDirectory(PermissionError):
+    """Another user of the host owns a directory, can write in it, or can replace it. The text says what to do."""
+
+    def __init__(self, text: str, path: Path) -> None:
+        super().__init__(errno.EACCES, text, str(path))
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def make_own_directory(path: Path, mode: int = 0o700) -> str | None:
+    """Makes a directory with exactly this mode, or checks that the one that is there is ours.
+
+    One that is ours and that other users could write in is corrected, unless they have put something into it; the
+    answer is then a warning for the operator. Directories above that are missing are made with mode 0755.
+
+    Raises UnsafeDirectory; OSError when it can't be made.
+    """
+    for parent in reversed(path.parents):
+        if not parent.is_dir():
+            _make(parent, _ABOVE)
+    if _make(path, mode):
+        return None
+    with _opened(path, os.O_NOFOLLOW) as fd:
+        figures = os.fstat(fd)
+        if not stat.S_ISLNK(figures.st_mode):
+            return _check_ours(path, fd)
+        if figures.st_uid not in (_ROOT, os.geteuid()):
+            raise UnsafeDirectory(
+                f"{path} is a symbolic link that the user {_name_of(figures.st_uid)} made; remove it", path
+            )
+    # It leads where we or the operator have wanted it, as to another disk.
+    with _opened(path) as fd:
+        return _check_ours(path, fd)
+
+
+def check_way_to(path: Path) -> list[str]:
+    """Checks that no other user can put something else in the place of `path`, which need not be there.
+
+    What stands above it in directories of other users is what the operator has chosen; the answer is warnings of those.
+
+    Raises UnsafeDirectory when every user could. Raises OSError.
+    """
+    warnings: dict[str, None] = {}
+    # By both names, as a link may lead on from somewhere else.
+    for way in dict.fromkeys((path, path.parent.resolve() / path.name, path.resolve())):
+        for above, entry in zip(way.parents, (way, *way.parents), strict=False):
+            try:
+                there = os.lstat(above)
+            except FileNotFoundError:
+                continue
+            if there.st_mode & stat.S_IWOTH and not stat.S_ISLNK(there.st_mode):
+                if not there.st_mode & stat.S_ISVTX:
+                    raise UnsafeDirectory(
+                        f"every user can write in {above}, and so replace {entry}; chmod o-w {above}, or choose "
+                        "another directory",
+                        above,
+                    )
+                _check_entry(entry)
+            if there.st_uid not in (_ROOT, os.geteuid()):
+                warnings[f"{above} belongs to the user {_name_of(there.st_uid)}, who can replace {entry}"] = None
+    return list(warnings)
+
+
+def _check_entry(entry: Path) -> None:
+    """Something in a directory where everybody can make entries, and nobody can replace those of others."""
+    try:
+        owner = os.lstat(entry).st_uid
+    except FileNotFoundError:
+        return
+    if owner not in (_ROOT, os.geteuid()):
+        raise _of_another_user(entry, owner)
+
+
+def _make(path: Path, mode: int) -> bool:
+    """Whether it was not there. Raises OSError."""
+    try:
+        path.mkdir(mode)
+    except FileExistsError:
+        return False
+    path.chmod(mode)
+    return True
+
+
+@contextmanager
+def _opened(path: Path, flags: int = 0) -> Iterator[int]:
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _check_ours(path: Path, fd: int) -> str | None:
+    figures = os.fstat(fd)
+    if not stat.S_ISDIR(figures.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    if figures.st_uid != os.geteuid():
+        raise _of_another_user(path, figures.st_uid)
+    # With an access list these bits are its mask, and it was we who wrote the list.
+    open_to_others = stat.S_IWOTH if _has_access_list(fd) else _WRITE_OF_OTHERS
+    mode = stat.S_IMODE(figures.st_mode)
+    if not mode & open_to_others:
+        return None
+    # By the descriptor, so that it is this directory whatever has its name by now.
+    held = Path(f"/proc/self/fd/{fd}")
+    held.chmod(mode & ~open_to_others)
+    for entry in held.iterdir():
+        try:
+            owner = entry.lstat().st_uid
+        except FileNotFoundError:
+            continue
+        if owner not in (_ROOT, os.geteuid()):
+            raise UnsafeDirectory(
+                f"other users could write in {path} (mode {mode:04o}), and {entry.name} in it belongs to the user "
+                f"{_name_of(owner)}; look at it and remove it",
+                path,
+            )
+    return f"{path} could be written to by other users (mode {mode:04o}), and can't any more"
+
+
+def _has_access_list(fd: int) -> bool:
+    try:
+        os.getxattr(f"/proc/self/fd/{fd}", _ACCESS_LIST)
+    except OSError:
+        return False
+    return True
+
+
+def _of_another_user(path: Path, owner: int) -> UnsafeDirectory:
+    who, we = _name_of(owner), _name_of(os.geteuid())
+    return UnsafeDirectory(
+        f"{path} belongs to the user {who}, who could read and change what {we} keeps there; remove it (it is made "
+        f"anew), or, if it is meant to be used, `chown -R {we} {path}`",
+        path,
+    )
+
+
+def _name_of(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
