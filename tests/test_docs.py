@@ -1,7 +1,8 @@
-"""The pages of the documentation hang together: every link leads somewhere, and the README names every how-to."""
+"""The pages of the documentation hang together: links lead somewhere, and what a page names exists."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -26,6 +27,28 @@ def test_every_link_leads_somewhere() -> None:
 def test_the_readme_names_every_how_to() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     assert not [page.name for page in (REPOSITORY / "docs/how-to").glob("*.md") if f"how-to/{page.name})" not in readme]
+
+
+def test_every_promise_of_the_security_page_names_a_test_that_exists() -> None:
+    page = (REPOSITORY / "docs/explanation/security.md").read_text()
+    rows = re.findall(r"^\| (?!promise \||---)(.+) \| (.+) \|$", page.partition("## Attackers and promises")[2], re.M)
+    assert rows
+    missing = []
+    for promise, tests in rows:
+        named = re.findall(r"`([\w/.]+\.py)(?:::(\w+))?`", tests)
+        if not named:
+            missing.append(f"{promise}: names no test")
+        for path, function in named:
+            file = REPOSITORY / "tests" / path
+            if not file.is_file() or (function and function not in functions(file)):
+                missing.append(f"{promise}: tests/{path}::{function}")
+    assert not missing
+
+
+def functions(module: Path) -> set[str]:
+    """Returns the names of the functions that a module defines, those of its classes included."""
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return {node.name for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, definitions)}
 
 
 def anchors(page: Path) -> set[str]:
