@@ -16,6 +16,7 @@ import trio
 
 from tests.api.kit import Api, agent_behind, api, bare, request, running, until
 from volant.api._mcp import _route
+from volant.api._mcp._server import hint_for_a_model
 from volant.api._mcp._text import BUDGET, MAX_TEXT, Window, clip, fitting, weight
 from volant.api._mcp._tools import TOOLS
 from volant.channel import AgentClient, HybridVsock, open_channel
@@ -202,7 +203,7 @@ async def test_failures_are_for_the_model_to_read(served: Api, modern: bool) -> 
     missing = await call(served, "vms_get", modern=modern, vm="nobody")
     assert missing["isError"] is True
     assert "there is no VM named 'nobody'" in missing["content"][0]["text"]
-    assert "volar vms list" in missing["content"][0]["text"]
+    assert "`vms_list` shows what there is" in missing["content"][0]["text"]
     wrong = await call(served, "vms_create", modern=modern, name="a", cpu_cores="two", memory_mb=128)
     assert wrong["isError"] is True
     assert "cpu_cores" in wrong["content"][0]["text"]
@@ -624,3 +625,18 @@ def test_at_least_one_item_is_given_however_large() -> None:
     assert fitting(["x" * 100, "y"], 10) == ["x" * 100]
     assert fitting(["x", "y"], 100) == ["x", "y"]
     assert fitting([], 100) == []
+
+
+async def test_a_failure_tells_a_model_which_tool_to_use_and_no_command_line(served: Api) -> None:
+    network = {"name": "a", "cpu_cores": 1, "memory_mb": 128, "network": "missing"}
+    for tool, arguments in (("vms_get", {"vm": "missing"}), ("vms_create", network)):
+        failed = await call(served, tool, **arguments)
+        assert failed["isError"] is True
+        assert "volar" not in failed["content"][0]["text"]
+    assert "vms_list" in (await call(served, "vms_get", vm="missing"))["content"][0]["text"]
+
+
+def test_a_hint_names_tools_and_marks_what_only_an_operator_can_do() -> None:
+    assert hint_for_a_model("`volar vms start demo` starts it") == "`vms_start` starts it"
+    drained = hint_for_a_model("`volar system undrain` ends it; VMs that run go on")
+    assert drained == "`volar system undrain` (to be run by the operator) ends it; VMs that run go on"

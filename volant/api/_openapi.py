@@ -242,6 +242,8 @@ def _tag(path: str) -> str:
         return "VMs"
     if "/templates" in path:
         return "Templates"
+    if "/networks" in path:
+        return "Networks"
     return "Plugins" if "/plugins" in path else "System"
 
 

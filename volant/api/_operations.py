@@ -169,6 +169,7 @@ TAGS = {
     "Plugins": "Kinds of VMs",
     "Templates": "What VMs begin as clones of",
     "Snapshots": "Copies of VMs that are kept, to go on from",
+    "Networks": "Named networks in which VMs reach each other",
     "System": "The daemon about itself",
 }
 

@@ -73,6 +73,10 @@ _RESOURCE = re.compile(r"volant://vms/([^/]+)(?:/(logs|files)(/.*)?)?\Z", re.DOT
 _LOG_LINES = 10_000
 _LATER = CacheHint(ttl_ms=300_000, scope="public")
 
+_VOLAR = re.compile(r"`volar ([a-z]+) ([a-z]+)[^`]*`")
+"""A command in a hint: `volar vms start demo`."""
+_TOOL_NAMES = frozenset(tool.name for tool in TOOLS)
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -277,7 +281,21 @@ def _failure(problem: Problem) -> CallToolResult:
 
 
 def _text(problem: Problem) -> str:
-    return f"{problem.detail}\n{problem.hint}" if problem.hint else problem.detail
+    hint = problem.hint and hint_for_a_model(problem.hint)
+    return f"{problem.detail}\n{hint}" if hint else problem.detail
+
+
+def hint_for_a_model(hint: str) -> str:
+    """Returns a hint whose commands of `volar` are the tools that do the same.
+
+    A command that no tool stands for stays, marked as one that the operator has to run: a model has no command line.
+    """
+
+    def tool(found: re.Match[str]) -> str:
+        name = f"{found[1]}_{found[2]}"
+        return f"`{name}`" if name in _TOOL_NAMES else f"{found[0]} (to be run by the operator)"
+
+    return _VOLAR.sub(tool, hint)
 
 
 def _request_id(context: Context) -> str:
