@@ -52,6 +52,7 @@ import trio
 from volant import _cgroups, _memory, _walls
 from volant._cgroups import Bounds, Cgroups
 from volant._directories import make_own_directory
+from volant._own import check_removable
 from volant._scopes import ScopeError, Scopes
 from volant._walls import Grant, Walls
 from volant.model import ProcessIdentity
@@ -337,6 +338,23 @@ class Host:
         self._boot_id: str | None = None
         self._cpu_before = (0, 0)
         self._looks = trio.CapacityLimiter(_LOOKS_AT_ONCE)
+        self._own_directories: tuple[Path, ...] | None = None
+        self._own_marks = ""
+
+    def confine(self, directories: Sequence[Path], mark_prefix: str) -> None:
+        """Remove nothing from now on that does not lie below one of these directories, and find, open and signal no
+        process whose mark does not begin with `mark_prefix`: whatever a row, a file or a process says."""
+        self._own_directories, self._own_marks = tuple(directories), mark_prefix
+
+    def check_removable(self, path: Path) -> None:
+        """:raises OSError: it is not ours to remove."""
+        if self._own_directories is not None:
+            check_removable(path, self._own_directories)
+
+    def check_own(self, identity: ProcessIdentity) -> None:
+        """:raises ProcessGone: it is not ours, so that for us there is none."""
+        if not identity.mark.startswith(self._own_marks):
+            raise ProcessGone(f"process {identity.pid} is none of this daemon's: its mark is {identity.mark[:100]!r}")
 
     # Time and names
 
@@ -491,7 +509,10 @@ class Host:
         """Every living process that carries a mark with this prefix. Reads all of /proc: once, not in a loop.
 
         Only leaders of a session count, as `spawn` makes them: somebody's `pgrep` for the mark is not taken for it.
+        None where such marks are not ours.
         """
+        if not mark_prefix.startswith(self._own_marks):
+            return []
         self._collect_children()
         return await trio.to_thread.run_sync(self._processes, mark_prefix)
 
@@ -624,8 +645,9 @@ class Host:
         """A handle on the process with this identity, ours or adopted. A child of ours that has ended can be opened
         until somebody has seen its status.
 
-        Raises ProcessGone when there is none: another boot, another start time, another command line.
+        Raises ProcessGone when there is none: another boot, another start time, another command line, not ours.
         """
+        self.check_own(identity)
         if identity.boot_id != self.boot_id():
             raise ProcessGone(f"process {identity.pid} belongs to another boot of this machine")
         child = self._children.get(identity.pid)
@@ -782,7 +804,9 @@ class Host:
             _logger.warning("%s", warning)
 
     async def remove_tree(self, path: Path) -> None:
-        """Remove a directory and all in it, or a file. Follows no link; nothing there is no error."""
+        """Remove a directory and all in it, or a file. Follows no link; nothing there is no error. Raises OSError, also
+        for what is not ours."""
+        self.check_removable(path)
 
         def remove() -> None:
             try:
@@ -796,7 +820,8 @@ class Host:
         await trio.to_thread.run_sync(remove)
 
     async def remove_file(self, path: Path) -> None:
-        """Remove one file; nothing there is no error. Raises OSError."""
+        """Remove one file; nothing there is no error. Raises OSError, also for what is not ours."""
+        self.check_removable(path)
         await trio.to_thread.run_sync(lambda: path.unlink(missing_ok=True))
 
     async def read_bytes(self, path: Path, limit: int = _READ_LIMIT) -> bytes:
@@ -1060,7 +1085,8 @@ class Host:
         self.sync_directory(to.parent)
 
     def unlink(self, path: Path) -> None:
-        """Remove one file in place; nothing there is no error. Raises OSError."""
+        """Remove one file in place; nothing there is no error. Raises OSError, also for what is not ours."""
+        self.check_removable(path)
         path.unlink(missing_ok=True)
 
     def punch_hole(self, fd: int, start: int, length: int) -> bool:

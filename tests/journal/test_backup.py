@@ -264,12 +264,12 @@ FOREIGN: dict[str, tuple[Callable[[Path], None], str]] = {
     "another program's": (_sql("PRAGMA application_id = 7"), "some other program"),
     "with a trigger": (
         _sql("CREATE TRIGGER t AFTER INSERT ON vms BEGIN DELETE FROM vms; END"),
-        "not those of this version",
+        "not those of a database of version",
     ),
     "with a row that is none": (_sql("INSERT INTO vms VALUES (99, 'x', 1, x'7b7d')"), "can't be understood"),
     "with an event that is none": (
         _sql("UPDATE events SET frame = x'7b7d' WHERE seq = 1"),
-        "event 1 can't be understood",
+        "table events, row 1, can't be understood",
     ),
 }
 

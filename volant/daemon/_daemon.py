@@ -49,7 +49,17 @@ from volant.vm import (
     processes_of_vms,
 )
 
-from ._directories import DirectoryError, claimed, disk_dir, log_dir, memory_dir, remove, snapshot_dir, template_dir
+from ._directories import (
+    DirectoryError,
+    claimed,
+    confine,
+    disk_dir,
+    log_dir,
+    memory_dir,
+    remove,
+    snapshot_dir,
+    template_dir,
+)
 from ._dump import dump_on_signal
 from ._nameservers import nameservers_of_host
 from ._protection import Protection
@@ -163,7 +173,8 @@ async def evidence_of(host: Host, settings: Settings, logs: VmLogs) -> Evidence:
     instance = instance_of(settings.state_dir)
     running = {}
     for each in await processes_of_vms(host, instance):
-        running[each.vm_id] = Running(each.boot, each.identity)
+        console = settings.runtime_dir / "vms" / str(each.vm_id) / "console.sock"
+        running[each.vm_id] = Running(each.boot, each.identity, str(console))
     disks = await host.run_blocking(host.list_directory, disk_dir(settings))
     ids = [int(name.partition("-")[0]) for name in disks if name.partition("-")[0].isdecimal()]
     return Evidence(max([0, *running, *logs.ids(), *ids]), running)
@@ -198,6 +209,7 @@ class Daemon:
         self.host = host or _host(self._notifier, settings)
         self.started_at: datetime = self.host.wall_clock()
         instance = instance_of(settings.state_dir)
+        confine(self.host, settings)
         self.store = Store(
             self.host,
             settings.state_dir / "volant.db",

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from volant._directories import UnsafeDirectory, check_way_to, make_own_directory
+from volant.host import Host
 from volant.vm import instance_of
 
 from ._settings import Settings
@@ -50,6 +51,12 @@ def snapshot_dir(settings: Settings) -> Path:
 def log_dir(settings: Settings) -> Path:
     """Where the logs of VMs lie."""
     return settings.state_dir / "logs"
+
+
+def confine(host: Host, settings: Settings) -> None:
+    """Let a host remove and signal nothing but what is of the daemon with these settings."""
+    own = (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings))
+    host.confine(own, f"volant-{instance_of(settings.state_dir)}-")
 
 
 @contextmanager

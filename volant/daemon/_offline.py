@@ -17,7 +17,7 @@ from volant.model import Problem
 from volant.vm import instance_of
 
 from ._daemon import DaemonError, evidence_of
-from ._directories import DirectoryError, claimed, log_dir
+from ._directories import DirectoryError, claimed, confine, log_dir
 from ._settings import Settings
 
 
@@ -55,6 +55,7 @@ def _readable(file: Path) -> Iterator[None]:
 
 async def _restore(settings: Settings, file: Path, replace: bool) -> str:
     host = Host()
+    confine(host, settings)
     path = settings.state_dir / "volant.db"
     instance = instance_of(settings.state_dir)
     evidence = await evidence_of(host, settings, VmLogs(host, log_dir(settings)))

@@ -11,7 +11,7 @@ import trio
 from volant.host import Host
 from volant.hypervisor.qemu import QemuHypervisor
 
-from ._directories import DirectoryError, claimed
+from ._directories import DirectoryError, claimed, confine
 from ._guests import stop_guests
 from ._journald import JournalHandler, is_journal
 from ._settings import SettingsError, load
@@ -25,6 +25,7 @@ def main() -> None:
         settings, _ = load(sys.argv[1:], os.environ)
         with claimed(settings):
             host = Host()
+            confine(host, settings)
             left = trio.run(stop_guests, settings, host, QemuHypervisor(host, settings.cache_dir))
     except SettingsError as error:
         logging.error("%s", error)

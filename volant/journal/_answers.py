@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable
 from datetime import datetime
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import msgspec
 
 from volant.model import Problem
+from volant.model.stored import BadMember
 
 MAX_ANSWERS = 10_000
 MAX_BYTES = 16 * 1024 * 1024
 MAX_AGE_S = 24 * 3600
 
 _OVERHEAD = 600
+_HEADER = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}\Z")
+_HEADER_VALUE = re.compile(r"[\x20-\x7e]{0,1024}\Z")
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -128,6 +132,16 @@ class Answers:
         old = self._kept.pop(scope, None)
         if old is not None:
             self._bytes -= old.size
+
+
+def check_kept(kept: Kept) -> None:
+    """:raises BadMember: it is no answer of this daemon's: a header of it could be another answer."""
+    said = kept.answer or kept.refusal
+    if said is not None and not 200 <= said.status <= 599:
+        raise BadMember("status", said.status, "which is no status of an answer")
+    for name, value in (kept.answer.headers if kept.answer is not None else {}).items():
+        if not _HEADER.match(name) or not _HEADER_VALUE.match(value):
+            raise BadMember(f"answer.headers[{name[:40]!r}]", value, "which is no header of an answer")
 
 
 def check_same(kept: Kept, once: Once) -> Kept:

@@ -12,9 +12,19 @@ import msgspec
 
 from volant.host import Host
 from volant.model import Drain, Manifest, Network, Snapshot, VmRow
+from volant.model.stored import (
+    MAX_ID,
+    BadMember,
+    check_stored_epoch,
+    check_stored_network,
+    check_stored_plugin,
+    check_stored_snapshot,
+    check_stored_time,
+    check_stored_vm,
+)
 
-from ._answers import Kept
-from ._errors import DatabaseRefused, JournalBroken
+from ._answers import Kept, check_kept
+from ._errors import BadRow, DatabaseRefused, JournalBroken
 from ._frames import EventFrame
 from ._projection import Plugin
 from ._schema import BUSY_TIMEOUT_MS, open_reader, open_writer
@@ -47,6 +57,8 @@ _VACUUM_PAGES = 128
 _SLACK_PAGES = 256
 _LOG_BYTES = 32 * 1024 * 1024
 _LOG_PATIENCE_MS = 250
+_MAX_STATE_BYTES = 2**30
+"""Of all that is kept in memory, as JSON: a thousand VMs with the largest manifests have a quarter of it."""
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -96,30 +108,28 @@ class Database:
     def load(self, told_seq: int | None) -> Loaded:
         """Read the state. `told_seq` is the last event that readers have had, None when there were no readers yet.
 
-        :raises DatabaseRefused: a row can't be understood.
+        :raises BadRow: one can't be understood, or this daemon can't have written it.
         """
         # A commit of a predecessor may still be under way in its thread. Under the write lock it is over.
         with self.transaction():
             get = self._connection.execute
-            epoch = get("SELECT value FROM meta WHERE key = 'epoch'").get
+            epoch = _epoch(get("SELECT value FROM meta WHERE key = 'epoch'").get)
             drained = get("SELECT value FROM meta WHERE key = 'drain'").get
             sequence = get("SELECT seq FROM sqlite_sequence WHERE name = 'vms'").get
             oldest, newest = get("SELECT min(seq), max(seq) FROM events").get
             newest = newest or 0
+            if not 0 <= (sequence or 0) <= MAX_ID:
+                raise BadRow(f"table sqlite_sequence, row 'vms': seq is {sequence}, and at most {MAX_ID} is possible")
             oldest_at = self._oldest_at(newest)
             untold = [] if told_seq is None else self._after(epoch, told_seq)
-            try:
-                rows = [_decode_row(row) for (row,) in get("SELECT row FROM vms ORDER BY id")]
-                plugins = [
-                    Plugin(_decode_manifest(manifest), bool(enabled), datetime.fromisoformat(created_at))
-                    for manifest, enabled, created_at in get("SELECT manifest, enabled, created_at FROM plugins")
-                ]
-                snapshots = [_decode_snapshot(one) for (one,) in get("SELECT snapshot FROM snapshots")]
-                networks = [_decode_network(one) for (one,) in get("SELECT network FROM networks")]
-                answers = [_decode_kept(kept) for (kept,) in get("SELECT kept FROM answers")]
-                drain = None if drained is None else _decode_drain(drained)
-            except msgspec.MsgspecError as error:
-                raise DatabaseRefused(f"the database holds a row that can't be understood: {error}") from error
+            self._check_size()
+            rows = [_vm(*columns) for columns in get("SELECT id, name, revision, row FROM vms ORDER BY id")]
+            plugins = [_plugin(*columns) for columns in get("SELECT name, manifest, enabled, created_at FROM plugins")]
+            snapshots = [_snapshot(*columns) for columns in get("SELECT id, name, snapshot FROM snapshots")]
+            networks = [_network(*columns) for columns in get("SELECT name, network FROM networks")]
+            answers = [_answer(*columns) for columns in get("SELECT scope, kept FROM answers")]
+            drain = None if drained is None else _drain(drained)
+            _check_marks(rows)
         oldest_seq = oldest or newest + 1
         return Loaded(
             epoch,
@@ -135,6 +145,17 @@ class Database:
             oldest_at,
             untold,
         )
+
+    def _check_size(self) -> None:
+        """:raises DatabaseRefused: its rows would take all memory."""
+        for table, column in _COLUMNS:
+            query = f"SELECT total(length({column})) FROM {table}"  # noqa: S608 - our own names
+            total = self._connection.execute(query).get
+            if total > _MAX_STATE_BYTES:
+                raise DatabaseRefused(
+                    f"the rows of table {table} take {int(total) // 2**20} MiB, at most {_MAX_STATE_BYTES // 2**20} "
+                    "are possible"
+                )
 
     def write(self, operations: Sequence[Operation]) -> None:
         """One transaction. All of it is on the disk when this returns, or none of it will be.
@@ -283,6 +304,100 @@ class Database:
     def _expect_one(self, vm_id: int) -> None:
         if self._connection.changes() != 1:
             raise JournalBroken(f"the row of VM {vm_id} on the disk is not the one that was committed last")
+
+
+_COLUMNS = (
+    ("vms", "row"),
+    ("plugins", "manifest"),
+    ("snapshots", "snapshot"),
+    ("networks", "network"),
+    ("answers", "kept"),
+)
+
+
+@contextmanager
+def _naming(table: str, row: object) -> Iterator[None]:
+    """:raises BadRow: that names the table, the row and the member; for what goes wrong in the block."""
+    try:
+        yield
+    except BadMember as bad:
+        raise BadRow(f"table {table}, row {_shown(row)}: {bad}") from bad
+    except (msgspec.MsgspecError, RecursionError, TypeError, ValueError) as error:
+        raise BadRow(f"table {table}, row {_shown(row)}, can't be understood: {error}") from error
+
+
+def _same(**columns: tuple[object, object]) -> None:
+    """:raises BadMember: a member says something else than the column of that name."""
+    for name, (column, member) in columns.items():
+        if column != member:
+            raise BadMember(name, member, f"and its column says {_shown(column)}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _vm(vm_id: int, name: str, revision: int, data: bytes) -> VmRow:
+    with _naming("vms", vm_id):
+        row = _decode_row(data)
+        _same(id=(vm_id, row.id), name=(name, row.name), revision=(revision, row.revision))
+        check_stored_vm(row)
+        return row
+
+
+def _plugin(name: str, data: bytes, enabled: int, created_at: str) -> Plugin:
+    with _naming("plugins", name):
+        manifest = _decode_manifest(data)
+        _same(name=(name, manifest.name))
+        check_stored_plugin(manifest)
+        created = datetime.fromisoformat(created_at)
+        check_stored_time("created_at", created)
+        return Plugin(manifest, bool(enabled), created)
+
+
+def _snapshot(snapshot_id: str, name: str, data: bytes) -> Snapshot:
+    with _naming("snapshots", snapshot_id):
+        snapshot = _decode_snapshot(data)
+        _same(id=(snapshot_id, snapshot.id), name=(name, snapshot.name))
+        check_stored_snapshot(snapshot)
+        return snapshot
+
+
+def _network(name: str, data: bytes) -> Network:
+    with _naming("networks", name):
+        network = _decode_network(data)
+        _same(name=(name, network.name))
+        check_stored_network(network)
+        return network
+
+
+def _answer(scope: bytes, data: bytes) -> Kept:
+    with _naming("answers", scope):
+        kept = _decode_kept(data)
+        _same(scope=(scope, kept.scope))
+        check_kept(kept)
+        return kept
+
+
+def _drain(data: str) -> Drain:
+    with _naming("meta", "drain"):
+        drain = _decode_drain(data)
+        check_stored_time("since", drain.since)
+        return drain
+
+
+def _epoch(value: object) -> str:
+    with _naming("meta", "epoch"):
+        return check_stored_epoch(value)
+
+
+def _check_marks(rows: Sequence[VmRow]) -> None:
+    """:raises BadRow: two VMs claim one process."""
+    owners: dict[str, int] = {}
+    for row in rows:
+        if row.mark and (other := owners.setdefault(row.mark, row.id)) != row.id:
+            raise BadRow(f"table vms, row {row.id}: mark is {row.mark!r}, which is that of row {other}")
 
 
 class EventPages:

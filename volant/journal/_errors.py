@@ -37,6 +37,10 @@ class DatabaseRefused(Exception):
     """The file is not a database that this version may touch: a newer version's, somebody else's, or damaged."""
 
 
+class BadRow(DatabaseRefused):
+    """It has a row that this daemon can't have written. The text names the table, the row and the member."""
+
+
 class JournalBroken(Exception):
     """The database is not what the journal wrote last. The actor crashes of it, and loads again."""
 

@@ -36,13 +36,14 @@ class EventFrame(msgspec.Struct, frozen=True):
         there is another. :raises msgspec.ValidationError: it is none of ours."""
         event = _decode(data)
         event_id = f"{epoch}-{seq}"
-        if event.id != event_id:
+        # JSON may have line breaks between its parts, and each would begin another field of the stream.
+        if event.id != event_id or b"\n" in data or b"\r" in data:
             return cls.of(seq, msgspec.structs.replace(event, id=event_id))
         return cls._with(seq, event, data)
 
     @classmethod
     def _with(cls, seq: int, event: Event, data: bytes) -> EventFrame:
-        # JSON has no raw line break, so one data line holds it.
+        # What we encode has no raw line break, so one data line holds it.
         return cls(seq, event, data, f"id: {event.id}\nevent: {event.type}\ndata: ".encode() + data + b"\n\n")
 
 

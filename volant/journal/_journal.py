@@ -33,10 +33,10 @@ from volant.model import Drain, EventId, IllegalEdge, Network, Problem, Snapshot
 
 from ._answers import Once
 from ._database import Database
-from ._errors import AlreadyAnswered, StaleRow, no_room, overloaded, restoring, slow, unwritable
+from ._errors import AlreadyAnswered, BadRow, StaleRow, no_room, overloaded, restoring, slow, unwritable
 from ._projection import Plugin
-from ._restore import finish, merge, next_path
-from ._schema import damaged
+from ._restore import finish, merge, next_path, snapshots_after
+from ._schema import damaged, untrusted
 from ._stage import Stage
 from ._store import Store
 from .messages import (
@@ -103,6 +103,8 @@ class Journal(Actor):
             self.ctx.stack.push_async_callback(store.host.run_blocking, self._database.close)
             told = store.events.newest.seq if store.events.epoch else None
             loaded = await store.host.run_blocking(self._database.load, told)
+        except BadRow as bad:
+            raise untrusted(store.path, bad) from bad
         except (apsw.CorruptError, apsw.NotADBError) as error:
             raise damaged(store.path, error) from error
         check_fence()
@@ -255,7 +257,7 @@ class Journal(Actor):
                 finish,
                 last_vm_id=last_vm_id,
                 drain=store.projection.drain,
-                snapshots=list(store.projection.snapshots.values()),
+                snapshots=snapshots_after(message.backup, store.projection.snapshots.values()),
                 now=store.host.wall_clock(),
             )
             epoch = await store.host.run_blocking(decide, store.host, message.upload, store.path, changes)

@@ -40,15 +40,18 @@ from volant.model import (
     event_for,
     moved,
 )
+from volant.model.stored import MAX_ID, BadMember, check_addresses_differ, check_stored_epoch
 
 from ._database import Database, Loaded
 from ._errors import DatabaseRefused
 from ._frames import EventFrame
-from ._schema import migrated, open_reader
+from ._schema import MAX_BLOB_BYTES, migrated, open_reader
 from ._stage import AddEvent, PutDrain, PutSnapshot
 
 EXAMINE_S = 300.0
 _READ = 1024 * 1024
+_MAX_EVENT_BYTES = 1024 * 1024
+"""Of one event; the labels of a VM, a reason and its last lines have some 200 kB."""
 _LEFT_BEHIND = re.compile(r"-(copy|upload)-[0-9a-f]+\.db(-journal|-wal|-shm)?\Z")
 
 
@@ -57,6 +60,8 @@ class Running(msgspec.Struct, frozen=True):
 
     boot: int
     identity: ProcessIdentity
+    serial_socket: str | None = None
+    """Where its console is served."""
 
 
 class Evidence(msgspec.Struct, frozen=True):
@@ -148,20 +153,42 @@ def read(path: Path, offset: int) -> bytes:
 def examine(host: Host, path: Path) -> Loaded:
     """Look at every page and every row of what shall become the database, and bring it up to date.
 
-    :raises DatabaseRefused: it is damaged, a newer version's, or none of ours. :raises apsw.Error: the disk fails.
+    :raises DatabaseRefused: it is damaged, a newer version's, none of ours, or has a row that this daemon can't have
+        written. :raises apsw.Error: the disk fails.
     """
-    connection = migrated(host, path, EXAMINE_S)
     try:
-        database = Database(connection)
-        loaded = database.load(None)
-        for seq, frame in connection.execute("SELECT seq, frame FROM events"):
-            try:
-                EventFrame.read(loaded.epoch, seq, frame)
-            except msgspec.MsgspecError as error:
-                raise DatabaseRefused(f"event {seq} can't be understood: {error}") from error
-    finally:
-        connection.close()
+        connection = migrated(host, path, EXAMINE_S)
+        try:
+            loaded = Database(connection).load(None)
+            _examine_events(connection, loaded)
+        finally:
+            connection.close()
+    except apsw.TooBigError as error:
+        raise DatabaseRefused(f"it has a row with more than {MAX_BLOB_BYTES // 2**20} MiB") from error
+    except apsw.InterruptError as error:
+        raise DatabaseRefused(f"looking through it took more than {EXAMINE_S:g} s") from error
+    try:
+        check_addresses_differ(loaded.rows)
+    except BadMember as bad:
+        raise DatabaseRefused(f"table vms: {bad}") from bad
     return loaded
+
+
+def _examine_events(connection: apsw.Connection, loaded: Loaded) -> None:
+    """:raises DatabaseRefused: one can't be understood, or their numbers have a hole."""
+    expected = loaded.oldest_seq
+    if not 1 <= expected <= MAX_ID or loaded.newest_seq > MAX_ID:
+        raise DatabaseRefused(f"table events: seq is {expected} to {loaded.newest_seq}, 1 to {MAX_ID} are possible")
+    for seq, frame in connection.execute("SELECT seq, frame FROM events ORDER BY seq"):
+        if seq != expected:
+            raise DatabaseRefused(f"table events: event {seq} follows event {expected - 1}")
+        expected += 1
+        if len(frame) > _MAX_EVENT_BYTES:
+            raise DatabaseRefused(f"table events, row {seq}: frame has {len(frame)} bytes, at most {_MAX_EVENT_BYTES}")
+        try:
+            EventFrame.read(loaded.epoch, seq, frame)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise DatabaseRefused(f"table events, row {seq}, can't be understood: {error}") from error
 
 
 def merge(
@@ -208,23 +235,49 @@ def _same(one: VmRow, other: VmRow) -> bool:
 
 
 def _as_it_runs(row: VmRow, running: Running | None, instance: str) -> VmRow:
-    """A process of a later boot than the one in the backup is the VM: to boot another beside it would be two."""
-    if running is None and row.lease is not None:
-        return msgspec.structs.replace(row, lease=moved(row.lease, instance, row.id))
-    if running is None or running.identity.mark == row.mark:
-        return row
-    return msgspec.structs.replace(
+    """What a backup says of processes is not believed: which there are, the host tells. A process of a later boot than
+    the one in the backup is the VM: to boot another beside it would be two."""
+    same = running is not None and running.identity.mark == row.mark
+    row = msgspec.structs.replace(
         row,
-        status=Status.RUNNING,
-        desired=Desired.RUNNING if row.desired is Desired.STOPPED else row.desired,
-        phase=Phase.PAUSE if row.desired is Desired.PAUSED else Phase.NONE,
-        reason=None,
-        mark=running.identity.mark,
-        process=running.identity,
-        boots=running.boot,
-        booted=row.generation,
-        agent_seen=True,
+        process=None,
+        serial_socket=None,
+        lease=None if row.lease is None else moved(row.lease, instance, row.id),
+        mark=_own_mark(row, instance),
     )
+    if running is None:
+        return row
+    if not same:
+        row = msgspec.structs.replace(
+            row,
+            status=Status.RUNNING,
+            desired=Desired.RUNNING if row.desired is Desired.STOPPED else row.desired,
+            phase=Phase.PAUSE if row.desired is Desired.PAUSED else Phase.NONE,
+            reason=None,
+            boots=running.boot,
+            booted=row.generation,
+            agent_seen=True,
+        )
+    return msgspec.structs.replace(
+        row, mark=running.identity.mark, process=running.identity, serial_socket=running.serial_socket
+    )
+
+
+def _own_mark(row: VmRow, instance: str) -> str:
+    """The mark that this daemon gives the boot that the row is in: nobody else's process carries it."""
+    if not row.mark:
+        return ""
+    boot = row.boots + 1 if row.phase is Phase.LAUNCH else max(1, row.boots)
+    return f"volant-{instance}-{row.id}.{boot}"
+
+
+def snapshots_after(backup: Loaded, present: Iterable[Snapshot]) -> list[Snapshot]:
+    """Those of a backup, without what it says of processes, and those of now in the place of what it says of them."""
+    kept = [
+        msgspec.structs.replace(one, vm=msgspec.structs.replace(one.vm, process=None, serial_socket=None, mark=""))
+        for one in backup.snapshots
+    ]
+    return [*kept, *present]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -244,7 +297,7 @@ def finish(
 ) -> str:
     """Make an examined upload what the next daemon finds, and give it the name that says so; the new epoch.
 
-    `snapshots`: those of now, which stay, as their files do; a backup has none.
+    `snapshots`: see `snapshots_after`.
 
     :raises apsw.Error, OSError: the disk fails; nothing is decided.
     """
@@ -318,7 +371,7 @@ def restore_offline(host: Host, path: Path, file: Path, evidence: Evidence, inst
             changes,
             last_vm_id=last_vm_id,
             drain=present.drain if present else None,
-            snapshots=present.snapshots if present else (),
+            snapshots=snapshots_after(backup, present.snapshots if present else ()),
             now=host.wall_clock(),
         )
     finally:
@@ -353,7 +406,7 @@ def take_over(host: Host, path: Path) -> str | None:
         return None
     connection = open_reader(fresh)
     try:
-        epoch = connection.execute("SELECT value FROM meta WHERE key = 'epoch'").get
+        epoch = check_stored_epoch(connection.execute("SELECT value FROM meta WHERE key = 'epoch'").get)
     finally:
         connection.close()
     aside = path.with_name(f"{path.stem}-before-{epoch}{path.suffix}")

@@ -70,6 +70,8 @@ MIGRATIONS = (
 
 VERSION = len(MIGRATIONS)
 
+MAX_BLOB_BYTES = 16 * 1024 * 1024
+"""Of one row; the largest that is ever written has a manifest and an environment, of less than one together."""
 BUSY_TIMEOUT_MS = 5000
 _WAL_LIMIT_BYTES = 16 * 1024 * 1024
 _CHECK_S = 10.0
@@ -115,28 +117,65 @@ def open_writer(host: Host, path: Path) -> apsw.Connection:
 def migrated(host: Host, path: Path, check_s: float, *, check: bool = True) -> apsw.Connection:
     """Open a database that nobody else uses and that shall stay one file, and bring it up to date.
 
-    :param check: look at all of it; somebody else may have made it
+    :param check: look at all of it; somebody else may have made it. For as long as the connection is open, all that is
+        done with it has to be over within `check_s`
     :raises DatabaseRefused: it is damaged, a newer version's, or none of ours.
     :raises apsw.Error: the disk does not do what it should.
     """
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
-        connection.pragma("trusted_schema", False)
+        _distrust(connection)
         connection.pragma("temp_store", "memory")
         if check:
             if _check(connection, path):
                 raise DatabaseRefused(f"{path.name} is empty")
+            # Before anything is read through it: checks, defaults and generated columns are programs.
+            _check_schema(connection, path)
             if not _look_for_damage(connection, path, host, check_s, "integrity_check"):
                 raise DatabaseRefused(f"looking through it took more than {check_s:g} s")
+            deadline = host.monotonic() + check_s
+            connection.set_progress_handler(lambda: host.monotonic() > deadline, _CHECK_STEPS)
         connection.pragma("journal_mode", "delete")
         connection.pragma("synchronous", "extra")
         _migrate(connection, host)
-        if check and _schema_of(connection) != _own_schema():
-            raise DatabaseRefused("its tables are not those of this version")
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _distrust(connection: apsw.Connection) -> None:
+    """What the file says runs nothing: no trigger, no view, no function in a schema, no write past SQLite's checks."""
+    for option, value in (
+        (apsw.SQLITE_DBCONFIG_DEFENSIVE, 1),
+        (apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0),
+        (apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, 0),
+        (apsw.SQLITE_DBCONFIG_ENABLE_VIEW, 0),
+        (apsw.SQLITE_DBCONFIG_WRITABLE_SCHEMA, 0),
+        (apsw.SQLITE_DBCONFIG_DQS_DDL, 0),
+        (apsw.SQLITE_DBCONFIG_DQS_DML, 0),
+    ):
+        connection.config(option, value)
+    connection.limit(apsw.SQLITE_LIMIT_LENGTH, MAX_BLOB_BYTES)
+    connection.pragma("cell_size_check", True)
+    connection.pragma("mmap_size", 0)
+
+
+def _check_schema(connection: apsw.Connection, path: Path) -> None:
+    """:raises DatabaseRefused: it has other tables than a database of its version, or anything else besides."""
+    version = connection.pragma("user_version")
+    if version < 1:
+        raise damaged(path, f"its version is {version}")
+    try:
+        found = _schema_of(connection)
+    except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError) as error:
+        raise damaged(path, error) from error
+    own = _own_schema(version)
+    strange = [f"{each[0]} {each[1]!r}" for each in found if each not in own]
+    missing = [f"{each[0]} {each[1]!r}" for each in own if each not in found]
+    if strange or missing:
+        what = f"it has {strange[0]}" if strange else f"it lacks {missing[0]}"
+        raise DatabaseRefused(f"its tables are not those of a database of version {version}: {what[:200]}")
 
 
 def open_reader(path: Path) -> apsw.Connection:
@@ -158,7 +197,7 @@ def _check(connection: apsw.Connection, path: Path) -> bool:
         application_id = connection.pragma("application_id")
         version = connection.pragma("user_version")
         tables = connection.execute("SELECT count(*) FROM sqlite_schema").get
-    except (apsw.NotADBError, apsw.CorruptError) as error:
+    except (apsw.NotADBError, apsw.CorruptError, apsw.SQLError) as error:
         raise damaged(path, error) from error
     if application_id == 0 and tables == 0:
         wal = path.with_name(f"{path.name}-wal")
@@ -185,6 +224,11 @@ def damaged(path: Path, what: object) -> DatabaseRefused:
     return DatabaseRefused(f"{path} is damaged or no SQLite database ({what}); {_WHAT_TO_DO}")
 
 
+def untrusted(path: Path, what: object) -> DatabaseRefused:
+    """What is said of a database with a row that this daemon can't have written."""
+    return DatabaseRefused(f"{path} holds what volantd has not written, and is not used: {what}; {_WHAT_TO_DO}")
+
+
 def _look_for_damage(
     connection: apsw.Connection, path: Path, host: Host, within_s: float, pragma: str = "quick_check"
 ) -> bool:
@@ -205,13 +249,13 @@ def _look_for_damage(
     return True
 
 
-def _schema_of(connection: apsw.Connection) -> list[object]:
+def _schema_of(connection: apsw.Connection) -> list[tuple[object, ...]]:
     return list(connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name"))
 
 
-def _own_schema() -> list[object]:
+def _own_schema(version: int = VERSION) -> list[tuple[object, ...]]:
     with closing(apsw.Connection(":memory:")) as connection:
-        for script in MIGRATIONS:
+        for script in MIGRATIONS[:version]:
             connection.execute(script)
         return _schema_of(connection)
 

@@ -62,6 +62,7 @@ from volant.model import (
     user_lease,
     waits_for,
 )
+from volant.model.stored import BadMember, check_stored_vm
 
 from ._answers import Answer, Answers, Kept, Once, Refusal, check_same
 from ._errors import AlreadyAnswered, StaleRow
@@ -344,6 +345,14 @@ class Stage:
         if before is None:
             raise ValueError("an adoption has a step at least")
         row = msgspec.structs.replace(before, revision=1)
+        try:
+            # It is what the command line of a process says, which anybody may have written.
+            check_stored_vm(row)
+        except BadMember as bad:
+            raise Problem(
+                409, "orphan-not-adoptable", f"{row.mark} can't be adopted: {bad}", vm=row.name,
+                hint="it goes on running; `volar vms kill` ends it",
+            ) from bad  # fmt: skip
         if self._by_id(row.id) is not None:
             raise Problem(409, "vm-exists", f"there is a VM with the id {row.id} already", vm=row.name)
         self._check_free(row.name)

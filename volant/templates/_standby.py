@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from volant._own import inside
 from volant.host import Host, ProcessGone
 from volant.hypervisor import Disk, HypervisorError, MachineSpec, Nic
 from volant.model import ProcessIdentity
@@ -104,7 +105,7 @@ def standby_mark_prefix(instance: str) -> str:
 
 def standby_directory(runtime_dir: Path, mark: str) -> Path:
     """Where a process has its sockets while it waits."""
-    return runtime_dir / "standby" / mark.rpartition(".")[2]
+    return inside(runtime_dir / "standby", mark.rpartition(".")[2])
 
 
 def wanted(uses: Mapping[str, Use], now: float, limits: StandbyLimits) -> dict[str, int]:
@@ -361,7 +362,7 @@ class Standbys:
         return self.doors.store.directory.with_name("standby")
 
     def _layer(self, mark: str) -> Path:
-        return self._layers / f"{mark.rpartition('.')[2]}.qcow2"
+        return inside(self._layers, f"{mark.rpartition('.')[2]}.qcow2")
 
     def _owned(self, mark: str) -> bool:
         return any(row.mark == mark for row in self.doors.projection.rows())

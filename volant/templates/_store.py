@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from volant._own import inside
 from volant.host import Host
 from volant.hypervisor import Template
 
@@ -33,12 +34,13 @@ _logger = logging.getLogger("volant.templates")
 
 def template_at(directory: Path, digest: str) -> Template:
     """Where a template lies, whether or not it is there."""
-    return Template(directory / digest / MEMORY, directory / digest / STATE)
+    found = inside(directory, digest)
+    return Template(found / MEMORY, found / STATE)
 
 
 def template_layer(directory: Path, digest: str) -> Path:
     """Where its layer lies, if it has one."""
-    return directory / digest / LAYER
+    return inside(directory, digest) / LAYER
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -172,10 +174,10 @@ class TemplateStore:
 
     async def remove(self, digest: str) -> None:
         """Take one away; VMs that go on from it keep what they have. Nothing there is no error. Raises OSError."""
+        directory = inside(self.directory, digest)
         for known in (self._known, self._used, self._noted, self.clones):
             known.pop(digest, None)
         self.on_removed(digest)
-        directory = self.directory / digest
         if self._host.exists(directory):
             await self._host.remove_file(directory / RECORD)
             await self._host.remove_tree(directory)

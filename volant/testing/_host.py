@@ -184,6 +184,8 @@ class SimHost(Host):
         return min(found, key=lambda identity: identity.start_time, default=None)
 
     async def processes(self, mark_prefix: str) -> list[ProcessIdentity]:
+        if not mark_prefix.startswith(self._own_marks):
+            return []
         return await self._call(
             lambda: [
                 process.identity for process in self._machine.living() if process.identity.mark.startswith(mark_prefix)
@@ -222,6 +224,7 @@ class SimHost(Host):
 
     def open_process(self, identity: ProcessIdentity) -> Any:
         self._check()
+        self.check_own(identity)
         process = self._machine.processes.get(identity.pid)
         child = self._children.get(identity.pid) == identity
         if identity.boot_id != self._machine.boot_id or process is None or process.identity != identity:
@@ -280,9 +283,12 @@ class SimHost(Host):
         await self._call(make)
 
     async def remove_tree(self, path: Path) -> None:
+        self.check_removable(path)
         await self._call(lambda: self._files.remove_tree(path))
 
     async def remove_file(self, path: Path) -> None:
+        self.check_removable(path)
+
         def remove() -> None:
             if self._files.find(path) is not None:
                 self._files.unlink(path)
@@ -464,6 +470,7 @@ class SimHost(Host):
 
     def unlink(self, path: Path) -> None:
         self._check()
+        self.check_removable(path)
         self._machine.databases.unlink(path)
 
     def punch_hole(self, fd: int, start: int, length: int) -> bool:

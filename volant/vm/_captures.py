@@ -21,6 +21,7 @@ import msgspec
 import trio
 
 from actors import ActorDown, AskTimeout, Ref, Request
+from volant._own import inside
 from volant.host import Host
 from volant.hypervisor import Captured, CaptureFailed, Hypervisor, MachineKind
 from volant.journal import AlreadyAnswered, EventGap, FinishSnapshot, Journal, Once, RemoveSnapshot, Store
@@ -51,7 +52,7 @@ Take = Callable[[Path], Awaitable[Taken]]
 
 def capture_at(memory_dir: Path, snapshot_dir: Path, capture: str) -> Path:
     """Where a capture lies, whether or not it is there."""
-    return (snapshot_dir if capture.startswith(SNAPSHOT) else memory_dir) / capture
+    return inside(snapshot_dir if capture.startswith(SNAPSHOT) else memory_dir, capture)
 
 
 class CaptureLost(Exception):

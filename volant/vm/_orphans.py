@@ -20,6 +20,7 @@ import msgspec
 import trio
 
 from volant import images
+from volant._own import inside
 from volant.host import ProcessGone
 from volant.hypervisor import FoundMachine, HypervisorError
 from volant.model import (
@@ -86,7 +87,11 @@ async def find_orphans(doors: VmDoors) -> list[Orphan]:
             # Of a VM that was just stopped.
             continue
         if machine is not None and claim is not None:
-            machine = _claimed(doors.settings, machine, claim)
+            try:
+                machine = _claimed(doors.settings, machine, claim)
+            except OSError:
+                # Its claim names no disk of ours.
+                machine = None
         found.append(Orphan(identity, vm_id, boot, machine, _obstacle(doors, vm_id, machine)))
     return sorted(found, key=lambda orphan: (orphan.vm_id, orphan.boot))
 
@@ -94,7 +99,7 @@ async def find_orphans(doors: VmDoors) -> list[Orphan]:
 def _claimed(settings: VmSettings, machine: FoundMachine, claim: Claim) -> FoundMachine:
     root = machine.root
     if root is not None:
-        root = msgspec.structs.replace(root, layer=settings.disk_dir / claim.layer / root.layer.name)
+        root = msgspec.structs.replace(root, layer=inside(settings.disk_dir, claim.layer) / root.layer.name)
     return msgspec.structs.replace(machine, name=claim.name, root=root, nic=claim.nic)
 
 
@@ -104,11 +109,18 @@ def _obstacle(doors: VmDoors, vm_id: int, machine: FoundMachine | None) -> str |
         return f"VM {row.name!r} has its id, and another process or none"
     if machine is None or not is_name(machine.name):
         return "its command line is not one that this version makes"
+    if machine.root is not None and not _is_layer(doors.settings, vm_id, machine.root.layer):
+        return f"its disk is {machine.root.layer}, and not where this daemon's VMs have theirs"
     if machine.memory_file not in (None, memory_file(doors.settings, vm_id)):
         return f"its memory is {machine.memory_file}, and not where this daemon's VMs have theirs"
     if not doors.host.exists(vm_directory(doors.settings, vm_id)):
         return "the directory with its sockets is gone"
     return None
+
+
+def _is_layer(settings: VmSettings, vm_id: int, layer: Path) -> bool:
+    directory = layer.parent
+    return directory.parent == settings.disk_dir and directory.name.startswith(f"{vm_id}-")
 
 
 async def kill_orphan(doors: VmDoors, mark: str) -> None:

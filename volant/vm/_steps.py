@@ -16,6 +16,7 @@ import msgspec
 
 from actors import ActorDown, AskTimeout
 from volant import images
+from volant._own import inside
 from volant.hypervisor import AcceleratorName, Disk, LaunchFailed, MachineSpec, Template
 from volant.model import NONE, Artifact, Boot, Manifest, Origin, Problem, VmRow, is_capture
 from volant.templates import Blueprint, Found, Recipe, Standby, Told, template_at
@@ -333,7 +334,7 @@ def root_disk(settings: VmSettings, row: VmRow) -> Disk | None:
 
 def layer_directory(settings: VmSettings, row: VmRow) -> Path:
     """What a VM with a layer has on the disk beside its row."""
-    return settings.disk_dir / row.layer
+    return inside(settings.disk_dir, row.layer)
 
 
 def vm_directory(settings: VmSettings, vm_id: int) -> Path:

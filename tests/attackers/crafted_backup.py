@@ -1,0 +1,257 @@
+"""Backups that somebody has changed before they are restored: each holds one thing that volantd never writes.
+
+`MEMBERS` are rows with one crafted member: a path that leads elsewhere, a process of somebody else, a row that
+contradicts its columns. `FILES` are crafted as databases: programs in the schema, rows that fill memory, no database.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+
+from volant.host import Host
+from volant.journal._schema import open_writer
+from volant.model import BASE, Desired, Snapshot, Status, VmRow
+
+AT = datetime(2025, 9, 24, 12, 34, 56, tzinfo=UTC)
+ROOTFS = {"name": "base", "boot": {"rootfs": {"url": "file:///rootfs", "sha256": "0" * 64}}}
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Victim:
+    """What is not the daemon's: a directory, and a process with its identity as the kernel tells it."""
+
+    directory: Path
+    process: Json
+
+
+NOBODY = Victim(Path("/srv/somebody"), {"pid": 4242, "start_time": 1, "boot_id": "b", "mark": "some-argument"})
+
+
+@dataclass(frozen=True)
+class Member:
+    """One crafted member: of which table, what it becomes, and the name that the refusal has for it."""
+
+    table: str
+    change: Callable[[Json, Victim], None]
+    named: str
+
+
+def _vm(named: str, value: object, **others: object) -> Member:
+    def change(row: Json, victim: Victim) -> None:
+        row.update(others)
+        _put(row, named, value(victim) if callable(value) else value)
+
+    return Member("vms", change, named)
+
+
+def _of(table: str, named: str, value: object) -> Member:
+    return Member(table, lambda row, victim: _put(row, named, value(victim) if callable(value) else value), named)
+
+
+def _put(row: Json, named: str, value: object) -> None:
+    *parents, last = named.split(".")
+    for parent in parents:
+        row = row[parent]
+    row[last] = value
+
+
+def _outside(victim: Victim) -> str:
+    # From `<state_dir>/disks`, `templates` and `snapshots` alike.
+    return f"../../../../../../../..{victim.directory}"
+
+
+LEASE = {
+    "address": "192.168.127.9", "prefix": 24, "gateway": "192.168.127.1", "mac": "02:00:00:00:00:07",
+    "tap": "v00000000000007", "address6": "",
+}  # fmt: skip
+
+MEMBERS: Mapping[str, Member] = {
+    "layer, relative": _vm("layer", _outside, manifest=ROOTFS),
+    "layer, absolute": _vm("layer", lambda victim: str(victim.directory), manifest=ROOTFS),
+    "layer, parent": _vm("layer", "..", manifest=ROOTFS),
+    "layer of another VM": _vm("layer", "6-20250924T123456.000000", manifest=ROOTFS),
+    "layer with a line break": _vm("layer", "7-x\n", manifest=ROOTFS),
+    "mark": _vm("mark", lambda victim: victim.process["mark"], status="running", desired="running"),
+    "mark of another VM": _vm("mark", "volant-0000000000-6.1", status="running"),
+    "process": _vm("process", lambda victim: victim.process | {"mark": "volant-0000000000-8.1"}, status="running"),
+    "image": _vm("image", _outside),
+    "template": _vm("template", _outside),
+    "template of a capture": _vm("template", "fork-../../x"),
+    "capture": _vm("capture", lambda victim: f"snapshot-/../{_outside(victim)}"),
+    "serial socket": _vm("serial_socket", "/run/docker.sock"),
+    "name": _vm("name", "../x"),
+    "id": _vm("id", -7),
+    "plugin": _vm("plugin", "../x"),
+    "runtime": _vm("runtime", "../x"),
+    "hypervisor": _vm("hypervisor", "../x"),
+    "network": _vm("network", "../x"),
+    "kernel command line": _vm("kernel_cmdline", "quiet\0x"),
+    "boot medium": _vm("manifest", {"name": "base", "boot": {"kernel": {"url": "/k", "sha256": "0" * 64 + "\n"}}}),
+    "boot medium's path": _vm("manifest", {"name": "base", "boot": {"kernel": {"url": "/k", "sha256": "../" * 22}}}),
+    "time without a zone": _vm("created_at", "2025-09-24T12:34:56"),
+    "boots": _vm("boots", -1),
+    "memory": _vm("memory_mb", -1),
+    "tap": _vm("lease.tap", "eth0", network="bridge", lease=dict(LEASE)),
+    "address": _vm("lease.address", "1.1.1.1 --x", network="bridge", lease=dict(LEASE)),
+    "address of the gateway": _vm("lease.address", "192.168.127.1", network="bridge", lease=dict(LEASE)),
+    "mac": _vm("lease.mac", "02:00:00:00:00:07,script=/x", network="bridge", lease=dict(LEASE)),
+    "port": _vm("ports", [{"host": "--x", "host_port": 1, "guest_port": 1}], network="bridge", lease=dict(LEASE)),
+    "snapshot's id": _of("snapshots", "id", _outside),
+    "snapshot's name": _of("snapshots", "name", "../x"),
+    "layer of a snapshot's VM": _of("snapshots", "vm.layer", _outside),
+    "network's name": _of("networks", "name", "../x"),
+    "network that is a kind": _of("networks", "name", "bridge"),
+    "plugin's name": _of("plugins", "name", "../x"),
+    "plugin that is built in": _of("plugins", "name", "base"),
+    "plugin's runtime": _of("plugins", "runtime", "../x"),
+    "plugin's medium": _of("plugins", "boot", {"rootfs": {"url": "/r", "sha256": "../../../../x"}}),
+    "header of an answer": _of("answers", "answer.headers", {"Location": "/x\r\nSet-Cookie: a=b"}),
+    "drain": _of("meta", "since", "2025-09-24T12:34:56"),
+}
+"""Each says something that becomes a path, a process, a device or an argument."""
+
+
+def vm_row(vm_id: int = 7, name: str = "crafted") -> Json:
+    """The row of a VM that has stopped, as JSON."""
+    row = VmRow(
+        id=vm_id, name=name, cpu_cores=1, memory_mb=128, plugin="base", runtime="base", manifest=BASE, created_at=AT,
+        updated_at=AT, status=Status.STOPPED, desired=Desired.STOPPED, booted=1, boots=1, revision=1,
+    )  # fmt: skip
+    return json.loads(msgspec.json.encode(row))  # type: ignore[no-any-return]
+
+
+def _rows() -> dict[str, Json]:
+    sound: VmRow = msgspec.convert(vm_row(6, "original"), VmRow)
+    snapshot = Snapshot(id="0123456789ab", name="kept", status="ready", vm=sound, created_at=AT)
+    return {
+        "vms": vm_row(),
+        "snapshots": json.loads(msgspec.json.encode(snapshot)),
+        "networks": {"name": "lan", "created_at": AT.isoformat()},
+        "plugins": {"name": "web", "version": "1"},
+        "answers": {"scope": "c2NvcGU=", "asked": "YQ==", "at": 1758717296,
+                    "answer": {"status": 201, "headers": {}, "body": "{}"}},
+        "meta": {"since": AT.isoformat()},
+    }  # fmt: skip
+
+
+def make(path: Path, how: str | None = None, victim: Victim = NOBODY, *, epoch: str | None = None) -> Path:
+    """A database with a row in each table, one of them crafted (None: none is), as one file: a backup."""
+    rows = _rows()
+    if how is not None:
+        member = MEMBERS[how]
+        member.change(rows[member.table], victim)
+    connection = open_writer(Host(), path)
+    put(connection, rows)
+    if epoch is not None:
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (epoch,))
+    connection.pragma("journal_mode", "delete")
+    connection.close()
+    return path
+
+
+def put(connection: apsw.Connection, rows: Mapping[str, Json]) -> None:
+    """Write rows, whatever they say."""
+
+    def data(table: str) -> bytes:
+        return json.dumps(rows[table]).encode()
+
+    def write(sql: str, *values: object) -> None:
+        connection.execute(sql, values)
+
+    vm, snapshot = rows["vms"], rows["snapshots"]
+    write("INSERT INTO vms VALUES (?, ?, ?, ?)", vm["id"], vm["name"], vm["revision"], data("vms"))
+    write("INSERT INTO snapshots VALUES (?, ?, ?)", snapshot["id"], snapshot["name"], data("snapshots"))
+    write("INSERT INTO networks VALUES (?, ?)", rows["networks"]["name"], data("networks"))
+    write("INSERT INTO plugins VALUES (?, 1, ?, ?)", rows["plugins"]["name"], AT.isoformat(), data("plugins"))
+    write("INSERT INTO answers VALUES (?, ?)", b"scope", data("answers"))
+    write("INSERT INTO meta VALUES ('drain', ?)", data("meta").decode())
+
+
+def _sql(*statements: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        connection = apsw.Connection(str(path))
+        for statement in statements:
+            connection.execute(statement)
+        connection.close()
+
+    return change
+
+
+def _schema(old: str, new: str) -> Callable[[Path], None]:
+    """Write a schema that SQLite itself would not have kept."""
+    return _sql(
+        "PRAGMA writable_schema = 1",
+        f"UPDATE sqlite_schema SET sql = replace(sql, '{old}', '{new}') WHERE name = 'vms'",
+    )
+
+
+def _blob(mib: int) -> Callable[[Path], None]:
+    return _sql(f"INSERT INTO vms VALUES (99, 'large', 1, zeroblob({mib * 2**20}))")
+
+
+def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(change(path.read_bytes()))
+
+    return write
+
+
+def _nested(path: Path) -> None:
+    deep = b'{"openapi":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b',"name":"deep"}'
+    connection = apsw.Connection(str(path))
+    connection.execute("INSERT INTO plugins VALUES ('deep', 1, ?, ?)", (AT.isoformat(), deep))
+    connection.close()
+
+
+FILES: Mapping[str, Callable[[Path], None]] = {
+    "trigger": _sql("CREATE TRIGGER t AFTER INSERT ON vms BEGIN DELETE FROM vms; END"),
+    "view": _sql("CREATE VIEW v AS SELECT * FROM vms"),
+    "table": _sql("CREATE TABLE more (x)"),
+    "index": _sql("CREATE INDEX i ON vms (revision)"),
+    "index with an expression": _sql("CREATE INDEX i ON vms (hex(row))"),
+    "virtual table": _sql("CREATE VIRTUAL TABLE f USING fts5(x)"),
+    "statistics": _sql("INSERT INTO networks VALUES ('x', x'7b7d')", "ANALYZE"),
+    "table gone": _sql("DROP TABLE networks"),
+    "generated column": _sql("ALTER TABLE vms ADD COLUMN g ANY AS (hex(row))"),
+    "check that is a program": _schema("NOT NULL UNIQUE", "NOT NULL UNIQUE CHECK (length(hex(zeroblob(9e8))))"),
+    "schema that is no SQL": _schema("CREATE TABLE", "CREATE NONSENSE"),
+    "rows of other types": _sql(
+        "PRAGMA writable_schema = 1",
+        "UPDATE sqlite_schema SET sql = replace(sql, ') STRICT', ')') WHERE name = 'vms'",
+        "PRAGMA writable_schema = RESET",
+        "INSERT INTO vms VALUES (99, 'x', 'many', 17)",
+        "PRAGMA writable_schema = 1",
+        "UPDATE sqlite_schema SET sql = sql || ' STRICT' WHERE name = 'vms'",
+    ),
+    "two tables in one place": _sql(
+        "PRAGMA writable_schema = 1",
+        "UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'vms')"
+        " WHERE name = 'events'",
+    ),
+    "column that contradicts its row": _sql("UPDATE vms SET name = 'other'"),
+    "id that contradicts its row": _sql("UPDATE vms SET id = 8"),
+    "ids used up": _sql("UPDATE sqlite_sequence SET seq = 9223372036854775807"),
+    "events with a hole": _sql("INSERT INTO events VALUES (1, 1, 1, 'x', 'x', x'7b7d'), (3, 1, 1, 'x', 'x', x'7b7d')"),
+    "event below one": _sql("INSERT INTO events VALUES (-5, 1, 1, 'x', 'x', x'7b7d')"),
+    "epoch that is a path": _sql("UPDATE meta SET value = '../../x' WHERE key = 'epoch'"),
+    "no epoch": _sql("DELETE FROM meta WHERE key = 'epoch'"),
+    "row of 17 MiB": _blob(17),
+    "JSON that is nested too deep": _nested,
+    "newer version": _sql("PRAGMA user_version = 1000"),
+    "version below zero": _sql("PRAGMA user_version = -1"),
+    "another program's": _sql("PRAGMA application_id = 7"),
+    "a text": _bytes(lambda data: b"Dear diary, " * 1000),
+    "the header alone": _bytes(lambda data: data[:100]),
+    "random pages": _bytes(lambda data: data[:4096] + bytes(range(256)) * 200),
+}
+"""Each is refused before anything in it is run, kept in memory, or believed."""

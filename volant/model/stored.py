@@ -1,0 +1,215 @@
+"""Checks of what a database holds, before anything acts on it.
+
+A database may have come from somebody else, as a backup. Members of its rows become paths below the daemon's
+directories, arguments of programs, and processes that are signalled. So each such member has the form that this daemon
+itself gives it, or the row is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from datetime import datetime
+from ipaddress import AddressValueError, IPv4Address, IPv6Address
+
+import msgspec
+
+from ._manifest import BASE, Manifest
+from ._network import KINDS, Lease, Network, PublishedPort, kind_of
+from ._problem import Problem
+from ._row import MAX_DISK_MB, VmRow
+from ._snapshot import Snapshot
+from ._text import check_plain, is_name
+
+MAX_ID = 10**15
+"""Of a VM, and of what is counted: so many there will never be, and after it there is room for more."""
+_LAYER = re.compile(r"([1-9][0-9]{0,17})-[A-Za-z0-9][A-Za-z0-9.]{0,63}\Z")
+_MARK = re.compile(r"volant-[0-9a-z]{1,32}-(?:([1-9][0-9]{0,17})\.[1-9][0-9]{0,17}|s\.[0-9a-f]{1,32})\Z")
+_IMAGE = re.compile(r"(?:[0-9a-f]{64}|custom)\Z")
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_TEMPLATE = re.compile(r"(?:[0-9a-f]{32}|(?:fork|snapshot)-[0-9A-Za-z-]{1,64})\Z")
+_CAPTURE = re.compile(r"(?:fork|snapshot)-[0-9A-Za-z-]{1,64}\Z")
+_SNAPSHOT_ID = re.compile(r"[0-9A-Za-z-]{1,64}\Z")
+_SOCKET = re.compile(r"/[^\x00-\x1f\x7f]{1,200}\Z")
+_MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}\Z")
+_TAP = re.compile(r"(?:v[0-9a-z]{14})?\Z")
+_BOOT_ID = re.compile(r"[0-9a-f-]{1,64}\Z")
+_EPOCH = re.compile(r"[0-9A-Za-z]{1,32}\Z")
+_SHOWN = 80
+
+
+class BadMember(Exception):
+    """A member of a stored row that this daemon can't have written. The text names it, its value and what is wrong."""
+
+    def __init__(self, member: str, value: object, why: str) -> None:
+        text = repr(value)
+        shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+        super().__init__(f"{member} is {shown}, {why}")
+        self.member = member
+
+
+def check_stored_vm(row: VmRow) -> None:
+    """:raises BadMember: it names a path, a process, a device or an argument in a form that is not ours."""
+    if not 1 <= row.id <= MAX_ID:
+        raise BadMember("id", row.id, f"and ids are from 1 to {MAX_ID}")
+    for member in ("name", "plugin", "runtime", "network"):
+        _name(member, getattr(row, member))
+    check_stored_manifest(row.manifest, "manifest.")
+    if row.layer:
+        found = _LAYER.match(row.layer)
+        if found is None or int(found[1]) != row.id:
+            raise BadMember("layer", row.layer, f"and this VM's disk is named '{row.id}-...', without '/'")
+    if row.mark:
+        found = _MARK.match(row.mark)
+        if found is None or (found[1] is not None and int(found[1]) != row.id):
+            raise BadMember("mark", row.mark, "which is no mark of a process of this VM")
+    _process(row)
+    _text("serial_socket", row.serial_socket, _SOCKET, "which is no absolute path")
+    if row.serial_socket is not None and not row.serial_socket.endswith(f"/vms/{row.id}/console.sock"):
+        raise BadMember("serial_socket", row.serial_socket, "which is not the console of this VM")
+    _text("image", row.image, _IMAGE, "which is no digest of an image")
+    _text("template", row.template, _TEMPLATE, "which is no digest of a template and no name of a capture")
+    _text("capture", row.capture, _CAPTURE, "which is no name of a capture")
+    if row.hypervisor is not None:
+        _name("hypervisor", row.hypervisor)
+    _plain("kernel_cmdline", row.kernel_cmdline)
+    for member, low, high in (
+        ("cpu_cores", 1, 4096), ("memory_mb", 1, 2**30), ("disk_mb", 1, MAX_DISK_MB), ("boots", 0, MAX_ID),
+        ("booted", 0, MAX_ID), ("generation", 0, MAX_ID), ("restarts", 0, MAX_ID), ("found_boot", 0, MAX_ID),
+        ("revision", 0, MAX_ID), ("grace_s", 0, 10**9),
+    ):  # fmt: skip
+        number = getattr(row, member)
+        if number is not None and not low <= number <= high:
+            raise BadMember(member, number, f"and from {low} to {high} is possible")
+    for member in ("created_at", "updated_at", "expires_at", "started_at"):
+        check_stored_time(member, getattr(row, member))
+    if row.lease is not None:
+        _lease(row.lease, kind_of(row.network) not in ("none", "user"))
+    for number, port in enumerate(row.ports):
+        _port(f"ports[{number}]", port)
+
+
+def check_stored_snapshot(snapshot: Snapshot) -> None:
+    """:raises BadMember: see `check_stored_vm`."""
+    _text("id", snapshot.id, _SNAPSHOT_ID, "which is no id of a snapshot: letters, digits and hyphens")
+    _name("name", snapshot.name)
+    check_stored_time("created_at", snapshot.created_at)
+    try:
+        check_stored_vm(snapshot.vm)
+    except BadMember as bad:
+        bad.args = (f"vm.{bad}",)
+        raise
+
+
+def check_stored_network(network: Network) -> None:
+    """:raises BadMember: see `check_stored_vm`."""
+    _name("name", network.name)
+    if network.name in KINDS:
+        raise BadMember("name", network.name, "which is a kind of network")
+    check_stored_time("created_at", network.created_at)
+
+
+def check_stored_manifest(manifest: Manifest, prefix: str = "") -> None:
+    """What of a manifest becomes a path. :raises BadMember:"""
+    _name(f"{prefix}name", manifest.name)
+    _name(f"{prefix}runtime", manifest.runtime)
+    boot = manifest.boot
+    for part in ("kernel", "initramfs", "rootfs"):
+        artifact = getattr(boot, part, None)
+        if artifact is not None:
+            _text(f"{prefix}boot.{part}.sha256", artifact.sha256, _SHA256, "which is no SHA-256")
+            _plain(f"{prefix}boot.{part}.url", artifact.url)
+
+
+def check_stored_plugin(manifest: Manifest) -> None:
+    """:raises BadMember: see `check_stored_manifest`; it would take the place of the built-in one."""
+    check_stored_manifest(manifest)
+    if manifest.name == BASE.name:
+        raise BadMember("name", manifest.name, "which is the plugin that is built in")
+
+
+def check_stored_epoch(epoch: object) -> str:
+    """The epoch of events, which is part of file names. :raises BadMember:"""
+    if not isinstance(epoch, str) or _EPOCH.match(epoch) is None:
+        raise BadMember("value", epoch, "which is no epoch of events")
+    return epoch
+
+
+def check_stored_time(member: str, at: datetime | None) -> None:
+    """:raises BadMember: it has no time zone, and so can't be compared with now."""
+    if at is not None and at.tzinfo is None:
+        raise BadMember(member, at.isoformat(), "which has no time zone")
+
+
+def sanitized(row: VmRow) -> VmRow:
+    """A row of somebody else's database without what it says of processes of a host."""
+    return msgspec.structs.replace(row, process=None, serial_socket=None)
+
+
+def check_addresses_differ(rows: Iterable[VmRow]) -> None:
+    """:raises BadMember: two VMs on the bridge have one address."""
+    owners: dict[str, VmRow] = {}
+    for row in rows:
+        if row.lease is not None and row.lease.tap:
+            other = owners.setdefault(row.lease.address, row)
+            if other is not row:
+                raise BadMember("lease.address", row.lease.address, f"of VM {other.id} as well as of VM {row.id}")
+
+
+def _process(row: VmRow) -> None:
+    process = row.process
+    if process is None:
+        return
+    if process.mark != row.mark or not row.mark:
+        raise BadMember("process.mark", process.mark, "which is not the mark of the VM")
+    if process.pid <= 1 or process.start_time < 0:
+        raise BadMember("process.pid", process.pid, "which is no process of a VM")
+    _text("process.boot_id", process.boot_id, _BOOT_ID, "which is no boot of a host")
+
+
+def _lease(lease: Lease, on_bridge: bool) -> None:
+    for member in ("address", "gateway"):
+        try:
+            IPv4Address(getattr(lease, member))
+        except (AddressValueError, ValueError):
+            raise BadMember(f"lease.{member}", getattr(lease, member), "which is no IPv4 address") from None
+    if lease.address == lease.gateway:
+        raise BadMember("lease.address", lease.address, "which is the gateway's")
+    if not 1 <= lease.prefix <= 32:
+        raise BadMember("lease.prefix", lease.prefix, "and from 1 to 32 is possible")
+    if lease.address6:
+        try:
+            IPv6Address(lease.address6)
+        except (AddressValueError, ValueError):
+            raise BadMember("lease.address6", lease.address6, "which is no IPv6 address") from None
+    _text("lease.mac", lease.mac, _MAC, "which is no MAC address")
+    _text("lease.tap", lease.tap, _TAP, "which is no name of a tap of ours")
+    if lease.tap and not on_bridge:
+        raise BadMember("lease.tap", lease.tap, "and the VM is not on the bridge")
+
+
+def _port(member: str, port: PublishedPort) -> None:
+    try:
+        IPv4Address(port.host)
+    except (AddressValueError, ValueError):
+        raise BadMember(f"{member}.host", port.host, "which is no IPv4 address") from None
+    for name in ("host_port", "guest_port"):
+        if not 1 <= getattr(port, name) <= 65535:
+            raise BadMember(f"{member}.{name}", getattr(port, name), "which is no port")
+
+
+def _name(member: str, value: str) -> None:
+    if not is_name(value):
+        raise BadMember(member, value, "which is no name: 1 to 63 lower-case letters, digits and inner hyphens")
+
+
+def _plain(member: str, value: str) -> None:
+    try:
+        check_plain(value, member, maximum=1024 * 1024)
+    except Problem:
+        raise BadMember(member, value, "which has control characters, or is too long") from None
+
+
+def _text(member: str, value: str | None, pattern: re.Pattern[str], why: str) -> None:
+    if value is not None and pattern.match(value) is None:
+        raise BadMember(member, value, why)
