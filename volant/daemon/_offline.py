@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import stat
 from pathlib import Path
 
 import apsw
@@ -20,37 +17,32 @@ from ._daemon import DaemonError, evidence_of
 from ._directories import DirectoryError, claimed, confine, log_dir
 from ._settings import Settings
 
-
-def parse(argv: Sequence[str]) -> tuple[Path, bool, list[str]]:
-    """What follows `volantd restore`: the file, `--replace`, and the settings."""
-    parser = argparse.ArgumentParser(
-        prog="volantd restore",
-        description="Put a backup in the place of the database, while no volantd runs. The database that is there is "
-        "kept beside it, also when it is damaged. VMs that run go on. Takes all settings of volantd besides.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("file", type=Path, help="what `volar system backup` has written")
-    parser.add_argument("--replace", action="store_true", help="also when there are VMs that the backup does not know")
-    options, rest = parser.parse_known_args(argv)
-    return options.file, options.replace, rest
+_MAGIC = b"SQLite format 3\0"
 
 
 def restore(settings: Settings, file: Path, *, replace: bool) -> str:
-    """Do it; a line that says what was done. :raises DaemonError: it can't be done, and nothing is changed."""
+    """Do it; a line that says what was done. :raises DaemonError: it can't be done, and nothing is changed or made."""
+    check_backup(file)
     try:
-        with claimed(settings), _readable(file):
+        with claimed(settings):
             return trio.run(_restore, settings, file, replace)
     except DirectoryError as error:
         raise DaemonError(f"{error}; for one that runs there is `volar system restore`") from error
 
 
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def check_backup(file: Path) -> None:
+    """Before any directory is made: whether it could be a backup at all. :raises DaemonError: it can't."""
     try:
-        os.close(os.open(file, os.O_RDONLY))
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise DaemonError(f"{file} is no file that could be a backup; give what `volar system backup` has written")
+        with file.open("rb") as backup:
+            begin = backup.read(len(_MAGIC))
     except OSError as error:
         raise DaemonError(f"{file} can't be read: {error.strerror}") from None
-    yield
+    if begin != _MAGIC:
+        raise DaemonError(
+            f"{file} can't be restored: it is no SQLite database; give what `volar system backup` has written"
+        )
 
 
 async def _restore(settings: Settings, file: Path, replace: bool) -> str:

@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import msgspec
 
@@ -124,8 +124,15 @@ def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = N
     :raises SettingsError: a value that does not fit, an unknown key, a file that can't be read.
     :raises SystemExit: for `--help`, `--version` and malformed flags, as argparse does.
     """
-    flags = vars(_parser().parse_args(argv))
-    config = flags.pop("config") or environ.get("VOLANT_CONFIG")
+    return resolve(vars(_parser().parse_args(argv)), environ, uid=uid)
+
+
+def resolve(
+    given: Mapping[str, Any], environ: Mapping[str, str], *, uid: int | None = None
+) -> tuple[Settings, list[str]]:
+    """Likewise, of flags that are parsed already. :raises SettingsError: see `load`."""
+    flags = dict(given)
+    config = flags.pop("config", None) or environ.get("VOLANT_CONFIG")
     values: dict[str, Any] = dict(_default_dirs(environ, os.getuid() if uid is None else uid))
     sources = dict.fromkeys(values, "the default")
     warnings: list[str] = []
@@ -335,6 +342,42 @@ def _read_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
     return values
 
 
+class Command(NamedTuple):
+    """What follows `volantd`."""
+
+    name: Literal["run", "check", "restore"]
+    flags: dict[str, Any]
+    """Those of the settings that were given, for `resolve`."""
+    file: Path | None = None
+    """The backup to restore."""
+    replace: bool = False
+
+
+def parse_command(argv: Sequence[str]) -> Command:
+    """The sub-command, and the flags before and after it. :raises SystemExit: see `load`; nothing was done."""
+    parser = _parser()
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    words: dict[str, Any] = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    check = commands.add_parser(
+        "check", help="report, as JSON, whether VMs can run on this host", description="Report on this host, as JSON.",
+        **words,
+    )  # fmt: skip
+    restore = commands.add_parser(
+        "restore", help="put a backup in the place of the database",
+        description="Put a backup in the place of the database, while no volantd runs. The database that is there is "
+        "kept beside it, also when it is damaged. VMs that run go on. Takes all settings of volantd besides.",
+        **words,
+    )  # fmt: skip
+    restore.add_argument("file", type=Path, metavar="BACKUP", help="what `volar system backup` has written")
+    restore.add_argument("--replace", action="store_true", help="also when there are VMs that the backup does not know")
+    for each in (check, restore):
+        # Without defaults: those would hide what stands before the sub-command.
+        _add_settings(each)
+    flags = vars(parser.parse_args(argv))
+    name: Literal["run", "check", "restore"] = flags.pop("command") or "run"
+    return Command(name, flags, flags.pop("file", None), flags.pop("replace", False))
+
+
 def _parser() -> argparse.ArgumentParser:
     from volant import __version__
 
@@ -342,8 +385,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="volantd",
         description="The daemon that boots VMs, keeps them, and lets clients reach inside.",
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--version", action="version", version=f"volantd {__version__}")
+    _add_settings(parser)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="settings in TOML")
     hints = get_type_hints(Settings)
     for field in Settings.__struct_fields__:
@@ -353,7 +402,6 @@ def _parser() -> argparse.ArgumentParser:
         if field == "api_listen_addr":
             names.insert(0, "--listen")
         if hints[field] is bool:
-            parser.add_argument(*names, dest=field, action="store_true", default=None)
+            parser.add_argument(*names, dest=field, action="store_true")
         else:
             parser.add_argument(*names, dest=field, metavar="VALUE")
-    return parser

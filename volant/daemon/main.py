@@ -8,7 +8,6 @@ import resource
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import trio
 
@@ -16,8 +15,8 @@ from . import _dump
 from ._check import check
 from ._daemon import DaemonError, run
 from ._journald import JournalHandler, is_journal
-from ._offline import parse, restore
-from ._settings import SettingsError, load
+from ._offline import restore
+from ._settings import SettingsError, parse_command, resolve
 from ._sockets import ListenError, handed_in
 from ._systemd import Notifier
 
@@ -31,14 +30,8 @@ def main() -> None:
         environ = dict(os.environ)
         # No process that we start may inherit it.
         os.environ.pop("VOLANT_API_KEY", None)
-        argv = sys.argv[1:]
-        file: Path | None = None
-        if argv[:1] == ["restore"]:
-            file, replace, argv = parse(argv[1:])
-        checks = argv[:1] == ["check"]
-        if checks:
-            argv = argv[1:]
-        again = partial(load, argv, environ)
+        command = parse_command(sys.argv[1:])
+        again = partial(resolve, command.flags, environ)
         settings, warnings = again()
     except SettingsError as error:
         sys.exit(_complain(str(error), 2))
@@ -60,12 +53,12 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
-        if checks:
+        if command.name == "check":
             report, code = check(settings)
             _say(report)
             sys.exit(code)
-        if file is not None:
-            _say(restore(settings, file, replace=replace))
+        if command.file is not None:
+            _say(restore(settings, command.file, replace=command.replace))
             return
         trio.run(partial(run, settings, again, handed_in=sockets, notifier=notifier))
     except SettingsError as error:
