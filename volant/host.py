@@ -39,8 +39,8 @@ import sys
 import termios
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -328,11 +328,14 @@ class _Watches:
 class Host:
     """The real machine. One for a daemon; a test hands in a subclass or a stand-in."""
 
-    def __init__(self, scopes: Scopes | None = None, groups: Cgroups | None = None) -> None:
+    def __init__(self, scopes: Scopes | None = None, groups: Cgroups | None = None, users: range | None = None) -> None:
         """`scopes`: where a process gets a scope of its own; None: there is no such place. `groups`: where it gets a
-        control group of its own then; None: nor that."""
+        control group of its own then; None: nor that. `users`: those that hypervisors have, and nobody else; None:
+        they run as we do."""
         self._scopes = scopes
         self._groups = groups
+        # Only root can have given them.
+        self._users = users if users is not None and os.geteuid() == 0 else range(0)
         self._children: dict[int, _Child] = {}
         self._watches = _Watches()
         self._boot_id: str | None = None
@@ -505,18 +508,19 @@ class Host:
         found = [identity for identity in await self.processes(mark) if identity.mark == mark]
         return min(found, key=lambda identity: identity.start_time, default=None)
 
-    async def processes(self, mark_prefix: str) -> list[ProcessIdentity]:
+    async def processes(self, mark_prefix: str, *, of_anybody: bool = False) -> list[ProcessIdentity]:
         """Every living process that carries a mark with this prefix. Reads all of /proc: once, not in a loop.
 
-        Only leaders of a session count, as `spawn` makes them: somebody's `pgrep` for the mark is not taken for it.
-        None where such marks are not ours.
+        Any user can start a process that carries a mark, so only those of our own user and of hypervisors' users
+        count, unless `of_anybody` says otherwise. Only leaders of a session count, as `spawn` makes them: somebody's
+        `pgrep` for the mark is not taken for it. None where such marks are not ours.
         """
         if not mark_prefix.startswith(self._own_marks):
             return []
         self._collect_children()
-        return await trio.to_thread.run_sync(self._processes, mark_prefix)
+        return await trio.to_thread.run_sync(self._processes, mark_prefix, of_anybody)
 
-    def _processes(self, mark_prefix: str) -> list[ProcessIdentity]:
+    def _processes(self, mark_prefix: str, of_anybody: bool) -> list[ProcessIdentity]:
         found = []
         for entry in os.scandir(_PROC):
             if not entry.name.isdigit():
@@ -527,11 +531,65 @@ class Host:
                 if not marks:
                     continue
                 start_time, session, state = _stat(pid)
+                if not of_anybody and not self._is_of_ours(pid):
+                    continue
             except (OSError, ValueError):
                 continue
             if session == pid and state not in "ZX":
                 found.append(ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), mark=marks[0]))
         return found
+
+    def is_of_ours(self, identity: ProcessIdentity) -> bool:
+        """Whether a process runs as we do, or as a hypervisor. :raises ProcessGone: there is none of this identity."""
+        with self.open_process(identity) as process:
+            try:
+                return self._is_of_ours(process.pid)
+            except OSError as error:
+                raise ProcessGone(f"process {identity.pid} has ended") from error
+
+    def _is_of_ours(self, pid: int) -> bool:
+        user = _real_user(pid)
+        return user in (os.getuid(), os.geteuid()) or user in self._users
+
+    def has_open(self, identity: ProcessIdentity, path: Path) -> bool:
+        """Whether a process has a file open, which is there. What its descriptors are called does not count, as it can
+        have names of its own for files. :raises ProcessGone: there is none with this identity, or it is not ours to
+        look at."""
+        try:
+            wanted = path.stat()
+        except OSError:
+            return False
+        with self.open_process(identity) as process:
+            try:
+                for descriptor in (_PROC / str(process.pid) / "fd").iterdir():
+                    with suppress(FileNotFoundError):
+                        found = descriptor.stat()
+                        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                            return True
+            except OSError as error:
+                raise ProcessGone(f"process {identity.pid} can't be looked at") from error
+        return False
+
+    async def end_all(self, mark: str, known: ProcessIdentity | None = None) -> None:
+        """Kill every process that carries exactly this mark, and `known`, whatever is on its command line by now; none
+        is left when this returns. The deadline is the caller's. Reads all of /proc. Raises OSError."""
+        found = {identity for identity in await self.processes(mark) if identity.mark == mark}
+        if known is not None:
+            found.add(known)
+        await self.end(found)
+
+    async def end(self, identities: Iterable[ProcessIdentity]) -> None:
+        """Kill processes; all have ended when this returns. The deadline is the caller's. Raises OSError."""
+        with ExitStack() as stack:
+            handles = []
+            for identity in identities:
+                with suppress(ProcessGone):
+                    handles.append(stack.enter_context(self.open_process(identity)))
+            # All of them first: none waits for one that is slow to end.
+            for process in handles:
+                process.kill()
+            for process in handles:
+                await process.wait()
 
     def command_line(self, identity: ProcessIdentity) -> list[str]:
         """The arguments that a process was started with. :raises ProcessGone: there is none with this identity."""
@@ -645,7 +703,8 @@ class Host:
         """A handle on the process with this identity, ours or adopted. A child of ours that has ended can be opened
         until somebody has seen its status.
 
-        Raises ProcessGone when there is none: another boot, another start time, another command line, not ours.
+        Raises ProcessGone when there is none: another boot, another start time, not ours, another command line, unless
+        it runs as a hypervisor.
         """
         self.check_own(identity)
         if identity.boot_id != self.boot_id():
@@ -663,7 +722,8 @@ class Host:
                 raise ProcessGone(f"process {identity.pid} is another one by now")
             if state in "ZX":
                 raise ProcessGone(f"process {identity.pid} has ended")
-            if identity.mark not in _tokens(_cmdline(identity.pid)):
+            # A hypervisor that somebody has taken over can write another command line. Its user has no other processes.
+            if identity.mark not in _tokens(_cmdline(identity.pid)) and _real_user(identity.pid) not in self._users:
                 raise ProcessGone(f"process {identity.pid} does not carry the mark {identity.mark}")
         except (OSError, ValueError) as error:
             os.close(pidfd)
@@ -1238,6 +1298,15 @@ def _stat(pid: int) -> tuple[int, int, str]:
     # The second field is the name in brackets, and may hold spaces and brackets itself.
     fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     return int(fields[19]), int(fields[3]), fields[0]
+
+
+def _real_user(pid: int) -> int:
+    """Who has started a process. What it may by now is another matter: anybody can run a program that is setuid, with
+    arguments of their choice. Raises OSError, ValueError."""
+    for line in (_PROC / str(pid) / "status").read_text().splitlines():
+        if line.startswith("Uid:"):
+            return int(line.split()[1])
+    raise ValueError(f"the kernel does not say whose process {pid} is")
 
 
 def _process_memory(rollup: str) -> ProcessMemory:

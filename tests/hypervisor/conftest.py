@@ -15,7 +15,7 @@ from volant.hypervisor.qemu import QemuHypervisor
 
 @pytest.fixture
 def host() -> Host:
-    return Host()
+    return Host(users=range(65536, 98304))
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ from ._directories import (
 from ._dump import dump_on_signal
 from ._nameservers import nameservers_of_host
 from ._protection import Protection
-from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, shown, split
+from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, parse_uids, shown, split
 from ._sockets import ListenError, address_of, listening, setting_of
 from ._systemd import Notifier
 from ._walls import wall_plan
@@ -158,7 +158,8 @@ def _reread_but_addresses(reread: Reread, sockets: Sequence[socket.socket]) -> t
 
 def _host(notifier: Notifier, settings: Settings) -> Host:
     scopes = notifier.scopes()
-    return Host(scopes, own_groups(f"volant-{instance_of(settings.state_dir)}") if scopes is None else None)
+    groups = own_groups(f"volant-{instance_of(settings.state_dir)}") if scopes is None else None
+    return Host(scopes, groups, parse_uids(settings.vm_uids))
 
 
 def _say(lines: Sequence[str]) -> None:

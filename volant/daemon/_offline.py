@@ -15,7 +15,7 @@ from volant.vm import instance_of
 
 from ._daemon import DaemonError, evidence_of
 from ._directories import DirectoryError, claimed, confine, log_dir
-from ._settings import Settings
+from ._settings import Settings, parse_uids
 
 _MAGIC = b"SQLite format 3\0"
 
@@ -46,7 +46,7 @@ def check_backup(file: Path) -> None:
 
 
 async def _restore(settings: Settings, file: Path, replace: bool) -> str:
-    host = Host()
+    host = Host(users=parse_uids(settings.vm_uids))
     confine(host, settings)
     path = settings.state_dir / "volant.db"
     instance = instance_of(settings.state_dir)

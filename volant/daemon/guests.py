@@ -14,7 +14,7 @@ from volant.hypervisor.qemu import QemuHypervisor
 from ._directories import DirectoryError, claimed, confine
 from ._guests import stop_guests
 from ._journald import JournalHandler, is_journal
-from ._settings import SettingsError, load
+from ._settings import SettingsError, load, parse_uids
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     try:
         settings, _ = load(sys.argv[1:], os.environ)
         with claimed(settings):
-            host = Host()
+            host = Host(users=parse_uids(settings.vm_uids))
             confine(host, settings)
             left = trio.run(stop_guests, settings, host, QemuHypervisor(host, settings.cache_dir))
     except SettingsError as error:

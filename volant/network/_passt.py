@@ -17,7 +17,7 @@ from pathlib import Path
 import trio
 
 from volant.host import Bounds, Grant, Host, ProcessGone
-from volant.model import Lease, PublishedPort, VmRow
+from volant.model import Lease, ProcessIdentity, PublishedPort, VmRow
 
 from ._door import NetworkFailed
 
@@ -84,8 +84,8 @@ class Passt:
         if row.lease is None:
             return
         host, mark, socket = self.host, self._mark(row.id), self.socket(row.id)
-        found = await host.find(mark)
-        if found is None or not host.exists(socket):
+        found = await self._find(row.id)
+        if not found or not host.exists(socket):
             await self.end(row.id)
             argv = passt_argv(socket, self._log(row.id), mark, row.lease, row.ports)
             try:
@@ -97,11 +97,11 @@ class Passt:
                 ) from None
             except (OSError, trio.TooSlowError) as error:
                 raise NetworkFailed("passt_failed", f"passt can't be started: {error or 'it takes too long'}") from None
-            found = await host.find(mark)
-            if status != 0 or found is None:
+            found = await self._find(row.id)
+            if status != 0 or not found:
                 words = said.decode(errors="replace").strip()[-_SAID_CHARACTERS:] or "it ended without a word"
                 raise NetworkFailed("passt_failed", f"passt does not run: {words}")
-            await host.give_own_scope(found, f"network of VM {row.name}", _BOUNDS)
+            await host.give_own_scope(found[0], f"network of VM {row.name}", _BOUNDS)
         if user is not None:
             try:
                 await host.grant([Grant(socket, "user", user, _READ_WRITE)], [self.runtime_dir])
@@ -110,25 +110,33 @@ class Passt:
 
     async def ended(self, vm_id: int) -> None:
         """Return once a VM has none."""
-        found = await self.host.find(self._mark(vm_id))
-        if found is not None:
+        for found in await self._find(vm_id):
             with suppress(ProcessGone), self.host.open_process(found) as process:
                 await process.wait()
 
     async def end(self, vm_id: int) -> None:
         """Leave nothing of the one of a VM. :raises NetworkFailed: `passt_failed`."""
         host = self.host
-        found = await host.find(self._mark(vm_id))
         try:
-            if found is not None:
-                with trio.fail_after(_END_S), suppress(ProcessGone), host.open_process(found) as process:
-                    process.kill()
-                    await process.wait()
+            with trio.fail_after(_END_S):
+                await host.end(await self._find(vm_id))
             await host.remove_empty_scopes()
             for path in (self.socket(vm_id), self._log(vm_id)):
                 await host.remove_file(path)
         except (OSError, trio.TooSlowError) as error:
             raise NetworkFailed("passt_failed", f"passt can't be ended: {error or 'it does not end'}") from error
+
+    async def _find(self, vm_id: int) -> list[ProcessIdentity]:
+        """The processes of a VM: those of our user, and those of anybody that have open the log, which only the daemon
+        can open. Root's passt becomes `nobody`, and who else is that can run another passt with the same arguments."""
+        mark, found = self._mark(vm_id), []
+        for identity in await self.host.processes(mark, of_anybody=True):
+            with suppress(ProcessGone):
+                if identity.mark == mark and (
+                    self.host.is_of_ours(identity) or self.host.has_open(identity, self._log(vm_id))
+                ):
+                    found.append(identity)
+        return found
 
     def _mark(self, vm_id: int) -> str:
         # Unlike a hypervisor's: it is none.

@@ -246,16 +246,9 @@ async def _clear(host: Host, spec: MachineSpec, fresh: Path) -> None:
 async def _end(host: Host, spec: MachineSpec) -> None:
     """Leave no process of a build, and nothing of its memory. :raises TemplateFailed: it does not go, although killed;
     its files are gone then, too. Raises OSError."""
-    found = await host.find(spec.mark)
-    ended = True
-    if found is not None:
-        with suppress(ProcessGone), host.open_process(found) as process:
-            process.kill()
-            ended = False
-            with trio.move_on_after(_KILL_S):
-                await process.wait()
-                ended = True
+    with trio.move_on_after(_KILL_S) as patience:
+        await host.end_all(spec.mark)
     for path in (spec.directory, spec.memory_file):
         await host.remove_tree(path)
-    if not ended:
+    if patience.cancelled_caught:
         raise TemplateFailed("unkillable", "the hypervisor's process does not end, although killed")

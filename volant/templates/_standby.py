@@ -404,14 +404,11 @@ class Standbys:
         host = self.doors.host
         # One that a row names is the row's: an actor may fall over while its commit is under way.
         if claimed or not self._owned(mark):
-            identity = identity or await host.find(mark)
-            if identity is not None:
-                with suppress(ProcessGone), host.open_process(identity) as process:
-                    process.kill()
-                    with trio.move_on_after(_KILL_S) as patience:
-                        await process.wait()
-                    if patience.cancelled_caught:
-                        raise OSError(f"process {identity.pid} does not end, although killed")
+            with trio.move_on_after(_KILL_S) as patience:
+                # A look through all processes costs as much as starting one.
+                await (host.end_all(mark) if identity is None else host.end([identity]))
+            if patience.cancelled_caught:
+                raise OSError(f"the process that carries {mark} does not end, although killed")
             await host.remove_tree(standby_directory(self.doors.runtime_dir, mark))
             layer = self._layer(mark)
             for path in (layer, layer.with_name(f"{layer.name}.new")):

@@ -183,7 +183,7 @@ class SimHost(Host):
         found = [identity for identity in await self.processes(mark) if identity.mark == mark]
         return min(found, key=lambda identity: identity.start_time, default=None)
 
-    async def processes(self, mark_prefix: str) -> list[ProcessIdentity]:
+    async def processes(self, mark_prefix: str, *, of_anybody: bool = False) -> list[ProcessIdentity]:
         if not mark_prefix.startswith(self._own_marks):
             return []
         return await self._call(

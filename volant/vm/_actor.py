@@ -648,11 +648,9 @@ class VmActor(Actor):
         """Leave no process and none of its files; nothing that the console said is lost."""
         host, settings, row = self._doors.host, self._doors.settings, self._row
         with _deadline(settings.kill_timeout_s, "unkillable", "the hypervisor's process does not end, although killed"):
-            found = await host.find(mark)
-            if found is not None:
-                with suppress(ProcessGone), host.open_process(found) as process:
-                    process.kill()
-                    await process.wait()
+            # The row's process is known beyond doubt; another one with its mark is of a daemon that died.
+            known = row.process if row.process is not None and row.process.mark == mark else None
+            await host.end_all(mark, known)
         if self._process_task is not None:
             self._process_task.cancel()
             await self._process_task.wait()

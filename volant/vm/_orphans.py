@@ -127,11 +127,8 @@ async def kill_orphan(doors: VmDoors, mark: str) -> None:
     """End it and remove its files, unless a VM has the same; its disk stays. :raises Problem: 404, 503."""
     orphan = await _orphan(doors, mark)
     try:
-        with trio.fail_after(doors.settings.kill_timeout_s), doors.host.open_process(orphan.identity) as process:
-            process.kill()
-            await process.wait()
-    except ProcessGone:
-        pass
+        with trio.fail_after(doors.settings.kill_timeout_s):
+            await doors.host.end_all(mark, orphan.identity)
     except trio.TooSlowError:
         raise Problem(503, "unkillable", f"process {orphan.identity.pid} does not end, although killed") from None
     if doors.store.projection.by_id(orphan.vm_id) is None:

@@ -1,0 +1,193 @@
+"""A process of another local user is never taken for one of the daemon's."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.attackers.local_user import NOBODY, needs_root, running_code
+from volant.daemon._guests import stop_guests
+from volant.daemon._settings import Settings
+from volant.host import Host, ProcessGone, Walls
+from volant.hypervisor.qemu import QemuHypervisor
+from volant.model import ProcessIdentity
+from volant.network._passt import Passt
+from volant.vm import instance_of, processes_of_vms
+
+pytestmark = needs_root
+
+PYTHON = str(Path(sys.executable).resolve())
+VM_USERS = range(70_000, 70_010)
+WAITING = "import time; print('ready', flush=True); time.sleep(600)"
+ANOTHER_LINE = (
+    "import ctypes, time\n"
+    "words = open('/proc/self/stat').read().rpartition(')')[2].split()\n"
+    "start, end = int(words[45]), int(words[46])\n"
+    "ctypes.memset(start, ord('x'), end - start - 1)\n"
+    "print('ready', flush=True)\n"
+    "time.sleep(600)\n"
+)
+"""A program that overwrites its own command line, as a hypervisor can that somebody has taken over."""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
+    path.chmod(0o711)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host(users=VM_USERS)
+
+
+@pytest.fixture
+def mark(host: Host) -> str:
+    return f"volant-test.{host.new_id()}"
+
+
+async def launched(host: Host, mark: str, place: Path, code: str = WAITING, user: int | None = None) -> ProcessIdentity:
+    """A process that carries a mark, once it has printed a line."""
+    directory = place / f"{user}.{host.new_id()[:8]}"
+    await host.mkdir(directory)
+    if user is not None:
+        await host.lend_directory(directory, user, [], [place])
+    output = directory / "out"
+    identity = await host.spawn(
+        [PYTHON, "-I", "-c", code, mark],
+        mark=mark,
+        env={},
+        cwd=directory,
+        stdout_path=output,
+        walls=None if user is None else Walls(user=user),
+    )
+    with trio.fail_after(20), host.watch(output) as watch:
+        while b"ready" not in await host.read_bytes(output):
+            await watch.wait()
+    return identity
+
+
+def gone(host: Host, identity: ProcessIdentity) -> bool:
+    try:
+        with host.open_process(identity) as process:
+            return process.exited
+    except ProcessGone:
+        return True
+
+
+async def test_a_decoy_is_not_found_and_the_process_that_was_launched_is(host: Host, mark: str, place: Path) -> None:
+    with running_code(WAITING, mark) as decoy:
+        assert await host.find(mark) is None
+        ours = await launched(host, mark, place)
+        a_vms = await launched(host, mark, place, user=VM_USERS[3])
+        assert set(await host.processes(mark)) == {ours, a_vms}
+        await host.end_all(mark)
+        assert gone(host, ours)
+        assert gone(host, a_vms)
+        assert decoy.poll() is None
+
+
+async def test_nor_is_a_program_that_others_run_with_our_rights(host: Host, mark: str, place: Path) -> None:
+    program = place / "tail"
+    shutil.copy("/usr/bin/tail", program)
+    program.chmod(0o4755)
+    with subprocess.Popen(  # noqa: ASYNC220
+        [program, "-f", "/dev/null", mark],
+        user=NOBODY.pw_uid,
+        group=NOBODY.pw_gid,
+        extra_groups=(),
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    ) as decoy:
+        try:
+            assert await host.find(mark) is None
+        finally:
+            decoy.kill()
+
+
+async def test_all_that_carry_a_mark_are_ended(host: Host, mark: str, place: Path) -> None:
+    both = [await launched(host, mark, place) for _ in range(2)]
+    other = await launched(host, f"{mark}0", place)
+    await host.end_all(mark)
+    assert [gone(host, each) for each in both] == [True, True]
+    assert not gone(host, other)
+    await host.end_all(f"{mark}0")
+
+
+async def test_a_hypervisor_that_hides_its_mark_is_ended_by_its_row(host: Host, mark: str, place: Path) -> None:
+    hidden = await launched(host, mark, place, ANOTHER_LINE, user=VM_USERS[1])
+    later = Host(users=VM_USERS)
+    assert await later.find(mark) is None, "it does carry it"
+    await later.end_all(mark, hidden)
+    assert gone(host, hidden)
+
+
+async def test_ids_of_vms_are_not_taken_up_by_decoys(host: Host) -> None:
+    with running_code(WAITING, "volant-0123456789-999999999999999999.1"):
+        assert await processes_of_vms(host, "0123456789") == []
+
+
+async def test_the_hosts_shutdown_asks_no_decoy(place: Path) -> None:
+    settings = Settings(state_dir=place / "s", runtime_dir=place / "r", cache_dir=place / "c")
+    instance = instance_of(settings.state_dir)
+    host = Host(users=VM_USERS)
+    with (
+        running_code(WAITING, f"volant-{instance}-1.1") as vm,
+        running_code(WAITING, f"volant-{instance}-s.0123456789ab") as standby,
+        running_code(WAITING, f"volant-{instance}-t.0123456789ab") as template,
+    ):
+        assert await stop_guests(settings, host, QemuHypervisor(host, settings.cache_dir)) == []
+        assert [each.poll() for each in (vm, standby, template)] == [None] * 3
+
+
+@contextmanager
+def passt_as_before(passt: Passt, vm_id: int, *, as_who: int) -> Iterator[subprocess.Popen[str]]:
+    """A process with the name of passt's, as the user that root's passt changes to, and its log open if it is root
+    that has started it."""
+    log = passt.socket(vm_id).with_suffix(".log")
+    log.parent.mkdir(mode=0o700, parents=True)
+    log.touch(0o600)
+    code = f"import os, sys; {'os.open(sys.argv[2], os.O_RDWR); ' if as_who == 0 else ''}os.setuid({NOBODY.pw_uid})\n"
+    mark = f"volant-{passt.instance}-n.{vm_id}"
+    with subprocess.Popen(
+        [PYTHON, "-I", "-c", code + WAITING, mark, str(log)],
+        user=as_who,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline()
+            yield process
+        finally:
+            process.kill()
+
+
+async def test_a_decoy_of_passts_is_not_taken_for_it(host: Host, place: Path) -> None:
+    passt = Passt(host, place / "r", "0123456789")
+    with passt_as_before(passt, 7, as_who=NOBODY.pw_uid) as decoy:
+        with trio.fail_after(20):
+            await passt.ended(7)
+            await passt.end(7)
+        assert decoy.poll() is None
+
+
+async def test_passt_that_root_has_started_is_ended_although_it_runs_as_nobody(host: Host, place: Path) -> None:
+    passt = Passt(host, place / "r", "0123456789")
+    with passt_as_before(passt, 7, as_who=0) as real:
+        with trio.fail_after(20):
+            await passt.end(7)
+        assert real.wait(10) == -signal.SIGKILL
+    assert not host.exists(passt.socket(7).with_suffix(".log"))
