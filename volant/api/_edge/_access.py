@@ -17,6 +17,7 @@ and with the settings it can be replaced while the daemon runs.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -32,6 +33,7 @@ Header = tuple[bytes, bytes]
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _REMEMBERED = 256
+_HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\[\]:@/?#\\\s]+))(?::(?P<port>[0-9]{0,5}))?\Z")
 _PREFLIGHT_AGE = b"600"
 _METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 _KEYLESS = (b"/healthz", b"/docs")
@@ -238,19 +240,24 @@ class _Rules:
     def _is_ours(self, host: bytes | None, local: object) -> bool:
         if not host:
             return False
-        try:
-            text = host.decode("ascii").lower()
-            name = urlsplit(f"//{text}").hostname
-            _ = urlsplit(f"//{text}").port
-        except (UnicodeDecodeError, ValueError):
+        text = host.decode("latin-1").lower()
+        if text in self._hosts:
+            return True
+        parts = _HOST.match(text)
+        if parts is None or int(parts["port"] or 0) > 65535:
             return False
-        if not name or "@" in text or "/" in text:
-            return False
-        if name == "localhost" or text in self._hosts or name in self._hosts:
+        name = parts["address"] or parts["name"]
+        if name == "localhost" or name in self._hosts:
             return True
         try:
             address = ipaddress.ip_address(name)
         except ValueError:
+            return False
+        # Browsers and libraries write an address in one way. Another spelling comes from somebody who has a check to
+        # get around, so an operator who wants one has to name it.
+        if str(address) != name or (address.version == 6) != bool(parts["address"]):
+            return False
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
             return False
         # An address can't be rebound. The one that the client has connected to is ours, which a socket for both
         # families shows as ::ffff:192.0.2.1.

@@ -22,8 +22,7 @@ _HOP_BY_HOP = frozenset(
         b"http2-settings",
     }
 )
-_KEYS = frozenset({b"authorization", b"x-volant-api-key"})
-_CREDENTIALS = _KEYS | {b"cookie"}
+_CREDENTIALS = frozenset({b"authorization", b"x-volant-api-key", b"cookie"})
 _OURS_TO_SAY = frozenset({b"host", b"expect"})
 
 _SAID_BY_US = frozenset({b"date", b"x-request-id", b"x-content-type-options", b"volant-location"})
@@ -65,11 +64,6 @@ def from_guest(headers: Iterable[Header]) -> list[Header]:
     # Who may read across origins is for the operator to say (VOLANT_CORS_ORIGINS), not for a guest.
     kept = [field for field in headers if field[0] not in dropped and not field[0].startswith(b"access-control-")]
     return [*kept, SANDBOX]
-
-
-def shows_key(headers: Iterable[Header]) -> bool:
-    """Whether a client has a key in a header, wanted or not."""
-    return any(name in _KEYS for name, _ in headers)
 
 
 def _is_harmless(referer: bytes) -> bool:

@@ -1,11 +1,13 @@
-"""Where a guest may send a client: anywhere in itself, and elsewhere only a client that shows no key.
+"""Keeps the redirects of a guest inside the guest.
 
-Clients that follow redirections take the headers along that they were told to send (`curl -L -H`, requests, httpx, Go,
-fetch), to another host too, as they can't know that `X-Volant-API-Key` is a credential. And a guest's `Location: /` is
-our own root to them, below which other VMs are: with a 307 a guest could have its client stop them. So what a guest
-says is understood as the guest meant it, and put together anew. Whatever is not certainly in the guest is elsewhere.
+A client that follows a 307 repeats its method and body with the headers that it was given (`curl -L`, requests, httpx,
+Go, fetch). So a guest that may name any address commands whatever its client can reach: this daemon, which on loopback
+may need no key, or another service of the client's host, and it gets the client's API key. A list of spellings of
+"this daemon" can't be complete (`127.1`, `[::ffff:127.0.0.1]`, `0`, a name of ours). So a `Location` is resolved as the
+guest meant it and built again below our path of the guest. Every other one becomes `Volant-Location`, which no client
+follows.
 
-Only headers are rewritten. A page's links are the page's.
+Only headers are rewritten. The links in a page belong to the page.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ _AGENT = re.compile(rb"(?:http:)?//agent(?=[/?#]|\Z)", re.IGNORECASE)
 _ELSEWHERE = re.compile(rb"[a-z][a-z0-9+.-]*:|[/\\]{2}", re.IGNORECASE)
 _PATH = re.compile(rb"[^?#]*")
 _UNSAFE = re.compile(rb"[^\x21-\x5b\x5d-\x7e]")
+_RELOADS = re.compile(rb"[0-9.]*\Z")
 _DOT = re.compile(rb"%2e", re.IGNORECASE)
 
 
@@ -33,19 +36,20 @@ class Sender:
     host: bytes
     target: str
 
-    def redirect(self, headers: Iterable[Header], *, has_key: bool) -> list[Header]:
-        """`headers` of the answer with each `Location` below our path of the guest.
+    def redirect(self, headers: Iterable[Header]) -> list[Header]:
+        """Returns `headers` of the answer with each `Location` below our path of the guest, or as `Volant-Location`.
 
-        One elsewhere stays as it is for a client without a key, and becomes `Volant-Location`, which none follows, for
-        one that has shown its key in a header.
+        `Refresh` with an address is another redirect, and is left out.
         """
         sent = []
         for name, value in headers:
+            if name == b"refresh" and not _RELOADS.match(value):
+                continue
             if name == b"location":
                 place = self.place(value)
                 if place is not None:
                     value = place
-                elif has_key:
+                else:
                     name = b"volant-location"
             sent.append((name, value))
         return sent

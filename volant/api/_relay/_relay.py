@@ -28,7 +28,7 @@ from volant.channel import AgentClient, AgentProtocolError, AgentResponse, Agent
 from volant.model import Problem, invalid
 
 from .._edge import GOING_AWAY, Call, interruptible
-from ._headers import from_guest, shows_key, to_guest
+from ._headers import from_guest, to_guest
 from ._redirect import Sender
 
 HEAD_S = 600.0
@@ -113,7 +113,7 @@ class Relay:
                     begin = await response.read(_MAX_REFUSAL)
                     problem = explain(response.status, begin)
                 if problem is None:
-                    said = sender.redirect(from_guest(response.headers), has_key=shows_key(call.scope["headers"]))
+                    said = sender.redirect(from_guest(response.headers))
                     await call.start(response.status, said)
                     while data := begin or await response.receive():
                         begin = b""
