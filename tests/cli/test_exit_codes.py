@@ -59,6 +59,7 @@ async def test_a_daemon_that_is_not_there_is_5() -> None:
         ["vms", "create", "demo", "--cpu", "0"],
         ["vms", "create", "demo", "--env", "X"],
         ["vms", "create", "demo", "--timeout", "soon"],
+        ["vms", "wait", "demo", "--for", "running,foo"],
         ["vms", "exec", "demo"],
         ["vms", "exec", "demo", "--json", "--", "true"],
         ["vms", "logs", "demo", "--tail", "1", "--since", "2"],
@@ -142,3 +143,17 @@ async def test_a_pipe_that_nobody_reads_ends_it_without_a_word() -> None:
 
 def test_what_a_guest_says_commands_no_terminal() -> None:
     assert safe("a\x1b]0;x\x07\x9b2J\u202eb\tc\nd") == r"a\x1b]0;x\x07\x9b2J\x202eb" + "\tc" + r"\x0ad"
+
+
+async def test_a_state_that_is_none_names_the_option_and_the_states_there_are() -> None:
+    done = await volar(None, "vms", "wait", "demo", "--for", "foo")
+    assert "Invalid value for '--for': 'foo' is not a state to wait for; use one of pending, starting, " in done.err
+    assert "deleted" in done.err
+
+
+async def test_starting_a_vm_that_runs_says_that_it_runs() -> None:
+    async with serving() as server:
+        server.routes["POST /api/v1/vms/demo/start"] = [answer(vm()), answer(vm(status="stopped"))]
+        runs = await volar(server, "vms", "start", "demo")
+        starts = await volar(server, "vms", "start", "demo")
+    assert (runs.out, starts.out) == (b"demo is running\n", b"demo is starting\n")

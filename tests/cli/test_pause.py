@@ -11,7 +11,7 @@ from .kit import volar
 
 @pytest.mark.parametrize(
     ("verb", "status", "says"),
-    [("pause", "paused", b"demo is to be paused\n"), ("resume", "running", b"demo is to go on\n")],
+    [("pause", "paused", b"demo is being paused\n"), ("resume", "running", b"demo is running\n")],
 )
 async def test_it_asks_and_waits_if_told_to(verb: str, status: str, says: bytes) -> None:
     async with serving() as server:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from volant.daemon._settings import Settings, SettingsError, check, load, parse_address, parse_uids, split
+from volant.daemon._settings import GROUPS, Settings, SettingsError, check, load, parse_address, parse_uids, split
 
 KEY = "0123456789abcdef0123"
 
@@ -194,3 +195,17 @@ def test_users_of_hypervisors_are_a_range_that_is_nobodys(text: str) -> None:
     with pytest.raises(SettingsError, match="vm_uids"):
         settings("--vm-uids", text)
     assert len(parse_uids(settings().vm_uids)) == 32768
+
+
+def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["volantd", "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        load(["--help"], {})
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    flags = dict(re.findall(r"^  (?:--listen, )?--([a-z0-9-]+)[^\n]*?(?:\n {10,}|  +)(\S[^\n]*)", said, re.MULTILINE))
+    grouped = [field for fields in GROUPS.values() for field in fields]
+    assert sorted(grouped) == sorted(set(Settings.__struct_fields__) - {"api_key"})
+    assert {field.replace("_", "-") for field in grouped} <= flags.keys()
+    assert all(len(text) > 10 for text in flags.values())

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 
 from quart import request
 
-from volant.model import Problem, Status, VmRow, invalid, is_name, no_such_vm
-from volant.vm import DELETED, Version
+from volant.model import WAIT_STATES, Problem, VmRow, invalid, is_name, no_such_vm
+from volant.vm import Version
 
 from ._doors import Doors
 from ._edge import Query
@@ -16,7 +16,6 @@ from ._edge import Query
 MAX_WAIT_S = 600.0
 DEFAULT_WAIT_S = 60.0
 _ETAG = re.compile(r'"(\d{1,18})-(\d{1,18})"\Z', re.ASCII)
-_STATES = frozenset({*(str(state) for state in Status), DELETED})
 
 
 def query() -> Query:
@@ -58,7 +57,7 @@ def chosen(
 
 def wait_of(parameters: Query) -> tuple[Collection[str], float]:
     """States to wait for, none if there is nothing to wait for, and how long. :raises Problem: 400."""
-    states = parameters.words("wait", _STATES)
+    states = parameters.words("wait", frozenset(WAIT_STATES))
     timeout_s = parameters.duration("timeout", DEFAULT_WAIT_S, maximum_s=MAX_WAIT_S)
     return states, timeout_s
 

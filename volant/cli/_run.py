@@ -16,7 +16,7 @@ import msgspec
 import trio
 
 from volant.client import Client, ClientError, ConnectionLost, DeadlineExceeded, Unreachable
-from volant.model import Problem, parse_duration
+from volant.model import WAIT_STATES, Problem, parse_duration
 
 from ._options import Options, common
 from ._output import Output, styled
@@ -197,6 +197,21 @@ class Duration(click.ParamType[float]):
 
     def _refuse(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> NoReturn:
         self.fail(text, param, ctx)
+
+
+class States(click.ParamType[tuple[str, ...]]):
+    """`running,crashed`: states to wait for."""
+
+    name = "states"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        wanted = tuple(state.strip() for state in str(value).split(","))
+        for state in wanted:
+            if state not in WAIT_STATES:
+                self.fail(f"{state!r} is not a state to wait for; use one of {', '.join(WAIT_STATES)}", param, ctx)
+        return wanted
 
 
 class Pair(click.ParamType[tuple[str, str]]):

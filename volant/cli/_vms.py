@@ -19,7 +19,7 @@ from . import _console, _copy, _exec, _forward, _snapshots
 from ._complete import network_choices, plugin_names, snapshot_names, vm_names
 from ._events import event_line, follow, label_option, reason_lines, retrying, since_option, type_option
 from ._output import Output, colourful, styled
-from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair, Session, command
+from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair, Session, States, command
 from ._text import safe, span
 from ._vms_group import group, name_argument
 
@@ -336,15 +336,16 @@ async def kill(session: Session, mark: str) -> None:
 @click.option(
     "--for",
     "states",
+    type=States(),
     default="running",
     show_default=True,
     metavar="STATES",
     help="Comma-separated; a status, or deleted.",
 )
 @timeout_option
-async def wait_for(session: Session, name: str, states: str, timeout: float) -> int:
+async def wait_for(session: Session, name: str, states: tuple[str, ...], timeout: float) -> int:
     """Wait until a VM is in one of some states."""
-    wanted = [state.strip() for state in states.split(",")]
+    wanted = list(states)
     async with _telling(session, name) as teller:
         waited = await session.client.vms.wait(name, wanted, timeout_s=timeout)
         await _settle(teller, waited)
@@ -439,19 +440,22 @@ async def watch(
 
 
 _OUTCOMES: dict[Verb, tuple[str, str]] = {
-    "start": ("running", "is to run"),
-    "stop": ("stopped", "is to stop"),
-    "restart": ("running", "is to boot anew"),
-    "pause": ("paused", "is to be paused"),
-    "resume": ("running", "is to go on"),
+    "start": ("running", "is starting"),
+    "stop": ("stopped", "is stopping"),
+    "restart": ("running", "is restarting"),
+    "pause": ("paused", "is being paused"),
+    "resume": ("running", "is being resumed"),
 }
-"""Where a verb leads to, and what is said of it before it is there."""
+"""The status that an operation leads to, and what to print of a VM that does not have it yet."""
 
 
 async def _verb(session: Session, name: str, verb: Verb, wait: bool, timeout: float, grace: float | None = None) -> int:
     state, so_far = _OUTCOMES[verb]
     if not wait:
-        _done(session.out, await session.client.vms.verb(name, verb, grace_s=grace), so_far)
+        vm = await session.client.vms.verb(name, verb, grace_s=grace)
+        # A restart that has just been asked for finds the VM running.
+        there = vm.status == state and verb != "restart"
+        _done(session.out, vm, f"is {state}" if there else so_far)
         return 0
     async with _telling(session, name) as teller:
         waited = await session.client.vms.verb_and_wait(name, verb, [state], timeout_s=timeout, grace_s=grace)

@@ -8,13 +8,18 @@ something by it; an unknown `VOLANT_*` is a warning, as it may be meant for anot
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import ipaddress
 import os
 import re
+import sys
+import textwrap
 import tomllib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
@@ -23,8 +28,6 @@ from volant.model import DEFAULT_SUBNET, parse_subnet
 from ._protection import Protection, ProtectionError, Secret, check_origin, others_may_read, protection
 
 _CLIENT_SIDE = {"VOLANT_API_BASE"}
-_NO_FLAG = {"api_key"}
-"""Every user of a host can read the arguments of its processes."""
 _NEVER_EMPTY = {"api_key", "api_key_file", "api_allow_cidr", "trusted_proxies"}
 _CREDENTIAL = "volant-api-key"
 _FIRST_UID, _LEAST_UIDS = 1000, 512
@@ -56,6 +59,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cache_dir: Path
     """What can be made or fetched again: boot images, boot media of plugins."""
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    """`auto`: KVM where a probe shows that it runs guests, else emulation."""
     kernel: Path | None = None
     """Boot this kernel instead of the built image's, for VMs whose plugin brings none."""
     initramfs: Path | None = None
@@ -116,6 +120,27 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ephemeral: bool = False
     """On a clean stop delete all VMs and remove state and runtime directories. For demos and tests."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe lines that are logged."""
+
+
+GROUPS = {
+    "who may use the API": (
+        *("api_listen_addr", "api_key_file", "api_allow_cidr", "trusted_proxies", "allowed_hosts", "cors_origins"),
+        "insecure",
+    ),
+    "directories": ("state_dir", "runtime_dir", "cache_dir"),
+    "VMs": (
+        *("accelerator", "kernel", "initramfs", "max_vms", "max_boots", "return_memory", "walls", "vm_uids"),
+        *("agent_timeout_s", "image_timeout_s", "media_timeout_s", "media_max_mb"),
+    ),
+    "fast starts": (
+        *("templates", "templates_max_mb", "templates_max_age_s", "standby", "standby_max_mb", "standby_idle_s"),
+    ),
+    "networks": ("network", "bridge", "subnet", "nameservers"),
+    "the daemon": ("ephemeral", "log_level"),
+}
+"""The settings that are flags, as `volantd --help` lists them. `api_key` is none: every user of a host can read the
+arguments of its processes."""
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = None) -> tuple[Settings, list[str]]:
@@ -393,15 +418,46 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="settings in TOML")
+    parser.add_argument("--config", metavar="FILE", help="Settings in TOML; flags and VOLANT_* variables win over it.")
     hints = get_type_hints(Settings)
-    for field in Settings.__struct_fields__:
-        if field in _NO_FLAG:
-            continue
-        names = [f"--{field.replace('_', '-')}"]
-        if field == "api_listen_addr":
-            names.insert(0, "--listen")
-        if hints[field] is bool:
-            parser.add_argument(*names, dest=field, action="store_true")
-        else:
-            parser.add_argument(*names, dest=field, metavar="VALUE")
+    # Only a reader of --help needs them, and they cost a look into this file.
+    texts = _descriptions() if {"-h", "--help"} & set(sys.argv) else {}
+    for title, fields in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for field in fields:
+            names = [f"--{field.replace('_', '-')}"]
+            if field == "api_listen_addr":
+                names.insert(0, "--listen")
+            text = texts.get(field)
+            if hints[field] is bool:
+                group.add_argument(*names, dest=field, action="store_true", help=text)
+            else:
+                group.add_argument(*names, dest=field, metavar=_metavar(field, hints[field]), help=text)
+
+
+def _metavar(field: str, hint: Any) -> str:
+    """Returns what stands for the value of a flag in the help."""
+    kinds = [member for member in get_args(hint) if member is not type(None)] or [hint]
+    if all(isinstance(kind, str) for kind in kinds):
+        return "|".join(kinds)
+    if kinds[0] is Path:
+        return "PATH"
+    if kinds[0] in (int, float):
+        return "SECONDS" if field.endswith("_s") else "MIB" if field.endswith("_mb") else "N"
+    return "TEXT"
+
+
+def _descriptions() -> dict[str, str]:
+    """Returns the documentation of each setting, with its default: what stands below the field in `Settings`."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(Settings))).body
+    assert isinstance(node, ast.ClassDef)
+    found = {}
+    for field, text in pairwise(node.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            says = text.value if isinstance(text, ast.Expr) else None
+            if isinstance(says, ast.Constant) and isinstance(says.value, str):
+                default = ast.literal_eval(field.value) if isinstance(field.value, ast.Constant) else None
+                shown = f" Default: {default}." if default not in (None, "", False) else ""
+                # argparse expands percent signs.
+                found[field.target.id] = (" ".join(says.value.split()) + shown).replace("%", "%%")
+    return found

@@ -97,6 +97,7 @@ from ._problem import Problem, invalid, name_taken, no_such_vm
 from ._row import (
     FORK,
     SNAPSHOT,
+    WAIT_STATES,
     BootMode,
     BuildTemplate,
     CreateVm,
@@ -190,6 +191,7 @@ __all__ = [
     "SNAPSHOT",
     "USER",
     "USER_ADDRESS",
+    "WAIT_STATES",
     "Action",
     "AgentAnswered",
     "Artifact",

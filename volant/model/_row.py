@@ -27,6 +27,10 @@ class Status(StrEnum):
     DELETING = "deleting"
 
 
+WAIT_STATES: tuple[str, ...] = (*(str(status) for status in Status), "deleted")
+"""What a client can wait for a VM to be."""
+
+
 class Desired(StrEnum):
     """What a VM should be. Public."""
 
