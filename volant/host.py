@@ -1115,6 +1115,17 @@ class Host:
         """The writing end of a named pipe, to be closed by the caller. Raises OSError, with ENXIO when nobody reads."""
         return trio.lowlevel.FdStream(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY))
 
+    def reserve_space(self, path: Path, size: int) -> None:
+        """Make a file that takes `size` bytes of the disk, or none. Raises OSError."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+
     def close_file(self, fd: int) -> None:
         os.close(fd)
 

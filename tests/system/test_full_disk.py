@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.system.kit import Daemon, adopted, boot, event_of, run, spec, until
+from tests.system.kit import Daemon, adopted, boot, event_of, reachable, run, spec, until
 from volant.client import Client, ClientProblem, LogGap, LogLine
 from volant.model import Manifest
 
@@ -29,8 +31,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
 class SmallDisk:
     """The file system of a daemon's state, seen through its process."""
 
-    def __init__(self, daemon: Daemon) -> None:
-        self.path = Path(f"/proc/{daemon.pid}/root{daemon.state_dir}")
+    def __init__(self, daemon: Daemon, pid: int | None = None) -> None:
+        self.path = Path(f"/proc/{pid or daemon.pid}/root{daemon.state_dir}")
 
     def fill(self) -> None:
         """To the last byte."""
@@ -80,7 +82,8 @@ async def test_a_full_disk_stops_new_work_alone_and_is_got_over(make_daemon: Cal
         assert (refused.value.status, refused.value.code) == (503, "no-space")
 
         # What runs goes on, and all can be looked at.
-        assert (await client.healthz()).status == "ok"
+        assert (await client.healthz()).status == "degraded"
+        assert "is full" in (await client.system.info())["journal"]["trouble"]
         assert [vm.name for vm in await client.vms.list()] == ["demo", "dies"]
         assert await run(client, "demo", "echo", "alive") == "alive\n"
         async with client.events(after="0") as feed:
@@ -96,6 +99,7 @@ async def test_a_full_disk_stops_new_work_alone_and_is_got_over(make_daemon: Cal
 
         disk.make_room()
         # By itself, and at once for who asks.
+        await adopted(client)
         await until(client, "dies", "stopped", timeout_s=30)
         assert (await client.vms.get("demo")).pid == demo.pid
         newest = await client.newest_event()
@@ -108,6 +112,67 @@ async def test_a_full_disk_stops_new_work_alone_and_is_got_over(make_daemon: Cal
         async with client.system.backup() as backup:
             assert sum([len(piece) async for piece in backup]) == backup.size
         assert daemon.log().count("Traceback") == 0, daemon.log()
+
+
+@pytest.fixture
+def kept_disk() -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose mount namespace keeps a small disk while there is no daemon."""
+    with subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sleep", "3600"]) as holder:
+        try:
+            while Path(f"/proc/{holder.pid}/ns/mnt").readlink() == Path("/proc/self/ns/mnt").readlink():
+                time.sleep(0.01)
+            yield holder
+        finally:
+            holder.kill()
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+async def test_a_daemon_that_starts_on_a_full_disk_adopts_and_takes_changes_once_there_is_space(
+    make_daemon: Callable[..., Daemon], kept_disk: subprocess.Popen[bytes], how: str
+) -> None:
+    wrapper = (
+        "nsenter", f"--mount=/proc/{kept_disk.pid}/ns/mnt", "sh", "-c",
+        'for word; do [ "$before" = --state-dir ] && state=$word; before=$word; done; mkdir -p "$state"; '
+        f'mountpoint -q "$state" || mount -t tmpfs -o size={SIZE_MB}m,mode=700 small "$state"; exec "$@"',
+        "sh",
+    )  # fmt: skip
+    daemon = make_daemon(ephemeral=False, wrapper=wrapper)
+    disk = SmallDisk(daemon, kept_disk.pid)
+    async with daemon.client() as client:
+        await adopted(client)
+        demo = await boot(client, "demo")
+        await client.networks.create("lan")
+    daemon.kill() if how == "kill" else daemon.stop()
+    disk.fill()
+    daemon.log_path.write_text("")
+    daemon.start()
+    async with daemon.client() as client:
+        with trio.fail_after(30):
+            while (await client.healthz()).status == "starting":  # noqa: ASYNC110 - another process's
+                await trio.sleep(0.02)
+        # What runs is adopted, and all can be looked at.
+        vm = await client.vms.get("demo")
+        assert (vm.status, vm.pid) == ("running", demo.pid)
+        await reachable(client, "demo")
+        assert await run(client, "demo", "echo", "alive") == "alive\n"
+        assert [network.name for network in await client.networks.list()] == ["lan"]
+        async with client.events(after="0") as feed:
+            assert (await event_of(feed, "VM_RUNNING", "demo")).vm_id == demo.id
+        # No change is taken, and it is told why.
+        for attempt in (client.vms.create(spec("new")), client.networks.create("more"), client.vms.stop("demo")):
+            with pytest.raises(ClientProblem) as refused:
+                await attempt
+            assert (refused.value.status, refused.value.code) == (503, "journal-full")
+            assert "is full" in refused.value.detail
+        assert (await client.healthz()).status == "degraded"
+        disk.make_room()
+        await adopted(client)
+        await client.networks.create("more")
+        assert (await client.vms.verb_and_wait("demo", "stop", ["stopped"], grace_s=0)).outcome == "met"
+        await client.networks.remove("more")
+        await client.networks.remove("lan")
+    assert "Traceback" not in daemon.log()
+    assert (disk.path / "volant.db-reserve").stat().st_size == 2**20
 
 
 async def _story(client: Client) -> list[str]:

@@ -533,6 +533,8 @@ class Daemon:
         rows = self.store.projection.rows()
         running = sum(row.status is Status.RUNNING for row in rows)
         said = f"{len(rows)} VMs, {running} running" if rows else "no VMs"
+        if self.store.trouble is not None:
+            said += f"; {self.store.trouble}"
         return said if self.store.projection.drain is None else f"{said}, draining"
 
     async def _gave_up(self, told: GaveUp) -> None:
@@ -541,12 +543,13 @@ class Daemon:
     # What the API shows of the daemon
 
     def health(self) -> Health:
-        """`ok` when the tree is whole; a VM's failure or a missing hypervisor is nothing of that."""
+        """`ok` when the tree is whole and changes can be made; a VM's failure or a missing hypervisor is nothing of
+        that."""
         if self.stopping.is_set():
             return "stopping"
         if self.adoption_s is None or self.system is None:
             return "starting"
-        return "ok" if self.system.whole() else "degraded"
+        return "ok" if self.system.whole() and self.store.trouble is None else "degraded"
 
     def tree(self) -> Mapping[str, object]:
         """The supervisor tree, ready for JSON."""
@@ -570,6 +573,7 @@ class Daemon:
             "runtime_dir": str(self.settings.runtime_dir),
             "cache_dir": str(self.settings.cache_dir),
             "settings": shown(self.settings),
+            "journal": {"trouble": self.store.trouble},
             "event_epoch": self.store.projection.last_event.epoch,
             "orphans": self._ownerless(),
             "started_at": self.started_at,

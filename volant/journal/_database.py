@@ -27,6 +27,7 @@ from ._answers import Kept, check_kept
 from ._errors import BadRow, DatabaseRefused, JournalBroken
 from ._frames import EventFrame
 from ._projection import Plugin
+from ._reserve import Reserve
 from ._schema import BUSY_TIMEOUT_MS, open_reader, open_writer
 from ._stage import (
     AddEvent,
@@ -92,15 +93,33 @@ class Trimmed(msgspec.Struct, frozen=True):
 class Database:
     """The one connection that writes."""
 
-    def __init__(self, connection: apsw.Connection) -> None:
+    def __init__(self, connection: apsw.Connection, reserve: Reserve | None = None) -> None:
         self._connection = connection
+        self._reserve = reserve
+        self._changes = 0
         self._is_shorter = False
         """By what stands in the log and not yet in the file."""
 
     @classmethod
     def open(cls, host: Host, path: Path) -> Database:
-        """:raises DatabaseRefused: see `open_writer`. :raises apsw.Error: the disk fails."""
-        return cls(open_writer(host, path))
+        """What keeps room for it is given up where there is no other.
+
+        :raises DatabaseRefused: see `open_writer`. :raises apsw.Error: the disk fails.
+        """
+        reserve = Reserve(host, path)
+        try:
+            connection = open_writer(host, path)
+        except apsw.Error as error:
+            if not reserve.lacks_space(error):
+                raise
+            if not reserve.release():
+                raise apsw.FullError("the disk is full") from error
+            connection = open_writer(host, path)
+        return cls(connection, reserve)
+
+    def keep_reserve(self) -> bool:
+        """Have room kept for the next start; whether there is."""
+        return self._reserve is None or self._reserve.keep()
 
     def close(self) -> None:
         self._connection.close()
@@ -115,6 +134,7 @@ class Database:
             get = self._connection.execute
             epoch = _epoch(get("SELECT value FROM meta WHERE key = 'epoch'").get)
             drained = get("SELECT value FROM meta WHERE key = 'drain'").get
+            self._changes = _count(get("SELECT value FROM meta WHERE key = 'changes'").get)
             sequence = get("SELECT seq FROM sqlite_sequence WHERE name = 'vms'").get
             oldest, newest = get("SELECT min(seq), max(seq) FROM events").get
             newest = newest or 0
@@ -166,6 +186,10 @@ class Database:
         with self.transaction():
             for operation in operations:
                 self.execute(operation)
+            if not any(isinstance(operation, AddEvent) for operation in operations):
+                # Events are numbered; changes without one are counted, so that the loss of one shows.
+                self._changes += 1
+                self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('changes', ?)", (str(self._changes),))
 
     def trim(self, cutoff_at: int, below_seq: int, limit: int) -> Trimmed:
         """Drop up to `limit` of the oldest events: those from before `cutoff_at` and those below `below_seq`.
@@ -385,6 +409,14 @@ def _drain(data: str) -> Drain:
         drain = _decode_drain(data)
         check_stored_time("since", drain.since)
         return drain
+
+
+def _count(value: str | None) -> int:
+    with _naming("meta", "changes"):
+        count = int(value or 0)
+        if not 0 <= count <= MAX_ID:
+            raise BadMember("value", value, "which is no number of changes")
+        return count
 
 
 def _epoch(value: object) -> str:

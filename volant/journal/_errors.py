@@ -62,12 +62,7 @@ _UNWRITABLE = (
 def unwritable(error: BaseException) -> Problem | None:
     """The 503 for a commit that failed because of the disk; None when `error` is a bug of ours."""
     if isinstance(error, apsw.FullError):
-        return Problem(
-            503,
-            "journal-full",
-            "the disk that holds the daemon's state is full, so nothing can be changed; running VMs go on running",
-            hint="free space on that disk and try again",
-        )
+        return full()
     if isinstance(error, _UNWRITABLE):
         return Problem(
             503,
@@ -76,6 +71,16 @@ def unwritable(error: BaseException) -> Problem | None:
             hint="look at the disk that holds the state, then try again",
         )
     return None
+
+
+def full() -> Problem:
+    """503: there is no room for a change."""
+    return Problem(
+        503,
+        "journal-full",
+        "the disk that holds the daemon's state is full, so nothing can be changed; running VMs go on running",
+        hint="free space on that disk and try again",
+    )
 
 
 def slow(deadline_s: float) -> Problem:

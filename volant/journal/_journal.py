@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,11 +33,12 @@ from volant.model import Drain, EventId, IllegalEdge, Network, Problem, Snapshot
 
 from ._answers import Once
 from ._database import Database
-from ._errors import AlreadyAnswered, BadRow, StaleRow, no_room, overloaded, restoring, slow, unwritable
+from ._errors import AlreadyAnswered, BadRow, StaleRow, full, no_room, overloaded, restoring, slow, unwritable
 from ._projection import Plugin
+from ._reserve import RESERVE_BYTES
 from ._restore import finish, merge, next_path, snapshots_after
 from ._schema import damaged, untrusted
-from ._stage import Stage
+from ._stage import Operation, Stage
 from ._store import Store
 from .messages import (
     AddNetwork,
@@ -66,6 +67,8 @@ _TRIM_BITE = 1000
 _TRIM_SLACK = 1000
 _COMPACT_EVERY = 1000
 """Commits: what else than retention has left space, or kept the log from being emptied, is found by then."""
+_PROBE_S = 1.0
+_LOOK_S = 30.0
 _TRIM_AT_LEAST_S = 1.0
 _TRIM_AT_MOST_S = 3600.0
 
@@ -90,6 +93,9 @@ class Journal(Actor):
         self._compact_due = True
         self._restore: tuple[Restore, Deferred[Any]] | None = None
         self._stalled = False
+        self._has_reserve = True
+        self._probe_due = False
+        self._troubled = trio.Event()
         self._commits = self._answered = self._failures = self._largest = 0
         self._last_s = self._slowest_s = 0.0
         self._last_error = ""
@@ -108,6 +114,10 @@ class Journal(Actor):
         except (apsw.CorruptError, apsw.NotADBError) as error:
             raise damaged(store.path, error) from error
         check_fence()
+        store.trouble = None
+        self._has_reserve = await store.host.run_blocking(self._database.keep_reserve)
+        if not self._has_reserve:
+            self._set_trouble(full().detail)
         if store.host.exists(next_path(store.path)):
             # A predecessor did not live to say so.
             store.replaced.set()
@@ -121,6 +131,7 @@ class Journal(Actor):
         self._oldest_at = loaded.oldest_at
         self.ctx.spawn(self._write, name="writer")
         self.ctx.spawn(self._watch_age, name="retention")
+        self.ctx.spawn(self._probe_again, name="probe")
 
     @handles(CreateRow)
     async def create(self, message: CreateRow) -> Deferred[VmRow]:
@@ -211,6 +222,7 @@ class Journal(Actor):
             "largest_group": self._largest,
             "failed_commits": self._failures,
             "last_error": self._last_error,
+            "trouble": self._store.trouble,
             "last_commit_ms": round(self._last_s * 1000, 3),
             "slowest_commit_ms": round(self._slowest_s * 1000, 3),
             "answers_kept": len(self._store.answers),
@@ -222,6 +234,8 @@ class Journal(Actor):
             deferred.fail(slow(self._deadline_s))
         elif self._store.replaced.is_set():
             deferred.fail(restoring())
+        elif not self._has_reserve:
+            deferred.fail(full())
         elif len(self._waiting) >= _MAX_WAITING:
             deferred.fail(overloaded(len(self._waiting)))
         else:
@@ -237,11 +251,13 @@ class Journal(Actor):
             if self._restore is not None:
                 await self._decide_restore(*self._restore)
                 self._restore = None
+            if self._probe_due:
+                await self._probe()
             if self._trim_due:
                 await self._trim()
             elif self._compact_due:
                 await self._compact()
-            if not (self._waiting or self._restore or self._trim_due or self._compact_due):
+            if not (self._waiting or self._restore or self._trim_due or self._compact_due or self._probe_due):
                 self._wake = trio.Event()
 
     async def _decide_restore(self, message: Restore, deferred: Deferred[Any]) -> None:
@@ -287,7 +303,7 @@ class Journal(Actor):
                 answers.append((deferred, None, refusal))
         stage.make_room()
         if stage.operations:
-            failure = await self._commit_stage(stage, [deferred for deferred, _, _ in answers])
+            failure = await self._commit(stage.operations, [deferred for deferred, _, _ in answers])
             check_fence()
             if failure is not None:
                 # Refusals too: what they were based on may have been in this very transaction.
@@ -314,8 +330,8 @@ class Journal(Actor):
             else:
                 deferred.fail(error)
 
-    async def _commit_stage(self, stage: Stage, deferreds: list[Deferred[Any]]) -> Exception | None:
-        """Write a transaction; returns why the disk did not take it, if it did not."""
+    async def _commit(self, operations: Sequence[Operation], deferreds: list[Deferred[Any]]) -> Exception | None:
+        """Write a transaction, an empty one to see whether it can be; returns why the disk did not take it, if so."""
         host = self._store.host
         failure: Exception | None = None
         began = host.monotonic()
@@ -323,7 +339,7 @@ class Journal(Actor):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._give_up, deferreds)
             try:
-                await host.run_blocking(self._database.write, stage.operations)
+                await host.run_blocking(self._database.write, operations)
             except Exception as error:
                 failure = error
             nursery.cancel_scope.cancel()
@@ -332,6 +348,9 @@ class Journal(Actor):
         self._slowest_s = max(self._slowest_s, self._last_s)
         self._store.figures.commits.observe(self._last_s)
         if failure is None:
+            if self._store.trouble is not None:
+                _logger.warning("changes can be made again")
+                self._store.trouble = None
             self._commits += 1
             if self._commits % _COMPACT_EVERY == 0:
                 self._compact_due = True
@@ -339,16 +358,52 @@ class Journal(Actor):
         self._failures += 1
         self._store.figures.failed_commits += 1
         self._last_error = f"{type(failure).__name__}: {failure}"
-        if unwritable(failure) is None:
+        problem = unwritable(failure)
+        if problem is None:
             raise failure
-        _logger.error("a commit failed, nothing has changed: %s", self._last_error)
+        if self._store.trouble != problem.detail:
+            _logger.error("a commit failed, nothing has changed: %s", self._last_error)
+        self._set_trouble(problem.detail)
         return failure
+
+    def _set_trouble(self, why: str) -> None:
+        self._store.trouble = why
+        self._troubled.set()
+
+    async def _probe_again(self) -> None:
+        """While nothing can be changed, or the disk is all but full, look from time to time whether it can be: perhaps
+        nobody else does."""
+        host, directory = self._store.host, self._store.path.parent
+        while True:
+            try:
+                is_low = await host.run_blocking(host.free_space, directory) < RESERVE_BYTES
+            except OSError:
+                is_low = True
+            if is_low or self._store.trouble is not None:
+                self._probe_due = True
+                self._wake.set()
+            with trio.move_on_after(_LOOK_S):
+                await self._troubled.wait()
+                await trio.sleep(_PROBE_S)
+            self._troubled = trio.Event()
+
+    async def _probe(self) -> None:
+        self._probe_due = False
+        if not self._has_reserve:
+            check_fence()
+            self._has_reserve = await self._store.host.run_blocking(self._database.keep_reserve)
+            check_fence()
+        if self._has_reserve:
+            await self._commit((), [])
+        if self._store.trouble is not None:
+            self._troubled.set()
 
     async def _give_up(self, deferreds: list[Deferred[Any]]) -> None:
         """The disk has not answered in time: those who wait need not wait any longer. The first answer counts."""
         await trio.sleep(self._deadline_s)
         _logger.error("a commit takes more than %g s; the journal refuses changes until it is done", self._deadline_s)
         self._stalled = True
+        self._set_trouble(slow(self._deadline_s).detail)
         for deferred in deferreds:
             deferred.fail(slow(self._deadline_s))
         while self._waiting:

@@ -263,8 +263,10 @@ def _own_schema(version: int = VERSION) -> list[tuple[object, ...]]:
 def _prepare(connection: apsw.Connection) -> None:
     connection.pragma("trusted_schema", False)
     connection.pragma("temp_store", "memory")
-    # Only heeded while the file is empty: space of trimmed events is given back in small pieces.
-    connection.pragma("auto_vacuum", "incremental")
+    if not connection.pragma("page_count"):
+        # Only heeded while the file is empty: space of trimmed events is given back in small pieces. Later it would
+        # write, and a disk may be full.
+        connection.pragma("auto_vacuum", "incremental")
     mode = connection.pragma("journal_mode", "wal")
     if mode != "wal":
         raise apsw.IOError(f"SQLite can't use a write-ahead log here (journal mode {mode})")

@@ -42,6 +42,8 @@ class Store:
         self.events = EventLog(host, path)
         self.answers = Answers()
         self.figures = Figures()
+        self.trouble: str | None = None
+        """Why no change can be made at present; None: they can. The journal sets it."""
         self.ids_taken = 0
         """No VM gets an id up to this one: the host has traces of VMs of which the database may not know."""
         self.replaced = trio.Event()

@@ -440,6 +440,11 @@ class SimHost(Host):
         self._check()
         raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), str(path))
 
+    def reserve_space(self, path: Path, size: int) -> None:
+        self._check()
+        self._write_may_fail(path)
+        self._files.put(path, File(size=size))
+
     def close_file(self, fd: int) -> None:
         self._check()
         self._files.close(fd)

@@ -198,7 +198,7 @@ async def _templates(doors: VmDoors) -> list[_Found]:
 
 def _scan(doors: VmDoors) -> list[_Found]:
     host, settings, database = doors.host, doors.settings, doors.store.path
-    beside = [database.with_name(database.name + suffix) for suffix in ("", "-wal", "-shm")]
+    beside = [database.with_name(database.name + suffix) for suffix in ("", "-wal", "-shm", "-reserve")]
     found = [_Found("journal", database.name, sum(map(host.disk_usage, beside)))]
     found += [_Found("database", path.name, host.disk_usage(path), path) for path in replaced_databases(database)]
     found += [
