@@ -22,6 +22,7 @@ from trio_websocket import WebSocketConnection, open_websocket_url
 from volant.cli._images import default_cache_dir
 from volant.client import Client, ClientProblem, Feed, StreamGap
 from volant.client._http import RequestBody
+from volant.daemon._directories import EPHEMERAL
 from volant.model import CreateVm, Event, VmView
 from volant.vm import instance_of
 
@@ -90,6 +91,9 @@ class Daemon:
         directory = self.state_dir / "templates" / template.name
         directory.mkdir(parents=True, mode=0o700)
         self.state_dir.chmod(0o700)
+        if self.ephemeral:
+            # As if it had made that itself.
+            (self.state_dir / EPHEMERAL).touch(0o600)
         for file in template.iterdir():
             (directory / file.name).hardlink_to(file)
 

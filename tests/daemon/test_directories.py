@@ -1,0 +1,113 @@
+"""One daemon has its directories for itself, and an ephemeral one deletes only what it has made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from volant.daemon._directories import DirectoryError, claimed, memory_dir, remove
+from volant.daemon._settings import Settings
+
+
+def made(path: Path, name: str, *, ephemeral: bool = False, **places: Path) -> Settings:
+    usual = {"state_dir": path / f"{name}s", "runtime_dir": path / f"{name}r", "cache_dir": path / "cache"}
+    return Settings(**{**usual, **places}, ephemeral=ephemeral)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    for name in ("", "a", "b"):
+        shutil.rmtree(memory_dir(made(tmp_path, name)), ignore_errors=True)
+
+
+def claim(settings: Settings) -> None:
+    with claimed(settings):
+        pass
+
+
+def test_two_daemons_share_neither_state_nor_runtime_directory(path: Path) -> None:
+    one = made(path, "a")
+    with claimed(one):
+        here = rf"another volantd \(process {os.getpid()}\) uses {{}}; stop it, or use another {{}}"
+        with pytest.raises(DirectoryError, match=here.format(one.state_dir, "--state-dir")):
+            claim(made(path, "b", state_dir=one.state_dir))
+        with pytest.raises(DirectoryError, match=here.format(one.runtime_dir, "--runtime-dir")):
+            claim(made(path, "b", runtime_dir=one.runtime_dir))
+        claim(made(path, "b"))  # they share the cache
+    claim(made(path, "b", runtime_dir=one.runtime_dir))
+
+
+def test_one_directory_may_serve_as_both(path: Path) -> None:
+    claim(made(path, "a", runtime_dir=path / "as"))
+
+
+def test_a_lock_of_a_version_that_wrote_no_number_is_heeded(path: Path) -> None:
+    one = made(path, "a")
+    with claimed(one):
+        (one.state_dir / "lock").write_text("")
+        with pytest.raises(DirectoryError, match="another volantd uses"):
+            claim(made(path, "b", state_dir=one.state_dir))
+
+
+@pytest.mark.parametrize("place", ["state_dir", "runtime_dir"])
+def test_an_ephemeral_daemon_does_not_start_where_something_is_that_it_has_not_made(path: Path, place: str) -> None:
+    settings = made(path, "a", ephemeral=True)
+    strange = getattr(settings, place) / "thesis.txt"
+    strange.parent.mkdir()
+    strange.write_text("years of work")
+    option = place.replace("_", "-")
+    with pytest.raises(DirectoryError, match=rf"holds thesis\.txt, which no ephemeral .* use another --{option}"):
+        claim(settings)
+    assert strange.read_text() == "years of work"
+    assert [each.name for each in strange.parent.iterdir()] == ["thesis.txt"]
+
+
+def test_nor_where_another_daemon_has_kept_its_state(path: Path) -> None:
+    settings = made(path, "a")
+    claim(settings)
+    with pytest.raises(DirectoryError, match="leave --ephemeral out"):
+        claim(msgspec.structs.replace(settings, ephemeral=True))
+
+
+def test_nor_where_memory_of_vms_is_whose_state_is_gone(path: Path) -> None:
+    settings = made(path, "a", ephemeral=True)
+    memory_dir(settings).mkdir(mode=0o700)
+    (memory_dir(settings) / "1.mem").touch()
+    with pytest.raises(DirectoryError, match=r"holds 1\.mem"):
+        claim(settings)
+
+
+def test_one_that_was_killed_is_followed_by_another_one(path: Path) -> None:
+    settings = made(path, "a", ephemeral=True)
+    claim(settings)
+    (settings.state_dir / "volant.db").touch()
+    with claimed(settings):
+        remove(settings)
+    assert not settings.state_dir.exists()
+    assert not settings.runtime_dir.exists()
+    assert not memory_dir(settings).exists()
+
+
+def test_what_another_daemon_has_taken_over_is_no_ephemeral_ones_any_more(path: Path) -> None:
+    settings = made(path, "a", ephemeral=True)
+    claim(settings)
+    claim(msgspec.structs.replace(settings, ephemeral=False))
+    with pytest.raises(DirectoryError, match="no ephemeral daemon has made"):
+        claim(settings)
+
+
+def test_what_others_have_put_there_meanwhile_is_kept(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = made(path, "a", ephemeral=True, runtime_dir=path / "as" / "run")
+    with claimed(settings):
+        (settings.state_dir / "volant.db").touch()
+        (settings.state_dir / "volant-before-7.db-wal").touch()
+        (settings.state_dir / "thesis.txt").write_text("years of work")
+        remove(settings)
+    assert [each.name for each in settings.state_dir.iterdir()] == ["thesis.txt"]
+    assert f"{settings.state_dir} is kept, as it holds thesis.txt" in caplog.text
