@@ -193,6 +193,7 @@ class Life:
             self._check_rest()
             await self._check_orphans()
             await self._check_logs()
+            await self._kill_in_a_launch()
             await self.follower.catch_up()
             self.follower.check_rest(self.world)
             await self._clear_out()
@@ -417,6 +418,30 @@ class Life:
                     number = int(found[1])
                     assert number in (0, last + 1), f"{row.name}: line {number} follows line {last}"
                     last = number
+
+    async def _kill_in_a_launch(self) -> None:
+        """Without faults, a daemon that is killed while it launches what it has acknowledged leaves nothing to the next
+        one that that does not go on with: a copy is not lost, and a clone does not boot cold."""
+        rng, world = self.sim.rng, self.world
+        # An agent of a VM with a network may be too old to be copied.
+        rows = [row for row in world.daemon.store.projection.rows() if row.lease is None]
+        running = [row.name for row in rows if row.status is Status.RUNNING]
+        clone = {"name": "late", "cpu_cores": 1, "memory_mb": 128, "network": "none"}
+        wanted = [("/api/v1/vms", clone)]
+        if running:
+            wanted.append((f"/api/v1/vms/{rng.choice(running)}/fork", {"names": ["late-copy"]}))
+        rng.shuffle(wanted)
+        for path, body in wanted:
+            answer = await world.request("POST", path, body, _JSON)
+            assert answer.status == 201, answer
+            await trio.sleep(rng.uniform(0.0, 0.5))
+            await world.kill_daemon()
+            await world.start_daemon()
+        for _, body in wanted:
+            name = body.get("name", "late-copy")
+            answer = await world.request("GET", f"/api/v1/vms/{name}?wait=running&timeout=60s")
+            vm = answer.json()
+            assert (vm["status"], vm["fallback"], vm["reason"]) == ("running", None, None), vm
 
     async def _clear_out(self) -> None:
         """With everything deleted nothing is left on the machine."""

@@ -191,11 +191,18 @@ class _Vms:
         return decode(await self._http.once("/api/v1/vms", key=idempotency_key, body=body), VmView)
 
     async def fork(
-        self, name: str, request: ForkVm | None = None, *, idempotency_key: str | None = None
+        self,
+        name: str,
+        request: ForkVm | None = None,
+        *,
+        idempotency_key: str | None = None,
+        timeout_s: float = SNAPSHOT_S,
     ) -> Sequence[VmView]:
-        """Make VMs that go on from where this one is. They are durable when this returns, and usually `pending`."""
+        """Make VMs that go on from where this one is. It is copied and they are durable when this returns; they are
+        usually `pending`."""
         body = request or ForkVm()
-        return decode(await self._http.once(f"{_vm(name)}/fork", key=idempotency_key, body=body), list[VmView])
+        answer = await self._http.once(f"{_vm(name)}/fork", key=idempotency_key, body=body, timeout_s=timeout_s)
+        return decode(answer, list[VmView])
 
     async def delete(self, name: str) -> None:
         """Delete a VM; returns when nothing of it is left."""

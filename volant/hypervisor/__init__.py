@@ -1,6 +1,7 @@
 """From a spec to a process with a control socket, and how it ends."""
 
 from ._interface import (
+    NOT_YET_RUN,
     STANDS_STILL,
     AcceleratorChoice,
     AcceleratorName,
@@ -23,6 +24,7 @@ from ._interface import (
 )
 
 __all__ = [
+    "NOT_YET_RUN",
     "STANDS_STILL",
     "AcceleratorChoice",
     "AcceleratorName",

@@ -14,6 +14,9 @@ from volant.model import EndKind, ProcessIdentity
 AcceleratorName = Literal["kvm", "tcg"]
 STANDS_STILL = frozenset({"paused", "postmigrate", "finish-migrate"})
 """What `Machine.status` says of a guest that was stopped, and can go on. The last one can't yet: it is being saved."""
+NOT_YET_RUN = frozenset({"inmigrate", "prelaunch"})
+"""What `Machine.status` says of a machine whose launch is not over: it waits for a state or loads one, or has nothing
+left to wait for but `cont`."""
 LaunchCode = Literal[
     "qemu_missing",
     "memory_refused",
@@ -270,7 +273,8 @@ class Machine(Protocol):
         and whoever is connected to them. Raises HypervisorError, also where the guest has ended."""
 
     async def resume(self, timeout_s: float = 30.0) -> None:
-        """Let a guest that stands still go on; another one is left alone. Raises HypervisorError."""
+        """Let a guest that is paused go on, and finish a launch whose daemon was killed, however far it had come.
+        Another guest is left alone. Raises HypervisorError."""
 
     async def save(self, state: Path, timeout_s: float = 30.0) -> None:
         """Stop the guest for good, bring what it has written to its disk there, and save the devices to a new file.

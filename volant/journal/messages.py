@@ -59,8 +59,8 @@ class RestoreRow(Request[VmRow]):
 
 @dataclass(frozen=True, slots=True)
 class ForkRow(Request[tuple[VmRow, ...]]):
-    """Make the VMs that are to go on from `capture`, which will be made of another one, and tell of it -> their rows,
-    all or none.
+    """Make the VMs that are to go on from `capture`, which was made of another one, and tell of it -> their rows, all
+    or none.
 
     :raises Problem: 404 it is gone; 409 it is neither running nor paused, a name is taken; 503 as with `CreateRow`.
     """

@@ -37,6 +37,9 @@ class SimQemu:
         self.process = process
         self.waits_for_state = "-incoming" in argv
         self.status = "inmigrate" if self.waits_for_state else "running"
+        """QEMU's run state."""
+        self.migration: dict[str, str] = {}
+        """What `query-migrate` answers: empty until `migrate` or `migrate-incoming` was asked for."""
         self.frozen = False
         """Its process is stopped, or hangs: it answers nothing."""
         self.deaf_to: set[str] = set()
@@ -52,6 +55,9 @@ class SimQemu:
         self._sending = trio.Lock()
         self._boot = trio.CancelScope()
         self._goes_on = trio.Event()
+        self._capabilities: set[str] = set()
+        self._runs_once_loaded = False
+        """`cont` came before the state was loaded."""
         self.guest = SimGuest(self._rng, machine.wall_clock_ns, self._guest_powers_off)
 
     @property
@@ -211,6 +217,10 @@ class SimQemu:
         if command == "xen-save-devices-state":
             await self._send(stream, {**await self._save_devices(message["arguments"]), "id": message["id"]})
             return
+        refusal = self._refusal(command)
+        if refusal:
+            await self._send(stream, {"error": {"class": "GenericError", "desc": refusal}, "id": message["id"]})
+            return
         answers: dict[str, Any] = {
             "qmp_capabilities": {},
             "query-status": {"status": self.status, "running": self.status == "running"},
@@ -228,7 +238,7 @@ class SimQemu:
             "migrate": {},
             "migrate-incoming": {},
             "query-chardev": [{"label": "agent", "filename": self._agent_chardev()}],
-            "query-migrate": {"status": "failed", "error-desc": "the disk is full"},
+            "query-migrate": self.migration,
             "qom-get": "pc-q35-10.0-machine",
         }
         answer = {"return": answers[command]} if command in answers else {"error": {"desc": f"no command {command}"}}
@@ -243,14 +253,36 @@ class SimQemu:
             case "cont" if self.status in STANDS_STILL and fault("qemu.dies_as_it_goes_on"):
                 self.process.end(-9)
             case "cont" if self.status in STANDS_STILL:
-                self.status = "running"
-                self._goes_on.set()
-                self.guest.stand_still(False)
-                await self._tell({"event": "RESUME"})
+                await self._run_on()
+            case "cont" if self.status == "inmigrate":
+                self._runs_once_loaded = True
+            case "migrate-set-capabilities":
+                for each in message["arguments"]["capabilities"]:
+                    (self._capabilities.add if each["state"] else self._capabilities.discard)(each["capability"])
             case "migrate":
                 await self._save(Path(message["arguments"]["uri"].removeprefix("file:")))
             case "migrate-incoming":
-                await self._take_over(Path(message["arguments"]["uri"].removeprefix("file:")))
+                # It goes on loading, and answers, whether or not the client that asked for it stays.
+                self.migration = {"status": "active"}
+                path = Path(message["arguments"]["uri"].removeprefix("file:"))
+                self._machine.nursery.start_soon(self._take_over, path)
+
+    def _refusal(self, command: str) -> str | None:
+        """Why QEMU refuses a command in the state that it is in; None: it does not."""
+        match command:
+            case "migrate-incoming" if not self.waits_for_state:
+                return "'-incoming' was not specified on the command line"
+            case "migrate-incoming" if self.migration:
+                return "The incoming migration has already been started"
+            case "migrate-set-capabilities" if self.migration.get("status") == "active":
+                return "There's a migration process in progress"
+        return None
+
+    async def _run_on(self) -> None:
+        self.status = "running"
+        self._goes_on.set()
+        self.guest.stand_still(False)
+        await self._tell({"event": "RESUME"})
 
     def _agent_chardev(self) -> str:
         connected = any(stream is not self._control for stream in self._clients)
@@ -283,12 +315,16 @@ class SimQemu:
                 saved = False
         if saved:
             self.status = "postmigrate"
-        await self._tell({"event": "MIGRATION", "data": {"status": "completed" if saved else "failed"}})
+        self.migration = {"status": "completed"} if saved else {"status": "failed", "error-desc": "the disk is full"}
+        await self._tell({"event": "MIGRATION", "data": {"status": self.migration["status"]}})
 
     async def _take_over(self, path: Path) -> None:
         await trio.sleep(self._rng.uniform(0.01, 0.1))
+        if not self.process.alive or self.frozen:
+            return
         state, memory = self._machine.files.find(path), self._machine.files.find(self.memory_file)
-        if not isinstance(state, File) or not isinstance(memory, File) or fault("qemu.refuses_template"):
+        fits = isinstance(memory, File) and "x-ignore-shared" in self._capabilities
+        if not isinstance(state, File) or not fits or fault("qemu.refuses_template"):
             self._machine.files.append(
                 self._output, b"qemu-system-x86_64: load of migration failed: Invalid argument\n"
             )
@@ -299,7 +335,10 @@ class SimQemu:
         self.guest.workload, self.guest.protocol = saved["workload"], saved["protocol"]
         self.guest.is_copy = True
         self.status = "paused"
+        self.migration = {"status": "completed"}
         await self._tell({"event": "MIGRATION", "data": {"status": "completed"}})
+        if self._runs_once_loaded:
+            await self._run_on()
 
     async def _tell(self, message: dict[str, Any]) -> None:
         if self._control is not None:

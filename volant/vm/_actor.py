@@ -56,13 +56,14 @@ from volant.model import (
     check_copyable,
     decide,
     effect_of,
+    is_capture,
     is_copyable,
 )
 from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
 from volant.templates import Claim, Standby, standby_directory, template_layer
 from volant.templates.messages import GiveWay, Suspect, Wanted
 
-from ._captures import CAPTURE_S
+from ._captures import CAPTURE_S, LAYER
 from ._console import ConsolePump
 from ._doors import VmDoors
 from ._errors import StepError
@@ -124,6 +125,8 @@ class VmActor(Actor):
         """The copy that is being made."""
         self._fresh_mark = ""
         """Of a process to come that nobody can have started yet."""
+        self._adopted_mark = ""
+        """Of the process of a boot that an earlier incarnation has begun."""
         self._standby: Standby | None = None
         """The process that this boot has taken over."""
 
@@ -132,6 +135,7 @@ class VmActor(Actor):
         if row is None:
             raise LookupError(f"there is no VM with the id {self._vm_id}")
         self._row = row
+        self._adopted_mark = row.mark
         self._log = self._doors.logs.open(row.id, row.name)
         self.ctx.stack.callback(self._doors.live.pop, row.id, None)
         self.ctx.stack.callback(self._leave_gates)
@@ -224,7 +228,8 @@ class VmActor(Actor):
                     "VM %s boots cold, as the clone of template %s failed: %s: %s",
                     after.name, before.template, failed.code, failed.message, extra={"vm": after.name},
                 )  # fmt: skip
-            if failed.code in _TEMPLATES_FAULT:
+            # What went wrong around an adoption is no fault of the template's.
+            if failed.code in _TEMPLATES_FAULT and before.mark != self._adopted_mark:
                 self._tell(Suspect(before.template, f"{failed.code}: {failed.message}"))
 
     async def _want_template(self, row: VmRow) -> None:
@@ -544,14 +549,37 @@ class VmActor(Actor):
                     found = None
             except OSError as error:
                 raise StepError("launch_failed", f"a process that was to become the VM is left: {error}") from error
+            if found is not None and not standbys.is_one(mark) and not await self._finish_launch(spec, found):
+                found = None
             if found is None:
-                if standbys.is_one(mark) and spec.root is not None:
+                if spec.root is not None and row.template is not None and (standbys.is_one(mark) or not fresh):
                     # One that ran may have written to it.
-                    await hypervisor.make_layer(
-                        spec.root, template_layer(self._doors.settings.template_dir, row.template or "")
-                    )
+                    await hypervisor.make_layer(spec.root, self._layer_of_origin(row.template))
                 found = await self._launch_machine(spec)
         return Launched(found, hypervisor.name, accelerator)
+
+    async def _finish_launch(self, spec: MachineSpec, found: ProcessIdentity) -> bool:
+        """Let a machine run that an earlier daemon has started, however far its launch has come; one that can't is
+        ended: False. Nobody was told of it yet."""
+        try:
+            async with self._doors.hypervisor.attach(spec, found) as machine:
+                await machine.resume()
+            return True
+        except HypervisorError as error:
+            _logger.warning(
+                "VM %s: the process %d, which an earlier daemon has started, can't go on, and is started anew: %s",
+                spec.name, found.pid, error, extra={"vm": spec.name},
+            )  # fmt: skip
+        with suppress(ProcessGone), self._doors.host.open_process(found) as process:
+            process.kill()
+            await process.wait()
+        return False
+
+    def _layer_of_origin(self, template: str) -> Path:
+        """The layer that the guest of a template, or of a capture, had when it was saved."""
+        if is_capture(template):
+            return self._doors.captures.at(template) / LAYER
+        return template_layer(self._doors.settings.template_dir, template)
 
     async def _launch_machine(self, spec: MachineSpec) -> ProcessIdentity:
         """Where memory is short, a template's build gives way, and what waits for VMs to come."""

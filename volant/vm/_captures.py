@@ -2,8 +2,9 @@
 
 A capture is a directory that got its name when it was whole. What a fork needs lies in memory, as `fork-<id>`, and goes
 once no copy has yet to go on from it; a snapshot is brought to the disk, as `snapshot-<id>`. While one is made its
-directory is called `….new`. Rows name all of them before they are there: those of the copies, and that of the snapshot.
-So whoever begins after a daemon that was killed knows what has an owner, and removes the rest.
+directory is called `….new`. The row of a snapshot is there before its files, as they may take a while; the rows of a
+fork's copies come after them, so none is told of whose files a killed daemon has not made. Whoever begins after such a
+daemon knows what has an owner, and removes the rest.
 
 A directory of a snapshot without a row stays and is listed, as the database may have been put back from a copy.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +50,8 @@ _logger = logging.getLogger("volant.vm")
 
 Take = Callable[[Path], Awaitable[Taken]]
 """Copies the guest into an empty directory. Raises CaptureFailed, Problem, ActorDown, AskTimeout."""
+Commit = Callable[[str], Awaitable[tuple[VmRow, ...]]]
+"""Makes the VMs that go on from the capture of that name, which is whole. Raises Problem, AlreadyAnswered."""
 
 
 def capture_at(memory_dir: Path, snapshot_dir: Path, capture: str) -> Path:
@@ -96,6 +100,10 @@ class Turn:
     name: str
     done: trio.Event = field(default_factory=trio.Event)
     failure: Exception | None = None
+    copies: tuple[VmRow, ...] = ()
+    """Of a fork, once they are committed."""
+    held: ExitStack = field(default_factory=ExitStack)
+    """What is to be closed when it is over, whoever waits for that."""
 
     @property
     def id(self) -> str:
@@ -133,8 +141,6 @@ class Captures:
         self._nursery: trio.Nursery | None = None
         self._turns: dict[str, Turn] = {}
         """By the names of the captures."""
-        self._failures: dict[str, CaptureLost] = {}
-        """Why there is nothing to go on from, for as long as somebody waits for it."""
         self._known: dict[Path, Record] = {}
         """Those whose `state` has been read and was right."""
 
@@ -193,11 +199,12 @@ class Captures:
     def leave(self, turn: Turn) -> None:
         """It is over, or was never used."""
         self._turns.pop(turn.name, None)
+        turn.held.close()
         turn.done.set()
 
-    def start_fork(self, turn: Turn, take: Take) -> None:
-        """Make what copies go on from, whose rows are committed, and remove it once they have."""
-        self._start(turn, partial(self._fork, turn, take))
+    def start_fork(self, turn: Turn, take: Take, commit: Commit) -> None:
+        """Make what copies go on from, then their rows, and remove it once they have gone on."""
+        self._start(turn, partial(self._fork, turn, take, commit))
 
     def start_snapshot(self, turn: Turn, snapshot: Snapshot, take: Take, once: Once | None) -> None:
         """Make the files of a snapshot, whose row is committed, and commit that it is ready."""
@@ -219,21 +226,25 @@ class Captures:
         finally:
             self.leave(turn)
 
-    async def _fork(self, turn: Turn, take: Take) -> None:
+    async def _fork(self, turn: Turn, take: Take, commit: Commit) -> None:
         path = self.at(turn.name)
         fresh = _fresh(path)
+        unsure = False
         try:
             await self._write_record(fresh, await self._take(turn, take, fresh))
             await self._host.put_in_place(fresh, path)
-        except (CaptureLost, OSError) as error:
-            lost = error if isinstance(error, CaptureLost) else CaptureLost("capture_failed", _unwritable(error))
+            turn.copies = await commit(turn.name)
+        except (CaptureLost, AlreadyAnswered, Problem, OSError) as error:
+            lost = CaptureLost("capture_failed", _unwritable(error)) if isinstance(error, OSError) else error
             _logger.warning("VM %s is not forked: %s", turn.vm.name, lost, extra={"vm": turn.vm.name})
             turn.fail(lost)
-            # For those of its copies that ask later.
-            self._failures[turn.name] = lost
+            unsure = isinstance(error, Problem) and error.status == 503
             await self._clear(fresh)
         finally:
             self.leave(turn)
+        if unsure:
+            # The journal may have kept the rows all the same, or does so yet.
+            await trio.sleep(_COMMIT_S)
         await self._remove_once_used(turn.name)
 
     async def _snapshot(self, turn: Turn, snapshot: Snapshot, take: Take, once: Once | None) -> None:
@@ -312,18 +323,10 @@ class Captures:
     # Using them
 
     async def find(self, capture: str) -> Found:
-        """A capture that a VM is to go on from, checked just now; one that is being made is waited for.
+        """A capture that a VM is to go on from, checked just now.
 
         :raises CaptureLost:
         """
-        turn = self._turns.get(capture)
-        if turn is not None:
-            try:
-                await turn.over()
-            except Problem as error:
-                raise CaptureLost("capture_failed", error.detail) from error
-        if capture in self._failures:
-            raise self._failures[capture]
         directory = self.at(capture)
         what = "the snapshot" if capture.startswith(SNAPSHOT) else "the copy of its original"
         if not self._host.exists(directory / RECORD):
@@ -382,7 +385,6 @@ class Captures:
                 if not isinstance(taken, EventGap) and not taken:
                     return  # the daemon ends
         self._known.pop(self.at(capture), None)
-        self._failures.pop(capture, None)
         await self._clear(self.at(capture))
 
     async def _clear(self, path: Path) -> None:

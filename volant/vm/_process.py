@@ -30,7 +30,16 @@ from volant.channel import (
     open_channel,
 )
 from volant.host import Bounds, Host, ProcessGone
-from volant.hypervisor import STANDS_STILL, Captured, CaptureFailed, Hypervisor, HypervisorError, Machine, MachineSpec
+from volant.hypervisor import (
+    NOT_YET_RUN,
+    STANDS_STILL,
+    Captured,
+    CaptureFailed,
+    Hypervisor,
+    HypervisorError,
+    Machine,
+    MachineSpec,
+)
 from volant.journal import VmLog
 from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
 from volant.model.agent import (
@@ -581,7 +590,7 @@ class LiveProcess:
                 status = await machine.status()
                 if self.stands_still and status == "running":
                     await machine.pause()
-                elif not self.stands_still and status in STANDS_STILL:
+                elif not self.stands_still and status in STANDS_STILL | NOT_YET_RUN:
                     was_left = True
                     await machine.resume()
                 break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -164,29 +164,39 @@ class Vms:
         raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
 
     async def fork(self, name: str, request: ForkVm, *, once: Once | None = None) -> tuple[VmRow, ...]:
-        """Make VMs that go on from where this one is; durable when this returns. It goes on itself, and they begin a
-        moment later. A caller that is cancelled meanwhile cancels nothing.
+        """Make VMs that go on from where this one is. When this returns, what they go on from is copied, they are
+        durable, and this one goes on itself. A caller that is cancelled meanwhile cancels nothing.
 
         :raises Problem: 400 the request, 404, 409 it is neither running nor paused, or a name is taken, 503 no
-            capacity, others are being copied, or the daemon drains.
+            capacity, it could not be copied, others are being copied, or the daemon drains.
         :raises AlreadyAnswered: the request came before, and its VMs were made then.
         """
         row = self._row(name)
         check_copyable(row)
-        captures = self.doors.captures
-        with self._making(row.memory_mb, len(request.names or ()) or request.count or 1):
+        projection, captures = self.doors.store.projection, self.doors.captures
+        # What is known to fail is no reason to stop the guest.
+        if projection.drain is not None:
+            raise draining(projection.drain, vm=name)
+        for copy_name in request.names or ():
+            if projection.get(copy_name) is not None:
+                raise name_taken(copy_name)
+
+        async def commit(capture: str) -> tuple[VmRow, ...]:
+            copies = await self._journal(ForkRow(row.id, request, capture, once))
+            for copy in copies:
+                await self._actor(copy)
+            return copies
+
+        with ExitStack() as stack:
+            stack.enter_context(self._making(row.memory_mb, len(request.names or ()) or request.count or 1))
             turn = captures.enter(row, FORK)
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
-                try:
-                    copies = await self._journal(ForkRow(row.id, request, turn.name, once))
-                except BaseException:
-                    captures.leave(turn)
-                    raise
-                captures.start_fork(turn, partial(self._capture, row))
-                for copy in copies:
-                    await self._actor(copy)
-                return copies
-        raise Problem(503, "journal-slow", "the VMs were not made in time; they may still appear", vm=name)
+            turn.held = stack.pop_all()
+        captures.start_fork(turn, partial(self._capture, row), commit)
+        try:
+            await turn.over()
+        except CaptureLost as error:
+            raise Problem(503, "fork-failed", f"there is no fork: {error}", vm=name, hint="try again") from error
+        return turn.copies
 
     async def take_snapshot(self, name: str, request: TakeSnapshot, *, once: Once | None = None) -> Snapshot:
         """Copy a VM as it is now, and keep that; all of it is on the disk when this returns. A caller that is cancelled

@@ -12,6 +12,7 @@ import trio
 
 from volant.host import Host, Process, ProcessGone
 from volant.hypervisor._interface import (
+    NOT_YET_RUN,
     AcceleratorChoice,
     AcceleratorName,
     Disk,
@@ -252,8 +253,10 @@ class QemuHypervisor:
     async def _plug_in(self, qmp: QmpClient, spec: MachineSpec) -> None:
         """Put what is behind a machine's card at the other end of the hub that it was launched with. It is opened here,
         as the process may have no right to. Raises OSError, HypervisorError."""
-        nic = spec.nic
-        if nic is None or (await qmp.execute("query-status")).get("running"):
+        nic, status = spec.nic, await qmp.execute("query-status")
+        if status.get("status") in NOT_YET_RUN:
+            raise HypervisorError("it has not taken over its template, so it is none that has waited")
+        if nic is None or status.get("running"):
             return
         with ExitStack() as stack:
             if nic.tap is not None:

@@ -25,6 +25,7 @@ import trio
 from volant._helpers import open_helpers
 from volant.host import Host, Process, ProcessGone
 from volant.hypervisor._interface import (
+    NOT_YET_RUN,
     STANDS_STILL,
     Captured,
     CaptureFailed,
@@ -37,7 +38,7 @@ from volant.model import EndKind, ProcessIdentity
 
 from ._capture import Capture
 from ._enclosure import place_to_save
-from ._migration import Migration
+from ._migration import Migration, finish_take_over
 from ._qmp import QmpClient, QmpLost
 
 ATTACH_S = 10.0
@@ -180,9 +181,16 @@ class QemuMachine:
             await self._go_on(timeout_s)
 
     async def _go_on(self, timeout_s: float) -> None:
-        # Told to a machine that runs, QEMU tells of a stop that was none.
-        if await self.status() in STANDS_STILL:
+        status = await self.status()
+        if status == "inmigrate" and self._spec.template is not None and self._qmp is not None:
+            await finish_take_over(self._qmp, self._spec.template.state)
+            status = await self.status()
+        # Told to a machine that runs, QEMU tells of a stop that was none. Told to one that has yet to load its state,
+        # it does nothing now.
+        if status in STANDS_STILL or status in NOT_YET_RUN - {"inmigrate"}:
             await self._execute("cont", timeout_s)
+        elif status == "inmigrate":
+            raise HypervisorError("QEMU waits for the state of another machine, and has not loaded one")
         self._nobody_waits()
 
     def _nobody_waits(self) -> None:

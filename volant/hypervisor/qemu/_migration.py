@@ -41,6 +41,35 @@ async def _await_silence(qmp: QmpClient) -> None:
     raise QmpRefused("somebody is connected to the agent's port, and so the machine can't be saved")
 
 
+async def _begin_take_over(qmp: QmpClient, state: Path) -> None:
+    await qmp.execute("migrate-set-capabilities", _CAPABILITIES)
+    await qmp.execute("migrate-set-parameters", _SILENT)
+    await qmp.execute("migrate-incoming", {"uri": f"file:{state}"})
+
+
+async def finish_take_over(qmp: QmpClient, state: Path) -> None:
+    """Let a machine that a killed daemon has launched take over a state, whether or not that has begun. It does not go
+    on yet. Raises QmpRefused, QmpLost; QEMU may end by itself then.
+
+    Polls, as whether QEMU sends events can't be changed any more once it loads.
+    """
+    asked = False
+    with trio.move_on_after(TAKE_OVER_S):
+        while True:
+            info = await qmp.execute("query-migrate")
+            said = info if isinstance(info, dict) else {}
+            status = said.get("status", "none")
+            if status == "completed":
+                return
+            if status in _OVER:
+                raise QmpRefused(f"the template does not fit: {said.get('error-desc') or status}")
+            if status == "none" and not asked:
+                asked = True
+                await _begin_take_over(qmp, state)
+            await trio.sleep(_LOOK_AGAIN_S)
+    raise QmpLost(f"QEMU did not load its state within {TAKE_OVER_S:g} s")
+
+
 class Migration:
     """One, on one control socket: give its events to `on_event`."""
 
@@ -65,9 +94,7 @@ class Migration:
     async def take_over(self, qmp: QmpClient, state: Path, *, go_on: bool = True) -> None:
         """Let a machine that waits for a state take it over, and go on from there unless told otherwise. Raises
         QmpRefused, QmpLost; QEMU may end by itself then."""
-        await qmp.execute("migrate-set-capabilities", _CAPABILITIES)
-        await qmp.execute("migrate-set-parameters", _SILENT)
-        await qmp.execute("migrate-incoming", {"uri": f"file:{state}"})
+        await _begin_take_over(qmp, state)
         await self._end(qmp, TAKE_OVER_S, "the template does not fit")
         if go_on:
             await qmp.execute("cont")

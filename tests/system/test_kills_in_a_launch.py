@@ -1,0 +1,82 @@
+"""`kill -9` of the daemon 0 to 100 ms after it answered a create, and a new one at once: the launch goes on from there.
+
+QEMU outlives the daemon. It may wait for the template's state, be loading it, or have loaded it and wait for `cont`.
+
+`VOLANT_TEST_LAUNCH_KILLS` says how many tries each kind of launch gets.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import pytest
+import trio
+
+from tests.ports import free_port
+from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, load, reachable, spec
+from volant.client import Client
+from volant.model import ForkVm, RestoreVm, TakeSnapshot
+
+TRIES = load("VOLANT_TEST_LAUNCH_KILLS", usual=6, full=30)
+LATEST_S = 0.1
+FLAGS = {"standby": ("--standby", "1")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "booted_from"),
+    [("clone", "template"), ("standby", "template"), ("fork", "fork"), ("restore", "snapshot")],
+)
+async def test_a_launch_whose_daemon_is_killed_goes_on(
+    make_daemon: Callable[..., Daemon], kind: str, booted_from: str
+) -> None:
+    daemon = make_daemon("--listen", f"127.0.0.1:{free_port()}", *FLAGS.get(kind, ()), ephemeral=False)
+    async with daemon.client() as client:
+        first = await boot(client, "first")
+        assert first.booted_from == "template", first
+        if kind == "restore":
+            await client.snapshots.take("first", TakeSnapshot(name="warm"))
+    took = []
+    for number in range(TRIES):
+        name = f"try-{number}"
+        if kind == "standby":
+            async with daemon.client() as client:
+                # A daemon keeps one ready once it has made a VM of the template.
+                await boot(client, "earlier")
+                await one_waits(daemon)
+                await client.vms.delete("earlier")
+        async with daemon.client() as client:
+            made = await make(client, kind, name)
+        await trio.sleep(LATEST_S * number / max(1, TRIES - 1))
+        daemon.kill()
+        await trio.to_thread.run_sync(daemon.start)
+        watch = Stopwatch()
+        async with daemon.client() as client:
+            waited = await client.vms.wait(name, ["running"], timeout_s=BOOT_S)
+            took.append(watch.seconds)
+            vm = waited.vm
+            assert waited.outcome == "met", (number, waited)
+            assert vm is not None
+            assert (vm.id, vm.booted_from, vm.fallback, vm.reason, vm.boots) == (made, booted_from, None, None, 1)
+            await reachable(client, name)
+            assert [each.state for each in await client.templates.list()] == ["ready"]
+            await client.vms.delete(name)
+    print(f"{kind}: {TRIES} kills, running after {statistics.median(took):.2f} s (median), {max(took):.2f} s (longest)")
+
+
+async def make(client: Client, kind: str, name: str) -> int:
+    """The id of the new VM."""
+    if kind == "fork":
+        [copy] = await client.vms.fork("first", ForkVm(names=(name,)))
+        return copy.id
+    if kind == "restore":
+        return (await client.vms.create(RestoreVm(name=name, from_snapshot="warm"))).id
+    return (await client.vms.create(spec(name))).id
+
+
+async def one_waits(daemon: Daemon) -> None:
+    """Return once a process waits for a VM."""
+    async with daemon.http() as http:
+        with trio.fail_after(BOOT_S):
+            while "volant_standby_waiting 1.0" not in (await http.get("/metrics")).text.splitlines():  # noqa: ASYNC110
+                await trio.sleep(0.1)
