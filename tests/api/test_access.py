@@ -425,7 +425,7 @@ async def test_a_preflight_of_an_allowed_origin_needs_no_key(console: Api) -> No
 
 def test_a_guest_does_not_say_who_may_read_across_origins() -> None:
     said = from_guest([(b"access-control-allow-origin", b"*"), (b"content-type", b"text/plain")])
-    assert [name for name, _ in said] == [b"content-type", b"content-security-policy"]
+    assert [name for name, _ in said] == [b"content-type", b"cross-origin-resource-policy", b"content-security-policy"]
 
 
 def test_the_checks_cost_microseconds() -> None:

@@ -154,6 +154,8 @@ async def _loopback_http(scope: Any, receive: Any, send: Any, gone: trio.Event) 
                 (b"volant-location", b"http://evil.example/"),
                 (b"x-own", b"kept"),
             )
+        case "/page":
+            await answer(b'<!doctype html><img src="picture.svg">', 200, (b"content-type", b"text/html"))
         case "/broken":
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1000")]})
             await send({"type": "http.response.body", "body": b"x" * 10, "more_body": True})

@@ -69,7 +69,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
         *_logs.routes(doors, turns),
         *_console.routes(doors, turns),
         *_tcp.routes(doors, turns),
-        *_backups.routes(doors),
+        *_backups.routes(doors, limits),
         *_agui.routes(doors, limits),
         *_mcp.routes(doors, limits),
     ]

@@ -10,18 +10,20 @@ import trio
 
 from volant.model import Problem, Restored
 
+from ._body import Nothing, read_call_body
 from ._doors import Doors
-from ._edge import Call, StreamRoute
+from ._edge import Call, Limits, StreamRoute
 
 MEDIA = "application/vnd.sqlite3"
 _SILENCE_S = 60.0
 
 
-def routes(doors: Doors) -> list[StreamRoute]:
+def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def backup(call: Call) -> None:
         call.query(credentials=False).done()
+        await read_call_body(call, Nothing, limits)
         async with doors.backups.take() as taken:
 
             async def send() -> None:
@@ -66,6 +68,6 @@ def routes(doors: Doors) -> list[StreamRoute]:
             await call.reject(202, fields, body)
 
     return [
-        StreamRoute(re.compile(r"/api/v1/system/backup\Z"), backup, methods=frozenset({"GET"})),
+        StreamRoute(re.compile(r"/api/v1/system/backup\Z"), backup, methods=frozenset({"POST"})),
         StreamRoute(re.compile(r"/api/v1/system/restore\Z"), restore, methods=frozenset({"POST"})),
     ]

@@ -674,10 +674,10 @@ OPERATIONS: tuple[Operation, ...] = (
         details="What a VM, a plugin or a process uses stays, also when that begins meanwhile.",
     ),
     Operation(
-        "GET", "/api/v1/system/backup", "backup", "A consistent copy of all that the daemon must not lose",
+        "POST", "/api/v1/system/backup", "backup", "A consistent copy of all that the daemon must not lose",
         {200: Answer("An SQLite database: VMs, plugins, events, kept answers; no disks, no logs", bytes, SQLITE,
                      headers=("Content-Disposition", "Repr-Digest"))},
-        fails=(409, 503),
+        takes=Nothing, fails=(409, 503),
         details="Commits and readers go on meanwhile. `Content-Length` and `Repr-Digest` tell whether it came whole.",
     ),
     Operation(

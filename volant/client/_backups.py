@@ -56,7 +56,7 @@ class Backup:
 @asynccontextmanager
 async def open_backup(http: Http) -> AsyncIterator[Backup]:
     """One for the length of a block."""
-    async with http.stream("GET", "/api/v1/system/backup", read_s=_SILENCE_S) as response:
+    async with http.stream("POST", "/api/v1/system/backup", read_s=_SILENCE_S) as response:
         digest = _DIGEST.search(response.headers.get("Repr-Digest", ""))
         name = _NAME.search(response.headers.get("Content-Disposition", ""))
         length = response.headers.get("Content-Length", "")

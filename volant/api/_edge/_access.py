@@ -6,7 +6,8 @@ In this order, so that who is outside learns as little as can be:
    address in `X-Forwarded-For` that is no such proxy; what stands before that one anybody can have written.
 2. `Host`: 421. A web page that a person has open can send requests to loopback, and by rebinding its name to 127.0.0.1
    can even read the answers; but it still says its own name.
-3. `Origin` on what changes something or opens a WebSocket: 403.
+3. `Origin` on what changes something or opens a WebSocket: 403. `Sec-Fetch-Site` on everything: what a page of another
+   site asks for is 403, but for documents that a link may lead to, and origins in `VOLANT_CORS_ORIGINS`.
 4. The API key: 401. A preflight of a browser is answered before, as it can't carry one; so are `/healthz` and the page
    `/docs`, which says of this daemon nothing.
 
@@ -34,6 +35,10 @@ Header = tuple[bytes, bytes]
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _REMEMBERED = 256
 _HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\[\]:@/?#\\\s]+))(?::(?P<port>[0-9]{0,5}))?\Z")
+_OWN_SITE = frozenset({b"same-origin", b"none"})
+"""What browsers send with requests of our own pages, and with those that a person began (an address that was typed)."""
+_OF_GUEST = re.compile(rb"/api/v1/vms/[a-z0-9-]{1,63}/(?:agent|ports/[0-9]{1,5})(?:/|\Z)")
+_DOCUMENTS = frozenset({b"/docs", b"/openapi.json"})
 _PREFLIGHT_AGE = b"600"
 _METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 _KEYLESS = (b"/healthz", b"/docs")
@@ -169,12 +174,15 @@ class _Rules:
     def check(self, scope: Any) -> None:
         host: bytes | None = None
         origin: bytes | None = None
+        site: bytes | None = None
         forwarded: list[bytes] = []
         for name, value in scope["headers"]:
             if name == b"host":
                 host = value
             elif name == b"origin":
                 origin = value
+            elif name == b"sec-fetch-site":
+                site = value
             elif name == b"x-forwarded-for":
                 forwarded.append(value)
         if self.settings.allow_cidr and not scope["state"].get("unix"):
@@ -195,6 +203,8 @@ class _Rules:
             )
         if origin is not None and (scope["type"] == "websocket" or scope["method"] not in _SAFE):
             self._check_origin(_shown(origin), _shown(host))
+        if site is not None and site not in _OWN_SITE:
+            self._check_site(scope, origin)
 
     def is_tls(self, scope: Any) -> bool:
         """Whether what the client speaks is encrypted on its side."""
@@ -262,6 +272,26 @@ class _Rules:
         # An address can't be rebound. The one that the client has connected to is ours, which a socket for both
         # families shows as ::ffff:192.0.2.1.
         return address.is_loopback or str(local).removeprefix("::ffff:") == str(address)
+
+    def _check_site(self, scope: Any, origin: bytes | None) -> None:
+        """Decide about a request of a page that is not ours, as its browser says (W3C Fetch Metadata, 2.4).
+
+        A page of another site may link to documents: `/docs`, `/openapi.json`, and what a guest serves. To a browser a
+        guest's page is of another site, too, as it is sandboxed; nothing tells what it asks for from what others do.
+        """
+        if origin is not None and self.is_allowed(_shown(origin)):
+            return
+        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
+            path = scope["raw_path"]
+            top = _header(scope, b"sec-fetch-mode") == b"navigate" and _header(scope, b"sec-fetch-dest") == b"document"
+            if top and (path in _DOCUMENTS or _OF_GUEST.match(path)):
+                return
+        raise Problem(
+            403,
+            "cross-site",
+            "a page of another site may not ask for this",
+            hint="origins of pages that may use the API go into VOLANT_CORS_ORIGINS",
+        )
 
     def _check_origin(self, origin: str, host: str) -> None:
         if self.is_allowed(origin):

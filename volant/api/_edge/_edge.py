@@ -155,6 +155,8 @@ class _Answer:
             self.status = message["status"]
             headers = message["headers"]
             headers.extend(self._cors)
+            if not any(name == b"cross-origin-resource-policy" for name, _ in headers):
+                headers.append((b"cross-origin-resource-policy", b"same-origin"))
             if not any(name == b"x-request-id" for name, _ in headers):
                 headers.append((b"x-request-id", self._request_id))
                 headers.append((b"x-content-type-options", b"nosniff"))

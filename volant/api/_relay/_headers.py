@@ -63,6 +63,9 @@ def from_guest(headers: Iterable[Header]) -> list[Header]:
     dropped = _HOP_BY_HOP | _ORIGIN_WIDE | _SAID_BY_US | _named_by_connection(headers)
     # Who may read across origins is for the operator to say (VOLANT_CORS_ORIGINS), not for a guest.
     kept = [field for field in headers if field[0] not in dropped and not field[0].startswith(b"access-control-")]
+    # Its page is sandboxed, so to a browser the page's own images are of another origin.
+    if not any(name == b"cross-origin-resource-policy" for name, _ in kept):
+        kept.append((b"cross-origin-resource-policy", b"cross-origin"))
     return [*kept, SANDBOX]
 
 

@@ -1,0 +1,138 @@
+"""A hostile web page in a real browser: it asks a daemon on loopback for all that a page can ask for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import trio
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium"))), None)
+
+SAME_SITE, CROSS_SITE = "127.0.0.1", "attacker.localhost"
+"""Hosts of the page. Ports do not count for a site; Chromium knows that names below `localhost` are loopback."""
+
+ATTACK = """<!doctype html><title>attack</title><body><script>
+const base = %s, socket = base.replace("http", "ws");
+const results = {};
+const patience = new Promise((resolve) => setTimeout(resolve, 20000, "nothing happened"));
+const element = (tag, member, url) => new Promise((resolve) => {
+  const made = document.createElement(tag);
+  made.onload = () => resolve("loaded");
+  made.onerror = () => resolve("refused");
+  made[member] = url;
+  if (tag === "link") made.rel = "stylesheet";
+  document.body.append(made);
+});
+const asked = (url, options) => fetch(url, options).then((answer) => "loaded " + answer.type, () => "refused");
+const opened = (made) => new Promise((resolve) => {
+  made.onopen = made.onmessage = () => resolve("loaded");
+  made.onerror = () => resolve("refused");
+});
+const frame = (start) => new Promise((resolve) => {
+  // Whether it has loaded is not for us to see: the daemon's log tells.
+  const made = document.createElement("iframe");
+  made.name = "frame" + Math.random();
+  document.body.append(made);
+  made.onload = () => resolve("unknown");
+  start(made);
+});
+const form = (method, url) => frame((target) => {
+  const made = document.createElement("form");
+  Object.assign(made, { method, action: url, target: target.name, enctype: "text/plain" });
+  document.body.append(made);
+  made.submit();
+});
+const attempts = {
+  image: () => element("img", "src", base + "/api/v1/vms?as=image"),
+  script: () => element("script", "src", base + "/api/v1/vms?as=script"),
+  style: () => element("link", "href", base + "/api/v1/vms?as=style"),
+  health: () => element("img", "src", base + "/healthz?as=image"),
+  guest: () => element("img", "src", base + "/api/v1/vms/demo/agent/picture.svg"),
+  opaque: () => asked(base + "/api/v1/vms?as=fetch", { mode: "no-cors" }),
+  cors: () => asked(base + "/api/v1/vms?as=cors"),
+  docs: () => asked(base + "/docs", { mode: "no-cors" }),
+  old_backup: () => asked(base + "/api/v1/system/backup", { mode: "no-cors" }),
+  backup: () => asked(base + "/api/v1/system/backup", { mode: "no-cors", method: "POST", body: "" }),
+  deletion: () => asked(base + "/api/v1/vms/demo", { method: "DELETE" }),
+  drain: () => form("post", base + "/api/v1/system/drain"),
+  get_form: () => form("get", base + "/api/v1/vms/demo/logs"),
+  inner: () => frame((made) => { made.src = base + "/api/v1/vms"; }),
+  events: () => opened(new EventSource(base + "/api/v1/events/vms")),
+  logs: () => opened(new WebSocket(socket + "/ws/v1/vms/demo/logs")),
+  beacon: async () => navigator.sendBeacon(base + "/api/v1/mcp", "{}") ? "unknown" : "refused",
+};
+(async () => {
+  for (const [name, attempt] of Object.entries(attempts)) results[name] = await Promise.race([attempt(), patience]);
+  await fetch("/results", { method: "POST", body: JSON.stringify(results) });
+})();
+</script>"""
+
+
+class Site:
+    """Serves the attacker's page at `/`, and at `/go?ADDRESS` one that leads its visitor there."""
+
+    def __init__(self, target: str) -> None:
+        self.results: dict[str, str] = {}
+        """What the page has found out, once it is done."""
+        site = self
+        attack = (ATTACK % json.dumps(target)).encode()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path, _, address = self.path.partition("?")
+                go = f"<!doctype html><script>location.href = {json.dumps(address)};</script>".encode()
+                self._answer({"/": attack, "/go": go}.get(path, b""))
+
+            def do_POST(self) -> None:
+                site.results = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self._answer(b"")
+
+            def _answer(self, body: bytes) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self._server.server_port
+
+    @contextmanager
+    def running(self) -> Iterator[Site]:
+        """Serve for the length of a block."""
+        thread = threading.Thread(target=self._server.serve_forever)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._server.shutdown()
+            thread.join()
+            self._server.server_close()
+
+
+@asynccontextmanager
+async def visiting(url: str, profile: Path) -> AsyncIterator[None]:
+    """A browser that has opened `url`, for the length of a block."""
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--remote-debugging-port=0", f"--user-data-dir={profile}", url,
+    ]  # fmt: skip
+    process = await trio.lowlevel.open_process(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
+            await process.wait()
