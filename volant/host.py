@@ -1137,6 +1137,10 @@ class Host:
         """Write where the descriptor stands; how many bytes were taken. Raises OSError."""
         return os.write(fd, data)
 
+    def write_at(self, fd: int, data: bytes, offset: int) -> int:
+        """Write at a place of a file, wherever the descriptor stands; how many bytes were taken. Raises OSError."""
+        return os.pwrite(fd, data, offset)
+
     def sync_file(self, fd: int) -> None:
         """Return once the file's data is on the disk. Raises OSError."""
         os.fdatasync(fd)

@@ -573,7 +573,7 @@ class Daemon:
             "runtime_dir": str(self.settings.runtime_dir),
             "cache_dir": str(self.settings.cache_dir),
             "settings": shown(self.settings),
-            "journal": {"trouble": self.store.trouble},
+            "journal": {"trouble": self.store.trouble, "lost": self.store.lost},
             "event_epoch": self.store.projection.last_event.epoch,
             "orphans": self._ownerless(),
             "started_at": self.started_at,

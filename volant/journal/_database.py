@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -23,6 +24,7 @@ from volant.model.stored import (
     check_stored_vm,
 )
 
+from ._acknowledged import Acknowledged, AcknowledgedFile
 from ._answers import Kept, check_kept
 from ._errors import BadRow, DatabaseRefused, JournalBroken
 from ._frames import EventFrame
@@ -52,6 +54,8 @@ _decode_kept = msgspec.json.Decoder(Kept).decode
 _decode_drain = msgspec.json.Decoder(Drain).decode
 _decode_snapshot = msgspec.json.Decoder(Snapshot).decode
 _decode_network = msgspec.json.Decoder(Network).decode
+
+_logger = logging.getLogger("volant.journal")
 
 _VACUUM_PAGES = 128
 """Half a megabyte: a commit waits for one bite at most."""
@@ -96,6 +100,9 @@ class Database:
     def __init__(self, connection: apsw.Connection, reserve: Reserve | None = None) -> None:
         self._connection = connection
         self._reserve = reserve
+        self._file: AcknowledgedFile | None = None
+        self._at: Acknowledged | None = None
+        """How far it is, once it is known."""
         self._changes = 0
         self._is_shorter = False
         """By what stands in the log and not yet in the file."""
@@ -123,6 +130,65 @@ class Database:
 
     def close(self) -> None:
         self._connection.close()
+        if self._file is not None:
+            self._file.close()
+
+    def compare(self, host: Host, loaded: Loaded, new_epoch: str) -> tuple[str, str | None]:
+        """Whether it is as far as was acknowledged last: its epoch from now on, and what is lost. It is a new one where
+        something is. From now on each transaction says how far it is.
+
+        :raises OSError, apsw.Error: the disk fails.
+        """
+        file = AcknowledgedFile(host, Path(self._connection.filename))
+        before = file.open()
+        self._file = file
+        found = Acknowledged(loaded.epoch, loaded.newest_seq, self._changes, loaded.last_vm_id)
+        lost = None
+        if before is not None and before.epoch != found.epoch:
+            lost = f"events up to {before.epoch}-{before.seq} were acknowledged, and it has others, of {found.epoch}"
+        elif before is not None and (missing := before.missing(found)) is not None:
+            lost = f"it lacks {missing} that were acknowledged, and ends with event {found.epoch}-{found.seq}"
+            with self.transaction():
+                self._connection.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (new_epoch,))
+            found = msgspec.structs.replace(found, epoch=new_epoch)
+        if before is not None:
+            # No id is given out again, also of those that are lost.
+            found = msgspec.structs.replace(found, last_vm_id=max(found.last_vm_id, before.last_vm_id))
+        self._at = found
+        if before != found:
+            file.write(found)
+        return found.epoch, lost
+
+    @property
+    def last_vm_id(self) -> int:
+        """The highest id that was ever given out, as far as is known."""
+        return self._at.last_vm_id if self._at is not None else 0
+
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether the disk has what the file says of it."""
+        return self._file is None or self._file.is_synced
+
+    def sync_acknowledged(self) -> None:
+        """While others write. :raises OSError: the disk does not take it."""
+        if self._file is not None:
+            self._file.sync()
+
+    def _acknowledge(self, operations: Sequence[Operation]) -> None:
+        if self._at is None or self._file is None:
+            return
+        seq, last_vm_id = self._at.seq, self._at.last_vm_id
+        for operation in operations:
+            if isinstance(operation, AddEvent):
+                seq = operation.frame.seq
+            elif isinstance(operation, PutRow):
+                last_vm_id = max(last_vm_id, operation.row.id)
+        self._at = Acknowledged(self._at.epoch, seq, self._changes, last_vm_id)
+        try:
+            self._file.write(self._at)
+        except OSError as error:
+            # What is written is written; only a loss of it would not show.
+            _logger.warning("how far the database is can't be noted: %s", error)
 
     def load(self, told_seq: int | None) -> Loaded:
         """Read the state. `told_seq` is the last event that readers have had, None when there were no readers yet.
@@ -190,6 +256,7 @@ class Database:
                 # Events are numbered; changes without one are counted, so that the loss of one shows.
                 self._changes += 1
                 self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('changes', ?)", (str(self._changes),))
+        self._acknowledge(operations)
 
     def trim(self, cutoff_at: int, below_seq: int, limit: int) -> Trimmed:
         """Drop up to `limit` of the oldest events: those from before `cutoff_at` and those below `below_seq`.

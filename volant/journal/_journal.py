@@ -26,13 +26,14 @@ from functools import partial
 from typing import Any
 
 import apsw
+import msgspec
 import trio
 
 from actors import Actor, Deferred, Request, check_fence, handles
 from volant.model import Drain, EventId, IllegalEdge, Network, Problem, Snapshot, VmRow
 
 from ._answers import Once
-from ._database import Database
+from ._database import Database, Loaded
 from ._errors import AlreadyAnswered, BadRow, StaleRow, full, no_room, overloaded, restoring, slow, unwritable
 from ._projection import Plugin
 from ._reserve import RESERVE_BYTES
@@ -68,6 +69,7 @@ _TRIM_SLACK = 1000
 _COMPACT_EVERY = 1000
 """Commits: what else than retention has left space, or kept the log from being emptied, is found by then."""
 _PROBE_S = 1.0
+_SYNC_S = 1.0
 _LOOK_S = 30.0
 _TRIM_AT_LEAST_S = 1.0
 _TRIM_AT_MOST_S = 3600.0
@@ -96,6 +98,7 @@ class Journal(Actor):
         self._has_reserve = True
         self._probe_due = False
         self._troubled = trio.Event()
+        self._committed = trio.Event()
         self._commits = self._answered = self._failures = self._largest = 0
         self._last_s = self._slowest_s = 0.0
         self._last_error = ""
@@ -114,6 +117,7 @@ class Journal(Actor):
         except (apsw.CorruptError, apsw.NotADBError) as error:
             raise damaged(store.path, error) from error
         check_fence()
+        loaded = await self._compare(loaded)
         store.trouble = None
         self._has_reserve = await store.host.run_blocking(self._database.keep_reserve)
         if not self._has_reserve:
@@ -127,11 +131,28 @@ class Journal(Actor):
         store.projection.replace_networks(loaded.networks)
         store.projection.set_drain(loaded.drain)
         store.answers.replace(loaded.answers)
-        self._last_vm_id = max(loaded.last_vm_id, store.ids_taken)
+        self._last_vm_id = max(loaded.last_vm_id, store.ids_taken, self._database.last_vm_id)
         self._oldest_at = loaded.oldest_at
         self.ctx.spawn(self._write, name="writer")
         self.ctx.spawn(self._watch_age, name="retention")
+        self.ctx.spawn(self._sync_acknowledged, name="acknowledged")
         self.ctx.spawn(self._probe_again, name="probe")
+
+    async def _compare(self, loaded: Loaded) -> Loaded:
+        """What is gone of what was acknowledged is told; the epoch of the events is another one then."""
+        store = self._store
+        try:
+            epoch, lost = await store.host.run_blocking(
+                self._database.compare, store.host, loaded, store.host.new_id()[:12]
+            )
+        except (OSError, apsw.Error) as error:
+            _logger.warning("whether the database has all that was acknowledged can't be told: %s", error)
+            return loaded
+        check_fence()
+        if lost is not None:
+            store.lost = lost
+            _logger.error("%s is not what it was when volantd last used it: %s", store.path, lost)
+        return msgspec.structs.replace(loaded, epoch=epoch)
 
     @handles(CreateRow)
     async def create(self, message: CreateRow) -> Deferred[VmRow]:
@@ -352,6 +373,7 @@ class Journal(Actor):
                 _logger.warning("changes can be made again")
                 self._store.trouble = None
             self._commits += 1
+            self._committed.set()
             if self._commits % _COMPACT_EVERY == 0:
                 self._compact_due = True
             return None
@@ -369,6 +391,19 @@ class Journal(Actor):
     def _set_trouble(self, why: str) -> None:
         self._store.trouble = why
         self._troubled.set()
+
+    async def _sync_acknowledged(self) -> None:
+        """Beside the commits, so that none waits for it."""
+        while True:
+            await self._committed.wait()
+            self._committed = trio.Event()
+            if not self._database.is_acknowledged:
+                check_fence()
+                try:
+                    await self._store.host.run_blocking(self._database.sync_acknowledged)
+                except OSError as error:
+                    _logger.warning("how far the database is can't be noted: %s", error)
+            await trio.sleep(_SYNC_S)
 
     async def _probe_again(self) -> None:
         """While nothing can be changed, or the disk is all but full, look from time to time whether it can be: perhaps

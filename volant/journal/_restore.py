@@ -42,6 +42,7 @@ from volant.model import (
 )
 from volant.model.stored import MAX_ID, BadMember, check_addresses_differ, check_stored_epoch
 
+from ._acknowledged import acknowledged_path
 from ._database import Database, Loaded
 from ._errors import DatabaseRefused
 from ._frames import EventFrame
@@ -415,5 +416,7 @@ def take_over(host: Host, path: Path) -> str | None:
         if host.exists(path.with_name(path.name + suffix)):
             host.rename(path.with_name(path.name + suffix), aside.with_name(aside.name + suffix))
     host.unlink(path.with_name(path.name + "-shm"))
+    # It tells of the one that was moved aside.
+    host.unlink(acknowledged_path(path))
     host.rename(fresh, path)
     return str(aside)

@@ -44,6 +44,8 @@ class Store:
         self.figures = Figures()
         self.trouble: str | None = None
         """Why no change can be made at present; None: they can. The journal sets it."""
+        self.lost: str | None = None
+        """What had been acknowledged and is not in the database, found when it was opened; None: nothing."""
         self.ids_taken = 0
         """No VM gets an id up to this one: the host has traces of VMs of which the database may not know."""
         self.replaced = trio.Event()

@@ -199,6 +199,12 @@ class Files:
         node.touched()
         return len(data)
 
+    def seek(self, fd: int, position: int) -> None:
+        descriptor = self._of(fd)
+        data = descriptor.node.data
+        data.extend(bytes(max(0, position - len(data))))
+        descriptor.position = position
+
     def punch(self, fd: int, start: int, length: int) -> None:
         node = self._of(fd).node
         end = min(start + length, len(node.data))

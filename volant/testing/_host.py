@@ -461,6 +461,11 @@ class SimHost(Host):
             data = data[: self._machine.rng.randrange(1, len(data))]
         return self._files.write(fd, data)
 
+    def write_at(self, fd: int, data: bytes, offset: int) -> int:
+        self._check()
+        self._files.seek(fd, offset)
+        return self.write(fd, data)
+
     def sync_file(self, fd: int) -> None:
         self._check()
         self._files.sync_file(fd)

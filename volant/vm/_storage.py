@@ -198,7 +198,8 @@ async def _templates(doors: VmDoors) -> list[_Found]:
 
 def _scan(doors: VmDoors) -> list[_Found]:
     host, settings, database = doors.host, doors.settings, doors.store.path
-    beside = [database.with_name(database.name + suffix) for suffix in ("", "-wal", "-shm", "-reserve")]
+    suffixes = ("", "-wal", "-shm", "-reserve", "-acknowledged")
+    beside = [database.with_name(database.name + suffix) for suffix in suffixes]
     found = [_Found("journal", database.name, sum(map(host.disk_usage, beside)))]
     found += [_Found("database", path.name, host.disk_usage(path), path) for path in replaced_databases(database)]
     found += [
