@@ -186,6 +186,20 @@ def start(
     raise failures[0]
 
 
+def act_for(user: int, group: int, groups: Sequence[int]) -> None:
+    """Let this thread use files as another user can, and no better, until it ends. Raises OSError."""
+    if _machine is None:
+        raise OSError(errno.ENOSYS, f"no other user can be acted for on {platform.machine()}")
+    numbers = (ctypes.c_uint32 * len(groups))(*groups)
+    _syscall(_machine.setgroups, len(groups), ctypes.byref(numbers))
+    # Neither tells whether it was done (setfsuid(2)); asked for none that there can be, they tell what is so now.
+    _libc.setfsgid(ctypes.c_uint32(group))
+    _libc.setfsuid(ctypes.c_uint32(user))
+    nobody = ctypes.c_uint32(_NOBODY)
+    if (_libc.setfsuid(nobody) & _NOBODY, _libc.setfsgid(nobody) & _NOBODY) != (user, group):
+        raise OSError(errno.EPERM, f"user {user} can't be acted for")
+
+
 def _put_up(walls: Walls, place: int, rules: int | None) -> None:
     """Give up, in this thread, what is not in `walls`. The order matters: each step takes what later ones take away."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,7 @@ from volant.channel import AgentClient
 from volant.guest._server import Server
 from volant.host import Host
 from volant.hypervisor.qemu import QemuHypervisor
-from volant.images import BootMedia
+from volant.images import PUBLIC, BootMedia, Origins
 from volant.journal import Backups, Evidence, Journal, Store, VmLogs
 from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
 from volant.vm import BootGate, Captures, VmDoors, Vms, VmSettings
@@ -135,13 +135,15 @@ async def read_to_end(stream: trio.abc.ReceiveStream, within_s: float = 10.0) ->
 
 
 @asynccontextmanager
-async def running(app: Callable[..., Any], limits: Limits = FAST) -> AsyncIterator[Running]:
-    """Serve `app`. Fails when the server ended by itself, or does not stop."""
+async def running(
+    app: Callable[..., Any], limits: Limits = FAST, also: Sequence[socket.socket] = ()
+) -> AsyncIterator[Running]:
+    """Serve `app`, on these sockets too. Fails when the server ended by itself, or does not stop."""
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         server = Running(listener.getsockname()[1], trio.Event(), trio.Event())
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
-            await serve(app, [listener], stopping=server.stopping, limits=limits, task_status=task_status)
+            await serve(app, [listener, *also], stopping=server.stopping, limits=limits, task_status=task_status)
             server.stopped.set()
 
         async with trio.open_nursery() as nursery:
@@ -269,8 +271,14 @@ class Api:
 
 
 @asynccontextmanager
-async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = FAST) -> AsyncIterator[Api]:
-    """Serve the API with its state in `path`."""
+async def api(
+    path: Path,
+    settings: ApiSettings | None = None,
+    limits: Limits = FAST,
+    origins: Origins = PUBLIC,
+    also: Sequence[socket.socket] = (),
+) -> AsyncIterator[Api]:
+    """Serve the API with its state in `path`, on a port and on the sockets `also`."""
     host = Host()
     store = Store(host, path / "volant.db")
     logs = VmLogs(host, path / "logs")
@@ -305,7 +313,7 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
             builder=builder.ref,
             standbys=standbys,
             captures=captures,
-            media=BootMedia(path / "cache", path, timeout_s=60, max_mb=64),
+            media=BootMedia(path / "cache", path, timeout_s=60, max_mb=64, origins=origins),
             settings=VmSettings(
                 runtime_dir=path / "run",
                 cache_dir=path / "cache",
@@ -339,7 +347,7 @@ async def api(path: Path, settings: ApiSettings | None = None, limits: Limits = 
             settings=settings or ApiSettings(),
         )
         access = Access(doors.settings)
-        async with running(create_app(doors, limits, access), limits) as server:
+        async with running(create_app(doors, limits, access), limits, also) as server:
             base = f"http://127.0.0.1:{server.port}"
             hooks = {"response": [conformance.check]}
             async with httpx.AsyncClient(base_url=base, timeout=20, trust_env=False, event_hooks=hooks) as client:

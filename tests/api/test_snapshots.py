@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from tests.api.kit import Api, api
-from volant.images import fetch
+from volant.images import ANYWHERE, fetch
 from volant.journal import AdoptRow, BeginSnapshot, FinishSnapshot
 from volant.model import Artifact, Boot, CreateVm, Manifest, Status, Step, TakeSnapshot, VmRow, new_row
 
@@ -102,7 +102,7 @@ async def test_what_a_snapshot_needs_is_not_pruned(served: Api, tmp_path: Path) 
     source = tmp_path / "kernel"
     source.write_bytes(b"a kernel")
     digest = hashlib.sha256(b"a kernel").hexdigest()
-    fetch(tmp_path / "cache", str(source), digest, max_bytes=2**20)
+    fetch(tmp_path / "cache", str(source), digest, max_bytes=2**20, origins=ANYWHERE)
     manifest = Manifest(name="site", version="1", boot=Boot(kernel=Artifact(str(source), digest)))
     await kept(served, manifest=manifest)
     assert (await served.client.delete("/api/v1/vms/demo")).status_code == 204

@@ -19,7 +19,7 @@ import trio.testing
 from tests.api.kit import Api, api
 from tests.images.test_image_store import place
 from tests.templates.test_store import RECIPE, add
-from volant.images import BootMedia, _media, _store, _users, fetch, medium_path
+from volant.images import ANYWHERE, BootMedia, Origins, _media, _store, _users, fetch, medium_path
 from volant.journal import LogEntry
 from volant.model import Artifact
 from volant.templates import BuildDoors, _actor
@@ -38,7 +38,7 @@ def medium(path: Path, content: bytes) -> tuple[str, str]:
     source = path / f"source-{content.decode()}"
     source.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
-    fetch(path / "cache", str(source), digest, max_bytes=LIMIT)
+    fetch(path / "cache", str(source), digest, max_bytes=LIMIT, origins=ANYWHERE)
     return str(source), digest
 
 
@@ -196,12 +196,12 @@ async def test_what_another_daemon_with_the_same_cache_uses_stays_for_as_long_as
     other.mkdir()
     url, digest = medium(tmp_path, b"theirs")
     artifact = Artifact(url=url, sha256=digest)
-    media = BootMedia(cache, other, timeout_s=60, max_mb=1)
+    media = BootMedia(cache, other, timeout_s=60, max_mb=1, origins=Origins((tmp_path,)))
     place(cache, "b" * 64)
     _users.note_use(cache, "b" * 64, other)
     # This daemon has used it, too, and a third one, of which nothing is left.
     for state_dir in (served.doors.store.path.parent, tmp_path / "gone"):
-        await BootMedia(cache, state_dir, timeout_s=60, max_mb=1).obtain(artifact)
+        await BootMedia(cache, state_dir, timeout_s=60, max_mb=1, origins=Origins((tmp_path,))).obtain(artifact)
     await media.obtain(artifact)
     found = await items(served)
     for key in (("medium", digest), ("image", "b" * 64)):
@@ -230,7 +230,9 @@ async def test_one_that_another_daemon_has_begun_to_use_since_it_was_listed_stay
     cache, other = tmp_path / "cache", tmp_path / "other"
     other.mkdir()
     url, digest = medium(tmp_path, b"theirs")
-    ours, theirs = (BootMedia(cache, each, timeout_s=60, max_mb=1) for each in (tmp_path, other))
+    ours, theirs = (
+        BootMedia(cache, each, timeout_s=60, max_mb=1, origins=Origins((tmp_path,))) for each in (tmp_path, other)
+    )
     await theirs.obtain(Artifact(url=url, sha256=digest))
     assert not await ours.remove(digest, in_use=lambda: False)
     assert medium_path(cache, digest).exists()
@@ -246,7 +248,7 @@ async def test_a_build_that_is_under_way_is_not_waited_for(served: Api, tmp_path
 async def test_who_wants_a_medium_while_it_goes_fetches_it_anew(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     url, digest = medium(tmp_path, b"wanted")
-    media = BootMedia(tmp_path / "cache", tmp_path, timeout_s=60, max_mb=1)
+    media = BootMedia(tmp_path / "cache", tmp_path, timeout_s=60, max_mb=1, origins=Origins((tmp_path,)))
     asked = False
 
     def in_use() -> bool:

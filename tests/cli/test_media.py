@@ -47,10 +47,14 @@ async def test_one_on_which_a_vm_runs_stays_and_that_is_said(environ: dict[str, 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("fetch", "{}/kernel", "0" * 64), 1, ("/kernel: its SHA-256 is another one", "correct the manifest")),
+        (
+            ("fetch", "{}/kernel", "0" * 64),
+            1,
+            ("/kernel: there is no file that may be read and has this SHA-256", "correct the manifest"),
+        ),
         (("fetch", "{}/kernel", DIGEST.upper()), 2, ("SHA256", "lower case")),
         (("fetch", "kernel", DIGEST), 2, ("URL", "absolute path")),
-        (("fetch", "{}/none", DIGEST), 1, ("can't be read: No such file",)),
+        (("fetch", "{}/none", DIGEST), 1, ("no file that may be read",)),
         (("remove", "abc"), 1, ("begins with abc", "images media")),
     ],
 )

@@ -17,13 +17,25 @@ import trio
 import trio.testing
 
 from tests.ports import free_port
-from volant.images import BootMedia, ImageError, fetch, list_media, medium_path, remove_medium
+from volant.images import (
+    ANYWHERE,
+    BootMedia,
+    ImageError,
+    Origins,
+    fetch,
+    list_media,
+    medium_path,
+    parse_networks,
+    remove_medium,
+)
 from volant.images import _fetch as fetching
 from volant.images import _media as media
 from volant.model import Artifact
 
 LIMIT = 64 * 2**20
 DATA = os.urandom(3 * 2**20) + bytes(8 * 2**20) + os.urandom(1000)
+HERE = Origins(networks=parse_networks(["127.0.0.1"]))
+"""Where the servers of these tests are."""
 DIGEST = hashlib.sha256(DATA).hexdigest()
 
 
@@ -152,7 +164,7 @@ def local(tmp_path: Path) -> Path:
 
 
 def get(cache: Path, url: str | Path, digest: str = DIGEST) -> Path:
-    return fetch(cache, str(url), digest, max_bytes=LIMIT).path
+    return fetch(cache, str(url), digest, max_bytes=LIMIT, origins=ANYWHERE).path
 
 
 def code(cache: Path, url: str | Path, digest: str = DIGEST) -> str:
@@ -170,7 +182,7 @@ def test_what_comes_by_http_is_kept_by_its_digest(cache: Path, server: Server, w
     path = get(cache, f"{server.base}/{way}?token=secret")
     assert path == medium_path(cache, DIGEST)
     assert path.read_bytes() == DATA
-    assert path.stat().st_mode & 0o777 == 0o444
+    assert path.stat().st_mode & 0o777 == 0o400
     (medium,) = list_media(cache)
     assert (medium.url, medium.size_bytes) == (f"{server.base}/{way}?…", len(DATA))
     server.requests.clear()
@@ -215,15 +227,23 @@ def test_nobody_there(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code(cache, f"http://127.0.0.1:{port}/") == "media_unreachable"
 
 
-def test_another_file_is_refused_and_its_digest_told_unless_it_is_a_file_of_this_host(
-    cache: Path, server: Server, local: Path
-) -> None:
-    for url, told in ((f"{server.base}/whole", True), (str(local), False)):
+def test_another_file_is_refused_and_nobody_learns_its_digest(cache: Path, server: Server, local: Path) -> None:
+    for url, name in ((f"{server.base}/whole", "media_mismatch"), (str(local), "media_missing")):
         with pytest.raises(ImageError) as caught:
             get(cache, url, "0" * 64)
-        assert caught.value.code == "media_mismatch"
-        assert "0" * 64 in caught.value.message
-        assert (DIGEST in str(caught.value)) is told
+        assert caught.value.code == name
+        assert DIGEST not in str(caught.value)
+
+
+def test_of_a_file_of_this_host_nobody_learns_whether_it_is_there(cache: Path, local: Path, tmp_path: Path) -> None:
+    below = Origins((tmp_path,))
+    (tmp_path / "out").symlink_to("/etc/passwd")
+    said = set()
+    for path in (local, tmp_path / "none", tmp_path / "out", tmp_path / "../../../etc/passwd", Path("/etc/passwd")):
+        with pytest.raises(ImageError) as caught:
+            fetch(cache, str(path), "0" * 64, max_bytes=LIMIT, origins=below)
+        said.add((caught.value.code, str(caught.value)))
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "file://localhost{}"])
@@ -270,6 +290,7 @@ def test_a_disk_that_is_full_all_the_same_leaves_nothing(cache: Path, local: Pat
         "from volant.images.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["fetch", "--cache", str(cache), "--url", str(local), "--sha256", DIGEST, "--max-bytes", str(LIMIT)]
+    arguments += ["--allow-directory", str(local.parent)]
     ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "the cache can't be written: File too large" in ended.stderr
@@ -309,7 +330,7 @@ def test_it_can_be_removed(cache: Path, local: Path) -> None:
 
 
 async def test_ten_who_want_it_fetch_it_once(cache: Path, server: Server) -> None:
-    boot_media = BootMedia(cache, cache.parent, timeout_s=30, max_mb=64)
+    boot_media = BootMedia(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
     artifact = Artifact(f"{server.base}/held", DIGEST)
     paths = set()
 
@@ -329,7 +350,7 @@ async def test_ten_who_want_it_fetch_it_once(cache: Path, server: Server) -> Non
 
 
 async def test_ten_who_want_what_is_not_to_be_had_are_told_once_each(cache: Path, server: Server) -> None:
-    boot_media = BootMedia(cache, cache.parent, timeout_s=30, max_mb=64)
+    boot_media = BootMedia(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
     artifact = Artifact(f"{server.base}/gone", DIGEST)
     said = []
 
@@ -348,7 +369,7 @@ async def test_ten_who_want_what_is_not_to_be_had_are_told_once_each(cache: Path
 
 
 async def test_a_server_that_drips_meets_the_deadline(cache: Path, server: Server) -> None:
-    boot_media = BootMedia(cache, cache.parent, timeout_s=2.0, max_mb=64)
+    boot_media = BootMedia(cache, cache.parent, timeout_s=2.0, max_mb=64, origins=HERE)
     with trio.fail_after(30):
         with pytest.raises(ImageError, match="did not arrive within 2 s") as caught:
             await boot_media.obtain(Artifact(f"{server.base}/drips", DIGEST))
@@ -356,7 +377,7 @@ async def test_a_server_that_drips_meets_the_deadline(cache: Path, server: Serve
 
 
 async def test_who_leaves_ends_the_fetch_and_who_waits_begins_anew(cache: Path, server: Server) -> None:
-    boot_media = BootMedia(cache, cache.parent, timeout_s=30, max_mb=64)
+    boot_media = BootMedia(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
     artifact = Artifact(f"{server.base}/held", DIGEST)
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:

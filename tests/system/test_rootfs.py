@@ -13,7 +13,7 @@ import trio
 
 from tests.system.kit import BOOT_S, Daemon, adopted, boot, reachable, run, spec, until
 from tests.system.rootfs import digest, hypervisor_arguments, is_clean, layer_of, make_ext4, plugin
-from volant.client import Client
+from volant.client import Client, ClientProblem
 from volant.images import find, medium_path
 from volant.model import Artifact, Boot, HealthCheck, Manifest, Reason, VmView, Workload
 
@@ -56,6 +56,8 @@ async def test_a_life_on_a_root_filesystem(daemon: Daemon, image_cache: Path, ro
         await client.plugins.install(plugin("site", rootfs, workload=SITE))
         vm = await boot(client, "one", plugin="site")
         assert vm.disk == "overlay"
+        # A hypervisor of a user of its own boots from it, and no other user reads it.
+        assert base.stat().st_mode & 0o007 == 0
         assert (await client.vms.get("one")).disk == "overlay"
 
         # The workload, its health check and commands act in it.
@@ -137,11 +139,15 @@ def broken(tmp_path: Path, rootfs: Path) -> Path:
 
 
 async def test_what_it_can_t_boot_from_is_named(daemon: Daemon, rootfs: Path, nonsense: Path, broken: Path) -> None:
-    wrong = Artifact(f"file://{rootfs}", "5" * 64)
     async with daemon.client() as client:
+        # Whether it is there nobody learns.
+        for artifact in (Artifact(f"file://{rootfs}", "5" * 64), Artifact("/nowhere/x", "5" * 64)):
+            with pytest.raises(ClientProblem) as refused:
+                await client.plugins.install(plugin("none", artifact))
+            assert (refused.value.code, refused.value.field) == ("artifact-unavailable", "boot.rootfs.url")
+            assert artifact.url in refused.value.detail
+            assert "there is no file that may be read and has this SHA-256" in refused.value.detail
         for name, artifact, code, words in (
-            ("wrong", wrong, "media_mismatch", (wrong.url, wrong.sha256)),
-            ("none", Artifact("/nowhere/x", "5" * 64), "media_missing", ("/nowhere/x", "No such file")),
             ("nonsense", nonsense, "rootfs_failed", ("no ext4",)),
             ("broken", broken, "rootfs_failed", ("EXT4-fs (vda)",)),
         ):

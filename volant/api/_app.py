@@ -15,6 +15,7 @@ from . import (
     _actions,
     _agent,
     _agui,
+    _artifacts,
     _backups,
     _console,
     _devtools,
@@ -56,8 +57,9 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
     for resource in (_system, _storage, _orphans, _templates, _metrics, _docs, _workload_api):
         resource.add_routes(app, doors)
     repeats = Repeats(doors)
-    for changing in (_vms, _snapshots, _plugins, _networks):
+    for changing in (_vms, _snapshots, _networks):
         changing.add_routes(app, doors, repeats)
+    _plugins.add_routes(app, doors, repeats, access)
     _tickets.add_routes(app, doors, access)
     turns = Turns()
     relay = Relay(turns)
@@ -70,6 +72,7 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
         *_console.routes(doors, turns),
         *_tcp.routes(doors, turns),
         *_backups.routes(doors, limits),
+        *_artifacts.routes(doors),
         *_agui.routes(doors, limits),
         *_mcp.routes(doors, limits),
     ]

@@ -33,6 +33,7 @@ _ABOUT = "\n\n".join(
 _IN_PATH = {
     "digest": (str, "Of a template"),
     "name": (Name, "Its name"),
+    "sha256": (Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")], "Of the file"),
     "port": (Annotated[int, msgspec.Meta(ge=1, le=65535)], "Of the guest's loopback"),
     "path": (str, "The path in the guest, slashes and all"),
     "plugin": (Name, "The VM's own"),
@@ -244,7 +245,7 @@ def _tag(path: str) -> str:
         return "Templates"
     if "/networks" in path:
         return "Networks"
-    return "Plugins" if "/plugins" in path else "System"
+    return "Plugins" if "/plugins" in path or "/artifacts" in path else "System"
 
 
 def _owners(kind: Any) -> Iterator[type]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 
 from volant.model import (
+    ArtifactView,
     BuildTemplate,
     ConsoleGap,
     CreateNetwork,
@@ -147,7 +148,7 @@ PROBLEMS = {
     426: "This is a WebSocket",
     502: "The guest, its agent or its port does not answer",
     503: "The daemon can't now: no capacity, it stops, or its disk does not take the change",
-    507: "The guest's disk is full",
+    507: "The disk is full: that of the guest, or the cache's",
 }
 """What each error status says; the body is always `ProblemDetails`."""
 
@@ -553,7 +554,19 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "POST", "/api/v1/plugins", "install_plugin", "Install a plugin from its manifest",
         {201: Answer("Installed", PluginView, headers=("Location", "Idempotency-Replayed"))},
-        takes=Manifest, parameters=(_ONCE,), fails=(409, 422, 503),
+        takes=Manifest, parameters=(_ONCE,), fails=(409, 422, 503, 507),
+        details="`boot` may name files of the daemon's host by path: below a directory of the setting `artifact_dirs`; "
+        "or, at a Unix socket, and without a key for the daemon's own user over loopback, what the client's user can "
+        "read. These are taken into the cache before the answer. Else it is 403 `artifact-not-allowed` or 400 "
+        "`artifact-unavailable`: send the file with `PUT /api/v1/artifacts/{sha256}`, then install the plugin.",
+    ),
+    Operation(
+        "PUT", "/api/v1/artifacts/{sha256}", "put_artifact", "Send a file that a manifest names",
+        {201: Answer("It is in the cache, and stays until it is pruned, which happens to none that a plugin names",
+                     ArtifactView)},
+        takes=bytes, takes_media="application/octet-stream", fails=(408, 413, 503, 507),
+        details="400 `artifact-mismatch` when what comes has another SHA-256. At most `media_max_mb`; four at a time, "
+        "for one more it is 503.",
     ),
     Operation("GET", "/api/v1/plugins/{name}", "get_plugin", "A plugin", {200: Answer("The plugin", PluginView)}),
     Operation(

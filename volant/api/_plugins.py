@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import msgspec
-from quart import Response
+from quart import Response, request
 from quart_trio import QuartTrio
 
 from volant.journal import Answer, EnablePlugin, InstallPlugin, Once, Plugin, RemovePlugin
 from volant.model import Manifest, PluginView, Problem, check_manifest
 
+from ._artifacts import admit
 from ._ask import ask_journal
 from ._body import Nothing, read_body
 from ._doors import Doors
+from ._edge import Access
 from ._idempotency import Repeats, answer_of
 from ._json import empty_response, json_response
 from ._params import no_query, plugin_name
@@ -23,7 +25,7 @@ class Enabled(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     enabled: bool
 
 
-def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
+def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats, access: Access) -> None:
     """The routes of this resource."""
 
     @app.get("/api/v1/plugins")
@@ -37,6 +39,7 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         manifest = check_manifest(await read_body(Manifest))
 
         async def install(once: Once | None) -> Plugin:
+            await admit(doors, access, request.scope, manifest)
             return await ask_journal(doors, InstallPlugin(manifest, once))
 
         return (await repeats.answer(manifest, install, _installed)).response()

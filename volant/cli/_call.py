@@ -74,18 +74,18 @@ def _member(text: str) -> tuple[str, Any]:
         raise click.UsageError(f"{key[:-1]}: {value[:80]!r} is no JSON: {error}") from None
 
 
-def _content(data: str) -> bytes | _FileBody:
+def _content(data: str) -> bytes | FileBody:
     if not data.startswith("@"):
         return data.encode(errors="surrogateescape")
     if data == "@-":
-        return _FileBody(sys.stdin.fileno())
+        return FileBody(sys.stdin.fileno())
     try:
-        return _FileBody(os.open(data[1:], os.O_RDONLY | os.O_CLOEXEC))
+        return FileBody(os.open(data[1:], os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
         raise Failure(f"{data[1:]} can't be read: {error.strerror}") from None
 
 
-class _FileBody:
+class FileBody:
     """A file in pieces, read as the daemon takes them."""
 
     def __init__(self, fd: int) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import shlex
+import stat
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -11,12 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
+import trio
 
+from volant.client import ClientProblem
+from volant.images import local_path
+from volant.model import ArtifactView, Boot
+
+from ._call import FileBody
 from ._complete import plugin_names
 from ._run import Failure, Session, command
-from ._text import safe
+from ._text import safe, size
 
 _MAX_SHOWN = 200
+_NOT_READ = ("artifact-not-allowed", "artifact-unavailable")
 
 
 @click.group(name="plugins")
@@ -41,12 +53,43 @@ async def list_(session: Session) -> None:
 @command(group, "install")
 @click.argument("manifest", type=click.Path(dir_okay=False, allow_dash=True))
 async def install(session: Session, manifest: str) -> None:
-    """Install the plugin that the file MANIFEST describes, in JSON, or in TOML when it is called so; - reads JSON."""
-    plugin = await session.client.plugins.install(_read(manifest))
+    """Install the plugin that the file MANIFEST describes, in JSON, or in TOML when it is called so; - reads JSON.
+
+    Files that it names by path and that the daemon does not read for you are uploaded.
+    """
+    described = _read(manifest)
+    try:
+        plugin = await session.client.plugins.install(described)
+    except ClientProblem as problem:
+        files = _local_files(described)
+        if problem.code not in _NOT_READ or not files:
+            raise
+        try:
+            for sha256, path in files:
+                await _upload(session, path, sha256)
+        except OSError:
+            # Nor can whoever asks: what the daemon has said is what there is to say.
+            raise problem from None
+        plugin = await session.client.plugins.install(described)
     if session.out.json:
         session.out.document(plugin)
     else:
         session.out.line(f"{safe(plugin.name)} {safe(plugin.version)} is installed")
+
+
+@command(group, "upload")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+async def upload(session: Session, file: Path) -> None:
+    """Send FILE, which a manifest names, into the daemon's cache."""
+    try:
+        sha256 = await trio.to_thread.run_sync(_digest, file, abandon_on_cancel=True)
+        sent = await _upload(session, file, sha256)
+    except OSError as error:
+        raise Failure(f"{file} can't be read: {error.strerror}") from None
+    if session.out.json:
+        session.out.document(sent)
+    else:
+        session.out.line(f"{sent.sha256} is in the cache, {size(sent.size_bytes)}")
 
 
 @command(group, "show")
@@ -127,6 +170,34 @@ async def remove(session: Session, name: str) -> None:
         session.out.document({"name": name, "removed": True})
     else:
         session.out.line(f"{safe(name)} is removed")
+
+
+def _local_files(manifest: Mapping[str, Any]) -> list[tuple[str, Path]]:
+    """The files of a host that a manifest names, with their digests; none where it is no manifest."""
+    try:
+        boot = msgspec.convert(manifest.get("boot"), Boot | None)
+    except msgspec.ValidationError:
+        return []
+    named = (boot.kernel, boot.initramfs, boot.rootfs) if boot is not None else ()
+    return [(each.sha256, path) for each in named if each is not None and (path := local_path(each.url)) is not None]
+
+
+async def _upload(session: Session, path: Path, sha256: str) -> ArtifactView:
+    """:raises OSError: it can't be read"""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        figures = os.fstat(fd)
+        if not stat.S_ISREG(figures.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        session.out.note(f"uploading {path}, {size(figures.st_size)}")
+        return await session.client.plugins.upload(sha256, FileBody(fd), figures.st_size)
+    finally:
+        os.close(fd)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(manifest: str) -> dict[str, Any]:

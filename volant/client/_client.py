@@ -12,6 +12,7 @@ from urllib.parse import quote
 import trio
 
 from volant.model import (
+    ArtifactView,
     BuildTemplate,
     ConsoleGap,
     CreateNetwork,
@@ -46,6 +47,7 @@ from volant.model.agent_types import ExecStart
 
 from ._actions import ACTION_S, ActionAnswer, Pieces, is_from_guest
 from ._address import Address
+from ._artifacts import UPLOAD_S, send_artifact
 from ._backups import Backup, open_backup, send_backup
 from ._browser import Browser, find_browser
 from ._console import Console, Line, pump_console
@@ -556,8 +558,22 @@ class _Plugins:
     async def install(
         self, manifest: Manifest | Mapping[str, object], *, idempotency_key: str | None = None
     ) -> PluginView:
-        """Install a plugin; as with `vms.create`, it is done once however often it has to be sent."""
-        return decode(await self._http.once("/api/v1/plugins", key=idempotency_key, body=manifest), PluginView)
+        """Install a plugin; as with `vms.create`, it is done once however often it has to be sent.
+
+        :raises ClientProblem: also with the code `artifact-not-allowed` or `artifact-unavailable`, when `boot` names a
+            file of the daemon's host that the daemon does not read for this client: `upload` it first
+        """
+        # The daemon reads and verifies files of its host before it answers.
+        timeout_s = UPLOAD_S if "boot" in _members(manifest) else ANSWER_S
+        answer = await self._http.once("/api/v1/plugins", key=idempotency_key, body=manifest, timeout_s=timeout_s)
+        return decode(answer, PluginView)
+
+    async def upload(self, sha256: str, content: AsyncIterable[bytes], size: int) -> ArtifactView:
+        """Send a file that a manifest names, of `size` bytes, into the daemon's cache.
+
+        :raises ClientProblem: also `artifact-mismatch`: it has another SHA-256
+        """
+        return await send_artifact(self._http, sha256, content, size)
 
     async def enable(self, name: str, enabled: bool = True) -> PluginView:
         """Let new VMs use a plugin, or not."""
@@ -741,6 +757,13 @@ class _System:
 def _name(name: str) -> str:
     """:raises Problem: 400; what is no name would be another path."""
     return check_name(name, "name")
+
+
+def _members(manifest: Manifest | Mapping[str, Any]) -> Collection[str]:
+    """The members of a manifest that say something."""
+    if isinstance(manifest, Manifest):
+        return () if manifest.boot is None else ("boot",)
+    return manifest
 
 
 def _vm(name: str) -> str:

@@ -32,7 +32,7 @@ from volant.api import Access, ApiSettings, Doors, create_app, serve
 from volant.host import Host, ProcessGone
 from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
-from volant.images import BootMedia
+from volant.images import BootMedia, make_private
 from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
 from volant.model import AUTO, BRIDGE, USER, Networking, ProcessIdentity, Status, default_network, parse_subnet
 from volant.network import HostNetwork, NetworkDoor, NetworkKeeper, Networks, NetworkSettings, passt_obstacle
@@ -63,7 +63,7 @@ from ._directories import (
 from ._dump import dump_on_signal
 from ._nameservers import nameservers_of_host
 from ._protection import Protection
-from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, parse_uids, shown, split
+from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, origins_of, parse_uids, shown, split
 from ._sockets import ListenError, address_of, listening, setting_of
 from ._systemd import Notifier
 from ._walls import wall_plan
@@ -117,6 +117,7 @@ async def run(
             listening(settings, handed_in) as sockets,
             trio.open_signal_receiver(*_SIGNALS) as signals,
         ):
+            make_private(settings.cache_dir)
             daemon = Daemon(settings, sockets, reread, notifier)
             left = await daemon.run(signals)
             while daemon.begins_anew:
@@ -281,6 +282,7 @@ class Daemon:
                     settings.state_dir,
                     timeout_s=settings.media_timeout_s,
                     max_mb=settings.media_max_mb,
+                    origins=origins_of(settings),
                 ),
                 templates=templates,
                 builder=self._templates.ref,

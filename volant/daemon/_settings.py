@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import msgspec
 
+from volant.images import Origins, parse_networks
 from volant.model import DEFAULT_SUBNET, parse_subnet
 
 from ._protection import Protection, ProtectionError, Secret, check_origin, others_may_read, protection
@@ -90,6 +91,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long one boot medium of a plugin may take to arrive."""
     media_max_mb: Annotated[int, msgspec.Meta(gt=0, le=2**24)] = 16384
     """How large one may be."""
+    artifact_dirs: str = ""
+    """Directories of this host, comma-separated, whose files whoever may install plugins may name in manifests."""
+    artifact_allow_cidr: str = ""
+    """Networks that are not public, and from whose servers files of plugins may be fetched, comma-separated."""
     templates: Literal["auto", "off"] = "auto"
     """`auto`: what has booted once is made a template, and further VMs of its kind are clones of it."""
     templates_max_mb: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 4096
@@ -204,6 +209,17 @@ def protection_of(settings: Settings) -> Protection:
         raise SettingsError(str(error)) from None
 
 
+def origins_of(settings: Settings) -> Origins:
+    """From where the files of plugins may come. :raises SettingsError:"""
+    try:
+        networks = parse_networks(split(settings.artifact_allow_cidr))
+    except ValueError as error:
+        raise SettingsError(f"artifact_allow_cidr: {error}") from None
+    named = [Path(os.path.normpath(directory)) for directory in split(settings.artifact_dirs)]
+    # By both names, where a directory lies behind a link.
+    return Origins(tuple(dict.fromkeys([*named, *(path.resolve() for path in named)])), networks)
+
+
 def check(settings: Settings) -> Protection:
     """Whether the settings fit together. :raises SettingsError: they don't."""
     protected = protection_of(settings)
@@ -233,6 +249,10 @@ def check(settings: Settings) -> Protection:
     for server in nameservers:
         if not is_nameserver(server):
             raise SettingsError(f"nameservers has {server[:40]!r}, which is no IPv4 address that a guest can ask")
+    for directory in split(settings.artifact_dirs):
+        if not directory.startswith("/"):
+            raise SettingsError(f"artifact_dirs has {directory[:100]!r}, which is not an absolute path")
+    origins_of(settings)
     if not split(settings.api_listen_addr):
         raise SettingsError("api_listen_addr is empty; write for instance 127.0.0.1:7777")
     parse_uids(settings.vm_uids)

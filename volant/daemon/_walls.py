@@ -21,4 +21,5 @@ def wall_plan(host: Host, settings: Settings) -> WallPlan | None:
         no_connect=support.no_connect,
         users=parse_uids(settings.vm_uids) if support.no_users is None else None,
         no_users=support.no_users,
+        private=settings.cache_dir / "media",
     )

@@ -8,21 +8,26 @@ from ._build import build
 from ._ensure import ensure
 from ._errors import ImageError
 from ._fetch import fetch, local_path, shown
-from ._media import Medium, list_media, medium_path, remove_medium
+from ._media import Medium, list_media, make_private, medium_path, remove_medium
 from ._obstacle import obstacle
-from ._obtain import BootMedia
+from ._obtain import BootMedia, Upload
+from ._origins import ANYWHERE, PUBLIC, Origins, parse_networks
 from ._packages import Progress, fetch_packages
 from ._store import DIGEST, Image, find, list_images, load, prune
 from ._users import forget_use, users
 
 __all__ = [
+    "ANYWHERE",
     "DIGEST",
+    "PUBLIC",
     "BootMedia",
     "Image",
     "ImageError",
     "Medium",
+    "Origins",
     "Package",
     "Progress",
+    "Upload",
     "build",
     "ensure",
     "fetch",
@@ -33,8 +38,10 @@ __all__ = [
     "list_media",
     "load",
     "local_path",
+    "make_private",
     "medium_path",
     "obstacle",
+    "parse_networks",
     "prune",
     "remove_medium",
     "shown",

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import ImageError, Progress, build, fetch, list_images
+from . import ImageError, Origins, Progress, build, fetch, list_images, parse_networks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fetcher.add_argument("--url", required=True, help="an absolute path, or a file, http or https URL")
     fetcher.add_argument("--sha256", required=True, metavar="DIGEST")
     fetcher.add_argument("--max-bytes", type=int, required=True, metavar="N")
+    fetcher.add_argument("--allow-directory", type=Path, action="append", default=[], metavar="DIR")
+    fetcher.add_argument("--allow-network", action="append", default=[], metavar="CIDR")
+    fetcher.add_argument("--descriptor", type=int, metavar="N", help="the local file, opened already")
     for command in (builder, lister, fetcher):
         command.add_argument("--cache", type=Path, required=True, metavar="DIR")
     builder.add_argument("--mirror", metavar="URL", help="a Debian mirror, in the place of this host's apt sources")
@@ -47,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.url,
                 options.sha256,
                 max_bytes=options.max_bytes,
+                origins=Origins(tuple(options.allow_directory), parse_networks(options.allow_network)),
+                source=options.descriptor,
                 tell=lambda done, total: tell(Progress("fetch", "Fetching", done, total, "bytes")),
             )
             _say({"medium": medium.as_json()})

@@ -25,8 +25,10 @@ _MAX_STDERR = 16 * 1024
 _REAP_S = 5.0
 
 
-async def run_child(arguments: Sequence[str], progress: Callable[[Progress], None] | None) -> dict[str, object]:
-    """Run `python -m volant.images` with `--json-progress`; return the last object that it says.
+async def run_child(
+    arguments: Sequence[str], progress: Callable[[Progress], None] | None, descriptors: Sequence[int] = ()
+) -> dict[str, object]:
+    """Run `python -m volant.images` with `--json-progress` and `descriptors`; return the last object that it says.
 
     Cancelling ends it: its processes are killed.
 
@@ -39,6 +41,7 @@ async def run_child(arguments: Sequence[str], progress: Callable[[Progress], Non
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=_environment(),
+        pass_fds=descriptors,
         # Its own group, so that apt goes with it.
         start_new_session=True,
     )

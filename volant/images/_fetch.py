@@ -10,9 +10,11 @@ belongs together is what the digest tells.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import os
+import ssl
 import stat
 import time
 import urllib.error
@@ -21,32 +23,47 @@ import urllib.request
 from collections.abc import Callable
 from http.client import HTTPMessage
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from volant import __version__
+from volant._readers import open_below
 
 from . import _media
 from ._errors import ImageError
 from ._media import Medium, Part
+from ._origins import PUBLIC, Origins, checked, connect
 
 _STALL_S = 30.0
 _TRIES = 5
 _FIRST_PAUSE_S = 0.5
 _READ = 1024 * 1024
 _TELL_S = 0.5
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a full disk says, or a quota."""
 
 Tell = Callable[[int, int], None]
 """Hears how many bytes have come, and of how many; 0: nobody knows."""
 
 
-def fetch(cache_dir: Path, url: str, digest: str, *, max_bytes: int, tell: Tell = lambda done, total: None) -> Medium:
+def fetch(
+    cache_dir: Path,
+    url: str,
+    digest: str,
+    *,
+    max_bytes: int,
+    origins: Origins = PUBLIC,
+    source: int | None = None,
+    tell: Tell = lambda done, total: None,
+) -> Medium:
     """Return a medium, verified, from the cache or else from `url`; blocks.
 
     Several may want the same one at once: one gets it, the others wait for it.
 
-    :raises ImageError: `media_missing` there is no such file, `media_unreachable` the server does not give it,
-        `media_mismatch` it is another file, `media_too_large`, `cache_full`, `cache_unwritable`, `io_error`
+    :param origins: what may be fetched
+    :param source: the descriptor of a local file that has been opened already, by whoever may; it stays open
+    :raises ImageError: `media_missing` there is no such file, or, of this host, none that may be read and has that
+        digest; `media_refused` it may not be fetched from there; `media_unreachable` the server does not give it,
+        `media_mismatch` it gives another file, `media_too_large`, `cache_full`, `cache_unwritable`, `io_error`
     """
     found = _media.find_medium(cache_dir, digest)
     if found is not None:
@@ -61,19 +78,20 @@ def fetch(cache_dir: Path, url: str, digest: str, *, max_bytes: int, tell: Tell 
             try:
                 local = local_path(url)
                 if local is not None:
-                    _copy(local, part, tell)
+                    _copy(local, part, tell, origins, source)
                 else:
-                    _Download(url, part, tell).run()
+                    _Download(url, part, tell, origins).run()
                 actual = part.finish()
             finally:
                 part.close()
             if actual != digest:
-                # Of a file of this host the digest is not told: it may be one that nobody should know more of.
-                what = f"its SHA-256 is {actual}" if local is None else "its SHA-256 is another one"
-                raise ImageError("media_mismatch", f"{what}, and not {digest}", "correct the manifest, or the file")
+                if local is not None:
+                    raise _no_such_file()
+                # The digest is not told, nor is that of a file of this host: whoever has it can have the content.
+                raise ImageError("media_mismatch", f"its SHA-256 is not {digest}", "correct the manifest, or the file")
             return _media.place(cache_dir, path, digest, shown(url))
         except OSError as error:
-            code = "cache_full" if error.errno in _FULL else "io_error"
+            code = "cache_full" if error.errno in FULL else "io_error"
             raise ImageError(
                 code, f"the cache can't be written: {error.strerror or error}", "make room there"
             ) from error
@@ -97,16 +115,30 @@ def shown(url: str) -> str:
     return urllib.parse.urlunsplit((parts.scheme, host, parts.path, "…" if parts.query else "", ""))
 
 
-def _copy(path: Path, part: Part, tell: Tell) -> None:
+def _no_such_file() -> ImageError:
+    """Of a file of this host nobody learns whether it is missing, may not be read, or is another one."""
+    return ImageError(
+        "media_missing",
+        "there is no file that may be read and has this SHA-256",
+        "correct the manifest or the file, or upload it with `volar plugins upload`",
+    )
+
+
+def _copy(path: Path, part: Part, tell: Tell, origins: Origins, given: int | None) -> None:
     try:
-        # A pipe would be waited for.
-        source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    except OSError as error:
-        raise ImageError("media_missing", f"it can't be read: {error.strerror}") from None
+        if given is not None:
+            source = os.dup(given)
+        elif origins.anywhere:
+            # A pipe would be waited for.
+            source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        else:
+            source = open_below(origins.directories, path)
+    except OSError:
+        raise _no_such_file() from None
     try:
         figures = os.fstat(source)
         if not stat.S_ISREG(figures.st_mode):
-            raise ImageError("media_missing", "it is no regular file")
+            raise _no_such_file()
         if part.clone(source):
             return
         _media.check_space(part.path, min(figures.st_size, figures.st_blocks * 512))
@@ -121,8 +153,8 @@ def _copy(path: Path, part: Part, tell: Tell) -> None:
 def _read_local(source: int) -> bytes:
     try:
         return os.read(source, _READ)
-    except OSError as error:
-        raise ImageError("media_missing", f"it can't be read: {error.strerror}") from None
+    except OSError:
+        raise _no_such_file() from None
 
 
 class _Watch:
@@ -147,7 +179,7 @@ class _Broken(Exception):
 class _Download:
     """One file, over as many connections as it takes."""
 
-    def __init__(self, url: str, part: Part, tell: Tell) -> None:
+    def __init__(self, url: str, part: Part, tell: Tell, origins: Origins) -> None:
         self._url = url
         self._part = part
         self._watch = _Watch(tell, 0)
@@ -155,8 +187,7 @@ class _Download:
         self._opener = urllib.request.OpenerDirector()
         for handler in (
             urllib.request.ProxyHandler(),
-            urllib.request.HTTPHandler(),
-            urllib.request.HTTPSHandler(),
+            _Handler(origins),
             _Redirects(),
             urllib.request.HTTPErrorProcessor(),
             urllib.request.HTTPDefaultErrorHandler(),
@@ -229,6 +260,64 @@ class _Download:
             self._watch.at(self._part.size)
         if expected is not None and self._part.size < expected:
             raise _Broken(f"the transfer ended after {self._part.size} of {expected} bytes")
+
+
+class _Handler(urllib.request.AbstractHTTPHandler):
+    """Connects to what may be connected to, the first server and those that redirections name."""
+
+    def __init__(self, origins: Origins) -> None:
+        super().__init__()
+        self._origins = origins
+        self._tls = ssl.create_default_context()
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        if self._has_proxy(req):
+            return self.do_open(http.client.HTTPConnection, req)
+        return self.do_open(_Connection, req, origins=self._origins)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        if self._has_proxy(req):
+            return self.do_open(http.client.HTTPSConnection, req, context=self._tls)
+        return self.do_open(_SecureConnection, req, origins=self._origins, tls=self._tls)
+
+    http_request = urllib.request.AbstractHTTPHandler.do_request_
+    https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def _has_proxy(self, req: urllib.request.Request) -> bool:
+        """Whether the operator's proxy connects to the target, and decides where that may be. What can be told of the
+        target here is checked first."""
+        target = urllib.parse.urlsplit(req.full_url)
+        if req.host == target.netloc:
+            return False
+        # A name that this host can't look up, its proxy perhaps can.
+        with contextlib.suppress(OSError):
+            checked(target.hostname or "", target.port or 0, self._origins, must_exist=False)
+        return True
+
+
+class _Connection(http.client.HTTPConnection):
+    """Connects to the address that was checked."""
+
+    def __init__(self, host: str, /, *, timeout: float = _STALL_S, origins: Origins = PUBLIC, **_: Any) -> None:
+        super().__init__(host, timeout=timeout)
+        self._origins = origins
+
+    def connect(self) -> None:
+        self.sock = connect(self.host, self.port, self.timeout or _STALL_S, self._origins)
+
+
+class _SecureConnection(_Connection):
+    """Likewise, with TLS."""
+
+    default_port = http.client.HTTPS_PORT
+
+    def __init__(self, host: str, /, *, tls: ssl.SSLContext | None = None, **options: Any) -> None:
+        super().__init__(host, **options)
+        self._tls = tls or ssl.create_default_context()
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

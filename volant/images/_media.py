@@ -1,8 +1,12 @@
 """Boot media of manifests in the cache: kernels, initramfs and root filesystems, each known by its digest.
 
-    media/<sha256>         the file, mode 0444; never written to once it has that name
+    media/<sha256>         the file; never written to once it has that name
     media/<sha256>.json    where it came from, and what `stat` said of it when it was verified
     media/<sha256>.part    one that is on its way; locked by the process that fetches it
+    media/<random>.part    one that a client sends; locked by the daemon
+
+All of it is for the user of the daemon alone (0400, 0600), as what a manifest names may be nobody else's business.
+Hypervisors with users of their own are granted what they boot from.
 
 A file gets its name when it is whole, on the disk, and has been read once to the end and had that digest. So ten VMs of
 one plugin fetch once: the second one waits for the lock and finds the file. What a fetch that was killed has left is
@@ -22,6 +26,8 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,7 +146,8 @@ def reverify(cache_dir: Path, digest: str, url: str) -> Medium | None:
         with path.open("rb") as handle:
             if hashlib.file_digest(handle, "sha256").hexdigest() != digest or _fingerprint(path) != before:
                 return None
-        path.chmod(0o444)
+        # Not as mode: hypervisors may have been granted it.
+        _take_from_others(path)
     except OSError:
         return None
     _record(path, url)
@@ -158,7 +165,7 @@ def locked_part(cache_dir: Path, digest: str) -> Iterator[Path]:
     folder = cache_dir / "media"
     path = folder / f"{digest}.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -175,6 +182,68 @@ def locked_part(cache_dir: Path, digest: str) -> Iterator[Path]:
         if _is_named(descriptor, path):
             path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def make_private(cache_dir: Path) -> None:
+    """Take from other users what earlier versions have let all read, as far as it is ours. VMs that run go on."""
+    folder = cache_dir / "media"
+    if not folder.is_dir():
+        return
+    for path in (folder, *folder.iterdir()):
+        with contextlib.suppress(OSError):
+            _take_from_others(path)
+
+
+def _take_from_others(path: Path) -> None:
+    """Whoever was granted it keeps it, and a directory stays one that hypervisors walk through."""
+    mode = stat.S_IMODE(path.lstat().st_mode)
+    kept = mode & ~0o066 if path.is_dir() else mode & ~0o007
+    if path.suffix == ".json":
+        kept &= ~0o077
+    if kept != mode:
+        path.chmod(kept)
+
+
+def _make_folder(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+@contextlib.contextmanager
+def new_part(cache_dir: Path) -> Iterator[Path]:
+    """A part whose digest is not known yet: no fetch waits for it. What is left of it goes at the end.
+
+    :raises ImageError: the cache can't be written to
+    """
+    path = cache_dir / "media" / f"{secrets.token_hex(16)}.part"
+    try:
+        _make_folder(path.parent)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unwritable(cache_dir, error) from None
+    try:
+        # A sweep that comes between these two removes it, and its place says so.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield path
+    finally:
+        if _is_named(descriptor, path):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def place_received(cache_dir: Path, part: Path, digest: str) -> Medium:
+    """Give a part that a client has sent, and that has this digest, its name.
+
+    :raises ImageError: the cache can't be written to
+    """
+    with locked_part(cache_dir, digest):
+        found = find_medium(cache_dir, digest)
+        if found is not None:
+            return found
+        try:
+            return place(cache_dir, part, digest, "an upload")
+        except OSError as error:
+            raise _unwritable(cache_dir, error) from None
 
 
 def sweep(cache_dir: Path) -> None:
@@ -261,7 +330,7 @@ class Part:
 def place(cache_dir: Path, part: Path, digest: str, url: str) -> Medium:
     """Give a verified part its name; the lock is held. :raises OSError: it can't be."""
     path = medium_path(cache_dir, digest)
-    part.chmod(0o444)
+    part.chmod(0o400)
     # The record of an earlier file of that name would be wrong for a moment.
     _record_path(path).unlink(missing_ok=True)
     part.rename(path)
@@ -334,4 +403,4 @@ def _record_path(path: Path) -> Path:
 
 def _record(path: Path, url: str) -> None:
     record = {"url": url, "stat": _fingerprint(path)}
-    _store.write_atomically(_record_path(path), json.dumps(record).encode() + b"\n")
+    _store.write_atomically(_record_path(path), json.dumps(record).encode() + b"\n", mode=0o600)

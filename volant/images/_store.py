@@ -196,10 +196,12 @@ def clean_up(cache_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` in the place of `path`, on the disk, all or nothing."""
+def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Put `data` in the place of `path`, on the disk, all or nothing. `mode`: of the file; None: what umask says."""
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("wb") as handle:
+        if mode is not None:
+            os.fchmod(handle.fileno(), mode)
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())

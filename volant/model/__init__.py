@@ -150,6 +150,7 @@ from ._text import (
 )
 from ._wire import (
     PRUNED_KINDS,
+    ArtifactView,
     ConsoleGap,
     Health,
     Kept,
@@ -195,6 +196,7 @@ __all__ = [
     "Action",
     "AgentAnswered",
     "Artifact",
+    "ArtifactView",
     "AskStop",
     "Asked",
     "AwaitAgent",

@@ -198,6 +198,13 @@ class ConsoleGap(msgspec.Struct, frozen=True):
     """Bytes."""
 
 
+class ArtifactView(msgspec.Struct, frozen=True):
+    """A file in the daemon's cache from which VMs boot."""
+
+    sha256: str
+    size_bytes: int
+
+
 class Ticket(msgspec.Struct, frozen=True):
     """Opens one WebSocket or event stream, as the query's `ticket`."""
 

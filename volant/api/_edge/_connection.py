@@ -47,6 +47,7 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
+from volant._readers import unix_peer
 from volant.model import Problem
 
 from ._inbox import Inbox, Message
@@ -78,8 +79,9 @@ class Connection(TCPServer):
         self.inbox: Inbox | None = None
         self._socket = stream.socket
         self.is_unix = stream.socket.family == socket.AF_UNIX
-        self.peer = _user_of(stream.socket) if self.is_unix else ""
+        self.reader = unix_peer(stream.socket) if self.is_unix else None
         """At a Unix socket, the user whose process connected."""
+        self.peer = f"uid {self.reader.uid}" if self.reader is not None else ""
         self._reading = trio.CancelScope()
         self._idle = True
         self._header_begun = False
@@ -266,7 +268,14 @@ class Http11(H11Protocol):
             connection.context,
             tasks,  # type: ignore[arg-type]  # used by Hypercorn for spawn_app() and spawn() alone
             # A Unix socket's permissions are its key; what is checked of others must know it for sure.
-            ConnectionState({**connection.state, "unix": connection.is_unix, "peer": connection.peer}),
+            ConnectionState(
+                {
+                    **connection.state,
+                    "unix": connection.is_unix,
+                    "peer": connection.peer,
+                    "reader": connection.reader,
+                }
+            ),
             False,
             client,
             server,
@@ -518,11 +527,6 @@ class WebSocketStream(WSStream):
         if self.app_put is not None:
             await self.app_put({"type": "websocket.disconnect", "code": 1006})
         await self.send(StreamClosed(stream_id=self.stream_id))
-
-
-def _user_of(sock: trio.socket.SocketType) -> str:
-    _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return f"uid {uid}"
 
 
 def text_frame(text: bytes) -> bytes:

@@ -35,6 +35,8 @@ class WallPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Of users and groups for hypervisors alone; None: they run as the daemon does."""
     no_users: str | None = None
     """Why there are none."""
+    private: Path | None = None
+    """Where files lie that only those hypervisors may read which boot from them."""
 
     def view(self) -> dict[str, object]:
         """For people, ready for JSON."""
@@ -65,8 +67,6 @@ class Enclosure:
                 groups.add(host.group_for(device))
             except PermissionError as error:
                 user, no_user = None, str(error)
-        group = None if template is None or plan.users is None else group_of(plan.users, template.memory.parent)
-        groups.add(group)
         reads = [spec.kernel, spec.initramfs]
         writes = []
         if template is None:
@@ -76,14 +76,22 @@ class Enclosure:
         if spec.root is not None:
             reads.append(spec.root.base)
             writes.append(spec.root.layer)
+        shared = {}
+        if plan.users is not None:
+            if template is not None:
+                group = group_of(plan.users, template.memory.parent)
+                shared = dict.fromkeys((template.memory, template.state), group)
+            if plan.private is not None:
+                shared |= {path: group_of(plan.users, path) for path in reads if path.is_relative_to(plan.private)}
+        groups |= set(shared.values())
         if user is not None:
             grants = [Grant(path, "user", user, _READ_WRITE) for path in writes]
             grants += [Grant(path, "user", user, _READ_WRITE) for path in (spec.console_path, spec.console_input_path)]
             if spec.nic is not None and spec.nic.socket is not None:
                 grants.append(Grant(spec.nic.socket, "user", user, _READ_WRITE))
             for path in reads:
-                if template is not None and group is not None and path in (template.memory, template.state):
-                    grants.append(Grant(path, "group", group, _READ))
+                if path in shared:
+                    grants.append(Grant(path, "group", shared[path], _READ))
                 elif any(path.is_relative_to(place) for place in plan.places):
                     grants.append(Grant(path, "others", 0, _READ))
             await host.lend_directory(spec.directory, user, grants, plan.places)
@@ -129,7 +137,7 @@ def user_of(users: range, mark: str, vm_id: int) -> int:
 
 
 def group_of(users: range, source: Path) -> int:
-    """The group of those that go on from a template or a capture."""
+    """The group of those that go on from a template or a capture, or boot from a file that is not for all."""
     return users[_number(source.name) % len(users)]
 
 

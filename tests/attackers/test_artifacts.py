@@ -1,0 +1,316 @@
+"""Who names a file of the host in a manifest neither reads it nor learns of it, and what VMs boot from is private."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.api.kit import Api, api
+from tests.attackers.local_user import NOBODY, needs_root, run_code
+from tests.cli.kit import volar
+from volant._readers import loopback_peer_uid, unix_peer
+from volant.api import ApiSettings
+from volant.images import PUBLIC, ImageError, Origins, make_private, medium_path
+from volant.model import Artifact
+
+pytestmark = needs_root
+
+SECRET = b"root:$y$j9T$secret:19000:0:99999:7:::\n"
+DIGEST = hashlib.sha256(SECRET).hexdigest()
+KEY = "0123456789abcdef0123456789abcdef"
+
+ASK = r"""
+import http.client, json, socket, sys
+address, method, path, headers, body = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]), sys.argv[5]
+connection = http.client.HTTPConnection("127.0.0.1", timeout=30)
+if address.startswith("/"):
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(address)
+else:
+    connection.port = int(address)
+connection.request(method, path, body.encode(), headers)
+answer = connection.getresponse()
+print(json.dumps([answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read().decode()]))
+"""
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """A directory through which everybody comes."""
+    path = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
+    path.chmod(0o711)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def secret(root: Path) -> Path:
+    """A file that root alone may read."""
+    path = root / "shadow"
+    path.write_bytes(SECRET)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def public(root: Path) -> Path:
+    """One that all may read, in a directory through which all come."""
+    path = root / "public"
+    path.write_bytes(SECRET)
+    path.chmod(0o644)
+    return path
+
+
+@asynccontextmanager
+async def daemon(root: Path, origins: Origins = PUBLIC, key: str | None = None) -> AsyncIterator[tuple[Api, str]]:
+    """The API on a port and at a Unix socket that everybody may open; gives the socket's path, too."""
+    state = root / "state"
+    state.mkdir(mode=0o711)
+    path = str(root / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        (root / "socket").chmod(0o666)
+        listener.listen()
+        settings = ApiSettings(api_keys=(key,)) if key else None
+        async with api(state, settings, origins=origins, also=[listener]) as running:
+            yield running, path
+
+
+def manifest(path: Path | str, digest: str = DIGEST, name: str = "evil") -> dict[str, Any]:
+    return {"name": name, "boot": {"rootfs": {"url": str(path), "sha256": digest}}}
+
+
+async def ask(address: str | int, method: str, path: str, body: object = "", **headers: str) -> tuple[int, Any, Any]:
+    """The answer to a request of nobody's: its status, headers, and body."""
+    text = body if isinstance(body, str) else json.dumps(body)
+    fields = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    said = await trio.to_thread.run_sync(run_code, ASK, address, method, path, json.dumps(fields), text)
+    status, answered, content = json.loads(said)
+    return status, answered, json.loads(content) if content else None
+
+
+async def test_a_client_over_tcp_names_no_file_of_the_host(root: Path, secret: Path, public: Path) -> None:
+    async with daemon(root) as (running, _):
+        said = set()
+        for path, digest in ((secret, DIGEST), (secret, "0" * 64), (public, DIGEST), (root / "none", DIGEST)):
+            status, _, answer = await ask(running.server.port, "POST", "/api/v1/plugins", manifest(path, digest))
+            said.add((status, answer["type"], answer["detail"]))
+        assert len(said) == 1
+        (status, kind, _) = said.pop()
+        assert (status, kind.rpartition(":")[2]) == (403, "artifact-not-allowed")
+        assert not medium_path(root / "state/cache", DIGEST).exists()
+
+
+async def test_a_client_at_the_socket_names_what_it_can_read_itself(root: Path, secret: Path, public: Path) -> None:
+    (root / "link").symlink_to(secret)
+    async with daemon(root) as (_, path):
+        said = set()
+        for named, digest in (
+            (secret, DIGEST),
+            (secret, "0" * 64),
+            (root / "link", DIGEST),
+            (root / "none", DIGEST),
+            (public, "0" * 64),
+            (root, DIGEST),
+        ):
+            status, _, answer = await ask(path, "POST", "/api/v1/plugins", manifest(named, digest))
+            said.add((status, answer["type"], answer["detail"].replace(str(named), "").replace(digest, "")))
+        # Missing, unreadable, or another file: all the same.
+        assert len(said) == 1
+        (status, kind, text) = said.pop()
+        assert (status, kind.rpartition(":")[2]) == (400, "artifact-unavailable")
+        assert "no file that may be read and has this SHA-256" in text
+        assert not medium_path(root / "state/cache", DIGEST).exists()
+
+        status, _, answer = await ask(path, "POST", "/api/v1/plugins", manifest(public))
+        assert status == 201, answer
+        assert medium_path(root / "state/cache", DIGEST).read_bytes() == SECRET
+
+
+async def test_what_the_daemon_has_open_is_not_to_be_had_through_proc(root: Path) -> None:
+    """A file that all may read, in a directory that is closed, and that this process has open."""
+    closed = root / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "file").write_bytes(SECRET)
+    (closed / "file").chmod(0o644)
+    with (closed / "file").open("rb") as opened:
+        async with daemon(root) as (_, path):
+            for named in (f"/proc/self/fd/{opened.fileno()}", f"/proc/{os.getpid()}/fd/{opened.fileno()}"):
+                status, _, answer = await ask(path, "POST", "/api/v1/plugins", manifest(named))
+                assert status == 400, answer
+            assert (await ask(path, "POST", "/api/v1/plugins", manifest(closed / "file")))[0] == 400
+
+
+async def test_the_groups_of_the_client_count(root: Path, secret: Path) -> None:
+    await trio.to_thread.run_sync(os.chown, secret, 0, NOBODY.pw_gid)
+    await trio.Path(secret).chmod(0o640)
+    async with daemon(root) as (_, path):
+        assert (await ask(path, "POST", "/api/v1/plugins", manifest(secret)))[0] == 201
+
+
+async def test_the_daemons_own_user_is_known_over_loopback_without_a_key(root: Path, secret: Path) -> None:
+    async with daemon(root) as (running, _):
+        answer = await running.client.post("/api/v1/plugins", json=manifest(secret))
+        assert answer.status_code == 201, answer.text
+
+
+async def test_not_through_a_proxy_and_not_with_a_key(root: Path, secret: Path) -> None:
+    async with daemon(root, key=KEY) as (running, path):
+        headers = {"X-Volant-API-Key": KEY}
+        answer = await running.client.post("/api/v1/plugins", json=manifest(secret), headers=headers)
+        assert answer.status_code == 403
+        for name in ("X_Forwarded_For", "Forwarded", "Via"):
+            status, _, _ = await ask(path, "POST", "/api/v1/plugins", manifest(secret), **{name: "192.0.2.1"})
+            assert status == 403
+
+
+async def test_below_a_directory_of_the_operator_everybody_names_files_and_no_link_leads_out(
+    root: Path, secret: Path
+) -> None:
+    images = root / "images"
+    images.mkdir()
+    (images / "site").write_bytes(SECRET)
+    (images / "link").symlink_to(secret)
+    (images / "up").symlink_to("..")
+    async with daemon(root, Origins((images,))) as (running, _):
+        media = running.vms.doors.media
+        for number, named in enumerate((images / "site", images / "link", images / "up/shadow", images / "none")):
+            status, _, answer = await ask(
+                running.server.port, "POST", "/api/v1/plugins", manifest(named, name=f"p{number}")
+            )
+            # It is fetched when a VM boots.
+            assert status == 201, answer
+        status, _, _ = await ask(running.server.port, "POST", "/api/v1/plugins", manifest(f"{images}/../shadow"))
+        assert status == 403
+        said = set()
+        for named in (images / "link", images / "up/shadow", images / "none", secret):
+            with pytest.raises(ImageError) as caught:
+                await media.obtain(Artifact(str(named), DIGEST))
+            said.add((caught.value.code, caught.value.message.replace(str(named), "")))
+        assert len(said) == 1
+        assert (await media.obtain(Artifact(str(images / "site"), DIGEST))).path.read_bytes() == SECRET
+
+
+async def test_an_upload_is_verified_bounded_and_for_nobody_else(root: Path) -> None:
+    place = f"/api/v1/artifacts/{DIGEST}"
+    async with daemon(root) as (running, _):
+        port = running.server.port
+        status, headers, answer = await ask(port, "PUT", place, SECRET.decode())
+        assert (status, answer) == (201, {"sha256": DIGEST, "size_bytes": len(SECRET)})
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] == "no-store"
+
+        path = medium_path(root / "state/cache", DIGEST)
+        assert path.read_bytes() == SECRET
+        for each in (path, path.with_name(f"{DIGEST}.json"), path.parent):
+            assert each.stat().st_mode & 0o077 == 0, each
+        assert run_code(_TRY, path) == "no\n"
+        # And then it can be named, wherever it lay.
+        assert (await ask(port, "POST", "/api/v1/plugins", manifest("/somewhere/site")))[0] == 201
+
+        status, _, answer = await ask(port, "PUT", f"/api/v1/artifacts/{'0' * 64}", SECRET.decode())
+        assert (status, answer["type"].rpartition(":")[2]) == (400, "artifact-mismatch")
+        assert DIGEST not in json.dumps(answer)
+        status, _, answer = await ask(port, "PUT", f"/api/v1/artifacts/{'1' * 64}", Content_Length=str(2**40))
+        assert status == 413
+        assert {each.name for each in path.parent.iterdir()} == {DIGEST, f"{DIGEST}.json"}
+
+
+async def test_an_upload_is_refused_to_pages_of_others_and_without_a_key(root: Path) -> None:
+    place = f"/api/v1/artifacts/{DIGEST}"
+    async with daemon(root, key=KEY) as (running, _):
+        port = running.server.port
+        assert (await ask(port, "PUT", place, "x"))[0] == 401
+        keyed = {"X_Volant_API_Key": KEY}
+        assert (await ask(port, "PUT", place, "x", Origin="https://evil.example", **keyed))[0] == 403
+        assert (await ask(port, "PUT", place, "x", Host="evil.example", **keyed))[0] == 421
+        assert (await ask(port, "PUT", place, SECRET.decode(), **keyed))[0] == 201
+
+
+async def test_volar_uploads_what_the_daemon_does_not_read(root: Path, secret: Path, public: Path) -> None:
+    described = root / "site.json"
+    await trio.Path(described).write_text(json.dumps(manifest(secret, name="site")))
+    async with daemon(root, key=KEY) as (running, _):
+        environ = {"VOLANT_API_BASE": f"http://127.0.0.1:{running.server.port}", "VOLANT_API_KEY": KEY}
+        done = await volar(None, "plugins", "install", str(described), environ=environ)
+        assert (done.code, done.out) == (0, b"site 0 is installed\n"), done.err
+        assert f"uploading {secret}" in done.err
+        assert medium_path(root / "state/cache", DIGEST).read_bytes() == SECRET
+
+        # What it can't read or find either, is told of as the daemon does.
+        await trio.Path(described).write_text(json.dumps(manifest(root / "none", "0" * 64, name="other")))
+        done = await volar(None, "plugins", "install", str(described), environ=environ)
+        assert done.code == 1
+        assert "this client may name none" in done.err
+        assert "volar plugins upload" in done.err
+        await trio.Path(described).write_text(json.dumps(manifest(public, "0" * 64, name="other")))
+        done = await volar(None, "plugins", "install", str(described), environ=environ)
+        assert done.code == 1
+        assert "what was sent has another SHA-256" in done.err
+
+        done = await volar(None, "plugins", "upload", str(described), environ=environ)
+        assert done.code == 0, done.err
+        assert b" is in the cache" in done.out
+
+
+async def test_one_more_upload_than_there_may_be_is_told_so(root: Path) -> None:
+    head = b"PUT /api/v1/artifacts/%s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\nx" % DIGEST.encode()
+    async with daemon(root) as (running, _):
+        streams = [await running.server.connect() for _ in range(4)]
+        for stream in streams:
+            await stream.send_all(head)
+        folder = root / "state/cache/media"
+        with trio.fail_after(10):
+            while not folder.is_dir() or len(list(folder.iterdir())) < 4:  # noqa: ASYNC110 - the daemon's
+                await trio.sleep(0.01)
+        status, _, answer = await ask(running.server.port, "PUT", f"/api/v1/artifacts/{DIGEST}", SECRET.decode())
+        assert (status, answer["type"].rpartition(":")[2]) == (503, "cache-busy")
+        for stream in streams:
+            await stream.aclose()
+        with trio.fail_after(10):
+            while list(folder.iterdir()):  # noqa: ASYNC110 - the daemon's
+                await trio.sleep(0.01)
+        assert (await ask(running.server.port, "PUT", f"/api/v1/artifacts/{DIGEST}", SECRET.decode()))[0] == 201
+
+
+def test_what_an_earlier_version_let_all_read_is_taken_from_them(root: Path) -> None:
+    folder = root / "cache/media"
+    folder.mkdir(parents=True)
+    folder.chmod(0o755)
+    for name, mode in ((DIGEST, 0o444), (f"{DIGEST}.json", 0o644)):
+        (folder / name).write_bytes(SECRET)
+        (folder / name).chmod(mode)
+    assert run_code(_TRY, folder / DIGEST) == "yes\n"
+    make_private(root / "cache")
+    assert run_code(_TRY, folder / DIGEST) == "no\n"
+    assert run_code(_TRY, folder / f"{DIGEST}.json") == "no\n"
+    assert run_code("import os, sys\ntry: os.listdir(sys.argv[1])\nexcept OSError: print('no')", folder) == "no\n"
+
+
+def test_the_kernel_says_who_is_at_the_other_end() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    with ours, theirs:
+        assert unix_peer(ours)[:2] == (os.geteuid(), os.getegid())
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with socket.socket(family) as listener:
+            listener.bind((host, 0))
+            listener.listen()
+            with socket.create_connection(listener.getsockname()[:2]) as client, listener.accept()[0] as server:
+                ends = client.getsockname()[:2], server.getsockname()[:2]
+                assert loopback_peer_uid(*ends) == os.geteuid()
+                assert loopback_peer_uid((ends[0][0], 1), ends[1]) is None
+    assert loopback_peer_uid(("192.0.2.1", 1), ("127.0.0.1", 2)) is None
+
+
+_TRY = "import sys\ntry: open(sys.argv[1]).close(); print('yes')\nexcept OSError: print('no')"

@@ -1,0 +1,167 @@
+"""Files are fetched from public servers alone, by the very address that was checked, unless the operator says more."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from volant.images import PUBLIC, ImageError, Origins, fetch, parse_networks
+from volant.images import _origins as origins
+
+DATA = b"what an internal service says"
+DIGEST = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "127.1.2.3",
+        "::1",
+        "0.0.0.0",
+        "::",
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.127.1",
+        "169.254.169.254",
+        "fe80::1%lo",
+        "fd00:ec2::254",
+        "fec0::1",
+        "100.100.100.200",
+        "168.63.129.16",
+        "192.0.0.192",
+        "224.0.0.251",
+        "ff02::1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::ffff:127.0.0.1",
+        "::ffff:168.63.129.16",
+        "::127.0.0.1",
+        "64:ff9b::7f00:1",
+        "64:ff9b::a9fe:a9fe",
+        "64:ff9b:1::7f00:1",
+        "2002:7f00:1::1",
+        "2001:0:7f00:1::1",
+    ],
+)
+def test_an_address_that_is_not_public_is_refused(address: str) -> None:
+    assert not origins.is_allowed(address, PUBLIC)
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "2606:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101"])
+def test_a_public_one_is_not(address: str) -> None:
+    assert origins.is_allowed(address, PUBLIC)
+
+
+def test_the_operator_can_name_networks() -> None:
+    named = Origins(networks=parse_networks(["10.0.0.0/8", "fd00::/8"]))
+    assert origins.is_allowed("10.1.2.3", named)
+    assert origins.is_allowed("::ffff:10.1.2.3", named)
+    assert origins.is_allowed("fd12::1", named)
+    assert not origins.is_allowed("192.168.0.1", named)
+
+
+class Service:
+    """An HTTP server at an address of loopback."""
+
+    def __init__(self, address: str, location: str | None = None) -> None:
+        self.asked = 0
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                owner.asked += 1
+                self.send_response(302 if location else 200)
+                if location:
+                    self.send_header("Location", location)
+                self.send_header("Content-Length", "0" if location else str(len(DATA)))
+                self.end_headers()
+                if not location:
+                    self.wfile.write(DATA)
+
+        self._server = ThreadingHTTPServer((address, 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+        self.port = self._server.server_address[1]
+        self.url = f"http://{address}:{self.port}/"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def internal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """One that is meant for its own host."""
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    service = Service("127.0.0.2")
+    yield service
+    service.close()
+
+
+def refused(cache: Path, url: str, allowed: Origins = PUBLIC) -> str:
+    """What is said of a fetch that is refused."""
+    with pytest.raises(ImageError) as caught:
+        fetch(cache, url, DIGEST, max_bytes=2**20, origins=allowed)
+    assert caught.value.code == "media_refused"
+    return str(caught.value)
+
+
+def test_an_internal_service_is_not_asked(tmp_path: Path, internal: Service) -> None:
+    for host in ("127.0.0.2", "127.2", "2130706434", "0x7f000002", "[::ffff:127.0.0.2]"):
+        refused(tmp_path, f"http://{host}:{internal.port}/")
+    assert internal.asked == 0
+    named = Origins(networks=parse_networks(["127.0.0.2"]))
+    fetch(tmp_path, internal.url, DIGEST, max_bytes=2**20, origins=named)
+    assert internal.asked == 1
+
+
+def test_a_redirection_to_one_is_not_followed(tmp_path: Path, internal: Service) -> None:
+    server = Service("127.0.0.1", location=internal.url)
+    try:
+        refused(tmp_path, server.url, Origins(networks=parse_networks(["127.0.0.1"])))
+    finally:
+        server.close()
+    assert (server.asked, internal.asked) == (1, 0)
+
+
+def test_a_name_that_means_another_host_a_moment_later_gains_nothing(
+    tmp_path: Path, internal: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a hostile name server would have it: a public address for the check, an internal one for the connection."""
+    answers = iter(["127.0.0.1", "127.0.0.2", "127.0.0.2"])
+
+    def rebinding(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    monkeypatch.setattr("volant.images._fetch._FIRST_PAUSE_S", 0.0)
+    named = Origins(networks=parse_networks(["127.0.0.1"]))
+    with pytest.raises(ImageError):
+        fetch(tmp_path, f"http://attacker.example:{internal.port}/", DIGEST, max_bytes=2**20, origins=named)
+    assert internal.asked == 0
+
+
+def test_nobody_learns_which_names_there_are(
+    tmp_path: Path, internal: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(host: str, port: int, **_: Any) -> list[Any]:
+        if host.startswith("wiki"):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.1.2.3", port))]
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    there, not_there = refused(tmp_path, "http://wiki.corp/"), refused(tmp_path, "http://none.corp/")
+    assert there.replace("wiki.corp", "") == not_there.replace("none.corp", "")

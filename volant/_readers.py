@@ -1,0 +1,173 @@
+"""Opens files that a client names with the client's own rights, so that nobody reads through the daemon what they can't
+read themselves.
+
+Who a client is, the kernel says: of a Unix socket with its user and groups (`SO_PEERCRED`, `SO_PEERGROUPS`), of a TCP
+connection over loopback with the user that owns the other end (`/proc/net/tcp`). In Linux the identity for access to
+files belongs to a thread (setfsuid(2)), so a thread of its own takes the client's, opens the file, and ends.
+
+Paths are resolved by openat2(2), since Linux 5.6. Links of /proc such as `/proc/self/fd/3` are never followed: they
+would lead to what the daemon has open, whatever the rights of the client.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import ipaddress
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from . import _walls
+
+_OPENAT2 = 437
+"""The number of the system call, the same on all architectures."""
+_AT_FDCWD = -100
+_NO_MAGIC_LINKS, _BENEATH = 0x02, 0x08
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+"""Without waiting, as a pipe would have us wait for its writer."""
+_TRIES = 8
+"""openat2(2) gives EAGAIN when something on the way is renamed meanwhile."""
+_SO_PEERGROUPS = 59
+_MAX_GROUPS_BYTES = 1024
+"""What Python lets getsockopt(2) return: 256 groups."""
+_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Reader(NamedTuple):
+    """A user of this host, with the groups of the process that asks."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+    @classmethod
+    def own(cls) -> Reader:
+        """This process."""
+        return cls(os.geteuid(), os.getegid(), tuple(os.getgroups()))
+
+
+class _Socket(Protocol):
+    def getsockopt(self, level: int, optname: int, buflen: int) -> bytes: ...
+
+
+def unix_peer(sock: _Socket) -> Reader:
+    """Returns who has connected to a Unix socket. A process with more than 256 groups counts as one without any.
+
+    :raises OSError: the kernel does not say
+    """
+    _, uid, gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    try:
+        data = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_GROUPS_BYTES)
+    except OSError:
+        data = b""
+    return Reader(uid, gid, struct.unpack(f"{len(data) // 4}I", data))
+
+
+def loopback_peer_uid(client: tuple[str, int], server: tuple[str, int]) -> int | None:
+    """Returns the user that owns the client's end of a TCP connection over loopback, by both ends' addresses; None when
+    it is not over loopback, or the connection is gone. Reads a table of all connections."""
+    try:
+        ends = [(ipaddress.ip_address(host), port) for host, port in (client, server)]
+    except ValueError:
+        return None
+    plain = [(getattr(address, "ipv4_mapped", None) or address, port) for address, port in ends]
+    if not all(address.is_loopback for address, _ in plain):
+        return None
+    local, remote = ([f"{form}:{port:04X}" for form in _forms(address)] for address, port in plain)
+    for table in _TABLES:
+        try:
+            with table.open() as lines:
+                for line in lines:
+                    fields = line.split()
+                    if len(fields) > 7 and fields[1] in local and fields[2] in remote:
+                        return int(fields[7])
+        except OSError:
+            continue
+    return None
+
+
+def _forms(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[str]:
+    """An address as the kernel's tables write it: words of 32 bits in the byte order of the machine."""
+    packed = [address.packed]
+    if address.version == 4:
+        # A client with a socket for both families is in the table of IPv6.
+        packed.append(bytes(10) + b"\xff\xff" + address.packed)
+    return ["".join(f"{word:08X}" for word in struct.unpack(f"={len(each) // 4}I", each)) for each in packed]
+
+
+def open_as(reader: Reader, path: Path) -> int:
+    """Opens a file for reading, as far as `reader` could, and returns its descriptor.
+
+    :raises OSError: they could not, or this process may not act for them
+    """
+    if reader.uid == os.geteuid():
+        return _open(_AT_FDCWD, os.fsencode(path), _NO_MAGIC_LINKS)
+    return _in_thread_of(reader, lambda: _open(_AT_FDCWD, os.fsencode(path), _NO_MAGIC_LINKS))
+
+
+def open_below(directories: Iterable[Path], path: Path) -> int:
+    """Opens a file that lies in one of the directories, and returns its descriptor. No link leads out of a directory.
+
+    :raises OSError: there is none
+    """
+    for directory, inner in _below(directories, path):
+        top = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return _open(top, os.fsencode(inner), _BENEATH | _NO_MAGIC_LINKS)
+        finally:
+            os.close(top)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+
+def is_below(directories: Iterable[Path], path: Path) -> bool:
+    """Returns whether a path is written as one of a file in one of the directories. Looks at no file."""
+    return any(True for _ in _below(directories, path))
+
+
+def _below(directories: Iterable[Path], path: Path) -> Iterable[tuple[Path, Path]]:
+    plain = Path(os.path.normpath(path))
+    for directory in directories:
+        if plain.is_relative_to(directory) and plain != directory:
+            yield directory, plain.relative_to(directory)
+
+
+def _open(directory: int, path: bytes, resolve: int) -> int:
+    how = struct.pack("=QQQ", _FLAGS, 0, resolve)
+    for _ in range(_TRIES):
+        fd: int = _libc.syscall(
+            ctypes.c_long(_OPENAT2), ctypes.c_int(directory), ctypes.c_char_p(path), how, ctypes.c_size_t(len(how))
+        )
+        if fd >= 0:
+            return fd
+        if ctypes.get_errno() != errno.EAGAIN:
+            break
+    code = ctypes.get_errno()
+    raise OSError(code, os.strerror(code), os.fsdecode(path))
+
+
+def _in_thread_of(reader: Reader, work: Callable[[], int]) -> int:
+    """What `work` gives, done with the rights of `reader` over files. :raises OSError: as `work`, or EPERM."""
+    done: list[int] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            _walls.act_for(reader.uid, reader.gid, reader.groups)
+            done.append(work())
+        except BaseException as error:
+            failures.append(error)
+
+    # Never one that others use later: its identity is another one's by then.
+    thread = threading.Thread(target=run, name="reader", daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return done[0]
