@@ -18,8 +18,8 @@ from pathlib import Path
 
 _ROOT = 0
 _WRITE_OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-_ABOVE = 0o755
-"""Mode of directories above: hypervisors have users of their own, which must come through."""
+_ABOVE = 0o711
+"""Mode of directories above: hypervisors have users of their own, which must come through, and list nothing."""
 _ACCESS_LIST = "system.posix_acl_access"
 
 
@@ -37,7 +37,7 @@ def make_own_directory(path: Path, mode: int = 0o700) -> str | None:
     """Makes a directory with exactly this mode, or checks that the one that is there is ours.
 
     One that is ours and that other users could write in is corrected, unless they have put something into it; the
-    answer is then a warning for the operator. Directories above that are missing are made with mode 0755.
+    answer is then a warning for the operator. Directories above that are missing are made with mode 0711.
 
     Raises UnsafeDirectory; OSError when it can't be made.
     """

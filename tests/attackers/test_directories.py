@@ -176,7 +176,7 @@ def test_new_directories_above_are_not_open_to_all_whatever_the_umask(settings: 
     finally:
         os.umask(before)
         shutil.rmtree(memory_dir(Settings(state_dir=root / "a/b/s", runtime_dir=root, cache_dir=root)))
-    assert [stat.S_IMODE((root / each).stat().st_mode) for each in ("a", "a/b", "a/b/s")] == [0o755, 0o755, 0o700]
+    assert [stat.S_IMODE((root / each).stat().st_mode) for each in ("a", "a/b", "a/b/s")] == [0o711, 0o711, 0o700]
 
 
 def test_no_socket_lies_where_every_user_can_replace_it(settings: Settings, root: Path) -> None:
