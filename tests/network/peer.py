@@ -117,6 +117,18 @@ def ask(protocol: str, host: str, port: int, wait_s: float = _ANSWER_S, bind: st
             return ""
 
 
+def say(host: str, port: int, text: str) -> bool:
+    """Send a datagram by the card, to many too; whether the kernel took it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 8)
+        try:
+            return sock.sendto(text.encode(), (host, port)) > 0
+        except OSError:
+            return False
+
+
 def echo(host: str, port: int) -> None:
     """Give everybody back what he sends, for as long as he does."""
     server = socket.create_server((host, port))
@@ -151,6 +163,15 @@ def route(subnet: str, gateway: str) -> None:
 
     with IPRoute() as ipr:
         ipr.route("add", dst=subnet, gateway=gateway)
+
+
+def add_address(name: str, address: str) -> None:
+    """One more address of a card."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as ipr:
+        ip, _, prefix = address.partition("/")
+        ipr.addr("add", index=ipr.link_lookup(ifname=name)[0], address=ip, prefixlen=int(prefix))
 
 
 def refused(protocol: str, host: str, port: int) -> bool:
@@ -198,10 +219,12 @@ def has_frame(part: str) -> bool:
 
 CALLS: tuple[Callable[..., Any], ...] = (
     configure,
+    add_address,
     route,
     serve,
     echo,
     ask,
+    say,
     refused,
     ping,
     begin,

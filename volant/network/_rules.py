@@ -17,6 +17,9 @@ the family `inet` sees packets, which the host routes or takes for itself::
 - **The host's own addresses**, its loopback's among them, are closed before destinations are translated, so that a port
   that is published on this host, by us or by somebody else, is no way in either. Answers to what the host itself began
   pass, and so does a ping of the gateway.
+- **Broadcast and multicast** of a guest end before the host's own services, though other guests of its network hear
+  them. That is decided where packets are taken in by the host, as bridged frames never come there.
+- **Addresses of clouds' metadata** are closed. Their IPv6 forms need no rule: no IPv6 leaves a tap.
 - **A port published on 127.0.0.1** is reached by the host's own packets, which leave by the bridge with the gateway's
   address. The kernel lets them out, and the answers in, where the switch `route_localnet` is on: for the bridge alone,
   and only while such a port is published. It would let guests send to the host's loopback, and the rule above is what
@@ -43,6 +46,11 @@ from ._plan import NetworkPlan, Tap
 
 _CONNECTIONS = 8192
 """That one guest has through the host at a time: the host's table of them is everybody's."""
+
+AZURE = "168.63.129.16"
+"""Azure's metadata. Its resolver has the same address, so port 53 stays open for names."""
+METADATA = ("169.254.0.0/16", AZURE, "100.100.100.200", "192.0.0.192")
+"""Where clouds answer their machines, with credentials among the rest: most of them, Azure, Alibaba, Oracle."""
 
 Elements = Mapping[str, Mapping[str, str]]
 
@@ -206,8 +214,16 @@ def _inet_table(plan: NetworkPlan) -> str:
         ct state invalid drop
         ip daddr {_gateways(plan)} icmp type echo-request accept
         fib daddr type local reject with icmpx admin-prohibited
-        ip daddr 169.254.0.0/16 reject with icmpx admin-prohibited
+        ip daddr {AZURE} meta l4proto {{ tcp, udp }} th dport 53 goto begin
+        ip daddr {_set(METADATA)} reject with icmpx admin-prohibited
+        goto begin
+    }}
+    chain begin {{
         ct state new add @connections {{ ip saddr ct count over {_CONNECTIONS} }} drop
+    }}
+    chain to-the-host {{
+        type filter hook input priority filter; policy accept;
+        iifname {bridge} fib daddr type {{ broadcast, multicast }} drop
     }}
     chain destination-nat {{
         type nat hook prerouting priority dstnat; policy accept;{published}
