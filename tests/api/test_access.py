@@ -449,3 +449,13 @@ def test_the_checks_cost_microseconds() -> None:
         best = min(best, (time.perf_counter() - began) / 100)
     assert best < 100e-6
     print(f"{best * 1e6:.1f} µs")
+
+
+async def test_the_host_of_an_absolute_target_is_checked_instead_of_the_header(tmp_path: Path) -> None:
+    async with api(tmp_path) as served:
+        for target, host, status in (
+            (f"http://127.0.0.1:{served.server.port}/api/v1/vms", "elsewhere.example", 200),
+            ("http://elsewhere.example/api/v1/vms", "127.0.0.1", 421),
+            ("http://user@127.0.0.1/api/v1/vms", "127.0.0.1", 421),
+        ):
+            assert (await served.server.get(target, Host=host)).status == status

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
 from dataclasses import replace
+from pathlib import Path
 
 import h2.config
 import h2.connection
@@ -13,8 +16,9 @@ import trio.testing
 from quart import Response, request, websocket
 from quart_trio import QuartTrio
 
-from tests.api.kit import FAST, UPGRADE, Running, bare, read_answer, read_head, read_to_end, running
+from tests.api.kit import FAST, UPGRADE, Running, bare, read_answer, read_head, read_to_end, running, until
 from tests.api.kit import request as http
+from volant.api import serve
 
 
 def quart_app() -> QuartTrio:
@@ -145,6 +149,234 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         assert data.index(b"\r\n\r\n3") < data.index(b"hello")
 
 
+def slow_app(gate: trio.Event | None = None) -> QuartTrio:
+    """Answers that take longer than the end of a client's input takes to arrive."""
+    app = quart_app()
+
+    @app.route("/slow", methods=["GET", "POST"])
+    async def slow() -> Response:
+        data = await request.get_data()
+        if gate is None:
+            await trio.testing.wait_all_tasks_blocked(0.02)
+        else:
+            await gate.wait()
+        return Response(b"slow:" + bytes(data))
+
+    return app
+
+
+@pytest.mark.parametrize("close", [True, False])
+async def test_a_client_that_half_closes_is_answered(close: bool) -> None:
+    headers = {"Connection": "close"} if close else {}
+    async with running(slow_app()) as server:
+        for wanted, end in (
+            (http("GET", "/slow", **headers), b"slow:"),
+            (http("POST", "/slow", b"abc", **headers), b"slow:abc"),
+            (http("POST", "/slow", Transfer_Encoding="chunked", **headers) + b"3\r\nabc\r\n0\r\n\r\n", b"slow:abc"),
+            (http("GET", "/slow") + http("POST", "/slow", b"1") + http("GET", "/slow", **headers), b"slow:"),
+        ):
+            async with await server.connect() as stream:
+                await stream.send_all(wanted)
+                await stream.send_eof()
+                answer = await read_to_end(stream, within_s=5)
+            assert answer.count(b"HTTP/1.1 200 ") == wanted.count(b" /slow "), answer
+            assert answer.endswith(end)
+
+
+async def test_a_body_that_a_half_close_cuts_off_is_not_taken_for_a_whole_one() -> None:
+    ends: list[str] = []
+
+    async def collect(scope, receive, send):  # type: ignore[no-untyped-def]
+        while (message := await receive())["type"] == "http.request" and message["more_body"]:
+            pass
+        ends.append(message["type"])
+
+    for body in ({"Content_Length": "10"}, {"Transfer_Encoding": "chunked"}):
+        async with running(bare(collect)) as server:
+            async with await server.connect() as stream:
+                await stream.send_all(
+                    http("POST", "/", **body) + b"4\r\nabcd\r\n"[: 4 if "Content_Length" in body else 9]
+                )
+                await stream.send_eof()
+                assert (await read_to_end(stream, within_s=5)).startswith(b"HTTP/1.1 400 ")
+            await until(lambda: ends == ["http.disconnect"])
+            ends.clear()
+
+
+async def test_a_client_that_half_closed_and_leaves_is_noticed() -> None:
+    begun, gone = trio.Event(), trio.Event()
+
+    async def stream_events(scope, receive, send):  # type: ignore[no-untyped-def]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        await receive()
+        begun.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    async with running(bare(stream_events)) as server:
+        stream = await server.connect()
+        await stream.send_all(http("GET", "/"))
+        await stream.send_eof()
+        await begun.wait()
+        assert b"first" in await stream.receive_some(65536)
+        assert not gone.is_set()
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await stream.aclose()
+        with trio.fail_after(5):
+            await gone.wait()
+
+
+async def test_a_client_that_closes_both_directions_is_noticed_at_the_next_write() -> None:
+    gone, beat = trio.Event(), trio.Event()
+
+    async def stream_events(scope, receive, send):  # type: ignore[no-untyped-def]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        await beat.wait()
+        await send({"type": "http.response.body", "body": b"second", "more_body": True})
+        await receive()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    async with running(bare(stream_events)) as server:
+        stream = await server.connect()
+        await stream.send_all(http("GET", "/"))
+        while b"first" not in await stream.receive_some(65536):
+            pass
+        await stream.aclose()
+        beat.set()
+        with trio.fail_after(5):
+            await gone.wait()
+
+
+async def test_a_client_of_a_unix_socket_that_closes_both_directions_is_noticed_at_once(tmp_path: Path) -> None:
+    gone = trio.Event()
+
+    async def wait(scope, receive, send):  # type: ignore[no-untyped-def]
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        stopping = trio.Event()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(lambda task_status: serve(
+                bare(wait), [listener], stopping=stopping, limits=FAST, task_status=task_status
+            ))  # fmt: skip
+            stream = await trio.open_unix_socket(str(tmp_path / "s"))
+            await stream.send_all(http("GET", "/"))
+            await stream.aclose()
+            with trio.fail_after(5):
+                await gone.wait()
+            stopping.set()
+
+
+async def test_a_half_close_ends_a_websocket() -> None:
+    gone = trio.Event()
+
+    async def wait(scope, receive, send):  # type: ignore[no-untyped-def]
+        await receive()
+        await send({"type": "websocket.accept", "headers": []})
+        assert (await receive())["type"] == "websocket.disconnect"
+        gone.set()
+
+    async with running(bare(wait)) as server:
+        async with await server.connect() as stream:
+            await stream.send_all(http("GET", "/", **UPGRADE))
+            await read_head(stream)
+            await stream.send_eof()
+            with trio.fail_after(5):
+                await gone.wait()
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+async def test_a_request_with_two_lengths_is_the_last_of_its_connection(version: str) -> None:
+    seen: list[bytes] = []
+
+    async def answer(scope, receive, send):  # type: ignore[no-untyped-def]
+        seen.extend(name for name, _ in scope["headers"])
+        while (await receive())["more_body"]:
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    length = "Content-Length: 3\r\n" if version == "1.1" else "Connection: keep-alive\r\n"
+    smuggled = f"POST / HTTP/{version}\r\nHost: x\r\n{length}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode()
+    async with running(bare(answer)) as server:
+        async with await server.connect() as stream:
+            await stream.send_all(smuggled + http("GET", "/"))
+            said = await read_to_end(stream, within_s=5)
+    # HTTP/1.0 has no chunks, and h11 takes none: that is refused.
+    assert said.startswith(b"HTTP/1.1 200 " if version == "1.1" else b"HTTP/1.1 400 ")
+    assert said.count(b"HTTP/1.1 ") == 1
+    assert b"connection: close" in said.lower()
+    assert b"content-length" not in seen
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [("http://127.0.0.1/", "/"), ("HTTP://127.0.0.1", "/"), ("https://127.0.0.1/a?b=http://c/", "/a")],
+)
+async def test_an_absolute_target_says_the_host(target: str, path: str) -> None:
+    scopes = []
+
+    async def answer(scope, receive, send):  # type: ignore[no-untyped-def]
+        scopes.append(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with running(bare(answer)) as server:
+        assert (await server.get(target, Host="elsewhere.example")).status == 200
+    (scope,) = scopes
+    assert scope["raw_path"] == scope["path"].encode() == path.encode()
+    assert [value for name, value in scope["headers"] if name == b"host"] == [b"127.0.0.1"]
+
+
+async def test_one_empty_line_before_a_request_is_ignored() -> None:
+    async with running(quart_app()) as server:
+        async with await server.connect() as stream:
+            for pieces in (
+                [b"\r\n" + http("GET", "/")],
+                [b"\r", b"\n", http("GET", "/")],
+                [http("POST", "/length", b"12345") + b"\r\n", http("GET", "/")],
+                [http("POST", "/length", b"12345") + b"\r\n" + http("GET", "/")],
+            ):
+                for piece in pieces:
+                    await stream.send_all(piece)
+                    await trio.testing.wait_all_tasks_blocked(0.02)
+                if b"/length" in pieces[0]:
+                    with trio.fail_after(5):
+                        data = b""
+                        while not data.endswith(b"hello"):
+                            data += await stream.receive_some(65536)
+                    assert data.count(b"HTTP/1.1 200 ") == 2
+                else:
+                    assert (await read_answer(stream)).body == b"hello"
+
+
+async def test_http_1_0_keeps_a_connection_when_asked_to() -> None:
+    kept = b"GET / HTTP/1.0\r\nHost: x\r\nConnection: Keep-Alive\r\n\r\n"
+    endless = b"GET /endless HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\n\r\n"
+    async with running(quart_app()) as server:
+        async with await server.connect() as stream:
+            for _ in range(3):
+                await stream.send_all(kept)
+                answer = await read_answer(stream)
+                assert (answer.body, answer.headers["connection"]) == (b"hello", "keep-alive")
+            await stream.send_all(b"GET / HTTP/1.0\r\nHost: x\r\n\r\n")
+            assert b"connection: close" in (await read_to_end(stream, within_s=5)).lower()
+        async with await server.connect() as stream:
+            # The end of an answer whose length nobody knows is the end of the connection.
+            await stream.send_all(endless)
+            head, _ = await read_head(stream)
+            assert b"connection: close" in head.lower()
+
+
 async def test_an_idle_connection_is_closed() -> None:
     async with running(quart_app(), replace(FAST, keep_alive_s=0.2)) as server:
         async with await server.connect() as fresh, await server.connect() as used:
@@ -176,7 +408,10 @@ async def test_headers_that_trickle_in_are_given_up() -> None:
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"nonsense\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
-        (b"GET http://example.org/ HTTP/1.1\r\nHost: example.org\r\n\r\n", 400),
+        (b"GET ftp://example.org/ HTTP/1.1\r\nHost: example.org\r\n\r\n", 400),
+        (b"GET http:/// HTTP/1.1\r\nHost: example.org\r\n\r\n", 400),
+        (b"\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"\rGET / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
         (b"POST /length HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),

@@ -16,6 +16,8 @@ where one of these holds (all reproduced in `tests/api/test_serving.py`):
 - The answer to a request whose body was not read is lost, because the connection is closed with bytes unread, which
   resets it. Here the rest is read and dropped within bounds, and closing lingers.
 - An idle connection costs a task that sleeps. Here it is a deadline of the reader, which serves slow headers too.
+- A client that half-closes after its request loses the answer. Here the end of its input is no departure: that is a
+  reset, or both directions closed.
 
 HTTP/2 is not spoken, neither by upgrade nor by prior knowledge. Hypercorn's implementation ends the server on a CONNECT
 without `:path`, blocks all streams of a connection on the slowest handler, and has no bounds on resets; on loopback and
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import select
 import socket
 import struct
@@ -51,6 +54,7 @@ from volant._readers import unix_peer
 from volant.model import Problem
 
 from ._inbox import Inbox, Message
+from ._peer import is_abandoned
 from ._problems import new_request_id, problem_body, problem_headers
 
 if TYPE_CHECKING:
@@ -64,7 +68,12 @@ _AT_ONCE = 256 * 1024
 """So many are written before others get their turn."""
 
 _RESET = struct.pack("ii", 1, 0)
-_HANGUP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+_LEFT = select.POLLHUP | select.POLLERR
+"""What the kernel reports of a connection that is reset, or closed in both directions."""
+_LEFT_POLL_S = 1.0
+"""How often a client that has closed its direction is checked. Nothing wakes us: its end of input stays readable."""
+_HALF_CLOSED_KEEPALIVE_S = 15
+"""When the kernel begins to probe a client that has closed its direction: it may be gone altogether."""
 
 Send = Callable[[Message | None], Awaitable[None]]
 
@@ -87,6 +96,8 @@ class Connection(TCPServer):
         self._header_begun = False
         self._closing = False
         self._torn = False
+        self._input_ended = False
+        """Whether the client has closed its direction with a request unanswered."""
         self.hold_next = False
         """Whether the head of an answer, which comes now, is kept until something follows it, for one write of both.
         ASGI asks for no less: a server waits for the first piece of the body."""
@@ -145,12 +156,21 @@ class Connection(TCPServer):
             self._reading.cancel()
 
     def peer_left(self) -> bool:
-        """Whether the peer has closed its side, although nobody reads."""
+        """Whether the client has left, although nobody reads: its connection is reset, or closed in both directions.
+
+        For a WebSocket its own direction is enough, as it can't take part in the closing handshake any more.
+        """
         if self._socket.fileno() < 0:
             return True
         poller = select.poll()
-        poller.register(self._socket.fileno(), _HANGUP)
+        poller.register(self._socket.fileno(), _LEFT | (select.POLLRDHUP if self.http.is_websocket else 0))
         return bool(poller.poll(0))
+
+    def rest_again(self) -> None:
+        """What has come was no beginning of a request."""
+        if self._idle and not self._closing:
+            self._header_begun = False
+            self._rest(self.limits.keep_alive_s)
 
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, RawData):
@@ -170,7 +190,7 @@ class Connection(TCPServer):
             self._header_begun = False
             if not event.idle:
                 self._reading.deadline = float("inf")
-            elif self.context.terminated.is_set():
+            elif self.context.terminated.is_set() or self._input_ended:
                 self._reading.cancel()
             else:
                 self._rest(self.limits.keep_alive_s)
@@ -220,6 +240,8 @@ class Connection(TCPServer):
                 await self.stream.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             self._reading.cancel()
+        if self._input_ended:
+            self._reading.cancel()
 
     async def _read(self) -> None:
         lingered = 0
@@ -230,6 +252,7 @@ class Connection(TCPServer):
                 except (trio.ClosedResourceError, trio.BrokenResourceError):
                     break
                 if not data:
+                    await self._serve_half_closed()
                     break
                 if self._closing:
                     lingered += len(data)
@@ -248,6 +271,28 @@ class Connection(TCPServer):
             with trio.move_on_after(self.limits.linger_s):
                 await self.http.refuse(Problem(408, "header-timeout", "the request's headers took too long"))
         await self.http.handle(Closed())
+
+    async def _serve_half_closed(self) -> None:
+        """Go on with the request under way, of which the client has sent all that it will; until the client leaves.
+
+        The end of the answer cancels the reading, and this with it. A TCP client that has closed both directions looks
+        the same until something reaches it and is answered with a reset: a write of ours, or a probe of the kernel. On
+        loopback the kernel can tell.
+        """
+        if self._idle or self._closing or self.http.is_websocket:
+            return
+        self._input_ended = True
+        if not self.is_unix:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _HALF_CLOSED_KEEPALIVE_S)
+        try:
+            # A body that is cut off is an error to the parser.
+            await self.http.handle(RawData(b""))
+        except trio.BrokenResourceError:
+            return
+        pause_s = 0.02
+        while not self.peer_left() and (self.is_unix or not is_abandoned(self._socket)):
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LEFT_POLL_S)
 
 
 class Http11(H11Protocol):
@@ -284,13 +329,26 @@ class Http11(H11Protocol):
         self.tasks = tasks
         self.waits_to_be_asked = False
         """Whether the client holds its body back until it is asked for it (h11 forgets that with our answer)."""
+        self._empty_line_dropped = False
+        self._closes_after = False
+        """Whether the request under way is the last, as its framing is not to be trusted."""
+        self._keeps_alive = False
+        """Whether an HTTP/1.0 client has asked for the connection to be kept."""
+
+    @property
+    def is_websocket(self) -> bool:
+        """Whether the connection is, or is about to become, a WebSocket."""
+        return isinstance(self.connection, H11WSConnection)
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, Response) and event.status_code >= 200:
             # After a refused upgrade Hypercorn does not know how to go on.
-            last = self.context.terminated.is_set() or isinstance(self.connection, H11WSConnection)
-            if last and not any(name == b"connection" for name, _ in event.headers):
+            last = self.context.terminated.is_set() or self.is_websocket or self._closes_after
+            names = {name.lower() for name, _ in event.headers}
+            if last and b"connection" not in names:
                 event.headers.append((b"connection", b"close"))
+            elif self._keeps_alive and b"connection" not in names and b"content-length" in names:
+                event.headers.append((b"connection", b"keep-alive"))
         await super().stream_send(event)
 
     async def ask_for_body(self) -> None:
@@ -310,8 +368,28 @@ class Http11(H11Protocol):
             await self._send_h11_event(h11.EndOfMessage())
         await self.send(Closed())
 
+    def _drop_empty_line(self) -> bool:
+        """Drop one empty line before a request (RFC 9112, 2.2). False when more must come to know whether it is one."""
+        connection = self.connection
+        if not isinstance(connection, h11.Connection) or connection.their_state is not h11.IDLE:
+            return True
+        begin = bytes(connection._receive_buffer)[:2]
+        if self._empty_line_dropped or begin[:1] not in (b"\r", b"\n"):
+            return True
+        if begin == b"\r":
+            return False
+        size = 1 if begin.startswith(b"\n") else 2 if begin == b"\r\n" else 0
+        if size:
+            self._empty_line_dropped = True
+            connection._receive_buffer.maybe_extract_at_most(size)
+            if not connection._receive_buffer:
+                self.owner.rest_again()
+        return True
+
     async def _handle_events(self) -> None:
         while True:
+            if not self._drop_empty_line():
+                return
             try:
                 event = self.connection.next_event()
             except h11.RemoteProtocolError as error:
@@ -324,6 +402,7 @@ class Http11(H11Protocol):
                     await self.refuse(problem)
                     return
                 self.waits_to_be_asked = bool(self.connection.they_are_waiting_for_100_continue)
+                self._set_persistence(event)
                 await self._create_stream(event)
             elif event is h11.PAUSED:
                 await self._wait_for_turn()
@@ -337,6 +416,19 @@ class Http11(H11Protocol):
             elif isinstance(event, Data):
                 await self.stream.handle(event)
 
+    def _set_persistence(self, request: h11.Request) -> None:
+        """Decide whether the connection may be kept after `request`."""
+        self._empty_line_dropped = False
+        names = {name for name, _ in request.headers}
+        old = request.http_version == b"1.0"
+        # RFC 9112, 6.1: such a request may be an attempt to smuggle another one past a proxy that reads it otherwise.
+        self._closes_after = b"transfer-encoding" in names and (old or b"content-length" in names)
+        self._keeps_alive = old and not self._closes_after and b"keep-alive" in _connection_tokens(request)
+        if self._keeps_alive:
+            # h11 ends every connection of HTTP/1.0, and has no public way to let it do otherwise.
+            assert isinstance(self.connection, h11.Connection)
+            self.connection._cstate.keep_alive = True
+
     async def _wait_for_turn(self) -> None:
         """A pipelined request waits until the one before it is answered."""
         await self.can_read.clear()
@@ -348,9 +440,13 @@ class Http11(H11Protocol):
                 raise trio.BrokenResourceError("the client left")
 
     async def _create_stream(self, request: h11.Request) -> None:
-        fields = {name: value.lower() for name, value in request.headers if name in (b"upgrade", b"connection")}
-        tokens = [token.strip() for token in fields.get(b"connection", b"").split(b",")]
-        upgrade = b"upgrade" in tokens and fields.get(b"upgrade") == b"websocket" and request.method == b"GET"
+        tokens = _connection_tokens(request)
+        wanted = [value.lower() for name, value in request.headers if name == b"upgrade"]
+        upgrade = b"upgrade" in tokens and wanted == [b"websocket"] and request.method == b"GET"
+        target, headers = _origin_form(request)
+        if self._closes_after:
+            # The encoding counts, and nobody after us shall read the length (RFC 9112, 6.3).
+            headers = [field for field in headers if field[0] != b"content-length"]
         kind = WebSocketStream if upgrade else RequestStream
         stream = kind(
             self.app,
@@ -372,10 +468,10 @@ class Http11(H11Protocol):
         await stream.handle(
             Request(
                 stream_id=STREAM_ID,
-                headers=list(request.headers),
+                headers=headers,
                 http_version=request.http_version.decode("ascii"),
                 method=request.method.decode("ascii").upper(),
-                raw_path=request.target,
+                raw_path=target,
                 state=self.connection_state,
             )
         )
@@ -574,6 +670,25 @@ def _unacceptable(request: h11.Request, header_bytes: int) -> Problem | None:
     # h11 bounds what is incomplete; what came in one piece it takes.
     if len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers) > header_bytes:
         return _headers_too_large()
-    if request.method == b"CONNECT" or not request.target.startswith(b"/"):
+    if request.method == b"CONNECT" or not (request.target.startswith(b"/") or _ABSOLUTE.match(request.target)):
         return Problem(400, "malformed-request", "the request's target must be a path", hint="this is no proxy")
     return None
+
+
+def _connection_tokens(request: h11.Request) -> set[bytes]:
+    lists = [value for name, value in request.headers if name == b"connection"]
+    return {token.strip().lower() for token in b",".join(lists).split(b",")}
+
+
+_ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)\Z", re.IGNORECASE | re.DOTALL)
+
+
+def _origin_form(request: h11.Request) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """The target as a path, and the headers. An absolute target says the host, whatever `Host` says (RFC 9112, 3.2.2);
+    what it says is checked as a `Host` is."""
+    absolute = _ABSOLUTE.match(request.target)
+    if absolute is None:
+        return request.target, list(request.headers)
+    headers = [(name, value) for name, value in request.headers if name != b"host"]
+    path = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
+    return path, [(b"host", absolute[1]), *headers]
