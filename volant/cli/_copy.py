@@ -278,8 +278,6 @@ class _Pieces:
 def _local(path: Path) -> Iterator[None]:
     try:
         yield
-    except BrokenPipeError:
-        raise
     except OSError as error:
         raise Failure(f"{safe(str(error.filename or path))}: {error.strerror}") from None
 

@@ -20,6 +20,7 @@ from volant.model import WAIT_STATES, Problem, parse_duration
 
 from ._options import Options, common
 from ._output import Output, styled
+from ._streams import BROKEN_PIPE, OutputError, discard_output
 from ._text import safe
 
 P = ParamSpec("P")
@@ -31,8 +32,6 @@ UNREACHABLE = 5
 TIMED_OUT = 124
 INTERRUPTED = 130
 _MAX_KEY_FILE = 64 * 1024
-BROKEN_PIPE = 141
-"""128 + SIGPIPE, as if the signal had ended us."""
 
 
 class Failure(Exception):
@@ -133,10 +132,10 @@ def _first(error: BaseException) -> BaseException:
 def _explain(options: Options, error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    if isinstance(error, BrokenPipeError):
-        # What is still buffered must not raise once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    if isinstance(error, OutputError):
+        discard_output()
+        if error.broken_pipe:
+            return BROKEN_PIPE
     facts: dict[str, object] = {"code": "internal", "detail": str(error)}
     code = FAILED
     if isinstance(error, Problem):
@@ -152,6 +151,8 @@ def _explain(options: Options, error: BaseException) -> int:
     elif isinstance(error, Failure):
         code = error.code
         facts = {"code": "failed", "detail": error.detail, "hint": error.hint}
+    elif isinstance(error, OutputError):
+        facts = {"code": "output-failed", "detail": str(error)}
     elif isinstance(error, OSError):
         facts = {"code": "os-error", "detail": str(error)}
     else:
@@ -163,23 +164,20 @@ def _explain(options: Options, error: BaseException) -> int:
 
 def _tell(options: Options, facts: dict[str, object], code: int) -> None:
     stream = sys.stderr
-    try:
-        if options.json:
-            given = {name: value for name, value in facts.items() if value is not None}
-            stream.write(msgspec.json.encode({"error": given | {"exit_code": code}}).decode() + "\n")
-        else:
-            detail = safe(facts["detail"])
-            field = facts.get("field")
-            if field and str(field) not in detail:
-                detail += f" ({safe(field)})"
-            stream.write(f"{styled('volar:', 'red', stream, bold=True)} {detail}\n")
-            if facts.get("hint"):
-                stream.write(f"  {safe(facts['hint'])}\n")
-            if facts.get("request_id") and int(str(facts.get("status", 0))) >= 500:
-                stream.write(f"  the daemon's log has it as request {safe(facts['request_id'])}\n")
-        stream.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if options.json:
+        given = {name: value for name, value in facts.items() if value is not None}
+        stream.write(msgspec.json.encode({"error": given | {"exit_code": code}}).decode() + "\n")
+    else:
+        detail = safe(facts["detail"])
+        field = facts.get("field")
+        if field and str(field) not in detail:
+            detail += f" ({safe(field)})"
+        stream.write(f"{styled('volar:', 'red', stream, bold=True)} {detail}\n")
+        if facts.get("hint"):
+            stream.write(f"  {safe(facts['hint'])}\n")
+        if facts.get("request_id") and int(str(facts.get("status", 0))) >= 500:
+            stream.write(f"  the daemon's log has it as request {safe(facts['request_id'])}\n")
+    stream.flush()
 
 
 class Duration(click.ParamType[float]):

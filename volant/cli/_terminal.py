@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import click
 import trio
 
+from ._streams import OutputError
+
 PIECE = 4096
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 """Signals that can be caught, so that the terminal is put back first."""
@@ -70,4 +72,7 @@ async def write_output(data: bytes, fd: int | None = None) -> None:
             await trio.lowlevel.wait_writable(fd)
         except PermissionError:
             await trio.lowlevel.checkpoint()
-        view = view[os.write(fd, view[:PIECE]) :]
+        try:
+            view = view[os.write(fd, view[:PIECE]) :]
+        except OSError as error:
+            raise OutputError(fd, error) from None

@@ -19,7 +19,19 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> NoReturn:
     """The command `volar`."""
-    sys.exit(run())
+    from ._streams import BROKEN_PIPE, OutputError, discard_output, prepare
+
+    prepare()
+    try:
+        code = run()
+        sys.stdout.flush()
+    except OutputError as error:
+        # What a command itself writes is caught there; this is the help, and the like.
+        code = BROKEN_PIPE if error.broken_pipe else 1
+        if not error.broken_pipe:
+            sys.stderr.write(f"volar: {error}\n")
+        discard_output()
+    sys.exit(code)
 
 
 if __name__ == "__main__":
