@@ -37,8 +37,8 @@ mount --make-rprivate /
 mount -t cgroup2 none /sys/fs/cgroup
 mount -t tmpfs -o mode=755 tmpfs /run
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
-mount --bind /etc /etc
-mount -o remount,bind,ro /etc
+cp -a /etc "$ROOT/etc"
+mount --bind "$ROOT/etc" /etc
 mount -t tmpfs -o mode=755 tmpfs /etc/systemd/system
 for place in system-generators system-environment-generators system-shutdown; do
     [ ! -d /usr/lib/systemd/$place ] || mount --bind "$ROOT/empty" /usr/lib/systemd/$place
@@ -166,7 +166,7 @@ class Box:
         return [str(entry.get("MESSAGE")) for entry in entries]
 
     def client(self) -> Client:
-        return Client(f"unix:/proc/{self.init}/root/run/volant.sock")
+        return Client(f"unix:/proc/{self.init}/root/run/volant/volant.sock")
 
     def until(self, holds: Any, timeout_s: float) -> None:
         """Ask again and again, as systemd offers no wait for it."""

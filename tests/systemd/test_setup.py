@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from tests.systemd.kit import Box
@@ -38,14 +39,18 @@ def test_a_credential_is_the_key_that_clients_must_show(box: Box) -> None:
     store.mkdir(mode=0o700)
     (store / "volant-api-key").write_text(f"# of this host\n{KEY}\n")
     (store / "volant-api-key").chmod(0o600)
+    socket = Path(f"/proc/{box.init}/root/etc/systemd/system/volantd.socket.d")
+    socket.mkdir()
+    (socket / "test.conf").write_text("[Socket]\nListenStream=127.0.0.1:7777\n")
     box.volar("setup")
 
-    refused = box.volar("system", "status", check=False)
+    tcp = ("--api", "http://127.0.0.1:7777")
+    refused = box.volar(*tcp, "system", "status", check=False)
     assert refused.returncode == 1
     assert "API key" in refused.stderr
-    box.volar("--api-key-file", "/run/credstore/volant-api-key", "system", "status")
+    box.volar(*tcp, "--api-key-file", "/run/credstore/volant-api-key", "system", "status")
     # What has the rights on the socket needs no key.
-    box.volar("--api", "unix:/run/volant.sock", "system", "status")
+    box.volar("system", "status")
 
     pid = box.show("volantd.service", "MainPID")
     for place in ("environ", "cmdline"):
@@ -56,7 +61,31 @@ def test_a_credential_is_the_key_that_clients_must_show(box: Box) -> None:
     # Another key counts after a restart: systemd hands credentials in when a service starts.
     (store / "volant-api-key").write_text("another-key-than-before-1c9d\n")
     box.systemctl("restart", "volantd.service")
-    assert box.volar("--api-key-file", "/run/credstore/volant-api-key", "system", "status").returncode == 0
+    assert box.volar(*tcp, "--api-key-file", "/run/credstore/volant-api-key", "system", "status").returncode == 0
+
+    # And without one it does not run: every local user would command it.
+    (store / "volant-api-key").unlink()
+    box.systemctl("stop", "volantd.service")
+    box.systemctl("start", "volantd.service")
+    box.until(lambda: box.show("volantd.service", "ActiveState") == "failed", 30)
+    assert box.show("volantd.service", "ExecMainStatus") == "2"
+    assert any("listens on TCP only with an API key" in text for text in box.said("_SYSTEMD_UNIT=volantd.service"))
+
+
+def test_the_service_of_root_listens_for_members_of_its_group_alone(box: Box) -> None:
+    box.volar("setup")
+    assert box.run("stat", "-c", "%a %U %G", "/run/volant/volant.sock").stdout.split() == ["660", "root", "volant"]
+    listening = box.run("cat", "/proc/net/tcp", "/proc/net/tcp6").stdout.splitlines()
+    assert not [line for line in listening if line.split()[3] == "0A"]
+    assert box.volar("system", "status").returncode == 0
+
+    ask = "import sys; from volant.cli.main import main; sys.argv = ['volar', 'system', 'status']; main()"
+    nobody = ("setpriv", "--reuid", "nobody", "--regid", "nogroup")
+    refused = box.run(*nobody, "--clear-groups", sys.executable, "-c", ask, check=False)
+    assert refused.returncode == 5, refused.stdout + refused.stderr
+    assert "Permission denied" in refused.stderr
+    assert "usermod -aG volant" in refused.stderr
+    assert box.run(*nobody, "--groups", "volant", sys.executable, "-c", ask).returncode == 0
 
 
 def test_the_socket_unit_says_where_to_listen_and_the_settings_are_told_of(box: Box) -> None:
@@ -64,16 +93,16 @@ def test_the_socket_unit_says_where_to_listen_and_the_settings_are_told_of(box: 
     folder.mkdir()
     (folder / "test.conf").write_text(WORSE)
     box.volar("setup")
-    assert '"addresses": [\n    "http://127.0.0.1:7777",' in box.volar("--json", "system", "info").stdout
+    assert '"addresses": [\n    "unix:/run/volant/volant.sock"\n' in box.volar("--json", "system", "info").stdout
     told = [text for text in box.said("SYSLOG_IDENTIFIER=volantd") if "api_listen_addr" in text]
     assert len(told) == 1
     assert "127.0.0.1:7780 does nothing" in told[0]
     assert "systemctl edit volantd.socket" in told[0]
 
-    # An address for everybody, and no key: it does not run, does not try again and again, and says why.
+    # An address for every user of the host, and no key: it does not run, does not try again and again, and says why.
     socket = Path(f"/proc/{box.init}/root/etc/systemd/system/volantd.socket.d")
     socket.mkdir()
-    (socket / "test.conf").write_text("[Socket]\nListenStream=0.0.0.0:8080\n")
+    (socket / "test.conf").write_text("[Socket]\nListenStream=127.0.0.1:8080\n")
     (folder / "test.conf").unlink()
     box.systemctl("daemon-reload")
     box.systemctl("stop", "volantd.service", "volantd.socket")
@@ -81,6 +110,6 @@ def test_the_socket_unit_says_where_to_listen_and_the_settings_are_told_of(box: 
     box.until(lambda: box.show("volantd.service", "ActiveState") == "failed", 30)
     assert box.show("volantd.service", "ExecMainStatus") == "2"
     assert any(
-        "with neither an API key" in text
+        "listens on TCP only with an API key" in text
         for text in box.said("UNIT=volantd.service", "+", "_SYSTEMD_UNIT=volantd.service")
     )

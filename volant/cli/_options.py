@@ -50,7 +50,7 @@ def common(*, environment: bool = False) -> Callable[[F], F]:
                 expose_value=False,
                 callback=keep,
                 help="The daemon: http://HOST:PORT, https://HOST:PORT or unix:/PATH "
-                "(VOLANT_API_BASE; default http://127.0.0.1:7777).",
+                "(VOLANT_API_BASE; default unix:/run/volant/volant.sock if it is there, else http://127.0.0.1:7777).",
             ),
         ):
             function = option(function)

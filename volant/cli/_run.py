@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import stat
 import sys
 import traceback
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,8 @@ import msgspec
 import trio
 
 from volant.client import Client, ClientError, ConnectionLost, DeadlineExceeded, Unreachable
+from volant.client._address import SERVICE_SOCKET
+from volant.client._client import DEFAULT_BASE
 from volant.model import WAIT_STATES, Problem, parse_duration
 
 from ._options import Options, common
@@ -80,9 +83,19 @@ def client_of(options: Options) -> Client:
     """The client that the options ask for. :raises click.UsageError: they ask for none that can be."""
     api_key = api_key_of(options)
     try:
-        return Client(options.api or "http://127.0.0.1:7777", api_key=api_key)
+        return Client(options.api or _default_address(), api_key=api_key)
     except ValueError as error:
         raise click.UsageError(f"--api or VOLANT_API_BASE, or the API key: {error}") from None
+
+
+def _default_address() -> str:
+    """The service's socket where there is one, else where a daemon in the foreground listens. A socket that may not be
+    used is no reason to try TCP: any local user can listen there."""
+    try:
+        is_there = stat.S_ISSOCK(os.lstat(SERVICE_SOCKET).st_mode)
+    except OSError:
+        is_there = False
+    return f"unix:{SERVICE_SOCKET}" if is_there else DEFAULT_BASE
 
 
 def api_key_of(options: Options) -> str | None:

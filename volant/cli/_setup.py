@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ _BOOTED = Path("/run/systemd/system")
 _ENVIRONMENT = Path("/etc/default/volantd")
 """The daemon's settings as a service."""
 _RUNTIME = Path("/run/volant")
+_GROUP = "volant"
+"""Of those who may use the daemon's socket. It stays when the service is removed, as files may belong to it."""
 _KEPT = (Path("/var/lib/volant"), Path("/var/cache/volant"))
 _HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
 """What the sandbox of the units hides."""
@@ -122,6 +125,25 @@ class _Work:
             path.unlink()
             self._out.note(f"removed {path}")
 
+    def group(self, name: str) -> None:
+        """Make a group of the system unless it is there."""
+        with suppress(KeyError):
+            grp.getgrnam(name)
+            return
+        if self.dry:
+            self._out.line(f"# run groupadd --system {name}")
+            return
+        try:
+            done = subprocess.run(
+                ["groupadd", "--system", name], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            )
+            said = None if done.returncode == 0 else done.stderr.strip()[-1000:]
+        except (OSError, subprocess.TimeoutExpired) as error:
+            said = str(error)
+        if said is not None:
+            raise Failure(f"groupadd --system {name} failed: {said}", hint=f"make the group {name} by other means")
+        self._out.note(f"made the group {name}; its members can command the daemon")
+
     def systemctl(self, *arguments: str, hint: str | None = None, may_fail: bool = False) -> None:
         if self.dry:
             self._out.line(f"# run systemctl {' '.join(arguments)}")
@@ -179,6 +201,7 @@ def _install(work: _Work) -> None:
         )
     if not work.dry:
         _check("install")
+    work.group(_GROUP)
     changed = {name for name, text in units.items() if work.write(DIRECTORY / name, text)}
     if changed:
         work.systemctl("daemon-reload")

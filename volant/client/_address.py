@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
@@ -13,6 +14,8 @@ import trio
 from ._errors import Unreachable
 
 _UNIX = "unix:"
+SERVICE_SOCKET = "/run/volant/volant.sock"
+"""Where the service that `volar setup` installs listens."""
 # A command in a guest may be silent for hours; the kernel then finds out whether its host is still there.
 KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -94,6 +97,11 @@ class Address:
 
     def unreachable(self, reason: str) -> Unreachable:
         """The error for people when nobody is there."""
+        if self.socket_path is not None and reason == os.strerror(errno.EACCES):
+            return Unreachable(
+                f"the daemon can't be reached at {self.text}: {reason}",
+                hint="members of its group may: run `sudo usermod -aG volant $USER` and log in again, or use sudo",
+            )
         return Unreachable(
             f"the daemon can't be reached at {self.text}: {reason}",
             hint="start it with `volantd`, or name its address with --api or VOLANT_API_BASE",

@@ -63,7 +63,18 @@ from ._directories import (
 from ._dump import dump_on_signal
 from ._nameservers import nameservers_of_host
 from ._protection import Protection
-from ._settings import DEFAULT_ADDRESS, RELOADED, Settings, SettingsError, check, origins_of, parse_uids, shown, split
+from ._settings import (
+    DEFAULT_ADDRESS,
+    RELOADED,
+    Settings,
+    SettingsError,
+    check,
+    check_service,
+    origins_of,
+    parse_uids,
+    shown,
+    split,
+)
 from ._sockets import ListenError, address_of, listening, setting_of
 from ._systemd import Notifier
 from ._walls import wall_plan
@@ -199,7 +210,7 @@ class Daemon:
         self._sockets = sockets
         self._reread = reread
         self._notifier = notifier or Notifier(None)
-        self._access = Access(self._api_settings(settings, check(settings)))
+        self._access = Access(self._api_settings(settings, self._check(settings)))
         self.stopping = trio.Event()
         self._served = trio.Event()
         self._told_to_stop = False
@@ -448,7 +459,7 @@ class Daemon:
                 settings, warnings = await trio.to_thread.run_sync(self._reread, abandon_on_cancel=True)
                 taken = msgspec.structs.replace(self.settings, **{name: getattr(settings, name) for name in RELOADED})
                 # With the addresses that are listened on, which may not be those of the new settings.
-                protection = await trio.to_thread.run_sync(check, taken, abandon_on_cancel=True)
+                protection = await trio.to_thread.run_sync(self._check, taken, abandon_on_cancel=True)
         except (SettingsError, OSError, trio.TooSlowError) as error:
             _logger.error("nothing is reloaded, the old settings go on: %s", error or "reading them took too long")
             return
@@ -460,6 +471,13 @@ class Daemon:
         left = [name for name in Settings.__struct_fields__ if getattr(settings, name) != getattr(taken, name)]
         if left:
             _logger.warning("these settings have changed and wait for a restart: %s", ", ".join(left))
+
+    def _check(self, settings: Settings) -> Protection:
+        """What protects the daemon, if it may run with these settings. :raises SettingsError: it may not."""
+        protected = check(settings)
+        if self._notifier.is_there and os.geteuid() == 0:
+            check_service(settings, protected)
+        return protected
 
     def _api_settings(self, settings: Settings, protection: Protection) -> ApiSettings:
         return ApiSettings(

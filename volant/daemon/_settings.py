@@ -137,6 +137,7 @@ GROUPS = {
     "VMs": (
         *("accelerator", "kernel", "initramfs", "max_vms", "max_boots", "return_memory", "walls", "vm_uids"),
         *("agent_timeout_s", "image_timeout_s", "media_timeout_s", "media_max_mb"),
+        *("artifact_dirs", "artifact_allow_cidr"),
     ),
     "fast starts": (
         *("templates", "templates_max_mb", "templates_max_age_s", "standby", "standby_max_mb", "standby_idle_s"),
@@ -263,6 +264,18 @@ def check(settings: Settings) -> Protection:
     if len(os.fsencode(settings.runtime_dir)) > 70:
         raise SettingsError(f"runtime_dir {settings.runtime_dir} is too long for the sockets in it: at most 70 bytes")
     return protected
+
+
+def check_service(settings: Settings, protected: Protection) -> None:
+    """Whether a service that runs as root may listen where the settings say: every local user can reach TCP, and who
+    commands it commands the host. :raises SettingsError:"""
+    tcp = [address for address in split(settings.api_listen_addr) if not address.startswith("unix:")]
+    if tcp and not protected.keys and not settings.insecure:
+        raise SettingsError(
+            f"api_listen_addr {tcp[0]}: as a service of root volantd listens on TCP only with an API key; put one into "
+            "/etc/credstore/volant-api-key or name a file with VOLANT_API_KEY_FILE, listen on a Unix socket alone "
+            "(`systemctl edit volantd.socket`), or set VOLANT_INSECURE=1 if every user of this host may command it"
+        )
 
 
 def _decode(kind: type, value: object) -> object:
