@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import httpx
 import pytest
 import trio
 
-from tests.api.kit import Api, agent_behind, api, bare, request, running, until
-from volant.api._mcp import _route
+from tests.api.kit import FAST, Api, agent_behind, api, bare, request, running, until
+from volant.api import Limits
 from volant.api._mcp._server import hint_for_a_model
 from volant.api._mcp._text import BUDGET, MAX_TEXT, Window, clip, fitting, weight
 from volant.api._mcp._tools import TOOLS
@@ -372,7 +373,12 @@ class Demo:
 
 
 @pytest.fixture
-async def demo(tmp_path: Path) -> AsyncIterator[Demo]:
+def limits() -> Limits:
+    return FAST
+
+
+@pytest.fixture
+async def demo(tmp_path: Path, limits: Limits) -> AsyncIterator[Demo]:
     found: list[Demo] = []
 
     async def workload(scope: Any, receive: Any, send: Any) -> None:
@@ -390,7 +396,7 @@ async def demo(tmp_path: Path) -> AsyncIterator[Demo]:
 
     state = tmp_path / "state"
     state.mkdir()
-    async with agent_behind(tmp_path / "vsock"), running(bare(workload)) as inner, api(state) as served:
+    async with agent_behind(tmp_path / "vsock"), running(bare(workload)) as inner, api(state, limits=limits) as served:
         manifest = {
             "name": "web", "workload": {"entrypoint": ["serve"], "port": inner.port},
             "actions": {"shot": {"path": "/shot"}, "find": {"path": "/find", "method": "GET"}},
@@ -517,8 +523,8 @@ async def test_a_client_that_leaves_ends_its_command(demo: Demo, tmp_path: Path,
     await until(lambda: not process.exists())
 
 
-async def test_large_calls_wait_for_no_memory(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_route, "_UNDER_WAY", 3000)
+@pytest.mark.parametrize("limits", [replace(FAST, bodies=3000, small_body=100)])
+async def test_large_calls_wait_for_no_memory(demo: Demo, tmp_path: Path) -> None:
     mark = tmp_path / "begun"
     async with trio.open_nursery() as nursery:
         script = ["sh", "-c", f"echo > {mark}; exec sleep 1000"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -43,3 +44,10 @@ def test_the_threshold_is_one(units: Path) -> None:
 def test_systemd_has_nothing_to_say_against_the_units(units: Path) -> None:
     done = analyze("verify", "--man=no", "--recursive-errors=no", *(str(units / name) for name in rendered()))
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_daemon_can_not_take_all_memory_of_the_host(units: Path) -> None:
+    found = re.search(r"^MemoryMax=(\d+)%$", (units / "volantd.service").read_text(), re.MULTILINE)
+    assert found is not None
+    # The files in /dev/shm, half of the memory, are counted as the daemon's.
+    assert 50 < int(found[1]) < 90

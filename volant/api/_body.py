@@ -50,13 +50,13 @@ async def read_one_of(member: str, kind: type[T], otherwise: type[U]) -> T | U:
 
 
 async def read_call_body(call: Call, kind: type[T], limits: Limits) -> T:
-    """The same for a route beside Quart. :raises Problem: 400, 408, 413, 415; `trio.BrokenResourceError`: it left."""
+    """The same for a route beside Quart. :raises Problem: 400, 408, 413, 415, 503, or as `read_call_bytes`."""
     data = await read_call_bytes(call, limits)
     return _decode_body(data, (call.header(b"content-type") or "").partition(";")[0].strip().lower(), kind)
 
 
 async def read_call_bytes(call: Call, limits: Limits) -> bytes:
-    """The whole body, whatever it is. :raises Problem: 408, 413; `trio.BrokenResourceError`: the client left."""
+    """The whole body, whatever it is. :raises Problem: 408, 413, 503; `trio.BrokenResourceError`: the client left."""
     length = call.header(b"content-length")
     if length is not None and int(length) > limits.json_body:
         raise too_large(limits.json_body)
@@ -64,7 +64,7 @@ async def read_call_bytes(call: Call, limits: Limits) -> bytes:
     with trio.move_on_after(_BODY_S) as scope:
         more = True
         while more:
-            message = await call.receive()
+            message = await call.receive_counted()
             if message["type"] == "http.disconnect":
                 raise trio.BrokenResourceError("the client left")
             data += message["body"]

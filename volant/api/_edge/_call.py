@@ -15,6 +15,7 @@ import trio
 
 from volant.model import Problem
 
+from ._bodies import Share
 from ._problems import problem_body, problem_headers
 from ._query import Query
 
@@ -33,6 +34,8 @@ class Call:
     receive: Callable[[], Awaitable[Message]]
     send: Callable[[Message], Awaitable[None]]
     request_id: str
+    body: Share
+    """What its body, if it is held in memory, takes of the budget for all."""
     args: Sequence[str] = ()
     """What the route's pattern captured, percent-decoded."""
     started: bool = field(default=False, init=False)
@@ -65,6 +68,13 @@ class Call:
         return None
 
     # HTTP
+
+    async def receive_counted(self) -> Message:
+        """As `receive`, for whoever keeps the whole body. :raises Problem: 503 when bodies take too much already."""
+        message = await self.receive()
+        if message["type"] == "http.request":
+            self.body.take(len(message["body"]))
+        return message
 
     async def start(self, status: int, headers: Sequence[Header]) -> None:
         """Send the head of an answer, at once: what follows may take its time."""

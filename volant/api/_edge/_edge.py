@@ -18,6 +18,7 @@ import trio
 from volant.model import Problem
 
 from ._access import Access
+from ._bodies import BODIES_FULL, Bodies
 from ._call import Call, Header, Message
 from ._limits import Limits
 from ._problems import new_request_id, too_large
@@ -59,6 +60,7 @@ class Edge:
         self._routes = routes
         self._access = access
         self._limits = limits
+        self._bodies = Bodies(limits)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -68,7 +70,7 @@ class Edge:
         request_id = given.decode("ascii") if _REQUEST_ID.match(given) else new_request_id()
         scope["state"]["request_id"] = request_id
         answer = _Answer(send, request_id.encode("ascii"), self._access.cors(scope))
-        call = Call(scope, receive, answer.send, request_id)
+        call = Call(scope, receive, answer.send, request_id, self._bodies.share())
         began = trio.current_time()
         try:
             await self._serve(call)
@@ -80,6 +82,7 @@ class Edge:
             _log.error("request %s failed", request_id, exc_info=group, extra={"request_id": request_id})
             await self._fail(call, answer, internal_error())
         finally:
+            call.body.release()
             _log_request(scope, request_id, answer.status, trio.current_time() - began)
 
     async def _serve(self, call: Call) -> None:
@@ -100,7 +103,7 @@ class Edge:
         if call.is_websocket:
             raise Problem(404, "not-found", f"there is no WebSocket at {path[:200]}")
         self._check_length(call)
-        await self._app(scope, call.receive, call.send)
+        await self._app(scope, call.receive_counted, call.send)
 
     def _find(self, path: str) -> tuple[StreamRoute | None, Sequence[str]]:
         for route in self._routes:
@@ -133,6 +136,8 @@ class Edge:
             headers.append((b"www-authenticate", b'Bearer realm="volant"'))
         if problem.status == 405 and problem.hint:
             headers.append((b"allow", problem.hint.removeprefix("use ").encode("latin-1")))
+        if problem.code == BODIES_FULL:
+            headers.append((b"retry-after", b"1"))
         if problem.status == 426:
             headers.append((b"upgrade", b"websocket"))
         await call.fail(problem, headers)

@@ -39,3 +39,7 @@ class Limits:
     websocket_message: int = 64 * 1024
     """From a client, where we decode it. Relays don't."""
     json_body: int = MIB
+    bodies: int = 16 * MIB
+    """All JSON bodies together that are being read or served. Decoded a body may take fifty times its size."""
+    small_body: int = 4 * 1024
+    """So much of each body does not count for `bodies`."""

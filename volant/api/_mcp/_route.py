@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from ._server import McpServer
 
 _PATH = re.compile(r"/api/v1/mcp/?\Z")
-_UNDER_WAY = 16 * 1024 * 1024
-"""Bytes of bodies that are served at once. A body may take fifty times its size when it is decoded, and a call may last
-for minutes. Ordinary ones have less than a kilobyte."""
 _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
 
 _encoder = msgspec.json.Encoder()
@@ -57,7 +54,6 @@ def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
     """The routes of this resource."""
     server: McpServer | None = None
     loading = trio.Lock()
-    under_way = 0
 
     async def loaded() -> McpServer:
         nonlocal server
@@ -79,16 +75,6 @@ def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
             others = [field for field in call.scope["headers"] if field[0] != b"content-type"]
             call.scope["headers"] = [*others, _JSON[0]]
         body = await read_call_bytes(call, limits)
-        nonlocal under_way
-        if under_way + len(body) > _UNDER_WAY:
-            raise Problem(503, "too-much-under-way", "the requests under way are too large together", hint="try again")
-        under_way += len(body)
-        try:
-            await answer(call, body)
-        finally:
-            under_way -= len(body)
-
-    async def answer(call: Call, body: bytes) -> None:
         serve = partial(_command, doors, body) if _is_command(call, body) else partial(_protocol, loaded, body)
         if await call.while_connected(partial(serve, call)):
             await call.finish()

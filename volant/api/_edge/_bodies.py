@@ -1,0 +1,65 @@
+"""One budget for the JSON bodies of all requests, counted as they are read.
+
+A body may be a megabyte and take half a minute, so a few hundred clients that never finish theirs would fill the
+memory. All bodies together may hold `Limits.bodies` bytes, from their first byte to the end of their request. The first
+`Limits.small_body` bytes of each are free: they are bounded by the number of connections, and nearly every request
+needs no more. So clients that hold the whole budget keep only other large bodies out.
+"""
+
+from __future__ import annotations
+
+from volant.model import Problem
+
+from ._limits import Limits
+
+BODIES_FULL = "too-much-under-way"
+"""The code of the problem that says so; its answer carries `Retry-After`."""
+
+
+class Bodies:
+    """The budget."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._left = limits.bodies
+        self._free = limits.small_body
+
+    def share(self) -> Share:
+        """Returns the share of a new request; nothing yet."""
+        return Share(self)
+
+    def take(self, before: int, size: int) -> int:
+        """Takes what `size` bytes of a body cost after `before` ones. :raises Problem: 503."""
+        cost = max(before + size - self._free, 0) - max(before - self._free, 0)
+        if cost > self._left:
+            raise Problem(
+                503,
+                BODIES_FULL,
+                "the bodies of the requests under way are too large together",
+                hint="send it again in a second",
+            )
+        self._left -= cost
+        return cost
+
+    def give_back(self, cost: int) -> None:
+        """Returns what was taken."""
+        self._left += cost
+
+
+class Share:
+    """What one request holds of the budget."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self._read = 0
+        self._cost = 0
+
+    def take(self, size: int) -> None:
+        """Counts `size` more bytes, before they are kept. :raises Problem: 503 when there is no room for them."""
+        if size:
+            self._cost += self._bodies.take(self._read, size)
+            self._read += size
+
+    def release(self) -> None:
+        """Gives all back; the body is not held any more."""
+        self._bodies.give_back(self._cost)
+        self._read = self._cost = 0
