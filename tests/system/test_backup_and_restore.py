@@ -167,7 +167,7 @@ async def test_a_damaged_database_is_kept_and_a_backup_brings_the_running_vm_bac
         # The newest boot is one of which the backup does not know.
         await client.vms.verb_and_wait("demo", "restart", ["running"], timeout_s=120)
         vm = await client.vms.get("demo")
-    assert b"another volantd uses" in restore_offline(daemon, kept).stderr
+    assert b"another volantd (process" in restore_offline(daemon, kept).stderr
     daemon.kill()
     database = daemon.state_dir / "volant.db"
     whole = database.read_bytes()

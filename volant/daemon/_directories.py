@@ -24,7 +24,8 @@ EPHEMERAL = "ephemeral"
 """Marks directories in which an ephemeral daemon has made everything."""
 _IN_STATE = (
     *(EPHEMERAL, _LOCK, "disks", "logs", "templates", "snapshots", "standby"),
-    *("volant.db", "volant.db-wal", "volant.db-shm", "volant-*.db", "volant-*.db-wal", "volant-*.db-shm"),
+    # What SQLite and the journal keep beside a database begins with its name.
+    *("volant.db", "volant.db[-.]*", "volant-*.db", "volant-*.db[-.]*"),
 )
 _IN_RUNTIME = (EPHEMERAL, _LOCK, "vms", "net", "standby", "templates", "memory")
 
@@ -79,9 +80,9 @@ def claimed(settings: Settings) -> Iterator[None]:
     if settings.ephemeral:
         _check_ephemeral(settings)
     with ExitStack() as stack:
+        stack.enter_context(_locked(settings.state_dir, "--state-dir"))
         if not _same(settings.state_dir, settings.runtime_dir):
             stack.enter_context(_locked(settings.runtime_dir, "--runtime-dir"))
-        stack.enter_context(_locked(settings.state_dir, "--state-dir"))
         for path in (settings.state_dir, settings.runtime_dir):
             if settings.ephemeral:
                 (path / EPHEMERAL).touch(0o600)
