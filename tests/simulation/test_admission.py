@@ -51,6 +51,7 @@ def test_what_other_programs_have_taken_is_not_promised_to_a_vm(
         assert (refused.status, said["type"]) == (503, "urn:volant:error:no-capacity")
         assert f"{65 + OVERHEAD_MB} MiB" in said["detail"]
         assert f" {left} of the host's" in said["detail"]
+        assert f"{left} MiB are available, and VMs that are up or about to be may take 0 MiB of these" in said["detail"]
         assert (await world.request("GET", "/api/v1/vms")).json() == []
         made = await create(world, "fits", 64)
         assert made.status == 201
@@ -60,6 +61,22 @@ def test_what_other_programs_have_taken_is_not_promised_to_a_vm(
         left += 64 + OVERHEAD_MB
         assert (await world.request("GET", "/api/v1/vms/fits?wait=running")).json()["status"] == "running"
         assert (await create(world, "second", 64)).status == 201
+
+    live(tmp_path, story)
+
+
+def test_what_is_promised_is_told_from_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimHost, "memory_total_mb", lambda self: 1000)
+    monkeypatch.setattr(SimHost, "memory_available_mb", lambda self: 900)
+
+    async def story(world: World) -> None:
+        assert (await create(world, "first", 128)).status == 201
+        refused = (await create(world, "second", 128)).json()["detail"]
+        assert refused == (
+            "the VM needs 320 MiB, and 168 of the host's 1000 MiB are not promised yet: 320 MiB are promised to VMs "
+            "that are up or about to be, and 512 MiB are kept for the host (900 MiB are available now, as VMs do not "
+            "use all that is promised to them)"
+        )
 
     live(tmp_path, story)
 

@@ -602,11 +602,15 @@ class Vms:
                 hint="delete one, or raise the limit",
             )  # fmt: skip
         needed = memory_mb + OVERHEAD_MB
-        total = self.doors.host.memory_total_mb()
-        free = total - _HOST_RESERVE_MB - promised_mb(rows) - sum(mb + OVERHEAD_MB for mb in self._creating)
-        if needed > free:
+        total, available = self.doors.host.memory_total_mb(), self.doors.host.memory_available_mb()
+        promised = promised_mb(rows) + sum(mb + OVERHEAD_MB for mb in self._creating)
+        unpromised = max(0, total - _HOST_RESERVE_MB - promised)
+        if needed > unpromised:
             raise Problem(
-                503, "no-capacity", f"the VM needs {needed} MiB, and {max(0, free)} of the host's {total} MiB are free",
+                503, "no-capacity",
+                f"the VM needs {needed} MiB, and {unpromised} of the host's {total} MiB are not promised yet: "
+                f"{promised} MiB are promised to VMs that are up or about to be, and {_HOST_RESERVE_MB} MiB are kept "
+                f"for the host ({available} MiB are available now, as VMs do not use all that is promised to them)",
                 hint="stop or delete a VM, or ask for less memory_mb",
             )  # fmt: skip
         if self.doors.standbys.marks:
@@ -615,11 +619,13 @@ class Vms:
         # What others than VMs have taken is not to be had, whatever was promised to nobody.
         spare = self.doors.host.memory_to_spare_mb(self.doors.settings.memory_dir)
         spare -= about_to_take_mb(rows) + sum(mb + OVERHEAD_MB for mb in self._creating)
+        spare = max(0, spare)
         if needed > spare:
             raise Problem(
                 503, "no-capacity",
-                f"the VM needs {needed} MiB, and {max(0, spare)} of the host's {total} MiB are left by its VMs and by "
-                "all else that runs there",
+                f"the VM needs {needed} MiB, and {spare} of the host's {total} MiB can be had now: {available} MiB are "
+                f"available, and VMs that are up or about to be may take {max(0, available - spare)} MiB of these; the "
+                f"rest is used by them and by other programs ({promised} MiB are promised to VMs)",
                 hint="stop or delete a VM, end other programs, or ask for less memory_mb",
             )  # fmt: skip
 
