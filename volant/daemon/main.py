@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import sys
 import time
 from functools import partial
 
 import trio
 
+from volant.host import Host
+
 from . import _dump
 from ._check import check
 from ._daemon import DaemonError, run
+from ._descriptors import ADVICE, most_vms, raise_limit, shortage, suffices
 from ._journald import JournalHandler, is_journal
 from ._offline import restore
 from ._settings import SettingsError, parse_command, resolve
@@ -49,9 +51,7 @@ def main() -> None:
     logging.getLogger("hpack").setLevel(logging.WARNING)
     for warning in warnings:
         logging.getLogger("volant.daemon").warning("%s", warning)
-    # A VM has some twenty descriptors, and each client one; the soft limit is made for programs that use select().
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = raise_limit()
     try:
         if command.name == "check":
             report, code = check(settings)
@@ -60,6 +60,10 @@ def main() -> None:
         if command.file is not None:
             _say(restore(settings, command.file, replace=command.replace))
             return
+        if not suffices(limit, vms := most_vms(settings, Host())):
+            logging.getLogger("volant.daemon").warning(
+                "the daemon may open %d files and sockets: %s; %s", limit, shortage(limit, vms), ADVICE
+            )
         trio.run(partial(run, settings, again, handed_in=sockets, notifier=notifier))
     except SettingsError as error:
         sys.exit(_complain(str(error), 2))

@@ -14,10 +14,12 @@ of the sockets, and connections that arrive in between wait in the kernel's queu
 
 from __future__ import annotations
 
+import errno
 import logging
+import math
+import resource
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Any
 
 import trio
@@ -33,6 +35,11 @@ from ._limits import Limits
 from ._problems import new_request_id, problem_body, problem_headers
 
 _log = logging.getLogger("volant.api.serving")
+
+_NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+_FULL_S, _FULL_MAX_S = 0.05, 1.0
+"""Between two tries to accept a connection while there is no descriptor for it."""
+_FULL_SILENCE_S = 60.0
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -81,6 +88,7 @@ class Server:
         self._connections: set[Connection] = set()
         self._gone = trio.Event()
         self._refused = 0
+        self._silent_until = -math.inf
 
     async def run(self, listeners: list[trio.SocketListener], task_status: trio.TaskStatus[None]) -> None:
         """Accept until told to stop, then see every connection off."""
@@ -88,9 +96,7 @@ class Server:
             try:
                 async with trio.open_nursery() as accepting:
                     for listener in listeners:
-                        accepting.start_soon(
-                            partial(trio.serve_listeners, self._serve, [listener], handler_nursery=connections)
-                        )
+                        accepting.start_soon(self._accept, listener, connections)
                     task_status.started()
                     await self._stopping.wait()
                     accepting.cancel_scope.cancel()
@@ -99,6 +105,45 @@ class Server:
                 for connection in self._connections:
                     connection.tear()
                 connections.cancel_scope.cancel()
+
+    async def _accept(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
+        """Take connections until cancelled. Where the process or the host has no descriptor left, those that want one
+        wait in the kernel's queue, and one that rests gives its own up."""
+        pause_s = _FULL_S
+        async with listener:
+            while True:
+                try:
+                    stream = await listener.accept()
+                except OSError as error:
+                    if error.errno not in _NO_DESCRIPTOR:
+                        raise
+                    self._tell_of_no_descriptor(error)
+                    self._make_room()
+                    await trio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _FULL_MAX_S)
+                    continue
+                pause_s = _FULL_S
+                connections.start_soon(self._handle, stream)
+
+    def _tell_of_no_descriptor(self, error: OSError) -> None:
+        """Once in a while: what keeps clients waiting lasts, and a line for each try would fill the log."""
+        now = trio.current_time()
+        if now < self._silent_until:
+            return
+        self._silent_until = now + _FULL_SILENCE_S
+        _log.warning(
+            "clients wait to be accepted: %s (%d connections are open; the limit is %d descriptors, see ulimit -n and "
+            "LimitNOFILE=)",
+            error.strerror,
+            len(self._connections),
+            resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        )
+
+    async def _handle(self, stream: trio.SocketStream) -> None:
+        try:
+            await self._serve(stream)
+        finally:
+            await trio.aclose_forcefully(stream)
 
     async def _see_off(self) -> None:
         for connection in list(self._connections):

@@ -12,9 +12,9 @@ import trio
 
 from volant.model.doctor import Finding
 
+from .._descriptors import ADVICE, most_vms, shortage, suffices
 from ._given import Given
 
-_DESCRIPTORS_OF_VM = 20
 _NEEDED = frozenset({"cpu", "memory", "pids"})
 _KNOWS_RESTART_STEPS = 254
 
@@ -78,15 +78,13 @@ def judge_cgroups(controllers: Sequence[str] | None) -> Finding:
 
 def descriptors(given: Given) -> Sequence[Finding]:
     """How many files, sockets and pipes the daemon may have open."""
-    return [judge_descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[1])]
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return [judge_descriptors(limit, most_vms(given.settings, given.host))]
 
 
-def judge_descriptors(limit: int) -> Finding:
-    if limit == resource.RLIM_INFINITY or limit >= 16384:
-        text = "without limit" if limit == resource.RLIM_INFINITY else f"up to {limit}"
-        return Finding(check="descriptors", level="ok", found=text)
-    return Finding(
-        check="descriptors", level="less", found=f"up to {limit}",
-        means=f"room for some {limit // _DESCRIPTORS_OF_VM} VMs, less what clients take",
-        advice="raise the hard limit: `ulimit -Hn`, /etc/security/limits.conf; as a service volantd has 524288",
-    )  # fmt: skip
+def judge_descriptors(limit: int, vms: int) -> Finding:
+    """`vms`: as many as may run."""
+    found = "without limit" if limit == resource.RLIM_INFINITY else f"up to {limit}"
+    if suffices(limit, vms):
+        return Finding(check="descriptors", level="ok", found=found)
+    return Finding(check="descriptors", level="less", found=found, means=shortage(limit, vms), advice=ADVICE)
