@@ -21,6 +21,9 @@ _CONTROLLERS = ("cpu", "io", "memory", "pids")
 _PERIOD_US = 100_000
 _FILES = ("memory.max", "cpu.max", "cpu.weight", "io.weight", "pids.max")
 _EVENTS = "memory.events"
+ALL_WEIGHT = 20
+"""Of all hypervisors together, where the daemon has 100, and everybody else: it would wait for a processor while many
+guests are busy."""
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +55,8 @@ class Cgroups:
                     # One by one, as one that is not there would spoil the others.
                     with suppress(OSError):
                         (group / "cgroup.subtree_control").write_text(f"+{controller}")
+            with suppress(OSError):
+                (self.directory / "cpu.weight").write_text(str(ALL_WEIGHT))
             self._sweep()
             group = self.directory / name
             group.mkdir(exist_ok=True)

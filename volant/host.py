@@ -49,7 +49,7 @@ import inotify_simple
 import msgspec
 import trio
 
-from volant import _cgroups, _memory, _walls
+from volant import _cgroups, _memory, _priority, _walls
 from volant._cgroups import Bounds, Cgroups
 from volant._directories import make_own_directory
 from volant._own import check_removable
@@ -88,6 +88,8 @@ _READ_LIMIT = 16 * 1024 * 1024
 _STATUSES_KEPT = 256
 _FULL_S = 0.005
 """Between two tries to connect to a socket at which too many wait."""
+_LOWER_AGAIN_S, _LOWER_TRIES = 0.25, 40
+"""The kernel takes ten a second of all processes without CAP_SYS_ADMIN."""
 _LOOKS_AT_ONCE = 2
 """How many processes' mappings the kernel walks through for us at a time; each takes milliseconds of a processor."""
 
@@ -328,12 +330,20 @@ class _Watches:
 class Host:
     """The real machine. One for a daemon; a test hands in a subclass or a stand-in."""
 
-    def __init__(self, scopes: Scopes | None = None, groups: Cgroups | None = None, users: range | None = None) -> None:
+    def __init__(
+        self,
+        scopes: Scopes | None = None,
+        groups: Cgroups | None = None,
+        users: range | None = None,
+        *,
+        lowers: bool = False,
+    ) -> None:
         """`scopes`: where a process gets a scope of its own; None: there is no such place. `groups`: where it gets a
         control group of its own then; None: nor that. `users`: those that hypervisors have, and nobody else; None:
-        they run as we do."""
+        they run as we do. `lowers`: whether a process that gets a scope gets less of the processors than we do."""
         self._scopes = scopes
         self._groups = groups
+        self._lowers = lowers
         # Only root can have given them.
         self._users = users if users is not None and os.geteuid() == 0 else range(0)
         self._children: dict[int, _Child] = {}
@@ -746,6 +756,20 @@ class Host:
                 await trio.to_thread.run_sync(self._groups.enclose, identity.pid, identity.mark, bounds)
         except (ScopeError, OSError) as error:
             _logger.warning("process %d stays in the daemon's control group: %s", identity.pid, error)
+        if self._lowers:
+            await self._lower(identity)
+
+    async def _lower(self, identity: ProcessIdentity) -> None:
+        for _ in range(_LOWER_TRIES):
+            try:
+                with self.open_process(identity) as process:
+                    _priority.lower(process.pid)
+                return
+            except BlockingIOError:
+                await trio.sleep(_LOWER_AGAIN_S)
+            except (ProcessGone, OSError):
+                # Without it guests that are busy slow the daemon down; nothing else comes of that.
+                return
 
     async def remove_empty_scopes(self) -> None:
         """Remove the control groups of processes that have ended, where they are ours to remove."""

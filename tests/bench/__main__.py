@@ -25,6 +25,7 @@ from ._hostile_guest import hostile_guest
 from ._journal import journal, vmlog
 from ._network import network
 from ._networked_clone import networked_clone
+from ._printing import healthz_printing
 from ._relays import relays
 from ._serving import get_vm, healthz
 from ._streams import healthz_busy
@@ -52,6 +53,7 @@ def main() -> int:
         "get_vm": get_vm,
         "healthz": healthz,
         "healthz_busy": healthz_busy,
+        "healthz_p99_printing": healthz_printing,
         "relays": relays,
         "hostile_guest": hostile_guest,
         "event_streams": event_streams,

@@ -116,6 +116,8 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                # As a supervisor of services starts it. It may then give itself more weight than its guests have.
+                start_new_session=True,
             )
 
     def start(self) -> None:

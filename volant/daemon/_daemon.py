@@ -28,6 +28,7 @@ from quart_trio import QuartTrio
 from actors import ONE_FOR_ONE, ActorDown, AskTimeout, Child, DynamicSupervisor, GaveUp, Supervisor, System, open_system
 from volant import __version__
 from volant._cgroups import own_groups
+from volant._priority import raise_own
 from volant.api import Access, ApiSettings, Doors, create_app, serve
 from volant.host import Host, ProcessGone
 from volant.hypervisor import AcceleratorChoice, Hypervisor
@@ -171,7 +172,9 @@ def _reread_but_addresses(reread: Reread, sockets: Sequence[socket.socket]) -> t
 def _host(notifier: Notifier, settings: Settings) -> Host:
     scopes = notifier.scopes()
     groups = own_groups(f"volant-{instance_of(settings.state_dir)}") if scopes is None else None
-    return Host(scopes, groups, parse_uids(settings.vm_uids))
+    # Under systemd the weight of its slice says so.
+    lowers = settings.cpu_priority == "auto" and scopes is None and not raise_own()
+    return Host(scopes, groups, parse_uids(settings.vm_uids), lowers=lowers)
 
 
 def _say(lines: Sequence[str]) -> None:

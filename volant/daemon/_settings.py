@@ -120,6 +120,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """`auto`: hypervisors are put behind every wall that this host has; `off`: behind none but QEMU's own sandbox."""
     vm_uids: str = "65536-98303"
     """Users and groups for hypervisors, which nobody else has: the first and the last."""
+    cpu_priority: Literal["auto", "off"] = "auto"
+    """`auto`: the daemon gets processors before busy VMs do; `off`: all get their share."""
     insecure: bool = False
     """Listen on other addresses than loopback with neither an API key nor a list of networks."""
     ephemeral: bool = False
@@ -143,7 +145,7 @@ GROUPS = {
         *("templates", "templates_max_mb", "templates_max_age_s", "standby", "standby_max_mb", "standby_idle_s"),
     ),
     "networks": ("network", "bridge", "subnet", "nameservers"),
-    "the daemon": ("ephemeral", "log_level"),
+    "the daemon": ("cpu_priority", "ephemeral", "log_level"),
 }
 """The settings that are flags, as `volantd --help` lists them. `api_key` is none: every user of a host can read the
 arguments of its processes."""

@@ -1,0 +1,56 @@
+"""Where processors are shared among sessions, the daemon's has more weight than hypervisors'."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from volant._priority import LOWERED, OWN
+from volant.host import Host
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="the kernel has no autogroups")
+
+RAISES = "from volant._priority import raise_own\nprint(raise_own(), open('/proc/self/autogroup').read().split()[-1])"
+
+
+def said(*, leads: bool) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", RAISES], start_new_session=leads, capture_output=True, text=True, check=True, timeout=30,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+    )  # fmt: skip
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise it")
+def test_a_daemon_that_leads_its_session_raises_that() -> None:
+    assert said(leads=True) == ["True", str(OWN)]
+
+
+def test_a_session_with_other_programs_is_left_alone() -> None:
+    raised, weight = said(leads=False)
+    assert (raised, weight) == ("False", Path("/proc/self/autogroup").read_text().split()[-1])
+
+
+@pytest.mark.parametrize("lowers", [True, False])
+async def test_a_daemon_that_may_not_lowers_its_hypervisors(tmp_path: Path, lowers: bool) -> None:
+    host = Host(lowers=lowers)
+    mark = f"volant-test.{host.new_id()}"
+    identity = await host.spawn(
+        [sys.executable, "-c", "import time; time.sleep(60)", mark],
+        mark=mark,
+        env={},
+        cwd=tmp_path,
+        stdout_path=tmp_path / "out",
+    )
+    try:
+        with trio.fail_after(20):
+            await host.give_own_scope(identity, "a test")
+        weight = await host.read_bytes(Path(f"/proc/{identity.pid}/autogroup"))
+        assert weight.split()[-1] == (str(LOWERED) if lowers else "0").encode()
+    finally:
+        await host.end([identity])
