@@ -210,6 +210,7 @@ async def test_an_upload_is_verified_bounded_and_for_nobody_else(root: Path) -> 
         assert (status, answer) == (201, {"sha256": DIGEST, "size_bytes": len(SECRET)})
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cache-control"] == "no-store"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
 
         path = medium_path(root / "state/cache", DIGEST)
         assert path.read_bytes() == SECRET
@@ -235,6 +236,9 @@ async def test_an_upload_is_refused_to_pages_of_others_and_without_a_key(root: P
         keyed = {"X_Volant_API_Key": KEY}
         assert (await ask(port, "PUT", place, "x", Origin="https://evil.example", **keyed))[0] == 403
         assert (await ask(port, "PUT", place, "x", Host="evil.example", **keyed))[0] == 421
+        for site in ("cross-site", "same-site"):
+            assert (await ask(port, "PUT", place, "x", Sec_Fetch_Site=site, **keyed))[0] == 403
+        assert not (root / "state/cache/media").exists()
         assert (await ask(port, "PUT", place, SECRET.decode(), **keyed))[0] == 201
 
 

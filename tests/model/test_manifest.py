@@ -130,6 +130,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("openapi.openapi", {"openapi": {"openapi": 3}}),
     ("openapi", {"openapi": {"openapi": "3.1.0", "paths": nested(64)}}),
     ("openapi", {"openapi": {"openapi": "3.1.0", "info": "x" * 262144}}),
+    ("boot.rootfs.sha256", {"boot": {"rootfs": {"url": "/x", "sha256": DIGEST + "\n"}}}),
     ("boot.rootfs.url", rootfs("images/x.ext4")),
     ("boot.rootfs.url", rootfs("ftp://host/x")),
     ("boot.rootfs.url", rootfs("file://elsewhere/x")),

@@ -186,7 +186,8 @@ def fetch_(options: Options, url: str, sha256: str, cache: Path | None, max_mb: 
 def remove(options: Options, media: tuple[str, ...], cache: Path | None) -> int:
     """Remove boot media from the cache, each named by the beginning of its digest.
 
-    VMs that run on one go on; one that boots later fetches it again from where its manifest says.
+    VMs that run on one go on. One that boots later fetches it again from where its manifest says; a file of this host
+    that lies below no directory of the setting artifact_dirs has to be uploaded again, with `volar plugins upload`.
     """
     out = Output(options.json)
 

@@ -114,7 +114,8 @@ class Artifact(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         ),
     ]
     """An absolute path of the daemon's host, or a `file://`, `http://` or `https://` URL."""
-    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    # The pattern alone would take one with a line break at its end.
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 
 
 class Boot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
