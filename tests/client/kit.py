@@ -190,7 +190,8 @@ def vm(**members: object) -> dict[str, object]:
         "restart_policy": "never", "restarts": 0, "boots": 1, "boot": "auto", "booted_from": "cold",
         "fallback": None, "disk": "none", "created_at": "2025-09-24T12:34:56Z",
         "updated_at": "2025-09-24T12:34:56Z", "started_at": "2025-09-24T12:34:56Z", "origin": None,
-        "disk_mb": None, "network": "none", "network_reason": "", "ports": [], **members,
+        "disk_mb": None, "network": "none", "network_reason": "", "ports": [], "workload": None,
+        "expires_at": None, **members,
     }  # fmt: skip
 
 

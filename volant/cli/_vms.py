@@ -13,7 +13,7 @@ import trio
 
 from volant._helpers import open_helpers
 from volant.client import ClientError, Feed, LogGap, LogLine, StreamGap, Verb, Waited
-from volant.model import BASE, CreateVm, Event, Problem, RestoreVm, Status, VmMemory, VmView
+from volant.model import BASE, READY, CreateVm, Event, Problem, RestoreVm, Status, VmMemory, VmView
 
 from . import _console, _copy, _exec, _forward, _snapshots
 from ._complete import network_choices, plugin_names, snapshot_names, vm_names
@@ -40,17 +40,23 @@ timeout_option = click.option(
 @click.option("--status", type=click.Choice([str(state) for state in Status]), help="Only those in this status.")
 @click.option("--label", "labels", type=Pair(), multiple=True, help="Only those with this label; may be repeated.")
 @click.option("--plugin", shell_complete=plugin_names, help="Only those of this plugin.")
-async def list_(session: Session, status: str | None, labels: tuple[tuple[str, str], ...], plugin: str | None) -> None:
+@click.option("--wide", is_flag=True, help="Show workloads and when VMs expire, too.")
+async def list_(
+    session: Session, status: str | None, labels: tuple[tuple[str, str], ...], plugin: str | None, wide: bool
+) -> None:
     """List VMs."""
     vms = await session.client.vms.list(status=status, labels=dict(labels), plugin=plugin)
     if session.out.json:
         session.out.document(vms)
         return
-    titles = ("NAME", "STATUS", "PLUGIN", "CPUS", "MEMORY", "ADDRESS", "UP", "RESTARTS", "REASON")
+    titles: tuple[str, ...] = ("NAME", "STATUS", "PLUGIN", "CPUS", "MEMORY", "ADDRESS", "UP", "RESTARTS", "REASON")
+    if wide:
+        titles = (*titles, "WORKLOAD", "EXPIRES")
     rows = [
         (
             *(vm.name, str(vm.status), vm.plugin, vm.cpu_cores, f"{vm.memory_mb} MiB"),
             *(vm.ip_address, _up(vm), vm.restarts, _why(vm)),
+            *((_workload(vm), _expires(vm)) if wide else ()),
         )
         for vm in vms
     ]
@@ -229,9 +235,11 @@ async def create(
         _done(session.out, made, "is created")
         return 0
     async with _telling(session, name) as teller:
-        waited = await session.client.vms.create_and_wait(request, timeout_s=timeout, idempotency_key=idempotency_key)
+        waited = await session.client.vms.create_and_wait(
+            request, (READY,), timeout_s=timeout, idempotency_key=idempotency_key
+        )
         await _settle(teller, waited)
-    return _outcome(session.out, name, waited, "running", timeout)
+    return _outcome(session.out, name, waited, READY, timeout)
 
 
 @command(group, "start")
@@ -340,7 +348,7 @@ async def kill(session: Session, mark: str) -> None:
     default="running",
     show_default=True,
     metavar="STATES",
-    help="Comma-separated; a status, or deleted.",
+    help="Comma-separated; a status, ready (its workload is well), or deleted.",
 )
 @timeout_option
 async def wait_for(session: Session, name: str, states: tuple[str, ...], timeout: float) -> int:
@@ -458,9 +466,11 @@ async def _verb(session: Session, name: str, verb: Verb, wait: bool, timeout: fl
         _done(session.out, vm, f"is {state}" if there else so_far)
         return 0
     async with _telling(session, name) as teller:
-        waited = await session.client.vms.verb_and_wait(name, verb, [state], timeout_s=timeout, grace_s=grace)
+        # A VM that boots is to do its work.
+        wanted = READY if verb in ("start", "restart") else state
+        waited = await session.client.vms.verb_and_wait(name, verb, [wanted], timeout_s=timeout, grace_s=grace)
         await _settle(teller, waited)
-    return _outcome(session.out, name, waited, state, timeout)
+    return _outcome(session.out, name, waited, wanted, timeout)
 
 
 class _Teller:
@@ -532,6 +542,8 @@ def _outcome(out: Output, name: str, waited: Waited, wanted: str, timeout_s: flo
         return TIMED_OUT if waited.outcome == "timeout" else FAILED
     if waited.outcome == "timeout":
         now = f", it is {vm.status}" if vm is not None else ""
+        if vm is not None and vm.workload is not None and vm.status is Status.RUNNING:
+            now = f"{now}, and its workload is {_workload(vm)}"
         raise Failure(
             f"VM {name!r} is not {wanted} after {timeout_s:g} s{now}",
             code=TIMED_OUT,
@@ -539,6 +551,8 @@ def _outcome(out: Output, name: str, waited: Waited, wanted: str, timeout_s: flo
         )
     state = f"is {vm.status}" if vm is not None else "is deleted"
     why = f": {vm.reason.message}" if vm is not None and vm.reason is not None else ""
+    if vm is not None and vm.workload is not None and vm.workload.state == "failed":
+        why = f", and its workload has failed: {safe(vm.workload.error or '')}"
     raise Failure(
         f"VM {name!r} {state}{why}",
         hint=f"`volar vms logs {name}` shows its console, `volar vms get {name}` the last lines of it",
@@ -567,6 +581,7 @@ def _show(out: Output, vm: VmView) -> None:
             ("vCPUs", vm.cpu_cores),
             ("memory", f"{vm.memory_mb} MiB"),
             ("up", _up(vm)),
+            ("workload", _workload(vm)),
             ("pid", vm.pid),
             ("hypervisor", vm.hypervisor and f"{vm.hypervisor} ({vm.accelerator})"),
             ("network", f"{safe(vm.network)} ({safe(vm.network_reason)})"),
@@ -580,6 +595,7 @@ def _show(out: Output, vm: VmView) -> None:
             ("kernel cmdline", vm.kernel_cmdline),
             ("created", vm.created_at),
             ("started", vm.started_at),
+            ("expires", vm.expires_at),
         ]
     )
     if vm.reason is not None:
@@ -593,5 +609,17 @@ def _up(vm: VmView) -> str:
     return span((datetime.now(UTC) - vm.started_at).total_seconds())
 
 
+def _workload(vm: VmView) -> str:
+    if vm.workload is None:
+        return ""
+    return f"{vm.workload.state}: {safe(vm.workload.error)}" if vm.workload.error else vm.workload.state
+
+
+def _expires(vm: VmView) -> str:
+    return "" if vm.expires_at is None else vm.expires_at.strftime("%Y-%m-%d %H:%M:%SZ")
+
+
 def _why(vm: VmView) -> str:
+    if vm.reason is None and vm.workload is not None and vm.workload.state in ("failed", "unhealthy"):
+        return f"workload_{vm.workload.state}"
     return vm.reason.code if vm.reason is not None else ""

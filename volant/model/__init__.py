@@ -31,6 +31,7 @@ from ._decide import (
     Verb,
     VerbKind,
     Woke,
+    WorkloadChanged,
     decide,
     effect_of,
     settled,
@@ -96,6 +97,7 @@ from ._network import (
 from ._problem import Problem, invalid, name_taken, no_such_vm
 from ._row import (
     FORK,
+    READY,
     SNAPSHOT,
     WAIT_STATES,
     BootMode,
@@ -110,7 +112,9 @@ from ._row import (
     Status,
     VmRow,
     VmView,
+    WorkloadView,
     is_capture,
+    readiness,
     view,
 )
 from ._snapshot import (
@@ -189,6 +193,7 @@ __all__ = [
     "NAME_PATTERN",
     "NONE",
     "PRUNED_KINDS",
+    "READY",
     "SNAPSHOT",
     "USER",
     "USER_ADDRESS",
@@ -289,6 +294,8 @@ __all__ = [
     "Wellbeing",
     "Woke",
     "Workload",
+    "WorkloadChanged",
+    "WorkloadView",
     "allocate",
     "asked_network",
     "capacity_of",
@@ -334,6 +341,7 @@ __all__ = [
     "parse_port",
     "parse_ports",
     "parse_subnet",
+    "readiness",
     "restored_event",
     "restored_row",
     "settled",

@@ -22,7 +22,7 @@ import msgspec
 
 from ._edges import check_edge
 from ._problem import Problem
-from ._row import Desired, Origin, Phase, ProcessIdentity, Reason, Status, VmRow
+from ._row import Desired, Origin, Phase, ProcessIdentity, Reason, Status, VmRow, WorkloadView
 
 MAX_RESTARTS = 10
 """A policy gives up after so many restarts in a row without a person's `start`."""
@@ -139,6 +139,12 @@ class RestartDue(msgspec.Struct, frozen=True):
     """The back-off before an automatic restart has passed."""
 
 
+class WorkloadChanged(msgspec.Struct, frozen=True):
+    """The agent says how the workload is now; None: it has none."""
+
+    workload: WorkloadView | None
+
+
 class Released(msgspec.Struct, frozen=True):
     """The daemon does not drain, or does not any more."""
 
@@ -157,6 +163,7 @@ Seen = (
     | Removed
     | RestartDue
     | Released
+    | WorkloadChanged
 )
 
 
@@ -346,6 +353,9 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
             if _restarts_by_itself(row):
                 change.to("", generation=row.generation + 1, restarts=row.restarts + 1)
                 _boot(change, f"started again by its restart policy, {row.restarts + 1} of {MAX_RESTARTS}")
+        case WorkloadChanged(workload):
+            if row.process is not None and workload != row.workload:
+                change.to("the workload is " + (workload.state if workload is not None else "gone"), workload=workload)
         case Released():
             if _is_held(row):
                 _boot(change, "started, as the daemon does not drain any more")
@@ -387,6 +397,7 @@ def _boot(change: _Change, message: str) -> None:
         process=None,
         mark="",
         agent_seen=False,
+        workload=None,
         template=None,
         fallback=None,
     )
@@ -603,7 +614,7 @@ def _cleared(change: _Change) -> None:
     row = change.row
     if row.phase is not Phase.KILL:
         return
-    change.to("", process=None, mark="", agent_seen=False, phase=Phase.NONE)
+    change.to("", process=None, mark="", agent_seen=False, workload=None, phase=Phase.NONE)
     match row.status:
         case Status.STARTING:
             change.to("booting cold, as the clone failed", phase=Phase.IMAGE, template=None)

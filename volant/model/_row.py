@@ -12,6 +12,7 @@ import msgspec
 from ._manifest import Env, Manifest
 from ._network import MAX_PORTS, NONE, Lease, PortText, PublishedPort
 from ._text import PLAIN_PATTERN, Duration, Labels, Name, Time
+from .agent_types import WorkloadState
 
 
 class Status(StrEnum):
@@ -27,7 +28,9 @@ class Status(StrEnum):
     DELETING = "deleting"
 
 
-WAIT_STATES: tuple[str, ...] = (*(str(status) for status in Status), "deleted")
+READY: Literal["ready"] = "ready"
+"""Running, and its workload is healthy or has ended well; without a health check it is healthy once it has started."""
+WAIT_STATES: tuple[str, ...] = (*(str(status) for status in Status), READY, "deleted")
 """What a client can wait for a VM to be."""
 
 
@@ -94,6 +97,16 @@ class Origin(msgspec.Struct, frozen=True):
     """The name of the snapshot; null for a fork."""
     paused_ms: float | None = None
     """For how long that guest stood still; null until it is known."""
+
+
+class WorkloadView(msgspec.Struct, frozen=True):
+    """How a VM's workload is, as the agent in the guest says."""
+
+    state: WorkloadState
+    exit_code: int | None = None
+    """Of its last run, when that ended by itself."""
+    error: str | None = None
+    """Why it could not be started, how it ended, or what its failing health check said. For people."""
 
 
 RestartPolicy = Literal["never", "on-failure", "always"]
@@ -229,6 +242,8 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: Literal["kvm", "tcg"] | None = None
     agent_seen: bool = False
     """Whether the agent of this process has ever answered."""
+    workload: WorkloadView | None = None
+    """How the workload of this boot was last; None: it has none, or nothing was heard of it yet."""
     found_boot: int = 0
     """Of `boots`, the one that was found on the host without a row and adopted: what its guest was told nobody knows.
     0: none."""
@@ -288,6 +303,10 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     """Why it has that one."""
     ports: tuple[str, ...] = ()
     """Of the host that lead to its own, each as `host:host_port:guest_port/protocol`."""
+    workload: WorkloadView | None = None
+    """How its workload is; null while the VM does not run, and where it has none."""
+    expires_at: Time | None = None
+    """When it is deleted by itself; null: never."""
 
 
 def view(row: VmRow) -> VmView:
@@ -325,7 +344,25 @@ def view(row: VmRow) -> VmView:
         created_at=row.created_at,
         updated_at=row.updated_at,
         started_at=row.started_at,
+        workload=_workload(row),
+        expires_at=row.expires_at,
     )
+
+
+def _workload(row: VmRow) -> WorkloadView | None:
+    if row.status not in (Status.RUNNING, Status.PAUSED) or row.manifest.workload is None:
+        return None
+    return row.workload or WorkloadView("starting")
+
+
+def readiness(row: VmRow) -> Literal["met", "failed"] | None:
+    """Whether a VM that runs is `ready`, or won't be; None: not yet."""
+    if row.status is not Status.RUNNING:
+        return None
+    workload = _workload(row)
+    if workload is None or workload.state in ("healthy", "exited"):
+        return "met"
+    return "failed" if workload.state == "failed" else None
 
 
 def _booted_from(row: VmRow) -> Literal["cold", "template", "snapshot", "fork"] | None:

@@ -28,6 +28,7 @@ from volant.model.agent import (
     DAEMON_ROOT,
     DAEMON_SETTLE,
     DAEMON_SHUTDOWN,
+    DAEMON_WATCH,
     DAEMON_WORKLOAD,
     FRAME_STDOUT,
     HEALTHZ,
@@ -44,6 +45,8 @@ from volant.model.agent import (
     encode_log_frame,
 )
 
+MISSING_PROGRAM = "nosuch"
+"""The one program that the guest's root does not have."""
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _NO_NONCE = bytes(RESYNC_NONCE_BYTES)
 _HELLO = bytes(16384 + 18) + RESYNC_MAGIC + _NO_NONCE
@@ -77,6 +80,7 @@ class SimGuest:
         self._stdout = bytearray()
         self._written = trio.Event()
         self._reader: trio.CancelScope | None = None
+        self._workload_news = trio.Event()
         self._going_down = False
         self._goes_on = trio.Event()
         self._goes_on.set()
@@ -131,6 +135,7 @@ class SimGuest:
                 self.network = wanted["network"]
                 self.hosts = wanted["network"].get("hosts", {})
             self.workload = wanted.get("workload", self.workload)
+            self.workload_changes()
             self._log_id = f"{self._rng.getrandbits(64):016x}"
             said = {"protocol": {"min": PROTOCOL_MIN, "max": self.protocol}, "time_ns": wanted["time_ns"]}
             await answer(stream, 200, said)
@@ -157,13 +162,32 @@ class SimGuest:
             fits = self.workload in (None, given)
             if fits:
                 self.workload = given
+                self.workload_changes()
             await answer(stream, 200 if fits else 409, {"state": "running"})
         elif (method, path) == ("POST", DAEMON_SHUTDOWN):
             await self.when_asked_to_stop(stream)
         elif path == DAEMON_LOGS:
             await self._follow(target, stream)
+        elif path == DAEMON_WATCH:
+            await self._watch(stream)
         else:
             await answer(stream, 404, {"detail": "there is no such route"})
+
+    async def _watch(self, stream: _Stream) -> None:
+        """Tell how the workload is, now and whenever it changes."""
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nConnection: close\r\n\r\n")
+        while True:
+            news = self._workload_news
+            status: dict[str, Any] = {"state": "none" if self.workload is None else "healthy", "restarts": 0}
+            if self.workload is not None and self.workload["entrypoint"][0] == MISSING_PROGRAM:
+                status |= {"state": "failed", "error": f"there is no program {MISSING_PROGRAM}"}
+            await stream.send_all(json.dumps(status).encode() + b"\n")
+            await news.wait()
+
+    def workload_changes(self) -> None:
+        """Those that watch the workload look again."""
+        news, self._workload_news = self._workload_news, trio.Event()
+        news.set()
 
     async def _shut_down(self, stream: _Stream) -> None:
         await answer(stream, 202, {})

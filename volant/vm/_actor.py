@@ -18,7 +18,7 @@ from actors import Actor, ActorDown, AskTimeout, Deferred, MailboxFull, TaskHand
 from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.host import ProcessGone
 from volant.hypervisor import CaptureFailed, HypervisorError, LaunchFailed, MachineSpec
-from volant.journal import AlreadyAnswered, CommitSteps, Once, StaleRow
+from volant.journal import AlreadyAnswered, CommitSteps, LogEntry, Once, StaleRow
 from volant.model import (
     MAX_RESTARTS,
     AgentAnswered,
@@ -209,6 +209,26 @@ class VmActor(Actor):
             before = self._row
             await self._see(message.seen)
             self._tell_builder(before, self._row)
+            if before.workload != self._row.workload:
+                self._note_workload(self._row)
+
+    def _note_workload(self, row: VmRow) -> None:
+        """Say in the VM's log that its workload has failed, and let those look who wait for it to be well."""
+        self._doors.workload_news.announce()
+        workload = row.workload
+        if workload is not None and workload.state == "failed":
+            text = f"volant: the workload has failed: {workload.error}"
+            self._log.append(
+                [
+                    LogEntry(
+                        stream="stderr",
+                        line=text.encode(errors="replace"),
+                        timestamp=self._doors.host.wall_clock(),
+                        source=f"{row.boot_key}/workload",
+                        position=row.revision,
+                    )
+                ]
+            )
 
     def _tell_builder(self, before: VmRow, after: VmRow) -> None:
         """What a boot says of templates: one that should be there, one that served, one that did not."""

@@ -49,6 +49,18 @@ class VmSettings:
     kill_timeout_s: float = 30.0
 
 
+@dataclass
+class News:
+    """Something that many may wait for, again and again."""
+
+    event: trio.Event = field(default_factory=trio.Event)
+    """Set when there is something new; there is another one then."""
+
+    def announce(self) -> None:
+        before, self.event = self.event, trio.Event()
+        before.set()
+
+
 @dataclass(frozen=True, kw_only=True)
 class VmDoors:
     """Refs and doors of a VM's actor."""
@@ -76,5 +88,7 @@ class VmDoors:
     gate: BootGate = field(default_factory=lambda: BootGate(4))
     clone_gate: BootGate = field(default_factory=lambda: BootGate(CLONES_AT_ONCE))
     """Of its own, as a clone is done in a tenth of a second, and would wait for cold boots for many."""
+    workload_news: News = field(default_factory=News)
+    """That some VM's workload has changed, which is no event of the VM's."""
     live: dict[int, LiveProcess] = field(default_factory=dict)
     """By the VM's id: what is alive of its process, for whoever wants a stream to its agent."""

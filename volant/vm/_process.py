@@ -14,7 +14,7 @@ import base64
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
 import msgspec
 import trio
@@ -41,13 +41,23 @@ from volant.hypervisor import (
     MachineSpec,
 )
 from volant.journal import VmLog
-from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
+from volant.model import (
+    GUEST_SHUTDOWN,
+    Ended,
+    EndKind,
+    ProcessIdentity,
+    Reason,
+    Seen,
+    WorkloadChanged,
+    WorkloadView,
+)
 from volant.model.agent import (
     DAEMON_CLOCK,
     DAEMON_HOSTS,
     DAEMON_IDENTITY,
     DAEMON_MANIFEST,
     DAEMON_ROOT,
+    DAEMON_WATCH,
     DAEMON_WORKLOAD,
     INFO,
     PROTOCOL_MIN,
@@ -56,6 +66,7 @@ from volant.model.agent import (
     TELLS_ALL_AT_ONCE,
     TELLS_NETWORK,
 )
+from volant.model.agent_types import WorkloadState
 
 from ._console import ConsolePump, console_source
 from ._memory import CEILING_MB
@@ -89,6 +100,9 @@ _CLOCK_MENDS = 12
 _CLOCK_S = 20.0
 """For the agent of a guest that has stood still to be there again, and to set its clock."""
 _DETAIL_CHARACTERS = 1000
+_WORKLOAD_PAUSE_S = 1.0
+"""Each report is a commit, and a guest may change its mind as often as it likes."""
+_MAX_STATUS = 64 * 1024
 _CONSOLE_LINES = 60
 """With the trace that follows it, what a kernel says when it panics is some forty lines long."""
 _CONSOLE_CHARACTERS = 500
@@ -243,6 +257,8 @@ class LiveProcess:
                 nursery.start_soon(self.console.serve)
                 nursery.start_soon(self._keep_channel)
                 nursery.start_soon(self._mend_clock)
+                if self._workload is not None:
+                    nursery.start_soon(self._keep_workload)
                 nursery.start_soon(self._watch)
                 if self._neighbours.can_change:
                     nursery.start_soon(self._keep_hosts)
@@ -604,6 +620,41 @@ class LiveProcess:
             with suppress(AgentUnreachable, AgentProtocolError):
                 await self.set_clock()
 
+    async def _keep_workload(self) -> None:
+        """Report how the workload is, whenever that changes, at most once in `_WORKLOAD_PAUSE_S`."""
+        await self._is_itself.wait()
+        pause_s = _RETRY_MIN_S
+        while True:
+            began = trio.current_time()
+            with suppress(AgentUnreachable, AgentProtocolError, ValueError):
+                await self._opened.wait()
+                if self._channel is not None and self._client is not None:
+                    await self._channel.ready()
+                    if not await self._follow_workload(self._client):
+                        return  # its agent is too old
+            if trio.current_time() - began >= _RETRY_MAX_S:
+                pause_s = _RETRY_MIN_S
+            await trio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _RETRY_MAX_S)
+
+    async def _follow_workload(self, client: AgentClient) -> bool:
+        """False: the agent can't tell. Raises AgentUnreachable, AgentProtocolError, ValueError."""
+        async with client.stream("GET", DAEMON_WATCH, timeout_s=_ANSWER_S, reserved=True) as response:
+            if response.status == 404:
+                return False
+            if response.status != 200:
+                raise AgentProtocolError(f"it answers GET {DAEMON_WATCH} with {response.status}")
+            buffer = b""
+            async for chunk in response:
+                *lines, buffer = (buffer + chunk).split(b"\n")
+                if len(buffer) > _MAX_STATUS:
+                    raise AgentProtocolError("what it says of its workload has no end")
+                # Only the newest counts: a guest may say more than anybody wants to keep.
+                if lines:
+                    await self._report(WorkloadChanged(workload_of(lines[-1])))
+                    await trio.sleep(_WORKLOAD_PAUSE_S)
+        return True
+
     async def _keep_channel(self) -> None:
         """Keep the way to the agent open; a link that breaks is made again by the channel itself."""
         async with open_channel(self._host, _agent_address(self._spec)) as channel:
@@ -638,6 +689,27 @@ class LiveProcess:
                 pause_s = _RETRY_MIN_S
             await trio.sleep(pause_s)
             pause_s = min(pause_s * 2, _RETRY_MAX_S)
+
+
+def workload_of(said: bytes) -> WorkloadView | None:
+    """What a line of the agent's says of its workload; None: there is none. :raises ValueError: it is no such line."""
+    status = msgspec.json.decode(said, type=_Status)
+    if status.state == "none":
+        return None
+    error = status.error
+    if error is None and status.state == "failed":
+        how = f"signal {status.signal}" if status.exit_code is None else f"exit code {status.exit_code}"
+        error = f"it ended with {how}"
+    return WorkloadView(status.state, status.exit_code, None if error is None else error[:_DETAIL_CHARACTERS])
+
+
+class _Status(msgspec.Struct):
+    """A line of `DAEMON_WATCH`; see `volant.model.agent_types.WorkloadStatus`."""
+
+    state: WorkloadState
+    exit_code: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
+    signal: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
+    error: str | None = None
 
 
 async def _end_of(machine: Machine) -> tuple[EndKind, str]:

@@ -33,6 +33,8 @@ from volant.journal import (
     CommitSteps,
     CreateRow,
     EndDrain,
+    EventCursor,
+    EventFrame,
     EventGap,
     ForkRow,
     Once,
@@ -42,6 +44,7 @@ from volant.journal import (
 )
 from volant.model import (
     FORK,
+    READY,
     SNAPSHOT,
     BuildTemplate,
     CreateVm,
@@ -67,6 +70,7 @@ from volant.model import (
     new_row,
     no_such_snapshot,
     no_such_vm,
+    readiness,
     settled,
     view,
 )
@@ -349,15 +353,18 @@ class Vms:
         with trio.move_on_after(timeout_s):
             async with store.events.cursor(since if since is not None else store.projection.last_event) as cursor:
                 while True:
+                    news = self.doors.workload_news.event
                     row = store.projection.by_id(vm_id)
                     if row is None:
                         return ("met" if DELETED in states else "failed"), None
                     if row.status in states:
                         return "met", row
+                    if READY in states and (found := readiness(row)) is not None:
+                        return found, row
                     if cursor.position.seq >= store.projection.last_event.seq and _came_to_rest(row):
                         return "failed", row
-                    taken = await cursor.take()
-                    if isinstance(taken, EventGap):
+                    taken = await _take_before(cursor, news)
+                    if taken is None or isinstance(taken, EventGap):
                         continue
                     if not taken:
                         break
@@ -713,6 +720,21 @@ class Vms:
             ref = await self.supervisor.start_child(child)
         self._refs[row.id] = ref
         return ref
+
+
+async def _take_before(cursor: EventCursor, news: trio.Event) -> list[EventFrame] | EventGap | None:
+    """What the cursor takes next; None: the event `news` came first."""
+    taken: list[EventFrame] | EventGap | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            await news.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(wait)
+        taken = await cursor.take()
+        nursery.cancel_scope.cancel()
+    return taken
 
 
 def _came_to_rest(row: VmRow) -> bool:

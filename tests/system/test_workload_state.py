@@ -1,0 +1,58 @@
+"""A workload that can't start is seen by everybody who looks at its VM, and `--wait` ends with a failure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+
+import trio
+
+from tests.system.kit import BOOT_S, REPOSITORY, Daemon, spec
+
+ENDS = {"name": "ends", "workload": {"entrypoint": ["sh", "-c", "exit 3"], "restart": "never"}}
+MANIFEST = {"name": "broken", "workload": {"entrypoint": ["nosuch"]}}
+WHY = "there is no program nosuch"
+
+
+def volar(daemon: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "volant.cli.main", "--api", daemon.base_url, *words]
+    environ = {**daemon.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environ, text=True, capture_output=True, check=False, timeout=BOOT_S
+    )
+
+
+async def test_a_workload_that_can_not_start_is_told_everywhere(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        await client.plugins.install(MANIFEST)
+        tell = partial(trio.to_thread.run_sync, volar, daemon)
+        made = await tell("vms", "create", "demo", "--plugin", "broken", "--ttl", "1h", "--wait")
+        assert made.returncode == 1, made
+        assert f"its workload has failed: {WHY}" in made.stderr
+        assert WHY in (await tell("vms", "get", "demo")).stdout
+        assert "expires" in (await tell("vms", "get", "demo")).stdout
+        assert "workload_failed" in (await tell("vms", "list")).stdout
+        wide = (await tell("vms", "list", "--wide")).stdout
+        assert WHY in wide
+        assert "EXPIRES" in wide
+        assert f"volant: the workload has failed: {WHY}" in (await tell("vms", "logs", "demo")).stdout
+        inspected = (await client.vms.inspect("demo"))["vm"]
+        assert inspected["workload"] == {"state": "failed", "exit_code": None, "error": WHY}
+        assert inspected["expires_at"] is not None
+        waited = await client.vms.wait("demo", ["ready"], timeout_s=BOOT_S)
+        assert (waited.outcome, waited.vm and waited.vm.status) == ("failed", "running")
+        await client.vms.delete("demo")
+        await client.plugins.remove("broken")
+
+
+async def test_one_that_ends_with_an_error_is_told_too(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        await client.plugins.install(ENDS)
+        waited = await client.vms.create_and_wait(spec("demo", plugin="ends"), ["ready"], timeout_s=BOOT_S)
+        assert waited.outcome == "failed"
+        assert waited.vm is not None
+        assert waited.vm.workload is not None
+        assert (waited.vm.workload.state, waited.vm.workload.exit_code) == ("failed", 3)
+        await client.vms.delete("demo")
+        await client.plugins.remove("ends")
