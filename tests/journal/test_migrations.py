@@ -14,7 +14,7 @@ from volant.journal import _schema as schema
 from volant.model import Manifest, Status
 
 AT = "2025-09-24T12:34:56Z"
-RELEASED = ["45f1bd27637d01f0", "9a3a0cf9f2ba6f85", "fa64548fe9252224", "6466402163b6e92d"]
+RELEASED = ["45f1bd27637d01f0", "9a3a0cf9f2ba6f85", "fa64548fe9252224", "6466402163b6e92d", "e3b0c44298fc1c14"]
 """What was hashed of each migration when it was released."""
 
 # As the first version wrote them: what came later is not in them.

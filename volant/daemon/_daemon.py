@@ -566,13 +566,14 @@ class Daemon:
     # What the API shows of the daemon
 
     def health(self) -> Health:
-        """`ok` when the tree is whole and changes can be made; a VM's failure or a missing hypervisor is nothing of
-        that."""
+        """`ok` when the tree is whole, changes can be made and the database is sound; a VM's failure or a missing
+        hypervisor is nothing of that."""
         if self.stopping.is_set():
             return "stopping"
         if self.adoption_s is None or self.system is None:
             return "starting"
-        return "ok" if self.system.whole() and self.store.trouble is None else "degraded"
+        store = self.store
+        return "ok" if self.system.whole() and store.trouble is None and store.damage is None else "degraded"
 
     def tree(self) -> Mapping[str, object]:
         """The supervisor tree, ready for JSON."""
@@ -596,7 +597,7 @@ class Daemon:
             "runtime_dir": str(self.settings.runtime_dir),
             "cache_dir": str(self.settings.cache_dir),
             "settings": shown(self.settings),
-            "journal": {"trouble": self.store.trouble, "lost": self.store.lost},
+            "journal": {"trouble": self.store.trouble, "lost": self.store.lost, "damage": self.store.damage},
             "event_epoch": self.store.projection.last_event.epoch,
             "orphans": self._ownerless(),
             "started_at": self.started_at,

@@ -13,9 +13,11 @@ from actors import ActorDown, AskTimeout, Ref
 from volant.host import Host
 from volant.model import Problem
 
+from ._checksums import is_changed_page
 from ._errors import DatabaseRefused, no_room
 from ._journal import Journal
 from ._restore import Copied, Evidence, append, copy_path, examine, make_copy, read, upload_path
+from ._schema import CHANGED_PAGE
 from ._store import Store
 from .messages import Restore
 
@@ -138,6 +140,8 @@ class Backups:
         assert failure is not None
         if isinstance(failure, DatabaseRefused):
             raise Problem(503, "journal-damaged", str(failure))
+        if is_changed_page(failure):
+            raise Problem(503, "journal-damaged", f"{self._store.path} is damaged: {CHANGED_PAGE}")
         if isinstance(failure, apsw.InterruptError):
             raise Problem(503, "backup-slow", f"the copy took more than {_COPY_S:g} s", hint="look at the disk")
         raise no_room(failure) from failure

@@ -33,12 +33,24 @@ from actors import Actor, Deferred, Request, check_fence, handles
 from volant.model import Drain, EventId, IllegalEdge, Network, Problem, Snapshot, VmRow
 
 from ._answers import Once
+from ._checksums import is_changed_page
 from ._database import Database, Loaded
-from ._errors import AlreadyAnswered, BadRow, StaleRow, full, no_room, overloaded, restoring, slow, unwritable
+from ._errors import (
+    AlreadyAnswered,
+    BadRow,
+    DatabaseRefused,
+    StaleRow,
+    full,
+    no_room,
+    overloaded,
+    restoring,
+    slow,
+    unwritable,
+)
 from ._projection import Plugin
 from ._reserve import RESERVE_BYTES
 from ._restore import finish, merge, next_path, snapshots_after
-from ._schema import damaged, untrusted
+from ._schema import CHANGED_PAGE, damaged, look_for_damage, untrusted
 from ._stage import Operation, Stage
 from ._store import Store
 from .messages import (
@@ -69,6 +81,8 @@ _TRIM_SLACK = 1000
 _COMPACT_EVERY = 1000
 """Commits: what else than retention has left space, or kept the log from being emptied, is found by then."""
 _PROBE_S = 1.0
+_SCRUB_EVERY_S = 3600.0
+_SCRUB_S = 60.0
 _SYNC_S = 1.0
 _LOOK_S = 30.0
 _TRIM_AT_LEAST_S = 1.0
@@ -116,6 +130,10 @@ class Journal(Actor):
             raise untrusted(store.path, bad) from bad
         except (apsw.CorruptError, apsw.NotADBError) as error:
             raise damaged(store.path, error) from error
+        except apsw.IOError as error:
+            if is_changed_page(error):
+                raise damaged(store.path, CHANGED_PAGE) from error
+            raise
         check_fence()
         loaded = await self._compare(loaded)
         store.trouble = None
@@ -137,6 +155,7 @@ class Journal(Actor):
         self.ctx.spawn(self._watch_age, name="retention")
         self.ctx.spawn(self._sync_acknowledged, name="acknowledged")
         self.ctx.spawn(self._probe_again, name="probe")
+        self.ctx.spawn(self._look_for_damage, name="damage")
 
     async def _compare(self, loaded: Loaded) -> Loaded:
         """What is gone of what was acknowledged is told; the epoch of the events is another one then."""
@@ -391,6 +410,28 @@ class Journal(Actor):
     def _set_trouble(self, why: str) -> None:
         self._store.trouble = why
         self._troubled.set()
+
+    async def _look_for_damage(self) -> None:
+        """What was looked at when it was opened may change on the disk later, and is read again at the next start: too
+        late, as by then nobody has it in memory."""
+        store = self._store
+        while True:
+            await trio.sleep(_SCRUB_EVERY_S)
+            check_fence()
+            try:
+                await store.host.run_blocking(look_for_damage, store.path, store.host, _SCRUB_S)
+            except DatabaseRefused as refused:
+                damage = str(refused).partition("; it has not been touched")[0]
+                if store.damage is None:
+                    _logger.error(
+                        "%s; what is in memory is sound: `volar system restore BACKUP` now keeps VMs as they are",
+                        damage,
+                    )
+                store.damage = damage
+            except apsw.Error as error:
+                _logger.warning("the database can't be looked at for damage: %s", error)
+            else:
+                store.damage = None
 
     async def _sync_acknowledged(self) -> None:
         """Beside the commits, so that none waits for it."""

@@ -11,10 +11,12 @@ import apsw
 
 from volant.host import Host
 
+from ._checksums import AVAILABLE, RESERVED_BYTES, has_checksums, is_changed_page
 from ._errors import DatabaseRefused
 
 _logger = logging.getLogger("volant.journal")
 
+CHANGED_PAGE = "a page is not what was written to it: its checksum differs"
 APPLICATION_ID = 0x566F_6C61
 """`Vola`: in the file's header, so that nobody's other database is taken for ours."""
 
@@ -61,6 +63,7 @@ MIGRATIONS = (
         network BLOB NOT NULL
     ) STRICT, WITHOUT ROWID;
     """,
+    "",  # Pages may have checksums. A version that does not know them would write pages without.
 )
 """Entry n brings a database from version n to n + 1. Entries are never changed once released.
 
@@ -137,6 +140,9 @@ def migrated(host: Host, path: Path, check_s: float, *, check: bool = True) -> a
             connection.set_progress_handler(lambda: host.monotonic() > deadline, _CHECK_STEPS)
         connection.pragma("journal_mode", "delete")
         connection.pragma("synchronous", "extra")
+        if check and AVAILABLE and not has_checksums(connection):
+            connection.reserve_bytes(reserve=RESERVED_BYTES)
+            connection.execute("VACUUM")
         _migrate(connection, host)
     except BaseException:
         connection.close()
@@ -178,6 +184,15 @@ def _check_schema(connection: apsw.Connection, path: Path) -> None:
         raise DatabaseRefused(f"its tables are not those of a database of version {version}: {what[:200]}")
 
 
+def look_for_damage(path: Path, host: Host, within_s: float) -> bool:
+    """Read the pages of a database that is in use; whether that came to its end in time.
+
+    :raises DatabaseRefused: it is damaged. :raises apsw.Error: the disk fails.
+    """
+    with closing(open_reader(path)) as reader:
+        return _look_for_damage(reader, path, host, within_s)
+
+
 def open_reader(path: Path) -> apsw.Connection:
     """A connection that can't write. Blocks on the disk. :raises apsw.Error: there is no such database."""
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
@@ -199,6 +214,10 @@ def _check(connection: apsw.Connection, path: Path) -> bool:
         tables = connection.execute("SELECT count(*) FROM sqlite_schema").get
     except (apsw.NotADBError, apsw.CorruptError, apsw.SQLError) as error:
         raise damaged(path, error) from error
+    except apsw.IOError as error:
+        if is_changed_page(error):
+            raise damaged(path, CHANGED_PAGE) from error
+        raise
     if application_id == 0 and tables == 0:
         wal = path.with_name(f"{path.name}-wal")
         if wal.exists() and wal.stat().st_size:
@@ -210,6 +229,11 @@ def _check(connection: apsw.Connection, path: Path) -> bool:
         raise DatabaseRefused(
             f"{path} was written by a newer Volant (database version {version}, this one knows up to {VERSION}): "
             "run that version, or restore a backup that this one made"
+        )
+    if has_checksums(connection) and not AVAILABLE:
+        raise DatabaseRefused(
+            f"the pages of {path} have checksums, and this build of apsw has no extension for them (cksumvfs): "
+            "install the one from PyPI"
         )
     return False
 
@@ -242,8 +266,14 @@ def _look_for_damage(
         return False
     except (apsw.NotADBError, apsw.CorruptError) as error:
         raise damaged(path, error) from error
+    except apsw.IOError as error:
+        if is_changed_page(error):
+            raise damaged(path, CHANGED_PAGE) from error
+        raise
     finally:
         connection.set_progress_handler(None)
+    if f"error code={apsw.SQLITE_IOERR_DATA}" in found:
+        found = f"{CHANGED_PAGE}: {found}"
     if found != "ok":
         raise damaged(path, str(found).strip().replace("\n", ", ")[:200])
     return True
@@ -264,6 +294,8 @@ def _prepare(connection: apsw.Connection) -> None:
     connection.pragma("trusted_schema", False)
     connection.pragma("temp_store", "memory")
     if not connection.pragma("page_count"):
+        if AVAILABLE:
+            connection.reserve_bytes(reserve=RESERVED_BYTES)
         # Only heeded while the file is empty: space of trimmed events is given back in small pieces. Later it would
         # write, and a disk may be full.
         connection.pragma("auto_vacuum", "incremental")

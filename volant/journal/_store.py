@@ -44,6 +44,8 @@ class Store:
         self.figures = Figures()
         self.trouble: str | None = None
         """Why no change can be made at present; None: they can. The journal sets it."""
+        self.damage: str | None = None
+        """What was found wrong with the database while it is in use; None: nothing."""
         self.lost: str | None = None
         """What had been acknowledged and is not in the database, found when it was opened; None: nothing."""
         self.ids_taken = 0
