@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.client.kit import ndjson, serving
+from tests.client.kit import Handler, answer, ndjson, problem, serving, vm
 
 from .kit import volar
 
@@ -68,6 +68,58 @@ async def test_json_is_the_stream_itself() -> None:
 async def test_a_stream_that_breaks_off_is_no_success() -> None:
     async with serving() as server:
         server.routes[PATH] = ndjson(wire(output("stdout", b"x")))
+        # The VM runs as before.
+        server.routes["GET /api/v1/vms/demo"] = answer(vm(), Volant_Wait="timeout")
         done = await volar(server, "vms", "exec", "demo", "x")
     assert done.code == 5
     assert "before the command did" in done.err
+
+
+async def test_a_terminal_that_is_none_is_wrong_usage_before_anything_is_asked() -> None:
+    async with serving() as server:
+        done = await volar(server, "vms", "exec", "-it", "demo", "--", "sh")
+    assert (done.code, server.requests) == (2, [])
+    assert "-t with -i needs a terminal, and standard input is not one; leave out -t" in done.err
+
+
+def not_running(status: str) -> Handler:
+    return problem(409, "vm-not-running", f"VM 'demo' is {status}", vm="demo")
+
+
+async def test_a_vm_that_is_starting_is_waited_for() -> None:
+    async with serving() as server:
+        server.routes[PATH] = [not_running("starting"), ndjson(wire(output("stdout", b"x"), {"exit_code": 3}))]
+        server.routes["GET /api/v1/vms/demo"] = [answer(vm(status="starting")), answer(vm(), Volant_Wait="met")]
+        done = await volar(server, "vms", "exec", "--timeout", "7s", "demo", "--", "x")
+    assert (done.code, done.out) == (3, b"x")
+    assert done.err == "volar: demo is starting; waiting until it runs\n"
+    assert [(at.param("wait"), at.param("timeout")) for at in server.asked("/api/v1/vms/demo")][1] == ("running", "7s")
+
+
+async def test_the_wait_for_a_vm_that_is_starting_has_an_end() -> None:
+    async with serving() as server:
+        server.routes[PATH] = not_running("starting")
+        server.routes["GET /api/v1/vms/demo"] = answer(vm(status="starting"), Volant_Wait="timeout")
+        late = await volar(server, "vms", "exec", "--timeout", "10ms", "demo", "--", "x")
+        reason = {"code": "boot_timeout", "message": "the agent did not answer", "console": []}
+        crashed = answer(vm(status="crashed", reason=reason), Volant_Wait="failed")
+        server.routes["GET /api/v1/vms/demo"] = [answer(vm(status="starting")), crashed]
+        failed = await volar(server, "vms", "exec", "demo", "--", "x")
+        server.routes["GET /api/v1/vms/demo"] = answer(vm(status="stopped"))
+        server.routes[PATH] = not_running("stopped")
+        stopped = await volar(server, "vms", "exec", "demo", "--", "x")
+    assert late.code == 124
+    assert "VM 'demo' does not run after 0.01 s" in late.err
+    assert failed.code == 1
+    assert "VM 'demo' is crashed: the agent did not answer" in failed.err
+    assert (stopped.code, "VM 'demo' is stopped" in stopped.err) == (4, True)
+
+
+async def test_a_guest_that_crashes_meanwhile_is_reported_as_that() -> None:
+    reason = {"code": "guest_panicked", "message": "the kernel panicked", "console": []}
+    async with serving() as server:
+        server.routes[PATH] = ndjson(wire(output("stdout", b"x")))
+        server.routes["GET /api/v1/vms/demo"] = answer(vm(status="crashed", reason=reason), Volant_Wait="met")
+        done = await volar(server, "vms", "exec", "demo", "--", "x")
+    assert (done.code, done.out) == (1, b"x")
+    assert done.err.startswith("volar: VM 'demo' crashed: the kernel panicked\n")

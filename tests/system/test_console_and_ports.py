@@ -18,11 +18,12 @@ from contextlib import contextmanager
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, REPOSITORY, Daemon, adopted, boot, reachable, run, until
+from tests.system.kit import BOOT_S, REPOSITORY, Daemon, adopted, boot, reachable, run, spec, until
 from volant.client import Client, ClientProblem, Console, Reconnected
 
 PORT = 7007
 ANSWER_S = 60.0
+PANIC = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger; sleep 60"
 SLEEP = b"sh -c 'echo asleep; exec sleep 1000'\r"
 """A shell takes what is typed ahead of a command as bytes, Ctrl-C too; so the command says when it runs."""
 
@@ -288,3 +289,40 @@ async def test_consoles_go_on_after_the_daemon_was_killed_and_end_with_the_vm(da
         async with client.vms.console("desk"):
             pytest.fail("it is stopped")
     assert refused.value.status == 409
+
+
+async def test_a_first_line_from_a_pipe_is_run_and_powers_the_guest_off(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        # Nothing has been typed at its console yet.
+        await boot(client, "piped")
+        environ = daemon.environ | {"VOLANT_API_BASE": daemon.base_url}
+        done = await trio.run_process(
+            [sys.executable, "-m", "volant.cli.main", "vms", "console", "piped"],
+            stdin=b"poweroff\n",
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+            env=environ,
+            cwd=REPOSITORY,
+        )
+        assert done.returncode == 0, done
+        assert b"volar: the VM is stop" in done.stderr
+        await client.vms.delete("piped")
+
+
+async def test_a_guest_that_panics_during_a_command_is_reported_as_that(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        await client.vms.create(spec("panics"))
+        # It is starting yet: the command waits.
+        done = await trio.run_process(
+            [sys.executable, "-m", "volant.cli.main", "vms", "exec", "panics", "--", "sh", "-c", PANIC],
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+            env=daemon.environ | {"VOLANT_API_BASE": daemon.base_url},
+            cwd=REPOSITORY,
+        )
+        assert done.returncode == 1, done
+        assert b"VM 'panics' crashed: " in done.stderr
+        assert b"panic" in done.stderr
+        await client.vms.delete("panics")

@@ -106,6 +106,8 @@ async def _type(line: Console, to: Console | None, escape: int) -> None:
             try:
                 await line.send(data)
             except ConnectionLost:
+                if not sys.stdin.isatty():
+                    raise  # Nobody could type it again.
                 await write_output(_BELL)
         if at >= 0:
             return

@@ -16,6 +16,7 @@ import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -26,6 +27,7 @@ from volant.guest._http import Problem as TarProblem
 from volant.guest._tar import pack, unpack
 
 from ._complete import files_here_or_in_a_vm
+from ._guest import once_running
 from ._progress import Bar, progress
 from ._run import Failure, Session, command
 from ._terminal import read_input, write_output
@@ -70,10 +72,15 @@ async def copy(session: Session, source: str, target: str, user: str | None) -> 
         if from_vm is not None:
             if user is not None:
                 raise click.UsageError("--user is for what is copied into a VM")
-            copied, where = await _download(session.client, from_vm, target, bar)
+            download = partial(_download, session.client, from_vm, target, bar)
+            copied, where = await once_running(session, from_vm.vm, download)
         else:
             assert to_vm is not None
-            copied, where = await _upload(session.client, source, to_vm, user, bar)
+            if source == "-":
+                # Asked first, as input from a pipe can't be read again.
+                await once_running(session, to_vm.vm, partial(session.client.vms.stat_file, to_vm.vm, "/"))
+            upload = partial(_upload, session.client, source, to_vm, user, bar)
+            copied, where = await once_running(session, to_vm.vm, upload)
     if session.out.json and target != "-":
         session.out.document({"path": where, "bytes": copied})
 

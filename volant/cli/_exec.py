@@ -13,6 +13,7 @@ import trio
 from volant.client import ConnectionLost, ExecEnd, ExecGap, ExecOutput, ExecSession
 from volant.model import LogRange
 
+from ._guest import START_S, once_running
 from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair, Session, command
 from ._terminal import ENDINGS, Escape, raw, read_input, write_output
 from ._text import safe, span
@@ -43,7 +44,11 @@ _PIECE = 64 * 1024
 @click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
 @click.option("--cwd", help="The working directory.")
 @click.option("--user", help="A name or number in the guest, perhaps with :GROUP.")
-@click.option("--timeout", type=Duration(), help="Kill the command after so long: 500ms, 10s, 2m, …")
+@click.option(
+    "--timeout",
+    type=Duration(),
+    help="Kill the command after so long: 500ms, 10s, 2m, … Also bounds the wait for a VM that is starting (60s).",
+)
 async def exec_(
     session: Session,
     name: str,
@@ -61,7 +66,8 @@ async def exec_(
 ) -> int:
     """Run a command in a VM; options stand before NAME. -it for a shell.
 
-    Its output is passed through byte for byte. Without -i it has no standard input. When volar ends, so does the
+    A VM that is starting is waited for. Output is passed through byte for byte. Without -i the command has no standard
+    input; -i together with -t needs a terminal. When volar ends, so does the
     command, unless it is detached. The exit code is the command's, 128 + n when signal n ended it, 124 when --timeout
     did, 126 or 127 when it can't be run or is not there.
     """
@@ -69,34 +75,66 @@ async def exec_(
     if attach is not None:
         if words or tty or detach or env or cwd or user or timeout:
             raise click.UsageError("--attach goes with -i, --from and --escape alone: the command runs already")
-        async with session.client.vms.attach(name, attach, position=position) as process:
-            # A terminal that somebody sits at is for typing.
-            typing = interactive or (process.tty and sys.stdin.isatty())
-            return await _talk(session, name, process, typing, escape)
+
+        async def go_on() -> int:
+            async with session.client.vms.attach(name, attach, position=position) as process:
+                if process.tty and interactive:
+                    _need_terminal()
+                # A terminal that somebody sits at is for typing.
+                typing = interactive or (process.tty and sys.stdin.isatty())
+                return await _talk(session, name, process, typing, escape)
+
+        return await once_running(session, name, go_on)
     if position is not None:
         raise click.UsageError("--from goes with --attach")
     if not words:
         raise click.UsageError("a command has to follow the name of the VM")
     if words[0].startswith("-"):
         raise click.UsageError(f"options stand before the name of the VM; {words[0]!r} came after it")
+    if tty and interactive and not detach:
+        _need_terminal()
     variables = dict(env)
-    if not (interactive or tty or detach):
-        async with session.client.vms.exec(name, words, env=variables, cwd=cwd, user=user, timeout_s=timeout) as simple:
-            async for piece in simple:
-                await _show(session, piece)
-        assert simple.end is not None
-        return _exit_code(session, simple.end)
-    if tty and os.environ.get("TERM"):
-        variables.setdefault("TERM", os.environ["TERM"])
-    rows, cols = _size() or (24, 80)
-    async with session.client.vms.exec_session(
-        name, words, tty=tty, rows=rows, cols=cols, env=variables, cwd=cwd, user=user, timeout_s=timeout, detach=detach
-    ) as process:
-        if detach:
-            return await _leave(session, name, process, interactive)
-        if not interactive and not tty:
-            await process.send_eof()
-        return await _talk(session, name, process, interactive, escape)
+
+    async def run() -> int:
+        if not (interactive or tty or detach):
+            async with session.client.vms.exec(
+                name, words, env=variables, cwd=cwd, user=user, timeout_s=timeout
+            ) as simple:
+                async for piece in simple:
+                    await _show(session, piece)
+            assert simple.end is not None
+            return _exit_code(session, simple.end)
+        if tty and os.environ.get("TERM"):
+            variables.setdefault("TERM", os.environ["TERM"])
+        rows, cols = _size() or (24, 80)
+        async with session.client.vms.exec_session(
+            name,
+            words,
+            tty=tty,
+            rows=rows,
+            cols=cols,
+            env=variables,
+            cwd=cwd,
+            user=user,
+            timeout_s=timeout,
+            detach=detach,
+        ) as process:
+            if detach:
+                return await _leave(session, name, process, interactive)
+            if not interactive and not tty:
+                await process.send_eof()
+            return await _talk(session, name, process, interactive, escape)
+
+    return await once_running(session, name, run, START_S if timeout is None else timeout)
+
+
+def _need_terminal() -> None:
+    """:raises click.UsageError: standard input is no terminal. Its end would be a key that the guest may not read yet,
+    and nobody could type it again."""
+    if not sys.stdin.isatty():
+        raise click.UsageError(
+            "-t with -i needs a terminal, and standard input is not one; leave out -t to pass on a pipe or a file"
+        )
 
 
 @command(group, "sessions")

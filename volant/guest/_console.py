@@ -1,8 +1,8 @@
 """The shell on the serial console, for people.
 
 A console is also the log of a boot, so nothing is written to it unasked: a process of some kilobytes waits for a first
-line, and becomes a shell with that. A shell from the start, as a getty's would be, was rejected: its prompt would stand
-in every VM's log as a line that has not ended, and cost memory in all of them for the few that somebody looks into.
+line, and becomes a shell that runs it. A shell from the start, as a getty's would be, was rejected: its prompt would
+stand in every VM's log as a line that has not ended, and cost memory in all of them for the few that somebody uses.
 
 The shell is that of the root filesystem that the VM was given, if that has one, else BusyBox's, as whatever a VM runs
 there are people who must be able to look what is wrong with it. Who reaches the console is root by `exec` already.
@@ -24,8 +24,9 @@ _WINDOW_S = 60.0
 _WAIT = """
 read -r line || exit 1
 [ -f "$2" ] && read -r state < "$2"
-[ "$state" = mounted ] && [ -x "$1/bin/sh" ] && exec chroot "$1" /bin/sh -l
-cd; exec sh -l
+first='eval "$1"; exec sh -l'
+[ "$state" = mounted ] && [ -x "$1/bin/sh" ] && exec chroot "$1" /bin/sh -lc "$first" sh "$line"
+cd; exec sh -lc "$first" sh "$line"
 """
 
 

@@ -1,0 +1,78 @@
+"""What commands that reach into a guest have in common: they wait for a VM that is starting, and report its crash."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from volant.client import ClientError, ConnectionLost
+from volant.model import WAIT_STATES, Problem, Status
+
+from ._run import TIMED_OUT, Failure, Session
+from ._text import safe
+
+T = TypeVar("T")
+
+START_S = 60.0
+"""How long to wait for a VM that is starting, as DevTools requests do."""
+_REPORT_S = 5.0
+"""The daemon may notice a crash some moments after the connection into the guest broke."""
+_STARTING = frozenset({Status.PENDING, Status.STARTING})
+_ENDED = tuple(state for state in WAIT_STATES if state not in (Status.RUNNING, Status.PAUSED))
+
+
+async def once_running(
+    session: Session, name: str, attempt: Callable[[], Awaitable[T]], timeout_s: float = START_S
+) -> T:
+    """Calls `attempt`; if the VM is still starting, waits until it runs and calls it again.
+
+    :param timeout_s: how long to wait, in seconds
+    :raises Failure: the VM did not run in time, can't start, or crashed during `attempt`.
+    """
+    try:
+        return await _reporting_a_crash(session, name, attempt)
+    except Problem as problem:
+        if problem.code != "vm-not-running":
+            raise
+        vm = await session.client.vms.get(name)
+        if vm.status not in _STARTING and vm.status != Status.RUNNING:
+            raise
+    if vm.status in _STARTING:
+        session.out.note(f"volar: {name} is {vm.status}; waiting until it runs")
+    waited = await session.client.vms.wait(name, timeout_s=timeout_s)
+    if waited.outcome == "timeout":
+        raise Failure(
+            f"VM {name!r} does not run after {timeout_s:g} s",
+            code=TIMED_OUT,
+            hint=f"`volar vms wait {name}` waits longer, `volar vms logs {name}` shows what it is doing",
+        )
+    if waited.outcome == "failed":
+        why = f": {waited.vm.reason.message}" if waited.vm is not None and waited.vm.reason is not None else ""
+        state = waited.vm.status if waited.vm is not None else "deleted"
+        raise Failure(f"VM {name!r} is {state}{why}", hint=f"`volar vms logs {name}` shows its console")
+    return await _reporting_a_crash(session, name, attempt)
+
+
+async def _reporting_a_crash(session: Session, name: str, attempt: Callable[[], Awaitable[T]]) -> T:
+    try:
+        return await attempt()
+    except ConnectionLost:
+        ended = await _how_it_ended(session, name)
+        if ended is None:
+            raise
+        raise Failure(ended, hint=f"`volar vms logs {name}` shows its console") from None
+
+
+async def _how_it_ended(session: Session, name: str) -> str | None:
+    """What became of the VM; None: it runs, or nobody can say, and the connection alone broke."""
+    try:
+        waited = await session.client.vms.wait(name, _ENDED, timeout_s=_REPORT_S)
+    except (ClientError, Problem):
+        return None
+    if waited.outcome == "timeout":
+        return None
+    if waited.vm is None:
+        return f"VM {name!r} was deleted meanwhile"
+    why = f": {waited.vm.reason.message}" if waited.vm.reason is not None else ""
+    verb = "crashed" if waited.vm.status == Status.CRASHED else f"is {waited.vm.status}"
+    return safe(f"VM {name!r} {verb}{why}")
