@@ -77,17 +77,20 @@ async def disconnect(doors: VmDoors, vm_id: int, nic: Nic) -> None:
 async def keep_user_network(doors: VmDoors, row: VmRow) -> None:
     """Have one speak for the guest for as long as its hypervisor runs, which connects again by itself."""
     passt, pause_s = passt_of(doors), _KEEP_S
+    has_ended = False
     while True:
         try:
             await passt.start(row, doors.hypervisor.user_of(row.mark, row.id))
+            if has_ended:
+                _logger.warning("VM %s: passt had ended, and was started again", row.name, extra={"vm": row.name})
             began = trio.current_time()
             await passt.ended(row.id)
-            _logger.warning("VM %s: passt has ended, and is started again", row.name, extra={"vm": row.name})
+            has_ended = True
             if trio.current_time() - began >= _KEEP_MAX_S:
                 pause_s = _KEEP_S
         except NetworkFailed as error:
             _logger.warning("VM %s: %s; trying again in %g s", row.name, error, pause_s, extra={"vm": row.name})
-        # It ends with its hypervisor, too; of that others hear in that time.
+        # It ends with its hypervisor, too, as at every stop. This task is cancelled then, before it says a word.
         await trio.sleep(pause_s)
         pause_s = min(2 * pause_s, _KEEP_MAX_S)
 
