@@ -139,6 +139,16 @@ async def test_what_can_not_be_had_here_is_refused_with_the_reason(path: Path, n
             await bench.ask(AddNetwork(CreateNetwork(name="green")))
 
 
+@pytest.mark.parametrize("network", ["user", None])
+async def test_a_network_round_the_daemons_protection_is_refused(path: Path, network: str | None) -> None:
+    default = Asked("user", "the daemon's setting `network`")
+    async with running(path, networking=Networking(default=default, user_refused="set an API key")) as bench:
+        with pytest.raises(Problem, match="set an API key") as refused:
+            await bench.create("demo", **({} if network is None else {"network": network}))
+        assert (refused.value.status, refused.value.code, refused.value.field) == (409, "network-refused", "network")
+        await bench.create("demo", network="none")
+
+
 async def test_a_port_of_the_host_is_published_once_also_at_once(path: Path) -> None:
     refused: list[Problem] = []
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 import trio
 
@@ -37,8 +38,8 @@ class Bench:
         return Networks(Door(self), SETTINGS, lambda: self.rows)
 
     @asynccontextmanager
-    async def actor(self, *, ephemeral: bool = False) -> AsyncIterator[Ref[Any]]:
-        child = Child("network", partial(NetworkKeeper, self.networks(), ephemeral=ephemeral), shutdown_s=100)
+    async def actor(self) -> AsyncIterator[Ref[Any]]:
+        child = Child("network", partial(NetworkKeeper, self.networks()), shutdown_s=100)
         async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
             yield child.ref
 
@@ -276,12 +277,12 @@ async def test_a_firewall_that_somebody_has_emptied_is_replaced_by_the_next_vm(
 
 
 @pytest.mark.parametrize("rows", [[], [vm(1)]])
-async def test_of_an_ephemeral_daemon_nothing_is_left_unless_a_vm_is(
+async def test_a_clean_stop_leaves_nothing_of_the_network_unless_a_vm_runs(
     rows: list[VmRow], autojump_clock: trio.testing.MockClock
 ) -> None:
     bench = Bench(rows=[vm(1)])
     bench.links.links["eth0"] = Link(name="eth0", kind="", mac="", up=True)
-    async with bench.actor(ephemeral=True) as network:
+    async with bench.actor() as network:
         await network.ask(Reconcile(), timeout_s=FOREVER_S)
         bench.rows = rows
 
@@ -289,18 +290,22 @@ async def test_of_an_ephemeral_daemon_nothing_is_left_unless_a_vm_is(
     assert bool(bench.links.tables) is bool(rows)
 
 
-async def test_a_daemon_that_is_no_ephemeral_one_leaves_all_of_it(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_clean_stop_leaves_the_network_to_a_process_that_has_a_tap_open(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     bench = Bench(rows=[vm(1)])
     async with bench.actor() as network:
         await network.ask(Reconcile(), timeout_s=FOREVER_S)
+        bench.links.links[tap(1)] = msgspec.structs.replace(bench.links.links[tap(1)], in_use=True)
         bench.rows = []
 
-    assert bench.taps() == bench.guests() == {tap(1)}
+    assert bench.taps() == {tap(1)}
+    assert bench.links.tables
 
 
 async def test_a_daemon_without_such_vms_touches_nothing(autojump_clock: trio.testing.MockClock) -> None:
     bench = Bench(firewall_refuses=True, refuses=lambda step: True)
-    async with bench.actor(ephemeral=True) as network:
+    async with bench.actor() as network:
         await network.ask(Reconcile(), timeout_s=FOREVER_S)
         await network.ask(Attach(1), timeout_s=FOREVER_S)
         await network.ask(Detach(1), timeout_s=FOREVER_S)

@@ -80,6 +80,10 @@ from ._sockets import ListenError, address_of, listening, setting_of
 from ._systemd import Notifier
 from ._walls import wall_plan
 
+_USER_REFUSED = (
+    "the daemon lets addresses in without a key (api_allow_cidr), and a guest with this network has an address of the "
+    "host's, so it could command the daemon; set an API key"
+)
 _logger = logging.getLogger("volant.daemon")
 
 _EPHEMERAL_STOP_S = 25.0
@@ -213,7 +217,8 @@ class Daemon:
         self._sockets = sockets
         self._reread = reread
         self._notifier = notifier or Notifier(None)
-        self._access = Access(self._api_settings(settings, self._check(settings)))
+        self._protection = self._check(settings)
+        self._access = Access(self._api_settings(settings, self._protection))
         self.stopping = trio.Event()
         self._served = trio.Event()
         self._told_to_stop = False
@@ -272,9 +277,7 @@ class Daemon:
             NetworkSettings(instance=instance, subnet=parse_subnet(settings.subnet), bridge=settings.bridge),
             self.store.projection.rows,
         )
-        self._network = Child(
-            "network", partial(NetworkKeeper, self._networks, ephemeral=settings.ephemeral), shutdown_s=30
-        )
+        self._network = Child("network", partial(NetworkKeeper, self._networks), shutdown_s=30)
         self._captures = Captures(
             self.host,
             self.store,
@@ -394,10 +397,8 @@ class Daemon:
         self.store.ids_taken = (await self._evidence()).newest_id
         found = {BRIDGE: await self._networks.obstacle(), USER: passt_obstacle()}
         obstacles = {kind: obstacle for kind, obstacle in found.items() if obstacle is not None}
-        default = default_network(self.settings.network, obstacles)
-        if self.settings.network == AUTO:
-            _logger.info("VMs have the network %s where they name none: %s", *default)
-        self.store.networking = msgspec.structs.replace(self.store.networking, default=default, obstacles=obstacles)
+        self.store.networking = msgspec.structs.replace(self.store.networking, obstacles=obstacles)
+        self._choose_network()
         root = Supervisor(
             ONE_FOR_ONE,
             intensity=5,
@@ -453,6 +454,16 @@ class Daemon:
             _logger.warning("stopping at once")
             scope.cancel()
 
+    def _choose_network(self) -> None:
+        """Decide which networks VMs may have, by what this host can do and by who may command the daemon."""
+        protection, networking = self._protection, self.store.networking
+        refused = _USER_REFUSED if protection.allow_cidr and not protection.keys else ""
+        obstacles = {**networking.obstacles, USER: refused} if refused else networking.obstacles
+        default = default_network(self.settings.network, obstacles)
+        if default != networking.default and self.settings.network == AUTO:
+            _logger.info("VMs have the network %s where they name none: %s", *default)
+        self.store.networking = msgspec.structs.replace(networking, default=default, user_refused=refused)
+
     async def _reload(self) -> None:
         """Take keys, networks, hosts and origins anew: all of them, or none when something does not fit."""
         if self._reread is None:
@@ -470,6 +481,8 @@ class Daemon:
             _logger.warning("%s", warning)
         self._access.replace(self._api_settings(taken, protection))
         self.settings = taken
+        self._protection = protection
+        self._choose_network()
         _logger.info("reloaded keys, networks, hosts and origins")
         left = [name for name in Settings.__struct_fields__ if getattr(settings, name) != getattr(taken, name)]
         if left:
@@ -582,6 +595,9 @@ class Daemon:
     def info(self) -> Mapping[str, object]:
         """Addresses, versions, directories, accelerator and why; ready for JSON."""
         networking = self.store.networking
+        obstacles = dict(networking.obstacles)
+        if networking.user_refused:
+            obstacles[USER] = networking.user_refused
         return {
             "version": __version__,
             "addresses": [address_of(sock) for sock in self._sockets],
@@ -591,7 +607,7 @@ class Daemon:
             "hypervisor_version": self._choice.version if self._choice else None,
             "accelerator": self._choice.accelerator if self._choice else None,
             "accelerator_reason": self._choice.reason if self._choice else "not known yet",
-            "networks": {kind: networking.obstacles.get(kind, "can be had") for kind in (BRIDGE, USER)},
+            "networks": {kind: obstacles.get(kind, "can be had") for kind in (BRIDGE, USER)},
             "walls": None if self._walls is None else self._walls.view(),
             "state_dir": str(self.settings.state_dir),
             "runtime_dir": str(self.settings.runtime_dir),

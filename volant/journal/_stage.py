@@ -19,6 +19,7 @@ from volant.model import (
     BRIDGE,
     MAX_NETWORKS,
     NONE,
+    USER,
     Asked,
     CreateNetwork,
     CreateVm,
@@ -56,6 +57,7 @@ from volant.model import (
     new_snapshot,
     no_such_network,
     no_such_snapshot,
+    refused,
     restored_event,
     restored_row,
     unavailable,
@@ -278,6 +280,8 @@ class Stage:
             kind = kind_of(row.network)
             if is_named(row.network) and self._network(row.network) is None:
                 raise no_such_network(row.network, field="network")
+            if kind == USER and self._networking.user_refused:
+                raise refused(self._networking.user_refused, vm=row.name)
             obstacle = self._networking.obstacles.get(kind)
             if obstacle is not None:
                 raise unavailable(Asked(row.network, row.network_reason), obstacle, vm=row.name)

@@ -112,6 +112,8 @@ class Networking(msgspec.Struct, frozen=True, kw_only=True):
     """Ten hexadecimal digits that tell this state directory from every other one."""
     obstacles: Mapping[str, str] = {}
     """Why a kind of network, `bridge` or `user`, can't be had here, and what to do."""
+    user_refused: str = ""
+    """Why the network `user` is refused by the daemon's own protection, and what to do; empty: it is not."""
 
 
 def kind_of(network: str) -> str:
@@ -152,6 +154,18 @@ def unavailable(asked: Asked, obstacle: str, *, vm: str) -> Problem:
         field="network",
         vm=vm,
         hint="create it with network `none`, or make that possible and restart the daemon",
+    )
+
+
+def refused(reason: str, *, vm: str) -> Problem:
+    """409: the network `user` would get a guest round the daemon's protection."""
+    return Problem(
+        409,
+        "network-refused",
+        f"VM {vm!r} can't have the network 'user': {reason}",
+        field="network",
+        vm=vm,
+        hint="set an API key (VOLANT_API_KEY), or create the VM with network `bridge` or `none`",
     )
 
 

@@ -35,10 +35,8 @@ class NetworkKeeper(Actor):
 
     mailbox = 256
 
-    def __init__(self, networks: Networks, *, ephemeral: bool = False) -> None:
-        """`ephemeral`: once it is stopped, and no VM has a tap, nothing is left on the host."""
+    def __init__(self, networks: Networks) -> None:
         self._networks = networks
-        self._ephemeral = ephemeral
         self._waiting: list[_Waiting] = []
         self._wake = trio.Event()
         self._due = True
@@ -56,11 +54,11 @@ class NetworkKeeper(Actor):
         for task in self._tasks:
             task.cancel()
             await task.wait()
-        if self._ephemeral and not self._networks.has_taps():
-            try:
-                await self._networks.remove()
-            except NetworkFailed as error:
-                _logger.error("not all of the network is removed: %s", error)
+        # Another daemon may want the subnet, and the next one of ours makes all of it anew.
+        try:
+            await self._networks.remove_unused()
+        except NetworkFailed as error:
+            _logger.error("not all of the network is removed: %s", error)
 
     def inspect(self) -> Mapping[str, object]:
         return {

@@ -161,6 +161,18 @@ class Networks:
         """Call `torn` each time that somebody has taken what is everybody's away, with what has happened."""
         await self._door.watch(self._settings.bridge_name, self._settings.tables, torn)
 
+    async def remove_unused(self) -> None:
+        """Take all of it away, unless a VM should have a tap, or a process has one open: it may be a VM's that is found
+        again.
+
+        :raises NetworkFailed: something is left.
+        """
+        if self.has_taps() or not await self._is_begun():
+            return
+        if any(link.in_use and is_tap(self._settings, link) for link in await self._door.links()):
+            return
+        await self.remove()
+
     async def remove(self) -> None:
         """Take all of it away. :raises NetworkFailed: something is left."""
         self._loaded = self._gateways = None
