@@ -50,7 +50,7 @@ async def test_a_local_user_can_use_nothing_of_a_running_vm(make_daemon: Callabl
         assert any(path.startswith(f"{daemon.memory_dir}/") for path in paths)
         assert json.loads(run_code(TRIES, json.dumps(paths))) == []
         # What is open to all would be found.
-        mistake = daemon.state_dir / "mistake"
+        mistake = daemon.root / "mistake"
         mistake.write_text("a secret")
         mistake.chmod(0o644)
         assert json.loads(run_code(TRIES, json.dumps([str(mistake)]))) == [["reads", str(mistake)]]
