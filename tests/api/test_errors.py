@@ -56,7 +56,6 @@ def upgrade(**headers: str) -> dict[str, str]:
         ({"cpu_cores": True}, "cpu_cores"),
         ({"cpu_cores": 10**30}, "cpu_cores"),
         ({"memory_mb": 63}, "memory_mb"),
-        ({"memory_mb": None}, "memory_mb"),
         ({"colour": "red"}, "colour"),
         ({"labels": {"a": 1}}, "labels.a"),
         ({"labels": {"": "x"}}, "labels"),
@@ -76,10 +75,9 @@ async def test_a_wrong_field_is_named(served: Api, change: dict[str, Any], field
     assert (await served.client.get("/api/v1/vms")).json() == []
 
 
-@pytest.mark.parametrize("field", ["name", "cpu_cores", "memory_mb"])
-async def test_a_missing_field_is_named(served: Api, field: str) -> None:
-    body = {key: value for key, value in GOOD.items() if key != field}
-    assert problem(await served.client.post("/api/v1/vms", json=body), 400)["field"] == field
+async def test_a_missing_field_is_named(served: Api) -> None:
+    body = {key: value for key, value in GOOD.items() if key != "name"}
+    assert problem(await served.client.post("/api/v1/vms", json=body), 400)["field"] == "name"
 
 
 @pytest.mark.parametrize(

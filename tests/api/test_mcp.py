@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -195,7 +196,7 @@ async def test_tools_say_what_they_take_and_give_and_how_they_behave(served: Api
     assert hints["vms_delete"]["idempotentHint"]
     # What REST takes, a tool takes: it is the same struct.
     created = tools["vms_create"]["inputSchema"]
-    assert created["required"] == ["name", "cpu_cores", "memory_mb"]
+    assert created["required"] == ["name"]
     assert created["properties"]["env"]["description"]
 
 
@@ -646,3 +647,18 @@ def test_a_hint_names_tools_and_marks_what_only_an_operator_can_do() -> None:
     assert hint_for_a_model("`volar vms start demo` starts it") == "`vms_start` starts it"
     drained = hint_for_a_model("`volar system undrain` ends it; VMs that run go on")
     assert drained == "`volar system undrain` (to be run by the operator) ends it; VMs that run go on"
+
+
+async def test_a_generated_client_reads_and_writes_a_file_below_a_directory(demo: Demo, tmp_path: Path) -> None:
+    client, files = demo.served.client, "/api/v1/vms/demo/agent/v1/files/"
+    path = f"{tmp_path}/a b"
+    for encoded in (quote(path[1:], safe=""), quote(path[1:], safe="").replace("%2F", "%2f")):
+        assert (await client.put(files + encoded, content=b"text")).status_code in (201, 204)
+        assert (await client.get(files + encoded)).content == b"text"
+    assert Path(path).read_bytes() == b"text"  # noqa: ASYNC240
+    # Decoded once, and checked as any other path.
+    Path(tmp_path, "%2F").write_bytes(b"literal")  # noqa: ASYNC240
+    assert (await client.get(files + quote(f"{tmp_path}/%2F"[1:], safe=""))).content == b"literal"
+    for wrong in ("..%2Fetc%2Fpasswd", "etc%2F..%2Fpasswd", "etc%2F%2e%2E%2Fpasswd", "etc%2F.%2Fpasswd", "etc%2F%00"):
+        assert (await demo.served.server.get(files + wrong)).status == 400, wrong
+    assert (await demo.served.server.get(files + "..%2Fdaemon%2Flogs")).status in (400, 404)

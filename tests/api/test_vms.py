@@ -246,3 +246,25 @@ async def test_healthz_tells_whether_the_tree_is_whole(served: Api) -> None:
         answer = await served.client.get("/healthz")
         assert (answer.status_code, answer.json()) == (503, {"status": health})
         assert answer.headers["content-type"] == "application/json"
+
+
+async def test_size_is_the_plugins_unless_it_is_said(served: Api) -> None:
+    manifest = {"name": "web", "workload": {"entrypoint": ["serve"]}, "resources": {"cpu_cores": 3, "memory_mb": 300}}
+    assert (await served.client.post("/api/v1/plugins", json=manifest)).status_code == 201
+    for name, said, size in (
+        ("a", {}, (1, 256)),
+        ("b", {"cpu_cores": None, "memory_mb": 128}, (1, 128)),
+        ("c", {"plugin": "web"}, (3, 300)),
+        ("d", {"plugin": "web", "cpu_cores": 1}, (1, 300)),
+        ("e", {"plugin": "web", "memory_mb": 512}, (3, 512)),
+    ):
+        answer = await served.client.post("/api/v1/vms", json={"name": name, **said})
+        assert answer.status_code == 201, answer.text
+        made = answer.json()
+        assert (made["cpu_cores"], made["memory_mb"]) == size
+    rpc = {"command": "volant.vms.create", "params": {"name": "f"}}
+    made = (await served.client.post("/api/v1/mcp", json=rpc)).json()["result"]
+    assert (made["cpu_cores"], made["memory_mb"]) == (1, 256)
+    small = await served.client.post("/api/v1/vms", json={"name": "g", "plugin": "web", "memory_mb": 128})
+    assert (small.status_code, small.json()["field"]) == (400, "memory_mb")
+    assert (await served.client.post("/api/v1/vms", json={"name": "h", "plugin": "none"})).status_code == 404

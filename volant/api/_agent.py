@@ -23,6 +23,7 @@ _NO_ROUTE = "the agent has no "
 """So agents of all versions begin to say that."""
 _NO_WEBSOCKET = "not with GET"
 """And so the first of them, of the route for commands."""
+_ENCODED_SLASH = re.compile("%2f", re.IGNORECASE)
 _PORTS = re.compile(r"/api/v1/vms/([^/]*)/ports/([^/]*)(?:/.*)?\Z")
 
 
@@ -31,7 +32,7 @@ def routes(doors: Doors, relay: Relay) -> list[StreamRoute]:
 
     async def agent(call: Call) -> None:
         row, client = _way_in(doors, call.args[0])
-        target = _target(call, depth=6)
+        target = _with_slashes(_target(call, depth=6))
         if _is_the_daemons(target):
             raise Problem(404, "not-found", "there is no such route in the agent", vm=row.name)
         explain = partial(_explain, row.name, target) if _may_be_newer(target) else None
@@ -63,6 +64,15 @@ def _target(call: Call, *, depth: int) -> str:
     rest = path.split("/", depth)[depth] if path.count("/") >= depth else ""
     query = without_credentials(call.scope["query_string"]).decode("ascii")
     return f"/{rest}?{query}" if query else f"/{rest}"
+
+
+def _with_slashes(target: str) -> str:
+    """A path below `files/` with its slashes plain: generated clients encode them in a parameter of a path. The agent
+    checks the path that results."""
+    if not target.startswith(FILES):
+        return target
+    path, mark, query = target.partition("?")
+    return _ENCODED_SLASH.sub("/", path) + mark + query
 
 
 def _may_be_newer(target: str) -> bool:

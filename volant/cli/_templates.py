@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from volant.model import BASE, BuildTemplate
+from volant.model import BuildTemplate
 
 from ._complete import network_choices, plugin_names
 from ._run import Session, command
@@ -64,9 +64,6 @@ async def build(
     network: str | None,
 ) -> None:
     """Build the template for VMs of PLUGIN, and wait until it is there. VMs of another size have others."""
-    if plugin == BASE.name:
-        # As `vms create` does it.
-        cpu_cores, memory_mb = cpu_cores or 1, memory_mb or 256
     wanted = BuildTemplate(
         plugin=plugin,
         cpu_cores=cpu_cores,

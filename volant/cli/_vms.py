@@ -207,18 +207,11 @@ async def create(
             ttl=ttl,
         )
     else:
-        plugin = plugin or BASE.name
-        if plugin == BASE.name:
-            # What the image needs at least is little to work with.
-            cpu_cores, memory_mb = cpu_cores or 1, memory_mb or 256
-        elif cpu_cores is None or memory_mb is None:
-            needs = (await session.client.plugins.manifest(plugin)).resources
-            cpu_cores, memory_mb = cpu_cores or needs.cpu_cores, memory_mb or needs.memory_mb
         request = CreateVm(
             name=name,
             cpu_cores=cpu_cores,
             memory_mb=memory_mb,
-            plugin=plugin,
+            plugin=plugin or BASE.name,
             env=dict(env),
             labels=dict(labels),
             runtime=runtime,

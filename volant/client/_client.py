@@ -187,8 +187,7 @@ class _Vms:
         body = {
             field: value
             for field in request.__struct_fields__
-            if (value := getattr(request, field)) not in (None, "", {}, ())
-            or field in ("name", "cpu_cores", "memory_mb")
+            if (value := getattr(request, field)) not in (None, "", {}, ()) or field == "name"
         }
         return decode(await self._http.once("/api/v1/vms", key=idempotency_key, body=body), VmView)
 

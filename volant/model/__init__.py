@@ -138,7 +138,7 @@ from ._snapshot import (
     snapshot_view,
     waits_for,
 )
-from ._spec import check_create, new_row
+from ._spec import check_create, new_row, size_of
 from ._text import (
     NAME_PATTERN,
     Duration,
@@ -347,6 +347,7 @@ __all__ = [
     "restored_event",
     "restored_row",
     "settled",
+    "size_of",
     "snapshot_view",
     "tap_of",
     "tap_prefix",

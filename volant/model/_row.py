@@ -131,8 +131,10 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     """The body of `POST /api/v1/vms`."""
 
     name: Name
-    cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)]
-    memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)]
+    cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
+    """None: what the plugin asks for; 1 for `base`."""
+    memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)] | None = None
+    """None: what the plugin asks for; 256 for `base`."""
     plugin: Name = "base"
     runtime: Name | None = None
     kernel_cmdline: KernelCmdline = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from ._manifest import Manifest, check_env
+from ._manifest import BASE, Manifest, check_env
 from ._network import NONE, Networking, asked_network, parse_ports
 from ._problem import contradictory, invalid
 from ._row import CreateVm, VmRow
@@ -12,6 +12,17 @@ from ._text import check_labels, check_name, check_plain, parse_duration
 
 MAX_TTL_S = 366 * 86400.0
 _NO_NETWORKING = Networking()
+
+
+DEFAULT_MEMORY_MB = 256
+"""For VMs of `base`. What its image needs at least is little to work with."""
+
+
+def size_of(request: CreateVm, manifest: Manifest) -> tuple[int, int]:
+    """Processors and MiB of memory of a VM: what was asked for, else what its plugin asks for."""
+    needs = manifest.resources
+    memory_mb = DEFAULT_MEMORY_MB if manifest.name == BASE.name else needs.memory_mb
+    return request.cpu_cores or needs.cpu_cores, request.memory_mb or memory_mb
 
 
 def new_row(
@@ -22,10 +33,11 @@ def new_row(
     :raises Problem: 400 that names the field.
     """
     check_create(request)
-    if request.memory_mb < manifest.resources.memory_mb and manifest.name != "base":
+    cpu_cores, memory_mb = size_of(request, manifest)
+    if memory_mb < manifest.resources.memory_mb and manifest.name != BASE.name:
         raise invalid(
             "memory_mb",
-            f"memory_mb {request.memory_mb} is too little for plugin {manifest.name!r}, "
+            f"memory_mb {memory_mb} is too little for plugin {manifest.name!r}, "
             f"which needs at least {manifest.resources.memory_mb}",
         )
     labels = {**manifest.labels, **request.labels}
@@ -51,8 +63,8 @@ def new_row(
     return VmRow(
         id=vm_id,
         name=request.name,
-        cpu_cores=request.cpu_cores,
-        memory_mb=request.memory_mb,
+        cpu_cores=cpu_cores,
+        memory_mb=memory_mb,
         plugin=request.plugin,
         runtime=request.runtime if request.runtime is not None else manifest.runtime,
         manifest=manifest,

@@ -51,6 +51,7 @@ from volant.model import (
     Desired,
     EventId,
     ForkVm,
+    Manifest,
     Problem,
     Reason,
     RestoreVm,
@@ -72,6 +73,7 @@ from volant.model import (
     no_such_vm,
     readiness,
     settled,
+    size_of,
     view,
 )
 from volant.templates.messages import Build, ListTemplates, RemoveTemplate
@@ -135,12 +137,17 @@ class Vms:
             the daemon drains.
         :raises AlreadyAnswered: the request came before, and its VM was made then.
         """
-        await self._check_memory(request)
+        plugin = self.doors.store.projection.plugins.get(request.plugin)
+        # Without the plugin the journal refuses the request.
+        memory_mb = request.memory_mb or 0
+        if plugin is not None:
+            memory_mb = size_of(request, plugin.manifest)[1]
+            await self._check_memory(memory_mb, plugin.manifest)
         if self.doors.store.projection.get(request.name) is not None:
             # Room would not help.
             raise name_taken(request.name)
         self._check_disk(request)
-        with self._making(request.memory_mb):
+        with self._making(memory_mb):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
                 row = await self._journal(CreateRow(request, once))
                 await self._actor(row)
@@ -512,11 +519,10 @@ class Vms:
         plugin = self.doors.store.projection.plugins.get(request.plugin)
         if plugin is None:
             raise Problem(404, "plugin-not-found", f"there is no plugin named {request.plugin[:80]!r}")
-        needs = plugin.manifest.resources
         like = CreateVm(
             name="template",
-            cpu_cores=request.cpu_cores or needs.cpu_cores,
-            memory_mb=request.memory_mb or needs.memory_mb,
+            cpu_cores=request.cpu_cores,
+            memory_mb=request.memory_mb,
             plugin=request.plugin,
             kernel_cmdline=request.kernel_cmdline,
             env=request.env,
@@ -570,11 +576,10 @@ class Vms:
             if problem.status != 404:
                 _logger.error("VM %s: %s", name, problem.detail, extra={"vm": name})
 
-    async def _check_memory(self, request: CreateVm) -> None:
+    async def _check_memory(self, memory_mb: int, manifest: Manifest) -> None:
         """:raises Problem: 400 when the boot image says that it needs more. One that is not built yet says so later."""
-        settings, memory_mb = self.doors.settings, request.memory_mb
-        plugin = self.doors.store.projection.plugins.get(request.plugin)
-        if plugin is None or not uses_image(settings, plugin.manifest):
+        settings = self.doors.settings
+        if not uses_image(settings, manifest):
             return
         image = await self.doors.host.run_blocking(images.find, settings.cache_dir)
         if image is not None and memory_mb < image.min_memory_mb:
