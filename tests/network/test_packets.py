@@ -9,9 +9,10 @@ import socket
 import struct
 
 import pytest
+from pyroute2 import NFCTSocket
 
 from tests.network import peer
-from tests.network.kit import SETTINGS, UPLINK, WORLD, a_world, address, having, links, switch, vm
+from tests.network.kit import SETTINGS, UPLINK, WORLD, a_world, address, having, links, stopped, switch, vm
 from volant.model import VmRow
 
 pytestmark = pytest.mark.usefixtures("namespace")
@@ -330,6 +331,35 @@ async def test_guests_meet_where_the_host_shows_bridged_frames_to_its_firewall_t
         assert third("refused", "tcp", address(one), 80)
         assert third("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
         assert peer.ask("tcp", "127.0.0.1", 8080) == f"vm1 {GATEWAY}"
+
+
+async def test_no_connection_of_a_vm_that_is_gone_is_left_for_the_next_one_with_its_address() -> None:
+    with a_world() as world:
+        networks = world.networks()
+        gone, stays = world.rows = [vm(1, "bridge", "0.0.0.0:8080:53/udp"), vm(2)]
+        await having(networks, *world.rows)
+        for row in world.rows:
+            guest = world.guest(row)
+            world.world("echo", WORLD, 80 + row.id)
+            guest("begin", WORLD, 80 + row.id)
+            guest("serve", "udp", "0.0.0.0", 53, "vm")
+        assert world.world("ask", "udp", UPLINK, 8080).startswith("vm ")
+        assert {address(gone), address(stays)} <= tracked()
+
+        world.rows = [stopped(gone), stays]
+        await having(networks, gone)
+        assert address(gone) not in tracked()
+        assert address(stays) in tracked()
+
+
+def tracked() -> set[str]:
+    """The addresses of the connections that this namespace's firewall knows, from and to."""
+    found = set()
+    with NFCTSocket() as netlink:
+        for entry in netlink.dump():
+            for kind in ("CTA_TUPLE_ORIG", "CTA_TUPLE_REPLY"):
+                found.add(entry.get_attr(kind).get_attr("CTA_TUPLE_IP").get_attr("CTA_IP_V4_SRC"))
+    return found
 
 
 async def test_a_flood_of_connections_of_one_guest_leaves_room_in_the_hosts_table() -> None:

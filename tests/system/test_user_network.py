@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.system.kit import Daemon, boot, run
+from tests.system.kit import BOOT_S, Daemon, boot, run
 from volant.client import Client
 
 OUTSIDE = "198.51.100.1"
@@ -114,6 +114,11 @@ async def test_it_outlives_the_daemon_and_goes_with_its_vm(image_cache: Path) ->
             behind = Behind(daemon, client)
             before = behind.passts()
             assert len(before) == 1
+            await client.vms.verb_and_wait("demo", "stop", ["stopped"])
+            assert not behind.passts()
+            assert "passt had ended" not in daemon.log(), "it ends with its hypervisor"
+            await client.vms.verb_and_wait("demo", "start", ["running"], timeout_s=BOOT_S)
+            before = behind.passts()
         daemon.kill()
         assert behind.passts() == before
         (hypervisor,) = daemon.hypervisors()

@@ -3,6 +3,7 @@
 from ._actor import NetworkKeeper
 from ._door import (
     BridgeDown,
+    ForgetConnections,
     Link,
     MakeBridge,
     MakeTap,
@@ -20,6 +21,7 @@ from ._plan import NetworkSettings
 
 __all__ = [
     "BridgeDown",
+    "ForgetConnections",
     "HostNetwork",
     "Link",
     "MakeBridge",

@@ -84,7 +84,13 @@ class SetLocalnet(msgspec.Struct, frozen=True, kw_only=True):
     on: bool
 
 
-Step = MakeBridge | MakeTap | RemoveLink | SetLocalnet
+class ForgetConnections(msgspec.Struct, frozen=True, kw_only=True):
+    """The host's firewall tracks no connection of this address any more, neither from it nor to it."""
+
+    address: str
+
+
+Step = MakeBridge | MakeTap | RemoveLink | SetLocalnet | ForgetConnections
 
 
 class NetworkDoor(Protocol):

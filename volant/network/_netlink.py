@@ -31,7 +31,19 @@ import trio
 from volant.host import Host
 
 from . import _nftables, _watch
-from ._door import BridgeDown, Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
+from ._conntrack import forget_connections
+from ._door import (
+    BridgeDown,
+    ForgetConnections,
+    Link,
+    MakeBridge,
+    MakeTap,
+    NetworkFailed,
+    RemoveLink,
+    Route,
+    SetLocalnet,
+    Step,
+)
 
 T = TypeVar("T")
 
@@ -222,6 +234,8 @@ def _said(step: Step) -> str:
             return f"the tap {name} on the bridge {bridge} can't be made"
         case RemoveLink(name=name):
             return f"the network interface {name} can't be removed"
+        case ForgetConnections(address=address):
+            return f"connections of {address} can't be forgotten"
         case SetLocalnet(bridge=bridge):
             return f"net.ipv4.conf.{bridge}.route_localnet can't be set"
 
@@ -235,6 +249,8 @@ def _do(ipr: Any, step: Step) -> None:
         case RemoveLink(name=name, kind=kind):
             if (message := _message_of(ipr, name)) is not None and _link(message, {}).kind == kind:
                 ipr.link("del", index=message["index"])
+        case ForgetConnections(address=address):
+            forget_connections(address)
         case SetLocalnet(bridge=bridge, on=on):
             try:
                 _switch(f"ipv4/conf/{bridge}/route_localnet", on)

@@ -16,7 +16,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from volant.model import VmRow, tap_of
 
-from ._door import BridgeDown, Link, MakeTap, NetworkDoor, NetworkFailed, RemoveLink, SetLocalnet, Step
+from ._door import (
+    BridgeDown,
+    ForgetConnections,
+    Link,
+    MakeTap,
+    NetworkDoor,
+    NetworkFailed,
+    RemoveLink,
+    SetLocalnet,
+    Step,
+)
 from ._plan import (
     NetworkPlan,
     NetworkSettings,
@@ -142,6 +152,7 @@ class Networks:
                 *(make_tap(plan, tap) for tap in taps),
                 # Nothing of these VMs runs any more, so whoever has such a tap open is nobody to wait for.
                 *(RemoveLink(name=name, kind="tun") for name in going),
+                *(ForgetConnections(address=address) for address in self._addresses(going.values())),
                 SetLocalnet(bridge=settings.bridge_name, on=plan.localnet),
             ],
             going,
@@ -183,6 +194,10 @@ class Networks:
         await self._door.load(nothing(self._settings.tables))
         for failure in filter(None, results):
             raise failure
+
+    def _addresses(self, vm_ids: Collection[int]) -> list[str]:
+        """The addresses of VMs whose processes have ended; their rows are still there."""
+        return [row.lease.address for row in self._rows() if row.id in vm_ids and row.lease is not None]
 
     def _plan(self) -> NetworkPlan:
         return plan_of(self._settings, self._rows())
@@ -226,7 +241,7 @@ class Networks:
                     failures[vm_ids[name]] = lacking[vm_ids[name]] = failure
                 case RemoveLink(name=name) if failure is not None and going and name in going:
                     failures[going[name]] = failure
-                case RemoveLink() if failure is not None:
+                case RemoveLink() | ForgetConnections() if failure is not None:
                     _logger.warning("%s", failure)
                 case _ if failure is not None:
                     raise failure

@@ -16,6 +16,7 @@ import trio
 from actors import fault
 from volant.network import (
     BridgeDown,
+    ForgetConnections,
     Link,
     MakeBridge,
     MakeTap,
@@ -77,6 +78,8 @@ class SimLinks:
                 self.links.pop(name, None)
                 self.addresses.pop(name, None)
                 self.localnet.discard(name)
+            case ForgetConnections():
+                pass  # No packet passes here, so no connection is tracked.
             case SetLocalnet(bridge=bridge, on=on):
                 if bridge not in self.links:
                     raise BridgeDown(bridge)
