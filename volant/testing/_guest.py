@@ -57,6 +57,9 @@ _PIECE = 8192
 class SimGuest:
     """What runs in one boot of one machine."""
 
+    way_s = 0.0
+    """How long each answer is on its way, as on a busy host."""
+
     def __init__(self, rng: Random, wall_clock_ns: Callable[[], int], power_off: Callable[[], None]) -> None:
         self.up = trio.Event()
         """Set while the agent answers."""
@@ -79,6 +82,8 @@ class SimGuest:
         self._log_id = f"{rng.getrandbits(64):016x}"
         self._stdout = bytearray()
         self._written = trio.Event()
+        self.clock_set_at: list[float] = []
+        """When its clock was set or measured."""
         self._reader: trio.CancelScope | None = None
         self._workload_news = trio.Event()
         self._going_down = False
@@ -119,6 +124,8 @@ class SimGuest:
     async def serve(self, method: str, target: str, body: bytes, stream: _Stream) -> None:
         """One request."""
         path = target.partition("?")[0]
+        await trio.sleep(self.way_s)
+        await self.goes_on()
         if fault("agent.slow"):
             await trio.sleep(self._rng.uniform(1.0, 30.0))
         if fault("agent.refuses"):
@@ -140,6 +147,7 @@ class SimGuest:
             said = {"protocol": {"min": PROTOCOL_MIN, "max": self.protocol}, "time_ns": wanted["time_ns"]}
             await answer(stream, 200, said)
         elif path == DAEMON_CLOCK:
+            self.clock_set_at.append(trio.current_time())
             await answer(stream, 200, {"time_ns": json.loads(body).get("time_ns", self._wall_clock_ns())})
         elif path == DAEMON_HOSTS and self.protocol >= TELLS_NETWORK:
             assert not self.is_copy

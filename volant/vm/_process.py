@@ -11,8 +11,8 @@ They begin when the row has a process and end when nothing of it is left, whatev
 from __future__ import annotations
 
 import base64
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeGuard
 
@@ -59,6 +59,7 @@ from volant.model.agent import (
     DAEMON_ROOT,
     DAEMON_WATCH,
     DAEMON_WORKLOAD,
+    HEALTHZ,
     INFO,
     PROTOCOL_MIN,
     PROTOCOL_VERSION,
@@ -97,6 +98,8 @@ _CLOCK_FIRST_TRIES = 2
 """Of a copy, for which somebody waits. Where that was not enough, it is mended."""
 _CLOCK_AGAIN_S, _CLOCK_AGAIN_MAX_S = 1.0, 60.0
 _CLOCK_MENDS = 12
+_LIMITED_S = 5.0
+"""A guest that answers is done in a small part of it, on a busy host too."""
 _CLOCK_S = 20.0
 """For the agent of a guest that has stood still to be there again, and to set its clock."""
 _DETAIL_CHARACTERS = 1000
@@ -480,8 +483,8 @@ class LiveProcess:
                 return
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, _CLOCK_AGAIN_MAX_S)
-            async with self._mending:
-                with suppress(AgentUnreachable, AgentProtocolError):
+            with suppress(AgentUnreachable, AgentProtocolError):
+                async with self._limited(self._mending):
                     await self.set_clock()
 
     async def _tell(self, path: str, body: object) -> dict[str, Any]:
@@ -555,6 +558,24 @@ class LiveProcess:
                 await self.ask("PUT", DAEMON_HOSTS, {"hosts": dict(hosts)}, also=(404,))
                 self._hosts = hosts
 
+    @asynccontextmanager
+    async def _limited(self, limiter: trio.CapacityLimiter) -> AsyncIterator[None]:
+        """A block for which guests queue. A guest that hangs must not hold up the others: it does not join the queue
+        before it has answered, and holds its place no longer than `_LIMITED_S`.
+
+        :raises AgentUnreachable: it does not answer, or took too long. :raises AgentProtocolError: it answers nonsense.
+        """
+        await self._opened.wait()
+        if self._channel is None:
+            raise AgentUnreachable("the channel to the guest is not open")
+        await self._channel.ready()
+        await self.ask("GET", HEALTHZ)
+        async with limiter:
+            with trio.move_on_after(_LIMITED_S) as scope:
+                yield
+        if scope.cancelled_caught:
+            raise AgentUnreachable(f"the agent was not done within {_LIMITED_S:g} s, and others wait")
+
     async def _keep_hosts(self) -> None:
         """Tell the guest whenever others are in its network; one that can't be told now hears of it later."""
         await self._is_itself.wait()
@@ -564,7 +585,7 @@ class LiveProcess:
                 await self._neighbours.changed(self._hosts)
             await trio.sleep(pause_s)
             try:
-                async with self._telling:
+                async with self._limited(self._telling):
                     await self._tell_hosts()
                 pause_s = _HOSTS_PAUSE_S
             except (AgentUnreachable, AgentProtocolError):

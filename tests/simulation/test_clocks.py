@@ -1,0 +1,83 @@
+"""A guest that hangs holds up nobody else whose clock is to be set again, or who is to know its neighbours."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from actors.testing import Simulation, simulate
+from volant.testing import World, simulated_world
+from volant.testing._guest import SimGuest
+from volant.testing._qemu import SimQemu
+from volant.vm._network import HOSTS_AT_ONCE
+
+JSON = {"content-type": "application/json"}
+VMS = "/api/v1/vms"
+SOON_S = 6.0
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+async def machine_of(world: World, name: str) -> SimQemu:
+    vm = (await world.request("GET", f"{VMS}/{name}?wait=running&timeout=30s")).json()
+    assert vm["status"] == "running", vm
+    return next(qemu for qemu in world.machine.running() if qemu.process.identity.pid == vm["pid"])
+
+
+def test_a_guest_that_hangs_does_not_keep_the_clocks_of_others_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, tmp_path) as world:
+            await world.start_daemon()
+            body = {"name": "first", "cpu_cores": 1, "memory_mb": 128, "boot": "cold"}
+            assert (await world.request("POST", f"{VMS}?wait=running", body, JSON)).status == 201
+            # On a busy host no clock is set well enough by the first tries.
+            monkeypatch.setattr(SimGuest, "way_s", 0.2)
+            machines: dict[str, SimQemu] = {}
+            for name in ("hangs", "other"):
+                assert (await world.request("POST", f"{VMS}/first/fork", {"names": [name]}, JSON)).status == 201
+                machines[name] = await machine_of(world, name)
+                if name == "hangs":
+                    machines[name].guest.stand_still(True)
+            monkeypatch.setattr(SimGuest, "way_s", 0.0)
+            runs_since = trio.current_time()
+            await trio.sleep(SOON_S)
+            assert not [at for at in machines["hangs"].guest.clock_set_at if at > runs_since]
+            assert [at for at in machines["other"].guest.clock_set_at if at > runs_since], "nobody came to its clock"
+
+    simulate(main, seed=1, faults={})
+
+
+def test_guests_that_hang_do_not_keep_others_from_knowing_their_neighbours(tmp_path: Path) -> None:
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, tmp_path / str(sim.seed)) as world:
+            await world.start_daemon()
+            assert (await world.request("POST", "/api/v1/networks", {"name": "blue"}, JSON)).status == 201
+            names = [f"hangs-{number}" for number in range(2 * HOSTS_AT_ONCE)] + ["other"]
+            machines: dict[str, SimQemu] = {}
+            for name in names:
+                body = {"name": name, "cpu_cores": 1, "memory_mb": 64, "boot": "cold", "network": "blue"}
+                assert (await world.request("POST", VMS, body, JSON)).status == 201
+                machines[name] = await machine_of(world, name)
+                machines[name].guest.protocol = 99
+            await trio.sleep(30)
+            for name in names[:-1]:
+                machines[name].guest.stand_still(True)
+            body = {"name": "comes", "cpu_cores": 1, "memory_mb": 64, "boot": "cold", "network": "blue"}
+            assert (await world.request("POST", VMS, body, JSON)).status == 201
+            await trio.sleep(SOON_S)
+            assert "comes" in machines["other"].guest.hosts
+
+    for seed in range(4):
+        (tmp_path / str(seed)).mkdir()
+        simulate(main, seed=seed, faults={})
