@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -211,3 +212,29 @@ async def test_a_daemon_that_was_killed_finds_the_disks_again(make_daemon: Calla
         await client.vms.start("one")
         await until(client, "one", "running", timeout_s=BOOT_S)
         assert "kept" in (await run(client, "one", "ls", "/")).split()
+
+
+async def test_after_an_upgrade_an_installed_plugin_boots_from_what_is_cached(
+    make_daemon: Callable[..., Daemon], rootfs: Path, tmp_path: Path
+) -> None:
+    """An earlier version let all read what it cached, and its manifests name files that are not read any more."""
+    source = tmp_path / "site.ext4"
+    shutil.copy(rootfs, source)
+    daemon = make_daemon(ephemeral=False)
+    async with daemon.client() as client:
+        await client.plugins.install(plugin("site", source))
+        cache = Path((await client.system.info())["cache_dir"])
+    daemon.stop()
+    medium = medium_path(cache, digest(rootfs))
+    medium.chmod(0o444)
+    medium.with_name(f"{medium.name}.json").chmod(0o644)
+    medium.parent.chmod(0o755)
+    source.unlink()
+    daemon.start()
+    for path in (medium, medium.with_name(f"{medium.name}.json")):
+        assert path.stat().st_mode & 0o007 == 0, path
+    assert medium.parent.stat().st_mode & 0o004 == 0
+    async with daemon.client() as client:
+        await boot(client, "one", plugin="site")
+        assert "www" in (await run(client, "one", "ls", "/")).split()
+        assert medium.stat().st_mode & 0o007 == 0
