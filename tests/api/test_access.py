@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import logging
 import socket
@@ -17,6 +18,7 @@ from trio.testing import MockClock
 
 from tests.api.kit import FAST, UPGRADE, Answer, Api, api, request, streamed
 from volant.api import Access, ApiSettings, create_app, parse_network, serve
+from volant.api._edge._guesses import BURST, MOST, RATE
 from volant.api._edge._keys import TICKET_S, Keys, Tickets
 from volant.api._edge._networks import parse_client
 from volant.api._relay._headers import from_guest, to_guest
@@ -232,6 +234,100 @@ async def test_a_ticket_opens_one_stream(tmp_path: Path) -> None:
         problem(await served.server.get(f"/api/v1/events/vms?ticket={once}"), 401)
         unknown = request("POST", "/api/v1/tickets", b'{"for":"x"}', X_Volant_API_Key=KEY)
         problem(await served.server.ask(unknown), 400)
+
+
+async def test_a_ticket_for_a_path_opens_that_and_what_is_below(tmp_path: Path) -> None:
+    async with api(tmp_path, ApiSettings(api_keys=(KEY,))) as served:
+        logs = "/ws/v1/vms/none/logs"
+        for path, asked, status in (
+            (logs, logs, 404),
+            ("/ws/v1/vms/none", logs, 404),
+            (logs, "/ws/v1/vms/none/console", 401),
+            (logs, "/ws/v1/vms/none/log", 401),
+            ("/ws/v1/vms/non", logs, 401),
+            (logs, "/ws/v1/agui", 401),
+        ):
+            body = msgspec.json.encode({"path": path})
+            made = await served.server.ask(request("POST", "/api/v1/tickets", body, X_Volant_API_Key=KEY))
+            ticket = msgspec.json.decode(made.body)["ticket"]
+            problem(await served.server.get(f"{asked}?ticket={ticket}", **UPGRADE), status)
+            problem(await served.server.get(f"{logs}?ticket={ticket}", **UPGRADE), 401)
+        for body in (b'{"path":"logs"}', b'{"path":1}', b'{"other":"/"}'):
+            problem(await served.server.ask(request("POST", "/api/v1/tickets", body, X_Volant_API_Key=KEY)), 400)
+
+
+async def test_a_log_line_says_who_asked_and_with_which_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="volant.api.request")
+    settings = ApiSettings(api_keys=(KEY, OLD), trusted_proxies=networks("127.0.0.1"))
+    short = {key: hashlib.sha256(key.encode()).hexdigest()[:8] for key in (KEY, OLD)}
+    async with api(tmp_path, settings) as served:
+        await served.server.get("/api/v1/vms", X_Volant_API_Key=KEY)
+        await served.server.get("/api/v1/vms", X_Volant_API_Key=OLD, X_Forwarded_For="192.0.2.7")
+        await served.server.get("/api/v1/vms", X_Volant_API_Key="wrong", X_Forwarded_For="192.0.2.8")
+        made = await served.server.ask(request("POST", "/api/v1/tickets", X_Volant_API_Key=OLD))
+        await served.server.get(f"/ws/v1/agui?ticket={msgspec.json.decode(made.body)['ticket']}&vm=none", **UPGRADE)
+    callers = [str(vars(record)["caller"]) for record in caplog.records if record.name == "volant.api.request"]
+    of_old = f"127.0.0.1 key {short[OLD]}"
+    assert callers == [f"127.0.0.1 key {short[KEY]}", f"192.0.2.7 key {short[OLD]}", "192.0.2.8", of_old, of_old]
+    assert f" 200 from 127.0.0.1 key {short[KEY]} " in caplog.text
+    assert KEY not in caplog.text
+
+
+# Guesses
+
+
+def shown(key: str, client: str = "192.0.2.1") -> dict[str, Any]:
+    return scope(client) | {"headers": [(b"x-volant-api-key", key.encode())]}
+
+
+def looks(access: Access, key: str, client: str = "192.0.2.1") -> bool:
+    """Whether a key is looked at: it is right, or called wrong."""
+    try:
+        access.authenticate(shown(key, client), in_query=False)
+    except Problem as refused:
+        return refused.code != "too-many-wrong-keys"
+    return True
+
+
+async def test_guesses_of_keys_are_slowed_down(autojump_clock: MockClock) -> None:
+    access = Access(ApiSettings(api_keys=(KEY,)))
+    guesses = 0
+    for number in range(10_000):
+        guesses += looks(access, f"guess-{number}")
+        await trio.sleep(0.001)
+    assert BURST + 9 * RATE <= guesses <= BURST + 11 * RATE
+
+
+async def test_guesses_keep_nobody_out_who_has_the_key(autojump_clock: MockClock) -> None:
+    access = Access(ApiSettings(api_keys=(KEY, OLD)))
+    assert access.authenticate(shown(KEY), in_query=False)
+    for number in range(1000):
+        looks(access, f"guess-{number}")
+        # Of the same address, as behind a proxy; and of another one.
+        assert access.authenticate(shown(KEY), in_query=False)
+        assert access.authenticate(shown(KEY, "192.0.2.2"), in_query=False)
+    # One that was never seen there waits for as long as there are guesses, and a moment.
+    assert not looks(access, OLD)
+    await trio.sleep(1 / RATE)
+    assert access.authenticate(shown(OLD), in_query=False)
+
+
+async def test_an_ipv6_network_is_one_guesser_and_the_table_has_an_end(autojump_clock: MockClock) -> None:
+    access = Access(ApiSettings(api_keys=(KEY,)))
+    looked = [looks(access, f"guess-{number}", f"2001:db8::{number:x}") for number in range(1, 200)]
+    assert sum(looked) == BURST
+    for number in range(3 * MOST):
+        looks(access, "wrong", f"10.0.{number // 256}.{number % 256}")
+        access.authenticate(shown(KEY, f"10.1.{number // 256}.{number % 256}"), in_query=False)
+    assert len(access._guesses._wrong) == len(access._guesses._right) == MOST
+
+
+async def test_a_guesser_hears_when_to_come_back(tmp_path: Path) -> None:
+    async with api(tmp_path, ApiSettings(api_keys=(KEY,))) as served:
+        answers = [await served.server.get("/api/v1/vms", X_Volant_API_Key=f"guess-{n}") for n in range(3 * BURST)]
+        refused = [answer for answer in answers if b"too-many-wrong-keys" in answer.body]
+        assert {answer.status for answer in answers} == {401}
+        assert {answer.headers["retry-after"] for answer in refused} == {"1"}
 
 
 async def test_a_ticket_lasts_a_minute_and_there_are_not_more_than_so_many(autojump_clock: MockClock) -> None:

@@ -31,6 +31,7 @@ from volant.model import Desired, Problem, Status, VmRow
 PREFIX = "/ws/v1/vms/tab/devtools"
 GUID = "29762a6d-bb2d-4f27-bc20-d7412a2900a2"
 PAGE = "55A5A63F0D256B381EE71F12F5783111"
+BUNDLED = "devtools://devtools/bundled/inspector.html"
 FRONTEND = "https://chrome-devtools-frontend.appspot.com/serve_rev/@a21ce9/inspector.html"
 KEY = "k" * 32
 MIB = 1024 * 1024
@@ -187,7 +188,7 @@ async def test_pages_are_found_at_our_address(tmp_path: Path, path: str) -> None
         (page,) = await at.told(path)
         socket = f"127.0.0.1:{at.api.server.port}{PREFIX}/page/{PAGE}"
         assert page["webSocketDebuggerUrl"] == f"ws://{socket}"
-        assert page["devtoolsFrontendUrl"] == f"{FRONTEND}?ws={socket}"
+        assert page["devtoolsFrontendUrl"] == f"{BUNDLED}?ws={socket}"
         assert page["url"] == f"http://127.0.0.1:{at.browser.port}/"
 
 
@@ -269,7 +270,7 @@ async def test_addresses_are_those_that_the_client_has_reached_us_by(tmp_path: P
             body = (await at.ask("/json/list", Host=host, X_Forwarded_Proto=proto, X_Forwarded_Host="evil")).body
             (page,) = json.loads(body)
             assert page["webSocketDebuggerUrl"] == f"{scheme}://{host.lower()}{PREFIX}/page/{PAGE}"
-            assert page["devtoolsFrontendUrl"] == f"{FRONTEND}?{scheme}={host.lower()}{PREFIX}/page/{PAGE}"
+            assert page["devtoolsFrontendUrl"] == f"{BUNDLED}?{scheme}={host.lower()}{PREFIX}/page/{PAGE}"
         assert (await at.ask("/json/list", Host="evil.example")).status == 421
 
 
@@ -299,16 +300,18 @@ def test_an_address_that_has_no_place_here_is_left_out(socket: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("frontend", "shown"),
+    "frontend",
     [
-        ("/devtools/inspector.html?ws=localhost:9222/devtools/page/1", "devtools://devtools/bundled/inspector.html"),
-        ("javascript:alert(1)?ws=localhost:9222/devtools/page/1", "devtools://devtools/bundled/inspector.html"),
-        (f"{FRONTEND}?x=1&ws=localhost:9222/devtools/page/1&panel=y", FRONTEND),
+        "/devtools/inspector.html?ws=localhost:9222/devtools/page/1",
+        "javascript:alert(1)?ws=localhost:9222/devtools/page/1",
+        "https://evil.example/inspector.html?ws=localhost:9222/devtools/page/1",
+        f"{FRONTEND}?x=1&ws=localhost:9222/devtools/page/1&panel=y",
     ],
 )
-def test_a_frontend_is_one_that_can_run(frontend: str, shown: str) -> None:
-    told = rewritten({"devtoolsFrontendUrl": frontend}, Place(True, "[::1]:1/d", lambda: "t"))
-    assert told == {"devtoolsFrontendUrl": f"{shown}?wss=[::1]:1/d/page/1%3Fticket%3Dt"}
+def test_no_guest_chooses_the_page_that_shows_its_browser(frontend: str) -> None:
+    said = {"devtoolsFrontendUrl": frontend, "devtoolsFrontendUrlCompat": frontend, "id": "1"}
+    shown = f"{BUNDLED}?wss=[::1]:1/d/page/1%3Fticket%3Dt"
+    assert rewritten(said, Place(True, "[::1]:1/d", lambda: "t")) == {"id": "1", "devtoolsFrontendUrl": shown}
 
 
 # Keys

@@ -37,6 +37,14 @@ async def read_body(kind: type[T]) -> T:
     return _decode_body(data, request.mimetype, kind)
 
 
+async def read_body_or(otherwise: T) -> T:
+    """Decode the body of the request under way as what `otherwise` is, which it stands for if there is none. :raises
+    Problem: as `read_body`."""
+    request.body_timeout = _BODY_S  # type: ignore[assignment]  # annotated int, any number is taken
+    data = await request.get_data(False, False, False)
+    return _decode_body(data, request.mimetype, type(otherwise)) if data else otherwise
+
+
 async def read_one_of(member: str, kind: type[T], otherwise: type[U]) -> T | U:
     """Decode the body of the request under way: as `kind` if it is an object with that member. :raises Problem: as
     `read_body`."""

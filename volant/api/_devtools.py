@@ -49,10 +49,11 @@ _SOCKET = r"(?:browser|page)/[A-Za-z0-9._-]{1,128}"
 _SOCKET_PATH = re.compile(rf"(?:devtools/)?({_SOCKET})\Z")
 """Clients that know of no prefix put `/devtools/` behind it once more."""
 _SOCKET_URL = re.compile(rf"wss?://[^/?#]*/devtools/({_SOCKET})\Z")
-_FRONTEND_URL = re.compile(rf"(?P<page>[^?#]*)\?(?:[^#]*&)?wss?=[^/&#]*/devtools/(?P<path>{_SOCKET})(?:[&#].*)?\Z")
-_HOSTED_FRONTEND = "https://chrome-devtools-frontend.appspot.com/"
+_FRONTEND_URL = re.compile(rf"[^?#]*\?(?:[^#]*&)?wss?=[^/&#]*/devtools/(?P<path>{_SOCKET})(?:[&#].*)?\Z")
 _BUNDLED_FRONTEND = "devtools://devtools/bundled/inspector.html"
-"""In every Chromium. A guest's own frontend could not run here, as a guest's pages are sandboxed."""
+"""In every Chromium. The one that a guest names is never passed on: whoever opens it gives it the browser in the VM,
+and where its origin is allowed, the daemon. On the site that hosts Chromium's, a guest could choose an old one."""
+_ADDRESSES = ("webSocketDebuggerUrl", "devtoolsFrontendUrl")
 _TOLD = re.compile(r"json(?:/(?:version|list|protocol|new)/?|/(?:activate|close)/[A-Za-z0-9._-]{1,128}|/?)\Z")
 
 
@@ -190,8 +191,9 @@ class _Browsers:
 
     def _place(self, call: Call, browser: _Browser) -> Place:
         secure, netloc = self._access.own_address(call.scope)
-        ticket = partial(self._access.tickets.issue, browser.vm_id) if self._access.asks_for_key else None
-        return Place(secure, f"{netloc}/ws/v1/vms/{browser.vm}/devtools", ticket)
+        path = f"/ws/v1/vms/{browser.vm}/devtools"
+        issue = partial(self._access.tickets.issue, browser.vm_id, path=path, caller=call.scope["state"]["caller"])
+        return Place(secure, netloc + path, issue if self._access.asks_for_key else None)
 
     async def _ask(self, browser: _Browser, method: str, target: str) -> bytes:
         """What the browser answers when all is well. :raises Problem: 404, 409 and 502."""
@@ -279,7 +281,8 @@ def rewritten(told: Any, place: Place) -> Any:
         return [rewritten(one, place) if isinstance(one, Mapping) else one for one in told]
     if not isinstance(told, Mapping):
         return told
-    moved = {key: value for key, value in told.items() if key not in ("webSocketDebuggerUrl", "devtoolsFrontendUrl")}
+    # Node.js has `devtoolsFrontendUrlCompat` besides.
+    moved = {key: value for key, value in told.items() if not str(key).startswith(_ADDRESSES)}
     socket = _SOCKET_URL.match(str(told.get("webSocketDebuggerUrl")))
     frontend = _FRONTEND_URL.match(str(told.get("devtoolsFrontendUrl")))
     # Chromium names in both the same WebSocket; so one ticket will do.
@@ -292,8 +295,7 @@ def rewritten(told: Any, place: Place) -> Any:
 
     scheme = "wss" if place.secure else "ws"
     if frontend is not None:
-        page = frontend["page"] if frontend["page"].startswith(_HOSTED_FRONTEND) else _BUNDLED_FRONTEND
-        moved["devtoolsFrontendUrl"] = f"{page}?{scheme}={quote(address(frontend['path']), safe='/:[]')}"
+        moved["devtoolsFrontendUrl"] = f"{_BUNDLED_FRONTEND}?{scheme}={quote(address(frontend['path']), safe='/:[]')}"
     if socket is not None:
         moved["webSocketDebuggerUrl"] = f"{scheme}://{address(socket[1])}"
     return moved

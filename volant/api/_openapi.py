@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints, is_typeddict
 import msgspec
 
 from volant import __version__
-from volant.model import Name, ProblemDetails
+from volant.model import Name, ProblemDetails, WantTicket
 
 from ._body import Nothing
 from ._operations import ANY, HEADERS, JSON, OPERATIONS, PROBLEMS, TAGS, Answer, OneOf, Operation, Parameter
@@ -170,7 +170,7 @@ def _operation(operation: Operation, kinds: _Kinds) -> Schema:
     if operation.takes is not None:
         media = operation.takes_media or (ANY if operation.takes is bytes else JSON)
         shown["requestBody"] = {
-            "required": bool(operation.takes_media) or operation.takes not in (Nothing, bytes),
+            "required": bool(operation.takes_media) or operation.takes not in (Nothing, WantTicket, bytes),
             "content": {media: {"schema": kinds.schema(operation.takes)}},
         }
     responses: Schema = {str(status): _answer(answer, kinds) for status, answer in operation.gives.items()}

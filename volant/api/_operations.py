@@ -45,6 +45,7 @@ from volant.model import (
     Usage,
     VmMemory,
     VmView,
+    WantTicket,
 )
 from volant.model.agent_types import (
     ExecEnd,
@@ -703,7 +704,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         "POST", "/api/v1/tickets", "create_ticket", "For browsers, which can't set headers on some streams",
-        {201: Answer("For one use", Ticket)}, takes=Nothing,
+        {201: Answer("For one use", Ticket)}, takes=WantTicket,
     ),
     Operation(
         "GET", "/metrics", "metrics", "For Prometheus",

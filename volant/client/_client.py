@@ -40,6 +40,7 @@ from volant.model import (
     Usage,
     VmMemory,
     VmView,
+    WantTicket,
     check_name,
     format_duration,
 )
@@ -748,9 +749,10 @@ class _System:
         """Let VMs start again; those that waited do."""
         return decode(await self._http.request("POST", "/api/v1/system/undrain"), SystemStatus)
 
-    async def ticket(self) -> Ticket:
+    async def ticket(self, path: str | None = None) -> Ticket:
         """What opens one WebSocket or event stream in place of a key: for browsers, which can't set headers there."""
-        return decode(await self._http.request("POST", "/api/v1/tickets"), Ticket)
+        body = None if path is None else WantTicket(path)
+        return decode(await self._http.request("POST", "/api/v1/tickets", body=body), Ticket)
 
 
 def _name(name: str) -> str:

@@ -19,8 +19,8 @@ from volant.api import Network, parse_network
 
 _MAX_FILE = 64 * 1024
 _MAX_KEYS = 100
-_SHORT = 16
-_KEY = re.compile(r"[\x21-\x7e]{1,1000}\Z")
+_KEY = re.compile(r"[\x21-\x7e]{16,1000}\Z")
+"""Sixteen characters are 64 bits if they are hexadecimal and random: what nobody guesses over a network."""
 
 
 class ProtectionError(Exception):
@@ -73,8 +73,6 @@ def protection(
         keys.append(_checked(api_key.reveal(), "api_key"))
     if api_key_file is not None:
         keys += _read_keys(api_key_file, warnings)
-    if any(len(key) < _SHORT for key in keys):
-        warnings.append(f"an API key has less than {_SHORT} characters; make one with `openssl rand -hex 32`")
     return Protection(
         tuple(Secret(key) for key in dict.fromkeys(keys)),
         _networks("api_allow_cidr", allow_cidr),
@@ -138,5 +136,10 @@ def _read_keys(path: Path, warnings: list[str]) -> list[str]:
 
 def _checked(key: str, where: str) -> str:
     if not _KEY.match(key):
-        raise ProtectionError(f"{where}: a key has 1 to 1000 characters, visible ASCII without spaces")
+        if len(key) < 16:
+            raise ProtectionError(
+                f"{where}: the key has {len(key)} characters and could be guessed; 16 are the least, and "
+                "`openssl rand -hex 32` makes a good one"
+            )
+        raise ProtectionError(f"{where}: a key has 16 to 1000 characters, visible ASCII without spaces")
     return key

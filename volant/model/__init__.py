@@ -174,6 +174,7 @@ from ._wire import (
     TemplateView,
     Ticket,
     Usage,
+    WantTicket,
     Wellbeing,
 )
 
@@ -292,6 +293,7 @@ __all__ = [
     "VmMemory",
     "VmRow",
     "VmView",
+    "WantTicket",
     "Wellbeing",
     "Woke",
     "Workload",

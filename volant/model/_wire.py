@@ -6,7 +6,7 @@ A client ignores members that it does not know.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -203,6 +203,13 @@ class ArtifactView(msgspec.Struct, frozen=True):
 
     sha256: str
     size_bytes: int
+
+
+class WantTicket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a request for a ticket."""
+
+    path: Annotated[str, msgspec.Meta(pattern=r"^/[\x21-\x7e]*$", max_length=1000)] | None = None
+    """It opens this path and what is below it, such as `/ws/v1/vms/web/logs`; None: any."""
 
 
 class Ticket(msgspec.Struct, frozen=True):

@@ -26,11 +26,15 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from volant.model import Problem
 
-from ._keys import Keys, Tickets
+from ._guesses import Guesses
+from ._keys import ANONYMOUS, Keys, Tickets, digest_of
 from ._networks import is_in, parse_client
 from ._settings import ApiSettings
 
 Header = tuple[bytes, bytes]
+
+GUESSES = "too-many-wrong-keys"
+"""The code of the problem that says so; its answer carries `Retry-After`."""
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _REMEMBERED = 256
@@ -42,7 +46,6 @@ _DOCUMENTS = frozenset({b"/docs", b"/openapi.json"})
 _PREFLIGHT_AGE = b"600"
 _METHODS = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 _KEYLESS = (b"/healthz", b"/docs")
-_ANONYMOUS = "anonymous"
 _IN_QUERY = (b"api_key", b"ticket")
 
 
@@ -52,6 +55,7 @@ class Access:
     def __init__(self, settings: ApiSettings) -> None:
         self._rules = _Rules(settings)
         self.tickets = Tickets()
+        self._guesses = Guesses()
 
     @property
     def asks_for_key(self) -> bool:
@@ -79,7 +83,8 @@ class Access:
         if scope["state"].get("unix"):
             return str(scope["state"]["peer"])
         if not keys or (scope["type"] == "http" and scope["raw_path"] in _KEYLESS):
-            return _ANONYMOUS
+            return ANONYMOUS
+        address = self.client(scope)
         shown = False
         for name, value in scope["headers"]:
             if name == b"x-volant-api-key":
@@ -89,9 +94,9 @@ class Access:
                 value = value[7:]
             else:
                 continue
-            digest = keys.accept(value.strip())
-            if digest is not None:
-                return digest.hex()
+            caller = self._caller(keys, value.strip(), address)
+            if caller is not None:
+                return caller
         ticket = False
         for name, value in _credentials(scope["query_string"]):
             if not in_query:
@@ -102,13 +107,15 @@ class Access:
             shown = True
             ticket = ticket or name == b"ticket"
             if name == b"ticket":
-                if self.tickets.redeem(value):
-                    return _ANONYMOUS
-            elif (digest := keys.accept(value)) is not None:
-                return digest.hex()
+                caller = self.tickets.redeem(value, scope["raw_path"].decode("ascii"))
+            else:
+                caller = self._caller(keys, value, address)
+            if caller is not None:
+                return caller
         if ticket:
             raise _unauthenticated(
-                "the ticket is used, too old, or not one of this daemon's", "POST /api/v1/tickets gives another"
+                "the ticket is used, too old, for another path, or not one of this daemon's",
+                "POST /api/v1/tickets gives another",
             )
         if shown:
             raise _unauthenticated("the API key is not one of this daemon's", None)
@@ -116,6 +123,34 @@ class Access:
             "this daemon asks for an API key",
             "send X-Volant-API-Key or Authorization: Bearer; volar takes it from VOLANT_API_KEY or --api-key-file",
         )
+
+    def client(self, scope: Any) -> str:
+        """Returns the address of the client of a request, or the user at a Unix socket.
+
+        Behind a trusted proxy it is the one that the proxy has seen.
+        """
+        if scope["state"].get("unix"):
+            return str(scope["state"]["peer"])
+        if scope["client"] is None:
+            return "an unknown address"
+        return self._rules.client(scope["client"][0], scope["headers"])[:100]
+
+    def _caller(self, keys: Keys, given: bytes, address: str) -> str | None:
+        """Returns who shows the key `given`, if it is one. :raises Problem: 401, too many wrong ones came before."""
+        digest = digest_of(given)
+        wait_s = self._guesses.wait_s(address, digest)
+        if wait_s > 0:
+            raise Problem(
+                401,
+                GUESSES,
+                f"too many wrong API keys came from {address}; this one was not looked at",
+                hint="send it again in a second",
+            )
+        if keys.accept(digest):
+            self._guesses.right(address, digest)
+            return digest.hex()
+        self._guesses.wrong(address)
+        return None
 
     def own_address(self, scope: Any) -> tuple[bool, str]:
         """Where the client of a checked request reaches us, for addresses that we tell it: whether with TLS, and
@@ -186,7 +221,7 @@ class _Rules:
             elif name == b"x-forwarded-for":
                 forwarded.append(value)
         if self.settings.allow_cidr and not scope["state"].get("unix"):
-            self._check_client(scope["client"][0], forwarded)
+            self._check_client(self._last(scope["client"][0], forwarded))
         server = scope.get("server")
         key = (host, server[0] if server else None)
         ours = self._known.get(key)
@@ -220,13 +255,22 @@ class _Rules:
         """Whether an operator has named this origin."""
         return origin.lower().rstrip("/") in self.origins
 
-    def _check_client(self, peer: str, forwarded: list[bytes]) -> None:
+    def client(self, peer: str, headers: Iterable[Header]) -> str:
+        """Returns the address of the client whose request `peer` has sent, or passed on."""
+        if not self.settings.trusted_proxies:
+            return peer
+        return self._last(peer, [value for name, value in headers if name == b"x-forwarded-for"])
+
+    def _last(self, peer: str, forwarded: list[bytes]) -> str:
         client = peer
         if forwarded and self._is_proxy(peer):
             for member in reversed(b",".join(forwarded).split(b",")):
                 client = _shown(member).strip()
                 if not self._is_proxy(client):
                     break
+        return client
+
+    def _check_client(self, client: str) -> None:
         if not self._may_ask(client):
             raise Problem(
                 403,

@@ -17,7 +17,7 @@ import trio
 
 from volant.model import Problem
 
-from ._access import Access
+from ._access import GUESSES, Access
 from ._bodies import BODIES_FULL, Bodies
 from ._call import Call, Header, Message
 from ._limits import Limits
@@ -27,11 +27,11 @@ _requests = logging.getLogger("volant.api.request")
 _log = logging.getLogger("volant.api")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}\Z")
+_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _OF_VM = re.compile(r"/(?:api|ws)/v1/vms/([a-z0-9-]{1,63})(?:/|\Z)")
 _QUIET = frozenset({"/healthz"})
 _ANY = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 """What an answer names where nearly any is possible."""
-_REFUSED = frozenset({401, 403, 421})
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 Handler = Callable[[Call], Awaitable[None]]
@@ -83,7 +83,7 @@ class Edge:
             await self._fail(call, answer, internal_error())
         finally:
             call.body.release()
-            _log_request(scope, request_id, answer.status, trio.current_time() - began)
+            _log_request(scope, self._access.client(scope), request_id, answer.status, trio.current_time() - began)
 
     async def _serve(self, call: Call) -> None:
         scope = call.scope
@@ -136,7 +136,7 @@ class Edge:
             headers.append((b"www-authenticate", b'Bearer realm="volant"'))
         if problem.status == 405 and problem.hint:
             headers.append((b"allow", problem.hint.removeprefix("use ").encode("latin-1")))
-        if problem.code == BODIES_FULL:
+        if problem.code in (BODIES_FULL, GUESSES):
             headers.append((b"retry-after", b"1"))
         if problem.status == 426:
             headers.append((b"upgrade", b"websocket"))
@@ -195,7 +195,14 @@ def first_problem(group: BaseExceptionGroup[Problem]) -> Problem:
     return error
 
 
-def _log_request(scope: Any, request_id: str, status: int, took_s: float) -> None:
+def caller_text(client: str, caller: str | None) -> str:
+    """Who asks, for people: the address, or the user at a Unix socket, and which key by the begin of its digest."""
+    # Whoever reads logs may look for the key that belongs to a digest, so there are 32 bits of it: enough to tell keys
+    # apart, and too few to be sure of a guess.
+    return f"{client} key {caller[:8]}" if caller is not None and _DIGEST.match(caller) else client
+
+
+def _log_request(scope: Any, client: str, request_id: str, status: int, took_s: float) -> None:
     path = scope["raw_path"].decode("ascii", "replace")
     level = logging.DEBUG if path in _QUIET else logging.INFO
     if _requests.isEnabledFor(level):
@@ -203,12 +210,8 @@ def _log_request(scope: Any, request_id: str, status: int, took_s: float) -> Non
         method = scope.get("method", "WEBSOCKET")
         text, took_ms = path[:500], took_s * 1000
         named = _OF_VM.match(path)
-        facts = {"request_id": request_id, "vm": named[1] if named else None}
-        if status in _REFUSED:
-            client = scope["client"]
-            peer = client[0] if client else "a Unix socket"
-            _requests.log(
-                level, "%s %s %s %s from %s %.1f ms", request_id, method, text, status, peer, took_ms, extra=facts
-            )
-        else:
-            _requests.log(level, "%s %s %s %s %.1f ms", request_id, method, text, status or "-", took_ms, extra=facts)
+        caller = caller_text(client, scope["state"].get("caller"))
+        facts = {"request_id": request_id, "vm": named[1] if named else None, "caller": caller}
+        _requests.log(
+            level, "%s %s %s %s from %s %.1f ms", request_id, method, text, status or "-", caller, took_ms, extra=facts
+        )
