@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ import pytest
 import trio.testing
 
 from tests.api.kit import Api, Body, api, streamed, until
-from volant.api import _events
+from volant.api import ApiSettings, _events
 
 
 @pytest.fixture
@@ -154,3 +155,24 @@ async def test_a_reader_that_leaves_is_forgotten(served: Api) -> None:
     async with stream(served):
         assert served.doors.store.events.statistics().readers == 1
     await until(lambda: not served.doors.store.events.statistics().readers)
+
+
+async def test_an_event_says_who_asked_for_the_change(tmp_path: Path) -> None:
+    key = "k3y-0123456789abcdef"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    async with api(tmp_path, ApiSettings(api_keys=(key,))) as served:
+        served.client.headers["X-Volant-API-Key"] = key
+        await served.crashed("demo")
+        await served.client.post("/api/v1/vms/demo/stop")
+        body = {"command": "volant.vms.delete", "params": {"name": "demo"}}
+        assert (await served.client.post("/api/v1/mcp", json=body)).json()["error"] == ""
+        async with stream(served, "?since=0", X_Volant_API_Key=key) as blocks:
+            events = []
+            while not events or events[-1]["type"] != "VM_DELETED":
+                events.append(await blocks.event())
+        callers = {event["status"] or "gone": event.get("caller") for event in events}
+        me = f"127.0.0.1 key {digest}"
+        # The daemon itself has made it crash.
+        assert callers.pop("crashed") is None
+        assert {callers.pop(status) for status in ("pending", "stopped", "deleting")} == {me}
+        assert key not in json.dumps(events)

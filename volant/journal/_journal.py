@@ -545,6 +545,7 @@ def _decide(stage: Stage, message: Request[Any]) -> object:
     if isinstance(message, KeepRefusal):
         stage.keep(message.once, message.refusal)
         return None
+    stage.caller = getattr(message, "caller", None)
     result = _change(stage, message)
     if once is not None:
         stage.keep(once, once.answer(result))

@@ -163,6 +163,8 @@ class Stage:
         self.networks: dict[str, Network | None] = {}
         self.drain = projection.drain
         self.frames: list[EventFrame] = []
+        self.caller: str | None = None
+        """Who asks for the change that is staged."""
         self.operations: list[Operation] = []
         """For the disk, in order."""
         self._names: dict[str, VmRow | None] = {}
@@ -210,7 +212,7 @@ class Stage:
             f"created as a fork of VM {vm.name}",
         )
         event_id = EventId(self.last_event.epoch, self.last_event.seq + 1)
-        self._add_event(event_id, forked_event(vm, names, event_id=event_id, now=self._now))
+        self._add_event(event_id, forked_event(vm, names, event_id=event_id, now=self._now, caller=self.caller))
         return copies
 
     def take_snapshot(self, vm_id: int, request: TakeSnapshot, snapshot_id: str) -> Snapshot:
@@ -551,7 +553,7 @@ class Stage:
 
     def _tell(self, before: VmRow | None, after: VmRow | None, message: str) -> None:
         event_id = EventId(self.last_event.epoch, self.last_event.seq + 1)
-        event = event_for(before, after, event_id=event_id, message=message, now=self._now)
+        event = event_for(before, after, event_id=event_id, message=message, now=self._now, caller=self.caller)
         if event is None:
             return
         self._add_event(event_id, event)

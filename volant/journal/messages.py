@@ -43,6 +43,7 @@ class CreateRow(Request[VmRow]):
 
     request: CreateVm
     once: Once | None = None
+    caller: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class RestoreRow(Request[VmRow]):
 
     request: RestoreVm
     once: Once | None = None
+    caller: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class ForkRow(Request[tuple[VmRow, ...]]):
     request: ForkVm
     capture: str
     once: Once | None = None
+    caller: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,7 @@ class CommitSteps(Request[VmRow | None]):
     revision: int
     steps: tuple[Step, ...]
     once: Once | None = None
+    caller: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

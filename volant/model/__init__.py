@@ -1,5 +1,6 @@
 """Pure data and pure decisions: no I/O, no clock, no trio."""
 
+from ._caller import current_caller
 from ._decide import (
     GUEST_SHUTDOWN,
     MAX_RESTARTS,
@@ -314,6 +315,7 @@ __all__ = [
     "check_restore",
     "check_take",
     "copied_row",
+    "current_caller",
     "decide",
     "default_network",
     "draining",

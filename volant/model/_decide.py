@@ -54,6 +54,8 @@ class Verb(msgspec.Struct, frozen=True):
     grace_s: float = 10.0
     aside: bool = False
     """With `RESTART`: one that should be paused still should, once it has booted again."""
+    caller: str | None = None
+    """Who asks, for the event of what follows at once."""
 
 
 class Woke(msgspec.Struct, frozen=True):

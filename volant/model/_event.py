@@ -66,6 +66,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """With `VM_FORKED`: the names of the new VMs."""
     snapshot: str | None = None
     """With `VM_RESTORED`: the name of the snapshot."""
+    caller: str | None = None
+    """Who asked for the change, if somebody did: the address and which key, or the user at a Unix socket."""
 
 
 _ENTERING: dict[Status, EventType] = {
@@ -81,7 +83,13 @@ _ENTERING: dict[Status, EventType] = {
 
 
 def event_for(
-    before: VmRow | None, after: VmRow | None, *, event_id: EventId, message: str, now: datetime
+    before: VmRow | None,
+    after: VmRow | None,
+    *,
+    event_id: EventId,
+    message: str,
+    now: datetime,
+    caller: str | None = None,
 ) -> Event | None:
     """The event of the change from `before` to `after`, or None when the public status does not change.
 
@@ -103,10 +111,13 @@ def event_for(
         message=message,
         reason=after.reason if after is not None and after.status is Status.CRASHED else None,
         labels=row.labels,
+        caller=caller,
     )
 
 
-def forked_event(row: VmRow, copies: tuple[str, ...], *, event_id: EventId, now: datetime) -> Event:
+def forked_event(
+    row: VmRow, copies: tuple[str, ...], *, event_id: EventId, now: datetime, caller: str | None = None
+) -> Event:
     """The event of copies that were made of a VM."""
     return Event(
         type=EventType.VM_FORKED,
@@ -119,6 +130,7 @@ def forked_event(row: VmRow, copies: tuple[str, ...], *, event_id: EventId, now:
         message=f"forked: {', '.join(copies[:5])}" + (f" and {len(copies) - 5} more" if len(copies) > 5 else ""),
         labels=row.labels,
         copies=copies,
+        caller=caller,
     )
 
 

@@ -354,7 +354,10 @@ class VmActor(Actor):
                 break
             try:
                 row = await self._doors.journal.ask(
-                    CommitSteps(self._vm_id, self._row.revision, steps, once), timeout_s=_COMMIT_TIMEOUT_S
+                    CommitSteps(
+                        self._vm_id, self._row.revision, steps, once, seen.caller if isinstance(seen, Verb) else None
+                    ),
+                    timeout_s=_COMMIT_TIMEOUT_S,
                 )
             except AlreadyAnswered:
                 # Perhaps by a commit of this very loop, of which nobody knew.

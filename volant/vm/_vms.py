@@ -65,6 +65,7 @@ from volant.model import (
     VmMemory,
     VmRow,
     check_copyable,
+    current_caller,
     draining,
     invalid,
     name_taken,
@@ -149,7 +150,7 @@ class Vms:
         self._check_disk(request)
         with self._making(memory_mb):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
-                row = await self._journal(CreateRow(request, once))
+                row = await self._journal(CreateRow(request, once, current_caller.get()))
                 await self._actor(row)
                 return row
         raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
@@ -169,7 +170,7 @@ class Vms:
             raise name_taken(request.name)
         with self._making(snapshot.vm.memory_mb):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
-                row = await self._journal(RestoreRow(request, once))
+                row = await self._journal(RestoreRow(request, once, current_caller.get()))
                 await self._actor(row)
                 return row
         raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
@@ -193,7 +194,7 @@ class Vms:
                 raise name_taken(copy_name)
 
         async def commit(capture: str) -> tuple[VmRow, ...]:
-            copies = await self._journal(ForkRow(row.id, request, capture, once))
+            copies = await self._journal(ForkRow(row.id, request, capture, once, current_caller.get()))
             for copy in copies:
                 await self._actor(copy)
             return copies
@@ -272,6 +273,7 @@ class Vms:
         :raises AlreadyAnswered: the request came before, and was taken up then.
         """
         row = self._row(name)
+        verb = msgspec.structs.replace(verb, caller=current_caller.get())
         revisions = None
         if only_at is not None:
             revisions = frozenset(version.revision for version in only_at if version.vm_id == row.id)

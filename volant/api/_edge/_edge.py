@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import trio
 
-from volant.model import Problem
+from volant.model import Problem, current_caller
 
 from ._access import GUESSES, Access
 from ._bodies import BODIES_FULL, Bodies
@@ -95,6 +95,7 @@ class Edge:
         path = scope["raw_path"].decode("ascii")
         route, args = self._find(path)
         scope["state"]["caller"] = self._access.authenticate(scope, in_query=_takes_credentials_in_query(call, route))
+        current_caller.set(caller_text(self._access.client(scope), scope["state"]["caller"]))
         if route is not None:
             call.args = args
             self._check_method(route, call)
