@@ -86,8 +86,9 @@ def loopback_peer_uid(client: tuple[str, int], server: tuple[str, int]) -> int |
             with table.open() as lines:
                 for line in lines:
                     fields = line.split()
-                    if len(fields) > 7 and fields[1] in local and fields[2] in remote:
-                        return int(fields[7])
+                    if len(fields) > 9 and fields[1] in local and fields[2] in remote:
+                        # Of an end that was closed the kernel writes no inode, and root as its owner, whoever had it.
+                        return int(fields[7]) if fields[9] != "0" else None
         except OSError:
             continue
     return None

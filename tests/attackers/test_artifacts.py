@@ -314,6 +314,8 @@ def test_the_kernel_says_who_is_at_the_other_end() -> None:
                 ends = client.getsockname()[:2], server.getsockname()[:2]
                 assert loopback_peer_uid(*ends) == os.geteuid()
                 assert loopback_peer_uid((ends[0][0], 1), ends[1]) is None
+                client.close()
+                assert loopback_peer_uid(*ends) is None, "an end without an owner counts as root's"
     assert loopback_peer_uid(("192.0.2.1", 1), ("127.0.0.1", 2)) is None
 
 
