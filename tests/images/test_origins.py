@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -120,12 +123,44 @@ def refused(cache: Path, url: str, allowed: Origins = PUBLIC) -> str:
 
 
 def test_an_internal_service_is_not_asked(tmp_path: Path, internal: Service) -> None:
-    for host in ("127.0.0.2", "127.2", "2130706434", "0x7f000002", "[::ffff:127.0.0.2]"):
+    for host in ("127.0.0.2", "127.2", "2130706434", "0x7f000002", "[::ffff:127.0.0.2]", "%31%32%37.0.0.2"):
         refused(tmp_path, f"http://{host}:{internal.port}/")
+    refused(tmp_path, f"http://127.0.0.2%3A{internal.port}/")
     assert internal.asked == 0
     named = Origins(networks=parse_networks(["127.0.0.2"]))
     fetch(tmp_path, internal.url, DIGEST, max_bytes=2**20, origins=named)
     assert internal.asked == 1
+
+
+def test_no_proxy_is_asked_for_one(tmp_path: Path, internal: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = Service("127.0.0.1")
+    try:
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        for host in ("127.0.0.2", "%31%32%37.0.0.2"):
+            refused(tmp_path, f"http://{host}:{internal.port}/")
+            refused(tmp_path, f"https://{host}:{internal.port}/")
+        assert proxy.asked == 0
+        fetch(tmp_path, "http://1.1.1.1/", DIGEST, max_bytes=2**20, origins=PUBLIC)
+        assert proxy.asked == 1
+    finally:
+        proxy.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a network namespace")
+def test_no_address_of_this_host_is_public() -> None:
+    """Not the second one of an interface either, for which the kernel's own choice would be the first."""
+    code = (
+        "from volant.images import PUBLIC, _origins\n"
+        "print([_origins.is_allowed(each, PUBLIC) for each in ('9.9.9.5', '9.9.9.6', '9.9.10.7')])"
+    )
+    addresses = "ip link set lo up && ip addr add 9.9.9.5/24 dev lo && ip addr add 9.9.9.6/24 dev lo"
+    script = f'{addresses} && exec "$0" -c "$1"'
+    done = subprocess.run(
+        ["unshare", "--net", "sh", "-c", script, sys.executable, code],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[False, False, True]"
 
 
 def test_a_redirection_to_one_is_not_followed(tmp_path: Path, internal: Service) -> None:

@@ -286,9 +286,11 @@ class _Handler(urllib.request.AbstractHTTPHandler):
     def _has_proxy(self, req: urllib.request.Request) -> bool:
         """Whether the operator's proxy connects to the target, and decides where that may be. What can be told of the
         target here is checked first."""
-        target = urllib.parse.urlsplit(req.full_url)
-        if req.host == target.netloc:
+        # Not by a comparison of hosts: `req.host` is decoded, and so `%31%32%37.0.0.1` would pass for a proxy.
+        if not (req.has_proxy() or getattr(req, "_tunnel_host", None)):
             return False
+        netloc = urllib.parse.urlsplit(req.full_url).netloc
+        target = urllib.parse.urlsplit(f"//{urllib.parse.unquote(netloc)}")
         # A name that this host can't look up, its proxy perhaps can.
         with contextlib.suppress(OSError):
             checked(target.hostname or "", target.port or 0, self._origins, must_exist=False)

@@ -8,6 +8,7 @@ checked: a name that means another host a moment later gains nothing. Each redir
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 from collections.abc import Sequence
@@ -115,10 +116,21 @@ def _embedded(address: _Address) -> _Address:
 def _is_own(address: _Address) -> bool:
     """Whether it is one of this host's: what listens there may be meant for this host alone."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        try:
-            # Nothing is sent by this; the kernel chooses the way there, and with it our own address.
-            sock.connect((str(address), 9))
-            return bool(sock.getsockname()[0] == str(address))
-        except OSError:
-            return False
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        # Nothing is sent by this; the kernel chooses the way there, and with it our own address.
+        sock.connect((str(address), 9))
+        if sock.getsockname()[0] == str(address):
+            return True
+    # For a second address of an interface the kernel chooses the first. But only what is ours can be bound.
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind((str(address), 0))
+        return not _binds_any(address.version)
+    return False
+
+
+def _binds_any(version: int) -> bool:
+    """Whether this host lets sockets be bound to addresses that are not its own."""
+    try:
+        return Path(f"/proc/sys/net/ipv{version}/ip_nonlocal_bind").read_text().strip() != "0"
+    except OSError:
+        return False
