@@ -14,6 +14,7 @@ test: ## All tests, real guests included
 	@.ci/system-packages python qemu ext4
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages systemd || echo "Without it the tests under systemd are skipped" >&2
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages network || echo "Without it the tests of networks are skipped" >&2
+	@[ "$$(id -u)" != 0 ] || .ci/system-packages chromium || echo "Without it the tests with a browser are skipped" >&2
 	@.ci/test $(TESTS)
 
 simulate: ## SEEDS lives of a daemon on a simulated host, with faults and kills

@@ -6,6 +6,8 @@ import ast
 import re
 from pathlib import Path
 
+from volant.api._mcp._tools import TOOLS
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = ("tutorial", "how-to", "reference", "explanation")
 PAGES = [REPOSITORY / "README.md", *(page for name in FOLDERS for page in (REPOSITORY / "docs" / name).glob("*.md"))]
@@ -49,6 +51,11 @@ def functions(module: Path) -> set[str]:
     """Returns the names of the functions that a module defines, those of its classes included."""
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef)
     return {node.name for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, definitions)}
+
+
+def test_the_page_of_mcp_names_every_tool() -> None:
+    page = (REPOSITORY / "docs/how-to/mcp.md").read_text()
+    assert not [tool.name for tool in TOOLS if f"`{tool.name}`" not in page]
 
 
 def anchors(page: Path) -> set[str]:

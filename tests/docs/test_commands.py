@@ -1,0 +1,162 @@
+"""Every command block of the documentation runs as it is printed, or its page says why it can't here."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import PAGES, REPOSITORY, Block, blocks
+from tests.system.netns import IN_ITS_OWN
+
+_BLOCK_S = 240.0
+_INTERRUPT_S = 4
+_TOKEN = "=-= block ends: "
+_READY = "for i in $(seq 600); do curl -s http://127.0.0.1:7777/healthz | grep -q '\"ok\"' && break; sleep 0.1; done"
+_CLEAN = (
+    "for n in $(volar vms list --json | jq -r '.[].name'); do volar vms delete $n; done; "
+    "for n in $(volar snapshots list --json | jq -r '.[].name'); do volar snapshots remove $n; done; "
+    "for n in $(volar plugins list --json | jq -r '.[].name'); do volar plugins remove $n; done; "
+    "for n in $(volar networks list --json | jq -r '.[].name'); do volar networks remove $n; done"
+)
+RUN = [page for page in PAGES if any("not run" not in block.words for block in blocks(page) if not block.file)]
+
+
+class Shell:
+    """A shell of a page, in a network namespace of its own, so that the daemon has the port that pages name."""
+
+    def __init__(self, home: Path, root: Path, cache: Path) -> None:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("VOLANT_")}
+        environ = inherited | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin",
+            "HOME": str(home),
+            "VOLANT_STATE_DIR": str(root / "s"),
+            "VOLANT_RUNTIME_DIR": str(root / "r"),
+            "VOLANT_CACHE_DIR": str(cache),
+            "VOLANT_ACCELERATOR": "tcg",
+        }
+        self._home = home
+        self._process = subprocess.Popen(
+            [*IN_ITS_OWN, "bash", "--norc"],
+            cwd=home,
+            env=environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        # Failed commands are noted in the order in which they fail, whatever comes after them.
+        self.run("set -E; failed=; trap 'failed=\"$failed $?\"' ERR")
+
+    def run(self, text: str) -> tuple[str, list[int]]:
+        """Runs a block; returns what it prints, and the exit codes of its commands that failed."""
+        script = self._home / ".block"
+        # Its own code is that of the last command, which the trap has seen already.
+        script.write_text(f"{text}\n:\n")
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        guard = subprocess.Popen(
+            ["sh", "-c", f"sleep {_BLOCK_S:g}; kill -9 {self._process.pid}"], start_new_session=True
+        )
+        try:
+            self._process.stdin.write(f"failed=; . {script} </dev/null; echo; echo '{_TOKEN}'$failed\n")
+            self._process.stdin.flush()
+            said: list[str] = []
+            for line in self._process.stdout:
+                if line.startswith(_TOKEN):
+                    return "".join(said).removesuffix("\n"), [int(code) for code in line[len(_TOKEN) :].split()]
+                said.append(line)
+        finally:
+            os.killpg(guard.pid, 9)
+            guard.wait()
+        raise AssertionError(f"the shell ended, or took longer than {_BLOCK_S:g} s, in: {text}\n{''.join(said)}")
+
+    def close(self) -> None:
+        try:
+            said, _ = self.run(f"{_CLEAN}; jobs -p | xargs -r kill; wait")
+            assert "Error" not in said, said
+        finally:
+            self._process.kill()
+            self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def root() -> Iterator[Path]:
+    """Where the daemons of the pages keep their state, so that all of them have one template."""
+    # Short, as the sockets' paths have 108 bytes.
+    made = Path(tempfile.mkdtemp(prefix="vd", dir="/tmp"))
+    made.chmod(0o711)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.mark.system
+@pytest.mark.skipif(os.getuid() != 0, reason="makes network namespaces as root")
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_commands_run_as_printed(page: Path, root: Path, image_cache: Path, tmp_path: Path) -> None:
+    todo = blocks(page)
+    shell = Shell(tmp_path, root, image_cache)
+    try:
+        if not any(block.text.startswith("volantd &") for block in todo):
+            shell.run(f"volantd >volantd.log 2>&1 &\n{_READY}")
+        for block in todo:
+            if block.file:
+                (tmp_path / block.file).write_text(block.text + "\n")
+            elif "not run" not in block.words:
+                _run(shell, page, block)
+    finally:
+        shell.close()
+
+
+def _run(shell: Shell, page: Path, block: Block) -> None:
+    where = f"{page.relative_to(REPOSITORY)}:{block.line}"
+    if "before" in block.words:
+        said, codes = shell.run(block.words["before"])
+        assert not codes, f"{where}: what comes before it fails with {codes}:\n{said}"
+    for command, expected in block.commands():
+        if "until interrupted" in block.words:
+            said, codes = shell.run(f"timeout --signal=INT {_INTERRUPT_S} {command}")
+            assert codes in ([], [124], [130]), f"{where}: {command}\nfails with {codes}:\n{said}"
+            continue
+        said, codes = shell.run(command)
+        if command.endswith("&") or re.match(r"volantd &", command):
+            shell.run(_READY)
+        wanted = [int(code) for code in block.words.get("exits", "").split()]
+        assert codes == wanted, f"{where}: {command}\nexits with {codes or 0}:\n{said}"
+        if expected and "example output" not in block.words:
+            pattern = r".*?".join(re.escape(part) for part in re.split(r"\.\.\.|…", expected.strip()))
+            assert re.fullmatch(pattern, said.strip(), re.DOTALL), f"{where}: {command}\nprints\n{said}"
+
+
+def test_what_is_not_run_has_a_reason() -> None:
+    without = []
+    for page in PAGES:
+        for block in blocks(page):
+            if "not run" in block.words:
+                reason = block.words["not run"]
+                print(f"{page.relative_to(REPOSITORY)}:{block.line} is not run: {reason}")
+                if len(reason) < 10:
+                    without.append(f"{page}:{block.line}")
+    assert not without
+
+
+def test_no_command_hides_in_another_kind_of_block() -> None:
+    hidden = []
+    for page in RUN:
+        known = set[int]()
+        for block in blocks(page):
+            known.update(range(block.line, block.line + block.text.count("\n") + 3))
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            if re.match(r"(?:    |    \$ |\$ )(?:volar|volantd) (?! )", line) and number not in known:
+                hidden.append(f"{page.relative_to(REPOSITORY)}:{number}: {line}")
+    assert not hidden
