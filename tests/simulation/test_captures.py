@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
-from volant.testing import World, simulated_world
+from volant.testing import Answer, Unreachable, World, simulated_world
 from volant.testing._qemu import SimQemu
 
 JSON = {"content-type": "application/json"}
@@ -202,5 +202,38 @@ def test_a_copy_that_a_pause_has_ended_can_be_made_afterwards(tmp_path: Path) ->
         assert qemu.status == "running"
         assert await snapshot(world) / "memory" in copies(world)
         assert (await restore(world, "copy"))["status"] == "running"
+
+    live(tmp_path, story)
+
+
+def test_a_snapshot_that_a_killed_daemon_has_begun_is_no_reason_to_refuse_it_for_good(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        [qemu] = world.machine.running()
+        qemu.deaf_to.add("xen-save-devices-state")
+        once = {**JSON, "idempotency-key": "once"}
+
+        async def take() -> Answer:
+            return await world.request("POST", f"{VMS}/demo/snapshots", {"name": "warm"}, once)
+
+        async def take_in_vain() -> None:
+            with pytest.raises(Unreachable):
+                await take()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take_in_vain)
+            await stands_still(qemu)
+            await world.kill_daemon()
+        qemu.deaf_to.clear()
+        # What is left of it can't be removed at first.
+        world.machine.disk_full = True
+        await world.start_daemon()
+        await trio.sleep(0.5)
+        world.machine.disk_full = False
+        statuses = []
+        with trio.fail_after(30):
+            while (answer := await take()).status != 201:
+                statuses.append(answer.status)
+                await trio.sleep(0.1)
+        assert set(statuses) <= {503}, "a refusal that is kept for the key"
 
     live(tmp_path, story)

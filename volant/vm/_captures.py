@@ -171,6 +171,10 @@ class Captures:
         """Those under way, ready for JSON."""
         return [{"capture": turn.name, "vm": turn.vm.name} for turn in self._turns.values()]
 
+    def is_being_made(self, capture: str) -> bool:
+        """Whether it is under way in this daemon, and not what an earlier one has left."""
+        return capture in self._turns
+
     # Making them
 
     def enter(self, vm: VmRow, kind: str) -> Turn:

@@ -221,6 +221,13 @@ class Vms:
         row = self._row(name)
         check_copyable(row)
         captures = self.doors.captures
+        earlier = self.doors.store.projection.snapshots.get(request.name or "")
+        if earlier is not None and earlier.status == "creating" and not captures.is_being_made(earlier.capture):
+            # A refusal as a name that is taken would be kept for its key, though there is no such snapshot.
+            raise Problem(
+                503, "captures-busy", f"what a killed daemon has left of snapshot {earlier.name!r} is being removed",
+                vm=name, hint="try again in a moment",
+            )  # fmt: skip
         turn = captures.enter(row, SNAPSHOT)
         begun: Snapshot | None = None
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
