@@ -16,7 +16,7 @@ from volant import __version__
 from volant.model import Name, ProblemDetails, WantTicket
 
 from ._body import Nothing
-from ._operations import ANY, HEADERS, JSON, OPERATIONS, PROBLEMS, TAGS, Answer, OneOf, Operation, Parameter
+from ._operations import ANY, HEADERS, JSON, OCTETS, OPERATIONS, PROBLEMS, TAGS, Answer, OneOf, Operation, Parameter
 
 Schema = dict[str, Any]
 
@@ -138,6 +138,8 @@ class _Kinds:
             for owner in _owners(kind):
                 _describe(owner, self.components[owner.__name__])
         self.components = dict(sorted(self.components.items()))
+        for schema in self.components.values():
+            _say_defaults(schema)
 
     def schema(self, kind: Any) -> Schema:
         """The schema of a type, or a reference to it."""
@@ -169,9 +171,10 @@ def _operation(operation: Operation, kinds: _Kinds) -> Schema:
         shown["parameters"] = parameters
     if operation.takes is not None:
         media = operation.takes_media or (ANY if operation.takes is bytes else JSON)
+        schema = kinds.schema(operation.takes)
         shown["requestBody"] = {
             "required": bool(operation.takes_media) or operation.takes not in (Nothing, WantTicket, bytes),
-            "content": {media: {"schema": kinds.schema(operation.takes)}},
+            "content": {**_as_bytes(operation.takes), media: {"schema": schema}},
         }
     responses: Schema = {str(status): _answer(answer, kinds) for status, answer in operation.gives.items()}
     problem = "Relayed" if _tag(operation.path) == _OF_GUESTS else "Problem"
@@ -182,6 +185,11 @@ def _operation(operation: Operation, kinds: _Kinds) -> Schema:
             responses[str(status)] = {"$ref": f"#/components/responses/{problem}{status}"}
     shown["responses"] = responses
     return shown
+
+
+def _as_bytes(kind: Any) -> Schema:
+    """Bytes of whatever type, for generators that know neither `*/*` nor a database's type."""
+    return {OCTETS: {"schema": {"type": "string", "format": "binary"}}} if kind is bytes else {}
 
 
 def _failures(operation: Operation, in_path: Sequence[str]) -> set[int]:
@@ -216,6 +224,8 @@ def _answer(answer: Answer, kinds: _Kinds) -> Schema:
         # Of a stream, tools hold each event against it (as OpenAPI 3.2 does with `itemSchema`), and not the text.
         schema = {} if answer.media == "text/event-stream" else kinds.schema(answer.kind)
         shown["content"] = {answer.media: {"schema": schema}}
+        if answer.media == ANY:
+            shown["content"] = {**_as_bytes(answer.kind), **shown["content"]}
     if answer.streams:
         shown["content"]["text/event-stream"] = {"schema": {}}
     if answer.items:
@@ -256,6 +266,21 @@ def _owners(kind: Any) -> Iterator[type]:
             yield from _owners(hint)
     for argument in get_args(kind):
         yield from _owners(argument)
+
+
+def _say_defaults(schema: Schema) -> None:
+    """Put defaults of members into words, and an `items` to arrays of anything.
+
+    Generators take a member that has a `default` for one that is always there, and ask it of a request as well
+    (openapi-typescript), or know no array without `items` (openapi-python-client).
+    """
+    for member in schema.get("properties", {}).values():
+        if member.get("type") == "array" and "prefixItems" not in member:
+            member.setdefault("items", {})
+        default = member.pop("default", None)
+        if default not in (None, "", {}, [], ()):
+            said = f"Default: `{msgspec.json.encode(default).decode()}`."
+            member["description"] = f"{member['description']} {said}" if "description" in member else said
 
 
 def _describe(owner: type, schema: Schema) -> None:

@@ -71,6 +71,7 @@ Anything = Mapping[str, Any]
 JSON = "application/json"
 SQLITE = "application/vnd.sqlite3"
 ANY = "*/*"
+OCTETS = "application/octet-stream"
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,11 @@ class HealthCheck(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_
     SCHEMA: ClassVar[Mapping[str, Any]] = {
         "oneOf": [
             {"required": ["path"], "properties": {"path": {"type": "string"}, "command": {"maxItems": 0}}},
-            {"required": ["command"], "properties": {"path": {"type": "null"}, "command": {"minItems": 1}}},
+            {
+                "required": ["command"],
+                "properties": {"command": {"minItems": 1}},
+                "not": {"required": ["path"], "properties": {"path": {"type": "string"}}},
+            },
         ]
     }
     """What its types can't say, in JSON Schema's words."""
