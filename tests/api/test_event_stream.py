@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trio.testing
 
-from tests.api.kit import Api, Body, api, streamed, until
+from tests.api.kit import Api, Body, api, read_head, read_to_end, request, streamed, until
 from volant.api import ApiSettings, _events
 
 
@@ -176,3 +176,21 @@ async def test_an_event_says_who_asked_for_the_change(tmp_path: Path) -> None:
         assert callers.pop("crashed") is None
         assert {callers.pop(status) for status in ("pending", "stopped", "deleting")} == {me}
         assert key not in json.dumps(events)
+
+
+async def test_a_client_that_has_half_closed_makes_a_vm_and_follows_the_events(served: Api) -> None:
+    async with await served.server.connect() as stream:
+        await stream.send_all(request("GET", "/api/v1/events/vms", Accept="text/event-stream"))
+        await stream.send_eof()
+        await read_head(stream)
+        async with await served.server.connect() as other:
+            await other.send_all(request("POST", "/api/v1/vms", b'{"name": "demo"}', Content_Type="application/json"))
+            await other.send_eof()
+            assert (await read_to_end(other)).startswith(b"HTTP/1.1 201 ")
+        events = b""
+        with trio.fail_after(10):
+            while b"VM_CREATED" not in events:
+                events += await stream.receive_some(65536)
+        assert served.doors.store.events.statistics().readers == 1
+    # Both directions are closed now.
+    await until(lambda: not served.doors.store.events.statistics().readers)
