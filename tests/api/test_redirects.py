@@ -127,6 +127,12 @@ def test_a_page_reloads_itself_and_goes_nowhere_else_by_a_header() -> None:
     assert OF_PORT.redirect(said) == [(b"refresh", b"5"), (b"x-own", b"kept")]
 
 
+def test_the_header_by_which_redirects_once_came_is_left_out() -> None:
+    """Python's urllib follows it where there is no `Location`."""
+    said = [(b"uri", b"http://127.0.0.1:7777/api/v1/vms"), (b"x-own", b"kept")]
+    assert OF_PORT.redirect(said) == [(b"x-own", b"kept")]
+
+
 async def test_a_guest_says_nothing_in_our_name(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
         answer = await at.api.server.get(f"{prefix(at, 'port')}/evil")

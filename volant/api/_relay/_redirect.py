@@ -39,11 +39,12 @@ class Sender:
     def redirect(self, headers: Iterable[Header]) -> list[Header]:
         """Returns `headers` of the answer with each `Location` below our path of the guest, or as `Volant-Location`.
 
-        `Refresh` with an address is another redirect, and is left out.
+        `Refresh` with an address is another redirect, and is left out. So is `URI`, by which HTTP/1.0 redirected and
+        Python's urllib does still.
         """
         sent = []
         for name, value in headers:
-            if name == b"refresh" and not _RELOADS.match(value):
+            if name == b"uri" or (name == b"refresh" and not _RELOADS.match(value)):
                 continue
             if name == b"location":
                 place = self.place(value)
