@@ -103,7 +103,11 @@ def _make(path: Path, mode: int) -> bool:
         path.mkdir(mode)
     except FileExistsError:
         return False
-    path.chmod(mode)
+    with _opened(path, os.O_NOFOLLOW | os.O_DIRECTORY) as fd:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise _of_another_user(path, os.fstat(fd).st_uid)
+        # By the descriptor, as whoever owns the directory above can put a link in its place.
+        Path(f"/proc/self/fd/{fd}").chmod(mode)
     return True
 
 

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from tests.attackers.local_user import NOBODY, make_directory, make_link, needs_root, run_code
+from volant._directories import make_own_directory
 from volant.daemon._directories import DirectoryError, claimed, memory_dir
 from volant.daemon._settings import Settings
 from volant.daemon._sockets import ListenError, listening
@@ -129,6 +130,27 @@ def test_nobody_can_replace_a_directory_above(settings: Settings, root: Path, na
     moved = Settings(**{**{each: getattr(settings, each) for each in SQUATTED}, name: above / "d"})
     with pytest.raises(DirectoryError, match=rf"every user can write in {above}.*chmod o-w {above}"):
         claim(moved)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "way", [lambda path: make_directory(path, 0o755), lambda path: make_link(path, path.parent.parent)]
+)
+def test_nobody_gains_by_being_faster_at_making_a_directory_above(
+    settings: Settings, root: Path, monkeypatch: pytest.MonkeyPatch, way: Callable[[Path], None]
+) -> None:
+    (root / "all").mkdir()
+    (root / "all").chmod(0o1777)
+    above = root / "all" / "above"
+
+    def late(path: Path, mode: int = 0o700) -> str | None:
+        if path == above / "own" and not os.path.lexists(above):
+            way(above)
+        return make_own_directory(path, mode)
+
+    monkeypatch.setattr("volant.daemon._directories.make_own_directory", late)
+    with pytest.raises(DirectoryError, match="belongs to the user nobody"):
+        claim(msgspec.structs.replace(settings, runtime_dir=above / "own"))
 
 
 @needs_root

@@ -168,7 +168,10 @@ def _claim(path: Path) -> None:
     """:raises DirectoryError:"""
     try:
         warnings = check_way_to(path)
-        if (corrected := make_own_directory(path)) is not None:
+        corrected = make_own_directory(path)
+        # Another user may have made a directory above that was not there a moment ago.
+        warnings = list(dict.fromkeys([*warnings, *check_way_to(path)]))
+        if corrected is not None:
             warnings.append(corrected)
     except UnsafeDirectory as error:
         raise DirectoryError(str(error)) from None
