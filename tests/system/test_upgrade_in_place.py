@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import trio
@@ -37,19 +38,29 @@ __all__ = ["previous"]
 _BUILD_S = 600.0
 
 
+def build_image(tree: Path, cache: Path) -> None:
+    """Make the boot image of the code in `tree` the current one: the daemon's host reaches no archive of packages."""
+    subprocess.run(
+        [sys.executable, "-m", "volant.images", "build", "--cache", str(cache)],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        check=True,
+        timeout=_BUILD_S,
+    )
+
+
 @pytest.fixture
-def upgraded(image_cache: Path, previous: Path, tmp_path: Path, _running: list[Daemon]) -> Iterator[tuple[Daemon, Lab]]:
+def cache() -> Iterator[Path]:
+    """A cache that nobody has used, where hypervisors' users can reach it."""
+    with TemporaryDirectory(prefix="vtc", dir="/tmp") as directory:
+        Path(directory).chmod(0o711)
+        yield Path(directory) / "cache"
+
+
+@pytest.fixture
+def upgraded(cache: Path, previous: Path, _running: list[Daemon]) -> Iterator[tuple[Daemon, Lab]]:
     """A daemon that has not started yet, whose code is the previous version's, in a host of its own."""
-    cache = tmp_path / "cache"
-    # The daemon's host reaches no archive of packages, so both versions' images are there beforehand.
-    for tree in (previous, REPOSITORY):
-        subprocess.run(
-            [sys.executable, "-m", "volant.images", "build", "--cache", str(cache)],
-            cwd=tree,
-            env={**os.environ, "PYTHONPATH": str(tree)},
-            check=True,
-            timeout=_BUILD_S,
-        )
+    build_image(previous, cache)
     lab = Lab()
     daemon = Daemon(
         cache, "--network", "auto", "--templates", "auto", "--standby", "1", wrapper=lab.host.enter, ephemeral=False
@@ -66,10 +77,10 @@ def upgraded(image_cache: Path, previous: Path, tmp_path: Path, _running: list[D
 
 
 async def test_everything_that_runs_goes_on_and_everything_that_is_kept_can_be_used(
-    upgraded: tuple[Daemon, Lab], tmp_path: Path, image_cache: Path
+    upgraded: tuple[Daemon, Lab], tmp_path: Path, cache: Path
 ) -> None:
     daemon, lab = upgraded
-    rootfs = make_ext4(tmp_path / "root.ext4", image_cache, files={"etc/who": "the root file system\n"})
+    rootfs = make_ext4(tmp_path / "root.ext4", cache, files={"etc/who": "the root file system\n"})
     daemon.start()
     async with daemon.client() as client:
         before = await _prepare(daemon, lab, client, rootfs)
@@ -79,6 +90,7 @@ async def test_everything_that_runs_goes_on_and_everything_that_is_kept_can_be_u
     # An artifact of an installed manifest comes from the cache.
     rootfs.unlink()
 
+    build_image(REPOSITORY, cache)
     begin_with(daemon, None)
     daemon.start()
     async with daemon.client() as client:
