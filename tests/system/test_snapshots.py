@@ -232,11 +232,8 @@ async def test_what_a_killed_daemon_has_left_half_done_is_finished_or_gone(daemo
             await no_captures_but_one(daemon)
             assert [(one.name, one.status) for one in await client.snapshots.list()] == [("whole", "ready")]
     async with daemon.client() as client:
-        copy = await until(client, "demo-fork-1", "crashed")
-        assert copy is not None
-        assert copy.reason is not None
-        assert copy.reason.code == "capture_gone"
-        await client.vms.delete("demo-fork-1")
+        # No copy was acknowledged, so none was made.
+        assert [vm.name for vm in await client.vms.list()] == ["demo"]
     # While a copy is not yet told who it is.
     body = {"name": "again", "from_snapshot": "whole"}
     await begin_and_be_killed(daemon, HANGS_BEFORE_A_COPY_IS_SOMEBODY, "/api/v1/vms?wait=running", body)
