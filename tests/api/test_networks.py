@@ -35,6 +35,16 @@ async def test_a_vm_shows_its_network_address_and_ports(served: Api) -> None:
     }
 
 
+async def test_a_fallback_is_a_warning_in_the_answer_to_a_create(served: Api) -> None:
+    assert (await served.create("before"))["warnings"] == []
+    fallback = Asked("user", "no bridge: another daemon has the subnet", True)
+    served.doors.store.networking = Networking(default=fallback)
+    assert (await served.create("demo"))["warnings"] == [
+        "the network is 'user': no bridge: another daemon has the subnet"
+    ]
+    assert (await served.create("asked", network="none"))["warnings"] == []
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "field"),
     [

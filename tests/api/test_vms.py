@@ -14,7 +14,7 @@ VM_FIELDS = {
     "id", "name", "status", "desired", "reason", "plugin", "runtime", "pid", "ip_address", "mac_address", "cpu_cores",
     "memory_mb", "kernel_cmdline", "serial_socket", "labels", "hypervisor", "accelerator", "restart_policy",
     "restarts", "boots", "boot", "booted_from", "fallback", "origin", "disk", "created_at", "updated_at", "started_at",
-    "disk_mb", "network", "network_reason", "ports", "workload", "expires_at",
+    "disk_mb", "network", "network_reason", "ports", "workload", "expires_at", "warnings",
 }  # fmt: skip
 
 

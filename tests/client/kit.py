@@ -191,7 +191,7 @@ def vm(**members: object) -> dict[str, object]:
         "fallback": None, "disk": "none", "created_at": "2025-09-24T12:34:56Z",
         "updated_at": "2025-09-24T12:34:56Z", "started_at": "2025-09-24T12:34:56Z", "origin": None,
         "disk_mb": None, "network": "none", "network_reason": "", "ports": [], "workload": None,
-        "expires_at": None, **members,
+        "expires_at": None, "warnings": [], **members,
     }  # fmt: skip
 
 

@@ -215,7 +215,15 @@ def test_a_vm_says_which_network_it_has_and_why() -> None:
 def test_a_vm_that_names_no_network_has_the_best_that_can_be_had(
     setting: str, obstacles: dict[str, str], found: tuple[str, str]
 ) -> None:
-    assert default_network(setting, obstacles) == found
+    assert default_network(setting, obstacles)[:2] == found
+
+
+def test_only_a_daemon_of_root_warns_of_a_network_that_is_no_bridge() -> None:
+    obstacles = {"bridge": "another daemon has the subnet"}
+    assert default_network("auto", obstacles, is_root=True).fallback
+    assert not default_network("auto", obstacles).fallback
+    assert not default_network("auto", {}, is_root=True).fallback
+    assert not default_network("user", obstacles, is_root=True).fallback
 
 
 def test_ports_of_a_vm_without_a_network_are_refused() -> None:

@@ -226,12 +226,15 @@ async def create(
     if not wait:
         made = await session.client.vms.create(request, idempotency_key=idempotency_key)
         _done(session.out, made, "is created")
+        _warn(session.out, made)
         return 0
     async with _telling(session, name) as teller:
         waited = await session.client.vms.create_and_wait(
             request, (READY,), timeout_s=timeout, idempotency_key=idempotency_key
         )
         await _settle(teller, waited)
+    if waited.vm is not None:
+        _warn(session.out, waited.vm)
     return _outcome(session.out, name, waited, READY, timeout)
 
 
@@ -550,6 +553,13 @@ def _outcome(out: Output, name: str, waited: Waited, wanted: str, timeout_s: flo
         f"VM {name!r} {state}{why}",
         hint=f"`volar vms logs {name}` shows its console, `volar vms get {name}` the last lines of it",
     )
+
+
+def _warn(out: Output, vm: VmView) -> None:
+    """Print what the daemon warns of to standard error; with --json it stands in the document."""
+    if not out.json:
+        for warning in vm.warnings:
+            out.note(f"volar: warning: {safe(warning)}")
 
 
 def _done(out: Output, vm: VmView, what: str) -> None:

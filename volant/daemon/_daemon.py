@@ -459,9 +459,11 @@ class Daemon:
         protection, networking = self._protection, self.store.networking
         refused = _USER_REFUSED if protection.allow_cidr and not protection.keys else ""
         obstacles = {**networking.obstacles, USER: refused} if refused else networking.obstacles
-        default = default_network(self.settings.network, obstacles)
+        default = default_network(self.settings.network, obstacles, is_root=os.geteuid() == 0)
         if default != networking.default and self.settings.network == AUTO:
-            _logger.info("VMs have the network %s where they name none: %s", *default)
+            level = logging.WARNING if default.fallback else logging.INFO
+            text = "VMs have the network %s where they name none: %s"
+            _logger.log(level, text, default.network, default.reason)
         self.store.networking = msgspec.structs.replace(networking, default=default, user_refused=refused)
 
     async def _reload(self) -> None:

@@ -100,6 +100,8 @@ class Asked(NamedTuple):
 
     network: str
     reason: str
+    fallback: bool = False
+    """Whether it is a lesser one than a daemon of root gives, so that who creates the VM is warned."""
 
 
 class Networking(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,18 +133,19 @@ def asked_network(network: str | None, default: Asked) -> Asked:
     return default if network is None else Asked(network, "asked for when it was created")
 
 
-def default_network(setting: str, obstacles: Mapping[str, str]) -> Asked:
+def default_network(setting: str, obstacles: Mapping[str, str], *, is_root: bool = False) -> Asked:
     """The network of VMs that are created without a word, where the setting `network` is `setting`.
 
     :param obstacles: why a kind of network can't be had here
+    :param is_root: whether a bridge is what an operator expects: for others there is none on any host
     """
     if setting != AUTO:
         return Asked(setting, "the daemon's setting `network`")
     if BRIDGE not in obstacles:
         return Asked(BRIDGE, "the daemon may make a bridge")
     if USER not in obstacles:
-        return Asked(USER, f"no bridge: {obstacles[BRIDGE]}")
-    return Asked(NONE, f"no bridge: {obstacles[BRIDGE]}; no network of a user: {obstacles[USER]}")
+        return Asked(USER, f"no bridge: {obstacles[BRIDGE]}", is_root)
+    return Asked(NONE, f"no bridge: {obstacles[BRIDGE]}; no network of a user: {obstacles[USER]}", is_root)
 
 
 def unavailable(asked: Asked, obstacle: str, *, vm: str) -> Problem:

@@ -202,6 +202,8 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     VM."""
     network_reason: str = "it was created before there were networks"
     """Why it has that one."""
+    network_fallback: bool = False
+    """Whether it is a lesser one than was to be expected when the VM was created."""
     lease: Lease | None = None
     """None: it has no card."""
     ports: tuple[PublishedPort, ...] = ()
@@ -309,6 +311,8 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     """How its workload is; null while the VM does not run, and where it has none."""
     expires_at: Time | None = None
     """When it is deleted by itself; null: never."""
+    warnings: tuple[str, ...] = ()
+    """What is less than was to be expected when it was created, and what to do."""
 
 
 def view(row: VmRow) -> VmView:
@@ -326,6 +330,7 @@ def view(row: VmRow) -> VmView:
         mac_address=row.lease.mac if row.lease is not None else "",
         network=row.network,
         network_reason=row.network_reason,
+        warnings=(f"the network is {row.network!r}: {row.network_reason}",) if row.network_fallback else (),
         ports=tuple(map(str, row.ports)),
         cpu_cores=row.cpu_cores,
         memory_mb=row.memory_mb,

@@ -78,6 +78,7 @@ def new_row(
         expires_at=expires_at,
         network=asked.network,
         network_reason=asked.reason,
+        network_fallback=asked.fallback,
         ports=ports,
         layer=f"{vm_id}-{now:%Y%m%dT%H%M%S.%f}" if has_disk else "",
         disk_mb=request.disk_mb,
