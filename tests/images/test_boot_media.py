@@ -397,3 +397,31 @@ async def test_who_leaves_ends_the_fetch_and_who_waits_begins_anew(cache: Path, 
     assert len(server.requests) == 2
     # What the first one had begun went with the second one's sweep.
     assert {path.name for path in (cache / "media").iterdir()} == {DIGEST, f"{DIGEST}.json"}
+
+
+async def test_an_upload_has_its_deadline_where_the_same_medium_is_being_fetched_slowly(cache: Path) -> None:
+    boot_media = BootMedia(cache, cache.parent, timeout_s=0.5, max_mb=64)
+    begun, over, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def fetch_slowly() -> None:
+        with media.locked_part(cache, DIGEST):
+            begun.set()
+            over.wait(5)
+        ended.set()
+
+    async def send() -> None:
+        async with boot_media.receiving(DIGEST) as upload:
+            await upload.write(DATA)
+            await upload.finish()
+
+    fetcher = threading.Thread(target=fetch_slowly)
+    fetcher.start()
+    try:
+        await trio.to_thread.run_sync(begun.wait)
+        with pytest.raises(ImageError) as caught:
+            await send()
+        assert caught.value.code == "timeout"
+        assert not ended.is_set()
+    finally:
+        over.set()
+        fetcher.join()

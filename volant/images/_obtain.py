@@ -53,6 +53,7 @@ class BootMedia:
         self._origins = origins
         self._uploads = trio.CapacityLimiter(_UPLOADS_AT_ONCE)
         self._opens = trio.CapacityLimiter(_AT_ONCE)
+        self._places = trio.CapacityLimiter(_UPLOADS_AT_ONCE)
         self._cache_dir = cache_dir
         self._owner = owner
         self._timeout_s = timeout_s
@@ -129,7 +130,10 @@ class BootMedia:
 
     async def keep(self, part: Path, digest: str) -> Medium:
         """Give what was received its place. :raises ImageError: it can't be given."""
-        await trio.to_thread.run_sync(_media.place_received, self._cache_dir, part, digest)
+        # It waits for who fetches the same one, perhaps from a slow server; whoever gives that up takes the part away.
+        await trio.to_thread.run_sync(
+            _media.place_received, self._cache_dir, part, digest, abandon_on_cancel=True, limiter=self._places
+        )
         found = await self._find(Artifact("", digest))
         if found is None:
             raise ImageError("io_error", "it was written and can't be read back", "check the cache folder's disk")
