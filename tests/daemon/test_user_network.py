@@ -6,8 +6,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import trio
 
 from tests.system.kit import Daemon
+from volant.network import passt_obstacle
 
 _KEY = "user-network-0123456789abcdef"
 
@@ -33,5 +35,38 @@ async def test_the_network_user_is_refused_where_an_address_alone_lets_in(tmp_pa
                     )
                     assert (answer.status_code, answer.json()["field"]) == (409, "network")
                     assert "set an API key" in answer.json()["detail"]
+    finally:
+        daemon.dispose()
+
+
+@pytest.mark.skipif(passt_obstacle() is not None, reason="passt is not installed")
+async def test_the_log_names_vms_that_have_it_from_before(tmp_path: Path) -> None:
+    # What is no kernel ends the boot at once.
+    nothing = ("--kernel", __file__, "--initramfs", __file__)
+    daemon = Daemon(
+        tmp_path / "cache",
+        *("--network", "user", "--api-allow-cidr", "127.0.0.0/8", *nothing),
+        ephemeral=False,
+        environ={"VOLANT_API_KEY": _KEY},
+    )
+    try:
+        daemon.start()
+        headers = {"X-Volant-API-Key": _KEY}
+        async with httpx.AsyncClient(base_url=daemon.base_url, headers=headers, trust_env=False, timeout=20) as client:
+            answer = await client.post("/api/v1/vms", json={"name": "demo", "cpu_cores": 1, "memory_mb": 128})
+            assert answer.status_code == 201, answer.text
+        daemon.terminate()
+        daemon.wait()
+        said = "these VMs have the network 'user': demo; the daemon lets addresses in without a key"
+        assert said not in daemon.log()
+        del daemon.environ["VOLANT_API_KEY"]
+        daemon.key = None
+        daemon.start()
+        async with httpx.AsyncClient(base_url=daemon.base_url, trust_env=False, timeout=20) as client:
+            with trio.fail_after(20):
+                while (await client.get("/healthz")).json()["status"] == "starting":  # noqa: ASYNC110 - the daemon's
+                    await trio.sleep(0.02)
+            assert said in daemon.log()
+            await client.delete("/api/v1/vms/demo")
     finally:
         daemon.dispose()

@@ -35,7 +35,7 @@ from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia, make_private
 from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
-from volant.model import AUTO, BRIDGE, USER, Networking, ProcessIdentity, Status, default_network, parse_subnet
+from volant.model import AUTO, BRIDGE, USER, Networking, ProcessIdentity, Status, default_network, kind_of, parse_subnet
 from volant.network import HostNetwork, NetworkDoor, NetworkKeeper, Networks, NetworkSettings, passt_obstacle
 from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
 from volant.vm import (
@@ -466,6 +466,14 @@ class Daemon:
             _logger.log(level, text, default.network, default.reason)
         self.store.networking = msgspec.structs.replace(networking, default=default, user_refused=refused)
 
+    def _warn_of_commanders(self) -> None:
+        """Name the VMs that have a refused network from before; to take it from them is the operator's to decide."""
+        refused = self.store.networking.user_refused
+        behind = [row.name for row in self.store.projection.rows() if kind_of(row.network) == USER]
+        if refused and behind:
+            more = f" and {len(behind) - 5} more" if len(behind) > 5 else ""
+            _logger.warning("these VMs have the network 'user': %s%s; %s", ", ".join(behind[:5]), more, refused)
+
     async def _reload(self) -> None:
         """Take keys, networks, hosts and origins anew: all of them, or none when something does not fit."""
         if self._reread is None:
@@ -485,6 +493,7 @@ class Daemon:
         self.settings = taken
         self._protection = protection
         self._choose_network()
+        self._warn_of_commanders()
         _logger.info("reloaded keys, networks, hosts and origins")
         left = [name for name in Settings.__struct_fields__ if getattr(settings, name) != getattr(taken, name)]
         if left:
@@ -516,6 +525,7 @@ class Daemon:
         await self.vms.adopt_all()
         await self._list_orphans()
         self.adoption_s = trio.current_time() - began
+        self._warn_of_commanders()
         _logger.info("ready: %d VMs", len(self.store.projection))
 
     async def _evidence(self) -> Evidence:
