@@ -35,6 +35,7 @@ async def test_it_asks_and_waits_if_told_to(verb: str, status: str, says: bytes)
 async def test_what_is_paused_is_told_how_it_goes_on() -> None:
     async with serving() as server:
         server.routes["POST /api/v1/vms/demo/agent/v1/exec"] = problem(409, "vm-not-running", "VM 'demo' is paused")
+        server.routes["GET /api/v1/vms/demo"] = answer(vm(status="paused"))
         done = await volar(server, "vms", "exec", "demo", "true")
     assert done.code != 0
     assert "paused" in done.err

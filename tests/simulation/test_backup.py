@@ -102,7 +102,7 @@ class Life:
             await self._ask("POST", f"/api/v1/vms/{name}/{self.rng.choice(['stop', 'start', 'restart'])}")
 
     async def _take(self) -> None:
-        answer = await self._ask("GET", f"{SYSTEM}/backup")
+        answer = await self._ask("POST", f"{SYSTEM}/backup")
         if answer is not None and answer.status == 200:
             self.backup = answer.body
             path = self.directory / "taken.db"

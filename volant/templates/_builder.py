@@ -7,7 +7,6 @@ the digest, and no row. So whoever begins after a daemon that was killed finds a
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import msgspec
 import trio
 
 from volant.channel import AgentClient, VirtioSerial, open_channel
-from volant.host import Host, ProcessGone
+from volant.host import Host
 from volant.hypervisor import Disk, Hypervisor, HypervisorError, LaunchFailed, MachineSpec, Nic, Template
 from volant.journal import Projection
 from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_SETTLE, DAEMON_WORKLOAD, HEALTHZ
@@ -113,10 +112,12 @@ async def build(doors: BuildDoors, blueprint: Blueprint) -> None:
 async def sweep(doors: BuildDoors) -> None:
     """End what builds of an earlier life have left: processes, their files, half-made templates. Raises OSError."""
     host = doors.host
-    for identity in await host.processes(template_mark_prefix(doors.instance)):
+    found = await host.processes(template_mark_prefix(doors.instance))
+    for identity in found:
         _logger.info("process %d was to become a template (%s), and is ended", identity.pid, identity.mark)
-        with suppress(ProcessGone), host.open_process(identity) as process:
-            process.kill()
+    with trio.move_on_after(_KILL_S):
+        # One that has just been started still makes its files.
+        await host.end(found)
     await host.remove_tree(_directories(doors))
     # After a reboot of the host there is none.
     for name in host.list_directory(doors.memory_dir) if host.exists(doors.memory_dir) else ():
