@@ -66,6 +66,12 @@ async def install(session: Session, manifest: str) -> None:
             raise
         try:
             for sha256, path in files:
+                # A manifest of a stranger may name any file of this user's: none but the one it means is sent.
+                if await trio.to_thread.run_sync(_digest, path, abandon_on_cancel=True) != sha256:
+                    raise Failure(
+                        f"{path} is not the file that the manifest means: its SHA-256 is another; nothing was sent",
+                        hint=f"`sha256sum {path}` shows it",
+                    )
                 await _upload(session, path, sha256)
         except OSError:
             # Nor can whoever asks: what the daemon has said is what there is to say.
@@ -196,6 +202,9 @@ async def _upload(session: Session, path: Path, sha256: str) -> ArtifactView:
 
 
 def _digest(path: Path) -> str:
+    """:raises OSError: it can't be read, or is no regular file, which might have no end"""
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
