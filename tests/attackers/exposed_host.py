@@ -2,13 +2,18 @@
 
 The services listen in the network namespace of the calling process. They note each datagram and each connection, so
 that a test can say which ways of an attacker led to one.
+
+`python -m tests.attackers.exposed_host` runs them in a process of their own: it prints `ready`, and answers each line
+of stdin with what was received since the last one, as a JSON list. It ends when its stdin does.
 """
 
 from __future__ import annotations
 
+import json
 import selectors
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -138,3 +143,10 @@ def exposed_host(addresses: Sequence[str], ipv6_links: Sequence[str] = ()) -> It
         stack.callback(thread.join, 5)
         stack.callback(stop.close)
         yield Services(host, udp)
+
+
+if __name__ == "__main__":
+    with exposed_host(()) as services:
+        print("ready", flush=True)
+        for _ in sys.stdin:
+            print(json.dumps(services.received()), flush=True)

@@ -67,6 +67,30 @@ async def test_the_log_names_vms_that_have_it_from_before(tmp_path: Path) -> Non
                 while (await client.get("/healthz")).json()["status"] == "starting":  # noqa: ASYNC110 - the daemon's
                     await trio.sleep(0.02)
             assert said in daemon.log()
+            # Nor is it started any more, by anybody.
+            with trio.fail_after(20):
+                while (vm := (await client.get("/api/v1/vms/demo")).json())["status"] != "crashed":  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+            for verb in ("start", "restart"):
+                answer = await client.post(f"/api/v1/vms/demo/{verb}")
+                assert answer.status_code == 409, (answer.text, vm)
+                assert answer.json()["detail"].startswith("VM 'demo' can't have the network 'user': the daemon lets")
+            await client.delete("/api/v1/vms/demo")
+    finally:
+        daemon.dispose()
+
+
+@pytest.mark.skipif(passt_obstacle() is not None, reason="passt is not installed")
+async def test_where_destinations_can_not_be_filtered_the_vm_says_so(tmp_path: Path) -> None:
+    # Root of a container that has no other user.
+    daemon = Daemon(tmp_path / "cache", "--network", "user", wrapper=("unshare", "--user", "--map-root-user"))
+    try:
+        daemon.start()
+        async with httpx.AsyncClient(base_url=daemon.base_url, trust_env=False, timeout=20) as client:
+            info = (await client.get("/api/v1/system/info")).json()
+            answer = await client.post("/api/v1/vms", json={"name": "demo", "cpu_cores": 1, "memory_mb": 128})
+            for said in (info["networks"]["user"], answer.json()["network_reason"]):
+                assert "its destinations are not filtered, so a guest reaches this host's own addresses" in said
             await client.delete("/api/v1/vms/demo")
     finally:
         daemon.dispose()

@@ -149,6 +149,20 @@ async def test_a_network_round_the_daemons_protection_is_refused(path: Path, net
         await bench.create("demo", network="none")
 
 
+async def test_a_vm_says_whether_its_destinations_are_filtered_and_each_boot_says_it_anew(path: Path) -> None:
+    said = "volantd does not run as root"
+    async with running(path, networking=Networking(user_unfiltered=said)) as bench:
+        row = await bench.create("demo", network="user")
+        assert view(row).network_reason == (
+            "asked for when it was created; its destinations are not filtered, so a guest reaches this host's own "
+            f"addresses: {said}"
+        )
+        assert "not filtered" not in view(await bench.create("other", network="none")).network_reason
+    async with running(path) as bench:
+        row = await bench.to(row, Status.STARTING)
+        assert view(row).network_reason == "asked for when it was created"
+
+
 async def test_a_port_of_the_host_is_published_once_also_at_once(path: Path) -> None:
     refused: list[Problem] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import socket
 from collections.abc import AsyncIterator
@@ -15,8 +16,9 @@ import trio
 
 from tests.model.test_decide import create
 from volant.host import Host
+from volant.hypervisor.qemu._enclosure import user_of
 from volant.model import Lease, PublishedPort, VmRow, user_lease
-from volant.network import NetworkFailed, Passt, passt_obstacle
+from volant.network import NetworkFailed, Passt, passt_obstacle, passt_user
 from volant.network._passt import passt_argv
 
 INSTANCE = f"{os.getpid():010x}"
@@ -78,6 +80,41 @@ async def test_it_ends_with_its_hypervisor_whoever_looks_on(passt: Passt) -> Non
     assert await passt.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == []
     # What it has left behind is in nobody's way.
     await passt.start(row_of(7), None)
+
+
+@needs_passt
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start processes of another user")
+async def test_that_of_root_has_a_user_that_no_hypervisor_has(passt: Passt) -> None:
+    users = range(65536, 98304)
+    user = passt_user(users)
+    assert user == 98303
+    assert user not in {user_of(users, "volant-a-7", vm_id) for vm_id in range(len(users))}
+    own = Passt(Host(users=users), passt.runtime_dir, INSTANCE, user)
+    await own.start(row_of(7), None)
+    (found,) = await own.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True)
+    assert own.host.process_status(found).user == user
+    assert await own.any_runs()
+    await own.start(row_of(7), None)
+    assert await own.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == [found]
+    await own.end(7)
+    assert not await own.any_runs()
+
+
+@needs_passt
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start processes of another user")
+async def test_one_of_an_earlier_daemon_goes_on_and_is_named(passt: Passt, caplog: pytest.LogCaptureFixture) -> None:
+    await passt.start(row_of(7), None)
+    (before,) = await passt.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True)
+    assert passt.host.process_status(before).user == pwd.getpwnam("nobody").pw_uid
+    own = Passt(Host(), passt.runtime_dir, INSTANCE, 98303)
+    await own.start(row_of(7), None)
+    assert await own.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == [before]
+    assert "until the VM is stopped and started" in caplog.text
+    await own.end(7)
+    assert not await own.any_runs()
+    caplog.clear()
+    await own.start(row_of(7), None)
+    assert not caplog.text
 
 
 @needs_passt

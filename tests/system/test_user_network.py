@@ -1,28 +1,38 @@
-"""A VM whose network is a process of its own: what a user of the host reaches, and nothing of the host's loopback."""
+"""A VM whose network is a process of its own: it reaches the world as a user of the host does, and not the host."""
 
 from __future__ import annotations
 
+import json
 import os
+import pwd
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, boot, run
+from tests.attackers.exposed_host import LOOPBACK_PORT, METADATA, MULTICAST_GROUPS, PORT
+from tests.system.kit import BOOT_S, REPOSITORY, Daemon, boot, run
 from volant.client import Client
 
-OUTSIDE = "198.51.100.1"
+HOST, OUTSIDE = "198.51.100.1", "198.51.100.2"
+"""The host's own address, and that of another machine."""
 _S = 20.0
 _IN_A_NAMESPACE = (
-    "unshare", "--net", "--", "sh", "-c",
-    "ip link set lo up && ip link add up0 type bridge && ip address add 198.51.100.1/24 dev up0 && ip link set up0 up "
-    '&& ip route add default via 198.51.100.2 && exec "$@"', "sh",
-)  # fmt: skip
+    "ip link set lo up && ip link add up0 type veth peer name eth0 netns {world} "
+    f"&& ip address add {HOST}/24 dev up0 && ip link set up0 up && ip route add default via {OUTSIDE} "
+    f"&& nsenter --net=/proc/{{world}}/ns/net ip link set lo up "
+    f"&& nsenter --net=/proc/{{world}}/ns/net ip address add {OUTSIDE}/24 dev eth0 "
+    "&& nsenter --net=/proc/{world}/ns/net ip link set eth0 up "
+    f"&& for address in {' '.join(METADATA)}; do "
+    'nsenter --net=/proc/{world}/ns/net ip address add $address/32 dev eth0; done && exec "$@"'
+)
+"""The host is a machine of its own; the one behind its uplink has the addresses of clouds' metadata, too."""
 _SERVE = "import http.server, sys; http.server.test(http.server.SimpleHTTPRequestHandler, bind=sys.argv[1], port=8000)"
 
 pytestmark = [
@@ -32,19 +42,20 @@ pytestmark = [
 
 
 class Behind:
-    """The daemon, in a namespace that has an address besides loopback."""
+    """The daemon, in a namespace that has an address besides loopback, and an uplink to the namespace of `world`."""
 
-    def __init__(self, daemon: Daemon, client: Client) -> None:
+    def __init__(self, daemon: Daemon, client: Client, world: int) -> None:
         self.daemon = daemon
         self.client = client
+        self.world = world
 
     def inside(self, *command: str) -> list[str]:
         return ["nsenter", f"--net=/proc/{self.daemon.pid}/ns/net", "--", *command]
 
     @contextmanager
-    def server(self, address: str, says: Path) -> Iterator[None]:
-        """Serves a directory in the namespace."""
-        command = self.inside("python3", "-u", "-c", _SERVE, address)
+    def server(self, says: Path) -> Iterator[None]:
+        """Serves a directory in the world."""
+        command = ["nsenter", f"--net=/proc/{self.world}/ns/net", "--", "python3", "-u", "-c", _SERVE, OUTSIDE]
         process = subprocess.Popen(command, cwd=says, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             assert process.stdout is not None
@@ -54,35 +65,100 @@ class Behind:
             process.kill()
             process.communicate(timeout=_S)
 
+    @contextmanager
+    def exposed(self, pid: int) -> Iterator[Callable[[], list[str]]]:
+        """Services in the namespace of a process; what they have received."""
+        command = ["nsenter", f"--net=/proc/{pid}/ns/net", "--", sys.executable, "-m", "tests.attackers.exposed_host"]
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+        def received() -> list[str]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            found: list[str] = json.loads(process.stdout.readline())
+            return found
+
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield received
+        finally:
+            process.kill()
+            process.communicate(timeout=_S)
+
+    def nft(self, *words: str) -> str:
+        done = subprocess.run(self.inside("nft", *words), capture_output=True, text=True, timeout=_S, check=True)
+        return done.stdout
+
     def passts(self) -> list[int]:
         return [pid for pid, mark in self.daemon.processes().items() if mark.startswith(f"{self.daemon.mark_prefix}n.")]
 
 
 @pytest.fixture
-async def behind(image_cache: Path) -> AsyncIterator[Behind]:
-    daemon = Daemon(image_cache, wrapper=_IN_A_NAMESPACE)
+def world() -> Iterator[int]:
+    """A process with a network namespace of its own."""
+    process = subprocess.Popen(
+        ["unshare", "--net", "--", "sh", "-c", "echo ready && exec cat"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process.pid
+    finally:
+        process.kill()
+        process.communicate(timeout=_S)
+
+
+def on_a_host(image_cache: Path, world: int, *, ephemeral: bool = True) -> Daemon:
+    wrapper = ("unshare", "--net", "--", "sh", "-c", _IN_A_NAMESPACE.format(world=world), "sh")
+    daemon = Daemon(image_cache, wrapper=wrapper, ephemeral=ephemeral)
     daemon.command += ["--listen", f"unix:{daemon.root}/api.sock"]
+    return daemon
+
+
+@pytest.fixture
+async def behind(image_cache: Path, world: int) -> AsyncIterator[Behind]:
+    daemon = on_a_host(image_cache, world)
     try:
         daemon.start()
         async with Client(daemon.base_url) as client:
-            yield Behind(daemon, client)
+            yield Behind(daemon, client, world)
     finally:
         daemon.dispose()
 
 
-async def test_it_reaches_what_a_user_reaches_and_is_reached_where_it_is_published(
-    behind: Behind, tmp_path: Path
+async def test_it_reaches_the_world_and_nothing_of_the_host_and_is_reached_where_it_is_published(
+    behind: Behind, world: int, tmp_path: Path
 ) -> None:
     client = behind.client
     (tmp_path / "word").write_text("from the world")
-    with behind.server(OUTSIDE, tmp_path), behind.server("127.0.0.1", tmp_path):
+    with (
+        behind.server(tmp_path),
+        behind.exposed(behind.daemon.pid) as of_the_host,
+        behind.exposed(world) as of_metadata,
+    ):
         vm = await boot(client, "demo", network="user", ports=("8080:80",))
         assert (vm.network, vm.ip_address) == ("user", "10.0.2.15")
+        assert "not filtered" not in vm.network_reason
         fetch = ("wget", "-q", "-T", "5", "-O", "-")
         assert await run(client, "demo", *fetch, f"http://{OUTSIDE}:8000/word") == "from the world"
-        # The daemon's own port is on the loopback, too.
-        refused = await run(client, "demo", "sh", "-c", f"{' '.join(fetch)} http://10.0.2.2:8000/word || echo closed")
-        assert refused.strip() == "closed"
+
+        # Both hear, as somebody else finds.
+        for address in (HOST, METADATA[0]):
+            connect = f"import socket; socket.create_connection(('{address}', {PORT}), timeout=10).recv(7)"
+            await trio.run_process(behind.inside("python3", "-c", connect))
+        assert (of_the_host(), of_metadata()) == ([f"tcp {PORT}"], [f"tcp {PORT}"])
+        await attack(client)
+        assert (of_the_host(), of_metadata()) == ([], [])
+        # Somebody reloads the host's own firewall.
+        behind.nft("flush", "ruleset")
+        with trio.fail_after(_S):
+            while "skuid" not in behind.nft("list", "ruleset"):  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.05)
+        await attack(client)
+        assert (of_the_host(), of_metadata()) == ([], [])
 
         await run(
             client, "demo", "sh", "-c", "mkdir /tmp/w && echo from the guest >/tmp/w/word && httpd -p 80 -h /tmp/w"
@@ -98,20 +174,40 @@ async def test_it_reaches_what_a_user_reaches_and_is_reached_where_it_is_publish
             again = f"until {' '.join(fetch)} http://{OUTSIDE}:8000/word; do sleep 0.2; done"
             assert await run(client, "demo", "sh", "-c", again) == "from the world"
         assert behind.passts() not in ([first], [])
+        await attack(client)
+        assert (of_the_host(), of_metadata()) == ([], [])
+
+        # What no user of hypervisors is: one that a guest has taken over can do nothing to it.
+        (passt,) = behind.passts()
+        (hypervisor,) = behind.daemon.hypervisors()
+        assert user_of(passt) not in (user_of(hypervisor), pwd.getpwnam("nobody").pw_uid)
 
         await client.vms.stop("demo")
         await client.vms.wait("demo", ("stopped",), timeout_s=60)
         assert behind.passts() == []
 
 
-async def test_it_outlives_the_daemon_and_goes_with_its_vm(image_cache: Path) -> None:
-    daemon = Daemon(image_cache, wrapper=_IN_A_NAMESPACE, ephemeral=False)
-    daemon.command += ["--listen", f"unix:{daemon.root}/api.sock"]
+def user_of(pid: int) -> int:
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Uid:")]
+    return int(line.split()[1])
+
+
+async def attack(client: Client) -> None:
+    """Have the guest try each way to a service of the host, by TCP and UDP."""
+    # 10.0.2.2 is the guest's gateway, which passt leads to the host's loopback unless it is told otherwise.
+    for address in (HOST, "10.0.2.2", "127.0.0.2", "0.0.0.0", "198.51.100.255", *MULTICAST_GROUPS, *METADATA):
+        tries = [f"(wget -q -T 2 -O - http://{address}:{port} || true)" for port in (PORT, LOOPBACK_PORT)]
+        tries += [f"(timeout 2 tftp -g -r x {address} {port} || true)" for port in (PORT, LOOPBACK_PORT)]
+        await run(client, "demo", "sh", "-c", f"{' & '.join(tries)} & wait")
+
+
+async def test_it_outlives_the_daemon_and_goes_with_its_vm(image_cache: Path, world: int) -> None:
+    daemon = on_a_host(image_cache, world, ephemeral=False)
     try:
         daemon.start()
         async with Client(daemon.base_url) as client:
             await boot(client, "demo", network="user")
-            behind = Behind(daemon, client)
+            behind = Behind(daemon, client, world)
             before = behind.passts()
             assert len(before) == 1
             await client.vms.verb_and_wait("demo", "stop", ["stopped"])

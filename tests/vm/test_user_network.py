@@ -32,6 +32,8 @@ class Processes:
 
 
 class Deps:
+    network = None
+
     class hypervisor:
         @staticmethod
         def user_of(mark: str, vm_id: int) -> None:

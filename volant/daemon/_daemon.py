@@ -36,7 +36,16 @@ from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia, make_private
 from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
 from volant.model import AUTO, BRIDGE, USER, Networking, ProcessIdentity, Status, default_network, kind_of, parse_subnet
-from volant.network import HostNetwork, NetworkDoor, NetworkKeeper, Networks, NetworkSettings, passt_obstacle
+from volant.network import (
+    HostNetwork,
+    NetworkDoor,
+    NetworkKeeper,
+    Networks,
+    NetworkSettings,
+    Passt,
+    passt_obstacle,
+    passt_user,
+)
 from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
 from volant.vm import (
     CLONES_AT_ONCE,
@@ -272,10 +281,12 @@ class Daemon:
             shutdown_s=10,
         )
         self._journal = Child("journal", partial(Journal, self.store), shutdown_s=10)
+        uid = passt_user(parse_uids(settings.vm_uids))
         self._networks = Networks(
             network or HostNetwork(self.host),
             NetworkSettings(instance=instance, subnet=parse_subnet(settings.subnet), bridge=settings.bridge),
             self.store.projection.rows,
+            Passt(self.host, settings.runtime_dir, instance, uid),
         )
         self._network = Child("network", partial(NetworkKeeper, self._networks), shutdown_s=30)
         self._captures = Captures(
@@ -318,6 +329,7 @@ class Daemon:
                     return_memory=settings.return_memory == "on",
                     image_timeout_s=settings.image_timeout_s,
                     agent_timeout_s=settings.agent_timeout_s,
+                    passt_user=uid,
                     nameservers=tuple(split(settings.nameservers)) or nameservers_of_host(),
                 ),
                 instance=instance,
@@ -397,7 +409,10 @@ class Daemon:
         self.store.ids_taken = (await self._evidence()).newest_id
         found = {BRIDGE: await self._networks.obstacle(), USER: passt_obstacle()}
         obstacles = {kind: obstacle for kind, obstacle in found.items() if obstacle is not None}
-        self.store.networking = msgspec.structs.replace(self.store.networking, obstacles=obstacles)
+        unfiltered = await self._networks.passts.obstacle() if USER not in obstacles else None
+        self.store.networking = msgspec.structs.replace(
+            self.store.networking, obstacles=obstacles, user_unfiltered=unfiltered or ""
+        )
         self._choose_network()
         root = Supervisor(
             ONE_FOR_ONE,
@@ -610,6 +625,7 @@ class Daemon:
         obstacles = dict(networking.obstacles)
         if networking.user_refused:
             obstacles[USER] = networking.user_refused
+        obstacles.setdefault(USER, networking.reason_for("can be had"))
         return {
             "version": __version__,
             "addresses": [address_of(sock) for sock in self._sockets],

@@ -34,6 +34,7 @@ from volant.model import (
     Problem,
     RestoreVm,
     Snapshot,
+    Status,
     Step,
     TakeSnapshot,
     VmRow,
@@ -296,6 +297,7 @@ class Stage:
                 lease = allocate(subnet, held, instance=instance, vm_id=row.id, above=above)
                 leased.add(above := lease.address)
             elif kind != NONE:
+                row = msgspec.structs.replace(row, network_reason=self._networking.reason_for(row.network_reason))
                 lease = user_lease(instance, row.id)
             connected.append(msgspec.structs.replace(row, lease=lease))
         return connected
@@ -399,6 +401,9 @@ class Stage:
             self._drop(before)
         else:
             last = msgspec.structs.replace(last, revision=revision + 1)
+            if kind_of(last.network) == USER and last.status is Status.STARTING:
+                # Created by a daemon that could, or could not, do other things than this one.
+                last = msgspec.structs.replace(last, network_reason=self._networking.reason_for(last.network_reason))
             self._put(last, revision)
         previous = before
         for step in steps:

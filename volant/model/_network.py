@@ -95,6 +95,9 @@ class NetworkView(msgspec.Struct, frozen=True, kw_only=True):
     created_at: Time
 
 
+_UNFILTERED = "; its destinations are not filtered, so a guest reaches this host's own addresses: "
+
+
 class Asked(NamedTuple):
     """What network a VM is to have, and why."""
 
@@ -116,6 +119,13 @@ class Networking(msgspec.Struct, frozen=True, kw_only=True):
     """Why a kind of network, `bridge` or `user`, can't be had here, and what to do."""
     user_refused: str = ""
     """Why the network `user` is refused by the daemon's own protection, and what to do; empty: it is not."""
+    user_unfiltered: str = ""
+    """Why a guest with the network `user` reaches the host's own addresses; empty: it does not."""
+
+    def reason_for(self, reason: str) -> str:
+        """Why a VM has the network `user`, with what is to be known of it now."""
+        plain, _, _ = reason.partition(_UNFILTERED)
+        return f"{plain}{_UNFILTERED}{self.user_unfiltered}" if self.user_unfiltered else plain
 
 
 def kind_of(network: str) -> str:

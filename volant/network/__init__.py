@@ -17,6 +17,7 @@ from ._door import (
 from ._netlink import HostNetwork
 from ._networks import Networks
 from ._passt import Passt, passt_obstacle, passt_socket
+from ._passt_filter import passt_user
 from ._plan import NetworkSettings
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "Step",
     "passt_obstacle",
     "passt_socket",
+    "passt_user",
 ]

@@ -19,7 +19,7 @@ from actors import Actor, Deferred, TaskHandle, handles
 
 from ._door import NetworkFailed
 from ._networks import Networks
-from .messages import Attach, Detach, Reconcile
+from .messages import Attach, Confine, Detach, Reconcile
 
 _Waiting = tuple[int | None, Deferred[None]]
 """Who asked for a VM, or, with None, for all of it."""
@@ -44,10 +44,13 @@ class NetworkKeeper(Actor):
         self._tasks: list[TaskHandle] = []
         self._watched = False
         self._failure: NetworkFailed | None = None
+        self._passt_failure: NetworkFailed | None = None
         self._turns = 0
         self._asked = 0
 
     async def on_start(self) -> None:
+        # Nobody has watched since the last one of us ended.
+        self._networks.passts.forget()
         self._tasks.append(self.ctx.spawn(self._work, name="networks"))
 
     async def on_stop(self) -> None:
@@ -55,10 +58,11 @@ class NetworkKeeper(Actor):
             task.cancel()
             await task.wait()
         # Another daemon may want the subnet, and the next one of ours makes all of it anew.
-        try:
-            await self._networks.remove_unused()
-        except NetworkFailed as error:
-            _logger.error("not all of the network is removed: %s", error)
+        for remove in (self._networks.remove_unused, self._networks.passts.remove_unused):
+            try:
+                await remove()
+            except NetworkFailed as error:
+                _logger.error("not all of the network is removed: %s", error)
 
     def inspect(self) -> Mapping[str, object]:
         return {
@@ -77,6 +81,13 @@ class NetworkKeeper(Actor):
     async def detach(self, message: Detach) -> Deferred[None]:
         return self._enqueue(message.vm_id, self.ctx.defer(message))
 
+    @handles(Confine)
+    async def confine(self, message: Confine) -> None:
+        passts = self._networks.passts
+        if passts.is_possible:
+            self._watch()
+            await passts.ensure()
+
     @handles(Reconcile)
     async def reconcile(self, message: Reconcile) -> Deferred[None]:
         return self._enqueue(None, self.ctx.defer(message))
@@ -90,8 +101,15 @@ class NetworkKeeper(Actor):
     def _tear(self, why: str) -> None:
         """Somebody has taken away what keeps guests apart, or connected: it is put back at once."""
         _logger.warning("the network is put back, as %s", why)
+        self._networks.passts.forget()
         self._due = True
         self._wake.set()
+
+    def _watch(self) -> None:
+        """Hear of what is taken away, from now on."""
+        if not self._watched:
+            self._watched = True
+            self._tasks.append(self.ctx.spawn(self._networks.watch, self._tear, name="watch"))
 
     async def _work(self) -> None:
         while True:
@@ -102,13 +120,24 @@ class NetworkKeeper(Actor):
                 waiting, self._waiting = self._waiting[:_AT_ONCE], self._waiting[_AT_ONCE:]
                 await self._turn(waiting)
             # VMs may run that nothing keeps apart, or connects.
-            well = self._failure is None and not self._networks.lacking
+            well = self._failure is None and self._passt_failure is None and not self._networks.lacking
             with trio.move_on_after(math.inf if well else _AGAIN_S) as pause:
                 await self._wake.wait()
             self._due |= pause.cancelled_caught
             self._wake = trio.Event()
 
     async def _look_at_all(self) -> None:
+        before = str(self._passt_failure)
+        passts = self._networks.passts
+        try:
+            if passts.is_possible and not passts.stands and await passts.is_needed():
+                self._watch()
+                await passts.ensure()
+            self._passt_failure = None
+        except NetworkFailed as error:
+            self._passt_failure = error
+            if str(error) != before:
+                _logger.error("VMs with the network 'user' reach this host itself: %s", error)
         before = str(self._failure)
         await self._turn(())
         if self._failure is not None and str(self._failure) != before:
@@ -135,9 +164,8 @@ class NetworkKeeper(Actor):
         # Who has asked is answered.
         for lacks in self._networks.lacking.keys() - lacked.keys() - vm_ids:
             _logger.error("VM %d is without a network: %s", lacks, self._networks.lacking[lacks])
-        if self._networks.stands and not self._watched:
-            self._watched = True
-            self._tasks.append(self.ctx.spawn(self._networks.watch, self._tear, name="watch"))
+        if self._networks.stands:
+            self._watch()
         for vm_id, deferred in waiting:
             failed = failure or (failures.get(vm_id) if vm_id is not None else next(iter(failures.values()), None))
             if failed is None:

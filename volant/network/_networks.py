@@ -27,6 +27,8 @@ from ._door import (
     SetLocalnet,
     Step,
 )
+from ._passt import Passt
+from ._passt_filter import PasstFilter
 from ._plan import (
     NetworkPlan,
     NetworkSettings,
@@ -48,7 +50,16 @@ _logger = logging.getLogger("volant.network")
 class Networks:
     """The host's side of the networks of one daemon. One call at a time."""
 
-    def __init__(self, door: NetworkDoor, settings: NetworkSettings, rows: Callable[[], Iterable[VmRow]]) -> None:
+    def __init__(
+        self,
+        door: NetworkDoor,
+        settings: NetworkSettings,
+        rows: Callable[[], Iterable[VmRow]],
+        passt: Passt | None = None,
+    ) -> None:
+        """`passt`: None: there are no VMs with the network `user`."""
+        self.passts = PasstFilter(door, settings, rows, passt)
+        """What their processes may reach."""
         self._door = door
         self._settings = settings
         self._rows = rows
@@ -170,7 +181,7 @@ class Networks:
 
     async def watch(self, torn: Callable[[str], None]) -> None:
         """Call `torn` each time that somebody has taken what is everybody's away, with what has happened."""
-        await self._door.watch(self._settings.bridge_name, self._settings.tables, torn)
+        await self._door.watch(self._settings.bridge_name, (*self._settings.tables, self._settings.passt_table), torn)
 
     async def remove_unused(self) -> None:
         """Take all of it away, unless a VM should have a tap, or a process has one open: it may be a VM's that is found

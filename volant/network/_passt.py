@@ -8,6 +8,7 @@ bounded by itself.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,12 +29,17 @@ _END_S = 10.0
 _LOG_BYTES = 1024 * 1024
 _SAID_CHARACTERS = 500
 _READ_WRITE = 6
+_logger = logging.getLogger("volant.network")
+_GROUP = 65534
+"""Nobody's: groups of hypervisors' numbers may read templates."""
 _BOUNDS = Bounds(memory_mb=256, cpus=1, weight=100, tasks=8)
 """It takes some 60 MiB, and has one thread."""
 
 
-def passt_argv(socket: Path, log: Path, mark: str, lease: Lease, ports: Sequence[PublishedPort]) -> list[str]:
-    """The command line for one VM."""
+def passt_argv(
+    socket: Path, log: Path, mark: str, lease: Lease, ports: Sequence[PublishedPort], user: int | None = None
+) -> list[str]:
+    """The command line for one VM. `user`: as whom it runs; None: as we do, or as it chooses when we are root."""
     argv = [
         *(PROGRAM, "--quiet", "--one-off", "--ipv4-only", "--no-map-gw"),
         # The guest is told otherwise.
@@ -41,6 +47,8 @@ def passt_argv(socket: Path, log: Path, mark: str, lease: Lease, ports: Sequence
         *("--address", lease.address, "--netmask", str(lease.prefix), "--gateway", lease.gateway),
         *("--socket", str(socket), "--log-file", str(log), "--log-size", str(_LOG_BYTES)),
     ]
+    if user is not None:
+        argv += ["--runas", f"{user}:{_GROUP}"]
     for protocol, option in (("tcp", "--tcp-ports"), ("udp", "--udp-ports")):
         wanted = [port for port in ports if port.protocol == protocol]
         for port in wanted:
@@ -70,6 +78,8 @@ class Passt:
     host: Host
     runtime_dir: Path
     instance: str
+    user: int | None = None
+    """As whom all of them run; see `passt_user`."""
 
     def socket(self, vm_id: int) -> Path:
         """Where the hypervisor finds the one of a VM."""
@@ -85,9 +95,11 @@ class Passt:
             return
         host, mark, socket = self.host, self._mark(row.id), self.socket(row.id)
         found = await self._find(row.id)
+        if found and self.user is not None:
+            self._warn_of_others(row, found[0])
         if not found or not host.exists(socket):
             await self.end(row.id)
-            argv = passt_argv(socket, self._log(row.id), mark, row.lease, row.ports)
+            argv = passt_argv(socket, self._log(row.id), mark, row.lease, row.ports, self.user)
             try:
                 await host.mkdir(socket.parent)
                 status, said = await host.run_program(argv, env=_ENVIRONMENT, cwd=Path("/"), timeout_s=_START_S)
@@ -108,6 +120,16 @@ class Passt:
             except OSError as error:
                 raise NetworkFailed("passt_failed", f"passt's socket can't be handed over: {error}") from error
 
+    def _warn_of_others(self, row: VmRow, found: ProcessIdentity) -> None:
+        """Say that one was started by a daemon that filtered nothing. To end it would cost its guest's connections."""
+        with suppress(ProcessGone):
+            if self.host.process_status(found).user != self.user:
+                _logger.warning(
+                    "VM %s: an earlier daemon has started its passt, whose destinations are not filtered, so the guest "
+                    "reaches this host's own addresses until the VM is stopped and started",
+                    row.name, extra={"vm": row.name},
+                )  # fmt: skip
+
     async def ended(self, vm_id: int) -> None:
         """Return once a VM has none."""
         for found in await self._find(vm_id):
@@ -126,9 +148,14 @@ class Passt:
         except (OSError, trio.TooSlowError) as error:
             raise NetworkFailed("passt_failed", f"passt can't be ended: {error or 'it does not end'}") from error
 
+    async def any_runs(self) -> bool:
+        """Whether there is one of any VM. Reads all of /proc."""
+        return bool(await self.host.processes(f"volant-{self.instance}-n.", of_anybody=True))
+
     async def _find(self, vm_id: int) -> list[ProcessIdentity]:
         """The processes of a VM: those of our user, and those of anybody that have open the log, which only the daemon
-        can open. Root's passt becomes `nobody`, and who else is that can run another passt with the same arguments."""
+        can open. Root's passt of earlier daemons is `nobody`, and who else is that can run another one with the same
+        arguments."""
         mark, found = self._mark(vm_id), []
         for identity in await self.host.processes(mark, of_anybody=True):
             with suppress(ProcessGone):

@@ -50,6 +50,11 @@ class NetworkSettings(msgspec.Struct, frozen=True, kw_only=True):
         """Both, with their families: of frames, and of packets."""
         return f"bridge {self.table}", f"inet {self.table}"
 
+    @property
+    def passt_table(self) -> str:
+        """The table, with its family, for what passt sends."""
+        return f"inet {self.table}-user"
+
 
 class Tap(msgspec.Struct, frozen=True, kw_only=True):
     """A VM on the bridge."""

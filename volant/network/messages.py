@@ -33,6 +33,16 @@ class Detach(Request[None]):
 
 
 @dataclass(frozen=True, slots=True)
+class Confine(Request[None]):
+    """A passt is about to be started: answered once it can send nothing to the host itself, where that is possible.
+
+    :raises NetworkFailed: it is, and can't be done now.
+    """
+
+    raises = (NetworkFailed,)
+
+
+@dataclass(frozen=True, slots=True)
 class Reconcile(Request[None]):
     """Look at all of it, make what is missing and remove what is stale; answered once it is as the rows say.
 

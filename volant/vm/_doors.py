@@ -41,6 +41,8 @@ class VmSettings:
     max_vms: int | None = None
     return_memory: bool = True
     """Whether what a guest frees goes back to the host, where its memory is its own."""
+    passt_user: int | None = None
+    """As whom passt runs; None: as the daemon does."""
     nameservers: tuple[str, ...] = ()
     """Whom guests with a card ask for names."""
     image_timeout_s: float = 300.0

@@ -13,7 +13,7 @@ from volant.hypervisor import Nic
 from volant.journal import Projection
 from volant.model import USER, Lease, VmRow, is_named, kind_of
 from volant.network import NetworkFailed, Passt, passt_socket
-from volant.network.messages import Attach, Detach
+from volant.network.messages import Attach, Confine, Detach
 
 from ._errors import StepError
 
@@ -31,11 +31,17 @@ _logger = logging.getLogger("volant.vm")
 async def attach(doors: VmDoors, row: VmRow) -> None:
     """Have there what is to be behind a VM's card. Its row has the mark of the process to come.
 
-    :raises StepError: it can't be had, with the network's own code; `network_down`.
+    :raises StepError: it can't be had, with the network's own code; `network_down`, `network_refused`.
     """
+    if is_user(row) and (refused := doors.store.networking.user_refused):
+        raise StepError("network_refused", f"the VM's network: {refused}")
+    await _attach(doors, row)
+
+
+async def _attach(doors: VmDoors, row: VmRow) -> None:
     try:
         if is_user(row):
-            await passt_of(doors).start(row, doors.hypervisor.user_of(row.mark, row.id))
+            await _start_passt(doors, row)
         else:
             await _ask(doors, row, Attach(row.id))
     except NetworkFailed as error:
@@ -57,7 +63,7 @@ async def reconnect(doors: VmDoors, row: VmRow) -> None:
     """Let a guest that runs and was nobody's have its network again. One that can't be had is told to the log: the VM
     is there without."""
     try:
-        await attach(doors, row)
+        await _attach(doors, row)
     except StepError as error:
         _logger.error("VM %s: %s", row.name, error, extra={"vm": row.name})
 
@@ -80,7 +86,7 @@ async def keep_user_network(doors: VmDoors, row: VmRow) -> None:
     has_ended = False
     while True:
         try:
-            await passt.start(row, doors.hypervisor.user_of(row.mark, row.id))
+            await _start_passt(doors, row)
             if has_ended:
                 _logger.warning("VM %s: passt had ended, and was started again", row.name, extra={"vm": row.name})
             began = trio.current_time()
@@ -88,7 +94,7 @@ async def keep_user_network(doors: VmDoors, row: VmRow) -> None:
             has_ended = True
             if trio.current_time() - began >= _KEEP_MAX_S:
                 pause_s = _KEEP_S
-        except NetworkFailed as error:
+        except (NetworkFailed, StepError) as error:
             _logger.warning("VM %s: %s; trying again in %g s", row.name, error, pause_s, extra={"vm": row.name})
         # It ends with its hypervisor, too, as at every stop. This task is cancelled then, before it says a word.
         await trio.sleep(pause_s)
@@ -102,12 +108,22 @@ def is_user(row: VmRow) -> bool:
 
 def passt_of(doors: VmDoors) -> Passt:
     """Those processes."""
-    return Passt(doors.host, doors.settings.runtime_dir, doors.instance)
+    return Passt(doors.host, doors.settings.runtime_dir, doors.instance, doors.settings.passt_user)
+
+
+async def _start_passt(doors: VmDoors, row: VmRow) -> None:
+    """Have one there, which reaches nothing of the host. :raises NetworkFailed, StepError: see `attach`."""
+    if doors.network is not None:
+        await _ask_keeper(doors, Confine())
+    await passt_of(doors).start(row, doors.hypervisor.user_of(row.mark, row.id))
 
 
 async def _ask(doors: VmDoors, row: VmRow, message: Attach | Detach) -> None:
-    if row.lease is None or not row.lease.tap:
-        return
+    if row.lease is not None and row.lease.tap:
+        await _ask_keeper(doors, message)
+
+
+async def _ask_keeper(doors: VmDoors, message: Attach | Detach | Confine) -> None:
     if doors.network is None:
         raise StepError("network_down", "this daemon has nobody who keeps its networks")
     try:

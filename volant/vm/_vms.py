@@ -73,6 +73,7 @@ from volant.model import (
     no_such_snapshot,
     no_such_vm,
     readiness,
+    refused,
     settled,
     size_of,
     view,
@@ -84,7 +85,7 @@ from ._captures import CAPTURE_S, CaptureLost
 from ._doors import VmDoors
 from ._errors import StepError
 from ._memory import OVERHEAD_MB, about_to_take_mb, measure, promised_mb
-from ._network import reconnect
+from ._network import is_user, reconnect
 from ._orphans import Orphan, find_orphans, kill_orphan, steps_to_adopt
 from ._process import LiveProcess
 from ._serial import SerialConsole
@@ -287,6 +288,9 @@ class Vms:
         drain = self.doors.store.projection.drain
         if drain is not None and _starts(row, verb.kind):
             raise draining(drain, vm=name)
+        refusal = self.doors.store.networking.user_refused
+        if refusal and is_user(row) and _starts(row, verb.kind):
+            raise refused(refusal, vm=name)
         if verb.kind in (VerbKind.START, VerbKind.RESTART) and row.status in (Status.STOPPED, Status.CRASHED):
             self._admit(row.memory_mb, besides=row.id)
         deadline = trio.current_time() + _ASK_TIMEOUT_S

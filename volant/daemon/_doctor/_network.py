@@ -36,7 +36,8 @@ async def network(given: Given) -> Sequence[Finding]:
         outcome = {"namespace": "the attempt did not end well"}
     capabilities = _effective((await given.host.read_bytes(Path("/proc/self/status"))).decode())
     findings = judge_network(outcome, let_in(_TUN) if device(_TUN) == "denied" else None)
-    return [*findings, judge_rights(bool(capabilities >> _CAP_NET_ADMIN & 1)), judge_passt(passt_obstacle())]
+    may = bool(capabilities >> _CAP_NET_ADMIN & 1)
+    return [*findings, judge_rights(may), judge_passt(passt_obstacle(), filtered=may and os.geteuid() == 0)]
 
 
 def _effective(status: str) -> int:
@@ -70,9 +71,16 @@ def judge_rights(has: bool) -> Finding:
     )  # fmt: skip
 
 
-def judge_passt(obstacle: str | None) -> Finding:
-    if obstacle is None:
+def judge_passt(obstacle: str | None, *, filtered: bool) -> Finding:
+    """`filtered`: whether its destinations can be."""
+    if obstacle is None and filtered:
         return Finding(check="passt", level="ok", found="there is one")
+    if obstacle is None:
+        return Finding(
+            check="passt", level="less", found="there is one, and its destinations can't be filtered by this user",
+            means="a guest with the network `user` reaches this host's own addresses and clouds' metadata",
+            advice="run volantd as root, as the service of `sudo volar setup` does",
+        )  # fmt: skip
     return Finding(
         check="passt", level="less", found="it is not installed", means="VMs can't have the network `user`",
         advice="install it; Debian: `sudo apt install passt`",

@@ -120,7 +120,8 @@ class Enclosure:
         if spec.vm_id:
             return user_of(users, spec.mark, spec.vm_id)
         # Whose it will be is not known, so it takes one that nobody has. Nobody waits for it, and few are started.
-        rest = users[len(users) // 2 :]
+        # The last is passt's.
+        rest = users[len(users) // 2 : -1]
         taken = await self._host.users_of_processes()
         for _ in rest:
             # Not the same again for one that is started at the same time.

@@ -1,0 +1,210 @@
+"""What passt's user reaches, in real kernels: the world and its own guests' callers, and nothing of the host.
+
+The attacker is passt itself, as a guest has it in its hand: any program of its user.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
+from tests.attackers.exposed_host import LOOPBACK_PORT, METADATA, MULTICAST_GROUPS, PORT, exposed_host
+from tests.network import peer
+from tests.network.kit import (
+    INSTANCE,
+    SETTINGS,
+    UPLINK,
+    WORLD,
+    World,
+    a_world,
+    address,
+    having,
+    nft,
+    ruleset,
+    stopped,
+    vm,
+)
+from volant.host import Host
+from volant.model import VmRow, user_lease
+from volant.network import HostNetwork, NetworkKeeper, Networks, NetworkSettings, Passt, passt_user
+from volant.network.messages import Confine
+
+pytestmark = pytest.mark.usefixtures("namespace")
+
+USER = 98303
+OTHER = NetworkSettings(instance="9876543210", subnet=SETTINGS.subnet)
+
+
+def of_passt(code: str, *arguments: object) -> str:
+    """What a program of passt's user prints."""
+    done = subprocess.run(
+        ["/usr/bin/python3", "-I", "-c", code, *map(str, arguments)],
+        user=USER, group=65534, extra_groups=(), cwd="/", capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+_TRY = """
+import json, socket, sys
+answered = []
+for host, port in json.loads(sys.argv[1]):
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with socket.socket(socket.AF_INET, kind) as sock:
+            sock.settimeout(0.5)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            try:
+                sock.connect((host, port))
+                sock.send(b"attack")
+                if sock.recv(100):
+                    answered.append([host, port, "udp" if kind == socket.SOCK_DGRAM else "tcp"])
+            except OSError:
+                pass
+print(json.dumps(answered))
+"""
+_SERVE = """
+import socket
+with socket.create_server(("0.0.0.0", 8080)) as server:
+    print("ready", flush=True)
+    while True:
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(b"from a guest")
+"""
+
+
+def answered(*targets: tuple[str, int]) -> list[list[object]]:
+    found: list[list[object]] = json.loads(of_passt(_TRY, json.dumps(targets)))
+    return found
+
+
+def user_vm(vm_id: int) -> VmRow:
+    return msgspec.structs.replace(vm(vm_id), network="user", lease=user_lease(INSTANCE, vm_id))
+
+
+async def networks_of(world: World, root: Path, settings: NetworkSettings = SETTINGS) -> Networks:
+    """Of a daemon that has looked at what can be had."""
+    passt = Passt(Host(), root, settings.instance, USER)
+    networks = Networks(HostNetwork(Host()), settings, lambda: world.rows, passt)
+    assert await networks.passts.obstacle() is None
+    return networks
+
+
+@asynccontextmanager
+async def keeper(networks: Networks) -> AsyncIterator[Ref[Any]]:
+    child = Child("network", partial(NetworkKeeper, networks), shutdown_s=60)
+    async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
+        yield child.ref
+
+
+async def test_it_reaches_the_world_and_nothing_of_the_host(tmp_path: Path) -> None:
+    with a_world(forwarding=True) as world:
+        on_bridge, _ = world.rows = [vm(1, "bridge", "0.0.0.0:8081:80"), user_vm(2)]
+        networks = await networks_of(world, tmp_path)
+        await having(networks, on_bridge)
+        guest = world.guest(on_bridge)
+        guest("serve", "tcp", address(on_bridge), 80, "another guest")
+        world.world("serve", "tcp", WORLD, 80, "world")
+        for metadata in METADATA:
+            world.world("add_address", "eth0", f"{metadata}/32")
+            for protocol in ("tcp", "udp"):
+                world.world("serve", protocol, metadata, 80, "secrets")
+        world.world("serve", "udp", "168.63.129.16", 53, "names")
+        closed = [
+            *((host, PORT) for host in (UPLINK, "127.0.0.2", "0.0.0.0", "198.51.100.255", *MULTICAST_GROUPS)),
+            *((host, LOOPBACK_PORT) for host in ("127.0.0.1", "0.0.0.0")),
+            *((metadata, 80) for metadata in METADATA),
+            (address(on_bridge), 80),
+            (UPLINK, 8081),
+        ]
+        with exposed_host([UPLINK]) as services:
+            assert len(answered(*closed)) >= len(METADATA) + 4, "without it they are reached"
+            assert services.received()
+
+            await networks.passts.ensure()
+
+            assert answered(*closed) == []
+            assert services.received() == []
+        assert answered((WORLD, 80), ("168.63.129.16", 53)) == [[WORLD, 80, "tcp"], ["168.63.129.16", 53, "udp"]]
+        # The host's other users are left alone.
+        assert peer.ask("tcp", METADATA[0], 80) != ""
+
+
+async def test_who_uses_a_published_port_is_answered(tmp_path: Path) -> None:
+    with a_world() as world:
+        world.rows = [user_vm(1)]
+        networks = await networks_of(world, tmp_path)
+        await networks.passts.ensure()
+        passt = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs here
+            ["/usr/bin/python3", "-I", "-c", _SERVE],
+            user=USER, group=65534, extra_groups=(), cwd="/", stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert passt.stdout is not None
+            assert passt.stdout.readline() == "ready\n"
+            for host in ("127.0.0.1", UPLINK):
+                assert peer.ask("tcp", host, 8080) == "from a guest"
+            assert world.world("ask", "tcp", UPLINK, 8080) == "from a guest"
+        finally:
+            passt.kill()
+            passt.communicate()
+
+
+async def test_it_is_there_before_a_passt_is_and_put_back_and_gone_when_none_needs_it(tmp_path: Path) -> None:
+    with a_world() as world:
+        async with keeper(await networks_of(world, tmp_path)) as network:
+            assert f"skuid {USER}" not in ruleset(), "nobody needs it"
+            world.rows = [user_vm(1)]
+            await network.ask(Confine(), timeout_s=60)
+            assert f"skuid {USER}" in ruleset()
+            nft("flush ruleset")
+            with trio.fail_after(20):
+                while f"skuid {USER}" not in ruleset():  # noqa: ASYNC110 - nothing tells
+                    await trio.sleep(0.05)
+        assert f"skuid {USER}" in ruleset(), "a VM runs"
+
+        nft("flush ruleset")
+        async with keeper(await networks_of(world, tmp_path)) as network:
+            # The next daemon puts it back before anybody asks for it.
+            with trio.fail_after(20):
+                while f"skuid {USER}" not in ruleset():  # noqa: ASYNC110 - nothing tells
+                    await trio.sleep(0.05)
+            world.rows = [stopped(user_vm(1))]
+        assert ruleset() == ""
+
+
+async def test_two_daemons_do_not_disturb_each_other(tmp_path: Path) -> None:
+    with a_world() as world:
+        world.rows = [user_vm(1)]
+        first, second = await networks_of(world, tmp_path), await networks_of(world, tmp_path, OTHER)
+        await first.passts.ensure()
+        alone = ruleset()
+        await second.passts.ensure()
+        world.rows = [stopped(user_vm(1))]
+        await second.passts.remove_unused()
+
+        assert ruleset() == alone
+
+
+async def test_it_keeps_no_passt_from_running_where_it_can_not_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert passt_user(range(65536, 98304)) is None
+    with a_world() as world:
+        world.rows = [user_vm(1)]
+        networks = Networks(HostNetwork(Host()), SETTINGS, lambda: world.rows, Passt(Host(), tmp_path, INSTANCE, None))
+        assert await networks.passts.obstacle() == "volantd does not run as root"
+        async with keeper(networks) as network:
+            await network.ask(Confine(), timeout_s=60)
+        assert ruleset() == ""
