@@ -44,6 +44,19 @@ async def end(host: Host, identity: ProcessIdentity) -> None:
         await process.wait()
 
 
+async def test_the_group_of_a_process_that_exits_just_now_is_waited_for(groups: Cgroups, tmp_path: Path) -> None:
+    host = Host(groups=groups)
+    identity = await started(host, tmp_path)
+    await host.give_own_scope(identity, "VM one", BOUNDS)
+    with trio.fail_after(10):
+        await host.remove_empty_scopes(identity.mark)
+        assert (groups.directory / identity.mark).exists(), "it lives, and is not waited for without end"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(host.remove_empty_scopes, identity.mark)
+            await end(host, identity)
+    assert not (groups.directory / identity.mark).exists()
+
+
 async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroups, tmp_path: Path) -> None:
     host = Host(groups=groups)
     first, second = await started(host, tmp_path), await started(host, tmp_path)

@@ -11,6 +11,7 @@ removed takes those along that were left, as by a daemon that was killed, or of 
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ _CONTROLLERS = ("cpu", "io", "memory", "pids")
 _PERIOD_US = 100_000
 _FILES = ("memory.max", "cpu.max", "cpu.weight", "io.weight", "pids.max")
 _EVENTS = "memory.events"
+_EXIT_S, _EXIT_AGAIN_S = 1.0, 0.005
+"""Bounds the wait for a process that exits: it takes some 5 ms, more on a busy host."""
 ALL_WEIGHT = 20
 """Of all hypervisors together, where the daemon has 100, and everybody else: it would wait for a processor while many
 guests are busy."""
@@ -65,12 +68,21 @@ class Cgroups:
                     (group / file).write_text(value)
             (group / "cgroup.procs").write_text(str(pid))
 
-    def remove_empty(self) -> None:
-        """Remove the groups of processes that have ended, and the directory with the last one."""
-        with self._lock:
-            self._sweep()
-            with suppress(OSError):
-                self.directory.rmdir()
+    def remove_empty(self, ended: str | None = None) -> None:
+        """Remove the groups of processes that have ended, and the directory with the last one.
+
+        `ended` names a group whose process ends at present. It is waited for, up to `_EXIT_S` seconds: a process that
+        exits has no command line any more, by which it would be found, some milliseconds before it leaves its group.
+        """
+        deadline = time.monotonic() + _EXIT_S
+        while True:
+            with self._lock:
+                self._sweep()
+                with suppress(OSError):
+                    self.directory.rmdir()
+            if ended is None or not (self.directory / ended).exists() or time.monotonic() >= deadline:
+                return
+            time.sleep(_EXIT_AGAIN_S)
 
     def _sweep(self) -> None:
         if not self.directory.is_dir():

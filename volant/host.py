@@ -40,7 +40,7 @@ import termios
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -771,10 +771,11 @@ class Host:
                 # Without it guests that are busy slow the daemon down; nothing else comes of that.
                 return
 
-    async def remove_empty_scopes(self) -> None:
-        """Remove the control groups of processes that have ended, where they are ours to remove."""
+    async def remove_empty_scopes(self, ended: str | None = None) -> None:
+        """Remove the control groups of processes that have ended, where they are ours to remove. `ended`: the mark of
+        a process that ends at present; its group is waited for, up to a second."""
         if self._groups is not None:
-            await trio.to_thread.run_sync(self._groups.remove_empty)
+            await trio.to_thread.run_sync(self._groups.remove_empty, ended)
 
     def limits_of(self, identity: ProcessIdentity) -> dict[str, str] | None:
         """What the kernel holds a process to, by the names of the files in its control group; None: it has none of its
@@ -825,6 +826,18 @@ class Host:
                 raise
         finally:
             os.close(directory)
+
+    async def open_connection(self, path: Path, timeout_s: float) -> AbstractContextManager[int]:
+        """A descriptor that is connected to a Unix stream socket, for as long as the block lasts. Raises as
+        `connect_unix`."""
+        stream = await self.connect_unix(path, timeout_s)
+
+        @contextmanager
+        def block() -> Iterator[int]:
+            with stream.socket as sock:
+                yield sock.fileno()
+
+        return block()
 
     @contextmanager
     def open_tap(self, name: str) -> Iterator[int]:

@@ -10,6 +10,7 @@ import pytest
 from volant.hypervisor import AcceleratorName, Disk, MachineSpec, Nic, Template
 from volant.hypervisor.qemu._argv import build_argv
 from volant.hypervisor.qemu._found import parse_argv
+from volant.hypervisor.qemu._netdev import connects_itself
 
 SPEC = MachineSpec(
     vm_id=7,
@@ -158,14 +159,21 @@ def test_a_tap_is_inherited_and_known_by_its_name() -> None:
     assert options(argv)["-netdev"] == ["tap,id=v12345678000007,fd=12,vhost=off"]
 
 
-def test_a_socket_in_the_machine_s_directory_has_a_short_name_however_deep_that_lies() -> None:
-    deep = Path("/" + "d" * 300)
-    nic = Nic(mac=CARD.mac, socket=deep / "net.sock")
-    spec = msgspec.structs.replace(SPEC, directory=deep, nic=nic)
-    (netdev,) = options(build_argv(spec, (10, 0)))["-netdev"]
-    assert netdev == "stream,id=net0,server=off,addr.type=unix,addr.path=net.sock,reconnect-ms=1000"
-    elsewhere = msgspec.structs.replace(spec, nic=msgspec.structs.replace(nic, socket=Path("/run/a,b")))
-    assert "addr.path=/run/a,,b" in options(build_argv(elsewhere, (9, 1)))["-netdev"][0]
+def test_what_listens_at_a_socket_is_plugged_into_a_hub_later() -> None:
+    argv = build_argv(msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac, socket=Path("/run/7.sock"))), (10, 0))
+    assert options(argv)["-netdev"] == ["hubport,id=net0,hubid=0"]
+    assert "7.sock" not in " ".join(argv)
+    assert not connects_itself(argv)
+
+
+def test_a_machine_that_an_earlier_daemon_has_started_connects_itself() -> None:
+    argv = build_argv(msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac)), (10, 0))
+    before = "stream,id=net0,server=off,addr.type=unix,addr.path=/run/a,,b/7.sock,reconnect-ms=1000"
+    argv[argv.index("-netdev") + 1] = before
+    assert connects_itself(argv)
+    found = parse_argv(argv)
+    assert found is not None
+    assert found.nic == Nic(mac=CARD.mac, socket=Path("/run/a,b/7.sock"))
 
 
 def test_what_a_guest_with_a_card_is_told_stands_before_the_vm_s_own() -> None:
@@ -194,7 +202,6 @@ def test_what_becomes_a_template_has_no_name_and_no_hurry() -> None:
         msgspec.structs.replace(SPEC, balloon=True, accelerator="kvm"),
         msgspec.structs.replace(SPEC, nic=CARD),
         msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac, tap="tap1"), accelerator="kvm"),
-        msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac, socket=Path("/run/passt,7/7.sock")), root=DISK),
         msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac)),
     ],
 )

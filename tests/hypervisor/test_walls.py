@@ -24,7 +24,7 @@ from tests.hypervisor.kit import real_qemu, tiny_spec
 from tests.hypervisor.test_capture import COUNTS, clone, nobody
 from volant import _walls
 from volant.host import Host, ProcessStatus
-from volant.hypervisor import Disk, MachineSpec, Template
+from volant.hypervisor import Disk, MachineSpec, Nic, Template
 from volant.hypervisor.qemu import QemuHypervisor, WallPlan, _enclosure, user_of
 from volant.hypervisor.qemu._enclosure import Enclosure
 from volant.model import ProcessIdentity
@@ -270,10 +270,16 @@ def listeners(place: Path) -> Iterator[tuple[int, str, Path]]:
         each.close()
 
 
+@pytest.mark.parametrize("network", ["none", "user"])
 async def test_it_talks_to_nobody_and_touches_no_process(
-    plan: WallPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder, listeners: tuple[int, str, Path]
-) -> None:
+    plan: WallPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder, listeners: tuple[int, str, Path],
+    network: str,
+) -> None:  # fmt: skip
     port, name, path = listeners
+    if network == "user":
+        # The socket of its own VM's passt, which it has a connection to already.
+        nic = Nic(mac="02:00:00:00:00:07", socket=path)
+        intruder.spec = msgspec.structs.replace(intruder.spec, nic=nic)
     with trio.fail_after(60):
         victim = await qemu.launch(other)
         tasks: list[tuple[object, ...]] = [

@@ -57,11 +57,16 @@ def test_a_guest_reaches_nothing_of_the_hosts_loopback_and_is_given_what_the_row
 @needs_passt
 async def test_it_listens_when_it_is_started_and_is_the_same_when_it_is_started_again(passt: Passt) -> None:
     row, other = row_of(7), row_of(8)
-    await passt.start(row, None)
-    await passt.start(other, None)
+    await passt.start(row)
+    await passt.start(other)
     (first,) = await passt.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True)
-    await passt.start(row, None)
+    await passt.start(row)
     assert await passt.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == [first]
+    assert (passt.is_connected(7), passt.is_connected(8)) == (False, False)
+    await passt.note_connected(7)
+    await passt.note_connected(7)
+    await passt.start(row)
+    assert (passt.is_connected(7), passt.is_connected(8)) == (True, False), "it is the one that was connected"
     await passt.end(7)
     assert await passt.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == []
     assert len(await passt.host.processes(f"volant-{INSTANCE}-n.8", of_anybody=True)) == 1
@@ -72,14 +77,14 @@ async def test_it_listens_when_it_is_started_and_is_the_same_when_it_is_started_
 
 @needs_passt
 async def test_it_ends_with_its_hypervisor_whoever_looks_on(passt: Passt) -> None:
-    await passt.start(row_of(7), None)
+    await passt.start(row_of(7))
     with closing(socket.socket(socket.AF_UNIX)) as hypervisor:
         hypervisor.connect(str(passt.socket(7)))
     with trio.fail_after(10):
         await passt.ended(7)
     assert await passt.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == []
     # What it has left behind is in nobody's way.
-    await passt.start(row_of(7), None)
+    await passt.start(row_of(7))
 
 
 @needs_passt
@@ -90,11 +95,11 @@ async def test_that_of_root_has_a_user_that_no_hypervisor_has(passt: Passt) -> N
     assert user == 98303
     assert user not in {user_of(users, "volant-a-7", vm_id) for vm_id in range(len(users))}
     own = Passt(Host(users=users), passt.runtime_dir, INSTANCE, user)
-    await own.start(row_of(7), None)
+    await own.start(row_of(7))
     (found,) = await own.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True)
     assert own.host.process_status(found).user == user
     assert await own.any_runs()
-    await own.start(row_of(7), None)
+    await own.start(row_of(7))
     assert await own.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == [found]
     await own.end(7)
     assert not await own.any_runs()
@@ -103,17 +108,17 @@ async def test_that_of_root_has_a_user_that_no_hypervisor_has(passt: Passt) -> N
 @needs_passt
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start processes of another user")
 async def test_one_of_an_earlier_daemon_goes_on_and_is_named(passt: Passt, caplog: pytest.LogCaptureFixture) -> None:
-    await passt.start(row_of(7), None)
+    await passt.start(row_of(7))
     (before,) = await passt.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True)
     assert passt.host.process_status(before).user == pwd.getpwnam("nobody").pw_uid
     own = Passt(Host(), passt.runtime_dir, INSTANCE, 98303)
-    await own.start(row_of(7), None)
+    await own.start(row_of(7))
     assert await own.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == [before]
     assert "until the VM is stopped and started" in caplog.text
     await own.end(7)
     assert not await own.any_runs()
     caplog.clear()
-    await own.start(row_of(7), None)
+    await own.start(row_of(7))
     assert not caplog.text
 
 
@@ -122,14 +127,14 @@ async def test_a_port_that_is_taken_says_so(passt: Passt) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(NetworkFailed, match=str(port)) as failed:
-            await passt.start(row_of(7, PublishedPort(host="127.0.0.1", host_port=port, guest_port=80)), None)
+            await passt.start(row_of(7, PublishedPort(host="127.0.0.1", host_port=port, guest_port=80)))
     assert failed.value.code == "passt_failed"
 
 
 async def test_a_host_without_it_says_what_to_install(passt: Passt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("volant.network._passt.PROGRAM", "no-such-passt")
     with pytest.raises(NetworkFailed, match="apt-get install passt") as failed:
-        await passt.start(row_of(7), None)
+        await passt.start(row_of(7))
     assert failed.value.code == "passt_missing"
 
 

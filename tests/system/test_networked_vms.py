@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -310,3 +311,54 @@ async def test_guests_come_to_the_world_as_users_of_the_host_do(daemon: Daemon, 
             assert await tells_from_where(client, vm.name) == HOST
         await serve(client, "booted")
         assert await fetch(lab, 8081) == "booted\n"
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+async def test_guests_reach_the_world_again_whoever_is_killed(daemon: Daemon) -> None:
+    """However a VM came to be: its hypervisor does not connect to passt, so the daemon has to."""
+
+    def passts() -> dict[int, int]:
+        """The processes by the id of their VM."""
+        prefix = f"{daemon.mark_prefix}n."
+        return {
+            int(mark.removeprefix(prefix)): pid for pid, mark in daemon.processes().items() if mark.startswith(prefix)
+        }
+
+    async def all_reach_the_world(client: Client) -> None:
+        again = f"until python3 -c '{FETCH}' {WORLD} {PORT} 2>/dev/null; do sleep 0.2; done"
+        for vm in vms:
+            with trio.fail_after(_S):
+                assert await run(client, vm.name, "sh", "-c", again) == HOST, vm.name
+
+    async with daemon.client() as client:
+        cold = await boot(client, "cold", network="user", boot="cold")
+        (waiting,) = await filled(daemon)
+        warm = await boot(client, "warm", network="user")
+        assert warm.pid == waiting
+        clone = await boot(client, "clone", network="user")
+        vms = [cold, warm, clone, *await fork(client, "clone")]
+        assert [vm.booted_from for vm in vms] == ["cold", "template", "template", "fork"]
+        assert {vm.fallback for vm in vms} == {None}
+        await all_reach_the_world(client)
+        began = passts()
+        assert set(began) == {vm.id for vm in vms}
+        assert "passt had ended" not in daemon.log(), "each has kept its first connection"
+
+        for pid in began.values():
+            os.kill(pid, signal.SIGKILL)
+        await all_reach_the_world(client)
+        first = passts()
+        await client.vms.verb_and_wait("clone", "pause", ["paused"])
+    daemon.kill()
+    assert passts() == first
+    for vm in vms[1:]:
+        os.kill(first[vm.id], signal.SIGKILL)
+    daemon.start()
+    async with daemon.client() as client:
+        await adopted(client)
+        await client.vms.verb_and_wait("clone", "resume", ["running"])
+        for vm in vms:
+            await reachable(client, vm.name)
+        await all_reach_the_world(client)
+        second = passts()
+        assert {vm.name for vm in vms if second[vm.id] == first[vm.id]} == {"cold"}, "a connection that holds is kept"

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from tests.model.test_decide import create
+from volant.hypervisor import HypervisorError
 from volant.model import VmRow, user_lease
 from volant.vm import _network
 
@@ -21,14 +22,31 @@ class Processes:
 
     starts: int = 0
     end: trio.Event = field(default_factory=trio.Event)
+    runs: bool = False
+    connected: bool = False
+    lent_to: list[int | None] = field(default_factory=list)
 
-    async def start(self, row: VmRow, user: int | None) -> None:
+    async def start(self, row: VmRow) -> None:
         await trio.lowlevel.checkpoint()
-        self.starts += 1
+        if not self.runs:
+            self.starts += 1
+            self.runs, self.connected = True, False
+
+    def is_connected(self, vm_id: int) -> bool:
+        return self.connected
+
+    async def note_connected(self, vm_id: int) -> None:
+        await trio.lowlevel.checkpoint()
+        self.connected = True
+
+    async def lend(self, vm_id: int, user: int | None) -> None:
+        await trio.lowlevel.checkpoint()
+        self.lent_to.append(user)
 
     async def ended(self, vm_id: int) -> None:
         await self.end.wait()
         self.end = trio.Event()
+        self.runs = False
 
 
 class Deps:
@@ -36,8 +54,32 @@ class Deps:
 
     class hypervisor:
         @staticmethod
-        def user_of(mark: str, vm_id: int) -> None:
-            return None
+        def user_of(mark: str, vm_id: int) -> int:
+            return 65543
+
+
+@dataclass
+class Live:
+    """The watch over a hypervisor, and the hypervisor itself."""
+
+    connects_itself: bool = False
+    refuses: int = 0
+    """So many connections, until it takes one."""
+    connections: int = 0
+
+    async def machine(self) -> Live:
+        await trio.lowlevel.checkpoint()
+        return self
+
+    async def connect_network(self) -> bool:
+        await trio.lowlevel.checkpoint()
+        if self.refuses:
+            self.refuses -= 1
+            raise HypervisorError("QEMU refused getfd: no")
+        if self.connects_itself:
+            return False
+        self.connections += 1
+        return True
 
 
 @pytest.fixture
@@ -52,28 +94,74 @@ def row() -> VmRow:
     return msgspec.structs.replace(create(), id=7, network="user", lease=user_lease("0123456789", 7))
 
 
-async def keep(passts: Processes, row: VmRow, for_s: float) -> None:
-    """Have passt end, and the VM's actor stop looking on after `for_s`."""
+async def keep(passts: Processes, row: VmRow, for_s: float, live: Live | None = None) -> None:
+    """Runs the loop that a VM's actor has beside its hypervisor for `for_s` seconds."""
     deps: Any = Deps()
-    passts.end.set()
+    watched: Any = live or Live()
     with trio.move_on_after(for_s):
-        await _network.keep_user_network(deps, row)
+        await _network.keep_user_network(deps, row, watched)
 
 
 async def test_an_ordinary_stop_is_no_warning(
     passts: Processes, row: VmRow, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
+    passts.end.set()
     with caplog.at_level(logging.WARNING):
         await keep(passts, row, 0.5)
 
     assert (passts.starts, caplog.messages) == (1, [])
 
 
-async def test_one_that_died_is_started_again_and_reported(
+async def test_one_that_died_is_started_again_connected_and_reported(
     passts: Processes, row: VmRow, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
+    passts.runs = passts.connected = True
+    passts.end.set()
+    live = Live()
     with caplog.at_level(logging.WARNING):
-        await keep(passts, row, 5)
+        await keep(passts, row, 5, live)
 
-    assert passts.starts == 2
+    assert (passts.starts, live.connections, passts.connected, passts.lent_to) == (1, 1, True, [])
     assert "passt had ended, and was started again" in caplog.text
+
+
+async def test_one_that_runs_and_is_connected_is_left_alone(
+    passts: Processes, row: VmRow, autojump_clock: trio.testing.MockClock
+) -> None:
+    """As after a restart of the daemon: a second connection would end the first one."""
+    passts.runs = passts.connected = True
+    live = Live()
+    await keep(passts, row, 600, live)
+
+    assert (passts.starts, live.connections) == (0, 0)
+
+
+async def test_one_that_a_killed_daemon_has_left_unconnected_is_connected(
+    passts: Processes, row: VmRow, autojump_clock: trio.testing.MockClock
+) -> None:
+    passts.runs = True
+    live = Live()
+    await keep(passts, row, 600, live)
+
+    assert (passts.starts, live.connections, passts.connected) == (0, 1, True)
+
+
+async def test_a_hypervisor_that_refuses_the_connection_is_asked_again(
+    passts: Processes, row: VmRow, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    live = Live(refuses=2)
+    with caplog.at_level(logging.WARNING):
+        await keep(passts, row, 600, live)
+
+    assert (live.connections, passts.connected) == (1, True)
+    assert "QEMU refused getfd: no; trying again in 1 s" in caplog.text
+
+
+async def test_a_hypervisor_that_connects_by_itself_may_use_the_socket(
+    passts: Processes, row: VmRow, autojump_clock: trio.testing.MockClock
+) -> None:
+    """An earlier version of the daemon started it."""
+    live = Live(connects_itself=True)
+    await keep(passts, row, 600, live)
+
+    assert (live.connections, passts.connected, passts.lent_to) == (0, True, [65543])

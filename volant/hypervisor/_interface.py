@@ -83,7 +83,8 @@ class Nic(msgspec.Struct, frozen=True, kw_only=True):
     tap: str | None = None
     """A network interface of the host's that is there already, and that the hypervisor's user may open."""
     socket: Path | None = None
-    """A Unix socket at which a process listens that speaks for the guest on the host's network (passt)."""
+    """A Unix socket at which a process listens that speaks for the guest on the host's network (passt). The daemon
+    connects to it; the hypervisor's process does not, and its command line does not name it."""
     address: str = ""
     """What the guest takes in its boot, with the prefix: `192.168.127.2/24`. Empty, as in a template: none, and the
     card stays silent. A copy is told by its agent."""
@@ -275,6 +276,11 @@ class Machine(Protocol):
     async def resume(self, timeout_s: float = 30.0) -> None:
         """Let a guest that is paused go on, and finish a launch whose daemon was killed, however far it had come.
         Another guest is left alone. Raises HypervisorError."""
+
+    async def connect_network(self) -> bool:
+        """Connects to what is behind the network interface of the machine's spec, in place of an earlier connection,
+        and passes the connection to the hypervisor. Returns False where the hypervisor connects by itself instead, as
+        those that earlier versions of the daemon started. Raises HypervisorError."""
 
     async def save(self, state: Path, timeout_s: float = 30.0) -> None:
         """Stop the guest for good, bring what it has written to its disk there, and save the devices to a new file.

@@ -85,10 +85,9 @@ class Passt:
         """Where the hypervisor finds the one of a VM."""
         return passt_socket(self.runtime_dir, vm_id)
 
-    async def start(self, row: VmRow, user: int | None) -> None:
+    async def start(self, row: VmRow) -> None:
         """Have one there, and return once it listens. It may have been started before.
 
-        :param user: as whom the hypervisor runs; None: as the daemon does
         :raises NetworkFailed: `passt_missing`, `passt_failed`.
         """
         if row.lease is None:
@@ -102,6 +101,8 @@ class Passt:
             argv = passt_argv(socket, self._log(row.id), mark, row.lease, row.ports, self.user)
             try:
                 await host.mkdir(socket.parent)
+                # Written first, so that no process which nobody has connected to is taken for a connected one.
+                await host.write_bytes(self._unconnected(row.id), b"")
                 status, said = await host.run_program(argv, env=_ENVIRONMENT, cwd=Path("/"), timeout_s=_START_S)
             except FileNotFoundError:
                 raise NetworkFailed(
@@ -114,11 +115,28 @@ class Passt:
                 words = said.decode(errors="replace").strip()[-_SAID_CHARACTERS:] or "it ended without a word"
                 raise NetworkFailed("passt_failed", f"passt does not run: {words}")
             await host.give_own_scope(found[0], f"network of VM {row.name}", _BOUNDS)
-        if user is not None:
-            try:
-                await host.grant([Grant(socket, "user", user, _READ_WRITE)], [self.runtime_dir])
-            except OSError as error:
-                raise NetworkFailed("passt_failed", f"passt's socket can't be handed over: {error}") from error
+
+    def is_connected(self, vm_id: int) -> bool:
+        """Returns whether the hypervisor of a VM has a connection to the process that runs. This outlives the daemon,
+        and holds for processes that earlier versions of the daemon started."""
+        return not self.host.exists(self._unconnected(vm_id))
+
+    async def note_connected(self, vm_id: int) -> None:
+        """Notes that the hypervisor of a VM has its connection. Raises NetworkFailed: `passt_failed`."""
+        try:
+            await self.host.remove_file(self._unconnected(vm_id))
+        except OSError as error:
+            raise NetworkFailed("passt_failed", f"{self._unconnected(vm_id)} can't be removed: {error}") from error
+
+    async def lend(self, vm_id: int, user: int | None) -> None:
+        """Lets the user of a hypervisor connect to the socket by itself, as one that an earlier version of the daemon
+        started does. `user`: None where it is the daemon's own. Raises NetworkFailed: `passt_failed`."""
+        if user is None:
+            return
+        try:
+            await self.host.grant([Grant(self.socket(vm_id), "user", user, _READ_WRITE)], [self.runtime_dir])
+        except OSError as error:
+            raise NetworkFailed("passt_failed", f"passt's socket can't be handed over: {error}") from error
 
     def _warn_of_others(self, row: VmRow, found: ProcessIdentity) -> None:
         """Say that one was started by a daemon that filtered nothing. To end it would cost its guest's connections."""
@@ -142,8 +160,9 @@ class Passt:
         try:
             with trio.fail_after(_END_S):
                 await host.end(await self._find(vm_id))
-            await host.remove_empty_scopes()
-            for path in (self.socket(vm_id), self._log(vm_id)):
+            # It ends with its hypervisor, perhaps just now.
+            await host.remove_empty_scopes(self._mark(vm_id))
+            for path in (self.socket(vm_id), self._log(vm_id), self._unconnected(vm_id)):
                 await host.remove_file(path)
         except (OSError, trio.TooSlowError) as error:
             raise NetworkFailed("passt_failed", f"passt can't be ended: {error or 'it does not end'}") from error
@@ -171,3 +190,6 @@ class Passt:
 
     def _log(self, vm_id: int) -> Path:
         return self.socket(vm_id).with_suffix(".log")
+
+    def _unconnected(self, vm_id: int) -> Path:
+        return self.socket(vm_id).with_suffix(".unconnected")

@@ -13,7 +13,7 @@ import errno
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from volant.model import ProcessIdentity
 from ._files import Directory, Fifo, File, SocketName, Watch
 from ._machine import Machine
 from ._processes import SimProcess, SimProcessHandle
-from ._sockets import SimListener
+from ._sockets import SimListener, hang_up
 
 T = TypeVar("T")
 
@@ -58,8 +58,6 @@ class SimHost(Host):
 
     def die(self) -> None:
         """The daemon was killed: the kernel closes what it had open."""
-        from ._sockets import hang_up
-
         self._alive = False
         self._files.forget_descriptors()
         for listener in self._listeners:
@@ -144,7 +142,7 @@ class SimHost(Host):
 
         await self._call(move)
 
-    async def remove_empty_scopes(self) -> None:
+    async def remove_empty_scopes(self, ended: str | None = None) -> None:
         await self._call(self._machine.remove_empty_groups)
 
     def limits_of(self, identity: ProcessIdentity) -> dict[str, str] | None:
@@ -169,6 +167,9 @@ class SimHost(Host):
                 return 0, b"QEMU emulator version 10.0.13 (Debian)\n"
             if argv[0] == _QEMU and "help" in argv:
                 return 0, b"Supported machines are:\nmicrovm  microvm\npc-q35-9.2  A PC\npc-q35-10.0  A PC\n"
+            if argv[0] == "passt":
+                self._machine.spawn_passt(list(argv))
+                return 0, b""
             if argv[0] == "cp":
                 self._copy(Path(argv[-2]), Path(argv[-1]))
                 return 0, b""
@@ -191,6 +192,9 @@ class SimHost(Host):
                 process.identity for process in self._machine.living() if process.identity.mark.startswith(mark_prefix)
             ]
         )
+
+    def is_of_ours(self, identity: ProcessIdentity) -> bool:
+        return identity.mark.startswith(self._own_marks)
 
     def command_line(self, identity: ProcessIdentity) -> list[str]:
         with self.open_process(identity) as process:
@@ -250,6 +254,23 @@ class SimHost(Host):
         stream = node.listening.connect()
         self._streams.append(stream)
         return stream
+
+    async def open_connection(self, path: Path, timeout_s: float) -> AbstractContextManager[int]:
+        stream = await self.connect_unix(path, timeout_s)
+        self._streams.remove(stream)
+        on_the_way = self._machine.on_the_way
+
+        @contextmanager
+        def block() -> Iterator[int]:
+            on_the_way[path.stem] = stream
+            try:
+                yield -1
+            finally:
+                # What the hypervisor has taken stays open.
+                if on_the_way.get(path.stem) is stream:
+                    hang_up(on_the_way.pop(path.stem))
+
+        return block()
 
     @contextmanager
     def open_tap(self, name: str) -> Iterator[int]:

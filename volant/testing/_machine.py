@@ -15,6 +15,7 @@ from volant.model import ProcessIdentity
 from ._database import Databases
 from ._files import Files
 from ._network import SimLinks
+from ._passt import SimPasst
 from ._processes import SimProcess
 from ._qemu import SimQemu
 
@@ -42,6 +43,9 @@ class Machine:
         self.files = Files(in_ram, on_disk)
         self.processes: dict[int, SimProcess] = {}
         self.qemus: dict[int, SimQemu] = {}
+        self.passts: dict[int, SimPasst] = {}
+        self.on_the_way: dict[str, trio.abc.Stream] = {}
+        """Connections that a daemon has made and passes to a hypervisor, by the id of the VM."""
         self.clock_offset = timedelta()
         """How far somebody has set the wall clock."""
         self.disk_full = False
@@ -67,6 +71,7 @@ class Machine:
             process.end(-signal.SIGKILL)
         self.processes.clear()
         self.qemus.clear()
+        self.passts.clear()
         self.groups.clear()
         self.files.power_cut()
         self.links.power_cut()
@@ -98,17 +103,29 @@ class Machine:
     # Processes
 
     def spawn(self, argv: list[str], mark: str, cwd: Path, output: Path) -> ProcessIdentity:
-        # Few numbers, so that one comes back while somebody still remembers who had it.
-        free = [pid for pid in range(2, 400) if pid not in self.processes or not self.processes[pid].alive]
-        pid = self.rng.choice(free)
-        start_time = int((trio.current_time() - self._booted_at) * _TICKS_PER_S)
-        identity = ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id, mark=mark)
-        process = self.processes[pid] = SimProcess(identity, argv)
-        qemu = self.qemus[pid] = SimQemu(self, process, argv, cwd, output)
+        process = self._new_process(argv, mark)
+        qemu = self.qemus[process.identity.pid] = SimQemu(self, process, argv, cwd, output)
         self.nursery.start_soon(qemu.run)
         self.changed.set()
         self.changed = trio.Event()
-        return identity
+        return process.identity
+
+    def spawn_passt(self, argv: list[str]) -> None:
+        """It listens when this returns, in the background."""
+        process = self._new_process(argv, argv[argv.index("--hostname") + 1])
+        passt = self.passts[process.identity.pid] = SimPasst(self, process, argv)
+        self.nursery.start_soon(passt.run)
+
+    def _new_process(self, argv: list[str], mark: str) -> SimProcess:
+        # Few numbers, so that one comes back while somebody still remembers who had it.
+        free = [pid for pid in range(2, 400) if pid not in self.processes or not self.processes[pid].alive]
+        pid = self.rng.choice(free)
+        self.qemus.pop(pid, None)
+        self.passts.pop(pid, None)
+        start_time = int((trio.current_time() - self._booted_at) * _TICKS_PER_S)
+        identity = ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id, mark=mark)
+        process = self.processes[pid] = SimProcess(identity, argv)
+        return process
 
     def signal(self, process: SimProcess, signum: int) -> None:
         """A process dies of a signal, at once or when the kernel lets it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,12 @@ class SimQemu:
         self._boot = trio.CancelScope()
         self._goes_on = trio.Event()
         self._capabilities: set[str] = set()
+        self._handed: dict[str, trio.abc.Stream | None] = {}
+        """Descriptors that came by `getfd` and that nothing uses yet, by name; None is that of a tap."""
+        self._connections: dict[str, trio.abc.Stream] = {}
+        """What `netdevs` have that are connected to passt."""
+        self.netdevs = {_id_of(value): "" for option, value in pairwise(argv) if option == "-netdev"}
+        """What is behind network interfaces, by id; with the id of the one that a hub's port leads to, if any."""
         self._runs_once_loaded = False
         """`cont` came before the state was loaded."""
         self.guest = SimGuest(self._rng, machine.wall_clock_ns, self._guest_powers_off)
@@ -71,8 +78,9 @@ class SimQemu:
             try:
                 await self._live()
             finally:
-                for stream in self._clients:
-                    hang_up(stream)
+                for stream in (*self._clients, *self._connections.values(), *self._handed.values()):
+                    if stream is not None:
+                        hang_up(stream)
 
     async def _live(self) -> None:
         await trio.sleep(self._rng.uniform(0.01, 0.2))
@@ -217,7 +225,7 @@ class SimQemu:
         if command == "xen-save-devices-state":
             await self._send(stream, {**await self._save_devices(message["arguments"]), "id": message["id"]})
             return
-        refusal = self._refusal(command)
+        refusal = self._refusal(command, message.get("arguments", {}))
         if refusal:
             await self._send(stream, {"error": {"class": "GenericError", "desc": refusal}, "id": message["id"]})
             return
@@ -241,6 +249,7 @@ class SimQemu:
             "query-migrate": self.migration,
             "qom-get": "pc-q35-10.0-machine",
         }
+        self._change_netdevs(command, message.get("arguments", {}))
         answer = {"return": answers[command]} if command in answers else {"error": {"desc": f"no command {command}"}}
         await self._send(stream, {**answer, "id": message["id"]})
         match command:
@@ -267,7 +276,24 @@ class SimQemu:
                 path = Path(message["arguments"]["uri"].removeprefix("file:"))
                 self._machine.nursery.start_soon(self._take_over, path)
 
-    def _refusal(self, command: str) -> str | None:
+    def _change_netdevs(self, command: str, arguments: dict[str, Any]) -> None:
+        gone: trio.abc.Stream | None = None
+        match command:
+            case "getfd":
+                gone = self._handed.get(arguments["fdname"])
+                self._handed[arguments["fdname"]] = self._machine.on_the_way.pop(self.directory.name, None)
+            case "netdev_add":
+                self.netdevs[arguments["id"]] = arguments.get("netdev", "")
+                connection = self._handed.pop(arguments.get("fd", ""), None)
+                if connection is not None:
+                    self._connections[arguments["id"]] = connection
+            case "netdev_del":
+                del self.netdevs[arguments["id"]]
+                gone = self._connections.pop(arguments["id"], None)
+        if gone is not None:
+            hang_up(gone)
+
+    def _refusal(self, command: str, arguments: dict[str, Any]) -> str | None:
         """Why QEMU refuses a command in the state that it is in; None: it does not."""
         match command:
             case "migrate-incoming" if not self.waits_for_state:
@@ -276,6 +302,16 @@ class SimQemu:
                 return "The incoming migration has already been started"
             case "migrate-set-capabilities" if self.migration.get("status") == "active":
                 return "There's a migration process in progress"
+            case "netdev_del" if arguments["id"] not in self.netdevs:
+                return f"Device '{arguments['id']}' not found"
+            case "netdev_add" if arguments["id"] in self.netdevs:
+                return f"Duplicate ID '{arguments['id']}' for netdev"
+            case "netdev_add" if "fd" in arguments and arguments["fd"] not in self._handed:
+                return f"File descriptor named '{arguments['fd']}' has not been found"
+            case "netdev_add" if arguments.get("netdev", "") not in {"", *self.netdevs}:
+                return f"netdev '{arguments['netdev']}' not found"
+            case "netdev_add" if arguments.get("netdev", "") in set(self.netdevs.values()) - {""}:
+                return f"netdev '{arguments['netdev']}' already in use"
         return None
 
     async def _run_on(self) -> None:
@@ -355,6 +391,11 @@ class SimQemu:
         """The guest's memory file, if it has its name still."""
         node = self._machine.files.find(self.memory_file)
         return node if isinstance(node, File) else None
+
+
+def _id_of(netdev: str) -> str:
+    """The id in a value of `-netdev`."""
+    return next(part.partition("=")[2] for part in netdev.split(",") if part.startswith("id="))
 
 
 def _option(argv: Sequence[str], name: str) -> str:

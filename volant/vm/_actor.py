@@ -68,7 +68,7 @@ from ._console import ConsolePump
 from ._doors import VmDoors
 from ._errors import StepError
 from ._gate import TURN_S
-from ._network import Neighbours, attach, detach, is_user, keep_user_network
+from ._network import Neighbours, attach, attach_anew, detach, is_user, keep_user_network, note_connected
 from ._process import LiveProcess, RootFailed
 from ._steps import (
     blueprint_of,
@@ -455,7 +455,7 @@ class VmActor(Actor):
                 stands_still=row.phase is Phase.PAUSE or (row.status is Status.PAUSED and row.phase is Phase.NONE),
             )
             self._doors.live[self._vm_id] = self._process
-            beside = partial(keep_user_network, self._doors, row) if is_user(row) else None
+            beside = partial(keep_user_network, self._doors, row, self._process) if is_user(row) else None
             self._process_task = self.ctx.spawn(self._process.run, beside, name="process")
 
     async def _deliver(self, report: Report) -> None:
@@ -568,17 +568,24 @@ class VmActor(Actor):
                 found = await self._doors.host.find(mark)
             try:
                 claim = Claim(row.boots, row.name, row.layer, spec.nic)
-                if found is not None and standbys.is_one(mark) and not await standbys.claim(spec, claim):
-                    found = None
+                if found is not None and standbys.is_one(mark):
+                    if not await standbys.claim(spec, claim):
+                        found = None
+                        await attach_anew(self._doors, row)
+                    elif self._standby is not None and self._standby.mark == mark:
+                        # Else an earlier daemon may have claimed it, and its passt may have ended since.
+                        await note_connected(self._doors, row)
             except OSError as error:
                 raise StepError("launch_failed", f"a process that was to become the VM is left: {error}") from error
             if found is not None and not standbys.is_one(mark) and not await self._finish_launch(spec, found):
                 found = None
+                await attach_anew(self._doors, row)
             if found is None:
                 if spec.root is not None and row.template is not None and (standbys.is_one(mark) or not fresh):
                     # One that ran may have written to it.
                     await hypervisor.make_layer(spec.root, self._layer_of_origin(row.template))
                 found = await self._launch_machine(spec)
+                await note_connected(self._doors, row)
         return Launched(found, hypervisor.name, accelerator)
 
     async def _finish_launch(self, spec: MachineSpec, found: ProcessIdentity) -> bool:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from actors import ActorDown, AskTimeout
-from volant.hypervisor import Nic
+from volant.hypervisor import HypervisorError, Nic
 from volant.journal import Projection
-from volant.model import USER, Lease, VmRow, is_named, kind_of
+from volant.model import BRIDGE, USER, Lease, VmRow, is_named, kind_of
 from volant.network import NetworkFailed, Passt, passt_socket
 from volant.network.messages import Attach, Confine, Detach
 
@@ -19,6 +19,7 @@ from ._errors import StepError
 
 if TYPE_CHECKING:
     from ._doors import VmDoors, VmSettings
+    from ._process import LiveProcess
 
 HOSTS_AT_ONCE = 8
 """So many guests at a time are told who is in their network."""
@@ -48,6 +49,28 @@ async def _attach(doors: VmDoors, row: VmRow) -> None:
         raise StepError(error.code, f"the VM's network: {error}") from error
 
 
+async def attach_anew(doors: VmDoors, row: VmRow) -> None:
+    """Attaches a VM again after a hypervisor that may have had its connection was ended: passt ends with that.
+
+    :raises StepError: as `attach`.
+    """
+    if is_user(row):
+        await detach(doors, row)
+        await attach(doors, row)
+
+
+async def note_connected(doors: VmDoors, row: VmRow) -> None:
+    """Notes that the launch of a VM has connected its hypervisor to what `attach` started.
+
+    :raises StepError: it can't be noted.
+    """
+    try:
+        if is_user(row):
+            await passt_of(doors).note_connected(row.id)
+    except NetworkFailed as error:
+        raise StepError(error.code, f"the VM's network: {error}") from error
+
+
 async def detach(doors: VmDoors, row: VmRow) -> None:
     """Leave nothing of that. :raises StepError: `not_removed`."""
     try:
@@ -61,9 +84,10 @@ async def detach(doors: VmDoors, row: VmRow) -> None:
 
 async def reconnect(doors: VmDoors, row: VmRow) -> None:
     """Let a guest that runs and was nobody's have its network again. One that can't be had is told to the log: the VM
-    is there without."""
+    is there without. `keep_user_network` does it for a network of the kind `user`."""
     try:
-        await _attach(doors, row)
+        if not is_user(row):
+            await _attach(doors, row)
     except StepError as error:
         _logger.error("VM %s: %s", row.name, error, extra={"vm": row.name})
 
@@ -72,7 +96,7 @@ async def disconnect(doors: VmDoors, vm_id: int, nic: Nic) -> None:
     """Leave nothing of what was behind the card of a guest that was nobody's, and is gone. What can't be removed goes
     when the daemon next begins."""
     try:
-        if nic.socket is not None:
+        if kind_behind(nic) == USER:
             await passt_of(doors).end(vm_id)
         elif nic.tap is not None and doors.network is not None:
             await doors.network.ask(Detach(vm_id), timeout_s=_ASK_S)
@@ -80,13 +104,20 @@ async def disconnect(doors: VmDoors, vm_id: int, nic: Nic) -> None:
         _logger.error("what was behind the card of VM %d is left: %s", vm_id, error)
 
 
-async def keep_user_network(doors: VmDoors, row: VmRow) -> None:
-    """Have one speak for the guest for as long as its hypervisor runs, which connects again by itself."""
+async def keep_user_network(doors: VmDoors, row: VmRow, live: LiveProcess) -> None:
+    """Keeps a process of passt running for as long as the hypervisor of a VM runs, and the hypervisor connected to it.
+
+    A process that ended is started again, and the daemon passes a new connection to the hypervisor.
+    """
     passt, pause_s = passt_of(doors), _KEEP_S
     has_ended = False
     while True:
         try:
             await _start_passt(doors, row)
+            if not passt.is_connected(row.id):
+                if not await (await live.machine()).connect_network():
+                    await passt.lend(row.id, doors.hypervisor.user_of(row.mark, row.id))
+                await passt.note_connected(row.id)
             if has_ended:
                 _logger.warning("VM %s: passt had ended, and was started again", row.name, extra={"vm": row.name})
             began = trio.current_time()
@@ -94,7 +125,7 @@ async def keep_user_network(doors: VmDoors, row: VmRow) -> None:
             has_ended = True
             if trio.current_time() - began >= _KEEP_MAX_S:
                 pause_s = _KEEP_S
-        except (NetworkFailed, StepError) as error:
+        except (NetworkFailed, StepError, HypervisorError) as error:
             _logger.warning("VM %s: %s; trying again in %g s", row.name, error, pause_s, extra={"vm": row.name})
         # It ends with its hypervisor, too, as at every stop. This task is cancelled then, before it says a word.
         await trio.sleep(pause_s)
@@ -115,7 +146,7 @@ async def _start_passt(doors: VmDoors, row: VmRow) -> None:
     """Have one there, which reaches nothing of the host. :raises NetworkFailed, StepError: see `attach`."""
     if doors.network is not None:
         await _ask_keeper(doors, Confine())
-    await passt_of(doors).start(row, doors.hypervisor.user_of(row.mark, row.id))
+    await passt_of(doors).start(row)
 
 
 async def _ask(doors: VmDoors, row: VmRow, message: Attach | Detach) -> None:
@@ -145,6 +176,12 @@ def card_of(settings: VmSettings, row: VmRow) -> Nic | None:
         gateway=lease.gateway,
         nameservers=settings.nameservers,
     )
+
+
+def kind_behind(nic: Nic) -> str:
+    """The network of a VM whose machine has this card. Only a command line of an earlier version names the socket of
+    passt; on others a card that has an address and no tap is known by that."""
+    return USER if nic.socket is not None or (nic.tap is None and nic.address) else BRIDGE
 
 
 def lease_of(nic: Nic) -> Lease | None:

@@ -25,9 +25,7 @@ from volant.host import ProcessGone
 from volant.hypervisor import FoundMachine, HypervisorError
 from volant.model import (
     BASE,
-    BRIDGE,
     NONE,
-    USER,
     Artifact,
     Boot,
     OrphanView,
@@ -42,7 +40,7 @@ from volant.templates import Claim
 
 from ._doors import VmDoors, VmSettings
 from ._marks import processes_of_vms
-from ._network import disconnect, lease_of
+from ._network import disconnect, kind_behind, lease_of
 from ._steps import CUSTOM_IMAGE, machine_spec, memory_file, vm_directory
 
 _ATTACH_S = 15.0
@@ -185,7 +183,7 @@ def _row(settings: VmSettings, orphan: Orphan, machine: FoundMachine, name: str,
         created_at=now,
         updated_at=now,
         layer=machine.root.layer.parent.name if machine.root else "",
-        network=NONE if machine.nic is None else USER if machine.nic.socket is not None else BRIDGE,
+        network=NONE if machine.nic is None else kind_behind(machine.nic),
         network_reason="it was found on the host, where nobody knew of a network with a name",
         lease=None if machine.nic is None else lease_of(machine.nic),
         status=Status.RUNNING,

@@ -132,7 +132,8 @@ def _disk(disk: Disk, accelerator: AcceleratorName) -> list[str]:
 def _card(spec: MachineSpec, nic: Nic, version: tuple[int, int], tap: int) -> list[str]:
     """The card, after all that there may be without it, and what is behind it.
 
-    A tap is opened by the daemon, as QEMU's user has no right to, and is known by its name all the same.
+    A tap is opened by the daemon, as QEMU's user has no right to, and is known by its name all the same. A socket is
+    connected to by the daemon, too, which plugs the connection into the hub once QEMU runs (`_netdev.py`).
 
     A copy may have something else behind it than its original, as long as that can do as much. A driver that has
     negotiated nothing yet, as a template's, goes on with anything. What not every Linux can do for a tap is left off,
@@ -141,10 +142,6 @@ def _card(spec: MachineSpec, nic: Nic, version: tuple[int, int], tap: int) -> li
     net = "net0"
     if nic.tap is not None:
         net, behind = nic.tap, f"tap,id={nic.tap},fd={tap},vhost=off"
-    elif nic.socket is not None:
-        name = nic.socket.name if nic.socket.parent == spec.directory else str(nic.socket)
-        again = ",reconnect-ms=1000" if version >= (9, 2) else ""
-        behind = f"stream,id=net0,server=off,addr.type=unix,addr.path={_quote(name)}{again}"
     else:
         behind = "hubport,id=net0,hubid=0"
     # A copy has an address of its own to tell of. And QEMU 10.0 crashes when a driver that knows of announcements

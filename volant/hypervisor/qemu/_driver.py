@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
 
 import trio
@@ -23,6 +23,7 @@ from volant.hypervisor._interface import (
     Machine,
     MachineKind,
     MachineSpec,
+    Nic,
 )
 from volant.model import ProcessIdentity
 
@@ -32,6 +33,7 @@ from ._found import parse_argv
 from ._kind import HEAD_BYTES, machine_of, misfit, parse_machines
 from ._machine import attach, last_words
 from ._migration import Migration
+from ._netdev import plug_in
 from ._probe import probe, qemu_version
 from ._qmp import QmpClient, QmpLost, QmpRefused
 
@@ -40,8 +42,6 @@ GO_ON_S = 5.0
 SPARE_MEMORY_MB = 192
 """What must be left on the host beside a guest's memory: QEMU itself, and under TCG its translated code."""
 
-_HUB_PORT, _BEHIND_HUB, _HANDED = "net1", "net2", "handed"
-"""Of a machine that waited: what its card is connected to now, and what that was handed over as."""
 _RETRY_S = 0.005
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 _MISSING = "QEMU is not installed: there is no program qemu-system-x86_64 (Debian: apt install qemu-system-x86)"
@@ -240,7 +240,11 @@ class QemuHypervisor:
                     try:
                         qmp = QmpClient(stream, lambda name, data: None)
                         await nursery.start(qmp.start)
-                        await self._plug_in(qmp, spec)
+                        status = (await qmp.execute("query-status")).get("status")
+                        if status in NOT_YET_RUN:
+                            raise HypervisorError("it has not taken over its template, so it is none that has waited")
+                        if status != "running":
+                            await plug_in(self._host, qmp, spec.nic)
                         await qmp.execute("cont", timeout_s=GO_ON_S)
                     except HypervisorError as error:
                         failure = error
@@ -249,34 +253,6 @@ class QemuHypervisor:
             raise HypervisorError(f"the machine can't be told to go on: {error or 'no answer'}") from error
         if failure is not None:
             raise failure
-
-    async def _plug_in(self, qmp: QmpClient, spec: MachineSpec) -> None:
-        """Put what is behind a machine's card at the other end of the hub that it was launched with. It is opened here,
-        as the process may have no right to. Raises OSError, HypervisorError."""
-        nic, status = spec.nic, await qmp.execute("query-status")
-        if status.get("status") in NOT_YET_RUN:
-            raise HypervisorError("it has not taken over its template, so it is none that has waited")
-        if nic is None or status.get("running"):
-            return
-        with ExitStack() as stack:
-            if nic.tap is not None:
-                descriptor = stack.enter_context(self._host.open_tap(nic.tap))
-                behind: dict[str, object] = {"type": "tap", "fd": _HANDED, "vhost": False}
-            elif nic.socket is not None:
-                stream = await self._host.connect_unix(nic.socket, GO_ON_S)
-                stack.callback(stream.socket.close)
-                descriptor = stream.socket.fileno()
-                # `stream` would look for the descriptor in a thread that knows of none.
-                behind = {"type": "socket", "fd": _HANDED}
-            else:
-                return
-            for name in (_HUB_PORT, _BEHIND_HUB):
-                # Of somebody who did not come further.
-                with suppress(QmpRefused):
-                    await qmp.execute("netdev_del", {"id": name})
-            await qmp.execute("getfd", {"fdname": _HANDED}, descriptor=descriptor)
-        await qmp.execute("netdev_add", {"id": _BEHIND_HUB, **behind})
-        await qmp.execute("netdev_add", {"id": _HUB_PORT, "type": "hubport", "hubid": 0, "netdev": _BEHIND_HUB})
 
     def recognise(self, command_line: Sequence[str]) -> FoundMachine | None:
         return parse_argv(command_line)
@@ -342,17 +318,17 @@ class QemuHypervisor:
 
     async def _await_control(self, spec: MachineSpec, process: Process) -> None:
         """Return once QEMU answers on its control socket: then memory, kernel and devices are what they should be. One
-        that goes on from a template has taken it over then, and runs."""
+        that goes on from a template has taken it over then, and runs. What is behind its card is plugged in."""
         answered = False
-        refusal = ""
+        refusal: LaunchFailed | None = None
 
         async def ask(scope: trio.CancelScope) -> None:
             nonlocal answered, refusal
             try:
                 await self._greet(spec)
                 answered = True
-            except QmpRefused as error:
-                refusal = str(error)
+            except LaunchFailed as error:
+                refusal = error
             scope.cancel()
 
         async def watch(scope: trio.CancelScope) -> None:
@@ -372,8 +348,8 @@ class QemuHypervisor:
         process.kill()
         with trio.move_on_after(LAUNCH_S):
             await process.wait()
-        if refusal:
-            raise LaunchFailed("template_refused", refusal)
+        if refusal is not None:
+            raise refusal
         last = await last_words(self._host, spec.log_path)
         raise LaunchFailed("no_answer", f"QEMU did not answer within {LAUNCH_S:.0f} s" + (f": {last}" if last else ""))
 
@@ -390,17 +366,23 @@ class QemuHypervisor:
             except (OSError, trio.TooSlowError):
                 await trio.sleep_forever()  # the end of the process, or the deadline, says what it is
             lost: QmpLost | None = None
-            refused: QmpRefused | None = None
+            refused: LaunchFailed | None = None
             async with stream, trio.open_nursery() as nursery:
                 try:
                     migration = Migration()
                     qmp = QmpClient(stream, migration.on_event)
                     await nursery.start(qmp.start)
                     if spec.template is not None:
-                        await migration.take_over(qmp, spec.template.state, go_on=not spec.waits)
+                        await migration.take_over(qmp, spec.template.state)
+                    if spec.nic is not None and spec.nic.socket is not None:
+                        await self._connect(qmp, spec.nic)
+                    if spec.template is not None and not spec.waits:
+                        await qmp.execute("cont")
                 except QmpLost as error:
                     lost = error
                 except QmpRefused as error:
+                    refused = LaunchFailed("template_refused", str(error))
+                except LaunchFailed as error:
                     refused = error
                 nursery.cancel_scope.cancel()
             if refused is not None:
@@ -408,6 +390,14 @@ class QemuHypervisor:
             if lost is not None:
                 await trio.sleep_forever()
             return
+
+    async def _connect(self, qmp: QmpClient, nic: Nic) -> None:
+        """Plugs in the connection to a machine's socket. Raises LaunchFailed, QmpLost."""
+        try:
+            await plug_in(self._host, qmp, nic)
+        except (OSError, trio.TooSlowError, QmpRefused) as error:
+            why = f"QEMU can't be connected to the VM's network at {nic.socket}: {error or 'no answer'}"
+            raise LaunchFailed("exited", why) from error
 
     async def _why(self, spec: MachineSpec, what: str) -> LaunchFailed:
         last = await last_words(self._host, spec.log_path)

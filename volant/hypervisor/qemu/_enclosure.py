@@ -87,8 +87,6 @@ class Enclosure:
         if user is not None:
             grants = [Grant(path, "user", user, _READ_WRITE) for path in writes]
             grants += [Grant(path, "user", user, _READ_WRITE) for path in (spec.console_path, spec.console_input_path)]
-            if spec.nic is not None and spec.nic.socket is not None:
-                grants.append(Grant(spec.nic.socket, "user", user, _READ_WRITE))
             for path in reads:
                 if path in shared:
                     grants.append(Grant(path, "group", shared[path], _READ))
@@ -101,7 +99,7 @@ class Enclosure:
             landlock=plan.landlock > 0,
             read=tuple(reads),
             write=(*writes, *_devices(spec)),
-            no_connect=plan.no_connect and (spec.nic is None or spec.nic.socket is None),
+            no_connect=plan.no_connect,
         )
         record = {"user": user, "landlock": plan.landlock, "no_connect": walls.no_connect, "no_user": no_user}
         # Not what somebody who was in there has put in its place. It is of no use after a loss of power.

@@ -53,6 +53,7 @@ def _card(options: Sequence[tuple[str, str]], told: Mapping[str, str]) -> Nic | 
     if not devices:
         return None
     behind = _fields(next(text for name, text in options if name == "-netdev"))
+    # Of a machine that connects by itself, as earlier versions of the daemon started them.
     socket = behind.get("addr.path")
     network, nameservers = told.get(NETWORK_PARAMETER), told.get(NAMESERVERS_PARAMETER)
     address, gateway, _ = network.split(",") if network else ("", "", "")

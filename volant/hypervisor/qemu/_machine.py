@@ -39,6 +39,7 @@ from volant.model import EndKind, ProcessIdentity
 from ._capture import Capture
 from ._enclosure import place_to_save
 from ._migration import Migration, finish_take_over
+from ._netdev import connects_itself, plug_in
 from ._qmp import QmpClient, QmpLost
 
 ATTACH_S = 10.0
@@ -209,6 +210,17 @@ class QemuMachine:
             yield
         finally:
             self._moving.release()
+
+    async def connect_network(self) -> bool:
+        if self._qmp is None:
+            raise HypervisorError("the hypervisor's process is gone")
+        try:
+            if connects_itself(self._host.command_line(self._identity)):
+                return False
+            await plug_in(self._host, self._qmp, self._spec.nic)
+        except (OSError, trio.TooSlowError, ProcessGone) as error:
+            raise HypervisorError(f"its network can't be connected: {error or 'no answer'}") from error
+        return True
 
     async def save(self, state: Path, timeout_s: float = 30.0) -> None:
         if self._qmp is None:

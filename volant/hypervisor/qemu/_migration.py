@@ -91,13 +91,11 @@ class Migration:
         await qmp.execute("migrate", {"uri": f"file:{state}"})
         await self._end(qmp, timeout_s, "the machine could not be saved")
 
-    async def take_over(self, qmp: QmpClient, state: Path, *, go_on: bool = True) -> None:
-        """Let a machine that waits for a state take it over, and go on from there unless told otherwise. Raises
-        QmpRefused, QmpLost; QEMU may end by itself then."""
+    async def take_over(self, qmp: QmpClient, state: Path) -> None:
+        """Let a machine that waits for a state take it over. It does not go on yet. Raises QmpRefused, QmpLost; QEMU
+        may end by itself then."""
         await _begin_take_over(qmp, state)
         await self._end(qmp, TAKE_OVER_S, "the template does not fit")
-        if go_on:
-            await qmp.execute("cont")
 
     async def _end(self, qmp: QmpClient, timeout_s: float, failure: str) -> None:
         async def watch(scope: trio.CancelScope) -> None:

@@ -1,0 +1,54 @@
+"""Connects a machine's network interface to its tap, or to a process that listens at a Unix socket (passt).
+
+The interface of such a machine has a hub behind it from the start. The daemon opens the tap or connects to the socket,
+passes the descriptor to QEMU over QMP and plugs it into the hub. So QEMU's process needs no right to do either, and
+its seccomp filter denies `connect`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from itertools import pairwise
+
+from volant.host import Host
+from volant.hypervisor._interface import Nic
+
+from ._qmp import QmpClient, QmpRefused
+
+_CONNECT_S = 5.0
+_HUB_PORT, _BEHIND_HUB, _HANDED = "net1", "net2", "handed"
+"""The hub's second port, the backend behind it, and the name under which QEMU keeps the descriptor until then."""
+
+
+async def plug_in(host: Host, qmp: QmpClient, nic: Nic | None) -> None:
+    """Opens what is behind `nic` and plugs it into the machine's hub, in place of what was plugged in before.
+
+    A machine without a network interface, or with one that leads nowhere, is left as it is. Raises OSError and
+    trio.TooSlowError where the tap or the socket can't be opened, QmpRefused and QmpLost where QEMU does not take it.
+    """
+    with ExitStack() as stack:
+        if nic is None:
+            return
+        if nic.tap is not None:
+            descriptor = stack.enter_context(host.open_tap(nic.tap))
+            behind: dict[str, object] = {"type": "tap", "fd": _HANDED, "vhost": False}
+        elif nic.socket is not None:
+            descriptor = stack.enter_context(await host.open_connection(nic.socket, _CONNECT_S))
+            # QEMU's `stream` looks for the descriptor in a thread that knows of none.
+            behind = {"type": "socket", "fd": _HANDED}
+        else:
+            return
+        for name in (_HUB_PORT, _BEHIND_HUB):
+            # There is none yet, or only one of them where an earlier call was cancelled.
+            with suppress(QmpRefused):
+                await qmp.execute("netdev_del", {"id": name})
+        await qmp.execute("getfd", {"fdname": _HANDED}, descriptor=descriptor)
+    await qmp.execute("netdev_add", {"id": _BEHIND_HUB, **behind})
+    await qmp.execute("netdev_add", {"id": _HUB_PORT, "type": "hubport", "hubid": 0, "netdev": _BEHIND_HUB})
+
+
+def connects_itself(argv: Sequence[str]) -> bool:
+    """Returns whether a QEMU with this command line connects to its socket by itself, as those that daemons started
+    before they passed descriptors."""
+    return any(option == "-netdev" and value.startswith("stream,") for option, value in pairwise(argv))
