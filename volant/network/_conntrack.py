@@ -29,7 +29,7 @@ _ANSWER_S = 5.0
 def forget_connections(address: str) -> None:
     """Remove the entries of connections that `address` began and of those that led to it.
 
-    A kernel that cannot filter refuses the request, and keeps the entries until they expire.
+    A kernel that cannot filter when it deletes refuses the request, and keeps the entries until they expire.
 
     :raises OSError: the kernel refuses for another reason, or does not answer within 5 s.
     """
