@@ -81,7 +81,7 @@ async def test_a_run_with_three_vms(daemon: Daemon, node: Node, tmp_path: Path) 
             await nursery.start(
                 listen, socket, overview, lambda event: happened([event]) == [(NAMES[-1], "VM_DELETED")]
             )
-            nursery.start_soon(http_agent, node, f"{daemon.base_url}/api/v1/agui?duration=15s", over_http)
+            nursery.start_soon(http_agent, node, f"{daemon.base_url}/api/v1/agui?duration=25s", over_http)
             await live_and_die(client)
     await verify(node, overview, tmp_path / "overview.json")
     told = happened(overview)
