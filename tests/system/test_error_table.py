@@ -152,7 +152,7 @@ async def what_is_malformed(server: Server) -> None:
         for body, field in (
             ({**GOOD, "memory_mb": 1}, "memory_mb"),
             ({**GOOD, "colour": "red"}, "colour"),
-            ({"name": "other", "cpu_cores": 1}, "memory_mb"),
+            ({"cpu_cores": 1, "memory_mb": 128}, "name"),
             ({**GOOD, "labels": {"a": 1}}, "labels.a"),
             ({**GOOD, "name": "Other"}, "name"),
         ):
