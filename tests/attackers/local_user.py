@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,16 @@ import pytest
 NOBODY = pwd.getpwnam("nobody")
 _TIMEOUT_S = 60.0
 
+
+def _python_for_everybody() -> str:
+    """Returns an interpreter that any user may run: this one by its real name, or Debian's if it lies in a home."""
+    own = Path(sys.executable).resolve()
+    if all(path.stat().st_mode & stat.S_IXOTH for path in (own, *own.parents)):
+        return str(own)
+    return "/usr/bin/python3"
+
+
+PYTHON = _python_for_everybody()
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start processes of another user")
 
 
@@ -71,6 +82,4 @@ _AS_NOBODY = {"user": NOBODY.pw_uid, "group": NOBODY.pw_gid, "extra_groups": (),
 
 
 def _command(code: str, arguments: tuple[object, ...]) -> list[str]:
-    # Not the virtual environment's name for it, which may lie where nobody may not go.
-    program = Path(sys.executable).resolve()
-    return [str(program), "-I", "-c", code, *map(str, arguments)]
+    return [PYTHON, "-I", "-c", code, *map(str, arguments)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.attackers.local_user import NOBODY, needs_root, running_code
+from tests.attackers.local_user import NOBODY, PYTHON, needs_root, running_code
 from volant.daemon._guests import stop_guests
 from volant.daemon._settings import Settings
 from volant.host import Host, ProcessGone, Walls
@@ -25,7 +24,6 @@ from volant.vm import instance_of, processes_of_vms
 
 pytestmark = needs_root
 
-PYTHON = str(Path(sys.executable).resolve())
 VM_USERS = range(70_000, 70_010)
 WAITING = "import time; print('ready', flush=True); time.sleep(600)"
 ANOTHER_LINE = (
