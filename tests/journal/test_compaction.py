@@ -59,6 +59,11 @@ def log_size(path: Path) -> int:
     return path.with_name("volant.db-wal").stat().st_size
 
 
+def bites_of(host: Recorded) -> int:
+    """How often the file was compacted or its log trimmed; the note of what was acknowledged is not of interest."""
+    return sum(call in ("compact", "trim") for call in host.calls)
+
+
 async def settled(host: Recorded, bench: Bench) -> None:
     """Until the journal has nothing left to tidy up."""
     with trio.fail_after(60):
@@ -109,9 +114,9 @@ async def test_the_file_shrinks_when_retention_has_taken_a_lot_and_commits_wait_
         newest = bench.store.events.newest.seq
         assert newest - bench.store.events.oldest.seq < 600
         # It stands still then.
-        calls = len(host.calls)
+        calls = bites_of(host)
         await trio.sleep(0.3)
-        assert len(host.calls) == calls
+        assert bites_of(host) == calls
     connection = apsw.Connection(str(path))
     assert connection.pragma("integrity_check") == "ok"
     assert connection.pragma("freelist_count") <= database_module._SLACK_PAGES

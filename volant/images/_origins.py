@@ -21,8 +21,9 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_METADATA = frozenset({ipaddress.ip_address("168.63.129.16")})
-"""Azure's, which looks like a public address. Other clouds' are link-local, private or shared (100.64.0.0/10)."""
+_METADATA = frozenset(map(ipaddress.ip_address, ("168.63.129.16", "192.0.0.192")))
+"""Azure's, which looks like a public address, and Oracle's, which earlier versions of Python take for one. Other
+clouds' are link-local, private or shared (100.64.0.0/10)."""
 
 
 class Origins(NamedTuple):
