@@ -45,7 +45,7 @@ def the_one(world: World, vm: Any) -> SimPasst:
     (passt,) = passts_of(world, vm)
     assert passt.has_client
     (qemu,) = [one for one in world.machine.running() if one.process.identity.pid == vm["pid"]]
-    assert qemu.netdevs == {"net0": "", "net2": "", "net1": "net2"}
+    assert qemu.netdevs == {"net0": "", "net3": "", "net2": "", "net1": "net2"}
     assert set(qemu._connections) == {"net2"}
     assert not qemu._handed
     return passt

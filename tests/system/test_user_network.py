@@ -201,6 +201,32 @@ async def attack(client: Client) -> None:
         await run(client, "demo", "sh", "-c", f"{' & '.join(tries)} & wait")
 
 
+FLOOD = """
+import socket, time
+end = time.monotonic() + 60
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+    while time.monotonic() < end:
+        try:
+            sender.sendto(b"x" * 100, ("198.51.100.2", 9))
+        except OSError:
+            pass
+"""
+
+
+async def test_a_guest_that_sends_all_the_time_is_connected_again(behind: Behind, tmp_path: Path) -> None:
+    client = behind.client
+    (tmp_path / "word").write_text("from the world")
+    with behind.server(tmp_path):
+        await boot(client, "demo", network="user")
+        # What it sends while nothing is behind its interface must not block the interface for good.
+        await run(client, "demo", "sh", "-c", f"python3.13 -c '{FLOOD}' >/dev/null 2>&1 &")
+        (first,) = behind.passts()
+        os.kill(first, signal.SIGKILL)
+        fetch = f"until wget -q -T 5 -O - http://{OUTSIDE}:8000/word; do sleep 0.2; done"
+        with trio.fail_after(60):
+            assert await run(client, "demo", "sh", "-c", fetch) == "from the world"
+
+
 async def test_it_outlives_the_daemon_and_goes_with_its_vm(image_cache: Path, world: int) -> None:
     daemon = on_a_host(image_cache, world, ephemeral=False)
     try:

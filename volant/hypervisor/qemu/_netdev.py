@@ -19,6 +19,10 @@ from ._qmp import QmpClient, QmpRefused
 _CONNECT_S = 5.0
 _HUB_PORT, _BEHIND_HUB, _HANDED = "net1", "net2", "handed"
 """The hub's second port, the backend behind it, and the name under which QEMU keeps the descriptor until then."""
+_IDLE_PORT = "net3"
+"""The hub's third port, with nothing behind it. It takes every packet and drops it. Without it the hub takes no packet
+while its second port is being replaced: a packet that the guest sends in that moment stays queued, and QEMU 10.0 never
+wakes the interface again."""
 
 
 async def plug_in(host: Host, qmp: QmpClient, nic: Nic | None) -> None:
@@ -39,6 +43,9 @@ async def plug_in(host: Host, qmp: QmpClient, nic: Nic | None) -> None:
             behind = {"type": "socket", "fd": _HANDED}
         else:
             return
+        with suppress(QmpRefused):
+            # It is there already if this replaces an earlier connection.
+            await qmp.execute("netdev_add", {"id": _IDLE_PORT, "type": "hubport", "hubid": 0})
         for name in (_HUB_PORT, _BEHIND_HUB):
             # There is none yet, or only one of them where an earlier call was cancelled.
             with suppress(QmpRefused):
