@@ -17,7 +17,6 @@ import ipaddress
 import os
 import socket
 import struct
-import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -155,20 +154,9 @@ def _open(directory: int, path: bytes, resolve: int) -> int:
 
 def _in_thread_of(reader: Reader, work: Callable[[], int]) -> int:
     """What `work` gives, done with the rights of `reader` over files. :raises OSError: as `work`, or EPERM."""
-    done: list[int] = []
-    failures: list[BaseException] = []
 
-    def run() -> None:
-        try:
-            _walls.act_for(reader.uid, reader.gid, reader.groups)
-            done.append(work())
-        except BaseException as error:
-            failures.append(error)
+    def run() -> int:
+        _walls.act_for(reader.uid, reader.gid, reader.groups)
+        return work()
 
-    # Never one that others use later: its identity is another one's by then.
-    thread = threading.Thread(target=run, name="reader", daemon=True)
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
-    return done[0]
+    return _walls.in_own_thread(run, "reader")

@@ -20,12 +20,14 @@ import stat
 import struct
 import subprocess
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
+
+T = TypeVar("T")
 
 READ, WRITE, EXECUTE = 4, 2, 1
 
@@ -157,33 +159,41 @@ def start(
         place = opened(cwd, os.O_PATH | os.O_DIRECTORY)
         null = opened("/dev/null", os.O_RDONLY)
         rules = opened_ruleset(walls, place, open_files) if walls.landlock else None
-        started: list[subprocess.Popen[bytes]] = []
-        failures: list[BaseException] = []
 
-        def behind() -> None:
-            try:
-                _put_up(walls, place, rules)
-                popen = subprocess.Popen(
-                    argv, stdin=null, stdout=output, stderr=output, env=dict(env), close_fds=True,
-                    pass_fds=descriptors, start_new_session=True,
-                )  # fmt: skip
-                started.append(popen)
-                # From here, as it takes the same user.
-                try:
-                    resource.prlimit(popen.pid, resource.RLIMIT_CORE, (0, 0))
-                except ProcessLookupError:
-                    pass
-            except BaseException as error:
-                failures.append(error)
+        def behind() -> subprocess.Popen[bytes]:
+            _put_up(walls, place, rules)
+            popen = subprocess.Popen(
+                argv, stdin=null, stdout=output, stderr=output, env=dict(env), close_fds=True,
+                pass_fds=descriptors, start_new_session=True,
+            )  # fmt: skip
+            # From here, as it takes the same user. Without this bound all the others stand, and the process is there.
+            with suppress(OSError):
+                resource.prlimit(popen.pid, resource.RLIMIT_CORE, (0, 0))
+            return popen
 
-        # Never one that others use later: what it gives up is gone.
-        thread = threading.Thread(target=behind, name="walls", daemon=True)
-        thread.start()
-        thread.join()
-    if started:
-        # Without the bound on core dumps all the others stand, and it is there already.
-        return started[0]
-    raise failures[0]
+        return in_own_thread(behind, "walls")
+
+
+def in_own_thread(work: Callable[[], T], name: str) -> T:
+    """Returns what `work` gives, done in a thread that ends with it: the rights that it gives up are nobody else's.
+
+    Waits for it. Raises what `work` raises.
+    """
+    done: list[T] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return done[0]
 
 
 def act_for(user: int, group: int, groups: Sequence[int]) -> None:

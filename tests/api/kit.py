@@ -136,14 +136,14 @@ async def read_to_end(stream: trio.abc.ReceiveStream, within_s: float = 10.0) ->
 
 @asynccontextmanager
 async def running(
-    app: Callable[..., Any], limits: Limits = FAST, also: Sequence[socket.socket] = ()
+    app: Callable[..., Any], limits: Limits = FAST, sockets: Sequence[socket.socket] = ()
 ) -> AsyncIterator[Running]:
     """Serve `app`, on these sockets too. Fails when the server ended by itself, or does not stop."""
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         server = Running(listener.getsockname()[1], trio.Event(), trio.Event())
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
-            await serve(app, [listener, *also], stopping=server.stopping, limits=limits, task_status=task_status)
+            await serve(app, [listener, *sockets], stopping=server.stopping, limits=limits, task_status=task_status)
             server.stopped.set()
 
         async with trio.open_nursery() as nursery:
@@ -276,9 +276,9 @@ async def api(
     settings: ApiSettings | None = None,
     limits: Limits = FAST,
     origins: Origins = PUBLIC,
-    also: Sequence[socket.socket] = (),
+    sockets: Sequence[socket.socket] = (),
 ) -> AsyncIterator[Api]:
-    """Serve the API with its state in `path`, on a port and on the sockets `also`."""
+    """Serve the API with its state in `path`, on a port and on `sockets`."""
     host = Host()
     store = Store(host, path / "volant.db")
     logs = VmLogs(host, path / "logs")
@@ -347,7 +347,7 @@ async def api(
             settings=settings or ApiSettings(),
         )
         access = Access(doors.settings)
-        async with running(create_app(doors, limits, access), limits, also) as server:
+        async with running(create_app(doors, limits, access), limits, sockets) as server:
             base = f"http://127.0.0.1:{server.port}"
             hooks = {"response": [conformance.check]}
             async with httpx.AsyncClient(base_url=base, timeout=20, trust_env=False, event_hooks=hooks) as client:

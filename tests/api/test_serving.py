@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import struct
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h2.config
 import h2.connection
@@ -39,7 +41,7 @@ def quart_app() -> QuartTrio:
 
     @app.route("/endless")
     async def endless() -> Response:
-        async def chunks():  # type: ignore[no-untyped-def]
+        async def chunks() -> AsyncIterator[bytes]:
             while True:
                 yield b"x" * 65536
 
@@ -86,7 +88,7 @@ async def test_a_byte_after_an_upgrade_request_is_refused_and_harms_nobody() -> 
 async def test_a_byte_after_an_upgrade_is_answered_with_400() -> None:
     answered = trio.Event()
 
-    async def slow(scope, receive, send):  # type: ignore[no-untyped-def]
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
         while (await receive())["type"] != "websocket.disconnect":
             pass
         answered.set()
@@ -186,7 +188,7 @@ async def test_a_client_that_half_closes_is_answered(close: bool) -> None:
 async def test_a_body_that_a_half_close_cuts_off_is_not_taken_for_a_whole_one() -> None:
     ends: list[str] = []
 
-    async def collect(scope, receive, send):  # type: ignore[no-untyped-def]
+    async def collect(scope: Any, receive: Any, send: Any) -> None:
         while (message := await receive())["type"] == "http.request" and message["more_body"]:
             pass
         ends.append(message["type"])
@@ -206,7 +208,7 @@ async def test_a_body_that_a_half_close_cuts_off_is_not_taken_for_a_whole_one() 
 async def test_a_client_that_half_closed_and_leaves_is_noticed() -> None:
     begun, gone = trio.Event(), trio.Event()
 
-    async def stream_events(scope, receive, send):  # type: ignore[no-untyped-def]
+    async def stream_events(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"first", "more_body": True})
         await receive()
@@ -231,7 +233,7 @@ async def test_a_client_that_half_closed_and_leaves_is_noticed() -> None:
 async def test_a_client_that_closes_both_directions_is_noticed_at_the_next_write() -> None:
     gone, beat = trio.Event(), trio.Event()
 
-    async def stream_events(scope, receive, send):  # type: ignore[no-untyped-def]
+    async def stream_events(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"first", "more_body": True})
         await beat.wait()
@@ -255,7 +257,7 @@ async def test_a_client_that_closes_both_directions_is_noticed_at_the_next_write
 async def test_a_client_of_a_unix_socket_that_closes_both_directions_is_noticed_at_once(tmp_path: Path) -> None:
     gone = trio.Event()
 
-    async def wait(scope, receive, send):  # type: ignore[no-untyped-def]
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         gone.set()
@@ -279,7 +281,7 @@ async def test_a_client_of_a_unix_socket_that_closes_both_directions_is_noticed_
 async def test_a_half_close_ends_a_websocket() -> None:
     gone = trio.Event()
 
-    async def wait(scope, receive, send):  # type: ignore[no-untyped-def]
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "websocket.accept", "headers": []})
         assert (await receive())["type"] == "websocket.disconnect"
@@ -298,7 +300,7 @@ async def test_a_half_close_ends_a_websocket() -> None:
 async def test_a_request_with_two_lengths_is_the_last_of_its_connection(version: str) -> None:
     seen: list[bytes] = []
 
-    async def answer(scope, receive, send):  # type: ignore[no-untyped-def]
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
         seen.extend(name for name, _ in scope["headers"])
         while (await receive())["more_body"]:
             pass
@@ -325,7 +327,7 @@ async def test_a_request_with_two_lengths_is_the_last_of_its_connection(version:
 async def test_an_absolute_target_says_the_host(target: str, path: str) -> None:
     scopes = []
 
-    async def answer(scope, receive, send):  # type: ignore[no-untyped-def]
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
         scopes.append(scope)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
@@ -453,7 +455,7 @@ async def test_an_endless_unwanted_body_is_cut_off() -> None:
 
 
 async def test_a_body_that_is_never_asked_for_is_not_waited_for() -> None:
-    async def refuse(scope, receive, send):  # type: ignore[no-untyped-def]
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
 
@@ -515,7 +517,7 @@ async def test_who_hoards_connections_keeps_nobody_out() -> None:
 async def test_a_client_that_stops_reading_is_cut_off() -> None:
     gone = trio.Event()
 
-    async def flood(scope, receive, send):  # type: ignore[no-untyped-def]
+    async def flood(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pour, send)
@@ -524,7 +526,7 @@ async def test_a_client_that_stops_reading_is_cut_off() -> None:
             nursery.cancel_scope.cancel()
         gone.set()
 
-    async def pour(send):  # type: ignore[no-untyped-def]
+    async def pour(send: Any) -> None:
         while True:
             await send({"type": "http.response.body", "body": b"x" * 1_000_000, "more_body": True})
 
@@ -564,7 +566,7 @@ async def test_streams_are_told_before_they_are_cut_and_the_app_shuts_down_last(
     async def polite() -> Response:
         stopping = request.scope["state"]["stopping"]
 
-        async def chunks():  # type: ignore[no-untyped-def]
+        async def chunks() -> AsyncIterator[bytes]:
             yield b"first"
             await stopping.wait()
             order.append("stream")
@@ -621,7 +623,7 @@ async def test_cancelling_cuts_everything_at_once() -> None:
 
 
 async def test_an_app_that_fails_outside_of_its_handlers_is_answered_for() -> None:
-    async def broken(scope, receive, send):  # type: ignore[no-untyped-def]
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
         raise ValueError("broken")
 
     async with running(bare(broken)) as server:

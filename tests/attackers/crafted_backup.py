@@ -127,7 +127,8 @@ def vm_row(vm_id: int = 7, name: str = "crafted") -> Json:
         id=vm_id, name=name, cpu_cores=1, memory_mb=128, plugin="base", runtime="base", manifest=BASE, created_at=AT,
         updated_at=AT, status=Status.STOPPED, desired=Desired.STOPPED, booted=1, boots=1, revision=1,
     )  # fmt: skip
-    return json.loads(msgspec.json.encode(row))  # type: ignore[no-any-return]
+    members: dict[str, Any] = json.loads(msgspec.json.encode(row))
+    return members
 
 
 def _rows() -> dict[str, Json]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import socket
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -46,15 +44,6 @@ print(json.dumps([answer.status, {name.lower(): value for name, value in answer.
 
 
 @pytest.fixture
-def root() -> Iterator[Path]:
-    """A directory through which everybody comes."""
-    path = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
-    path.chmod(0o711)
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture
 def secret(root: Path) -> Path:
     """A file that root alone may read."""
     path = root / "shadow"
@@ -83,7 +72,7 @@ async def daemon(root: Path, origins: Origins = PUBLIC, key: str | None = None) 
         (root / "socket").chmod(0o666)
         listener.listen()
         settings = ApiSettings(api_keys=(key,)) if key else None
-        async with api(state, settings, origins=origins, also=[listener]) as running:
+        async with api(state, settings, origins=origins, sockets=[listener]) as running:
             yield running, path
 
 

@@ -7,7 +7,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,15 +23,6 @@ from volant.host import Host
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SQUATTED = ("state_dir", "runtime_dir", "cache_dir")
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    """A directory through which everybody comes."""
-    path = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
-    path.chmod(0o711)
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture

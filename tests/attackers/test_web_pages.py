@@ -13,7 +13,8 @@ import trio
 
 from tests.api.kit import UPGRADE, Api, api, request
 from tests.api.test_relay import Guest, guest
-from tests.attackers.web_page import CHROMIUM, CROSS_SITE, SAME_SITE, Site, visiting
+from tests.attackers.web_page import CROSS_SITE, SAME_SITE, Site
+from tests.chromium import CHROMIUM, visiting
 from volant.api import ApiSettings
 
 CONSOLE = "https://console.example"

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-
-import trio
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium"))), None)
 
 SAME_SITE, CROSS_SITE = "127.0.0.1", "attacker.localhost"
 """Hosts of the page. Ports do not count for a site; Chromium knows that names below `localhost` are loopback."""
@@ -118,21 +111,3 @@ class Site:
             self._server.shutdown()
             thread.join()
             self._server.server_close()
-
-
-@asynccontextmanager
-async def visiting(url: str, profile: Path) -> AsyncIterator[None]:
-    """A browser that has opened `url`, for the length of a block."""
-    command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--remote-debugging-port=0", f"--user-data-dir={profile}", url,
-    ]  # fmt: skip
-    process = await trio.lowlevel.open_process(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        yield
-    finally:
-        process.kill()
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
-            await process.wait()

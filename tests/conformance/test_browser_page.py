@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import shutil
-import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,16 +19,16 @@ from typing import Any
 import pytest
 import trio
 
+from tests.chromium import CHROMIUM, visiting
 from tests.system.kit import REPOSITORY, Daemon, adopted, boot, reachable, run, spec
 from volant.client import Client, LogLine
 from volant.model import Event
 
-_CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium"))), None)
 _HOW_TOS = ("events-in-a-browser.md", "log-sockets.md")
 _PATIENCE_S = 90.0
 _END = "that was all"
 
-pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="needs Debian's chromium-headless-shell, or chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium-headless-shell, or chromium")
 
 
 def page(base: str, key: str) -> str:
@@ -146,23 +144,6 @@ async def _copy(source: trio.SocketStream, sink: trio.SocketStream, scope: trio.
     scope.cancel()
 
 
-@asynccontextmanager
-async def chromium(url: str, profile: Path) -> AsyncIterator[None]:
-    command = [
-        str(_CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--remote-debugging-port=0", f"--user-data-dir={profile}", url,
-    ]  # fmt: skip
-    process = await trio.lowlevel.open_process(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        yield
-    finally:
-        process.kill()
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
-            await process.wait()
-
-
 async def seen_by(site: Site, what: str, condition: Callable[[dict[str, Any]], bool]) -> None:
     with trio.move_on_after(_PATIENCE_S):
         while not condition(site.seen):  # noqa: ASYNC110 - a browser's doing
@@ -204,7 +185,7 @@ async def test_a_page_that_is_cut_off_misses_nothing(make_daemon: Callable[..., 
             async with daemon.client() as client:
                 await boot(client, "talker")
                 site.html = page(f"http://127.0.0.1:{proxy.port}", key)
-                async with chromium(site.origin, tmp_path / "profile"):
+                async with visiting(site.origin, tmp_path / "profile"):
                     await seen_by(site, "the list", lambda seen: seen["vms"] == ["talker"])
                     await happen(client, "one")
                     await talk(client, "first")

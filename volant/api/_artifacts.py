@@ -26,10 +26,10 @@ from volant._readers import Reader, loopback_peer_uid
 from volant.images import BootMedia, ImageError
 from volant.model import Artifact, ArtifactView, Manifest, Problem
 
+from ._body import receive_into
 from ._doors import Doors
 from ._edge import Access, Call, StreamRoute
 
-_SILENCE_S = 60.0
 _FORWARDED = frozenset({b"forwarded", b"via", b"x-forwarded-for", b"x-real-ip"})
 _STATUS = {
     "media_too_large": 413,
@@ -49,20 +49,7 @@ def routes(doors: Doors) -> list[StreamRoute]:
         (digest,) = call.args
         with _told(None):
             async with doors.vms.doors.media.receiving(digest) as upload:
-                length = call.header(b"content-length")
-                if length is not None:
-                    upload.expect(int(length))
-                more = True
-                while more:
-                    with trio.move_on_after(_SILENCE_S) as scope:
-                        message = await call.receive()
-                    if scope.cancelled_caught:
-                        raise Problem(408, "request-timeout", f"nothing of the body came for {_SILENCE_S:g} s")
-                    if message["type"] == "http.disconnect":
-                        raise trio.BrokenResourceError("the client left")
-                    if message["body"]:
-                        await upload.write(message["body"])
-                    more = message["more_body"]
+                await receive_into(call, upload)
                 medium = await upload.finish()
         body = msgspec.json.encode(ArtifactView(sha256=medium.digest, size_bytes=medium.size_bytes))
         fields = [

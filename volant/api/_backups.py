@@ -6,16 +6,14 @@ import re
 from base64 import b64encode
 
 import msgspec
-import trio
 
-from volant.model import Problem, Restored
+from volant.model import Restored
 
-from ._body import Nothing, read_call_body
+from ._body import Nothing, read_call_body, receive_into
 from ._doors import Doors
 from ._edge import Call, Limits, StreamRoute
 
 MEDIA = "application/vnd.sqlite3"
-_SILENCE_S = 60.0
 
 
 def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
@@ -48,20 +46,7 @@ def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
         replace = query.flag("replace", default=False)
         query.done()
         async with doors.backups.receiving() as upload:
-            length = call.header(b"content-length")
-            if length is not None:
-                upload.expect(int(length))
-            more = True
-            while more:
-                with trio.move_on_after(_SILENCE_S) as scope:
-                    message = await call.receive()
-                if scope.cancelled_caught:
-                    raise Problem(408, "request-timeout", f"nothing of the body came for {_SILENCE_S:g} s")
-                if message["type"] == "http.disconnect":
-                    raise trio.BrokenResourceError("the client left")
-                if message["body"]:
-                    await upload.write(message["body"])
-                more = message["more_body"]
+            await receive_into(call, upload)
             epoch = await doors.backups.restore(upload, replace=replace)
             body = msgspec.json.encode(Restored(event_epoch=epoch))
             fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]

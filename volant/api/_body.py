@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -21,6 +21,8 @@ _AT = re.compile(r"(?P<what>.*) - at `(?P<where>[^`]*)`\Z", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`\Z", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`\Z", re.DOTALL)
 _BODY_S = 30.0
+_SILENCE_S = 60.0
+"""A body that is passed on may take long, but not fall silent for longer than this."""
 
 
 class Nothing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -61,6 +63,38 @@ async def read_call_body(call: Call, kind: type[T], limits: Limits) -> T:
     """The same for a route beside Quart. :raises Problem: 400, 408, 413, 415, 503, or as `read_call_bytes`."""
     data = await read_call_bytes(call, limits)
     return _decode_body(data, (call.header(b"content-type") or "").partition(";")[0].strip().lower(), kind)
+
+
+class Upload(Protocol):
+    """Where the bytes of a large body go, piece by piece."""
+
+    def expect(self, length: int) -> None:
+        """Takes note of how many bytes will come. Raises where there is no room for them."""
+
+    async def write(self, data: bytes) -> None:
+        """Takes the next bytes."""
+
+
+async def receive_into(call: Call, upload: Upload) -> None:
+    """Passes the body of a request on as it comes; the memory never holds more than a piece of it.
+
+    :raises Problem: 408 when nothing comes for 60 s
+    :raises trio.BrokenResourceError: the client left
+    """
+    length = call.header(b"content-length")
+    if length is not None:
+        upload.expect(int(length))
+    more = True
+    while more:
+        with trio.move_on_after(_SILENCE_S) as scope:
+            message = await call.receive()
+        if scope.cancelled_caught:
+            raise Problem(408, "request-timeout", f"nothing of the body came for {_SILENCE_S:g} s")
+        if message["type"] == "http.disconnect":
+            raise trio.BrokenResourceError("the client left")
+        if message["body"]:
+            await upload.write(message["body"])
+        more = message["more_body"]
 
 
 async def read_call_bytes(call: Call, limits: Limits) -> bytes:

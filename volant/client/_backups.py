@@ -11,15 +11,14 @@ from contextlib import asynccontextmanager
 
 from volant.model import Restored
 
-from ._actions import Pieces
 from ._errors import UnexpectedAnswer
-from ._http import Http, chunks_of, decode_json
+from ._http import Http, chunks_of
+from ._upload import Sent, send
 
 _SILENCE_S = 660.0
 """The daemon takes ten minutes at most for a copy, and for looking through one."""
 _DIGEST = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")
 _NAME = re.compile(r'filename="([A-Za-z0-9._-]{1,200})"')
-_MAX_ANSWER = 1024 * 1024
 
 
 class Backup:
@@ -72,18 +71,5 @@ async def open_backup(http: Http) -> AsyncIterator[Backup]:
 
 async def send_backup(http: Http, content: AsyncIterable[bytes], size: int, *, replace: bool) -> Restored:
     """Let the daemon restore it."""
-    body = bytearray()
-    async with http.stream(
-        "POST",
-        "/api/v1/system/restore",
-        query={"replace": "true" if replace else None},
-        content=Pieces(content),
-        headers={"Content-Type": "application/vnd.sqlite3", "Content-Length": str(size)},
-        read_s=_SILENCE_S,
-    ) as response:
-        async with chunks_of(response) as chunks:
-            async for piece in chunks:
-                body += piece
-                if len(body) > _MAX_ANSWER:
-                    raise UnexpectedAnswer("the answer to a restore is too long")
-    return decode_json(bytes(body), Restored, "the answer to the restore")
+    sent = Sent(content, size, "application/vnd.sqlite3", _SILENCE_S, {"replace": "true" if replace else None})
+    return await send(http, "POST", "/api/v1/system/restore", sent, Restored)
