@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,11 +24,16 @@ async def visiting(url: str, profile: Path) -> AsyncIterator[None]:
         "--remote-debugging-port=0", f"--user-data-dir={profile}", url,
     ]  # fmt: skip
     process = await trio.lowlevel.open_process(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         yield
     finally:
-        process.kill()
+        # Debian's command is a script, and the browser a child of it with children of its own.
+        os.killpg(process.pid, signal.SIGKILL)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
             await process.wait()

@@ -13,27 +13,31 @@ import trio
 from volant._priority import LOWERED, OWN
 from volant.host import Host
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="the kernel has no autogroups")
+AUTOGROUP = Path("/proc/self/autogroup")
 
-RAISES = "from volant._priority import raise_own\nprint(raise_own(), open('/proc/self/autogroup').read().split()[-1])"
+pytestmark = pytest.mark.skipif(not AUTOGROUP.exists(), reason="the kernel has no autogroups")
+
+RAISES = "from volant._priority import raise_own\nprint(raise_own(), open('/proc/self/autogroup').read().strip())"
 
 
-def said(*, leads: bool) -> list[str]:
+def said(*, leads: bool) -> tuple[str, str]:
+    """Whether a new process raised its session, and what the kernel says of that: nothing, where nobody began one."""
     done = subprocess.run(
         [sys.executable, "-c", RAISES], start_new_session=leads, capture_output=True, text=True, check=True, timeout=30,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
     )  # fmt: skip
-    return done.stdout.split()
+    raised, _, shown = done.stdout.strip().partition(" ")
+    return raised, shown
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise it")
 def test_a_daemon_that_leads_its_session_raises_that() -> None:
-    assert said(leads=True) == ["True", str(OWN)]
+    raised, shown = said(leads=True)
+    assert (raised, shown.split()[-1]) == ("True", str(OWN))
 
 
 def test_a_session_with_other_programs_is_left_alone() -> None:
-    raised, weight = said(leads=False)
-    assert (raised, weight) == ("False", Path("/proc/self/autogroup").read_text().split()[-1])
+    assert said(leads=False) == ("False", AUTOGROUP.read_text().strip())
 
 
 @pytest.mark.parametrize("lowers", [True, False])

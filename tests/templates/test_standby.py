@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -303,6 +304,24 @@ async def test_none_is_started_beside_a_boot_in_a_drain_or_where_memory_is_short
         pool.standbys._wake.set()
         await pool.filled(0)
         await pool.until(lambda: not list((pool.doors.runtime_dir / "standby").iterdir()))
+
+
+async def test_a_host_without_descriptors_makes_the_pool_wait_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with standing(tmp_path) as pool:
+        refusals = [OSError(errno.EMFILE, "Too many open files")]
+        available_mb = Host.memory_available_mb
+
+        def look(host: Host) -> int:
+            if refusals:
+                raise refusals.pop()
+            return available_mb(host)
+
+        monkeypatch.setattr(Host, "memory_available_mb", look)
+        pool.standbys.take(1, blueprint())
+        await pool.filled()
+        assert not refusals
 
 
 async def test_they_go_with_their_template_with_the_time_and_when_they_die(tmp_path: Path) -> None:

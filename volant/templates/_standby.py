@@ -240,9 +240,13 @@ class Standbys:
                 self._swept.set()
                 again_s = _AGAIN_S
                 while True:
-                    if await self._tend(nursery):
-                        again_s = _AGAIN_S
-                        continue
+                    try:
+                        if await self._tend(nursery):
+                            again_s = _AGAIN_S
+                            continue
+                    except OSError as error:
+                        # The host is short of descriptors, say. The pool waits; nothing else depends on it.
+                        _logger.warning("the warm pool can't be filled now: %s", error)
                     with trio.move_on_after(min(again_s, self._until_idle()) if self.lacks() else self._until_idle()):
                         await self._wake.wait()
                         again_s = _AGAIN_S / 2
