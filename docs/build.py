@@ -18,10 +18,10 @@ from typing import Any
 import click
 import yaml
 
-from volant.api._mcp._tool import Tool
-from volant.api._mcp._tools import TOOLS
 from volant.api._openapi import document, standalone
 from volant.cli._volar import volar
+from volant.mcp._tool import Tool
+from volant.mcp._tools import TOOLS
 
 DOCS = Path(__file__).resolve().parent
 MODULES = ["actors", "actors.testing", "volant.client", "volant.model", "volant.images"]

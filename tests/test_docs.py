@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from volant.api._mcp._tools import TOOLS
+from volant.mcp._tools import TOOLS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = ("tutorial", "how-to", "reference", "explanation")

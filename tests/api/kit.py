@@ -18,14 +18,15 @@ from trio_websocket import WebSocketConnection, open_websocket_url
 from actors import ONE_FOR_ONE, Child, DynamicSupervisor, Supervisor, open_system
 from tests.api import conformance
 from tests.channel.kit import Hypervisor
-from volant.api import Access, ApiSettings, Doors, Limits, create_app, serve
-from volant.api._doors import Health
+from volant.api import create_app
 from volant.channel import AgentClient
 from volant.guest._server import Server
 from volant.host import Host
+from volant.http import Access, ApiSettings, Limits, serve
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import PUBLIC, BootMedia, Origins
 from volant.journal import Backups, Evidence, Journal, Store, VmLogs
+from volant.operations import ApiDeps, Health
 from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
 from volant.vm import BootGate, Captures, VmDoors, Vms, VmSettings
 
@@ -245,7 +246,7 @@ class Api:
     """The whole API on a server, over a real journal, real logs and real actors; VMs that start end in `crashed`."""
 
     server: Running
-    doors: Doors
+    doors: ApiDeps
     client: httpx.AsyncClient
     system: StandingSystem
     access: Access
@@ -336,7 +337,7 @@ async def api(
         children=[journal, builder, Child("captures", captures.keep), Child("vms", supervisor)],
     )
     async with open_system(root):
-        doors = Doors(
+        doors = ApiDeps(
             vms=vms,
             journal=journal.ref,
             store=store,

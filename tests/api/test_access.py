@@ -17,12 +17,13 @@ import trio
 from trio.testing import MockClock
 
 from tests.api.kit import FAST, UPGRADE, Answer, Api, api, request, streamed
-from volant.api import Access, ApiSettings, create_app, parse_network, serve
-from volant.api._edge._guesses import BURST, MOST, RATE
-from volant.api._edge._keys import TICKET_S, Keys, Tickets
-from volant.api._edge._networks import parse_client
-from volant.api._relay._headers import from_guest, to_guest
+from volant.api import create_app
+from volant.http import Access, ApiSettings, parse_network, serve
+from volant.http._guesses import BURST, MOST, RATE
+from volant.http._keys import TICKET_S, Keys, Tickets
+from volant.http._networks import parse_client
 from volant.model import Problem
+from volant.relay._headers import from_guest, to_guest
 
 KEY = "k3y-0123456789abcdef"
 OLD = "old-0123456789abcdef"

@@ -17,8 +17,8 @@ from pydantic import TypeAdapter
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from tests.api.kit import UPGRADE, Api, api, websocket
-from volant.api._agui import _route
-from volant.api._agui._events import AguiEvent, Boots
+from volant.agui import _route
+from volant.agui._events import AguiEvent, Boots
 from volant.model import BASE, CreateVm, EventId, Phase, Reason, Status, VmRow, event_for, new_row
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)

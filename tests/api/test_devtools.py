@@ -22,10 +22,11 @@ import trio
 
 from tests.api.kit import UPGRADE, Answer, Api, read_head, request, until
 from tests.api.test_relay import guest
-from volant.api import ApiSettings, _devtools
+from volant.api import _devtools
 from volant.api._devtools import Place, rewritten
-from volant.api._edge._keys import MAX_TICKETS_OF_ONE, Tickets
-from volant.api._edge._networks import parse_network
+from volant.http import ApiSettings
+from volant.http._keys import MAX_TICKETS_OF_ONE, Tickets
+from volant.http._networks import parse_network
 from volant.model import Desired, Problem, Status, VmRow
 
 PREFIX = "/ws/v1/vms/tab/devtools"

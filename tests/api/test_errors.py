@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from tests.api.kit import UPGRADE, Api, api
-from volant.api import ApiSettings
+from volant.http import ApiSettings
 from volant.model import Problem
 
 GOOD = {"name": "demo", "cpu_cores": 1, "memory_mb": 128}

@@ -13,7 +13,8 @@ import pytest
 import trio.testing
 
 from tests.api.kit import Api, Body, api, read_head, read_to_end, request, streamed, until
-from volant.api import ApiSettings, _events
+from volant.api import _events
+from volant.http import ApiSettings
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from tests.api.kit import Api, api
-from volant.api import ApiSettings
+from volant.http import ApiSettings
 from volant.journal import KeepRefusal, Kept, Once
 from volant.model import CreateVm, Problem, VmRow
 

@@ -17,13 +17,13 @@ import pytest
 import trio
 
 from tests.api.kit import FAST, Api, agent_behind, api, bare, request, running, until
-from volant.api import Limits
-from volant.api._mcp._server import hint_for_a_model
-from volant.api._mcp._text import BUDGET, MAX_TEXT, Window, clip, fitting, weight
-from volant.api._mcp._tools import TOOLS
 from volant.channel import AgentClient, HybridVsock, open_channel
 from volant.host import Host
+from volant.http import Limits
 from volant.journal import LogEntry
+from volant.mcp._server import hint_for_a_model
+from volant.mcp._text import BUDGET, MAX_TEXT, Window, clip, fitting, weight
+from volant.mcp._tools import TOOLS
 
 PATH = "/api/v1/mcp"
 BOTH = {"Accept": "application/json, text/event-stream"}

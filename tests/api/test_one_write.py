@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.api.kit import api, bare, request, running
-from volant.api._edge._connection import Connection
+from volant.http._connection import Connection
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from openapi_spec_validator import validate
 
 from tests.api import conformance
 from tests.api.kit import UPGRADE, Api, api
-from volant.api import ApiSettings, create_app
-from volant.api._edge import Edge, StreamRoute
+from volant.api import create_app
 from volant.api._openapi import document
 from volant.api._operations import OPERATIONS, Operation
+from volant.http import ApiSettings, Middleware, StreamRoute
 
 UPGRADE_HEADERS = {name.replace("_", "-"): value for name, value in UPGRADE.items()}
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "api" / "openapi.yaml"
@@ -57,7 +57,7 @@ async def test_every_route_is_described_and_no_other(served: Api) -> None:
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }
     edge = app.asgi_app
-    assert isinstance(edge, Edge)
+    assert isinstance(edge, Middleware)
     described = {
         (operation.method, operation.path): [route for route in edge._routes if serves(route, operation)]
         for operation in OPERATIONS

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.api.test_relay import WAYS, Guest, guest, prefix
-from volant.api._relay._redirect import Sender
+from volant.relay._redirect import Sender
 
 OF_PORT = Sender(vm="demo", host=b"localhost:8080", target="/a/b?q=1")
 OF_AGENT = Sender(vm="demo", host=b"agent", target="/a/b")

@@ -36,8 +36,8 @@ from tests.api.kit import (
     until,
     websocket,
 )
-from volant.api import Limits
 from volant.channel import AgentClient, AgentUnreachable, HybridVsock, open_channel
+from volant.http import Limits
 from volant.model import Problem
 
 ROOMY = replace(FAST, websocket_message=16 * 1024 * 1024)

@@ -20,7 +20,7 @@ from quart_trio import QuartTrio
 
 from tests.api.kit import FAST, UPGRADE, Running, bare, read_answer, read_head, read_to_end, running, until
 from tests.api.kit import request as http
-from volant.api import serve
+from volant.http import serve
 
 
 def quart_app() -> QuartTrio:

@@ -18,7 +18,7 @@ from tests.api.kit import Api, api
 from tests.attackers.local_user import NOBODY, needs_root, run_code
 from tests.cli.kit import volar
 from volant._readers import loopback_peer_uid, unix_peer
-from volant.api import ApiSettings
+from volant.http import ApiSettings
 from volant.images import PUBLIC, ImageError, Origins, make_private, medium_path
 from volant.model import Artifact
 

@@ -12,7 +12,7 @@ from tests.api.kit import bare, request, running
 from tests.api.test_relay import WAYS, guest, prefix
 from tests.attackers.redirecting_guest import CLIENTS, HOSTS, NAME, PLUGIN, send_to_all, spellings
 from tests.system.kit import BOOT_S, Daemon, spec
-from volant.api import Access, ApiSettings
+from volant.http import Access, ApiSettings
 from volant.model import Problem
 
 

@@ -13,7 +13,7 @@ import trio
 
 from tests.api.kit import FAST, Api, api, read_answer, request
 from tests.system.kit import Daemon
-from volant.api._edge._bodies import Bodies
+from volant.http._bodies import Bodies
 from volant.model import Problem
 
 MIB = 1024 * 1024

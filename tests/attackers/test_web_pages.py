@@ -15,7 +15,7 @@ from tests.api.kit import UPGRADE, Api, api, request
 from tests.api.test_relay import Guest, guest
 from tests.attackers.web_page import CROSS_SITE, SAME_SITE, Site
 from tests.chromium import CHROMIUM, visiting
-from volant.api import ApiSettings
+from volant.http import ApiSettings
 
 CONSOLE = "https://console.example"
 NAVIGATION = {"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}

@@ -11,7 +11,7 @@ import socket
 import trio
 from quart_trio import QuartTrio
 
-from volant.api import serve
+from volant.http import serve
 
 
 async def main() -> None:

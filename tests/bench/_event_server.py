@@ -31,7 +31,7 @@ from hypercorn.config import Config
 from hypercorn.trio import serve
 
 from tests.api.kit import api
-from volant.api import Limits
+from volant.http import Limits
 
 from ._event_readers import dechunked
 from ._journal import WRITERS, Writer

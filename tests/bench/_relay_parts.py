@@ -23,9 +23,9 @@ import trio
 
 from tests.api.kit import api
 from tests.channel.kit import Hypervisor
-from volant.api import Limits
 from volant.channel import AgentClient, HybridVsock, open_channel
 from volant.guest._server import Server
+from volant.http import Limits
 
 VM = "demo"
 _PIECE = bytes(256 * 1024)

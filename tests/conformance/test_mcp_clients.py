@@ -18,8 +18,8 @@ import trio
 
 from tests.conformance.kit import Node
 from tests.system.kit import Daemon
-from volant.api._mcp._text import MAX_TEXT
-from volant.api._mcp._tools import TOOLS
+from volant.mcp._text import MAX_TEXT
+from volant.mcp._tools import TOOLS
 
 HERE = Path(__file__).parent
 NOT_APPLICABLE = HERE / "mcp_not_applicable.json"

@@ -11,8 +11,8 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_schema_validator import OAS31Validator
 
-from volant.api._body import decode
 from volant.api._openapi import document
+from volant.http import decode
 from volant.model import BASE, Manifest, Problem, check_manifest
 
 WORKLOAD: dict[str, Any] = {"entrypoint": ["serve"], "port": 8080}

@@ -197,7 +197,7 @@ async def test_readers_that_never_read_hold_up_nothing_while_100_000_lines_pass(
 PATIENCE = """
 from dataclasses import replace
 from volant.api import _app
-from volant.api._edge import Limits, _serving
+from volant.http import Limits, _serving
 
 def shorter():
     return replace(Limits(), send_s=%s)

@@ -11,12 +11,11 @@ from urllib.parse import unquote
 import msgspec
 
 from volant.channel import AgentClient
+from volant.http import Call, StreamRoute, without_credentials
 from volant.model import Problem, VmRow, is_name, no_such_vm
 from volant.model.agent import DAEMON_PREFIX, EXEC, EXEC_SESSIONS, FILES
-
-from ._doors import Doors
-from ._edge import Call, StreamRoute, without_credentials
-from ._relay import Relay, parse_port, to_port
+from volant.operations import ApiDeps
+from volant.relay import Relay, parse_port, to_port
 
 _AGENT = re.compile(r"/api/v1/vms/([^/]*)/agent(?:/.*)?\Z")
 _NO_ROUTE = "the agent has no "
@@ -27,11 +26,11 @@ _ENCODED_SLASH = re.compile("%2f", re.IGNORECASE)
 _PORTS = re.compile(r"/api/v1/vms/([^/]*)/ports/([^/]*)(?:/.*)?\Z")
 
 
-def routes(doors: Doors, relay: Relay) -> list[StreamRoute]:
+def routes(deps: ApiDeps, relay: Relay) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def agent(call: Call) -> None:
-        row, client = _way_in(doors, call.args[0])
+        row, client = _way_in(deps, call.args[0])
         target = _with_slashes(_target(call, depth=6))
         if _is_the_daemons(target):
             raise Problem(404, "not-found", "there is no such route in the agent", vm=row.name)
@@ -40,7 +39,7 @@ def routes(doors: Doors, relay: Relay) -> list[StreamRoute]:
 
     async def ports(call: Call) -> None:
         port = parse_port(call.args[1])
-        row, client = _way_in(doors, call.args[0])
+        row, client = _way_in(deps, call.args[0])
         async with to_port(client, row.name, port) as inner:
             host = b"localhost:%d" % port
             await relay.run(call, inner, vm_id=row.id, vm=row.name, target=_target(call, depth=7), host=host)
@@ -51,11 +50,11 @@ def routes(doors: Doors, relay: Relay) -> list[StreamRoute]:
     ]
 
 
-def _way_in(doors: Doors, name: str) -> tuple[VmRow, AgentClient]:
-    row = doors.store.projection.get(name) if is_name(name) else None
+def _way_in(deps: ApiDeps, name: str) -> tuple[VmRow, AgentClient]:
+    row = deps.store.projection.get(name) if is_name(name) else None
     if row is None:
         raise no_such_vm(name[:80])
-    return row, doors.vms.agent(name)
+    return row, deps.vms.agent(name)
 
 
 def _target(call: Call, *, depth: int) -> str:

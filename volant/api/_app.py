@@ -8,13 +8,16 @@ from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from volant import agui, mcp
 from volant._turns import Turns
+from volant.http import Access, Limits, Middleware, internal_error, problem_body, too_large
 from volant.model import Problem
+from volant.operations import ApiDeps
+from volant.relay import Relay
 
 from . import (
     _actions,
     _agent,
-    _agui,
     _artifacts,
     _backups,
     _console,
@@ -22,7 +25,6 @@ from . import (
     _docs,
     _events,
     _logs,
-    _mcp,
     _metrics,
     _networks,
     _orphans,
@@ -36,18 +38,15 @@ from . import (
     _vms,
     _workload_api,
 )
-from ._doors import Doors
-from ._edge import Access, Edge, Limits, internal_error, problem_body, too_large
 from ._idempotency import Repeats
-from ._relay import Relay
 
 _log = logging.getLogger("volant.api")
 
 
-def create_app(doors: Doors, limits: Limits | None = None, access: Access | None = None) -> QuartTrio:
-    """The API over `doors`, to be handed to `serve`; `access` for whoever wants to replace its settings later."""
+def create_app(deps: ApiDeps, limits: Limits | None = None, access: Access | None = None) -> QuartTrio:
+    """The API over `deps`, to be handed to `serve`; `access` for whoever wants to replace its settings later."""
     limits = limits or Limits()
-    access = access or Access(doors.settings)
+    access = access or Access(deps.settings)
     app = QuartTrio("volant.api", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=limits.json_body, RESPONSE_TIMEOUT=None, BODY_TIMEOUT=30)
     # A proxied path is not ours to tidy, and redirects help no client of an API.
@@ -55,28 +54,28 @@ def create_app(doors: Doors, limits: Limits | None = None, access: Access | None
     app.url_map.strict_slashes = False
     _answer_errors(app, limits)
     for resource in (_system, _storage, _orphans, _templates, _metrics, _docs, _workload_api):
-        resource.add_routes(app, doors)
-    repeats = Repeats(doors)
+        resource.add_routes(app, deps)
+    repeats = Repeats(deps)
     for changing in (_vms, _snapshots, _networks):
-        changing.add_routes(app, doors, repeats)
-    _plugins.add_routes(app, doors, repeats, access)
-    _tickets.add_routes(app, doors, access)
+        changing.add_routes(app, deps, repeats)
+    _plugins.add_routes(app, deps, repeats, access)
+    _tickets.add_routes(app, deps, access)
     turns = Turns()
     relay = Relay(turns)
     streams = [
-        *_agent.routes(doors, relay),
-        *_actions.routes(doors, relay),
-        *_devtools.routes(doors, relay, turns, access),
-        *_events.routes(doors),
-        *_logs.routes(doors, turns),
-        *_console.routes(doors, turns),
-        *_tcp.routes(doors, turns),
-        *_backups.routes(doors, limits),
-        *_artifacts.routes(doors),
-        *_agui.routes(doors, limits),
-        *_mcp.routes(doors, limits),
+        *_agent.routes(deps, relay),
+        *_actions.routes(deps, relay),
+        *_devtools.routes(deps, relay, turns, access),
+        *_events.routes(deps),
+        *_logs.routes(deps, turns),
+        *_console.routes(deps, turns),
+        *_tcp.routes(deps, turns),
+        *_backups.routes(deps, limits),
+        *_artifacts.routes(deps),
+        *agui.routes(deps, limits),
+        *mcp.routes(deps, limits),
     ]
-    app.asgi_app = Edge(app.asgi_app, streams, access, limits)  # type: ignore[method-assign]
+    app.asgi_app = Middleware(app.asgi_app, streams, access, limits)  # type: ignore[method-assign]
     return app
 
 

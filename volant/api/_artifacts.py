@@ -23,12 +23,10 @@ import trio
 
 from volant import images
 from volant._readers import Reader, loopback_peer_uid
+from volant.http import Access, Call, StreamRoute, receive_into
 from volant.images import BootMedia, ImageError
 from volant.model import Artifact, ArtifactView, Manifest, Problem
-
-from ._body import receive_into
-from ._doors import Doors
-from ._edge import Access, Call, StreamRoute
+from volant.operations import ApiDeps
 
 _FORWARDED = frozenset({b"forwarded", b"via", b"x-forwarded-for", b"x-real-ip"})
 _STATUS = {
@@ -41,14 +39,14 @@ _STATUS = {
 """Of what a client can do something about; the rest is 503."""
 
 
-def routes(doors: Doors) -> list[StreamRoute]:
+def routes(deps: ApiDeps) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def put(call: Call) -> None:
         call.query(credentials=False).done()
         (digest,) = call.args
         with _told(None):
-            async with doors.vms.doors.media.receiving(digest) as upload:
+            async with deps.vms.doors.media.receiving(digest) as upload:
                 await receive_into(call, upload)
                 medium = await upload.finish()
         body = msgspec.json.encode(ArtifactView(sha256=medium.digest, size_bytes=medium.size_bytes))
@@ -62,7 +60,7 @@ def routes(doors: Doors) -> list[StreamRoute]:
     return [StreamRoute(re.compile(r"/api/v1/artifacts/([0-9a-f]{64})\Z"), put, methods=frozenset({"PUT"}))]
 
 
-async def admit(doors: Doors, access: Access, scope: Any, manifest: Manifest) -> None:
+async def admit(deps: ApiDeps, access: Access, scope: Any, manifest: Manifest) -> None:
     """Let a manifest name what it names: files of this host that only its client may read are in the cache then.
 
     :raises Problem: 403 the client may not name a file of this host; 400 there is no such file for it; 408, 413, 503,
@@ -70,7 +68,7 @@ async def admit(doors: Doors, access: Access, scope: Any, manifest: Manifest) ->
     """
     if manifest.boot is None:
         return
-    media: BootMedia = doors.vms.doors.media
+    media: BootMedia = deps.vms.doors.media
     for name in ("kernel", "initramfs", "rootfs"):
         artifact: Artifact | None = getattr(manifest.boot, name)
         path = None if artifact is None else images.local_path(artifact.url)

@@ -7,22 +7,20 @@ from base64 import b64encode
 
 import msgspec
 
+from volant.http import Call, Limits, Nothing, StreamRoute, read_call_body, receive_into
 from volant.model import Restored
-
-from ._body import Nothing, read_call_body, receive_into
-from ._doors import Doors
-from ._edge import Call, Limits, StreamRoute
+from volant.operations import ApiDeps
 
 MEDIA = "application/vnd.sqlite3"
 
 
-def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
+def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def backup(call: Call) -> None:
         call.query(credentials=False).done()
         await read_call_body(call, Nothing, limits)
-        async with doors.backups.take() as taken:
+        async with deps.backups.take() as taken:
 
             async def send() -> None:
                 await call.start(
@@ -45,9 +43,9 @@ def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
         query = call.query(credentials=False)
         replace = query.flag("replace", default=False)
         query.done()
-        async with doors.backups.receiving() as upload:
+        async with deps.backups.receiving() as upload:
             await receive_into(call, upload)
-            epoch = await doors.backups.restore(upload, replace=replace)
+            epoch = await deps.backups.restore(upload, replace=replace)
             body = msgspec.json.encode(Restored(event_epoch=epoch))
             fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
             await call.reject(202, fields, body)

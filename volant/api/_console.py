@@ -16,11 +16,10 @@ from contextlib import AsyncExitStack
 import trio
 
 from volant._turns import Turns
+from volant.http import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
 from volant.model import Problem, Status, VmRow, is_name, no_such_vm
+from volant.operations import ApiDeps
 from volant.vm import Keyboard, KeyboardTaken, Missed, NotTyped, Reader
-
-from ._doors import Doors
-from ._edge import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
 
 NOT_ALLOWED = 1008
 COME_AGAIN = 1012
@@ -36,7 +35,7 @@ _DEFAULT_TAIL = 25
 _MAX_TAIL = 1000
 
 
-def routes(doors: Doors, turns: Turns) -> list[StreamRoute]:
+def routes(deps: ApiDeps, turns: Turns) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def console(call: Call) -> None:
@@ -47,7 +46,7 @@ def routes(doors: Doors, turns: Turns) -> list[StreamRoute]:
         query.done()
         if not is_name(name):
             raise no_such_vm(name[:80])
-        row, serial = doors.vms.console(name)
+        row, serial = deps.vms.console(name)
         async with AsyncExitStack() as stack:
             keyboard = None
             if write or take:
@@ -60,7 +59,7 @@ def routes(doors: Doors, turns: Turns) -> list[StreamRoute]:
                     ) from None  # fmt: skip
             reader = await stack.enter_async_context(serial.reader(_DEFAULT_TAIL if tail is None else tail))
             await call.accept()
-            await _Session(call, doors, turns, row, reader, keyboard).run()
+            await _Session(call, deps, turns, row, reader, keyboard).run()
 
     return [StreamRoute(_PATH, console, http=False, websocket=True)]
 
@@ -69,10 +68,10 @@ class _Session:
     """One client at the console."""
 
     def __init__(
-        self, call: Call, doors: Doors, turns: Turns, row: VmRow, reader: Reader, keyboard: Keyboard | None
+        self, call: Call, deps: ApiDeps, turns: Turns, row: VmRow, reader: Reader, keyboard: Keyboard | None
     ) -> None:
         self._call = call
-        self._doors = doors
+        self._deps = deps
         self._turns = turns
         self._row = row
         self._reader = reader
@@ -132,7 +131,7 @@ class _Session:
             self._end(OVERLOADED, str(error))
 
     def _end_of_console(self) -> tuple[int, str]:
-        row = self._doors.store.projection.by_id(self._row.id)
+        row = self._deps.store.projection.by_id(self._row.id)
         if row is None:
             return NORMAL, "the VM is deleted"
         if row.boot_key == self._row.boot_key and row.status in _UP:

@@ -27,11 +27,10 @@ import trio
 
 from volant._turns import Turns
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
+from volant.http import Access, Call, StreamRoute, interruptible, without_credentials
 from volant.model import DEVTOOLS_PORT, Desired, Problem, Status, VmRow, is_name, no_such_vm
-
-from ._doors import Doors
-from ._edge import Access, Call, StreamRoute, interruptible, without_credentials
-from ._relay import SANDBOX, Relay, first_text, to_port
+from volant.operations import ApiDeps
+from volant.relay import SANDBOX, Relay, first_text, to_port
 
 WAIT_S = 60.0
 """How long a request waits for a VM and its browser, and how long a browser may take after its VM runs."""
@@ -72,9 +71,9 @@ class Place:
         return f"{self.base}/{path}" + (f"?ticket={self.ticket()}" if self.ticket is not None else "")
 
 
-def routes(doors: Doors, relay: Relay, turns: Turns, access: Access) -> list[StreamRoute]:
+def routes(deps: ApiDeps, relay: Relay, turns: Turns, access: Access) -> list[StreamRoute]:
     """The routes of this resource."""
-    browsers = _Browsers(doors, relay, turns, access)
+    browsers = _Browsers(deps, relay, turns, access)
     return [
         # A page of another origin can make a browser send GETs, so what opens a page is none.
         StreamRoute(_NEW, browsers.serve, methods=frozenset({"PUT"}), key_in_query=True),
@@ -83,8 +82,8 @@ def routes(doors: Doors, relay: Relay, turns: Turns, access: Access) -> list[Str
 
 
 class _Browsers:
-    def __init__(self, doors: Doors, relay: Relay, turns: Turns, access: Access) -> None:
-        self._doors = doors
+    def __init__(self, deps: ApiDeps, relay: Relay, turns: Turns, access: Access) -> None:
+        self._deps = deps
         self._relay = relay
         self._turns = turns
         self._access = access
@@ -93,7 +92,7 @@ class _Browsers:
     async def serve(self, call: Call) -> None:
         """Answer one request."""
         name, path = call.args
-        row = self._doors.store.projection.get(name) if is_name(name) else None
+        row = self._deps.store.projection.get(name) if is_name(name) else None
         if row is None:
             raise no_such_vm(name[:80])
         _check(call, path)
@@ -119,10 +118,10 @@ class _Browsers:
             raise Problem(503, "daemon-stopping", "the daemon stops", vm=browser.vm, hint="try again when it is back")
 
     async def _until_it_listens(self, browser: _Browser) -> bool:
-        row = self._doors.store.projection.by_id(browser.vm_id)
+        row = self._deps.store.projection.by_id(browser.vm_id)
         give_up_at = trio.current_time() + (self._patience_s(row) if row is not None else 0.0)
         if row is not None and row.status is not Status.RUNNING and trio.current_time() < give_up_at:
-            await self._doors.vms.wait(row.id, {Status.RUNNING}, give_up_at - trio.current_time())
+            await self._deps.vms.wait(row.id, {Status.RUNNING}, give_up_at - trio.current_time())
         pause_s = _FIRST_PAUSE_S
         while trio.current_time() + pause_s < give_up_at:
             try:
@@ -138,7 +137,7 @@ class _Browsers:
     def _patience_s(self, row: VmRow) -> float:
         if row.status is Status.RUNNING:
             # Nothing has changed since it began to.
-            return min(WAIT_S, WAIT_S - (self._doors.host.wall_clock() - row.updated_at).total_seconds())
+            return min(WAIT_S, WAIT_S - (self._deps.host.wall_clock() - row.updated_at).total_seconds())
         return WAIT_S if row.desired is Desired.RUNNING else 0.0
 
     # Reaching the browser
@@ -147,7 +146,7 @@ class _Browsers:
     async def _connected(self, browser: _Browser) -> AsyncIterator[AgentClient]:
         """One connection to the browser, for one request. :raises Problem: 404, 409 and 502."""
         try:
-            async with to_port(self._doors.vms.agent(browser.vm), browser.vm, browser.port) as client:
+            async with to_port(self._deps.vms.agent(browser.vm), browser.vm, browser.port) as client:
                 yield client
         except Problem as problem:
             if problem.code != "port-unreachable":

@@ -11,14 +11,15 @@ import msgspec
 from quart import Response
 from quart_trio import QuartTrio
 
-from ._doors import Doors
+from volant.operations import ApiDeps
+
 from ._openapi import document
 from ._params import no_query
 
 _PAGE = Path(__file__).with_name("docs.html")
 
 
-def add_routes(app: QuartTrio, doors: Doors) -> None:
+def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
     """The routes of this resource."""
     page = _PAGE.read_text()
     policy = _policy(page)
@@ -27,7 +28,7 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
     async def openapi() -> Response:
         no_query()
         # Made at the first request, from sources that have to be read.
-        plain = await doors.host.run_blocking(document)
+        plain = await deps.host.run_blocking(document)
         return Response(msgspec.json.encode(plain), content_type="application/json")
 
     @app.get("/docs")

@@ -6,11 +6,10 @@ import re
 
 import trio
 
+from volant.http import Call, StreamRoute, interruptible
 from volant.journal import EventCursor, EventFrame, EventGap
 from volant.model import EventType, Problem, is_name
-
-from ._doors import Doors
-from ._edge import Call, StreamRoute, interruptible
+from volant.operations import ApiDeps
 
 KEEP_UP_S = 15.0
 """So often a reader is told the newest id, and that the stream lives."""
@@ -25,7 +24,7 @@ _HEADERS = [
 _MAX_ID = 200
 
 
-def routes(doors: Doors) -> list[StreamRoute]:
+def routes(deps: ApiDeps) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def events(call: Call) -> None:
@@ -37,14 +36,14 @@ def routes(doors: Doors) -> list[StreamRoute]:
         query.done()
         after = _after(call.header(b"last-event-id"), last_event_id, since)
         if wanted.strict and after is not None and after != "oldest":
-            gap = doors.store.events.gap(after)
+            gap = deps.store.events.gap(after)
             if gap is not None:
                 raise Problem(
                     410, "events-gone", f"the events after {after[:80]!r} are not kept, or never were",
                     hint=f"the oldest kept is {gap.oldest}; read the list of VMs, and go on from its Volant-Event-Id",
                 )  # fmt: skip
         # The place is taken before the client hears of it, so that it misses nothing from then on.
-        async with doors.store.events.cursor(after) as cursor:
+        async with deps.store.events.cursor(after) as cursor:
             await call.start(200, _HEADERS)
             if call.method != "HEAD":
                 await call.write(b"retry: 1000\n\n")

@@ -20,8 +20,7 @@ from quart import Response, request
 from actors import ActorDown, AskTimeout
 from volant.journal import AlreadyAnswered, Answer, KeepRefusal, Kept, Once, Refusal
 from volant.model import Problem, invalid
-
-from ._doors import Doors
+from volant.operations import ApiDeps
 
 R = TypeVar("R")
 
@@ -55,8 +54,8 @@ class Answered(NamedTuple):
 class Repeats:
     """Knows the requests that came before and those under way."""
 
-    def __init__(self, doors: Doors) -> None:
-        self._doors = doors
+    def __init__(self, deps: ApiDeps) -> None:
+        self._deps = deps
         self._under_way: set[bytes] = set()
 
     async def answer(
@@ -75,7 +74,7 @@ class Repeats:
         once = Once(
             _digest([request.scope["state"]["caller"], request.method, request.path, key]), _digest(asked), make
         )
-        kept = self._doors.store.answers.find(once, self._doors.host.wall_clock())
+        kept = self._deps.store.answers.find(once, self._deps.host.wall_clock())
         if kept is not None:
             return _again(kept)
         if once.scope in self._under_way:
@@ -104,7 +103,7 @@ class Repeats:
 
     async def _keep(self, message: KeepRefusal) -> None:
         try:
-            await self._doors.journal.ask(message, timeout_s=_ASK_S)
+            await self._deps.journal.ask(message, timeout_s=_ASK_S)
         except (ActorDown, AskTimeout) as error:
             raise Problem(
                 503, "journal-down", f"the journal could not keep the answer: {error}", hint="try again"

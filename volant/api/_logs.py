@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import cast
 
 from volant._turns import Turns
+from volant.http import GOING_AWAY, NORMAL, Call, Query, StreamRoute, interruptible, parse_time
 from volant.journal import LogCursor, LogGap, LogStream, VmLog
-from volant.model import Problem, VmRow, invalid, is_name, no_such_vm
-
-from ._doors import Doors
-from ._edge import GOING_AWAY, NORMAL, Call, Query, StreamRoute, interruptible, parse_time
+from volant.model import Problem, invalid, is_name, no_such_vm
+from volant.operations import ApiDeps, log_of, unreadable
 
 _WEBSOCKET = re.compile(r"/ws/v1/vms/([^/]*)/logs/?\Z")
 _HTTP = re.compile(r"/api/v1/vms/([^/]*)/logs/?\Z")
@@ -26,11 +25,11 @@ _MAX_TAIL = 1_000_000
 _BATCH = 64 * 1024
 
 
-def routes(doors: Doors, turns: Turns) -> list[StreamRoute]:
+def routes(deps: ApiDeps, turns: Turns) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def websocket(call: Call) -> None:
-        log, wanted = _find(doors, call, tail=_DEFAULT_TAIL, follow=True)
+        log, wanted = _find(deps, call, tail=_DEFAULT_TAIL, follow=True)
         # The place is taken before the client hears of it, so that it misses nothing from then on.
         async with wanted.cursor(log) as cursor:
             await call.accept()
@@ -42,7 +41,7 @@ def routes(doors: Doors, turns: Turns) -> list[StreamRoute]:
             await call.while_connected(stream)
 
     async def ndjson(call: Call) -> None:
-        log, wanted = _find(doors, call, tail=None, follow=False)
+        log, wanted = _find(deps, call, tail=None, follow=False)
         async with wanted.cursor(log) as cursor:
             await call.start(200, _NDJSON)
 
@@ -82,19 +81,19 @@ class _Wanted:
         )
 
 
-def _find(doors: Doors, call: Call, *, tail: int | None, follow: bool) -> tuple[VmLog, _Wanted]:
+def _find(deps: ApiDeps, call: Call, *, tail: int | None, follow: bool) -> tuple[VmLog, _Wanted]:
     """The log that is asked for. :raises Problem: 400, 404, 503."""
     name = call.args[0]
     query = call.query(credentials=call.is_websocket)
     wanted = _wanted(query, tail, follow)
     vm_id = query.integer("vm_id", minimum=1)
     query.done()
-    row = doors.store.projection.get(name) if is_name(name) else None
+    row = deps.store.projection.get(name) if is_name(name) else None
     if row is not None and vm_id in (None, row.id):
-        return log_of(doors, row), wanted
-    if vm_id is not None and doors.store.projection.by_id(vm_id) is None:
-        with _unreadable(name):
-            log = doors.logs.find(vm_id)
+        return log_of(deps, row), wanted
+    if vm_id is not None and deps.store.projection.by_id(vm_id) is None:
+        with unreadable(name):
+            log = deps.logs.find(vm_id)
         if log is not None and log.name == name:
             return log, wanted
     if row is None and vm_id is None:
@@ -103,20 +102,6 @@ def _find(doors: Doors, call: Call, *, tail: int | None, follow: bool) -> tuple[
         404, "log-not-found", f"there is no log of a VM {name[:80]!r} with the id {vm_id}",
         hint="a deleted VM's log is kept for 24 h",
     )  # fmt: skip
-
-
-def log_of(doors: Doors, row: VmRow) -> VmLog:
-    """The log of a VM. :raises Problem: 503 the disk can't be read."""
-    with _unreadable(row.name):
-        return doors.logs.open(row.id, row.name)
-
-
-@contextmanager
-def _unreadable(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise Problem(503, "log-unreadable", f"the log of VM {name!r} can't be read: {error}", vm=name) from error
 
 
 def _wanted(query: Query, tail: int | None, follow: bool) -> _Wanted:

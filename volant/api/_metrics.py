@@ -15,8 +15,8 @@ from quart_trio import QuartTrio
 
 from volant import __version__
 from volant.model import EventType, Status
+from volant.operations import ApiDeps
 
-from ._doors import Doors
 from ._params import no_query
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 
-def add_routes(app: QuartTrio, doors: Doors) -> None:
+def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
     """The routes of this resource."""
     registries: list[CollectorRegistry] = []
 
@@ -35,18 +35,18 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
         from prometheus_client.exposition import choose_encoder
 
         if not registries:
-            registries.append(_registry(doors))
+            registries.append(_registry(deps))
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return Response(encode(registries[0]), content_type=content_type)
 
 
-def _registry(doors: Doors) -> CollectorRegistry:
+def _registry(deps: ApiDeps) -> CollectorRegistry:
     from prometheus_client import CollectorRegistry, ProcessCollector
     from prometheus_client.registry import Collector
 
     class Volant(Collector):
         def collect(self) -> Iterable[Metric]:
-            return _collect(doors)
+            return _collect(deps)
 
         def describe(self) -> Iterable[Metric]:
             return []
@@ -57,16 +57,16 @@ def _registry(doors: Doors) -> CollectorRegistry:
     return registry
 
 
-def _collect(doors: Doors) -> Iterator[Metric]:
+def _collect(deps: ApiDeps) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 
     def gauge(name: str, says: str, value: float) -> Metric:
         return GaugeMetricFamily(name, says, value=value)
 
-    store = doors.store
+    store = deps.store
     rows = store.projection.rows()
     yield InfoMetricFamily("volant_build", "Of the daemon", value={"version": __version__})
-    yield gauge("volant_healthy", "1 when the daemon's tree is whole", doors.system.health() == "ok")
+    yield gauge("volant_healthy", "1 when the daemon's tree is whole", deps.system.health() == "ok")
 
     yield gauge("volant_draining", "1 while no VM may start, for maintenance", store.projection.drain is not None)
 
@@ -106,7 +106,7 @@ def _collect(doors: Doors) -> Iterator[Metric]:
     for code, count in sorted(figures.fallbacks.items()):
         fallbacks.add_metric([code], count)
     yield fallbacks
-    standbys = doors.vms.doors.standbys
+    standbys = deps.vms.doors.standbys
     yield gauge("volant_standby_waiting", "Processes that wait for a VM to take them over", len(standbys.marks))
     yield CounterMetricFamily("volant_standby_claims", "VMs that began as one", value=standbys.figures.claimed)
     yield CounterMetricFamily(
@@ -126,12 +126,12 @@ def _collect(doors: Doors) -> Iterator[Metric]:
     yield gauge("volant_event_reader_lag", "How many events the slowest of them is behind", log.slowest_lag)
     yield gauge("volant_event_newest", "Number of the newest event", log.newest)
 
-    adoption_s = doors.system.adoption_s
+    adoption_s = deps.system.adoption_s
     if adoption_s is not None:
         yield gauge("volant_adoption_seconds", "How long it took at the start to take up the VMs", adoption_s)
     depth = GaugeMetricFamily("volant_mailbox_depth", "Messages that wait; for VMs the most at one", labels=["actor"])
     oldest = GaugeMetricFamily("volant_mailbox_oldest_seconds", "How long the oldest has waited", labels=["actor"])
-    for actor, mailboxes in _mailboxes(doors.system.tree()).items():
+    for actor, mailboxes in _mailboxes(deps.system.tree()).items():
         depth.add_metric([actor], max(mailbox["depth"] for mailbox in mailboxes))
         oldest.add_metric([actor], max(mailbox["oldest_s"] or 0.0 for mailbox in mailboxes))
     yield depth

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Annotated, Any, get_args, get_type_hints, is_typeddict
+from typing import Annotated, Any
 
 import msgspec
 
 from volant import __version__
+from volant.http import Nothing
 from volant.model import Name, ProblemDetails, WantTicket
+from volant.operations import describe, owners
 
-from ._body import Nothing
 from ._operations import ANY, HEADERS, JSON, OCTETS, OPERATIONS, PROBLEMS, TAGS, Answer, OneOf, Operation, Parameter
 
 Schema = dict[str, Any]
@@ -99,26 +97,6 @@ _HEADER_KEYS: list[dict[str, list[str]]] = [{}, {"key": []}, {"bearer": []}]
 _QUERY_KEYS: list[dict[str, list[str]]] = [{"keyInQuery": []}, {"ticket": []}]
 
 
-def standalone(kind: type[msgspec.Struct]) -> Schema:
-    """The schema of one struct, with what it refers to in its place: not everybody follows references."""
-    _, components = msgspec.json.schema_components([kind], ref_template="{name}")
-    for owner in _owners(kind):
-        for base in reversed(owner.__mro__):
-            if owner is base or (issubclass(base, msgspec.Struct) and base is not msgspec.Struct):
-                _describe(base, components[owner.__name__])
-    plain = msgspec.json.decode(msgspec.json.encode(components))
-
-    def resolved(schema: Any) -> Any:
-        if isinstance(schema, dict):
-            if isinstance(name := schema.get("$ref"), str):
-                return {**resolved(plain[name]), **{key: value for key, value in schema.items() if key != "$ref"}}
-            return {key: resolved(value) for key, value in schema.items()}
-        return [resolved(item) for item in schema] if isinstance(schema, list) else schema
-
-    whole: Schema = resolved(plain[kind.__name__])
-    return whole
-
-
 class _Kinds:
     """The schemas of all types that operations name."""
 
@@ -135,8 +113,8 @@ class _Kinds:
         schemas, self.components = msgspec.json.schema_components(unique.values(), ref_template=_REFERENCE)
         self._schemas = dict(zip(unique, schemas, strict=True))
         for kind in unique.values():
-            for owner in _owners(kind):
-                _describe(owner, self.components[owner.__name__])
+            for owner in owners(kind):
+                describe(owner, self.components[owner.__name__])
         self.components = dict(sorted(self.components.items()))
         for schema in self.components.values():
             _say_defaults(schema)
@@ -258,16 +236,6 @@ def _tag(path: str) -> str:
     return "Plugins" if "/plugins" in path or "/artifacts" in path else "System"
 
 
-def _owners(kind: Any) -> Iterator[type]:
-    """The structs and typed dictionaries that a type is made of."""
-    if isinstance(kind, type) and (issubclass(kind, msgspec.Struct) or is_typeddict(kind)):
-        yield kind
-        for hint in get_type_hints(kind).values():
-            yield from _owners(hint)
-    for argument in get_args(kind):
-        yield from _owners(argument)
-
-
 def _say_defaults(schema: Schema) -> None:
     """Put defaults of members into words, and an `items` to arrays of anything.
 
@@ -281,26 +249,3 @@ def _say_defaults(schema: Schema) -> None:
         if default not in (None, "", {}, [], ()):
             said = f"Default: `{msgspec.json.encode(default).decode()}`."
             member["description"] = f"{member['description']} {said}" if "description" in member else said
-
-
-def _describe(owner: type, schema: Schema) -> None:
-    """Put the text under each member, that of the class, and what its types can't say into its schema."""
-    try:
-        source = inspect.getsource(owner)
-    except OSError:
-        # A type that is made by a call, as its members' names are no names of Python's, describes none of them.
-        return
-    definition = ast.parse(textwrap.dedent(source)).body[0]
-    assert isinstance(definition, ast.ClassDef)
-    wire = dict(
-        zip(*(getattr(owner, name, ()) for name in ("__struct_fields__", "__struct_encode_fields__")), strict=True)
-    )
-    for member, after in zip(definition.body, definition.body[1:], strict=False):
-        match member, after:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                described = schema["properties"].get(wire.get(name, name))
-                if described is not None:
-                    described["description"] = " ".join(text.split())
-    if "description" in schema:
-        schema["description"] = " ".join(schema["description"].split())
-    schema.update(getattr(owner, "SCHEMA", {}))

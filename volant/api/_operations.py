@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
+from volant.agui import AguiEvent, RunAgentInput
+from volant.http import MAX_INTEGER, Nothing
+from volant.mcp import Command, CommandAnswer, RpcAnswer, RpcMessage
 from volant.model import (
     ArtifactView,
     BuildTemplate,
@@ -59,11 +62,7 @@ from volant.model.agent_types import (
     Info,
 )
 
-from ._agui import AguiEvent, RunAgentInput
-from ._body import Nothing
-from ._edge import MAX_INTEGER
 from ._plugins import Enabled
-from ._rpc import Command, CommandAnswer, RpcAnswer, RpcMessage
 
 Anything = Mapping[str, Any]
 """A JSON object whose shape is no contract."""

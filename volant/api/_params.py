@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from quart import request
 
-from volant.model import WAIT_STATES, Problem, VmRow, invalid, is_name, no_such_vm
+from volant.http import Query
+from volant.model import WAIT_STATES, VmRow, invalid, is_name
+from volant.operations import no_such_plugin
 from volant.vm import Version
-
-from ._doors import Doors
-from ._edge import Query
 
 MAX_WAIT_S = 600.0
 DEFAULT_WAIT_S = 60.0
@@ -27,32 +26,6 @@ def no_query() -> None:
     """:raises Problem: 400 when there is any parameter."""
     if request.query_string:
         query().done()
-
-
-def vm_row(doors: Doors, name: str) -> VmRow:
-    """The row of the VM of this name. :raises Problem: 404."""
-    row = doors.store.projection.get(name)
-    if row is None:
-        raise no_such_vm(name[:80])
-    return row
-
-
-def chosen(
-    doors: Doors,
-    *,
-    states: Collection[str] = (),
-    plugins: Collection[str] = (),
-    labels: Mapping[str, str] | None = None,
-) -> list[VmRow]:
-    """The VMs in one of these states, of one of these plugins, with all of these labels; by id."""
-    wanted = (labels or {}).items()
-    return [
-        row
-        for row in doors.store.projection.rows()
-        if (not states or row.status in states)
-        and (not plugins or row.plugin in plugins)
-        and (not wanted or wanted <= row.labels.items())
-    ]
 
 
 def wait_of(parameters: Query) -> tuple[Collection[str], float]:
@@ -102,8 +75,3 @@ def plugin_name(name: str) -> str:
     if not is_name(name):
         raise no_such_plugin(name)
     return name
-
-
-def no_such_plugin(name: str) -> Problem:
-    """404."""
-    return Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}")

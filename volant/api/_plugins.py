@@ -6,16 +6,13 @@ import msgspec
 from quart import Response, request
 from quart_trio import QuartTrio
 
+from volant.http import Access, Nothing, empty_response, json_response, read_body
 from volant.journal import Answer, EnablePlugin, InstallPlugin, Once, Plugin, RemovePlugin
 from volant.model import Manifest, PluginView, Problem, check_manifest
+from volant.operations import ApiDeps, ask_journal
 
 from ._artifacts import admit
-from ._ask import ask_journal
-from ._body import Nothing, read_body
-from ._doors import Doors
-from ._edge import Access
 from ._idempotency import Repeats, answer_of
-from ._json import empty_response, json_response
 from ._params import no_query, plugin_name
 
 
@@ -25,13 +22,13 @@ class Enabled(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     enabled: bool
 
 
-def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats, access: Access) -> None:
+def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats, access: Access) -> None:
     """The routes of this resource."""
 
     @app.get("/api/v1/plugins")
     async def list_plugins() -> Response:
         no_query()
-        return json_response([_shown(plugin) for plugin in doors.store.projection.plugins.values()])
+        return json_response([_shown(plugin) for plugin in deps.store.projection.plugins.values()])
 
     @app.post("/api/v1/plugins")
     async def install_plugin() -> Response:
@@ -39,8 +36,8 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats, access: Access) -
         manifest = check_manifest(await read_body(Manifest))
 
         async def install(once: Once | None) -> Plugin:
-            await admit(doors, access, request.scope, manifest)
-            return await ask_journal(doors, InstallPlugin(manifest, once))
+            await admit(deps, access, request.scope, manifest)
+            return await ask_journal(deps, InstallPlugin(manifest, once))
 
         return (await repeats.answer(manifest, install, _installed)).response()
 
@@ -53,7 +50,7 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats, access: Access) -
     async def remove_plugin(name: str) -> Response:
         no_query()
         await read_body(Nothing)
-        await ask_journal(doors, RemovePlugin(plugin_name(name)))
+        await ask_journal(deps, RemovePlugin(plugin_name(name)))
         return empty_response(204)
 
     @app.get("/api/v1/plugins/<name>/manifest")
@@ -67,12 +64,12 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats, access: Access) -
         wanted = await read_body(Enabled)
 
         async def enable(once: Once | None) -> Plugin:
-            return await ask_journal(doors, EnablePlugin(plugin_name(name), wanted.enabled, once))
+            return await ask_journal(deps, EnablePlugin(plugin_name(name), wanted.enabled, once))
 
         return (await repeats.answer(wanted, enable, _seen)).response()
 
     def plugin_of(name: str) -> Plugin:
-        plugin = doors.store.projection.plugins.get(name)
+        plugin = deps.store.projection.plugins.get(name)
         if plugin is None:
             raise Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}")
         return plugin

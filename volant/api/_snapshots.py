@@ -8,17 +8,16 @@ from urllib.parse import quote
 from quart import Response
 from quart_trio import QuartTrio
 
+from volant.http import Nothing, empty_response, json_response, read_body
 from volant.journal import Answer, Once
 from volant.model import Snapshot, TakeSnapshot, check_take, no_such_snapshot, snapshot_view
+from volant.operations import ApiDeps, vm_row
 
-from ._body import Nothing, read_body
-from ._doors import Doors
 from ._idempotency import Repeats, answer_of
-from ._json import empty_response, json_response
-from ._params import no_query, vm_row
+from ._params import no_query
 
 
-def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
+def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
     """The routes of this resource."""
 
     @app.post("/api/v1/vms/<name>/snapshots")
@@ -28,25 +27,25 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         check_take(wanted)
 
         async def take(once: Once | None) -> Snapshot:
-            return await doors.vms.take_snapshot(vm_row(doors, name).name, wanted, once=once)
+            return await deps.vms.take_snapshot(vm_row(deps, name).name, wanted, once=once)
 
         return (await repeats.answer(wanted, take, _made)).response()
 
     @app.get("/api/v1/vms/<name>/snapshots")
     async def list_snapshots_of_vm(name: str) -> Response:
         no_query()
-        vm_id = vm_row(doors, name).id
-        return _list(one for one in doors.store.projection.snapshots.values() if one.vm.id == vm_id)
+        vm_id = vm_row(deps, name).id
+        return _list(one for one in deps.store.projection.snapshots.values() if one.vm.id == vm_id)
 
     @app.get("/api/v1/snapshots")
     async def list_snapshots() -> Response:
         no_query()
-        return _list(doors.store.projection.snapshots.values())
+        return _list(deps.store.projection.snapshots.values())
 
     @app.get("/api/v1/snapshots/<snapshot>")
     async def get_snapshot(snapshot: str) -> Response:
         no_query()
-        found = doors.store.projection.snapshots.get(snapshot)
+        found = deps.store.projection.snapshots.get(snapshot)
         if found is None:
             raise no_such_snapshot(snapshot)
         return json_response(snapshot_view(found))
@@ -55,7 +54,7 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
     async def remove_snapshot(snapshot: str) -> Response:
         no_query()
         await read_body(Nothing)
-        await doors.vms.remove_snapshot(snapshot)
+        await deps.vms.remove_snapshot(snapshot)
         return empty_response(204)
 
 

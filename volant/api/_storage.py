@@ -10,25 +10,24 @@ from typing import cast, get_args
 from quart import Response
 from quart_trio import QuartTrio
 
+from volant.http import Nothing, json_response, read_body
 from volant.model import Problem, StoredKind
+from volant.operations import ApiDeps
 from volant.vm import prune, usage
 
-from ._body import Nothing, read_body
-from ._doors import Doors
-from ._json import json_response
 from ._params import no_query, query
 
 _KINDS: frozenset[str] = frozenset(get_args(StoredKind))
 
 
-def add_routes(app: QuartTrio, doors: Doors) -> None:
+def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
     """The routes of this resource."""
 
     @app.get("/api/v1/system/df")
     async def df() -> Response:
         no_query()
         with _disk():
-            return json_response(await usage(doors.vms.doors))
+            return json_response(await usage(deps.vms.doors))
 
     @app.post("/api/v1/system/prune")
     async def prune_() -> Response:
@@ -39,9 +38,7 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
         parameters.done()
         await read_body(Nothing)
         with _disk():
-            return json_response(
-                await prune(doors.vms.doors, kinds or None, dry_run=dry_run, unused_for_s=unused_for_s)
-            )
+            return json_response(await prune(deps.vms.doors, kinds or None, dry_run=dry_run, unused_for_s=unused_for_s))
 
 
 @contextmanager

@@ -9,37 +9,36 @@ from quart_trio import QuartTrio
 
 from volant import __version__
 from volant._tasks import dump
+from volant.http import Nothing, json_response, read_body
 from volant.model import Health, Status, SystemStatus
 from volant.model.agent import DEFAULT_GRACE_S, MAX_GRACE_S
+from volant.operations import ApiDeps
 
-from ._body import Nothing, read_body
-from ._doors import Doors
-from ._json import json_response
 from ._params import no_query, query
 
 
-def add_routes(app: QuartTrio, doors: Doors) -> None:
+def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
     """The routes of this resource."""
 
     @app.get("/healthz")
     async def healthz() -> Response:
-        health = doors.system.health()
+        health = deps.system.health()
         return json_response(Health(health), 200 if health == "ok" else 503)
 
     def now() -> SystemStatus:
-        rows = doors.store.projection.rows()
+        rows = deps.store.projection.rows()
         states = Counter(row.status for row in rows)
-        figures = doors.host.figures()
+        figures = deps.host.figures()
         used = figures.memory_total_mb - figures.memory_available_mb
-        drain = doors.store.projection.drain
+        drain = deps.store.projection.drain
         return SystemStatus(
-            status=doors.system.health(),
+            status=deps.system.health(),
             vm_count=len(rows),
             vms={state.value: states[state] for state in Status},
             cpu_percent=figures.cpu_percent,
             mem_percent=round(100.0 * used / max(1, figures.memory_total_mb), 1),
             version=__version__,
-            uptime_s=round((doors.host.wall_clock() - doors.system.started_at).total_seconds(), 3),
+            uptime_s=round((deps.host.wall_clock() - deps.system.started_at).total_seconds(), 3),
             draining_since=None if drain is None else drain.since,
         )
 
@@ -55,20 +54,20 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
         grace_s = parameters.duration("grace", DEFAULT_GRACE_S, maximum_s=MAX_GRACE_S)
         parameters.done()
         await read_body(Nothing)
-        await doors.vms.drain(grace_s if stop_vms else None)
+        await deps.vms.drain(grace_s if stop_vms else None)
         return json_response(now())
 
     @app.post("/api/v1/system/undrain")
     async def undrain() -> Response:
         no_query()
         await read_body(Nothing)
-        await doors.vms.undrain()
+        await deps.vms.undrain()
         return json_response(now())
 
     @app.get("/api/v1/system/info")
     async def info() -> Response:
         no_query()
-        return json_response(doors.system.info())
+        return json_response(deps.system.info())
 
     @app.get("/api/v1/system/tasks")
     async def tasks() -> Response:
@@ -78,4 +77,4 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
     @app.get("/api/v1/system/tree")
     async def tree() -> Response:
         no_query()
-        return json_response(doors.system.tree())
+        return json_response(deps.system.tree())

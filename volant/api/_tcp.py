@@ -17,11 +17,10 @@ import trio
 
 from volant._turns import Turns
 from volant.channel import ChannelStream
+from volant.http import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
 from volant.model import is_name, no_such_vm
-
-from ._doors import Doors
-from ._edge import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
-from ._relay import open_port, parse_port
+from volant.operations import ApiDeps
+from volant.relay import open_port, parse_port
 
 PROTOCOL_ERROR = 1002
 UNSUPPORTED = 1003
@@ -33,17 +32,17 @@ _SEND_S = 300.0
 """How long a guest may take to accept a message."""
 
 
-def routes(doors: Doors, turns: Turns) -> list[StreamRoute]:
+def routes(deps: ApiDeps, turns: Turns) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def tcp(call: Call) -> None:
         name = call.args[0]
         port = parse_port(call.args[1])
         call.query(credentials=True).done()
-        row = doors.store.projection.get(name) if is_name(name) else None
+        row = deps.store.projection.get(name) if is_name(name) else None
         if row is None:
             raise no_such_vm(name[:80])
-        async with open_port(doors.vms.agent(name), name, port) as stream:
+        async with open_port(deps.vms.agent(name), name, port) as stream:
             await call.accept()
             await _Session(call, turns, row.id, stream).run()
 

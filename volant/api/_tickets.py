@@ -7,23 +7,21 @@ from datetime import timedelta
 from quart import Response, request
 from quart_trio import QuartTrio
 
+from volant.http import TICKET_S, Access, json_response, read_body_or
 from volant.model import Ticket, WantTicket
+from volant.operations import ApiDeps
 
-from ._body import read_body_or
-from ._doors import Doors
-from ._edge import TICKET_S, Access
-from ._json import json_response
 from ._params import no_query
 
 
-def add_routes(app: QuartTrio, doors: Doors, access: Access) -> None:
+def add_routes(app: QuartTrio, deps: ApiDeps, access: Access) -> None:
     """The routes of this resource."""
 
     @app.post("/api/v1/tickets")
     async def create_ticket() -> Response:
         no_query()
         wanted = await read_body_or(WantTicket())
-        expires_at = doors.host.wall_clock() + timedelta(seconds=TICKET_S)
+        expires_at = deps.host.wall_clock() + timedelta(seconds=TICKET_S)
         ticket = access.tickets.issue(path=wanted.path, caller=request.scope["state"]["caller"])
         response = json_response(Ticket(ticket, expires_at), 201)
         response.headers["Cache-Control"] = "no-store"

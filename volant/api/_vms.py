@@ -11,6 +11,7 @@ import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 
+from volant.http import Nothing, Query, empty_response, interruptible, json_response, read_body, read_one_of
 from volant.journal import Answer, Once
 from volant.model import (
     CreateVm,
@@ -29,20 +30,17 @@ from volant.model import (
     view,
 )
 from volant.model.agent import MAX_GRACE_S
+from volant.operations import ApiDeps, chosen, vm_row
 from volant.vm import Version
 
-from ._body import Nothing, read_body, read_one_of
-from ._doors import Doors
-from ._edge import Query, interruptible
 from ._idempotency import Answered, Repeats, answer_of
-from ._json import empty_response, json_response
-from ._params import chosen, etag, if_match, is_not_modified, no_query, query, vm_row, wait_of
+from ._params import etag, if_match, is_not_modified, no_query, query, wait_of
 
 _MAX_PAGE = 1000
 _DEFAULT_GRACE_S = 10.0
 
 
-def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
+def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
     """The routes of this resource."""
 
     @app.get("/api/v1/vms")
@@ -55,10 +53,10 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         cursor = parameters.integer("cursor")
         parameters.done()
         wanted = _states(parameters, states)
-        rows = [row for row in chosen(doors, states=wanted, plugins=plugins, labels=labels) if row.id > (cursor or 0)]
+        rows = [row for row in chosen(deps, states=wanted, plugins=plugins, labels=labels) if row.id > (cursor or 0)]
         page = rows if limit is None else rows[:limit]
         response = json_response([view(row) for row in page])
-        response.headers["Volant-Event-Id"] = str(doors.store.projection.last_event)
+        response.headers["Volant-Event-Id"] = str(deps.store.projection.last_event)
         if len(page) < len(rows):
             response.headers["Link"] = f'<{_next_page(page[-1].id)}>; rel="next"'
         return response
@@ -73,18 +71,18 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
             check_restore(wanted)
         else:
             check_create(wanted)
-        since = doors.store.projection.last_event
+        since = deps.store.projection.last_event
 
         async def create(once: Once | None) -> VmRow:
             if isinstance(wanted, RestoreVm):
-                return await doors.vms.restore(wanted, once=once)
-            return await doors.vms.create(wanted, once=once)
+                return await deps.vms.restore(wanted, once=once)
+            return await deps.vms.create(wanted, once=once)
 
         return await after_waiting(await repeats.answer(wanted, create, _made), states, timeout_s, since)
 
     @app.get("/api/v1/vms/<name>")
     async def get_vm(name: str) -> Response:
-        row = vm_row(doors, name)
+        row = vm_row(deps, name)
         if not request.query_string:
             if is_not_modified(row):
                 response = empty_response(304)
@@ -94,16 +92,16 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         parameters = query()
         states, timeout_s = wait_of(parameters)
         parameters.done()
-        return await after_waiting(Answered(_seen(row), False), states, timeout_s, doors.store.projection.last_event)
+        return await after_waiting(Answered(_seen(row), False), states, timeout_s, deps.store.projection.last_event)
 
     @app.delete("/api/v1/vms/<name>")
     async def delete_vm(name: str) -> Response:
         no_query()
         await read_body(Nothing)
-        name = vm_row(doors, name).name
+        name = vm_row(deps, name).name
         only_at = if_match()
         async with interruptible(_stopping()) as waits:
-            gone = await waits.until(partial(_deleted, doors, name, only_at))
+            gone = await waits.until(partial(_deleted, deps, name, only_at))
         if not gone:
             raise Problem(
                 503, "daemon-stopping", f"the daemon stops; VM {name!r} goes on being deleted when it is back", vm=name
@@ -113,12 +111,12 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
     @app.get("/api/v1/vms/<name>/inspect")
     async def inspect_vm(name: str) -> Response:
         no_query()
-        return json_response(doors.vms.inspect(vm_row(doors, name).name))
+        return json_response(deps.vms.inspect(vm_row(deps, name).name))
 
     @app.get("/api/v1/vms/<name>/memory")
     async def vm_memory(name: str) -> Response:
         no_query()
-        return json_response(await doors.vms.memory(vm_row(doors, name).name))
+        return json_response(await deps.vms.memory(vm_row(deps, name).name))
 
     async def verb(name: str, kind: VerbKind) -> Response:
         parameters = query()
@@ -130,10 +128,10 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         await read_body(Nothing)
         wanted = Verb(kind, grace_s=grace_s)
         only_at = if_match()
-        since = doors.store.projection.last_event
+        since = deps.store.projection.last_event
 
         async def act(once: Once | None) -> VmRow:
-            return await doors.vms.verb(vm_row(doors, name).name, wanted, only_at=only_at, once=once)
+            return await deps.vms.verb(vm_row(deps, name).name, wanted, only_at=only_at, once=once)
 
         return await after_waiting(await repeats.answer((wanted, only_at), act, _seen), states, timeout_s, since)
 
@@ -168,10 +166,10 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         parameters.done()
         wanted = await read_body(ForkVm)
         check_fork(wanted)
-        since = doors.store.projection.last_event
+        since = deps.store.projection.last_event
 
         async def fork(once: Once | None) -> tuple[VmRow, ...]:
-            return await doors.vms.fork(vm_row(doors, name).name, wanted, once=once)
+            return await deps.vms.fork(vm_row(deps, name).name, wanted, once=once)
 
         answered = await repeats.answer(wanted, fork, _forked)
         if not states:
@@ -179,7 +177,7 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         outcomes: list[str] = []
 
         async def wait_for(vm_id: int) -> None:
-            outcomes.append((await doors.vms.wait(vm_id, states, timeout_s, since=since))[0])
+            outcomes.append((await deps.vms.wait(vm_id, states, timeout_s, since=since))[0])
 
         async def wait() -> bool:
             async with trio.open_nursery() as nursery:
@@ -190,7 +188,7 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         ids = [copy.id for copy in msgspec.json.decode(answered.answer.body, type=list[_Id])]
         async with interruptible(_stopping()) as waits:
             all_told = await waits.until(wait)
-        rows = [row for row in map(doors.store.projection.by_id, ids) if row is not None]
+        rows = [row for row in map(deps.store.projection.by_id, ids) if row is not None]
         response = answered.now(answer_of([view(row) for row in rows])).response()
         worst = "failed" if "failed" in outcomes else "timeout" if "timeout" in outcomes or not all_told else "met"
         response.headers["Volant-Wait"] = worst
@@ -202,16 +200,16 @@ def add_routes(app: QuartTrio, doors: Doors, repeats: Repeats) -> None:
         if not states or vm_id is None:
             return answered.response()
         # A daemon that stops lets go of those who wait: what it tells is true, and they can ask again.
-        wait = partial(doors.vms.wait, vm_id, states, timeout_s, since=since)
+        wait = partial(deps.vms.wait, vm_id, states, timeout_s, since=since)
         async with interruptible(_stopping()) as waits:
-            outcome, now = await waits.until(wait) or ("timeout", doors.store.projection.by_id(vm_id))
+            outcome, now = await waits.until(wait) or ("timeout", deps.store.projection.by_id(vm_id))
         response = (answered if now is None else answered.now(_seen(now))).response()
         response.headers["Volant-Wait"] = outcome
         return response
 
 
-async def _deleted(doors: Doors, name: str, only_at: Collection[Version] | None) -> bool:
-    await doors.vms.delete(name, only_at=only_at)
+async def _deleted(deps: ApiDeps, name: str, only_at: Collection[Version] | None) -> bool:
+    await deps.vms.delete(name, only_at=only_at)
     return True
 
 

@@ -26,13 +26,13 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
+from volant.http import json_response
 from volant.model import Problem, VmRow, is_openapi, is_too_deep
 from volant.model.agent import AGENT_PREFIX, HEALTHZ, WORKLOAD_PREFIX
+from volant.operations import ApiDeps, vm_row
+from volant.relay import SANDBOX, to_port, unreachable
 
-from ._doors import Doors
-from ._json import json_response
-from ._params import no_query, vm_row
-from ._relay import SANDBOX, to_port, unreachable
+from ._params import no_query
 
 _USUAL_PATH = "/openapi.json"
 _ANSWER_S = 10.0
@@ -43,17 +43,17 @@ _SLASH = re.compile(r"[/\\]")
 _METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace", "query")
 
 
-def add_routes(app: QuartTrio, doors: Doors) -> None:
+def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
     """The routes of this resource."""
 
     @app.get("/api/v1/vms/<name>/openapi")
     async def workload_openapi(name: str) -> Response:
         no_query()
-        row = vm_row(doors, name)
+        row = vm_row(deps, name)
         said = row.manifest.openapi
         path = said if isinstance(said, str) else _USUAL_PATH
         try:
-            found = await _asked(doors, row, path, promised=isinstance(said, str))
+            found = await _asked(deps, row, path, promised=isinstance(said, str))
         except Problem:
             if not isinstance(said, dict):
                 raise
@@ -64,13 +64,13 @@ def add_routes(app: QuartTrio, doors: Doors) -> None:
         return response
 
 
-async def _asked(doors: Doors, row: VmRow, path: str, *, promised: bool) -> dict[str, Any]:
+async def _asked(deps: ApiDeps, row: VmRow, path: str, *, promised: bool) -> dict[str, Any]:
     """The document that the workload serves. :raises Problem: 404 there is none, 502 it can't be had."""
     port = row.manifest.workload.port if row.manifest.workload is not None else None
     if port is None:
         raise _none(row, "its plugin names none, and no workload that serves HTTP")
     try:
-        client = doors.vms.agent(row.name)
+        client = deps.vms.agent(row.name)
     except Problem as problem:
         if problem.status != 409:
             raise

@@ -29,8 +29,9 @@ from actors import ONE_FOR_ONE, ActorDown, AskTimeout, Child, DynamicSupervisor,
 from volant import __version__
 from volant._cgroups import own_groups
 from volant._priority import raise_own
-from volant.api import Access, ApiSettings, Doors, create_app, serve
+from volant.api import create_app
 from volant.host import Host, ProcessGone
+from volant.http import Access, ApiSettings, serve
 from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import BootMedia, make_private
@@ -46,6 +47,7 @@ from volant.network import (
     passt_obstacle,
     passt_user,
 )
+from volant.operations import ApiDeps
 from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
 from volant.vm import (
     CLONES_AT_ONCE,
@@ -341,7 +343,7 @@ class Daemon:
         )
         self.backups = Backups(self.host, self.store, self._journal.ref, self._evidence)
         self.app = create_app(
-            Doors(
+            ApiDeps(
                 vms=self.vms,
                 journal=self._journal.ref,
                 store=self.store,

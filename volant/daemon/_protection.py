@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from volant.api import Network, parse_network
+from volant.http import Network, parse_network
 
 _MAX_FILE = 64 * 1024
 _MAX_KEYS = 100

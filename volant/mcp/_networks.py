@@ -7,9 +7,8 @@ import trio
 
 from volant.journal import AddNetwork, RemoveNetwork
 from volant.model import CreateNetwork, Name, NetworkView, no_such_network
+from volant.operations import ask_journal, shown_network, shown_networks
 
-from .._ask import ask_journal
-from .._networks import shown_network, shown_networks
 from ._text import fitting
 from ._tool import Asked, Result
 
@@ -30,7 +29,7 @@ class NetworkList(msgspec.Struct, frozen=True):
 
 
 async def list_networks(asked: Asked, wanted: ListNetworks) -> Result:
-    projection = asked.doors.store.projection
+    projection = asked.deps.store.projection
     await trio.lowlevel.checkpoint()
     if wanted.network is None:
         found = shown_networks(projection)
@@ -49,8 +48,8 @@ class MakeNetwork(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 async def create_network(asked: Asked, wanted: MakeNetwork) -> Result:
-    made = await ask_journal(asked.doors, AddNetwork(CreateNetwork(name=wanted.network)))
-    return Result(shown_network(made, asked.doors.store.projection))
+    made = await ask_journal(asked.deps, AddNetwork(CreateNetwork(name=wanted.network)))
+    return Result(shown_network(made, asked.deps.store.projection))
 
 
 class WhichNetwork(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -66,5 +65,5 @@ class DeletedNetwork(msgspec.Struct, frozen=True):
 
 
 async def delete_network(asked: Asked, wanted: WhichNetwork) -> Result:
-    await ask_journal(asked.doors, RemoveNetwork(wanted.network))
+    await ask_journal(asked.deps, RemoveNetwork(wanted.network))
     return Result(DeletedNetwork(wanted.network))

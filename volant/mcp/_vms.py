@@ -24,8 +24,8 @@ from volant.model import (
     check_create,
     view,
 )
+from volant.operations import chosen, vm_row
 
-from .._params import chosen, vm_row
 from ._text import fitting
 from ._tool import DEFAULT_S, Asked, Result, Seconds, log_link
 
@@ -56,7 +56,7 @@ class VmPage(msgspec.Struct, frozen=True):
 
 async def list_vms(asked: Asked, wanted: ListVms) -> Result:
     plugins = (wanted.plugin,) if wanted.plugin is not None else ()
-    rows = chosen(asked.doors, states=wanted.status, plugins=plugins, labels=wanted.labels)
+    rows = chosen(asked.deps, states=wanted.status, plugins=plugins, labels=wanted.labels)
     left = [row for row in rows if row.id > wanted.cursor]
     page = fitting(view(row) for row in left[: wanted.limit])
     return Result(VmPage(page, len(rows), page[-1].id if page and len(page) < len(left) else None))
@@ -69,11 +69,11 @@ class GetVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 async def get_vm(asked: Asked, wanted: GetVm) -> Result:
-    return Result(view(vm_row(asked.doors, wanted.vm)), links=(log_link(wanted.vm),))
+    return Result(view(vm_row(asked.deps, wanted.vm)), links=(log_link(wanted.vm),))
 
 
 async def vm_memory(asked: Asked, wanted: GetVm) -> Result:
-    return Result(await asked.doors.vms.memory(vm_row(asked.doors, wanted.vm).name))
+    return Result(await asked.deps.vms.memory(vm_row(asked.deps, wanted.vm).name))
 
 
 class MakeVm(CreateVm, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,8 +97,8 @@ class ChangedVm(msgspec.Struct, frozen=True):
 async def create_vm(asked: Asked, wanted: MakeVm) -> Result:
     asked_for = CreateVm(**{name: getattr(wanted, name) for name in CreateVm.__struct_fields__})
     check_create(asked_for)
-    since = asked.doors.store.projection.last_event
-    row = await asked.doors.vms.create(asked_for)
+    since = asked.deps.store.projection.last_event
+    row = await asked.deps.vms.create(asked_for)
     return await changed(asked, row, {Status.RUNNING}, wanted.wait, wanted.timeout_s, since)
 
 
@@ -145,9 +145,9 @@ async def restart_vm(asked: Asked, wanted: StopVm) -> Result:
 
 
 async def _verb(asked: Asked, wanted: StartVm | StopVm, verb: Verb, state: Status) -> Result:
-    name = vm_row(asked.doors, wanted.vm).name
-    since = asked.doors.store.projection.last_event
-    row = await asked.doors.vms.verb(name, verb)
+    name = vm_row(asked.deps, wanted.vm).name
+    since = asked.deps.store.projection.last_event
+    row = await asked.deps.vms.verb(name, verb)
     return await changed(asked, row, {state}, wanted.wait, wanted.timeout_s, since)
 
 
@@ -159,7 +159,7 @@ async def changed(
     if wait:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_tell_of, asked, row.id, since)
-            wait_for_it = partial(asked.doors.vms.wait, row.id, states, timeout_s, since=since)
+            wait_for_it = partial(asked.deps.vms.wait, row.id, states, timeout_s, since=since)
             found, now = await asked.until(wait_for_it)
             nursery.cancel_scope.cancel()
         if now is None:
@@ -176,7 +176,7 @@ _OUTCOMES: dict[str, Literal["done", "failed", "under_way"]] = {
 
 
 async def _tell_of(asked: Asked, vm_id: int, since: EventId) -> None:
-    async with asked.doors.store.events.cursor(since) as cursor:
+    async with asked.deps.store.events.cursor(since) as cursor:
         while taken := await cursor.take():
             if not isinstance(taken, EventGap):
                 for frame in taken:
@@ -192,6 +192,6 @@ class DeletedVm(msgspec.Struct, frozen=True):
 
 
 async def delete_vm(asked: Asked, wanted: GetVm) -> Result:
-    name = vm_row(asked.doors, wanted.vm).name
-    await asked.until(partial(asked.doors.vms.delete, name))
+    name = vm_row(asked.deps, wanted.vm).name
+    await asked.until(partial(asked.deps.vms.delete, name))
     return Result(DeletedVm(name))

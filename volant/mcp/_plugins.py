@@ -8,8 +8,8 @@ import msgspec
 import trio
 
 from volant.model import Name
+from volant.operations import no_such_plugin
 
-from .._params import no_such_plugin
 from ._text import fitting
 from ._tool import Asked, Result
 
@@ -63,7 +63,7 @@ async def list_plugins(asked: Asked, wanted: ListPlugins) -> Result:
                 PluginAction(name, action.description, action.input) for name, action in plugin.manifest.actions.items()
             ],
         )
-        for plugin in asked.doors.store.projection.plugins.values()
+        for plugin in asked.deps.store.projection.plugins.values()
         if wanted.plugin in (None, plugin.manifest.name)
     ]
     if wanted.plugin is not None and not found:

@@ -16,13 +16,13 @@ import msgspec
 import trio
 
 from volant.channel import AgentProtocolError, AgentResponse, AgentUnreachable
+from volant.http import first_problem
 from volant.model import Action, Problem, invalid
 from volant.model.agent import EXEC
 from volant.model.agent_types import ExecRequest
+from volant.operations import ApiDeps
+from volant.relay import first_text, to_port, unreachable
 
-from .._doors import Doors
-from .._edge import first_problem
-from .._relay import first_text, to_port, unreachable
 from ._text import Window
 
 MAX_BLOB = 1024 * 1024
@@ -74,11 +74,11 @@ class Ran:
     error: str | None = None
 
 
-async def run_command(doors: Doors, vm: str, request: ExecRequest, timeout_s: float) -> Ran:
+async def run_command(deps: ApiDeps, vm: str, request: ExecRequest, timeout_s: float) -> Ran:
     """Run a command to its end, or for `timeout_s`. :raises Problem: 400, 404, 409, 502."""
     ran = Ran()
     body = _encoder.encode({**request, "timeout_s": timeout_s})
-    client = doors.vms.agent(vm)
+    client = deps.vms.agent(vm)
     with _guest_errors(vm), trio.move_on_after(timeout_s + _LATE_S) as scope:
         async with client.stream("POST", EXEC, _JSON, body, timeout_s=_HEAD_S) as response:
             await _check(response, vm)
@@ -131,13 +131,13 @@ class FileRead:
     """Whether `data` goes to the end of the file."""
 
 
-async def read_file(doors: Doors, vm: str, path: str, *, offset: int = 0, limit: int = MAX_BLOB) -> FileRead:
+async def read_file(deps: ApiDeps, vm: str, path: str, *, offset: int = 0, limit: int = MAX_BLOB) -> FileRead:
     """Read at most `limit` bytes of a file from `offset` on.
 
     :raises Problem: 400, 404, 409, 502, and what the agent says.
     """
     headers = [(b"range", b"bytes=%d-%d" % (offset, offset + limit - 1))]
-    client = doors.vms.agent(vm)
+    client = deps.vms.agent(vm)
     with _guest_errors(vm), trio.move_on_after(FILE_S):
         async with client.stream("GET", _route(path), headers, timeout_s=_HEAD_S) as response:
             await _check(response, vm)
@@ -161,9 +161,9 @@ async def read_file(doors: Doors, vm: str, path: str, *, offset: int = 0, limit:
     raise Problem(502, "file-slow", f"reading {path} in VM {vm!r} took longer than {FILE_S:g} s", vm=vm)
 
 
-async def write_file(doors: Doors, vm: str, path: str, data: bytes) -> None:
+async def write_file(deps: ApiDeps, vm: str, path: str, data: bytes) -> None:
     """Put a file in place of what is there, whole or not at all. :raises Problem: as `read_file` does."""
-    client = doors.vms.agent(vm)
+    client = deps.vms.agent(vm)
     headers = [(b"content-type", b"application/octet-stream")]
     with _guest_errors(vm), trio.move_on_after(FILE_S) as scope:
         async with client.stream("PUT", _route(path), headers, data, timeout_s=FILE_S) as response:
@@ -185,7 +185,7 @@ class Acted:
     body: Window
 
 
-async def call_action(doors: Doors, vm: str, action: Action, port: int, given: Any) -> Acted:
+async def call_action(deps: ApiDeps, vm: str, action: Action, port: int, given: Any) -> Acted:
     """Ask the workload for an action, with `given` as JSON, or as the query where the method has no body. The window
     keeps the first `MAX_BLOB` bytes.
 
@@ -202,7 +202,7 @@ async def call_action(doors: Doors, vm: str, action: Action, port: int, given: A
         headers += _JSON
     with _guest_errors(vm), trio.move_on_after(action.timeout_s):
         async with (
-            to_port(doors.vms.agent(vm), vm, port) as client,
+            to_port(deps.vms.agent(vm), vm, port) as client,
             client.stream(action.method, target, headers, body or None, timeout_s=action.timeout_s) as response,
         ):
             kind = dict(response.headers).get(b"content-type", b"").decode("latin-1")

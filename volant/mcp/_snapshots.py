@@ -26,8 +26,8 @@ from volant.model import (
     snapshot_view,
     view,
 )
+from volant.operations import vm_row
 
-from .._params import vm_row
 from ._text import fitting
 from ._tool import DEFAULT_S, Asked, Result, Seconds, log_link
 from ._vms import changed
@@ -58,12 +58,12 @@ class ForkedVms(msgspec.Struct, frozen=True):
 async def fork_vm(asked: Asked, wanted: Fork) -> Result:
     request = ForkVm(count=wanted.count, names=wanted.names)
     check_fork(request)
-    since = asked.doors.store.projection.last_event
-    copies = await asked.doors.vms.fork(vm_row(asked.doors, wanted.vm).name, request)
+    since = asked.deps.store.projection.last_event
+    copies = await asked.deps.vms.fork(vm_row(asked.deps, wanted.vm).name, request)
     outcomes: list[str] = []
 
     async def wait_for(vm_id: int) -> None:
-        outcomes.append((await asked.doors.vms.wait(vm_id, {Status.RUNNING}, wanted.timeout_s, since=since))[0])
+        outcomes.append((await asked.deps.vms.wait(vm_id, {Status.RUNNING}, wanted.timeout_s, since=since))[0])
 
     async def wait() -> bool:
         async with trio.open_nursery() as nursery:
@@ -73,7 +73,7 @@ async def fork_vm(asked: Asked, wanted: Fork) -> Result:
 
     if wanted.wait:
         await asked.until(wait)
-    now = [asked.doors.store.projection.by_id(copy.id) or copy for copy in copies]
+    now = [asked.deps.store.projection.by_id(copy.id) or copy for copy in copies]
     failed = "failed" in outcomes
     done = len(outcomes) == len(copies) and set(outcomes) == {"met"}
     outcome: Literal["done", "failed", "under_way"] = "failed" if failed else "done" if done else "under_way"
@@ -95,8 +95,8 @@ class Take(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 async def take_snapshot(asked: Asked, wanted: Take) -> Result:
     request = TakeSnapshot(name=wanted.name, description=wanted.description)
     check_take(request)
-    name = vm_row(asked.doors, wanted.vm).name
-    return Result(snapshot_view(await asked.until(partial(asked.doors.vms.take_snapshot, name, request))))
+    name = vm_row(asked.deps, wanted.vm).name
+    return Result(snapshot_view(await asked.until(partial(asked.deps.vms.take_snapshot, name, request))))
 
 
 class Restore(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -116,8 +116,8 @@ class Restore(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 async def restore_vm(asked: Asked, wanted: Restore) -> Result:
     request = RestoreVm(name=wanted.name, from_snapshot=wanted.snapshot, labels=wanted.labels, ttl=wanted.ttl)
     check_restore(request)
-    since = asked.doors.store.projection.last_event
-    row = await asked.doors.vms.restore(request)
+    since = asked.deps.store.projection.last_event
+    row = await asked.deps.vms.restore(request)
     return await changed(asked, row, {Status.RUNNING}, wanted.wait, wanted.timeout_s, since)
 
 
@@ -138,7 +138,7 @@ class SnapshotList(msgspec.Struct, frozen=True):
 
 async def list_snapshots(asked: Asked, wanted: ListSnapshots) -> Result:
     await trio.lowlevel.checkpoint()
-    all_of_them = asked.doors.store.projection.snapshots.values()
+    all_of_them = asked.deps.store.projection.snapshots.values()
     found = [one for one in all_of_them if wanted.vm in (None, one.vm.name)]
     found.sort(key=lambda one: one.created_at, reverse=True)
     shown = fitting(snapshot_view(one) for one in found)
@@ -159,5 +159,5 @@ class DeletedSnapshot(msgspec.Struct, frozen=True):
 
 
 async def delete_snapshot(asked: Asked, wanted: WhichSnapshot) -> Result:
-    await asked.doors.vms.remove_snapshot(wanted.snapshot)
+    await asked.deps.vms.remove_snapshot(wanted.snapshot)
     return Result(DeletedSnapshot(wanted.snapshot))

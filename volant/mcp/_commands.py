@@ -8,12 +8,12 @@ from functools import partial
 import msgspec
 
 from volant import __version__
+from volant.http import Nothing, decode
 from volant.model import CreateVm, Name, Problem, Status, check_create, invalid, view
+from volant.operations import chosen, vm_row
 
-from .._body import Nothing, decode
-from .._params import chosen, vm_row
-from .._rpc import Command, CommandAnswer
 from ._tool import Asked
+from ._wire import Command, CommandAnswer
 
 
 class Capabilities(msgspec.Struct, frozen=True):
@@ -57,28 +57,28 @@ async def answer_command(asked: Asked, data: bytes) -> CommandAnswer:
 async def _list(asked: Asked, params: bytes) -> object:
     wanted = decode(params, _Listed, "params")
     plugins = (wanted.plugin,) if wanted.plugin is not None else ()
-    return [view(row) for row in chosen(asked.doors, states=wanted.status, plugins=plugins, labels=wanted.labels)]
+    return [view(row) for row in chosen(asked.deps, states=wanted.status, plugins=plugins, labels=wanted.labels)]
 
 
 async def _create(asked: Asked, params: bytes) -> object:
     wanted = decode(params, CreateVm, "params")
     check_create(wanted)
-    return view(await asked.doors.vms.create(wanted))
+    return view(await asked.deps.vms.create(wanted))
 
 
 async def _get(asked: Asked, params: bytes) -> object:
-    return view(vm_row(asked.doors, decode(params, _Named, "params").name))
+    return view(vm_row(asked.deps, decode(params, _Named, "params").name))
 
 
 async def _delete(asked: Asked, params: bytes) -> object:
-    name = vm_row(asked.doors, decode(params, _Named, "params").name).name
-    await asked.until(partial(asked.doors.vms.delete, name))
+    name = vm_row(asked.deps, decode(params, _Named, "params").name).name
+    await asked.until(partial(asked.deps.vms.delete, name))
     return None
 
 
 async def _capabilities(asked: Asked, params: bytes) -> object:
     decode(params, Nothing, "params")
-    plugins = [plugin.manifest.name for plugin in asked.doors.store.projection.plugins.values() if plugin.enabled]
+    plugins = [plugin.manifest.name for plugin in asked.deps.store.projection.plugins.values() if plugin.enabled]
     return Capabilities(__version__, list(_COMMANDS), plugins, MCP_VERSIONS)
 
 

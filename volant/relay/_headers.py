@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .._edge import without_credentials
+from volant.http import without_credentials
 
 Header = tuple[bytes, bytes]
 

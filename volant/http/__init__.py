@@ -1,10 +1,22 @@
 """From sockets to requests: connections and their bounds, who may ask, and what every request passes."""
 
 from ._access import Access, without_credentials
+from ._body import (
+    Nothing,
+    Upload,
+    decode,
+    read_body,
+    read_body_or,
+    read_call_body,
+    read_call_bytes,
+    read_one_of,
+    receive_into,
+)
 from ._call import GOING_AWAY, NORMAL, Call, Header, Message
-from ._edge import Edge, StreamRoute, first_problem, internal_error
+from ._json import empty_response, json_response
 from ._keys import TICKET_S
 from ._limits import Limits
+from ._middleware import Middleware, StreamRoute, first_problem, internal_error
 from ._networks import Network, parse_network
 from ._problems import new_request_id, problem_body, too_large
 from ._query import MAX_INTEGER, Query, parse_time
@@ -20,20 +32,31 @@ __all__ = [
     "Access",
     "ApiSettings",
     "Call",
-    "Edge",
     "Header",
     "Limits",
     "Message",
+    "Middleware",
     "Network",
+    "Nothing",
     "Query",
     "StreamRoute",
+    "Upload",
+    "decode",
+    "empty_response",
     "first_problem",
     "internal_error",
     "interruptible",
+    "json_response",
     "new_request_id",
     "parse_network",
     "parse_time",
     "problem_body",
+    "read_body",
+    "read_body_or",
+    "read_call_body",
+    "read_call_bytes",
+    "read_one_of",
+    "receive_into",
     "serve",
     "too_large",
     "without_credentials",

@@ -25,9 +25,9 @@ import trio
 
 from volant._turns import Turns
 from volant.channel import AgentClient, AgentProtocolError, AgentResponse, AgentUnreachable, Channel, ChannelStream
+from volant.http import GOING_AWAY, Call, interruptible
 from volant.model import Problem, invalid
 
-from .._edge import GOING_AWAY, Call, interruptible
 from ._headers import from_guest, to_guest
 from ._redirect import Sender
 

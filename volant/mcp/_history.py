@@ -10,9 +10,8 @@ import trio
 
 from volant.journal import EventGap, LogGap
 from volant.model import Event, EventId, EventType, LogLine, Name, StreamGap
+from volant.operations import log_of, vm_row
 
-from .._logs import log_of
-from .._params import vm_row
 from ._text import BUDGET, clip, fitting, fitting_last, weight
 from ._tool import Asked, Result, log_link
 
@@ -45,8 +44,8 @@ class LogPage(msgspec.Struct, frozen=True):
 
 
 async def read_logs(asked: Asked, wanted: Logs) -> Result:
-    row = vm_row(asked.doors, wanted.vm)
-    log = log_of(asked.doors, row)
+    row = vm_row(asked.deps, wanted.vm)
+    log = log_of(asked.deps, row)
     lines: list[LogLine] = []
     bytes_kept = left_out = lost = 0
     position = log.newest if wanted.since is None else min(wanted.since, log.newest)
@@ -108,7 +107,7 @@ class EventPage(msgspec.Struct, frozen=True):
 
 
 async def see_events(asked: Asked, wanted: Events) -> Result:
-    log = asked.doors.store.events
+    log = asked.deps.store.events
     after: EventId | str | None = wanted.since and wanted.since[:200]
     gap = None
     if not after:

@@ -10,10 +10,9 @@ from urllib.parse import quote
 import msgspec
 import trio
 
+from volant.http import interruptible
 from volant.model import Problem
-
-from .._doors import Doors
-from .._edge import interruptible
+from volant.operations import ApiDeps
 
 T = TypeVar("T")
 
@@ -54,10 +53,10 @@ class Result:
 
 
 class Asked:
-    """A call under way: the doors, the daemon's stop, and somebody who wants to hear how far it is."""
+    """A call under way: the deps, the daemon's stop, and somebody who wants to hear how far it is."""
 
-    def __init__(self, doors: Doors, stopping: trio.Event) -> None:
-        self.doors = doors
+    def __init__(self, deps: ApiDeps, stopping: trio.Event) -> None:
+        self.deps = deps
         self._stopping = stopping
         self.news = trio.Event()
         self.told = ""

@@ -9,15 +9,14 @@ from typing import Literal, Protocol
 
 from actors import Ref
 from volant.host import Host
+from volant.http import ApiSettings
 from volant.journal import Backups, Journal, Store, VmLogs
 from volant.vm import Vms
-
-from ._edge import ApiSettings
 
 Health = Literal["ok", "starting", "stopping", "degraded"]
 
 
-class SystemDoor(Protocol):
+class DaemonInfo(Protocol):
     """The daemon, as far as it tells about itself."""
 
     started_at: datetime
@@ -35,8 +34,8 @@ class SystemDoor(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doors:
-    """Refs and doors of the API."""
+class ApiDeps:
+    """Refs and deps of the API."""
 
     vms: Vms
     journal: Ref[Journal]
@@ -44,5 +43,5 @@ class Doors:
     logs: VmLogs
     backups: Backups
     host: Host
-    system: SystemDoor
+    system: DaemonInfo
     settings: ApiSettings = field(default_factory=ApiSettings)

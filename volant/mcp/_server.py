@@ -40,15 +40,11 @@ from mcp_types import (
 from mcp_types import Tool as ToolEntry
 
 from volant import __version__
+from volant.http import Limits, decode, first_problem, internal_error
 from volant.journal import LogGap
 from volant.model import LogLine, Problem, is_name, view
+from volant.operations import ApiDeps, log_of, standalone, vm_row
 
-from .._body import decode
-from .._doors import Doors
-from .._edge import Limits, first_problem, internal_error
-from .._logs import log_of
-from .._openapi import standalone
-from .._params import vm_row
 from . import _guest
 from ._text import MAX_TEXT, clip
 from ._tool import Asked, Result, Tool, log_link, vm_uri
@@ -83,8 +79,8 @@ _encode = msgspec.json.Encoder().encode
 class McpServer:
     """Serves one request after the other, or many at once; it keeps nothing between them."""
 
-    def __init__(self, doors: Doors) -> None:
-        self._doors = doors
+    def __init__(self, deps: ApiDeps) -> None:
+        self._deps = deps
         self._tools = {tool.name: tool for tool in TOOLS}
         self._entries = [_entry(tool) for tool in TOOLS]
         schemas = {entry.name: entry.input_schema for entry in self._entries}
@@ -136,7 +132,7 @@ class McpServer:
         return answer
 
     async def _list_resources(self, context: Context, params: PaginatedRequestParams | None) -> ListResourcesResult:
-        rows = self._doors.store.projection.rows()
+        rows = self._deps.store.projection.rows()
         after = params.cursor if params is not None else None
         if after is not None:
             if not after.isascii() or not after.isdecimal() or len(after) > 18:
@@ -185,7 +181,7 @@ class McpServer:
         vm, what, path = found.groups("") if found else ("", "", "")
         if not is_name(vm) or bool(path) != (what == "files"):
             raise Problem(404, "not-found", f"there is no resource {uri[:200]!r}")
-        row = vm_row(self._doors, vm)
+        row = vm_row(self._deps, vm)
         if not what:
             text = _encode(view(row)).decode()
             return TextResourceContents(uri=uri, mime_type="application/json", text=text)
@@ -194,7 +190,7 @@ class McpServer:
             return TextResourceContents(uri=uri, mime_type="text/plain", text=text)
         name = unquote(path)
         limit = _guest.MAX_BLOB
-        read = await asked.until(lambda: _guest.read_file(self._doors, vm, name, limit=limit))
+        read = await asked.until(lambda: _guest.read_file(self._deps, vm, name, limit=limit))
         if not read.ended:
             raise Problem(413, "file-too-large", f"{name} is larger than {limit} bytes: read parts with vms_read_file")
         data = read.data
@@ -205,7 +201,7 @@ class McpServer:
             return BlobResourceContents(uri=uri, mime_type="application/octet-stream", blob=blob)
 
     def _asked(self, context: Context) -> Asked:
-        return Asked(self._doors, _state(context)["stopping"])
+        return Asked(self._deps, _state(context)["stopping"])
 
 
 async def _tell(asked: Asked, context: Context) -> None:
@@ -219,7 +215,7 @@ async def _tell(asked: Asked, context: Context) -> None:
 
 
 async def _log_text(asked: Asked, vm: str) -> str:
-    log = log_of(asked.doors, vm_row(asked.doors, vm))
+    log = log_of(asked.deps, vm_row(asked.deps, vm))
     lines: deque[str] = deque()
     size = 0
     async with log.cursor(tail=_LOG_LINES, follow=False) as cursor:

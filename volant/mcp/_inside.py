@@ -10,9 +10,8 @@ import msgspec
 
 from volant.model import Name
 from volant.model.agent_types import ExecRequest
+from volant.operations import action_of, vm_row
 
-from .._actions import action_of
-from .._params import vm_row
 from . import _guest
 from ._text import BUDGET, clip, joined, prefix, weight
 from ._tool import DEFAULT_S, Asked, Image, Path, Result, Seconds, file_link
@@ -62,8 +61,8 @@ async def execute(asked: Asked, wanted: Exec) -> Result:
         request["user"] = wanted.user
     if wanted.stdin:
         request["stdin"] = base64.b64encode(wanted.stdin.encode("utf-8", "surrogatepass")).decode("ascii")
-    vm = vm_row(asked.doors, wanted.vm).name
-    ran = await asked.until(partial(_guest.run_command, asked.doors, vm, request, wanted.timeout_s))
+    vm = vm_row(asked.deps, wanted.vm).name
+    ran = await asked.until(partial(_guest.run_command, asked.deps, vm, request, wanted.timeout_s))
     stderr, stderr_whole = ran.stderr.text(BUDGET // 2)
     stdout, stdout_whole = ran.stdout.text(BUDGET - weight(stderr))
     done = ExecDone(
@@ -105,9 +104,9 @@ class FileContent(msgspec.Struct, frozen=True):
 
 
 async def read_file(asked: Asked, wanted: ReadFile) -> Result:
-    vm = vm_row(asked.doors, wanted.vm).name
+    vm = vm_row(asked.deps, wanted.vm).name
     offset = wanted.offset or 0
-    read = await asked.until(partial(_guest.read_file, asked.doors, vm, wanted.path, offset=offset, limit=_PAGE_BYTES))
+    read = await asked.until(partial(_guest.read_file, asked.deps, vm, wanted.path, offset=offset, limit=_PAGE_BYTES))
     text = _text_of(read.data, read.ended)
     encoding: Literal["utf-8", "base64"] = "utf-8" if text is not None else "base64"
     if text is not None:
@@ -122,7 +121,7 @@ async def read_file(asked: Asked, wanted: ReadFile) -> Result:
         # The head, of which half is shown now, and the tail.
         tail_at = max(shown // 2, read.size - _PAGE_BYTES // 2)
         tail = await asked.until(
-            partial(_guest.read_file, asked.doors, vm, wanted.path, offset=tail_at, limit=_PAGE_BYTES // 2)
+            partial(_guest.read_file, asked.deps, vm, wanted.path, offset=tail_at, limit=_PAGE_BYTES // 2)
         )
         content, shown = joined(text, tail.data.decode("utf-8", "replace"), read.size, BUDGET)
     return Result(
@@ -169,12 +168,12 @@ class WrittenFile(msgspec.Struct, frozen=True):
 
 
 async def write_file(asked: Asked, wanted: WriteFile) -> Result:
-    vm = vm_row(asked.doors, wanted.vm).name
+    vm = vm_row(asked.deps, wanted.vm).name
     if wanted.encoding == "base64":
         data = _guest.from_base64(wanted.content, "content")
     else:
         data = wanted.content.encode("utf-8", "surrogatepass")
-    await asked.until(partial(_guest.write_file, asked.doors, vm, wanted.path, data))
+    await asked.until(partial(_guest.write_file, asked.deps, vm, wanted.path, data))
     return Result(WrittenFile(wanted.path, len(data)))
 
 
@@ -202,9 +201,9 @@ class ActionDone(msgspec.Struct, frozen=True):
 
 
 async def call_action(asked: Asked, wanted: Action) -> Result:
-    row = vm_row(asked.doors, wanted.vm)
+    row = vm_row(asked.deps, wanted.vm)
     action, port = action_of(row, row.plugin, wanted.action)
-    acted = await asked.until(partial(_guest.call_action, asked.doors, row.name, action, port, wanted.input))
+    acted = await asked.until(partial(_guest.call_action, asked.deps, row.name, action, port, wanted.input))
     whole = acted.body.size <= _guest.MAX_BLOB
     output: Any = None
     images: tuple[Image, ...] = ()

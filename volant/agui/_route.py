@@ -17,12 +17,21 @@ from dataclasses import dataclass, field
 import msgspec
 import trio
 
+from volant.http import (
+    GOING_AWAY,
+    NORMAL,
+    Call,
+    Limits,
+    Query,
+    StreamRoute,
+    interruptible,
+    new_request_id,
+    read_call_body,
+)
 from volant.journal import EventCursor, EventGap
 from volant.model import EventType, VmRow, check_plain, invalid, is_name, no_such_vm
+from volant.operations import ApiDeps
 
-from .._body import read_call_body
-from .._doors import Doors
-from .._edge import GOING_AWAY, NORMAL, Call, Limits, Query, StreamRoute, interruptible, new_request_id
 from ._events import AguiEvent, Boots, Overview, RunAgentInput
 
 DEFAULT_DURATION_S = 60.0
@@ -45,7 +54,7 @@ _encoder = msgspec.json.Encoder()
 Send = Callable[[Sequence[AguiEvent]], Awaitable[None]]
 
 
-def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
+def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
     """The routes of this resource."""
     left_open = _LeftOpen()
 
@@ -53,25 +62,25 @@ def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
         query = call.query(credentials=True)
         asked = _Asked.of(query)
         query.done()
-        row = _row(doors, asked.vm)
+        row = _row(deps, asked.vm)
 
         async def send(events: Sequence[AguiEvent]) -> None:
             if events:
                 await call.send_texts([_encoder.encode(event) for event in events])
 
-        async with doors.store.events.cursor(None) as cursor:
+        async with deps.store.events.cursor(None) as cursor:
             await call.accept()
 
             async def stream() -> None:
                 if row is None:
-                    ended = await _tell_all(call, doors, cursor, asked.overview(), send, resumed=asked.resume)
+                    ended = await _tell_all(call, deps, cursor, asked.overview(), send, resumed=asked.resume)
                 else:
                     boots = Boots(asked.thread_id, asked.run_id, _new_run_id)
                     if asked.resume:
                         boot, step = left_open.take(row.id, asked.thread_id, asked.run_id)
                         boots.resume(boot, step if asked.step is None else asked.step or None)
                     try:
-                        ended = await _tell_boots(call, doors, cursor, boots, row, send)
+                        ended = await _tell_boots(call, deps, cursor, boots, row, send)
                     finally:
                         left_open.keep(row.id, asked.thread_id, boots)
                 await call.close(NORMAL if ended else GOING_AWAY)
@@ -86,22 +95,22 @@ def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
         query.done()
         body = await read_call_body(call, RunAgentInput, limits)
         asked = _Asked(vm, _identifier(body.thread_id, "threadId"), _identifier(body.run_id, "runId"))
-        row = _row(doors, asked.vm)
+        row = _row(deps, asked.vm)
         deadline = float("inf") if row is not None and given is None else trio.current_time() + duration_s
 
         async def send(events: Sequence[AguiEvent]) -> None:
             if events:
                 await call.write(b"".join(b"data: %b\n\n" % _encoder.encode(event) for event in events))
 
-        async with doors.store.events.cursor(None) as cursor:
+        async with deps.store.events.cursor(None) as cursor:
             await call.start(200, _SSE)
 
             async def stream() -> None:
                 if row is None:
-                    await _tell_all(call, doors, cursor, asked.overview(), send, deadline=deadline)
+                    await _tell_all(call, deps, cursor, asked.overview(), send, deadline=deadline)
                 else:
                     boots = Boots(asked.thread_id, asked.run_id, _new_run_id, once=True)
-                    await _tell_boots(call, doors, cursor, boots, row, send, deadline=deadline)
+                    await _tell_boots(call, deps, cursor, boots, row, send, deadline=deadline)
                     await send(boots.end())
 
             if await call.while_connected(stream):
@@ -168,7 +177,7 @@ class _LeftOpen:
 
 async def _tell_all(
     call: Call,
-    doors: Doors,
+    deps: ApiDeps,
     cursor: EventCursor,
     overview: Overview,
     send: Send,
@@ -177,7 +186,7 @@ async def _tell_all(
     deadline: float = float("inf"),
 ) -> bool:
     """Until `deadline` (True) or the stop (False)."""
-    projection = doors.store.projection
+    projection = deps.store.projection
     rows = projection.rows
     # What the state has already is not told a second time.
     true_to = projection.last_event.seq
@@ -187,7 +196,7 @@ async def _tell_all(
         while (taken := await waits.until(cursor.take, deadline)) is not None:
             if not taken:
                 break
-            if isinstance(taken, EventGap) or doors.store.events.newest.seq - cursor.seq > MAX_LAG:
+            if isinstance(taken, EventGap) or deps.store.events.newest.seq - cursor.seq > MAX_LAG:
                 true_to = projection.last_event.seq
                 await send(overview.catch_up(rows()))
                 continue
@@ -202,7 +211,7 @@ async def _tell_all(
 
 async def _tell_boots(
     call: Call,
-    doors: Doors,
+    deps: ApiDeps,
     cursor: EventCursor,
     boots: Boots,
     row: VmRow,
@@ -211,7 +220,7 @@ async def _tell_boots(
     deadline: float = float("inf"),
 ) -> bool:
     """Until the VM is deleted (True), there is no more to tell, `deadline` or the stop (False)."""
-    projection = doors.store.projection
+    projection = deps.store.projection
     # Both tellers send through this: each message whole, and in the order in which they were made.
     turn = trio.Lock()
     true_to = projection.last_event.seq
@@ -233,7 +242,7 @@ async def _tell_boots(
             async with turn:
                 now = projection.by_id(row.id)
                 told: list[AguiEvent] = []
-                if isinstance(taken, EventGap) or doors.store.events.newest.seq - cursor.seq > MAX_LAG:
+                if isinstance(taken, EventGap) or deps.store.events.newest.seq - cursor.seq > MAX_LAG:
                     true_to = projection.last_event.seq
                     told += boots.catch_up(now)
                     ended = now is None
@@ -248,11 +257,11 @@ async def _tell_boots(
     return ended
 
 
-def _row(doors: Doors, vm: str | None) -> VmRow | None:
+def _row(deps: ApiDeps, vm: str | None) -> VmRow | None:
     """The row of the VM that is asked for. :raises Problem: 404."""
     if vm is None:
         return None
-    row = doors.store.projection.get(vm) if is_name(vm) else None
+    row = deps.store.projection.get(vm) if is_name(vm) else None
     if row is None:
         raise no_such_vm(vm[:80])
     return row

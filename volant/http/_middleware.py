@@ -52,7 +52,7 @@ class StreamRoute:
     """Whether clients open it that have nothing but its URL: then that may carry the key, as a WebSocket's may."""
 
 
-class Edge:
+class Middleware:
     """The ASGI app that is served."""
 
     def __init__(self, app: AsgiApp, routes: Sequence[StreamRoute], access: Access, limits: Limits) -> None:

@@ -11,8 +11,10 @@ from quart import request
 
 from volant.model import Problem, invalid
 
-from ._edge import Call, Limits, too_large
-from ._places import with_member
+from ._call import Call
+from ._json_paths import with_member
+from ._limits import Limits
+from ._problems import too_large
 
 T = TypeVar("T")
 U = TypeVar("U")

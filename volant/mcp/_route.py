@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
+from volant.http import Call, Limits, Message, StreamRoute, read_call_bytes
 from volant.model import Problem, invalid
+from volant.operations import ApiDeps
 
-from .._body import read_call_bytes
-from .._doors import Doors
-from .._edge import Call, Limits, Message, StreamRoute
 from ._commands import answer_command
 from ._tool import Asked
 
@@ -50,7 +49,7 @@ class _Looked(msgspec.Struct):
 _look = msgspec.json.Decoder(_Looked)
 
 
-def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
+def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
     """The routes of this resource."""
     server: McpServer | None = None
     loading = trio.Lock()
@@ -59,7 +58,7 @@ def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
         nonlocal server
         async with loading:
             if server is None:
-                server = await doors.host.run_blocking(_load, doors)
+                server = await deps.host.run_blocking(_load, deps)
         return server
 
     async def mcp(call: Call) -> None:
@@ -75,7 +74,7 @@ def routes(doors: Doors, limits: Limits) -> list[StreamRoute]:
             others = [field for field in call.scope["headers"] if field[0] != b"content-type"]
             call.scope["headers"] = [*others, _JSON[0]]
         body = await read_call_bytes(call, limits)
-        serve = partial(_command, doors, body) if _is_command(call, body) else partial(_protocol, loaded, body)
+        serve = partial(_command, deps, body) if _is_command(call, body) else partial(_protocol, loaded, body)
         if await call.while_connected(partial(serve, call)):
             await call.finish()
 
@@ -106,8 +105,8 @@ def _is_command(call: Call, body: bytes) -> bool:
     return True
 
 
-async def _command(doors: Doors, body: bytes, call: Call) -> None:
-    answer = _encoder.encode(await answer_command(Asked(doors, call.stopping), body))
+async def _command(deps: ApiDeps, body: bytes, call: Call) -> None:
+    answer = _encoder.encode(await answer_command(Asked(deps, call.stopping), body))
     await call.start(200, [*_JSON, (b"content-length", b"%d" % len(answer))])
     await call.write(answer)
 
@@ -146,10 +145,10 @@ def _accepts(header: str | None) -> tuple[bool, bool]:
     )
 
 
-def _load(doors: Doors) -> McpServer:
+def _load(deps: ApiDeps) -> McpServer:
     from ._server import McpServer
 
-    return McpServer(doors)
+    return McpServer(deps)
 
 
 class _Replay:

@@ -1,0 +1,87 @@
+"""Finds what a request names: VMs, their logs and their actions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from volant.journal import VmLog
+from volant.model import Action, Problem, VmRow, no_such_vm
+
+from ._deps import ApiDeps
+
+_SHOWN = 20
+
+
+def vm_row(deps: ApiDeps, name: str) -> VmRow:
+    """The row of the VM of this name. :raises Problem: 404."""
+    row = deps.store.projection.get(name)
+    if row is None:
+        raise no_such_vm(name[:80])
+    return row
+
+
+def chosen(
+    deps: ApiDeps,
+    *,
+    states: Collection[str] = (),
+    plugins: Collection[str] = (),
+    labels: Mapping[str, str] | None = None,
+) -> list[VmRow]:
+    """The VMs in one of these states, of one of these plugins, with all of these labels; by id."""
+    wanted = (labels or {}).items()
+    return [
+        row
+        for row in deps.store.projection.rows()
+        if (not states or row.status in states)
+        and (not plugins or row.plugin in plugins)
+        and (not wanted or wanted <= row.labels.items())
+    ]
+
+
+def no_such_plugin(name: str) -> Problem:
+    """404."""
+    return Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}")
+
+
+def log_of(deps: ApiDeps, row: VmRow) -> VmLog:
+    """The log of a VM. :raises Problem: 503 the disk can't be read."""
+    with unreadable(row.name):
+        return deps.logs.open(row.id, row.name)
+
+
+@contextmanager
+def unreadable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise Problem(503, "log-unreadable", f"the log of VM {name!r} can't be read: {error}", vm=name) from error
+
+
+def action_of(row: VmRow, plugin: str, wanted: str) -> tuple[Action, int]:
+    """An action of a VM, and the port at which the workload does it.
+
+    :raises Problem: 404 it is another plugin's VM, or the plugin has no such action.
+    """
+    if plugin != row.plugin:
+        raise Problem(
+            404, "not-its-plugin", f"VM {row.name!r} is of plugin {row.plugin!r}, not {plugin[:80]!r}", vm=row.name,
+            field="plugin", hint=f"its actions are below /api/v1/vms/{row.name}/actions/{row.plugin}/",
+        )  # fmt: skip
+    manifest = row.manifest
+    action = manifest.actions.get(wanted)
+    port = manifest.workload.port if manifest.workload is not None else None
+    if action is None or port is None:
+        raise Problem(
+            404, "action-not-found", f"plugin {plugin!r} of VM {row.name!r} has no action {wanted[:80]!r}",
+            vm=row.name, field="action", hint=_listed(manifest.actions),
+        )  # fmt: skip
+    return action, port
+
+
+def _listed(names: Iterable[str]) -> str:
+    there = sorted(names)
+    if not there:
+        return "it has none"
+    more = f", and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
+    return f"there are {', '.join(there[:_SHOWN])}{more}"

@@ -1,0 +1,66 @@
+"""JSON Schemas of structs, with the texts that stand under their members."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any, get_args, get_type_hints, is_typeddict
+
+import msgspec
+
+Schema = dict[str, Any]
+
+
+def standalone(kind: type[msgspec.Struct]) -> Schema:
+    """The schema of one struct, with what it refers to in its place: not everybody follows references."""
+    _, components = msgspec.json.schema_components([kind], ref_template="{name}")
+    for owner in owners(kind):
+        for base in reversed(owner.__mro__):
+            if owner is base or (issubclass(base, msgspec.Struct) and base is not msgspec.Struct):
+                describe(base, components[owner.__name__])
+    plain = msgspec.json.decode(msgspec.json.encode(components))
+
+    def resolved(schema: Any) -> Any:
+        if isinstance(schema, dict):
+            if isinstance(name := schema.get("$ref"), str):
+                return {**resolved(plain[name]), **{key: value for key, value in schema.items() if key != "$ref"}}
+            return {key: resolved(value) for key, value in schema.items()}
+        return [resolved(item) for item in schema] if isinstance(schema, list) else schema
+
+    whole: Schema = resolved(plain[kind.__name__])
+    return whole
+
+
+def owners(kind: Any) -> Iterator[type]:
+    """The structs and typed dictionaries that a type is made of."""
+    if isinstance(kind, type) and (issubclass(kind, msgspec.Struct) or is_typeddict(kind)):
+        yield kind
+        for hint in get_type_hints(kind).values():
+            yield from owners(hint)
+    for argument in get_args(kind):
+        yield from owners(argument)
+
+
+def describe(owner: type, schema: Schema) -> None:
+    """Put the text under each member, that of the class, and what its types can't say into its schema."""
+    try:
+        source = inspect.getsource(owner)
+    except OSError:
+        # A type that is made by a call, as its members' names are no names of Python's, describes none of them.
+        return
+    definition = ast.parse(textwrap.dedent(source)).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    wire = dict(
+        zip(*(getattr(owner, name, ()) for name in ("__struct_fields__", "__struct_encode_fields__")), strict=True)
+    )
+    for member, after in zip(definition.body, definition.body[1:], strict=False):
+        match member, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                described = schema["properties"].get(wire.get(name, name))
+                if described is not None:
+                    described["description"] = " ".join(text.split())
+    if "description" in schema:
+        schema["description"] = " ".join(schema["description"].split())
+    schema.update(getattr(owner, "SCHEMA", {}))
