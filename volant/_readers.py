@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from . import _walls
+from . import _sandbox
 
 _OPENAT2 = 437
 """The number of the system call, the same on all architectures."""
@@ -156,7 +156,7 @@ def _in_thread_of(reader: Reader, work: Callable[[], int]) -> int:
     """What `work` gives, done with the rights of `reader` over files. :raises OSError: as `work`, or EPERM."""
 
     def run() -> int:
-        _walls.act_for(reader.uid, reader.gid, reader.groups)
+        _sandbox.act_for(reader.uid, reader.gid, reader.groups)
         return work()
 
-    return _walls.in_own_thread(run, "reader")
+    return _sandbox.in_own_thread(run, "reader")

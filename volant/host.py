@@ -49,12 +49,12 @@ import inotify_simple
 import msgspec
 import trio
 
-from volant import _cgroups, _memory, _priority, _walls
+from volant import _cgroups, _memory, _priority, _sandbox
 from volant._cgroups import Bounds, Cgroups
 from volant._directories import make_own_directory
 from volant._own import check_removable
+from volant._sandbox import Grant, Sandbox
 from volant._scopes import ScopeError, Scopes
-from volant._walls import Grant, Walls
 from volant.model import ProcessIdentity
 
 __all__ = [
@@ -67,8 +67,8 @@ __all__ = [
     "ProcessGone",
     "ProcessMemory",
     "ProcessStatus",
-    "WallSupport",
-    "Walls",
+    "Sandbox",
+    "SandboxSupport",
 ]
 
 T = TypeVar("T")
@@ -118,8 +118,8 @@ class ProcessMemory(msgspec.Struct, frozen=True):
     shared_kb: int  #: mapped by others too
 
 
-class WallSupport(msgspec.Struct, frozen=True):
-    """What walls can be made of here, and why not of what is missing."""
+class SandboxSupport(msgspec.Struct, frozen=True):
+    """Holds which layers of the sandbox this host supports, and why not the others."""
 
     landlock: int  #: its version; 0: there is none
     no_connect: bool  #: whether a process can be kept from connecting
@@ -399,23 +399,23 @@ class Host:
         env: Mapping[str, str],
         cwd: Path,
         stdout_path: Path,
-        walls: Walls | None = None,
+        sandbox: Sandbox | None = None,
         descriptors: Sequence[int] = (),
     ) -> ProcessIdentity:
         """Start a process that outlives us: own session, stdin null, no core dump, and of our descriptors only
-        `descriptors`, under the same numbers. `walls`: what it may; None: what we may.
+        `descriptors`, under the same numbers. `sandbox`: what it may do; None: what we may do.
 
         `mark` must stand on the command line already, as a whole argument or between `,` and `=` of one; letters,
         digits and `._:@-`, 4 to 100 of them. Stdout and stderr are appended to `stdout_path` (made 0600), a path
         that the caller keeps within bounds with `keep_tail`. Not cancelled half-way.
 
-        Raises OSError when the program cannot be started, or one of the walls can't be put up, ValueError for a bad
+        Raises OSError when the program cannot be started, or the sandbox can't be set up, ValueError for a bad
         mark.
         """
         if not _MARK.fullmatch(mark) or mark not in _tokens("\0".join(argv).encode()):
             raise ValueError(f"the mark {mark!r} is malformed or not on the command line")
         self._collect_children()
-        pid = await trio.to_thread.run_sync(self._spawn, list(argv), dict(env), cwd, stdout_path, walls, descriptors)
+        pid = await trio.to_thread.run_sync(self._spawn, list(argv), dict(env), cwd, stdout_path, sandbox, descriptors)
         # Not reaped by anybody yet, so the pid is still its own.
         pidfd = os.pidfd_open(pid)
         start_time = _stat(pid)[0]
@@ -432,13 +432,13 @@ class Host:
         env: dict[str, str],
         cwd: Path,
         stdout_path: Path,
-        walls: Walls | None,
+        sandbox: Sandbox | None,
         descriptors: Sequence[int],
     ) -> int:
         output = os.open(stdout_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            if walls is not None:
-                popen = _walls.start(argv, env, cwd, output, walls, descriptors)
+            if sandbox is not None:
+                popen = _sandbox.start(argv, env, cwd, output, sandbox, descriptors)
             else:
                 popen = subprocess.Popen(
                     argv,
@@ -663,12 +663,12 @@ class Host:
 
         return await trio.to_thread.run_sync(look)
 
-    # Walls
+    # Sandbox
 
-    def wall_support(self, directories: Sequence[Path]) -> WallSupport | None:
-        """What walls can be made of, for processes that use files in these directories, which are there; None: there
-        is nothing to be kept from them. Raises OSError."""
-        return WallSupport(_walls.landlock_version(), _walls.has_filter(), _why_no_users(directories))
+    def sandbox_support(self, directories: Sequence[Path]) -> SandboxSupport | None:
+        """Returns which layers a sandbox can have, for processes that use files in these existing directories; None
+        where a host needs no sandbox. Raises OSError."""
+        return SandboxSupport(_sandbox.landlock_version(), _sandbox.has_filter(), _why_no_users(directories))
 
     def group_for(self, device: Path) -> int | None:
         """The group whose members may open a device; None: everybody may. Raises OSError; PermissionError when only its
@@ -683,15 +683,15 @@ class Host:
     async def grant(self, grants: Sequence[Grant], below: Sequence[Path]) -> None:
         """Let somebody use files, and nobody else but their owner. Directories above them that are one of `below`, or
         in one, let everybody through from then on, and show nobody what is in them. Raises OSError."""
-        await trio.to_thread.run_sync(_walls.grant, grants, below)
+        await trio.to_thread.run_sync(_sandbox.grant, grants, below)
 
     async def lend_directory(self, path: Path, user: int, grants: Sequence[Grant], below: Sequence[Path]) -> None:
         """Let a user make files in a directory of ours that we can use, too, and remove or replace none of ours; and
         `grant` besides. Raises OSError."""
 
         def lend() -> None:
-            _walls.lend_directory(path, user)
-            _walls.grant(grants, below)
+            _sandbox.lend_directory(path, user)
+            _sandbox.grant(grants, below)
 
         await trio.to_thread.run_sync(lend)
 
@@ -1292,18 +1292,18 @@ def _descriptor(path: Path, flags: int, mode: int = 0o600) -> Iterator[int]:
 
 
 def _why_no_users(directories: Sequence[Path]) -> str | None:
-    if not _walls.can_have_users():
+    if not _sandbox.can_have_users():
         return "it is not known how, on this kind of processor"
     if os.geteuid() != 0:
         return "volantd does not run as root"
-    has = _walls.capabilities()
-    lacking = [name for name, number in _walls.NEEDED_CAPABILITIES.items() if not has >> number & 1]
+    has = _sandbox.capabilities()
+    lacking = [name for name, number in _sandbox.NEEDED_CAPABILITIES.items() if not has >> number & 1]
     if lacking:
         return f"volantd lacks {', '.join(lacking)}"
     for directory in directories:
-        if (closed := _walls.way_to(directory)) is not None:
+        if (closed := _sandbox.way_to(directory)) is not None:
             return f"{closed} lets no other user through to {directory}: chmod o+x {closed}"
-        if not _walls.takes_access_lists(directory):
+        if not _sandbox.takes_access_lists(directory):
             return f"the file system of {directory} has no access lists (POSIX ACL)"
     return None
 

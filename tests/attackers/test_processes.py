@@ -16,7 +16,7 @@ import trio
 from tests.attackers.local_user import NOBODY, PYTHON, needs_root, running_code
 from volant.daemon._guests import stop_guests
 from volant.daemon._settings import Settings
-from volant.host import Host, ProcessGone, Walls
+from volant.host import Host, ProcessGone, Sandbox
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
 from volant.network._passt import Passt
@@ -68,7 +68,7 @@ async def launched(host: Host, mark: str, place: Path, code: str = WAITING, user
         env={},
         cwd=directory,
         stdout_path=output,
-        walls=None if user is None else Walls(user=user),
+        sandbox=None if user is None else Sandbox(user=user),
     )
     with trio.fail_after(20), host.watch(output) as watch:
         while b"ready" not in await host.read_bytes(output):

@@ -30,7 +30,7 @@ def daemon(path: Path, soft: int, hard: int) -> Iterator[str]:
             [
                 *(sys.executable, "-m", "volant.daemon.main", "--listen", "127.0.0.1:0", "--network", "none"),
                 *("--state-dir", settings.state_dir, "--runtime-dir", settings.runtime_dir, "--accelerator", "tcg"),
-                *("--cache-dir", settings.cache_dir, "--max-vms", "40", "--walls", "off"),
+                *("--cache-dir", settings.cache_dir, "--max-vms", "40", "--sandbox", "off"),
             ],
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             stdin=subprocess.DEVNULL,

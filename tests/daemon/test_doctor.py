@@ -21,9 +21,9 @@ from volant.daemon._doctor._image import judge_own, judge_unbuilt
 from volant.daemon._doctor._machine import judge_kvm, judge_machine, judge_qemu, judge_qemu_img
 from volant.daemon._doctor._network import judge_forwarding, judge_network, judge_passt, judge_rights
 from volant.daemon._doctor._places import CACHE, RUNTIME, STATE, Place, file_system_of, judge_memory, judge_place, look
+from volant.daemon._doctor._sandbox import judge_landlock, judge_sandbox
 from volant.daemon._doctor._service import judge_cgroups, judge_descriptors, judge_systemd
-from volant.daemon._doctor._walls import judge_landlock, judge_walls
-from volant.host import Host, WallSupport
+from volant.host import Host, SandboxSupport
 from volant.hypervisor import AcceleratorChoice
 from volant.images import ImageError
 from volant.model.doctor import Finding, Level
@@ -64,9 +64,9 @@ def place(**other: object) -> Place:
         (kvm(NO_GUEST, there="there"), "less", "ended with status 1"),
         (kvm(NO_GUEST, there="there", wanted="kvm"), "fails", "leave out VOLANT_ACCELERATOR"),
         (kvm(AcceleratorChoice("tcg", "no QEMU", None)), "less", "not tried"),
-        (judge_walls(WallSupport(7, True, None)), "ok", "a user of its own"),
-        (judge_walls(WallSupport(7, True, "volantd does not run as root")), "less", "not run as root"),
-        (judge_walls(None), "less", "VOLANT_WALLS"),
+        (judge_sandbox(SandboxSupport(7, True, None)), "ok", "a user of its own"),
+        (judge_sandbox(SandboxSupport(7, True, "volantd does not run as root")), "less", "not run as root"),
+        (judge_sandbox(None), "less", "VOLANT_SANDBOX"),
         (judge_landlock(7), "ok", "version 7"),
         (judge_landlock(3), "less", "6.12"),
         (judge_landlock(0), "less", "5.13"),

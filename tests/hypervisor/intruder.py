@@ -8,10 +8,10 @@ from pathlib import Path
 
 import trio
 
-from volant.host import Host, ProcessStatus, Walls
+from volant.host import Host, ProcessStatus, Sandbox
 
 PYTHON = next((path for path in map(Path, ("/usr/bin/python3.13", "/usr/bin/python3")) if path.exists()), None)
-"""One that lies where programs lie, as behind the walls there are no others."""
+"""The system's Python, as the sandbox allows no program outside the system's directories."""
 
 INTRUDER = r"""
 import ctypes, errno, json, os, signal, socket, sys
@@ -58,14 +58,14 @@ DENIED = frozenset({"EACCES", "EPERM"})
 
 
 async def tries(
-    host: Host, mark: str, directory: Path, walls: Walls | None, tasks: Sequence[Sequence[object]]
+    host: Host, mark: str, directory: Path, sandbox: Sandbox | None, tasks: Sequence[Sequence[object]]
 ) -> tuple[dict[tuple[object, ...], str], ProcessStatus]:
-    """What came of each, in the place of a QEMU behind those walls; and what the kernel says of its rights."""
+    """Returns the result of each task, tried in this sandbox in QEMU's place, and the process status that it had."""
     output = directory / "qemu.log"
     await host.remove_file(output)
     argv = [str(PYTHON), "-I", "-S", "-c", INTRUDER, f"guest={mark}", json.dumps(tasks)]
     env = {"PATH": "/usr/bin"}
-    identity = await host.spawn(argv, mark=mark, env=env, cwd=directory, stdout_path=output, walls=walls)
+    identity = await host.spawn(argv, mark=mark, env=env, cwd=directory, stdout_path=output, sandbox=sandbox)
     with trio.fail_after(30), host.open_process(identity) as process:
         with host.watch(output) as watch:
             while b"end\n" not in (said := await host.read_bytes(output)) and not process.exited:

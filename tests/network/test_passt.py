@@ -16,7 +16,7 @@ import trio
 
 from tests.model.test_decide import create
 from volant.host import Host
-from volant.hypervisor.qemu._enclosure import user_of
+from volant.hypervisor.qemu._sandbox import user_of
 from volant.model import Lease, PublishedPort, VmRow, user_lease
 from volant.network import NetworkFailed, Passt, passt_obstacle, passt_user
 from volant.network._passt import passt_argv

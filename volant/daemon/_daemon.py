@@ -75,6 +75,7 @@ from ._directories import (
 from ._dump import dump_on_signal
 from ._nameservers import nameservers_of_host
 from ._protection import Protection
+from ._sandbox import sandbox_plan
 from ._settings import (
     DEFAULT_ADDRESS,
     RELOADED,
@@ -89,7 +90,6 @@ from ._settings import (
 )
 from ._sockets import ListenError, address_of, listening, setting_of
 from ._systemd import Notifier
-from ._walls import wall_plan
 
 _USER_REFUSED = (
     "the daemon lets addresses in without a key (api_allow_cidr), and a guest with this network has an address of the "
@@ -248,14 +248,14 @@ class Daemon:
             networking=Networking(subnet=parse_subnet(settings.subnet), instance=instance),
         )
         self.logs = VmLogs(self.host, log_dir(settings))
-        self._walls = wall_plan(self.host, settings)
-        if self._walls is not None and self._walls.no_users is not None:
-            _logger.warning("hypervisors have no users of their own: %s", self._walls.no_users)
+        self._sandbox = sandbox_plan(self.host, settings)
+        if self._sandbox is not None and self._sandbox.no_users is not None:
+            _logger.warning("hypervisors have no users of their own: %s", self._sandbox.no_users)
         self.hypervisor: Hypervisor = QemuHypervisor(
             self.host,
             settings.cache_dir,
             accelerator=None if settings.accelerator == "auto" else settings.accelerator,
-            walls=self._walls,
+            sandbox=self._sandbox,
         )
         templates = TemplateStore(self.host, template_dir(settings), enabled=settings.templates == "auto")
         gate = BootGate(settings.max_boots or 2 * len(os.sched_getaffinity(0)), self.store.projection)
@@ -638,7 +638,7 @@ class Daemon:
             "accelerator": self._choice.accelerator if self._choice else None,
             "accelerator_reason": self._choice.reason if self._choice else "not known yet",
             "networks": {kind: obstacles.get(kind, "can be had") for kind in (BRIDGE, USER)},
-            "walls": None if self._walls is None else self._walls.view(),
+            "sandbox": None if self._sandbox is None else self._sandbox.view(),
             "state_dir": str(self.settings.state_dir),
             "runtime_dir": str(self.settings.runtime_dir),
             "cache_dir": str(self.settings.cache_dir),

@@ -116,8 +116,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The subnet on the bridge, from which VMs have their addresses."""
     nameservers: str = ""
     """Whom guests with a card ask for names, IPv4 addresses, comma-separated; by default whom the host asks."""
-    walls: Literal["auto", "off"] = "auto"
-    """`auto`: hypervisors are put behind every wall that this host has; `off`: behind none but QEMU's own sandbox."""
+    sandbox: Literal["auto", "off"] = "auto"
+    """Sandbox for hypervisors. `auto`: every layer that this host supports; `off`: only QEMU's own `-sandbox`."""
     vm_uids: str = "65536-98303"
     """Users and groups for hypervisors, which nobody else has: the first and the last."""
     cpu_priority: Literal["auto", "off"] = "auto"
@@ -137,7 +137,7 @@ GROUPS = {
     ),
     "directories": ("state_dir", "runtime_dir", "cache_dir"),
     "VMs": (
-        *("accelerator", "kernel", "initramfs", "max_vms", "max_boots", "return_memory", "walls", "vm_uids"),
+        *("accelerator", "kernel", "initramfs", "max_vms", "max_boots", "return_memory", "sandbox", "vm_uids"),
         *("agent_timeout_s", "image_timeout_s", "media_timeout_s", "media_max_mb"),
         *("artifact_dirs", "artifact_allow_cidr"),
     ),

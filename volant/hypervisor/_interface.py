@@ -199,7 +199,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.directory / "agent.sock"
 
     @property
-    def walls_path(self) -> Path:
+    def sandbox_path(self) -> Path:
         """What stands between its process and the host, as JSON, where the kernel does not say it."""
         return self.directory / "walls.json"
 

@@ -23,7 +23,7 @@ import trio
 
 from actors import check_fence, fault
 from actors.testing import allow_real
-from volant.host import Bounds, Host, HostFigures, ProcessGone, ProcessMemory, ProcessStatus, Walls, WallSupport
+from volant.host import Bounds, Host, HostFigures, ProcessGone, ProcessMemory, ProcessStatus, Sandbox, SandboxSupport
 from volant.model import ProcessIdentity
 
 from ._files import Directory, Fifo, File, SocketName, Watch
@@ -117,7 +117,7 @@ class SimHost(Host):
         env: Mapping[str, str],
         cwd: Path,
         stdout_path: Path,
-        walls: Walls | None = None,
+        sandbox: Sandbox | None = None,
         descriptors: Sequence[int] = (),
     ) -> ProcessIdentity:
         def start() -> ProcessIdentity:
@@ -217,7 +217,7 @@ class SimHost(Host):
                 raise ProcessGone(f"process {identity.pid} has ended")
         return ProcessStatus(user=os.geteuid(), capabilities=0, no_new_privileges=False, filters=0)
 
-    def wall_support(self, directories: Sequence[Path]) -> WallSupport | None:
+    def sandbox_support(self, directories: Sequence[Path]) -> SandboxSupport | None:
         return None
 
     def working_directory(self, identity: ProcessIdentity) -> Path:

@@ -109,7 +109,7 @@ _MAX_STATUS = 64 * 1024
 _CONSOLE_LINES = 60
 """With the trace that follows it, what a kernel says when it panics is some forty lines long."""
 _CONSOLE_CHARACTERS = 500
-_MAX_WALLS = 65536
+_MAX_SANDBOX = 65536
 _MAX_WEIGHT = 10_000
 _TASKS = 256
 """Threads that a QEMU may have beside those of its vCPUs; it has some ten, and 64 more where a disk is slow."""
@@ -177,7 +177,7 @@ class LiveProcess:
         self._output_error: str | None = None
         self._memory_events: Path | None = None
         self._short_of_memory = False
-        self._walls: dict[str, object] = {}
+        self._sandbox: dict[str, object] = {}
         """What was kept of them when the process was started."""
         self._manifest = manifest
         self._workload = workload
@@ -225,23 +225,23 @@ class LiveProcess:
             "incompatible": self.incompatible,
             "output_error": self._output_error,
             "console": self.console.inspect(),
-            "walls": self._inspect_walls(),
+            "sandbox": self._inspect_sandbox(),
         }
 
-    def _inspect_walls(self) -> dict[str, object] | None:
+    def _inspect_sandbox(self) -> dict[str, object] | None:
         """What stands between the process and the host; None: it has ended."""
         try:
             status = self._host.process_status(self.identity)
         except ProcessGone:
             return None
-        return {**self._walls, **msgspec.to_builtins(status), "limits": self._host.limits_of(self.identity)}
+        return {**self._sandbox, **msgspec.to_builtins(status), "limits": self._host.limits_of(self.identity)}
 
     async def run(self, beside: Callable[[], Awaitable[None]] | None = None) -> None:
         """Keep the tasks until cancelled, and `beside` with them."""
-        if self._host.exists(self._spec.walls_path):
+        if self._host.exists(self._spec.sandbox_path):
             with suppress(OSError, msgspec.DecodeError):
-                said = await self._host.read_bytes(self._spec.walls_path, _MAX_WALLS)
-                self._walls = msgspec.json.decode(said, type=dict[str, object])
+                said = await self._host.read_bytes(self._spec.sandbox_path, _MAX_SANDBOX)
+                self._sandbox = msgspec.json.decode(said, type=dict[str, object])
         pump = ConsolePump(self._host, self._spec.console_path, self._log, self._boot_key, tell=self.console.feed)
         with ExitStack() as stack:
             try:

@@ -17,7 +17,7 @@ from ._cdp import Connection, Deadline, Ended, Late, Refused
 
 PROGRAM = "/usr/lib/chromium/chromium-headless-shell"
 _FLAGS = (
-    # The sandbox needs user namespaces, which the kernel refuses below a changed root. The VM is the wall.
+    # The sandbox needs user namespaces, which the kernel refuses below a changed root. The VM isolates it.
     "--no-sandbox",
     "--no-zygote",
     "--disable-gpu",

@@ -24,8 +24,8 @@ from ._image import image
 from ._machine import hypervisor, machine, qemu_img
 from ._network import forwarding, network
 from ._places import memory, places
+from ._sandbox import sandbox
 from ._service import cgroups, descriptors, systemd
-from ._walls import walls
 
 Check = Callable[[Given], Awaitable[Sequence[Finding]]]
 
@@ -50,7 +50,7 @@ CHECKS: tuple[tuple[str, float, Check], ...] = (
     ("descriptors", 10.0, in_thread(descriptors)),
     ("systemd", 15.0, systemd),
     ("cgroups", 10.0, in_thread(cgroups)),
-    ("walls", 10.0, in_thread(walls)),
+    ("sandbox", 10.0, in_thread(sandbox)),
     ("network", 15.0, network),
     ("forwarding", 10.0, in_thread(forwarding)),
 )

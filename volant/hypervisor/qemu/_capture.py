@@ -38,9 +38,9 @@ from volant.hypervisor._interface import (
 from volant.model import ProcessIdentity
 
 from ._argv import FORMAT
-from ._enclosure import place_to_save
 from ._migration import CAPABILITY
 from ._qmp import QmpClient, QmpLost, QmpRefused
+from ._sandbox import place_to_save
 
 GO_ON_S = 10.0
 _SAVE_S = 30.0

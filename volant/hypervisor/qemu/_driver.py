@@ -28,7 +28,6 @@ from volant.hypervisor._interface import (
 from volant.model import ProcessIdentity
 
 from ._argv import ENVIRONMENT, FORMAT, PROGRAM, build_argv, machine_option, machine_type
-from ._enclosure import Enclosure, WallPlan, user_of
 from ._found import parse_argv
 from ._kind import HEAD_BYTES, machine_of, misfit, parse_machines
 from ._machine import attach, last_words
@@ -36,6 +35,7 @@ from ._migration import Migration
 from ._netdev import plug_in
 from ._probe import probe, qemu_version
 from ._qmp import QmpClient, QmpLost, QmpRefused
+from ._sandbox import QemuSandbox, SandboxPlan, user_of
 
 LAUNCH_S = 15.0
 GO_ON_S = 5.0
@@ -66,8 +66,8 @@ _CAUSES: tuple[tuple[LaunchCode, tuple[str, ...]], ...] = (
 class QemuHypervisor:
     """See `volant.hypervisor.Hypervisor`.
 
-    `accelerator` forces KVM or TCG; None takes KVM where a probe has shown that it runs guests. `walls`: what its
-    processes are put behind; None: nothing but QEMU's own sandbox.
+    `accelerator` forces KVM or TCG; None takes KVM where a probe has shown that it runs guests. `sandbox`: the
+    layers for its processes; None: only QEMU's own `-sandbox`.
     """
 
     name = "qemu"
@@ -79,10 +79,10 @@ class QemuHypervisor:
         *,
         accelerator: AcceleratorName | None = None,
         program: str = PROGRAM,
-        walls: WallPlan | None = None,
+        sandbox: SandboxPlan | None = None,
     ) -> None:
         self._host = host
-        self._enclosure = None if walls is None else Enclosure(host, walls)
+        self._sandbox = None if sandbox is None else QemuSandbox(host, sandbox)
         self._cache_dir = cache_dir
         self._forced = accelerator
         self._program = program
@@ -119,7 +119,7 @@ class QemuHypervisor:
         return f"qemu {self._version[2]}, {accelerator}, {machine_option(accelerator, self._version[:2])}, {FORMAT}"
 
     def user_of(self, mark: str, vm_id: int) -> int | None:
-        users = None if self._enclosure is None else self._enclosure.plan.users
+        users = None if self._sandbox is None else self._sandbox.plan.users
         return None if users is None else user_of(users, mark, vm_id)
 
     async def misfit(self, kind: MachineKind) -> str | None:
@@ -200,9 +200,9 @@ class QemuHypervisor:
             except OSError as error:
                 raise LaunchFailed("template_refused", f"{spec.template.state} can't be read: {error}") from error
         try:
-            walls = None if self._enclosure is None else await self._enclosure.enclose(spec)
+            sandbox = None if self._sandbox is None else await self._sandbox.prepare(spec)
         except OSError as error:
-            raise LaunchFailed("exited", f"the walls around QEMU can't be put up: {error}") from error
+            raise LaunchFailed("exited", f"QEMU's sandbox can't be set up: {error}") from error
         with ExitStack() as stack:
             taps = []
             if spec.nic is not None and spec.nic.tap is not None:
@@ -218,7 +218,7 @@ class QemuHypervisor:
                     env=ENVIRONMENT,
                     cwd=spec.directory,
                     stdout_path=spec.log_path,
-                    walls=walls,
+                    sandbox=sandbox,
                     descriptors=taps,
                 )
             except OSError as error:

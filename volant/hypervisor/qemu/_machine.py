@@ -37,10 +37,10 @@ from volant.hypervisor._interface import (
 from volant.model import EndKind, ProcessIdentity
 
 from ._capture import Capture
-from ._enclosure import place_to_save
 from ._migration import Migration, finish_take_over
 from ._netdev import connects_itself, plug_in
 from ._qmp import QmpClient, QmpLost
+from ._sandbox import place_to_save
 
 ATTACH_S = 10.0
 PULSE_S = 600.0

@@ -1,4 +1,4 @@
-"""As a service the daemon puts up every wall, bounds each VM, and can do all that it can without systemd."""
+"""As a service the daemon sandboxes hypervisors completely, limits each VM, and lacks no feature."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from volant.model import ForkVm
 from volant.vm._memory import CEILING_MB
 
 
-async def test_hypervisors_are_walled_in_and_bounded_and_can_be_copied(box: Box) -> None:
+async def test_hypervisors_are_sandboxed_and_limited_and_can_be_copied(box: Box) -> None:
     box.volar("setup")
     async with box.client() as client:
-        info = (await client.system.info())["walls"]
+        info = (await client.system.info())["sandbox"]
         assert (info["users"], info["no_users"]) == ("65536-98303", None)
         one = await boot(client, "one")
         # A copy of a copy is read out of its process, which is another user's.

@@ -1,4 +1,4 @@
-"""What walls around hypervisors can be made of; see `docs/explanation/walls.md`."""
+"""Whether hypervisors can be sandboxed here; see `docs/explanation/sandbox.md`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from volant.host import WallSupport
+from volant.host import SandboxSupport
 from volant.model.doctor import Finding
 
 from .._directories import memory_dir
@@ -15,17 +15,17 @@ from ._given import Given
 
 _ALL_OF_LANDLOCK = 6
 _KVM = Path("/dev/kvm")
-_MEANS = "somebody who breaks out of a guest is held by fewer walls"
+_MEANS = "an attacker who breaks out of a guest meets a weaker sandbox"
 
 
-def walls(given: Given) -> Sequence[Finding]:
+def sandbox(given: Given) -> Sequence[Finding]:
     """Users of their own, and Landlock."""
     settings = given.settings
-    if settings.walls == "off":
-        return [judge_walls(None)]
+    if settings.sandbox == "off":
+        return [judge_sandbox(None)]
     wanted = (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings))
     # Those that are not there yet will be made where they are to be.
-    support = given.host.wall_support(list(dict.fromkeys(_there(path) for path in wanted)))
+    support = given.host.sandbox_support(list(dict.fromkeys(_there(path) for path in wanted)))
     if support is None:
         return []
     if support.no_users is None and settings.accelerator != "tcg" and given.host.exists(_KVM):
@@ -33,26 +33,26 @@ def walls(given: Given) -> Sequence[Finding]:
             given.host.group_for(_KVM)
         except PermissionError as error:
             support = msgspec.structs.replace(support, no_users=f"{_KVM}: {error.strerror}")
-    return [judge_walls(support), judge_landlock(support.landlock)]
+    return [judge_sandbox(support), judge_landlock(support.landlock)]
 
 
 def _there(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def judge_walls(support: WallSupport | None) -> Finding:
-    """`support`: None where the settings want no walls."""
+def judge_sandbox(support: SandboxSupport | None) -> Finding:
+    """Judges which layers the sandbox has. `support`: None where the settings turn the sandbox off."""
     if support is None:
         return Finding(
-            check="walls", level="less", found="the settings say off", means=_MEANS, advice="leave out VOLANT_WALLS"
+            check="sandbox", level="less", found="the settings say off", means=_MEANS, advice="leave out VOLANT_SANDBOX"
         )
     if support.no_users is not None:
         return Finding(
-            check="walls", level="less", found=f"hypervisors have no users of their own: {support.no_users}",
+            check="sandbox", level="less", found=f"hypervisors have no users of their own: {support.no_users}",
             means=_MEANS, advice="run volantd as root, as the service of `sudo volar setup` does, and let a group open "
             "/dev/kvm, as udev's rules do (`sudo chgrp kvm /dev/kvm && sudo chmod 660 /dev/kvm`)",
         )  # fmt: skip
-    return Finding(check="walls", level="ok", found="each hypervisor has a user of its own, and no capability")
+    return Finding(check="sandbox", level="ok", found="each hypervisor has a user of its own, and no capability")
 
 
 def judge_landlock(version: int) -> Finding:

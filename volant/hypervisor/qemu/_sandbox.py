@@ -1,8 +1,6 @@
-"""Which walls a process of QEMU is put behind, and what is handed to it through them. `docs/explanation/walls.md` says
-why.
+"""Prepares the sandbox of a QEMU process: its user, and access to its files. See `docs/explanation/sandbox.md`.
 
-Whatever a process needs is granted to it anew at each launch, by what its spec says, and to nobody else: so there is
-nothing to remember, and nothing to take back.
+Each launch grants what its spec needs, to its user alone. So there is nothing to remember and nothing to revoke.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from volant.host import Grant, Host, Walls
+from volant.host import Grant, Host, Sandbox
 from volant.hypervisor._interface import MachineSpec
 from volant.model import ProcessIdentity
 
@@ -22,8 +20,8 @@ _KVM, _VSOCK = Path("/dev/kvm"), Path("/dev/vhost-vsock")
 _SAVED = "saved.state"
 
 
-class WallPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What walls there can be on this host."""
+class SandboxPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds which layers the sandbox has on this host."""
 
     places: tuple[Path, ...]
     """The daemon's directories."""
@@ -49,17 +47,19 @@ class WallPlan(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
-class Enclosure:
-    """Puts up the walls of one daemon's hypervisors."""
+class QemuSandbox:
+    """Prepares the sandboxes of one daemon's hypervisors."""
 
-    def __init__(self, host: Host, plan: WallPlan) -> None:
+    def __init__(self, host: Host, plan: SandboxPlan) -> None:
         self._host = host
         self.plan = plan
         self._turn = 0
 
-    async def enclose(self, spec: MachineSpec) -> Walls:
-        """What the process of a machine may, whose directory and files are there; they are granted to it. Raises
-        OSError."""
+    async def prepare(self, spec: MachineSpec) -> Sandbox:
+        """Grants a machine's process its files and returns its sandbox. The directory and the files must exist.
+
+        :raises OSError: when a file can't be granted.
+        """
         host, plan, template = self._host, self.plan, spec.template
         user, no_user, groups = await self._user(spec), plan.no_users, set()
         for device in _devices(spec):
@@ -93,7 +93,7 @@ class Enclosure:
                 elif any(path.is_relative_to(place) for place in plan.places):
                     grants.append(Grant(path, "others", 0, _READ))
             await host.lend_directory(spec.directory, user, grants, plan.places)
-        walls = Walls(
+        sandbox = Sandbox(
             user=user,
             groups=tuple(sorted(each for each in groups if each is not None)),
             landlock=plan.landlock > 0,
@@ -101,15 +101,15 @@ class Enclosure:
             write=(*writes, *_devices(spec)),
             no_connect=plan.no_connect,
         )
-        record = {"user": user, "landlock": plan.landlock, "no_connect": walls.no_connect, "no_user": no_user}
+        record = {"user": user, "landlock": plan.landlock, "no_connect": sandbox.no_connect, "no_user": no_user}
         # Not what somebody who was in there has put in its place. It is of no use after a loss of power.
-        host.unlink(spec.walls_path)
-        fd = host.open_file(spec.walls_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        host.unlink(spec.sandbox_path)
+        fd = host.open_file(spec.sandbox_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             host.write(fd, msgspec.json.encode(record))
         finally:
             host.close_file(fd)
-        return walls
+        return sandbox
 
     async def _user(self, spec: MachineSpec) -> int | None:
         users = self.plan.users

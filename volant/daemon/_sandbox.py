@@ -1,21 +1,22 @@
-"""Which walls this daemon puts up around hypervisors; see `docs/explanation/walls.md`."""
+"""Chooses the sandbox for this daemon's hypervisors; see `docs/explanation/sandbox.md`."""
 
 from __future__ import annotations
 
 from volant.host import Host
-from volant.hypervisor.qemu import WallPlan
+from volant.hypervisor.qemu import SandboxPlan
 
 from ._directories import memory_dir
 from ._settings import Settings, parse_uids
 
 
-def wall_plan(host: Host, settings: Settings) -> WallPlan | None:
-    """What there can be on this host, whose directories are there; None: none, as the settings say. Raises OSError."""
+def sandbox_plan(host: Host, settings: Settings) -> SandboxPlan | None:
+    """Returns which layers this host supports, or None when the settings turn the sandbox off. The daemon's directories
+    must exist. Raises OSError."""
     places = (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings))
-    support = host.wall_support(places) if settings.walls == "auto" else None
+    support = host.sandbox_support(places) if settings.sandbox == "auto" else None
     if support is None:
         return None
-    return WallPlan(
+    return SandboxPlan(
         places=places,
         landlock=support.landlock,
         no_connect=support.no_connect,

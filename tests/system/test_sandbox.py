@@ -1,4 +1,4 @@
-"""Around each hypervisor of a real daemon stand the walls that it says there are."""
+"""Each hypervisor of a real daemon runs in the sandbox that the daemon reports."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.system.kit import Daemon, boot, run
 from volant.daemon._settings import parse_uids
 from volant.host import Host
 from volant.hypervisor import MachineSpec
-from volant.hypervisor.qemu import WallPlan, user_of
-from volant.hypervisor.qemu._enclosure import Enclosure
+from volant.hypervisor.qemu import SandboxPlan, user_of
+from volant.hypervisor.qemu._sandbox import QemuSandbox
 from volant.model import VmView
 
 # A clone has no memory of its own to be read, and a group besides, by which it reads its template's.
@@ -26,10 +26,10 @@ pytestmark = pytest.mark.cold
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="users of their own are given by root")
 
 
-async def walls_of(daemon: Daemon, name: str) -> dict[str, Any]:
+async def sandbox_of(daemon: Daemon, name: str) -> dict[str, Any]:
     async with daemon.http() as http:
         inspected = (await http.get(f"/api/v1/vms/{name}/inspect")).raise_for_status().json()
-        found: dict[str, Any] = inspected["actor"]["actor"]["process"]["walls"]
+        found: dict[str, Any] = inspected["actor"]["actor"]["process"]["sandbox"]
         return found
 
 
@@ -53,13 +53,13 @@ def opened_by(pid: int) -> set[str]:
 @as_root
 async def test_two_hypervisors_have_a_user_each_no_capability_and_no_file_of_the_other(daemon: Daemon) -> None:
     async with daemon.client() as client, daemon.http() as http:
-        info = (await http.get("/api/v1/system/info")).json()["walls"]
+        info = (await http.get("/api/v1/system/info")).json()["sandbox"]
         vms = [await boot(client, name) for name in ("one", "two")]
         users = parse_uids("65536-98303")
         assert info["users"] == "65536-98303"
         for vm in vms:
             assert vm.pid is not None
-            status, walls = status_of(vm.pid), await walls_of(daemon, vm.name)
+            status, sandbox = status_of(vm.pid), await sandbox_of(daemon, vm.name)
             user = user_of(users, f"{daemon.mark_prefix}{vm.id}.1", vm.id)
             assert status["Uid"] == status["Gid"] == [str(user)] * 4
             assert status["Groups"] == []
@@ -68,7 +68,7 @@ async def test_two_hypervisors_have_a_user_each_no_capability_and_no_file_of_the
             # QEMU's own, and the one of ours where there is one.
             assert int(status["Seccomp_filters"][0]) == 1 + info["no_connect"]
             assert core_limit(vm.pid) == ["0", "0"]
-            assert (walls["user"], walls["capabilities"], walls["landlock"]) == (user, 0, info["landlock"])
+            assert (sandbox["user"], sandbox["capabilities"], sandbox["landlock"]) == (user, 0, info["landlock"])
             other = "two" if vm.name == "one" else "one"
             its = {str(each.id): each.name for each in vms}
             for path in opened_by(vm.pid):
@@ -82,7 +82,7 @@ async def test_two_hypervisors_have_a_user_each_no_capability_and_no_file_of_the
 
 
 def spec_of(daemon: Daemon, vm: VmView, **other: Any) -> MachineSpec:
-    """Of a machine as that VM has, as far as walls are concerned."""
+    """Returns the spec of a machine like that VM's, as far as the sandbox depends on it."""
     found = MachineSpec(
         vm_id=vm.id,
         name=vm.name,
@@ -107,10 +107,10 @@ async def test_an_intruder_in_the_place_of_a_hypervisor_reaches_neither_the_daem
         pytest.skip("there is no Python where programs lie")
     host = Host()
     async with daemon.client() as client, daemon.http() as http:
-        info = (await http.get("/api/v1/system/info")).json()["walls"]
+        info = (await http.get("/api/v1/system/info")).json()["sandbox"]
         victim = await boot(client, "victim")
         spec = spec_of(daemon, victim)
-        plan = WallPlan(
+        plan = SandboxPlan(
             places=(daemon.state_dir, daemon.runtime_dir, daemon.memory_dir),
             landlock=info["landlock"],
             no_connect=info["no_connect"],
@@ -124,7 +124,7 @@ async def test_an_intruder_in_the_place_of_a_hypervisor_reaches_neither_the_daem
         )
         for path in (memory, mine.console_path, mine.console_input_path):
             path.touch(mode=0o600)
-        walls = await Enclosure(host, plan).enclose(mine)
+        sandbox = await QemuSandbox(host, plan).prepare(mine)
         its, pid, port = spec.directory, victim.pid, int(daemon.base_url.rpartition(":")[2])
         assert pid is not None
         tasks: list[tuple[object, ...]] = [
@@ -138,7 +138,7 @@ async def test_an_intruder_in_the_place_of_a_hypervisor_reaches_neither_the_daem
             ("list", f"/proc/{pid}/root"), ("setuid",), ("chroot",), ("mount",), ("uring",),
         ]  # fmt: skip
         assert len([task for task in tasks if task[0] == "unix"]) >= 3
-        found, status = await tries(host, mine.mark, own, walls, [("append", "console.log"), *tasks])
+        found, status = await tries(host, mine.mark, own, sandbox, [("append", "console.log"), *tasks])
         assert found.pop(("append", "console.log")) == "DONE"
         assert {task: result for task, result in found.items() if result not in DENIED} == {}
         assert status.user not in (0, status_of(pid)["Uid"][0])
@@ -149,14 +149,14 @@ async def test_an_intruder_in_the_place_of_a_hypervisor_reaches_neither_the_daem
         assert record["landlock"] == info["landlock"]
 
 
-async def test_without_walls_a_vm_runs_as_before(image_cache: Path) -> None:
+async def test_a_vm_runs_without_a_sandbox(image_cache: Path) -> None:
     """What an operator can fall back to."""
-    daemon = Daemon(image_cache, "--walls", "off")
+    daemon = Daemon(image_cache, "--sandbox", "off")
     try:
         daemon.start()
         async with daemon.client() as client, daemon.http() as http:
             vm = await boot(client, "bare")
-            assert (await http.get("/api/v1/system/info")).json()["walls"] is None
+            assert (await http.get("/api/v1/system/info")).json()["sandbox"] is None
             assert vm.pid is not None
             assert status_of(vm.pid)["Uid"][0] == str(os.geteuid())
             with trio.fail_after(60):

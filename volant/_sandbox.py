@@ -1,12 +1,12 @@
-"""What a process can't do any more once it is started: the walls of `docs/explanation/walls.md`.
+"""Starts a process in a sandbox; see `docs/explanation/sandbox.md`.
 
-In Linux credentials, capabilities, Landlock's rules and filters of system calls belong to a thread, and what is forked
-from it inherits them. So a thread of its own puts itself behind the walls, starts the process, and ends; the others
-never notice. The C library makes `setuid` and the like a matter of all threads, so these are called past it. Rejected:
-code of ours between `fork` and `exec` (Python may not run there in a program with threads), and a program in between
-(see the document).
+On Linux credentials, capabilities, Landlock rules and seccomp filters belong to a thread, and a forked process inherits
+them. So a thread of its own enters the sandbox, starts the process and ends; the other threads keep their rights. The C
+library applies `setuid` and the like to all threads, so this module makes the system calls itself. Rejected: code of
+ours between `fork` and `exec` (Python may not run there in a program with threads), and a launcher program (see the
+document).
 
-Access lists are written as the kernel has them, as there is no call for them but in a library for C.
+POSIX ACLs are written in the kernel's format, as Python has no call for them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _machine = _MACHINES.get(platform.machine())
 _X32 = 0x40000000
 
 
-class Walls(msgspec.Struct, frozen=True, kw_only=True):
+class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     """What a process may, beside what every program must: run what is installed, and use its working directory, in
     which it can make sockets and use what there is."""
 
@@ -142,12 +142,14 @@ def start(
     env: Mapping[str, str],
     cwd: Path,
     output: int,
-    walls: Walls,
+    sandbox: Sandbox,
     descriptors: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start a process behind walls, in a session of its own, without input or core dumps, and with `descriptors`.
-    Raises OSError: no process is left then, and nobody was started without one of them."""
-    if walls.user is not None and _machine is None:
+    """Start a process in a sandbox, in a session of its own, without input or core dumps, and with `descriptors`.
+
+    :raises OSError: when the sandbox can't be set up completely, or the program can't be started; no process is left.
+    """
+    if sandbox.user is not None and _machine is None:
         raise OSError(errno.ENOSYS, f"no users can be given on {platform.machine()}")
     with ExitStack() as open_files:
 
@@ -158,10 +160,10 @@ def start(
 
         place = opened(cwd, os.O_PATH | os.O_DIRECTORY)
         null = opened("/dev/null", os.O_RDONLY)
-        rules = opened_ruleset(walls, place, open_files) if walls.landlock else None
+        rules = opened_ruleset(sandbox, place, open_files) if sandbox.landlock else None
 
-        def behind() -> subprocess.Popen[bytes]:
-            _put_up(walls, place, rules)
+        def start_sandboxed() -> subprocess.Popen[bytes]:
+            _enter(sandbox, place, rules)
             popen = subprocess.Popen(
                 argv, stdin=null, stdout=output, stderr=output, env=dict(env), close_fds=True,
                 pass_fds=descriptors, start_new_session=True,
@@ -171,7 +173,7 @@ def start(
                 resource.prlimit(popen.pid, resource.RLIMIT_CORE, (0, 0))
             return popen
 
-        return in_own_thread(behind, "walls")
+        return in_own_thread(start_sandboxed, "sandbox")
 
 
 def in_own_thread(work: Callable[[], T], name: str) -> T:
@@ -210,25 +212,26 @@ def act_for(user: int, group: int, groups: Sequence[int]) -> None:
         raise OSError(errno.EPERM, f"user {user} can't be acted for")
 
 
-def _put_up(walls: Walls, place: int, rules: int | None) -> None:
-    """Give up, in this thread, what is not in `walls`. The order matters: each step takes what later ones take away."""
+def _enter(sandbox: Sandbox, place: int, rules: int | None) -> None:
+    """Drops, in this thread, all rights that are not in `sandbox`. The order matters: steps need rights that later ones
+    drop."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     # Working directory and umask are then this thread's alone.
     _check(_libc.unshare(_CLONE_FS), "unshare")
     os.fchdir(place)
-    os.umask(0o007 if walls.user is not None else 0o077)
+    os.umask(0o007 if sandbox.user is not None else 0o077)
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     _drop_capabilities()
     if rules is not None:
         _syscall(_RESTRICT_SELF, rules, 0)
-    if walls.user is not None:
+    if sandbox.user is not None:
         assert _machine is not None
-        groups = (ctypes.c_uint32 * len(walls.groups))(*walls.groups)
-        _syscall(_machine.setgroups, len(walls.groups), ctypes.byref(groups))
-        _syscall(_machine.setresgid, *[walls.user] * 3)
-        _syscall(_machine.setresuid, *[walls.user] * 3)
+        groups = (ctypes.c_uint32 * len(sandbox.groups))(*sandbox.groups)
+        _syscall(_machine.setgroups, len(sandbox.groups), ctypes.byref(groups))
+        _syscall(_machine.setresgid, *[sandbox.user] * 3)
+        _syscall(_machine.setresuid, *[sandbox.user] * 3)
     if _machine is not None:
-        _forbid(_machine, (*_machine.rights, _IO_URING_SETUP, *([_machine.connect] if walls.no_connect else [])))
+        _forbid(_machine, (*_machine.rights, _IO_URING_SETUP, *([_machine.connect] if sandbox.no_connect else [])))
 
 
 def _drop_capabilities() -> None:
@@ -241,7 +244,7 @@ def _drop_capabilities() -> None:
             _prctl(_PR_CAPBSET_DROP, capability)
 
 
-def opened_ruleset(walls: Walls, place: int, open_files: ExitStack) -> int:
+def opened_ruleset(sandbox: Sandbox, place: int, open_files: ExitStack) -> int:
     """Landlock's rules for them, as a descriptor. Raises OSError."""
     version = landlock_version()
     if not version:
@@ -277,9 +280,9 @@ def opened_ruleset(walls: Walls, place: int, open_files: ExitStack) -> int:
         allow_path(system, use | _FS_EXECUTE, must_be=False)
     for device in _DEVICES:
         allow_path(device, change, must_be=False)
-    for path in walls.read:
+    for path in sandbox.read:
         allow_path(path, use, must_be=True)
-    for path in walls.write:
+    for path in sandbox.write:
         allow_path(path, change, must_be=True)
     return rules
 

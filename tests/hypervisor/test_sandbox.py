@@ -1,7 +1,6 @@
-"""What somebody can do who has taken a hypervisor's process over: nothing that is not its own VM's.
+"""An attacker who controls a hypervisor's process reaches nothing but its own VM.
 
-Guests run behind the walls that a daemon puts up, and an intruder of the tests' is started behind the very same ones in
-QEMU's place.
+Guests run in the sandbox that a daemon prepares. The tests start an intruder in the same sandbox, in QEMU's place.
 """
 
 from __future__ import annotations
@@ -22,11 +21,12 @@ import trio
 from tests.hypervisor.intruder import DENIED, PYTHON, tries
 from tests.hypervisor.kit import real_qemu, tiny_spec
 from tests.hypervisor.test_capture import COUNTS, clone, nobody
-from volant import _walls
+from volant import _sandbox
 from volant.host import Host, ProcessStatus
 from volant.hypervisor import Disk, MachineSpec, Nic, Template
-from volant.hypervisor.qemu import QemuHypervisor, WallPlan, _enclosure, user_of
-from volant.hypervisor.qemu._enclosure import Enclosure
+from volant.hypervisor.qemu import QemuHypervisor, SandboxPlan, user_of
+from volant.hypervisor.qemu import _sandbox as qemu_sandbox
+from volant.hypervisor.qemu._sandbox import QemuSandbox
 from volant.model import ProcessIdentity
 
 USERS = range(65536, 65536 + 32768)
@@ -50,13 +50,13 @@ def spec(host: Host, place: Path) -> MachineSpec:
 
 
 @pytest.fixture
-def plan(host: Host, place: Path, spec: MachineSpec) -> WallPlan:
-    """All walls that this machine has, as the daemon makes it out."""
+def plan(host: Host, place: Path, spec: MachineSpec) -> SandboxPlan:
+    """Every layer of the sandbox that this machine supports, as the daemon detects it."""
     memory = spec.memory_file.parent
     memory.mkdir(mode=0o700)
-    support = host.wall_support([place])
+    support = host.sandbox_support([place])
     assert support is not None
-    return WallPlan(
+    return SandboxPlan(
         places=(place, memory),
         landlock=support.landlock,
         no_connect=support.no_connect,
@@ -66,9 +66,9 @@ def plan(host: Host, place: Path, spec: MachineSpec) -> WallPlan:
 
 
 @pytest.fixture
-async def qemu(host: Host, place: Path, spec: MachineSpec, plan: WallPlan) -> AsyncIterator[QemuHypervisor]:
+async def qemu(host: Host, place: Path, spec: MachineSpec, plan: SandboxPlan) -> AsyncIterator[QemuHypervisor]:
     async with real_qemu(host, spec, place / "cache"):
-        yield QemuHypervisor(host, place / "cache", accelerator="tcg", walls=plan)
+        yield QemuHypervisor(host, place / "cache", accelerator="tcg", sandbox=plan)
 
 
 def status(host: Host, identity: ProcessIdentity) -> ProcessStatus:
@@ -79,8 +79,8 @@ def status(host: Host, identity: ProcessIdentity) -> ProcessStatus:
     return found
 
 
-async def test_a_guest_runs_is_saved_and_copied_behind_walls(
-    host: Host, qemu: QemuHypervisor, plan: WallPlan, spec: MachineSpec, place: Path
+async def test_a_guest_runs_is_saved_and_copied_in_the_sandbox(
+    host: Host, qemu: QemuHypervisor, plan: SandboxPlan, spec: MachineSpec, place: Path
 ) -> None:
     """All that a hypervisor ever opens, it may: memory, disk, console, sockets, states, templates."""
     base = place / "cache" / "base.img"
@@ -133,9 +133,9 @@ async def test_a_guest_runs_is_saved_and_copied_behind_walls(
 
 
 class Intruder:
-    """Runs in the place of the QEMU of a machine, behind its walls."""
+    """Runs in the place of a machine's QEMU, in its sandbox."""
 
-    def __init__(self, host: Host, plan: WallPlan, spec: MachineSpec) -> None:
+    def __init__(self, host: Host, plan: SandboxPlan, spec: MachineSpec) -> None:
         self.host = host
         self.plan = plan
         self.spec = spec
@@ -143,13 +143,13 @@ class Intruder:
 
     async def tries(self, tasks: Sequence[Sequence[object]]) -> dict[tuple[object, ...], str]:
         """What came of each."""
-        walls = await Enclosure(self.host, self.plan).enclose(self.spec)
-        found, self.status = await tries(self.host, self.spec.mark, self.spec.directory, walls, tasks)
+        sandbox = await QemuSandbox(self.host, self.plan).prepare(self.spec)
+        found, self.status = await tries(self.host, self.spec.mark, self.spec.directory, sandbox, tasks)
         return found
 
 
 @pytest.fixture
-async def intruder(host: Host, plan: WallPlan, spec: MachineSpec, qemu: QemuHypervisor) -> Intruder:
+async def intruder(host: Host, plan: SandboxPlan, spec: MachineSpec, qemu: QemuHypervisor) -> Intruder:
     if PYTHON is None:
         pytest.skip("there is no Python where programs lie")
     await qemu._prepare(spec)
@@ -168,7 +168,7 @@ def other(host: Host, spec: MachineSpec) -> MachineSpec:
 
 
 async def test_it_uses_what_is_its_own_and_no_file_of_another_vm_or_of_the_daemon(
-    host: Host, plan: WallPlan, spec: MachineSpec, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder,
+    host: Host, plan: SandboxPlan, spec: MachineSpec, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder,
     place: Path,
 ) -> None:  # fmt: skip
     database = place / "volant.db"
@@ -206,7 +206,7 @@ async def test_it_uses_what_is_its_own_and_no_file_of_another_vm_or_of_the_daemo
 
 @as_root
 async def test_without_landlock_its_user_keeps_it_from_the_same(
-    host: Host, plan: WallPlan, spec: MachineSpec, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder,
+    host: Host, plan: SandboxPlan, spec: MachineSpec, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder,
     place: Path,
 ) -> None:  # fmt: skip
     """Older kernels have none."""
@@ -233,7 +233,7 @@ async def test_without_landlock_its_user_keeps_it_from_the_same(
 
 
 async def test_without_a_user_of_its_own_it_is_kept_from_other_vms_all_the_same(
-    plan: WallPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder
+    plan: SandboxPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder
 ) -> None:
     """As where the daemon does not run as root: all hypervisors have one user."""
     intruder.plan = msgspec.structs.replace(plan, users=None)
@@ -272,7 +272,7 @@ def listeners(place: Path) -> Iterator[tuple[int, str, Path]]:
 
 @pytest.mark.parametrize("network", ["none", "user"])
 async def test_it_talks_to_nobody_and_touches_no_process(
-    plan: WallPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder, listeners: tuple[int, str, Path],
+    plan: SandboxPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder, listeners: tuple[int, str, Path],
     network: str,
 ) -> None:  # fmt: skip
     port, name, path = listeners
@@ -299,7 +299,7 @@ async def test_it_talks_to_nobody_and_touches_no_process(
 
 
 async def test_landlock_alone_keeps_it_from_ports_and_processes(
-    plan: WallPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder, listeners: tuple[int, str, Path]
+    plan: SandboxPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder, listeners: tuple[int, str, Path]
 ) -> None:
     port, name, _ = listeners
     intruder.plan = msgspec.structs.replace(plan, users=None, no_connect=False)
@@ -313,8 +313,8 @@ async def test_landlock_alone_keeps_it_from_ports_and_processes(
     assert {task: result for task, result in found.items() if result not in DENIED} == {}
 
 
-async def test_the_intruder_can_do_all_of_it_where_there_are_no_walls(
-    host: Host, plan: WallPlan, spec: MachineSpec, intruder: Intruder, listeners: tuple[int, str, Path], place: Path
+async def test_the_intruder_can_do_all_of_it_without_a_sandbox(
+    host: Host, plan: SandboxPlan, spec: MachineSpec, intruder: Intruder, listeners: tuple[int, str, Path], place: Path
 ) -> None:
     """Else the other tests would show nothing."""
     port, name, path = listeners
@@ -326,25 +326,27 @@ async def test_the_intruder_can_do_all_of_it_where_there_are_no_walls(
     assert set(found.values()) == {"DONE"}
 
 
-async def test_a_wall_that_cannot_be_put_up_lets_nothing_start(
-    host: Host, plan: WallPlan, spec: MachineSpec, intruder: Intruder
+async def test_nothing_starts_where_the_sandbox_cannot_be_set_up(
+    host: Host, plan: SandboxPlan, spec: MachineSpec, intruder: Intruder
 ) -> None:
     await intruder.tries([("bind", "a.sock")])
-    walls = await Enclosure(host, plan).enclose(spec)
-    gone = msgspec.structs.replace(walls, landlock=True, read=(spec.directory / "gone",))
+    sandbox = await QemuSandbox(host, plan).prepare(spec)
+    gone = msgspec.structs.replace(sandbox, landlock=True, read=(spec.directory / "gone",))
     with pytest.raises(OSError, match="gone"):
         await host.spawn(
             ["/bin/true", spec.mark], mark=spec.mark, env={}, cwd=spec.directory,
-            stdout_path=spec.directory / "out", walls=gone,
+            stdout_path=spec.directory / "out", sandbox=gone,
         )  # fmt: skip
     assert await host.find(spec.mark) is None
 
 
-async def test_whoever_puts_walls_up_is_not_behind_them(host: Host, plan: WallPlan, intruder: Intruder) -> None:
+async def test_setting_up_a_sandbox_does_not_restrict_the_daemon(
+    host: Host, plan: SandboxPlan, intruder: Intruder
+) -> None:
     before = (os.getresuid(), os.getgroups(), Path.cwd(), _status_of_threads())
     await intruder.tries([("bind", "a.sock")])
     assert (os.getresuid(), os.getgroups(), Path.cwd(), _status_of_threads()) == before
-    assert "walls" not in {thread.name for thread in threading.enumerate()}
+    assert "sandbox" not in {thread.name for thread in threading.enumerate()}
 
 
 def _status_of_threads() -> set[tuple[str, ...]]:
@@ -357,25 +359,25 @@ def _status_of_threads() -> set[tuple[str, ...]]:
 
 @as_root
 async def test_who_may_open_kvm_is_in_its_group_and_where_none_may_but_root_its_user_is_told_to_be_missing(
-    host: Host, plan: WallPlan, spec: MachineSpec, qemu: QemuHypervisor, place: Path, monkeypatch: pytest.MonkeyPatch
+    host: Host, plan: SandboxPlan, spec: MachineSpec, qemu: QemuHypervisor, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await qemu._prepare(spec)
     device = place / "kvm"
     device.touch()
-    monkeypatch.setattr(_enclosure, "_KVM", device)
+    monkeypatch.setattr(qemu_sandbox, "_KVM", device)
     kvm = msgspec.structs.replace(spec, accelerator="kvm")
     os.chown(device, 0, 991)
     for mode, user, groups in ((0o666, True, ()), (0o660, True, (991,)), (0o600, False, ()), (0o640, False, ())):
         device.chmod(mode)
-        walls = await Enclosure(host, plan).enclose(kvm)
-        assert (walls.user is not None, walls.groups) == (user, groups), oct(mode)
-        assert device in walls.write
-        said = msgspec.json.decode(spec.walls_path.read_bytes())["no_user"]
+        sandbox = await QemuSandbox(host, plan).prepare(kvm)
+        assert (sandbox.user is not None, sandbox.groups) == (user, groups), oct(mode)
+        assert device in sandbox.write
+        said = msgspec.json.decode(spec.sandbox_path.read_bytes())["no_user"]
         assert (said is None) == user, said
     os.chown(device, 0, 0)
     device.chmod(0o660)
     # To be in root's group is worse than to have root's number.
-    assert (await Enclosure(host, plan).enclose(kvm)).user is None
+    assert (await QemuSandbox(host, plan).prepare(kvm)).user is None
 
 
 def test_where_users_of_their_own_cannot_be_had_the_host_says_why(
@@ -386,7 +388,7 @@ def test_where_users_of_their_own_cannot_be_had_the_host_says_why(
     (closed / "state").mkdir()
 
     def why(directory: Path) -> str:
-        support = host.wall_support([directory])
+        support = host.sandbox_support([directory])
         assert support is not None
         return str(support.no_users)
 
@@ -408,5 +410,5 @@ def test_where_users_of_their_own_cannot_be_had_the_host_says_why(
     # A full disk is no reason to do without.
     refuses(errno.ENOSPC)
     assert why(place) == "None"
-    monkeypatch.setattr(_walls, "capabilities", lambda: 1 << 7)
+    monkeypatch.setattr(_sandbox, "capabilities", lambda: 1 << 7)
     assert why(place) == "volantd lacks CAP_KILL, CAP_SETGID, CAP_SETPCAP, CAP_SYS_PTRACE"
