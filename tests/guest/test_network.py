@@ -1,4 +1,4 @@
-"""What a card is to have, and whom a guest knows by name: taken strictly, written without a loss of what is others'."""
+"""What a NIC is to have, and whom a guest knows by name: taken strictly, written without a loss of what is others'."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IMAGE = "127.0.0.1 localhost\n::1 localhost\n"
 MAC = "02:ab:00:00:00:07"
 
 
-def test_a_card_has_what_was_said() -> None:
+def test_a_nic_has_what_was_said() -> None:
     settings = Settings("192.168.127.7", 24, "192.168.127.1", MAC)
     assert (settings.address, settings.prefix, settings.gateway) == ("192.168.127.7", 24, "192.168.127.1")
     assert settings.mac == bytes.fromhex("02ab00000007")
@@ -37,7 +37,7 @@ def test_a_card_has_what_was_said() -> None:
         ("192.168.127.7", 24, "192.168.127.1", "00:00:00:00:00:00", "mac"),
     ],
 )
-def test_what_no_card_can_have_is_refused(address: str, prefix: int, gateway: str, mac: str, why: str) -> None:
+def test_what_no_nic_can_have_is_refused(address: str, prefix: int, gateway: str, mac: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         Settings(address, prefix, gateway, mac)
 
@@ -81,7 +81,7 @@ def test_a_command_line_that_makes_no_sense_costs_the_network_and_not_the_boot(n
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_card_of_which_nothing_is_said_gets_no_driver_and_others_get_theirs_afterwards(
+def test_a_nic_of_which_nothing_is_said_gets_no_driver_and_others_get_theirs_afterwards(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So it has nothing of the template when its clones wake it up."""
@@ -100,7 +100,7 @@ def test_a_card_of_which_nothing_is_said_gets_no_driver_and_others_get_theirs_af
     assert bool(said) == fails
 
 
-def test_the_card_that_sleeps_is_found_among_the_devices_and_woken(
+def test_the_nic_that_sleeps_is_found_among_the_devices_and_woken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_network, "_BUS", str(tmp_path))
@@ -113,4 +113,4 @@ def test_the_card_that_sleeps_is_found_among_the_devices_and_woken(
     assert _network._wake() == "", "the kernel has made nothing of it"
     assert (tmp_path / "drivers" / "virtio_net" / "bind").read_text() == "virtio1"
     (tmp_path / "net" / "eth0" / "device").mkdir(parents=True)
-    assert _network._card() == "eth0"
+    assert _network._nic() == "eth0"

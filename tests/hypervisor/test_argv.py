@@ -129,7 +129,7 @@ def test_only_a_machine_with_memory_of_its_own_is_given_a_balloon_and_a_copy_of_
 
 
 DISK = Disk(Path("/cache/media/ab,12"), Path("/state/disks/7-now/root.qcow2"))
-CARD = Nic(
+NIC = Nic(
     mac="02:00:00:00:00:07",
     tap="v12345678000007",
     address="192.168.127.7/24",
@@ -140,10 +140,10 @@ CARD = Nic(
 
 @pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
 @pytest.mark.parametrize("balloon", [False, True])
-def test_a_card_comes_after_all_that_there_is_without_it(accelerator: AcceleratorName, balloon: bool) -> None:
+def test_a_nic_comes_after_all_that_there_is_without_it(accelerator: AcceleratorName, balloon: bool) -> None:
     """So that what was saved before there were any goes on."""
     without = msgspec.structs.replace(SPEC, accelerator=accelerator, balloon=balloon, root=DISK)
-    argv = build_argv(msgspec.structs.replace(without, nic=CARD), (10, 0))
+    argv = build_argv(msgspec.structs.replace(without, nic=NIC), (10, 0))
     plain = build_argv(without, (10, 0))
     assert [word for word in plain if word not in argv] == options(plain)["-append"]
     devices = options(argv)["-device"]
@@ -155,32 +155,32 @@ def test_a_card_comes_after_all_that_there_is_without_it(accelerator: Accelerato
 
 
 def test_a_tap_is_inherited_and_known_by_its_name() -> None:
-    argv = build_argv(msgspec.structs.replace(SPEC, nic=CARD), (10, 0), tap=12)
+    argv = build_argv(msgspec.structs.replace(SPEC, nic=NIC), (10, 0), tap=12)
     assert options(argv)["-netdev"] == ["tap,id=v12345678000007,fd=12,vhost=off"]
 
 
 def test_what_listens_at_a_socket_is_plugged_into_a_hub_later() -> None:
-    argv = build_argv(msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac, socket=Path("/run/7.sock"))), (10, 0))
+    argv = build_argv(msgspec.structs.replace(SPEC, nic=Nic(mac=NIC.mac, socket=Path("/run/7.sock"))), (10, 0))
     assert options(argv)["-netdev"] == ["hubport,id=net0,hubid=0"]
     assert "7.sock" not in " ".join(argv)
     assert not connects_itself(argv)
 
 
 def test_a_machine_that_an_earlier_daemon_has_started_connects_itself() -> None:
-    argv = build_argv(msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac)), (10, 0))
+    argv = build_argv(msgspec.structs.replace(SPEC, nic=Nic(mac=NIC.mac)), (10, 0))
     before = "stream,id=net0,server=off,addr.type=unix,addr.path=/run/a,,b/7.sock,reconnect-ms=1000"
     argv[argv.index("-netdev") + 1] = before
     assert connects_itself(argv)
     found = parse_argv(argv)
     assert found is not None
-    assert found.nic == Nic(mac=CARD.mac, socket=Path("/run/a,b/7.sock"))
+    assert found.nic == Nic(mac=NIC.mac, socket=Path("/run/a,b/7.sock"))
 
 
-def test_what_a_guest_with_a_card_is_told_stands_before_the_vm_s_own() -> None:
-    line = options(build_argv(msgspec.structs.replace(SPEC, nic=CARD), (10, 0)))["-append"][0]
+def test_what_a_guest_with_a_nic_is_told_stands_before_the_vm_s_own() -> None:
+    line = options(build_argv(msgspec.structs.replace(SPEC, nic=NIC), (10, 0)))["-append"][0]
     told = "volant.net=192.168.127.7/24,192.168.127.1,02:00:00:00:00:07 volant.dns=192.168.127.1,9.9.9.9"
     assert line.endswith(f" {told} debug")
-    silent = msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac))
+    silent = msgspec.structs.replace(SPEC, nic=Nic(mac=NIC.mac))
     argv = build_argv(silent, (10, 0))
     assert options(argv)["-append"] == options(build_argv(SPEC, (10, 0)))["-append"]
     assert options(argv)["-netdev"] == ["hubport,id=net0,hubid=0"], "it leads nowhere"
@@ -200,9 +200,9 @@ def test_what_becomes_a_template_has_no_name_and_no_hurry() -> None:
         msgspec.structs.replace(SPEC, root=DISK, cmdline="quiet loglevel=3 volant.other=1"),
         msgspec.structs.replace(SPEC, balloon=True),
         msgspec.structs.replace(SPEC, balloon=True, accelerator="kvm"),
-        msgspec.structs.replace(SPEC, nic=CARD),
-        msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac, tap="tap1"), accelerator="kvm"),
-        msgspec.structs.replace(SPEC, nic=Nic(mac=CARD.mac)),
+        msgspec.structs.replace(SPEC, nic=NIC),
+        msgspec.structs.replace(SPEC, nic=Nic(mac=NIC.mac, tap="tap1"), accelerator="kvm"),
+        msgspec.structs.replace(SPEC, nic=Nic(mac=NIC.mac)),
     ],
 )
 def test_the_machine_can_be_read_back_from_it(spec: MachineSpec) -> None:

@@ -1,6 +1,6 @@
 """A machine with a network namespace of its own, as a process that is told what to do: one JSON a line.
 
-`python peer.py [TAP]`: with a tap it is a guest, that has the tap open as a hypervisor has, and whose card `eth0` is
+`python peer.py [TAP]`: with a tap it is a guest, that has the tap open as a hypervisor has, and whose NIC `eth0` is
 the other end of it; without, an empty namespace, that is handed a link. It ends when its stdin does.
 """
 
@@ -28,7 +28,7 @@ _REFUSED_S = 0.7
 _KEPT = 1000
 
 frames: list[bytes] = []
-"""What came to the guest's card last."""
+"""What came to the guest's NIC last."""
 came = threading.Condition()
 begun: list[socket.socket] = []
 tap = -1
@@ -40,10 +40,10 @@ def open_tap(name: str) -> int:
     return fd
 
 
-def splice(card: int) -> None:
-    """Carry frames between the host's tap and the guest's card."""
+def splice(nic: int) -> None:
+    """Carry frames between the host's tap and the guest's NIC."""
     while True:
-        readable, _, _ = select.select([tap, card], [], [])
+        readable, _, _ = select.select([tap, nic], [], [])
         for source in readable:
             try:
                 frame = os.read(source, 65536)
@@ -55,13 +55,13 @@ def splice(card: int) -> None:
                     frames.append(frame)
                     del frames[:-_KEPT]
                     came.notify_all()
-            # The card is down until it is configured.
+            # The NIC is down until it is configured.
             with suppress(OSError):
-                os.write(card if source == tap else tap, frame)
+                os.write(nic if source == tap else tap, frame)
 
 
 def configure(name: str, mac: str, address: str, gateway: str) -> None:
-    """The card's addresses, and the way out."""
+    """The NIC's addresses, and the way out."""
     from pyroute2 import IPRoute
 
     with IPRoute() as ipr:
@@ -118,7 +118,7 @@ def ask(protocol: str, host: str, port: int, wait_s: float = _ANSWER_S, bind: st
 
 
 def say(host: str, port: int, text: str) -> bool:
-    """Send a datagram by the card, to many too; whether the kernel took it."""
+    """Send a datagram by the NIC, to many too; whether the kernel took it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
@@ -166,7 +166,7 @@ def route(subnet: str, gateway: str) -> None:
 
 
 def add_address(name: str, address: str) -> None:
-    """One more address of a card."""
+    """One more address of a NIC."""
     from pyroute2 import IPRoute
 
     with IPRoute() as ipr:
@@ -243,8 +243,8 @@ def main() -> None:
     if ctypes.CDLL(None).unshare(_CLONE_NEWNET) != 0:
         raise SystemExit("unshare failed")
     if names:
-        card = open_tap("eth0")
-        threading.Thread(target=splice, args=(card,), daemon=True).start()
+        nic = open_tap("eth0")
+        threading.Thread(target=splice, args=(nic,), daemon=True).start()
     print("ready", flush=True)
     calls = {call.__name__: call for call in CALLS}
     for line in sys.stdin:

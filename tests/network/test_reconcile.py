@@ -117,7 +117,7 @@ def firewall_half_gone() -> None:
         f"delete table inet {SETTINGS.table}\n"
         f"flush chain bridge {SETTINGS.table} forward\n"
         f"flush set bridge {SETTINGS.table} guests\n"
-        f'add element bridge {SETTINGS.table} cards {{ "vstale" . 02:00:00:00:00:01 }}\n'
+        f'add element bridge {SETTINGS.table} nics {{ "vstale" . 02:00:00:00:00:01 }}\n'
     )
 
 

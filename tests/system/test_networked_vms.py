@@ -108,7 +108,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def bridged(image_cache: Path, lab: Lab, _running: list[Daemon]) -> Iterator[Daemon]:
-    """A daemon that has a template of a machine with a card, and a process that waits."""
+    """A daemon that has a template of a machine with a NIC, and a process that waits."""
     flags = ("--network", "auto", "--templates", "auto", "--standby", "1")
     daemon = Daemon(image_cache, *flags, wrapper=lab.host.enter, ephemeral=False)
     daemon.command += ["--listen", f"unix:{daemon.root}/api"]
@@ -184,7 +184,7 @@ async def test_copies_have_an_address_of_their_own_and_can_power_off(daemon: Dae
         for vm in (original, restored, forked):
             await is_on_the_network(client, vm)
         await client.snapshots.remove("kept")
-        # Linux resets its cards then.
+        # Linux resets its NICs then.
         for vm in (restored, forked):
             await run(client, vm.name, "sh", "-c", "setsid poweroff >/dev/null 2>&1 &")
             ended = await until(client, vm.name, "stopped", "crashed")

@@ -1,4 +1,4 @@
-"""A guest with a card reaches its gateway, and so does every copy of it, as itself and never as what it is a copy of.
+"""A guest with a NIC reaches its gateway, and so does every copy of it, as itself and never as what it is a copy of.
 
 Without a daemon, as this is about guest, hypervisor and channel. QEMU runs in a network namespace of the test's own.
 """
@@ -142,7 +142,7 @@ def address(number: int) -> str:
     return f"192.168.127.{number}"
 
 
-def card(number: int) -> Nic:
+def make_nic(number: int) -> Nic:
     """Of a copy, which hears of its address from the agent."""
     return Nic(mac=mac(number), tap=f"tap{number - 1}")
 
@@ -153,7 +153,7 @@ def told(number: int, **more: object) -> dict[str, Any]:
 
 
 def booting(spec: MachineSpec, **more: Any) -> MachineSpec:
-    nic = msgspec.structs.replace(card(2), address=f"{address(2)}/24", gateway=GATEWAY, **more)
+    nic = msgspec.structs.replace(make_nic(2), address=f"{address(2)}/24", gateway=GATEWAY, **more)
     return msgspec.structs.replace(spec, nic=nic)
 
 
@@ -174,12 +174,12 @@ async def test_a_guest_and_the_copy_of_it_are_both_on_the_network(
             await is_on_the_network(guest, 2)
             assert await guest.run("cat", "/etc/resolv.conf") == b"nameserver 192.168.127.1\n"
             assert b"192.168.127.2 origin\n" in await guest.run("cat", "/etc/hosts")
-            async with guest.fork("child", card(3), network=told(3, hosts={"origin": address(2)})) as child:
+            async with guest.fork("child", make_nic(3), network=told(3, hosts={"origin": address(2)})) as child:
                 await is_on_the_network(child, 3)
                 await is_on_the_network(guest, 2)
                 assert b" 0% packet loss" in await child.run("ping", "-c", "2", "-W", "5", "origin")
                 assert b"192.168.127.3" in await child.run("ping", "-c", "1", "-W", "5", "child")
-                async with child.fork("grandchild", card(4), network=told(4)) as grandchild:
+                async with child.fork("grandchild", make_nic(4), network=told(4)) as grandchild:
                     await is_on_the_network(grandchild, 4)
                     assert b"origin" not in await grandchild.run("cat", "/etc/hosts")
 
@@ -187,7 +187,7 @@ async def test_a_guest_and_the_copy_of_it_are_both_on_the_network(
 async def test_clones_speak_as_themselves_and_never_as_their_template(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, net: Net, tmp_path: Path
 ) -> None:
-    """It had a card that leads nowhere, and theirs can do what a tap can."""
+    """It had a NIC that leads nowhere, and theirs can do what a tap can."""
     spec = msgspec.structs.replace(spec, name="", nic=Nic(mac=mac(0x70)))
     with trio.fail_after(2 * BOOT_S):
         template = await saved(host, qemu, spec, tmp_path / "state")
@@ -214,7 +214,7 @@ async def test_clones_speak_as_themselves_and_never_as_their_template(
 
 
 @pytest.mark.parametrize("behind", ["tap", "socket"])
-async def test_a_machine_that_waited_is_given_what_is_behind_its_card(
+async def test_a_machine_that_waited_is_given_what_is_behind_its_nic(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path, behind: str
 ) -> None:
     """When it was launched nobody knew whose it would be. Who is told to let it go on twice does so once."""
@@ -225,7 +225,7 @@ async def test_a_machine_that_waited_is_given_what_is_behind_its_card(
         template = await saved(host, qemu, spec, tmp_path / "state")
         waiting = clone_spec(msgspec.structs.replace(spec, waits=True), template, 2, nobody)
         identity = await qemu.launch(waiting)
-        nic = card(2) if behind == "tap" else Nic(mac=mac(2), socket=path)
+        nic = make_nic(2) if behind == "tap" else Nic(mac=mac(2), socket=path)
         machine_spec = msgspec.structs.replace(waiting, nic=nic)
         async with trio.open_nursery() as nursery:
             await nursery.start(peer.serve, path)
@@ -256,7 +256,7 @@ async def saved(host: Host, qemu: QemuHypervisor, spec: MachineSpec, state: Path
 async def clone(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, template: Template, number: int
 ) -> AsyncIterator[Guest]:
-    spec = clone_spec(spec, template, number, card(number))
+    spec = clone_spec(spec, template, number, make_nic(number))
     async with running(host, qemu, spec) as guest:
         began = host.monotonic()
         await guest.become(spec.name, network=told(number))
@@ -294,7 +294,7 @@ async def test_a_root_filesystem_is_told_too_and_keeps_its_own_names(
             assert await guest.run("cat", "/etc/resolv.conf") == b"nameserver 192.168.127.1\n"
             await guest.ask("PUT", DAEMON_HOSTS, {"hosts": {"other": address(9)}})
             assert b"\n192.168.127.9 other\n" in await guest.run("cat", "/etc/hosts")
-            async with guest.fork("child", card(3), network=told(3, nameservers=[])) as child:
+            async with guest.fork("child", make_nic(3), network=told(3, nameservers=[])) as child:
                 hosts = await child.run("cat", "/etc/hosts")
                 assert hosts.startswith(b"10.0.0.1 mine\n")
                 assert b"\n192.168.127.3 child\n" in hosts
@@ -338,7 +338,7 @@ class Peer:
         return b""
 
 
-async def test_a_card_may_have_a_socket_behind_it_and_copies_one_of_their_own(
+async def test_a_nic_may_have_a_socket_behind_it_and_copies_one_of_their_own(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path
 ) -> None:
     def behind(number: int, **more: Any) -> Nic:
@@ -358,7 +358,7 @@ async def test_a_card_may_have_a_socket_behind_it_and_copies_one_of_their_own(
                 async with guest.fork("child", behind(3), network=told(3)) as child:
                     await reaches_the_gateway(child)
                     # What began at a socket goes on at a tap.
-                    async with child.fork("grandchild", card(4), network=told(4)) as grandchild:
+                    async with child.fork("grandchild", make_nic(4), network=told(4)) as grandchild:
                         await is_on_the_network(grandchild, 4)
             nursery.cancel_scope.cancel()
     assert first.heard == {(mac(2), address(2))}

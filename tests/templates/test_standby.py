@@ -213,15 +213,15 @@ async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: P
 
 
 @pytest.mark.parametrize("behind", [{"tap": "v7"}, {"socket": Path("/run/volant/net/7.sock")}])
-async def test_one_with_a_card_waits_for_a_vm_with_one_and_is_given_its_own_at_the_claim(
+async def test_one_with_a_nic_waits_for_a_vm_with_one_and_is_given_its_own_at_the_claim(
     tmp_path: Path, behind: dict[str, Any]
 ) -> None:
     async with standing(tmp_path, StandbyLimits(each=1)) as pool:
-        with_card = blueprint(has_nic=True)
-        pool.standbys.take(7, with_card)
+        with_nic = blueprint(has_nic=True)
+        pool.standbys.take(7, with_nic)
         await pool.filled()
         assert pool.standbys.take(8, blueprint()) is None
-        standby = await pool.take(7, with_card)
+        standby = await pool.take(7, with_nic)
         pool.rows.marks.append(standby.mark)
         pool.standbys.settle(7, standby.mark)
         (launched,) = [each for each in pool.hypervisor.launched if each.mark == standby.mark]

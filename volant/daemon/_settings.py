@@ -115,7 +115,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     subnet: str = str(DEFAULT_SUBNET)
     """The subnet on the bridge, from which VMs have their addresses."""
     nameservers: str = ""
-    """Whom guests with a card ask for names, IPv4 addresses, comma-separated; by default whom the host asks."""
+    """Whom guests with a NIC ask for names, IPv4 addresses, comma-separated; by default whom the host asks."""
     sandbox: Literal["auto", "off"] = "auto"
     """Sandbox for hypervisors. `auto`: every layer that this host supports; `off`: only QEMU's own `-sandbox`."""
     vm_uids: str = "65536-98303"

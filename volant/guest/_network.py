@@ -1,11 +1,11 @@
-"""The guest's network card, and whom it knows by name.
+"""The guest's network interface, and whom it knows by name.
 
 PID 1 does what the kernel's command line says, as Debian's kernel ignores `ip=`; a copy is told by the daemon, with the
 rest of who it is (`_identity.py`). Both by ioctls, so no program is started and next to nothing imported. A guest
-without a card never comes here.
+without a NIC never comes here.
 
-**Asleep in a template.** Where the command line says nothing, the driver is loaded and has no card. So nothing is
-negotiated yet: the card of each clone begins with the MAC and the abilities that it has there, whatever was behind the
+**Asleep in a template.** Where the command line says nothing, the driver is loaded and has no NIC. So nothing is
+negotiated yet: the NIC of each clone begins with the MAC and the abilities that it has there, whatever was behind the
 template's, and there was no address in the template to speak with.
 """
 
@@ -45,7 +45,7 @@ _MAX_HOSTS = 1024 * 1024
 
 
 class Settings:
-    """What a card is to have, checked. :raises ValueError: with what is wrong."""
+    """What a NIC is to have, checked. :raises ValueError: with what is wrong."""
 
     def __init__(self, address: str, prefix: int, gateway: str, mac: str) -> None:
         if not 1 <= prefix <= 30:
@@ -61,7 +61,7 @@ class Settings:
             raise ValueError("mac has not six pairs of hexadecimal digits")
         self.mac = bytes(int(octet, 16) for octet in octets)
         if self.mac[0] & 1 or not any(self.mac):
-            raise ValueError("mac is no card's")
+            raise ValueError("mac is no NIC's")
 
 
 def check_address(text: str, what: str) -> str:
@@ -100,10 +100,10 @@ def boot(network: str, nameservers: str, load_driver: Callable[[], None], say: C
 
 
 def apply(settings: Settings) -> None:
-    """Give the card its addresses, the route, and nothing that it had before, and let it speak. :raises OSError:"""
-    name = _card() or _wake()
+    """Give the NIC its addresses, the route, and nothing that it had before, and let it speak. :raises OSError:"""
+    name = _nic() or _wake()
     if not name:
-        raise OSError("the guest has no network card")
+        raise OSError("the guest has no network interface")
     label = name.encode()
     mask = (0xFFFFFFFF << (32 - settings.prefix)) & 0xFFFFFFFF
     control = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
@@ -112,7 +112,7 @@ def apply(settings: Settings) -> None:
         def ask(request: int, form: str, *values: object) -> None:
             fcntl.ioctl(control.fileno(), request, struct.pack(form, *values))
 
-        # What the card was before goes with it: routes, neighbours, and what waits to be sent.
+        # What the NIC was before goes with it: routes, neighbours, and what waits to be sent.
         ask(_SIOCSIFFLAGS, "16sH22x", label, 0)
         ask(_SIOCSIFHWADDR, "16sH6s16x", label, _ETHERNET, settings.mac)
         ask(_SIOCSIFADDR, "16s16s8x", label, _sockaddr(_packed(settings.address)))
@@ -132,7 +132,7 @@ def own_names() -> dict[str, str]:
     """Return the guest's name with its address; nothing, as long as it has none."""
     control = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
     try:
-        answer = fcntl.ioctl(control.fileno(), _SIOCGIFADDR, struct.pack("16s24x", _card().encode()))
+        answer = fcntl.ioctl(control.fileno(), _SIOCGIFADDR, struct.pack("16s24x", _nic().encode()))
     except OSError:
         return {}
     finally:
@@ -196,7 +196,7 @@ def _in_child(root: str, call: Callable[[], None]) -> bool:
 
 
 def _asleep(load_driver: Callable[[], None]) -> None:
-    """Load the driver, and let it have no card."""
+    """Load the driver, and let it have no NIC."""
     with open(f"{_BUS}/drivers_autoprobe", "w") as handle:
         handle.write("0")
     try:
@@ -207,18 +207,18 @@ def _asleep(load_driver: Callable[[], None]) -> None:
 
 
 def _wake() -> str:
-    """Give the driver the card that it was not to have; return its name. :raises OSError:"""
+    """Give the driver the NIC that it was not to have; return its name. :raises OSError:"""
     for name in sorted(os.listdir(f"{_BUS}/devices")):
         with open(f"{_BUS}/devices/{name}/device") as handle:
-            is_card = int(handle.read(16), 16) == _VIRTIO_NET
-        if is_card:
+            is_nic = int(handle.read(16), 16) == _VIRTIO_NET
+        if is_nic:
             with open(f"{_BUS}/drivers/virtio_net/bind", "w") as handle:
                 handle.write(name)
-    return _card()
+    return _nic()
 
 
-def _card() -> str:
-    """Return the name of the card, which is the only one with a device; an empty text without one."""
+def _nic() -> str:
+    """Return the name of the NIC, which is the only one with a device; an empty text without one."""
     return next((name for name in sorted(os.listdir(_CARDS)) if os.path.exists(f"{_CARDS}/{name}/device")), "")
 
 

@@ -76,10 +76,10 @@ class Disk(msgspec.Struct, frozen=True):
 
 
 class Nic(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest's network card, and what is behind it: a tap, a socket, or nothing at all."""
+    """A guest's network interface, and what is behind it: a tap, a socket, or nothing at all."""
 
     mac: str
-    """As the card has it. The guest of a copy keeps its original's until it is told who it is."""
+    """As the NIC has it. The guest of a copy keeps its original's until it is told who it is."""
     tap: str | None = None
     """A network interface of the host's that is there already, and that the hypervisor's user may open."""
     socket: Path | None = None
@@ -87,7 +87,7 @@ class Nic(msgspec.Struct, frozen=True, kw_only=True):
     connects to it; the hypervisor's process does not, and its command line does not name it."""
     address: str = ""
     """What the guest takes in its boot, with the prefix: `192.168.127.2/24`. Empty, as in a template: none, and the
-    card stays silent. A copy is told by its agent."""
+    NIC stays silent. A copy is told by its agent."""
     gateway: str = ""
     """With an address."""
     nameservers: tuple[str, ...] = ()
@@ -343,7 +343,7 @@ class Hypervisor(Protocol):
 
     async def go_on(self, spec: MachineSpec) -> None:
         """Let the guest of a machine run that waits; one that runs does so already. Its directory may have another name
-        than when it was launched, and its card has what is behind it only now. Nobody may be attached. Raises
+        than when it was launched, and its NIC has what is behind it only now. Nobody may be attached. Raises
         HypervisorError; the guest may run all the same."""
 
     def recognise(self, command_line: Sequence[str]) -> FoundMachine | None:

@@ -129,7 +129,7 @@ class Networking(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def kind_of(network: str) -> str:
-    """`none`, `bridge` or `user`: what is behind a VM's card. A named network is on the bridge."""
+    """`none`, `bridge` or `user`: what is behind a VM's NIC. A named network is on the bridge."""
     return network if network in KINDS else BRIDGE
 
 

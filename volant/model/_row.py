@@ -205,7 +205,7 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     network_fallback: bool = False
     """Whether it is a lesser one than was to be expected when the VM was created."""
     lease: Lease | None = None
-    """None: it has no card."""
+    """None: it has no NIC."""
     ports: tuple[PublishedPort, ...] = ()
 
     desired: Desired = Desired.RUNNING

@@ -156,7 +156,7 @@ def copied_row(vm: VmRow, *, vm_id: int, name: str, origin: Origin, capture: str
         updated_at=now,
         expires_at=vm.expires_at,
         layer=f"{vm_id}-{now:%Y%m%dT%H%M%S.%f}" if vm.layer else "",
-        # Its machine has a card or none, as its origin's; an address and ports of the host can't be had twice.
+        # Its machine has a NIC or none, as its origin's; an address and ports of the host can't be had twice.
         network=vm.network,
         network_reason=f"VM {vm.name}, which it is a copy of, has it",
         image=vm.image,

@@ -93,7 +93,7 @@ ROOT_PARAMETER: Final = "volant.root"
 """The kernel's parameter by which PID 1 is told to mount a root filesystem: the serial number of the block device."""
 ROOT_SERIAL: Final = "volant-root"
 NETWORK_PARAMETER: Final = "volant.net"
-"""The one by which it is told what its card is to have: `ADDRESS/PREFIX,GATEWAY,MAC`."""
+"""The one by which it is told what its NIC is to have: `ADDRESS/PREFIX,GATEWAY,MAC`."""
 NAMESERVERS_PARAMETER: Final = "volant.dns"
 """And whom to ask for names: addresses, with commas in between."""
 

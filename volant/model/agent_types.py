@@ -207,7 +207,7 @@ class WorkloadSpec(TypedDict):
 
 
 class GuestNetwork(TypedDict):
-    """What a guest's card has: of a copy, as of one that boots."""
+    """What a guest's NIC has: of a copy, as of one that boots."""
 
     mac: str
     """Six pairs of hexadecimal digits, with colons in between."""
@@ -246,7 +246,7 @@ class Identity(TypedDict):
     workload: NotRequired[WorkloadSpec]
     """As by `PUT /v1/daemon/workload`."""
     network: NotRequired[GuestNetwork]
-    """What its card has from now on; since `TELLS_NETWORK`. Without it a card is left as it is."""
+    """What its NIC has from now on; since `TELLS_NETWORK`. Without it a NIC is left as it is."""
     as_it_is: NotRequired[bool]
     """The workload may be ill, or have ended: nobody asks it how it is. Since `TAKES_AS_IT_IS`."""
 

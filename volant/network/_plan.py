@@ -84,7 +84,7 @@ class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def has_tap(row: VmRow) -> bool:
-    """Whether a VM has, or is about to have, a process with a card on the bridge."""
+    """Whether a VM has, or is about to have, a process with a NIC on the bridge."""
     return row.lease is not None and bool(row.lease.tap and row.mark) and row.phase not in (Phase.KILL, Phase.REMOVE)
 
 

@@ -73,7 +73,7 @@ def rules_of(plan: NetworkPlan) -> Rules:
     names = sorted({tap.network for tap in plan.taps if tap.network})
     elements: dict[str, dict[str, str]] = {
         f"{bridge} guests": {f'"{tap.name}" . {tap.mac} . {tap.address}': "" for tap in plan.taps},
-        f"{bridge} cards": {f'"{tap.name}" . {tap.mac}': "" for tap in plan.taps},
+        f"{bridge} nics": {f'"{tap.name}" . {tap.mac}': "" for tap in plan.taps},
         f"{bridge} networks": {f'"{tap.name}"': f"goto in-{tap.network}" for tap in plan.taps if tap.network},
         **{
             f"{bridge} members-{name}": {f'"{tap.name}"': "" for tap in plan.taps if tap.network == name}
@@ -149,7 +149,7 @@ def _bridge_table(plan: NetworkPlan, names: list[str]) -> str:
     set guests {{
         type ifname . ether_addr . ipv4_addr
     }}
-    set cards {{
+    set nics {{
         type ifname . ether_addr
     }}
     map networks {{
@@ -180,7 +180,7 @@ def _bridge_table(plan: NetworkPlan, names: list[str]) -> str:
     }}
     chain to-guest {{
         ether daddr & 01:00:00:00:00:00 == 01:00:00:00:00:00 accept
-        oifname . ether daddr @cards accept
+        oifname . ether daddr @nics accept
         drop
     }}
 }}

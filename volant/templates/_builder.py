@@ -128,11 +128,11 @@ async def sweep(doors: BuildDoors) -> None:
 
 _MEMORY_PREFIX = "template-"
 _MAC = "02:00:00:00:00:01"
-"""Of a card that is connected to nothing, in a guest that does not use it."""
+"""Of a NIC that is connected to nothing, in a guest that does not use it."""
 
 
-def card_to_nowhere(recipe: Recipe) -> Nic | None:
-    """The card of a machine that is nobody's VM."""
+def unconnected_nic(recipe: Recipe) -> Nic | None:
+    """The NIC of a machine that is nobody's VM."""
     return Nic(mac=_MAC) if recipe.has_nic else None
 
 
@@ -156,7 +156,7 @@ def _spec(doors: BuildDoors, blueprint: Blueprint) -> MachineSpec:
         mark=f"{template_mark_prefix(doors.instance)}{name}",
         accelerator=blueprint.accelerator,
         root=None if blueprint.rootfs is None else Disk(blueprint.rootfs, fresh / f"{LAYER}.part", recipe.disk_mb),
-        nic=card_to_nowhere(recipe),
+        nic=unconnected_nic(recipe),
         in_background=True,
     )
 

@@ -36,7 +36,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     disk_mb: int | None = None
     """How large its disk is; None: as large as the root filesystem."""
     has_nic: bool = False
-    """Whether its machine has a network card. What stands on that is each clone's own."""
+    """Whether its machine has a network interface. What stands on that is each clone's own."""
     told: Told | None = None
     """None: nothing yet, and each clone hears of its plugin and its workload itself."""
 

@@ -24,7 +24,7 @@ from volant.hypervisor import Disk, HypervisorError, MachineSpec, Nic
 from volant.model import ProcessIdentity
 
 from ._ask import TemplateFailed
-from ._builder import RESERVE_MB, BuildDoors, card_to_nowhere
+from ._builder import RESERVE_MB, BuildDoors, unconnected_nic
 from ._recipe import Blueprint
 from ._store import template_at, template_layer
 from ._warm import warm_up
@@ -356,7 +356,7 @@ class Standbys:
             accelerator=blueprint.accelerator,
             root=root,
             template=template_at(doors.store.directory, blueprint.digest),
-            nic=card_to_nowhere(recipe),
+            nic=unconnected_nic(recipe),
             waits=True,
         )
 

@@ -73,7 +73,7 @@ class SimGuest:
         self.hosts: dict[str, str] = {}
         """Whom it knows by name."""
         self.network: dict[str, Any] | None = None
-        """What it was told of its card."""
+        """What it was told of its NIC."""
         self.when_asked_to_stop: Callable[[_Stream], Awaitable[None]] = self._shut_down
         """Answers who asks that. Tests hand in other manners."""
         self._rng = rng

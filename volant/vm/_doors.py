@@ -44,7 +44,7 @@ class VmSettings:
     passt_user: int | None = None
     """As whom passt runs; None: as the daemon does."""
     nameservers: tuple[str, ...] = ()
-    """Whom guests with a card ask for names."""
+    """Whom guests with a NIC ask for names."""
     image_timeout_s: float = 300.0
     launch_timeout_s: float = 30.0
     agent_timeout_s: float = 120.0

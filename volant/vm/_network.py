@@ -30,7 +30,7 @@ _logger = logging.getLogger("volant.vm")
 
 
 async def attach(doors: VmDoors, row: VmRow) -> None:
-    """Have there what is to be behind a VM's card. Its row has the mark of the process to come.
+    """Have there what is to be behind a VM's NIC. Its row has the mark of the process to come.
 
     :raises StepError: it can't be had, with the network's own code; `network_down`, `network_refused`.
     """
@@ -79,7 +79,7 @@ async def detach(doors: VmDoors, row: VmRow) -> None:
         else:
             await _ask(doors, row, Detach(row.id))
     except (NetworkFailed, StepError) as error:
-        raise StepError("not_removed", f"what was behind the VM's card is left: {error}") from error
+        raise StepError("not_removed", f"what was behind the VM's NIC is left: {error}") from error
 
 
 async def reconnect(doors: VmDoors, row: VmRow) -> None:
@@ -93,7 +93,7 @@ async def reconnect(doors: VmDoors, row: VmRow) -> None:
 
 
 async def disconnect(doors: VmDoors, vm_id: int, nic: Nic) -> None:
-    """Leave nothing of what was behind the card of a guest that was nobody's, and is gone. What can't be removed goes
+    """Leave nothing of what was behind the NIC of a guest that was nobody's, and is gone. What can't be removed goes
     when the daemon next begins."""
     try:
         if kind_behind(nic) == USER:
@@ -101,7 +101,7 @@ async def disconnect(doors: VmDoors, vm_id: int, nic: Nic) -> None:
         elif nic.tap is not None and doors.network is not None:
             await doors.network.ask(Detach(vm_id), timeout_s=_ASK_S)
     except (NetworkFailed, ActorDown, AskTimeout) as error:
-        _logger.error("what was behind the card of VM %d is left: %s", vm_id, error)
+        _logger.error("what was behind the NIC of VM %d is left: %s", vm_id, error)
 
 
 async def keep_user_network(doors: VmDoors, row: VmRow, live: LiveProcess) -> None:
@@ -163,8 +163,8 @@ async def _ask_keeper(doors: VmDoors, message: Attach | Detach | Confine) -> Non
         raise StepError("network_down", f"who keeps the networks does not answer: {error}") from error
 
 
-def card_of(settings: VmSettings, row: VmRow) -> Nic | None:
-    """The card of a VM's machine."""
+def nic_of(settings: VmSettings, row: VmRow) -> Nic | None:
+    """The NIC of a VM's machine."""
     lease = row.lease
     if lease is None:
         return None
@@ -179,13 +179,13 @@ def card_of(settings: VmSettings, row: VmRow) -> Nic | None:
 
 
 def kind_behind(nic: Nic) -> str:
-    """The network of a VM whose machine has this card. Only a command line of an earlier version names the socket of
-    passt; on others a card that has an address and no tap is known by that."""
+    """The network of a VM whose machine has this NIC. Only a command line of an earlier version names the socket of
+    passt; on others a NIC that has an address and no tap is known by that."""
     return USER if nic.socket is not None or (nic.tap is None and nic.address) else BRIDGE
 
 
 def lease_of(nic: Nic) -> Lease | None:
-    """The lease of a VM whose machine has this card; None: it is silent."""
+    """The lease of a VM whose machine has this NIC; None: it is silent."""
     if not nic.address:
         return None
     address, _, prefix = nic.address.partition("/")
@@ -193,7 +193,7 @@ def lease_of(nic: Nic) -> Lease | None:
 
 
 class Neighbours:
-    """What a guest with a card is told of itself and of those it reaches, and when that changes."""
+    """What a guest with a NIC is told of itself and of those it reaches, and when that changes."""
 
     def __init__(self, projection: Projection, row: VmRow, nameservers: tuple[str, ...]) -> None:
         self._projection = projection
@@ -214,7 +214,7 @@ class Neighbours:
         await self._projection.members_are_not(self._row.network, hosts)
 
     def told(self) -> dict[str, object] | None:
-        """What a copy is told of its card (`GuestNetwork`). None: it has none."""
+        """What a copy is told of its NIC (`GuestNetwork`). None: it has none."""
         lease = self._row.lease
         if lease is None:
             return None

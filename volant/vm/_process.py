@@ -397,12 +397,12 @@ class LiveProcess:
         # What is told has the time in it, so it is not told before there is somebody to hear it.
         await self._channel.ready()
         link = self._channel.link
-        host, card, hosts = self._host, self._neighbours.told(), self._neighbours.hosts()
-        if card is not None and protocol < TELLS_NETWORK:
+        host, nic, hosts = self._host, self._neighbours.told(), self._neighbours.hosts()
+        if nic is not None and protocol < TELLS_NETWORK:
             await self._negotiate()
             protocol = self._protocol or protocol
             if protocol < TELLS_NETWORK:
-                raise AgentProtocolError("its agent is too old to be told what its network card is to have")
+                raise AgentProtocolError("its agent is too old to be told what its network interface is to have")
         identity: dict[str, object] = {
             "hostname": hostname,
             "machine_id": machine_id,
@@ -411,8 +411,8 @@ class LiveProcess:
             "time_ns": _now_ns(host),
             "signal": self._signal,
         }
-        if card is not None:
-            identity["network"] = card
+        if nic is not None:
+            identity["network"] = nic
         at_once = protocol >= TELLS_ALL_AT_ONCE and self._manifest is not None
         if as_it_is and protocol >= TAKES_AS_IT_IS:
             # The agent knows its manifest and its workload from what it is a copy of. It hears of them again as soon as

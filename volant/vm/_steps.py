@@ -25,7 +25,7 @@ from volant.templates.messages import Build
 from ._captures import MEMORY, STATE, CaptureLost, capture_at
 from ._doors import VmDoors, VmSettings
 from ._errors import StepError
-from ._network import card_of
+from ._network import nic_of
 
 CUSTOM_IMAGE = "custom"
 """Stands for the digest where nothing of the built image is used."""
@@ -307,7 +307,7 @@ def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName)
         root=root_disk(settings, row),
         template=None if row.template is None else _source(settings, row.template),
         balloon=row.balloon,
-        nic=card_of(settings, row),
+        nic=nic_of(settings, row),
     )
 
 

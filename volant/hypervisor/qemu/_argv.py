@@ -2,7 +2,7 @@
 
 Every machine is built so that it can be a template or go on from one: its memory is a file, everything has an id, the
 machine type is a versioned one (microvm has no versions), and the set of devices does not depend on what a VM happens
-to use, but for the disk, which a VM has if its plugin has a root filesystem, the balloon and the network card. Sockets,
+to use, but for the disk, which a VM has if its plugin has a root filesystem, the balloon and the NIC. Sockets,
 console and log are named relative to the machine's directory, which is QEMU's working directory, so that a long path to
 the state never meets the limit of 108 bytes for a socket's name.
 
@@ -97,7 +97,7 @@ def build_argv(
     if spec.balloon:
         argv += ["-device", f"{_device('virtio-balloon', spec.accelerator)},id=balloon0,free-page-reporting=on"]
     if spec.nic is not None:
-        argv += _card(spec, spec.nic, version, tap)
+        argv += _nic(spec, spec.nic, version, tap)
     if spec.template is not None:
         argv += ["-incoming", "defer"]
     return argv
@@ -129,8 +129,8 @@ def _disk(disk: Disk, accelerator: AcceleratorName) -> list[str]:
     ]
 
 
-def _card(spec: MachineSpec, nic: Nic, version: tuple[int, int], tap: int) -> list[str]:
-    """The card, after all that there may be without it, and what is behind it.
+def _nic(spec: MachineSpec, nic: Nic, version: tuple[int, int], tap: int) -> list[str]:
+    """The NIC, after all that there may be without it, and what is behind it.
 
     A tap is opened by the daemon, as QEMU's user has no right to, and is known by its name all the same. A socket is
     connected to by the daemon, too, which plugs the connection into the hub once QEMU runs (`_netdev.py`).
@@ -145,14 +145,14 @@ def _card(spec: MachineSpec, nic: Nic, version: tuple[int, int], tap: int) -> li
     else:
         behind = "hubport,id=net0,hubid=0"
     # A copy has an address of its own to tell of. And QEMU 10.0 crashes when a driver that knows of announcements
-    # resets the card of a machine that has gone on without any; Linux does when it powers off.
+    # resets the NIC of a machine that has gone on without any; Linux does when it powers off.
     without = ["guest_announce=off", "guest_ufo=off", "host_ufo=off"]
     if version >= (8, 1):
         without += ["guest_uso4=off", "guest_uso6=off", "host_uso=off"]
     if spec.accelerator == "tcg":
         without.append("romfile=")
-    card = f"{_device('virtio-net', spec.accelerator)},id=nic0,netdev={net},mac={nic.mac}"
-    return ["-netdev", behind, "-device", ",".join((card, *without))]
+    device = f"{_device('virtio-net', spec.accelerator)},id=nic0,netdev={net},mac={nic.mac}"
+    return ["-netdev", behind, "-device", ",".join((device, *without))]
 
 
 def machine_type(accelerator: AcceleratorName, version: tuple[int, int]) -> str:

@@ -318,7 +318,7 @@ class QemuHypervisor:
 
     async def _await_control(self, spec: MachineSpec, process: Process) -> None:
         """Return once QEMU answers on its control socket: then memory, kernel and devices are what they should be. One
-        that goes on from a template has taken it over then, and runs. What is behind its card is plugged in."""
+        that goes on from a template has taken it over then, and runs. What is behind its NIC is plugged in."""
         answered = False
         refusal: LaunchFailed | None = None
 

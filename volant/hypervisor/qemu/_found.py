@@ -44,11 +44,11 @@ def _parse(argv: Sequence[str]) -> FoundMachine:
         root=root,
         template=Path(memory["mem-path"]).parent if is_clone else None,
         balloon=any(name == "-device" and text.startswith("virtio-balloon-") for name, text in options),
-        nic=_card(options, told),
+        nic=_nic(options, told),
     )
 
 
-def _card(options: Sequence[tuple[str, str]], told: Mapping[str, str]) -> Nic | None:
+def _nic(options: Sequence[tuple[str, str]], told: Mapping[str, str]) -> Nic | None:
     devices = [_fields(text) for name, text in options if name == "-device" and text.startswith("virtio-net-")]
     if not devices:
         return None
