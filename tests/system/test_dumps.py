@@ -38,7 +38,7 @@ async def test_a_signal_puts_all_tasks_into_the_log_and_the_daemon_goes_on(make_
         assert "volant/api/_events.py" in log
         shown = await client.system.tasks()
         assert "volant/daemon/_daemon.py" in shown
-        assert "volant/_tasks.py" in shown
+        assert "volant/concurrency/_task_dump.py" in shown
         await adopted(client)
     assert SECRET not in log + shown
 

@@ -9,7 +9,7 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from volant import agui, mcp
-from volant._turns import Turns
+from volant.concurrency import FairShare
 from volant.http import Access, Limits, Middleware, internal_error, problem_body, too_large
 from volant.model import Problem
 from volant.operations import ApiDeps
@@ -60,16 +60,16 @@ def create_app(deps: ApiDeps, limits: Limits | None = None, access: Access | Non
         changing.add_routes(app, deps, repeats)
     _plugins.add_routes(app, deps, repeats, access)
     _tickets.add_routes(app, deps, access)
-    turns = Turns()
-    relay = Relay(turns)
+    share = FairShare()
+    relay = Relay(share)
     streams = [
         *_agent.routes(deps, relay),
         *_actions.routes(deps, relay),
-        *_devtools.routes(deps, relay, turns, access),
+        *_devtools.routes(deps, relay, share, access),
         *_events.routes(deps),
-        *_logs.routes(deps, turns),
-        *_console.routes(deps, turns),
-        *_tcp.routes(deps, turns),
+        *_logs.routes(deps, share),
+        *_console.routes(deps, share),
+        *_tcp.routes(deps, share),
         *_backups.routes(deps, limits),
         *_artifacts.routes(deps),
         *agui.routes(deps, limits),

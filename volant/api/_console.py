@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack
 
 import trio
 
-from volant._turns import Turns
+from volant.concurrency import FairShare
 from volant.http import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
 from volant.model import Problem, Status, VmRow, is_name, no_such_vm
 from volant.operations import ApiDeps
@@ -35,7 +35,7 @@ _DEFAULT_TAIL = 25
 _MAX_TAIL = 1000
 
 
-def routes(deps: ApiDeps, turns: Turns) -> list[StreamRoute]:
+def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def console(call: Call) -> None:
@@ -59,7 +59,7 @@ def routes(deps: ApiDeps, turns: Turns) -> list[StreamRoute]:
                     ) from None  # fmt: skip
             reader = await stack.enter_async_context(serial.reader(_DEFAULT_TAIL if tail is None else tail))
             await call.accept()
-            await _Session(call, deps, turns, row, reader, keyboard).run()
+            await _Session(call, deps, share, row, reader, keyboard).run()
 
     return [StreamRoute(_PATH, console, http=False, websocket=True)]
 
@@ -68,11 +68,11 @@ class _Session:
     """One client at the console."""
 
     def __init__(
-        self, call: Call, deps: ApiDeps, turns: Turns, row: VmRow, reader: Reader, keyboard: Keyboard | None
+        self, call: Call, deps: ApiDeps, share: FairShare, row: VmRow, reader: Reader, keyboard: Keyboard | None
     ) -> None:
         self._call = call
         self._deps = deps
-        self._turns = turns
+        self._share = share
         self._row = row
         self._reader = reader
         self._keyboard = keyboard
@@ -107,7 +107,7 @@ class _Session:
                 if isinstance(taken, Missed):
                     await self._call.send_texts([b'{"missed":%d}' % taken.bytes])
                     continue
-                await self._turns.take(self._row.id, len(taken))
+                await self._share.take(self._row.id, len(taken))
                 await self._call.send_bytes(taken)
 
     async def _from_client(self, scope: trio.CancelScope) -> None:
@@ -122,7 +122,7 @@ class _Session:
         if self._keyboard is None:
             self._end(NOT_ALLOWED, "this connection looks on; connect with write=true to type")
             return
-        await self._turns.take(self._row.id, len(data))
+        await self._share.take(self._row.id, len(data))
         try:
             await self._keyboard.type(data)
         except KeyboardTaken:

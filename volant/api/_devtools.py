@@ -25,8 +25,8 @@ from weakref import WeakValueDictionary
 import msgspec
 import trio
 
-from volant._turns import Turns
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
+from volant.concurrency import FairShare
 from volant.http import Access, Call, StreamRoute, interruptible, without_credentials
 from volant.model import DEVTOOLS_PORT, Desired, Problem, Status, VmRow, is_name, no_such_vm
 from volant.operations import ApiDeps
@@ -71,9 +71,9 @@ class Place:
         return f"{self.base}/{path}" + (f"?ticket={self.ticket()}" if self.ticket is not None else "")
 
 
-def routes(deps: ApiDeps, relay: Relay, turns: Turns, access: Access) -> list[StreamRoute]:
+def routes(deps: ApiDeps, relay: Relay, share: FairShare, access: Access) -> list[StreamRoute]:
     """The routes of this resource."""
-    browsers = _Browsers(deps, relay, turns, access)
+    browsers = _Browsers(deps, relay, share, access)
     return [
         # A page of another origin can make a browser send GETs, so what opens a page is none.
         StreamRoute(_NEW, browsers.serve, methods=frozenset({"PUT"}), key_in_query=True),
@@ -82,10 +82,10 @@ def routes(deps: ApiDeps, relay: Relay, turns: Turns, access: Access) -> list[St
 
 
 class _Browsers:
-    def __init__(self, deps: ApiDeps, relay: Relay, turns: Turns, access: Access) -> None:
+    def __init__(self, deps: ApiDeps, relay: Relay, share: FairShare, access: Access) -> None:
         self._deps = deps
         self._relay = relay
-        self._turns = turns
+        self._share = share
         self._access = access
         self._answers: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()
 
@@ -216,7 +216,7 @@ class _Browsers:
                 client.stream(method, target, [(b"host", browser.host)], timeout_s=_ANSWER_S) as response,
             ):
                 while data := await response.receive():
-                    await self._turns.take(browser.vm_id, len(data))
+                    await self._share.take(browser.vm_id, len(data))
                     body += data
                     if len(body) > _MAX_ANSWER:
                         raise browser.problem(f"answers with more than {_MAX_ANSWER} bytes")

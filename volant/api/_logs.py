@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import partial
 from typing import cast
 
-from volant._turns import Turns
+from volant.concurrency import FairShare
 from volant.http import GOING_AWAY, NORMAL, Call, Query, StreamRoute, interruptible, parse_time
 from volant.journal import LogCursor, LogGap, LogStream, VmLog
 from volant.model import Problem, invalid, is_name, no_such_vm
@@ -25,7 +25,7 @@ _MAX_TAIL = 1_000_000
 _BATCH = 64 * 1024
 
 
-def routes(deps: ApiDeps, turns: Turns) -> list[StreamRoute]:
+def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def websocket(call: Call) -> None:
@@ -35,7 +35,7 @@ def routes(deps: ApiDeps, turns: Turns) -> list[StreamRoute]:
             await call.accept()
 
             async def stream() -> None:
-                ended = await _send(call, cursor, turns, log.vm_id, call.send_texts)
+                ended = await _send(call, cursor, share, log.vm_id, call.send_texts)
                 await call.close(NORMAL if ended else GOING_AWAY)
 
             await call.while_connected(stream)
@@ -49,7 +49,7 @@ def routes(deps: ApiDeps, turns: Turns) -> list[StreamRoute]:
                 await call.write(b"\n".join(lines) + b"\n")
 
             async def stream() -> None:
-                await _send(call, cursor, turns, log.vm_id, write)
+                await _send(call, cursor, share, log.vm_id, write)
 
             if call.method == "HEAD" or await call.while_connected(stream):
                 await call.finish()
@@ -120,7 +120,7 @@ def _wanted(query: Query, tail: int | None, follow: bool) -> _Wanted:
 
 
 async def _send(
-    call: Call, cursor: LogCursor, turns: Turns, vm_id: int, send: Callable[[list[bytes]], Awaitable[None]]
+    call: Call, cursor: LogCursor, share: FairShare, vm_id: int, send: Callable[[list[bytes]], Awaitable[None]]
 ) -> bool:
     """Send lines until the log or its wanted part ends (True) or the daemon stops (False)."""
     ended = False
@@ -130,6 +130,6 @@ async def _send(
                 ended = True
                 break
             frames = [taken.frame] if isinstance(taken, LogGap) else taken
-            await turns.take(vm_id, sum(map(len, frames)))
+            await share.take(vm_id, sum(map(len, frames)))
             await send(frames)
     return ended

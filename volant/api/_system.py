@@ -8,7 +8,7 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from volant import __version__
-from volant._tasks import dump
+from volant.concurrency import dump_tasks
 from volant.http import Nothing, json_response, read_body
 from volant.model import Health, Status, SystemStatus
 from volant.model.agent import DEFAULT_GRACE_S, MAX_GRACE_S
@@ -72,7 +72,7 @@ def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
     @app.get("/api/v1/system/tasks")
     async def tasks() -> Response:
         no_query()
-        return Response(f"{dump()}\n", content_type="text/plain; charset=utf-8")
+        return Response(f"{dump_tasks()}\n", content_type="text/plain; charset=utf-8")
 
     @app.get("/api/v1/system/tree")
     async def tree() -> Response:

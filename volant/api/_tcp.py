@@ -15,8 +15,8 @@ from functools import partial
 
 import trio
 
-from volant._turns import Turns
 from volant.channel import ChannelStream
+from volant.concurrency import FairShare
 from volant.http import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
 from volant.model import is_name, no_such_vm
 from volant.operations import ApiDeps
@@ -32,7 +32,7 @@ _SEND_S = 300.0
 """How long a guest may take to accept a message."""
 
 
-def routes(deps: ApiDeps, turns: Turns) -> list[StreamRoute]:
+def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def tcp(call: Call) -> None:
@@ -44,7 +44,7 @@ def routes(deps: ApiDeps, turns: Turns) -> list[StreamRoute]:
             raise no_such_vm(name[:80])
         async with open_port(deps.vms.agent(name), name, port) as stream:
             await call.accept()
-            await _Session(call, turns, row.id, stream).run()
+            await _Session(call, share, row.id, stream).run()
 
     return [StreamRoute(_PATH, tcp, http=False, websocket=True)]
 
@@ -52,9 +52,9 @@ def routes(deps: ApiDeps, turns: Turns) -> list[StreamRoute]:
 class _Session:
     """One connection, both ways."""
 
-    def __init__(self, call: Call, turns: Turns, vm_id: int, stream: ChannelStream) -> None:
+    def __init__(self, call: Call, share: FairShare, vm_id: int, stream: ChannelStream) -> None:
         self._call = call
-        self._turns = turns
+        self._share = share
         self._vm_id = vm_id
         self._stream = stream
         self._over = trio.Event()
@@ -93,7 +93,7 @@ class _Session:
                     return
                 if data is None:
                     return
-                await self._turns.take(self._vm_id, len(data))
+                await self._share.take(self._vm_id, len(data))
                 await self._call.send_bytes(data)
             await waits.until(self._client_ended.wait)
 
@@ -112,7 +112,7 @@ class _Session:
         scope.cancel()
 
     async def _pass_on(self, data: bytes) -> None:
-        await self._turns.take(self._vm_id, len(data))
+        await self._share.take(self._vm_id, len(data))
         try:
             with trio.fail_after(_SEND_S):
                 if data:

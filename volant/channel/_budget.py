@@ -10,7 +10,7 @@ honest guest with short lines would lose all its streams.
 
 from __future__ import annotations
 
-from volant._turns import Bucket
+from volant.concurrency import TokenBucket
 
 from ._errors import LinkLost
 
@@ -64,6 +64,6 @@ class FrameCounter:
         return position, frames, price
 
 
-def frame_budget() -> Bucket:
+def frame_budget() -> TokenBucket:
     """Frames a second that need no data to pay for them."""
-    return Bucket(2500.0, 2500.0)
+    return TokenBucket(2500.0, 2500.0)

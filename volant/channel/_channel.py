@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from volant._helpers import open_helpers
+from volant.concurrency import open_helpers
 from volant.host import Host
 from volant.model.agent import AGENT_PORT
 

@@ -11,8 +11,8 @@ from typing import Literal
 import click
 import trio
 
-from volant._helpers import open_helpers
 from volant.client import ClientError, Feed, LogGap, LogLine, StreamGap, Verb, Waited
+from volant.concurrency import open_helpers
 from volant.model import BASE, READY, CreateVm, Event, Problem, RestoreVm, Status, VmMemory, VmView
 
 from . import _console, _copy, _exec, _forward, _snapshots

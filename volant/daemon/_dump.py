@@ -18,7 +18,7 @@ from types import FrameType
 
 import trio
 
-from volant._tasks import dump
+from volant.concurrency import dump_tasks
 
 _logger = logging.getLogger("volant.tasks")
 # Somebody has asked for it, whatever else is logged.
@@ -48,7 +48,7 @@ async def dump_on_signal() -> None:
         # Until the receiver goes, which puts back what was there before it.
         signal.signal(signal.SIGUSR1, show)
         async for _ in signals:
-            for text in _pieces(dump().splitlines()):
+            for text in _pieces(dump_tasks().splitlines()):
                 _logger.info("what all tasks do:\n%s", text)
 
 

@@ -29,7 +29,7 @@ import msgspec
 import trio
 
 from actors import Gap, Log, check_fence
-from volant._turns import Turns
+from volant.concurrency import FairShare
 from volant.host import Host
 
 from ._pace import Pace
@@ -116,7 +116,7 @@ class VmLog:
         max_bytes: int,
         segment_bytes: int,
         drop: Callable[[Path], None],
-        turns: Turns,
+        share: FairShare,
     ) -> None:
         self._host = host
         self._directory = directory
@@ -125,7 +125,7 @@ class VmLog:
         self._segment_bytes = segment_bytes
         self._drop = drop
         self.vm_id = vm_id
-        self._pace = Pace(turns, vm_id)
+        self._pace = Pace(share, vm_id)
         self._name = ""
         self._newest = 0
         self._resume: dict[str, int] = {}

@@ -10,7 +10,7 @@ import trio
 
 from volant.host import Host
 
-from ._pace import log_turns
+from ._pace import log_share
 from ._segments import Segment, segment_of
 from ._vmlog import LogStatistics, VmLog
 
@@ -49,7 +49,7 @@ class VmLogs:
         self._logs: dict[int, VmLog] = {}
         self._expiry: dict[int, datetime] = {}
         self._dropped: dict[Path, None] = {}
-        self._turns = log_turns()
+        self._share = log_share()
         self._wake = trio.Event()
 
     async def prepare(self) -> None:
@@ -213,7 +213,7 @@ class VmLogs:
                 max_bytes=self._max_bytes,
                 segment_bytes=self._segment_bytes,
                 drop=self._drop,
-                turns=self._turns,
+                share=self._share,
             )
             if vm_id in self._expiry:
                 log.end()

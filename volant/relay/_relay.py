@@ -1,7 +1,7 @@
 """From a client to a server inside a guest and back: HTTP exchanges, and WebSockets as bytes.
 
 Nothing is buffered but what is on its way: a piece of the body is taken from one side when the other side has taken
-the one before. Each piece pays for itself in `Turns`, so that busy relays leave room for the rest of the daemon.
+the one before. Each piece pays for itself in `FairShare`, so that busy relays leave room for the rest of the daemon.
 
 A WebSocket is not decoded. The client's handshake goes to the guest as it is, the guest's answer comes back, and then
 bytes are passed on, which keeps extensions, fragments, pings and closing codes what they are and is cheap. Only the
@@ -23,8 +23,8 @@ from typing import cast
 
 import trio
 
-from volant._turns import Turns
 from volant.channel import AgentClient, AgentProtocolError, AgentResponse, AgentUnreachable, Channel, ChannelStream
+from volant.concurrency import FairShare
 from volant.http import GOING_AWAY, Call, interruptible
 from volant.model import Problem, invalid
 
@@ -35,7 +35,7 @@ HEAD_S = 600.0
 """How long a server in a guest may take to begin its answer."""
 CONNECT_S = 10.0
 _PIECE = 256 * 1024
-"""The larger, the fewer turns of Python for a gigabyte: 64 KiB cost twice the processor time."""
+"""The larger, the fewer rounds of Python for a gigabyte: 64 KiB cost twice the processor time."""
 _PORT = re.compile(r"[1-9][0-9]{0,4}\Z")
 _MAX_REFUSAL = 64 * 1024
 _SEND_S = 300.0
@@ -49,8 +49,8 @@ Explain = Callable[[int, bytes], Problem | None]
 class Relay:
     """Relays requests, within one budget."""
 
-    def __init__(self, turns: Turns) -> None:
-        self._turns = turns
+    def __init__(self, share: FairShare) -> None:
+        self._share = share
 
     async def run(
         self,
@@ -105,7 +105,7 @@ class Relay:
         # A rendezvous: the client's next piece is taken when the guest has got this one.
         put, take = trio.open_memory_channel[bytes](0)
         async with trio.open_nursery() as nursery:
-            body = _Body(take, self._turns, vm_id) if has_body else None
+            body = _Body(take, self._share, vm_id) if has_body else None
             nursery.start_soon(self._take_in, call, put if has_body else None, nursery.cancel_scope)
             async with client.stream(method, sender.target, headers, body, timeout_s=HEAD_S) as response:
                 begin = b""
@@ -117,7 +117,7 @@ class Relay:
                     await call.start(response.status, said)
                     while data := begin or await response.receive():
                         begin = b""
-                        await self._turns.take(vm_id, len(data))
+                        await self._share.take(vm_id, len(data))
                         await call.write(data)
             if problem is None:
                 await call.finish()
@@ -152,7 +152,7 @@ class Relay:
         headers += [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
         headers += [(b"sec-websocket-extensions", value) for value in call.scope["state"]["websocket_extensions"]]
         async with trio.open_nursery() as nursery:
-            splice = _Splice(call, self._turns, vm_id)
+            splice = _Splice(call, self._share, vm_id)
             nursery.start_soon(splice.to_guest, nursery.cancel_scope)
             async with client.stream("GET", sender.target, headers, timeout_s=HEAD_S) as response:
                 if response.switched and response.status == 101:
@@ -180,9 +180,9 @@ class Relay:
 class _Body:
     """The pieces of a request's body. No generator, as whoever reads it may leave it half-way."""
 
-    def __init__(self, take: trio.MemoryReceiveChannel[bytes], turns: Turns, vm_id: int) -> None:
+    def __init__(self, take: trio.MemoryReceiveChannel[bytes], share: FairShare, vm_id: int) -> None:
         self._take = take
-        self._turns = turns
+        self._share = share
         self._vm_id = vm_id
 
     def __aiter__(self) -> _Body:
@@ -196,17 +196,17 @@ class _Body:
             raise trio.BrokenResourceError("the client left") from None
         if not data:
             raise StopAsyncIteration
-        await self._turns.take(self._vm_id, len(data))
+        await self._share.take(self._vm_id, len(data))
         return data
 
 
 class _Splice:
     """The bytes of one WebSocket, both ways."""
 
-    def __init__(self, call: Call, turns: Turns, vm_id: int) -> None:
+    def __init__(self, call: Call, share: FairShare, vm_id: int) -> None:
         self.upstream: ChannelStream | None = None
         self._call = call
-        self._turns = turns
+        self._share = share
         self._vm_id = vm_id
         self._frames = FrameBounds()
 
@@ -216,7 +216,7 @@ class _Splice:
             message = await self._call.receive()
             if message["type"] == "volant.websocket.bytes" and self.upstream is not None:
                 data = message["bytes"]
-                await self._turns.take(self._vm_id, len(data))
+                await self._share.take(self._vm_id, len(data))
                 try:
                     with trio.fail_after(_SEND_S):
                         await self.upstream.send_all(data)
@@ -242,7 +242,7 @@ class _Splice:
                 if not data:
                     return
                 self._frames.feed(data)
-                await self._turns.take(self._vm_id, len(data))
+                await self._share.take(self._vm_id, len(data))
                 await self._call.send({"type": "volant.websocket.bytes", "bytes": data})
 
 

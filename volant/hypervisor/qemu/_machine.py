@@ -22,7 +22,7 @@ from typing import Any
 
 import trio
 
-from volant._helpers import open_helpers
+from volant.concurrency import open_helpers
 from volant.host import Host, Process, ProcessGone
 from volant.hypervisor._interface import (
     NOT_YET_RUN,

@@ -1,15 +1,14 @@
-"""So much a turn: how busy relays and log pumps leave room for everybody else.
+"""Rate limits that keep busy relays and log pumps from starving other tasks of the event loop.
 
-Trio runs every task that is ready before it looks at the sockets again, so a request that arrives while fifty relays
-each move a piece waits for all of them, once for every turn that it needs itself. `Turns` lets relays move a bounded
-number of bytes, together, between two looks at the sockets; those that come too late wait for the next turn, one VM
-after the other, so that a VM with many streams gets no more than one with one. Log pumps have turns of their own, in
-lines.
+Trio runs every task that is ready before it polls the sockets again. A request that arrives while fifty relays each
+move a piece waits for all of them, once for each pass of the event loop that it needs itself. `FairShare` bounds what
+relays move, together, in one pass. Those that come too late wait for the next pass, and VMs are served in rotation: a
+VM with many streams gets no more than a VM with one. Log pumps have a `FairShare` of their own, counted in lines.
 
-`Bucket` bounds how much one VM gets over time.
+`TokenBucket` bounds what one VM gets over time.
 
-The next turn is announced by `run_sync_soon`, which Trio runs after it has looked at the sockets: no task is kept for
-it, and none polls.
+`run_sync_soon` announces the next pass, as Trio runs its callbacks after it has polled the sockets. No task is kept for
+that, and nothing polls.
 """
 
 from __future__ import annotations
@@ -19,38 +18,38 @@ from collections import OrderedDict, deque
 import trio
 
 
-class Bucket:
-    """An allowance that refills with time up to `burst`. Whoever overspends it waits."""
+class TokenBucket:
+    """An allowance that refills with time, up to `burst`. A caller that overspends it waits."""
 
     def __init__(self, rate: float, burst: float) -> None:
-        """`rate`: so much a second."""
+        """`rate`: tokens per second."""
         self._rate = rate
         self._burst = self._left = burst
         self._at: float | None = None
 
     def spend(self, amount: float, now: float) -> float:
-        """Seconds to wait, 0 as a rule, after `amount` was taken at `now`."""
+        """Takes `amount` at the time `now`, in seconds, and returns the seconds to wait: 0 as a rule."""
         passed = 0.0 if self._at is None else now - self._at
         self._left = min(self._burst, self._left + passed * self._rate) - max(0.0, amount)
         self._at = now
         return max(0.0, -self._left / self._rate)
 
 
-class Turns:
-    """A budget, of bytes for instance, shared by keys (VMs) in rotation. When it is used up, the scheduler's next turn
-    renews it.
+class FairShare:
+    """A budget for one pass of the event loop, shared by keys (VMs) in rotation.
 
-    Not each turn, as announcing one costs a small message a sixth of what it costs altogether.
+    It is renewed in the first pass after it was used up, not in every pass: announcing a pass costs a small message a
+    sixth of its total cost.
     """
 
-    def __init__(self, per_turn: int = 256 * 1024) -> None:
-        self._per_turn = per_turn
-        self._left = per_turn
+    def __init__(self, per_pass: int = 256 * 1024) -> None:
+        self._per_pass = per_pass
+        self._left = per_pass
         self._armed = False
         self._waiting: OrderedDict[int, deque[_Waiter]] = OrderedDict()
 
     async def take(self, key: int, count: int) -> None:
-        """Return when so much may be done for `key`. What is larger than the budget uses up a whole turn."""
+        """Waits until `key` may spend `count`. A count above the budget uses up a whole pass."""
         if self._left > 0 and not self._waiting:
             self._spend(count)
             return
@@ -68,7 +67,7 @@ class Turns:
             raise
 
     def statistics(self) -> dict[str, int]:
-        """How many relays wait, and for how many VMs."""
+        """Returns how many callers wait, and for how many keys."""
         return {"waiting": sum(map(len, self._waiting.values())), "keys": len(self._waiting)}
 
     def _spend(self, count: int) -> None:
@@ -79,11 +78,11 @@ class Turns:
     def _arm(self) -> None:
         if not self._armed:
             self._armed = True
-            trio.lowlevel.current_trio_token().run_sync_soon(self._next_turn)
+            trio.lowlevel.current_trio_token().run_sync_soon(self._renew)
 
-    def _next_turn(self) -> None:
+    def _renew(self) -> None:
         self._armed = False
-        self._left = self._per_turn
+        self._left = self._per_pass
         while self._left > 0 and self._waiting:
             key, queue = self._waiting.popitem(last=False)
             waiter = queue.popleft()

@@ -1,4 +1,4 @@
-"""Tasks that help a block and end with it."""
+"""Background tasks that end with a block of code."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import trio
 
 @asynccontextmanager
 async def open_helpers() -> AsyncIterator[trio.Nursery]:
-    """A nursery whose tasks are cancelled when the block ends, however it ends.
+    """Opens a nursery whose tasks are cancelled when the block ends.
 
-    What goes wrong in the block is the block's own and leaves as it is; Trio alone would put it into a group, as it
-    could have come from any task. What goes wrong in a helper cancels the block and leaves in a group.
+    An exception of the block leaves as it is; Trio alone would wrap it in a group, as any task could have raised it. An
+    exception of a task cancels the block and leaves in a group.
     """
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:

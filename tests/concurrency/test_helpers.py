@@ -1,4 +1,4 @@
-"""Tasks that help a block end with it, and what goes wrong in the block is in no group."""
+"""Background tasks end with their block, and an exception of the block is in no group."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from volant._helpers import open_helpers
+from volant.concurrency import open_helpers
 
 
 async def test_helpers_end_with_the_block(autojump_clock: trio.testing.MockClock) -> None:
@@ -25,7 +25,7 @@ async def test_helpers_end_with_the_block(autojump_clock: trio.testing.MockClock
     assert ended.is_set()
 
 
-async def test_what_goes_wrong_in_the_block_is_in_no_group() -> None:
+async def test_an_exception_of_the_block_is_in_no_group() -> None:
     async def block() -> None:
         async with open_helpers() as helpers:
             helpers.start_soon(trio.sleep_forever)
@@ -35,7 +35,7 @@ async def test_what_goes_wrong_in_the_block_is_in_no_group() -> None:
         await block()
 
 
-async def test_what_goes_wrong_in_a_helper_cancels_the_block() -> None:
+async def test_an_exception_of_a_helper_cancels_the_block() -> None:
     async def fail() -> None:
         raise KeyError
 
@@ -45,7 +45,7 @@ async def test_what_goes_wrong_in_a_helper_cancels_the_block() -> None:
             await trio.sleep_forever()
 
 
-async def test_a_block_that_is_cancelled_from_outside_is_just_that() -> None:
+async def test_a_block_that_is_cancelled_from_outside_raises_nothing_else() -> None:
     with trio.move_on_after(0.01) as scope:
         async with open_helpers() as helpers:
             helpers.start_soon(trio.sleep_forever)

@@ -1,7 +1,7 @@
-"""What every task and thread of this process is doing, as text for people: `SIGUSR1`, `GET /api/v1/system/tasks`.
+"""Dumps all tasks and threads of this process as text, for `SIGUSR1` and `GET /api/v1/system/tasks`.
 
-It says where each one waits, by file, line and function, and never what any variable holds: that may be a key. Tasks
-beside each other that wait in the same way are told of once, so that a thousand VMs are as easy to read as one.
+The dump shows where each one waits, by file, line and function. It never shows the value of a variable, which may be a
+key. Sibling tasks with the same stack are shown once, so that a thousand VMs are as easy to read as one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ MAX_LINES = 4000
 _MAX_FRAMES = 12
 _MAX_DEPTH = 60
 _NAMES = 3
-_HERE = f"{Path(__file__).resolve().parents[1]}/"
+_HERE = f"{Path(__file__).resolve().parents[2]}/"
 
 
 @dataclass
 class _Group:
-    """Siblings that do the same."""
+    """Siblings with the same stack and the same children."""
 
     shape: str
     stack: tuple[str, ...]
@@ -32,7 +32,7 @@ class _Group:
     names: list[str] = field(default_factory=list)
 
     def join(self, other: _Group) -> None:
-        """Take in one of the same shape."""
+        """Merges a group of the same shape."""
         self.names += other.names
         for mine, its in zip(self.children, other.children, strict=True):
             mine.join(its)
@@ -41,8 +41,8 @@ class _Group:
         return len(self.names) + sum(child.count() for child in self.children)
 
 
-def dump() -> str:
-    """All tasks of the Trio run that this is called in, as the tree that they are, then all threads."""
+def dump_tasks() -> str:
+    """Returns all tasks of the current Trio run as a tree, then all threads."""
     root = trio.lowlevel.current_root_task()
     tasks = _groups([root] if root is not None else [], 0)
     threads = _threads()
@@ -80,7 +80,7 @@ def _threads() -> list[_Group]:
 
 def _group(name: str, places: Sequence[str], children: list[_Group]) -> _Group:
     stack = _shortened(places)
-    # How many there are is part of how they look.
+    # The number of children is part of the shape.
     shape = "\n".join((*stack, *(f"{len(child.names)} {child.shape}" for child in children)))
     return _Group(shape, stack, children, [name])
 
@@ -113,7 +113,7 @@ def _places_of(task: trio.lowlevel.Task) -> list[str]:
             if not (place := _place(frame, line)).startswith("trio/_core/")
         ]
     except RuntimeError as error:
-        # It waits for something that Trio can't look into.
+        # It awaits an object whose frames Trio can't read.
         return [f"? ({error})"]
 
 
