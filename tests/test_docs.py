@@ -6,11 +6,13 @@ import ast
 import re
 from pathlib import Path
 
+from actors.testing import Simulation, simulate
 from volant.mcp._tools import TOOLS
+from volant.testing import simulated_world
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FOLDERS = ("tutorial", "how-to", "reference", "explanation")
-PAGES = [REPOSITORY / "README.md", *(page for name in FOLDERS for page in (REPOSITORY / "docs" / name).glob("*.md"))]
+DOCS = REPOSITORY / "docs"
+PAGES = [*REPOSITORY.glob("*.md"), *DOCS.rglob("*.md")]
 
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 _CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
@@ -26,9 +28,16 @@ def test_every_link_leads_somewhere() -> None:
     assert not broken
 
 
-def test_the_readme_names_every_how_to() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
-    assert not [page.name for page in (REPOSITORY / "docs/how-to").glob("*.md") if f"how-to/{page.name})" not in readme]
+def test_the_index_leads_to_every_page() -> None:
+    index, decisions = DOCS / "index.md", DOCS / "decisions" / "README.md"
+    assert not {page for page in DOCS.rglob("*.md") if page != index} - linked(index) - linked(decisions)
+    assert index in linked(REPOSITORY / "README.md")
+    assert decisions in linked(index)
+
+
+def linked(page: Path) -> set[Path]:
+    """Returns the files that a page links to."""
+    return {(page.parent / path).resolve() for path, _ in _LINK.findall(page.read_text()) if path}
 
 
 def test_every_promise_of_the_security_page_names_a_test_that_exists() -> None:
@@ -51,6 +60,27 @@ def functions(module: Path) -> set[str]:
     """Returns the names of the functions that a module defines, those of its classes included."""
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef)
     return {node.name for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, definitions)}
+
+
+def test_the_architecture_page_names_every_room() -> None:
+    page = (DOCS / "explanation/architecture.md").read_text()
+    rooms = {"actors/", *(f"volant/{package.parent.name}/" for package in REPOSITORY.glob("volant/*/__init__.py"))}
+    shown = re.findall(r"^\| (`[^|]+`) \|", page, re.M)
+    assert {room for cell in shown for room in re.findall(r"`([\w/]+/)`", cell)} == rooms
+
+
+def test_the_architecture_page_shows_the_supervisor_tree(tmp_path: Path) -> None:
+    page = (DOCS / "explanation/architecture.md").read_text()
+    children: list[str] = []
+
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, tmp_path) as world:
+            await world.start_daemon()
+            tree = (await world.request("GET", "/api/v1/system/tree")).json()
+            children.extend(child["name"] for child in tree["children"])
+
+    simulate(main, seed=1, faults={})
+    assert re.findall(r"^  volantd(?:\[.*\])? --> (\w+)", page, re.M) == children
 
 
 def test_the_page_of_mcp_names_every_tool() -> None:
