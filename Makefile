@@ -4,7 +4,7 @@ TESTS ?=
 SEEDS ?= 300
 UV ?= uv
 
-.PHONY: demo test simulate bench lint fmt docs lock setup clean
+.PHONY: demo test test-actors simulate bench lint fmt docs lock setup clean
 
 demo: ## A VM from nothing to nothing: build, boot, use, delete
 	@.ci/system-packages python qemu
@@ -16,6 +16,9 @@ test: ## All tests, real guests included
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages network || echo "Without it the tests of networks are skipped" >&2
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages chromium || echo "Without it the tests with a browser are skipped" >&2
 	@.ci/test $(TESTS)
+
+test-actors: ## Build volant-actors, and run its tests in an environment without volant
+	@.ci/test-actors $(TESTS)
 
 simulate: ## SEEDS lives of a daemon on a simulated host, with faults and kills
 	@.ci/in-venv python -m tests.simulation --seeds $(SEEDS)
@@ -43,7 +46,7 @@ docs: ## The reference of commands, which is kept, and that of the Python API, i
 
 lock: ## Resolve the dependencies anew; needs uv
 	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-		--group dev pyproject.toml --output-file requirements.lock >/dev/null
+		--no-emit-package volant-actors --group dev pyproject.toml --output-file requirements.lock >/dev/null
 	@.ci/in-venv python .ci/check_lock.py --stamp
 
 setup:

@@ -1,4 +1,4 @@
-"""Whether `requirements.lock` was made from the present `pyproject.toml`, without asking a network.
+"""Whether `requirements.lock` was made from the present `pyproject.toml` files, without asking a network.
 
 `--stamp` writes into the lock's first line what it was made from; without it that line is checked.
 """
@@ -18,8 +18,9 @@ PREFIX = "# Made by `make lock` from the dependencies with the digest "
 
 def main() -> int:
     """Check or stamp; return the exit code."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    facts = [project["project"]["requires-python"], project["project"]["dependencies"], project["dependency-groups"]]
+    volant, actors = (tomllib.loads((ROOT / path / "pyproject.toml").read_text()) for path in (".", "actors"))
+    facts = [[project["project"][key] for key in ("requires-python", "dependencies")] for project in (volant, actors)]
+    facts.append(volant["dependency-groups"])
     line = PREFIX + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     lock = ROOT / "requirements.lock"
     text = lock.read_text()
@@ -27,7 +28,7 @@ def main() -> int:
         lock.write_text(line + "\n" + text)
         return 0
     if text.partition("\n")[0] != line:
-        print("requirements.lock is not made from this pyproject.toml: run `make lock`", file=sys.stderr)
+        print("requirements.lock is out of date: run `make lock`", file=sys.stderr)
         return 1
     pinned = re.findall(r"^([A-Za-z0-9._-]+)==\S+(.*)$", text, re.MULTILINE)
     bare = [name for name, rest in pinned if not rest.rstrip().endswith("\\")]

@@ -37,6 +37,8 @@ from ._system import System, open_system
 from ._tap import Tap, TapEvent, TapKind
 from ._timer import Timer
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ONE_FOR_ALL",
     "ONE_FOR_ONE",

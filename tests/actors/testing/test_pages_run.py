@@ -15,7 +15,7 @@ import pytest
 import trio
 
 DOCS = Path(__file__).parents[3] / "docs"
-PAGES = ["tutorial/actors.md", "explanation/otp-in-trio.md", "explanation/actors.md"]
+PAGES = ["tutorial/actors.md", "explanation/otp-in-trio.md", "explanation/actors.md", "../actors/README.md"]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
