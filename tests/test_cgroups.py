@@ -33,9 +33,9 @@ def groups() -> Iterator[Cgroups]:
 
 
 async def started(host: Host, tmp_path: Path) -> ProcessIdentity:
-    mark = f"volant-test-{host.new_id()}"
-    argv = [sys.executable, "-c", "import signal; signal.pause()", mark]
-    return await host.spawn(argv, mark=mark, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
+    tag = f"volant-test-{host.new_id()}"
+    argv = [sys.executable, "-c", "import signal; signal.pause()", tag]
+    return await host.spawn(argv, tag=tag, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
 
 
 async def end(host: Host, identity: ProcessIdentity) -> None:
@@ -49,12 +49,12 @@ async def test_the_group_of_a_process_that_exits_just_now_is_waited_for(groups: 
     identity = await started(host, tmp_path)
     await host.give_own_scope(identity, "VM one", BOUNDS)
     with trio.fail_after(10):
-        await host.remove_empty_scopes(identity.mark)
-        assert (groups.directory / identity.mark).exists(), "it lives, and is not waited for without end"
+        await host.remove_empty_scopes(identity.tag)
+        assert (groups.directory / identity.tag).exists(), "it lives, and is not waited for without end"
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(host.remove_empty_scopes, identity.mark)
+            nursery.start_soon(host.remove_empty_scopes, identity.tag)
             await end(host, identity)
-    assert not (groups.directory / identity.mark).exists()
+    assert not (groups.directory / identity.tag).exists()
 
 
 async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroups, tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroup
         # Whoever adopts it does it once more.
         await host.give_own_scope(first, "VM one", BOUNDS)
     await host.give_own_scope(second, "VM two")
-    assert _cgroups.group_of(first.pid) == groups.directory / first.mark
-    assert _cgroups.group_of(second.pid) == groups.directory / second.mark
+    assert _cgroups.group_of(first.pid) == groups.directory / first.tag
+    assert _cgroups.group_of(second.pid) == groups.directory / second.tag
     assert _cgroups.group_of(os.getpid()) != groups.directory
     limits = host.limits_of(first)
     assert limits is not None
@@ -83,10 +83,10 @@ async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroup
     )
     await end(host, first)
     await host.remove_empty_scopes()
-    assert not (groups.directory / first.mark).exists()
+    assert not (groups.directory / first.tag).exists()
     # What a daemon finds that comes after one that was killed: those whose processes live stay, the others go.
     assert _cgroups.own_groups(groups.directory.name) == groups
-    assert (groups.directory / second.mark).is_dir()
+    assert (groups.directory / second.tag).is_dir()
     await end(host, second)
     assert _cgroups.own_groups(groups.directory.name) == groups
     assert not groups.directory.exists()
@@ -96,7 +96,7 @@ async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroup
     # Or as the next is made.
     third = await started(host, tmp_path)
     await host.give_own_scope(third, "VM three", BOUNDS)
-    assert [path.name for path in groups.directory.iterdir() if path.is_dir()] == [third.mark]
+    assert [path.name for path in groups.directory.iterdir() if path.is_dir()] == [third.tag]
     await end(host, third)
     await host.remove_empty_scopes()
     assert not groups.directory.exists()

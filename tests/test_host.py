@@ -25,7 +25,7 @@ def host() -> Host:
 
 
 @pytest.fixture
-def mark(host: Host) -> str:
+def tag(host: Host) -> str:
     return f"volant-test.{host.new_id()}"
 
 
@@ -41,9 +41,9 @@ def started(host: Host) -> Iterator[list[ProcessIdentity]]:
             pass
 
 
-async def spawn(host: Host, mark: str, tmp_path: Path, code: str, started: list[ProcessIdentity]) -> ProcessIdentity:
-    argv = [sys.executable, "-c", code, f"guest={mark},x=y"]
-    identity = await host.spawn(argv, mark=mark, env={"ONLY": "this"}, cwd=tmp_path, stdout_path=tmp_path / "out")
+async def spawn(host: Host, tag: str, tmp_path: Path, code: str, started: list[ProcessIdentity]) -> ProcessIdentity:
+    argv = [sys.executable, "-c", code, f"guest={tag},x=y"]
+    identity = await host.spawn(argv, tag=tag, env={"ONLY": "this"}, cwd=tmp_path, stdout_path=tmp_path / "out")
     started.append(identity)
     return identity
 
@@ -59,7 +59,7 @@ async def until_output(host: Host, path: Path, text: bytes) -> bytes:
 
 
 async def test_a_process_is_launched_as_if_to_be_adopted(
-    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
 ) -> None:
     leak, other = os.pipe()
     os.set_inheritable(leak, True)
@@ -72,7 +72,7 @@ async def test_a_process_is_launched_as_if_to_be_adopted(
     )
     (tmp_path / "out").touch(mode=0o600)
     try:
-        identity = await spawn(host, mark, tmp_path, code, started)
+        identity = await spawn(host, tag, tmp_path, code, started)
         output = (await until_output(host, tmp_path / "out", b"end")).decode()
     finally:
         os.close(leak)
@@ -87,9 +87,9 @@ async def test_a_process_is_launched_as_if_to_be_adopted(
 
 
 async def test_the_exit_status_reaches_every_handle_and_no_zombie_stays(
-    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
 ) -> None:
-    identity = await spawn(host, mark, tmp_path, SLEEP, started)
+    identity = await spawn(host, tag, tmp_path, SLEEP, started)
     statuses = []
 
     async def wait() -> None:
@@ -118,23 +118,23 @@ async def test_the_exit_status_reaches_every_handle_and_no_zombie_stays(
 
 
 async def test_a_child_that_nobody_watched_keeps_its_status_for_who_comes_later(
-    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
 ) -> None:
-    identity = await spawn(host, mark, tmp_path, "raise SystemExit(7)", started)
+    identity = await spawn(host, tag, tmp_path, "raise SystemExit(7)", started)
     with trio.fail_after(10):
         pidfd = os.pidfd_open(identity.pid)
         await trio.lowlevel.wait_readable(pidfd)
         os.close(pidfd)
-        assert await host.find(mark) is None
+        assert await host.find(tag) is None
         assert not host.exists(Path(f"/proc/{identity.pid}")), "find() collects"
         with host.open_process(identity) as process:
             assert await process.wait() == 7
 
 
 async def test_the_end_of_a_process_that_is_not_waited_for_any_more_is_taken_for_nobody_elses(
-    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
 ) -> None:
-    one, other = [await spawn(host, mark + suffix, tmp_path, SLEEP, started) for suffix in ("a", "b")]
+    one, other = [await spawn(host, tag + suffix, tmp_path, SLEEP, started) for suffix in ("a", "b")]
     with host.open_process(one) as first, host.open_process(other) as second, trio.fail_after(20):
         for _ in range(3):
             with trio.move_on_after(0.01):
@@ -151,60 +151,60 @@ async def test_the_end_of_a_process_that_is_not_waited_for_any_more_is_taken_for
             await trio.testing.wait_all_tasks_blocked()
             first.kill()
             await first.wait()
-            assert await host.find(mark + "a") is None
+            assert await host.find(tag + "a") is None
             await trio.testing.wait_all_tasks_blocked(0.05)
             assert not ended.is_set()
             second.kill()
 
 
-async def test_an_adopted_process_is_found_by_its_mark_and_watched(
-    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+async def test_an_adopted_process_is_found_by_its_tag_and_watched(
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
 ) -> None:
     # The middle process starts it and goes, as a daemon that was killed does.
     code = (
         "import subprocess, sys\n"
-        f"subprocess.Popen([sys.executable, '-c', {SLEEP!r}, 'guest={mark},x=y'], start_new_session=True)\n"
+        f"subprocess.Popen([sys.executable, '-c', {SLEEP!r}, 'guest={tag},x=y'], start_new_session=True)\n"
     )
     with trio.fail_after(10):
         await trio.run_process([sys.executable, "-c", code], stdout=None)
-        identity = await host.find(mark)
+        identity = await host.find(tag)
         assert identity is not None
         started.append(identity)
-        assert [i for i in await host.processes("volant-test.") if i.mark == mark] == [identity]
+        assert [i for i in await host.processes("volant-test.") if i.tag == tag] == [identity]
         with host.open_process(identity) as process:
             process.kill()
             assert await process.wait() is None
-        assert await host.find(mark) is None
+        assert await host.find(tag) is None
 
 
 async def test_another_process_is_never_taken_for_ours(
-    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
 ) -> None:
-    identity = await spawn(host, mark, tmp_path, SLEEP, started)
+    identity = await spawn(host, tag, tmp_path, SLEEP, started)
     stranger = Host()
     for other in (
-        ProcessIdentity(identity.pid, identity.start_time + 1, identity.boot_id, mark),
-        ProcessIdentity(identity.pid, identity.start_time, "another-boot", mark),
-        ProcessIdentity(identity.pid, identity.start_time, identity.boot_id, mark + "0"),
-        ProcessIdentity(4_000_000_000 % 2**22, identity.start_time, identity.boot_id, mark),
+        ProcessIdentity(identity.pid, identity.start_time + 1, identity.boot_id, tag),
+        ProcessIdentity(identity.pid, identity.start_time, "another-boot", tag),
+        ProcessIdentity(identity.pid, identity.start_time, identity.boot_id, tag + "0"),
+        ProcessIdentity(4_000_000_000 % 2**22, identity.start_time, identity.boot_id, tag),
     ):
         with pytest.raises(ProcessGone):
             stranger.open_process(other)
-    # Somebody who looks for the mark carries it too, but leads no session.
-    with subprocess.Popen([sys.executable, "-c", SLEEP, mark + "1"], stdout=subprocess.DEVNULL) as looker:  # noqa: ASYNC220
-        assert await host.find(mark + "1") is None
+    # Somebody who looks for the tag carries it too, but leads no session.
+    with subprocess.Popen([sys.executable, "-c", SLEEP, tag + "1"], stdout=subprocess.DEVNULL) as looker:  # noqa: ASYNC220
+        assert await host.find(tag + "1") is None
         looker.kill()
 
 
-async def test_a_mark_must_be_on_the_command_line(host: Host, tmp_path: Path) -> None:
-    for argv, mark in ([sys.executable, "-c", ""], "volant-x"), ([sys.executable, "a b"], "a b"):
-        with pytest.raises(ValueError, match="mark"):
-            await host.spawn(argv, mark=mark, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
+async def test_a_tag_must_be_on_the_command_line(host: Host, tmp_path: Path) -> None:
+    for argv, tag in ([sys.executable, "-c", ""], "volant-x"), ([sys.executable, "a b"], "a b"):
+        with pytest.raises(ValueError, match="tag"):
+            await host.spawn(argv, tag=tag, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
 
 
 async def test_a_missing_program_is_an_os_error(host: Host, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        await host.spawn(["/no/such/program", "mark"], mark="mark", env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
+        await host.spawn(["/no/such/program", "tag"], tag="tag", env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
 
 
 async def test_sockets_with_long_paths_connect(host: Host, tmp_path: Path) -> None:
@@ -365,9 +365,9 @@ async def test_a_watched_file_may_vanish(host: Host, tmp_path: Path) -> None:
 
 
 async def test_what_a_process_takes_of_the_memory_is_told(
-    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity]
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
 ) -> None:
-    identity = await spawn(host, mark, tmp_path, "x = b'x' * 2**26\n" + SLEEP, started)
+    identity = await spawn(host, tag, tmp_path, "x = b'x' * 2**26\n" + SLEEP, started)
     await until_output(host, tmp_path / "out", b"up")
     found = await host.process_memory(identity, 10)
     assert 2**16 <= found.private_kb <= found.pss_kb <= found.rss_kb < 2**18
@@ -380,9 +380,9 @@ async def test_what_a_process_takes_of_the_memory_is_told(
 
 
 async def test_a_process_that_holds_up_those_who_look_into_it_does_so_until_their_deadline(
-    host: Host, mark: str, tmp_path: Path, started: list[ProcessIdentity], monkeypatch: pytest.MonkeyPatch
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    identity = await spawn(host, mark, tmp_path, SLEEP, started)
+    identity = await spawn(host, tag, tmp_path, SLEEP, started)
     rollup = tmp_path / str(identity.pid) / "smaps_rollup"
     rollup.parent.mkdir()
     os.mkfifo(rollup)

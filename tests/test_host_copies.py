@@ -58,9 +58,9 @@ def memory(tmp_path: Path, content: bytes) -> Path:
 
 @pytest.fixture
 async def writer(host: Host, tmp_path: Path, memory: Path) -> AsyncIterator[ProcessIdentity]:
-    mark = f"volant-test.{host.new_id()}"
-    argv = [sys.executable, "-c", WRITER, f"guest={mark}"]
-    identity = await host.spawn(argv, mark=mark, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
+    tag = f"volant-test.{host.new_id()}"
+    argv = [sys.executable, "-c", WRITER, f"guest={tag}"]
+    identity = await host.spawn(argv, tag=tag, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
     with host.open_process(identity) as process:
         with trio.fail_after(20), host.watch(tmp_path / "out") as watch:
             while not await host.read_bytes(tmp_path / "out"):

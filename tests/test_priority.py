@@ -43,10 +43,10 @@ def test_a_session_with_other_programs_is_left_alone() -> None:
 @pytest.mark.parametrize("lowers", [True, False])
 async def test_a_daemon_that_may_not_lowers_its_hypervisors(tmp_path: Path, lowers: bool) -> None:
     host = Host(lowers=lowers)
-    mark = f"volant-test.{host.new_id()}"
+    tag = f"volant-test.{host.new_id()}"
     identity = await host.spawn(
-        [sys.executable, "-c", "import time; time.sleep(60)", mark],
-        mark=mark,
+        [sys.executable, "-c", "import time; time.sleep(60)", tag],
+        tag=tag,
         env={},
         cwd=tmp_path,
         stdout_path=tmp_path / "out",

@@ -5,7 +5,7 @@ Everything that the VM actor, the hypervisor driver, the channel and the journal
 any object with the same methods; nothing in this module is reached by a global.
 
 **Processes are known by an identity, not by a pid.** A daemon that comes back finds a number in its row, and by then
-the number may belong to somebody else. So an identity is pid, start time, boot id and a mark that stands on the command
+the number may belong to somebody else. So an identity is pid, start time, boot id and a tag that stands on the command
 line; a handle opens a pidfd first and compares afterwards, so what it compared is what it signals and waits for.
 
 **Nothing here waits by polling.** A pidfd becomes readable when its process ends, also when the process is not our
@@ -77,7 +77,7 @@ _logger = logging.getLogger("volant.host")
 _PROC = Path("/proc")
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
-_MARK = re.compile(r"[A-Za-z0-9._:@-]{4,100}")
+_TAG = re.compile(r"[A-Za-z0-9._:@-]{4,100}")
 _TOKENS = re.compile(rb"[\0,=]")
 _FICLONE = 0x40049409
 _TUN = "/dev/net/tun"
@@ -352,12 +352,12 @@ class Host:
         self._cpu_before = (0, 0)
         self._looks = trio.CapacityLimiter(_LOOKS_AT_ONCE)
         self._own_directories: tuple[Path, ...] | None = None
-        self._own_marks = ""
+        self._own_tags = ""
 
-    def confine(self, directories: Sequence[Path], mark_prefix: str) -> None:
+    def confine(self, directories: Sequence[Path], tag_prefix: str) -> None:
         """Remove nothing from now on that does not lie below one of these directories, and find, open and signal no
-        process whose mark does not begin with `mark_prefix`: whatever a row, a file or a process says."""
-        self._own_directories, self._own_marks = tuple(directories), mark_prefix
+        process whose tag does not begin with `tag_prefix`: whatever a row, a file or a process says."""
+        self._own_directories, self._own_tags = tuple(directories), tag_prefix
 
     def check_removable(self, path: Path) -> None:
         """:raises OSError: it is not ours to remove."""
@@ -366,8 +366,8 @@ class Host:
 
     def check_own(self, identity: ProcessIdentity) -> None:
         """:raises ProcessGone: it is not ours, so that for us there is none."""
-        if not identity.mark.startswith(self._own_marks):
-            raise ProcessGone(f"process {identity.pid} is none of this daemon's: its mark is {identity.mark[:100]!r}")
+        if not identity.tag.startswith(self._own_tags):
+            raise ProcessGone(f"process {identity.pid} is none of this daemon's: its tag is {identity.tag[:100]!r}")
 
     # Time and names
 
@@ -395,7 +395,7 @@ class Host:
         self,
         argv: Sequence[str],
         *,
-        mark: str,
+        tag: str,
         env: Mapping[str, str],
         cwd: Path,
         stdout_path: Path,
@@ -405,15 +405,15 @@ class Host:
         """Start a process that outlives us: own session, stdin null, no core dump, and of our descriptors only
         `descriptors`, under the same numbers. `sandbox`: what it may do; None: what we may do.
 
-        `mark` must stand on the command line already, as a whole argument or between `,` and `=` of one; letters,
+        `tag` must stand on the command line already, as a whole argument or between `,` and `=` of one; letters,
         digits and `._:@-`, 4 to 100 of them. Stdout and stderr are appended to `stdout_path` (made 0600), a path
         that the caller keeps within bounds with `keep_tail`. Not cancelled half-way.
 
         Raises OSError when the program cannot be started, or the sandbox can't be set up, ValueError for a bad
-        mark.
+        tag.
         """
-        if not _MARK.fullmatch(mark) or mark not in _tokens("\0".join(argv).encode()):
-            raise ValueError(f"the mark {mark!r} is malformed or not on the command line")
+        if not _TAG.fullmatch(tag) or tag not in _tokens("\0".join(argv).encode()):
+            raise ValueError(f"the tag {tag!r} is malformed or not on the command line")
         self._collect_children()
         pid = await trio.to_thread.run_sync(self._spawn, list(argv), dict(env), cwd, stdout_path, sandbox, descriptors)
         # Not reaped by anybody yet, so the pid is still its own.
@@ -424,7 +424,7 @@ class Host:
             resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
         except (ProcessLookupError, PermissionError):
             pass  # it has ended, or changed its user: then it has set its own limits
-        return ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), mark=mark)
+        return ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), tag=tag)
 
     def _spawn(
         self,
@@ -513,32 +513,32 @@ class Host:
                 with trio.CancelScope(shield=True), trio.move_on_after(5.0):
                     await process.wait()
 
-    async def find(self, mark: str) -> ProcessIdentity | None:
-        """The living process that carries exactly this mark, or None. The oldest, should there be several."""
-        found = [identity for identity in await self.processes(mark) if identity.mark == mark]
+    async def find(self, tag: str) -> ProcessIdentity | None:
+        """The living process that carries exactly this tag, or None. The oldest, should there be several."""
+        found = [identity for identity in await self.processes(tag) if identity.tag == tag]
         return min(found, key=lambda identity: identity.start_time, default=None)
 
-    async def processes(self, mark_prefix: str, *, of_anybody: bool = False) -> list[ProcessIdentity]:
-        """Every living process that carries a mark with this prefix. Reads all of /proc: once, not in a loop.
+    async def processes(self, tag_prefix: str, *, of_anybody: bool = False) -> list[ProcessIdentity]:
+        """Every living process that carries a tag with this prefix. Reads all of /proc: once, not in a loop.
 
-        Any user can start a process that carries a mark, so only those of our own user and of hypervisors' users
+        Any user can start a process that carries a tag, so only those of our own user and of hypervisors' users
         count, unless `of_anybody` says otherwise. Only leaders of a session count, as `spawn` makes them: somebody's
-        `pgrep` for the mark is not taken for it. None where such marks are not ours.
+        `pgrep` for the tag is not taken for it. None where such tags are not ours.
         """
-        if not mark_prefix.startswith(self._own_marks):
+        if not tag_prefix.startswith(self._own_tags):
             return []
         self._collect_children()
-        return await trio.to_thread.run_sync(self._processes, mark_prefix, of_anybody)
+        return await trio.to_thread.run_sync(self._processes, tag_prefix, of_anybody)
 
-    def _processes(self, mark_prefix: str, of_anybody: bool) -> list[ProcessIdentity]:
+    def _processes(self, tag_prefix: str, of_anybody: bool) -> list[ProcessIdentity]:
         found = []
         for entry in os.scandir(_PROC):
             if not entry.name.isdigit():
                 continue
             pid = int(entry.name)
             try:
-                marks = [t for t in _tokens(_cmdline(pid)) if t.startswith(mark_prefix) and _MARK.fullmatch(t)]
-                if not marks:
+                tags = [t for t in _tokens(_cmdline(pid)) if t.startswith(tag_prefix) and _TAG.fullmatch(t)]
+                if not tags:
                     continue
                 start_time, session, state = _stat(pid)
                 if not of_anybody and not self._is_of_ours(pid):
@@ -546,7 +546,7 @@ class Host:
             except (OSError, ValueError):
                 continue
             if session == pid and state not in "ZX":
-                found.append(ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), mark=marks[0]))
+                found.append(ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id(), tag=tags[0]))
         return found
 
     def is_of_ours(self, identity: ProcessIdentity) -> bool:
@@ -580,10 +580,10 @@ class Host:
                 raise ProcessGone(f"process {identity.pid} can't be looked at") from error
         return False
 
-    async def end_all(self, mark: str, known: ProcessIdentity | None = None) -> None:
-        """Kill every process that carries exactly this mark, and `known`, whatever is on its command line by now; none
+    async def end_all(self, tag: str, known: ProcessIdentity | None = None) -> None:
+        """Kill every process that carries exactly this tag, and `known`, whatever is on its command line by now; none
         is left when this returns. The deadline is the caller's. Reads all of /proc. Raises OSError."""
-        found = {identity for identity in await self.processes(mark) if identity.mark == mark}
+        found = {identity for identity in await self.processes(tag) if identity.tag == tag}
         if known is not None:
             found.add(known)
         await self.end(found)
@@ -733,8 +733,8 @@ class Host:
             if state in "ZX":
                 raise ProcessGone(f"process {identity.pid} has ended")
             # A hypervisor that somebody has taken over can write another command line. Its user has no other processes.
-            if identity.mark not in _tokens(_cmdline(identity.pid)) and _real_user(identity.pid) not in self._users:
-                raise ProcessGone(f"process {identity.pid} does not carry the mark {identity.mark}")
+            if identity.tag not in _tokens(_cmdline(identity.pid)) and _real_user(identity.pid) not in self._users:
+                raise ProcessGone(f"process {identity.pid} does not carry the tag {identity.tag}")
         except (OSError, ValueError) as error:
             os.close(pidfd)
             raise ProcessGone(f"process {identity.pid} has ended") from error
@@ -745,15 +745,15 @@ class Host:
 
     async def give_own_scope(self, identity: ProcessIdentity, description: str, bounds: Bounds | None = None) -> None:
         """Take a process out of the daemon's control group, so that what systemd does to the daemon does not touch it,
-        and bound what it takes of the machine, as far as the host can; `bounds` None: it is not bounded. Its mark
+        and bound what it takes of the machine, as far as the host can; `bounds` None: it is not bounded. Its tag
         becomes the name of its scope, or of its group where there is no systemd. Where there is neither, or it can't
         be, the process stays where it is, and the log says so.
         """
         try:
             if self._scopes is not None:
-                await self._scopes.enclose(identity.pid, identity.mark, description, bounds)
+                await self._scopes.enclose(identity.pid, identity.tag, description, bounds)
             elif self._groups is not None:
-                await trio.to_thread.run_sync(self._groups.enclose, identity.pid, identity.mark, bounds)
+                await trio.to_thread.run_sync(self._groups.enclose, identity.pid, identity.tag, bounds)
         except (ScopeError, OSError) as error:
             _logger.warning("process %d stays in the daemon's control group: %s", identity.pid, error)
         if self._lowers:
@@ -772,7 +772,7 @@ class Host:
                 return
 
     async def remove_empty_scopes(self, ended: str | None = None) -> None:
-        """Remove the control groups of processes that have ended, where they are ours to remove. `ended`: the mark of
+        """Remove the control groups of processes that have ended, where they are ours to remove. `ended`: the tag of
         a process that ends at present; its group is waited for, up to a second."""
         if self._groups is not None:
             await trio.to_thread.run_sync(self._groups.remove_empty, ended)
@@ -797,7 +797,7 @@ class Host:
             group = _cgroups.group_of(identity.pid)
         except OSError:
             return None
-        return group if group is not None and group.name in (identity.mark, f"{identity.mark}.scope") else None
+        return group if group is not None and group.name in (identity.tag, f"{identity.tag}.scope") else None
 
     # Sockets
 

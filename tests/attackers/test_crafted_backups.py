@@ -79,23 +79,23 @@ def test_a_database_that_is_crafted_as_a_file_is_refused(how: str, tmp_path: Pat
 
 def test_what_a_backup_says_of_processes_is_dropped(tmp_path: Path) -> None:
     """Also of those that look like ours: another daemon's on this host, or another VM's."""
-    mark = "volant-1111111111-7.1"
-    row = crafted_backup.vm_row() | {"status": "running", "mark": mark, "serial_socket": "/run/x/vms/7/console.sock"}
-    row["process"] = {"pid": 4242, "start_time": 1, "boot_id": "b", "mark": mark}
+    tag = "volant-1111111111-7.1"
+    row = crafted_backup.vm_row() | {"status": "running", "mark": tag, "serial_socket": "/run/x/vms/7/console.sock"}
+    row["process"] = {"pid": 4242, "start_time": 1, "boot_id": "b", "mark": tag}
     path = tmp_path / "volant.db"
     file = make(tmp_path / "backup.db")
     with apsw.Connection(str(file)) as connection:
         connection.execute("UPDATE vms SET row = ?", (msgspec.json.encode(row),))
     restore(file, path)
     assert _only_row(path).process is None
-    assert _only_row(path).mark == f"volant-{INSTANCE}-7.1"
+    assert _only_row(path).tag == f"volant-{INSTANCE}-7.1"
     assert _only_row(path).serial_socket is None
 
-    identity = ProcessIdentity(pid=77, start_time=5, boot_id="c", mark=f"volant-{INSTANCE}-7.3")
+    identity = ProcessIdentity(pid=77, start_time=5, boot_id="c", tag=f"volant-{INSTANCE}-7.3")
     path.unlink()
     restore(file, path, Evidence(7, {7: Running(3, identity, "/run/v/vms/7/console.sock")}))
     after = _only_row(path)
-    assert (after.process, after.mark, after.boots, after.status) == (identity, identity.mark, 3, Status.RUNNING)
+    assert (after.process, after.tag, after.boots, after.status) == (identity, identity.tag, 3, Status.RUNNING)
 
 
 def _only_row(path: Path) -> VmRow:
@@ -213,8 +213,8 @@ async def test_the_host_removes_and_signals_nothing_that_is_not_its_own(tmp_path
             with pytest.raises(OSError, match="not below a directory of this daemon"):
                 await remove(path)
     identity = msgspec.convert(victim.process, ProcessIdentity)
-    assert await host.find(identity.mark) is None
-    assert await host.processes(identity.mark[:5]) == []
+    assert await host.find(identity.tag) is None
+    assert await host.processes(identity.tag[:5]) == []
     with pytest.raises(ProcessGone, match="none of this daemon's"):
         _open(host, identity)
     (own / "file").touch()

@@ -16,7 +16,7 @@ WAITING = "import time; print('ready', flush=True); time.sleep(600)"
 
 async def test_delete_ends_the_hypervisor_and_not_the_decoy(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon(ephemeral=False)
-    with running_code(WAITING, f"{daemon.mark_prefix}1.1") as decoy:
+    with running_code(WAITING, f"{daemon.tag_prefix}1.1") as decoy:
         async with daemon.client() as client:
             vm = await boot(client, "demo")
             assert vm.pid != decoy.pid
@@ -32,8 +32,8 @@ async def test_a_decoy_is_no_vm_after_a_restart_either(make_daemon: Callable[...
         vm = await boot(client, "demo")
     daemon.kill()
     with (
-        running_code(WAITING, f"{daemon.mark_prefix}1.1") as same,
-        running_code(WAITING, f"{daemon.mark_prefix}2.1") as another,
+        running_code(WAITING, f"{daemon.tag_prefix}1.1") as same,
+        running_code(WAITING, f"{daemon.tag_prefix}2.1") as another,
     ):
         daemon.start()
         async with daemon.client() as client:

@@ -51,20 +51,20 @@ def host() -> Host:
 
 
 @pytest.fixture
-def mark(host: Host) -> str:
+def tag(host: Host) -> str:
     return f"volant-test.{host.new_id()}"
 
 
-async def launched(host: Host, mark: str, place: Path, code: str = WAITING, user: int | None = None) -> ProcessIdentity:
-    """A process that carries a mark, once it has printed a line."""
+async def launched(host: Host, tag: str, place: Path, code: str = WAITING, user: int | None = None) -> ProcessIdentity:
+    """A process that carries a tag, once it has printed a line."""
     directory = place / f"{user}.{host.new_id()[:8]}"
     await host.mkdir(directory)
     if user is not None:
         await host.lend_directory(directory, user, [], [place])
     output = directory / "out"
     identity = await host.spawn(
-        [PYTHON, "-I", "-c", code, mark],
-        mark=mark,
+        [PYTHON, "-I", "-c", code, tag],
+        tag=tag,
         env={},
         cwd=directory,
         stdout_path=output,
@@ -84,24 +84,24 @@ def gone(host: Host, identity: ProcessIdentity) -> bool:
         return True
 
 
-async def test_a_decoy_is_not_found_and_the_process_that_was_launched_is(host: Host, mark: str, place: Path) -> None:
-    with running_code(WAITING, mark) as decoy:
-        assert await host.find(mark) is None
-        ours = await launched(host, mark, place)
-        a_vms = await launched(host, mark, place, user=VM_USERS[3])
-        assert set(await host.processes(mark)) == {ours, a_vms}
-        await host.end_all(mark)
+async def test_a_decoy_is_not_found_and_the_process_that_was_launched_is(host: Host, tag: str, place: Path) -> None:
+    with running_code(WAITING, tag) as decoy:
+        assert await host.find(tag) is None
+        ours = await launched(host, tag, place)
+        a_vms = await launched(host, tag, place, user=VM_USERS[3])
+        assert set(await host.processes(tag)) == {ours, a_vms}
+        await host.end_all(tag)
         assert gone(host, ours)
         assert gone(host, a_vms)
         assert decoy.poll() is None
 
 
-async def test_nor_is_a_program_that_others_run_with_our_rights(host: Host, mark: str, place: Path) -> None:
+async def test_nor_is_a_program_that_others_run_with_our_rights(host: Host, tag: str, place: Path) -> None:
     program = place / "tail"
     shutil.copy("/usr/bin/tail", program)
     program.chmod(0o4755)
     with subprocess.Popen(  # noqa: ASYNC220
-        [program, "-f", "/dev/null", mark],
+        [program, "-f", "/dev/null", tag],
         user=NOBODY.pw_uid,
         group=NOBODY.pw_gid,
         extra_groups=(),
@@ -109,25 +109,25 @@ async def test_nor_is_a_program_that_others_run_with_our_rights(host: Host, mark
         stderr=subprocess.DEVNULL,
     ) as decoy:
         try:
-            assert await host.find(mark) is None
+            assert await host.find(tag) is None
         finally:
             decoy.kill()
 
 
-async def test_all_that_carry_a_mark_are_ended(host: Host, mark: str, place: Path) -> None:
-    both = [await launched(host, mark, place) for _ in range(2)]
-    other = await launched(host, f"{mark}0", place)
-    await host.end_all(mark)
+async def test_all_that_carry_a_tag_are_ended(host: Host, tag: str, place: Path) -> None:
+    both = [await launched(host, tag, place) for _ in range(2)]
+    other = await launched(host, f"{tag}0", place)
+    await host.end_all(tag)
     assert [gone(host, each) for each in both] == [True, True]
     assert not gone(host, other)
-    await host.end_all(f"{mark}0")
+    await host.end_all(f"{tag}0")
 
 
-async def test_a_hypervisor_that_hides_its_mark_is_ended_by_its_row(host: Host, mark: str, place: Path) -> None:
-    hidden = await launched(host, mark, place, ANOTHER_LINE, user=VM_USERS[1])
+async def test_a_hypervisor_that_hides_its_tag_is_ended_by_its_row(host: Host, tag: str, place: Path) -> None:
+    hidden = await launched(host, tag, place, ANOTHER_LINE, user=VM_USERS[1])
     later = Host(users=VM_USERS)
-    assert await later.find(mark) is None, "it does carry it"
-    await later.end_all(mark, hidden)
+    assert await later.find(tag) is None, "it does carry it"
+    await later.end_all(tag, hidden)
     assert gone(host, hidden)
 
 
@@ -157,9 +157,9 @@ def passt_as_before(passt: Passt, vm_id: int, *, as_who: int) -> Iterator[subpro
     log.parent.mkdir(mode=0o700, parents=True)
     log.touch(0o600)
     code = f"import os, sys; {'os.open(sys.argv[2], os.O_RDWR); ' if as_who == 0 else ''}os.setuid({NOBODY.pw_uid})\n"
-    mark = f"volant-{passt.instance}-n.{vm_id}"
+    tag = f"volant-{passt.instance}-n.{vm_id}"
     with subprocess.Popen(
-        [PYTHON, "-I", "-c", code + WAITING, mark, str(log)],
+        [PYTHON, "-I", "-c", code + WAITING, tag, str(log)],
         user=as_who,
         stdout=subprocess.PIPE,
         text=True,

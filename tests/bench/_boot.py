@@ -226,7 +226,7 @@ def row_of(wanted: CreateVm, manifest: Manifest = BASE, image: str | None = None
     now = datetime.now(UTC)
     return VmRow(
         id=1, name=wanted.name, cpu_cores=wanted.cpu_cores, memory_mb=wanted.memory_mb, plugin=manifest.name,
-        runtime="base", manifest=manifest, created_at=now, updated_at=now, image=image, mark="volant-bench-1.1",
+        runtime="base", manifest=manifest, created_at=now, updated_at=now, image=image, tag="volant-bench-1.1",
         layer="" if manifest.boot is None else "layer",
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Many running VMs without a hypervisor, which a real daemon on the real host takes for its own.
 
 A host has memory for some dozens of emulated guests, and a bench needs a thousand. So these stand in: a shell that
-waits, with the mark on its command line, for each QEMU; and one process behind all their sockets, which speaks QMP and
+waits, with the tag on its command line, for each QEMU; and one process behind all their sockets, which speaks QMP and
 has the simulated guest's agent (`volant.testing`) on each port. The rows come from `decide` and the journal, as the
 daemon's own do. Nothing of the daemon is replaced: it reads /proc, holds pidfds, and talks over Unix sockets.
 
@@ -35,7 +35,7 @@ from volant.journal import CommitSteps, CreateRow, Journal, Store
 from volant.model import AgentAnswered, CreateVm, ImageReady, Launched, ProcessIdentity, Seen, Woke, decide
 from volant.testing._guest import SimGuest, SimPort
 from volant.vm import VmSettings, instance_of
-from volant.vm._steps import CUSTOM_IMAGE, machine_spec, mark_of
+from volant.vm._steps import CUSTOM_IMAGE, machine_spec, tag_of
 
 from ._world import listening
 
@@ -66,7 +66,7 @@ async def fleet(daemon: Daemon, count: int) -> AsyncIterator[None]:
                 for _ in range(_AT_ONCE):
                     nursery.start_soon(make_some)
         store.events.close()
-        prefix = mark_of(instance_of(daemon.state_dir), store.projection.rows()[0]).rpartition("-")[0]
+        prefix = tag_of(instance_of(daemon.state_dir), store.projection.rows()[0]).rpartition("-")[0]
         with listening("tests.bench._fleet", str(daemon.runtime_dir / "vms"), prefix):
             yield
     finally:
@@ -107,7 +107,7 @@ async def _make(
         template_dir=daemon.state_dir / "templates",
         snapshot_dir=daemon.state_dir / "snapshots",
     )
-    mark = mark_of(instance_of(daemon.state_dir), row)
+    tag = tag_of(instance_of(daemon.state_dir), row)
 
     async def see(seen: Seen) -> None:
         nonlocal row
@@ -119,20 +119,20 @@ async def _make(
 
     await see(Woke(None))
     spec = machine_spec(settings, row, "tcg")
-    await see(ImageReady(CUSTOM_IMAGE, mark, str(spec.console_socket_path)))
+    await see(ImageReady(CUSTOM_IMAGE, tag, str(spec.console_socket_path)))
     await host.mkdir(spec.directory)
     await host.make_fifo(spec.console_input_path)
     await host.write_bytes(spec.console_path, b"the guest says something\r\n")
-    process = _wait_as_qemu(spec, mark)
+    process = _wait_as_qemu(spec, tag)
     processes.append(process)
-    identity = ProcessIdentity(pid=process.pid, start_time=_stat(process.pid)[0], boot_id=host.boot_id(), mark=mark)
+    identity = ProcessIdentity(pid=process.pid, start_time=_stat(process.pid)[0], boot_id=host.boot_id(), tag=tag)
     await see(Launched(identity, "qemu", "tcg"))
     await see(AgentAnswered())
 
 
-def _wait_as_qemu(spec: MachineSpec, mark: str) -> subprocess.Popen[bytes]:
+def _wait_as_qemu(spec: MachineSpec, tag: str) -> subprocess.Popen[bytes]:
     # Opening a pipe that nobody writes to waits for ever.
-    argv = ["sh", "-c", f"read line <{spec.console_input_path.name}", "qemu-system-x86_64", "-name", f"guest={mark}"]
+    argv = ["sh", "-c", f"read line <{spec.console_input_path.name}", "qemu-system-x86_64", "-name", f"guest={tag}"]
     with spec.log_path.open("wb") as log:
         return subprocess.Popen(
             argv, cwd=spec.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -142,10 +142,10 @@ def _wait_as_qemu(spec: MachineSpec, mark: str) -> subprocess.Popen[bytes]:
 class _Guest:
     """What one daemon at a time finds behind the sockets of one QEMU."""
 
-    def __init__(self, directory: Path, mark: str) -> None:
+    def __init__(self, directory: Path, tag: str) -> None:
         self._directory = directory
-        self._mark = mark
-        self._guest = SimGuest(Random(mark), time.time_ns, lambda: None)
+        self._tag = tag
+        self._guest = SimGuest(Random(tag), time.time_ns, lambda: None)
         self._guest.up.set()
 
     def listen(self, nursery: trio.Nursery) -> None:
@@ -163,7 +163,7 @@ class _Guest:
         answers: dict[str, object] = {
             "qmp_capabilities": {},
             "query-status": {"status": "running", "running": True},
-            "query-name": {"name": self._mark},
+            "query-name": {"name": self._tag},
         }
         try:
             await stream.send_all(json.dumps(_GREETING).encode() + b"\r\n")

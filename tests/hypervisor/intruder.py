@@ -58,14 +58,14 @@ DENIED = frozenset({"EACCES", "EPERM"})
 
 
 async def tries(
-    host: Host, mark: str, directory: Path, sandbox: Sandbox | None, tasks: Sequence[Sequence[object]]
+    host: Host, tag: str, directory: Path, sandbox: Sandbox | None, tasks: Sequence[Sequence[object]]
 ) -> tuple[dict[tuple[object, ...], str], ProcessStatus]:
     """Returns the result of each task, tried in this sandbox in QEMU's place, and the process status that it had."""
     output = directory / "qemu.log"
     await host.remove_file(output)
-    argv = [str(PYTHON), "-I", "-S", "-c", INTRUDER, f"guest={mark}", json.dumps(tasks)]
+    argv = [str(PYTHON), "-I", "-S", "-c", INTRUDER, f"guest={tag}", json.dumps(tasks)]
     env = {"PATH": "/usr/bin"}
-    identity = await host.spawn(argv, mark=mark, env=env, cwd=directory, stdout_path=output, sandbox=sandbox)
+    identity = await host.spawn(argv, tag=tag, env=env, cwd=directory, stdout_path=output, sandbox=sandbox)
     with trio.fail_after(30), host.open_process(identity) as process:
         with host.watch(output) as watch:
             while b"end\n" not in (said := await host.read_bytes(output)) and not process.exited:

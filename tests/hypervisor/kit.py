@@ -27,8 +27,8 @@ def kernel(code: bytes) -> bytes:
 
 
 def machine_spec(host: Host, directory: Path, kernel: Path, initramfs: Path, /, **other: Any) -> MachineSpec:
-    """A small machine with its things in `directory`, its memory in shared memory and a mark of its own."""
-    mark = f"volant-test-{host.new_id()}"
+    """A small machine with its things in `directory`, its memory in shared memory and a tag of its own."""
+    tag = f"volant-test-{host.new_id()}"
     spec = MachineSpec(
         vm_id=7,
         name="demo",
@@ -38,8 +38,8 @@ def machine_spec(host: Host, directory: Path, kernel: Path, initramfs: Path, /, 
         initramfs=initramfs,
         cmdline="",
         directory=directory,
-        memory_file=Path("/dev/shm") / mark / "7.mem",
-        mark=mark,
+        memory_file=Path("/dev/shm") / tag / "7.mem",
+        tag=tag,
         accelerator="tcg",
     )
     return msgspec.structs.replace(spec, **other)
@@ -56,9 +56,9 @@ def tiny_spec(host: Host, directory: Path, code: bytes = HANG, /, **other: Any) 
 async def real_qemu(
     host: Host, spec: MachineSpec, cache: Path, program: str = "qemu-system-x86_64"
 ) -> AsyncIterator[QemuHypervisor]:
-    """A hypervisor on TCG. At the end it takes all whose marks begin with that of `spec`, and their memory."""
+    """A hypervisor on TCG. At the end it takes all whose tags begin with that of `spec`, and their memory."""
     yield QemuHypervisor(host, cache, accelerator="tcg", program=program)
-    for identity in await host.processes(spec.mark):
+    for identity in await host.processes(spec.tag):
         with host.open_process(identity) as process:
             process.kill()
             await process.wait()

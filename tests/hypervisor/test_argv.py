@@ -22,7 +22,7 @@ SPEC = MachineSpec(
     cmdline="debug",
     directory=Path("/run/volant/vms/7"),
     memory_file=Path("/dev/shm/volant/7.mem"),
-    mark="volant-ab12-7.1",
+    tag="volant-ab12-7.1",
     accelerator="tcg",
 )
 
@@ -37,7 +37,7 @@ def options(argv: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def test_it_carries_its_mark_and_keeps_out_what_it_does_not_need() -> None:
+def test_it_carries_its_tag_and_keeps_out_what_it_does_not_need() -> None:
     found = options(build_argv(SPEC, (10, 0)))
     assert found["-name"] == ["guest=volant-ab12-7.1,debug-threads=on"]
     assert {"-nodefaults", "-no-user-config"} <= found.keys()

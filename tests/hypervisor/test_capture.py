@@ -59,7 +59,7 @@ def clone(spec: MachineSpec, name: str, template: Template, **other: Any) -> Mac
         spec,
         directory=spec.directory.with_name(name),
         memory_file=spec.memory_file.with_name(f"{name}.mem"),
-        mark=f"{spec.mark}{name}",
+        tag=f"{spec.tag}{name}",
         template=template,
         **other,
     )

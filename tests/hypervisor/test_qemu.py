@@ -34,7 +34,7 @@ def spec(host: Host, tmp_path: Path) -> MachineSpec:
 async def test_a_machine_is_launched_attached_and_killed(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
-        assert await host.find(spec.mark) == identity
+        assert await host.find(spec.tag) == identity
         for path, mode in ((spec.directory, 0o700), (spec.memory_file, 0o600), (spec.log_path, 0o600)):
             assert stat.S_IMODE((await trio.Path(path).stat()).st_mode) == mode, path
         async with qemu.attach(spec, identity) as machine:
@@ -42,7 +42,7 @@ async def test_a_machine_is_launched_attached_and_killed(host: Host, qemu: QemuH
             end = await machine.kill()
             assert (end.kind, end.exit_status) == (EndKind.KILLED, -signal.SIGKILL)
             assert await machine.ended() == end
-        assert await host.find(spec.mark) is None
+        assert await host.find(spec.tag) is None
         async with qemu.attach(spec, identity) as machine:
             assert (await machine.ended()).kind is EndKind.GONE
             with pytest.raises(HypervisorError):
@@ -149,7 +149,7 @@ async def test_a_second_one_that_attaches_is_turned_away(
 async def test_another_machine_behind_the_socket_is_not_taken_for_ours(qemu: QemuHypervisor, spec: MachineSpec) -> None:
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
-        other = msgspec.structs.replace(spec, mark="volant-test-other")
+        other = msgspec.structs.replace(spec, tag="volant-test-other")
         with pytest.raises(HypervisorError, match="another machine"):
             async with qemu.attach(other, identity):
                 pass
@@ -261,7 +261,7 @@ async def test_a_kernel_that_is_none_is_a_bad_image(host: Host, qemu: QemuHyperv
         with pytest.raises(LaunchFailed) as failure:
             await qemu.launch(spec)
     assert failure.value.code == "bad_image", failure.value.message
-    assert await host.find(spec.mark) is None
+    assert await host.find(spec.tag) is None
     assert not host.exists(spec.memory_file)
 
 
@@ -317,7 +317,7 @@ async def test_a_qemu_that_hangs_is_ended(
         with pytest.raises(LaunchFailed, match="did not answer") as failure:
             await QemuHypervisor(host, tmp_path / "cache", accelerator="tcg", program=program).launch(spec)
     assert failure.value.code == "no_answer"
-    assert await host.find(spec.mark) is None
+    assert await host.find(spec.tag) is None
     await host.remove_tree(spec.memory_file.parent)
 
 

@@ -93,7 +93,7 @@ async def test_a_guest_runs_is_saved_and_copied_in_the_sandbox(
         await qemu.make_layer(disk)
         identity = await qemu.launch(cold)
         if plan.users is not None:
-            assert status(host, identity).user == user_of(plan.users, cold.mark, 7)
+            assert status(host, identity).user == user_of(plan.users, cold.tag, 7)
             assert cold.memory_file.stat().st_uid == os.geteuid()
         else:
             status(host, identity)
@@ -121,7 +121,7 @@ async def test_a_guest_runs_is_saved_and_copied_in_the_sandbox(
             copied = await qemu.launch(copy)
             if plan.users is not None:
                 assert status(host, copied).user in plan.users
-                assert status(host, copied).user != user_of(plan.users, cold.mark, 7)
+                assert status(host, copied).user != user_of(plan.users, cold.tag, 7)
             async with qemu.attach(copy, copied) as machine:
                 assert await machine.status() == "running"
                 again = spec.memory_file.parent / f"again{number}"
@@ -144,7 +144,7 @@ class Intruder:
     async def tries(self, tasks: Sequence[Sequence[object]]) -> dict[tuple[object, ...], str]:
         """What came of each."""
         sandbox = await QemuSandbox(self.host, self.plan).prepare(self.spec)
-        found, self.status = await tries(self.host, self.spec.mark, self.spec.directory, sandbox, tasks)
+        found, self.status = await tries(self.host, self.spec.tag, self.spec.directory, sandbox, tasks)
         return found
 
 
@@ -163,7 +163,7 @@ def other(host: Host, spec: MachineSpec) -> MachineSpec:
         vm_id=8,
         directory=spec.directory.with_name("8"),
         memory_file=spec.memory_file.with_name("8.mem"),
-        mark=f"{spec.mark}8",
+        tag=f"{spec.tag}8",
     )
 
 
@@ -295,7 +295,7 @@ async def test_it_talks_to_nobody_and_touches_no_process(
     assert intruder.status is not None
     assert intruder.status.capabilities == 0
     if plan.users is not None:
-        assert intruder.status.user == user_of(plan.users, intruder.spec.mark, 7)
+        assert intruder.status.user == user_of(plan.users, intruder.spec.tag, 7)
 
 
 async def test_landlock_alone_keeps_it_from_ports_and_processes(
@@ -322,7 +322,7 @@ async def test_the_intruder_can_do_all_of_it_without_a_sandbox(
         ("tcp", port), ("abstract", name), ("unix", str(path)), ("listen",), ("read", "/etc/passwd"),
         ("list", str(place)), ("make", "new"), ("link", "console.sock"), ("rename", "console.log"),
     ]  # fmt: skip
-    found, _ = await tries(host, spec.mark, spec.directory, None, tasks)
+    found, _ = await tries(host, spec.tag, spec.directory, None, tasks)
     assert set(found.values()) == {"DONE"}
 
 
@@ -334,10 +334,10 @@ async def test_nothing_starts_where_the_sandbox_cannot_be_set_up(
     gone = msgspec.structs.replace(sandbox, landlock=True, read=(spec.directory / "gone",))
     with pytest.raises(OSError, match="gone"):
         await host.spawn(
-            ["/bin/true", spec.mark], mark=spec.mark, env={}, cwd=spec.directory,
+            ["/bin/true", spec.tag], tag=spec.tag, env={}, cwd=spec.directory,
             stdout_path=spec.directory / "out", sandbox=gone,
         )  # fmt: skip
-    assert await host.find(spec.mark) is None
+    assert await host.find(spec.tag) is None
 
 
 async def test_setting_up_a_sandbox_does_not_restrict_the_daemon(

@@ -45,7 +45,7 @@ def clone(spec: MachineSpec, number: int, template: Template) -> MachineSpec:
         name=f"clone{number}",
         directory=spec.directory.with_name(f"c{number}"),
         memory_file=spec.memory_file.with_name(f"{number}.mem"),
-        mark=f"{spec.mark}-{number}",
+        tag=f"{spec.tag}-{number}",
         template=template,
         in_background=False,
     )
@@ -91,7 +91,7 @@ async def test_a_template_that_does_not_fit_is_refused_and_no_process_is_left(
         with pytest.raises(LaunchFailed) as caught:
             await qemu.launch(wanted)
         assert caught.value.code == "template_refused", caught.value
-        assert await host.find(wanted.mark) is None
+        assert await host.find(wanted.tag) is None
 
 
 async def test_what_cannot_be_saved_is_told(qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ async def test_a_copy_of_an_older_machine_goes_on_as_that_and_is_copied_as_that(
                 assert "does not have its machine pc-q35-1.4" in (await qemu.misfit(gone) or "")
                 running, hypervisor = clone(running, f"u{number}", captured.template), qemu
         finally:
-            for found in await host.processes(spec.mark):
+            for found in await host.processes(spec.tag):
                 with host.open_process(found) as process:
                     process.kill()
             await host.remove_tree(spec.memory_file.parent)

@@ -21,7 +21,7 @@ from volant.journal import Backups, EventGap, Evidence, Journal, Running, Store,
 from volant.journal import _backups as backups_module
 from volant.model import Networking, Problem, ProcessIdentity, Status
 
-IDENTITY = ProcessIdentity(pid=4242, start_time=1, boot_id="b", mark="volant-test-1.3")
+IDENTITY = ProcessIdentity(pid=4242, start_time=1, boot_id="b", tag="volant-test-1.3")
 
 
 class Kept(Bench):
@@ -214,7 +214,7 @@ async def test_a_process_of_a_later_boot_is_taken_for_its_vm(path: Path, kept: P
     async with keeping(fresh) as bench:
         row = bench.store.projection.get("one")
         assert row is not None
-        assert (row.status, row.mark, row.boots, row.process) == (Status.RUNNING, IDENTITY.mark, 3, IDENTITY)
+        assert (row.status, row.tag, row.boots, row.process) == (Status.RUNNING, IDENTITY.tag, 3, IDENTITY)
         # Nothing on the host knows of an id above 9.
         assert (await bench.create("next")).id == 10
 

@@ -30,7 +30,7 @@ from volant.model import (
     view,
 )
 
-CLONE = ImageReady("digest", "volant-mark", template="t")
+CLONE = ImageReady("digest", "volant-tag", template="t")
 LAUNCHED = Launched(PROCESS, "qemu", "tcg")
 
 
@@ -51,12 +51,12 @@ def test_a_vm_says_what_its_newest_boot_was() -> None:
 @pytest.mark.parametrize("trouble", [StepFailed(WHY), Ended(EndKind.KILLED, WHY)])
 def test_a_clone_that_fails_is_cleared_away_and_boots_cold(so_far: tuple[Seen, ...], trouble: Seen) -> None:
     row = see(cloning(*so_far), trouble)
-    assert (row.status, effect_of(row)) == (Status.STARTING, Kill("volant-mark"))
+    assert (row.status, effect_of(row)) == (Status.STARTING, Kill("volant-tag"))
     # The end of the process that is being killed is no news.
     assert see(row, Ended(EndKind.KILLED, WHY)) == row
     row = see(row, Cleared())
     assert (row.status, effect_of(row)) == (Status.STARTING, PrepareImage("7.1", cold=True))
-    assert (row.mark, row.process, row.template) == ("", None, None)
+    assert (row.tag, row.process, row.template) == ("", None, None)
     after = settle(row)
     assert after is not None
     shown = view(after)
@@ -67,7 +67,7 @@ def test_a_clone_that_fails_is_cleared_away_and_boots_cold(so_far: tuple[Seen, .
 
 
 def test_a_cold_boot_that_follows_is_the_last_try() -> None:
-    row = see(cloning(), StepFailed(WHY), Cleared(), ImageReady("digest", "volant-mark"), StepFailed(WHY))
+    row = see(cloning(), StepFailed(WHY), Cleared(), ImageReady("digest", "volant-tag"), StepFailed(WHY))
     assert row.status is Status.CRASHED
 
 
@@ -104,7 +104,7 @@ def test_anything_in_any_order_leaves_no_clone_behind(chain: list[Seen | None], 
             continue
         if row is None:
             return
-        assert row.process is None or row.mark
+        assert row.process is None or row.tag
     assert row is not None
     for step in decide(row, Verb(VerbKind.DELETE), NOW):
         row = step.row

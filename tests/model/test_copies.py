@@ -33,7 +33,7 @@ from volant.model import (
     waits_for,
 )
 
-READY = ImageReady("digest", "volant-mark", template="fork-a", origin=Origin("fork", "demo", 7, paused_ms=3.5))
+READY = ImageReady("digest", "volant-tag", template="fork-a", origin=Origin("fork", "demo", 7, paused_ms=3.5))
 LAUNCHED = Launched(PROCESS, "qemu", "tcg")
 
 
@@ -71,7 +71,7 @@ def test_one_that_fails_is_crashed_and_nothing_else_is_booted_in_its_place(
 
 
 def test_what_is_on_its_way_can_not_be_copied() -> None:
-    running = see(create(), Woke(None), ImageReady("digest", "volant-mark"), LAUNCHED, AgentAnswered())
+    running = see(create(), Woke(None), ImageReady("digest", "volant-tag"), LAUNCHED, AgentAnswered())
     check_copyable(running)
     for verb in (VerbKind.STOP, VerbKind.RESTART, VerbKind.PAUSE, VerbKind.DELETE):
         with pytest.raises(Problem) as refused:

@@ -55,7 +55,7 @@ from volant.model import (
 )
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
-PROCESS = ProcessIdentity(42, 1000, "boot", "volant-mark")
+PROCESS = ProcessIdentity(42, 1000, "boot", "volant-tag")
 WHY = Reason("why", "because")
 
 
@@ -68,7 +68,7 @@ def outcome(effect: Effect) -> Seen:
     """What a step that goes well reports."""
     match effect:
         case PrepareImage():
-            return ImageReady("digest", "volant-mark")
+            return ImageReady("digest", "volant-tag")
         case Launch():
             return Launched(PROCESS, "qemu", "tcg")
         case AwaitAgent():
@@ -143,7 +143,7 @@ def test_create_goes_through_starting_to_running() -> None:
 
 def test_stop_asks_a_guest_whose_agent_has_answered() -> None:
     row = see(running(), Verb(VerbKind.STOP, 3.0))
-    assert effect_of(row) == AskStop("volant-mark", 3.0)
+    assert effect_of(row) == AskStop("volant-tag", 3.0)
     assert statuses(row) == ["stopping", "stopped"]
 
 
@@ -160,7 +160,7 @@ def test_a_guest_that_ignores_the_request_is_killed_after_the_grace() -> None:
 @pytest.mark.parametrize("kind", [VerbKind.STOP, VerbKind.DELETE])
 @pytest.mark.parametrize(
     "so_far",
-    [(), (ImageReady("d", "volant-mark"),), (ImageReady("d", "volant-mark"), Launched(PROCESS, "qemu", "tcg"))],
+    [(), (ImageReady("d", "volant-tag"),), (ImageReady("d", "volant-tag"), Launched(PROCESS, "qemu", "tcg"))],
 )
 def test_a_verb_is_heard_at_every_step_of_a_boot(kind: VerbKind, so_far: tuple[Seen, ...]) -> None:
     row = see(create(), Woke(None), *so_far)
@@ -371,7 +371,7 @@ def test_a_pause_that_fails_is_taken_back_and_says_why() -> None:
 
 def test_a_resume_that_fails_is_tried_on_and_can_be_stopped() -> None:
     row = see(paused(), Verb(VerbKind.RESUME), StepFailed(Reason("resume_failed", "QEMU does not answer")))
-    assert (row.status, effect_of(row)) == (Status.PAUSED, Resume("volant-mark"))
+    assert (row.status, effect_of(row)) == (Status.PAUSED, Resume("volant-tag"))
     assert row.reason is not None
     assert see(row, Resumed()).reason is None
     assert statuses(row, Verb(VerbKind.STOP)) == ["stopping", "stopped"]
@@ -417,7 +417,7 @@ REASONS = st.just(WHY)
 ANYTHING: st.SearchStrategy[Seen] = st.one_of(
     st.builds(Verb, st.sampled_from(VerbKind), st.sampled_from([0.0, 10.0])),
     st.builds(Woke, st.sampled_from([None, PROCESS])),
-    st.just(ImageReady("digest", "volant-mark")),
+    st.just(ImageReady("digest", "volant-tag")),
     st.just(Launched(PROCESS, "qemu", "tcg")),
     st.just(AgentAnswered()),
     st.just(Paused()),
@@ -497,7 +497,7 @@ def test_anything_in_any_order_keeps_to_the_edges_and_can_still_be_deleted(
             if row is None:
                 return
             before = row
-        assert row.process is None or row.mark, "a process without a mark has no owner"
+        assert row.process is None or row.tag, "a process without a tag has no owner"
     assert row is not None
     for step in decide(row, Verb(VerbKind.DELETE), NOW):
         row = step.row

@@ -54,7 +54,7 @@ def vm(
         network=network,
         lease=allocate(subnet, taken, instance=instance, vm_id=vm_id),
         ports=tuple(map(parse_port, ports)),
-        **{"status": Status.RUNNING, "mark": f"volant-{instance}-{vm_id}.1", **fields},
+        **{"status": Status.RUNNING, "tag": f"volant-{instance}-{vm_id}.1", **fields},
     )
 
 

@@ -26,13 +26,13 @@ def tap(row: VmRow, **fields: object) -> Link:
     )
 
 
-def test_a_vm_has_a_tap_from_the_commit_of_its_mark_until_its_process_is_being_ended() -> None:
+def test_a_vm_has_a_tap_from_the_commit_of_its_tag_until_its_process_is_being_ended() -> None:
     row = vm(1, phase=Phase.LAUNCH, status=Status.STARTING)
     replace = msgspec.structs.replace
 
     assert [tap.name for tap in plan(row).taps] == [row.lease.tap if row.lease else ""]
     assert plan(replace(row, phase=Phase.ASK)).taps
-    assert not plan(replace(row, mark="", phase=Phase.IMAGE)).taps
+    assert not plan(replace(row, tag="", phase=Phase.IMAGE)).taps
     assert not plan(replace(row, phase=Phase.KILL)).taps
     assert not plan(replace(row, phase=Phase.REMOVE)).taps
 

@@ -316,22 +316,22 @@ class Life:
         rows = {row.name: row for row in daemon.store.projection.rows()}
         for operator in self.operators:
             operator.check(rows)
-        running = {qemu.mark: qemu for qemu in world.machine.running()}
-        owned = {row.mark for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)}
-        pool = daemon.vms.doors.standbys.marks
+        running = {qemu.tag: qemu for qemu in world.machine.running()}
+        owned = {row.tag for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)}
+        pool = daemon.vms.doors.standbys.tags
         assert set(running) == owned | pool, "hypervisors and VMs that run, or processes that wait, are not the same"
         assert len(pool) <= STANDBYS, f"too many wait: {pool}"
         for row in rows.values():
             assert row.status not in (Status.STARTING, Status.STOPPING, Status.DELETING, Status.PENDING), row
             if row.status in (Status.RUNNING, Status.PAUSED):
-                machine = running[row.mark]
+                machine = running[row.tag]
                 assert row.process == machine.process.identity
                 assert row.desired.value == row.status.value == machine.status, (_short(row), machine.status)
         alive = [row for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)]
         self.seen.clones += sum(row.template is not None for row in alive)
         self.seen.copies += sum(row.origin is not None and row.capture is None for row in rows.values())
-        self.seen.standbys += sum("-s." in row.mark for row in alive)
-        assert set(world.machine.groups) == {row.mark for row in alive}, "control groups and VMs are not the same"
+        self.seen.standbys += sum("-s." in row.tag for row in alive)
+        assert set(world.machine.groups) == {row.tag for row in alive}, "control groups and VMs are not the same"
         self._check_files({str(row.id) for row in alive}, {str(row.id) for row in alive if row.template is None})
         self._check_networks(list(rows.values()), running)
 
@@ -340,7 +340,7 @@ class Life:
         lease, and for nobody else; those who can be told know the others in their network."""
         leases = [row.lease for row in rows if row.lease is not None]
         assert len({lease.address for lease in leases}) == len(leases), leases
-        wanted = {row.lease.tap: row.lease for row in rows if row.lease is not None and row.mark}
+        wanted = {row.lease.tap: row.lease for row in rows if row.lease is not None and row.tag}
         machine = self.world.machine.links
         taps = {name for name, link in machine.links.items() if link.kind == "tun"}
         assert taps == set(wanted), (taps, [_short(row) for row in rows])
@@ -357,7 +357,7 @@ class Life:
         members = {row.name: row.ip_address for row in rows if row.network == BLUE}
         for row in rows:
             if row.status is Status.RUNNING and row.lease is not None:
-                guest = running[row.mark].guest
+                guest = running[row.tag].guest
                 if guest.protocol >= TELLS_NETWORK:
                     assert guest.hosts == (members if row.network == BLUE else {}), (_short(row), guest.hosts, members)
 
@@ -374,8 +374,8 @@ class Life:
         assert not halves, f"half-made templates are left: {halves}"
         standby = self.world.settings.runtime_dir / "standby"
         waiting = set(files.names(standby)) if files.find(standby) else set()
-        pool = self.world.daemon.vms.doors.standbys.marks if self.world.runs else set()
-        assert waiting == {mark.rpartition(".")[2] for mark in pool}, f"{waiting} are left of processes that waited"
+        pool = self.world.daemon.vms.doors.standbys.tags if self.world.runs else set()
+        assert waiting == {tag.rpartition(".")[2] for tag in pool}, f"{waiting} are left of processes that waited"
         built = self.world.settings.runtime_dir / "templates"
         assert not files.find(built) or not files.names(built), files.names(built)
 
@@ -451,8 +451,8 @@ class Life:
         for name in list(self.world.daemon.store.projection.snapshots):
             answer = await self.world.request("DELETE", f"/api/v1/snapshots/{name}")
             assert answer.status == 204, answer
-        pool = self.world.daemon.vms.doors.standbys.marks
-        assert {qemu.mark for qemu in self.world.machine.running()} == pool
+        pool = self.world.daemon.vms.doors.standbys.tags
+        assert {qemu.tag for qemu in self.world.machine.running()} == pool
         self._check_files(set(), set())
         self._check_networks([], {})
         await self.world.stop_daemon()
@@ -534,11 +534,11 @@ class Follower:
 
 def _owner(qemu: SimQemu) -> str:
     """Whose a process is, while there can be one such process."""
-    mark = qemu.mark.rpartition("-")[2]
-    if mark.startswith("s.") and qemu.directory.parent.name == "vms":
+    tag = qemu.tag.rpartition("-")[2]
+    if tag.startswith("s.") and qemu.directory.parent.name == "vms":
         # It had waited, and was taken over.
         return qemu.directory.name
-    return mark if mark.startswith(("s.", "t.")) else mark.partition(".")[0]
+    return tag if tag.startswith(("s.", "t.")) else tag.partition(".")[0]
 
 
 def _builds(daemon: Any) -> bool:

@@ -15,7 +15,7 @@ import trio
 
 from actors.testing import Simulation, allow_real, simulate
 from volant.model import settled
-from volant.templates import template_mark_prefix
+from volant.templates import template_tag_prefix
 from volant.testing import Unreachable, World, simulated_world
 from volant.vm import instance_of
 
@@ -141,7 +141,7 @@ class Life:
     async def _watch_processes(self) -> None:
         while True:
             await self.world.machine.changed.wait()
-            ids = [qemu.mark.rpartition("-")[2].partition(".")[0] for qemu in self.world.machine.running()]
+            ids = [qemu.tag.rpartition("-")[2].partition(".")[0] for qemu in self.world.machine.running()]
             assert len(ids) == len(set(ids)), f"two hypervisors for one VM: {ids}"
 
     async def _come_to_rest(self) -> None:
@@ -154,9 +154,9 @@ class Life:
                 if row.reason is not None and row.reason.code == "control_lost":
                     await world.request("POST", f"/api/v1/vms/{row.name}/recover")
             await trio.sleep(1.0)
-        owned = {row.mark for row in world.daemon.store.projection.rows() if row.mark}
-        builds = template_mark_prefix(instance_of(world.settings.state_dir))
-        assert {qemu.mark for qemu in world.machine.running() if not qemu.mark.startswith(builds)} == owned
+        owned = {row.tag for row in world.daemon.store.projection.rows() if row.tag}
+        builds = template_tag_prefix(instance_of(world.settings.state_dir))
+        assert {qemu.tag for qemu in world.machine.running() if not qemu.tag.startswith(builds)} == owned
         with allow_real("files"):
             left = [path.name for path in world.settings.state_dir.glob("volant-*.db")]
         assert all(name.startswith("volant-before-") for name in left), left

@@ -223,18 +223,18 @@ def test_who_waits_for_a_turn_when_it_begins_does_not_boot(tmp_path: Path, boot_
         await trio.sleep(0.3)
         await post(world, f"{SYSTEM}/drain")
         await trio.sleep(1)
-        booting = {qemu.mark for qemu in world.machine.running()}
+        booting = {qemu.tag for qemu in world.machine.running()}
         assert len(booting) < len(NAMES)
         await trio.sleep(300)
-        assert {qemu.mark for qemu in world.machine.running()} <= booting
+        assert {qemu.tag for qemu in world.machine.running()} <= booting
         held = [name for name, status in statuses(world).items() if status == "starting"]
         assert held
         for restart in (world.kill_daemon, world.stop_daemon):
             await restart()
             await world.start_daemon()
             await trio.sleep(60)
-            assert {qemu.mark for qemu in world.machine.running()} <= booting
-        assert not any("-t." in qemu.mark for qemu in world.machine.running())
+            assert {qemu.tag for qemu in world.machine.running()} <= booting
+        assert not any("-t." in qemu.tag for qemu in world.machine.running())
         # Somebody may want it otherwise, and is heard at once.
         assert (await world.request("DELETE", f"/api/v1/vms/{held[0]}")).status == 204
         await post(world, f"{SYSTEM}/undrain")

@@ -43,8 +43,8 @@ class Watched:
         polite = qemu.guest.when_asked_to_stop
 
         async def watched(stream: Any) -> None:
-            self.asked.add(qemu.mark)
-            self.most = max(self.most, sum(mark in self.asked for mark in self._living))
+            self.asked.add(qemu.tag)
+            self.most = max(self.most, sum(tag in self.asked for tag in self._living))
             if kind == "mute":
                 await trio.sleep_forever()
             if kind in ("stubborn", "unkillable"):
@@ -56,7 +56,7 @@ class Watched:
 
     @property
     def _living(self) -> list[str]:
-        return [qemu.mark for qemu in self.world.machine.running()]
+        return [qemu.tag for qemu in self.world.machine.running()]
 
     world: World
 

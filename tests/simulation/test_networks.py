@@ -54,7 +54,7 @@ async def named(world: World, *names: str) -> None:
 def machine_of(world: World, name: str) -> SimQemu:
     row = world.daemon.store.projection.get(name)
     assert row is not None
-    (qemu,) = [each for each in world.machine.running() if each.mark == row.mark]
+    (qemu,) = [each for each in world.machine.running() if each.tag == row.tag]
     return qemu
 
 
@@ -189,7 +189,7 @@ def test_a_tap_is_there_as_long_as_its_process(tmp_path: Path, boot: str) -> Non
         def look() -> None:
             for qemu in world.machine.running():
                 for row in world.daemon.store.projection.rows():
-                    if row.mark == qemu.mark and row.lease is not None:
+                    if row.tag == qemu.tag and row.lease is not None:
                         assert row.lease.tap in world.machine.links.links, f"{row.name} runs without its tap"
                         taps[row.name] = True
 

@@ -102,8 +102,8 @@ def test_it_is_told_as_a_vm_that_begins(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await boot(world, "demo")
         await lose_the_database(world)
-        mark = (await orphans(world))[0]["mark"]
-        assert (await world.request("POST", f"{ORPHANS}/{mark}/adopt")).status == 201
+        tag = (await orphans(world))[0]["mark"]
+        assert (await world.request("POST", f"{ORPHANS}/{tag}/adopt")).status == 201
         async with world.stream("GET", "/api/v1/events/vms?since=0") as stream:
             told = b""
             while told.count(b"event: ") < 3:
@@ -119,11 +119,11 @@ def test_a_name_that_is_taken_is_given_anew(tmp_path: Path) -> None:
         vm = await boot(world, "demo")
         await lose_the_database(world)
         await boot(world, "demo")
-        mark = (await orphans(world))[0]["mark"]
-        refused = await world.request("POST", f"{ORPHANS}/{mark}/adopt")
+        tag = (await orphans(world))[0]["mark"]
+        refused = await world.request("POST", f"{ORPHANS}/{tag}/adopt")
         assert (refused.status, refused.json()["field"]) == (409, "name")
-        assert (await world.request("POST", f"{ORPHANS}/{mark}/adopt?name=No.")).status == 400
-        adopted = await world.request("POST", f"{ORPHANS}/{mark}/adopt?name=demo-2")
+        assert (await world.request("POST", f"{ORPHANS}/{tag}/adopt?name=No.")).status == 400
+        adopted = await world.request("POST", f"{ORPHANS}/{tag}/adopt?name=demo-2")
         assert (adopted.status, adopted.json()["id"], adopted.json()["pid"]) == (201, vm["id"], vm["pid"])
         assert adopted.headers["location"] == "/api/v1/vms/demo-2"
 
@@ -134,8 +134,8 @@ def test_one_that_is_killed_leaves_nothing_but_its_disk(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         vm = await boot(world, "demo")
         await lose_the_database(world)
-        mark = (await orphans(world))[0]["mark"]
-        assert (await world.request("POST", f"{ORPHANS}/{mark}/kill")).status == 204
+        tag = (await orphans(world))[0]["mark"]
+        assert (await world.request("POST", f"{ORPHANS}/{tag}/kill")).status == 204
         assert not world.machine.running()
         assert world.machine.files.names(world.settings.runtime_dir / "vms") == []
         assert not [path for path in world.machine.files.below(Path("/dev/shm")) if path.name == f"{vm['id']}.mem"]
@@ -148,10 +148,10 @@ def test_one_that_is_killed_leaves_nothing_but_its_disk(tmp_path: Path) -> None:
 def test_what_a_vm_owns_can_be_neither_killed_nor_adopted_here(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await boot(world, "demo")
-        mark = world.machine.running()[0].mark
+        tag = world.machine.running()[0].tag
         assert await orphans(world) == []
         for verb in ("kill", "adopt"):
-            answer = await world.request("POST", f"{ORPHANS}/{mark}/{verb}")
+            answer = await world.request("POST", f"{ORPHANS}/{tag}/{verb}")
             assert (answer.status, answer.json()["type"]) == (404, "urn:volant:error:orphan-not-found")
         assert len(world.machine.running()) == 1
 
@@ -164,13 +164,13 @@ def test_one_that_can_t_be_held_is_left_running_and_why_is_said(tmp_path: Path) 
         await lose_the_database(world)
         qemu = world.machine.running()[0]
         world.machine.files.unlink(world.settings.runtime_dir / "vms" / "1" / "qmp.sock")
-        refused = await world.request("POST", f"{ORPHANS}/{qemu.mark}/adopt")
+        refused = await world.request("POST", f"{ORPHANS}/{qemu.tag}/adopt")
         assert refused.status == 409, refused
         assert "can't be controlled" in refused.json()["detail"]
         world.machine.files.remove_tree(world.settings.runtime_dir / "vms" / "1")
         found = (await orphans(world))[0]
         assert (found["adoptable"], found["obstacle"]) == (False, "the directory with its sockets is gone")
-        assert (await world.request("POST", f"{ORPHANS}/{qemu.mark}/adopt")).status == 409
+        assert (await world.request("POST", f"{ORPHANS}/{qemu.tag}/adopt")).status == 409
         assert world.machine.running() == [qemu]
         assert world.daemon.store.projection.rows() == []
 

@@ -29,7 +29,7 @@ def _quiet() -> Iterator[None]:
 
 def events_of(self: SimHost, identity: ProcessIdentity) -> Path:
     """The simulated machine has no control groups but these."""
-    path = Path("/run/groups") / identity.mark
+    path = Path("/run/groups") / identity.tag
     if self._files.find(path) is None:
         self._files.mkdir(path.parent)
         self._files.put(path, File(bytearray(b"oom 0\noom_kill 0\n")))
@@ -62,7 +62,7 @@ def test_the_reason_says_which_it_was(
             await trio.sleep(5)
             [qemu] = world.machine.running()
             # The kernel counts before it kills.
-            events = world.machine.files.file(Path("/run/groups") / qemu.mark)
+            events = world.machine.files.file(Path("/run/groups") / qemu.tag)
             events.data[:] = f"oom 1\noom_kill {count}\n".encode()
             qemu.process.end(-9)
             vm: Any = (await world.request("GET", "/api/v1/vms/demo?wait=crashed")).json()

@@ -35,7 +35,7 @@ async def create(world: World, name: str) -> Any:
 
 
 def builds(world: World) -> list[str]:
-    return [qemu.mark for qemu in world.machine.running() if "-t." in qemu.mark]
+    return [qemu.tag for qemu in world.machine.running() if "-t." in qemu.tag]
 
 
 def halves(world: World) -> list[str]:

@@ -36,7 +36,7 @@ def passts_of(world: World, vm: Any) -> list[SimPasst]:
     return [
         passt
         for passt in world.machine.passts.values()
-        if passt.process.alive and passt.process.identity.mark.endswith(f"-n.{vm['id']}")
+        if passt.process.alive and passt.process.identity.tag.endswith(f"-n.{vm['id']}")
     ]
 
 
@@ -68,7 +68,7 @@ def test_whenever_the_daemon_is_killed_the_hypervisor_is_connected(tmp_path: Pat
                 await world.request("POST", VMS, {**NEW, "name": "second"}, JSON)
                 await wait_running(world, "second", 60)
                 await trio.sleep(20)
-                assert world.daemon.vms.doors.standbys.marks
+                assert world.daemon.vms.doors.standbys.tags
             kept = the_one(world, first)
 
             if kind == "fork":
@@ -115,7 +115,7 @@ def test_a_launch_connects_once(tmp_path: Path, kind: str) -> None:
                 await world.request("POST", VMS, {**NEW, "name": name}, JSON)
                 await wait_running(world, name, 60)
                 await trio.sleep(30)
-            assert world.daemon.vms.doors.standbys.marks
+            assert world.daemon.vms.doors.standbys.tags
             if kind == "clone":
                 # It takes over the process that waits, and the next one finds none.
                 assert (await world.request("POST", VMS, {**NEW, "name": "taker"}, JSON)).status == 201
@@ -127,7 +127,7 @@ def test_a_launch_connects_once(tmp_path: Path, kind: str) -> None:
             assert answer.status == 201, answer.body
             vm = await wait_running(world, "new", 60)
             (qemu,) = [one for one in world.machine.running() if one.process.identity.pid == vm["pid"]]
-            assert ("-s." in qemu.mark) == (kind == "standby")
+            assert ("-s." in qemu.tag) == (kind == "standby")
             began = the_one(world, vm)
             await trio.sleep(AGAIN_S)
             assert the_one(world, vm) is began

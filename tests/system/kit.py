@@ -60,7 +60,7 @@ class Daemon:
         self.state_dir = self.root / "s"
         self.runtime_dir = self.root / "r"
         self.memory_dir = Path("/dev/shm") / f"volant-{instance_of(self.state_dir)}"
-        self.mark_prefix = f"volant-{instance_of(self.state_dir)}-"
+        self.tag_prefix = f"volant-{instance_of(self.state_dir)}-"
         self.log_path = self.root / "volantd.log"
         self.ephemeral = ephemeral
         self.base_url = ""
@@ -170,20 +170,20 @@ class Daemon:
         raise AssertionError("the daemon is gone")
 
     def hypervisors(self) -> dict[int, str]:
-        """The processes of VMs, by pid: those of this host that carry this daemon's mark."""
+        """The processes of VMs, by pid: those of this host that carry this daemon's tag."""
         return {
-            pid: mark
-            for pid, mark in self.processes().items()
-            if mark[len(self.mark_prefix)].isdigit() or (mark[len(self.mark_prefix)] == "s" and _works_for_a_vm(pid))
+            pid: tag
+            for pid, tag in self.processes().items()
+            if tag[len(self.tag_prefix)].isdigit() or (tag[len(self.tag_prefix)] == "s" and _works_for_a_vm(pid))
         }
 
     def processes(self) -> dict[int, str]:
         """Likewise, those that become templates or that wait for work, too."""
         return {
-            pid: mark
+            pid: tag
             for pid, arguments in _processes()
             for word in arguments
-            if (mark := word.removeprefix("guest=").partition(",")[0]).startswith(self.mark_prefix)
+            if (tag := word.removeprefix("guest=").partition(",")[0]).startswith(self.tag_prefix)
         }
 
     def files(self) -> list[str]:
@@ -198,9 +198,9 @@ class Daemon:
 
     def leftovers(self) -> list[str]:
         """What it should have taken with it when it stopped."""
-        found = [f"process {pid} ({mark})" for pid, mark in self.processes().items()]
+        found = [f"process {pid} ({tag})" for pid, tag in self.processes().items()]
         found += self.files() + self.disks() + [str(path) for path in self.memory_dir.glob("template-*")]
-        found += [str(path) for path in _GROUPS.glob(f"**/{self.mark_prefix.rstrip('-')}/*/")]
+        found += [str(path) for path in _GROUPS.glob(f"**/{self.tag_prefix.rstrip('-')}/*/")]
         if self.ephemeral:
             found += [str(path) for path in (self.state_dir, self.runtime_dir, self.memory_dir) if path.exists()]
         return found

@@ -195,7 +195,7 @@ async def test_a_guest_outlives_its_owner_and_is_adopted(host: Host, qemu: QemuH
         owner.kill()
     identity = msgspec.json.decode(line, type=ProcessIdentity)
     with trio.fail_after(60):
-        assert await host.find(spec.mark) == identity
+        assert await host.find(spec.tag) == identity
         for _ in range(2):
             async with qemu.attach(spec, identity) as machine:
                 assert await machine.status() == "running"
@@ -207,4 +207,4 @@ async def test_a_guest_outlives_its_owner_and_is_adopted(host: Host, qemu: QemuH
         async with qemu.attach(spec, identity) as machine:
             end = await machine.kill()
             assert (end.kind, end.exit_status) == (EndKind.KILLED, None)
-        assert await host.find(spec.mark) is None
+        assert await host.find(spec.tag) is None

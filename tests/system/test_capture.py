@@ -113,7 +113,7 @@ class Guest:
             name=name,
             directory=self.spec.directory.with_name(name),
             memory_file=self.spec.memory_file.with_name(f"{name}.mem"),
-            mark=f"{self.spec.mark}-{name}",
+            tag=f"{self.spec.tag}-{name}",
             template=captured.template,
             root=root,
             nic=nic,

@@ -113,7 +113,7 @@ async def machines(image_cache: Path, tmp_path: Path) -> AsyncIterator[tuple[Hos
     host = Host()
     image = images.find(image_cache)
     assert image is not None
-    mark = f"volant-test-{host.new_id()}"
+    tag = f"volant-test-{host.new_id()}"
     spec = MachineSpec(
         vm_id=1,
         name="origin",
@@ -123,8 +123,8 @@ async def machines(image_cache: Path, tmp_path: Path) -> AsyncIterator[tuple[Hos
         initramfs=image.initramfs,
         cmdline=" ".join(image.kernel_parameters),
         directory=tmp_path / "origin",
-        memory_file=Path("/dev/shm") / mark / "origin.mem",
-        mark=f"{mark}-1",
+        memory_file=Path("/dev/shm") / tag / "origin.mem",
+        tag=f"{tag}-1",
         accelerator="tcg",
         balloon=True,
     )
@@ -132,7 +132,7 @@ async def machines(image_cache: Path, tmp_path: Path) -> AsyncIterator[tuple[Hos
         yield host, QemuHypervisor(host, tmp_path / "cache", accelerator="tcg"), spec
     finally:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 30):
-            for identity in await host.processes(mark):
+            for identity in await host.processes(tag):
                 with host.open_process(identity) as process:
                     process.kill()
                     await process.wait()
@@ -181,7 +181,7 @@ async def test_a_copy_that_gives_back_what_is_not_its_own_changes_nothing(image_
         copy = msgspec.structs.replace(
             spec,
             directory=tmp_path / "copy",
-            mark=f"{spec.mark[:-1]}2",
+            tag=f"{spec.tag[:-1]}2",
             template=Template(spec.memory_file, tmp_path / "state"),
         )
         await qemu.launch(copy)

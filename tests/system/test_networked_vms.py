@@ -286,11 +286,11 @@ async def test_a_guest_that_no_row_knows_any_more_keeps_its_address_when_it_is_a
     async with daemon.client() as client:
         await adopted(client)
         assert lab.host.links() == with_all, "what a guest has that may be found again is not taken away"
-        marks = {orphan["name"]: orphan["mark"] for orphan in volar(daemon, "vms", "orphans")}
-        volar(daemon, "vms", "kill", marks["victim"])
+        tags = {orphan["name"]: orphan["mark"] for orphan in volar(daemon, "vms", "orphans")}
+        volar(daemon, "vms", "kill", tags["victim"])
         assert len(with_all - lab.host.links()) == 1
         for vm in vms:
-            volar(daemon, "vms", "adopt", marks[vm.name])
+            volar(daemon, "vms", "adopt", tags[vm.name])
         for vm in vms:
             found = await client.vms.get(vm.name)
             assert (found.ip_address, found.mac_address) == (vm.ip_address, vm.mac_address)
@@ -319,10 +319,8 @@ async def test_guests_reach_the_world_again_whoever_is_killed(daemon: Daemon) ->
 
     def passts() -> dict[int, int]:
         """The processes by the id of their VM."""
-        prefix = f"{daemon.mark_prefix}n."
-        return {
-            int(mark.removeprefix(prefix)): pid for pid, mark in daemon.processes().items() if mark.startswith(prefix)
-        }
+        prefix = f"{daemon.tag_prefix}n."
+        return {int(tag.removeprefix(prefix)): pid for pid, tag in daemon.processes().items() if tag.startswith(prefix)}
 
     async def all_reach_the_world(client: Client) -> None:
         again = f"until python3 -c '{FETCH}' {WORLD} {PORT} 2>/dev/null; do sleep 0.2; done"

@@ -270,7 +270,7 @@ def clone_spec(spec: MachineSpec, template: Template, number: int, nic: Nic) -> 
         spec,
         name=name,
         directory=spec.directory.with_name(name),
-        mark=f"{spec.mark}-{name}",
+        tag=f"{spec.tag}-{name}",
         template=template,
         nic=nic,
     )

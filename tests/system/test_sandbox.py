@@ -60,7 +60,7 @@ async def test_two_hypervisors_have_a_user_each_no_capability_and_no_file_of_the
         for vm in vms:
             assert vm.pid is not None
             status, sandbox = status_of(vm.pid), await sandbox_of(daemon, vm.name)
-            user = user_of(users, f"{daemon.mark_prefix}{vm.id}.1", vm.id)
+            user = user_of(users, f"{daemon.tag_prefix}{vm.id}.1", vm.id)
             assert status["Uid"] == status["Gid"] == [str(user)] * 4
             assert status["Groups"] == []
             assert {int(status[name][0], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
@@ -93,7 +93,7 @@ def spec_of(daemon: Daemon, vm: VmView, **other: Any) -> MachineSpec:
         cmdline="",
         directory=daemon.runtime_dir / "vms" / str(vm.id),
         memory_file=daemon.memory_dir / f"{vm.id}.mem",
-        mark=f"volant-test-{vm.id}",
+        tag=f"volant-test-{vm.id}",
         accelerator="tcg",
     )
     return msgspec.structs.replace(found, **other)
@@ -120,7 +120,7 @@ async def test_an_intruder_in_the_place_of_a_hypervisor_reaches_neither_the_daem
         own.mkdir(mode=0o700)
         memory = tmp_path / "memory"
         mine = msgspec.structs.replace(
-            spec, vm_id=victim.id + 1, directory=own, memory_file=memory, mark="volant-test-0"
+            spec, vm_id=victim.id + 1, directory=own, memory_file=memory, tag="volant-test-0"
         )
         for path in (memory, mine.console_path, mine.console_input_path):
             path.touch(mode=0o600)
@@ -138,7 +138,7 @@ async def test_an_intruder_in_the_place_of_a_hypervisor_reaches_neither_the_daem
             ("list", f"/proc/{pid}/root"), ("setuid",), ("chroot",), ("mount",), ("uring",),
         ]  # fmt: skip
         assert len([task for task in tasks if task[0] == "unix"]) >= 3
-        found, status = await tries(host, mine.mark, own, sandbox, [("append", "console.log"), *tasks])
+        found, status = await tries(host, mine.tag, own, sandbox, [("append", "console.log"), *tasks])
         assert found.pop(("append", "console.log")) == "DONE"
         assert {task: result for task, result in found.items() if result not in DENIED} == {}
         assert status.user not in (0, status_of(pid)["Uid"][0])

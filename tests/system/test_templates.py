@@ -106,8 +106,8 @@ def digest_of(path: Path) -> str:
 
 
 def builds(daemon: Daemon) -> list[str]:
-    """The marks of the processes that are to become templates."""
-    return [mark for mark in daemon.processes().values() if mark.startswith(f"{daemon.mark_prefix}t.")]
+    """The tags of the processes that are to become templates."""
+    return [tag for tag in daemon.processes().values() if tag.startswith(f"{daemon.tag_prefix}t.")]
 
 
 async def who(client: Client, name: str) -> dict[str, Any]:

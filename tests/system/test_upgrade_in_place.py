@@ -118,7 +118,7 @@ async def test_everything_that_runs_goes_on_and_everything_that_is_kept_can_be_u
                 await reachable(client, vm.name)
         await _check(lab, client)
         # A hypervisor of the previous version may connect by itself, and finds the passt that is started again.
-        (passt,) = [pid for pid, mark in daemon.processes().items() if mark.startswith(f"{daemon.mark_prefix}n.")]
+        (passt,) = [pid for pid, tag in daemon.processes().items() if tag.startswith(f"{daemon.tag_prefix}n.")]
         os.kill(passt, signal.SIGKILL)
         again = f"until python3 -c '{FETCH}' {WORLD} {PORT} 2>/dev/null; do sleep 0.2; done"
         with trio.fail_after(60):

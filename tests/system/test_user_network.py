@@ -92,7 +92,7 @@ class Behind:
         return done.stdout
 
     def passts(self) -> list[int]:
-        return [pid for pid, mark in self.daemon.processes().items() if mark.startswith(f"{self.daemon.mark_prefix}n.")]
+        return [pid for pid, tag in self.daemon.processes().items() if tag.startswith(f"{self.daemon.tag_prefix}n.")]
 
 
 @pytest.fixture

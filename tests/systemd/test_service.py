@@ -104,8 +104,8 @@ async def test_vms_outlive_restarts_and_hangs_of_the_daemon_and_are_asked_before
     box.systemctl("poweroff", "--no-block")
     await trio.to_thread.run_sync(box.wait, 120.0)
     said = box.said("_PID=1", "+", "SYSLOG_IDENTIFIER=volant-guests")
-    marks = [scope.removesuffix(".scope") for scope in scopes]
-    asked = [said.index(f"{mark}: the guest has shut down") for mark in marks]
+    tags = [scope.removesuffix(".scope") for scope in scopes]
+    asked = [said.index(f"{tag}: the guest has shut down") for tag in tags]
     stopped = [position for position, text in enumerate(said) if text.startswith("Stopped volantd.service")]
     assert stopped
     assert max(stopped) < min(asked)

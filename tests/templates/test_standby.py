@@ -60,8 +60,8 @@ class Hypervisor(QemuHypervisor):
             raise LaunchFailed("template_refused", "it does not fit")
         assert spec.waits
         await self._host.mkdir(spec.directory)
-        argv = ["/bin/sh", "-c", "sleep 1000 & wait", spec.mark]
-        return await self._host.spawn(argv, mark=spec.mark, env={}, cwd=spec.directory, stdout_path=spec.log_path)
+        argv = ["/bin/sh", "-c", "sleep 1000 & wait", spec.tag]
+        return await self._host.spawn(argv, tag=spec.tag, env={}, cwd=spec.directory, stdout_path=spec.log_path)
 
     async def go_on(self, spec: MachineSpec) -> None:
         if self.hangs:
@@ -74,7 +74,7 @@ class Hypervisor(QemuHypervisor):
 class Row:
     """As much of a VM's row as the pool asks for."""
 
-    mark: str
+    tag: str
 
 
 @dataclass
@@ -82,10 +82,10 @@ class Rows:
     """A projection."""
 
     drain: object = None
-    marks: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
 
     def rows(self) -> list[Row]:
-        return [Row(mark) for mark in self.marks]
+        return [Row(tag) for tag in self.tags]
 
 
 class Pool:
@@ -114,7 +114,7 @@ class Pool:
 
     async def warm_up(self, doors: BuildDoors, spec: MachineSpec, identity: ProcessIdentity) -> None:
         """A process that sleeps is warm at once."""
-        self.warmed.append(spec.mark)
+        self.warmed.append(spec.tag)
         if self.cold is not None:
             raise self.cold
 
@@ -139,7 +139,7 @@ class Pool:
             self.standbys.quiet = ask
 
     async def filled(self, count: int = 1) -> None:
-        await self.until(lambda: len(self.standbys.marks) == count)
+        await self.until(lambda: len(self.standbys.tags) == count)
 
     async def take(self, vm_id: int, of: Blueprint) -> Standby:
         standby = self.standbys.take(vm_id, of)
@@ -147,11 +147,11 @@ class Pool:
         return standby
 
     async def processes(self) -> set[str]:
-        return {each.mark for each in await self.host.processes(f"volant-{self.doors.instance}-")}
+        return {each.tag for each in await self.host.processes(f"volant-{self.doors.instance}-")}
 
     def spec(self, standby: Standby, vm_id: int) -> MachineSpec:
         directory = self.doors.runtime_dir / "vms" / str(vm_id)
-        spec = self.standbys._spec(blueprint(), standby.mark)
+        spec = self.standbys._spec(blueprint(), standby.tag)
         return msgspec.structs.replace(spec, vm_id=vm_id, name="vm", directory=directory, waits=False)
 
 
@@ -166,7 +166,7 @@ async def standing(path: Path, limits: StandbyLimits | None = None) -> AsyncIter
             yield pool
             nursery.cancel_scope.cancel()
         left = await pool.processes()
-        assert left == set(pool.rows.marks), "a pool that stops leaves what rows name and nothing else"
+        assert left == set(pool.rows.tags), "a pool that stops leaves what rows name and nothing else"
     finally:
         for identity in await pool.host.processes(f"volant-{pool.doors.instance}-"):
             with pool.host.open_process(identity) as process:
@@ -200,8 +200,8 @@ async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: P
         await pool.filled()
         standby = await pool.take(7, blueprint())
         # The row names it, and from then on it is the row's.
-        pool.rows.marks.append(standby.mark)
-        assert pool.standbys.settle(7, standby.mark) == standby
+        pool.rows.tags.append(standby.tag)
+        assert pool.standbys.settle(7, standby.tag) == standby
         spec = pool.spec(standby, 7)
         for _ in range(2):
             assert await pool.standbys.claim(spec, Claim(3, "vm", ""))
@@ -209,7 +209,7 @@ async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: P
         assert pool.host.working_directory(standby.identity) == spec.directory
         assert await claim_in(pool.host, spec.directory) == Claim(3, "vm", "")
         await pool.filled()
-        assert pool.standbys.marks != {standby.mark}
+        assert pool.standbys.tags != {standby.tag}
 
 
 @pytest.mark.parametrize("behind", [{"tap": "v7"}, {"socket": Path("/run/volant/net/7.sock")}])
@@ -222,9 +222,9 @@ async def test_one_with_a_nic_waits_for_a_vm_with_one_and_is_given_its_own_at_th
         await pool.filled()
         assert pool.standbys.take(8, blueprint()) is None
         standby = await pool.take(7, with_nic)
-        pool.rows.marks.append(standby.mark)
-        pool.standbys.settle(7, standby.mark)
-        (launched,) = [each for each in pool.hypervisor.launched if each.mark == standby.mark]
+        pool.rows.tags.append(standby.tag)
+        pool.standbys.settle(7, standby.tag)
+        (launched,) = [each for each in pool.hypervisor.launched if each.tag == standby.tag]
         assert launched.nic is not None
         assert (launched.nic.tap, launched.nic.socket, launched.nic.address) == (None, None, "")
         nic = Nic(mac="02:00:00:00:00:07", address="192.168.127.7/24", gateway="192.168.127.1", **behind)
@@ -239,7 +239,7 @@ async def test_one_waits_once_its_guest_has_rehearsed_unless_a_workload_runs_in_
     async with standing(tmp_path, StandbyLimits(each=1)) as pool:
         pool.standbys.take(1, blueprint())
         await pool.filled()
-        assert pool.warmed == [*pool.standbys.marks]
+        assert pool.warmed == [*pool.standbys.tags]
         pool.standbys.take(2, with_workload)
         await pool.filled(2)
         assert len(pool.warmed) == 1
@@ -268,8 +268,8 @@ async def test_what_was_taken_and_not_claimed_is_ended(tmp_path: Path) -> None:
         pool.quiet = False
         assert pool.standbys.settle(1, "volant-another-1.1") is None
         await pool.standbys.clear(2)
-        assert two.mark not in await pool.processes()
-        await pool.until(lambda: not pool.host.exists(pool.doors.runtime_dir / "standby" / one.mark.rpartition(".")[2]))
+        assert two.tag not in await pool.processes()
+        await pool.until(lambda: not pool.host.exists(pool.doors.runtime_dir / "standby" / one.tag.rpartition(".")[2]))
         assert await pool.processes() == set()
 
 
@@ -332,11 +332,11 @@ async def test_they_go_with_their_template_with_the_time_and_when_they_die(tmp_p
         pool.standbys.take(1, blueprint())
         await pool.filled()
         await pool.doors.store.remove(blueprint().digest)
-        assert not pool.standbys.marks
+        assert not pool.standbys.tags
         pool.standbys.take(1, blueprint())
         await pool.filled()
-        (mark,) = pool.standbys.marks
-        found = await pool.host.find(mark)
+        (tag,) = pool.standbys.tags
+        found = await pool.host.find(tag)
         assert found is not None
         with pool.host.open_process(found) as process:
             process.kill()
@@ -351,7 +351,7 @@ async def test_the_next_daemon_ends_those_that_wait_and_no_other(tmp_path: Path)
         named, moved, waits = [await pool.take(vm_id, blueprint()) for vm_id in (1, 2, 3)]
         pool.quiet = False
         # One was just given to a VM, and the row of another one was lost.
-        pool.rows.marks.append(named.mark)
+        pool.rows.tags.append(named.tag)
         assert await pool.standbys.claim(pool.spec(moved, 2), Claim(1, "vm", ""))
         stray = tmp_path / "standby" / "0123.qcow2"
         stray.parent.mkdir()
@@ -361,6 +361,6 @@ async def test_the_next_daemon_ends_those_that_wait_and_no_other(tmp_path: Path)
             nursery.start_soon(after.keep)
             await pool.until(lambda: not stray.exists())
             nursery.cancel_scope.cancel()
-        assert await pool.processes() == {named.mark, moved.mark}
-        assert waits.mark not in await pool.processes()
-        pool.rows.marks.append(moved.mark)
+        assert await pool.processes() == {named.tag, moved.tag}
+        assert waits.tag not in await pool.processes()
+        pool.rows.tags.append(moved.tag)

@@ -29,7 +29,7 @@ from volant.model import (
 )
 from volant.vm import VmSettings
 from volant.vm._orphans import Orphan, _row
-from volant.vm._steps import CUSTOM_IMAGE, machine_spec, mark_of
+from volant.vm._steps import CUSTOM_IMAGE, machine_spec, tag_of
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 DIGEST = "5" * 64
@@ -57,7 +57,7 @@ def launched(boot: Boot | None, image: str, cmdline: str, **fields: Any) -> VmRo
     request = CreateVm(name="demo", cpu_cores=3, memory_mb=160, plugin="site", kernel_cmdline=cmdline)
     row = new_row(request, Manifest(name="site", boot=boot), vm_id=7, now=NOW)
     row = msgspec.structs.replace(row, boots=4, booted=2, generation=2, image=image, **fields)
-    return msgspec.structs.replace(row, mark=mark_of("ab12", msgspec.structs.replace(row, boots=3)))
+    return msgspec.structs.replace(row, tag=tag_of("ab12", msgspec.structs.replace(row, boots=3)))
 
 
 @pytest.mark.parametrize("cmdline", ["", "debug volant.x=1"])
@@ -73,14 +73,14 @@ def test_it_needs_what_its_process_has(settings: VmSettings, boot: Boot | None, 
     before = machine_spec(settings, launched(boot, image, cmdline), "tcg")
     found = parse_argv(build_argv(before, (10, 0)))
     assert found is not None
-    identity = ProcessIdentity(4242, 99, "boot", before.mark)
+    identity = ProcessIdentity(4242, 99, "boot", before.tag)
     later = NOW + timedelta(days=1)
     row = _row(settings, Orphan(identity, 7, 4, found, None), found, found.name, later)
     assert machine_spec(settings, row, "tcg") == before
     assert (row.kernel_cmdline, row.image, row.boots, row.process) == (cmdline, image, 4, identity)
     assert (row.status, row.created_at) == (Status.RUNNING, later)
-    # Its next boot has another mark than any before, and finds its media in the cache.
-    assert mark_of("ab12", row).endswith("-7.5")
+    # Its next boot has another tag than any before, and finds its media in the cache.
+    assert tag_of("ab12", row).endswith("-7.5")
     adopted = row.manifest.boot or Boot()
     for part in ("kernel", "initramfs", "rootfs"):
         one, other = getattr(boot or Boot(), part), getattr(adopted, part)
@@ -105,7 +105,7 @@ def test_it_keeps_its_address(
     before = machine_spec(settings, launched(None, DIGEST, "", network=network, lease=lease, template=template), "tcg")
     found = parse_argv(build_argv(before, (10, 0)))
     assert found is not None
-    identity = ProcessIdentity(4242, 99, "boot", before.mark)
+    identity = ProcessIdentity(4242, 99, "boot", before.tag)
     row = _row(settings, Orphan(identity, 7, 4, found, None), found, found.name or "demo", NOW)
     assert (row.network, row.lease) == (then, lease)
     assert machine_spec(settings, row, "tcg").nic == before.nic

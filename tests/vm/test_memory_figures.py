@@ -15,7 +15,7 @@ from volant.host import Host, ProcessGone, ProcessMemory
 from volant.model import BASE, CreateVm, GuestMemory, HostMemory, Problem, ProcessIdentity, VmRow, new_row
 from volant.vm._memory import GUEST_S, HOST_S, measure
 
-PROCESS = ProcessIdentity(pid=7, start_time=1, boot_id="boot", mark="volant-test-7.1")
+PROCESS = ProcessIdentity(pid=7, start_time=1, boot_id="boot", tag="volant-test-7.1")
 ROW = msgspec.structs.replace(
     new_row(CreateVm(name="demo", cpu_cores=1, memory_mb=256), BASE, vm_id=7, now=datetime(2026, 1, 1, tzinfo=UTC)),
     process=PROCESS,

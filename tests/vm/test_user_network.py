@@ -54,7 +54,7 @@ class Deps:
 
     class hypervisor:
         @staticmethod
-        def user_of(mark: str, vm_id: int) -> int:
+        def user_of(tag: str, vm_id: int) -> int:
             return 65543
 
 

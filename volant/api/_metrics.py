@@ -107,7 +107,7 @@ def _collect(deps: ApiDeps) -> Iterator[Metric]:
         fallbacks.add_metric([code], count)
     yield fallbacks
     standbys = deps.vms.doors.standbys
-    yield gauge("volant_standby_waiting", "Processes that wait for a VM to take them over", len(standbys.marks))
+    yield gauge("volant_standby_waiting", "Processes that wait for a VM to take them over", len(standbys.tags))
     yield CounterMetricFamily("volant_standby_claims", "VMs that began as one", value=standbys.figures.claimed)
     yield CounterMetricFamily(
         "volant_standby_failed_claims", "That were to, and became ordinary clones", value=standbys.figures.failed_claims

@@ -557,7 +557,7 @@ class Daemon:
                 "process %d is a hypervisor of ours that no VM owns; `volar vms adopt %s` makes it one, "
                 "`volar vms kill` ends it",
                 identity.pid,
-                identity.mark,
+                identity.tag,
             )
         layers = {row.layer for row in self.store.projection.rows()}
         directory = disk_dir(self.settings)
@@ -569,12 +569,12 @@ class Daemon:
     def _ownerless(self) -> list[dict[str, object]]:
         """What of that is so still."""
         rows = self.store.projection.rows()
-        marks, layers = {row.mark for row in rows}, {row.layer for row in rows}
+        tags, layers = {row.tag for row in rows}, {row.layer for row in rows}
         found: list[dict[str, object]] = []
         for identity in self._orphans:
             with suppress(ProcessGone), self.host.open_process(identity) as process:
-                if identity.mark not in marks and not process.exited:
-                    found.append({"pid": identity.pid, "mark": identity.mark})
+                if identity.tag not in tags and not process.exited:
+                    found.append({"pid": identity.pid, "mark": identity.tag})
         found += [{"disk": str(disk_dir(self.settings) / name)} for name in self._stray_disks if name not in layers]
         return found
 

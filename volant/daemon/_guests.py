@@ -7,7 +7,7 @@ long before, it never runs on a restart of the daemon, and nobody has to guess w
 **It writes nothing down.** What it leaves is what a power cut leaves: rows of VMs that should run, with processes of
 another boot. So there is one way up again after both. Rejected: to stop them as a client would, after which nobody
 could tell those that should run from those that somebody has stopped. It does not open the database at all: the
-processes carry their VM's id in their mark, and a database that is broken is no reason to cut guests' power.
+processes carry their VM's id in their tag, and a database that is broken is no reason to cut guests' power.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from volant.host import Host, ProcessGone
 from volant.hypervisor import Hypervisor, HypervisorError, Machine, MachineSpec
 from volant.model import EndKind, ProcessIdentity
 from volant.model.agent import DAEMON_SHUTDOWN
-from volant.templates import standby_mark_prefix, template_mark_prefix
+from volant.templates import standby_tag_prefix, template_tag_prefix
 from volant.vm import VmSettings, instance_of, memory_file, processes_of_vms, vm_directory
 
 from ._directories import disk_dir, memory_dir, snapshot_dir, template_dir
@@ -60,7 +60,7 @@ async def stop_guests(
     for identity in await host.processes(prefix):
         if identity in of_vms:
             found.append(identity)
-        elif identity.mark.startswith((template_mark_prefix(instance), standby_mark_prefix(instance))):
+        elif identity.tag.startswith((template_tag_prefix(instance), standby_tag_prefix(instance))):
             # It was to become a template, or waited for a VM; nobody misses it.
             with suppress(ProcessGone), host.open_process(identity) as process:
                 process.kill()
@@ -75,7 +75,7 @@ async def stop_guests(
             try:
                 await _stop(host, hypervisor, _spec(settings, identity, of_vms[identity]), grace_s, identity)
             except (HypervisorError, OSError) as error:
-                _logger.error("%s: %s", identity.mark, error)
+                _logger.error("%s: %s", identity.tag, error)
 
     async def hurry() -> None:
         await trio.sleep(total_s - grace_s - _QUIT_S)
@@ -91,7 +91,7 @@ async def stop_guests(
             hurrying.cancel_scope.cancel()
     left = await host.processes(prefix)
     for identity in left:
-        _logger.error("%s: its process %d is left to systemd", identity.mark, identity.pid)
+        _logger.error("%s: its process %d is left to systemd", identity.tag, identity.pid)
     return left
 
 
@@ -106,10 +106,10 @@ async def _stop(
             if await _ask(host, spec, grace_s):
                 end = await machine.ended()
                 how = "has shut down" if end.kind is EndKind.SHUTDOWN else f"has ended: {end.message}"
-                _logger.info("%s: the guest %s", identity.mark, how, extra={"vm_id": spec.vm_id})
+                _logger.info("%s: the guest %s", identity.tag, how, extra={"vm_id": spec.vm_id})
                 await _end(host, machine, spec)
                 return
-        _logger.warning("%s: the guest did not shut down within %g s; its power is cut", identity.mark, grace_s)
+        _logger.warning("%s: the guest did not shut down within %g s; its power is cut", identity.tag, grace_s)
         await _end(host, machine, spec)
 
 
@@ -128,13 +128,13 @@ async def _ask(host: Host, spec: MachineSpec, grace_s: float) -> bool:
                 "POST", DAEMON_SHUTDOWN, {"grace_s": grace_s * 0.8}, timeout_s=_ANSWER_S
             )
         except (AgentUnreachable, AgentProtocolError) as error:
-            _logger.warning("%s: the guest can't be asked: %s", spec.mark, error)
+            _logger.warning("%s: the guest can't be asked: %s", spec.tag, error)
             return False
     return 200 <= answer.status < 300
 
 
 def _spec(settings: Settings, identity: ProcessIdentity, vm_id: int) -> MachineSpec:
-    """As much of a machine as it takes to attach to it: its directory and its mark."""
+    """As much of a machine as it takes to attach to it: its directory and its tag."""
     places = VmSettings(
         runtime_dir=settings.runtime_dir,
         cache_dir=settings.cache_dir,
@@ -154,6 +154,6 @@ def _spec(settings: Settings, identity: ProcessIdentity, vm_id: int) -> MachineS
         cmdline="",
         directory=vm_directory(places, vm_id),
         memory_file=memory_file(places, vm_id),
-        mark=identity.mark,
+        tag=identity.tag,
         accelerator="tcg",
     )

@@ -153,7 +153,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Its sockets and its console. Made here, mode 0700."""
     memory_file: Path
     """The guest's memory, on a file system in RAM, in a directory of mode 0700. With `template` there is none."""
-    mark: str
+    tag: str
     """What its process is known by; no secret."""
     accelerator: AcceleratorName
     root: Disk | None = None
@@ -318,8 +318,8 @@ class Hypervisor(Protocol):
         """What a machine must have in common with a template that it goes on from, beside its spec: the hypervisor's
         version, the kind of machine, the order of its devices."""
 
-    def user_of(self, mark: str, vm_id: int) -> int | None:
-        """The user that the process of a VM runs as, if this daemon starts it for that; None: its own. `mark` is one of
+    def user_of(self, tag: str, vm_id: int) -> int | None:
+        """The user that the process of a VM runs as, if this daemon starts it for that; None: its own. `tag` is one of
         this daemon's."""
 
     async def misfit(self, kind: MachineKind) -> str | None:
@@ -336,7 +336,7 @@ class Hypervisor(Protocol):
 
     async def launch(self, spec: MachineSpec) -> ProcessIdentity:
         """Start a machine. When this returns, its guest runs. Cancelled half-way, it may leave a process with the
-        spec's mark, and files in its directory.
+        spec's tag, and files in its directory.
 
         Raises LaunchFailed.
         """

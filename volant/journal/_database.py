@@ -215,7 +215,7 @@ class Database:
             networks = [_network(*columns) for columns in get("SELECT name, network FROM networks")]
             answers = [_answer(*columns) for columns in get("SELECT scope, kept FROM answers")]
             drain = None if drained is None else _drain(drained)
-            _check_marks(rows)
+            _check_tags(rows)
         oldest_seq = oldest or newest + 1
         return Loaded(
             epoch,
@@ -491,12 +491,12 @@ def _epoch(value: object) -> str:
         return check_stored_epoch(value)
 
 
-def _check_marks(rows: Sequence[VmRow]) -> None:
+def _check_tags(rows: Sequence[VmRow]) -> None:
     """:raises BadRow: two VMs claim one process."""
     owners: dict[str, int] = {}
     for row in rows:
-        if row.mark and (other := owners.setdefault(row.mark, row.id)) != row.id:
-            raise BadRow(f"table vms, row {row.id}: mark is {row.mark!r}, which is that of row {other}")
+        if row.tag and (other := owners.setdefault(row.tag, row.id)) != row.id:
+            raise BadRow(f"table vms, row {row.id}: mark is {row.tag!r}, which is that of row {other}")
 
 
 class EventPages:

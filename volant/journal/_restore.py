@@ -238,13 +238,13 @@ def _same(one: VmRow, other: VmRow) -> bool:
 def _as_it_runs(row: VmRow, running: Running | None, instance: str) -> VmRow:
     """What a backup says of processes is not believed: which there are, the host tells. A process of a later boot than
     the one in the backup is the VM: to boot another beside it would be two."""
-    same = running is not None and running.identity.mark == row.mark
+    same = running is not None and running.identity.tag == row.tag
     row = msgspec.structs.replace(
         row,
         process=None,
         serial_socket=None,
         lease=None if row.lease is None else moved(row.lease, instance, row.id),
-        mark=_own_mark(row, instance),
+        tag=_own_tag(row, instance),
     )
     if running is None:
         return row
@@ -260,13 +260,13 @@ def _as_it_runs(row: VmRow, running: Running | None, instance: str) -> VmRow:
             agent_seen=True,
         )
     return msgspec.structs.replace(
-        row, mark=running.identity.mark, process=running.identity, serial_socket=running.serial_socket
+        row, tag=running.identity.tag, process=running.identity, serial_socket=running.serial_socket
     )
 
 
-def _own_mark(row: VmRow, instance: str) -> str:
-    """The mark that this daemon gives the boot that the row is in: nobody else's process carries it."""
-    if not row.mark:
+def _own_tag(row: VmRow, instance: str) -> str:
+    """The tag that this daemon gives the boot that the row is in: nobody else's process carries it."""
+    if not row.tag:
         return ""
     boot = row.boots + 1 if row.phase is Phase.LAUNCH else max(1, row.boots)
     return f"volant-{instance}-{row.id}.{boot}"
@@ -275,7 +275,7 @@ def _own_mark(row: VmRow, instance: str) -> str:
 def snapshots_after(backup: Loaded, present: Iterable[Snapshot]) -> list[Snapshot]:
     """Those of a backup, without what it says of processes, and those of now in the place of what it says of them."""
     kept = [
-        msgspec.structs.replace(one, vm=msgspec.structs.replace(one.vm, process=None, serial_socket=None, mark=""))
+        msgspec.structs.replace(one, vm=msgspec.structs.replace(one.vm, process=None, serial_socket=None, tag=""))
         for one in backup.snapshots
     ]
     return [*kept, *present]

@@ -358,7 +358,7 @@ class Stage:
             check_stored_vm(row)
         except BadMember as bad:
             raise Problem(
-                409, "orphan-not-adoptable", f"{row.mark} can't be adopted: {bad}", vm=row.name,
+                409, "orphan-not-adoptable", f"{row.tag} can't be adopted: {bad}", vm=row.name,
                 hint="it goes on running; `volar vms kill` ends it",
             ) from bad  # fmt: skip
         if self._by_id(row.id) is not None:

@@ -59,7 +59,7 @@ class Verb(msgspec.Struct, frozen=True):
 
 
 class Woke(msgspec.Struct, frozen=True):
-    """An incarnation of the actor begins. `process` is what was found on the host under the row's mark."""
+    """An incarnation of the actor begins. `process` is what was found on the host under the row's tag."""
 
     process: ProcessIdentity | None
     rebooted: bool = False
@@ -67,10 +67,10 @@ class Woke(msgspec.Struct, frozen=True):
 
 
 class ImageReady(msgspec.Struct, frozen=True):
-    """Kernel and initramfs lie in the cache. `mark` is what the process to come will carry."""
+    """Kernel and initramfs lie in the cache. `tag` is what the process to come will carry."""
 
     digest: str
-    mark: str
+    tag: str
     serial_socket: str | None = None
     """Where the daemon will serve the serial console of that process."""
     template: str | None = None
@@ -181,41 +181,41 @@ class PrepareImage(msgspec.Struct, frozen=True):
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """Start the hypervisor under `mark`, or find it -> `Launched`."""
+    """Start the hypervisor under `tag`, or find it -> `Launched`."""
 
-    mark: str
+    tag: str
 
 
 class AwaitAgent(msgspec.Struct, frozen=True):
     """Wait for the agent's first answer and hand it the workload -> `AgentAnswered`."""
 
-    mark: str
+    tag: str
 
 
 class Pause(msgspec.Struct, frozen=True):
     """Make the guest stand still -> `Paused`."""
 
-    mark: str
+    tag: str
 
 
 class Resume(msgspec.Struct, frozen=True):
     """Let the guest go on, and set its clock -> `Resumed`."""
 
-    mark: str
+    tag: str
 
 
 class AskStop(msgspec.Struct, frozen=True):
     """Ask the guest, which goes on for that if it is paused, to shut down -> `Ended`, or `StepFailed` once `grace_s`
     has passed."""
 
-    mark: str
+    tag: str
     grace_s: float
 
 
 class Kill(msgspec.Struct, frozen=True):
-    """End the process under `mark` and remove its files -> `Cleared`."""
+    """End the process under `tag` and remove its files -> `Cleared`."""
 
-    mark: str
+    tag: str
 
 
 class Remove(msgspec.Struct, frozen=True):
@@ -243,17 +243,17 @@ def effect_of(row: VmRow) -> Effect | None:
         case Phase.IMAGE:
             return PrepareImage(f"{row.id}.{row.generation}", cold=row.fallback is not None)
         case Phase.LAUNCH:
-            return Launch(row.mark)
+            return Launch(row.tag)
         case Phase.AGENT:
-            return AwaitAgent(row.mark)
+            return AwaitAgent(row.tag)
         case Phase.PAUSE:
-            return Pause(row.mark)
+            return Pause(row.tag)
         case Phase.RESUME:
-            return Resume(row.mark)
+            return Resume(row.tag)
         case Phase.ASK:
-            return AskStop(row.mark, row.grace_s)
+            return AskStop(row.tag, row.grace_s)
         case Phase.KILL:
-            return Kill(row.mark)
+            return Kill(row.tag)
         case Phase.REMOVE:
             return Remove()
         case Phase.NONE if _is_held(row):
@@ -300,7 +300,7 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
             _verb(change, seen)
         case Woke(process, rebooted):
             _woke(change, process, rebooted)
-        case ImageReady(digest, mark, serial_socket, template, origin):
+        case ImageReady(digest, tag, serial_socket, template, origin):
             if row.phase is Phase.IMAGE:
                 change.to(
                     "launching",
@@ -309,7 +309,7 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
                     template=template,
                     balloon=seen.balloon,
                     origin=origin or row.origin,
-                    mark=mark,
+                    tag=tag,
                     serial_socket=serial_socket,
                     boots=row.boots + 1,
                     booted=row.generation,
@@ -397,7 +397,7 @@ def _boot(change: _Change, message: str) -> None:
         phase=Phase.IMAGE,
         reason=None,
         process=None,
-        mark="",
+        tag="",
         agent_seen=False,
         workload=None,
         template=None,
@@ -525,7 +525,7 @@ def _end_process(change: _Change, status: Status, message: str) -> None:
         phase = row.phase
     elif row.status in (Status.RUNNING, Status.PAUSED) and row.agent_seen and row.grace_s > 0:
         phase = Phase.ASK
-    elif row.mark:
+    elif row.tag:
         phase = Phase.KILL
     else:
         phase = Phase.REMOVE if status is Status.DELETING else Phase.NONE
@@ -541,7 +541,7 @@ def _woke(change: _Change, process: ProcessIdentity | None, rebooted: bool) -> N
     elif rebooted and row.status in (Status.STARTING, Status.RUNNING, Status.PAUSED) and row.phase is not Phase.IMAGE:
         # Nobody's fault, so no crash: what should run runs again, whatever its restart policy.
         _boots_again(change, "the host was rebooted")
-    elif row.phase in (Phase.NONE, Phase.AGENT, Phase.PAUSE, Phase.RESUME, Phase.ASK) and row.mark:
+    elif row.phase in (Phase.NONE, Phase.AGENT, Phase.PAUSE, Phase.RESUME, Phase.ASK) and row.tag:
         if process is None:
             _ended(
                 change,
@@ -601,7 +601,7 @@ def _boot_failed(change: _Change, reason: Reason) -> None:
 
 
 def _crashed(change: _Change, reason: Reason) -> None:
-    phase = Phase.KILL if change.row.mark else Phase.NONE
+    phase = Phase.KILL if change.row.tag else Phase.NONE
     change.to(
         reason.message,
         status=Status.CRASHED,
@@ -616,7 +616,7 @@ def _cleared(change: _Change) -> None:
     row = change.row
     if row.phase is not Phase.KILL:
         return
-    change.to("", process=None, mark="", agent_seen=False, workload=None, phase=Phase.NONE)
+    change.to("", process=None, tag="", agent_seen=False, workload=None, phase=Phase.NONE)
     match row.status:
         case Status.STARTING:
             change.to("booting cold, as the clone failed", phase=Phase.IMAGE, template=None)

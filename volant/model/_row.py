@@ -50,7 +50,7 @@ class Phase(StrEnum):
     IMAGE = "image"
     """Waiting for what it boots from, which may have to be built or fetched."""
     LAUNCH = "launch"
-    """The mark is committed; a process that carries it may exist."""
+    """The tag is committed; a process that carries it may exist."""
     AGENT = "agent"
     """The process runs; its agent has not answered yet."""
     PAUSE = "pause"
@@ -72,8 +72,9 @@ class ProcessIdentity(msgspec.Struct, frozen=True):
     start_time: int
     """Clock ticks after boot, field 22 of `/proc/<pid>/stat`."""
     boot_id: str
-    mark: str
-    """Our mark on its command line. No secret."""
+    tag: str = msgspec.field(name="mark")
+    """The process tag: a word on its command line by which the daemon finds it. No secret. `mark` is its name in stored
+    rows and in JSON."""
 
 
 class Reason(msgspec.Struct, frozen=True):
@@ -237,8 +238,8 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     """Whose copy it is; None: nobody's."""
     capture: str | None = None
     """What its next boot goes on from, until it has run: the name of what was captured of its origin."""
-    mark: str = ""
-    """Committed before the process is launched; empty once nothing of it is left."""
+    tag: str = msgspec.field(default="", name="mark")
+    """The process tag of the newest boot, committed before the launch; empty once nothing of the process is left."""
     process: ProcessIdentity | None = None
     serial_socket: str | None = None
     """Where the daemon serves the serial console while there is a process."""

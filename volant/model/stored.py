@@ -24,7 +24,7 @@ from ._text import check_plain, is_name
 MAX_ID = 10**15
 """Of a VM, and of what is counted: so many there will never be, and after it there is room for more."""
 _LAYER = re.compile(r"([1-9][0-9]{0,17})-[A-Za-z0-9][A-Za-z0-9.]{0,63}\Z")
-_MARK = re.compile(r"volant-[0-9a-z]{1,32}-(?:([1-9][0-9]{0,17})\.[1-9][0-9]{0,17}|s\.[0-9a-f]{1,32})\Z")
+_TAG = re.compile(r"volant-[0-9a-z]{1,32}-(?:([1-9][0-9]{0,17})\.[1-9][0-9]{0,17}|s\.[0-9a-f]{1,32})\Z")
 _IMAGE = re.compile(r"(?:[0-9a-f]{64}|custom)\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _TEMPLATE = re.compile(r"(?:[0-9a-f]{32}|(?:fork|snapshot)-[0-9A-Za-z-]{1,64})\Z")
@@ -59,10 +59,10 @@ def check_stored_vm(row: VmRow) -> None:
         found = _LAYER.match(row.layer)
         if found is None or int(found[1]) != row.id:
             raise BadMember("layer", row.layer, f"and this VM's disk is named '{row.id}-...', without '/'")
-    if row.mark:
-        found = _MARK.match(row.mark)
+    if row.tag:
+        found = _TAG.match(row.tag)
         if found is None or (found[1] is not None and int(found[1]) != row.id):
-            raise BadMember("mark", row.mark, "which is no mark of a process of this VM")
+            raise BadMember("mark", row.tag, "which is no process tag of this VM")
     _process(row)
     _text("serial_socket", row.serial_socket, _SOCKET, "which is no absolute path")
     if row.serial_socket is not None and not row.serial_socket.endswith(f"/vms/{row.id}/console.sock"):
@@ -160,8 +160,8 @@ def _process(row: VmRow) -> None:
     process = row.process
     if process is None:
         return
-    if process.mark != row.mark or not row.mark:
-        raise BadMember("process.mark", process.mark, "which is not the mark of the VM")
+    if process.tag != row.tag or not row.tag:
+        raise BadMember("process.mark", process.tag, "which is not the process tag of the VM")
     if process.pid <= 1 or process.start_time < 0:
         raise BadMember("process.pid", process.pid, "which is no process of a VM")
     _text("process.boot_id", process.boot_id, _BOOT_ID, "which is no boot of a host")

@@ -37,13 +37,13 @@ _BOUNDS = Bounds(memory_mb=256, cpus=1, weight=100, tasks=8)
 
 
 def passt_argv(
-    socket: Path, log: Path, mark: str, lease: Lease, ports: Sequence[PublishedPort], user: int | None = None
+    socket: Path, log: Path, tag: str, lease: Lease, ports: Sequence[PublishedPort], user: int | None = None
 ) -> list[str]:
     """The command line for one VM. `user`: as whom it runs; None: as we do, or as it chooses when we are root."""
     argv = [
         *(PROGRAM, "--quiet", "--one-off", "--ipv4-only", "--no-map-gw"),
         # The guest is told otherwise.
-        *("--no-dhcp", "--hostname", mark),
+        *("--no-dhcp", "--hostname", tag),
         *("--address", lease.address, "--netmask", str(lease.prefix), "--gateway", lease.gateway),
         *("--socket", str(socket), "--log-file", str(log), "--log-size", str(_LOG_BYTES)),
     ]
@@ -92,13 +92,13 @@ class Passt:
         """
         if row.lease is None:
             return
-        host, mark, socket = self.host, self._mark(row.id), self.socket(row.id)
+        host, tag, socket = self.host, self._tag(row.id), self.socket(row.id)
         found = await self._find(row.id)
         if found and self.user is not None:
             self._warn_of_others(row, found[0])
         if not found or not host.exists(socket):
             await self.end(row.id)
-            argv = passt_argv(socket, self._log(row.id), mark, row.lease, row.ports, self.user)
+            argv = passt_argv(socket, self._log(row.id), tag, row.lease, row.ports, self.user)
             try:
                 await host.mkdir(socket.parent)
                 # Written first, so that no process which nobody has connected to is taken for a connected one.
@@ -161,7 +161,7 @@ class Passt:
             with trio.fail_after(_END_S):
                 await host.end(await self._find(vm_id))
             # It ends with its hypervisor, perhaps just now.
-            await host.remove_empty_scopes(self._mark(vm_id))
+            await host.remove_empty_scopes(self._tag(vm_id))
             for path in (self.socket(vm_id), self._log(vm_id), self._unconnected(vm_id)):
                 await host.remove_file(path)
         except (OSError, trio.TooSlowError) as error:
@@ -175,16 +175,16 @@ class Passt:
         """The processes of a VM: those of our user, and those of anybody that have open the log, which only the daemon
         can open. Root's passt of earlier daemons is `nobody`, and who else is that can run another one with the same
         arguments."""
-        mark, found = self._mark(vm_id), []
-        for identity in await self.host.processes(mark, of_anybody=True):
+        tag, found = self._tag(vm_id), []
+        for identity in await self.host.processes(tag, of_anybody=True):
             with suppress(ProcessGone):
-                if identity.mark == mark and (
+                if identity.tag == tag and (
                     self.host.is_of_ours(identity) or self.host.has_open(identity, self._log(vm_id))
                 ):
                     found.append(identity)
         return found
 
-    def _mark(self, vm_id: int) -> str:
+    def _tag(self, vm_id: int) -> str:
         # Unlike a hypervisor's: it is none.
         return f"volant-{self.instance}-n.{vm_id}"
 

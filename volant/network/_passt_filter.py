@@ -126,4 +126,4 @@ class PasstFilter:
 
 def _has_passt(row: VmRow) -> bool:
     """Whether a passt speaks for a VM's guest, or is about to."""
-    return kind_of(row.network) == USER and bool(row.mark) and row.phase not in (Phase.KILL, Phase.REMOVE)
+    return kind_of(row.network) == USER and bool(row.tag) and row.phase not in (Phase.KILL, Phase.REMOVE)

@@ -1,6 +1,6 @@
 """What of networks should be on the host, from the rows alone.
 
-A VM has a tap while it has a process: from the commit of the mark that the process will carry, until its process is
+A VM has a tap while it has a process: from the commit of the tag that the process will carry, until its process is
 being ended. So whoever derives the plan after a crash, of the actor, the daemon or the host, derives the same one.
 """
 
@@ -85,7 +85,7 @@ class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 def has_tap(row: VmRow) -> bool:
     """Whether a VM has, or is about to have, a process with a NIC on the bridge."""
-    return row.lease is not None and bool(row.lease.tap and row.mark) and row.phase not in (Phase.KILL, Phase.REMOVE)
+    return row.lease is not None and bool(row.lease.tap and row.tag) and row.phase not in (Phase.KILL, Phase.REMOVE)
 
 
 def plan_of(settings: NetworkSettings, rows: Iterable[VmRow]) -> NetworkPlan:

@@ -11,7 +11,7 @@ from ._door import NetworkFailed
 
 @dataclass(frozen=True, slots=True)
 class Attach(Request[None]):
-    """A VM whose row has a mark is about to be launched: answered once its tap is there, on the bridge, and the
+    """A VM whose row has a tag is about to be launched: answered once its tap is there, on the bridge, and the
     firewall lets it out. One that needs no tap is answered at once.
 
     :raises NetworkFailed: it can't be had.

@@ -2,9 +2,9 @@
 
 from ._actor import Templates
 from ._ask import TemplateFailed
-from ._builder import BuildDoors, Turns, template_mark_prefix
+from ._builder import BuildDoors, Turns, template_tag_prefix
 from ._recipe import Blueprint, Recipe, Told
-from ._standby import Claim, Standby, StandbyLimits, Standbys, claim_in, standby_directory, standby_mark_prefix
+from ._standby import Claim, Standby, StandbyLimits, Standbys, claim_in, standby_directory, standby_tag_prefix
 from ._store import Found, Stored, TemplateStore, template_at, template_layer
 
 __all__ = [
@@ -24,8 +24,8 @@ __all__ = [
     "Turns",
     "claim_in",
     "standby_directory",
-    "standby_mark_prefix",
+    "standby_tag_prefix",
     "template_at",
     "template_layer",
-    "template_mark_prefix",
+    "template_tag_prefix",
 ]

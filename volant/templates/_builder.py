@@ -65,8 +65,8 @@ class BuildDoors:
     agent_timeout_s: float = 120.0
 
 
-def template_mark_prefix(instance: str) -> str:
-    """What the marks of processes begin with that become templates, and those of no VM do."""
+def template_tag_prefix(instance: str) -> str:
+    """What the tags of processes begin with that become templates, and those of no VM do."""
     return f"volant-{instance}-t."
 
 
@@ -112,9 +112,9 @@ async def build(doors: BuildDoors, blueprint: Blueprint) -> None:
 async def sweep(doors: BuildDoors) -> None:
     """End what builds of an earlier life have left: processes, their files, half-made templates. Raises OSError."""
     host = doors.host
-    found = await host.processes(template_mark_prefix(doors.instance))
+    found = await host.processes(template_tag_prefix(doors.instance))
     for identity in found:
-        _logger.info("process %d was to become a template (%s), and is ended", identity.pid, identity.mark)
+        _logger.info("process %d was to become a template (%s), and is ended", identity.pid, identity.tag)
     with trio.move_on_after(_KILL_S):
         # One that has just been started still makes its files.
         await host.end(found)
@@ -153,7 +153,7 @@ def _spec(doors: BuildDoors, blueprint: Blueprint) -> MachineSpec:
         cmdline=recipe.cmdline,
         directory=_directories(doors) / name,
         memory_file=doors.memory_dir / f"{_MEMORY_PREFIX}{name}.mem",
-        mark=f"{template_mark_prefix(doors.instance)}{name}",
+        tag=f"{template_tag_prefix(doors.instance)}{name}",
         accelerator=blueprint.accelerator,
         root=None if blueprint.rootfs is None else Disk(blueprint.rootfs, fresh / f"{LAYER}.part", recipe.disk_mb),
         nic=unconnected_nic(recipe),
@@ -248,7 +248,7 @@ async def _end(host: Host, spec: MachineSpec) -> None:
     """Leave no process of a build, and nothing of its memory. :raises TemplateFailed: it does not go, although killed;
     its files are gone then, too. Raises OSError."""
     with trio.move_on_after(_KILL_S) as patience:
-        await host.end_all(spec.mark)
+        await host.end_all(spec.tag)
     for path in (spec.directory, spec.memory_file):
         await host.remove_tree(path)
     if patience.cancelled_caught:

@@ -2,7 +2,7 @@
 over.
 
 `docs/explanation/templates.md` says how a claim goes and what holds when somebody dies in the middle. In short: a
-process belongs to the pool until a row is committed that names its mark, and then to that row. Whoever takes one out of
+process belongs to the pool until a row is committed that names its tag, and then to that row. Whoever takes one out of
 the pool therefore `settle`s it as soon as the row says something else, and what was not claimed is ended.
 """
 
@@ -67,7 +67,7 @@ class StandbyLimits(msgspec.Struct, frozen=True, kw_only=True):
 class Standby(msgspec.Struct, frozen=True, kw_only=True):
     """One process that waits."""
 
-    mark: str
+    tag: str
     digest: str
     identity: ProcessIdentity
     memory_mb: int
@@ -98,14 +98,14 @@ class _Figures:
     failed_starts: int = 0
 
 
-def standby_mark_prefix(instance: str) -> str:
-    """What the marks of processes begin with that wait, or have waited until a VM took them over."""
+def standby_tag_prefix(instance: str) -> str:
+    """What the tags of processes begin with that wait, or have waited until a VM took them over."""
     return f"volant-{instance}-s."
 
 
-def standby_directory(runtime_dir: Path, mark: str) -> Path:
+def standby_directory(runtime_dir: Path, tag: str) -> Path:
     """Where a process has its sockets while it waits."""
-    return inside(runtime_dir / "standby", mark.rpartition(".")[2])
+    return inside(runtime_dir / "standby", tag.rpartition(".")[2])
 
 
 def wanted(uses: Mapping[str, Use], now: float, limits: StandbyLimits) -> dict[str, int]:
@@ -132,12 +132,12 @@ class Standbys:
     figures: _Figures = field(default_factory=_Figures)
     _uses: dict[str, Use] = field(default_factory=dict)
     _waiting: dict[str, Standby] = field(default_factory=dict)
-    """By mark, the oldest first."""
+    """By tag, the oldest first."""
     _watches: dict[str, trio.CancelScope] = field(default_factory=dict)
     _lent: dict[int, Standby] = field(default_factory=dict)
     """By the id of the VM whose boot is being prepared."""
     _doomed: dict[str, tuple[ProcessIdentity | None, int]] = field(default_factory=dict)
-    """By mark, what is to be ended: its process if that is known, and the VM for which it was taken, or 0."""
+    """By tag, what is to be ended: its process if that is known, and the VM for which it was taken, or 0."""
     _taken_at: float = -math.inf
     _wake: trio.Event = field(default_factory=trio.Event)
     _swept: trio.Event = field(default_factory=trio.Event)
@@ -154,13 +154,13 @@ class Standbys:
         return {"waiting": counts, "memory_mb": sum(each.memory_mb for each in self._waiting.values()), **figures}
 
     @property
-    def marks(self) -> frozenset[str]:
+    def tags(self) -> frozenset[str]:
         """Of those that wait."""
         return frozenset(self._waiting)
 
-    def is_one(self, mark: str) -> bool:
-        """Whether a process of this mark has waited, or waits."""
-        return mark.startswith(standby_mark_prefix(self.doors.instance))
+    def is_one(self, tag: str) -> bool:
+        """Whether a process of this tag has waited, or waits."""
+        return tag.startswith(standby_tag_prefix(self.doors.instance))
 
     # For the boot of a VM
 
@@ -178,12 +178,12 @@ class Standbys:
                 return standby
         return None
 
-    def settle(self, vm_id: int, mark: str) -> Standby | None:
-        """The row of a VM names this mark: what was taken for it is either that, and given, or is ended."""
+    def settle(self, vm_id: int, tag: str) -> Standby | None:
+        """The row of a VM names this tag: what was taken for it is either that, and given, or is ended."""
         standby = self._lent.pop(vm_id, None)
-        if standby is None or standby.mark == mark:
+        if standby is None or standby.tag == tag:
             return standby
-        self._doom(standby.mark, standby.identity, vm_id)
+        self._doom(standby.tag, standby.identity, vm_id)
         return None
 
     async def clear(self, vm_id: int) -> None:
@@ -191,16 +191,16 @@ class Standbys:
         self.settle(vm_id, "")
         with trio.move_on_after(_SWEEP_S):
             await self._swept.wait()
-        for mark, (identity, taker) in [*self._doomed.items()]:
+        for tag, (identity, taker) in [*self._doomed.items()]:
             if taker == vm_id:
-                await self._end(mark, identity)
+                await self._end(tag, identity)
 
     async def claim(self, spec: MachineSpec, claim: Claim) -> bool:
-        """Let a process go on as the VM of `spec`, whose row names its mark; can be repeated. When it can't, it is
+        """Let a process go on as the VM of `spec`, whose row names its tag; can be repeated. When it can't, it is
         ended: False. Raises OSError where not even that can be done."""
         host = self.doors.host
-        self._doomed.pop(spec.mark, None)
-        directory = standby_directory(self.doors.runtime_dir, spec.mark)
+        self._doomed.pop(spec.tag, None)
+        directory = standby_directory(self.doors.runtime_dir, spec.tag)
         try:
             if host.exists(directory):
                 await host.write_bytes(directory / _CLAIM, msgspec.json.encode(claim, enc_hook=str))
@@ -208,9 +208,9 @@ class Standbys:
                 await host.move_directory(directory, spec.directory)
             await self.doors.hypervisor.go_on(spec)
         except (OSError, HypervisorError) as error:
-            _logger.warning("%s can't be taken over, an ordinary clone follows: %s", spec.mark, error)
+            _logger.warning("%s can't be taken over, an ordinary clone follows: %s", spec.tag, error)
             self.figures.failed_claims += 1
-            await self._end(spec.mark, None, claimed=True)
+            await self._end(spec.tag, None, claimed=True)
             return False
         self.figures.claimed += 1
         return True
@@ -293,8 +293,8 @@ class Standbys:
 
     async def _start(self, use: Use, nursery: trio.Nursery) -> None:
         host, doors, blueprint = self.doors.host, self.doors, use.blueprint
-        mark = f"{standby_mark_prefix(doors.instance)}{host.new_id()[:12]}"
-        spec = self._spec(blueprint, mark)
+        tag = f"{standby_tag_prefix(doors.instance)}{host.new_id()[:12]}"
+        spec = self._spec(blueprint, tag)
         identity: ProcessIdentity | None = None
         try:
             if spec.root is not None:
@@ -308,24 +308,24 @@ class Standbys:
             _logger.warning("no process can wait for template %s: %s", blueprint.digest, error)
             self.figures.failed_starts += 1
             use.not_before = trio.current_time() + _HOLD_OFF_S
-            self._doom(mark, identity)
+            self._doom(tag, identity)
             return
         except BaseException:
-            self._doom(mark, identity)
+            self._doom(tag, identity)
             raise
         self.figures.started += 1
         if self._uses.get(blueprint.digest) is not use:
-            self._doom(mark, identity)
+            self._doom(tag, identity)
             return
         standby = Standby(
-            mark=mark,
+            tag=tag,
             digest=blueprint.digest,
             identity=identity,
             memory_mb=blueprint.recipe.memory_mb,
             layer=None if spec.root is None else spec.root.layer,
         )
-        self._waiting[mark] = standby
-        self._watches[mark] = scope = trio.CancelScope()
+        self._waiting[tag] = standby
+        self._watches[tag] = scope = trio.CancelScope()
         nursery.start_soon(self._watch, standby, use, scope)
 
     async def _watch(self, standby: Standby, use: Use, scope: trio.CancelScope) -> None:
@@ -337,11 +337,11 @@ class Standbys:
             use.not_before = trio.current_time() + _HOLD_OFF_S
             self._dismiss(standby)
 
-    def _spec(self, blueprint: Blueprint, mark: str) -> MachineSpec:
+    def _spec(self, blueprint: Blueprint, tag: str) -> MachineSpec:
         doors, recipe = self.doors, blueprint.recipe
         root = None
         if blueprint.rootfs is not None:
-            root = Disk(blueprint.rootfs, self._layer(mark), recipe.disk_mb)
+            root = Disk(blueprint.rootfs, self._layer(tag), recipe.disk_mb)
         return MachineSpec(
             vm_id=0,
             name="",
@@ -350,9 +350,9 @@ class Standbys:
             kernel=blueprint.kernel,
             initramfs=blueprint.initramfs,
             cmdline=recipe.cmdline,
-            directory=standby_directory(doors.runtime_dir, mark),
+            directory=standby_directory(doors.runtime_dir, tag),
             memory_file=doors.memory_dir / "standby.mem",
-            mark=mark,
+            tag=tag,
             accelerator=blueprint.accelerator,
             root=root,
             template=template_at(doors.store.directory, blueprint.digest),
@@ -365,64 +365,64 @@ class Standbys:
         # On the file system of VMs' disks, as one becomes such.
         return self.doors.store.directory.with_name("standby")
 
-    def _layer(self, mark: str) -> Path:
-        return inside(self._layers, f"{mark.rpartition('.')[2]}.qcow2")
+    def _layer(self, tag: str) -> Path:
+        return inside(self._layers, f"{tag.rpartition('.')[2]}.qcow2")
 
-    def _owned(self, mark: str) -> bool:
-        return any(row.mark == mark for row in self.doors.projection.rows())
+    def _owned(self, tag: str) -> bool:
+        return any(row.tag == tag for row in self.doors.projection.rows())
 
     def _may_start(self) -> bool:
         rested = trio.current_time() - self._taken_at >= _QUIET_S
         return rested and self.quiet() and self.doors.projection.drain is None
 
     def _remove(self, standby: Standby) -> None:
-        del self._waiting[standby.mark]
-        self._watches.pop(standby.mark).cancel()
+        del self._waiting[standby.tag]
+        self._watches.pop(standby.tag).cancel()
 
     def _dismiss(self, standby: Standby) -> None:
-        if standby.mark in self._waiting:
+        if standby.tag in self._waiting:
             self._remove(standby)
-            self._doom(standby.mark, standby.identity)
+            self._doom(standby.tag, standby.identity)
 
-    def _doom(self, mark: str, identity: ProcessIdentity | None, vm_id: int = 0) -> None:
-        self._doomed[mark] = (identity, vm_id)
+    def _doom(self, tag: str, identity: ProcessIdentity | None, vm_id: int = 0) -> None:
+        self._doomed[tag] = (identity, vm_id)
         self._wake.set()
 
     async def _end_doomed(self) -> bool:
         """Whether one of them has gone."""
         before = len(self._doomed)
 
-        async def end(mark: str, identity: ProcessIdentity | None) -> None:
+        async def end(tag: str, identity: ProcessIdentity | None) -> None:
             try:
-                await self._end(mark, identity)
+                await self._end(tag, identity)
             except OSError as error:
-                _logger.error("what belongs to %s can't be removed: %s", mark, error)
+                _logger.error("what belongs to %s can't be removed: %s", tag, error)
 
         async with trio.open_nursery() as nursery:
-            for mark, (identity, _) in self._doomed.items():
-                nursery.start_soon(end, mark, identity)
+            for tag, (identity, _) in self._doomed.items():
+                nursery.start_soon(end, tag, identity)
         return len(self._doomed) < before
 
-    async def _end(self, mark: str, identity: ProcessIdentity | None, *, claimed: bool = False) -> None:
+    async def _end(self, tag: str, identity: ProcessIdentity | None, *, claimed: bool = False) -> None:
         """Leave nothing of one; what does not go stays doomed. Raises OSError."""
         host = self.doors.host
         # One that a row names is the row's: an actor may fall over while its commit is under way.
-        if claimed or not self._owned(mark):
+        if claimed or not self._owned(tag):
             with trio.move_on_after(_KILL_S) as patience:
                 # A look through all processes costs as much as starting one.
-                await (host.end_all(mark) if identity is None else host.end([identity]))
+                await (host.end_all(tag) if identity is None else host.end([identity]))
             if patience.cancelled_caught:
-                raise OSError(f"the process that carries {mark} does not end, although killed")
-            await host.remove_tree(standby_directory(self.doors.runtime_dir, mark))
-            layer = self._layer(mark)
+                raise OSError(f"the process that carries {tag} does not end, although killed")
+            await host.remove_tree(standby_directory(self.doors.runtime_dir, tag))
+            layer = self._layer(tag)
             for path in (layer, layer.with_name(f"{layer.name}.new")):
                 await host.remove_file(path)
-        self._doomed.pop(mark, None)
+        self._doomed.pop(tag, None)
 
     async def _sweep(self) -> None:
         """End what an earlier life has left waiting. Raises OSError."""
         host, directory = self.doors.host, self.doors.runtime_dir / "standby"
-        prefix = standby_mark_prefix(self.doors.instance)
+        prefix = standby_tag_prefix(self.doors.instance)
         left: dict[str, ProcessIdentity | None] = {}
         for path in (directory, self._layers):
             for name in host.list_directory(path) if host.exists(path) else []:
@@ -431,12 +431,12 @@ class Standbys:
             with suppress(ProcessGone):
                 # One that works elsewhere is a VM's, whatever has become of its row.
                 if host.working_directory(identity).is_relative_to(directory.resolve()):
-                    left[identity.mark] = identity
-        taken = {each.mark for each in self._lent.values()}
-        for mark, found in left.items():
-            if mark not in taken and not self._owned(mark):
-                _logger.info("%s waited for a VM, and is ended", mark)
-                self._doom(mark, found)
+                    left[identity.tag] = identity
+        taken = {each.tag for each in self._lent.values()}
+        for tag, found in left.items():
+            if tag not in taken and not self._owned(tag):
+                _logger.info("%s waited for a VM, and is ended", tag)
+                self._doom(tag, found)
         await self._end_doomed()
 
 

@@ -113,7 +113,7 @@ class SimHost(Host):
         self,
         argv: Sequence[str],
         *,
-        mark: str,
+        tag: str,
         env: Mapping[str, str],
         cwd: Path,
         stdout_path: Path,
@@ -123,10 +123,10 @@ class SimHost(Host):
         def start() -> ProcessIdentity:
             if fault("process.does_not_start"):
                 raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), argv[0])
-            assert any(mark in argument for argument in argv), (mark, argv)
+            assert any(tag in argument for argument in argv), (tag, argv)
             if self._files.find(stdout_path) is None:
                 self._files.put(stdout_path, File())
-            identity = self._machine.spawn(list(argv), mark, cwd, stdout_path)
+            identity = self._machine.spawn(list(argv), tag, cwd, stdout_path)
             if fault("process.is_stubborn"):
                 self._machine.processes[identity.pid].stubborn_s = _STUBBORN_S
             self._children[identity.pid] = identity
@@ -138,7 +138,7 @@ class SimHost(Host):
         def move() -> None:
             process = self._machine.processes.get(identity.pid)
             if process is not None and process.alive:
-                self._machine.groups[identity.mark] = identity.pid
+                self._machine.groups[identity.tag] = identity.pid
 
         await self._call(move)
 
@@ -180,21 +180,21 @@ class SimHost(Host):
 
         return await self._call(run)
 
-    async def find(self, mark: str) -> ProcessIdentity | None:
-        found = [identity for identity in await self.processes(mark) if identity.mark == mark]
+    async def find(self, tag: str) -> ProcessIdentity | None:
+        found = [identity for identity in await self.processes(tag) if identity.tag == tag]
         return min(found, key=lambda identity: identity.start_time, default=None)
 
-    async def processes(self, mark_prefix: str, *, of_anybody: bool = False) -> list[ProcessIdentity]:
-        if not mark_prefix.startswith(self._own_marks):
+    async def processes(self, tag_prefix: str, *, of_anybody: bool = False) -> list[ProcessIdentity]:
+        if not tag_prefix.startswith(self._own_tags):
             return []
         return await self._call(
             lambda: [
-                process.identity for process in self._machine.living() if process.identity.mark.startswith(mark_prefix)
+                process.identity for process in self._machine.living() if process.identity.tag.startswith(tag_prefix)
             ]
         )
 
     def is_of_ours(self, identity: ProcessIdentity) -> bool:
-        return identity.mark.startswith(self._own_marks)
+        return identity.tag.startswith(self._own_tags)
 
     def command_line(self, identity: ProcessIdentity) -> list[str]:
         with self.open_process(identity) as process:

@@ -102,8 +102,8 @@ class Machine:
 
     # Processes
 
-    def spawn(self, argv: list[str], mark: str, cwd: Path, output: Path) -> ProcessIdentity:
-        process = self._new_process(argv, mark)
+    def spawn(self, argv: list[str], tag: str, cwd: Path, output: Path) -> ProcessIdentity:
+        process = self._new_process(argv, tag)
         qemu = self.qemus[process.identity.pid] = SimQemu(self, process, argv, cwd, output)
         self.nursery.start_soon(qemu.run)
         self.changed.set()
@@ -116,14 +116,14 @@ class Machine:
         passt = self.passts[process.identity.pid] = SimPasst(self, process, argv)
         self.nursery.start_soon(passt.run)
 
-    def _new_process(self, argv: list[str], mark: str) -> SimProcess:
+    def _new_process(self, argv: list[str], tag: str) -> SimProcess:
         # Few numbers, so that one comes back while somebody still remembers who had it.
         free = [pid for pid in range(2, 400) if pid not in self.processes or not self.processes[pid].alive]
         pid = self.rng.choice(free)
         self.qemus.pop(pid, None)
         self.passts.pop(pid, None)
         start_time = int((trio.current_time() - self._booted_at) * _TICKS_PER_S)
-        identity = ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id, mark=mark)
+        identity = ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id, tag=tag)
         process = self.processes[pid] = SimProcess(identity, argv)
         return process
 

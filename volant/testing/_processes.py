@@ -1,4 +1,4 @@
-"""Processes of a simulated machine: numbers that are used again, ends that come late, and a mark on each."""
+"""Processes of a simulated machine: numbers that are used again, ends that come late, and a tag on each."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ class SimQemu:
         self.guest = SimGuest(self._rng, machine.wall_clock_ns, self._guest_powers_off)
 
     @property
-    def mark(self) -> str:
-        return self.process.identity.mark
+    def tag(self) -> str:
+        return self.process.identity.tag
 
     async def run(self) -> None:
         """The process's life, from its first instruction on; it is over when the process has ended."""
@@ -232,7 +232,7 @@ class SimQemu:
         answers: dict[str, Any] = {
             "qmp_capabilities": {},
             "query-status": {"status": self.status, "running": self.status == "running"},
-            "query-name": {"name": self.mark},
+            "query-name": {"name": self.tag},
             "query-version": _VERSION,
             "system_powerdown": {},
             "quit": {},

@@ -5,10 +5,10 @@ from ._captures import Captures
 from ._doors import VmDoors, VmSettings
 from ._drain import keep_drained
 from ._gate import CLONES_AT_ONCE, BootGate
-from ._marks import processes_of_vms
 from ._serial import Keyboard, KeyboardTaken, Missed, NotTyped, Reader, SerialConsole
 from ._steps import instance_of, memory_file, vm_directory
 from ._storage import prune, usage
+from ._tags import processes_of_vms
 from ._vms import DELETED, Version, Vms, Wait
 
 __all__ = [

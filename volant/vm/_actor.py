@@ -75,8 +75,8 @@ from ._steps import (
     layer_directory,
     machine_id,
     machine_spec,
-    mark_of,
     prepare_boot,
+    tag_of,
     told_manifest,
     workload_spec,
 )
@@ -123,9 +123,9 @@ class VmActor(Actor):
         self._process_task: TaskHandle | None = None
         self._capture: TaskHandle | None = None
         """The copy that is being made."""
-        self._fresh_mark = ""
+        self._fresh_tag = ""
         """Of a process to come that nobody can have started yet."""
-        self._adopted_mark = ""
+        self._adopted_tag = ""
         """Of the process of a boot that an earlier incarnation has begun."""
         self._standby: Standby | None = None
         """The process that this boot has taken over."""
@@ -135,11 +135,11 @@ class VmActor(Actor):
         if row is None:
             raise LookupError(f"there is no VM with the id {self._vm_id}")
         self._row = row
-        self._adopted_mark = row.mark
+        self._adopted_tag = row.tag
         self._log = self._doors.logs.open(row.id, row.name)
         self.ctx.stack.callback(self._doors.live.pop, row.id, None)
         self.ctx.stack.callback(self._leave_gates)
-        self.ctx.stack.callback(lambda: self._doors.standbys.settle(self._vm_id, self._row.mark))
+        self.ctx.stack.callback(lambda: self._doors.standbys.settle(self._vm_id, self._row.tag))
         found = await self._find(row)
         rebooted = row.process is not None and row.process.boot_id != self._doors.host.boot_id()
         try:
@@ -147,7 +147,7 @@ class VmActor(Actor):
         except Problem as problem:
             # A full disk must not leave a VM without an actor, as nobody would come back to it once there is space.
             _logger.warning("VM %s: %s; trying again", row.name, problem, extra={"vm": row.name})
-            self.ctx.spawn(self._deliver, Report(Woke(found, rebooted), row.mark), name="woke")
+            self.ctx.spawn(self._deliver, Report(Woke(found, rebooted), row.tag), name="woke")
         if row.expires_at is not None:
             self.ctx.spawn(self._expire, name="ttl")
 
@@ -204,7 +204,7 @@ class VmActor(Actor):
 
     @handles(Report)
     async def report(self, message: Report) -> None:
-        current = message.effect == self._effect if message.effect is not None else message.mark == self._row.mark
+        current = message.effect == self._effect if message.effect is not None else message.tag == self._row.tag
         if current:
             before = self._row
             await self._see(message.seen)
@@ -249,7 +249,7 @@ class VmActor(Actor):
                     after.name, before.template, failed.code, failed.message, extra={"vm": after.name},
                 )  # fmt: skip
             # What went wrong around an adoption is no fault of the template's.
-            if failed.code in _TEMPLATES_FAULT and before.mark != self._adopted_mark:
+            if failed.code in _TEMPLATES_FAULT and before.tag != self._adopted_tag:
                 self._tell(Suspect(before.template, f"{failed.code}: {failed.message}"))
 
     async def _want_template(self, row: VmRow) -> None:
@@ -289,7 +289,7 @@ class VmActor(Actor):
             with suppress(ProcessGone), host.open_process(row.process) as process:
                 if not process.exited:
                     return row.process
-        return await host.find(row.mark) if row.mark else None
+        return await host.find(row.tag) if row.tag else None
 
     def _inspect_step(self) -> dict[str, object] | None:
         if self._effect is None:
@@ -395,7 +395,7 @@ class VmActor(Actor):
             return
         self._watch(self._row)
         if self._row.phase is not Phase.IMAGE:
-            self._standby = self._doors.standbys.settle(self._vm_id, self._row.mark) or self._standby
+            self._standby = self._doors.standbys.settle(self._vm_id, self._row.tag) or self._standby
         if self._row.phase in (Phase.LAUNCH, Phase.AGENT):
             (self._doors.gate if self._row.template is None else self._doors.clone_gate).take(self._vm_id)
         elif self._row.phase is not Phase.IMAGE:
@@ -430,10 +430,10 @@ class VmActor(Actor):
             self._process = self._process_task = None
             self._doors.live.pop(self._vm_id, None)
         if identity is not None and row is not None and self._process is None:
-            mark = row.mark
+            tag = row.tag
 
             async def report(seen: Seen) -> None:
-                await self._deliver(Report(seen, mark))
+                await self._deliver(Report(seen, tag))
 
             spec = machine_spec(self._doors.settings, row, row.accelerator or "tcg")
             self._process = LiveProcess(
@@ -506,7 +506,7 @@ class VmActor(Actor):
                 seen = await self._outcome(effect, self._row)
             except (LaunchFailed, StepError) as error:
                 seen = StepFailed(Reason(error.code, str(error), await self._console_tail()))
-            await self._deliver(Report(seen, self._row.mark, effect))
+            await self._deliver(Report(seen, self._row.tag, effect))
             done = not isinstance(effect, Kill | Remove | Resume) or not isinstance(seen, StepFailed)
             if done and not isinstance(effect, Hold):
                 return
@@ -519,17 +519,17 @@ class VmActor(Actor):
                 image, template, origin, standby = await prepare_boot(self._doors, row)
                 await (self._doors.gate if template is None else self._doors.clone_gate).enter(row.id)
                 socket = machine_spec(self._doors.settings, row, "tcg").console_socket_path
-                mark = self._fresh_mark = mark_of(self._doors.instance, row)
+                tag = self._fresh_tag = tag_of(self._doors.instance, row)
                 if standby is not None:
-                    mark = standby.mark
+                    tag = standby.tag
                 # A copy has what its origin had; what becomes a template has none, and so its clones have none.
                 if row.capture is not None:
                     balloon = row.balloon
                 else:
                     balloon = template is None and self._doors.settings.return_memory
-                return ImageReady(image, mark, str(socket), template, origin, balloon)
-            case Launch(mark):
-                return await self._launch(mark)
+                return ImageReady(image, tag, str(socket), template, origin, balloon)
+            case Launch(tag):
+                return await self._launch(tag)
             case AwaitAgent():
                 return await self._await_agent()
             case Pause():
@@ -539,8 +539,8 @@ class VmActor(Actor):
                 return await self._resume()
             case AskStop(grace_s=grace_s):
                 return await self._ask_stop(grace_s)
-            case Kill(mark):
-                await self._kill(mark)
+            case Kill(tag):
+                await self._kill(tag)
                 return Cleared()
             case Remove():
                 await self._remove(row)
@@ -552,36 +552,36 @@ class VmActor(Actor):
                 await self._doors.store.projection.undrained()
                 return Released()
 
-    async def _launch(self, mark: str) -> Seen:
+    async def _launch(self, tag: str) -> Seen:
         hypervisor, standbys, row = self._doors.hypervisor, self._doors.standbys, self._row
-        fresh, self._fresh_mark = mark == self._fresh_mark, ""
+        fresh, self._fresh_tag = tag == self._fresh_tag, ""
         accelerator = await hypervisor.accelerator()
         spec = machine_spec(self._doors.settings, row, accelerator)
         with _deadline(self._doors.settings.launch_timeout_s, "launch_timeout", "the hypervisor was not up in time"):
             await attach(self._doors, row)
             found = None
-            if self._standby is not None and self._standby.mark == mark:
+            if self._standby is not None and self._standby.tag == tag:
                 found = self._standby.identity
             elif not fresh:
                 # A predecessor may have been killed between the launch and its commit. Where there was none, a look
                 # through all processes would cost as much as starting one.
-                found = await self._doors.host.find(mark)
+                found = await self._doors.host.find(tag)
             try:
                 claim = Claim(row.boots, row.name, row.layer, spec.nic)
-                if found is not None and standbys.is_one(mark):
+                if found is not None and standbys.is_one(tag):
                     if not await standbys.claim(spec, claim):
                         found = None
                         await attach_anew(self._doors, row)
-                    elif self._standby is not None and self._standby.mark == mark:
+                    elif self._standby is not None and self._standby.tag == tag:
                         # Else an earlier daemon may have claimed it, and its passt may have ended since.
                         await note_connected(self._doors, row)
             except OSError as error:
                 raise StepError("launch_failed", f"a process that was to become the VM is left: {error}") from error
-            if found is not None and not standbys.is_one(mark) and not await self._finish_launch(spec, found):
+            if found is not None and not standbys.is_one(tag) and not await self._finish_launch(spec, found):
                 found = None
                 await attach_anew(self._doors, row)
             if found is None:
-                if spec.root is not None and row.template is not None and (standbys.is_one(mark) or not fresh):
+                if spec.root is not None and row.template is not None and (standbys.is_one(tag) or not fresh):
                     # One that ran may have written to it.
                     await hypervisor.make_layer(spec.root, self._layer_of_origin(row.template))
                 found = await self._launch_machine(spec)
@@ -702,13 +702,13 @@ class VmActor(Actor):
             await trio.sleep_forever()
         return StepFailed(Reason("grace_over", f"the guest did not stop within {grace_s:g} s and is killed"))
 
-    async def _kill(self, mark: str) -> None:
+    async def _kill(self, tag: str) -> None:
         """Leave no process and none of its files; nothing that the console said is lost."""
         host, settings, row = self._doors.host, self._doors.settings, self._row
         with _deadline(settings.kill_timeout_s, "unkillable", "the hypervisor's process does not end, although killed"):
-            # The row's process is known beyond doubt; another one with its mark is of a daemon that died.
-            known = row.process if row.process is not None and row.process.mark == mark else None
-            await host.end_all(mark, known)
+            # The row's process is known beyond doubt; another one with its tag is of a daemon that died.
+            known = row.process if row.process is not None and row.process.tag == tag else None
+            await host.end_all(tag, known)
         if self._process_task is not None:
             self._process_task.cancel()
             await self._process_task.wait()
@@ -720,8 +720,8 @@ class VmActor(Actor):
             await host.remove_empty_scopes()
             await host.remove_tree(spec.directory)
             await host.remove_tree(spec.memory_file)
-            if self._doors.standbys.is_one(mark):
-                await host.remove_tree(standby_directory(settings.runtime_dir, mark))
+            if self._doors.standbys.is_one(tag):
+                await host.remove_tree(standby_directory(settings.runtime_dir, tag))
         except OSError as error:
             raise StepError("not_removed", f"files of the VM can't be removed: {error}") from error
 

@@ -80,7 +80,7 @@ class VmDoors:
     captures: Captures
     settings: VmSettings
     instance: str
-    """Names this daemon's state directory in the marks of its processes, so that two daemons never mix up theirs."""
+    """Names this daemon's state directory in the tags of its processes, so that two daemons never mix up theirs."""
     network: Ref[Any] | None = None
     """Who keeps the host's side of networks. None: nobody, and no VM gets a tap."""
     mending: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))

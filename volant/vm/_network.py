@@ -30,7 +30,7 @@ _logger = logging.getLogger("volant.vm")
 
 
 async def attach(doors: VmDoors, row: VmRow) -> None:
-    """Have there what is to be behind a VM's NIC. Its row has the mark of the process to come.
+    """Have there what is to be behind a VM's NIC. Its row has the tag of the process to come.
 
     :raises StepError: it can't be had, with the network's own code; `network_down`, `network_refused`.
     """
@@ -116,7 +116,7 @@ async def keep_user_network(doors: VmDoors, row: VmRow, live: LiveProcess) -> No
             await _start_passt(doors, row)
             if not passt.is_connected(row.id):
                 if not await (await live.machine()).connect_network():
-                    await passt.lend(row.id, doors.hypervisor.user_of(row.mark, row.id))
+                    await passt.lend(row.id, doors.hypervisor.user_of(row.tag, row.id))
                 await passt.note_connected(row.id)
             if has_ended:
                 _logger.warning("VM %s: passt had ended, and was started again", row.name, extra={"vm": row.name})

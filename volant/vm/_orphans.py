@@ -1,4 +1,4 @@
-"""Hypervisors that carry this daemon's mark and that no VM owns.
+"""Hypervisors that carry this daemon's tag and that no VM owns.
 
 They come about when a database is lost, or is put back from a copy that does not know of them. A person decides what
 becomes of one, as what a program guesses to be nobody's may be somebody's work: it is listed, adopted or killed, and
@@ -39,9 +39,9 @@ from volant.model import (
 from volant.templates import Claim
 
 from ._doors import VmDoors, VmSettings
-from ._marks import processes_of_vms
 from ._network import disconnect, kind_behind, lease_of
 from ._steps import CUSTOM_IMAGE, machine_spec, memory_file, vm_directory
+from ._tags import processes_of_vms
 
 _ATTACH_S = 15.0
 
@@ -61,7 +61,7 @@ class Orphan:
         """What clients see of it."""
         machine = self.machine
         return OrphanView(
-            mark=self.identity.mark,
+            mark=self.identity.tag,
             pid=self.identity.pid,
             vm_id=self.vm_id,
             name=machine.name if machine else None,
@@ -77,7 +77,7 @@ async def find_orphans(doors: VmDoors) -> list[Orphan]:
     found = []
     # The processes first: one that is launched meanwhile has its row before it is there.
     for identity, vm_id, boot, claim in await processes_of_vms(doors.host, doors.instance):
-        if any(row.mark == identity.mark for row in doors.store.projection.rows()):
+        if any(row.tag == identity.tag for row in doors.store.projection.rows()):
             continue
         try:
             machine = doors.hypervisor.recognise(doors.host.command_line(identity))
@@ -121,12 +121,12 @@ def _is_layer(settings: VmSettings, vm_id: int, layer: Path) -> bool:
     return directory.parent == settings.disk_dir and directory.name.startswith(f"{vm_id}-")
 
 
-async def kill_orphan(doors: VmDoors, mark: str) -> None:
+async def kill_orphan(doors: VmDoors, tag: str) -> None:
     """End it and remove its files, unless a VM has the same; its disk stays. :raises Problem: 404, 503."""
-    orphan = await _orphan(doors, mark)
+    orphan = await _orphan(doors, tag)
     try:
         with trio.fail_after(doors.settings.kill_timeout_s):
-            await doors.host.end_all(mark, orphan.identity)
+            await doors.host.end_all(tag, orphan.identity)
     except trio.TooSlowError:
         raise Problem(503, "unkillable", f"process {orphan.identity.pid} does not end, although killed") from None
     if doors.store.projection.by_id(orphan.vm_id) is None:
@@ -136,12 +136,12 @@ async def kill_orphan(doors: VmDoors, mark: str) -> None:
             await disconnect(doors, orphan.vm_id, orphan.machine.nic)
 
 
-async def steps_to_adopt(doors: VmDoors, mark: str, name: str | None) -> tuple[Step, ...]:
+async def steps_to_adopt(doors: VmDoors, tag: str, name: str | None) -> tuple[Step, ...]:
     """What makes a VM of it: its row, from `pending` to `running`. `name`: instead of its own.
 
     :raises Problem: 404; 409 it can't be adopted, and why.
     """
-    orphan = await _orphan(doors, mark)
+    orphan = await _orphan(doors, tag)
     machine, obstacle = orphan.machine, orphan.obstacle
     if machine is None or obstacle is not None:
         raise _refused(orphan, obstacle or "")
@@ -194,7 +194,7 @@ def _row(settings: VmSettings, orphan: Orphan, machine: FoundMachine, name: str,
         image=image.digest if image is not None and ours else CUSTOM_IMAGE,
         template=machine.template.name if machine.template is not None else None,
         balloon=machine.balloon,
-        mark=orphan.identity.mark,
+        tag=orphan.identity.tag,
         process=orphan.identity,
         serial_socket=str(spec_socket),
         accelerator=machine.accelerator,
@@ -209,18 +209,18 @@ def _medium(settings: VmSettings, path: Path) -> Artifact | None:
     return Artifact(str(path), path.name)
 
 
-async def _orphan(doors: VmDoors, mark: str) -> Orphan:
+async def _orphan(doors: VmDoors, tag: str) -> Orphan:
     for orphan in await find_orphans(doors):
-        if orphan.identity.mark == mark:
+        if orphan.identity.tag == tag:
             return orphan
     raise Problem(
-        404, "orphan-not-found", f"there is no hypervisor without a VM that carries the mark {mark[:100]!r}",
+        404, "orphan-not-found", f"there is no hypervisor without a VM that carries the tag {tag[:100]!r}",
         hint="`volar vms orphans` lists those there are; a VM's own is stopped with its VM",
     )  # fmt: skip
 
 
 def _refused(orphan: Orphan, why: str) -> Problem:
     return Problem(
-        409, "orphan-not-adoptable", f"{orphan.identity.mark} can't be adopted: {why}",
+        409, "orphan-not-adoptable", f"{orphan.identity.tag} can't be adopted: {why}",
         hint="it goes on running; `volar vms kill` ends it",
     )  # fmt: skip

@@ -302,7 +302,7 @@ def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName)
         cmdline=" ".join((*(image.kernel_parameters if image is not None else ()), row.kernel_cmdline)).strip(),
         directory=vm_directory(settings, row.id),
         memory_file=memory_file(settings, row.id),
-        mark=row.mark,
+        tag=row.tag,
         accelerator=accelerator,
         root=root_disk(settings, row),
         template=None if row.template is None else _source(settings, row.template),
@@ -352,12 +352,12 @@ def instance_of(state_dir: Path) -> str:
     return hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:10]
 
 
-def mark_of(instance: str, row: VmRow) -> str:
-    """The mark of the next boot of a VM."""
+def tag_of(instance: str, row: VmRow) -> str:
+    """The tag of the next boot of a VM."""
     return f"volant-{instance}-{row.id}.{row.boots + 1}"
 
 
-def parse_mark(instance: str, mark: str) -> tuple[int, int] | None:
-    """The id and the boot of the VM whose process carries this mark; None when it is none of this instance's."""
-    found = re.fullmatch(rf"volant-{re.escape(instance)}-([1-9][0-9]{{0,17}})\.([1-9][0-9]{{0,17}})", mark)
+def parse_tag(instance: str, tag: str) -> tuple[int, int] | None:
+    """The id and the boot of the VM whose process carries this tag; None when it is none of this instance's."""
+    found = re.fullmatch(rf"volant-{re.escape(instance)}-([1-9][0-9]{{0,17}})\.([1-9][0-9]{{0,17}})", tag)
     return (int(found[1]), int(found[2])) if found else None

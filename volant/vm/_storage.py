@@ -3,7 +3,7 @@
 **Who uses a thing is asked at the moment at which it goes**, of the projection, without an await in between. The row of
 a VM is there before anything is fetched or made for it. So one that begins meanwhile either is seen, or comes after,
 and makes or fetches what it needs (`BootMedia.remove`). Images that VMs boot are never removed, as the current one
-stays and the others are those of rows. A process that carries our mark counts as a user, whatever the database says.
+stays and the others are those of rows. A process that carries our tag counts as a user, whatever the database says.
 A template that goes between a VM's look and its launch costs that VM a cold boot, as one that is damaged does.
 
 Disks, snapshots and databases that nobody knows of are removed only when they are named: they may be all that is left
@@ -35,7 +35,7 @@ from volant.model import (
 )
 
 from ._doors import VmDoors
-from ._marks import processes_of_vms
+from ._tags import processes_of_vms
 
 _MAX_ITEMS = 10_000
 _LONG_S = 100 * 366 * 86400.0

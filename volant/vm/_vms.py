@@ -461,7 +461,7 @@ class Vms:
             "generation": row.generation,
             "revision": row.revision,
             "image": row.image,
-            "mark": row.mark,
+            "mark": row.tag,
             "process": row.process,
             "actor": ref.inspect() if ref is not None else None,
         }
@@ -498,12 +498,12 @@ class Vms:
         """Hypervisors of this daemon's that no VM owns, by id. Looks through all processes."""
         return await find_orphans(self.doors)
 
-    async def adopt_orphan(self, mark: str, name: str | None = None) -> VmRow:
+    async def adopt_orphan(self, tag: str, name: str | None = None) -> VmRow:
         """Make a VM of one; durable when this returns. `name`: instead of its own.
 
         :raises Problem: 404; 409 it can't be adopted, or the name is taken; 503.
         """
-        steps = await steps_to_adopt(self.doors, mark, name)
+        steps = await steps_to_adopt(self.doors, tag, name)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
             row = await self._journal(AdoptRow(steps))
             # What was to be forgotten with the database that knew it.
@@ -514,10 +514,10 @@ class Vms:
             return row
         raise Problem(503, "journal-slow", "the VM was not adopted in time; it may still appear")
 
-    async def kill_orphan(self, mark: str) -> None:
+    async def kill_orphan(self, tag: str) -> None:
         """End one and remove its files; its disk stays. :raises Problem: 404, 503."""
-        await kill_orphan(self.doors, mark)
-        _logger.warning("the hypervisor %s, which no VM owned, is killed", mark)
+        await kill_orphan(self.doors, tag)
+        _logger.warning("the hypervisor %s, which no VM owned, is killed", tag)
 
     async def templates(self) -> tuple[TemplateView, ...]:
         """All templates, those that are being built, and those that could not be. :raises Problem: 503."""
@@ -638,7 +638,7 @@ class Vms:
                 f"for the host ({available} MiB are available now, as VMs do not use all that is promised to them)",
                 hint="stop or delete a VM, or ask for less memory_mb",
             )  # fmt: skip
-        if self.doors.standbys.marks:
+        if self.doors.standbys.tags:
             # They give way, and what they take is more than what is missing.
             return
         # What others than VMs have taken is not to be had, whatever was promised to nobody.

@@ -52,12 +52,12 @@ class Capture(Request[Taken]):
 @dataclass(frozen=True, slots=True)
 class Report(Request[None]):
     """A task of the actor has seen something. `effect` is the step that it comes from; a late report of a step that is
-    no longer the wanted one is dropped. None: it comes from the process itself, of which `mark` tells.
+    no longer the wanted one is dropped. None: it comes from the process itself, of which `tag` tells.
 
     :raises Problem: 503 the journal can't keep it now; report again.
     """
 
     seen: Seen
-    mark: str
+    tag: str
     effect: Effect | None = None
     raises = (Problem,)

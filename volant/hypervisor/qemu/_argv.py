@@ -18,7 +18,7 @@ the state never meets the limit of 108 bytes for a socket's name.
   Whatever maps a file together with others must not do that, so what becomes a template has none, and a copy of a
   machine that has one relies on the file being open for reading only.
 - No `graphics=off`: it makes the firmware write to the serial console, which is the guest's alone.
-- The mark is the guest's `-name`: that is seen on the command line and by QMP, and not by the guest.
+- The tag is the guest's `-name`: that is seen on the command line and by QMP, and not by the guest.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def build_argv(
     argv = [
         *(("nice", "-n", "10") if spec.in_background else ()),
         program,
-        *("-name", f"guest={_quote(spec.mark)},debug-threads=on"),
+        *("-name", f"guest={_quote(spec.tag)},debug-threads=on"),
         *("-machine", machine_option(spec.accelerator, version, machine) + ",memory-backend=memory0"),
         *("-accel", "kvm" if spec.accelerator == "kvm" else f"tcg,tb-size={TCG_CODE_MB}"),
         *("-cpu", "host" if spec.accelerator == "kvm" else "max"),

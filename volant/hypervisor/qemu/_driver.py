@@ -118,9 +118,9 @@ class QemuHypervisor:
             return "none"
         return f"qemu {self._version[2]}, {accelerator}, {machine_option(accelerator, self._version[:2])}, {FORMAT}"
 
-    def user_of(self, mark: str, vm_id: int) -> int | None:
+    def user_of(self, tag: str, vm_id: int) -> int | None:
         users = None if self._sandbox is None else self._sandbox.plan.users
-        return None if users is None else user_of(users, mark, vm_id)
+        return None if users is None else user_of(users, tag, vm_id)
 
     async def misfit(self, kind: MachineKind) -> str | None:
         accelerator = await self.accelerator()
@@ -214,7 +214,7 @@ class QemuHypervisor:
             try:
                 identity = await self._host.spawn(
                     argv,
-                    mark=spec.mark,
+                    tag=spec.tag,
                     env=ENVIRONMENT,
                     cwd=spec.directory,
                     stdout_path=spec.log_path,

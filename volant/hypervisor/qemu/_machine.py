@@ -356,7 +356,7 @@ class QemuMachine:
     async def _verify(self) -> None:
         assert self._qmp is not None
         name = await self._qmp.execute("query-name")
-        if not isinstance(name, dict) or name.get("name") != self._spec.mark:
+        if not isinstance(name, dict) or name.get("name") != self._spec.tag:
             raise HypervisorError(f"another machine sits behind {self._spec.control_path}")
         self._take_status(await self.status())
 

@@ -116,7 +116,7 @@ class QemuSandbox:
         if users is None:
             return None
         if spec.vm_id:
-            return user_of(users, spec.mark, spec.vm_id)
+            return user_of(users, spec.tag, spec.vm_id)
         # Whose it will be is not known, so it takes one that nobody has. Nobody waits for it, and few are started.
         # The last is passt's.
         rest = users[len(users) // 2 : -1]
@@ -129,10 +129,10 @@ class QemuSandbox:
         raise OSError(f"all of {len(rest)} users for hypervisors without a VM have processes")
 
 
-def user_of(users: range, mark: str, vm_id: int) -> int:
-    """The user of the process that a VM starts; `mark` is its own, or another one of the same daemon's."""
+def user_of(users: range, tag: str, vm_id: int) -> int:
+    """The user of the process that a VM starts; `tag` is its own, or another one of the same daemon's."""
     half = max(1, len(users) // 2)
-    return users[(_number(mark.rpartition("-")[0]) + vm_id) % half]
+    return users[(_number(tag.rpartition("-")[0]) + vm_id) % half]
 
 
 def group_of(users: range, source: Path) -> int:

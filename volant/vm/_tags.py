@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from volant.host import Host, ProcessGone
 from volant.model import ProcessIdentity
-from volant.templates import Claim, claim_in, standby_mark_prefix
+from volant.templates import Claim, claim_in, standby_tag_prefix
 
-from ._steps import parse_mark
+from ._steps import parse_tag
 
 
-class Marked(NamedTuple):
+class TaggedProcess(NamedTuple):
     """One process."""
 
     identity: ProcessIdentity
@@ -22,20 +22,20 @@ class Marked(NamedTuple):
     """Of one that waited for a VM to take it over; its command line names none."""
 
 
-async def processes_of_vms(host: Host, instance: str) -> list[Marked]:
-    """All that carry this instance's marks and are some VM's. Looks through all processes."""
+async def processes_of_vms(host: Host, instance: str) -> list[TaggedProcess]:
+    """All that carry this instance's tags and are some VM's. Looks through all processes."""
     found = []
     for identity in await host.processes(f"volant-{instance}-"):
-        if numbers := parse_mark(instance, identity.mark):
-            found.append(Marked(identity, *numbers, None))
-        elif identity.mark.startswith(standby_mark_prefix(instance)):
+        if numbers := parse_tag(instance, identity.tag):
+            found.append(TaggedProcess(identity, *numbers, None))
+        elif identity.tag.startswith(standby_tag_prefix(instance)):
             try:
                 directory = host.working_directory(identity)
             except ProcessGone:
                 continue
             if directory.parent.name == "vms" and (vm_id := _id_of(directory)):
                 claim = await claim_in(host, directory)
-                found.append(Marked(identity, vm_id, claim.boot if claim else 1, claim))
+                found.append(TaggedProcess(identity, vm_id, claim.boot if claim else 1, claim))
     return found
 
 
