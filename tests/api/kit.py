@@ -28,7 +28,7 @@ from volant.images import PUBLIC, BootMedia, Origins
 from volant.journal import Backups, Evidence, Journal, Store, VmLogs
 from volant.operations import ApiDeps, Health
 from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
-from volant.vm import BootGate, Captures, VmDoors, Vms, VmSettings
+from volant.vm import BootGate, Checkpoints, VmDoors, Vms, VmSettings
 
 FAST = Limits(
     keep_alive_s=30.0, header_s=5.0, send_s=20.0, finish_s=3.0, drop_s=2.0, linger_s=0.5, grace_s=0.3, lifespan_s=2.0
@@ -301,7 +301,9 @@ async def api(
     )
     standbys = Standbys(builds, StandbyLimits(), quiet=lambda: True)
     builder = Child("templates", lambda: Templates(builds, standbys, max_bytes=2**30, max_age=timedelta(days=1)))
-    captures = Captures(host, store, journal.ref, hypervisor, memory_dir=path / "mem", snapshot_dir=path / "snapshots")
+    checkpoints = Checkpoints(
+        host, store, journal.ref, hypervisor, memory_dir=path / "mem", snapshot_dir=path / "snapshots"
+    )
     supervisor = DynamicSupervisor(intensity=3, period_s=60)
     vms = ReachedVms(
         VmDoors(
@@ -313,7 +315,7 @@ async def api(
             templates=templates,
             builder=builder.ref,
             standbys=standbys,
-            captures=captures,
+            checkpoints=checkpoints,
             media=BootMedia(path / "cache", path, timeout_s=60, max_mb=64, origins=origins),
             settings=VmSettings(
                 runtime_dir=path / "run",
@@ -334,7 +336,7 @@ async def api(
         ONE_FOR_ONE,
         intensity=5,
         period_s=60,
-        children=[journal, builder, Child("captures", captures.keep), Child("vms", supervisor)],
+        children=[journal, builder, Child("snapshots", checkpoints.keep), Child("vms", supervisor)],
     )
     async with open_system(root):
         doors = ApiDeps(

@@ -86,7 +86,7 @@ MEMBERS: Mapping[str, Member] = {
     "process": _vm("process", lambda victim: victim.process | {"mark": "volant-0000000000-8.1"}, status="running"),
     "image": _vm("image", _outside),
     "template": _vm("template", _outside),
-    "template of a capture": _vm("template", "fork-../../x"),
+    "template of a checkpoint": _vm("template", "fork-../../x"),
     "capture": _vm("capture", lambda victim: f"snapshot-/../{_outside(victim)}"),
     "serial socket": _vm("serial_socket", "/run/docker.sock"),
     "name": _vm("name", "../x"),

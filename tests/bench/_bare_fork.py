@@ -21,7 +21,7 @@ from typing import Any
 
 from volant.hypervisor import MachineSpec
 from volant.hypervisor.qemu._argv import ENVIRONMENT
-from volant.hypervisor.qemu._capture import complete
+from volant.hypervisor.qemu._checkpoint import complete
 
 _PAGE = 4096
 _CHUNK = 1024 * 1024

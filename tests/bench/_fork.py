@@ -156,7 +156,7 @@ def _copy(layer: Path, disk: Disk | None) -> None:
 
 @contextmanager
 def _room_for_copy(origin: MachineSpec) -> Iterator[MachineSpec]:
-    """The spec of a copy, with directories of its own: in memory, as the daemon's captures are."""
+    """The spec of a copy, with directories of its own: in memory, as the daemon's checkpoints are."""
     assert origin.root is not None
     with scratch() as directory, scratch("/dev/shm") as memory:
         (directory / "vm").mkdir(mode=0o700)

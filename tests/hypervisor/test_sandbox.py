@@ -20,7 +20,7 @@ import trio
 
 from tests.hypervisor.intruder import DENIED, PYTHON, tries
 from tests.hypervisor.kit import real_qemu, tiny_spec
-from tests.hypervisor.test_capture import COUNTS, clone, nobody
+from tests.hypervisor.test_checkpoint import COUNTS, clone, nobody
 from volant import _sandbox
 from volant.host import Host, ProcessStatus
 from volant.hypervisor import Disk, MachineSpec, Nic, Template
@@ -100,7 +100,7 @@ async def test_a_guest_runs_is_saved_and_copied_in_the_sandbox(
         into = spec.memory_file.parent / "fork-1"
         into.mkdir(mode=0o700)
         async with qemu.attach(cold, identity) as machine:
-            captured = await machine.capture(into, hold=nobody)
+            checkpoint = await machine.checkpoint(into, hold=nobody)
             assert await machine.status() == "running"
             saved = place / "templates" / "t1"
             saved.mkdir(parents=True, mode=0o700)
@@ -109,7 +109,7 @@ async def test_a_guest_runs_is_saved_and_copied_in_the_sandbox(
         shutil.copy(cold.memory_file, saved / "memory")
         shutil.copy(disk.layer, saved / "root.qcow2")
         sources = [
-            (captured.template, captured.layer),
+            (checkpoint.template, checkpoint.layer),
             (Template(saved / "memory", saved / "state"), saved / "root.qcow2"),
         ]
         for number, (template, layer) in enumerate(sources):
@@ -126,7 +126,7 @@ async def test_a_guest_runs_is_saved_and_copied_in_the_sandbox(
                 assert await machine.status() == "running"
                 again = spec.memory_file.parent / f"again{number}"
                 again.mkdir(mode=0o700)
-                assert (await machine.capture(again, hold=nobody)).memory_bytes > 0
+                assert (await machine.checkpoint(again, hold=nobody)).memory_bytes > 0
                 assert (await host.process_memory(copied, 5)).pss_kb > 0
                 assert host.working_directory(copied) == copy.directory
                 await machine.kill()

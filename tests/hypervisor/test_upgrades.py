@@ -1,4 +1,4 @@
-"""A machine that was captured goes on under a later QEMU that still has its type, and nowhere that it could not."""
+"""A machine that was copied goes on under a later QEMU that still has its type, and nowhere that it could not."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import trio
 
 from tests.hypervisor.kit import tiny_spec
-from tests.hypervisor.test_capture import COUNTS, clone, ends_when_typed_to, launch, nobody
+from tests.hypervisor.test_checkpoint import COUNTS, clone, ends_when_typed_to, launch, nobody
 from volant.host import Host
 from volant.hypervisor import MachineKind, MachineSpec
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.hypervisor.qemu._argv import FORMAT
-from volant.hypervisor.qemu._capture import complete
+from volant.hypervisor.qemu._checkpoint import complete
 from volant.hypervisor.qemu._kind import HEAD_BYTES, machine_of, misfit, parse_machines
 
 HERE = MachineKind(version="10.0.13", accelerator="tcg", machine="pc-q35-10.0", devices=FORMAT)
@@ -28,7 +28,7 @@ EMPTY = b"QEVM\0\0\0\3"
     [
         (HERE, HERE, None),
         (msgspec.structs.replace(HERE, version="9.2.4", machine="pc-q35-9.2"), HERE, None),
-        # A daemon that adopted machines of an older QEMU, or restored them, captures them as what they are.
+        # A daemon that adopted machines of an older QEMU, or restored them, checkpoints them as what they are.
         (msgspec.structs.replace(HERE, machine="pc-q35-9.2"), HERE, None),
         (msgspec.structs.replace(HERE, version="10.0.2"), HERE, None),
         (msgspec.structs.replace(HERE, version="2.12.1", machine="pc-q35-2.12"), HERE, "does not have its machine"),
@@ -40,7 +40,7 @@ EMPTY = b"QEVM\0\0\0\3"
         (KVM, msgspec.structs.replace(KVM, version="10.0.14"), "goes on under the same one only"),
     ],
 )
-def test_a_capture_fits_within_the_promises_of_qemu(saved: MachineKind, here: MachineKind, why: str | None) -> None:
+def test_a_checkpoint_fits_within_the_promises_of_qemu(saved: MachineKind, here: MachineKind, why: str | None) -> None:
     found = misfit(saved, here, KNOWN)
     assert found is None if why is None else why in (found or "")
 
@@ -79,14 +79,14 @@ async def test_a_copy_of_an_older_machine_goes_on_as_that_and_is_copied_as_that(
                 into = spec.memory_file.parent / str(number)
                 await host.mkdir(into)
                 async with hypervisor.attach(running, identity) as machine:
-                    captured = await machine.capture(into, hold=nobody)
-                    assert (captured.kind.machine, captured.kind.version) == (old, choice.version)
+                    checkpoint = await machine.checkpoint(into, hold=nobody)
+                    assert (checkpoint.kind.machine, checkpoint.kind.version) == (old, choice.version)
                     assert await ends_when_typed_to(host, running, machine)
                     await machine.quit()
-                assert await qemu.misfit(captured.kind) is None
-                gone = msgspec.structs.replace(captured.kind, machine="pc-q35-1.4")
+                assert await qemu.misfit(checkpoint.kind) is None
+                gone = msgspec.structs.replace(checkpoint.kind, machine="pc-q35-1.4")
                 assert "does not have its machine pc-q35-1.4" in (await qemu.misfit(gone) or "")
-                running, hypervisor = clone(running, f"u{number}", captured.template), qemu
+                running, hypervisor = clone(running, f"u{number}", checkpoint.template), qemu
         finally:
             for found in await host.processes(spec.tag):
                 with host.open_process(found) as process:

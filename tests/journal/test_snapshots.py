@@ -78,7 +78,7 @@ async def test_copies_are_made_together_and_their_original_tells_of_them(path: P
         assert [copy.name for copy in copies] == ["demo-fork-1", "demo-fork-3", "demo-fork-4"]
         assert len({copy.id for copy in copies}) == 3
         for copy in copies:
-            assert (copy.status, copy.capture, copy.labels) == (Status.PENDING, "fork-a", {"team": "a"})
+            assert (copy.status, copy.checkpoint, copy.labels) == (Status.PENDING, "fork-a", {"team": "a"})
             assert (copy.restart_policy, copy.expires_at) == ("always", row.created_at + timedelta(hours=1))
             assert copy.origin is not None
             assert (copy.origin.kind, copy.origin.vm_id) == ("fork", row.id)
@@ -101,14 +101,14 @@ async def test_a_vm_from_a_snapshot_has_what_it_had_and_says_so_once_it_runs(pat
         made = await bench.ask(RestoreRow(RestoreVm(name="demo", from_snapshot="warm", labels={"new": "b"})))
         assert (made.cpu_cores, made.memory_mb, made.plugin) == (row.cpu_cores, row.memory_mb, row.plugin)
         assert (made.env, made.kernel_cmdline, made.labels) == ({"WORD": "x"}, "quiet", {"new": "b"})
-        assert made.capture == "snapshot-id-warm"
+        assert made.checkpoint == "snapshot-id-warm"
         with pytest.raises(Problem) as used:
             await bench.ask(RemoveSnapshot("warm", "id-warm"))
         assert (used.value.status, used.value.code) == (409, "snapshot-in-use")
         newest = bench.store.events.newest
         made = await bench.to(made, Status.STARTING)
-        assert made.capture is not None
-        runs = msgspec.structs.replace(made, status=Status.RUNNING, capture=None)
+        assert made.checkpoint is not None
+        runs = msgspec.structs.replace(made, status=Status.RUNNING, checkpoint=None)
         await bench.ask(CommitSteps(made.id, made.revision, (Step(runs, "the agent has answered"),)))
         frames = await events_after(bench.store.events, newest)
         assert types(frames) == ["VM_STARTING", "VM_RUNNING", "VM_RESTORED"]

@@ -39,7 +39,7 @@ LAUNCHED = Launched(PROCESS, "qemu", "tcg")
 
 def copy(*seen: Seen, **fields: object) -> VmRow:
     vm = msgspec.structs.replace(create(**fields), image="digest")
-    row = copied_row(vm, vm_id=8, name="copy", origin=Origin("fork", "demo", 7), capture="fork-a", now=NOW)
+    row = copied_row(vm, vm_id=8, name="copy", origin=Origin("fork", "demo", 7), checkpoint="fork-a", now=NOW)
     return see(row, Woke(None), *seen)
 
 
@@ -48,12 +48,12 @@ def test_it_shows_whose_copy_it_is_and_waits_for_nothing_once_it_runs() -> None:
     assert waits_for(row, "fork-a")
     row = see(row, AgentAnswered())
     shown = view(row)
-    assert (shown.status, shown.booted_from, row.capture) == (Status.RUNNING, "fork", None)
+    assert (shown.status, shown.booted_from, row.checkpoint) == (Status.RUNNING, "fork", None)
     assert shown.origin == Origin("fork", "demo", 7, paused_ms=3.5)
     assert not waits_for(row, "fork-a")
     again = see(row, Verb(VerbKind.RESTART, grace_s=0), Cleared())
     assert effect_of(again) == PrepareImage("8.2")
-    assert (again.template, again.capture) == (None, None)
+    assert (again.template, again.checkpoint) == (None, None)
 
 
 @pytest.mark.parametrize("so_far", [(), (READY,), (READY, LAUNCHED)])
@@ -67,7 +67,7 @@ def test_one_that_fails_is_crashed_and_nothing_else_is_booted_in_its_place(
     assert (effect_of(row), settled(row)) == (None, True)
     # Whoever asks for it once more gets the copy, or the reason why not.
     row = see(row, Verb(VerbKind.START))
-    assert (row.status, row.capture) == (Status.STARTING, "fork-a")
+    assert (row.status, row.checkpoint) == (Status.STARTING, "fork-a")
 
 
 def test_what_is_on_its_way_can_not_be_copied() -> None:

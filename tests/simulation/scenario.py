@@ -295,7 +295,7 @@ class Life:
                 if row.reason is not None and row.reason.code == "control_lost":
                     await self.world.request("POST", f"/api/v1/vms/{row.name}/recover")
             restless = [row for row in rows if not settled(row)]
-            copying = daemon.vms.doors.captures.inspect()
+            copying = daemon.vms.doors.checkpoints.inspect()
             refilling = daemon.vms.doors.standbys.lacks()
             if restless or daemon.health() != "ok" or _builds(daemon) or copying or refilling:
                 rests_since = trio.current_time()
@@ -329,7 +329,7 @@ class Life:
                 assert row.desired.value == row.status.value == machine.status, (_short(row), machine.status)
         alive = [row for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)]
         self.seen.clones += sum(row.template is not None for row in alive)
-        self.seen.copies += sum(row.origin is not None and row.capture is None for row in rows.values())
+        self.seen.copies += sum(row.origin is not None and row.checkpoint is None for row in rows.values())
         self.seen.standbys += sum("-s." in row.tag for row in alive)
         assert set(world.machine.groups) == {row.tag for row in alive}, "control groups and VMs are not the same"
         self._check_files({str(row.id) for row in alive}, {str(row.id) for row in alive if row.template is None})
@@ -369,7 +369,7 @@ class Life:
         memory = {path.stem for path in files.below(Path("/dev/shm")) if path.suffix == ".mem"}
         assert memory == with_memory, f"memory files {memory}, VMs that run and are no clones {with_memory}"
         templates = self.world.settings.state_dir / "templates"
-        self._check_captures()
+        self._check_checkpoints()
         halves = [name for name in files.names(templates) if "." in name] if files.find(templates) else []
         assert not halves, f"half-made templates are left: {halves}"
         standby = self.world.settings.runtime_dir / "standby"
@@ -379,14 +379,14 @@ class Life:
         built = self.world.settings.runtime_dir / "templates"
         assert not files.find(built) or not files.names(built), files.names(built)
 
-    def _check_captures(self) -> None:
+    def _check_checkpoints(self) -> None:
         """No copy of a guest is half-made, and each has an owner: forks none any more, as all copies have gone on."""
         files = self.world.machine.files
         snapshots = self.world.daemon.store.projection.snapshots.values() if self.world.runs else ()
         assert all(snapshot.status == "ready" for snapshot in snapshots), snapshots
         kept = self.world.settings.state_dir / "snapshots"
         there = set(files.names(kept)) if files.find(kept) else set()
-        assert there == {snapshot.capture for snapshot in snapshots}, (there, snapshots)
+        assert there == {snapshot.checkpoint for snapshot in snapshots}, (there, snapshots)
         passing = [
             path
             for path in files.below(Path("/dev/shm"))

@@ -20,7 +20,7 @@ import trio
 from tests.hypervisor.kit import machine_spec, real_qemu
 from tests.system.netns import IN_ITS_OWN
 from tests.system.rootfs import make_ext4
-from tests.system.test_capture import BOOT_S, Guest, adopted, running
+from tests.system.test_checkpoint import BOOT_S, Guest, adopted, running
 from volant import images
 from volant.channel import VirtioSerial, open_channel
 from volant.host import Host

@@ -32,20 +32,20 @@ def daemon(shared: Daemon) -> Iterator[Daemon]:
     with httpx.Client(base_url=shared.base_url, trust_env=False, timeout=30) as client:
         for snapshot in client.get("/api/v1/snapshots").json():
             client.delete(f"/api/v1/snapshots/{snapshot['name']}").raise_for_status()
-    assert captures(shared) == []
+    assert checkpoints(shared) == []
     assert shared.leftovers() == []
 
 
-def captures(daemon: Daemon) -> list[str]:
+def checkpoints(daemon: Daemon) -> list[str]:
     """What lies about of copies of guests."""
     found = [*daemon.memory_dir.glob("fork-*"), *daemon.memory_dir.glob("snapshot-*")]
     return sorted(path.name for path in [*found, *(daemon.state_dir / "snapshots").glob("*")])
 
 
-async def no_captures(daemon: Daemon) -> None:
+async def no_checkpoints(daemon: Daemon) -> None:
     """Return once the daemon has taken away what copies no longer need: it does so a moment after they run."""
     with trio.fail_after(30):
-        while captures(daemon):  # noqa: ASYNC110 - another process's files
+        while checkpoints(daemon):  # noqa: ASYNC110 - another process's files
             await trio.sleep(0.02)
 
 
@@ -114,8 +114,8 @@ async def test_forks_go_on_from_there_and_the_original_keeps_what_it_has(daemon:
             assert who[0] == copy.name
             ids.add(who[1])
         assert len(ids) == 2
-        # Nobody needs the capture any more, and no copy is harmed by its end.
-        await no_captures(daemon)
+        # Nobody needs the checkpoint any more, and no copy is harmed by its end.
+        await no_checkpoints(daemon)
         assert (await fork(client, copies[0].name))[0].status == "running"
 
 
@@ -199,10 +199,10 @@ async def test_the_disk_is_copied_with_the_memory_and_stays_the_copy_s_own(
 
 HANGS_WHILE_THE_GUEST_STANDS_STILL = """
 import trio
-from volant.hypervisor.qemu import _capture
+from volant.hypervisor.qemu import _checkpoint
 async def hang(self, state):
     await trio.sleep_forever()
-_capture.Capture._save = hang
+_checkpoint.Checkpointer._save = hang
 """
 HANGS_BEFORE_A_COPY_IS_SOMEBODY = """
 import trio
@@ -229,7 +229,7 @@ async def test_what_a_killed_daemon_has_left_half_done_is_finished_or_gone(daemo
             counted = await count(client, "demo")
             await trio.sleep(1.5)
             assert await count(client, "demo") > counted, "its guest stands still"
-            await no_captures_but_one(daemon)
+            await no_checkpoints_but_one(daemon)
             assert [(one.name, one.status) for one in await client.snapshots.list()] == [("whole", "ready")]
     async with daemon.client() as client:
         # No copy was acknowledged, so none was made.
@@ -283,7 +283,7 @@ async def phase(client: Client, name: str) -> str:
         return ""
 
 
-async def no_captures_but_one(daemon: Daemon) -> None:
+async def no_checkpoints_but_one(daemon: Daemon) -> None:
     with trio.fail_after(30):
-        while len(captures(daemon)) != 1:  # noqa: ASYNC110 - another process's files
+        while len(checkpoints(daemon)) != 1:  # noqa: ASYNC110 - another process's files
             await trio.sleep(0.02)

@@ -30,7 +30,7 @@ def test_who_is_up_or_about_to_be_counts_in_full() -> None:
 def test_what_the_copies_of_a_fork_began_with_counts_once() -> None:
     """It lies in memory; a snapshot lies on the disk."""
     up = {"status": Status.RUNNING, "tag": "volant-test"}
-    copies = [row(1, 256, capture="fork-a"), row(2, 256, **up, template="fork-a")]
+    copies = [row(1, 256, checkpoint="fork-a"), row(2, 256, **up, template="fork-a")]
     assert promised_mb(copies) == 3 * 256 + 2 * OVERHEAD_MB
     assert promised_mb([*copies, row(3, 64, **up, template="fork-b")]) == 3 * 256 + 2 * 64 + 3 * OVERHEAD_MB
     assert promised_mb([row(1, 256, **up, template="snapshot-a")]) == 256 + OVERHEAD_MB

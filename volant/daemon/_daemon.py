@@ -52,7 +52,7 @@ from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, Tem
 from volant.vm import (
     CLONES_AT_ONCE,
     BootGate,
-    Captures,
+    Checkpoints,
     VmDoors,
     Vms,
     VmSettings,
@@ -291,7 +291,7 @@ class Daemon:
             Passt(self.host, settings.runtime_dir, instance, uid),
         )
         self._network = Child("network", partial(NetworkKeeper, self._networks), shutdown_s=30)
-        self._captures = Captures(
+        self._checkpoints = Checkpoints(
             self.host,
             self.store,
             self._journal.ref,
@@ -317,7 +317,7 @@ class Daemon:
                 templates=templates,
                 builder=self._templates.ref,
                 standbys=standbys,
-                captures=self._captures,
+                checkpoints=self._checkpoints,
                 settings=VmSettings(
                     runtime_dir=settings.runtime_dir,
                     cache_dir=settings.cache_dir,
@@ -425,7 +425,7 @@ class Daemon:
                 self._network,
                 Child("logs", self.logs.keep),
                 self._templates,
-                Child("captures", self._captures.keep),
+                Child("snapshots", self._checkpoints.keep),
                 Child("vms", self._supervisor),
                 Child("api", partial(self._serve, self.app), shutdown_s=10),
             ],

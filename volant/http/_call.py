@@ -37,7 +37,7 @@ class Call:
     body: Share
     """What its body, if it is held in memory, takes of the budget for all."""
     args: Sequence[str] = ()
-    """What the route's pattern captured, percent-decoded."""
+    """What the route's pattern checkpoint, percent-decoded."""
     started: bool = field(default=False, init=False)
     """Whether the head of the answer is out."""
 

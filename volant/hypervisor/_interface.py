@@ -28,7 +28,7 @@ LaunchCode = Literal[
     "no_answer",
 ]
 
-CaptureCode = Literal["no_space", "not_permitted", "io_error", "refused", "too_slow", "guest_stopped"]
+CheckpointCode = Literal["no_space", "not_permitted", "io_error", "refused", "too_slow", "guest_stopped"]
 
 
 class HypervisorError(Exception):
@@ -49,8 +49,8 @@ class LaunchFailed(HypervisorError):
         self.message = message
 
 
-class CaptureFailed(HypervisorError):
-    """There is no capture. The guest goes on as if nothing had been asked, unless `code` is `guest_stopped`.
+class CheckpointFailed(HypervisorError):
+    """There is no checkpoint. The guest goes on as if nothing had been asked, unless `code` is `guest_stopped`.
 
     `code`: `no_space` (where the copy goes is full), `not_permitted` (the system keeps the daemon from reading the
     memory of the hypervisor's process), `io_error`, `refused` (the hypervisor can't save the devices, or is gone),
@@ -58,9 +58,9 @@ class CaptureFailed(HypervisorError):
     attached, and by who attaches next).
     """
 
-    def __init__(self, code: CaptureCode, message: str) -> None:
+    def __init__(self, code: CheckpointCode, message: str) -> None:
         super().__init__(message)
-        self.code: CaptureCode = code
+        self.code: CheckpointCode = code
         self.message = message
 
 
@@ -95,7 +95,7 @@ class Nic(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Template(msgspec.Struct, frozen=True):
-    """Where a machine goes on from, instead of booting: what `Machine.save` or `Machine.capture` has left of one with
+    """Where a machine goes on from, instead of booting: what `Machine.save` or `Machine.checkpoint` left of one with
     the same spec."""
 
     memory: Path
@@ -116,8 +116,8 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
     """The form that its devices and their order have."""
 
 
-class Captured(msgspec.Struct, frozen=True, kw_only=True):
-    """A copy of a machine at one instant, in the directory that `Machine.capture` was given."""
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A copy of a machine at one instant, in the directory that `Machine.checkpoint` was given."""
 
     template: Template
     """Its files `memory`, mode 0600, in which what no guest has ever written is a hole, and `state`."""
@@ -287,13 +287,13 @@ class Machine(Protocol):
         With the memory file that is a `Template`, once the process has ended. Nobody may be connected to the agent.
         Raises HypervisorError."""
 
-    async def capture(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Captured:
+    async def checkpoint(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Checkpoint:
         """Copy the machine as it is at one instant into an empty directory, best in RAM, and let its guest go on. One
         that stands still is copied too, and still does afterwards. `hold` is entered for the time in which the guest
         stands still and a little before. Whatever happens, also when this is cancelled, the guest goes on, and what
-        is in the directory then is the caller's to remove. One capture of a machine at a time.
+        is in the directory then is the caller's to remove. One checkpoint of a machine at a time.
 
-        `timeout_s` is for all of it. Raises CaptureFailed."""
+        `timeout_s` is for all of it. Raises CheckpointFailed."""
 
     async def quit(self, timeout_s: float = 5.0) -> End:
         """Ask the process to end, and kill it when it has not after `timeout_s`. Raises HypervisorError, as `kill`."""
@@ -323,8 +323,8 @@ class Hypervisor(Protocol):
         this daemon's."""
 
     async def misfit(self, kind: MachineKind) -> str | None:
-        """Why a machine that was captured as `kind` can't go on here, for people; None: it can, also under a later
-        version than it was captured under. A template is made anew instead; see `fingerprint`."""
+        """Why a machine that was copied as `kind` can't go on here, for people; None: it can, also under a later
+        version than it was copied under. A template is made anew instead; see `fingerprint`."""
 
     async def make_layer(self, disk: Disk, like: Path | None = None) -> None:
         """Make the layer of a disk, empty or `like` another one over the same base; all or nothing, also over a power

@@ -558,8 +558,8 @@ def _change(stage: Stage, message: Request[Any]) -> object:
             return stage.create(request)
         case RestoreRow(request):
             return stage.restore(request)
-        case ForkRow(vm_id, request, capture):
-            return stage.fork(vm_id, request, capture)
+        case ForkRow(vm_id, request, checkpoint):
+            return stage.fork(vm_id, request, checkpoint)
         case BeginSnapshot(vm_id, request, snapshot_id):
             return stage.take_snapshot(vm_id, request, snapshot_id)
         case FinishSnapshot(name, snapshot_id, paused_ms, size_bytes):

@@ -196,7 +196,7 @@ class Stage:
         row = restored_row(request, snapshot, vm_id=self.last_vm_id + 1, now=self._now)
         return self._make([row], f"created from snapshot {snapshot.name}")[0]
 
-    def fork(self, vm_id: int, request: ForkVm, capture: str) -> tuple[VmRow, ...]:
+    def fork(self, vm_id: int, request: ForkVm, checkpoint: str) -> tuple[VmRow, ...]:
         """:raises Problem: 400, 404, 409, 503 see `CreateRow`."""
         check_fork(request)
         vm = self._by_id(vm_id)
@@ -207,7 +207,7 @@ class Stage:
         origin = Origin("fork", vm.name, vm.id)
         copies = self._make(
             [
-                copied_row(vm, vm_id=vm_id, name=name, origin=origin, capture=capture, now=self._now)
+                copied_row(vm, vm_id=vm_id, name=name, origin=origin, checkpoint=checkpoint, now=self._now)
                 for vm_id, name in enumerate(names, self.last_vm_id + 1)
             ],
             f"created as a fork of VM {vm.name}",
@@ -247,7 +247,7 @@ class Stage:
         snapshot = self._snapshot(name)
         if snapshot is None or snapshot.id != snapshot_id:
             return
-        users = [row.name for row in self._rows() if waits_for(row, snapshot.capture)]
+        users = [row.name for row in self._rows() if waits_for(row, snapshot.checkpoint)]
         if users:
             raise Problem(
                 409,

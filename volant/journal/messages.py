@@ -61,7 +61,7 @@ class RestoreRow(Request[VmRow]):
 
 @dataclass(frozen=True, slots=True)
 class ForkRow(Request[tuple[VmRow, ...]]):
-    """Make the VMs that are to go on from `capture`, which was made of another one, and tell of it -> their rows, all
+    """Make the VMs that are to go on from `checkpoint`, which is of another one, and tell of it -> their rows, all
     or none.
 
     :raises Problem: 404 it is gone; 409 it is neither running nor paused, a name is taken; 503 as with `CreateRow`.
@@ -69,7 +69,7 @@ class ForkRow(Request[tuple[VmRow, ...]]):
 
     vm_id: int
     request: ForkVm
-    capture: str
+    checkpoint: str
     once: Once | None = None
     caller: str | None = None
 

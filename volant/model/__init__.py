@@ -115,7 +115,7 @@ from ._row import (
     VmRow,
     VmView,
     WorkloadView,
-    is_capture,
+    is_checkpoint,
     readiness,
     view,
 )
@@ -326,7 +326,7 @@ __all__ = [
     "format_duration",
     "gateway_of",
     "invalid",
-    "is_capture",
+    "is_checkpoint",
     "is_copyable",
     "is_name",
     "is_named",

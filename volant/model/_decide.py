@@ -332,7 +332,7 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
                     status=Status.RUNNING,
                     phase=Phase.PAUSE if row.desired is Desired.PAUSED else Phase.NONE,
                     agent_seen=True,
-                    capture=None,
+                    checkpoint=None,
                 )
         case Paused():
             if row.phase is Phase.PAUSE:
@@ -594,7 +594,7 @@ def _boots_again(change: _Change, message: str) -> None:
 def _boot_failed(change: _Change, reason: Reason) -> None:
     """A clone that comes to nothing is a reason to boot cold, once nothing of it is left. What was to go on from a copy
     of another guest is not: a cold boot is not what was asked for."""
-    if change.row.template is not None and change.row.boot == "auto" and change.row.capture is None:
+    if change.row.template is not None and change.row.boot == "auto" and change.row.checkpoint is None:
         change.to(f"the clone failed, a cold boot follows: {reason.message}", phase=Phase.KILL, fallback=reason)
     else:
         _crashed(change, reason)
@@ -659,7 +659,7 @@ def _restarts_by_itself(row: VmRow) -> bool:
 def _policy_restarts(row: VmRow) -> bool:
     # Of a copy that has never run there is nothing to start again.
     return (
-        row.capture is None
+        row.checkpoint is None
         and row.restarts < MAX_RESTARTS
         and (
             (row.status is Status.CRASHED and row.restart_policy != "never")

@@ -136,7 +136,7 @@ def forked_event(
 
 def restored_event(before: VmRow | None, after: VmRow | None, *, event_id: EventId, now: datetime) -> Event | None:
     """The event of a change by which a VM has gone on from a snapshot, if it is one."""
-    if before is None or after is None or before.capture is None or after.capture is not None:
+    if before is None or after is None or before.checkpoint is None or after.checkpoint is not None:
         return None
     origin = after.origin
     if origin is None or origin.kind != "snapshot" or after.status is not Status.RUNNING:

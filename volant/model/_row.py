@@ -116,11 +116,11 @@ BootMode = Literal["auto", "cold", "template"]
 
 
 FORK, SNAPSHOT = "fork-", "snapshot-"
-"""What the name of a capture begins with, by who keeps it."""
+"""What the name of a checkpoint begins with, by who keeps it."""
 
 
-def is_capture(template: str) -> bool:
-    """Whether what a boot goes on from was captured of another VM, and is no template."""
+def is_checkpoint(template: str) -> bool:
+    """Whether what a boot goes on from was copied of another VM, and is no template."""
     return template.startswith((FORK, SNAPSHOT))
 
 
@@ -228,7 +228,7 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     image: str | None = None
     """Digest of the boot image of the newest boot."""
     template: str | None = None
-    """What the newest boot goes on from: the digest of a template, or `capture`; None: it is a cold one."""
+    """What the newest boot goes on from: the digest of a template, or of a checkpoint; None: it is a cold one."""
     fallback: Reason | None = None
     """Why the newest boot is a cold one, although there was a template."""
     balloon: bool = False
@@ -236,8 +236,8 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     on from where it is must have it too."""
     origin: Origin | None = None
     """Whose copy it is; None: nobody's."""
-    capture: str | None = None
-    """What its next boot goes on from, until it has run: the name of what was captured of its origin."""
+    checkpoint: str | None = msgspec.field(default=None, name="capture")
+    """What its next boot goes on from, until it has run: the name of what was copied of its origin."""
     tag: str = msgspec.field(default="", name="mark")
     """The process tag of the newest boot, committed before the launch; empty once nothing of the process is left."""
     process: ProcessIdentity | None = None
@@ -378,4 +378,4 @@ def _booted_from(row: VmRow) -> Literal["cold", "template", "snapshot", "fork"] 
         return None
     if row.template is None:
         return "cold"
-    return row.origin.kind if row.origin is not None and is_capture(row.template) else "template"
+    return row.origin.kind if row.origin is not None and is_checkpoint(row.template) else "template"

@@ -74,7 +74,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """On the disk."""
 
     @property
-    def capture(self) -> str:
+    def checkpoint(self) -> str:
         """The name of what it consists of."""
         return f"{SNAPSHOT}{self.id}"
 
@@ -137,8 +137,8 @@ def new_snapshot(request: TakeSnapshot, vm: VmRow, *, snapshot_id: str, now: dat
     )
 
 
-def copied_row(vm: VmRow, *, vm_id: int, name: str, origin: Origin, capture: str, now: datetime) -> VmRow:
-    """The row of a VM that does not exist yet, and goes on from what was captured of `vm`; status `pending`."""
+def copied_row(vm: VmRow, *, vm_id: int, name: str, origin: Origin, checkpoint: str, now: datetime) -> VmRow:
+    """The row of a VM that does not exist yet, and goes on from what was copied of `vm`; status `pending`."""
     return VmRow(
         id=vm_id,
         name=name,
@@ -162,7 +162,7 @@ def copied_row(vm: VmRow, *, vm_id: int, name: str, origin: Origin, capture: str
         image=vm.image,
         balloon=vm.balloon,
         origin=origin,
-        capture=capture,
+        checkpoint=checkpoint,
     )
 
 
@@ -189,7 +189,7 @@ def restored_row(request: RestoreVm, snapshot: Snapshot, *, vm_id: int, now: dat
     if request.ttl is not None:
         expires_at = now + timedelta(seconds=parse_duration(request.ttl, "ttl", minimum_s=1, maximum_s=MAX_TTL_S))
     origin = Origin("snapshot", vm.name, vm.id, snapshot.name, snapshot.paused_ms)
-    row = copied_row(vm, vm_id=vm_id, name=request.name, origin=origin, capture=snapshot.capture, now=now)
+    row = copied_row(vm, vm_id=vm_id, name=request.name, origin=origin, checkpoint=snapshot.checkpoint, now=now)
     return msgspec.structs.replace(
         row, labels=labels, restart_policy=request.restart_policy, boot=request.boot, expires_at=expires_at
     )
@@ -263,9 +263,9 @@ def is_copyable(vm: VmRow) -> bool:
     return vm.status in (Status.RUNNING, Status.PAUSED) and vm.desired.value == vm.status.value and not vm.phase
 
 
-def waits_for(vm: VmRow, capture: str) -> bool:
-    """Whether a VM has yet to go on from a capture."""
-    return vm.capture == capture and vm.status in (Status.PENDING, Status.STARTING)
+def waits_for(vm: VmRow, checkpoint: str) -> bool:
+    """Whether a VM has yet to go on from a checkpoint."""
+    return vm.checkpoint == checkpoint and vm.status in (Status.PENDING, Status.STARTING)
 
 
 def no_such_snapshot(name: str, *, field: str | None = None) -> Problem:

@@ -28,7 +28,7 @@ _TAG = re.compile(r"volant-[0-9a-z]{1,32}-(?:([1-9][0-9]{0,17})\.[1-9][0-9]{0,17
 _IMAGE = re.compile(r"(?:[0-9a-f]{64}|custom)\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _TEMPLATE = re.compile(r"(?:[0-9a-f]{32}|(?:fork|snapshot)-[0-9A-Za-z-]{1,64})\Z")
-_CAPTURE = re.compile(r"(?:fork|snapshot)-[0-9A-Za-z-]{1,64}\Z")
+_CHECKPOINT = re.compile(r"(?:fork|snapshot)-[0-9A-Za-z-]{1,64}\Z")
 _SNAPSHOT_ID = re.compile(r"[0-9A-Za-z-]{1,64}\Z")
 _SOCKET = re.compile(r"/[^\x00-\x1f\x7f]{1,200}\Z")
 _MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}\Z")
@@ -68,8 +68,8 @@ def check_stored_vm(row: VmRow) -> None:
     if row.serial_socket is not None and not row.serial_socket.endswith(f"/vms/{row.id}/console.sock"):
         raise BadMember("serial_socket", row.serial_socket, "which is not the console of this VM")
     _text("image", row.image, _IMAGE, "which is no digest of an image")
-    _text("template", row.template, _TEMPLATE, "which is no digest of a template and no name of a capture")
-    _text("capture", row.capture, _CAPTURE, "which is no name of a capture")
+    _text("template", row.template, _TEMPLATE, "which is no digest of a template and no name of a checkpoint")
+    _text("capture", row.checkpoint, _CHECKPOINT, "which is no name of a checkpoint")
     if row.hypervisor is not None:
         _name("hypervisor", row.hypervisor)
     _plain("kernel_cmdline", row.kernel_cmdline)

@@ -325,7 +325,7 @@ class SimQemu:
         return "unix:agent.sock,server=on" if connected else "disconnected:unix:agent.sock,server=on"
 
     async def _save_devices(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What a capture asks for: the machine must stand still, and goes on as one that was stopped."""
+        """What a checkpoint asks for: the machine must stand still, and goes on as one that was stopped."""
         assert self.status in STANDS_STILL, self.status
         await trio.sleep(self._rng.uniform(0.001, 0.02))
         if fault("qemu.fails_to_save"):

@@ -1,7 +1,7 @@
 """VMs: an actor each, the steps of their boots, and the door to all of them."""
 
 from ._actor import VmActor
-from ._captures import Captures
+from ._checkpoints import Checkpoints
 from ._doors import VmDoors, VmSettings
 from ._drain import keep_drained
 from ._gate import CLONES_AT_ONCE, BootGate
@@ -15,7 +15,7 @@ __all__ = [
     "CLONES_AT_ONCE",
     "DELETED",
     "BootGate",
-    "Captures",
+    "Checkpoints",
     "Keyboard",
     "KeyboardTaken",
     "Missed",

@@ -17,7 +17,7 @@ import trio
 from actors import Actor, ActorDown, AskTimeout, Deferred, MailboxFull, TaskHandle, handles
 from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.host import ProcessGone
-from volant.hypervisor import CaptureFailed, HypervisorError, LaunchFailed, MachineSpec
+from volant.hypervisor import CheckpointFailed, HypervisorError, LaunchFailed, MachineSpec
 from volant.journal import AlreadyAnswered, CommitSteps, LogEntry, Once, StaleRow
 from volant.model import (
     MAX_RESTARTS,
@@ -56,14 +56,14 @@ from volant.model import (
     check_copyable,
     decide,
     effect_of,
-    is_capture,
+    is_checkpoint,
     is_copyable,
 )
 from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
 from volant.templates import Claim, Standby, standby_directory, template_layer
 from volant.templates.messages import GiveWay, Suspect, Wanted
 
-from ._captures import CAPTURE_S, LAYER
+from ._checkpoints import CHECKPOINT_S, LAYER
 from ._console import ConsolePump
 from ._doors import VmDoors
 from ._errors import StepError
@@ -80,7 +80,7 @@ from ._steps import (
     told_manifest,
     workload_spec,
 )
-from .messages import Ask, Capture, Report, Taken
+from .messages import Ask, CheckpointTaken, Report, TakeCheckpoint
 
 _logger = logging.getLogger("volant.vm")
 
@@ -121,7 +121,7 @@ class VmActor(Actor):
         self._history: deque[dict[str, object]] = deque(maxlen=_HISTORY)
         self._process: LiveProcess | None = None
         self._process_task: TaskHandle | None = None
-        self._capture: TaskHandle | None = None
+        self._checkpoint: TaskHandle | None = None
         """The copy that is being made."""
         self._fresh_tag = ""
         """Of a process to come that nobody can have started yet."""
@@ -156,35 +156,35 @@ class VmActor(Actor):
         await self._see(message.verb, message.revisions, message.once)
         return self._row
 
-    @handles(Capture)
-    async def capture(self, message: Capture) -> Deferred[Taken]:
+    @handles(TakeCheckpoint)
+    async def checkpoint(self, message: TakeCheckpoint) -> Deferred[CheckpointTaken]:
         deferred = self.ctx.defer(message)
         try:
             check_copyable(self._row)
         except Problem as problem:
             deferred.fail(problem)
             return deferred
-        if self._capture is not None and not self._capture.done:
-            deferred.fail(CaptureFailed("refused", "it is being copied already"))
+        if self._checkpoint is not None and not self._checkpoint.done:
+            deferred.fail(CheckpointFailed("refused", "it is being copied already"))
         else:
-            self._capture = self.ctx.spawn(self._copy, message.into, deferred, name="capture")
+            self._checkpoint = self.ctx.spawn(self._copy, message.into, deferred, name="checkpoint")
         return deferred
 
-    async def _copy(self, into: Path, deferred: Deferred[Taken]) -> None:
+    async def _copy(self, into: Path, deferred: Deferred[CheckpointTaken]) -> None:
         """Copy the guest; cancelled when it is to be something else."""
         try:
-            with trio.fail_after(2 * CAPTURE_S):
+            with trio.fail_after(2 * CHECKPOINT_S):
                 process = self._live()
-                captured = await process.capture(into, CAPTURE_S)
-                deferred.reply(Taken(captured, process.protocol))
-            self.ctx.spawn(self._catch_up, captured.paused_s, name="clock")
-        except CaptureFailed as error:
+                checkpoint = await process.checkpoint(into, CHECKPOINT_S)
+                deferred.reply(CheckpointTaken(checkpoint, process.protocol))
+            self.ctx.spawn(self._catch_up, checkpoint.paused_s, name="clock")
+        except CheckpointFailed as error:
             deferred.fail(error)
             self.ctx.spawn(self._catch_up, 0.0, name="clock")
         except (AgentUnreachable, HypervisorError, trio.TooSlowError) as error:
-            deferred.fail(CaptureFailed("refused", str(error) or "the hypervisor does not answer"))
+            deferred.fail(CheckpointFailed("refused", str(error) or "the hypervisor does not answer"))
         finally:
-            deferred.fail(CaptureFailed("refused", "the VM was to be something else, or its guest has ended"))
+            deferred.fail(CheckpointFailed("refused", "the VM was to be something else, or its guest has ended"))
 
     async def _catch_up(self, paused_s: float) -> None:
         """Set the clock of a guest that stood still while it was copied, unless it still does: by how long that was, if
@@ -233,7 +233,7 @@ class VmActor(Actor):
     def _tell_builder(self, before: VmRow, after: VmRow) -> None:
         """What a boot says of templates: one that should be there, one that served, one that did not."""
         doors = self._doors
-        if before.status is not Status.STARTING or before.capture is not None:
+        if before.status is not Status.STARTING or before.checkpoint is not None:
             return
         failed = after.fallback if after.status is Status.STARTING else after.reason
         if after.status is Status.RUNNING:
@@ -273,7 +273,7 @@ class VmActor(Actor):
             "step": self._inspect_step(),
             "turn": self._doors.gate.inspect(self._vm_id) or self._doors.clone_gate.inspect(self._vm_id),
             "template": self._row.template,
-            "being_copied": self._capture is not None and not self._capture.done,
+            "being_copied": self._checkpoint is not None and not self._checkpoint.done,
             "restarts": {"policy": self._row.restart_policy, "done": self._row.restarts, "limit": MAX_RESTARTS},
             "history": list(self._history),
             "process": None if process is None else process.inspect(),
@@ -406,7 +406,7 @@ class VmActor(Actor):
         before = self._step
         if before is not None:
             before.cancel()
-        copying = self._capture
+        copying = self._checkpoint
         if copying is not None and not is_copyable(self._row):
             # What is wanted now begins once the guest goes on.
             copying.cancel()
@@ -523,7 +523,7 @@ class VmActor(Actor):
                 if standby is not None:
                     tag = standby.tag
                 # A copy has what its origin had; what becomes a template has none, and so its clones have none.
-                if row.capture is not None:
+                if row.checkpoint is not None:
                     balloon = row.balloon
                 else:
                     balloon = template is None and self._doors.settings.return_memory
@@ -606,9 +606,9 @@ class VmActor(Actor):
         return False
 
     def _layer_of_origin(self, template: str) -> Path:
-        """The layer that the guest of a template, or of a capture, had when it was saved."""
-        if is_capture(template):
-            return self._doors.captures.at(template) / LAYER
+        """The layer that the guest of a template, or of a checkpoint, had when it was saved."""
+        if is_checkpoint(template):
+            return self._doors.checkpoints.at(template) / LAYER
         return template_layer(self._doors.settings.template_dir, template)
 
     async def _launch_machine(self, spec: MachineSpec) -> ProcessIdentity:
@@ -638,8 +638,8 @@ class VmActor(Actor):
                     process = self._live()
                     if is_clone:
                         own_id = machine_id(self._doors.instance, row)
-                        is_copy = row.capture is not None
-                        source = self._doors.captures if is_copy else self._doors.templates
+                        is_copy = row.checkpoint is not None
+                        source = self._doors.checkpoints if is_copy else self._doors.templates
                         protocol = source.protocol(row.template or "")
                         await process.become(row.name, own_id, row.id, protocol=protocol, as_it_is=is_copy)
                     else:

@@ -15,7 +15,7 @@ from volant.images import BootMedia
 from volant.journal import Journal, Store, VmLogs
 from volant.templates import Standbys, Templates, TemplateStore
 
-from ._captures import Captures
+from ._checkpoints import Checkpoints
 from ._gate import CLONES_AT_ONCE, BootGate
 from ._network import HOSTS_AT_ONCE
 from ._process import LiveProcess
@@ -77,7 +77,7 @@ class VmDoors:
     builder: Ref[Templates]
     """Of templates."""
     standbys: Standbys
-    captures: Captures
+    checkpoints: Checkpoints
     settings: VmSettings
     instance: str
     """Names this daemon's state directory in the tags of its processes, so that two daemons never mix up theirs."""

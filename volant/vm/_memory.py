@@ -27,7 +27,7 @@ def promised_mb(rows: Iterable[VmRow]) -> int:
     """What of the host's memory VMs that are up, or about to be, may take at most. Clones count in full, as they may
     write to all they have; and what those of a fork began with lies in memory, too, for as long as one of them runs."""
     up = [row for row in rows if row.tag or row.status in (Status.PENDING, Status.STARTING)]
-    forks = {origin: row.memory_mb for row in up if (origin := row.capture or row.template or "").startswith(FORK)}
+    forks = {origin: row.memory_mb for row in up if (origin := row.checkpoint or row.template or "").startswith(FORK)}
     return sum(row.memory_mb + OVERHEAD_MB for row in up) + sum(forks.values())
 
 

@@ -33,8 +33,8 @@ from volant.host import Bounds, Host, ProcessGone
 from volant.hypervisor import (
     NOT_YET_RUN,
     STANDS_STILL,
-    Captured,
-    CaptureFailed,
+    Checkpoint,
+    CheckpointFailed,
     Hypervisor,
     HypervisorError,
     Machine,
@@ -310,14 +310,14 @@ class LiveProcess:
         if self._channel is not None:
             self._channel.stand_still(yes)
 
-    async def capture(self, into: Path, timeout_s: float) -> Captured:
+    async def checkpoint(self, into: Path, timeout_s: float) -> Checkpoint:
         """Copy the guest into an empty directory; who talks to it waits for a moment. Raises HypervisorError."""
         machine = await self.machine()
         with trio.move_on_after(_OPEN_S):
             await self._opened.wait()
         if self._channel is None:
-            raise CaptureFailed("refused", "the channel to the guest is not open")
-        return await machine.capture(into, hold=self._channel.hold, timeout_s=timeout_s)
+            raise CheckpointFailed("refused", "the channel to the guest is not open")
+        return await machine.checkpoint(into, hold=self._channel.hold, timeout_s=timeout_s)
 
     async def set_clock(self) -> None:
         """Tell a guest that has stood still what time it is. An agent that is too old for it is left alone.

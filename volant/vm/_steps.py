@@ -18,11 +18,11 @@ from actors import ActorDown, AskTimeout
 from volant import images
 from volant._own import inside
 from volant.hypervisor import AcceleratorName, Disk, LaunchFailed, MachineSpec, Template
-from volant.model import NONE, Artifact, Boot, Manifest, Origin, Problem, VmRow, is_capture
+from volant.model import NONE, Artifact, Boot, Manifest, Origin, Problem, VmRow, is_checkpoint
 from volant.templates import Blueprint, Found, Recipe, Standby, Told, template_at
 from volant.templates.messages import Build
 
-from ._captures import MEMORY, STATE, CaptureLost, capture_at
+from ._checkpoints import MEMORY, STATE, CheckpointLost, checkpoint_at
 from ._doors import VmDoors, VmSettings
 from ._errors import StepError
 from ._network import nic_of
@@ -40,7 +40,7 @@ class Prepared(NamedTuple):
     image: str
     """The digest of the built image, `CUSTOM_IMAGE` where it is not used."""
     template: str | None
-    """The digest of the template, or the name of the capture, that it goes on from."""
+    """The digest of the template, or the name of the checkpoint, that it goes on from."""
     origin: Origin | None = None
     """What is known now of whose copy it is."""
     standby: Standby | None = None
@@ -55,8 +55,8 @@ async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
         `disk_missing`, `disk_failed`, `disk_too_small`; `template_failed`; `capture_failed`, `capture_gone`,
         `capture_damaged`, `capture_unfit`.
     """
-    if row.capture is not None:
-        return await _prepare_copy(doors, row, row.capture)
+    if row.checkpoint is not None:
+        return await _prepare_copy(doors, row, row.checkpoint)
     digest = await prepare_media(doors, row)
     disk = root_disk(doors.settings, row)
     if disk is not None:
@@ -68,11 +68,11 @@ async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
     return Prepared(digest, template.digest, standby=doors.standbys.take(row.id, blueprint))
 
 
-async def _prepare_copy(doors: VmDoors, row: VmRow, capture: str) -> Prepared:
-    """What goes on from a capture has the image that its origin has booted, and a copy of its layer."""
+async def _prepare_copy(doors: VmDoors, row: VmRow, checkpoint: str) -> Prepared:
+    """What goes on from a checkpoint has the image that its origin has booted, and a copy of its layer."""
     try:
-        found = await doors.captures.find(capture)
-    except CaptureLost as error:
+        found = await doors.checkpoints.find(checkpoint)
+    except CheckpointLost as error:
         raise StepError(error.code, str(error)) from error
     digest = row.image or CUSTOM_IMAGE
     if digest != CUSTOM_IMAGE and images.load(doors.settings.cache_dir, digest) is None:
@@ -83,7 +83,7 @@ async def _prepare_copy(doors: VmDoors, row: VmRow, capture: str) -> Prepared:
             await _obtain(doors, row.manifest.boot.rootfs)
         await _make_layer(doors, disk, found.layer)
     origin = None if row.origin is None else msgspec.structs.replace(row.origin, paused_ms=found.paused_ms)
-    return Prepared(digest, capture, origin)
+    return Prepared(digest, checkpoint, origin)
 
 
 async def prepare_media(doors: VmDoors, row: VmRow) -> str:
@@ -313,9 +313,9 @@ def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName)
 
 def _source(settings: VmSettings, template: str) -> Template:
     """Where what a boot goes on from lies."""
-    if not is_capture(template):
+    if not is_checkpoint(template):
         return template_at(settings.template_dir, template)
-    directory = capture_at(settings.memory_dir, settings.snapshot_dir, template)
+    directory = checkpoint_at(settings.memory_dir, settings.snapshot_dir, template)
     return Template(directory / MEMORY, directory / STATE)
 
 

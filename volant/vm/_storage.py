@@ -82,7 +82,7 @@ class _Users:
                 has_it = [one.name for one in self.snapshots if found.name in _media_of(one.vm.manifest)]
                 return users + [f"snapshot {name}" for name in has_it]
             case "snapshot":
-                return [f"snapshot {one.name}" for one in self.snapshots if found.name.startswith(one.capture)]
+                return [f"snapshot {one.name}" for one in self.snapshots if found.name.startswith(one.checkpoint)]
             case "template" if found.current:
                 return [_A_BUILD]
             case "template":

@@ -81,7 +81,7 @@ from volant.model import (
 from volant.templates.messages import Build, ListTemplates, RemoveTemplate
 
 from ._actor import VmActor
-from ._captures import CAPTURE_S, CaptureLost
+from ._checkpoints import CHECKPOINT_S, CheckpointLost
 from ._doors import VmDoors
 from ._errors import StepError
 from ._memory import OVERHEAD_MB, about_to_take_mb, measure, promised_mb
@@ -90,7 +90,7 @@ from ._orphans import Orphan, find_orphans, kill_orphan, steps_to_adopt
 from ._process import LiveProcess
 from ._serial import SerialConsole
 from ._steps import blueprint_of, prepare_media, uses_image
-from .messages import Ask, Capture, Taken
+from .messages import Ask, CheckpointTaken, TakeCheckpoint
 
 R = TypeVar("R")
 _logger = logging.getLogger("volant.vm")
@@ -186,7 +186,7 @@ class Vms:
         """
         row = self._row(name)
         check_copyable(row)
-        projection, captures = self.doors.store.projection, self.doors.captures
+        projection, checkpoints = self.doors.store.projection, self.doors.checkpoints
         # What is known to fail is no reason to stop the guest.
         if projection.drain is not None:
             raise draining(projection.drain, vm=name)
@@ -194,20 +194,20 @@ class Vms:
             if projection.get(copy_name) is not None:
                 raise name_taken(copy_name)
 
-        async def commit(capture: str) -> tuple[VmRow, ...]:
-            copies = await self._journal(ForkRow(row.id, request, capture, once, current_caller.get()))
+        async def commit(checkpoint: str) -> tuple[VmRow, ...]:
+            copies = await self._journal(ForkRow(row.id, request, checkpoint, once, current_caller.get()))
             for copy in copies:
                 await self._actor(copy)
             return copies
 
         with ExitStack() as stack:
             stack.enter_context(self._making(row.memory_mb, len(request.names or ()) or request.count or 1))
-            turn = captures.enter(row, FORK)
+            turn = checkpoints.enter(row, FORK)
             turn.held = stack.pop_all()
-        captures.start_fork(turn, partial(self._capture, row), commit)
+        checkpoints.start_fork(turn, partial(self._checkpoint, row), commit)
         try:
             await turn.over()
-        except CaptureLost as error:
+        except CheckpointLost as error:
             raise Problem(503, "fork-failed", f"there is no fork: {error}", vm=name, hint="try again") from error
         return turn.copies
 
@@ -221,28 +221,28 @@ class Vms:
         """
         row = self._row(name)
         check_copyable(row)
-        captures = self.doors.captures
+        checkpoints = self.doors.checkpoints
         earlier = self.doors.store.projection.snapshots.get(request.name or "")
-        if earlier is not None and earlier.status == "creating" and not captures.is_being_made(earlier.capture):
+        if earlier is not None and earlier.status == "creating" and not checkpoints.is_being_made(earlier.checkpoint):
             # A refusal as a name that is taken would be kept for its key, though there is no such snapshot.
             raise Problem(
                 503, "captures-busy", f"what a killed daemon has left of snapshot {earlier.name!r} is being removed",
                 vm=name, hint="try again in a moment",
             )  # fmt: skip
-        turn = captures.enter(row, SNAPSHOT)
+        turn = checkpoints.enter(row, SNAPSHOT)
         begun: Snapshot | None = None
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
             try:
                 begun = await self._journal(BeginSnapshot(row.id, request, turn.id))
             except BaseException:
-                captures.leave(turn)
+                checkpoints.leave(turn)
                 raise
-            captures.start_snapshot(turn, begun, partial(self._capture, row), once)
+            checkpoints.start_snapshot(turn, begun, partial(self._checkpoint, row), once)
         if begun is None:
             raise Problem(503, "journal-slow", "the snapshot was not begun in time", vm=name, hint="try again")
         try:
             await turn.over()
-        except CaptureLost as error:
+        except CheckpointLost as error:
             raise Problem(503, "snapshot-failed", f"there is no snapshot: {error}", vm=name) from error
         snapshot = self.doors.store.projection.snapshots.get(begun.name)
         if snapshot is None or snapshot.id != begun.id:
@@ -262,14 +262,14 @@ class Vms:
                 409, "snapshot-not-ready", f"snapshot {name!r} is being made", hint="try again once it is `ready`"
             )  # fmt: skip
         try:
-            await self.doors.captures.remove(snapshot)
+            await self.doors.checkpoints.remove(snapshot)
         except OSError as error:
             raise Problem(503, "snapshot-not-removed", f"files of the snapshot can't be removed: {error}") from error
 
-    async def _capture(self, row: VmRow, into: Path) -> Taken:
-        """Have the actor of a VM copy it. Raises CaptureFailed, Problem, ActorDown, AskTimeout."""
+    async def _checkpoint(self, row: VmRow, into: Path) -> CheckpointTaken:
+        """Have the actor of a VM copy it. Raises CheckpointFailed, Problem, ActorDown, AskTimeout."""
         ref = await self._actor(row)
-        return await ref.ask(Capture(into), timeout_s=3 * CAPTURE_S)
+        return await ref.ask(TakeCheckpoint(into), timeout_s=3 * CHECKPOINT_S)
 
     async def verb(
         self, name: str, verb: Verb, *, only_at: Collection[Version] | None = None, once: Once | None = None

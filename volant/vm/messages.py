@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors import Request
-from volant.hypervisor import Captured, CaptureFailed
+from volant.hypervisor import Checkpoint, CheckpointFailed
 from volant.journal import AlreadyAnswered, Once
 from volant.model import Effect, Problem, Seen, Verb, VmRow
 
@@ -28,25 +28,25 @@ class Ask(Request[VmRow]):
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class CheckpointTaken:
     """A guest that was copied."""
 
-    captured: Captured
+    checkpoint: Checkpoint
     protocol: int
     """The newest that its agent is known to speak."""
 
 
 @dataclass(frozen=True, slots=True)
-class Capture(Request[Taken]):
+class TakeCheckpoint(Request[CheckpointTaken]):
     """Copy the guest into an empty directory; it stands still for a moment, or goes on doing so. A verb that wants it
     to be something else ends that.
 
     :raises Problem: 409 there is no guest that runs or is paused, or it is to be something else.
-    :raises CaptureFailed: there is no copy. The directory is the caller's to remove.
+    :raises CheckpointFailed: there is no copy. The directory is the caller's to remove.
     """
 
     into: Path
-    raises = (Problem, CaptureFailed)
+    raises = (Problem, CheckpointFailed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Which machines that were captured go on here: pure functions.
+"""Which machines that were copied go on here: pure functions.
 
 A versioned machine type is QEMU's promise that a guest sees the same machine under each later version that still has
 that type. microvm has no versions, so there only the same QEMU will do. The type of what a machine goes on from is in
@@ -37,7 +37,7 @@ def parse_machines(listing: bytes) -> frozenset[str]:
 
 
 def misfit(saved: MachineKind, here: MachineKind, known: Collection[str]) -> str | None:
-    """Why a machine that was captured as `saved` does not go on where new ones are `here`, for people; None: it does.
+    """Why a machine that was copied as `saved` does not go on where new ones are `here`, for people; None: it does.
     `known` are the types that the hypervisor here has."""
     if saved.accelerator != here.accelerator:
         return f"it was made under {saved.accelerator.upper()}, and guests run under {here.accelerator.upper()} here"

@@ -27,8 +27,8 @@ from volant.host import Host, Process, ProcessGone
 from volant.hypervisor._interface import (
     NOT_YET_RUN,
     STANDS_STILL,
-    Captured,
-    CaptureFailed,
+    Checkpoint,
+    CheckpointFailed,
     End,
     HoldChannel,
     HypervisorError,
@@ -36,7 +36,7 @@ from volant.hypervisor._interface import (
 )
 from volant.model import EndKind, ProcessIdentity
 
-from ._capture import Capture
+from ._checkpoint import Checkpointer
 from ._migration import Migration, finish_take_over
 from ._netdev import connects_itself, plug_in
 from ._qmp import QmpClient, QmpLost
@@ -98,7 +98,7 @@ class QemuMachine:
         self._moving = trio.Lock()
         """Held by whoever stops the guest or lets it go on, until it is where they want it."""
         self._left_still = trio.Event()
-        """Set when a capture could not let the guest go on."""
+        """Set when a checkpoint could not let the guest go on."""
         self._migration: Migration | None = None
 
     @property
@@ -195,7 +195,7 @@ class QemuMachine:
         self._nobody_waits()
 
     def _nobody_waits(self) -> None:
-        """Nothing is left to undo of a capture."""
+        """Nothing is left to undo of a checkpoint."""
         if self._left_still.is_set():
             self._left_still = trio.Event()
 
@@ -236,18 +236,18 @@ class QemuMachine:
         except OSError as error:
             raise HypervisorError(f"the machine's state can't be written: {error}") from error
 
-    async def capture(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Captured:
+    async def checkpoint(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Checkpoint:
         if self._qmp is None:
-            raise CaptureFailed("refused", "the hypervisor's process is gone")
-        capture = Capture(self._host, self._spec, self._identity, self._qmp)
+            raise CheckpointFailed("refused", "the hypervisor's process is gone")
+        checkpoint = Checkpointer(self._host, self._spec, self._identity, self._qmp)
         with trio.move_on_after(timeout_s) as waiting:
             await self._moving.acquire()
         if waiting.cancelled_caught:
-            raise CaptureFailed("too_slow", f"somebody else had the guest stand still for {timeout_s:g} s")
+            raise CheckpointFailed("too_slow", f"somebody else had the guest stand still for {timeout_s:g} s")
         try:
-            return await capture.take(into, hold, timeout_s)
+            return await checkpoint.take(into, hold, timeout_s)
         finally:
-            if capture.stuck:
+            if checkpoint.stuck:
                 self._left_still.set()
             self._moving.release()
 
@@ -329,8 +329,8 @@ class QemuMachine:
             except HypervisorError:
                 return  # `ended` tells
 
-    async def undo_captures(self) -> None:
-        """Let the guest go on that a capture has left standing still, unless somebody has paused it by then."""
+    async def undo_checkpoints(self) -> None:
+        """Let the guest go on that a checkpoint has left standing still, unless somebody has paused it by then."""
         while True:
             await self._left_still.wait()
             try:
@@ -430,7 +430,7 @@ async def attach(host: Host, spec: MachineSpec, identity: ProcessIdentity) -> As
             helpers.start_soon(machine.bound_log)
             await machine.connect(helpers)
             helpers.start_soon(machine.explain_stops)
-            helpers.start_soon(machine.undo_captures)
+            helpers.start_soon(machine.undo_checkpoints)
             yield machine
 
 

@@ -136,7 +136,7 @@ def user_of(users: range, tag: str, vm_id: int) -> int:
 
 
 def group_of(users: range, source: Path) -> int:
-    """The group of those that go on from a template or a capture, or boot from a file that is not for all."""
+    """The group of those that go on from a template or a checkpoint, or boot from a file that is not for all."""
     return users[_number(source.name) % len(users)]
 
 

@@ -27,9 +27,9 @@ import trio
 from volant.host import Host, ProcessGone
 from volant.hypervisor._interface import (
     STANDS_STILL,
-    CaptureCode,
-    Captured,
-    CaptureFailed,
+    Checkpoint,
+    CheckpointCode,
+    CheckpointFailed,
     HoldChannel,
     MachineKind,
     MachineSpec,
@@ -55,7 +55,7 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG})
 _logger = logging.getLogger("volant.hypervisor")
 
 
-class Capture:
+class Checkpointer:
     """One, of a machine whose guest nobody else stops or lets go on meanwhile."""
 
     def __init__(self, host: Host, spec: MachineSpec, identity: ProcessIdentity, qmp: QmpClient) -> None:
@@ -67,9 +67,9 @@ class Capture:
         self.stuck = False
         """Whether the guest was left standing still although it ran before."""
 
-    async def take(self, into: Path, hold: HoldChannel, timeout_s: float) -> Captured:
-        """See `Machine.capture`. Raises CaptureFailed."""
-        code: CaptureCode
+    async def take(self, into: Path, hold: HoldChannel, timeout_s: float) -> Checkpoint:
+        """See `Machine.checkpoint`. Raises CheckpointFailed."""
+        code: CheckpointCode
         try:
             with trio.fail_after(timeout_s):
                 return await self._take(into, hold)
@@ -86,9 +86,9 @@ class Capture:
             why = f"the machine can't be copied to {into}: {error.strerror or error}"
         if self.stuck:
             code, why = "guest_stopped", f"{why}; and the guest could not be let go on"
-        raise CaptureFailed(code, why)
+        raise CheckpointFailed(code, why)
 
-    async def _take(self, into: Path, hold: HoldChannel) -> Captured:
+    async def _take(self, into: Path, hold: HoldChannel) -> Checkpoint:
         host, spec = self._host, self._spec
         memory, state, layer = into / "memory", into / "state", into / "root.qcow2"
         kind = await self._kind()
@@ -112,7 +112,7 @@ class Capture:
                 paused_s = host.monotonic() - began
         await host.write_bytes(state, complete(await host.read_bytes(saved, _STATE_LIMIT), kind.machine))
         await host.remove_file(saved)
-        return Captured(
+        return Checkpoint(
             template=Template(memory, state),
             layer=None if spec.root is None else layer,
             kind=kind,

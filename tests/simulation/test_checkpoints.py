@@ -42,7 +42,7 @@ async def snapshot(world: World) -> Path:
     answer = await world.request("POST", f"{VMS}/demo/snapshots", {"name": "warm"}, JSON)
     assert answer.status == 201, answer.body
     [kept] = world.daemon.store.projection.snapshots.values()
-    return world.settings.state_dir / "snapshots" / kept.capture
+    return world.settings.state_dir / "snapshots" / kept.checkpoint
 
 
 async def restore(world: World, name: str) -> Any:
@@ -60,7 +60,7 @@ async def stands_still(qemu: SimQemu) -> None:
 
 
 def copies(world: World) -> list[Path]:
-    """What lies there of captures, whole or half."""
+    """What lies there of checkpoints, whole or half."""
     files = world.machine.files
     roots = [Path("/dev/shm"), world.settings.state_dir / "snapshots"]
     found = [path for root in roots if files.find(root) for path in files.below(root)]
@@ -68,7 +68,7 @@ def copies(world: World) -> list[Path]:
 
 
 def rewrite(world: World, record: Path, **kind: object) -> None:
-    """As if another machine had been captured."""
+    """As if another machine had been copied."""
     data = world.machine.files.file(record).data
     said = json.loads(bytes(data))
     said["kind"].update(kind)
@@ -172,10 +172,10 @@ def test_a_verb_ends_a_copy_that_is_under_way_and_nothing_is_left_of_it(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(copy)
             await stands_still(qemu)
-            assert world.daemon.vms.doors.captures.inspect()
+            assert world.daemon.vms.doors.checkpoints.inspect()
             nursery.start_soon(world.request, method, f"{VMS}/{path}")
             await trio.sleep(1)
-            assert not world.daemon.vms.doors.captures.inspect()
+            assert not world.daemon.vms.doors.checkpoints.inspect()
             assert (qemu.status == "paused") == (status == "paused"), "the guest can be asked to end"
         if status is not None:
             vm = (await world.request("GET", f"{VMS}/demo?wait={status}&timeout=2m")).json()

@@ -23,7 +23,7 @@ from tests.system.rootfs import make_ext4
 from volant import images
 from volant.channel import AgentClient, Channel, VirtioSerial, open_channel
 from volant.host import Host
-from volant.hypervisor import Captured, Disk, Machine, MachineSpec, Nic
+from volant.hypervisor import Checkpoint, Disk, Machine, MachineSpec, Nic
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
 from volant.model.agent import DAEMON_IDENTITY, DAEMON_ROOT, EXEC, HEALTHZ, INFO
@@ -93,33 +93,33 @@ class Guest:
         self._qemu = qemu
         self._machine = machine
 
-    async def copy(self) -> Captured:
+    async def copy(self) -> Checkpoint:
         into = self.spec.memory_file.parent / f"copy-{self._host.new_id()}"
         await self._host.mkdir(into)
-        captured = await self._machine.capture(into, hold=self.channel.hold)
-        print(f"stood still for {captured.paused_s * 1000:.0f} ms; {captured.memory_bytes // 2**20} MiB of memory")
-        return captured
+        checkpoint = await self._machine.checkpoint(into, hold=self.channel.hold)
+        print(f"stood still for {checkpoint.paused_s * 1000:.0f} ms; {checkpoint.memory_bytes // 2**20} MiB of memory")
+        return checkpoint
 
     @asynccontextmanager
     async def fork(self, name: str, nic: Nic | None = None, **told: object) -> AsyncIterator[Guest]:
         """A copy that has become somebody; its files have lost their names."""
-        captured = await self.copy()
+        checkpoint = await self.copy()
         root = None
         if self.spec.root is not None:
             root = Disk(self.spec.root.base, self.spec.root.layer.with_name(f"{name}.qcow2"))
-            await self._qemu.make_layer(root, captured.layer)
+            await self._qemu.make_layer(root, checkpoint.layer)
         spec = msgspec.structs.replace(
             self.spec,
             name=name,
             directory=self.spec.directory.with_name(name),
             memory_file=self.spec.memory_file.with_name(f"{name}.mem"),
             tag=f"{self.spec.tag}-{name}",
-            template=captured.template,
+            template=checkpoint.template,
             root=root,
             nic=nic,
         )
         async with running(self._host, self._qemu, spec) as other:
-            await self._host.remove_tree(captured.template.memory.parent)
+            await self._host.remove_tree(checkpoint.template.memory.parent)
             await other.become(name, **told)
             yield other
 

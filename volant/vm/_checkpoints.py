@@ -1,6 +1,6 @@
 """Copies of guests that run: making them, where they lie, and when they go. `docs/explanation/snapshots.md` says why.
 
-A capture is a directory that got its name when it was whole. What a fork needs lies in memory, as `fork-<id>`, and goes
+A checkpoint is a directory that got its name when it was whole. That of a fork lies in memory, as `fork-<id>`, and goes
 once no copy has yet to go on from it; a snapshot is brought to the disk, as `snapshot-<id>`. While one is made its
 directory is called `….new`. The row of a snapshot is there before its files, as they may take a while; the rows of a
 fork's copies come after them, so none is told of whose files a killed daemon has not made. Whoever begins after such a
@@ -25,15 +25,15 @@ import trio
 from actors import ActorDown, AskTimeout, Ref, Request
 from volant._own import inside
 from volant.host import Host
-from volant.hypervisor import Captured, CaptureFailed, Hypervisor, MachineKind
+from volant.hypervisor import Checkpoint, CheckpointFailed, Hypervisor, MachineKind
 from volant.journal import AlreadyAnswered, EventGap, FinishSnapshot, Journal, Once, RemoveSnapshot, Store
 from volant.model import FORK, SNAPSHOT, Problem, Snapshot, VmRow, is_copyable, waits_for
 
-from .messages import Taken
+from .messages import CheckpointTaken
 
 AT_ONCE = 2
-"""So many captures are under way at a time."""
-CAPTURE_S = 60.0
+"""So many checkpoints are under way at a time."""
+CHECKPOINT_S = 60.0
 RESERVE_MB = 256
 """What the host must have beside a copy of a guest's memory, in memory or on its disk."""
 _COPY_S = 300.0
@@ -48,18 +48,18 @@ _MAX_STATE = 64 * 1024 * 1024
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _logger = logging.getLogger("volant.vm")
 
-Take = Callable[[Path], Awaitable[Taken]]
-"""Copies the guest into an empty directory. Raises CaptureFailed, Problem, ActorDown, AskTimeout."""
+Take = Callable[[Path], Awaitable[CheckpointTaken]]
+"""Copies the guest into an empty directory. Raises CheckpointFailed, Problem, ActorDown, AskTimeout."""
 Commit = Callable[[str], Awaitable[tuple[VmRow, ...]]]
-"""Makes the VMs that go on from the capture of that name, which is whole. Raises Problem, AlreadyAnswered."""
+"""Makes the VMs that go on from the checkpoint of that name, which is whole. Raises Problem, AlreadyAnswered."""
 
 
-def capture_at(memory_dir: Path, snapshot_dir: Path, capture: str) -> Path:
-    """Where a capture lies, whether or not it is there."""
-    return inside(snapshot_dir if capture.startswith(SNAPSHOT) else memory_dir, capture)
+def checkpoint_at(memory_dir: Path, snapshot_dir: Path, checkpoint: str) -> Path:
+    """Where a checkpoint lies, whether or not it is there."""
+    return inside(snapshot_dir if checkpoint.startswith(SNAPSHOT) else memory_dir, checkpoint)
 
 
-class CaptureLost(Exception):
+class CheckpointLost(Exception):
     """There is nothing to go on from. `code` is a stable word: `capture_failed`, `capture_gone`, `capture_damaged`,
     `capture_unfit`. The text is for people."""
 
@@ -85,7 +85,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """A capture that may be used now."""
+    """A checkpoint that may be used now."""
 
     layer: Path | None
     """To be copied."""
@@ -94,7 +94,7 @@ class Found(msgspec.Struct, frozen=True):
 
 @dataclass(eq=False)
 class Turn:
-    """One capture that is to be made, or is being made."""
+    """One checkpoint that is to be made, or is being made."""
 
     vm: VmRow
     name: str
@@ -119,8 +119,8 @@ class Turn:
             raise self.failure
 
 
-class Captures:
-    """The captures of one daemon."""
+class Checkpoints:
+    """The checkpoints of one daemon."""
 
     def __init__(
         self,
@@ -140,12 +140,12 @@ class Captures:
         self.snapshot_dir = snapshot_dir
         self._nursery: trio.Nursery | None = None
         self._turns: dict[str, Turn] = {}
-        """By the names of the captures."""
+        """By the names of the checkpoints."""
         self._known: dict[Path, Record] = {}
         """Those whose `state` has been read and was right."""
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Make captures, for ever, and remove what an earlier life has left. Raises OSError."""
+        """Make checkpoints, for ever, and remove what an earlier life has left. Raises OSError."""
         async with trio.open_nursery() as nursery:
             for path in self._left_behind():
                 nursery.start_soon(self._clear, path)
@@ -163,27 +163,27 @@ class Captures:
             finally:
                 self._nursery = None
 
-    def at(self, capture: str) -> Path:
-        """Where a capture lies, whether or not it is there."""
-        return capture_at(self._memory_dir, self.snapshot_dir, capture)
+    def at(self, checkpoint: str) -> Path:
+        """Where a checkpoint lies, whether or not it is there."""
+        return checkpoint_at(self._memory_dir, self.snapshot_dir, checkpoint)
 
     def inspect(self) -> list[dict[str, object]]:
         """Those under way, ready for JSON."""
         return [{"capture": turn.name, "vm": turn.vm.name} for turn in self._turns.values()]
 
-    def is_being_made(self, capture: str) -> bool:
+    def is_being_made(self, checkpoint: str) -> bool:
         """Whether it is under way in this daemon, and not what an earlier one has left."""
-        return capture in self._turns
+        return checkpoint in self._turns
 
     # Making them
 
     def enter(self, vm: VmRow, kind: str) -> Turn:
-        """Have the turn of a capture of `vm`, which ends with `leave`, or with what is started with it.
+        """Have the turn of a checkpoint of `vm`, which ends with `leave`, or with what is started with it.
 
         :raises Problem: 503 too many are under way, or the host has no room for it.
         """
         if self._nursery is None:
-            raise _busy("captures are not made at present", vm)
+            raise _busy("checkpoints are not made at present", vm)
         if any(turn.vm.id == vm.id for turn in self._turns.values()):
             raise _busy(f"VM {vm.name!r} is being copied already", vm)
         if len(self._turns) >= AT_ONCE:
@@ -216,7 +216,7 @@ class Captures:
 
     def _start(self, turn: Turn, job: Callable[[], Awaitable[None]]) -> None:
         if self._nursery is None:
-            turn.fail(CaptureLost("capture_failed", "captures are not made at present"))
+            turn.fail(CheckpointLost("capture_failed", "checkpoints are not made at present"))
             self.leave(turn)
             return
         self._nursery.start_soon(self._run, turn, job)
@@ -225,7 +225,7 @@ class Captures:
         try:
             await job()
         except trio.Cancelled:
-            turn.fail(CaptureLost("capture_failed", "the daemon stopped before the copy was made"))
+            turn.fail(CheckpointLost("capture_failed", "the daemon stopped before the copy was made"))
             raise
         finally:
             self.leave(turn)
@@ -238,8 +238,8 @@ class Captures:
             await self._write_record(fresh, await self._take(turn, take, fresh))
             await self._host.put_in_place(fresh, path)
             turn.copies = await commit(turn.name)
-        except (CaptureLost, AlreadyAnswered, Problem, OSError) as error:
-            lost = CaptureLost("capture_failed", _unwritable(error)) if isinstance(error, OSError) else error
+        except (CheckpointLost, AlreadyAnswered, Problem, OSError) as error:
+            lost = CheckpointLost("capture_failed", _unwritable(error)) if isinstance(error, OSError) else error
             _logger.warning("VM %s is not forked: %s", turn.vm.name, lost, extra={"vm": turn.vm.name})
             turn.fail(lost)
             unsure = isinstance(error, Problem) and error.status == 503
@@ -256,19 +256,19 @@ class Captures:
         passing, fresh = _fresh(self._memory_dir / turn.name), _fresh(path)
         try:
             taken = await self._take(turn, take, passing)
-            captured = taken.captured
-            size = captured.memory_bytes + captured.state_bytes + captured.layer_bytes
+            checkpoint = taken.checkpoint
+            size = checkpoint.memory_bytes + checkpoint.state_bytes + checkpoint.layer_bytes
             await self._host.mkdir(fresh)
             if self._host.free_space(self.snapshot_dir) < size + RESERVE_MB * 2**20:
-                raise CaptureLost("capture_failed", f"the disk has no room for {size // 2**20} MiB more")
-            for name in _names(captured):
+                raise CheckpointLost("capture_failed", f"the disk has no room for {size // 2**20} MiB more")
+            for name in _names(checkpoint):
                 await self._copy(passing / name, fresh / name)
             record = await self._write_record(fresh, taken)
             await self._host.put_in_place(fresh, path)
             await self._host.remove_tree(passing)
             await self._ask(FinishSnapshot(snapshot.name, snapshot.id, record.paused_ms, record.size_bytes, once))
-        except (CaptureLost, AlreadyAnswered, Problem, OSError) as error:
-            lost = CaptureLost("capture_failed", _unwritable(error)) if isinstance(error, OSError) else error
+        except (CheckpointLost, AlreadyAnswered, Problem, OSError) as error:
+            lost = CheckpointLost("capture_failed", _unwritable(error)) if isinstance(error, OSError) else error
             _logger.warning("VM %s has no snapshot %s: %s", turn.vm.name, snapshot.name, lost)
             turn.fail(lost)
             await self._clear(passing)
@@ -279,45 +279,45 @@ class Captures:
                 self.leave(turn)
                 await self._undo(snapshot)
 
-    async def _take(self, turn: Turn, take: Take, into: Path) -> Taken:
-        """:raises CaptureLost: :raises OSError:"""
+    async def _take(self, turn: Turn, take: Take, into: Path) -> CheckpointTaken:
+        """:raises CheckpointLost: :raises OSError:"""
         now = self._store.projection.by_id(turn.vm.id)
         if now is None or not is_copyable(now) or now.process != turn.vm.process:
-            raise CaptureLost("capture_failed", f"VM {turn.vm.name!r} has changed before it was copied")
+            raise CheckpointLost("capture_failed", f"VM {turn.vm.name!r} has changed before it was copied")
         await self._host.mkdir(into)
         try:
             return await take(into)
-        except CaptureFailed as error:
-            raise CaptureLost("capture_failed", f"VM {turn.vm.name!r} was not copied: {error.message}") from error
+        except CheckpointFailed as error:
+            raise CheckpointLost("capture_failed", f"VM {turn.vm.name!r} was not copied: {error.message}") from error
         except Problem as error:
-            raise CaptureLost("capture_failed", error.detail) from error
+            raise CheckpointLost("capture_failed", error.detail) from error
         except (ActorDown, AskTimeout) as error:
-            raise CaptureLost("capture_failed", f"VM {turn.vm.name!r} was not copied: {error}") from error
+            raise CheckpointLost("capture_failed", f"VM {turn.vm.name!r} was not copied: {error}") from error
 
     async def _copy(self, source: Path, target: Path) -> None:
         """Onto the disk, without pages of zeros, in a process of its own, as it is a lot to look at.
 
-        :raises CaptureLost: :raises OSError:
+        :raises CheckpointLost: :raises OSError:
         """
         part = target.with_name(f"{target.name}.part")
         command = ["cp", "--sparse=always", "--", str(source), str(part)]
         try:
             status, said = await self._host.run_program(command, env=_ENVIRONMENT, cwd=target.parent, timeout_s=_COPY_S)
         except trio.TooSlowError:
-            raise CaptureLost("capture_failed", f"the disk did not take the copy within {_COPY_S:g} s") from None
+            raise CheckpointLost("capture_failed", f"the disk did not take the copy within {_COPY_S:g} s") from None
         if status != 0:
-            raise CaptureLost("capture_failed", f"the copy can't be written: {said.decode(errors='replace')[-300:]}")
+            raise CheckpointLost("capture_failed", f"the copy can't be written: {said.decode(errors='replace')[-300:]}")
         await self._host.put_in_place(part, target)
 
-    async def _write_record(self, directory: Path, taken: Taken) -> Record:
-        captured = taken.captured
-        host, names = self._host, _names(captured)
+    async def _write_record(self, directory: Path, taken: CheckpointTaken) -> Record:
+        checkpoint = taken.checkpoint
+        host, names = self._host, _names(checkpoint)
         state = await host.read_bytes(directory / STATE, _MAX_STATE)
         record = Record(
-            kind=captured.kind,
+            kind=checkpoint.kind,
             state_sha256=hashlib.sha256(state).hexdigest(),
             fingerprints={name: host.fingerprint(directory / name) for name in names},
-            paused_ms=round(captured.paused_s * 1000, 3),
+            paused_ms=round(checkpoint.paused_s * 1000, 3),
             size_bytes=sum(host.disk_usage(directory / name) for name in names),
             protocol=taken.protocol,
         )
@@ -326,36 +326,36 @@ class Captures:
 
     # Using them
 
-    async def find(self, capture: str) -> Found:
-        """A capture that a VM is to go on from, checked just now.
+    async def find(self, checkpoint: str) -> Found:
+        """A checkpoint that a VM is to go on from, checked just now.
 
-        :raises CaptureLost:
+        :raises CheckpointLost:
         """
-        directory = self.at(capture)
-        what = "the snapshot" if capture.startswith(SNAPSHOT) else "the copy of its original"
+        directory = self.at(checkpoint)
+        what = "the snapshot" if checkpoint.startswith(SNAPSHOT) else "the copy of its original"
         if not self._host.exists(directory / RECORD):
-            why = "its files are gone" if capture.startswith(SNAPSHOT) else "it was not made, or is gone again"
-            raise CaptureLost("capture_gone", f"{what} can't be gone on from: {why}")
+            why = "its files are gone" if checkpoint.startswith(SNAPSHOT) else "it was not made, or is gone again"
+            raise CheckpointLost("capture_gone", f"{what} can't be gone on from: {why}")
         try:
             record = msgspec.json.decode(await self._host.read_bytes(directory / RECORD, _MAX_RECORD), type=Record)
             for name, fingerprint in record.fingerprints.items():
                 if self._host.fingerprint(directory / name) != fingerprint:
-                    raise CaptureLost("capture_damaged", f"{what} is damaged: somebody has touched its {name}")
+                    raise CheckpointLost("capture_damaged", f"{what} is damaged: somebody has touched its {name}")
             if directory not in self._known:
                 state = await self._host.read_bytes(directory / STATE, _MAX_STATE)
                 if hashlib.sha256(state).hexdigest() != record.state_sha256:
-                    raise CaptureLost("capture_damaged", f"{what} is damaged: its {STATE} has other bytes")
+                    raise CheckpointLost("capture_damaged", f"{what} is damaged: its {STATE} has other bytes")
         except (OSError, msgspec.DecodeError) as error:
-            raise CaptureLost("capture_damaged", f"{what} is damaged: {error}") from error
+            raise CheckpointLost("capture_damaged", f"{what} is damaged: {error}") from error
         misfit = await self._hypervisor.misfit(record.kind)
         if misfit is not None:
-            raise CaptureLost("capture_unfit", f"{what} can't go on here: {misfit}")
+            raise CheckpointLost("capture_unfit", f"{what} can't go on here: {misfit}")
         self._known[directory] = record
         return Found(directory / LAYER if LAYER in record.fingerprints else None, record.paused_ms)
 
-    def protocol(self, capture: str) -> int:
+    def protocol(self, checkpoint: str) -> int:
         """The newest protocol that the agents of its copies speak, as far as is known here: 1, the oldest, else."""
-        record = self._known.get(self.at(capture))
+        record = self._known.get(self.at(checkpoint))
         return 1 if record is None else record.protocol
 
     # Removing them
@@ -365,7 +365,7 @@ class Captures:
 
         :raises Problem: 409 a VM has yet to go on from it; 503. :raises OSError: its files can't be removed.
         """
-        host, path = self._host, self.at(snapshot.capture)
+        host, path = self._host, self.at(snapshot.checkpoint)
         if not host.exists(path):
             await self._ask(RemoveSnapshot(snapshot.name, snapshot.id))
             return
@@ -380,16 +380,16 @@ class Captures:
         self._known.pop(path, None)
         await host.remove_tree(path)
 
-    async def _remove_once_used(self, capture: str) -> None:
+    async def _remove_once_used(self, checkpoint: str) -> None:
         """Take what a fork went on from away once nobody waits for it. Those that run keep what they map."""
         store = self._store
         async with store.events.cursor(store.projection.last_event) as cursor:
-            while any(waits_for(row, capture) for row in store.projection.rows()):
+            while any(waits_for(row, checkpoint) for row in store.projection.rows()):
                 taken = await cursor.take()
                 if not isinstance(taken, EventGap) and not taken:
                     return  # the daemon ends
-        self._known.pop(self.at(capture), None)
-        await self._clear(self.at(capture))
+        self._known.pop(self.at(checkpoint), None)
+        await self._clear(self.at(checkpoint))
 
     async def _clear(self, path: Path) -> None:
         try:
@@ -413,13 +413,13 @@ class Captures:
                 _logger.warning("snapshot %s is not removed yet: %s", snapshot.name, problem.detail)
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, _AGAIN_MAX_S)
-        await self._clear(_fresh(self.at(snapshot.capture)))
-        await self._clear(self.at(snapshot.capture))
+        await self._clear(_fresh(self.at(snapshot.checkpoint)))
+        await self._clear(self.at(snapshot.checkpoint))
 
     def _left_behind(self) -> list[Path]:
         """What nobody owns, of those that lie there now."""
         host, projection = self._host, self._store.projection
-        owned = {snapshot.capture for snapshot in projection.snapshots.values()}
+        owned = {snapshot.checkpoint for snapshot in projection.snapshots.values()}
         found = [
             self._memory_dir / name
             for name in self._names_in(self._memory_dir)
@@ -457,8 +457,8 @@ def _fresh(path: Path) -> Path:
     return path.with_name(path.name + _NEW)
 
 
-def _names(captured: Captured) -> list[str]:
-    return [MEMORY, STATE, *([LAYER] if captured.layer is not None else [])]
+def _names(checkpoint: Checkpoint) -> list[str]:
+    return [MEMORY, STATE, *([LAYER] if checkpoint.layer is not None else [])]
 
 
 def _unwritable(error: OSError) -> str:

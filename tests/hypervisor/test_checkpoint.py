@@ -18,7 +18,7 @@ import trio
 
 from tests.hypervisor.kit import POWEROFF, tiny_spec
 from volant.host import Host
-from volant.hypervisor import CaptureFailed, Disk, Machine, MachineSpec, Template
+from volant.hypervisor import CheckpointFailed, Disk, Machine, MachineSpec, Template
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.hypervisor.qemu._machine import QemuMachine
 from volant.model import EndKind
@@ -107,16 +107,16 @@ async def test_copies_of_copies_hold_what_the_machine_held(
                 await host.remove_tree(into)
                 await host.mkdir(into)
                 await machine.pause()
-                captured = await machine.capture(into, hold=nobody)
-                assert captured.paused_s == 0.0
+                checkpoint = await machine.checkpoint(into, hold=nobody)
+                assert checkpoint.paused_s == 0.0
                 assert await machine.status() == "paused"
-                assert without_roms(captured.template.memory) == await memory_of(machine, size, into / "seen")
-                assert captured.template.memory.stat().st_mode & 0o777 == 0o600
-                assert captured.memory_bytes < size // 4
+                assert without_roms(checkpoint.template.memory) == await memory_of(machine, size, into / "seen")
+                assert checkpoint.template.memory.stat().st_mode & 0o777 == 0o600
+                assert checkpoint.memory_bytes < size // 4
                 await machine.resume()
                 assert await ends_when_typed_to(host, running, machine), number
                 await machine.quit()
-            running = clone(spec, f"c{number}", captured.template)
+            running = clone(spec, f"c{number}", checkpoint.template)
 
 
 async def test_a_machine_is_copied_again_and_again_and_goes_on(
@@ -128,11 +128,11 @@ async def test_a_machine_is_copied_again_and_again_and_goes_on(
             for number in range(3):
                 directory = into / str(number)
                 directory.mkdir()
-                captured = await machine.capture(directory, hold=nobody)
+                checkpoint = await machine.checkpoint(directory, hold=nobody)
                 assert await machine.status() == "running"
-                assert 0.0 < captured.paused_s < 5.0
-                assert (captured.state_bytes, captured.layer) == (captured.template.state.stat().st_size, None)
-            copy = clone(spec, "c", captured.template)
+                assert 0.0 < checkpoint.paused_s < 5.0
+                assert (checkpoint.state_bytes, checkpoint.layer) == (checkpoint.template.state.stat().st_size, None)
+            copy = clone(spec, "c", checkpoint.template)
             async with qemu.attach(copy, await qemu.launch(copy)) as other:
                 assert await other.status() == "running"
                 assert await ends_when_typed_to(host, copy, other)
@@ -150,13 +150,13 @@ async def test_a_disk_is_copied_as_it_is(
         await qemu.make_layer(spec.root)
         identity = await launch(host, qemu, spec)
         async with qemu.attach(spec, identity) as machine:
-            captured = await machine.capture(into, hold=nobody)
-            assert captured.layer == into / "root.qcow2"
-            assert captured.layer_bytes > 0
-            assert captured.layer.read_bytes() == spec.root.layer.read_bytes()
+            checkpoint = await machine.checkpoint(into, hold=nobody)
+            assert checkpoint.layer == into / "root.qcow2"
+            assert checkpoint.layer_bytes > 0
+            assert checkpoint.layer.read_bytes() == spec.root.layer.read_bytes()
             disk = Disk(base, tmp_path / "copy.qcow2")
-            await qemu.make_layer(disk, captured.layer)
-            copy = clone(spec, "c", captured.template, root=disk)
+            await qemu.make_layer(disk, checkpoint.layer)
+            copy = clone(spec, "c", checkpoint.template, root=disk)
             async with qemu.attach(copy, await qemu.launch(copy)) as other:
                 assert await ends_when_typed_to(host, copy, other)
             assert await ends_when_typed_to(host, spec, machine)
@@ -197,8 +197,8 @@ async def test_what_fails_is_told_and_the_guest_goes_on(
     qemu = QemuHypervisor(FaultyHost(error), tmp_path / "cache", accelerator="tcg")
     with trio.fail_after(30):
         async with qemu.attach(spec, launched) as machine:
-            with pytest.raises(CaptureFailed) as caught:
-                await machine.capture(into, hold=nobody, timeout_s=1.0)
+            with pytest.raises(CheckpointFailed) as caught:
+                await machine.checkpoint(into, hold=nobody, timeout_s=1.0)
             assert caught.value.code == code, caught.value
             assert await machine.status() == "running"
 
@@ -208,11 +208,11 @@ async def test_a_state_that_cannot_be_written_is_told_and_the_guest_goes_on(
 ) -> None:
     with trio.fail_after(30):
         async with qemu.attach(spec, launched) as machine:
-            with pytest.raises(CaptureFailed) as caught:
-                await machine.capture(into / "nowhere", hold=nobody)
+            with pytest.raises(CheckpointFailed) as caught:
+                await machine.checkpoint(into / "nowhere", hold=nobody)
             assert caught.value.code == "io_error", caught.value
             assert await machine.status() == "running"
-            await machine.capture(into, hold=nobody)
+            await machine.checkpoint(into, hold=nobody)
 
 
 async def test_who_gives_up_half_way_lets_the_guest_go_on(
@@ -223,7 +223,7 @@ async def test_who_gives_up_half_way_lets_the_guest_go_on(
     with trio.fail_after(30):
         async with qemu.attach(spec, launched) as machine:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(partial(machine.capture, into, hold=nobody))
+                nursery.start_soon(partial(machine.checkpoint, into, hold=nobody))
                 await host.copying.wait()
                 assert await machine.status() == "paused"
                 nursery.cancel_scope.cancel()
@@ -235,7 +235,7 @@ async def test_a_guest_that_cannot_be_let_go_on_at_once_is_later(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, launched: Identity, into: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its hypervisor hangs for a while."""
-    monkeypatch.setattr("volant.hypervisor.qemu._capture.GO_ON_S", 0.2)
+    monkeypatch.setattr("volant.hypervisor.qemu._checkpoint.GO_ON_S", 0.2)
     monkeypatch.setattr("volant.hypervisor.qemu._machine._UNDO_AGAIN_S", 0.1)
     with trio.fail_after(40), host.open_process(launched) as process:
 
@@ -253,8 +253,8 @@ async def test_a_guest_that_cannot_be_let_go_on_at_once_is_later(
         async with qemu.attach(spec, launched) as machine:
             await machine.pause()
             await machine.resume()
-            with pytest.raises(CaptureFailed) as caught:
-                await machine.capture(into, hold=hangs_in_the_end, timeout_s=2.0)
+            with pytest.raises(CheckpointFailed) as caught:
+                await machine.checkpoint(into, hold=hangs_in_the_end, timeout_s=2.0)
             assert caught.value.code == "guest_stopped", caught.value
             process.kill(signal.SIGCONT)
             while await machine.status() != "running":  # noqa: ASYNC110 - it is being tried
@@ -276,8 +276,8 @@ async def test_a_hypervisor_that_is_killed_half_way_is_told(
                 await machine.kill()
 
             nursery.start_soon(kill)
-            with pytest.raises(CaptureFailed):
-                await machine.capture(into, hold=nobody, timeout_s=2.0)
+            with pytest.raises(CheckpointFailed):
+                await machine.checkpoint(into, hold=nobody, timeout_s=2.0)
 
 
 async def test_a_guest_that_has_ended_is_not_copied(
@@ -286,8 +286,8 @@ async def test_a_guest_that_has_ended_is_not_copied(
     with trio.fail_after(30):
         async with qemu.attach(spec, launched) as machine:
             assert await ends_when_typed_to(host, spec, machine)
-            with pytest.raises(CaptureFailed, match="shutdown") as caught:
-                await machine.capture(into, hold=nobody)
+            with pytest.raises(CheckpointFailed, match="shutdown") as caught:
+                await machine.checkpoint(into, hold=nobody)
             assert caught.value.code == "refused"
 
 
@@ -302,6 +302,6 @@ async def test_a_port_that_does_not_come_to_rest_is_told(
 
     with trio.fail_after(30):
         async with qemu.attach(spec, launched) as machine:
-            with pytest.raises(CaptureFailed, match="come to rest"):
-                await machine.capture(into, hold=restless)
+            with pytest.raises(CheckpointFailed, match="come to rest"):
+                await machine.checkpoint(into, hold=restless)
             assert await machine.status() == "running"
