@@ -18,7 +18,7 @@ import trio.testing
 
 from tests.api.kit import Api, api
 from tests.images.test_image_store import place
-from tests.templates.test_store import RECIPE, add
+from tests.templates.test_store import KEY, add
 from volant.images import ANYWHERE, BootMedia, Origins, _media, _store, _users, fetch, medium_path
 from volant.journal import LogEntry
 from volant.model import Artifact
@@ -152,9 +152,9 @@ async def test_templates_go_unless_a_clone_of_them_runs_or_they_have_served_late
 ) -> None:
     served = unswept
     store = served.doors.vms.doors.templates
-    used, idle = RECIPE, msgspec.structs.replace(RECIPE, cmdline="idle")
-    for recipe in (used, idle):
-        await add(store, recipe)
+    used, idle = KEY, msgspec.structs.replace(KEY, cmdline="idle")
+    for key in (used, idle):
+        await add(store, key)
     (store.directory / ("f" * 32 + ".new")).mkdir()
     (store.directory / "not-ours").mkdir()
     vm = await served.crashed("demo")

@@ -27,7 +27,7 @@ from volant.host import Host
 from volant.hypervisor import Disk, MachineSpec, Template
 from volant.model import CreateVm, Manifest
 from volant.model.agent import DAEMON_MANIFEST, DAEMON_WORKLOAD
-from volant.vm._steps import told_manifest, workload_spec
+from volant.vm._steps import guest_manifest, workload_spec
 
 from ._bare_fork import fork
 from ._boot import BOOT_S, _accelerator, _argv, _spec, row_of, scratch_of
@@ -121,7 +121,7 @@ class BareOriginal(BareClone):
                 row = row_of(CreateVm(name="web", plugin="browser", cpu_cores=2, memory_mb=1024), self._manifest)
                 async with open_channel(Host(), VirtioSerial(spec.agent_path)) as channel:
                     client = AgentClient(channel)
-                    for path, body in ((DAEMON_MANIFEST, told_manifest(row)), (DAEMON_WORKLOAD, workload_spec(row))):
+                    for path, body in ((DAEMON_MANIFEST, guest_manifest(row)), (DAEMON_WORKLOAD, workload_spec(row))):
                         answer = await client.request_json("PUT", path, body, timeout_s=BOOT_S)
                         if answer.status >= 300:
                             raise RuntimeError(f"the bare guest answers PUT {path} with {answer}")

@@ -13,27 +13,27 @@ import trio
 import trio.testing
 
 from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
-from tests.templates.test_store import RECIPE, add
+from tests.templates.test_store import KEY, add
 from volant.host import Host
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.journal import Projection
 from volant.model import Drain, Problem, TemplateView
 from volant.templates import (
-    Blueprint,
     BuildDoors,
     StandbyLimits,
     Standbys,
     TemplateFailed,
     Templates,
+    TemplateSpec,
     TemplateStore,
     _actor,
 )
 from volant.templates.messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
 from volant.vm import BootGate
 
-BLUEPRINT = Blueprint(
-    recipe=RECIPE,
-    digest=RECIPE.digest,
+SPEC = TemplateSpec(
+    key=KEY,
+    digest=KEY.digest,
     plugin="base",
     kernel=Path("/k"),
     initramfs=Path("/i"),
@@ -51,7 +51,7 @@ class Builder:
         self.under_way = False
         self.may_end = trio.Event()
 
-    async def build(self, doors: BuildDoors, blueprint: Blueprint) -> None:
+    async def build(self, doors: BuildDoors, template_spec: TemplateSpec) -> None:
         self.begun += 1
         self.under_way = True
         try:
@@ -60,7 +60,7 @@ class Builder:
             self.under_way = False
         if self.outcome is not None:
             raise self.outcome
-        await add(doors.store, blueprint.recipe)
+        await add(doors.store, template_spec.key)
 
 
 @pytest.fixture
@@ -110,12 +110,12 @@ async def until(ref: Ref[Any], state: str) -> TemplateView:
 async def test_what_is_wanted_often_is_built_once(tmp_path: Path, builder: Builder) -> None:
     async with standing(tmp_path) as ref:
         for _ in range(3):
-            ref.tell(Wanted(BLUEPRINT))
+            ref.tell(Wanted(SPEC))
         await until(ref, "building")
         builder.may_end.set()
         view = await until(ref, "ready")
-        assert (view.digest, view.plugin, view.after, view.error) == (RECIPE.digest, "base", "agent", None)
-        again = await ref.ask(Build(BLUEPRINT), timeout_s=5)
+        assert (view.digest, view.plugin, view.after, view.error) == (KEY.digest, "base", "agent", None)
+        again = await ref.ask(Build(SPEC), timeout_s=5)
         assert (again.digest, builder.begun) == (view.digest, 1)
         await ref.ask(RemoveTemplate(view.digest), timeout_s=5)
         assert not await views(ref)
@@ -129,30 +129,30 @@ async def test_who_asks_for_one_that_fails_is_told_why_and_others_pause(tmp_path
     builder.may_end.set()
     async with standing(tmp_path) as ref:
         with pytest.raises(Problem) as caught:
-            await ref.ask(Build(BLUEPRINT), timeout_s=5)
+            await ref.ask(Build(SPEC), timeout_s=5)
         assert (caught.value.status, "the guest panicked" in caught.value.detail) == (503, True)
         assert (await until(ref, "failed")).error == "guest_ended: the guest panicked"
-        ref.tell(Wanted(BLUEPRINT))
+        ref.tell(Wanted(SPEC))
         await views(ref)
         assert builder.begun == 1, "it was tried a moment ago"
         builder.outcome = None
-        assert (await ref.ask(Build(BLUEPRINT), timeout_s=5)).state == "ready", "a person need not wait"
+        assert (await ref.ask(Build(SPEC), timeout_s=5)).state == "ready", "a person need not wait"
 
 
 async def test_a_template_whose_clone_failed_goes(tmp_path: Path, builder: Builder) -> None:
     builder.may_end.set()
     async with standing(tmp_path) as ref:
-        await ref.ask(Build(BLUEPRINT), timeout_s=5)
-        ref.tell(Suspect(RECIPE.digest, "clone_refused: no"))
+        await ref.ask(Build(SPEC), timeout_s=5)
+        ref.tell(Suspect(KEY.digest, "clone_refused: no"))
         assert not await views(ref)
         assert not list((tmp_path / "t").iterdir())
 
 
 async def test_where_there_are_none_nobody_waits_for_one(tmp_path: Path, builder: Builder) -> None:
     async with standing(tmp_path, enabled=False) as ref:
-        ref.tell(Wanted(BLUEPRINT))
+        ref.tell(Wanted(SPEC))
         with pytest.raises(Problem) as caught:
-            await ref.ask(Build(BLUEPRINT), timeout_s=5)
+            await ref.ask(Build(SPEC), timeout_s=5)
         assert (caught.value.status, builder.begun) == (409, 0)
 
 
@@ -161,16 +161,16 @@ async def test_a_build_has_its_turn_behind_all_vms_that_wait(tmp_path: Path, bui
     await gate.enter(1)
     builder.may_end.set()
     async with standing(tmp_path, gate=gate) as ref, trio.open_nursery() as nursery:
-        ref.tell(Wanted(BLUEPRINT))
+        ref.tell(Wanted(SPEC))
         await until(ref, "waiting")
         with trio.fail_after(10):
-            while gate.inspect(BLUEPRINT.digest) is None:  # noqa: ASYNC110
+            while gate.inspect(SPEC.digest) is None:  # noqa: ASYNC110
                 await trio.sleep(0.01)
         nursery.start_soon(gate.enter, 2)
         await trio.testing.wait_all_tasks_blocked()
         gate.leave(1)
         assert gate.inspect(2) == {"state": "booting", "limit": 1}
-        assert gate.inspect(BLUEPRINT.digest) == {"state": "waiting", "ahead": 0, "limit": 1}
+        assert gate.inspect(SPEC.digest) == {"state": "waiting", "ahead": 0, "limit": 1}
         assert builder.begun == 0
         gate.leave(2)
         await until(ref, "ready")
@@ -183,7 +183,7 @@ async def test_a_build_that_hangs_holds_up_nobody_for_ever(
     monkeypatch.setattr(_actor, "_TURN_S", 0.05)
     gate = BootGate(1)
     async with standing(tmp_path, gate=gate) as ref:
-        ref.tell(Wanted(BLUEPRINT))
+        ref.tell(Wanted(SPEC))
         await until(ref, "building")
         with trio.fail_after(10):
             await gate.enter(1)
@@ -199,7 +199,7 @@ async def test_no_build_goes_on_while_the_daemon_drains(tmp_path: Path, builder:
 
         async def ask() -> None:
             try:
-                await ref.ask(Build(BLUEPRINT), timeout_s=5)
+                await ref.ask(Build(SPEC), timeout_s=5)
             except Problem as problem:
                 refused.append(problem)
 
@@ -222,19 +222,19 @@ async def test_no_build_goes_on_while_the_daemon_drains(tmp_path: Path, builder:
 async def test_a_build_gives_way_to_a_vm_that_lacks_memory(tmp_path: Path, builder: Builder) -> None:
     async with standing(tmp_path) as ref:
         assert not await ref.ask(GiveWay(), timeout_s=5)
-        ref.tell(Wanted(BLUEPRINT))
+        ref.tell(Wanted(SPEC))
         await until(ref, "building")
         assert await ref.ask(GiveWay(), timeout_s=5)
         assert not builder.under_way
         assert (await until(ref, "failed")).error == "no_memory: a VM needed the memory"
-        ref.tell(Wanted(BLUEPRINT))
+        ref.tell(Wanted(SPEC))
         await views(ref)
         assert builder.begun == 1, "it was tried a moment ago"
 
 
 async def test_what_an_earlier_life_has_left_is_swept_away(tmp_path: Path, builder: Builder) -> None:
     del builder
-    for path in (tmp_path / "t" / f"{RECIPE.digest}.new", tmp_path / "r" / "templates" / "x", tmp_path / "mem"):
+    for path in (tmp_path / "t" / f"{KEY.digest}.new", tmp_path / "r" / "templates" / "x", tmp_path / "mem"):
         path.mkdir(parents=True)
     left, other = tmp_path / "mem" / "template-x.mem", tmp_path / "mem" / "7.mem"
     left.touch()
@@ -250,7 +250,7 @@ async def test_what_is_left_on_the_disk_is_swept_away_where_memory_is_as_a_reboo
     tmp_path: Path, builder: Builder
 ) -> None:
     del builder
-    left = tmp_path / "t" / f"{RECIPE.digest}.new"
+    left = tmp_path / "t" / f"{KEY.digest}.new"
     left.mkdir(parents=True)
     async with standing(tmp_path):
         with trio.fail_after(10):

@@ -13,31 +13,31 @@ import msgspec
 import pytest
 import trio
 
-from tests.templates.test_store import RECIPE, add
+from tests.templates.test_store import KEY, add
 from volant.host import Host
 from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec, Nic
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
 from volant.templates import (
-    Blueprint,
     BuildDoors,
     Claim,
+    GuestConfig,
     Standby,
     StandbyLimits,
     Standbys,
     TemplateFailed,
+    TemplateSpec,
     TemplateStore,
-    Told,
 )
 from volant.templates._standby import Use, claim_in, wanted
 from volant.vm import BootGate
 
 
-def blueprint(memory_mb: int = 128, told: Told | None = None, *, has_nic: bool = False) -> Blueprint:
-    recipe = msgspec.structs.replace(RECIPE, memory_mb=memory_mb, told=told, has_nic=has_nic)
-    return Blueprint(
-        recipe=recipe,
-        digest=recipe.digest,
+def template_spec(memory_mb: int = 128, config: GuestConfig | None = None, *, has_nic: bool = False) -> TemplateSpec:
+    key = msgspec.structs.replace(KEY, memory_mb=memory_mb, config=config, has_nic=has_nic)
+    return TemplateSpec(
+        key=key,
+        digest=key.digest,
         plugin="base",
         kernel=Path("/k"),
         initramfs=Path("/i"),
@@ -141,7 +141,7 @@ class Pool:
     async def filled(self, count: int = 1) -> None:
         await self.until(lambda: len(self.standbys.tags) == count)
 
-    async def take(self, vm_id: int, of: Blueprint) -> Standby:
+    async def take(self, vm_id: int, of: TemplateSpec) -> Standby:
         standby = self.standbys.take(vm_id, of)
         assert standby is not None
         return standby
@@ -151,7 +151,7 @@ class Pool:
 
     def spec(self, standby: Standby, vm_id: int) -> MachineSpec:
         directory = self.doors.runtime_dir / "vms" / str(vm_id)
-        spec = self.standbys._spec(blueprint(), standby.tag)
+        spec = self.standbys._spec(template_spec(), standby.tag)
         return msgspec.structs.replace(spec, vm_id=vm_id, name="vm", directory=directory, waits=False)
 
 
@@ -159,7 +159,7 @@ class Pool:
 async def standing(path: Path, limits: StandbyLimits | None = None) -> AsyncIterator[Pool]:
     """A pool that has a template."""
     pool = Pool(path, limits or StandbyLimits(each=1))
-    await add(pool.doors.store, RECIPE)
+    await add(pool.doors.store, KEY)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pool.standbys.keep)
@@ -175,7 +175,7 @@ async def standing(path: Path, limits: StandbyLimits | None = None) -> AsyncIter
 
 
 def test_the_newest_use_comes_first_as_far_as_the_memory_goes() -> None:
-    small, large = blueprint(128), blueprint(512)
+    small, large = template_spec(128), template_spec(512)
     uses = {"a": Use(small, 10.0), "b": Use(large, 20.0), "c": Use(small, 5.0)}
     assert wanted(uses, 21.0, StandbyLimits(each=2, max_mb=1200)) == {"b": 2, "a": 1}
     assert wanted(uses, 21.0, StandbyLimits(each=1, max_mb=1200)) == {"b": 1, "a": 1, "c": 1}
@@ -187,7 +187,7 @@ def test_the_newest_use_comes_first_as_far_as_the_memory_goes() -> None:
 def test_one_is_idle_to_the_very_moment() -> None:
     limits, rounded = StandbyLimits(each=1, idle_s=40.0), 0
     for number in range(1000):
-        use = Use(blueprint(), 100 / 3 * number)
+        use = Use(template_spec(), 100 / 3 * number)
         now = use.idle_at(limits)
         rounded += now - use.at < limits.idle_s
         assert wanted({"a": use}, now, limits) == {}
@@ -196,9 +196,9 @@ def test_one_is_idle_to_the_very_moment() -> None:
 
 async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: Path) -> None:
     async with standing(tmp_path) as pool:
-        assert pool.standbys.take(7, blueprint()) is None
+        assert pool.standbys.take(7, template_spec()) is None
         await pool.filled()
-        standby = await pool.take(7, blueprint())
+        standby = await pool.take(7, template_spec())
         # The row names it, and from then on it is the row's.
         pool.rows.tags.append(standby.tag)
         assert pool.standbys.settle(7, standby.tag) == standby
@@ -217,10 +217,10 @@ async def test_one_with_a_nic_waits_for_a_vm_with_one_and_is_given_its_own_at_th
     tmp_path: Path, behind: dict[str, Any]
 ) -> None:
     async with standing(tmp_path, StandbyLimits(each=1)) as pool:
-        with_nic = blueprint(has_nic=True)
+        with_nic = template_spec(has_nic=True)
         pool.standbys.take(7, with_nic)
         await pool.filled()
-        assert pool.standbys.take(8, blueprint()) is None
+        assert pool.standbys.take(8, template_spec()) is None
         standby = await pool.take(7, with_nic)
         pool.rows.tags.append(standby.tag)
         pool.standbys.settle(7, standby.tag)
@@ -235,9 +235,9 @@ async def test_one_with_a_nic_waits_for_a_vm_with_one_and_is_given_its_own_at_th
 
 
 async def test_one_waits_once_its_guest_has_rehearsed_unless_a_workload_runs_in_it(tmp_path: Path) -> None:
-    with_workload = blueprint(told=Told({"name": "browser"}, {"command": ["/browser"]}))
+    with_workload = template_spec(config=GuestConfig({"name": "browser"}, {"command": ["/browser"]}))
     async with standing(tmp_path, StandbyLimits(each=1)) as pool:
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.filled()
         assert pool.warmed == [*pool.standbys.tags]
         pool.standbys.take(2, with_workload)
@@ -251,20 +251,20 @@ async def test_one_that_does_not_answer_is_ended_and_none_is_started_for_a_while
 ) -> None:
     async with standing(tmp_path) as pool:
         pool.cold = error
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.until(lambda: pool.standbys.figures.failed_starts == 1)
         await pool.until(lambda: not list((pool.doors.runtime_dir / "standby").iterdir()))
         assert not await pool.processes()
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.until(lambda: pool.standbys._wake.statistics().tasks_waiting == 1)
         assert len(pool.warmed) == 1
 
 
 async def test_what_was_taken_and_not_claimed_is_ended(tmp_path: Path) -> None:
     async with standing(tmp_path, StandbyLimits(each=2)) as pool:
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.filled(2)
-        one, two = await pool.take(1, blueprint()), await pool.take(2, blueprint())
+        one, two = await pool.take(1, template_spec()), await pool.take(2, template_spec())
         pool.quiet = False
         assert pool.standbys.settle(1, "volant-another-1.1") is None
         await pool.standbys.clear(2)
@@ -275,10 +275,10 @@ async def test_what_was_taken_and_not_claimed_is_ended(tmp_path: Path) -> None:
 
 async def test_a_claim_that_fails_leaves_nothing_of_it(tmp_path: Path) -> None:
     async with standing(tmp_path) as pool:
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.filled()
         pool.hypervisor.hangs = True
-        standby = await pool.take(1, blueprint())
+        standby = await pool.take(1, template_spec())
         pool.quiet = False
         assert not await pool.standbys.claim(pool.spec(standby, 1), Claim(1, "vm", ""))
         assert await pool.processes() == set()
@@ -290,14 +290,14 @@ async def test_none_is_started_beside_a_boot_in_a_drain_or_where_memory_is_short
 ) -> None:
     async with standing(tmp_path) as pool:
         pool.quiet = False
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.looked()
         pool.quiet, pool.rows.drain = True, "drains"
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.looked()
         assert not await pool.processes()
         pool.rows.drain = None
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.filled()
         # What waits gives way to what is there already.
         monkeypatch.setattr(Host, "memory_available_mb", lambda self: 100)
@@ -319,21 +319,21 @@ async def test_a_host_without_descriptors_makes_the_pool_wait_and_nothing_else(
             return available_mb(host)
 
         monkeypatch.setattr(Host, "memory_available_mb", look)
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.filled()
         assert not refusals
 
 
 async def test_they_go_with_their_template_with_the_time_and_when_they_die(tmp_path: Path) -> None:
     async with standing(tmp_path, StandbyLimits(each=1, idle_s=3.0)) as pool:
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.filled()
         await pool.filled(0)
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.filled()
-        await pool.doors.store.remove(blueprint().digest)
+        await pool.doors.store.remove(template_spec().digest)
         assert not pool.standbys.tags
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.filled()
         (tag,) = pool.standbys.tags
         found = await pool.host.find(tag)
@@ -346,9 +346,9 @@ async def test_they_go_with_their_template_with_the_time_and_when_they_die(tmp_p
 
 async def test_the_next_daemon_ends_those_that_wait_and_no_other(tmp_path: Path) -> None:
     async with standing(tmp_path, StandbyLimits(each=3)) as pool:
-        pool.standbys.take(1, blueprint())
+        pool.standbys.take(1, template_spec())
         await pool.filled(3)
-        named, moved, waits = [await pool.take(vm_id, blueprint()) for vm_id in (1, 2, 3)]
+        named, moved, waits = [await pool.take(vm_id, template_spec()) for vm_id in (1, 2, 3)]
         pool.quiet = False
         # One was just given to a VM, and the row of another one was lost.
         pool.rows.tags.append(named.tag)

@@ -12,21 +12,21 @@ import msgspec
 import pytest
 
 from volant.host import Host
-from volant.templates import Recipe, TemplateStore, Told
+from volant.templates import GuestConfig, TemplateKey, TemplateStore
 
-RECIPE = Recipe(
+KEY = TemplateKey(
     hypervisor="qemu 10.0.13", kernel="k", initramfs="i", rootfs=None, cmdline="", cpu_cores=1, memory_mb=64
 )
 DAY = timedelta(days=1)
 
 
-async def add(store: TemplateStore, recipe: Recipe, size: int = 8192) -> Path:
-    digest = recipe.digest
+async def add(store: TemplateStore, key: TemplateKey, size: int = 8192) -> Path:
+    digest = key.digest
     fresh = store.directory / f"{digest}.new"
     fresh.mkdir(parents=True)
-    for name in ("memory", "state", *(["root.qcow2"] if recipe.rootfs else [])):
+    for name in ("memory", "state", *(["root.qcow2"] if key.rootfs else [])):
         (fresh / name).write_bytes(os.urandom(size))
-    await store.add(fresh, digest, recipe, "base")
+    await store.add(fresh, digest, key, "base")
     return store.directory / digest
 
 
@@ -45,29 +45,31 @@ def fresh_store(tmp_path: Path) -> TemplateStore:
         {"cmdline": "debug"},
         {"cpu_cores": 2},
         {"memory_mb": 128},
-        {"told": Told({"name": "a"}, {})},
+        {"config": GuestConfig({"name": "a"}, {})},
     ],
 )
 def test_everything_that_a_guest_follows_from_is_in_the_name(other: dict[str, object]) -> None:
-    assert msgspec.structs.replace(RECIPE, **other).digest != RECIPE.digest
+    assert msgspec.structs.replace(KEY, **other).digest != KEY.digest
 
 
 def test_the_order_of_an_environment_is_not() -> None:
-    one = msgspec.structs.replace(RECIPE, told=Told({}, {"env": {"a": "1", "b": "2"}}))
-    two = msgspec.structs.replace(RECIPE, told=Told({}, {"env": {"b": "2", "a": "1"}}))
+    one = msgspec.structs.replace(KEY, config=GuestConfig({}, {"env": {"a": "1", "b": "2"}}))
+    two = msgspec.structs.replace(KEY, config=GuestConfig({}, {"env": {"b": "2", "a": "1"}}))
     assert one.digest == two.digest
 
 
 async def test_what_was_added_is_found_also_by_a_successor(tmp_path: Path) -> None:
     store = fresh_store(tmp_path)
-    assert await store.find(RECIPE, RECIPE.digest) is None
-    recipe = msgspec.structs.replace(RECIPE, rootfs="r", told=Told({"name": "a", "x": ["y"]}, {"entrypoint": ("a",)}))
-    directory = await add(store, recipe)
+    assert await store.find(KEY, KEY.digest) is None
+    key = msgspec.structs.replace(
+        KEY, rootfs="r", config=GuestConfig({"name": "a", "x": ["y"]}, {"entrypoint": ("a",)})
+    )
+    directory = await add(store, key)
     for each in (store, fresh_store(tmp_path)):
-        found = await each.find(recipe, recipe.digest)
+        found = await each.find(key, key.digest)
         assert found is not None
         assert found.layer == directory / "root.qcow2"
-    assert await TemplateStore(Host(), tmp_path / "t", enabled=False).find(recipe, recipe.digest) is None
+    assert await TemplateStore(Host(), tmp_path / "t", enabled=False).find(key, key.digest) is None
 
 
 def truncate(directory: Path) -> None:
@@ -115,18 +117,18 @@ async def test_what_was_touched_is_removed_and_not_given_out(
     tmp_path: Path, damage: Callable[[Path], None], known: bool
 ) -> None:
     store = fresh_store(tmp_path)
-    directory = await add(store, RECIPE)
+    directory = await add(store, KEY)
     if known:
-        assert await store.find(RECIPE, RECIPE.digest) is not None
+        assert await store.find(KEY, KEY.digest) is not None
     damage(directory)
     store = store if known else fresh_store(tmp_path)
-    assert await store.find(RECIPE, RECIPE.digest) is None
+    assert await store.find(KEY, KEY.digest) is None
     assert not directory.exists()
 
 
 async def test_halves_are_swept_away_and_whole_ones_are_not(tmp_path: Path) -> None:
     store = fresh_store(tmp_path)
-    directory = await add(store, RECIPE)
+    directory = await add(store, KEY)
     for name in ("f" * 32 + ".new", "e" * 32, "something"):
         (store.directory / name).mkdir()
         (store.directory / name / "memory").touch()
@@ -136,20 +138,20 @@ async def test_halves_are_swept_away_and_whole_ones_are_not(tmp_path: Path) -> N
 
 async def test_the_least_used_goes_first_when_there_is_too_much(tmp_path: Path) -> None:
     store = fresh_store(tmp_path)
-    recipes = [msgspec.structs.replace(RECIPE, cmdline=str(number)) for number in range(3)]
-    for recipe in recipes:
-        await add(store, recipe, size=64 * 1024)
-    assert await store.find(recipes[0], recipes[0].digest) is not None
+    keys = [msgspec.structs.replace(KEY, cmdline=str(number)) for number in range(3)]
+    for key in keys:
+        await add(store, key, size=64 * 1024)
+    assert await store.find(keys[0], keys[0].digest) is not None
     await store.evict(max_bytes=300 * 1024, max_age=DAY)
-    assert set(await store.all()) == {recipes[0].digest, recipes[2].digest}
+    assert set(await store.all()) == {keys[0].digest, keys[2].digest}
     # What was used is known to a successor.
     await fresh_store(tmp_path).evict(max_bytes=200 * 1024, max_age=DAY)
-    assert set(await store.all()) == {recipes[0].digest}
+    assert set(await store.all()) == {keys[0].digest}
 
 
 async def test_what_nobody_uses_goes_in_time(tmp_path: Path) -> None:
     store = fresh_store(tmp_path)
-    directory = await add(store, RECIPE)
+    directory = await add(store, KEY)
     await store.evict(max_bytes=2**30, max_age=DAY)
     assert directory.exists()
     said = json.loads((directory / "template.json").read_text())

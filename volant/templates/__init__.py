@@ -3,24 +3,24 @@
 from ._actor import Templates
 from ._ask import TemplateFailed
 from ._builder import BuildDoors, Turns, template_tag_prefix
-from ._recipe import Blueprint, Recipe, Told
+from ._key import GuestConfig, TemplateKey, TemplateSpec
 from ._standby import Claim, Standby, StandbyLimits, Standbys, claim_in, standby_directory, standby_tag_prefix
-from ._store import Found, Stored, TemplateStore, template_at, template_layer
+from ._store import ReadyTemplate, TemplateRecord, TemplateStore, template_at, template_layer
 
 __all__ = [
-    "Blueprint",
     "BuildDoors",
     "Claim",
-    "Found",
-    "Recipe",
+    "GuestConfig",
+    "ReadyTemplate",
     "Standby",
     "StandbyLimits",
     "Standbys",
-    "Stored",
     "TemplateFailed",
+    "TemplateKey",
+    "TemplateRecord",
+    "TemplateSpec",
     "TemplateStore",
     "Templates",
-    "Told",
     "Turns",
     "claim_in",
     "standby_directory",

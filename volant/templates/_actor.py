@@ -22,9 +22,9 @@ from volant.model import Problem, TemplateView, draining
 
 from ._ask import TemplateFailed
 from ._builder import BuildDoors, build, sweep
-from ._recipe import Blueprint, Recipe
+from ._key import TemplateKey, TemplateSpec
 from ._standby import Standbys
-from ._store import Stored
+from ._store import TemplateRecord
 from .messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
 
 QUEUE = 16
@@ -42,13 +42,13 @@ _logger = logging.getLogger("volant.templates")
 
 @dataclass
 class _Job:
-    blueprint: Blueprint
+    spec: TemplateSpec
     waiting: list[Deferred[TemplateView]] = field(default_factory=list)
 
 
 @dataclass
 class _Failure:
-    blueprint: Blueprint | None
+    spec: TemplateSpec | None
     count: int
     until: float
     message: str
@@ -91,18 +91,18 @@ class Templates(Actor):
 
     @handles(Wanted)
     async def wanted(self, message: Wanted) -> None:
-        blueprint = message.blueprint
-        failure = self._failures.get(blueprint.digest)
-        if not self._doors.store.enabled or blueprint.digest in self._jobs or len(self._jobs) >= QUEUE:
+        spec = message.spec
+        failure = self._failures.get(spec.digest)
+        if not self._doors.store.enabled or spec.digest in self._jobs or len(self._jobs) >= QUEUE:
             return
         if failure is not None and trio.current_time() < failure.until:
             return
-        self._enqueue(_Job(blueprint))
+        self._enqueue(_Job(spec))
 
     @handles(Build)
     async def build(self, message: Build) -> Deferred[TemplateView]:
         deferred = self.ctx.defer(message)
-        digest, drain = message.blueprint.digest, self._doors.projection.drain
+        digest, drain = message.spec.digest, self._doors.projection.drain
         if drain is not None:
             deferred.fail(draining(drain))
         elif not self._doors.store.enabled:
@@ -116,7 +116,7 @@ class Templates(Actor):
                 Problem(503, "templates-busy", f"{len(self._jobs)} templates wait to be built", hint="try again later")
             )
         else:
-            self._enqueue(_Job(message.blueprint, [deferred]))
+            self._enqueue(_Job(message.spec, [deferred]))
         return deferred
 
     @handles(GiveWay)
@@ -148,11 +148,11 @@ class Templates(Actor):
             for digest, stored in (await store.all()).items()
         }
         for digest, failure in self._failures.items():
-            if digest not in views and failure.blueprint is not None:
-                views[digest] = _view(failure.blueprint, "failed", failure.at, failure.message)
+            if digest not in views and failure.spec is not None:
+                views[digest] = _view(failure.spec, "failed", failure.at, failure.message)
         now = self._doors.host.wall_clock()
         for digest, job in self._jobs.items():
-            views[digest] = _view(job.blueprint, "building" if digest == self._building else "waiting", now)
+            views[digest] = _view(job.spec, "building" if digest == self._building else "waiting", now)
         return tuple(views[digest] for digest in sorted(views))
 
     @handles(RemoveTemplate)
@@ -165,7 +165,7 @@ class Templates(Actor):
             raise Problem(503, "template-not-removed", f"the template can't be removed: {error}") from error
 
     def _enqueue(self, job: _Job) -> None:
-        self._jobs[job.blueprint.digest] = job
+        self._jobs[job.spec.digest] = job
         self._wake.set()
 
     async def _work(self) -> None:
@@ -188,9 +188,9 @@ class Templates(Actor):
 
     async def _do(self, digest: str) -> None:
         job = self._jobs[digest]
-        blueprint = job.blueprint
+        spec = job.spec
         try:
-            if await self._doors.store.find(blueprint.recipe, digest) is None:
+            if await self._doors.store.find(spec.key, digest) is None:
                 if not job.waiting:
                     await trio.sleep(_QUIET_S)
                 if not await self._build_in_turn(job):
@@ -198,8 +198,8 @@ class Templates(Actor):
             stored = (await self._doors.store.all())[digest]
         except (TemplateFailed, OSError, KeyError) as error:
             code = error.code if isinstance(error, TemplateFailed) else "io_error"
-            self._note_failure(digest, blueprint, f"{code}: {error}")
-            _logger.warning("template %s for plugin %s could not be built: %s", digest, blueprint.plugin, error)
+            self._note_failure(digest, spec, f"{code}: {error}")
+            _logger.warning("template %s for plugin %s could not be built: %s", digest, spec.plugin, error)
             for waiting in self._jobs.pop(digest).waiting:
                 waiting.fail(Problem(503, "template-failed", f"the template can't be built: {error}"))
             return
@@ -213,7 +213,7 @@ class Templates(Actor):
 
         :raises TemplateFailed: :raises OSError:
         """
-        doors, blueprint, digest = self._doors, job.blueprint, job.blueprint.digest
+        doors, spec, digest = self._doors, job.spec, job.spec.digest
         built = False
         failure: TemplateFailed | OSError | None = None
 
@@ -235,7 +235,7 @@ class Templates(Actor):
                 nursery.start_soon(end_for_drain, nursery.cancel_scope)
                 self._scope = nursery.cancel_scope
                 try:
-                    await build(doors, blueprint)
+                    await build(doors, spec)
                     built = True
                 except (TemplateFailed, OSError) as error:
                     failure = error
@@ -253,7 +253,7 @@ class Templates(Actor):
         if built:
             self._built += 1
             took_s = trio.current_time() - began
-            _logger.info("template %s for plugin %s: built in %.1f s", digest, blueprint.plugin, took_s)
+            _logger.info("template %s for plugin %s: built in %.1f s", digest, spec.plugin, took_s)
         return built
 
     def _give_up(self, job: _Job) -> None:
@@ -269,26 +269,26 @@ class Templates(Actor):
         except OSError as error:
             _logger.error("a template can't be removed: %s", error)
 
-    def _note_failure(self, digest: str, blueprint: Blueprint | None, message: str) -> None:
+    def _note_failure(self, digest: str, spec: TemplateSpec | None, message: str) -> None:
         before = self._failures.pop(digest, None)
         count = 1 if before is None else before.count + 1
         pause_s = min(_FIRST_PAUSE_S * 2.0 ** (count - 1), _MAX_PAUSE_S)
-        if blueprint is None and before is not None:
-            blueprint = before.blueprint
+        if spec is None and before is not None:
+            spec = before.spec
         until, now = trio.current_time() + pause_s, self._doors.host.wall_clock()
-        self._failures[digest] = _Failure(blueprint, count, until, message, now)
+        self._failures[digest] = _Failure(spec, count, until, message, now)
         while len(self._failures) > _FAILURES:
             del self._failures[next(iter(self._failures))]
 
-    def _ready(self, digest: str, stored: Stored, used_at: datetime) -> TemplateView:
+    def _ready(self, digest: str, stored: TemplateRecord, used_at: datetime) -> TemplateView:
         return TemplateView(
             digest=digest,
             state="ready",
             plugin=stored.plugin,
-            after=_after(stored.recipe),
-            cpu_cores=stored.recipe.cpu_cores,
-            memory_mb=stored.recipe.memory_mb,
-            disk=stored.recipe.rootfs is not None,
+            after=_after(stored.key),
+            cpu_cores=stored.key.cpu_cores,
+            memory_mb=stored.key.memory_mb,
+            disk=stored.key.rootfs is not None,
             size_bytes=stored.disk_bytes,
             created_at=stored.created_at,
             used_at=used_at,
@@ -298,17 +298,17 @@ class Templates(Actor):
 
 
 def _view(
-    blueprint: Blueprint, state: Literal["building", "waiting", "failed"], at: datetime, error: str | None = None
+    spec: TemplateSpec, state: Literal["building", "waiting", "failed"], at: datetime, error: str | None = None
 ) -> TemplateView:
-    recipe = blueprint.recipe
+    key = spec.key
     return TemplateView(
-        digest=blueprint.digest,
+        digest=spec.digest,
         state=state,
-        plugin=blueprint.plugin,
-        after=_after(recipe),
-        cpu_cores=recipe.cpu_cores,
-        memory_mb=recipe.memory_mb,
-        disk=recipe.rootfs is not None,
+        plugin=spec.plugin,
+        after=_after(key),
+        cpu_cores=key.cpu_cores,
+        memory_mb=key.memory_mb,
+        disk=key.rootfs is not None,
         size_bytes=0,
         created_at=at,
         used_at=None,
@@ -317,5 +317,5 @@ def _view(
     )
 
 
-def _after(recipe: Recipe) -> Literal["agent", "workload"]:
-    return "agent" if recipe.told is None else "workload"
+def _after(key: TemplateKey) -> Literal["agent", "workload"]:
+    return "agent" if key.config is None else "workload"

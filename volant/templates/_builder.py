@@ -1,4 +1,4 @@
-"""From a blueprint to a template: a boot of a machine of our own, stopped where it has nothing left to do.
+"""Builds a template: boots a machine of the daemon's own, and saves it once it is idle.
 
 Whatever happens half-way, the process, its directory, its memory and the half-made template have names that follow from
 the digest, and no row. So whoever begins after a daemon that was killed finds all of it without having been told.
@@ -22,7 +22,7 @@ from volant.journal import Projection
 from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_SETTLE, DAEMON_WORKLOAD, HEALTHZ
 
 from ._ask import TemplateFailed, ask, while_it_lives
-from ._recipe import Blueprint, Recipe, Told
+from ._key import GuestConfig, TemplateKey, TemplateSpec
 from ._store import LAYER, MEMORY, STATE, TemplateStore
 
 RESERVE_MB = 384
@@ -70,15 +70,15 @@ def template_tag_prefix(instance: str) -> str:
     return f"volant-{instance}-t."
 
 
-async def build(doors: BuildDoors, blueprint: Blueprint) -> None:
+async def build(doors: BuildDoors, template_spec: TemplateSpec) -> None:
     """Make a template; the store has it afterwards. Cancelled, it leaves nothing.
 
     :raises TemplateFailed: nothing is left of it.
     """
     host = doors.host
-    spec = _spec(doors, blueprint)
-    fresh = doors.store.directory / f"{blueprint.digest}.new"
-    _check_room(doors, blueprint)
+    spec = _spec(doors, template_spec)
+    fresh = doors.store.directory / f"{template_spec.digest}.new"
+    _check_room(doors, template_spec)
     try:
         await _clear(host, spec, fresh)
         await host.mkdir(fresh)
@@ -88,7 +88,7 @@ async def build(doors: BuildDoors, blueprint: Blueprint) -> None:
             identity = await doors.hypervisor.launch(spec)
             async with doors.hypervisor.attach(spec, identity) as machine:
                 await while_it_lives(
-                    machine, partial(_bring_up, host, spec, blueprint.recipe.told), doors.agent_timeout_s
+                    machine, partial(_bring_up, host, spec, template_spec.key.config), doors.agent_timeout_s
                 )
                 await machine.save(fresh / f"{STATE}.part")
                 await machine.quit()
@@ -97,7 +97,7 @@ async def build(doors: BuildDoors, blueprint: Blueprint) -> None:
                 await host.put_in_place(spec.root.layer, fresh / LAYER)
             await _copy_memory(host, spec.memory_file, fresh / MEMORY)
             protocol = await _try(doors, spec, fresh)
-            await doors.store.add(fresh, blueprint.digest, blueprint.recipe, blueprint.plugin, protocol)
+            await doors.store.add(fresh, template_spec.digest, template_spec.key, template_spec.plugin, protocol)
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
                 await _clear(host, spec, fresh)
@@ -131,39 +131,39 @@ _MAC = "02:00:00:00:00:01"
 """Of a NIC that is connected to nothing, in a guest that does not use it."""
 
 
-def unconnected_nic(recipe: Recipe) -> Nic | None:
+def unconnected_nic(key: TemplateKey) -> Nic | None:
     """The NIC of a machine that is nobody's VM."""
-    return Nic(mac=_MAC) if recipe.has_nic else None
+    return Nic(mac=_MAC) if key.has_nic else None
 
 
 def _directories(doors: BuildDoors) -> Path:
     return doors.runtime_dir / "templates"
 
 
-def _spec(doors: BuildDoors, blueprint: Blueprint) -> MachineSpec:
-    recipe, name = blueprint.recipe, blueprint.digest[:16]
-    fresh = doors.store.directory / f"{blueprint.digest}.new"
+def _spec(doors: BuildDoors, template_spec: TemplateSpec) -> MachineSpec:
+    key, name = template_spec.key, template_spec.digest[:16]
+    fresh = doors.store.directory / f"{template_spec.digest}.new"
     return MachineSpec(
         vm_id=0,
         name="",
-        cpu_cores=recipe.cpu_cores,
-        memory_mb=recipe.memory_mb,
-        kernel=blueprint.kernel,
-        initramfs=blueprint.initramfs,
-        cmdline=recipe.cmdline,
+        cpu_cores=key.cpu_cores,
+        memory_mb=key.memory_mb,
+        kernel=template_spec.kernel,
+        initramfs=template_spec.initramfs,
+        cmdline=key.cmdline,
         directory=_directories(doors) / name,
         memory_file=doors.memory_dir / f"{_MEMORY_PREFIX}{name}.mem",
         tag=f"{template_tag_prefix(doors.instance)}{name}",
-        accelerator=blueprint.accelerator,
-        root=None if blueprint.rootfs is None else Disk(blueprint.rootfs, fresh / f"{LAYER}.part", recipe.disk_mb),
-        nic=unconnected_nic(recipe),
+        accelerator=template_spec.accelerator,
+        root=None if template_spec.rootfs is None else Disk(template_spec.rootfs, fresh / f"{LAYER}.part", key.disk_mb),
+        nic=unconnected_nic(key),
         in_background=True,
     )
 
 
-def _check_room(doors: BuildDoors, blueprint: Blueprint) -> None:
+def _check_room(doors: BuildDoors, template_spec: TemplateSpec) -> None:
     """:raises TemplateFailed: the host has better things to do with its memory or its disk."""
-    memory_mb = blueprint.recipe.memory_mb
+    memory_mb = template_spec.key.memory_mb
     available_mb = doors.host.memory_to_spare_mb(doors.memory_dir)
     if available_mb < memory_mb + RESERVE_MB:
         raise TemplateFailed("no_memory", f"{available_mb} MiB of memory are left, and a build may not take the last")
@@ -200,7 +200,7 @@ async def _try(doors: BuildDoors, spec: MachineSpec, fresh: Path) -> int:
     return protocol if type(protocol) is int else 1
 
 
-async def _bring_up(host: Host, spec: MachineSpec, told: Told | None) -> None:
+async def _bring_up(host: Host, spec: MachineSpec, config: GuestConfig | None) -> None:
     """Wait until the guest is what clones are to begin with; nobody is connected to it afterwards.
 
     :raises TemplateFailed:
@@ -212,9 +212,9 @@ async def _bring_up(host: Host, spec: MachineSpec, told: Told | None) -> None:
             await trio.sleep(_AGAIN_S)
         if state != ("none" if spec.root is None else "mounted"):
             raise TemplateFailed("rootfs_failed", "the guest can't mount its root filesystem")
-        if told is not None:
-            await ask(client, "PUT", DAEMON_MANIFEST, told.manifest)
-            status = await ask(client, "PUT", DAEMON_WORKLOAD, told.workload)
+        if config is not None:
+            await ask(client, "PUT", DAEMON_MANIFEST, config.manifest)
+            status = await ask(client, "PUT", DAEMON_WORKLOAD, config.workload)
             while status.get("state") != "healthy":
                 if status.get("state") in ("failed", "exited"):
                     raise TemplateFailed("workload_failed", f"the workload does not run: {status.get('error')}"[:500])

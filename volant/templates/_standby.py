@@ -25,7 +25,7 @@ from volant.model import ProcessIdentity
 
 from ._ask import TemplateFailed
 from ._builder import RESERVE_MB, BuildDoors, unconnected_nic
-from ._recipe import Blueprint
+from ._key import TemplateSpec
 from ._store import template_at, template_layer
 from ._warm import warm_up
 
@@ -79,7 +79,7 @@ class Standby(msgspec.Struct, frozen=True, kw_only=True):
 class Use:
     """That a template serves, and when a VM was made of it last."""
 
-    blueprint: Blueprint
+    spec: TemplateSpec
     at: float
     not_before: float = -math.inf
 
@@ -113,7 +113,7 @@ def wanted(uses: Mapping[str, Use], now: float, limits: StandbyLimits) -> dict[s
     left_mb = limits.max_mb
     found = {}
     for digest, use in sorted(uses.items(), key=lambda each: -each[1].at):
-        memory_mb = use.blueprint.recipe.memory_mb
+        memory_mb = use.spec.key.memory_mb
         count = min(limits.each, left_mb // memory_mb) if now < use.idle_at(limits) else 0
         if count:
             found[digest] = count
@@ -164,15 +164,15 @@ class Standbys:
 
     # For the boot of a VM
 
-    def take(self, vm_id: int, blueprint: Blueprint) -> Standby | None:
+    def take(self, vm_id: int, template_spec: TemplateSpec) -> Standby | None:
         """A process for a VM that is to be a clone, if one waits; `settle` follows in any case."""
         if not self.limits.each:
             return None
-        use = self._uses.setdefault(blueprint.digest, Use(blueprint, 0.0))
+        use = self._uses.setdefault(template_spec.digest, Use(template_spec, 0.0))
         use.at = self._taken_at = trio.current_time()
         self._wake.set()
         for standby in self._waiting.values():
-            if standby.digest == blueprint.digest:
+            if standby.digest == template_spec.digest:
                 self._remove(standby)
                 self._lent[vm_id] = standby
                 return standby
@@ -276,7 +276,7 @@ class Standbys:
             use = self._uses.get(digest)
             if use is None or have.get(digest, 0) >= count or now < use.not_before:
                 continue
-            room = available_mb >= use.blueprint.recipe.memory_mb + RESERVE_MB
+            room = available_mb >= use.spec.key.memory_mb + RESERVE_MB
             if room and self._may_start():
                 await self._start(use, nursery)
                 return True
@@ -292,20 +292,22 @@ class Standbys:
         return max(0.0, idle_at - trio.current_time())
 
     async def _start(self, use: Use, nursery: trio.Nursery) -> None:
-        host, doors, blueprint = self.doors.host, self.doors, use.blueprint
+        host, doors, template_spec = self.doors.host, self.doors, use.spec
         tag = f"{standby_tag_prefix(doors.instance)}{host.new_id()[:12]}"
-        spec = self._spec(blueprint, tag)
+        spec = self._spec(template_spec, tag)
         identity: ProcessIdentity | None = None
         try:
             if spec.root is not None:
                 await host.mkdir(spec.root.layer.parent)
-                await doors.hypervisor.make_layer(spec.root, template_layer(doors.store.directory, blueprint.digest))
+                await doors.hypervisor.make_layer(
+                    spec.root, template_layer(doors.store.directory, template_spec.digest)
+                )
             identity = await doors.hypervisor.launch(spec)
             # A workload does not run for as long as it is nobody's.
-            if blueprint.recipe.told is None:
+            if template_spec.key.config is None:
                 await self.warm_up(doors, spec, identity)
         except (HypervisorError, TemplateFailed, OSError) as error:
-            _logger.warning("no process can wait for template %s: %s", blueprint.digest, error)
+            _logger.warning("no process can wait for template %s: %s", template_spec.digest, error)
             self.figures.failed_starts += 1
             use.not_before = trio.current_time() + _HOLD_OFF_S
             self._doom(tag, identity)
@@ -314,14 +316,14 @@ class Standbys:
             self._doom(tag, identity)
             raise
         self.figures.started += 1
-        if self._uses.get(blueprint.digest) is not use:
+        if self._uses.get(template_spec.digest) is not use:
             self._doom(tag, identity)
             return
         standby = Standby(
             tag=tag,
-            digest=blueprint.digest,
+            digest=template_spec.digest,
             identity=identity,
-            memory_mb=blueprint.recipe.memory_mb,
+            memory_mb=template_spec.key.memory_mb,
             layer=None if spec.root is None else spec.root.layer,
         )
         self._waiting[tag] = standby
@@ -337,26 +339,26 @@ class Standbys:
             use.not_before = trio.current_time() + _HOLD_OFF_S
             self._dismiss(standby)
 
-    def _spec(self, blueprint: Blueprint, tag: str) -> MachineSpec:
-        doors, recipe = self.doors, blueprint.recipe
+    def _spec(self, template_spec: TemplateSpec, tag: str) -> MachineSpec:
+        doors, key = self.doors, template_spec.key
         root = None
-        if blueprint.rootfs is not None:
-            root = Disk(blueprint.rootfs, self._layer(tag), recipe.disk_mb)
+        if template_spec.rootfs is not None:
+            root = Disk(template_spec.rootfs, self._layer(tag), key.disk_mb)
         return MachineSpec(
             vm_id=0,
             name="",
-            cpu_cores=recipe.cpu_cores,
-            memory_mb=recipe.memory_mb,
-            kernel=blueprint.kernel,
-            initramfs=blueprint.initramfs,
-            cmdline=recipe.cmdline,
+            cpu_cores=key.cpu_cores,
+            memory_mb=key.memory_mb,
+            kernel=template_spec.kernel,
+            initramfs=template_spec.initramfs,
+            cmdline=key.cmdline,
             directory=standby_directory(doors.runtime_dir, tag),
             memory_file=doors.memory_dir / "standby.mem",
             tag=tag,
-            accelerator=blueprint.accelerator,
+            accelerator=template_spec.accelerator,
             root=root,
-            template=template_at(doors.store.directory, blueprint.digest),
-            nic=unconnected_nic(recipe),
+            template=template_at(doors.store.directory, template_spec.digest),
+            nic=unconnected_nic(key),
             waits=True,
         )
 

@@ -21,7 +21,7 @@ from volant._own import inside
 from volant.host import Host
 from volant.hypervisor import Template
 
-from ._recipe import Recipe
+from ._key import TemplateKey
 
 MEMORY, STATE, LAYER, RECORD, USED = "memory", "state", "root.qcow2", "template.json", "used"
 
@@ -43,7 +43,7 @@ def template_layer(directory: Path, digest: str) -> Path:
     return inside(directory, digest) / LAYER
 
 
-class Found(msgspec.Struct, frozen=True):
+class ReadyTemplate(msgspec.Struct, frozen=True):
     """A template that may be used now."""
 
     digest: str
@@ -51,11 +51,12 @@ class Found(msgspec.Struct, frozen=True):
     """The template's own, to be copied."""
 
 
-class Stored(msgspec.Struct, frozen=True, kw_only=True):
+class TemplateRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What `template.json` says."""
 
     version: int = 1
-    recipe: Recipe
+    key: TemplateKey = msgspec.field(name="recipe")
+    """Named `recipe` in `template.json`."""
     plugin: str
     created_at: datetime
     state_sha256: str
@@ -73,19 +74,19 @@ class TemplateStore:
         self.directory = directory
         self.enabled = enabled
         self._host = host
-        self._known: dict[str, Stored] = {}
+        self._known: dict[str, TemplateRecord] = {}
         """Those whose `state` has been read and was right."""
         self._used: dict[str, datetime] = {}
         self._noted: dict[str, datetime] = {}
         self.clones: dict[str, int] = {}
         """How often each was given out, since the daemon began."""
         self.on_removed: Callable[[str], None] = lambda digest: None
-        """Told of each that goes."""
+        """Called with the digest of each template that is removed."""
 
     # Finding
 
-    async def find(self, recipe: Recipe, digest: str) -> Found | None:
-        """The template of a recipe, checked just now. One that is damaged is removed, and the log says so."""
+    async def find(self, key: TemplateKey, digest: str) -> ReadyTemplate | None:
+        """The template of a key, checked just now. One that is damaged is removed, and the log says so."""
         if not self.enabled or not self._host.exists(self.directory / digest / RECORD):
             return None
         why = await self._damage(digest)
@@ -94,14 +95,14 @@ class TemplateStore:
             await self.remove(digest)
             return None
         self._used[digest] = self._host.wall_clock()
-        return Found(digest, template_layer(self.directory, digest) if recipe.rootfs is not None else None)
+        return ReadyTemplate(digest, template_layer(self.directory, digest) if key.rootfs is not None else None)
 
     async def _damage(self, digest: str) -> str:
         """Why a template must not be used; empty: it may."""
         try:
             stored = self._known.get(digest) or await self._load(digest)
-            if stored.recipe.digest != digest:
-                return "it was made by another recipe"
+            if stored.key.digest != digest:
+                return "it was made by another key"
             for name, fingerprint in stored.fingerprints.items():
                 if self._host.fingerprint(self.directory / digest / name) != fingerprint:
                     return f"somebody has touched its {name}"
@@ -114,13 +115,13 @@ class TemplateStore:
         self._known[digest] = stored
         return ""
 
-    async def _load(self, digest: str) -> Stored:
+    async def _load(self, digest: str) -> TemplateRecord:
         data = await self._host.read_bytes(self.directory / digest / RECORD, _MAX_RECORD)
-        return msgspec.json.decode(data, type=Stored)
+        return msgspec.json.decode(data, type=TemplateRecord)
 
-    async def all(self) -> dict[str, Stored]:
+    async def all(self) -> dict[str, TemplateRecord]:
         """All that are there, by digest; whether they are whole shows when they are used."""
-        found: dict[str, Stored] = {}
+        found: dict[str, TemplateRecord] = {}
         for digest in self._names():
             try:
                 found[digest] = self._known.get(digest) or await self._load(digest)
@@ -128,7 +129,7 @@ class TemplateStore:
                 continue
         return found
 
-    async def used_at(self, digest: str, stored: Stored) -> datetime:
+    async def used_at(self, digest: str, stored: TemplateRecord) -> datetime:
         """When it was given out last, or made."""
         known = self._used.get(digest)
         if known is None:
@@ -152,15 +153,15 @@ class TemplateStore:
 
     # Making and removing
 
-    async def add(self, fresh: Path, digest: str, recipe: Recipe, plugin: str, protocol: int = 1) -> None:
+    async def add(self, fresh: Path, digest: str, key: TemplateKey, plugin: str, protocol: int = 1) -> None:
         """Take a finished template, whose files are on the disk, from `fresh`, a directory beside the others.
 
         Raises OSError.
         """
         host = self._host
-        names = [MEMORY, STATE, *([LAYER] if recipe.rootfs is not None else [])]
-        stored = Stored(
-            recipe=recipe,
+        names = [MEMORY, STATE, *([LAYER] if key.rootfs is not None else [])]
+        stored = TemplateRecord(
+            key=key,
             plugin=plugin,
             created_at=host.wall_clock(),
             state_sha256=hashlib.sha256(await host.read_bytes(fresh / STATE, _MAX_STATE)).hexdigest(),

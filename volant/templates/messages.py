@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from actors import Request
 from volant.model import Problem, TemplateView
 
-from ._recipe import Blueprint
+from ._key import TemplateSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A tell: a VM of this kind has booted cold, and the next ones should not have to."""
 
-    blueprint: Blueprint
+    spec: TemplateSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Build(Request[TemplateView]):
     :raises Problem: 409 there are no templates here; 503 it can't be had, and why.
     """
 
-    blueprint: Blueprint
+    spec: TemplateSpec
     raises = (Problem,)
 
 

@@ -71,13 +71,13 @@ from ._gate import TURN_S
 from ._network import Neighbours, attach, attach_anew, detach, is_user, keep_user_network, note_connected
 from ._process import LiveProcess, RootFailed
 from ._steps import (
-    blueprint_of,
+    guest_manifest,
     layer_directory,
     machine_id,
     machine_spec,
     prepare_boot,
     tag_of,
-    told_manifest,
+    template_spec_of,
     workload_spec,
 )
 from .messages import Ask, CheckpointTaken, Report, TakeCheckpoint
@@ -254,9 +254,9 @@ class VmActor(Actor):
 
     async def _want_template(self, row: VmRow) -> None:
         with suppress(OSError):
-            blueprint = await blueprint_of(self._doors, row, row.image or "")
-            if await self._doors.templates.find(blueprint.recipe, blueprint.digest) is None:
-                self._tell(Wanted(blueprint))
+            template_spec = await template_spec_of(self._doors, row, row.image or "")
+            if await self._doors.templates.find(template_spec.key, template_spec.digest) is None:
+                self._tell(Wanted(template_spec))
 
     def _tell(self, message: Wanted | Suspect) -> None:
         # Lost, it is told again by the next VM.
@@ -444,7 +444,7 @@ class VmActor(Actor):
                 self._log,
                 row.boot_key,
                 report,
-                manifest=None if row.boots == row.found_boot else told_manifest(row),
+                manifest=None if row.boots == row.found_boot else guest_manifest(row),
                 workload=workload_spec(row),
                 neighbours=Neighbours(self._doors.store.projection, row, self._doors.settings.nameservers),
                 telling=self._doors.telling,

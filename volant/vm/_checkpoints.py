@@ -68,7 +68,7 @@ class CheckpointLost(Exception):
         self.code = code
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What `capture.json` says."""
 
     version: int = 1
@@ -84,7 +84,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """The newest that the agent of its guest is known to speak."""
 
 
-class Found(msgspec.Struct, frozen=True):
+class ReadyCheckpoint(msgspec.Struct, frozen=True):
     """A checkpoint that may be used now."""
 
     layer: Path | None
@@ -141,7 +141,7 @@ class Checkpoints:
         self._nursery: trio.Nursery | None = None
         self._turns: dict[str, Turn] = {}
         """By the names of the checkpoints."""
-        self._known: dict[Path, Record] = {}
+        self._known: dict[Path, CheckpointRecord] = {}
         """Those whose `state` has been read and was right."""
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -309,11 +309,11 @@ class Checkpoints:
             raise CheckpointLost("capture_failed", f"the copy can't be written: {said.decode(errors='replace')[-300:]}")
         await self._host.put_in_place(part, target)
 
-    async def _write_record(self, directory: Path, taken: CheckpointTaken) -> Record:
+    async def _write_record(self, directory: Path, taken: CheckpointTaken) -> CheckpointRecord:
         checkpoint = taken.checkpoint
         host, names = self._host, _names(checkpoint)
         state = await host.read_bytes(directory / STATE, _MAX_STATE)
-        record = Record(
+        record = CheckpointRecord(
             kind=checkpoint.kind,
             state_sha256=hashlib.sha256(state).hexdigest(),
             fingerprints={name: host.fingerprint(directory / name) for name in names},
@@ -326,7 +326,7 @@ class Checkpoints:
 
     # Using them
 
-    async def find(self, checkpoint: str) -> Found:
+    async def find(self, checkpoint: str) -> ReadyCheckpoint:
         """A checkpoint that a VM is to go on from, checked just now.
 
         :raises CheckpointLost:
@@ -337,7 +337,9 @@ class Checkpoints:
             why = "its files are gone" if checkpoint.startswith(SNAPSHOT) else "it was not made, or is gone again"
             raise CheckpointLost("capture_gone", f"{what} can't be gone on from: {why}")
         try:
-            record = msgspec.json.decode(await self._host.read_bytes(directory / RECORD, _MAX_RECORD), type=Record)
+            record = msgspec.json.decode(
+                await self._host.read_bytes(directory / RECORD, _MAX_RECORD), type=CheckpointRecord
+            )
             for name, fingerprint in record.fingerprints.items():
                 if self._host.fingerprint(directory / name) != fingerprint:
                     raise CheckpointLost("capture_damaged", f"{what} is damaged: somebody has touched its {name}")
@@ -351,7 +353,7 @@ class Checkpoints:
         if misfit is not None:
             raise CheckpointLost("capture_unfit", f"{what} can't go on here: {misfit}")
         self._known[directory] = record
-        return Found(directory / LAYER if LAYER in record.fingerprints else None, record.paused_ms)
+        return ReadyCheckpoint(directory / LAYER if LAYER in record.fingerprints else None, record.paused_ms)
 
     def protocol(self, checkpoint: str) -> int:
         """The newest protocol that the agents of its copies speak, as far as is known here: 1, the oldest, else."""

@@ -19,7 +19,7 @@ from volant import images
 from volant._own import inside
 from volant.hypervisor import AcceleratorName, Disk, LaunchFailed, MachineSpec, Template
 from volant.model import NONE, Artifact, Boot, Manifest, Origin, Problem, VmRow, is_checkpoint
-from volant.templates import Blueprint, Found, Recipe, Standby, Told, template_at
+from volant.templates import GuestConfig, ReadyTemplate, Standby, TemplateKey, TemplateSpec, template_at
 from volant.templates.messages import Build
 
 from ._checkpoints import MEMORY, STATE, CheckpointLost, checkpoint_at
@@ -64,8 +64,8 @@ async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
     found = await _find_template(doors, row, digest)
     if found is None:
         return Prepared(digest, None)
-    template, blueprint = found
-    return Prepared(digest, template.digest, standby=doors.standbys.take(row.id, blueprint))
+    template, template_spec = found
+    return Prepared(digest, template.digest, standby=doors.standbys.take(row.id, template_spec))
 
 
 async def _prepare_copy(doors: VmDoors, row: VmRow, checkpoint: str) -> Prepared:
@@ -151,8 +151,8 @@ async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> 
     if found is None:
         await _make_layer(doors, disk, None)
         return Prepared(image, None)
-    template, blueprint = found
-    standby = doors.standbys.take(row.id, blueprint)
+    template, template_spec = found
+    standby = doors.standbys.take(row.id, template_spec)
     await _make_layer(doors, disk, template.layer, standby)
     return Prepared(image, template.digest, standby=standby)
 
@@ -184,16 +184,16 @@ async def _make_layer(doors: VmDoors, disk: Disk, like: Path | None, standby: St
         raise StepError("disk_failed", f"the directory of the VM's disk can't be made: {error}") from error
 
 
-async def _find_template(doors: VmDoors, row: VmRow, image: str) -> tuple[Found, Blueprint] | None:
+async def _find_template(doors: VmDoors, row: VmRow, image: str) -> tuple[ReadyTemplate, TemplateSpec] | None:
     """What the VM is to go on from, and is there; None: it boots cold. :raises StepError: it must not."""
     if row.boot == "cold" or row.fallback is not None or (row.boot == "auto" and not doors.templates.enabled):
         return None
     try:
-        blueprint = await blueprint_of(doors, row, image)
-        found = await doors.templates.find(blueprint.recipe, blueprint.digest)
+        template_spec = await template_spec_of(doors, row, image)
+        found = await doors.templates.find(template_spec.key, template_spec.digest)
         if found is None and row.boot == "template":
-            await _have_built(doors, blueprint)
-            found = await doors.templates.find(blueprint.recipe, blueprint.digest)
+            await _have_built(doors, template_spec)
+            found = await doors.templates.find(template_spec.key, template_spec.digest)
     except (OSError, Problem, ActorDown, AskTimeout) as error:
         if row.boot == "auto":
             return None
@@ -201,22 +201,22 @@ async def _find_template(doors: VmDoors, row: VmRow, image: str) -> tuple[Found,
         raise StepError("template_failed", f"the VM is to be a clone, and there is no template: {why}") from error
     if found is None and row.boot == "template":
         raise StepError("template_failed", "the VM is to be a clone, and its template was there and is gone again")
-    return None if found is None else (found, blueprint)
+    return None if found is None else (found, template_spec)
 
 
-async def _have_built(doors: VmDoors, blueprint: Blueprint) -> None:
+async def _have_built(doors: VmDoors, template_spec: TemplateSpec) -> None:
     """Wait for the template, and before that for the end of a drain. Raises Problem, ActorDown, AskTimeout."""
     while True:
         await doors.store.projection.undrained()
         try:
-            await doors.builder.ask(Build(blueprint), timeout_s=doors.settings.agent_timeout_s + _BUILD_S)
+            await doors.builder.ask(Build(template_spec), timeout_s=doors.settings.agent_timeout_s + _BUILD_S)
             return
         except Problem as problem:
             if problem.code != "draining":
                 raise
 
 
-async def blueprint_of(doors: VmDoors, row: VmRow, image: str) -> Blueprint:
+async def template_spec_of(doors: VmDoors, row: VmRow, image: str) -> TemplateSpec:
     """What a template must be made of for such a VM to go on from it. What it boots from is in the cache.
 
     :raises OSError: it is not.
@@ -231,10 +231,10 @@ async def blueprint_of(doors: VmDoors, row: VmRow, image: str) -> Blueprint:
         return f"image {image}" if path is None else f"file {path} {doors.host.fingerprint(path)}"
 
     workload = workload_spec(row)
-    told = None
+    config = None
     if row.manifest.template.after == "workload" and workload is not None:
-        told = Told(told_manifest(row), workload)
-    recipe = Recipe(
+        config = GuestConfig(guest_manifest(row), workload)
+    key = TemplateKey(
         hypervisor=await doors.hypervisor.fingerprint(),
         kernel=part(boot.kernel, doors.settings.kernel),
         initramfs=part(boot.initramfs, doors.settings.initramfs),
@@ -243,12 +243,12 @@ async def blueprint_of(doors: VmDoors, row: VmRow, image: str) -> Blueprint:
         cpu_cores=row.cpu_cores,
         memory_mb=row.memory_mb,
         disk_mb=row.disk_mb,
-        told=told,
+        config=config,
         has_nic=row.network != NONE,
     )
-    return Blueprint(
-        recipe=recipe,
-        digest=recipe.digest,
+    return TemplateSpec(
+        key=key,
+        digest=key.digest,
         plugin=row.plugin,
         kernel=spec.kernel,
         initramfs=spec.initramfs,
@@ -257,7 +257,7 @@ async def blueprint_of(doors: VmDoors, row: VmRow, image: str) -> Blueprint:
     )
 
 
-def told_manifest(row: VmRow) -> dict[str, object]:
+def guest_manifest(row: VmRow) -> dict[str, object]:
     """The body of `PUT /v1/daemon/manifest`: all of it but `boot`, as a guest has no business with the host's paths."""
     told: dict[str, object] = msgspec.to_builtins(msgspec.structs.replace(row.manifest, boot=None))
     return told

@@ -43,7 +43,7 @@ _A_BUILD = "a build of a template"
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Item:
     """One thing on the disk."""
 
     kind: StoredKind
@@ -68,10 +68,10 @@ class _Users:
     plugins: dict[str, Manifest] = field(default_factory=dict)
     snapshots: tuple[Snapshot, ...] = ()
 
-    def of(self, found: _Found) -> list[str]:
+    def of(self, found: _Item) -> list[str]:
         return self._ours(found) + list(found.others)
 
-    def _ours(self, found: _Found) -> list[str]:
+    def _ours(self, found: _Item) -> list[str]:
         match found.kind:
             case "image":
                 users = [f"VM {row.name}" for row in self.rows.values() if row.image == found.name]
@@ -96,7 +96,7 @@ class _Users:
             case _:
                 return []
 
-    def _process(self, found: _Found) -> list[str]:
+    def _process(self, found: _Item) -> list[str]:
         return ["a process without a VM"] if found.vm_id in self.running else []
 
 
@@ -160,7 +160,7 @@ def _users(doors: VmDoors, running: frozenset[int]) -> _Users:
     return _Users(rows, running, plugins, tuple(projection.snapshots.values()))
 
 
-def _shown(found: _Found, users: _Users) -> StoredItem:
+def _shown(found: _Item, users: _Users) -> StoredItem:
     used_by = users.of(found)
     fixed = found.kind in ("journal", "cache") or found.current
     return StoredItem(
@@ -172,18 +172,18 @@ def _shown(found: _Found, users: _Users) -> StoredItem:
     )
 
 
-async def _look(doors: VmDoors) -> tuple[list[_Found], frozenset[int]]:
+async def _look(doors: VmDoors) -> tuple[list[_Item], frozenset[int]]:
     host = doors.host
     # The processes last: what one that was launched meanwhile has made is then not taken for nobody's.
     found = await host.run_blocking(_scan, doors)
     running = frozenset(each.vm_id for each in await processes_of_vms(host, doors.instance))
     found += await _templates(doors)
     logs = doors.logs.sizes()
-    found += [_Found("log", str(vm_id), size, vm_id=vm_id) for vm_id, (size, _) in logs.items()]
+    found += [_Item("log", str(vm_id), size, vm_id=vm_id) for vm_id, (size, _) in logs.items()]
     return found, running
 
 
-async def _templates(doors: VmDoors) -> list[_Found]:
+async def _templates(doors: VmDoors) -> list[_Item]:
     """Templates, and what is to become one."""
     store = doors.templates
     whole = await store.all()
@@ -192,38 +192,38 @@ async def _templates(doors: VmDoors) -> list[_Found]:
     found = []
     for name, size in sizes.items():
         used_at = await store.used_at(name, whole[name]) if name in whole else None
-        found.append(_Found("template", name, size, current=name not in whole, used_at=used_at))
+        found.append(_Item("template", name, size, current=name not in whole, used_at=used_at))
     return found
 
 
-def _scan(doors: VmDoors) -> list[_Found]:
+def _scan(doors: VmDoors) -> list[_Item]:
     host, settings, database = doors.host, doors.settings, doors.store.path
     suffixes = ("", "-wal", "-shm", "-reserve", "-acknowledged")
     beside = [database.with_name(database.name + suffix) for suffix in suffixes]
-    found = [_Found("journal", database.name, sum(map(host.disk_usage, beside)))]
-    found += [_Found("database", path.name, host.disk_usage(path), path) for path in replaced_databases(database)]
+    found = [_Item("journal", database.name, sum(map(host.disk_usage, beside)))]
+    found += [_Item("database", path.name, host.disk_usage(path), path) for path in replaced_databases(database)]
     found += [
-        _Found("disk", path.name, host.disk_usage(path), path, _id_of(path.name.partition("-")[0]))
+        _Item("disk", path.name, host.disk_usage(path), path, _id_of(path.name.partition("-")[0]))
         for path in _in(host, settings.disk_dir)
     ]
-    found += [_Found("snapshot", path.name, host.disk_usage(path), path) for path in _in(host, settings.snapshot_dir)]
+    found += [_Item("snapshot", path.name, host.disk_usage(path), path) for path in _in(host, settings.snapshot_dir)]
     found += [
-        _Found("leftover", path.name, host.disk_usage(path), path, _id_of(path.name))
+        _Item("leftover", path.name, host.disk_usage(path), path, _id_of(path.name))
         for path in _in(host, settings.runtime_dir / "vms")
     ]
     found += [
-        _Found("leftover", path.name, host.disk_usage(path), path, _id_of(path.stem))
+        _Item("leftover", path.name, host.disk_usage(path), path, _id_of(path.stem))
         for path in _in(host, settings.memory_dir)
         if path.suffix == ".mem"
     ]
     for image in images.list_images(settings.cache_dir):
         others = _others(doors, image.digest)
-        found.append(_Found("image", image.digest, image.size_bytes, current=image.current, others=others))
+        found.append(_Item("image", image.digest, image.size_bytes, current=image.current, others=others))
     for medium in images.list_media(settings.cache_dir):
         others = _others(doors, medium.digest)
-        found.append(_Found("medium", medium.digest, medium.disk_bytes, others=others))
+        found.append(_Item("medium", medium.digest, medium.disk_bytes, others=others))
     rest = [path for path in _in(host, settings.cache_dir) if path.name not in ("images", "media")]
-    found.append(_Found("cache", "packages and indexes", sum(map(host.disk_usage, rest))))
+    found.append(_Item("cache", "packages and indexes", sum(map(host.disk_usage, rest))))
     return [one for one in found if one.kind != "leftover" or one.vm_id is not None]
 
 
@@ -241,7 +241,7 @@ def _id_of(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 19 else None
 
 
-async def _remove(doors: VmDoors, found: _Found, running: frozenset[int]) -> bool:
+async def _remove(doors: VmDoors, found: _Item, running: frozenset[int]) -> bool:
     """Whether it is gone. :raises images.ImageError, OSError: it can't be removed."""
 
     def in_use() -> bool:

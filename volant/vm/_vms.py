@@ -89,7 +89,7 @@ from ._network import is_user, reconnect
 from ._orphans import Orphan, find_orphans, kill_orphan, steps_to_adopt
 from ._process import LiveProcess
 from ._serial import SerialConsole
-from ._steps import blueprint_of, prepare_media, uses_image
+from ._steps import prepare_media, template_spec_of, uses_image
 from .messages import Ask, CheckpointTaken, TakeCheckpoint
 
 R = TypeVar("R")
@@ -546,10 +546,10 @@ class Vms:
         row = new_row(like, plugin.manifest, vm_id=0, now=now, networking=networking)
         try:
             image = await prepare_media(self.doors, row)
-            blueprint = await blueprint_of(self.doors, row, image)
+            template_spec = await template_spec_of(self.doors, row, image)
         except (StepError, OSError) as error:
             raise Problem(503, "template-failed", f"the template can't be built: {error}") from error
-        return await self._builder(Build(blueprint), self.doors.settings.agent_timeout_s + _BUILD_TIMEOUT_S)
+        return await self._builder(Build(template_spec), self.doors.settings.agent_timeout_s + _BUILD_TIMEOUT_S)
 
     async def remove_template(self, digest: str) -> None:
         """Remove a template; VMs that began as its clones go on. :raises Problem: 404, 503."""

@@ -11,7 +11,7 @@ import msgspec
 from volant.hypervisor import AcceleratorName
 
 
-class Told(msgspec.Struct, frozen=True):
+class GuestConfig(msgspec.Struct, frozen=True):
     """What a guest was told before it became a template."""
 
     manifest: dict[str, Any]
@@ -20,7 +20,7 @@ class Told(msgspec.Struct, frozen=True):
     """Likewise, the VM's own environment in it."""
 
 
-class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+class TemplateKey(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a guest's state follows from. Nothing of it names a VM."""
 
     hypervisor: str
@@ -37,7 +37,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """How large its disk is; None: as large as the root filesystem."""
     has_nic: bool = False
     """Whether its machine has a network interface. What stands on that is each clone's own."""
-    told: Told | None = None
+    config: GuestConfig | None = msgspec.field(default=None, name="told")
     """None: nothing yet, and each clone hears of its plugin and its workload itself."""
 
     @property
@@ -46,10 +46,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:32]
 
 
-class Blueprint(msgspec.Struct, frozen=True, kw_only=True):
-    """A recipe, and where on this host its parts lie."""
+class TemplateSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A key, and where on this host its parts lie."""
 
-    recipe: Recipe
+    key: TemplateKey
     digest: str
     plugin: str
     """Of the VM for which it is asked; others may be served by it too."""
