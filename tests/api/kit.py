@@ -27,8 +27,8 @@ from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import PUBLIC, BootMedia, Origins
 from volant.journal import Backups, Evidence, Journal, Store, VmLogs
 from volant.operations import ApiDeps, Health
-from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
-from volant.vm import BootGate, Checkpoints, VmDoors, Vms, VmSettings
+from volant.templates import BuildDoors, Templates, TemplateStore, WarmPool, WarmPoolLimits
+from volant.vm import BootLimiter, Checkpoints, VmDoors, Vms, VmSettings
 
 FAST = Limits(
     keep_alive_s=30.0, header_s=5.0, send_s=20.0, finish_s=3.0, drop_s=2.0, linger_s=0.5, grace_s=0.3, lifespan_s=2.0
@@ -293,14 +293,14 @@ async def api(
         host=host,
         hypervisor=hypervisor,
         store=templates,
-        turns=BootGate(1),
+        boot_slots=BootLimiter(1),
         projection=store.projection,
         instance="test",
         runtime_dir=path / "run",
         memory_dir=path / "mem",
     )
-    standbys = Standbys(builds, StandbyLimits(), quiet=lambda: True)
-    builder = Child("templates", lambda: Templates(builds, standbys, max_bytes=2**30, max_age=timedelta(days=1)))
+    warm_pool = WarmPool(builds, WarmPoolLimits(), quiet=lambda: True)
+    builder = Child("templates", lambda: Templates(builds, warm_pool, max_bytes=2**30, max_age=timedelta(days=1)))
     checkpoints = Checkpoints(
         host, store, journal.ref, hypervisor, memory_dir=path / "mem", snapshot_dir=path / "snapshots"
     )
@@ -314,7 +314,7 @@ async def api(
             hypervisor=hypervisor,
             templates=templates,
             builder=builder.ref,
-            standbys=standbys,
+            warm_pool=warm_pool,
             checkpoints=checkpoints,
             media=BootMedia(path / "cache", path, timeout_s=60, max_mb=64, origins=origins),
             settings=VmSettings(

@@ -20,16 +20,16 @@ from volant.journal import Projection
 from volant.model import Drain, Problem, TemplateView
 from volant.templates import (
     BuildDoors,
-    StandbyLimits,
-    Standbys,
     TemplateFailed,
     Templates,
     TemplateSpec,
     TemplateStore,
+    WarmPool,
+    WarmPoolLimits,
     _actor,
 )
 from volant.templates.messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
-from volant.vm import BootGate
+from volant.vm import BootLimiter
 
 SPEC = TemplateSpec(
     key=KEY,
@@ -76,7 +76,7 @@ async def standing(
     tmp_path: Path,
     *,
     enabled: bool = True,
-    gate: BootGate | None = None,
+    boot_slots: BootLimiter | None = None,
     projection: Projection | None = None,
 ) -> AsyncIterator[Ref[Any]]:
     host = Host()
@@ -84,14 +84,14 @@ async def standing(
         host=host,
         hypervisor=QemuHypervisor(host, tmp_path / "c", accelerator="tcg"),
         store=TemplateStore(host, tmp_path / "t", enabled=enabled),
-        turns=gate or BootGate(1),
+        boot_slots=boot_slots or BootLimiter(1),
         projection=Projection() if projection is None else projection,
         instance="volant-test",
         runtime_dir=tmp_path / "r",
         memory_dir=tmp_path / "mem",
     )
-    standbys = Standbys(doors, StandbyLimits(), quiet=lambda: True)
-    child = Child("templates", lambda: Templates(doors, standbys, max_bytes=2**30, max_age=timedelta(days=1)))
+    warm_pool = WarmPool(doors, WarmPoolLimits(), quiet=lambda: True)
+    child = Child("templates", lambda: Templates(doors, warm_pool, max_bytes=2**30, max_age=timedelta(days=1)))
     async with open_system(Supervisor(ONE_FOR_ONE, intensity=1, period_s=60, children=[child])):
         yield child.ref
 
@@ -157,44 +157,44 @@ async def test_where_there_are_none_nobody_waits_for_one(tmp_path: Path, builder
 
 
 async def test_a_build_has_its_turn_behind_all_vms_that_wait(tmp_path: Path, builder: Builder) -> None:
-    gate = BootGate(1)
-    await gate.enter(1)
+    boot_slots = BootLimiter(1)
+    await boot_slots.acquire(1)
     builder.may_end.set()
-    async with standing(tmp_path, gate=gate) as ref, trio.open_nursery() as nursery:
+    async with standing(tmp_path, boot_slots=boot_slots) as ref, trio.open_nursery() as nursery:
         ref.tell(Wanted(SPEC))
         await until(ref, "waiting")
         with trio.fail_after(10):
-            while gate.inspect(SPEC.digest) is None:  # noqa: ASYNC110
+            while boot_slots.inspect(SPEC.digest) is None:  # noqa: ASYNC110
                 await trio.sleep(0.01)
-        nursery.start_soon(gate.enter, 2)
+        nursery.start_soon(boot_slots.acquire, 2)
         await trio.testing.wait_all_tasks_blocked()
-        gate.leave(1)
-        assert gate.inspect(2) == {"state": "booting", "limit": 1}
-        assert gate.inspect(SPEC.digest) == {"state": "waiting", "ahead": 0, "limit": 1}
+        boot_slots.release(1)
+        assert boot_slots.inspect(2) == {"state": "booting", "limit": 1}
+        assert boot_slots.inspect(SPEC.digest) == {"state": "waiting", "ahead": 0, "limit": 1}
         assert builder.begun == 0
-        gate.leave(2)
+        boot_slots.release(2)
         await until(ref, "ready")
-        assert gate.statistics() == {"limit": 1, "booting": 0, "waiting": 0}
+        assert boot_slots.statistics() == {"limit": 1, "booting": 0, "waiting": 0}
 
 
 async def test_a_build_that_hangs_holds_up_nobody_for_ever(
     tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_actor, "_TURN_S", 0.05)
-    gate = BootGate(1)
-    async with standing(tmp_path, gate=gate) as ref:
+    monkeypatch.setattr(_actor, "_SLOT_S", 0.05)
+    boot_slots = BootLimiter(1)
+    async with standing(tmp_path, boot_slots=boot_slots) as ref:
         ref.tell(Wanted(SPEC))
         await until(ref, "building")
         with trio.fail_after(10):
-            await gate.enter(1)
+            await boot_slots.acquire(1)
         assert builder.under_way
 
 
 async def test_no_build_goes_on_while_the_daemon_drains(tmp_path: Path, builder: Builder) -> None:
     projection = Projection()
     drain = Drain(since=datetime.now(UTC))
-    gate = BootGate(1, projection)
-    async with standing(tmp_path, gate=gate, projection=projection) as ref, trio.open_nursery() as nursery:
+    boot_slots = BootLimiter(1, projection)
+    async with standing(tmp_path, boot_slots=boot_slots, projection=projection) as ref, trio.open_nursery() as nursery:
         refused: list[Problem] = []
 
         async def ask() -> None:
@@ -212,7 +212,7 @@ async def test_no_build_goes_on_while_the_daemon_drains(tmp_path: Path, builder:
         await views(ref)
         await trio.testing.wait_all_tasks_blocked()
         assert [problem.code for problem in refused] == ["draining", "draining"]
-        assert (builder.begun, gate.statistics()["booting"]) == (1, 0)
+        assert (builder.begun, boot_slots.statistics()["booting"]) == (1, 0)
         builder.may_end.set()
         projection.set_drain(None)
         await until(ref, "ready")

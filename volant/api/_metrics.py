@@ -106,11 +106,13 @@ def _collect(deps: ApiDeps) -> Iterator[Metric]:
     for code, count in sorted(figures.fallbacks.items()):
         fallbacks.add_metric([code], count)
     yield fallbacks
-    standbys = deps.vms.doors.standbys
-    yield gauge("volant_standby_waiting", "Processes that wait for a VM to take them over", len(standbys.tags))
-    yield CounterMetricFamily("volant_standby_claims", "VMs that began as one", value=standbys.figures.claimed)
+    warm_pool = deps.vms.doors.warm_pool
+    yield gauge("volant_standby_waiting", "Processes that wait for a VM to take them over", len(warm_pool.tags))
+    yield CounterMetricFamily("volant_standby_claims", "VMs that began as one", value=warm_pool.figures.claimed)
     yield CounterMetricFamily(
-        "volant_standby_failed_claims", "That were to, and became ordinary clones", value=standbys.figures.failed_claims
+        "volant_standby_failed_claims",
+        "That were to, and became ordinary clones",
+        value=warm_pool.figures.failed_claims,
     )
 
     commits = HistogramMetricFamily("volant_journal_commit_seconds", "How long the disk took to confirm a commit")

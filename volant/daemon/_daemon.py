@@ -48,10 +48,10 @@ from volant.network import (
     passt_user,
 )
 from volant.operations import ApiDeps
-from volant.templates import BuildDoors, StandbyLimits, Standbys, Templates, TemplateStore
+from volant.templates import BuildDoors, Templates, TemplateStore, WarmPool, WarmPoolLimits
 from volant.vm import (
     CLONES_AT_ONCE,
-    BootGate,
+    BootLimiter,
     Checkpoints,
     VmDoors,
     Vms,
@@ -258,28 +258,28 @@ class Daemon:
             sandbox=self._sandbox,
         )
         templates = TemplateStore(self.host, template_dir(settings), enabled=settings.templates == "auto")
-        gate = BootGate(settings.max_boots or 2 * len(os.sched_getaffinity(0)), self.store.projection)
+        boot_slots = BootLimiter(settings.max_boots or 2 * len(os.sched_getaffinity(0)), self.store.projection)
         builds = BuildDoors(
             host=self.host,
             hypervisor=self.hypervisor,
             store=templates,
-            turns=gate,
+            boot_slots=boot_slots,
             projection=self.store.projection,
             instance=instance,
             runtime_dir=settings.runtime_dir,
             memory_dir=memory_dir(settings),
             agent_timeout_s=settings.agent_timeout_s,
         )
-        clone_gate = BootGate(CLONES_AT_ONCE, self.store.projection)
-        standbys = Standbys(
+        clone_slots = BootLimiter(CLONES_AT_ONCE, self.store.projection)
+        warm_pool = WarmPool(
             builds,
-            StandbyLimits(each=settings.standby, max_mb=settings.standby_max_mb, idle_s=settings.standby_idle_s),
-            quiet=lambda: not (gate.is_used or clone_gate.is_used),
+            WarmPoolLimits(each=settings.standby, max_mb=settings.standby_max_mb, idle_s=settings.standby_idle_s),
+            quiet=lambda: not (boot_slots.in_use or clone_slots.in_use),
         )
         max_age = timedelta(seconds=settings.templates_max_age_s)
         self._templates = Child(
             "templates",
-            partial(Templates, builds, standbys, max_bytes=settings.templates_max_mb * 2**20, max_age=max_age),
+            partial(Templates, builds, warm_pool, max_bytes=settings.templates_max_mb * 2**20, max_age=max_age),
             shutdown_s=10,
         )
         self._journal = Child("journal", partial(Journal, self.store), shutdown_s=10)
@@ -316,7 +316,7 @@ class Daemon:
                 ),
                 templates=templates,
                 builder=self._templates.ref,
-                standbys=standbys,
+                warm_pool=warm_pool,
                 checkpoints=self._checkpoints,
                 settings=VmSettings(
                     runtime_dir=settings.runtime_dir,
@@ -335,8 +335,8 @@ class Daemon:
                     nameservers=tuple(split(settings.nameservers)) or nameservers_of_host(),
                 ),
                 instance=instance,
-                gate=gate,
-                clone_gate=clone_gate,
+                boot_slots=boot_slots,
+                clone_slots=clone_slots,
                 network=self._network.ref,
             ),
             self._supervisor,

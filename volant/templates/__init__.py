@@ -2,26 +2,26 @@
 
 from ._actor import Templates
 from ._ask import TemplateFailed
-from ._builder import BuildDoors, Turns, template_tag_prefix
+from ._builder import BootSlots, BuildDoors, template_tag_prefix
 from ._key import GuestConfig, TemplateKey, TemplateSpec
-from ._standby import Claim, Standby, StandbyLimits, Standbys, claim_in, standby_directory, standby_tag_prefix
 from ._store import ReadyTemplate, TemplateRecord, TemplateStore, template_at, template_layer
+from ._warm_pool import Claim, WarmPool, WarmPoolLimits, WarmProcess, claim_in, standby_directory, standby_tag_prefix
 
 __all__ = [
+    "BootSlots",
     "BuildDoors",
     "Claim",
     "GuestConfig",
     "ReadyTemplate",
-    "Standby",
-    "StandbyLimits",
-    "Standbys",
     "TemplateFailed",
     "TemplateKey",
     "TemplateRecord",
     "TemplateSpec",
     "TemplateStore",
     "Templates",
-    "Turns",
+    "WarmPool",
+    "WarmPoolLimits",
+    "WarmProcess",
     "claim_in",
     "standby_directory",
     "standby_tag_prefix",

@@ -23,15 +23,15 @@ from volant.model import Problem, TemplateView, draining
 from ._ask import TemplateFailed
 from ._builder import BuildDoors, build, sweep
 from ._key import TemplateKey, TemplateSpec
-from ._standby import Standbys
 from ._store import TemplateRecord
+from ._warm_pool import WarmPool
 from .messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
 
 QUEUE = 16
 """So many wait to be built; what is wanted beyond that is wanted again by the next VM."""
 _QUIET_S = 1.0
 """What was just booted has this long for itself."""
-_TURN_S = 30.0
+_SLOT_S = 30.0
 """As long as a VM's: longer than a boot takes; who takes longer goes on beside the others."""
 _FIRST_PAUSE_S = 30.0
 _MAX_PAUSE_S = 3600.0
@@ -60,9 +60,9 @@ class Templates(Actor):
 
     mailbox = 256
 
-    def __init__(self, doors: BuildDoors, standbys: Standbys, *, max_bytes: int, max_age: timedelta) -> None:
+    def __init__(self, doors: BuildDoors, warm_pool: WarmPool, *, max_bytes: int, max_age: timedelta) -> None:
         self._doors = doors
-        self._standbys = standbys
+        self._warm_pool = warm_pool
         self._max_bytes = max_bytes
         self._max_age = max_age
         self._jobs: dict[str, _Job] = {}
@@ -78,7 +78,7 @@ class Templates(Actor):
 
     async def on_start(self) -> None:
         self.ctx.spawn(self._work, name="builder")
-        self.ctx.spawn(self._standbys.keep, name="standby")
+        self.ctx.spawn(self._warm_pool.keep, name="standby")
 
     def inspect(self) -> Mapping[str, object]:
         return {
@@ -86,7 +86,7 @@ class Templates(Actor):
             "waiting": [digest for digest in self._jobs if digest != self._building],
             "built": self._built,
             "failures": {digest: failure.message for digest, failure in self._failures.items()},
-            "standby": self._standbys.statistics(),
+            "standby": self._warm_pool.statistics(),
         }
 
     @handles(Wanted)
@@ -218,8 +218,8 @@ class Templates(Actor):
         failure: TemplateFailed | OSError | None = None
 
         async def end_turn() -> None:
-            await trio.sleep(_TURN_S)
-            doors.turns.leave(digest)
+            await trio.sleep(_SLOT_S)
+            doors.boot_slots.release(digest)
 
         async def end_for_drain(scope: trio.CancelScope) -> None:
             await doors.projection.drain_is_not(None)
@@ -227,7 +227,7 @@ class Templates(Actor):
 
         try:
             # Behind all VMs, unless one waits for it.
-            await doors.turns.enter(digest, last=not job.waiting)
+            await doors.boot_slots.acquire(digest, last=not job.waiting)
             self._building = digest
             began = trio.current_time()
             async with trio.open_nursery() as nursery:
@@ -241,7 +241,7 @@ class Templates(Actor):
                     failure = error
                 nursery.cancel_scope.cancel()
         finally:
-            doors.turns.leave(digest)
+            doors.boot_slots.release(digest)
             self._building = self._scope = None
             gave_way, self._give_way = self._give_way, []
             for each in gave_way:

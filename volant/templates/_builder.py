@@ -39,13 +39,13 @@ _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 _logger = logging.getLogger("volant.templates")
 
 
-class Turns(Protocol):
-    """Who may boot: see `volant.vm.BootGate`."""
+class BootSlots(Protocol):
+    """Who may boot: see `volant.vm.BootLimiter`."""
 
-    async def enter(self, who: str, *, last: bool = False) -> None:
+    async def acquire(self, who: str, *, last: bool = False) -> None:
         """Wait for a turn."""
 
-    def leave(self, who: str) -> None:
+    def release(self, who: str) -> None:
         """It is over."""
 
 
@@ -56,7 +56,7 @@ class BuildDoors:
     host: Host
     hypervisor: Hypervisor
     store: TemplateStore
-    turns: Turns
+    boot_slots: BootSlots
     projection: Projection
     """Knows whether the daemon drains."""
     instance: str

@@ -1,10 +1,10 @@
 """VMs: an actor each, the steps of their boots, and the door to all of them."""
 
 from ._actor import VmActor
+from ._boot_limiter import CLONES_AT_ONCE, BootLimiter
 from ._checkpoints import Checkpoints
 from ._doors import VmDoors, VmSettings
 from ._drain import keep_drained
-from ._gate import CLONES_AT_ONCE, BootGate
 from ._serial import Keyboard, KeyboardTaken, Missed, NotTyped, Reader, SerialConsole
 from ._steps import instance_of, memory_file, vm_directory
 from ._storage import prune, usage
@@ -14,7 +14,7 @@ from ._vms import DELETED, Version, Vms, Wait
 __all__ = [
     "CLONES_AT_ONCE",
     "DELETED",
-    "BootGate",
+    "BootLimiter",
     "Checkpoints",
     "Keyboard",
     "KeyboardTaken",

@@ -60,14 +60,14 @@ from volant.model import (
     is_copyable,
 )
 from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
-from volant.templates import Claim, Standby, standby_directory, template_layer
+from volant.templates import Claim, WarmProcess, standby_directory, template_layer
 from volant.templates.messages import GiveWay, Suspect, Wanted
 
+from ._boot_limiter import SLOT_S
 from ._checkpoints import CHECKPOINT_S, LAYER
 from ._console import ConsolePump
 from ._doors import VmDoors
 from ._errors import StepError
-from ._gate import TURN_S
 from ._network import Neighbours, attach, attach_anew, detach, is_user, keep_user_network, note_connected
 from ._process import LiveProcess, RootFailed
 from ._steps import (
@@ -127,7 +127,7 @@ class VmActor(Actor):
         """Of a process to come that nobody can have started yet."""
         self._adopted_tag = ""
         """Of the process of a boot that an earlier incarnation has begun."""
-        self._standby: Standby | None = None
+        self._standby: WarmProcess | None = None
         """The process that this boot has taken over."""
 
     async def on_start(self) -> None:
@@ -138,8 +138,8 @@ class VmActor(Actor):
         self._adopted_tag = row.tag
         self._log = self._doors.logs.open(row.id, row.name)
         self.ctx.stack.callback(self._doors.live.pop, row.id, None)
-        self.ctx.stack.callback(self._leave_gates)
-        self.ctx.stack.callback(lambda: self._doors.standbys.settle(self._vm_id, self._row.tag))
+        self.ctx.stack.callback(self._release_slots)
+        self.ctx.stack.callback(lambda: self._doors.warm_pool.settle(self._vm_id, self._row.tag))
         found = await self._find(row)
         rebooted = row.process is not None and row.process.boot_id != self._doors.host.boot_id()
         try:
@@ -271,7 +271,7 @@ class VmActor(Actor):
             "phase": self._row.phase,
             "revision": self._row.revision,
             "step": self._inspect_step(),
-            "turn": self._doors.gate.inspect(self._vm_id) or self._doors.clone_gate.inspect(self._vm_id),
+            "turn": self._doors.boot_slots.inspect(self._vm_id) or self._doors.clone_slots.inspect(self._vm_id),
             "template": self._row.template,
             "being_copied": self._checkpoint is not None and not self._checkpoint.done,
             "restarts": {"policy": self._row.restart_policy, "done": self._row.restarts, "limit": MAX_RESTARTS},
@@ -395,11 +395,11 @@ class VmActor(Actor):
             return
         self._watch(self._row)
         if self._row.phase is not Phase.IMAGE:
-            self._standby = self._doors.standbys.settle(self._vm_id, self._row.tag) or self._standby
+            self._standby = self._doors.warm_pool.settle(self._vm_id, self._row.tag) or self._standby
         if self._row.phase in (Phase.LAUNCH, Phase.AGENT):
-            (self._doors.gate if self._row.template is None else self._doors.clone_gate).take(self._vm_id)
+            (self._doors.boot_slots if self._row.template is None else self._doors.clone_slots).force(self._vm_id)
         elif self._row.phase is not Phase.IMAGE:
-            self._leave_gates()
+            self._release_slots()
         wanted = effect_of(self._row)
         if wanted == self._effect:
             return
@@ -418,9 +418,9 @@ class VmActor(Actor):
             else self.ctx.spawn(self._perform, wanted, (before, copying), name=type(wanted).__name__)
         )
 
-    def _leave_gates(self) -> None:
-        self._doors.gate.leave(self._vm_id)
-        self._doors.clone_gate.leave(self._vm_id)
+    def _release_slots(self) -> None:
+        self._doors.boot_slots.release(self._vm_id)
+        self._doors.clone_slots.release(self._vm_id)
 
     def _watch(self, row: VmRow | None) -> None:
         identity = row.process if row is not None else None
@@ -517,7 +517,7 @@ class VmActor(Actor):
         match effect:
             case PrepareImage():
                 image, template, origin, standby = await prepare_boot(self._doors, row)
-                await (self._doors.gate if template is None else self._doors.clone_gate).enter(row.id)
+                await (self._doors.boot_slots if template is None else self._doors.clone_slots).acquire(row.id)
                 socket = machine_spec(self._doors.settings, row, "tcg").console_socket_path
                 tag = self._fresh_tag = tag_of(self._doors.instance, row)
                 if standby is not None:
@@ -553,7 +553,7 @@ class VmActor(Actor):
                 return Released()
 
     async def _launch(self, tag: str) -> Seen:
-        hypervisor, standbys, row = self._doors.hypervisor, self._doors.standbys, self._row
+        hypervisor, warm_pool, row = self._doors.hypervisor, self._doors.warm_pool, self._row
         fresh, self._fresh_tag = tag == self._fresh_tag, ""
         accelerator = await hypervisor.accelerator()
         spec = machine_spec(self._doors.settings, row, accelerator)
@@ -568,8 +568,8 @@ class VmActor(Actor):
                 found = await self._doors.host.find(tag)
             try:
                 claim = Claim(row.boots, row.name, row.layer, spec.nic)
-                if found is not None and standbys.is_one(tag):
-                    if not await standbys.claim(spec, claim):
+                if found is not None and warm_pool.is_one(tag):
+                    if not await warm_pool.claim(spec, claim):
                         found = None
                         await attach_anew(self._doors, row)
                     elif self._standby is not None and self._standby.tag == tag:
@@ -577,11 +577,11 @@ class VmActor(Actor):
                         await note_connected(self._doors, row)
             except OSError as error:
                 raise StepError("launch_failed", f"a process that was to become the VM is left: {error}") from error
-            if found is not None and not standbys.is_one(tag) and not await self._finish_launch(spec, found):
+            if found is not None and not warm_pool.is_one(tag) and not await self._finish_launch(spec, found):
                 found = None
                 await attach_anew(self._doors, row)
             if found is None:
-                if spec.root is not None and row.template is not None and (standbys.is_one(tag) or not fresh):
+                if spec.root is not None and row.template is not None and (warm_pool.is_one(tag) or not fresh):
                     # One that ran may have written to it.
                     await hypervisor.make_layer(spec.root, self._layer_of_origin(row.template))
                 found = await self._launch_machine(spec)
@@ -618,7 +618,7 @@ class VmActor(Actor):
         except LaunchFailed as error:
             with suppress(ActorDown, AskTimeout):
                 if error.code == "memory_refused":
-                    gone = await self._doors.standbys.give_way()
+                    gone = await self._doors.warm_pool.give_way()
                     if await self._doors.builder.ask(GiveWay(), timeout_s=_GIVE_WAY_S) or gone:
                         return await self._doors.hypervisor.launch(spec)
             raise
@@ -628,12 +628,12 @@ class VmActor(Actor):
         is_clone = row.template is not None
         timeout_s = min(_CLONE_S, settings.agent_timeout_s) if is_clone else settings.agent_timeout_s
         code = "clone_timeout" if is_clone else "agent_timeout"
-        turn_ends_at = trio.current_time() + TURN_S
+        turn_ends_at = trio.current_time() + SLOT_S
         last = ""
         with trio.move_on_after(timeout_s):
             while True:
                 if trio.current_time() >= turn_ends_at:
-                    self._leave_gates()
+                    self._release_slots()
                 try:
                     process = self._live()
                     if is_clone:
@@ -720,7 +720,7 @@ class VmActor(Actor):
             await host.remove_empty_scopes()
             await host.remove_tree(spec.directory)
             await host.remove_tree(spec.memory_file)
-            if self._doors.standbys.is_one(tag):
+            if self._doors.warm_pool.is_one(tag):
                 await host.remove_tree(standby_directory(settings.runtime_dir, tag))
         except OSError as error:
             raise StepError("not_removed", f"files of the VM can't be removed: {error}") from error

@@ -13,10 +13,10 @@ from volant.host import Host
 from volant.hypervisor import Hypervisor
 from volant.images import BootMedia
 from volant.journal import Journal, Store, VmLogs
-from volant.templates import Standbys, Templates, TemplateStore
+from volant.templates import Templates, TemplateStore, WarmPool
 
+from ._boot_limiter import CLONES_AT_ONCE, BootLimiter
 from ._checkpoints import Checkpoints
-from ._gate import CLONES_AT_ONCE, BootGate
 from ._network import HOSTS_AT_ONCE
 from ._process import LiveProcess
 
@@ -76,7 +76,7 @@ class VmDoors:
     templates: TemplateStore
     builder: Ref[Templates]
     """Of templates."""
-    standbys: Standbys
+    warm_pool: WarmPool
     checkpoints: Checkpoints
     settings: VmSettings
     instance: str
@@ -87,8 +87,8 @@ class VmDoors:
     """Whose clock is set again. What that takes of the processors the others lack, whose clocks that keeps wrong."""
     telling: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(HOSTS_AT_ONCE))
     """Of who is in their network: so many guests at a time."""
-    gate: BootGate = field(default_factory=lambda: BootGate(4))
-    clone_gate: BootGate = field(default_factory=lambda: BootGate(CLONES_AT_ONCE))
+    boot_slots: BootLimiter = field(default_factory=lambda: BootLimiter(4))
+    clone_slots: BootLimiter = field(default_factory=lambda: BootLimiter(CLONES_AT_ONCE))
     """Of its own, as a clone is done in a tenth of a second, and would wait for cold boots for many."""
     workload_news: News = field(default_factory=News)
     """That some VM's workload has changed, which is no event of the VM's."""

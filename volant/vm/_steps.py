@@ -19,7 +19,7 @@ from volant import images
 from volant._own import inside
 from volant.hypervisor import AcceleratorName, Disk, LaunchFailed, MachineSpec, Template
 from volant.model import NONE, Artifact, Boot, Manifest, Origin, Problem, VmRow, is_checkpoint
-from volant.templates import GuestConfig, ReadyTemplate, Standby, TemplateKey, TemplateSpec, template_at
+from volant.templates import GuestConfig, ReadyTemplate, TemplateKey, TemplateSpec, WarmProcess, template_at
 from volant.templates.messages import Build
 
 from ._checkpoints import MEMORY, STATE, CheckpointLost, checkpoint_at
@@ -43,7 +43,7 @@ class Prepared(NamedTuple):
     """The digest of the template, or the name of the checkpoint, that it goes on from."""
     origin: Origin | None = None
     """What is known now of whose copy it is."""
-    standby: Standby | None = None
+    standby: WarmProcess | None = None
     """The process that has taken the template over, and waits."""
 
 
@@ -65,7 +65,7 @@ async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
     if found is None:
         return Prepared(digest, None)
     template, template_spec = found
-    return Prepared(digest, template.digest, standby=doors.standbys.take(row.id, template_spec))
+    return Prepared(digest, template.digest, standby=doors.warm_pool.take(row.id, template_spec))
 
 
 async def _prepare_copy(doors: VmDoors, row: VmRow, checkpoint: str) -> Prepared:
@@ -134,7 +134,7 @@ async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> 
     """Make the layer, if it is the first boot. The row that owns it was committed when the VM was created."""
     try:
         # A process that was taken for an earlier try would hold it.
-        await doors.standbys.clear(row.id)
+        await doors.warm_pool.clear(row.id)
     except OSError as error:
         raise StepError("disk_failed", f"a process that was to become the VM is left: {error}") from error
     # What a clone that failed has left is not what anybody was told of.
@@ -152,7 +152,7 @@ async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> 
         await _make_layer(doors, disk, None)
         return Prepared(image, None)
     template, template_spec = found
-    standby = doors.standbys.take(row.id, template_spec)
+    standby = doors.warm_pool.take(row.id, template_spec)
     await _make_layer(doors, disk, template.layer, standby)
     return Prepared(image, template.digest, standby=standby)
 
@@ -171,7 +171,7 @@ def _check_size(doors: VmDoors, disk: Disk) -> None:
         )
 
 
-async def _make_layer(doors: VmDoors, disk: Disk, like: Path | None, standby: Standby | None = None) -> None:
+async def _make_layer(doors: VmDoors, disk: Disk, like: Path | None, standby: WarmProcess | None = None) -> None:
     try:
         await doors.host.mkdir(disk.layer.parent)
         if standby is not None and standby.layer is not None:

@@ -638,7 +638,7 @@ class Vms:
                 f"for the host ({available} MiB are available now, as VMs do not use all that is promised to them)",
                 hint="stop or delete a VM, or ask for less memory_mb",
             )  # fmt: skip
-        if self.doors.standbys.tags:
+        if self.doors.warm_pool.tags:
             # They give way, and what they take is more than what is missing.
             return
         # What others than VMs have taken is not to be had, whatever was promised to nobody.

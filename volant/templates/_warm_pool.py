@@ -27,7 +27,7 @@ from ._ask import TemplateFailed
 from ._builder import RESERVE_MB, BuildDoors, unconnected_nic
 from ._key import TemplateSpec
 from ._store import template_at, template_layer
-from ._warm import warm_up
+from ._warm_up import warm_up
 
 _QUIET_S = 0.5
 """What was just claimed has this long for itself."""
@@ -53,7 +53,7 @@ class Claim(msgspec.Struct, frozen=True):
     nic: Nic | None = None
 
 
-class StandbyLimits(msgspec.Struct, frozen=True, kw_only=True):
+class WarmPoolLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How many may wait."""
 
     each: int = 0
@@ -64,7 +64,7 @@ class StandbyLimits(msgspec.Struct, frozen=True, kw_only=True):
     """None is kept for a template that was not used for so long."""
 
 
-class Standby(msgspec.Struct, frozen=True, kw_only=True):
+class WarmProcess(msgspec.Struct, frozen=True, kw_only=True):
     """One process that waits."""
 
     tag: str
@@ -83,7 +83,7 @@ class Use:
     at: float
     not_before: float = -math.inf
 
-    def idle_at(self, limits: StandbyLimits) -> float:
+    def idle_at(self, limits: WarmPoolLimits) -> float:
         """When it was not used for so long that none is kept for it. Said in one way alone: what two ways round
         differently would be idle for one of them and not for the other, and whoever waits for it would spin."""
         return self.at + limits.idle_s
@@ -108,7 +108,7 @@ def standby_directory(runtime_dir: Path, tag: str) -> Path:
     return inside(runtime_dir / "standby", tag.rpartition(".")[2])
 
 
-def wanted(uses: Mapping[str, Use], now: float, limits: StandbyLimits) -> dict[str, int]:
+def wanted(uses: Mapping[str, Use], now: float, limits: WarmPoolLimits) -> dict[str, int]:
     """How many should wait for each template; the newest use first, as far as the memory goes."""
     left_mb = limits.max_mb
     found = {}
@@ -122,19 +122,19 @@ def wanted(uses: Mapping[str, Use], now: float, limits: StandbyLimits) -> dict[s
 
 
 @dataclass
-class Standbys:
+class WarmPool:
     """The pool of one daemon. `quiet`: whether no VM boots."""
 
     doors: BuildDoors
-    limits: StandbyLimits
+    limits: WarmPoolLimits
     quiet: Callable[[], bool]
     warm_up: Callable[[BuildDoors, MachineSpec, ProcessIdentity], Awaitable[None]] = warm_up
     figures: _Figures = field(default_factory=_Figures)
     _uses: dict[str, Use] = field(default_factory=dict)
-    _waiting: dict[str, Standby] = field(default_factory=dict)
+    _waiting: dict[str, WarmProcess] = field(default_factory=dict)
     """By tag, the oldest first."""
     _watches: dict[str, trio.CancelScope] = field(default_factory=dict)
-    _lent: dict[int, Standby] = field(default_factory=dict)
+    _lent: dict[int, WarmProcess] = field(default_factory=dict)
     """By the id of the VM whose boot is being prepared."""
     _doomed: dict[str, tuple[ProcessIdentity | None, int]] = field(default_factory=dict)
     """By tag, what is to be ended: its process if that is known, and the VM for which it was taken, or 0."""
@@ -164,7 +164,7 @@ class Standbys:
 
     # For the boot of a VM
 
-    def take(self, vm_id: int, template_spec: TemplateSpec) -> Standby | None:
+    def take(self, vm_id: int, template_spec: TemplateSpec) -> WarmProcess | None:
         """A process for a VM that is to be a clone, if one waits; `settle` follows in any case."""
         if not self.limits.each:
             return None
@@ -178,7 +178,7 @@ class Standbys:
                 return standby
         return None
 
-    def settle(self, vm_id: int, tag: str) -> Standby | None:
+    def settle(self, vm_id: int, tag: str) -> WarmProcess | None:
         """The row of a VM names this tag: what was taken for it is either that, and given, or is ended."""
         standby = self._lent.pop(vm_id, None)
         if standby is None or standby.tag == tag:
@@ -319,7 +319,7 @@ class Standbys:
         if self._uses.get(template_spec.digest) is not use:
             self._doom(tag, identity)
             return
-        standby = Standby(
+        standby = WarmProcess(
             tag=tag,
             digest=template_spec.digest,
             identity=identity,
@@ -330,7 +330,7 @@ class Standbys:
         self._watches[tag] = scope = trio.CancelScope()
         nursery.start_soon(self._watch, standby, use, scope)
 
-    async def _watch(self, standby: Standby, use: Use, scope: trio.CancelScope) -> None:
+    async def _watch(self, standby: WarmProcess, use: Use, scope: trio.CancelScope) -> None:
         with scope:
             with suppress(ProcessGone), self.doors.host.open_process(standby.identity) as process:
                 await process.wait()
@@ -377,11 +377,11 @@ class Standbys:
         rested = trio.current_time() - self._taken_at >= _QUIET_S
         return rested and self.quiet() and self.doors.projection.drain is None
 
-    def _remove(self, standby: Standby) -> None:
+    def _remove(self, standby: WarmProcess) -> None:
         del self._waiting[standby.tag]
         self._watches.pop(standby.tag).cancel()
 
-    def _dismiss(self, standby: Standby) -> None:
+    def _dismiss(self, standby: WarmProcess) -> None:
         if standby.tag in self._waiting:
             self._remove(standby)
             self._doom(standby.tag, standby.identity)

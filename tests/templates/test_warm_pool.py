@@ -22,15 +22,15 @@ from volant.templates import (
     BuildDoors,
     Claim,
     GuestConfig,
-    Standby,
-    StandbyLimits,
-    Standbys,
     TemplateFailed,
     TemplateSpec,
     TemplateStore,
+    WarmPool,
+    WarmPoolLimits,
+    WarmProcess,
 )
-from volant.templates._standby import Use, claim_in, wanted
-from volant.vm import BootGate
+from volant.templates._warm_pool import Use, claim_in, wanted
+from volant.vm import BootLimiter
 
 
 def template_spec(memory_mb: int = 128, config: GuestConfig | None = None, *, has_nic: bool = False) -> TemplateSpec:
@@ -91,7 +91,7 @@ class Rows:
 class Pool:
     """A pool under test, and the world around it."""
 
-    def __init__(self, path: Path, limits: StandbyLimits) -> None:
+    def __init__(self, path: Path, limits: WarmPoolLimits) -> None:
         self.host = Host()
         self.path = path
         self.rows: Any = Rows()
@@ -104,13 +104,13 @@ class Pool:
             host=self.host,
             hypervisor=self.hypervisor,
             store=TemplateStore(self.host, path / "templates"),
-            turns=BootGate(1),
+            boot_slots=BootLimiter(1),
             projection=self.rows,
             instance=self.host.new_id()[:10],
             runtime_dir=path / "r",
             memory_dir=path / "mem",
         )
-        self.standbys = Standbys(self.doors, limits, quiet=lambda: self.quiet, warm_up=self.warm_up)
+        self.warm_pool = WarmPool(self.doors, limits, quiet=lambda: self.quiet, warm_up=self.warm_up)
 
     async def warm_up(self, doors: BuildDoors, spec: MachineSpec, identity: ProcessIdentity) -> None:
         """A process that sleeps is warm at once."""
@@ -125,44 +125,44 @@ class Pool:
 
     async def looked(self) -> None:
         """Return once it has looked, long enough after the last claim, whether one may be started."""
-        asked, ask = trio.Event(), self.standbys.quiet
+        asked, ask = trio.Event(), self.warm_pool.quiet
 
         def quiet() -> bool:
             asked.set()
             return ask()
 
-        self.standbys.quiet = quiet
+        self.warm_pool.quiet = quiet
         try:
             with trio.fail_after(20):
                 await asked.wait()
         finally:
-            self.standbys.quiet = ask
+            self.warm_pool.quiet = ask
 
     async def filled(self, count: int = 1) -> None:
-        await self.until(lambda: len(self.standbys.tags) == count)
+        await self.until(lambda: len(self.warm_pool.tags) == count)
 
-    async def take(self, vm_id: int, of: TemplateSpec) -> Standby:
-        standby = self.standbys.take(vm_id, of)
+    async def take(self, vm_id: int, of: TemplateSpec) -> WarmProcess:
+        standby = self.warm_pool.take(vm_id, of)
         assert standby is not None
         return standby
 
     async def processes(self) -> set[str]:
         return {each.tag for each in await self.host.processes(f"volant-{self.doors.instance}-")}
 
-    def spec(self, standby: Standby, vm_id: int) -> MachineSpec:
+    def spec(self, standby: WarmProcess, vm_id: int) -> MachineSpec:
         directory = self.doors.runtime_dir / "vms" / str(vm_id)
-        spec = self.standbys._spec(template_spec(), standby.tag)
+        spec = self.warm_pool._spec(template_spec(), standby.tag)
         return msgspec.structs.replace(spec, vm_id=vm_id, name="vm", directory=directory, waits=False)
 
 
 @asynccontextmanager
-async def standing(path: Path, limits: StandbyLimits | None = None) -> AsyncIterator[Pool]:
+async def standing(path: Path, limits: WarmPoolLimits | None = None) -> AsyncIterator[Pool]:
     """A pool that has a template."""
-    pool = Pool(path, limits or StandbyLimits(each=1))
+    pool = Pool(path, limits or WarmPoolLimits(each=1))
     await add(pool.doors.store, KEY)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(pool.standbys.keep)
+            nursery.start_soon(pool.warm_pool.keep)
             yield pool
             nursery.cancel_scope.cancel()
         left = await pool.processes()
@@ -177,15 +177,15 @@ async def standing(path: Path, limits: StandbyLimits | None = None) -> AsyncIter
 def test_the_newest_use_comes_first_as_far_as_the_memory_goes() -> None:
     small, large = template_spec(128), template_spec(512)
     uses = {"a": Use(small, 10.0), "b": Use(large, 20.0), "c": Use(small, 5.0)}
-    assert wanted(uses, 21.0, StandbyLimits(each=2, max_mb=1200)) == {"b": 2, "a": 1}
-    assert wanted(uses, 21.0, StandbyLimits(each=1, max_mb=1200)) == {"b": 1, "a": 1, "c": 1}
-    assert wanted(uses, 21.0, StandbyLimits(each=2, max_mb=300)) == {"a": 2}
-    assert wanted(uses, 21.0, StandbyLimits(each=0)) == {}
-    assert wanted(uses, 106.0, StandbyLimits(each=1, idle_s=100.0)) == {"b": 1, "a": 1}
+    assert wanted(uses, 21.0, WarmPoolLimits(each=2, max_mb=1200)) == {"b": 2, "a": 1}
+    assert wanted(uses, 21.0, WarmPoolLimits(each=1, max_mb=1200)) == {"b": 1, "a": 1, "c": 1}
+    assert wanted(uses, 21.0, WarmPoolLimits(each=2, max_mb=300)) == {"a": 2}
+    assert wanted(uses, 21.0, WarmPoolLimits(each=0)) == {}
+    assert wanted(uses, 106.0, WarmPoolLimits(each=1, idle_s=100.0)) == {"b": 1, "a": 1}
 
 
 def test_one_is_idle_to_the_very_moment() -> None:
-    limits, rounded = StandbyLimits(each=1, idle_s=40.0), 0
+    limits, rounded = WarmPoolLimits(each=1, idle_s=40.0), 0
     for number in range(1000):
         use = Use(template_spec(), 100 / 3 * number)
         now = use.idle_at(limits)
@@ -196,51 +196,51 @@ def test_one_is_idle_to_the_very_moment() -> None:
 
 async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: Path) -> None:
     async with standing(tmp_path) as pool:
-        assert pool.standbys.take(7, template_spec()) is None
+        assert pool.warm_pool.take(7, template_spec()) is None
         await pool.filled()
         standby = await pool.take(7, template_spec())
         # The row names it, and from then on it is the row's.
         pool.rows.tags.append(standby.tag)
-        assert pool.standbys.settle(7, standby.tag) == standby
+        assert pool.warm_pool.settle(7, standby.tag) == standby
         spec = pool.spec(standby, 7)
         for _ in range(2):
-            assert await pool.standbys.claim(spec, Claim(3, "vm", ""))
+            assert await pool.warm_pool.claim(spec, Claim(3, "vm", ""))
         assert pool.hypervisor.running == [spec, spec]
         assert pool.host.working_directory(standby.identity) == spec.directory
         assert await claim_in(pool.host, spec.directory) == Claim(3, "vm", "")
         await pool.filled()
-        assert pool.standbys.tags != {standby.tag}
+        assert pool.warm_pool.tags != {standby.tag}
 
 
 @pytest.mark.parametrize("behind", [{"tap": "v7"}, {"socket": Path("/run/volant/net/7.sock")}])
 async def test_one_with_a_nic_waits_for_a_vm_with_one_and_is_given_its_own_at_the_claim(
     tmp_path: Path, behind: dict[str, Any]
 ) -> None:
-    async with standing(tmp_path, StandbyLimits(each=1)) as pool:
+    async with standing(tmp_path, WarmPoolLimits(each=1)) as pool:
         with_nic = template_spec(has_nic=True)
-        pool.standbys.take(7, with_nic)
+        pool.warm_pool.take(7, with_nic)
         await pool.filled()
-        assert pool.standbys.take(8, template_spec()) is None
+        assert pool.warm_pool.take(8, template_spec()) is None
         standby = await pool.take(7, with_nic)
         pool.rows.tags.append(standby.tag)
-        pool.standbys.settle(7, standby.tag)
+        pool.warm_pool.settle(7, standby.tag)
         (launched,) = [each for each in pool.hypervisor.launched if each.tag == standby.tag]
         assert launched.nic is not None
         assert (launched.nic.tap, launched.nic.socket, launched.nic.address) == (None, None, "")
         nic = Nic(mac="02:00:00:00:00:07", address="192.168.127.7/24", gateway="192.168.127.1", **behind)
         spec = msgspec.structs.replace(pool.spec(standby, 7), nic=nic)
-        assert await pool.standbys.claim(spec, Claim(1, "vm", "", nic))
+        assert await pool.warm_pool.claim(spec, Claim(1, "vm", "", nic))
         assert pool.hypervisor.running == [spec]
         assert await claim_in(pool.host, spec.directory) == Claim(1, "vm", "", nic), "no command line says it"
 
 
 async def test_one_waits_once_its_guest_has_rehearsed_unless_a_workload_runs_in_it(tmp_path: Path) -> None:
     with_workload = template_spec(config=GuestConfig({"name": "browser"}, {"command": ["/browser"]}))
-    async with standing(tmp_path, StandbyLimits(each=1)) as pool:
-        pool.standbys.take(1, template_spec())
+    async with standing(tmp_path, WarmPoolLimits(each=1)) as pool:
+        pool.warm_pool.take(1, template_spec())
         await pool.filled()
-        assert pool.warmed == [*pool.standbys.tags]
-        pool.standbys.take(2, with_workload)
+        assert pool.warmed == [*pool.warm_pool.tags]
+        pool.warm_pool.take(2, with_workload)
         await pool.filled(2)
         assert len(pool.warmed) == 1
 
@@ -251,23 +251,23 @@ async def test_one_that_does_not_answer_is_ended_and_none_is_started_for_a_while
 ) -> None:
     async with standing(tmp_path) as pool:
         pool.cold = error
-        pool.standbys.take(1, template_spec())
-        await pool.until(lambda: pool.standbys.figures.failed_starts == 1)
+        pool.warm_pool.take(1, template_spec())
+        await pool.until(lambda: pool.warm_pool.figures.failed_starts == 1)
         await pool.until(lambda: not list((pool.doors.runtime_dir / "standby").iterdir()))
         assert not await pool.processes()
-        pool.standbys.take(1, template_spec())
-        await pool.until(lambda: pool.standbys._wake.statistics().tasks_waiting == 1)
+        pool.warm_pool.take(1, template_spec())
+        await pool.until(lambda: pool.warm_pool._wake.statistics().tasks_waiting == 1)
         assert len(pool.warmed) == 1
 
 
 async def test_what_was_taken_and_not_claimed_is_ended(tmp_path: Path) -> None:
-    async with standing(tmp_path, StandbyLimits(each=2)) as pool:
-        pool.standbys.take(1, template_spec())
+    async with standing(tmp_path, WarmPoolLimits(each=2)) as pool:
+        pool.warm_pool.take(1, template_spec())
         await pool.filled(2)
         one, two = await pool.take(1, template_spec()), await pool.take(2, template_spec())
         pool.quiet = False
-        assert pool.standbys.settle(1, "volant-another-1.1") is None
-        await pool.standbys.clear(2)
+        assert pool.warm_pool.settle(1, "volant-another-1.1") is None
+        await pool.warm_pool.clear(2)
         assert two.tag not in await pool.processes()
         await pool.until(lambda: not pool.host.exists(pool.doors.runtime_dir / "standby" / one.tag.rpartition(".")[2]))
         assert await pool.processes() == set()
@@ -275,14 +275,14 @@ async def test_what_was_taken_and_not_claimed_is_ended(tmp_path: Path) -> None:
 
 async def test_a_claim_that_fails_leaves_nothing_of_it(tmp_path: Path) -> None:
     async with standing(tmp_path) as pool:
-        pool.standbys.take(1, template_spec())
+        pool.warm_pool.take(1, template_spec())
         await pool.filled()
         pool.hypervisor.hangs = True
         standby = await pool.take(1, template_spec())
         pool.quiet = False
-        assert not await pool.standbys.claim(pool.spec(standby, 1), Claim(1, "vm", ""))
+        assert not await pool.warm_pool.claim(pool.spec(standby, 1), Claim(1, "vm", ""))
         assert await pool.processes() == set()
-        assert (pool.standbys.figures.claimed, pool.standbys.figures.failed_claims) == (0, 1)
+        assert (pool.warm_pool.figures.claimed, pool.warm_pool.figures.failed_claims) == (0, 1)
 
 
 async def test_none_is_started_beside_a_boot_in_a_drain_or_where_memory_is_short(
@@ -290,18 +290,18 @@ async def test_none_is_started_beside_a_boot_in_a_drain_or_where_memory_is_short
 ) -> None:
     async with standing(tmp_path) as pool:
         pool.quiet = False
-        pool.standbys.take(1, template_spec())
+        pool.warm_pool.take(1, template_spec())
         await pool.looked()
         pool.quiet, pool.rows.drain = True, "drains"
-        pool.standbys.take(1, template_spec())
+        pool.warm_pool.take(1, template_spec())
         await pool.looked()
         assert not await pool.processes()
         pool.rows.drain = None
-        pool.standbys.take(1, template_spec())
+        pool.warm_pool.take(1, template_spec())
         await pool.filled()
         # What waits gives way to what is there already.
         monkeypatch.setattr(Host, "memory_available_mb", lambda self: 100)
-        pool.standbys._wake.set()
+        pool.warm_pool._wake.set()
         await pool.filled(0)
         await pool.until(lambda: not list((pool.doors.runtime_dir / "standby").iterdir()))
 
@@ -319,44 +319,44 @@ async def test_a_host_without_descriptors_makes_the_pool_wait_and_nothing_else(
             return available_mb(host)
 
         monkeypatch.setattr(Host, "memory_available_mb", look)
-        pool.standbys.take(1, template_spec())
+        pool.warm_pool.take(1, template_spec())
         await pool.filled()
         assert not refusals
 
 
 async def test_they_go_with_their_template_with_the_time_and_when_they_die(tmp_path: Path) -> None:
-    async with standing(tmp_path, StandbyLimits(each=1, idle_s=3.0)) as pool:
-        pool.standbys.take(1, template_spec())
+    async with standing(tmp_path, WarmPoolLimits(each=1, idle_s=3.0)) as pool:
+        pool.warm_pool.take(1, template_spec())
         await pool.filled()
         await pool.filled(0)
-        pool.standbys.take(1, template_spec())
+        pool.warm_pool.take(1, template_spec())
         await pool.filled()
         await pool.doors.store.remove(template_spec().digest)
-        assert not pool.standbys.tags
-        pool.standbys.take(1, template_spec())
+        assert not pool.warm_pool.tags
+        pool.warm_pool.take(1, template_spec())
         await pool.filled()
-        (tag,) = pool.standbys.tags
+        (tag,) = pool.warm_pool.tags
         found = await pool.host.find(tag)
         assert found is not None
         with pool.host.open_process(found) as process:
             process.kill()
         await pool.filled(0)
-        assert pool.standbys.figures.died == 1
+        assert pool.warm_pool.figures.died == 1
 
 
 async def test_the_next_daemon_ends_those_that_wait_and_no_other(tmp_path: Path) -> None:
-    async with standing(tmp_path, StandbyLimits(each=3)) as pool:
-        pool.standbys.take(1, template_spec())
+    async with standing(tmp_path, WarmPoolLimits(each=3)) as pool:
+        pool.warm_pool.take(1, template_spec())
         await pool.filled(3)
         named, moved, waits = [await pool.take(vm_id, template_spec()) for vm_id in (1, 2, 3)]
         pool.quiet = False
         # One was just given to a VM, and the row of another one was lost.
         pool.rows.tags.append(named.tag)
-        assert await pool.standbys.claim(pool.spec(moved, 2), Claim(1, "vm", ""))
+        assert await pool.warm_pool.claim(pool.spec(moved, 2), Claim(1, "vm", ""))
         stray = tmp_path / "standby" / "0123.qcow2"
         stray.parent.mkdir()
         stray.touch()
-        after = Standbys(pool.doors, StandbyLimits(), quiet=lambda: True)
+        after = WarmPool(pool.doors, WarmPoolLimits(), quiet=lambda: True)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(after.keep)
             await pool.until(lambda: not stray.exists())

@@ -3,7 +3,7 @@
 A boot costs seconds of a processor. When a host comes back with two hundred VMs to start, or somebody creates as many,
 all at once would mean that each takes as long as all of them, and that every one misses its deadline. So a boot first
 waits for its turn, and no deadline runs meanwhile: those who came first go first, and the turn ends with the agent's
-answer, with the boot, or after `TURN_S`. The last is so that a few guests which never answer hold up nobody else for
+answer, with the boot, or after `SLOT_S`. The last is so that a few guests which never answer hold up nobody else for
 the whole of their deadlines. What becomes a template boots, too: it has its turn once no VM waits for one.
 
 While the daemon drains nobody gets a turn, so whoever waited when that began goes on waiting.
@@ -18,7 +18,7 @@ import trio
 
 from volant.journal import Projection
 
-TURN_S = 30.0
+SLOT_S = 30.0
 """Longer than a guest takes to answer, even when there are some at once; who takes longer goes on beside the others."""
 
 CLONES_AT_ONCE = 8
@@ -28,7 +28,7 @@ Who = int | str
 """The id of a VM, or the name of a template."""
 
 
-class BootGate:
+class BootLimiter:
     """Whose turn it is to boot."""
 
     def __init__(self, limit: int, projection: Projection | None = None) -> None:
@@ -42,7 +42,7 @@ class BootGate:
         self._last: dict[Who, trio.Event] = {}
         """Likewise, of those who come after all of these."""
 
-    async def enter(self, who: Who, *, last: bool = False) -> None:
+    async def acquire(self, who: Who, *, last: bool = False) -> None:
         """Wait for a turn; one that has it keeps it. Cancelled, it has neither turn nor place. `last`: behind all who
         wait without."""
         while True:
@@ -52,12 +52,12 @@ class BootGate:
                     await self._projection.undrained()
                 finally:
                     self._held.discard(who)
-            await self._enter(who, self._last if last else self._waiting)
+            await self._acquire(who, self._last if last else self._waiting)
             if self._projection is None or self._projection.drain is None:
                 return
-            self.leave(who)
+            self.release(who)
 
-    async def _enter(self, who: Who, queue: dict[Who, trio.Event]) -> None:
+    async def _acquire(self, who: Who, queue: dict[Who, trio.Event]) -> None:
         if who in self._inside or (len(self._inside) < self.limit and not self._waiting):
             self._inside.add(who)
             await trio.lowlevel.checkpoint()
@@ -66,14 +66,14 @@ class BootGate:
         try:
             await event.wait()
         except BaseException:
-            self.leave(who)
+            self.release(who)
             raise
 
-    def take(self, who: Who) -> None:
+    def force(self, who: Who) -> None:
         """Have a turn at once: it boots already."""
         self._inside.add(who)
 
-    def leave(self, who: Who) -> None:
+    def release(self, who: Who) -> None:
         """The turn is over; without one nothing happens."""
         self._inside.discard(who)
         for queue in (self._waiting, self._last):
@@ -84,7 +84,7 @@ class BootGate:
             queue.pop(first).set()
 
     @property
-    def is_used(self) -> bool:
+    def in_use(self) -> bool:
         """Whether anybody has a turn."""
         return bool(self._inside)
 
