@@ -19,7 +19,7 @@ from pyroute2 import IPRoute
 
 from volant.host import Host
 from volant.model import BASE, Phase, Status, VmRow, allocate, parse_port
-from volant.network import HostNetwork, NetworkDoor, Networks, NetworkSettings
+from volant.network import HostNetwork, NetworkBackend, Networks, NetworkSettings
 
 INSTANCE = "0123456789"
 SUBNET = IPv4Network("10.87.0.0/24")
@@ -131,9 +131,9 @@ class World:
         there("configure", "eth0", "", its_address, "")
         return there
 
-    def networks(self, settings: NetworkSettings = SETTINGS, door: NetworkDoor | None = None) -> Networks:
+    def networks(self, settings: NetworkSettings = SETTINGS, backend: NetworkBackend | None = None) -> Networks:
         """Those of a daemon that has `rows`."""
-        return Networks(door or HostNetwork(Host()), settings, lambda: self.rows)
+        return Networks(backend or HostNetwork(Host()), settings, lambda: self.rows)
 
     def foreign_port(self, name: str, mac: str, address: str) -> Peer:
         """One that nobody of ours has put on the bridge."""

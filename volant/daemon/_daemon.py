@@ -39,7 +39,7 @@ from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running,
 from volant.model import AUTO, BRIDGE, USER, Networking, ProcessIdentity, Status, default_network, kind_of, parse_subnet
 from volant.network import (
     HostNetwork,
-    NetworkDoor,
+    NetworkBackend,
     NetworkKeeper,
     Networks,
     NetworkSettings,
@@ -212,7 +212,7 @@ async def evidence_of(host: Host, settings: Settings, logs: VmLogs) -> Evidence:
 
 
 class Daemon:
-    """The assembled daemon, and what it knows of itself: the door that the API uses for `/system`."""
+    """Assembles the daemon, and answers what the API asks about it for `/system`."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ class Daemon:
         notifier: Notifier | None = None,
         *,
         host: Host | None = None,
-        network: NetworkDoor | None = None,
+        network: NetworkBackend | None = None,
     ) -> None:
         self.settings = settings
         self._sockets = sockets

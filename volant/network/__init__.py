@@ -1,13 +1,13 @@
 """The host's side of networks: bridge, taps, addresses, firewall."""
 
 from ._actor import NetworkKeeper
-from ._door import (
+from ._backend import (
     BridgeDown,
     ForgetConnections,
     Link,
     MakeBridge,
     MakeTap,
-    NetworkDoor,
+    NetworkBackend,
     NetworkFailed,
     RemoveLink,
     Route,
@@ -27,7 +27,7 @@ __all__ = [
     "Link",
     "MakeBridge",
     "MakeTap",
-    "NetworkDoor",
+    "NetworkBackend",
     "NetworkFailed",
     "NetworkKeeper",
     "NetworkSettings",

@@ -17,7 +17,7 @@ import trio
 
 from actors import Actor, Deferred, TaskHandle, handles
 
-from ._door import NetworkFailed
+from ._backend import NetworkFailed
 from ._networks import Networks
 from .messages import Attach, Confine, Detach, Reconcile
 

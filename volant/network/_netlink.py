@@ -1,4 +1,4 @@
-"""The door to the kernel's networks: netlink by pyroute2, taps by `/dev/net/tun`, switches by `/proc/sys`.
+"""Linux's network backend: netlink by pyroute2, taps by `/dev/net/tun`, switches by `/proc/sys`.
 
 pyroute2's own asyncio can't run under Trio, and its synchronous calls have a socket for each thread that they are made
 in. So each visit is one call in a worker thread, with a socket that lives as long as the visit: half a millisecond, and
@@ -31,8 +31,7 @@ import trio
 from volant.host import Host
 
 from . import _nftables, _watch
-from ._conntrack import forget_connections
-from ._door import (
+from ._backend import (
     BridgeDown,
     ForgetConnections,
     Link,
@@ -44,6 +43,7 @@ from ._door import (
     SetLocalnet,
     Step,
 )
+from ._conntrack import forget_connections
 
 T = TypeVar("T")
 

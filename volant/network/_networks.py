@@ -16,12 +16,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from volant.model import VmRow, tap_of
 
-from ._door import (
+from ._backend import (
     BridgeDown,
     ForgetConnections,
     Link,
     MakeTap,
-    NetworkDoor,
+    NetworkBackend,
     NetworkFailed,
     RemoveLink,
     SetLocalnet,
@@ -52,15 +52,15 @@ class Networks:
 
     def __init__(
         self,
-        door: NetworkDoor,
+        backend: NetworkBackend,
         settings: NetworkSettings,
         rows: Callable[[], Iterable[VmRow]],
         passt: Passt | None = None,
     ) -> None:
         """`passt`: None: there are no VMs with the network `user`."""
-        self.passts = PasstFilter(door, settings, rows, passt)
+        self.passts = PasstFilter(backend, settings, rows, passt)
         """What their processes may reach."""
-        self._door = door
+        self._backend = backend
         self._settings = settings
         self._rows = rows
         self._loaded: Rules | None = None
@@ -89,14 +89,14 @@ class Networks:
         settings = self._settings
         plan = plan_of(settings, ())
         try:
-            await self._door.ready()
+            await self._backend.ready()
             links: Sequence[Link] = ()
-            if settings.bridge_name in await self._door.names():
-                links = await self._door.links({settings.bridge_name})
+            if settings.bridge_name in await self._backend.names():
+                links = await self._backend.links({settings.bridge_name})
             check_bridge(settings, links)
-            check_subnets(plan, await self._door.routes(), links)
+            check_subnets(plan, await self._backend.routes(), links)
             # A kernel has all that they need, or not: the family of bridges tells of bridges, too.
-            await self._door.check(whole(rules_of(plan)))
+            await self._backend.check(whole(rules_of(plan)))
         except NetworkFailed as error:
             return str(error)
         return None
@@ -115,10 +115,10 @@ class Networks:
         self._lacking = {}
         if not plan.taps and not await self._is_begun():
             return {}
-        await self._door.ready()
-        links = await self._door.links()
+        await self._backend.ready()
+        links = await self._backend.links()
         steps = steps_to(plan, links)
-        check_subnets(plan, await self._door.routes(), links)
+        check_subnets(plan, await self._backend.routes(), links)
         await self._change(rules_of(plan))
         failures = await self._do(plan, steps)
         self._gateways = plan.gateways
@@ -181,7 +181,9 @@ class Networks:
 
     async def watch(self, torn: Callable[[str], None]) -> None:
         """Call `torn` each time that somebody has taken what is everybody's away, with what has happened."""
-        await self._door.watch(self._settings.bridge_name, (*self._settings.tables, self._settings.passt_table), torn)
+        await self._backend.watch(
+            self._settings.bridge_name, (*self._settings.tables, self._settings.passt_table), torn
+        )
 
     async def remove_unused(self) -> None:
         """Take all of it away, unless a VM should have a tap, or a process has one open: it may be a VM's that is found
@@ -191,7 +193,7 @@ class Networks:
         """
         if self.has_taps() or not await self._is_begun():
             return
-        if any(link.in_use and is_tap(self._settings, link) for link in await self._door.links()):
+        if any(link.in_use and is_tap(self._settings, link) for link in await self._backend.links()):
             return
         await self.remove()
 
@@ -200,9 +202,9 @@ class Networks:
         self._loaded = self._gateways = None
         if not await self._is_begun():
             return
-        links = [link for link in await self._door.links() if is_ours(self._settings, link)]
-        results = await self._door.do([RemoveLink(name=link.name, kind=link.kind) for link in links])
-        await self._door.load(nothing(self._settings.tables))
+        links = [link for link in await self._backend.links() if is_ours(self._settings, link)]
+        results = await self._backend.do([RemoveLink(name=link.name, kind=link.kind) for link in links])
+        await self._backend.load(nothing(self._settings.tables))
         for failure in filter(None, results):
             raise failure
 
@@ -216,7 +218,7 @@ class Networks:
     async def _is_begun(self) -> bool:
         """Whether anything of ours may be on the host. Not before a VM needed it: a daemon without networks leaves the
         host's alone, and needs no leave to touch them."""
-        return any(may_be_ours(self._settings, name) for name in await self._door.names())
+        return any(may_be_ours(self._settings, name) for name in await self._backend.names())
 
     async def _change(self, rules: Rules) -> None:
         """Have the firewall be this one."""
@@ -224,13 +226,13 @@ class Networks:
         text = change(before, rules)
         if text:
             try:
-                await self._door.load(text)
+                await self._backend.load(text)
             except NetworkFailed as error:
                 if text == whole(rules):
                     raise
                 _logger.warning("the firewall is not as it was left, and is replaced: %s", error)
                 self._counts["mended"] += 1
-                await self._door.load(whole(rules))
+                await self._backend.load(whole(rules))
         self._loaded = rules
 
     async def _do(
@@ -244,7 +246,7 @@ class Networks:
         vm_ids = {tap.name: tap.vm_id for tap in plan.taps} | dict(going or {})
         failures: dict[int, NetworkFailed] = {}
         lacking: dict[int, NetworkFailed] = {}
-        for step, failure in zip(steps, await self._door.do(steps), strict=True):
+        for step, failure in zip(steps, await self._backend.do(steps), strict=True):
             if isinstance(failure, BridgeDown):
                 raise failure
             match step:

@@ -14,7 +14,7 @@ import trio
 
 from volant.host import Host
 
-from ._door import NetworkFailed
+from ._backend import NetworkFailed
 
 MISSING = "nft is not installed; `apt install nftables` brings it"
 _TIMEOUT_S = 20.0

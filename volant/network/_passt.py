@@ -20,7 +20,7 @@ import trio
 from volant.host import Bounds, Grant, Host, ProcessGone
 from volant.model import Lease, ProcessIdentity, PublishedPort, VmRow
 
-from ._door import NetworkFailed
+from ._backend import NetworkFailed
 
 PROGRAM = "passt"
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}

@@ -19,7 +19,7 @@ import trio
 
 from volant.model import USER, Phase, VmRow, kind_of
 
-from ._door import NetworkDoor, NetworkFailed
+from ._backend import NetworkBackend, NetworkFailed
 from ._passt import Passt
 from ._plan import NetworkSettings
 from ._rules import AZURE, METADATA, nothing
@@ -66,12 +66,12 @@ class PasstFilter:
 
     def __init__(
         self,
-        door: NetworkDoor,
+        backend: NetworkBackend,
         settings: NetworkSettings,
         rows: Callable[[], Iterable[VmRow]],
         passt: Passt | None,
     ) -> None:
-        self._door = door
+        self._backend = backend
         self._settings = settings
         self._rows = rows
         self._passt = passt
@@ -90,7 +90,7 @@ class PasstFilter:
         if self._user is None:
             return "volantd does not run as root" if os.geteuid() else "volantd has no user for passt (vm_uids)"
         try:
-            await self._door.check(passt_rules(self._settings, self._user))
+            await self._backend.check(passt_rules(self._settings, self._user))
         except NetworkFailed as error:
             return str(error)
         return None
@@ -99,7 +99,7 @@ class PasstFilter:
         """Have it there, where there can be one. :raises NetworkFailed: it can't be loaded."""
         async with self._turn:
             if self._user is not None and self.is_possible and not self.stands:
-                await self._door.load(passt_rules(self._settings, self._user))
+                await self._backend.load(passt_rules(self._settings, self._user))
                 self.stands = True
 
     @property
@@ -116,7 +116,7 @@ class PasstFilter:
         began = self.stands or any(kind_of(row.network) == USER for row in self._rows())
         if self.is_possible and began and not await self.is_needed():
             self.stands = False
-            await self._door.load(nothing((self._settings.passt_table,)))
+            await self._backend.load(nothing((self._settings.passt_table,)))
 
     async def is_needed(self) -> bool:
         """Whether there is a passt that it is for, or is about to be."""

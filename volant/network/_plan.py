@@ -13,7 +13,7 @@ import msgspec
 
 from volant.model import Phase, PublishedPort, VmRow, gateway_of, is_named, tap_prefix
 
-from ._door import Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
+from ._backend import Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
 
 _NAME_BYTES = 15
 """Of a network interface."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from actors import Request
 
-from ._door import NetworkFailed
+from ._backend import NetworkFailed
 
 
 @dataclass(frozen=True, slots=True)

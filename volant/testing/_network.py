@@ -149,7 +149,7 @@ def _change(held: dict[str, str], verb: str, members: list[str]) -> None:
 
 
 class SimNetwork:
-    """The door of one daemon. `call` makes each of its effects happen, or not."""
+    """The network backend of one daemon. `call` makes each of its effects happen, or not."""
 
     def __init__(self, links: SimLinks, call: Call) -> None:
         self._links = links

@@ -93,7 +93,7 @@ class ForgetConnections(msgspec.Struct, frozen=True, kw_only=True):
 Step = MakeBridge | MakeTap | RemoveLink | SetLocalnet | ForgetConnections
 
 
-class NetworkDoor(Protocol):
+class NetworkBackend(Protocol):
     """Each call but `watch` has a deadline of its own. :raises NetworkFailed: it has passed, or the host refuses."""
 
     async def ready(self) -> None:
