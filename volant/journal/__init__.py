@@ -2,6 +2,7 @@
 
 from ._answers import Answer, Answers, Kept, Once, Refusal
 from ._backups import MAX_UPLOAD_BYTES, Backup, Backups, Upload
+from ._client import ask_journal, journal_down
 from ._errors import AlreadyAnswered, DatabaseRefused, JournalBroken, StaleRow
 from ._events import EventCursor, EventGap, EventLog, EventLogStatistics
 from ._frames import EventFrame
@@ -81,6 +82,8 @@ __all__ = [
     "Upload",
     "VmLog",
     "VmLogs",
+    "ask_journal",
+    "journal_down",
     "replaced_databases",
     "restore_offline",
     "take_over",

@@ -18,7 +18,7 @@ from actors import Actor, ActorDown, AskTimeout, Deferred, MailboxFull, TaskHand
 from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.host import ProcessGone
 from volant.hypervisor import CheckpointFailed, HypervisorError, LaunchFailed, MachineSpec
-from volant.journal import AlreadyAnswered, CommitSteps, LogEntry, Once, StaleRow
+from volant.journal import AlreadyAnswered, CommitSteps, LogEntry, Once, StaleRow, journal_down
 from volant.model import (
     MAX_RESTARTS,
     AgentAnswered,
@@ -366,12 +366,7 @@ class VmActor(Actor):
                 raise
             except (ActorDown, AskTimeout, StaleRow) as error:
                 if not tries_left:
-                    raise Problem(
-                        503,
-                        "journal-down",
-                        f"the journal could not keep the change: {error}",
-                        hint="try again; the daemon's log says why the journal fails",
-                    ) from error
+                    raise journal_down(error) from error
                 unsure = unsure or not isinstance(error, StaleRow)
                 await trio.sleep(0.2)
                 # Whether it was kept is unknown: read the row again, and go on from there.

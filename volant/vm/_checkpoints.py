@@ -26,7 +26,7 @@ from actors import ActorDown, AskTimeout, Ref, Request
 from volant._own import inside
 from volant.host import Host
 from volant.hypervisor import Checkpoint, CheckpointFailed, Hypervisor, MachineKind
-from volant.journal import AlreadyAnswered, EventGap, FinishSnapshot, Journal, Once, RemoveSnapshot, Store
+from volant.journal import AlreadyAnswered, EventGap, FinishSnapshot, Journal, Once, RemoveSnapshot, Store, ask_journal
 from volant.model import FORK, SNAPSHOT, Problem, Snapshot, VmRow, is_copyable, waits_for
 
 from .messages import CheckpointTaken
@@ -441,14 +441,9 @@ class Checkpoints:
     def _names_in(self, directory: Path) -> list[str]:
         return self._host.list_directory(directory) if self._host.exists(directory) else []
 
-    async def _ask(self, message: Request[object]) -> object:
-        """Ask the journal. :raises Problem: its own, or 503 when it does not answer. :raises AlreadyAnswered:"""
-        try:
-            return await self._journal.ask(message, timeout_s=_COMMIT_S)
-        except (ActorDown, AskTimeout) as error:
-            raise Problem(
-                503, "journal-down", f"the journal could not keep the change: {error}", hint="try again"
-            ) from error  # fmt: skip
+    async def _ask(self, message: Request[object]) -> None:
+        """Has the journal do something. :raises Problem: as `ask_journal`. :raises AlreadyAnswered:"""
+        await ask_journal(self._journal, message)
 
 
 _NEW = ".new"

@@ -41,6 +41,7 @@ from volant.journal import (
     RestoreRow,
     SetDrain,
     StaleRow,
+    ask_journal,
 )
 from volant.model import (
     FORK,
@@ -675,14 +676,8 @@ class Vms:
             )  # fmt: skip
 
     async def _journal(self, message: Request[R]) -> R:
-        """Ask the journal. :raises Problem: its own, or 503 when it does not answer."""
-        try:
-            return await self.doors.journal.ask(message, timeout_s=_ASK_TIMEOUT_S)
-        except (ActorDown, AskTimeout) as error:
-            raise Problem(
-                503, "journal-down", f"the journal could not keep the change: {error}",
-                hint="look whether it was made, and try again",
-            ) from error  # fmt: skip
+        """Returns the journal's answer. :raises Problem: as `ask_journal`."""
+        return await ask_journal(self.doors.journal, message)
 
     def _row(self, name: str) -> VmRow:
         row = self.doors.store.projection.get(name)
