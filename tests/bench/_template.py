@@ -169,6 +169,7 @@ class BareClone(Bare):
             qmp = QmpClient(stream, migration.on_event)
             await nursery.start(qmp.start)
             await migration.take_over(qmp, spec.template.state)
+            await qmp.execute("cont")
             nursery.cancel_scope.cancel()
         await ask_agent(spec.agent_path)
 
