@@ -1,7 +1,7 @@
-"""What `make demo` shows: a VM from nothing to nothing, with the commands that a user would type.
+"""The demo of `make demo`: creates a VM, uses it and deletes it, with the commands that a user would type.
 
-The daemon is one of its own, on a free port, with its own state; only the image cache is the usual one. Whatever
-happens, also Ctrl-C, nothing else is left behind.
+It starts its own daemon, on a free port and with its own state; only the image cache is the usual one. It leaves
+nothing else behind, even after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ BIN = Path(sys.executable).parent
 
 
 class DemoError(Exception):
-    """The demo can't go on."""
+    """The demo cannot continue."""
 
 
 def main() -> int:
-    """Run the demo; return the exit code."""
+    """Runs the demo; returns the exit code."""
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _interrupted)
     began = time.monotonic()
@@ -48,14 +48,14 @@ def main() -> int:
 
 
 def show(stack: ExitStack) -> None:
-    """The story itself."""
+    """Runs the steps of the demo."""
     say("The boot image: a kernel and a minimal root file system, from Debian's packages")
     volar("images", "build")
 
     say("A daemon on a free port, with its own state")
     folder = stack.enter_context(scratch())
     api = stack.enter_context(daemon(folder))
-    # The first of what is done at the end: nobody interrupts the rest of it.
+    # From here on, a second Ctrl-C must not interrupt the clean-up.
     stack.callback(_ignore_signals)
     os.environ["VOLANT_API_BASE"] = api
     volar("system", "status")
@@ -80,7 +80,7 @@ def show(stack: ExitStack) -> None:
 
 
 def follow_logs() -> None:
-    """Follow the log until a line that is written meanwhile arrives."""
+    """Follows the log until a new line arrives."""
     words = ["vms", "logs", "demo", "--follow", "--tail", "3"]
     prompt(words)
     with subprocess.Popen([BIN / "volar", *words], stdout=subprocess.PIPE, start_new_session=True) as process:
@@ -88,7 +88,7 @@ def follow_logs() -> None:
         try:
             volar("vms", "exec", "demo", "--", "sh", "-c", "echo hello from the guest > /dev/console")
             for line in lines(process.stdout.fileno(), FOLLOW_S):
-                # The firmware talks to a terminal; this is none.
+                # Without the firmware's control sequences for a terminal.
                 print("  | " + "".join(filter(str.isprintable, line)), flush=True)
                 if "hello from the guest" in line:
                     break
@@ -100,8 +100,8 @@ def follow_logs() -> None:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for the daemon's state."""
-    # Sockets lie beneath it, and a socket's path is short.
+    """A directory for the daemon's state."""
+    # Short: it holds sockets, whose paths have at most 108 bytes.
     base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 40 else "/tmp"
     folder = Path(tempfile.mkdtemp(prefix="volant-demo-", dir=base))
     try:
@@ -112,12 +112,12 @@ def scratch() -> Iterator[Path]:
 
 @contextmanager
 def daemon(folder: Path) -> Iterator[str]:
-    """A running `volantd`; gives its address."""
+    """Runs `volantd`; gives its address."""
     log = folder / "volantd.log"
     words = ["--ephemeral", "--listen", "127.0.0.1:0"]
     words += ["--state-dir", str(folder / "state"), "--runtime-dir", str(folder / "run")]
     print(f"$ volantd {shlex.join(words)} &", flush=True)
-    # In a session of its own, so that Ctrl-C reaches us alone, and VMs are deleted before it goes.
+    # In its own session: Ctrl-C reaches only this program, which deletes the VMs before it stops the daemon.
     with (
         log.open("wb") as errors,
         subprocess.Popen(
@@ -142,7 +142,7 @@ def daemon(folder: Path) -> Iterator[str]:
 
 
 def stop(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """End the daemon and see to it that nothing of it is left."""
+    """Stops the daemon and removes all that is left of it."""
     process.terminate()
     try:
         process.wait(STOP_S)
@@ -153,7 +153,7 @@ def stop(process: subprocess.Popen[bytes], folder: Path) -> None:
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     if left or process.returncode not in (0, -signal.SIGTERM):
-        # What lies outside its folder is ours to remove now.
+        # The daemon was killed: remove what it left outside its directory.
         from volant.vm import instance_of
 
         log = (folder / "volantd.log").read_text(errors="replace")[-4000:]
@@ -162,7 +162,7 @@ def stop(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Processes that work in `folder` or have it on their command line: the daemon's and its hypervisors."""
+    """Returns the processes that work in `folder` or have it on their command line: the daemon and its hypervisors."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -177,19 +177,19 @@ def processes_of(folder: Path) -> list[int]:
 
 @contextmanager
 def background(*words: str) -> Iterator[None]:
-    """A `volar` that goes on printing while the block runs."""
+    """Runs a `volar` that prints while the block runs."""
     print(f"$ volar {shlex.join(words)} &", flush=True)
     with subprocess.Popen([BIN / "volar", *words], start_new_session=True) as process:
         try:
             yield
-            # The last event is on its way.
+            # Let the last event arrive.
             time.sleep(0.3)
         finally:
             finish(process)
 
 
 def finish(process: subprocess.Popen[bytes], signum: int = signal.SIGTERM) -> None:
-    """End a `volar`."""
+    """Stops a `volar`."""
     process.send_signal(signum)
     try:
         process.wait(10)
@@ -198,17 +198,17 @@ def finish(process: subprocess.Popen[bytes], signum: int = signal.SIGTERM) -> No
 
 
 def volar(*words: str, quiet: bool = False) -> None:
-    """Run one command to its end. :raises DemoError: it failed."""
+    """Runs one command to its end. :raises DemoError: if it fails"""
     if not quiet:
         prompt(words)
-    # Ctrl-C reaches us alone, and we end it as it deserves.
+    # Ctrl-C reaches only this program, which then stops the command.
     with subprocess.Popen(
         [BIN / "volar", *words], stdout=subprocess.DEVNULL if quiet else None, start_new_session=True
     ) as process:
         try:
             code = process.wait()
         except BaseException:
-            # It has something to clean up when it builds an image.
+            # Give it time to clean up a half-built image.
             finish(process, signal.SIGINT if words[0] == "images" else signal.SIGTERM)
             raise
     if code:
@@ -216,7 +216,7 @@ def volar(*words: str, quiet: bool = False) -> None:
 
 
 def lines(fd: int, timeout_s: float) -> Iterator[str]:
-    """The lines that arrive within `timeout_s`."""
+    """Yields the lines that arrive within `timeout_s`."""
     give_up_at = time.monotonic() + timeout_s
     text = b""
     while (left_s := give_up_at - time.monotonic()) > 0:
@@ -231,12 +231,12 @@ def lines(fd: int, timeout_s: float) -> Iterator[str]:
 
 
 def say(text: str) -> None:
-    """A heading."""
+    """Prints a heading."""
     print(f"\n# {text}", flush=True)
 
 
 def prompt(words: tuple[str, ...] | list[str]) -> None:
-    """The command as one would type it."""
+    """Prints the command as a user would type it."""
     print(f"$ volar {shlex.join(words)}", flush=True)
 
 

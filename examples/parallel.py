@@ -1,4 +1,4 @@
-"""Boot a VM, run the same command in it several times at once, and delete it: the client in thirty lines.
+"""Boots a VM, runs a command in it several times at once, and deletes it: the client in thirty lines.
 
 python examples/parallel.py [http://127.0.0.1:7777]
 """
@@ -16,7 +16,7 @@ NAME = "example-parallel"
 
 
 async def main(base_url: str) -> None:
-    """Print what each command says."""
+    """Prints the output of each command."""
     async with Client(base_url) as client:
         try:
             waited = await client.vms.create_and_wait(CreateVm(name=NAME, cpu_cores=1, memory_mb=256), timeout_s=180)
@@ -26,13 +26,13 @@ async def main(base_url: str) -> None:
                 for number in range(4):
                     nursery.start_soon(say, client, number)
         finally:
-            # What was made is removed, however the block was left.
+            # Delete the VM even if a command failed.
             with trio.move_on_after(90, shield=True):
                 await client.vms.delete(NAME)
 
 
 async def say(client: Client, number: int) -> None:
-    """One command, and its output."""
+    """Runs one command and stores its output."""
     async with client.vms.exec(NAME, ["sh", "-c", f"echo hello {number} from $(uname -r)"], timeout_s=60) as process:
         output = b"".join([piece.data async for piece in process])
         print(output.decode().strip(), process.end)

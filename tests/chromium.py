@@ -1,4 +1,4 @@
-"""A real Chromium, Debian's, as a client of what is tested."""
+"""Runs Debian's Chromium as a client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chro
 
 @asynccontextmanager
 async def visiting(url: str, profile: Path) -> AsyncIterator[None]:
-    """A browser that has opened `url`, for the length of a block."""
+    """Runs a browser that has opened `url`, until the block ends."""
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
         "--remote-debugging-port=0", f"--user-data-dir={profile}", url,
@@ -33,7 +33,7 @@ async def visiting(url: str, profile: Path) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        # Debian's command is a script, and the browser a child of it with children of its own.
+        # Debian's command is a script: the browser is its child, and has children of its own.
         os.killpg(process.pid, signal.SIGKILL)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
             await process.wait()

@@ -1,4 +1,4 @@
-"""Ports of the loopback at which nobody listens."""
+"""Free ports of the loopback interface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port() -> int:
-    """A port that stays free until somebody asks for it by its number: the kernel hands it to nobody else."""
+    """Returns a free port below those that the kernel assigns by itself, so it stays free until a caller binds it."""
     handed_out = int(_RANGE.read_text().split()[0])
     while True:
         port = random.randrange(_FIRST, handed_out)

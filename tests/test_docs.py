@@ -1,4 +1,4 @@
-"""The pages of the documentation hang together: links lead somewhere, and what a page names exists."""
+"""The links of the documentation lead somewhere, and the names on its pages exist."""
 
 from __future__ import annotations
 
@@ -89,6 +89,6 @@ def test_the_page_of_mcp_names_every_tool() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """What its headings are called in addresses, as GitHub makes it of them."""
+    """Returns the anchors that GitHub makes from the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.M), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -3,12 +3,12 @@
     python examples/browser/build.py --output DIR
     volar plugins install DIR/manifest.json
 
-Nobody needs to be root, nothing is mounted, and nothing of this host's configuration gets into the image. The same
-packages make the same bytes. A second run with nothing new takes the time that asking the archive takes.
+It needs neither root nor mounts, and copies none of this host's configuration into the image. The same packages make
+the same bytes. A run without new packages only asks the archive.
 
-Packages are unpacked and not installed: their maintainer scripts would need a system to run in. What of those scripts
-matters is done here: a user for the browser, the links of a merged /usr, Python's byte code. The linker needs no cache,
-as all libraries lie where it looks anyway; nor does fontconfig, for one family of fonts.
+Packages are unpacked and not installed, because their maintainer scripts need a running system. This script does the
+parts that matter: a user for the browser, the links of a merged /usr, Python's byte code. The linker needs no cache,
+because all libraries are in its default directories; nor does fontconfig, for one family of fonts.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from workload import _catalogue as catalogue  # noqa: E402 - it lies beside this
 CHROMIUM = "chromium-headless-shell"
 PACKAGES = (CHROMIUM, "fonts-dejavu-core", "python3.13-minimal", "libpython3.13-stdlib", "busybox-static")
 WITHOUT = ("x11-utils", "xdg-utils", "mesa-libgallium", "debconf")
-"""What packages depend on for desktops, graphics cards and questions during an installation: half of all files."""
+"""Dependencies for desktops, graphics cards and the questions of an installation, left out: half of all files."""
 PROGRAMS = {"dpkg-deb": "dpkg", "mke2fs": "e2fsprogs", "debugfs": "e2fsprogs"}
-"""What builds the image, and the packages of this host that have it."""
+"""The programs that build the image, and the Debian packages that contain them."""
 SIZE_MB = 1024
-"""Of the filesystem; what is not used takes no space."""
+"""Size of the filesystem; the file is sparse."""
 INODES = 65536
 JOURNAL_MB = 16
 UID = 1000
 EPOCH = 946684800
-"""2000-01-01, for all times in the image; those who hash images want them to be the same tomorrow."""
+"""2000-01-01: the time of all files in the image, so that the same packages give the same digest."""
 PYTHON = "python3.13"
 
 LINKS = {
@@ -87,7 +87,7 @@ _COMMAND_S = 300.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; return the exit code."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Build the browser plugin.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets rootfs.img and manifest.json")
     parser.add_argument("--mirror", metavar="URL", help="a Debian mirror, in the place of this host's apt sources")
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Teller:
-    """Says to people, on standard error, what is done."""
+    """Reports progress on standard error."""
 
     def __init__(self) -> None:
         self._last = ""
@@ -134,7 +134,7 @@ class Teller:
         self._last = text
 
     def progress(self, progress: Progress) -> None:
-        """Say how far the packages are, in steps of a tenth."""
+        """Reports the progress of the downloads in steps of ten percent."""
         if progress.unit == "bytes" and progress.done < progress.total:
             tenths = 10 * progress.done // progress.total
             self(f"{progress.message}: {10 * tenths} % of {progress.total / 1e6:.0f} MB")
@@ -144,7 +144,7 @@ class Teller:
 
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold the output folder: one builder at a time, the others wait."""
+    """Locks the output directory: one builder at a time, the others wait."""
     output.mkdir(parents=True, exist_ok=True)
     with (output / "lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -154,7 +154,7 @@ def locked(output: Path) -> Iterator[None]:
 
 
 def build(output: Path, packages: Mapping[Package, Path], say: Teller) -> None:
-    """Make `rootfs.img` and `manifest.json`, unless they are there and made of just this."""
+    """Makes `rootfs.img` and `manifest.json`, unless they are up to date."""
     record = output / "build.json"
     key = digest_of_inputs(packages)
     if is_built(output, record, key):
@@ -186,7 +186,7 @@ def build(output: Path, packages: Mapping[Package, Path], say: Teller) -> None:
 
 
 def digest_of_inputs(packages: Mapping[Package, Path]) -> str:
-    """Return a digest of all that decides about the image."""
+    """Returns a digest of everything that determines the image."""
     parts = [f"{package.name} {package.version} {package.sha256}" for package in packages]
     for path in (Path(__file__), *workload_files()):
         parts += [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"]
@@ -194,12 +194,12 @@ def digest_of_inputs(packages: Mapping[Package, Path]) -> str:
 
 
 def workload_files() -> list[Path]:
-    """Return what runs in the VM."""
+    """Returns the files that run in the VM."""
     return sorted((HERE / "workload").glob("*.py"))
 
 
 def is_built(output: Path, record: Path, key: str) -> bool:
-    """Return whether the output is whole, and made of what `key` says."""
+    """Returns whether the output is complete and was made from `key`."""
     try:
         known = json.loads(record.read_text())
         boot = json.loads((output / "manifest.json").read_text())["boot"]["rootfs"]
@@ -214,7 +214,7 @@ def is_built(output: Path, record: Path, key: str) -> bool:
 
 
 def arrange(root: Path) -> None:
-    """Make a root filesystem of what the packages have brought."""
+    """Completes the root filesystem in `root`, where the packages are unpacked."""
     for name in DIRECTORIES:
         (root / name).mkdir(parents=True, exist_ok=True)
     for name, text in FILES.items():
@@ -233,9 +233,9 @@ def arrange(root: Path) -> None:
 
 
 def compile_python(root: Path) -> None:
-    """Compile the modules with the Python that will run them: under emulation that costs a start seconds."""
+    """Compiles the modules with the Python that will run them: under emulation, that would slow a start by seconds."""
     linker = root / "usr/lib64/ld-linux-x86-64.so.2"
-    # Relative, as what ends up in the byte code must not depend on where this is.
+    # Relative, so that the byte code does not contain this host's paths.
     python = ["--library-path", "./usr/lib/x86_64-linux-gnu", f"./usr/bin/{PYTHON}", "-B", "-s", "-S", "-P"]
     options = ["-q", "-s", ".", "-p", "/", "--invalidation-mode", "unchecked-hash"]
     environment = {"PYTHONHASHSEED": "0", "PYTHONHOME": "./usr", "LC_ALL": "C.UTF-8", "TZ": "UTC", "PATH": ""}
@@ -244,7 +244,7 @@ def compile_python(root: Path) -> None:
 
 
 def make_uniform(root: Path) -> None:
-    """Give all files the modes and times that they have whoever builds; nothing in there needs to be setuid."""
+    """Gives all files the same modes and times on each host, and removes setuid bits."""
     for path in [root, *root.rglob("*")]:
         if not path.is_symlink():
             runs = path.is_dir() or path.stat().st_mode & stat.S_IXUSR
@@ -256,7 +256,7 @@ def make_uniform(root: Path) -> None:
 
 
 def make_filesystem(root: Path, image: Path, key: str) -> None:
-    """Write `root` as ext4 to `image`, all files root's but the browser's home."""
+    """Writes `root` as ext4 to `image`; root owns all files except the browser's home."""
     identity = str(uuid.uuid5(uuid.NAMESPACE_OID, key))
     settings = {"SOURCE_DATE_EPOCH": str(EPOCH), "MKE2FS_CONFIG": "/dev/null", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
     environment = {**os.environ, **settings}
@@ -284,7 +284,7 @@ def make_filesystem(root: Path, image: Path, key: str) -> None:
 
 
 def manifest(image: Path, sha256: str, version: str) -> dict[str, object]:
-    """Return the plugin's manifest."""
+    """Returns the plugin's manifest."""
     return {
         "name": "browser",
         "version": version,
@@ -305,15 +305,15 @@ def manifest(image: Path, sha256: str, version: str) -> dict[str, object]:
 
 
 def write(path: Path, value: object) -> None:
-    """Put JSON in the place of `path`."""
+    """Replaces `path` with JSON."""
     temporary = path.with_name(f"{path.name}.new")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     temporary.replace(path)
 
 
 def located(program: str) -> str:
-    """Return where a program is; :raises ImageError: it is nowhere."""
-    # Those that make filesystems are not in the path of those who are not root.
+    """Returns the path of a program. :raises ImageError: if it is not installed"""
+    # Programs for filesystems are not in the PATH of an ordinary user.
     found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if found is None:
         hint = f"sudo apt-get install {PROGRAMS.get(program, program)}"
@@ -322,7 +322,7 @@ def located(program: str) -> str:
 
 
 def run(*command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """Return all that a command writes; :raises ImageError: there is no such program, or it fails."""
+    """Returns the output of a command. :raises ImageError: if there is no such program, or it fails"""
     done = subprocess.run(
         [located(command[0]), *command[1:]],
         cwd=cwd,

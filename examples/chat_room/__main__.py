@@ -1,11 +1,11 @@
 """A chat server: `python -m examples.chat_room [PORT]`, then `nc localhost PORT`, twice.
 
     system
-    ├─ room             one actor; after a crash everybody joins again by themselves
-    ├─ connections      dynamic: one child a client; the end of one touches no other
-    └─ listener         an async function: stopped first, so nobody comes while the rest ends
+    ├─ room             one actor; after it crashes, clients join again by themselves
+    ├─ connections      dynamic: one child for each client; the end of one affects no other
+    └─ listener         an async function; stopped first, so no client arrives during the shutdown
 
-Say `/crash` to see the room die and come back.
+Type `/crash` to see the room crash and come back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLIENTS_MAX = 1000
 
 
 def build(listeners: list[trio.SocketListener]) -> Supervisor:
-    """The whole tree. The log outlives the room's crashes, because it is made out here."""
+    """Returns the whole tree. The log outlives the room's crashes because it is made here."""
     log = Log(max_frames=10_000, max_bytes=1_000_000)
     room = Child("room", partial(Room, log))
     connections = DynamicSupervisor()

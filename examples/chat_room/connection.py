@@ -1,4 +1,4 @@
-"""One client of the chat, on any stream of bytes: two tasks, and an actor that keeps them."""
+"""One client of the chat, on any byte stream: an actor with two tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEND_S = 10.0
 
 
 class Connection(Actor):
-    """Joins the room, sends what is said there, and says what comes in. It dies with its client, and only with it."""
+    """Joins the room and passes messages both ways. It ends when its client leaves, and only then."""
 
     def __init__(self, stream: trio.abc.Stream, room: Ref[Room], log: Log) -> None:
         self.stream = stream
@@ -27,7 +27,7 @@ class Connection(Actor):
         self.ctx.spawn(self.read)
 
     async def read(self) -> None:
-        """Takes lines from the client: the first is its name."""
+        """Receives lines from the client; the first one is its name."""
         lines = Lines(self.stream)
         await self.send(b"your name?\n")
         while not self.name:
@@ -43,16 +43,16 @@ class Connection(Actor):
         self.ctx.stop()
 
     async def join(self, name: str) -> bool:
-        """Whether the client is in the room now."""
+        """Joins the room; returns whether the client is in it now."""
         try:
             await self.room.ask(Join(name, self.ctx.self_ref), timeout_s=5)
         except NameInUse:
-            await self.send(b"somebody is called that; your name?\n")
+            await self.send(b"that name is taken; your name?\n")
             return False
         return True
 
     async def say(self, text: str) -> None:
-        """Once more if the room has just come back from a crash: it does not know anybody then."""
+        """Says a line, and tries again if the room has just restarted and lost its members."""
         for _ in range(2):
             try:
                 return await self.room.ask(Say(self.name, text), timeout_s=5)
@@ -63,7 +63,7 @@ class Connection(Actor):
         await self.send(b"! you are not in the room\n")
 
     async def write(self, after: int) -> None:
-        """Sends what is said after a line. A client that is too slow is told what it missed, or dropped."""
+        """Sends the room's messages. A client that is too slow is told how many it missed, or dropped."""
         async with self.log.cursor(after=after) as cursor:
             while found := await cursor.take(64 * 1024):
                 if isinstance(found, Gap):
@@ -84,7 +84,7 @@ class Connection(Actor):
         self.ctx.spawn(self.come_back)
 
     async def come_back(self) -> None:
-        """The room is back after a crash, or will be in a moment."""
+        """The room crashed; it is back, or will be soon."""
         for pause_s in (0.0, 0.1, 1.0, 10.0):
             await trio.sleep(pause_s)
             try:
@@ -96,14 +96,14 @@ class Connection(Actor):
 
 
 class Lines:
-    """Lines of text out of a stream; what is longer than `LINE_MAX` is cut."""
+    """Splits a byte stream into lines of text; cuts lines longer than `LINE_MAX`."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
         self.rest = b""
 
     async def next(self) -> str | None:
-        """The next line, or None at the end."""
+        """Returns the next line, or None at the end of the stream."""
         while b"\n" not in self.rest:
             try:
                 data = await self.stream.receive_some(4096)

@@ -1,4 +1,4 @@
-"""A chat room: who is in it, and what was said. It knows nothing of sockets."""
+"""A chat room: its members and their messages. It does not know about sockets."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from actors import Actor, Down, Log, Ref, Request, handles
 
 
 class NameInUse(Exception):
-    """Somebody of that name is in the room."""
+    """A member with this name is in the room."""
 
 
 class NotInRoom(Exception):
-    """Whoever isn't in the room can't be heard there. After a crash of the room nobody is, until they join again."""
+    """The sender is not a member. After a crash the room has no members until they join again."""
 
 
 @dataclass(frozen=True)
 class Join(Request[None]):
-    """From whoever wants to be in the room, and leaves it at the latest when it dies."""
+    """Asks to join. A member leaves when it ends, if not earlier."""
 
     name: str
     member: Ref[Actor]
@@ -26,7 +26,7 @@ class Join(Request[None]):
 
 @dataclass(frozen=True)
 class Say(Request[None]):
-    """Something for all in the room to read."""
+    """A message to all members."""
 
     name: str
     text: str
@@ -34,7 +34,7 @@ class Say(Request[None]):
 
 
 class Room(Actor):
-    """Writes what is said into a log. Readers have their cursors in that, so no reader holds up the room or another."""
+    """Writes messages into a log. Each reader has its own cursor in it, so a slow reader blocks nobody."""
 
     def __init__(self, log: Log) -> None:
         self.log = log

@@ -1,4 +1,4 @@
-"""Crawls a site: `python -m examples.crawler URL [REQUESTS_PER_SECOND]`. It stays on the host that it begins with."""
+"""Crawls a site: `python -m examples.crawler URL [REQUESTS_PER_SECOND]`. It stays on the host of the first URL."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""A crawler that is polite to each host, loses no page to a crash, and knows when it is done.
+"""A crawler that limits its rate for each host, loses no page to a crash, and knows when it is done.
 
     crawl
-    ├─ frontier     what is to be fetched, who is at it, what came of it
-    ├─ limiter      one bucket of tokens for each host
-    └─ workers      they fetch; each is replaced when it crashes, and the frontier takes its page back
+    ├─ frontier     pages to fetch, the worker of each, and the results
+    ├─ limiter      one token bucket for each host
+    └─ workers      fetch pages; a crashed one is restarted, and the frontier takes its page back
 
-Where pages come from is a function that is handed in: HTTP in earnest, a made-up site in a test.
+The function that fetches a page is a parameter: HTTP in production, a made-up site in a test.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import trio
 from actors import Actor, Child, Deferred, Down, Ref, Request, Supervisor, fault, handles
 
 Fetch = Callable[[str], Awaitable[tuple[str, ...]]]
-"""From an address to the addresses that the page there links to. Raises `OSError` when it can't be had."""
+"""Fetches an address; returns the addresses that its page links to. :raises OSError: if the page is unavailable"""
 
 
 @dataclass(frozen=True)
 class Next(Request[str]):
-    """From a worker: a page to fetch, as soon as there is one. It is taken back if the worker dies."""
+    """A worker asks for a page, and waits until there is one. The frontier takes the page back if the worker dies."""
 
     worker: Ref[Actor]
 
 
 @dataclass(frozen=True)
 class Fetched(Request[None]):
-    """From a worker: what its page links to; None if it can't be had."""
+    """A worker reports the links of its page; None: the page is unavailable."""
 
     worker: Ref[Actor]
     links: tuple[str, ...] | None
@@ -51,7 +51,7 @@ class Summary:
 
 
 class Frontier(Actor):
-    """Knows every page once, and lets one take its worker down with it `tries` times, no more."""
+    """Hands out each page once, and again if its worker crashes, up to `tries` times."""
 
     def __init__(self, begin: str, *, pages_max: int = 1000, tries: int = 3) -> None:
         self.pages_max = pages_max
@@ -76,7 +76,7 @@ class Frontier(Actor):
     async def page(self, message: Fetched) -> None:
         url = self.busy.pop(message.worker, None)
         if url is None:
-            return  # asked for before this incarnation
+            return  # requested from an earlier incarnation
         if message.links is None:
             self.failed.append(url)
         else:
@@ -122,7 +122,7 @@ class Frontier(Actor):
 
 @dataclass(frozen=True)
 class Acquire(Request[None]):
-    """Answered when it is this request's turn to bother `host`."""
+    """Answered when the next request to `host` may be sent."""
 
     host: str
 
@@ -133,7 +133,7 @@ class Turn:
 
 
 class Limiter(Actor):
-    """At most `burst` requests to a host at once, and `per_s` in a second on the average."""
+    """Allows each host `burst` requests at once, and `per_s` a second on average."""
 
     def __init__(self, *, per_s: float, burst: int) -> None:
         self.interval_s = 1 / per_s
@@ -160,7 +160,7 @@ class Limiter(Actor):
 
 
 class Worker(Actor):
-    """Fetches one page after the other. It may crash: a parser meets the whole world."""
+    """Fetches one page after the other. It may crash: its parser reads untrusted input."""
 
     def __init__(self, fetch: Fetch, frontier: Ref[Frontier], limiter: Ref[Limiter], timeout_s: float) -> None:
         self.fetch = fetch
@@ -189,7 +189,7 @@ class Worker(Actor):
 def build(
     fetch: Fetch, begin: str, *, workers: int = 8, per_s: float = 5.0, burst: int = 2, timeout_s: float = 20.0
 ) -> tuple[Supervisor, Ref[Frontier]]:
-    """The tree, and whom to ask when it is done."""
+    """Returns the tree, and the frontier, which knows when the crawl is done."""
     frontier = Child("frontier", partial(Frontier, begin))
     limiter = Child("limiter", partial(Limiter, per_s=per_s, burst=burst))
     start = partial(Worker, fetch, frontier.ref, limiter.ref, timeout_s)

@@ -1,11 +1,11 @@
 """Deterministic clocks, from one function to a whole system. Run it: `python -m pytest examples/test_clocks`.
 
-What is tested is a thermostat: an actor that asks a sensor now and then, and switches a heater.
+The actor under test is a thermostat: it asks a sensor once a minute and switches a heater.
 
 1. `autojump_clock` of pytest-trio: virtual time for one async test. When all tasks wait, the clock jumps.
-2. `open_probe`: a stand-in for the actor on the other side.
-3. `simulated`: virtual time, and a seed that decides the order of tasks, chance and faults. One test, many runs.
-4. `check_deterministic`: the same seed really gives the same run.
+2. `open_probe`: a fake for the actor on the other side.
+3. `simulated`: virtual time, and a seed that decides task order, random numbers and faults. One test, many runs.
+4. `check_deterministic`: the same seed gives the same run.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from trio.testing import MockClock
 from actors import Actor, ActorDown, AskTimeout, Backoff, Child, Ref, Request, Supervisor, fault, handles, open_system
 from actors.testing import Simulation, check_deterministic, open_probe
 
-# What is tested
+# The system under test
 
 
 @dataclass(frozen=True)
 class Measure(Request[float]):
-    """Degrees, now."""
+    """Asks for the present temperature in degrees."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Look:
 
 
 class Sensor(Actor):
-    """A room that cools down, unless it is heated."""
+    """A room that cools down unless it is heated."""
 
     def __init__(self, rng: Random) -> None:
         self.rng = rng
@@ -50,7 +50,7 @@ class Sensor(Actor):
 
 
 class Thermostat(Actor):
-    """Asks every minute. Whoever does not know the temperature does not heat."""
+    """Asks for the temperature every minute. It does not heat if it does not know the temperature."""
 
     def __init__(self, sensor: Ref[Sensor]) -> None:
         self.sensor = sensor
@@ -77,7 +77,7 @@ def heats(thermostat: Ref[Thermostat]) -> bool:
     return bool(thermostat.inspect()["actor"]["heating"])
 
 
-# 1. Virtual time for one test: an hour takes as long as what happens in it.
+# 1. Virtual time for one test: waiting takes no time.
 
 
 async def test_a_minute_is_a_minute(autojump_clock: MockClock) -> None:
@@ -86,10 +86,10 @@ async def test_a_minute_is_a_minute(autojump_clock: MockClock) -> None:
     assert trio.current_time() - began == 3600
 
 
-# 2. A probe in place of the sensor: the test decides what is measured, and when.
+# 2. A probe in place of the sensor: the test decides what the thermostat measures, and when.
 
 
-async def test_it_heats_when_it_is_cold_and_stops_when_nobody_knows(autojump_clock: MockClock) -> None:
+async def test_it_heats_when_it_is_cold_and_stops_without_an_answer(autojump_clock: MockClock) -> None:
     async with open_probe(Sensor) as sensor:
         thermostat = Child("thermostat", partial(Thermostat, sensor.ref))
         async with open_system(Supervisor(children=[thermostat])):
@@ -101,7 +101,7 @@ async def test_it_heats_when_it_is_cold_and_stops_when_nobody_knows(autojump_clo
             assert not heats(thermostat.ref)
 
 
-# 3. The whole system, 25 times, with a sensor that crashes: whatever happens, in the end it works again.
+# 3. The whole system, 25 times, with a sensor that crashes: it always recovers.
 
 
 def system(sim: Simulation) -> tuple[Supervisor, Child[Thermostat]]:
@@ -121,7 +121,7 @@ async def test_it_never_stops_for_good(sim: Simulation) -> None:
         assert thermostat.ref.inspect()["restarts"] == 0
 
 
-# 4. Nothing but the seed decides: run twice, and compare what every task did.
+# 4. Only the seed decides: run twice, and compare what each task did.
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

@@ -1,1 +1,1 @@
-"""What the daemon costs, as ratios to the bare thing beside it in the same run. `python -m tests.bench --help`."""
+"""Measures the daemon against a bare baseline in the same run. `python -m tests.bench --help`."""

@@ -1,7 +1,7 @@
-"""`python -m tests.bench [NAME…]`: one figure a line, to standard output.
+"""`python -m tests.bench [NAME…]` prints one figure a line.
 
-Quote the ratios, which were taken in one run, and never an absolute figure without the machine. Nothing else should
-run meanwhile: the sides of a pair alternate, which evens out a drift and no burst.
+Quote the ratios of one run, and an absolute figure only with its machine. Nothing else should run meanwhile: the sides
+of a pair alternate, which evens out a drift, but not a burst.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Bench = Callable[[], Awaitable[list[Figure]]]
 
 _TOTAL_S = 780.0
 _BENCH_S = 180.0
-"""Beside the time for which many clones idle."""
+"""In addition to the time for which many clones idle."""
 
 
 def main() -> int:
-    """Run the benches; 1 when one of them failed or, with `--check`, a target was missed."""
+    """Runs the benchmarks; returns 1 if one failed or, with `--check`, missed its target."""
     benches: dict[str, Bench] = {
         "create_to_agent": create_to_agent,
         "template_to_agent": template_to_agent,
@@ -80,13 +80,13 @@ def main() -> int:
 
 
 async def _run(benches: dict[str, Bench], check: bool, idle_s: float) -> int:
-    """Run them one after the other, until a signal; the exit code."""
+    """Runs them one after the other until a signal; returns the exit code."""
     code = 130
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
-                # What runs is ended in its own way, and leaves nothing behind.
+                # The running benchmark cleans up after itself.
                 async for _ in signals:
                     nursery.cancel_scope.cancel()
 

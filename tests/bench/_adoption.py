@@ -1,6 +1,6 @@
-"""What a daemon costs that has many VMs: to take them up again when it starts, and to have them while nothing happens.
+"""Measures a daemon with many VMs: their adoption at its start, and its cost while they are idle.
 
-The VMs are those of `_fleet.py`: real processes, rows and sockets, so the daemon and the host are what they are.
+The VMs come from `_fleet.py`: real processes, rows and sockets, with an unmodified daemon on the real host.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ IDLE_PERCENT = 1.0
 _START_S = 120.0
 _POLL_S = 0.002
 _SETTLE_S = 45.0
-"""Nobody is idle before the deadlines of its beginning have passed: those that were met lie in Trio's heap until then.
-"""
+"""Seconds until the daemon is idle: cancelled deadlines of its start stay in Trio's heap until they pass."""
 _IDLE_S = 60.0
-"""A minute, as what is done once a minute counts too."""
+"""A minute, so that work done once a minute counts, too."""
 
 
 async def adoption() -> list[Figure]:
-    """From `exec` of `volantd` after a `kill -9` to `/healthz` 200, and to the last agent's answer, with 50 VMs."""
+    """Time from `exec` of `volantd` after `kill -9` to `/healthz` 200, and to the last agent's answer, with 50 VMs."""
     started, reached = Pairs(), Pairs()
     async with idle_daemon(0) as without, idle_daemon(ADOPTED) as daemon:
         for _ in range(ROUNDS):
@@ -52,7 +51,7 @@ async def adoption() -> list[Figure]:
 
 
 async def idle() -> list[Figure]:
-    """The processor time of a daemon with a thousand idle VMs, and what each costs it of memory."""
+    """Processor time of a daemon with a thousand idle VMs, and its memory for each."""
     async with idle_daemon(0) as without, idle_daemon(IDLE) as daemon:
         for one in (without, daemon):
             await _start(one)
@@ -74,7 +73,7 @@ async def idle() -> list[Figure]:
 
 
 async def _start(daemon: Daemon) -> float:
-    """Seconds until it is well."""
+    """Returns the seconds until it is healthy."""
 
     def start() -> float:
         began = time.perf_counter()
@@ -89,7 +88,7 @@ async def _start(daemon: Daemon) -> float:
 
 
 def _reach_all(daemon: Daemon, count: int) -> None:
-    """Return once every VM's agent has answered through the daemon."""
+    """Waits until the agent of each VM has answered through the daemon."""
     until = time.perf_counter() + _START_S
     for number in range(count):
         while get_once(daemon.base_url, f"/api/v1/vms/vm{number}/agent/healthz") != 200:

@@ -1,9 +1,8 @@
-"""A fork by hand: what somebody would script who knows how it is done, for the daemon's to be compared with.
+"""A fork by a script, as the baseline for the daemon's.
 
-The same mechanism, with nothing around it: the template's file is copied, the guest is stopped, QEMU saves its devices,
-the pages that are its own are read out of it, its disk's layer is copied, it goes on, and another QEMU takes all that
-over. Nobody is connected to the agent of the guest that is forked, so nothing has to be held; nobody is told who it is;
-nothing is owned by anybody should the script be killed; a guest that can't be copied stays stopped.
+It uses only the mechanism: copy the template's file, pause the guest, let QEMU save its devices, read the guest's own
+pages, copy its disk layer, resume it, and load all that into another QEMU. It leaves out what makes a fork safe: open
+agent connections, a new identity for the copy, clean-up if the script is killed, and resuming a guest whose copy fails.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ _RUN = re.compile(rb"\x01+")
 def fork(
     origin: MachineSpec, pid: int, copy: MachineSpec, argv: Sequence[str]
 ) -> tuple[subprocess.Popen[bytes], float]:
-    """Fork a running clone: the process of its copy, which runs when this returns, and how long the guest stood still.
+    """Forks a running clone; returns the running process of the copy, and for how long the guest was paused.
 
-    `pid` is the process of `origin`, to which nobody is connected. `copy.template` names two files that are not there
-    yet; `argv` is the command line of `copy`, whose directory is there, with its named pipe in it.
+    `pid` is the process of `origin`, which must have no QMP client. `copy.template` names two files that do not exist
+    yet; `argv` is the command line of `copy`, whose directory exists and contains its named pipe.
     """
     assert origin.template is not None
     assert copy.template is not None
@@ -101,7 +100,7 @@ def _copy_file(source: int, target: int, size: int) -> None:
 
 
 def _mapping(pid: int, size: int) -> int:
-    """Where the guest's memory begins in the process."""
+    """Returns the address of the guest's memory in the process."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         span, access, *rest = line.split()
         start, end = (int(address, 16) for address in span.split("-"))
@@ -149,7 +148,7 @@ class _Qmp:
         return answer["return"]
 
     def migrated(self) -> str:
-        """How it ended."""
+        """Waits for its end; returns its status."""
         while self._status not in ("completed", "failed"):
             self._next()
         return self._status

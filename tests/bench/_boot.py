@@ -1,9 +1,9 @@
-"""From `POST /api/v1/vms` to the first answer of the agent, beside the bare command that boots the same guest.
+"""Measures the time from `POST /api/v1/vms` to the agent's first answer, against a bare command that boots the guest.
 
-The bare side is what somebody would script without Volant: start QEMU, connect to the agent's port, ask. It has the
-daemon's own command line, from the same functions, so that the difference is what the daemon does besides: the row and
-its events on the disk, memory taken beforehand, QMP, the console's log, HTTP. Both ask for `/v1/info` once; neither
-polls: the daemon's client waits with `?wait=running`, the bare one for the channel.
+The baseline is a script without Volant: start QEMU, connect to the agent's port, send a request. It uses the daemon's
+command line, so the difference is the daemon's other work: the row and its events on disk, memory reserved in advance,
+QMP, the console's log, HTTP. Both request `/v1/info` once, and neither polls: the daemon's client waits with
+`?wait=running`, the script for the channel.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ WANTED = CreateVm(name="bench", cpu_cores=1, memory_mb=128)
 TARGET = 1.10
 
 _SETTLE_S = 0.3
-"""Between two boots, for what the last one left the kernel to do."""
+"""Pause between two boots, in which the kernel cleans up after the last one."""
 
 Side = Callable[[], Awaitable[float]]
 
 
 async def create_to_agent(pairs: int = 5) -> list[Figure]:
-    """The ratio to the bare command, and libvirt's beside it where that can run."""
+    """The ratio to the bare command, and that of libvirt if it can run here."""
     image = current_image()
     for path in (image.kernel, image.initramfs):
-        path.read_bytes()  # from now on in the page cache, for all sides
+        path.read_bytes()  # now in the page cache, for all sides
     took: dict[str, list[float]] = {}
     with ExitStack() as stack:
         daemon = stack.enter_context(volantd())
@@ -71,7 +71,7 @@ async def create_to_agent(pairs: int = 5) -> list[Figure]:
                     print(f"create_to_agent_libvirt failed: {error}", flush=True)
                     names.remove(name)
                     took.pop(name, None)
-            # Nobody is always the one that goes first.
+            # Rotate the order.
             names.append(names.pop(0))
     against, cpu = Pairs(took["ours"], took["bare"]), Pairs(ours.cpu_s, bare.cpu_s)
     figures = [
@@ -93,7 +93,7 @@ async def create_to_agent(pairs: int = 5) -> list[Figure]:
 
 
 class Ours:
-    """A VM through the API of a real daemon."""
+    """Boots a VM through the API of a real daemon."""
 
     def __init__(self, daemon: Daemon, boot: BootMode = "cold", network: str = "none") -> None:
         self._daemon = daemon
@@ -102,9 +102,9 @@ class Ours:
         self.cpu_s: list[float] = []
 
     async def boot(self) -> float:
-        """Create a VM and ask its agent; seconds. The VM is gone afterwards."""
+        """Creates a VM, asks its agent, and deletes the VM; returns the seconds until the answer."""
         async with self._daemon.http() as http:
-            # The connection and the client's own first-time costs are no part of a create.
+            # Do not measure the connection and the first-time costs of the client.
             (await http.get("/healthz")).raise_for_status()
             body: dict[str, object] = {
                 "name": WANTED.name,
@@ -125,7 +125,7 @@ class Ours:
 
 
 class Bare:
-    """The command that the daemon would run, run by hand."""
+    """Boots the guest with the daemon's command line, but without a daemon."""
 
     def __init__(self, spec: MachineSpec, argv: list[str]) -> None:
         self._spec = spec
@@ -133,7 +133,7 @@ class Bare:
         self.cpu_s: list[float] = []
 
     async def boot(self) -> float:
-        """Start it and ask its agent; seconds. Nothing of it is left afterwards."""
+        """Starts it, asks its agent, and removes everything; returns the seconds until the answer."""
         with scratch_of(self._spec):
             began = time.perf_counter()
             async with self.running() as process:
@@ -143,7 +143,7 @@ class Bare:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[subprocess.Popen[bytes]]:
-        """Start it and wait for its agent's answer; it is killed with the block. Use `scratch_of` around it."""
+        """Starts it, waits for its agent's answer, and kills it at the end of the block. Use it inside `scratch_of`."""
         process = self._start()
         try:
             try:
@@ -156,7 +156,7 @@ class Bare:
             kill_group(process)
 
     async def ask(self) -> None:
-        """Return once the agent has answered."""
+        """Waits until the agent has answered."""
         await ask_agent(self._spec.agent_path)
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -173,7 +173,7 @@ class Bare:
 
 
 async def ask_agent(socket_path: Path) -> None:
-    """Ask the agent behind the socket of its port for `/v1/info`, as soon as it is there."""
+    """Asks the agent for `/v1/info` through its socket, as soon as the socket exists."""
     async with open_channel(Host(), VirtioSerial(socket_path)) as channel:
         answer = await AgentClient(channel).request_json("GET", "/v1/info", timeout_s=BOOT_S)
     if "boot_id" not in answer.body:
@@ -181,14 +181,14 @@ async def ask_agent(socket_path: Path) -> None:
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time of a process so far."""
+    """Returns the processor time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
 def scratch_of(spec: MachineSpec) -> Iterator[None]:
-    """What QEMU expects to find, and none of it afterwards."""
+    """Creates the directories that QEMU expects, and removes them."""
     for path in spec.directory.iterdir():
         path.unlink()
     spec.console_input_path.unlink(missing_ok=True)
@@ -206,7 +206,7 @@ BASE = Manifest(name="base", version="0")
 def _spec(
     image: Image, accelerator: AcceleratorName, wanted: CreateVm = WANTED, manifest: Manifest = BASE
 ) -> Iterator[MachineSpec]:
-    """The spec that the daemon makes of such a VM, with directories of its own."""
+    """Returns the daemon's spec of such a VM, with other directories."""
     with scratch() as directory, scratch("/dev/shm") as memory:
         settings = VmSettings(
             runtime_dir=directory,
@@ -222,7 +222,7 @@ def _spec(
 
 
 def row_of(wanted: CreateVm, manifest: Manifest = BASE, image: str | None = None) -> VmRow:
-    """The row of such a VM."""
+    """Returns the row of such a VM."""
     now = datetime.now(UTC)
     return VmRow(
         id=1, name=wanted.name, cpu_cores=wanted.cpu_cores, memory_mb=wanted.memory_mb, plugin=manifest.name,
@@ -238,7 +238,7 @@ async def _argv(spec: MachineSpec) -> list[str]:
 
 
 async def _accelerator(daemon: Daemon) -> AcceleratorName:
-    """What the daemon's guests run under, once it knows."""
+    """Waits for the daemon's probe; returns its accelerator."""
     async with daemon.http() as http:
         with trio.fail_after(BOOT_S):
             while True:

@@ -1,7 +1,7 @@
-"""Many clones: twenty created at once, beside twenty by a script; and fifty that have nothing to do.
+"""Measures many clones: twenty created at once, against twenty by a script; and fifty idle ones.
 
-The script is that of `_template.py`, as often, and with as many under way at a time as the daemon allows itself: what
-two processors do then is what either side has to share.
+The script is that of `_template.py`. It starts as many clones at a time as the daemon does, so that both share the
+processors in the same way.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ CLOCK_MS = 50.0
 
 _SETTLE_S = 2.0
 _CALM_S = 10.0
-"""Until guests have done what they put off, and nobody remembers the requests."""
+"""Wait until guests have finished deferred work."""
 
 
 async def creates_at_once(rounds: int = 3) -> list[Figure]:
-    """Twenty clones at once, by the daemon and by hand in turns."""
+    """Twenty clones at once, by the daemon and by the script in turns."""
     image = current_image()
     throughput = Pairs()
     each_s: list[float] = []
@@ -67,7 +67,7 @@ async def creates_at_once(rounds: int = 3) -> list[Figure]:
 
 
 async def many_clones(idle_s: float = 60.0) -> list[Figure]:
-    """Fifty clones: whether each is somebody, what each takes of the memory, and what they cost doing nothing."""
+    """Fifty clones: their identities, the memory of each, and their cost while idle."""
     image = current_image()
     with ExitStack() as stack:
         daemon = stack.enter_context(volantd("--templates", "auto"))
@@ -114,7 +114,7 @@ async def many_clones(idle_s: float = 60.0) -> list[Figure]:
 
 
 def pss_mb(pid: int) -> float:
-    """Memory of a process, where what it shares with others counts in parts."""
+    """Returns the proportional set size of a process."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) / 1024
@@ -122,7 +122,7 @@ def pss_mb(pid: int) -> float:
 
 
 def cpu_ns(pid: int) -> int:
-    """Processor time so far of all threads that a process has; finer than `cpu_s`."""
+    """Returns the processor time of all threads of a process so far; finer than `cpu_s`."""
     return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
 
 
@@ -132,7 +132,7 @@ def _clone_of(directory: Path, spec: MachineSpec) -> MachineSpec:
 
 @asynccontextmanager
 async def _clients(daemon: Daemon, count: int) -> AsyncIterator[list[httpx.AsyncClient]]:
-    """So many, each with a connection that is there already."""
+    """Gives `count` clients, each connected already."""
     clients = []
     async with AsyncExitStack() as stack:
         for _ in range(count):
@@ -143,7 +143,7 @@ async def _clients(daemon: Daemon, count: int) -> AsyncIterator[list[httpx.Async
 
 
 async def _create(http: httpx.AsyncClient, name: str, boot: str) -> dict[str, Any]:
-    """Create a VM and ask its agent; the VM. :raises RuntimeError: it is not what was asked for."""
+    """Creates a VM and asks its agent; returns the VM. :raises RuntimeError: if it is not a clone"""
     body = {"name": name, "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb, "boot": boot}
     made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=2 * BOOT_S)
     info = await http.get(f"/api/v1/vms/{name}/agent/v1/info", timeout=BOOT_S)
@@ -154,7 +154,7 @@ async def _create(http: httpx.AsyncClient, name: str, boot: str) -> dict[str, An
 
 
 async def _create_at_once(clients: list[httpx.AsyncClient]) -> tuple[list[dict[str, Any]], list[float]]:
-    """A clone by each; the VMs, and after how many seconds each had answered."""
+    """Creates a clone with each client; returns the VMs, and the seconds until each answered."""
     made, took = [], []
     began = time.perf_counter()
 
@@ -169,7 +169,7 @@ async def _create_at_once(clients: list[httpx.AsyncClient]) -> tuple[list[dict[s
 
 
 async def _ours_at_once(clients: list[httpx.AsyncClient]) -> list[float]:
-    """After how many seconds each had answered. They are gone afterwards."""
+    """Creates and deletes clones; returns the seconds until each answered."""
     made, took = await _create_at_once(clients)
 
     async def remove(http: httpx.AsyncClient, name: str) -> None:
@@ -182,7 +182,7 @@ async def _ours_at_once(clients: list[httpx.AsyncClient]) -> list[float]:
 
 
 async def _bare_at_once(bare: list[tuple[MachineSpec, BareClone]]) -> float:
-    """Seconds until all have answered. They are gone afterwards."""
+    """Starts and kills clones; returns the seconds until all answered."""
     turns = trio.CapacityLimiter(CLONES_AT_ONCE)
     over = trio.Event()
     left = len(bare)
@@ -209,7 +209,7 @@ async def _bare_at_once(bare: list[tuple[MachineSpec, BareClone]]) -> float:
 
 
 async def _look(daemon: Daemon, names: list[str]) -> list[Who]:
-    """What each says of itself. :raises RuntimeError: two of them are the same in something."""
+    """Returns the identity of each. :raises RuntimeError: if two are equal in any part"""
     async with daemon.client() as client:
         found = [await who(client, name) for name in names]
     for what in ("random_uuid", "urandom", "boot_id", "machine_id", "hostname"):

@@ -1,6 +1,6 @@
-"""The least that Quart-Trio can do on the server that the API uses: one route with an empty answer.
+"""The baseline for requests: one route with an empty answer, with Quart-Trio on the API's server.
 
-`python -m tests.bench._empty_route` says where it listens, and serves until SIGTERM.
+`python -m tests.bench._empty_route` prints its address, and serves until SIGTERM.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from volant.http import serve
 
 
 async def main() -> None:
-    """Serve until told to stop."""
+    """Serves until SIGTERM."""
     app = QuartTrio("empty", static_folder=None)
 
     @app.get("/")

@@ -1,7 +1,7 @@
-"""Many readers of one event stream, in a process of their own: `python -m tests.bench._event_readers --help`.
+"""Many readers of one event stream, in their own process: `python -m tests.bench._event_readers --help`.
 
-While the time is taken, bytes are read and counted and nothing else; afterwards every reader's every event is checked.
-What is found is told on stdout, as JSON.
+During the measurement it only reads and counts bytes; afterwards it checks each event of each reader. It prints the
+result as JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._http import TIMEOUT_S, LoadError, connect, get
 
 _READ = 256 * 1024
 _MARK = b"\nevent: "
-"""One for each event; no chunk ends within an event."""
+"""One for each event; a chunk never ends within an event."""
 _ROUND_S = 120.0
 _ID = re.compile(rb"^id: ([0-9a-f]+)-(\d+)\nevent: \w+\ndata: (.*)\Z")
 
@@ -48,7 +48,7 @@ def main() -> None:
     _check(first, options.events)
     for reader in readers[1:]:
         data = b"".join(dechunked(reader.data))
-        # The rest is the same, but for what tells a silent stream from a dead one.
+        # The rest is the same, except for the keep-alive comments.
         if data != first:
             _check(data, options.events)
     if options.save is not None:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 class Control:
-    """The other side of `_event_server.py`'s socket."""
+    """The client of the control socket of `_event_server.py`."""
 
     def __init__(self, path: str) -> None:
         self._sock = socket.socket(socket.AF_UNIX)
@@ -71,16 +71,16 @@ class Control:
         self._sock.close()
 
     def say(self, events: int) -> None:
-        """Let so many events pass."""
+        """Starts `count` events."""
         self._sock.sendall(b"%d\n" % events)
 
     def answer(self) -> dict[str, float]:
-        """Wait until they have; `cpu_s` and `resident_mb` of the server then."""
+        """Waits until they are sent; returns `cpu_s` and `resident_mb` of the server."""
         figures: dict[str, float] = json.loads(self._sock.recv(1000))
         return figures
 
     def ask(self, events: int = 0) -> dict[str, float]:
-        """Both."""
+        """Starts events and waits for them."""
         self.say(events)
         return self.answer()
 
@@ -94,7 +94,7 @@ class _Reader:
         self._seen = 0
 
     def begin(self) -> None:
-        """Read the head, and the block that begins each stream."""
+        """Reads the head, and the first block of the stream."""
         while not self.data.endswith(b"\n\n\r\n"):
             self._take()
         head, _, rest = self.data.partition(b"\r\n\r\n")
@@ -104,9 +104,9 @@ class _Reader:
         self.sock.setblocking(False)
 
     def read(self) -> None:
-        """Take what is there."""
+        """Reads what has arrived."""
         self._take()
-        # What was searched before ends where a mark may have been cut.
+        # Search again from where a mark may have been split.
         start = max(0, self._counted - len(_MARK) + 1)
         self._seen += self.data.count(_MARK, start)
         self._counted = len(self.data)
@@ -139,7 +139,7 @@ def _read_all(readers: list[_Reader], events: int) -> None:
 
 
 def dechunked(data: bytes) -> list[bytes]:
-    """The pieces of a chunked body."""
+    """Yields the chunks of a chunked body."""
     pieces = []
     start = 0
     while start < len(data):
@@ -151,7 +151,7 @@ def dechunked(data: bytes) -> list[bytes]:
 
 
 def _check(data: bytes, events: int) -> None:
-    """:raises LoadError: an event is missing, comes twice or out of order, or is none."""
+    """Checks the events. :raises LoadError: if one is missing, repeated, out of order or invalid"""
     blocks = [block for block in data.split(b"\n\n") if b"\ndata: " in block]
     if len(blocks) != events:
         raise LoadError(f"a reader has got {len(blocks)} events of {events}")

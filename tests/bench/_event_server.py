@@ -1,14 +1,14 @@
-"""Servers of event streams, each in a process of its own, and what lets events pass in them.
+"""Servers of event streams, each in its own process, with a socket that makes them send events.
 
-    python -m tests.bench._event_server ours CONTROL          # the API and its journal; the events are committed
-    python -m tests.bench._event_server bare CONTROL BODY     # an ASGI app on plain Hypercorn, with nothing else
+    python -m tests.bench._event_server ours CONTROL          # the API and its journal, which commits the events
+    python -m tests.bench._event_server bare CONTROL BODY     # a bare ASGI app on Hypercorn
 
-The bare one writes what stands in the file BODY, the chunked body that one of our readers got last: to a request for
-`/alike` chunk by chunk, to one for `/bulk` in pieces of whole events of some 64 KiB.
+The bare one sends the content of the file BODY, the chunked body that a reader of the API received last: chunk by chunk
+for `/alike`, and in pieces of whole events of about 64 KiB for `/bulk`.
 
-Each says where it listens, and serves until SIGTERM. At the Unix socket CONTROL a line with a number lets so many
-events pass. It is answered once all are committed or handed to Hypercorn, with the process's figures; the line 0 asks
-for these alone.
+Each prints its address, and serves until SIGTERM. A line with a number on the Unix socket CONTROL makes it send so many
+events. Once all are committed or handed to Hypercorn, it answers with the figures of the process; the line 0 only asks
+for these.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ async def ours(control: str) -> None:
 
 
 def _pieces(path: str) -> dict[str, list[bytes]]:
-    """By the path of the request, what is written."""
+    """The pieces to send, by the path of the request."""
     chunks = dechunked(Path(path).read_bytes())
     bulk = [b""]
     for block in b"".join(chunks).split(b"\n\n")[:-1]:
@@ -107,7 +107,7 @@ async def bare(control: str, path: str) -> None:
 
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         config = Config()
-        # It closes the descriptor itself.
+        # Hypercorn closes the descriptor itself.
         config.bind = [f"fd://{listener.dup().detach()}"]
         config.accesslog = config.errorlog = None
         async with trio.open_nursery() as nursery:
@@ -117,7 +117,7 @@ async def bare(control: str, path: str) -> None:
 
 
 async def _obey(control: str, port: int, let_pass: Pass) -> None:
-    """Do what comes by the control socket, until SIGTERM."""
+    """Serves the control socket until SIGTERM."""
 
     async def serve_control(stream: trio.SocketStream) -> None:
         with suppress(trio.BrokenResourceError):

@@ -1,4 +1,4 @@
-"""What event streams cost: many readers at once, and one that does not read."""
+"""Measures event streams: many readers at once, and one that does not read."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ READERS = 500
 EVENTS = 2000
 ROUNDS = 3
 ROUNDS_S = 60.0
-"""On a busy machine no round begins after this, but for the first."""
+"""On a busy machine no further round starts after these seconds."""
 UNREAD_EVENTS = 100_000
 UNREAD_MB = 16.0
 
 _WARM_EVENTS = 20_000
-"""More than the ring holds, so that it is as large as it will be."""
+"""More events than the ring holds, so that it has reached its full size."""
 _BITE = 5000
 _SERVER = "tests.bench._event_server"
 
 
 async def event_streams() -> list[Figure]:
-    """2,000 events to 500 readers, beside plain Hypercorn that writes the same bytes."""
+    """2,000 events to 500 readers, against plain Hypercorn that sends the same bytes."""
     took, cpu, at_once = Pairs(), Pairs(), Pairs()
     with ExitStack() as stack:
         directory = stack.enter_context(scratch())
@@ -75,14 +75,14 @@ async def event_streams() -> list[Figure]:
 
 
 async def unread_stream() -> list[Figure]:
-    """Memory that grows by one reader that never reads, while 100,000 events pass."""
+    """Growth of memory by one reader that never reads, during 100,000 events."""
     with ExitStack() as stack:
         path = str(stack.enter_context(scratch()) / "control")
         url = stack.enter_context(listening(_SERVER, "ours", path))
         control = stack.enter_context(Control(path))
 
         async def let_pass(events: int) -> float:
-            """The most memory meanwhile."""
+            """The maximum of the memory."""
             most = 0.0
             for _ in range(0, events, _BITE):
                 figures = await trio.to_thread.run_sync(control.ask, _BITE)

@@ -1,4 +1,4 @@
-"""One figure a line, and how two sides are compared."""
+"""The figures that are printed, and the comparison of two sides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import median
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured. `ratio` is to what `to` says; `at_most` and `at_least` bound it, `within` the value."""
+    """A measurement. `ratio` is relative to `to`. `at_most` and `at_least` are its targets, `within` is the value's."""
 
     name: str
     value: float
@@ -23,11 +23,11 @@ class Figure:
 
     @property
     def missed(self) -> bool:
-        """Whether there is a target, and it is not met."""
+        """Returns whether a target is missed."""
         return not all(met for _, met in self._targets())
 
     def _targets(self) -> list[tuple[str, bool]]:
-        """Each in words, and whether it is met."""
+        """Yields each target in words, and whether it is met."""
         found = []
         if self.ratio is not None and self.at_most is not None:
             found.append((f"at most {self.at_most:.2f}", self.ratio <= self.at_most))
@@ -49,35 +49,35 @@ class Figure:
 
 
 class Pairs:
-    """Two sides, measured in turns, so that what else happens on the machine meets both alike."""
+    """Two sides, measured in turns, so that other load affects both alike."""
 
     def __init__(self, ours: Sequence[float] = (), bare: Sequence[float] = ()) -> None:
         self.ours = list(ours)
         self.bare = list(bare)
 
     def add(self, ours: float, bare: float) -> None:
-        """One more pair."""
+        """Adds a pair."""
         self.ours.append(ours)
         self.bare.append(bare)
 
     @property
     def value(self) -> float:
-        """The median of our side."""
+        """Returns the median of our side."""
         return median(self.ours)
 
     @property
     def other(self) -> float:
-        """The median of the other side."""
+        """Returns the median of the other side."""
         return median(self.bare)
 
     @property
     def ratio(self) -> float:
-        """The median of the ratios of the pairs."""
+        """Returns the median of the ratios of the pairs."""
         return median(a / b for a, b in zip(self.ours, self.bare, strict=True))
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that `percent` of all do not exceed."""
+    """Returns the smallest value that `percent` of all do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 

@@ -1,9 +1,9 @@
-"""Many running VMs without a hypervisor, which a real daemon on the real host takes for its own.
+"""Fakes many running VMs without a hypervisor, which a real daemon on the real host adopts.
 
-A host has memory for some dozens of emulated guests, and a bench needs a thousand. So these stand in: a shell that
-waits, with the tag on its command line, for each QEMU; and one process behind all their sockets, which speaks QMP and
-has the simulated guest's agent (`volant.testing`) on each port. The rows come from `decide` and the journal, as the
-daemon's own do. Nothing of the daemon is replaced: it reads /proc, holds pidfds, and talks over Unix sockets.
+A host has memory for some dozens of emulated guests, and a benchmark needs a thousand. The fake of a QEMU is a waiting
+shell with the process tag on its command line. One process serves all their sockets: it speaks QMP, and has the agent
+of the simulated guest (`volant.testing`) on each port. The rows come from `decide` and the journal. The daemon is
+unmodified: it reads /proc, holds pidfds, and talks over Unix sockets.
 
 `python -m tests.bench._fleet DIRECTORY MARKS` is the guests' process; DIRECTORY has one for each VM, by its id.
 """
@@ -46,7 +46,7 @@ _GREETING: dict[str, Any] = {"QMP": {"version": {"qemu": {"major": 10, "minor": 
 
 @asynccontextmanager
 async def fleet(daemon: Daemon, count: int) -> AsyncIterator[None]:
-    """So many running VMs in the state of a daemon that has not been started yet, for the length of a block."""
+    """Adds `count` running VMs to the state of a daemon that has not started yet, until the block ends."""
     host = Host()
     processes: list[subprocess.Popen[bytes]] = []
     for directory in (daemon.state_dir, daemon.runtime_dir):
@@ -78,8 +78,8 @@ async def fleet(daemon: Daemon, count: int) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def idle_daemon(count: int) -> AsyncIterator[Daemon]:
-    """A daemon that has not been started, and so many VMs of its that run."""
-    # No VM of it boots, so nothing is in the cache.
+    """Gives a daemon that has not started yet, with `count` running VMs."""
+    # No VM boots, so the cache is empty.
     daemon = Daemon(Path("/nonexistent"), ephemeral=False)
     daemon.command[daemon.command.index("--cache-dir") + 1] = str(daemon.root / "c")
     try:
@@ -131,7 +131,7 @@ async def _make(
 
 
 def _wait_as_qemu(spec: MachineSpec, tag: str) -> subprocess.Popen[bytes]:
-    # Opening a pipe that nobody writes to waits for ever.
+    # Opening a pipe without a writer waits for ever.
     argv = ["sh", "-c", f"read line <{spec.console_input_path.name}", "qemu-system-x86_64", "-name", f"guest={tag}"]
     with spec.log_path.open("wb") as log:
         return subprocess.Popen(
@@ -140,7 +140,7 @@ def _wait_as_qemu(spec: MachineSpec, tag: str) -> subprocess.Popen[bytes]:
 
 
 class _Guest:
-    """What one daemon at a time finds behind the sockets of one QEMU."""
+    """Serves the sockets of one QEMU, for one daemon at a time."""
 
     def __init__(self, directory: Path, tag: str) -> None:
         self._directory = directory
@@ -175,7 +175,7 @@ class _Guest:
                     answer = {"return": answers[said["execute"]], "id": said["id"]}
                     await stream.send_all(json.dumps(answer).encode() + b"\r\n")
         except trio.BrokenResourceError:
-            pass  # that daemon was killed
+            pass  # the daemon was killed
 
 
 async def _serve(directories: Sequence[Path], prefix: str) -> None:

@@ -1,8 +1,7 @@
-"""A fork of a VM in which a Chromium runs, until DevTools in the copy answers: by the daemon, and by a script.
+"""Measures a fork of a VM with a running Chromium until DevTools in the copy answers: by the daemon, and by a script.
 
-Both originals are clones of one template, in which the agent has started the same Chromium, so that both have about as
-much memory of their own. The script (`_bare_fork.py`) does what has to be done, and leaves out what makes a copy
-somebody, as well as whatever keeps a guest from harm when something fails.
+Both originals are clones of one template, in which the agent has started the same Chromium, so that both have about the
+same amount of private memory. The script (`_bare_fork.py`) leaves out identities and error handling.
 """
 
 from __future__ import annotations
@@ -46,12 +45,12 @@ _AGAIN_S = 0.25
 _LOOK_AGAIN_S = 0.005
 _SETTLE_S = 1.0
 _CALM_S = 5.0
-"""Chromium has things to do after its start."""
+"""Seconds for Chromium to settle after its start."""
 _QUESTION = b"GET /json/version HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 async def fork_chromium(pairs: int = 5) -> list[Figure]:
-    """Forks of a browser by the daemon and by hand in turns, and ten at once."""
+    """Forks of a browser by the daemon and by the script in turns, and ten at once."""
     image = current_image()
     manifest = _browser()
     wanted = CreateVm(name="web", plugin="browser", cpu_cores=2, memory_mb=1024)
@@ -103,7 +102,7 @@ async def fork_chromium(pairs: int = 5) -> list[Figure]:
 
 
 class BareOriginal(BareClone):
-    """A clone by hand that has been told to run Chromium, and whose agent is then left alone."""
+    """Clones with the script, starts Chromium in the clone, then disconnects from its agent."""
 
     def __init__(self, spec: MachineSpec, argv: list[str], template: Path, manifest: Manifest) -> None:
         super().__init__(_clone_of(spec, template), argv)
@@ -113,7 +112,7 @@ class BareOriginal(BareClone):
 
     @asynccontextmanager
     async def up(self) -> AsyncIterator[BareOriginal]:
-        """For the length of a block."""
+        """Runs it until the block ends."""
         spec = self._spec
         with scratch_of(spec):
             _copy(self._layer, spec.root)
@@ -131,7 +130,7 @@ class BareOriginal(BareClone):
                 yield self
 
     async def fork(self) -> tuple[float, float]:
-        """Seconds until DevTools in a copy has answered, and for how many milliseconds the guest stood still."""
+        """Returns the seconds until DevTools in a copy answered, and the milliseconds of the guest's pause."""
         with _room_for_copy(self._spec) as copy, scratch_of(copy):
             argv = await _argv(copy)
             began = time.perf_counter()
@@ -156,7 +155,7 @@ def _copy(layer: Path, disk: Disk | None) -> None:
 
 @contextmanager
 def _room_for_copy(origin: MachineSpec) -> Iterator[MachineSpec]:
-    """The spec of a copy, with directories of its own: in memory, as the daemon's checkpoints are."""
+    """Returns the spec of a copy, with its own directories, in memory as the daemon's checkpoints."""
     assert origin.root is not None
     with scratch() as directory, scratch("/dev/shm") as memory:
         (directory / "vm").mkdir(mode=0o700)
@@ -170,7 +169,7 @@ def _room_for_copy(origin: MachineSpec) -> Iterator[MachineSpec]:
 
 
 def _browser() -> Manifest:
-    """The plugin of `examples/browser`, which is made when it lacks. :raises Skipped: it can't be."""
+    """Returns the plugin of `examples/browser`, and builds it if needed. :raises Skipped: if that fails"""
     output = cache_dir() / "browser"
     build = [sys.executable, str(REPOSITORY / "examples/browser/build.py"), "--output", str(output)]
     done = subprocess.run(
@@ -193,7 +192,7 @@ def _body(wanted: CreateVm) -> dict[str, Any]:
 
 
 def _check(answer: httpx.Response, count: int) -> list[dict[str, Any]]:
-    """The VMs of an answer that are to run. :raises RuntimeError: they don't."""
+    """Returns the VMs of an answer. :raises RuntimeError: if one does not run"""
     said = answer.json()
     vms: list[dict[str, Any]] = said if isinstance(said, list) else [said]
     if answer.headers.get("volant-wait") != "met" or len(vms) != count:
@@ -202,7 +201,7 @@ def _check(answer: httpx.Response, count: int) -> list[dict[str, Any]]:
 
 
 async def _answered(http: httpx.AsyncClient, name: str, timeout_s: float, again_s: float = _AGAIN_S) -> None:
-    """Return once DevTools in a VM has answered."""
+    """Waits until DevTools in a VM has answered."""
     with trio.fail_after(timeout_s):
         while True:
             answer = await http.get(f"/ws/v1/vms/{name}/devtools/json/version", timeout=timeout_s)
@@ -212,7 +211,7 @@ async def _answered(http: httpx.AsyncClient, name: str, timeout_s: float, again_
 
 
 async def _fork(http: httpx.AsyncClient, count: int) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds until DevTools in each of so many copies has answered, and the copies."""
+    """Forks `count` copies; returns the seconds until DevTools in each answered, and the copies."""
     began = time.perf_counter()
     answer = await http.post(
         f"/api/v1/vms/web/fork?wait=running&timeout={BOOT_S:.0f}s", json={"count": count}, timeout=2 * BOOT_S
@@ -230,7 +229,7 @@ async def _delete(http: httpx.AsyncClient, vms: list[dict[str, Any]]) -> None:
 
 
 async def _ask_devtools(client: AgentClient, manifest: Manifest, timeout_s: float) -> None:
-    """Return once DevTools in the guest has answered, through its agent."""
+    """Waits until DevTools in the guest has answered through its agent."""
     assert manifest.devtools is not None
     with trio.fail_after(timeout_s):
         while True:

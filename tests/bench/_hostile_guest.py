@@ -1,4 +1,4 @@
-"""What a guest that means no good costs the others: `tests/system/hostile.py` says what it does."""
+"""Measures the cost of a hostile guest for others; `tests/system/hostile.py` describes its behaviours."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ BEHAVIOURS = ("settings", "line-feeds", "forks")
 
 
 async def hostile_guest() -> list[Figure]:
-    """The slowest answer of another VM to a command, beside a guest that is quiet and then is not; and what that costs
-    the daemon."""
+    """The slowest answer of another VM to a command, beside a quiet and a hostile guest; and the daemon's cost."""
     current_image()
     figures: list[Figure] = []
     with scratch() as directory, volantd() as daemon:

@@ -1,6 +1,6 @@
-"""A load generator: keep-alive HTTP/1.1 on raw sockets, so that it costs a small part of what the server does.
+"""A load generator: keep-alive HTTP/1.1 on raw sockets, which is cheap compared with the server.
 
-Everything here blocks, has a deadline, and is meant for a thread: while a socket is waited for, others run.
+All functions block, have a deadline, and are meant for threads.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _READ = 64 * 1024
 
 
 class LoadError(Exception):
-    """The server did not answer as it should."""
+    """The server did not answer as expected."""
 
 
 def connect(base_url: str) -> socket.socket:
-    """A connection to the server at `base_url`."""
+    """Connects to the server at `base_url`."""
     parts = urlsplit(base_url)
     sock = socket.create_connection((parts.hostname or "", parts.port or 80), timeout=TIMEOUT_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -27,12 +27,12 @@ def connect(base_url: str) -> socket.socket:
 
 
 def get(base_url: str, path: str) -> bytes:
-    """The bytes of a GET request."""
+    """Returns the bytes of a GET request."""
     return f"GET {path} HTTP/1.1\r\nHost: {urlsplit(base_url).netloc}\r\n\r\n".encode()
 
 
 def get_once(base_url: str, path: str) -> int:
-    """The status of one answer, on a connection of its own."""
+    """Sends one request on its own connection; returns the status."""
     with connect(base_url) as sock:
         sock.sendall(get(base_url, path).removesuffix(b"\r\n") + b"Connection: close\r\n\r\n")
         with sock.makefile("rb") as answer:
@@ -44,7 +44,7 @@ def get_once(base_url: str, path: str) -> int:
 
 
 def requests_per_s(base_url: str, path: str, *, connections: int, seconds: float) -> float:
-    """How many requests a second are answered with 200 on so many connections, each asking again at once."""
+    """Returns the requests a second that are answered with 200, with `connections` that repeat them at once."""
     request = get(base_url, path)
     selector = selectors.DefaultSelector()
     clients = [_Client(connect(base_url)) for _ in range(connections)]
@@ -70,8 +70,10 @@ def requests_per_s(base_url: str, path: str, *, connections: int, seconds: float
 
 
 def latencies_s(base_url: str, path: str, *, count: int, interval_s: float) -> list[float]:
-    """How long each of `count` requests took. One is sent every `interval_s`, and none is left out when the server is
-    late: an answer's time counts from when its request was due."""
+    """Sends `count` requests, one every `interval_s`; returns the seconds of each.
+
+    A late server does not delay the schedule: the time of an answer counts from when its request was due.
+    """
     request = get(base_url, path)
     client = _Client(connect(base_url))
     took = []
@@ -90,14 +92,14 @@ def latencies_s(base_url: str, path: str, *, count: int, interval_s: float) -> l
 
 
 class _Client:
-    """One connection, with one request under way."""
+    """A connection with one request under way."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self._data = b""
 
     def read(self) -> bool:
-        """Take what is there; whether the answer is whole. :raises LoadError: it is not a 200."""
+        """Reads what has arrived; returns whether the answer is complete. :raises LoadError: if it is not a 200"""
         data = self.sock.recv(_READ)
         if not data:
             raise LoadError("the server closed the connection")

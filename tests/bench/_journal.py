@@ -1,9 +1,8 @@
-"""What the journal adds to SQLite, and the log of a VM to a file.
+"""Measures what the journal adds to SQLite, and a VM's log to a file.
 
-The bare side of a commit writes the same two rows in one transaction to a database with the same settings, so both wait
-for the disk alike. With many writers the journal puts what is pending into one transaction, and is measured against a
-transaction each, which is what SQLite offers them, and against one writer that has all at hand and puts 32 into each
-transaction, which is the best that could be.
+The baseline of a commit writes the same two rows in one transaction to a database with the same settings, so both wait
+for the disk alike. With many writers the journal commits pending changes in one transaction. It is measured against one
+transaction for each change, as SQLite does it, and against one writer that puts 32 into each transaction, the optimum.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _LIFE = (Status.STARTING, Status.RUNNING, Status.STOPPING, Status.STOPPED)
 
 
 async def journal() -> list[Figure]:
-    """Events committed a second, each with its VM's change, by one writer and by 32."""
+    """Events a second, each committed with its VM's change, by one writer and by 32."""
     one, many, grouped = Pairs(), Pairs(), Pairs()
     with scratch() as directory:
         bare = open_writer(Host(), directory / "bare.db")
@@ -69,7 +68,7 @@ async def journal() -> list[Figure]:
 
 
 async def vmlog() -> list[Figure]:
-    """MB of lines a second into a VM's log, beside the same lines into a file."""
+    """MB of lines a second into a VM's log, against the same lines into a file."""
     against = Pairs()
     size = LINES * BATCHES * (len(LINE) + 1)
     with scratch() as directory:
@@ -105,7 +104,7 @@ async def vmlog() -> list[Figure]:
 
 
 class Writer:
-    """Somebody who changes one VM again and again."""
+    """A writer that changes one VM again and again."""
 
     def __init__(self, ref: Ref[Journal], row: VmRow) -> None:
         self._ref = ref
@@ -117,7 +116,7 @@ class Writer:
         return cls(ref, await ref.ask(CreateRow(CreateVm(name=name, cpu_cores=1, memory_mb=128)), timeout_s=_ASK_S))
 
     async def change(self) -> None:
-        """One change with its event, durable when it returns."""
+        """Makes one change with its event, durable when it returns."""
         step = Step(msgspec.structs.replace(self._row, status=next(self._next)), "benched")
         row = await self._ref.ask(CommitSteps(self._row.id, self._row.revision, (step,)), timeout_s=_ASK_S)
         assert row is not None
@@ -148,7 +147,7 @@ async def _newest_frame(store: Store) -> bytes:
 
 
 class _Bare:
-    """The journal's two statements, with nothing around them."""
+    """The journal's two statements on bare SQLite."""
 
     def __init__(self, connection: apsw.Connection, row: bytes, frame: bytes) -> None:
         self._execute = connection.execute
@@ -158,7 +157,7 @@ class _Bare:
         self._execute("INSERT INTO vms VALUES (1, 'bench', 0, ?)", (row,))
 
     def changes_per_s(self, seconds: float, group: int) -> float:
-        """With `group` of them in one transaction."""
+        """Writes rows, `group` of them in one transaction."""
         began = time.perf_counter()
         done = 0
         while time.perf_counter() - began < seconds:

@@ -1,7 +1,7 @@
-"""libvirt as the peer: `virsh create` and `restore` of the same guest, by daemons that touch nothing of the host's.
+"""libvirt as the peer: `virsh create` and `restore` of the same guest, without touching the host's libvirt.
 
-`libvirtd` and `virtlogd` run in a mount and a PID namespace, with empty file systems where they keep state, so neither
-a libvirt of the host nor its configuration is met, and all of it ends with one process. Only root can make these.
+`libvirtd` and `virtlogd` run in their own mount and PID namespace, with empty filesystems for their state, so they do
+not meet a libvirt of the host or its configuration, and all of it ends with one process. This needs root.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ._world import Skipped, kill_group, run, scratch
 _START_S = 20.0
 _COMMAND_S = 20.0
 _SETTLE_S = 1.0
-"""After the boot, for what the guest puts off until it is not asked anything, and for its agent to be left alone."""
+"""Pause after the boot, for deferred work of the guest and for its agent to become idle."""
 
 _QEMU_CONF = """
 user = "root"
@@ -53,22 +53,22 @@ class Libvirt:
         self._uri = f"qemu+unix:///system?mode=direct&socket={directory / 'libvirt-sock'}"
 
     def virsh(self, *words: str) -> str:
-        """Run `virsh`. :raises RuntimeError: it failed."""
+        """Runs `virsh`. :raises RuntimeError: if it fails"""
         return run(["virsh", "--quiet", "--connect", self._uri, *words], _COMMAND_S)
 
     async def boot(self) -> float:
-        """`virsh create`, and the agent's answer; seconds. The domain is gone afterwards."""
+        """Runs `virsh create`; returns the seconds until the agent's answer. Destroys the domain."""
         async with self._running("create", self._domain) as seconds:
             return seconds
 
     async def save(self) -> None:
-        """Boot the guest, and `virsh save` it as it is then, with nobody connected to its agent."""
+        """Boots the guest, and runs `virsh save` without a connection to its agent."""
         async with self._running("create", self._domain):
             await trio.sleep(_SETTLE_S)
             await trio.to_thread.run_sync(self.virsh, "save", "bench", str(self._saved))
 
     async def restore(self) -> float:
-        """`virsh restore` of what `save` saved, and the agent's answer; seconds. The domain is gone afterwards."""
+        """Runs `virsh restore`; returns the seconds until the agent's answer. Destroys the domain."""
         async with self._running("restore", self._saved) as seconds:
             return seconds
 
@@ -93,7 +93,7 @@ class Libvirt:
 
 @contextmanager
 def libvirt(spec: MachineSpec, wanted: CreateVm) -> Iterator[Libvirt]:
-    """A libvirt for the length of a block. :raises Skipped: it is not installed, or can't be started here."""
+    """Runs a libvirt until the block ends. :raises Skipped: if it is not installed, or cannot start here"""
     missing = [name for name in ("libvirtd", "virtlogd", "virsh", "unshare") if shutil.which(name) is None]
     if missing:
         raise Skipped(f"libvirt is not installed: there is no {missing[0]} (Debian: libvirt-daemon-driver-qemu)")
@@ -125,7 +125,7 @@ def libvirt(spec: MachineSpec, wanted: CreateVm) -> Iterator[Libvirt]:
                     time.sleep(0.1)
             yield peer
         finally:
-            # SIGTERM does not end it; with it goes the namespace and all in it.
+            # SIGTERM does not end it; its end ends the namespace and everything in it.
             kill_group(process)
 
 
@@ -144,15 +144,15 @@ def _script(directory: Path) -> str:
             "echo 'auth_unix_rw = \"none\"' >> /etc/libvirt/libvirtd.conf",
             "virtlogd --daemon",
             f"libvirtd --config /etc/libvirt/libvirtd.conf --pid-file {here}/libvirtd.pid",
-            # Not the last command, which the shell would become: libvirtd as PID 1 waits for ever for a QEMU that it
-            # has killed, as it does not reap what is handed to it.
+            # Not as the last command, which the shell would exec: as PID 1, libvirtd does not reap orphaned
+            # processes, and waits for ever for a QEMU that it has killed.
             "exit",
         ]
     )
 
 
 def _domain(spec: MachineSpec, wanted: CreateVm, agent: Path, console: Path) -> str:
-    """The same guest for libvirt: machine, processor, memory, kernel, and what the agent is reached by."""
+    """Returns libvirt's XML of the same guest: machine, processor, memory, kernel and the agent's channel."""
     return f"""
 <domain type='qemu'>
   <name>bench</name>

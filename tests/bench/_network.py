@@ -1,8 +1,8 @@
-"""What a VM's network costs on the host: its lease, its tap, its rules, asked for as a VM asks.
+"""Measures a VM's network on the host: its lease, its tap and its rules.
 
-Beside it the bare calls: the same tap made and put on a bridge with pyroute2, on a socket that stays open, and one run
-of `nft` that adds its elements. The 200th VM of one daemon is measured in turns with the first of another one. All of
-it in a network namespace of a process of its own.
+The baseline are the bare calls: the same tap on a bridge with pyroute2, on a socket that stays open, and one run of
+`nft` that adds its elements. The 200th VM of one daemon is measured in turns with the first of another one. All of it
+happens in the network namespace of a separate process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ASK_S = 60.0
 
 
 async def network() -> list[Figure]:
-    """One VM more, at the first and at the 200th, and 200 at once. :raises Skipped: there is no root, or no nft."""
+    """The first VM, the 200th, and 200 at once. :raises Skipped: without root or nft"""
     check_bridge()
     done = await trio.run_process(
         [sys.executable, "-m", "tests.bench._network"], cwd=REPOSITORY, capture_stdout=True, check=True
@@ -49,7 +49,7 @@ async def network() -> list[Figure]:
 
 
 def check_bridge() -> None:
-    """:raises Skipped: none can be made here."""
+    """Checks the requirements. :raises Skipped: if no network can be made here"""
     if os.geteuid() != 0:
         raise Skipped("a bridge needs root")
     if shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
@@ -67,7 +67,7 @@ async def _measure() -> dict[str, object]:
     from volant.network.messages import Attach, Detach
 
     class Side:
-        """A daemon's networks."""
+        """The networks of a daemon."""
 
         def __init__(self, name: str, instance: str, subnet: IPv4Network) -> None:
             self.instance, self.subnet = instance, subnet
@@ -128,7 +128,7 @@ async def _measure() -> dict[str, object]:
             told["detach"].append(await side.detach(row))
 
         async with open_system(Supervisor(ONE_FOR_ONE, children=[crowd.child, lone.child])):
-            # Bridge, tables and imports are there before either is measured.
+            # Create the bridge and the tables, and import, before the measurement.
             await at_the("first", crowd, 1)
             await at_the("first", lone, 1)
             crowd.rows = [crowd.vm(number) for number in range(1, COUNT + 1)]
@@ -148,7 +148,7 @@ def _ms(began: float) -> float:
 
 
 def main() -> None:
-    """Measure, in a namespace of this process's own."""
+    """Measures in a namespace of this process."""
     if ctypes.CDLL(None).unshare(_CLONE_NEWNET) != 0:
         raise SystemExit("there can be no network namespace")
     print(json.dumps(trio.run(_measure)))

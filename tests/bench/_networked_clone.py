@@ -1,6 +1,6 @@
-"""What a network adds to a clone: VMs with one and without in turns, by one daemon that has a bridge.
+"""Measures what a network adds to a clone: VMs with and without one in turns, by one daemon with a bridge.
 
-`python -m tests.bench._networked_clone` does the measuring, in a network namespace of its own.
+`python -m tests.bench._networked_clone` measures, in its own network namespace.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NETWORKS = ("bridge", "none")
 
 
 async def networked_clone() -> list[Figure]:
-    """Clones, and those whose process waited. :raises Skipped: there is no root, or no nft, or no image."""
+    """Clones, and VMs from the warm pool. :raises Skipped: without root, nft or an image"""
     check_bridge()
     current_image()
     done = await trio.run_process(

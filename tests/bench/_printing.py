@@ -1,4 +1,4 @@
-"""`/healthz` while many guests print: what keeps the daemon waiting then is that guests take the processors."""
+"""Measures `/healthz` while many guests print, and so compete with the daemon for processors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def healthz_printing() -> list[Figure]:
         async with daemon.http() as http:
             body = {"cpu_cores": 1, "memory_mb": WANTED.memory_mb}
             for name in names:
-                # The first one makes the template of the others.
+                # The first one makes the template for the others.
                 how = {"boot": "template"}
                 made = await http.post(
                     f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json={"name": name, **body, **how},

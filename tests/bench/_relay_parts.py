@@ -1,10 +1,10 @@
-"""What stands between a DevTools client and its browser, each in a process of its own, without a hypervisor.
+"""The parts between a DevTools client and its browser, each in its own process, without a hypervisor.
 
-    python -m tests.bench._relay_parts browser            # answers CDP commands and sends as many bytes as asked for
+    python -m tests.bench._relay_parts browser            # answers CDP commands, and sends bytes on request
     python -m tests.bench._relay_parts guest SOCKET       # the agent, behind a hypervisor's vsock socket
-    python -m tests.bench._relay_parts daemon SOCKET PORT # the API, with a VM whose agent is behind SOCKET
+    python -m tests.bench._relay_parts daemon SOCKET PORT # the API, with a VM whose agent listens on SOCKET
 
-Each says where it listens, and serves until SIGTERM.
+Each prints its address, and serves until SIGTERM.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ANSWER = b'{"id":1,"result":{"protocolVersion":"1.3","product":"HeadlessChrome/
 
 
 def browser() -> None:
-    """Blocking sockets and a thread each: as little as can be done in Python, so that others are what is measured."""
+    """Blocking sockets with a thread each, the least work in Python, so that the other parts are measured."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         _accept(listener, _browse)
@@ -52,12 +52,12 @@ def _accept(listener: socket.socket, serve: Callable[[socket.socket], None]) -> 
 
 
 def _browse(sock: socket.socket) -> None:
-    """One connection: `GET /SIZE` gives so many bytes, an upgrade a WebSocket on which a text `SIZE` does."""
+    """Serves one connection: `GET /SIZE` returns so many bytes; in a WebSocket, so does the text `SIZE`."""
     with sock, sock.makefile("rb") as lines:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         line = lines.readline()
         if not line:
-            # Somebody looked whether a browser listens.
+            # A probe whether a browser listens.
             return
         path = line.split()[1]
         fields = {}
@@ -102,7 +102,7 @@ def guest(path: str) -> None:
 
 
 async def daemon(path: str, port: int) -> None:
-    """The real API, channel and relays; the VM is a row that says nothing of a hypervisor."""
+    """The real API, channel and relays; the VM is a row without a hypervisor."""
     with (
         tempfile.TemporaryDirectory(prefix="vb") as state,
         trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,

@@ -1,7 +1,7 @@
-"""What the way through the daemon costs a DevTools client: the time of a command, and bytes a second.
+"""Measures the path of a DevTools client through the daemon: the time of a command, and bytes a second.
 
-The same server is asked directly, through the agent alone, and through the daemon and the agent. So a ratio tells what
-is ours of it; a guest that is emulated would hide that, as it is slower than any relay.
+It asks the same server directly, through the agent alone, and through daemon and agent. There is no guest, because an
+emulated one is slower than any relay and would hide the difference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Connect = Callable[[], socket.socket]
 
 
 async def relays() -> list[Figure]:
-    """A CDP command there and back, and 64 MiB out of the guest: DevTools, the agent's proxy, the proxy of ports."""
+    """A round trip of a CDP command, and 64 MiB out of the guest: DevTools, the agent's proxy, the port proxy."""
     with ExitStack() as stack:
         path = str(stack.enter_context(scratch()) / "vsock")
         module = "tests.bench._relay_parts"
@@ -75,7 +75,7 @@ def _measure(browser: str, agent: Connect, daemon: str, port: int) -> list[Figur
 
 
 def _agent(path: str, port: int) -> socket.socket:
-    """A connection through the agent to a port, as the daemon makes it."""
+    """Connects through the agent to a port, as the daemon does."""
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(30)
     sock.connect(path)
@@ -87,7 +87,7 @@ def _agent(path: str, port: int) -> socket.socket:
 
 
 def _expect(sock: socket.socket, begin: bytes, end: bytes = b"\n") -> None:
-    """Read up to `end`, byte by byte, as what follows belongs to somebody else."""
+    """Reads up to `end`, byte by byte, because the following bytes are read elsewhere."""
     head = b""
     while not head.endswith(end):
         if not (byte := sock.recv(1)):
@@ -112,7 +112,7 @@ def _say(sock: socket.socket, text: bytes) -> None:
 
 
 def _trip_s(way: Connect, path: str) -> float:
-    """Seconds that a command takes, one after the other."""
+    """Returns the seconds of each of several commands."""
     with _websocket(way, path) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, b"\0" * 16)
         began = time.perf_counter()
@@ -139,7 +139,7 @@ def _download_http(way: Connect, prefix: str) -> float:
 
 
 def _rate(sock: socket.socket, ask: Callable[[], None], more: int, began: float | None = None) -> float:
-    """MB/s of `SIZE` bytes, with `more` before them."""
+    """Returns the MB/s of `SIZE` bytes, after `more` bytes."""
     began = time.perf_counter() if began is None else began
     ask()
     left = SIZE + more

@@ -1,4 +1,4 @@
-"""What an answer costs: requests a second beside an empty route, and `/healthz` while a guest sends all it can."""
+"""Measures answers: requests a second against an empty route, and `/healthz` during a flood by a guest."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _VM = f"/api/v1/vms/{WANTED.name}"
 
 
 async def get_vm() -> list[Figure]:
-    """`GET /api/v1/vms/{name}` in requests a second, beside an empty Quart-Trio route on the same server."""
+    """`GET /api/v1/vms/{name}` in requests a second, against an empty Quart-Trio route on the same server."""
     current_image()
     against = Pairs()
     with volantd() as daemon, listening("tests.bench._empty_route") as empty:
         async with daemon.http() as http:
-            # It has booted, and no guest runs while we measure.
+            # The VM has booted; no guest runs during the measurement.
             await create(http)
             (await http.post(f"{_VM}/stop?grace=1s&wait=stopped", timeout=BOOT_S)).raise_for_status()
 
@@ -61,7 +61,7 @@ async def get_vm() -> list[Figure]:
 
 
 async def healthz() -> list[Figure]:
-    """The 99th percentile of `/healthz`, quiet and while an exec streams all that the guest can write."""
+    """The 99th percentile of `/healthz`, quiet and while an exec streams as fast as the guest can write."""
     current_image()
     with volantd() as daemon:
         async with daemon.http() as http:
@@ -81,7 +81,7 @@ async def healthz() -> list[Figure]:
 
 
 async def create(http: httpx.AsyncClient) -> None:
-    """Let the VM run."""
+    """Starts the VM."""
     body = {"name": WANTED.name, "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb}
     made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=2 * BOOT_S)
     if made.headers.get("volant-wait") != "met":
@@ -89,14 +89,14 @@ async def create(http: httpx.AsyncClient) -> None:
 
 
 async def probe(daemon: Daemon) -> list[float]:
-    """How long each of some hundred requests for `/healthz` took, in seconds."""
+    """Returns the seconds of each of several hundred requests for `/healthz`."""
     return await trio.to_thread.run_sync(
         lambda: latencies_s(daemon.base_url, "/healthz", count=PROBES, interval_s=PROBE_INTERVAL_S)
     )
 
 
 class _Stream:
-    """An answer that is read and dropped in a thread."""
+    """Reads an answer in a thread, and drops it."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -104,7 +104,7 @@ class _Stream:
         self.failure = ""
 
     def rate_mb_s(self) -> float:
-        """MB/s so far. :raises LoadError: it has broken off."""
+        """Returns the MB/s so far. :raises LoadError: if the answer ended"""
         if self.failure or not self.count:
             raise LoadError(f"the exec stream broke off: {self.failure or 'nothing came'}")
         return self.count / (time.perf_counter() - self.began) / 1e6
@@ -112,7 +112,7 @@ class _Stream:
 
 @contextmanager
 def _exec_stream(daemon: Daemon) -> Iterator[_Stream]:
-    """`cat /dev/zero` in the guest, its output read as fast as it comes."""
+    """Runs `cat /dev/zero` in the guest, and reads its output as fast as possible."""
     body = json.dumps({"command": ["cat", "/dev/zero"]}).encode()
     head = (
         f"POST {_VM}/agent/v1/exec HTTP/1.1\r\nHost: {urlsplit(daemon.base_url).netloc}\r\n"

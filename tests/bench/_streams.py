@@ -1,4 +1,4 @@
-"""`/healthz` while fifty clients are streamed to, and while others mean no good."""
+"""Measures `/healthz` with fifty streams, and with hostile clients."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _UPGRADE = (
 
 
 async def healthz_busy() -> list[Figure]:
-    """The 99th percentile of `/healthz` while 50 streams run, and while clients that mean no good are at it."""
+    """The 99th percentile of `/healthz` while 50 streams run, and with hostile clients."""
     current_image()
     with volantd() as daemon:
         async with daemon.http() as http:
@@ -70,7 +70,7 @@ async def healthz_busy() -> list[Figure]:
 
 
 class _Drain:
-    """Reads and drops what comes on many connections, in one thread."""
+    """Reads many connections in one thread, and drops the data."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -94,7 +94,7 @@ class _Drain:
         self._selector.close()
 
     def rate_mb_s(self) -> float:
-        """MB/s so far. :raises LoadError: one of them has broken off."""
+        """Returns the MB/s so far. :raises LoadError: if one ended"""
         if self.ended:
             raise LoadError(f"{self.ended} streams broke off")
         return self.count / (time.perf_counter() - self.began) / 1e6
@@ -153,7 +153,7 @@ def _hostile(daemon: Daemon) -> Iterator[None]:
                     try:
                         sock.sendall(b"a")
                     except OSError:
-                        pass  # Given up by now, as it should be.
+                        pass  # The daemon has dropped it, as it should.
 
         thread = threading.Thread(target=trickle, name="trickle", daemon=True)
         thread.start()
@@ -175,7 +175,7 @@ def _sockets() -> Iterator[list[socket.socket]]:
 
 
 def _begun(daemon: Daemon, request: bytes, sockets: list[socket.socket]) -> socket.socket:
-    """A connection on which the answer to `request` has begun."""
+    """Returns a connection on which the answer to `request` has started."""
     sock = connect(daemon.base_url)
     sockets.append(sock)
     sock.sendall(request)

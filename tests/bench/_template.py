@@ -1,9 +1,9 @@
-"""From `POST /api/v1/vms` with a template to the agent's first answer as itself, beside a bare script, a cold boot of
-the same VM, and libvirt's way to the same end: `virsh restore` of a guest that was saved after its boot.
+"""Measures the time from `POST /api/v1/vms` with a template to the agent's first answer with its own identity.
 
-The bare side is what somebody would script who has a template: start QEMU on its memory, tell it by QMP to take its
-state over and to go on, connect to the agent's port, ask. It has the daemon's own command line and template. It leaves
-out what makes a clone somebody: entropy, clock, names; ours has all of it before it answers.
+It is compared with a script, with a cold boot of the same VM, and with `virsh restore` of a guest that libvirt saved
+after its boot. The script starts QEMU on the template's memory, loads its state and resumes it through QMP, connects to
+the agent's port, and sends a request. It uses the daemon's command line and template, but assigns no identity: entropy,
+clock and names, which the daemon's clone has before it answers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LOOK_AGAIN_S = 0.001
 
 
 async def template_to_agent(pairs: int = 15) -> list[Figure]:
-    """Clones by the daemon and by hand in turns, and some cold boots and some of libvirt's between them."""
+    """Clones by the daemon and by the script in turns, with some cold boots and restores by libvirt between them."""
     image = current_image()
     took: dict[str, list[float]] = {"ours": [], "bare": [], "cold": []}
     restored = Pairs()
@@ -88,7 +88,7 @@ async def template_to_agent(pairs: int = 15) -> list[Figure]:
 
 
 async def standby_to_agent(pairs: int = 15) -> list[Figure]:
-    """Clones whose process waited, and clones by hand, in turns; some cold boots and some of libvirt's restores too."""
+    """VMs from the warm pool and clones by the script in turns; also some cold boots and restores by libvirt."""
     image = current_image()
     took: dict[str, list[float]] = {"ours": [], "bare": [], "cold": []}
     restored = Pairs()
@@ -148,7 +148,7 @@ async def _until_one_waits(daemon: Daemon) -> None:
 
 
 async def _saved(stack: ExitStack, spec: MachineSpec) -> Libvirt | None:
-    """A libvirt with the same guest saved, where there can be one."""
+    """Gives a libvirt with the same guest saved, if possible."""
     try:
         peer = stack.enter_context(libvirt(spec, WANTED))
         await peer.save()
@@ -159,7 +159,7 @@ async def _saved(stack: ExitStack, spec: MachineSpec) -> Libvirt | None:
 
 
 class BareClone(Bare):
-    """The command that the daemon would run, and the few words by QMP."""
+    """Starts the daemon's command line, and sends the commands through QMP."""
 
     async def ask(self) -> None:
         spec = self._spec
@@ -184,12 +184,12 @@ async def _connect(path: Path) -> trio.SocketStream:
 
 
 async def _template(daemon: Daemon) -> Path:
-    """Where the template lies that the first VM's boot gives rise to."""
+    """Returns the directory of the template that the first VM's boot causes."""
     return (await _first_template(daemon))[0]
 
 
 async def _first_template(daemon: Daemon) -> tuple[Path, float]:
-    """The template that the first VM's boot gives rise to: where it lies, and how long after `running` it was there."""
+    """Returns the directory of the template that the first VM's boot causes, and its delay after `running`."""
     async with daemon.http() as http:
         wanted = {"name": "first", "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb}
         made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=wanted, timeout=2 * BOOT_S)
@@ -206,6 +206,6 @@ async def _first_template(daemon: Daemon) -> tuple[Path, float]:
 
 
 async def _ready(http: httpx.AsyncClient) -> str:
-    """The digest of the template, once there is one."""
+    """Waits for the template; returns its digest."""
     views = (await http.get("/api/v1/templates")).raise_for_status().json()
     return next((str(view["digest"]) for view in views if view["state"] == "ready"), "")

@@ -1,4 +1,4 @@
-"""Where the benches run: a scratch directory, an image, and processes that end with the block that started them."""
+"""The environment of the benchmarks: a scratch directory, an image, and processes that end with their block."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _END_S = 15.0
 
 
 class Skipped(Exception):
-    """It can't be measured here; the text says why."""
+    """It cannot be measured here; the text says why."""
 
 
 def current_image() -> images.Image:
-    """The image that VMs boot, built when it lacks. :raises Skipped: there is no QEMU, or no image to be had."""
+    """Returns the boot image, and builds it if needed. :raises Skipped: without QEMU or an image"""
     if shutil.which("qemu-system-x86_64") is None:
         raise Skipped("there is no qemu-system-x86_64")
     done = subprocess.run(
@@ -46,8 +46,8 @@ def current_image() -> images.Image:
 
 @contextmanager
 def volantd(*flags: str) -> Iterator[Daemon]:
-    """A real daemon with state of its own, as a user starts it."""
-    # The last flag of a name wins: the kit's own would keep KVM out.
+    """Runs a real daemon with its own state, as a user starts it."""
+    # The last flag of a name wins: the default of the tests excludes KVM.
     daemon = Daemon(cache_dir(), "--accelerator", "auto", *flags)
     try:
         daemon.start()
@@ -58,7 +58,7 @@ def volantd(*flags: str) -> Iterator[Daemon]:
 
 @contextmanager
 def listening(module: str, *arguments: str) -> Iterator[str]:
-    """`python -m module`, which prints where it listens; gives that address."""
+    """Runs `python -m module`, which prints its address; gives the address."""
     process = subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE)
     with ended(process):
         assert process.stdout is not None
@@ -71,7 +71,7 @@ def listening(module: str, *arguments: str) -> Iterator[str]:
 
 @contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """The process has ended when the block has."""
+    """Ends the process with the block."""
     try:
         yield process
     finally:
@@ -87,7 +87,7 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]
 
 @contextmanager
 def scratch(base: str | None = None) -> Iterator[Path]:
-    """A directory, 0700 and with a short name, which goes with the block."""
+    """Makes a directory with mode 0700 and a short name, until the block ends."""
     path = Path(tempfile.mkdtemp(prefix="vb", dir=base or "/tmp"))
     try:
         yield path
@@ -96,7 +96,7 @@ def scratch(base: str | None = None) -> Iterator[Path]:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process that leads a session, and all that is in it; returns when it is gone."""
+    """Kills a session leader and all processes of its session; returns when it has ended."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -105,7 +105,7 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def run(command: Sequence[str], timeout_s: float) -> str:
-    """Run a command to its end; what it said. :raises RuntimeError: it failed."""
+    """Runs a command; returns its output. :raises RuntimeError: if it fails"""
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout_s,
         check=False,

@@ -1,10 +1,10 @@
-"""What the runtime costs beside bare Trio and its peers in the same run: `python -m tests.bench.actors_bench`.
+"""Measures the runtime against bare Trio and other actor libraries: `python -m tests.bench.actors_bench`.
 
-The sides of a pair take turns. Beside Trio the processor time of the thread is taken, which other processes hardly
-touch; beside the peers, which use several threads, it is the time on the wall, and then nothing else should run.
+The sides of a pair alternate. Against Trio it measures the thread's processor time, which other processes hardly
+affect; against libraries with several threads it measures wall-clock time, so nothing else should run.
 
-The channel is one without a buffer, as an ask too is a meeting of two tasks. With a buffer of 64 neither side of it
-ever sleeps; what that makes of the same figures is told without a target. `--check` fails when a target is missed.
+The channel has no buffer, because an ask is also a rendezvous of two tasks. With a buffer of 64 neither side ever
+sleeps; those figures are printed without a target. `--check` fails if a target is missed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Target(Actor):
 
 
 def messages() -> Iterator[Figure]:
-    """Ask and tell beside a memory channel, and ask beside the other actor libraries for Python."""
+    """Ask and tell against a memory channel, and ask against other actor libraries for Python."""
     targets = {"ask": 0.75, "ask_with_a_deadline": 0.55, "tell_in_bursts": 10.0}
     took = {(name, room): Pairs() for name in targets for room in (0, 64)}
     own: list[float] = []
@@ -113,7 +113,7 @@ def messages() -> Iterator[Figure]:
 
 
 def starts() -> Iterator[Figure]:
-    """Starting actors beside starting bare tasks."""
+    """Starting actors against starting bare tasks."""
     pairs = Pairs()
     for _ in range(3):
         gc.collect()
@@ -125,7 +125,7 @@ def starts() -> Iterator[Figure]:
 
 
 def memory() -> Iterator[Figure]:
-    """An idle actor beside an idle task; an actor that has handled ten million messages; a cursor that never reads."""
+    """Memory: an idle actor against an idle task; an actor after ten million messages; a cursor that never reads."""
     tracemalloc.start()
     actor, task = trio.run(_idle)
     tracemalloc.stop()
@@ -150,7 +150,7 @@ def memory() -> Iterator[Figure]:
 
 
 def importing() -> Iterator[Figure]:
-    """The import of the runtime, once Trio is there."""
+    """The import of the runtime, after Trio is imported."""
     root = Path(__file__).parents[2]
     took = []
     for _ in range(9):
@@ -306,7 +306,7 @@ def _resident() -> int:
 
 
 def main() -> int:
-    """Measure, print, and with `--check` say whether a target was missed."""
+    """Measures and prints; with `--check` returns whether a target was missed."""
     benches = {"messages": messages, "starts": starts, "memory": memory, "import": importing}
     parser = argparse.ArgumentParser(prog="python -m tests.bench.actors_bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benches)}; all by default")

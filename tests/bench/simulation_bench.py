@@ -1,7 +1,7 @@
-"""`python -m tests.bench.simulation_bench`: how much virtual time a simulation of 40 actors gets out of a second.
+"""`python -m tests.bench.simulation_bench` measures the virtual time that a simulation of 40 actors runs in a second.
 
-Each actor asks another one every five virtual seconds on the average, which takes half a second to answer. The other
-side of each pair is the same program on Trio's own clock that jumps, with nothing watched and nothing recorded.
+Each actor asks another one every five virtual seconds on average, which takes half a second to answer. The baseline of
+each pair is the same program on Trio's autojump clock, without the simulation's checks and records.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Tick:
 
 
 class Node(Actor):
-    """Asks others, and answers them."""
+    """Asks other actors, and answers them."""
 
     def __init__(self, rng: Random, peers: list[Ref[Node]]) -> None:
         self.rng = rng
@@ -58,7 +58,7 @@ class Node(Actor):
     async def ask(self) -> None:
         peer = self.rng.choice(self.peers)
         if peer is not self.ctx.self_ref:
-            with suppress(ActorDown):  # at the end, when one has stopped before the other
+            with suppress(ActorDown):  # at the end, if one has stopped before the other
                 await peer.ask(Greet(1), timeout_s=60)
 
     @handles(Greet)
@@ -68,7 +68,7 @@ class Node(Actor):
 
 
 async def program(rng: Random) -> None:
-    """`VIRTUAL_S` seconds in the life of the system."""
+    """Runs the system for `VIRTUAL_S` virtual seconds."""
     peers: list[Ref[Node]] = []
     children = [Child(f"node-{n}", partial(Node, rng, peers)) for n in range(ACTORS)]
     peers += [child.ref for child in children]
@@ -77,13 +77,13 @@ async def program(rng: Random) -> None:
 
 
 async def simulated(sim: Simulation) -> int:
-    """The number of steps."""
+    """Returns the number of steps."""
     await program(sim.rng)
     return sim.steps
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measures and prints."""
     took = Pairs()
     steps = 0
     for seed in range(ROUNDS):

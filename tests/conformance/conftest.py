@@ -1,4 +1,4 @@
-"""Other people's clients in JavaScript, installed once from the lock beside them, and run by the Node of the lock."""
+"""Clients in JavaScript that this project did not write: installed once from their lock, and run by its Node."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Drives a client that openapi-python-client has written, as `volant_client`: its arguments are where that is, and the
-daemon's address."""
+"""Drives `volant_client`, which openapi-python-client has generated.
+
+Arguments: its directory and the daemon's address."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ sys.path.insert(0, sys.argv[1])
 
 
 def operation(tag: str, name: str) -> Any:
-    """The generated module of an operation."""
+    """Returns the generated module of an operation."""
     return importlib.import_module(f"volant_client.api.{tag}.{name}")
 
 

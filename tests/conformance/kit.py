@@ -1,4 +1,4 @@
-"""Short words for driving clients that this project did not write."""
+"""Helpers for tests that drive clients that this project did not write."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Node:
     environ: Mapping[str, str]
 
     def command(self, script: str, *arguments: str) -> list[str]:
-        """What runs `js/<script>`."""
+        """Returns the command that runs `js/<script>`."""
         return [str(self.program), str(JS / script), *arguments]
 
     def run(
         self, script: str, *arguments: str, timeout_s: float, environ: Mapping[str, str] | None = None
     ) -> list[Any]:
-        """Run `js/<script>` to its end; the JSON values it printed, one a line. A failure says what it said."""
+        """Runs `js/<script>`; returns the JSON values that it printed, one a line. A failure shows its output."""
         done = subprocess.run(
             self.command(script, *arguments),
             env={**self.environ, **(environ or {})},

@@ -1,6 +1,6 @@
-"""An official Python client, of the old era or the new, against the URL of argv[1], with a VM named argv[2].
+"""Drives the MCP server at the URL argv[1] with an official Python client, using the VM named argv[2].
 
-It is run by a Python that has the one or the other; what it saw is printed as one JSON value.
+The Python that runs this has the client of the old or the new protocol. It prints its observations as one JSON value.
 """
 
 import asyncio

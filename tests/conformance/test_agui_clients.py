@@ -1,4 +1,4 @@
-"""AG-UI's own client, verifier, schemas and models take a run with three VMs that overlap, one of which crashes."""
+"""AG-UI's own client, verifier, schemas and models accept a run of three concurrent VMs, one of which crashes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conformance.kit import Node
 from tests.system.kit import BOOT_S, Daemon, spec, websocket
 from volant.client import Client
 
-# A boot is watched, which is to take its time.
+# The tests watch a boot, which has to take some time.
 pytestmark = pytest.mark.cold
 
 NAMES = ("one", "two", "three")
@@ -27,7 +27,7 @@ _model: TypeAdapter[Any] = TypeAdapter(AguiModel)
 
 
 async def listen(url: str, events: list[Any], over: Callable[[Any], bool], task_status: trio.TaskStatus[None]) -> None:
-    """Collect events until one after which the client leaves."""
+    """Collects events until the one after which the client leaves."""
     async with websocket(url) as connection:
         task_status.started()
         while not events or not over(events[-1]):
@@ -43,7 +43,7 @@ def happened(events: list[Any]) -> list[tuple[str, str]]:
 
 
 async def verify(node: Node, events: list[Any], path: Path) -> None:
-    """By the models of the Python package, by the schemas of the other one, and by its verifier."""
+    """Validates events with the models of the Python package, and the schemas and verifier of the JavaScript one."""
     for event in events:
         _model.validate_json(json.dumps(event))
     await trio.Path(path).write_text(json.dumps(events))
@@ -52,12 +52,12 @@ async def verify(node: Node, events: list[Any], path: Path) -> None:
 
 
 async def http_agent(node: Node, url: str, results: list[Any]) -> None:
-    """AG-UI's `HttpAgent`, as it comes, until it has run once."""
+    """Runs AG-UI's unmodified `HttpAgent` once."""
     results += await trio.to_thread.run_sync(partial(node.run, "agui_http.mjs", url, timeout_s=2 * BOOT_S))
 
 
 async def live_and_die(client: Client) -> None:
-    """Boot three VMs at once; one crashes, one stops, and all are deleted."""
+    """Boots three VMs at once; one crashes, one stops, and all are deleted."""
     for name in NAMES:
         await client.vms.create(spec(name))
     for name in NAMES:
@@ -103,7 +103,7 @@ async def test_the_boot_of_one_vm_is_a_run_that_resumes(daemon: Daemon, node: No
         async with daemon.client() as client, trio.open_nursery() as nursery:
             await client.vms.create(spec("one"))
             nursery.start_soon(http_agent, node, f"{daemon.base_url}/api/v1/agui?vm=one", over_http)
-            # Cut off while a step is open, and go on.
+            # Disconnect while a step is open, and resume.
             await nursery.start(listen, socket, events, lambda event: event["type"] == "STEP_STARTED")
             await client.vms.wait("one", {"running"}, timeout_s=BOOT_S)
             cut = len(events)

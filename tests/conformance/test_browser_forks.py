@@ -1,4 +1,4 @@
-"""Forks of a VM with a running browser: each has its pages, and goes its own way from there."""
+"""Each fork of a VM with a running browser keeps the open pages and is independent from then on."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from tests.system.kit import BOOT_S, Daemon, load
 FORKS = load("VOLANT_TEST_FORKS", usual=3, full=10)
 PAGE = "http://localhost:8000/"
 ELSEWHERE = "http://127.0.0.1:8000/"
-"""Another site: Chromium starts a new process for it, as it has none in store. The page's own goes on with the random
-numbers that it would have had in the original."""
+"""Another site, for which Chromium starts a new process. The process of the old page would continue with the random
+numbers of the original."""
 NONE_IN_STORE = {"CHROMIUM_FLAGS": "--disable-features=SpareRendererForSitePerProcess"}
 NUMBERS = "[Math.random(), crypto.getRandomValues(new Uint32Array(4)).join()]"
 
 
-def test_forks_of_a_browser_answer_and_part(browser_plugin: Path, make_daemon: Callable[..., Daemon]) -> None:
+def test_forks_of_a_browser_answer_and_are_independent(
+    browser_plugin: Path, make_daemon: Callable[..., Daemon]
+) -> None:
     daemon = make_daemon()
     with httpx.Client(base_url=daemon.base_url, trust_env=False, timeout=2 * BOOT_S) as http:
         http.post("/api/v1/plugins", json=json.loads(browser_plugin.read_text())).raise_for_status()
@@ -41,7 +43,7 @@ def test_forks_of_a_browser_answer_and_part(browser_plugin: Path, make_daemon: C
             assert PAGE in pages(http, name), name
             assert act(http, name, "evaluate", expression="document.title")["value"] == "It works"
 
-        # What is done in one is not seen in another.
+        # A change in one is not visible in another.
         for name in copies:
             http.put(f"/ws/v1/vms/{name}/devtools/json/new?about:blank%23{name}").raise_for_status()
         for name in ("web", *copies):
@@ -57,7 +59,7 @@ def test_forks_of_a_browser_answer_and_part(browser_plugin: Path, make_daemon: C
 
 
 def devtools(http: httpx.Client, name: str) -> None:
-    """Wait until the browser of a VM answers."""
+    """Waits until the browser of a VM answers."""
     deadline = time.monotonic() + BOOT_S
     while http.get(f"/ws/v1/vms/{name}/devtools/json/version").status_code != 200:
         assert time.monotonic() < deadline, name
@@ -65,13 +67,13 @@ def devtools(http: httpx.Client, name: str) -> None:
 
 
 def pages(http: httpx.Client, name: str) -> list[str]:
-    """The addresses of the pages that are open."""
+    """Returns the addresses of the open pages."""
     found = http.get(f"/ws/v1/vms/{name}/devtools/json/list").raise_for_status().json()
     return [page["url"] for page in found]
 
 
 def act(http: httpx.Client, name: str, action: str, **arguments: Any) -> dict[str, Any]:
-    """Call an action of the browser; what it answers."""
+    """Calls an action of the browser; returns its answer."""
     answer = http.post(f"/api/v1/vms/{name}/actions/browser/{action}", json={"timeout_s": 100, **arguments})
     assert answer.status_code == 200, answer.text
     said: dict[str, Any] = answer.json()

@@ -1,7 +1,7 @@
-"""A page in Debian's Chromium follows events and a log of a daemon with a key, is cut off, and misses nothing.
+"""A page in Debian's Chromium follows events and a log of a daemon with a key, is disconnected, and misses nothing.
 
-What the page runs is the code of the how-tos, taken from there. Between it and the daemon stands a proxy of the test's,
-which cuts connections; behind that, the daemon is killed and comes back.
+The page runs the code of the how-to pages. It reaches the daemon through a proxy of this test, which cuts connections;
+the daemon behind it is killed and restarted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromiu
 
 
 def page(base: str, key: str) -> str:
-    """The how-tos' code, and what tells the test what it has seen."""
+    """The code of the how-to pages, and the part that reports to the test."""
     texts = [(REPOSITORY / "docs" / "how-to" / name).read_text() for name in _HOW_TOS]
     code = "\n".join(block for text in texts for block in re.findall(r"```js\n(.*?)```", text, re.DOTALL))
     return f"""<!doctype html><title>follower</title><script>
@@ -93,7 +93,7 @@ class Site:
 
 
 class Proxy:
-    """Passes bytes on to the daemon, until it cuts."""
+    """A proxy in front of the daemon that can cut its connections."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -106,7 +106,7 @@ class Proxy:
         await trio.serve_listeners(self._serve, listeners, task_status=_Started(task_status))
 
     def cut(self) -> int:
-        """Cut every connection in the middle of whatever it is at; how many there were."""
+        """Cuts every connection at once; returns how many there were."""
         count = len(self._scopes)
         for scope in self._scopes:
             scope.cancel()
@@ -122,7 +122,7 @@ class Proxy:
                         nursery.start_soon(_copy, client, server, nursery.cancel_scope)
                         await _copy(server, client, nursery.cancel_scope)
             except OSError:
-                pass  # The daemon is not there.
+                pass  # The daemon is down.
             finally:
                 self._scopes.discard(scope)
 
@@ -146,7 +146,7 @@ async def _copy(source: trio.SocketStream, sink: trio.SocketStream, scope: trio.
 
 async def seen_by(site: Site, what: str, condition: Callable[[dict[str, Any]], bool]) -> None:
     with trio.move_on_after(_PATIENCE_S):
-        while not condition(site.seen):  # noqa: ASYNC110 - a browser's doing
+        while not condition(site.seen):  # noqa: ASYNC110 - the browser offers no wait
             await trio.sleep(0.05)
         return
     pytest.fail(f"the page has not seen {what}: {site.seen}")
@@ -157,13 +157,13 @@ async def talk(client: Client, text: str) -> None:
 
 
 async def happen(client: Client, name: str) -> None:
-    """Some events: a VM comes and goes."""
+    """Causes some events: creates and deletes a VM."""
     await client.vms.create(spec(name))
     await client.vms.delete(name)
 
 
 def deleted(*names: str) -> Callable[[dict[str, Any]], bool]:
-    """Whether the page has seen these go, on both streams."""
+    """Returns whether the page has seen the deletion of these VMs, on both streams."""
 
     def condition(seen: dict[str, Any]) -> bool:
         return all(
@@ -174,7 +174,7 @@ def deleted(*names: str) -> Callable[[dict[str, Any]], bool]:
     return condition
 
 
-async def test_a_page_that_is_cut_off_misses_nothing(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+async def test_a_page_that_is_disconnected_misses_nothing(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     key = secrets.token_urlsafe(24)
     site = Site()
     daemon = make_daemon(environ={"VOLANT_API_KEY": key, "VOLANT_CORS_ORIGINS": site.origin})
@@ -219,7 +219,7 @@ async def lines_of(client: Client) -> list[int]:
 
 
 async def events_after(client: Client, event_id: str) -> list[str]:
-    """The ids of all events since, up to the newest."""
+    """Returns the ids of all events since then, up to the newest."""
     newest = await client.newest_event()
     ids: list[str] = []
     with trio.fail_after(_PATIENCE_S):

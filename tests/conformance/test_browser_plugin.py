@@ -1,7 +1,6 @@
-"""A VM of the browser plugin: its actions, as the how-to calls them, and other people's DevTools clients.
+"""The browser plugin: its actions, as the how-to page calls them, and DevTools clients that this project did not write.
 
-The clients drive its Chromium: they see a page that the guest serves to itself, and take a picture of it in a message
-of more than 16 MiB.
+The clients open a page that the guest serves to itself, and take a screenshot in a message of more than 16 MiB.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tests.conformance.kit import JS, Node
 from tests.system.kit import BOOT_S, REPOSITORY, Daemon, kept
 
 CLIENT_S = 400.0
-"""An emulated guest needs some fifteen seconds of processor time for such a picture."""
+"""An emulated guest needs some fifteen seconds of processor time for such a screenshot."""
 ACTION_S = 150.0
 KEY = "conformance-0123456789abcdef"
 SIXTEEN_MIB = 16 * 1024 * 1024
@@ -36,20 +35,20 @@ ACTIONS = "/api/v1/vms/web/actions/browser"
 
 @dataclass(frozen=True)
 class Site:
-    """A daemon with a VM called `web`, and a folder in which the how-to has been followed."""
+    """A daemon with a VM called `web`, and a directory in which the commands of the how-to page have run."""
 
     daemon: Daemon
     config: Path
     folder: Path
     told: dict[str, str]
-    """What each of the how-to's commands printed."""
+    """The output of each command of the how-to page."""
 
     @property
     def endpoint(self) -> str:
         return f"{self.daemon.base_url}/ws/v1/vms/web/devtools"
 
     def volar(self, line: str) -> str:
-        """Run a line of a shell; what it printed."""
+        """Runs a line in a shell; returns its output."""
         words = {"VOLANT_API_BASE": self.daemon.base_url, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         done = subprocess.run(
             ["sh", "-c", line],
@@ -67,7 +66,7 @@ class Site:
         return httpx.Client(base_url=self.daemon.base_url, trust_env=False, timeout=ACTION_S)
 
     def reload(self, settings: str) -> None:
-        """Let the daemon have these settings."""
+        """Restarts the daemon with these settings."""
         self.config.write_text(settings)
         before = self.daemon.log().count("reloaded")
         os.kill(self.daemon.pid, signal.SIGHUP)
@@ -94,12 +93,12 @@ def site(
 
 
 def commands() -> list[str]:
-    """The how-to's own, from the installation of the plugin to the last action."""
+    """Returns the commands of the how-to page, from the installation of the plugin to the last action."""
     text = HOW_TO.read_text().partition("## Make a VM of it")[2].partition("## Flags for Chromium")[0]
     return re.findall(r"^    (volar .*)$", text, re.MULTILINE)
 
 
-def test_the_how_to_works_as_it_stands(site: Site) -> None:
+def test_the_commands_of_the_how_to_page_work(site: Site) -> None:
     told = {line.partition(" web ")[2].partition(" ")[0]: text for line, text in site.told.items() if " call " in line}
     page = {"url": "http://localhost:8000/", "title": "It works"}
     navigated = json.loads(told["navigate"])
@@ -133,7 +132,7 @@ def test_each_action_is_a_post(site: Site) -> None:
         assert answers["screenshot"].headers["content-type"] == "image/webp"
         assert answers["screenshot"].content[8:12] == b"WEBP"
         assert answers["pdf"].content.startswith(b"%PDF-")
-        # What a guest answers never runs as ours, and what the caller got wrong is said.
+        # A guest's answer never runs in our origin, and errors of the caller are explained.
         assert all(answer.headers["content-security-policy"] == "sandbox" for answer in answers.values())
         for name, body, status, field in (
             ("navigate", {}, 400, "url"),
@@ -159,7 +158,7 @@ def test_playwrights_mcp_server_and_chrome_remote_interface_with_a_key(site: Sit
     try:
         assert httpx.get(f"{site.endpoint}/json/version", trust_env=False).status_code == 401
         drive(site, node, "mcp", str(tmp_path), KEY)
-        # One after the other: it waits ten seconds for an answer over HTTP, and Chromium makes a picture meanwhile.
+        # One after the other: a screenshot blocks Chromium longer than the ten seconds that the client waits for HTTP.
         drive(site, node, "cri", KEY)
     finally:
         site.reload("")
@@ -167,11 +166,11 @@ def test_playwrights_mcp_server_and_chrome_remote_interface_with_a_key(site: Sit
 
 
 def drive(site: Site, node: Node, client: str, *arguments: str) -> None:
-    """Let a client do what it does, and look at what it saw."""
+    """Runs a client, and checks its report."""
     page = "http://127.0.0.1:8000/noise.html"
     (seen,) = node.run(f"devtools_{client}.mjs", site.endpoint, page, *arguments, timeout_s=CLIENT_S)
     assert seen["text"] == "inside 42"
     assert seen["width"] >= 1280
     assert seen["height"] > 3400
-    # In the message it is Base64.
+    # The message contains it as Base64.
     assert seen["bytes"] * 4 / 3 > SIXTEEN_MIB

@@ -1,4 +1,4 @@
-"""Exec over WebSocket is for any client: Node's own talks to commands in a real guest."""
+"""Exec over WebSocket works for any client: Node's own talks to commands in a real guest."""
 
 from __future__ import annotations
 

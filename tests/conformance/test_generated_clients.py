@@ -1,5 +1,4 @@
-"""The OpenAPI document is for tools that this project did not write: linters find no error in it, and clients that
-generators make of it work with a real daemon and a real guest."""
+"""Linters find no error in the OpenAPI document, and generated clients work with a real daemon and a real guest."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ TOOL_S = 120.0
 
 
 def tool(node: Node, name: str, *arguments: str, cwd: Path) -> str:
-    """Run a command of `js/node_modules` to its end; what it said."""
+    """Runs a command of `js/node_modules`; returns its output."""
     return checked([str(node.program), str(JS / "node_modules" / name), *arguments], node.environ, cwd)
 
 

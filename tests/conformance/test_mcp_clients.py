@@ -1,4 +1,4 @@
-"""The official MCP clients of both eras drive VMs, and the official suite finds nothing that we do not say."""
+"""The official MCP clients of both protocol versions drive VMs, and the official suite finds no unlisted failure."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from volant.mcp._tools import TOOLS
 
 HERE = Path(__file__).parent
 NOT_APPLICABLE = HERE / "mcp_not_applicable.json"
-"""By version, the scenario, perhaps one check of it, and why it says nothing about this server."""
+"""By version: the scenario, perhaps one check of it, and why it does not apply to this server."""
 CLIENT_S = 400.0
 _INSTALL_S = 300.0
 
 
 @pytest.fixture(scope="session")
 def old_python(image_cache: Path) -> Path:
-    """A Python with the client of the old era, made once from its lock."""
+    """A Python with the client of the old protocol, made once from its lock."""
     lock = HERE / "mcp1" / "requirements.lock"
     digest = hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()[:16]
     home = image_cache / f"mcp1-{digest}"
@@ -57,7 +57,7 @@ def drive_python(python: str | Path, url: str, name: str) -> Any:
 
 
 def check(seen: Any, name: str, version: str) -> None:
-    """What each client must have seen."""
+    """Checks the report of a client."""
     assert seen["version"] == version
     assert seen["tools"] == [tool.name for tool in TOOLS]
     assert seen["created"]["outcome"] == "done"
@@ -83,14 +83,14 @@ def check(seen: Any, name: str, version: str) -> None:
     assert f"there is no VM named '{name}'" in seen["missing"]["content"][0]["text"]
 
 
-async def test_the_python_client_of_the_new_era(daemon: Daemon) -> None:
+async def test_the_python_client_of_the_new_protocol(daemon: Daemon) -> None:
     url = f"{daemon.base_url}/api/v1/mcp"
-    # Not in this process: the client (2.3) leaves streams that it has read enough of to the garbage collector.
+    # In another process: the client (2.3) leaves partly read streams to the garbage collector.
     seen = await trio.to_thread.run_sync(drive_python, sys.executable, url, "py-new")
     check(seen, "py-new", "2026-07-28")
 
 
-async def test_the_python_client_of_the_old_era(daemon: Daemon, old_python: Path) -> None:
+async def test_the_python_client_of_the_old_protocol(daemon: Daemon, old_python: Path) -> None:
     url = f"{daemon.base_url}/api/v1/mcp"
     seen = await trio.to_thread.run_sync(drive_python, old_python, url, "py-old")
     check(seen, "py-old", "2025-11-25")
@@ -108,9 +108,9 @@ async def test_the_typescript_clients(daemon: Daemon, node: Node, script: str, n
 
 @pytest.mark.parametrize("version", ["2025-06-18", "2025-11-25", "2026-07-28"])
 def test_the_conformance_suite(daemon: Daemon, node: Node, version: str) -> None:
-    """Every check passes, or stands in `mcp_not_applicable.json` with the reason; and what stands there does fail.
+    """Every check passes, or is listed in `mcp_not_applicable.json` with the reason; listed ones do fail.
 
-    A scenario that passes because it found nothing to check stands there too.
+    The file also lists scenarios that pass only because they found nothing to check.
     """
     excused = json.loads(NOT_APPLICABLE.read_text())[version]
     ran = node.run("mcp_suite.mjs", f"{daemon.base_url}/api/v1/mcp", version, timeout_s=180)
@@ -140,4 +140,4 @@ APPLY = {
         "dns-rebinding-protection",
     },
 }  # fmt: skip
-"""Scenarios that must be there and pass."""
+"""Scenarios that must exist and pass."""

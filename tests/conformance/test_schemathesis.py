@@ -1,4 +1,4 @@
-"""Whatever fits the OpenAPI document, or just misses it, is answered as the document says: schemathesis tries."""
+"""schemathesis: requests that fit the OpenAPI document, or almost do, are answered as the document says."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import trio
 
 from tests.system.kit import REPOSITORY, Daemon, boot, load
 
-# No template is built for each number of processors that is tried.
+# Otherwise the daemon would build a template for each number of processors.
 pytestmark = pytest.mark.cold
 
 EXAMPLES = load("VOLANT_TEST_EXAMPLES", usual=75, full=500)
-"""Requests made up for each operation, besides those that schemathesis derives from the document one by one."""
+"""Random requests for each operation, in addition to those that schemathesis derives from the document."""
 REQUESTS = 5000
 TIMEOUT_S = load("VOLANT_TEST_EXAMPLES_S", usual=500, full=3000)
 
-# It answers anything, and what a browser is asked with 404.
+# Answers any request, but the discovery requests of DevTools with 404.
 SERVER = """
 import json, socket, threading
 
@@ -59,9 +59,7 @@ HERE = Path(__file__).parent / "schemathesis"
 _LOGGED = re.compile(r" volant\.api\.request: \S+ (\S+) (\S+) (\d{3}|-) ")
 
 
-async def test_no_request_is_answered_otherwise_than_documented(
-    make_daemon: Callable[..., Daemon], tmp_path: Path
-) -> None:
+async def test_each_request_is_answered_as_documented(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     daemon = make_daemon(environ={"VOLANT_MAX_VMS": "2"})
     async with daemon.client() as client:
         await client.plugins.install(WEB)
@@ -86,7 +84,7 @@ async def test_no_request_is_answered_otherwise_than_documented(
         print(ended.stdout.decode(errors="replace")[-50_000:])
         assert ended.returncode == 0
 
-        # The daemon's own word for it, and the guest still runs.
+        # The daemon's log agrees, and the guest still runs.
         log = daemon.log_path.read_text(errors="replace")
         answered = Counter(status for _, _, status in _LOGGED.findall(log))
         print(answered)

@@ -1,14 +1,14 @@
-"""The command blocks of the documentation, and what comments in a page say of how a test runs them.
+"""Finds the command blocks of the documentation, and the comments that say how a test runs them.
 
-A block is fenced as `sh` or `console`, or is indented or fenced without a language and begins with a command. What
-begins with `# NAME.EXT` is a file, which is written. Comments before a block:
+A command block is fenced as `sh` or `console`, or begins with a command and is indented or fenced without a language.
+A block that begins with `# NAME.EXT` is a file, which the test writes. Comments before a block:
 
 - `<!-- not run: REASON -->`: it can't run here, or another test runs it
 - `<!-- page not run: REASON -->`: likewise, all of the page
-- `<!-- before: COMMANDS -->`: commands that prepare what the reader has already
-- `<!-- exits: CODE -->`: a command of the block fails with this, and is meant to
-- `<!-- until interrupted -->`: it does not end by itself
-- `<!-- example output -->`: what is printed there is another host's
+- `<!-- before: COMMANDS -->`: commands that prepare what the reader already has
+- `<!-- exits: CODE -->`: a command of the block is expected to fail with this exit code
+- `<!-- until interrupted -->`: the command does not end by itself
+- `<!-- example output -->`: the output was printed on another host
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Block:
     console: bool
     """Whether commands begin with `$ ` and output stands between them."""
     file: str | None = None
-    """It is the content of this file, and no command."""
+    """The file that the block is the content of; None: it is commands."""
     words: dict[str, str] = field(default_factory=dict)
-    """What comments say of it."""
+    """The comments before it, by their first words."""
 
     def commands(self) -> list[tuple[str, str]]:
-        """Commands, each with the output that is printed below it."""
+        """Returns the commands, each with the output printed below it."""
         if not self.console:
             return [(self.text, "")]
         found: list[tuple[str, str]] = []
@@ -67,7 +67,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """The command blocks and files of a page, in order."""
+    """Returns the command blocks and files of a page, in order."""
     found: list[Block] = []
     words: dict[str, str] = {}
     whole: dict[str, str] = {}

@@ -30,7 +30,7 @@ RUN = [page for page in PAGES if any("not run" not in block.words for block in b
 
 
 class Shell:
-    """A shell of a page, in a network namespace of its own, so that the daemon has the port that pages name."""
+    """The shell of one page, in its own network namespace, where the port that pages name is free."""
 
     def __init__(self, home: Path, root: Path, cache: Path) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("VOLANT_")}
@@ -53,13 +53,13 @@ class Shell:
             text=True,
             errors="replace",
         )
-        # Failed commands are noted in the order in which they fail, whatever comes after them.
+        # Record each failed command, even if later commands succeed.
         self.run("set -E; failed=; trap 'failed=\"$failed $?\"' ERR")
 
     def run(self, text: str) -> tuple[str, list[int]]:
         """Runs a block; returns what it prints, and the exit codes of its commands that failed."""
         script = self._home / ".block"
-        # Its own code is that of the last command, which the trap has seen already.
+        # The trap has already recorded the last command; `:` keeps it from recording the script, too.
         script.write_text(f"{text}\n:\n")
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -90,8 +90,8 @@ class Shell:
 
 @pytest.fixture(scope="module")
 def root() -> Iterator[Path]:
-    """Where the daemons of the pages keep their state, so that all of them have one template."""
-    # Short, as the sockets' paths have 108 bytes.
+    """The state of all daemons of the pages, so that they share one template."""
+    # Short: a socket path has at most 108 bytes.
     made = Path(tempfile.mkdtemp(prefix="vd", dir="/tmp"))
     made.chmod(0o711)
     try:
@@ -138,7 +138,7 @@ def _run(shell: Shell, page: Path, block: Block) -> None:
             assert re.fullmatch(pattern, said.strip(), re.DOTALL), f"{where}: {command}\nprints\n{said}"
 
 
-def test_what_is_not_run_has_a_reason() -> None:
+def test_a_block_that_is_not_run_has_a_reason() -> None:
     without = []
     for page in PAGES:
         for block in blocks(page):

@@ -1,4 +1,4 @@
-"""Who lacks what the browser plugin is built with is told what to install, before anything is fetched."""
+"""The build of the browser plugin names missing programs and their packages before it downloads anything."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize(
     ("lacks", "package"), [("dpkg-deb", "dpkg"), ("mke2fs", "e2fsprogs"), ("debugfs", "e2fsprogs")]
 )
-def test_what_lacks_is_named(tmp_path: Path, lacks: str, package: str) -> None:
+def test_a_missing_program_and_its_package_are_named(tmp_path: Path, lacks: str, package: str) -> None:
     output = tmp_path / "browser"
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, lacks, str(BUILD), "--output", str(output)],

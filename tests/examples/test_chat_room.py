@@ -1,4 +1,4 @@
-"""The chat room: people hear each other, its crash is survived, and one client holds up no other."""
+"""The chat room: members receive each other's messages, survive a crash of the room, and never block one another."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Client:
         self.lines.flush()
 
     def hear(self, text: str) -> None:
-        """Reads until somebody says `text`."""
+        """Reads lines until `text` arrives."""
         while True:
             line = self.lines.readline()
             assert line, f"the end, before {text!r}"
@@ -71,7 +71,7 @@ def test_people_talk_and_the_room_survives_its_crash(port: int) -> None:
     ada.say("anybody?")
     ada.hear("ada: anybody?")
     bob = Client(port, "ada")
-    assert bob.lines.readline() == "somebody is called that; your name?\n"
+    assert bob.lines.readline() == "that name is taken; your name?\n"
     bob.say("bob")
     ada.hear("* bob is here")
     bob.say("me")
@@ -87,7 +87,7 @@ def test_people_talk_and_the_room_survives_its_crash(port: int) -> None:
     ada.close()
 
 
-async def test_a_client_that_does_not_read_holds_up_nobody_and_is_dropped(autojump_clock: MockClock) -> None:
+async def test_a_client_that_does_not_read_blocks_nobody_and_is_dropped(autojump_clock: MockClock) -> None:
     log = Log(max_frames=100, max_bytes=10_000)
     room = Child("room", partial(Room, log))
     connections = DynamicSupervisor()

@@ -1,4 +1,4 @@
-"""The test file that shows deterministic clocks passes, and its system's figures are in the summary."""
+"""The example of deterministic clocks passes, and the summary shows the figures of its system."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_it_passes() -> None:
+def test_the_example_passes() -> None:
     ran = subprocess.run(
         [
             sys.executable,

@@ -1,4 +1,4 @@
-"""The crawler: every page once whatever crashes, no host bothered more than allowed, and over HTTP too."""
+"""The crawler fetches each page once even if workers crash, and keeps to the rate limit of each host."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAGES = 30
 
 
 def crawl(sim: Simulation, at_s: list[float], broken: str = "") -> Any:
-    """A site whose pages take their time; the parser can't stand `broken`."""
+    """A site whose pages take some time; the parser crashes on `broken`."""
 
     async def fetch(url: str) -> tuple[str, ...]:
         at_s.append(trio.current_time())

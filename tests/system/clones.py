@@ -1,4 +1,4 @@
-"""What a guest thinks that it is, and how far its clock is from the host's."""
+"""Reads the identity and the clock of a guest."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ while read line; do echo $EPOCHREALTIME; done
 
 @dataclass(frozen=True)
 class Who:
-    """What a guest says of itself."""
+    """The identity and the clock of a guest."""
 
     random_uuid: str
-    """Made by its kernel just now."""
+    """Random numbers that its kernel has just made."""
     boot_id: str
     machine_id: str
     hostname: str
     urandom: str
     clone: dict[str, Any]
-    """What clones are told: `/run/volant-clone.json`."""
+    """The identity that a clone received: `/run/volant-clone.json`."""
     clock_off_s: float
-    """How far its clock is from the host's: seconds ahead, as measured on the shortest way there and back."""
+    """Seconds by which its clock is ahead of the host's, measured with the shortest round trip."""
     clock_way_s: float
-    """What that took: the clock may be off by half of it more, or less."""
+    """Seconds of that round trip; half of it is the error of the measurement."""
 
 
 async def who(client: Client, name: str) -> Who:
-    """Ask a running clone."""
+    """Reads the identity of a running clone."""
     with trio.fail_after(_ASK_S):
         async with client.vms.exec_session(name, ["sh", "-c", _SCRIPT]) as session:
             lines = _Lines(session)
@@ -52,7 +52,7 @@ async def who(client: Client, name: str) -> Who:
 
 
 async def _clock(session: ExecSession, lines: _Lines) -> tuple[float, float]:
-    """The way there and back, and how far ahead the guest's clock was half-way."""
+    """Returns the seconds of a round trip, and by how many the guest's clock was ahead in its middle."""
     sent = time.time()
     await session.send(b"\n")
     shown = float(await lines.next())
@@ -61,7 +61,7 @@ async def _clock(session: ExecSession, lines: _Lines) -> tuple[float, float]:
 
 
 class _Lines:
-    """What a command prints, line by line."""
+    """Returns the lines that a command prints."""
 
     def __init__(self, session: ExecSession) -> None:
         self._session = session

@@ -1,4 +1,4 @@
-"""Guests that mean no good, as any user of the daemon can bring them in, and what the others notice."""
+"""Hostile guests, as any user of the daemon can create them, and their effect on other VMs."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ IN_THE_GUEST = {
     "memory": "while :; do tail /dev/zero; done",
     "processors": "for i in 1 2 3 4 5 6 7 8; do while :; do :; done & done; wait",
 }
-"""What a command does, rather than an agent; as root, as every command is."""
+"""Behaviours of a command instead of an agent; it runs as root, as every command does."""
 WRITES = ("line-feeds", "no-text")
-"""What an agent does as the output of a workload."""
+"""Behaviour of an agent in the output of a workload."""
 
 
 def hostile_plugin(directory: Path, cache: Path, *, rootfs: Path | None = None) -> Manifest:
-    """A plugin whose initramfs has `hostile_agent.py` for a multiplexer. It is made in `directory`."""
+    """Makes a plugin in `directory`, whose initramfs has `hostile_agent.py` in place of the multiplexer."""
     path = directory / "hostile.cpio"
     image = images.find(cache)
     assert image is not None
     shutil.copyfile(image.initramfs, path)
     source = (REPOSITORY / "tests/system/hostile_agent.py").read_bytes()
     with path.open("ab") as handle:
-        # The kernel unpacks one archive after the other, each at a multiple of four.
+        # The kernel unpacks archives one after the other; each begins at a multiple of four.
         handle.write(bytes(-handle.tell() % 4))
         handle.writelines(archive({"usr/lib/volant/volant/guest/_mux.py": file(source)}))
     disk = None if rootfs is None else Artifact(str(rootfs), digest(rootfs))
@@ -62,9 +62,9 @@ done
 
 
 def write_without_end(path: bytes, offset: int, value: int) -> bytes:
-    """An x86-64 program that maps a file and writes a byte to one place of it without end: the guest's Python can't."""
+    """Returns an x86-64 program that maps a file and writes to one byte of it without end; Python cannot."""
     code = bytes.fromhex(
-        "488d3d36000000"  # lea rdi, [rip + path], which is behind the code
+        "488d3d36000000"  # lea rdi, [rip + path]; the path follows the code
         "be02000000 31d2 b802000000 0f05"  # open(path, O_RDWR)
         "4989c0 31ff be00100000 ba03000000 41ba01000000 4531c9 b809000000 0f05"  # mmap(0, 4096, 3, MAP_SHARED, fd, 0)
     )
@@ -78,7 +78,7 @@ def write_without_end(path: bytes, offset: int, value: int) -> bytes:
 
 
 async def flood_events(client: Client) -> None:
-    """Tell the hypervisor of a crash dump, again and again: each time is an event on its control socket."""
+    """Reports a crash dump to the hypervisor again and again: each report is an event on its control socket."""
     where = int((await run(client, EVIL, "/bin/sh", "-c", EVENTS)).split()[0], 16)
     program = base64.b64encode(write_without_end(b"/run/r", where & 0xFFF, 2)).decode()
     command = f"echo {program} | base64 -d >/run/flood; chmod +x /run/flood; setsid /run/flood >/dev/null 2>&1 &"
@@ -86,7 +86,7 @@ async def flood_events(client: Client) -> None:
 
 
 async def turn(client: Client, behaviour: str) -> None:
-    """Let the guest become hostile; returns when it is."""
+    """Makes the guest hostile; returns when it is."""
     if behaviour == "events":
         await flood_events(client)
         return
@@ -102,7 +102,7 @@ async def turn(client: Client, behaviour: str) -> None:
                     if isinstance(item, LogLine) and item.line == f"hostile: {behaviour}":
                         break
     if behaviour in WRITES:
-        # The daemon has to ask its new agent for the output first.
+        # First the daemon has to ask the new agent for the output.
         async with client.vms.logs(EVIL, since=0, streams=["stdout"]) as output:
             with trio.fail_after(TURN_S):
                 await output.receive()
@@ -115,19 +115,19 @@ async def boot_evil(client: Client, **fields: object) -> None:
 
 @dataclass
 class Noticed:
-    """What others have noticed."""
+    """The effect on the daemon and on another VM."""
 
     asked: int = 0
     slowest_s: float = 0.0
-    """The slowest answer of the other VM, to a command."""
+    """Seconds of the other VM's slowest answer to a command."""
     slowest_healthz_s: float = 0.0
     grown_mb: float = 0.0
-    """The daemon's resident memory."""
+    """Growth of the daemon's resident memory."""
     cpu: float = 0.0
-    """How much of a processor the daemon took."""
+    """The part of a processor that the daemon used."""
     deleted_s: float = 0.0
     disk_mb: float = 0.0
-    """What the hostile VM's logs and runtime files took of the host's disk, at most."""
+    """Most disk space of the hostile VM's logs and runtime files."""
 
     def __str__(self) -> str:
         return (
@@ -139,7 +139,7 @@ class Noticed:
 
 @asynccontextmanager
 async def noticing(daemon: Daemon, client: Client) -> AsyncIterator[Noticed]:
-    """For the length of a block the other VM and the daemon are asked again and again."""
+    """Sends requests to the other VM and the daemon until the block ends."""
     noticed = Noticed()
     before_mb, before_s = daemon.rss_mb(), cpu_seconds(daemon.pid)
 
@@ -182,7 +182,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def taken_mb(daemon: Daemon) -> float:
-    """What lies on the disk, blocks and not lengths, but for memory and disks of VMs."""
+    """Returns the allocated disk space, without the memory and the disks of VMs."""
     taken = 0
     for directory in (daemon.state_dir / "logs", daemon.runtime_dir):
         for path in directory.rglob("*"):

@@ -1,7 +1,7 @@
-"""An agent that means no good: it stands in an initramfs of the tests in the place of the agent's multiplexer.
+"""A hostile agent, which replaces the agent's multiplexer in an initramfs of the tests.
 
-It is honest until /run/hostile names a behaviour, or `hostile=NAME` on the kernel's command line. Then the agent ends,
-and the one that PID 1 begins in its place does that from its first byte. What it is given is the virtio-serial port.
+It is honest until /run/hostile or `hostile=NAME` on the kernel's command line names a behaviour. Then the agent ends,
+and the next one that PID 1 starts shows that behaviour from its first byte. It is given the virtio-serial port.
 """
 
 # ruff: noqa: PTH110, PTH118, PTH120, PTH123 - the guest has no pathlib
@@ -29,7 +29,7 @@ LOG_ROUTE = b"/v1/daemon/logs"
 
 
 def run(open_port: Callable[[], int], serve: Serve) -> None:
-    """What the agent calls, and what does not return."""
+    """Replaces the function of the agent that never returns."""
     name = told()
     if name:
         print(f"hostile: {name}", file=sys.stderr, flush=True)
@@ -45,7 +45,7 @@ def run(open_port: Callable[[], int], serve: Serve) -> None:
 
 
 def told() -> str:
-    """The behaviour that is wanted, or nothing."""
+    """Returns the name of the behaviour, or nothing."""
     if os.path.exists(TOLD):
         with open(TOLD) as handle:
             return handle.read().strip()
@@ -57,12 +57,12 @@ def told() -> str:
 def watch() -> None:
     while not os.path.exists(TOLD):
         time.sleep(0.05)
-    time.sleep(0.2)  # whoever has told gets an answer
+    time.sleep(0.2)  # first let the command that wrote the file get its answer
     os._exit(1)
 
 
 def load_honest() -> dict[str, Any]:
-    """The real multiplexer, whose byte code lies beside this."""
+    """Loads the real multiplexer, whose byte code is next to this file."""
     import _frozen_importlib_external as external  # the guest has no importlib.util to rely on
 
     name = "volant.guest._mux"
@@ -72,11 +72,11 @@ def load_honest() -> dict[str, Any]:
     return module
 
 
-# On the port itself
+# Behaviours on the port itself
 
 
 class Port:
-    """The guest's end of the port. Whenever the host asks for a fresh start, `answer` is what it gets."""
+    """The guest's end of the port. Sends `answer` whenever the host asks for a fresh start."""
 
     def __init__(self, fd: int) -> None:
         os.set_blocking(fd, True)
@@ -85,7 +85,7 @@ class Port:
         self.asked = threading.Event()
 
     def read(self) -> None:
-        """Throw away what the host says, but for its requests; in a thread."""
+        """Drops everything that the host sends except its requests; runs in a thread."""
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -93,7 +93,7 @@ class Port:
         while True:
             data = os.read(self.fd, 65536)
             if not data:
-                time.sleep(0.05)  # nobody is there
+                time.sleep(0.05)  # the host is not connected
                 continue
             seen += data
             at = seen.find(MAGIC)
@@ -113,7 +113,7 @@ class Port:
             rest = rest[os.write(self.fd, rest) :]
 
     def flood(self, chunk: bytes) -> None:
-        """Write it without end, behind a proper beginning each time that the host asks for one."""
+        """Writes `chunk` without end, after a valid start each time that the host asks for one."""
         self.read()
         self.asked.wait()
         while True:
@@ -137,13 +137,13 @@ def zeros(port: Port) -> None:
 
 
 def hello(port: Port) -> None:
-    """It has begun, again and again, and hears no answer."""
+    """Says again and again that it has started, and ignores answers."""
     while True:
         port.write(bytes(40_000) + MAGIC + bytes(NONCE))
 
 
 def half(port: Port) -> None:
-    """A frame that never ends, to a host that is never read."""
+    """Sends half a frame, then nothing."""
     port.read()
     port.asked.wait()
     port.write(port.answers.pop() + frame(0, 0, 1, bytes(16384))[:100])
@@ -151,12 +151,12 @@ def half(port: Port) -> None:
 
 
 def deaf(port: Port) -> None:
-    """It reads nothing at all, not even the request for a start."""
+    """Reads nothing at all, not even the request for a start."""
     port.write(bytes(40_000) + MAGIC + bytes(NONCE))
 
 
 def huge(port: Port) -> None:
-    """Headers of frames of 16 MiB, and 16 MiB behind each."""
+    """Sends frames of 16 MiB."""
     port.flood(b"\xff\xff\xff" + bytes(6) + bytes(65536))
 
 
@@ -169,15 +169,15 @@ def settings(port: Port) -> None:
 
 
 def data(port: Port) -> None:
-    """More than anybody has asked for, on streams that nobody has opened."""
+    """Sends more than the windows allow, on streams that were never opened."""
     port.flood(frame(0, 0, 1, bytes(16384)) * 4)
 
 
-# On streams that an honest multiplexer brings
+# Behaviours on streams of an honest multiplexer
 
 
 def turn(sock: socket.socket, answer: Callable[[bytes], Iterator[bytes] | None], serve: Serve) -> None:
-    """Answer a request with what it makes of its head; None: honestly."""
+    """Answers a request with the result of `answer(head)`; honestly if it is None."""
 
     def talk() -> None:
         head = sock.recv(4096, socket.MSG_PEEK)
@@ -190,7 +190,7 @@ def turn(sock: socket.socket, answer: Callable[[bytes], Iterator[bytes] | None],
                 for piece in pieces:
                     sock.sendall(piece)
             except OSError:
-                pass  # the host has had enough
+                pass  # the host has closed the stream
 
     threading.Thread(target=talk, daemon=True).start()
 
@@ -214,7 +214,7 @@ def small_chunks(head: bytes) -> Iterator[bytes]:
 
 
 def lies(head: bytes) -> Iterator[bytes]:
-    """A failure, and a long story; in bytes that are no text where somebody asks for its health."""
+    """Answers with an error and a long text, in bytes that are not UTF-8 for health checks."""
     story = b'"\xff"' if b"/healthz" in head else b'{"detail": "' + b"why " * 200_000 + b'"}'
     yield b"HTTP/1.1 500 No\r\nContent-Length: %d\r\n\r\n" % len(story) + story
 
@@ -225,7 +225,7 @@ def silence(head: bytes) -> Iterator[bytes]:
 
 
 def logs(chunk: bytes) -> Callable[[bytes], Iterator[bytes] | None]:
-    """Endless output of a workload, of such bytes; honest to all other requests."""
+    """Sends endless output of a workload in such bytes; answers other requests honestly."""
 
     def answer(head: bytes) -> Iterator[bytes] | None:
         return pour() if LOG_ROUTE in head else None

@@ -1,4 +1,4 @@
-"""A real `volantd` process, what it may leave behind, and short words for what the tests ask of it."""
+"""Runs a real `volantd`, checks that it leaves nothing behind, and offers helpers for requests to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from volant.model import CreateVm, Event, VmView
 from volant.vm import instance_of
 
 BOOT_S = 120.0
-"""How long a boot may take here: idle ones take 4 s, and the machine may be anything but idle."""
+"""Deadline of a boot. A boot takes 4 s on an idle machine; this one may be busy."""
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 _START_S = 60.0
@@ -37,7 +37,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 class Daemon:
-    """A `volantd` with state of its own. `start`, `stop` and `kill` may be called in turns."""
+    """A `volantd` with its own state. `start`, `stop` and `kill` may be called repeatedly."""
 
     def __init__(
         self,
@@ -49,13 +49,13 @@ class Daemon:
         wrapper: Sequence[str] = (),
     ) -> None:
         """
-        :param template: one of another daemon, on the same filesystem as /tmp: VMs that fit are its clones, as if this
-            daemon had made it before; None: VMs boot cold
-        :param wrapper: a program and its arguments that runs the command which follows them
+        :param template: a template of another daemon, on the same filesystem as /tmp, which this daemon uses as its
+            own; None: VMs boot cold
+        :param wrapper: a program and its arguments, which runs the command that follows
         """
-        # Short, as the sockets' paths have 108 bytes.
+        # Short: a socket path has at most 108 bytes.
         self.root = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
-        # Hypervisors have users of their own.
+        # Each hypervisor runs as its own user.
         self.root.chmod(0o711)
         self.state_dir = self.root / "s"
         self.runtime_dir = self.root / "r"
@@ -65,16 +65,16 @@ class Daemon:
         self.ephemeral = ephemeral
         self.base_url = ""
         self.cwd: Path | None = None
-        """Where it is started; None: where the tests are."""
+        """Its working directory; None: the tests' own."""
         self.kept: set[str] = set()
-        """VMs that the fixture's next test finds again."""
+        """Names of VMs that the fixture leaves for the next test."""
         self.process: subprocess.Popen[bytes] | None = None
         self.command = [
             *wrapper,
             *(sys.executable, "-m", "volant.daemon.main"),
             *(("--ephemeral",) if ephemeral else ()),
             *("--listen", "127.0.0.1:0", "--accelerator", "tcg"),
-            # No process waits for a VM beside what is tested; `flags` come after this.
+            # Without a warm pool; `flags` come later and win.
             *("--templates", "auto" if template else "off", "--standby", "0", "--network", "none"),
             *("--state-dir", str(self.state_dir), "--runtime-dir", str(self.runtime_dir), "--cache-dir", str(cache)),
             *flags,
@@ -87,12 +87,12 @@ class Daemon:
             self._share(template)
 
     def _share(self, template: Path) -> None:
-        """Links to its files: it is known by their inodes, and nobody writes into them."""
+        """Links the template's files: their inodes identify it, and they are never written."""
         directory = self.state_dir / "templates" / template.name
         directory.mkdir(parents=True, mode=0o700)
         self.state_dir.chmod(0o700)
         if self.ephemeral:
-            # As if it had made that itself.
+            # Mark the directory as made by an ephemeral daemon.
             (self.state_dir / EPHEMERAL).touch(0o600)
         for file in template.iterdir():
             (directory / file.name).hardlink_to(file)
@@ -107,7 +107,7 @@ class Daemon:
         return self.process is not None and self.process.poll() is None
 
     def launch(self) -> None:
-        """Start it and wait for nothing."""
+        """Starts it without waiting."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -116,12 +116,12 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                # As a supervisor of services starts it. It may then give itself more weight than its guests have.
+                # In its own session, as a service manager does it: then it may raise its weight above its guests'.
                 start_new_session=True,
             )
 
     def start(self) -> None:
-        """Start it and wait until it listens."""
+        """Starts it and waits until it listens."""
         self.launch()
         assert self.process is not None
         stdout = self.process.stdout
@@ -133,22 +133,22 @@ class Daemon:
         self.base_url = line.rpartition(" ")[2].strip()
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Sends SIGTERM."""
         assert self.process is not None
         self.process.terminate()
 
     def wait(self) -> int:
-        """Its exit code."""
+        """Waits for its exit code."""
         assert self.process is not None
         return self.process.wait(_STOP_S)
 
     def stop(self) -> int:
-        """SIGTERM, and its exit code."""
+        """Sends SIGTERM; returns the exit code."""
         self.terminate()
         return self.wait()
 
     def kill(self) -> None:
-        """`kill -9`."""
+        """Kills it with SIGKILL."""
         assert self.process is not None
         self.process.kill()
         self.process.wait(_STOP_S)
@@ -156,14 +156,14 @@ class Daemon:
             self.process.stdout.close()
 
     def log(self) -> str:
-        """What it has said so far, the end of it."""
+        """Returns the end of its log."""
         try:
             return self.log_path.read_text(errors="replace")[-_LOG_TAIL:]
         except FileNotFoundError:
             return ""
 
     def rss_mb(self) -> float:
-        """Resident memory of the daemon's process."""
+        """Returns the resident memory of the daemon's process."""
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) / 1024
@@ -178,7 +178,7 @@ class Daemon:
         }
 
     def processes(self) -> dict[int, str]:
-        """Likewise, those that become templates or that wait for work, too."""
+        """Returns likewise all hypervisors: also those of template builds and of the warm pool."""
         return {
             pid: tag
             for pid, arguments in _processes()
@@ -187,17 +187,17 @@ class Daemon:
         }
 
     def files(self) -> list[str]:
-        """What lies about of VMs: runtime directories and memory."""
+        """Returns the runtime directories and memory files of VMs."""
         memory = [path for path in self.memory_dir.glob("*") if not path.name.startswith("template-")]
         found = [*self.runtime_dir.glob("vms/*"), *memory]
         return sorted(str(path) for path in found)
 
     def disks(self) -> list[str]:
-        """What lies about of VMs' disks."""
+        """Returns the disks of VMs."""
         return sorted(str(path) for path in self.state_dir.glob("disks/*"))
 
     def leftovers(self) -> list[str]:
-        """What it should have taken with it when it stopped."""
+        """Returns everything that a stopped daemon should have removed."""
         found = [f"process {pid} ({tag})" for pid, tag in self.processes().items()]
         found += self.files() + self.disks() + [str(path) for path in self.memory_dir.glob("template-*")]
         found += [str(path) for path in _GROUPS.glob(f"**/{self.tag_prefix.rstrip('-')}/*/")]
@@ -206,7 +206,7 @@ class Daemon:
         return found
 
     def delete_vms(self, *, but: Collection[str] = ()) -> None:
-        """Delete all VMs, as a client would."""
+        """Deletes all VMs except those in `but`, through the API."""
         with self._clients(timeout=90) as client:
             for vm in client.get("/api/v1/vms").raise_for_status().json():
                 if vm["name"] not in but:
@@ -214,10 +214,10 @@ class Daemon:
                     assert answer.status_code in (204, 404), answer.text
 
     def check_between_tests(self) -> None:
-        """What a test made is gone, and the daemon is well."""
+        """Deletes the VMs of a test, and checks that the daemon is healthy and nothing is left."""
         self.delete_vms(but=self.kept)
         with self._clients(timeout=30) as client:
-            # A short test may be over before the daemon has begun.
+            # A short test may end before the daemon has started.
             deadline = time.monotonic() + 30
             while (health := client.get("/healthz").json()) == {"status": "starting"} and time.monotonic() < deadline:
                 time.sleep(0.02)
@@ -228,7 +228,7 @@ class Daemon:
         assert len(self.disks()) <= len(self.kept), self.disks()
 
     def dispose(self) -> None:
-        """End it in whatever state it is, check that nothing is left, and remove what a test may leave."""
+        """Stops it in any state, checks that nothing is left, and removes what a test may leave."""
         try:
             if self.process is None:
                 return
@@ -257,10 +257,10 @@ class Daemon:
 
     @asynccontextmanager
     async def http(self) -> AsyncIterator[httpx.AsyncClient]:
-        """Where the wire matters."""
+        """A plain HTTP client, for tests of the wire."""
 
         async def send_in_one_piece(request: httpx.Request) -> None:
-            # httpx's own body is a generator, which a connection that breaks leaves half-way.
+            # httpx's own body is a generator, which a broken connection leaves half-read.
             if isinstance(request.stream, httpx.ByteStream):
                 request.stream = RequestBody(request.content)
 
@@ -282,7 +282,7 @@ class Daemon:
 
     @property
     def socket(self) -> str | None:
-        """The Unix socket at which it listens; None: it does not listen at one."""
+        """The Unix socket on which it listens; None: it listens on TCP."""
         return self.base_url.removeprefix("unix:") if self.base_url.startswith("unix:") else None
 
     @property
@@ -291,13 +291,15 @@ class Daemon:
 
 
 def cache_dir() -> Path:
-    """The directory of the boot image: where a daemon of this user has it, unless `VOLANT_TEST_CACHE` names another.
-    Root's own home would not do: no other user may read there, and hypervisors are other users."""
+    """Returns the directory of the boot image: this user's default cache, unless `VOLANT_TEST_CACHE` names another.
+
+    Root's home does not work, because hypervisors are other users, which cannot read it.
+    """
     return Path(os.environ.get("VOLANT_TEST_CACHE") or default_cache_dir(os.environ, os.getuid())).absolute()
 
 
 def patched(code: str) -> Sequence[str]:
-    """A `wrapper` that runs `code` in the process of the daemon before it begins: a shorter patience, a broken door."""
+    """Returns a `wrapper` that runs `code` in the daemon's process first, for shorter timeouts or injected errors."""
     begin = "sys.argv = sys.argv[3:]\nrunpy.run_module('volant.daemon.main', run_name='__main__')"
     return (sys.executable, "-c", f"import runpy, sys\n{code}\n{begin}")
 
@@ -315,7 +317,7 @@ def _processes() -> list[tuple[int, list[str]]]:
 
 
 def _works_for_a_vm(pid: int) -> bool:
-    """Whether a process that has waited for a VM was taken over by one."""
+    """Returns whether a process of the warm pool belongs to a VM by now."""
     try:
         return Path(f"/proc/{pid}/cwd").readlink().parent.name == "vms"
     except OSError:
@@ -323,7 +325,7 @@ def _works_for_a_vm(pid: int) -> bool:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is such a process, and no mere zombie of it."""
+    """Returns whether the process exists and is not a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -332,12 +334,12 @@ def is_alive(pid: int) -> bool:
 
 
 def spec(name: str, **fields: Any) -> CreateVm:
-    """The smallest VM."""
+    """Returns the spec of the smallest VM."""
     return CreateVm(**{"name": name, "cpu_cores": 1, "memory_mb": 128, **fields})
 
 
 async def boot(client: Client, name: str, **fields: Any) -> VmView:
-    """Create a VM and wait until it runs."""
+    """Creates a VM and waits until it runs."""
     waited = await client.vms.create_and_wait(spec(name, **fields), timeout_s=BOOT_S)
     assert waited.outcome == "met", waited
     assert waited.vm is not None
@@ -345,14 +347,14 @@ async def boot(client: Client, name: str, **fields: Any) -> VmView:
 
 
 async def until(client: Client, name: str, *states: str, timeout_s: float = BOOT_S) -> VmView | None:
-    """Wait for one of `states`; the VM then."""
+    """Waits for one of `states`; returns the VM."""
     waited = await client.vms.wait(name, states, timeout_s=timeout_s)
     assert waited.outcome == "met", waited
     return waited.vm
 
 
 async def run(client: Client, name: str, *command: str, timeout_s: float = 60.0) -> str:
-    """Run a command in the guest, which must end well; what it wrote to stdout."""
+    """Runs a command in the guest, which must succeed; returns its stdout."""
     output = bytearray()
     async with client.vms.exec(name, command, timeout_s=timeout_s) as process:
         async for piece in process:
@@ -366,7 +368,7 @@ async def run(client: Client, name: str, *command: str, timeout_s: float = 60.0)
 
 
 async def next_event(feed: Feed[Event | StreamGap], *, timeout_s: float = BOOT_S) -> Event:
-    """The next event; a gap is a failure."""
+    """Returns the next event; a gap is a failure."""
     with trio.fail_after(timeout_s):
         event = await feed.receive()
     assert isinstance(event, Event), event
@@ -374,7 +376,7 @@ async def next_event(feed: Feed[Event | StreamGap], *, timeout_s: float = BOOT_S
 
 
 async def event_of(feed: Feed[Event | StreamGap], kind: str, name: str, *, timeout_s: float = BOOT_S) -> Event:
-    """The next event of that type about that VM; others are passed over."""
+    """Returns the next event of that type about that VM; skips others."""
     with trio.fail_after(timeout_s):
         while True:
             event = await next_event(feed, timeout_s=timeout_s)
@@ -383,14 +385,14 @@ async def event_of(feed: Feed[Event | StreamGap], kind: str, name: str, *, timeo
 
 
 async def adopted(client: Client) -> None:
-    """Wait until a daemon that was just started has looked after its VMs."""
+    """Waits until a daemon that was just started has adopted its VMs."""
     with trio.fail_after(30):
-        while (await client.healthz()).status != "ok":  # noqa: ASYNC110 - another process's, and it offers no wait
+        while (await client.healthz()).status != "ok":  # noqa: ASYNC110 - the daemon offers no wait
             await trio.sleep(0.02)
 
 
 async def reachable(client: Client, name: str) -> None:
-    """Ask until the agent answers, as the hint of a 502 says."""
+    """Repeats the request until the agent answers, as the hint of a 502 says."""
     with trio.fail_after(30):
         while True:
             try:
@@ -404,7 +406,7 @@ async def reachable(client: Client, name: str) -> None:
 
 @contextmanager
 def kept(daemon: Daemon, running: list[Daemon]) -> Iterator[Daemon]:
-    """A daemon for the length of a block, during which a failure shows what it has said."""
+    """Runs a daemon until the block ends; a failure in the block shows the daemon's log."""
     running.append(daemon)
     try:
         daemon.start()
@@ -416,7 +418,7 @@ def kept(daemon: Daemon, running: list[Daemon]) -> Iterator[Daemon]:
 
 @asynccontextmanager
 async def websocket(url: str) -> AsyncIterator[WebSocketConnection]:
-    """A WebSocket client. trio-websocket 0.12 leaves its socket open when the server has closed first."""
+    """Opens a WebSocket. trio-websocket 0.12 leaves its socket open if the server closes first."""
     connection: WebSocketConnection | None = None
     try:
         async with open_websocket_url(url) as connection:
@@ -427,12 +429,12 @@ async def websocket(url: str) -> AsyncIterator[WebSocketConnection]:
 
 
 def load(variable: str, *, usual: int, full: int) -> int:
-    """How much of something a test does: `usual`; `full` where VOLANT_TEST_FULL is set; or what `variable` says."""
+    """Returns the load of a test: `usual`, `full` if VOLANT_TEST_FULL is set, or the value of `variable`."""
     return int(os.environ.get(variable) or (full if os.environ.get("VOLANT_TEST_FULL") else usual))
 
 
 class Stopwatch:
-    """Seconds since it was made."""
+    """Measures the seconds since it was made."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()

@@ -1,6 +1,6 @@
-"""Network namespaces of a test's own: a daemon in one, clients in another, and a cable between them that can be cut.
+"""Network namespaces for tests: a daemon in one, clients in another, and a link between them that can be cut.
 
-`python -m tests.system.netns ADDRESS PORT COUNT` is the clients: it opens that many event streams and waits to be
+`python -m tests.system.netns ADDRESS PORT COUNT` runs the clients: it opens that many event streams and waits to be
 killed.
 """
 
@@ -18,24 +18,24 @@ DAEMON = "192.0.2.1"
 CLIENTS = "192.0.2.2"
 
 IN_ITS_OWN = ("unshare", "--net", "--", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
-"""Runs the command that follows in a network namespace of its own, as the same process."""
+"""Runs the following command in its own network namespace, as the same process."""
 
 _S = 30.0
 
 
 class Clients:
-    """Event streams from another namespace than the daemon's."""
+    """Opens event streams from another namespace than the daemon's."""
 
     def __init__(self, daemon_pid: int) -> None:
         self._daemon_pid = daemon_pid
-        # Holds the namespace open when the clients are gone.
+        # Keeps the namespace when the clients are gone.
         self._holder = subprocess.Popen(
             [*IN_ITS_OWN, "sh", "-c", "echo; exec sleep 600"], stdout=subprocess.PIPE, text=True
         )
         self._clients: subprocess.Popen[str] | None = None
 
     def connect(self, port: int, count: int) -> None:
-        """Lay the cable and open the streams."""
+        """Connects the namespaces and opens the streams."""
         assert self._holder.stdout is not None
         self._holder.stdout.readline()
         in_daemons, in_ours = self._ip(self._daemon_pid), self._ip(self._holder.pid)
@@ -49,14 +49,14 @@ class Clients:
         assert self._clients.stdout.readline() == "connected\n"
 
     def vanish(self) -> None:
-        """Cut the cable, then end the clients: nothing tells the daemon."""
+        """Cuts the link, then kills the clients: the daemon is not notified."""
         assert self._clients is not None
         self._ip(self._holder.pid)("link", "set", "vtc", "down")
         self._clients.kill()
         self._clients.wait(_S)
 
     def close(self) -> None:
-        """End what is left."""
+        """Kills the remaining processes."""
         for process in (self._clients, self._holder):
             if process is not None:
                 process.kill()
@@ -76,7 +76,7 @@ class Clients:
 
 @contextmanager
 def clients(daemon_pid: int) -> Iterator[Clients]:
-    """`Clients` that end with the block."""
+    """Gives `Clients` that end with the block."""
     made = Clients(daemon_pid)
     try:
         yield made
@@ -85,7 +85,7 @@ def clients(daemon_pid: int) -> Iterator[Clients]:
 
 
 def main(address: str, port: int, count: int) -> None:
-    """Open the streams, say so, and wait."""
+    """Opens the streams, prints a line, and waits."""
     request = f"GET /api/v1/events/vms HTTP/1.1\r\nHost: {address}:{port}\r\n\r\n".encode()
     streams = []
     for _ in range(count):

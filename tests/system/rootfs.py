@@ -1,4 +1,4 @@
-"""Small root filesystems, made without root and without mounts."""
+"""Makes small root filesystems without root and without mounts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from volant.images._debs import read_files
 from volant.model import Artifact, Boot, Manifest
 
 APPLETS = ("cat", "dd", "echo", "env", "grep", "httpd", "id", "ls", "mkdir", "mount", "pwd", "rm", "sleep", "sync")
-"""No shell: the agent must not need one."""
+"""Without a shell: the agent must not need one."""
 
 
 def busybox(cache: Path) -> bytes:
-    """A program that needs no library, out of the packages of the boot image."""
+    """Returns BusyBox, linked statically, from the packages of the boot image."""
     (deb,) = (cache / "debs").glob("busybox-static_*.deb")
     (data,) = read_files(deb, lambda path: path.endswith("bin/busybox")).values()
     return data
 
 
 def make_ext4(path: Path, cache: Path, *, files: Mapping[str, str] = {}, size_mb: int = 24) -> Path:
-    """An ext4 image at `path` with BusyBox, and `files` by their paths."""
+    """Writes an ext4 image to `path`, with BusyBox and `files` by their paths."""
     with TemporaryDirectory() as scratch:
         tree = Path(scratch)
         (tree / "bin").mkdir()
@@ -47,13 +47,13 @@ def digest(path: Path) -> str:
 
 
 def plugin(name: str, rootfs: Path | Artifact, **fields: Any) -> Manifest:
-    """A plugin with a root filesystem."""
+    """Returns a plugin with a root filesystem."""
     artifact = rootfs if isinstance(rootfs, Artifact) else Artifact(str(rootfs), digest(rootfs))
     return Manifest(name=name, boot=Boot(rootfs=artifact), **fields)
 
 
 def is_clean(layer: Path) -> bool:
-    """Whether the filesystem in a layer was put aside properly: its journal has nothing to recover."""
+    """Returns whether the filesystem in a layer was unmounted cleanly: its journal has nothing to recover."""
     with TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw"
         subprocess.run(["qemu-img", "convert", "-O", "raw", str(layer), str(raw)], check=True, timeout=60)
@@ -63,11 +63,11 @@ def is_clean(layer: Path) -> bool:
 
 
 def layer_of(directory: str) -> Path:
-    """The layer in a VM's directory, which holds nothing else."""
+    """Returns the layer in a VM's directory, which contains nothing else."""
     (layer,) = Path(directory).iterdir()
     return layer
 
 
 def hypervisor_arguments(pid: int) -> list[str]:
-    """The command line of a hypervisor."""
+    """Returns the command line of a hypervisor."""
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")

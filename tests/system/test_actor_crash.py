@@ -1,6 +1,6 @@
-"""A crash of a VM's actor is nothing that its guest or its clients have to know of.
+"""Guests and clients do not notice a crash of a VM's actor.
 
-The daemon runs inside the test here, over real guests, so that an actor can be made to fail.
+The daemon runs inside the test, with real guests, so that the test can make an actor fail.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from volant.vm import _actor
 
 @asynccontextmanager
 async def daemon_inside(image_cache: Path) -> AsyncIterator[tuple[Daemon, Client]]:
-    """An ephemeral daemon in this very process."""
+    """Runs an ephemeral daemon in this process."""
     root = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
     settings = Settings(
         api_listen_addr="127.0.0.1:0",
@@ -54,7 +54,7 @@ async def daemon_inside(image_cache: Path) -> AsyncIterator[tuple[Daemon, Client
                     try:
                         yield daemon, client
                     except Exception as error:
-                        # It would cancel the daemon, and a daemon that is to leave no VM has to stop by itself.
+                        # A cancelled daemon could not delete its VMs, so it has to stop by itself.
                         failure = error
                 os.kill(os.getpid(), signal.SIGTERM)
             remove(settings)
@@ -80,8 +80,8 @@ async def test_a_vm_outlives_crashes_of_its_actor(image_cache: Path, monkeypatch
         async with client.vms.logs("demo", since=0, streams=["console"], on_retry=on_retry) as log:
             await run(client, "demo", "sh", "-c", writer)
 
-            # As if by kill -9, in the middle of a command and of the console's output.
-            with pytest.raises(ClientError):  # noqa: PT012 - it is raised where the block is left
+            # The crash interrupts a command and the output of the console.
+            with pytest.raises(ClientError):  # noqa: PT012 - the end of the block raises it
                 async with client.vms.exec("demo", ["sh", "-c", "echo up; sleep 60"]) as process:
                     assert (await anext(process)).data == b"up\n"
                     daemon.system.kill("vms/demo")
@@ -92,7 +92,7 @@ async def test_a_vm_outlives_crashes_of_its_actor(image_cache: Path, monkeypatch
             print(f"reachable again after {watch.seconds:.3f} s")
             assert await run(client, "demo", "echo", "alive") == "alive\n"
 
-            # By a bug in a handler. The verb under way is kept, not lost.
+            # A bug in a handler: the command under way is not lost.
             failures: list[int] = []
 
             def fails_once(row: Any) -> Any:
@@ -154,7 +154,7 @@ async def test_a_vm_whose_actor_is_given_up_goes_on_and_can_be_recovered(
         assert lost.reason.code == "control_lost"
         assert "it does not start any more" in lost.reason.message
         assert is_alive(vm.pid)
-        # Neither is that an event of the VM, nor is the daemon ill.
+        # This causes no event of the VM, and the daemon stays healthy.
         assert await client.newest_event() == newest
         assert (await client.healthz()).status == "ok"
 

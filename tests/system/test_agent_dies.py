@@ -1,4 +1,4 @@
-"""An agent that dies in its guest is started anew, and so is the workload that it had."""
+"""An agent that dies in its guest is restarted, and so is its workload."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import os, sys, time
 print("begins", os.environ["COLOUR"], flush=True)
 time.sleep(10000)
 """
-# The oldest Python process but PID 1.
+# The oldest Python process except PID 1.
 KILL = "kill -9 $(pidof python3.13 | tr ' ' '\\n' | sort -n | grep -vx 1 | head -n 1); sleep 60"
 
 
@@ -39,5 +39,5 @@ async def test_a_killed_agent_comes_back_with_its_workload(daemon: Daemon) -> No
             assert line.line == "begins blue"
             await reachable(client, "demo")
             assert (await client.vms.agent_health("demo"))["workload"]["state"] == "healthy"
-        # That is the guest's own affair.
+        # The daemon reports nothing: this is internal to the guest.
         assert await client.newest_event() == newest

@@ -1,6 +1,6 @@
-"""A restore loses no VM that runs; a daemon killed in it comes back with the old database or with the new one."""
+"""A restore loses no running VM; a daemon killed during it comes back with the old database or the new one."""
 
-# ruff: noqa: ASYNC240, ASYNC221 - the files and the commands are the test's own, and nothing else runs meanwhile
+# ruff: noqa: ASYNC240, ASYNC221 - nothing else runs in this event loop meanwhile
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from volant.client import Client, ClientError, StreamGap
 
 
 def volar(daemon: Daemon, *words: str, code: int = 0) -> Any:
-    """What the command says, as JSON; its errors as text."""
+    """Runs `volar`; returns its output as JSON, or its errors as text."""
     command = [sys.executable, "-m", "volant.cli.main", *words, *(["--json"] if not code else [])]
     environ = {**daemon.environ, "VOLANT_API_BASE": daemon.base_url}
     done = subprocess.run(command, env=environ, capture_output=True, timeout=90, check=False)
@@ -37,12 +37,12 @@ def restore_offline(daemon: Daemon, file: Path, *flags: str) -> subprocess.Compl
 
 
 async def stopped_vm(client: Client, name: str) -> None:
-    """One that costs no boot."""
+    """Creates a VM that does not boot."""
     await client.vms.create(spec(name))
     assert (await client.vms.verb_and_wait(name, "stop", ["stopped"], grace_s=0)).outcome == "met"
 
 
-async def test_a_restore_of_a_daemon_at_work(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+async def test_a_restore_of_a_daemon_with_running_vms(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     daemon = make_daemon(ephemeral=False)
     kept = tmp_path / "kept.db"
     async with daemon.client() as client:
@@ -70,7 +70,7 @@ async def test_a_restore_of_a_daemon_at_work(make_daemon: Callable[..., Daemon],
                     gap = await feed.receive()
             assert gap.requested == newest
             assert gap.newest.startswith(restored["event_epoch"])
-            # What is kept comes under ids of the new epoch.
+            # Restored VMs get ids of the new epoch.
             assert (await next_event(feed)).id == gap.oldest == f"{restored['event_epoch']}-1"
 
         await adopted(client)
@@ -85,11 +85,11 @@ async def test_a_restore_of_a_daemon_at_work(make_daemon: Callable[..., Daemon],
         assert is_alive(orphan.pid)
         assert [found["pid"] for found in info["orphans"]] == [orphan.pid]
         assert sorted(vm.name for vm in await client.vms.list()) == ["deleted-later", "stays"]
-        # No id is given out again.
+        # No id is reused.
         await client.vms.create(spec("next"))
         assert (await client.vms.get("next")).id == orphan.id + 1
         await client.vms.delete("next")
-    # The next start takes nothing over once more.
+    # The next start does not restore again.
     daemon.stop()
     daemon.start()
     async with daemon.client() as client:
@@ -99,13 +99,13 @@ async def test_a_restore_of_a_daemon_at_work(make_daemon: Callable[..., Daemon],
 
 
 def _remove_files_of(daemon: Daemon, vm_id: int) -> None:
-    """What a VM without a row leaves behind is its owner's business."""
+    """Removes what an orphaned VM leaves behind."""
     subprocess.run(
         ["rm", "-rf", str(daemon.runtime_dir / "vms" / str(vm_id)), str(daemon.memory_dir / f"{vm_id}.mem")], check=True
     )
 
 
-async def test_killed_at_any_moment_of_a_restore_it_is_the_old_database_or_the_new_one(
+async def test_a_daemon_killed_at_any_moment_of_a_restore_has_the_old_or_the_new_database(
     make_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     daemon = make_daemon(ephemeral=False)
@@ -164,7 +164,7 @@ async def test_a_damaged_database_is_kept_and_a_backup_brings_the_running_vm_bac
     async with daemon.client() as client:
         vm = await boot(client, "demo")
         volar(daemon, "system", "backup", str(kept))
-        # The newest boot is one of which the backup does not know.
+        # The backup does not contain the newest boot.
         await client.vms.verb_and_wait("demo", "restart", ["running"], timeout_s=120)
         vm = await client.vms.get("demo")
     assert b"another volantd (process" in restore_offline(daemon, kept).stderr
@@ -212,7 +212,7 @@ async def test_a_damaged_database_is_kept_and_a_backup_brings_the_running_vm_bac
         assert (await client.system.info())["orphans"] == []
 
 
-async def test_requests_wait_while_the_daemon_begins_anew(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+async def test_requests_wait_while_the_daemon_restarts(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     daemon = make_daemon(ephemeral=False)
     kept = tmp_path / "kept.db"
     async with daemon.client() as client:
@@ -236,10 +236,10 @@ async def test_requests_wait_while_the_daemon_begins_anew(make_daemon: Callable[
             await trio.to_thread.run_sync(volar, daemon, "system", "restore", str(kept))
             nursery.cancel_scope.cancel()
         assert asked > 5
-        # A connection that was just being taken when the tree ended may break; none is refused.
+        # A connection that was being accepted when the tree stopped may break; none is refused.
         assert len(failures) <= 1, failures
 
-        # What the restore has moved aside is told of, and goes when it is named.
+        # The restore reports what it moved aside, and the named command removes it.
         kept_aside = [path.name for path in daemon.state_dir.glob("volant-before-*")]
         assert kept_aside
         found = {item["name"]: item for item in volar(daemon, "system", "df")["items"]}

@@ -1,4 +1,4 @@
-"""Bad input gets its 4xx as problem+json that names the field, and makes nothing."""
+"""Invalid input is answered with a 4xx problem+json that names the field, and has no effect."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def test_a_bad_parameter_is_400_and_is_named(daemon: Daemon, method: str, 
         assert (await http.get("/api/v1/vms")).json() == []
 
 
-async def test_less_memory_than_the_image_needs_is_400_with_the_figure(daemon: Daemon, image_cache: Path) -> None:
+async def test_less_memory_than_the_image_needs_is_400_with_the_number(daemon: Daemon, image_cache: Path) -> None:
     image = images.find(image_cache)
     assert image is not None
     async with daemon.http() as http:
@@ -114,7 +114,7 @@ async def test_a_body_of_100_mb_is_413_and_costs_no_memory(daemon: Daemon) -> No
 
 
 @pytest.mark.parametrize("name", ["nobody", "..%2fetc", "a" * 64, "%00"])
-async def test_a_vm_that_is_not_there_is_404(daemon: Daemon, name: str) -> None:
+async def test_an_unknown_vm_is_404(daemon: Daemon, name: str) -> None:
     async with daemon.http() as http:
         for method, path in (
             ("GET", ""),
@@ -129,7 +129,7 @@ async def test_a_vm_that_is_not_there_is_404(daemon: Daemon, name: str) -> None:
             assert answer.headers["content-type"] == "application/problem+json"
 
 
-async def test_a_client_that_sends_half_a_request_holds_up_nobody(daemon: Daemon) -> None:
+async def test_a_client_that_sends_half_a_request_blocks_nobody(daemon: Daemon) -> None:
     host, port = daemon.base_url.removeprefix("http://").split(":")
     async with await trio.open_tcp_stream(host, int(port)) as stream:
         await stream.send_all(b"POST /api/v1/vms HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")

@@ -1,4 +1,4 @@
-"""A real guest without a daemon: launched, reached, adopted after `kill -9`, and how it ended told right."""
+"""A real guest without a daemon is launched, reached and adopted after `kill -9`, and its end is reported."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def qemu(host: Host, spec: MachineSpec, tmp_path: Path) -> AsyncIterator[Q
 
 
 async def run(client: AgentClient, *command: str) -> tuple[bytes, int]:
-    """Stdout and exit status of a command in the guest."""
+    """Returns stdout and exit status of a command in the guest."""
     body = msgspec.json.encode({"command": command})
     output = bytearray()
     text = b""
@@ -92,14 +92,14 @@ async def test_a_guest_is_reached_and_shuts_down_when_asked(
 
 
 async def connects_to_loopback(client: AgentClient) -> None:
-    """Raw bytes to a server on the guest's loopback, with a half close."""
+    """Sends raw bytes to a server on the guest's loopback, with a half close."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, client, "timeout", "20", "nc", "-l", "-p", "7000", "-e", "sha256sum")
         data = os.urandom(300_000)
         while True:
             async with client.stream("CONNECT", "127.0.0.1:7000", timeout_s=10) as response:
                 if not response.switched:
-                    await trio.sleep(0.1)  # it does not listen yet
+                    await trio.sleep(0.1)  # the server does not listen yet
                     continue
                 raw = response.upgraded()
                 await raw.send_all(data)
@@ -121,7 +121,7 @@ async def console_loses_nothing(host: Host, client: AgentClient, spec: MachineSp
     assert numbers == [b"%d" % n for n in range(1, 8001)]
 
 
-async def test_a_panic_is_told_as_a_panic_now_and_to_a_successor(
+async def test_a_panic_is_reported_as_a_panic_now_and_after_adoption(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec
 ) -> None:
     identity = await qemu.launch(spec)
@@ -130,7 +130,7 @@ async def test_a_panic_is_told_as_a_panic_now_and_to_a_successor(
         await client.request_json("GET", HEALTHZ, timeout_s=BOOT_S)
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                # The driver that tells of panics is loaded once the agent is up.
+                # The driver of pvpanic is loaded once the agent is up.
                 wait = "until [ -d /sys/module/pvpanic_pci ]; do sleep 0.1; done; "
                 nursery.start_soon(run, client, "sh", "-c", wait + "echo c > /proc/sysrq-trigger")
                 end = await machine.ended()
@@ -142,8 +142,10 @@ async def test_a_panic_is_told_as_a_panic_now_and_to_a_successor(
             await machine.kill()
 
 
-async def test_a_panic_in_early_boot_is_told_as_one_too(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
-    """Before the guest has a driver for pvpanic all that QEMU sees is a reboot; the console knows better."""
+async def test_a_panic_in_early_boot_is_reported_as_a_panic(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec
+) -> None:
+    """Before the guest has loaded its driver for pvpanic, QEMU sees a reboot; the console shows the panic."""
     identity = await qemu.launch(msgspec.structs.replace(spec, cmdline="rdinit=/none root=/dev/none"))
     with trio.fail_after(BOOT_S):
         async with qemu.attach(spec, identity) as machine:
@@ -180,7 +182,7 @@ trio.run(main)
 
 
 async def test_a_guest_outlives_its_owner_and_is_adopted(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
-    """The owner dies of SIGKILL while bytes flow; whoever comes next has everything back, several times over."""
+    """The owner is killed while bytes flow; the next owner gets everything back, several times in a row."""
     encoded = msgspec.json.encode(spec, enc_hook=str)
     owner = await trio.to_thread.run_sync(
         lambda: subprocess.Popen(

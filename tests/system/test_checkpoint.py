@@ -1,6 +1,6 @@
-"""A busy guest is copied while it runs: it loses no byte and no stream, and every copy answers and becomes somebody.
+"""A busy guest is copied while it runs: it loses no byte and no stream, and each copy gets an identity of its own.
 
-Without a daemon, as this is about guest, hypervisor and channel.
+Without a daemon: this tests guest, hypervisor and channel.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ async def qemu(host: Host, spec: MachineSpec, tmp_path: Path) -> AsyncIterator[Q
 
 
 class Guest:
-    """One that runs, and the way into it."""
+    """A running guest and the channel to its agent."""
 
     def __init__(self, host: Host, qemu: QemuHypervisor, spec: MachineSpec, machine: Machine, channel: Channel) -> None:
         self.spec = spec
@@ -102,7 +102,7 @@ class Guest:
 
     @asynccontextmanager
     async def fork(self, name: str, nic: Nic | None = None, **told: object) -> AsyncIterator[Guest]:
-        """A copy that has become somebody; its files have lost their names."""
+        """Starts a copy and assigns its identity; then its files are unlinked."""
         checkpoint = await self.copy()
         root = None
         if self.spec.root is not None:
@@ -140,7 +140,7 @@ class Guest:
         await self.ask("PUT", DAEMON_IDENTITY, identity)
 
     async def run(self, *command: str) -> bytes:
-        """What a command says on stdout."""
+        """Returns the stdout of a command."""
         lines = [line async for line in self.output(*command)]
         return b"".join(lines)
 
@@ -177,7 +177,7 @@ async def adopted(
 
 
 class Traffic:
-    """What a guest is busy with. Each checks what comes, byte for byte."""
+    """Keeps a guest busy with streams, and checks each byte that arrives."""
 
     def __init__(self, guest: Guest) -> None:
         self.lines = 0
@@ -220,7 +220,9 @@ class Traffic:
                 raise AssertionError("the relayed connection has ended")
 
 
-async def test_a_busy_guest_is_copied_and_does_not_know(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+async def test_a_busy_guest_does_not_notice_that_it_is_copied(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec
+) -> None:
     with trio.fail_after(BOOT_S + 20 * COPIES):
         async with running(host, qemu, spec) as guest, trio.open_nursery() as nursery:
             traffic = Traffic(guest)
@@ -234,14 +236,14 @@ async def test_a_busy_guest_is_copied_and_does_not_know(host: Host, qemu: QemuHy
                     await trio.sleep(0.01)
                 async with copied_from.fork(f"copy{number}") as copy:
                     assert (await copy.ask("GET", INFO))["hostname"] == f"copy{number}"
-                    # What the original's streams were connected to is over there, and keeps nobody.
+                    # The streams of the original end in the copy, and block nothing.
                     assert await copy.run("python3.13", "-c", WHO_RUNS) == b""
             assert guest.channel.statistics().links == 1
             print(f"{traffic.lines} lines, {traffic.echoed} bytes there and back")
             nursery.cancel_scope.cancel()
 
 
-async def test_a_copy_of_a_copy_is_somebody_else(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+async def test_a_copy_of_a_copy_has_its_own_identity(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
     with trio.fail_after(2 * BOOT_S):
         async with running(host, qemu, spec) as guest:
             async with guest.fork("child") as child:
@@ -258,7 +260,7 @@ async def test_a_copy_of_a_copy_is_somebody_else(host: Host, qemu: QemuHyperviso
 async def test_a_disk_is_copied_with_its_guest(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, image_cache: Path, tmp_path: Path
 ) -> None:
-    """What was written lies in the memory of the guest, on its way to the disk, or there."""
+    """Written data is in the guest's memory, on its way to the disk, or on the disk."""
     base = make_ext4(tmp_path / "base.ext4", image_cache)
     spec = msgspec.structs.replace(spec, root=Disk(base, tmp_path / "root.qcow2"))
     assert spec.root is not None

@@ -1,4 +1,4 @@
-"""A person sits at a guest's console and a program reaches its ports, through `volar`, sockets and a killed daemon."""
+"""Consoles and ports of a guest work through `volar` and sockets, and after the daemon was killed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PORT = 7007
 ANSWER_S = 60.0
 PANIC = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger; sleep 60"
 SLEEP = b"sh -c 'echo asleep; exec sleep 1000'\r"
-"""A shell takes what is typed ahead of a command as bytes, Ctrl-C too; so the command says when it runs."""
+"""A shell takes keys, even Ctrl-C, as input until the command runs; so the command prints when it runs."""
 
 
 @pytest.fixture
 async def client(daemon: Daemon) -> AsyncIterator[Client]:
-    """At a daemon with a VM `desk`, which the tests of this module share."""
+    """A daemon with a VM `desk`, which the tests of this module share."""
     async with daemon.client() as connected:
         if "desk" not in daemon.kept:
             daemon.kept.add("desk")
@@ -50,7 +50,7 @@ async def read_until(console: Console, pattern: bytes) -> bytes:
     return seen
 
 
-async def test_what_is_typed_is_answered_by_the_guests_shell(client: Client) -> None:
+async def test_the_guests_shell_answers_typed_lines(client: Client) -> None:
     async with client.vms.console("desk", write=True) as console, client.vms.console("desk", tail=0) as onlooker:
         await console.send(b"\r")
         await read_until(console, rb"# ")
@@ -64,7 +64,7 @@ async def test_what_is_typed_is_answered_by_the_guests_shell(client: Client) -> 
         await console.send(b"echo $?-\r")
         await read_until(console, rb"\n130-")
         await console.send(b"exit\r")
-        # The next shell waits for Enter; when it does so nobody can see.
+        # The next shell waits for Enter, without a visible sign.
         async with trio.open_nursery() as nursery:
             nursery.start_soon(knock, console)
             await read_until(console, rb"built-in shell(.|\n)*# ")
@@ -80,7 +80,7 @@ async def knock(console: Console) -> None:
 
 
 def ask(path: str, typed: bytes, pattern: bytes) -> bytes:
-    """Type at a Unix socket, and read until the answer."""
+    """Types at a Unix socket, and reads until the answer."""
     with socket.socket(socket.AF_UNIX) as plug:
         plug.settimeout(ANSWER_S)
         plug.connect(path)
@@ -101,7 +101,7 @@ async def test_the_socket_in_the_view_is_the_console(client: Client) -> None:
 
 
 class Terminal:
-    """A `volar` at a terminal."""
+    """A `volar` in a terminal."""
 
     def __init__(self, daemon: Daemon, *words: str) -> None:
         self.fd, theirs = pty.openpty()
@@ -150,7 +150,7 @@ def terminal(daemon: Daemon, *words: str) -> Iterator[Terminal]:
         at.close()
 
 
-async def test_volar_sits_at_the_console_and_gives_the_terminal_back(daemon: Daemon, client: Client) -> None:
+async def test_volar_attaches_to_the_console_and_restores_the_terminal(daemon: Daemon, client: Client) -> None:
     def sit() -> None:
         with terminal(daemon, "vms", "console", "desk", "--tail", "0") as at:
             at.expect(rb"Ctrl-\] leaves")
@@ -248,7 +248,7 @@ async def to_the_end(console: Console) -> None:
         pass
 
 
-async def test_consoles_go_on_after_the_daemon_was_killed_and_end_with_the_vm(daemon: Daemon, client: Client) -> None:
+async def test_consoles_work_after_the_daemon_was_killed_and_end_with_the_vm(daemon: Daemon, client: Client) -> None:
     vm = await client.vms.get("desk")
     assert vm.serial_socket is not None
     plug = trio.Path(vm.serial_socket)
@@ -276,7 +276,7 @@ async def test_consoles_go_on_after_the_daemon_was_killed_and_end_with_the_vm(da
             assert await stream.receive_some() == b"again"
             daemon.kept.clear()
             await client.vms.stop("desk", grace_s=0)
-            # A guest that is killed has no time to end its streams.
+            # A killed guest has no time to close its streams.
             with trio.fail_after(BOOT_S), pytest.raises(trio.BrokenResourceError):
                 await stream.receive_some()
         with trio.fail_after(BOOT_S):
@@ -291,9 +291,9 @@ async def test_consoles_go_on_after_the_daemon_was_killed_and_end_with_the_vm(da
     assert refused.value.status == 409
 
 
-async def test_a_first_line_from_a_pipe_is_run_and_powers_the_guest_off(daemon: Daemon) -> None:
+async def test_a_first_line_from_a_pipe_runs_and_powers_the_guest_off(daemon: Daemon) -> None:
     async with daemon.client() as client:
-        # Nothing has been typed at its console yet.
+        # Nothing has been typed at this console before.
         await boot(client, "piped")
         environ = daemon.environ | {"VOLANT_API_BASE": daemon.base_url}
         done = await trio.run_process(
@@ -313,7 +313,7 @@ async def test_a_first_line_from_a_pipe_is_run_and_powers_the_guest_off(daemon: 
 async def test_a_guest_that_panics_during_a_command_is_reported_as_that(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await client.vms.create(spec("panics"))
-        # It is starting yet: the command waits.
+        # The VM is still starting: the command waits.
         done = await trio.run_process(
             [sys.executable, "-m", "volant.cli.main", "vms", "exec", "panics", "--", "sh", "-c", PANIC],
             capture_stdout=True,

@@ -1,4 +1,4 @@
-"""No VM dies because the daemon did, and nothing that its console said meanwhile is lost."""
+"""VMs survive the death of the daemon, and no console output of that time is lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINES = 4000
 
 
 async def console_lines(client: Client, name: str, last: str) -> list[str]:
-    """The console from its beginning to the line `last`."""
+    """Returns the lines of the console up to `last`."""
     lines: list[str] = []
     with trio.fail_after(90):
         async with client.vms.logs(name, since=0, streams=["console"]) as log:
@@ -27,7 +27,7 @@ async def console_lines(client: Client, name: str, last: str) -> list[str]:
     return lines
 
 
-async def test_a_vm_goes_on_while_the_daemon_is_replaced(make_daemon: Callable[..., Daemon]) -> None:
+async def test_a_vm_keeps_running_while_the_daemon_is_replaced(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon(ephemeral=False)
     async with daemon.client() as client:
         vm = await boot(client, "demo")
@@ -48,10 +48,10 @@ async def test_a_vm_goes_on_while_the_daemon_is_replaced(make_daemon: Callable[.
         assert await run(client, "demo", "echo", "alive") == "alive\n"
         idle = await client.vms.get("idle")
         assert (idle.id, idle.status) == (stopped.id, "stopped")
-        # Adoption is no event.
+        # Adoption causes no event.
         assert await client.newest_event() == newest
         assert (await client.system.info())["orphans"] == []
-        # The adopted process can be ended as if it were the daemon's child.
+        # The daemon can stop an adopted process like a child of its own.
         await client.vms.delete("demo")
         assert not is_alive(vm.pid)
 
@@ -63,7 +63,7 @@ def test_a_second_daemon_is_kept_out(make_daemon: Callable[..., Daemon]) -> None
     assert b"another volantd (process" in second.stderr
 
 
-async def test_no_line_of_the_console_is_lost_or_told_twice_over_a_kill_of_the_daemon(
+async def test_no_line_of_the_console_is_lost_or_repeated_when_the_daemon_is_killed(
     make_daemon: Callable[..., Daemon],
 ) -> None:
     daemon = make_daemon(ephemeral=False)
@@ -73,7 +73,7 @@ async def test_no_line_of_the_console_is_lost_or_told_twice_over_a_kill_of_the_d
         newest = await client.newest_event()
         async with client.vms.logs("demo", tail=0, streams=["console"]) as log:
             await run(client, "demo", "sh", "-c", writer)
-            # Killed in the middle of the flood, and while somebody reads it.
+            # Kill the daemon during the flood, while a client reads it.
             with trio.fail_after(30):
                 while (item := await log.receive()) and isinstance(item, LogLine) and item.line != "line 100":
                     pass
@@ -109,7 +109,7 @@ async def test_a_daemon_that_was_killed_in_the_middle_of_a_boot_or_a_delete_fini
         async with trio.open_nursery() as nursery, client.events(vm="demo") as feed:
 
             async def delete() -> None:
-                # The daemon is killed before it can answer.
+                # Kill the daemon before it answers.
                 try:
                     await client.vms.delete("demo")
                 except Exception as error:
@@ -127,7 +127,7 @@ async def test_a_daemon_that_was_killed_in_the_middle_of_a_boot_or_a_delete_fini
     assert daemon.files() == []
 
 
-async def test_a_hypervisor_that_died_while_nobody_watched_is_a_crash(make_daemon: Callable[..., Daemon]) -> None:
+async def test_a_hypervisor_that_died_without_a_daemon_is_a_crash(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon(ephemeral=False)
     async with daemon.client() as client:
         vm = await boot(client, "demo")
@@ -142,7 +142,7 @@ async def test_a_hypervisor_that_died_while_nobody_watched_is_a_crash(make_daemo
         assert waited.vm is not None
         assert waited.vm.reason is not None
         assert waited.vm.reason.code == "hypervisor_gone"
-        # The event that nobody could be told then is told now, to who resumes.
+        # A client that resumes receives the event of that time.
         async with client.events(after=newest) as feed:
             with trio.fail_after(10):
                 event = await feed.receive()

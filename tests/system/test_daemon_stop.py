@@ -1,4 +1,4 @@
-"""A clean stop: streams are told, VMs of an ephemeral daemon go with it, and a second signal is heard."""
+"""A clean stop closes streams, deletes the VMs of an ephemeral daemon, and obeys a second signal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from volant.client import ClientError, ClientProblem
 from volant.model import CreateVm
 
 
-async def test_streams_end_cleanly_when_the_daemon_stops_and_vms_go_on(make_daemon: Callable[..., Daemon]) -> None:
+async def test_streams_end_cleanly_when_the_daemon_stops_and_vms_keep_running(
+    make_daemon: Callable[..., Daemon],
+) -> None:
     daemon = make_daemon(ephemeral=False)
     async with daemon.client() as client, daemon.http() as http:
         vm = await boot(client, "demo")
@@ -54,7 +56,7 @@ YES = json.dumps({"command": ["yes", "so much that no buffer takes it"]})
 
 
 def stalled(daemon: Daemon, request: str, fields: str = "", body: str = "") -> socket.socket:
-    """A client that asks, and then reads no byte of what comes."""
+    """Sends a request, and never reads the answer."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     host, _, port = daemon.base_url.removeprefix("http://").partition(":")
@@ -112,7 +114,7 @@ async def test_streams_end_cleanly_within_a_second_beside_clients_that_read_noth
             await nursery.start(read_events)
             await nursery.start(read_socket, "logs?tail=10")
             await nursery.start(read_socket, "console")
-            # Long enough for the others to be full.
+            # Long enough to fill the buffers of the others.
             await trio.sleep(1.0)
             daemon.terminate()
             watch = Stopwatch()
@@ -126,11 +128,11 @@ async def test_streams_end_cleanly_within_a_second_beside_clients_that_read_noth
         assert watch.seconds < 10
 
 
-async def test_an_ephemeral_daemon_takes_its_vms_along_whatever_they_do(make_daemon: Callable[..., Daemon]) -> None:
+async def test_an_ephemeral_daemon_deletes_its_vms_in_any_state(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon()
     async with daemon.client() as client:
         await boot(client, "running")
-        # One of these boots for ever, the other one has hardly begun.
+        # One of these never finishes its boot, the other has just started.
         await client.vms.create(spec("hanging", kernel_cmdline="rdinit=/bin/sh"))
         await client.vms.wait("hanging", ["running"], timeout_s=3)
         await client.vms.create(spec("booting"))
@@ -175,10 +177,10 @@ def test_signals_that_come_while_it_stops_leave_nothing_half_removed(make_daemon
         assert daemon.leftovers() == []
 
 
-async def test_an_impatient_stop_keeps_the_state_of_the_vms_that_it_leaves(make_daemon: Callable[..., Daemon]) -> None:
+async def test_a_second_signal_keeps_the_state_of_the_remaining_vms(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon()
     async with daemon.client() as client:
-        # Neither has an agent that could be asked; the first signal kills, the second does not wait for that.
+        # Neither has an agent: the first signal kills them, the second one does not wait for that.
         vm = await boot(client, "demo")
     daemon.terminate()
     daemon.terminate()
@@ -192,7 +194,7 @@ async def test_an_impatient_stop_keeps_the_state_of_the_vms_that_it_leaves(make_
         assert daemon.leftovers() == []
 
 
-async def test_a_vm_that_is_asked_for_while_an_ephemeral_daemon_stops_leaves_nothing(
+async def test_a_vm_created_while_an_ephemeral_daemon_stops_leaves_nothing(
     make_daemon: Callable[..., Daemon],
 ) -> None:
     daemon = make_daemon()
@@ -213,7 +215,7 @@ async def test_a_vm_that_is_asked_for_while_an_ephemeral_daemon_stops_leaves_not
             for i in range(4):
                 nursery.start_soon(create, f"before{i}")
             daemon.terminate()
-            # Some arrive before the signal, some after it, some not at all.
+            # Some requests arrive before the signal, some after it, some never.
             for i in range(8):
                 await create(f"while{i}")
     print(answers)

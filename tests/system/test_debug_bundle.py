@@ -1,4 +1,4 @@
-"""`volar debug bundle` of a daemon with guests: it has what a report needs, and none of the secrets in them."""
+"""`volar debug bundle` of a daemon with guests contains what a report needs, and no secrets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def bundle(daemon: Daemon, path: Path, *words: str) -> dict[str, str]:
     return found
 
 
-async def test_it_has_what_a_report_needs_and_no_secret(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+async def test_the_bundle_has_what_a_report_needs_and_no_secret(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
     daemon = make_daemon(environ={"VOLANT_API_KEY": KEY})
     async with daemon.client() as client:
         await boot(
@@ -45,7 +47,7 @@ async def test_it_has_what_a_report_needs_and_no_secret(make_daemon: Callable[..
             "demo",
             env={"TOKEN": "hush-env-c0ffee"},
             labels={"team": "hush-label-c0ffee"},
-            # The kernel says on its console what it was started with.
+            # The kernel prints its command line on the console.
             kernel_cmdline="volant.note=hush-cmdline-c0ffee",
         )
         async with httpx.AsyncClient(base_url=daemon.base_url, trust_env=False) as http:
@@ -77,7 +79,7 @@ async def test_it_has_what_a_report_needs_and_no_secret(make_daemon: Callable[..
         assert "consoles" in found["README.txt"]
         assert str(daemon.state_dir / "volant.db") in found["files.txt"]
 
-        # Who asks for what guests have printed gets it.
+        # The output of guests is included on request.
         found = bundle(daemon, tmp_path / "with-consoles.tar.gz", "--consoles")
         assert "hush-console-c0ffee" in found["consoles/demo.txt"]
         assert not any(KEY in text for text in found.values())

@@ -1,4 +1,4 @@
-"""A VM's disk is as large as was asked, and who fills one suffers alone."""
+"""A VM's disk has the requested size, and filling it affects no other VM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rootfs(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_ext4(tmp_path_factory.mktemp("rootfs") / "small.ext4", image_cache, size_mb=IMAGE_MB)
 
 
-async def test_a_guest_has_all_of_its_disk_and_fills_it_for_nobody_else(daemon: Daemon, rootfs: Path) -> None:
+async def test_a_guest_can_fill_its_disk_without_affecting_others(daemon: Daemon, rootfs: Path) -> None:
     async with daemon.client() as client, daemon.http() as http:
         await client.plugins.install(plugin("small", rootfs))
         vm = await boot(client, "one", plugin="small", disk_mb=DISK_MB)
@@ -38,12 +38,12 @@ async def test_a_guest_has_all_of_its_disk_and_fills_it_for_nobody_else(daemon: 
         await run(client, "one", "sync")
         [layer] = [layer_of(path) for path in daemon.disks() if Path(path).name.startswith(f"{vm.id}-")]
         assert layer.stat().st_size <= (DISK_MB + 2) * 2**20
-        # The others, and the daemon, have as much as before.
+        # The other VMs and the daemon have as much space as before.
         await run(client, "two", "dd", "if=/dev/zero", "of=/mine", "bs=1M", "count=4")
         await run(client, "two", "sync")
         assert (await http.get("/healthz")).json() == {"status": "ok"}
 
-        # It is as large after a stop, and what was written is there.
+        # Size and data survive a stop.
         await run(client, "one", "rm", "/fill")
         await run(client, "one", "mkdir", "/kept")
         await client.vms.stop("one")
@@ -53,7 +53,7 @@ async def test_a_guest_has_all_of_its_disk_and_fills_it_for_nobody_else(daemon: 
         assert "kept" in await run(client, "one", "ls", "/")
         assert (await client.vms.agent_info("one"))["disk"]["total_mb"] == info["disk"]["total_mb"]
 
-        # What can't be is said before anything is made, or at the boot where it is not known before.
+        # An impossible size is refused before anything is created, or at the boot if it is only known then.
         await client.vms.create(spec("tiny", plugin="small", disk_mb=IMAGE_MB - 1))
         vm_or_none = await until(client, "tiny", "crashed")
         assert vm_or_none is not None

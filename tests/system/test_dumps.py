@@ -1,4 +1,4 @@
-"""A daemon says what it is doing when asked, also when its event loop hangs, and goes on."""
+"""A signal makes the daemon log what it is doing, even if its event loop hangs, and the daemon continues."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def until_logged(daemon: Daemon, text: str) -> str:
     return log
 
 
-async def test_a_signal_puts_all_tasks_into_the_log_and_the_daemon_goes_on(make_daemon: Callable[..., Daemon]) -> None:
+async def test_a_signal_logs_all_tasks_and_the_daemon_continues(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon(environ={"VOLANT_API_KEY": SECRET, "VOLANT_LOG_LEVEL": "error"})
     async with daemon.client() as client, client.events():
         for number in (1, 2):
@@ -31,7 +31,7 @@ async def test_a_signal_puts_all_tasks_into_the_log_and_the_daemon_goes_on(make_
                 while daemon.log_path.read_text().count("what all tasks do:") < number:  # noqa: ASYNC110
                     await trio.sleep(0.05)
         log = daemon.log_path.read_text()
-        # Threads, from the signal's own handler, then the tree of tasks.
+        # The threads, from the signal handler, then the tree of tasks.
         assert log.index("Current thread") < log.index("what all tasks do:")
         assert "volant/daemon/_daemon.py" in log
         assert "journal" in log
@@ -43,7 +43,7 @@ async def test_a_signal_puts_all_tasks_into_the_log_and_the_daemon_goes_on(make_
     assert SECRET not in log + shown
 
 
-async def test_a_loop_that_hangs_shows_where(make_daemon: Callable[..., Daemon]) -> None:
+async def test_an_event_loop_that_hangs_shows_where(make_daemon: Callable[..., Daemon]) -> None:
     hangs = """
 import time
 from volant.api import _system
@@ -57,7 +57,7 @@ _system.dump = dump
     daemon = make_daemon(wrapper=patched(hangs))
     async with Client(daemon.base_url) as client, trio.open_nursery() as nursery:
         nursery.start_soon(client.system.tasks)
-        # Not before it hangs; the answer is the end of that.
+        # Wait until it hangs; the answer ends that.
         await trio.sleep(1)
         os.kill(daemon.pid, signal.SIGUSR1)
         log = await until_logged(daemon, "in dump")
@@ -67,15 +67,15 @@ _system.dump = dump
         await adopted(client)
 
 
-async def test_the_signal_does_not_end_a_daemon_that_begins_or_stops(make_daemon: Callable[..., Daemon]) -> None:
+async def test_the_signal_does_not_kill_a_daemon_that_starts_or_stops(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon()
     assert daemon.stop() == 0
     daemon.launch()
     assert daemon.process is not None
     assert daemon.process.stdout is not None
-    # From before its first line on, until it has ended.
+    # From before the first line of its log until its end.
     with trio.fail_after(60):
-        while not _is_safe_from(daemon.pid, signal.SIGUSR1):  # noqa: ASYNC110 - the kernel's
+        while not _is_safe_from(daemon.pid, signal.SIGUSR1):  # noqa: ASYNC110 - the kernel offers no wait
             await trio.sleep(0.005)
         sent = 0
         while sent < 300 or not _is_safe_from(daemon.pid, signal.SIGTERM):
@@ -91,7 +91,7 @@ async def test_the_signal_does_not_end_a_daemon_that_begins_or_stops(make_daemon
 
 
 def _is_safe_from(pid: int, number: signal.Signals) -> bool:
-    """Whether the signal would not end the process now, without a word."""
+    """Returns whether the process handles the signal now."""
     lines = (line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     masks = {name: int(mask, 16) for name, _, mask in lines if name in ("SigIgn", "SigCgt")}
     return bool((masks["SigIgn"] | masks["SigCgt"]) >> (number - 1) & 1)

@@ -1,4 +1,4 @@
-"""Each status of the error table, provoked on purpose, at the real daemon with a real guest."""
+"""Provokes each status of the error table, with a real daemon and a real guest."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def broken(self):
 
 _daemon.Daemon.info = broken
 """
-"""There is no bug that a test could count on, so one is made."""
+"""Breaks a route, to provoke a 500."""
 
 
 @dataclass
 class Server:
-    """A daemon that asks for a key, takes requests from 127.0.0.1 and through the proxy 127.0.0.3, and has one VM."""
+    """A daemon with a key and one VM, which accepts requests from 127.0.0.1 and through the proxy 127.0.0.3."""
 
     daemon: Daemon
     port: int
@@ -44,7 +44,7 @@ class Server:
 
     @asynccontextmanager
     async def http(self, source: str = "127.0.0.1", key: str | None = KEY) -> AsyncIterator[httpx.AsyncClient]:
-        """A client at the address `source`."""
+        """Gives a client with the address `source`."""
         headers = {} if key is None else {"X-Volant-API-Key": key}
         transport = httpx.AsyncHTTPTransport(local_address=source)
         async with httpx.AsyncClient(
@@ -53,7 +53,7 @@ class Server:
             yield client
 
     async def raw(self, data: bytes) -> tuple[int, bytes]:
-        """What bytes that no client library would send are answered with."""
+        """Returns the answer to bytes that no client library would send."""
         async with await trio.open_tcp_stream("127.0.0.1", self.port) as stream:
             await stream.send_all(data)
             answer = b""
@@ -69,7 +69,7 @@ class Server:
 
 
 def problem(answer: httpx.Response, status: int, field: str | None = None) -> dict[str, Any]:
-    """The body of an error, which is what it should be."""
+    """Checks an error; returns its body."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     body: dict[str, Any] = answer.json()
@@ -114,7 +114,7 @@ async def who_may_ask(server: Server) -> None:
     async with server.http(key="wrong-0123456789abcdef") as wrong:
         problem(await wrong.get("/api/v1/vms"), 401)
     async with server.http() as http:
-        # A page that has rebound its name to 127.0.0.1 says its own name.
+        # DNS rebinding: the page's name points to 127.0.0.1, and the request names the page.
         for host in (
             "rebound.example",
             f"rebound.example:{server.port}",
@@ -123,12 +123,12 @@ async def who_may_ask(server: Server) -> None:
         ):
             for path in ("/api/v1/vms", "/healthz", "/docs", "/api/v1/vms/demo/agent/healthz"):
                 problem(await http.get(path, headers={"Host": host}), 421)
-        # A page of another origin changes nothing and opens no WebSocket.
+        # A page of another origin cannot change anything or open a WebSocket.
         for origin in ("https://evil.example", "null", f"http://127.0.0.1:{server.port + 1}"):
             foreign = {"Origin": origin}
             problem(await http.post("/api/v1/vms/demo/stop", headers=foreign), 403)
             problem(await http.get("/ws/v1/vms/demo/logs", headers={**foreign, **WEBSOCKET}), 403)
-    # Whoever forges the header of a proxy is none.
+    # A client that forges the header of a proxy is not trusted.
     for source, forwarded, status in (
         ("127.0.0.1", None, 200),
         ("127.0.0.1", "203.0.113.9", 200),

@@ -1,4 +1,4 @@
-"""Commands in a guest: their output is right byte for byte, also when there is much of it or many of them."""
+"""The output of commands in a guest is correct byte for byte, even if it is large or many run at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ZEROS = hashlib.sha256(bytes(50_000_000)).hexdigest()
 
 @pytest.fixture(scope="module")
 def guest(module_daemon: Daemon) -> Iterator[str]:
-    """The name of a VM that runs for all tests of this module."""
+    """The name of a running VM, which the tests of this module share."""
 
     async def make() -> None:
         async with module_daemon.client() as client:
@@ -31,7 +31,7 @@ def guest(module_daemon: Daemon) -> Iterator[str]:
 
 
 async def volar(daemon: Daemon, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    """Run `volar`; its exit code is the caller's to judge."""
+    """Runs `volar`; does not check its exit code."""
     command = [sys.executable, "-m", "volant.cli.main", "--api", daemon.base_url, *arguments]
     with trio.fail_after(120):
         return await trio.run_process(
@@ -43,7 +43,7 @@ async def volar(daemon: Daemon, *arguments: str) -> subprocess.CompletedProcess[
         )
 
 
-async def test_volar_exec_gives_output_and_exit_code_of_the_command(daemon: Daemon, guest: str) -> None:
+async def test_volar_exec_returns_output_and_exit_code_of_the_command(daemon: Daemon, guest: str) -> None:
     done = await volar(
         daemon, "vms", "exec", guest, "--", "sh", "-c", "head -c 50000000 /dev/zero | sha256sum; echo e >&2; exit 7"
     )
@@ -51,7 +51,7 @@ async def test_volar_exec_gives_output_and_exit_code_of_the_command(daemon: Daem
     assert done.stdout == f"{_ZEROS}  -\n".encode()
 
 
-async def test_fifty_megabytes_come_out_as_they_are(daemon: Daemon, guest: str) -> None:
+async def test_fifty_megabytes_arrive_unchanged(daemon: Daemon, guest: str) -> None:
     digest = hashlib.sha256()
     size = 0
     async with daemon.client() as client:
@@ -68,7 +68,7 @@ async def test_fifty_megabytes_come_out_as_they_are(daemon: Daemon, guest: str) 
     assert (size, digest.digest()) == (800 * 65536, expected.digest())
 
 
-async def test_twenty_commands_at_once_are_all_right(daemon: Daemon, guest: str) -> None:
+async def test_twenty_commands_at_once_are_all_correct(daemon: Daemon, guest: str) -> None:
     answers: dict[int, str] = {}
     async with daemon.client() as client:
 
@@ -87,12 +87,12 @@ async def test_a_command_that_nobody_reads_from_blocks_no_other(daemon: Daemon, 
         async with client.vms.exec(guest, ["cat", "/dev/zero"]) as process:
             await anext(process)
             assert await run(client, guest, "echo", "free") == "free\n"
-        # Leaving ends it in the guest.
+        # Leaving the block ends the command in the guest.
         script = "while pidof cat >/dev/null; do sleep 0.1; done"
         await run(client, guest, "sh", "-c", script, timeout_s=20)
 
 
-async def test_a_command_that_can_not_be_run_says_so(daemon: Daemon, guest: str) -> None:
+async def test_a_command_that_cannot_run_is_reported(daemon: Daemon, guest: str) -> None:
     async with daemon.client() as client, client.vms.exec(guest, ["no-such-program"]) as process:
         end = await process.wait()
     assert (end.exit_code, end.code) == (None, "not_found")
@@ -100,7 +100,7 @@ async def test_a_command_that_can_not_be_run_says_so(daemon: Daemon, guest: str)
     assert done.returncode == 127
 
 
-async def test_volar_speaks_json(daemon: Daemon, guest: str) -> None:
+async def test_volar_prints_json(daemon: Daemon, guest: str) -> None:
     done = await volar(daemon, "--json", "vms", "get", guest)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["name"] == guest
@@ -114,6 +114,6 @@ async def test_a_command_that_takes_all_memory_dies_and_the_agent_does_not(daemo
             end = await process.wait()
         print(end)
         assert end.signal == 9 or end.exit_code == 1
-        # The very agent that was there before, and not one that was started anew.
+        # The same agent as before, not a restarted one.
         assert (await client.vms.agent_health(guest))["uptime_s"] > before["uptime_s"]
         assert (await client.vms.get(guest)).boots == 1

@@ -1,4 +1,4 @@
-"""Talking to commands in a real guest and copying to and from it, by `volar` and the client."""
+"""Interactive commands in a real guest, and copies to and from it, with `volar` and the client."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _S = 120.0
 
 @pytest.fixture(scope="module")
 def guest(module_daemon: Daemon) -> Iterator[str]:
-    """The name of a VM that runs for all tests of this module."""
+    """The name of a running VM, which the tests of this module share."""
 
     async def make() -> None:
         async with module_daemon.client() as client:
@@ -54,7 +54,7 @@ def volar(daemon: Daemon, *words: str, stdin: bytes = b"") -> subprocess.Complet
 
 
 class Terminal:
-    """A person's terminal with a `volar` in it."""
+    """A terminal in which `volar` runs."""
 
     def __init__(self, daemon: Daemon, *words: str, rows: int, cols: int) -> None:
         self.ours, theirs = pty.openpty()
@@ -107,7 +107,7 @@ def test_a_shell_in_a_terminal(daemon: Daemon, guest: str) -> None:
         os.kill(person.process.pid, signal.SIGWINCH)
         person.type(b"sleep 1; stty size\r")
         person.see(b"50 132\r\n")
-        # Keys go to the guest: Ctrl-C ends what runs there, and neither the shell nor volar.
+        # Keys go to the guest: Ctrl-C ends the command there, but neither the shell nor volar.
         person.type(b"sleep 1000; echo code=$?\r")
         time.sleep(0.5)
         person.type(b"\x03")
@@ -118,7 +118,7 @@ def test_a_shell_in_a_terminal(daemon: Daemon, guest: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_puts_the_terminal_back_and_ends_the_command(daemon: Daemon, guest: str, number: int) -> None:
+def test_a_signal_restores_the_terminal_and_ends_the_command(daemon: Daemon, guest: str, number: int) -> None:
     with terminal(daemon, "exec", "-it", guest, "--", "sh", "-c", "echo pid=$$; exec sleep 1000") as person:
         person.see(b"pid=")
         person.see(b"\r\n")
@@ -137,7 +137,7 @@ def test_input_from_a_pipe(daemon: Daemon, guest: str) -> None:
     assert volar(daemon, "exec", guest, "--", "cat", stdin=b"not passed on").stdout == b""
 
 
-def test_a_detached_command_survives_its_client_and_the_daemon_and_nothing_is_lost(daemon: Daemon, guest: str) -> None:
+def test_a_detached_command_survives_client_and_daemon_and_loses_no_output(daemon: Daemon, guest: str) -> None:
     script = "i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); [ $i = 500 ] && read go; done; exit 9"
 
     async def until_killed() -> tuple[str, bytes]:
@@ -175,7 +175,7 @@ def test_a_detached_command_survives_its_client_and_the_daemon_and_nothing_is_lo
     assert volar(daemon, "exec", "--attach", identifier, guest).returncode == 3
 
 
-def test_a_terminal_can_be_left_and_found_again(daemon: Daemon, guest: str) -> None:
+def test_a_terminal_can_be_detached_and_attached_again(daemon: Daemon, guest: str) -> None:
     done = volar(daemon, "exec", "-dt", guest, "--", "sh")
     identifier = done.stdout.strip().decode()
     with terminal(daemon, "exec", "--attach", identifier, guest) as person:
@@ -195,7 +195,7 @@ def test_a_terminal_can_be_left_and_found_again(daemon: Daemon, guest: str) -> N
             assert second.end() == 5
 
 
-def test_a_tree_goes_in_and_comes_back(daemon: Daemon, guest: str, tmp_path: Path) -> None:
+def test_a_directory_is_copied_in_and_back(daemon: Daemon, guest: str, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "a" / "b").mkdir(parents=True)
     (tree / "a" / "run").write_bytes(b"#!/bin/sh\necho ran\n")
@@ -211,7 +211,7 @@ def test_a_tree_goes_in_and_comes_back(daemon: Daemon, guest: str, tmp_path: Pat
     done = volar(daemon, "cp", f"{guest}:/tmp/tree", str(tmp_path / "back"))
     assert done.returncode == 0, done.stderr
     assert digest(tmp_path / "back") == digest(tree)
-    # As a tar through a pipe, too.
+    # Also as a tar through a pipe.
     packed = volar(daemon, "cp", f"{guest}:/tmp/tree", "-").stdout
     (tmp_path / "t.tar").write_bytes(packed)
     with tarfile.open(tmp_path / "t.tar") as archive:
@@ -226,7 +226,7 @@ def digest(top: Path) -> dict[str, object]:
     return found
 
 
-def test_files_by_volar(daemon: Daemon, guest: str, tmp_path: Path) -> None:
+def test_volar_copies_files(daemon: Daemon, guest: str, tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"content")
     (tmp_path / "f").chmod(0o750)
     assert volar(daemon, "cp", str(tmp_path / "f"), f"{guest}:/tmp").returncode == 0
@@ -243,7 +243,7 @@ def test_files_by_volar(daemon: Daemon, guest: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "g"]
 
 
-async def test_a_file_that_memory_does_not_hold_is_refused_and_the_guest_goes_on(daemon: Daemon, guest: str) -> None:
+async def test_a_file_that_exceeds_memory_is_refused_and_the_guest_survives(daemon: Daemon, guest: str) -> None:
     class Blocks:
         async def __aiter__(self) -> AsyncIterator[bytes]:
             for _ in range(100):
@@ -298,7 +298,7 @@ async def test_a_large_file_arrives_whole_and_the_daemon_stays_small(daemon: Dae
     assert blocks.peak - before < 25, (before, blocks.peak)
 
 
-async def test_a_guest_without_space_says_so(daemon: Daemon, guest: str) -> None:
+async def test_a_full_guest_reports_that_it_has_no_space(daemon: Daemon, guest: str) -> None:
     async with daemon.client() as client:
         async with client.vms.exec(
             guest, ["sh", "-c", "mkdir -p /mnt/s && mount -t tmpfs -o size=1m t /mnt/s"]

@@ -1,4 +1,4 @@
-"""A boot that fails ends in `crashed` within its deadline, with its cause and what the console said last."""
+"""A failed boot ends in `crashed` within its deadline, with its cause and the last lines of the console."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from volant.client import Client, ClientError, ClientProblem
 from volant.model import Reason
 
 HANGS = "rdinit=/bin/sh"
-"""A shell on a console on which nobody types: a guest that runs and whose agent never answers."""
+"""A shell as init: the guest runs, but no agent answers."""
 
 
 async def crash_reason(client: Client, name: str, *, timeout_s: float = BOOT_S) -> Reason:
-    """Wait for the crash; why."""
+    """Waits for the crash; returns its reason."""
     vm = await until(client, name, "crashed", timeout_s=timeout_s)
     assert vm is not None
     assert vm.reason is not None
@@ -28,7 +28,7 @@ async def crash_reason(client: Client, name: str, *, timeout_s: float = BOOT_S) 
 
 
 def mounted(script: str) -> list[str]:
-    """What runs a command with other mounts than ours; skips the test where that isn't possible."""
+    """Returns a wrapper that runs a command with other mounts; skips the test if that is impossible."""
     for flags in ("-m", "-rm"):
         wrapper = ["unshare", flags, "sh", "-ec", f'{script}; exec "$@"', "sh"]
         if subprocess.run([*wrapper, "true"], capture_output=True, check=False).returncode == 0:
@@ -76,7 +76,7 @@ async def test_an_agent_that_never_answers(make_daemon: Callable[..., Daemon]) -
         assert "6 s" in reason.message
         assert reason.console
         assert 6 <= watch.seconds < 12
-        # The process is gone a moment after the reason was told.
+        # The process ends a moment after the reason is reported.
         assert (await client.vms.verb_and_wait("demo", "stop", ["stopped"])).outcome == "met"
         assert daemon.hypervisors() == {}
         assert daemon.files() == []
@@ -98,7 +98,7 @@ async def test_delete_of_a_vm_whose_boot_hangs_takes_less_than_five_seconds(daem
         assert daemon.files() == []
 
 
-async def test_a_stop_is_heard_while_a_boot_hangs(daemon: Daemon) -> None:
+async def test_a_stop_works_while_a_boot_hangs(daemon: Daemon) -> None:
     async with daemon.client() as client, daemon.http() as http:
         body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128, "kernel_cmdline": HANGS}
         assert (await http.post("/api/v1/vms?wait=starting", json=body)).headers["volant-wait"] == "met"
@@ -118,7 +118,7 @@ async def test_an_initramfs_that_is_missing(make_daemon: Callable[..., Daemon]) 
         await adopted(client)
 
 
-async def test_a_kernel_that_is_none(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+async def test_a_kernel_that_is_not_a_kernel(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(b"no kernel at all\n" * 1000)
     daemon = make_daemon("--kernel", str(kernel))
@@ -139,7 +139,9 @@ async def test_memory_that_is_refused_at_launch_although_it_was_admitted(make_da
         assert (await client.healthz()).status == "ok"
 
 
-async def test_without_qemu_the_daemon_is_well_and_only_the_vm_crashes(make_daemon: Callable[..., Daemon]) -> None:
+async def test_without_qemu_the_daemon_stays_healthy_and_only_the_vm_crashes(
+    make_daemon: Callable[..., Daemon],
+) -> None:
     qemu = shutil.which("qemu-system-x86_64")
     daemon = make_daemon(wrapper=mounted(f"mount --bind /dev/null {qemu}"))
     async with daemon.client() as client:

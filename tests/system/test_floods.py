@@ -1,4 +1,4 @@
-"""A guest that floods its console and a workload that floods its output harm nobody, and no line of theirs is lost."""
+"""A flood on a console or in the output of a workload harms nobody, and no retained line is lost."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, load, run, spec, w
 from volant.client import Client, LogLine
 
 FLOOD_S = load("VOLANT_TEST_FLOOD_S", usual=10, full=60)
-"""How long the console is flooded."""
+"""Seconds of the flood on the console."""
 OUTPUT_MB = load("VOLANT_TEST_OUTPUT_MB", usual=30, full=200)
-"""How much the workload writes. What is kept of it is 64 MiB with all that belongs to a line."""
+"""Output of the workload in MB. The log retains 64 MiB, including the fields of each line."""
 RSS_MB = 60
-"""How much the daemon may grow under a flood: its buffers, and what Python's allocator keeps of them."""
+"""Allowed growth of the daemon during a flood: its buffers, and freed memory that Python retains."""
 
 LINE = 100
 LINES = OUTPUT_MB * 10_000
@@ -30,7 +30,7 @@ out.flush()
 
 
 class Watch:
-    """What the daemon and another VM do while there is a flood."""
+    """Watches the daemon and another VM during a flood."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -40,7 +40,7 @@ class Watch:
         self.asked = 0
 
     async def keep(self, client: Client, other: str) -> None:
-        """Ask the other VM for something, again and again."""
+        """Sends requests to the other VM until the block ends."""
         while True:
             watch = Stopwatch()
             assert await run(client, other, "echo", "well", timeout_s=20) == "well\n"
@@ -58,7 +58,7 @@ class Watch:
 
 @asynccontextmanager
 async def reader(daemon: Daemon, name: str) -> AsyncIterator[trio.SocketStream]:
-    """A log reader right after its handshake, as a stream: it reads what the test reads from it."""
+    """Opens a log socket as a byte stream, which only reads what the test reads."""
     host, port = daemon.base_url.removeprefix("http://").split(":")
     async with await trio.open_tcp_stream(host, int(port)) as stream:
         await stream.send_all(
@@ -71,7 +71,7 @@ async def reader(daemon: Daemon, name: str) -> AsyncIterator[trio.SocketStream]:
 
 
 async def vanishes(daemon: Daemon, name: str) -> None:
-    """A log reader that is gone, without a word, in the middle of the flood."""
+    """Opens a log socket, and drops it during the flood without closing it."""
     async with reader(daemon, name) as stream:
         got = 0
         while got < 200_000:
@@ -81,7 +81,7 @@ async def vanishes(daemon: Daemon, name: str) -> None:
 
 
 def contiguous(numbers: Iterable[int]) -> tuple[int, int]:
-    """First and last of numbers that have to follow each other."""
+    """Checks that numbers are consecutive; returns the first and the last."""
     first = last = -1
     for number in numbers:
         if first < 0:
@@ -93,7 +93,7 @@ def contiguous(numbers: Iterable[int]) -> tuple[int, int]:
 
 
 async def test_a_flood_of_the_console_harms_nobody(daemon: Daemon) -> None:
-    # The shell counts, so a lost line shows; and it takes its time from the guest's clock.
+    # The shell numbers the lines, so a lost one shows, and uses the guest's clock.
     now = "$(cut -d. -f1 /proc/uptime)"
     flood = (
         f"exec >/dev/console; i=0; end=$(( {now} + {FLOOD_S:.0f} )); "
@@ -118,7 +118,7 @@ async def test_a_flood_of_the_console_harms_nobody(daemon: Daemon) -> None:
                             break
                         if item.line.startswith("flood "):
                             numbers.append(int(item.line.split()[1]))
-            # The guest that floods answers too.
+            # The flooding guest answers, too.
             assert await run(client, "demo", "echo", "well") == "well\n"
             nursery.cancel_scope.cancel()
         first, last = contiguous(numbers)
@@ -128,7 +128,7 @@ async def test_a_flood_of_the_console_harms_nobody(daemon: Daemon) -> None:
         seen.check()
 
 
-async def test_a_workload_that_writes_without_end_harms_nobody_and_loses_no_line(daemon: Daemon) -> None:
+async def test_a_flood_of_a_workloads_output_harms_nobody_and_loses_no_line(daemon: Daemon) -> None:
     async with daemon.client() as client:
         workload = {"entrypoint": ["python3.13", "-c", OUTPUT], "restart": "never"}
         await client.plugins.install({"name": "talker", "version": "1", "workload": workload})
@@ -140,9 +140,9 @@ async def test_a_workload_that_writes_without_end_harms_nobody_and_loses_no_line
             waited = await client.vms.create_and_wait(spec("demo", plugin="talker"), timeout_s=BOOT_S)
             assert waited.outcome == "met"
             nursery.start_soon(vanishes, daemon, "demo")
-            async with reader(daemon, "demo"):  # and never reads
+            async with reader(daemon, "demo"):  # which never reads
                 last_line = f"{LINES - 1:0{LINE - 1}d}"
-                # A follower that begins at the end: it is told of what it could not keep up with.
+                # A follower from the end: it is told which lines it missed.
                 url = f"ws{daemon.base_url.removeprefix('http')}/ws/v1/vms/demo/logs?stream=stdout&tail=0"
                 with trio.fail_after(300):
                     async with websocket(url) as follower:
@@ -152,7 +152,7 @@ async def test_a_workload_that_writes_without_end_harms_nobody_and_loses_no_line
         print(f"{OUTPUT_MB} MB in {watch.seconds:.1f} s, the boot included")
         seen.check()
 
-        # What is kept is whole: from the oldest number to the last, none missing and none twice.
+        # The retained lines are complete: none is missing, none is repeated.
         sequences: list[int] = []
         numbers: list[int] = []
         gaps: list[tuple[int, int]] = []
@@ -169,7 +169,7 @@ async def test_a_workload_that_writes_without_end_harms_nobody_and_loses_no_line
         contiguous(sequences)
         print(f"kept: {first} to {last}")
         assert last == LINES - 1
-        # What is not kept any more is said, and it is not more than there is room for.
+        # The log reports the lines that it dropped, and drops no more than necessary.
         assert first > 0
         assert gaps == [(1, sequences[0] - 1)]
         assert len(numbers) > 200_000
@@ -178,7 +178,7 @@ async def test_a_workload_that_writes_without_end_harms_nobody_and_loses_no_line
         assert 32 * 1024 * 1024 < size < 80 * 1024 * 1024
 
 
-async def test_a_console_that_says_what_is_no_text_stays_a_log(daemon: Daemon) -> None:
+async def test_a_console_with_binary_output_stays_a_readable_log(daemon: Daemon) -> None:
     noise = (
         "exec >/dev/console; head -c 200000 /dev/urandom; echo; "
         r'head -c 300000 /dev/zero | tr "\0" x; echo; echo the end'
@@ -198,6 +198,6 @@ async def test_a_console_that_says_what_is_no_text_stays_a_log(daemon: Daemon) -
                     if item.line == "the end":
                         break
         assert sum(len(item.line) for item in long) == 300_000
-        # A line over 64 KiB is split, and the parts say so.
+        # A line over 64 KiB is split, and its parts are marked.
         assert [item.partial for item in long] == [True] * 4 + [False]
         assert await run(client, "demo", "echo", "well") == "well\n"

@@ -1,4 +1,4 @@
-"""A full disk refuses new work and harms nothing that runs; when there is space again, all goes on by itself."""
+"""A full disk stops new work and harms no running VM; when there is space again, the daemon recovers by itself."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ SMALL_DISK = (
     f'mkdir -p "$state" && mount -t tmpfs -o size={SIZE_MB}m,mode=700 small "$state" && exec "$@"',
     "sh",
 )  # fmt: skip
-"""The daemon's state lies on a disk of its own, which only its mount namespace has."""
+"""Mounts a small disk for the daemon's state, in the daemon's mount namespace."""
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
 
 
 class SmallDisk:
-    """The file system of a daemon's state, seen through its process."""
+    """The filesystem of a daemon's state, reached through its process."""
 
     def __init__(self, daemon: Daemon, pid: int | None = None) -> None:
         self.path = Path(f"/proc/{pid or daemon.pid}/root{daemon.state_dir}")
 
     def fill(self) -> None:
-        """To the last byte."""
+        """Fills it to the last byte."""
         with (self.path / "ballast").open("ab", buffering=0) as file:
             for piece in (1024 * 1024, 4096, 1):
                 with suppress(OSError):
@@ -48,7 +48,7 @@ class SmallDisk:
 
 
 async def fill_journal(client: Client) -> ClientProblem:
-    """Change things until the last pages that were free are used, and the answer that came then."""
+    """Makes changes until the journal is full; returns the error."""
     for number in range(200):
         try:
             await client.plugins.install(Manifest(name=f"filler-{number}", version="1", description="x" * 2000))
@@ -57,7 +57,7 @@ async def fill_journal(client: Client) -> ClientProblem:
     raise AssertionError("the disk is full, and the journal takes everything")
 
 
-async def test_a_full_disk_stops_new_work_alone_and_is_got_over(make_daemon: Callable[..., Daemon]) -> None:
+async def test_a_full_disk_stops_only_new_work_and_the_daemon_recovers(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon(ephemeral=False, wrapper=SMALL_DISK)
     disk = SmallDisk(daemon)
     async with daemon.client() as client:
@@ -71,7 +71,7 @@ async def test_a_full_disk_stops_new_work_alone_and_is_got_over(make_daemon: Cal
         assert "is full" in problem.detail
         assert "running VMs go on running" in problem.detail
 
-        # New work is refused, each time anew, and nothing of it is left.
+        # New work is refused each time, and leaves nothing behind.
         for attempt in (client.vms.create(spec("new")), client.vms.stop("demo"), client.vms.delete("demo")):
             with pytest.raises(ClientProblem) as refused:
                 await attempt
@@ -81,24 +81,24 @@ async def test_a_full_disk_stops_new_work_alone_and_is_got_over(make_daemon: Cal
                 pass
         assert (refused.value.status, refused.value.code) == (503, "no-space")
 
-        # What runs goes on, and all can be looked at.
+        # Running VMs continue, and everything can be read.
         assert (await client.healthz()).status == "degraded"
         assert "is full" in (await client.system.info())["journal"]["trouble"]
         assert [vm.name for vm in await client.vms.list()] == ["demo", "dies"]
         assert await run(client, "demo", "echo", "alive") == "alive\n"
         async with client.events(after="0") as feed:
             assert (await event_of(feed, "VM_RUNNING", "dies")).vm_id == dies.id
-        # More than the log's page can have left: these lines are lost, and nobody is hurt.
+        # More than the free rest of the log's last page: these lines are lost, without other harm.
         await run(client, "demo", "sh", "-c", "seq 1 600 | sed 's,^,lost ,' >/dev/console")
-        # A guest that ends now is not forgotten, although nobody can write it down.
+        # The end of a guest is reported later, although it cannot be written now.
         await run(client, "dies", "sh", "-c", "(sleep 0.2; poweroff -f) >/dev/null 2>&1 &")
         with trio.fail_after(30):
-            while "VM dies: the disk" not in daemon.log():  # noqa: ASYNC110 - another process's log
+            while "VM dies: the disk" not in daemon.log():  # noqa: ASYNC110 - the log of another process
                 await trio.sleep(0.05)
         assert daemon.runs
 
         disk.make_room()
-        # By itself, and at once for who asks.
+        # The daemon recovers by itself, and at once on a request.
         await adopted(client)
         await until(client, "dies", "stopped", timeout_s=30)
         assert (await client.vms.get("demo")).pid == demo.pid
@@ -116,7 +116,7 @@ async def test_a_full_disk_stops_new_work_alone_and_is_got_over(make_daemon: Cal
 
 @pytest.fixture
 def kept_disk() -> Iterator[subprocess.Popen[bytes]]:
-    """A process whose mount namespace keeps a small disk while there is no daemon."""
+    """A process that keeps the mount namespace with the small disk while no daemon runs."""
     with subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sleep", "3600"]) as holder:
         try:
             while Path(f"/proc/{holder.pid}/ns/mnt").readlink() == Path("/proc/self/ns/mnt").readlink():
@@ -127,7 +127,7 @@ def kept_disk() -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
-async def test_a_daemon_that_starts_on_a_full_disk_adopts_and_takes_changes_once_there_is_space(
+async def test_a_daemon_that_starts_on_a_full_disk_adopts_and_accepts_changes_once_there_is_space(
     make_daemon: Callable[..., Daemon], kept_disk: subprocess.Popen[bytes], how: str
 ) -> None:
     wrapper = (
@@ -150,7 +150,7 @@ async def test_a_daemon_that_starts_on_a_full_disk_adopts_and_takes_changes_once
         with trio.fail_after(30):
             while (await client.healthz()).status == "starting":  # noqa: ASYNC110 - another process's
                 await trio.sleep(0.02)
-        # What runs is adopted, and all can be looked at.
+        # Running VMs are adopted, and everything can be read.
         vm = await client.vms.get("demo")
         assert (vm.status, vm.pid) == ("running", demo.pid)
         await reachable(client, "demo")
@@ -158,7 +158,7 @@ async def test_a_daemon_that_starts_on_a_full_disk_adopts_and_takes_changes_once
         assert [network.name for network in await client.networks.list()] == ["lan"]
         async with client.events(after="0") as feed:
             assert (await event_of(feed, "VM_RUNNING", "demo")).vm_id == demo.id
-        # No change is taken, and it is told why.
+        # Changes are refused, with the reason.
         for attempt in (client.vms.create(spec("new")), client.networks.create("more"), client.vms.stop("demo")):
             with pytest.raises(ClientProblem) as refused:
                 await attempt
@@ -176,7 +176,7 @@ async def test_a_daemon_that_starts_on_a_full_disk_adopts_and_takes_changes_once
 
 
 async def _story(client: Client) -> list[str]:
-    """What the console's log tells, without the kernel's and the lost lines that did get in."""
+    """Returns the lines of the console's log, without those of the kernel and those that may be lost."""
     story: list[str] = []
     numbers: list[int] = []
     with trio.fail_after(30):

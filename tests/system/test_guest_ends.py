@@ -1,4 +1,4 @@
-"""What a guest does to itself: power off, reboot, die; and what the VM's restart policy and `ttl` make of it."""
+"""A guest powers off, reboots or dies; the VM's restart policy and `ttl` decide what follows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from volant.client import Client, ClientError
 
 
 async def leave(client: Client, name: str, command: str) -> None:
-    """Run a command after which the guest does not answer any more."""
+    """Runs a command that ends the guest."""
     try:
         await run(client, name, "sh", "-c", f"{command}; sleep 60")
     except (ClientError, AssertionError) as error:
@@ -68,7 +68,7 @@ async def test_a_policy_of_always_starts_it_again_after_a_power_off(daemon: Daem
         assert (await client.vms.verb_and_wait("demo", "stop", ["stopped"])).outcome == "met"
 
 
-async def test_a_vm_is_deleted_once_its_ttl_is_over(daemon: Daemon) -> None:
+async def test_a_vm_is_deleted_when_its_ttl_expires(daemon: Daemon) -> None:
     async with daemon.client() as client, client.events() as feed:
         watch = Stopwatch()
         await client.vms.create(spec("demo", ttl="2s"))

@@ -1,5 +1,7 @@
-"""Into a guest: its workload behind the agent, and the ports of its loopback; HTTP that streams, WebSockets, and
-nothing of it ever speaks for the daemon."""
+"""HTTP into a guest: its workload and the ports of its loopback, with streams and WebSockets.
+
+A guest's answer is never taken for one of the daemon.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,7 @@ PORT = "/api/v1/vms/demo/ports/9000"
 
 @pytest.fixture(scope="module", autouse=True)
 def guest(module_daemon: Daemon) -> Iterator[None]:
-    """A VM whose workload serves HTTP, for all tests of this module."""
+    """A VM whose workload serves HTTP; the tests of this module share it."""
 
     async def make() -> None:
         async with module_daemon.client() as client:
@@ -129,7 +131,7 @@ def guest(module_daemon: Daemon) -> Iterator[None]:
 
 
 async def healthy(client: Client) -> None:
-    """Wait until the workload's check passes."""
+    """Waits until the workload's health check passes."""
     with trio.fail_after(60):
         while (await client.vms.agent_health("demo"))["workload"]["state"] != "healthy":  # noqa: ASYNC110
             await trio.sleep(0.1)
@@ -144,7 +146,7 @@ async def healthy(client: Client) -> None:
         (f"{PORT}/", "port GET /"),
     ],
 )
-async def test_paths_and_queries_arrive_as_they_are(daemon: Daemon, path: str, seen: str) -> None:
+async def test_paths_and_queries_arrive_unchanged(daemon: Daemon, path: str, seen: str) -> None:
     async with daemon.http() as http:
         answer = await http.get(path)
     assert answer.status_code == 200
@@ -161,7 +163,7 @@ async def test_what_a_guest_answers_never_runs_as_ours(daemon: Daemon) -> None:
             assert "service-worker-allowed" not in answer.headers
 
 
-async def test_credentials_and_hop_by_hop_headers_stay_outside(daemon: Daemon) -> None:
+async def test_credentials_and_hop_by_hop_headers_are_removed(daemon: Daemon) -> None:
     headers = {
         "Authorization": "Bearer secret",
         "Cookie": "secret=1",
@@ -179,7 +181,7 @@ async def test_credentials_and_hop_by_hop_headers_stay_outside(daemon: Daemon) -
 
 
 async def test_an_answer_streams(daemon: Daemon) -> None:
-    """The second piece is written only after the client has told, by another request, that it has the first."""
+    """The guest writes the second piece only after another request says that the first has arrived."""
     async with daemon.http() as http, http.stream("GET", f"{PORT}/drip") as response:
         pieces = response.aiter_bytes()
         with trio.fail_after(20):
@@ -190,7 +192,7 @@ async def test_an_answer_streams(daemon: Daemon) -> None:
                 await anext(pieces)
 
 
-async def test_a_large_body_goes_in_as_it_is(daemon: Daemon) -> None:
+async def test_a_large_body_arrives_unchanged(daemon: Daemon) -> None:
     data = bytes(range(251)) * 40_000
 
     async def body() -> AsyncIterator[bytes]:
@@ -215,14 +217,14 @@ async def test_a_websocket_is_passed_through(daemon: Daemon, path: str) -> None:
             assert not [value for name, value in socket.handshake_headers if name.lower() == b"set-cookie"]
 
 
-async def test_what_is_not_there_is_told_apart(daemon: Daemon) -> None:
+async def test_closed_ports_and_the_daemons_own_routes_are_refused(daemon: Daemon) -> None:
     async with daemon.http() as http:
         closed = await http.get("/api/v1/vms/demo/ports/9001/")
         assert closed.status_code == 502
         assert closed.json()["vm"] == "demo"
         assert (await http.get("/api/v1/vms/demo/ports/0/")).status_code == 400
         assert (await http.get("/api/v1/vms/demo/ports/65536/")).status_code == 400
-        # The daemon's own routes of the agent are not for clients, however they are spelt.
+        # Clients cannot reach the agent's routes for the daemon, in any spelling.
         for route in ("v1/daemon/logs", "v1//daemon/logs", "v1/x/../daemon/logs", "v1/%64aemon/logs"):
             raw = f"GET {AGENT}/{route} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
             assert b" 404 " in await ask(daemon, raw)
@@ -232,7 +234,7 @@ async def test_what_is_not_there_is_told_apart(daemon: Daemon) -> None:
 
 
 async def ask(daemon: Daemon, request: bytes) -> bytes:
-    """The head of the answer to a request that no client library would send."""
+    """Returns the head of the answer to a request that no client library would send."""
     host, port = daemon.base_url.removeprefix("http://").split(":")
     with trio.fail_after(20):
         async with await trio.open_tcp_stream(host, int(port)) as stream:

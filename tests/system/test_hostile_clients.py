@@ -1,4 +1,4 @@
-"""Clients that mean no good: the daemon answers `/healthz` throughout, and gives back what they cost."""
+"""Hostile clients: the daemon answers `/healthz` all the time, and frees their resources afterwards."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SLOW_CLIENTS = 200
 LINES = load("VOLANT_TEST_LOG_LINES", usual=100_000, full=100_000)
 VANISHING = 1000
 VANISHED_S = load("VOLANT_TEST_VANISHED_S", usual=8, full=0)
-"""After how long a peer of which nothing is heard is given up; 0: as long as the daemon does by itself."""
+"""Seconds after which the daemon drops a silent peer; 0: the daemon's own limit."""
 
 ANSWER_S = 10.0
-"""How long `/healthz` may take while the machine does other things besides; `make bench` measures it."""
+"""Deadline of `/healthz` on a busy machine; `make bench` measures it exactly."""
 RSS_MB = 60
-"""What Python's allocator may keep of a load, for the next one: a thousand clients leave 40 MiB, and so do more."""
+"""Memory that Python may retain after a load: a thousand clients leave 40 MiB, and more clients leave no more."""
 
 UPGRADE = (
     "GET /ws/v1/vms/{name}/logs{query} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
@@ -46,7 +46,7 @@ time.sleep(1e9)
 
 
 class Watch:
-    """What the daemon does meanwhile: asked again and again on a connection of its own."""
+    """Watches the daemon with requests on a connection of its own."""
 
     def __init__(self, daemon: Daemon, client: httpx.AsyncClient) -> None:
         self._daemon = daemon
@@ -67,7 +67,7 @@ class Watch:
             await trio.sleep(0.02)
 
     async def given_back(self, within_s: float) -> None:
-        """Wait until the descriptors are given back; the memory is then."""
+        """Waits until the descriptors are closed, and with them the memory is freed."""
         with trio.fail_after(within_s):
             while self.descriptors() > self._before_fds + 3:  # noqa: ASYNC110 - another process's
                 await trio.sleep(0.05)
@@ -82,7 +82,7 @@ class Watch:
 
 @asynccontextmanager
 async def watching(daemon: Daemon, within_s: float = 30.0, *, unix: Path | None = None) -> AsyncIterator[Watch]:
-    """For the length of a block; afterwards what it cost is given back."""
+    """Watches the daemon until the block ends; afterwards its resources are freed."""
     transport = httpx.AsyncHTTPTransport(uds=str(unix)) if unix is not None else None
     base_url = "http://localhost" if unix is not None else daemon.base_url
     async with httpx.AsyncClient(base_url=base_url, transport=transport, trust_env=False) as client:
@@ -101,7 +101,7 @@ async def connect(daemon: Daemon) -> trio.SocketStream:
 
 
 async def answer_of(stream: trio.SocketStream) -> bytes:
-    """What comes until the daemon closes; a reset counts as that."""
+    """Returns what arrives until the daemon closes or resets the connection."""
     data = b""
     with trio.fail_after(60):
         try:
@@ -112,7 +112,7 @@ async def answer_of(stream: trio.SocketStream) -> bytes:
     return data
 
 
-async def test_what_ends_hypercorn_ends_nothing_here(daemon: Daemon) -> None:
+async def test_requests_that_crash_hypercorn_do_no_harm(daemon: Daemon) -> None:
     daemon.kept = {"demo"}
     async with daemon.client() as client:
         await boot(client, "demo")
@@ -139,7 +139,7 @@ async def test_what_ends_hypercorn_ends_nothing_here(daemon: Daemon) -> None:
             nursery.start_soon(send, connect_without_path, b"505")
 
 
-async def test_200_slow_clients_are_given_up(daemon: Daemon) -> None:
+async def test_200_slow_clients_are_dropped(daemon: Daemon) -> None:
     daemon.kept = {"demo"}
 
     async def trickle(stream: trio.SocketStream) -> None:
@@ -167,7 +167,7 @@ async def test_200_slow_clients_are_given_up(daemon: Daemon) -> None:
     assert sum(map(bool, answers)) > SLOW_CLIENTS // 2
 
 
-async def test_readers_that_never_read_hold_up_nothing_while_100_000_lines_pass(daemon: Daemon) -> None:
+async def test_readers_that_never_read_block_nothing_while_100_000_lines_pass(daemon: Daemon) -> None:
     daemon.kept = set()
     async with daemon.client() as client:
         workload = {"entrypoint": ["python3.13", "-c", TALK], "restart": "never"}
@@ -207,7 +207,7 @@ _app.Limits = _serving.Limits = shorter
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
-async def test_1000_event_streams_that_vanish_without_a_word_are_given_up(
+async def test_1000_event_streams_that_vanish_silently_are_dropped(
     make_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     path = tmp_path / "api.sock"
@@ -220,7 +220,7 @@ async def test_1000_event_streams_that_vanish_without_a_word_are_given_up(
             await trio.to_thread.run_sync(clients.connect, port, VANISHING)
             assert watch.descriptors() > VANISHING
             await trio.to_thread.run_sync(clients.vanish)
-            # Each is sent an event, which nobody acknowledges.
+            # The daemon sends each an event, which is never acknowledged.
             async with httpx.AsyncClient(
                 base_url="http://localhost", transport=httpx.AsyncHTTPTransport(uds=str(path)), trust_env=False
             ) as client:

@@ -1,4 +1,4 @@
-"""A guest whose root means no good: its VM suffers, nobody else notices, and it can be deleted at any time."""
+"""A guest with a hostile root harms only its own VM, which can be deleted at any time."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from tests.system.rootfs import layer_of, make_ext4
 from volant.client import ClientProblem
 
 LONG_S = load("VOLANT_TEST_HOSTILE_S", usual=4, full=30)
-"""How long each is let be."""
+"""Seconds for which each behaviour runs."""
 RSS_MB = 60
 LOGS_MB = 80
-"""A VM's log is bounded by 64 MiB with all that belongs to a line."""
+"""A VM's log is limited to 64 MiB, including the fields of each line."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def others(module_daemon: Daemon, image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A VM that is somebody else's, and the plugin."""
+    """Installs the plugin, and boots another user's VM."""
 
     async def begin() -> None:
         async with module_daemon.client() as client:
@@ -57,7 +57,7 @@ def check(noticed: Noticed) -> None:
     assert noticed.slowest_healthz_s < 5
     assert noticed.grown_mb < RSS_MB
     assert noticed.disk_mb < 2 * LOGS_MB
-    # Who doesn't answer is asked for ten seconds, then killed.
+    # A guest that does not answer is killed after ten seconds.
     assert noticed.deleted_s < 25
 
 
@@ -67,13 +67,13 @@ FULL = bool(os.environ.get("VOLANT_TEST_FULL"))
 
 
 @pytest.mark.parametrize("behaviour", ALL if FULL else SOME)
-async def test_nobody_else_notices(daemon: Daemon, behaviour: str) -> None:
+async def test_no_other_vm_is_affected(daemon: Daemon, behaviour: str) -> None:
     async with daemon.client() as client:
         await boot_evil(client)
         async with noticing(daemon, client) as noticed:
             await turn(client, behaviour)
             with trio.move_on_after(LONG_S):
-                # Somebody goes on talking to it, and gets an answer or an error.
+                # Requests to the hostile guest get an answer or an error.
                 while True:
                     with suppress(ClientProblem):
                         await client.vms.agent_health(EVIL)
@@ -85,13 +85,13 @@ async def test_nobody_else_notices(daemon: Daemon, behaviour: str) -> None:
 
 
 @pytest.mark.parametrize("behaviour", ["garbage", "lies"] if FULL else ["lies"])
-async def test_one_that_is_hostile_from_the_beginning_does_not_become_running(daemon: Daemon, behaviour: str) -> None:
+async def test_a_guest_that_is_hostile_from_the_start_does_not_become_running(daemon: Daemon, behaviour: str) -> None:
     async with daemon.client() as client:
         async with noticing(daemon, client) as noticed:
             await client.vms.create(spec(EVIL, plugin="hostile", kernel_cmdline=f"hostile={behaviour}"))
             waited = await client.vms.wait(EVIL, ["running", "crashed"], timeout_s=30)
             if waited.outcome == "met":
-                # What it says gets into the row and all events, so it is cut.
+                # Its message is stored in the row and in events, so it is truncated.
                 assert waited.vm is not None
                 assert waited.vm.status == "crashed"
                 assert waited.vm.reason is not None
@@ -101,7 +101,7 @@ async def test_one_that_is_hostile_from_the_beginning_does_not_become_running(da
         check(noticed)
 
 
-async def test_one_that_fills_its_disk_takes_what_it_was_promised_and_no_more(
+async def test_a_guest_that_fills_its_disk_gets_its_size_and_no_more(
     daemon: Daemon, image_cache: Path, tmp_path: Path
 ) -> None:
     size_mb = 64
@@ -133,7 +133,7 @@ async def test_one_that_fills_its_disk_takes_what_it_was_promised_and_no_more(
 
 
 @pytest.mark.parametrize("behaviour", ["garbage", "line-feeds"] if FULL else ["line-feeds"])
-async def test_a_daemon_that_comes_back_to_one_has_the_others_and_can_delete_it(
+async def test_a_restarted_daemon_adopts_the_others_and_can_delete_a_hostile_guest(
     make_daemon: Callable[..., Daemon], image_cache: Path, tmp_path: Path, behaviour: str
 ) -> None:
     daemon = make_daemon(ephemeral=False)

@@ -1,4 +1,4 @@
-"""A request that was durable and not answered when the daemon was killed is answered by the next one, and done once."""
+"""A committed request whose answer was lost with the daemon is answered by the next daemon, and executed once."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ CREATE = f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s"
 
 
 def again(daemon: Daemon) -> None:
-    """`kill -9`, and the next one."""
+    """Kills the daemon and starts the next one."""
     daemon.kill()
     daemon.start()
 
 
-async def test_what_kill_9_left_unanswered_is_answered_and_done_once(
+async def test_a_request_interrupted_by_kill_9_is_answered_and_executed_once(
     make_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:
-    # At a Unix socket, so that the next daemon has the same address.
+    # On a Unix socket, so that the next daemon has the same address.
     address = f"unix:{tmp_path}/api.sock"
     daemon = make_daemon("--listen", f"127.0.0.1:0,{address}", ephemeral=False)
     async with Client(address) as client:
@@ -52,7 +52,7 @@ async def test_what_kill_9_left_unanswered_is_answered_and_done_once(
             assert [vm["id"] for vm in (await http.get("/api/v1/vms")).json()] == [created.vm_id]
         assert len(daemon.hypervisors()) == 1
 
-        # The client does so by itself.
+        # The client retries by itself.
         async with client.events() as events, trio.open_nursery() as nursery:
             outcome: list[Waited] = []
 

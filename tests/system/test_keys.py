@@ -1,4 +1,4 @@
-"""A key of the API is known to the daemon and to no hypervisor, guest, or file."""
+"""Only the daemon knows an API key: no hypervisor, guest or file contains it."""
 
 from __future__ import annotations
 

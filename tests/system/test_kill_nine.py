@@ -1,9 +1,9 @@
 """`kill -9` of the daemon at twenty random moments, while VMs are created, started, stopped and deleted.
 
-Afterwards nothing that was acknowledged is lost, nothing is left that no VM owns, and who resumes has been told every
-event and every line once. A guest that ended while there was no daemon is found as it ended.
+Afterwards nothing acknowledged is lost, nothing without an owner is left, and clients that resume have received each
+event and each line once. The end of a guest without a daemon is reported correctly.
 
-The moments and what the operators do come from a seed that is printed; `VOLANT_TEST_SEED` takes it again.
+A seed decides the moments and the operators' actions. The test prints it; `VOLANT_TEST_SEED` repeats it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MANIFEST = {"name": "ticker", "workload": {"entrypoint": ["python3.13", "-c", TI
 
 
 class EventReader:
-    """Reads every event over all breaks of its connection, as `EventSource` does. It takes no gap and no repetition."""
+    """Reads all events and reconnects as `EventSource` does. A gap or a repeated event is a failure."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -70,7 +70,7 @@ class EventReader:
             assert answer.status_code == 200
             self.resumed += 1
             block: dict[str, str] = {}
-            # A block that is cut off counts for nothing.
+            # Ignore a truncated block.
             async for line in answer.aiter_lines():
                 if line:
                     name, _, value = line.partition(": ")
@@ -92,7 +92,7 @@ class EventReader:
         self.events.append(event)
 
     def check(self, vms: list[VmView], acknowledged: dict[int, str], deleted: set[int]) -> None:
-        """What was told is a life that each VM can have had, ends where it is now, and has all that was promised."""
+        """Checks that each VM's events are legal, end in its present state, and include all acknowledged ones."""
         statuses: dict[int, Status | None] = {}
         for event in self.events:
             edge = (statuses.get(event["vm_id"]), Status(event["status"]) if event["status"] else None)
@@ -106,7 +106,7 @@ class EventReader:
 
 
 class LogReader:
-    """Reads a VM's whole log over all breaks of the connection, as `volant.client` does for its users."""
+    """Reads a VM's whole log and reconnects, as `volant.client` does."""
 
     def __init__(self, daemon: Daemon, name: str) -> None:
         self._daemon = daemon
@@ -118,7 +118,7 @@ class LogReader:
     async def run(self) -> None:
         async with (
             self._daemon.client() as client,
-            # As long as the guests take that end while there is no daemon.
+            # As long as guests take to end while there is no daemon.
             client.vms.logs(self._name, since=0, patience_s=3 * BOOT_S, on_retry=self._retry) as feed,
         ):
             async for line in feed:
@@ -136,14 +136,14 @@ class LogReader:
 
 @dataclass
 class Known:
-    """What is possible of a VM after what was acknowledged."""
+    """The possible states of a VM after the acknowledged requests."""
 
     exists: set[bool] = field(default_factory=lambda: {False})
     vm_id: int | None = None
 
 
 class Operator:
-    """Somebody with VMs of their own, who asks until there is an answer."""
+    """A user with their own VMs, who retries each request until it is answered."""
 
     def __init__(self, daemon: Daemon, rng: Random, names: list[str]) -> None:
         self._daemon = daemon
@@ -167,7 +167,7 @@ class Operator:
     async def _create(self, name: str) -> None:
         known = self.known[name]
         key = f"{name}-{self._rng.getrandbits(64):x}"
-        # Some end by themselves, at their first instructions.
+        # Some guests end by themselves at once.
         cmdline = self._rng.choice(["", "", "rdinit=/nonexistent"])
         request = CreateVm(name=name, cpu_cores=1, memory_mb=128, kernel_cmdline=cmdline)
         vm = await self._insist(lambda client: client.vms.create(request, idempotency_key=key))
@@ -194,7 +194,7 @@ class Operator:
         try:
             await self._insist(lambda client: client.vms.delete(name))
         except ClientProblem as problem:
-            # Deleted by a request whose answer was lost; were it not, no event would tell of it.
+            # A request whose answer was lost has deleted it; otherwise there would be no event.
             if problem.status != 404:
                 raise
         self.deleted.add(known.vm_id)
@@ -220,12 +220,12 @@ class Operator:
 
 
 def type_at(directory: Path, command: str) -> None:
-    """Type a command at a guest's console, as can be done without a daemon."""
+    """Types a command at a guest's console, without a daemon."""
     fd = os.open(directory / "console.in", os.O_WRONLY | os.O_NONBLOCK)
     try:
         log = directory / "console.log"
         begin = log.stat().st_size
-        # The first one wakes the shell up.
+        # The first line wakes up the shell.
         while b"# " not in log.read_bytes()[begin:]:
             os.write(fd, b"\r")
             time.sleep(0.2)
@@ -235,7 +235,7 @@ def type_at(directory: Path, command: str) -> None:
 
 
 def wait_for_end(directory: Path) -> str:
-    """Ask QEMU, as can be done without a daemon, until its guest has ended; QEMU's word for how."""
+    """Asks QEMU, without a daemon, until the guest has ended; returns QEMU's status."""
     with socket.socket(socket.AF_UNIX) as control:
         control.settimeout(BOOT_S)
         control.connect(str(directory / "qmp.sock"))
@@ -278,7 +278,7 @@ async def test_twenty_kills_lose_nothing_leave_nothing_and_repeat_nothing(make_d
                 if kill == ends_at:
                     await trio.to_thread.run_sync(end_guests, daemon, quitter, panicker)
                 if rng.random() < 0.3:
-                    # Killed again before it has begun, or while it adopts.
+                    # Kill it again before it has started, or while it adopts.
                     daemon.launch()
                     await trio.sleep(rng.uniform(0.0, 1.5))
                     daemon.kill()
@@ -311,14 +311,14 @@ async def test_twenty_kills_lose_nothing_leave_nothing_and_repeat_nothing(make_d
         assert await run(client, "steady", "echo", "alive") == "alive\n"
         assert (await client.system.info())["orphans"] == []
     check_owners(daemon, list(vms.values()))
-    # Deleted, they leave nothing; the fixture looks for what is not a file.
+    # Deleted VMs leave no files; the fixture checks the rest.
     await trio.to_thread.run_sync(daemon.delete_vms)
     assert daemon.stop() == 0
     assert daemon.leftovers() == []
 
 
 def end_guests(daemon: Daemon, quitter: VmView, panicker: VmView) -> None:
-    """One powers off, one panics, and nobody is there to see it."""
+    """Lets one guest power off and one panic without a daemon."""
     ends = []
     for vm, command in ((quitter, "poweroff"), (panicker, "echo c >/proc/sysrq-trigger")):
         directory = daemon.runtime_dir / "vms" / str(vm.id)
@@ -330,7 +330,7 @@ def end_guests(daemon: Daemon, quitter: VmView, panicker: VmView) -> None:
 
 
 async def at_rest(client: Client) -> dict[str, VmView]:
-    """All VMs, once none is on its way and nothing is left of the last boots."""
+    """Returns all VMs once they are settled and the last boots have left nothing."""
     with trio.fail_after(2 * BOOT_S):
         while True:
             names = [vm.name for vm in await client.vms.list()]
@@ -340,7 +340,7 @@ async def at_rest(client: Client) -> dict[str, VmView]:
 
 
 def check_ends(vms: dict[str, VmView]) -> None:
-    """How they ended, and why, is what it was."""
+    """Checks how the guests ended, and why."""
     quitter, panicker = vms["quitter"], vms["panicker"]
     assert (quitter.status, quitter.desired) == ("stopped", "stopped")
     assert quitter.reason is not None
@@ -352,11 +352,11 @@ def check_ends(vms: dict[str, VmView]) -> None:
 
 
 def check_owners(daemon: Daemon, vms: list[VmView]) -> None:
-    """Every process, file and socket belongs to a VM that has a process."""
+    """Checks that every process, file and socket belongs to a VM with a process."""
     alive = [vm for vm in vms if vm.pid is not None]
     assert {vm.pid for vm in alive} == set(daemon.hypervisors())
     files = [daemon.runtime_dir / "vms" / str(vm.id) for vm in alive]
-    # Clones share their template's.
+    # Clones share the memory of their template.
     files += [daemon.memory_dir / f"{vm.id}.mem" for vm in alive if vm.booted_from == "cold"]
     assert daemon.files() == sorted(map(str, files))
     addresses = [vm.ip_address for vm in vms if vm.ip_address]

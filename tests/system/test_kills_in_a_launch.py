@@ -1,8 +1,8 @@
-"""`kill -9` of the daemon 0 to 100 ms after it answered a create, and a new one at once: the launch goes on from there.
+"""The daemon is killed 0 to 100 ms after it answered a create; the next daemon continues the launch.
 
-QEMU outlives the daemon. It may wait for the template's state, be loading it, or have loaded it and wait for `cont`.
+QEMU outlives the daemon. It waits for the template's state, loads it, or has loaded it and waits for `cont`.
 
-`VOLANT_TEST_LAUNCH_KILLS` says how many tries each kind of launch gets.
+`VOLANT_TEST_LAUNCH_KILLS` is the number of tries for each kind of launch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLAGS = {"standby": ("--standby", "1")}
     ("kind", "booted_from"),
     [("clone", "template"), ("standby", "template"), ("fork", "fork"), ("restore", "snapshot")],
 )
-async def test_a_launch_whose_daemon_is_killed_goes_on(
+async def test_a_launch_continues_after_the_daemon_is_killed(
     make_daemon: Callable[..., Daemon], kind: str, booted_from: str
 ) -> None:
     daemon = make_daemon("--listen", f"127.0.0.1:{free_port()}", *FLAGS.get(kind, ()), ephemeral=False)
@@ -41,7 +41,7 @@ async def test_a_launch_whose_daemon_is_killed_goes_on(
         name = f"try-{number}"
         if kind == "standby":
             async with daemon.client() as client:
-                # A daemon keeps one ready once it has made a VM of the template.
+                # The warm pool is filled once the daemon has created a VM from the template.
                 await boot(client, "earlier")
                 await one_waits(daemon)
                 await client.vms.delete("earlier")
@@ -65,7 +65,7 @@ async def test_a_launch_whose_daemon_is_killed_goes_on(
 
 
 async def make(client: Client, kind: str, name: str) -> int:
-    """The id of the new VM."""
+    """Creates a VM; returns its id."""
     if kind == "fork":
         [copy] = await client.vms.fork("first", ForkVm(names=(name,)))
         return copy.id
@@ -75,7 +75,7 @@ async def make(client: Client, kind: str, name: str) -> int:
 
 
 async def one_waits(daemon: Daemon) -> None:
-    """Return once a process waits for a VM."""
+    """Waits until the warm pool has a process."""
     async with daemon.http() as http:
         with trio.fail_after(BOOT_S):
             while "volant_standby_waiting 1.0" not in (await http.get("/metrics")).text.splitlines():  # noqa: ASYNC110

@@ -1,4 +1,4 @@
-"""A VM's life as clients see it: every change of status one event, verbs durable, and nothing left at the end."""
+"""A VM's lifecycle: each change of status is one event, commands are durable, and nothing is left at the end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def test_each_change_of_status_is_one_event_and_the_ids_have_no_holes(daem
         assert third.boots == 3
         assert third.id == vm.id
 
-        # These change nothing, so they have no event.
+        # These change nothing, so they cause no event.
         await client.vms.start("demo")
         await client.vms.delete("demo")
 
@@ -96,7 +96,7 @@ async def test_a_client_that_leaves_does_not_cancel_its_delete(daemon: Daemon) -
         assert not is_alive(vm.pid)
 
 
-async def test_a_name_can_be_used_again_and_an_id_never(daemon: Daemon) -> None:
+async def test_a_name_can_be_reused_but_an_id_cannot(daemon: Daemon) -> None:
     async with daemon.client() as client:
         first = await client.vms.create(spec("demo"))
         with pytest.raises(ClientProblem) as taken:
@@ -113,11 +113,11 @@ async def test_a_wait_says_whether_it_was_met(daemon: Daemon) -> None:
         slow = await http.post("/api/v1/vms?wait=stopped&timeout=100ms", json=body)
         assert (slow.status_code, slow.headers["volant-wait"]) == (201, "timeout")
         assert slow.headers["location"] == "/api/v1/vms/demo"
-        # It is killed while it boots: it was asked to stop, so it comes to rest where it was not waited for.
+        # A stop kills it during its boot, so it settles in a state that the wait did not name.
         failed = await http.post("/api/v1/vms/demo/stop?wait=crashed&timeout=60s")
         assert (failed.status_code, failed.headers["volant-wait"]) == (200, "failed")
         assert failed.json()["status"] == "stopped"
-        # A state that it only passed through counts.
+        # A state that it only passed through counts, too.
         met = await http.post("/api/v1/vms/demo/start?wait=starting&timeout=60s")
         assert met.headers["volant-wait"] == "met"
         await client.vms.delete("demo")

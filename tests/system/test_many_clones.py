@@ -1,4 +1,4 @@
-"""Clones created at once all run, and each is somebody. Alone on the machine, as its promise is many guests."""
+"""Many clones created at once all run, each with its own identity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLONES = load("VOLANT_TEST_CLONES", usual=12, full=50)
 CLOCK_S = 0.05
 
 
-async def test_clones_created_at_once_are_somebody_each(make_daemon: Callable[..., Daemon]) -> None:
+async def test_clones_created_at_once_have_an_identity_each(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon("--templates", "auto")
     made: dict[str, VmView] = {}
     found: dict[str, Who] = {}
@@ -35,11 +35,11 @@ async def test_clones_created_at_once_are_somebody_each(make_daemon: Callable[..
         for name, vm in made.items():
             assert (vm.booted_from, vm.fallback) == ("template", None), vm
             found[name] = await who(client, name)
-        # What one writes is in no other one, and none of them waits for another.
+        # A write in one is not visible in others, and none waits for another.
         await run(client, "clone0", "touch", "/root/mine")
         for name in found:
             assert ("mine" in await run(client, name, "ls", "-a", "/root")) == (name == "clone0"), name
-        # What a slow way there hides is not held against it. On a busy host a clock is set again once that is calm.
+        # Allow for the error of the measurement. On a busy host the clock is set again later.
         with trio.fail_after(BOOT_S):
             while off := {name: each for name, each in found.items() if not is_right(each)}:
                 found |= {name: await who(client, name) for name in off}
@@ -49,12 +49,12 @@ async def test_clones_created_at_once_are_somebody_each(make_daemon: Callable[..
     for what in ("random_uuid", "urandom", "boot_id", "machine_id"):
         assert len({getattr(each, what) for each in found.values()}) == CLONES, what
     assert len({each.clone["instance_id"] for each in found.values()}) == CLONES
-    # Those that have addresses.
+    # Only network interfaces with addresses.
     for addresses in ([vm.mac_address for vm in made.values()], [vm.ip_address for vm in made.values()]):
         given = [address for address in addresses if address]
         assert len(set(given)) == len(given)
 
 
 def is_right(each: Who) -> bool:
-    """Whether its clock is the host's."""
+    """Returns whether its clock is right."""
     return abs(each.clock_off_s) - each.clock_way_s / 2 <= CLOCK_S

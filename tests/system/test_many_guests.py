@@ -1,4 +1,4 @@
-"""Several VMs created at once all run. Alone on the machine, as its promise is many guests."""
+"""Several VMs created at once all run."""
 
 from __future__ import annotations
 

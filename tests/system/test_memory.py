@@ -1,4 +1,4 @@
-"""What a guest frees goes back to the host where its memory is its own, and never out of a file that others share."""
+"""Memory that a guest frees returns to the host if the guest owns it; a shared file never loses pages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEMORY_MB = 320
 TAKEN_MB = 150
 FILL = f"x = bytearray(b'x') * ({TAKEN_MB} << 20); print(sum(x[::4096]))"
 RETURN_S = 60.0
-"""Most is back after two seconds, and the rest within a minute."""
+"""Most memory returns within two seconds, the rest within a minute."""
 HOSTILE = """
 import os, time
 balloon = "/sys/bus/virtio/drivers/virtio_balloon"
@@ -47,7 +47,7 @@ for _ in range(2):
 
 @pytest.fixture
 async def vm(module_daemon: Daemon, daemon: Daemon) -> Path:
-    """The memory file of a VM that booted cold and that the tests of this module share."""
+    """The memory file of a VM that booted cold; the tests of this module share it."""
     async with daemon.client() as client:
         if "vm" not in daemon.kept:
             await boot(client, "vm", memory_mb=MEMORY_MB)
@@ -61,15 +61,15 @@ def taken_mb(file: Path) -> float:
 
 
 async def at_most(file: Path, limit_mb: float) -> None:
-    """Return once a file takes no more than that."""
+    """Waits until a file takes at most this much."""
     with trio.fail_after(RETURN_S):
         while taken_mb(file) > limit_mb:  # noqa: ASYNC110
             await trio.sleep(0.1)
 
 
-async def test_what_a_guest_frees_goes_back_to_the_host(daemon: Daemon, vm: Path) -> None:
+async def test_freed_memory_of_a_guest_returns_to_the_host(daemon: Daemon, vm: Path) -> None:
     async with daemon.client() as client:
-        # What it has not used since its boot is already back.
+        # Memory that is unused since its boot has already returned.
         await at_most(vm, MEMORY_MB - 100)
         before = await client.vms.memory("vm")
         async with trio.open_nursery() as nursery:
@@ -92,7 +92,7 @@ async def test_what_a_guest_frees_goes_back_to_the_host(daemon: Daemon, vm: Path
     assert after.host.pss_mb < full.host.pss_mb - 50
 
 
-async def test_a_guest_that_hangs_keeps_nobody_from_its_figures(daemon: Daemon, vm: Path) -> None:
+async def test_the_figures_of_a_guest_that_hangs_can_be_read(daemon: Daemon, vm: Path) -> None:
     async with daemon.client() as client:
         pid = (await client.vms.get("vm")).pid
         assert pid is not None
@@ -109,7 +109,7 @@ async def test_a_guest_that_hangs_keeps_nobody_from_its_figures(daemon: Daemon, 
 
 @asynccontextmanager
 async def machines(image_cache: Path, tmp_path: Path) -> AsyncIterator[tuple[Host, QemuHypervisor, MachineSpec]]:
-    """A hypervisor, and what it boots with a balloon; nothing of it is left."""
+    """Gives a hypervisor and the spec of a machine with a balloon, and removes everything afterwards."""
     host = Host()
     image = images.find(image_cache)
     assert image is not None
@@ -140,7 +140,7 @@ async def machines(image_cache: Path, tmp_path: Path) -> AsyncIterator[tuple[Hos
 
 
 async def tell(client: AgentClient, *command: str) -> None:
-    """Run a command in a guest that no daemon has; it must end well."""
+    """Runs a command in a guest without a daemon; it must succeed."""
     body = json.dumps({"command": command}).encode()
     headers = [(b"content-type", b"application/json")]
     async with client.stream("POST", "/v1/exec", headers, body, timeout_s=60) as answer:
@@ -161,11 +161,11 @@ async def with_agent(host: Host, spec: MachineSpec, use: Callable[[AgentClient],
             await use(client)
 
 
-async def test_a_copy_that_gives_back_what_is_not_its_own_changes_nothing(image_cache: Path, tmp_path: Path) -> None:
-    """A copy of a guest with a balloon has one, and whoever is root in it may do with it what he likes."""
+async def test_a_copy_that_returns_shared_memory_changes_nothing(image_cache: Path, tmp_path: Path) -> None:
+    """A copy of a guest with a balloon has one, too, and root in the guest controls it."""
 
     async def settle(client: AgentClient) -> None:
-        # The driver is loaded last of all, when the agent answers already.
+        # The driver is loaded last, after the agent answers.
         await tell(client, "sh", "-c", "until ls -d /sys/bus/virtio/drivers/virtio_balloon/virtio*; do sleep 0.1; done")
 
     async def attack(client: AgentClient) -> None:

@@ -1,7 +1,7 @@
-"""VMs of a daemon with networks: each has an address of its own, however it came to be, and meets those that it should.
+"""VMs with networks: each has its own address, whatever its origin, and reaches the peers that it should.
 
-The daemon's host is a network namespace, with a cable to another one, which is the world. What the bridge lets through
-to the last bit is the matter of `tests/network`; here it is about real guests.
+The daemon's host is a network namespace, with a link to another one, which plays the internet. `tests/network` tests
+the rules of the bridge in detail; this file tests real guests.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ while True:
     connection.sendall(address[0].encode())
     connection.close()
 """
-"""The world: it says from where one came."""
+"""The internet: answers with the address of the client."""
 FETCH = """
 import socket, sys
 with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=10) as stream:
@@ -54,7 +54,7 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=10) as st
 
 
 class Namespace:
-    """A network namespace, which lasts until it is closed."""
+    """A network namespace, which exists until it is closed."""
 
     def __init__(self) -> None:
         self._holder = subprocess.Popen(
@@ -78,7 +78,7 @@ class Namespace:
 
 
 class Lab:
-    """A host, the world, and a cable between them."""
+    """A host, the internet, and a link between them."""
 
     def __init__(self) -> None:
         self.host, self.world = Namespace(), Namespace()
@@ -118,7 +118,7 @@ def bridged(image_cache: Path, lab: Lab, _running: list[Daemon]) -> Iterator[Dae
         async with daemon.client() as client:
             await boot(client, "first")
             await template(daemon)
-            # Nobody waited for this one.
+            # This VM was not claimed from the warm pool.
             second = await boot(client, "second")
             assert second.booted_from == "template"
             await is_on_the_network(client, second)
@@ -142,7 +142,7 @@ def daemon(bridged: Daemon, lab: Lab) -> Iterator[Daemon]:
 
 
 async def is_on_the_network(client: Client, vm: VmView) -> None:
-    """What the daemon says of it is what it is, and the gateway answers."""
+    """Checks that the guest has the address that the daemon reports, and that the gateway answers."""
     said = await run(client, vm.name, "ip", "address", "show", "eth0")
     assert f"link/ether {vm.mac_address} " in said
     assert [line.split()[1] for line in said.splitlines() if "inet " in line] == [f"{vm.ip_address}/24"]
@@ -155,7 +155,7 @@ async def reaches(client: Client, name: str, other: str) -> bool:
     return await run(client, name, "sh", "-c", script) == "yes\n"
 
 
-async def test_each_is_somebody_however_it_came_to_be(daemon: Daemon) -> None:
+async def test_each_vm_of_any_origin_has_its_own_address(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await boot(client, "used")
         await filled(daemon)
@@ -193,7 +193,7 @@ async def test_copies_have_an_address_of_their_own_and_can_power_off(daemon: Dae
             assert (ended.status, ended.reason.code) == ("stopped", "guest_shutdown"), ended.reason
 
 
-async def test_those_of_one_named_network_know_each_other_by_name(daemon: Daemon) -> None:
+async def test_vms_of_one_named_network_reach_each_other_by_name(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await client.networks.create("blue")
         await boot(client, "one", network="blue")
@@ -201,7 +201,7 @@ async def test_those_of_one_named_network_know_each_other_by_name(daemon: Daemon
         await boot(client, "other")
         assert await reaches(client, "two", "one"), "it was told as it began"
         with trio.fail_after(BOOT_S):
-            while not await reaches(client, "one", "two"):  # noqa: ASYNC110 - and this one hears of it
+            while not await reaches(client, "one", "two"):  # noqa: ASYNC110 - the guest offers no wait
                 await trio.sleep(0.1)
         assert not await reaches(client, "one", "other")
         await client.vms.delete("two")
@@ -214,31 +214,29 @@ async def test_those_of_one_named_network_know_each_other_by_name(daemon: Daemon
 
 
 async def tells_from_where(client: Client, name: str) -> str:
-    """What the world sees of who comes from that guest."""
+    """Returns the address from which a connection of the guest arrives."""
     return await run(client, name, "python3", "-c", FETCH, WORLD, str(PORT))
 
 
 async def serve(client: Client, name: str) -> None:
-    """Let something listen in the guest, on port 80, that says its name."""
+    """Starts a server in the guest, on port 80, which answers with the guest's name."""
     script = "while :; do hostname | nc -l -p 80; done"
     await run(client, name, "sh", "-c", f"({script}) </dev/null >/dev/null 2>&1 &")
 
 
 async def fetch(lab: Lab, port: int) -> str:
-    """What a port of the host says to the world, once it says something."""
+    """Returns the answer of a port of the host to the internet, once there is one."""
     said = ""
     with trio.fail_after(_S):
         while not said:
-            # passt takes a connection before its guest has, and closes it when nobody listens there.
+            # passt accepts a connection before its guest does, and closes it if nothing listens there.
             with suppress(subprocess.CalledProcessError):
                 said = lab.world.run(sys.executable, "-c", FETCH, HOST, str(port))
             await trio.sleep(0.1)
     return said
 
 
-async def test_networks_outlive_the_daemon_that_is_killed_and_what_has_gone_meanwhile_is_removed(
-    daemon: Daemon, lab: Lab
-) -> None:
+async def test_networks_outlive_a_killed_daemon_and_end_with_their_vms(daemon: Daemon, lab: Lab) -> None:
     async with daemon.client() as client:
         vm = await boot(client, "stays", ports=["0.0.0.0:8080:80"])
         await boot(client, "goes")
@@ -247,7 +245,7 @@ async def test_networks_outlive_the_daemon_that_is_killed_and_what_has_gone_mean
         assert await fetch(lab, 8080) == "stays\n"
     with_both = lab.host.links()
     daemon.kill()
-    # Nobody needs the daemon for what there is.
+    # Existing networks work without the daemon.
     assert await fetch(lab, 8080) == "stays\n"
     daemon.start()
     async with daemon.client() as client:
@@ -264,12 +262,10 @@ async def test_networks_outlive_the_daemon_that_is_killed_and_what_has_gone_mean
             lab.world.run(sys.executable, "-c", FETCH, HOST, "8080")
 
 
-async def test_a_guest_that_no_row_knows_any_more_keeps_its_address_when_it_is_adopted(
-    daemon: Daemon, lab: Lab
-) -> None:
-    """One that booted has it on its command line; of one that had waited it lies in its directory."""
+async def test_an_orphaned_guest_keeps_its_address_when_it_is_adopted(daemon: Daemon, lab: Lab) -> None:
+    """A booted VM has its address on the command line; a VM from the warm pool has it in a file of its directory."""
     async with daemon.client() as client:
-        # A daemon that has just begun does not know what will be used.
+        # A daemon that has just started does not know which templates will be used.
         await boot(client, "first")
         await filled(daemon)
         claims = await count(daemon, "claims_total")
@@ -299,7 +295,7 @@ async def test_a_guest_that_no_row_knows_any_more_keeps_its_address_when_it_is_a
 
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
-async def test_guests_come_to_the_world_as_users_of_the_host_do(daemon: Daemon, lab: Lab) -> None:
+async def test_guests_reach_the_internet_as_users_of_the_host_do(daemon: Daemon, lab: Lab) -> None:
     async with daemon.client() as client:
         await boot(client, "booted", network="user", boot="cold", ports=["0.0.0.0:8081:80"])
         await boot(client, "clone", network="user")
@@ -314,11 +310,11 @@ async def test_guests_come_to_the_world_as_users_of_the_host_do(daemon: Daemon, 
 
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
-async def test_guests_reach_the_world_again_whoever_is_killed(daemon: Daemon) -> None:
-    """However a VM came to be: its hypervisor does not connect to passt, so the daemon has to."""
+async def test_guests_reach_the_internet_again_whichever_process_is_killed(daemon: Daemon) -> None:
+    """For a VM of any origin: its hypervisor does not connect to passt, so the daemon has to."""
 
     def passts() -> dict[int, int]:
-        """The processes by the id of their VM."""
+        """Returns the processes by the id of their VM."""
         prefix = f"{daemon.tag_prefix}n."
         return {int(tag.removeprefix(prefix)): pid for pid, tag in daemon.processes().items() if tag.startswith(prefix)}
 

@@ -1,6 +1,6 @@
-"""A guest with a NIC reaches its gateway, and so does every copy of it, as itself and never as what it is a copy of.
+"""A guest with a NIC and each copy of it reach their gateway, with an address of their own.
 
-Without a daemon, as this is about guest, hypervisor and channel. QEMU runs in a network namespace of the test's own.
+Without a daemon: this tests guest, hypervisor and channel. QEMU runs in a network namespace of the test.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ while True:
     arp = ".".join(map(str, frame[28:32])) if frame[12:14] == bytes((8, 6)) else ""
     print(frame[6:12].hex(":"), arp, flush=True)
 """
-"""Tells who speaks on the bridge: each MAC, and in ARP the address that it names as its own."""
+"""Prints the source of each frame on the bridge: its MAC, and in ARP its address."""
 
 
 class Net:
-    """A network namespace with a bridge, the gateway's address on it, and three taps."""
+    """A network namespace with a bridge, which has the gateway's address, and three taps."""
 
     def __init__(self, directory: Path) -> None:
         self._holder = subprocess.Popen(
@@ -72,12 +72,12 @@ class Net:
         ).stdout
 
     def enter(self) -> None:
-        """Let the thread that calls be in there, for good."""
+        """Moves the calling thread into the namespace for good."""
         with Path(f"/proc/{self._holder.pid}/ns/net").open() as handle:
             assert ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), 0) == 0
 
     def spoken(self) -> list[list[str]]:
-        """Everybody who has spoken until now, and as whom. Once."""
+        """Returns the senders so far, with their addresses; forgets them."""
         self._listener.terminate()
         said = self._listener.communicate(timeout=_S)[0]
         return [line.split() for line in said.splitlines()]
@@ -91,7 +91,7 @@ class Net:
 
 
 class HostInside(Host):
-    """Finds taps where QEMU runs."""
+    """A host that finds taps in the namespace of QEMU."""
 
     def __init__(self, net: Net) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class HostInside(Host):
 
     @contextmanager
     def open_tap(self, name: str) -> Iterator[int]:
-        """See `Host`. A network namespace belongs to a thread."""
+        """Overrides `Host`: each thread has a network namespace of its own."""
         with ThreadPoolExecutor(1, initializer=self._net.enter) as inside:
             block = super().open_tap(name)
             yield inside.submit(block.__enter__).result()
@@ -143,12 +143,12 @@ def address(number: int) -> str:
 
 
 def make_nic(number: int) -> Nic:
-    """Of a copy, which hears of its address from the agent."""
+    """Returns the settings of a copy, which receives its address through the agent."""
     return Nic(mac=mac(number), tap=f"tap{number - 1}")
 
 
 def told(number: int, **more: object) -> dict[str, Any]:
-    """What an `Identity` says of the network."""
+    """Returns the network settings of an `Identity`."""
     return {"address": address(number), "prefix": 24, "gateway": GATEWAY, "mac": mac(number), **more}
 
 
@@ -158,7 +158,7 @@ def booting(spec: MachineSpec, **more: Any) -> MachineSpec:
 
 
 async def is_on_the_network(guest: Guest, number: int) -> None:
-    """It has this address and no other, and the gateway answers."""
+    """Checks that the guest has only this address, and that the gateway answers."""
     said = (await guest.run("ip", "address", "show", "eth0")).decode()
     assert f"link/ether {mac(number)} " in said
     assert [line.split()[1] for line in said.splitlines() if "inet " in line] == [f"{address(number)}/24"]
@@ -166,7 +166,7 @@ async def is_on_the_network(guest: Guest, number: int) -> None:
     assert b" 0% packet loss" in await guest.run("ping", "-c", "2", "-W", "5", GATEWAY)
 
 
-async def test_a_guest_and_the_copy_of_it_are_both_on_the_network(
+async def test_a_guest_and_its_copy_are_both_on_the_network(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec
 ) -> None:
     with trio.fail_after(BOOT_S):
@@ -184,7 +184,7 @@ async def test_a_guest_and_the_copy_of_it_are_both_on_the_network(
                     assert b"origin" not in await grandchild.run("cat", "/etc/hosts")
 
 
-async def test_clones_speak_as_themselves_and_never_as_their_template(
+async def test_clones_use_their_own_addresses_and_never_the_templates(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, net: Net, tmp_path: Path
 ) -> None:
     """It had a NIC that leads nowhere, and theirs can do what a tap can."""
@@ -200,7 +200,7 @@ async def test_clones_speak_as_themselves_and_never_as_their_template(
             assert b" 0% packet loss" in await first.run("ping", "-c", "2", "-W", "5", address(3))
             features = (await first.run("sh", "-c", "cat /sys/bus/virtio/drivers/virtio_net/virtio*/features")).decode()
             assert features[0] == "1", "VIRTIO_NET_F_CSUM"
-            # As often as the daemon likes, and not for longer than it likes.
+            # The daemon may send it again, with a deadline.
             await first.ask("PUT", DAEMON_HOSTS, {"hosts": {"other": address(3)}})
             assert b" 0% packet loss" in await first.run("ping", "-c", "2", "-W", "5", "other")
             await first.ask("PUT", DAEMON_HOSTS, {"hosts": {}})
@@ -287,7 +287,7 @@ async def test_a_root_filesystem_is_told_too_and_keeps_its_own_names(
         await qemu.make_layer(root)
         async with running(host, qemu, spec) as guest:
             while (await guest.ask("GET", DAEMON_ROOT))["state"] == "pending":
-                pass  # the agent waits
+                pass  # the agent waits for this
             hosts = await guest.run("cat", "/etc/hosts")
             assert hosts.startswith(b"10.0.0.1 mine\n")
             assert b"\n192.168.127.2 origin\n" in hosts
@@ -307,7 +307,7 @@ class Peer:
 
     def __init__(self) -> None:
         self.heard: set[tuple[str, str]] = set()
-        """MACs, and the addresses with which they sent."""
+        """MACs and the addresses that they sent from."""
 
     async def serve(self, path: Path, *, task_status: trio.TaskStatus[Any]) -> None:
         listener = trio.socket.socket(trio.socket.AF_UNIX)
@@ -331,7 +331,7 @@ class Peer:
             return back + frame[14:21] + b"\x02" + ours + frame[38:42] + frame[22:32]
         if frame[12:14] == b"\x08\x00" and frame[23] == 1:
             self.heard.add((frame[6:12].hex(":"), ".".join(map(str, frame[26:30]))))
-            # From a request to a reply its sum grows by what its type shrinks.
+            # The checksum of a reply grows by as much as its type shrinks.
             total = int.from_bytes(frame[36:38], "big") + 0x0800
             ping = b"\0\0" + ((total & 0xFFFF) + (total >> 16)).to_bytes(2, "big") + frame[38:]
             return back + frame[14:26] + frame[30:34] + frame[26:30] + ping
@@ -357,7 +357,7 @@ async def test_a_nic_may_have_a_socket_behind_it_and_copies_one_of_their_own(
                 await reaches_the_gateway(guest)
                 async with guest.fork("child", behind(3), network=told(3)) as child:
                     await reaches_the_gateway(child)
-                    # What began at a socket goes on at a tap.
+                    # A guest that began with a socket continues with a tap.
                     async with child.fork("grandchild", make_nic(4), network=told(4)) as grandchild:
                         await is_on_the_network(grandchild, 4)
             nursery.cancel_scope.cancel()

@@ -1,4 +1,4 @@
-"""A guest outlives the loss of the daemon's database, and becomes a VM again."""
+"""A guest outlives the loss of the daemon's database, and can be adopted as a VM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from volant.client import LogLine
 
 
 def volar(daemon: Daemon, *words: str) -> Any:
-    """What `volar --json` says."""
+    """Runs `volar --json`; returns its output."""
     command = [sys.executable, "-m", "volant.cli.main", "--json", *words]
     environ = {**daemon.environ, "VOLANT_API_BASE": daemon.base_url}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
@@ -48,7 +48,7 @@ async def test_guests_outlive_the_loss_of_the_database(make_daemon: Callable[...
         assert (again["id"], again["pid"], again["status"]) == (vm.id, vm.pid, "running")
         await reachable(client, "demo")
         assert await run(client, "demo", "cat", "/run/kept") == "here before\n"
-        # The console goes on in the log that it had.
+        # The console continues in the same log.
         await run(client, "demo", "sh", "-c", "echo after the loss >/dev/console")
         with trio.fail_after(30):
             async with client.vms.logs("demo", since=0, streams=["console"]) as log:
@@ -64,7 +64,7 @@ async def test_guests_outlive_the_loss_of_the_database(make_daemon: Callable[...
         assert not is_alive(victim.pid)
         assert volar(daemon, "vms", "orphans") == []
 
-    # It is a VM like any other: held over the next restart, and its guest is asked when it is to stop.
+    # It is an ordinary VM again: it survives the next restart, and stops cleanly.
     assert daemon.stop() == 0
     daemon.start()
     async with daemon.client() as client:

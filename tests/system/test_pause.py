@@ -1,4 +1,4 @@
-"""A guest that stands still and goes on: nothing of it is lost, who was connected stays so, and its clock is right."""
+"""A guest is paused and resumed: it loses nothing, connections stay open, and its clock is right."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ for i in range(10_000_000):
 
 
 async def check_clock(client: Client, name: str) -> None:
-    """The guest's clock is the host's; it tells whole seconds."""
+    """Checks that the guest's clock is right, in whole seconds."""
     before = time.time()
     told = int(await run(client, name, "date", "+%s"))
     assert before - 1 - CLOCK_OFF_S <= told <= time.time() + CLOCK_OFF_S
@@ -101,16 +101,16 @@ async def test_no_line_is_lost_and_no_stream_breaks_over_a_hundred_pauses(daemon
         await check_clock(client, "demo")
 
 
-async def test_what_asks_a_paused_guest_is_told_at_once_and_its_clock_is_right_when_it_goes_on(daemon: Daemon) -> None:
+async def test_a_paused_guest_refuses_requests_at_once_and_has_the_right_clock_after_a_resume(daemon: Daemon) -> None:
     async with daemon.client() as client, daemon.http() as http:
-        # One that boots is paused once it runs.
+        # A booting VM is paused once it runs.
         await client.vms.create(spec("demo"))
         await client.vms.pause("demo")
         vm = await until(client, "demo", "paused")
         assert vm is not None
         etag = (await http.get("/api/v1/vms/demo")).headers["etag"]
         newest = await client.newest_event()
-        # Once more nothing happens.
+        # A second pause does nothing.
         await pause(client, "demo")
         assert await client.newest_event() == newest
         watch = Stopwatch()
@@ -134,7 +134,7 @@ async def test_what_asks_a_paused_guest_is_told_at_once_and_its_clock_is_right_w
         assert (resumed.status_code, resumed.headers["volant-wait"]) == (200, "met")
         await check_clock(client, "demo")
 
-        # A paused guest is asked to stop, too.
+        # A stop works on a paused guest, too.
         await pause(client, "demo")
         stopped = await client.vms.verb_and_wait("demo", "stop", ["stopped"])
         assert stopped.outcome == "met"
@@ -147,7 +147,7 @@ async def test_what_asks_a_paused_guest_is_told_at_once_and_its_clock_is_right_w
             assert refused_verb.value.status == 409
 
 
-async def test_a_daemon_that_comes_back_finds_a_pause_and_lets_go_on_what_should_run(
+async def test_a_restarted_daemon_keeps_a_paused_vm_and_resumes_one_that_should_run(
     make_daemon: Callable[..., Daemon],
 ) -> None:
     daemon = make_daemon(ephemeral=False)
@@ -167,7 +167,7 @@ async def test_a_daemon_that_comes_back_finds_a_pause_and_lets_go_on_what_should
         await check_clock(client, "demo")
         newest = await client.newest_event()
     daemon.kill()
-    # As a daemon leaves it that is killed while it copies the guest.
+    # The state that a daemon leaves if it is killed while it copies the guest.
     stop_machine(daemon, vm.id)
     await trio.sleep(PAUSED_S)
     daemon.start()
@@ -175,7 +175,7 @@ async def test_a_daemon_that_comes_back_finds_a_pause_and_lets_go_on_what_should
         await adopted(client)
         with trio.fail_after(30):
             while True:
-                # Whoever watches its process lets it go on a moment after the daemon is back.
+                # The daemon resumes it shortly after its start.
                 with suppress(ClientProblem, AssertionError):
                     await check_clock(client, "demo")
                     break
@@ -187,7 +187,7 @@ async def test_a_daemon_that_comes_back_finds_a_pause_and_lets_go_on_what_should
 
 
 def stop_machine(daemon: Daemon, vm_id: int) -> None:
-    """Tell QEMU to stop, and leave."""
+    """Stops the guest through QMP, and disconnects."""
     with socket.socket(socket.AF_UNIX) as control:
         control.settimeout(20)
         control.connect(str(daemon.runtime_dir / "vms" / str(vm_id) / "qmp.sock"))

@@ -1,4 +1,4 @@
-"""A plugin in a real guest: its actions, its OpenAPI document, and its manifest where the workload finds it."""
+"""A plugin in a real guest: its actions, its OpenAPI document, and its manifest inside the guest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import trio
 from tests.system.kit import REPOSITORY, Daemon, boot, run, spec, until
 from volant.client import Client, ClientProblem
 
-# The guest's Python has no http.server.
+# The guest's Python does not have http.server.
 SERVER = r"""
 import hashlib, json, os, socket, threading
 
@@ -73,7 +73,7 @@ DOCUMENT = {"openapi": "3.1.0", "info": {"title": "Kept", "version": "1"}, "path
 
 @pytest.fixture(scope="module", autouse=True)
 def guest(module_daemon: Daemon) -> Iterator[None]:
-    """A VM of the plugin, for all tests of this module."""
+    """A VM of the plugin; the tests of this module share it."""
 
     async def make() -> None:
         async with module_daemon.client() as client:
@@ -93,7 +93,7 @@ async def healthy(client: Client) -> None:
             await trio.sleep(0.1)
 
 
-async def test_an_action_is_what_the_workload_does(daemon: Daemon) -> None:
+async def test_the_workload_performs_an_action(daemon: Daemon) -> None:
     data = bytes(range(251)) * 4000
     async with daemon.client() as client:
         async with client.vms.call_action(
@@ -126,11 +126,11 @@ async def test_the_guest_knows_its_plugin(daemon: Daemon) -> None:
     assert seen == file == MANIFEST
 
 
-async def test_the_workloads_document_leads_through_the_daemon(daemon: Daemon) -> None:
+async def test_the_workloads_openapi_document_points_to_the_daemon(daemon: Daemon) -> None:
     async with daemon.client() as client, daemon.http() as http:
         document = await client.vms.openapi("demo")
         assert document["info"]["title"] == "Real"
-        # One of its paths is below /v1/, which is the agent's own.
+        # One path is below /v1/, which belongs to the agent.
         (server,) = document["servers"]
         assert server["url"] == "/api/v1/vms/demo/agent/v1/workload"
         answer = await http.get(server["url"] + "/v1/digest")
@@ -149,7 +149,7 @@ async def test_volar_calls_it(daemon: Daemon) -> None:
 
 
 async def test_a_vm_that_is_stopped(daemon: Daemon) -> None:
-    """And one whose plugin has the document itself, which is there before the VM has ever run."""
+    """Also with a plugin whose manifest contains the document: it is available before the VM has run."""
     async with daemon.client() as client:
         await client.vms.stop("demo")
         await until(client, "demo", "stopped")

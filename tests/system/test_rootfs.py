@@ -1,4 +1,4 @@
-"""A VM on a root filesystem: everything acts in it, it outlives stops and crashes, nobody else sees or changes it."""
+"""A VM with a root filesystem: commands run in it, it survives stops and crashes, and belongs to this VM alone."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ async def start(client: Client, name: str) -> VmView:
     return vm
 
 
-async def test_a_life_on_a_root_filesystem(daemon: Daemon, image_cache: Path, rootfs: Path) -> None:
-    """A shell is not in it, and not needed."""
+async def test_a_vm_runs_on_a_root_filesystem(daemon: Daemon, image_cache: Path, rootfs: Path) -> None:
+    """The root filesystem has no shell, and needs none."""
     base = medium_path(image_cache, digest(rootfs))
     async with daemon.client() as client, daemon.http() as http:
         await client.plugins.install(plugin("site", rootfs, workload=SITE))
         vm = await boot(client, "one", plugin="site")
         assert vm.disk == "overlay"
-        # A hypervisor of a user of its own boots from it, and no other user reads it.
+        # A hypervisor with a user of its own boots from it, and no other user can read it.
         assert base.stat().st_mode & 0o007 == 0
         assert (await client.vms.get("one")).disk == "overlay"
 
-        # The workload, its health check and commands act in it.
+        # The workload, its health check and commands run in it.
         with trio.fail_after(30):
             while (await client.vms.agent_health("one"))["workload"]["state"] != "healthy":  # noqa: ASYNC110
                 await trio.sleep(0.1)
@@ -81,7 +81,7 @@ async def test_a_life_on_a_root_filesystem(daemon: Daemon, image_cache: Path, ro
         assert await said(client, "one", "id", user="web") == "uid=33(web) gid=34(www) groups=40(extra)\n"
         assert await said(client, "one", "pwd", cwd="/www") == "/www\n"
 
-        # What is written stays over stop and start, and over the death of the hypervisor once it is synced.
+        # Data survives stop and start, and after a sync also the death of the hypervisor.
         await run(client, "one", "mkdir", "/kept")
         await client.vms.stop("one")
         await until(client, "one", "stopped")
@@ -96,7 +96,7 @@ async def test_a_life_on_a_root_filesystem(daemon: Daemon, image_cache: Path, ro
         await start(client, "one")
         assert {"kept", "synced"} <= set((await run(client, "one", "ls", "/")).split())
 
-        # Another VM has its own.
+        # Another VM has its own copy.
         await client.vms.stop("one")
         await until(client, "one", "stopped")
         await boot(client, "two", plugin="site")
@@ -131,7 +131,7 @@ def nonsense(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def broken(tmp_path: Path, rootfs: Path) -> Path:
-    """Has a superblock, and behind it nothing that makes sense."""
+    """Writes a file with a superblock and nothing valid after it."""
     path = tmp_path / "broken"
     data = bytearray(rootfs.read_bytes())
     data[2048 : 2**20] = os.urandom(2**20 - 2048)
@@ -139,9 +139,11 @@ def broken(tmp_path: Path, rootfs: Path) -> Path:
     return path
 
 
-async def test_what_it_can_t_boot_from_is_named(daemon: Daemon, rootfs: Path, nonsense: Path, broken: Path) -> None:
+async def test_a_root_filesystem_that_cannot_boot_is_named(
+    daemon: Daemon, rootfs: Path, nonsense: Path, broken: Path
+) -> None:
     async with daemon.client() as client:
-        # Whether it is there nobody learns.
+        # The error does not tell whether the file exists.
         for artifact in (Artifact(f"file://{rootfs}", "5" * 64), Artifact("/nowhere/x", "5" * 64)):
             with pytest.raises(ClientProblem) as refused:
                 await client.plugins.install(plugin("none", artifact))
@@ -197,11 +199,11 @@ async def test_a_daemon_that_was_killed_finds_the_disks_again(make_daemon: Calla
         await adopted(client)
         await reachable(client, "one")
         assert "kept" in (await run(client, "one", "ls", "/")).split()
-        # Nobody's disk is shown, and left to people.
+        # An orphaned disk is listed, and not deleted.
         assert (await client.system.info())["orphans"] == [{"disk": str(stray)}]
         stray.rmdir()
 
-        # A disk that somebody has taken away is not silently replaced by an empty one.
+        # A disk that disappeared is not silently replaced by an empty one.
         await client.vms.stop("one")
         await until(client, "one", "stopped")
         layer = layer_of(daemon.disks()[0])
@@ -217,7 +219,7 @@ async def test_a_daemon_that_was_killed_finds_the_disks_again(make_daemon: Calla
 async def test_after_an_upgrade_an_installed_plugin_boots_from_what_is_cached(
     make_daemon: Callable[..., Daemon], rootfs: Path, tmp_path: Path
 ) -> None:
-    """An earlier version let all read what it cached, and its manifests name files that are not read any more."""
+    """An earlier version cached files that all users can read, and its manifests name files that are not read now."""
     source = tmp_path / "site.ext4"
     shutil.copy(rootfs, source)
     daemon = make_daemon(ephemeral=False)

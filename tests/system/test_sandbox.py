@@ -20,7 +20,7 @@ from volant.hypervisor.qemu import SandboxPlan, user_of
 from volant.hypervisor.qemu._sandbox import QemuSandbox
 from volant.model import VmView
 
-# A clone has no memory of its own to be read, and a group besides, by which it reads its template's.
+# A clone has no memory file of its own, and reads its template's through an additional group.
 pytestmark = pytest.mark.cold
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="users of their own are given by root")
@@ -43,7 +43,7 @@ def core_limit(pid: int) -> list[str]:
 
 
 def opened_by(pid: int) -> set[str]:
-    """The files that a process has open, or has mapped."""
+    """Returns the files that a process has open or mapped."""
     found = {str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()}
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         found.add(line.split(maxsplit=5)[5] if len(line.split()) > 5 else "")
@@ -65,7 +65,7 @@ async def test_two_hypervisors_have_a_user_each_no_capability_and_no_file_of_the
             assert status["Groups"] == []
             assert {int(status[name][0], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
             assert (status["NoNewPrivs"], status["Seccomp"]) == (["1"], ["2"])
-            # QEMU's own, and the one of ours where there is one.
+            # QEMU's seccomp filter, and ours if there is one.
             assert int(status["Seccomp_filters"][0]) == 1 + info["no_connect"]
             assert core_limit(vm.pid) == ["0", "0"]
             assert (sandbox["user"], sandbox["capabilities"], sandbox["landlock"]) == (user, 0, info["landlock"])
@@ -77,7 +77,7 @@ async def test_two_hypervisors_have_a_user_each_no_capability_and_no_file_of_the
                     assert its.get(name.removesuffix(".mem"), vm.name) != other, path
                     assert "volant.db" not in path
         assert len({status_of(vm.pid or 0)["Uid"][0] for vm in vms}) == 2
-        # And they are VMs like others.
+        # They work like other VMs.
         assert await run(client, "one", "echo", "hello") == "hello\n"
 
 
@@ -143,14 +143,14 @@ async def test_an_intruder_in_the_place_of_a_hypervisor_reaches_neither_the_daem
         assert {task: result for task, result in found.items() if result not in DENIED} == {}
         assert status.user not in (0, status_of(pid)["Uid"][0])
         assert (status.capabilities, status.no_new_privileges) == (0, True)
-        # Its victim has noticed nothing.
+        # The other VM has noticed nothing.
         assert await run(client, "victim", "echo", "well") == "well\n"
         record = json.loads((its / "walls.json").read_text())
         assert record["landlock"] == info["landlock"]
 
 
 async def test_a_vm_runs_without_a_sandbox(image_cache: Path) -> None:
-    """What an operator can fall back to."""
+    """An operator can turn the sandbox off."""
     daemon = Daemon(image_cache, "--sandbox", "off")
     try:
         daemon.start()

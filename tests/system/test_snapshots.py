@@ -1,4 +1,4 @@
-"""A copy of a running guest goes on from where that was, as somebody else; the guest itself does not notice."""
+"""A copy of a running guest continues from its state with a new identity; the original does not notice."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def daemon(shared: Daemon) -> Iterator[Daemon]:
 
 
 def checkpoints(daemon: Daemon) -> list[str]:
-    """What lies about of copies of guests."""
+    """Returns the files of copies of guests."""
     found = [*daemon.memory_dir.glob("fork-*"), *daemon.memory_dir.glob("snapshot-*")]
     return sorted(path.name for path in [*found, *(daemon.state_dir / "snapshots").glob("*")])
 
 
 async def no_checkpoints(daemon: Daemon) -> None:
-    """Return once the daemon has taken away what copies no longer need: it does so a moment after they run."""
+    """Waits until the daemon has removed the files that copies no longer need, shortly after they run."""
     with trio.fail_after(30):
         while checkpoints(daemon):  # noqa: ASYNC110 - another process's files
             await trio.sleep(0.02)
 
 
 async def fork(client: Client, name: str, count: int = 1) -> list[VmView]:
-    """Copies that run."""
+    """Forks a VM; returns the running copies."""
     made = []
     for copy in await client.vms.fork(name, ForkVm(count=count)):
         vm = await until(client, copy.name, "running")
@@ -70,7 +70,7 @@ async def begin_to_count(client: Client, name: str) -> None:
             await trio.sleep(0.05)
 
 
-async def test_forks_go_on_from_there_and_the_original_keeps_what_it_has(daemon: Daemon) -> None:
+async def test_forks_continue_from_the_originals_state_and_the_original_keeps_its_own(daemon: Daemon) -> None:
     async with daemon.client() as client:
         before = await boot(client, "demo", labels={"team": "a"})
         await begin_to_count(client, "demo")
@@ -153,28 +153,28 @@ async def test_a_snapshot_outlives_its_vm_and_the_daemon(daemon: Daemon) -> None
         assert (await run(client, "again", "cat", "/before")).strip() == "before"
         assert "after" not in (await run(client, "again", "ls", "/")).split()
         assert await count(client, "again") >= counted
-        # A VM that goes on from it has it in its memory, whatever becomes of its name.
+        # A VM restored from it has it in memory, even if the snapshot is deleted.
         await client.snapshots.remove("warm")
         assert await count(client, "again") >= counted
-        # A later boot is an ordinary one.
+        # Its next boot is an ordinary one.
         again = await client.vms.verb_and_wait("again", "restart", ["running"], timeout_s=BOOT_S)
         assert again.vm is not None
         assert (again.vm.booted_from, again.vm.status) == ("cold", "running")
         assert "before" not in (await run(client, "again", "ls", "/")).split()
 
 
-async def test_the_disk_is_copied_with_the_memory_and_stays_the_copy_s_own(
+async def test_the_disk_is_copied_with_the_memory_and_belongs_to_the_copy(
     daemon: Daemon, image_cache: Path, tmp_path: Path
 ) -> None:
     rootfs = make_ext4(tmp_path / "root.ext4", image_cache, files={"etc/hello": "hello\n"})
-    # A copy of a VM whose workload has ended is one whose workload has ended.
+    # In a copy of a VM whose workload has ended, the workload has ended, too.
     manifest = plugin("disk", rootfs, workload=Workload(("/bin/mkdir", "/ran"), restart="never"))
     async with daemon.client() as client:
         await client.plugins.install(manifest)
         await boot(client, "demo", plugin="disk")
         await run(client, "demo", "mkdir", "/before")
         await run(client, "demo", "sync")
-        # Not on the disk yet, but in the memory that is copied with it.
+        # Not yet on the disk, but in the copied memory.
         await run(client, "demo", "mkdir", "/late")
         await client.snapshots.take("demo", TakeSnapshot(name="warm"))
         (copy,) = await fork(client, "demo")
@@ -213,12 +213,12 @@ _actor.VmActor._await_agent = hang
 """
 
 
-async def test_what_a_killed_daemon_has_left_half_done_is_finished_or_gone(daemon: Daemon) -> None:
+async def test_the_unfinished_copies_of_a_killed_daemon_are_finished_or_removed(daemon: Daemon) -> None:
     async with daemon.client() as client:
         before = await boot(client, "demo")
         await begin_to_count(client, "demo")
         await client.snapshots.take("demo", TakeSnapshot(name="whole"))
-    # While it is copied, for a snapshot and for a fork.
+    # Kill the daemon while it copies the guest, for a snapshot and for a fork.
     for what in ("snapshots", "fork"):
         await begin_and_be_killed(daemon, HANGS_WHILE_THE_GUEST_STANDS_STILL, f"/api/v1/vms/demo/{what}", {})
         assert is_alive(before.pid or 0)
@@ -232,9 +232,9 @@ async def test_what_a_killed_daemon_has_left_half_done_is_finished_or_gone(daemo
             await no_checkpoints_but_one(daemon)
             assert [(one.name, one.status) for one in await client.snapshots.list()] == [("whole", "ready")]
     async with daemon.client() as client:
-        # No copy was acknowledged, so none was made.
+        # No copy was acknowledged, so none exists.
         assert [vm.name for vm in await client.vms.list()] == ["demo"]
-    # While a copy is not yet told who it is.
+    # Kill the daemon before a copy receives its identity.
     body = {"name": "again", "from_snapshot": "whole"}
     await begin_and_be_killed(daemon, HANGS_BEFORE_A_COPY_IS_SOMEBODY, "/api/v1/vms?wait=running", body)
     daemon.start()
@@ -246,7 +246,7 @@ async def test_what_a_killed_daemon_has_left_half_done_is_finished_or_gone(daemo
 
 
 async def begin_and_be_killed(daemon: Daemon, code: str, path: str, body: dict[str, str]) -> None:
-    """Begin something of which a hang is known, and kill the daemon in the middle of it."""
+    """Starts an operation that is made to hang, and kills the daemon during it."""
     assert daemon.stop() == 0
     whole = daemon.command
     daemon.command = [*patched(code), *whole]
@@ -260,7 +260,7 @@ async def begin_and_be_killed(daemon: Daemon, code: str, path: str, body: dict[s
                 try:
                     await http.post(path, json=body, timeout=120)
                 except httpx.TransportError:
-                    pass  # It was killed.
+                    pass  # The daemon was killed.
 
             nursery.start_soon(ask)
             with trio.fail_after(60):

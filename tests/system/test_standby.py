@@ -18,7 +18,7 @@ from volant.client import Client
 
 @pytest.fixture(scope="module")
 def pool(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
-    """A daemon that has a template and a process that waits."""
+    """A daemon with a template and a process in its warm pool."""
     daemon = Daemon(image_cache, "--templates", "auto", "--standby", "1", ephemeral=False)
     _running.append(daemon)
 
@@ -27,7 +27,7 @@ def pool(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
             await boot(client, "first")
             await template(daemon)
             assert not waiting(daemon)
-            # One that is used is one of which another may be wanted.
+            # The daemon fills the pool of a template once it is used.
             vm = await boot(client, "second")
             assert (vm.booted_from, vm.fallback) == ("template", None)
             await filled(daemon)
@@ -50,7 +50,7 @@ def daemon(pool: Daemon) -> Iterator[Daemon]:
 
 
 def waiting(daemon: Daemon) -> dict[int, Path]:
-    """Where the processes work that wait, by pid."""
+    """Returns the working directories of the processes in the warm pool, by pid."""
     found = {}
     for pid in daemon.processes():
         try:
@@ -63,7 +63,7 @@ def waiting(daemon: Daemon) -> dict[int, Path]:
 
 
 async def filled(daemon: Daemon, count: int = 1) -> set[int]:
-    """The pids of the processes that wait, once there are so many that have taken their template over."""
+    """Waits for a number of processes in the warm pool that have loaded their template; returns their pids."""
     async with daemon.http() as http:
         with trio.fail_after(BOOT_S):
             while True:
@@ -82,7 +82,7 @@ async def count(daemon: Daemon, what: str) -> float:
     raise AssertionError(f"no figure {what}")
 
 
-async def test_a_process_that_waits_becomes_a_vm(daemon: Daemon) -> None:
+async def test_a_vm_claims_a_process_of_the_warm_pool(daemon: Daemon) -> None:
     async with daemon.client() as client:
         (pid,), claims = await filled(daemon), await count(daemon, "claims_total")
         vm = await boot(client, "third")
@@ -90,7 +90,7 @@ async def test_a_process_that_waits_becomes_a_vm(daemon: Daemon) -> None:
         assert await count(daemon, "claims_total") == claims + 1
         third = await who(client, "third")
         assert third["hostname"] == "third"
-        # The pool is filled again, and the next one is somebody else.
+        # The pool is filled again, and the next VM has another identity.
         assert pid not in await filled(daemon)
         await boot(client, "fourth")
         fourth = await who(client, "fourth")
@@ -126,7 +126,7 @@ async def test_after_kill_nine_the_next_daemon_ends_them(daemon: Daemon) -> None
         (pid,) = await filled(daemon)
     daemon.kill()
     assert is_alive(pid)
-    # Nor does the loss of the database make a VM one of them: where a process works says whose it is.
+    # Even without the database, the working directory tells a VM from a process of the pool.
     for path in daemon.state_dir.glob("volant.db*"):
         path.unlink()
     daemon.start()
@@ -144,12 +144,12 @@ async def test_after_kill_nine_the_next_daemon_ends_them(daemon: Daemon) -> None
 
 
 async def refill(daemon: Daemon, client: Client) -> None:
-    """A daemon that has begun anew fills its pool once a template was used."""
+    """A restarted daemon fills its pool once a template is used."""
     await boot(client, "again")
     await filled(daemon)
 
 
-async def test_one_that_hangs_is_replaced_and_nobody_sees_it(daemon: Daemon) -> None:
+async def test_a_warm_process_that_hangs_is_replaced_unnoticed(daemon: Daemon) -> None:
     async with daemon.client() as client:
         (pid,), failed = await filled(daemon), await count(daemon, "failed_claims_total")
         os.kill(pid, signal.SIGSTOP)
@@ -181,7 +181,7 @@ async def test_with_a_disk(daemon: Daemon, image_cache: Path, tmp_path: Path) ->
         assert after is not None
         assert after.booted_from == "cold"
         assert "kept" in await run(client, "three", "ls", "/")
-        # With the template go those that wait for it.
+        # The processes of a deleted template end, too.
         async with daemon.http() as http:
             await http.delete(f"/api/v1/templates/{built.name}")
         await eventually(lambda: not [p for p in waiting(daemon) if _has_disk(p)])

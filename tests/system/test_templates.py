@@ -1,4 +1,4 @@
-"""The second VM of a kind is a clone: quick, somebody of its own, and never worse than a cold boot."""
+"""The second VM of a kind is a clone: fast, with its own identity, and never worse than a cold boot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.system.rootfs import make_ext4, plugin
 from volant.client import Client
 from volant.model import Cloning, HealthCheck, Manifest, Workload
 
-# They make templates of their own, and damage them.
+# These tests build their own templates, and damage them.
 pytestmark = pytest.mark.cold
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ async def eventually(look: Callable[[], T], timeout_s: float = BOOT_S) -> T:
 
 
 async def template(daemon: Daemon) -> Path:
-    """The directory of the newest template, once there is one."""
+    """Waits for a template; returns the directory of the newest one."""
     found = await eventually(
         lambda: [p.parent for p in daemon.state_dir.glob("templates/*/template.json") if not p.parent.suffix]
     )
@@ -111,7 +111,7 @@ def builds(daemon: Daemon) -> list[str]:
 
 
 async def who(client: Client, name: str) -> dict[str, Any]:
-    """What a guest thinks that it is, and whether its clock is right."""
+    """Returns the identity of a guest, and checks its clock."""
     before = time.time()
     found: dict[str, Any] = json.loads(await run(client, name, "python3.13", "-c", WHO))
     after = time.time()
@@ -120,13 +120,13 @@ async def who(client: Client, name: str) -> dict[str, Any]:
 
 
 async def ask(daemon: Daemon, name: str) -> dict[str, Any]:
-    """What the workload of the counter says."""
+    """Returns the answer of the counter's workload."""
     async with daemon.http() as http:
         found: dict[str, Any] = (await http.get(f"/api/v1/vms/{name}/agent/")).raise_for_status().json()
         return found
 
 
-async def test_clones_are_somebody_each(daemon: Daemon) -> None:
+async def test_clones_have_an_identity_each(daemon: Daemon) -> None:
     async with daemon.client() as client:
         names = [f"clone{number}" for number in range(5)]
         found: dict[str, dict[str, Any]] = {}
@@ -141,10 +141,10 @@ async def test_clones_are_somebody_each(daemon: Daemon) -> None:
             assert found[name]["clone"]["machine_id"] == found[name]["machine_id"]
         for what in ("urandom", "machine_id", "boot_id", "hostname"):
             assert len({each[what] for each in found.values()}) == len(names), what
-        # What one writes is in no other one.
+        # A write in one is not visible in others.
         await run(client, "clone0", "touch", "/root/mine")
         assert "mine" not in await run(client, "clone1", "ls", "-a", "/root")
-        # A restart of a VM without a disk is a clone again, and still the same machine.
+        # After a restart, a VM without a disk is a clone again, with the same machine id.
         await client.vms.restart("clone1")
         vm = await until(client, "clone1", "running")
         assert vm is not None
@@ -154,12 +154,12 @@ async def test_clones_are_somebody_each(daemon: Daemon) -> None:
         assert again["boot_id"] != found["clone1"]["boot_id"]
 
 
-async def test_whatever_a_clone_does_with_its_memory_is_not_done_to_its_template(daemon: Daemon) -> None:
+async def test_a_clone_cannot_change_the_memory_of_its_template(daemon: Daemon) -> None:
     memory = (await template(daemon)) / "memory"
     before, room = digest_of(memory), memory.stat().st_blocks
     async with daemon.client() as client:
         assert (await boot(client, "clone")).booted_from == "template"
-        # Nothing by which a guest, whoever is root in it, could give memory back.
+        # No device through which root in the guest could return memory.
         found = await run(client, "clone", "sh", "-c", "cat /sys/bus/virtio/devices/*/device")
         assert "0x0005" not in found.split(), "it has a balloon"
         await run(client, "clone", "python3.13", "-c", FREES)
@@ -169,17 +169,17 @@ async def test_whatever_a_clone_does_with_its_memory_is_not_done_to_its_template
     assert (digest_of(memory), memory.stat().st_blocks) == (before, room)
 
 
-async def test_a_boot_is_what_was_asked_for(daemon: Daemon) -> None:
+async def test_a_vm_boots_in_the_requested_mode(daemon: Daemon) -> None:
     async with daemon.client() as client:
         cold = await boot(client, "cold", boot="cold")
         assert cold.booted_from == "cold"
-        # Another kind, of which there is no template: it is waited for.
+        # Another kind, without a template: the VM waits until it is built.
         clone = await boot(client, "clone", boot="template", kernel_cmdline="volant.test=1")
         assert clone.booted_from == "template"
         assert "volant.test=1" in await run(client, "clone", "cat", "/proc/cmdline")
 
 
-async def test_a_workload_that_was_copied_is_told_and_its_copies_part(daemon: Daemon) -> None:
+async def test_a_copied_workload_is_notified_and_its_copies_diverge(daemon: Daemon) -> None:
     manifest = Manifest(
         name="counter",
         workload=Workload(entrypoint=("python3.13", "-c", COUNTER), port=8080, health_check=HealthCheck(path="/")),
@@ -200,7 +200,7 @@ async def test_a_workload_that_was_copied_is_told_and_its_copies_part(daemon: Da
         assert said["a"]["born"] == said["b"]["born"]
         assert said["a"]["now"] != said["b"]["now"]
         assert said["a"]["env"] == "both"
-        # An environment of its own is another kind.
+        # A VM with its own environment is another kind.
         vm = await boot(client, "c", plugin="counter", env={"WHO": "me"})
         assert vm.booted_from == "cold"
         with trio.fail_after(60):
@@ -213,9 +213,7 @@ async def test_a_workload_that_was_copied_is_told_and_its_copies_part(daemon: Da
         assert lines == ["the workload began"]
 
 
-async def test_a_disk_is_a_copy_of_the_template_s_and_then_its_own(
-    daemon: Daemon, image_cache: Path, tmp_path: Path
-) -> None:
+async def test_a_disk_starts_as_a_copy_of_the_templates_disk(daemon: Daemon, image_cache: Path, tmp_path: Path) -> None:
     rootfs = make_ext4(tmp_path / "root.ext4", image_cache, files={"etc/hello": "hello\n"})
     async with daemon.client() as client:
         await client.plugins.install(plugin("disk", rootfs))
@@ -243,7 +241,7 @@ def cut(directory: Path) -> None:
 
 
 def forge(directory: Path) -> None:
-    """As a disk does it that lies: the record fits what is there, and what is there is nonsense."""
+    """Damages a template like a faulty disk: the record still matches, but the content is wrong."""
     state, record = directory / "state", directory / "template.json"
     state.write_bytes(b"x" * state.stat().st_size)
     figures, said = state.stat(), json.loads(record.read_text())
@@ -253,7 +251,7 @@ def forge(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [touch, cut, forge])
-async def test_a_damaged_template_costs_a_cold_boot_and_is_told(
+async def test_a_damaged_template_costs_a_cold_boot_and_is_reported(
     image_cache: Path, make_daemon: Callable[..., Daemon], damage: Callable[[Path], None]
 ) -> None:
     daemon = make_daemon("--templates", "auto", ephemeral=False)
@@ -261,7 +259,7 @@ async def test_a_damaged_template_costs_a_cold_boot_and_is_told(
         await boot(client, "vm", boot="template")
         directory = await template(daemon)
         await client.vms.delete("vm")
-    # Nothing is known of it by heart.
+    # The daemon has cached nothing about it.
     assert daemon.stop() == 0
     damage(directory)
     daemon.start()
@@ -278,7 +276,7 @@ async def test_a_damaged_template_costs_a_cold_boot_and_is_told(
             assert 'volant_template_fallbacks_total{reason="template_refused"} 1.0' in metrics
         else:
             assert vm.fallback is None
-            # It is made anew.
+            # The template is built again.
             assert (await template(daemon)).name == directory.name
         await reachable(client, "vm")
 

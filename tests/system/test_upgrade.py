@@ -1,4 +1,4 @@
-"""An upgrade costs no VM, no event and no line; guests with another agent are served as far as that goes."""
+"""An upgrade loses no VM, event or line; guests with another agent work as far as their protocol allows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from volant.client import Client, ClientError, ClientProblem, LogLine
 from volant.journal._schema import VERSION
 
 PREVIOUS = os.environ.get("VOLANT_TEST_PREVIOUS") or "HEAD~1"
-"""What is upgraded from: a commit."""
+"""The commit of the previous version."""
 
 TICKER = """
 import time
@@ -35,7 +35,7 @@ KILL = "kill -9 $(pidof python3.13 | tr ' ' '\\n' | sort -n | grep -vx 1 | head 
 
 @pytest.fixture
 def previous(tmp_path: Path) -> Path:
-    """The tree of the previous commit."""
+    """A checkout of the previous commit."""
     archive = subprocess.run(
         ["git", "-C", REPOSITORY, "archive", PREVIOUS, "volant", "actors"], capture_output=True, check=False
     )
@@ -48,7 +48,7 @@ def previous(tmp_path: Path) -> Path:
 
 
 def begin_with(daemon: Daemon, tree: Path | None) -> None:
-    """Let the next start be of the code in `tree`; None: of ours."""
+    """Makes the next start use the code in `tree`; None: this code."""
     daemon.cwd = tree
     daemon.environ["PYTHONPATH"] = str(tree or REPOSITORY)
     where = subprocess.run(
@@ -58,13 +58,13 @@ def begin_with(daemon: Daemon, tree: Path | None) -> None:
     assert Path(where.strip()).is_relative_to(tree or REPOSITORY), where
 
 
-async def test_the_next_daemon_goes_on_with_what_the_previous_one_has_begun(
+async def test_the_next_version_takes_over_everything_from_the_previous_one(
     make_daemon: Callable[..., Daemon], previous: Path
 ) -> None:
     daemon = make_daemon(ephemeral=False)
     assert daemon.stop() == 0
     begin_with(daemon, previous)
-    # What ours has made is none of its business.
+    # It must not use files that this version has made.
     for path in daemon.state_dir.glob("volant.db*"):
         path.unlink()
     daemon.start()
@@ -91,7 +91,7 @@ async def test_the_next_daemon_goes_on_with_what_the_previous_one_has_begun(
         assert (after.labels, after.plugin, after.started_at) == (vm.labels, vm.plugin, vm.started_at)
         await reachable(client, "demo")
         assert await run(client, "demo", "echo", "alive") == "alive\n"
-        # The log and the events go on where they were, and adoption is no event.
+        # The log and the events continue without a gap, and adoption causes no event.
         await last_line(client, last)
         assert await client.newest_event() == newest
         async with client.events(after=newest) as feed:
@@ -100,7 +100,7 @@ async def test_the_next_daemon_goes_on_with_what_the_previous_one_has_begun(
             assert (event.type, event.vm_id) == ("VM_STARTING", before)
             epoch, _, seq = newest.rpartition("-")
             assert event.id == f"{epoch}-{int(seq) + 1}"
-        # What was answered before is answered again.
+        # A repeated request gets the stored response.
         assert (await client.vms.create(spec("once"), idempotency_key="made-once")).id == made.id
         assert [plugin.name for plugin in await client.plugins.list()] == ["base", "ticker"]
         stopped = await client.vms.verb_and_wait("demo", "stop", ["stopped"], grace_s=60)
@@ -111,7 +111,7 @@ async def test_the_next_daemon_goes_on_with_what_the_previous_one_has_begun(
 
 
 async def last_line(client: Client, after: int) -> int:
-    """Read some lines of the workload after that one, none of which may lack or come twice; the number of the last."""
+    """Reads some lines of the workload after `after`, without gaps or repetitions; returns the last number."""
     numbers: list[int] = []
     seq = after
     with trio.fail_after(60):
@@ -127,7 +127,7 @@ async def last_line(client: Client, after: int) -> int:
 
 
 def older(source: str) -> str:
-    """The agent's server without the routes that came later."""
+    """Returns the agent's server without its newer routes."""
     for route in ("agent.FILES", "agent.EXEC_SESSIONS", "agent.DAEMON_MANIFEST"):
         assert route in source
         source = source.replace(route, '"/v1/there-is-none"')
@@ -139,14 +139,14 @@ def older(source: str) -> str:
 
 
 def newer(source: str) -> str:
-    """One of a later version, which has given up what we speak."""
+    """Returns an agent of a later version, which no longer supports this protocol."""
     said = '{"min": agent.PROTOCOL_MIN, "max": agent.PROTOCOL_VERSION}'
     assert said in source
     return source.replace(said, '{"min": 70, "max": 90}')
 
 
 async def replace_agent(client: Client, name: str, source: str) -> None:
-    """Let PID 1 start another agent in the place of the one that runs."""
+    """Replaces the agent in a guest: PID 1 starts the new one."""
     try:
         await run(client, name, "sh", "-c", f"cp {source} /usr/lib/volant/volant/guest/_server.py; {KILL}")
     except (ClientError, AssertionError) as error:
@@ -155,7 +155,7 @@ async def replace_agent(client: Client, name: str, source: str) -> None:
         pytest.fail("the agent is still there")
 
 
-async def test_a_guest_with_another_agent_is_served_as_far_as_it_goes(daemon: Daemon) -> None:
+async def test_a_guest_with_another_agent_works_as_far_as_its_protocol_allows(daemon: Daemon) -> None:
     source = (REPOSITORY / "volant" / "guest" / "_server.py").read_text()
     async with daemon.client() as client, daemon.http() as http:
         vm = await boot(client, "demo")
@@ -164,7 +164,7 @@ async def test_a_guest_with_another_agent_is_served_as_far_as_it_goes(daemon: Da
         await replace_agent(client, "demo", "/tmp/older")
         await reachable(client, "demo")
 
-        # What it can, it does; what it can't is said as what it is, and no file that is missing.
+        # Supported operations work; for others the error names the reason, instead of a missing file.
         assert await run(client, "demo", "echo", "alive") == "alive\n"
         agent = "/api/v1/vms/demo/agent"
         for answer in (await http.get(f"{agent}/v1/files/etc/passwd"), await http.get(f"{agent}/v1/exec/sessions")):
@@ -177,7 +177,7 @@ async def test_a_guest_with_another_agent_is_served_as_far_as_it_goes(daemon: Da
         inspected = await client.vms.inspect("demo")
         assert inspected["actor"]["actor"]["process"]["protocol"] == 1
 
-        # With one that speaks nothing of ours it runs on, and says why nobody gets in.
+        # A VM with an unsupported agent keeps running, and reports why its guest is unreachable.
         await replace_agent(client, "demo", "/tmp/newer")
         with trio.fail_after(30):
             while (answer := await http.get(f"{agent}/v1/info")).json().get("type", "").endswith("unreachable") or (  # noqa: ASYNC110
@@ -189,7 +189,7 @@ async def test_a_guest_with_another_agent_is_served_as_far_as_it_goes(daemon: Da
         assert (await client.vms.get("demo")).pid == vm.pid
         assert (await client.vms.get("demo")).status == "running"
 
-        # As the hint says.
+        # Follow the hint.
         again = await client.vms.verb_and_wait("demo", "restart", ["running"], grace_s=0, timeout_s=BOOT_S)
         assert again.outcome == "met"
         await until(client, "demo", "running")

@@ -1,7 +1,7 @@
 """An upgrade with everything in use: VMs of each origin, networks of each kind, a snapshot, a disk, a warm process.
 
-The state directory, the runtime directory, the cache and the memory files are made by the previous version alone, with
-the owners and modes that it gives them. `VOLANT_TEST_PREVIOUS` names the commit; the default is the one before.
+The previous version alone creates the state directory, the runtime directory, the cache and the memory files, with its
+owners and modes. `VOLANT_TEST_PREVIOUS` names the commit; the default is the one before.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _BUILD_S = 600.0
 
 
 def build_image(tree: Path, cache: Path) -> None:
-    """Make the boot image of the code in `tree` the current one: the daemon's host reaches no archive of packages."""
+    """Builds the boot image of the code in `tree`, because the daemon's host cannot reach the package archive."""
     subprocess.run(
         [sys.executable, "-m", "volant.images", "build", "--cache", str(cache)],
         cwd=tree,
@@ -62,7 +62,7 @@ def build_image(tree: Path, cache: Path) -> None:
 
 @pytest.fixture
 def cache() -> Iterator[Path]:
-    """A cache that nobody has used, where hypervisors' users can reach it."""
+    """An empty cache in a place that the users of hypervisors can reach."""
     with TemporaryDirectory(prefix="vtc", dir="/tmp") as directory:
         Path(directory).chmod(0o711)
         yield Path(directory) / "cache"
@@ -70,7 +70,7 @@ def cache() -> Iterator[Path]:
 
 @pytest.fixture
 def upgraded(cache: Path, previous: Path, _running: list[Daemon]) -> Iterator[tuple[Daemon, Lab]]:
-    """A daemon that has not started yet, whose code is the previous version's, in a host of its own."""
+    """A daemon of the previous version, not yet started, in its own host."""
     build_image(previous, cache)
     lab = Lab()
     daemon = Daemon(
@@ -87,7 +87,7 @@ def upgraded(cache: Path, previous: Path, _running: list[Daemon]) -> Iterator[tu
         lab.close()
 
 
-async def test_everything_that_runs_goes_on_and_everything_that_is_kept_can_be_used(
+async def test_running_vms_continue_and_stored_data_is_usable(
     upgraded: tuple[Daemon, Lab], tmp_path: Path, cache: Path
 ) -> None:
     daemon, lab = upgraded
@@ -98,7 +98,7 @@ async def test_everything_that_runs_goes_on_and_everything_that_is_kept_can_be_u
     processes = daemon.hypervisors()
     links = lab.host.links()
     daemon.kill()
-    # An artifact of an installed manifest comes from the cache.
+    # The artifact of an installed plugin comes from the cache.
     rootfs.unlink()
 
     build_image(REPOSITORY, cache)
@@ -117,7 +117,7 @@ async def test_everything_that_runs_goes_on_and_everything_that_is_kept_can_be_u
             if vm.status != "stopped":
                 await reachable(client, vm.name)
         await _check(lab, client)
-        # A hypervisor of the previous version may connect by itself, and finds the passt that is started again.
+        # A hypervisor of the previous version connects by itself, and finds the restarted passt.
         (passt,) = [pid for pid, tag in daemon.processes().items() if tag.startswith(f"{daemon.tag_prefix}n.")]
         os.kill(passt, signal.SIGKILL)
         again = f"until python3 -c '{FETCH}' {WORLD} {PORT} 2>/dev/null; do sleep 0.2; done"
@@ -136,7 +136,7 @@ async def test_everything_that_runs_goes_on_and_everything_that_is_kept_can_be_u
 
 
 async def _prepare(daemon: Daemon, lab: Lab, client: Client, rootfs: Path) -> list[VmView]:
-    """Make one VM of each kind; them as they then are."""
+    """Creates one VM of each kind; returns them."""
     await boot(client, "cold", boot="cold")
     await boot(client, "first")
     await template(daemon)
@@ -165,7 +165,7 @@ async def _prepare(daemon: Daemon, lab: Lab, client: Client, rootfs: Path) -> li
 
 
 async def _check(lab: Lab, client: Client) -> None:
-    """The networks of VMs that were adopted are what they were."""
+    """Checks that adopted VMs have the same networks as before."""
     for name in ("cold", "clone", "warm", "paused", "web"):
         await is_on_the_network(client, await client.vms.get(name))
     assert await fetch(lab, 8080) == "web\n"

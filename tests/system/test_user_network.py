@@ -1,4 +1,4 @@
-"""A VM whose network is a process of its own: it reaches the world as a user of the host does, and not the host."""
+"""Network 'user': the guest reaches the internet as a user of the host does, but not the host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.system.kit import BOOT_S, REPOSITORY, Daemon, boot, run
 from volant.client import Client
 
 HOST, OUTSIDE = "198.51.100.1", "198.51.100.2"
-"""The host's own address, and that of another machine."""
+"""The addresses of the host and of another machine."""
 _S = 20.0
 _IN_A_NAMESPACE = (
     "ip link set lo up && ip link add up0 type veth peer name eth0 netns {world} "
@@ -32,7 +32,7 @@ _IN_A_NAMESPACE = (
     f"&& for address in {' '.join(METADATA)}; do "
     'nsenter --net=/proc/{world}/ns/net ip address add $address/32 dev eth0; done && exec "$@"'
 )
-"""The host is a machine of its own; the one behind its uplink has the addresses of clouds' metadata, too."""
+"""The host, and a machine behind its uplink, which also has the addresses of cloud metadata services."""
 _SERVE = "import http.server, sys; http.server.test(http.server.SimpleHTTPRequestHandler, bind=sys.argv[1], port=8000)"
 
 pytestmark = [
@@ -42,7 +42,7 @@ pytestmark = [
 
 
 class Behind:
-    """The daemon, in a namespace that has an address besides loopback, and an uplink to the namespace of `world`."""
+    """The daemon, in a namespace with an address besides loopback and an uplink to the namespace of `world`."""
 
     def __init__(self, daemon: Daemon, client: Client, world: int) -> None:
         self.daemon = daemon
@@ -54,7 +54,7 @@ class Behind:
 
     @contextmanager
     def server(self, says: Path) -> Iterator[None]:
-        """Serves a directory in the world."""
+        """Serves a directory on the internet side."""
         command = ["nsenter", f"--net=/proc/{self.world}/ns/net", "--", "python3", "-u", "-c", _SERVE, OUTSIDE]
         process = subprocess.Popen(command, cwd=says, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
@@ -67,7 +67,7 @@ class Behind:
 
     @contextmanager
     def exposed(self, pid: int) -> Iterator[Callable[[], list[str]]]:
-        """Services in the namespace of a process; what they have received."""
+        """Services in the namespace of a process, and the data that they received."""
         command = ["nsenter", f"--net=/proc/{pid}/ns/net", "--", sys.executable, "-m", "tests.attackers.exposed_host"]
         process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -97,7 +97,7 @@ class Behind:
 
 @pytest.fixture
 def world() -> Iterator[int]:
-    """A process with a network namespace of its own."""
+    """Starts a process in its own network namespace."""
     process = subprocess.Popen(
         ["unshare", "--net", "--", "sh", "-c", "echo ready && exec cat"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -129,7 +129,7 @@ async def behind(image_cache: Path, world: int) -> AsyncIterator[Behind]:
         daemon.dispose()
 
 
-async def test_it_reaches_the_world_and_nothing_of_the_host_and_is_reached_where_it_is_published(
+async def test_a_guest_reaches_the_internet_but_not_the_host_and_its_published_ports_work(
     behind: Behind, world: int, tmp_path: Path
 ) -> None:
     client = behind.client
@@ -145,14 +145,14 @@ async def test_it_reaches_the_world_and_nothing_of_the_host_and_is_reached_where
         fetch = ("wget", "-q", "-T", "5", "-O", "-")
         assert await run(client, "demo", *fetch, f"http://{OUTSIDE}:8000/word") == "from the world"
 
-        # Both hear, as somebody else finds.
+        # Both services work for another client.
         for address in (HOST, METADATA[0]):
             connect = f"import socket; socket.create_connection(('{address}', {PORT}), timeout=10).recv(7)"
             await trio.run_process(behind.inside("python3", "-c", connect))
         assert (of_the_host(), of_metadata()) == ([f"tcp {PORT}"], [f"tcp {PORT}"])
         await attack(client)
         assert (of_the_host(), of_metadata()) == ([], [])
-        # Somebody reloads the host's own firewall.
+        # An administrator reloads the host's firewall.
         behind.nft("flush", "ruleset")
         with trio.fail_after(_S):
             while "skuid" not in behind.nft("list", "ruleset"):  # noqa: ASYNC110 - nothing tells
@@ -167,7 +167,7 @@ async def test_it_reaches_the_world_and_nothing_of_the_host_and_is_reached_where
         got = (await trio.run_process(behind.inside("python3", "-c", ask), capture_stdout=True)).stdout.decode()
         assert got.strip() == "from the guest"
 
-        # One that dies is started again, and the hypervisor finds it.
+        # A dead passt is restarted, and the hypervisor reconnects.
         (first,) = behind.passts()
         os.kill(first, signal.SIGKILL)
         with trio.fail_after(60):
@@ -177,7 +177,7 @@ async def test_it_reaches_the_world_and_nothing_of_the_host_and_is_reached_where
         await attack(client)
         assert (of_the_host(), of_metadata()) == ([], [])
 
-        # What no user of hypervisors is: one that a guest has taken over can do nothing to it.
+        # passt has another user than any hypervisor: a hostile hypervisor cannot harm it.
         (passt,) = behind.passts()
         (hypervisor,) = behind.daemon.hypervisors()
         assert user_of(passt) not in (user_of(hypervisor), pwd.getpwnam("nobody").pw_uid)
@@ -193,8 +193,8 @@ def user_of(pid: int) -> int:
 
 
 async def attack(client: Client) -> None:
-    """Have the guest try each way to a service of the host, by TCP and UDP."""
-    # 10.0.2.2 is the guest's gateway, which passt leads to the host's loopback unless it is told otherwise.
+    """Makes the guest try each way to a service of the host, over TCP and UDP."""
+    # 10.0.2.2 is the guest's gateway, which passt maps to the host's loopback by default.
     for address in (HOST, "10.0.2.2", "127.0.0.2", "0.0.0.0", "198.51.100.255", *MULTICAST_GROUPS, *METADATA):
         tries = [f"(wget -q -T 2 -O - http://{address}:{port} || true)" for port in (PORT, LOOPBACK_PORT)]
         tries += [f"(timeout 2 tftp -g -r x {address} {port} || true)" for port in (PORT, LOOPBACK_PORT)]
@@ -213,12 +213,12 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
 """
 
 
-async def test_a_guest_that_sends_all_the_time_is_connected_again(behind: Behind, tmp_path: Path) -> None:
+async def test_a_guest_that_sends_all_the_time_is_reconnected(behind: Behind, tmp_path: Path) -> None:
     client = behind.client
     (tmp_path / "word").write_text("from the world")
     with behind.server(tmp_path):
         await boot(client, "demo", network="user")
-        # What it sends while nothing is behind its interface must not block the interface for good.
+        # Packets sent while passt is down must not block the interface for good.
         await run(client, "demo", "sh", "-c", f"python3.13 -c '{FLOOD}' >/dev/null 2>&1 &")
         (first,) = behind.passts()
         os.kill(first, signal.SIGKILL)
@@ -227,7 +227,7 @@ async def test_a_guest_that_sends_all_the_time_is_connected_again(behind: Behind
             assert await run(client, "demo", "sh", "-c", fetch) == "from the world"
 
 
-async def test_it_outlives_the_daemon_and_goes_with_its_vm(image_cache: Path, world: int) -> None:
+async def test_the_network_outlives_the_daemon_and_ends_with_its_vm(image_cache: Path, world: int) -> None:
     daemon = on_a_host(image_cache, world, ephemeral=False)
     try:
         daemon.start()

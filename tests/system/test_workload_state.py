@@ -1,4 +1,4 @@
-"""A workload that can't start is seen by everybody who looks at its VM, and `--wait` ends with a failure."""
+"""A workload that cannot start is visible in its VM's state, and `--wait` fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def volar(daemon: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-async def test_a_workload_that_can_not_start_is_told_everywhere(daemon: Daemon) -> None:
+async def test_a_workload_that_cannot_start_is_reported_everywhere(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await client.plugins.install(MANIFEST)
         tell = partial(trio.to_thread.run_sync, volar, daemon)
@@ -46,10 +46,10 @@ async def test_a_workload_that_can_not_start_is_told_everywhere(daemon: Daemon) 
         await client.plugins.remove("broken")
 
 
-async def test_one_that_ends_with_an_error_is_told_too(daemon: Daemon) -> None:
+async def test_a_workload_that_ends_with_an_error_is_reported_too(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await client.plugins.install(ENDS)
-        # It has started, so the VM may have been ready for a moment.
+        # It did start, so the VM may have been ready for a moment.
         await client.vms.create_and_wait(spec("demo", plugin="ends"), ["ready"], timeout_s=BOOT_S)
         with trio.fail_after(BOOT_S):
             while (found := (await client.vms.get("demo")).workload) is None or found.state != "failed":  # noqa: ASYNC110

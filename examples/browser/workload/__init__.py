@@ -1,4 +1,4 @@
-"""What runs in the VM: Chromium, and an HTTP server that does with it what the plugin's actions say.
+"""The workload of the VM: Chromium, and an HTTP server that performs the plugin's actions with it.
 
-Standard library alone, so that the image needs Debian's Python and nothing else.
+It uses only the standard library, so that the image needs nothing but Debian's Python.
 """

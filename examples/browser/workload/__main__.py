@@ -16,7 +16,7 @@ BACKLOG = 32
 
 
 def main() -> int:
-    """Run until SIGTERM."""
+    """Runs until SIGTERM."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     if os.geteuid() == 0:
         entry = pwd.getpwnam(USER)
@@ -26,7 +26,7 @@ def main() -> int:
         os.environ["HOME"] = entry.pw_dir
     from ._chromium import Chromium
 
-    # First of all, as it takes longest. Whoever connects meanwhile waits, and is not turned away.
+    # Listen first: clients that connect while Chromium starts wait instead of being refused.
     chromium = Chromium(Path.home())
     chromium.start()
     listener = socket.create_server(("127.0.0.1", PORT), backlog=BACKLOG)

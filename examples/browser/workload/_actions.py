@@ -1,4 +1,4 @@
-"""What each action does to a page."""
+"""Performs each action on a page."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _DIALOG_S = 5.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What goes back to the caller."""
+    """The answer to the caller."""
 
     media_type: str
     body: bytes
 
 
 class Failed(Exception):
-    """The page can't do that; `status` is HTTP's, `hint` says what to do."""
+    """The page cannot do this. `status` is an HTTP status, `hint` says what to do."""
 
     def __init__(self, status: int, detail: str, *, field: str = "", hint: str = "") -> None:
         super().__init__(detail)
@@ -47,7 +47,7 @@ class Failed(Exception):
 
 
 def perform(chromium: Chromium, action: str, fields: dict[str, Any]) -> Answer:
-    """Do it; :raises Failed, Ended, Late, Refused, TooLarge: it did not work."""
+    """Performs an action. :raises Failed, Ended, Late, Refused, TooLarge: if it fails"""
     deadline = Deadline(fields["timeout_s"])
     connection = chromium.connection(deadline)
     with _attach(chromium, connection, fields["target"], deadline) as page:
@@ -61,7 +61,7 @@ def _attach(chromium: Chromium, connection: Connection, target: str | None, dead
         hint = "leave it out for the current page, or take an id from DevTools' json/list"
         raise Failed(404, f"there is no page {target}", field="target", hint=hint) from None
     except Refused:
-        # It was closed between the question and the attachment.
+        # The page was closed before the session attached to it.
         raise Ended("the page was closed") from None
 
 
@@ -75,14 +75,14 @@ def _navigate(page: Session, fields: dict[str, Any], deadline: Deadline) -> Answ
             reached.add(event["name"])
 
     def response(event: dict[str, Any]) -> None:
-        # Of a document, and there is one for each redirection of a script's.
-        # Chromium says 200 of data: and file: too.
+        # Each redirection by a script loads a document of its own.
+        # Chromium reports 200 for data: and file:, too.
         told = event["response"]
         if event["type"] == "Document" and event.get("frameId") == frame["id"] and told["url"].startswith("http"):
             statuses[event["loaderId"]] = told["status"]
 
     def dialog(event: dict[str, Any]) -> None:
-        # One that nobody answers would hold the page up for ever. This is the reader's thread, which can't wait.
+        # An unanswered dialog blocks the page for ever. This is the reader's thread, which must not wait.
         leave = event["type"] == "beforeunload"
         threading.Thread(target=_close_dialog, args=(page, leave), name="dialog", daemon=True).start()
 
@@ -103,7 +103,7 @@ def _navigate(page: Session, fields: dict[str, Any], deadline: Deadline) -> Answ
     if opened.get("errorText"):
         hint = "see that the server runs, and that the guest has a way to it"
         raise Failed(422, f"{url[:200]} can't be opened: {opened['errorText']}", field="url", hint=hint)
-    # Without a loader it is another place in the same document; and it is committed by now, whatever it is.
+    # Without a loader, the page moved within the same document, and has already done so.
     if "loaderId" in opened and fields["wait_until"] != "commit":
         page.wait_for(lambda: _LIFECYCLE[fields["wait_until"]] in reached, deadline)
     where, title, _ = _evaluate_own(page, deadline)
@@ -115,7 +115,7 @@ def _close_dialog(page: Session, accept: bool) -> None:
     try:
         page.call("Page.handleJavaScriptDialog", Deadline(_DIALOG_S), accept=accept)
     except (Ended, Late, Refused):
-        # It is somebody else's who has it open too, or it has gone.
+        # Another client has the dialog open too, or it is closed.
         pass
 
 
@@ -188,7 +188,7 @@ def _evaluate(page: Session, fields: dict[str, Any], deadline: Deadline) -> Answ
             returnByValue=True,
             awaitPromise=True,
             userGesture=True,
-            # So that a loop without an end is ended too.
+            # Chromium also stops an endless loop then.
             timeout=fields["timeout_s"] * 1000,
         )
     except Refused as error:
@@ -210,7 +210,7 @@ def _content(page: Session, fields: dict[str, Any], deadline: Deadline) -> Answe
 
 
 def _evaluate_own(page: Session, deadline: Deadline) -> list[str]:
-    # In a world of its own: the page may have put something else in the place of what this calls.
+    # In an isolated world: the page may have replaced the functions that this calls.
     frame = page.call("Page.getFrameTree", deadline)["frameTree"]["frame"]["id"]
     world = page.call("Page.createIsolatedWorld", deadline, frameId=frame, worldName="actions")["executionContextId"]
     answer = page.call("Runtime.evaluate", deadline, expression=_HTML, returnByValue=True, contextId=world)

@@ -1,4 +1,4 @@
-"""The actions, as data: the manifest, the OpenAPI document and the checks of what callers send are made of it."""
+"""The actions as data, from which the manifest, the OpenAPI document and the checks of requests are made."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 PORT = 8080
-"""Where the actions are served, on the guest's loopback."""
+"""The port of the actions, on the guest's loopback."""
 DEVTOOLS_PORT = 9222
-"""Where Chromium itself listens, on the guest's loopback."""
+"""The port of Chromium's DevTools, on the guest's loopback."""
 MAX_TIMEOUT_S = 120
 MAX_PIXELS = 32_000_000
-"""Of a screenshot: four bytes each, several times over, have to fit into the guest's memory."""
+"""Most pixels of a screenshot: several copies, with four bytes a pixel, have to fit into the guest's memory."""
 
 Schema = dict[str, Any]
 
@@ -113,7 +113,7 @@ ACTIONS: dict[str, dict[str, Any]] = {
 
 
 class BadInput(Exception):
-    """What a caller sent is not what the action takes; `field` says where."""
+    """The body of a request does not fit the action; `field` says where."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -121,7 +121,7 @@ class BadInput(Exception):
 
 
 def checked(action: str, body: object) -> dict[str, Any]:
-    """Return the fields of `body` with the defaults put in; :raises BadInput: one of them is wrong."""
+    """Returns the fields of `body` with defaults filled in. :raises BadInput: if one is invalid"""
     schema = ACTIONS[action]["input"]
     if not isinstance(body, dict):
         raise BadInput("", "the body is no JSON object")
@@ -157,13 +157,13 @@ def _check(name: str, value: object, schema: Schema) -> None:
 
 
 def manifest_actions() -> dict[str, Any]:
-    """Return the `actions` of the plugin's manifest."""
+    """Returns the `actions` of the plugin's manifest."""
     return {
         name: {
             "path": f"/{name}",
             "method": "POST",
             "description": action["description"],
-            # Longer than the caller's own time: then the answer that says what was waited for arrives.
+            # Longer than the caller's timeout, so that the answer about the timeout still arrives.
             "timeout_s": MAX_TIMEOUT_S + 30,
             "input": action["input"],
             "output": action["output"],
@@ -173,7 +173,7 @@ def manifest_actions() -> dict[str, Any]:
 
 
 def openapi() -> dict[str, Any]:
-    """Return the OpenAPI document of the server."""
+    """Returns the OpenAPI document of the server."""
     problem = {
         "description": "What went wrong, and what to do about it",
         "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},

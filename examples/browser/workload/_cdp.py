@@ -1,11 +1,11 @@
 """The Chrome DevTools Protocol over two pipes.
 
-Chromium speaks it on descriptors 3 and 4, JSON messages that end with a NUL, beside the WebSockets on its port. Pipes
-need no WebSocket library, have no other clients, tell at once that the browser has ended, and end the browser when
-this program does.
+Besides WebSockets on its port, Chromium speaks it on descriptors 3 and 4, as JSON messages that end with a NUL. Pipes
+need no WebSocket library, have no other clients, close at once when the browser ends, and end the browser when this
+program ends.
 
-One thread reads. A call is a slot that this thread fills; what nobody waits for any more is dropped. Events go to the
-handlers of their session, in the reader's thread: they note something and return.
+One thread reads. A call waits for a slot that this thread fills; late answers are dropped. The reader's thread calls
+the handlers of a session's events, which must return at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_MESSAGE = 96 * 1024 * 1024
-"""Longer ones are dropped, and the call that they answer fails."""
+"""Longer messages are dropped, and the call that they answer fails."""
 _READ = 1024 * 1024
 _DETACH_S = 5.0
 _ID = re.compile(rb'^\{"id":(\d+)')
@@ -29,11 +29,11 @@ Handler = Callable[[dict[str, Any]], None]
 
 
 class Ended(Exception):
-    """The browser has ended, or this page has crashed or been closed, before it answered."""
+    """The browser ended, or the page crashed or was closed, before it answered."""
 
 
 class Late(Exception):
-    """There was no answer in time."""
+    """No answer arrived in time."""
 
 
 class Refused(Exception):
@@ -45,14 +45,14 @@ class TooLarge(Exception):
 
 
 class Deadline:
-    """A moment until which something may take."""
+    """A deadline."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """How many seconds there are; :raises Late: none."""
+        """Returns the seconds that are left. :raises Late: if none are"""
         left = self._end - time.monotonic()
         if left <= 0:
             raise Late
@@ -72,7 +72,7 @@ class _Call:
 
 
 class Connection:
-    """One browser's two pipes. Closes them when the browser has ended."""
+    """The two pipes of one browser. Closes them when the browser has ended."""
 
     def __init__(self, from_browser: int, to_browser: int) -> None:
         self._from, self._to = from_browser, to_browser
@@ -88,11 +88,11 @@ class Connection:
             "Target.targetCrashed": self._target_crashed,
         }
         self.crashed: set[str] = set()
-        """Pages that are no more than a notice that they crashed."""
+        """Pages that have crashed."""
         threading.Thread(target=self._read, name="cdp", daemon=True).start()
 
     def call(self, method: str, deadline: Deadline, session: str | None = None, **parameters: Any) -> dict[str, Any]:
-        """Return the result of a command; :raises Ended, Late, Refused, TooLarge: there is none."""
+        """Returns the result of a command. :raises Ended, Late, Refused, TooLarge: if there is none"""
         call = _Call(session)
         with self._lock:
             if self._closed:
@@ -130,7 +130,7 @@ class Connection:
                         poll.poll(deadline.left() * 1000)
                     except Late:
                         if len(rest) < len(data):
-                            # Half a message: whatever came after it would be nonsense.
+                            # Half a message was written, so nothing after it would be understood.
                             self._shut("the browser does not read what it is told")
                             self._hang_up()
                         raise
@@ -164,7 +164,7 @@ class Connection:
             self._hang_up()
 
     def _hang_up(self) -> None:
-        # Nobody writes to it any more, even when the number is another file's.
+        # The number may belong to another file now: never write to it again.
         if self._to >= 0:
             os.close(self._to)
         self._to = -1
@@ -227,7 +227,7 @@ class Connection:
             self._drop(session, why)
 
     def attach(self, target: str, deadline: Deadline) -> Session:
-        """Return a session with a page; use it in a `with`; :raises Refused: there is no such page."""
+        """Returns a session with a page, for a `with` block. :raises Refused: if there is no such page"""
         session = self.call("Target.attachToTarget", deadline, targetId=target, flatten=True)["sessionId"]
         made = Session(self, target, session)
         with self._lock:
@@ -235,7 +235,7 @@ class Connection:
         return made
 
     def forget(self, session: Session) -> None:
-        """Detach: what the session had set up in the page is taken back."""
+        """Detaches, which undoes the session's changes to the page."""
         with self._lock:
             known = self._sessions.pop(session.id, None)
         if known is not None:
@@ -263,11 +263,11 @@ class Session:
         self._connection.forget(self)
 
     def call(self, method: str, deadline: Deadline, **parameters: Any) -> dict[str, Any]:
-        """As `Connection.call`."""
+        """Calls a command in this session; see `Connection.call`."""
         return self._connection.call(method, deadline, self.id, **parameters)
 
     def on(self, event: str, note: Handler) -> None:
-        """Let `note` have each such event from now on, and whoever waits look again."""
+        """Calls `note` with each such event from now on, then wakes up `wait`."""
 
         def handler(parameters: dict[str, Any]) -> None:
             with self._changed:
@@ -277,7 +277,7 @@ class Session:
         self.handlers[event] = handler
 
     def wait_for(self, condition: Callable[[], bool], deadline: Deadline) -> None:
-        """Wait until what the events have told makes it true; :raises Late, Ended: it did not come true."""
+        """Waits until the events make the condition true. :raises Late, Ended: if they do not"""
         with self._changed:
             if not self._changed.wait_for(lambda: condition() or bool(self._ended), deadline.left()):
                 raise Late
@@ -285,7 +285,7 @@ class Session:
                 raise Ended(self._ended)
 
     def end(self, why: str) -> None:
-        """Let nobody wait any longer."""
+        """Ends all waits."""
         with self._changed:
             self._ended = why
             self._changed.notify_all()

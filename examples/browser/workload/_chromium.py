@@ -1,4 +1,4 @@
-"""The browser: started, watched, and started anew when it ends."""
+"""Starts the browser, watches it, and restarts it when it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._cdp import Connection, Deadline, Ended, Late, Refused
 
 PROGRAM = "/usr/lib/chromium/chromium-headless-shell"
 _FLAGS = (
-    # The sandbox needs user namespaces, which the kernel refuses below a changed root. The VM isolates it.
+    # Chromium's sandbox needs user namespaces, which the kernel refuses after chroot. The VM isolates it instead.
     "--no-sandbox",
     "--no-zygote",
     "--disable-gpu",
@@ -35,12 +35,12 @@ _MAX_PAUSE_S = 10.0
 _WELL_S = 30.0
 _PROBE_S = 4.0
 _STUCK_S = 180.0
-"""A large picture keeps it from answering: under emulation and beside other load, for a minute."""
+"""Seconds without an answer before the browser is killed. A large picture takes a minute under emulation."""
 _SHORT_RUNS = 3
 
 
 class Chromium:
-    """One browser after the other."""
+    """Keeps one browser running."""
 
     def __init__(self, home: Path) -> None:
         self._profile = home / "profile"
@@ -55,11 +55,11 @@ class Chromium:
         self._choosing = threading.Lock()
 
     def start(self) -> None:
-        """Begin; returns at once."""
+        """Starts the browser; returns at once."""
         self._supervisor.start()
 
     def stop(self) -> None:
-        """End the browser for good."""
+        """Stops the browser for good."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -70,16 +70,16 @@ class Chromium:
         self._supervisor.join(_STOP_S)
 
     def connection(self, deadline: Deadline) -> Connection:
-        """Return the connection to the browser that runs; :raises Late: none runs in time."""
+        """Returns the connection to the running browser. :raises Late: if none runs in time"""
         with self._changed:
             while self._connection is None:
                 self._changed.wait(deadline.left())
             return self._connection
 
     def probe(self) -> str:
-        """Return which browser it is, from itself; one that has said nothing for three minutes is killed.
+        """Returns the browser's own version; kills a browser that has not answered for three minutes.
 
-        :raises Late, Ended: it does not answer
+        :raises Late, Ended: if it does not answer
         """
         try:
             deadline = Deadline(_PROBE_S)
@@ -95,9 +95,9 @@ class Chromium:
         return str(version["product"])
 
     def page(self, connection: Connection, target: str | None, deadline: Deadline) -> str:
-        """Return the id of the page that is meant: the one named, the last one, any, or a new one.
+        """Returns the id of the page to use: the named one, the last one, any, or a new one.
 
-        :raises LookupError: there is no page with that name
+        :raises LookupError: if there is no page with that name
         """
         with self._choosing:
             infos = connection.call("Target.getTargets", deadline)["targetInfos"]
@@ -108,7 +108,7 @@ class Chromium:
             elif self._current in pages and self._current not in connection.crashed:
                 target = self._current
             else:
-                # What is left of a page that has crashed answers nothing.
+                # A crashed page never answers.
                 whole = [page for page in pages if page not in connection.crashed]
                 if not whole:
                     whole = [connection.call("Target.createTarget", deadline, url="about:blank")["targetId"]]
@@ -138,7 +138,7 @@ class Chromium:
                     return
 
     def _run_once(self) -> None:
-        # What a browser that was killed leaves for the next one to ask about.
+        # Files of a killed browser, about which the next one would ask.
         for path in self._profile.glob("Singleton*"):
             path.unlink()
         with self._changed:
@@ -161,7 +161,7 @@ class Chromium:
         finally:
             with self._changed:
                 self._connection = None
-                # Until it is reaped, nobody else has its number, nor its group's.
+                # Until it is reaped, no other process has its pid or its process group.
                 self._signal(signal.SIGKILL)
                 _, status = os.waitpid(pid, 0)
                 self._pid = None
@@ -170,7 +170,7 @@ class Chromium:
     def _launch(self) -> tuple[int, Connection]:
         ends = [*os.pipe(), *os.pipe()]
         try:
-            # Above the numbers that Chromium looks at, so that neither overwrites the other.
+            # Above the descriptors that Chromium uses, so that neither overwrites the other.
             ends += [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (ends[0], ends[3])]
             commands, answers = ends[4:]
             pid = os.posix_spawn(
@@ -184,7 +184,7 @@ class Chromium:
                     (os.POSIX_SPAWN_DUP2, answers, 4),
                 ],
                 setpgroup=0,
-                # Else it would be as deaf to signals as this process is.
+                # Else it would inherit the blocked signals of this process.
                 setsigmask=(),
                 setsigdef=(signal.SIGPIPE,),
             )

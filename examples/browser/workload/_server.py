@@ -1,8 +1,8 @@
-"""The actions over HTTP, on the guest's loopback alone.
+"""Serves the actions over HTTP, on the guest's loopback alone.
 
-The pages in the browser reach it too, and are its enemies: a page must not drive the browser that shows it. So a body
-has to say that it is JSON, which a page can't send elsewhere without asking first, and nobody answers that it may; and
-`Host` has to be a name of the loopback, so that no name that somebody pointed here will do.
+Pages in the browser reach it, too, and a page must not drive the browser that shows it. So a body needs the media type
+of JSON, which a page cannot send to another origin without a preflight, which this server never grants; and `Host` has
+to be a name of the loopback, against DNS rebinding.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _MAX_CONNECTIONS = 32
 _MAX_ACTIONS = 8
 _SOCKET_S = 30.0
 _HOSTS = {"localhost", "127.0.0.1", "[::1]", "agent"}
-"""`agent`: as Volant's agent calls it, whose routes lead here too. No page has such a name."""
+"""Volant's agent, whose routes lead here, sends the name `agent`. No page can have that name."""
 
 
 class Server(ThreadingHTTPServer):
-    """At most 32 connections, of which at most 8 act."""
+    """Serves at most 32 connections, of which at most 8 perform actions."""
 
     daemon_threads = True
 
     def __init__(self, chromium: Chromium, listener: socket.socket) -> None:
-        """`listener` is served, and is the server's from now on."""
+        """Takes over `listener`."""
         super().__init__(listener.getsockname(), _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
@@ -43,11 +43,11 @@ class Server(ThreadingHTTPServer):
         self._connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
 
     def start(self) -> None:
-        """Serve in a thread of its own."""
+        """Serves in its own thread."""
         threading.Thread(target=self.serve_forever, name="server", daemon=True).start()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Wait with accepting more while there are as many as there may be."""
+        """Accepts no more connections while the limit is reached."""
         self._connections.acquire()
         try:
             super().process_request(request, client_address)
@@ -56,14 +56,14 @@ class Server(ThreadingHTTPServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection."""
+        """Serves one connection."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self._connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that leave are their own business; what else goes wrong is told as usual."""
+        """Ignores clients that leave; reports other errors as usual."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _SOCKET_S
 
     def do_GET(self) -> None:
-        """The document and the health."""
+        """Answers with the OpenAPI document or the health."""
         path = self.path.partition("?")[0]
         if not self._is_for_us():
             return
@@ -88,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._problem(404, f"there is no {path[:200]}", hint=_routes())
 
     def do_POST(self) -> None:
-        """An action."""
+        """Performs an action."""
         action = self.path.partition("?")[0].removeprefix("/")
         if not self._is_for_us():
             return
@@ -147,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _body(self) -> bytes | None:
-        """Return the body, or None when there was a reason to answer already."""
+        """Returns the body, or None if it was invalid and has been answered."""
         length = self.headers.get("Content-Length", "0")
         if self.headers.get("Transfer-Encoding"):
             self._problem(411, "the body has no length", hint="send Content-Length")
@@ -192,10 +192,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """One line a request would fill the VM's log with health checks."""
+        """Logs nothing: health checks would fill the VM's log."""
 
     def log_error(self, format: str, *arguments: object) -> None:
-        """Clients that leave or stay silent are their own business."""
+        """Ignores clients that leave or stay silent."""
 
 
 def _routes() -> str:

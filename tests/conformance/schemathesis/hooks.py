@@ -1,7 +1,7 @@
-"""Steers what schemathesis makes up, so that requests reach a guest, and none waits long. It loads this file itself.
+"""Hooks of schemathesis, which loads this file: requests reach a guest, and none waits long.
 
-Two VMs may exist. `demo` runs and stays as it is, for everything that goes into a guest: its workload answers anything,
-also on port 9000. `other` comes and goes with the requests that make, change and delete VMs.
+There are at most two VMs. `demo` always runs, for requests that go into a guest: its workload answers any request, also
+on port 9000. `other` is for requests that create, change and delete VMs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from volant.model import Problem, parse_duration
 schemathesis.serializer.alias("application/vnd.sqlite3", "application/octet-stream")
 
 STREAM_S = 1.0
-"""How long an event stream is read; each that is well-formed has no end."""
+"""Seconds for which an event stream is read; a valid one never ends."""
 
 _chance = random.Random(0)
 _TRUE = (True, "true", "1", "")
@@ -26,7 +26,7 @@ _TRUE = (True, "true", "1", "")
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
-    """Change a request that is about to be sent."""
+    """Changes a request before it is sent."""
     del context
     path, query = case.path, case.query
     if isinstance(case.body, dict):
@@ -36,7 +36,7 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
         return
     if "/vms/{name}" in path:
         inside = case.method == "GET" or any(part in path for part in ("/agent", "/ports/", "/actions/", "/devtools/"))
-        # For a browser that does not listen yet clients wait a minute.
+        # Without this, a request waits a minute for a browser that does not listen.
         if _chance.random() < 0.7 or "/devtools" in path:
             case.path_parameters["name"] = "demo" if inside else "other"
         elif not inside and case.path_parameters["name"] == "demo":
@@ -48,22 +48,22 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     if path == "/api/v1/vms" and case.method == "POST" and isinstance(case.body, dict):
         if isinstance(case.body.get("name"), str) and _chance.random() < 0.5:
             case.body["name"] = "other"
-        # From a second to 366 days, which the pattern of durations does not say.
+        # A second to 366 days: the pattern of durations cannot express this.
         if fits and not _is_duration(case.body.get("ttl", "1s"), 1, 366 * 86400):
             case.body["ttl"] = "1h"
     if path in ("/api/v1/vms", "/api/v1/templates") and isinstance(case.body, dict):
         memory_mb = case.body.get("memory_mb")
-        # What the boot image needs at least, the document can't know.
+        # The document does not know how much the boot image needs.
         if isinstance(memory_mb, int) and 64 <= memory_mb < 128:
             case.body["memory_mb"] = 128
     if path == "/api/v1/events/vms":
         kwargs["timeout"] = STREAM_S
         if fits and _chance.random() < 0.8:
-            # Enough of them, and schemathesis leaves before that.
+            # With many events, schemathesis leaves before the timeout.
             case.query = {"since": "0"}
             case.headers.pop("Last-Event-ID", None)
     if path == "/api/v1/system/drain":
-        # `demo` has to run on, and without that `grace` makes no sense.
+        # `demo` has to keep running; `grace` is only valid together with this.
         if query.get("stop_vms") in _TRUE:
             query["stop_vms"] = "false"
         if fits:
@@ -78,14 +78,14 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
 
 @schemathesis.hook
 def after_call(context: Any, case: Any, response: Any) -> None:
-    """Undo what would end the others."""
+    """Undoes effects that would disturb other requests."""
     del context
     if case.path == "/api/v1/system/drain" and response.status_code == 200:
         requests.post(response.request.url.partition("?")[0].replace("/drain", "/undrain"), timeout=20)
 
 
 def _shorten(query: dict[str, Any], name: str) -> None:
-    """Nobody waits for long. What is no duration, or too long a one, stays as it is: that is refused at once."""
+    """Shortens a duration. An invalid or too long one stays as it is, because the daemon refuses it at once."""
     if _is_duration(query.get(name, "0s"), 0, 600):
         query[name] = "50ms"
 
@@ -98,7 +98,7 @@ def _is_duration(value: Any, least_s: float, most_s: float) -> bool:
 
 
 def _with_integers(value: Any) -> Any:
-    """To JSON Schema 80.0 is an integer; to us it is not, and the document says so."""
+    """In JSON Schema 80.0 is an integer; the daemon refuses it, and the document says so."""
     match value:
         case dict():
             return {name: _with_integers(member) for name, member in value.items()}
