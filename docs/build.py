@@ -2,7 +2,8 @@
 table in `docs/reference/rest.md` from the routes, the reference of manifests and their JSON Schema from the structs,
 and the reference of the Python API in `docs/site`, which is not kept.
 
-With `--check` nothing is written: the exit code says whether the kept files are what the code says.
+With `demo` it first runs `examples/demo.py` and records it as `docs/demo.cast`, of which `docs/demo.svg` is made. With
+`--check` nothing is written: the exit code says whether the kept files are what the code says.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import recording
 import yaml
 
-from volant.api._openapi import document, standalone
+from volant.api._openapi import document
 from volant.cli._volar import volar
 from volant.mcp._tool import Tool
 from volant.mcp._tools import TOOLS
+from volant.operations import standalone
 
 DOCS = Path(__file__).resolve().parent
 MODULES = ["actors", "actors.testing", "volant.client", "volant.model", "volant.images"]
@@ -29,6 +32,8 @@ MODULES = ["actors", "actors.testing", "volant.client", "volant.model", "volant.
 
 def main() -> int:
     """Write or check; return the exit code."""
+    if "demo" in sys.argv[1:]:
+        _CAST.write_text(recording.record())
     kept = {path: write() for path, write in KEPT.items()}
     if "--check" in sys.argv[1:]:
         stale = [path for path, text in kept.items() if not path.is_file() or path.read_text() != text]
@@ -60,7 +65,7 @@ def _pages(command: click.Command, context: click.Context) -> Iterator[str]:
         yield f"{'#' * (context.command_path.count(' ') + 1)} {context.command_path}"
     yield _prose(command.help or "")
     if not isinstance(command, click.Group):
-        yield "```\n" + context.command_path + " " + " ".join(command.collect_usage_pieces(context)) + "\n```"
+        yield "```text\n" + context.command_path + " " + " ".join(command.collect_usage_pieces(context)) + "\n```"
     options = [record for item in command.get_params(context) if (record := item.get_help_record(context))]
     everywhere = _EVERYWHERE if context.parent is not None else {"--help"}
     options = [(names, text) for names, text in options if text and names.split()[0] not in everywhere]
@@ -227,7 +232,16 @@ def rest_reference() -> str:
     return _ROUTES.sub("\n".join(["", "| method | path | |", "| --- | --- | --- |", *table, "", ""]), _REST.read_text())
 
 
+_CAST = DOCS / "demo.cast"
+
+
+def demo_svg() -> str:
+    """The recorded session of the README."""
+    return recording.render(_CAST.read_text())
+
+
 KEPT = {
+    DOCS / "demo.svg": demo_svg,
     _REST: rest_reference,
     DOCS / "reference" / "volar.md": reference,
     DOCS / "reference" / "manifest.md": manifest_reference,
