@@ -24,7 +24,7 @@ from volant.guest._server import Server
 from volant.host import Host
 from volant.http import Access, ApiSettings, Limits, serve
 from volant.hypervisor.qemu import QemuHypervisor
-from volant.images import PUBLIC, BootMedia, Origins
+from volant.images import PUBLIC, ArtifactCache, Origins
 from volant.journal import Backups, Evidence, Journal, Store, VmLogs
 from volant.operations import ApiDeps, Health
 from volant.templates import BuildDoors, Templates, TemplateStore, WarmPool, WarmPoolLimits
@@ -316,7 +316,7 @@ async def api(
             builder=builder.ref,
             warm_pool=warm_pool,
             checkpoints=checkpoints,
-            media=BootMedia(path / "cache", path, timeout_s=60, max_mb=64, origins=origins),
+            artifacts=ArtifactCache(path / "cache", path, timeout_s=60, max_mb=64, origins=origins),
             settings=VmSettings(
                 runtime_dir=path / "run",
                 cache_dir=path / "cache",

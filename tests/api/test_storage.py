@@ -19,7 +19,7 @@ import trio.testing
 from tests.api.kit import Api, api
 from tests.images.test_image_store import place
 from tests.templates.test_store import KEY, add
-from volant.images import ANYWHERE, BootMedia, Origins, _media, _store, _users, fetch, medium_path
+from volant.images import ANYWHERE, ArtifactCache, Origins, _artifacts, _store, _users, artifact_path, fetch
 from volant.journal import LogEntry
 from volant.model import Artifact
 from volant.templates import BuildDoors, _actor
@@ -33,8 +33,8 @@ async def served(tmp_path: Path) -> AsyncIterator[Api]:
         yield running
 
 
-def medium(path: Path, content: bytes) -> tuple[str, str]:
-    """A medium in the cache: its URL and its digest."""
+def put_artifact(path: Path, content: bytes) -> tuple[str, str]:
+    """Puts an artifact into the cache; returns its URL and its digest."""
     source = path / f"source-{content.decode()}"
     source.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
@@ -67,7 +67,7 @@ async def install(served: Api, name: str, url: str, digest: str) -> None:
 
 
 async def test_what_a_vm_or_a_plugin_uses_stays_and_the_rest_goes(served: Api, tmp_path: Path) -> None:
-    of_plugin, of_vm, of_nobody = (medium(tmp_path, word) for word in (b"plugin", b"vm", b"nobody"))
+    of_plugin, of_vm, of_nobody = (put_artifact(tmp_path, word) for word in (b"plugin", b"vm", b"nobody"))
     await install(served, "keeper", *of_plugin)
     await install(served, "user", *of_vm)
     await served.crashed("demo", plugin="user")
@@ -179,13 +179,13 @@ async def test_templates_go_unless_a_clone_of_them_runs_or_they_have_served_late
 
 
 async def test_an_image_that_a_hypervisor_of_somebody_else_has_open_stays(served: Api, tmp_path: Path) -> None:
-    _, digest = medium(tmp_path, b"shared")
-    with medium_path(tmp_path / "cache", digest).open("rb") as file:
+    _, digest = put_artifact(tmp_path, b"shared")
+    with artifact_path(tmp_path / "cache", digest).open("rb") as file:
         # As QEMU does: a shared lock on some byte, of the open file.
         fcntl.fcntl(file, 37, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 100, 1, 0))
         done = await prune(served)
         assert (done["items"], [kept["name"] for kept in done["kept"]]) == ([], [digest])
-        assert medium_path(tmp_path / "cache", digest).exists()
+        assert artifact_path(tmp_path / "cache", digest).exists()
     assert [item["name"] for item in (await prune(served))["items"]] == [digest]
 
 
@@ -194,34 +194,34 @@ async def test_what_another_daemon_with_the_same_cache_uses_stays_for_as_long_as
 ) -> None:
     cache, other = tmp_path / "cache", tmp_path / "other"
     other.mkdir()
-    url, digest = medium(tmp_path, b"theirs")
+    url, digest = put_artifact(tmp_path, b"theirs")
     artifact = Artifact(url=url, sha256=digest)
-    media = BootMedia(cache, other, timeout_s=60, max_mb=1, origins=Origins((tmp_path,)))
+    artifacts = ArtifactCache(cache, other, timeout_s=60, max_mb=1, origins=Origins((tmp_path,)))
     place(cache, "b" * 64)
     _users.note_use(cache, "b" * 64, other)
     # This daemon has used it, too, and a third one, of which nothing is left.
     for state_dir in (served.doors.store.path.parent, tmp_path / "gone"):
-        await BootMedia(cache, state_dir, timeout_s=60, max_mb=1, origins=Origins((tmp_path,))).obtain(artifact)
-    await media.obtain(artifact)
+        await ArtifactCache(cache, state_dir, timeout_s=60, max_mb=1, origins=Origins((tmp_path,))).obtain(artifact)
+    await artifacts.obtain(artifact)
     found = await items(served)
     for key in (("medium", digest), ("image", "b" * 64)):
         assert (found[key]["used_by"], found[key]["reclaimable"]) == ([f"the daemon of {other}"], False)
     assert (await prune(served))["items"] == []
     # Whoever asks for it finds it, without another fetch.
     (tmp_path / "source-theirs").unlink()
-    assert (await media.obtain(artifact)).path.read_bytes() == b"theirs"
+    assert (await artifacts.obtain(artifact)).path.read_bytes() == b"theirs"
 
     other.rmdir()
     assert {item["name"] for item in (await prune(served))["items"]} == {digest, "b" * 64}
     assert not list((cache / "users").iterdir())
 
 
-async def test_a_medium_that_somebody_is_fetching_is_asked_for_without_waiting(tmp_path: Path) -> None:
+async def test_an_artifact_that_somebody_is_fetching_is_asked_for_without_waiting(tmp_path: Path) -> None:
     cache, owner, digest = tmp_path / "cache", tmp_path / "state", "c" * 64
     owner.mkdir()
-    with _media.locked_part(cache, digest), trio.fail_after(10):
+    with _artifacts.locked_part(cache, digest), trio.fail_after(10):
         # In a thread, which nobody could call back.
-        look = partial(_media.use_medium, cache, digest, owner)
+        look = partial(_artifacts.use_artifact, cache, digest, owner)
         assert await trio.to_thread.run_sync(look, abandon_on_cancel=True) is None
     assert _users.users(cache, digest) == [owner]
 
@@ -229,13 +229,13 @@ async def test_a_medium_that_somebody_is_fetching_is_asked_for_without_waiting(t
 async def test_one_that_another_daemon_has_begun_to_use_since_it_was_listed_stays(served: Api, tmp_path: Path) -> None:
     cache, other = tmp_path / "cache", tmp_path / "other"
     other.mkdir()
-    url, digest = medium(tmp_path, b"theirs")
+    url, digest = put_artifact(tmp_path, b"theirs")
     ours, theirs = (
-        BootMedia(cache, each, timeout_s=60, max_mb=1, origins=Origins((tmp_path,))) for each in (tmp_path, other)
+        ArtifactCache(cache, each, timeout_s=60, max_mb=1, origins=Origins((tmp_path,))) for each in (tmp_path, other)
     )
     await theirs.obtain(Artifact(url=url, sha256=digest))
     assert not await ours.remove(digest, in_use=lambda: False)
-    assert medium_path(cache, digest).exists()
+    assert artifact_path(cache, digest).exists()
 
 
 async def test_a_build_that_is_under_way_is_not_waited_for(served: Api, tmp_path: Path) -> None:
@@ -245,10 +245,10 @@ async def test_a_build_that_is_under_way_is_not_waited_for(served: Api, tmp_path
     assert [(kept["name"], kept["reason"]) for kept in done["kept"]] == [("b" * 64, "an image is being built")]
 
 
-async def test_who_wants_a_medium_while_it_goes_fetches_it_anew(tmp_path: Path) -> None:
+async def test_who_wants_an_artifact_while_it_goes_fetches_it_anew(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    url, digest = medium(tmp_path, b"wanted")
-    media = BootMedia(tmp_path / "cache", tmp_path, timeout_s=60, max_mb=1, origins=Origins((tmp_path,)))
+    url, digest = put_artifact(tmp_path, b"wanted")
+    artifacts = ArtifactCache(tmp_path / "cache", tmp_path, timeout_s=60, max_mb=1, origins=Origins((tmp_path,)))
     asked = False
 
     def in_use() -> bool:
@@ -259,15 +259,15 @@ async def test_who_wants_a_medium_while_it_goes_fetches_it_anew(tmp_path: Path) 
         return False
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_gone, media, digest, in_use)
+        nursery.start_soon(_gone, artifacts, digest, in_use)
         await trio.testing.wait_all_tasks_blocked(0.0)
-        found = await media.obtain(Artifact(url=url, sha256=digest))
+        found = await artifacts.obtain(Artifact(url=url, sha256=digest))
         assert asked
         assert found.path.read_bytes() == b"wanted"
     assert found.path.exists()
-    assert not await media.remove(digest, in_use=lambda: True)
+    assert not await artifacts.remove(digest, in_use=lambda: True)
     assert found.path.exists()
 
 
-async def _gone(media: BootMedia, digest: str, in_use: Any) -> None:
-    assert await media.remove(digest, in_use=in_use)
+async def _gone(artifacts: ArtifactCache, digest: str, in_use: Any) -> None:
+    assert await artifacts.remove(digest, in_use=in_use)

@@ -19,7 +19,7 @@ from tests.attackers.local_user import NOBODY, needs_root, run_code
 from tests.cli.kit import volar
 from volant._readers import loopback_peer_uid, unix_peer
 from volant.http import ApiSettings
-from volant.images import PUBLIC, ImageError, Origins, make_private, medium_path
+from volant.images import PUBLIC, ImageError, Origins, artifact_path, make_private
 from volant.model import Artifact
 
 pytestmark = needs_root
@@ -98,7 +98,7 @@ async def test_a_client_over_tcp_names_no_file_of_the_host(root: Path, secret: P
         assert len(said) == 1
         (status, kind, _) = said.pop()
         assert (status, kind.rpartition(":")[2]) == (403, "artifact-not-allowed")
-        assert not medium_path(root / "state/cache", DIGEST).exists()
+        assert not artifact_path(root / "state/cache", DIGEST).exists()
 
 
 async def test_a_client_at_the_socket_names_what_it_can_read_itself(root: Path, secret: Path, public: Path) -> None:
@@ -120,11 +120,11 @@ async def test_a_client_at_the_socket_names_what_it_can_read_itself(root: Path, 
         (status, kind, text) = said.pop()
         assert (status, kind.rpartition(":")[2]) == (400, "artifact-unavailable")
         assert "no file that may be read and has this SHA-256" in text
-        assert not medium_path(root / "state/cache", DIGEST).exists()
+        assert not artifact_path(root / "state/cache", DIGEST).exists()
 
         status, _, answer = await ask(path, "POST", "/api/v1/plugins", manifest(public))
         assert status == 201, answer
-        assert medium_path(root / "state/cache", DIGEST).read_bytes() == SECRET
+        assert artifact_path(root / "state/cache", DIGEST).read_bytes() == SECRET
 
 
 async def test_what_the_daemon_has_open_is_not_to_be_had_through_proc(root: Path) -> None:
@@ -173,7 +173,7 @@ async def test_below_a_directory_of_the_operator_everybody_names_files_and_no_li
     (images / "link").symlink_to(secret)
     (images / "up").symlink_to("..")
     async with daemon(root, Origins((images,))) as (running, _):
-        media = running.vms.doors.media
+        artifacts = running.vms.doors.artifacts
         for number, named in enumerate((images / "site", images / "link", images / "up/shadow", images / "none")):
             status, _, answer = await ask(
                 running.server.port, "POST", "/api/v1/plugins", manifest(named, name=f"p{number}")
@@ -185,10 +185,10 @@ async def test_below_a_directory_of_the_operator_everybody_names_files_and_no_li
         said = set()
         for named in (images / "link", images / "up/shadow", images / "none", secret):
             with pytest.raises(ImageError) as caught:
-                await media.obtain(Artifact(str(named), DIGEST))
+                await artifacts.obtain(Artifact(str(named), DIGEST))
             said.add((caught.value.code, caught.value.message.replace(str(named), "")))
         assert len(said) == 1
-        assert (await media.obtain(Artifact(str(images / "site"), DIGEST))).path.read_bytes() == SECRET
+        assert (await artifacts.obtain(Artifact(str(images / "site"), DIGEST))).path.read_bytes() == SECRET
 
 
 async def test_an_upload_is_verified_bounded_and_for_nobody_else(root: Path) -> None:
@@ -201,7 +201,7 @@ async def test_an_upload_is_verified_bounded_and_for_nobody_else(root: Path) -> 
         assert headers["cache-control"] == "no-store"
         assert headers["cross-origin-resource-policy"] == "same-origin"
 
-        path = medium_path(root / "state/cache", DIGEST)
+        path = artifact_path(root / "state/cache", DIGEST)
         assert path.read_bytes() == SECRET
         for each in (path, path.with_name(f"{DIGEST}.json"), path.parent):
             assert each.stat().st_mode & 0o077 == 0, each
@@ -239,7 +239,7 @@ async def test_volar_uploads_what_the_daemon_does_not_read(root: Path, secret: P
         done = await volar(None, "plugins", "install", str(described), environ=environ)
         assert (done.code, done.out) == (0, b"site 0 is installed\n"), done.err
         assert f"uploading {secret}" in done.err
-        assert medium_path(root / "state/cache", DIGEST).read_bytes() == SECRET
+        assert artifact_path(root / "state/cache", DIGEST).read_bytes() == SECRET
 
         # What it can't read or find either, is told of as the daemon does.
         await trio.Path(described).write_text(json.dumps(manifest(root / "none", "0" * 64, name="other")))

@@ -15,7 +15,7 @@ import trio
 from tests.system.kit import BOOT_S, Daemon, adopted, boot, reachable, run, spec, until
 from tests.system.rootfs import digest, hypervisor_arguments, is_clean, layer_of, make_ext4, plugin
 from volant.client import Client, ClientProblem
-from volant.images import find, medium_path
+from volant.images import artifact_path, find
 from volant.model import Artifact, Boot, HealthCheck, Manifest, Reason, VmView, Workload
 
 FILES = {
@@ -52,7 +52,7 @@ async def start(client: Client, name: str) -> VmView:
 
 async def test_a_vm_runs_on_a_root_filesystem(daemon: Daemon, image_cache: Path, rootfs: Path) -> None:
     """The root filesystem has no shell, and needs none."""
-    base = medium_path(image_cache, digest(rootfs))
+    base = artifact_path(image_cache, digest(rootfs))
     async with daemon.client() as client, daemon.http() as http:
         await client.plugins.install(plugin("site", rootfs, workload=SITE))
         vm = await boot(client, "one", plugin="site")
@@ -180,7 +180,7 @@ async def test_kernel_and_initramfs_come_from_the_manifest(daemon: Daemon, image
         arguments = hypervisor_arguments(vm.pid)
         for artifact, option in ((own.kernel, "-kernel"), (own.initramfs, "-initrd")):
             assert artifact is not None
-            assert arguments[arguments.index(option) + 1] == str(medium_path(image_cache, artifact.sha256))
+            assert arguments[arguments.index(option) + 1] == str(artifact_path(image_cache, artifact.sha256))
         await client.vms.delete("own")
         await client.plugins.remove("own")
 
@@ -227,16 +227,16 @@ async def test_after_an_upgrade_an_installed_plugin_boots_from_what_is_cached(
         await client.plugins.install(plugin("site", source))
         cache = Path((await client.system.info())["cache_dir"])
     daemon.stop()
-    medium = medium_path(cache, digest(rootfs))
-    medium.chmod(0o444)
-    medium.with_name(f"{medium.name}.json").chmod(0o644)
-    medium.parent.chmod(0o755)
+    artifact = artifact_path(cache, digest(rootfs))
+    artifact.chmod(0o444)
+    artifact.with_name(f"{artifact.name}.json").chmod(0o644)
+    artifact.parent.chmod(0o755)
     source.unlink()
     daemon.start()
-    for path in (medium, medium.with_name(f"{medium.name}.json")):
+    for path in (artifact, artifact.with_name(f"{artifact.name}.json")):
         assert path.stat().st_mode & 0o007 == 0, path
-    assert medium.parent.stat().st_mode & 0o004 == 0
+    assert artifact.parent.stat().st_mode & 0o004 == 0
     async with daemon.client() as client:
         await boot(client, "one", plugin="site")
         assert "www" in (await run(client, "one", "ls", "/")).split()
-        assert medium.stat().st_mode & 0o007 == 0
+        assert artifact.stat().st_mode & 0o007 == 0

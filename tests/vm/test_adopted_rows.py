@@ -79,7 +79,7 @@ def test_it_needs_what_its_process_has(settings: VmSettings, boot: Boot | None, 
     assert machine_spec(settings, row, "tcg") == before
     assert (row.kernel_cmdline, row.image, row.boots, row.process) == (cmdline, image, 4, identity)
     assert (row.status, row.created_at) == (Status.RUNNING, later)
-    # Its next boot has another tag than any before, and finds its media in the cache.
+    # Its next boot has another tag than any before, and finds its artifacts in the cache.
     assert tag_of("ab12", row).endswith("-7.5")
     adopted = row.manifest.boot or Boot()
     for part in ("kernel", "initramfs", "rootfs"):

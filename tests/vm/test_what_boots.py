@@ -1,4 +1,4 @@
-"""What a VM boots from: its plugin's media, else the operator's, else the built image; each part on its own."""
+"""What a VM boots from: its plugin's artifacts, else the operator's, else the built image; each part on its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from volant.hypervisor import Disk
-from volant.images import medium_path
+from volant.images import artifact_path
 from volant.model import Artifact, Boot, CreateVm, Manifest, VmRow, new_row, view
 from volant.vm import VmSettings
 from volant.vm._steps import machine_spec, uses_image
@@ -59,7 +59,7 @@ def test_the_plugin_wins_over_the_operator_and_both_over_the_built_image(
     for at, part in enumerate(PARTS):
         found = getattr(spec, part)
         if part in plugin:
-            assert found == medium_path(CACHE, str(at) * 64)
+            assert found == artifact_path(CACHE, str(at) * 64)
         elif part in operator:
             assert found == OPERATOR[part]
         else:
@@ -70,7 +70,7 @@ def test_the_plugin_wins_over_the_operator_and_both_over_the_built_image(
 def test_a_root_filesystem_gives_a_layer_of_its_own() -> None:
     one = row(Boot(rootfs=artifact("a")))
     spec = machine_spec(SETTINGS, one, "kvm")
-    assert spec.root == Disk(medium_path(CACHE, "a" * 64), SETTINGS.disk_dir / one.layer / "root.qcow2")
+    assert spec.root == Disk(artifact_path(CACHE, "a" * 64), SETTINGS.disk_dir / one.layer / "root.qcow2")
     assert view(one).disk == "overlay"
     assert uses_image(SETTINGS, one.manifest)
     # Neither another VM nor one with the same id in another database has it.

@@ -24,7 +24,7 @@ import trio
 from volant import images
 from volant._readers import Reader, loopback_peer_uid
 from volant.http import Access, Call, StreamRoute, receive_into
-from volant.images import BootMedia, ImageError
+from volant.images import ArtifactCache, ImageError
 from volant.model import Artifact, ArtifactView, Manifest, Problem
 from volant.operations import ApiDeps
 
@@ -46,10 +46,10 @@ def routes(deps: ApiDeps) -> list[StreamRoute]:
         call.query(credentials=False).done()
         (digest,) = call.args
         with _told(None):
-            async with deps.vms.doors.media.receiving(digest) as upload:
+            async with deps.vms.doors.artifacts.receiving(digest) as upload:
                 await receive_into(call, upload)
-                medium = await upload.finish()
-        body = msgspec.json.encode(ArtifactView(sha256=medium.digest, size_bytes=medium.size_bytes))
+                artifact = await upload.finish()
+        body = msgspec.json.encode(ArtifactView(sha256=artifact.digest, size_bytes=artifact.size_bytes))
         fields = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
@@ -68,11 +68,11 @@ async def admit(deps: ApiDeps, access: Access, scope: Any, manifest: Manifest) -
     """
     if manifest.boot is None:
         return
-    media: BootMedia = deps.vms.doors.media
+    artifacts: ArtifactCache = deps.vms.doors.artifacts
     for name in ("kernel", "initramfs", "rootfs"):
         artifact: Artifact | None = getattr(manifest.boot, name)
         path = None if artifact is None else images.local_path(artifact.url)
-        if artifact is None or path is None or media.may_read(path) or await media.has(artifact):
+        if artifact is None or path is None or artifacts.may_read(path) or await artifacts.has(artifact):
             continue
         field = f"boot.{name}.url"
         reader = await _reader(scope, access)
@@ -83,7 +83,7 @@ async def admit(deps: ApiDeps, access: Access, scope: Any, manifest: Manifest) -
                 hint="upload the file with `volar plugins upload`, or let it lie below a directory of artifact_dirs",
             )  # fmt: skip
         with _told(field):
-            await media.take(artifact, reader)
+            await artifacts.take(artifact, reader)
 
 
 async def _reader(scope: Any, access: Access) -> Reader | None:

@@ -566,8 +566,8 @@ OPERATIONS: tuple[Operation, ...] = (
         {201: Answer("It is in the cache, and stays until it is pruned, which happens to none that a plugin names",
                      ArtifactView)},
         takes=bytes, takes_media="application/octet-stream", fails=(408, 413, 503, 507),
-        details="400 `artifact-mismatch` when what comes has another SHA-256. At most `media_max_mb`; four at a time, "
-        "for one more it is 503.",
+        details="400 `artifact-mismatch` when what comes has another SHA-256. At most `artifact_max_mb`; four at a "
+        "time, for one more it is 503.",
     ),
     Operation("GET", "/api/v1/plugins/{name}", "get_plugin", "A plugin", {200: Answer("The plugin", PluginView)}),
     Operation(

@@ -13,15 +13,15 @@ import click
 from volant.images import (
     ANYWHERE,
     DIGEST,
+    CachedArtifact,
     ImageError,
-    Medium,
     Progress,
     build,
     fetch,
+    list_artifacts,
     list_images,
-    list_media,
     local_path,
-    remove_medium,
+    remove_artifact,
     shown,
 )
 
@@ -41,7 +41,7 @@ cache_option = click.option(
 
 @click.group(name="images")
 def group() -> None:
-    """What VMs boot from: images that are built, and boot media of plugins. Without a daemon."""
+    """What VMs boot from: images that are built, and boot artifacts of plugins. Without a daemon."""
 
 
 @group.command("build")
@@ -116,23 +116,24 @@ def list_(options: Options, cache: Path | None) -> int:
     return guarded(options, work)
 
 
-@group.command("media")
+@group.command("artifacts")
 @cache_option
 @common()
 @pass_options
-def media(options: Options, cache: Path | None) -> int:
-    """List the boot media of plugins in the cache."""
+def artifacts(options: Options, cache: Path | None) -> int:
+    """List the boot artifacts of plugins in the cache."""
     out = Output(options.json)
 
     def work() -> None:
-        found = list_media(cache or default_cache_dir(os.environ, os.getuid()))
+        found = list_artifacts(cache or default_cache_dir(os.environ, os.getuid()))
         if out.json:
-            out.document([medium.as_json() for medium in found])
+            out.document([artifact.as_json() for artifact in found])
             return
         rows = [
-            (medium.digest[:12], size(medium.size_bytes), size(medium.disk_bytes), safe(medium.url)) for medium in found
+            (artifact.digest[:12], size(artifact.size_bytes), size(artifact.disk_bytes), safe(artifact.url))
+            for artifact in found
         ]
-        out.table(("MEDIUM", "SIZE", "ON DISK", "FROM"), rows)
+        out.table(("ARTIFACT", "SIZE", "ON DISK", "FROM"), rows)
 
     return guarded(options, work)
 
@@ -145,7 +146,7 @@ def media(options: Options, cache: Path | None) -> int:
 @common()
 @pass_options
 def fetch_(options: Options, url: str, sha256: str, cache: Path | None, max_mb: int) -> int:
-    """Fetch a boot medium into the cache, or find that it is there.
+    """Fetch a boot artifact into the cache, or find that it is there.
 
     URL is an absolute path, or a file, http or https URL; SHA256 the digest that the file must have. Both as in the
     plugin's manifest.
@@ -159,7 +160,7 @@ def fetch_(options: Options, url: str, sha256: str, cache: Path | None, max_mb: 
     def work() -> None:
         try:
             with _progress(out, "Fetching") as tell:
-                medium = fetch(
+                artifact = fetch(
                     cache or default_cache_dir(os.environ, os.getuid()),
                     url,
                     sha256,
@@ -171,20 +172,22 @@ def fetch_(options: Options, url: str, sha256: str, cache: Path | None, max_mb: 
         except ImageError as error:
             raise Failure(f"{safe(shown(url))}: {error.message}", hint=error.hint or None) from error
         if out.json:
-            out.document(medium.as_json())
+            out.document(artifact.as_json())
         else:
-            out.line(f"medium {medium.digest[:12]}, {size(medium.size_bytes)}, {size(medium.disk_bytes)} on the disk")
+            out.line(
+                f"artifact {artifact.digest[:12]}, {size(artifact.size_bytes)}, {size(artifact.disk_bytes)} on the disk"
+            )
 
     return guarded(options, work)
 
 
 @group.command("remove")
-@click.argument("media", metavar="SHA256...", nargs=-1, required=True)
+@click.argument("artifacts", metavar="SHA256...", nargs=-1, required=True)
 @cache_option
 @common()
 @pass_options
-def remove(options: Options, media: tuple[str, ...], cache: Path | None) -> int:
-    """Remove boot media from the cache, each named by the beginning of its digest.
+def remove(options: Options, artifacts: tuple[str, ...], cache: Path | None) -> int:
+    """Remove boot artifacts from the cache, each named by the beginning of its digest.
 
     VMs that run on one go on. One that boots later fetches it again from where its manifest says; a file of this host
     that lies below no directory of the setting artifact_dirs has to be uploaded again, with `volar plugins upload`.
@@ -193,31 +196,31 @@ def remove(options: Options, media: tuple[str, ...], cache: Path | None) -> int:
 
     def work() -> None:
         folder = cache or default_cache_dir(os.environ, os.getuid())
-        found = list_media(folder)
+        found = list_artifacts(folder)
         chosen = []
-        for prefix in media:
-            matching = [medium for medium in found if len(prefix) >= 4 and medium.digest.startswith(prefix)]
+        for prefix in artifacts:
+            matching = [artifact for artifact in found if len(prefix) >= 4 and artifact.digest.startswith(prefix)]
             if len(matching) != 1:
                 raise Failure(
-                    f"{len(matching) or 'no'} boot media have a digest that begins with {safe(prefix)}",
-                    hint="`volar images media` lists them; at least four digits are needed",
+                    f"{len(matching) or 'no'} boot artifacts have a digest that begins with {safe(prefix)}",
+                    hint="`volar images artifacts` lists them; at least four digits are needed",
                 )
             chosen += matching
-        removed: list[Medium] = []
-        held: list[Medium] = []
-        for medium in chosen:
+        removed: list[CachedArtifact] = []
+        held: list[CachedArtifact] = []
+        for artifact in chosen:
             try:
-                (removed if remove_medium(folder, medium.digest) else held).append(medium)
+                (removed if remove_artifact(folder, artifact.digest) else held).append(artifact)
             except ImageError as error:
                 raise Failure(error.message, hint=error.hint or None) from error
         if out.json:
-            out.document([medium.as_json() for medium in removed])
+            out.document([artifact.as_json() for artifact in removed])
         else:
-            for medium in removed:
-                out.line(f"removed {medium.digest[:12]}, {size(medium.disk_bytes)}")
+            for artifact in removed:
+                out.line(f"removed {artifact.digest[:12]}, {size(artifact.disk_bytes)}")
         if held:
             raise Failure(
-                f"a VM runs on {', '.join(medium.digest[:12] for medium in held)}, which stays",
+                f"a VM runs on {', '.join(artifact.digest[:12] for artifact in held)}, which stays",
                 hint="stop it first; `volar system df` shows who uses what",
             )
 

@@ -46,7 +46,7 @@ async def df(session: Session) -> None:
     help=f"Only this; may be repeated.  [default: {', '.join(PRUNED_KINDS)}]",
 )
 async def prune(session: Session, dry_run: bool, kinds: tuple[str, ...], unused_for: float | None) -> int | None:
-    """Remove what nobody uses: images, media, templates, logs of deleted VMs, leftovers.
+    """Remove what nobody uses: images, artifacts, templates, logs of deleted VMs, leftovers.
 
     What a VM, a plugin, a snapshot or a process uses stays. Disks without a VM, snapshots that the daemon does not
     know, and databases that a restore has moved aside go only when they are named: --kind disk, snapshot, database.

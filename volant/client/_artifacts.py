@@ -10,7 +10,7 @@ from ._http import Http
 from ._upload import Sent, send
 
 UPLOAD_S = 1800.0
-"""How long the daemon may take to read and verify a file, in seconds: its own `media_timeout_s`."""
+"""How long the daemon may take to read and verify a file, in seconds: its own `artifact_timeout_s`."""
 _SILENCE_S = 120.0
 """The daemon writes the end of a large file to the disk before it answers."""
 

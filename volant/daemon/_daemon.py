@@ -34,7 +34,7 @@ from volant.host import Host, ProcessGone
 from volant.http import Access, ApiSettings, serve
 from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
-from volant.images import BootMedia, make_private
+from volant.images import ArtifactCache, make_private
 from volant.journal import Backups, DatabaseRefused, Evidence, Journal, Running, StillThere, Store, VmLogs, take_over
 from volant.model import AUTO, BRIDGE, USER, Networking, ProcessIdentity, Status, default_network, kind_of, parse_subnet
 from volant.network import (
@@ -307,11 +307,11 @@ class Daemon:
                 store=self.store,
                 logs=self.logs,
                 hypervisor=self.hypervisor,
-                media=BootMedia(
+                artifacts=ArtifactCache(
                     settings.cache_dir,
                     settings.state_dir,
-                    timeout_s=settings.media_timeout_s,
-                    max_mb=settings.media_max_mb,
+                    timeout_s=settings.artifact_timeout_s,
+                    max_mb=settings.artifact_max_mb,
                     origins=origins_of(settings),
                 ),
                 templates=templates,

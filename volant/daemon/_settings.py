@@ -58,7 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     runtime_dir: Path
     """What lives as long as the VMs: sockets, consoles. Short, as a socket's path has 108 bytes."""
     cache_dir: Path
-    """What can be made or fetched again: boot images, boot media of plugins."""
+    """What can be made or fetched again: boot images, boot artifacts of plugins."""
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     """`auto`: KVM where a probe shows that it runs guests, else emulation."""
     kernel: Path | None = None
@@ -87,9 +87,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long a boot may take from its launch to the agent's first answer."""
     image_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 300.0
     """How long building a boot image may take."""
-    media_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 1800.0
-    """How long one boot medium of a plugin may take to arrive."""
-    media_max_mb: Annotated[int, msgspec.Meta(gt=0, le=2**24)] = 16384
+    artifact_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 1800.0
+    """How long one boot artifact of a plugin may take to arrive."""
+    artifact_max_mb: Annotated[int, msgspec.Meta(gt=0, le=2**24)] = 16384
     """How large one may be."""
     artifact_dirs: str = ""
     """Directories of this host, comma-separated, whose files whoever may install plugins may name in manifests."""
@@ -138,7 +138,7 @@ GROUPS = {
     "directories": ("state_dir", "runtime_dir", "cache_dir"),
     "VMs": (
         *("accelerator", "kernel", "initramfs", "max_vms", "max_boots", "return_memory", "sandbox", "vm_uids"),
-        *("agent_timeout_s", "image_timeout_s", "media_timeout_s", "media_max_mb"),
+        *("agent_timeout_s", "image_timeout_s", "artifact_timeout_s", "artifact_max_mb"),
         *("artifact_dirs", "artifact_allow_cidr"),
     ),
     "fast starts": (

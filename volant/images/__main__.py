@@ -1,8 +1,8 @@
-"""`python -m volant.images`: build and list images, fetch boot media, for people and for the daemon's child process.
+"""`python -m volant.images`: builds and lists images, fetches artifacts. The daemon runs it as a child process.
 
 With `--json-progress`, each line on standard output is a JSON object: `{"phase","message","done","total","unit"}` while
-it works, then `{"image":{…}}`, `{"medium":{…}}` or `{"error":{"code","message","hint"}}`. Exit codes: 0 it is there, 1
-it is not, 2 the arguments are wrong.
+it works, then `{"image":{…}}`, `{"artifact":{…}}` or `{"error":{"code","message","hint"}}`.
+Exit codes: 0 success, 1 failure, 2 wrong arguments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     builder = commands.add_parser("build", help="build the image, or find that it is there")
     lister = commands.add_parser("list", help="print the images of a cache, one JSON object a line")
-    fetcher = commands.add_parser("fetch", help="fetch a boot medium, or find that it is there")
+    fetcher = commands.add_parser("fetch", help="fetch a boot artifact, or find that it is there")
     fetcher.add_argument("--url", required=True, help="an absolute path, or a file, http or https URL")
     fetcher.add_argument("--sha256", required=True, metavar="DIGEST")
     fetcher.add_argument("--max-bytes", type=int, required=True, metavar="N")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tell = _tell_programs if options.json_progress else _tell_people
     try:
         if options.command == "fetch":
-            medium = fetch(
+            artifact = fetch(
                 options.cache,
                 options.url,
                 options.sha256,
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 source=options.descriptor,
                 tell=lambda done, total: tell(Progress("fetch", "Fetching", done, total, "bytes")),
             )
-            _say({"medium": medium.as_json()})
+            _say({"artifact": artifact.as_json()})
             return 0
         if options.security_mirror and not options.mirror:
             parser.error("--security-mirror goes with --mirror")

@@ -1,4 +1,4 @@
-"""Getting a boot medium: from a file of this host, or by HTTP.
+"""Getting a boot artifact: from a file of this host, or by HTTP.
 
 Blocks, and is run in a process of its own (`python -m volant.images fetch`), which ends when its reader does or its
 deadline has passed. So nothing here has a deadline for the whole; of a server that is silent for `_STALL_S` no more is
@@ -28,9 +28,9 @@ from typing import IO, Any
 from volant import __version__
 from volant._readers import open_below
 
-from . import _media
+from . import _artifacts
+from ._artifacts import CachedArtifact, Part
 from ._errors import ImageError
-from ._media import Medium, Part
 from ._origins import PUBLIC, Origins, checked, connect
 
 _STALL_S = 30.0
@@ -54,8 +54,8 @@ def fetch(
     origins: Origins = PUBLIC,
     source: int | None = None,
     tell: Tell = lambda done, total: None,
-) -> Medium:
-    """Return a medium, verified, from the cache or else from `url`; blocks.
+) -> CachedArtifact:
+    """Return an artifact, verified, from the cache or else from `url`; blocks.
 
     Several may want the same one at once: one gets it, the others wait for it.
 
@@ -65,12 +65,12 @@ def fetch(
         digest; `media_refused` it may not be fetched from there; `media_unreachable` the server does not give it,
         `media_mismatch` it gives another file, `media_too_large`, `cache_full`, `cache_unwritable`, `io_error`
     """
-    found = _media.find_medium(cache_dir, digest)
+    found = _artifacts.find_artifact(cache_dir, digest)
     if found is not None:
         return found
-    with _media.locked_part(cache_dir, digest) as path:
-        _media.sweep(cache_dir)
-        found = _media.find_medium(cache_dir, digest) or _media.reverify(cache_dir, digest, shown(url))
+    with _artifacts.locked_part(cache_dir, digest) as path:
+        _artifacts.sweep(cache_dir)
+        found = _artifacts.find_artifact(cache_dir, digest) or _artifacts.reverify(cache_dir, digest, shown(url))
         if found is not None:
             return found
         try:
@@ -89,7 +89,7 @@ def fetch(
                     raise _no_such_file()
                 # The digest is not told, nor is that of a file of this host: whoever has it can have the content.
                 raise ImageError("media_mismatch", f"its SHA-256 is not {digest}", "correct the manifest, or the file")
-            return _media.place(cache_dir, path, digest, shown(url))
+            return _artifacts.place(cache_dir, path, digest, shown(url))
         except OSError as error:
             code = "cache_full" if error.errno in FULL else "io_error"
             raise ImageError(
@@ -141,7 +141,7 @@ def _copy(path: Path, part: Part, tell: Tell, origins: Origins, given: int | Non
             raise _no_such_file()
         if part.clone(source):
             return
-        _media.check_space(part.path, min(figures.st_size, figures.st_blocks * 512))
+        _artifacts.check_space(part.path, min(figures.st_size, figures.st_blocks * 512))
         watch = _Watch(tell, figures.st_size)
         while data := _read_local(source):
             part.write(data)

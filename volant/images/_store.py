@@ -4,7 +4,7 @@
     current.json                                      which image fits the present recipe and guest code
     debs/, packages.json                              what the last build took: enough to build without a network
     apt/                                              the private apt's state
-    media/                                            what manifests boot from; see `_media.py`
+    media/                                            what manifests boot from; see `_artifacts.py`
     lock                                              held by the one builder
     build-*/                                          a build under way, or what one left that was killed
 

@@ -1,6 +1,6 @@
 """Who uses what lies in a cache. Several daemons may share one, and none removes what another's VMs boot from.
 
-    users/<digest>/<name>    the state directory of a daemon that uses the image, or the medium, with that digest
+    users/<digest>/<name>    the state directory of a daemon that uses the image, or the artifact, with that digest
 
 It stays while that daemon does not run: a VM that is stopped has a disk that means nothing without its root filesystem.
 Who has no state directory any more uses nothing.

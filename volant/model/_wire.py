@@ -76,7 +76,7 @@ class StoredItem(msgspec.Struct, frozen=True):
     kind: StoredKind
     """`database`: one that a restore has moved aside; `leftover`: sockets or memory of a VM that is no more."""
     name: str
-    """A digest for images, media and templates, the VM's id for logs, else a file's name."""
+    """A digest for images, artifacts and templates, the VM's id for logs, else a file's name."""
     bytes: int
     used_by: list[str]
     """`VM demo`, `plugin web`, `snapshot warm`; of a template the VMs that run as its clones."""
@@ -94,7 +94,7 @@ class Usage(msgspec.Struct, frozen=True):
     state_free_bytes: int
     """What is free on the disk of database, logs, disks, snapshots and templates."""
     cache_free_bytes: int
-    """What is free on the disk of images and media."""
+    """What is free on the disk of images and artifacts."""
 
 
 class Kept(msgspec.Struct, frozen=True):

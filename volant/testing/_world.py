@@ -26,7 +26,7 @@ from ._network import SimNetwork
 
 _RAM = Path("/run/volant-simulated")
 _SHM = Path("/dev/shm")
-_MEDIA = Path("/boot/simulated")
+_ARTIFACTS = Path("/boot/simulated")
 
 
 class Unreachable(Exception):
@@ -56,8 +56,8 @@ class World:
             runtime_dir=_RAM,
             cache_dir=Path("/var/cache/volant-simulated"),
             accelerator="tcg",
-            kernel=_MEDIA / "vmlinux",
-            initramfs=_MEDIA / "initramfs",
+            kernel=_ARTIFACTS / "vmlinux",
+            initramfs=_ARTIFACTS / "initramfs",
             agent_timeout_s=60.0,
             # Fewer than there are VMs, whatever the machine.
             max_boots=2,
@@ -76,11 +76,11 @@ class World:
 
     def _lay_out(self) -> None:
         files = self.machine.files
-        for path in (self.settings.state_dir, self.settings.cache_dir, _RAM, _SHM, _MEDIA):
+        for path in (self.settings.state_dir, self.settings.cache_dir, _RAM, _SHM, _ARTIFACTS):
             files.mkdir(path)
         for name in ("vmlinux", "initramfs"):
-            files.put(_MEDIA / name, File(bytearray(b"x"), 1, b"x"))
-        files.sync_directory(_MEDIA)
+            files.put(_ARTIFACTS / name, File(bytearray(b"x"), 1, b"x"))
+        files.sync_directory(_ARTIFACTS)
 
     # The daemon
 

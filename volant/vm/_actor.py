@@ -278,7 +278,7 @@ class VmActor(Actor):
             "history": list(self._history),
             "process": None if process is None else process.inspect(),
             "log": self._log.statistics(),
-            "media": self._doors.media.inspect(),
+            "artifacts": self._doors.artifacts.inspect(),
         }
 
     async def _find(self, row: VmRow) -> ProcessIdentity | None:

@@ -11,7 +11,7 @@ import trio
 from actors import Ref
 from volant.host import Host
 from volant.hypervisor import Hypervisor
-from volant.images import BootMedia
+from volant.images import ArtifactCache
 from volant.journal import Journal, Store, VmLogs
 from volant.templates import Templates, TemplateStore, WarmPool
 
@@ -72,7 +72,7 @@ class VmDoors:
     store: Store
     logs: VmLogs
     hypervisor: Hypervisor
-    media: BootMedia
+    artifacts: ArtifactCache
     templates: TemplateStore
     builder: Ref[Templates]
     """Of templates."""

@@ -166,9 +166,9 @@ def _row(settings: VmSettings, orphan: Orphan, machine: FoundMachine, name: str,
     ours = image is not None and image.kernel == machine.kernel
     parameters = " ".join(image.kernel_parameters) if image is not None and ours else ""
     boot = Boot(
-        kernel=_medium(settings, machine.kernel),
-        initramfs=_medium(settings, machine.initramfs),
-        rootfs=_medium(settings, machine.root.base) if machine.root else None,
+        kernel=_artifact(settings, machine.kernel),
+        initramfs=_artifact(settings, machine.initramfs),
+        rootfs=_artifact(settings, machine.root.base) if machine.root else None,
     )
     spec_socket = vm_directory(settings, orphan.vm_id) / "console.sock"
     return VmRow(
@@ -202,9 +202,9 @@ def _row(settings: VmSettings, orphan: Orphan, machine: FoundMachine, name: str,
     )
 
 
-def _medium(settings: VmSettings, path: Path) -> Artifact | None:
-    """The medium in the cache that lies there; it need not be fetched again."""
-    if path != images.medium_path(settings.cache_dir, path.name):
+def _artifact(settings: VmSettings, path: Path) -> Artifact | None:
+    """The artifact in the cache that lies there; it need not be fetched again."""
+    if path != images.artifact_path(settings.cache_dir, path.name):
         return None
     return Artifact(str(path), path.name)
 

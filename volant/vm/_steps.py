@@ -57,7 +57,7 @@ async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
     """
     if row.checkpoint is not None:
         return await _prepare_copy(doors, row, row.checkpoint)
-    digest = await prepare_media(doors, row)
+    digest = await prepare_artifacts(doors, row)
     disk = root_disk(doors.settings, row)
     if disk is not None:
         return await _prepare_layer(doors, row, disk, digest)
@@ -86,7 +86,7 @@ async def _prepare_copy(doors: VmDoors, row: VmRow, checkpoint: str) -> Prepared
     return Prepared(digest, checkpoint, origin)
 
 
-async def prepare_media(doors: VmDoors, row: VmRow) -> str:
+async def prepare_artifacts(doors: VmDoors, row: VmRow) -> str:
     """The digest of the built image, as `Prepared` has it. All that the VM boots from is in the cache then.
 
     :raises StepError: as `prepare_boot`.
@@ -124,7 +124,7 @@ async def _prepare_image(doors: VmDoors, row: VmRow) -> str:
 
 async def _obtain(doors: VmDoors, artifact: Artifact) -> None:
     try:
-        await doors.media.obtain(artifact)
+        await doors.artifacts.obtain(artifact)
     except images.ImageError as error:
         code = "media_timeout" if error.code == "timeout" else error.code
         raise StepError(code, f"the VM can't boot from {error}") from error
@@ -290,8 +290,8 @@ def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName)
     # An image that is gone is no reason not to adopt; who launches is told by the path that does not exist.
     gone = settings.cache_dir / f"image-{row.image}-is-gone"
     boot = row.manifest.boot or Boot()
-    kernel = _medium(settings, boot.kernel) or settings.kernel
-    initramfs = _medium(settings, boot.initramfs) or settings.initramfs
+    kernel = _artifact_path(settings, boot.kernel) or settings.kernel
+    initramfs = _artifact_path(settings, boot.initramfs) or settings.initramfs
     return MachineSpec(
         vm_id=row.id,
         name=row.name,
@@ -319,8 +319,8 @@ def _source(settings: VmSettings, template: str) -> Template:
     return Template(directory / MEMORY, directory / STATE)
 
 
-def _medium(settings: VmSettings, artifact: Artifact | None) -> Path | None:
-    return None if artifact is None else images.medium_path(settings.cache_dir, artifact.sha256)
+def _artifact_path(settings: VmSettings, artifact: Artifact | None) -> Path | None:
+    return None if artifact is None else images.artifact_path(settings.cache_dir, artifact.sha256)
 
 
 def root_disk(settings: VmSettings, row: VmRow) -> Disk | None:
@@ -328,7 +328,7 @@ def root_disk(settings: VmSettings, row: VmRow) -> Disk | None:
     rootfs = row.manifest.boot.rootfs if row.manifest.boot is not None else None
     if rootfs is None or not row.layer:
         return None
-    base = images.medium_path(settings.cache_dir, rootfs.sha256)
+    base = images.artifact_path(settings.cache_dir, rootfs.sha256)
     return Disk(base, layer_directory(settings, row) / "root.qcow2", row.disk_mb)
 
 

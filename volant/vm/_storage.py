@@ -2,7 +2,7 @@
 
 **Who uses a thing is asked at the moment at which it goes**, of the projection, without an await in between. The row of
 a VM is there before anything is fetched or made for it. So one that begins meanwhile either is seen, or comes after,
-and makes or fetches what it needs (`BootMedia.remove`). Images that VMs boot are never removed, as the current one
+and makes or fetches what it needs (`ArtifactCache.remove`). Images that VMs boot are never removed, as the current one
 stays and the others are those of rows. A process that carries our tag counts as a user, whatever the database says.
 A template that goes between a VM's look and its launch costs that VM a cold boot, as one that is damaged does.
 
@@ -77,9 +77,9 @@ class _Users:
                 users = [f"VM {row.name}" for row in self.rows.values() if row.image == found.name]
                 return users + [f"snapshot {one.name}" for one in self.snapshots if one.vm.image == found.name]
             case "medium":
-                users = [f"VM {row.name}" for row in self.rows.values() if found.name in _media_of(row.manifest)]
-                users += [f"plugin {name}" for name, has in self.plugins.items() if found.name in _media_of(has)]
-                has_it = [one.name for one in self.snapshots if found.name in _media_of(one.vm.manifest)]
+                users = [f"VM {row.name}" for row in self.rows.values() if found.name in _artifacts_of(row.manifest)]
+                users += [f"plugin {name}" for name, has in self.plugins.items() if found.name in _artifacts_of(has)]
+                has_it = [one.name for one in self.snapshots if found.name in _artifacts_of(one.vm.manifest)]
                 return users + [f"snapshot {name}" for name in has_it]
             case "snapshot":
                 return [f"snapshot {one.name}" for one in self.snapshots if found.name.startswith(one.checkpoint)]
@@ -100,10 +100,10 @@ class _Users:
         return ["a process without a VM"] if found.vm_id in self.running else []
 
 
-def _media_of(manifest: Manifest) -> set[str]:
+def _artifacts_of(manifest: Manifest) -> set[str]:
     boot = manifest.boot or Boot()
-    media: tuple[Artifact | None, ...] = (boot.kernel, boot.initramfs, boot.rootfs)
-    return {artifact.sha256 for artifact in media if artifact is not None}
+    artifacts: tuple[Artifact | None, ...] = (boot.kernel, boot.initramfs, boot.rootfs)
+    return {artifact.sha256 for artifact in artifacts if artifact is not None}
 
 
 async def usage(doors: VmDoors) -> Usage:
@@ -219,9 +219,9 @@ def _scan(doors: VmDoors) -> list[_Item]:
     for image in images.list_images(settings.cache_dir):
         others = _others(doors, image.digest)
         found.append(_Item("image", image.digest, image.size_bytes, current=image.current, others=others))
-    for medium in images.list_media(settings.cache_dir):
-        others = _others(doors, medium.digest)
-        found.append(_Item("medium", medium.digest, medium.disk_bytes, others=others))
+    for artifact in images.list_artifacts(settings.cache_dir):
+        others = _others(doors, artifact.digest)
+        found.append(_Item("medium", artifact.digest, artifact.disk_bytes, others=others))
     rest = [path for path in _in(host, settings.cache_dir) if path.name not in ("images", "media")]
     found.append(_Item("cache", "packages and indexes", sum(map(host.disk_usage, rest))))
     return [one for one in found if one.kind != "leftover" or one.vm_id is not None]
@@ -249,7 +249,7 @@ async def _remove(doors: VmDoors, found: _Item, running: frozenset[int]) -> bool
 
     match found.kind:
         case "medium":
-            return await doors.media.remove(found.name, in_use=in_use)
+            return await doors.artifacts.remove(found.name, in_use=in_use)
         case "image":
             return await doors.host.run_blocking(_prune_images, doors, found.name)
         case "log":

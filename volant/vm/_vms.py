@@ -90,7 +90,7 @@ from ._network import is_user, reconnect
 from ._orphans import Orphan, find_orphans, kill_orphan, steps_to_adopt
 from ._process import LiveProcess
 from ._serial import SerialConsole
-from ._steps import prepare_media, template_spec_of, uses_image
+from ._steps import prepare_artifacts, template_spec_of, uses_image
 from .messages import Ask, CheckpointTaken, TakeCheckpoint
 
 R = TypeVar("R")
@@ -546,7 +546,7 @@ class Vms:
         now, networking = self.doors.host.wall_clock(), self.doors.store.networking
         row = new_row(like, plugin.manifest, vm_id=0, now=now, networking=networking)
         try:
-            image = await prepare_media(self.doors, row)
+            image = await prepare_artifacts(self.doors, row)
             template_spec = await template_spec_of(self.doors, row, image)
         except (StepError, OSError) as error:
             raise Problem(503, "template-failed", f"the template can't be built: {error}") from error

@@ -46,7 +46,7 @@ class Wanted:
 
 STATE = Wanted("state", "VOLANT_STATE_DIR", 64, 2048, "the database, logs and disks of VMs", True)
 RUNTIME = Wanted("runtime", "VOLANT_RUNTIME_DIR", 4, 16, "sockets and consoles", False)
-CACHE = Wanted("cache", "VOLANT_CACHE_DIR", 64, 1024, "boot images and media", False)
+CACHE = Wanted("cache", "VOLANT_CACHE_DIR", 64, 1024, "boot images and artifacts", False)
 
 
 def places(given: Given) -> Sequence[Finding]:

@@ -1,4 +1,4 @@
-"""Boot media of manifests in the cache: kernels, initramfs and root filesystems, each known by its digest.
+"""Boot artifacts of manifests in the cache: kernels, initramfs and root filesystems, each known by its digest.
 
     media/<sha256>         the file; never written to once it has that name
     media/<sha256>.json    where it came from, and what `stat` said of it when it was verified
@@ -48,7 +48,7 @@ _CHECK_SPACE_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Medium:
+class CachedArtifact:
     """A file that VMs boot from."""
 
     digest: str
@@ -71,14 +71,14 @@ class Medium:
         }
 
 
-def medium_path(cache_dir: Path, digest: str) -> Path:
-    """Return where a medium lies, or would."""
+def artifact_path(cache_dir: Path, digest: str) -> Path:
+    """Return where an artifact lies, or would."""
     return cache_dir / "media" / digest
 
 
-def find_medium(cache_dir: Path, digest: str) -> Medium | None:
-    """Return a medium that is there and that nobody has touched since it was verified; reads one small file."""
-    path = medium_path(cache_dir, digest)
+def find_artifact(cache_dir: Path, digest: str) -> CachedArtifact | None:
+    """Return an artifact that is there and that nobody has touched since it was verified; reads one small file."""
+    path = artifact_path(cache_dir, digest)
     record = _store.read_json(_record_path(path))
     try:
         if record is None or record.get("stat") != _fingerprint(path):
@@ -86,40 +86,40 @@ def find_medium(cache_dir: Path, digest: str) -> Medium | None:
         figures = path.stat()
     except OSError:
         return None
-    return Medium(digest, path, str(record.get("url", "")), figures.st_size, figures.st_blocks * 512)
+    return CachedArtifact(digest, path, str(record.get("url", "")), figures.st_size, figures.st_blocks * 512)
 
 
-def list_media(cache_dir: Path) -> list[Medium]:
-    """Return all media of a cache that are whole."""
+def list_artifacts(cache_dir: Path) -> list[CachedArtifact]:
+    """Return all artifacts of a cache that are whole."""
     folder = cache_dir / "media"
     names = sorted(path.stem for path in folder.glob("*.json")) if folder.is_dir() else []
-    return [medium for name in names if (medium := find_medium(cache_dir, name))]
+    return [artifact for name in names if (artifact := find_artifact(cache_dir, name))]
 
 
-def use_medium(cache_dir: Path, digest: str, owner: Path) -> Medium | None:
-    """As `find_medium`, and no other daemon than that of the state directory `owner` removes it from now on."""
+def use_artifact(cache_dir: Path, digest: str, owner: Path) -> CachedArtifact | None:
+    """As `find_artifact`, and no other daemon than that of the state directory `owner` removes it from now on."""
     if not is_noted(cache_dir, digest, owner):
         # A cache that can't be written to is one of which nobody removes anything.
         with contextlib.suppress(ImageError, OSError):
-            if not medium_path(cache_dir, digest).exists():
+            if not artifact_path(cache_dir, digest).exists():
                 # The lock may be held for as long as somebody fetches it.
                 note_use(cache_dir, digest, owner)
                 return None
             # Who removes it has the lock from its look at the users on.
             with locked_part(cache_dir, digest):
                 note_use(cache_dir, digest, owner)
-    return find_medium(cache_dir, digest)
+    return find_artifact(cache_dir, digest)
 
 
-def remove_medium(cache_dir: Path, digest: str, owner: Path | None = None) -> bool:
-    """Remove a medium; return whether that was done. A VM that needs it fetches it again when it boots next.
+def remove_artifact(cache_dir: Path, digest: str, owner: Path | None = None) -> bool:
+    """Remove an artifact; return whether that was done. A VM that needs it fetches it again when it boots next.
 
     One that a hypervisor has open stays, and for the daemon with the state directory `owner` one that another daemon
     uses.
 
     :raises ImageError: it can't be removed
     """
-    path = medium_path(cache_dir, digest)
+    path = artifact_path(cache_dir, digest)
     try:
         with locked_part(cache_dir, digest):
             if owner is not None:
@@ -138,9 +138,9 @@ def remove_medium(cache_dir: Path, digest: str, owner: Path | None = None) -> bo
     return was_there
 
 
-def reverify(cache_dir: Path, digest: str, url: str) -> Medium | None:
-    """Read a medium that has been touched, or has lost its record, once more; None when it is not what it should be."""
-    path = medium_path(cache_dir, digest)
+def reverify(cache_dir: Path, digest: str, url: str) -> CachedArtifact | None:
+    """Verifies a touched artifact, or one without a record, again; returns None if its digest is wrong."""
+    path = artifact_path(cache_dir, digest)
     try:
         before = _fingerprint(path)
         with path.open("rb") as handle:
@@ -151,7 +151,7 @@ def reverify(cache_dir: Path, digest: str, url: str) -> Medium | None:
     except OSError:
         return None
     _record(path, url)
-    return find_medium(cache_dir, digest)
+    return find_artifact(cache_dir, digest)
 
 
 @contextlib.contextmanager
@@ -231,13 +231,13 @@ def new_part(cache_dir: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def place_received(cache_dir: Path, part: Path, digest: str) -> Medium:
+def place_received(cache_dir: Path, part: Path, digest: str) -> CachedArtifact:
     """Give a part that a client has sent, and that has this digest, its name.
 
     :raises ImageError: the cache can't be written to
     """
     with locked_part(cache_dir, digest):
-        found = find_medium(cache_dir, digest)
+        found = find_artifact(cache_dir, digest)
         if found is not None:
             return found
         try:
@@ -260,7 +260,7 @@ def sweep(cache_dir: Path) -> None:
 
 
 class Part:
-    """Takes the bytes of a medium, in order: counts, hashes and writes them, and leaves holes where they are zero."""
+    """Writes the bytes of an artifact in order: counts and hashes them, and leaves holes where they are zero."""
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._handle = path.open("r+b", buffering=0)
@@ -327,15 +327,15 @@ class Part:
                 block = block[self._handle.write(block) :]
 
 
-def place(cache_dir: Path, part: Path, digest: str, url: str) -> Medium:
+def place(cache_dir: Path, part: Path, digest: str, url: str) -> CachedArtifact:
     """Give a verified part its name; the lock is held. :raises OSError: it can't be."""
-    path = medium_path(cache_dir, digest)
+    path = artifact_path(cache_dir, digest)
     part.chmod(0o400)
     # The record of an earlier file of that name would be wrong for a moment.
     _record_path(path).unlink(missing_ok=True)
     part.rename(path)
     _record(path, url)
-    found = find_medium(cache_dir, digest)
+    found = find_artifact(cache_dir, digest)
     if found is None:
         raise ImageError("io_error", f"{path} was written and can't be read back", "check the cache folder's disk")
     return found
@@ -355,9 +355,11 @@ def check_space(path: Path, needed: int) -> None:
 
 
 def too_large(max_bytes: int) -> ImageError:
-    """What is said of a medium with more bytes than allowed."""
+    """What is said of an artifact with more bytes than allowed."""
     return ImageError(
-        "media_too_large", f"it has more than {max_bytes // 2**20} MiB", "raise VOLANT_MEDIA_MAX_MB if it should have"
+        "media_too_large",
+        f"it has more than {max_bytes // 2**20} MiB",
+        "raise VOLANT_ARTIFACT_MAX_MB if it should have",
     )
 
 

@@ -1,4 +1,4 @@
-"""The daemon's door to boot media: each is fetched once, whoever needs it."""
+"""The daemon's door to boot artifacts: each is fetched once, whoever needs it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import trio
 from volant._readers import Reader, is_below, open_as
 from volant.model import Artifact
 
-from . import _media
+from . import _artifacts
+from ._artifacts import CachedArtifact, Part
 from ._child import run_child
 from ._errors import ImageError
 from ._fetch import FULL, local_path, shown
-from ._media import Medium, Part
 from ._origins import PUBLIC, Origins
 from ._packages import Progress
 
@@ -38,8 +38,8 @@ class _Fetch:
         self.progress: Progress | None = None
 
 
-class BootMedia:
-    """The boot media of a cache folder."""
+class ArtifactCache:
+    """The boot artifacts of a cache folder."""
 
     def __init__(
         self, cache_dir: Path, owner: Path, *, timeout_s: float, max_mb: int, origins: Origins = PUBLIC
@@ -63,8 +63,8 @@ class BootMedia:
         self._going: dict[str, trio.Event] = {}
         """Those that are being removed: whoever wants one waits, and fetches it anew."""
 
-    async def obtain(self, artifact: Artifact) -> Medium:
-        """Return a medium, verified and in the cache; fetched first where the cache lacks it. It stays there until this
+    async def obtain(self, artifact: Artifact) -> CachedArtifact:
+        """Returns an artifact, verified and in the cache; fetches it if the cache lacks it. It stays there until this
         daemon removes it.
 
         Cancelling ends the fetch, unless others wait for it: then one of them begins anew.
@@ -81,8 +81,8 @@ class BootMedia:
         """Whether it is in the cache, and stays there until this daemon removes it."""
         return await self._find(artifact) is not None
 
-    async def take(self, artifact: Artifact, reader: Reader) -> Medium:
-        """Return a medium that is a file of this host, as `obtain`; read with the rights of `reader`, now.
+    async def take(self, artifact: Artifact, reader: Reader) -> CachedArtifact:
+        """Return an artifact that is a file of this host, as `obtain`; read with the rights of `reader`, now.
 
         :raises ImageError: as `obtain`. `media_missing` says no more than that there is none for this reader.
         """
@@ -104,7 +104,7 @@ class BootMedia:
 
     @asynccontextmanager
     async def receiving(self, digest: str) -> AsyncIterator[Upload]:
-        """For the length of a block: a medium that a client sends. Without `Upload.finish` nothing is left of it.
+        """For the length of a block: an artifact that a client sends. Without `Upload.finish` nothing is left of it.
 
         :raises ImageError: `cache_busy` too many are sent at once; `cache_unwritable`; `timeout` it has taken too long
         """
@@ -115,7 +115,7 @@ class BootMedia:
                 "cache_busy", f"{_UPLOADS_AT_ONCE} files are uploaded already", "try again when one of them is done"
             ) from None
         try:
-            with trio.move_on_after(self._timeout_s) as scope, _media.new_part(self._cache_dir) as path:
+            with trio.move_on_after(self._timeout_s) as scope, _artifacts.new_part(self._cache_dir) as path:
                 upload.part = Part(path, self._max_bytes)
                 try:
                     yield upload
@@ -123,28 +123,28 @@ class BootMedia:
                     upload.part.close()
             if scope.cancelled_caught:
                 raise ImageError(
-                    "timeout", f"the upload took longer than {self._timeout_s:g} s", "raise VOLANT_MEDIA_TIMEOUT_S"
+                    "timeout", f"the upload took longer than {self._timeout_s:g} s", "raise VOLANT_ARTIFACT_TIMEOUT_S"
                 )
         finally:
             self._uploads.release_on_behalf_of(upload)
 
-    async def keep(self, part: Path, digest: str) -> Medium:
+    async def keep(self, part: Path, digest: str) -> CachedArtifact:
         """Give what was received its place. :raises ImageError: it can't be given."""
         # It waits for who fetches the same one, perhaps from a slow server; whoever gives that up takes the part away.
         await trio.to_thread.run_sync(
-            _media.place_received, self._cache_dir, part, digest, abandon_on_cancel=True, limiter=self._places
+            _artifacts.place_received, self._cache_dir, part, digest, abandon_on_cancel=True, limiter=self._places
         )
         found = await self._find(Artifact("", digest))
         if found is None:
             raise ImageError("io_error", "it was written and can't be read back", "check the cache folder's disk")
         return found
 
-    async def _find(self, artifact: Artifact) -> Medium | None:
+    async def _find(self, artifact: Artifact) -> CachedArtifact | None:
         return await trio.to_thread.run_sync(
-            _media.use_medium, self._cache_dir, artifact.sha256, self._owner, abandon_on_cancel=True
+            _artifacts.use_artifact, self._cache_dir, artifact.sha256, self._owner, abandon_on_cancel=True
         )
 
-    async def _obtain(self, artifact: Artifact, fetch: Callable[[], Awaitable[None]]) -> Medium:
+    async def _obtain(self, artifact: Artifact, fetch: Callable[[], Awaitable[None]]) -> CachedArtifact:
         with trio.move_on_after(self._timeout_s):
             while True:
                 if (going := self._going.get(artifact.sha256)) is not None:
@@ -162,14 +162,14 @@ class BootMedia:
         raise ImageError(
             "timeout",
             f"{_named(artifact)}: it did not arrive within {self._timeout_s:g} s",
-            "raise VOLANT_MEDIA_TIMEOUT_S, or fetch it beforehand with `volar images fetch`",
+            "raise VOLANT_ARTIFACT_TIMEOUT_S, or fetch it beforehand with `volar images fetch`",
         )
 
     async def remove(self, digest: str, *, in_use: Callable[[], bool]) -> bool:
-        """Remove a medium unless it is `in_use`, or another daemon uses it; return whether it is gone.
+        """Remove an artifact unless it is `in_use`, or another daemon uses it; return whether it is gone.
 
-        A VM's row is there before it asks for its media. So one that asks before this is seen by `in_use`, and one that
-        asks later waits until the file is gone, and finds that it has to be fetched.
+        A VM's row exists before the VM asks for its artifacts. So `in_use` sees a VM that asked before; one that asks
+        later waits until the file is gone, and fetches it again.
 
         :raises ImageError: it can't be removed.
         """
@@ -177,7 +177,7 @@ class BootMedia:
             return False
         gone = self._going[digest] = trio.Event()
         try:
-            return await trio.to_thread.run_sync(_media.remove_medium, self._cache_dir, digest, self._owner)
+            return await trio.to_thread.run_sync(_artifacts.remove_artifact, self._cache_dir, digest, self._owner)
         finally:
             del self._going[digest]
             gone.set()
@@ -215,10 +215,10 @@ class BootMedia:
 
 
 class Upload:
-    """A medium that a client sends: write the pieces, then finish."""
+    """An artifact that a client sends: write the pieces, then finish."""
 
-    def __init__(self, media: BootMedia, digest: str) -> None:
-        self._media = media
+    def __init__(self, artifacts: ArtifactCache, digest: str) -> None:
+        self._artifacts = artifacts
         self._digest = digest
         self._pending = bytearray()
         self.part: Part
@@ -233,8 +233,8 @@ class Upload:
         if len(self._pending) >= _PIECE:
             await self._flush()
 
-    async def finish(self) -> Medium:
-        """Return the medium, verified and in the cache.
+    async def finish(self) -> CachedArtifact:
+        """Return the artifact, verified and in the cache.
 
         :raises ImageError: `media_mismatch` it has another digest; and as `write`
         """
@@ -247,7 +247,7 @@ class Upload:
                 f"what was sent has another SHA-256 than {self._digest}",
                 "correct the manifest, or the file",
             )
-        return await self._media.keep(self.part.path, self._digest)
+        return await self._artifacts.keep(self.part.path, self._digest)
 
     async def _flush(self) -> None:
         data, self._pending = bytes(self._pending), bytearray()

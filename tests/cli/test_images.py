@@ -1,4 +1,4 @@
-"""`volar images`: boot media are fetched, listed and removed without a daemon, and what can't be is said."""
+"""`volar images`: boot artifacts are fetched, listed and removed without a daemon, and what can't be is said."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def environ(tmp_path: Path) -> dict[str, str]:
     return {"VOLANT_CACHE_DIR": str(tmp_path / "cache")}
 
 
-async def test_a_medium_comes_is_listed_and_goes(environ: dict[str, str], tmp_path: Path) -> None:
+async def test_an_artifact_comes_is_listed_and_goes(environ: dict[str, str], tmp_path: Path) -> None:
     fetched = await volar(None, "images", "fetch", str(tmp_path / "kernel"), DIGEST, "--json", environ=environ)
     assert json.loads(fetched.out)["digest"] == DIGEST
-    listed = await volar(None, "images", "media", environ=environ)
+    listed = await volar(None, "images", "artifacts", environ=environ)
     title, row = listed.out.decode().splitlines()
-    assert title.split() == ["MEDIUM", "SIZE", "ON", "DISK", "FROM"]
+    assert title.split() == ["ARTIFACT", "SIZE", "ON", "DISK", "FROM"]
     assert row.split()[0] == DIGEST[:12]
     removed = await volar(None, "images", "remove", DIGEST[:8], environ=environ)
     assert removed.code == 0
-    assert json.loads((await volar(None, "images", "media", "--json", environ=environ)).out) == []
+    assert json.loads((await volar(None, "images", "artifacts", "--json", environ=environ)).out) == []
 
 
 async def test_one_on_which_a_vm_runs_stays_and_that_is_said(environ: dict[str, str], tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ async def test_one_on_which_a_vm_runs_stays_and_that_is_said(environ: dict[str, 
         (("fetch", "{}/kernel", DIGEST.upper()), 2, ("SHA256", "lower case")),
         (("fetch", "kernel", DIGEST), 2, ("URL", "absolute path")),
         (("fetch", "{}/none", DIGEST), 1, ("no file that may be read",)),
-        (("remove", "abc"), 1, ("begins with abc", "images media")),
+        (("remove", "abc"), 1, ("begins with abc", "images artifacts")),
     ],
 )
 async def test_what_goes_wrong_is_said(

@@ -1,4 +1,4 @@
-"""Boot media arrive whole and verified or not at all, once for all who want them, and nothing is left of what fails."""
+"""The cache of artifacts: each is fetched once, whole and verified or not at all; a failed fetch leaves nothing."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ import trio.testing
 from tests.ports import free_port
 from volant.images import (
     ANYWHERE,
-    BootMedia,
+    ArtifactCache,
     ImageError,
     Origins,
+    artifact_path,
     fetch,
-    list_media,
-    medium_path,
+    list_artifacts,
     parse_networks,
-    remove_medium,
+    remove_artifact,
 )
+from volant.images import _artifacts as artifacts
 from volant.images import _fetch as fetching
-from volant.images import _media as media
 from volant.model import Artifact
 
 LIMIT = 64 * 2**20
@@ -180,11 +180,11 @@ def code(cache: Path, url: str | Path, digest: str = DIGEST) -> str:
 @pytest.mark.parametrize("way", ["whole", "away", "breaks"])
 def test_what_comes_by_http_is_kept_by_its_digest(cache: Path, server: Server, way: str) -> None:
     path = get(cache, f"{server.base}/{way}?token=secret")
-    assert path == medium_path(cache, DIGEST)
+    assert path == artifact_path(cache, DIGEST)
     assert path.read_bytes() == DATA
     assert path.stat().st_mode & 0o777 == 0o400
-    (medium,) = list_media(cache)
-    assert (medium.url, medium.size_bytes) == (f"{server.base}/{way}?…", len(DATA))
+    (artifact,) = list_artifacts(cache)
+    assert (artifact.url, artifact.size_bytes) == (f"{server.base}/{way}?…", len(DATA))
     server.requests.clear()
     assert get(cache, f"{server.base}/gone") == path
     assert server.requests == []
@@ -279,7 +279,7 @@ def test_a_local_file_may_be_too_large(cache: Path, tmp_path: Path) -> None:
 def test_a_full_disk_is_told_before_it_is_full(
     cache: Path, server: Server, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(media, "_RESERVE_BYTES", 2**60)
+    monkeypatch.setattr(artifacts, "_RESERVE_BYTES", 2**60)
     assert code(cache, local) == "cache_full"
     assert code(cache, f"{server.base}/endless") == "cache_full"
 
@@ -301,7 +301,7 @@ def test_one_that_was_touched_is_verified_again_and_replaced_when_it_has_changed
     path = get(cache, local)
     inode = path.stat().st_ino
     os.utime(path)
-    assert list_media(cache) == []
+    assert list_artifacts(cache) == []
     assert get(cache, local).stat().st_ino == inode
     path.chmod(0o600)
     with path.open("r+b") as handle:
@@ -314,7 +314,7 @@ def test_one_that_was_touched_is_verified_again_and_replaced_when_it_has_changed
 
 
 def test_what_a_killed_fetch_left_goes_with_the_next_one(cache: Path, local: Path) -> None:
-    with media.locked_part(cache, "1" * 64) as under_way:
+    with artifacts.locked_part(cache, "1" * 64) as under_way:
         dead = under_way.with_name("2" * 64 + ".part")
         dead.write_bytes(b"half")
         get(cache, local)
@@ -324,39 +324,39 @@ def test_what_a_killed_fetch_left_goes_with_the_next_one(cache: Path, local: Pat
 
 def test_it_can_be_removed(cache: Path, local: Path) -> None:
     get(cache, local)
-    assert remove_medium(cache, DIGEST)
-    assert not remove_medium(cache, DIGEST)
+    assert remove_artifact(cache, DIGEST)
+    assert not remove_artifact(cache, DIGEST)
     assert list((cache / "media").iterdir()) == []
 
 
 async def test_ten_who_want_it_fetch_it_once(cache: Path, server: Server) -> None:
-    boot_media = BootMedia(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
+    cached = ArtifactCache(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
     artifact = Artifact(f"{server.base}/held", DIGEST)
     paths = set()
 
     async def want() -> None:
-        paths.add((await boot_media.obtain(artifact)).path)
+        paths.add((await cached.obtain(artifact)).path)
 
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             for _ in range(10):
                 nursery.start_soon(want)
             await trio.to_thread.run_sync(server.asked.wait, 20)
-            assert list(boot_media.inspect()) == [DIGEST]
+            assert list(cached.inspect()) == [DIGEST]
             server.release.set()
-    assert paths == {medium_path(cache, DIGEST)}
+    assert paths == {artifact_path(cache, DIGEST)}
     assert len(server.requests) == 1
-    assert boot_media.inspect() == {}
+    assert cached.inspect() == {}
 
 
 async def test_ten_who_want_what_is_not_to_be_had_are_told_once_each(cache: Path, server: Server) -> None:
-    boot_media = BootMedia(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
+    cached = ArtifactCache(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
     artifact = Artifact(f"{server.base}/gone", DIGEST)
     said = []
 
     async def want() -> None:
         with pytest.raises(ImageError) as caught:
-            await boot_media.obtain(artifact)
+            await cached.obtain(artifact)
         said.append(caught.value)
 
     with trio.fail_after(30):
@@ -369,15 +369,15 @@ async def test_ten_who_want_what_is_not_to_be_had_are_told_once_each(cache: Path
 
 
 async def test_a_server_that_drips_meets_the_deadline(cache: Path, server: Server) -> None:
-    boot_media = BootMedia(cache, cache.parent, timeout_s=2.0, max_mb=64, origins=HERE)
+    cached = ArtifactCache(cache, cache.parent, timeout_s=2.0, max_mb=64, origins=HERE)
     with trio.fail_after(30):
         with pytest.raises(ImageError, match="did not arrive within 2 s") as caught:
-            await boot_media.obtain(Artifact(f"{server.base}/drips", DIGEST))
+            await cached.obtain(Artifact(f"{server.base}/drips", DIGEST))
     assert caught.value.code == "timeout"
 
 
 async def test_who_leaves_ends_the_fetch_and_who_waits_begins_anew(cache: Path, server: Server) -> None:
-    boot_media = BootMedia(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
+    cached = ArtifactCache(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
     artifact = Artifact(f"{server.base}/held", DIGEST)
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
@@ -385,11 +385,11 @@ async def test_who_leaves_ends_the_fetch_and_who_waits_begins_anew(cache: Path, 
 
             async def leave() -> None:
                 with leaving:
-                    await boot_media.obtain(artifact)
+                    await cached.obtain(artifact)
 
             nursery.start_soon(leave)
             await trio.to_thread.run_sync(server.asked.wait, 20)
-            nursery.start_soon(boot_media.obtain, artifact)
+            nursery.start_soon(cached.obtain, artifact)
             await trio.testing.wait_all_tasks_blocked()
             leaving.cancel()
             server.release.set()
@@ -399,18 +399,18 @@ async def test_who_leaves_ends_the_fetch_and_who_waits_begins_anew(cache: Path, 
     assert {path.name for path in (cache / "media").iterdir()} == {DIGEST, f"{DIGEST}.json"}
 
 
-async def test_an_upload_has_its_deadline_where_the_same_medium_is_being_fetched_slowly(cache: Path) -> None:
-    boot_media = BootMedia(cache, cache.parent, timeout_s=0.5, max_mb=64)
+async def test_an_upload_has_its_deadline_where_the_same_artifact_is_being_fetched_slowly(cache: Path) -> None:
+    cached = ArtifactCache(cache, cache.parent, timeout_s=0.5, max_mb=64)
     begun, over, ended = threading.Event(), threading.Event(), threading.Event()
 
     def fetch_slowly() -> None:
-        with media.locked_part(cache, DIGEST):
+        with artifacts.locked_part(cache, DIGEST):
             begun.set()
             over.wait(5)
         ended.set()
 
     async def send() -> None:
-        async with boot_media.receiving(DIGEST) as upload:
+        async with cached.receiving(DIGEST) as upload:
             await upload.write(DATA)
             await upload.finish()
 
