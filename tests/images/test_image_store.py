@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import tomllib
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -270,4 +271,12 @@ def late():
         import json as j, re
 """
     assert imported_modules(source) == {"os", "h2.events", "only", "wsproto.connection", "json", "re"}
-    assert "wsproto" in set().union(*map(imported_modules, _recipe.guest_sources().values()))
+
+
+def test_the_image_and_the_package_declare_the_libraries_of_the_guest() -> None:
+    imported = set().union(*map(imported_modules, _recipe.guest_sources().values()))
+    libraries = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names - {"volant"}
+    assert libraries == {"h2", "wsproto"}
+    assert libraries <= set(_recipe.LIBRARIES.values())
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert libraries <= {re.split(r"[^A-Za-z0-9_-]", each)[0] for each in project["dependencies"]}

@@ -12,13 +12,6 @@ from ._imports import imported_modules
 
 _DIST_PACKAGES = "usr/lib/python3/dist-packages/"
 _STDLIB = "usr/lib/python3.13/"
-_PURE = {
-    "python3-h11": "h11/",
-    "python3-h2": "h2/",
-    "python3-hpack": "hpack/",
-    "python3-hyperframe": "hyperframe/",
-    "python3-wsproto": "wsproto/",
-}
 
 
 def compose(
@@ -38,12 +31,10 @@ def compose(
     for package in ("libpython3.13-minimal", "libpython3.13-stdlib"):
         stdlib |= _debs.read_files(debs[package], lambda path: path.startswith(_STDLIB) and path.endswith(".py"))
     sources = dict(guest)
-    for package, prefix in _PURE.items():
-        found = _debs.read_files(debs[package], lambda path: path.startswith(_DIST_PACKAGES))
-        for path, data in found.items():
-            relative = path.removeprefix(_DIST_PACKAGES)
-            if relative.startswith(prefix) and relative.endswith(".py"):
-                sources[relative] = data
+    for package, library in _recipe.LIBRARIES.items():
+        files = _debs.read_files(debs[package], lambda path: path.startswith(_DIST_PACKAGES) and path.endswith(".py"))
+        names = {path: path.removeprefix(_DIST_PACKAGES) for path in files}
+        sources |= {name: files[path] for path, name in names.items() if name.startswith(f"{library}/")}
 
     tell("compile", "Compiling the guest's Python modules")
     # All of them, not what the main program imports, and all that they import: some of it late, when somebody needs it.

@@ -17,17 +17,22 @@ PYTHON = "python3.13"
 KERNEL_METAPACKAGE = "linux-image-cloud-amd64"
 """Depends on the package with the kernel itself, whose name has its version."""
 
+LIBRARIES = {
+    "python3-h11": "h11",  # wsproto needs it
+    "python3-h2": "h2",
+    "python3-hpack": "hpack",  # h2 needs this one and the next
+    "python3-hyperframe": "hyperframe",
+    "python3-wsproto": "wsproto",
+}
+"""Debian packages with the Python packages that the agent uses besides the standard library."""
+
 PACKAGES = (
+    *LIBRARIES,
     "busybox-static",
     "libc6",
     "libexpat1",
     "libpython3.13-minimal",
     "libpython3.13-stdlib",
-    "python3-h11",
-    "python3-h2",
-    "python3-hpack",
-    "python3-hyperframe",
-    "python3-wsproto",
     "python3.13-minimal",
     "zlib1g",
 )
