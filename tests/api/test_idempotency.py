@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import apsw
 import httpx
+import msgspec
 import pytest
 import trio
 
 from tests.api.kit import Api, api
 from volant.http import ApiSettings
-from volant.journal import KeepRefusal, Kept, Once
+from volant.journal import IdempotencyKey, Result, StoreRefusal
 from volant.model import CreateVm, Problem, VmRow
 
 GOOD = {"name": "demo", "cpu_cores": 1, "memory_mb": 128}
@@ -152,10 +154,10 @@ async def test_one_under_way_is_409_and_is_done_once(served: Api) -> None:
     create = served.doors.vms.create
     begun, gate = trio.Event(), trio.Event()
 
-    async def slow(request: CreateVm, *, once: Once | None = None) -> VmRow:
+    async def slow(request: CreateVm, *, key: IdempotencyKey | None = None) -> VmRow:
         begun.set()
         await gate.wait()
-        return await create(request, once=once)
+        return await create(request, key=key)
 
     served.doors.vms.create = slow  # type: ignore[method-assign]
     answers: list[httpx.Response] = []
@@ -180,17 +182,17 @@ async def test_the_journal_decides_which_came_first(served: Api, monkeypatch: py
     first = [await post(served, path, If_Match="*") for path in paths]
     generation = served.doors.store.projection.get("demo")
     await served.create("nobody")
-    find = served.doors.store.answers.find
+    find = served.doors.store.responses.find
     looked_up: set[bytes] = set()
 
-    def late(once: Once, now: datetime) -> Kept | None:
-        kept = find(once, now)
-        if once.scope in looked_up:
-            return kept
-        looked_up.add(once.scope)
+    def late(key: IdempotencyKey, now: datetime) -> Result | None:
+        result = find(key, now)
+        if key.scope in looked_up:
+            return result
+        looked_up.add(key.scope)
         return None
 
-    monkeypatch.setattr(served.doors.store.answers, "find", late)
+    monkeypatch.setattr(served.doors.store.responses, "find", late)
     same(first[0], await post(served, paths[0], If_Match="*"))
     assert served.doors.store.projection.get("demo") == generation
     # It would be possible now, but it was refused.
@@ -215,11 +217,57 @@ async def test_keys_belong_to_who_asks(tmp_path: Path) -> None:
         same(answers[0], answers[2])
 
 
-async def test_a_refusal_that_can_not_be_kept_is_not_given(served: Api) -> None:
+async def test_a_response_stored_by_an_earlier_version_is_replayed(tmp_path: Path) -> None:
+    requests: list[tuple[str, object]] = [
+        ("/api/v1/vms", GOOD),
+        ("/api/v1/vms/demo/restart", None),
+        ("/api/v1/vms/nobody/start", None),
+        ("/api/v1/plugins", {"name": "p", "version": "1"}),
+        ("/api/v1/plugins/p/enabled", {"enabled": False}),
+    ]
+    first: dict[bytes, httpx.Response] = {}
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    after.mkdir()
+    async with api(before) as served:
+        for path, body in requests:
+            response = await post(served, path, body=body)
+            first[list(served.doors.store.responses._by_scope)[-1]] = response
+            await served.client.get("/api/v1/vms/demo?wait=crashed")
+    as_version_5((before / "volant.db").rename(after / "volant.db"), first)
+    async with api(after) as served:
+        for (path, body), response in zip(requests, first.values(), strict=True):
+            again = await post(served, path, body=body)
+            if response.status_code < 400:
+                same(response, again)
+            assert {**again.json(), "request_id": ""} == {**response.json(), "request_id": ""}
+
+
+def as_version_5(path: Path, responses: Mapping[bytes, httpx.Response]) -> None:
+    """Puts a database back to the version that stored rendered responses."""
+    connection = apsw.Connection(str(path))
+    connection.execute("CREATE TABLE answers (scope BLOB PRIMARY KEY, kept BLOB NOT NULL) STRICT, WITHOUT ROWID")
+    for scope, request, at in connection.execute("SELECT scope, request, at FROM responses").fetchall():
+        response = responses[scope]
+        body = response.json()
+        kept: dict[str, object] = {"scope": scope, "asked": request, "at": at, "answer": None, "refusal": None}
+        if response.status_code < 400:
+            headers = {name: response.headers[name] for name in ("ETag", "Location") if name in response.headers}
+            kept["answer"] = {"status": response.status_code, "headers": headers, "body": response.text, "vm_id": 1}
+        else:
+            members = {name: body.get(name) for name in ("status", "detail", "field", "hint", "vm")}
+            kept["refusal"] = members | {"code": body["type"].rpartition(":")[2]}
+        connection.execute("INSERT INTO answers VALUES (?, ?)", (scope, msgspec.json.encode(kept)))
+    connection.execute("DROP TABLE responses")
+    connection.pragma("user_version", 5)
+    connection.close()
+
+
+async def test_a_refusal_that_can_not_be_stored_is_not_given(served: Api) -> None:
     ask = served.doors.journal.ask
 
     async def failing(message: Any, **options: Any) -> Any:
-        if isinstance(message, KeepRefusal):
+        if isinstance(message, StoreRefusal):
             raise Problem(503, "journal-full", "full")
         return await ask(message, **options)
 

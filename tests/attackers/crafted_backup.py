@@ -115,7 +115,7 @@ MEMBERS: Mapping[str, Member] = {
     "plugin that is built in": _of("plugins", "name", "base"),
     "plugin's runtime": _of("plugins", "runtime", "../x"),
     "plugin's artifact": _of("plugins", "boot", {"rootfs": {"url": "/r", "sha256": "../../../../x"}}),
-    "header of an answer": _of("answers", "answer.headers", {"Location": "/x\r\nSet-Cookie: a=b"}),
+    "status of a refusal": _of("responses", "status", 200),
     "drain": _of("meta", "since", "2025-09-24T12:34:56"),
 }
 """Each says something that becomes a path, a process, a device or an argument."""
@@ -139,8 +139,8 @@ def _rows() -> dict[str, Json]:
         "snapshots": json.loads(msgspec.json.encode(snapshot)),
         "networks": {"name": "lan", "created_at": AT.isoformat()},
         "plugins": {"name": "web", "version": "1"},
-        "answers": {"scope": "c2NvcGU=", "asked": "YQ==", "at": 1758717296,
-                    "answer": {"status": 201, "headers": {}, "body": "{}"}},
+        "responses": {"type": "refusal", "status": 404, "code": "vm-not-found", "detail": "there is no VM named 'x'",
+                      "field": None, "hint": None, "vm": "x"},
         "meta": {"since": AT.isoformat()},
     }  # fmt: skip
 
@@ -174,7 +174,7 @@ def put(connection: apsw.Connection, rows: Mapping[str, Json]) -> None:
     write("INSERT INTO snapshots VALUES (?, ?, ?)", snapshot["id"], snapshot["name"], data("snapshots"))
     write("INSERT INTO networks VALUES (?, ?)", rows["networks"]["name"], data("networks"))
     write("INSERT INTO plugins VALUES (?, 1, ?, ?)", rows["plugins"]["name"], AT.isoformat(), data("plugins"))
-    write("INSERT INTO answers VALUES (?, ?)", b"scope", data("answers"))
+    write("INSERT INTO responses VALUES (?, ?, ?, ?)", b"scope", b"request", 1758717296, data("responses"))
     write("INSERT INTO meta VALUES ('drain', ?)", data("meta").decode())
 
 

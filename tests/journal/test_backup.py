@@ -433,12 +433,12 @@ async def test_a_backup_of_an_older_version_is_brought_up_to_date(path: Path, ke
         await bench.create("one")
         await bench.ask_plugin() if hasattr(bench, "ask_plugin") else None
         await bench.backup(kept)
-        _sql("DROP TABLE answers", "DROP TABLE snapshots", "DROP TABLE networks", "PRAGMA user_version = 1")(kept)
+        _sql("DROP TABLE responses", "DROP TABLE snapshots", "DROP TABLE networks", "PRAGMA user_version = 1")(kept)
         await bench.restore(kept.read_bytes())
     async with keeping(path) as bench:
         assert [row.name for row in bench.store.projection.rows()] == ["one"]
         connection = apsw.Connection(str(path))
-        assert connection.execute("SELECT count(*) FROM answers").get == 0
+        assert connection.execute("SELECT count(*) FROM responses").get == 0
         connection.close()
 
 

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+from base64 import b64encode
+from collections.abc import Callable
 from pathlib import Path
 
 import apsw
+import msgspec
 import pytest
 
 from tests.journal.kit import ClockHost, events_after, running
+from volant.journal import (
+    IdempotencyKey,
+    NetworkCreated,
+    PluginChanged,
+    PluginInstalled,
+    Refusal,
+    Result,
+    SnapshotTaken,
+    VmChanged,
+    VmCreated,
+    VmForked,
+)
+from volant.journal import _migrations as migrations
 from volant.journal import _schema as schema
-from volant.model import Manifest, Status
+from volant.journal._migrations import VERSION, migrate
+from volant.model import Manifest, NetworkView, PluginView, SnapshotView, Status, VmRow, VmView, view
 
 AT = "2025-09-24T12:34:56Z"
 RELEASED = ["45f1bd27637d01f0", "9a3a0cf9f2ba6f85", "fa64548fe9252224", "6466402163b6e92d", "e3b0c44298fc1c14"]
@@ -28,6 +46,47 @@ STATUSES = ("pending", "starting", "running", "stopping", "stopped")
 TYPES = ("VM_CREATED", "VM_STARTING", "VM_RUNNING", "VM_STOPPING", "VM_STOPPED")
 
 
+# As versions 2 to 5 stored responses.
+NETWORK = {"name": "lan", "vms": {}, "created_at": AT}
+PLUGIN = {
+    "name": "web", "version": "1", "description": "", "runtime": "web", "enabled": True, "builtin": False,
+    "created_at": AT, "labels": {},
+}  # fmt: skip
+SNAPSHOT = {
+    "name": "warm", "status": "ready", "vm": "demo", "vm_id": 3, "plugin": "web", "cpu_cores": 2, "memory_mb": 256,
+    "disk": "none", "description": "", "labels": {}, "created_at": AT, "paused_ms": 1.5, "size_bytes": 4096,
+}  # fmt: skip
+VM = json.loads(msgspec.json.encode(view(msgspec.convert(ROW, VmRow))))
+REFUSAL = {"status": 404, "code": "vm-not-found", "detail": "no", "field": None, "hint": "later", "vm": "demo"}
+
+
+def answer(status: int, body: object, **headers: str) -> dict[str, object]:
+    return {"answer": {"status": status, "headers": headers, "body": json.dumps(body), "vm_id": None}, "refusal": None}
+
+
+ANSWERS: dict[bytes, dict[str, object]] = {
+    b"created": answer(201, VM, ETag='"3-17"', Location="/api/v1/vms/demo"),
+    b"changed": answer(200, VM, ETag='"3-18"'),
+    b"forked": answer(201, [VM, VM]),
+    b"snapshot": answer(201, SNAPSHOT, Location="/api/v1/snapshots/warm"),
+    b"network": answer(201, NETWORK, Location="/api/v1/networks/lan"),
+    b"installed": answer(201, PLUGIN, Location="/api/v1/plugins/web"),
+    b"enabled": answer(200, PLUGIN),
+    b"refused": {"answer": None, "refusal": REFUSAL},
+}
+VIEW = msgspec.convert(VM, VmView)
+RESULTS: dict[bytes, Result] = {
+    b"created": VmCreated(VIEW, 17),
+    b"changed": VmChanged(VIEW, 18),
+    b"forked": VmForked((VIEW, VIEW)),
+    b"snapshot": SnapshotTaken(msgspec.convert(SNAPSHOT, SnapshotView)),
+    b"network": NetworkCreated(msgspec.convert(NETWORK, NetworkView)),
+    b"installed": PluginInstalled(msgspec.convert(PLUGIN, PluginView)),
+    b"enabled": PluginChanged(msgspec.convert(PLUGIN, PluginView)),
+    b"refused": msgspec.convert({"type": "refusal"} | REFUSAL, Refusal),
+}
+
+
 def event(seq: int) -> dict[str, object]:
     return {
         "type": TYPES[seq - 1], "id": f"5f3a-{seq}", "name": "demo", "vm_id": 3, "status": STATUSES[seq - 1],
@@ -40,8 +99,7 @@ def database_of(path: Path, version: int) -> None:
     connection = apsw.Connection(str(path))
     connection.pragma("auto_vacuum", "incremental")
     connection.pragma("journal_mode", "wal")
-    for script in schema.MIGRATIONS[:version]:
-        connection.execute(script)
+    migrate(connection, 0, version)
     connection.pragma("application_id", schema.APPLICATION_ID)
     connection.pragma("user_version", version)
     execute = connection.execute
@@ -53,12 +111,16 @@ def database_of(path: Path, version: int) -> None:
         frame = json.dumps(event(seq)).encode()
         execute("INSERT INTO events VALUES (?, 1758717296, 3, 'demo', ?, ?)", (seq, TYPES[seq - 1], frame))
     execute("INSERT INTO plugins VALUES ('web', 0, ?, ?)", (AT, json.dumps({"name": "web", "version": "1"}).encode()))
-    if version >= 2:
-        kept = {
-            "scope": "c2NvcGU=", "asked": "YXNrZWQ=", "at": 1758717296,
-            "answer": {"status": 201, "headers": {}, "body": "{}", "vm_id": 3},
-        }  # fmt: skip
-        execute("INSERT INTO answers VALUES (?, ?)", (b"scope", json.dumps(kept).encode()))
+    if 2 <= version < 6:
+        for scope, kept in ANSWERS.items():
+            columns = {"scope": b64encode(scope).decode(), "asked": "cmVxdWVzdA==", "at": 1758717296}
+            execute("INSERT INTO answers VALUES (?, ?)", (scope, json.dumps(columns | kept).encode()))
+    elif version >= 6:
+        for scope, result in RESULTS.items():
+            execute(
+                "INSERT INTO responses VALUES (?, ?, ?, ?)",
+                (scope, b"request", 1758717296, msgspec.json.encode(result)),
+            )
     connection.close()
 
 
@@ -67,7 +129,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "volant.db"
 
 
-@pytest.mark.parametrize("version", range(1, schema.VERSION + 1))
+@pytest.mark.parametrize("version", range(1, VERSION + 1))
 async def test_nothing_is_lost_on_the_way(path: Path, version: int) -> None:
     database_of(path, version)
     host = ClockHost()
@@ -80,12 +142,15 @@ async def test_nothing_is_lost_on_the_way(path: Path, version: int) -> None:
         frames = await events_after(bench.store.events)
         assert [frame.event.id for frame in frames] == [f"5f3a-{seq}" for seq in range(1, 6)]
         assert [frame.event.message for frame in frames] == [f"number {seq}" for seq in range(1, 6)]
-        assert len(bench.store.answers) == (1 if version >= 2 else 0)
+        results = {
+            scope: bench.store.responses.find(IdempotencyKey(scope, b"request"), host.wall_clock()) for scope in ANSWERS
+        }
+        assert results == (RESULTS if version >= 2 else dict.fromkeys(ANSWERS))
         # And it works: what is new in this version, too. Ids go on above those that were ever given out.
         assert (await bench.create("next")).id == 10
         assert bench.store.events.newest.seq == 6
     connection = apsw.Connection(str(path))
-    assert connection.pragma("user_version") == schema.VERSION
+    assert connection.pragma("user_version") == VERSION
     assert schema._schema_of(connection) == schema._own_schema()
     assert connection.pragma("integrity_check") == "ok"
     connection.close()
@@ -95,14 +160,15 @@ async def test_a_migration_that_fails_leaves_the_database_as_it_was(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database_of(path, 1)
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, "CREATE TABLE one (x); CREATE TABLE vms (x)"))
-    monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
+    broken = (*migrations.MIGRATIONS[:1], "CREATE TABLE one (x); CREATE TABLE vms (x)", *migrations.MIGRATIONS[2:])
+    monkeypatch.setattr(migrations, "MIGRATIONS", broken)
     with pytest.raises(apsw.SQLError, match="already exists"):
         async with running(path):
             pass
     connection = apsw.Connection(str(path))
     assert connection.pragma("user_version") == 1
-    assert connection.execute("SELECT name FROM sqlite_schema WHERE name IN ('answers', 'one')").fetchall() == []
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
+    assert tables.isdisjoint({"answers", "responses", "one"})
     connection.close()
     monkeypatch.undo()
     async with running(path) as bench:
@@ -111,9 +177,10 @@ async def test_a_migration_that_fails_leaves_the_database_as_it_was(
 
 def test_released_migrations_are_never_changed() -> None:
     """A database of that version is out there: a change to it goes into a new entry."""
-    digests = [hash_of(script) for script in schema.MIGRATIONS]
+    digests = [hash_of(migration) for migration in migrations.MIGRATIONS]
     assert digests[: len(RELEASED)] == RELEASED
 
 
-def hash_of(script: str) -> str:
+def hash_of(migration: str | Callable[..., object]) -> str:
+    script = migration if isinstance(migration, str) else inspect.getsource(migration)
     return hashlib.sha256(" ".join(script.split()).encode()).hexdigest()[:16]

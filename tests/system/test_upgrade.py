@@ -17,7 +17,7 @@ import trio
 
 from tests.system.kit import BOOT_S, REPOSITORY, Daemon, adopted, boot, next_event, reachable, run, spec, until
 from volant.client import Client, ClientError, ClientProblem, LogLine
-from volant.journal._schema import VERSION
+from volant.journal._migrations import VERSION
 
 PREVIOUS = os.environ.get("VOLANT_TEST_PREVIOUS") or "HEAD~1"
 """The commit of the previous version."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote
-
 from quart import Response
 from quart_trio import QuartTrio
 
 from volant.http import Nothing, empty_response, json_response, read_body
-from volant.journal import AddNetwork, Answer, Once, RemoveNetwork
-from volant.model import CreateNetwork, Network, no_such_network
-from volant.operations import ApiDeps, ask_journal, network_view, shown_network, shown_networks
+from volant.journal import AddNetwork, IdempotencyKey, NetworkCreated, RemoveNetwork
+from volant.model import CreateNetwork, no_such_network
+from volant.operations import ApiDeps, ask_journal, shown_network, shown_networks
 
-from ._idempotency import Repeats, answer_of
+from ._idempotency import Repeats
 from ._params import no_query
+from ._results import respond
 
 
 def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
@@ -29,10 +28,10 @@ def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
         no_query()
         wanted = await read_body(CreateNetwork)
 
-        async def create(once: Once | None) -> Network:
-            return await ask_journal(deps, AddNetwork(wanted, once))
+        async def create(key: IdempotencyKey | None) -> NetworkCreated:
+            return NetworkCreated.of(await ask_journal(deps, AddNetwork(wanted, key)))
 
-        return (await repeats.answer(wanted, create, _made)).response()
+        return respond(await repeats.run(wanted, create))
 
     @app.get("/api/v1/networks/<name>")
     async def get_network(name: str) -> Response:
@@ -48,7 +47,3 @@ def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
         await read_body(Nothing)
         await ask_journal(deps, RemoveNetwork(name))
         return empty_response(204)
-
-
-def _made(network: Network) -> Answer:
-    return answer_of(network_view(network, {}), 201, Location=f"/api/v1/networks/{quote(network.name)}")

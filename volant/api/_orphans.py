@@ -30,7 +30,7 @@ def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
         await read_body(Nothing)
         row = await deps.vms.adopt_orphan(mark, None if name is None else check_name(name, "name"))
         response = json_response(view(row), 201)
-        response.headers["ETag"] = etag(row)
+        response.headers["ETag"] = etag(row.id, row.revision)
         response.headers["Location"] = f"/api/v1/vms/{quote(row.name)}"
         return response
 

@@ -35,9 +35,9 @@ def wait_of(parameters: Query) -> tuple[Collection[str], float]:
     return states, timeout_s
 
 
-def etag(row: VmRow) -> str:
+def etag(vm_id: int, revision: int) -> str:
     """Changes with every change of the VM."""
-    return f'"{row.id}-{row.revision}"'
+    return f'"{vm_id}-{revision}"'
 
 
 def if_match() -> Collection[Version] | None:
@@ -61,7 +61,7 @@ def if_match() -> Collection[Version] | None:
 
 def is_not_modified(row: VmRow) -> bool:
     """Whether the client has what it would get."""
-    return any(tag.removeprefix("W/") in ("*", etag(row)) for tag in _tags("If-None-Match") or ())
+    return any(tag.removeprefix("W/") in ("*", etag(row.id, row.revision)) for tag in _tags("If-None-Match") or ())
 
 
 def _tags(header: str) -> list[str] | None:

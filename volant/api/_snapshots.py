@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from urllib.parse import quote
 
 from quart import Response
 from quart_trio import QuartTrio
 
 from volant.http import Nothing, empty_response, json_response, read_body
-from volant.journal import Answer, Once
+from volant.journal import IdempotencyKey, SnapshotTaken
 from volant.model import Snapshot, TakeSnapshot, check_take, no_such_snapshot, snapshot_view
 from volant.operations import ApiDeps, vm_row
 
-from ._idempotency import Repeats, answer_of
+from ._idempotency import Repeats
 from ._params import no_query
+from ._results import respond
 
 
 def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
@@ -26,10 +26,10 @@ def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
         wanted = await read_body(TakeSnapshot)
         check_take(wanted)
 
-        async def take(once: Once | None) -> Snapshot:
-            return await deps.vms.take_snapshot(vm_row(deps, name).name, wanted, once=once)
+        async def take(key: IdempotencyKey | None) -> SnapshotTaken:
+            return SnapshotTaken.of(await deps.vms.take_snapshot(vm_row(deps, name).name, wanted, key=key))
 
-        return (await repeats.answer(wanted, take, _made)).response()
+        return respond(await repeats.run(wanted, take))
 
     @app.get("/api/v1/vms/<name>/snapshots")
     async def list_snapshots_of_vm(name: str) -> Response:
@@ -60,7 +60,3 @@ def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
 
 def _list(snapshots: Iterable[Snapshot]) -> Response:
     return json_response([snapshot_view(one) for one in sorted(snapshots, key=lambda one: (one.created_at, one.name))])
-
-
-def _made(snapshot: Snapshot) -> Answer:
-    return answer_of(snapshot_view(snapshot), 201, Location=f"/api/v1/snapshots/{quote(snapshot.name)}")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
-import msgspec
 import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 
 from volant.http import Nothing, Query, empty_response, interruptible, json_response, read_body, read_one_of
-from volant.journal import Answer, Once
+from volant.journal import IdempotencyKey, VmChanged, VmCreated, VmForked
 from volant.model import (
     CreateVm,
     EventId,
@@ -22,7 +21,6 @@ from volant.model import (
     Status,
     Verb,
     VerbKind,
-    VmRow,
     check_create,
     check_fork,
     check_restore,
@@ -33,8 +31,9 @@ from volant.model.agent import MAX_GRACE_S
 from volant.operations import ApiDeps, chosen, vm_row
 from volant.vm import Version
 
-from ._idempotency import Answered, Repeats, answer_of
+from ._idempotency import Outcome, Repeats
 from ._params import etag, if_match, is_not_modified, no_query, query, wait_of
+from ._results import respond
 
 _MAX_PAGE = 1000
 _DEFAULT_GRACE_S = 10.0
@@ -73,12 +72,12 @@ def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
             check_create(wanted)
         since = deps.store.projection.last_event
 
-        async def create(once: Once | None) -> VmRow:
+        async def create(key: IdempotencyKey | None) -> VmCreated:
             if isinstance(wanted, RestoreVm):
-                return await deps.vms.restore(wanted, once=once)
-            return await deps.vms.create(wanted, once=once)
+                return VmCreated.of(await deps.vms.restore(wanted, key=key))
+            return VmCreated.of(await deps.vms.create(wanted, key=key))
 
-        return await after_waiting(await repeats.answer(wanted, create, _made), states, timeout_s, since)
+        return await after_waiting(await repeats.run(wanted, create), states, timeout_s, since)
 
     @app.get("/api/v1/vms/<name>")
     async def get_vm(name: str) -> Response:
@@ -86,13 +85,13 @@ def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
         if not request.query_string:
             if is_not_modified(row):
                 response = empty_response(304)
-                response.headers["ETag"] = etag(row)
+                response.headers["ETag"] = etag(row.id, row.revision)
                 return response
-            return _shown(row)
+            return respond(Outcome(VmChanged.of(row)))
         parameters = query()
         states, timeout_s = wait_of(parameters)
         parameters.done()
-        return await after_waiting(Answered(_seen(row), False), states, timeout_s, deps.store.projection.last_event)
+        return await after_waiting(Outcome(VmChanged.of(row)), states, timeout_s, deps.store.projection.last_event)
 
     @app.delete("/api/v1/vms/<name>")
     async def delete_vm(name: str) -> Response:
@@ -130,10 +129,10 @@ def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
         only_at = if_match()
         since = deps.store.projection.last_event
 
-        async def act(once: Once | None) -> VmRow:
-            return await deps.vms.verb(vm_row(deps, name).name, wanted, only_at=only_at, once=once)
+        async def act(key: IdempotencyKey | None) -> VmChanged:
+            return VmChanged.of(await deps.vms.verb(vm_row(deps, name).name, wanted, only_at=only_at, key=key))
 
-        return await after_waiting(await repeats.answer((wanted, only_at), act, _seen), states, timeout_s, since)
+        return await after_waiting(await repeats.run((wanted, only_at), act), states, timeout_s, since)
 
     @app.post("/api/v1/vms/<name>/start")
     async def start_vm(name: str) -> Response:
@@ -168,12 +167,13 @@ def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
         check_fork(wanted)
         since = deps.store.projection.last_event
 
-        async def fork(once: Once | None) -> tuple[VmRow, ...]:
-            return await deps.vms.fork(vm_row(deps, name).name, wanted, once=once)
+        async def fork(key: IdempotencyKey | None) -> VmForked:
+            return VmForked.of(await deps.vms.fork(vm_row(deps, name).name, wanted, key=key))
 
-        answered = await repeats.answer(wanted, fork, _forked)
+        outcome = await repeats.run(wanted, fork)
         if not states:
-            return answered.response()
+            return respond(outcome)
+        ids = [copy.id for copy in outcome.result.copies]
         outcomes: list[str] = []
 
         async def wait_for(vm_id: int) -> None:
@@ -185,26 +185,27 @@ def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
                     nursery.start_soon(wait_for, vm_id)
             return True
 
-        ids = [copy.id for copy in msgspec.json.decode(answered.answer.body, type=list[_Id])]
         async with interruptible(_stopping()) as waits:
             all_told = await waits.until(wait)
         rows = [row for row in map(deps.store.projection.by_id, ids) if row is not None]
-        response = answered.now(answer_of([view(row) for row in rows])).response()
+        response = respond(outcome._replace(result=VmForked.of(rows)))
         worst = "failed" if "failed" in outcomes else "timeout" if "timeout" in outcomes or not all_told else "met"
         response.headers["Volant-Wait"] = worst
         return response
 
-    async def after_waiting(answered: Answered, states: Collection[str], timeout_s: float, since: EventId) -> Response:
-        """The answer; with the VM as it is after waiting, if that was asked for, also when it is a replay."""
-        vm_id = answered.answer.vm_id
-        if not states or vm_id is None:
-            return answered.response()
+    async def after_waiting(
+        outcome: Outcome[VmCreated] | Outcome[VmChanged], states: Collection[str], timeout_s: float, since: EventId
+    ) -> Response:
+        """Returns the response, with the VM as it is after waiting for `states`, also for a repeated request."""
+        if not states:
+            return respond(outcome)
+        result = outcome.result
         # A daemon that stops lets go of those who wait: what it tells is true, and they can ask again.
-        wait = partial(deps.vms.wait, vm_id, states, timeout_s, since=since)
+        wait = partial(deps.vms.wait, result.vm.id, states, timeout_s, since=since)
         async with interruptible(_stopping()) as waits:
-            outcome, now = await waits.until(wait) or ("timeout", deps.store.projection.by_id(vm_id))
-        response = (answered if now is None else answered.now(_seen(now))).response()
-        response.headers["Volant-Wait"] = outcome
+            waited, now = await waits.until(wait) or ("timeout", deps.store.projection.by_id(result.vm.id))
+        response = respond(Outcome(result if now is None else result.of(now), outcome.replayed))
+        response.headers["Volant-Wait"] = waited
         return response
 
 
@@ -216,28 +217,6 @@ async def _deleted(deps: ApiDeps, name: str, only_at: Collection[Version] | None
 def _stopping() -> trio.Event:
     stopping: trio.Event = request.scope["state"]["stopping"]
     return stopping
-
-
-def _seen(row: VmRow) -> Answer:
-    return answer_of(view(row), vm_id=row.id, ETag=etag(row))
-
-
-def _made(row: VmRow) -> Answer:
-    return answer_of(view(row), 201, vm_id=row.id, ETag=etag(row), Location=f"/api/v1/vms/{quote(row.name)}")
-
-
-def _forked(copies: tuple[VmRow, ...]) -> Answer:
-    return answer_of([view(row) for row in copies], 201)
-
-
-class _Id(msgspec.Struct):
-    id: int
-
-
-def _shown(row: VmRow) -> Response:
-    response = json_response(view(row))
-    response.headers["ETag"] = etag(row)
-    return response
 
 
 def _states(parameters: Query, given: list[str]) -> frozenset[str]:

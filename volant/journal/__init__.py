@@ -1,14 +1,25 @@
 """The journal: what must not be lost, events in order, and what VMs have said."""
 
-from ._answers import Answer, Answers, Kept, Once, Refusal
 from ._backups import MAX_UPLOAD_BYTES, Backup, Backups, Upload
 from ._client import ask_journal, journal_down
-from ._errors import AlreadyAnswered, DatabaseRefused, JournalBroken, StaleRow
+from ._errors import DatabaseRefused, DuplicateRequest, JournalBroken, StaleRow
 from ._events import EventCursor, EventGap, EventLog, EventLogStatistics
 from ._frames import EventFrame
 from ._journal import Journal
-from ._projection import Plugin, Projection
+from ._projection import Plugin, Projection, plugin_view
+from ._responses import IdempotencyKey, StoredResponse, StoredResponses
 from ._restore import Evidence, Running, replaced_databases, restore_offline, take_over
+from ._results import (
+    NetworkCreated,
+    PluginChanged,
+    PluginInstalled,
+    Refusal,
+    Result,
+    SnapshotTaken,
+    VmChanged,
+    VmCreated,
+    VmForked,
+)
 from ._store import Retention, Store
 from ._vmlog import LogCursor, LogEntry, LogGap, LogStatistics, LogStream, VmLog
 from ._vmlogs import VmLogs
@@ -23,28 +34,26 @@ from .messages import (
     FinishSnapshot,
     ForkRow,
     InstallPlugin,
-    KeepRefusal,
     RemoveNetwork,
     RemovePlugin,
     RemoveSnapshot,
     RestoreRow,
     SetDrain,
     StillThere,
+    StoreRefusal,
 )
 
 __all__ = [
     "MAX_UPLOAD_BYTES",
     "AddNetwork",
     "AdoptRow",
-    "AlreadyAnswered",
-    "Answer",
-    "Answers",
     "Backup",
     "Backups",
     "BeginSnapshot",
     "CommitSteps",
     "CreateRow",
     "DatabaseRefused",
+    "DuplicateRequest",
     "EnablePlugin",
     "EndDrain",
     "EventCursor",
@@ -55,35 +64,45 @@ __all__ = [
     "Evidence",
     "FinishSnapshot",
     "ForkRow",
+    "IdempotencyKey",
     "InstallPlugin",
     "Journal",
     "JournalBroken",
-    "KeepRefusal",
-    "Kept",
     "LogCursor",
     "LogEntry",
     "LogGap",
     "LogStatistics",
     "LogStream",
-    "Once",
+    "NetworkCreated",
     "Plugin",
+    "PluginChanged",
+    "PluginInstalled",
     "Projection",
     "Refusal",
     "RemoveNetwork",
     "RemovePlugin",
     "RemoveSnapshot",
     "RestoreRow",
+    "Result",
     "Retention",
     "Running",
     "SetDrain",
+    "SnapshotTaken",
     "StaleRow",
     "StillThere",
     "Store",
+    "StoreRefusal",
+    "StoredResponse",
+    "StoredResponses",
     "Upload",
+    "VmChanged",
+    "VmCreated",
+    "VmForked",
     "VmLog",
     "VmLogs",
     "ask_journal",
     "journal_down",
+    "plugin_view",
     "replaced_databases",
     "restore_offline",
     "take_over",

@@ -25,24 +25,24 @@ from volant.model.stored import (
 )
 
 from ._acknowledged import Acknowledged, AcknowledgedFile
-from ._answers import Kept, check_kept
-from ._errors import BadRow, DatabaseRefused, JournalBroken
+from ._errors import BadRow, DatabaseRefused, JournalBroken, naming, shown
 from ._frames import EventFrame
 from ._projection import Plugin
 from ._reserve import Reserve
+from ._responses import IdempotencyKey, StoredResponse
 from ._schema import BUSY_TIMEOUT_MS, open_reader, open_writer
 from ._stage import (
     AddEvent,
-    DropAnswer,
     DropNetwork,
     DropPlugin,
+    DropResponse,
     DropRow,
     DropSnapshot,
     Operation,
-    PutAnswer,
     PutDrain,
     PutNetwork,
     PutPlugin,
+    PutResponse,
     PutRow,
     PutSnapshot,
 )
@@ -50,7 +50,6 @@ from ._stage import (
 _encode = msgspec.json.Encoder().encode
 _decode_row = msgspec.json.Decoder(VmRow).decode
 _decode_manifest = msgspec.json.Decoder(Manifest).decode
-_decode_kept = msgspec.json.Decoder(Kept).decode
 _decode_drain = msgspec.json.Decoder(Drain).decode
 _decode_snapshot = msgspec.json.Decoder(Snapshot).decode
 _decode_network = msgspec.json.Decoder(Network).decode
@@ -74,7 +73,7 @@ class Loaded(msgspec.Struct, frozen=True):
     plugins: list[Plugin]
     snapshots: list[Snapshot]
     networks: list[Network]
-    answers: list[Kept]
+    responses: list[StoredResponse]
     drain: Drain | None
     last_vm_id: int
     oldest_seq: int
@@ -213,7 +212,7 @@ class Database:
             plugins = [_plugin(*columns) for columns in get("SELECT name, manifest, enabled, created_at FROM plugins")]
             snapshots = [_snapshot(*columns) for columns in get("SELECT id, name, snapshot FROM snapshots")]
             networks = [_network(*columns) for columns in get("SELECT name, network FROM networks")]
-            answers = [_answer(*columns) for columns in get("SELECT scope, kept FROM answers")]
+            responses = [_response(*columns) for columns in get("SELECT scope, request, at, result FROM responses")]
             drain = None if drained is None else _drain(drained)
             _check_tags(rows)
         oldest_seq = oldest or newest + 1
@@ -223,7 +222,7 @@ class Database:
             plugins,
             snapshots,
             networks,
-            answers,
+            responses,
             drain,
             sequence or 0,
             oldest_seq,
@@ -383,14 +382,14 @@ class Database:
                 execute("INSERT OR REPLACE INTO networks VALUES (?, ?)", (network.name, _encode(network)))
             case DropNetwork(name):
                 execute("DELETE FROM networks WHERE name = ?", (name,))
-            case PutAnswer(kept):
-                execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (kept.scope, _encode(kept)))
+            case PutResponse(StoredResponse(key, at, encoded)):
+                execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?)", (key.scope, key.request, at, encoded))
             case PutDrain(None):
                 execute("DELETE FROM meta WHERE key = 'drain'")
             case PutDrain(drain):
                 execute("INSERT OR REPLACE INTO meta VALUES ('drain', ?)", (_encode(drain).decode(),))
-            case DropAnswer(scope):
-                execute("DELETE FROM answers WHERE scope = ?", (scope,))
+            case DropResponse(scope):
+                execute("DELETE FROM responses WHERE scope = ?", (scope,))
 
     def _expect_one(self, vm_id: int) -> None:
         if self._connection.changes() != 1:
@@ -402,35 +401,19 @@ _COLUMNS = (
     ("plugins", "manifest"),
     ("snapshots", "snapshot"),
     ("networks", "network"),
-    ("answers", "kept"),
+    ("responses", "result"),
 )
-
-
-@contextmanager
-def _naming(table: str, row: object) -> Iterator[None]:
-    """:raises BadRow: that names the table, the row and the member; for what goes wrong in the block."""
-    try:
-        yield
-    except BadMember as bad:
-        raise BadRow(f"table {table}, row {_shown(row)}: {bad}") from bad
-    except (msgspec.MsgspecError, RecursionError, TypeError, ValueError) as error:
-        raise BadRow(f"table {table}, row {_shown(row)}, can't be understood: {error}") from error
 
 
 def _same(**columns: tuple[object, object]) -> None:
     """:raises BadMember: a member says something else than the column of that name."""
     for name, (column, member) in columns.items():
         if column != member:
-            raise BadMember(name, member, f"and its column says {_shown(column)}")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+            raise BadMember(name, member, f"and its column says {shown(column)}")
 
 
 def _vm(vm_id: int, name: str, revision: int, data: bytes) -> VmRow:
-    with _naming("vms", vm_id):
+    with naming("vms", vm_id):
         row = _decode_row(data)
         _same(id=(vm_id, row.id), name=(name, row.name), revision=(revision, row.revision))
         check_stored_vm(row)
@@ -438,7 +421,7 @@ def _vm(vm_id: int, name: str, revision: int, data: bytes) -> VmRow:
 
 
 def _plugin(name: str, data: bytes, enabled: int, created_at: str) -> Plugin:
-    with _naming("plugins", name):
+    with naming("plugins", name):
         manifest = _decode_manifest(data)
         _same(name=(name, manifest.name))
         check_stored_plugin(manifest)
@@ -448,7 +431,7 @@ def _plugin(name: str, data: bytes, enabled: int, created_at: str) -> Plugin:
 
 
 def _snapshot(snapshot_id: str, name: str, data: bytes) -> Snapshot:
-    with _naming("snapshots", snapshot_id):
+    with naming("snapshots", snapshot_id):
         snapshot = _decode_snapshot(data)
         _same(id=(snapshot_id, snapshot.id), name=(name, snapshot.name))
         check_stored_snapshot(snapshot)
@@ -456,30 +439,29 @@ def _snapshot(snapshot_id: str, name: str, data: bytes) -> Snapshot:
 
 
 def _network(name: str, data: bytes) -> Network:
-    with _naming("networks", name):
+    with naming("networks", name):
         network = _decode_network(data)
         _same(name=(name, network.name))
         check_stored_network(network)
         return network
 
 
-def _answer(scope: bytes, data: bytes) -> Kept:
-    with _naming("answers", scope):
-        kept = _decode_kept(data)
-        _same(scope=(scope, kept.scope))
-        check_kept(kept)
-        return kept
+def _response(scope: bytes, request: bytes, at: int, result: bytes) -> StoredResponse:
+    with naming("responses", scope):
+        response = StoredResponse(IdempotencyKey(scope, request), at, result)
+        _ = response.result
+        return response
 
 
 def _drain(data: str) -> Drain:
-    with _naming("meta", "drain"):
+    with naming("meta", "drain"):
         drain = _decode_drain(data)
         check_stored_time("since", drain.since)
         return drain
 
 
 def _count(value: str | None) -> int:
-    with _naming("meta", "changes"):
+    with naming("meta", "changes"):
         count = int(value or 0)
         if not 0 <= count <= MAX_ID:
             raise BadMember("value", value, "which is no number of changes")
@@ -487,7 +469,7 @@ def _count(value: str | None) -> int:
 
 
 def _epoch(value: object) -> str:
-    with _naming("meta", "epoch"):
+    with naming("meta", "epoch"):
         return check_stored_epoch(value)
 
 

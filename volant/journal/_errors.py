@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC
 
 import apsw
+import msgspec
 
 from volant.model import Problem, VmRow
+from volant.model.stored import BadMember
 
-from ._answers import Kept
+from ._results import Result
 
 
 class StaleRow(Exception):
@@ -25,12 +29,12 @@ class StaleRow(Exception):
         self.row = row
 
 
-class AlreadyAnswered(Exception):
-    """The request came before and was answered; nothing was done now. `kept` is what it was answered with."""
+class DuplicateRequest(Exception):
+    """The request with this idempotency key was carried out before, with this result. Nothing was done now."""
 
-    def __init__(self, kept: Kept) -> None:
-        super().__init__("the request was answered before")
-        self.kept = kept
+    def __init__(self, result: Result) -> None:
+        super().__init__("the request was carried out before")
+        self.result = result
 
 
 class DatabaseRefused(Exception):
@@ -39,6 +43,23 @@ class DatabaseRefused(Exception):
 
 class BadRow(DatabaseRefused):
     """It has a row that this daemon can't have written. The text names the table, the row and the member."""
+
+
+@contextmanager
+def naming(table: str, row: object) -> Iterator[None]:
+    """:raises BadRow: that names the table, the row and the member; for what goes wrong in the block."""
+    try:
+        yield
+    except BadMember as bad:
+        raise BadRow(f"table {table}, row {shown(row)}: {bad}") from bad
+    except (msgspec.MsgspecError, RecursionError, TypeError, ValueError) as error:
+        raise BadRow(f"table {table}, row {shown(row)}, can't be understood: {error}") from error
+
+
+def shown(value: object) -> str:
+    """Returns the value for an error message, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class JournalBroken(Exception):

@@ -32,13 +32,12 @@ import trio
 from actors import Actor, Deferred, Request, check_fence, handles
 from volant.model import Drain, EventId, IllegalEdge, Network, Problem, Snapshot, VmRow
 
-from ._answers import Once
 from ._checksums import is_changed_page
 from ._database import Database, Loaded
 from ._errors import (
-    AlreadyAnswered,
     BadRow,
     DatabaseRefused,
+    DuplicateRequest,
     StaleRow,
     full,
     no_room,
@@ -49,11 +48,13 @@ from ._errors import (
 )
 from ._projection import Plugin
 from ._reserve import RESERVE_BYTES
+from ._responses import IdempotencyKey
 from ._restore import finish, merge, next_path, snapshots_after
 from ._schema import CHANGED_PAGE, damaged, look_for_damage, untrusted
 from ._stage import Operation, Stage
 from ._store import Store
 from .messages import (
+    RESULTS,
     AddNetwork,
     AdoptRow,
     BeginSnapshot,
@@ -64,7 +65,6 @@ from .messages import (
     FinishSnapshot,
     ForkRow,
     InstallPlugin,
-    KeepRefusal,
     RemoveNetwork,
     RemovePlugin,
     RemoveSnapshot,
@@ -72,6 +72,7 @@ from .messages import (
     RestoreRow,
     SetDrain,
     StillThere,
+    StoreRefusal,
 )
 
 _GROUP = 128
@@ -148,7 +149,7 @@ class Journal(Actor):
         store.projection.replace_snapshots(loaded.snapshots)
         store.projection.replace_networks(loaded.networks)
         store.projection.set_drain(loaded.drain)
-        store.answers.replace(loaded.answers)
+        store.responses.replace(loaded.responses)
         self._last_vm_id = max(loaded.last_vm_id, store.ids_taken, self._database.last_vm_id)
         self._oldest_at = loaded.oldest_at
         self.ctx.spawn(self._write, name="writer")
@@ -233,8 +234,8 @@ class Journal(Actor):
     async def end_drain(self, message: EndDrain) -> Deferred[None]:
         return self._enqueue(message)
 
-    @handles(KeepRefusal)
-    async def keep_refusal(self, message: KeepRefusal) -> Deferred[None]:
+    @handles(StoreRefusal)
+    async def store_refusal(self, message: StoreRefusal) -> Deferred[None]:
         return self._enqueue(message)
 
     @handles(Restore)
@@ -265,7 +266,7 @@ class Journal(Actor):
             "trouble": self._store.trouble,
             "last_commit_ms": round(self._last_s * 1000, 3),
             "slowest_commit_ms": round(self._slowest_s * 1000, 3),
-            "answers_kept": len(self._store.answers),
+            "stored_responses": len(self._store.responses),
         }
 
     def _enqueue(self, message: Request[Any]) -> Deferred[Any]:
@@ -333,15 +334,15 @@ class Journal(Actor):
     async def _commit_group(self) -> None:
         store = self._store
         now = store.host.wall_clock()
-        stage = Stage(store.projection, store.answers, self._last_vm_id, now, store.networking)
+        stage = Stage(store.projection, store.responses, self._last_vm_id, now, store.networking)
         answers: list[tuple[Deferred[Any], object, Exception | None]] = []
         for _ in range(min(_GROUP, len(self._waiting))):
             message, deferred = self._waiting.popleft()
             try:
                 answers.append((deferred, _decide(stage, message), None))
-            except (AlreadyAnswered, Problem, StaleRow, IllegalEdge, ValueError) as refusal:
+            except (DuplicateRequest, Problem, StaleRow, IllegalEdge, ValueError) as refusal:
                 answers.append((deferred, None, refusal))
-        stage.make_room()
+        stage.drop_surplus_responses()
         if stage.operations:
             failure = await self._commit(stage.operations, [deferred for deferred, _, _ in answers])
             check_fence()
@@ -355,7 +356,7 @@ class Journal(Actor):
             store.projection.apply_snapshots(stage.snapshots)
             store.projection.apply_networks(stage.networks)
             store.projection.set_drain(stage.drain)
-            store.answers.apply(stage.kept.values(), stage.forgotten)
+            store.responses.apply(stage.responses.values(), stage.dropped_responses)
             store.events.append(stage.frames)
             store.figures.count(frame.event for frame in stage.frames)
             _log_events(stage)
@@ -539,17 +540,17 @@ def _log_events(stage: Stage) -> None:
 
 
 def _decide(stage: Stage, message: Request[Any]) -> object:
-    once: Once | None = getattr(message, "once", None)
-    if once is not None:
-        stage.check(once)
-    if isinstance(message, KeepRefusal):
-        stage.keep(message.once, message.refusal)
+    key: IdempotencyKey | None = getattr(message, "key", None)
+    if key is not None:
+        stage.check(key)
+    if isinstance(message, StoreRefusal):
+        stage.store(message.key, message.refusal)
         return None
     stage.caller = getattr(message, "caller", None)
-    result = _change(stage, message)
-    if once is not None:
-        stage.keep(once, once.answer(result))
-    return result
+    reply = _change(stage, message)
+    if key is not None:
+        stage.store(key, RESULTS[type(message)](reply))
+    return reply
 
 
 def _change(stage: Stage, message: Request[Any]) -> object:

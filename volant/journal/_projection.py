@@ -9,7 +9,7 @@ from types import MappingProxyType
 import msgspec
 import trio
 
-from volant.model import BASE, Drain, EventId, Manifest, Network, Snapshot, VmRow, is_named
+from volant.model import BASE, Drain, EventId, Manifest, Network, PluginView, Snapshot, VmRow, is_named
 
 
 class Plugin(msgspec.Struct, frozen=True):
@@ -22,6 +22,21 @@ class Plugin(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         return self.manifest.name
+
+
+def plugin_view(plugin: Plugin) -> PluginView:
+    """Returns what clients see of `plugin`."""
+    manifest = plugin.manifest
+    return PluginView(
+        name=manifest.name,
+        version=manifest.version,
+        description=manifest.description,
+        runtime=manifest.runtime,
+        enabled=plugin.enabled,
+        builtin=plugin.created_at is None,
+        created_at=plugin.created_at,
+        labels=manifest.labels,
+    )
 
 
 BASE_PLUGIN = Plugin(BASE)

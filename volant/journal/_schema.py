@@ -13,65 +13,13 @@ from volant.host import Host
 
 from ._checksums import AVAILABLE, RESERVED_BYTES, has_checksums, is_changed_page
 from ._errors import DatabaseRefused
+from ._migrations import VERSION, migrate
 
 _logger = logging.getLogger("volant.journal")
 
 CHANGED_PAGE = "a page is not what was written to it: its checksum differs"
 APPLICATION_ID = 0x566F_6C61
 """`Vola`: in the file's header, so that nobody's other database is taken for ours."""
-
-MIGRATIONS = (
-    """
-    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
-    CREATE TABLE vms (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,
-        name TEXT NOT NULL UNIQUE,
-        revision INTEGER NOT NULL,
-        row BLOB NOT NULL
-    ) STRICT;
-    CREATE TABLE events (
-        seq INTEGER PRIMARY KEY,
-        at INTEGER NOT NULL,
-        vm_id INTEGER NOT NULL,
-        name TEXT NOT NULL,
-        type TEXT NOT NULL,
-        frame BLOB NOT NULL
-    ) STRICT;
-    CREATE TABLE plugins (
-        name TEXT PRIMARY KEY,
-        enabled INTEGER NOT NULL,
-        created_at TEXT NOT NULL,
-        manifest BLOB NOT NULL
-    ) STRICT, WITHOUT ROWID;
-    """,
-    """
-    CREATE TABLE answers (
-        scope BLOB PRIMARY KEY,
-        kept BLOB NOT NULL
-    ) STRICT, WITHOUT ROWID;
-    """,
-    """
-    CREATE TABLE snapshots (
-        id TEXT PRIMARY KEY,
-        name TEXT NOT NULL UNIQUE,
-        snapshot BLOB NOT NULL
-    ) STRICT, WITHOUT ROWID;
-    """,
-    """
-    CREATE TABLE networks (
-        name TEXT PRIMARY KEY,
-        network BLOB NOT NULL
-    ) STRICT, WITHOUT ROWID;
-    """,
-    "",  # Pages may have checksums. A version that does not know them would write pages without.
-)
-"""Entry n brings a database from version n to n + 1. Entries are never changed once released.
-
-`vms.row`, `plugins.manifest`, `events.frame`, `answers.kept`, `snapshots.snapshot` and `networks.network` are JSON.
-`events.at` is seconds since 1970.
-"""
-
-VERSION = len(MIGRATIONS)
 
 MAX_BLOB_BYTES = 16 * 1024 * 1024
 """Of one row; the largest that is ever written has a manifest and an environment, of less than one together."""
@@ -285,8 +233,7 @@ def _schema_of(connection: apsw.Connection) -> list[tuple[object, ...]]:
 
 def _own_schema(version: int = VERSION) -> list[tuple[object, ...]]:
     with closing(apsw.Connection(":memory:")) as connection:
-        for script in MIGRATIONS[:version]:
-            connection.execute(script)
+        migrate(connection, 0, version)
         return _schema_of(connection)
 
 
@@ -311,8 +258,7 @@ def _migrate(connection: apsw.Connection, host: Host) -> None:
     connection.execute("BEGIN IMMEDIATE")
     try:
         version = connection.pragma("user_version")
-        for script in MIGRATIONS[version:]:
-            connection.execute(script)
+        migrate(connection, version)
         if version < VERSION:
             connection.pragma("application_id", APPLICATION_ID)
             connection.pragma("user_version", VERSION)

@@ -67,10 +67,11 @@ from volant.model import (
 )
 from volant.model.stored import BadMember, check_stored_vm
 
-from ._answers import Answer, Answers, Kept, Once, Refusal, check_same
-from ._errors import AlreadyAnswered, StaleRow
+from ._errors import DuplicateRequest, StaleRow
 from ._frames import EventFrame
 from ._projection import Plugin, Projection
+from ._responses import IdempotencyKey, StoredResponse, StoredResponses
+from ._results import Result
 
 
 class PutRow(msgspec.Struct, frozen=True):
@@ -97,11 +98,11 @@ class DropPlugin(msgspec.Struct, frozen=True):
     name: str
 
 
-class PutAnswer(msgspec.Struct, frozen=True):
-    kept: Kept
+class PutResponse(msgspec.Struct, frozen=True):
+    response: StoredResponse
 
 
-class DropAnswer(msgspec.Struct, frozen=True):
+class DropResponse(msgspec.Struct, frozen=True):
     scope: bytes
 
 
@@ -131,8 +132,8 @@ Operation = (
     | AddEvent
     | PutPlugin
     | DropPlugin
-    | PutAnswer
-    | DropAnswer
+    | PutResponse
+    | DropResponse
     | PutDrain
     | PutSnapshot
     | DropSnapshot
@@ -145,10 +146,15 @@ class Stage:
     """A transaction that is being made up on top of a projection. A request that raises leaves nothing in it."""
 
     def __init__(
-        self, projection: Projection, answers: Answers, last_vm_id: int, now: datetime, networking: Networking
+        self,
+        projection: Projection,
+        stored: StoredResponses,
+        last_vm_id: int,
+        now: datetime,
+        networking: Networking,
     ) -> None:
         self._projection = projection
-        self._answers = answers
+        self._stored = stored
         self._now = now
         self._networking = networking
         self._taken: set[str] | None = None
@@ -169,8 +175,9 @@ class Stage:
         self.operations: list[Operation] = []
         """For the disk, in order."""
         self._names: dict[str, VmRow | None] = {}
-        self.kept: dict[bytes, Kept] = {}
-        self.forgotten: list[bytes] = []
+        self.responses: dict[bytes, StoredResponse] = {}
+        """By scope."""
+        self.dropped_responses: list[bytes] = []
 
     def create(self, request: CreateVm) -> VmRow:
         """:raises Problem: 400, 404, 409, 503 see `CreateRow`."""
@@ -466,28 +473,24 @@ class Stage:
         if self.drain is not None:
             self._put_drain(None)
 
-    def check(self, once: Once) -> None:
-        """:raises AlreadyAnswered: it was. :raises Problem: 422 something else was, under the same key."""
-        here = self.kept.get(once.scope)
-        kept = self._answers.find(once, self._now) if here is None else check_same(here, once)
-        if kept is not None:
-            raise AlreadyAnswered(kept)
+    def check(self, key: IdempotencyKey) -> None:
+        """:raises DuplicateRequest: it was carried out. :raises Problem: 422 the key was used for another request."""
+        here = self.responses.get(key.scope)
+        result = self._stored.find(key, self._now) if here is None else here.result_for(key)
+        if result is not None:
+            raise DuplicateRequest(result)
 
-    def keep(self, once: Once, answer: Answer | Refusal) -> None:
-        """Keep what a request is answered with."""
-        at = int(self._now.timestamp())
-        if isinstance(answer, Refusal):
-            kept = Kept(once.scope, once.asked, at, None, answer)
-        else:
-            kept = Kept(once.scope, once.asked, at, answer)
-        self.kept[once.scope] = kept
-        self.operations.append(PutAnswer(kept))
+    def store(self, key: IdempotencyKey, result: Result) -> None:
+        """Store the result of a request."""
+        response = StoredResponse.of(key, self._now, result)
+        self.responses[key.scope] = response
+        self.operations.append(PutResponse(response))
 
-    def make_room(self) -> None:
-        """Let go of the answers whose place is needed. Call it last."""
-        if self.kept:
-            self.forgotten = self._answers.surplus(self.kept.values(), self._now)
-            self.operations.extend(map(DropAnswer, self.forgotten))
+    def drop_surplus_responses(self) -> None:
+        """Drop stored responses that make room for the new ones. Call it last."""
+        if self.responses:
+            self.dropped_responses = self._stored.surplus(self.responses.values(), self._now)
+            self.operations.extend(map(DropResponse, self.dropped_responses))
 
     def _check_free(self, name: str) -> None:
         if self._named(name) is not None:

@@ -10,10 +10,10 @@ import trio
 from volant.host import Host
 from volant.model import Networking
 
-from ._answers import Answers
 from ._events import EventLog
 from ._figures import Figures
 from ._projection import Projection
+from ._responses import StoredResponses
 
 
 class Retention(msgspec.Struct, frozen=True):
@@ -26,7 +26,7 @@ class Retention(msgspec.Struct, frozen=True):
 class Store:
     """The database's path, and what is read of it without asking anybody. Built once for a daemon.
 
-    `projection`, `events` and `answers` are empty until the `Journal` has started for the first time, and go on over
+    `projection`, `events` and `responses` are empty until the `Journal` has started for the first time, and go on over
     its restarts.
     """
 
@@ -40,7 +40,7 @@ class Store:
         """By which VMs that are created get their networks and leases."""
         self.projection = Projection()
         self.events = EventLog(host, path)
-        self.answers = Answers()
+        self.responses = StoredResponses()
         self.figures = Figures()
         self.trouble: str | None = None
         """Why no change can be made at present; None: they can. The journal sets it."""

@@ -3,14 +3,16 @@
 Every one of them is durable once it is answered, and can be answered with a `Problem` 503: `journal-full`,
 `journal-unwritable`, `journal-slow` (it may still be made), `journal-busy`. The journal then goes on.
 
-Those with `once` keep their answer in the same transaction. One that was answered before raises `AlreadyAnswered` and
-changes nothing; one whose `once` stands for something else is a `Problem` 422.
+A message with a `key` stores its result in the same transaction (`RESULTS`). A repeated one changes nothing and raises
+`DuplicateRequest`; one whose key was used for another request raises a `Problem` 422.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from actors import Request
 from volant.model import (
@@ -27,10 +29,21 @@ from volant.model import (
     VmRow,
 )
 
-from ._answers import Once, Refusal
 from ._database import Loaded
 from ._projection import Plugin
+from ._responses import IdempotencyKey
 from ._restore import Evidence
+from ._results import (
+    NetworkCreated,
+    PluginChanged,
+    PluginInstalled,
+    Refusal,
+    Result,
+    SnapshotTaken,
+    VmChanged,
+    VmCreated,
+    VmForked,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +55,7 @@ class CreateRow(Request[VmRow]):
     """
 
     request: CreateVm
-    once: Once | None = None
+    key: IdempotencyKey | None = None
     caller: str | None = None
 
 
@@ -55,7 +68,7 @@ class RestoreRow(Request[VmRow]):
     """
 
     request: RestoreVm
-    once: Once | None = None
+    key: IdempotencyKey | None = None
     caller: str | None = None
 
 
@@ -70,7 +83,7 @@ class ForkRow(Request[tuple[VmRow, ...]]):
     vm_id: int
     request: ForkVm
     checkpoint: str
-    once: Once | None = None
+    key: IdempotencyKey | None = None
     caller: str | None = None
 
 
@@ -94,7 +107,7 @@ class FinishSnapshot(Request[Snapshot]):
     snapshot_id: str
     paused_ms: float
     size_bytes: int
-    once: Once | None = None
+    key: IdempotencyKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +132,7 @@ class CommitSteps(Request[VmRow | None]):
     vm_id: int
     revision: int
     steps: tuple[Step, ...]
-    once: Once | None = None
+    key: IdempotencyKey | None = None
     caller: str | None = None
 
 
@@ -139,7 +152,7 @@ class InstallPlugin(Request[Plugin]):
     """Add a plugin, enabled. :raises Problem: 400 for the manifest; 409 there is one of that name."""
 
     manifest: Manifest
-    once: Once | None = None
+    key: IdempotencyKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +168,7 @@ class EnablePlugin(Request[Plugin]):
 
     name: str
     enabled: bool
-    once: Once | None = None
+    key: IdempotencyKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +177,7 @@ class AddNetwork(Request[Network]):
     too many; 503 it can't be had here."""
 
     request: CreateNetwork
-    once: Once | None = None
+    key: IdempotencyKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +200,11 @@ class EndDrain(Request[None]):
 
 
 @dataclass(frozen=True, slots=True)
-class KeepRefusal(Request[None]):
-    """Keep that a request was refused and nothing was done. Answered when it is durable."""
+class StoreRefusal(Request[None]):
+    """Store that the request with this key was refused, and nothing was done."""
 
     refusal: Refusal
-    once: Once
+    key: IdempotencyKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,3 +225,16 @@ class Restore(Request[str]):
 @dataclass(frozen=True, slots=True)
 class StillThere(Request[None]):
     """Answered at once by a journal that takes messages, whatever its disk does. The one that is not durable."""
+
+
+RESULTS: Mapping[type[Request[Any]], Callable[[Any], Result]] = {
+    CreateRow: VmCreated.of,
+    RestoreRow: VmCreated.of,
+    ForkRow: VmForked.of,
+    FinishSnapshot: SnapshotTaken.of,
+    CommitSteps: VmChanged.of,
+    InstallPlugin: PluginInstalled.of,
+    EnablePlugin: PluginChanged.of,
+    AddNetwork: NetworkCreated.of,
+}
+"""Makes the result that is stored for a message with a key from the reply to it."""

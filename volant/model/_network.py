@@ -95,6 +95,11 @@ class NetworkView(msgspec.Struct, frozen=True, kw_only=True):
     created_at: Time
 
 
+def network_view(network: Network, vms: Mapping[str, str] | None = None) -> NetworkView:
+    """Returns what clients see of `network`, with the addresses of its VMs by name."""
+    return NetworkView(name=network.name, vms=vms or {}, created_at=network.created_at)
+
+
 _UNFILTERED = "; its destinations are not filtered, so a guest reaches this host's own addresses: "
 
 

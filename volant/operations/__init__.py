@@ -3,7 +3,7 @@
 from ._ask import ask_journal
 from ._deps import ApiDeps, DaemonInfo, Health
 from ._lookup import action_of, chosen, log_of, no_such_plugin, unreadable, vm_row
-from ._networks import network_view, shown_network, shown_networks
+from ._networks import shown_network, shown_networks
 from ._schema import Schema, describe, owners, standalone
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "chosen",
     "describe",
     "log_of",
-    "network_view",
     "no_such_plugin",
     "owners",
     "shown_network",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from volant.journal import Projection
-from volant.model import Network, NetworkView
+from volant.model import Network, NetworkView, network_view
 
 
 def shown_networks(projection: Projection) -> list[NetworkView]:
@@ -16,7 +14,3 @@ def shown_networks(projection: Projection) -> list[NetworkView]:
 def shown_network(network: Network, projection: Projection) -> NetworkView:
     """One, with the VMs that are in it."""
     return network_view(network, projection.members(network.name))
-
-
-def network_view(network: Network, vms: Mapping[str, str]) -> NetworkView:
-    return NetworkView(name=network.name, vms=vms, created_at=network.created_at)

@@ -18,7 +18,7 @@ from actors import Actor, ActorDown, AskTimeout, Deferred, MailboxFull, TaskHand
 from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.host import ProcessGone
 from volant.hypervisor import CheckpointFailed, HypervisorError, LaunchFailed, MachineSpec
-from volant.journal import AlreadyAnswered, CommitSteps, LogEntry, Once, StaleRow, journal_down
+from volant.journal import CommitSteps, DuplicateRequest, IdempotencyKey, LogEntry, StaleRow, journal_down
 from volant.model import (
     MAX_RESTARTS,
     AgentAnswered,
@@ -153,7 +153,7 @@ class VmActor(Actor):
 
     @handles(Ask)
     async def ask(self, message: Ask) -> VmRow:
-        await self._see(message.verb, message.revisions, message.once)
+        await self._see(message.verb, message.revisions, message.key)
         return self._row
 
     @handles(TakeCheckpoint)
@@ -342,7 +342,9 @@ class VmActor(Actor):
 
     # One thing seen at a time
 
-    async def _see(self, seen: Seen, revisions: frozenset[int] | None = None, once: Once | None = None) -> None:
+    async def _see(
+        self, seen: Seen, revisions: frozenset[int] | None = None, key: IdempotencyKey | None = None
+    ) -> None:
         unsure = False
         projection = self._doors.store.projection
         for tries_left in reversed(range(_COMMIT_TRIES)):
@@ -350,16 +352,16 @@ class VmActor(Actor):
             # A commit of which nobody knows may have made the row what it is, if that is what was wanted.
             if revisions is not None and self._row.revision not in revisions and (steps or not unsure):
                 raise _changed(self._row)
-            if not steps and once is None:
+            if not steps and key is None:
                 break
             try:
                 row = await self._doors.journal.ask(
                     CommitSteps(
-                        self._vm_id, self._row.revision, steps, once, seen.caller if isinstance(seen, Verb) else None
+                        self._vm_id, self._row.revision, steps, key, seen.caller if isinstance(seen, Verb) else None
                     ),
                     timeout_s=_COMMIT_TIMEOUT_S,
                 )
-            except AlreadyAnswered:
+            except DuplicateRequest:
                 # Perhaps by a commit of this very loop, of which nobody knew.
                 self._row = projection.by_id(self._vm_id) or self._row
                 self._drive()

@@ -26,7 +26,16 @@ from actors import ActorDown, AskTimeout, Ref, Request
 from volant._own import inside
 from volant.host import Host
 from volant.hypervisor import Checkpoint, CheckpointFailed, Hypervisor, MachineKind
-from volant.journal import AlreadyAnswered, EventGap, FinishSnapshot, Journal, Once, RemoveSnapshot, Store, ask_journal
+from volant.journal import (
+    DuplicateRequest,
+    EventGap,
+    FinishSnapshot,
+    IdempotencyKey,
+    Journal,
+    RemoveSnapshot,
+    Store,
+    ask_journal,
+)
 from volant.model import FORK, SNAPSHOT, Problem, Snapshot, VmRow, is_copyable, waits_for
 
 from .messages import CheckpointTaken
@@ -51,7 +60,7 @@ _logger = logging.getLogger("volant.vm")
 Take = Callable[[Path], Awaitable[CheckpointTaken]]
 """Copies the guest into an empty directory. Raises CheckpointFailed, Problem, ActorDown, AskTimeout."""
 Commit = Callable[[str], Awaitable[tuple[VmRow, ...]]]
-"""Makes the VMs that go on from the checkpoint of that name, which is whole. Raises Problem, AlreadyAnswered."""
+"""Makes the VMs that go on from the checkpoint of that name, which is whole. Raises Problem, DuplicateRequest."""
 
 
 def checkpoint_at(memory_dir: Path, snapshot_dir: Path, checkpoint: str) -> Path:
@@ -210,9 +219,9 @@ class Checkpoints:
         """Make what copies go on from, then their rows, and remove it once they have gone on."""
         self._start(turn, partial(self._fork, turn, take, commit))
 
-    def start_snapshot(self, turn: Turn, snapshot: Snapshot, take: Take, once: Once | None) -> None:
+    def start_snapshot(self, turn: Turn, snapshot: Snapshot, take: Take, key: IdempotencyKey | None) -> None:
         """Make the files of a snapshot, whose row is committed, and commit that it is ready."""
-        self._start(turn, partial(self._snapshot, turn, snapshot, take, once))
+        self._start(turn, partial(self._snapshot, turn, snapshot, take, key))
 
     def _start(self, turn: Turn, job: Callable[[], Awaitable[None]]) -> None:
         if self._nursery is None:
@@ -238,7 +247,7 @@ class Checkpoints:
             await self._write_record(fresh, await self._take(turn, take, fresh))
             await self._host.put_in_place(fresh, path)
             turn.copies = await commit(turn.name)
-        except (CheckpointLost, AlreadyAnswered, Problem, OSError) as error:
+        except (CheckpointLost, DuplicateRequest, Problem, OSError) as error:
             lost = CheckpointLost("capture_failed", _unwritable(error)) if isinstance(error, OSError) else error
             _logger.warning("VM %s is not forked: %s", turn.vm.name, lost, extra={"vm": turn.vm.name})
             turn.fail(lost)
@@ -251,7 +260,7 @@ class Checkpoints:
             await trio.sleep(_COMMIT_S)
         await self._remove_once_used(turn.name)
 
-    async def _snapshot(self, turn: Turn, snapshot: Snapshot, take: Take, once: Once | None) -> None:
+    async def _snapshot(self, turn: Turn, snapshot: Snapshot, take: Take, key: IdempotencyKey | None) -> None:
         path = self.at(turn.name)
         passing, fresh = _fresh(self._memory_dir / turn.name), _fresh(path)
         try:
@@ -266,8 +275,8 @@ class Checkpoints:
             record = await self._write_record(fresh, taken)
             await self._host.put_in_place(fresh, path)
             await self._host.remove_tree(passing)
-            await self._ask(FinishSnapshot(snapshot.name, snapshot.id, record.paused_ms, record.size_bytes, once))
-        except (CheckpointLost, AlreadyAnswered, Problem, OSError) as error:
+            await self._ask(FinishSnapshot(snapshot.name, snapshot.id, record.paused_ms, record.size_bytes, key))
+        except (CheckpointLost, DuplicateRequest, Problem, OSError) as error:
             lost = CheckpointLost("capture_failed", _unwritable(error)) if isinstance(error, OSError) else error
             _logger.warning("VM %s has no snapshot %s: %s", turn.vm.name, snapshot.name, lost)
             turn.fail(lost)
@@ -442,7 +451,7 @@ class Checkpoints:
         return self._host.list_directory(directory) if self._host.exists(directory) else []
 
     async def _ask(self, message: Request[object]) -> None:
-        """Has the journal do something. :raises Problem: as `ask_journal`. :raises AlreadyAnswered:"""
+        """Has the journal do something. :raises Problem: as `ask_journal`. :raises DuplicateRequest:"""
         await ask_journal(self._journal, message)
 
 

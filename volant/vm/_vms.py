@@ -37,7 +37,7 @@ from volant.journal import (
     EventFrame,
     EventGap,
     ForkRow,
-    Once,
+    IdempotencyKey,
     RestoreRow,
     SetDrain,
     StaleRow,
@@ -131,14 +131,14 @@ class Vms:
     _closing: bool = False
     _starting: dict[int, trio.Event] = field(default_factory=dict)
 
-    async def create(self, request: CreateVm, *, once: Once | None = None) -> VmRow:
+    async def create(self, request: CreateVm, *, key: IdempotencyKey | None = None) -> VmRow:
         """Make a VM; durable when this returns.
 
         A caller that is cancelled meanwhile cancels nothing.
 
         :raises Problem: 400 the request, 404 no such plugin, 409 name taken or plugin disabled, 503 no capacity or
             the daemon drains.
-        :raises AlreadyAnswered: the request came before, and its VM was made then.
+        :raises DuplicateRequest: the request came before, and its VM was made then.
         """
         plugin = self.doors.store.projection.plugins.get(request.plugin)
         # Without the plugin the journal refuses the request.
@@ -152,18 +152,18 @@ class Vms:
         self._check_disk(request)
         with self._making(memory_mb):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
-                row = await self._journal(CreateRow(request, once, current_caller.get()))
+                row = await self._journal(CreateRow(request, key, current_caller.get()))
                 await self._actor(row)
                 return row
         raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
 
-    async def restore(self, request: RestoreVm, *, once: Once | None = None) -> VmRow:
+    async def restore(self, request: RestoreVm, *, key: IdempotencyKey | None = None) -> VmRow:
         """Make a VM that goes on from a snapshot; durable when this returns. A caller that is cancelled meanwhile
         cancels nothing.
 
         :raises Problem: 400 the request, 404 no such snapshot, 409 name taken, or it is not ready, 503 no capacity or
             the daemon drains.
-        :raises AlreadyAnswered: the request came before, and its VM was made then.
+        :raises DuplicateRequest: the request came before, and its VM was made then.
         """
         snapshot = self.doors.store.projection.snapshots.get(request.from_snapshot)
         if snapshot is None:
@@ -172,18 +172,18 @@ class Vms:
             raise name_taken(request.name)
         with self._making(snapshot.vm.memory_mb):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_TIMEOUT_S):
-                row = await self._journal(RestoreRow(request, once, current_caller.get()))
+                row = await self._journal(RestoreRow(request, key, current_caller.get()))
                 await self._actor(row)
                 return row
         raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
 
-    async def fork(self, name: str, request: ForkVm, *, once: Once | None = None) -> tuple[VmRow, ...]:
+    async def fork(self, name: str, request: ForkVm, *, key: IdempotencyKey | None = None) -> tuple[VmRow, ...]:
         """Make VMs that go on from where this one is. When this returns, what they go on from is copied, they are
         durable, and this one goes on itself. A caller that is cancelled meanwhile cancels nothing.
 
         :raises Problem: 400 the request, 404, 409 it is neither running nor paused, or a name is taken, 503 no
             capacity, it could not be copied, others are being copied, or the daemon drains.
-        :raises AlreadyAnswered: the request came before, and its VMs were made then.
+        :raises DuplicateRequest: the request came before, and its VMs were made then.
         """
         row = self._row(name)
         check_copyable(row)
@@ -196,7 +196,7 @@ class Vms:
                 raise name_taken(copy_name)
 
         async def commit(checkpoint: str) -> tuple[VmRow, ...]:
-            copies = await self._journal(ForkRow(row.id, request, checkpoint, once, current_caller.get()))
+            copies = await self._journal(ForkRow(row.id, request, checkpoint, key, current_caller.get()))
             for copy in copies:
                 await self._actor(copy)
             return copies
@@ -212,13 +212,13 @@ class Vms:
             raise Problem(503, "fork-failed", f"there is no fork: {error}", vm=name, hint="try again") from error
         return turn.copies
 
-    async def take_snapshot(self, name: str, request: TakeSnapshot, *, once: Once | None = None) -> Snapshot:
+    async def take_snapshot(self, name: str, request: TakeSnapshot, *, key: IdempotencyKey | None = None) -> Snapshot:
         """Copy a VM as it is now, and keep that; all of it is on the disk when this returns. A caller that is cancelled
         meanwhile cancels nothing.
 
         :raises Problem: 400 the request, 404, 409 it is neither running nor paused, the name is taken, or it could not
             be copied, 503 no capacity, or others are being copied.
-        :raises AlreadyAnswered: the request came before, and its snapshot was made then.
+        :raises DuplicateRequest: the request came before, and its snapshot was made then.
         """
         row = self._row(name)
         check_copyable(row)
@@ -238,7 +238,7 @@ class Vms:
             except BaseException:
                 checkpoints.leave(turn)
                 raise
-            checkpoints.start_snapshot(turn, begun, partial(self._checkpoint, row), once)
+            checkpoints.start_snapshot(turn, begun, partial(self._checkpoint, row), key)
         if begun is None:
             raise Problem(503, "journal-slow", "the snapshot was not begun in time", vm=name, hint="try again")
         try:
@@ -273,13 +273,13 @@ class Vms:
         return await ref.ask(TakeCheckpoint(into), timeout_s=3 * CHECKPOINT_S)
 
     async def verb(
-        self, name: str, verb: Verb, *, only_at: Collection[Version] | None = None, once: Once | None = None
+        self, name: str, verb: Verb, *, only_at: Collection[Version] | None = None, key: IdempotencyKey | None = None
     ) -> VmRow:
         """Change what a VM should be, if it is at one of the versions `only_at`; durable when this returns.
 
         :raises Problem: 404, 409 not legal now, 412 it is at another version, 503 (among others: it would start, and
             the daemon drains).
-        :raises AlreadyAnswered: the request came before, and was taken up then.
+        :raises DuplicateRequest: the request came before, and was taken up then.
         """
         row = self._row(name)
         verb = msgspec.structs.replace(verb, caller=current_caller.get())
@@ -299,7 +299,7 @@ class Vms:
         while True:
             ref = await self._actor(row)
             try:
-                return await ref.ask(Ask(verb, revisions, once), timeout_s=_ASK_TIMEOUT_S)
+                return await ref.ask(Ask(verb, revisions, key), timeout_s=_ASK_TIMEOUT_S)
             except (ActorDown, AskTimeout) as error:
                 # It restarts, and may or may not have heard: read the row again, and go on from there.
                 after = self.doors.store.projection.by_id(row.id)
@@ -307,7 +307,7 @@ class Vms:
                     if verb.kind is VerbKind.DELETE:
                         return row
                     raise no_such_vm(name) from error
-                if once is None and _holds(after, verb.kind):
+                if key is None and _holds(after, verb.kind):
                     return after
                 if isinstance(error, AskTimeout) or trio.current_time() + pause_s > deadline:
                     raise Problem(

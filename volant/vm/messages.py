@@ -7,7 +7,7 @@ from pathlib import Path
 
 from actors import Request
 from volant.hypervisor import Checkpoint, CheckpointFailed
-from volant.journal import AlreadyAnswered, Once
+from volant.journal import DuplicateRequest, IdempotencyKey
 from volant.model import Effect, Problem, Seen, Verb, VmRow
 
 
@@ -15,16 +15,16 @@ from volant.model import Effect, Problem, Seen, Verb, VmRow
 class Ask(Request[VmRow]):
     """A client wants something -> the row, durable.
 
-    :raises Problem: 409 not legal now; 412 the row is at none of `revisions`; 422 `once` stands for something else;
+    :raises Problem: 409 not legal now; 412 the row is at none of `revisions`; 422 the key was used for another request;
         503 the journal can't keep it.
-    :raises AlreadyAnswered: the same request came before; nothing was done now.
+    :raises DuplicateRequest: the same request came before; nothing was done now.
     """
 
     verb: Verb
     revisions: frozenset[int] | None = None
     """None: whatever the row is at."""
-    once: Once | None = None
-    raises = (Problem, AlreadyAnswered)
+    key: IdempotencyKey | None = None
+    raises = (Problem, DuplicateRequest)
 
 
 @dataclass(frozen=True, slots=True)

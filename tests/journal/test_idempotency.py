@@ -1,4 +1,4 @@
-"""A request that comes again is answered from what was committed, whatever happened in between, and is done once."""
+"""A repeated request gets the result of the first one and is carried out once, whatever happened in between."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ import trio
 from actors import ActorDown, Request
 from tests.journal.kit import Bench, ClockHost, GatedHost, running
 from volant.journal import (
-    AlreadyAnswered,
-    Answer,
     CommitSteps,
     CreateRow,
+    DuplicateRequest,
     EnablePlugin,
+    IdempotencyKey,
     InstallPlugin,
-    KeepRefusal,
-    Once,
+    PluginChanged,
+    PluginInstalled,
     Refusal,
+    Result,
     StaleRow,
-    _answers,
+    StoredResponse,
+    StoreRefusal,
+    VmChanged,
+    VmCreated,
+    _responses,
 )
 from volant.model import CreateVm, Manifest, Problem, Status, Step, VmRow
 
@@ -38,61 +43,59 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "volant.db"
 
 
-def once(key: str, asked: str = "this") -> Once:
-    return Once(key.encode(), asked.encode(), lambda result: Answer(201, {"Key": key}, repr(result), 7))
+def key_of(key: str, request: str = "this") -> IdempotencyKey:
+    return IdempotencyKey(key.encode(), request.encode())
 
 
-def create(name: str, key: str, asked: str = "this") -> CreateRow:
-    return CreateRow(CreateVm(name=name, cpu_cores=1, memory_mb=128), once(key, asked))
+def create(name: str, key: str, request: str = "this") -> CreateRow:
+    return CreateRow(CreateVm(name=name, cpu_cores=1, memory_mb=128), key_of(key, request))
 
 
 def starting(row: VmRow, key: str) -> CommitSteps:
     step = Step(msgspec.structs.replace(row, status=Status.STARTING), "starting")
-    return CommitSteps(row.id, row.revision, (step,), once(key))
+    return CommitSteps(row.id, row.revision, (step,), key_of(key))
 
 
-async def again(bench: Bench, message: Request[object]) -> Answer | Refusal:
-    """What the message was answered with before."""
-    with pytest.raises(AlreadyAnswered) as before:
+async def repeat(bench: Bench, message: Request[object]) -> Result:
+    """Returns the stored result."""
+    with pytest.raises(DuplicateRequest) as duplicate:
         await bench.ask(message)
-    kept = before.value.kept
-    found = kept.answer or kept.refusal
-    assert found is not None
-    return found
+    return duplicate.value.result
 
 
-async def test_what_was_done_is_answered_again_and_not_done_again(path: Path) -> None:
+async def test_a_repeated_request_gets_the_first_result_and_changes_nothing(path: Path) -> None:
     async with running(path) as bench:
-        asked: dict[str, Request[object]] = {
-            "create": create("demo", "create"),
-            "plugin": InstallPlugin(Manifest(name="p", version="1"), once("plugin")),
-            "off": EnablePlugin("p", False, once("off")),
-            "nothing": EnablePlugin("p", False, once("nothing")),
-        }
-        results = {key: await bench.ask(message) for key, message in asked.items()}
-        row = results["create"]
-        assert isinstance(row, VmRow)
-        asked["verb"] = starting(row, "verb")
-        results["verb"] = changed = await bench.ask(asked["verb"])
-        assert isinstance(changed, VmRow)
-        asked["no verb"] = CommitSteps(row.id, changed.revision, (), once("no verb"))
-        results["no verb"] = await bench.ask(asked["no verb"])
+        row = await bench.ask(create("demo", "create"))
+        plugin = await bench.ask(InstallPlugin(Manifest(name="p", version="1"), key_of("plugin")))
+        off = await bench.ask(EnablePlugin("p", False, key_of("off")))
+        assert await bench.ask(EnablePlugin("p", False, key_of("nothing"))) == off
+        changed = await bench.ask(starting(row, "command"))
+        assert changed is not None
+        assert await bench.ask(CommitSteps(row.id, changed.revision, (), key_of("no command"))) == changed
+        expected: list[tuple[Request[object], Result]] = [
+            (create("demo", "create"), VmCreated.of(row)),
+            (InstallPlugin(Manifest(name="p", version="1"), key_of("plugin")), PluginInstalled.of(plugin)),
+            (EnablePlugin("p", False, key_of("off")), PluginChanged.of(off)),
+            (EnablePlugin("p", False, key_of("nothing")), PluginChanged.of(off)),
+            (starting(row, "command"), VmChanged.of(changed)),
+            (CommitSteps(row.id, changed.revision, (), key_of("no command")), VmChanged.of(changed)),
+        ]
         newest = bench.store.events.newest
-        for key, message in asked.items():
-            assert await again(bench, message) == Answer(201, {"Key": key}, repr(results[key]), 7)
+        for message, result in expected:
+            assert await repeat(bench, message) == result
         assert bench.store.projection.rows() == [changed]
         assert bench.store.events.newest == newest
-    # The next daemon knows too.
+    # The next daemon knows them too.
     async with running(path) as bench:
-        for key, message in asked.items():
-            assert await again(bench, message) == Answer(201, {"Key": key}, repr(results[key]), 7)
+        for message, result in expected:
+            assert await repeat(bench, message) == result
         assert bench.store.projection.rows() == [changed]
 
 
-async def test_a_refusal_is_kept_and_a_key_stands_for_one_request(path: Path) -> None:
+async def test_a_refusal_is_stored_and_a_key_stands_for_one_request(path: Path) -> None:
     async with running(path) as bench:
-        await bench.ask(KeepRefusal(Refusal.of(NO), once("k")))
-        refusal = await again(bench, create("demo", "k"))
+        await bench.ask(StoreRefusal(Refusal.of(NO), key_of("k")))
+        refusal = await repeat(bench, create("demo", "k"))
         assert isinstance(refusal, Refusal)
         assert vars_of(refusal.problem()) == vars_of(NO)
         with pytest.raises(Problem) as reused:
@@ -102,8 +105,8 @@ async def test_a_refusal_is_kept_and_a_key_stands_for_one_request(path: Path) ->
         # Nobody was answered that a row is stale: whoever asked reads it and goes on.
         row = await bench.create("demo")
         with pytest.raises(StaleRow):
-            await bench.ask(CommitSteps(row.id, row.revision - 1, (), once("v")))
-        assert await bench.ask(CommitSteps(row.id, row.revision, (), once("v"))) == row
+            await bench.ask(CommitSteps(row.id, row.revision - 1, (), key_of("v")))
+        assert await bench.ask(CommitSteps(row.id, row.revision, (), key_of("v"))) == row
 
 
 def vars_of(problem: Problem) -> tuple[object, ...]:
@@ -138,20 +141,20 @@ async def in_one_group(bench: Bench, host: GatedHost, messages: list[Request[obj
     return [results[number] for number in range(len(messages))]
 
 
-async def test_of_those_in_one_transaction_one_is_done(path: Path) -> None:
+async def test_of_duplicates_in_one_transaction_one_is_carried_out(path: Path) -> None:
     host = GatedHost()
     async with running(path, host=host) as bench:
         results = await in_one_group(
             bench, host, [create("demo", "k"), create("demo", "k"), create("other", "k", "that")]
         )
         assert isinstance(results[0], VmRow)
-        assert isinstance(results[1], AlreadyAnswered)
+        assert isinstance(results[1], DuplicateRequest)
         assert isinstance(results[2], Problem)
         assert results[2].status == 422
         assert [row.name for row in bench.store.projection.rows()] == ["filler", "demo"]
 
 
-async def test_a_commit_that_fails_keeps_nothing(path: Path) -> None:
+async def test_a_commit_that_fails_stores_nothing(path: Path) -> None:
     host = GatedHost()
     async with running(path, host=host) as bench:
 
@@ -165,7 +168,7 @@ async def test_a_commit_that_fails_keeps_nothing(path: Path) -> None:
         assert isinstance(await bench.ask(create("demo", "k")), VmRow)
 
 
-async def test_a_crash_between_commit_and_answer_is_made_good(path: Path) -> None:
+async def test_after_a_crash_between_commit_and_reply_the_result_is_there(path: Path) -> None:
     host, gate = GatedHost(), threading.Event()
     async with running(path, host=host) as bench:
         begun, token = trio.Event(), trio.lowlevel.current_trio_token()
@@ -189,23 +192,23 @@ async def test_a_crash_between_commit_and_answer_is_made_good(path: Path) -> Non
         with trio.fail_after(10):
             while True:
                 try:
-                    answer = await again(bench, create("demo", "k"))
+                    result = await repeat(bench, create("demo", "k"))
                     break
                 except ActorDown:
                     await trio.sleep(0.01)
         (row,) = bench.store.projection.rows()
-        assert answer == Answer(201, {"Key": "k"}, repr(row), 7)
+        assert result == VmCreated.of(row)
 
 
-async def test_what_is_kept_is_bounded_by_age_number_and_size(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stored_responses_are_limited_by_age_number_and_size(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = ClockHost()
-    monkeypatch.setattr(_answers, "MAX_ANSWERS", 3)
+    monkeypatch.setattr(_responses, "MAX_RESPONSES", 3)
     async with running(path, host=host) as bench:
 
         async def known() -> str:
-            assert len(bench.store.answers) == on_disk(path)
+            assert len(bench.store.responses) == on_disk(path)
             return "".join(
-                key for key in "abcdefg" if bench.store.answers.find(once(key), host.wall_clock()) is not None
+                key for key in "abcdefg" if bench.store.responses.find(key_of(key), host.wall_clock()) is not None
             )
 
         for key in "abcd":
@@ -217,32 +220,32 @@ async def test_what_is_kept_is_bounded_by_age_number_and_size(path: Path, monkey
         assert await known() == "cd"
         assert isinstance(await bench.ask(create("again", "b")), VmRow)
         assert await known() == "bcd"
-        size = sum(kept.size for kept in map(msgspec.json.Decoder(_answers.Kept).decode, kept_on_disk(path)))
-        assert size == bench.store.answers._bytes
-        monkeypatch.setattr(_answers, "MAX_BYTES", size // 3 + 1)
+        size = sum(StoredResponse(key_of("any"), 0, result).size for result in results_on_disk(path))
+        assert size == bench.store.responses._bytes
+        monkeypatch.setattr(_responses, "MAX_BYTES", size // 3 + 1)
         await bench.ask(create("last", "e"))
         assert await known() == "e"
     async with running(path, host=host) as bench:
-        assert isinstance(await again(bench, create("last", "e")), Answer)
+        assert isinstance(await repeat(bench, create("last", "e")), VmCreated)
 
 
-def kept_on_disk(path: Path) -> list[bytes]:
+def results_on_disk(path: Path) -> list[bytes]:
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
     try:
-        return [bytes(kept) for (kept,) in connection.execute("SELECT kept FROM answers")]  # type: ignore[arg-type]
+        return [bytes(result) for (result,) in connection.execute("SELECT result FROM responses")]  # type: ignore[arg-type]
     finally:
         connection.close()
 
 
 def on_disk(path: Path) -> int:
-    return len(kept_on_disk(path))
+    return len(results_on_disk(path))
 
 
-async def test_an_older_database_learns_to_keep_answers(path: Path) -> None:
+async def test_an_older_database_learns_to_store_responses(path: Path) -> None:
     async with running(path) as bench:
         row = await bench.create("demo")
     connection = apsw.Connection(str(path))
-    connection.execute("DROP TABLE answers")
+    connection.execute("DROP TABLE responses")
     connection.execute("DROP TABLE snapshots")
     connection.execute("DROP TABLE networks")
     connection.pragma("user_version", 1)
@@ -250,21 +253,21 @@ async def test_an_older_database_learns_to_keep_answers(path: Path) -> None:
     async with running(path) as bench:
         assert bench.store.projection.rows() == [row]
         await bench.ask(create("other", "k"))
-        await again(bench, create("other", "k"))
+        await repeat(bench, create("other", "k"))
 
 
 CHILD = """
 import sys, trio
 from pathlib import Path
 from tests.journal.kit import running
-from tests.journal.test_answers import create
-from volant.journal import AlreadyAnswered
+from tests.journal.test_idempotency import create
+from volant.journal import DuplicateRequest
 
 async def writer(bench, lane, first):
     for number in range(first, 1_000_000):
         try:
             await bench.ask(create(f"vm-{lane}-{number}", f"{lane}-{number}"))
-        except AlreadyAnswered:
+        except DuplicateRequest:
             pass
         print(lane, number, flush=True)
 
@@ -277,7 +280,7 @@ trio.run(main)
 """
 
 
-def test_after_kill_9_whoever_asks_again_gets_the_vm_that_was_made(path: Path) -> None:
+def test_after_kill_9_a_repeated_request_gets_the_vm_that_was_made(path: Path) -> None:
     answered = [-1] * 4
     for _ in range(3):
         # Each lane asks again for what it has no answer to. A key that was lost would be a name that is taken.
@@ -298,7 +301,7 @@ def test_after_kill_9_whoever_asks_again_gets_the_vm_that_was_made(path: Path) -
     async def check() -> None:
         async with running(path) as bench:
             names = [row.name for row in bench.store.projection.rows()]
-            assert len(names) == len(bench.store.answers)
+            assert len(names) == len(bench.store.responses)
             for lane, number in enumerate(answered):
                 assert {f"vm-{lane}-{n}" for n in range(number + 1)} <= set(names)
 

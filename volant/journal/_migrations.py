@@ -1,0 +1,128 @@
+"""The tables of the database, and how the database of an earlier version is brought up to date."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import apsw
+import msgspec
+
+from ._errors import naming
+
+
+class _Answer(msgspec.Struct):
+    status: int
+    headers: dict[str, str]
+    body: str
+
+
+class _Kept(msgspec.Struct):
+    asked: bytes
+    at: int
+    answer: _Answer | None
+    refusal: dict[str, object] | None = None
+
+
+def _type_responses(connection: apsw.Connection) -> None:
+    """Replaces rendered HTTP responses by typed results."""
+    connection.execute(
+        """
+        CREATE TABLE responses (
+            scope BLOB PRIMARY KEY,
+            request BLOB NOT NULL,
+            at INTEGER NOT NULL,
+            result BLOB NOT NULL
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+    for scope, data in connection.execute("SELECT scope, kept FROM answers"):
+        with naming("answers", scope):
+            kept = msgspec.json.decode(data, type=_Kept)
+            result = _result_of(kept.answer) if kept.answer is not None else {"type": "refusal", **(kept.refusal or {})}
+        encoded = msgspec.json.encode(result)
+        connection.execute("INSERT INTO responses VALUES (?, ?, ?, ?)", (scope, kept.asked, kept.at, encoded))
+    connection.execute("DROP TABLE answers")
+
+
+def _result_of(answer: _Answer) -> dict[str, object]:
+    body = msgspec.Raw(answer.body.encode())
+    if "ETag" in answer.headers:
+        revision = int(answer.headers["ETag"].strip('"').partition("-")[2])
+        return {"type": "vm-created" if answer.status == 201 else "vm-changed", "vm": body, "revision": revision}
+    if answer.status == 200:
+        return {"type": "plugin-changed", "plugin": body}
+    match answer.headers.get("Location", "").split("/")[1:4]:
+        case ["api", "v1", "snapshots"]:
+            return {"type": "snapshot-taken", "snapshot": body}
+        case ["api", "v1", "networks"]:
+            return {"type": "network-created", "network": body}
+        case ["api", "v1", "plugins"]:
+            return {"type": "plugin-installed", "plugin": body}
+    return {"type": "vm-forked", "copies": body}
+
+
+MIGRATIONS: tuple[str | Callable[[apsw.Connection], None], ...] = (
+    """
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+    CREATE TABLE vms (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        name TEXT NOT NULL UNIQUE,
+        revision INTEGER NOT NULL,
+        row BLOB NOT NULL
+    ) STRICT;
+    CREATE TABLE events (
+        seq INTEGER PRIMARY KEY,
+        at INTEGER NOT NULL,
+        vm_id INTEGER NOT NULL,
+        name TEXT NOT NULL,
+        type TEXT NOT NULL,
+        frame BLOB NOT NULL
+    ) STRICT;
+    CREATE TABLE plugins (
+        name TEXT PRIMARY KEY,
+        enabled INTEGER NOT NULL,
+        created_at TEXT NOT NULL,
+        manifest BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE answers (
+        scope BLOB PRIMARY KEY,
+        kept BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE snapshots (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL UNIQUE,
+        snapshot BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE networks (
+        name TEXT PRIMARY KEY,
+        network BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
+    "",  # Pages may have checksums. A version that does not know them would write pages without.
+    _type_responses,
+)
+"""Entry n brings a database from version n to n + 1. Entries are never changed once released.
+
+`vms.row`, `plugins.manifest`, `events.frame`, `responses.result`, `snapshots.snapshot` and `networks.network` are JSON.
+`events.at` and `responses.at` are seconds since 1970.
+"""
+
+VERSION = len(MIGRATIONS)
+
+
+def migrate(connection: apsw.Connection, version: int, to: int = VERSION) -> None:
+    """Bring a database from one version to another, in a transaction of the caller's.
+
+    :raises BadRow: a row can't be converted.
+    """
+    for migration in MIGRATIONS[version:to]:
+        if isinstance(migration, str):
+            connection.execute(migration)
+        else:
+            migration(connection)

@@ -1,0 +1,118 @@
+"""Results of operations, as they are stored for an idempotency key and rendered by the API.
+
+A result holds the view that the client gets, so its members are as stable as the API's: a member that is added needs a
+default, or results that an earlier version stored can't be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Self
+
+import msgspec
+
+from volant.model import (
+    Network,
+    NetworkView,
+    PluginView,
+    Problem,
+    Snapshot,
+    SnapshotView,
+    VmRow,
+    VmView,
+    network_view,
+    snapshot_view,
+    view,
+)
+
+from ._projection import Plugin, plugin_view
+
+
+class VmCreated(msgspec.Struct, frozen=True, tag="vm-created"):
+    vm: VmView
+    revision: int
+
+    @classmethod
+    def of(cls, row: VmRow) -> Self:
+        return cls(view(row), row.revision)
+
+
+class VmChanged(msgspec.Struct, frozen=True, tag="vm-changed"):
+    """A VM after a command, also after one that changed nothing."""
+
+    vm: VmView
+    revision: int
+
+    @classmethod
+    def of(cls, row: VmRow) -> Self:
+        return cls(view(row), row.revision)
+
+
+class VmForked(msgspec.Struct, frozen=True, tag="vm-forked"):
+    copies: tuple[VmView, ...]
+
+    @classmethod
+    def of(cls, rows: Iterable[VmRow]) -> Self:
+        return cls(tuple(map(view, rows)))
+
+
+class SnapshotTaken(msgspec.Struct, frozen=True, tag="snapshot-taken"):
+    snapshot: SnapshotView
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> Self:
+        return cls(snapshot_view(snapshot))
+
+
+class NetworkCreated(msgspec.Struct, frozen=True, tag="network-created"):
+    network: NetworkView
+
+    @classmethod
+    def of(cls, network: Network) -> Self:
+        return cls(network_view(network))
+
+
+class PluginInstalled(msgspec.Struct, frozen=True, tag="plugin-installed"):
+    plugin: PluginView
+
+    @classmethod
+    def of(cls, plugin: Plugin) -> Self:
+        return cls(plugin_view(plugin))
+
+
+class PluginChanged(msgspec.Struct, frozen=True, tag="plugin-changed"):
+    plugin: PluginView
+
+    @classmethod
+    def of(cls, plugin: Plugin) -> Self:
+        return cls(plugin_view(plugin))
+
+
+class Refusal(msgspec.Struct, frozen=True, tag="refusal"):
+    """The `Problem` that a request was refused with. A failure of the daemon (5xx) is not stored."""
+
+    status: Annotated[int, msgspec.Meta(ge=400, le=499)]
+    code: str
+    detail: str
+    field: str | None
+    hint: str | None
+    vm: str | None
+
+    @classmethod
+    def of(cls, problem: Problem) -> Self:
+        return cls(problem.status, problem.code, problem.detail, problem.field, problem.hint, problem.vm)
+
+    def problem(self) -> Problem:
+        return Problem(self.status, self.code, self.detail, field=self.field, hint=self.hint, vm=self.vm)
+
+
+Result = (
+    VmCreated
+    | VmChanged
+    | VmForked
+    | SnapshotTaken
+    | NetworkCreated
+    | PluginInstalled
+    | PluginChanged
+    | Refusal
+)  # fmt: skip
