@@ -19,11 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-_FOLDERS = ("tutorial", "how-to", "explanation")
-PAGES = [
-    *(REPOSITORY / name for name in ("README.md", "SECURITY.md", "docs/reference/rest.md")),
-    *sorted(page for name in _FOLDERS for page in (REPOSITORY / "docs" / name).glob("*.md")),
-]
+PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
 _RUN = ("sh", "console")
 _MAYBE = ("", "indented")
 _FILES = ("python", "toml")
@@ -33,7 +29,7 @@ _COMMANDS = (
     *("volar", "websocat", "mysqldump"),
 )
 _COMMAND = re.compile(rf"(?:\$ |(?:[A-Z_]+=\S+ )*(?:{'|'.join(_COMMANDS)})(?: (?! )|\Z))")
-_FILE = re.compile(r"# ([a-z_]+\.[a-z]+)\Z")
+_FILE = re.compile(r"# ((?:/[a-z/]+/)?[a-z_]+\.[a-z]+)\Z")
 _COMMENT = re.compile(
     r"<!--\s*(page not run|not run|before|exits|until interrupted|example output)(?::\s*(.*?))?\s*-->", re.DOTALL
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import PAGES, REPOSITORY, Block, blocks
-from tests.system.netns import IN_ITS_OWN
 
 _BLOCK_S = 240.0
 _INTERRUPT_S = 4
@@ -26,6 +26,16 @@ _CLEAN = (
     "for n in $(volar plugins list --json | jq -r '.[].name'); do volar plugins remove $n; done; "
     "for n in $(volar networks list --json | jq -r '.[].name'); do volar networks remove $n; done"
 )
+_ALONE = r"""
+ip link set lo up
+mount -t tmpfs tmpfs "$0"
+mkdir "$0/upper" "$0/work"
+mount -t overlay overlay -o "lowerdir=/etc,upperdir=$0/upper,workdir=$0/work" /etc
+for each in /run /srv /var/backups; do mount -t tmpfs tmpfs "$each"; done
+exec bash --norc
+"""
+"""Gives a shell its own loopback, where the daemon has the port that pages name, and its own copies of the directories
+that pages write to."""
 RUN = [page for page in PAGES if any("not run" not in block.words for block in blocks(page) if not block.file)]
 
 
@@ -41,10 +51,13 @@ class Shell:
             "VOLANT_RUNTIME_DIR": str(root / "r"),
             "VOLANT_CACHE_DIR": str(cache),
             "VOLANT_ACCELERATOR": "tcg",
+            "REPOSITORY": str(REPOSITORY),
         }
+        etc = root / "etc"
+        etc.mkdir(exist_ok=True)
         self._home = home
         self._process = subprocess.Popen(
-            [*IN_ITS_OWN, "bash", "--norc"],
+            ["unshare", "--net", "--mount", "--", "sh", "-ec", _ALONE, str(etc)],
             cwd=home,
             env=environ,
             stdin=subprocess.PIPE,
@@ -111,7 +124,8 @@ def test_commands_run_as_printed(page: Path, root: Path, image_cache: Path, tmp_
             shell.run(f"volantd >volantd.log 2>&1 &\n{_READY}")
         for block in todo:
             if block.file:
-                (tmp_path / block.file).write_text(block.text + "\n")
+                # With a path of its own it lies in a directory that only the shell sees.
+                shell.run(f"cat >{block.file} <<'{_TOKEN}'\n{block.text}\n{_TOKEN}")
             elif "not run" not in block.words:
                 _run(shell, page, block)
     finally:
@@ -125,7 +139,7 @@ def _run(shell: Shell, page: Path, block: Block) -> None:
         assert not codes, f"{where}: what comes before it fails with {codes}:\n{said}"
     for command, expected in block.commands():
         if "until interrupted" in block.words:
-            said, codes = shell.run(f"timeout --signal=INT {_INTERRUPT_S} {command}")
+            said, codes = shell.run(f"timeout --signal=INT {_INTERRUPT_S} bash -c {shlex.quote(command)}")
             assert codes in ([], [124], [130]), f"{where}: {command}\nfails with {codes}:\n{said}"
             continue
         said, codes = shell.run(command)
@@ -145,8 +159,9 @@ def test_a_block_that_is_not_run_has_a_reason() -> None:
             if "not run" in block.words:
                 reason = block.words["not run"]
                 print(f"{page.relative_to(REPOSITORY)}:{block.line} is not run: {reason}")
-                if len(reason) < 10:
-                    without.append(f"{page}:{block.line}")
+                named = re.findall(r"tests/[\w/.]+", reason)
+                if len(reason) < 10 or not all((REPOSITORY / name).exists() for name in named):
+                    without.append(f"{page}:{block.line}: {reason}")
     assert not without
 
 
