@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import trio
+
 from ._exit import Exit
 
 
@@ -21,10 +23,10 @@ class ActorDown(ActorError):
         self.reason = reason
 
 
-class AskTimeout(ActorError):
-    """No answer within the asker's deadline.
+class AskTimeout(ActorError, trio.TooSlowError):
+    """No answer within the `timeout_s` of an ask.
 
-    `begun` is False when no handler had taken the message up: then it has been withdrawn and never will be.
+    `begun` says whether a handler had begun with the message. If not, the message is withdrawn.
     """
 
     def __init__(self, name: str, message: str, timeout_s: float, begun: bool) -> None:
@@ -46,7 +48,7 @@ class MailboxFull(ActorError):
 
 
 class SelfAsk(ActorError):
-    """An actor asked itself from the task that would have to answer. It would wait until its deadline."""
+    """An actor asked itself from the task that has to answer, and would wait for ever."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"{name} asked itself: call the method, or ask from a task of `ctx.spawn`")
@@ -61,8 +63,8 @@ class StartFailed(ActorError):
     """A child ended, without an exception of its own, before it had said that it started."""
 
 
-class StartTimeout(StartFailed):
-    """A child had not started within its `start_timeout_s`."""
+class StartTimeout(StartFailed, trio.TooSlowError):
+    """A child has not started within its `start_timeout_s`."""
 
 
 class TooManyRestarts(ActorError):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Coroutine, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar, overload
 
 if TYPE_CHECKING:
@@ -20,8 +19,13 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 S = TypeVar("S")
-M_co = TypeVar("M_co", covariant=True)
-Q_co = TypeVar("Q_co", bound="Request[Any]", covariant=True)
+H = TypeVar("H", bound=Callable[..., Coroutine[Any, Any, Any]])
+M1 = TypeVar("M1", covariant=True)
+M2 = TypeVar("M2")
+M3 = TypeVar("M3")
+Q1 = TypeVar("Q1", bound="Request[Any]", covariant=True)
+Q2 = TypeVar("Q2", bound="Request[Any]")
+Q3 = TypeVar("Q3", bound="Request[Any]")
 
 Handler: TypeAlias = Callable[[Any, Any], Coroutine[Any, Any, Any]]
 _MARK = "__handles__"
@@ -53,76 +57,82 @@ class Down:
     reason: Exit
 
 
-class _HandlesRequest(Generic[Q_co]):
-    __slots__ = ("_message",)
-
-    def __init__(self, message: type[Q_co]) -> None:
-        self._message = message
+class _HandlesRequests(Generic[Q1]):
+    def __init__(self, messages: tuple[type[Any], ...]) -> None:
+        self._messages = messages
 
     def __call__(
-        self: _HandlesRequest[Request[R]],
-        method: Callable[[S, Q_co], Coroutine[Any, Any, R | Deferred[R]]],
-        /,
-    ) -> Callable[[S, Q_co], Coroutine[Any, Any, R | Deferred[R]]]:
-        _mark(method, self._message)
-        return method
+        self: _HandlesRequests[Request[R]], method: Callable[[S, Q1], Coroutine[Any, Any, R | Deferred[R]]], /
+    ) -> Callable[[S, Q1], Coroutine[Any, Any, R | Deferred[R]]]:
+        return _mark(method, self._messages)
 
 
-class _HandlesMessage(Generic[M_co]):
-    __slots__ = ("_message",)
-
-    def __init__(self, message: type[M_co]) -> None:
-        self._message = message
+class _HandlesMessages(Generic[M1]):
+    def __init__(self, messages: tuple[type[Any], ...]) -> None:
+        self._messages = messages
 
     def __call__(
-        self, method: Callable[[S, M_co], Coroutine[Any, Any, None]], /
-    ) -> Callable[[S, M_co], Coroutine[Any, Any, None]]:
-        _mark(method, self._message)
-        return method
+        self, method: Callable[[S, M1], Coroutine[Any, Any, None]], /
+    ) -> Callable[[S, M1], Coroutine[Any, Any, None]]:
+        return _mark(method, self._messages)
 
 
+# mypy joins the types of several arguments to their base, so each number of arguments has a signature of its own.
 @overload
-def handles(message: type[Q_co], /) -> _HandlesRequest[Q_co]: ...  # type: ignore[overload-overlap]  # the first match is meant
+def handles(m1: type[Q1], /) -> _HandlesRequests[Q1]: ...  # type: ignore[overload-overlap]  # the first match is meant
 @overload
-def handles(message: type[M_co], /) -> _HandlesMessage[M_co]: ...
-def handles(message: type[Any], /) -> _HandlesRequest[Any] | _HandlesMessage[Any]:
-    """Marks the method of an actor that handles messages of exactly this type.
+def handles(m1: type[Q1], m2: type[Q2], /) -> _HandlesRequests[Q1 | Q2]: ...  # type: ignore[overload-overlap]
+@overload
+def handles(m1: type[Q1], m2: type[Q2], m3: type[Q3], /) -> _HandlesRequests[Q1 | Q2 | Q3]: ...  # type: ignore[overload-overlap]
+@overload
+def handles(m1: type[M1], /) -> _HandlesMessages[M1]: ...
+@overload
+def handles(m1: type[M1], m2: type[M2], /) -> _HandlesMessages[M1 | M2]: ...
+@overload
+def handles(m1: type[M1], m2: type[M2], m3: type[M3], /) -> _HandlesMessages[M1 | M2 | M3]: ...
+@overload
+def handles(*messages: type[Any]) -> Callable[[H], H]: ...
+def handles(*messages: type[Any]) -> Any:
+    """Marks the method of an actor that handles messages of exactly these types.
 
-    The handler of a `Request[R]` returns R, or the `Deferred[R]` that it has from `ctx.defer(message)`.
+    The handler of a `Request[R]` returns R, or the `Deferred[R]` that `ctx.defer(message)` gave it. Type checkers check
+    the handlers of up to three types.
 
-    :raises TypeError: when `message` is no class, or a dataclass or struct that is not frozen: both sides
-    share it; or the method is not async.
+    :raises TypeError: no class is given; a class is a dataclass or msgspec struct that is not frozen, although sender
+        and receiver share the message; or the method is not async.
     """
-    if not isinstance(message, type):
-        raise TypeError(f"handles() takes the class of a message, not {message!r}")
-    if not _frozen(message):
-        raise TypeError(f"{message.__qualname__} is shared by sender and receiver: make it frozen")
-    return _HandlesRequest(message) if issubclass(message, Request) else _HandlesMessage(message)
+    if not messages or not all(isinstance(message, type) for message in messages):
+        raise TypeError(f"handles() takes classes of messages, not {messages!r}")
+    for message in messages:
+        if not _frozen(message):
+            raise TypeError(f"{message.__qualname__} is shared by sender and receiver: make it frozen")
+    return (_HandlesRequests if issubclass(messages[0], Request) else _HandlesMessages)(messages)
 
 
-def handlers_of(cls: type) -> Mapping[type, Handler]:
-    """The handlers of an actor class, also those that it inherits; an override needs no second mark.
+def handlers_of(cls: type) -> dict[type, Handler]:
+    """Returns the handlers of an actor class, inherited ones included. An override needs no mark of its own.
 
-    :raises TypeError: when two methods claim the same message.
+    :raises TypeError: two methods claim the same message.
     """
     names: dict[type, str] = {}
     for base in reversed(cls.__mro__):
         own: dict[type, str] = {}
         for name, attribute in vars(base).items():
-            message = getattr(attribute, _MARK, None)
-            if message is None:
-                continue
-            if message in own:
-                raise TypeError(f"{base.__qualname__} handles {message.__qualname__} in {own[message]} and in {name}")
-            own[message] = name
+            for message in getattr(attribute, _MARK, ()):
+                if message in own:
+                    raise TypeError(
+                        f"{base.__qualname__} handles {message.__qualname__} in {own[message]} and in {name}"
+                    )
+                own[message] = name
         names.update(own)
-    return MappingProxyType({message: getattr(cls, name) for message, name in names.items()})
+    return {message: getattr(cls, name) for message, name in names.items()}
 
 
-def _mark(method: Any, message: type) -> None:
+def _mark(method: H, messages: tuple[type, ...]) -> H:
     if not inspect.iscoroutinefunction(method):
-        raise TypeError(f"the handler of {message.__qualname__} must be an async method, not {method!r}")
-    setattr(method, _MARK, message)
+        raise TypeError(f"the handler of {messages[0].__qualname__} must be an async method, not {method!r}")
+    setattr(method, _MARK, messages)
+    return method
 
 
 def _frozen(message: type) -> bool:

@@ -65,13 +65,14 @@ class Ref(Generic[A_co]):
         if mailbox._waiter is not None:
             mailbox.wake()
 
-    async def ask(self, message: Request[R], /, *, timeout_s: float) -> R:
+    async def ask(self, message: Request[R], /, *, timeout_s: float = math.inf) -> R:
         """Sends a request and waits for its reply; when the mailbox is full, first for room.
 
-        `timeout_s` covers both; `math.inf` waits until the target answers or dies. An asker that leaves withdraws
-        the message, unless a handler has begun with it.
+        The caller's cancel scope bounds the wait, as it bounds any other (`trio.fail_after`). Or give this one ask a
+        deadline of its own: `timeout_s` costs less than a scope, and its error says whether a handler had begun. Use
+        one of the two. Either way a request that no handler has begun is withdrawn.
 
-        :raises AskTimeout: no reply in time.
+        :raises AskTimeout: no reply within `timeout_s` seconds.
         :raises ActorDown: the target is down, or went down before it replied.
         :raises SelfAsk: an actor asked itself from its own handler.
         :raises Unhandled: the actor has no handler for it.

@@ -550,6 +550,41 @@ def test_two_handlers_for_one_message_are_an_error_of_the_class() -> None:
             async def two(self, message: Note) -> None: ...
 
 
+async def test_one_handler_takes_several_types_of_messages(autojump_clock: MockClock) -> None:
+    class Both(Account):
+        @handles(Withdraw, Foreign)
+        async def withdraw(self, message: Withdraw | Foreign) -> int:
+            return message.amount if isinstance(message, Withdraw) else 0
+
+        @handles(Sleep, Defer)
+        async def never(self, message: Sleep | Defer) -> str:
+            return type(message).__name__
+
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Both))
+        assert await ref.ask(Withdraw(3)) == 3
+        assert await ref.ask(Foreign()) == 0
+        assert await ref.ask(Defer(1)) == "Defer"
+        assert set(ref.inspect()["handlers"]) == {"Withdraw", "Foreign", "Defer"}
+    with pytest.raises(TypeError, match="takes classes of messages"):
+        handles()
+
+
+async def test_the_callers_scope_bounds_an_ask_without_a_timeout(autojump_clock: MockClock) -> None:
+    bank_ = bank()
+    async with open_system(bank_):
+        ref = await bank_.start_child(Child("a", Account))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ref.ask, Sleep(5))
+            await wait_all_tasks_blocked()
+            with pytest.raises(trio.TooSlowError), trio.fail_after(1):
+                await ref.ask(Withdraw(10))
+            with pytest.raises(trio.TooSlowError):  # the deadline of an ask is an error of the same kind
+                await ref.ask(Withdraw(10), timeout_s=1)
+        assert await ref.ask(Withdraw(1)) == 9  # both were withdrawn
+
+
 def test_a_handler_is_async() -> None:
     with pytest.raises(TypeError, match="must be an async method"):
 

@@ -129,6 +129,40 @@ class AnswersWhatNobodyAsked(Actor):
         return 3
 
 
+@dataclass(frozen=True)
+class Start(Request[View]):
+    """Answered with a `View`, as `Stop` is."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Not answered, as `Note`."""
+
+
+class HandlesSeveral(Actor):
+    @handles(Start, Stop)
+    async def start_or_stop(self, message: Start | Stop) -> View:
+        return View("")
+
+    @handles(Note, Tick)
+    async def note(self, message: Note | Tick) -> None: ...
+
+
+class HandlesFewerThanItSays(Actor):
+    @handles(Start, Stop)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    async def start(self, message: Start) -> View:
+        return View("")
+
+    @handles(Note, Tick, View)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    async def note(self, message: Note | Tick) -> None: ...
+
+
+class ReturnsSomethingElseForSeveral(Actor):
+    @handles(Start, Stop)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    async def start_or_stop(self, message: Start | Stop) -> str:
+        return ""
+
+
 class IsNotAsync(Actor):
     @handles(Note)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     def note(self, message: Note) -> None: ...
@@ -140,7 +174,7 @@ async def ask(ref: Ref[Vm], system: System) -> None:
     ref.tell(Note("hello"))
     text: str = await ref.ask(Stop(), timeout_s=1)  # type: ignore[arg-type]  # pyright: ignore[reportAssignmentType]
     await ref.ask(Note(text), timeout_s=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    await ref.ask(Stop())  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    assert_type(await ref.ask(Stop()), View)
     any_actor: Ref[Actor] = ref
     assert_type(any_actor.name, str)
     assert_type(system.trace(ref, last=10), list[dict[str, Any]])
