@@ -1,44 +1,16 @@
-"""A tree of supervisors for people: as text, and as a Mermaid flowchart. Both are made of `System.tree()`."""
+"""A tree of supervisors as text for people, made of `System.tree()`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import count
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 Node: TypeAlias = "Mapping[str, Any]"
 
-_STYLES: Final = (
-    "classDef away stroke-dasharray: 4",
-    "classDef crashed stroke: #c00",
-)
-_ENTITIES: Final = str.maketrans({"#": "#35;", "&": "#amp;", '"': "#quot;", "<": "#lt;", ">": "#gt;", "\n": " "})
-"""What Mermaid would take for its own syntax or for HTML. Names and reasons may come from anywhere."""
-
 
 def as_text(tree: Node) -> str:
-    """One line a child, drawn as `tree` does."""
+    """Returns one line for each child, drawn as the command `tree` does."""
     return "\n".join(_lines(tree, "", ""))
-
-
-def as_mermaid(tree: Node) -> str:
-    """Supervisors are round; what does not run is dashed, and red if it went wrong at last."""
-    lines = ["flowchart TD"]
-    numbers = count()
-
-    def draw(node: Node, parent: str) -> None:
-        own = f"n{next(numbers)}"
-        left, right = ("([", "])") if "children" in node else ("[", "]")
-        first, *more = (word.translate(_ENTITIES) for word in _words(node))
-        style = "" if node["state"] == "running" else ":::crashed" if node["exits"] else ":::away"
-        lines.append(f'    {own}{left}"{"<br>".join([first, " ".join(more)])}"{right}{style}')
-        if parent:
-            lines.append(f"    {parent} --> {own}")
-        for child in node.get("children", ()):
-            draw(child, own)
-
-    draw(tree, "")
-    return "\n".join([*lines, *(f"    {style}" for style in _STYLES)])
 
 
 def _lines(node: Node, first: str, rest: str) -> list[str]:

@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any, Final, TypeAlias, final, overload
+from typing import Any, Final, final, overload
 
 import trio
 
@@ -316,16 +316,13 @@ class Supervisor(_Supervisor):
         return error
 
 
-Told: TypeAlias = "Callable[[GaveUp], Awaitable[None] | None] | Ref[Any]"
-
-
 @final
 class DynamicSupervisor(_Supervisor):
     """Children that come and go, each for itself. The object is the door: hand it to whoever starts children.
 
     The intensity counts per child, and is never escalated. A child that crashes more than `intensity` times within
-    `period_s` is given up: it is told to `gave_up` (a function, also an async one with `gave_up_timeout_s` to
-    finish, or the ref of an actor that handles `GaveUp`), then its name is free. No other child notices.
+    `period_s` is given up: `gave_up` is called with a `GaveUp`, then the name is free. No other child notices. `gave_up`
+    may be async, with `gave_up_timeout_s` to finish, or the `tell` of an actor's ref.
 
     They are stopped all at once, the youngest first, since none depends on another.
     """
@@ -337,13 +334,13 @@ class DynamicSupervisor(_Supervisor):
         *,
         intensity: int = 3,
         period_s: float = 60.0,
-        gave_up: Told | None = None,
+        gave_up: Callable[[GaveUp], Awaitable[None] | None] | None = None,
         gave_up_timeout_s: float = 30.0,
         backoff: Backoff = Backoff(),  # frozen
     ) -> None:
         super().__init__(intensity, period_s, backoff)
-        self._told = gave_up
-        self._told_timeout_s = gave_up_timeout_s
+        self._gave_up = gave_up
+        self._gave_up_timeout_s = gave_up_timeout_s
         self._cells: dict[str, Cell] = {}
         self._given_up: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
         self._given_up_total = 0
@@ -426,23 +423,18 @@ class DynamicSupervisor(_Supervisor):
         self._given_up_total += 1
         self._given_up.append({"name": cell.child.name, "at_s": cell.since_birth(), "reason": str(exit_)})
         scope = cell.pause(State.GIVING_UP)
-        told = self._told
-        if told is None:
+        if self._gave_up is None:
             return
-        message = GaveUp(cell.child.name, exit_)
-        scope.deadline = trio.current_time() + self._told_timeout_s
+        scope.deadline = trio.current_time() + self._gave_up_timeout_s
         with scope:
             try:
-                if isinstance(told, Ref):
-                    told.tell(message)
-                else:
-                    pending = told(message)
-                    if inspect.isawaitable(pending):
-                        await pending
+                pending = self._gave_up(GaveUp(cell.child.name, exit_))
+                if inspect.isawaitable(pending):
+                    await pending
             except Exception:
-                _logger.exception("%s is given up, but nobody could be told", cell.path)
+                _logger.exception("%s is given up, but the callback failed", cell.path)
         if scope.cancelled_caught:
-            _logger.error("%s is given up, but telling so was cut short", cell.path)
+            _logger.error("%s is given up, but the callback took longer than its timeout", cell.path)
 
     def _ended(self, cell: Cell) -> None:
         if self._cells.get(cell.child.name) is cell:

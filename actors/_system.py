@@ -12,7 +12,7 @@ import trio
 from ._cell import PERMANENT, Cell, Child, State
 from ._ref import Ref
 from ._runtime import Runtime
-from ._show import as_mermaid, as_text
+from ._show import as_text
 from ._supervisor import DynamicSupervisor, Supervisor
 from ._tap import Tap, ambient_tap
 
@@ -31,11 +31,6 @@ class System:
     def name(self) -> str:
         """What the system is called."""
         return self._runtime.name
-
-    @property
-    def rng(self) -> Random:
-        """The one source of chance in the runtime."""
-        return self._runtime.rng
 
     def __getitem__(self, path: str) -> Any:
         """What is at a path such as `vms/demo`: the ref of an actor, a supervisor, or the `Child` of a function.
@@ -58,10 +53,6 @@ class System:
     def format_tree(self) -> str:
         """The whole tree, as text for people."""
         return as_text(self.tree())
-
-    def mermaid(self) -> str:
-        """The whole tree as a Mermaid flowchart. What does not run is dashed, and red if it has crashed."""
-        return as_mermaid(self.tree())
 
     def trace(self, ref: Ref[Any], last: int = 100) -> list[dict[str, Any]]:
         """The last messages that an actor handled, over all incarnations, the oldest first, ready for JSON.

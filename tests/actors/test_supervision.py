@@ -353,7 +353,7 @@ async def test_giving_up_can_be_told_to_an_actor(autojump_clock: MockClock) -> N
 
     told: list[str] = []
     listener = Child("listener", Listener)
-    vms = DynamicSupervisor(intensity=0, gave_up=listener.ref)
+    vms = DynamicSupervisor(intensity=0, gave_up=listener.ref.tell)
     async with open_system(Supervisor(children=[listener, Child("vms", vms)])):
         ref = await vms.start_child(worker("a", []))
         ref.tell(Crash())

@@ -178,7 +178,6 @@ async def ask(ref: Ref[Vm], system: System) -> None:
     any_actor: Ref[Actor] = ref
     assert_type(any_actor.name, str)
     assert_type(system.trace(ref, last=10), list[dict[str, Any]])
-    assert_type(system.mermaid(), str)
 
 
 async def api(port: int, *, task_status: Started) -> None:
