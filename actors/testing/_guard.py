@@ -285,13 +285,9 @@ def _start_checks() -> dict[CodeType, _StartCheck]:
     def unseeded(frame: FrameType) -> bool:
         return frame.f_locals.get("x") is None
 
-    def not_for_trio_itself(frame: FrameType) -> bool:
-        awaiting = frame.f_back
-        return awaiting is None or not awaiting.f_code.co_filename.endswith("_wakeup_socketpair.py")
-
     functions: list[tuple[Any, Kind, str, Callable[[FrameType], bool]]] = [
         (trio.to_thread.run_sync, "threads", "trio.to_thread.run_sync()", always),
-        (trio.lowlevel.wait_readable, "network", "waiting until a file descriptor is readable", not_for_trio_itself),
+        (trio.lowlevel.wait_readable, "network", "waiting until a file descriptor is readable", always),
         (trio.lowlevel.wait_writable, "network", "waiting until a file descriptor is writable", always),
         (random.Random.__init__, "randomness", "random.Random() without a seed", unseeded),
         (uuid.uuid1, "randomness", "uuid.uuid1()", always),

@@ -11,6 +11,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from actors.testing._switches import seeded_scheduling
+
 T = TypeVar("T")
 Simulate = Callable[[Callable[[Random], Awaitable[T]], int], T]
 
@@ -22,13 +24,11 @@ def quiet() -> None:
 
 
 @pytest.fixture
-def simulate(monkeypatch: pytest.MonkeyPatch) -> Simulate[object]:
-    """Runs an async function on virtual time, its scheduling and its own randomness decided by a seed."""
-    run = trio._core._run
-    monkeypatch.setattr(run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
+def simulate() -> Simulate[object]:
+    """Runs an async function on virtual time. A seed decides the order of tasks and the function's own draws."""
 
     def simulate(main: Callable[[Random], Awaitable[object]], seed: int) -> object:
-        run._r.seed(seed)
-        return trio.run(main, Random(seed), clock=MockClock(autojump_threshold=0))
+        with seeded_scheduling(Random(seed)):
+            return trio.run(main, Random(seed), clock=MockClock(autojump_threshold=0))
 
     return simulate
