@@ -31,7 +31,7 @@ import trio
 from trio.lowlevel import checkpoint
 
 from ._errors import ActorDown
-from ._exit import Exit, ExitKind, flatten
+from ._exit import Exit, ExitKind, split_cancelled
 from ._fence import check_fence
 from ._mailbox import Deferred
 from ._message import Down, Handler, R, Request, handlers_of
@@ -54,8 +54,6 @@ class Actor:
 
     #: Messages that wait at most. `tell` raises `MailboxFull` beyond it, `ask` waits for room.
     mailbox: ClassVar[int] = 64
-    #: Whether the next incarnation finds the tells that were still queued. The one that was being handled is gone.
-    keeps_tells: ClassVar[bool] = False
 
     _handlers: ClassVar[Mapping[type, Handler]] = {}
 
@@ -150,7 +148,7 @@ class Context:
         """Starts a child task of this incarnation. If it fails, the actor has failed. It may ask its own actor.
 
         :raises ActorDown: the incarnation is ending.
-        :raises Fenced: see `check_fence`.
+        :raises Fenced: the caller counts as killed; see `check_fence`.
         """
         check_fence()
         if self._closed:
@@ -168,7 +166,7 @@ class Context:
         :raises Unhandled: the actor has no handler for it.
         :raises ValueError: `delay_s` is negative, infinite or no number.
         :raises ActorDown: the incarnation is ending.
-        :raises Fenced: see `check_fence`.
+        :raises Fenced: the caller counts as killed; see `check_fence`.
         """
         check_fence()
         if not 0 <= delay_s < math.inf:
@@ -178,7 +176,7 @@ class Context:
             raise own.refusal(message)
         runtime = self._cell.runtime
         timer = Timer(own, message, runtime.clock() + delay_s, self._timers)
-        runtime.deadlines.add(timer.at_s + runtime.offset_s, timer)
+        runtime.deadlines.add(timer.at_s, timer)
         return timer
 
     def monitor(self, ref: Ref[Any]) -> None:
@@ -219,9 +217,10 @@ class Context:
             with handle._scope:
                 await fn(*args)
         except BaseException as exc:
-            if flatten(exc) is None:
+            failure, _ = split_cancelled(exc)
+            if failure is None:
                 raise
-            self._cell.fail(exc)
+            self._cell.fail(failure)
             self._cell.interrupt()
         finally:
             del self._tasks[handle]
@@ -261,9 +260,11 @@ class Context:
         except BaseException as error:
             if error is exc:
                 return
-            if self._cell.reason is not None and flatten(error) is not None:
-                _logger.warning("%s: closing its stack failed as well", self.name, exc_info=error)
-            self._cell.fail(error)
+            failure, _ = split_cancelled(error)
+            if failure is not None:
+                if self._cell.reason is not None:
+                    _logger.warning("%s: closing its stack failed as well", self.name, exc_info=failure)
+                self._cell.fail(failure)
             raise
 
 
@@ -286,11 +287,10 @@ async def live(cell: Cell, actor: Actor) -> None:
         if cell.reason is None:
             mailbox.close(Exit(ExitKind.STOPPED if cell.stop_requested else ExitKind.NORMAL))
             cell.begin_end()
-            if not cell.fence.shut():
-                await _say_goodbye(cell, actor)
+            await _say_goodbye(cell, actor)
     except BaseException as exc:
         failure = exc
-        cell.fail(exc)
+        cell.fail(split_cancelled(exc)[0])
         raise
     finally:
         cell.begin_end()

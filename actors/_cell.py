@@ -22,7 +22,7 @@ from trio.lowlevel import checkpoint
 
 from ._actor import Actor, live
 from ._errors import StartFailed, StartTimeout
-from ._exit import Exit, ExitKind, cancelled_part, flatten
+from ._exit import Exit, ExitKind, split_cancelled
 from ._fence import Fence, current_fence
 from ._message import Handler
 from ._ref import Ref
@@ -300,7 +300,7 @@ class Cell:
         self.state = State.STARTING
         self.started = self.closing = False
         self.reason = self.actor = self.loop = None
-        self.fence = Fence(self.path, self.runtime.fence)
+        self.fence = Fence(self.path)
         current_fence.set(self.fence)
         if self.started_once:
             self.outer, self.inner = trio.CancelScope(), trio.CancelScope()
@@ -318,15 +318,15 @@ class Cell:
                 escaped = exc
             if inner.cancelled_caught and self.closing:
                 _logger.warning("%s: its clean-up was cut short after %g s", self.label, self.shutdown_s)
-            exit_ = self._verdict(escaped)
+            failure, cancelled = split_cancelled(escaped)
+            exit_ = self._verdict(failure, cancelled)
             self._note(exit_)
             if self.ref is not None:
                 self.ref._mailbox.end(exit_)
-            rest = cancelled_part(escaped)
-            if rest is not None:
-                raise rest
             if exit_.exception is not None and not isinstance(exit_.exception, Exception):
                 raise exit_.exception
+            if cancelled is not None:
+                raise cancelled
             return exit_
         finally:
             del escaped
@@ -386,21 +386,26 @@ class Cell:
             self.inner.shield = True
             self.inner.deadline = min(self.inner.deadline, trio.current_time() + self.shutdown_s)
 
-    def fail(self, exc: BaseException) -> None:
-        """The first failure is the reason of the end, and answers all askers at once."""
-        error = flatten(exc)
+    def fail(self, error: BaseException | None) -> None:
+        """Ends the incarnation with its first failure, and answers all askers at once."""
         if self.reason is None and error is not None:
             expected = self.stop_requested and isinstance(error, Exception)
-            self.reason = Exit(ExitKind.STOPPED if expected else ExitKind.CRASHED, error)
+            self.conclude(Exit(ExitKind.STOPPED if expected else ExitKind.CRASHED, error))
+
+    def conclude(self, reason: Exit) -> None:
+        """Sets the reason of the end, and answers all askers with it at once. The first reason stays."""
+        if self.reason is None:
+            self.reason = reason
             if self.ref is not None:
-                self.ref._mailbox.close(self.reason, keep_tells=self._keeps_tells())
+                self.ref._mailbox.close(reason)
 
     def interrupt(self) -> None:
-        """Makes an actor end now."""
+        """Cancels what runs: an actor's handler, or the start, function or supervisor as a whole."""
         if self.loop is not None:
             self.loop.cancel()
         elif not self.closing:
             self.outer.cancel()
+            self.inner.shield = False
 
     def request_stop(self) -> None:
         """Asks for the end and returns; `wait_ended` waits for it."""
@@ -414,33 +419,13 @@ class Cell:
             if self.reason is None:
                 self.ref._mailbox.close(Exit(ExitKind.STOPPED))
             self.inner.deadline = trio.current_time() + self.shutdown_s
-            self.interrupt()
-        elif not self.closing:
-            self.outer.cancel()
-            self.inner.shield = False
-
-    def kill(self) -> None:
-        """As if by `kill -9`: the doors first, then the tasks."""
-        if self.branch is not None:
-            for cell in self.branch._children():
-                cell.kill()
-        if self.state not in (State.STARTING, State.RUNNING, State.STOPPING):
-            return
-        self.fence.close()
-        if self.reason is None:
-            self.reason = Exit(ExitKind.KILLED)
-            if self.ref is not None:
-                self.ref._mailbox.close(self.reason, keep_tells=self._keeps_tells())
-        if self.ref is not None:
-            self.interrupt()
-        else:
-            self.outer.cancel()
-            self.inner.shield = False
+        self.interrupt()
 
     def pause(self, state: State) -> trio.CancelScope:
         """Between two incarnations, or after the last: a scope that `request_stop` cancels while it restarts."""
         self.state = state
         self.started = self.closing = False
+        self.loop = None
         self.outer = trio.CancelScope()
         return self.outer
 
@@ -495,21 +480,15 @@ class Cell:
     def _show(self, kind: TapKind, what: object = None) -> None:
         self.runtime.show(kind, self.path, "", what)
 
-    def _keeps_tells(self) -> bool:
-        return self.actor is not None and self.actor.keeps_tells and not self.stop_requested
-
-    def _verdict(self, escaped: BaseException | None) -> Exit:
+    def _verdict(self, failure: BaseException | None, cancelled: BaseException | None) -> Exit:
         if self.reason is not None:
             return self.reason
-        error = flatten(escaped)
-        if error is not None and not (self.stop_requested and isinstance(error, Exception)):
-            return Exit(ExitKind.CRASHED, error)
-        if self.stop_requested:
-            return Exit(ExitKind.STOPPED, error)
+        if failure is not None and not (self.stop_requested and isinstance(failure, Exception)):
+            return Exit(ExitKind.CRASHED, failure)
+        if self.stop_requested or cancelled is not None:
+            return Exit(ExitKind.STOPPED, failure)
         if self.started:
-            return Exit(ExitKind.NORMAL if escaped is None else ExitKind.STOPPED)
-        if escaped is not None:
-            return Exit(ExitKind.STOPPED)
+            return Exit(ExitKind.NORMAL)
         if self.outer.cancel_called:
             limit_s = self.child.start_timeout_s
             return Exit(ExitKind.CRASHED, StartTimeout(f"{self.label} has not started within {limit_s:g} s"))

@@ -85,4 +85,4 @@ class NoSuchChild(ActorError, LookupError):
 
 
 class Fenced(ActorError):
-    """A door of the world was used by an incarnation that counts as killed. The call had no effect."""
+    """The caller belongs to a killed incarnation. The call had no effect."""

@@ -1,37 +1,33 @@
-"""How an incarnation ends, and what is left of an exception once the nurseries have wrapped it.
-
-Every nursery wraps what passes through it once more, so a `ValueError` in a task of a task of an actor arrives as
-a group in a group. Whoever reads a reason wants the `ValueError`. It is unwrapped here, once, at the edge of the
-incarnation, and nowhere else. `trio.Cancelled` is never a reason: it says that somebody else had one.
-"""
+"""How an incarnation ends, and the exception groups that it leaves behind."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
 
 
 class ExitKind(enum.StrEnum):
-    """What kind of end an incarnation came to."""
+    """How an incarnation ended."""
 
-    UNBORN = "not started"
+    NOT_STARTED = "not started"
     """There has been no incarnation yet."""
     NORMAL = "finished"
-    """It ended by itself, with nothing to complain about."""
+    """It ended by itself, without an exception."""
     STOPPED = "stopped"
-    """Its supervisor, or the end of the system, asked it to stop. Whatever it raised while stopping is no crash."""
+    """Its supervisor, or the end of the system, stopped it. What it raises while it stops is no crash."""
     CRASHED = "crashed"
-    """An exception that nobody had asked for."""
+    """It raised an exception."""
     KILLED = "killed"
-    """`System.kill`, the simulated `kill -9`."""
+    """`actors.testing.kill`, the simulated `kill -9`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """The reason why an incarnation ended; `exception` is unwrapped from the groups that nurseries put round it."""
+    """Why an incarnation ended. `exception` is what it raised; a group keeps its shape, less `trio.Cancelled`."""
 
     kind: ExitKind
     exception: BaseException | None = None
@@ -42,44 +38,45 @@ class Exit:
         return self.kind in (ExitKind.CRASHED, ExitKind.KILLED)
 
     def __str__(self) -> str:
-        if self.exception is None:
-            return self.kind.value
-        text = str(self.exception)
-        name = type(self.exception).__name__
-        return f"{self.kind.value}: {name}: {text}" if text else f"{self.kind.value}: {name}"
+        return self.kind.value if self.exception is None else f"{self.kind.value}: {_describe(self.exception)}"
 
 
-def flatten(exc: BaseException | None) -> BaseException | None:
-    """What `exc` is about, without groups and without `trio.Cancelled`; None when nothing else is in it.
+def split_cancelled(exc: BaseException | None) -> tuple[BaseException | None, BaseException | None]:
+    """Returns the part of `exc` that is a failure and the part that is cancellation. Both keep the shape of groups.
 
-    One exception comes back as itself, several as one flat group. One that is no `Exception` (such as
-    `KeyboardInterrupt`) comes before all others and alone.
+    `trio.Cancelled` is no reason for an end: it has to reach the scope that was cancelled.
     """
-    if exc is None:
-        return None
-    leaves = [leaf for leaf in _leaves(exc) if not isinstance(leaf, trio.Cancelled)]
-    if not leaves:
-        return None
-    failures = []
-    for leaf in leaves:
-        if not isinstance(leaf, Exception):
-            return leaf
-        failures.append(leaf)
-    return failures[0] if len(failures) == 1 else ExceptionGroup("several failures", failures)
-
-
-def cancelled_part(exc: BaseException | None) -> BaseException | None:
-    """What of `exc` is cancellation and has to travel on to the scope that asked for it."""
-    if isinstance(exc, trio.Cancelled):
-        return exc
     if isinstance(exc, BaseExceptionGroup):
-        return exc.subgroup(trio.Cancelled)
-    return None
+        cancelled, failure = exc.split(trio.Cancelled)
+        return failure, cancelled
+    return (None, exc) if isinstance(exc, trio.Cancelled) else (exc, None)
 
 
-def _leaves(exc: BaseException) -> Iterator[BaseException]:
+@asynccontextmanager
+async def open_hidden_nursery() -> AsyncIterator[trio.Nursery]:
+    """Opens a nursery that is an implementation detail: it wraps no exception that is alone in it.
+
+    So an exception of the block comes out as it is, a group of the caller's as well. Several failures come out in the
+    nursery's group.
+    """
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) > 1:
+            raise
+        error = group.exceptions[0]
+        context = error.__context__
+        try:
+            raise error
+        finally:
+            error.__context__ = context  # not the nursery's group
+            del error  # in its own traceback
+
+
+def _describe(exc: BaseException) -> str:
+    name = type(exc).__name__
     if isinstance(exc, BaseExceptionGroup):
-        for inner in exc.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield exc
+        return f"{name}({', '.join(map(_describe, exc.exceptions))})"
+    text = str(exc)
+    return f"{name}: {text}" if text else name

@@ -1,56 +1,37 @@
-"""A simulated `kill -9`: first the doors, then the tasks.
+"""The fence of an incarnation: which one a task belongs to, and whether it may still act.
 
 Trio has no "cancel without clean-up": a cancelled task runs its `finally` blocks, which may tell, ask, commit or
-delete. A process that is killed does nothing of the kind. So a kill first closes the fence of the incarnation.
-From then on every door that checks its fence raises `Fenced` without an effect, and the clean-up that follows
-runs against walls. The fence is a context variable, and so holds for every task that the incarnation started.
+delete. A killed process does nothing of the kind. So `actors.testing.kill` closes the fence of an incarnation before it
+cancels its tasks. From then on each call of the runtime that leaves the incarnation (`tell`, `ask`, `Deferred.reply`,
+`Log.append`, `start_child`) raises `Fenced` without an effect. A program calls `check_fence()` first where it writes to
+the outside itself.
 
-The doors of the runtime (`tell`, `ask`, `Deferred`, `Log.append`, `start_child`) check it. A program's own doors to
-the outside call `check_fence()` first.
+These calls read `name`, the sender in traces and dead letters. A closed fence is one whose `name` raises, so the switch
+costs nothing where nobody kills.
 """
 
 from __future__ import annotations
 
 from contextvars import ContextVar
-
-from ._errors import Fenced
+from typing import Final
 
 
 class Fence:
-    """Open until closed, by itself or by the one around it."""
+    """Holds the path of the incarnation that the tasks behind it belong to; "" is no incarnation."""
 
-    __slots__ = ("_closed", "_outer", "name", "root", "touched")
+    __slots__ = ("name",)
 
-    def __init__(self, name: str, outer: Fence | None = None) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.root: Fence = self if outer is None else outer.root
-        #: Of the root: whether a fence anywhere below it was ever closed. As long as not, nobody need check.
-        self.touched = False
-        self._closed = False
-        self._outer = outer
-
-    def close(self) -> None:
-        """Shuts every door for whoever is behind this fence."""
-        self._closed = self.root.touched = True
-
-    def shut(self) -> bool:
-        """Whether this fence or one around it is closed."""
-        return self._closed or (self._outer is not None and self._outer.shut())
-
-    def check(self) -> None:
-        """:raises Fenced: when this fence or one around it is closed."""
-        if self.shut():
-            raise Fenced(f"{self.name} has been killed; this call of it has no effect")
 
 
-current_fence: ContextVar[Fence | None] = ContextVar("actors.fence", default=None)
+_OUTSIDE: Final = Fence("")
+current_fence: Final[ContextVar[Fence]] = ContextVar("actors.fence", default=_OUTSIDE)
 
 
 def check_fence() -> None:
-    """Call it first in every door to the outside, so that an incarnation that counts as killed has no effect.
+    """Raises when the calling task belongs to a killed incarnation. Call it before each effect on the outside.
 
-    :raises Fenced: when the calling task belongs to an incarnation that `System.kill` has killed.
+    :raises Fenced: `actors.testing.kill` has killed the incarnation.
     """
-    fence = current_fence.get()
-    if fence is not None and fence.root.touched:
-        fence.check()
+    _ = current_fence.get().name

@@ -94,7 +94,7 @@ class Log:
 
         :raises ValueError: the frame alone is larger than `max_bytes`.
         :raises trio.ClosedResourceError: the log is closed.
-        :raises Fenced: see `check_fence`.
+        :raises Fenced: the caller counts as killed; see `check_fence`.
         """
         check_fence()
         if self._closed:

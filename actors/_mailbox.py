@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, final
 from trio.lowlevel import Abort, Task, checkpoint, current_task, reschedule, wait_task_rescheduled
 
 from ._errors import ActorDown, AskTimeout, MailboxFull, Unhandled
-from ._exit import Exit, ExitKind, flatten
+from ._exit import Exit, ExitKind
 from ._fence import check_fence
 from ._message import Down, Handler, R, Request
 from ._tap import TapKind
@@ -52,7 +52,7 @@ BURST_S: Final = 0.0005
 RECENT: Final = 100
 """Messages of an actor that are remembered for people who look inside."""
 _NONE: Mapping[type, Handler] = {}
-_UNBORN: Final = Exit(ExitKind.UNBORN)
+_NOT_STARTED: Final = Exit(ExitKind.NOT_STARTED)
 
 
 class Ask:
@@ -142,7 +142,7 @@ class Deferred(Generic[R]):
     def reply(self, value: R) -> None:
         """Answers the asker.
 
-        :raises Fenced: see `check_fence`.
+        :raises Fenced: the caller counts as killed; see `check_fence`.
         """
         check_fence()
         ask = self._take()
@@ -152,7 +152,7 @@ class Deferred(Generic[R]):
     def fail(self, error: Exception) -> None:
         """Raises `error` in the asker.
 
-        :raises Fenced: see `check_fence`.
+        :raises Fenced: the caller counts as killed; see `check_fence`.
         """
         check_fence()
         ask = self._take()
@@ -223,7 +223,7 @@ class Mailbox:
         self.began_s = 0.0
         self.watchers: dict[Mailbox, dict[Ref[Any], None]] = {}
         self.task: Task | None = None
-        self.reason = _UNBORN
+        self.reason = _NOT_STARTED
         self.ending = False
         self.recent: deque[tuple[float, float, float, type, str, str]] | None = None
         self.times: dict[type, Times] = {}
@@ -250,7 +250,7 @@ class Mailbox:
         self.task = current_task()
         self.ending = False
 
-    def close(self, reason: Exit, *, keep_tells: bool = False) -> None:
+    def close(self, reason: Exit) -> None:
         """Takes no more messages, and answers everybody who waits for an answer. The first reason stays."""
         if self.handlers is _NONE:
             return
@@ -271,10 +271,10 @@ class Mailbox:
         self.deferred.clear()
         self.system.clear()
         self.entry = None
-        if keep_tells:
-            self.queue.extend(tells)
-        else:
-            self._lose(tells)
+        self.lost += len(tells)
+        if self.runtime is not None:
+            for _, message, sender in tells:
+                self.runtime.dead_letter(self.name, message, sender, "lost at the end")
         for ask in waiting:
             if ask.task is not None:
                 ask.fail(self.down())
@@ -288,12 +288,6 @@ class Mailbox:
         for watcher, monitored in watchers.items():
             monitored.pop(self.ref, None)
             watcher.deliver(Down(self.ref, reason))
-
-    def abandon(self, reason: Exit) -> None:
-        """There will be no further incarnation that could find what a former one left."""
-        self.end(reason)
-        self._lose(list(self.queue))
-        self.queue.clear()
 
     def down(self) -> ActorDown:
         error = ActorDown(self.name, self.reason)
@@ -354,7 +348,6 @@ class Mailbox:
         message: Any
         result: Any
         ask: Ask | None
-        error: BaseException | None
         left = 0
         now_s = pause_s = -math.inf
         while not self.ending:
@@ -363,7 +356,7 @@ class Mailbox:
                 if queue or system:
                     await checkpoint()
                 else:
-                    entry = message = result = ask = error = None  # an idle actor holds nothing of the last message
+                    entry = message = result = ask = None  # an idle actor holds nothing of the last message
                     self._waiter = current_task()
                     await wait_task_rescheduled(self._unpark)
                 left = BURST
@@ -402,14 +395,13 @@ class Mailbox:
                 outcome = "handled"
             except Exception as exc:
                 outcome = "crashed"
-                error = flatten(exc)
-                if error is None or not isinstance(error, getattr(message, "raises", ())):
+                if not isinstance(exc, getattr(message, "raises", ())):
                     raise
                 outcome = "refused"
                 self.refused += 1
                 if ask is not None:
                     deferred.pop(ask, None)
-                    ask.fail(error)
+                    ask.fail(exc)
             else:
                 if ask is not None:
                     if type(result) is not Deferred:
@@ -510,12 +502,6 @@ class Mailbox:
 
     def _age_s(self, at_s: float) -> float:
         return round(max(0.0, self.clock() - at_s), 6)
-
-    def _lose(self, entries: list[Any]) -> None:
-        self.lost += len(entries)
-        if self.runtime is not None:
-            for _, message, sender in entries:
-                self.runtime.dead_letter(self.name, message, sender, "lost at the end")
 
     def _unpark(self, _: object) -> Abort:
         self._waiter = None

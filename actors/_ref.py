@@ -47,14 +47,9 @@ class Ref(Generic[A_co]):
         :raises MailboxFull: there is no room.
         :raises ActorDown: no incarnation takes messages now.
         :raises Unhandled: the actor has no handler for it.
-        :raises Fenced: see `check_fence`.
+        :raises Fenced: the caller counts as killed; see `check_fence`.
         """
-        fence = current_fence.get()
-        sender = ""
-        if fence is not None:
-            if fence.root.touched:
-                fence.check()
-            sender = fence.name
+        sender = current_fence.get().name
         mailbox = self._mailbox
         queue = mailbox.queue
         if type(message) not in mailbox.handlers or len(queue) >= mailbox.capacity:
@@ -76,16 +71,11 @@ class Ref(Generic[A_co]):
         :raises ActorDown: the target is down, or went down before it replied.
         :raises SelfAsk: an actor asked itself from its own handler.
         :raises Unhandled: the actor has no handler for it.
-        :raises Fenced: see `check_fence`.
+        :raises Fenced: the caller counts as killed; see `check_fence`.
 
         Besides, whatever the request declares in `raises`, and what a handler hands to `Deferred.fail`.
         """
-        fence = current_fence.get()
-        sender = ""
-        if fence is not None:
-            if fence.root.touched:
-                fence.check()
-            sender = fence.name
+        sender = current_fence.get().name
         mailbox = self._mailbox
         task = current_task()
         if task is mailbox.task:
@@ -107,7 +97,7 @@ class Ref(Generic[A_co]):
         if timeout_s != math.inf:
             runtime = mailbox.runtime
             assert runtime is not None
-            runtime.deadlines.add(now_s + runtime.offset_s + timeout_s, ask)
+            runtime.deadlines.add(now_s + timeout_s, ask)
         await wait_task_rescheduled(ask.leave)
         if ask.error is not None:
             try:

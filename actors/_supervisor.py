@@ -27,8 +27,8 @@ import trio
 
 from ._cell import TEMPORARY, A, Branch, Cell, Child, State
 from ._errors import ActorDown, NameTaken, NoSuchChild, TooManyRestarts
-from ._exit import Exit, ExitKind
-from ._fence import Fence, check_fence, current_fence
+from ._exit import Exit, ExitKind, open_hidden_nursery
+from ._fence import check_fence, current_fence
 from ._ref import Ref
 
 _GRACE_S: Final = 1.0
@@ -96,7 +96,7 @@ class _Supervisor(Branch):
             raise RuntimeError(f"{cell.label} runs already as {self._down().name}")
         self._cell = cell
         self._context = contextvars.copy_context()
-        async with trio.open_nursery() as nursery:
+        async with open_hidden_nursery() as nursery:
             self._nursery = nursery
             try:
                 await self._start_all()
@@ -122,7 +122,7 @@ class _Supervisor(Branch):
         if nursery is None or parent is None:
             raise self._down()
         cell.prepare(parent, parent.runtime, nursery)
-        self._context.run(partial(nursery.start_soon, self._keep, cell, name=cell.path))
+        self._context.run(partial(nursery.start_soon, self._keep, cell, parent, name=cell.path))
         try:
             await cell.settled.wait()
         except trio.Cancelled:
@@ -138,14 +138,14 @@ class _Supervisor(Branch):
     def _down(self) -> ActorDown:
         cell = self._cell
         if cell is None:
-            return ActorDown(self.kind, Exit(ExitKind.UNBORN))
+            return ActorDown(self.kind, Exit(ExitKind.NOT_STARTED))
         return ActorDown(cell.label, cell.exit or Exit(ExitKind.STOPPED))
 
-    async def _keep(self, cell: Cell) -> None:
+    async def _keep(self, cell: Cell, parent: Cell) -> None:
         try:
             while True:
                 exit_ = await cell.incarnate()
-                current_fence.set(self._fence())
+                current_fence.set(parent.fence)
                 if not cell.started_once or not self._wants_back(cell, exit_):
                     break
                 window = self._window_of(cell)
@@ -161,9 +161,6 @@ class _Supervisor(Branch):
             raise
         finally:
             self._ended(cell)
-
-    def _fence(self) -> Fence | None:
-        return None if self._cell is None else self._cell.fence
 
     async def _back_off(self, cell: Cell, restart: int) -> None:
         assert self._cell is not None
@@ -191,8 +188,6 @@ class _Supervisor(Branch):
 
     def _ended(self, cell: Cell) -> None:
         exit_ = cell.exit or Exit(ExitKind.STOPPED)
-        if cell.ref is not None and not cell.restarts_after(exit_):
-            cell.ref._mailbox.abandon(exit_)
         if not cell.started_once and cell.start_error is None:
             stopped = exit_.exception is None or cell.stop_requested
             cell.start_error = ActorDown(cell.path, exit_) if stopped else exit_.exception
@@ -321,8 +316,8 @@ class DynamicSupervisor(_Supervisor):
     """Children that come and go, each for itself. The object is the door: hand it to whoever starts children.
 
     The intensity counts per child, and is never escalated. A child that crashes more than `intensity` times within
-    `period_s` is given up: `gave_up` is called with a `GaveUp`, then the name is free. No other child notices. `gave_up`
-    may be async, with `gave_up_timeout_s` to finish, or the `tell` of an actor's ref.
+    `period_s` is given up: `gave_up` is called with a `GaveUp`, then the name is free. No other child notices.
+    `gave_up` may be async, with `gave_up_timeout_s` to finish, or the `tell` of an actor's ref.
 
     They are stopped all at once, the youngest first, since none depends on another.
     """
@@ -372,11 +367,11 @@ class DynamicSupervisor(_Supervisor):
         :raises NameTaken: a child of that name lives.
         :raises StartTimeout: it took longer than its `start_timeout_s`.
         :raises ActorDown: this supervisor does not run, or the child was stopped while it was starting.
-        :raises Fenced: see `check_fence`.
+        :raises Fenced: the caller counts as killed; see `check_fence`.
         """
         check_fence()
         cell = child._cell
-        if self._nursery is None:
+        if self._nursery is None or (self._cell is not None and self._cell.stop_requested):
             raise self._down()
         if child.name in self._cells:
             raise NameTaken(f"a child of {self._path} is already called {child.name}")
@@ -387,21 +382,19 @@ class DynamicSupervisor(_Supervisor):
         return cell.ref
 
     async def stop_child(self, name: str) -> None:
-        """Stops a child and waits until nothing of it is left. Its name is free then.
+        """Stops a child and waits until nothing of it is left. Then its name is free.
+
+        That takes the child's `shutdown_s` at most, unless it shields itself for longer.
 
         :raises NoSuchChild: there is none of that name.
-        :raises TimeoutError: it did not end within its budget; it goes on ending.
-        :raises Fenced: see `check_fence`.
+        :raises Fenced: the caller counts as killed; see `check_fence`.
         """
         check_fence()
         cell = self._cells.get(name)
         if cell is None:
             raise NoSuchChild(f"{self._path} has no child called {name}")
         cell.request_stop()
-        with trio.move_on_after(cell.shutdown_s + _GRACE_S):
-            await cell.wait_ended()
-            return
-        raise TimeoutError(f"{cell.path} has not ended within its {cell.shutdown_s:g} s")
+        await cell.wait_ended()
 
     @property
     def names(self) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, final
 import trio
 
 from ._cell import PERMANENT, Cell, Child, State
+from ._exit import open_hidden_nursery
 from ._ref import Ref
 from ._runtime import Runtime
 from ._show import as_text
@@ -71,21 +72,6 @@ class System:
         """
         return self._runtime.dead_letters()
 
-    def kill(self, path: str) -> None:
-        """One incarnation dies as if by `kill -9`, for tests; of a supervisor, with everything under it.
-
-        Its doors are closed first (`check_fence`), so what its clean-up does has no effect. Then its supervisor
-        treats it as a crash. `""` is the whole system: then nothing is restarted, and the block of `open_system`
-        still has to be left.
-
-        :raises KeyError: nothing is there.
-        """
-        if not path:
-            self._runtime.fence.close()
-            self._root.request_stop()
-        else:
-            self._find(path).kill()
-
     def _find(self, path: str) -> Cell:
         cell, rest = self._root, path
         while rest:
@@ -117,38 +103,32 @@ async def open_system(
 
     async def keep() -> None:
         try:
-            await cell.incarnate()
+            exit_ = await cell.incarnate()
         finally:
             cell.finish()
             body.cancel()
+        if exit_.abnormal and exit_.exception is not None:
+            raise exit_.exception
 
     async def watch_deadlines() -> None:
         with watch:
             await runtime.deadlines.watch()
 
-    try:
-        async with trio.open_nursery() as nursery:
-            cell.prepare(None, runtime, nursery)
-            cell.path = ""
-            nursery.start_soon(watch_deadlines, name=f"{name}: deadlines")
-            nursery.start_soon(keep, name=name)
-            try:
-                await cell.settled.wait()
-                if cell.started_once:
-                    with body:
-                        yield System(cell, runtime)
-            finally:
-                cell.request_stop()
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + cell.shutdown_s + 1):
-                    await cell.wait_ended()
-                watch.cancel()
-            if cell.exit is not None and cell.exit.abnormal and cell.exit.exception is not None:
-                raise cell.exit.exception
-    except BaseExceptionGroup as group:
-        if len(group.exceptions) > 1:
-            raise
-        error = group.exceptions[0]
-        raise error from error.__cause__
+    async with open_hidden_nursery() as nursery:
+        cell.prepare(None, runtime, nursery)
+        cell.path = ""
+        nursery.start_soon(watch_deadlines, name=f"{name}: deadlines")
+        nursery.start_soon(keep, name=name)
+        try:
+            await cell.settled.wait()
+            if cell.started_once:
+                with body:
+                    yield System(cell, runtime)
+        finally:
+            cell.request_stop()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + cell.shutdown_s + 1):
+                await cell.wait_ended()
+            watch.cancel()
 
 
 def _whole(cell: Cell) -> bool:

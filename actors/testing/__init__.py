@@ -3,6 +3,7 @@
 from ._errors import NotDeterministic, RealWorld, SimulationError, Stuck
 from ._faults import Effect, FaultReport, Faults, Plan, SiteReport
 from ._guard import Kind, allow_real
+from ._kill import kill
 from ._probe import Probe, open_probe
 from ._simulate import Simulation, check_deterministic, simulate
 
@@ -21,6 +22,7 @@ __all__ = [
     "Stuck",
     "allow_real",
     "check_deterministic",
+    "kill",
     "open_probe",
     "simulate",
 ]

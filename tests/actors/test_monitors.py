@@ -23,6 +23,7 @@ from actors import (
     handles,
     open_system,
 )
+from actors.testing import kill
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ async def _stop(pool: DynamicSupervisor, system: System, ref: Ref[Target]) -> No
 
 
 async def _kill(pool: DynamicSupervisor, system: System, ref: Ref[Target]) -> None:
-    system.kill("target")
+    kill(system, "target")
 
 
 async def _crash(pool: DynamicSupervisor, system: System, ref: Ref[Target]) -> None:

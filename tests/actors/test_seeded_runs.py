@@ -31,6 +31,7 @@ from actors import (
     handles,
     open_system,
 )
+from actors.testing import kill
 
 Simulate = Callable[[Callable[[Random], Awaitable[object]], int], object]
 MANY = range(int(os.environ.get("ACTORS_SEEDS", "1000")))
@@ -144,7 +145,7 @@ def test_no_asker_is_lost_and_none_gets_the_answer_of_another(simulate: Simulate
         async def killer() -> None:
             for _ in range(20):
                 await trio.sleep(rng.random())
-                system.kill(f"pool/{rng.randrange(3)}")
+                kill(system, f"pool/{rng.randrange(3)}")
 
         async with open_system(Supervisor(children=[Child("pool", pool)]), rng=rng) as system:
             for n in range(3):
@@ -220,7 +221,7 @@ def test_every_strategy_converges_once_the_faults_are_over(simulate: Simulate) -
                 await trio.sleep(rng.random())
                 leaf = rng.choice(leaves)
                 if leaf.ref.inspect()["state"] != "new":
-                    system.kill(rng.choice([leaf.ref.name, leaf.ref.name.split("/")[0]]))
+                    kill(system, rng.choice([leaf.ref.name, leaf.ref.name.split("/")[0]]))
             chaos[0] = 0.0
             await trio.sleep(120)
             assert system.whole(), system.format_tree()
@@ -267,7 +268,7 @@ def test_starts_and_stops_that_cross_leave_nothing_behind(simulate: Simulate) ->
                 await trio.sleep(rng.random())
                 for name in pool.names:
                     if rng.random() < 0.3:
-                        system.kill(name)
+                        kill(system, name)
 
         pool = DynamicSupervisor(intensity=2, period_s=10)
         with trio.move_on_after(rng.random() * 30):

@@ -38,6 +38,7 @@ from actors import (
     handles,
     open_system,
 )
+from actors.testing import kill
 
 AT_ONCE = Backoff(base_s=0)
 
@@ -600,12 +601,12 @@ async def test_trap_10_a_killed_incarnation_has_no_effect_on_its_way_out(autojum
     notes = Child("notes", Notes)
     writer = Child("writer", partial(Writer, "w", log), TRANSIENT)
     async with open_system(Supervisor(children=[notes, writer])) as system:
-        system.kill("writer")
+        kill(system, "writer")
         await settle()
         assert received == []
         assert log == ["+w", "-w", "+w"]
         assert writer.ref.inspect()["exits"][0]["reason"] == "killed"
-        system.kill("")
+        kill(system, "")
         await trio.sleep(1000)
     assert received == []
     assert log == ["+w", "-w", "+w", "-w"]

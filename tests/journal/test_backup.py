@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from actors import ONE_FOR_ONE, Child, Supervisor, open_system
+from actors.testing import kill
 from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, events_after, take
 from volant.host import Host
 from volant.journal import Backups, EventGap, Evidence, Journal, Running, Store, take_over
@@ -423,7 +424,7 @@ async def test_an_actor_that_died_right_after_the_decision_does_not_take_it_back
         await bench.create("one")
         await bench.backup(kept)
         os.link(kept, path.with_name("volant-next.db"))
-        bench.system.kill("journal")
+        kill(bench.system, "journal")
         with trio.fail_after(TIMEOUT_S):
             await bench.store.replaced.wait()
 

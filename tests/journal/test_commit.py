@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from actors import ActorDown
+from actors.testing import kill
 from tests.journal.kit import Bench, GatedHost, events_after, running, take, types
 from volant.journal import (
     CommitSteps,
@@ -351,7 +352,7 @@ async def test_a_crash_between_commit_and_answer_loses_no_event_and_tells_none_t
                 nursery.start_soon(create)
                 await begun.wait()
                 host.before = None
-                bench.system.kill("journal")
+                kill(bench.system, "journal")
                 gate.set()
             await alive(bench)
             await bench.create("three")

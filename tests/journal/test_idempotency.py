@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from actors import ActorDown, Request
+from actors.testing import kill
 from tests.journal.kit import Bench, ClockHost, GatedHost, running
 from volant.journal import (
     CommitSteps,
@@ -187,7 +188,7 @@ async def test_after_a_crash_between_commit_and_reply_the_result_is_there(path: 
             nursery.start_soon(unanswered)
             await begun.wait()
             host.before = None
-            bench.system.kill("journal")
+            kill(bench.system, "journal")
             gate.set()
         with trio.fail_after(10):
             while True:

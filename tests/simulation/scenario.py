@@ -22,7 +22,7 @@ import apsw
 import msgspec
 import trio
 
-from actors.testing import FaultReport, Simulation, simulate
+from actors.testing import FaultReport, Simulation, kill, simulate
 from volant.model import EDGES, Status, VmRow, settled
 from volant.model.agent import TELLS_NETWORK
 from volant.testing import Answer, Unreachable, World, simulated_world
@@ -271,7 +271,7 @@ class Life:
         system = self.world.daemon.system
         assert system is not None
         try:
-            system.kill(path)
+            kill(system, path)
         except KeyError:
             pass  # It has gone, or does not run at the moment.
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import trio
 
+from actors.testing import kill
 from tests.system.kit import Stopwatch, adopted, boot, is_alive, reachable, run
 from volant.client import Client, ClientError, ClientProblem, LogLine
 from volant.daemon._daemon import Daemon
@@ -84,7 +85,7 @@ async def test_a_vm_outlives_crashes_of_its_actor(image_cache: Path, monkeypatch
             with pytest.raises(ClientError):  # noqa: PT012 - the end of the block raises it
                 async with client.vms.exec("demo", ["sh", "-c", "echo up; sleep 60"]) as process:
                     assert (await anext(process)).data == b"up\n"
-                    daemon.system.kill("vms/demo")
+                    kill(daemon.system, "vms/demo")
                     with trio.fail_after(30):
                         await process.wait()
             watch = Stopwatch()
@@ -143,7 +144,7 @@ async def test_a_vm_whose_actor_is_given_up_goes_on_and_can_be_recovered(
                 raise RuntimeError("it does not start any more")
 
             broken.setattr(_actor.VmActor, "on_start", on_start)
-            daemon.system.kill("vms/demo")
+            kill(daemon.system, "vms/demo")
             with trio.fail_after(30):
                 while row is not None and row.reason is None:
                     row = await daemon.store.projection.changed(row.id, row.revision)

@@ -66,7 +66,6 @@ class Note:
 
 class Vm(Actor):
     mailbox = 8
-    keeps_tells = True
 
     def __init__(self, vm_id: str) -> None:
         self.vm_id = vm_id

@@ -15,7 +15,7 @@ from typing import Any
 
 import trio
 
-from actors.testing import Simulation, allow_real
+from actors.testing import Simulation, allow_real, kill
 from volant.daemon import Daemon, Settings
 
 from ._database import Databases
@@ -132,7 +132,7 @@ class World:
         assert daemon.system is not None
         self._daemon = None
         host.die()
-        daemon.system.kill("")
+        kill(daemon.system, "")
         life.cancel()
         await self._ended.wait()
         self._databases.close_all()
