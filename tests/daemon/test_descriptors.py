@@ -66,7 +66,7 @@ def test_a_low_hard_limit_is_told_with_the_figure_that_is_needed(tmp_path: Path)
     with daemon(tmp_path, 64, 512) as url:
         assert healthy(url)
     said = (tmp_path / "log").read_text()
-    assert "may open 512 files and sockets: room for some 12 VMs, where 40 may run, which need 1056" in said
+    assert "may open 512 files and sockets: that is enough for about 12 VMs; 40 can run, which need 1056" in said
 
 
 def test_a_low_soft_limit_is_raised_and_nothing_is_said(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""`volantd check` tells of a host what is so, what comes of it and what to do; whatever hangs is told, too."""
+"""`volantd check` reports what a host supports, what follows from it and what to do, even when a check hangs."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -9,18 +10,28 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from volant.daemon import Settings
-from volant.daemon._doctor import _machine
+from volant.daemon._doctor import _hypervisor
+from volant.daemon._doctor._context import Context
+from volant.daemon._doctor._directories import (
+    CACHE,
+    RUNTIME,
+    STATE,
+    Inspected,
+    file_system_of,
+    inspect_directory,
+    judge_directory,
+    judge_memory,
+)
 from volant.daemon._doctor._examine import CHECKS, Check, examine, in_thread
-from volant.daemon._doctor._given import Given
+from volant.daemon._doctor._hypervisor import judge_kvm, judge_machine, judge_qemu, judge_qemu_img
 from volant.daemon._doctor._image import judge_own, judge_unbuilt
-from volant.daemon._doctor._machine import judge_kvm, judge_machine, judge_qemu, judge_qemu_img
 from volant.daemon._doctor._network import judge_forwarding, judge_network, judge_passt, judge_rights
-from volant.daemon._doctor._places import CACHE, RUNTIME, STATE, Place, file_system_of, judge_memory, judge_place, look
 from volant.daemon._doctor._sandbox import judge_landlock, judge_sandbox
 from volant.daemon._doctor._service import judge_cgroups, judge_descriptors, judge_systemd
 from volant.host import Host, SandboxSupport
@@ -36,13 +47,13 @@ HERE = Path("/var/lib/volant")
 
 
 def kvm(choice: AcceleratorChoice, **other: str) -> Finding:
-    facts = {"wanted": "auto", "there": "missing", "module": "kvm_intel", "how_to_be_let_in": "ask root"} | other
-    return judge_kvm(facts["wanted"], choice, facts["there"], facts["module"] or None, facts["how_to_be_let_in"])  # type: ignore[arg-type]
+    facts = {"wanted": "auto", "there": "missing", "module": "kvm_intel", "access": "ask root"} | other
+    return judge_kvm(facts["wanted"], choice, facts["there"], facts["module"] or None, facts["access"])  # type: ignore[arg-type]
 
 
-def place(**other: object) -> Place:
-    there = Place(path=HERE, there=HERE, writable=True, file_system="ext4", free_mb=10_000)
-    return Place(**{name: other.get(name, getattr(there, name)) for name in there.__dataclass_fields__})  # type: ignore[arg-type]
+def directory(**changes: Any) -> Inspected:
+    usual = Inspected(path=HERE, existing=HERE, writable=True, file_system="ext4", free_mb=10_000)
+    return dataclasses.replace(usual, **changes)
 
 
 @pytest.mark.parametrize(
@@ -56,14 +67,14 @@ def place(**other: object) -> Place:
         (judge_qemu_img(0, b"qemu-img version 10\nCopyright"), "ok", "qemu-img version 10"),
         (judge_qemu_img(-1, b""), "less", "apt install qemu-utils"),
         (judge_qemu_img(127, b"what"), "less", "apt install qemu-utils"),
-        (kvm(RUNS), "ok", "a guest ran on it"),
+        (kvm(RUNS), "ok", "a guest ran on KVM"),
         (kvm(RUNS, wanted="tcg"), "less", "VOLANT_ACCELERATOR"),
         (kvm(NO_KVM), "less", "modprobe kvm_intel"),
         (kvm(NO_KVM, module=""), "less", "nested"),
         (kvm(NO_GUEST, there="denied"), "less", "ask root"),
-        (kvm(NO_GUEST, there="there"), "less", "ended with status 1"),
-        (kvm(NO_GUEST, there="there", wanted="kvm"), "fails", "leave out VOLANT_ACCELERATOR"),
-        (kvm(AcceleratorChoice("tcg", "no QEMU", None)), "less", "not tried"),
+        (kvm(NO_GUEST, there="usable"), "less", "ended with status 1"),
+        (kvm(NO_GUEST, there="usable", wanted="kvm"), "fails", "unset VOLANT_ACCELERATOR"),
+        (kvm(AcceleratorChoice("tcg", "no QEMU", None)), "less", "not tested"),
         (judge_sandbox(SandboxSupport(7, True, None)), "ok", "a user of its own"),
         (judge_sandbox(SandboxSupport(7, True, "volantd does not run as root")), "less", "not run as root"),
         (judge_sandbox(None), "less", "VOLANT_SANDBOX"),
@@ -74,48 +85,48 @@ def place(**other: object) -> Place:
         (judge_own(Path("/none")), "fails", "VOLANT_KERNEL"),
         (judge_unbuilt(HERE, None), "less", "volar images build"),
         (judge_unbuilt(HERE, ImageError("no_apt", "There is no apt", "install apt")), "fails", "install apt"),
-        (judge_place(STATE, place()), "ok", "10000 MiB free (ext4)"),
-        (judge_place(STATE, place(writable=False)), "fails", "VOLANT_STATE_DIR"),
-        (judge_place(RUNTIME, place(writable=False, there=Path("/var"))), "fails", "in /var"),
-        (judge_place(STATE, place(free_mb=63)), "fails", "63 MiB free"),
-        (judge_place(STATE, place(free_mb=1000)), "less", "make room"),
-        (judge_place(STATE, place(file_system="tmpfs")), "less", "go with the power"),
-        (judge_place(STATE, place(file_system="nfs4")), "less", "fsync"),
-        (judge_place(RUNTIME, place(file_system="tmpfs", free_mb=40)), "ok", "tmpfs"),
-        (judge_place(CACHE, place(free_mb=500)), "less", "VOLANT_CACHE_DIR"),
-        (judge_memory(place(file_system="tmpfs"), 5000), "ok", "19 guests"),
-        (judge_memory(place(file_system="tmpfs", free_mb=64), 5000), "less", "--shm-size"),
-        (judge_memory(place(file_system="tmpfs", free_mb=1000), 5000), "less", "remount"),
-        (judge_memory(place(file_system="tmpfs"), 63), "fails", "end something"),
-        (judge_memory(place(), 5000), "less", "tmpfs at /dev/shm"),
-        (judge_memory(place(writable=False), 5000), "fails", "can't write"),
+        (judge_directory(STATE, directory()), "ok", "10000 MiB free (ext4)"),
+        (judge_directory(STATE, directory(writable=False)), "fails", "VOLANT_STATE_DIR"),
+        (judge_directory(RUNTIME, directory(writable=False, existing=Path("/var"))), "fails", "in /var"),
+        (judge_directory(STATE, directory(free_mb=63)), "fails", "63 MiB free"),
+        (judge_directory(STATE, directory(free_mb=1000)), "less", "free some space"),
+        (judge_directory(STATE, directory(file_system="tmpfs")), "less", "lost on a reboot"),
+        (judge_directory(STATE, directory(file_system="nfs4")), "less", "fsync"),
+        (judge_directory(RUNTIME, directory(file_system="tmpfs", free_mb=40)), "ok", "tmpfs"),
+        (judge_directory(CACHE, directory(free_mb=500)), "less", "VOLANT_CACHE_DIR"),
+        (judge_memory(directory(file_system="tmpfs"), 5000), "ok", "19 guests"),
+        (judge_memory(directory(file_system="tmpfs", free_mb=64), 5000), "less", "--shm-size"),
+        (judge_memory(directory(file_system="tmpfs", free_mb=1000), 5000), "less", "remount"),
+        (judge_memory(directory(file_system="tmpfs"), 63), "fails", "stop programs"),
+        (judge_memory(directory(), 5000), "less", "tmpfs at /dev/shm"),
+        (judge_memory(directory(writable=False), 5000), "fails", "can't write"),
         (judge_descriptors(524288, 1000), "ok", "524288"),
-        (judge_descriptors(-1, 1000), "ok", "without limit"),
+        (judge_descriptors(-1, 1000), "ok", "unlimited"),
         (judge_descriptors(1856, 80), "ok", "1856"),
-        (judge_descriptors(1024, 80), "less", "some 38 VMs, where 80 may run, which need 1856"),
+        (judge_descriptors(1024, 80), "less", "about 38 VMs; 80 can run, which need 1856"),
         (judge_systemd(b"systemd 257 (257.8)\n+PAM"), "ok", "systemd 257"),
         (judge_systemd(b"systemd 252 (252.1)\n"), "less", "systemd 252"),
         (judge_systemd(b""), "less", "systemctl --version"),
-        (judge_systemd(None), "less", "in a terminal"),
-        (judge_cgroups(["cpu", "io", "memory", "pids"]), "ok", "version 2"),
+        (judge_systemd(None), "less", "another service manager"),
+        (judge_cgroups(["cpu", "io", "memory", "pids"]), "ok", "cgroup2"),
         (judge_cgroups(["cpu", "pids"]), "less", "without memory"),
         (judge_cgroups(None), "less", "unified_cgroup_hierarchy"),
-        (judge_rights(True), "ok", "may change"),
+        (judge_rights(True), "ok", "may configure"),
         (judge_rights(False), "less", "volar setup"),
-        (judge_passt(None, filtered=True), "ok", "there is one"),
+        (judge_passt(None, filtered=True), "ok", "installed"),
         (judge_passt(None, filtered=False), "less", "reaches this host's own addresses"),
         (judge_passt("passt is not installed", filtered=True), "less", "apt install passt"),
-        (judge_forwarding("1"), "ok", "passed on"),
+        (judge_forwarding("1"), "ok", "are forwarded"),
         (judge_forwarding("0"), "less", "sysctl"),
     ],
 )
-def test_each_finding_says_what_is_what_it_means_and_what_to_do(finding: Finding, level: Level, says: str) -> None:
+def test_a_finding_has_a_fact_its_consequence_and_advice(finding: Finding, level: Level, says: str) -> None:
     assert finding.level == level, finding
     assert says in " ".join((finding.found, finding.means, finding.advice))
     assert bool(finding.means) == (level != "ok"), finding
 
 
-def test_what_the_kernel_can_not_make_is_told_one_by_one() -> None:
+def test_each_feature_that_the_kernel_lacks_is_a_finding() -> None:
     made, denied, absent = judge_network(
         {"bridge": None, "tap": "Permission denied", "nftables": "Protocol not supported"}, "ask root"
     )
@@ -125,7 +136,7 @@ def test_what_the_kernel_can_not_make_is_told_one_by_one() -> None:
     assert [finding.check for finding in judge_network({"namespace": "Operation not permitted"}, None)] == ["network"]
 
 
-def test_a_file_system_is_the_one_mounted_nearest_and_last() -> None:
+def test_the_file_system_of_a_path_is_the_nearest_and_latest_mount() -> None:
     mounts = (
         "22 1 254:0 / / rw - ext4 /dev/vda rw\n"
         "23 22 0:21 / /var/my\\040lib rw shared:1 - nfs4 host:/x rw\n"
@@ -138,12 +149,12 @@ def test_a_file_system_is_the_one_mounted_nearest_and_last() -> None:
     assert file_system_of(Path("/"), "") == ""
 
 
-def test_a_place_that_is_not_there_is_judged_by_what_it_would_be_made_in(tmp_path: Path) -> None:
-    there = look(tmp_path / "a" / "b")
-    assert (there.there, there.writable) == (tmp_path, True)
-    assert there.free_mb > 0
+def test_a_missing_directory_is_judged_by_its_nearest_parent(tmp_path: Path) -> None:
+    found = inspect_directory(tmp_path / "a" / "b")
+    assert (found.existing, found.writable) == (tmp_path, True)
+    assert found.free_mb > 0
     (tmp_path / "file").write_text("")
-    assert not look(tmp_path / "file").writable
+    assert not inspect_directory(tmp_path / "file").writable
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
@@ -151,22 +162,22 @@ def settings(directory: Path) -> Settings:
     return Settings(state_dir=directory / "s", runtime_dir=directory / "r", cache_dir=directory / "c")
 
 
-async def test_what_hangs_or_breaks_is_a_finding_and_the_others_are_told(tmp_path: Path) -> None:
+async def test_a_check_that_hangs_or_fails_is_a_finding_and_the_others_are_reported(tmp_path: Path) -> None:
     released = threading.Event()
 
-    def stuck(given: Given) -> Sequence[Finding]:
+    def stuck(context: Context) -> Sequence[Finding]:
         released.wait(20)
         return []
 
-    async def hangs(given: Given) -> Sequence[Finding]:
+    async def hangs(context: Context) -> Sequence[Finding]:
         await trio.sleep_forever()
         raise AssertionError
 
-    async def breaks(given: Given) -> Sequence[Finding]:
+    async def breaks(context: Context) -> Sequence[Finding]:
         raise PermissionError(13, "Permission denied", "/proc/x")
 
-    async def fine(given: Given) -> Sequence[Finding]:
-        assert given.scratch.is_dir()
+    async def fine(context: Context) -> Sequence[Finding]:
+        assert context.scratch.is_dir()
         return [Finding(check="fine", level="ok", found="it is")]
 
     checks: tuple[tuple[str, float, Check], ...] = (
@@ -186,9 +197,7 @@ async def test_what_hangs_or_breaks_is_a_finding_and_the_others_are_told(tmp_pat
     assert report.lesser == ["stuck", "hangs", "breaks"]
 
 
-async def test_this_host_is_looked_at_and_nothing_is_left_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_checking_this_host_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = tmp_path / "tmp"
     await trio.Path(scratch).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
@@ -201,18 +210,18 @@ async def test_this_host_is_looked_at_and_nothing_is_left_of_it(
     assert [path.name for path in await trio.Path(tmp_path).rglob("*")] == ["tmp"]
 
 
-async def test_a_qemu_that_does_not_run_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_broken_qemu_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "qemu"
     broken.write_text("#!/bin/sh\nexit 3\n")
     broken.chmod(0o755)
-    for program, says in ((str(broken), "does not tell"), ("no-such-qemu", "no program")):
-        monkeypatch.setattr(_machine, "PROGRAM", program)
-        qemu, kvm = await _machine.hypervisor(Given(Host(), settings(tmp_path), tmp_path))
+    for program, says in ((str(broken), "does not print"), ("no-such-qemu", "not installed")):
+        monkeypatch.setattr(_hypervisor, "PROGRAM", program)
+        qemu, kvm = await _hypervisor.hypervisor(Context(Host(), settings(tmp_path), tmp_path))
         assert (qemu.level, kvm.level) == ("fails", "less")
         assert says in qemu.found
 
 
-def test_settings_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_an_invalid_setting_is_named(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "volant.daemon.main", "check", "--state-dir", str(tmp_path), "--max-boots", "many"],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,

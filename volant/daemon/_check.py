@@ -1,4 +1,4 @@
-"""`volantd check`: a report of the host, as JSON. For people `volar setup --check` lays it out."""
+"""`volantd check`: reports on the host as JSON. `volar setup --check` shows the report to people."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from ._settings import Settings
 
 
 def check(settings: Settings) -> tuple[str, int]:
-    """The report, and the exit code: 0 when VMs can run here, else 1."""
+    """Returns the report and the exit code: 0 if VMs can run here, else 1."""
     report = trio.run(examine, settings, Host())
     return msgspec.json.format(msgspec.json.encode(report)).decode(), 1 if report.failed else 0

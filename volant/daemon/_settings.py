@@ -1,8 +1,8 @@
-"""What an operator can set: a TOML file, `VOLANT_*` in the environment, flags; each wins over the one before.
+"""Loads the settings from a TOML file, `VOLANT_*` variables and flags; each overrides the one before.
 
-One table, `Settings`, says all of it: the names in the file are the fields, in the environment `VOLANT_` and the field
-in capitals, as flags the field with hyphens. An unknown key in the file or a flag is an error, as somebody means
-something by it; an unknown `VOLANT_*` is a warning, as it may be meant for another program or version.
+`Settings` is the only table: its fields are the keys in the file, with `VOLANT_` and in capitals the variables, with
+hyphens the flags. An unknown key or flag is an error. An unknown `VOLANT_*` is a warning, because
+another program or version may read it.
 """
 
 from __future__ import annotations
@@ -34,104 +34,104 @@ _CREDENTIAL = "volant-api-key"
 _FIRST_UID, _LEAST_UIDS = 1000, 512
 
 MAX_NAMESERVERS = 3
-"""The C library heeds no more."""
+"""The C library's limit (resolv.conf(5))."""
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,13}")
-"""Shorter than the name of a tap."""
+"""Shorter than a tap's name, so that it never is one."""
 
 DEFAULT_ADDRESS = "127.0.0.1:7777"
 
 RELOADED = ("api_key", "api_key_file", "api_allow_cidr", "trusted_proxies", "allowed_hosts", "cors_origins")
-"""What a running daemon takes anew from its settings."""
+"""Settings that a running daemon reloads on SIGHUP."""
 
 
 class SettingsError(Exception):
-    """A setting that can't be used. The text says which, where it was set, and what would be right."""
+    """A setting is invalid. The text says which one, where it was set, and what would be valid."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All settings of `volantd`, with their defaults for an ordinary user; see `load`."""
+    """Holds all settings of `volantd`; see `load`. A field's docstring is its help text."""
 
     api_listen_addr: str = DEFAULT_ADDRESS
-    """Where to listen: `HOST:PORT` or `unix:/PATH`, comma-separated. Port 0 takes a free one."""
+    """Addresses to listen on: `HOST:PORT` or `unix:/PATH`, comma-separated. Port 0 takes a free port."""
     state_dir: Path
-    """What must survive: the database, VM logs, VMs' disks."""
+    """Directory for what must survive: the database, VM logs and VM disks."""
     runtime_dir: Path
-    """What lives as long as the VMs: sockets, consoles. Short, as a socket's path has 108 bytes."""
+    """Directory for sockets and consoles. At most 70 bytes, as a socket path has 108."""
     cache_dir: Path
-    """What can be made or fetched again: boot images, boot artifacts of plugins."""
+    """Directory for what can be built or downloaded again: boot images, artifacts of plugins."""
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
-    """`auto`: KVM where a probe shows that it runs guests, else emulation."""
+    """`auto`: KVM if a probe shows that it runs guests, else emulation."""
     kernel: Path | None = None
-    """Boot this kernel instead of the built image's, for VMs whose plugin brings none."""
+    """Kernel to boot instead of the built image's, for VMs whose plugin has none."""
     initramfs: Path | None = None
-    """Boot this initramfs instead of the built image's, for VMs whose plugin brings none."""
+    """Initramfs to boot instead of the built image's, for VMs whose plugin has none."""
     max_vms: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    """Refuse to create more; without it memory decides."""
+    """Most VMs that can exist. Without it, memory is the limit."""
     return_memory: Literal["on", "off"] = "on"
-    """`on`: what guests free goes back to the host, for VMs that booted cold; `off`: a guest keeps what it has."""
+    """`on`: the host gets back the memory that guests free, from VMs that booted cold; `off`: guests keep it."""
     max_boots: Annotated[int, msgspec.Meta(ge=1, le=10000)] | None = None
-    """How many VMs boot at a time, the others wait for their turn; by default two for each CPU."""
+    """Most VMs that boot at the same time; others wait. By default two for each CPU."""
     api_key: Secret | None = None
-    """A key that clients must show. In the environment or the file alone, never a flag."""
+    """API key for clients. Set it in the environment or the file; there is no flag."""
     api_key_file: Path | None = None
-    """A file with such keys, one a line; by default systemd's credential `volant-api-key`, if there is one."""
+    """File with API keys, one a line. By default systemd's credential `volant-api-key`, if there is one."""
     api_allow_cidr: str = ""
-    """Networks from which requests are taken, comma-separated; without it from all."""
+    """Networks from which requests are allowed, comma-separated. By default all."""
     trusted_proxies: str = ""
-    """Networks of proxies whose `X-Forwarded-For` counts, comma-separated."""
+    """Networks of proxies whose `X-Forwarded-For` is trusted, comma-separated."""
     allowed_hosts: str = ""
-    """Further names under which clients reach the daemon, comma-separated; see the reference on `Host`."""
+    """More host names that clients may use for the daemon, comma-separated; see the reference on `Host`."""
     cors_origins: str = ""
     """Origins of web pages that may use the API, comma-separated."""
     agent_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 120.0
-    """How long a boot may take from its launch to the agent's first answer."""
+    """Deadline for a boot, from the launch to the agent's first answer."""
     image_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 300.0
-    """How long building a boot image may take."""
+    """Deadline for building a boot image."""
     artifact_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 1800.0
-    """How long one boot artifact of a plugin may take to arrive."""
+    """Deadline for downloading one artifact of a plugin."""
     artifact_max_mb: Annotated[int, msgspec.Meta(gt=0, le=2**24)] = 16384
-    """How large one may be."""
+    """Largest artifact of a plugin."""
     artifact_dirs: str = ""
-    """Directories of this host, comma-separated, whose files whoever may install plugins may name in manifests."""
+    """Host directories whose files plugin manifests may name, comma-separated."""
     artifact_allow_cidr: str = ""
-    """Networks that are not public, and from whose servers files of plugins may be fetched, comma-separated."""
+    """Private networks from which artifacts of plugins may be downloaded, comma-separated."""
     templates: Literal["auto", "off"] = "auto"
-    """`auto`: what has booted once is made a template, and further VMs of its kind are clones of it."""
+    """`auto`: the daemon makes a template of each kind of VM that booted, and clones further VMs from it."""
     templates_max_mb: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 4096
-    """How large all templates together may be; those that were not used for the longest time go."""
+    """Disk space for all templates. The least recently used ones are removed first."""
     templates_max_age_s: Annotated[float, msgspec.Meta(gt=0, le=10 * 366 * 86400)] = 30 * 86400.0
-    """A template that was not used for so long goes."""
+    """Templates that were not used for this long are removed."""
     standby: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
-    """How many processes wait, all but running, for the next VMs of each template that was used lately."""
+    """Warm processes for each template that was used lately. A VM claims one instead of starting its own."""
     standby_max_mb: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 2048
-    """How much memory the guests of all that wait may have together."""
+    """Guest memory for all warm processes together."""
     standby_idle_s: Annotated[float, msgspec.Meta(gt=0, le=366 * 86400)] = 600.0
-    """A template that was not used for so long has none that wait."""
+    """A template that was not used for this long keeps no warm processes."""
     network: Literal["auto", "none", "bridge", "user"] = "auto"
-    """The network of VMs that are created without a word of their own; `auto`: the best that can be had, `bridge`, else
-    `user`, else `none`."""
+    """Network of VMs that are created without one. `auto`: the first that the host supports of `bridge`, `user`
+    and `none`."""
     bridge: str = ""
-    """The name of the bridge; by default one that carries a digest of the state directory."""
+    """Name of the bridge. By default it contains a digest of the state directory."""
     subnet: str = str(DEFAULT_SUBNET)
-    """The subnet on the bridge, from which VMs have their addresses."""
+    """Subnet of the bridge. VMs get their addresses from it."""
     nameservers: str = ""
-    """Whom guests with a NIC ask for names, IPv4 addresses, comma-separated; by default whom the host asks."""
+    """DNS servers for guests with a network interface: IPv4 addresses, comma-separated. By default the host's."""
     sandbox: Literal["auto", "off"] = "auto"
     """Sandbox for hypervisors. `auto`: every layer that this host supports; `off`: only QEMU's own `-sandbox`."""
     vm_uids: str = "65536-98303"
-    """Users and groups for hypervisors, which nobody else has: the first and the last."""
+    """User and group ids for hypervisors, as FIRST-LAST. Nothing else on the host may use them."""
     cpu_priority: Literal["auto", "off"] = "auto"
-    """`auto`: the daemon gets processors before busy VMs do; `off`: all get their share."""
+    """`auto`: the daemon gets CPU time before busy VMs; `off`: all get their share."""
     insecure: bool = False
-    """Listen on other addresses than loopback with neither an API key nor a list of networks."""
+    """Allow other addresses than loopback with neither an API key nor a list of networks."""
     ephemeral: bool = False
-    """On a clean stop delete all VMs and remove state and runtime directories. For demos and tests."""
+    """On a clean stop, delete all VMs and remove the state and runtime directories. For demos and tests."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least severe lines that are logged."""
+    """Lowest level of log lines."""
 
 
 GROUPS = {
-    "who may use the API": (
+    "API access": (
         *("api_listen_addr", "api_key_file", "api_allow_cidr", "trusted_proxies", "allowed_hosts", "cors_origins"),
         "insecure",
     ),
@@ -145,16 +145,16 @@ GROUPS = {
         *("templates", "templates_max_mb", "templates_max_age_s", "standby", "standby_max_mb", "standby_idle_s"),
     ),
     "networks": ("network", "bridge", "subnet", "nameservers"),
-    "the daemon": ("cpu_priority", "ephemeral", "log_level"),
+    "daemon": ("cpu_priority", "ephemeral", "log_level"),
 }
-"""The settings that are flags, as `volantd --help` lists them. `api_key` is none: every user of a host can read the
-arguments of its processes."""
+"""The settings that are flags, as `volantd --help` groups them. `api_key` has no flag: every user of the host can read
+the arguments of its processes."""
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = None) -> tuple[Settings, list[str]]:
-    """The settings and the warnings to print.
+    """Returns the settings and the warnings to print.
 
-    :raises SettingsError: a value that does not fit, an unknown key, a file that can't be read.
+    :raises SettingsError: for an invalid value, an unknown key or an unreadable file.
     :raises SystemExit: for `--help`, `--version` and malformed flags, as argparse does.
     """
     return resolve(vars(_parser().parse_args(argv)), environ, uid=uid)
@@ -163,7 +163,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = N
 def resolve(
     given: Mapping[str, Any], environ: Mapping[str, str], *, uid: int | None = None
 ) -> tuple[Settings, list[str]]:
-    """Likewise, of flags that are parsed already. :raises SettingsError: see `load`."""
+    """Likewise for flags that are already parsed. :raises SettingsError: as `load`."""
     flags = dict(given)
     config = flags.pop("config", None) or environ.get("VOLANT_CONFIG")
     values: dict[str, Any] = dict(_default_dirs(environ, os.getuid() if uid is None else uid))
@@ -181,7 +181,7 @@ def resolve(
     ):
         for key, value in layer.items():
             if value == "" and key in _NEVER_EMPTY:
-                raise SettingsError(f"{key} (from {source}) is empty; leave it out, or say what it should be")
+                raise SettingsError(f"{key} (from {source}) is empty; leave it out or give it a value")
             values[key] = value
             sources[key] = source
     try:
@@ -198,7 +198,7 @@ def resolve(
 
 
 def protection_of(settings: Settings) -> Protection:
-    """What the settings let stand between clients and the API. :raises SettingsError:"""
+    """Returns the access control for the API. :raises SettingsError: when a part of it is invalid."""
     try:
         for origin in split(settings.cors_origins):
             check_origin(origin)
@@ -213,18 +213,18 @@ def protection_of(settings: Settings) -> Protection:
 
 
 def origins_of(settings: Settings) -> Origins:
-    """From where the files of plugins may come. :raises SettingsError:"""
+    """Returns where plugins' artifacts may come from. :raises SettingsError: for an invalid network."""
     try:
         networks = parse_networks(split(settings.artifact_allow_cidr))
     except ValueError as error:
         raise SettingsError(f"artifact_allow_cidr: {error}") from None
     named = [Path(os.path.normpath(directory)) for directory in split(settings.artifact_dirs)]
-    # By both names, where a directory lies behind a link.
+    # Under both names if the directory is behind a symbolic link.
     return Origins(tuple(dict.fromkeys([*named, *(path.resolve() for path in named)])), networks)
 
 
 def check(settings: Settings) -> Protection:
-    """Whether the settings fit together. :raises SettingsError: they don't."""
+    """Checks that the settings fit together. Returns the access control. :raises SettingsError: when they don't."""
     protected = protection_of(settings)
     for address in split(settings.api_listen_addr):
         if address.startswith("unix:"):
@@ -232,51 +232,51 @@ def check(settings: Settings) -> Protection:
         host, port = parse_address(address)
         if not settings.insecure and not protected.is_any and not _is_loopback(host):
             raise SettingsError(
-                f"api_listen_addr {address}: with neither an API key nor a list of networks only loopback is listened "
-                "on; set VOLANT_API_KEY_FILE or VOLANT_API_ALLOW_CIDR, or say --insecure if everybody who reaches it "
-                "may command it"
+                f"api_listen_addr {address}: with neither an API key nor a list of networks only loopback is allowed; "
+                "set VOLANT_API_KEY_FILE or VOLANT_API_ALLOW_CIDR, or pass --insecure to let everybody who reaches "
+                "the address control the daemon"
             )
         if not 0 <= port <= 65535:
-            raise SettingsError(f"api_listen_addr {address}: {port} is no port")
+            raise SettingsError(f"api_listen_addr {address}: {port} is not a port")
     try:
         parse_subnet(settings.subnet)
     except ValueError as error:
         raise SettingsError(str(error)) from None
     if settings.bridge and not _INTERFACE.fullmatch(settings.bridge):
         raise SettingsError(
-            f"bridge {settings.bridge[:40]!r} is no name of a network interface: 1 to 14 letters, digits, '-', '_', '.'"
+            f"bridge {settings.bridge[:40]!r} is not a valid interface name: use 1 to 14 letters, digits, '-', '_', '.'"
         )
     nameservers = split(settings.nameservers)
     if len(nameservers) > MAX_NAMESERVERS:
-        raise SettingsError(f"nameservers has {len(nameservers)} members, at most {MAX_NAMESERVERS} are heeded")
+        raise SettingsError(f"nameservers has {len(nameservers)} addresses; at most {MAX_NAMESERVERS} are supported")
     for server in nameservers:
         if not is_nameserver(server):
-            raise SettingsError(f"nameservers has {server[:40]!r}, which is no IPv4 address that a guest can ask")
+            raise SettingsError(f"nameservers has {server[:40]!r}, which is not an IPv4 address that a guest can reach")
     for directory in split(settings.artifact_dirs):
         if not directory.startswith("/"):
             raise SettingsError(f"artifact_dirs has {directory[:100]!r}, which is not an absolute path")
     origins_of(settings)
     if not split(settings.api_listen_addr):
-        raise SettingsError("api_listen_addr is empty; write for instance 127.0.0.1:7777")
+        raise SettingsError("api_listen_addr is empty; set it to 127.0.0.1:7777, for example")
     parse_uids(settings.vm_uids)
     for name in ("state_dir", "runtime_dir", "cache_dir"):
         if not getattr(settings, name).is_absolute():
             raise SettingsError(f"{name} {getattr(settings, name)} is not an absolute path")
-    # 108 bytes for a socket's path, of which "/vms/<id>/agent.sock" takes its share.
+    # A socket's path has at most 108 bytes, and "/vms/<id>/agent.sock" is appended.
     if len(os.fsencode(settings.runtime_dir)) > 70:
         raise SettingsError(f"runtime_dir {settings.runtime_dir} is too long for the sockets in it: at most 70 bytes")
     return protected
 
 
 def check_service(settings: Settings, protected: Protection) -> None:
-    """Whether a service that runs as root may listen where the settings say: every local user can reach TCP, and who
-    commands it commands the host. :raises SettingsError:"""
+    """Checks the addresses of a service that runs as root: every local user can reach TCP, and controlling the daemon
+    is controlling the host. :raises SettingsError: when it listens on TCP without an API key."""
     tcp = [address for address in split(settings.api_listen_addr) if not address.startswith("unix:")]
     if tcp and not protected.keys and not settings.insecure:
         raise SettingsError(
-            f"api_listen_addr {tcp[0]}: as a service of root volantd listens on TCP only with an API key; put one into "
-            "/etc/credstore/volant-api-key or name a file with VOLANT_API_KEY_FILE, listen on a Unix socket alone "
-            "(`systemctl edit volantd.socket`), or set VOLANT_INSECURE=1 if every user of this host may command it"
+            f"api_listen_addr {tcp[0]}: as a root service volantd listens on TCP only with an API key; put one into "
+            "/etc/credstore/volant-api-key or set VOLANT_API_KEY_FILE, listen only on a Unix socket "
+            "(`systemctl edit volantd.socket`), or set VOLANT_INSECURE=1 to let every user of this host control it"
         )
 
 
@@ -291,29 +291,29 @@ def _decode(kind: type, value: object) -> object:
 
 
 def shown(settings: Settings) -> dict[str, object]:
-    """What they are, ready for JSON; of a key only that there is one."""
+    """Returns the settings for JSON, without the API key."""
     found: dict[str, object] = msgspec.to_builtins(settings, enc_hook=str)
     return found | {"api_key": None if settings.api_key is None else "set"}
 
 
 def split(text: str) -> list[str]:
-    """The members of a comma-separated setting."""
+    """Returns the members of a comma-separated setting."""
     return [member for part in text.split(",") if (member := part.strip())]
 
 
 def parse_uids(text: str) -> range:
-    """Users of `FIRST-LAST`. :raises SettingsError: it is not that, or they are others' already."""
+    """Returns the user ids of `FIRST-LAST`. :raises SettingsError: when it is malformed, too small or below 1000."""
     first, _, last = (part.strip() for part in text.partition("-"))
     if not (first.isascii() and last.isascii() and first.isdecimal() and last.isdecimal()):
-        raise SettingsError(f"vm_uids {text!r} is not FIRST-LAST, as 65536-98303")
+        raise SettingsError(f"vm_uids {text!r} is not FIRST-LAST; for example 65536-98303")
     found = range(int(first), int(last) + 1)
     if len(found) < _LEAST_UIDS or found.start < _FIRST_UID or found.stop > 2**32 - 1:
-        raise SettingsError(f"vm_uids {text}: at least {_LEAST_UIDS} numbers, from {_FIRST_UID} to {2**32 - 2}")
+        raise SettingsError(f"vm_uids {text} must have at least {_LEAST_UIDS} ids between {_FIRST_UID} and {2**32 - 2}")
     return found
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT` or `[V6]:PORT`. :raises SettingsError: when it is neither."""
+    """Returns host and port of `HOST:PORT` or `[V6]:PORT`. :raises SettingsError: when it is neither."""
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or not (port.isascii() and port.isdecimal()):
@@ -322,7 +322,7 @@ def parse_address(address: str) -> tuple[str, int]:
 
 
 def is_nameserver(text: str) -> bool:
-    """Whether it is an IPv4 address at which a guest may find somebody: the host's loopback is not its own."""
+    """Returns whether `text` is an IPv4 address that a guest can reach; the host's loopback is not."""
     try:
         address = ipaddress.IPv4Address(text)
     except ValueError:
@@ -355,7 +355,7 @@ def _default_dirs(environ: Mapping[str, str], uid: int) -> dict[str, Path]:
 
 
 def _credential(environ: Mapping[str, str], warnings: list[str]) -> Path | None:
-    """The key file that systemd hands in. One that is there and can't be looked at is an error, not none."""
+    """Returns the key file that systemd passes. A file that exists and can't be read is an error."""
     directory = environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
         return None
@@ -364,8 +364,10 @@ def _credential(environ: Mapping[str, str], warnings: list[str]) -> Path | None:
         path.lstat()
     except FileNotFoundError:
         if not Path(directory).exists():
-            # Not for want of a key alone: so it is, too, where what systemd has mounted there does not arrive here.
-            warnings.append(f"there is no {directory}, where systemd hands keys in; none is taken from there")
+            # Either there is no key, or systemd's mount does not reach this mount namespace.
+            warnings.append(
+                f"systemd's credentials directory {directory} does not exist, so no API key is read from it"
+            )
         return None
     except OSError as error:
         raise SettingsError(f"systemd's credential {path} can't be read: {error.strerror}") from None
@@ -403,35 +405,35 @@ def _read_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
 
 
 class Command(NamedTuple):
-    """What follows `volantd`."""
+    """Holds the parsed command line."""
 
     name: Literal["run", "check", "restore"]
     flags: dict[str, Any]
-    """Those of the settings that were given, for `resolve`."""
+    """The settings among the flags, for `resolve`."""
     file: Path | None = None
     """The backup to restore."""
     replace: bool = False
 
 
 def parse_command(argv: Sequence[str]) -> Command:
-    """The sub-command, and the flags before and after it. :raises SystemExit: see `load`; nothing was done."""
+    """Parses the sub-command and the flags before and after it. :raises SystemExit: as `load`."""
     parser = _parser()
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     words: dict[str, Any] = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     check = commands.add_parser(
-        "check", help="report, as JSON, whether VMs can run on this host", description="Report on this host, as JSON.",
+        "check", help="report as JSON whether VMs can run on this host", description="Report on this host as JSON.",
         **words,
     )  # fmt: skip
     restore = commands.add_parser(
-        "restore", help="put a backup in the place of the database",
-        description="Put a backup in the place of the database, while no volantd runs. The database that is there is "
-        "kept beside it, also when it is damaged. VMs that run go on. Takes all settings of volantd besides.",
+        "restore", help="replace the database with a backup",
+        description="Replace the database with a backup while volantd is stopped. The old database is kept beside the "
+        "new one, even when it is damaged. VMs keep running. Accepts all settings of volantd.",
         **words,
     )  # fmt: skip
-    restore.add_argument("file", type=Path, metavar="BACKUP", help="what `volar system backup` has written")
-    restore.add_argument("--replace", action="store_true", help="also when there are VMs that the backup does not know")
+    restore.add_argument("file", type=Path, metavar="BACKUP", help="file that `volar system backup` wrote")
+    restore.add_argument("--replace", action="store_true", help="restore even if the backup lacks VMs that exist now")
     for each in (check, restore):
-        # Without defaults: those would hide what stands before the sub-command.
+        # Without defaults, which would override the flags before the sub-command.
         _add_settings(each)
     flags = vars(parser.parse_args(argv))
     name: Literal["run", "check", "restore"] = flags.pop("command") or "run"
@@ -443,7 +445,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="volantd",
-        description="The daemon that boots VMs, keeps them, and lets clients reach inside.",
+        description="The daemon that runs VMs and gives clients access to them.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -453,9 +455,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="Settings in TOML; flags and VOLANT_* variables win over it.")
+    parser.add_argument("--config", metavar="FILE", help="Settings in TOML. Flags and VOLANT_* variables override it.")
     hints = get_type_hints(Settings)
-    # Only a reader of --help needs them, and they cost a look into this file.
+    # Only --help needs them, and they cost parsing this file.
     texts = _descriptions() if {"-h", "--help"} & set(sys.argv) else {}
     for title, fields in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -471,7 +473,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _metavar(field: str, hint: Any) -> str:
-    """Returns what stands for the value of a flag in the help."""
+    """Returns the placeholder for a flag's value in the help."""
     kinds = [member for member in get_args(hint) if member is not type(None)] or [hint]
     if all(isinstance(kind, str) for kind in kinds):
         return "|".join(kinds)
@@ -483,7 +485,7 @@ def _metavar(field: str, hint: Any) -> str:
 
 
 def _descriptions() -> dict[str, str]:
-    """Returns the documentation of each setting, with its default: what stands below the field in `Settings`."""
+    """Returns each field's docstring in `Settings`, with the default."""
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(Settings))).body
     assert isinstance(node, ast.ClassDef)
     found = {}

@@ -1,4 +1,4 @@
-"""`volantd check`: whether VMs can run on this host, tried with what the daemon itself uses."""
+"""`volantd check`: checks whether VMs can run on this host, using the daemon's own code."""
 
 from ._examine import examine
 

@@ -1,9 +1,7 @@
-"""All checks at once, each with a deadline: a disk or a program that hangs is a finding, and holds up none of the rest.
+"""Runs all checks at the same time, each with a deadline: a disk or a program that hangs delays no other check.
 
-The checks live in the daemon and not in `volar`, as what they say must be what the daemon will find: they read its
-settings, launch QEMU as it does and ask the same questions of the same code. `volar` runs the program and shows what
-it says. Nothing here needs a daemon that runs, or root, and nothing is left behind: what is tried is tried in a
-directory of its own, and in a network namespace of its own.
+The checks are part of the daemon because they use its settings and its code, for example to launch QEMU. They need
+neither root nor a running daemon, and leave nothing behind: they use a directory and a network namespace of their own.
 """
 
 from __future__ import annotations
@@ -19,34 +17,34 @@ from volant.host import Host
 from volant.model.doctor import Finding, Report
 
 from .._settings import Settings
-from ._given import Given, user
+from ._context import Context, user
+from ._directories import directories, memory
+from ._hypervisor import hypervisor, machine, qemu_img
 from ._image import image
-from ._machine import hypervisor, machine, qemu_img
 from ._network import forwarding, network
-from ._places import memory, places
 from ._sandbox import sandbox
 from ._service import cgroups, descriptors, systemd
 
-Check = Callable[[Given], Awaitable[Sequence[Finding]]]
+Check = Callable[[Context], Awaitable[Sequence[Finding]]]
 
 
-def in_thread(check: Callable[[Given], Sequence[Finding]]) -> Check:
-    """A check that reads files. A thread that hangs is left behind; the process ends soon."""
+def in_thread(check: Callable[[Context], Sequence[Finding]]) -> Check:
+    """Returns a check that runs in a thread. A thread that hangs is abandoned, as the process ends soon."""
 
-    async def run(given: Given) -> Sequence[Finding]:
-        return await trio.to_thread.run_sync(check, given, abandon_on_cancel=True)
+    async def run(context: Context) -> Sequence[Finding]:
+        return await trio.to_thread.run_sync(check, context, abandon_on_cancel=True)
 
     return run
 
 
 CHECKS: tuple[tuple[str, float, Check], ...] = (
     ("machine", 10.0, in_thread(machine)),
-    # QEMU is asked for its version, then for a guest; each has 10 s.
+    # 10 s for QEMU's version and 10 s for a guest.
     ("qemu", 25.0, hypervisor),
     ("qemu-img", 15.0, qemu_img),
     ("image", 20.0, in_thread(image)),
     ("memory", 10.0, in_thread(memory)),
-    ("directories", 10.0, in_thread(places)),
+    ("directories", 10.0, in_thread(directories)),
     ("descriptors", 10.0, in_thread(descriptors)),
     ("systemd", 15.0, systemd),
     ("cgroups", 10.0, in_thread(cgroups)),
@@ -54,28 +52,28 @@ CHECKS: tuple[tuple[str, float, Check], ...] = (
     ("network", 15.0, network),
     ("forwarding", 10.0, in_thread(forwarding)),
 )
-"""In the order in which they are told."""
+"""Name, deadline in seconds and function of each check, in the order of the report."""
 
 
 async def examine(settings: Settings, host: Host, checks: Sequence[tuple[str, float, Check]] = CHECKS) -> Report:
-    """Look at everything. It takes no longer than the longest deadline."""
+    """Runs all checks. Takes as long as the longest deadline at most."""
     found: dict[str, Sequence[Finding]] = {}
     scratch = Path(tempfile.mkdtemp(prefix="volant-check-"))
     try:
         async with trio.open_nursery() as nursery:
             for name, within_s, check in checks:
-                nursery.start_soon(_run, name, within_s, check, Given(host, settings, scratch), found)
+                nursery.start_soon(_run, name, within_s, check, Context(host, settings, scratch), found)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return Report(user=user(), findings=[finding for name, _, _ in checks for finding in found[name]])
 
 
-async def _run(name: str, within_s: float, check: Check, given: Given, found: dict[str, Sequence[Finding]]) -> None:
-    what = f"no answer within {within_s:g} s"
+async def _run(name: str, within_s: float, check: Check, context: Context, found: dict[str, Sequence[Finding]]) -> None:
+    problem = f"the check did not end within {within_s:g} s"
     with trio.move_on_after(within_s):
         try:
-            found[name] = await check(given)
+            found[name] = await check(context)
             return
         except OSError as error:
-            what = str(error)
-    found[name] = [Finding(check=name, level="less", found=what, means="it is not known how this is")]
+            problem = str(error)
+    found[name] = [Finding(check=name, level="less", found=problem, means="the check has no result")]

@@ -1,4 +1,4 @@
-"""What VMs boot from."""
+"""Checks what VMs boot from."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from volant import images
 from volant.model.doctor import Finding
 
-from ._given import Given
+from ._context import Context
 
 
-def image(given: Given) -> Sequence[Finding]:
-    """The kernel and the initramfs of VMs whose plugin brings none."""
-    settings = given.settings
+def image(context: Context) -> Sequence[Finding]:
+    """Checks the kernel and initramfs of VMs whose plugin has none."""
+    settings = context.settings
     if settings.kernel is not None and settings.initramfs is not None:
         return [judge_own(settings.kernel, settings.initramfs)]
     built = images.find(settings.cache_dir)
@@ -28,21 +28,21 @@ def image(given: Given) -> Sequence[Finding]:
 def judge_own(*paths: Path) -> Finding:
     unread = [str(path) for path in paths if not os.access(path, os.R_OK)]
     if not unread:
-        return Finding(check="image", level="ok", found=f"the settings name {' and '.join(map(str, paths))}")
+        return Finding(check="image", level="ok", found=f"set to {' and '.join(map(str, paths))}")
     return Finding(
         check="image", level="fails", found=f"{' and '.join(unread)} can't be read",
-        means="VMs whose plugin brings no kernel can't start", advice="mend VOLANT_KERNEL and VOLANT_INITRAMFS",
+        means="VMs whose plugin has no kernel can't start", advice="correct VOLANT_KERNEL and VOLANT_INITRAMFS",
     )  # fmt: skip
 
 
 def judge_unbuilt(cache: Path, obstacle: images.ImageError | None) -> Finding:
     if obstacle is None:
         return Finding(
-            check="image", level="less", found=f"none is built in {cache}",
-            means="the first VM waits until it is, for seconds to minutes, and the Debian archive must be reached",
-            advice="`volar images build`, as the user who runs volantd",
+            check="image", level="less", found=f"no boot image is built in {cache}",
+            means="the first VM builds it, which takes seconds to minutes and needs the Debian archive",
+            advice="run `volar images build` as the user that runs volantd",
         )  # fmt: skip
     return Finding(
-        check="image", level="fails", found=f"none is built in {cache}, and none can be: {obstacle.message}",
-        means="VMs whose plugin brings no kernel can't start", advice=obstacle.hint,
+        check="image", level="fails", found=f"no boot image is built in {cache}, and it can't be: {obstacle.message}",
+        means="VMs whose plugin has no kernel can't start", advice=obstacle.hint,
     )  # fmt: skip

@@ -1,5 +1,4 @@
-"""What networks of VMs are made of. Whether the kernel can is tried, in a namespace of its own; whether volantd may on
-the host is a question of its capabilities."""
+"""Checks what networks of VMs need: a kernel that supports them, and rights to configure the host's network."""
 
 from __future__ import annotations
 
@@ -14,28 +13,28 @@ import trio
 from volant.model.doctor import Finding
 from volant.network import passt_obstacle
 
-from ._given import Given, device, let_in
+from ._context import Context, access_advice, device, user
 
 _TUN = "/dev/net/tun"
 _CAP_NET_ADMIN = 12
 _MODULES = {"bridge": "bridge", "tap": "tun", "nftables": "nf_tables"}
-_NO_NETWORK = "VMs can be given no network of their own; they are reached through the API all the same"
+_NO_NETWORK = "VMs can't have the network `bridge`; the API still reaches them"
 _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 
 
-async def network(given: Given) -> Sequence[Finding]:
-    """Bridges, taps and nftables."""
+async def network(context: Context) -> Sequence[Finding]:
+    """Checks bridges, taps, nftables, rights and passt."""
     program = Path(__file__).with_name("_namespace.py")
     env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     try:
-        _, said = await given.host.run_program(
-            [sys.executable, "-I", str(program)], env=env, cwd=given.scratch, timeout_s=10
+        _, said = await context.host.run_program(
+            [sys.executable, "-I", str(program)], env=env, cwd=context.scratch, timeout_s=10
         )
         outcome = msgspec.json.decode(said, type=dict[str, str | None])
     except (trio.TooSlowError, msgspec.DecodeError):
-        outcome = {"namespace": "the attempt did not end well"}
-    capabilities = _effective((await given.host.read_bytes(Path("/proc/self/status"))).decode())
-    findings = judge_network(outcome, let_in(_TUN) if device(_TUN) == "denied" else None)
+        outcome = {"namespace": "the test program failed"}
+    capabilities = _effective((await context.host.read_bytes(Path("/proc/self/status"))).decode())
+    findings = judge_network(outcome, access_advice(_TUN) if device(_TUN) == "denied" else None)
     may = bool(capabilities >> _CAP_NET_ADMIN & 1)
     return [*findings, judge_rights(may), judge_passt(passt_obstacle(), filtered=may and os.geteuid() == 0)]
 
@@ -44,51 +43,56 @@ def _effective(status: str) -> int:
     return next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")), 0)
 
 
-def judge_network(outcome: Mapping[str, str | None], how_to_be_let_in: str | None) -> list[Finding]:
-    """`outcome`: of each attempt, None where it went well; or why there was no namespace to try it in.
-    `how_to_be_let_in`: to the device of taps, where this user may not open it."""
+def judge_network(outcome: Mapping[str, str | None], access: str | None) -> list[Finding]:
+    """Judges what the kernel supports.
+
+    :param outcome: the error of each attempt, None for success; or `namespace` and why none could be created
+    :param access: advice for a user that may not open the device of taps
+    """
     if (why := outcome.get("namespace")) is not None:
-        found = f"not tried, as no namespace can be made: {why}"
-        return [Finding(check="network", level="less", found=found, means="it is not known", advice="run this as root")]
+        found = f"not tested, as no network namespace can be created: {why}"
+        return [
+            Finding(check="network", level="less", found=found, means="the check has no result", advice="run as root")
+        ]
     findings = []
     for what, error in outcome.items():
         if error is None:
-            findings.append(Finding(check=what, level="ok", found="can be made" if what != "nftables" else "answers"))
+            findings.append(Finding(check=what, level="ok", found="works"))
             continue
-        advice = f"`sudo modprobe {_MODULES.get(what, what)}`; or boot a kernel that has it"
-        if what == "tap" and how_to_be_let_in is not None:
-            advice = how_to_be_let_in
+        advice = f"`sudo modprobe {_MODULES.get(what, what)}`, or boot a kernel that has it"
+        if what == "tap" and access is not None:
+            advice = access
         findings.append(Finding(check=what, level="less", found=error, means=_NO_NETWORK, advice=advice))
     return findings
 
 
 def judge_rights(has: bool) -> Finding:
     if has:
-        return Finding(check="rights", level="ok", found="this user may change the host's network")
+        return Finding(check="rights", level="ok", found=f"{user()} may configure the host's network")
     return Finding(
-        check="rights", level="less", found="this user may not change the host's network (CAP_NET_ADMIN)",
+        check="rights", level="less", found=f"{user()} may not configure the host's network (CAP_NET_ADMIN)",
         means=_NO_NETWORK, advice="run volantd as root, as the service of `sudo volar setup` does",
     )  # fmt: skip
 
 
 def judge_passt(obstacle: str | None, *, filtered: bool) -> Finding:
-    """`filtered`: whether its destinations can be."""
+    """Judges passt. `filtered`: whether the daemon can filter its destinations."""
     if obstacle is None and filtered:
-        return Finding(check="passt", level="ok", found="there is one")
+        return Finding(check="passt", level="ok", found="passt is installed")
     if obstacle is None:
         return Finding(
-            check="passt", level="less", found="there is one, and its destinations can't be filtered by this user",
-            means="a guest with the network `user` reaches this host's own addresses and clouds' metadata",
+            check="passt", level="less", found=f"passt is installed, but {user()} can't filter its destinations",
+            means="a guest with the network `user` reaches this host's own addresses and cloud metadata services",
             advice="run volantd as root, as the service of `sudo volar setup` does",
         )  # fmt: skip
     return Finding(
-        check="passt", level="less", found="it is not installed", means="VMs can't have the network `user`",
-        advice="install it; Debian: `sudo apt install passt`",
+        check="passt", level="less", found="passt is not installed", means="VMs can't have the network `user`",
+        advice="on Debian: `sudo apt install passt`",
     )  # fmt: skip
 
 
-def forwarding(given: Given) -> Sequence[Finding]:
-    """Whether the kernel passes packets on."""
+def forwarding(context: Context) -> Sequence[Finding]:
+    """Checks whether the kernel forwards packets."""
     try:
         return [judge_forwarding(_FORWARD.read_text().strip())]
     except FileNotFoundError:
@@ -97,9 +101,9 @@ def forwarding(given: Given) -> Sequence[Finding]:
 
 def judge_forwarding(value: str) -> Finding:
     if value == "1":
-        return Finding(check="forwarding", level="ok", found="IPv4 packets are passed on")
+        return Finding(check="forwarding", level="ok", found="IPv4 packets are forwarded")
     return Finding(
-        check="forwarding", level="less", found="IPv4 packets are not passed on" if value else "there is no IPv4",
-        means="a VM with a network reaches this host and its neighbours, and nothing beyond",
-        advice="`sudo sysctl -w net.ipv4.ip_forward=1`, and the same in /etc/sysctl.d for the next boot",
+        check="forwarding", level="less", found="IPv4 packets are not forwarded" if value else "the host has no IPv4",
+        means="a VM on the bridge reaches its gateway and VMs of its network, and nothing beyond",
+        advice="`sudo sysctl -w net.ipv4.ip_forward=1`, and set it in /etc/sysctl.d for the next boot",
     )  # fmt: skip

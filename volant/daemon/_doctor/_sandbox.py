@@ -11,26 +11,26 @@ from volant.host import SandboxSupport
 from volant.model.doctor import Finding
 
 from .._directories import memory_dir
-from ._given import Given
+from ._context import Context
 
 _ALL_OF_LANDLOCK = 6
 _KVM = Path("/dev/kvm")
 _MEANS = "an attacker who breaks out of a guest meets a weaker sandbox"
 
 
-def sandbox(given: Given) -> Sequence[Finding]:
-    """Users of their own, and Landlock."""
-    settings = given.settings
+def sandbox(context: Context) -> Sequence[Finding]:
+    """Checks separate users and Landlock."""
+    settings = context.settings
     if settings.sandbox == "off":
         return [judge_sandbox(None)]
     wanted = (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings))
-    # Those that are not there yet will be made where they are to be.
-    support = given.host.sandbox_support(list(dict.fromkeys(_there(path) for path in wanted)))
+    # A directory that does not exist yet will be created in its nearest parent.
+    support = context.host.sandbox_support(list(dict.fromkeys(_there(path) for path in wanted)))
     if support is None:
         return []
-    if support.no_users is None and settings.accelerator != "tcg" and given.host.exists(_KVM):
+    if support.no_users is None and settings.accelerator != "tcg" and context.host.exists(_KVM):
         try:
-            given.host.group_for(_KVM)
+            context.host.group_for(_KVM)
         except PermissionError as error:
             support = msgspec.structs.replace(support, no_users=f"{_KVM}: {error.strerror}")
     return [judge_sandbox(support), judge_landlock(support.landlock)]
@@ -44,7 +44,7 @@ def judge_sandbox(support: SandboxSupport | None) -> Finding:
     """Judges which layers the sandbox has. `support`: None where the settings turn the sandbox off."""
     if support is None:
         return Finding(
-            check="sandbox", level="less", found="the settings say off", means=_MEANS, advice="leave out VOLANT_SANDBOX"
+            check="sandbox", level="less", found="VOLANT_SANDBOX is off", means=_MEANS, advice="unset VOLANT_SANDBOX"
         )
     if support.no_users is not None:
         return Finding(
@@ -52,15 +52,15 @@ def judge_sandbox(support: SandboxSupport | None) -> Finding:
             means=_MEANS, advice="run volantd as root, as the service of `sudo volar setup` does, and let a group open "
             "/dev/kvm, as udev's rules do (`sudo chgrp kvm /dev/kvm && sudo chmod 660 /dev/kvm`)",
         )  # fmt: skip
-    return Finding(check="sandbox", level="ok", found="each hypervisor has a user of its own, and no capability")
+    return Finding(check="sandbox", level="ok", found="each hypervisor has a user of its own and no capabilities")
 
 
 def judge_landlock(version: int) -> Finding:
     if version >= _ALL_OF_LANDLOCK:
         return Finding(check="landlock", level="ok", found=f"version {version}: files, TCP, signals")
-    found = f"version {version} knows of files alone" if version else "the kernel has none"
+    found = f"version {version} restricts only files" if version else "the kernel has no Landlock"
     return Finding(
         check="landlock", level="less", found=found, means=_MEANS,
-        advice="boot a kernel from 6.12 on, with `landlock` among its `lsm=`" if version else
-        "boot a kernel that has it (5.13, better 6.12), with `landlock` among its `lsm=`",
+        advice="boot a kernel of version 6.12 or later, with `landlock` in `lsm=`" if version else
+        "boot a kernel of version 5.13 or later, best 6.12, with `landlock` in `lsm=`",
     )  # fmt: skip

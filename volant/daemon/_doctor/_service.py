@@ -1,4 +1,4 @@
-"""What keeps the daemon: systemd, control groups, limits."""
+"""Checks systemd, control groups and the limit of descriptors."""
 
 from __future__ import annotations
 
@@ -13,50 +13,51 @@ import trio
 from volant.model.doctor import Finding
 
 from .._descriptors import ADVICE, most_vms, shortage, suffices
-from ._given import Given
+from ._context import Context
 
 _NEEDED = frozenset({"cpu", "memory", "pids"})
-_KNOWS_RESTART_STEPS = 254
+_RESTART_STEPS_SINCE = 254
+"""Version of systemd that knows RestartSteps=, which the unit uses."""
 
 
-async def systemd(given: Given) -> Sequence[Finding]:
-    """Whether `volar setup` has something to set up."""
-    if not given.host.exists(Path("/run/systemd/system")):
+async def systemd(context: Context) -> Sequence[Finding]:
+    """Checks whether `volar setup` can install the service."""
+    if not context.host.exists(Path("/run/systemd/system")):
         return [judge_systemd(None)]
     env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     try:
-        _, said = await given.host.run_program(["systemctl", "--version"], env=env, cwd=Path("/"), timeout_s=10)
+        _, said = await context.host.run_program(["systemctl", "--version"], env=env, cwd=Path("/"), timeout_s=10)
     except (FileNotFoundError, trio.TooSlowError):
         said = b""
     return [judge_systemd(said)]
 
 
 def judge_systemd(said: bytes | None) -> Finding:
-    """`said`: what `systemctl --version` says; None where systemd does not run the host."""
+    """Judges systemd. `said`: the output of `systemctl --version`; None if systemd does not run the host."""
     if said is None:
         return Finding(
-            check="systemd", level="less", found="it does not run this host",
-            means="VMs outlive volantd all the same; nothing restarts it when it hangs, and nothing asks guests before "
-            "the host goes down",
-            advice="run volantd in a terminal, or under what supervises services here",
+            check="systemd", level="less", found="this host does not run systemd",
+            means="VMs still outlive volantd; but nothing restarts it when it hangs, and guests are not shut down "
+            "before the host is",
+            advice="run volantd in a terminal, or under another service manager",
         )  # fmt: skip
     match = re.match(rb"systemd (\d+)", said)
     if match is None:
         return Finding(
-            check="systemd", level="less", found="systemctl does not tell its version",
-            means="`volar setup` can't install the service", advice="run `systemctl --version` and see",
+            check="systemd", level="less", found="systemctl does not print its version",
+            means="`volar setup` can't install the service", advice="run `systemctl --version` to see why",
         )  # fmt: skip
     found = f"systemd {match[1].decode()}"
-    if int(match[1]) < _KNOWS_RESTART_STEPS:
+    if int(match[1]) < _RESTART_STEPS_SINCE:
         return Finding(
             check="systemd", level="less", found=found,
-            means="a volantd that can't start is tried each second, and not less and less often",
+            means="systemd restarts a volantd that can't start every second, instead of less and less often",
         )  # fmt: skip
     return Finding(check="systemd", level="ok", found=found)
 
 
-def cgroups(given: Given) -> Sequence[Finding]:
-    """Whether there is one hierarchy, with the controllers that bound VMs."""
+def cgroups(context: Context) -> Sequence[Finding]:
+    """Checks for cgroup2 with the controllers that limit VMs."""
     try:
         return [judge_cgroups(Path("/sys/fs/cgroup/cgroup.controllers").read_text().split())]
     except OSError:
@@ -64,27 +65,27 @@ def cgroups(given: Given) -> Sequence[Finding]:
 
 
 def judge_cgroups(controllers: Sequence[str] | None) -> Finding:
-    """`controllers`: of the unified hierarchy; None where there is none."""
+    """Judges the controllers of cgroup2. `controllers`: None without cgroup2."""
     lacking = sorted(_NEEDED - set(controllers or ()))
     if not lacking:
-        return Finding(check="cgroups", level="ok", found="version 2, with cpu, memory and pids")
-    found = f"version 2 without {', '.join(lacking)}" if controllers is not None else "there is no version 2"
+        return Finding(check="cgroups", level="ok", found="cgroup2 with cpu, memory and pids")
+    found = f"cgroup2 without {', '.join(lacking)}" if controllers is not None else "this host has no cgroup2"
     return Finding(
         check="cgroups", level="less", found=found,
-        means="nothing bounds what all VMs take together, as `systemctl edit volant.slice` would",
+        means="VMs together have no limits, which `systemctl edit volant.slice` would set",
         advice="boot the kernel with `systemd.unified_cgroup_hierarchy=1`" if controllers is None else "",
     )  # fmt: skip
 
 
-def descriptors(given: Given) -> Sequence[Finding]:
-    """How many files, sockets and pipes the daemon may have open."""
+def descriptors(context: Context) -> Sequence[Finding]:
+    """Checks how many files, sockets and pipes the daemon may have open."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return [judge_descriptors(limit, most_vms(given.settings, given.host))]
+    return [judge_descriptors(limit, most_vms(context.settings, context.host))]
 
 
 def judge_descriptors(limit: int, vms: int) -> Finding:
-    """`vms`: as many as may run."""
-    found = "without limit" if limit == resource.RLIM_INFINITY else f"up to {limit}"
+    """Judges the limit for `vms` VMs."""
+    found = "unlimited" if limit == resource.RLIM_INFINITY else f"up to {limit}"
     if suffices(limit, vms):
         return Finding(check="descriptors", level="ok", found=found)
     return Finding(check="descriptors", level="less", found=found, means=shortage(limit, vms), advice=ADVICE)

@@ -1,4 +1,4 @@
-"""What every check is given."""
+"""What every check receives, and what several of them ask of devices."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from volant.host import Host
 
 from .._settings import Settings
 
-Device = Literal["there", "denied", "missing"]
+Device = Literal["usable", "denied", "missing"]
 
 
 @dataclass(frozen=True)
-class Given:
-    """The host, the daemon's settings, and a directory in which anything may be written."""
+class Context:
+    """Holds the host, the daemon's settings and a scratch directory."""
 
     host: Host
     settings: Settings
@@ -26,7 +26,7 @@ class Given:
 
 
 def user() -> str:
-    """The name of whoever asks, or the number of one who has none."""
+    """Returns the name of the current user, or its number if it has no name."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
@@ -34,24 +34,24 @@ def user() -> str:
 
 
 def device(path: str) -> Device:
-    """Whether a device is there and may be opened."""
+    """Returns whether this user can open a device."""
     if os.access(path, os.R_OK | os.W_OK):
-        return "there"
+        return "usable"
     return "denied" if os.path.lexists(path) else "missing"
 
 
-def group_of(path: str) -> str:
-    """The group whose members may open a device; empty where none but root may."""
+def access_advice(path: str) -> str:
+    """Returns the command that lets this user open a device."""
+    group = _group_of(path)
+    if group:
+        return f"`sudo usermod -aG {group} {user()}`, then log in again"
+    return f"run as root, or give {path} to a group in a udev rule"
+
+
+def _group_of(path: str) -> str:
+    """Returns the group that can open a device, or an empty string if only root can."""
     try:
         status = Path(path).stat()
         return grp.getgrgid(status.st_gid).gr_name if status.st_gid != 0 and status.st_mode & 0o060 == 0o060 else ""
     except (OSError, KeyError):
         return ""
-
-
-def let_in(path: str) -> str:
-    """The command that lets this user open a device."""
-    group = group_of(path)
-    if group:
-        return f"`sudo usermod -aG {group} {user()}`, then log in again"
-    return f"run as root; or see why none but root may open {path}: udev's rules give it to a group"
