@@ -33,7 +33,6 @@ import shutil
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import termios
@@ -55,6 +54,7 @@ from volant._directories import make_own_directory
 from volant._own import check_removable
 from volant._sandbox import Grant, Sandbox
 from volant._scopes import ScopeError, Scopes
+from volant._tap import open_tap
 from volant.model import ProcessIdentity
 
 __all__ = [
@@ -80,10 +80,7 @@ _FALLOC_FL_PUNCH_HOLE = 0x02
 _TAG = re.compile(r"[A-Za-z0-9._:@-]{4,100}")
 _TOKENS = re.compile(rb"[\0,=]")
 _FICLONE = 0x40049409
-_TUN = "/dev/net/tun"
-_TUNSETIFF = 0x400454CA
-_TAP = 0x0002 | 0x1000 | 0x4000
-"""IFF_TAP, IFF_NO_PI, IFF_VNET_HDR."""
+
 _READ_LIMIT = 16 * 1024 * 1024
 _STATUSES_KEPT = 256
 _FULL_S = 0.005
@@ -841,11 +838,10 @@ class Host:
 
     @contextmanager
     def open_tap(self, name: str) -> Iterator[int]:
-        """A descriptor of a tap that is there and that nobody has, for as long as the block lasts. Raises OSError."""
-        socket.if_nametoindex(name)  # else one would be made
-        tun = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        """Opens an existing tap that nobody has open, for the length of the block. Raises OSError."""
+        socket.if_nametoindex(name)  # a missing tap would be created
+        tun = open_tap(name)
         try:
-            fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _TAP))
             yield tun
         finally:
             os.close(tun)

@@ -14,7 +14,7 @@ from ._backend import (
     SetLocalnet,
     Step,
 )
-from ._netlink import HostNetwork
+from ._netlink import HostNetwork, may_configure_networks
 from ._networks import Networks
 from ._passt import Passt, passt_obstacle, passt_socket
 from ._passt_filter import passt_user
@@ -37,6 +37,7 @@ __all__ = [
     "Route",
     "SetLocalnet",
     "Step",
+    "may_configure_networks",
     "passt_obstacle",
     "passt_socket",
     "passt_user",

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 import trio
 
+from volant._tap import TUN, make_permanent, open_tap
 from volant.host import Host
 
 from . import _nftables, _watch
@@ -50,11 +51,9 @@ T = TypeVar("T")
 _TIMEOUT_S = 20.0
 _AT_ONCE = 100
 """Steps in one visit: the kernel takes up to some 20 ms for one, as it waits until no processor looks at a link."""
-_TUN = Path("/dev/net/tun")
+
 _SYSCTL = Path("/proc/sys/net")
-_TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
-_TAP_FLAGS = 0x0002 | 0x1000 | 0x4000
-"""IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, as QEMU opens it."""
+
 _ROUTES = Path("/proc/self/net/route")
 _CAP_NET_ADMIN = 12
 _FORWARDING = (
@@ -183,14 +182,14 @@ def _routes() -> Iterator[tuple[str, str]]:
 
 
 def _check_ready() -> None:
-    if not _may_administer():
+    if not may_configure_networks():
         raise NetworkFailed(
             "not_allowed", "the daemon may not change the host's networks: it needs to be root, or CAP_NET_ADMIN"
         )
     if _nftables.nft() is None:
         raise NetworkFailed("firewall", _nftables.MISSING)
-    if not _TUN.exists():
-        raise NetworkFailed("tap", f"there is no {_TUN}; `modprobe tun` makes it")
+    if not TUN.exists():
+        raise NetworkFailed("tap", f"there is no {TUN}; `modprobe tun` makes it")
     switch = _SYSCTL / "ipv4/conf/default/forwarding"
     try:
         is_on = switch.read_text().strip() == "1"
@@ -200,8 +199,8 @@ def _check_ready() -> None:
         raise NetworkFailed("forwarding", _FORWARDING.format(where="ip_forward", why="it can't be written to"))
 
 
-def _may_administer() -> bool:
-    """Whether we have CAP_NET_ADMIN."""
+def may_configure_networks() -> bool:
+    """Returns whether the daemon has CAP_NET_ADMIN."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
@@ -302,13 +301,8 @@ def _forward(bridge: str) -> None:
 
 def _make_tap(ipr: Any, step: MakeTap) -> None:
     bridge = _index_of_bridge(step.bridge)
-    tun = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", step.name.encode(), _TAP_FLAGS))
-        _no_ipv6(step.name)
-        _join(ipr, socket.if_nametoindex(step.name), bridge)
-        fcntl.ioctl(tun, _TUNSETOWNER, os.geteuid())
-        fcntl.ioctl(tun, _TUNSETPERSIST, 1)
+        tun = open_tap(step.name)
     except OSError as error:
         if error.errno == errno.EINVAL:
             raise NetworkFailed(
@@ -316,8 +310,13 @@ def _make_tap(ipr: Any, step: MakeTap) -> None:
             ) from error
         if error.errno != errno.EBUSY:
             raise
-        # Somebody has it open, so it is there, and his.
+        # A hypervisor has it open, so it exists and is permanent.
         _join(ipr, socket.if_nametoindex(step.name), bridge)
+        return
+    try:
+        _no_ipv6(step.name)
+        _join(ipr, socket.if_nametoindex(step.name), bridge)
+        make_permanent(tun, os.geteuid())
     finally:
         os.close(tun)
 

@@ -11,12 +11,13 @@ import msgspec
 import trio
 
 from volant.model.doctor import Finding
-from volant.network import passt_obstacle
+from volant.network import may_configure_networks, passt_obstacle
 
 from ._context import Context, access_advice, device, user
 
+_PACKAGES = Path(__file__).parents[3]
 _TUN = "/dev/net/tun"
-_CAP_NET_ADMIN = 12
+
 _MODULES = {"bridge": "bridge", "tap": "tun", "nftables": "nf_tables"}
 _NO_NETWORK = "VMs can't have the network `bridge`; the API still reaches them"
 _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
@@ -24,23 +25,16 @@ _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 
 async def network(context: Context) -> Sequence[Finding]:
     """Checks bridges, taps, nftables, rights and passt."""
-    program = Path(__file__).with_name("_namespace.py")
-    env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    program = [sys.executable, "-P", "-m", "volant.network._kernel_check"]
+    env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "PYTHONPATH": str(_PACKAGES)}
     try:
-        _, said = await context.host.run_program(
-            [sys.executable, "-I", str(program)], env=env, cwd=context.scratch, timeout_s=10
-        )
+        _, said = await context.host.run_program(program, env=env, cwd=context.scratch, timeout_s=10)
         outcome = msgspec.json.decode(said, type=dict[str, str | None])
     except (trio.TooSlowError, msgspec.DecodeError):
         outcome = {"namespace": "the test program failed"}
-    capabilities = _effective((await context.host.read_bytes(Path("/proc/self/status"))).decode())
     findings = judge_network(outcome, access_advice(_TUN) if device(_TUN) == "denied" else None)
-    may = bool(capabilities >> _CAP_NET_ADMIN & 1)
+    may = may_configure_networks()
     return [*findings, judge_rights(may), judge_passt(passt_obstacle(), filtered=may and os.geteuid() == 0)]
-
-
-def _effective(status: str) -> int:
-    return next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")), 0)
 
 
 def judge_network(outcome: Mapping[str, str | None], access: str | None) -> list[Finding]:
