@@ -207,7 +207,7 @@ async def test_a_tap_that_can_not_be_put_back_is_tried_again_though_its_vm_does_
         await trio.sleep(100)
         assert bench.links.links[tap(1)].master == SETTINGS.bridge_name
         assert bench.links.links[tap(2)].master == ""
-        assert network.inspect()["actor"]["lacking"] == [2]
+        assert network.inspect()["actor"]["without_tap"] == [2]
 
         if somebody_comes:
             # That one has its own all the same, and nothing is forgotten over it.
@@ -218,9 +218,9 @@ async def test_a_tap_that_can_not_be_put_back_is_tried_again_though_its_vm_does_
         await trio.sleep(100)
 
         assert bench.links.links[tap(2)].master == SETTINGS.bridge_name
-        turns = network.inspect()["actor"]["turns"]
+        turns = network.inspect()["actor"]["batches"]
         await trio.sleep(1000)
-        assert network.inspect()["actor"]["turns"] == turns
+        assert network.inspect()["actor"]["batches"] == turns
     assert len([text for text in caplog.messages if "VM 2 is without a network" in text]) == 1
 
 
@@ -245,10 +245,10 @@ async def test_nobody_waits_for_the_tap_of_a_vm_that_has_gone(autojump_clock: tr
             await network.ask(Attach(1), timeout_s=FOREVER_S)
         bench.rows = []
         await trio.sleep(100)
-        turns = network.inspect()["actor"]["turns"]
+        turns = network.inspect()["actor"]["batches"]
         await trio.sleep(1000)
 
-        assert (network.inspect()["actor"]["turns"], network.inspect()["actor"]["lacking"]) == (turns, [])
+        assert (network.inspect()["actor"]["batches"], network.inspect()["actor"]["without_tap"]) == (turns, [])
 
 
 async def test_a_host_that_does_not_answer_is_given_up_in_time(autojump_clock: trio.testing.MockClock) -> None:

@@ -114,7 +114,7 @@ async def test_one_of_an_earlier_daemon_goes_on_and_is_named(passt: Passt, caplo
     own = Passt(Host(), passt.runtime_dir, INSTANCE, 98303)
     await own.start(row_of(7))
     assert await own.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == [before]
-    assert "until the VM is stopped and started" in caplog.text
+    assert "until you stop and start the VM" in caplog.text
     await own.end(7)
     assert not await own.any_runs()
     caplog.clear()

@@ -96,7 +96,7 @@ async def networks_of(world: World, root: Path, settings: NetworkSettings = SETT
     """Of a daemon that has looked at what can be had."""
     passt = Passt(Host(), root, settings.instance, USER)
     networks = Networks(HostNetwork(Host()), settings, lambda: world.rows, passt)
-    assert await networks.passts.obstacle() is None
+    assert await networks.passt_filter.obstacle() is None
     return networks
 
 
@@ -131,7 +131,7 @@ async def test_it_reaches_the_world_and_nothing_of_the_host(tmp_path: Path) -> N
             assert len(answered(*closed)) >= len(METADATA) + 4, "without it they are reached"
             assert services.received()
 
-            await networks.passts.ensure()
+            await networks.passt_filter.ensure()
 
             assert answered(*closed) == []
             assert services.received() == []
@@ -144,7 +144,7 @@ async def test_who_uses_a_published_port_is_answered(tmp_path: Path) -> None:
     with a_world() as world:
         world.rows = [user_vm(1)]
         networks = await networks_of(world, tmp_path)
-        await networks.passts.ensure()
+        await networks.passt_filter.ensure()
         passt = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs here
             ["/usr/bin/python3", "-I", "-c", _SERVE],
             user=USER, group=65534, extra_groups=(), cwd="/", stdout=subprocess.PIPE, text=True,
@@ -187,11 +187,11 @@ async def test_two_daemons_do_not_disturb_each_other(tmp_path: Path) -> None:
     with a_world() as world:
         world.rows = [user_vm(1)]
         first, second = await networks_of(world, tmp_path), await networks_of(world, tmp_path, OTHER)
-        await first.passts.ensure()
+        await first.passt_filter.ensure()
         alone = ruleset()
-        await second.passts.ensure()
+        await second.passt_filter.ensure()
         world.rows = [stopped(user_vm(1))]
-        await second.passts.remove_unused()
+        await second.passt_filter.remove_unused()
 
         assert ruleset() == alone
 
@@ -204,7 +204,7 @@ async def test_it_keeps_no_passt_from_running_where_it_can_not_be_had(
     with a_world() as world:
         world.rows = [user_vm(1)]
         networks = Networks(HostNetwork(Host()), SETTINGS, lambda: world.rows, Passt(Host(), tmp_path, INSTANCE, None))
-        assert await networks.passts.obstacle() == "volantd does not run as root"
+        assert await networks.passt_filter.obstacle() == "volantd does not run as root"
         async with keeper(networks) as network:
             await network.ask(Confine(), timeout_s=60)
         assert ruleset() == ""

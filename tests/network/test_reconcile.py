@@ -214,7 +214,7 @@ async def test_what_we_do_ourselves_is_not_taken_for_somebody_elses_doing() -> N
                 with trio.fail_after(20):
                     await networks.looked.wait()
 
-                assert child.ref.inspect()["actor"]["turns"] == 1 + 3 + times
+                assert child.ref.inspect()["actor"]["batches"] == 1 + 3 + times
 
 
 async def test_what_is_not_ours_is_never_touched() -> None:

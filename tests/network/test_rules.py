@@ -10,7 +10,7 @@ import pytest
 from tests.network.kit import SETTINGS, nft, ruleset, vm
 from volant.model import VmRow
 from volant.network._plan import plan_of
-from volant.network._rules import Rules, change, nothing, rules_of, whole
+from volant.network._rules import Rules, delete_tables, full_ruleset, rules_of, ruleset_changes
 
 
 def rules(*rows: VmRow) -> Rules:
@@ -36,7 +36,7 @@ def test_one_vm_more_is_as_many_elements_among_a_thousand_as_among_ten() -> None
 
     def elements_of_one_more(count: int) -> int:
         rows = [vm(number, "blue", f"{8000 + number}:80", subnet=subnet) for number in range(1, count + 2)]
-        text = change(rules(*rows[:-1]), rules(*rows))
+        text = ruleset_changes(rules(*rows[:-1]), rules(*rows))
         assert "table" not in text
         return len(text)
 
@@ -44,7 +44,7 @@ def test_one_vm_more_is_as_many_elements_among_a_thousand_as_among_ten() -> None
 
 
 def test_nothing_is_loaded_where_nothing_is_different() -> None:
-    assert change(rules(vm(1), vm(2, "blue")), rules(vm(2, "blue"), vm(1))) == ""
+    assert ruleset_changes(rules(vm(1), vm(2, "blue")), rules(vm(2, "blue"), vm(1))) == ""
 
 
 def test_of_two_vms_that_publish_one_port_the_elder_has_it() -> None:
@@ -61,10 +61,10 @@ def test_from_any_firewall_to_any_other_by_changes_is_what_it_is_when_made_whole
     before: Rules | None = None
     for _ in range(25):
         after = rules(*many(rng))
-        if text := change(before, after):
+        if text := ruleset_changes(before, after):
             nft(text)
         changed = ruleset()
-        nft(whole(after))
+        nft(full_ruleset(after))
         assert ruleset() == changed
         before = after
 
@@ -74,8 +74,8 @@ def test_what_is_not_ours_stays_when_ours_is_replaced_and_when_it_goes() -> None
     theirs = "table inet volant-9999999999 {\n\tset guests {\n\t\ttype ifname\n\t}\n}\n"
     nft(theirs)
 
-    nft(whole(rules(vm(1, "blue", "8080:80"))))
+    nft(full_ruleset(rules(vm(1, "blue", "8080:80"))))
     assert theirs in ruleset()
-    nft(nothing(SETTINGS.tables))
+    nft(delete_tables(SETTINGS.tables))
 
     assert ruleset() == theirs

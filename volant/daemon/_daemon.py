@@ -411,7 +411,7 @@ class Daemon:
         self.store.ids_taken = (await self._evidence()).newest_id
         found = {BRIDGE: await self._networks.obstacle(), USER: passt_obstacle()}
         obstacles = {kind: obstacle for kind, obstacle in found.items() if obstacle is not None}
-        unfiltered = await self._networks.passts.obstacle() if USER not in obstacles else None
+        unfiltered = await self._networks.passt_filter.obstacle() if USER not in obstacles else None
         self.store.networking = msgspec.structs.replace(
             self.store.networking, obstacles=obstacles, user_unfiltered=unfiltered or ""
         )

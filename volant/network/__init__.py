@@ -1,4 +1,4 @@
-"""The host's side of networks: bridge, taps, addresses, firewall."""
+"""Sets up the host's networks: bridge, taps, addresses, firewall and passt."""
 
 from ._actor import NetworkKeeper
 from ._backend import (

@@ -1,7 +1,7 @@
-"""What the host's side of networks asks of the operating system: links, addresses, routes, switches, one firewall.
+"""What the network room needs of the operating system: links, addresses, routes, switches and a firewall.
 
-Narrow on purpose: whoever simulates a host needs a dictionary of links, and no netlink. What is asked for is data, so
-that what is to be done can be decided, and tested, without a kernel.
+The protocol is narrow, so that a simulated host needs no netlink. Changes are data, so that they can be decided and
+tested without a kernel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import msgspec
 
 
 class NetworkFailed(Exception):
-    """The host's side of a network can't be had. `code` is a stable word, the text says what, where, and what to do."""
+    """A network can't be set up. `code` is stable; the text says what failed, why, and what to do."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -21,10 +21,10 @@ class NetworkFailed(Exception):
 
 
 class BridgeDown(NetworkFailed):
-    """The bridge that something is to be done with is not there, or not up: somebody else has had a hand in it."""
+    """The daemon's bridge is missing or down, because something else on the host changed it."""
 
     def __init__(self, name: str) -> None:
-        super().__init__("bridge_down", f"the bridge {name} is not there, or not up")
+        super().__init__("bridge_down", f"the bridge {name} is missing or down")
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,20 +32,20 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     kind: str
-    """`bridge`, `tun`, …; empty for one that is no virtual one."""
+    """`bridge`, `tun`, …; empty for a physical interface."""
     mac: str
     up: bool
     master: str = ""
-    """The name of the bridge that it is a port of."""
+    """The bridge of which it is a port."""
     in_use: bool = False
-    """Whether a process has it open, for a tap."""
+    """For a tap: whether a process has it open."""
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """A route of the host's."""
+    """A route of the host."""
 
     destination: str
-    """With its prefix."""
+    """With its prefix length."""
     device: str
 
     def __str__(self) -> str:
@@ -53,39 +53,39 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MakeBridge(msgspec.Struct, frozen=True, kw_only=True):
-    """A bridge, up, with these addresses and no others, and forwarding for what comes from it and what answers that.
-    One that is there gets what it lacks."""
+    """Creates a bridge, or corrects an existing one: up, with exactly these addresses, and with forwarding for packets
+    from it and for their answers."""
 
     name: str
     mac: str
     addresses: tuple[str, ...]
-    """With their prefixes."""
+    """With their prefix lengths."""
 
 
 class MakeTap(msgspec.Struct, frozen=True, kw_only=True):
-    """A tap that outlives us, that we may open and no other user, a port of that bridge, up. One that is there gets
-    what it lacks; but who has it open already, has it."""
+    """Creates a permanent tap, or corrects an existing one: up, a port of the bridge, and only for the daemon's user to
+    open. A process that has it open keeps it."""
 
     name: str
     bridge: str
 
 
 class RemoveLink(msgspec.Struct, frozen=True, kw_only=True):
-    """No link of this name and kind. There being none is no failure."""
+    """Removes the link of this name and kind, if there is one."""
 
     name: str
     kind: str
 
 
 class SetLocalnet(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether what the host sends from 127.0.0.1 may leave by this bridge, and be answered."""
+    """Sets `route_localnet`: whether packets from 127.0.0.1 may leave by this bridge, and their answers arrive."""
 
     bridge: str
     on: bool
 
 
 class ForgetConnections(msgspec.Struct, frozen=True, kw_only=True):
-    """The host's firewall tracks no connection of this address any more, neither from it nor to it."""
+    """Removes the tracked connections from and to this address."""
 
     address: str
 
@@ -94,37 +94,39 @@ Step = MakeBridge | MakeTap | RemoveLink | SetLocalnet | ForgetConnections
 
 
 class NetworkBackend(Protocol):
-    """Each call but `watch` has a deadline of its own. :raises NetworkFailed: it has passed, or the host refuses."""
+    """The operating system's networks. Each call but `watch` has a deadline of its own.
+
+    :raises NetworkFailed: when the deadline passes or the host refuses.
+    """
 
     async def ready(self) -> None:
-        """:raises NetworkFailed: nothing can be made here, whatever it is, and why."""
+        """:raises NetworkFailed: when the host lacks something that every network needs."""
         ...
 
     async def names(self) -> Collection[str]:
-        """The names of all links of the host: cheap, and open to everybody."""
+        """Returns the names of all links. This is cheap and needs no rights."""
         ...
 
     async def links(self, names: Collection[str] | None = None) -> Sequence[Link]:
-        """Those of these names that there are, at a price that does not grow with the others; None: all of the host."""
+        """Returns those of these links that exist; None: all links. The cost grows only with `names`."""
         ...
 
     async def routes(self) -> Sequence[Route]:
-        """The host's IPv4 routes, but for those into the world."""
+        """Returns the host's IPv4 routes but the default routes."""
         ...
 
     async def do(self, steps: Sequence[Step]) -> Sequence[NetworkFailed | None]:
-        """Do one after the other, also when one fails; what came of each."""
+        """Runs all steps in order, even when one fails. Returns the failure of each."""
         ...
 
     async def check(self, rules: str) -> None:
-        """Whether nftables would take such rules here. Nothing is changed."""
+        """Asks nftables whether it accepts these rules. Changes nothing."""
         ...
 
     async def load(self, rules: str) -> None:
-        """Hand rules to nftables, which takes all of them in one transaction, or none."""
+        """Loads rules into nftables in one transaction."""
         ...
 
-    async def watch(self, bridge: str, tables: Collection[str], torn: Callable[[str], None]) -> None:
-        """Call `torn` each time that somebody has taken the bridge or one of the firewall's tables away, with what has
-        happened; without an end."""
+    async def watch(self, bridge: str, tables: Collection[str], on_loss: Callable[[str], None]) -> None:
+        """Calls `on_loss` with a description whenever the bridge or one of the tables is removed. Never returns."""
         ...

@@ -1,9 +1,8 @@
-"""Forgets the connections that the host's firewall tracks for an address.
+"""Removes the connections of an address from the host's connection tracking.
 
-A VM that is gone leaves entries behind, for up to five days: a flow to a port that it had published would go on to its
-address, and a later VM with that address would get packets of connections that it never had. The kernel selects the
-entries itself (a delete request with a tuple and `CTA_FILTER`), so the cost does not grow with the host's table as
-that of a dump would. pyroute2 knows no filters, hence the few lines of netlink.
+A deleted VM's entries would stay for up to five days, and the next VM with its address would get packets of connections
+that it never had. The kernel selects the entries (a delete request with a tuple and `CTA_FILTER`), so the cost does not
+grow with the host's table. pyroute2 can't filter, hence the few lines of netlink.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ _ANSWER_S = 5.0
 
 
 def forget_connections(address: str) -> None:
-    """Remove the entries of connections that `address` began and of those that led to it.
+    """Removes the connections from and to `address`.
 
-    A kernel that cannot filter when it deletes refuses the request, and keeps the entries until they expire.
+    A kernel that can't filter refuses the request and keeps the entries until they expire (before Linux 6.11).
 
-    :raises OSError: the kernel refuses for another reason, or does not answer within 5 s.
+    :raises OSError: when the kernel refuses for another reason, or does not answer within 5 s.
     """
     packed = ipaddress.IPv4Address(address).packed
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER) as netlink:
         netlink.settimeout(_ANSWER_S)
-        # Who began a connection is the source of its first packet; whom it led to, of the first answer.
+        # The client is the source of the first packet, the server the source of the first answer.
         for kind, orig, reply in ((_TUPLE_ORIG, _BY_SOURCE, 0), (_TUPLE_REPLY, 0, _BY_SOURCE)):
             source = _attribute(kind | _NESTED, _attribute(_IP | _NESTED, _attribute(_V4_SRC, packed)))
             flags = _attribute(_ORIG_FLAGS, struct.pack("=I", orig)) + _attribute(

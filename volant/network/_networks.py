@@ -1,12 +1,12 @@
-"""Makes of the host what the rows say: all of it, or what one more VM needs.
+"""Makes the host match the rows: everything, or only what some VMs need.
 
-**All of it** is looked at when an actor begins, when somebody asks, and when something was not as it should have been.
-**One VM more or less** is that VM's tap and a few elements of the firewall's sets; so the thousandth costs what the
-first did. What was loaded into the firewall is remembered for that. Where memory and host differ, as somebody has had a
-hand in them, nftables refuses the change or the tap finds no bridge; then all of it is looked at. A tap that can't be
-had keeps no other VM waiting: it stays lacking, and is tried again with whatever is done next.
+**Everything** is reconciled when the actor starts, on request, and when something on the host was not as expected.
+**For some VMs** only their taps and a few elements of the firewall's sets change, so the thousandth VM costs what the
+first did. For that the loaded ruleset is remembered. If something else on the host changed it, nftables refuses the
+change, or a tap finds no bridge; then everything is reconciled. A tap that can't be created delays no other VM: it is
+retried with the next change.
 
-The firewall goes first, as it knows taps by name: a tap that has no rules yet reaches nobody.
+The firewall is loaded first, as its rules name taps: a tap without rules reaches nothing.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from ._plan import (
     NetworkSettings,
     check_bridge,
     check_subnets,
-    has_tap,
     is_ours,
     is_tap,
     make_tap,
     may_be_ours,
+    needs_tap,
     plan_of,
     steps_to,
 )
-from ._rules import Rules, change, nothing, rules_of, whole
+from ._rules import Rules, delete_tables, full_ruleset, rules_of, ruleset_changes
 
 _logger = logging.getLogger("volant.network")
 
 
 class Networks:
-    """The host's side of the networks of one daemon. One call at a time."""
+    """Manages the host's networks for one daemon. One call at a time."""
 
     def __init__(
         self,
@@ -57,35 +57,34 @@ class Networks:
         rows: Callable[[], Iterable[VmRow]],
         passt: Passt | None = None,
     ) -> None:
-        """`passt`: None: there are no VMs with the network `user`."""
-        self.passts = PasstFilter(backend, settings, rows, passt)
-        """What their processes may reach."""
+        """`passt`: None if no VM has the network `user`."""
+        self.passt_filter = PasstFilter(backend, settings, rows, passt)
         self._backend = backend
         self._settings = settings
         self._rows = rows
         self._loaded: Rules | None = None
-        """What the firewall is, as far as we know; None: we don't."""
+        """The ruleset that was loaded last; None if unknown."""
         self._gateways: object = None
-        """What the bridge has for addresses, once all has been looked at."""
-        self._lacking: Mapping[int, NetworkFailed] = {}
-        self._left: tuple[str, ...] = ()
-        self._counts = {"reconciled": 0, "mended": 0}
+        """The bridge's addresses after a complete reconciliation; None before."""
+        self._without_tap: Mapping[int, NetworkFailed] = {}
+        self._left_in_use: tuple[str, ...] = ()
+        self._counts = {"reconciled": 0, "repaired": 0}
 
     def statistics(self) -> dict[str, object]:
-        """For people."""
+        """Returns figures for `inspect`."""
         plan = self._plan()
         return {
             "bridge": self._settings.bridge_name,
             "subnet": str(self._settings.subnet),
             "taps": len(plan.taps),
             "ports": sum(len(tap.ports) for tap in plan.taps),
-            "lacking": sorted(self._lacking),
-            "left_in_use": self._left,
+            "without_tap": sorted(self._without_tap),
+            "left_in_use": self._left_in_use,
             **self._counts,
         }
 
     async def obstacle(self) -> str | None:
-        """Why no VM can have a tap here, and what to do; None: nothing is in the way, as far as can be seen."""
+        """Returns why no VM can have a tap on this host and what to do, or None. Changes nothing."""
         settings = self._settings
         plan = plan_of(settings, ())
         try:
@@ -95,25 +94,21 @@ class Networks:
                 links = await self._backend.links({settings.bridge_name})
             check_bridge(settings, links)
             check_subnets(plan, await self._backend.routes(), links)
-            # A kernel has all that they need, or not: the family of bridges tells of bridges, too.
-            await self._backend.check(whole(rules_of(plan)))
+            # The table of the family `bridge` shows whether the kernel has bridges, too.
+            await self._backend.check(full_ruleset(rules_of(plan)))
         except NetworkFailed as error:
             return str(error)
         return None
 
-    def has_taps(self) -> bool:
-        """Whether a VM should have a tap."""
-        return any(map(has_tap, self._rows()))
-
     async def reconcile(self) -> Mapping[int, NetworkFailed]:
-        """See to all of it; the VMs whose taps can't be had, and why.
+        """Makes the whole host match the rows. Returns the VMs whose taps failed.
 
-        :raises NetworkFailed: nobody's can.
+        :raises NetworkFailed: when something failed that all VMs need.
         """
         plan, settings = self._plan(), self._settings
         self._loaded = self._gateways = None
-        self._lacking = {}
-        if not plan.taps and not await self._is_begun():
+        self._without_tap = {}
+        if not plan.taps and not await self._may_exist():
             return {}
         await self._backend.ready()
         links = await self._backend.links()
@@ -123,140 +118,140 @@ class Networks:
         failures = await self._do(plan, steps)
         self._gateways = plan.gateways
         wanted = {tap.name for tap in plan.taps}
-        self._left = tuple(
+        self._left_in_use = tuple(
             link.name for link in links if link.in_use and link.name not in wanted and is_tap(settings, link)
         )
-        for name in self._left:
-            _logger.warning("the tap %s is no VM's, and stays as a process has it open", name)
+        for name in self._left_in_use:
+            _logger.warning("the tap %s belongs to no VM; it is kept, as a process has it open", name)
         self._counts["reconciled"] += 1
         return failures
 
     async def ensure(self, vm_ids: Collection[int]) -> Mapping[int, NetworkFailed]:
-        """See to these VMs' taps and rules; those, also of others, that can't be as they should, and why.
+        """Sets up or removes the taps and rules of these VMs. Returns the VMs, others included, whose taps failed.
 
-        :raises NetworkFailed: none can.
+        :raises NetworkFailed: when something failed that all VMs need.
         """
         plan = self._plan()
         if plan.gateways == self._gateways:
             try:
-                return await self._see_to(plan, vm_ids)
+                return await self._update(plan, vm_ids)
             except BridgeDown as error:
-                _logger.warning("all of the network is looked at: %s", error)
-                self._counts["mended"] += 1
+                _logger.warning("reconciling the whole network: %s", error)
+                self._counts["repaired"] += 1
         failures = await self.reconcile()
         if self._gateways is None:
             return failures
-        return await self._see_to(self._plan(), vm_ids)
+        return await self._update(self._plan(), vm_ids)
 
-    async def _see_to(self, plan: NetworkPlan, vm_ids: Collection[int]) -> dict[int, NetworkFailed]:
-        """What these VMs need, and those that lack their taps, where all else is as it should be.
+    async def _update(self, plan: NetworkPlan, vm_ids: Collection[int]) -> dict[int, NetworkFailed]:
+        """Sets up or removes the taps and rules of these VMs and of VMs without their taps.
 
-        :raises BridgeDown: it is not.
+        :raises BridgeDown: when the bridge is not as it was left.
         """
         settings = plan.settings
-        taps = [tap for tap in plan.taps if tap.vm_id in vm_ids or tap.vm_id in self._lacking]
-        going = {tap_of(settings.instance, vm_id): vm_id for vm_id in set(vm_ids) - {tap.vm_id for tap in taps}}
+        taps = [tap for tap in plan.taps if tap.vm_id in vm_ids or tap.vm_id in self._without_tap]
+        detached = {tap_of(settings.instance, vm_id): vm_id for vm_id in set(vm_ids) - {tap.vm_id for tap in taps}}
         await self._change(rules_of(plan))
         return await self._do(
             plan,
             [
                 *(make_tap(plan, tap) for tap in taps),
-                # Nothing of these VMs runs any more, so whoever has such a tap open is nobody to wait for.
-                *(RemoveLink(name=name, kind="tun") for name in going),
-                *(ForgetConnections(address=address) for address in self._addresses(going.values())),
+                # Even if a process has the tap open: no process of this VM runs any more.
+                *(RemoveLink(name=name, kind="tun") for name in detached),
+                *(ForgetConnections(address=address) for address in self._addresses(detached.values())),
                 SetLocalnet(bridge=settings.bridge_name, on=plan.localnet),
             ],
-            going,
+            detached,
         )
 
     @property
-    def stands(self) -> bool:
-        """Whether there is anything of ours, and all of it as it should be, as far as we know."""
+    def is_complete(self) -> bool:
+        """Whether the networks exist and were reconciled completely."""
         return self._gateways is not None
 
     @property
-    def lacking(self) -> Mapping[int, NetworkFailed]:
-        """The VMs that should have a tap and have none that is as it should be, and why."""
-        return self._lacking
+    def without_tap(self) -> Mapping[int, NetworkFailed]:
+        """The VMs whose taps failed, and why."""
+        return self._without_tap
 
-    async def watch(self, torn: Callable[[str], None]) -> None:
-        """Call `torn` each time that somebody has taken what is everybody's away, with what has happened."""
+    async def watch(self, on_loss: Callable[[str], None]) -> None:
+        """Calls `on_loss` with a description whenever the bridge or a table is removed. Never returns."""
         await self._backend.watch(
-            self._settings.bridge_name, (*self._settings.tables, self._settings.passt_table), torn
+            self._settings.bridge_name, (*self._settings.tables, self._settings.passt_table), on_loss
         )
 
     async def remove_unused(self) -> None:
-        """Take all of it away, unless a VM should have a tap, or a process has one open: it may be a VM's that is found
-        again.
+        """Removes everything, unless a VM needs a tap or a process has one open: that may be a VM to be adopted.
 
-        :raises NetworkFailed: something is left.
+        :raises NetworkFailed: when a part can't be removed.
         """
-        if self.has_taps() or not await self._is_begun():
+        if any(map(needs_tap, self._rows())) or not await self._may_exist():
             return
         if any(link.in_use and is_tap(self._settings, link) for link in await self._backend.links()):
             return
         await self.remove()
 
     async def remove(self) -> None:
-        """Take all of it away. :raises NetworkFailed: something is left."""
+        """Removes everything. :raises NetworkFailed: when a part can't be removed."""
         self._loaded = self._gateways = None
-        if not await self._is_begun():
+        if not await self._may_exist():
             return
         links = [link for link in await self._backend.links() if is_ours(self._settings, link)]
         results = await self._backend.do([RemoveLink(name=link.name, kind=link.kind) for link in links])
-        await self._backend.load(nothing(self._settings.tables))
+        await self._backend.load(delete_tables(self._settings.tables))
         for failure in filter(None, results):
             raise failure
 
     def _addresses(self, vm_ids: Collection[int]) -> list[str]:
-        """The addresses of VMs whose processes have ended; their rows are still there."""
+        """Returns the addresses of VMs that have rows."""
         return [row.lease.address for row in self._rows() if row.id in vm_ids and row.lease is not None]
 
     def _plan(self) -> NetworkPlan:
         return plan_of(self._settings, self._rows())
 
-    async def _is_begun(self) -> bool:
-        """Whether anything of ours may be on the host. Not before a VM needed it: a daemon without networks leaves the
-        host's alone, and needs no leave to touch them."""
+    async def _may_exist(self) -> bool:
+        """Whether the host may have links of this daemon. Without any, a daemon that needs no networks needs no rights
+        either."""
         return any(may_be_ours(self._settings, name) for name in await self._backend.names())
 
     async def _change(self, rules: Rules) -> None:
-        """Have the firewall be this one."""
+        """Loads a ruleset."""
         before, self._loaded = self._loaded, None
-        text = change(before, rules)
+        text = ruleset_changes(before, rules)
         if text:
             try:
                 await self._backend.load(text)
             except NetworkFailed as error:
-                if text == whole(rules):
+                if text == full_ruleset(rules):
                     raise
-                _logger.warning("the firewall is not as it was left, and is replaced: %s", error)
-                self._counts["mended"] += 1
-                await self._backend.load(whole(rules))
+                _logger.warning("replacing the firewall's tables, as something else changed them: %s", error)
+                self._counts["repaired"] += 1
+                await self._backend.load(full_ruleset(rules))
         self._loaded = rules
 
     async def _do(
-        self, plan: NetworkPlan, steps: list[Step], going: Mapping[str, int] | None = None
+        self, plan: NetworkPlan, steps: list[Step], detached: Mapping[str, int] | None = None
     ) -> dict[int, NetworkFailed]:
-        """What failed, by VM. `going`: whose taps those are that somebody waits to see gone. The steps make, or make
-        again, the tap of each VM that lacks it.
+        """Runs steps, among them those for every VM without its tap. Returns the failures by VM.
 
-        :raises NetworkFailed: what failed is everybody's.
+        :param detached: the VMs of taps whose removal must succeed
+        :raises NetworkFailed: when something failed that all VMs need.
         """
-        vm_ids = {tap.name: tap.vm_id for tap in plan.taps} | dict(going or {})
+        detached = detached or {}
+        vm_ids = {tap.name: tap.vm_id for tap in plan.taps}
         failures: dict[int, NetworkFailed] = {}
-        lacking: dict[int, NetworkFailed] = {}
+        without_tap: dict[int, NetworkFailed] = {}
         for step, failure in zip(steps, await self._backend.do(steps), strict=True):
             if isinstance(failure, BridgeDown):
                 raise failure
             match step:
                 case MakeTap(name=name) if failure is not None:
-                    failures[vm_ids[name]] = lacking[vm_ids[name]] = failure
-                case RemoveLink(name=name) if failure is not None and going and name in going:
-                    failures[going[name]] = failure
+                    failures[vm_ids[name]] = without_tap[vm_ids[name]] = failure
+                case RemoveLink(name=name) if failure is not None and name in detached:
+                    failures[detached[name]] = failure
                 case RemoveLink() | ForgetConnections() if failure is not None:
                     _logger.warning("%s", failure)
                 case _ if failure is not None:
                     raise failure
-        self._lacking = lacking
+        self._without_tap = without_tap
         return failures

@@ -1,9 +1,8 @@
-"""Networks of the kind `user`: a process of passt for each VM, which speaks for its guest as a user of the host's.
+"""Runs the network `user`: a process of passt for each VM, which opens the guest's connections as a user of the host.
 
-It goes into the background by itself once its socket is there and its ports are bound, so that whoever started it knows
-either that or why not. `--one-off`: it ends with its hypervisor, whoever looks on. `--no-map-gw`: else a guest would
-reach what listens on the host's loopback at its gateway's address, this daemon's API among it. What it says is
-bounded by itself.
+passt goes into the background once its socket listens and its ports are bound, so its exit status says whether they
+are. With `--one-off` it ends with its hypervisor, even without a daemon. Without `--no-map-gw` a guest would reach the
+host's loopback, where the daemon's API listens, at its gateway's address.
 """
 
 from __future__ import annotations
@@ -27,22 +26,23 @@ _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 _START_S = 10.0
 _END_S = 10.0
 _LOG_BYTES = 1024 * 1024
-_SAID_CHARACTERS = 500
+_MAX_ERROR = 500
+"""Characters of passt's output in an error."""
 _READ_WRITE = 6
 _logger = logging.getLogger("volant.network")
 _GROUP = 65534
-"""Nobody's: groups of hypervisors' numbers may read templates."""
+"""`nogroup`, as a group among `vm_uids` may read templates."""
 _BOUNDS = Bounds(memory_mb=256, cpus=1, weight=100, tasks=8)
-"""It takes some 60 MiB, and has one thread."""
+"""passt needs about 60 MiB and has one thread."""
 
 
 def passt_argv(
     socket: Path, log: Path, tag: str, lease: Lease, ports: Sequence[PublishedPort], user: int | None = None
 ) -> list[str]:
-    """The command line for one VM. `user`: as whom it runs; None: as we do, or as it chooses when we are root."""
+    """Returns the command line for one VM. `user`: None for the daemon's own, or passt's default if that is root."""
     argv = [
         *(PROGRAM, "--quiet", "--one-off", "--ipv4-only", "--no-map-gw"),
-        # The guest is told otherwise.
+        # The guest gets its address from the kernel's command line or from the agent.
         *("--no-dhcp", "--hostname", tag),
         *("--address", lease.address, "--netmask", str(lease.prefix), "--gateway", lease.gateway),
         *("--socket", str(socket), "--log-file", str(log), "--log-size", str(_LOG_BYTES)),
@@ -59,34 +59,33 @@ def passt_argv(
 
 
 def passt_obstacle() -> str | None:
-    """Why there can be none here, and what to do."""
+    """Returns why no VM can have the network `user` and what to do, or None."""
     if shutil.which(PROGRAM, path=_ENVIRONMENT["PATH"]) is None:
-        return "passt is not installed: apt-get install passt, and restart the daemon"
+        return "passt is not installed: run `apt-get install passt` and restart the daemon"
     return None
 
 
 def passt_socket(runtime_dir: Path, vm_id: int) -> Path:
-    """Where the hypervisor of a VM finds the process that speaks for its guest. In no directory of a VM's, as those are
-    moved about."""
+    """Returns the path of the socket of a VM's passt. It is outside of the VM's directory, which may be renamed."""
     return runtime_dir / "net" / f"{vm_id}.sock"
 
 
 @dataclass(frozen=True)
 class Passt:
-    """The processes of one daemon."""
+    """Manages the passt processes of one daemon."""
 
     host: Host
     runtime_dir: Path
     instance: str
     user: int | None = None
-    """As whom all of them run; see `passt_user`."""
+    """The user that all of them run as; see `passt_user`."""
 
     def socket(self, vm_id: int) -> Path:
-        """Where the hypervisor finds the one of a VM."""
+        """Returns the path of the socket of a VM's passt."""
         return passt_socket(self.runtime_dir, vm_id)
 
     async def start(self, row: VmRow) -> None:
-        """Have one there, and return once it listens. It may have been started before.
+        """Starts a VM's passt, unless it runs already, and returns when it listens.
 
         :raises NetworkFailed: `passt_missing`, `passt_failed`.
         """
@@ -95,25 +94,25 @@ class Passt:
         host, tag, socket = self.host, self._tag(row.id), self.socket(row.id)
         found = await self._find(row.id)
         if found and self.user is not None:
-            self._warn_of_others(row, found[0])
+            self._warn_if_unfiltered(row, found[0])
         if not found or not host.exists(socket):
             await self.end(row.id)
             argv = passt_argv(socket, self._log(row.id), tag, row.lease, row.ports, self.user)
             try:
                 await host.mkdir(socket.parent)
-                # Written first, so that no process which nobody has connected to is taken for a connected one.
+                # Written first: without the file, a process counts as connected.
                 await host.write_bytes(self._unconnected(row.id), b"")
                 status, said = await host.run_program(argv, env=_ENVIRONMENT, cwd=Path("/"), timeout_s=_START_S)
             except FileNotFoundError:
                 raise NetworkFailed(
-                    "passt_missing", "passt is not installed: apt-get install passt, then start the VM again"
+                    "passt_missing", "passt is not installed: run `apt-get install passt`, then start the VM again"
                 ) from None
             except (OSError, trio.TooSlowError) as error:
                 raise NetworkFailed("passt_failed", f"passt can't be started: {error or 'it takes too long'}") from None
             found = await self._find(row.id)
             if status != 0 or not found:
-                words = said.decode(errors="replace").strip()[-_SAID_CHARACTERS:] or "it ended without a word"
-                raise NetworkFailed("passt_failed", f"passt does not run: {words}")
+                output = said.decode(errors="replace").strip()[-_MAX_ERROR:] or "it ended without any output"
+                raise NetworkFailed("passt_failed", f"passt does not run: {output}")
             await host.give_own_scope(found[0], f"network of VM {row.name}", _BOUNDS)
 
     def is_connected(self, vm_id: int) -> bool:
@@ -136,31 +135,32 @@ class Passt:
         try:
             await self.host.grant([Grant(self.socket(vm_id), "user", user, _READ_WRITE)], [self.runtime_dir])
         except OSError as error:
-            raise NetworkFailed("passt_failed", f"passt's socket can't be handed over: {error}") from error
+            raise NetworkFailed("passt_failed", f"access to passt's socket can't be granted: {error}") from error
 
-    def _warn_of_others(self, row: VmRow, found: ProcessIdentity) -> None:
-        """Say that one was started by a daemon that filtered nothing. To end it would cost its guest's connections."""
+    def _warn_if_unfiltered(self, row: VmRow, found: ProcessIdentity) -> None:
+        """Logs that an earlier version of the daemon, which did not filter, started this process. Ending it would break
+        the guest's connections."""
         with suppress(ProcessGone):
             if self.host.process_status(found).user != self.user:
                 _logger.warning(
-                    "VM %s: an earlier daemon has started its passt, whose destinations are not filtered, so the guest "
-                    "reaches this host's own addresses until the VM is stopped and started",
+                    "VM %s: an earlier version of the daemon started its passt without a filter: the guest reaches "
+                    "this host's own addresses until you stop and start the VM",
                     row.name, extra={"vm": row.name},
                 )  # fmt: skip
 
     async def ended(self, vm_id: int) -> None:
-        """Return once a VM has none."""
+        """Waits until a VM's passt has ended."""
         for found in await self._find(vm_id):
             with suppress(ProcessGone), self.host.open_process(found) as process:
                 await process.wait()
 
     async def end(self, vm_id: int) -> None:
-        """Leave nothing of the one of a VM. :raises NetworkFailed: `passt_failed`."""
+        """Ends a VM's passt and removes its files. :raises NetworkFailed: `passt_failed`."""
         host = self.host
         try:
             with trio.fail_after(_END_S):
                 await host.end(await self._find(vm_id))
-            # It ends with its hypervisor, perhaps just now.
+            # passt may have ended with its hypervisor just now.
             await host.remove_empty_scopes(self._tag(vm_id))
             for path in (self.socket(vm_id), self._log(vm_id), self._unconnected(vm_id)):
                 await host.remove_file(path)
@@ -168,12 +168,12 @@ class Passt:
             raise NetworkFailed("passt_failed", f"passt can't be ended: {error or 'it does not end'}") from error
 
     async def any_runs(self) -> bool:
-        """Whether there is one of any VM. Reads all of /proc."""
+        """Returns whether any VM's passt runs. Reads all of /proc."""
         return bool(await self.host.processes(f"volant-{self.instance}-n.", of_anybody=True))
 
     async def _find(self, vm_id: int) -> list[ProcessIdentity]:
-        """The processes of a VM: those of our user, and those of anybody that have open the log, which only the daemon
-        can open. Root's passt of earlier daemons is `nobody`, and who else is that can run another one with the same
+        """Returns a VM's passt processes: those of the daemon's users, and those that have the log open, which only the
+        daemon can open. Earlier versions ran passt as `nobody`, and any process of that user could have the same
         arguments."""
         tag, found = self._tag(vm_id), []
         for identity in await self.host.processes(tag, of_anybody=True):
@@ -185,7 +185,7 @@ class Passt:
         return found
 
     def _tag(self, vm_id: int) -> str:
-        # Unlike a hypervisor's: it is none.
+        # A hypervisor's tag has no `n.`.
         return f"volant-{self.instance}-n.{vm_id}"
 
     def _log(self, vm_id: int) -> Path:

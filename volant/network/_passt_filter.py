@@ -1,12 +1,11 @@
-"""Which destinations a guest behind passt reaches: the world, as a user of the host does, and nothing of the host.
+"""Filters the destinations of guests behind passt: they reach the world and nothing of the host.
 
-What passt sends for its guests are packets of the host's own, so they are known by the user that it runs as. That is
-one for all passts of a daemon, and no hypervisor's. A table of its own refuses what goes to the host's own addresses,
-to broadcast and multicast, to clouds' metadata and to guests on the bridge. That is decided before destinations are
-translated, as for guests on the bridge. Answers pass: who uses a published port gets them.
+passt's packets are the host's own, so the rules match the user that passt runs as. All passts of a daemon run as one
+user, which no hypervisor has. A table rejects packets to the host's own addresses, to broadcast and multicast, to cloud
+metadata services and to guests on the bridge, before destination NAT. Answers pass, so published ports work.
 
-The table is there before the first passt is started, and put back when somebody takes it away. Two daemons may have the
-same user for it, and a table each: what either refuses, both do.
+The table is loaded before the first passt starts, and again when it is removed. Two daemons with the same user have a
+table each, and both tables apply to both.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from volant.model import USER, Phase, VmRow, kind_of
 from ._backend import NetworkBackend, NetworkFailed
 from ._passt import Passt
 from ._plan import NetworkSettings
-from ._rules import AZURE, METADATA, nothing
+from ._rules import AZURE, METADATA, delete_tables
 
 _UID_MAP = Path("/proc/self/uid_map")
 
 
 def passt_user(users: range) -> int | None:
-    """The user that passt runs as, of those for hypervisors alone: the last, which no hypervisor is given. None: we are
-    not root, and it runs as we do."""
+    """Returns the user that passt runs as: the last of `users`, which no hypervisor gets. None if the daemon is not
+    root or the user does not exist here."""
     return users[-1] if os.geteuid() == 0 and _is_known(users[-1]) else None
 
 
 def _is_known(user: int) -> bool:
-    """Whether this user namespace has such a user. In a container root may have few."""
+    """Returns whether this user namespace has such a user. In a container root may have few."""
     try:
         ranges = [tuple(map(int, line.split())) for line in _UID_MAP.read_text().splitlines()]
     except OSError:
@@ -43,8 +42,8 @@ def _is_known(user: int) -> bool:
 
 
 def passt_rules(settings: NetworkSettings, user: int) -> str:
-    """What makes the table, whatever it is now."""
-    return f"""{nothing((settings.passt_table,))}table {settings.passt_table} {{
+    """Returns the rules that create or replace the table."""
+    return f"""{delete_tables((settings.passt_table,))}table {settings.passt_table} {{
     chain output {{
         type filter hook output priority mangle; policy accept;
         meta skuid {user} goto from-passt
@@ -62,7 +61,7 @@ def passt_rules(settings: NetworkSettings, user: int) -> str:
 
 
 class PasstFilter:
-    """The table of one daemon."""
+    """Manages the table of one daemon."""
 
     def __init__(
         self,
@@ -76,13 +75,13 @@ class PasstFilter:
         self._rows = rows
         self._passt = passt
         self._user = passt.user if passt is not None else None
-        self._obstacle: str | None = "it is not known yet"
-        self._turn = trio.Lock()
-        self.stands = False
-        """Whether the table is there, as far as we know."""
+        self._obstacle: str | None = "it was not checked yet"
+        self._loading = trio.Lock()
+        self.is_loaded = False
+        """Whether the table was loaded and no removal was noticed."""
 
     async def obstacle(self) -> str | None:
-        """Why there can be none here; None: nothing is in the way. Where something is, passt runs without."""
+        """Returns why this host can't filter, or None. passt then runs unfiltered."""
         self._obstacle = await self._find_obstacle()
         return self._obstacle
 
@@ -96,34 +95,34 @@ class PasstFilter:
         return None
 
     async def ensure(self) -> None:
-        """Have it there, where there can be one. :raises NetworkFailed: it can't be loaded."""
-        async with self._turn:
-            if self._user is not None and self.is_possible and not self.stands:
+        """Loads the table if the host can filter. :raises NetworkFailed: when it can't be loaded."""
+        async with self._loading:
+            if self._user is not None and self.is_possible and not self.is_loaded:
                 await self._backend.load(passt_rules(self._settings, self._user))
-                self.stands = True
+                self.is_loaded = True
 
     @property
     def is_possible(self) -> bool:
-        """Whether there can be one, as `obstacle` has found."""
+        """Whether the host can filter, as `obstacle` found."""
         return self._obstacle is None
 
     def forget(self) -> None:
-        """Somebody may have taken it away."""
-        self.stands = False
+        """Notes that the table may have been removed."""
+        self.is_loaded = False
 
     async def remove_unused(self) -> None:
-        """Take it away, unless a passt needs it. :raises NetworkFailed: it is left."""
-        began = self.stands or any(kind_of(row.network) == USER for row in self._rows())
+        """Removes the table unless a passt needs it. :raises NetworkFailed: when it can't be removed."""
+        began = self.is_loaded or any(kind_of(row.network) == USER for row in self._rows())
         if self.is_possible and began and not await self.is_needed():
-            self.stands = False
-            await self._backend.load(nothing((self._settings.passt_table,)))
+            self.is_loaded = False
+            await self._backend.load(delete_tables((self._settings.passt_table,)))
 
     async def is_needed(self) -> bool:
-        """Whether there is a passt that it is for, or is about to be."""
-        # One that no row knows may be a VM's that is found again.
+        """Returns whether a passt runs or is about to start."""
+        # A passt without a row may belong to a VM that is to be adopted.
         return any(map(_has_passt, self._rows())) or (self._passt is not None and await self._passt.any_runs())
 
 
 def _has_passt(row: VmRow) -> bool:
-    """Whether a passt speaks for a VM's guest, or is about to."""
+    """Returns whether a VM has a passt, or is about to."""
     return kind_of(row.network) == USER and bool(row.tag) and row.phase not in (Phase.KILL, Phase.REMOVE)

@@ -1,7 +1,7 @@
-"""What of networks should be on the host, from the rows alone.
+"""Derives from the rows what networks the host should have.
 
-A VM has a tap while it has a process: from the commit of the tag that the process will carry, until its process is
-being ended. So whoever derives the plan after a crash, of the actor, the daemon or the host, derives the same one.
+A VM has a tap from the commit of its process tag until the step that ends the process. So the plan is the same after a
+crash of the actor, the daemon or the host.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from volant.model import Phase, PublishedPort, VmRow, gateway_of, is_named, tap_
 from ._backend import Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
 
 _NAME_BYTES = 15
-"""Of a network interface."""
-_EVERYTHING_BITS = 8
-"""A route this wide or wider is a way out into the world, whatever it is called, and nobody's subnet."""
+"""Length of a tap's name, the maximum for an interface (IFNAMSIZ)."""
+_DEFAULT_ROUTE_BITS = 8
+"""A route with a shorter prefix is a default route in parts, as VPNs make it, and no subnet."""
 
 
 class NetworkSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the operator has said, and what tells this daemon from every other one."""
+    """Holds the settings of one daemon's networks."""
 
     instance: str
-    """Ten hexadecimal digits that tell this state directory from every other one."""
+    """Ten hexadecimal digits, a digest of the state directory. Names contain it, so two daemons never conflict."""
     subnet: IPv4Network
     bridge: str = ""
-    """The name of the bridge; empty: one that carries the instance."""
+    """The name of the bridge; empty for one that contains the instance."""
 
     @property
     def bridge_name(self) -> str:
-        # Shorter than a tap's name, hence never one.
+        # Shorter than a tap's name, so it never is one.
         return self.bridge or f"{tap_prefix(self.instance)}br"
 
     @property
     def bridge_mac(self) -> str:
-        """The whole instance is in it: by this a bridge is known to be ours, whatever its name."""
+        """The MAC that identifies the daemon's bridge when its name has changed. It contains the whole instance."""
         return (b"\x06" + bytes.fromhex(self.instance)).hex(":")
 
     @property
@@ -47,52 +47,52 @@ class NetworkSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tables(self) -> tuple[str, str]:
-        """Both, with their families: of frames, and of packets."""
+        """Both tables with their families: `bridge` filters frames, `inet` filters packets."""
         return f"bridge {self.table}", f"inet {self.table}"
 
     @property
     def passt_table(self) -> str:
-        """The table, with its family, for what passt sends."""
+        """The table that filters passt, with its family."""
         return f"inet {self.table}-user"
 
 
 class Tap(msgspec.Struct, frozen=True, kw_only=True):
-    """A VM on the bridge."""
+    """Holds what a VM on the bridge needs."""
 
     vm_id: int
     name: str
     mac: str
     address: str
     network: str
-    """Whose other members it reaches; empty: nobody's."""
+    """The named network whose members it reaches; empty for none."""
     ports: tuple[PublishedPort, ...]
 
 
 class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """All that should be there, once there is anything at all."""
+    """Holds everything that the host should have."""
 
     settings: NetworkSettings
     gateways: tuple[IPv4Interface, ...]
-    """The bridge's addresses: that of the subnet, and those of VMs that were created when it was another one."""
+    """The bridge's addresses: the gateway of the subnet, and those of VMs that were created in an earlier subnet."""
     taps: tuple[Tap, ...]
-    """By the ids of their VMs."""
+    """Ordered by VM id."""
 
     @property
     def localnet(self) -> bool:
-        """Whether a port is published where the host itself reaches it by a loopback address."""
+        """Whether a port is published on a loopback address."""
         return any(port.host.startswith(("127.", "0.0.0.0")) for tap in self.taps for port in tap.ports)
 
 
-def has_tap(row: VmRow) -> bool:
-    """Whether a VM has, or is about to have, a process with a NIC on the bridge."""
+def needs_tap(row: VmRow) -> bool:
+    """Returns whether a VM has, or is about to have, a process with a NIC on the bridge."""
     return row.lease is not None and bool(row.lease.tap and row.tag) and row.phase not in (Phase.KILL, Phase.REMOVE)
 
 
 def plan_of(settings: NetworkSettings, rows: Iterable[VmRow]) -> NetworkPlan:
-    """What should be there."""
+    """Derives the plan."""
     gateways = {f"{gateway_of(settings.subnet)}/{settings.subnet.prefixlen}"}
     taps = []
-    for row in sorted(filter(has_tap, rows), key=lambda row: row.id):
+    for row in sorted(filter(needs_tap, rows), key=lambda row: row.id):
         lease = row.lease
         assert lease is not None
         gateways.add(f"{lease.gateway}/{lease.prefix}")
@@ -110,25 +110,25 @@ def plan_of(settings: NetworkSettings, rows: Iterable[VmRow]) -> NetworkPlan:
 
 
 def may_be_ours(settings: NetworkSettings, name: str) -> bool:
-    """Whether a link of this name is one of ours, should it be of the right kind."""
+    """Returns whether the daemon gives links such names."""
     return name == settings.bridge_name or name.startswith(tap_prefix(settings.instance))
 
 
 def is_ours(settings: NetworkSettings, link: Link) -> bool:
-    """Whether we have made a link, under these settings or others."""
+    """Returns whether the daemon made a link, under these settings or earlier ones."""
     return is_tap(settings, link) or (link.kind == "bridge" and link.mac == settings.bridge_mac)
 
 
 def is_tap(settings: NetworkSettings, link: Link) -> bool:
-    """Whether a link is a tap of ours."""
+    """Returns whether a link is a tap that the daemon made."""
     return link.kind == "tun" and len(link.name) == _NAME_BYTES and link.name.startswith(tap_prefix(settings.instance))
 
 
 def steps_to(plan: NetworkPlan, links: Collection[Link]) -> list[Step]:
-    """What is to be done where `links` are all that there are. A tap that nobody should have and a process has open is
-    left, as that process may be a VM's that is found again.
+    """Returns the steps from `links`, which are all that the host has, to the plan. A tap without a VM is kept while a
+    process has it open, as that may be a VM to be adopted.
 
-    :raises NetworkFailed: the bridge's name is somebody else's.
+    :raises NetworkFailed: when another program made an interface with the bridge's name.
     """
     settings = plan.settings
     check_bridge(settings, links)
@@ -144,7 +144,7 @@ def steps_to(plan: NetworkPlan, links: Collection[Link]) -> list[Step]:
 
 
 def make_bridge(plan: NetworkPlan) -> MakeBridge:
-    """The step that makes the bridge as it should be."""
+    """Returns the step that creates or corrects the bridge."""
     return MakeBridge(
         name=plan.settings.bridge_name,
         mac=plan.settings.bridge_mac,
@@ -153,38 +153,39 @@ def make_bridge(plan: NetworkPlan) -> MakeBridge:
 
 
 def make_tap(plan: NetworkPlan, tap: Tap) -> MakeTap:
-    """The step that makes a VM's tap as it should be."""
+    """Returns the step that creates or corrects a VM's tap."""
     return MakeTap(name=tap.name, bridge=plan.settings.bridge_name)
 
 
 def check_bridge(settings: NetworkSettings, links: Iterable[Link]) -> None:
-    """:raises NetworkFailed: there is a link of the bridge's name, and it is not ours."""
+    """:raises NetworkFailed: when another program made an interface with the bridge's name."""
     for link in links:
         if link.name == settings.bridge_name and not is_ours(settings, link):
             raise NetworkFailed(
                 "bridge_taken",
-                f"there is a network interface {link.name} that this daemon has not made; give the bridge another "
-                "name (VOLANT_BRIDGE), or remove that one",
+                f"this daemon did not make the existing network interface {link.name}; give the bridge another name "
+                "(VOLANT_BRIDGE), or remove the interface",
             )
 
 
 def check_subnets(plan: NetworkPlan, routes: Sequence[Route], links: Iterable[Link]) -> None:
-    """A subnet that the bridge has already is not looked at again: its VMs would be none the better for it.
+    """Checks that no route of the host overlaps with a subnet. Subnets that the bridge has already are not checked, as
+    refusing them would help no VM.
 
-    :param links: those of the host, at least our bridge
-    :raises NetworkFailed: the host has another way to addresses that are to be ours.
+    :param links: links of the host, the bridge among them
+    :raises NetworkFailed: when a route overlaps.
     """
     bridges = {link.name for link in links if is_ours(plan.settings, link)}
     ours = {IPv4Network(route.destination) for route in routes if route.device in bridges}
     subnets = [gateway.network for gateway in plan.gateways if gateway.network not in ours]
     for route in routes:
         destination = IPv4Network(route.destination)
-        if route.device in bridges or destination.prefixlen < _EVERYTHING_BITS:
+        if route.device in bridges or destination.prefixlen < _DEFAULT_ROUTE_BITS:
             continue
         for subnet in subnets:
             if subnet.overlaps(destination):
                 raise NetworkFailed(
                     "subnet_in_use",
-                    f"the subnet {subnet} is in use on this host: it has the route {route}; give the daemon another "
-                    "subnet (VOLANT_SUBNET), or remove that route",
+                    f"the subnet {subnet} is in use: this host has the route {route}; give the daemon another subnet "
+                    "(VOLANT_SUBNET), or remove the route",
                 )

@@ -1,7 +1,7 @@
-"""The firewall of a plan, as text for `nft -f`.
+"""Builds the firewall of a plan as text for `nft -f`.
 
-Two tables. That of the family `bridge` sees frames, where they come out of a tap and where they go into one; that of
-the family `inet` sees packets, which the host routes or takes for itself::
+There are two tables. The one of the family `bridge` filters frames from and to taps. The one of the family `inet`
+filters packets that the host routes or receives::
 
       guest ──tap──▶ from-guest ──┬─▶ between-guests ─▶ to-guest ──tap──▶ guest of the same named network
                      its own MAC  │
@@ -9,28 +9,26 @@ the family `inet` sees packets, which the host routes or takes for itself::
                      or nothing                 not the host                answers and
                                                 nor metadata                published ports
 
-- **What a guest may send** is a set of (tap, MAC, address), for ARP too. All else, IPv6 and tagged frames among it,
-  ends at the tap. Ports of the bridge are known by the prefix of their names, as not every kernel can tell to which
-  bridge a port belongs.
-- **A guest behind the gateway's MAC** is closed at the tap likewise: what isolation keeps apart can't meet by way of
+- **A guest may send** only what matches a set of (tap, MAC, address), for ARP too. The tap drops everything else, IPv6
+  and tagged frames among it. Rules match taps by the prefix of their names, as not every kernel can match a port's
+  bridge.
+- **Other guests' addresses behind the gateway's MAC** are dropped at the tap, too: isolated guests can't meet by way of
   the host's routing.
-- **The host's own addresses**, its loopback's among them, are closed before destinations are translated, so that a port
-  that is published on this host, by us or by somebody else, is no way in either. Answers to what the host itself began
-  pass, and so does a ping of the gateway.
-- **Broadcast and multicast** of a guest end before the host's own services, though other guests of its network hear
-  them. That is decided where packets are taken in by the host, as bridged frames never come there.
-- **Addresses of clouds' metadata** are closed. Their IPv6 forms need no rule: no IPv6 leaves a tap.
-- **A port published on 127.0.0.1** is reached by the host's own packets, which leave by the bridge with the gateway's
-  address. The kernel lets them out, and the answers in, where the switch `route_localnet` is on: for the bridge alone,
-  and only while such a port is published. It would let guests send to the host's loopback, and the rule above is what
-  keeps them from it; so it is there before the switch is turned. Rejected: a process that listens on 127.0.0.1 and
-  copies. It has to be kept alive, takes turns on a CPU for each byte, and its connections die with it.
-- **Bridge netfilter** (`bridge-nf-call-iptables`) shows bridged frames to the `inet` table too; it lets them pass.
+- **The host's own addresses**, its loopback among them, are rejected before destination NAT, so that no port that is
+  published on this host is a way in. Answers to the host's own connections pass, and so does a ping of the gateway.
+- **Broadcast and multicast** reach the other guests of the network, but no service of the host: they are dropped where
+  the host receives packets, which bridged frames never pass.
+- **Cloud metadata services** are rejected. Their IPv6 addresses need no rule, as no IPv6 leaves a tap.
+- **A port published on 127.0.0.1** is reached by packets of the host, which leave by the bridge with the gateway's
+  address. The kernel allows that where `route_localnet` is on: only for the bridge, and only while such a port is
+  published. The switch would also let guests send to the host's loopback, which the rule above rejects; so the rules
+  are loaded first. Rejected: a process that listens on 127.0.0.1 and copies. It must be kept alive, needs CPU time for
+  each byte, and its connections die with it.
+- **Bridge netfilter** (`bridge-nf-call-iptables`) also passes bridged frames to the `inet` table, which lets them pass.
 
-**What differs by VM is elements of sets**, all else is the same for every VM. So one VM more or less is a few elements,
-which cost the same however many there are; `whole` replaces both tables, `change` goes from one state to another. Each
-is one transaction, so no packet ever sees half of it. `change` fails when what it takes away is not there, as somebody
-else has had a hand in it; then `whole` is right again.
+**Only elements of sets differ by VM.** So a VM more or less is a few elements, whose cost does not depend on the number
+of VMs. `full_ruleset` replaces both tables, `ruleset_changes` changes elements; each is one transaction. A change fails
+when an element that it removes is missing, because something else changed the tables; then load the full ruleset.
 """
 
 from __future__ import annotations
@@ -45,20 +43,20 @@ from volant.model import tap_prefix
 from ._plan import NetworkPlan, Tap
 
 _CONNECTIONS = 8192
-"""That one guest has through the host at a time: the host's table of them is everybody's."""
+"""Most connections of one guest at a time, as all of the host's share one table."""
 
 AZURE = "168.63.129.16"
-"""Azure's metadata. Its resolver has the same address, so port 53 stays open for names."""
+"""Azure's metadata service. Azure's DNS server has the same address, so port 53 stays open."""
 METADATA = ("169.254.0.0/16", AZURE, "100.100.100.200", "192.0.0.192")
-"""Where clouds answer their machines, with credentials among the rest: most of them, Azure, Alibaba, Oracle."""
+"""Metadata services, which give credentials to a cloud's machines: of most clouds, Azure, Alibaba, Oracle."""
 
 Elements = Mapping[str, Mapping[str, str]]
 
 
 class Rules(msgspec.Struct, frozen=True):
-    """A firewall: what both tables consist of, and which elements their sets have.
+    """Holds a ruleset: both tables, and the elements of their sets.
 
-    An element is a key and what it is mapped to, empty in a set. A set is named with its table: `bridge t guests`.
+    An element is a key and its value, which is empty in a set. A set's name includes its table: `bridge t guests`.
     """
 
     tables: tuple[str, ...]
@@ -67,7 +65,7 @@ class Rules(msgspec.Struct, frozen=True):
 
 
 def rules_of(plan: NetworkPlan) -> Rules:
-    """The firewall of a plan."""
+    """Returns the ruleset of a plan."""
     settings = plan.settings
     bridge, inet = settings.tables
     names = sorted({tap.network for tap in plan.taps if tap.network})
@@ -91,26 +89,26 @@ def _published(taps: tuple[Tap, ...], *, everywhere: bool) -> dict[str, str]:
         for port in tap.ports:
             if (port.host == "0.0.0.0") is everywhere:
                 host = "" if everywhere else f"{port.host} . "
-                # Of two that publish the same one the elder has it.
+                # If two VMs publish the same port, the older one has it.
                 found.setdefault(f"{port.protocol} . {host}{port.host_port}", f"{tap.address} . {port.guest_port}")
     return found
 
 
-def whole(rules: Rules) -> str:
-    """What replaces both tables, whatever they are now."""
-    return nothing(rules.tables) + rules.chains + "".join(_all("add", name, rules) for name in rules.elements)
+def full_ruleset(rules: Rules) -> str:
+    """Returns the text that creates or replaces both tables."""
+    return delete_tables(rules.tables) + rules.chains + "".join(_all("add", name, rules) for name in rules.elements)
 
 
-def nothing(tables: tuple[str, ...]) -> str:
-    """What removes tables, whether they are there or not."""
+def delete_tables(tables: tuple[str, ...]) -> str:
+    """Returns the text that deletes tables, whether they exist or not."""
     return "".join(f"add table {table}\ndelete table {table}\n" for table in tables)
 
 
-def change(before: Rules | None, after: Rules) -> str:
-    """What makes `after` of `before`; empty when they are equal. From nothing known, or where more than elements
-    differs, it is the whole."""
+def ruleset_changes(before: Rules | None, after: Rules) -> str:
+    """Returns the text that changes `before` into `after`; empty if they are equal. It is the full ruleset if `before`
+    is unknown or if more than elements differ."""
     if before is None or (before.tables, before.chains) != (after.tables, after.chains):
-        return whole(after)
+        return full_ruleset(after)
     text = ""
     for verb, mine, other in (("delete", before, after), ("add", after, before)):
         for name, elements in mine.elements.items():
@@ -214,11 +212,11 @@ def _inet_table(plan: NetworkPlan) -> str:
         ct state invalid drop
         ip daddr {_gateways(plan)} icmp type echo-request accept
         fib daddr type local reject with icmpx admin-prohibited
-        ip daddr {AZURE} meta l4proto {{ tcp, udp }} th dport 53 goto begin
+        ip daddr {AZURE} meta l4proto {{ tcp, udp }} th dport 53 goto new-connection
         ip daddr {_set(METADATA)} reject with icmpx admin-prohibited
-        goto begin
+        goto new-connection
     }}
-    chain begin {{
+    chain new-connection {{
         ct state new add @connections {{ ip saddr ct count over {_CONNECTIONS} }} drop
     }}
     chain to-the-host {{

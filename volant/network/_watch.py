@@ -1,8 +1,8 @@
-"""Hears from the kernel that somebody has taken our bridge or a firewall table of ours away.
+"""Watches for the removal of the daemon's bridge and firewall tables, by netlink's notifications.
 
-That is no rare thing: Debian's own `/etc/nftables.conf` begins with `flush ruleset`, so whoever reloads it takes all
-tables with it, and with ours what keeps guests apart. Netlink tells of each change as it is made. A table that is gone
-and there again in one transaction was replaced, which is what we do ourselves, so nobody has to be told apart from us.
+That is common: Debian's own `/etc/nftables.conf` begins with `flush ruleset`, so reloading it removes all tables, and
+with them the isolation of guests. A table that is removed and created in one transaction was replaced, as the daemon
+itself does, and does not count.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _GROUP_LINK, _GROUP_NFTABLES = 1, 7
 _SO_RCVBUFFORCE = 33
 _BUFFER_BYTES = 16 * 1024 * 1024
-"""The kernel tells of each element too: a firewall of a thousand VMs that is replaced has to fit, or each replacement
-would look like a loss, and be answered by the next."""
+"""The kernel also reports each element. When the firewall of a thousand VMs is replaced all reports must fit: an
+overflow counts as a loss, and would lead to the next replacement."""
 _DELLINK = 17
 _NEWTABLE, _DELTABLE, _NEWGEN = 0x0A00, 0x0A02, 0x0A0F
 _FAMILIES = {1: "inet", 7: "bridge"}
 _NAME_OF_LINK, _NAME_OF_TABLE = 3, 1
-_PACE_S = 1.0
-"""Who takes them away again and again is answered this often."""
+_PAUSE_S = 1.0
+"""Limits how often losses are reported if something removes the bridge or a table again and again."""
 
 
-async def watch(bridge: str, tables: Collection[str], torn: Callable[[str], None]) -> None:
-    """Call `torn` with what has happened, each time. Until it is cancelled."""
+async def watch(bridge: str, tables: Collection[str], on_loss: Callable[[str], None]) -> None:
+    """Calls `on_loss` with a description of each loss, until cancelled."""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_watch, _NETLINK_ROUTE, _GROUP_LINK, _Links(bridge), torn)
-        nursery.start_soon(_watch, _NETLINK_NETFILTER, _GROUP_NFTABLES, _Tables(tables), torn)
+        nursery.start_soon(_watch, _NETLINK_ROUTE, _GROUP_LINK, _Links(bridge), on_loss)
+        nursery.start_soon(_watch, _NETLINK_NETFILTER, _GROUP_NFTABLES, _Tables(tables), on_loss)
 
 
-async def _watch(protocol: int, group: int, told: _Links | _Tables, torn: Callable[[str], None]) -> None:
+async def _watch(protocol: int, group: int, losses: _Links | _Tables, on_loss: Callable[[str], None]) -> None:
     with closing(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)) as sock:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
@@ -46,14 +46,14 @@ async def _watch(protocol: int, group: int, told: _Links | _Tables, torn: Callab
         sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
         while True:
             await trio.lowlevel.wait_readable(sock)
-            why = _read(sock, told)
-            if why is not None:
-                torn(why)
-                await trio.sleep(_PACE_S)
+            loss = _read(sock, losses)
+            if loss is not None:
+                on_loss(loss)
+                await trio.sleep(_PAUSE_S)
 
 
-def _read(sock: socket.socket, told: _Links | _Tables) -> str | None:
-    """What the next datagram tells of."""
+def _read(sock: socket.socket, losses: _Links | _Tables) -> str | None:
+    """Returns the loss that the next datagram reports, if any."""
     try:
         data = sock.recv(1 << 20)
     except BlockingIOError:
@@ -61,33 +61,33 @@ def _read(sock: socket.socket, told: _Links | _Tables) -> str | None:
     except OSError as error:
         if error.errno != errno.ENOBUFS:
             raise
-        return "the kernel told of more changes than could be read"
-    why = None
+        return "the kernel dropped reports of changes"
+    loss = None
     for kind, payload in _messages(data):
-        why = told.hear(kind, payload) or why
-    return why
+        loss = losses.handle(kind, payload) or loss
+    return loss
 
 
 class _Links:
-    """Whether a link goes."""
+    """Detects the removal of a link."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def hear(self, kind: int, payload: bytes) -> str | None:
+    def handle(self, kind: int, payload: bytes) -> str | None:
         if kind == _DELLINK and _attribute(payload[16:], _NAME_OF_LINK) == self._name:
             return f"the bridge {self._name} was removed"
         return None
 
 
 class _Tables:
-    """Whether tables go, and are not there again when the transaction ends."""
+    """Detects tables that are missing at the end of a transaction."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
         self._gone: dict[str, None] = {}
 
-    def hear(self, kind: int, payload: bytes) -> str | None:
+    def handle(self, kind: int, payload: bytes) -> str | None:
         if kind in (_NEWTABLE, _DELTABLE):
             name = f"{_FAMILIES.get(payload[0])} {_attribute(payload[4:], _NAME_OF_TABLE)}"
             if name in self._names and kind == _DELTABLE:
@@ -101,7 +101,7 @@ class _Tables:
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Type and payload of each."""
+    """Yields type and payload of each message."""
     at = 0
     while at + 16 <= len(data):
         length, kind = struct.unpack_from("=IH", data, at)
@@ -112,7 +112,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _attribute(data: bytes, wanted: int) -> str:
-    """The text of an attribute; empty: it is not there."""
+    """Returns the text of an attribute, or an empty string without it."""
     at = 0
     while at + 4 <= len(data):
         length, kind = struct.unpack_from("=HH", data, at)

@@ -1,4 +1,4 @@
-"""What can be asked of the actor that keeps the host's side of networks."""
+"""The requests of the actor `network`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ._backend import NetworkFailed
 
 @dataclass(frozen=True, slots=True)
 class Attach(Request[None]):
-    """A VM whose row has a tag is about to be launched: answered once its tap is there, on the bridge, and the
-    firewall lets it out. One that needs no tap is answered at once.
+    """Sets up the tap of a VM that is about to be launched; its row has a tag. Answered when the tap is on the bridge
+    and the firewall lets the guest send. A VM without a tap is answered at once.
 
-    :raises NetworkFailed: it can't be had.
+    :raises NetworkFailed: when the tap can't be set up.
     """
 
     vm_id: int
@@ -23,9 +23,9 @@ class Attach(Request[None]):
 
 @dataclass(frozen=True, slots=True)
 class Detach(Request[None]):
-    """Nothing of a VM runs any more: answered once its tap and its rules are gone.
+    """Removes the tap and the rules of a VM that has no process any more. Answered when both are gone.
 
-    :raises NetworkFailed: they can't be removed.
+    :raises NetworkFailed: when they can't be removed.
     """
 
     vm_id: int
@@ -34,9 +34,9 @@ class Detach(Request[None]):
 
 @dataclass(frozen=True, slots=True)
 class Confine(Request[None]):
-    """A passt is about to be started: answered once it can send nothing to the host itself, where that is possible.
+    """Filters the destinations of passt, before one is started. Answered at once where the host can't filter them.
 
-    :raises NetworkFailed: it is, and can't be done now.
+    :raises NetworkFailed: when the host can, but the rules can't be loaded now.
     """
 
     raises = (NetworkFailed,)
@@ -44,9 +44,9 @@ class Confine(Request[None]):
 
 @dataclass(frozen=True, slots=True)
 class Reconcile(Request[None]):
-    """Look at all of it, make what is missing and remove what is stale; answered once it is as the rows say.
+    """Makes the host match the rows: creates what is missing and removes what is stale.
 
-    :raises NetworkFailed: it is not.
+    :raises NetworkFailed: when a part of it can't be done.
     """
 
     raises = (NetworkFailed,)

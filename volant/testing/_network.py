@@ -212,9 +212,9 @@ class SimNetwork:
 
         await self._call(load)
 
-    async def watch(self, bridge: str, tables: Collection[str], torn: Callable[[str], None]) -> None:
-        self._links.watchers.append(torn)
+    async def watch(self, bridge: str, tables: Collection[str], on_loss: Callable[[str], None]) -> None:
+        self._links.watchers.append(on_loss)
         try:
             await trio.sleep_forever()
         finally:
-            self._links.watchers.remove(torn)
+            self._links.watchers.remove(on_loss)
