@@ -8,7 +8,7 @@ from pathlib import Path
 
 from actors.testing import Simulation, simulate
 from volant.mcp._tools import TOOLS
-from volant.model import EDGES
+from volant.model import TRANSITIONS
 from volant.testing import simulated_world
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def test_the_page_of_vms_lists_every_transition() -> None:
     page = (DOCS / "explanation/vm.md").read_text().partition("## Transitions")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", page, re.M)
     listed = {(before, after) for before, cell in rows for after in re.findall(r"`(\w+)`", cell)}
-    assert listed == {(before, after) for before, after in EDGES if before and after}
+    assert listed == {(before, after) for before, after in TRANSITIONS if before and after}
 
 
 def test_the_page_of_mcp_names_every_tool() -> None:

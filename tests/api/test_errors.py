@@ -197,7 +197,7 @@ async def test_a_wrong_parameter_is_named(served: Api, method: str, path: str, f
         assert problem(answer, 400).get("field") == field
 
 
-async def test_a_verb_takes_no_body(served: Api) -> None:
+async def test_a_command_takes_no_body(served: Api) -> None:
     for content in (b"", b"{}"):
         problem(await served.client.post("/api/v1/vms/none/start", content=content), 404)
     answer = await served.client.post("/api/v1/vms/none/start", json={"grace": "1s"})

@@ -72,7 +72,7 @@ async def test_a_replay_waits_anew_on_the_same_vm(served: Api) -> None:
     assert (gone.headers["volant-wait"], gone.json()) == ("failed", kept.json())
 
 
-async def test_verbs_and_plugins_are_done_once(served: Api) -> None:
+async def test_commands_and_plugins_are_done_once(served: Api) -> None:
     await served.crashed("demo")
     for path in ("restart", "stop?grace=1s", "stop"):
         first = await post(served, f"/api/v1/vms/demo/{path}", path)

@@ -83,7 +83,7 @@ async def test_the_list_says_up_to_which_event_it_is_true(served: Api) -> None:
     assert int(after.rpartition("-")[2]) - int(before.rpartition("-")[2]) >= 3
 
 
-async def test_verbs_answer_with_the_vm(served: Api) -> None:
+async def test_commands_answer_with_the_vm(served: Api) -> None:
     await served.crashed("demo")
     answer = await served.client.post("/api/v1/vms/demo/start?wait=crashed&timeout=10s")
     assert (answer.status_code, answer.headers["volant-wait"]) == (200, "met")
@@ -92,8 +92,8 @@ async def test_verbs_answer_with_the_vm(served: Api) -> None:
     answer = await served.client.get("/api/v1/vms/demo?wait=stopped")
     assert (answer.json()["status"], answer.headers["volant-wait"]) == ("stopped", "met")
     assert (await served.client.post("/api/v1/vms/demo/recover")).status_code == 409
-    for verb in ("pause", "resume"):
-        answer = await served.client.post(f"/api/v1/vms/demo/{verb}")
+    for command in ("pause", "resume"):
+        answer = await served.client.post(f"/api/v1/vms/demo/{command}")
         assert (answer.status_code, answer.json()["type"]) == (409, "urn:volant:error:vm-not-running")
         assert "is stopped" in answer.json()["detail"]
         assert "start" in answer.json()["hint"]

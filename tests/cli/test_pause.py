@@ -10,12 +10,12 @@ from .kit import volar
 
 
 @pytest.mark.parametrize(
-    ("verb", "status", "says"),
+    ("command", "status", "says"),
     [("pause", "paused", b"demo is being paused\n"), ("resume", "running", b"demo is running\n")],
 )
-async def test_it_asks_and_waits_if_told_to(verb: str, status: str, says: bytes) -> None:
+async def test_it_asks_and_waits_if_told_to(command: str, status: str, says: bytes) -> None:
     async with serving() as server:
-        path = f"/api/v1/vms/demo/{verb}"
+        path = f"/api/v1/vms/demo/{command}"
         server.routes[f"POST {path}"] = [
             answer(vm()),
             answer(vm(status=status), Volant_Wait="met"),
@@ -23,9 +23,9 @@ async def test_it_asks_and_waits_if_told_to(verb: str, status: str, says: bytes)
         ]
         server.routes["GET /api/v1/vms"] = answer([vm()], Volant_Event_Id="e-1")
         server.routes["GET /api/v1/events/vms"] = sse()
-        asked = await volar(server, "vms", verb, "demo")
-        waited = await volar(server, "vms", verb, "demo", "--wait", "--timeout", "5s")
-        failed = await volar(server, "vms", verb, "demo", "--wait", "--timeout", "5s")
+        asked = await volar(server, "vms", command, "demo")
+        waited = await volar(server, "vms", command, "demo", "--wait", "--timeout", "5s")
+        failed = await volar(server, "vms", command, "demo", "--wait", "--timeout", "5s")
         queries = [request.query for request in server.asked(path)]
     assert (asked.code, asked.out) == (0, says)
     assert (waited.code, failed.code) == (0, 1)

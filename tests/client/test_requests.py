@@ -155,7 +155,7 @@ async def test_a_wait_goes_on_until_its_time_is_up() -> None:
             answer(vm(status="starting"), Volant_Wait="timeout"),
             answer(vm(), Volant_Wait="met"),
         ]
-        waited = await client.vms.verb_and_wait("demo", "restart", ["running"], timeout_s=5)
+        waited = await client.vms.apply_and_wait("demo", "restart", ["running"], timeout_s=5)
         server.routes["GET /api/v1/vms/demo"] = answer(vm(status="starting"), Volant_Wait="timeout")
         late = await client.vms.wait("demo", timeout_s=0.05)
     assert waited.outcome == "met"
@@ -194,7 +194,7 @@ async def test_what_changes_something_is_sent_again_under_its_key_when_the_conne
         server.routes["POST /api/v1/vms"] = [break_off, busy, break_off, answer(vm(), 201)]
         await client.vms.create(CreateVm(name="demo", cpu_cores=1, memory_mb=256))
         server.routes["POST /api/v1/vms/demo/restart"] = [break_off, answer(vm(), Volant_Wait="met")]
-        await client.vms.verb_and_wait("demo", "restart", ["running"], idempotency_key="mine")
+        await client.vms.apply_and_wait("demo", "restart", ["running"], idempotency_key="mine")
         server.routes["POST /api/v1/plugins"] = [answer(PLUGIN, 201)]
         await client.plugins.install({"name": "p", "version": "1"})
     keys = [request.headers["idempotency-key"] for request in server.requests]

@@ -71,8 +71,8 @@ async def test_the_log_names_vms_that_have_it_from_before(tmp_path: Path) -> Non
             with trio.fail_after(20):
                 while (vm := (await client.get("/api/v1/vms/demo")).json())["status"] != "crashed":  # noqa: ASYNC110
                     await trio.sleep(0.02)
-            for verb in ("start", "restart"):
-                answer = await client.post(f"/api/v1/vms/demo/{verb}")
+            for command in ("start", "restart"):
+                answer = await client.post(f"/api/v1/vms/demo/{command}")
                 assert answer.status_code == 409, (answer.text, vm)
                 assert answer.json()["detail"].startswith("VM 'demo' can't have the network 'user': the daemon lets")
             await client.delete("/api/v1/vms/demo")

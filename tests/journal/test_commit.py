@@ -24,7 +24,7 @@ from volant.journal import (
     RemovePlugin,
     StaleRow,
 )
-from volant.model import BASE, IllegalEdge, Manifest, Phase, Problem, Status, Step, VmRow
+from volant.model import BASE, IllegalTransition, Manifest, Phase, Problem, Status, Step, VmRow
 
 
 @pytest.fixture
@@ -106,10 +106,10 @@ async def test_every_change_of_status_has_one_event_and_other_changes_none(path:
     assert on_disk(path) == []
 
 
-async def test_an_illegal_edge_is_refused_and_changes_nothing(path: Path) -> None:
+async def test_an_illegal_transition_is_refused_and_changes_nothing(path: Path) -> None:
     async with running(path) as bench:
         row = await bench.create("demo")
-        with pytest.raises(IllegalEdge):
+        with pytest.raises(IllegalTransition):
             await bench.to(row, Status.STARTING, Status.PENDING)
         assert on_disk(path) == [row]
         assert bench.store.events.newest.seq == 1

@@ -10,6 +10,8 @@ from tests.model.test_decide import ANYTHING, NOW, PROCESS, WHY, create, outcome
 from volant.model import (
     AgentAnswered,
     Cleared,
+    Command,
+    CommandRequest,
     Ended,
     EndKind,
     ImageReady,
@@ -21,8 +23,6 @@ from volant.model import (
     Seen,
     Status,
     StepFailed,
-    Verb,
-    VerbKind,
     VmRow,
     Woke,
     decide,
@@ -61,7 +61,7 @@ def test_a_clone_that_fails_is_cleared_away_and_boots_cold(so_far: tuple[Seen, .
     assert after is not None
     shown = view(after)
     assert (shown.status, shown.booted_from, shown.fallback, shown.boots) == (Status.RUNNING, "cold", WHY, 2)
-    again = settle(see(after, Verb(VerbKind.RESTART)))
+    again = settle(see(after, CommandRequest(Command.RESTART)))
     assert again is not None
     assert again.fallback is None, "it is about one boot"
 
@@ -106,6 +106,6 @@ def test_anything_in_any_order_leaves_no_clone_behind(chain: list[Seen | None], 
             return
         assert row.process is None or row.tag
     assert row is not None
-    for step in decide(row, Verb(VerbKind.DELETE), NOW):
+    for step in decide(row, CommandRequest(Command.DELETE), NOW):
         row = step.row
     assert settle(row) is None

@@ -9,6 +9,8 @@ from tests.model.test_decide import NOW, PROCESS, WHY, create, see
 from volant.model import (
     AgentAnswered,
     Cleared,
+    Command,
+    CommandRequest,
     Ended,
     EndKind,
     ForkVm,
@@ -20,8 +22,6 @@ from volant.model import (
     Seen,
     Status,
     StepFailed,
-    Verb,
-    VerbKind,
     VmRow,
     Woke,
     check_copyable,
@@ -51,7 +51,7 @@ def test_it_shows_whose_copy_it_is_and_waits_for_nothing_once_it_runs() -> None:
     assert (shown.status, shown.booted_from, row.checkpoint) == (Status.RUNNING, "fork", None)
     assert shown.origin == Origin("fork", "demo", 7, paused_ms=3.5)
     assert not waits_for(row, "fork-a")
-    again = see(row, Verb(VerbKind.RESTART, grace_s=0), Cleared())
+    again = see(row, CommandRequest(Command.RESTART, grace_s=0), Cleared())
     assert effect_of(again) == PrepareImage("8.2")
     assert (again.template, again.checkpoint) == (None, None)
 
@@ -66,16 +66,16 @@ def test_one_that_fails_is_crashed_and_nothing_else_is_booted_in_its_place(
     assert (row.status, row.reason, row.fallback) == (Status.CRASHED, WHY, None)
     assert (effect_of(row), settled(row)) == (None, True)
     # Whoever asks for it once more gets the copy, or the reason why not.
-    row = see(row, Verb(VerbKind.START))
+    row = see(row, CommandRequest(Command.START))
     assert (row.status, row.checkpoint) == (Status.STARTING, "fork-a")
 
 
 def test_what_is_on_its_way_can_not_be_copied() -> None:
     running = see(create(), Woke(None), ImageReady("digest", "volant-tag"), LAUNCHED, AgentAnswered())
     check_copyable(running)
-    for verb in (VerbKind.STOP, VerbKind.RESTART, VerbKind.PAUSE, VerbKind.DELETE):
+    for command in (Command.STOP, Command.RESTART, Command.PAUSE, Command.DELETE):
         with pytest.raises(Problem) as refused:
-            check_copyable(see(running, Verb(verb)))
+            check_copyable(see(running, CommandRequest(command)))
         assert (refused.value.status, refused.value.code) == (409, "vm-not-running")
 
 

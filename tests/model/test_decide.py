@@ -1,4 +1,4 @@
-"""The mind of a VM: whatever is seen in whatever order, only legal edges, and a way to rest from everywhere."""
+"""The decisions about a VM: whatever is seen in whatever order, transitions are legal and every state can be left."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from volant.model import (
     BASE,
-    EDGES,
     GUEST_SHUTDOWN,
+    TRANSITIONS,
     AgentAnswered,
     AskStop,
     AwaitAgent,
     Cleared,
+    Command,
+    CommandRequest,
     CreateVm,
     Desired,
     Effect,
@@ -44,8 +46,6 @@ from volant.model import (
     Seen,
     Status,
     StepFailed,
-    Verb,
-    VerbKind,
     VmRow,
     Woke,
     decide,
@@ -142,60 +142,59 @@ def test_create_goes_through_starting_to_running() -> None:
 
 
 def test_stop_asks_a_guest_whose_agent_has_answered() -> None:
-    row = see(running(), Verb(VerbKind.STOP, 3.0))
+    row = see(running(), CommandRequest(Command.STOP, 3.0))
     assert effect_of(row) == AskStop("volant-tag", 3.0)
     assert statuses(row) == ["stopping", "stopped"]
 
 
 def test_stop_without_grace_kills_at_once() -> None:
-    assert isinstance(effect_of(see(running(), Verb(VerbKind.STOP, 0.0))), Kill)
+    assert isinstance(effect_of(see(running(), CommandRequest(Command.STOP, 0.0))), Kill)
 
 
 def test_a_guest_that_ignores_the_request_is_killed_after_the_grace() -> None:
-    row = see(running(), Verb(VerbKind.STOP, 3.0), StepFailed(Reason("grace_over", "did not stop in time")))
+    row = see(running(), CommandRequest(Command.STOP, 3.0), StepFailed(Reason("grace_over", "did not stop in time")))
     assert isinstance(effect_of(row), Kill)
     assert statuses(row) == ["stopped"]
 
 
-@pytest.mark.parametrize("kind", [VerbKind.STOP, VerbKind.DELETE])
+@pytest.mark.parametrize("command", [Command.STOP, Command.DELETE])
 @pytest.mark.parametrize(
     "so_far",
     [(), (ImageReady("d", "volant-tag"),), (ImageReady("d", "volant-tag"), Launched(PROCESS, "qemu", "tcg"))],
 )
-def test_a_verb_is_heard_at_every_step_of_a_boot(kind: VerbKind, so_far: tuple[Seen, ...]) -> None:
+def test_a_command_is_heard_at_every_step_of_a_boot(command: Command, so_far: tuple[Seen, ...]) -> None:
     row = see(create(), Woke(None), *so_far)
-    expected = ["stopping", "stopped"] if kind is VerbKind.STOP else ["deleting", "gone"]
-    if kind is VerbKind.STOP or so_far:
-        assert not isinstance(effect_of(see(row, Verb(kind))), AskStop), "its agent never answered"
-    assert statuses(row, Verb(kind)) == expected
+    expected = ["stopping", "stopped"] if command is Command.STOP else ["deleting", "gone"]
+    if command is Command.STOP or so_far:
+        assert not isinstance(effect_of(see(row, CommandRequest(command))), AskStop), "its agent never answered"
+    assert statuses(row, CommandRequest(command)) == expected
 
 
 def test_restart_is_a_new_boot_after_a_stop() -> None:
-    assert statuses(running(), Verb(VerbKind.RESTART)) == ["stopping", "stopped", "starting", "running"]
+    assert statuses(running(), CommandRequest(Command.RESTART)) == ["stopping", "stopped", "starting", "running"]
 
 
 def test_start_while_stopping_starts_after_the_stop() -> None:
-    assert statuses(running(), Verb(VerbKind.STOP), Verb(VerbKind.START)) == [
+    assert statuses(running(), CommandRequest(Command.STOP), CommandRequest(Command.START)) == [
         "stopping", "stopped", "starting", "running",
     ]  # fmt: skip
 
 
 def test_stop_takes_a_start_back_while_stopping() -> None:
-    assert statuses(running(), Verb(VerbKind.STOP), Verb(VerbKind.START), Verb(VerbKind.STOP)) == [
-        "stopping", "stopped",
-    ]  # fmt: skip
+    requests = [CommandRequest(command) for command in (Command.STOP, Command.START, Command.STOP)]
+    assert statuses(running(), *requests) == ["stopping", "stopped"]
 
 
-@pytest.mark.parametrize("kind", [VerbKind.START])
-def test_start_of_a_vm_that_runs_changes_nothing(kind: VerbKind) -> None:
-    assert decide(running(), Verb(kind), NOW) == ()
-    assert decide(see(create(), Woke(None)), Verb(kind), NOW) == ()
+@pytest.mark.parametrize("command", [Command.START])
+def test_start_of_a_vm_that_runs_changes_nothing(command: Command) -> None:
+    assert decide(running(), CommandRequest(command), NOW) == ()
+    assert decide(see(create(), Woke(None)), CommandRequest(command), NOW) == ()
 
 
 def test_stop_of_a_stopped_vm_changes_nothing() -> None:
-    stopped = settle(see(running(), Verb(VerbKind.STOP)))
+    stopped = settle(see(running(), CommandRequest(Command.STOP)))
     assert stopped is not None
-    assert decide(stopped, Verb(VerbKind.STOP), NOW) == ()
+    assert decide(stopped, CommandRequest(Command.STOP), NOW) == ()
 
 
 def test_a_panic_is_a_crash_with_its_reason_and_start_brings_it_back() -> None:
@@ -204,21 +203,21 @@ def test_a_panic_is_a_crash_with_its_reason_and_start_brings_it_back() -> None:
     assert row.reason is not None
     assert row.reason.console == ("Oops",)
     assert isinstance(effect_of(row), Kill), "the process goes once the reason is committed"
-    assert statuses(row, Verb(VerbKind.START)) == ["crashed", "starting", "running"]
+    assert statuses(row, CommandRequest(Command.START)) == ["crashed", "starting", "running"]
 
 
 def test_start_of_a_crashed_vm_clears_the_reason() -> None:
     crashed = settle(see(running(), Ended(EndKind.KILLED, WHY)))
     assert crashed is not None
     assert effect_of(crashed) is None
-    again = settle(see(crashed, Verb(VerbKind.START)))
+    again = settle(see(crashed, CommandRequest(Command.START)))
     assert again is not None
     assert (again.status, again.reason, again.boots) == (Status.RUNNING, None, 2)
 
 
 def test_stop_of_a_crashed_vm_gives_stopped() -> None:
     row = see(running(), Ended(EndKind.KILLED, WHY))
-    assert statuses(row, Verb(VerbKind.STOP)) == ["crashed", "stopped"]
+    assert statuses(row, CommandRequest(Command.STOP)) == ["crashed", "stopped"]
 
 
 def test_a_guest_that_powers_itself_off_is_stopped() -> None:
@@ -229,7 +228,7 @@ def test_a_guest_that_powers_itself_off_is_stopped() -> None:
     # Who looks later is told that nobody asked for it, until the next boot.
     stopped = see(row, Cleared())
     assert (stopped.status, stopped.reason) == (Status.STOPPED, why)
-    assert see(stopped, Verb(VerbKind.START)).reason is None
+    assert see(stopped, CommandRequest(Command.START)).reason is None
 
 
 def test_trouble_on_the_way_to_a_stop_is_over_with_it() -> None:
@@ -248,20 +247,20 @@ def test_a_failed_image_is_a_crash_without_a_process() -> None:
 
 
 def test_delete_is_joined_by_a_second_delete() -> None:
-    row = see(running(), Verb(VerbKind.DELETE))
-    assert decide(row, Verb(VerbKind.DELETE), NOW) == ()
+    row = see(running(), CommandRequest(Command.DELETE))
+    assert decide(row, CommandRequest(Command.DELETE), NOW) == ()
 
 
-@pytest.mark.parametrize("kind", sorted(set(VerbKind) - {VerbKind.DELETE}))
-def test_nothing_else_is_legal_while_deleting(kind: VerbKind) -> None:
+@pytest.mark.parametrize("command", sorted(set(Command) - {Command.DELETE}))
+def test_nothing_else_is_legal_while_deleting(command: Command) -> None:
     with pytest.raises(Problem, match="is being deleted") as caught:
-        decide(see(running(), Verb(VerbKind.DELETE)), Verb(kind), NOW)
+        decide(see(running(), CommandRequest(Command.DELETE)), CommandRequest(command), NOW)
     assert caught.value.status == 409
 
 
 def test_recover_without_lost_control_is_a_conflict() -> None:
     with pytest.raises(Problem, match="nothing to recover") as caught:
-        decide(running(), Verb(VerbKind.RECOVER), NOW)
+        decide(running(), CommandRequest(Command.RECOVER), NOW)
     assert caught.value.status == 409
 
 
@@ -300,104 +299,104 @@ def test_on_failure_leaves_a_clean_shutdown_alone_and_always_does_not() -> None:
     ]  # fmt: skip
 
 
-def test_a_verb_takes_an_automatic_restart_back() -> None:
+def test_a_command_takes_an_automatic_restart_back() -> None:
     row = see(running(restart_policy="always"), Ended(EndKind.PANICKED, WHY), Cleared())
     assert isinstance(effect_of(row), RestartLater)
-    row = see(row, Verb(VerbKind.STOP))
+    row = see(row, CommandRequest(Command.STOP))
     assert (row.status, effect_of(row)) == (Status.STOPPED, None)
 
 
 def paused(**fields: object) -> VmRow:
-    row = settle(see(running(**fields), Verb(VerbKind.PAUSE)))
+    row = settle(see(running(**fields), CommandRequest(Command.PAUSE)))
     assert row is not None
     assert (row.status, row.desired, row.process) == (Status.PAUSED, Desired.PAUSED, PROCESS)
     return row
 
 
 def test_pause_and_resume_keep_the_process() -> None:
-    assert statuses(running(), Verb(VerbKind.PAUSE)) == ["running", "paused"]
-    assert statuses(paused(), Verb(VerbKind.RESUME)) == ["paused", "running"]
+    assert statuses(running(), CommandRequest(Command.PAUSE)) == ["running", "paused"]
+    assert statuses(paused(), CommandRequest(Command.RESUME)) == ["paused", "running"]
     assert settled(paused())
-    assert not settled(see(running(), Verb(VerbKind.PAUSE)))
-    assert decide(paused(), Verb(VerbKind.PAUSE), NOW) == ()
-    assert decide(running(), Verb(VerbKind.RESUME), NOW) == ()
+    assert not settled(see(running(), CommandRequest(Command.PAUSE)))
+    assert decide(paused(), CommandRequest(Command.PAUSE), NOW) == ()
+    assert decide(running(), CommandRequest(Command.RESUME), NOW) == ()
 
 
 def test_start_of_a_paused_vm_lets_it_go_on() -> None:
-    assert statuses(paused(), Verb(VerbKind.START)) == ["paused", "running"]
+    assert statuses(paused(), CommandRequest(Command.START)) == ["paused", "running"]
 
 
 def test_a_boot_that_should_end_paused_runs_first() -> None:
-    row = see(create(), Woke(None), Verb(VerbKind.PAUSE))
+    row = see(create(), Woke(None), CommandRequest(Command.PAUSE))
     assert (row.status, row.desired) == (Status.STARTING, Desired.PAUSED)
     assert statuses(row)[-2:] == ["running", "paused"]
-    assert statuses(row, Verb(VerbKind.RESUME))[-1] == "running"
-    assert statuses(row, Verb(VerbKind.START))[-1] == "running"
+    assert statuses(row, CommandRequest(Command.RESUME))[-1] == "running"
+    assert statuses(row, CommandRequest(Command.START))[-1] == "running"
 
 
-@pytest.mark.parametrize("kind", [VerbKind.PAUSE, VerbKind.RESUME])
-def test_what_has_no_guest_can_be_neither_paused_nor_resumed(kind: VerbKind) -> None:
-    stopping = see(running(), Verb(VerbKind.STOP))
+@pytest.mark.parametrize("command", [Command.PAUSE, Command.RESUME])
+def test_what_has_no_guest_can_be_neither_paused_nor_resumed(command: Command) -> None:
+    stopping = see(running(), CommandRequest(Command.STOP))
     stopped = settle(stopping)
     crashed = settle(see(running(), Ended(EndKind.KILLED, WHY)))
     for row in (stopping, stopped, crashed):
         assert row is not None
         with pytest.raises(Problem, match=f"'demo' is {row.status}") as caught:
-            decide(row, Verb(kind), NOW)
+            decide(row, CommandRequest(command), NOW)
         assert (caught.value.status, caught.value.code) == (409, "vm-not-running")
         assert caught.value.hint
 
 
 def test_who_takes_a_pause_or_a_resume_back_is_sure_of_it() -> None:
     # The step that was cancelled may have had its effect already.
-    back = see(running(), Verb(VerbKind.PAUSE), Verb(VerbKind.RESUME))
+    back = see(running(), CommandRequest(Command.PAUSE), CommandRequest(Command.RESUME))
     assert isinstance(effect_of(back), Resume)
     assert statuses(back) == ["running"]
-    again = see(paused(), Verb(VerbKind.RESUME), Verb(VerbKind.PAUSE))
+    again = see(paused(), CommandRequest(Command.RESUME), CommandRequest(Command.PAUSE))
     assert isinstance(effect_of(again), Pause)
     assert statuses(again) == ["paused"]
 
 
 def test_a_pause_that_fails_is_taken_back_and_says_why() -> None:
-    row = see(running(), Verb(VerbKind.PAUSE), StepFailed(Reason("pause_failed", "QEMU does not answer")))
+    row = see(running(), CommandRequest(Command.PAUSE), StepFailed(Reason("pause_failed", "QEMU does not answer")))
     assert isinstance(effect_of(row), Resume)
     done = settle(row)
     assert done is not None
     assert (done.status, done.desired) == (Status.RUNNING, Desired.RUNNING)
     assert done.reason is not None
     assert done.reason.code == "pause_failed"
-    assert see(done, Verb(VerbKind.PAUSE), Paused()).reason is None
+    assert see(done, CommandRequest(Command.PAUSE), Paused()).reason is None
 
 
 def test_a_resume_that_fails_is_tried_on_and_can_be_stopped() -> None:
-    row = see(paused(), Verb(VerbKind.RESUME), StepFailed(Reason("resume_failed", "QEMU does not answer")))
+    row = see(paused(), CommandRequest(Command.RESUME), StepFailed(Reason("resume_failed", "QEMU does not answer")))
     assert (row.status, effect_of(row)) == (Status.PAUSED, Resume("volant-tag"))
     assert row.reason is not None
     assert see(row, Resumed()).reason is None
-    assert statuses(row, Verb(VerbKind.STOP)) == ["stopping", "stopped"]
+    assert statuses(row, CommandRequest(Command.STOP)) == ["stopping", "stopped"]
 
 
 def test_a_clock_that_was_not_set_is_told() -> None:
     why = Reason("clock_not_set", "the agent does not answer")
-    assert see(paused(), Verb(VerbKind.RESUME), Resumed(why)).reason == why
+    assert see(paused(), CommandRequest(Command.RESUME), Resumed(why)).reason == why
 
 
 def test_stop_and_delete_ask_a_paused_guest_too() -> None:
-    assert isinstance(effect_of(see(paused(), Verb(VerbKind.STOP))), AskStop)
-    assert statuses(paused(), Verb(VerbKind.STOP)) == ["stopping", "stopped"]
-    assert statuses(paused(), Verb(VerbKind.DELETE)) == ["deleting", "gone"]
-    assert isinstance(effect_of(see(paused(), Verb(VerbKind.STOP, 0.0))), Kill)
+    assert isinstance(effect_of(see(paused(), CommandRequest(Command.STOP))), AskStop)
+    assert statuses(paused(), CommandRequest(Command.STOP)) == ["stopping", "stopped"]
+    assert statuses(paused(), CommandRequest(Command.DELETE)) == ["deleting", "gone"]
+    assert isinstance(effect_of(see(paused(), CommandRequest(Command.STOP, 0.0))), Kill)
 
 
 def test_restart_of_a_paused_vm_runs() -> None:
-    assert statuses(paused(), Verb(VerbKind.RESTART)) == ["stopping", "stopped", "starting", "running"]
+    assert statuses(paused(), CommandRequest(Command.RESTART)) == ["stopping", "stopped", "starting", "running"]
 
 
 def test_what_boots_again_by_itself_ends_paused_as_it_should() -> None:
     again = ["stopping", "stopped", "starting", "running", "paused"]
     assert statuses(paused(), Woke(None, rebooted=True)) == again
-    assert statuses(paused(), Verb(VerbKind.RESTART, aside=True)) == again
-    assert statuses(see(running(), Verb(VerbKind.PAUSE)), Ended(EndKind.RESET, WHY)) == again
+    assert statuses(paused(), CommandRequest(Command.RESTART, aside=True)) == again
+    assert statuses(see(running(), CommandRequest(Command.PAUSE)), Ended(EndKind.RESET, WHY)) == again
     crashed = ["crashed", "starting", "running", "paused"]
     assert statuses(paused(restart_policy="on-failure"), Ended(EndKind.KILLED, WHY)) == crashed
 
@@ -408,14 +407,14 @@ def test_a_paused_vm_whose_process_dies_has_crashed() -> None:
 
 
 def test_an_incarnation_that_begins_in_a_pause_or_a_resume_goes_on_with_it() -> None:
-    for row in (see(running(), Verb(VerbKind.PAUSE)), see(paused(), Verb(VerbKind.RESUME)), paused()):
+    for row in (see(running(), CommandRequest(Command.PAUSE)), see(paused(), CommandRequest(Command.RESUME)), paused()):
         assert decide(row, Woke(PROCESS), NOW) == ()
         assert statuses(row, Woke(None)) == ["crashed"]
 
 
 REASONS = st.just(WHY)
 ANYTHING: st.SearchStrategy[Seen] = st.one_of(
-    st.builds(Verb, st.sampled_from(VerbKind), st.sampled_from([0.0, 10.0])),
+    st.builds(CommandRequest, st.sampled_from(Command), st.sampled_from([0.0, 10.0])),
     st.builds(Woke, st.sampled_from([None, PROCESS])),
     st.just(ImageReady("digest", "volant-tag")),
     st.just(Launched(PROCESS, "qemu", "tcg")),
@@ -446,11 +445,11 @@ def test_no_boot_begins_while_the_daemon_drains_and_each_that_is_due_then_does()
     due(made)
 
     # Stopped for the time: a restart whose second half waits.
-    aside = see(running(), Verb(VerbKind.RESTART), Ended(EndKind.SHUTDOWN, WHY), Cleared(), held=True)
+    aside = see(running(), CommandRequest(Command.RESTART), Ended(EndKind.SHUTDOWN, WHY), Cleared(), held=True)
     assert (aside.status, aside.desired) == (Status.STOPPED, Desired.RUNNING)
     due(aside)
     due(see(aside, Woke(None), held=True))
-    due(see(paused(), Verb(VerbKind.RESTART, aside=True), Ended(EndKind.SHUTDOWN, WHY), Cleared(), held=True))
+    due(see(paused(), CommandRequest(Command.RESTART, aside=True), Ended(EndKind.SHUTDOWN, WHY), Cleared(), held=True))
 
     due(see(running(), Ended(EndKind.RESET, WHY), Cleared(), held=True))
     due(see(running(), Woke(None, rebooted=True), Cleared(), held=True))
@@ -460,12 +459,12 @@ def test_no_boot_begins_while_the_daemon_drains_and_each_that_is_due_then_does()
 
 
 def test_one_that_waits_for_the_daemon_can_be_stopped_and_deleted() -> None:
-    aside = see(running(), Verb(VerbKind.RESTART), Ended(EndKind.SHUTDOWN, WHY), Cleared(), held=True)
-    stopped = see(aside, Verb(VerbKind.STOP), held=True)
+    aside = see(running(), CommandRequest(Command.RESTART), Ended(EndKind.SHUTDOWN, WHY), Cleared(), held=True)
+    stopped = see(aside, CommandRequest(Command.STOP), held=True)
     assert (stopped.status, stopped.desired, effect_of(stopped)) == (Status.STOPPED, Desired.STOPPED, None)
-    assert statuses(aside, Verb(VerbKind.DELETE)) == ["deleting", "gone"]
+    assert statuses(aside, CommandRequest(Command.DELETE)) == ["deleting", "gone"]
     made = see(create(), Woke(None), held=True)
-    assert see(made, Verb(VerbKind.STOP), held=True).status is Status.STOPPED
+    assert see(made, CommandRequest(Command.STOP), held=True).status is Status.STOPPED
 
 
 @settings(max_examples=300, deadline=None)
@@ -473,7 +472,7 @@ def test_one_that_waits_for_the_daemon_can_be_stopped_and_deleted() -> None:
     st.lists(st.tuples(st.one_of(ANYTHING, st.none()), st.booleans()), max_size=25),
     st.sampled_from(["never", "on-failure", "always"]),
 )
-def test_anything_in_any_order_keeps_to_the_edges_and_can_still_be_deleted(
+def test_anything_in_any_order_keeps_to_the_transitions_and_can_still_be_deleted(
     chain: list[tuple[Seen | None, bool]], policy: str
 ) -> None:
     """None in the chain stands for: the step under way goes well; true for: the daemon drains."""
@@ -491,7 +490,9 @@ def test_anything_in_any_order_keeps_to_the_edges_and_can_still_be_deleted(
             continue
         before: VmRow = row
         for step in steps:
-            assert step.row is None or (before.status, step.row.status) in EDGES or before.status is step.row.status
+            assert (
+                step.row is None or (before.status, step.row.status) in TRANSITIONS or before.status is step.row.status
+            )
             assert step.row is None or not held or before.status is step.row.status or step.row.phase is not Phase.IMAGE
             row = step.row
             if row is None:
@@ -499,7 +500,7 @@ def test_anything_in_any_order_keeps_to_the_edges_and_can_still_be_deleted(
             before = row
         assert row.process is None or row.tag, "a process without a tag has no owner"
     assert row is not None
-    for step in decide(row, Verb(VerbKind.DELETE), NOW):
+    for step in decide(row, CommandRequest(Command.DELETE), NOW):
         row = step.row
     assert settle(row) is None
 
@@ -507,8 +508,8 @@ def test_anything_in_any_order_keeps_to_the_edges_and_can_still_be_deleted(
 def test_settled_means_that_no_status_follows_by_itself() -> None:
     crashed = see(running(), Ended(EndKind.KILLED, WHY))
     assert settled(crashed), "clearing up changes no status"
-    assert not settled(see(crashed, Verb(VerbKind.START)))
-    assert not settled(see(crashed, Verb(VerbKind.STOP)))
+    assert not settled(see(crashed, CommandRequest(Command.START)))
+    assert not settled(see(crashed, CommandRequest(Command.STOP)))
     assert not settled(see(running(restart_policy="always"), Ended(EndKind.KILLED, WHY)))
-    assert not settled(see(running(), Verb(VerbKind.RESTART)))
+    assert not settled(see(running(), CommandRequest(Command.RESTART)))
     assert settled(running())

@@ -1,7 +1,7 @@
 """A life of a daemon under faults: people who use it, somebody who breaks things, and what must hold all the while.
 
 Operators make, start, stop and delete VMs of their own and know what was acknowledged. A follower reads every event,
-over all breaks of its connection, and holds them against the table of legal edges. A troublemaker kills the daemon, its
+over all breaks of its connection, and holds them against the table of transitions. A troublemaker kills the daemon, its
 actors and the power. When it has done enough, faults are turned off, and within a bounded time everything must be what
 it should be.
 """
@@ -23,7 +23,7 @@ import msgspec
 import trio
 
 from actors.testing import FaultReport, Simulation, kill, simulate
-from volant.model import EDGES, Status, VmRow, settled
+from volant.model import TRANSITIONS, Status, VmRow, settled
 from volant.model.agent import TELLS_NETWORK
 from volant.testing import Answer, Unreachable, World, simulated_world
 from volant.testing._qemu import SimQemu
@@ -81,7 +81,7 @@ BLUE = "blue"
 NETWORKS = {"ada": BLUE, "bob": "bridge", "eve": BLUE}
 """Of the VMs of each operator, in every second life; none in the others, as a template fits one kind alone."""
 
-REACHABLE = EDGES - {(Status.PENDING, Status.STOPPED), (Status.PENDING, Status.DELETING)}
+REACHABLE = TRANSITIONS - {(Status.PENDING, Status.STOPPED), (Status.PENDING, Status.DELETING)}
 """One that is pending begins to start before its actor hears anybody."""
 
 _JSON = {"content-type": "application/json"}
@@ -93,7 +93,7 @@ _ATTEMPTS = 400
 class Seen:
     """What came of one life, or of several together."""
 
-    edges: set[tuple[Status | None, Status | None]] = field(default_factory=set)
+    transitions: set[tuple[Status | None, Status | None]] = field(default_factory=set)
     faults: FaultReport | None = None
     starts: int = 0
     events: int = 0
@@ -106,7 +106,7 @@ class Seen:
     """Of those, the ones whose process had waited for them."""
 
     def __iadd__(self, other: Seen) -> Seen:
-        self.edges |= other.edges
+        self.transitions |= other.transitions
         if other.faults is not None:
             self.faults = other.faults if self.faults is None else self.faults + other.faults
         self.starts += other.starts
@@ -127,12 +127,12 @@ class Seen:
 
 
 def missing(seen: Seen) -> list[str]:
-    """What should have been seen over enough lives: each legal edge, each fault."""
-    edges = [f"{before} -> {after}" for before, after in sorted(REACHABLE - seen.edges, key=str)]
+    """What should have been seen over enough lives: each transition, each fault."""
+    transitions = [f"{before} -> {after}" for before, after in sorted(REACHABLE - seen.transitions, key=str)]
     assert seen.faults is not None
     if not seen.copies:
-        edges.append("a VM that ran as a copy of another one")
-    return [*edges, *seen.faults.never_fired, *seen.faults.never_reached]
+        transitions.append("a VM that ran as a copy of another one")
+    return [*transitions, *seen.faults.never_fired, *seen.faults.never_reached]
 
 
 def live(seed: int, directory: Path) -> Seen:
@@ -511,8 +511,8 @@ class Follower:
             assert before is after, (event, before)
             self._seen.copies += event["type"] == "VM_RESTORED"
             return
-        assert (before, after) in EDGES, f"{event['name']} went from {before} to {after}"
-        self._seen.edges.add((before, after))
+        assert (before, after) in TRANSITIONS, f"{event['name']} went from {before} to {after}"
+        self._seen.transitions.add((before, after))
         self._statuses[event["vm_id"]] = after
         self._names[event["vm_id"]] = event["name"]
         names = [self._names[vm_id] for vm_id, status in self._statuses.items() if status is not None]
@@ -578,7 +578,7 @@ class Operator:
         while not is_over():
             name = self._rng.choice(sorted(self._known))
             actions = [
-                *(self._create, self._verb, self._verb, self._verb, self._delete, self._look),
+                *(self._create, self._command, self._command, self._command, self._delete, self._look),
                 *(self._take_snapshot, self._restore, self._fork),
             ]
             await self._rng.choice(actions)(name)
@@ -655,9 +655,9 @@ class Operator:
             if known.going:
                 known.vm_id = None
 
-    async def _verb(self, name: str) -> None:
-        verb = self._rng.choice(["start", "stop", "restart", "recover", "stop?grace=1s", "pause", "pause", "resume"])
-        answer = await self._insist("POST", f"/api/v1/vms/{name}/{verb.replace('?', '?')}")
+    async def _command(self, name: str) -> None:
+        command = self._rng.choice(["start", "stop", "restart", "recover", "stop?grace=1s", "pause", "pause", "resume"])
+        answer = await self._insist("POST", f"/api/v1/vms/{name}/{command}")
         self._exists_if(name, answer, {200, 409})
 
     async def _delete(self, name: str) -> None:

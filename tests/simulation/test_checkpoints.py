@@ -1,4 +1,4 @@
-"""A copy of a guest is used as it was made, or refused with the reason; and a verb is not kept waiting by one."""
+"""A copy of a guest is used as it was made, or refused with the reason; and a command does not wait for one."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_files_that_are_gone_are_missed(tmp_path: Path) -> None:
         ("DELETE", "demo", None),
     ],
 )
-def test_a_verb_ends_a_copy_that_is_under_way_and_nothing_is_left_of_it(
+def test_a_command_ends_a_copy_that_is_under_way_and_nothing_is_left_of_it(
     tmp_path: Path, kind: str, method: str, path: str, status: str | None
 ) -> None:
     async def story(world: World) -> None:

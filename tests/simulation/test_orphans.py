@@ -150,8 +150,8 @@ def test_what_a_vm_owns_can_be_neither_killed_nor_adopted_here(tmp_path: Path) -
         await boot(world, "demo")
         tag = world.machine.running()[0].tag
         assert await orphans(world) == []
-        for verb in ("kill", "adopt"):
-            answer = await world.request("POST", f"{ORPHANS}/{tag}/{verb}")
+        for action in ("kill", "adopt"):
+            answer = await world.request("POST", f"{ORPHANS}/{tag}/{action}")
             assert (answer.status, answer.json()["type"]) == (404, "urn:volant:error:orphan-not-found")
         assert len(world.machine.running()) == 1
 

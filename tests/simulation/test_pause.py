@@ -130,8 +130,8 @@ def test_a_daemon_that_comes_back_makes_the_guest_what_it_should_be(tmp_path: Pa
             qemu.status = "paused" if yes else "running"
             qemu.guest.stand_still(yes)
 
-        for verb, status in (("pause", "paused"), ("resume", "running")):
-            await post(world, f"{verb}?wait={status}")
+        for command, status in (("pause", "paused"), ("resume", "running")):
+            await post(world, f"{command}?wait={status}")
             newest = world.daemon.store.projection.last_event
             for found in (True, False):
                 await world.kill_daemon()
@@ -149,8 +149,8 @@ def test_a_daemon_that_comes_back_makes_the_guest_what_it_should_be(tmp_path: Pa
 
 def test_a_daemon_that_is_killed_in_a_pause_or_a_resume_finishes_it(tmp_path: Path) -> None:
     async def story(sim: Simulation, world: World) -> None:
-        for verb, status in (("pause", "paused"), ("resume", "running")) * 10:
-            await post(world, verb)
+        for command, status in (("pause", "paused"), ("resume", "running")) * 10:
+            await post(world, command)
             await trio.sleep(sim.rng.uniform(0.0, 0.02))
             await world.kill_daemon()
             await world.start_daemon()

@@ -39,7 +39,7 @@ def restore_offline(daemon: Daemon, file: Path, *flags: str) -> subprocess.Compl
 async def stopped_vm(client: Client, name: str) -> None:
     """Creates a VM that does not boot."""
     await client.vms.create(spec(name))
-    assert (await client.vms.verb_and_wait(name, "stop", ["stopped"], grace_s=0)).outcome == "met"
+    assert (await client.vms.apply_and_wait(name, "stop", ["stopped"], grace_s=0)).outcome == "met"
 
 
 async def test_a_restore_of_a_daemon_with_running_vms(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ async def test_a_damaged_database_is_kept_and_a_backup_brings_the_running_vm_bac
         vm = await boot(client, "demo")
         volar(daemon, "system", "backup", str(kept))
         # The backup does not contain the newest boot.
-        await client.vms.verb_and_wait("demo", "restart", ["running"], timeout_s=120)
+        await client.vms.apply_and_wait("demo", "restart", ["running"], timeout_s=120)
         vm = await client.vms.get("demo")
     assert b"another volantd (process" in restore_offline(daemon, kept).stderr
     daemon.kill()

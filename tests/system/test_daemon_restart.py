@@ -32,7 +32,7 @@ async def test_a_vm_keeps_running_while_the_daemon_is_replaced(make_daemon: Call
     async with daemon.client() as client:
         vm = await boot(client, "demo")
         stopped = await boot(client, "idle")
-        assert (await client.vms.verb_and_wait("idle", "stop", ["stopped"])).outcome == "met"
+        assert (await client.vms.apply_and_wait("idle", "stop", ["stopped"])).outcome == "met"
         newest = await client.newest_event()
     assert vm.pid is not None
 

@@ -77,7 +77,7 @@ async def test_an_agent_that_never_answers(make_daemon: Callable[..., Daemon]) -
         assert reason.console
         assert 6 <= watch.seconds < 12
         # The process ends a moment after the reason is reported.
-        assert (await client.vms.verb_and_wait("demo", "stop", ["stopped"])).outcome == "met"
+        assert (await client.vms.apply_and_wait("demo", "stop", ["stopped"])).outcome == "met"
         assert daemon.hypervisors() == {}
         assert daemon.files() == []
 
@@ -103,7 +103,7 @@ async def test_a_stop_works_while_a_boot_hangs(daemon: Daemon) -> None:
         body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128, "kernel_cmdline": HANGS}
         assert (await http.post("/api/v1/vms?wait=starting", json=body)).headers["volant-wait"] == "met"
         watch = Stopwatch()
-        assert (await client.vms.verb_and_wait("demo", "stop", ["stopped"])).outcome == "met"
+        assert (await client.vms.apply_and_wait("demo", "stop", ["stopped"])).outcome == "met"
         assert watch.seconds < 5
 
 

@@ -168,7 +168,7 @@ async def test_a_daemon_that_starts_on_a_full_disk_adopts_and_accepts_changes_on
         disk.make_room()
         await adopted(client)
         await client.networks.create("more")
-        assert (await client.vms.verb_and_wait("demo", "stop", ["stopped"], grace_s=0)).outcome == "met"
+        assert (await client.vms.apply_and_wait("demo", "stop", ["stopped"], grace_s=0)).outcome == "met"
         await client.networks.remove("more")
         await client.networks.remove("lan")
     assert "Traceback" not in daemon.log()

@@ -65,7 +65,7 @@ async def test_a_policy_of_always_starts_it_again_after_a_power_off(daemon: Daem
             for kind in ("VM_STOPPING", "VM_STOPPED", "VM_STARTING", "VM_RUNNING"):
                 assert (await next_event(feed)).type == kind
         assert (await client.vms.get("demo")).restarts == 1
-        assert (await client.vms.verb_and_wait("demo", "stop", ["stopped"])).outcome == "met"
+        assert (await client.vms.apply_and_wait("demo", "stop", ["stopped"])).outcome == "met"
 
 
 async def test_a_vm_is_deleted_when_its_ttl_expires(daemon: Daemon) -> None:
@@ -85,5 +85,5 @@ async def test_a_guest_that_does_not_stop_when_asked_is_killed_after_its_grace(d
             client, "demo", "sh", "-c", "setsid sh -c 'trap \"\" TERM; while :; do sleep 1; done' >/dev/null 2>&1 &"
         )
         watch = Stopwatch()
-        assert (await client.vms.verb_and_wait("demo", "stop", ["stopped"], grace_s=2, timeout_s=60)).outcome == "met"
+        assert (await client.vms.apply_and_wait("demo", "stop", ["stopped"], grace_s=2, timeout_s=60)).outcome == "met"
         assert watch.seconds < 12

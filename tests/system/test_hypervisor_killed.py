@@ -49,7 +49,7 @@ async def test_a_killed_hypervisor_is_reported_within_a_second_and_affects_no_ot
             assert isinstance(line, LogLine)
             assert line.line == "still here"
 
-            started = await client.vms.verb_and_wait("victim", "start", ["running"], timeout_s=BOOT_S)
+            started = await client.vms.apply_and_wait("victim", "start", ["running"], timeout_s=BOOT_S)
             assert started.outcome == "met"
             assert started.vm is not None
             assert (started.vm.reason, started.vm.boots) == (None, 2)
@@ -82,7 +82,7 @@ async def test_a_hypervisor_that_is_stopped_can_still_be_deleted(daemon: Daemon)
         assert vm.pid is not None
         os.kill(vm.pid, signal.SIGSTOP)
         watch = Stopwatch()
-        stopped = await client.vms.verb_and_wait("demo", "stop", ["stopped"], grace_s=1, timeout_s=30)
+        stopped = await client.vms.apply_and_wait("demo", "stop", ["stopped"], grace_s=1, timeout_s=30)
         assert stopped.outcome == "met"
         assert watch.seconds < 10
         await client.vms.delete("demo")

@@ -57,7 +57,7 @@ async def test_a_request_interrupted_by_kill_9_is_answered_and_executed_once(
             outcome: list[Waited] = []
 
             async def restart() -> None:
-                outcome.append(await client.vms.verb_and_wait("demo", "restart", ["running"], timeout_s=2 * BOOT_S))
+                outcome.append(await client.vms.apply_and_wait("demo", "restart", ["running"], timeout_s=2 * BOOT_S))
 
             nursery.start_soon(restart)
             await event_of(events, "VM_STOPPING", "demo")

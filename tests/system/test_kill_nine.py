@@ -24,7 +24,7 @@ import trio
 from tests.ports import free_port
 from tests.system.kit import BOOT_S, Daemon, adopted, boot, is_alive, load, reachable, run
 from volant.client import Client, ClientError, ClientProblem, LogLine
-from volant.model import EDGES, CreateVm, Status, VmView
+from volant.model import TRANSITIONS, CreateVm, Status, VmView
 
 KILLS = load("VOLANT_TEST_KILLS", usual=20, full=60)
 SEED = int(os.environ.get("VOLANT_TEST_SEED") or SystemRandom().randrange(10**6))
@@ -95,9 +95,9 @@ class EventReader:
         """Checks that each VM's events are legal, end in its present state, and include all acknowledged ones."""
         statuses: dict[int, Status | None] = {}
         for event in self.events:
-            edge = (statuses.get(event["vm_id"]), Status(event["status"]) if event["status"] else None)
-            assert edge in EDGES, event
-            statuses[event["vm_id"]] = edge[1]
+            transition = (statuses.get(event["vm_id"]), Status(event["status"]) if event["status"] else None)
+            assert transition in TRANSITIONS, event
+            statuses[event["vm_id"]] = transition[1]
         assert {vm.id: vm.status for vm in vms} == {vm: status for vm, status in statuses.items() if status is not None}
         created = [event["vm_id"] for event in self.events if event["type"] == "VM_CREATED"]
         assert len(created) == len(set(created))
@@ -151,7 +151,7 @@ class Operator:
         self.known = {name: Known() for name in names}
         self.created: dict[int, str] = {}
         self.deleted: set[int] = set()
-        self.verbs = 0
+        self.commands = 0
 
     async def run(self, over: trio.Event) -> None:
         while not over.is_set():
@@ -161,7 +161,7 @@ class Operator:
             elif self._rng.random() < 0.35:
                 await self._delete(name)
             else:
-                await self._verb(name)
+                await self._command(name)
             await trio.sleep(self._rng.expovariate(1 / 0.4))
 
     async def _create(self, name: str) -> None:
@@ -174,19 +174,19 @@ class Operator:
         known.exists, known.vm_id = {True}, vm.id
         self.created[vm.id] = name
 
-    async def _verb(self, name: str) -> None:
-        verb = self._rng.choice(["start", "stop", "stop", "restart"])
+    async def _command(self, name: str) -> None:
+        command = self._rng.choice(["start", "stop", "stop", "restart"])
         vm = await self._insist(
             lambda client: (
                 client.vms.stop(name, grace_s=0)
-                if verb == "stop"
+                if command == "stop"
                 else client.vms.start(name)
-                if verb == "start"
+                if command == "start"
                 else client.vms.restart(name)
             )
         )
         assert vm.id == self.known[name].vm_id
-        self.verbs += 1
+        self.commands += 1
 
     async def _delete(self, name: str) -> None:
         known = self.known[name]
@@ -295,7 +295,9 @@ async def test_twenty_kills_lose_nothing_leave_nothing_and_repeat_nothing(make_d
         nursery.cancel_scope.cancel()
 
     created = {vm_id: name for operator in operators for vm_id, name in operator.created.items()}
-    print(f"{len(created)} VMs, {sum(operator.verbs for operator in operators)} verbs, {len(events.events)} events")
+    print(
+        f"{len(created)} VMs, {sum(operator.commands for operator in operators)} commands, {len(events.events)} events"
+    )
     print(f"events resumed {events.resumed} times, the log lost {log.lost} times, {len(log.numbers['tick'])} lines")
     for operator in operators:
         operator.check(vms)

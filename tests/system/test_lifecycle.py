@@ -20,18 +20,18 @@ async def test_each_change_of_status_is_one_event_and_the_ids_have_no_holes(daem
         assert (vm.hypervisor, vm.accelerator, vm.boots) == ("qemu", "tcg", 1)
         assert await run(client, "demo", "hostname") == "demo\n"
 
-        stopped = await client.vms.verb_and_wait("demo", "stop", ["stopped"])
+        stopped = await client.vms.apply_and_wait("demo", "stop", ["stopped"])
         assert stopped.outcome == "met"
         assert stopped.vm is not None
         assert stopped.vm.pid is None
         assert not is_alive(vm.pid)
         assert daemon.files() == []
 
-        started = await client.vms.verb_and_wait("demo", "start", ["running"], timeout_s=BOOT_S)
+        started = await client.vms.apply_and_wait("demo", "start", ["running"], timeout_s=BOOT_S)
         assert started.outcome == "met"
         assert started.vm is not None
         assert started.vm.boots == 2
-        again = await client.vms.verb_and_wait("demo", "restart", ["stopped"], timeout_s=BOOT_S)
+        again = await client.vms.apply_and_wait("demo", "restart", ["stopped"], timeout_s=BOOT_S)
         assert again.outcome == "met"
         third = await until(client, "demo", "running")
         assert third is not None

@@ -342,7 +342,7 @@ async def test_guests_reach_the_internet_again_whichever_process_is_killed(daemo
             os.kill(pid, signal.SIGKILL)
         await all_reach_the_world(client)
         first = passts()
-        await client.vms.verb_and_wait("clone", "pause", ["paused"])
+        await client.vms.apply_and_wait("clone", "pause", ["paused"])
     daemon.kill()
     assert passts() == first
     for vm in vms[1:]:
@@ -350,7 +350,7 @@ async def test_guests_reach_the_internet_again_whichever_process_is_killed(daemo
     daemon.start()
     async with daemon.client() as client:
         await adopted(client)
-        await client.vms.verb_and_wait("clone", "resume", ["running"])
+        await client.vms.apply_and_wait("clone", "resume", ["running"])
         for vm in vms:
             await reachable(client, vm.name)
         await all_reach_the_world(client)

@@ -71,6 +71,6 @@ async def test_guests_outlive_the_loss_of_the_database(make_daemon: Callable[...
         await adopted(client)
         assert (await client.vms.get("demo")).pid == vm.pid
         await reachable(client, "demo")
-        stopped = await client.vms.verb_and_wait("demo", "stop", ["stopped"], grace_s=60)
+        stopped = await client.vms.apply_and_wait("demo", "stop", ["stopped"], grace_s=60)
         assert stopped.outcome == "met"
         assert "grace_over" not in str((await client.vms.inspect("demo"))["actor"])

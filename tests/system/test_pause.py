@@ -35,14 +35,14 @@ async def check_clock(client: Client, name: str) -> None:
 
 
 async def pause(client: Client, name: str) -> None:
-    waited = await client.vms.verb_and_wait(name, "pause", ["paused"])
+    waited = await client.vms.apply_and_wait(name, "pause", ["paused"])
     assert waited.outcome == "met", waited
     assert waited.vm is not None
     assert (waited.vm.status, waited.vm.desired, waited.vm.reason) == ("paused", "paused", None)
 
 
 async def resume(client: Client, name: str) -> None:
-    waited = await client.vms.verb_and_wait(name, "resume", ["running"])
+    waited = await client.vms.apply_and_wait(name, "resume", ["running"])
     assert waited.outcome == "met", waited
     assert waited.vm is not None
     assert (waited.vm.status, waited.vm.desired, waited.vm.reason) == ("running", "running", None)
@@ -136,15 +136,15 @@ async def test_a_paused_guest_refuses_requests_at_once_and_has_the_right_clock_a
 
         # A stop works on a paused guest, too.
         await pause(client, "demo")
-        stopped = await client.vms.verb_and_wait("demo", "stop", ["stopped"])
+        stopped = await client.vms.apply_and_wait("demo", "stop", ["stopped"])
         assert stopped.outcome == "met"
         inspected = await client.vms.inspect("demo")
         saw = [entry["saw"] for entry in inspected["actor"]["actor"]["history"]]
         assert any(entry.startswith("Ended: guest_shutdown") for entry in saw), saw
-        for verb in ("pause", "resume"):
-            with pytest.raises(ClientProblem) as refused_verb:
-                await client.vms.verb_and_wait("demo", verb, ["paused"])
-            assert refused_verb.value.status == 409
+        for command in ("pause", "resume"):
+            with pytest.raises(ClientProblem) as refused:
+                await client.vms.apply_and_wait("demo", command, ["paused"])
+            assert refused.value.status == 409
 
 
 async def test_a_restarted_daemon_keeps_a_paused_vm_and_resumes_one_that_should_run(

@@ -157,7 +157,7 @@ async def test_a_snapshot_outlives_its_vm_and_the_daemon(daemon: Daemon) -> None
         await client.snapshots.remove("warm")
         assert await count(client, "again") >= counted
         # Its next boot is an ordinary one.
-        again = await client.vms.verb_and_wait("again", "restart", ["running"], timeout_s=BOOT_S)
+        again = await client.vms.apply_and_wait("again", "restart", ["running"], timeout_s=BOOT_S)
         assert again.vm is not None
         assert (again.vm.booted_from, again.vm.status) == ("cold", "running")
         assert "before" not in (await run(client, "again", "ls", "/")).split()
@@ -188,7 +188,7 @@ async def test_the_disk_is_copied_with_the_memory_and_belongs_to_the_copy(
             assert there >= {"before", "late", "ran"}
             assert "after" not in there
         await run(client, "again", "mkdir", "/mine")
-        restarted = await client.vms.verb_and_wait("again", "restart", ["running"], timeout_s=BOOT_S)
+        restarted = await client.vms.apply_and_wait("again", "restart", ["running"], timeout_s=BOOT_S)
         assert restarted.vm is not None
         assert (restarted.vm.booted_from, restarted.vm.disk) == ("cold", "overlay")
         assert {"before", "late", "mine"} <= set((await run(client, "again", "ls", "/")).split())

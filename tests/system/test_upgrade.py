@@ -74,7 +74,7 @@ async def test_the_next_version_takes_over_everything_from_the_previous_one(
         assert waited.vm is not None
         vm = waited.vm
         await boot(client, "idle")
-        assert (await client.vms.verb_and_wait("idle", "stop", ["stopped"], grace_s=0)).outcome == "met"
+        assert (await client.vms.apply_and_wait("idle", "stop", ["stopped"], grace_s=0)).outcome == "met"
         made = await client.vms.create(spec("once"), idempotency_key="made-once")
         await client.vms.delete("once")
         newest = await client.newest_event()
@@ -95,7 +95,7 @@ async def test_the_next_version_takes_over_everything_from_the_previous_one(
         await last_line(client, last)
         assert await client.newest_event() == newest
         async with client.events(after=newest) as feed:
-            assert (await client.vms.verb_and_wait("idle", "start", ["running"], timeout_s=BOOT_S)).outcome == "met"
+            assert (await client.vms.apply_and_wait("idle", "start", ["running"], timeout_s=BOOT_S)).outcome == "met"
             event = await next_event(feed)
             assert (event.type, event.vm_id) == ("VM_STARTING", before)
             epoch, _, seq = newest.rpartition("-")
@@ -103,7 +103,7 @@ async def test_the_next_version_takes_over_everything_from_the_previous_one(
         # A repeated request gets the stored response.
         assert (await client.vms.create(spec("once"), idempotency_key="made-once")).id == made.id
         assert [plugin.name for plugin in await client.plugins.list()] == ["base", "ticker"]
-        stopped = await client.vms.verb_and_wait("demo", "stop", ["stopped"], grace_s=60)
+        stopped = await client.vms.apply_and_wait("demo", "stop", ["stopped"], grace_s=60)
         assert stopped.outcome == "met"
     connection = apsw.Connection(str(daemon.state_dir / "volant.db"), flags=apsw.SQLITE_OPEN_READONLY)
     assert connection.pragma("user_version") == VERSION
@@ -190,7 +190,7 @@ async def test_a_guest_with_another_agent_works_as_far_as_its_protocol_allows(da
         assert (await client.vms.get("demo")).status == "running"
 
         # Follow the hint.
-        again = await client.vms.verb_and_wait("demo", "restart", ["running"], grace_s=0, timeout_s=BOOT_S)
+        again = await client.vms.apply_and_wait("demo", "restart", ["running"], grace_s=0, timeout_s=BOOT_S)
         assert again.outcome == "met"
         await until(client, "demo", "running")
         await reachable(client, "demo")

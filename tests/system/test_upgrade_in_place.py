@@ -112,7 +112,7 @@ async def test_running_vms_continue_and_stored_data_is_usable(
             after = await client.vms.get(vm.name)
             assert (after.id, after.pid, after.status, after.boots) == (vm.id, vm.pid, vm.status, vm.boots), vm.name
             assert (after.ip_address, after.mac_address) == (vm.ip_address, vm.mac_address), vm.name
-        await client.vms.verb_and_wait("paused", "resume", ["running"])
+        await client.vms.apply_and_wait("paused", "resume", ["running"])
         for vm in before:
             if vm.status != "stopped":
                 await reachable(client, vm.name)
@@ -123,7 +123,7 @@ async def test_running_vms_continue_and_stored_data_is_usable(
         again = f"until python3 -c '{FETCH}' {WORLD} {PORT} 2>/dev/null; do sleep 0.2; done"
         with trio.fail_after(60):
             assert await run(client, "user", "sh", "-c", again) == HOST
-        assert (await client.vms.verb_and_wait("stopped", "start", ["running"], timeout_s=BOOT_S)).outcome == "met"
+        assert (await client.vms.apply_and_wait("stopped", "start", ["running"], timeout_s=BOOT_S)).outcome == "met"
         assert await run(client, "stopped", "cat", "/kept") == "mine\n"
         await boot(client, "another", plugin="disk")
         assert await run(client, "another", "cat", "/etc/who") == "the root file system\n"
@@ -145,11 +145,11 @@ async def _prepare(daemon: Daemon, lab: Lab, client: Client, rootfs: Path) -> li
     await boot(client, "warm")
     await fork(client, "clone")
     await boot(client, "paused")
-    await client.vms.verb_and_wait("paused", "pause", ["paused"])
+    await client.vms.apply_and_wait("paused", "pause", ["paused"])
     await client.plugins.install(plugin("disk", rootfs))
     await boot(client, "stopped", plugin="disk")
     await client.vms.write_file("stopped", "/kept", b"mine\n")
-    await client.vms.verb_and_wait("stopped", "stop", ["stopped"])
+    await client.vms.apply_and_wait("stopped", "stop", ["stopped"])
     await boot(client, "web", ports=["0.0.0.0:8080:80"])
     await serve(client, "web")
     assert await fetch(lab, 8080) == "web\n"

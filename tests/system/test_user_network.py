@@ -236,10 +236,10 @@ async def test_the_network_outlives_the_daemon_and_ends_with_its_vm(image_cache:
             behind = Behind(daemon, client, world)
             before = behind.passts()
             assert len(before) == 1
-            await client.vms.verb_and_wait("demo", "stop", ["stopped"])
+            await client.vms.apply_and_wait("demo", "stop", ["stopped"])
             assert not behind.passts()
             assert "passt had ended" not in daemon.log(), "it ends with its hypervisor"
-            await client.vms.verb_and_wait("demo", "start", ["running"], timeout_s=BOOT_S)
+            await client.vms.apply_and_wait("demo", "start", ["running"], timeout_s=BOOT_S)
             before = behind.passts()
         daemon.kill()
         assert behind.passts() == before

@@ -1,4 +1,4 @@
-"""What a guest says gets into its log at a pace that leaves the daemon to others, whatever it says."""
+"""What a guest says gets into its log at a limited rate, whatever it says, so that the daemon has time for others."""
 
 from __future__ import annotations
 
@@ -109,9 +109,7 @@ async def test_output_of_any_kind_keeps_the_daemon_from_nobody(log: VmLog, what:
         assert log.newest == 4 * 131072
 
 
-async def test_more_lines_than_the_pace_allows_are_waited_for(
-    log: VmLog, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_lines_above_the_rate_limit_wait(log: VmLog, autojump_clock: trio.testing.MockClock) -> None:
     """A hundred thousand a second; a second's worth may come at once."""
     began = trio.current_time()
     await pump_output(cast(AgentClient, Output(8, b"\n" * 131072)), log, "b", "1")

@@ -176,7 +176,7 @@ TAGS = {
 }
 
 _ANSWERED_VM = Answer("The VM as it now is", VmView, headers=("ETag", "Volant-Wait"))
-_VERB_ANSWER = Answer("The VM", VmView, headers=("ETag", "Volant-Wait", "Idempotency-Replayed"))
+_COMMAND_ANSWER = Answer("The VM", VmView, headers=("ETag", "Volant-Wait", "Idempotency-Replayed"))
 _STATES = Literal["pending", "starting", "running", "paused", "stopping", "stopped", "crashed", "deleting", "deleted"]
 _TEN_MINUTES = Annotated[
     str,
@@ -213,13 +213,13 @@ _LABEL = Parameter(
 _VM = "/api/v1/vms/{name}"
 
 
-def _verb(name: str, says: str, *parameters: Parameter) -> Operation:
+def _command(name: str, says: str, *parameters: Parameter) -> Operation:
     return Operation(
         "POST",
         f"{_VM}/{name}",
         f"{name}_vm",
         says,
-        {200: _VERB_ANSWER},
+        {200: _COMMAND_ANSWER},
         takes=Nothing,
         parameters=(*_WAIT, *parameters, _IF_MATCH, _ONCE),
         fails=(409, 412, 422, 503),
@@ -322,12 +322,12 @@ OPERATIONS: tuple[Operation, ...] = (
         takes=Nothing, parameters=(_IF_MATCH,), fails=(412, 503),
         details="A second one joins the first. A client that leaves cancels nothing; past 60 s it is 503.",
     ),
-    _verb("start", "Start a VM; on one that runs, nothing happens"),
-    _verb("stop", "Ask the guest to stop, then kill it; on one that is stopped, nothing happens", _GRACE),
-    _verb("restart", "Stop a VM and start it again", _GRACE),
-    _verb("pause", "Let the guest stand still, once it runs; its memory, its process and open streams stay"),
-    _verb("resume", "Let a paused guest go on, with its clock set"),
-    _verb("recover", "Take up a VM again whose reason is `control_lost`"),
+    _command("start", "Start a VM; on one that runs, nothing happens"),
+    _command("stop", "Ask the guest to stop, then kill it; on one that is stopped, nothing happens", _GRACE),
+    _command("restart", "Stop a VM and start it again", _GRACE),
+    _command("pause", "Let the guest stand still, once it runs; its memory, its process and open streams stay"),
+    _command("resume", "Let a paused guest go on, with its clock set"),
+    _command("recover", "Take up a VM again whose reason is `control_lost`"),
     Operation(
         "POST", f"{_VM}/fork", "fork_vm", "Make VMs that go on from where this one is; it goes on itself",
         {201: Answer("The new VMs, usually `pending`; durable", list[VmView],
@@ -343,7 +343,7 @@ OPERATIONS: tuple[Operation, ...] = (
                      headers=("Location", "Idempotency-Replayed"))},
         takes=TakeSnapshot, parameters=(_ONCE,), fails=(409, 422, 503),
         details="The guest stands still for a moment, and what is copied then is written to the disk while it goes on. "
-        "Who leaves cancels nothing. The VM has to be running or paused; a verb that ends that ends this too.",
+        "Who leaves cancels nothing. The VM has to be running or paused; a command that ends that ends this too.",
     ),
     Operation(
         "GET", f"{_VM}/snapshots", "list_vm_snapshots", "List the snapshots of a VM",

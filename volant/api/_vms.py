@@ -13,14 +13,14 @@ from quart_trio import QuartTrio
 from volant.http import Nothing, Query, empty_response, interruptible, json_response, read_body, read_one_of
 from volant.journal import IdempotencyKey, VmChanged, VmCreated, VmForked
 from volant.model import (
+    Command,
+    CommandRequest,
     CreateVm,
     EventId,
     ForkVm,
     Problem,
     RestoreVm,
     Status,
-    Verb,
-    VerbKind,
     check_create,
     check_fork,
     check_restore,
@@ -117,46 +117,46 @@ def add_routes(app: QuartTrio, deps: ApiDeps, repeats: Repeats) -> None:
         no_query()
         return json_response(await deps.vms.memory(vm_row(deps, name).name))
 
-    async def verb(name: str, kind: VerbKind) -> Response:
+    async def apply(name: str, command: Command) -> Response:
         parameters = query()
         states, timeout_s = wait_of(parameters)
         grace_s = _DEFAULT_GRACE_S
-        if kind in (VerbKind.STOP, VerbKind.RESTART):
+        if command in (Command.STOP, Command.RESTART):
             grace_s = _grace(parameters)
         parameters.done()
         await read_body(Nothing)
-        wanted = Verb(kind, grace_s=grace_s)
+        wanted = CommandRequest(command, grace_s=grace_s)
         only_at = if_match()
         since = deps.store.projection.last_event
 
         async def act(key: IdempotencyKey | None) -> VmChanged:
-            return VmChanged.of(await deps.vms.verb(vm_row(deps, name).name, wanted, only_at=only_at, key=key))
+            return VmChanged.of(await deps.vms.apply(vm_row(deps, name).name, wanted, only_at=only_at, key=key))
 
         return await after_waiting(await repeats.run((wanted, only_at), act), states, timeout_s, since)
 
     @app.post("/api/v1/vms/<name>/start")
     async def start_vm(name: str) -> Response:
-        return await verb(name, VerbKind.START)
+        return await apply(name, Command.START)
 
     @app.post("/api/v1/vms/<name>/stop")
     async def stop_vm(name: str) -> Response:
-        return await verb(name, VerbKind.STOP)
+        return await apply(name, Command.STOP)
 
     @app.post("/api/v1/vms/<name>/restart")
     async def restart_vm(name: str) -> Response:
-        return await verb(name, VerbKind.RESTART)
+        return await apply(name, Command.RESTART)
 
     @app.post("/api/v1/vms/<name>/pause")
     async def pause_vm(name: str) -> Response:
-        return await verb(name, VerbKind.PAUSE)
+        return await apply(name, Command.PAUSE)
 
     @app.post("/api/v1/vms/<name>/resume")
     async def resume_vm(name: str) -> Response:
-        return await verb(name, VerbKind.RESUME)
+        return await apply(name, Command.RESUME)
 
     @app.post("/api/v1/vms/<name>/recover")
     async def recover_vm(name: str) -> Response:
-        return await verb(name, VerbKind.RECOVER)
+        return await apply(name, Command.RECOVER)
 
     @app.post("/api/v1/vms/<name>/fork")
     async def fork_vm(name: str) -> Response:

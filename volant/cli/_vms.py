@@ -11,7 +11,7 @@ from typing import Literal
 import click
 import trio
 
-from volant.client import ClientError, Feed, LogGap, LogLine, StreamGap, Verb, Waited
+from volant.client import ClientError, Command, Feed, LogGap, LogLine, StreamGap, Waited
 from volant.concurrency import open_helpers
 from volant.model import BASE, READY, CreateVm, Event, Problem, RestoreVm, Status, VmMemory, VmView
 
@@ -244,7 +244,7 @@ async def create(
 @timeout_option
 async def start(session: Session, name: str, wait: bool, timeout: float) -> int:
     """Start a VM that is stopped or has crashed, or let one that is paused go on."""
-    return await _verb(session, name, "start", wait, timeout)
+    return await _apply(session, name, "start", wait, timeout)
 
 
 @command(group, "stop")
@@ -254,7 +254,7 @@ async def start(session: Session, name: str, wait: bool, timeout: float) -> int:
 @timeout_option
 async def stop(session: Session, name: str, grace: float | None, wait: bool, timeout: float) -> int:
     """Stop a VM: its guest is asked, then killed."""
-    return await _verb(session, name, "stop", wait, timeout, grace)
+    return await _apply(session, name, "stop", wait, timeout, grace)
 
 
 @command(group, "restart")
@@ -263,7 +263,7 @@ async def stop(session: Session, name: str, grace: float | None, wait: bool, tim
 @timeout_option
 async def restart(session: Session, name: str, wait: bool, timeout: float) -> int:
     """Boot a VM anew."""
-    return await _verb(session, name, "restart", wait, timeout)
+    return await _apply(session, name, "restart", wait, timeout)
 
 
 @command(group, "pause")
@@ -272,7 +272,7 @@ async def restart(session: Session, name: str, wait: bool, timeout: float) -> in
 @timeout_option
 async def pause(session: Session, name: str, wait: bool, timeout: float) -> int:
     """Let a VM stand still, with all that it has in memory. One that starts is paused once it runs."""
-    return await _verb(session, name, "pause", wait, timeout)
+    return await _apply(session, name, "pause", wait, timeout)
 
 
 @command(group, "resume")
@@ -281,7 +281,7 @@ async def pause(session: Session, name: str, wait: bool, timeout: float) -> int:
 @timeout_option
 async def resume(session: Session, name: str, wait: bool, timeout: float) -> int:
     """Let a paused VM go on. Its clock is set."""
-    return await _verb(session, name, "resume", wait, timeout)
+    return await _apply(session, name, "resume", wait, timeout)
 
 
 @command(group, "recover")
@@ -443,28 +443,30 @@ async def watch(
     await follow(session, name, since, types, labels)
 
 
-_OUTCOMES: dict[Verb, tuple[str, str]] = {
+_OUTCOMES: dict[Command, tuple[str, str]] = {
     "start": ("running", "is starting"),
     "stop": ("stopped", "is stopping"),
     "restart": ("running", "is restarting"),
     "pause": ("paused", "is being paused"),
     "resume": ("running", "is being resumed"),
 }
-"""The status that an operation leads to, and what to print of a VM that does not have it yet."""
+"""The status that a command leads to, and what to print of a VM that does not have it yet."""
 
 
-async def _verb(session: Session, name: str, verb: Verb, wait: bool, timeout: float, grace: float | None = None) -> int:
-    state, so_far = _OUTCOMES[verb]
+async def _apply(
+    session: Session, name: str, command: Command, wait: bool, timeout: float, grace: float | None = None
+) -> int:
+    state, so_far = _OUTCOMES[command]
     if not wait:
-        vm = await session.client.vms.verb(name, verb, grace_s=grace)
+        vm = await session.client.vms.apply(name, command, grace_s=grace)
         # A restart that has just been asked for finds the VM running.
-        there = vm.status == state and verb != "restart"
+        there = vm.status == state and command != "restart"
         _done(session.out, vm, f"is {state}" if there else so_far)
         return 0
     async with _telling(session, name) as teller:
         # A VM that boots is to do its work.
-        wanted = READY if verb in ("start", "restart") else state
-        waited = await session.client.vms.verb_and_wait(name, verb, [wanted], timeout_s=timeout, grace_s=grace)
+        wanted = READY if command in ("start", "restart") else state
+        waited = await session.client.vms.apply_and_wait(name, command, [wanted], timeout_s=timeout, grace_s=grace)
         await _settle(teller, waited)
     return _outcome(session.out, name, waited, wanted, timeout)
 

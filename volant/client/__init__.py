@@ -14,7 +14,7 @@ from ._exec_session import ExecGap, ExecSession, RemoteSession
 from ._feed import Feed, OnRetry
 from ._files import FileInfo, FileReader
 from ._tcp import TcpStream
-from ._types import Reconnected, Verb, Waited
+from ._types import Command, Reconnected, Waited
 
 __all__ = [
     "ActionAnswer",
@@ -25,6 +25,7 @@ __all__ = [
     "Client",
     "ClientError",
     "ClientProblem",
+    "Command",
     "ConnectionLost",
     "Console",
     "ConsoleGap",
@@ -51,6 +52,5 @@ __all__ = [
     "Ticket",
     "UnexpectedAnswer",
     "Unreachable",
-    "Verb",
     "Waited",
 ]

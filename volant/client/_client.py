@@ -61,7 +61,7 @@ from ._files import SILENCE_S, TAR, FileInfo, FileReader, file_url, open_file, p
 from ._http import ANSWER_S, Http, Query, chunks_of, decode
 from ._logs import pump_logs
 from ._tcp import TcpStream
-from ._types import Reconnected, Verb, Waited
+from ._types import Command, Reconnected, Waited
 from ._websocket import open_websocket
 
 DEFAULT_BASE = "http://127.0.0.1:7777"
@@ -181,8 +181,8 @@ class _Vms:
         """Create a VM, or one that goes on from a snapshot. It is durable when this returns, and usually `pending`; see
         `wait`.
 
-        This and the verbs are sent again when a connection breaks, and done once. With an `idempotency_key` of your own
-        (1 to 255 visible ASCII characters) you can call them again with the same arguments for 24 h, from another
+        This and the commands are sent again when a connection breaks, and done once. With an `idempotency_key` of your
+        own (1 to 255 visible ASCII characters) you can call them again with the same arguments for 24 h, from another
         process too, and get the first answer.
         """
         body = {
@@ -211,34 +211,34 @@ class _Vms:
         await self._http.request("DELETE", _vm(name), timeout_s=_DELETE_S)
 
     async def start(self, name: str, *, idempotency_key: str | None = None) -> VmView:
-        """Let it run. Durable when this returns, as with all verbs; the boot itself comes after."""
-        return await self.verb(name, "start", idempotency_key=idempotency_key)
+        """Let it run. Durable when this returns, as with all commands; the boot itself comes after."""
+        return await self.apply(name, "start", idempotency_key=idempotency_key)
 
     async def stop(self, name: str, *, grace_s: float | None = None, idempotency_key: str | None = None) -> VmView:
         """Let it stop: the guest is asked, and killed after `grace_s` (None: the daemon's default, 10 s)."""
-        return await self.verb(name, "stop", grace_s=grace_s, idempotency_key=idempotency_key)
+        return await self.apply(name, "stop", grace_s=grace_s, idempotency_key=idempotency_key)
 
     async def restart(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Let it boot anew."""
-        return await self.verb(name, "restart", idempotency_key=idempotency_key)
+        return await self.apply(name, "restart", idempotency_key=idempotency_key)
 
     async def pause(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Let its guest stand still once it runs: its memory, its process and open streams stay."""
-        return await self.verb(name, "pause", idempotency_key=idempotency_key)
+        return await self.apply(name, "pause", idempotency_key=idempotency_key)
 
     async def resume(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Let a paused guest go on, with its clock set."""
-        return await self.verb(name, "resume", idempotency_key=idempotency_key)
+        return await self.apply(name, "resume", idempotency_key=idempotency_key)
 
     async def recover(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Take control again of a VM whose reason is `control_lost`."""
-        return await self.verb(name, "recover", idempotency_key=idempotency_key)
+        return await self.apply(name, "recover", idempotency_key=idempotency_key)
 
-    async def verb(
-        self, name: str, verb: Verb, *, grace_s: float | None = None, idempotency_key: str | None = None
+    async def apply(
+        self, name: str, command: Command, *, grace_s: float | None = None, idempotency_key: str | None = None
     ) -> VmView:
-        """One of the above, named; `grace_s` goes with `stop` and `restart`."""
-        path = f"{_vm(name)}/{verb}"
+        """A command by its name; `grace_s` is for `stop` and `restart`."""
+        path = f"{_vm(name)}/{command}"
         return decode(await self._http.once(path, key=idempotency_key, query=_grace(grace_s)), VmView)
 
     async def wait(
@@ -259,22 +259,22 @@ class _Vms:
         vm = await self.create(request, idempotency_key=idempotency_key)
         return await self.wait(vm.name, states, timeout_s=timeout_s)
 
-    async def verb_and_wait(
+    async def apply_and_wait(
         self,
         name: str,
-        verb: Verb,
+        command: Command,
         states: Collection[Status | str],
         *,
         timeout_s: float = 60.0,
         grace_s: float | None = None,
         idempotency_key: str | None = None,
     ) -> Waited:
-        """A verb and the wait for its outcome in one request.
+        """A command and the wait for its outcome in one request.
 
         Two would not do for `restart`: right after it the VM is still `running`, from before.
         """
         key = idempotency_key
-        return await self._wait("POST", name, f"{_vm(name)}/{verb}", states, timeout_s, _grace(grace_s), key)
+        return await self._wait("POST", name, f"{_vm(name)}/{command}", states, timeout_s, _grace(grace_s), key)
 
     async def _wait(
         self,

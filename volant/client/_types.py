@@ -8,7 +8,7 @@ import msgspec
 
 from volant.model import VmView
 
-Verb = Literal["start", "stop", "restart", "pause", "resume", "recover"]
+Command = Literal["start", "stop", "restart", "pause", "resume", "recover"]
 
 
 class Waited(msgspec.Struct, frozen=True):

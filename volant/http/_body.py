@@ -28,7 +28,7 @@ _SILENCE_S = 60.0
 
 
 class Nothing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The body of a verb: an empty object, or none at all."""
+    """The body of a command: an empty object, or none at all."""
 
 
 async def read_body(kind: type[T]) -> T:

@@ -30,7 +30,7 @@ import msgspec
 import trio
 
 from actors import Actor, Deferred, Request, check_fence, handles
-from volant.model import Drain, EventId, IllegalEdge, Network, Problem, Snapshot, VmRow
+from volant.model import Drain, EventId, IllegalTransition, Network, Problem, Snapshot, VmRow
 
 from ._checksums import is_changed_page
 from ._database import Database, Loaded
@@ -340,7 +340,7 @@ class Journal(Actor):
             message, deferred = self._waiting.popleft()
             try:
                 answers.append((deferred, _decide(stage, message), None))
-            except (DuplicateRequest, Problem, StaleRow, IllegalEdge, ValueError) as refusal:
+            except (DuplicateRequest, Problem, StaleRow, IllegalTransition, ValueError) as refusal:
                 answers.append((deferred, None, refusal))
         stage.drop_surplus_responses()
         if stage.operations:

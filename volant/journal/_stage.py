@@ -40,11 +40,11 @@ from volant.model import (
     VmRow,
     allocate,
     check_copyable,
-    check_edge,
     check_fork,
     check_manifest,
     check_name,
     check_ports_free,
+    check_transition,
     copied_row,
     draining,
     event_for,
@@ -274,7 +274,7 @@ class Stage:
         made = [msgspec.structs.replace(row, revision=1) for row in self._connected(rows)]
         self._full_to = next((address for row in reversed(made) if (address := _on_the_bridge(row))), self._full_to)
         for row in made:
-            check_edge(None, row.status)
+            check_transition(None, row.status)
             self.last_vm_id = row.id
             self._put(row, None)
             self._tell(None, row, message)
@@ -350,12 +350,12 @@ class Stage:
         self.operations.append(DropNetwork(name))
 
     def adopt(self, steps: Sequence[Step]) -> VmRow:
-        """:raises Problem: 409. :raises IllegalEdge: a step that can't be."""
+        """:raises Problem: 409. :raises IllegalTransition: a step that can't be."""
         before: VmRow | None = None
         for step in steps:
             if step.row is None or (before is not None and step.row.id != before.id):
                 raise ValueError("the steps of an adoption hold one row each, all of one VM")
-            check_edge(before.status if before is not None else None, step.row.status)
+            check_transition(before.status if before is not None else None, step.row.status)
             before = step.row
         if before is None:
             raise ValueError("an adoption has a step at least")
@@ -389,7 +389,7 @@ class Stage:
         return row
 
     def commit(self, vm_id: int, revision: int, steps: Sequence[Step]) -> VmRow | None:
-        """:raises StaleRow: another revision is kept. :raises IllegalEdge: a step that can't be."""
+        """:raises StaleRow: another revision is kept. :raises IllegalTransition: a step that can't be."""
         before = self._by_id(vm_id)
         if before is None or before.revision != revision:
             raise StaleRow(vm_id, revision, before)
@@ -401,7 +401,7 @@ class Stage:
                 raise ValueError(f"a step of VM {vm_id} ({before.name}) holds the row of VM {step.row.id}")
             if step.row is None and step is not steps[-1]:
                 raise ValueError(f"VM {vm_id}: nothing can follow the step that removes its row")
-            check_edge(status, None if step.row is None else step.row.status)
+            check_transition(status, None if step.row is None else step.row.status)
             status = before.status if step.row is None else step.row.status
         last = steps[-1].row
         if last is None:

@@ -32,7 +32,6 @@ from actors import Gap, Log, check_fence
 from volant.concurrency import FairShare
 from volant.host import Host
 
-from ._pace import Pace
 from ._segments import (
     CHECKPOINT_BYTES,
     MAX_SOURCES,
@@ -44,6 +43,7 @@ from ._segments import (
     recover,
     remember,
 )
+from ._throttle import Throttle
 
 LogStream = Literal["stdout", "stderr", "console"]
 
@@ -125,7 +125,7 @@ class VmLog:
         self._segment_bytes = segment_bytes
         self._drop = drop
         self.vm_id = vm_id
-        self._pace = Pace(share, vm_id)
+        self._throttle = Throttle(share, vm_id)
         self._name = ""
         self._newest = 0
         self._resume: dict[str, int] = {}
@@ -202,10 +202,10 @@ class VmLog:
         """Where to go on in `source` so that no line is missing and none is there twice; 0 when it is not known."""
         return self._resume.get(self._token(source)[0], 0)
 
-    async def pace(self, lines: int, size: int) -> None:
+    async def throttle(self, lines: int, size: int) -> None:
         """For who has appended so many lines, of so many bytes in all: wait for the next turn, at least a checkpoint.
         Whoever has brought much waits longer."""
-        await self._pace.keep(lines, size)
+        await self._throttle.spend(lines, size)
 
     def append(self, entries: Sequence[LogEntry]) -> None:
         """Number, encode and write lines, and wake up those who follow. Never waits, never fails for the disk.

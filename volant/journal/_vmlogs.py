@@ -10,8 +10,8 @@ import trio
 
 from volant.host import Host
 
-from ._pace import log_share
 from ._segments import Segment, segment_of
+from ._throttle import log_share
 from ._vmlog import LogStatistics, VmLog
 
 _SWEEP_S = 600.0

@@ -126,7 +126,7 @@ class CommitSteps(Request[VmRow | None]):
     The row's revision rises by one. No steps: nothing of it changes.
 
     :raises StaleRow: the row is not at `revision`, or is gone.
-    :raises IllegalEdge: a step that the table of edges does not have.
+    :raises IllegalTransition: a step that is no legal transition.
     """
 
     vm_id: int

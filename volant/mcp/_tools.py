@@ -1,4 +1,4 @@
-"""The tools: what a model can ask of Volant, one for each verb.
+"""The tools: what a model can ask of Volant, one for each operation.
 
 Each is a struct of arguments, a struct of what it gives, and a function between them that calls what the REST routes
 call. The schemas are made from the structs, so that neither can say what the other does not do. What a struct can't

@@ -11,14 +11,14 @@ import trio
 
 from volant.journal import EventGap
 from volant.model import (
+    Command,
+    CommandRequest,
     CreateVm,
     EventId,
     Labels,
     Name,
     Problem,
     Status,
-    Verb,
-    VerbKind,
     VmRow,
     VmView,
     check_create,
@@ -125,29 +125,29 @@ class StopVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 async def start_vm(asked: Asked, wanted: StartVm) -> Result:
-    return await _verb(asked, wanted, Verb(VerbKind.START), Status.RUNNING)
+    return await _apply(asked, wanted, CommandRequest(Command.START), Status.RUNNING)
 
 
 async def stop_vm(asked: Asked, wanted: StopVm) -> Result:
-    return await _verb(asked, wanted, Verb(VerbKind.STOP, grace_s=wanted.grace_s), Status.STOPPED)
+    return await _apply(asked, wanted, CommandRequest(Command.STOP, grace_s=wanted.grace_s), Status.STOPPED)
 
 
 async def pause_vm(asked: Asked, wanted: StartVm) -> Result:
-    return await _verb(asked, wanted, Verb(VerbKind.PAUSE), Status.PAUSED)
+    return await _apply(asked, wanted, CommandRequest(Command.PAUSE), Status.PAUSED)
 
 
 async def resume_vm(asked: Asked, wanted: StartVm) -> Result:
-    return await _verb(asked, wanted, Verb(VerbKind.RESUME), Status.RUNNING)
+    return await _apply(asked, wanted, CommandRequest(Command.RESUME), Status.RUNNING)
 
 
 async def restart_vm(asked: Asked, wanted: StopVm) -> Result:
-    return await _verb(asked, wanted, Verb(VerbKind.RESTART, grace_s=wanted.grace_s), Status.RUNNING)
+    return await _apply(asked, wanted, CommandRequest(Command.RESTART, grace_s=wanted.grace_s), Status.RUNNING)
 
 
-async def _verb(asked: Asked, wanted: StartVm | StopVm, verb: Verb, state: Status) -> Result:
+async def _apply(asked: Asked, wanted: StartVm | StopVm, request: CommandRequest, state: Status) -> Result:
     name = vm_row(asked.deps, wanted.vm).name
     since = asked.deps.store.projection.last_event
-    row = await asked.deps.vms.verb(name, verb)
+    row = await asked.deps.vms.apply(name, request)
     return await changed(asked, row, {state}, wanted.wait, wanted.timeout_s, since)
 
 

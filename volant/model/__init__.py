@@ -8,6 +8,8 @@ from ._decide import (
     AskStop,
     AwaitAgent,
     Cleared,
+    Command,
+    CommandRequest,
     Effect,
     Ended,
     EndKind,
@@ -29,8 +31,6 @@ from ._decide import (
     Seen,
     Step,
     StepFailed,
-    Verb,
-    VerbKind,
     Woke,
     WorkloadChanged,
     decide,
@@ -38,7 +38,6 @@ from ._decide import (
     settled,
 )
 from ._drain import Drain, draining
-from ._edges import EDGES, IllegalEdge, check_edge
 from ._event import Event, EventId, EventType, event_for, forked_event, restored_event
 from ._manifest import (
     BASE,
@@ -155,6 +154,7 @@ from ._text import (
     is_name,
     parse_duration,
 )
+from ._transitions import TRANSITIONS, IllegalTransition, check_transition
 from ._wire import (
     PRUNED_KINDS,
     ArtifactView,
@@ -186,7 +186,6 @@ __all__ = [
     "BRIDGE",
     "DEFAULT_SUBNET",
     "DEVTOOLS_PORT",
-    "EDGES",
     "FORK",
     "GUEST_SHUTDOWN",
     "KINDS",
@@ -199,6 +198,7 @@ __all__ = [
     "PRUNED_KINDS",
     "READY",
     "SNAPSHOT",
+    "TRANSITIONS",
     "USER",
     "USER_ADDRESS",
     "WAIT_STATES",
@@ -214,6 +214,8 @@ __all__ = [
     "BuildTemplate",
     "Cleared",
     "Cloning",
+    "Command",
+    "CommandRequest",
     "ConsoleGap",
     "CreateNetwork",
     "CreateVm",
@@ -233,7 +235,7 @@ __all__ = [
     "HealthCheck",
     "Hold",
     "HostMemory",
-    "IllegalEdge",
+    "IllegalTransition",
     "ImageReady",
     "Kept",
     "Kill",
@@ -290,8 +292,6 @@ __all__ = [
     "Ticket",
     "Time",
     "Usage",
-    "Verb",
-    "VerbKind",
     "VmMemory",
     "VmRow",
     "VmView",
@@ -306,7 +306,6 @@ __all__ = [
     "capacity_of",
     "check_copyable",
     "check_create",
-    "check_edge",
     "check_fork",
     "check_labels",
     "check_manifest",
@@ -315,6 +314,7 @@ __all__ = [
     "check_ports_free",
     "check_restore",
     "check_take",
+    "check_transition",
     "copied_row",
     "current_caller",
     "decide",

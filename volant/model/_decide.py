@@ -1,7 +1,7 @@
 """A VM is a loop that drives what is to what should be; this is the loop's mind.
 
-`decide(row, seen, now)` says how the row changes because something was seen: a verb, the outcome of a step, the end of
-the hypervisor. `effect_of(row)` says which one step the VM needs now, from the row alone. The actor commits the
+`decide(row, seen, now)` says how the row changes because something was seen: a command, the outcome of a step, the end
+of the hypervisor. `effect_of(row)` says which one step the VM needs now, from the row alone. The actor commits the
 changes, then makes the running step the needed one: it cancels what is no longer needed and starts what is.
 
 The step is a function of the row, and not a list that `decide` returns, so that an incarnation which begins in the
@@ -9,7 +9,7 @@ middle (after a crash of its actor, of the daemon, of the host) does what its pr
 code of its own. Rejected: a table of (state, message) -> (state, actions), where what is under way lives in the
 actor's memory and is lost with it.
 
-Every change of the public status stands in `_edges.py`.
+Every change of the public status stands in `_transitions.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Literal
 
 import msgspec
 
-from ._edges import check_edge
 from ._problem import Problem
 from ._row import Desired, Origin, Phase, ProcessIdentity, Reason, Status, VmRow, WorkloadView
+from ._transitions import check_transition
 
 MAX_RESTARTS = 10
 """A policy gives up after so many restarts in a row without a person's `start`."""
@@ -35,8 +35,8 @@ GUEST_SHUTDOWN = "guest_shutdown"
 # What is seen ------------------------------------------------------------------------------------------------------
 
 
-class VerbKind(StrEnum):
-    """What a client can ask of a VM."""
+class Command(StrEnum):
+    """What a client can have a VM do."""
 
     START = "start"
     STOP = "stop"
@@ -47,10 +47,11 @@ class VerbKind(StrEnum):
     RECOVER = "recover"
 
 
-class Verb(msgspec.Struct, frozen=True):
-    """A client, or the VM's `ttl`, wants something."""
+class CommandRequest(msgspec.Struct, frozen=True):
+    """A client, or the VM's `ttl`, wants a command carried out."""
 
-    kind: VerbKind
+    # Named so in the digests that stored responses have of requests.
+    command: Command = msgspec.field(name="kind")
     grace_s: float = 10.0
     aside: bool = False
     """With `RESTART`: one that should be paused still should, once it has booted again."""
@@ -152,7 +153,7 @@ class Released(msgspec.Struct, frozen=True):
 
 
 Seen = (
-    Verb
+    CommandRequest
     | Woke
     | ImageReady
     | Launched
@@ -292,12 +293,12 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
 
     `held`: no boot may begin, as the daemon drains. One that is due then begins with `Released`.
 
-    :raises Problem: 409 when a verb is not legal now.
+    :raises Problem: 409 when a command is not legal now.
     """
     change = _Change(row, now, held)
     match seen:
-        case Verb():
-            _verb(change, seen)
+        case CommandRequest():
+            _carry_out(change, seen)
         case Woke(process, rebooted):
             _woke(change, process, rebooted)
         case ImageReady(digest, tag, serial_socket, template, origin):
@@ -376,14 +377,14 @@ class _Change:
 
     def to(self, message: str, **fields: object) -> None:
         after = msgspec.structs.replace(self.row, updated_at=self.now, **fields)
-        check_edge(self.row.status, after.status)
+        check_transition(self.row.status, after.status)
         if self._silent:
             self.steps.pop()
         self.steps.append(Step(after, message))
         self.row, self._silent = after, not message
 
     def remove(self, message: str) -> None:
-        check_edge(self.row.status, None)
+        check_transition(self.row.status, None)
         self.steps.append(Step(None, message))
 
 
@@ -405,9 +406,9 @@ def _boot(change: _Change, message: str) -> None:
     )
 
 
-def _verb(change: _Change, verb: Verb) -> None:
+def _carry_out(change: _Change, request: CommandRequest) -> None:
     row = change.row
-    if row.status is Status.DELETING and verb.kind is not VerbKind.DELETE:
+    if row.status is Status.DELETING and request.command is not Command.DELETE:
         raise Problem(
             409,
             "vm-deleting",
@@ -415,26 +416,26 @@ def _verb(change: _Change, verb: Verb) -> None:
             vm=row.name,
             hint="wait until it is gone; its name can be used again then",
         )
-    match verb.kind:
-        case VerbKind.START:
+    match request.command:
+        case Command.START:
             _start(change, again=False)
-        case VerbKind.RESTART:
-            change.to("", grace_s=verb.grace_s)
-            _start(change, again=True, aside=verb.aside)
-        case VerbKind.PAUSE:
+        case Command.RESTART:
+            change.to("", grace_s=request.grace_s)
+            _start(change, again=True, aside=request.aside)
+        case Command.PAUSE:
             _pause(change)
-        case VerbKind.RESUME:
+        case Command.RESUME:
             _check_up(row, "resumed")
             _go_on(change, "resume was asked for")
-        case VerbKind.STOP:
+        case Command.STOP:
             if row.status is not Status.STOPPED or row.desired is not Desired.STOPPED:
-                change.to("", grace_s=verb.grace_s)
+                change.to("", grace_s=request.grace_s)
                 _stop(change)
-        case VerbKind.DELETE:
+        case Command.DELETE:
             if row.status is not Status.DELETING:
-                change.to("", desired=Desired.DELETED, grace_s=verb.grace_s)
+                change.to("", desired=Desired.DELETED, grace_s=request.grace_s)
                 _end_process(change, Status.DELETING, "being deleted")
-        case VerbKind.RECOVER:
+        case Command.RECOVER:
             if row.reason is None or row.reason.code != "control_lost":
                 raise Problem(
                     409,

@@ -25,6 +25,8 @@ from volant.model import (
     AskStop,
     AwaitAgent,
     Cleared,
+    Command,
+    CommandRequest,
     Effect,
     Ended,
     Hold,
@@ -49,8 +51,6 @@ from volant.model import (
     Seen,
     Status,
     StepFailed,
-    Verb,
-    VerbKind,
     VmRow,
     Woke,
     check_copyable,
@@ -153,7 +153,7 @@ class VmActor(Actor):
 
     @handles(Ask)
     async def ask(self, message: Ask) -> VmRow:
-        await self._see(message.verb, message.revisions, message.key)
+        await self._see(message.request, message.revisions, message.key)
         return self._row
 
     @handles(TakeCheckpoint)
@@ -326,8 +326,8 @@ class VmActor(Actor):
     def _remember(self, seen: Seen) -> None:
         """Keep what was seen, and what the VM was then, for `inspect`."""
         what = type(seen).__name__
-        if isinstance(seen, Verb):
-            what = f"{what}: {seen.kind}"
+        if isinstance(seen, CommandRequest):
+            what = f"{what}: {seen.command}"
         elif isinstance(seen, StepFailed | Ended):
             what = f"{what}: {seen.reason.code}: {seen.reason.message}"
         self._history.append(
@@ -357,7 +357,11 @@ class VmActor(Actor):
             try:
                 row = await self._doors.journal.ask(
                     CommitSteps(
-                        self._vm_id, self._row.revision, steps, key, seen.caller if isinstance(seen, Verb) else None
+                        self._vm_id,
+                        self._row.revision,
+                        steps,
+                        key,
+                        seen.caller if isinstance(seen, CommandRequest) else None,
                     ),
                     timeout_s=_COMMIT_TIMEOUT_S,
                 )
@@ -482,7 +486,7 @@ class VmActor(Actor):
         pause_s = 0.1
         while True:
             try:
-                await self.ctx.self_ref.ask(Ask(Verb(VerbKind.DELETE)), timeout_s=2 * _COMMIT_TIMEOUT_S)
+                await self.ctx.self_ref.ask(Ask(CommandRequest(Command.DELETE)), timeout_s=2 * _COMMIT_TIMEOUT_S)
                 return
             except (Problem, AskTimeout):
                 await trio.sleep(pause_s)

@@ -66,9 +66,9 @@ class ConsolePump:
                 await watch.wait()
 
     async def drain(self) -> None:
-        """Carry what is there now, at the pace of the log, so that a flood starves nobody."""
+        """Carry what is there now, at the rate limit of the log, so that a flood starves nobody."""
         while piece := self._carry():
-            await self._log.pace(*piece)
+            await self._log.throttle(*piece)
 
     def recent(self, lines: int) -> bytes:
         """The last lines of this boot, and what is no line yet, as a prompt is none."""

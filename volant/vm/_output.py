@@ -94,13 +94,13 @@ async def pump_output(client: AgentClient, log: VmLog, boot_key: str, log_id: st
                     size += len(piece)
                     if len(batch) + frames >= _LINES_AT_ONCE:
                         log.append(batch)
-                        await log.pace(len(batch) + frames, size)
+                        await log.throttle(len(batch) + frames, size)
                         batch = []
                         frames = size = 0
                 batch += entries(stream, lines)
             if batch:
                 log.append(batch)
-            await log.pace(len(batch) + frames, size)
+            await log.throttle(len(batch) + frames, size)
         # The guest has shut down, or the agent has ended: what is left over are last lines.
         for stream, splitter in splitters.items():
             if rest := splitter.flush():

@@ -48,6 +48,8 @@ from volant.model import (
     READY,
     SNAPSHOT,
     BuildTemplate,
+    Command,
+    CommandRequest,
     CreateVm,
     Desired,
     EventId,
@@ -61,8 +63,6 @@ from volant.model import (
     Step,
     TakeSnapshot,
     TemplateView,
-    Verb,
-    VerbKind,
     VmMemory,
     VmRow,
     check_copyable,
@@ -122,7 +122,7 @@ class Version(NamedTuple):
 
 @dataclass
 class Vms:
-    """Makes VMs, sends them verbs, and finds the way to their agents."""
+    """Makes VMs, sends them commands, and finds the way to their agents."""
 
     doors: VmDoors
     supervisor: DynamicSupervisor
@@ -272,8 +272,13 @@ class Vms:
         ref = await self._actor(row)
         return await ref.ask(TakeCheckpoint(into), timeout_s=3 * CHECKPOINT_S)
 
-    async def verb(
-        self, name: str, verb: Verb, *, only_at: Collection[Version] | None = None, key: IdempotencyKey | None = None
+    async def apply(
+        self,
+        name: str,
+        request: CommandRequest,
+        *,
+        only_at: Collection[Version] | None = None,
+        key: IdempotencyKey | None = None,
     ) -> VmRow:
         """Change what a VM should be, if it is at one of the versions `only_at`; durable when this returns.
 
@@ -282,32 +287,32 @@ class Vms:
         :raises DuplicateRequest: the request came before, and was taken up then.
         """
         row = self._row(name)
-        verb = msgspec.structs.replace(verb, caller=current_caller.get())
+        request = msgspec.structs.replace(request, caller=current_caller.get())
         revisions = None
         if only_at is not None:
             revisions = frozenset(version.revision for version in only_at if version.vm_id == row.id)
         drain = self.doors.store.projection.drain
-        if drain is not None and _starts(row, verb.kind):
+        if drain is not None and _starts(row, request.command):
             raise draining(drain, vm=name)
         refusal = self.doors.store.networking.user_refused
-        if refusal and is_user(row) and _starts(row, verb.kind):
+        if refusal and is_user(row) and _starts(row, request.command):
             raise refused(refusal, vm=name)
-        if verb.kind in (VerbKind.START, VerbKind.RESTART) and row.status in (Status.STOPPED, Status.CRASHED):
+        if request.command in (Command.START, Command.RESTART) and row.status in (Status.STOPPED, Status.CRASHED):
             self._admit(row.memory_mb, besides=row.id)
         deadline = trio.current_time() + _ASK_TIMEOUT_S
         pause_s = 0.05
         while True:
             ref = await self._actor(row)
             try:
-                return await ref.ask(Ask(verb, revisions, key), timeout_s=_ASK_TIMEOUT_S)
+                return await ref.ask(Ask(request, revisions, key), timeout_s=_ASK_TIMEOUT_S)
             except (ActorDown, AskTimeout) as error:
                 # It restarts, and may or may not have heard: read the row again, and go on from there.
                 after = self.doors.store.projection.by_id(row.id)
                 if after is None:
-                    if verb.kind is VerbKind.DELETE:
+                    if request.command is Command.DELETE:
                         return row
                     raise no_such_vm(name) from error
-                if key is None and _holds(after, verb.kind):
+                if key is None and _holds(after, request.command):
                     return after
                 if isinstance(error, AskTimeout) or trio.current_time() + pause_s > deadline:
                     raise Problem(
@@ -338,7 +343,7 @@ class Vms:
         :raises Problem: 412 it has changed; 503.
         """
         ref = await self._actor(row)
-        stop = Ask(Verb(VerbKind.RESTART, grace_s=grace_s, aside=True), frozenset({row.revision}))
+        stop = Ask(CommandRequest(Command.RESTART, grace_s=grace_s, aside=True), frozenset({row.revision}))
         try:
             await ref.ask(stop, timeout_s=_ASK_TIMEOUT_S)
         except (ActorDown, AskTimeout) as error:
@@ -351,7 +356,7 @@ class Vms:
 
         :raises Problem: 404; 412 it is at another version; 503 after 60 s, and says what is left.
         """
-        row = await self.verb(name, Verb(VerbKind.DELETE), only_at=only_at)
+        row = await self.apply(name, CommandRequest(Command.DELETE), only_at=only_at)
         _, after = await self.wait(row.id, {DELETED}, _DELETE_TIMEOUT_S)
         if after is not None:
             reason = f": {after.reason.message}" if after.reason else ""
@@ -584,7 +589,7 @@ class Vms:
 
     async def _delete_quietly(self, name: str) -> None:
         try:
-            await self.verb(name, Verb(VerbKind.DELETE, grace_s=0))
+            await self.apply(name, CommandRequest(Command.DELETE, grace_s=0))
             await self.delete(name)
         except Problem as problem:
             if problem.status != 404:
@@ -755,23 +760,23 @@ def _came_to_rest(row: VmRow) -> bool:
     return row.status in (Status.STOPPED, Status.CRASHED) and settled(row)
 
 
-def _starts(row: VmRow, kind: VerbKind) -> bool:
-    """Whether a verb wants another boot than the one that is."""
-    if kind is VerbKind.RESTART:
+def _starts(row: VmRow, command: Command) -> bool:
+    """Whether a command wants another boot than the one that is."""
+    if command is Command.RESTART:
         return row.status is not Status.DELETING
-    return kind is VerbKind.START and row.status in (Status.STOPPED, Status.CRASHED, Status.STOPPING)
+    return command is Command.START and row.status in (Status.STOPPED, Status.CRASHED, Status.STOPPING)
 
 
-def _holds(row: VmRow, kind: VerbKind) -> bool:
-    """Whether a verb whose answer was lost has been kept."""
-    match kind:
-        case VerbKind.STOP:
+def _holds(row: VmRow, command: Command) -> bool:
+    """Whether a command whose answer was lost has been committed."""
+    match command:
+        case Command.STOP:
             return row.desired is Desired.STOPPED
-        case VerbKind.START:
+        case Command.START:
             return row.desired is Desired.RUNNING and row.generation > row.booted
-        case VerbKind.PAUSE:
+        case Command.PAUSE:
             return row.desired is Desired.PAUSED
-        case VerbKind.DELETE:
+        case Command.DELETE:
             return row.desired is Desired.DELETED
         case _:
             return False

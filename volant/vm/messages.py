@@ -8,7 +8,7 @@ from pathlib import Path
 from actors import Request
 from volant.hypervisor import Checkpoint, CheckpointFailed
 from volant.journal import DuplicateRequest, IdempotencyKey
-from volant.model import Effect, Problem, Seen, Verb, VmRow
+from volant.model import CommandRequest, Effect, Problem, Seen, VmRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Ask(Request[VmRow]):
     :raises DuplicateRequest: the same request came before; nothing was done now.
     """
 
-    verb: Verb
+    request: CommandRequest
     revisions: frozenset[int] | None = None
     """None: whatever the row is at."""
     key: IdempotencyKey | None = None
@@ -38,8 +38,8 @@ class CheckpointTaken:
 
 @dataclass(frozen=True, slots=True)
 class TakeCheckpoint(Request[CheckpointTaken]):
-    """Copy the guest into an empty directory; it stands still for a moment, or goes on doing so. A verb that wants it
-    to be something else ends that.
+    """Copy the guest into an empty directory; it stands still for a moment, or goes on doing so. A command that
+    wants it to be something else ends that.
 
     :raises Problem: 409 there is no guest that runs or is paused, or it is to be something else.
     :raises CheckpointFailed: there is no copy. The directory is the caller's to remove.

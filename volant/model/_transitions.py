@@ -1,10 +1,10 @@
-"""The legal edges between a VM's public states. Another edge is a bug, and raises."""
+"""The transitions between a VM's public states. A transition that is not in the table is a bug."""
 
 from __future__ import annotations
 
 from ._row import Status as S
 
-EDGES: frozenset[tuple[S | None, S | None]] = frozenset(
+TRANSITIONS: frozenset[tuple[S | None, S | None]] = frozenset(
     {
         (None, S.PENDING),
         (S.PENDING, S.STARTING),
@@ -32,14 +32,14 @@ EDGES: frozenset[tuple[S | None, S | None]] = frozenset(
         (S.DELETING, None),
     }
 )
-"""`None` stands for a VM that does not exist, before or after its life."""
+"""`None`: the VM does not exist, yet or any more."""
 
 
-class IllegalEdge(Exception):
-    """A change of status that the table does not have."""
+class IllegalTransition(Exception):
+    """The table has no such transition."""
 
 
-def check_edge(before: S | None, after: S | None) -> None:
-    """:raises IllegalEdge: when a VM can't go from `before` to `after`. Staying is always legal."""
-    if before is not after and (before, after) not in EDGES:
-        raise IllegalEdge(f"a VM can't go from {before or 'nothing'} to {after or 'nothing'}")
+def check_transition(before: S | None, after: S | None) -> None:
+    """:raises IllegalTransition: a VM can't go from `before` to `after`. Staying is always legal."""
+    if before is not after and (before, after) not in TRANSITIONS:
+        raise IllegalTransition(f"a VM can't go from {before or 'nothing'} to {after or 'nothing'}")
