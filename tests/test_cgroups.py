@@ -12,18 +12,16 @@ from pathlib import Path
 import pytest
 import trio
 
-from volant import _cgroups
-from volant._cgroups import Bounds, Cgroups
-from volant.host import Host
+from volant.host import Cgroups, Host, ResourceLimits, _cgroups
 from volant.model import ProcessIdentity
 
-BOUNDS = Bounds(memory_mb=640, cpus=3, weight=200, tasks=258)
+BOUNDS = ResourceLimits(memory_mb=640, cpus=3, weight=200, tasks=258)
 
 
 @pytest.fixture
 def groups() -> Iterator[Cgroups]:
     """Of the machine itself."""
-    found = _cgroups.own_groups(f"volant-test-{uuid.uuid4().hex[:10]}")
+    found = _cgroups.own_cgroups(f"volant-test-{uuid.uuid4().hex[:10]}")
     if found is None:
         pytest.skip("there is no place for control groups here")
     yield found
@@ -33,13 +31,13 @@ def groups() -> Iterator[Cgroups]:
 
 
 async def started(host: Host, tmp_path: Path) -> ProcessIdentity:
-    tag = f"volant-test-{host.new_id()}"
+    tag = f"volant-test-{host.random.new_id()}"
     argv = [sys.executable, "-c", "import signal; signal.pause()", tag]
-    return await host.spawn(argv, tag=tag, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
+    return await host.processes.spawn(argv, tag=tag, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
 
 
 async def end(host: Host, identity: ProcessIdentity) -> None:
-    with host.open_process(identity) as process, trio.fail_after(10):
+    with host.processes.open(identity) as process, trio.fail_after(10):
         process.kill(signal.SIGKILL)
         await process.wait()
 
@@ -47,12 +45,12 @@ async def end(host: Host, identity: ProcessIdentity) -> None:
 async def test_the_group_of_a_process_that_exits_just_now_is_waited_for(groups: Cgroups, tmp_path: Path) -> None:
     host = Host(groups=groups)
     identity = await started(host, tmp_path)
-    await host.give_own_scope(identity, "VM one", BOUNDS)
+    await host.limits.apply(identity, "VM one", BOUNDS)
     with trio.fail_after(10):
-        await host.remove_empty_scopes(identity.tag)
+        await host.limits.remove_empty(identity.tag)
         assert (groups.directory / identity.tag).exists(), "it lives, and is not waited for without end"
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(host.remove_empty_scopes, identity.tag)
+            nursery.start_soon(host.limits.remove_empty, identity.tag)
             await end(host, identity)
     assert not (groups.directory / identity.tag).exists()
 
@@ -60,15 +58,15 @@ async def test_the_group_of_a_process_that_exits_just_now_is_waited_for(groups: 
 async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroups, tmp_path: Path) -> None:
     host = Host(groups=groups)
     first, second = await started(host, tmp_path), await started(host, tmp_path)
-    assert host.limits_of(first) is None
+    assert host.limits.of(first) is None
     for _ in range(2):
         # Whoever adopts it does it once more.
-        await host.give_own_scope(first, "VM one", BOUNDS)
-    await host.give_own_scope(second, "VM two")
+        await host.limits.apply(first, "VM one", BOUNDS)
+    await host.limits.apply(second, "VM two")
     assert _cgroups.group_of(first.pid) == groups.directory / first.tag
     assert _cgroups.group_of(second.pid) == groups.directory / second.tag
     assert _cgroups.group_of(os.getpid()) != groups.directory
-    limits = host.limits_of(first)
+    limits = host.limits.of(first)
     assert limits is not None
     # The controllers may be somebody else's; what is there is as it should be.
     assert (
@@ -82,23 +80,23 @@ async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroup
         }.items()
     )
     await end(host, first)
-    await host.remove_empty_scopes()
+    await host.limits.remove_empty()
     assert not (groups.directory / first.tag).exists()
     # What a daemon finds that comes after one that was killed: those whose processes live stay, the others go.
-    assert _cgroups.own_groups(groups.directory.name) == groups
+    assert _cgroups.own_cgroups(groups.directory.name) == groups
     assert (groups.directory / second.tag).is_dir()
     await end(host, second)
-    assert _cgroups.own_groups(groups.directory.name) == groups
+    assert _cgroups.own_cgroups(groups.directory.name) == groups
     assert not groups.directory.exists()
     second = await started(host, tmp_path)
-    await host.give_own_scope(second, "VM two")
+    await host.limits.apply(second, "VM two")
     await end(host, second)
     # Or as the next is made.
     third = await started(host, tmp_path)
-    await host.give_own_scope(third, "VM three", BOUNDS)
+    await host.limits.apply(third, "VM three", BOUNDS)
     assert [path.name for path in groups.directory.iterdir() if path.is_dir()] == [third.tag]
     await end(host, third)
-    await host.remove_empty_scopes()
+    await host.limits.remove_empty()
     assert not groups.directory.exists()
 
 
@@ -130,5 +128,5 @@ def test_the_hierarchy_is_found_where_it_is_mounted(mountinfo: str, found: objec
 
 
 def test_how_many_were_killed_is_what_the_kernel_says() -> None:
-    assert _cgroups.killed_in("low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 0\n") == 2
-    assert _cgroups.killed_in("low 0\nmax 1\n") == 0
+    assert _cgroups.oom_kills("low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 0\n") == 2
+    assert _cgroups.oom_kills("low 0\nmax 1\n") == 0

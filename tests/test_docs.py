@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from actors.testing import Simulation, simulate
+from tests.simulated import simulated_world
 from volant.mcp._tools import TOOLS
 from volant.model import TRANSITIONS
-from volant.testing import simulated_world
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from volant import _memory
-from volant.host import Host, ProcessGone
+from volant.host import Host, ProcessGone, _mappings
 from volant.model import ProcessIdentity
 
 MIB = 1024 * 1024
@@ -58,12 +57,12 @@ def memory(tmp_path: Path, content: bytes) -> Path:
 
 @pytest.fixture
 async def writer(host: Host, tmp_path: Path, memory: Path) -> AsyncIterator[ProcessIdentity]:
-    tag = f"volant-test.{host.new_id()}"
+    tag = f"volant-test.{host.random.new_id()}"
     argv = [sys.executable, "-c", WRITER, f"guest={tag}"]
-    identity = await host.spawn(argv, tag=tag, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
-    with host.open_process(identity) as process:
-        with trio.fail_after(20), host.watch(tmp_path / "out") as watch:
-            while not await host.read_bytes(tmp_path / "out"):
+    identity = await host.processes.spawn(argv, tag=tag, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
+    with host.processes.open(identity) as process:
+        with trio.fail_after(20), host.watches.open(tmp_path / "out") as watch:
+            while not await host.files.read(tmp_path / "out"):
                 await watch.wait()
         yield identity
         process.kill()
@@ -77,89 +76,93 @@ def seen_by_writer(content: bytes) -> bytes:
     return bytes(seen)
 
 
-@pytest.fixture(params=[_memory.PIECE, MIB])
+@pytest.fixture(params=[_mappings.PIECE, MIB])
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """All at once, and in pieces whose borders lie anywhere."""
-    monkeypatch.setattr(_memory, "PIECE", request.param)
+    monkeypatch.setattr(_mappings, "PIECE", request.param)
 
 
 @pytest.mark.usefixtures("pieces")
 async def test_a_file_is_copied_without_its_holes(host: Host, tmp_path: Path, memory: Path, content: bytes) -> None:
     copy = tmp_path / "copy"
-    await host.copy_sparse(memory, copy)
+    await host.files.copy(memory, copy)
     assert copy.read_bytes() == content
     assert copy.stat().st_mode & 0o777 == 0o600
-    assert host.disk_usage(copy) <= host.disk_usage(memory)
+    assert host.disk.used(copy) <= host.disk.used(memory)
     with pytest.raises(FileExistsError):
-        await host.copy_sparse(memory, copy)
+        await host.files.copy(memory, copy)
 
 
 @pytest.mark.usefixtures("pieces")
 async def test_a_mapping_is_copied_whose_file_has_lost_its_name(
     host: Host, tmp_path: Path, memory: Path, content: bytes, writer: ProcessIdentity
 ) -> None:
-    await host.remove_file(memory)
+    await host.files.remove(memory)
     copy = tmp_path / "copy"
-    await host.copy_mapped_file(writer, SIZE, copy)
+    await host.process_memory.copy_mapped_file(writer, SIZE, copy)
     assert copy.read_bytes() == content
-    assert await host.copy_own_pages(writer, SIZE, copy) == sum(count for _, count in OWN) * 4096
+    assert await host.process_memory.copy_own_pages(writer, SIZE, copy) == sum(count for _, count in OWN) * 4096
     assert copy.read_bytes() == seen_by_writer(content)
 
 
 async def test_where_there_is_no_such_mapping_it_is_told(host: Host, tmp_path: Path, writer: ProcessIdentity) -> None:
     with pytest.raises(FileNotFoundError, match="0 private mappings"):
-        await host.copy_mapped_file(writer, SIZE + 4096, tmp_path / "copy")
-    with host.open_process(writer) as process:
+        await host.process_memory.copy_mapped_file(writer, SIZE + 4096, tmp_path / "copy")
+    with host.processes.open(writer) as process:
         process.kill()
         await process.wait()
     with pytest.raises((ProcessGone, OSError)):
-        await host.copy_own_pages(writer, SIZE, tmp_path / "memory")
+        await host.process_memory.copy_own_pages(writer, SIZE, tmp_path / "memory")
 
 
 async def test_who_gives_up_copying_does_not_wait_for_the_rest(
     host: Host, tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_memory, "PIECE", 4096)
+    monkeypatch.setattr(_mappings, "PIECE", 4096)
     with trio.CancelScope() as scope:
         scope.cancel()
-        await host.copy_sparse(memory, tmp_path / "copy")
+        await host.files.copy(memory, tmp_path / "copy")
     assert scope.cancelled_caught
-    assert host.disk_usage(tmp_path / "copy") < 8 * 4096
+    assert host.disk.used(tmp_path / "copy") < 8 * 4096
 
 
 async def test_bytes_that_nobody_has_read_are_counted(host: Host, tmp_path: Path) -> None:
-    listener = host.listen_unix(tmp_path / "socket")
-    async with listener, await host.connect_unix(tmp_path / "socket", 5) as ours, await listener.accept() as theirs:
-        assert host.unread(ours) == (0, 0)
+    listener = host.sockets.listen_unix(tmp_path / "socket")
+    async with (
+        listener,
+        await host.sockets.connect_unix(tmp_path / "socket", 5) as ours,
+        await listener.accept() as theirs,
+    ):
+        assert host.sockets.unread(ours) == (0, 0)
         await ours.send_all(b"x" * 1000)
         await theirs.send_all(b"y" * 70)
-        assert host.unread(ours)[0] > 0
-        assert host.unread(ours)[1] == 70
+        assert host.sockets.unread(ours)[0] > 0
+        assert host.sockets.unread(ours)[1] == 70
         await theirs.receive_some(999)
-        assert host.unread(ours)[0] > 0
+        assert host.sockets.unread(ours)[0] > 0
         await theirs.receive_some(999)
-        assert host.unread(ours)[0] == 0
+        assert host.sockets.unread(ours)[0] == 0
 
 
 async def test_a_large_hole_is_passed_at_once(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel looks at each of its pages, so who asks again and again on the way takes seconds."""
     size, began = 1024 * MIB, list[int]()
-    copy_piece = _memory.copy_piece
+    copy_piece = _mappings.copy_piece
 
     def counted(source: int, target: int, start: int, size: int) -> int:
         began.append(start)
         return copy_piece(source, target, start, size)
 
-    monkeypatch.setattr(_memory, "copy_piece", counted)
-    await host.allocate_file(tmp_path / "memory", size, reserve=False)
+    monkeypatch.setattr(_mappings, "copy_piece", counted)
+    await host.disk.allocate(tmp_path / "memory", size, reserve=False)
     with (tmp_path / "memory").open("r+b") as file:
         for at in (MIB, size - MIB):
             file.seek(at)
             file.write(b"data")
-    await host.copy_sparse(tmp_path / "memory", tmp_path / "copy")
+    await host.files.copy(tmp_path / "memory", tmp_path / "copy")
     assert began == [0]
     with (tmp_path / "copy").open("rb") as file:
         for at in (MIB, size - MIB):
             file.seek(at)
             assert file.read(4) == b"data"
-    assert host.file_size(tmp_path / "copy") == size
+    assert host.files.size(tmp_path / "copy") == size

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from volant._priority import LOWERED, OWN
 from volant.host import Host
+from volant.host._priority import LOWERED, OWN
 
 AUTOGROUP = Path("/proc/self/autogroup")
 
 pytestmark = pytest.mark.skipif(not AUTOGROUP.exists(), reason="the kernel has no autogroups")
 
-RAISES = "from volant._priority import raise_own\nprint(raise_own(), open('/proc/self/autogroup').read().strip())"
+RAISES = "from volant.host import raise_own\nprint(raise_own(), open('/proc/self/autogroup').read().strip())"
 
 
 def said(*, leads: bool) -> tuple[str, str]:
@@ -43,8 +43,8 @@ def test_a_session_with_other_programs_is_left_alone() -> None:
 @pytest.mark.parametrize("lowers", [True, False])
 async def test_a_daemon_that_may_not_lowers_its_hypervisors(tmp_path: Path, lowers: bool) -> None:
     host = Host(lowers=lowers)
-    tag = f"volant-test.{host.new_id()}"
-    identity = await host.spawn(
+    tag = f"volant-test.{host.random.new_id()}"
+    identity = await host.processes.spawn(
         [sys.executable, "-c", "import time; time.sleep(60)", tag],
         tag=tag,
         env={},
@@ -53,8 +53,8 @@ async def test_a_daemon_that_may_not_lowers_its_hypervisors(tmp_path: Path, lowe
     )
     try:
         with trio.fail_after(20):
-            await host.give_own_scope(identity, "a test")
-        weight = await host.read_bytes(Path(f"/proc/{identity.pid}/autogroup"))
+            await host.limits.apply(identity, "a test")
+        weight = await host.files.read(Path(f"/proc/{identity.pid}/autogroup"))
         assert weight.split()[-1] == (str(LOWERED) if lowers else "0").encode()
     finally:
-        await host.end([identity])
+        await host.processes.end([identity])

@@ -218,7 +218,7 @@ class StandingSystem:
     """The daemon's word about itself, without a daemon."""
 
     def __init__(self, host: Host) -> None:
-        self.started_at = host.wall_clock()
+        self.started_at = host.clock.now()
         self.adoption_s: float | None = 0.5
         self.now: Health = "ok"
 

@@ -72,7 +72,7 @@ async def at_desk(tmp_path: Path) -> AsyncIterator[Desk]:
         host = served.doors.host
         output, fifo, sock = tmp_path / "console.log", tmp_path / "console.in", tmp_path / "console.sock"
         output.touch()
-        await host.make_fifo(fifo)
+        await host.files.make_fifo(fifo)
         reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         serial = SerialConsole(host, fifo, sock)
         served.doors.vms.console = lambda name: (row, serial)  # type: ignore[method-assign,assignment]

@@ -662,7 +662,7 @@ async def test_a_vm_on_its_way_is_waited_for(tmp_path: Path) -> None:
 
 async def test_the_browser_of_a_vm_that_has_just_begun_to_run_is_waited_for(tmp_path: Path) -> None:
     async with tab(tmp_path, browser=False) as at, trio.open_nursery() as nursery:
-        at.becomes(status=Status.RUNNING, updated_at=at.api.doors.host.wall_clock())
+        at.becomes(status=Status.RUNNING, updated_at=at.api.doors.host.clock.now())
         told: list[Any] = []
 
         async def ask() -> None:
@@ -681,7 +681,7 @@ async def test_the_browser_of_a_vm_that_has_just_begun_to_run_is_waited_for(tmp_
 async def test_nobody_waits_for_longer_than_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_devtools, "WAIT_S", 0.5)
     async with tab(tmp_path, browser=False) as at:
-        at.becomes(status=Status.RUNNING, updated_at=at.api.doors.host.wall_clock())
+        at.becomes(status=Status.RUNNING, updated_at=at.api.doors.host.clock.now())
         assert (await at.ask("/json/list")).status == 502
 
 

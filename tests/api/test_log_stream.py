@@ -29,7 +29,7 @@ def log_of(served: Api, name: str = "demo") -> VmLog:
 
 
 def say(served: Api, lines: Sequence[str], stream: LogStream = "stdout") -> None:
-    now = served.doors.host.wall_clock()
+    now = served.doors.host.clock.now()
     log_of(served).append(
         [LogEntry(stream=stream, line=line.encode(), timestamp=now, source="test", position=0) for line in lines]
     )

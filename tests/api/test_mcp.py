@@ -325,7 +325,7 @@ async def test_the_end_of_a_log_is_kept_and_new_lines_follow(served: Api) -> Non
 
 
 def write(log: Any, lines: list[str]) -> None:
-    now = Host().wall_clock()
+    now = Host().clock.now()
     log.append([
         LogEntry(stream="stdout", line=line.encode(), timestamp=now, source="test", position=log.newest + number)
         for number, line in enumerate(lines, 1)

@@ -140,7 +140,7 @@ async def test_disks_and_databases_without_a_vm_go_only_when_they_are_named(serv
 @pytest.fixture
 async def unswept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     async def sweep(doors: BuildDoors) -> None:
-        await doors.host.mkdir(doors.store.directory)
+        await doors.host.files.mkdir(doors.store.directory)
 
     monkeypatch.setattr(_actor, "sweep", sweep)
     async with api(tmp_path) as running:

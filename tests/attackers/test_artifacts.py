@@ -17,7 +17,7 @@ import trio
 from tests.api.kit import Api, api
 from tests.attackers.local_user import NOBODY, needs_root, run_code
 from tests.cli.kit import volar
-from volant._readers import loopback_peer_uid, unix_peer
+from volant.host import loopback_peer_uid, unix_peer
 from volant.http import ApiSettings
 from volant.images import PUBLIC, ImageError, Origins, artifact_path, make_private
 from volant.model import Artifact

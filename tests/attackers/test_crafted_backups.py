@@ -209,18 +209,22 @@ async def test_the_host_removes_and_signals_nothing_that_is_not_its_own(tmp_path
     host = Host()
     host.confine([own], f"volant-{INSTANCE}-")
     for path in (victim.directory, own, own / ".." / "somebodys", Path("/"), tmp_path):
-        for remove in (host.remove_tree, host.remove_file, lambda path: host.run_blocking(host.unlink, path)):
+        for remove in (
+            host.files.remove_tree,
+            host.files.remove,
+            lambda path: host.threads.run(host.files.unlink, path),
+        ):
             with pytest.raises(OSError, match="not below a directory of this daemon"):
                 await remove(path)
     identity = msgspec.convert(victim.process, ProcessIdentity)
-    assert await host.find(identity.tag) is None
-    assert await host.processes(identity.tag[:5]) == []
-    with pytest.raises(ProcessGone, match="none of this daemon's"):
+    assert await host.processes.find(identity.tag) is None
+    assert await host.processes.scan(identity.tag[:5]) == []
+    with pytest.raises(ProcessGone, match="belongs to another daemon"):
         _open(host, identity)
     (own / "file").touch()
-    await host.remove_tree(own / "file")
+    await host.files.remove_tree(own / "file")
     assert not (own / "file").exists()
 
 
 def _open(host: Host, identity: ProcessIdentity) -> Process:
-    return host.open_process(identity)
+    return host.processes.open(identity)

@@ -15,11 +15,10 @@ import pytest
 import trio
 
 from tests.attackers.local_user import NOBODY, make_directory, make_link, needs_root, run_code
-from volant._directories import make_own_directory
 from volant.daemon._directories import DirectoryError, claimed, memory_dir
 from volant.daemon._settings import Settings
 from volant.daemon._sockets import ListenError, listening
-from volant.host import Host
+from volant.host import Host, make_own_directory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SQUATTED = ("state_dir", "runtime_dir", "cache_dir")
@@ -85,11 +84,11 @@ def test_a_directory_that_was_removed_under_the_daemon_is_not_shared_with_who_ma
     place = root / "memory"
     make_directory(place)
     with pytest.raises(OSError, match="belongs to the user nobody"):
-        trio.run(Host().mkdir, place)
+        trio.run(Host().files.mkdir, place)
     shutil.rmtree(place)
     make_link(place, root)
     with pytest.raises(OSError, match="is a symbolic link that the user nobody made"):
-        trio.run(Host().mkdir, place)
+        trio.run(Host().files.mkdir, place)
 
 
 @needs_root

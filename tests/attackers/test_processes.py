@@ -52,17 +52,17 @@ def host() -> Host:
 
 @pytest.fixture
 def tag(host: Host) -> str:
-    return f"volant-test.{host.new_id()}"
+    return f"volant-test.{host.random.new_id()}"
 
 
 async def launched(host: Host, tag: str, place: Path, code: str = WAITING, user: int | None = None) -> ProcessIdentity:
     """A process that carries a tag, once it has printed a line."""
-    directory = place / f"{user}.{host.new_id()[:8]}"
-    await host.mkdir(directory)
+    directory = place / f"{user}.{host.random.new_id()[:8]}"
+    await host.files.mkdir(directory)
     if user is not None:
-        await host.lend_directory(directory, user, [], [place])
+        await host.sandbox.lend_directory(directory, user, [], [place])
     output = directory / "out"
-    identity = await host.spawn(
+    identity = await host.processes.spawn(
         [PYTHON, "-I", "-c", code, tag],
         tag=tag,
         env={},
@@ -70,15 +70,15 @@ async def launched(host: Host, tag: str, place: Path, code: str = WAITING, user:
         stdout_path=output,
         sandbox=None if user is None else Sandbox(user=user),
     )
-    with trio.fail_after(20), host.watch(output) as watch:
-        while b"ready" not in await host.read_bytes(output):
+    with trio.fail_after(20), host.watches.open(output) as watch:
+        while b"ready" not in await host.files.read(output):
             await watch.wait()
     return identity
 
 
 def gone(host: Host, identity: ProcessIdentity) -> bool:
     try:
-        with host.open_process(identity) as process:
+        with host.processes.open(identity) as process:
             return process.exited
     except ProcessGone:
         return True
@@ -86,11 +86,11 @@ def gone(host: Host, identity: ProcessIdentity) -> bool:
 
 async def test_a_decoy_is_not_found_and_the_process_that_was_launched_is(host: Host, tag: str, place: Path) -> None:
     with running_code(WAITING, tag) as decoy:
-        assert await host.find(tag) is None
+        assert await host.processes.find(tag) is None
         ours = await launched(host, tag, place)
         a_vms = await launched(host, tag, place, user=VM_USERS[3])
-        assert set(await host.processes(tag)) == {ours, a_vms}
-        await host.end_all(tag)
+        assert set(await host.processes.scan(tag)) == {ours, a_vms}
+        await host.processes.end_all(tag)
         assert gone(host, ours)
         assert gone(host, a_vms)
         assert decoy.poll() is None
@@ -109,7 +109,7 @@ async def test_nor_is_a_program_that_others_run_with_our_rights(host: Host, tag:
         stderr=subprocess.DEVNULL,
     ) as decoy:
         try:
-            assert await host.find(tag) is None
+            assert await host.processes.find(tag) is None
         finally:
             decoy.kill()
 
@@ -117,17 +117,17 @@ async def test_nor_is_a_program_that_others_run_with_our_rights(host: Host, tag:
 async def test_all_that_carry_a_tag_are_ended(host: Host, tag: str, place: Path) -> None:
     both = [await launched(host, tag, place) for _ in range(2)]
     other = await launched(host, f"{tag}0", place)
-    await host.end_all(tag)
+    await host.processes.end_all(tag)
     assert [gone(host, each) for each in both] == [True, True]
     assert not gone(host, other)
-    await host.end_all(f"{tag}0")
+    await host.processes.end_all(f"{tag}0")
 
 
 async def test_a_hypervisor_that_hides_its_tag_is_ended_by_its_row(host: Host, tag: str, place: Path) -> None:
     hidden = await launched(host, tag, place, ANOTHER_LINE, user=VM_USERS[1])
     later = Host(users=VM_USERS)
-    assert await later.find(tag) is None, "it does carry it"
-    await later.end_all(tag, hidden)
+    assert await later.processes.find(tag) is None, "it does carry it"
+    await later.processes.end_all(tag, hidden)
     assert gone(host, hidden)
 
 
@@ -188,4 +188,4 @@ async def test_passt_that_root_has_started_is_ended_although_it_runs_as_nobody(h
         with trio.fail_after(20):
             await passt.end(7)
         assert real.wait(10) == -signal.SIGKILL
-    assert not host.exists(passt.socket(7).with_suffix(".log"))
+    assert not host.files.exists(passt.socket(7).with_suffix(".log"))

@@ -2,7 +2,7 @@
 
 A host has memory for some dozens of emulated guests, and a benchmark needs a thousand. The fake of a QEMU is a waiting
 shell with the process tag on its command line. One process serves all their sockets: it speaks QMP, and has the agent
-of the simulated guest (`volant.testing`) on each port. The rows come from `decide` and the journal. The daemon is
+of the simulated guest (`tests.simulated`) on each port. The rows come from `decide` and the journal. The daemon is
 unmodified: it reads /proc, holds pidfds, and talks over Unix sockets.
 
 `python -m tests.bench._fleet DIRECTORY MARKS` is the guests' process; DIRECTORY has one for each VM, by its id.
@@ -28,12 +28,13 @@ from typing import Any
 import trio
 
 from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
+from tests.simulated.guest import SimGuest, SimPort
 from tests.system.kit import Daemon
-from volant.host import Host, _stat
+from volant.host import Host
+from volant.host._procfs import stat
 from volant.hypervisor import MachineSpec
 from volant.journal import CommitSteps, CreateRow, Journal, Store
 from volant.model import AgentAnswered, CreateVm, ImageReady, Launched, ProcessIdentity, Seen, Woke, decide
-from volant.testing._guest import SimGuest, SimPort
 from volant.vm import VmSettings, instance_of
 from volant.vm._steps import CUSTOM_IMAGE, machine_spec, tag_of
 
@@ -120,12 +121,14 @@ async def _make(
     await see(Woke(None))
     spec = machine_spec(settings, row, "tcg")
     await see(ImageReady(CUSTOM_IMAGE, tag, str(spec.console_socket_path)))
-    await host.mkdir(spec.directory)
-    await host.make_fifo(spec.console_input_path)
-    await host.write_bytes(spec.console_path, b"the guest says something\r\n")
+    await host.files.mkdir(spec.directory)
+    await host.files.make_fifo(spec.console_input_path)
+    await host.files.write(spec.console_path, b"the guest says something\r\n")
     process = _wait_as_qemu(spec, tag)
     processes.append(process)
-    identity = ProcessIdentity(pid=process.pid, start_time=_stat(process.pid)[0], boot_id=host.boot_id(), tag=tag)
+    identity = ProcessIdentity(
+        pid=process.pid, start_time=stat(process.pid).start_time, boot_id=host.processes.boot_id(), tag=tag
+    )
     await see(Launched(identity, "qemu", "tcg"))
     await see(AgentAnswered())
 

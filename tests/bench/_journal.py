@@ -79,7 +79,7 @@ async def vmlog() -> list[Figure]:
         position = 0
         for _ in range(ROUNDS):
             against.bare.append(size / 1e6 / await trio.to_thread.run_sync(_write_file, directory / "bare.log"))
-            now = host.wall_clock()
+            now = host.clock.now()
             took = 0.0
             for _ in range(BATCHES):
                 entries = []

@@ -178,7 +178,7 @@ async def _connect(path: Path) -> trio.SocketStream:
     with trio.fail_after(_CONNECT_S):
         while True:
             try:
-                return await Host().connect_unix(path, _CONNECT_S)
+                return await Host().sockets.connect_unix(path, _CONNECT_S)
             except (FileNotFoundError, ConnectionRefusedError):
                 await trio.sleep(_LOOK_AGAIN_S)
 

@@ -33,8 +33,8 @@ def guest(port: Port) -> Iterator[GuestAgent]:
 
 
 async def socket_pair(host: Host, path: Path) -> tuple[trio.SocketStream, trio.SocketStream]:
-    async with host.listen_unix(path) as listener:
-        return await host.connect_unix(path, 5), await listener.accept()
+    async with host.sockets.listen_unix(path) as listener:
+        return await host.sockets.connect_unix(path, 5), await listener.accept()
 
 
 async def test_a_send_that_is_under_way_stops_where_it_is_and_goes_on_there(tmp_path: Path) -> None:
@@ -49,10 +49,10 @@ async def test_a_send_that_is_under_way_stops_where_it_is_and_goes_on_there(tmp_
                 got += await theirs.receive_some(50_000)
                 async with stillness.keep():
                     # What the kernel has is read, and then there is no more, although there is room.
-                    while host.unread(ours)[0]:
+                    while host.sockets.unread(ours)[0]:
                         got += await theirs.receive_some(500_000)
                     await trio.testing.wait_all_tasks_blocked(0.01)
-                    assert host.unread(ours) == (0, 0)
+                    assert host.sockets.unread(ours) == (0, 0)
     assert got == data
 
 
@@ -73,7 +73,7 @@ async def test_nothing_is_read_meanwhile(tmp_path: Path) -> None:
             async with stillness.keep():
                 await theirs.send_all(b"late")
                 await trio.testing.wait_all_tasks_blocked(0.01)
-                assert (got, host.unread(ours)[1]) == (b"", 4)
+                assert (got, host.sockets.unread(ours)[1]) == (b"", 4)
             await theirs.send_eof()
     assert got == b"late"
 

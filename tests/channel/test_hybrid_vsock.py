@@ -30,7 +30,7 @@ async def hypervisor(path: Path, behave: Behaviour) -> AsyncIterator[list[bytes]
             pass
 
     async with trio.open_nursery() as nursery:
-        listener = Host().listen_unix(path)
+        listener = Host().sockets.listen_unix(path)
         nursery.start_soon(trio.serve_listeners, serve, [listener])
         yield seen
         nursery.cancel_scope.cancel()
@@ -116,7 +116,7 @@ async def test_what_is_no_answer_is_unreachable_in_time_and_leaves_nothing(tmp_p
 
 
 async def test_a_hypervisor_that_accepts_nobody_is_unreachable_in_time(tmp_path: Path) -> None:
-    listener = Host().listen_unix(tmp_path / "s", backlog=0)
+    listener = Host().sockets.listen_unix(tmp_path / "s", backlog=0)
     with listener.socket as listening:
         listening.listen(0)
         async with open_channel(Host(), HybridVsock(tmp_path / "s")) as channel:

@@ -62,15 +62,15 @@ async def tries(
 ) -> tuple[dict[tuple[object, ...], str], ProcessStatus]:
     """Returns the result of each task, tried in this sandbox in QEMU's place, and the process status that it had."""
     output = directory / "qemu.log"
-    await host.remove_file(output)
+    await host.files.remove(output)
     argv = [str(PYTHON), "-I", "-S", "-c", INTRUDER, f"guest={tag}", json.dumps(tasks)]
     env = {"PATH": "/usr/bin"}
-    identity = await host.spawn(argv, tag=tag, env=env, cwd=directory, stdout_path=output, sandbox=sandbox)
-    with trio.fail_after(30), host.open_process(identity) as process:
-        with host.watch(output) as watch:
-            while b"end\n" not in (said := await host.read_bytes(output)) and not process.exited:
+    identity = await host.processes.spawn(argv, tag=tag, env=env, cwd=directory, stdout_path=output, sandbox=sandbox)
+    with trio.fail_after(30), host.processes.open(identity) as process:
+        with host.watches.open(output) as watch:
+            while b"end\n" not in (said := await host.files.read(output)) and not process.exited:
                 await watch.wait()
-        status = host.process_status(identity)
+        status = host.proc.status(identity)
         process.kill()
         await process.wait()
     results: list[str] = json.loads(said.splitlines()[0])

@@ -28,7 +28,7 @@ def kernel(code: bytes) -> bytes:
 
 def machine_spec(host: Host, directory: Path, kernel: Path, initramfs: Path, /, **other: Any) -> MachineSpec:
     """A small machine with its things in `directory`, its memory in shared memory and a tag of its own."""
-    tag = f"volant-test-{host.new_id()}"
+    tag = f"volant-test-{host.random.new_id()}"
     spec = MachineSpec(
         vm_id=7,
         name="demo",
@@ -58,8 +58,8 @@ async def real_qemu(
 ) -> AsyncIterator[QemuHypervisor]:
     """A hypervisor on TCG. At the end it takes all whose tags begin with that of `spec`, and their memory."""
     yield QemuHypervisor(host, cache, accelerator="tcg", program=program)
-    for identity in await host.processes(spec.tag):
-        with host.open_process(identity) as process:
+    for identity in await host.processes.scan(spec.tag):
+        with host.processes.open(identity) as process:
             process.kill()
             await process.wait()
-    await host.remove_tree(spec.memory_file.parent)
+    await host.files.remove_tree(spec.memory_file.parent)

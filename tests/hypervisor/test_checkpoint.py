@@ -18,6 +18,7 @@ import trio
 
 from tests.hypervisor.kit import POWEROFF, tiny_spec
 from volant.host import Host
+from volant.host._files import LinuxFiles
 from volant.hypervisor import CheckpointFailed, Disk, Machine, MachineSpec, Template
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.hypervisor.qemu._machine import QemuMachine
@@ -68,14 +69,14 @@ def clone(spec: MachineSpec, name: str, template: Template, **other: Any) -> Mac
 async def launch(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> Identity:
     """Launch it; it has left its firmware then, as every guest has whose agent answers."""
     identity = await qemu.launch(spec)
-    with host.watch(spec.console_path) as watch:
-        while not host.file_size(spec.console_path):
+    with host.watches.open(spec.console_path) as watch:
+        while not host.files.size(spec.console_path):
             await watch.wait()
     return identity
 
 
 async def ends_when_typed_to(host: Host, spec: MachineSpec, machine: Machine) -> bool:
-    async with host.open_pipe(spec.console_input_path) as keyboard:
+    async with host.files.open_fifo(spec.console_input_path) as keyboard:
         await keyboard.send_all(b"x")
         return (await machine.ended()).kind is EndKind.SHUTDOWN
 
@@ -104,8 +105,8 @@ async def test_copies_of_copies_hold_what_the_machine_held(
         for number in range(3):
             identity = await (qemu.launch(running) if number else launch(host, qemu, running))
             async with qemu.attach(running, identity) as machine:
-                await host.remove_tree(into)
-                await host.mkdir(into)
+                await host.files.remove_tree(into)
+                await host.files.mkdir(into)
                 await machine.pause()
                 checkpoint = await machine.checkpoint(into, hold=nobody)
                 assert checkpoint.paused_s == 0.0
@@ -162,15 +163,17 @@ async def test_a_disk_is_copied_as_it_is(
             assert await ends_when_typed_to(host, spec, machine)
 
 
-class FaultyHost(Host):
-    """Something is wrong with the copying; `copying` is set when it begins."""
+class FaultyHost(Host, LinuxFiles):
+    """Copies fail, or hang without an error; `copying` is set when one begins."""
 
     def __init__(self, error: OSError | None) -> None:
-        super().__init__()
+        Host.__init__(self)
+        LinuxFiles.__init__(self, self.own)
+        self.files = self
         self.copying = trio.Event()
         self._error = error
 
-    async def copy_sparse(self, source: Path, target: Path, mode: int = 0o600) -> None:
+    async def copy(self, source: Path, target: Path, mode: int = 0o600) -> None:
         self.copying.set()
         if self._error is not None:
             raise self._error
@@ -237,7 +240,7 @@ async def test_a_guest_that_cannot_be_let_go_on_at_once_is_later(
     """Its hypervisor hangs for a while."""
     monkeypatch.setattr("volant.hypervisor.qemu._checkpoint.GO_ON_S", 0.2)
     monkeypatch.setattr("volant.hypervisor.qemu._machine._UNDO_AGAIN_S", 0.1)
-    with trio.fail_after(40), host.open_process(launched) as process:
+    with trio.fail_after(40), host.processes.open(launched) as process:
 
         @asynccontextmanager
         async def hangs_in_the_end() -> AsyncIterator[Callable[[], tuple[int, int]]]:

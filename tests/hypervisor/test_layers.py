@@ -90,7 +90,7 @@ async def test_cancelled_half_way_it_leaves_no_layer(
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(qemu.make_layer, disk)
-            with Host().watch(half.parent) as watch:
+            with Host().watches.open(half.parent) as watch:
                 while not half.exists():
                     await watch.wait()
             nursery.cancel_scope.cancel()

@@ -34,7 +34,7 @@ def spec(host: Host, tmp_path: Path) -> MachineSpec:
 async def test_a_machine_is_launched_attached_and_killed(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
-        assert await host.find(spec.tag) == identity
+        assert await host.processes.find(spec.tag) == identity
         for path, mode in ((spec.directory, 0o700), (spec.memory_file, 0o600), (spec.log_path, 0o600)):
             assert stat.S_IMODE((await trio.Path(path).stat()).st_mode) == mode, path
         async with qemu.attach(spec, identity) as machine:
@@ -42,7 +42,7 @@ async def test_a_machine_is_launched_attached_and_killed(host: Host, qemu: QemuH
             end = await machine.kill()
             assert (end.kind, end.exit_status) == (EndKind.KILLED, -signal.SIGKILL)
             assert await machine.ended() == end
-        assert await host.find(spec.tag) is None
+        assert await host.processes.find(spec.tag) is None
         async with qemu.attach(spec, identity) as machine:
             assert (await machine.ended()).kind is EndKind.GONE
             with pytest.raises(HypervisorError):
@@ -81,7 +81,7 @@ async def test_a_killed_process_is_told_at_once_and_to_nobody_else(
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
         async with qemu.attach(spec, identity) as machine:
-            with host.open_process(identity) as process:
+            with host.processes.open(identity) as process:
                 process.kill()
             began = trio.current_time()
             end = await machine.ended()
@@ -189,7 +189,7 @@ async def test_its_own_complaints_are_bounded(host: Host, qemu: QemuHypervisor, 
         async with qemu.attach(spec, identity):
             async with await trio.open_file(spec.log_path, "ab") as file:
                 await file.write(bytes(LOG_LIMIT + 1))
-            while host.file_size(spec.log_path) > LOG_LIMIT:  # noqa: ASYNC110 - nothing tells
+            while host.files.size(spec.log_path) > LOG_LIMIT:  # noqa: ASYNC110 - nothing tells
                 await trio.sleep(0.01)
 
 
@@ -197,14 +197,14 @@ async def test_one_that_complains_all_the_time_is_looked_after_now_and_then(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("volant.hypervisor.qemu._machine.LOG_PAUSE_S", 0.5)
-    real, looks = host.keep_tail, 0
+    real, looks = host.files.empty_if_larger, 0
 
-    async def keep_tail(path: Path, limit: int) -> bool:
+    async def empty_if_larger(path: Path, limit: int) -> bool:
         nonlocal looks
         looks += 1
         return await real(path, limit)
 
-    monkeypatch.setattr(host, "keep_tail", keep_tail)
+    monkeypatch.setattr(host.files, "empty_if_larger", empty_if_larger)
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
         async with qemu.attach(spec, identity):
@@ -215,7 +215,7 @@ async def test_one_that_complains_all_the_time_is_looked_after_now_and_then(
                     await file.flush()
                 await file.write(bytes(LOG_LIMIT))
             assert 1 <= looks <= 1 + (trio.current_time() - began) / 0.5 + 1
-            while host.file_size(spec.log_path) > LOG_LIMIT:  # noqa: ASYNC110 - nothing tells
+            while host.files.size(spec.log_path) > LOG_LIMIT:  # noqa: ASYNC110 - nothing tells
                 await trio.sleep(0.01)
 
 
@@ -227,14 +227,14 @@ async def test_console_input_reaches_the_guest_s_port_after_its_writer_was_repla
     await trio.Path(spec.kernel).write_bytes(kernel(echo))
     with trio.fail_after(20):
         await qemu.launch(spec)
-        with host.watch(spec.console_path) as watch:
+        with host.watches.open(spec.console_path) as watch:
             for number, text in enumerate((b"one", b"two"), 1):
-                fd = host.open_file(spec.console_input_path, os.O_WRONLY | os.O_NONBLOCK)
-                host.write(fd, text)
-                host.close_file(fd)
-                while len(await host.read_bytes(spec.console_path)) < 3 * number:
+                fd = host.descriptors.open(spec.console_input_path, os.O_WRONLY | os.O_NONBLOCK)
+                host.descriptors.write(fd, text)
+                host.descriptors.close(fd)
+                while len(await host.files.read(spec.console_path)) < 3 * number:
                     await watch.wait()
-        assert await host.read_bytes(spec.console_path) == b"onetwo"
+        assert await host.files.read(spec.console_path) == b"onetwo"
 
 
 async def test_without_qemu_the_reason_says_so(host: Host, spec: MachineSpec, tmp_path: Path) -> None:
@@ -261,8 +261,8 @@ async def test_a_kernel_that_is_none_is_a_bad_image(host: Host, qemu: QemuHyperv
         with pytest.raises(LaunchFailed) as failure:
             await qemu.launch(spec)
     assert failure.value.code == "bad_image", failure.value.message
-    assert await host.find(spec.tag) is None
-    assert not host.exists(spec.memory_file)
+    assert await host.processes.find(spec.tag) is None
+    assert not host.files.exists(spec.memory_file)
 
 
 async def test_memory_that_the_host_lacks_is_refused(qemu: QemuHypervisor, spec: MachineSpec) -> None:
@@ -278,7 +278,7 @@ async def test_memory_that_the_file_system_lacks_is_refused(
     async def full(path: Path, size: int, mode: int = 0o600, *, reserve: bool = True) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(host, "allocate_file", full)
+    monkeypatch.setattr(host.disk, "allocate", full)
     with pytest.raises(LaunchFailed, match="no room for 64 MiB") as failure:
         await qemu.launch(spec)
     assert failure.value.code == "memory_refused"
@@ -289,14 +289,14 @@ async def test_what_other_guests_have_given_back_is_theirs_to_take_again(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     short = what == "MiB of memory left"
-    monkeypatch.setattr(host, "memory_available_mb", lambda: 1024 + (128 if short else 1024))
-    monkeypatch.setattr(host, "free_space", lambda path: 2**31 if short else 2**30 - 1)
-    await host.mkdir(spec.memory_file.parent)
-    await host.allocate_file(spec.memory_file.with_name("other.mem"), 2**30, reserve=False)
+    monkeypatch.setattr(host.machine, "memory_available_mb", lambda: 1024 + (128 if short else 1024))
+    monkeypatch.setattr(host.disk, "free", lambda path: 2**31 if short else 2**30 - 1)
+    await host.files.mkdir(spec.memory_file.parent)
+    await host.disk.allocate(spec.memory_file.with_name("other.mem"), 2**30, reserve=False)
     with pytest.raises(LaunchFailed, match=what) as failure:
         await qemu.launch(spec)
     assert failure.value.code == "memory_refused"
-    assert not host.exists(spec.memory_file)
+    assert not host.files.exists(spec.memory_file)
 
 
 async def test_a_qemu_that_exits_is_quoted(host: Host, spec: MachineSpec, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ async def test_a_qemu_that_exits_is_quoted(host: Host, spec: MachineSpec, tmp_pa
         with pytest.raises(LaunchFailed, match="exited with 3: something odd") as failure:
             await QemuHypervisor(host, tmp_path / "cache", accelerator="tcg", program=program).launch(spec)
     assert failure.value.code == "exited"
-    await host.remove_tree(spec.memory_file.parent)
+    await host.files.remove_tree(spec.memory_file.parent)
 
 
 async def test_a_qemu_that_hangs_is_ended(
@@ -317,8 +317,8 @@ async def test_a_qemu_that_hangs_is_ended(
         with pytest.raises(LaunchFailed, match="did not answer") as failure:
             await QemuHypervisor(host, tmp_path / "cache", accelerator="tcg", program=program).launch(spec)
     assert failure.value.code == "no_answer"
-    assert await host.find(spec.tag) is None
-    await host.remove_tree(spec.memory_file.parent)
+    assert await host.processes.find(spec.tag) is None
+    await host.files.remove_tree(spec.memory_file.parent)
 
 
 def script(directory: Path, body: str) -> str:
@@ -334,7 +334,7 @@ async def test_the_probe_s_guest_runs_where_a_guest_can_run(host: Host, tmp_path
     argv = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "64M", "-nodefaults"]
     argv += ["-display", "none", "-no-reboot", "-kernel", "guest.elf"]
     argv += ["-device", f"isa-debug-exit,iobase={_probe.EXIT_PORT:#x},iosize=4"]
-    status, output = await host.run_program(argv, env=ENVIRONMENT, cwd=tmp_path, timeout_s=20)
+    status, output = await host.processes.run(argv, env=ENVIRONMENT, cwd=tmp_path, timeout_s=20)
     assert (status, output) == (_probe.EXIT_STATUS, b"")
 
 
@@ -342,14 +342,14 @@ async def test_the_choice_is_made_once_and_kept(host: Host, tmp_path: Path) -> N
     cache = tmp_path / "cache"
     first = await QemuHypervisor(host, cache).choice()
     assert first.version is not None
-    if not host.exists(Path("/dev/kvm")):
+    if not host.files.exists(Path("/dev/kvm")):
         assert (first.accelerator, first.reason) == ("tcg", "there is no /dev/kvm")
         return
-    assert host.list_directory(cache) == ["accelerator.json"]
-    kept = await host.read_bytes(cache / "accelerator.json")
-    await host.write_bytes(cache / "accelerator.json", kept.replace(first.reason.encode(), b"remembered"))
+    assert host.files.names(cache) == ["accelerator.json"]
+    kept = await host.files.read(cache / "accelerator.json")
+    await host.files.write(cache / "accelerator.json", kept.replace(first.reason.encode(), b"remembered"))
     assert (await QemuHypervisor(host, cache).choice()).reason == "remembered"
-    await host.write_bytes(cache / "accelerator.json", kept.replace(first.version.encode(), b"0.1"))
+    await host.files.write(cache / "accelerator.json", kept.replace(first.version.encode(), b"0.1"))
     assert (await QemuHypervisor(host, cache).choice()) == first
     assert (await QemuHypervisor(host, cache, accelerator="kvm").choice()).accelerator == "kvm"
 

@@ -21,8 +21,7 @@ import trio
 from tests.hypervisor.intruder import DENIED, PYTHON, tries
 from tests.hypervisor.kit import real_qemu, tiny_spec
 from tests.hypervisor.test_checkpoint import COUNTS, clone, nobody
-from volant import _sandbox
-from volant.host import Host, ProcessStatus
+from volant.host import Host, ProcessStatus, _sandbox
 from volant.hypervisor import Disk, MachineSpec, Nic, Template
 from volant.hypervisor.qemu import QemuHypervisor, SandboxPlan, user_of
 from volant.hypervisor.qemu import _sandbox as qemu_sandbox
@@ -54,7 +53,7 @@ def plan(host: Host, place: Path, spec: MachineSpec) -> SandboxPlan:
     """Every layer of the sandbox that this machine supports, as the daemon detects it."""
     memory = spec.memory_file.parent
     memory.mkdir(mode=0o700)
-    support = host.sandbox_support([place])
+    support = host.sandbox.support([place])
     assert support is not None
     return SandboxPlan(
         places=(place, memory),
@@ -72,7 +71,7 @@ async def qemu(host: Host, place: Path, spec: MachineSpec, plan: SandboxPlan) ->
 
 
 def status(host: Host, identity: ProcessIdentity) -> ProcessStatus:
-    found = host.process_status(identity)
+    found = host.proc.status(identity)
     assert found.capabilities == 0
     assert found.no_new_privileges
     assert found.filters >= 1
@@ -127,8 +126,8 @@ async def test_a_guest_runs_is_saved_and_copied_in_the_sandbox(
                 again = spec.memory_file.parent / f"again{number}"
                 again.mkdir(mode=0o700)
                 assert (await machine.checkpoint(again, hold=nobody)).memory_bytes > 0
-                assert (await host.process_memory(copied, 5)).pss_kb > 0
-                assert host.working_directory(copied) == copy.directory
+                assert (await host.process_memory.usage(copied, 5)).pss_kb > 0
+                assert host.proc.working_directory(copied) == copy.directory
                 await machine.kill()
 
 
@@ -333,11 +332,11 @@ async def test_nothing_starts_where_the_sandbox_cannot_be_set_up(
     sandbox = await QemuSandbox(host, plan).prepare(spec)
     gone = msgspec.structs.replace(sandbox, landlock=True, read=(spec.directory / "gone",))
     with pytest.raises(OSError, match="gone"):
-        await host.spawn(
+        await host.processes.spawn(
             ["/bin/true", spec.tag], tag=spec.tag, env={}, cwd=spec.directory,
             stdout_path=spec.directory / "out", sandbox=gone,
         )  # fmt: skip
-    assert await host.find(spec.tag) is None
+    assert await host.processes.find(spec.tag) is None
 
 
 async def test_setting_up_a_sandbox_does_not_restrict_the_daemon(
@@ -388,7 +387,7 @@ def test_where_users_of_their_own_cannot_be_had_the_host_says_why(
     (closed / "state").mkdir()
 
     def why(directory: Path) -> str:
-        support = host.sandbox_support([directory])
+        support = host.sandbox.support([directory])
         assert support is not None
         return str(support.no_users)
 

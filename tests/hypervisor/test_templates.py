@@ -67,7 +67,7 @@ async def test_clones_go_on_and_leave_their_template_alone(
             assert not machine_spec.memory_file.exists()
             async with qemu.attach(machine_spec, identity) as machine:
                 assert await machine.status() == "running"
-                async with host.open_pipe(machine_spec.console_input_path) as keyboard:
+                async with host.files.open_fifo(machine_spec.console_input_path) as keyboard:
                     await keyboard.send_all(b"x")
                     assert (await machine.ended()).kind is EndKind.SHUTDOWN
                 await machine.quit()
@@ -91,7 +91,7 @@ async def test_a_template_that_does_not_fit_is_refused_and_no_process_is_left(
         with pytest.raises(LaunchFailed) as caught:
             await qemu.launch(wanted)
         assert caught.value.code == "template_refused", caught.value
-        assert await host.find(wanted.tag) is None
+        assert await host.processes.find(wanted.tag) is None
 
 
 async def test_what_cannot_be_saved_is_told(qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ async def test_a_machine_whose_agent_somebody_talks_to_is_not_saved(
     with trio.fail_after(60):
         identity = await qemu.launch(spec)
         async with qemu.attach(spec, identity) as machine:
-            async with await host.connect_unix(spec.agent_path, 5):
+            async with await host.sockets.connect_unix(spec.agent_path, 5):
                 await until_qemu_has_noticed(machine)
                 with pytest.raises(HypervisorError, match="agent's port"):
                     await machine.save(tmp_path / "state")

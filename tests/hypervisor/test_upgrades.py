@@ -61,7 +61,7 @@ async def test_a_copy_of_an_older_machine_goes_on_as_that_and_is_copied_as_that(
     with trio.fail_after(90):
         choice = await qemu.choice()
         spec: MachineSpec = tiny_spec(host, tmp_path, COUNTS)
-        status, listing = await host.run_program(
+        status, listing = await host.processes.run(
             ["qemu-system-x86_64", "-machine", "help"], env={"PATH": "/usr/bin:/bin"}, cwd=tmp_path, timeout_s=10
         )
         assert status == 0
@@ -75,9 +75,9 @@ async def test_a_copy_of_an_older_machine_goes_on_as_that_and_is_copied_as_that(
         try:
             for number in range(2):
                 identity = await (hypervisor.launch(running) if number else launch(host, hypervisor, running))
-                assert any(word.startswith(f"{old},") for word in host.command_line(identity))
+                assert any(word.startswith(f"{old},") for word in host.proc.command_line(identity))
                 into = spec.memory_file.parent / str(number)
-                await host.mkdir(into)
+                await host.files.mkdir(into)
                 async with hypervisor.attach(running, identity) as machine:
                     checkpoint = await machine.checkpoint(into, hold=nobody)
                     assert (checkpoint.kind.machine, checkpoint.kind.version) == (old, choice.version)
@@ -88,7 +88,7 @@ async def test_a_copy_of_an_older_machine_goes_on_as_that_and_is_copied_as_that(
                 assert "does not have its machine pc-q35-1.4" in (await qemu.misfit(gone) or "")
                 running, hypervisor = clone(running, f"u{number}", checkpoint.template), qemu
         finally:
-            for found in await host.processes(spec.tag):
-                with host.open_process(found) as process:
+            for found in await host.processes.scan(spec.tag):
+                with host.processes.open(found) as process:
                     process.kill()
-            await host.remove_tree(spec.memory_file.parent)
+            await host.files.remove_tree(spec.memory_file.parent)

@@ -12,6 +12,8 @@ import msgspec
 
 from actors import ONE_FOR_ONE, Child, Ref, Request, Supervisor, System, open_system
 from volant.host import Host
+from volant.host._clock import LinuxClock
+from volant.host._threads import LinuxThreads
 from volant.journal import CommitSteps, CreateRow, EventCursor, EventFrame, EventLog, Journal, Retention, Store
 from volant.model import CreateVm, EventId, Networking, Phase, Status, Step, VmRow
 
@@ -19,37 +21,45 @@ T = TypeVar("T")
 TIMEOUT_S = 10.0
 
 
+class SetClock(LinuxClock):
+    """A time of day that the test sets."""
+
+    def __init__(self) -> None:
+        self.time = datetime(2025, 9, 24, 12, 34, 56, tzinfo=UTC)
+
+    def now(self) -> datetime:
+        return self.time
+
+
 class ClockHost(Host):
     """The real host, with a time of day that the test sets."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = datetime(2025, 9, 24, 12, 34, 56, tzinfo=UTC)
-
-    def wall_clock(self) -> datetime:
-        return self.now
+        self.clock = self._clock = SetClock()
 
     def pass_time(self, **delta: float) -> None:
-        self.now += timedelta(**delta)
+        self._clock.time += timedelta(**delta)
 
 
-class GatedHost(ClockHost):
+class GatedHost(ClockHost, LinuxThreads):
     """Commits wait in their thread for `before`, if it is set: a slow or failing disk."""
 
     def __init__(self) -> None:
         super().__init__()
         self.before: Callable[[], None] | None = None
+        self.threads = self
 
-    async def run_blocking(self, call: Callable[..., T], *args: object) -> T:
+    async def run(self, call: Callable[..., T], *args: object) -> T:
         before = self.before
         if before is None or getattr(call, "__name__", "") != "write":
-            return await super().run_blocking(call, *args)
+            return await super().run(call, *args)
 
         def gated(*inner: object) -> T:
             before()
             return call(*inner)
 
-        return await super().run_blocking(gated, *args)
+        return await super().run(gated, *args)
 
 
 class Bench:

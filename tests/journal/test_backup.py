@@ -17,7 +17,8 @@ import trio
 from actors import ONE_FOR_ONE, Child, Supervisor, open_system
 from actors.testing import kill
 from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, events_after, take
-from volant.host import Host
+from volant.host import Host, Ownership
+from volant.host._files import LinuxFiles
 from volant.journal import Backups, EventGap, Evidence, Journal, Running, Store, take_over
 from volant.journal import _backups as backups_module
 from volant.model import Networking, Problem, ProcessIdentity, Status
@@ -290,13 +291,9 @@ async def test_what_this_version_would_not_write_is_refused(path: Path, kept: Pa
 async def test_one_backup_at_a_time_and_none_that_would_fill_the_disk(
     path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Full(ClockHost):
-        free = 2**40
-
-        def free_space(self, path: Path) -> int:
-            return self.free
-
-    host = Full()
+    host = ClockHost()
+    free = 2**40
+    monkeypatch.setattr(host.disk, "free", lambda path: free)
     async with keeping(path, host) as bench:
         await bench.create("one")
         async with bench.backups.take():
@@ -304,12 +301,12 @@ async def test_one_backup_at_a_time_and_none_that_would_fill_the_disk(
                 await bench.backup(kept)
             assert refused.value.status == 409
         data = (await bench.backup(kept)).read_bytes()
-        host.free = 2**20
+        free = 2**20
         for attempt in (bench.backup(kept), bench.restore(data)):
             with pytest.raises(Problem, match="no room") as refused:
                 await attempt
             assert (refused.value.status, refused.value.code) == (503, "no-space")
-        host.free = 2**40
+        free = 2**40
         monkeypatch.setattr(backups_module, "MAX_UPLOAD_BYTES", 1000)
         with pytest.raises(Problem) as refused:
             await bench.restore(data)
@@ -333,11 +330,11 @@ class Died(BaseException):
     pass
 
 
-class Mortal(ClockHost):
-    """Dies before or after the n-th change of a name."""
+class MortalFiles(LinuxFiles):
+    """The daemon dies before or after the n-th change of a name."""
 
     def __init__(self, dies_at: int) -> None:
-        super().__init__()
+        super().__init__(Ownership())
         self.left = dies_at
 
     def rename(self, path: Path, to: Path) -> None:
@@ -379,7 +376,9 @@ async def test_whoever_is_killed_while_taking_a_restore_over_leaves_the_old_or_t
         for name, data in before.items():
             (path.parent / name).write_bytes(data)
         try:
-            take_over(Mortal(dies_at), path)
+            host = ClockHost()
+            host.files = MortalFiles(dies_at)
+            take_over(host, path)
         except Died:
             dies_at += 1
         else:
@@ -392,12 +391,14 @@ async def test_whoever_is_killed_while_taking_a_restore_over_leaves_the_old_or_t
 
 
 async def test_a_disk_that_fails_at_the_last_step_leaves_the_old_one(path: Path, kept: Path) -> None:
-    class Failing(ClockHost):
+    class FailingFiles(LinuxFiles):
         def rename(self, path: Path, to: Path) -> None:
             super().rename(path, to)
             raise OSError(5, "Input/output error")
 
-    async with keeping(path, Failing()) as bench:
+    host = ClockHost()
+    host.files = FailingFiles(Ownership())
+    async with keeping(path, host) as bench:
         await bench.create("old")
         await bench.backup(kept)
         with pytest.raises(Problem) as refused:

@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, running
+from volant.host._threads import LinuxThreads
 from volant.journal import EventGap, Retention
 from volant.journal import _database as database_module
 from volant.journal import _journal as journal_module
@@ -21,16 +22,17 @@ T = TypeVar("T")
 OLD_EVENTS = 12_000
 
 
-class Recorded(ClockHost):
+class Recorded(ClockHost, LinuxThreads):
     """Notes what the journal's thread does, in order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
+        self.threads = self
 
-    async def run_blocking(self, call: Callable[..., T], *args: object) -> T:
+    async def run(self, call: Callable[..., T], *args: object) -> T:
         self.calls.append(getattr(call, "__name__", ""))
-        return await super().run_blocking(call, *args)
+        return await super().run(call, *args)
 
 
 @pytest.fixture

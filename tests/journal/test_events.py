@@ -12,6 +12,7 @@ import trio
 
 from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, events_after, running, take
 from volant.host import Host
+from volant.host._threads import LinuxThreads
 from volant.journal import EventGap, EventLog, Retention, Store
 from volant.model import EventId
 
@@ -166,7 +167,7 @@ async def test_a_reader_that_does_not_read_holds_nothing(path: Path) -> None:
             assert len(bench.store.events._recent) == 10
 
 
-class HeldHost(ClockHost):
+class HeldHost(ClockHost, LinuxThreads):
     """What the journal's thread has done on the disk is known to nobody before `told` is set."""
 
     def __init__(self, call: str) -> None:
@@ -174,9 +175,10 @@ class HeldHost(ClockHost):
         self._call = call
         self.done = trio.Event()
         self.told: trio.Event | None = None
+        self.threads = self
 
-    async def run_blocking(self, call: Callable[..., T], *args: object) -> T:
-        result = await super().run_blocking(call, *args)
+    async def run(self, call: Callable[..., T], *args: object) -> T:
+        result = await super().run(call, *args)
         if self.told is not None and getattr(call, "__name__", "") == self._call:
             self.done.set()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + TIMEOUT_S):

@@ -13,6 +13,8 @@ import pytest
 import trio
 
 from tests.journal.kit import ClockHost, running
+from volant.host._disk import LinuxDisk
+from volant.host._threads import LinuxThreads
 from volant.journal import AddNetwork, Store
 from volant.journal import _database as database_module
 from volant.journal import _journal as journal_module
@@ -22,23 +24,27 @@ from volant.model import CreateNetwork, Problem
 T = TypeVar("T")
 
 
-class SmallHost(ClockHost):
+class SmallHost(ClockHost, LinuxDisk, LinuxThreads):
     """The real host, on a disk that is full whenever the test says so."""
 
     full = False
 
-    def free_space(self, path: Path) -> int:
+    def __init__(self) -> None:
+        super().__init__()
+        self.disk = self.threads = self
+
+    def free(self, path: Path) -> int:
         return 0 if self.full else 2**40
 
-    def reserve_space(self, path: Path, size: int) -> None:
+    def reserve(self, path: Path, size: int) -> None:
         if self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        super().reserve_space(path, size)
+        super().reserve(path, size)
 
-    async def run_blocking(self, call: Callable[..., T], *args: object) -> T:
+    async def run(self, call: Callable[..., T], *args: object) -> T:
         if self.full and getattr(call, "__name__", "") == "write":
             raise apsw.FullError("database or disk is full")
-        return await super().run_blocking(call, *args)
+        return await super().run(call, *args)
 
 
 @pytest.fixture(autouse=True)

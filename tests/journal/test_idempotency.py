@@ -209,7 +209,7 @@ async def test_stored_responses_are_limited_by_age_number_and_size(path: Path, m
         async def known() -> str:
             assert len(bench.store.responses) == on_disk(path)
             return "".join(
-                key for key in "abcdefg" if bench.store.responses.find(key_of(key), host.wall_clock()) is not None
+                key for key in "abcdefg" if bench.store.responses.find(key_of(key), host.clock.now()) is not None
             )
 
         for key in "abcd":

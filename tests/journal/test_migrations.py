@@ -143,7 +143,7 @@ async def test_nothing_is_lost_on_the_way(path: Path, version: int) -> None:
         assert [frame.event.id for frame in frames] == [f"5f3a-{seq}" for seq in range(1, 6)]
         assert [frame.event.message for frame in frames] == [f"number {seq}" for seq in range(1, 6)]
         results = {
-            scope: bench.store.responses.find(IdempotencyKey(scope, b"request"), host.wall_clock()) for scope in ANSWERS
+            scope: bench.store.responses.find(IdempotencyKey(scope, b"request"), host.clock.now()) for scope in ANSWERS
         }
         assert results == (RESULTS if version >= 2 else dict.fromkeys(ANSWERS))
         # And it works: what is new in this version, too. Ids go on above those that were ever given out.

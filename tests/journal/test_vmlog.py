@@ -37,7 +37,7 @@ class Pump:
                 LogEntry(
                     stream=self.stream,
                     line=line,
-                    timestamp=self.host.wall_clock(),
+                    timestamp=self.host.clock.now(),
                     source=self.source,
                     position=self.position,
                     partial=partial,
@@ -156,9 +156,9 @@ async def test_tail_since_and_stream_choose_where_to_begin(host: ClockHost, dire
     assert [frame["seq"] for frame in await everything(log, since_seq=18)] == [19, 20]
     assert len(await everything(log, since_seq=0)) == 20
     assert await everything(log, since_seq=20) == await everything(log, since_seq=2000) == []
-    since = host.wall_clock() - timedelta(seconds=2)
+    since = host.clock.now() - timedelta(seconds=2)
     assert lines(await everything(log, since_time=since, streams=["console"])) == ["8", "9"]
-    assert lines(await everything(log, since_time=host.wall_clock())) == []
+    assert lines(await everything(log, since_time=host.clock.now())) == []
     assert log.tail_lines(2, "console") == ("8", "9")
     assert log.tail_lines(2) == ("9", "out 9")
     assert log.tail_lines(2, source="1.1/x/stdout") == ("out 8", "out 9")
@@ -176,7 +176,7 @@ async def test_tail_and_since_reach_over_segments(host: ClockHost, directory: Pa
     assert log.statistics().segments > 10
     assert lines(await everything(log, tail=1, streams=["stdout"])) == ["out"]
     assert lines(await everything(log, tail=300, streams=["console"])) == [str(n) for n in range(200, 500)]
-    since = host.wall_clock() - timedelta(seconds=123)
+    since = host.clock.now() - timedelta(seconds=123)
     assert lines(await everything(log, since_time=since)) == [str(n) for n in range(377, 500)]
     assert lines(await everything(log, since_seq=401)) == [str(n) for n in range(400, 500)]
     assert log.tail_lines(100) == tuple(str(n) for n in range(400, 500))

@@ -14,10 +14,10 @@ import trio
 
 from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
 from tests.network.kit import INSTANCE, SETTINGS, stopped, vm
+from tests.simulated import SimLinks, SimNetwork
 from volant.model import VmRow, tap_of
 from volant.network import Link, NetworkFailed, NetworkKeeper, Networks, Step
 from volant.network.messages import Attach, Detach, Reconcile
-from volant.testing import SimLinks, SimNetwork
 
 T = TypeVar("T")
 FOREVER_S = 1e6

@@ -59,20 +59,20 @@ async def test_it_listens_when_it_is_started_and_is_the_same_when_it_is_started_
     row, other = row_of(7), row_of(8)
     await passt.start(row)
     await passt.start(other)
-    (first,) = await passt.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True)
+    (first,) = await passt.host.processes.scan(f"volant-{INSTANCE}-n.7", of_anybody=True)
     await passt.start(row)
-    assert await passt.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == [first]
+    assert await passt.host.processes.scan(f"volant-{INSTANCE}-n.7", of_anybody=True) == [first]
     assert (passt.is_connected(7), passt.is_connected(8)) == (False, False)
     await passt.note_connected(7)
     await passt.note_connected(7)
     await passt.start(row)
     assert (passt.is_connected(7), passt.is_connected(8)) == (True, False), "it is the one that was connected"
     await passt.end(7)
-    assert await passt.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == []
-    assert len(await passt.host.processes(f"volant-{INSTANCE}-n.8", of_anybody=True)) == 1
+    assert await passt.host.processes.scan(f"volant-{INSTANCE}-n.7", of_anybody=True) == []
+    assert len(await passt.host.processes.scan(f"volant-{INSTANCE}-n.8", of_anybody=True)) == 1
     await passt.end(7)
     await passt.end(8)
-    assert not passt.host.list_directory(passt.runtime_dir / "net")
+    assert not passt.host.files.names(passt.runtime_dir / "net")
 
 
 @needs_passt
@@ -82,7 +82,7 @@ async def test_it_ends_with_its_hypervisor_whoever_looks_on(passt: Passt) -> Non
         hypervisor.connect(str(passt.socket(7)))
     with trio.fail_after(10):
         await passt.ended(7)
-    assert await passt.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == []
+    assert await passt.host.processes.scan(f"volant-{INSTANCE}-n.7", of_anybody=True) == []
     # What it has left behind is in nobody's way.
     await passt.start(row_of(7))
 
@@ -96,11 +96,11 @@ async def test_that_of_root_has_a_user_that_no_hypervisor_has(passt: Passt) -> N
     assert user not in {user_of(users, "volant-a-7", vm_id) for vm_id in range(len(users))}
     own = Passt(Host(users=users), passt.runtime_dir, INSTANCE, user)
     await own.start(row_of(7))
-    (found,) = await own.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True)
-    assert own.host.process_status(found).user == user
+    (found,) = await own.host.processes.scan(f"volant-{INSTANCE}-n.7", of_anybody=True)
+    assert own.host.proc.status(found).user == user
     assert await own.any_runs()
     await own.start(row_of(7))
-    assert await own.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == [found]
+    assert await own.host.processes.scan(f"volant-{INSTANCE}-n.7", of_anybody=True) == [found]
     await own.end(7)
     assert not await own.any_runs()
 
@@ -109,11 +109,11 @@ async def test_that_of_root_has_a_user_that_no_hypervisor_has(passt: Passt) -> N
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start processes of another user")
 async def test_one_of_an_earlier_daemon_goes_on_and_is_named(passt: Passt, caplog: pytest.LogCaptureFixture) -> None:
     await passt.start(row_of(7))
-    (before,) = await passt.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True)
-    assert passt.host.process_status(before).user == pwd.getpwnam("nobody").pw_uid
+    (before,) = await passt.host.processes.scan(f"volant-{INSTANCE}-n.7", of_anybody=True)
+    assert passt.host.proc.status(before).user == pwd.getpwnam("nobody").pw_uid
     own = Passt(Host(), passt.runtime_dir, INSTANCE, 98303)
     await own.start(row_of(7))
-    assert await own.host.processes(f"volant-{INSTANCE}-n.7", of_anybody=True) == [before]
+    assert await own.host.processes.scan(f"volant-{INSTANCE}-n.7", of_anybody=True) == [before]
     assert "until you stop and start the VM" in caplog.text
     await own.end(7)
     assert not await own.any_runs()

@@ -23,10 +23,10 @@ import msgspec
 import trio
 
 from actors.testing import FaultReport, Simulation, kill, simulate
+from tests.simulated import Answer, Unreachable, World, simulated_world
+from tests.simulated.qemu import SimQemu
 from volant.model import TRANSITIONS, Status, VmRow, settled
 from volant.model.agent import TELLS_NETWORK
-from volant.testing import Answer, Unreachable, World, simulated_world
-from volant.testing._qemu import SimQemu
 
 TROUBLE_S = 110.0
 CONVERGE_S = 900.0

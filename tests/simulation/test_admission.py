@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from actors.testing import Simulation, simulate
-from volant.testing import World, simulated_world
-from volant.testing._host import SimHost
+from tests.simulated import World, simulated_world
+from tests.simulated.memory import SimMachine
 from volant.vm._memory import OVERHEAD_MB
 
 JSON = {"content-type": "application/json"}
@@ -42,7 +42,7 @@ def test_what_other_programs_have_taken_is_not_promised_to_a_vm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = 64 + OVERHEAD_MB
-    monkeypatch.setattr(SimHost, "memory_available_mb", lambda self: left)
+    monkeypatch.setattr(SimMachine, "memory_available_mb", lambda self: left)
 
     async def story(world: World) -> None:
         nonlocal left
@@ -66,8 +66,8 @@ def test_what_other_programs_have_taken_is_not_promised_to_a_vm(
 
 
 def test_what_is_promised_is_told_from_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SimHost, "memory_total_mb", lambda self: 1000)
-    monkeypatch.setattr(SimHost, "memory_available_mb", lambda self: 900)
+    monkeypatch.setattr(SimMachine, "memory_total_mb", lambda self: 1000)
+    monkeypatch.setattr(SimMachine, "memory_available_mb", lambda self: 900)
 
     async def story(world: World) -> None:
         assert (await create(world, "first", 128)).status == 201
@@ -83,7 +83,7 @@ def test_what_is_promised_is_told_from_what_is_available(tmp_path: Path, monkeyp
 
 def test_one_that_is_started_again_is_asked_for_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = 10_000
-    monkeypatch.setattr(SimHost, "memory_available_mb", lambda self: left)
+    monkeypatch.setattr(SimMachine, "memory_available_mb", lambda self: left)
 
     async def story(world: World) -> None:
         nonlocal left

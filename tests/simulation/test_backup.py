@@ -14,9 +14,9 @@ import pytest
 import trio
 
 from actors.testing import Simulation, allow_real, simulate
+from tests.simulated import Unreachable, World, simulated_world
 from volant.model import settled
 from volant.templates import template_tag_prefix
-from volant.testing import Unreachable, World, simulated_world
 from volant.vm import instance_of
 
 JSON = {"content-type": "application/json"}

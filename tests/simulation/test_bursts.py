@@ -14,8 +14,8 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
+from tests.simulated import World, simulated_world
 from volant.model import Status
-from volant.testing import World, simulated_world
 
 VMS = 40
 AT_ONCE = 3

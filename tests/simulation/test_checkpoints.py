@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
-from volant.testing import Answer, Unreachable, World, simulated_world
-from volant.testing._qemu import SimQemu
+from tests.simulated import Answer, Unreachable, World, simulated_world
+from tests.simulated.qemu import SimQemu
 
 JSON = {"content-type": "application/json"}
 VMS = "/api/v1/vms"
@@ -128,7 +128,7 @@ def test_a_state_with_other_bytes_is_refused_whatever_stat_says_of_it(tmp_path: 
         files.file(directory / "state").data[-1:] = b" "
         record = files.file(directory / "capture.json").data
         said = json.loads(bytes(record))
-        said["fingerprints"]["state"] = world.daemon.vms.doors.host.fingerprint(directory / "state")
+        said["fingerprints"]["state"] = world.daemon.vms.doors.host.files.fingerprint(directory / "state")
         record[:] = json.dumps(said).encode()
         vm = await restore(world, "no")
         assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_damaged")

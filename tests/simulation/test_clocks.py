@@ -10,9 +10,9 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
-from volant.testing import World, simulated_world
-from volant.testing._guest import SimGuest
-from volant.testing._qemu import SimQemu
+from tests.simulated import World, simulated_world
+from tests.simulated.guest import SimGuest
+from tests.simulated.qemu import SimQemu
 from volant.vm._network import HOSTS_AT_ONCE
 
 JSON = {"content-type": "application/json"}

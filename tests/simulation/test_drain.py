@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
-from volant.testing import World, simulated_world
+from tests.simulated import World, simulated_world
 from volant.vm._drain import AT_ONCE
 
 JSON = {"content-type": "application/json"}

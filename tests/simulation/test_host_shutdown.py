@@ -11,13 +11,13 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
+from tests.simulated import World, simulated_world
+from tests.simulated.guest import answer
+from tests.simulated.host import SimHost
+from tests.simulated.qemu import SimQemu
 from volant.daemon._guests import AT_ONCE, GRACE_S, TOTAL_S, stop_guests
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
-from volant.testing import World, simulated_world
-from volant.testing._guest import answer
-from volant.testing._host import SimHost
-from volant.testing._qemu import SimQemu
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
-from volant.testing import World, simulated_world
+from tests.simulated import World, simulated_world
 
 JSON = {"content-type": "application/json"}
 VMS = "/api/v1/vms"

@@ -11,9 +11,9 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
+from tests.simulated import World, simulated_world
+from tests.simulated.qemu import SimQemu
 from volant.model.agent import TELLS_NETWORK
-from volant.testing import World, simulated_world
-from volant.testing._qemu import SimQemu
 
 JSON = {"content-type": "application/json"}
 VMS = "/api/v1/vms"

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from actors.testing import Simulation, allow_real, simulate
-from volant.testing import World, simulated_world
+from tests.simulated import World, simulated_world
 
 JSON = {"content-type": "application/json"}
 ORPHANS = "/api/v1/system/orphans"

@@ -11,11 +11,11 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
-from volant import _cgroups
+from tests.simulated import simulated_world
+from tests.simulated.file_system import File
+from tests.simulated.limits import SimLimits
+from volant.host import _cgroups
 from volant.model import ProcessIdentity
-from volant.testing import simulated_world
-from volant.testing._files import File
-from volant.testing._host import SimHost
 
 JSON = {"content-type": "application/json"}
 
@@ -27,17 +27,18 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def events_of(self: SimHost, identity: ProcessIdentity) -> Path:
+def oom_events(self: SimLimits, identity: ProcessIdentity) -> Path:
     """The simulated machine has no control groups but these."""
+    files = self._calls.machine.files
     path = Path("/run/groups") / identity.tag
-    if self._files.find(path) is None:
-        self._files.mkdir(path.parent)
-        self._files.put(path, File(bytearray(b"oom 0\noom_kill 0\n")))
+    if files.find(path) is None:
+        files.mkdir(path.parent)
+        files.put(path, File(bytearray(b"oom 0\noom_kill 0\n")))
     return path
 
 
-def killed(self: SimHost, events: Path) -> int:
-    return _cgroups.killed_in(bytes(self._files.file(events).data).decode())
+def oom_kills(self: SimLimits, events: Path) -> int:
+    return _cgroups.oom_kills(bytes(self._calls.machine.files.file(events).data).decode())
 
 
 @pytest.mark.parametrize(
@@ -47,8 +48,8 @@ def killed(self: SimHost, events: Path) -> int:
 def test_the_reason_says_which_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, adopted: bool, code: str
 ) -> None:
-    monkeypatch.setattr(SimHost, "memory_events", events_of)
-    monkeypatch.setattr(SimHost, "killed_for_memory", killed)
+    monkeypatch.setattr(SimLimits, "oom_events", oom_events)
+    monkeypatch.setattr(SimLimits, "oom_kills", oom_kills)
 
     async def main(sim: Simulation) -> None:
         async with simulated_world(sim, tmp_path) as world:

@@ -11,9 +11,9 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
+from tests.simulated import World, simulated_world
 from volant.channel._link import STALL_S
 from volant.hypervisor.qemu._machine import PULSE_S
-from volant.testing import World, simulated_world
 
 JSON = {"content-type": "application/json"}
 VM = "/api/v1/vms/demo"

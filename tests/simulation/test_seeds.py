@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from actors.testing import Simulation, allow_real, check_deterministic
+from tests.simulated import simulated_world
 from tests.simulation.scenario import FAULTS, Life, Seen, live
-from volant.testing import simulated_world
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SEEDS = 300 if sys.version_info >= (3, 12) else 20

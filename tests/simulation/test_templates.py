@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
-from volant.testing import World, simulated_world
+from tests.simulated import World, simulated_world
 
 JSON = {"content-type": "application/json"}
 MOMENTS_S = (0.0, 0.005, 0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0)

@@ -12,10 +12,10 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
+from tests.simulated import World, simulated_world
+from tests.simulated.passt import SimPasst
 from tests.simulation.test_kills_in_a_launch import COLD_BOOT_S, JSON, MOMENTS_S, SOON_S, VMS, wait_running
 from volant.model.agent import PROTOCOL_VERSION
-from volant.testing import World, simulated_world
-from volant.testing._passt import SimPasst
 
 NEW = {"cpu_cores": 1, "memory_mb": 128, "network": "user"}
 AGAIN_S = 30.0
@@ -26,7 +26,7 @@ AGAIN_S = 30.0
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("volant.daemon._daemon.passt_obstacle", lambda: None)
     # An older agent can't be told of a network, so no copy of its guest has one.
-    monkeypatch.setattr("volant.testing._guest.PROTOCOL_MIN", PROTOCOL_VERSION)
+    monkeypatch.setattr("tests.simulated.guest.PROTOCOL_MIN", PROTOCOL_VERSION)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

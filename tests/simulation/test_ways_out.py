@@ -13,10 +13,10 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
+from tests.simulated import World, simulated_world
 from volant.hypervisor.qemu._machine import PULSE_ANSWER_S, PULSE_S, PULSE_TOGETHER_S, PULSES_MISSED
 from volant.journal import VmLogs
 from volant.model import MAX_RESTARTS
-from volant.testing import World, simulated_world
 
 JSON = {"content-type": "application/json"}
 

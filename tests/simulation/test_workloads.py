@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
-from volant.testing import Answer, World, simulated_world
-from volant.testing._guest import MISSING_PROGRAM
+from tests.simulated import Answer, World, simulated_world
+from tests.simulated.guest import MISSING_PROGRAM
 
 JSON = {"content-type": "application/json"}
 VMS = "/api/v1/vms"

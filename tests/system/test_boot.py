@@ -67,12 +67,12 @@ async def run(client: AgentClient, *command: str) -> tuple[bytes, int]:
 async def test_a_guest_is_reached_and_shuts_down_when_asked(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec
 ) -> None:
-    began = host.monotonic()
+    began = host.clock.monotonic()
     identity = await qemu.launch(spec)
     async with qemu.attach(spec, identity) as machine, open_channel(host, VirtioSerial(spec.agent_path)) as channel:
         client = AgentClient(channel)
         healthz = await client.request_json("GET", HEALTHZ, timeout_s=BOOT_S)
-        print(f"spawn to agent: {host.monotonic() - began:.2f} s")
+        print(f"spawn to agent: {host.clock.monotonic() - began:.2f} s")
         assert (healthz.status, healthz.body["status"]) == (200, "ok")
         info = await client.request_json("GET", INFO, timeout_s=30)
         assert info.body["hostname"] == "boot"
@@ -112,10 +112,10 @@ async def connects_to_loopback(client: AgentClient) -> None:
 
 
 async def console_loses_nothing(host: Host, client: AgentClient, spec: MachineSpec) -> None:
-    before = host.file_size(spec.console_path)
+    before = host.files.size(spec.console_path)
     await run(client, "sh", "-c", "seq 1 8000 > /dev/console; echo end > /dev/console")
-    with host.watch(spec.console_path) as watch:
-        while not (text := (await host.read_bytes(spec.console_path))[before:]).rstrip().endswith(b"end"):
+    with host.watches.open(spec.console_path) as watch:
+        while not (text := (await host.files.read(spec.console_path))[before:]).rstrip().endswith(b"end"):
             await watch.wait()
     numbers = [line for line in text.split() if line.isdigit()]
     assert numbers == [b"%d" % n for n in range(1, 8001)]
@@ -197,16 +197,16 @@ async def test_a_guest_outlives_its_owner_and_is_adopted(host: Host, qemu: QemuH
         owner.kill()
     identity = msgspec.json.decode(line, type=ProcessIdentity)
     with trio.fail_after(60):
-        assert await host.find(spec.tag) == identity
+        assert await host.processes.find(spec.tag) == identity
         for _ in range(2):
             async with qemu.attach(spec, identity) as machine:
                 assert await machine.status() == "running"
                 async with open_channel(host, VirtioSerial(spec.agent_path)) as channel:
-                    began = host.monotonic()
+                    began = host.clock.monotonic()
                     answer = await AgentClient(channel).request_json("GET", HEALTHZ, timeout_s=30)
-                    print(f"adopted and answered: {host.monotonic() - began:.3f} s")
+                    print(f"adopted and answered: {host.clock.monotonic() - began:.3f} s")
                     assert answer.status == 200
         async with qemu.attach(spec, identity) as machine:
             end = await machine.kill()
             assert (end.kind, end.exit_status) == (EndKind.KILLED, None)
-        assert await host.find(spec.tag) is None
+        assert await host.processes.find(spec.tag) is None

@@ -94,8 +94,8 @@ class Guest:
         self._machine = machine
 
     async def copy(self) -> Checkpoint:
-        into = self.spec.memory_file.parent / f"copy-{self._host.new_id()}"
-        await self._host.mkdir(into)
+        into = self.spec.memory_file.parent / f"copy-{self._host.random.new_id()}"
+        await self._host.files.mkdir(into)
         checkpoint = await self._machine.checkpoint(into, hold=self.channel.hold)
         print(f"stood still for {checkpoint.paused_s * 1000:.0f} ms; {checkpoint.memory_bytes // 2**20} MiB of memory")
         return checkpoint
@@ -119,7 +119,7 @@ class Guest:
             nic=nic,
         )
         async with running(self._host, self._qemu, spec) as other:
-            await self._host.remove_tree(checkpoint.template.memory.parent)
+            await self._host.files.remove_tree(checkpoint.template.memory.parent)
             await other.become(name, **told)
             yield other
 
@@ -131,9 +131,9 @@ class Guest:
     async def become(self, name: str, **told: object) -> None:
         identity = {
             "hostname": name,
-            "machine_id": self._host.new_id(),
+            "machine_id": self._host.random.new_id(),
             "vm_id": 7,
-            "entropy": base64.b64encode(self._host.entropy(64)).decode(),
+            "entropy": base64.b64encode(self._host.random.token_bytes(64)).decode(),
             "time_ns": time.time_ns(),
             **told,
         }

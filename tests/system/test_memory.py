@@ -113,7 +113,7 @@ async def machines(image_cache: Path, tmp_path: Path) -> AsyncIterator[tuple[Hos
     host = Host()
     image = images.find(image_cache)
     assert image is not None
-    tag = f"volant-test-{host.new_id()}"
+    tag = f"volant-test-{host.random.new_id()}"
     spec = MachineSpec(
         vm_id=1,
         name="origin",
@@ -132,11 +132,11 @@ async def machines(image_cache: Path, tmp_path: Path) -> AsyncIterator[tuple[Hos
         yield host, QemuHypervisor(host, tmp_path / "cache", accelerator="tcg"), spec
     finally:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 30):
-            for identity in await host.processes(tag):
-                with host.open_process(identity) as process:
+            for identity in await host.processes.scan(tag):
+                with host.processes.open(identity) as process:
                     process.kill()
                     await process.wait()
-            await host.remove_tree(spec.memory_file.parent)
+            await host.files.remove_tree(spec.memory_file.parent)
 
 
 async def tell(client: AgentClient, *command: str) -> None:

@@ -24,6 +24,7 @@ from tests.system.test_checkpoint import BOOT_S, Guest, adopted, running
 from volant import images
 from volant.channel import VirtioSerial, open_channel
 from volant.host import Host
+from volant.host._sockets import LinuxSockets
 from volant.hypervisor import Disk, MachineSpec, Nic, Template
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model.agent import DAEMON_HOSTS, DAEMON_ROOT, DAEMON_SETTLE
@@ -90,16 +91,15 @@ class Net:
             process.stdout.close()
 
 
-class HostInside(Host):
-    """A host that finds taps in the namespace of QEMU."""
+class SocketsInside(LinuxSockets):
+    """Finds taps in the namespace of QEMU."""
 
     def __init__(self, net: Net) -> None:
-        super().__init__()
         self._net = net
 
     @contextmanager
     def open_tap(self, name: str) -> Iterator[int]:
-        """Overrides `Host`: each thread has a network namespace of its own."""
+        """Overrides `LinuxSockets`: each thread has a network namespace of its own."""
         with ThreadPoolExecutor(1, initializer=self._net.enter) as inside:
             block = super().open_tap(name)
             yield inside.submit(block.__enter__).result()
@@ -115,7 +115,9 @@ def net(tmp_path: Path) -> Iterator[Net]:
 
 @pytest.fixture
 def host(net: Net) -> Host:
-    return HostInside(net)
+    host = Host()
+    host.sockets = SocketsInside(net)
+    return host
 
 
 @pytest.fixture
@@ -258,9 +260,9 @@ async def clone(
 ) -> AsyncIterator[Guest]:
     spec = clone_spec(spec, template, number, make_nic(number))
     async with running(host, qemu, spec) as guest:
-        began = host.monotonic()
+        began = host.clock.monotonic()
         await guest.become(spec.name, network=told(number))
-        print(f"told who it is in {(host.monotonic() - began) * 1000:.0f} ms")
+        print(f"told who it is in {(host.clock.monotonic() - began) * 1000:.0f} ms")
         yield guest
 
 

@@ -59,9 +59,11 @@ class Hypervisor(QemuHypervisor):
         if self.refuses:
             raise LaunchFailed("template_refused", "it does not fit")
         assert spec.waits
-        await self._host.mkdir(spec.directory)
+        await self._host.files.mkdir(spec.directory)
         argv = ["/bin/sh", "-c", "sleep 1000 & wait", spec.tag]
-        return await self._host.spawn(argv, tag=spec.tag, env={}, cwd=spec.directory, stdout_path=spec.log_path)
+        return await self._host.processes.spawn(
+            argv, tag=spec.tag, env={}, cwd=spec.directory, stdout_path=spec.log_path
+        )
 
     async def go_on(self, spec: MachineSpec) -> None:
         if self.hangs:
@@ -106,7 +108,7 @@ class Pool:
             store=TemplateStore(self.host, path / "templates"),
             boot_slots=BootLimiter(1),
             projection=self.rows,
-            instance=self.host.new_id()[:10],
+            instance=self.host.random.new_id()[:10],
             runtime_dir=path / "r",
             memory_dir=path / "mem",
         )
@@ -147,7 +149,7 @@ class Pool:
         return standby
 
     async def processes(self) -> set[str]:
-        return {each.tag for each in await self.host.processes(f"volant-{self.doors.instance}-")}
+        return {each.tag for each in await self.host.processes.scan(f"volant-{self.doors.instance}-")}
 
     def spec(self, standby: WarmProcess, vm_id: int) -> MachineSpec:
         directory = self.doors.runtime_dir / "vms" / str(vm_id)
@@ -168,8 +170,8 @@ async def standing(path: Path, limits: WarmPoolLimits | None = None) -> AsyncIte
         left = await pool.processes()
         assert left == set(pool.rows.tags), "a pool that stops leaves what rows name and nothing else"
     finally:
-        for identity in await pool.host.processes(f"volant-{pool.doors.instance}-"):
-            with pool.host.open_process(identity) as process:
+        for identity in await pool.host.processes.scan(f"volant-{pool.doors.instance}-"):
+            with pool.host.processes.open(identity) as process:
                 process.kill()
                 await process.wait()
 
@@ -206,7 +208,7 @@ async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: P
         for _ in range(2):
             assert await pool.warm_pool.claim(spec, Claim(3, "vm", ""))
         assert pool.hypervisor.running == [spec, spec]
-        assert pool.host.working_directory(standby.identity) == spec.directory
+        assert pool.host.proc.working_directory(standby.identity) == spec.directory
         assert await claim_in(pool.host, spec.directory) == Claim(3, "vm", "")
         await pool.filled()
         assert pool.warm_pool.tags != {standby.tag}
@@ -269,7 +271,9 @@ async def test_what_was_taken_and_not_claimed_is_ended(tmp_path: Path) -> None:
         assert pool.warm_pool.settle(1, "volant-another-1.1") is None
         await pool.warm_pool.clear(2)
         assert two.tag not in await pool.processes()
-        await pool.until(lambda: not pool.host.exists(pool.doors.runtime_dir / "standby" / one.tag.rpartition(".")[2]))
+        await pool.until(
+            lambda: not pool.host.files.exists(pool.doors.runtime_dir / "standby" / one.tag.rpartition(".")[2])
+        )
         assert await pool.processes() == set()
 
 
@@ -300,7 +304,7 @@ async def test_none_is_started_beside_a_boot_in_a_drain_or_where_memory_is_short
         pool.warm_pool.take(1, template_spec())
         await pool.filled()
         # What waits gives way to what is there already.
-        monkeypatch.setattr(Host, "memory_available_mb", lambda self: 100)
+        monkeypatch.setattr(pool.host.machine, "memory_available_mb", lambda: 100)
         pool.warm_pool._wake.set()
         await pool.filled(0)
         await pool.until(lambda: not list((pool.doors.runtime_dir / "standby").iterdir()))
@@ -311,14 +315,14 @@ async def test_a_host_without_descriptors_makes_the_pool_wait_and_nothing_else(
 ) -> None:
     async with standing(tmp_path) as pool:
         refusals = [OSError(errno.EMFILE, "Too many open files")]
-        available_mb = Host.memory_available_mb
+        available_mb = pool.host.machine.memory_available_mb
 
-        def look(host: Host) -> int:
+        def look() -> int:
             if refusals:
                 raise refusals.pop()
-            return available_mb(host)
+            return available_mb()
 
-        monkeypatch.setattr(Host, "memory_available_mb", look)
+        monkeypatch.setattr(pool.host.machine, "memory_available_mb", look)
         pool.warm_pool.take(1, template_spec())
         await pool.filled()
         assert not refusals
@@ -336,9 +340,9 @@ async def test_they_go_with_their_template_with_the_time_and_when_they_die(tmp_p
         pool.warm_pool.take(1, template_spec())
         await pool.filled()
         (tag,) = pool.warm_pool.tags
-        found = await pool.host.find(tag)
+        found = await pool.host.processes.find(tag)
         assert found is not None
-        with pool.host.open_process(found) as process:
+        with pool.host.processes.open(found) as process:
             process.kill()
         await pool.filled(0)
         assert pool.warm_pool.figures.died == 1

@@ -11,7 +11,8 @@ import trio
 from trio.testing import MockClock
 
 from volant.channel import AgentAnswer, AgentClient, AgentProtocolError, AgentUnreachable
-from volant.host import Host, ProcessGone, ProcessMemory
+from volant.host import Host, MemoryUsage, ProcessGone
+from volant.host._process_memory import LinuxProcessMemory
 from volant.model import BASE, CreateVm, GuestMemory, HostMemory, Problem, ProcessIdentity, VmRow, new_row
 from volant.vm._memory import GUEST_S, HOST_S, measure
 
@@ -20,18 +21,19 @@ ROW = msgspec.structs.replace(
     new_row(CreateVm(name="demo", cpu_cores=1, memory_mb=256), BASE, vm_id=7, now=datetime(2026, 1, 1, tzinfo=UTC)),
     process=PROCESS,
 )
-TAKEN = ProcessMemory(rss_kb=307200, pss_kb=102400, private_kb=51200, shared_kb=256000)
+TAKEN = MemoryUsage(rss_kb=307200, pss_kb=102400, private_kb=51200, shared_kb=256000)
 SHOWN = HostMemory(300.0, 100.0, 50.0, 250.0)
 
 
-class Kernel(Host):
-    """Says what it is told to of a process."""
+class Kernel(Host, LinuxProcessMemory):
+    """Answers for a process what the test sets."""
 
-    def __init__(self, says: ProcessMemory | Exception = TAKEN) -> None:
+    def __init__(self, says: MemoryUsage | Exception = TAKEN) -> None:
         super().__init__()
+        self.process_memory = self
         self.says = says
 
-    async def process_memory(self, identity: ProcessIdentity, timeout_s: float) -> ProcessMemory:
+    async def usage(self, identity: ProcessIdentity, timeout_s: float) -> MemoryUsage:
         assert (identity, timeout_s) == (PROCESS, HOST_S)
         await trio.lowlevel.checkpoint()
         if isinstance(self.says, Exception):

@@ -22,7 +22,7 @@ import msgspec
 import trio
 
 from volant import images
-from volant._readers import Reader, loopback_peer_uid
+from volant.host import Reader, loopback_peer_uid
 from volant.http import Access, Call, StreamRoute, receive_into
 from volant.images import ArtifactCache, ImageError
 from volant.model import Artifact, ArtifactView, Manifest, Problem

@@ -137,7 +137,7 @@ class _Browsers:
     def _patience_s(self, row: VmRow) -> float:
         if row.status is Status.RUNNING:
             # Nothing has changed since it began to.
-            return min(WAIT_S, WAIT_S - (self._deps.host.wall_clock() - row.updated_at).total_seconds())
+            return min(WAIT_S, WAIT_S - (self._deps.host.clock.now() - row.updated_at).total_seconds())
         return WAIT_S if row.desired is Desired.RUNNING else 0.0
 
     # Reaching the browser

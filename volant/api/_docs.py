@@ -28,7 +28,7 @@ def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
     async def openapi() -> Response:
         no_query()
         # Made at the first request, from sources that have to be read.
-        plain = await deps.host.run_blocking(document)
+        plain = await deps.host.threads.run(document)
         return Response(msgspec.json.encode(plain), content_type="application/json")
 
     @app.get("/docs")

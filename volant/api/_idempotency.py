@@ -54,7 +54,7 @@ class Repeats:
             return Outcome(await act(None))
         caller = request.scope["state"]["caller"]
         key = IdempotencyKey(_digest([caller, request.method, request.path, text]), _digest(asked))
-        stored = self._deps.store.responses.find(key, self._deps.host.wall_clock())
+        stored = self._deps.store.responses.find(key, self._deps.host.clock.now())
         if stored is not None:
             return _replay(stored)
         if key.scope in self._running:

@@ -28,7 +28,7 @@ def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
     def now() -> SystemStatus:
         rows = deps.store.projection.rows()
         states = Counter(row.status for row in rows)
-        figures = deps.host.figures()
+        figures = deps.host.machine.figures()
         used = figures.memory_total_mb - figures.memory_available_mb
         drain = deps.store.projection.drain
         return SystemStatus(
@@ -38,7 +38,7 @@ def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
             cpu_percent=figures.cpu_percent,
             mem_percent=round(100.0 * used / max(1, figures.memory_total_mb), 1),
             version=__version__,
-            uptime_s=round((deps.host.wall_clock() - deps.system.started_at).total_seconds(), 3),
+            uptime_s=round((deps.host.clock.now() - deps.system.started_at).total_seconds(), 3),
             draining_since=None if drain is None else drain.since,
         )
 

@@ -21,7 +21,7 @@ def add_routes(app: QuartTrio, deps: ApiDeps, access: Access) -> None:
     async def create_ticket() -> Response:
         no_query()
         wanted = await read_body_or(WantTicket())
-        expires_at = deps.host.wall_clock() + timedelta(seconds=TICKET_S)
+        expires_at = deps.host.clock.now() + timedelta(seconds=TICKET_S)
         ticket = access.tickets.issue(path=wanted.path, caller=request.scope["state"]["caller"])
         response = json_response(Ticket(ticket, expires_at), 201)
         response.headers["Cache-Control"] = "no-store"

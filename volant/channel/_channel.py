@@ -135,7 +135,7 @@ class Channel:
     def _on_the_way(self) -> tuple[int, int]:
         if self._socket is None or self._closed.is_set():
             return 0, 0
-        return self._host.unread(self._socket)
+        return self._host.sockets.unread(self._socket)
 
     def _let_stall(self, yes: bool) -> None:
         if self._link is not None:
@@ -180,7 +180,7 @@ class Channel:
         await self.ready()
         match self.address:
             case Vsock(cid):
-                return await self._connect(slot, partial(self._host.connect_vsock, cid, port, timeout_s))
+                return await self._connect(slot, partial(self._host.sockets.connect_vsock, cid, port, timeout_s))
             case HybridVsock(path):
                 return await self._connect(slot, partial(connect_hybrid, self._host, path, port, timeout_s))
         while True:
@@ -216,13 +216,13 @@ class Channel:
         while True:
             began = trio.current_time()
             try:
-                stream = await self._stillness.move(partial(self._host.connect_unix, path, CONNECT_S))
+                stream = await self._stillness.move(partial(self._host.sockets.connect_unix, path, CONNECT_S))
             except (OSError, trio.TooSlowError) as error:
                 self._last_loss = f"the hypervisor's agent socket: {str(error) or 'no answer'}"
             else:
                 async with stream:
                     self._socket = stream
-                    link = Link(Port(stream, self._stillness), bytes.fromhex(self._host.new_id()))
+                    link = Link(Port(stream, self._stillness), bytes.fromhex(self._host.random.new_id()))
                     try:
                         await link.run(partial(self._set_link, link))
                     except LinkLost as error:
@@ -290,7 +290,7 @@ async def connect_hybrid(host: Host, path: Path, port: int, timeout_s: float) ->
     Raises OSError, trio.TooSlowError, trio.BrokenResourceError.
     """
     with trio.fail_after(timeout_s):
-        stream = await host.connect_unix(path, timeout_s)
+        stream = await host.sockets.connect_unix(path, timeout_s)
         try:
             await stream.send_all(f"CONNECT {port}\n".encode())
             line = b""

@@ -27,10 +27,8 @@ from quart_trio import QuartTrio
 
 from actors import ONE_FOR_ONE, ActorDown, AskTimeout, Child, DynamicSupervisor, GaveUp, Supervisor, System, open_system
 from volant import __version__
-from volant._cgroups import own_groups
-from volant._priority import raise_own
 from volant.api import create_app
-from volant.host import Host, ProcessGone
+from volant.host import Host, ProcessGone, own_cgroups, raise_own
 from volant.http import Access, ApiSettings, serve
 from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
@@ -186,7 +184,7 @@ def _reread_but_addresses(reread: Reread, sockets: Sequence[socket.socket]) -> t
 
 def _host(notifier: Notifier, settings: Settings) -> Host:
     scopes = notifier.scopes()
-    groups = own_groups(f"volant-{instance_of(settings.state_dir)}") if scopes is None else None
+    groups = own_cgroups(f"volant-{instance_of(settings.state_dir)}") if scopes is None else None
     # Under systemd the weight of its slice says so.
     lowers = settings.cpu_priority == "auto" and scopes is None and not raise_own()
     return Host(scopes, groups, parse_uids(settings.vm_uids), lowers=lowers)
@@ -206,7 +204,7 @@ async def evidence_of(host: Host, settings: Settings, logs: VmLogs) -> Evidence:
     for each in await processes_of_vms(host, instance):
         console = settings.runtime_dir / "vms" / str(each.vm_id) / "console.sock"
         running[each.vm_id] = Running(each.boot, each.identity, str(console))
-    disks = await host.run_blocking(host.list_directory, disk_dir(settings))
+    disks = await host.threads.run(host.files.names, disk_dir(settings))
     ids = [int(name.partition("-")[0]) for name in disks if name.partition("-")[0].isdecimal()]
     return Evidence(max([0, *running, *logs.ids(), *ids]), running)
 
@@ -239,7 +237,7 @@ class Daemon:
         self._stray_disks: list[str] = []
         self._choice: AcceleratorChoice | None = None
         self.host = host or _host(self._notifier, settings)
-        self.started_at: datetime = self.host.wall_clock()
+        self.started_at: datetime = self.host.clock.now()
         instance = instance_of(settings.state_dir)
         confine(self.host, settings)
         self.store = Store(
@@ -404,7 +402,7 @@ class Daemon:
 
         :raises OSError: a restored database waits, and can't be put in its place.
         """
-        aside = await self.host.run_blocking(take_over, self.host, self.store.path)
+        aside = await self.host.threads.run(take_over, self.host, self.store.path)
         if aside is not None:
             _logger.warning("a restored database is taken; the one before it lies in %s", aside)
         # A database that was lost, or put back by hand, does not know which ids are used.
@@ -561,7 +559,7 @@ class Daemon:
             )
         layers = {row.layer for row in self.store.projection.rows()}
         directory = disk_dir(self.settings)
-        for name in await self.host.run_blocking(self.host.list_directory, directory):
+        for name in await self.host.threads.run(self.host.files.names, directory):
             if name not in layers:
                 _logger.warning("%s is the disk of a VM that does not exist", directory / name)
                 self._stray_disks.append(name)
@@ -572,7 +570,7 @@ class Daemon:
         tags, layers = {row.tag for row in rows}, {row.layer for row in rows}
         found: list[dict[str, object]] = []
         for identity in self._orphans:
-            with suppress(ProcessGone), self.host.open_process(identity) as process:
+            with suppress(ProcessGone), self.host.processes.open(identity) as process:
                 if identity.tag not in tags and not process.exited:
                     found.append({"pid": identity.pid, "mark": identity.tag})
         found += [{"disk": str(disk_dir(self.settings) / name)} for name in self._stray_disks if name not in layers]

@@ -26,7 +26,7 @@ def most_vms(settings: Settings, host: Host) -> int:
     """Returns how many VMs can run, by the settings or the host's memory."""
     if settings.max_vms is not None:
         return settings.max_vms
-    return host.memory_total_mb() // _SMALLEST_MB
+    return host.machine.memory_total_mb() // _SMALLEST_MB
 
 
 def needed(vms: int) -> int:

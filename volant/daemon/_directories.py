@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from volant._directories import UnsafeDirectory, check_way_to, make_own_directory
-from volant.host import Host
+from volant.host import Host, UnsafeDirectory, check_way_to, make_own_directory
 from volant.vm import instance_of
 
 from ._settings import Settings

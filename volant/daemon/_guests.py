@@ -57,12 +57,12 @@ async def stop_guests(
     prefix = f"volant-{instance}-"
     found = []
     of_vms = {each.identity: each.vm_id for each in await processes_of_vms(host, instance)}
-    for identity in await host.processes(prefix):
+    for identity in await host.processes.scan(prefix):
         if identity in of_vms:
             found.append(identity)
         elif identity.tag.startswith((template_tag_prefix(instance), standby_tag_prefix(instance))):
             # It was to become a template, or waited for a VM; nobody misses it.
-            with suppress(ProcessGone), host.open_process(identity) as process:
+            with suppress(ProcessGone), host.processes.open(identity) as process:
                 process.kill()
     if not found:
         _logger.info("no guest runs")
@@ -89,7 +89,7 @@ async def stop_guests(
                 for identity in found:
                     nursery.start_soon(stop, identity)
             hurrying.cancel_scope.cancel()
-    left = await host.processes(prefix)
+    left = await host.processes.scan(prefix)
     for identity in left:
         _logger.error("%s: its process %d is left to systemd", identity.tag, identity.pid)
     return left
@@ -116,7 +116,7 @@ async def _stop(
 async def _end(host: Host, machine: Machine, spec: MachineSpec) -> None:
     await machine.quit(_QUIT_S)
     # It is lost anyway, and is memory of a host that may stay up.
-    await host.remove_tree(spec.memory_file)
+    await host.files.remove_tree(spec.memory_file)
 
 
 async def _ask(host: Host, spec: MachineSpec, grace_s: float) -> bool:

@@ -52,7 +52,7 @@ async def _restore(settings: Settings, file: Path, replace: bool) -> str:
     instance = instance_of(settings.state_dir)
     evidence = await evidence_of(host, settings, VmLogs(host, log_dir(settings)))
     try:
-        done = await host.run_blocking(lambda: restore_offline(host, path, file, evidence, instance, replace=replace))
+        done = await host.threads.run(lambda: restore_offline(host, path, file, evidence, instance, replace=replace))
     except Problem as problem:
         raise DaemonError(f"{problem.detail}; {problem.hint}" if problem.hint else problem.detail) from None
     except DatabaseRefused as refused:

@@ -13,7 +13,7 @@ def sandbox_plan(host: Host, settings: Settings) -> SandboxPlan | None:
     """Returns which layers this host supports, or None when the settings turn the sandbox off. The daemon's directories
     must exist. Raises OSError."""
     places = (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings))
-    support = host.sandbox_support(places) if settings.sandbox == "auto" else None
+    support = host.sandbox.support(places) if settings.sandbox == "auto" else None
     if support is None:
         return None
     return SandboxPlan(

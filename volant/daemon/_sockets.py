@@ -14,7 +14,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from volant._directories import UnsafeDirectory, check_way_to
+from volant.host import UnsafeDirectory, check_way_to
 
 from ._settings import Settings, parse_address, split
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import trio
 
-from volant._scopes import Scopes
+from volant.host import Scopes
 
 _logger = logging.getLogger("volant.daemon")
 

@@ -50,7 +50,7 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
-from volant._readers import unix_peer
+from volant.host import unix_peer
 from volant.model import Problem
 
 from ._inbox import Inbox, Message

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import trio
 
-from volant._readers import Reader, is_below, open_as
+from volant.host import Reader, is_below, open_as
 from volant.model import Artifact
 
 from . import _artifacts

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from volant import __version__
-from volant._readers import open_below
+from volant.host import open_below
 
 from . import _artifacts
 from ._artifacts import CachedArtifact, Part

@@ -53,11 +53,11 @@ class AcknowledgedFile:
 
     def open(self) -> Acknowledged | None:
         """What it says; None: nothing that can be believed. Raises OSError."""
-        is_new = not self._host.exists(self.path)
-        self._fd = self._host.open_file(self.path, os.O_RDWR | os.O_CREAT)
+        is_new = not self._host.files.exists(self.path)
+        self._fd = self._host.descriptors.open(self.path, os.O_RDWR | os.O_CREAT)
         if is_new:
-            self._host.sync_directory(self.path.parent)
-        data = self._host.read_at(self._fd, 2 * _SLOT, 0)
+            self._host.files.sync_directory(self.path.parent)
+        data = self._host.descriptors.read_at(self._fd, 2 * _SLOT, 0)
         slots = [_read(data[:_SLOT]), _read(data[_SLOT:])]
         found = [slot for slot in slots if slot is not None]
         if not found:
@@ -71,13 +71,13 @@ class AcknowledgedFile:
         self._writes += 1
         body = msgspec.json.encode((self._writes, acknowledged))
         line = b"%08x " % zlib.crc32(body) + body
-        self._host.write_at(self._fd, line.ljust(_SLOT - 1) + b"\n", self._writes % 2 * _SLOT)
+        self._host.descriptors.write_at(self._fd, line.ljust(_SLOT - 1) + b"\n", self._writes % 2 * _SLOT)
         self.is_synced = False
 
     def sync(self) -> None:
         """Have it on the disk. Raises OSError."""
         self.is_synced = True
-        self._host.sync_file(self._fd)
+        self._host.descriptors.sync(self._fd)
 
     def close(self) -> None:
         """The last word is on the disk then. Raises OSError."""
@@ -85,9 +85,9 @@ class AcknowledgedFile:
             fd, self._fd = self._fd, -1
             try:
                 if not self.is_synced:
-                    self._host.sync_file(fd)
+                    self._host.descriptors.sync(fd)
             finally:
-                self._host.close_file(fd)
+                self._host.descriptors.close(fd)
 
 
 def acknowledged_path(database: Path) -> Path:

@@ -46,7 +46,7 @@ class Backup:
 
     async def read(self) -> bytes:
         """The next piece, empty at the end. :raises OSError: it can't be read."""
-        data = await self._host.run_blocking(read, self._copied.path, self._offset)
+        data = await self._host.threads.run(read, self._copied.path, self._offset)
         self._offset += len(data)
         return data
 
@@ -76,7 +76,7 @@ class Upload:
             self._unchecked = 0
             _check_space(self._host, self.path.parent, len(data))
         try:
-            await self._host.run_blocking(append, self.path, data)
+            await self._host.threads.run(append, self.path, data)
         except OSError as error:
             raise no_room(error) from error
 
@@ -102,10 +102,10 @@ class Backups:
         """
         with _Alone(self):
             host, store = self._host, self._store
-            path = copy_path(store.path, host.new_id())
+            path = copy_path(store.path, host.random.new_id())
             name = f"volant-{store.events.newest}.db"
             try:
-                _check_space(host, path.parent, await host.run_blocking(_size, store.path))
+                _check_space(host, path.parent, await host.threads.run(_size, store.path))
                 copied = await self._copy(path)
                 yield Backup(host, copied, name)
             finally:
@@ -132,7 +132,7 @@ class Backups:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(interrupt)
             try:
-                return await host.run_blocking(make_copy, host, self._store.path, path, opened)
+                return await host.threads.run(make_copy, host, self._store.path, path, opened)
             except (DatabaseRefused, OSError, apsw.Error) as error:
                 failure = error
             finally:
@@ -153,7 +153,7 @@ class Backups:
         :raises Problem: 409 another one is taken or restored.
         """
         with _Alone(self):
-            upload = Upload(self._host, upload_path(self._store.path, self._host.new_id()))
+            upload = Upload(self._host, upload_path(self._store.path, self._host.random.new_id()))
             try:
                 yield upload
             finally:
@@ -170,7 +170,7 @@ class Backups:
         if not upload.size:
             raise no_backup(DatabaseRefused("it is empty"))
         try:
-            backup = await host.run_blocking(examine, host, upload.path)
+            backup = await host.threads.run(examine, host, upload.path)
         except DatabaseRefused as refused:
             raise no_backup(refused) from None
         except (OSError, apsw.Error) as error:
@@ -187,7 +187,7 @@ class Backups:
     async def _remove(self, path: Path) -> None:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAN_S):
             for suffix in ("", "-journal"):
-                await self._host.run_blocking(self._host.unlink, path.with_name(path.name + suffix))
+                await self._host.threads.run(self._host.files.unlink, path.with_name(path.name + suffix))
 
 
 class _Alone:
@@ -218,7 +218,7 @@ def _too_large() -> Problem:
 
 
 def _check_space(host: Host, directory: Path, size: int) -> None:
-    if host.free_space(directory) < size + _RESERVE_BYTES:
+    if host.disk.free(directory) < size + _RESERVE_BYTES:
         raise Problem(
             503,
             "no-space",

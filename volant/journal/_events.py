@@ -168,9 +168,7 @@ class EventLog:
             page = self._kept.get(number)
             # The newest page is kept too, though it grows: it is the one that everybody comes back to.
             if page is None or page[-1].seq <= after:
-                page = await self._host.run_blocking(
-                    self._pages.read, self._epoch, number * _PAGE, (number + 1) * _PAGE
-                )
+                page = await self._host.threads.run(self._pages.read, self._epoch, number * _PAGE, (number + 1) * _PAGE)
                 self._pages_read += 1
                 if page:
                     self._kept[number] = page

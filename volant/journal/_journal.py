@@ -123,10 +123,10 @@ class Journal(Actor):
         store = self._store
         check_fence()
         try:
-            self._database = await store.host.run_blocking(Database.open, store.host, store.path)
-            self.ctx.stack.push_async_callback(store.host.run_blocking, self._database.close)
+            self._database = await store.host.threads.run(Database.open, store.host, store.path)
+            self.ctx.stack.push_async_callback(store.host.threads.run, self._database.close)
             told = store.events.newest.seq if store.events.epoch else None
-            loaded = await store.host.run_blocking(self._database.load, told)
+            loaded = await store.host.threads.run(self._database.load, told)
         except BadRow as bad:
             raise untrusted(store.path, bad) from bad
         except (apsw.CorruptError, apsw.NotADBError) as error:
@@ -138,10 +138,10 @@ class Journal(Actor):
         check_fence()
         loaded = await self._compare(loaded)
         store.trouble = None
-        self._has_reserve = await store.host.run_blocking(self._database.keep_reserve)
+        self._has_reserve = await store.host.threads.run(self._database.keep_reserve)
         if not self._has_reserve:
             self._set_trouble(full().detail)
-        if store.host.exists(next_path(store.path)):
+        if store.host.files.exists(next_path(store.path)):
             # A predecessor did not live to say so.
             store.replaced.set()
         store.events.attach(loaded.epoch, loaded.oldest_seq, loaded.newest_seq, loaded.untold)
@@ -162,8 +162,8 @@ class Journal(Actor):
         """What is gone of what was acknowledged is told; the epoch of the events is another one then."""
         store = self._store
         try:
-            epoch, lost = await store.host.run_blocking(
-                self._database.compare, store.host, loaded, store.host.new_id()[:12]
+            epoch, lost = await store.host.threads.run(
+                self._database.compare, store.host, loaded, store.host.random.new_id()[:12]
             )
         except (OSError, apsw.Error) as error:
             _logger.warning("whether the database has all that was acknowledged can't be told: %s", error)
@@ -315,9 +315,9 @@ class Journal(Actor):
                 last_vm_id=last_vm_id,
                 drain=store.projection.drain,
                 snapshots=snapshots_after(message.backup, store.projection.snapshots.values()),
-                now=store.host.wall_clock(),
+                now=store.host.clock.now(),
             )
-            epoch = await store.host.run_blocking(decide, store.host, message.upload, store.path, changes)
+            epoch = await store.host.threads.run(decide, store.host, message.upload, store.path, changes)
         except Problem as problem:
             deferred.fail(problem)
             return
@@ -333,7 +333,7 @@ class Journal(Actor):
 
     async def _commit_group(self) -> None:
         store = self._store
-        now = store.host.wall_clock()
+        now = store.host.clock.now()
         stage = Stage(store.projection, store.responses, self._last_vm_id, now, store.networking)
         answers: list[tuple[Deferred[Any], object, Exception | None]] = []
         for _ in range(min(_GROUP, len(self._waiting))):
@@ -375,17 +375,17 @@ class Journal(Actor):
         """Write a transaction, an empty one to see whether it can be; returns why the disk did not take it, if so."""
         host = self._store.host
         failure: Exception | None = None
-        began = host.monotonic()
+        began = host.clock.monotonic()
         check_fence()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._give_up, deferreds)
             try:
-                await host.run_blocking(self._database.write, operations)
+                await host.threads.run(self._database.write, operations)
             except Exception as error:
                 failure = error
             nursery.cancel_scope.cancel()
         self._stalled = False
-        self._last_s = host.monotonic() - began
+        self._last_s = host.clock.monotonic() - began
         self._slowest_s = max(self._slowest_s, self._last_s)
         self._store.figures.commits.observe(self._last_s)
         if failure is None:
@@ -420,7 +420,7 @@ class Journal(Actor):
             await trio.sleep(_SCRUB_EVERY_S)
             check_fence()
             try:
-                await store.host.run_blocking(look_for_damage, store.path, store.host, _SCRUB_S)
+                await store.host.threads.run(look_for_damage, store.path, store.host, _SCRUB_S)
             except DatabaseRefused as refused:
                 damage = str(refused).partition("; it has not been touched")[0]
                 if store.damage is None:
@@ -442,7 +442,7 @@ class Journal(Actor):
             if not self._database.is_acknowledged:
                 check_fence()
                 try:
-                    await self._store.host.run_blocking(self._database.sync_acknowledged)
+                    await self._store.host.threads.run(self._database.sync_acknowledged)
                 except OSError as error:
                     _logger.warning("how far the database is can't be noted: %s", error)
             await trio.sleep(_SYNC_S)
@@ -453,7 +453,7 @@ class Journal(Actor):
         host, directory = self._store.host, self._store.path.parent
         while True:
             try:
-                is_low = await host.run_blocking(host.free_space, directory) < RESERVE_BYTES
+                is_low = await host.threads.run(host.disk.free, directory) < RESERVE_BYTES
             except OSError:
                 is_low = True
             if is_low or self._store.trouble is not None:
@@ -468,7 +468,7 @@ class Journal(Actor):
         self._probe_due = False
         if not self._has_reserve:
             check_fence()
-            self._has_reserve = await self._store.host.run_blocking(self._database.keep_reserve)
+            self._has_reserve = await self._store.host.threads.run(self._database.keep_reserve)
             check_fence()
         if self._has_reserve:
             await self._commit((), [])
@@ -490,12 +490,12 @@ class Journal(Actor):
         """One bite of what retention lets go of, so that commits are never far away."""
         self._trim_due = False
         store = self._store
-        cutoff_at = int(store.host.wall_clock().timestamp() - store.retention.max_age_s)
+        cutoff_at = int(store.host.clock.now().timestamp() - store.retention.max_age_s)
         below = store.events.newest.seq - store.retention.max_events + 1
         check_fence()
         try:
             with store.events.trimming():
-                trimmed = await store.host.run_blocking(self._database.trim, cutoff_at, below, _TRIM_BITE)
+                trimmed = await store.host.threads.run(self._database.trim, cutoff_at, below, _TRIM_BITE)
                 check_fence()
                 store.events.trimmed(trimmed.oldest_seq)
         except apsw.Error as error:
@@ -511,7 +511,7 @@ class Journal(Actor):
         """One bite of the space that is unused."""
         check_fence()
         try:
-            self._compact_due = await self._store.host.run_blocking(self._database.compact)
+            self._compact_due = await self._store.host.threads.run(self._database.compact)
         except apsw.Error as error:
             if unwritable(error) is None:
                 raise
@@ -525,7 +525,7 @@ class Journal(Actor):
             at = self._oldest_at
             wait_s = _TRIM_AT_MOST_S
             if at is not None:
-                wait_s = at + store.retention.max_age_s - store.host.wall_clock().timestamp()
+                wait_s = at + store.retention.max_age_s - store.host.clock.now().timestamp()
             await trio.sleep(min(_TRIM_AT_MOST_S, max(_TRIM_AT_LEAST_S, wait_s)))
             self._trim_due = True
             self._wake.set()

@@ -32,21 +32,21 @@ class Reserve:
 
     def keep(self) -> bool:
         """Have it there; whether it is. Some space must be left beside it, else it would come and go."""
-        if self._host.exists(self.path):
+        if self._host.files.exists(self.path):
             return True
         try:
             if self._free() < 2 * RESERVE_BYTES:
                 return False
-            self._host.reserve_space(self.path, RESERVE_BYTES)
+            self._host.disk.reserve(self.path, RESERVE_BYTES)
         except OSError:
             return False
         return True
 
     def release(self) -> bool:
         """Give it up; whether it was there."""
-        was_there = self._host.exists(self.path)
-        self._host.unlink(self.path)
+        was_there = self._host.files.exists(self.path)
+        self._host.files.unlink(self.path)
         return was_there
 
     def _free(self) -> int:
-        return self._host.free_space(self.path.parent)
+        return self._host.disk.free(self.path.parent)

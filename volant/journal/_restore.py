@@ -114,7 +114,7 @@ def make_copy(host: Host, path: Path, to: Path, opened: Callable[[apsw.Connectio
 
     :raises apsw.InterruptError: it was. :raises apsw.Error: the disk fails. :raises DatabaseRefused: it is damaged.
     """
-    host.close_file(host.open_file(to, os.O_RDWR | os.O_CREAT, 0o600))
+    host.descriptors.close(host.descriptors.open(to, os.O_RDWR | os.O_CREAT, 0o600))
     connection = open_reader(path)
     try:
         opened(connection)
@@ -302,7 +302,7 @@ def finish(
 
     :raises apsw.Error, OSError: the disk fails; nothing is decided.
     """
-    epoch = host.new_id()[:12]
+    epoch = host.random.new_id()[:12]
     connection = migrated(host, upload, EXAMINE_S, check=False)
     try:
         database = Database(connection)
@@ -329,9 +329,9 @@ def finish(
     finally:
         connection.close()
     try:
-        host.rename(upload, next_path(path))
+        host.files.rename(upload, next_path(path))
     except OSError:
-        host.unlink(next_path(path))
+        host.files.unlink(next_path(path))
         raise
     return epoch
 
@@ -354,12 +354,12 @@ def restore_offline(host: Host, path: Path, file: Path, evidence: Evidence, inst
     :raises apsw.Error, OSError: the disk fails; nothing has changed.
     """
     take_over(host, path)
-    upload = upload_path(path, host.new_id())
+    upload = upload_path(path, host.random.new_id())
     try:
         with file.open("rb") as source:
             while data := source.read(_READ):
                 append(upload, data)
-        if not host.exists(upload):
+        if not host.files.exists(upload):
             raise DatabaseRefused("it is empty")
         backup = examine(host, upload)
         present, refused = _present(host, path)
@@ -373,15 +373,15 @@ def restore_offline(host: Host, path: Path, file: Path, evidence: Evidence, inst
             last_vm_id=last_vm_id,
             drain=present.drain if present else None,
             snapshots=snapshots_after(backup, present.snapshots if present else ()),
-            now=host.wall_clock(),
+            now=host.clock.now(),
         )
     finally:
-        host.unlink(upload)
+        host.files.unlink(upload)
     return Done(epoch, len(backup.rows), take_over(host, path), refused)
 
 
 def _present(host: Host, path: Path) -> tuple[Loaded | None, str | None]:
-    if not host.exists(path):
+    if not host.files.exists(path):
         return None, None
     try:
         database = Database.open(host, path)
@@ -401,9 +401,9 @@ def take_over(host: Host, path: Path) -> str | None:
     """
     for left in list(path.parent.glob(f"{path.stem}-*")):
         if _LEFT_BEHIND.search(left.name):
-            host.unlink(left)
+            host.files.unlink(left)
     fresh = next_path(path)
-    if not host.exists(fresh):
+    if not host.files.exists(fresh):
         return None
     connection = open_reader(fresh)
     try:
@@ -413,10 +413,10 @@ def take_over(host: Host, path: Path) -> str | None:
     aside = path.with_name(f"{path.stem}-before-{epoch}{path.suffix}")
     # Its last commits may be in the log alone, and what was begun is in its journal: both would ruin another database.
     for suffix in ("-wal", "-journal", ""):
-        if host.exists(path.with_name(path.name + suffix)):
-            host.rename(path.with_name(path.name + suffix), aside.with_name(aside.name + suffix))
-    host.unlink(path.with_name(path.name + "-shm"))
+        if host.files.exists(path.with_name(path.name + suffix)):
+            host.files.rename(path.with_name(path.name + suffix), aside.with_name(aside.name + suffix))
+    host.files.unlink(path.with_name(path.name + "-shm"))
     # It tells of the one that was moved aside.
-    host.unlink(acknowledged_path(path))
-    host.rename(fresh, path)
+    host.files.unlink(acknowledged_path(path))
+    host.files.rename(fresh, path)
     return str(aside)

@@ -41,7 +41,7 @@ def open_writer(host: Host, path: Path) -> apsw.Connection:
     :raises DatabaseRefused: it is damaged, a newer version's, or no database of ours; it has not been touched.
     :raises apsw.Error: the disk does not do what it should.
     """
-    if host.exists(path):
+    if host.files.exists(path):
         # Through a connection that can't write: closing another one would already move its log into a damaged file.
         try:
             with closing(open_reader(path)) as reader:
@@ -52,8 +52,8 @@ def open_writer(host: Host, path: Path) -> apsw.Connection:
                 _inspect(connection, path, host)
     else:
         # SQLite gives its -wal and -shm the permissions of the database.
-        host.close_file(host.open_file(path, os.O_RDWR | os.O_CREAT, 0o600))
-        host.sync_directory(path.parent)
+        host.descriptors.close(host.descriptors.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        host.files.sync_directory(path.parent)
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
         connection.set_busy_timeout(BUSY_TIMEOUT_MS)
@@ -84,8 +84,8 @@ def migrated(host: Host, path: Path, check_s: float, *, check: bool = True) -> a
             _check_schema(connection, path)
             if not _look_for_damage(connection, path, host, check_s, "integrity_check"):
                 raise DatabaseRefused(f"looking through it took more than {check_s:g} s")
-            deadline = host.monotonic() + check_s
-            connection.set_progress_handler(lambda: host.monotonic() > deadline, _CHECK_STEPS)
+            deadline = host.clock.monotonic() + check_s
+            connection.set_progress_handler(lambda: host.clock.monotonic() > deadline, _CHECK_STEPS)
         connection.pragma("journal_mode", "delete")
         connection.pragma("synchronous", "extra")
         if check and AVAILABLE and not has_checksums(connection):
@@ -188,7 +188,7 @@ def _check(connection: apsw.Connection, path: Path) -> bool:
 
 def _had_vms(host: Host, path: Path) -> bool:
     logs = path.parent / "logs"
-    return host.exists(logs) and bool(host.list_directory(logs))
+    return host.files.exists(logs) and bool(host.files.names(logs))
 
 
 def damaged(path: Path, what: object) -> DatabaseRefused:
@@ -205,8 +205,8 @@ def _look_for_damage(
     connection: apsw.Connection, path: Path, host: Host, within_s: float, pragma: str = "quick_check"
 ) -> bool:
     """Whether it was looked at to its end in that time; then it is sound. :raises DatabaseRefused: it is not."""
-    deadline = host.monotonic() + within_s
-    connection.set_progress_handler(lambda: host.monotonic() > deadline, _CHECK_STEPS)
+    deadline = host.clock.monotonic() + within_s
+    connection.set_progress_handler(lambda: host.clock.monotonic() > deadline, _CHECK_STEPS)
     try:
         found = connection.execute(f"PRAGMA {pragma}(1)").get
     except apsw.InterruptError:
@@ -262,7 +262,7 @@ def _migrate(connection: apsw.Connection, host: Host) -> None:
         if version < VERSION:
             connection.pragma("application_id", APPLICATION_ID)
             connection.pragma("user_version", VERSION)
-            connection.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (host.new_id()[:12],))
+            connection.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (host.random.new_id()[:12],))
         connection.execute("COMMIT")
     except BaseException:
         connection.execute("ROLLBACK")

@@ -58,7 +58,7 @@ def segment_of(host: Host, path: Path) -> tuple[int, Segment] | None:
     match = _NAME.fullmatch(path.name)
     if match is None:
         return None
-    return int(match[1]), Segment(path, int(match[2]), int(match[3]), host.file_size(path))
+    return int(match[1]), Segment(path, int(match[2]), int(match[3]), host.files.size(path))
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -87,13 +87,13 @@ class Recovered(msgspec.Struct, frozen=True):
 
 def recover(host: Host, segment: Segment) -> Recovered | None:
     """Find out where a segment ends; None when not even its beginning can be used. :raises OSError:"""
-    fd = host.open_file(segment.path, os.O_RDONLY)
+    fd = host.descriptors.open(segment.path, os.O_RDONLY)
     try:
         start = segment.size
         tail = b""
         while True:
             begin = max(0, start - _CHUNK)
-            tail = host.read_at(fd, start - begin, begin) + tail
+            tail = host.descriptors.read_at(fd, start - begin, begin) + tail
             start = begin
             checkpoint, offset = _last_checkpoint(tail, at_start=start == 0)
             if checkpoint is not None:
@@ -101,7 +101,7 @@ def recover(host: Host, segment: Segment) -> Recovered | None:
             if start == 0:
                 return None
     finally:
-        host.close_file(fd)
+        host.descriptors.close(fd)
 
 
 def _last_checkpoint(data: bytes, *, at_start: bool) -> tuple[Checkpoint | None, int]:
@@ -181,10 +181,10 @@ def read(
     frames: list[bytes] = []
     seq, offset = place.seq, place.offset
     taken = 0
-    fd = host.open_file(path, os.O_RDONLY)
+    fd = host.descriptors.open(path, os.O_RDONLY)
     try:
         while True:
-            data = host.read_at(fd, min(_CHUNK, size - offset), offset)
+            data = host.descriptors.read_at(fd, min(_CHUNK, size - offset), offset)
             if b"\0" in data:
                 # A power cut has left it. What follows can't be numbered: whoever reads is told that it is missing.
                 data = data[: data.index(b"\0")]
@@ -212,7 +212,7 @@ def read(
             if frames:
                 return Found(frames, Place(seq, offset), offset >= size)
     finally:
-        host.close_file(fd)
+        host.descriptors.close(fd)
 
 
 def count_back(host: Host, segment: Segment, up_to: int, heads: Sequence[bytes], wanted: int) -> tuple[int, int]:

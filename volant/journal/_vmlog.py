@@ -282,7 +282,7 @@ class VmLog:
             if self._roll or segment is None or segment.size + len(data) > self._segment_bytes:
                 segment = self._begin(first)
             elif self._fd < 0:
-                self._fd = self._host.open_file(segment.path, os.O_WRONLY | os.O_APPEND)
+                self._fd = self._host.descriptors.open(segment.path, os.O_WRONLY | os.O_APPEND)
         finally:
             # Not before: the checkpoint at the beginning of a segment is true before this data.
             for source, position in marks.items():
@@ -290,7 +290,7 @@ class VmLog:
         if segment.size >= self._next_checkpoint:
             data += checkpoint_line(self._newest + 1, self._name, self._resume)
             self._next_checkpoint = segment.size + CHECKPOINT_BYTES
-        written = self._host.write(self._fd, data)
+        written = self._host.descriptors.write(self._fd, data)
         if written == len(data):
             segment.size += written
             return self._newest - first + 1
@@ -304,13 +304,13 @@ class VmLog:
         self.release()
         self._roll = True
         segment = Segment.fresh(self._directory, self.vm_id, first, self._now_us())
-        fd = self._host.open_file(segment.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
+        fd = self._host.descriptors.open(segment.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
         line = checkpoint_line(first, self._name, self._resume)
         try:
-            if self._host.write(fd, line) != len(line):
+            if self._host.descriptors.write(fd, line) != len(line):
                 raise OSError("the disk took only a part of it")
         except OSError:
-            self._host.close_file(fd)
+            self._host.descriptors.close(fd)
             self._drop(segment.path)
             raise
         segment.size = len(line)
@@ -334,7 +334,7 @@ class VmLog:
         self._failing = True
 
     def _now_us(self) -> int:
-        return int(self._host.wall_clock().timestamp() * 1_000_000)
+        return int(self._host.clock.now().timestamp() * 1_000_000)
 
     def _head(self, stream: str) -> bytes:
         head = b'{"name":%b,"vm_id":%d,"stream":%b,"line":' % (_encode(self._name), self.vm_id, _encode(stream))
@@ -361,7 +361,7 @@ class VmLog:
         """Close the file; the next line opens it again."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            self._host.close_file(fd)
+            self._host.descriptors.close(fd)
 
     def go_on(self) -> None:
         """It has not ended after all."""
@@ -413,11 +413,11 @@ class VmLog:
                 break
             begin = max(0, segment.size - room)
             try:
-                fd = self._host.open_file(segment.path, os.O_RDONLY)
+                fd = self._host.descriptors.open(segment.path, os.O_RDONLY)
                 try:
-                    data = self._host.read_at(fd, segment.size - begin, begin)
+                    data = self._host.descriptors.read_at(fd, segment.size - begin, begin)
                 finally:
-                    self._host.close_file(fd)
+                    self._host.descriptors.close(fd)
             except OSError:
                 break
             room -= len(data)
@@ -485,7 +485,7 @@ class VmLog:
         for segment in reversed(self._segments.copy()):
             last = self._last_of(segment, newest)
             try:
-                found, place = await self._host.run_blocking(
+                found, place = await self._host.threads.run(
                     lambda segment=segment, last=last, count=count: count_back(self._host, segment, last, heads, count)
                 )
             except FileNotFoundError:
@@ -584,7 +584,7 @@ class LogCursor:
             last = min(last, self._end)
         place, size, after, since_us = self._place, segment.size, self.position, self._since_us
         try:
-            found = await log._host.run_blocking(
+            found = await log._host.threads.run(
                 lambda: read(
                     log._host,
                     segment.path,

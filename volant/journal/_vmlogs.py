@@ -55,27 +55,27 @@ class VmLogs:
     async def prepare(self) -> None:
         """Find out what logs there are. :raises OSError: the directory can't be made or read."""
         if not self._prepared:
-            await self._host.mkdir(self._directory)
-            await self._host.run_blocking(self._scan)
+            await self._host.files.mkdir(self._directory)
+            await self._host.threads.run(self._scan)
             self._prepared = True
 
     def _scan(self) -> None:
-        for name in self._host.list_directory(self._directory):
+        for name in self._host.files.names(self._directory):
             path = self._directory / name
             found = segment_of(self._host, path)
             if found is not None:
                 self._found.setdefault(found[0], []).append(found[1])
             elif name.endswith(_MARKER) and name.removesuffix(_MARKER).isdigit():
                 vm_id = int(name.removesuffix(_MARKER))
-                fd = self._host.open_file(path, 0)
+                fd = self._host.descriptors.open(path, 0)
                 try:
-                    text = self._host.read_at(fd, 64, 0).decode("ascii", "replace")
+                    text = self._host.descriptors.read_at(fd, 64, 0).decode("ascii", "replace")
                 finally:
-                    self._host.close_file(fd)
+                    self._host.descriptors.close(fd)
                 try:
                     self._expiry[vm_id] = datetime.fromisoformat(text)
                 except ValueError:
-                    self._expiry[vm_id] = self._host.wall_clock() + timedelta(days=1)
+                    self._expiry[vm_id] = self._host.clock.now() + timedelta(days=1)
 
     def open(self, vm_id: int, name: str) -> VmLog:
         """The log of a VM that is there, for its pump and for readers; always the same object.
@@ -106,11 +106,11 @@ class VmLogs:
         :raises OSError: the disk does not take the mark of it.
         """
         if vm_id not in self._expiry and self.find(vm_id) is not None:
-            expiry = self._host.wall_clock() + timedelta(seconds=keep_s)
+            expiry = self._host.clock.now() + timedelta(seconds=keep_s)
             self._expiry[vm_id] = expiry
             self._log(vm_id).end()
             try:
-                await self._host.write_bytes(self._marker(vm_id), expiry.isoformat().encode())
+                await self._host.files.write(self._marker(vm_id), expiry.isoformat().encode())
             except BaseException:
                 del self._expiry[vm_id]
                 raise
@@ -131,7 +131,7 @@ class VmLogs:
         :raises OSError: the mark of it can't be removed.
         """
         for vm_id in self._expiry.keys() & set(vm_ids):
-            await self._host.remove_file(self._marker(vm_id))
+            await self._host.files.remove(self._marker(vm_id))
             self._expiry.pop(vm_id, None)
             if vm_id in self._logs:
                 self._logs[vm_id].go_on()
@@ -165,7 +165,7 @@ class VmLogs:
     async def sweep(self) -> None:
         """Remove what is past its time now. :raises OSError: files can't be removed."""
         self._wake = trio.Event()
-        now = self._host.wall_clock()
+        now = self._host.clock.now()
         cutoff_us = _us(now - timedelta(seconds=self._max_age_s))
         idle_us = _us(now - timedelta(seconds=_IDLE_S))
         for vm_id in [*self._logs, *self._found]:
@@ -184,13 +184,13 @@ class VmLogs:
             del self._logs[vm_id]
         # The mark goes last: what is left over by a crash before that is found again by it.
         await self._remove_dropped()
-        await self._host.remove_tree(self._marker(vm_id))
+        await self._host.files.remove_tree(self._marker(vm_id))
         self._expiry.pop(vm_id, None)
 
     async def _remove_dropped(self) -> None:
         while self._dropped:
             path = next(iter(self._dropped))
-            await self._host.remove_tree(path)
+            await self._host.files.remove_tree(path)
             self._dropped.pop(path, None)
 
     def statistics(self) -> dict[int, LogStatistics]:

@@ -58,7 +58,7 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
         nonlocal server
         async with loading:
             if server is None:
-                server = await deps.host.run_blocking(_load, deps)
+                server = await deps.host.threads.run(_load, deps)
         return server
 
     async def mcp(call: Call) -> None:

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from volant._tap import TUN
-from volant.host import Host
+from volant.host import TUN, Host
 
 from . import _nftables, _watch
 from ._backend import Link, NetworkFailed, Route, Step

@@ -38,7 +38,7 @@ async def load(host: Host, rules: str, *, only_check: bool = False) -> None:
     if program is None:
         raise NetworkFailed("firewall", MISSING)
     try:
-        status, said = await host.run_program(
+        status, said = await host.processes.run(
             [program, *(["--check"] if only_check else []), "-f", "-"],
             env={"PATH": _PATH, "LC_ALL": "C.UTF-8"},
             cwd=Path("/"),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import trio
 
-from volant.host import Bounds, Grant, Host, ProcessGone
+from volant.host import Grant, Host, ProcessGone, ResourceLimits
 from volant.model import Lease, ProcessIdentity, PublishedPort, VmRow
 
 from ._backend import NetworkFailed
@@ -32,7 +32,7 @@ _READ_WRITE = 6
 _logger = logging.getLogger("volant.network")
 _GROUP = 65534
 """`nogroup`, as a group among `vm_uids` may read templates."""
-_BOUNDS = Bounds(memory_mb=256, cpus=1, weight=100, tasks=8)
+_BOUNDS = ResourceLimits(memory_mb=256, cpus=1, weight=100, tasks=8)
 """passt needs about 60 MiB and has one thread."""
 
 
@@ -95,14 +95,14 @@ class Passt:
         found = await self._find(row.id)
         if found and self.user is not None:
             self._warn_if_unfiltered(row, found[0])
-        if not found or not host.exists(socket):
+        if not found or not host.files.exists(socket):
             await self.end(row.id)
             argv = passt_argv(socket, self._log(row.id), tag, row.lease, row.ports, self.user)
             try:
-                await host.mkdir(socket.parent)
+                await host.files.mkdir(socket.parent)
                 # Written first: without the file, a process counts as connected.
-                await host.write_bytes(self._unconnected(row.id), b"")
-                status, said = await host.run_program(argv, env=_ENVIRONMENT, cwd=Path("/"), timeout_s=_START_S)
+                await host.files.write(self._unconnected(row.id), b"")
+                status, said = await host.processes.run(argv, env=_ENVIRONMENT, cwd=Path("/"), timeout_s=_START_S)
             except FileNotFoundError:
                 raise NetworkFailed(
                     "passt_missing", "passt is not installed: run `apt-get install passt`, then start the VM again"
@@ -113,17 +113,17 @@ class Passt:
             if status != 0 or not found:
                 output = said.decode(errors="replace").strip()[-_MAX_ERROR:] or "it ended without any output"
                 raise NetworkFailed("passt_failed", f"passt does not run: {output}")
-            await host.give_own_scope(found[0], f"network of VM {row.name}", _BOUNDS)
+            await host.limits.apply(found[0], f"network of VM {row.name}", _BOUNDS)
 
     def is_connected(self, vm_id: int) -> bool:
         """Returns whether the hypervisor of a VM has a connection to the process that runs. This outlives the daemon,
         and holds for processes that earlier versions of the daemon started."""
-        return not self.host.exists(self._unconnected(vm_id))
+        return not self.host.files.exists(self._unconnected(vm_id))
 
     async def note_connected(self, vm_id: int) -> None:
         """Notes that the hypervisor of a VM has its connection. Raises NetworkFailed: `passt_failed`."""
         try:
-            await self.host.remove_file(self._unconnected(vm_id))
+            await self.host.files.remove(self._unconnected(vm_id))
         except OSError as error:
             raise NetworkFailed("passt_failed", f"{self._unconnected(vm_id)} can't be removed: {error}") from error
 
@@ -133,7 +133,7 @@ class Passt:
         if user is None:
             return
         try:
-            await self.host.grant([Grant(self.socket(vm_id), "user", user, _READ_WRITE)], [self.runtime_dir])
+            await self.host.sandbox.grant([Grant(self.socket(vm_id), "user", user, _READ_WRITE)], [self.runtime_dir])
         except OSError as error:
             raise NetworkFailed("passt_failed", f"access to passt's socket can't be granted: {error}") from error
 
@@ -141,7 +141,7 @@ class Passt:
         """Logs that an earlier version of the daemon, which did not filter, started this process. Ending it would break
         the guest's connections."""
         with suppress(ProcessGone):
-            if self.host.process_status(found).user != self.user:
+            if self.host.proc.status(found).user != self.user:
                 _logger.warning(
                     "VM %s: an earlier version of the daemon started its passt without a filter: the guest reaches "
                     "this host's own addresses until you stop and start the VM",
@@ -151,7 +151,7 @@ class Passt:
     async def ended(self, vm_id: int) -> None:
         """Waits until a VM's passt has ended."""
         for found in await self._find(vm_id):
-            with suppress(ProcessGone), self.host.open_process(found) as process:
+            with suppress(ProcessGone), self.host.processes.open(found) as process:
                 await process.wait()
 
     async def end(self, vm_id: int) -> None:
@@ -159,27 +159,27 @@ class Passt:
         host = self.host
         try:
             with trio.fail_after(_END_S):
-                await host.end(await self._find(vm_id))
+                await host.processes.end(await self._find(vm_id))
             # passt may have ended with its hypervisor just now.
-            await host.remove_empty_scopes(self._tag(vm_id))
+            await host.limits.remove_empty(self._tag(vm_id))
             for path in (self.socket(vm_id), self._log(vm_id), self._unconnected(vm_id)):
-                await host.remove_file(path)
+                await host.files.remove(path)
         except (OSError, trio.TooSlowError) as error:
             raise NetworkFailed("passt_failed", f"passt can't be ended: {error or 'it does not end'}") from error
 
     async def any_runs(self) -> bool:
         """Returns whether any VM's passt runs. Reads all of /proc."""
-        return bool(await self.host.processes(f"volant-{self.instance}-n.", of_anybody=True))
+        return bool(await self.host.processes.scan(f"volant-{self.instance}-n.", of_anybody=True))
 
     async def _find(self, vm_id: int) -> list[ProcessIdentity]:
         """Returns a VM's passt processes: those of the daemon's users, and those that have the log open, which only the
         daemon can open. Earlier versions ran passt as `nobody`, and any process of that user could have the same
         arguments."""
         tag, found = self._tag(vm_id), []
-        for identity in await self.host.processes(tag, of_anybody=True):
+        for identity in await self.host.processes.scan(tag, of_anybody=True):
             with suppress(ProcessGone):
                 if identity.tag == tag and (
-                    self.host.is_of_ours(identity) or self.host.has_open(identity, self._log(vm_id))
+                    self.host.proc.is_ours(identity) or self.host.proc.has_open(identity, self._log(vm_id))
                 ):
                     found.append(identity)
         return found

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from volant._tap import make_permanent, open_tap
+from volant.host import make_permanent, open_tap
 
 from ._backend import (
     BridgeDown,

@@ -150,7 +150,7 @@ class Templates(Actor):
         for digest, failure in self._failures.items():
             if digest not in views and failure.spec is not None:
                 views[digest] = _view(failure.spec, "failed", failure.at, failure.message)
-        now = self._doors.host.wall_clock()
+        now = self._doors.host.clock.now()
         for digest, job in self._jobs.items():
             views[digest] = _view(job.spec, "building" if digest == self._building else "waiting", now)
         return tuple(views[digest] for digest in sorted(views))
@@ -275,7 +275,7 @@ class Templates(Actor):
         pause_s = min(_FIRST_PAUSE_S * 2.0 ** (count - 1), _MAX_PAUSE_S)
         if spec is None and before is not None:
             spec = before.spec
-        until, now = trio.current_time() + pause_s, self._doors.host.wall_clock()
+        until, now = trio.current_time() + pause_s, self._doors.host.clock.now()
         self._failures[digest] = _Failure(spec, count, until, message, now)
         while len(self._failures) > _FAILURES:
             del self._failures[next(iter(self._failures))]

@@ -81,7 +81,7 @@ async def build(doors: BuildDoors, template_spec: TemplateSpec) -> None:
     _check_room(doors, template_spec)
     try:
         await _clear(host, spec, fresh)
-        await host.mkdir(fresh)
+        await host.files.mkdir(fresh)
         try:
             if spec.root is not None:
                 await doors.hypervisor.make_layer(spec.root)
@@ -92,9 +92,9 @@ async def build(doors: BuildDoors, template_spec: TemplateSpec) -> None:
                 )
                 await machine.save(fresh / f"{STATE}.part")
                 await machine.quit()
-            await host.put_in_place(fresh / f"{STATE}.part", fresh / STATE)
+            await host.files.put_in_place(fresh / f"{STATE}.part", fresh / STATE)
             if spec.root is not None:
-                await host.put_in_place(spec.root.layer, fresh / LAYER)
+                await host.files.put_in_place(spec.root.layer, fresh / LAYER)
             await _copy_memory(host, spec.memory_file, fresh / MEMORY)
             protocol = await _try(doors, spec, fresh)
             await doors.store.add(fresh, template_spec.digest, template_spec.key, template_spec.plugin, protocol)
@@ -112,17 +112,17 @@ async def build(doors: BuildDoors, template_spec: TemplateSpec) -> None:
 async def sweep(doors: BuildDoors) -> None:
     """End what builds of an earlier life have left: processes, their files, half-made templates. Raises OSError."""
     host = doors.host
-    found = await host.processes(template_tag_prefix(doors.instance))
+    found = await host.processes.scan(template_tag_prefix(doors.instance))
     for identity in found:
         _logger.info("process %d was to become a template (%s), and is ended", identity.pid, identity.tag)
     with trio.move_on_after(_KILL_S):
         # One that has just been started still makes its files.
-        await host.end(found)
-    await host.remove_tree(_directories(doors))
+        await host.processes.end(found)
+    await host.files.remove_tree(_directories(doors))
     # After a reboot of the host there is none.
-    for name in host.list_directory(doors.memory_dir) if host.exists(doors.memory_dir) else ():
+    for name in host.files.names(doors.memory_dir) if host.files.exists(doors.memory_dir) else ():
         if name.startswith(_MEMORY_PREFIX):
-            await host.remove_file(doors.memory_dir / name)
+            await host.files.remove(doors.memory_dir / name)
     await doors.store.sweep()
 
 
@@ -164,11 +164,11 @@ def _spec(doors: BuildDoors, template_spec: TemplateSpec) -> MachineSpec:
 def _check_room(doors: BuildDoors, template_spec: TemplateSpec) -> None:
     """:raises TemplateFailed: the host has better things to do with its memory or its disk."""
     memory_mb = template_spec.key.memory_mb
-    available_mb = doors.host.memory_to_spare_mb(doors.memory_dir)
+    available_mb = doors.host.machine.spare_memory_mb(doors.memory_dir)
     if available_mb < memory_mb + RESERVE_MB:
         raise TemplateFailed("no_memory", f"{available_mb} MiB of memory are left, and a build may not take the last")
     try:
-        free_mb = doors.host.free_space(doors.store.directory) // 2**20
+        free_mb = doors.host.disk.free(doors.store.directory) // 2**20
     except OSError as error:
         raise TemplateFailed("io_error", f"{doors.store.directory} can't be looked at: {error}") from error
     if free_mb < memory_mb + RESERVE_MB:
@@ -196,7 +196,7 @@ async def _try(doors: BuildDoors, spec: MachineSpec, fresh: Path) -> int:
         raise TemplateFailed("clone_timeout", f"a clone of it did not answer within {_TRIAL_S:g} s")
     await _end(host, trial)
     if root is not None:
-        await host.remove_file(root.layer)
+        await host.files.remove(root.layer)
     return protocol if type(protocol) is int else 1
 
 
@@ -228,12 +228,12 @@ async def _copy_memory(host: Host, source: Path, target: Path) -> None:
     part = target.with_name(f"{target.name}.part")
     command = ["cp", "--sparse=always", "--", str(source), str(part)]
     try:
-        status, said = await host.run_program(command, env=_ENVIRONMENT, cwd=target.parent, timeout_s=_COPY_S)
+        status, said = await host.processes.run(command, env=_ENVIRONMENT, cwd=target.parent, timeout_s=_COPY_S)
     except trio.TooSlowError:
         raise TemplateFailed("io_error", f"the guest's memory was not copied within {_COPY_S:g} s") from None
     if status != 0:
         raise TemplateFailed("io_error", f"the guest's memory can't be copied: {said.decode(errors='replace')[-300:]}")
-    await host.put_in_place(part, target)
+    await host.files.put_in_place(part, target)
 
 
 async def _clear(host: Host, spec: MachineSpec, fresh: Path) -> None:
@@ -241,15 +241,15 @@ async def _clear(host: Host, spec: MachineSpec, fresh: Path) -> None:
     try:
         await _end(host, spec)
     finally:
-        await host.remove_tree(fresh)
+        await host.files.remove_tree(fresh)
 
 
 async def _end(host: Host, spec: MachineSpec) -> None:
     """Leave no process of a build, and nothing of its memory. :raises TemplateFailed: it does not go, although killed;
     its files are gone then, too. Raises OSError."""
     with trio.move_on_after(_KILL_S) as patience:
-        await host.end_all(spec.tag)
+        await host.processes.end_all(spec.tag)
     for path in (spec.directory, spec.memory_file):
-        await host.remove_tree(path)
+        await host.files.remove_tree(path)
     if patience.cancelled_caught:
         raise TemplateFailed("unkillable", "the hypervisor's process does not end, although killed")

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from volant._own import inside
-from volant.host import Host
+from volant.host import Host, inside
 from volant.hypervisor import Template
 
 from ._key import TemplateKey
@@ -87,14 +86,14 @@ class TemplateStore:
 
     async def find(self, key: TemplateKey, digest: str) -> ReadyTemplate | None:
         """The template of a key, checked just now. One that is damaged is removed, and the log says so."""
-        if not self.enabled or not self._host.exists(self.directory / digest / RECORD):
+        if not self.enabled or not self._host.files.exists(self.directory / digest / RECORD):
             return None
         why = await self._damage(digest)
         if why:
             _logger.warning("template %s is not used and removed: %s", digest, why)
             await self.remove(digest)
             return None
-        self._used[digest] = self._host.wall_clock()
+        self._used[digest] = self._host.clock.now()
         return ReadyTemplate(digest, template_layer(self.directory, digest) if key.rootfs is not None else None)
 
     async def _damage(self, digest: str) -> str:
@@ -104,10 +103,10 @@ class TemplateStore:
             if stored.key.digest != digest:
                 return "it was made by another key"
             for name, fingerprint in stored.fingerprints.items():
-                if self._host.fingerprint(self.directory / digest / name) != fingerprint:
+                if self._host.files.fingerprint(self.directory / digest / name) != fingerprint:
                     return f"somebody has touched its {name}"
             if digest not in self._known:
-                state = await self._host.read_bytes(self.directory / digest / STATE, _MAX_STATE)
+                state = await self._host.files.read(self.directory / digest / STATE, _MAX_STATE)
                 if hashlib.sha256(state).hexdigest() != stored.state_sha256:
                     return f"its {STATE} is damaged"
         except (OSError, msgspec.DecodeError) as error:
@@ -116,7 +115,7 @@ class TemplateStore:
         return ""
 
     async def _load(self, digest: str) -> TemplateRecord:
-        data = await self._host.read_bytes(self.directory / digest / RECORD, _MAX_RECORD)
+        data = await self._host.files.read(self.directory / digest / RECORD, _MAX_RECORD)
         return msgspec.json.decode(data, type=TemplateRecord)
 
     async def all(self) -> dict[str, TemplateRecord]:
@@ -135,7 +134,7 @@ class TemplateStore:
         if known is None:
             try:
                 known = datetime.fromisoformat(
-                    (await self._host.read_bytes(self.directory / digest / USED, 64)).decode()
+                    (await self._host.files.read(self.directory / digest / USED, 64)).decode()
                 )
             except (OSError, ValueError):
                 known = stored.created_at
@@ -163,15 +162,15 @@ class TemplateStore:
         stored = TemplateRecord(
             key=key,
             plugin=plugin,
-            created_at=host.wall_clock(),
-            state_sha256=hashlib.sha256(await host.read_bytes(fresh / STATE, _MAX_STATE)).hexdigest(),
-            fingerprints={name: host.fingerprint(fresh / name) for name in names},
-            disk_bytes=sum(host.disk_usage(fresh / name) for name in names),
+            created_at=host.clock.now(),
+            state_sha256=hashlib.sha256(await host.files.read(fresh / STATE, _MAX_STATE)).hexdigest(),
+            fingerprints={name: host.files.fingerprint(fresh / name) for name in names},
+            disk_bytes=sum(host.disk.used(fresh / name) for name in names),
             protocol=protocol,
         )
-        await host.write_bytes(fresh / RECORD, msgspec.json.format(msgspec.json.encode(stored)))
+        await host.files.write(fresh / RECORD, msgspec.json.format(msgspec.json.encode(stored)))
         await self.remove(digest)
-        await host.put_in_place(fresh, self.directory / digest)
+        await host.files.put_in_place(fresh, self.directory / digest)
 
     async def remove(self, digest: str) -> None:
         """Take one away; VMs that go on from it keep what they have. Nothing there is no error. Raises OSError."""
@@ -179,23 +178,23 @@ class TemplateStore:
         for known in (self._known, self._used, self._noted, self.clones):
             known.pop(digest, None)
         self.on_removed(digest)
-        if self._host.exists(directory):
-            await self._host.remove_file(directory / RECORD)
-            await self._host.remove_tree(directory)
+        if self._host.files.exists(directory):
+            await self._host.files.remove(directory / RECORD)
+            await self._host.files.remove_tree(directory)
 
     async def sweep(self) -> None:
         """Take away what is no template: half-made and half-removed ones. Nobody may be making one. Raises OSError."""
-        await self._host.mkdir(self.directory)
-        for name in self._host.list_directory(self.directory):
-            if not _DIGEST.match(name) or not self._host.exists(self.directory / name / RECORD):
-                await self._host.remove_tree(self.directory / name)
+        await self._host.files.mkdir(self.directory)
+        for name in self._host.files.names(self.directory):
+            if not _DIGEST.match(name) or not self._host.files.exists(self.directory / name / RECORD):
+                await self._host.files.remove_tree(self.directory / name)
 
     async def evict(self, max_bytes: int, max_age: timedelta) -> None:
         """Take away what is not used, and what is used least where all together are too much. Raises OSError."""
         stored = await self.all()
         used = {digest: await self.used_at(digest, each) for digest, each in stored.items()}
         total = sum(each.disk_bytes for each in stored.values())
-        now = self._host.wall_clock()
+        now = self._host.clock.now()
         for digest in sorted(used, key=lambda each: used[each]):
             if total <= max_bytes and now - used[digest] <= max_age:
                 await self._note_use(digest, used[digest])
@@ -208,11 +207,11 @@ class TemplateStore:
         """Keep over restarts when one was used."""
         noted = self._noted.get(digest)
         if noted is None or (used - noted).total_seconds() >= _NOTE_USE_S:
-            await self._host.write_bytes(self.directory / digest / USED, used.isoformat().encode())
+            await self._host.files.write(self.directory / digest / USED, used.isoformat().encode())
             self._noted[digest] = used
 
     def _names(self) -> list[str]:
         try:
-            return [name for name in self._host.list_directory(self.directory) if _DIGEST.match(name)]
+            return [name for name in self._host.files.names(self.directory) if _DIGEST.match(name)]
         except OSError:
             return []

@@ -18,8 +18,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from volant._own import inside
-from volant.host import Host, ProcessGone
+from volant.host import Host, ProcessGone, inside
 from volant.hypervisor import Disk, HypervisorError, MachineSpec, Nic
 from volant.model import ProcessIdentity
 
@@ -202,10 +201,10 @@ class WarmPool:
         self._doomed.pop(spec.tag, None)
         directory = standby_directory(self.doors.runtime_dir, spec.tag)
         try:
-            if host.exists(directory):
-                await host.write_bytes(directory / _CLAIM, msgspec.json.encode(claim, enc_hook=str))
-                await host.mkdir(spec.directory.parent)
-                await host.move_directory(directory, spec.directory)
+            if host.files.exists(directory):
+                await host.files.write(directory / _CLAIM, msgspec.json.encode(claim, enc_hook=str))
+                await host.files.mkdir(spec.directory.parent)
+                await host.files.move_directory(directory, spec.directory)
             await self.doors.hypervisor.go_on(spec)
         except (OSError, HypervisorError) as error:
             _logger.warning("%s can't be taken over, an ordinary clone follows: %s", spec.tag, error)
@@ -263,7 +262,7 @@ class WarmPool:
         now = trio.current_time()
         for digest in [digest for digest, use in self._uses.items() if now >= use.idle_at(self.limits)]:
             del self._uses[digest]
-        available_mb = self.doors.host.memory_available_mb()
+        available_mb = self.doors.host.machine.memory_available_mb()
         have: dict[str, int] = {}
         want = {} if available_mb < RESERVE_MB else wanted(self._uses, now, self.limits)
         for standby in [*self._waiting.values()]:
@@ -293,12 +292,12 @@ class WarmPool:
 
     async def _start(self, use: Use, nursery: trio.Nursery) -> None:
         host, doors, template_spec = self.doors.host, self.doors, use.spec
-        tag = f"{standby_tag_prefix(doors.instance)}{host.new_id()[:12]}"
+        tag = f"{standby_tag_prefix(doors.instance)}{host.random.new_id()[:12]}"
         spec = self._spec(template_spec, tag)
         identity: ProcessIdentity | None = None
         try:
             if spec.root is not None:
-                await host.mkdir(spec.root.layer.parent)
+                await host.files.mkdir(spec.root.layer.parent)
                 await doors.hypervisor.make_layer(
                     spec.root, template_layer(doors.store.directory, template_spec.digest)
                 )
@@ -332,7 +331,7 @@ class WarmPool:
 
     async def _watch(self, standby: WarmProcess, use: Use, scope: trio.CancelScope) -> None:
         with scope:
-            with suppress(ProcessGone), self.doors.host.open_process(standby.identity) as process:
+            with suppress(ProcessGone), self.doors.host.processes.open(standby.identity) as process:
                 await process.wait()
             _logger.warning("process %d, which waited for a VM, has died", standby.identity.pid)
             self.figures.died += 1
@@ -412,13 +411,13 @@ class WarmPool:
         if claimed or not self._owned(tag):
             with trio.move_on_after(_KILL_S) as patience:
                 # A look through all processes costs as much as starting one.
-                await (host.end_all(tag) if identity is None else host.end([identity]))
+                await (host.processes.end_all(tag) if identity is None else host.processes.end([identity]))
             if patience.cancelled_caught:
                 raise OSError(f"the process that carries {tag} does not end, although killed")
-            await host.remove_tree(standby_directory(self.doors.runtime_dir, tag))
+            await host.files.remove_tree(standby_directory(self.doors.runtime_dir, tag))
             layer = self._layer(tag)
             for path in (layer, layer.with_name(f"{layer.name}.new")):
-                await host.remove_file(path)
+                await host.files.remove(path)
         self._doomed.pop(tag, None)
 
     async def _sweep(self) -> None:
@@ -427,12 +426,12 @@ class WarmPool:
         prefix = standby_tag_prefix(self.doors.instance)
         left: dict[str, ProcessIdentity | None] = {}
         for path in (directory, self._layers):
-            for name in host.list_directory(path) if host.exists(path) else []:
+            for name in host.files.names(path) if host.files.exists(path) else []:
                 left[f"{prefix}{name.partition('.')[0]}"] = None
-        for identity in await host.processes(prefix):
+        for identity in await host.processes.scan(prefix):
             with suppress(ProcessGone):
                 # One that works elsewhere is a VM's, whatever has become of its row.
-                if host.working_directory(identity).is_relative_to(directory.resolve()):
+                if host.proc.working_directory(identity).is_relative_to(directory.resolve()):
                     left[identity.tag] = identity
         taken = {each.tag for each in self._lent.values()}
         for tag, found in left.items():
@@ -445,7 +444,7 @@ class WarmPool:
 async def claim_in(host: Host, directory: Path) -> Claim | None:
     """What was written there when a process was claimed; None: nothing that can be read."""
     try:
-        said = await host.read_bytes(directory / _CLAIM, _MAX_CLAIM)
+        said = await host.files.read(directory / _CLAIM, _MAX_CLAIM)
         return msgspec.json.decode(said, type=Claim, dec_hook=lambda kind, value: kind(value))
     except (OSError, msgspec.DecodeError):
         return None

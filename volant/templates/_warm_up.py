@@ -53,10 +53,10 @@ async def _rehearse(host: Host, spec: MachineSpec) -> None:
             client = AgentClient(channel)
             nobody: dict[str, object] = {
                 "hostname": _NAME,
-                "machine_id": host.entropy(16).hex(),
+                "machine_id": host.random.token_bytes(16).hex(),
                 "vm_id": 0,
-                "entropy": base64.b64encode(host.entropy(_ENTROPY_BYTES)).decode(),
-                "time_ns": int(host.wall_clock().timestamp() * 1e6) * 1000,
+                "entropy": base64.b64encode(host.random.token_bytes(_ENTROPY_BYTES)).decode(),
+                "time_ns": int(host.clock.now().timestamp() * 1e6) * 1000,
             }
             if spec.nic is not None:
                 # It wakes up, and what it says leads nowhere.

@@ -141,7 +141,7 @@ class VmActor(Actor):
         self.ctx.stack.callback(self._release_slots)
         self.ctx.stack.callback(lambda: self._doors.warm_pool.settle(self._vm_id, self._row.tag))
         found = await self._find(row)
-        rebooted = row.process is not None and row.process.boot_id != self._doors.host.boot_id()
+        rebooted = row.process is not None and row.process.boot_id != self._doors.host.processes.boot_id()
         try:
             await self._see(Woke(found, rebooted))
         except Problem as problem:
@@ -223,7 +223,7 @@ class VmActor(Actor):
                     LogEntry(
                         stream="stderr",
                         line=text.encode(errors="replace"),
-                        timestamp=self._doors.host.wall_clock(),
+                        timestamp=self._doors.host.clock.now(),
                         source=f"{row.boot_key}/workload",
                         position=row.revision,
                     )
@@ -286,10 +286,10 @@ class VmActor(Actor):
         each of a thousand VMs would take half a minute."""
         host = self._doors.host
         if row.process is not None:
-            with suppress(ProcessGone), host.open_process(row.process) as process:
+            with suppress(ProcessGone), host.processes.open(row.process) as process:
                 if not process.exited:
                     return row.process
-        return await host.find(row.tag) if row.tag else None
+        return await host.processes.find(row.tag) if row.tag else None
 
     def _inspect_step(self) -> dict[str, object] | None:
         if self._effect is None:
@@ -332,7 +332,7 @@ class VmActor(Actor):
             what = f"{what}: {seen.reason.code}: {seen.reason.message}"
         self._history.append(
             {
-                "at": self._doors.host.wall_clock(),
+                "at": self._doors.host.clock.now(),
                 "saw": what[:_HISTORY_CHARACTERS],
                 "status": self._row.status,
                 "phase": self._row.phase,
@@ -348,7 +348,7 @@ class VmActor(Actor):
         unsure = False
         projection = self._doors.store.projection
         for tries_left in reversed(range(_COMMIT_TRIES)):
-            steps = decide(self._row, seen, self._doors.host.wall_clock(), held=projection.drain is not None)
+            steps = decide(self._row, seen, self._doors.host.clock.now(), held=projection.drain is not None)
             # A commit of which nobody knows may have made the row what it is, if that is what was wanted.
             if revisions is not None and self._row.revision not in revisions and (steps or not unsure):
                 raise _changed(self._row)
@@ -479,7 +479,7 @@ class VmActor(Actor):
         assert self._row.expires_at is not None
         # The wall clock may be set, so no sleep is longer than a minute.
         while True:
-            left_s = (self._row.expires_at - self._doors.host.wall_clock()).total_seconds()
+            left_s = (self._row.expires_at - self._doors.host.clock.now()).total_seconds()
             if left_s <= 0:
                 break
             await trio.sleep(min(left_s, 60.0))
@@ -566,7 +566,7 @@ class VmActor(Actor):
             elif not fresh:
                 # A predecessor may have been killed between the launch and its commit. Where there was none, a look
                 # through all processes would cost as much as starting one.
-                found = await self._doors.host.find(tag)
+                found = await self._doors.host.processes.find(tag)
             try:
                 claim = Claim(row.boots, row.name, row.layer, spec.nic)
                 if found is not None and warm_pool.is_one(tag):
@@ -601,7 +601,7 @@ class VmActor(Actor):
                 "VM %s: the process %d, which an earlier daemon has started, can't go on, and is started anew: %s",
                 spec.name, found.pid, error, extra={"vm": spec.name},
             )  # fmt: skip
-        with suppress(ProcessGone), self._doors.host.open_process(found) as process:
+        with suppress(ProcessGone), self._doors.host.processes.open(found) as process:
             process.kill()
             await process.wait()
         return False
@@ -709,7 +709,7 @@ class VmActor(Actor):
         with _deadline(settings.kill_timeout_s, "unkillable", "the hypervisor's process does not end, although killed"):
             # The row's process is known beyond doubt; another one with its tag is of a daemon that died.
             known = row.process if row.process is not None and row.process.tag == tag else None
-            await host.end_all(tag, known)
+            await host.processes.end_all(tag, known)
         if self._process_task is not None:
             self._process_task.cancel()
             await self._process_task.wait()
@@ -718,11 +718,11 @@ class VmActor(Actor):
         with suppress(FileNotFoundError), ConsolePump(host, spec.console_path, self._log, row.boot_key) as console:
             await console.finish()
         try:
-            await host.remove_empty_scopes()
-            await host.remove_tree(spec.directory)
-            await host.remove_tree(spec.memory_file)
+            await host.limits.remove_empty()
+            await host.files.remove_tree(spec.directory)
+            await host.files.remove_tree(spec.memory_file)
             if self._doors.warm_pool.is_one(tag):
-                await host.remove_tree(standby_directory(settings.runtime_dir, tag))
+                await host.files.remove_tree(standby_directory(settings.runtime_dir, tag))
         except OSError as error:
             raise StepError("not_removed", f"files of the VM can't be removed: {error}") from error
 
@@ -730,7 +730,7 @@ class VmActor(Actor):
         """Leave nothing that belongs to the VM beside its row."""
         if row.layer:
             try:
-                await self._doors.host.remove_tree(layer_directory(self._doors.settings, row))
+                await self._doors.host.files.remove_tree(layer_directory(self._doors.settings, row))
             except OSError as error:
                 raise StepError("not_removed", f"the VM's disk can't be removed: {error}") from error
         try:

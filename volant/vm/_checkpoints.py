@@ -23,8 +23,7 @@ import msgspec
 import trio
 
 from actors import ActorDown, AskTimeout, Ref, Request
-from volant._own import inside
-from volant.host import Host
+from volant.host import Host, inside
 from volant.hypervisor import Checkpoint, CheckpointFailed, Hypervisor, MachineKind
 from volant.journal import (
     DuplicateRequest,
@@ -197,7 +196,7 @@ class Checkpoints:
             raise _busy(f"VM {vm.name!r} is being copied already", vm)
         if len(self._turns) >= AT_ONCE:
             raise _busy(f"{len(self._turns)} VMs are being copied", vm)
-        available = self._host.room_in_memory_mb(self._memory_dir)
+        available = self._host.machine.file_room_mb(self._memory_dir)
         available -= sum(turn.vm.memory_mb for turn in self._turns.values())
         if available < vm.memory_mb + RESERVE_MB:
             raise Problem(
@@ -205,7 +204,7 @@ class Checkpoints:
                 f"a copy of VM {vm.name!r} needs up to {vm.memory_mb} MiB of memory, and {max(0, available)} are left",
                 vm=vm.name, hint="stop or delete a VM",
             )  # fmt: skip
-        turn = Turn(vm, f"{kind}{self._host.new_id()[:12]}")
+        turn = Turn(vm, f"{kind}{self._host.random.new_id()[:12]}")
         self._turns[turn.name] = turn
         return turn
 
@@ -245,7 +244,7 @@ class Checkpoints:
         unsure = False
         try:
             await self._write_record(fresh, await self._take(turn, take, fresh))
-            await self._host.put_in_place(fresh, path)
+            await self._host.files.put_in_place(fresh, path)
             turn.copies = await commit(turn.name)
         except (CheckpointLost, DuplicateRequest, Problem, OSError) as error:
             lost = CheckpointLost("capture_failed", _unwritable(error)) if isinstance(error, OSError) else error
@@ -267,14 +266,14 @@ class Checkpoints:
             taken = await self._take(turn, take, passing)
             checkpoint = taken.checkpoint
             size = checkpoint.memory_bytes + checkpoint.state_bytes + checkpoint.layer_bytes
-            await self._host.mkdir(fresh)
-            if self._host.free_space(self.snapshot_dir) < size + RESERVE_MB * 2**20:
+            await self._host.files.mkdir(fresh)
+            if self._host.disk.free(self.snapshot_dir) < size + RESERVE_MB * 2**20:
                 raise CheckpointLost("capture_failed", f"the disk has no room for {size // 2**20} MiB more")
             for name in _names(checkpoint):
                 await self._copy(passing / name, fresh / name)
             record = await self._write_record(fresh, taken)
-            await self._host.put_in_place(fresh, path)
-            await self._host.remove_tree(passing)
+            await self._host.files.put_in_place(fresh, path)
+            await self._host.files.remove_tree(passing)
             await self._ask(FinishSnapshot(snapshot.name, snapshot.id, record.paused_ms, record.size_bytes, key))
         except (CheckpointLost, DuplicateRequest, Problem, OSError) as error:
             lost = CheckpointLost("capture_failed", _unwritable(error)) if isinstance(error, OSError) else error
@@ -293,7 +292,7 @@ class Checkpoints:
         now = self._store.projection.by_id(turn.vm.id)
         if now is None or not is_copyable(now) or now.process != turn.vm.process:
             raise CheckpointLost("capture_failed", f"VM {turn.vm.name!r} has changed before it was copied")
-        await self._host.mkdir(into)
+        await self._host.files.mkdir(into)
         try:
             return await take(into)
         except CheckpointFailed as error:
@@ -311,26 +310,28 @@ class Checkpoints:
         part = target.with_name(f"{target.name}.part")
         command = ["cp", "--sparse=always", "--", str(source), str(part)]
         try:
-            status, said = await self._host.run_program(command, env=_ENVIRONMENT, cwd=target.parent, timeout_s=_COPY_S)
+            status, said = await self._host.processes.run(
+                command, env=_ENVIRONMENT, cwd=target.parent, timeout_s=_COPY_S
+            )
         except trio.TooSlowError:
             raise CheckpointLost("capture_failed", f"the disk did not take the copy within {_COPY_S:g} s") from None
         if status != 0:
             raise CheckpointLost("capture_failed", f"the copy can't be written: {said.decode(errors='replace')[-300:]}")
-        await self._host.put_in_place(part, target)
+        await self._host.files.put_in_place(part, target)
 
     async def _write_record(self, directory: Path, taken: CheckpointTaken) -> CheckpointRecord:
         checkpoint = taken.checkpoint
         host, names = self._host, _names(checkpoint)
-        state = await host.read_bytes(directory / STATE, _MAX_STATE)
+        state = await host.files.read(directory / STATE, _MAX_STATE)
         record = CheckpointRecord(
             kind=checkpoint.kind,
             state_sha256=hashlib.sha256(state).hexdigest(),
-            fingerprints={name: host.fingerprint(directory / name) for name in names},
+            fingerprints={name: host.files.fingerprint(directory / name) for name in names},
             paused_ms=round(checkpoint.paused_s * 1000, 3),
-            size_bytes=sum(host.disk_usage(directory / name) for name in names),
+            size_bytes=sum(host.disk.used(directory / name) for name in names),
             protocol=taken.protocol,
         )
-        await host.write_bytes(directory / RECORD, msgspec.json.format(msgspec.json.encode(record)))
+        await host.files.write(directory / RECORD, msgspec.json.format(msgspec.json.encode(record)))
         return record
 
     # Using them
@@ -342,18 +343,18 @@ class Checkpoints:
         """
         directory = self.at(checkpoint)
         what = "the snapshot" if checkpoint.startswith(SNAPSHOT) else "the copy of its original"
-        if not self._host.exists(directory / RECORD):
+        if not self._host.files.exists(directory / RECORD):
             why = "its files are gone" if checkpoint.startswith(SNAPSHOT) else "it was not made, or is gone again"
             raise CheckpointLost("capture_gone", f"{what} can't be gone on from: {why}")
         try:
             record = msgspec.json.decode(
-                await self._host.read_bytes(directory / RECORD, _MAX_RECORD), type=CheckpointRecord
+                await self._host.files.read(directory / RECORD, _MAX_RECORD), type=CheckpointRecord
             )
             for name, fingerprint in record.fingerprints.items():
-                if self._host.fingerprint(directory / name) != fingerprint:
+                if self._host.files.fingerprint(directory / name) != fingerprint:
                     raise CheckpointLost("capture_damaged", f"{what} is damaged: somebody has touched its {name}")
             if directory not in self._known:
-                state = await self._host.read_bytes(directory / STATE, _MAX_STATE)
+                state = await self._host.files.read(directory / STATE, _MAX_STATE)
                 if hashlib.sha256(state).hexdigest() != record.state_sha256:
                     raise CheckpointLost("capture_damaged", f"{what} is damaged: its {STATE} has other bytes")
         except (OSError, msgspec.DecodeError) as error:
@@ -377,19 +378,19 @@ class Checkpoints:
         :raises Problem: 409 a VM has yet to go on from it; 503. :raises OSError: its files can't be removed.
         """
         host, path = self._host, self.at(snapshot.checkpoint)
-        if not host.exists(path):
+        if not host.files.exists(path):
             await self._ask(RemoveSnapshot(snapshot.name, snapshot.id))
             return
         # So that whoever begins after a crash knows that the row has not merely been forgotten.
-        await host.write_bytes(path / _REMOVED, b"")
+        await host.files.write(path / _REMOVED, b"")
         try:
             await self._ask(RemoveSnapshot(snapshot.name, snapshot.id))
         except Problem as problem:
             if problem.status == 409:
-                await host.remove_file(path / _REMOVED)
+                await host.files.remove(path / _REMOVED)
             raise
         self._known.pop(path, None)
-        await host.remove_tree(path)
+        await host.files.remove_tree(path)
 
     async def _remove_once_used(self, checkpoint: str) -> None:
         """Take what a fork went on from away once nobody waits for it. Those that run keep what they map."""
@@ -405,7 +406,7 @@ class Checkpoints:
     async def _clear(self, path: Path) -> None:
         try:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
-                await self._host.remove_tree(path)
+                await self._host.files.remove_tree(path)
         except OSError as error:
             _logger.error("what a copy of a VM has left can't be removed: %s", error)
 
@@ -441,14 +442,14 @@ class Checkpoints:
             if name in owned:
                 # Whoever was about to remove it did not come to it.
                 found.append(path / _REMOVED)
-            elif name.endswith(_NEW) or host.exists(path / _REMOVED) or not host.exists(path / RECORD):
+            elif name.endswith(_NEW) or host.files.exists(path / _REMOVED) or not host.files.exists(path / RECORD):
                 found.append(path)
             else:
                 _logger.warning("%s is a snapshot that the database does not know", path)
         return found
 
     def _names_in(self, directory: Path) -> list[str]:
-        return self._host.list_directory(directory) if self._host.exists(directory) else []
+        return self._host.files.names(directory) if self._host.files.exists(directory) else []
 
     async def _ask(self, message: Request[object]) -> None:
         """Has the journal do something. :raises Problem: as `ask_journal`. :raises DuplicateRequest:"""

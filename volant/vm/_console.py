@@ -52,15 +52,15 @@ class ConsolePump:
 
     def __enter__(self) -> ConsolePump:
         """:raises OSError: there is no console file."""
-        self._fd = self._host.open_file(self._path, os.O_RDWR)
+        self._fd = self._host.descriptors.open(self._path, os.O_RDWR)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._host.close_file(self._fd)
+        self._host.descriptors.close(self._fd)
 
     async def follow(self) -> None:
         """Carry what comes until cancelled."""
-        with self._host.watch(self._path) as watch:
+        with self._host.watches.open(self._path) as watch:
             while True:
                 await self.drain()
                 await watch.wait()
@@ -89,7 +89,7 @@ class ConsolePump:
 
     def _carry(self) -> tuple[int, int] | None:
         """Carry a piece: how many lines and bytes that was. None: there is no more."""
-        data = self._host.read_at(self._fd, PIECE_BYTES, self._splitter.position)
+        data = self._host.descriptors.read_at(self._fd, PIECE_BYTES, self._splitter.position)
         if not data:
             return None
         if len(data) == PIECE_BYTES and self._skip(BEHIND_BYTES, BEHIND_BYTES // 2):
@@ -99,7 +99,7 @@ class ConsolePump:
         self._append(lines)
         if lines and lines[-1].end - self._freed >= _PUNCH_BYTES:
             # What the log has not yet on the disk may be freed: a power cut ends the VM and its console with it.
-            self._host.punch_hole(self._fd, 0, lines[-1].end)
+            self._host.descriptors.punch_hole(self._fd, 0, lines[-1].end)
             self._freed = lines[-1].end
         if self._tell is not None:
             self._tell(data)
@@ -108,7 +108,7 @@ class ConsolePump:
     def _skip(self, limit: int, keep: int) -> bool:
         """When more than `limit` bytes are not carried yet, give up all but the last `keep`."""
         try:
-            end = self._host.file_size(self._path)
+            end = self._host.files.size(self._path)
         except OSError:
             return False
         lost = end - keep - self._splitter.position
@@ -118,13 +118,13 @@ class ConsolePump:
         self._append([*self._splitter.skip_to(end - keep), Line(said, False, end - keep)])
         if self._tell is not None:
             self._tell(b"\r\n%b\r\n" % said)
-        self._host.punch_hole(self._fd, 0, end - keep)
+        self._host.descriptors.punch_hole(self._fd, 0, end - keep)
         self._freed = end - keep
         return True
 
     def _append(self, lines: list[Line]) -> None:
         if lines:
-            now = self._host.wall_clock()
+            now = self._host.clock.now()
             self._log.append(
                 [
                     LogEntry(

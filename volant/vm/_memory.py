@@ -64,7 +64,7 @@ async def measure(host: Host, row: VmRow, agent: AgentClient | None) -> VmMemory
 
 async def _host(host: Host, row: VmRow, identity: ProcessIdentity) -> HostMemory:
     try:
-        taken = await host.process_memory(identity, HOST_S)
+        taken = await host.process_memory.usage(identity, HOST_S)
     except ProcessGone:
         raise _no_process(row) from None
     except (OSError, trio.TooSlowError) as error:

@@ -20,8 +20,7 @@ import msgspec
 import trio
 
 from volant import images
-from volant._own import inside
-from volant.host import ProcessGone
+from volant.host import ProcessGone, inside
 from volant.hypervisor import FoundMachine, HypervisorError
 from volant.model import (
     BASE,
@@ -80,7 +79,7 @@ async def find_orphans(doors: VmDoors) -> list[Orphan]:
         if any(row.tag == identity.tag for row in doors.store.projection.rows()):
             continue
         try:
-            machine = doors.hypervisor.recognise(doors.host.command_line(identity))
+            machine = doors.hypervisor.recognise(doors.host.proc.command_line(identity))
         except ProcessGone:
             # Of a VM that was just stopped.
             continue
@@ -111,7 +110,7 @@ def _obstacle(doors: VmDoors, vm_id: int, machine: FoundMachine | None) -> str |
         return f"its disk is {machine.root.layer}, and not where this daemon's VMs have theirs"
     if machine.memory_file not in (None, memory_file(doors.settings, vm_id)):
         return f"its memory is {machine.memory_file}, and not where this daemon's VMs have theirs"
-    if not doors.host.exists(vm_directory(doors.settings, vm_id)):
+    if not doors.host.files.exists(vm_directory(doors.settings, vm_id)):
         return "the directory with its sockets is gone"
     return None
 
@@ -126,12 +125,12 @@ async def kill_orphan(doors: VmDoors, tag: str) -> None:
     orphan = await _orphan(doors, tag)
     try:
         with trio.fail_after(doors.settings.kill_timeout_s):
-            await doors.host.end_all(tag, orphan.identity)
+            await doors.host.processes.end_all(tag, orphan.identity)
     except trio.TooSlowError:
         raise Problem(503, "unkillable", f"process {orphan.identity.pid} does not end, although killed") from None
     if doors.store.projection.by_id(orphan.vm_id) is None:
-        await doors.host.remove_tree(vm_directory(doors.settings, orphan.vm_id))
-        await doors.host.remove_tree(memory_file(doors.settings, orphan.vm_id))
+        await doors.host.files.remove_tree(vm_directory(doors.settings, orphan.vm_id))
+        await doors.host.files.remove_tree(memory_file(doors.settings, orphan.vm_id))
         if orphan.machine is not None and orphan.machine.nic is not None:
             await disconnect(doors, orphan.vm_id, orphan.machine.nic)
 
@@ -145,7 +144,7 @@ async def steps_to_adopt(doors: VmDoors, tag: str, name: str | None) -> tuple[St
     machine, obstacle = orphan.machine, orphan.obstacle
     if machine is None or obstacle is not None:
         raise _refused(orphan, obstacle or "")
-    row = _row(doors.settings, orphan, machine, name or machine.name, doors.host.wall_clock())
+    row = _row(doors.settings, orphan, machine, name or machine.name, doors.host.clock.now())
     row = msgspec.structs.replace(row, hypervisor=doors.hypervisor.name)
     spec = machine_spec(doors.settings, row, machine.accelerator)
     try:

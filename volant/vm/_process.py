@@ -29,7 +29,7 @@ from volant.channel import (
     Vsock,
     open_channel,
 )
-from volant.host import Bounds, Host, ProcessGone
+from volant.host import Host, ProcessGone, ResourceLimits
 from volant.hypervisor import (
     NOT_YET_RUN,
     STANDS_STILL,
@@ -231,16 +231,16 @@ class LiveProcess:
     def _inspect_sandbox(self) -> dict[str, object] | None:
         """What stands between the process and the host; None: it has ended."""
         try:
-            status = self._host.process_status(self.identity)
+            status = self._host.proc.status(self.identity)
         except ProcessGone:
             return None
-        return {**self._sandbox, **msgspec.to_builtins(status), "limits": self._host.limits_of(self.identity)}
+        return {**self._sandbox, **msgspec.to_builtins(status), "limits": self._host.limits.of(self.identity)}
 
     async def run(self, beside: Callable[[], Awaitable[None]] | None = None) -> None:
         """Keep the tasks until cancelled, and `beside` with them."""
-        if self._host.exists(self._spec.sandbox_path):
+        if self._host.files.exists(self._spec.sandbox_path):
             with suppress(OSError, msgspec.DecodeError):
-                said = await self._host.read_bytes(self._spec.sandbox_path, _MAX_SANDBOX)
+                said = await self._host.files.read(self._spec.sandbox_path, _MAX_SANDBOX)
                 self._sandbox = msgspec.json.decode(said, type=dict[str, object])
         pump = ConsolePump(self._host, self._spec.console_path, self._log, self._boot_key, tell=self.console.feed)
         with ExitStack() as stack:
@@ -271,18 +271,18 @@ class LiveProcess:
     async def _bound(self) -> None:
         """Hold the process to what its VM has a right to, and note when the kernel kills it as memory is short."""
         # Whoever finds the process later finds it there, or moves it then.
-        await self._host.give_own_scope(self.identity, f"VM {self._spec.name}", bounds_of(self._spec))
-        self._memory_events = events = self._host.memory_events(self.identity)
+        await self._host.limits.apply(self.identity, f"VM {self._spec.name}", bounds_of(self._spec))
+        self._memory_events = events = self._host.limits.oom_events(self.identity)
         if events is None:
             return
-        with suppress(OSError), self._host.watch(events) as watch:
+        with suppress(OSError), self._host.watches.open(events) as watch:
             while not self._was_short_of_memory():
                 await watch.wait()
 
     def _was_short_of_memory(self) -> bool:
         if self._memory_events is not None and not self._short_of_memory:
             with suppress(OSError):
-                self._short_of_memory = self._host.killed_for_memory(self._memory_events) > 0
+                self._short_of_memory = self._host.limits.oom_kills(self._memory_events) > 0
         return self._short_of_memory
 
     async def machine(self) -> Machine:
@@ -407,7 +407,7 @@ class LiveProcess:
             "hostname": hostname,
             "machine_id": machine_id,
             "vm_id": vm_id,
-            "entropy": base64.b64encode(host.entropy(_ENTROPY_BYTES)).decode(),
+            "entropy": base64.b64encode(host.random.token_bytes(_ENTROPY_BYTES)).decode(),
             "time_ns": _now_ns(host),
             "signal": self._signal,
         }
@@ -755,9 +755,9 @@ def reason_of_end(kind: EndKind, message: str, console: tuple[str, ...]) -> Reas
     return Reason(_CODES[kind], message, console)
 
 
-def bounds_of(spec: MachineSpec) -> Bounds:
+def bounds_of(spec: MachineSpec) -> ResourceLimits:
     """What the hypervisor's process of a machine may take of the host."""
-    return Bounds(
+    return ResourceLimits(
         memory_mb=spec.memory_mb + CEILING_MB,
         cpus=spec.cpu_cores + 1,
         weight=min(_MAX_WEIGHT, 100 * spec.cpu_cores),
@@ -766,7 +766,7 @@ def bounds_of(spec: MachineSpec) -> Bounds:
 
 
 def _now_ns(host: Host) -> int:
-    return int(host.wall_clock().timestamp() * 1e6) * 1000
+    return int(host.clock.now().timestamp() * 1e6) * 1000
 
 
 def _range(said: object) -> tuple[int, int]:

@@ -151,7 +151,7 @@ class SerialConsole:
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve the Unix socket until cancelled. Where that can't be, the VM goes on without."""
         try:
-            listener = self._host.listen_unix(self._socket_path)
+            listener = self._host.sockets.listen_unix(self._socket_path)
         except OSError as error:
             _logger.warning("the serial console can't be served at %s: %s", self._socket_path, error)
             return
@@ -162,7 +162,7 @@ class SerialConsole:
         finally:
             listener.socket.close()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _SOCKET_LINGER_S):
-                await self._host.remove_file(self._socket_path)
+                await self._host.files.remove(self._socket_path)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         try:
@@ -244,7 +244,7 @@ class Keyboard:
             raise KeyboardTaken
         try:
             if self._pipe is None:
-                self._pipe = self._host.open_pipe(self._path)
+                self._pipe = self._host.files.open_fifo(self._path)
             with trio.fail_after(TYPE_S):
                 await self._pipe.send_all(data)
         except trio.TooSlowError:

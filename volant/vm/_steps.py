@@ -16,7 +16,7 @@ import msgspec
 
 from actors import ActorDown, AskTimeout
 from volant import images
-from volant._own import inside
+from volant.host import inside
 from volant.hypervisor import AcceleratorName, Disk, LaunchFailed, MachineSpec, Template
 from volant.model import NONE, Artifact, Boot, Manifest, Origin, Problem, VmRow, is_checkpoint
 from volant.templates import GuestConfig, ReadyTemplate, TemplateKey, TemplateSpec, WarmProcess, template_at
@@ -97,7 +97,7 @@ async def prepare_artifacts(doors: VmDoors, row: VmRow) -> str:
         (settings.kernel, boot.kernel, "VOLANT_KERNEL"),
         (settings.initramfs, boot.initramfs, "VOLANT_INITRAMFS"),
     ):
-        if path is not None and brought is None and not doors.host.exists(path):
+        if path is not None and brought is None and not doors.host.files.exists(path):
             raise StepError("image_missing", f"{what} is {path}, and there is no such file")
     digest = await _prepare_image(doors, row) if uses_image(settings, row.manifest) else CUSTOM_IMAGE
     for artifact in (boot.kernel, boot.initramfs, boot.rootfs):
@@ -139,7 +139,7 @@ async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> 
         raise StepError("disk_failed", f"a process that was to become the VM is left: {error}") from error
     # What a clone that failed has left is not what anybody was told of.
     fails_first = row.fallback is not None and row.boots == 1
-    if doors.host.exists(disk.layer) and not fails_first:
+    if doors.host.files.exists(disk.layer) and not fails_first:
         # Its content is no longer what a template's memory knows of it.
         return Prepared(image, None)
     if row.boots and not fails_first:
@@ -162,7 +162,7 @@ def _check_size(doors: VmDoors, disk: Disk) -> None:
     if disk.size_mb is None:
         return
     try:
-        least_mb = -(-doors.host.file_size(disk.base) // 2**20)
+        least_mb = -(-doors.host.files.size(disk.base) // 2**20)
     except OSError as error:
         raise StepError("disk_failed", f"{disk.base}, over which the VM's disk is made, is not there") from error
     if disk.size_mb < least_mb:
@@ -173,9 +173,9 @@ def _check_size(doors: VmDoors, disk: Disk) -> None:
 
 async def _make_layer(doors: VmDoors, disk: Disk, like: Path | None, standby: WarmProcess | None = None) -> None:
     try:
-        await doors.host.mkdir(disk.layer.parent)
+        await doors.host.files.mkdir(disk.layer.parent)
         if standby is not None and standby.layer is not None:
-            await doors.host.put_in_place(standby.layer, disk.layer)
+            await doors.host.files.put_in_place(standby.layer, disk.layer)
         else:
             await doors.hypervisor.make_layer(disk, like)
     except LaunchFailed as error:
@@ -228,7 +228,7 @@ async def template_spec_of(doors: VmDoors, row: VmRow, image: str) -> TemplateSp
     def part(artifact: Artifact | None, path: Path | None) -> str:
         if artifact is not None:
             return f"sha256 {artifact.sha256}"
-        return f"image {image}" if path is None else f"file {path} {doors.host.fingerprint(path)}"
+        return f"image {image}" if path is None else f"file {path} {doors.host.files.fingerprint(path)}"
 
     workload = workload_spec(row)
     config = None

@@ -116,8 +116,8 @@ async def usage(doors: VmDoors) -> Usage:
         items=items[:_MAX_ITEMS],
         total_bytes=sum(item.bytes for item in items),
         reclaimable_bytes=sum(item.bytes for item in items if item.reclaimable),
-        state_free_bytes=doors.host.free_space(doors.store.path.parent),
-        cache_free_bytes=doors.host.free_space(settings.cache_dir),
+        state_free_bytes=doors.host.disk.free(doors.store.path.parent),
+        cache_free_bytes=doors.host.disk.free(settings.cache_dir),
     )
 
 
@@ -130,7 +130,7 @@ async def prune(
     :raises OSError: it can't be looked at.
     """
     wanted = PRUNED_KINDS if kinds is None else kinds
-    unused_since = doors.host.wall_clock() - timedelta(seconds=min(unused_for_s, _LONG_S))
+    unused_since = doors.host.clock.now() - timedelta(seconds=min(unused_for_s, _LONG_S))
     found, running = await _look(doors)
     gone: list[StoredItem] = []
     kept: list[Kept] = []
@@ -175,7 +175,7 @@ def _shown(found: _Item, users: _Users) -> StoredItem:
 async def _look(doors: VmDoors) -> tuple[list[_Item], frozenset[int]]:
     host = doors.host
     # The processes last: what one that was launched meanwhile has made is then not taken for nobody's.
-    found = await host.run_blocking(_scan, doors)
+    found = await host.threads.run(_scan, doors)
     running = frozenset(each.vm_id for each in await processes_of_vms(host, doors.instance))
     found += await _templates(doors)
     logs = doors.logs.sizes()
@@ -188,7 +188,7 @@ async def _templates(doors: VmDoors) -> list[_Item]:
     store = doors.templates
     whole = await store.all()
     names = {path.name: path for path in _in(doors.host, store.directory)}
-    sizes = await doors.host.run_blocking(lambda: {name: doors.host.disk_usage(path) for name, path in names.items()})
+    sizes = await doors.host.threads.run(lambda: {name: doors.host.disk.used(path) for name, path in names.items()})
     found = []
     for name, size in sizes.items():
         used_at = await store.used_at(name, whole[name]) if name in whole else None
@@ -200,19 +200,19 @@ def _scan(doors: VmDoors) -> list[_Item]:
     host, settings, database = doors.host, doors.settings, doors.store.path
     suffixes = ("", "-wal", "-shm", "-reserve", "-acknowledged")
     beside = [database.with_name(database.name + suffix) for suffix in suffixes]
-    found = [_Item("journal", database.name, sum(map(host.disk_usage, beside)))]
-    found += [_Item("database", path.name, host.disk_usage(path), path) for path in replaced_databases(database)]
+    found = [_Item("journal", database.name, sum(map(host.disk.used, beside)))]
+    found += [_Item("database", path.name, host.disk.used(path), path) for path in replaced_databases(database)]
     found += [
-        _Item("disk", path.name, host.disk_usage(path), path, _id_of(path.name.partition("-")[0]))
+        _Item("disk", path.name, host.disk.used(path), path, _id_of(path.name.partition("-")[0]))
         for path in _in(host, settings.disk_dir)
     ]
-    found += [_Item("snapshot", path.name, host.disk_usage(path), path) for path in _in(host, settings.snapshot_dir)]
+    found += [_Item("snapshot", path.name, host.disk.used(path), path) for path in _in(host, settings.snapshot_dir)]
     found += [
-        _Item("leftover", path.name, host.disk_usage(path), path, _id_of(path.name))
+        _Item("leftover", path.name, host.disk.used(path), path, _id_of(path.name))
         for path in _in(host, settings.runtime_dir / "vms")
     ]
     found += [
-        _Item("leftover", path.name, host.disk_usage(path), path, _id_of(path.stem))
+        _Item("leftover", path.name, host.disk.used(path), path, _id_of(path.stem))
         for path in _in(host, settings.memory_dir)
         if path.suffix == ".mem"
     ]
@@ -223,7 +223,7 @@ def _scan(doors: VmDoors) -> list[_Item]:
         others = _others(doors, artifact.digest)
         found.append(_Item("medium", artifact.digest, artifact.disk_bytes, others=others))
     rest = [path for path in _in(host, settings.cache_dir) if path.name not in ("images", "media")]
-    found.append(_Item("cache", "packages and indexes", sum(map(host.disk_usage, rest))))
+    found.append(_Item("cache", "packages and indexes", sum(map(host.disk.used, rest))))
     return [one for one in found if one.kind != "leftover" or one.vm_id is not None]
 
 
@@ -234,7 +234,7 @@ def _others(doors: VmDoors, digest: str) -> tuple[str, ...]:
 
 
 def _in(host: Host, directory: Path) -> list[Path]:
-    return [directory / name for name in host.list_directory(directory)] if host.exists(directory) else []
+    return [directory / name for name in host.files.names(directory)] if host.files.exists(directory) else []
 
 
 def _id_of(text: str) -> int | None:
@@ -251,7 +251,7 @@ async def _remove(doors: VmDoors, found: _Item, running: frozenset[int]) -> bool
         case "medium":
             return await doors.artifacts.remove(found.name, in_use=in_use)
         case "image":
-            return await doors.host.run_blocking(_prune_images, doors, found.name)
+            return await doors.host.threads.run(_prune_images, doors, found.name)
         case "log":
             return await doors.logs.discard(found.vm_id or 0)
         case "template":
@@ -262,7 +262,7 @@ async def _remove(doors: VmDoors, found: _Item, running: frozenset[int]) -> bool
         case _:
             if in_use() or found.path is None:
                 return False
-            await doors.host.remove_tree(found.path)
+            await doors.host.files.remove_tree(found.path)
             return True
 
 

@@ -25,12 +25,12 @@ class TaggedProcess(NamedTuple):
 async def processes_of_vms(host: Host, instance: str) -> list[TaggedProcess]:
     """All that carry this instance's tags and are some VM's. Looks through all processes."""
     found = []
-    for identity in await host.processes(f"volant-{instance}-"):
+    for identity in await host.processes.scan(f"volant-{instance}-"):
         if numbers := parse_tag(instance, identity.tag):
             found.append(TaggedProcess(identity, *numbers, None))
         elif identity.tag.startswith(standby_tag_prefix(instance)):
             try:
-                directory = host.working_directory(identity)
+                directory = host.proc.working_directory(identity)
             except ProcessGone:
                 continue
             if directory.parent.name == "vms" and (vm_id := _id_of(directory)):

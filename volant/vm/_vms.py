@@ -548,7 +548,7 @@ class Vms:
             disk_mb=request.disk_mb,
             network=request.network,
         )
-        now, networking = self.doors.host.wall_clock(), self.doors.store.networking
+        now, networking = self.doors.host.clock.now(), self.doors.store.networking
         row = new_row(like, plugin.manifest, vm_id=0, now=now, networking=networking)
         try:
             image = await prepare_artifacts(self.doors, row)
@@ -600,7 +600,7 @@ class Vms:
         settings = self.doors.settings
         if not uses_image(settings, manifest):
             return
-        image = await self.doors.host.run_blocking(images.find, settings.cache_dir)
+        image = await self.doors.host.threads.run(images.find, settings.cache_dir)
         if image is not None and memory_mb < image.min_memory_mb:
             raise invalid(
                 "memory_mb", f"memory_mb {memory_mb} is too little: the boot image needs at least {image.min_memory_mb}"
@@ -633,7 +633,7 @@ class Vms:
                 hint="delete one, or raise the limit",
             )  # fmt: skip
         needed = memory_mb + OVERHEAD_MB
-        total, available = self.doors.host.memory_total_mb(), self.doors.host.memory_available_mb()
+        total, available = self.doors.host.machine.memory_total_mb(), self.doors.host.machine.memory_available_mb()
         promised = promised_mb(rows) + sum(mb + OVERHEAD_MB for mb in self._creating)
         unpromised = max(0, total - _HOST_RESERVE_MB - promised)
         if needed > unpromised:
@@ -648,7 +648,7 @@ class Vms:
             # They give way, and what they take is more than what is missing.
             return
         # What others than VMs have taken is not to be had, whatever was promised to nobody.
-        spare = self.doors.host.memory_to_spare_mb(self.doors.settings.memory_dir)
+        spare = self.doors.host.machine.spare_memory_mb(self.doors.settings.memory_dir)
         spare -= about_to_take_mb(rows) + sum(mb + OVERHEAD_MB for mb in self._creating)
         spare = max(0, spare)
         if needed > spare:
@@ -668,7 +668,7 @@ class Vms:
             return
         directory = self.doors.settings.disk_dir
         try:
-            free_mb = self.doors.host.free_space(directory) // 2**20
+            free_mb = self.doors.host.disk.free(directory) // 2**20
         except OSError as error:
             raise Problem(503, "no-capacity", f"{directory} can't be looked at: {error.strerror}") from error
         needed_mb = (request.disk_mb or 0) + _DISK_RESERVE_MB

@@ -58,7 +58,7 @@ def directories(context: Context) -> Sequence[Finding]:
 
 def memory(context: Context) -> Sequence[Finding]:
     """Checks the file system in RAM that holds guest memory."""
-    return [judge_memory(inspect_directory(memory_dir(context.settings)), context.host.memory_available_mb())]
+    return [judge_memory(inspect_directory(memory_dir(context.settings)), context.host.machine.memory_available_mb())]
 
 
 def inspect_directory(path: Path) -> Inspected:

@@ -100,7 +100,9 @@ def _virtualizes() -> str | None:
 async def qemu_img(context: Context) -> Sequence[Finding]:
     """Checks the program that creates VM disks."""
     try:
-        status, said = await context.host.run_program([_IMG, "--version"], env=ENVIRONMENT, cwd=Path("/"), timeout_s=10)
+        status, said = await context.host.processes.run(
+            [_IMG, "--version"], env=ENVIRONMENT, cwd=Path("/"), timeout_s=10
+        )
     except FileNotFoundError:
         status, said = -1, b""
     except trio.TooSlowError:

@@ -28,7 +28,7 @@ async def network(context: Context) -> Sequence[Finding]:
     program = [sys.executable, "-P", "-m", "volant.network._kernel_check"]
     env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "PYTHONPATH": str(_PACKAGES)}
     try:
-        _, said = await context.host.run_program(program, env=env, cwd=context.scratch, timeout_s=10)
+        _, said = await context.host.processes.run(program, env=env, cwd=context.scratch, timeout_s=10)
         outcome = msgspec.json.decode(said, type=dict[str, str | None])
     except (trio.TooSlowError, msgspec.DecodeError):
         outcome = {"namespace": "the test program failed"}

@@ -25,12 +25,12 @@ def sandbox(context: Context) -> Sequence[Finding]:
         return [judge_sandbox(None)]
     wanted = (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings))
     # A directory that does not exist yet will be created in its nearest parent.
-    support = context.host.sandbox_support(list(dict.fromkeys(_there(path) for path in wanted)))
+    support = context.host.sandbox.support(list(dict.fromkeys(_there(path) for path in wanted)))
     if support is None:
         return []
-    if support.no_users is None and settings.accelerator != "tcg" and context.host.exists(_KVM):
+    if support.no_users is None and settings.accelerator != "tcg" and context.host.files.exists(_KVM):
         try:
-            context.host.group_for(_KVM)
+            context.host.sandbox.group_of(_KVM)
         except PermissionError as error:
             support = msgspec.structs.replace(support, no_users=f"{_KVM}: {error.strerror}")
     return [judge_sandbox(support), judge_landlock(support.landlock)]

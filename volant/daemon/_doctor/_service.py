@@ -22,11 +22,11 @@ _RESTART_STEPS_SINCE = 254
 
 async def systemd(context: Context) -> Sequence[Finding]:
     """Checks whether `volar setup` can install the service."""
-    if not context.host.exists(Path("/run/systemd/system")):
+    if not context.host.files.exists(Path("/run/systemd/system")):
         return [judge_systemd(None)]
     env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     try:
-        _, said = await context.host.run_program(["systemctl", "--version"], env=env, cwd=Path("/"), timeout_s=10)
+        _, said = await context.host.processes.run(["systemctl", "--version"], env=env, cwd=Path("/"), timeout_s=10)
     except (FileNotFoundError, trio.TooSlowError):
         said = b""
     return [judge_systemd(said)]

@@ -94,32 +94,32 @@ class Checkpointer:
         kind = await self._kind()
         if spec.template is not None:
             # It never changes, so the guest need not wait for it.
-            await host.copy_mapped_file(self._identity, self._size, memory)
+            await host.process_memory.copy_mapped_file(self._identity, self._size, memory)
         saved = await place_to_save(host, spec, self._identity)
         paused_s = 0.0
         async with hold() as on_the_way:
-            began = host.monotonic()
+            began = host.clock.monotonic()
             async with self._standing_still() as stopped:
                 await self._settle(on_the_way)
                 await self._save(saved)
                 if spec.template is not None:
-                    await host.copy_own_pages(self._identity, self._size, memory)
+                    await host.process_memory.copy_own_pages(self._identity, self._size, memory)
                 else:
-                    await host.copy_sparse(spec.memory_file, memory)
+                    await host.files.copy(spec.memory_file, memory)
                 if spec.root is not None:
-                    await host.copy_sparse(spec.root.layer, layer)
+                    await host.files.copy(spec.root.layer, layer)
             if stopped:
-                paused_s = host.monotonic() - began
-        await host.write_bytes(state, complete(await host.read_bytes(saved, _STATE_LIMIT), kind.machine))
-        await host.remove_file(saved)
+                paused_s = host.clock.monotonic() - began
+        await host.files.write(state, complete(await host.files.read(saved, _STATE_LIMIT), kind.machine))
+        await host.files.remove(saved)
         return Checkpoint(
             template=Template(memory, state),
             layer=None if spec.root is None else layer,
             kind=kind,
             paused_s=paused_s,
-            memory_bytes=host.disk_usage(memory),
-            state_bytes=host.file_size(state),
-            layer_bytes=0 if spec.root is None else host.disk_usage(layer),
+            memory_bytes=host.disk.used(memory),
+            state_bytes=host.files.size(state),
+            layer_bytes=0 if spec.root is None else host.disk.used(layer),
         )
 
     async def _kind(self) -> MachineKind:

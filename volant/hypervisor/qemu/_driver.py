@@ -142,7 +142,9 @@ class QemuHypervisor:
         if not self._machines:
             command = [self._program, "-machine", "help"]
             try:
-                status, said = await self._host.run_program(command, env=ENVIRONMENT, cwd=Path("/"), timeout_s=_HELP_S)
+                status, said = await self._host.processes.run(
+                    command, env=ENVIRONMENT, cwd=Path("/"), timeout_s=_HELP_S
+                )
             except (OSError, trio.TooSlowError):
                 return frozenset()
             if status == 0:
@@ -154,9 +156,9 @@ class QemuHypervisor:
         fresh = disk.layer.with_name(f"{disk.layer.name}.new")
         if like is not None:
             try:
-                await host.remove_file(fresh)
-                await host.copy_file(like, fresh)
-                await host.put_in_place(fresh, disk.layer)
+                await host.files.remove(fresh)
+                await host.files.copy(like, fresh)
+                await host.files.put_in_place(fresh, disk.layer)
             except OSError as error:
                 raise LaunchFailed("bad_disk", f"the layer {disk.layer} can't be made: {error}") from error
             return
@@ -164,12 +166,12 @@ class QemuHypervisor:
         if disk.size_mb is not None:
             command.append(f"{disk.size_mb}M")
         try:
-            await host.remove_file(fresh)
-            status, said = await host.run_program(command, env=ENVIRONMENT, cwd=disk.layer.parent, timeout_s=_IMG_S)
+            await host.files.remove(fresh)
+            status, said = await host.processes.run(command, env=ENVIRONMENT, cwd=disk.layer.parent, timeout_s=_IMG_S)
             if status != 0:
                 text = said.decode("utf-8", "replace").strip()[-500:]
                 raise LaunchFailed("bad_disk", f"the layer {disk.layer} can't be made: {text}")
-            await host.put_in_place(fresh, disk.layer)
+            await host.files.put_in_place(fresh, disk.layer)
         except trio.TooSlowError:
             raise LaunchFailed("bad_disk", f"qemu-img made no layer within {_IMG_S:g} s") from None
         except FileNotFoundError as error:
@@ -187,7 +189,7 @@ class QemuHypervisor:
             return await self._launch(spec)
         except LaunchFailed:
             # Memory is what the host has least of.
-            await self._host.remove_file(spec.memory_file)
+            await self._host.files.remove(spec.memory_file)
             raise
 
     async def _launch(self, spec: MachineSpec) -> ProcessIdentity:
@@ -196,7 +198,7 @@ class QemuHypervisor:
         machine = None
         if spec.template is not None:
             try:
-                machine = machine_of(await self._host.read_bytes(spec.template.state, HEAD_BYTES))
+                machine = machine_of(await self._host.files.read(spec.template.state, HEAD_BYTES))
             except OSError as error:
                 raise LaunchFailed("template_refused", f"{spec.template.state} can't be read: {error}") from error
         try:
@@ -207,12 +209,12 @@ class QemuHypervisor:
             taps = []
             if spec.nic is not None and spec.nic.tap is not None:
                 try:
-                    taps = [stack.enter_context(self._host.open_tap(spec.nic.tap))]
+                    taps = [stack.enter_context(self._host.sockets.open_tap(spec.nic.tap))]
                 except OSError as error:
                     raise LaunchFailed("exited", f"the tap {spec.nic.tap} can't be opened: {error}") from error
             argv = build_argv(spec, self._version[:2], self._program, machine=machine, tap=taps[0] if taps else -1)
             try:
-                identity = await self._host.spawn(
+                identity = await self._host.processes.spawn(
                     argv,
                     tag=spec.tag,
                     env=ENVIRONMENT,
@@ -224,7 +226,7 @@ class QemuHypervisor:
             except OSError as error:
                 raise LaunchFailed("qemu_missing", f"QEMU cannot be started: {error}") from error
         try:
-            process = self._host.open_process(identity)
+            process = self._host.processes.open(identity)
         except ProcessGone:
             raise await self._why(spec, "QEMU ended at once") from None
         with process:
@@ -235,7 +237,7 @@ class QemuHypervisor:
         failure: HypervisorError | None = None
         try:
             with trio.fail_after(GO_ON_S):
-                stream = await self._host.connect_unix(spec.control_path, GO_ON_S)
+                stream = await self._host.sockets.connect_unix(spec.control_path, GO_ON_S)
                 async with stream, trio.open_nursery() as nursery:
                     try:
                         qmp = QmpClient(stream, lambda name, data: None)
@@ -264,27 +266,27 @@ class QemuHypervisor:
         """Everything that QEMU expects to find. What would fail late or cryptically fails here with a reason."""
         host = self._host
         for path, what in ((spec.kernel, "kernel"), (spec.initramfs, "initramfs")):
-            if not host.exists(path):
+            if not host.files.exists(path):
                 raise LaunchFailed("bad_image", f"the {what} {path} is missing")
         for path in (spec.template.memory, spec.template.state) if spec.template is not None else ():
-            if not host.exists(path):
+            if not host.files.exists(path):
                 raise LaunchFailed("template_refused", f"{path}, from which the guest goes on, is missing")
         for path in (spec.root.base, spec.root.layer) if spec.root is not None else ():
-            if not host.exists(path):
+            if not host.files.exists(path):
                 raise LaunchFailed("bad_disk", f"{path}, of which the guest's disk is made, is missing")
         if spec.root is not None:
             await self._check_layer(spec.root.layer)
         size = spec.memory_mb * 1024 * 1024
         try:
-            await host.mkdir(spec.directory)
+            await host.files.mkdir(spec.directory)
             for path in (spec.control_path, spec.agent_path, spec.log_path):
-                await host.remove_file(path)
-            await host.make_fifo(spec.console_input_path)
-            host.close_file(host.open_file(spec.console_path, _APPEND))
+                await host.files.remove(path)
+            await host.files.make_fifo(spec.console_input_path)
+            host.descriptors.close(host.descriptors.open(spec.console_path, _APPEND))
         except OSError as error:
             raise LaunchFailed("exited", f"the machine's directory cannot be prepared: {error}") from error
         # What other guests have given back is theirs to take again.
-        available_mb = host.memory_to_spare_mb(spec.memory_file.parent)
+        available_mb = host.machine.spare_memory_mb(spec.memory_file.parent)
         if available_mb < spec.memory_mb + SPARE_MEMORY_MB:
             raise LaunchFailed(
                 "memory_refused", f"the host has {available_mb} MiB of memory left, the guest needs {spec.memory_mb}"
@@ -293,10 +295,10 @@ class QemuHypervisor:
             return
         try:
             # Taken now: a page that cannot be had later would end the guest in the middle of its work (SIGBUS).
-            await host.mkdir(spec.memory_file.parent)
-            await host.allocate_file(spec.memory_file, size)
+            await host.files.mkdir(spec.memory_file.parent)
+            await host.disk.allocate(spec.memory_file, size)
             # Looked at afterwards, so that of two that are launched at once neither misses the other.
-            if host.free_space(spec.memory_file.parent) < host.unbacked_space(spec.memory_file.parent):
+            if host.disk.free(spec.memory_file.parent) < host.disk.unbacked(spec.memory_file.parent):
                 raise OSError(errno.ENOSPC, "what is left there has been given back by other guests, and is theirs")
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
@@ -309,7 +311,7 @@ class QemuHypervisor:
     async def _check_layer(self, layer: Path) -> None:
         """A layer holds its data itself. One whose header names another file of the host for it was not made here: a
         guest that got out of QEMU would have written that, for QEMU to open at the next start."""
-        head = await self._host.read_bytes(layer, 80)
+        head = await self._host.files.read(layer, 80)
         if head[:4] != _QCOW2 or len(head) < 80:
             raise LaunchFailed("bad_disk", f"{layer} is damaged: it is no qcow2 image any more")
         version, features = int.from_bytes(head[4:8], "big"), int.from_bytes(head[72:80], "big")
@@ -354,12 +356,12 @@ class QemuHypervisor:
         raise LaunchFailed("no_answer", f"QEMU did not answer within {LAUNCH_S:.0f} s" + (f": {last}" if last else ""))
 
     async def _greet(self, spec: MachineSpec) -> None:
-        with self._host.watch(spec.directory) as watch:
-            while not self._host.exists(spec.control_path):
+        with self._host.watches.open(spec.directory) as watch:
+            while not self._host.files.exists(spec.control_path):
                 await watch.wait()
         while True:
             try:
-                stream = await self._host.connect_unix(spec.control_path, LAUNCH_S)
+                stream = await self._host.sockets.connect_unix(spec.control_path, LAUNCH_S)
             except ConnectionRefusedError:
                 await trio.sleep(_RETRY_S)  # bound, and not listening yet
                 continue

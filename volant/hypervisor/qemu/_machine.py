@@ -215,7 +215,7 @@ class QemuMachine:
         if self._qmp is None:
             raise HypervisorError("the hypervisor's process is gone")
         try:
-            if connects_itself(self._host.command_line(self._identity)):
+            if connects_itself(self._host.proc.command_line(self._identity)):
                 return False
             await plug_in(self._host, self._qmp, self._spec.nic)
         except (OSError, trio.TooSlowError, ProcessGone) as error:
@@ -229,8 +229,8 @@ class QemuMachine:
         try:
             saved = await place_to_save(self._host, self._spec, self._identity)
             await self._migration.save(self._qmp, saved, timeout_s)
-            await self._host.copy_file(saved, state)
-            await self._host.remove_file(saved)
+            await self._host.files.copy(saved, state)
+            await self._host.files.remove(saved)
         except ProcessGone as error:
             raise HypervisorError(f"the machine could not be saved: {error}") from error
         except OSError as error:
@@ -304,12 +304,12 @@ class QemuMachine:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch_process, nursery.cancel_scope)
             try:
-                with self._host.watch(path.parent) as names:
-                    while not self._host.exists(path):
+                with self._host.watches.open(path.parent) as names:
+                    while not self._host.files.exists(path):
                         await names.wait()
                 while stream is None:
                     try:
-                        stream = await self._host.connect_unix(path, ATTACH_S)
+                        stream = await self._host.sockets.connect_unix(path, ATTACH_S)
                     except ConnectionRefusedError:
                         await trio.sleep(_RETRY_S)  # bound, and not listening yet
             except OSError as error:
@@ -345,8 +345,8 @@ class QemuMachine:
         path = self._spec.log_path
         try:
             while True:
-                with self._host.watch(path) as watch:
-                    await self._host.keep_tail(path, LOG_LIMIT)
+                with self._host.watches.open(path) as watch:
+                    await self._host.files.empty_if_larger(path, LOG_LIMIT)
                     await watch.wait()
                 # Nobody watches meanwhile: to wake up for each of a thousand lines a second would cost a processor.
                 await trio.sleep(LOG_PAUSE_S)
@@ -388,7 +388,7 @@ class QemuMachine:
         if end is _GUEST_SHUTDOWN:
             return end
         try:
-            tail = await self._host.read_tail(self._spec.console_path, _CONSOLE_TAIL)
+            tail = await self._host.files.read_tail(self._spec.console_path, _CONSOLE_TAIL)
         except OSError:
             return end
         found = _PANIC.findall(tail)
@@ -421,7 +421,7 @@ async def attach(host: Host, spec: MachineSpec, identity: ProcessIdentity) -> As
     """See `volant.hypervisor.Hypervisor.attach`."""
     async with AsyncExitStack() as closing:
         try:
-            process = closing.enter_context(host.open_process(identity))
+            process = closing.enter_context(host.processes.open(identity))
         except ProcessGone:
             yield QemuMachine(host, spec, identity, None, closing)
             return
@@ -443,7 +443,7 @@ async def _sleep_about(seconds: float) -> None:
 async def last_words(host: Host, path: Path) -> str:
     """The last lines of QEMU's own output, in one line."""
     try:
-        tail = await host.read_tail(path, _TAIL)
+        tail = await host.files.read_tail(path, _TAIL)
     except OSError:
         return ""
     lines = [line.strip() for line in tail.decode("utf-8", "replace").splitlines() if line.strip()]

@@ -35,10 +35,10 @@ async def plug_in(host: Host, qmp: QmpClient, nic: Nic | None) -> None:
         if nic is None:
             return
         if nic.tap is not None:
-            descriptor = stack.enter_context(host.open_tap(nic.tap))
+            descriptor = stack.enter_context(host.sockets.open_tap(nic.tap))
             behind: dict[str, object] = {"type": "tap", "fd": _HANDED, "vhost": False}
         elif nic.socket is not None:
-            descriptor = stack.enter_context(await host.open_connection(nic.socket, _CONNECT_S))
+            descriptor = stack.enter_context(await host.sockets.open_unix(nic.socket, _CONNECT_S))
             # QEMU's `stream` looks for the descriptor in a thread that knows of none.
             behind = {"type": "socket", "fd": _HANDED}
         else:

@@ -68,7 +68,7 @@ class _Remembered(msgspec.Struct, frozen=True):
 async def qemu_version(host: Host, program: str) -> tuple[int, int, str] | None:
     """Major, minor and the whole version of QEMU; None where there is none that runs."""
     try:
-        status, output = await host.run_program(
+        status, output = await host.processes.run(
             [program, "--version"], env=ENVIRONMENT, cwd=Path("/"), timeout_s=DEADLINE_S
         )
     except (OSError, trio.TooSlowError):
@@ -84,13 +84,13 @@ async def probe(host: Host, cache_dir: Path, program: str, version: tuple[int, i
     path = cache_dir / "accelerator.json"
     kernel = os.uname().release
     try:
-        known = msgspec.json.decode(await host.read_bytes(path, 65536), type=_Remembered)
+        known = msgspec.json.decode(await host.files.read(path, 65536), type=_Remembered)
         # Without a device there was nothing to try; one may have come since.
-        if (known.kernel, known.version) == (kernel, version[2]) and host.exists(Path("/dev/kvm")):
+        if (known.kernel, known.version) == (kernel, version[2]) and host.files.exists(Path("/dev/kvm")):
             return known.choice
     except (OSError, msgspec.DecodeError):
         pass
-    if not host.exists(Path("/dev/kvm")):
+    if not host.files.exists(Path("/dev/kvm")):
         return AcceleratorChoice("tcg", "there is no /dev/kvm", version[2])
     why = await _try_kvm(host, cache_dir, program, version)
     if why is None:
@@ -100,8 +100,8 @@ async def probe(host: Host, cache_dir: Path, program: str, version: tuple[int, i
     if why == _TOO_SLOW:
         return choice
     try:
-        await host.mkdir(cache_dir, 0o755)
-        await host.write_bytes(path, msgspec.json.encode(_Remembered(kernel, version[2], choice)), 0o644)
+        await host.files.mkdir(cache_dir, 0o755)
+        await host.files.write(path, msgspec.json.encode(_Remembered(kernel, version[2], choice)), 0o644)
     except OSError:
         pass  # then it is tried again the next time
     return choice
@@ -109,11 +109,11 @@ async def probe(host: Host, cache_dir: Path, program: str, version: tuple[int, i
 
 async def _try_kvm(host: Host, cache_dir: Path, program: str, version: tuple[int, int, str]) -> str | None:
     """Run the small guest: None when it ran, else what happened."""
-    directory = cache_dir / f"probe-{host.new_id()}"
+    directory = cache_dir / f"probe-{host.random.new_id()}"
     try:
-        await host.mkdir(directory)
-        await host.write_bytes(directory / "guest.elf", probe_kernel())
-        status, output = await host.run_program(
+        await host.files.mkdir(directory)
+        await host.files.write(directory / "guest.elf", probe_kernel())
+        status, output = await host.processes.run(
             [
                 program,
                 *("-machine", machine_option("kvm", version[:2]), "-accel", "kvm", "-cpu", "host", "-m", "64M"),
@@ -132,7 +132,7 @@ async def _try_kvm(host: Host, cache_dir: Path, program: str, version: tuple[int
         return f"it could not be tried: {error}"
     finally:
         with trio.CancelScope(shield=True), trio.move_on_after(5.0):
-            await host.remove_tree(directory)
+            await host.files.remove_tree(directory)
     if status == EXIT_STATUS:
         return None
     if _INTERNAL_ERROR in output:

@@ -64,7 +64,7 @@ class QemuSandbox:
         user, no_user, groups = await self._user(spec), plan.no_users, set()
         for device in _devices(spec):
             try:
-                groups.add(host.group_for(device))
+                groups.add(host.sandbox.group_of(device))
             except PermissionError as error:
                 user, no_user = None, str(error)
         reads = [spec.kernel, spec.initramfs]
@@ -92,7 +92,7 @@ class QemuSandbox:
                     grants.append(Grant(path, "group", shared[path], _READ))
                 elif any(path.is_relative_to(place) for place in plan.places):
                     grants.append(Grant(path, "others", 0, _READ))
-            await host.lend_directory(spec.directory, user, grants, plan.places)
+            await host.sandbox.lend_directory(spec.directory, user, grants, plan.places)
         sandbox = Sandbox(
             user=user,
             groups=tuple(sorted(each for each in groups if each is not None)),
@@ -103,12 +103,12 @@ class QemuSandbox:
         )
         record = {"user": user, "landlock": plan.landlock, "no_connect": sandbox.no_connect, "no_user": no_user}
         # Not what somebody who was in there has put in its place. It is of no use after a loss of power.
-        host.unlink(spec.sandbox_path)
-        fd = host.open_file(spec.sandbox_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        host.files.unlink(spec.sandbox_path)
+        fd = host.descriptors.open(spec.sandbox_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            host.write(fd, msgspec.json.encode(record))
+            host.descriptors.write(fd, msgspec.json.encode(record))
         finally:
-            host.close_file(fd)
+            host.descriptors.close(fd)
         return sandbox
 
     async def _user(self, spec: MachineSpec) -> int | None:
@@ -120,7 +120,7 @@ class QemuSandbox:
         # Whose it will be is not known, so it takes one that nobody has. Nobody waits for it, and few are started.
         # The last is passt's.
         rest = users[len(users) // 2 : -1]
-        taken = await self._host.users_of_processes()
+        taken = await self._host.proc.users()
         for _ in rest:
             # Not the same again for one that is started at the same time.
             self._turn = (self._turn + 1) % len(rest)
@@ -155,8 +155,8 @@ async def place_to_save(host: Host, spec: MachineSpec, identity: ProcessIdentity
     """An empty file that the process of a machine can write to, in the one directory that it can use. Remove it. Raises
     OSError, ProcessGone."""
     path = spec.directory / _SAVED
-    await host.allocate_file(path, 0, reserve=False)
-    user = host.process_status(identity).user
+    await host.disk.allocate(path, 0, reserve=False)
+    user = host.proc.status(identity).user
     if user != os.geteuid():
-        await host.grant([Grant(path, "user", user, _READ_WRITE)], ())
+        await host.sandbox.grant([Grant(path, "user", user, _READ_WRITE)], ())
     return path

@@ -12,12 +12,12 @@ import trio
 
 from volant.model import ProcessIdentity
 
-from ._database import Databases
-from ._files import Files
-from ._network import SimLinks
-from ._passt import SimPasst
-from ._processes import SimProcess
-from ._qemu import SimQemu
+from .databases import Databases
+from .file_system import Files
+from .network import SimLinks
+from .passt import SimPasst
+from .process import SimProcess
+from .qemu import SimQemu
 
 _EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 _TICKS_PER_S = 100

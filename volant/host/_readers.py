@@ -1,12 +1,12 @@
-"""Opens files that a client names with the client's own rights, so that nobody reads through the daemon what they can't
-read themselves.
+"""Opens files that a client names with the client's own rights, so that clients can't read through the daemon what they
+can't read themselves.
 
-Who a client is, the kernel says: of a Unix socket with its user and groups (`SO_PEERCRED`, `SO_PEERGROUPS`), of a TCP
-connection over loopback with the user that owns the other end (`/proc/net/tcp`). In Linux the identity for access to
-files belongs to a thread (setfsuid(2)), so a thread of its own takes the client's, opens the file, and ends.
+The kernel says which user a client is: for a Unix socket with its groups (`SO_PEERCRED`, `SO_PEERGROUPS`), for a TCP
+connection over loopback by the owner of the other end (`/proc/net/tcp`). On Linux the identity for access to files
+belongs to a thread (setfsuid(2)), so a thread of its own takes the client's identity, opens the file and ends.
 
-Paths are resolved by openat2(2), since Linux 5.6. Links of /proc such as `/proc/self/fd/3` are never followed: they
-would lead to what the daemon has open, whatever the rights of the client.
+openat2(2) resolves the paths (Linux 5.6). Links of /proc such as `/proc/self/fd/3` are never followed: they lead to
+what the daemon has open, whatever the rights of the client.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _OPENAT2 = 437
 _AT_FDCWD = -100
 _NO_MAGIC_LINKS, _BENEATH = 0x02, 0x08
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-"""Without waiting, as a pipe would have us wait for its writer."""
+"""O_NONBLOCK, as to open a pipe would wait for its writer."""
 _TRIES = 8
-"""openat2(2) gives EAGAIN when something on the way is renamed meanwhile."""
+"""openat2(2) fails with EAGAIN when a part of the path is renamed meanwhile."""
 _SO_PEERGROUPS = 59
 _MAX_GROUPS_BYTES = 1024
 """What Python lets getsockopt(2) return: 256 groups."""
@@ -40,7 +40,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Reader(NamedTuple):
-    """A user of this host, with the groups of the process that asks."""
+    """The user and the groups of a client's process."""
 
     uid: int
     gid: int
@@ -57,7 +57,7 @@ class _Socket(Protocol):
 
 
 def unix_peer(sock: _Socket) -> Reader:
-    """Returns who has connected to a Unix socket. A process with more than 256 groups counts as one without any.
+    """Returns the user of a Unix socket's peer. A process with more than 256 groups counts as one without any.
 
     :raises OSError: the kernel does not say
     """
@@ -86,7 +86,7 @@ def loopback_peer_uid(client: tuple[str, int], server: tuple[str, int]) -> int |
                 for line in lines:
                     fields = line.split()
                     if len(fields) > 9 and fields[1] in local and fields[2] in remote:
-                        # Of an end that was closed the kernel writes no inode, and root as its owner, whoever had it.
+                        # A closed end has no inode, and root as its owner, whichever user had it.
                         return int(fields[7]) if fields[9] != "0" else None
         except OSError:
             continue
@@ -94,7 +94,7 @@ def loopback_peer_uid(client: tuple[str, int], server: tuple[str, int]) -> int |
 
 
 def _forms(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[str]:
-    """An address as the kernel's tables write it: words of 32 bits in the byte order of the machine."""
+    """Returns an address as the kernel's tables write it: words of 32 bits in the byte order of the machine."""
     packed = [address.packed]
     if address.version == 4:
         # A client with a socket for both families is in the table of IPv6.
@@ -103,9 +103,9 @@ def _forms(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[str]:
 
 
 def open_as(reader: Reader, path: Path) -> int:
-    """Opens a file for reading, as far as `reader` could, and returns its descriptor.
+    """Opens a file for reading with the rights of `reader`, and returns its descriptor.
 
-    :raises OSError: they could not, or this process may not act for them
+    :raises OSError: the reader may not, or this process may not act for the reader
     """
     if reader.uid == os.geteuid():
         return _open(_AT_FDCWD, os.fsencode(path), _NO_MAGIC_LINKS)
@@ -127,7 +127,7 @@ def open_below(directories: Iterable[Path], path: Path) -> int:
 
 
 def is_below(directories: Iterable[Path], path: Path) -> bool:
-    """Returns whether a path is written as one of a file in one of the directories. Looks at no file."""
+    """Returns whether a path lies in one of the directories by its text. Touches no file."""
     return any(True for _ in _below(directories, path))
 
 
@@ -153,7 +153,7 @@ def _open(directory: int, path: bytes, resolve: int) -> int:
 
 
 def _in_thread_of(reader: Reader, work: Callable[[], int]) -> int:
-    """What `work` gives, done with the rights of `reader` over files. :raises OSError: as `work`, or EPERM."""
+    """Runs `work` with the rights of `reader` over files. :raises OSError: as `work`, or EPERM."""
 
     def run() -> int:
         _sandbox.act_for(reader.uid, reader.gid, reader.groups)

@@ -1,15 +1,13 @@
-"""A scope of systemd's for a process: a unit without a service, so that stopping another unit does not touch it.
+"""Asks systemd for a scope: a unit without a service, so that stopping another unit does not touch its processes.
 
-The manager that has started the daemon is asked on its private socket, where it answers whoever has its own user id. So
-it works without a message bus and without polkit, early in a boot and in a sandbox, for the system's manager and for a
-user's alike. It is the socket that `systemctl` itself uses, and what is asked, `StartTransientUnit`, is public API.
-Rejected: the system bus (one more daemon that must be there), `systemd-run` (it starts processes, and can't take one
-that runs), writing to cgroups ourselves (systemd forbids it where it has not delegated, and kills what it does not know
-of). Rejected as well: to have each VM started by systemd. A VM must also start where there is none, and two ways to
-start one are one too many.
+The daemon asks its own manager on the manager's private socket, which answers processes of its user. So this works
+without a message bus and polkit, early in a boot and in a sandbox, for the system's manager and for a user's alike.
+`systemctl` uses the same socket, and the call, `StartTransientUnit`, is public API. Rejected: the system bus (one more
+daemon that must run), `systemd-run` (it starts processes, and can't take a running one), writing to cgroups (systemd
+forbids it where it has not delegated, and kills what it does not know of), and VMs that systemd starts: a VM must also
+start without systemd, and two ways to start one are one too many.
 
-One connection for each process that is moved: it happens once in a VM's life and takes a few milliseconds, and so there
-is no connection to keep.
+Each call opens a connection of its own, as a VM needs one call of a few milliseconds.
 """
 
 from __future__ import annotations
@@ -21,32 +19,32 @@ from typing import Any
 
 import trio
 
-from ._cgroups import Bounds
+from ._cgroups import ResourceLimits
 
 _TIMEOUT_S = 15.0
 _MAX_MESSAGES = 10_000
-"""A manager that is busy tells of many jobs; more than that is no answer."""
+"""Limits the messages that are read: a busy manager reports many jobs."""
 
 
 class ScopeError(Exception):
-    """systemd did not make the scope. The text is for people."""
+    """systemd did not make the scope."""
 
 
 @dataclass(frozen=True)
 class Scopes:
-    """Where scopes come from, and how they are."""
+    """Makes scopes."""
 
     socket: Path
     """The manager's private socket."""
     slice: str
     before: tuple[str, ...] = ()
-    """Units that are stopped before these scopes are when the host goes down."""
+    """Units that systemd stops before these scopes when the host shuts down."""
     stop_timeout_s: float = 10.0
-    """How long systemd waits after SIGTERM before it kills what is in one."""
+    """The time between SIGTERM and SIGKILL when systemd stops a scope."""
 
-    async def enclose(self, pid: int, name: str, description: str, bounds: Bounds | None) -> None:
-        """Move a process into a scope of its own, `<name>.scope`, which is held to `bounds` as far as the kernel can;
-        it is there when this returns. One that is there already stays.
+    async def enclose(self, pid: int, name: str, description: str, limits: ResourceLimits | None) -> None:
+        """Moves a process into a scope of its own, `<name>.scope`, with `limits` as far as the kernel supports them.
+        An existing scope is kept.
 
         :raises ScopeError: systemd refuses, or does not do it within 15 s.
         """
@@ -57,7 +55,7 @@ class Scopes:
             with trio.fail_after(_TIMEOUT_S):
                 stream = await trio.open_unix_socket(self.socket)
                 async with stream:
-                    await self._start(stream, unit, pid, description, bounds)
+                    await self._start(stream, unit, pid, description, limits)
         except trio.TooSlowError:
             raise ScopeError(f"systemd did not make {unit} within {_TIMEOUT_S:g} s") from None
         except (OSError, ValueError, trio.BrokenResourceError, trio.EndOfChannel) as error:
@@ -66,9 +64,9 @@ class Scopes:
             raise ScopeError(f"systemd has made {unit}, and process {pid} is not in it")
 
     async def _start(
-        self, stream: trio.SocketStream, unit: str, pid: int, description: str, bounds: Bounds | None
+        self, stream: trio.SocketStream, unit: str, pid: int, description: str, limits: ResourceLimits | None
     ) -> None:
-        # Imported here, as most daemons on most machines have no use for it.
+        # Imported here, as most daemons don't need it.
         from jeepney import DBusAddress, MessageType, new_method_call
         from jeepney.auth import BEGIN, Authenticator
         from jeepney.io.trio import DBusConnection
@@ -83,7 +81,7 @@ class Scopes:
         connection = DBusConnection(stream.socket)
         name = "org.freedesktop.systemd1"
         manager = DBusAddress("/org/freedesktop/systemd1", bus_name=name, interface=f"{name}.Manager")
-        properties = [(key, value) for key, value in self._properties(pid, description, bounds).items()]
+        properties = [(key, value) for key, value in self._properties(pid, description, limits).items()]
         call = new_method_call(manager, "StartTransientUnit", "ssa(sv)a(sa(sv))", (unit, "fail", properties, []))
         await connection.send(call, serial=1)
         job: str | None = None
@@ -96,7 +94,7 @@ class Scopes:
             message = await connection.receive()
             kind, fields = message.header.message_type, _fields(message)
             if kind is MessageType.signal and fields.get("member") == "JobRemoved":
-                # It may come before the answer to the call that made the job.
+                # It may come before the reply to the call that made the job.
                 _, path, _, result = message.body
                 ended[path] = result
             elif fields.get("reply_serial") == 1:
@@ -105,22 +103,22 @@ class Scopes:
                 (job,) = message.body
         raise ScopeError(f"systemd did not say what became of {unit}")
 
-    def _properties(self, pid: int, description: str, bounds: Bounds | None) -> dict[str, tuple[str, Any]]:
+    def _properties(self, pid: int, description: str, limits: ResourceLimits | None) -> dict[str, tuple[str, Any]]:
         bounded: dict[str, tuple[str, Any]] = {}
-        if bounds is not None:
+        if limits is not None:
             bounded = {
-                "MemoryMax": ("t", bounds.memory_mb * 2**20),
-                "CPUQuotaPerSecUSec": ("t", bounds.cpus * 1_000_000),
-                "CPUWeight": ("t", bounds.weight),
-                "IOWeight": ("t", bounds.weight),
-                "TasksMax": ("t", bounds.tasks),
+                "MemoryMax": ("t", limits.memory_mb * 2**20),
+                "CPUQuotaPerSecUSec": ("t", limits.cpus * 1_000_000),
+                "CPUWeight": ("t", limits.weight),
+                "IOWeight": ("t", limits.weight),
+                "TasksMax": ("t", limits.tasks),
             }
         return bounded | {
             "Description": ("s", description),
             "Slice": ("s", self.slice),
             "PIDs": ("au", [pid]),
             "Before": ("as", list(self.before)),
-            # Nobody looks at it once its process has ended, however that ended.
+            # No one inspects the scope of a process that has ended.
             "CollectMode": ("s", "inactive-or-failed"),
             "KillMode": ("s", "control-group"),
             "TimeoutStopUSec": ("t", int(self.stop_timeout_s * 1e6)),
@@ -136,8 +134,8 @@ def _text(body: tuple[object, ...]) -> str:
 
 
 def _units_of(pid: int) -> set[str]:
-    """The units whose control groups a process is in, as its innermost groups are named; empty when it has ended. A
-    host with both versions of control groups has one line for each hierarchy, and systemd uses but one or two."""
+    """Returns the units of a process: the names of its innermost control groups; none when it has ended. A host with
+    both versions of control groups has one line for each hierarchy, and systemd uses only one or two of them."""
     try:
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     except OSError:

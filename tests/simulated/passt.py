@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ._files import File, SocketName
-from ._processes import SimProcess
-from ._sockets import SimListener, hang_up
+from .file_system import File, SocketName
+from .listener import SimListener, hang_up
+from .process import SimProcess
 
 if TYPE_CHECKING:
-    from ._machine import Machine
+    from .machine import Machine
 
 
 class SimPasst:

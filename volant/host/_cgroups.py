@@ -1,11 +1,11 @@
-"""What a process may take of the machine: control groups of version 2.
+"""Limits processes with control groups of version 2.
 
-Where systemd runs the host it keeps them, and is asked for a scope (`_scopes.py`). Elsewhere the daemon makes a group
-for each hypervisor itself, beside its own, as a group with processes in it can't bound groups below it. What bounds
-there are depends on the controllers that the kernel and whoever runs the host leave to it; each is set where it is.
+Where systemd runs the host, it manages the groups, and the daemon asks it for a scope (`_scopes.py`). Elsewhere the
+daemon makes a group for each hypervisor itself, beside its own, as a group with processes in it can't limit groups
+below it. A limit is set where the kernel and the operator leave its controller to the daemon.
 
-A group that has lost its last process is removed by whoever cleans up after that process; and each one that is made or
-removed takes those along that were left, as by a daemon that was killed, or of a process that is nobody's any more.
+A group is removed once its last process has ended. Each call that makes or removes a group also removes all other empty
+groups, such as those of a daemon that was killed.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ _PERIOD_US = 100_000
 _FILES = ("memory.max", "cpu.max", "cpu.weight", "io.weight", "pids.max")
 _EVENTS = "memory.events"
 _EXIT_S, _EXIT_AGAIN_S = 1.0, 0.005
-"""Bounds the wait for a process that exits: it takes some 5 ms, more on a busy host."""
+"""Limits the wait for a process that exits: it takes some 5 ms, more on a busy host."""
 ALL_WEIGHT = 20
-"""Of all hypervisors together, where the daemon has 100, and everybody else: it would wait for a processor while many
-guests are busy."""
+"""CPU weight of all hypervisors together. The daemon has 100, or it would wait for a processor while guests are
+busy."""
 
 
-class Bounds(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process may take."""
+class ResourceLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """The limits of a process."""
 
     memory_mb: int
     cpus: int
-    """Seconds of processors in a second."""
+    """Seconds of processor time in a second."""
     weight: int
-    """Of its share where others want processor or disk, too; 100 is what everybody has."""
+    """Its share of a busy processor or disk; 100 is the default of all processes."""
     tasks: int
 
 
 @dataclass(frozen=True)
 class Cgroups:
-    """Where groups are made."""
+    """Makes control groups in a directory."""
 
     directory: Path
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
-    """Else a thread that sweeps removes the group that another has made and not filled yet."""
+    """Else one thread removes the empty group that another thread is about to fill."""
 
-    def enclose(self, pid: int, name: str, bounds: Bounds | None) -> None:
-        """Move a process into a group of its own, which is held to `bounds` as far as the kernel can; one that is there
-        already stays. Raises OSError."""
+    def enclose(self, pid: int, name: str, limits: ResourceLimits | None) -> None:
+        """Moves a process into a group of its own, with `limits` as far as the kernel supports them. An existing group
+        is kept. Raises OSError."""
         with self._lock:
             self.directory.mkdir(exist_ok=True)
             for group in (self.directory.parent, self.directory):
                 for controller in _CONTROLLERS:
-                    # One by one, as one that is not there would spoil the others.
+                    # One by one, as a missing controller would fail the others.
                     with suppress(OSError):
                         (group / "cgroup.subtree_control").write_text(f"+{controller}")
             with suppress(OSError):
@@ -63,16 +63,16 @@ class Cgroups:
             self._sweep()
             group = self.directory / name
             group.mkdir(exist_ok=True)
-            for file, value in () if bounds is None else _values(bounds).items():
+            for file, value in () if limits is None else _values(limits).items():
                 if (group / file).exists():
                     (group / file).write_text(value)
             (group / "cgroup.procs").write_text(str(pid))
 
     def remove_empty(self, ended: str | None = None) -> None:
-        """Remove the groups of processes that have ended, and the directory with the last one.
+        """Removes the groups of processes that have ended, and the directory with the last one.
 
-        `ended` names a group whose process ends at present. It is waited for, up to `_EXIT_S` seconds: a process that
-        exits has no command line any more, by which it would be found, some milliseconds before it leaves its group.
+        `ended` names a group whose process ends at present. It is awaited, up to `_EXIT_S` seconds: a process that
+        exits loses its command line, by which it is found, some milliseconds before it leaves its group.
         """
         deadline = time.monotonic() + _EXIT_S
         while True:
@@ -89,23 +89,23 @@ class Cgroups:
             return
         for group in self.directory.iterdir():
             if group.is_dir():
-                # Refused while there is a process in it.
+                # The kernel refuses while there is a process in it.
                 with suppress(OSError):
                     group.rmdir()
 
 
-def _values(bounds: Bounds) -> dict[str, str]:
+def _values(limits: ResourceLimits) -> dict[str, str]:
     return {
-        "memory.max": str(bounds.memory_mb * 2**20),
-        "cpu.max": f"{bounds.cpus * _PERIOD_US} {_PERIOD_US}",
-        "cpu.weight": str(bounds.weight),
-        "io.weight": f"default {bounds.weight}",
-        "pids.max": str(bounds.tasks),
+        "memory.max": str(limits.memory_mb * 2**20),
+        "cpu.max": f"{limits.cpus * _PERIOD_US} {_PERIOD_US}",
+        "cpu.weight": str(limits.weight),
+        "io.weight": f"default {limits.weight}",
+        "pids.max": str(limits.tasks),
     }
 
 
 def mount_of(mountinfo: str) -> tuple[Path, str] | None:
-    """Where the hierarchy of version 2 is, and which group of it; None: it is nowhere. See proc_pid_mountinfo(5)."""
+    """Returns where the hierarchy of version 2 is mounted, and which group of it. See proc_pid_mountinfo(5)."""
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
         fields = before.split()
@@ -115,7 +115,7 @@ def mount_of(mountinfo: str) -> tuple[Path, str] | None:
 
 
 def group_of(pid: int) -> Path | None:
-    """The directory of a process's group; None where that can't be seen. Raises OSError."""
+    """Returns the directory of a process's group; None where it is not visible. Raises OSError."""
     found = mount_of(Path("/proc/self/mountinfo").read_text(errors="replace"))
     if found is None:
         return None
@@ -128,7 +128,7 @@ def group_of(pid: int) -> Path | None:
 
 
 def limits_in(group: Path) -> dict[str, str]:
-    """What the kernel holds a group to, as it says it."""
+    """Returns the contents of a group's limit files."""
     found = {}
     for name in _FILES:
         with suppress(OSError):
@@ -137,13 +137,13 @@ def limits_in(group: Path) -> dict[str, str]:
 
 
 def events_of(group: Path) -> Path | None:
-    """The file that changes when a process of the group is killed as memory is short; None: there is none."""
+    """Returns the file that changes when the kernel kills a process of the group for lack of memory."""
     path = group / _EVENTS
     return path if path.exists() else None
 
 
-def killed_in(events: str) -> int:
-    """How many that were."""
+def oom_kills(events: str) -> int:
+    """Returns how many processes were killed, by the content of that file."""
     for line in events.splitlines():
         name, _, count = line.partition(" ")
         if name == "oom_kill":
@@ -151,10 +151,10 @@ def killed_in(events: str) -> int:
     return 0
 
 
-def own_groups(name: str) -> Cgroups | None:
-    """Where groups can be made without systemd; None: nowhere. `name` is of this daemon alone."""
+def own_cgroups(name: str) -> Cgroups | None:
+    """Returns where groups can be made without systemd; None: nowhere. `name` is unique to this daemon."""
     if Path("/run/systemd/system").exists():
-        # It kills what it does not know of.
+        # systemd kills what it does not know of.
         return None
     try:
         found = mount_of(Path("/proc/self/mountinfo").read_text(errors="replace"))
@@ -162,7 +162,7 @@ def own_groups(name: str) -> Cgroups | None:
             return None
         groups = Cgroups(found[0] / name)
         groups.directory.mkdir(exist_ok=True)
-        # Those of a daemon before this one, of which some go on.
+        # Empty groups of the daemon before this one.
         groups.remove_empty()
     except OSError:
         return None

@@ -18,11 +18,12 @@ import trio
 from actors.testing import Simulation, allow_real, kill
 from volant.daemon import Daemon, Settings
 
-from ._database import Databases
-from ._files import File
-from ._host import DaemonDied, SimHost
-from ._machine import Machine
-from ._network import SimNetwork
+from .calls import DaemonDied
+from .databases import Databases
+from .file_system import File
+from .host import SimHost
+from .machine import Machine
+from .network import SimNetwork
 
 _RAM = Path("/run/volant-simulated")
 _SHM = Path("/dev/shm")
@@ -110,7 +111,7 @@ class World:
         for name in ("disks", "logs"):
             self.machine.files.mkdir(self.settings.state_dir / name)
         with allow_real("files", "randomness", "time"):
-            daemon = Daemon(self.settings, [], host=host, network=SimNetwork(self.machine.links, host.call))
+            daemon = Daemon(self.settings, [], host=host, network=SimNetwork(self.machine.links, host.calls.run))
         self._ended = trio.Event()
         with trio.CancelScope() as self._life:
             try:

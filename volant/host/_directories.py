@@ -1,9 +1,9 @@
 """Directories that no other user of the host owns, can write in, or can replace.
 
-Names such as `/dev/shm/volant-<id>` are known to every user, and whoever makes such a directory first owns what is put
-there: guests' memory, their sockets. So a directory that is there already is looked at through a descriptor, without
-following a link, before anything is put into it. Whoever checks a name once can use it afterwards: an entry of ours in
-a directory that only we can write in, or in one with the sticky bit, can't be replaced by other users.
+Every user knows names such as `/dev/shm/volant-<id>`, and a user that makes such a directory first would own what the
+daemon puts there: guests' memory, their sockets. So an existing directory is checked through a descriptor, without
+following a link, before it is used. One check is enough: other users can't replace our entry in a directory that only
+we can write in, or in one with the sticky bit.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 _ROOT = 0
 _WRITE_OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _ABOVE = 0o711
-"""Mode of directories above: hypervisors have users of their own, which must come through, and list nothing."""
+"""Mode of parent directories: hypervisors have users of their own, which must pass through, and list nothing."""
 _ACCESS_LIST = "system.posix_acl_access"
 
 
 class UnsafeDirectory(PermissionError):
-    """Another user of the host owns a directory, can write in it, or can replace it. The text says what to do."""
+    """Another user owns a directory, can write in it, or can replace it. The text says what to do."""
 
     def __init__(self, text: str, path: Path) -> None:
         super().__init__(errno.EACCES, text, str(path))
@@ -34,12 +34,12 @@ class UnsafeDirectory(PermissionError):
 
 
 def make_own_directory(path: Path, mode: int = 0o700) -> str | None:
-    """Makes a directory with exactly this mode, or checks that the one that is there is ours.
+    """Makes a directory with exactly this mode, or checks that an existing one is ours.
 
-    One that is ours and that other users could write in is corrected, unless they have put something into it; the
-    answer is then a warning for the operator. Directories above that are missing are made with mode 0711.
+    When other users could write in one of ours, corrects its mode and returns a warning for the operator. Makes missing
+    parents with mode 0711.
 
-    Raises UnsafeDirectory; OSError when it can't be made.
+    Raises UnsafeDirectory, also when other users have put something into it; OSError when it can't be made.
     """
     for parent in reversed(path.parents):
         if not parent.is_dir():
@@ -54,17 +54,17 @@ def make_own_directory(path: Path, mode: int = 0o700) -> str | None:
             raise UnsafeDirectory(
                 f"{path} is a symbolic link that the user {_name_of(figures.st_uid)} made; remove it", path
             )
-    # It leads where we or the operator have wanted it, as to another disk.
+    # The link is ours or the operator's, such as to another disk.
     with _opened(path) as fd:
         return _check_ours(path, fd)
 
 
 def check_way_to(path: Path) -> list[str]:
-    """Checks that no other user can put something else in the place of `path`, which need not be there.
+    """Checks that no other user can replace `path`, which need not exist.
 
-    What stands above it in directories of other users is what the operator has chosen; the answer is warnings of those.
+    Parents that belong to other users are the operator's choice; returns a warning for each.
 
-    Raises UnsafeDirectory when every user could. Raises OSError.
+    Raises UnsafeDirectory when every user can replace it. Raises OSError.
     """
     warnings: dict[str, None] = {}
     # By both names, as a link may lead on from somewhere else.
@@ -88,7 +88,7 @@ def check_way_to(path: Path) -> list[str]:
 
 
 def _check_entry(entry: Path) -> None:
-    """Something in a directory where everybody can make entries, and nobody can replace those of others."""
+    """Checks an entry of a directory with the sticky bit: all users can make entries, and replace only their own."""
     try:
         owner = os.lstat(entry).st_uid
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def _check_entry(entry: Path) -> None:
 
 
 def _make(path: Path, mode: int) -> bool:
-    """Whether it was not there. Raises OSError."""
+    """Returns whether it was missing. Raises OSError."""
     try:
         path.mkdir(mode)
     except FileExistsError:
@@ -106,7 +106,7 @@ def _make(path: Path, mode: int) -> bool:
     with _opened(path, os.O_NOFOLLOW | os.O_DIRECTORY) as fd:
         if os.fstat(fd).st_uid != os.geteuid():
             raise _of_another_user(path, os.fstat(fd).st_uid)
-        # By the descriptor, as whoever owns the directory above can put a link in its place.
+        # By the descriptor, as the owner of the parent directory can put a link in its place.
         Path(f"/proc/self/fd/{fd}").chmod(mode)
     return True
 
@@ -126,12 +126,12 @@ def _check_ours(path: Path, fd: int) -> str | None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     if figures.st_uid != os.geteuid():
         raise _of_another_user(path, figures.st_uid)
-    # With an access list these bits are its mask, and it was we who wrote the list.
+    # With an access list the group bits are its mask, and the list is ours.
     open_to_others = stat.S_IWOTH if _has_access_list(fd) else _WRITE_OF_OTHERS
     mode = stat.S_IMODE(figures.st_mode)
     if not mode & open_to_others:
         return None
-    # By the descriptor, so that it is this directory whatever has its name by now.
+    # By the descriptor, so that it is this directory whatever has its name now.
     held = Path(f"/proc/self/fd/{fd}")
     held.chmod(mode & ~open_to_others)
     for entry in held.iterdir():

@@ -18,13 +18,13 @@ import trio
 from actors import fault
 from volant.hypervisor import STANDS_STILL
 
-from ._files import File, SocketName
-from ._guest import SimGuest, SimPort
-from ._processes import SimProcess
-from ._sockets import SimListener, hang_up
+from .file_system import File, SocketName
+from .guest import SimGuest, SimPort
+from .listener import SimListener, hang_up
+from .process import SimProcess
 
 if TYPE_CHECKING:
-    from ._machine import Machine
+    from .machine import Machine
 
 _BOOT_S = (0.5, 6.0)
 _CLONE_S = (0.02, 0.3)

@@ -5,8 +5,6 @@ them. So a thread of its own enters the sandbox, starts the process and ends; th
 library applies `setuid` and the like to all threads, so this module makes the system calls itself. Rejected: code of
 ours between `fork` and `exec` (Python may not run there in a program with threads), and a launcher program (see the
 document).
-
-POSIX ACLs are written in the kernel's format, as Python has no call for them.
 """
 
 from __future__ import annotations
@@ -23,13 +21,11 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
 T = TypeVar("T")
-
-READ, WRITE, EXECUTE = 4, 2, 1
 
 _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
@@ -37,15 +33,17 @@ _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _CLONE_FS = 0x200
 _CAPABILITIES = 64
-"""More than there are."""
+"""More than the kernel has."""
 NEEDED_CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8, "CAP_SYS_PTRACE": 19}
-"""What it takes to give a process a user of its own, and to end it and look into it afterwards."""
+"""Needed to give a process a user of its own, and to end and inspect it afterwards."""
+
+_NOBODY = 0xFFFFFFFF
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _Machine(NamedTuple):
-    """Numbers of system calls, and of the processor they are for."""
+    """Numbers of system calls of one kind of processor, and its audit architecture."""
 
     audit: int
     connect: int
@@ -53,12 +51,12 @@ class _Machine(NamedTuple):
     setresuid: int
     setresgid: int
     rights: tuple[int, ...]
-    """Change whose a file is and who may use it, which Landlock leaves to whoever has the same user: chmod, chown,
-    setxattr, removexattr and the like."""
+    """Change owner and mode of a file, which Landlock leaves to processes of the same user: chmod, chown, setxattr,
+    removexattr and the like."""
 
 
 _IO_URING_SETUP, _FCHMODAT2 = 425, 452
-"""The same everywhere. A ring does what the filter can't see."""
+"""The same on all processors. The filter can't see what io_uring does."""
 _MACHINES = {
     "x86_64": _Machine(
         0xC000003E, 42, 116, 117, 119, (90, 91, 268, 92, 93, 94, 260, 188, 189, 190, 197, 198, 199, _FCHMODAT2)
@@ -70,32 +68,21 @@ _X32 = 0x40000000
 
 
 class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process may, beside what every program must: run what is installed, and use its working directory, in
-    which it can make sockets and use what there is."""
+    """What a process may use, beside installed programs and its working directory, where it can make sockets and use
+    existing files."""
 
     user: int | None = None
-    """Its user and its group; None: those of who starts it."""
+    """Its user and its group; None: the daemon's."""
     groups: tuple[int, ...] = ()
-    """Others that it is in, if it has a user of its own."""
+    """Further groups, if it has a user of its own."""
     landlock: bool = False
-    """Whether it is kept to the files that are named here, from TCP, and from what runs outside."""
+    """Whether Landlock restricts it to the files named here, and keeps it from TCP and from processes outside."""
     read: tuple[Path, ...] = ()
-    """Files, and directories with all in them."""
+    """Files that it may read, and directories with all in them."""
     write: tuple[Path, ...] = ()
-    """Files that it may read and change; devices among them."""
+    """Files and devices that it may read and change."""
     no_connect: bool = False
-    """Whether it connects to nobody: others connect to it."""
-
-
-class Grant(msgspec.Struct, frozen=True):
-    """Who may use a file beside its owner; nobody else may from then on."""
-
-    path: Path
-    who: Literal["user", "group", "others"]
-    id: int
-    """Of the user or the group."""
-    access: int
-    """`READ`, `WRITE` and `EXECUTE`, added."""
+    """Whether it may not connect to sockets; others connect to it."""
 
 
 # Landlock
@@ -109,35 +96,30 @@ _OF_FILES = _FS_EXECUTE | _FS_WRITE_FILE | _FS_READ_FILE | _FS_TRUNCATE | _FS_IO
 _NO_TCP, _TCP_SINCE = 0b11, 4
 _SCOPED, _SCOPED_SINCE = 0b11, 6
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/nix/store", "/gnu/store", "/etc/ld.so.cache")
-"""Where programs and their libraries lie."""
+"""Installed programs and their libraries."""
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
 def landlock_version() -> int:
-    """Which Landlock the kernel has; 0: none."""
+    """Returns the kernel's version of Landlock; 0: none."""
     version: int = _libc.syscall(ctypes.c_long(_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     return max(0, version)
 
 
-def can_have_users() -> bool:
-    """Whether this kind of processor is known here."""
-    return _machine is not None
-
-
-def has_filter() -> bool:
-    """Whether `no_connect` does something here."""
+def is_known_machine() -> bool:
+    """Whether the system calls of this kind of processor are known, for `user` and `no_connect`."""
     return _machine is not None
 
 
 def capabilities() -> int:
-    """Those that this thread can use, a bit each."""
+    """Returns the effective capabilities of this thread, a bit each."""
     for line in Path("/proc/thread-self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             return int(line.split()[1], 16)
     return 0
 
 
-def start(
+def start_sandboxed(
     argv: Sequence[str],
     env: Mapping[str, str],
     cwd: Path,
@@ -145,7 +127,7 @@ def start(
     sandbox: Sandbox,
     descriptors: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start a process in a sandbox, in a session of its own, without input or core dumps, and with `descriptors`.
+    """Starts a process in a sandbox, in a session of its own, without input or core dumps, and with `descriptors`.
 
     :raises OSError: when the sandbox can't be set up completely, or the program can't be started; no process is left.
     """
@@ -162,24 +144,24 @@ def start(
         null = opened("/dev/null", os.O_RDONLY)
         rules = opened_ruleset(sandbox, place, open_files) if sandbox.landlock else None
 
-        def start_sandboxed() -> subprocess.Popen[bytes]:
+        def start() -> subprocess.Popen[bytes]:
             _enter(sandbox, place, rules)
             popen = subprocess.Popen(
                 argv, stdin=null, stdout=output, stderr=output, env=dict(env), close_fds=True,
                 pass_fds=descriptors, start_new_session=True,
             )  # fmt: skip
-            # From here, as it takes the same user. Without this bound all the others stand, and the process is there.
+            # In this thread, as it takes the same user. The other limits of the sandbox hold without this one.
             with suppress(OSError):
                 resource.prlimit(popen.pid, resource.RLIMIT_CORE, (0, 0))
             return popen
 
-        return in_own_thread(start_sandboxed, "sandbox")
+        return in_own_thread(start, "sandbox")
 
 
 def in_own_thread(work: Callable[[], T], name: str) -> T:
-    """Returns what `work` gives, done in a thread that ends with it: the rights that it gives up are nobody else's.
+    """Runs `work` in a thread of its own, which gives up its rights for itself alone, and waits for it.
 
-    Waits for it. Raises what `work` raises.
+    Raises what `work` raises.
     """
     done: list[T] = []
     failures: list[BaseException] = []
@@ -199,12 +181,12 @@ def in_own_thread(work: Callable[[], T], name: str) -> T:
 
 
 def act_for(user: int, group: int, groups: Sequence[int]) -> None:
-    """Let this thread use files as another user can, and no better, until it ends. Raises OSError."""
+    """Lets this thread use files with the rights of another user until it ends. Raises OSError."""
     if _machine is None:
         raise OSError(errno.ENOSYS, f"no other user can be acted for on {platform.machine()}")
     numbers = (ctypes.c_uint32 * len(groups))(*groups)
     _syscall(_machine.setgroups, len(groups), ctypes.byref(numbers))
-    # Neither tells whether it was done (setfsuid(2)); asked for none that there can be, they tell what is so now.
+    # Neither call reports failure (setfsuid(2)); asked for an impossible user, they return the current one.
     _libc.setfsgid(ctypes.c_uint32(group))
     _libc.setfsuid(ctypes.c_uint32(user))
     nobody = ctypes.c_uint32(_NOBODY)
@@ -239,13 +221,13 @@ def _drop_capabilities() -> None:
         has = _libc.prctl(_PR_CAPBSET_READ, ctypes.c_ulong(capability), 0, 0, 0)
         if has < 0:
             return
-        # What an ordinary user starts gets none of them anyway.
+        # A process of an ordinary user gets none of them anyway.
         if has and (os.geteuid() == 0 or capabilities() >> NEEDED_CAPABILITIES["CAP_SETPCAP"] & 1):
             _prctl(_PR_CAPBSET_DROP, capability)
 
 
 def opened_ruleset(sandbox: Sandbox, place: int, open_files: ExitStack) -> int:
-    """Landlock's rules for them, as a descriptor. Raises OSError."""
+    """Returns Landlock's rules for a sandbox, as a descriptor. Raises OSError."""
     version = landlock_version()
     if not version:
         raise OSError(errno.EOPNOTSUPP, "the kernel has no Landlock")
@@ -288,7 +270,7 @@ def opened_ruleset(sandbox: Sandbox, place: int, open_files: ExitStack) -> int:
 
 
 def _forbid(machine: _Machine, calls: Iterable[int]) -> None:
-    """Let these system calls, and those of another kind of program, fail with EPERM from now on."""
+    """From now on, these system calls, and all of another architecture, fail with EPERM."""
     load, jump_equal, jump_at_least, give = 0x20, 0x15, 0x35, 0x06
     allow, refuse = 0x7FFF0000, 0x00050000 | errno.EPERM
     numbers = tuple(calls)
@@ -303,7 +285,7 @@ def _forbid(machine: _Machine, calls: Iterable[int]) -> None:
     ]
     program = b"".join(struct.pack("=HBBI", *each) for each in body)
     held = ctypes.create_string_buffer(program, len(program))
-    # The pointer lies where a C compiler puts it, after the number and a gap.
+    # The pointer is aligned as a C compiler does it, after the number and a gap.
     head = struct.pack("@HP", len(body), ctypes.addressof(held))
     _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, head)
 
@@ -323,71 +305,3 @@ def _check(result: int, what: str) -> int:
         code = ctypes.get_errno()
         raise OSError(code, f"{what}: {os.strerror(code)}")
     return result
-
-
-# Access lists: see acl(5), and posix_acl_xattr.h of the kernel
-
-_ACCESS, _DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
-_VERSION = 2
-_OWNER, _USER, _OWNING_GROUP, _GROUP, _MASK, _OTHERS = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
-_NOBODY = 0xFFFFFFFF
-_STICKY = 0o1000
-
-
-def grant(grants: Sequence[Grant], below: Sequence[Path]) -> None:
-    """Let them use files; of the directories above a file those that lie in one of `below`, or are it, let everybody
-    through. Follows no link. Raises OSError."""
-    for each in grants:
-        if each.who == "others":
-            _add_mode(each.path, each.access)
-        else:
-            owner = os.lstat(each.path).st_mode >> 6 & 7
-            entry = (_USER if each.who == "user" else _GROUP, each.id, each.access)
-            _set(each.path, _ACCESS, owner, [entry], each.access)
-        for parent in each.path.parents:
-            if not any(parent.is_relative_to(place) for place in below):
-                break
-            _add_mode(parent, EXECUTE)
-
-
-def lend_directory(path: Path, user: int) -> None:
-    """Let a user make files in a directory of ours that we can use, too, and touch none of ours there."""
-    path.chmod(_STICKY | 0o700)
-    _set(path, _ACCESS, 7, [(_USER, user, 7)], 7)
-    _set(path, _DEFAULT, 7, [(_USER, os.geteuid(), 7)], 7)
-
-
-def takes_access_lists(directory: Path) -> bool:
-    """Whether files there can have them, as far as that can be found out: not on a disk that is full."""
-    trial = directory / f".access-list-{os.getpid()}"
-    try:
-        os.close(os.open(trial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        _set(trial, _ACCESS, 6, [(_USER, 1, READ)], READ)
-    except OSError as error:
-        return error.errno not in (errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS)
-    finally:
-        trial.unlink(missing_ok=True)
-    return True
-
-
-def _set(path: Path, name: str, owner: int, entries: Sequence[tuple[int, int, int]], mask: int) -> None:
-    whole = [(_OWNER, _NOBODY, owner), *(e for e in entries if e[0] == _USER), (_OWNING_GROUP, _NOBODY, 0)]
-    whole += [*(e for e in entries if e[0] == _GROUP), (_MASK, _NOBODY, mask), (_OTHERS, _NOBODY, 0)]
-    data = struct.pack("<I", _VERSION) + b"".join(struct.pack("<HHI", tag, access, of) for tag, of, access in whole)
-    os.setxattr(path, name, data, follow_symlinks=False)
-
-
-def _add_mode(path: Path, access: int) -> None:
-    mode = os.lstat(path).st_mode
-    if mode & access != access:
-        path.chmod(mode & 0o7777 | access)
-
-
-def way_to(path: Path) -> Path | None:
-    """The first directory on the way to `path`, and not of it, through which not everybody comes; None: there is none.
-    Raises OSError."""
-    # By both names, as a link may lead on from somewhere else.
-    for parent in dict.fromkeys([*reversed(path.parents), *reversed(path.resolve().parents)]):
-        if not parent.stat().st_mode & EXECUTE:
-            return parent
-    return None

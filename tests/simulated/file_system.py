@@ -155,6 +155,10 @@ class Files:
             for path in [path for path in self._disk if old in path.parents]:
                 self._disk[new / path.relative_to(old)] = self._disk.pop(path)
 
+    def copy(self, source: Path, target: Path) -> None:
+        node = self.file(source)
+        self.put(target, File(bytearray(node.data), node.size))
+
     def names(self, directory: Path) -> list[str]:
         if not isinstance(self.get(directory), Directory):
             raise _error(errno.ENOTDIR, directory)

@@ -1,14 +1,14 @@
-"""A guest's memory, copied out of its file or out of the process that runs it.
+"""Copies a guest's memory from its file or from the process that runs it.
 
-A guest that booted has its memory in a file of its own. One that goes on from somebody else's has a private mapping of
-that file in its hypervisor's process: a page is the process's own once it was written to, and the file's until then.
-The kernel tells which in `/proc/<pid>/pagemap`, eight bytes for a page, of which the last holds all that matters here.
+A guest that booted cold has its memory in a file of its own. A guest that was restored from a template has a private
+mapping of the template's file in its hypervisor's process: a page belongs to the process once it was written to, and to
+the file until then. `/proc/<pid>/pagemap` says which, in eight bytes per page; only the last of them matters here.
 
-The file may have lost its name, so it is opened as what the process has open. All of it works in pieces, so that who
-copies can stop between two of them.
+The file may have lost its name, so it is opened through the process's descriptors. Copies work in pieces, so that a
+caller can stop between two of them.
 
-What `/proc` has of a process belongs to the process's user, and a daemon that has to see it need not be one who may
-read everything: for the moment of opening, a thread is that user to file systems, and nobody else is.
+The files in `/proc/<pid>` belong to the process's user, and the daemon need not be able to read every file: for the
+moment of opening, a thread acts as that user.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pathlib import Path
 
 PAGE = mmap.PAGESIZE
 PIECE = 32 * 1024 * 1024
-"""Some ten milliseconds' work."""
+"""Takes some ten milliseconds."""
 
 _BUFFER = 1024 * 1024
 _ENTRY = 8
 _FILES = 1 << 5
-"""Of an entry's last byte: the page is one of a file, or shared."""
+"""Bit of an entry's last byte: the page belongs to a file, or is shared."""
 _THERE = 0b11 << 6
-"""Likewise: it is in memory, or swapped out."""
+"""Bits: the page is in memory, or swapped out."""
 _OWN = bytes(bool(byte & _THERE and not byte & _FILES) for byte in range(256))
 _RUN = re.compile(rb"\x01+")
 _libc = ctypes.CDLL(None)
@@ -40,30 +40,30 @@ _libc = ctypes.CDLL(None)
 
 @dataclass(frozen=True)
 class PrivateMapping:
-    """Where a process has a file mapped as memory of its own."""
+    """A file that a process has mapped as memory of its own."""
 
     pid: int
     start: int
     size: int
     file: Path
-    """Leads to the file, whatever became of its name."""
+    """Leads to the file even without a name."""
 
     def open_file(self) -> int:
-        """A descriptor of the file. Raises OSError."""
+        """Returns a descriptor of the file. Raises OSError."""
         with _as_user_of(self.pid):
             place = os.open(self.file, os.O_PATH | os.O_CLOEXEC)
         try:
-            # The file is not that user's but ours.
+            # The file is ours, not that user's.
             return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(place)
 
     def open_memory(self) -> int:
-        """A descriptor of the process's memory. Raises OSError."""
+        """Returns a descriptor of the process's memory. Raises OSError."""
         return self._open("mem")
 
     def open_pagemap(self) -> int:
-        """A descriptor of what is where in it. Raises OSError."""
+        """Returns a descriptor of the process's page map. Raises OSError."""
         return self._open("pagemap")
 
     def _open(self, name: str) -> int:
@@ -72,8 +72,8 @@ class PrivateMapping:
 
 
 def find_private_mapping(pid: int, size: int) -> PrivateMapping:
-    """The writable private mapping of a file's first `size` bytes in a process. Raises OSError; FileNotFoundError when
-    there is none, or more than one."""
+    """Returns the writable private mapping of a file's first `size` bytes in a process. Raises OSError;
+    FileNotFoundError unless there is exactly one."""
     found: list[tuple[int, str]] = []
     with Path(f"/proc/{pid}/maps").open(encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
@@ -96,8 +96,8 @@ def find_private_mapping(pid: int, size: int) -> PrivateMapping:
 
 @contextmanager
 def _as_user_of(pid: int) -> Iterator[None]:
-    """In this block, in which nobody may wait for anything else, this thread opens files as a process's user would. For
-    who may not be that, nothing is different."""
+    """Lets this thread open files with the rights of a process's user, where the daemon may act for that user. The
+    block must not await anything."""
     figures = Path(f"/proc/{pid}").stat()
     _libc.setfsgid(figures.st_gid)
     _libc.setfsuid(figures.st_uid)
@@ -109,16 +109,16 @@ def _as_user_of(pid: int) -> Iterator[None]:
 
 
 def copy_piece(source: int, target: int, start: int, size: int) -> int:
-    """Copy a file's data from `start` on to the same places of another, some `PIECE` of it: where to go on; `size` is
-    the end. Raises OSError."""
+    """Copies up to `PIECE` of a file's data, from `start` on, to the same places of another file, and returns where to
+    go on; `size` is the end. Raises OSError."""
     left = PIECE
     while start < size and left > 0:
         try:
-            # Over a large hole only once: the kernel looks at each page of it, where the room for it was taken.
+            # Only once for a large hole: the kernel looks at each page of it if its space is reserved.
             start = os.lseek(source, start, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:
-                return size  # nothing but a hole is left
+                return size  # the rest is a hole
             raise
         end = min(start + left, os.lseek(source, start, os.SEEK_HOLE))
         os.lseek(target, start, os.SEEK_SET)
@@ -132,9 +132,8 @@ def copy_piece(source: int, target: int, start: int, size: int) -> int:
 
 
 def copy_own_piece(mapping: PrivateMapping, memory: int, pagemap: int, target: int, start: int) -> tuple[int, int]:
-    """Write pages of a mapping, from `start` on, to the same places of a file, if they are the process's own, some
-    `PIECE` of them: where to go on, and how many bytes they were. `memory` and `pagemap` are the process's. Raises
-    OSError."""
+    """Writes up to `PIECE` of the process's own pages of a mapping, from `start` on, to the same places of a file.
+    Returns where to go on, and how many bytes were written. Raises OSError."""
     buffer = memoryview(bytearray(_BUFFER))
     copied = 0
     while start < mapping.size and copied < PIECE:
@@ -155,7 +154,7 @@ def copy_own_piece(mapping: PrivateMapping, memory: int, pagemap: int, target: i
 
 
 def _own_runs(mapping: PrivateMapping, pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Ranges of pages that are the process's own, in bytes from the mapping's start."""
+    """Yields the ranges of the process's own pages, in bytes from the mapping's start."""
     length = (end - start) // PAGE * _ENTRY
     entries = os.pread(pagemap, length, (mapping.start + start) // PAGE * _ENTRY)
     if len(entries) != length:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Sequence
 
 import trio
@@ -33,38 +32,3 @@ class SimProcess:
             self.status = status
             self.ended.set()
             self.on_end()
-
-
-class SimProcessHandle:
-    """As `volant.host.Process`; `child` where the daemon started it itself and is told how it ended."""
-
-    def __init__(self, process: SimProcess, kill: Callable[[SimProcess, int], None], *, child: bool) -> None:
-        self.identity = process.identity
-        self._process = process
-        self._kill = kill
-        self._child = child
-
-    @property
-    def pid(self) -> int:
-        return self.identity.pid
-
-    @property
-    def exited(self) -> bool:
-        return not self._process.alive
-
-    async def wait(self) -> int | None:
-        await trio.lowlevel.checkpoint()
-        await self._process.ended.wait()
-        return self._process.status if self._child else None
-
-    def kill(self, signum: int = signal.SIGKILL) -> None:
-        self._kill(self._process, signum)
-
-    def close(self) -> None:
-        pass
-
-    def __enter__(self) -> SimProcessHandle:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.close()

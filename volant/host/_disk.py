@@ -1,0 +1,83 @@
+"""The facet for space on file systems."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+
+class Disk(Protocol):
+    def free(self, path: Path) -> int:
+        """Returns the bytes that the file system of `path` still has room for. Raises OSError."""
+
+    def used(self, path: Path) -> int:
+        """Returns the bytes that a file, or a directory with all in it, takes on the disk; 0 where nothing is. Follows
+        no link."""
+
+    def unbacked(self, path: Path) -> int:
+        """Returns the bytes by which the files at `path` may still grow on the disk within their size: what their holes
+        lack. 0 where nothing is. Follows no link."""
+
+    def reserve(self, path: Path, size: int) -> None:
+        """Makes a new file that takes `size` bytes of the disk, or none. Raises OSError."""
+
+    async def allocate(self, path: Path, size: int, mode: int = 0o600, *, reserve: bool = True) -> None:
+        """Makes an empty file of `size` bytes, in place of what is there. With `reserve` the file takes all of its
+        space now, so that a later write to a mapping of it cannot fail (SIGBUS).
+
+        Raises OSError, with ENOSPC when there is not enough space; then no file is left.
+        """
+
+
+class LinuxDisk(Disk):
+    def free(self, path: Path) -> int:
+        figures = os.statvfs(path)
+        return figures.f_bavail * figures.f_frsize
+
+    def used(self, path: Path) -> int:
+        try:
+            figures = path.lstat()
+            used = figures.st_blocks * 512
+            if stat.S_ISDIR(figures.st_mode):
+                used += sum(self.used(inner) for inner in path.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            # Another process removes it meanwhile.
+            return 0
+        return used
+
+    def unbacked(self, path: Path) -> int:
+        try:
+            figures = path.lstat()
+            if stat.S_ISDIR(figures.st_mode):
+                return sum(self.unbacked(inner) for inner in path.iterdir())
+            return max(0, figures.st_size - figures.st_blocks * 512) if stat.S_ISREG(figures.st_mode) else 0
+        except (FileNotFoundError, NotADirectoryError):
+            # Another process removes it meanwhile.
+            return 0
+
+    def reserve(self, path: Path, size: int) -> None:
+        _make(path, size, 0o600, reserve=True)
+
+    async def allocate(self, path: Path, size: int, mode: int = 0o600, *, reserve: bool = True) -> None:
+        def allocate() -> None:
+            path.unlink(missing_ok=True)
+            _make(path, size, mode, reserve=reserve)
+
+        await trio.to_thread.run_sync(allocate)
+
+
+def _make(path: Path, size: int, mode: int, *, reserve: bool) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        os.ftruncate(fd, size)
+        if reserve:
+            os.posix_fallocate(fd, 0, size)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)

@@ -1,0 +1,102 @@
+"""The facet that limits what processes take of the machine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from volant.model import ProcessIdentity
+
+from . import _cgroups, _priority
+from ._cgroups import Cgroups, ResourceLimits
+from ._errors import ProcessGone
+from ._processes import Processes
+from ._scopes import ScopeError, Scopes
+
+_logger = logging.getLogger("volant.host")
+
+_LOWER_AGAIN_S, _LOWER_TRIES = 0.25, 40
+"""The kernel takes ten changes a second of all processes without CAP_SYS_ADMIN."""
+
+
+class Limits(Protocol):
+    async def apply(self, identity: ProcessIdentity, description: str, limits: ResourceLimits | None = None) -> None:
+        """Moves a process out of the daemon's control group, so that what systemd does to the daemon does not touch it,
+        and limits what it takes, as far as the host can; `limits` None: no limits. Its tag becomes the name of its
+        scope, or of its control group where there is no systemd. Where neither works, the process stays where it is,
+        and the log says so."""
+
+    async def remove_empty(self, ended: str | None = None) -> None:
+        """Removes the control groups of processes that have ended, where we made them. `ended`: the tag of a process
+        that ends at present; its group is awaited, up to a second."""
+
+    def of(self, identity: ProcessIdentity) -> dict[str, str] | None:
+        """Returns the limits that the kernel applies to a process, by the names of the files in its control group; None
+        where it has no group of its own."""
+
+    def oom_events(self, identity: ProcessIdentity) -> Path | None:
+        """Returns the file that changes when the kernel kills a process for lack of memory; None where there is
+        none."""
+
+    def oom_kills(self, events: Path) -> int:
+        """Returns how many processes were killed for lack of memory. Raises OSError."""
+
+
+class LinuxLimits(Limits):
+    def __init__(
+        self, processes: Processes, scopes: Scopes | None, groups: Cgroups | None, *, lowers: bool = False
+    ) -> None:
+        """`lowers`: whether processes get less processor time than the daemon."""
+        self._processes = processes
+        self._scopes = scopes
+        self._groups = groups
+        self._lowers = lowers
+
+    async def apply(self, identity: ProcessIdentity, description: str, limits: ResourceLimits | None = None) -> None:
+        try:
+            if self._scopes is not None:
+                await self._scopes.enclose(identity.pid, identity.tag, description, limits)
+            elif self._groups is not None:
+                await trio.to_thread.run_sync(self._groups.enclose, identity.pid, identity.tag, limits)
+        except (ScopeError, OSError) as error:
+            _logger.warning("process %d stays in the daemon's control group: %s", identity.pid, error)
+        if self._lowers:
+            await self._lower(identity)
+
+    async def _lower(self, identity: ProcessIdentity) -> None:
+        for _ in range(_LOWER_TRIES):
+            try:
+                with self._processes.open(identity) as process:
+                    _priority.lower(process.pid)
+                return
+            except BlockingIOError:
+                await trio.sleep(_LOWER_AGAIN_S)
+            except (ProcessGone, OSError):
+                # Without it busy guests slow the daemon down, and nothing else.
+                return
+
+    async def remove_empty(self, ended: str | None = None) -> None:
+        if self._groups is not None:
+            await trio.to_thread.run_sync(self._groups.remove_empty, ended)
+
+    def of(self, identity: ProcessIdentity) -> dict[str, str] | None:
+        group = _own_group(identity)
+        return None if group is None else _cgroups.limits_in(group)
+
+    def oom_events(self, identity: ProcessIdentity) -> Path | None:
+        group = _own_group(identity)
+        return None if group is None else _cgroups.events_of(group)
+
+    def oom_kills(self, events: Path) -> int:
+        return _cgroups.oom_kills(events.read_text())
+
+
+def _own_group(identity: ProcessIdentity) -> Path | None:
+    try:
+        group = _cgroups.group_of(identity.pid)
+    except OSError:
+        return None
+    return group if group is not None and group.name in (identity.tag, f"{identity.tag}.scope") else None

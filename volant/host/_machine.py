@@ -1,0 +1,78 @@
+"""The facet for the machine as a whole: its memory and how busy it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from ._disk import Disk
+
+
+class HostFigures(msgspec.Struct, frozen=True):
+    """How busy the machine is."""
+
+    cpu_percent: float  #: busy share of all CPUs, 0 to 100, since the previous call (since boot in the first one)
+    memory_total_mb: int
+    memory_available_mb: int
+
+
+class Machine(Protocol):
+    def figures(self) -> HostFigures:
+        """Returns how busy the machine is. For one caller: the CPU figure counts from the previous call."""
+
+    def memory_total_mb(self) -> int:
+        """Returns the machine's memory in MiB."""
+
+    def memory_available_mb(self) -> int:
+        """Returns the memory in MiB that programs can still have without swapping."""
+
+    def spare_memory_mb(self, directory: Path) -> int:
+        """Returns `memory_available_mb` minus what files in a directory in RAM may still grow by."""
+
+    def file_room_mb(self, directory: Path) -> int:
+        """Returns the MiB that a new file may take in a directory in RAM, which need not exist. Raises OSError."""
+
+
+class LinuxMachine(Machine):
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._cpu_before = (0, 0)
+
+    def figures(self) -> HostFigures:
+        with Path("/proc/stat").open() as file:
+            ticks = [int(figure) for figure in file.readline().split()[1:9]]
+        total, idle = sum(ticks), ticks[3] + ticks[4]
+        total_before, idle_before = self._cpu_before
+        self._cpu_before = (total, idle)
+        passed = total - total_before
+        busy = 100.0 * (1.0 - (idle - idle_before) / passed) if passed > 0 else 0.0
+        return HostFigures(
+            cpu_percent=round(min(100.0, max(0.0, busy)), 1),
+            memory_total_mb=self.memory_total_mb(),
+            memory_available_mb=self.memory_available_mb(),
+        )
+
+    def memory_total_mb(self) -> int:
+        return _meminfo("MemTotal") // 1024
+
+    def memory_available_mb(self) -> int:
+        return _meminfo("MemAvailable") // 1024
+
+    def spare_memory_mb(self, directory: Path) -> int:
+        return max(0, self.memory_available_mb() - self._disk.unbacked(directory) // 2**20)
+
+    def file_room_mb(self, directory: Path) -> int:
+        existing = directory if directory.exists() else directory.parent
+        free_mb = (self._disk.free(existing) - self._disk.unbacked(directory)) // 2**20
+        return max(0, min(free_mb, self.spare_memory_mb(directory)))
+
+
+def _meminfo(field: str) -> int:
+    """Returns a field of /proc/meminfo in KiB, 0 where it is missing."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == field:
+            return int(rest.split()[0])
+    return 0

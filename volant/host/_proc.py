@@ -1,0 +1,118 @@
+"""The facet that inspects processes by `/proc`.
+
+What a method reads by a pid belongs to the process only if the process had not ended before the read. So each method
+opens a handle first, and checks it afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import trio
+
+from volant.model import ProcessIdentity
+
+from . import _procfs
+from ._errors import ProcessGone
+from ._processes import Processes, runs_as_ours
+
+
+class ProcessStatus(msgspec.Struct, frozen=True):
+    """The rights of a process."""
+
+    user: int
+    capabilities: int  #: those that it has or can gain, a bit each
+    no_new_privileges: bool
+    filters: int  #: number of seccomp filters
+
+
+class Proc(Protocol):
+    """Methods with an identity raise ProcessGone when there is no such process, or we may not inspect it."""
+
+    def command_line(self, identity: ProcessIdentity) -> list[str]:
+        """Returns the arguments of a process."""
+
+    def working_directory(self, identity: ProcessIdentity) -> Path:
+        """Returns the working directory of a process, under its current name."""
+
+    def status(self, identity: ProcessIdentity) -> ProcessStatus:
+        """Returns the rights of a process."""
+
+    def is_ours(self, identity: ProcessIdentity) -> bool:
+        """Whether a process runs as our user, or as a hypervisor's."""
+
+    def has_open(self, identity: ProcessIdentity, path: Path) -> bool:
+        """Whether a process has an existing file open. Compares files, not names, as the process may see other
+        names."""
+
+    async def users(self) -> frozenset[int]:
+        """Returns the users that have processes. Reads all of /proc."""
+
+
+class LinuxProc(Proc):
+    def __init__(self, processes: Processes, users: range) -> None:
+        """`users`: users reserved for hypervisors."""
+        self._processes = processes
+        self._users = users
+
+    def command_line(self, identity: ProcessIdentity) -> list[str]:
+        with self._inspected(identity) as pid:
+            words = _procfs.command_line(pid).rstrip(b"\0").split(b"\0")
+        return [os.fsdecode(word) for word in words]
+
+    def working_directory(self, identity: ProcessIdentity) -> Path:
+        with self._inspected(identity) as pid:
+            return (_procfs.PROC / str(pid) / "cwd").readlink()
+
+    def status(self, identity: ProcessIdentity) -> ProcessStatus:
+        with self._inspected(identity) as pid:
+            fields = _procfs.status(pid)
+        permitted, inherited, bound = (int(fields[name][0], 16) for name in ("CapPrm", "CapInh", "CapBnd"))
+        no_new_privileges = fields["NoNewPrivs"][0] == "1"
+        return ProcessStatus(
+            user=int(fields["Uid"][1]),
+            capabilities=permitted if no_new_privileges else permitted | inherited | bound,
+            no_new_privileges=no_new_privileges,
+            filters=int(fields.get("Seccomp_filters", fields["Seccomp"])[0]),
+        )
+
+    def is_ours(self, identity: ProcessIdentity) -> bool:
+        with self._inspected(identity) as pid:
+            return runs_as_ours(pid, self._users)
+
+    def has_open(self, identity: ProcessIdentity, path: Path) -> bool:
+        try:
+            wanted = path.stat()
+        except OSError:
+            return False
+        with self._inspected(identity) as pid:
+            for descriptor in (_procfs.PROC / str(pid) / "fd").iterdir():
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(descriptor.stat(), wanted):
+                        return True
+        return False
+
+    async def users(self) -> frozenset[int]:
+        def scan() -> frozenset[int]:
+            found = set()
+            for pid in _procfs.pids():
+                with suppress(OSError):
+                    found.add((_procfs.PROC / str(pid)).stat().st_uid)
+            return frozenset(found)
+
+        return await trio.to_thread.run_sync(scan)
+
+    @contextmanager
+    def _inspected(self, identity: ProcessIdentity) -> Iterator[int]:
+        with self._processes.open(identity) as process:
+            try:
+                yield process.pid
+            except (OSError, ValueError) as error:
+                raise ProcessGone(f"process {identity.pid} can't be inspected: {error}") from error
+            if process.exited:
+                raise ProcessGone(f"process {identity.pid} has ended")

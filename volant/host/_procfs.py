@@ -1,0 +1,62 @@
+"""Reads `/proc/<pid>`. The functions raise OSError or ValueError when the process has ended."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PROC = Path("/proc")
+_TOKENS = re.compile(rb"[\0,=]")
+
+
+class Stat(NamedTuple):
+    """Fields of /proc/<pid>/stat."""
+
+    start_time: int
+    """In clock ticks since the boot."""
+    session: int
+    state: str
+
+    @property
+    def is_dead(self) -> bool:
+        return self.state in "ZX"
+
+
+def pids() -> Iterator[int]:
+    """Yields the number of every process."""
+    for entry in os.scandir(PROC):
+        if entry.name.isdigit():
+            yield int(entry.name)
+
+
+def stat(pid: int) -> Stat:
+    # The second field is the name in brackets, which may hold spaces and brackets itself.
+    fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    return Stat(int(fields[19]), int(fields[3]), fields[0])
+
+
+def status(pid: int) -> dict[str, list[str]]:
+    """Returns the values of /proc/<pid>/status by their names."""
+    lines = (PROC / str(pid) / "status").read_text().splitlines()
+    fields = {name: text.split() for name, _, text in (line.partition(":") for line in lines)}
+    if "Uid" not in fields:
+        raise ValueError(f"the kernel says nothing about process {pid}")
+    return fields
+
+
+def real_user(pid: int) -> int:
+    """Returns the user that started a process. Its effective user proves nothing: any user can run a setuid program,
+    with arguments of their choice."""
+    return int(status(pid)["Uid"][0])
+
+
+def command_line(pid: int) -> bytes:
+    return (PROC / str(pid) / "cmdline").read_bytes()
+
+
+def tokens(command_line: bytes) -> list[str]:
+    """Returns the arguments of a command line, and the pieces between `,` and `=` in them."""
+    return [token.decode("utf-8", "surrogateescape") for token in _TOKENS.split(command_line) if token]

@@ -1,0 +1,83 @@
+"""The facet that gives sandboxed processes access to files, and says what a sandbox can consist of on this host."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import trio
+
+from . import _access_lists, _sandbox
+from ._access_lists import Grant
+
+
+class SandboxSupport(msgspec.Struct, frozen=True):
+    """Holds which layers of the sandbox this host supports, and why not the others."""
+
+    landlock: int  #: its version; 0: there is none
+    no_connect: bool  #: whether a process can be kept from connecting
+    no_users: str | None  #: why no process can be given a user of its own; None: it can
+
+
+class SandboxAccess(Protocol):
+    """All methods raise OSError."""
+
+    def support(self, directories: Sequence[Path]) -> SandboxSupport | None:
+        """Returns which layers a sandbox can have, for processes that use files in these existing directories; None
+        where a host needs no sandbox."""
+
+    def group_of(self, device: Path) -> int | None:
+        """Returns the group whose members may open a device; None: all users may. Raises PermissionError when only its
+        owner may."""
+
+    async def grant(self, grants: Sequence[Grant], below: Sequence[Path]) -> None:
+        """Lets users or groups use files; apart from them, only the owner may. Directories above the files that are one
+        of `below`, or in one, let all users through from then on, and show no user what is in them."""
+
+    async def lend_directory(self, path: Path, user: int, grants: Sequence[Grant], below: Sequence[Path]) -> None:
+        """Lets a user make files in a directory of ours that we can use too, and remove or replace none of ours. Then
+        calls `grant`."""
+
+
+class LinuxSandboxAccess(SandboxAccess):
+    def support(self, directories: Sequence[Path]) -> SandboxSupport | None:
+        return SandboxSupport(_sandbox.landlock_version(), _sandbox.is_known_machine(), _why_no_users(directories))
+
+    def group_of(self, device: Path) -> int | None:
+        figures = device.stat()
+        if figures.st_mode & 0o006 == 0o006:
+            return None
+        if figures.st_mode & 0o060 == 0o060 and figures.st_gid:
+            return figures.st_gid
+        raise PermissionError(errno.EACCES, f"no other user than {figures.st_uid} may open it", str(device))
+
+    async def grant(self, grants: Sequence[Grant], below: Sequence[Path]) -> None:
+        await trio.to_thread.run_sync(_access_lists.grant, grants, below)
+
+    async def lend_directory(self, path: Path, user: int, grants: Sequence[Grant], below: Sequence[Path]) -> None:
+        def lend() -> None:
+            _access_lists.lend_directory(path, user)
+            _access_lists.grant(grants, below)
+
+        await trio.to_thread.run_sync(lend)
+
+
+def _why_no_users(directories: Sequence[Path]) -> str | None:
+    if not _sandbox.is_known_machine():
+        return "it is not known how, on this kind of processor"
+    if os.geteuid() != 0:
+        return "volantd does not run as root"
+    has = _sandbox.capabilities()
+    lacking = [name for name, number in _sandbox.NEEDED_CAPABILITIES.items() if not has >> number & 1]
+    if lacking:
+        return f"volantd lacks {', '.join(lacking)}"
+    for directory in directories:
+        if (closed := _access_lists.closed_directory_above(directory)) is not None:
+            return f"{closed} lets no other user through to {directory}: chmod o+x {closed}"
+        if not _access_lists.are_supported(directory):
+            return f"the file system of {directory} has no access lists (POSIX ACL)"
+    return None
