@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from tests.client.kit import answer, log_line, serving, vm, websocket
+from volant import __version__
 from volant.cli._images import default_cache_dir
 from volant.cli._text import size, span
 from volant.daemon._settings import load
@@ -147,7 +148,7 @@ def test_the_version_costs_no_more_than_its_arguments() -> None:
         "sys.exit(' '.join({'trio', 'httpx', 'rich', 'msgspec'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
-    assert (done.stdout, done.stderr.strip()) == ("volar 0.1.0\n", "")
+    assert (done.stdout, done.stderr.strip()) == (f"volar {__version__}\n", "")
 
 
 def test_the_reference_says_what_the_commands_say() -> None:

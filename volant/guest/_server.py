@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 
+from volant import __version__
 from volant.model import agent
 
 from . import _root
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from ._exec_sessions import Sessions
     from ._http import Request
 
-VERSION = "0.1.0"
 _LINGER_S = 2.0
 _SET_UP_S = 15.0
 _MAX_LEFTOVER = 8 * 1024 * 1024
@@ -289,7 +289,7 @@ class Server:
         return {
             "status": "ok",
             "protocol": agent.PROTOCOL_VERSION,
-            "agent": VERSION,
+            "agent": __version__,
             "uptime_s": round(time.monotonic() - self._began, 3),
             "workload": self.workload.status(),
         }
@@ -300,7 +300,7 @@ class Server:
 
         system = os.uname()
         found: dict[str, object] = {
-            "agent": VERSION,
+            "agent": __version__,
             "protocol": {"min": agent.PROTOCOL_MIN, "max": agent.PROTOCOL_VERSION},
             "kernel": system.release,
             "hostname": system.nodename,

@@ -203,11 +203,12 @@ def recipe_digest() -> str:
 def guest_sources() -> dict[str, bytes]:
     """Return the code of ours that runs in a guest, by its path beneath the folder of Python packages.
 
-    `volant` and `volant.model` are empty there: what they re-export needs packages that a guest has not.
+    `volant.model` is empty there: what it re-exports needs packages that a guest does not have.
     """
     package = Path(__file__).parent.parent
-    sources = {"volant/__init__.py": b"", "volant/model/__init__.py": b""}
-    sources["volant/model/agent.py"] = (package / "model" / "agent.py").read_bytes()
+    sources = {"volant/model/__init__.py": b""}
+    for name in ("__init__.py", "model/agent.py"):
+        sources[f"volant/{name}"] = (package / name).read_bytes()
     for path in (package / "guest").glob("*.py"):
         sources[f"volant/guest/{path.name}"] = path.read_bytes()
     return dict(sorted(sources.items()))
