@@ -159,15 +159,15 @@ def _kind(schema: dict[str, Any]) -> str:
             most = f"at most {schema['maxProperties']}: " if "maxProperties" in schema else ""
             return f"object of {most}{_kind(of)}" if isinstance(of, dict) and of else "object"
         case "string":
-            pattern, most = schema.get("pattern", ""), schema.get("maxLength")
+            pattern, longest = schema.get("pattern", ""), schema.get("maxLength")
             # What only keeps control characters out is not worth a look.
             return (f"text `{pattern}`" if pattern and "\\x" not in pattern else "text") + (
-                f", at most {most} characters" if most else ""
+                f", at most {longest} characters" if longest else ""
             )
-        case "integer" | "number" as kind:
+        case "integer" | "number":
             low, above, high = (schema.get(key) for key in ("minimum", "exclusiveMinimum", "maximum"))
             least = f" more than {above}" if above is not None else "" if low is None else f" from {low}"
-            return kind + least + ("" if high is None else f" to {high}")
+            return f"{schema['type']}" + least + ("" if high is None else f" to {high}")
         case kind:
             return str(kind or "any")
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,15 @@ def _running(request: pytest.FixtureRequest) -> list[Daemon]:
 def template(image_cache: Path, _running: list[Daemon]) -> Iterator[Path]:
     """A template of the smallest VM, which daemons of tests find as if they had been here before."""
 
-    async def build() -> str:
+    async def build(daemon: Daemon) -> str:
         smallest = spec("any")
         wanted = BuildTemplate(cpu_cores=smallest.cpu_cores, memory_mb=smallest.memory_mb)
         async with daemon.client() as client:
-            return (await client.templates.build(wanted)).digest
+            digest: str = (await client.templates.build(wanted)).digest
+            return digest
 
     with kept(Daemon(image_cache, "--templates", "auto", ephemeral=False), _running) as daemon:
-        digest = trio.run(build)
+        digest = trio.run(build, daemon)
         assert daemon.stop() == 0
         yield daemon.state_dir / "templates" / digest
 
@@ -147,7 +148,9 @@ def pytest_configure() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[Any]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     error = call.excinfo.value if call.excinfo else None
     # In a group, as Trio has it, pytest takes it for a failure as any other.

@@ -16,6 +16,7 @@ import trio
 import trio.testing
 
 from volant.host import Host, ProcessGone
+from volant.host._watches import LinuxWatches
 from volant.model import ProcessIdentity
 
 
@@ -344,6 +345,7 @@ async def test_many_watches_share_one_reader_that_may_leave(host: Host, tmp_path
             for number in (3, 2, 4):
                 paths[number].write_bytes(b"x")
     assert sorted(woken) == [2, 3, 4]
+    assert isinstance(host.watches, LinuxWatches)
     assert host.watches._inotify is None
 
 

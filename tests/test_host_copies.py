@@ -161,8 +161,8 @@ async def test_a_large_hole_is_passed_at_once(host: Host, tmp_path: Path, monkey
             file.write(b"data")
     await host.files.copy(tmp_path / "memory", tmp_path / "copy")
     assert began == [0]
-    with (tmp_path / "copy").open("rb") as file:
+    with (tmp_path / "copy").open("rb") as copy:
         for at in (MIB, size - MIB):
-            file.seek(at)
-            assert file.read(4) == b"data"
+            copy.seek(at)
+            assert copy.read(4) == b"data"
     assert host.files.size(tmp_path / "copy") == size

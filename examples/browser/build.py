@@ -32,7 +32,7 @@ from volant.images import ImageError, Package, Progress, fetch_packages
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from workload import _catalogue as catalogue  # noqa: E402 - it lies beside this file
+from workload import _catalogue as catalogue  # type: ignore[import-not-found]  # noqa: E402 - next to this file
 
 CHROMIUM = "chromium-headless-shell"
 PACKAGES = (CHROMIUM, "fonts-dejavu-core", "python3.13-minimal", "libpython3.13-stdlib", "busybox-static")

@@ -84,7 +84,7 @@ class Answer:
     all_headers: list[tuple[str, str]]
 
 
-def request(method: str, path: str, body: bytes | None = None, **headers: str) -> bytes:
+def request(method: str, path: str, body: bytes | None = None, /, **headers: str) -> bytes:
     fields = {"Host": "127.0.0.1", **{name.replace("_", "-"): value for name, value in headers.items()}}
     if body is not None:
         fields.setdefault("Content-Length", str(len(body)))
@@ -103,7 +103,7 @@ async def read_answer(stream: trio.abc.ReceiveStream, method: str = "GET", withi
         while True:
             event = parser.next_event()
             if event is h11.NEED_DATA:
-                parser.receive_data(await stream.receive_some(65536))
+                parser.receive_data(bytes(await stream.receive_some(65536)))
             elif isinstance(event, h11.Response):
                 head = event
             elif isinstance(event, h11.Data):

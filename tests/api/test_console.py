@@ -75,7 +75,7 @@ async def at_desk(tmp_path: Path) -> AsyncIterator[Desk]:
         await host.files.make_fifo(fifo)
         reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         serial = SerialConsole(host, fifo, sock)
-        served.doors.vms.console = lambda name: (row, serial)  # type: ignore[method-assign,assignment]
+        served.doors.vms.console = lambda name: (row, serial)  # type: ignore[method-assign]
         shut = trio.CancelScope()
 
         async def boot(task_status: trio.TaskStatus[None]) -> None:

@@ -168,7 +168,7 @@ async def test_an_event_says_who_asked_for_the_change(tmp_path: Path) -> None:
         body = {"command": "volant.vms.delete", "params": {"name": "demo"}}
         assert (await served.client.post("/api/v1/mcp", json=body)).json()["error"] == ""
         async with stream(served, "?since=0", X_Volant_API_Key=key) as blocks:
-            events = []
+            events: list[Any] = []
             while not events or events[-1]["type"] != "VM_DELETED":
                 events.append(await blocks.event())
         callers = {event["status"] or "gone": event.get("caller") for event in events}

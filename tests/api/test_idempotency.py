@@ -202,7 +202,7 @@ async def test_the_journal_decides_which_came_first(served: Api, monkeypatch: py
 
 @pytest.mark.parametrize("key", ["", "a b", "a" * 256, "\x7f", "\u00e9".encode("latin-1").decode("latin-1")])
 async def test_what_is_no_key_is_400(served: Api, key: str) -> None:
-    answer = await served.client.post("/api/v1/vms", json=GOOD, headers=[("Idempotency-Key", key.encode("latin-1"))])  # type: ignore[list-item]
+    answer = await served.client.post("/api/v1/vms", json=GOOD, headers=[("Idempotency-Key", key.encode("latin-1"))])  # type: ignore[arg-type]
     assert (answer.status_code, answer.json()["field"]) == (400, "Idempotency-Key")
     assert len(served.doors.store.projection) == 0
 
@@ -248,6 +248,7 @@ def as_version_5(path: Path, responses: Mapping[bytes, httpx.Response]) -> None:
     connection = apsw.Connection(str(path))
     connection.execute("CREATE TABLE answers (scope BLOB PRIMARY KEY, kept BLOB NOT NULL) STRICT, WITHOUT ROWID")
     for scope, request, at in connection.execute("SELECT scope, request, at FROM responses").fetchall():
+        assert isinstance(scope, bytes)
         response = responses[scope]
         body = response.json()
         kept: dict[str, object] = {"scope": scope, "asked": request, "at": at, "answer": None, "refusal": None}

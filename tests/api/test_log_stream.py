@@ -76,6 +76,7 @@ async def test_a_websocket_goes_on_after_a_number(served: Api) -> None:
         assert await lines(socket, 2) == ["b", "c"]
         with pytest.raises(ConnectionClosed) as raised:
             await socket.get_message()
+        assert raised.value.reason is not None
         assert raised.value.reason.code == 1000
 
 
@@ -110,6 +111,7 @@ async def test_the_end_of_the_vm_closes_with_1000_and_its_log_stays(served: Api)
         assert (await served.client.delete("/api/v1/vms/demo")).status_code == 204
         with trio.fail_after(5), pytest.raises(ConnectionClosed) as raised:
             await lines(socket, 1000)
+        assert raised.value.reason is not None
         assert raised.value.reason.code == 1000
     assert (await served.client.get("/api/v1/vms/demo/logs")).status_code == 404
     assert "last words" in [frame["line"] for frame in await over_http(served, f"?vm_id={vm_id}")]
@@ -121,6 +123,7 @@ async def test_the_stop_of_the_daemon_closes_with_1001(served: Api) -> None:
         served.server.stopping.set()
         with trio.fail_after(2), pytest.raises(ConnectionClosed) as raised:
             await socket.get_message()
+        assert raised.value.reason is not None
         assert raised.value.reason.code == 1001
 
 

@@ -354,7 +354,7 @@ async def test_an_agent_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
             @asynccontextmanager
             async def stream(self, *_: Any, **__: Any) -> AsyncIterator[Any]:
                 raise AgentUnreachable("the channel is down")
-                yield
+                yield  # type: ignore[unreachable]
 
         at.api.reach(Absent.__new__(Absent))
         for path in ("/agent/healthz", "/ports/80/"):
@@ -384,6 +384,7 @@ async def test_a_websocket_passes_both_ways(tmp_path: Path) -> None:
                 await socket_.send_message("close")
                 with pytest.raises(ConnectionClosed) as raised:
                     await socket_.get_message()
+                assert raised.value.reason is not None
                 assert (raised.value.reason.code, raised.value.reason.reason) == (4001, "as asked")
             assert at.seen[-1]["query_string"] == b"x=1"
 
@@ -424,6 +425,7 @@ async def test_websockets_are_closed_with_1001_when_the_daemon_stops(tmp_path: P
             at.api.server.stopping.set()
             with trio.fail_after(2), pytest.raises(ConnectionClosed) as raised:
                 await socket_.get_message()
+            assert raised.value.reason is not None
             assert raised.value.reason.code == 1001
 
 

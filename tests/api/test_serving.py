@@ -162,7 +162,8 @@ def slow_app(gate: trio.Event | None = None) -> QuartTrio:
             await trio.testing.wait_all_tasks_blocked(0.02)
         else:
             await gate.wait()
-        return Response(b"slow:" + bytes(data))
+        assert isinstance(data, bytes)
+        return Response(b"slow:" + data)
 
     return app
 

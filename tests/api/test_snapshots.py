@@ -79,6 +79,7 @@ async def test_a_snapshot_is_shown_used_and_removed(served: Api) -> None:
     assert (shown["name"], shown["status"], shown["vm"], shown["paused_ms"]) == ("warm", "ready", "demo", 12.5)
     assert (await served.client.get("/api/v1/snapshots/warm")).json() == shown
     assert (await served.client.get("/api/v1/vms/demo/snapshots")).json() == [shown]
+    body: dict[str, object]
     for field, wrong in (("memory_mb", 256), ("cpu_cores", 2), ("plugin", "web")):
         body = {"name": "new", "from_snapshot": "warm", field: wrong}
         refused = await served.client.post("/api/v1/vms", json=body)

@@ -242,7 +242,7 @@ async def test_the_system_tells_about_itself(served: Api) -> None:
 async def test_healthz_tells_whether_the_tree_is_whole(served: Api) -> None:
     assert (await served.client.get("/healthz")).json() == {"status": "ok"}
     for health in ("starting", "stopping", "degraded"):
-        served.system.now = health  # type: ignore[assignment]
+        served.system.now = health
         answer = await served.client.get("/healthz")
         assert (answer.status_code, answer.json()) == (503, {"status": health})
         assert answer.headers["content-type"] == "application/json"

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def run_code(code: str, *arguments: object) -> str:
 
     Raises CalledProcessError when it exits with another status than 0.
     """
-    done = subprocess.run(
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         _command(code, arguments),
         **_AS_NOBODY,
         stdin=subprocess.DEVNULL,
@@ -78,7 +79,14 @@ def make_link(path: Path, target: Path) -> None:
     run_code("import os, sys; os.symlink(sys.argv[2], sys.argv[1])", path, target)
 
 
-_AS_NOBODY = {"user": NOBODY.pw_uid, "group": NOBODY.pw_gid, "extra_groups": (), "cwd": "/", "umask": 0, "env": {}}
+_AS_NOBODY: dict[str, Any] = {
+    "user": NOBODY.pw_uid,
+    "group": NOBODY.pw_gid,
+    "extra_groups": (),
+    "cwd": "/",
+    "umask": 0,
+    "env": {},
+}
 
 
 def _command(code: str, arguments: tuple[object, ...]) -> list[str]:

@@ -100,7 +100,8 @@ def test_what_a_backup_says_of_processes_is_dropped(tmp_path: Path) -> None:
 
 def _only_row(path: Path) -> VmRow:
     with apsw.Connection(str(path)) as connection:
-        return msgspec.json.decode(connection.execute("SELECT row FROM vms").get, type=VmRow)
+        row = connection.execute("SELECT row FROM vms").get
+    return msgspec.json.decode(row, type=VmRow)
 
 
 # Against a real daemon

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-from tests.system.kit import Daemon
+from tests.system.kit import Daemon, cache_dir
 from volant.channel import AgentClient, VirtioSerial, open_channel
 from volant.host import Host
 from volant.hypervisor import AcceleratorName, MachineSpec
@@ -31,7 +31,7 @@ from volant.vm._steps import machine_spec
 
 from ._figure import Figure, Pairs
 from ._libvirt import libvirt
-from ._world import Skipped, cache_dir, current_image, kill_group, scratch, volantd
+from ._world import Skipped, current_image, kill_group, scratch, volantd
 
 BOOT_S = 120.0
 WANTED = CreateVm(name="bench", cpu_cores=1, memory_mb=128)
@@ -224,6 +224,8 @@ def _spec(
 def row_of(wanted: CreateVm, manifest: Manifest = BASE, image: str | None = None) -> VmRow:
     """Returns the row of such a VM."""
     now = datetime.now(UTC)
+    assert wanted.cpu_cores is not None
+    assert wanted.memory_mb is not None
     return VmRow(
         id=1, name=wanted.name, cpu_cores=wanted.cpu_cores, memory_mb=wanted.memory_mb, plugin=manifest.name,
         runtime="base", manifest=manifest, created_at=now, updated_at=now, image=image, tag="volant-bench-1.1",

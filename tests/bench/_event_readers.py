@@ -44,10 +44,10 @@ def main() -> None:
         seconds = time.perf_counter() - began
         control.answer()
         cpu_s = control.ask()["cpu_s"] - before["cpu_s"]
-    first = b"".join(dechunked(readers[0].data))
+    first = b"".join(dechunked(bytes(readers[0].data)))
     _check(first, options.events)
     for reader in readers[1:]:
-        data = b"".join(dechunked(reader.data))
+        data = b"".join(dechunked(bytes(reader.data)))
         # The rest is the same, except for the keep-alive comments.
         if data != first:
             _check(data, options.events)

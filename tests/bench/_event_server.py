@@ -111,7 +111,7 @@ async def bare(control: str, path: str) -> None:
         config.bind = [f"fd://{listener.dup().detach()}"]
         config.accesslog = config.errorlog = None
         async with trio.open_nursery() as nursery:
-            await nursery.start(partial(serve, app, config, mode="asgi"))  # type: ignore[arg-type]  # any ASGI app
+            await nursery.start(partial(serve, app, config, mode="asgi"))
             await _obey(control, listener.getsockname()[1], let_pass)
             nursery.cancel_scope.cancel()
 

@@ -20,7 +20,7 @@ import httpx
 import msgspec
 import trio
 
-from tests.system.kit import REPOSITORY
+from tests.system.kit import REPOSITORY, cache_dir
 from volant.channel import AgentClient, VirtioSerial, open_channel
 from volant.host import Host
 from volant.hypervisor import Disk, MachineSpec, Template
@@ -33,7 +33,7 @@ from ._boot import BOOT_S, _accelerator, _argv, _spec, row_of, scratch_of
 from ._clones import pss_mb
 from ._figure import Figure, Pairs, percentile
 from ._template import BareClone
-from ._world import Skipped, cache_dir, current_image, kill_group, scratch, volantd
+from ._world import Skipped, current_image, kill_group, scratch, volantd
 
 COPIES = 10
 TARGET = 1.5

@@ -5,10 +5,10 @@ from __future__ import annotations
 import trio
 
 from tests.system.hostile import OTHER, boot_evil, delete_evil, hostile_plugin, noticing, turn
-from tests.system.kit import boot
+from tests.system.kit import boot, cache_dir
 
 from ._figure import Figure
-from ._world import cache_dir, current_image, scratch, volantd
+from ._world import current_image, scratch, volantd
 
 LONG_S = 3.0
 BEHAVIOURS = ("settings", "line-feeds", "forks")

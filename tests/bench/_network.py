@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 from ipaddress import IPv4Network
 from statistics import median
@@ -137,7 +138,11 @@ async def _measure() -> dict[str, object]:
             told["first"].clear()
             told["detach"].clear()
             for number in range(ROUNDS):
-                turns = [partial(at_the, "first", lone, 1), by_hand, partial(at_the, "last", crowd, COUNT)]
+                turns: list[Callable[[], Awaitable[None]]] = [
+                    partial(at_the, "first", lone, 1),
+                    by_hand,
+                    partial(at_the, "last", crowd, COUNT),
+                ]
                 for turn in turns if number % 2 else reversed(turns):
                     await turn()
     return {**told, "at_once": at_once}

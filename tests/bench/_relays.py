@@ -48,7 +48,11 @@ def _measure(browser: str, agent: Connect, daemon: str, port: int) -> list[Figur
     devtools = f"/ws/v1/vms/{VM}/devtools/page/1"
     trips = {"direct": Pairs(), "agent": Pairs()}
     for number in range(ROUNDS):
-        sides = [("direct", direct, page), ("agent", agent, page), ("ours", ours, devtools)]
+        sides: list[tuple[str, Connect, str]] = [
+            ("direct", direct, page),
+            ("agent", agent, page),
+            ("ours", ours, devtools),
+        ]
         took = {name: _trip_s(way, path) for name, way, path in (sides if number % 2 else reversed(sides))}
         trips["direct"].add(took["ours"], took["direct"])
         trips["agent"].add(took["agent"], took["direct"])

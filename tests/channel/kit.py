@@ -384,9 +384,9 @@ def handle(sock: socket.socket) -> None:
         case [b"source", count]:
             left = int(count)
             while left:
-                count = sock.send(bytes(min(left, 65536)))
-                left -= count
-                sent += count
+                size = sock.send(bytes(min(left, 65536)))
+                left -= size
+                sent += size
         case [b"hash"]:
             digest = hashlib.sha256()
             while data := sock.recv(65536):

@@ -73,7 +73,7 @@ async def test_nothing_is_read_meanwhile(tmp_path: Path) -> None:
             async with stillness.keep():
                 await theirs.send_all(b"late")
                 await trio.testing.wait_all_tasks_blocked(0.01)
-                assert (got, host.sockets.unread(ours)[1]) == (b"", 4)
+                assert (bytes(got), host.sockets.unread(ours)[1]) == (b"", 4)
             await theirs.send_eof()
     assert got == b"late"
 

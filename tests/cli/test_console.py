@@ -42,7 +42,6 @@ class Terminal:
     def type(self, data: bytes) -> None:
         os.write(self._fd, data)
 
-    @property
     def is_as_before(self) -> bool:
         return termios.tcgetattr(self._theirs) == self._before
 
@@ -78,14 +77,14 @@ async def test_keys_reach_the_guest_and_one_leaves(tmp_path: Path) -> None:
         async with terminal(desk, "demo") as at:
             await at.expect(rb"Ctrl-\] leaves")
             await at.expect(rb"before\r\n# ")
-            assert not at.is_as_before
+            assert not at.is_as_before()
             at.type(b"ls\r\x03\x04\x1a\t\xff")
             assert await desk.heard(8) == b"ls\r\x03\x04\x1a\t\xff"
             desk.say(b"\x1b[1mbold\x00")
             await at.expect(rb"\x1b\[1mbold\x00")
             at.type(b"x\x1dnever typed")
             assert await at.end() == 0
-            assert at.is_as_before
+            assert at.is_as_before()
             assert await desk.heard(1) == b"x"
             assert os.read(desk.input, 100) == b""
 
@@ -99,7 +98,7 @@ async def test_the_terminal_is_given_back_on_a_signal_and_when_the_vm_ends(tmp_p
             await at.expect(rb"said")
             at.process.send_signal(signal.SIGTERM)
             assert await at.end() == 128 + signal.SIGTERM
-            assert at.is_as_before
+            assert at.is_as_before()
         assert os.read(desk.input, 100) == b""
         async with terminal(desk, "demo", "--escape", "none") as at:
             await at.expect(rb"no key leaves")
@@ -108,7 +107,7 @@ async def test_the_terminal_is_given_back_on_a_signal_and_when_the_vm_ends(tmp_p
             desk.shut.cancel()
             await at.expect(rb"volar: the VM is crashed")
             assert await at.end() == 0
-            assert at.is_as_before
+            assert at.is_as_before()
 
 
 async def test_a_second_keyboard_is_a_conflict_unless_it_is_taken(tmp_path: Path) -> None:
@@ -122,7 +121,7 @@ async def test_a_second_keyboard_is_a_conflict_unless_it_is_taken(tmp_path: Path
                 await third.expect(rb"leaves")
                 await first.expect(rb"somebody else has taken the keyboard")
                 assert await first.end() == 4
-                assert first.is_as_before
+                assert first.is_as_before()
 
 
 async def test_what_is_piped_in_is_typed(tmp_path: Path) -> None:

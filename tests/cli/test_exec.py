@@ -57,7 +57,7 @@ async def test_every_end_has_its_code(end: dict[str, object], code: int) -> None
 
 
 async def test_json_is_the_stream_itself() -> None:
-    lines = (output("stdout", b"\xff"), {"exit_code": 3})
+    lines: list[dict[str, object]] = [output("stdout", b"\xff"), {"exit_code": 3}]
     async with serving() as server:
         server.routes[PATH] = ndjson(wire(*lines))
         done = await volar(server, "vms", "exec", "--json", "demo", "x")

@@ -152,7 +152,7 @@ async def test_a_state_that_is_none_names_the_option_and_the_states_there_are() 
 
 async def test_a_warning_of_a_create_is_printed_beside_the_answer() -> None:
     async with serving() as server:
-        server.routes["POST /api/v1/vms"] = answer(vm(warnings=["the network is 'user': no bridge"]), status=201)
+        server.routes["POST /api/v1/vms"] = answer(vm(warnings=["the network is 'user': no bridge"]), 201)
         done = await volar(server, "vms", "create", "demo")
     assert (done.code, done.out) == (0, b"demo is created\n")
     assert done.err == "volar: warning: the network is 'user': no bridge\n"

@@ -107,7 +107,7 @@ async def send_head(stream: trio.abc.Stream, status: int, **headers: str) -> Non
     await stream.send_all("\r\n".join([*lines, "", ""]).encode())
 
 
-def answer(value: object, status: int = 200, **headers: str) -> Handler:
+def answer(value: object, status: int = 200, /, **headers: str) -> Handler:
     """A handler that answers with JSON."""
 
     async def handler(request: Request, stream: trio.abc.Stream) -> None:

@@ -25,11 +25,11 @@ async def main(url: str, name: str) -> None:
             session = await stack.enter_async_context(mcp.Client(url, read_timeout_seconds=180))
             version = session.protocol_version
         else:
-            from mcp.client.streamable_http import streamablehttp_client
+            from mcp.client.streamable_http import streamablehttp_client  # type: ignore[attr-defined]  # mcp 1
 
             read, write, _ = await stack.enter_async_context(streamablehttp_client(url))
             wait = timedelta(seconds=180)
-            session = await stack.enter_async_context(mcp.ClientSession(read, write, wait))
+            session = await stack.enter_async_context(mcp.ClientSession(read, write, wait))  # type: ignore[arg-type]
             version = (await session.initialize()).protocolVersion
 
         async def call(tool: str, **arguments: Any) -> Any:

@@ -40,7 +40,17 @@ def old_python(image_cache: Path) -> Path:
         if not (home / "made").exists():
             shutil.rmtree(home, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", home], check=True, timeout=_INSTALL_S)
-            install = [python, "-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps", "-r", lock]
+            install: list[str | Path] = [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--require-hashes",
+                "--no-deps",
+                "-r",
+                lock,
+            ]
             subprocess.run(install, check=True, timeout=_INSTALL_S)
             (home / "made").touch()
     return python
@@ -115,7 +125,7 @@ def test_the_conformance_suite(daemon: Daemon, node: Node, version: str) -> None
     excused = json.loads(NOT_APPLICABLE.read_text())[version]
     ran = node.run("mcp_suite.mjs", f"{daemon.base_url}/api/v1/mcp", version, timeout_s=180)
     passed = set()
-    failed = {}
+    failed: dict[str, Any] = {}
     for scenario in ran:
         name, checks = scenario["scenario"], scenario["checks"]
         wrong = {f"{name}/{check['id']}": check["errorMessage"] for check in checks if check["status"] == "FAILURE"}

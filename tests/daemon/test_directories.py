@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,7 +16,11 @@ from volant.daemon._settings import Settings
 
 
 def made(path: Path, name: str, *, ephemeral: bool = False, **places: Path) -> Settings:
-    usual = {"state_dir": path / f"{name}s", "runtime_dir": path / f"{name}r", "cache_dir": path / "cache"}
+    usual: dict[str, Any] = {
+        "state_dir": path / f"{name}s",
+        "runtime_dir": path / f"{name}r",
+        "cache_dir": path / "cache",
+    }
     return Settings(**{**usual, **places}, ephemeral=ephemeral)
 
 

@@ -19,7 +19,7 @@ from tests.guest.conftest import TIMEOUT_S, Answer, Asker, read_all
 from volant.guest import _identity, _network, _root
 from volant.model import agent as wire
 
-WANTED = {
+WANTED: dict[str, Any] = {
     "hostname": "demo-7",
     "machine_id": "0123456789abcdef0123456789abcdef",
     "entropy": base64.b64encode(bytes(64)).decode(),
@@ -237,9 +237,9 @@ def test_what_does_not_fit_is_refused_and_nothing_is_done(
 
 @pytest.mark.parametrize("hosts", [None, [], {"a": 1}, {"a": "1.1.1"}, {"a\n10.0.0.1 b": "10.0.0.1"}])
 def test_names_that_are_none_are_refused(agent: Asker, kernel: Kernel, hosts: object) -> None:
-    told = (put(agent, wire.DAEMON_HOSTS, {"hosts": hosts}),)
+    told = [put(agent, wire.DAEMON_HOSTS, {"hosts": hosts})]
     if hosts is not None:
-        told += (put(agent, wire.DAEMON_IDENTITY, {**WANTED, "network": {**NETWORK, "hosts": hosts}}),)
+        told.append(put(agent, wire.DAEMON_IDENTITY, {**WANTED, "network": {**NETWORK, "hosts": hosts}}))
     for answer in told:
         assert (answer.status, answer.json()["field"]) == (400, "hosts")
     assert not kernel.calls

@@ -217,7 +217,12 @@ def test_input_is_held_back_until_the_command_reads_it(agent: Asker) -> None:
 
     talk = sh(agent, "read line; sha256sum")
     talk.stdin(b"go\n")
-    sender = threading.Thread(target=lambda: [talk.stdin(data[at : at + 65536]) for at in range(0, len(data), 65536)])
+
+    def send() -> None:
+        for at in range(0, len(data), 65536):
+            talk.stdin(data[at : at + 65536])
+
+    sender = threading.Thread(target=send)
     sender.start()
     sender.join()
     talk.stdin(b"")
@@ -410,7 +415,7 @@ def test_what_comes_with_the_first_message_is_not_lost(agent: Asker) -> None:
     assert isinstance(next(iter(ws.events())), AcceptConnection)
     data = ws.send(TextMessage(data=json.dumps({"command": ["cat"], "stdin": base64.b64encode(b"a").decode()})))
     sock.sendall(data + ws.send(BytesMessage(data=b"\0b")) + ws.send(BytesMessage(data=b"\0")))
-    found = []
+    found: list[object] = []
     while not any(isinstance(event, CloseConnection) for event in found):
         ws.receive_data(sock.recv(65536))
         found += list(ws.events())

@@ -15,7 +15,7 @@ import trio
 from tests.journal.kit import ClockHost, running
 from volant.host._disk import LinuxDisk
 from volant.host._threads import LinuxThreads
-from volant.journal import AddNetwork, Store
+from volant.journal import AddNetwork, Store, _schema
 from volant.journal import _database as database_module
 from volant.journal import _journal as journal_module
 from volant.journal._reserve import RESERVE_BYTES, Reserve
@@ -90,7 +90,7 @@ async def test_a_start_without_room_uses_what_is_kept_for_it_and_refuses_changes
     kept = Reserve(host, path).path
     assert kept.stat().st_blocks * 512 >= RESERVE_BYTES
     host.full = True
-    really = database_module.open_writer
+    really = _schema.open_writer
 
     def open_writer(host: SmallHost, at: Path) -> apsw.Connection:
         # As SQLite says it when there is no room for its index.

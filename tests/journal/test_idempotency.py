@@ -233,7 +233,7 @@ async def test_stored_responses_are_limited_by_age_number_and_size(path: Path, m
 def results_on_disk(path: Path) -> list[bytes]:
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
     try:
-        return [bytes(result) for (result,) in connection.execute("SELECT result FROM responses")]  # type: ignore[arg-type]
+        return [bytes(result) for (result,) in connection.execute("SELECT result FROM responses")]
     finally:
         connection.close()
 

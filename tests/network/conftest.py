@@ -73,7 +73,7 @@ def _reports(item: pytest.Item) -> list[pytest.TestReport]:
                 raise OSError(ctypes.get_errno(), "unshare")
             signal.alarm(_TEST_S)
             # What is set up for this test is taken down here, and nothing of what the other process has set up.
-            reports = runtestprotocol(item, log=False, nextitem=item.parent)
+            reports = runtestprotocol(item, log=False, nextitem=item.parent)  # type: ignore[arg-type]
             hook = item.config.hook
             data = [hook.pytest_report_to_serializable(config=item.config, report=report) for report in reports]
             with os.fdopen(writer, "w") as file:

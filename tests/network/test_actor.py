@@ -62,7 +62,7 @@ class Door(SimNetwork):
         self._bench = bench
 
     async def do(self, steps: Sequence[Step]) -> Sequence[NetworkFailed | None]:
-        done = []
+        done: list[NetworkFailed | None] = []
         for step in steps:
             if self._bench.refuses(step):
                 done.append(NetworkFailed("tap", f"{step} is refused"))

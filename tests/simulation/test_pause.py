@@ -115,7 +115,7 @@ def test_a_guest_whose_agent_does_not_take_the_time_runs_and_says_so(tmp_path: P
         async def sleeps(*request: object) -> None:
             await trio.sleep_forever()
 
-        qemu.guest.serve = sleeps  # type: ignore[method-assign]
+        qemu.guest.serve = sleeps  # type: ignore[method-assign,assignment]
         vm = await post(world, "resume?wait=running")
         assert (vm["status"], vm["reason"]["code"]) == ("running", "clock_not_set")
 

@@ -48,7 +48,8 @@ async def who(client: Client, name: str) -> Who:
             said = [await lines.next() for _ in range(6)]
             measured = [await _clock(session, lines) for _ in range(_CLOCK_TRIES)]
     way, off = min(measured)
-    return Who(*said[:5], json.loads(said[5]), clock_off_s=off, clock_way_s=way)
+    uuid, boot_id, machine_id, hostname, urandom, clone = said
+    return Who(uuid, boot_id, machine_id, hostname, urandom, json.loads(clone), clock_off_s=off, clock_way_s=way)
 
 
 async def _clock(session: ExecSession, lines: _Lines) -> tuple[float, float]:

@@ -68,7 +68,9 @@ def load_honest() -> dict[str, Any]:
     name = "volant.guest._mux"
     path = os.path.join(os.path.dirname(__file__), "_mux.pyc")
     module: dict[str, Any] = {"__name__": name, "__package__": "volant.guest", "__builtins__": __builtins__}
-    exec(external.SourcelessFileLoader(name, path).get_code(name), module)
+    code = external.SourcelessFileLoader(name, path).get_code(name)
+    assert code is not None
+    exec(code, module)
     return module
 
 

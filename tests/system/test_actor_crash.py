@@ -95,6 +95,7 @@ async def test_a_vm_outlives_crashes_of_its_actor(image_cache: Path, monkeypatch
 
             # A bug in a handler: the command under way is not lost.
             failures: list[int] = []
+            effect_of = _actor.effect_of  # type: ignore[attr-defined]
 
             def fails_once(row: Any) -> Any:
                 if not failures:
@@ -102,7 +103,6 @@ async def test_a_vm_outlives_crashes_of_its_actor(image_cache: Path, monkeypatch
                     raise RuntimeError("a bug")
                 return effect_of(row)
 
-            effect_of = _actor.effect_of
             monkeypatch.setattr(_actor, "effect_of", fails_once)
             assert (await client.vms.start("demo")).status == "running"
             assert failures

@@ -129,7 +129,6 @@ class Terminal:
     def type(self, data: bytes) -> None:
         os.write(self.fd, data)
 
-    @property
     def is_as_before(self) -> bool:
         return termios.tcgetattr(self._theirs) == self.before
 
@@ -156,7 +155,7 @@ async def test_volar_attaches_to_the_console_and_restores_the_terminal(daemon: D
             at.expect(rb"Ctrl-\] leaves")
             at.type(b"\recho $((6*700))\r")
             at.expect(rb"\n4200\r\n")
-            assert not at.is_as_before
+            assert not at.is_as_before()
             at.type(SLEEP)
             at.expect(rb"\nasleep\r\n")
             at.type(b"\x03")
@@ -165,14 +164,14 @@ async def test_volar_attaches_to_the_console_and_restores_the_terminal(daemon: D
             at.expect(rb"\n4206\r\n")
             at.type(b"\x1d")
             assert at.process.wait(ANSWER_S) == 0
-            assert at.is_as_before
+            assert at.is_as_before()
         with terminal(daemon, "vms", "console", "desk", "--tail", "0") as at:
             at.expect(rb"Ctrl-\] leaves")
             at.type(b"echo $((6*702))\r")
             at.expect(rb"\n4212\r\n")
             at.process.send_signal(signal.SIGTERM)
             assert at.process.wait(ANSWER_S) == 128 + signal.SIGTERM
-            assert at.is_as_before
+            assert at.is_as_before()
 
     await trio.to_thread.run_sync(sit)
 

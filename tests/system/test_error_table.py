@@ -101,8 +101,8 @@ async def test_every_status_of_the_error_table(make_daemon: Callable[..., Daemon
 
 
 async def a_request_that_does_not_end(server: Server) -> None:
-    status, body = await server.raw(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
-    assert (status, json.loads(body)["type"]) == (408, "urn:volant:error:header-timeout")
+    status, answer = await server.raw(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+    assert (status, json.loads(answer)["type"]) == (408, "urn:volant:error:header-timeout")
 
 
 async def who_may_ask(server: Server) -> None:
@@ -165,10 +165,10 @@ async def what_is_malformed(server: Server) -> None:
         problem(await http.post("/api/v1/vms", content=b"<vm/>", headers={"Content-Type": "text/xml"}), 415)
         problem(await http.get("/healthz", headers={"X-Long": "a" * 40_000}), 431)
         problem(await http.get("/ws/v1/vms/demo/logs"), 426)
-    status, body = await server.raw(b"nonsense\r\n\r\n")
-    assert (status, json.loads(body)["status"]) == (400, 400)
-    status, body = await server.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-    assert (status, json.loads(body)["status"]) == (505, 505)
+    status, answer = await server.raw(b"nonsense\r\n\r\n")
+    assert (status, json.loads(answer)["status"]) == (400, 400)
+    status, answer = await server.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert (status, json.loads(answer)["status"]) == (505, 505)
 
 
 async def what_is_not_there_or_not_possible(server: Server) -> None:

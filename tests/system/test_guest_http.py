@@ -229,8 +229,8 @@ async def test_closed_ports_and_the_daemons_own_routes_are_refused(daemon: Daemo
             raw = f"GET {AGENT}/{route} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
             assert b" 404 " in await ask(daemon, raw)
     upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-    raw = f"GET /api/v1/vms/demo/ports/9001/ HTTP/1.1\r\nHost: localhost\r\n{upgrade}Sec-WebSocket-Version: 13\r\n\r\n"
-    assert b" 502 " in await ask(daemon, raw.encode())
+    text = f"GET /api/v1/vms/demo/ports/9001/ HTTP/1.1\r\nHost: localhost\r\n{upgrade}Sec-WebSocket-Version: 13\r\n\r\n"
+    assert b" 502 " in await ask(daemon, text.encode())
 
 
 async def ask(daemon: Daemon, request: bytes) -> bytes:

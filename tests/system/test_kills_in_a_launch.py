@@ -67,7 +67,7 @@ async def test_a_launch_continues_after_the_daemon_is_killed(
 async def make(client: Client, kind: str, name: str) -> int:
     """Creates a VM; returns its id."""
     if kind == "fork":
-        [copy] = await client.vms.fork("first", ForkVm(names=(name,)))
+        [copy] = await client.vms.fork("first", ForkVm(names=[name]))
         return copy.id
     if kind == "restore":
         return (await client.vms.create(RestoreVm(name=name, from_snapshot="warm"))).id

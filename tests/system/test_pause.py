@@ -142,9 +142,9 @@ async def test_a_paused_guest_refuses_requests_at_once_and_has_the_right_clock_a
         saw = [entry["saw"] for entry in inspected["actor"]["actor"]["history"]]
         assert any(entry.startswith("Ended: guest_shutdown") for entry in saw), saw
         for command in ("pause", "resume"):
-            with pytest.raises(ClientProblem) as refused:
+            with pytest.raises(ClientProblem) as denied:
                 await client.vms.apply_and_wait("demo", command, ["paused"])
-            assert refused.value.status == 409
+            assert denied.value.status == 409
 
 
 async def test_a_restarted_daemon_keeps_a_paused_vm_and_resumes_one_that_should_run(

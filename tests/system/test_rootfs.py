@@ -150,11 +150,11 @@ async def test_a_root_filesystem_that_cannot_boot_is_named(
             assert (refused.value.code, refused.value.field) == ("artifact-unavailable", "boot.rootfs.url")
             assert artifact.url in refused.value.detail
             assert "there is no file that may be read and has this SHA-256" in refused.value.detail
-        for name, artifact, code, words in (
+        for name, image, code, words in (
             ("nonsense", nonsense, "rootfs_failed", ("no ext4",)),
             ("broken", broken, "rootfs_failed", ("EXT4-fs (vda)",)),
         ):
-            await client.plugins.install(plugin(name, artifact))
+            await client.plugins.install(plugin(name, image))
             vm = await client.vms.create(spec(name, plugin=name))
             assert vm.status == "pending"
             reason = await crashed(client, name)

@@ -78,7 +78,7 @@ async def test_forks_continue_from_the_originals_state_and_the_original_keeps_it
         async with (
             client.vms.exec_session("demo", ["sh", "-c", "while read line; do echo got $line; done"]) as session,
             client.events(vm="demo") as events,
-            client.vms.logs("demo", tail=0, follow=True, streams=("console",)) as log,
+            client.vms.logs("demo", tail=0, follow=True, streams=["console"]) as log,
         ):
             await session.send(b"one\n")
             assert b"got one" in await said(session)

@@ -183,6 +183,7 @@ async def test_with_a_disk(daemon: Daemon, image_cache: Path, tmp_path: Path) ->
         assert "kept" in await run(client, "three", "ls", "/")
         # The processes of a deleted template end, too.
         async with daemon.http() as http:
+            assert built is not None
             await http.delete(f"/api/v1/templates/{built.name}")
         await eventually(lambda: not [p for p in waiting(daemon) if _has_disk(p)])
 

@@ -66,14 +66,14 @@ while True:
 def templates(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
     """A daemon in which the kind of VM that the tests make has a template."""
 
-    async def prepare() -> None:
+    async def prepare(daemon: Daemon) -> None:
         async with daemon.client() as client:
             vm = await boot(client, "first")
             assert (vm.booted_from, vm.boot, vm.fallback) == ("cold", "auto", None)
             await template(daemon)
 
     with kept(Daemon(image_cache, "--templates", "auto"), _running) as daemon:
-        trio.run(prepare)
+        trio.run(prepare, daemon)
         yield daemon
 
 
@@ -146,8 +146,8 @@ async def test_clones_have_an_identity_each(daemon: Daemon) -> None:
         assert "mine" not in await run(client, "clone1", "ls", "-a", "/root")
         # After a restart, a VM without a disk is a clone again, with the same machine id.
         await client.vms.restart("clone1")
-        vm = await until(client, "clone1", "running")
-        assert vm is not None
+        restarted = await until(client, "clone1", "running")
+        assert restarted is not None
         assert (vm.booted_from, vm.boots) == ("template", 2)
         again = await who(client, "clone1")
         assert again["machine_id"] == found["clone1"]["machine_id"]
@@ -226,8 +226,8 @@ async def test_a_disk_starts_as_a_copy_of_the_templates_disk(daemon: Daemon, ima
         assert "mine" not in await run(client, "b", "ls", "/")
         assert await run(client, "a", "cat", "/etc/machine-id") != await run(client, "b", "cat", "/etc/machine-id")
         await client.vms.restart("a")
-        vm = await until(client, "a", "running")
-        assert vm is not None
+        restarted = await until(client, "a", "running")
+        assert restarted is not None
         assert vm.booted_from == "cold", "its disk is not what the template knows of it"
         assert "mine" in await run(client, "a", "ls", "/")
 

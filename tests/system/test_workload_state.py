@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import partial
 
 import trio
 
@@ -26,7 +25,10 @@ def volar(daemon: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
 async def test_a_workload_that_cannot_start_is_reported_everywhere(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await client.plugins.install(MANIFEST)
-        tell = partial(trio.to_thread.run_sync, volar, daemon)
+
+        async def tell(*words: str) -> subprocess.CompletedProcess[str]:
+            return await trio.to_thread.run_sync(volar, daemon, *words)
+
         made = await tell("vms", "create", "demo", "--plugin", "broken", "--ttl", "1h", "--wait")
         assert made.returncode == 1, made
         assert f"its workload has failed: {WHY}" in made.stderr

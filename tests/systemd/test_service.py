@@ -7,6 +7,7 @@ import trio
 from tests.system.kit import BOOT_S, boot, run, spec
 from tests.systemd.kit import Box
 from volant.client import Client
+from volant.model import VmView
 
 NAMES = ("one", "two")
 WATCHDOG = """[Service]
@@ -112,11 +113,11 @@ async def test_vms_outlive_restarts_and_hangs_of_the_daemon_and_are_asked_before
     assert not any("power is cut" in text or "left to systemd" in text for text in said)
 
 
-async def still_there(box: Box, before: dict[str, object], uptimes: dict[str, float]) -> None:
+async def still_there(box: Box, before: dict[str, VmView], uptimes: dict[str, float]) -> None:
     async with box.client() as client:
         for name in NAMES:
             after = await client.vms.get(name)
-            assert (after.pid, after.status, after.boots) == (before[name].pid, "running", 1)  # type: ignore[attr-defined]
+            assert (after.pid, after.status, after.boots) == (before[name].pid, "running", 1)
             with trio.fail_after(BOOT_S):
                 assert await uptime_s(client, name) > uptimes[name]
             assert any(name in box.show(scope, "Description") for scope in box.scopes())

@@ -107,7 +107,7 @@ class Pool:
             hypervisor=self.hypervisor,
             store=TemplateStore(self.host, path / "templates"),
             boot_slots=BootLimiter(1),
-            projection=self.rows,
+            projection=self.rows,  # type: ignore[arg-type]
             instance=self.host.random.new_id()[:10],
             runtime_dir=path / "r",
             memory_dir=path / "mem",

@@ -45,7 +45,8 @@ def settings(*operator: str) -> VmSettings:
         disk_dir=SETTINGS.disk_dir,
         template_dir=SETTINGS.template_dir,
         snapshot_dir=SETTINGS.snapshot_dir,
-        **{part: OPERATOR[part] for part in operator},
+        kernel=OPERATOR["kernel"] if "kernel" in operator else None,
+        initramfs=OPERATOR["initramfs"] if "initramfs" in operator else None,
     )
 
 
