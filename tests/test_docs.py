@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 from actors.testing import Simulation, simulate
@@ -63,11 +64,16 @@ def functions(module: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, definitions)}
 
 
-def test_the_architecture_page_names_every_room() -> None:
+def test_the_architecture_page_lists_the_rooms_in_the_order_of_their_layers() -> None:
     page = (DOCS / "explanation/architecture.md").read_text()
-    rooms = {"actors/", *(f"volant/{package.parent.name}/" for package in REPOSITORY.glob("volant/*/__init__.py"))}
-    shown = re.findall(r"^\| (`[^|]+`) \|", page, re.M)
-    assert {room for cell in shown for room in re.findall(r"`([\w/]+/)`", cell)} == rooms
+    cells = re.findall(r"^\| (`[^|]+/`) \|", page, re.M)
+    *rooms, last = [room for cell in cells for room in re.findall(r"`(?:volant/)?(\w+)/`", cell)]
+    assert last == "actors"
+    assert sorted(rooms) == sorted(package.parent.name for package in REPOSITORY.glob("volant/*/__init__.py"))
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    depth = {room: number for number, layer in enumerate(layers) for room in layer.split(" | ")}
+    assert rooms == sorted(rooms, key=lambda room: depth[room])
 
 
 def test_the_architecture_page_shows_the_supervisor_tree(tmp_path: Path) -> None:
