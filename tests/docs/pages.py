@@ -67,7 +67,7 @@ def blocks(page: Path) -> list[Block]:
     found: list[Block] = []
     words: dict[str, str] = {}
     whole: dict[str, str] = {}
-    for kind, line, text in _parts(page.read_text()):
+    for kind, line, text in parts(page.read_text()):
         if kind == "comment":
             if comment := _COMMENT.fullmatch(text.strip()):
                 if comment[1] == "page not run":
@@ -85,7 +85,8 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def _parts(text: str) -> Iterator[tuple[str, int, str]]:
+def parts(text: str) -> Iterator[tuple[str, int, str]]:
+    """Yields the kind, the line and the text of each block of a page, of each comment and of each line of text."""
     lines = text.splitlines()
     at = 0
     while at < len(lines):

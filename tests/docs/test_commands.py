@@ -9,12 +9,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import PAGES, REPOSITORY, Block, blocks
+from tests.docs.pages import PAGES, REPOSITORY, Block, blocks, parts
 
 _BLOCK_S = 240.0
 _INTERRUPT_S = 4
@@ -152,6 +153,14 @@ def _run(shell: Shell, page: Path, block: Block) -> None:
             assert re.fullmatch(pattern, said.strip(), re.DOTALL), f"{where}: {command}\nprints\n{said}"
 
 
+def test_python_in_pages_compiles() -> None:
+    for page in PAGES:
+        for kind, line, text in parts(page.read_text()):
+            if kind == "python" or (kind == "indented" and re.match(r"async with |import \w+\n|# \w+\.py\n", text)):
+                source = "async def snippet():\n" + textwrap.indent(text, "    ")
+                compile(source, f"{page.relative_to(REPOSITORY)}:{line}", "exec")
+
+
 def test_a_block_that_is_not_run_has_a_reason() -> None:
     without = []
     for page in PAGES:
@@ -167,7 +176,7 @@ def test_a_block_that_is_not_run_has_a_reason() -> None:
 
 def test_no_command_hides_in_another_kind_of_block() -> None:
     hidden = []
-    for page in RUN:
+    for page in PAGES:
         known = set[int]()
         for block in blocks(page):
             known.update(range(block.line, block.line + block.text.count("\n") + 3))
