@@ -189,7 +189,6 @@ class Mailbox:
         "ending",
         "entry",
         "handlers",
-        "high_water",
         "late_replies",
         "lost",
         "overflow",
@@ -227,7 +226,7 @@ class Mailbox:
         self.ending = False
         self.recent: deque[tuple[float, float, float, type, str, str]] | None = None
         self.times: dict[type, Times] = {}
-        self.high_water = self.late_replies = self.lost = self.refused = self.rejected = 0
+        self.late_replies = self.lost = self.refused = self.rejected = 0
         self._waiter: Task | None = None
 
     @property
@@ -343,7 +342,7 @@ class Mailbox:
     async def drain(self, actor: object) -> None:
         """Handles messages until `finish()`; what a handler raises, unless its request declares it, comes out."""
         queue, system, overflow, deferred, known = self.queue, self.system, self.overflow, self.deferred, self.times
-        clock, tap, recent, high_water = self.clock, self.tap, self.recent, self.high_water
+        clock, tap, recent = self.clock, self.tap, self.recent
         entry: Any
         message: Any
         result: Any
@@ -367,8 +366,6 @@ class Mailbox:
             if system:
                 entry = system.pop(0)
             else:
-                if len(queue) > high_water:
-                    high_water = self.high_water = len(queue)
                 entry = queue.popleft()
                 if overflow:
                     queue.append(_first(overflow))
@@ -382,8 +379,9 @@ class Mailbox:
                 at_s, sender = entry.at_s, entry.sender
                 ask = entry if type(entry) is Ask else None
             kind = type(message)
-            times = known.get(kind)
-            if times is None:
+            try:
+                times = known[kind]
+            except KeyError:
                 times = known[kind] = Times(self.handlers[kind])
             self.entry = entry
             self.began_s = began_s = now_s
@@ -447,7 +445,6 @@ class Mailbox:
             "oldest_s": self.oldest_s(),
             "askers_waiting_for_room": len(self.overflow),
             "replies_owed": len(self.deferred),
-            "high_water": self.high_water,
             "handled": sum(times.count for times in self.times.values()),
             "rejected": self.rejected,
             "refused": self.refused,
