@@ -1,4 +1,10 @@
-"""Supervised actors on Trio: OTP's supervision, bounded mailboxes, typed requests, and one way to fan out."""
+"""Supervised actors on Trio: OTP's supervision trees, bounded mailboxes, typed requests, and one log for many readers.
+
+**Once a child has started, cancelling a scope around the tree does not reach it.** Its supervisor stops it when its
+turn comes: children stop one after the other, the last one first, each within its own `shutdown_s`. The block of
+`open_system` ends when the last of them has. Everything else follows Trio's rules: until it has started, a child is as
+cancellable as any task, and so are the block itself and each `ask`.
+"""
 
 from ._actor import Actor, Context, TaskHandle
 from ._cell import PERMANENT, TEMPORARY, TRANSIENT, Child, Restart, Started
