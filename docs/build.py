@@ -23,8 +23,9 @@ import yaml
 from volant.api._openapi import document
 from volant.cli._volar import volar
 from volant.mcp._tool import Tool
-from volant.mcp._tools import TOOLS
-from volant.operations import standalone
+from volant.mcp._tools import tools
+from volant.operations import TABLE, standalone
+from volant.operations._client import client_module
 
 DOCS = Path(__file__).resolve().parent
 MODULES = ["actors", "actors.testing", "volant.client", "volant.model", "volant.images"]
@@ -50,7 +51,7 @@ def main() -> int:
 def openapi() -> str:
     """The OpenAPI document."""
     text = yaml.safe_dump(document(), sort_keys=False, width=110, allow_unicode=True)
-    return f"# Written by docs/build.py from volant/api/_operations.py.\n{text}"
+    return f"# Written by docs/build.py from volant/operations.\n{text}"
 
 
 def reference() -> str:
@@ -194,7 +195,7 @@ tail, with a marker between them.
 def mcp_reference() -> str:
     """The page of tools for models."""
     parts = [_MCP.rstrip("\n")]
-    for tool in TOOLS:
+    for tool in tools(TABLE):
         parts.append(f"## {tool.name}")
         parts.append(f"{tool.description} {_behaviour(tool)}")
         for title, kind in (("takes", tool.takes), ("gives", tool.gives)):
@@ -240,8 +241,24 @@ def demo_svg() -> str:
     return recording.render(_CAST.read_text())
 
 
+def client() -> str:
+    """The methods of the client."""
+    ruff = [sys.executable, "-m", "ruff"]
+    text = client_module(TABLE)
+    for command in (["check", "--select", "F401,I", "--fix", "-q"], ["format", "-q"]):
+        done = subprocess.run(
+            [*ruff, *command, "--stdin-filename", str(CLIENT), "-"],
+            input=text, stdout=subprocess.PIPE, text=True, check=True, cwd=DOCS.parent,
+        )  # fmt: skip
+        text = done.stdout
+    return text
+
+
+CLIENT = DOCS.parent / "volant" / "client" / "_operations.py"
+
 KEPT = {
     DOCS / "demo.svg": demo_svg,
+    CLIENT: client,
     _REST: rest_reference,
     DOCS / "reference" / "volar.md": reference,
     DOCS / "reference" / "manifest.md": manifest_reference,

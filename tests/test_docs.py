@@ -9,8 +9,9 @@ from pathlib import Path
 
 from actors.testing import Simulation, simulate
 from tests.simulated import simulated_world
-from volant.mcp._tools import TOOLS
+from volant.mcp._tools import tools
 from volant.model import TRANSITIONS
+from volant.operations import TABLE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
@@ -99,7 +100,7 @@ def test_the_page_of_vms_lists_every_transition() -> None:
 
 def test_the_page_of_mcp_names_every_tool() -> None:
     page = (REPOSITORY / "docs/how-to/mcp.md").read_text()
-    assert not [tool.name for tool in TOOLS if f"`{tool.name}`" not in page]
+    assert not [tool.name for tool in tools(TABLE) if f"`{tool.name}`" not in page]
 
 
 def anchors(page: Path) -> set[str]:

@@ -9,12 +9,10 @@ from typing import Any
 import httpx
 from openapi_schema_validator import OAS31Validator
 
-from volant.api._openapi import document
-from volant.api._operations import HEADERS, OPERATIONS, Operation
+from volant.api._openapi import HEADERS, document
+from volant.operations import TABLE, Operation
 
 _JSON = re.compile(r"application/(?:problem\+)?json\Z")
-_IN_PATH = {"{path}": ".*"}
-"""What is not the rest of a path is one part of it."""
 
 
 async def check(answer: httpx.Response) -> None:
@@ -24,7 +22,7 @@ async def check(answer: httpx.Response) -> None:
     # What is no route of ours is not described, and a bug is not promised.
     if operation is None or answer.status_code == 500:
         return
-    if "upgrade" in request.headers and not operation.gives.keys() & {101, "default"}:
+    if "upgrade" in request.headers and not operation.answers.keys() & {101, "default"}:
         return  # A WebSocket where there is none.
     where = f"{request.method} {request.url} -> {answer.status_code}"
     described = responses(operation)
@@ -47,25 +45,10 @@ async def check(answer: httpx.Response) -> None:
         assert not errors, f"{where}: {errors}"
 
 
-@cache
 def operation_of(method: str, path: str) -> Operation | None:
-    for operation in OPERATIONS:
-        if operation.method == method and _pattern(operation.path).match(path):
-            return operation
-    return None
+    return None if method == "HEAD" else TABLE.find(method, path)
 
 
-def _part(part: str) -> str:
-    return _IN_PATH.get(part, "[^/]+") if part.startswith("{") else re.escape(part)
-
-
-@cache
-def _pattern(path: str) -> re.Pattern[str]:
-    parts = re.split(r"({\w+})", path)
-    return re.compile("".join(_part(part) for part in parts) + r"\Z")
-
-
-@cache
 @cache
 def responses(operation: Operation) -> dict[str, Any]:
     """By status, references resolved."""

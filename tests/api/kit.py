@@ -26,7 +26,7 @@ from volant.http import Access, ApiSettings, Limits, serve
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import PUBLIC, ArtifactCache, Origins
 from volant.journal import Backups, Evidence, Journal, Store, VmLogs
-from volant.operations import ApiDeps, Health
+from volant.operations import TABLE, ApiDeps, Health, Permission, Table
 from volant.templates import BuildDoors, Templates, TemplateStore, WarmPool, WarmPoolLimits
 from volant.vm import BootLimiter, Checkpoints, VmDoors, Vms, VmSettings
 
@@ -246,7 +246,7 @@ class Api:
     """The whole API on a server, over a real journal, real logs and real actors; VMs that start end in `crashed`."""
 
     server: Running
-    doors: ApiDeps
+    deps: ApiDeps
     client: httpx.AsyncClient
     system: StandingSystem
     access: Access
@@ -278,8 +278,12 @@ async def api(
     limits: Limits = FAST,
     origins: Origins = PUBLIC,
     sockets: Sequence[socket.socket] = (),
+    table: Table = TABLE,
+    allows: Callable[[str | None, Permission], bool] = lambda caller, permission: True,
+    checked: bool = True,
 ) -> AsyncIterator[Api]:
-    """Serve the API with its state in `path`, on a port and on `sockets`."""
+    """Serves the API with its state in `path`, on a port and on `sockets`. `checked`: every answer is held against the
+    document."""
     host = Host()
     store = Store(host, path / "volant.db")
     logs = VmLogs(host, path / "logs")
@@ -339,7 +343,8 @@ async def api(
         children=[journal, builder, Child("snapshots", checkpoints.keep), Child("vms", supervisor)],
     )
     async with open_system(root):
-        doors = ApiDeps(
+        access = Access(settings or ApiSettings())
+        deps = ApiDeps(
             vms=vms,
             journal=journal.ref,
             store=store,
@@ -347,14 +352,14 @@ async def api(
             backups=Backups(host, store, journal.ref, no_evidence),
             host=host,
             system=system,
-            settings=settings or ApiSettings(),
+            access=access,
+            allows=allows,
         )
-        access = Access(doors.settings)
-        async with running(create_app(doors, limits, access), limits, sockets) as server:
+        async with running(create_app(deps, limits, table), limits, sockets) as server:
             base = f"http://127.0.0.1:{server.port}"
-            hooks = {"response": [conformance.check]}
+            hooks = {"response": [conformance.check] if checked else []}
             async with httpx.AsyncClient(base_url=base, timeout=20, trust_env=False, event_hooks=hooks) as client:
-                yield Api(server, doors, client, system, access, vms)
+                yield Api(server, deps, client, system, access, vms)
 
 
 @asynccontextmanager

@@ -431,7 +431,7 @@ async def test_a_unix_socket_needs_neither_address_nor_key_but_a_host_of_ours(tm
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen()
-            app = create_app(served.doors, FAST)
+            app = create_app(served.deps, FAST)
 
             async def run(task_status: trio.TaskStatus[None]) -> None:
                 await serve(app, [listener], stopping=stopping, limits=FAST, task_status=task_status)

@@ -81,7 +81,7 @@ async def web(path: Path, *, listens: bool = True, **members: Any) -> AsyncItera
         }
         assert (await served.client.post("/api/v1/plugins", json=manifest)).status_code == 201
         await served.crashed("demo", plugin="web")
-        async with open_channel(served.doors.host, HybridVsock(path / "vsock")) as channel:
+        async with open_channel(served.deps.host, HybridVsock(path / "vsock")) as channel:
             client = AgentClient(channel)
             served.reach(client)
             found.append(Web(served))

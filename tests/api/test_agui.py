@@ -248,7 +248,7 @@ async def test_over_http_a_vms_run_is_one_boot(served: Api) -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(listen)
-        while served.doors.store.events.statistics().readers == 0:  # noqa: ASYNC110 - nobody tells
+        while served.deps.store.events.statistics().readers == 0:  # noqa: ASYNC110 - nobody tells
             await trio.sleep(0.01)
         await served.client.post("/api/v1/vms/demo/start?wait=crashed")
     telling = told(answers[0].text)

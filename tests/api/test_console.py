@@ -67,19 +67,19 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
 async def at_desk(tmp_path: Path) -> AsyncIterator[Desk]:
     async with api(tmp_path) as served:
         await served.crashed("demo")
-        row = served.doors.store.projection.get("demo")
+        row = served.deps.store.projection.get("demo")
         assert row is not None
-        host = served.doors.host
+        host = served.deps.host
         output, fifo, sock = tmp_path / "console.log", tmp_path / "console.in", tmp_path / "console.sock"
         output.touch()
         await host.files.make_fifo(fifo)
         reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         serial = SerialConsole(host, fifo, sock)
-        served.doors.vms.console = lambda name: (row, serial)  # type: ignore[method-assign]
+        served.deps.vms.console = lambda name: (row, serial)  # type: ignore[method-assign]
         shut = trio.CancelScope()
 
         async def boot(task_status: trio.TaskStatus[None]) -> None:
-            log = served.doors.logs.open(row.id, row.name)
+            log = served.deps.logs.open(row.id, row.name)
             pump = ConsolePump(host, output, log, BOOT, tell=serial.feed)
             with shut, pump, serial.fed_by(pump):
                 async with trio.open_nursery() as nursery:

@@ -144,7 +144,7 @@ class Tab:
 
     def becomes(self, **fields: Any) -> None:
         """Let its row say something else."""
-        projection = self.api.doors.store.projection
+        projection = self.api.deps.store.projection
         by_id = type(projection).by_id
 
         def changed(row: VmRow | None) -> VmRow | None:
@@ -573,7 +573,7 @@ async def test_who_is_to_blame_is_said(tmp_path: Path) -> None:
 
 async def test_without_a_word_in_the_manifest_the_port_is_9222(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
-        at.api.doors.store.projection.by_id = lambda _: None  # type: ignore[method-assign,assignment]
+        at.api.deps.store.projection.by_id = lambda _: None  # type: ignore[method-assign,assignment]
         answer = await at.client.get("/ws/v1/vms/demo/devtools/json/version")
         assert answer.json()["detail"] == "no browser listens on port 9222 in VM 'demo'"
 
@@ -646,7 +646,7 @@ async def test_a_vm_on_its_way_is_waited_for(tmp_path: Path) -> None:
             waiting.set()
             await runs.wait()
 
-        at.api.doors.vms.wait = wait  # type: ignore[method-assign,assignment]
+        at.api.deps.vms.wait = wait  # type: ignore[method-assign,assignment]
         at.becomes(status=Status.STARTING, desired=Desired.RUNNING)
         for path, headers, status in (("/json/version", {}, b"200"), ("/browser", UPGRADE, b"101")):
             waiting, runs = trio.Event(), trio.Event()
@@ -662,7 +662,7 @@ async def test_a_vm_on_its_way_is_waited_for(tmp_path: Path) -> None:
 
 async def test_the_browser_of_a_vm_that_has_just_begun_to_run_is_waited_for(tmp_path: Path) -> None:
     async with tab(tmp_path, browser=False) as at, trio.open_nursery() as nursery:
-        at.becomes(status=Status.RUNNING, updated_at=at.api.doors.host.clock.now())
+        at.becomes(status=Status.RUNNING, updated_at=at.api.deps.host.clock.now())
         told: list[Any] = []
 
         async def ask() -> None:
@@ -681,7 +681,7 @@ async def test_the_browser_of_a_vm_that_has_just_begun_to_run_is_waited_for(tmp_
 async def test_nobody_waits_for_longer_than_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_devtools, "WAIT_S", 0.5)
     async with tab(tmp_path, browser=False) as at:
-        at.becomes(status=Status.RUNNING, updated_at=at.api.doors.host.clock.now())
+        at.becomes(status=Status.RUNNING, updated_at=at.api.deps.host.clock.now())
         assert (await at.ask("/json/list")).status == 502
 
 
@@ -696,7 +696,7 @@ async def test_a_client_that_leaves_and_a_daemon_that_stops_end_the_wait(tmp_pat
             finally:
                 left.set()
 
-        at.api.doors.vms.wait = wait  # type: ignore[method-assign,assignment]
+        at.api.deps.vms.wait = wait  # type: ignore[method-assign,assignment]
         at.becomes(status=Status.STARTING, desired=Desired.RUNNING)
         for path, headers in (("/json/version", {}), ("/browser", UPGRADE)):
             waiting, left = trio.Event(), trio.Event()

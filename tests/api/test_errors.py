@@ -282,7 +282,7 @@ async def test_the_log_has_the_request_and_no_secret(served: Api, caplog: pytest
         await trio.testing.wait_all_tasks_blocked()
     lines = [record.getMessage() for record in caplog.records if record.name == "volant.api.request"]
     assert len(lines) == 1
-    assert lines[0].startswith("r1 GET /api/v1/vms/none 404 ")
+    assert lines[0].startswith("r1 GET /api/v1/vms/none 400 ")
     assert "hunter2" not in caplog.text
 
 
@@ -290,7 +290,7 @@ async def test_a_bug_is_a_500_that_tells_nothing(served: Api, caplog: pytest.Log
     def broken(*_: object) -> None:
         raise RuntimeError("secret detail")
 
-    served.doors.store.projection.rows = broken  # type: ignore[method-assign,assignment]
+    served.deps.store.projection.rows = broken  # type: ignore[method-assign,assignment]
     body = problem(await served.client.get("/api/v1/vms", headers={"x-request-id": "r2"}), 500)
     assert "secret" not in json.dumps(body)
     assert body["request_id"] == "r2"
@@ -302,6 +302,6 @@ async def test_a_failure_below_is_passed_on_as_it_is(served: Api) -> None:
     async def full(*_: object, **__: object) -> None:
         raise Problem(503, "no-capacity", "no room", hint="delete one")
 
-    served.doors.vms.create = full  # type: ignore[method-assign,assignment]
+    served.deps.vms.create = full  # type: ignore[method-assign,assignment]
     body = problem(await served.client.post("/api/v1/vms", json=GOOD), 503)
     assert (body["type"], body["hint"]) == ("urn:volant:error:no-capacity", "delete one")

@@ -101,7 +101,7 @@ async def test_a_stream_resumes_after_an_id(served: Api) -> None:
 @pytest.mark.parametrize("given", ["nonsense", "0000-1", "{epoch}-999999", "-", "{epoch}--1"])
 async def test_an_id_that_is_not_known_is_a_gap_then_the_oldest(served: Api, given: str) -> None:
     await served.crashed("demo")
-    epoch = served.doors.store.events.epoch
+    epoch = served.deps.store.events.epoch
     given = given.format(epoch=epoch)
     async with stream(served, f"?last_event_id={given}") as blocks:
         gap = await blocks.event()
@@ -115,7 +115,7 @@ async def test_an_id_that_is_not_known_is_a_gap_then_the_oldest(served: Api, giv
 
 
 async def test_nothing_is_a_gap_that_is_none(served: Api) -> None:
-    for query in ("?since=0&on_gap=410", "?on_gap=410", f"?on_gap=410&since={served.doors.store.events.newest}"):
+    for query in ("?since=0&on_gap=410", "?on_gap=410", f"?on_gap=410&since={served.deps.store.events.newest}"):
         async with stream(served, query) as blocks:
             await served.crashed(f"vm{len(query)}")
             assert (await blocks.event())["type"] == "VM_CREATED"
@@ -139,7 +139,7 @@ async def test_a_filtered_reader_keeps_up(served: Api, monkeypatch: pytest.Monke
     monkeypatch.setattr(_events, "KEEP_UP_S", 0.05)
     async with stream(served, "?vm=nobody") as blocks:
         await served.crashed("demo")
-        newest = str(served.doors.store.events.newest)
+        newest = str(served.deps.store.events.newest)
         while (block := await blocks.next()) != {"id": newest}:
             assert set(block) == {"id"}
 
@@ -149,13 +149,13 @@ async def test_a_stream_ends_cleanly_and_with_the_newest_id_when_the_daemon_stop
         await served.crashed("demo")
         await trio.testing.wait_all_tasks_blocked(0.01)
         served.server.stopping.set()
-        assert await blocks.rest() == f"id: {served.doors.store.events.newest}\n\n".encode()
+        assert await blocks.rest() == f"id: {served.deps.store.events.newest}\n\n".encode()
 
 
 async def test_a_reader_that_leaves_is_forgotten(served: Api) -> None:
     async with stream(served):
-        assert served.doors.store.events.statistics().readers == 1
-    await until(lambda: not served.doors.store.events.statistics().readers)
+        assert served.deps.store.events.statistics().readers == 1
+    await until(lambda: not served.deps.store.events.statistics().readers)
 
 
 async def test_an_event_says_who_asked_for_the_change(tmp_path: Path) -> None:
@@ -192,6 +192,6 @@ async def test_a_client_that_has_half_closed_makes_a_vm_and_follows_the_events(s
         with trio.fail_after(10):
             while b"VM_CREATED" not in events:
                 events += await stream.receive_some(65536)
-        assert served.doors.store.events.statistics().readers == 1
+        assert served.deps.store.events.statistics().readers == 1
     # Both directions are closed now.
-    await until(lambda: not served.doors.store.events.statistics().readers)
+    await until(lambda: not served.deps.store.events.statistics().readers)

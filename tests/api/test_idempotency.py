@@ -47,11 +47,11 @@ async def test_a_vm_is_made_once(served: Api) -> None:
     # The same again, written otherwise and with a default that is said.
     again = await post(served, "/api/v1/vms", body={"memory_mb": 128, "plugin": "base", "cpu_cores": 1, "name": "demo"})
     same(first, again)
-    assert len(served.doors.store.projection) == 1
+    assert len(served.deps.store.projection) == 1
     # It may be gone by now; what was answered stays.
     assert (await served.client.delete("/api/v1/vms/demo")).status_code == 204
     same(first, await post(served, "/api/v1/vms", body=GOOD))
-    assert len(served.doors.store.projection) == 0
+    assert len(served.deps.store.projection) == 0
     other = await post(served, "/api/v1/vms", "other", body=GOOD)
     assert other.json()["id"] > first.json()["id"]
 
@@ -86,17 +86,17 @@ async def test_commands_and_plugins_are_done_once(served: Api) -> None:
     first = await post(served, "/api/v1/plugins/p/enabled", body={"enabled": False})
     assert (await post(served, "/api/v1/plugins/p/enabled", "on", body={"enabled": True})).json()["enabled"]
     same(first, await post(served, "/api/v1/plugins/p/enabled", body={"enabled": False}))
-    assert served.doors.store.projection.plugins["p"].enabled
+    assert served.deps.store.projection.plugins["p"].enabled
 
 
 async def test_a_restart_is_one_boot(served: Api) -> None:
     await served.crashed("demo")
-    before = served.doors.store.projection.get("demo")
+    before = served.deps.store.projection.get("demo")
     assert before is not None
     for _ in range(3):
         answer = await post(served, "/api/v1/vms/demo/restart?wait=crashed")
         assert answer.headers["volant-wait"] == "met"
-    after = served.doors.store.projection.get("demo")
+    after = served.deps.store.projection.get("demo")
     assert after is not None
     assert after.generation == before.generation + 1
 
@@ -122,7 +122,7 @@ async def test_what_the_daemon_could_not_do_is_tried_anew(served: Api, monkeypat
         raise Problem(503, "no-capacity", "no room")
 
     with monkeypatch.context() as patched:
-        patched.setattr(served.doors.vms, "create", full)
+        patched.setattr(served.deps.vms, "create", full)
         assert (await post(served, "/api/v1/vms", body=GOOD)).status_code == 503
     answer = await post(served, "/api/v1/vms", body=GOOD)
     assert (answer.status_code, answer.headers.get("idempotency-replayed")) == (201, None)
@@ -151,7 +151,7 @@ async def test_a_key_stands_for_one_request(served: Api) -> None:
 
 
 async def test_one_under_way_is_409_and_is_done_once(served: Api) -> None:
-    create = served.doors.vms.create
+    create = served.deps.vms.create
     begun, gate = trio.Event(), trio.Event()
 
     async def slow(request: CreateVm, *, key: IdempotencyKey | None = None) -> VmRow:
@@ -159,7 +159,7 @@ async def test_one_under_way_is_409_and_is_done_once(served: Api) -> None:
         await gate.wait()
         return await create(request, key=key)
 
-    served.doors.vms.create = slow  # type: ignore[method-assign]
+    served.deps.vms.create = slow  # type: ignore[method-assign]
     answers: list[httpx.Response] = []
 
     async def first() -> None:
@@ -180,9 +180,9 @@ async def test_the_journal_decides_which_came_first(served: Api, monkeypatch: py
     await served.crashed("demo")
     paths = ("/api/v1/vms/demo/restart", "/api/v1/vms/nobody/start")
     first = [await post(served, path, If_Match="*") for path in paths]
-    generation = served.doors.store.projection.get("demo")
+    generation = served.deps.store.projection.get("demo")
     await served.create("nobody")
-    find = served.doors.store.responses.find
+    find = served.deps.store.responses.find
     looked_up: set[bytes] = set()
 
     def late(key: IdempotencyKey, now: datetime) -> Result | None:
@@ -192,9 +192,9 @@ async def test_the_journal_decides_which_came_first(served: Api, monkeypatch: py
         looked_up.add(key.scope)
         return None
 
-    monkeypatch.setattr(served.doors.store.responses, "find", late)
+    monkeypatch.setattr(served.deps.store.responses, "find", late)
     same(first[0], await post(served, paths[0], If_Match="*"))
-    assert served.doors.store.projection.get("demo") == generation
+    assert served.deps.store.projection.get("demo") == generation
     # It would be possible now, but it was refused.
     refused = await post(served, paths[1], If_Match="*")
     assert (refused.status_code, refused.json()["type"]) == (404, first[1].json()["type"])
@@ -204,7 +204,7 @@ async def test_the_journal_decides_which_came_first(served: Api, monkeypatch: py
 async def test_what_is_no_key_is_400(served: Api, key: str) -> None:
     answer = await served.client.post("/api/v1/vms", json=GOOD, headers=[("Idempotency-Key", key.encode("latin-1"))])  # type: ignore[arg-type]
     assert (answer.status_code, answer.json()["field"]) == (400, "Idempotency-Key")
-    assert len(served.doors.store.projection) == 0
+    assert len(served.deps.store.projection) == 0
 
 
 async def test_keys_belong_to_who_asks(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ async def test_a_response_stored_by_an_earlier_version_is_replayed(tmp_path: Pat
     async with api(before) as served:
         for path, body in requests:
             response = await post(served, path, body=body)
-            first[list(served.doors.store.responses._by_scope)[-1]] = response
+            first[list(served.deps.store.responses._by_scope)[-1]] = response
             await served.client.get("/api/v1/vms/demo?wait=crashed")
     as_version_5((before / "volant.db").rename(after / "volant.db"), first)
     async with api(after) as served:
@@ -265,13 +265,13 @@ def as_version_5(path: Path, responses: Mapping[bytes, httpx.Response]) -> None:
 
 
 async def test_a_refusal_that_can_not_be_stored_is_not_given(served: Api) -> None:
-    ask = served.doors.journal.ask
+    ask = served.deps.journal.ask
 
     async def failing(message: Any, **options: Any) -> Any:
         if isinstance(message, StoreRefusal):
             raise Problem(503, "journal-full", "full")
         return await ask(message, **options)
 
-    object.__setattr__(served.doors, "journal", type("Ref", (), {"ask": staticmethod(failing)})())
+    object.__setattr__(served.deps, "journal", type("Ref", (), {"ask": staticmethod(failing)})())
     assert (await post(served, "/api/v1/vms/nobody/start")).status_code == 503
     assert (await served.client.post("/api/v1/vms/nobody/start")).status_code == 404

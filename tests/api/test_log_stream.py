@@ -22,15 +22,15 @@ async def served(tmp_path: Path) -> AsyncIterator[Api]:
         yield running
 
 
-def log_of(served: Api, name: str = "demo") -> VmLog:
-    row = served.doors.store.projection.get(name)
+def open_log(served: Api, name: str = "demo") -> VmLog:
+    row = served.deps.store.projection.get(name)
     assert row is not None
-    return served.doors.logs.open(row.id, row.name)
+    return served.deps.logs.open(row.id, row.name)
 
 
 def say(served: Api, lines: Sequence[str], stream: LogStream = "stdout") -> None:
-    now = served.doors.host.clock.now()
-    log_of(served).append(
+    now = served.deps.host.clock.now()
+    open_log(served).append(
         [LogEntry(stream=stream, line=line.encode(), timestamp=now, source="test", position=0) for line in lines]
     )
 
@@ -63,7 +63,7 @@ async def test_a_frame_has_what_the_contract_says(served: Api) -> None:
     say(served, ["hello"])
     async with websocket(url(served, "?tail=1")) as socket:
         frame = json.loads(await socket.get_message())
-    row = served.doors.store.projection.get("demo")
+    row = served.deps.store.projection.get("demo")
     assert row is not None
     assert set(frame) == {"name", "vm_id", "stream", "line", "timestamp", "seq"}
     assert (frame["name"], frame["vm_id"], frame["stream"], frame["line"]) == ("demo", row.id, "stdout", "hello")
@@ -71,7 +71,7 @@ async def test_a_frame_has_what_the_contract_says(served: Api) -> None:
 
 async def test_a_websocket_goes_on_after_a_number(served: Api) -> None:
     say(served, ["a", "b", "c"])
-    since = log_of(served).newest - 2
+    since = open_log(served).newest - 2
     async with websocket(url(served, f"?since={since}&tail=1&follow=false")) as socket:
         assert await lines(socket, 2) == ["b", "c"]
         with pytest.raises(ConnectionClosed) as raised:
@@ -105,7 +105,7 @@ async def test_http_follows_when_asked(served: Api) -> None:
 
 async def test_the_end_of_the_vm_closes_with_1000_and_its_log_stays(served: Api) -> None:
     say(served, ["last words"])
-    vm_id = log_of(served).vm_id
+    vm_id = open_log(served).vm_id
     async with websocket(url(served, "?tail=1")) as socket:
         assert await lines(socket, 1) == ["last words"]
         assert (await served.client.delete("/api/v1/vms/demo")).status_code == 204
@@ -134,7 +134,7 @@ async def test_a_reader_that_vanishes_or_talks_is_no_burden(served: Api) -> None
     for _ in range(2000):
         await stream.send_all(b"\x81\x85\0\0\0\0hello")
     await trio.aclose_forcefully(stream)
-    await until(lambda: not log_of(served).statistics().readers)
+    await until(lambda: not open_log(served).statistics().readers)
 
 
 async def test_a_reader_that_does_not_read_costs_nothing_that_grows(served: Api) -> None:

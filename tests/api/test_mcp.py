@@ -23,7 +23,8 @@ from volant.http import Limits
 from volant.journal import LogEntry
 from volant.mcp._server import hint_for_a_model
 from volant.mcp._text import BUDGET, MAX_TEXT, Window, clip, fitting, weight
-from volant.mcp._tools import TOOLS
+from volant.mcp._tools import tools
+from volant.operations import TABLE
 
 PATH = "/api/v1/mcp"
 BOTH = {"Accept": "application/json, text/event-stream"}
@@ -88,7 +89,7 @@ async def test_the_new_era_needs_no_beginning(served: Api) -> None:
     assert found["supportedVersions"] == [MODERN]
     assert found["capabilities"].keys() == {"tools", "resources"}
     listed = (await rpc(served, "tools/list", {}, modern=True))["result"]
-    assert [tool["name"] for tool in listed["tools"]] == [tool.name for tool in TOOLS]
+    assert [tool["name"] for tool in listed["tools"]] == [tool.name for tool in tools(TABLE)]
     assert listed["cacheScope"] == "public"
 
 
@@ -301,9 +302,9 @@ async def test_events_go_on_where_they_were_left(served: Api) -> None:
 
 async def test_the_end_of_a_log_is_kept_and_new_lines_follow(served: Api) -> None:
     await served.crashed("demo")
-    row = served.doors.store.projection.get("demo")
+    row = served.deps.store.projection.get("demo")
     assert row is not None
-    log = served.doors.logs.open(row.id, row.name)
+    log = served.deps.logs.open(row.id, row.name)
     write(log, [f"line {number} " + "x" * 600 for number in range(300)])
     page = (await call(served, "vms_logs", vm="demo", tail=200))["structuredContent"]
     assert weight(page) <= MAX_TEXT
@@ -404,7 +405,7 @@ async def demo(tmp_path: Path, limits: Limits) -> AsyncIterator[Demo]:
         }  # fmt: skip
         assert (await served.client.post("/api/v1/plugins", json=manifest)).status_code == 201
         await served.crashed("demo", plugin="web")
-        async with open_channel(served.doors.host, HybridVsock(tmp_path / "vsock")) as channel:
+        async with open_channel(served.deps.host, HybridVsock(tmp_path / "vsock")) as channel:
             client = AgentClient(channel)
             served.reach(client)
             found.append(Demo(served))

@@ -38,7 +38,7 @@ async def test_a_vm_shows_its_network_address_and_ports(served: Api) -> None:
 async def test_a_fallback_is_a_warning_in_the_answer_to_a_create(served: Api) -> None:
     assert (await served.create("before"))["warnings"] == []
     fallback = Asked("user", "no bridge: another daemon has the subnet", True)
-    served.doors.store.networking = Networking(default=fallback)
+    served.deps.store.networking = Networking(default=fallback)
     assert (await served.create("demo"))["warnings"] == [
         "the network is 'user': no bridge: another daemon has the subnet"
     ]
@@ -64,11 +64,11 @@ async def test_what_can_not_be_is_refused_and_names_the_field(
     await served.create("web", network="bridge", ports=["8080:80"])
     answer = await served.client.post("/api/v1/vms", json={"name": "demo", "cpu_cores": 1, "memory_mb": 128, **fields})
     assert (answer.status_code, answer.json().get("field")) == (status, field), answer.text
-    assert len(served.doors.store.projection) == 1
+    assert len(served.deps.store.projection) == 1
 
 
 async def test_a_host_without_it_says_what_to_do(served: Api) -> None:
-    served.doors.store.networking = Networking(obstacles={"bridge": "it needs root; run volantd as root"})
+    served.deps.store.networking = Networking(obstacles={"bridge": "it needs root; run volantd as root"})
     body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128, "network": "bridge"}
     answer = await served.client.post("/api/v1/vms", json=body)
     assert (answer.status_code, answer.json()["field"]) == (503, "network")
@@ -77,7 +77,7 @@ async def test_a_host_without_it_says_what_to_do(served: Api) -> None:
 
 
 async def test_the_last_address_is_given_and_the_next_is_503_with_the_figure(served: Api) -> None:
-    served.doors.store.networking = Networking(
+    served.deps.store.networking = Networking(
         default=Asked("bridge", "the daemon's setting `network`"), subnet=IPv4Network("10.0.0.0/30")
     )
     assert (await served.create("only"))["ip_address"] == "10.0.0.2"
@@ -136,17 +136,22 @@ async def test_a_network_is_made_once(served: Api) -> None:
 
 
 async def test_a_model_makes_a_network_and_vms_in_it(served: Api) -> None:
-    made = await call(served, "networks_create", network="blue")
+    made = await call(served, "networks_create", name="blue")
     assert made["structuredContent"]["name"] == "blue"
     vm = await call(served, "vms_create", name="demo", cpu_cores=1, memory_mb=128, network="blue", wait=False)
     assert vm["structuredContent"]["vm"]["ip_address"] == "192.168.127.2"
     listed = await call(served, "networks_list")
     (shown,) = listed["structuredContent"]["networks"]
     assert shown["vms"] == {"demo": "192.168.127.2"}
-    for tool, why in (("networks_delete", "demo"), ("networks_create", "already")):
-        refused = await call(served, tool, network="blue")
+    for refused, why in (
+        (await call(served, "networks_delete", network="blue"), "demo"),
+        (await call(served, "networks_create", name="blue"), "already"),
+    ):
         assert refused["isError"]
         assert why in refused["content"][0]["text"]
     await call(served, "vms_delete", vm="demo")
-    assert (await call(served, "networks_delete", network="blue"))["structuredContent"] == {"deleted": "blue"}
+    assert (await call(served, "networks_delete", network="blue"))["structuredContent"] == {
+        "name": "blue",
+        "deleted": True,
+    }
     assert (await call(served, "networks_list", network="blue"))["isError"]

@@ -18,8 +18,8 @@ from tests.api import conformance
 from tests.api.kit import UPGRADE, Api, api
 from volant.api import create_app
 from volant.api._openapi import document
-from volant.api._operations import OPERATIONS, Operation
 from volant.http import ApiSettings, Middleware, StreamRoute
+from volant.operations import TABLE, Operation
 
 UPGRADE_HEADERS = {name.replace("_", "-"): value for name, value in UPGRADE.items()}
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "api" / "openapi.yaml"
@@ -41,7 +41,7 @@ def sample(operation: Operation) -> str:
 
 def test_it_is_openapi() -> None:
     validate(document())
-    names = [operation.name for operation in OPERATIONS]
+    names = [operation.name for operation in TABLE]
     assert len(names) == len(set(names))
 
 
@@ -50,7 +50,7 @@ def test_the_kept_file_is_what_the_code_says() -> None:
 
 
 async def test_every_route_is_described_and_no_other(served: Api) -> None:
-    app = create_app(served.doors)
+    app = create_app(served.deps)
     plain = {
         (method, re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
         for rule in app.url_map.iter_rules()
@@ -60,7 +60,7 @@ async def test_every_route_is_described_and_no_other(served: Api) -> None:
     assert isinstance(edge, Middleware)
     described = {
         (operation.method, operation.path): [route for route in edge._routes if serves(route, operation)]
-        for operation in OPERATIONS
+        for operation in TABLE
     }
     assert {key for key, streams in described.items() if not streams} == plain
     assert {id(route) for streams in described.values() for route in streams} == {id(route) for route in edge._routes}
@@ -69,7 +69,7 @@ async def test_every_route_is_described_and_no_other(served: Api) -> None:
 def serves(route: StreamRoute, operation: Operation) -> bool:
     if route.pattern.match(sample(operation)) is None:
         return False
-    if 101 in operation.gives:
+    if 101 in operation.answers:
         return route.websocket
     return route.http and (route.methods is None or operation.method in route.methods)
 
@@ -77,7 +77,7 @@ def serves(route: StreamRoute, operation: Operation) -> bool:
 # What is the guest's to say is not ours to check, and a probe of health takes anything.
 STRICT = [
     operation
-    for operation in OPERATIONS
+    for operation in TABLE
     if "{path}" not in operation.path
     and not {"actions", "agent", "devtools"} & set(operation.path.split("/"))
     and operation.name != "healthz"
@@ -94,8 +94,8 @@ async def test_it_takes_the_parameters_that_are_said(served: Api, operation: Ope
         operation.method,
         sample(operation),
         params={"not-a-parameter": "1"},
-        headers=UPGRADE_HEADERS if 101 in operation.gives else {},
-        json=body if operation.takes is not None else None,
+        headers=UPGRADE_HEADERS if 101 in operation.answers else {},
+        json=body if operation.body is not None else None,
     )
     assert answer.status_code == 400
     assert answer.json()["field"] == "not-a-parameter"

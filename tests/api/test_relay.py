@@ -85,7 +85,7 @@ async def guest(path: Path, limits: Limits = FAST) -> AsyncIterator[Guest]:
         running(bare(loopback), ROOMY) as inner,
         api(path, limits=limits) as served,
     ):
-        async with open_channel(served.doors.host, HybridVsock(path / "vsock")) as channel:
+        async with open_channel(served.deps.host, HybridVsock(path / "vsock")) as channel:
             client = AgentClient(channel)
             await served.create("demo")
             served.reach(client)

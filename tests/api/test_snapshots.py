@@ -29,17 +29,17 @@ async def said_to_run(served: Api, name: str = "demo", manifest: Manifest | None
     """The row of a VM that runs, of which there is nothing else."""
     manifest = manifest or Manifest(name="base", version="1")
     request = CreateVm(name=name, cpu_cores=1, memory_mb=128, plugin=manifest.name)
-    row = new_row(request, manifest, vm_id=len(served.doors.store.projection) + 1, now=NOW)
+    row = new_row(request, manifest, vm_id=len(served.deps.store.projection) + 1, now=NOW)
     steps = [Step(msgspec.structs.replace(row, status=status), "so it is said")
              for status in (Status.PENDING, Status.STARTING, Status.RUNNING)]  # fmt: skip
-    return await served.doors.journal.ask(AdoptRow(tuple(steps)), timeout_s=10)
+    return await served.deps.journal.ask(AdoptRow(tuple(steps)), timeout_s=10)
 
 
 async def kept(served: Api, name: str = "warm", **fields: Any) -> VmRow:
     """A snapshot of which there is nothing but the row; and the VM that it is of."""
     row = await said_to_run(served, **fields)
-    await served.doors.journal.ask(BeginSnapshot(row.id, TakeSnapshot(name=name), "abc"), timeout_s=10)
-    await served.doors.journal.ask(FinishSnapshot(name, "abc", 12.5, 4096), timeout_s=10)
+    await served.deps.journal.ask(BeginSnapshot(row.id, TakeSnapshot(name=name), "abc"), timeout_s=10)
+    await served.deps.journal.ask(FinishSnapshot(name, "abc", 12.5, 4096), timeout_s=10)
     return row
 
 
@@ -70,7 +70,7 @@ async def test_what_can_not_be_is_refused_and_says_why(
     await served.crashed("demo")
     answer = await served.client.post(f"/api/v1/{path}", json=body)
     assert (answer.status_code, answer.json().get("field")) == (status, field), answer.text
-    assert len(served.doors.store.projection) == 1
+    assert len(served.deps.store.projection) == 1
 
 
 async def test_a_snapshot_is_shown_used_and_removed(served: Api) -> None:
@@ -148,8 +148,8 @@ async def test_a_snapshot_that_comes_to_nothing_leaves_nothing(served: Api, tmp_
 
 
 async def events(served: Api) -> AsyncIterator[str]:
-    async with served.doors.store.events.cursor("oldest") as cursor:
-        while cursor.position != served.doors.store.events.newest:
+    async with served.deps.store.events.cursor("oldest") as cursor:
+        while cursor.position != served.deps.store.events.newest:
             taken = await cursor.take()
             assert isinstance(taken, list)
             for frame in taken:
@@ -161,7 +161,7 @@ async def test_tools_copy_vms_and_say_why_not(served: Api) -> None:
     found = await tool(served, "snapshots_list", vm="demo")
     assert ([one["name"] for one in found["snapshots"]], found["left_out"]) == (["warm"], 0)
     assert await tool(served, "vms_fork", vm="demo", names=["one", "two"]) is None
-    restored = await tool(served, "vms_restore", name="three", snapshot="warm")
+    restored = await tool(served, "vms_restore", name="three", from_snapshot="warm")
     assert (restored["outcome"], restored["vm"]["reason"]["code"]) == ("failed", "capture_gone")
     # Its actor has looked by now: nothing runs.
     assert await tool(served, "vms_snapshot", vm="demo") is None

@@ -100,7 +100,7 @@ async def test_what_a_vm_or_a_plugin_uses_stays_and_the_rest_goes(served: Api, t
 async def test_logs_of_deleted_vms_go_and_those_of_others_stay(served: Api) -> None:
     for name in ("demo", "gone"):
         vm = await served.crashed(name)
-        log = served.doors.logs.open(vm["id"], name)
+        log = served.deps.logs.open(vm["id"], name)
         log.append([_entry("x" * 100)])
     assert (await served.client.delete("/api/v1/vms/gone")).status_code == 204
     found = {key[1]: item for key, item in (await items(served)).items() if key[0] == "log"}
@@ -109,7 +109,7 @@ async def test_logs_of_deleted_vms_go_and_those_of_others_stay(served: Api) -> N
     done = await prune(served, "?kind=log")
     assert [item["name"] for item in done["items"]] == [str(vm["id"])]
     assert done["freed_bytes"] > 100
-    left = [path.name.partition("-")[0] for path in (served.doors.store.path.parent / "logs").iterdir()]
+    left = [path.name.partition("-")[0] for path in (served.deps.store.path.parent / "logs").iterdir()]
     assert left == [str(vm["id"] - 1)]
 
 
@@ -151,14 +151,14 @@ async def test_templates_go_unless_a_clone_of_them_runs_or_they_have_served_late
     unswept: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = unswept
-    store = served.doors.vms.doors.templates
+    store = served.deps.vms.doors.templates
     used, idle = KEY, msgspec.structs.replace(KEY, cmdline="idle")
     for key in (used, idle):
         await add(store, key)
     (store.directory / ("f" * 32 + ".new")).mkdir()
     (store.directory / "not-ours").mkdir()
     vm = await served.crashed("demo")
-    projection = served.doors.store.projection
+    projection = served.deps.store.projection
     row = projection.by_id(vm["id"])
     assert row is not None
     monkeypatch.setitem(projection._by_id, vm["id"], msgspec.structs.replace(row, template=used.digest))
@@ -200,7 +200,7 @@ async def test_what_another_daemon_with_the_same_cache_uses_stays_for_as_long_as
     place(cache, "b" * 64)
     _users.note_use(cache, "b" * 64, other)
     # This daemon has used it, too, and a third one, of which nothing is left.
-    for state_dir in (served.doors.store.path.parent, tmp_path / "gone"):
+    for state_dir in (served.deps.store.path.parent, tmp_path / "gone"):
         await ArtifactCache(cache, state_dir, timeout_s=60, max_mb=1, origins=Origins((tmp_path,))).obtain(artifact)
     await artifacts.obtain(artifact)
     found = await items(served)

@@ -138,7 +138,7 @@ async def test_of_those_who_hold_the_same_etag_one_changes_the_vm(served: Api) -
         for _ in range(8):
             nursery.start_soon(restart)
     assert sorted(statuses) == [200] + 7 * [412]
-    row = served.doors.store.projection.get("demo")
+    row = served.deps.store.projection.get("demo")
     assert row is not None
     assert row.generation == 2
 
@@ -147,7 +147,7 @@ async def test_if_match_means_the_vm_and_not_its_name(served: Api) -> None:
     await served.crashed("demo")
     await served.client.delete("/api/v1/vms/demo")
     await served.crashed("demo")
-    row = served.doors.store.projection.get("demo")
+    row = served.deps.store.projection.get("demo")
     assert row is not None
     for tag in (f'"{row.id - 1}-{row.revision}"', f'W/"{row.id}-{row.revision}"', '"x"', f'"{row.id}-{10**30}"'):
         answer = await served.client.delete("/api/v1/vms/demo", headers={"if-match": tag})
@@ -172,8 +172,8 @@ async def test_who_waits_is_let_go_when_the_daemon_stops(served: Api) -> None:
         await trio.sleep_forever()
 
     await served.crashed("demo")
-    served.doors.vms.wait = for_ever  # type: ignore[method-assign,assignment]
-    served.doors.vms.delete = for_ever  # type: ignore[method-assign]
+    served.deps.vms.wait = for_ever  # type: ignore[method-assign,assignment]
+    served.deps.vms.delete = for_ever  # type: ignore[method-assign]
     async with await served.server.connect() as waiting, await served.server.connect() as deleting:
         for stream, asked in (
             (waiting, request("GET", "/api/v1/vms/demo?wait=running")),

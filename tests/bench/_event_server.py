@@ -44,7 +44,7 @@ Pass = Callable[[int], Awaitable[None]]
 async def ours(control: str) -> None:
     with tempfile.TemporaryDirectory(prefix="vb") as state:
         async with api(Path(state), limits=Limits()) as served:
-            writers = [await Writer.create(served.doors.journal, f"vm{number}") for number in range(WRITERS)]
+            writers = [await Writer.create(served.deps.journal, f"vm{number}") for number in range(WRITERS)]
 
             async def commit(count: int) -> None:
                 left = iter(range(count))

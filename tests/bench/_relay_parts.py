@@ -109,7 +109,7 @@ async def daemon(path: str, port: int) -> None:
     ):
         async with (
             api(Path(state), limits=Limits()) as served,
-            open_channel(served.doors.host, HybridVsock(Path(path))) as channel,
+            open_channel(served.deps.host, HybridVsock(Path(path))) as channel,
         ):
             client = AgentClient(channel)
             await served.client.post("/api/v1/plugins", json={"name": "browser", "devtools": {"port": port}})

@@ -45,15 +45,7 @@ async def test_what_is_not_sent_is_left_to_the_daemon() -> None:
         made = await client.vms.create(CreateVm(name="demo", cpu_cores=1, memory_mb=256, labels={"a": "b"}))
     assert made.status is Status.PENDING
     body = server.requests[0].json()
-    assert body == {
-        "name": "demo",
-        "cpu_cores": 1,
-        "memory_mb": 256,
-        "plugin": "base",
-        "labels": {"a": "b"},
-        "restart_policy": "never",
-        "boot": "auto",
-    }
+    assert body == {"name": "demo", "cpu_cores": 1, "memory_mb": 256, "labels": {"a": "b"}}
 
 
 async def test_labels_are_parameters_of_their_own() -> None:

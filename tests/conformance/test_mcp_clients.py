@@ -19,7 +19,8 @@ import trio
 from tests.conformance.kit import Node
 from tests.system.kit import Daemon
 from volant.mcp._text import MAX_TEXT
-from volant.mcp._tools import TOOLS
+from volant.mcp._tools import tools
+from volant.operations import TABLE
 
 HERE = Path(__file__).parent
 NOT_APPLICABLE = HERE / "mcp_not_applicable.json"
@@ -69,7 +70,7 @@ def drive_python(python: str | Path, url: str, name: str) -> Any:
 def check(seen: Any, name: str, version: str) -> None:
     """Checks the report of a client."""
     assert seen["version"] == version
-    assert seen["tools"] == [tool.name for tool in TOOLS]
+    assert seen["tools"] == [tool.name for tool in tools(TABLE)]
     assert seen["created"]["outcome"] == "done"
     assert (seen["created"]["vm"]["name"], seen["created"]["vm"]["status"]) == (name, "running")
     assert any(name in message for message in seen["progress"]), seen["progress"]

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -135,7 +135,7 @@ async def test_running_vms_continue_and_stored_data_is_usable(
         await client.snapshots.remove("kept")
 
 
-async def _prepare(daemon: Daemon, lab: Lab, client: Client, rootfs: Path) -> list[VmView]:
+async def _prepare(daemon: Daemon, lab: Lab, client: Client, rootfs: Path) -> Sequence[VmView]:
     """Creates one VM of each kind; returns them."""
     await boot(client, "cold", boot="cold")
     await boot(client, "first")

@@ -13,6 +13,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated, get_args
 
 import msgspec
 import trio
@@ -29,8 +30,8 @@ from volant.http import (
     read_call_body,
 )
 from volant.journal import EventCursor, EventGap
-from volant.model import EventType, VmRow, check_plain, invalid, is_name, no_such_vm
-from volant.operations import ApiDeps
+from volant.model import EventType, Name, VmRow, check_plain, invalid, is_name, no_such_vm
+from volant.operations import TABLE, TEN_MINUTES, Answer, ApiDeps, Described, Permission
 
 from ._events import AguiEvent, Boots, Overview, RunAgentInput
 
@@ -52,6 +53,42 @@ _SSE = [
 _encoder = msgspec.json.Encoder()
 
 Send = Callable[[Sequence[AguiEvent]], Awaitable[None]]
+
+
+_DURATION = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": TEN_MINUTES})]
+
+TABLE.declare(
+    "POST /api/v1/agui",
+    "agui",
+    Permission.VIEW,
+    "Follow what happens to VMs, as an AG-UI run",
+    answers={
+        200: Answer("Server-sent events, one AG-UI event each", str, "text/event-stream", items=get_args(AguiEvent))
+    },
+    body=RunAgentInput,
+    described=(
+        Described("vm", Name, "Of this VM alone: the run is its boot, and ends with it"),
+        Described("duration", _DURATION, "The run ends after it: default `60s` without `vm`, at most `10m`"),
+    ),
+    errors=(404,),
+)
+TABLE.declare(
+    "GET /ws/v1/agui",
+    "agui_websocket",
+    Permission.VIEW,
+    "The same as a WebSocket",
+    answers={101: Answer("One AG-UI event a text message", items=get_args(AguiEvent))},
+    described=(
+        Described("vm", Name, "Of this VM alone: each of its boots is a run"),
+        Described("thread_id", str, "Of the runs; at most 200 characters"),
+        Described("run_id", str, "Of the first run; at most 200 characters"),
+        Described("resume", bool, "That run has begun on an earlier connection, and goes on"),
+        Described("step", str, "With `resume` and `vm`: the step that the client has open, empty for none"),
+    ),
+    errors=(404, 426),
+    credentials_in_query=True,
+    details="Closes with 1000 when the VM of `vm` is deleted, with 1001 when the daemon stops.",
+)
 
 
 def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:

@@ -16,7 +16,7 @@ import trio
 
 from volant.http import Call, StreamRoute, without_credentials
 from volant.model import Problem, is_name, no_such_vm
-from volant.operations import ApiDeps, action_of
+from volant.operations import ApiDeps, find_action
 from volant.relay import Relay, to_port
 
 _ACTIONS = re.compile(r"/api/v1/vms/([^/]*)/actions/([^/]*)/([^/]*)\Z")
@@ -31,7 +31,7 @@ def routes(deps: ApiDeps, relay: Relay) -> list[StreamRoute]:
         row = deps.store.projection.get(name) if is_name(name) else None
         if row is None:
             raise no_such_vm(name[:80])
-        action, port = action_of(row, plugin, wanted)
+        action, port = find_action(row, plugin, wanted)
         query = without_credentials(call.scope["query_string"]).decode("ascii")
         target = f"{action.path}?{query}" if query else action.path
         with trio.move_on_after(action.timeout_s) as deadline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from quart import Response, request
 from quart_trio import QuartTrio
@@ -10,9 +11,9 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from volant import agui, mcp
 from volant.concurrency import FairShare
-from volant.http import Access, Limits, Middleware, internal_error, problem_body, too_large
+from volant.http import Limits, Middleware, internal_error, problem_body, too_large
 from volant.model import Problem
-from volant.operations import ApiDeps
+from volant.operations import TABLE, ApiDeps, Table, check_permission
 from volant.relay import Relay
 
 from . import (
@@ -26,46 +27,34 @@ from . import (
     _events,
     _logs,
     _metrics,
-    _networks,
-    _orphans,
-    _plugins,
-    _snapshots,
-    _storage,
+    _rest,
     _system,
     _tcp,
-    _templates,
-    _tickets,
-    _vms,
     _workload_api,
 )
-from ._idempotency import Repeats
 
 _log = logging.getLogger("volant.api")
 
 
-def create_app(deps: ApiDeps, limits: Limits | None = None, access: Access | None = None) -> QuartTrio:
-    """The API over `deps`, to be handed to `serve`; `access` for whoever wants to replace its settings later."""
+def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE) -> QuartTrio:
+    """Returns the app that serves a table of operations, to be handed to `volant.http.serve`."""
     limits = limits or Limits()
-    access = access or Access(deps.settings)
     app = QuartTrio("volant.api", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=limits.json_body, RESPONSE_TIMEOUT=None, BODY_TIMEOUT=30)
     # A proxied path is not ours to tidy, and redirects help no client of an API.
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
     _answer_errors(app, limits)
-    for resource in (_system, _storage, _orphans, _templates, _metrics, _docs, _workload_api):
+    _rest.add_routes(app, deps, table)
+    for resource in (_system, _metrics, _workload_api):
         resource.add_routes(app, deps)
-    repeats = Repeats(deps)
-    for changing in (_vms, _snapshots, _networks):
-        changing.add_routes(app, deps, repeats)
-    _plugins.add_routes(app, deps, repeats, access)
-    _tickets.add_routes(app, deps, access)
+    _docs.add_routes(app, deps, table)
     share = FairShare()
     relay = Relay(share)
     streams = [
         *_agent.routes(deps, relay),
         *_actions.routes(deps, relay),
-        *_devtools.routes(deps, relay, share, access),
+        *_devtools.routes(deps, relay, share),
         *_events.routes(deps),
         *_logs.routes(deps, share),
         *_console.routes(deps, share),
@@ -73,9 +62,10 @@ def create_app(deps: ApiDeps, limits: Limits | None = None, access: Access | Non
         *_backups.routes(deps, limits),
         *_artifacts.routes(deps),
         *agui.routes(deps, limits),
-        *mcp.routes(deps, limits),
+        *mcp.routes(deps, limits, table),
     ]
-    app.asgi_app = Middleware(app.asgi_app, streams, access, limits)  # type: ignore[method-assign]
+    authorize = partial(check_permission, deps, table)
+    app.asgi_app = Middleware(app.asgi_app, streams, deps.access, limits, authorize)  # type: ignore[method-assign]
     return app
 
 

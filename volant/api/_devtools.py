@@ -27,7 +27,7 @@ import trio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
 from volant.concurrency import FairShare
-from volant.http import Access, Call, StreamRoute, interruptible, without_credentials
+from volant.http import Call, StreamRoute, interruptible, without_credentials
 from volant.model import DEVTOOLS_PORT, Desired, Problem, Status, VmRow, is_name, no_such_vm
 from volant.operations import ApiDeps
 from volant.relay import SANDBOX, Relay, first_text, to_port
@@ -71,9 +71,9 @@ class Place:
         return f"{self.base}/{path}" + (f"?ticket={self.ticket()}" if self.ticket is not None else "")
 
 
-def routes(deps: ApiDeps, relay: Relay, share: FairShare, access: Access) -> list[StreamRoute]:
+def routes(deps: ApiDeps, relay: Relay, share: FairShare) -> list[StreamRoute]:
     """The routes of this resource."""
-    browsers = _Browsers(deps, relay, share, access)
+    browsers = _Browsers(deps, relay, share)
     return [
         # A page of another origin can make a browser send GETs, so what opens a page is none.
         StreamRoute(_NEW, browsers.serve, methods=frozenset({"PUT"}), key_in_query=True),
@@ -82,11 +82,11 @@ def routes(deps: ApiDeps, relay: Relay, share: FairShare, access: Access) -> lis
 
 
 class _Browsers:
-    def __init__(self, deps: ApiDeps, relay: Relay, share: FairShare, access: Access) -> None:
+    def __init__(self, deps: ApiDeps, relay: Relay, share: FairShare) -> None:
         self._deps = deps
         self._relay = relay
         self._share = share
-        self._access = access
+        self._access = deps.access
         self._answers: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()
 
     async def serve(self, call: Call) -> None:

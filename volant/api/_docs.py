@@ -11,15 +11,15 @@ import msgspec
 from quart import Response
 from quart_trio import QuartTrio
 
-from volant.operations import ApiDeps
+from volant.http import no_query
+from volant.operations import ApiDeps, Table
 
 from ._openapi import document
-from ._params import no_query
 
 _PAGE = Path(__file__).with_name("docs.html")
 
 
-def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
+def add_routes(app: QuartTrio, deps: ApiDeps, table: Table) -> None:
     """The routes of this resource."""
     page = _PAGE.read_text()
     policy = _policy(page)
@@ -28,7 +28,7 @@ def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
     async def openapi() -> Response:
         no_query()
         # Made at the first request, from sources that have to be read.
-        plain = await deps.host.threads.run(document)
+        plain = await deps.host.threads.run(document, table)
         return Response(msgspec.json.encode(plain), content_type="application/json")
 
     @app.get("/docs")

@@ -16,9 +16,9 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 import msgspec
 from quart import request
 
-from volant.journal import DuplicateRequest, IdempotencyKey, Refusal, Result, StoreRefusal
+from volant.journal import DuplicateRequest, IdempotencyKey, Refusal, Result, StoreRefusal, ask_journal
 from volant.model import Problem, invalid
-from volant.operations import ApiDeps, ask_journal
+from volant.operations import ApiDeps
 
 R = TypeVar("R", bound=Result)
 
@@ -78,7 +78,7 @@ class Repeats:
             return await act(key)
         except Problem as refusal:
             if refusal.status < 500 and refusal.field != "Idempotency-Key":
-                await ask_journal(self._deps, StoreRefusal(Refusal.of(refusal), key))
+                await ask_journal(self._deps.journal, StoreRefusal(Refusal.of(refusal), key))
             raise
 
 

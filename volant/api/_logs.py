@@ -14,7 +14,7 @@ from volant.concurrency import FairShare
 from volant.http import GOING_AWAY, NORMAL, Call, Query, StreamRoute, interruptible, parse_time
 from volant.journal import LogCursor, LogGap, LogStream, VmLog
 from volant.model import Problem, invalid, is_name, no_such_vm
-from volant.operations import ApiDeps, log_of, unreadable
+from volant.operations import ApiDeps, open_log, unreadable
 
 _WEBSOCKET = re.compile(r"/ws/v1/vms/([^/]*)/logs/?\Z")
 _HTTP = re.compile(r"/api/v1/vms/([^/]*)/logs/?\Z")
@@ -90,7 +90,7 @@ def _find(deps: ApiDeps, call: Call, *, tail: int | None, follow: bool) -> tuple
     query.done()
     row = deps.store.projection.get(name) if is_name(name) else None
     if row is not None and vm_id in (None, row.id):
-        return log_of(deps, row), wanted
+        return open_log(deps, row), wanted
     if vm_id is not None and deps.store.projection.by_id(vm_id) is None:
         with unreadable(name):
             log = deps.logs.find(vm_id)

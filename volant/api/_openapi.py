@@ -1,4 +1,4 @@
-"""The OpenAPI document: `_operations` and the structs that it names, put into OpenAPI's form."""
+"""The OpenAPI document: the table of operations and the structs that it names, put into OpenAPI's form."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ from typing import Annotated, Any
 import msgspec
 
 from volant import __version__
-from volant.http import Nothing
-from volant.model import Name, ProblemDetails, WantTicket
-from volant.operations import describe, owners
-
-from ._operations import ANY, HEADERS, JSON, OCTETS, OPERATIONS, PROBLEMS, TAGS, Answer, OneOf, Operation, Parameter
+from volant.http import JSON, Nothing
+from volant.model import Name, ProblemDetails
+from volant.operations import (
+    ANY,
+    OCTETS,
+    TABLE,
+    Answer,
+    Described,
+    OneOf,
+    Operation,
+    Permission,
+    Table,
+    describe,
+    owners,
+)
 
 Schema = dict[str, Any]
 
@@ -46,18 +56,63 @@ _WITH_BODY = (408, 413, 415)
 _OF_GUESTS = "Inside a VM"
 
 
+PROBLEMS = {
+    400: "A body that is no JSON, a wrong, unknown or missing field; an unknown, repeated or malformed parameter",
+    401: "The daemon asks for an API key",
+    403: "An address that is not allowed, or a foreign `Origin`",
+    404: "There is none of this name",
+    406: "What the client accepts is not what there is",
+    408: "The body took longer than 30 s",
+    409: "Not possible in the present state",
+    410: "The events after that one are not kept",
+    412: "The VM has changed since `If-Match`",
+    413: "The body is larger than 1 MiB, or than what the route takes",
+    415: "The body is not JSON",
+    416: "The file has no such range",
+    421: "`Host` is not a name of this daemon",
+    422: "The `Idempotency-Key` was used for another request, or members of the body contradict each other",
+    426: "This is a WebSocket",
+    502: "The guest, its agent or its port does not answer",
+    503: "The daemon can't now: no capacity, it stops, or its disk does not take the change",
+    507: "The disk is full: that of the guest, or the cache's",
+}
+"""What each error status means; the body is always `ProblemDetails`."""
+
+HEADERS = {
+    "Content-Disposition": "A name for the file",
+    "Repr-Digest": "`sha-256=:…:` (RFC 9530)",
+    "Volant-File-Mode": "The mode, octal",
+    "ETag": "Changes with every change of the VM, or of the file; for `If-Match` and `If-None-Match`",
+    "Location": "The path of what was made",
+    "Volant-Wait": "With `wait`: `met`, `failed` (it came to rest in another state, or is gone) or `timeout`",
+    "Volant-Event-Id": "The event up to which the list is true: follow the events from there and miss nothing",
+    "Idempotency-Replayed": "`true` when the request came before: nothing was done now, and this is the first answer",
+    "Link": '`<…>; rel="next"` when there are more',
+}
+
+TAGS = {
+    "VMs": "Make, change and watch VMs",
+    "Inside a VM": "The agent, the workload and ports of a guest. Path, query and bodies pass byte for byte",
+    "Plugins": "Kinds of VMs",
+    "Templates": "What VMs begin as clones of",
+    "Snapshots": "Copies of VMs that are kept, to go on from",
+    "Networks": "Named networks in which VMs reach each other",
+    "System": "The daemon about itself",
+}
+
+
 @cache
-def document() -> Schema:
-    """The document, as plain data. The same object each time, not to be changed. Takes some 50 ms at first."""
+def document(table: Table = TABLE) -> Schema:
+    """Returns the document of a table, as plain data; the same object each time. Takes some 50 ms at first."""
     # Through JSON, so that it is what a client reads: a default of a struct may be a tuple.
-    plain: Schema = msgspec.json.decode(msgspec.json.encode(_document()))
+    plain: Schema = msgspec.json.decode(msgspec.json.encode(_document(table)))
     return plain
 
 
-def _document() -> Schema:
-    kinds = _Kinds(OPERATIONS)
+def _document(table: Table) -> Schema:
+    kinds = _Kinds(tuple(table))
     paths: dict[str, Schema] = {}
-    for operation in OPERATIONS:
+    for operation in table:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, kinds)
     return {
         "openapi": "3.1.1",
@@ -103,11 +158,11 @@ class _Kinds:
     def __init__(self, operations: Sequence[Operation]) -> None:
         kinds: list[Any] = [ProblemDetails, *(kind for kind, _ in _IN_PATH.values())]
         for operation in operations:
-            kinds.extend(parameter.kind for parameter in operation.parameters)
-            kinds.append(operation.takes)
-            for answer in operation.gives.values():
-                kinds.extend((answer.kind, *answer.items))
-        kinds = [single for kind in kinds for single in (kind.kinds if isinstance(kind, OneOf) else (kind,))]
+            kinds.extend(parameter.schema for parameter in operation.parameters)
+            kinds.append(operation.body)
+            for answer in operation.answers.values():
+                kinds.extend((answer.type, *answer.items))
+        kinds = [single for kind in kinds for single in (kind.types if isinstance(kind, OneOf) else (kind,))]
         # The types that are in a schema by themselves: bytes are said to be base64 there, which bodies are not.
         unique = {repr(kind): kind for kind in kinds if kind is not None and kind is not bytes}
         schemas, self.components = msgspec.json.schema_components(unique.values(), ref_template=_REFERENCE)
@@ -122,22 +177,22 @@ class _Kinds:
     def schema(self, kind: Any) -> Schema:
         """The schema of a type, or a reference to it."""
         if isinstance(kind, OneOf):
-            return {"anyOf": [self.schema(single) for single in kind.kinds]}
+            return {"anyOf": [self.schema(single) for single in kind.types]}
         return {} if kind is bytes else dict(self._schemas[repr(kind)])
 
 
 def _operation(operation: Operation, kinds: _Kinds) -> Schema:
-    in_path = re.findall(r"{(\w+)}", operation.path)
+    in_path = operation.arguments
     shown: Schema = {
         "operationId": operation.name,
         "tags": [_tag(operation.path)],
-        "summary": operation.says,
+        "summary": operation.summary,
     }
     if operation.details:
         shown["description"] = operation.details
-    if operation.keyless:
+    if operation.permission is Permission.PUBLIC:
         shown["security"] = []
-    elif operation.key_in_query:
+    elif operation.credentials_in_query:
         shown["security"] = _HEADER_KEYS + _QUERY_KEYS
     parameters = [
         {"name": name, "in": "path", "required": True, "description": says, "schema": kinds.schema(kind)}
@@ -147,17 +202,18 @@ def _operation(operation: Operation, kinds: _Kinds) -> Schema:
     parameters.extend(_parameter(parameter, kinds) for parameter in operation.parameters)
     if parameters:
         shown["parameters"] = parameters
-    if operation.takes is not None:
-        media = operation.takes_media or (ANY if operation.takes is bytes else JSON)
-        schema = kinds.schema(operation.takes)
+    if operation.body is not None:
+        media = operation.body_media or (ANY if operation.body is bytes else JSON)
+        schema = kinds.schema(operation.body)
         shown["requestBody"] = {
-            "required": bool(operation.takes_media) or operation.takes not in (Nothing, WantTicket, bytes),
-            "content": {**_as_bytes(operation.takes), media: {"schema": schema}},
+            "required": bool(operation.body_media)
+            or not (operation.body in (Nothing, bytes) or operation.body_optional),
+            "content": {**_as_bytes(operation.body), media: {"schema": schema}},
         }
-    responses: Schema = {str(status): _answer(answer, kinds) for status, answer in operation.gives.items()}
+    responses: Schema = {str(status): _answer(answer, kinds) for status, answer in operation.answers.items()}
     problem = "Relayed" if _tag(operation.path) == _OF_GUESTS else "Problem"
     for status in sorted(_failures(operation, in_path)):
-        if status in operation.gives:
+        if status in operation.answers:
             responses[str(status)]["content"] |= _problem(PROBLEMS[status], kinds)["content"]
         else:
             responses[str(status)] = {"$ref": f"#/components/responses/{problem}{status}"}
@@ -171,19 +227,19 @@ def _as_bytes(kind: Any) -> Schema:
 
 
 def _failures(operation: Operation, in_path: Sequence[str]) -> set[int]:
-    failures = {*_EVERYWHERE, *operation.fails}
-    if operation.keyless:
+    failures = {*_EVERYWHERE, *operation.errors}
+    if operation.permission is Permission.PUBLIC:
         failures.discard(401)
     if in_path:
         failures.add(404)
-    if operation.takes not in (None, bytes):
+    if operation.body not in (None, bytes):
         failures.update(_WITH_BODY)
     return failures
 
 
-def _parameter(parameter: Parameter, kinds: _Kinds) -> Schema:
-    schema = kinds.schema(parameter.kind)
-    shown: Schema = {"name": parameter.name, "in": parameter.place, "description": parameter.says}
+def _parameter(parameter: Described, kinds: _Kinds) -> Schema:
+    schema = kinds.schema(parameter.schema)
+    shown: Schema = {"name": parameter.name, "in": parameter.place, "description": parameter.help}
     if parameter.repeated:
         shown["schema"] = {"type": "array", "items": schema}
     else:
@@ -195,15 +251,15 @@ def _parameter(parameter: Parameter, kinds: _Kinds) -> Schema:
 
 
 def _answer(answer: Answer, kinds: _Kinds) -> Schema:
-    shown: Schema = {"description": answer.says}
+    shown: Schema = {"description": answer.text}
     if answer.headers:
         shown["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in answer.headers}
-    if answer.kind is not None:
+    if answer.type is not None:
         # Of a stream, tools hold each event against it (as OpenAPI 3.2 does with `itemSchema`), and not the text.
-        schema = {} if answer.media == "text/event-stream" else kinds.schema(answer.kind)
+        schema = {} if answer.media == "text/event-stream" else kinds.schema(answer.type)
         shown["content"] = {answer.media: {"schema": schema}}
         if answer.media == ANY:
-            shown["content"] = {**_as_bytes(answer.kind), **shown["content"]}
+            shown["content"] = {**_as_bytes(answer.type), **shown["content"]}
     if answer.streams:
         shown["content"]["text/event-stream"] = {"schema": {}}
     if answer.items:

@@ -26,13 +26,11 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
-from volant.http import json_response
+from volant.http import json_response, no_query
 from volant.model import Problem, VmRow, is_openapi, is_too_deep
 from volant.model.agent import AGENT_PREFIX, HEALTHZ, WORKLOAD_PREFIX
-from volant.operations import ApiDeps, vm_row
+from volant.operations import ApiDeps, find_vm
 from volant.relay import SANDBOX, to_port, unreachable
-
-from ._params import no_query
 
 _USUAL_PATH = "/openapi.json"
 _ANSWER_S = 10.0
@@ -49,7 +47,7 @@ def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
     @app.get("/api/v1/vms/<name>/openapi")
     async def workload_openapi(name: str) -> Response:
         no_query()
-        row = vm_row(deps, name)
+        row = find_vm(deps, name)
         said = row.manifest.openapi
         path = said if isinstance(said, str) else _USUAL_PATH
         try:

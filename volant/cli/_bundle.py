@@ -357,7 +357,7 @@ class _Daemon:
         self._bundle.document("orphans.json", await self._client.system.orphans())
         self._bundle.document("plugins.json", await self._client.plugins.list())
         # Those with something to say first.
-        vms.sort(key=lambda vm: (vm.reason is None, vm.status == "running", vm.id))
+        vms = sorted(vms, key=lambda vm: (vm.reason is None, vm.status == "running", vm.id))
         for vm in vms[:_INSPECTED]:
             try:
                 self._bundle.document(f"inspect/{vm.name}.json", await self._client.vms.inspect(vm.name))

@@ -98,3 +98,7 @@ def _ask(ctx: click.Context, incomplete: str, wanted: Callable[[Client], Awaitab
         # Whatever it is: the person is in the middle of a line.
         return []
     return [name for name in names if name.startswith(incomplete)]
+
+
+NAMES = {"vms": vm_names, "plugins": plugin_names, "networks": network_names, "snapshots": snapshot_names}
+"""What completes the name of a resource."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from volant.client import NetworksOperations
 from volant.model import NetworkView
 
 from ._complete import network_names
+from ._derived import add_commands
 from ._output import Output
 from ._run import Session, command
 from ._text import safe
@@ -53,17 +55,6 @@ async def show(session: Session, network: str) -> None:
     _show(session.out, await session.client.networks.get(network))
 
 
-@command(group, "remove")
-@network_argument
-async def remove(session: Session, network: str) -> None:
-    """Remove a network that no VM is in."""
-    await session.client.networks.remove(network)
-    if session.out.json:
-        session.out.document({"network": network, "removed": True})
-    else:
-        session.out.line(f"network {safe(network)} is removed")
-
-
 def _show(out: Output, network: NetworkView) -> None:
     if out.json:
         out.document(network)
@@ -72,3 +63,6 @@ def _show(out: Output, network: NetworkView) -> None:
     if network.vms:
         out.line("")
         out.table(("VM", "ADDRESS"), list(network.vms.items()))
+
+
+add_commands(group, "networks", NetworksOperations, besides=["get"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from volant.client import SnapshotsOperations
 from volant.model import MAX_COPIES, ForkVm, SnapshotView, TakeSnapshot
 
 from ._complete import snapshot_names, vm_names
+from ._derived import add_commands
 from ._output import Output
 from ._run import FAILED, TIMED_OUT, Duration, Pair, Session, command
 from ._text import safe, span
@@ -31,7 +33,8 @@ snapshot_argument = click.argument("snapshot", shell_complete=snapshot_names)
 @click.option("--vm", shell_complete=vm_names, help="Only those of this VM.")
 async def list_(session: Session, vm: str | None) -> None:
     """List snapshots, also those of VMs that are gone."""
-    snapshots = await session.client.snapshots.list(vm)
+    listed = session.client.snapshots
+    snapshots = await (listed.list() if vm is None else listed.list_of_vm(vm))
     if session.out.json:
         session.out.document(snapshots)
         return
@@ -57,17 +60,6 @@ async def list_(session: Session, vm: str | None) -> None:
 async def show(session: Session, snapshot: str) -> None:
     """Show one snapshot."""
     _show(session.out, await session.client.snapshots.get(snapshot))
-
-
-@command(group, "remove")
-@snapshot_argument
-async def remove(session: Session, snapshot: str) -> None:
-    """Remove a snapshot. VMs that were made from it go on."""
-    await session.client.snapshots.remove(snapshot)
-    if session.out.json:
-        session.out.document({"snapshot": snapshot, "removed": True})
-    else:
-        session.out.line(f"snapshot {safe(snapshot)} is removed")
 
 
 @command(vms_group, "snapshot")
@@ -144,3 +136,6 @@ def _show(out: Output, snapshot: SnapshotView) -> None:
             ("labels", ", ".join(f"{key}={value}" for key, value in snapshot.labels.items())),
         )
     )
+
+
+add_commands(group, "snapshots", SnapshotsOperations, besides=["get", "list_of_vm", "take"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast, get_args
+from typing import get_args
 
 import click
 
@@ -51,9 +51,7 @@ async def prune(session: Session, dry_run: bool, kinds: tuple[str, ...], unused_
     What a VM, a plugin, a snapshot or a process uses stays. Disks without a VM, snapshots that the daemon does not
     know, and databases that a restore has moved aside go only when they are named: --kind disk, snapshot, database.
     """
-    done = await session.client.system.prune(
-        cast("tuple[StoredKind, ...]", kinds), dry_run=dry_run, unused_for_s=unused_for
-    )
+    done = await session.client.system.prune(kinds=kinds, dry_run=dry_run, unused_for_s=unused_for)
     if session.out.json:
         session.out.document(done)
     else:

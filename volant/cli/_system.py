@@ -6,7 +6,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from volant.client import SystemOperations
+
 from . import _backup, _drain, _storage
+from ._derived import add_commands
 from ._output import styled
 from ._run import Session, command
 from ._system_group import group
@@ -37,16 +40,6 @@ async def status(session: Session) -> None:
             ("host memory", f"{found.mem_percent:.0f} %"),
         ]
     )
-
-
-@command(group, "info")
-async def info(session: Session) -> None:
-    """Show addresses, versions, folders, the accelerator and why it was chosen."""
-    found = await session.client.system.info()
-    if session.out.json:
-        session.out.document(found)
-    else:
-        session.out.nested(found)
 
 
 @command(group, "tree")
@@ -85,3 +78,6 @@ def _lines(node: Mapping[str, Any], first: str, rest: str) -> Iterator[str]:
     for position, child in enumerate(children):
         last = position == len(children) - 1
         yield from _lines(child, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
+
+
+add_commands(group, "system", SystemOperations, besides=["adopt_orphan", "kill_orphan", "orphans"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from volant.client import TemplatesOperations
 from volant.model import BuildTemplate
 
 from ._complete import network_choices, plugin_names
+from ._derived import add_commands
 from ._run import Session, command
 from ._text import safe
 
@@ -79,12 +81,4 @@ async def build(
         session.out.line(f"template {safe(template.digest)} for {safe(template.plugin)} is ready")
 
 
-@command(group, "remove")
-@click.argument("digest")
-async def remove(session: Session, digest: str) -> None:
-    """Remove a template. VMs that began as its clones go on; the next one of its kind boots cold."""
-    await session.client.templates.remove(digest)
-    if session.out.json:
-        session.out.document({"digest": digest, "removed": True})
-    else:
-        session.out.line(f"template {safe(digest)} is removed")
+add_commands(group, "templates", TemplatesOperations)

@@ -11,12 +11,13 @@ from typing import Literal
 import click
 import trio
 
-from volant.client import ClientError, Command, Feed, LogGap, LogLine, StreamGap, Waited
+from volant.client import ClientError, Command, Feed, LogGap, LogLine, StreamGap, VmsOperations, Waited
 from volant.concurrency import open_helpers
 from volant.model import BASE, READY, CreateVm, Event, Problem, RestoreVm, Status, VmMemory, VmView
 
 from . import _console, _copy, _exec, _forward, _snapshots
 from ._complete import network_choices, plugin_names, snapshot_names, vm_names
+from ._derived import add_commands
 from ._events import event_line, follow, label_option, reason_lines, retrying, since_option, type_option
 from ._output import Output, colourful, styled
 from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair, Session, States, command
@@ -45,7 +46,7 @@ async def list_(
     session: Session, status: str | None, labels: tuple[tuple[str, str], ...], plugin: str | None, wide: bool
 ) -> None:
     """List VMs."""
-    vms = await session.client.vms.list(status=status, labels=dict(labels), plugin=plugin)
+    vms = await session.client.vms.list(status=status or (), labels=dict(labels), plugin=plugin)
     if session.out.json:
         session.out.document(vms)
         return
@@ -68,17 +69,6 @@ async def list_(
 async def get(session: Session, name: str) -> None:
     """Show one VM."""
     _show(session.out, await session.client.vms.get(name))
-
-
-@command(group, "inspect")
-@name_argument
-async def inspect(session: Session, name: str) -> None:
-    """Show what the daemon is doing with a VM."""
-    found = await session.client.vms.inspect(name)
-    if session.out.json:
-        session.out.document(found)
-    else:
-        session.out.nested(found)
 
 
 @command(group, "memory")
@@ -628,3 +618,6 @@ def _why(vm: VmView) -> str:
     if vm.reason is None and vm.workload is not None and vm.workload.state in ("failed", "unhealthy"):
         return f"workload_{vm.workload.state}"
     return vm.reason.code if vm.reason is not None else ""
+
+
+add_commands(group, "vms", VmsOperations)

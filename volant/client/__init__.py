@@ -13,6 +13,14 @@ from ._exec import ExecEnd, ExecOutput, Process
 from ._exec_session import ExecGap, ExecSession, RemoteSession
 from ._feed import Feed, OnRetry
 from ._files import FileInfo, FileReader
+from ._operations import (
+    NetworksOperations,
+    PluginsOperations,
+    SnapshotsOperations,
+    SystemOperations,
+    TemplatesOperations,
+    VmsOperations,
+)
 from ._tcp import TcpStream
 from ._types import Command, Reconnected, Waited
 
@@ -40,17 +48,23 @@ __all__ = [
     "Health",
     "LogGap",
     "LogLine",
+    "NetworksOperations",
     "OnRetry",
     "PluginView",
+    "PluginsOperations",
     "Process",
     "Reconnected",
     "RemoteSession",
     "Restored",
+    "SnapshotsOperations",
     "StreamGap",
+    "SystemOperations",
     "SystemStatus",
     "TcpStream",
+    "TemplatesOperations",
     "Ticket",
     "UnexpectedAnswer",
     "Unreachable",
+    "VmsOperations",
     "Waited",
 ]

@@ -13,34 +13,17 @@ import trio
 
 from volant.model import (
     ArtifactView,
-    BuildTemplate,
     ConsoleGap,
-    CreateNetwork,
     CreateVm,
     Event,
-    ForkVm,
     Health,
     LogGap,
     LogLine,
-    Manifest,
-    NetworkView,
-    OrphanView,
-    PluginView,
-    Pruned,
     Restored,
     RestoreVm,
-    SnapshotView,
     Status,
-    StoredKind,
     StreamGap,
-    SystemStatus,
-    TakeSnapshot,
-    TemplateView,
-    Ticket,
-    Usage,
-    VmMemory,
     VmView,
-    WantTicket,
     check_name,
     format_duration,
 )
@@ -48,9 +31,10 @@ from volant.model.agent_types import ExecStart
 
 from ._actions import ACTION_S, ActionAnswer, Pieces, is_from_guest
 from ._address import Address
-from ._artifacts import UPLOAD_S, send_artifact
+from ._artifacts import send_artifact
 from ._backups import Backup, open_backup, send_backup
 from ._browser import Browser, find_browser
+from ._calls import duration, pairs
 from ._console import Console, Line, pump_console
 from ._errors import ClientProblem, UnexpectedAnswer
 from ._events import pump_events
@@ -60,6 +44,14 @@ from ._feed import Backoff, Feed, OnRetry, feeding
 from ._files import SILENCE_S, TAR, FileInfo, FileReader, file_url, open_file, put_file, stat_file
 from ._http import ANSWER_S, Http, Query, chunks_of, decode
 from ._logs import pump_logs
+from ._operations import (
+    NetworksOperations,
+    PluginsOperations,
+    SnapshotsOperations,
+    SystemOperations,
+    TemplatesOperations,
+    VmsOperations,
+)
 from ._tcp import TcpStream
 from ._types import Command, Reconnected, Waited
 from ._websocket import open_websocket
@@ -91,9 +83,9 @@ class Client:
         self._http = Http(Address.parse(base_url), api_key)
         self.vms = _Vms(self._http)
         self.plugins = _Plugins(self._http)
-        self.networks = _Networks(self._http)
-        self.templates = _Templates(self._http)
-        self.snapshots = _Snapshots(self._http)
+        self.networks = NetworksOperations(self._http)
+        self.templates = TemplatesOperations(self._http)
+        self.snapshots = SnapshotsOperations(self._http)
         self.system = _System(self._http)
 
     async def __aenter__(self) -> Client:
@@ -127,7 +119,7 @@ class Client:
         query: dict[str, str | Sequence[str] | None] = {
             "vm": vm,
             "types": ",".join(types) or None,
-            "label": _labels(labels),
+            "label": pairs(labels),
         }
         last_event_id = ""
         if after == "0":
@@ -148,98 +140,15 @@ class Client:
         return str(event_id)
 
 
-class _Vms:
-    """`client.vms`."""
-
-    def __init__(self, http: Http) -> None:
-        self._http = http
-
-    async def list(
-        self,
-        *,
-        status: Status | str | None = None,
-        labels: Mapping[str, str] | None = None,
-        plugin: str | None = None,
-    ) -> list[VmView]:
-        """All VMs, or those that fit, by id."""
-        query = {"status": str(status) if status else None, "label": _labels(labels), "plugin": plugin}
-        return await self._http.get("/api/v1/vms", list[VmView], query)
-
-    async def get(self, name: str) -> VmView:
-        """One VM."""
-        return await self._http.get(_vm(name), VmView)
-
-    async def inspect(self, name: str) -> dict[str, Any]:
-        """What its actor and its process are doing; the members may change from version to version."""
-        return await self._http.get(f"{_vm(name)}/inspect", dict[str, Any])
-
-    async def memory(self, name: str) -> VmMemory:
-        """What it takes of memory, measured now."""
-        return await self._http.get(f"{_vm(name)}/memory", VmMemory)
-
-    async def create(self, request: CreateVm | RestoreVm, *, idempotency_key: str | None = None) -> VmView:
-        """Create a VM, or one that goes on from a snapshot. It is durable when this returns, and usually `pending`; see
-        `wait`.
-
-        This and the commands are sent again when a connection breaks, and done once. With an `idempotency_key` of your
-        own (1 to 255 visible ASCII characters) you can call them again with the same arguments for 24 h, from another
-        process too, and get the first answer.
-        """
-        body = {
-            field: value
-            for field in request.__struct_fields__
-            if (value := getattr(request, field)) not in (None, "", {}, ()) or field == "name"
-        }
-        return decode(await self._http.once("/api/v1/vms", key=idempotency_key, body=body), VmView)
-
-    async def fork(
-        self,
-        name: str,
-        request: ForkVm | None = None,
-        *,
-        idempotency_key: str | None = None,
-        timeout_s: float = SNAPSHOT_S,
-    ) -> Sequence[VmView]:
-        """Make VMs that go on from where this one is. It is copied and they are durable when this returns; they are
-        usually `pending`."""
-        body = request or ForkVm()
-        answer = await self._http.once(f"{_vm(name)}/fork", key=idempotency_key, body=body, timeout_s=timeout_s)
-        return decode(answer, list[VmView])
-
-    async def delete(self, name: str) -> None:
-        """Delete a VM; returns when nothing of it is left."""
-        await self._http.request("DELETE", _vm(name), timeout_s=_DELETE_S)
-
-    async def start(self, name: str, *, idempotency_key: str | None = None) -> VmView:
-        """Let it run. Durable when this returns, as with all commands; the boot itself comes after."""
-        return await self.apply(name, "start", idempotency_key=idempotency_key)
-
-    async def stop(self, name: str, *, grace_s: float | None = None, idempotency_key: str | None = None) -> VmView:
-        """Let it stop: the guest is asked, and killed after `grace_s` (None: the daemon's default, 10 s)."""
-        return await self.apply(name, "stop", grace_s=grace_s, idempotency_key=idempotency_key)
-
-    async def restart(self, name: str, *, idempotency_key: str | None = None) -> VmView:
-        """Let it boot anew."""
-        return await self.apply(name, "restart", idempotency_key=idempotency_key)
-
-    async def pause(self, name: str, *, idempotency_key: str | None = None) -> VmView:
-        """Let its guest stand still once it runs: its memory, its process and open streams stay."""
-        return await self.apply(name, "pause", idempotency_key=idempotency_key)
-
-    async def resume(self, name: str, *, idempotency_key: str | None = None) -> VmView:
-        """Let a paused guest go on, with its clock set."""
-        return await self.apply(name, "resume", idempotency_key=idempotency_key)
-
-    async def recover(self, name: str, *, idempotency_key: str | None = None) -> VmView:
-        """Take control again of a VM whose reason is `control_lost`."""
-        return await self.apply(name, "recover", idempotency_key=idempotency_key)
+class _Vms(VmsOperations):
+    """`client.vms`: what the operations have, and what streams or waits."""
 
     async def apply(
         self, name: str, command: Command, *, grace_s: float | None = None, idempotency_key: str | None = None
     ) -> VmView:
-        """A command by its name; `grace_s` is for `stop` and `restart`."""
+        """Applies a command by its name; `grace_s` is for `stop` and `restart`."""
         path = f"{_vm(name)}/{command}"
-        return decode(await self._http.once(path, key=idempotency_key, query=_grace(grace_s)), VmView)
+        return decode(await self._http.once(path, key=idempotency_key, query={"grace": duration(grace_s)}), VmView)
 
     async def wait(
         self, name: str, states: Collection[Status | str] = (Status.RUNNING,), *, timeout_s: float = 60.0
@@ -274,7 +183,9 @@ class _Vms:
         Two would not do for `restart`: right after it the VM is still `running`, from before.
         """
         key = idempotency_key
-        return await self._wait("POST", name, f"{_vm(name)}/{command}", states, timeout_s, _grace(grace_s), key)
+        return await self._wait(
+            "POST", name, f"{_vm(name)}/{command}", states, timeout_s, {"grace": duration(grace_s)}, key
+        )
 
     async def _wait(
         self,
@@ -537,36 +448,8 @@ class _Vms:
         return await self._http.get(f"{_vm(name)}/agent/healthz", dict[str, Any])
 
 
-class _Plugins:
+class _Plugins(PluginsOperations):
     """`client.plugins`."""
-
-    def __init__(self, http: Http) -> None:
-        self._http = http
-
-    async def list(self) -> list[PluginView]:
-        """All plugins, `base` among them."""
-        return await self._http.get("/api/v1/plugins", list[PluginView])
-
-    async def get(self, name: str) -> PluginView:
-        """One plugin."""
-        return await self._http.get(f"/api/v1/plugins/{_name(name)}", PluginView)
-
-    async def manifest(self, name: str) -> Manifest:
-        """What one plugin is made of."""
-        return await self._http.get(f"/api/v1/plugins/{_name(name)}/manifest", Manifest)
-
-    async def install(
-        self, manifest: Manifest | Mapping[str, object], *, idempotency_key: str | None = None
-    ) -> PluginView:
-        """Install a plugin; as with `vms.create`, it is done once however often it has to be sent.
-
-        :raises ClientProblem: also with the code `artifact-not-allowed` or `artifact-unavailable`, when `boot` names a
-            file of the daemon's host that the daemon does not read for this client: `upload` it first
-        """
-        # The daemon reads and verifies files of its host before it answers.
-        timeout_s = UPLOAD_S if "boot" in _members(manifest) else ANSWER_S
-        answer = await self._http.once("/api/v1/plugins", key=idempotency_key, body=manifest, timeout_s=timeout_s)
-        return decode(answer, PluginView)
 
     async def upload(self, sha256: str, content: AsyncIterable[bytes], size: int) -> ArtifactView:
         """Send a file that a manifest names, of `size` bytes, into the daemon's cache.
@@ -575,146 +458,9 @@ class _Plugins:
         """
         return await send_artifact(self._http, sha256, content, size)
 
-    async def enable(self, name: str, enabled: bool = True) -> PluginView:
-        """Let new VMs use a plugin, or not."""
-        path = f"/api/v1/plugins/{_name(name)}/enabled"
-        return decode(await self._http.request("POST", path, body={"enabled": enabled}), PluginView)
 
-    async def remove(self, name: str) -> None:
-        """Remove a plugin that no VM uses."""
-        await self._http.request("DELETE", f"/api/v1/plugins/{_name(name)}")
-
-
-class _Networks:
-    """`client.networks`."""
-
-    def __init__(self, http: Http) -> None:
-        self._http = http
-
-    async def list(self) -> list[NetworkView]:
-        """All, by name."""
-        return await self._http.get("/api/v1/networks", list[NetworkView])
-
-    async def get(self, name: str) -> NetworkView:
-        """One network, and the VMs in it."""
-        return await self._http.get(f"/api/v1/networks/{_name(name)}", NetworkView)
-
-    async def create(self, name: str, *, idempotency_key: str | None = None) -> NetworkView:
-        """Make a network; as with `vms.create`, it is done once however often it has to be sent."""
-        body = CreateNetwork(name=name)
-        return decode(await self._http.once("/api/v1/networks", key=idempotency_key, body=body), NetworkView)
-
-    async def remove(self, name: str) -> None:
-        """Remove a network that no VM is in."""
-        await self._http.request("DELETE", f"/api/v1/networks/{_name(name)}")
-
-
-class _Templates:
-    """`client.templates`."""
-
-    def __init__(self, http: Http) -> None:
-        self._http = http
-
-    async def list(self) -> list[TemplateView]:
-        """All, also those that are being built or could not be."""
-        return await self._http.get("/api/v1/templates", list[TemplateView])
-
-    async def build(self, wanted: BuildTemplate, *, timeout_s: float = BUILD_S) -> TemplateView:
-        """Build the template of a kind of VM, and wait until it is there."""
-        answer = await self._http.request("POST", "/api/v1/templates", body=wanted, timeout_s=timeout_s)
-        return decode(answer, TemplateView)
-
-    async def remove(self, digest: str) -> None:
-        """Remove a template; VMs that began as its clones go on."""
-        await self._http.request("DELETE", f"/api/v1/templates/{_name(digest)}")
-
-
-class _Snapshots:
-    """`client.snapshots`."""
-
-    def __init__(self, http: Http) -> None:
-        self._http = http
-
-    async def list(self, vm: str | None = None) -> list[SnapshotView]:
-        """All, or those of a VM; the oldest first."""
-        return await self._http.get("/api/v1/snapshots" if vm is None else f"{_vm(vm)}/snapshots", list[SnapshotView])
-
-    async def get(self, name: str) -> SnapshotView:
-        """One snapshot."""
-        return await self._http.get(f"/api/v1/snapshots/{_name(name)}", SnapshotView)
-
-    async def take(
-        self,
-        vm: str,
-        request: TakeSnapshot | None = None,
-        *,
-        idempotency_key: str | None = None,
-        timeout_s: float = SNAPSHOT_S,
-    ) -> SnapshotView:
-        """Keep a VM as it is now; all of it is on the disk when this returns."""
-        body = request or TakeSnapshot()
-        answer = await self._http.once(f"{_vm(vm)}/snapshots", key=idempotency_key, body=body, timeout_s=timeout_s)
-        return decode(answer, SnapshotView)
-
-    async def remove(self, name: str) -> None:
-        """Remove a snapshot; VMs made from it go on."""
-        await self._http.request("DELETE", f"/api/v1/snapshots/{_name(name)}")
-
-
-class _System:
+class _System(SystemOperations):
     """`client.system`."""
-
-    def __init__(self, http: Http) -> None:
-        self._http = http
-
-    async def status(self) -> SystemStatus:
-        """VMs by status, and the host's load."""
-        return await self._http.get("/api/v1/system/status", SystemStatus)
-
-    async def info(self) -> dict[str, Any]:
-        """Addresses, versions, accelerator and why; the members may grow."""
-        return await self._http.get("/api/v1/system/info", dict[str, Any])
-
-    async def tree(self) -> dict[str, Any]:
-        """The supervisor tree."""
-        return await self._http.get("/api/v1/system/tree", dict[str, Any])
-
-    async def orphans(self) -> list[OrphanView]:
-        """Hypervisors of the daemon's that run and that no VM owns."""
-        return await self._http.get(_ORPHANS, list[OrphanView])
-
-    async def adopt_orphan(self, mark: str, *, name: str | None = None) -> VmView:
-        """Make a VM of one.
-
-        :param name: instead of its own, which another VM may have
-        """
-        path = f"{_ORPHANS}/{quote(mark, safe='')}/adopt"
-        return decode(await self._http.request("POST", path, query={"name": name}), VmView)
-
-    async def kill_orphan(self, mark: str) -> None:
-        """End one. Its disk stays."""
-        await self._http.request("POST", f"{_ORPHANS}/{quote(mark, safe='')}/kill")
-
-    async def df(self) -> Usage:
-        """What takes space on the host, and what of it can go."""
-        return await self._http.get("/api/v1/system/df", Usage)
-
-    async def prune(
-        self, kinds: Collection[StoredKind] = (), *, dry_run: bool = False, unused_for_s: float | None = None
-    ) -> Pruned:
-        """Remove what nobody uses.
-
-        :param kinds: only these; by default what can be had again, and logs of deleted VMs. Disks and databases without
-            a VM go only when they are named
-        :param dry_run: say what would go, and remove nothing
-        :param unused_for_s: of templates only those from which no VM began for so long
-        """
-        query = {
-            "kind": ",".join(kinds) or None,
-            "dry_run": "true" if dry_run else None,
-            "unused_for": None if unused_for_s is None else format_duration(round(unused_for_s, 3)),
-        }
-        return decode(await self._http.request("POST", "/api/v1/system/prune", query=query, timeout_s=_PRUNE_S), Pruned)
 
     def backup(self) -> AbstractAsyncContextManager[Backup]:
         """What the daemon must not lose, as one file in pieces: VMs, plugins, events; no disks and no logs."""
@@ -736,44 +482,11 @@ class _System:
         """As Prometheus reads them."""
         return (await self._http.request("GET", "/metrics")).text
 
-    async def drain(self, *, stop_vms: bool = False, grace_s: float | None = None) -> SystemStatus:
-        """Let no VM be made or start, until `undrain`; over restarts of daemon and host too.
-
-        :param stop_vms: stop those that are up, too, some at a time; they start again after `undrain`
-        :param grace_s: how long each guest has then (None: the daemon's default, 10 s)
-        """
-        query = {"stop_vms": "true" if stop_vms else None, **(_grace(grace_s) if stop_vms else {})}
-        return decode(await self._http.request("POST", "/api/v1/system/drain", query=query), SystemStatus)
-
-    async def undrain(self) -> SystemStatus:
-        """Let VMs start again; those that waited do."""
-        return decode(await self._http.request("POST", "/api/v1/system/undrain"), SystemStatus)
-
-    async def ticket(self, path: str | None = None) -> Ticket:
-        """What opens one WebSocket or event stream in place of a key: for browsers, which can't set headers there."""
-        body = None if path is None else WantTicket(path)
-        return decode(await self._http.request("POST", "/api/v1/tickets", body=body), Ticket)
-
 
 def _name(name: str) -> str:
     """:raises Problem: 400; what is no name would be another path."""
     return check_name(name, "name")
 
 
-def _members(manifest: Manifest | Mapping[str, Any]) -> Collection[str]:
-    """The members of a manifest that say something."""
-    if isinstance(manifest, Manifest):
-        return () if manifest.boot is None else ("boot",)
-    return manifest
-
-
 def _vm(name: str) -> str:
     return f"/api/v1/vms/{_name(name)}"
-
-
-def _grace(grace_s: float | None) -> Query:
-    return {"grace": None if grace_s is None else format_duration(round(grace_s, 3))}
-
-
-def _labels(labels: Mapping[str, str] | None) -> Sequence[str]:
-    return [f"{key}={value}" for key, value in (labels or {}).items()]

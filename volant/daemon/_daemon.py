@@ -349,8 +349,8 @@ class Daemon:
                 backups=self.backups,
                 host=self.host,
                 system=self,
-            ),
-            access=self._access,
+                access=self._access,
+            )
         )
 
     @property

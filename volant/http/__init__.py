@@ -5,6 +5,7 @@ from ._body import (
     Nothing,
     Upload,
     decode,
+    no_query,
     read_body,
     read_body_or,
     read_call_body,
@@ -13,7 +14,7 @@ from ._body import (
     receive_into,
 )
 from ._call import GOING_AWAY, NORMAL, Call, Header, Message
-from ._json import empty_response, json_response
+from ._json import JSON, empty_response, json_response
 from ._keys import TICKET_S
 from ._limits import Limits
 from ._middleware import Middleware, StreamRoute, first_problem, internal_error
@@ -26,6 +27,7 @@ from ._waits import interruptible
 
 __all__ = [
     "GOING_AWAY",
+    "JSON",
     "MAX_INTEGER",
     "NORMAL",
     "TICKET_S",
@@ -48,6 +50,7 @@ __all__ = [
     "interruptible",
     "json_response",
     "new_request_id",
+    "no_query",
     "parse_network",
     "parse_time",
     "problem_body",

@@ -15,6 +15,7 @@ from ._call import Call
 from ._json_paths import with_member
 from ._limits import Limits
 from ._problems import too_large
+from ._query import Query
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -25,6 +26,12 @@ _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`\Z", re.DOTA
 _BODY_S = 30.0
 _SILENCE_S = 60.0
 """A body that is passed on may take long, but not fall silent for longer than this."""
+
+
+def no_query() -> None:
+    """:raises Problem: 400 the current request has a parameter."""
+    if request.query_string:
+        Query(request.query_string).done()
 
 
 class Nothing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 from quart import Response
 
+JSON = "application/json"
+
 _encoder = msgspec.json.Encoder()
 
 
@@ -18,4 +20,4 @@ def empty_response(status: int) -> Response:
 
 def json_response(value: object, status: int = 200) -> Response:
     """`value` as JSON: structs, dataclasses, plain data."""
-    return Response(_encoder.encode(value), status=status, content_type="application/json")
+    return Response(_encoder.encode(value), status=status, content_type=JSON)

@@ -55,8 +55,17 @@ class StreamRoute:
 class Middleware:
     """The ASGI app that is served."""
 
-    def __init__(self, app: AsgiApp, routes: Sequence[StreamRoute], access: Access, limits: Limits) -> None:
+    def __init__(
+        self,
+        app: AsgiApp,
+        routes: Sequence[StreamRoute],
+        access: Access,
+        limits: Limits,
+        authorize: Callable[[str | None, str, str], None],
+    ) -> None:
+        """:param authorize: takes the caller, the method and the path; raises a Problem where that is not allowed"""
         self._app = app
+        self._authorize = authorize
         self._routes = routes
         self._access = access
         self._limits = limits
@@ -96,6 +105,7 @@ class Middleware:
         route, args = self._find(path)
         scope["state"]["caller"] = self._access.authenticate(scope, in_query=_takes_credentials_in_query(call, route))
         current_caller.set(caller_text(self._access.client(scope), scope["state"]["caller"]))
+        self._authorize(scope["state"]["caller"], call.method, path)
         if route is not None:
             call.args = args
             self._check_method(route, call)

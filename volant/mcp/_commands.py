@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 
 import msgspec
 
 from volant import __version__
 from volant.http import Nothing, decode
-from volant.model import CreateVm, Name, Problem, Status, check_create, invalid, view
-from volant.operations import chosen, vm_row
+from volant.model import CreateVm, Name, Problem, Status, invalid
+from volant.operations import Table, check_operation, vms
 
-from ._tool import Asked
+from ._tool import ToolCall
 from ._wire import Command, CommandAnswer
 
 
@@ -40,52 +39,52 @@ class _Named(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 MCP_VERSIONS = ["2026-07-28", "2025-11-25", "2025-06-18"]
 
 
-async def answer_command(asked: Asked, data: bytes) -> CommandAnswer:
-    """Do what the command in a body says; a failure is told in the answer."""
+async def answer_command(call: ToolCall, table: Table, data: bytes) -> CommandAnswer:
+    """Does what the command in a body says; the answer tells of a failure, too."""
     try:
         command = decode(data, Command)
-        run = _COMMANDS.get(command.command)
-        if run is None:
+        known = _COMMANDS.get(command.command)
+        if known is None:
             raise invalid(
                 "command", f"there is no command {command.command[:80]!r}", hint=f"there are {', '.join(_COMMANDS)}"
             )
-        return CommandAnswer(await run(asked, msgspec.json.encode(command.params)), "")
+        operation, run = known
+        check_operation(call.deps, call.caller, table[operation])
+        return CommandAnswer(await run(call, msgspec.json.encode(command.params)), "")
     except Problem as problem:
         return CommandAnswer(None, f"{problem.detail}; {problem.hint}" if problem.hint else problem.detail)
 
 
-async def _list(asked: Asked, params: bytes) -> object:
+async def _list(call: ToolCall, params: bytes) -> object:
     wanted = decode(params, _Listed, "params")
     plugins = (wanted.plugin,) if wanted.plugin is not None else ()
-    return [view(row) for row in chosen(asked.deps, states=wanted.status, plugins=plugins, labels=wanted.labels)]
+    return (await vms.list_vms(call, status=wanted.status, plugin=plugins, labels=wanted.labels)).items
 
 
-async def _create(asked: Asked, params: bytes) -> object:
-    wanted = decode(params, CreateVm, "params")
-    check_create(wanted)
-    return view(await asked.deps.vms.create(wanted))
+async def _create(call: ToolCall, params: bytes) -> object:
+    return (await vms.create_vm(call, body=decode(params, CreateVm, "params"))).vm
 
 
-async def _get(asked: Asked, params: bytes) -> object:
-    return view(vm_row(asked.deps, decode(params, _Named, "params").name))
+async def _get(call: ToolCall, params: bytes) -> object:
+    return (await vms.get_vm(call, decode(params, _Named, "params").name)).vm
 
 
-async def _delete(asked: Asked, params: bytes) -> object:
-    name = vm_row(asked.deps, decode(params, _Named, "params").name).name
-    await asked.until(partial(asked.deps.vms.delete, name))
+async def _delete(call: ToolCall, params: bytes) -> object:
+    await vms.delete_vm(call, decode(params, _Named, "params").name)
     return None
 
 
-async def _capabilities(asked: Asked, params: bytes) -> object:
+async def _capabilities(call: ToolCall, params: bytes) -> object:
     decode(params, Nothing, "params")
-    plugins = [plugin.manifest.name for plugin in asked.deps.store.projection.plugins.values() if plugin.enabled]
+    plugins = [plugin.manifest.name for plugin in call.deps.store.projection.plugins.values() if plugin.enabled]
     return Capabilities(__version__, list(_COMMANDS), plugins, MCP_VERSIONS)
 
 
-_COMMANDS: Mapping[str, Callable[[Asked, bytes], Awaitable[object]]] = {
-    "volant.vms.list": _list,
-    "volant.vms.create": _create,
-    "volant.vms.get": _get,
-    "volant.vms.delete": _delete,
-    "volant.system.get_capabilities": _capabilities,
+_COMMANDS: Mapping[str, tuple[str, Callable[[ToolCall, bytes], Awaitable[object]]]] = {
+    "volant.vms.list": ("list_vms", _list),
+    "volant.vms.create": ("create_vm", _create),
+    "volant.vms.get": ("get_vm", _get),
+    "volant.vms.delete": ("delete_vm", _delete),
+    "volant.system.get_capabilities": ("system_info", _capabilities),
 }
+"""What each does, and the operation whose permission it needs."""

@@ -195,7 +195,7 @@ async def call_action(deps: ApiDeps, vm: str, action: Action, port: int, given: 
     headers = [(b"host", b"localhost:%d" % port)]
     if action.method == "GET" and given is not None:
         if not isinstance(given, dict):
-            raise invalid("input", "input is no object, and this action takes one", hint="it is asked with GET")
+            raise invalid("input", "input is no object, and this action takes one", hint="it is call with GET")
         target += "?" + urlencode({key: _as_text(value) for key, value in given.items()})
     elif given is not None:
         body = _encoder.encode(given)

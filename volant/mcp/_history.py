@@ -10,10 +10,10 @@ import trio
 
 from volant.journal import EventGap, LogGap
 from volant.model import Event, EventId, EventType, LogLine, Name, StreamGap
-from volant.operations import log_of, vm_row
+from volant.operations import find_vm, open_log
 
 from ._text import BUDGET, clip, fitting, fitting_last, weight
-from ._tool import Asked, Result, log_link
+from ._tool import Result, ToolCall, log_link
 
 _PAGE_BYTES = 64 * 1024
 _LINE_BYTES = 4 * 1024
@@ -38,14 +38,14 @@ class LogPage(msgspec.Struct, frozen=True):
     next_since: int
     """For `since`, to go on after the last line."""
     left_out: int
-    """Lines that were asked for and did not fit: older ones, or with `since` newer ones."""
+    """Lines that were call for and did not fit: older ones, or with `since` newer ones."""
     lost: int = 0
     """Lines after `since` that are not kept any more."""
 
 
-async def read_logs(asked: Asked, wanted: Logs) -> Result:
-    row = vm_row(asked.deps, wanted.vm)
-    log = log_of(asked.deps, row)
+async def read_logs(call: ToolCall, wanted: Logs) -> Result:
+    row = find_vm(call.deps, wanted.vm)
+    log = open_log(call.deps, row)
     lines: list[LogLine] = []
     bytes_kept = left_out = lost = 0
     position = log.newest if wanted.since is None else min(wanted.since, log.newest)
@@ -56,7 +56,7 @@ async def read_logs(asked: Asked, wanted: Logs) -> Result:
         streams=frozenset(wanted.stream),
         follow=False,
     ) as cursor:
-        while taken := await asked.until(partial(cursor.take, 64 * 1024)):
+        while taken := await call.until(partial(cursor.take, 64 * 1024)):
             if isinstance(taken, LogGap):
                 lost += taken.last - taken.first + 1
                 continue
@@ -106,8 +106,8 @@ class EventPage(msgspec.Struct, frozen=True):
     """Events after `since` that are not kept any more."""
 
 
-async def see_events(asked: Asked, wanted: Events) -> Result:
-    log = asked.deps.store.events
+async def see_events(call: ToolCall, wanted: Events) -> Result:
+    log = call.deps.store.events
     after: EventId | str | None = wanted.since and wanted.since[:200]
     gap = None
     if not after:
@@ -127,7 +127,7 @@ async def see_events(asked: Asked, wanted: Events) -> Result:
             if at_end and (found or trio.current_time() >= deadline):
                 break
             with trio.CancelScope(deadline=deadline if at_end else float("inf")) as scope:
-                taken = await asked.until(partial(cursor.take, _PAGE_BYTES))
+                taken = await call.until(partial(cursor.take, _PAGE_BYTES))
             if scope.cancelled_caught or not taken:
                 break
             if isinstance(taken, EventGap):

@@ -10,11 +10,11 @@ import msgspec
 
 from volant.model import Name
 from volant.model.agent_types import ExecRequest
-from volant.operations import action_of, vm_row
+from volant.operations import find_action, find_vm
 
 from . import _guest
 from ._text import BUDGET, clip, joined, prefix, weight
-from ._tool import DEFAULT_S, Asked, Image, Path, Result, Seconds, file_link
+from ._tool import DEFAULT_S, Image, Path, Result, Seconds, ToolCall, file_link
 
 _PAGE_BYTES = 48 * 1024
 
@@ -53,7 +53,7 @@ class ExecDone(msgspec.Struct, frozen=True):
     """Whether the middle of stdout or stderr is left out."""
 
 
-async def execute(asked: Asked, wanted: Exec) -> Result:
+async def execute(call: ToolCall, wanted: Exec) -> Result:
     request: ExecRequest = {"command": wanted.command, "env": wanted.env}
     if wanted.cwd is not None:
         request["cwd"] = wanted.cwd
@@ -61,8 +61,8 @@ async def execute(asked: Asked, wanted: Exec) -> Result:
         request["user"] = wanted.user
     if wanted.stdin:
         request["stdin"] = base64.b64encode(wanted.stdin.encode("utf-8", "surrogatepass")).decode("ascii")
-    vm = vm_row(asked.deps, wanted.vm).name
-    ran = await asked.until(partial(_guest.run_command, asked.deps, vm, request, wanted.timeout_s))
+    vm = find_vm(call.deps, wanted.vm).name
+    ran = await call.until(partial(_guest.run_command, call.deps, vm, request, wanted.timeout_s))
     stderr, stderr_whole = ran.stderr.text(BUDGET // 2)
     stdout, stdout_whole = ran.stdout.text(BUDGET - weight(stderr))
     done = ExecDone(
@@ -103,10 +103,10 @@ class FileContent(msgspec.Struct, frozen=True):
     """Where to read on; null at the end."""
 
 
-async def read_file(asked: Asked, wanted: ReadFile) -> Result:
-    vm = vm_row(asked.deps, wanted.vm).name
+async def read_file(call: ToolCall, wanted: ReadFile) -> Result:
+    vm = find_vm(call.deps, wanted.vm).name
     offset = wanted.offset or 0
-    read = await asked.until(partial(_guest.read_file, asked.deps, vm, wanted.path, offset=offset, limit=_PAGE_BYTES))
+    read = await call.until(partial(_guest.read_file, call.deps, vm, wanted.path, offset=offset, limit=_PAGE_BYTES))
     text = _text_of(read.data, read.ended)
     encoding: Literal["utf-8", "base64"] = "utf-8" if text is not None else "base64"
     if text is not None:
@@ -120,8 +120,8 @@ async def read_file(asked: Asked, wanted: ReadFile) -> Result:
     if wanted.offset is None and text is not None and not complete and read.size is not None:
         # The head, of which half is shown now, and the tail.
         tail_at = max(shown // 2, read.size - _PAGE_BYTES // 2)
-        tail = await asked.until(
-            partial(_guest.read_file, asked.deps, vm, wanted.path, offset=tail_at, limit=_PAGE_BYTES // 2)
+        tail = await call.until(
+            partial(_guest.read_file, call.deps, vm, wanted.path, offset=tail_at, limit=_PAGE_BYTES // 2)
         )
         content, shown = joined(text, tail.data.decode("utf-8", "replace"), read.size, BUDGET)
     return Result(
@@ -167,13 +167,13 @@ class WrittenFile(msgspec.Struct, frozen=True):
     """In bytes."""
 
 
-async def write_file(asked: Asked, wanted: WriteFile) -> Result:
-    vm = vm_row(asked.deps, wanted.vm).name
+async def write_file(call: ToolCall, wanted: WriteFile) -> Result:
+    vm = find_vm(call.deps, wanted.vm).name
     if wanted.encoding == "base64":
         data = _guest.from_base64(wanted.content, "content")
     else:
         data = wanted.content.encode("utf-8", "surrogatepass")
-    await asked.until(partial(_guest.write_file, asked.deps, vm, wanted.path, data))
+    await call.until(partial(_guest.write_file, call.deps, vm, wanted.path, data))
     return Result(WrittenFile(wanted.path, len(data)))
 
 
@@ -200,10 +200,10 @@ class ActionDone(msgspec.Struct, frozen=True):
     truncated: bool
 
 
-async def call_action(asked: Asked, wanted: Action) -> Result:
-    row = vm_row(asked.deps, wanted.vm)
-    action, port = action_of(row, row.plugin, wanted.action)
-    acted = await asked.until(partial(_guest.call_action, asked.deps, row.name, action, port, wanted.input))
+async def call_action(call: ToolCall, wanted: Action) -> Result:
+    row = find_vm(call.deps, wanted.vm)
+    action, port = find_action(row, row.plugin, wanted.action)
+    acted = await call.until(partial(_guest.call_action, call.deps, row.name, action, port, wanted.input))
     whole = acted.body.size <= _guest.MAX_BLOB
     output: Any = None
     images: tuple[Image, ...] = ()

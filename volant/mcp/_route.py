@@ -23,10 +23,11 @@ import trio
 
 from volant.http import Call, Limits, Message, StreamRoute, read_call_bytes
 from volant.model import Problem, invalid
-from volant.operations import ApiDeps
+from volant.operations import TABLE, Answer, ApiDeps, OneOf, Permission, Table
 
 from ._commands import answer_command
-from ._tool import Asked
+from ._tool import ToolCall
+from ._wire import Command, CommandAnswer, RpcAnswer, RpcMessage
 
 if TYPE_CHECKING:
     from ._server import McpServer
@@ -49,7 +50,25 @@ class _Looked(msgspec.Struct):
 _look = msgspec.json.Decoder(_Looked)
 
 
-def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
+TABLE.declare(
+    "POST /api/v1/mcp",
+    "mcp",
+    Permission.VIEW,
+    "Speak the Model Context Protocol, or send a command in a form of our own",
+    answers={
+        200: Answer("The answer to a request, or to a command", OneOf((RpcAnswer, CommandAnswer)), streams=True),
+        202: Answer("A notification or an answer was taken"),
+        **{status: Answer("The protocol's own errors", RpcAnswer) for status in (400, 404, 406, 413, 415)},
+    },
+    body=OneOf((RpcMessage, Command)),
+    errors=(404, 406, 503),
+    details="Streamable HTTP, without sessions: 2026-07-28, where each request has the headers `MCP-Protocol-Version` "
+    "and `Mcp-Method`, and versions that begin with `initialize`. An object with `command` and without `jsonrpc` is a "
+    "command; its failures are answered with 200 and `error`.",
+)
+
+
+def routes(deps: ApiDeps, limits: Limits, table: Table) -> list[StreamRoute]:
     """The routes of this resource."""
     server: McpServer | None = None
     loading = trio.Lock()
@@ -58,7 +77,7 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
         nonlocal server
         async with loading:
             if server is None:
-                server = await deps.host.threads.run(_load, deps)
+                server = await deps.host.threads.run(_load, deps, table)
         return server
 
     async def mcp(call: Call) -> None:
@@ -74,7 +93,7 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
             others = [field for field in call.scope["headers"] if field[0] != b"content-type"]
             call.scope["headers"] = [*others, _JSON[0]]
         body = await read_call_bytes(call, limits)
-        serve = partial(_command, deps, body) if _is_command(call, body) else partial(_protocol, loaded, body)
+        serve = partial(_command, deps, table, body) if _is_command(call, body) else partial(_protocol, loaded, body)
         if await call.while_connected(partial(serve, call)):
             await call.finish()
 
@@ -105,8 +124,8 @@ def _is_command(call: Call, body: bytes) -> bool:
     return True
 
 
-async def _command(deps: ApiDeps, body: bytes, call: Call) -> None:
-    answer = _encoder.encode(await answer_command(Asked(deps, call.stopping), body))
+async def _command(deps: ApiDeps, table: Table, body: bytes, call: Call) -> None:
+    answer = _encoder.encode(await answer_command(ToolCall(deps=deps, scope=call.scope), table, body))
     await call.start(200, [*_JSON, (b"content-length", b"%d" % len(answer))])
     await call.write(answer)
 
@@ -145,10 +164,10 @@ def _accepts(header: str | None) -> tuple[bool, bool]:
     )
 
 
-def _load(deps: ApiDeps) -> McpServer:
+def _load(deps: ApiDeps, table: Table) -> McpServer:
     from ._server import McpServer
 
-    return McpServer(deps)
+    return McpServer(deps, table)
 
 
 class _Replay:

@@ -43,12 +43,12 @@ from volant import __version__
 from volant.http import Limits, decode, first_problem, internal_error
 from volant.journal import LogGap
 from volant.model import LogLine, Problem, is_name, view
-from volant.operations import ApiDeps, log_of, standalone, vm_row
+from volant.operations import TABLE, ApiDeps, Table, check_operation, find_vm, open_log, standalone
 
 from . import _guest
 from ._text import MAX_TEXT, clip
-from ._tool import Asked, Result, Tool, log_link, vm_uri
-from ._tools import TOOLS
+from ._tool import Result, Tool, ToolCall, log_link, vm_uri
+from ._tools import tools
 
 Context = ServerRequestContext[Any, Any]
 
@@ -62,7 +62,7 @@ _INSTRUCTIONS = (
     "may be on the same host: touch only those that you have made or were told of. When something fails, vms_get "
     "shows the reason and vms_logs the console."
 )
-_TELL_S = 10.0
+_REPORT_S = 10.0
 """So often a client that wants to know hears that a call is still under way."""
 _PAGE = 100
 _RESOURCE = re.compile(r"volant://vms/([^/]+)(?:/(logs|files)(/.*)?)?\Z", re.DOTALL)
@@ -71,7 +71,7 @@ _LATER = CacheHint(ttl_ms=300_000, scope="public")
 
 _VOLAR = re.compile(r"`volar ([a-z]+) ([a-z]+)[^`]*`")
 """A command in a hint: `volar vms start demo`."""
-_TOOL_NAMES = frozenset(tool.name for tool in TOOLS)
+_TOOL_NAMES = frozenset(tool.name for tool in tools(TABLE))
 
 _encode = msgspec.json.Encoder().encode
 
@@ -79,10 +79,11 @@ _encode = msgspec.json.Encoder().encode
 class McpServer:
     """Serves one request after the other, or many at once; it keeps nothing between them."""
 
-    def __init__(self, deps: ApiDeps) -> None:
+    def __init__(self, deps: ApiDeps, table: Table = TABLE) -> None:
         self._deps = deps
-        self._tools = {tool.name: tool for tool in TOOLS}
-        self._entries = [_entry(tool) for tool in TOOLS]
+        self._table = table
+        self._tools = {tool.name: tool for tool in tools(table)}
+        self._entries = [_entry(tool) for tool in self._tools.values()]
         schemas = {entry.name: entry.input_schema for entry in self._entries}
         self._server: Server[Any] = Server(
             "volant",
@@ -114,14 +115,15 @@ class McpServer:
         tool = self._tools.get(params.name)
         if tool is None:
             raise MCPError(INVALID_PARAMS, f"there is no tool {params.name[:80]!r}")
-        asked = self._asked(context)
+        call = self._call(context)
         answer: CallToolResult | None = None
         try:
+            check_operation(self._deps, call.caller, self._table[tool.operation])
             arguments = _arguments(tool, params)
             async with trio.open_nursery() as nursery:
                 if context.meta is not None and "progress_token" in context.meta:
-                    nursery.start_soon(_tell, asked, context)
-                answer = _success(await tool.run(asked, arguments))
+                    nursery.start_soon(_report, call, context)
+                answer = _success(await tool.run(call, arguments))
                 nursery.cancel_scope.cancel()
         except* Problem as group:
             answer = _failure(first_problem(group))
@@ -172,25 +174,25 @@ class McpServer:
     async def _read_resource(self, context: Context, params: ReadResourceRequestParams) -> ReadResourceResult:
         uri = str(params.uri)
         try:
-            return ReadResourceResult(contents=[await self._read(self._asked(context), uri)])
+            return ReadResourceResult(contents=[await self._read(self._call(context), uri)])
         except Problem as problem:
             raise MCPError(INVALID_PARAMS, _text(problem), {"uri": uri[:4096]}) from None
 
-    async def _read(self, asked: Asked, uri: str) -> TextResourceContents | BlobResourceContents:
+    async def _read(self, call: ToolCall, uri: str) -> TextResourceContents | BlobResourceContents:
         found = _RESOURCE.match(uri)
         vm, what, path = found.groups("") if found else ("", "", "")
         if not is_name(vm) or bool(path) != (what == "files"):
             raise Problem(404, "not-found", f"there is no resource {uri[:200]!r}")
-        row = vm_row(self._deps, vm)
+        row = find_vm(self._deps, vm)
         if not what:
             text = _encode(view(row)).decode()
             return TextResourceContents(uri=uri, mime_type="application/json", text=text)
         if what == "logs":
-            text = await _log_text(asked, vm)
+            text = await _log_text(call, vm)
             return TextResourceContents(uri=uri, mime_type="text/plain", text=text)
         name = unquote(path)
         limit = _guest.MAX_BLOB
-        read = await asked.until(lambda: _guest.read_file(self._deps, vm, name, limit=limit))
+        read = await call.until(lambda: _guest.read_file(self._deps, vm, name, limit=limit))
         if not read.ended:
             raise Problem(413, "file-too-large", f"{name} is larger than {limit} bytes: read parts with vms_read_file")
         data = read.data
@@ -200,26 +202,27 @@ class McpServer:
             blob = base64.b64encode(data).decode("ascii")
             return BlobResourceContents(uri=uri, mime_type="application/octet-stream", blob=blob)
 
-    def _asked(self, context: Context) -> Asked:
-        return Asked(self._deps, _state(context)["stopping"])
+    def _call(self, context: Context) -> ToolCall:
+        assert context.request is not None
+        return ToolCall(deps=self._deps, scope=context.request.scope)
 
 
-async def _tell(asked: Asked, context: Context) -> None:
-    """Tell the client how far a call is, when there is news and every now and then."""
+async def _report(call: ToolCall, context: Context) -> None:
+    """Reports how far a call is, when that changes and every now and then."""
     began = trio.current_time()
     while True:
-        with trio.move_on_after(_TELL_S):
-            await asked.news.wait()
-        asked.news = trio.Event()
-        await context.session.report_progress(round(trio.current_time() - began, 3), None, asked.told or "under way")
+        with trio.move_on_after(_REPORT_S):
+            await call.changed.wait()
+        call.changed = trio.Event()
+        await context.session.report_progress(round(trio.current_time() - began, 3), None, call.progress or "under way")
 
 
-async def _log_text(asked: Asked, vm: str) -> str:
-    log = log_of(asked.deps, vm_row(asked.deps, vm))
+async def _log_text(call: ToolCall, vm: str) -> str:
+    log = open_log(call.deps, find_vm(call.deps, vm))
     lines: deque[str] = deque()
     size = 0
     async with log.cursor(tail=_LOG_LINES, follow=False) as cursor:
-        while taken := await asked.until(partial(cursor.take, 256 * 1024)):
+        while taken := await call.until(partial(cursor.take, 256 * 1024)):
             if isinstance(taken, LogGap):
                 continue
             for frame in taken:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
 import msgspec
 import trio
 
-from volant.http import interruptible
-from volant.model import Problem
-from volant.operations import ApiDeps
+from volant.operations import Context
 
 T = TypeVar("T")
 
 DEFAULT_S = 50.0
-"""How long a tool waits unless it is told: many clients give up after a minute."""
+"""How long a tool waits by default: many clients give up after a minute."""
 
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=600)]
@@ -52,33 +50,22 @@ class Result:
     """It was done, and what came of it is a failure."""
 
 
-class Asked:
-    """A call under way: the deps, the daemon's stop, and somebody who wants to hear how far it is."""
+@dataclass(kw_only=True)
+class ToolCall(Context):
+    """A call of a tool, whose progress the client may want to know."""
 
-    def __init__(self, deps: ApiDeps, stopping: trio.Event) -> None:
-        self.deps = deps
-        self._stopping = stopping
-        self.news = trio.Event()
-        self.told = ""
-        """What there is to say of its progress; `news` is set when it changes."""
+    progress: str = ""
+    """What there is to say of it; `changed` is set with it."""
+    changed: trio.Event = field(default_factory=trio.Event)
 
-    def tell(self, text: str) -> None:
-        """Let the client know how far it is."""
-        self.told = text
-        self.news.set()
+    def report(self, text: str) -> None:
+        """Lets the client know how far the call is."""
+        self.progress = text
+        self.changed.set()
 
     async def until(self, wait: Callable[[], Awaitable[T]]) -> T:
-        """Wait for something that may take long. :raises Problem: 503 the daemon stops."""
-        done: list[T] = []
-
-        async def run() -> None:
-            done.append(await wait())
-
-        async with interruptible(self._stopping) as waits:
-            await waits.until(run)
-        if not done:
-            raise Problem(503, "daemon-stopping", "the daemon stops", hint="call again when it is back")
-        return done[0]
+        """Waits for something that may take long. :raises Problem: 503 the daemon stops."""
+        return await self.unless_stopping(wait)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +77,9 @@ class Tool:
     description: str
     takes: type[msgspec.Struct]
     gives: type[msgspec.Struct]
-    run: Callable[[Asked, Any], Awaitable[Result]]
+    run: Callable[[ToolCall, Any], Awaitable[Result]]
+    operation: str
+    """The operation whose permission it needs."""
     read_only: bool = False
     destructive: bool = False
     """Whether it can lose something that was there."""
@@ -101,15 +90,15 @@ class Tool:
 
 
 def log_link(vm: str) -> Link:
-    """Where the log of a VM is."""
+    """Returns where the log of a VM is."""
     return Link(f"{vm_uri(vm)}/logs", f"The log of VM {vm}", "text/plain")
 
 
 def file_link(vm: str, path: str) -> Link:
-    """Where a file in a VM is."""
+    """Returns where a file in a VM is."""
     return Link(f"{vm_uri(vm)}/files{quote(path)}", f"{path} in VM {vm}", "application/octet-stream")
 
 
 def vm_uri(vm: str) -> str:
-    """Names a VM as a resource."""
+    """Returns the address of a VM as a resource."""
     return f"volant://vms/{vm}"

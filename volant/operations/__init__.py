@@ -1,26 +1,80 @@
-"""What clients can do, apart from how they ask for it."""
+"""What clients can do: each operation once, and what adapters need to offer it.
 
-from ._ask import ask_journal
+`TABLE` holds all of them. Importing this package fills it, but for what `agui/` and `mcp/` add of their own.
+"""
+
+from ._artifacts import artifact_problems
+from ._authorize import check_operation, check_permission
+from ._context import Context
 from ._deps import ApiDeps, DaemonInfo, Health
-from ._lookup import action_of, chosen, log_of, no_such_plugin, unreadable, vm_row
-from ._networks import shown_network, shown_networks
+from ._lookup import find_action, find_vm, no_such_plugin, open_log, select_vms, unreadable
+from ._parameters import TEN_MINUTES, Described, QueryParameter
+from ._permission import Permission
+from ._results import Page, Shown, etag, show, view_type
 from ._schema import Schema, describe, owners, standalone
+from ._table import (
+    ANY,
+    DEFAULT_WAIT_S,
+    OCTETS,
+    SQLITE,
+    TABLE,
+    TIMEOUT,
+    WAIT,
+    Answer,
+    Anything,
+    OneOf,
+    Operation,
+    Table,
+    Tool,
+)
+from ._waiting import Waited, wait_for
+
+# In the order in which documents show them.
+from . import vms, snapshots, streams, guests, plugins, networks, templates, system  # isort: skip  # noqa: F401
+
+from .networks import shown_networks
 
 __all__ = [
+    "ANY",
+    "DEFAULT_WAIT_S",
+    "OCTETS",
+    "SQLITE",
+    "TABLE",
+    "TEN_MINUTES",
+    "TIMEOUT",
+    "WAIT",
+    "Answer",
+    "Anything",
     "ApiDeps",
+    "Context",
     "DaemonInfo",
+    "Described",
     "Health",
+    "OneOf",
+    "Operation",
+    "Page",
+    "Permission",
+    "QueryParameter",
     "Schema",
-    "action_of",
-    "ask_journal",
-    "chosen",
+    "Shown",
+    "Table",
+    "Tool",
+    "Waited",
+    "artifact_problems",
+    "check_operation",
+    "check_permission",
     "describe",
-    "log_of",
+    "etag",
+    "find_action",
+    "find_vm",
     "no_such_plugin",
+    "open_log",
     "owners",
-    "shown_network",
+    "select_vms",
+    "show",
     "shown_networks",
     "standalone",
     "unreadable",
-    "vm_row",
+    "view_type",
+    "wait_for",
 ]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, Protocol
 
 from actors import Ref
 from volant.host import Host
-from volant.http import ApiSettings
+from volant.http import Access
 from volant.journal import Backups, Journal, Store, VmLogs
 from volant.vm import Vms
+
+from ._permission import Permission
 
 Health = Literal["ok", "starting", "stopping", "degraded"]
 
@@ -35,7 +37,7 @@ class DaemonInfo(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ApiDeps:
-    """Refs and deps of the API."""
+    """What operations and their adapters use of the daemon."""
 
     vms: Vms
     journal: Ref[Journal]
@@ -44,4 +46,6 @@ class ApiDeps:
     backups: Backups
     host: Host
     system: DaemonInfo
-    settings: ApiSettings = field(default_factory=ApiSettings)
+    access: Access
+    allows: Callable[[str | None, Permission], bool] = lambda caller, permission: True
+    """Whether a caller has a permission. Whoever has a key has all of them."""

@@ -13,7 +13,7 @@ from ._deps import ApiDeps
 _SHOWN = 20
 
 
-def vm_row(deps: ApiDeps, name: str) -> VmRow:
+def find_vm(deps: ApiDeps, name: str) -> VmRow:
     """The row of the VM of this name. :raises Problem: 404."""
     row = deps.store.projection.get(name)
     if row is None:
@@ -21,7 +21,7 @@ def vm_row(deps: ApiDeps, name: str) -> VmRow:
     return row
 
 
-def chosen(
+def select_vms(
     deps: ApiDeps,
     *,
     states: Collection[str] = (),
@@ -44,7 +44,7 @@ def no_such_plugin(name: str) -> Problem:
     return Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}")
 
 
-def log_of(deps: ApiDeps, row: VmRow) -> VmLog:
+def open_log(deps: ApiDeps, row: VmRow) -> VmLog:
     """The log of a VM. :raises Problem: 503 the disk can't be read."""
     with unreadable(row.name):
         return deps.logs.open(row.id, row.name)
@@ -58,7 +58,7 @@ def unreadable(name: str) -> Iterator[None]:
         raise Problem(503, "log-unreadable", f"the log of VM {name!r} can't be read: {error}", vm=name) from error
 
 
-def action_of(row: VmRow, plugin: str, wanted: str) -> tuple[Action, int]:
+def find_action(row: VmRow, plugin: str, wanted: str) -> tuple[Action, int]:
     """An action of a VM, and the port at which the workload does it.
 
     :raises Problem: 404 it is another plugin's VM, or the plugin has no such action.

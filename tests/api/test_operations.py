@@ -1,0 +1,158 @@
+"""An operation is said once: from its declaration come its route, its document, its tool and the client's method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+
+from tests.api.kit import Api, api
+from tests.api.test_mcp import call, rpc
+from volant.api._openapi import document
+from volant.client import Client, ClientProblem
+from volant.client._http import Http
+from volant.model import Problem
+from volant.operations import TABLE, Context, Permission, Table, Tool, find_vm
+from volant.operations._client import client_module
+from volant.operations._parameters import Integer
+
+
+class Greeting(msgspec.Struct, frozen=True):
+    text: str
+    times: int
+
+
+class Words(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    first: str
+    second: str = "world"
+
+
+def greeted() -> Table:
+    table = TABLE.copy()
+
+    @table.operation(
+        "POST /api/v1/vms/{name}/greet",
+        permission=Permission.CONTROL,
+        answer="What was said",
+        errors=(409,),
+        tool=Tool(idempotent=True),
+    )
+    async def greet_vm(
+        context: Context, name: str, *, body: Words, times: Annotated[int, Integer(help="How often", maximum=3)] = 1
+    ) -> Greeting:
+        """Greet a VM.
+
+        It does not answer.
+        """
+        row = find_vm(context.deps, name)
+        if body.first == "silence":
+            raise Problem(409, "not-now", f"VM {row.name!r} sleeps", vm=row.name)
+        return Greeting(f"{body.first} {body.second} {row.name}", times)
+
+    return table
+
+
+class Callers:
+    """May do what the test says."""
+
+    def __init__(self) -> None:
+        self.allowed = set(Permission)
+
+    def __call__(self, caller: str | None, permission: Permission) -> bool:
+        return permission in self.allowed
+
+
+@pytest.fixture
+def callers() -> Callers:
+    return Callers()
+
+
+@pytest.fixture
+async def served(tmp_path: Path, callers: Callers) -> AsyncIterator[Api]:
+    async with api(tmp_path, table=greeted(), allows=callers, checked=False) as running:
+        await running.crashed("demo")
+        yield running
+
+
+async def test_it_is_a_route_with_checked_parameters(served: Api) -> None:
+    async def post(**query: str) -> Any:
+        return await served.client.post("/api/v1/vms/demo/greet", params=query, json={"first": "hello"})
+
+    assert (await post(times="2")).json() == {"text": "hello world demo", "times": 2}
+    assert (await post(times="4")).json()["field"] == "times"
+    assert (await post(colour="red")).json()["field"] == "colour"
+    wrong = await served.client.post("/api/v1/vms/demo/greet", json={"first": "a", "third": "b"})
+    assert (wrong.status_code, wrong.json()["field"]) == (400, "third")
+    assert (await served.client.post("/api/v1/vms/none/greet", json={"first": "a"})).status_code == 404
+
+
+def test_it_is_in_the_document_with_its_errors() -> None:
+    shown = document(greeted())["paths"]["/api/v1/vms/{name}/greet"]["post"]
+    assert (shown["operationId"], shown["summary"]) == ("greet_vm", "Greet a VM")
+    assert shown["description"] == "It does not answer."
+    assert [parameter["name"] for parameter in shown["parameters"]] == ["name", "times"]
+    assert {"200", "400", "401", "403", "404", "409"} <= shown["responses"].keys()
+    assert "/api/v1/vms/{name}/greet" not in document()["paths"]
+
+
+@pytest.mark.parametrize("modern", [False, True])
+async def test_it_is_a_tool(served: Api, modern: bool) -> None:
+    listed = (await rpc(served, "tools/list", {}, modern=modern))["result"]["tools"]
+    (tool,) = [each for each in listed if each["name"] == "vms_greet"]
+    assert tool["inputSchema"]["properties"].keys() == {"vm", "first", "second", "times"}
+    assert set(tool["inputSchema"]["required"]) == {"vm", "first"}
+    assert tool["annotations"]["idempotentHint"]
+    said = await call(served, "vms_greet", modern=modern, vm="demo", first="hello", times=3)
+    assert said["structuredContent"] == {"text": "hello world demo", "times": 3}
+    failed = await call(served, "vms_greet", modern=modern, vm="demo", first="silence")
+    assert failed["isError"]
+    assert "VM 'demo' sleeps" in failed["content"][0]["text"]
+
+
+async def test_it_is_a_method_of_the_client(served: Api) -> None:
+    names: dict[str, Any] = {"__name__": "volant.client._operations", "__package__": "volant.client"}
+    source = client_module(greeted())
+    # The types of the body and the answer are the test's own; those of the product are the model's.
+    source = re.sub(r"^    (Greeting|Words),\n", "", source, flags=re.M)
+    exec(compile(source, "<client>", "exec"), names)
+    names |= {"Greeting": Greeting, "Words": Words}
+    async with Client(f"http://127.0.0.1:{served.server.port}") as client:
+        http: Http = client._http
+        vms = names["VmsOperations"](http)
+        assert await vms.greet("demo", Words("good", "morning"), times=2) == Greeting("good morning demo", 2)
+        with pytest.raises(ClientProblem) as refused:
+            await vms.greet("demo", Words("silence"))
+        assert refused.value.code == "not-now"
+
+
+async def test_its_permission_is_enforced_on_every_way_in(served: Api, callers: Callers) -> None:
+    callers.allowed = {Permission.VIEW}
+    answer = await served.client.post("/api/v1/vms/demo/greet", json={"first": "hello"})
+    assert (answer.status_code, answer.json()["type"]) == (403, "urn:volant:error:forbidden")
+    refused = await call(served, "vms_greet", vm="demo", first="hello")
+    assert refused["isError"]
+    assert "needs the permission 'control'" in refused["content"][0]["text"]
+    command = {"command": "volant.vms.delete", "params": {"name": "demo"}}
+    assert "needs the permission" in (await served.client.post("/api/v1/mcp", json=command)).json()["error"]
+    for path in ("/api/v1/vms/demo/agent/v1/info", "/api/v1/system/tasks", "/nothing/is/here"):
+        assert (await served.client.get(path)).status_code == 403
+    assert (await served.client.get("/api/v1/vms/demo")).status_code == 200
+    callers.allowed = set()
+    assert (await served.client.get("/healthz")).status_code == 200
+    assert (await served.client.get("/api/v1/vms/demo")).status_code == 403
+
+
+def test_every_operation_has_a_permission_and_is_found_by_its_path() -> None:
+    for operation in TABLE:
+        assert isinstance(operation.permission, Permission)
+        path = re.sub(r"{\w+}", "x", operation.path)
+        assert TABLE.find(operation.method, path) is operation, operation.name
+
+
+def test_two_operations_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="pause_vm"):
+        TABLE.copy().declare("GET /x", "pause_vm", Permission.VIEW, "", answers={})

@@ -1,0 +1,43 @@
+"""Conditional requests: `If-Match` and `If-None-Match` (RFC 9110, 13)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from quart import request
+
+from volant.model import invalid
+from volant.vm import Version
+
+_ETAG = re.compile(r'"(\d{1,18})-(\d{1,18})"\Z', re.ASCII)
+
+
+def if_match() -> Collection[Version] | None:
+    """Returns the states of a VM of which the request wants one to be the present one; None when any will do.
+
+    An `ETag` that is not ours, weak ones too (RFC 9110, 13.1.1), is no state of any VM.
+
+    :raises Problem: 400 the header is empty
+    """
+    tags = _tags("If-Match")
+    if tags is None:
+        return None
+    if not any(tags):
+        raise invalid(
+            "If-Match", "the header If-Match is empty", hint="send the ETag of the VM, or leave the header out"
+        )
+    if "*" in tags:
+        return None
+    return [Version(int(found[1]), int(found[2])) for tag in tags if (found := _ETAG.match(tag))]
+
+
+def if_none_match(etag: str) -> bool:
+    """Returns whether the client has what it would get."""
+    return any(tag.removeprefix("W/") in ("*", etag) for tag in _tags("If-None-Match") or ())
+
+
+def _tags(header: str) -> list[str] | None:
+    """Returns what a header lists, in one line or several; None when it is not there."""
+    given = request.headers.getlist(header)
+    return [tag.strip() for line in given for tag in line.split(",")] if given else None

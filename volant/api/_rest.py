@@ -1,0 +1,149 @@
+"""The REST route of each operation: reads a request as its declaration says, calls it, renders what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection
+from functools import partial
+from typing import Any
+from urllib.parse import urlencode
+
+import msgspec
+from quart import Response, request
+from quart_trio import QuartTrio
+
+from volant.http import Nothing, Query, empty_response, json_response, read_body, read_body_or, read_one_of
+from volant.journal import IdempotencyKey
+from volant.model import Command, CommandRequest
+from volant.operations import (
+    DEFAULT_WAIT_S,
+    TIMEOUT,
+    WAIT,
+    ApiDeps,
+    Context,
+    OneOf,
+    Operation,
+    Page,
+    Table,
+    show,
+    wait_for,
+)
+
+from ._conditions import if_match, if_none_match
+from ._idempotency import Outcome, Repeats
+
+
+def add_routes(app: QuartTrio, deps: ApiDeps, table: Table) -> None:
+    """Adds the route of each operation of a table that is not served by hand."""
+    repeats = Repeats(deps)
+    for operation in table:
+        if operation.call is not None:
+            route = _Route(operation, deps, repeats)
+            rule = operation.path.replace("{", "<").replace("}", ">")
+            app.add_url_rule(rule, operation.name, route.serve, methods=[operation.method])
+
+
+class _Route:
+    def __init__(self, operation: Operation, deps: ApiDeps, repeats: Repeats) -> None:
+        assert operation.call is not None
+        self._operation = operation
+        self._call = operation.call
+        self._deps = deps
+        self._repeats = repeats
+        self._read_body = _body_reader(operation)
+
+    async def serve(self, **path: str) -> Response:
+        operation = self._operation
+        wait, timeout_s, parameters = self._parameters()
+        if self._read_body is not None:
+            body = await self._read_body()
+            if operation.body is not Nothing:
+                parameters["body"] = body
+        context = Context(deps=self._deps, scope=request.scope)
+        if operation.if_match:
+            context.versions = if_match()
+        arguments = [path[name] for name in operation.arguments]
+
+        async def act(key: IdempotencyKey | None) -> Any:
+            context.key = key
+            return await self._call(context, *arguments, **parameters)
+
+        if operation.idempotent:
+            outcome = await self._repeats.run(self._request(parameters, context), act)
+        else:
+            outcome = Outcome(await act(None))
+        if not wait:
+            return _render(operation, outcome)
+        result, waited = await wait_for(context, outcome.result, wait, timeout_s)
+        response = _render(operation, outcome._replace(result=result))
+        response.headers["Volant-Wait"] = waited
+        return response
+
+    def _parameters(self) -> tuple[Collection[str], float, dict[str, Any]]:
+        """Returns the states to wait for, how long, and the operation's own parameters."""
+        operation = self._operation
+        parameters = dict(operation.defaults)
+        if not request.query_string:
+            return (), DEFAULT_WAIT_S, parameters
+        query = Query(request.query_string)
+        wait: Collection[str] = ()
+        timeout_s = DEFAULT_WAIT_S
+        if operation.waits_for is not None:
+            wait = WAIT.read(query, "wait", wait)
+            timeout_s = TIMEOUT.read(query, "timeout", timeout_s)
+        for name, parameter in operation.query.items():
+            parameters[name] = parameter.read(query, parameter.name or name, parameters[name])
+        query.done()
+        return wait, timeout_s, parameters
+
+    def _request(self, parameters: dict[str, Any], context: Context) -> object:
+        """Returns what a repeated request has to be equal in."""
+        if self._operation.body is not Nothing:
+            return parameters["body"]
+        # Without a body it is a command of a VM; digests in the journal are of this form.
+        command = Command(self._operation.path.rpartition("/")[2])
+        return CommandRequest(command, **parameters), context.versions
+
+
+def _body_reader(operation: Operation) -> Callable[[], Awaitable[Any]] | None:
+    body = operation.body
+    if body is None:
+        return None
+    if isinstance(body, OneOf):
+        first, second = body.types
+        required = {field.name for field in msgspec.structs.fields(first) if field.required}
+        (member,) = required - set(second.__struct_fields__)
+        return partial(read_one_of, member, first, second)
+    if operation.body_optional:
+        return partial(read_body_or, body())
+    return partial(read_body, body)
+
+
+def _render(operation: Operation, outcome: Outcome[Any]) -> Response:
+    shown = show(outcome.result)
+    conditional = operation.method == "GET" and shown.etag is not None and not request.query_string
+    if conditional and if_none_match(str(shown.etag)):
+        response = empty_response(304)
+        response.headers["ETag"] = str(shown.etag)
+        return response
+    if operation.status == 204:
+        return empty_response(204)
+    response = json_response(shown.view, operation.status)
+    if shown.etag is not None:
+        response.headers["ETag"] = shown.etag
+    if shown.location is not None and operation.status == 201:
+        response.headers["Location"] = shown.location
+    if operation.secret:
+        response.headers["Cache-Control"] = "no-store"
+    if outcome.replayed:
+        response.headers["Idempotency-Replayed"] = "true"
+    if isinstance(outcome.result, Page):
+        _add_links(response, outcome.result)
+    return response
+
+
+def _add_links(response: Response, page: Page[Any]) -> None:
+    response.headers["Volant-Event-Id"] = page.event_id
+    if page.next_cursor is not None:
+        pairs = [(key, value) for key, value in request.args.items(multi=True) if key != "cursor"]
+        query = urlencode([*pairs, ("cursor", str(page.next_cursor))])
+        response.headers["Link"] = f'<{request.path}?{query}>; rel="next"'

@@ -1,0 +1,46 @@
+"""How the client's methods write their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from volant.model import format_duration
+
+
+def body_of(request: msgspec.Struct | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the members of a body that are not the default: a daemon of another version may not know the others."""
+    if isinstance(request, Mapping):
+        return request
+    return {
+        field.name: value
+        for field in msgspec.structs.fields(request)
+        for value in (getattr(request, field.name),)
+        if field.required or value != _default(field)
+    }
+
+
+def duration(seconds: float | None) -> str | None:
+    """Returns a duration as text."""
+    return None if seconds is None else format_duration(round(seconds, 3))
+
+
+def flag(value: bool) -> str | None:
+    """Returns `true`, or nothing for what is the default."""
+    return "true" if value else None
+
+
+def pairs(values: Mapping[str, str] | None) -> Sequence[str]:
+    """Returns `key=value` for each."""
+    return [f"{key}={value}" for key, value in (values or {}).items()]
+
+
+def words(values: Collection[str]) -> str | None:
+    """Returns words with commas between them, or nothing for none. One word may stand alone."""
+    return (values if isinstance(values, str) else ",".join(str(value) for value in values)) or None
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()

@@ -1,0 +1,216 @@
+"""The tool of an operation: its arguments and its result are made from the declaration, so they can't differ.
+
+A tool takes one flat object: what the path names, the parameters of the query, the members of the body, and whether to
+wait. It gives an object, as the protocol asks for: a list comes with how much of it was left out, and where nothing is
+left to show, the name of what is gone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+import trio
+
+from volant.http import Nothing
+from volant.journal import EventGap, VmChanged, VmCreated, VmForked
+from volant.model import Name, Problem, VmView
+from volant.operations import OneOf, Operation, Page, Table, show, wait_for
+from volant.operations import Tool as Declared
+
+from ._text import fitting
+from ._tool import DEFAULT_S, Link, Result, Seconds, Tool, ToolCall, log_link
+
+Outcome = Literal["done", "failed", "under_way"]
+_OUTCOMES: dict[str, Outcome] = {"met": "done", "failed": "failed", "timeout": "under_way"}
+
+
+class ChangedVm(msgspec.Struct, frozen=True):
+    """A VM after a change."""
+
+    vm: VmView
+    outcome: Outcome
+    """`done`: it is in the state that was asked for. `failed`: it came to rest in another one, see `vm.reason`.
+    `under_way`: not there yet."""
+
+
+class ForkedVms(msgspec.Struct, frozen=True):
+    """Copies of a VM."""
+
+    vms: list[VmView]
+    outcome: Outcome
+    """`done`: all run. `failed`: one at least has not come to run, see its `reason`. `under_way`: not there yet."""
+
+
+class Deleted(msgspec.Struct, frozen=True):
+    """What is gone."""
+
+    name: str
+    deleted: Literal[True] = True
+
+
+def derived_tools(table: Table) -> Iterator[Tool]:
+    """Yields the tools of a table, in its order."""
+    for operation in table:
+        for declared in operation.tools:
+            yield _tool(operation, declared)
+
+
+def _tool(operation: Operation, declared: Declared) -> Tool:
+    assert operation.client is not None
+    waits = operation.waits_for is not None and operation.method != "GET"
+    path = _argument_names(operation)
+    body = declared.body or (None if operation.body in (None, Nothing) else operation.body)
+    assert not isinstance(body, OneOf), f"{operation.name}: the tool has to say which body it takes"
+    takes = msgspec.defstruct(
+        operation.name,
+        [
+            *((name, Name) for name in path),
+            *(
+                (name, _described(each.tool_type, each.help), _default(operation.defaults[name], each.tool_type))
+                for name, each in operation.query.items()
+            ),
+            *(_WAITING if waits else ()),
+        ],
+        bases=None if body is None else (body,),
+        frozen=True,
+        kw_only=True,
+        forbid_unknown_fields=True,
+    )
+    gives, present = _presenter(operation)
+
+    async def run(call: ToolCall, wanted: Any) -> Result:
+        parameters = {name: _value(getattr(wanted, name), name, operation) for name in operation.query}
+        if body is not None:
+            parameters["body"] = body(**{name: getattr(wanted, name) for name in body.__struct_fields__})
+        assert operation.call is not None
+        arguments = [getattr(wanted, name) for name in path]
+        result = await operation.call(call, *arguments, **parameters)
+        if waits:
+            return await _settled(call, operation, result, wanted)
+        return present(result, arguments)
+
+    return Tool(
+        name=declared.name or operation.client.replace(".", "_"),
+        title=declared.title or operation.summary,
+        description=declared.description or f"{operation.summary}. {operation.details}".rstrip(),
+        takes=takes,
+        gives=gives,
+        run=run,
+        operation=operation.name,
+        read_only=operation.method == "GET",
+        destructive=declared.destructive,
+        idempotent=declared.idempotent,
+    )
+
+
+def _described(of: Any, text: str) -> Any:
+    return Annotated[of, msgspec.Meta(description=text)]
+
+
+_WAITING = (
+    ("wait", _described(bool, "Answer once it is done, or has failed."), True),
+    (
+        "timeout_s",
+        _described(Seconds, "How long to wait. What is not done then goes on; look again with vms_get."),
+        DEFAULT_S,
+    ),
+)
+"""Arguments of what takes a while."""
+
+
+def _argument_names(operation: Operation) -> tuple[str, ...]:
+    """Returns how a model calls what the path names: the `{name}` of `/vms/{name}` is `vm`."""
+    found = re.findall(r"/(\w+)s/{(\w+)}", operation.path)
+    return tuple(resource if name == "name" else name for resource, name in found)
+
+
+def _default(value: Any, of: Any) -> Any:
+    if isinstance(value, tuple):
+        return [] if getattr(of, "__origin__", None) is list else None
+    return value
+
+
+def _value(value: Any, name: str, operation: Operation) -> Any:
+    """Returns an argument as the operation takes it: a model gives one name where a query may repeat it."""
+    if value is None and isinstance(operation.defaults[name], tuple):
+        return ()
+    return (value,) if isinstance(value, str) and isinstance(operation.defaults[name], tuple) else value
+
+
+def _presenter(operation: Operation) -> tuple[type[msgspec.Struct], Callable[[Any, list[str]], Result]]:
+    """Returns the type of what a tool gives, and what makes it of a result."""
+    assert operation.client is not None
+    resource = operation.client.partition(".")[0]
+    if operation.waits_for is not None and operation.method != "GET":
+        many = operation.answers[operation.status].type == list[VmView]
+        return (ForkedVms if many else ChangedVm), lambda result, arguments: Result(Deleted(""))
+    answer = operation.answers[operation.status].type
+    if answer is None:
+        return Deleted, lambda result, arguments: Result(Deleted(arguments[-1]))
+    if getattr(answer, "__origin__", None) is not list:
+        return answer, lambda result, arguments: Result(show(result).view, links=_links(result))
+    if operation.query.keys() >= {"limit", "cursor"}:
+        pages = msgspec.defstruct(
+            "Page",
+            [
+                (resource, answer),
+                ("total", _described(int, "How many fit, on all pages.")),
+                ("next_cursor", _described(int | None, "Null on the last page."), None),
+            ],
+            frozen=True,
+        )
+
+        def page(result: Page[Any], arguments: list[str]) -> Result:
+            items = fitting(result.items)
+            next_cursor = items[-1].id if len(items) < len(result.items) else result.next_cursor
+            return Result(pages(items, result.total, next_cursor))
+
+        return pages, page
+    lists = msgspec.defstruct(
+        "Items", [(resource, answer), ("left_out", _described(int, "How many did not fit."))], frozen=True
+    )
+
+    def some(result: list[Any], arguments: list[str]) -> Result:
+        items = fitting(result)
+        return Result(lists(items, len(result) - len(items)))
+
+    return lists, some
+
+
+def _links(result: Any) -> tuple[Link, ...]:
+    return (log_link(result.vm.name),) if isinstance(result, (VmChanged, VmCreated)) else ()
+
+
+async def _settled(call: ToolCall, operation: Operation, result: Any, wanted: Any) -> Result:
+    """Returns the VMs once they are where they are on their way to, if the model waits for that."""
+    state = operation.waits_for
+    assert state is not None
+    views = result.copies if isinstance(result, VmForked) else (result.vm,)
+    outcome: Outcome = "done" if all(vm.status == state for vm in views) else "under_way"
+    if wanted.wait:
+        ids = frozenset(vm.id for vm in views)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_report_events, call, ids)
+            result, waited = await wait_for(call, result, {state}, wanted.timeout_s)
+            nursery.cancel_scope.cancel()
+        outcome = _OUTCOMES[waited]
+    failed = outcome == "failed"
+    if isinstance(result, VmForked):
+        links = tuple(log_link(vm.name) for vm in result.copies)
+        return Result(ForkedVms(list(result.copies), outcome), links=links, failed=failed)
+    name = result.vm.name
+    if wanted.wait and call.deps.store.projection.by_id(result.vm.id) is None:
+        raise Problem(409, "vm-deleted", f"VM {name!r} was deleted meanwhile", vm=name)
+    return Result(ChangedVm(result.vm, outcome), links=(log_link(name),), failed=failed)
+
+
+async def _report_events(call: ToolCall, ids: frozenset[int]) -> None:
+    async with call.deps.store.events.cursor(call.since) as cursor:
+        while taken := await cursor.take():
+            if not isinstance(taken, EventGap):
+                for frame in taken:
+                    if frame.event.vm_id in ids:
+                        call.report(f"{frame.event.name}: {frame.event.message}")

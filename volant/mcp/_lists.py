@@ -1,0 +1,122 @@
+"""Tools that list what few hosts have many of; what does not fit is call for by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import trio
+
+from volant.model import Name, NetworkView, SnapshotView, no_such_network, snapshot_view
+from volant.operations import no_such_plugin, shown_networks
+
+from ._text import fitting
+from ._tool import Result, ToolCall
+
+
+class ListNetworks(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """All of them."""
+
+    network: Name | None = None
+    """Only this one."""
+
+
+class NetworkList(msgspec.Struct, frozen=True):
+    """Networks, by name."""
+
+    networks: list[NetworkView]
+    left_out: int
+    """How many did not fit; ask for them by name."""
+
+
+async def list_networks(call: ToolCall, wanted: ListNetworks) -> Result:
+    projection = call.deps.store.projection
+    await trio.lowlevel.checkpoint()
+    found = [one for one in shown_networks(projection) if wanted.network in (None, one.name)]
+    if wanted.network is not None and not found:
+        raise no_such_network(wanted.network)
+    page = fitting(found)
+    return Result(NetworkList(page, len(found) - len(page)))
+
+
+class ListSnapshots(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Which snapshots."""
+
+    vm: Name | None = None
+    """Only those of VMs of this name, also of one that is gone."""
+
+
+class SnapshotList(msgspec.Struct, frozen=True):
+    """Snapshots, the newest first."""
+
+    snapshots: list[SnapshotView]
+    left_out: int
+    """How many older ones did not fit."""
+
+
+async def list_snapshots(call: ToolCall, wanted: ListSnapshots) -> Result:
+    await trio.lowlevel.checkpoint()
+    all_of_them = call.deps.store.projection.snapshots.values()
+    found = [one for one in all_of_them if wanted.vm in (None, one.vm.name)]
+    found.sort(key=lambda one: one.created_at, reverse=True)
+    shown = fitting(snapshot_view(one) for one in found)
+    return Result(SnapshotList(shown, len(found) - len(shown)))
+
+
+class ListPlugins(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """All of them."""
+
+    plugin: Name | None = None
+    """Only this one."""
+
+
+class PluginAction(msgspec.Struct, frozen=True):
+    """Something that a plugin's workload does when call."""
+
+    name: str
+    description: str
+    input: dict[str, Any] | None
+    """JSON Schema of what vms_call_action takes as `input`; null when the plugin does not say."""
+
+
+class PluginSummary(msgspec.Struct, frozen=True):
+    """A kind of VM."""
+
+    name: str
+    description: str
+    version: str
+    enabled: bool
+    """Whether new VMs may use it."""
+    memory_mb: int
+    """What its VMs need at least."""
+    actions: list[PluginAction]
+
+
+class PluginList(msgspec.Struct, frozen=True):
+    """Kinds of VMs."""
+
+    plugins: list[PluginSummary]
+    left_out: int
+    """How many did not fit; ask for them by name."""
+
+
+async def list_plugins(call: ToolCall, wanted: ListPlugins) -> Result:
+    found = [
+        PluginSummary(
+            name=plugin.manifest.name,
+            description=plugin.manifest.description,
+            version=plugin.manifest.version,
+            enabled=plugin.enabled,
+            memory_mb=plugin.manifest.resources.memory_mb,
+            actions=[
+                PluginAction(name, action.description, action.input) for name, action in plugin.manifest.actions.items()
+            ],
+        )
+        for plugin in call.deps.store.projection.plugins.values()
+        if wanted.plugin in (None, plugin.manifest.name)
+    ]
+    if wanted.plugin is not None and not found:
+        raise no_such_plugin(wanted.plugin)
+    page = fitting(found)
+    await trio.lowlevel.checkpoint()
+    return Result(PluginList(page, len(found) - len(page)))

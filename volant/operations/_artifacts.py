@@ -1,0 +1,90 @@
+"""Which files of this host a manifest may name.
+
+The daemon can read files that its clients can't. So a path counts only
+
+- below a directory that the operator has named (`artifact_dirs`), for every client;
+- for a client whose user is known: at a Unix socket, or over loopback without a key the daemon's own user. It is read
+  at once, and with the rights of that user.
+
+Every other client sends the file. A proxy hides its clients, so a request that a proxy has passed on has no user.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
+
+from volant import images
+from volant.host import Reader, loopback_peer_uid
+from volant.images import ArtifactCache, ImageError
+from volant.model import Artifact, Manifest, Problem
+
+from ._context import Context
+
+_FORWARDED = frozenset({b"forwarded", b"via", b"x-forwarded-for", b"x-real-ip"})
+_STATUS = {
+    "media_too_large": 413,
+    "media_missing": 400,
+    "media_mismatch": 400,
+    "timeout": 408,
+    "cache_full": 507,
+}
+"""Of what a client can do something about; the rest is 503."""
+
+
+async def admit(context: Context, manifest: Manifest) -> None:
+    """Let a manifest name what it names: files of this host that only its client may read are in the cache then.
+
+    :raises Problem: 403 the client may not name a file of this host; 400 there is no such file for it; 408, 413, 503,
+        507 it could not be taken
+    """
+    if manifest.boot is None:
+        return
+    artifacts: ArtifactCache = context.deps.vms.doors.artifacts
+    for name in ("kernel", "initramfs", "rootfs"):
+        artifact: Artifact | None = getattr(manifest.boot, name)
+        path = None if artifact is None else images.local_path(artifact.url)
+        if artifact is None or path is None or artifacts.may_read(path) or await artifacts.has(artifact):
+            continue
+        field = f"boot.{name}.url"
+        reader = await _reader(context)
+        if reader is None:
+            raise Problem(
+                403, "artifact-not-allowed", f"{field} is a path of the daemon's host, and this client may name none",
+                field=field,
+                hint="upload the file with `volar plugins upload`, or let it lie below a directory of artifact_dirs",
+            )  # fmt: skip
+        with artifact_problems(field):
+            await artifacts.take(artifact, reader)
+
+
+async def _reader(context: Context) -> Reader | None:
+    """The user of this host that asks; None: nobody knows, or it does not count."""
+    scope, access = context.scope, context.deps.access
+    if any(name in _FORWARDED for name, _ in scope["headers"]):
+        return None
+    if scope["state"].get("unix"):
+        found: Reader | None = scope["state"]["reader"]
+        return found
+    if access.asks_for_key or not scope.get("client") or not scope.get("server"):
+        return None
+    uid = await trio.to_thread.run_sync(loopback_peer_uid, scope["client"], scope["server"])
+    return Reader.own() if uid == os.geteuid() else None
+
+
+@contextmanager
+def artifact_problems(field: str | None) -> Iterator[None]:
+    """:raises Problem: instead of ImageError; `field` names the member of the manifest."""
+    try:
+        yield
+    except ImageError as error:
+        status = _STATUS.get(error.code, 503)
+        names = {"media_missing": "artifact-unavailable", "media_mismatch": "artifact-mismatch"}
+        code = names.get(error.code) or error.code.replace("_", "-")
+        raise Problem(
+            status, code, error.message if field is None else f"{field}: {error.message}",
+            field=field, hint=error.hint or None,
+        ) from error  # fmt: skip

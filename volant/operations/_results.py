@@ -1,0 +1,98 @@
+"""What operations return, and what of it clients see: a view, and headers or links beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, get_args, get_origin
+from urllib.parse import quote
+
+from volant.journal import (
+    NetworkCreated,
+    PluginChanged,
+    PluginInstalled,
+    SnapshotTaken,
+    VmChanged,
+    VmCreated,
+    VmForked,
+)
+from volant.model import NetworkView, PluginView, SnapshotView, VmView
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Page(Generic[T]):
+    """A part of a list."""
+
+    items: Sequence[T]
+    total: int
+    """How many fit, on all pages."""
+    next_cursor: int | None
+    """None on the last page."""
+    event_id: str
+    """The event up to which the list is true."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A result as clients see it."""
+
+    view: Any
+    etag: str | None = None
+    location: str | None = None
+
+
+def etag(vm_id: int, revision: int) -> str:
+    """Returns the `ETag` of a VM, which changes with every change of it."""
+    return f'"{vm_id}-{revision}"'
+
+
+def show(result: Any) -> Shown:
+    """Returns what clients see of a result."""
+    match result:
+        case VmCreated(vm=vm, revision=revision):
+            return Shown(vm, etag(vm.id, revision), f"/api/v1/vms/{quote(vm.name)}")
+        case VmChanged(vm=vm, revision=revision):
+            return Shown(vm, etag(vm.id, revision))
+        case VmForked(copies=copies):
+            return Shown(copies)
+        case SnapshotTaken(snapshot=snapshot):
+            return Shown(snapshot, location=f"/api/v1/snapshots/{quote(snapshot.name)}")
+        case NetworkCreated(network=network):
+            return Shown(network, location=f"/api/v1/networks/{quote(network.name)}")
+        case PluginInstalled(plugin=plugin):
+            return Shown(plugin, location=f"/api/v1/plugins/{quote(plugin.name)}")
+        case PluginChanged(plugin=plugin):
+            return Shown(plugin)
+        case Page(items=items):
+            return Shown(items)
+    return Shown(result)
+
+
+_VIEWS: dict[Any, Any] = {
+    VmCreated: VmView,
+    VmChanged: VmView,
+    VmForked: list[VmView],
+    SnapshotTaken: SnapshotView,
+    NetworkCreated: NetworkView,
+    PluginInstalled: PluginView,
+    PluginChanged: PluginView,
+}
+
+
+def view_type(result: Any) -> Any:
+    """Returns the type of the view of a type of results; None where there is nothing to see."""
+    if get_origin(result) is Page:
+        return list[get_args(result)[0]]  # type: ignore[misc]
+    return None if result is type(None) else _VIEWS.get(result, result)
+
+
+def has_etag(result: Any) -> bool:
+    """Whether results of a type have an `ETag`."""
+    return result in (VmCreated, VmChanged)
+
+
+def has_location(result: Any) -> bool:
+    """Whether results of a type are something new, with a path of its own."""
+    return result in (VmCreated, SnapshotTaken, NetworkCreated, PluginInstalled)

@@ -1,0 +1,332 @@
+"""The table of operations: what clients can do, each said once.
+
+An operation is a function with a declaration. From the two come its REST route, its entry in the OpenAPI document and
+in the reference, its MCP tool and the method of the client. What an adapter serves by hand, such as a stream, is
+declared without a function, so that permissions and documents are complete.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from volant.http import JSON, Nothing
+from volant.model import WAIT_STATES, Status
+
+from ._parameters import Described, QueryParameter, Seconds, Words
+from ._permission import Permission
+from ._results import has_etag, has_location, view_type
+
+F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+
+ANY = "*/*"
+OCTETS = "application/octet-stream"
+SQLITE = "application/vnd.sqlite3"
+
+Anything = Mapping[str, Any]
+"""A JSON object whose shape is no contract."""
+
+MAX_WAIT_S = 600.0
+DEFAULT_WAIT_S = 60.0
+
+WAIT = Words(help="Answer once the VM is in, or since the request was in, one of these states", of=WAIT_STATES)
+TIMEOUT = Seconds(help="How long to wait: default `60s`, at most `10m`", maximum=MAX_WAIT_S)
+
+_IF_MATCH = Described(
+    "If-Match", Annotated[str, msgspec.Meta(min_length=1)], "Only if the VM's `ETag` is one of these", place="header"
+)
+_IF_NONE_MATCH = Described("If-None-Match", str, "The `ETag` of what the client has", place="header")
+_IDEMPOTENCY_KEY = Described(
+    "Idempotency-Key",
+    Annotated[str, msgspec.Meta(pattern="^[!-~]{1,255}$")],
+    "With the same key the request can be sent again and is done once; the first answer counts for 24 h",
+    place="header",
+)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A body of one of these types."""
+
+    types: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A successful response. `type` None: no body. `items`: what a line, message or event of a stream can be.
+
+    Under the status of an error it stands beside `ProblemDetails`.
+    """
+
+    text: str
+    type: Any = None
+    media: str = JSON
+    headers: tuple[str, ...] = ()
+    items: tuple[Any, ...] = ()
+    streams: bool = False
+    """Whether it may also come as server-sent events, one JSON object each."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """How models see an operation. Empty texts are those of the operation."""
+
+    name: str = ""
+    title: str = ""
+    description: str = ""
+    destructive: bool = False
+    """Whether it can lose something that was there."""
+    idempotent: bool = False
+    """Whether doing it twice does no more than doing it once."""
+    body: type[msgspec.Struct] | None = None
+    """Of an operation that takes one of several bodies, which one."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Operation:
+    """One method of one path."""
+
+    method: str
+    path: str
+    name: str
+    """Unique; `operationId` in the OpenAPI document."""
+    permission: Permission
+    summary: str
+    details: str = ""
+    answers: Mapping[int | Literal["default"], Answer]
+    body: Any = None
+    """The type of the body. `Nothing` may be left out."""
+    body_media: str | None = None
+    """The only type of content that is taken; the body must be there then."""
+    body_optional: bool = False
+    query: Mapping[str, QueryParameter] = field(default_factory=dict)
+    """By the name in Python."""
+    described: tuple[Described, ...] = ()
+    """Parameters of one that is served by hand."""
+    errors: tuple[int, ...] = ()
+    """Statuses beside those that follow from the rest."""
+    credentials_in_query: bool = False
+    """Whether browsers open it without headers."""
+    call: Callable[..., Awaitable[Any]] | None = None
+    """What does it, `call(context, *path, **parameters)`; None: an adapter serves it by hand."""
+    idempotent: bool = False
+    waits_for: Status | None = None
+    """The status that the VM is on its way to afterwards; clients may wait for it."""
+    if_match: bool = False
+    secret: bool = False
+    """Whether the answer holds a secret, so that nothing on its way may keep it."""
+    tools: tuple[Tool, ...] = ()
+    client: str | None = None
+    """The method of the client: `vms.pause`."""
+    client_timeout_s: float | None = None
+    """How long the client waits for the answer; None: as for any."""
+
+    @cached_property
+    def arguments(self) -> tuple[str, ...]:
+        """The names in the path."""
+        return tuple(re.findall(r"{(\w+)}", self.path))
+
+    @cached_property
+    def status(self) -> int:
+        """Of the answer when all is well."""
+        (status, *_) = self.answers
+        assert isinstance(status, int)
+        return status
+
+    @cached_property
+    def defaults(self) -> Mapping[str, Any]:
+        """What the parameters of the query are when they are not given."""
+        assert self.call is not None
+        signature = inspect.signature(self.call).parameters
+        return {name: signature[name].default for name in self.query}
+
+    @property
+    def has_etag(self) -> bool:
+        return any("ETag" in answer.headers for answer in self.answers.values())
+
+    @cached_property
+    def parameters(self) -> tuple[Described, ...]:
+        """Those of the query and of headers, as the document shows them."""
+        shown = []
+        if self.waits_for is not None:
+            shown += [_described("wait", WAIT), _described("timeout", TIMEOUT)]
+        shown += [_described(name, parameter) for name, parameter in self.query.items()]
+        shown += self.described
+        if self.if_match:
+            shown.append(_IF_MATCH)
+        if self.call is not None and self.method == "GET" and self.has_etag:
+            shown.append(_IF_NONE_MATCH)
+        if self.idempotent:
+            shown.append(_IDEMPOTENCY_KEY)
+        return tuple(shown)
+
+    def query_name(self, name: str) -> str:
+        """Returns the name of a parameter in the query."""
+        return self.query[name].name or name
+
+
+class Table:
+    """Operations in the order in which documents show them."""
+
+    def __init__(self, operations: Sequence[Operation] = ()) -> None:
+        self._operations: dict[str, Operation] = {}
+        self._routes: dict[str, Any] = {}
+        for operation in operations:
+            self.add(operation)
+
+    def __iter__(self) -> Iterator[Operation]:
+        return iter(self._operations.values())
+
+    def __getitem__(self, name: str) -> Operation:
+        return self._operations[name]
+
+    def find(self, method: str, path: str) -> Operation | None:
+        """Returns the operation that a request is for."""
+        node, rest = self._routes, None
+        for part in path.split("/"):
+            rest = node.get(_REST, rest)
+            following = node.get(part) or node.get(_ANY_PART)
+            if following is None:
+                node = {}
+                break
+            node = following
+        method = "GET" if method == "HEAD" else method
+        found: Operation | None = node.get(method) or (rest or {}).get(method)
+        return found
+
+    def copy(self) -> Table:
+        """Returns a table that can be added to alone."""
+        return Table(tuple(self))
+
+    def add(self, operation: Operation) -> Operation:
+        """Adds one. :raises ValueError: there is one of that name already."""
+        if operation.name in self._operations:
+            raise ValueError(f"there are two operations named {operation.name!r}")
+        self._operations[operation.name] = operation
+        node = self._routes
+        for part in operation.path.split("/"):
+            key = _REST if part == "{path}" else _ANY_PART if part.startswith("{") else part
+            node = node.setdefault(key, {})
+        node[operation.method] = operation
+        return operation
+
+    def declare(self, route: str, name: str, permission: Permission, summary: str, **more: Any) -> Operation:
+        """Adds one that an adapter serves by hand. `route`: a method and a path; `more`: as of `Operation`."""
+        method, path = route.split(" ")
+        return self.add(Operation(method=method, path=path, name=name, permission=permission, summary=summary, **more))
+
+    def operation(
+        self,
+        route: str,
+        *,
+        permission: Permission,
+        answer: str,
+        status: int | None = None,
+        headers: tuple[str, ...] = (),
+        errors: tuple[int, ...] = (),
+        idempotent: bool = False,
+        waits_for: Status | None = None,
+        if_match: bool = False,
+        secret: bool = False,
+        tool: Tool | tuple[Tool, ...] | bool = False,
+        client: str | None = None,
+        client_timeout_s: float | None = None,
+    ) -> Callable[[F], F]:
+        """Adds the decorated function, which takes a `Context`, what the path names, perhaps `body`, and parameters.
+
+        Its name is the operation's, its docstring the summary and the details, its annotations the rest.
+
+        :param route: a method and a path
+        :param answer: what a successful response holds
+        :param status: of that; default 200, or 204 for a function that returns None
+        :param tool: how models see it; True: by its own texts
+        :param client: the method of the client, where it does not follow from the name
+        """
+        method, path = route.split(" ")
+
+        def add(function: F) -> F:
+            hints = get_type_hints(function, include_extras=True)
+            gives = hints["return"]
+            of = view_type(gives)
+            shown = (
+                *headers,
+                *(("Location",) if has_location(gives) else ()),
+                *(("ETag",) if has_etag(gives) else ()),
+                *(("Volant-Wait",) if waits_for is not None else ()),
+                *(("Idempotency-Replayed",) if idempotent else ()),
+            )
+            code = status or (204 if of is None else 200)
+            answers: dict[int | Literal["default"], Answer] = {code: Answer(answer, of, headers=shown)}
+            if method == "GET" and has_etag(gives):
+                answers[304] = Answer("The client has it already", headers=("ETag",))
+            summary, _, details = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
+            name = function.__name__
+            tools = tool if isinstance(tool, tuple) else (tool,) if isinstance(tool, Tool) else (Tool(),) * tool
+            self.add(
+                Operation(
+                    method=method,
+                    path=path,
+                    name=name,
+                    permission=permission,
+                    summary=" ".join(summary.split()).removesuffix("."),
+                    details=" ".join(details.split()),
+                    answers=answers,
+                    body=_body_of(hints, method),
+                    body_optional=inspect.signature(function).parameters.get("body", _REQUIRED).default
+                    is not inspect.Parameter.empty,
+                    query={
+                        name: found
+                        for name, hint in hints.items()
+                        if get_origin(hint) is Annotated
+                        for found in get_args(hint)
+                        if isinstance(found, QueryParameter)
+                    },
+                    errors=(*errors, *((409, 422) if idempotent else ()), *((412,) if if_match else ())),
+                    call=function,
+                    idempotent=idempotent,
+                    waits_for=waits_for,
+                    if_match=if_match,
+                    secret=secret,
+                    tools=tools,
+                    client=client or _client_name(name, path),
+                    client_timeout_s=client_timeout_s,
+                )
+            )
+            return function
+
+        return add
+
+
+_REQUIRED = inspect.Parameter("body", inspect.Parameter.KEYWORD_ONLY)
+
+
+def _described(name: str, parameter: QueryParameter) -> Described:
+    return Described(parameter.name or name, parameter.schema, parameter.help, parameter.repeated)
+
+
+def _body_of(hints: Mapping[str, Any], method: str) -> Any:
+    if "body" not in hints:
+        return None if method == "GET" else Nothing
+    body = hints["body"]
+    return body if isinstance(body, type) else OneOf(get_args(body))
+
+
+def _client_name(name: str, path: str) -> str:
+    """Returns `vms.pause` for `pause_vm`: the resource, and the name without it."""
+    resource = path.removeprefix("/api/v1/").split("/")[0]
+    words = [word for word in name.split("_") if word not in (resource, resource.removesuffix("s"))]
+    return f"{resource}.{'_'.join(words)}"
+
+
+_ANY_PART = "{}"
+_REST = "{path}"
+"""The rest of a path, slashes and all."""
+
+TABLE = Table()
+"""What this daemon offers."""

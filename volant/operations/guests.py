@@ -1,0 +1,279 @@
+"""Into a VM: its agent, files, console, ports, browser and workload. Adapters serve all of it by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import msgspec
+
+from volant.model import ConsoleGap
+from volant.model.agent_types import (
+    ExecEnd,
+    ExecGap,
+    ExecHello,
+    ExecOutput,
+    ExecRequest,
+    ExecSession,
+    ExecSessions,
+    Healthz,
+    Info,
+)
+
+from ._parameters import Described
+from ._permission import Permission
+from ._table import ANY, TABLE, Answer, Anything
+
+_VM = "/api/v1/vms/{name}"
+_USE = Permission.USE
+
+TABLE.declare(
+    f"GET {_VM}/agent/healthz",
+    "agent_healthz",
+    _USE,
+    "Check the agent and its workload",
+    answers={200: Answer("The agent has answered", Healthz)},
+    errors=(409, 502),
+)
+TABLE.declare(
+    f"GET {_VM}/agent/v1/info",
+    "agent_info",
+    _USE,
+    "Show the guest",
+    answers={200: Answer("Kernel, uptime, memory, workload", Info)},
+    errors=(409, 502),
+)
+TABLE.declare(
+    f"POST {_VM}/agent/v1/exec",
+    "agent_exec",
+    _USE,
+    "Run a command in the guest",
+    answers={
+        200: Answer(
+            "One JSON object a line, the last an `ExecEnd`", str, "application/x-ndjson", items=(ExecOutput, ExecEnd)
+        )
+    },
+    body=ExecRequest,
+    errors=(409, 502, 503),
+    details="A client that leaves ends the command.",
+)
+TABLE.declare(
+    f"GET {_VM}/agent/v1/exec",
+    "agent_exec_websocket",
+    _USE,
+    "Run a command and talk to it, as a WebSocket",
+    answers={
+        101: Answer(
+            "Binary messages: a byte for the channel, and bytes. Texts: JSON, the last an `ExecEnd`",
+            items=(ExecHello, ExecGap, ExecEnd),
+        )
+    },
+    described=(
+        Described("detach", bool, "The command goes on when the client leaves; the first message says its `id`"),
+        Described("attach", str, "Go on with the detached command of this `id`; the client before gets code 4000"),
+        Described(
+            "from",
+            Annotated[int, msgspec.Meta(ge=0, le=10**15 - 1)],
+            "With `attach`: the `position` up to which the output is known; default: all that is kept",
+        ),
+    ),
+    errors=(409, 426, 502, 503),
+    credentials_in_query=True,
+    details="First a text message, the body of `POST` with `tty`, `rows` and `cols` besides. Then channel 0 is "
+    "standard input, 1 and 2 are standard output and error, and a channel without bytes is its end. A client "
+    'may send the texts `{"resize":[rows,cols]}` and `{"signal":n}`. A client that leaves ends the command '
+    "unless it is detached. Closes with 1000 after the last text, 1002, 1007, 1008 or 1009 when a client "
+    "breaks the rules (a message has at most 1 MiB), 1001 when the daemon stops.",
+)
+TABLE.declare(
+    f"GET {_VM}/agent/v1/exec/sessions",
+    "agent_exec_sessions",
+    _USE,
+    "List the detached commands",
+    answers={
+        200: Answer("At most 16, the oldest first; one that has ended is kept for 10 minutes", ExecSessions),
+    },
+    errors=(409, 502, 503),
+)
+TABLE.declare(
+    f"GET {_VM}/agent/v1/exec/sessions/{{id}}",
+    "agent_exec_session",
+    _USE,
+    "Get a detached command",
+    answers={200: Answer("The command", ExecSession)},
+    errors=(409, 502, 503),
+)
+TABLE.declare(
+    f"DELETE {_VM}/agent/v1/exec/sessions/{{id}}",
+    "end_agent_exec_session",
+    _USE,
+    "Kill and forget a command",
+    answers={204: Answer("Its whole session has been killed")},
+    errors=(409, 502, 503),
+)
+
+_FILE_HEADERS = ("ETag", "Volant-File-Mode")
+
+TABLE.declare(
+    f"GET {_VM}/agent/v1/files/{{path}}",
+    "read_file",
+    _USE,
+    "Read a file of the guest, or a directory as tar",
+    answers={
+        200: Answer("The bytes; a directory is `application/x-tar`", bytes, ANY, headers=_FILE_HEADERS),
+        206: Answer("The part that `Range` asks for", bytes, ANY, headers=_FILE_HEADERS),
+        304: Answer("The client has it already", headers=_FILE_HEADERS),
+    },
+    described=(
+        Described("Range", str, "`bytes=FIRST-LAST`, one range of a file", place="header"),
+        Described("If-Range", str, "The range only if the file still has this `ETag`", place="header"),
+        Described("If-None-Match", str, "The `ETag` of what the client has", place="header"),
+    ),
+    errors=(403, 409, 416, 502, 503),
+    details="HEAD too. The path is absolute, without its first slash.",
+)
+TABLE.declare(
+    f"PUT {_VM}/agent/v1/files/{{path}}",
+    "write_file",
+    _USE,
+    "Write a file, or unpack a tar into a directory",
+    answers={201: Answer("It is new", headers=("ETag",)), 204: Answer("It was there", headers=("ETag",))},
+    body=bytes,
+    described=(
+        Described(
+            "mode",
+            Annotated[str, msgspec.Meta(pattern="^[0-7]{1,5}$")],
+            "Of a file, octal: default that of the file before, else `0644`",
+        ),
+        Described(
+            "user", str, "The owner, perhaps with `:GROUP`: default the owner before, or that of a tar's entry, or root"
+        ),
+    ),
+    errors=(403, 409, 413, 415, 502, 503, 507),
+    details="With `Content-Type: application/x-tar` the body is unpacked into the directory, else it is the file. A "
+    "file, and a directory that is new, is there whole or not at all. Of any length.",
+)
+TABLE.declare(
+    f"DELETE {_VM}/agent/v1/files/{{path}}",
+    "delete_file",
+    _USE,
+    "Delete a file or a directory",
+    answers={204: Answer("It is gone")},
+    described=(Described("recursive", bool, "A directory with all that is in it"),),
+    errors=(403, 409, 502, 503),
+)
+TABLE.declare(
+    "GET /ws/v1/vms/{name}/console",
+    "vm_console",
+    _USE,
+    "Use the serial console, as a WebSocket",
+    answers={101: Answer("Binary messages are the console's bytes, both ways", items=(ConsoleGap,))},
+    described=(
+        Described("tail", Annotated[int, msgspec.Meta(ge=0, le=1000)], "First the last so many lines: default 25"),
+        Described("write", bool, "To type: 409 while another client does"),
+        Described("take", bool, "To type, and take the keyboard from the client that has it"),
+    ),
+    errors=(409, 426, 503),
+    credentials_in_query=True,
+    details="What a client sends, in binary or in text, is typed. A text message from the daemon is a `ConsoleGap`. "
+    "Closes with 1000 when the VM is down or deleted, 1001 when the daemon stops, 1008 when a client types without "
+    "`write`, 1009 for a message over 64 KiB, 1012 when the console is connected anew (connect again), 1013 when the "
+    "guest does not read, 4000 when another client took the keyboard.",
+)
+TABLE.declare(
+    "GET /ws/v1/vms/{name}/tcp/{port}",
+    "vm_tcp",
+    _USE,
+    "Open one TCP connection to a port of the guest's loopback, as a WebSocket",
+    answers={
+        101: Answer("Binary messages are the bytes, both ways; an empty one is the end of its direction"),
+    },
+    errors=(409, 426, 502),
+    credentials_in_query=True,
+    details="Messages of a client have at most 64 KiB. Closes with 1000 when both directions have ended, 1001 when the "
+    "daemon stops, 1002 for bytes after the end, 1003 for text, 1009 for a message over 64 KiB, 1011 when the "
+    "connection breaks.",
+)
+
+
+def _relayed(resource: str, path: str, summary: str) -> None:
+    answers: Mapping[int | Literal["default"], Answer] = {"default": Answer("What the guest answers", bytes, ANY)}
+    for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+        TABLE.declare(
+            f"{method} {path}",
+            f"{method.lower()}_{resource}",
+            _USE,
+            summary,
+            answers=answers,
+            body=bytes if method in ("POST", "PUT", "PATCH") else None,
+            errors=(409, 502),
+            details="WebSockets too. The last part of the path may have slashes, and may be empty.",
+        )
+
+
+_relayed("agent", f"{_VM}/agent/{{path}}", "Call a route of the agent or, if it has none, of the workload")
+_relayed("port", f"{_VM}/ports/{{port}}/{{path}}", "Send HTTP to a port of the guest's loopback")
+
+_CDP = Answer("Messages of the Chrome DevTools Protocol, byte for byte")
+_DONE = Answer("Done, in the browser's words", str, "text/plain")
+
+
+def _devtools(route: str, name: str, summary: str, answer: Answer, *errors: int) -> None:
+    method, path = route.split(" ")
+    TABLE.declare(
+        f"{method} /ws/v1/vms/{{name}}/devtools/{path}",
+        f"devtools_{name}",
+        _USE,
+        summary,
+        answers={200 if answer.type is not None else 101: answer},
+        errors=(409, 502, 503, *errors),
+        credentials_in_query=True,
+    )
+
+
+_devtools(
+    "GET json/version",
+    "version",
+    "Show the browser in a VM, and where it is controlled",
+    Answer("Its `webSocketDebuggerUrl` leads through this daemon", Anything),
+)
+_devtools(
+    "GET json/list",
+    "list",
+    "List the pages of the browser",
+    Answer("Each with its `webSocketDebuggerUrl` and `devtoolsFrontendUrl`", list[Anything]),
+)
+_devtools("GET json", "json", "The same", Answer("As of `json/list`", list[Anything]))
+_devtools("PUT json/new", "new", "Open a page; the query is its address, percent-encoded", Answer("The page", Anything))
+_devtools(
+    "GET json/protocol",
+    "protocol",
+    "Show the protocol that the browser speaks",
+    Answer("Its domains, commands and types, as the browser has them", Anything),
+)
+_devtools("GET json/activate/{target}", "activate", "Bring a page to the front", _DONE)
+_devtools("GET json/close/{target}", "close", "Close a page", _DONE)
+_devtools("GET browser", "websocket", "Control the browser (WebSocket)", _CDP, 426)
+_devtools("GET browser/{target}", "browser_websocket", "The same, by the browser's id (WebSocket)", _CDP, 426)
+_devtools("GET page/{target}", "page_websocket", "Control a page (WebSocket)", _CDP, 426)
+
+TABLE.declare(
+    f"POST {_VM}/actions/{{plugin}}/{{action}}",
+    "call_action",
+    _USE,
+    "Call an action that the plugin's manifest names",
+    answers={"default": Answer("What the workload answers", bytes, ANY)},
+    body=bytes,
+    errors=(409, 502),
+    details="Body, content type and query go to the workload, with the method and the path of the manifest.",
+)
+TABLE.declare(
+    f"GET {_VM}/openapi",
+    "workload_openapi",
+    _USE,
+    "Get the workload's own OpenAPI document",
+    answers={200: Answer("With its servers reached through the daemon", Anything)},
+    errors=(502,),
+    details="A running workload is asked first, at the path of the manifest or at `/openapi.json`; if it has no valid "
+    "one, the manifest's own counts.",
+)

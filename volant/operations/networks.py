@@ -1,0 +1,75 @@
+"""Named networks, in which VMs reach each other."""
+
+from __future__ import annotations
+
+from volant.journal import AddNetwork, NetworkCreated, Projection, RemoveNetwork, ask_journal
+from volant.model import CreateNetwork, Network, NetworkView, network_view, no_such_network
+
+from ._context import Context
+from ._permission import Permission
+from ._table import TABLE, Tool
+
+
+@TABLE.operation("GET /api/v1/networks", permission=Permission.VIEW, answer="By name")
+async def list_networks(context: Context) -> list[NetworkView]:
+    """List networks in which VMs reach each other."""
+    return shown_networks(context.deps.store.projection)
+
+
+@TABLE.operation(
+    "POST /api/v1/networks",
+    permission=Permission.CONTROL,
+    status=201,
+    answer="It is there",
+    errors=(503,),
+    idempotent=True,
+    tool=Tool(
+        "networks_create",
+        "Make a network",
+        "Make a network in which VMs reach each other by their names; pass its name as `network` to vms_create. VMs "
+        "elsewhere do not reach those in it.",
+    ),
+)
+async def create_network(context: Context, *, body: CreateNetwork) -> NetworkCreated:
+    """Create a network.
+
+    VMs that are created with its name as `network` are in it, and reach each other there, by their names.
+    """
+    return NetworkCreated.of(await ask_journal(context.deps.journal, AddNetwork(body, context.key)))
+
+
+@TABLE.operation("GET /api/v1/networks/{name}", permission=Permission.VIEW, answer="The network")
+async def get_network(context: Context, name: str) -> NetworkView:
+    """Get a network, with the VMs in it."""
+    projection = context.deps.store.projection
+    found = projection.networks.get(name)
+    if found is None:
+        raise no_such_network(name)
+    return _shown(found, projection)
+
+
+@TABLE.operation(
+    "DELETE /api/v1/networks/{name}",
+    permission=Permission.CONTROL,
+    answer="Removed",
+    errors=(409, 503),
+    tool=Tool(
+        "networks_delete",
+        "Delete a network",
+        "Remove a network that no VM is in; while one is, delete that first, with vms_delete.",
+        destructive=True,
+        idempotent=True,
+    ),
+)
+async def remove_network(context: Context, name: str) -> None:
+    """Remove a network that no VM is in."""
+    await ask_journal(context.deps.journal, RemoveNetwork(name))
+
+
+def shown_networks(projection: Projection) -> list[NetworkView]:
+    """Returns all, by name."""
+    return [_shown(network, projection) for _, network in sorted(projection.networks.items())]
+
+
+def _shown(network: Network, projection: Projection) -> NetworkView:
+    return network_view(network, projection.members(network.name))

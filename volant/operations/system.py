@@ -1,0 +1,326 @@
+"""The daemon itself: figures, maintenance, orphaned hypervisors, disk space, tickets."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Annotated, cast
+
+from volant import __version__
+from volant.http import TICKET_S, Nothing
+from volant.journal import VmCreated
+from volant.model import (
+    ArtifactView,
+    Health,
+    Name,
+    OrphanView,
+    Problem,
+    Pruned,
+    Restored,
+    Status,
+    StoredKind,
+    SystemStatus,
+    Ticket,
+    Usage,
+    WantTicket,
+    check_name,
+)
+from volant.model.agent import DEFAULT_GRACE_S, MAX_GRACE_S
+from volant.vm import prune as prune_stored
+from volant.vm import usage
+
+from ._context import Context
+from ._parameters import Described, Flag, Seconds, Text, Words
+from ._permission import Permission
+from ._table import OCTETS, SQLITE, TABLE, Answer, Anything
+
+_ORPHAN = "/api/v1/system/orphans/{mark}"
+
+
+@TABLE.operation("GET /api/v1/system/status", permission=Permission.VIEW, answer="Measured now")
+async def system_status(context: Context) -> SystemStatus:
+    """Show figures of the daemon and its host."""
+    deps = context.deps
+    rows = deps.store.projection.rows()
+    states = Counter(row.status for row in rows)
+    figures = deps.host.machine.figures()
+    used = figures.memory_total_mb - figures.memory_available_mb
+    drain = deps.store.projection.drain
+    return SystemStatus(
+        status=deps.system.health(),
+        vm_count=len(rows),
+        vms={state.value: states[state] for state in Status},
+        cpu_percent=figures.cpu_percent,
+        mem_percent=round(100.0 * used / max(1, figures.memory_total_mb), 1),
+        version=__version__,
+        uptime_s=round((deps.host.clock.now() - deps.system.started_at).total_seconds(), 3),
+        draining_since=None if drain is None else drain.since,
+    )
+
+
+@TABLE.operation(
+    "POST /api/v1/system/drain",
+    permission=Permission.ADMIN,
+    answer="Durable, over restarts of the daemon and of the host",
+    errors=(503,),
+    client="system.drain",
+)
+async def drain(
+    context: Context,
+    *,
+    stop_vms: Annotated[
+        bool, Flag(help="Stop VMs that are up, some at a time; they start again after `undrain`")
+    ] = False,
+    grace_s: Annotated[
+        float,
+        Seconds(
+            name="grace", help="With `stop_vms`, for each guest: default `10s`, at most `10m`", maximum=MAX_GRACE_S
+        ),
+    ] = DEFAULT_GRACE_S,
+) -> SystemStatus:
+    """Let no VM be created or start, for maintenance.
+
+    What would create or start a VM is 503, `urn:volant:error:draining`. VMs that run go on. One whose restart policy is
+    due, or whose host or guest has rebooted, waits. Asked again, `draining_since` stays. The answer comes before VMs
+    have stopped: their events, or `GET /api/v1/vms/{name}?wait=stopped`, report that.
+    """
+    await context.deps.vms.drain(grace_s if stop_vms else None)
+    return await system_status(context)
+
+
+@TABLE.operation(
+    "POST /api/v1/system/undrain",
+    permission=Permission.ADMIN,
+    answer="Durable",
+    errors=(503,),
+    client="system.undrain",
+)
+async def undrain(context: Context) -> SystemStatus:
+    """Let VMs start again; those that waited do."""
+    await context.deps.vms.undrain()
+    return await system_status(context)
+
+
+@TABLE.operation("GET /api/v1/system/info", permission=Permission.VIEW, answer="Its shape is no contract")
+async def system_info(context: Context) -> Anything:
+    """Show versions, addresses, the accelerator and the reason for it."""
+    return context.deps.system.info()
+
+
+@TABLE.operation(
+    "GET /api/v1/system/orphans",
+    permission=Permission.VIEW,
+    answer="All of them",
+    client="system.orphans",
+)
+async def list_orphans(context: Context) -> list[OrphanView]:
+    """List hypervisors that run and that no VM owns.
+
+    They are never touched by themselves. One is adopted, or killed, by whoever says so.
+    """
+    return [orphan.view() for orphan in await context.deps.vms.orphans()]
+
+
+@TABLE.operation(
+    f"POST {_ORPHAN}/adopt",
+    permission=Permission.ADMIN,
+    status=201,
+    answer="The VM, running, under its old id",
+    errors=(404, 409, 503),
+    client="system.adopt_orphan",
+)
+async def adopt_orphan(
+    context: Context,
+    mark: str,
+    *,
+    name: Annotated[str | None, Text(help="Instead of its own name", of=Name)] = None,
+) -> VmCreated:
+    """Make a VM of an orphaned hypervisor.
+
+    Name, size and disk are as its command line says; plugin `base`, no labels, no restart policy.
+    """
+    name = None if name is None else check_name(name, "name")
+    return VmCreated.of(await context.deps.vms.adopt_orphan(mark, name))
+
+
+@TABLE.operation(
+    f"POST {_ORPHAN}/kill",
+    permission=Permission.ADMIN,
+    answer="Its process and its files are gone",
+    errors=(404, 503),
+    client="system.kill_orphan",
+)
+async def kill_orphan(context: Context, mark: str) -> None:
+    """Kill an orphaned hypervisor; its disk stays."""
+    await context.deps.vms.kill_orphan(mark)
+
+
+@TABLE.operation("GET /api/v1/system/tree", permission=Permission.VIEW, answer="Its shape is no contract")
+async def system_tree(context: Context) -> Anything:
+    """Show the supervisor tree."""
+    return context.deps.system.tree()
+
+
+@TABLE.operation(
+    "GET /api/v1/system/df",
+    permission=Permission.VIEW,
+    answer="The largest first, with who uses it",
+    errors=(503,),
+    client="system.df",
+)
+async def disk_usage(context: Context) -> Usage:
+    """Show what takes space on the host for the daemon."""
+    with _disk():
+        return await usage(context.deps.vms.doors)
+
+
+@TABLE.operation(
+    "POST /api/v1/system/prune",
+    permission=Permission.ADMIN,
+    answer="What is gone, or with `dry_run` would be",
+    errors=(503,),
+    client="system.prune",
+    client_timeout_s=330,
+)
+async def prune(
+    context: Context,
+    *,
+    dry_run: Annotated[bool, Flag(help="Say what would go, and remove nothing")] = False,
+    kinds: Annotated[
+        Collection[str],
+        Words(
+            name="kind",
+            help="Only these; default `log`, `image`, `medium`, `template`, `leftover`; `disk`, `snapshot`, `database` "
+            "only when named",
+            of=StoredKind,
+        ),
+    ] = (),
+    unused_for_s: Annotated[
+        float,
+        Seconds(
+            name="unused_for",
+            help="Of templates only those from which no VM began for so long: `12h`",
+            maximum=math.inf,
+        ),
+    ] = 0.0,
+) -> Pruned:
+    """Remove what nothing uses.
+
+    What a VM, a plugin or a process uses stays, also when that begins meanwhile.
+    """
+    only = cast("frozenset[StoredKind]", frozenset(kinds)) or None
+    with _disk():
+        return await prune_stored(context.deps.vms.doors, only, dry_run=dry_run, unused_for_s=unused_for_s)
+
+
+@TABLE.operation(
+    "POST /api/v1/tickets",
+    permission=Permission.VIEW,
+    status=201,
+    answer="For one use",
+    secret=True,
+    client="system.ticket",
+)
+async def create_ticket(context: Context, *, body: WantTicket = WantTicket()) -> Ticket:  # noqa: B008 - frozen
+    """Create a ticket for a browser, which can't set headers on some streams."""
+    expires_at = context.deps.host.clock.now() + timedelta(seconds=TICKET_S)
+    return Ticket(context.deps.access.tickets.issue(path=body.path, caller=context.caller), expires_at)
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    """:raises Problem: 503 instead of OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise Problem(
+            503, "disk-unreadable", f"the daemon can't read its directories: {error}", hint="check the disk"
+        ) from error
+
+
+TABLE.declare(
+    "PUT /api/v1/artifacts/{sha256}",
+    "put_artifact",
+    Permission.ADMIN,
+    "Send a file that a manifest names",
+    answers={
+        201: Answer(
+            "It is in the cache, and stays until it is pruned, which happens to none that a plugin names", ArtifactView
+        )
+    },
+    body=bytes,
+    body_media=OCTETS,
+    errors=(408, 413, 503, 507),
+    details="400 `artifact-mismatch` when what comes has another SHA-256. At most `media_max_mb`; four at a time, for "
+    "one more it is 503.",
+)
+TABLE.declare(
+    "GET /healthz",
+    "healthz",
+    Permission.PUBLIC,
+    "Check whether the daemon is whole",
+    answers={200: Answer("It is", Health), 503: Answer("It starts, stops or is degraded", Health)},
+)
+TABLE.declare(
+    "GET /api/v1/system/tasks",
+    "system_tasks",
+    Permission.ADMIN,
+    "Show what every task and thread of the daemon is doing",
+    answers={200: Answer("Where each one waits: for people, its shape is no contract", str, "text/plain")},
+    details="Files, lines and functions, and no values. Also in the log, after `SIGUSR1`.",
+)
+TABLE.declare(
+    "POST /api/v1/system/backup",
+    "backup",
+    Permission.ADMIN,
+    "Take a consistent copy of all that the daemon must not lose",
+    answers={
+        200: Answer(
+            "An SQLite database: VMs, plugins, events, stored responses; no disks, no logs",
+            bytes,
+            SQLITE,
+            headers=("Content-Disposition", "Repr-Digest"),
+        )
+    },
+    body=Nothing,
+    errors=(409, 503),
+    details="Commits and readers go on meanwhile. `Content-Length` and `Repr-Digest` show whether it came whole.",
+)
+TABLE.declare(
+    "POST /api/v1/system/restore",
+    "restore",
+    Permission.ADMIN,
+    "Go on with a backup",
+    answers={
+        202: Answer("It is checked and decided: the daemon ends all connections and begins anew", Restored),
+    },
+    body=bytes,
+    body_media=SQLITE,
+    described=(Described("replace", bool, "Also when there are VMs that the backup does not know"),),
+    errors=(408, 409, 413, 503),
+    details="VMs go on running. What the daemon knows of a VM that both know stays as it is.",
+)
+TABLE.declare(
+    "GET /metrics",
+    "metrics",
+    Permission.VIEW,
+    "Get figures for Prometheus",
+    answers={200: Answer("Text 0.0.4; OpenMetrics for clients that accept it", str, "text/plain")},
+)
+TABLE.declare(
+    "GET /openapi.json",
+    "openapi",
+    Permission.VIEW,
+    "Get this document",
+    answers={200: Answer("OpenAPI 3.1", Anything)},
+)
+TABLE.declare(
+    "GET /docs",
+    "docs",
+    Permission.PUBLIC,
+    "Read this document; needs no network",
+    answers={200: Answer("A page", str, "text/html")},
+)
