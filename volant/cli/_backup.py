@@ -26,9 +26,9 @@ _ASK_AGAIN_S = 0.1
 
 @command(group, "backup")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Write over a file that is there.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
 async def backup(session: Session, file: Path, force: bool) -> None:
-    """Write what the daemon must not lose to FILE, while it works: VMs, plugins, events, kept answers.
+    """Back up the daemon's database to FILE while it works: VMs, plugins, events, stored responses.
 
     VMs' disks, their logs and what they boot from are not in it. In a directory the file gets a name that tells how
     far the events go. It is written whole or not at all, and only if it is what the daemon has sent.
@@ -75,10 +75,10 @@ def _name(part: Path, path: Path, force: bool) -> None:
 @command(group, "restore")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "--replace", is_flag=True, help="Also when there are VMs that the backup does not know; what runs of them goes on."
+    "--replace", is_flag=True, help="Also if there are VMs that the backup does not know; those that run go on."
 )
 async def restore(session: Session, file: Path, replace: bool) -> None:
-    """Let the daemon go on with the backup in FILE.
+    """Restore the daemon's database from FILE.
 
     VMs that run go on, those of which the daemon knows more than the backup as they are now. The daemon looks through
     the file first; then it ends all connections and begins anew, with a new epoch of events. The database of before is

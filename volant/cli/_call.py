@@ -28,9 +28,9 @@ _TEXTS = ("text/", "application/json", "application/xml", "application/x-ndjson"
 @click.argument("vm", shell_complete=vm_names)
 @click.argument("action", shell_complete=action_names)
 @click.argument("members", metavar="[KEY=TEXT|KEY:=JSON]...", nargs=-1)
-@click.option("-d", "--data", metavar="BODY", help="The body as it is; @FILE: what is in the file; @-: standard input.")
+@click.option("-d", "--data", metavar="BODY", help="The body as text; @FILE: from a file; @-: from standard input.")
 @click.option("--type", "content_type", metavar="TYPE", help="Its content type.  [default: application/json]")
-@click.option("-o", "--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write the answer there.")
+@click.option("-o", "--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write the answer to this file.")
 async def group(
     session: Session,
     vm: str,
@@ -40,7 +40,7 @@ async def group(
     content_type: str | None,
     output: str | None,
 ) -> int | None:
-    """Let the workload of VM do one of the actions that its plugin names, and print what it answers.
+    """Call an action that the plugin of VM declares, and print the answer.
 
     KEY=TEXT and KEY:=JSON make the members of a JSON object. `volar plugins show PLUGIN` shows what actions there are,
     and what they take. The exit code is 1 when the workload answers with an error.

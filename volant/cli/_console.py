@@ -28,14 +28,14 @@ _BELL = b"\a"
 
 @command(group, "console")
 @name_argument
-@click.option("--read-only", is_flag=True, help="Look on without typing.")
-@click.option("--take", is_flag=True, help="Take the keyboard from whoever has it.")
-@click.option("--tail", type=click.IntRange(0, 1000), help="Begin with so many lines; default 25.")
+@click.option("--read-only", is_flag=True, help="Watch without typing.")
+@click.option("--take", is_flag=True, help="Take the keyboard from the client that has it.")
+@click.option("--tail", type=click.IntRange(0, 1000), help="Start with this many lines; default 25.")
 @click.option("--escape", type=Escape(), default="^]", show_default=True, help="The key that leaves, or none.")
 async def console(
     session: Session, name: str, read_only: bool, take: bool, tail: int | None, escape: int
 ) -> int | None:
-    """Sit at the serial console of a VM; Ctrl-] leaves.
+    """Connect to the serial console of a VM; Ctrl-] leaves.
 
     Press Enter for the guest's shell. What is typed goes to the guest, Ctrl-C too; many may look on (--read-only), one
     types. A connection that is lost, for instance as the daemon is restarted, is made again. Where standard input is no

@@ -57,7 +57,7 @@ class _Remote:
 @command(group, "cp")
 @click.argument("source", metavar="SRC", shell_complete=files_here_or_in_a_vm)
 @click.argument("target", metavar="DST", shell_complete=files_here_or_in_a_vm)
-@click.option("--user", help="Who owns what is copied into the VM, perhaps with :GROUP; default: root.")
+@click.option("--user", help="Owner of what is copied into the VM, with an optional :GROUP; default: root.")
 async def copy(session: Session, source: str, target: str, user: str | None) -> None:
     """Copy files and directories between here and a VM.
 

@@ -17,7 +17,7 @@ from ._run import CONFLICT, Failure, api_key_of, client_of, guarded
 
 @click.group(name="debug")
 def group() -> None:
-    """Gather what a report of a bug needs."""
+    """Collect information for a bug report."""
 
 
 @group.command("bundle")
@@ -27,10 +27,10 @@ def group() -> None:
 @common()
 @pass_options
 def bundle(options: Options, output: Path | None, log: Path | None, consoles: bool) -> int:
-    """Write one file for a report of a bug: versions, the host, settings, log, VMs, events, what every task is doing.
+    """Write one file for a bug report: versions, the host, settings, log, VMs, events, what every task does.
 
     It works without the daemon, too; then it has the part of the host. As root it finds more. Keys, tokens, queries,
-    environments, kernel command lines and values of labels are left out. Look through it before you hand it on.
+    environments, kernel command lines and values of labels are left out. Check it before you share it.
     """
 
     def work() -> int:

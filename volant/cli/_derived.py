@@ -67,7 +67,8 @@ def _option(parameter: inspect.Parameter, text: str, resource: str) -> Any:
         if key == "request":
             required = parameter.default is inspect.Parameter.empty
             return click.option("--data", "request", required=required, help=f"JSON: a {kind.partition(' ')[0]}.")
-        return click.argument(key, shell_complete=NAMES.get(resource) if key in ("name", resource[:-1]) else None)
+        complete = NAMES.get(resource) if key in ("name", resource[:-1]) else None
+        return click.argument(key, shell_complete=complete, required=parameter.default is inspect.Parameter.empty)
     flag = _dashed(key.removesuffix("_s"))
     return click.option(f"--{flag}", key, help=f"{text[:1].upper()}{' '.join(text[1:].split())}.", **_HOW.get(kind, {}))
 

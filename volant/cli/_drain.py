@@ -15,14 +15,18 @@ _LOOK_S = 2.0
 
 
 @command(group, "drain")
-@click.option("--stop-vms", is_flag=True, help="Stop VMs that are up, some at a time; they start after `undrain`.")
-@click.option("--grace", type=Duration(), metavar="DURATION", help="With --stop-vms: how long each guest has (10s).")
-@click.option("--wait", is_flag=True, help="Return once no VM is up.")
 @click.option(
-    "--timeout", type=Duration(), default=600.0, metavar="DURATION", help="With --wait: at most so long (10m)."
+    "--stop-vms", is_flag=True, help="Also stop running VMs, some at a time; they start again after `undrain`."
+)
+@click.option(
+    "--grace", type=Duration(), metavar="DURATION", help="With --stop-vms: time for each guest to shut down (10s)."
+)
+@click.option("--wait", is_flag=True, help="Wait until no VM runs.")
+@click.option(
+    "--timeout", type=Duration(), default=600.0, metavar="DURATION", help="With --wait: how long to wait (10m)."
 )
 async def drain(session: Session, stop_vms: bool, grace: float | None, wait: bool, timeout: float) -> None:
-    """Let no VM be made or start, for maintenance, until `undrain`.
+    """Drain the host for maintenance: no VM is created or started until `undrain`.
 
     VMs that run go on running. It lasts over restarts of the daemon and of the host.
     """

@@ -27,7 +27,7 @@ _COLOURS = {
 _SAME_OUTAGE_S = 12.0
 """Longer than an attempt takes."""
 
-since_option = click.option("--since", metavar="ID", help="Begin after this event; 0: with the oldest kept.")
+since_option = click.option("--since", metavar="ID", help="Start after this event; 0: with the oldest one kept.")
 type_option = click.option(
     "--type", "types", type=click.Choice([str(kind) for kind in EventType]), multiple=True, help="Only these."
 )
@@ -48,7 +48,7 @@ async def group(
     types: tuple[str, ...],
     labels: tuple[tuple[str, str], ...],
 ) -> None:
-    """Print what happens to VMs as it happens, until interrupted.
+    """Print events of VMs as they happen, until interrupted.
 
     A connection that is lost is made again, for up to a minute, and goes on after the last event that was seen; where
     the daemon does not keep what came after that, standard error says so, or with --json a line STREAM_GAP. Each line

@@ -33,21 +33,19 @@ _PIECE = 64 * 1024
 )
 @name_argument
 @click.argument("words", metavar="[--] COMMAND...", nargs=-1, type=click.UNPROCESSED)
-@click.option("-i", "--interactive", is_flag=True, help="Pass standard input on.")
+@click.option("-i", "--interactive", is_flag=True, help="Send standard input to the command.")
 @click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
-@click.option("-d", "--detach", is_flag=True, help="Leave it running, and print the id with which --attach finds it.")
-@click.option("--attach", metavar="ID", help="Go on with a command that was detached, in place of COMMAND.")
-@click.option("--from", "position", type=click.IntRange(min=0), help="With --attach: so many bytes are known already.")
-@click.option(
-    "--escape", type=Escape(), default="^]", show_default=True, help="The key that leaves a detached one, or none."
-)
+@click.option("-d", "--detach", is_flag=True, help="Leave the command running, and print its id for --attach.")
+@click.option("--attach", metavar="ID", help="Attach to a detached command instead of starting COMMAND.")
+@click.option("--from", "position", type=click.IntRange(min=0), help="With --attach: skip this many bytes of output.")
+@click.option("--escape", type=Escape(), default="^]", show_default=True, help="The key that detaches, or none.")
 @click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
 @click.option("--cwd", help="The working directory.")
 @click.option("--user", help="A name or number in the guest, perhaps with :GROUP.")
 @click.option(
     "--timeout",
     type=Duration(),
-    help="Kill the command after so long: 500ms, 10s, 2m, … Also bounds the wait for a VM that is starting (60s).",
+    help="Kill the command after this time: 500ms, 10s, 2m, … Also limits the wait for a VM that is starting (60s).",
 )
 async def exec_(
     session: Session,
@@ -139,9 +137,9 @@ def _need_terminal() -> None:
 
 @command(group, "sessions")
 @name_argument
-@click.option("--end", metavar="ID", help="Kill this one and forget it.")
+@click.option("--end", metavar="ID", help="Kill this command and forget it.")
 async def sessions(session: Session, name: str, end: str | None) -> None:
-    """List the commands that were detached in a VM; how one ended is kept for ten minutes."""
+    """List the detached commands in a VM; an ended one is kept for ten minutes."""
     if end is not None:
         await session.client.vms.end_exec_session(name, end)
         if not session.out.json:

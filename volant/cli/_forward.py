@@ -57,7 +57,7 @@ class PortsType(click.ParamType[Ports]):
 @name_argument
 @click.argument("ports", metavar="[LOCAL:]PORT...", nargs=-1, required=True, type=PortsType())
 async def forward(session: Session, name: str, ports: tuple[Ports, ...]) -> None:
-    """Listen here for ports of a VM's loopback, until interrupted.
+    """Forward local ports to ports of a VM, until interrupted.
 
     PORT 8080 is 127.0.0.1:8080 and [::1]:8080 here, LOCAL:PORT another port, 0:PORT any that is free. Each connection
     here is one in the guest, at most 128 at once. It goes on when the VM is restarted; while it is down, connections

@@ -41,17 +41,17 @@ cache_option = click.option(
 
 @click.group(name="images")
 def group() -> None:
-    """What VMs boot from: images that are built, and boot artifacts of plugins. Without a daemon."""
+    """Manage boot images and boot artifacts in the cache, without a daemon."""
 
 
 @group.command("build")
 @cache_option
-@click.option("--mirror", metavar="URL", help="A Debian mirror, in the place of this host's apt sources.")
+@click.option("--mirror", metavar="URL", help="A Debian mirror, instead of this host's apt sources.")
 @click.option("--security-mirror", metavar="URL", help="With --mirror: where security updates come from.")
 @click.option(
     "--keyring", type=click.Path(path_type=Path), metavar="FILE", help="The keys that must have signed the mirror."
 )
-@click.option("--offline", is_flag=True, help="Take the packages of the last build.")
+@click.option("--offline", is_flag=True, help="Use the packages of the last build.")
 @common()
 @pass_options
 def build_(
@@ -62,7 +62,7 @@ def build_(
     keyring: Path | None,
     offline: bool,
 ) -> int:
-    """Build the image that Debian's packages of today make, or find that it is there."""
+    """Build the boot image from Debian's current packages, unless it is there."""
     if security_mirror and not mirror:
         raise click.UsageError("--security-mirror goes with --mirror")
     out = Output(options.json)
@@ -142,11 +142,11 @@ def artifacts(options: Options, cache: Path | None) -> int:
 @click.argument("url")
 @click.argument("sha256")
 @cache_option
-@click.option("--max-mb", type=click.IntRange(1, 2**24), default=16384, show_default=True, help="How large it may be.")
+@click.option("--max-mb", type=click.IntRange(1, 2**24), default=16384, show_default=True, help="Maximum size in MiB.")
 @common()
 @pass_options
 def fetch_(options: Options, url: str, sha256: str, cache: Path | None, max_mb: int) -> int:
-    """Fetch a boot artifact into the cache, or find that it is there.
+    """Fetch a boot artifact into the cache, unless it is there.
 
     URL is an absolute path, or a file, http or https URL; SHA256 the digest that the file must have. Both as in the
     plugin's manifest.
@@ -187,7 +187,7 @@ def fetch_(options: Options, url: str, sha256: str, cache: Path | None, max_mb: 
 @common()
 @pass_options
 def remove(options: Options, artifacts: tuple[str, ...], cache: Path | None) -> int:
-    """Remove boot artifacts from the cache, each named by the beginning of its digest.
+    """Remove boot artifacts from the cache; the start of a digest is enough to name one.
 
     VMs that run on one go on. One that boots later fetches it again from where its manifest says; a file of this host
     that lies below no directory of the setting artifact_dirs has to be uploaded again, with `volar plugins upload`.

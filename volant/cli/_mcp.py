@@ -92,17 +92,17 @@ CLIENTS = {
 
 @click.command("mcp")
 @click.option(
-    "--client", type=click.Choice(list(CLIENTS)), help="Only for this one: prints its JSON, to be redirected."
+    "--client", type=click.Choice(list(CLIENTS)), help="Only for this client: print its JSON, to be redirected."
 )
 @click.option(
     "--key/--no-key",
     default=None,
-    help="Whether the daemon asks for a key. Default: whether volar itself has one to show.",
+    help="Whether the daemon needs a key. Default: whether volar has one.",
 )
 @common()
 @pass_options
 def group(options: Options, client: str | None, key: bool | None) -> int:
-    """Print what MCP clients want to know of the daemon, in the form of each.
+    """Print the configuration that MCP clients need.
 
     Keys are never printed, only the place where the client finds one.
     """

@@ -16,9 +16,9 @@ from ._text import safe
 
 @click.group(name="networks")
 def group() -> None:
-    """Look after networks in which VMs reach each other, by their names.
+    """Manage networks in which VMs reach each other by name.
 
-    A VM is put into one with `volar vms create --network NAME`, and stays in it. VMs in different ones, and those with
+    `volar vms create --network NAME` puts a VM into one, where it stays. VMs in different ones, and those with
     the network `bridge`, do not reach each other.
     """
 
@@ -40,7 +40,7 @@ async def list_(session: Session) -> None:
 @command(group, "create")
 @click.argument("network")
 async def create(session: Session, network: str) -> None:
-    """Make a network."""
+    """Create a network."""
     made = await session.client.networks.create(network)
     if session.out.json:
         session.out.document(made)

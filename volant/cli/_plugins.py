@@ -33,7 +33,7 @@ _NOT_READ = ("artifact-not-allowed", "artifact-unavailable")
 
 @click.group(name="plugins")
 def group() -> None:
-    """Install and list kinds of VMs."""
+    """Manage plugins: kinds of VMs."""
 
 
 @command(group, "list")
@@ -53,9 +53,9 @@ async def list_(session: Session) -> None:
 @command(group, "install")
 @click.argument("manifest", type=click.Path(dir_okay=False, allow_dash=True))
 async def install(session: Session, manifest: str) -> None:
-    """Install the plugin that the file MANIFEST describes, in JSON, or in TOML when it is called so; - reads JSON.
+    """Install a plugin from a manifest file, JSON or .toml; - reads JSON from standard input.
 
-    Files that it names by path and that the daemon does not read for you are uploaded.
+    Files that it names by path and that the daemon may not read for you are uploaded.
     """
     described = _read(manifest)
     try:
@@ -101,7 +101,7 @@ async def upload(session: Session, file: Path) -> None:
 @command(group, "show")
 @click.argument("name", shell_complete=plugin_names)
 async def show(session: Session, name: str) -> None:
-    """Show what a plugin is made of; with --json its manifest, as `install` takes it."""
+    """Show a plugin; with --json its manifest, as `install` takes it."""
     manifest = await session.client.plugins.manifest(name)
     if session.out.json:
         session.out.document(manifest)
@@ -148,14 +148,14 @@ def _inputs(schema: Mapping[str, Any] | None) -> list[str]:
 @command(group, "enable")
 @click.argument("name", shell_complete=plugin_names)
 async def enable(session: Session, name: str) -> None:
-    """Let new VMs use a plugin."""
+    """Enable a plugin for new VMs."""
     await _enable(session, name, True)
 
 
 @command(group, "disable")
 @click.argument("name", shell_complete=plugin_names)
 async def disable(session: Session, name: str) -> None:
-    """Keep new VMs from a plugin; those that there are go on."""
+    """Disable a plugin for new VMs; existing VMs go on."""
     await _enable(session, name, False)
 
 

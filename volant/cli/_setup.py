@@ -246,7 +246,7 @@ def _scopes() -> Sequence[str]:
 
 
 @click.command(name="setup")
-@click.option("--check", is_flag=True, help="Only look whether VMs can run here, and at what they lack.")
+@click.option("--check", is_flag=True, help="Only check whether VMs can run here, and what is missing.")
 @click.option("--dry-run", is_flag=True, help="Print the units and what would be done; do nothing.")
 @click.option("--uninstall", is_flag=True, help="Remove the service; what VMs have on disk stays.")
 @click.option("--stop-vms", is_flag=True, help="With --uninstall: shut down guests that run.")
@@ -254,7 +254,7 @@ def _scopes() -> Sequence[str]:
 @common()
 @pass_options
 def group(options: Options, check: bool, dry_run: bool, uninstall: bool, stop_vms: bool, purge: bool) -> int:
-    """Let systemd run volantd, now and at every boot.
+    """Install volantd as a systemd service, and start it.
 
     Can be run again, after an upgrade too: VMs that run go on running.
 

@@ -20,9 +20,9 @@ _WAIT_S = 120.0
 
 @click.group(name="snapshots")
 def group() -> None:
-    """Look at snapshots of VMs, or remove them.
+    """Manage snapshots of VMs.
 
-    `volar vms snapshot` takes one, `volar vms create --from-snapshot` makes a VM of it.
+    `volar vms snapshot` takes one, `volar vms create --from-snapshot` restores it as a new VM.
     """
 
 
@@ -30,7 +30,7 @@ snapshot_argument = click.argument("snapshot", shell_complete=snapshot_names)
 
 
 @command(group, "list")
-@click.option("--vm", shell_complete=vm_names, help="Only those of this VM.")
+@click.option("--vm", shell_complete=vm_names, help="Only snapshots of this VM.")
 async def list_(session: Session, vm: str | None) -> None:
     """List snapshots, also those of VMs that are gone."""
     listed = session.client.snapshots
@@ -64,13 +64,13 @@ async def show(session: Session, snapshot: str) -> None:
 
 @command(vms_group, "snapshot")
 @name_argument
-@click.option("--name", "as_name", help="What it is called; default: the VM's name and the time.")
-@click.option("--description", default="", help="What it is good for.")
+@click.option("--name", "as_name", help="The snapshot's name; default: the VM's name and the time.")
+@click.option("--description", default="", help="A description.")
 @click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
 async def snapshot_(
     session: Session, name: str, as_name: str | None, description: str, labels: tuple[tuple[str, str], ...]
 ) -> None:
-    """Keep a VM as it is now: memory, devices and disk. It goes on, after a moment in which it stands still."""
+    """Take a snapshot of a VM: memory, devices and disk. The VM is paused for a moment, then goes on."""
     wanted = TakeSnapshot(name=as_name, description=description, labels=dict(labels))
     taken = await session.client.snapshots.take(name, wanted)
     if session.out.json:
@@ -85,7 +85,7 @@ async def snapshot_(
 @command(vms_group, "fork")
 @name_argument
 @click.option("-n", "--count", type=click.IntRange(1, MAX_COPIES), help="How many copies; default 1.")
-@click.option("--as", "names", multiple=True, metavar="NAME", help="What a copy is called; may be repeated.")
+@click.option("--as", "names", multiple=True, metavar="NAME", help="A name for a copy; may be repeated.")
 @click.option("--wait", is_flag=True, help="Wait until all of them run.")
 @click.option(
     "--timeout", type=Duration(), default=_WAIT_S, show_default="2m", help="How long to wait: 500ms, 10s, 2m, …"
@@ -93,9 +93,9 @@ async def snapshot_(
 async def fork(
     session: Session, name: str, count: int | None, names: tuple[str, ...], wait: bool, timeout: float
 ) -> int:
-    """Make VMs that go on from where this one is, which goes on, too.
+    """Fork a running VM: create copies that continue from its present state.
 
-    They have its memory and its disk, and names and ids of their own.
+    They have its memory and its disk, and names and ids of their own. The VM itself goes on.
     """
     copies = await session.client.vms.fork(name, ForkVm(count=count, names=list(names) or None))
     code = 0

@@ -18,7 +18,7 @@ _KINDS = get_args(StoredKind)
 
 @command(group, "df")
 async def df(session: Session) -> None:
-    """Show what takes space on the host, the largest first, who uses it, and what `volar system prune` can remove."""
+    """Show disk usage, the largest first, who uses it, and what `volar system prune` can remove."""
     found = await session.client.system.df()
     if session.out.json:
         session.out.document(found)
@@ -35,9 +35,9 @@ async def df(session: Session) -> None:
     "--unused-for",
     type=Duration(),
     metavar="DURATION",
-    help="Of templates only those from which no VM began for so long, like 12h.",
+    help="Only templates that were not used for this time, like 12h.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
 @click.option(
     "--kind",
     "kinds",
@@ -46,7 +46,7 @@ async def df(session: Session) -> None:
     help=f"Only this; may be repeated.  [default: {', '.join(PRUNED_KINDS)}]",
 )
 async def prune(session: Session, dry_run: bool, kinds: tuple[str, ...], unused_for: float | None) -> int | None:
-    """Remove what nobody uses: images, artifacts, templates, logs of deleted VMs, leftovers.
+    """Remove what is not in use: images, artifacts, templates, logs of deleted VMs, leftovers.
 
     What a VM, a plugin, a snapshot or a process uses stays. Disks without a VM, snapshots that the daemon does not
     know, and databases that a restore has moved aside go only when they are named: --kind disk, snapshot, database.

@@ -23,7 +23,7 @@ del _backup, _drain, _storage
 
 @command(group, "status")
 async def status(session: Session) -> None:
-    """Show how the daemon is, how many VMs there are, and the host's load."""
+    """Show the state of the daemon, the number of VMs, and the host's load."""
     found = await session.client.system.status()
     if session.out.json:
         session.out.document(found)
@@ -55,7 +55,7 @@ async def tree(session: Session) -> None:
 
 @command(group, "tasks")
 async def tasks(session: Session) -> None:
-    """Show what every task and thread of the daemon is doing: where it waits, and no values."""
+    """Show where every task and thread of the daemon waits, without values."""
     found = await session.client.system.tasks()
     if session.out.json:
         session.out.document({"tasks": found})

@@ -7,4 +7,4 @@ import click
 
 @click.group(name="system")
 def group() -> None:
-    """Look at the daemon itself, and keep what it must not lose."""
+    """Inspect, maintain and back up the daemon."""

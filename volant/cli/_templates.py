@@ -15,7 +15,7 @@ from ._text import safe
 
 @click.group(name="templates")
 def group() -> None:
-    """Look at what VMs begin as clones of, build it beforehand, or remove it."""
+    """Manage templates, which new VMs are cloned from."""
 
 
 @command(group, "list")
@@ -45,16 +45,19 @@ async def list_(session: Session) -> None:
 
 @command(group, "build")
 @click.argument("plugin", default="base", shell_complete=plugin_names)
-@click.option("--cpu", "cpu_cores", type=click.IntRange(1, 256), help="vCPUs; default: what the plugin asks for")
-@click.option("--memory", "memory_mb", type=click.IntRange(64), help="MiB; default: what the plugin asks for")
-@click.option("--cmdline", "kernel_cmdline", default="", help="what the VMs are created with")
+@click.option("--cpu", "cpu_cores", type=click.IntRange(1, 256), help="vCPUs; default: the plugin's.")
+@click.option("--memory", "memory_mb", type=click.IntRange(64), help="Memory in MiB; default: the plugin's.")
+@click.option("--cmdline", "kernel_cmdline", default="", help="The kernel command line that the VMs are created with.")
 @click.option(
-    "--disk-mb", "disk_mb", type=click.IntRange(1), help="MiB; default: as large as the plugin's root filesystem"
+    "--disk-mb",
+    "disk_mb",
+    type=click.IntRange(1),
+    help="Disk in MiB; default: the size of the plugin's root filesystem.",
 )
 @click.option(
     "--network",
     shell_complete=network_choices,
-    help="none, or what the VMs have: those with a network have one template.  [default: the daemon's setting]",
+    help="none, or the network of the VMs: all VMs with a network share a template.  [default: the daemon's setting]",
 )
 async def build(
     session: Session,
@@ -65,7 +68,7 @@ async def build(
     disk_mb: int | None,
     network: str | None,
 ) -> None:
-    """Build the template for VMs of PLUGIN, and wait until it is there. VMs of another size have others."""
+    """Build the template for VMs of PLUGIN, and wait for it. VMs of another size need another template."""
     wanted = BuildTemplate(
         plugin=plugin,
         cpu_cores=cpu_cores,

@@ -31,16 +31,16 @@ del _console, _copy, _exec, _forward, _snapshots
 
 _WAIT_S = 120.0
 
-wait_option = click.option("--wait", is_flag=True, help="Wait until it is there, and show its events meanwhile.")
+wait_option = click.option("--wait", is_flag=True, help="Wait until it is done, and show events meanwhile.")
 timeout_option = click.option(
     "--timeout", type=Duration(), default=_WAIT_S, show_default="2m", help="How long to wait: 500ms, 10s, 2m, …"
 )
 
 
 @command(group, "list")
-@click.option("--status", type=click.Choice([str(state) for state in Status]), help="Only those in this status.")
-@click.option("--label", "labels", type=Pair(), multiple=True, help="Only those with this label; may be repeated.")
-@click.option("--plugin", shell_complete=plugin_names, help="Only those of this plugin.")
+@click.option("--status", type=click.Choice([str(state) for state in Status]), help="Only VMs in this status.")
+@click.option("--label", "labels", type=Pair(), multiple=True, help="Only VMs with this label; may be repeated.")
+@click.option("--plugin", shell_complete=plugin_names, help="Only VMs of this plugin.")
 @click.option("--wide", is_flag=True, help="Show workloads and when VMs expire, too.")
 async def list_(
     session: Session, status: str | None, labels: tuple[tuple[str, str], ...], plugin: str | None, wide: bool
@@ -74,7 +74,7 @@ async def get(session: Session, name: str) -> None:
 @command(group, "memory")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=vm_names)
 async def memory(session: Session, names: tuple[str, ...]) -> None:
-    """Show what VMs take of memory.
+    """Show the memory that VMs use.
 
     GUEST USED is what the guest itself says. What the hypervisor takes of the host's memory for it is in the other
     columns: TAKES counts what it shares with others by its part, so that the sum over VMs is what they take together;
@@ -109,27 +109,31 @@ def _booted_from(vm: VmView) -> str | None:
 @name_argument
 @click.option("--cpu", "cpu_cores", type=click.IntRange(min=1), help="vCPUs.  [default: the plugin's]")
 @click.option("--memory", "memory_mb", type=click.IntRange(min=64), help="Memory in MiB.  [default: the plugin's]")
-@click.option("--plugin", show_default="base", shell_complete=plugin_names, help="What kind of VM.")
+@click.option(
+    "--plugin", show_default="base", shell_complete=plugin_names, help="The plugin that says what the VM runs."
+)
 @click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE for the workload; may be repeated.")
 @click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
-@click.option("--runtime", help="The boot image, when not the plugin's.")
+@click.option("--runtime", help="The boot image, if not the plugin's.")
 @click.option("--cmdline", "kernel_cmdline", default="", help="Appended to the kernel's command line.")
 @click.option(
     "--restart-policy",
     type=click.Choice(["never", "on-failure", "always"]),
     default="never",
     show_default=True,
-    help="When the daemon starts it again by itself.",
+    help="When the daemon restarts the VM.",
 )
 @click.option(
     "--boot",
     type=click.Choice(["auto", "cold", "template"]),
     default="auto",
     show_default=True,
-    help="Whether a boot may be a clone of a template, or must.",
+    help="How to boot: auto clones a template if there is one.",
 )
 @click.option(
-    "--from-snapshot", shell_complete=snapshot_names, help="Go on from there; vCPUs, memory and plugin are its own."
+    "--from-snapshot",
+    shell_complete=snapshot_names,
+    help="Restore this snapshot; vCPUs, memory and plugin come from it.",
 )
 @click.option(
     "--network",
@@ -142,16 +146,18 @@ def _booted_from(vm: VmView) -> str | None:
     "ports",
     multiple=True,
     metavar="[HOST:]PORT:GUEST_PORT[/udp]",
-    help="A port of the host that leads to one of the VM's, on 127.0.0.1 without HOST; may be repeated.",
+    help="Publish a port of the VM on the host, on 127.0.0.1 without HOST; may be repeated.",
 )
 @click.option(
     "--disk-mb",
     type=click.IntRange(min=1),
-    help="How large its disk is, in MiB; as large as the plugin's root filesystem without it.",
+    help="Size of the disk in MiB; default: that of the plugin's root filesystem.",
 )
-@click.option("--ttl", help="Delete it after so long, counted from now: 30m, 2h, …")
+@click.option("--ttl", help="Delete the VM after this time: 30m, 2h, …")
 @click.option(
-    "--idempotency-key", metavar="WORD", help="Run again with the same one within a day, it finds what it has made."
+    "--idempotency-key",
+    metavar="WORD",
+    help="Run the command again with the same word within a day, and it finds the VM it created.",
 )
 @wait_option
 @timeout_option
@@ -176,7 +182,7 @@ async def create(
     wait: bool,
     timeout: float,
 ) -> int:
-    """Create a VM and let it boot, or go on from a snapshot."""
+    """Create a VM and boot it, or restore it from a snapshot."""
     request: CreateVm | RestoreVm
     if from_snapshot is not None:
         if env or runtime or kernel_cmdline:
@@ -233,17 +239,17 @@ async def create(
 @wait_option
 @timeout_option
 async def start(session: Session, name: str, wait: bool, timeout: float) -> int:
-    """Start a VM that is stopped or has crashed, or let one that is paused go on."""
+    """Start a VM that is stopped or has crashed, or resume a paused one."""
     return await _apply(session, name, "start", wait, timeout)
 
 
 @command(group, "stop")
 @name_argument
-@click.option("--grace", type=Duration(), help="How long the guest may take before it is killed; default 10s.")
+@click.option("--grace", type=Duration(), help="Time for the guest to shut down before it is killed; default 10s.")
 @wait_option
 @timeout_option
 async def stop(session: Session, name: str, grace: float | None, wait: bool, timeout: float) -> int:
-    """Stop a VM: its guest is asked, then killed."""
+    """Stop a VM: ask its guest to shut down, then kill it."""
     return await _apply(session, name, "stop", wait, timeout, grace)
 
 
@@ -252,7 +258,7 @@ async def stop(session: Session, name: str, grace: float | None, wait: bool, tim
 @wait_option
 @timeout_option
 async def restart(session: Session, name: str, wait: bool, timeout: float) -> int:
-    """Boot a VM anew."""
+    """Restart a VM."""
     return await _apply(session, name, "restart", wait, timeout)
 
 
@@ -261,7 +267,7 @@ async def restart(session: Session, name: str, wait: bool, timeout: float) -> in
 @wait_option
 @timeout_option
 async def pause(session: Session, name: str, wait: bool, timeout: float) -> int:
-    """Let a VM stand still, with all that it has in memory. One that starts is paused once it runs."""
+    """Pause a VM; its memory stays. A VM that is starting is paused once it runs."""
     return await _apply(session, name, "pause", wait, timeout)
 
 
@@ -270,14 +276,14 @@ async def pause(session: Session, name: str, wait: bool, timeout: float) -> int:
 @wait_option
 @timeout_option
 async def resume(session: Session, name: str, wait: bool, timeout: float) -> int:
-    """Let a paused VM go on. Its clock is set."""
+    """Resume a paused VM. Its clock is set."""
     return await _apply(session, name, "resume", wait, timeout)
 
 
 @command(group, "recover")
 @name_argument
 async def recover(session: Session, name: str) -> None:
-    """Take control again of a VM that the daemon gave up on (reason: control_lost)."""
+    """Take control of a VM again that the daemon gave up on (reason: control_lost)."""
     _done(session.out, await session.client.vms.recover(name), "is under control again")
 
 
@@ -304,9 +310,9 @@ async def orphans(session: Session) -> None:
 
 @command(group, "adopt")
 @click.argument("mark")
-@click.option("--name", help="Instead of its own, which another VM may have.")
+@click.option("--name", help="A name for the VM, if another VM has its own name.")
 async def adopt(session: Session, mark: str, name: str | None) -> None:
-    """Make a VM of a hypervisor that no VM owns.
+    """Adopt a hypervisor that no VM owns: make it a VM.
 
     MARK is what `volar vms orphans` calls it.
     """
@@ -316,9 +322,9 @@ async def adopt(session: Session, mark: str, name: str | None) -> None:
 @command(group, "kill")
 @click.argument("mark")
 async def kill(session: Session, mark: str) -> None:
-    """End a hypervisor that no VM owns. Its disk stays.
+    """Kill a hypervisor that no VM owns. Its disk stays.
 
-    MARK is what `volar vms orphans` calls it. A VM is ended by `stop` or `delete`.
+    MARK is what `volar vms orphans` calls it. To end a VM, use `stop` or `delete`.
     """
     await session.client.system.kill_orphan(mark)
     if not session.out.json:
@@ -334,7 +340,7 @@ async def kill(session: Session, mark: str) -> None:
     default="running",
     show_default=True,
     metavar="STATES",
-    help="Comma-separated; a status, ready (its workload is well), or deleted.",
+    help="Comma-separated: a status, ready (the workload is healthy), or deleted.",
 )
 @timeout_option
 async def wait_for(session: Session, name: str, states: tuple[str, ...], timeout: float) -> int:
@@ -349,7 +355,7 @@ async def wait_for(session: Session, name: str, states: tuple[str, ...], timeout
 @command(group, "delete")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=vm_names)
 async def delete(session: Session, names: tuple[str, ...]) -> None:
-    """Delete VMs with all that is theirs; returns when nothing of them is left."""
+    """Delete VMs with their disks; returns when nothing of them is left."""
     for name in names:
         await session.client.vms.delete(name)
         if session.out.json:
@@ -360,15 +366,15 @@ async def delete(session: Session, names: tuple[str, ...]) -> None:
 
 @command(group, "logs")
 @name_argument
-@click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
-@click.option("--tail", type=click.IntRange(min=0), help="Begin with so many lines; default 100.")
-@click.option("--since", help="Begin after the line of this number, or at this time (RFC 3339).")
+@click.option("-f", "--follow", is_flag=True, help="Follow new lines.")
+@click.option("--tail", type=click.IntRange(min=0), help="Start with this many lines; default 100.")
+@click.option("--since", help="Start after this line number, or at this time (RFC 3339).")
 @click.option(
     "--stream",
     "streams",
     type=click.Choice(["stdout", "stderr", "console"]),
     multiple=True,
-    help="Only this one; may be repeated.",
+    help="Only this stream; may be repeated.",
 )
 @click.option("-t", "--timestamps", is_flag=True, help="Put the time before each line.")
 async def logs(
@@ -399,10 +405,10 @@ async def logs(
 @command(group, "devtools")
 @name_argument
 async def devtools(session: Session, name: str) -> None:
-    """Show where Playwright, Puppeteer and others find the browser in a VM.
+    """Show the endpoint for Playwright, Puppeteer and other DevTools clients of the browser in a VM.
 
-    Waits for a VM that has just been started, and for its browser. Where the daemon asks for an API key, those
-    programs have to show it too.
+    Waits for a VM that has just been started, and for its browser. If the daemon needs an API key, those programs
+    have to send it too.
     """
     browser = await session.client.vms.browser(name)
     if session.out.json:
@@ -429,7 +435,7 @@ async def watch(
     types: tuple[str, ...],
     labels: tuple[tuple[str, str], ...],
 ) -> None:
-    """Print what happens to VMs, or to one, as it happens, until interrupted; `volar events` says more."""
+    """Print the events of all VMs, or of one, until interrupted; `volar events` has more options."""
     await follow(session, name, since, types, labels)
 
 

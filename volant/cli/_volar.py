@@ -13,18 +13,18 @@ from ._options import common
 
 _GROUPS = {
     "vms": ("volant.cli._vms", "Create, watch and use VMs."),
-    "events": ("volant.cli._events", "Print what happens to VMs as it happens."),
+    "events": ("volant.cli._events", "Print events of VMs as they happen."),
     "images": ("volant.cli._images", "Build and list boot images, without a daemon."),
-    "call": ("volant.cli._call", "Let a VM's workload do what its plugin names."),
-    "plugins": ("volant.cli._plugins", "Install and list kinds of VMs."),
-    "networks": ("volant.cli._networks", "Look after networks in which VMs reach each other."),
-    "snapshots": ("volant.cli._snapshots", "Look after copies of VMs that are kept."),
-    "templates": ("volant.cli._templates", "Look after what VMs begin as clones of."),
-    "system": ("volant.cli._system", "Look at the daemon itself."),
-    "mcp": ("volant.cli._mcp", "Print what MCP clients want to know of the daemon."),
-    "debug": ("volant.cli._debug", "Gather what a report of a bug needs."),
-    "setup": ("volant.cli._setup", "Let systemd run the daemon."),
-    "completion": ("volant.cli._completion", "Let a shell complete commands and names."),
+    "call": ("volant.cli._call", "Call an action of a VM's workload."),
+    "plugins": ("volant.cli._plugins", "Manage plugins: kinds of VMs."),
+    "networks": ("volant.cli._networks", "Manage networks in which VMs reach each other."),
+    "snapshots": ("volant.cli._snapshots", "Manage snapshots of VMs."),
+    "templates": ("volant.cli._templates", "Manage templates, which new VMs are cloned from."),
+    "system": ("volant.cli._system", "Inspect and maintain the daemon."),
+    "mcp": ("volant.cli._mcp", "Print the configuration that MCP clients need."),
+    "debug": ("volant.cli._debug", "Collect information for a bug report."),
+    "setup": ("volant.cli._setup", "Install the daemon as a systemd service."),
+    "completion": ("volant.cli._completion", "Print completion scripts for shells."),
 }
 
 
@@ -50,11 +50,11 @@ class _Groups(click.Group):
 @click.version_option(__version__, prog_name="volar", message="%(prog)s %(version)s")
 @common(environment=True)
 def volar() -> None:
-    """Command microVMs through a volantd.
+    """Control microVMs through a running volantd.
 
     \b
-    Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 no such thing, 4 conflict with the present state,
-    5 the daemon can't be reached, 124 it took too long, 130 interrupted. `vms exec` passes on the
+    Exit codes: 0 success, 1 failure, 2 wrong usage, 3 not found, 4 conflict with the present state,
+    5 daemon unreachable, 124 timeout, 130 interrupted. `vms exec` passes on the
     exit code of its command, or 128 + n when signal n ended it.
     """
 
