@@ -1,1 +1,1 @@
-"""Attackers: each module plays one, and the tests beside them show what the attacker does not get."""
+"""Attackers: each module acts as one, and the tests show what the attacker does not get."""

@@ -1,4 +1,4 @@
-"""What several attackers need."""
+"""Fixtures of several attackers."""
 
 from __future__ import annotations
 

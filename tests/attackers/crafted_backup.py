@@ -1,7 +1,7 @@
-"""Backups that somebody has changed before they are restored: each holds one thing that volantd never writes.
+"""Crafted backups: each contains one thing that volantd never writes.
 
-`MEMBERS` are rows with one crafted member: a path that leads elsewhere, a process of somebody else, a row that
-contradicts its columns. `FILES` are crafted as databases: programs in the schema, rows that fill memory, no database.
+`MEMBERS` are rows with one crafted member: a path to another place, a foreign process, a row that contradicts its
+columns. `FILES` are crafted as databases: programs in the schema, rows that fill memory, no database.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Victim:
-    """What is not the daemon's: a directory, and a process with its identity as the kernel tells it."""
+    """A directory and a process that are not the daemon's."""
 
     directory: Path
     process: Json
@@ -39,7 +39,7 @@ NOBODY = Victim(Path("/srv/somebody"), {"pid": 4242, "start_time": 1, "boot_id":
 
 @dataclass(frozen=True)
 class Member:
-    """One crafted member: of which table, what it becomes, and the name that the refusal has for it."""
+    """One crafted member: its table, how to change it, and its name in the error."""
 
     table: str
     change: Callable[[Json, Victim], None]
@@ -66,7 +66,7 @@ def _put(row: Json, named: str, value: object) -> None:
 
 
 def _outside(victim: Victim) -> str:
-    # From `<state_dir>/disks`, `templates` and `snapshots` alike.
+    # Relative to `<state_dir>/disks`, `templates` and `snapshots`.
     return f"../../../../../../../..{victim.directory}"
 
 
@@ -118,11 +118,11 @@ MEMBERS: Mapping[str, Member] = {
     "status of a refusal": _of("responses", "status", 200),
     "drain": _of("meta", "since", "2025-09-24T12:34:56"),
 }
-"""Each says something that becomes a path, a process, a device or an argument."""
+"""Each becomes a path, a process, a device or an argument."""
 
 
 def vm_row(vm_id: int = 7, name: str = "crafted") -> Json:
-    """The row of a VM that has stopped, as JSON."""
+    """Returns the row of a stopped VM as JSON."""
     row = VmRow(
         id=vm_id, name=name, cpu_cores=1, memory_mb=128, plugin="base", runtime="base", manifest=BASE, created_at=AT,
         updated_at=AT, status=Status.STOPPED, desired=Desired.STOPPED, booted=1, boots=1, revision=1,
@@ -146,7 +146,7 @@ def _rows() -> dict[str, Json]:
 
 
 def make(path: Path, how: str | None = None, victim: Victim = NOBODY, *, epoch: str | None = None) -> Path:
-    """A database with a row in each table, one of them crafted (None: none is), as one file: a backup."""
+    """Writes a backup with a row in each table, of which one is crafted, or none for None."""
     rows = _rows()
     if how is not None:
         member = MEMBERS[how]
@@ -161,7 +161,7 @@ def make(path: Path, how: str | None = None, victim: Victim = NOBODY, *, epoch: 
 
 
 def put(connection: apsw.Connection, rows: Mapping[str, Json]) -> None:
-    """Write rows, whatever they say."""
+    """Writes rows without checking them."""
 
     def data(table: str) -> bytes:
         return json.dumps(rows[table]).encode()
@@ -189,7 +189,7 @@ def _sql(*statements: str) -> Callable[[Path], None]:
 
 
 def _schema(old: str, new: str) -> Callable[[Path], None]:
-    """Write a schema that SQLite itself would not have kept."""
+    """Writes a schema that SQLite would refuse."""
     return _sql(
         "PRAGMA writable_schema = 1",
         f"UPDATE sqlite_schema SET sql = replace(sql, '{old}', '{new}') WHERE name = 'vms'",
@@ -255,4 +255,4 @@ FILES: Mapping[str, Callable[[Path], None]] = {
     "the header alone": _bytes(lambda data: data[:100]),
     "random pages": _bytes(lambda data: data[:4096] + bytes(range(256)) * 200),
 }
-"""Each is refused before anything in it is run, kept in memory, or believed."""
+"""Each is refused before any of it is executed, loaded into memory or trusted."""

@@ -1,7 +1,7 @@
-"""A host that exposes services to whoever is on its bridge: on broadcast, multicast, its own addresses and loopback.
+"""A host that exposes services on its bridge: on broadcast, multicast, its own addresses and loopback.
 
 The services listen in the network namespace of the calling process. They note each datagram and each connection, so
-that a test can say which ways of an attacker led to one.
+that a test can tell which attempts arrived.
 
 `python -m tests.attackers.exposed_host` runs them in a process of their own: it prints `ready`, and answers each line
 of stdin with what was received since the last one, as a JSON list. It ends when its stdin does.
@@ -30,11 +30,11 @@ METADATA = (
     "100.100.100.200",
     "192.0.0.192",
 )
-"""Where clouds keep credentials of the machine: most of them, Scaleway, Azure, Alibaba, Oracle's classic one."""
+"""Metadata services with credentials: of most clouds, Scaleway, Azure, Alibaba, Oracle Classic."""
 
 
 class ExposedHost:
-    """Notes what its services received; thread-safe."""
+    """Records what the services received; thread-safe."""
 
     def __init__(self) -> None:
         self._received: list[str] = []
@@ -45,13 +45,13 @@ class ExposedHost:
             self._received.append(text)
 
     def received(self) -> list[str]:
-        """The texts of all datagrams, and `tcp PORT` for each connection, in order. Forgets them."""
+        """Returns and clears the texts of all datagrams, and `tcp PORT` for each connection, in order."""
         with self._lock:
             received, self._received = self._received, []
         return received
 
     def drain(self, sockets: Sequence[socket.socket]) -> None:
-        """Note what already waits at datagram sockets."""
+        """Records datagrams that are queued at the sockets."""
         for sock in sockets:
             while True:
                 try:
@@ -62,7 +62,7 @@ class ExposedHost:
 
 
 class _Udp:
-    """Datagram services. The kernel queues a datagram before the sender's call returns, so nothing has to wait."""
+    """Datagram services. The kernel queues a datagram before the sender's call returns, so tests need not wait."""
 
     def __init__(self, stack: ExitStack, addresses: Sequence[str]) -> None:
         self.sockets: list[socket.socket] = []
@@ -96,14 +96,14 @@ class _Udp:
 
 
 class Services:
-    """What a test asks of an exposed host that runs."""
+    """Controls a running exposed host."""
 
     def __init__(self, host: ExposedHost, udp: _Udp) -> None:
         self._host = host
         self._udp = udp
 
     def received(self) -> list[str]:
-        """The texts of all datagrams, and `tcp PORT` for each connection since the last call."""
+        """Returns the texts of all datagrams, and `tcp PORT` for each connection, since the last call."""
         self._host.drain(self._udp.sockets)
         return self._host.received()
 

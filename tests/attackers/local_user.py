@@ -1,6 +1,6 @@
-"""A local user other than root: Python code that runs as `nobody`, in a real process without any right of ours.
+"""A local user: Python code that runs as `nobody` in a real process.
 
-The tests need root, as only root can start a process of another user; others skip them (`needs_root`).
+The tests need root to start a process of another user, and are skipped otherwise (`needs_root`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run_code(code: str, *arguments: object) -> str:
 
 @contextmanager
 def running_code(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A process of nobody's that leads its own session, once it has printed a line; killed at the end of the block."""
+    """Starts a process of `nobody` in its own session and waits for a line. Kills it at the end of the block."""
     with subprocess.Popen(
         _command(code, arguments),
         **_AS_NOBODY,
@@ -70,12 +70,12 @@ def running_code(code: str, *arguments: object) -> Iterator[subprocess.Popen[str
 
 
 def make_directory(path: Path, mode: int = 0o777) -> None:
-    """Nobody makes a directory."""
+    """Creates a directory as `nobody`."""
     run_code("import os, sys; os.mkdir(sys.argv[1]); os.chmod(sys.argv[1], int(sys.argv[2]))", path, mode)
 
 
 def make_link(path: Path, target: Path) -> None:
-    """Nobody makes a symbolic link."""
+    """Creates a symbolic link as `nobody`."""
     run_code("import os, sys; os.symlink(sys.argv[2], sys.argv[1])", path, target)
 
 

@@ -1,4 +1,4 @@
-"""A guest that answers each request with a redirect to the daemon of its client, or to another service there."""
+"""A guest that redirects each request to its client's daemon, or to another service on the client's host."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ PLUGIN: dict[str, Any] = {
 """A plugin for a real guest whose workload redirects to what the parameter `to` says."""
 
 OWN = ("127.0.0.1", "localhost", "LOCALHOST", "[::1]")
-"""What a server in a guest calls itself: a redirect there leads to a port of the guest."""
+"""The name of a server in the guest. A redirect to it leads to a port of the guest."""
 HOSTS = (
-    # As curl, browsers and getaddrinfo() take them.
+    # Curl, browsers and getaddrinfo() accept them.
     "127.1", "127.0.1", "2130706433", "0x7f000001", "0x7f.1", "0177.0.0.1", "017700000001", "0", "0.0.0.0",
     "127.0.0.1.", "localhost.", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[0:0:0:0:0:0:0:1]", "[::]",
     NAME, f"user@{NAME}", "user:secret@127.1",
@@ -59,7 +59,7 @@ HOSTS = (
 
 
 def spellings(port: int, path: str, *, own: bool = True) -> list[str]:
-    """Returns addresses of `path` on the daemon at `port` of loopback, and some that clients may read as such.
+    """Returns URLs of `path` on the daemon at `port` of loopback, and some that clients may interpret as such.
 
     :param own: with those that are also the guest's own
     """
@@ -80,13 +80,13 @@ def spellings(port: int, path: str, *, own: bool = True) -> list[str]:
 
 
 async def curl(method: str, url: str) -> None:
-    """`curl -L`, which repeats the method at the new address; how it ends does not matter."""
+    """Runs `curl -L`, which repeats the method at the new address. Its result does not matter."""
     command = ["curl", "--silent", "--location", "--max-time", "20", "--noproxy", "*", "--request", method, url]
     await trio.run_process(command, check=False, stdout=subprocess.DEVNULL)
 
 
 async def follow(method: str, url: str) -> None:
-    """httpx with redirects; how it ends does not matter."""
+    """Runs httpx with redirects. Its result does not matter."""
     async with httpx.AsyncClient(follow_redirects=True, trust_env=False, timeout=20) as client:
         try:
             await client.request(method, url)
@@ -95,11 +95,11 @@ async def follow(method: str, url: str) -> None:
 
 
 CLIENTS: dict[str, Callable[[str, str], Awaitable[None]]] = {"curl": curl, "httpx": follow}
-"""Clients that follow redirects with the method that they were given."""
+"""Clients that repeat the method at the redirect's target."""
 
 
 async def send_to_all(client: str, method: str, guest: str, addresses: list[str]) -> None:
-    """Have `client` ask the guest at the URL `guest` for a redirect to each address; eight at a time."""
+    """Lets `client` request a redirect to each address from the guest, eight at a time."""
     limit = trio.CapacityLimiter(8)
 
     async def ask(address: str) -> None:

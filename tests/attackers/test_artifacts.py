@@ -1,4 +1,4 @@
-"""Who names a file of the host in a manifest neither reads it nor learns of it, and what VMs boot from is private."""
+"""A client that names a host file in a manifest neither reads it nor learns of it. Cached artifacts are private."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ print(json.dumps([answer.status, {name.lower(): value for name, value in answer.
 
 @pytest.fixture
 def secret(root: Path) -> Path:
-    """A file that root alone may read."""
+    """A file that only root may read."""
     path = root / "shadow"
     path.write_bytes(SECRET)
     path.chmod(0o600)
@@ -54,7 +54,7 @@ def secret(root: Path) -> Path:
 
 @pytest.fixture
 def public(root: Path) -> Path:
-    """One that all may read, in a directory through which all come."""
+    """A world-readable file in a directory that all may pass through."""
     path = root / "public"
     path.write_bytes(SECRET)
     path.chmod(0o644)
@@ -63,7 +63,7 @@ def public(root: Path) -> Path:
 
 @asynccontextmanager
 async def daemon(root: Path, origins: Origins = PUBLIC, key: str | None = None) -> AsyncIterator[tuple[Api, str]]:
-    """The API on a port and at a Unix socket that everybody may open; gives the socket's path, too."""
+    """Serves the API on a port and at a Unix socket that everybody may open. Yields the socket's path, too."""
     state = root / "state"
     state.mkdir(mode=0o711)
     path = str(root / "socket")
@@ -81,7 +81,7 @@ def manifest(path: Path | str, digest: str = DIGEST, name: str = "evil") -> dict
 
 
 async def ask(address: str | int, method: str, path: str, body: object = "", **headers: str) -> tuple[int, Any, Any]:
-    """The answer to a request of nobody's: its status, headers, and body."""
+    """Returns status, headers and body of the response to a request of `nobody`."""
     text = body if isinstance(body, str) else json.dumps(body)
     fields = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
     said = await trio.to_thread.run_sync(run_code, ASK, address, method, path, json.dumps(fields), text)
@@ -89,7 +89,7 @@ async def ask(address: str | int, method: str, path: str, body: object = "", **h
     return status, answered, json.loads(content) if content else None
 
 
-async def test_a_client_over_tcp_names_no_file_of_the_host(root: Path, secret: Path, public: Path) -> None:
+async def test_a_client_over_tcp_cannot_name_files_of_the_host(root: Path, secret: Path, public: Path) -> None:
     async with daemon(root) as (running, _):
         said = set()
         for path, digest in ((secret, DIGEST), (secret, "0" * 64), (public, DIGEST), (root / "none", DIGEST)):
@@ -101,7 +101,7 @@ async def test_a_client_over_tcp_names_no_file_of_the_host(root: Path, secret: P
         assert not artifact_path(root / "state/cache", DIGEST).exists()
 
 
-async def test_a_client_at_the_socket_names_what_it_can_read_itself(root: Path, secret: Path, public: Path) -> None:
+async def test_a_client_at_the_socket_can_name_files_that_it_can_read(root: Path, secret: Path, public: Path) -> None:
     (root / "link").symlink_to(secret)
     async with daemon(root) as (_, path):
         said = set()
@@ -115,7 +115,7 @@ async def test_a_client_at_the_socket_names_what_it_can_read_itself(root: Path, 
         ):
             status, _, answer = await ask(path, "POST", "/api/v1/plugins", manifest(named, digest))
             said.add((status, answer["type"], answer["detail"].replace(str(named), "").replace(digest, "")))
-        # Missing, unreadable, or another file: all the same.
+        # Missing, unreadable or another content: the same error.
         assert len(said) == 1
         (status, kind, text) = said.pop()
         assert (status, kind.rpartition(":")[2]) == (400, "artifact-unavailable")
@@ -127,8 +127,8 @@ async def test_a_client_at_the_socket_names_what_it_can_read_itself(root: Path, 
         assert artifact_path(root / "state/cache", DIGEST).read_bytes() == SECRET
 
 
-async def test_what_the_daemon_has_open_is_not_to_be_had_through_proc(root: Path) -> None:
-    """A file that all may read, in a directory that is closed, and that this process has open."""
+async def test_the_daemons_open_files_are_not_reachable_through_proc(root: Path) -> None:
+    """A world-readable file in a closed directory, which this process has open."""
     closed = root / "closed"
     closed.mkdir(mode=0o700)
     (closed / "file").write_bytes(SECRET)
@@ -148,13 +148,13 @@ async def test_the_groups_of_the_client_count(root: Path, secret: Path) -> None:
         assert (await ask(path, "POST", "/api/v1/plugins", manifest(secret)))[0] == 201
 
 
-async def test_the_daemons_own_user_is_known_over_loopback_without_a_key(root: Path, secret: Path) -> None:
+async def test_the_daemons_own_user_is_recognized_over_loopback_without_a_key(root: Path, secret: Path) -> None:
     async with daemon(root) as (running, _):
         answer = await running.client.post("/api/v1/plugins", json=manifest(secret))
         assert answer.status_code == 201, answer.text
 
 
-async def test_not_through_a_proxy_and_not_with_a_key(root: Path, secret: Path) -> None:
+async def test_a_user_is_not_recognized_through_a_proxy_or_with_a_key(root: Path, secret: Path) -> None:
     async with daemon(root, key=KEY) as (running, path):
         headers = {"X-Volant-API-Key": KEY}
         answer = await running.client.post("/api/v1/plugins", json=manifest(secret), headers=headers)
@@ -164,9 +164,7 @@ async def test_not_through_a_proxy_and_not_with_a_key(root: Path, secret: Path) 
             assert status == 403
 
 
-async def test_below_a_directory_of_the_operator_everybody_names_files_and_no_link_leads_out(
-    root: Path, secret: Path
-) -> None:
+async def test_everybody_can_name_files_below_artifact_dirs_and_no_link_leads_out(root: Path, secret: Path) -> None:
     images = root / "images"
     images.mkdir()
     (images / "site").write_bytes(SECRET)
@@ -191,7 +189,7 @@ async def test_below_a_directory_of_the_operator_everybody_names_files_and_no_li
         assert (await artifacts.obtain(Artifact(str(images / "site"), DIGEST))).path.read_bytes() == SECRET
 
 
-async def test_an_upload_is_verified_bounded_and_for_nobody_else(root: Path) -> None:
+async def test_an_upload_is_verified_limited_and_private(root: Path) -> None:
     place = f"/api/v1/artifacts/{DIGEST}"
     async with daemon(root) as (running, _):
         port = running.server.port
@@ -206,7 +204,7 @@ async def test_an_upload_is_verified_bounded_and_for_nobody_else(root: Path) -> 
         for each in (path, path.with_name(f"{DIGEST}.json"), path.parent):
             assert each.stat().st_mode & 0o077 == 0, each
         assert run_code(_TRY, path) == "no\n"
-        # And then it can be named, wherever it lay.
+        # Afterwards manifests can name it, wherever it was.
         assert (await ask(port, "POST", "/api/v1/plugins", manifest("/somewhere/site")))[0] == 201
 
         status, _, answer = await ask(port, "PUT", f"/api/v1/artifacts/{'0' * 64}", SECRET.decode())
@@ -217,7 +215,7 @@ async def test_an_upload_is_verified_bounded_and_for_nobody_else(root: Path) -> 
         assert {each.name for each in path.parent.iterdir()} == {DIGEST, f"{DIGEST}.json"}
 
 
-async def test_an_upload_is_refused_to_pages_of_others_and_without_a_key(root: Path) -> None:
+async def test_an_upload_is_refused_from_foreign_pages_and_without_a_key(root: Path) -> None:
     place = f"/api/v1/artifacts/{DIGEST}"
     async with daemon(root, key=KEY) as (running, _):
         port = running.server.port
@@ -231,7 +229,7 @@ async def test_an_upload_is_refused_to_pages_of_others_and_without_a_key(root: P
         assert (await ask(port, "PUT", place, SECRET.decode(), **keyed))[0] == 201
 
 
-async def test_volar_uploads_what_the_daemon_does_not_read(root: Path, secret: Path, public: Path) -> None:
+async def test_volar_uploads_files_that_the_daemon_does_not_read(root: Path, secret: Path, public: Path) -> None:
     described = root / "site.json"
     await trio.Path(described).write_text(json.dumps(manifest(secret, name="site")))
     async with daemon(root, key=KEY) as (running, _):
@@ -241,7 +239,7 @@ async def test_volar_uploads_what_the_daemon_does_not_read(root: Path, secret: P
         assert f"uploading {secret}" in done.err
         assert artifact_path(root / "state/cache", DIGEST).read_bytes() == SECRET
 
-        # What it can't read or find either, is told of as the daemon does.
+        # For a file that volar can't read either, the daemon's error is shown.
         await trio.Path(described).write_text(json.dumps(manifest(root / "none", "0" * 64, name="other")))
         done = await volar(None, "plugins", "install", str(described), environ=environ)
         assert done.code == 1
@@ -258,7 +256,7 @@ async def test_volar_uploads_what_the_daemon_does_not_read(root: Path, secret: P
         assert b" is in the cache" in done.out
 
 
-async def test_one_more_upload_than_there_may_be_is_told_so(root: Path) -> None:
+async def test_too_many_uploads_are_refused(root: Path) -> None:
     head = b"PUT /api/v1/artifacts/%s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\nx" % DIGEST.encode()
     async with daemon(root) as (running, _):
         streams = [await running.server.connect() for _ in range(4)]
@@ -278,7 +276,7 @@ async def test_one_more_upload_than_there_may_be_is_told_so(root: Path) -> None:
         assert (await ask(running.server.port, "PUT", f"/api/v1/artifacts/{DIGEST}", SECRET.decode()))[0] == 201
 
 
-def test_what_an_earlier_version_let_all_read_is_taken_from_them(root: Path) -> None:
+def test_world_readable_files_of_an_earlier_version_become_private(root: Path) -> None:
     folder = root / "cache/media"
     folder.mkdir(parents=True)
     folder.chmod(0o755)
@@ -292,7 +290,7 @@ def test_what_an_earlier_version_let_all_read_is_taken_from_them(root: Path) -> 
     assert run_code("import os, sys\ntry: os.listdir(sys.argv[1])\nexcept OSError: print('no')", folder) == "no\n"
 
 
-def test_the_kernel_says_who_is_at_the_other_end() -> None:
+def test_the_kernel_identifies_the_peer() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with ours, theirs:
         assert unix_peer(ours)[:2] == (os.geteuid(), os.getegid())

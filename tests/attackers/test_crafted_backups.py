@@ -30,8 +30,8 @@ def restore(file: Path, path: Path, evidence: Evidence | None = None) -> None:
     restore_offline(Host(), path, file, evidence or Evidence(), INSTANCE, replace=False)
 
 
-def test_a_sound_backup_of_the_same_making_is_restored(tmp_path: Path) -> None:
-    """So that what follows is refused for what is crafted, and for nothing else."""
+def test_a_valid_backup_is_restored(tmp_path: Path) -> None:
+    """So that the other tests fail only because of what is crafted."""
     path = tmp_path / "volant.db"
     restore(make(tmp_path / "backup.db"), path)
     with apsw.Connection(str(path)) as connection:
@@ -52,7 +52,7 @@ def test_a_backup_with_a_crafted_member_is_refused_by_name(how: str, tmp_path: P
 
 @pytest.mark.parametrize("how", MEMBERS)
 async def test_a_database_with_a_crafted_member_is_not_used_at_start(how: str, tmp_path: Path) -> None:
-    """As a version that believed backups may have left it."""
+    """As an earlier version that trusted backups may have left it."""
     path = make(tmp_path / "volant.db", how)
     before = path.read_bytes()
     with pytest.raises(DatabaseRefused, match=f"table {MEMBERS[how].table}, row ") as refused:
@@ -71,14 +71,14 @@ def test_a_database_that_is_crafted_as_a_file_is_refused(how: str, tmp_path: Pat
     began, grown = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DatabaseRefused):
         restore(file, path)
-    # A program in it would have taken gigabytes, or minutes.
+    # Executing its schema would have taken gigabytes or minutes.
     assert time.monotonic() - began < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - grown < 300 * 1024
     assert sorted(each.name for each in tmp_path.iterdir()) == ["backup.db"]
 
 
-def test_what_a_backup_says_of_processes_is_dropped(tmp_path: Path) -> None:
-    """Also of those that look like ours: another daemon's on this host, or another VM's."""
+def test_processes_in_a_backup_are_dropped(tmp_path: Path) -> None:
+    """Also processes that look like the daemon's: of another daemon on this host, or of another VM."""
     tag = "volant-1111111111-7.1"
     row = crafted_backup.vm_row() | {"status": "running", "mark": tag, "serial_socket": "/run/x/vms/7/console.sock"}
     row["process"] = {"pid": 4242, "start_time": 1, "boot_id": "b", "mark": tag}
@@ -109,7 +109,7 @@ def _only_row(path: Path) -> VmRow:
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Iterator[Victim]:
-    """A directory with a file in it, and a process that leads its session, with an argument of its own."""
+    """A directory with a file, and a session leader with an argument of its own."""
     directory = tmp_path / "somebodys"
     directory.mkdir()
     (directory / "work").write_text("of years")
@@ -128,7 +128,7 @@ def victim(tmp_path: Path) -> Iterator[Victim]:
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    """One that boots nothing, and so needs no image."""
+    """A daemon that boots nothing, so it needs no image."""
     made = Daemon(tmp_path / "cache", "--api-allow-cidr", "127.0.0.0/8", ephemeral=False)
     try:
         yield made
@@ -173,7 +173,7 @@ async def test_an_offline_restore_harms_nobody(how: str, daemon: Daemon, victim:
 
 
 @pytest.mark.parametrize("how", HARMFUL)
-async def test_a_start_with_what_was_restored_earlier_harms_nobody(how: str, daemon: Daemon, victim: Victim) -> None:
+async def test_starting_with_an_earlier_crafted_restore_harms_nobody(how: str, daemon: Daemon, victim: Victim) -> None:
     daemon.state_dir.mkdir(mode=0o700)
     make(daemon.state_dir / "volant.db", how, victim)
     daemon.launch()
@@ -192,7 +192,7 @@ async def test_a_start_with_what_was_restored_earlier_harms_nobody(how: str, dae
 
 
 async def _delete_all(http: httpx.AsyncClient) -> None:
-    """What an unsuspecting operator does with VMs and snapshots that should not be there."""
+    """Deletes VMs and snapshots, as an unsuspecting operator would."""
     with trio.move_on_after(30):
         while (await http.get("/healthz")).status_code != 200:  # noqa: ASYNC110 - another process's
             await trio.sleep(0.05)
@@ -204,7 +204,7 @@ async def _delete_all(http: httpx.AsyncClient) -> None:
 # The seam below all that
 
 
-async def test_the_host_removes_and_signals_nothing_that_is_not_its_own(tmp_path: Path, victim: Victim) -> None:
+async def test_the_host_removes_and_signals_only_its_own(tmp_path: Path, victim: Victim) -> None:
     own = tmp_path / "own"
     own.mkdir()
     host = Host()

@@ -1,4 +1,4 @@
-"""DELETE answers 204 only when the VM's hypervisor has ended, whatever other local users let run."""
+"""DELETE answers 204 only when the VM's hypervisor has ended, whatever other local users run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.system, needs_root]
 WAITING = "import time; print('ready', flush=True); time.sleep(600)"
 
 
-async def test_delete_ends_the_hypervisor_and_not_the_decoy(make_daemon: Callable[..., Daemon]) -> None:
+async def test_delete_kills_the_hypervisor_and_not_the_decoy(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon(ephemeral=False)
     with running_code(WAITING, f"{daemon.tag_prefix}1.1") as decoy:
         async with daemon.client() as client:
@@ -26,7 +26,7 @@ async def test_delete_ends_the_hypervisor_and_not_the_decoy(make_daemon: Callabl
         assert decoy.poll() is None, "the daemon has ended another user's process"
 
 
-async def test_a_decoy_is_no_vm_after_a_restart_either(make_daemon: Callable[..., Daemon]) -> None:
+async def test_a_decoy_is_not_adopted_after_a_restart(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon(ephemeral=False)
     async with daemon.client() as client:
         vm = await boot(client, "demo")

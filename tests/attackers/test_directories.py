@@ -1,4 +1,4 @@
-"""No other local user owns, or can replace, a directory that the daemon works in."""
+"""No other local user owns or can replace a directory that the daemon uses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def claim(settings: Settings) -> None:
 
 @needs_root
 @pytest.mark.parametrize("mode", [0o777, 0o755])
-def test_memory_is_not_kept_in_a_directory_that_another_user_made(settings: Settings, mode: int) -> None:
+def test_memory_is_not_stored_in_another_users_directory(settings: Settings, mode: int) -> None:
     memory = memory_dir(settings)
     make_directory(memory, mode)
     with pytest.raises(DirectoryError, match=rf"{memory} belongs to the user nobody, .*remove it"):
@@ -50,7 +50,7 @@ def test_memory_is_not_kept_in_a_directory_that_another_user_made(settings: Sett
 
 
 @needs_root
-def test_memory_is_not_kept_where_another_users_link_leads(settings: Settings, root: Path) -> None:
+def test_memory_is_not_stored_behind_another_users_link(settings: Settings, root: Path) -> None:
     memory, ours = memory_dir(settings), root / "ours"
     ours.mkdir(mode=0o700)
     make_link(memory, ours)
@@ -79,7 +79,7 @@ def test_volantd_refuses_to_start_on_memory_of_another_user(settings: Settings) 
 
 
 @needs_root
-def test_a_directory_that_was_removed_under_the_daemon_is_not_shared_with_who_made_it_again(root: Path) -> None:
+def test_a_directory_that_another_user_recreated_is_not_used(root: Path) -> None:
     root.chmod(0o1777)
     place = root / "memory"
     make_directory(place)
@@ -93,7 +93,7 @@ def test_a_directory_that_was_removed_under_the_daemon_is_not_shared_with_who_ma
 
 @needs_root
 @pytest.mark.parametrize("name", SQUATTED)
-def test_no_directory_of_the_daemon_is_another_users(settings: Settings, root: Path, name: str) -> None:
+def test_no_directory_of_the_daemon_may_belong_to_another_user(settings: Settings, root: Path, name: str) -> None:
     root.chmod(0o1777)
     make_directory(getattr(settings, name))
     with pytest.raises(DirectoryError, match="belongs to the user nobody"):
@@ -102,7 +102,7 @@ def test_no_directory_of_the_daemon_is_another_users(settings: Settings, root: P
 
 @needs_root
 @pytest.mark.parametrize("name", ["s/disks", "s/logs", "s/templates", "s/snapshots", "s/standby", "r/vms", "r/net"])
-def test_nor_is_one_inside(settings: Settings, root: Path, name: str) -> None:
+def test_no_directory_inside_may_belong_to_another_user(settings: Settings, root: Path, name: str) -> None:
     (root / name).parent.mkdir(mode=0o700)
     (root / name).mkdir(mode=0o700)
     os.chown(root / name, NOBODY.pw_uid, NOBODY.pw_gid)
@@ -112,7 +112,7 @@ def test_nor_is_one_inside(settings: Settings, root: Path, name: str) -> None:
 
 @needs_root
 @pytest.mark.parametrize("name", SQUATTED)
-def test_nobody_can_replace_a_directory_above(settings: Settings, root: Path, name: str) -> None:
+def test_no_other_user_can_replace_a_parent_directory(settings: Settings, root: Path, name: str) -> None:
     above = root / "above"
     above.mkdir()
     above.chmod(0o777)
@@ -125,7 +125,7 @@ def test_nobody_can_replace_a_directory_above(settings: Settings, root: Path, na
 @pytest.mark.parametrize(
     "way", [lambda path: make_directory(path, 0o755), lambda path: make_link(path, path.parent.parent)]
 )
-def test_nobody_gains_by_being_faster_at_making_a_directory_above(
+def test_creating_a_parent_directory_first_gains_nothing(
     settings: Settings, root: Path, monkeypatch: pytest.MonkeyPatch, way: Callable[[Path], None]
 ) -> None:
     (root / "all").mkdir()
@@ -143,7 +143,7 @@ def test_nobody_gains_by_being_faster_at_making_a_directory_above(
 
 
 @needs_root
-def test_a_link_of_another_users_leads_the_daemon_nowhere(settings: Settings, root: Path) -> None:
+def test_a_link_of_another_user_is_not_followed(settings: Settings, root: Path) -> None:
     root.chmod(0o1777)
     (root / "ours").mkdir(mode=0o700)
     make_link(settings.state_dir, root / "ours")
@@ -151,7 +151,7 @@ def test_a_link_of_another_users_leads_the_daemon_nowhere(settings: Settings, ro
         claim(settings)
 
 
-def test_a_link_of_the_operators_leads_to_another_disk(settings: Settings, root: Path) -> None:
+def test_a_link_of_the_operator_is_followed(settings: Settings, root: Path) -> None:
     (root / "disk").mkdir(mode=0o700)
     (root / "other").mkdir(mode=0o700)
     settings.state_dir.symlink_to(root / "disk")
@@ -161,7 +161,7 @@ def test_a_link_of_the_operators_leads_to_another_disk(settings: Settings, root:
     assert stat.S_IMODE((root / "other").stat().st_mode) == 0o700
 
 
-def test_directories_that_are_ours_are_corrected(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+def test_modes_of_the_daemons_directories_are_corrected(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     places = (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings))
     for place in places:
         place.mkdir()
@@ -172,7 +172,7 @@ def test_directories_that_are_ours_are_corrected(settings: Settings, caplog: pyt
 
 
 @needs_root
-def test_one_that_was_open_to_all_and_holds_files_of_others_is_refused(settings: Settings) -> None:
+def test_a_world_writable_directory_with_foreign_files_is_refused(settings: Settings) -> None:
     settings.state_dir.mkdir()
     settings.state_dir.chmod(0o777)
     run_code("import sys; open(sys.argv[1], 'w').close()", settings.state_dir / "volant.db")
@@ -180,7 +180,7 @@ def test_one_that_was_open_to_all_and_holds_files_of_others_is_refused(settings:
         claim(settings)
 
 
-def test_new_directories_above_are_not_open_to_all_whatever_the_umask(settings: Settings, root: Path) -> None:
+def test_new_parent_directories_are_private_with_any_umask(settings: Settings, root: Path) -> None:
     before = os.umask(0)
     try:
         claim(Settings(state_dir=root / "a/b/s", runtime_dir=root / "r", cache_dir=root / "c"))
@@ -190,7 +190,7 @@ def test_new_directories_above_are_not_open_to_all_whatever_the_umask(settings: 
     assert [stat.S_IMODE((root / each).stat().st_mode) for each in ("a", "a/b", "a/b/s")] == [0o711, 0o711, 0o700]
 
 
-def test_no_socket_lies_where_every_user_can_replace_it(settings: Settings, root: Path) -> None:
+def test_no_socket_is_bound_where_every_user_can_replace_it(settings: Settings, root: Path) -> None:
     open_to_all = root / "open"
     open_to_all.mkdir()
     open_to_all.chmod(0o777)

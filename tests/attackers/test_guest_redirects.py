@@ -1,4 +1,4 @@
-"""A guest can't make its client command the daemon, or anything else that the client can reach."""
+"""A guest can't redirect its client to the daemon, or to anything else that the client can reach."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from volant.model import Problem
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-async def test_no_spelling_of_the_daemon_leads_a_client_to_another_vm(tmp_path: Path, client: str) -> None:
+async def test_no_spelling_of_the_daemon_redirects_a_client_to_another_vm(tmp_path: Path, client: str) -> None:
     async with guest(tmp_path) as at:
         at.api.access.replace(ApiSettings(allowed_hosts=(NAME,)))
         await at.api.create("victim")
@@ -45,7 +45,7 @@ async def test_no_other_service_of_the_clients_host_is_reached(tmp_path: Path, c
         assert seen == []
 
 
-async def test_a_redirect_to_elsewhere_is_told_and_not_followed(tmp_path: Path) -> None:
+async def test_a_redirect_to_another_host_is_reported_and_not_followed(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
         for way in WAYS:
             answer = await at.api.server.get(f"{prefix(at, way)}/moved?to=http://elsewhere.example/")
@@ -88,7 +88,7 @@ async def test_a_redirect_to_elsewhere_is_told_and_not_followed(tmp_path: Path) 
         ("", False),
     ],
 )
-def test_an_address_in_host_counts_in_its_usual_spelling_alone(host: str, known: bool) -> None:
+def test_an_address_in_host_must_have_its_usual_spelling(host: str, known: bool) -> None:
     scope = {
         "type": "http", "method": "GET", "raw_path": b"/", "query_string": b"",
         "headers": [(b"host", host.encode())], "client": ("127.0.0.1", 5), "server": ("127.0.0.1", 7777), "state": {},
@@ -102,14 +102,14 @@ def test_an_address_in_host_counts_in_its_usual_spelling_alone(host: str, known:
     assert refused.value.status == 421
 
 
-async def test_a_daemon_on_both_families_takes_no_mapped_address(tmp_path: Path) -> None:
+async def test_a_daemon_on_both_families_accepts_no_mapped_address(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
         answer = await at.api.server.ask(request("GET", "/healthz", Host=f"[::ffff:127.0.0.1]:{at.api.server.port}"))
         assert answer.status == 421
 
 
 @pytest.mark.system
-async def test_a_real_guest_commands_nothing_through_its_clients(make_daemon: Callable[..., Daemon]) -> None:
+async def test_a_real_guest_controls_nothing_through_its_clients(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon("--allowed-hosts", NAME)
     async with daemon.client() as client:
         await client.plugins.install(PLUGIN)

@@ -1,4 +1,4 @@
-"""A process of another local user is never taken for one of the daemon's."""
+"""The daemon never mistakes a process of another local user for one of its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ANOTHER_LINE = (
     "print('ready', flush=True)\n"
     "time.sleep(600)\n"
 )
-"""A program that overwrites its own command line, as a hypervisor can that somebody has taken over."""
+"""A program that overwrites its own command line, as a hypervisor under an attacker's control can."""
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def tag(host: Host) -> str:
 
 
 async def launched(host: Host, tag: str, place: Path, code: str = WAITING, user: int | None = None) -> ProcessIdentity:
-    """A process that carries a tag, once it has printed a line."""
+    """Starts a process with a tag and waits until it has printed a line."""
     directory = place / f"{user}.{host.random.new_id()[:8]}"
     await host.files.mkdir(directory)
     if user is not None:
@@ -84,7 +84,7 @@ def gone(host: Host, identity: ProcessIdentity) -> bool:
         return True
 
 
-async def test_a_decoy_is_not_found_and_the_process_that_was_launched_is(host: Host, tag: str, place: Path) -> None:
+async def test_only_the_launched_process_is_found_and_no_decoy(host: Host, tag: str, place: Path) -> None:
     with running_code(WAITING, tag) as decoy:
         assert await host.processes.find(tag) is None
         ours = await launched(host, tag, place)
@@ -96,7 +96,7 @@ async def test_a_decoy_is_not_found_and_the_process_that_was_launched_is(host: H
         assert decoy.poll() is None
 
 
-async def test_nor_is_a_program_that_others_run_with_our_rights(host: Host, tag: str, place: Path) -> None:
+async def test_a_setuid_program_of_others_is_not_found(host: Host, tag: str, place: Path) -> None:
     program = place / "tail"
     shutil.copy("/usr/bin/tail", program)
     program.chmod(0o4755)
@@ -114,7 +114,7 @@ async def test_nor_is_a_program_that_others_run_with_our_rights(host: Host, tag:
             decoy.kill()
 
 
-async def test_all_that_carry_a_tag_are_ended(host: Host, tag: str, place: Path) -> None:
+async def test_all_processes_with_a_tag_are_killed(host: Host, tag: str, place: Path) -> None:
     both = [await launched(host, tag, place) for _ in range(2)]
     other = await launched(host, f"{tag}0", place)
     await host.processes.end_all(tag)
@@ -123,7 +123,7 @@ async def test_all_that_carry_a_tag_are_ended(host: Host, tag: str, place: Path)
     await host.processes.end_all(f"{tag}0")
 
 
-async def test_a_hypervisor_that_hides_its_tag_is_ended_by_its_row(host: Host, tag: str, place: Path) -> None:
+async def test_a_hypervisor_that_hides_its_tag_is_killed_by_its_row(host: Host, tag: str, place: Path) -> None:
     hidden = await launched(host, tag, place, ANOTHER_LINE, user=VM_USERS[1])
     later = Host(users=VM_USERS)
     assert await later.processes.find(tag) is None, "it does carry it"
@@ -131,12 +131,12 @@ async def test_a_hypervisor_that_hides_its_tag_is_ended_by_its_row(host: Host, t
     assert gone(host, hidden)
 
 
-async def test_ids_of_vms_are_not_taken_up_by_decoys(host: Host) -> None:
+async def test_decoys_use_up_no_vm_ids(host: Host) -> None:
     with running_code(WAITING, "volant-0123456789-999999999999999999.1"):
         assert await processes_of_vms(host, "0123456789") == []
 
 
-async def test_the_hosts_shutdown_asks_no_decoy(place: Path) -> None:
+async def test_the_hosts_shutdown_ignores_decoys(place: Path) -> None:
     settings = Settings(state_dir=place / "s", runtime_dir=place / "r", cache_dir=place / "c")
     instance = instance_of(settings.state_dir)
     host = Host(users=VM_USERS)
@@ -173,7 +173,7 @@ def passt_as_before(passt: Passt, vm_id: int, *, as_who: int) -> Iterator[subpro
             process.kill()
 
 
-async def test_a_decoy_of_passts_is_not_taken_for_it(host: Host, place: Path) -> None:
+async def test_a_decoy_of_passt_is_ignored(host: Host, place: Path) -> None:
     passt = Passt(host, place / "r", "0123456789")
     with passt_as_before(passt, 7, as_who=NOBODY.pw_uid) as decoy:
         with trio.fail_after(20):
@@ -182,7 +182,7 @@ async def test_a_decoy_of_passts_is_not_taken_for_it(host: Host, place: Path) ->
         assert decoy.poll() is None
 
 
-async def test_passt_that_root_has_started_is_ended_although_it_runs_as_nobody(host: Host, place: Path) -> None:
+async def test_a_passt_of_root_is_killed_although_it_runs_as_nobody(host: Host, place: Path) -> None:
     passt = Passt(host, place / "r", "0123456789")
     with passt_as_before(passt, 7, as_who=0) as real:
         with trio.fail_after(20):

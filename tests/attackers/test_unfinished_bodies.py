@@ -1,4 +1,4 @@
-"""Clients that never finish their large bodies fill no memory, and keep no ordinary request out."""
+"""Clients that never finish their large bodies fill no memory and block no ordinary request."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from volant.model import Problem
 MIB = 1024 * 1024
 CLIENTS = 200
 RSS_MB = 120
-"""Sixteen for the budget, and what 200 connections, their requests and Python's allocator take."""
+"""16 MiB for the budget, plus 200 connections, their requests and Python's allocator."""
 PATHS = ("/api/v1/vms", "/api/v1/plugins", "/api/v1/mcp", "/api/v1/agui", "/api/v1/system/backup")
 JSON = {"Content_Type": "application/json"}
 
 
 @asynccontextmanager
 async def unfinished(at: Api, path: str, size: int) -> AsyncIterator[trio.SocketStream]:
-    """A request with all but the last byte of its body."""
+    """Returns a request without the last byte of its body."""
     async with await at.server.connect() as stream:
         await stream.send_all(request("POST", path, Content_Length=str(size), **JSON) + b" " * (size - 1))
         yield stream
@@ -55,7 +55,7 @@ async def test_large_bodies_share_one_budget_and_small_ones_need_none(tmp_path: 
                 await trio.sleep(0.01)
 
 
-async def test_every_way_to_end_gives_the_budget_back(tmp_path: Path) -> None:
+async def test_every_end_returns_the_budget(tmp_path: Path) -> None:
     async with api(tmp_path, limits=replace(FAST, bodies=100_000, small_body=0)) as at:
         for path in PATHS:
             for _ in range(5):
@@ -76,7 +76,7 @@ async def test_every_way_to_end_gives_the_budget_back(tmp_path: Path) -> None:
         await at.create("demo")
 
 
-def test_what_is_free_of_each_body_counts_once() -> None:
+def test_the_free_part_of_a_body_counts_once() -> None:
     bodies = Bodies(replace(FAST, bodies=100, small_body=10))
     one, other = bodies.share(), bodies.share()
     for _ in range(10):

@@ -27,7 +27,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chr
 
 
 def answered(log: pytest.LogCaptureFixture) -> list[tuple[str, str, int]]:
-    """Method, path and status of each request that the daemon has answered."""
+    """Returns method, path and status of each request that the daemon answered."""
     lines = [record.getMessage() for record in log.records if record.name == "volant.api.request"]
     found = [_LINE.match(line) for line in lines]
     return [(line["method"], line["path"], int(line["status"])) for line in found if line is not None]
@@ -86,7 +86,7 @@ async def test_a_link_leads_to_a_document(
 
 
 @needs_chromium
-async def test_a_link_to_what_is_no_document_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_link_to_anything_but_a_document_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="volant.api.request")
     async with guest(tmp_path) as at:
         base = f"http://127.0.0.1:{at.api.server.port}"
@@ -133,13 +133,13 @@ async def test_only_documents_and_allowed_origins_pass_from_another_site(served:
     assert (await server.get("/ws/v1/vms/demo/logs", Sec_Fetch_Site=site, **UPGRADE)).status == 403
 
 
-async def test_our_own_pages_and_people_pass(served: Guest) -> None:
+async def test_own_pages_and_people_are_allowed(served: Guest) -> None:
     for site in ("same-origin", "none"):
         for path in ("/api/v1/vms", "/api/v1/vms/demo/logs", "/healthz"):
             assert (await served.api.server.get(path, Sec_Fetch_Site=site)).status == 200
 
 
-async def test_our_answers_say_that_they_are_for_our_origin_alone(served: Guest) -> None:
+async def test_answers_are_restricted_to_their_own_origin(served: Guest) -> None:
     for path in ("/docs", "/healthz", "/api/v1/vms", "/api/v1/vms/none", "/nothing", "/api/v1/vms/demo/logs"):
         answer = await served.api.server.get(path)
         assert answer.headers["cross-origin-resource-policy"] == "same-origin", path
@@ -153,7 +153,7 @@ async def plain(tmp_path: Path) -> Any:
         yield at
 
 
-async def test_a_backup_is_no_get(plain: Api) -> None:
+async def test_a_backup_is_not_a_get(plain: Api) -> None:
     answer = await plain.client.get("/api/v1/system/backup")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
     taken = await plain.client.post("/api/v1/system/backup")

@@ -1,4 +1,4 @@
-"""A local user reads, writes and connects to nothing of the daemon's, beside the images that are for all to read."""
+"""A local user reads, writes and connects to nothing of the daemon, except for reading public images."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_a_local_user_can_use_nothing_of_a_running_vm(make_daemon: Callabl
         assert any(path.endswith("qmp.sock") for path in paths)
         assert any(path.startswith(f"{daemon.memory_dir}/") for path in paths)
         assert json.loads(run_code(TRIES, json.dumps(paths))) == []
-        # What is open to all would be found.
+        # The search finds a file that is open to all.
         mistake = daemon.root / "mistake"
         mistake.write_text("a secret")
         mistake.chmod(0o644)

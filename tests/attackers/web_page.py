@@ -1,4 +1,4 @@
-"""A hostile web page in a real browser: it asks a daemon on loopback for all that a page can ask for."""
+"""A hostile web page in a real browser, which tries every kind of request to a daemon on loopback."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ const attempts = {
 
 
 class Site:
-    """Serves the attacker's page at `/`, and at `/go?ADDRESS` one that leads its visitor there."""
+    """Serves the attacker's page at `/`, and at `/go?ADDRESS` a page that redirects its visitor."""
 
     def __init__(self, target: str) -> None:
         self.results: dict[str, str] = {}
-        """What the page has found out, once it is done."""
+        """Returns what the page found out, when it is done."""
         site = self
         attack = (ATTACK % json.dumps(target)).encode()
 
@@ -102,7 +102,7 @@ class Site:
 
     @contextmanager
     def running(self) -> Iterator[Site]:
-        """Serve for the length of a block."""
+        """Serves for the length of the block."""
         thread = threading.Thread(target=self._server.serve_forever)
         thread.start()
         try:

@@ -16,7 +16,7 @@ from tests.client.kit import answer, log_line, serving, vm, websocket
 from volant import __version__
 from volant.cli._images import default_cache_dir
 from volant.cli._text import size, span
-from volant.daemon._settings import load
+from volant.daemon._command_line import load
 
 from .kit import ENVIRONMENT, ROOT, command, volar
 

@@ -1,4 +1,4 @@
-"""A real `volantd`: what it asks for, where its keys don't go, and what a reload takes."""
+"""A real `volantd` requires its keys, keeps them secret and reloads them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OF_THE_ENVIRONMENT = "environment-0123456789"
 
 @pytest.fixture
 async def guarded(tmp_path: Path) -> AsyncIterator[tuple[Daemon, Path]]:
-    """A daemon at an open address and a Unix socket, and the file with its keys."""
+    """Yields a daemon on an open address and a Unix socket, and its key file."""
     keys = tmp_path / "keys"
     keys.write_text(FIRST)
     keys.chmod(0o600)
@@ -46,7 +46,7 @@ async def status(daemon: Daemon, key: str) -> int:
 
 
 async def reload(daemon: Daemon, said: str) -> None:
-    """Have it reload, and wait until it has said so."""
+    """Reloads the daemon and waits for the line in its log."""
     before = daemon.log().count(said)
     os.kill(daemon.pid, signal.SIGHUP)
     with trio.fail_after(20):
@@ -54,7 +54,7 @@ async def reload(daemon: Daemon, said: str) -> None:
             await trio.sleep(0.02)
 
 
-async def test_keys_are_asked_for_kept_to_itself_and_reloaded(guarded: tuple[Daemon, Path], tmp_path: Path) -> None:
+async def test_keys_are_required_kept_secret_and_reloaded(guarded: tuple[Daemon, Path], tmp_path: Path) -> None:
     daemon, keys = guarded
     path = tmp_path / "api.sock"
     assert stat.S_IMODE(path.stat().st_mode) == 0o660
@@ -82,7 +82,7 @@ async def test_keys_are_asked_for_kept_to_itself_and_reloaded(guarded: tuple[Dae
     await reload(daemon, "reloaded keys")
     assert [await status(daemon, key) for key in (FIRST, SECOND)] == [401, 200]
     keys.write_text("")
-    await reload(daemon, "nothing is reloaded")
+    await reload(daemon, "the old settings stay")
     assert [await status(daemon, key) for key in (FIRST, SECOND)] == [401, 200]
 
     assert daemon.stop() == 0
@@ -98,7 +98,7 @@ async def test_keys_are_asked_for_kept_to_itself_and_reloaded(guarded: tuple[Dae
         ({}, ["--listen", "0.0.0.0:0"], "--insecure"),
     ],
 )
-def test_what_can_not_protect_keeps_the_daemon_from_starting(
+def test_the_daemon_does_not_start_with_invalid_access_control(
     tmp_path: Path, environ: dict[str, str], flags: list[str], words: str
 ) -> None:
     daemon = Daemon(tmp_path, *flags, environ=environ)

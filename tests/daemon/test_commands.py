@@ -1,4 +1,4 @@
-"""`volantd` and its sub-commands take options before and after, and make nothing when they are told nonsense."""
+"""`volantd` accepts options before and after a sub-command, and creates nothing for invalid ones."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.attackers.crafted_backup import make
-from volant.daemon._settings import parse_command, resolve
+from volant.daemon._command_line import parse_command
+from volant.daemon._settings import resolve
 
 
 def volantd(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """One that has no other place to write than below `tmp_path`."""
+    """Runs volantd with all its directories below `tmp_path`."""
     environ = {"HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
     environ |= {f"VOLANT_{name}_DIR": str(tmp_path / "default" / name) for name in ("STATE", "RUNTIME", "CACHE")}
     return subprocess.run(
@@ -22,7 +23,7 @@ def volantd(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_options_stand_before_and_after_the_sub_command() -> None:
+def test_options_work_before_and_after_the_sub_command() -> None:
     for words in (
         "--state-dir /s restore /b --replace",
         "restore --state-dir /s /b --replace",
@@ -54,7 +55,7 @@ def test_options_stand_before_and_after_the_sub_command() -> None:
         ("nonsense", "--state-dir", "{state}"),
     ],
 )
-def test_wrong_arguments_make_nothing(words: tuple[str, ...], tmp_path: Path) -> None:
+def test_wrong_arguments_create_nothing(words: tuple[str, ...], tmp_path: Path) -> None:
     backup = make(tmp_path / "backup.db")
     done = volantd(tmp_path, *(word.format(state=tmp_path / "state", backup=backup) for word in words))
     assert done.returncode == 2, done
@@ -62,7 +63,7 @@ def test_wrong_arguments_make_nothing(words: tuple[str, ...], tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["backup.db"]
 
 
-def test_what_is_no_backup_makes_nothing(tmp_path: Path) -> None:
+def test_restoring_a_file_that_is_not_a_backup_creates_nothing(tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     (tmp_path / "text").write_text("Dear diary, " * 1000)
     (tmp_path / "empty").touch()
@@ -74,7 +75,7 @@ def test_what_is_no_backup_makes_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_restore_with_its_options_first_takes_the_backup_for_the_backup(tmp_path: Path) -> None:
+def test_a_restore_accepts_options_before_the_file(tmp_path: Path) -> None:
     backup, state = make(tmp_path / "backup.db"), tmp_path / "state"
     flags = [word for name in ("runtime", "cache") for word in (f"--{name}-dir", str(tmp_path / name))]
     done = volantd(tmp_path, "restore", "--state-dir", str(state), *flags, str(backup))

@@ -1,4 +1,4 @@
-"""A daemon without descriptors says so once, and serves again when there are some."""
+"""A daemon that runs out of descriptors logs it once, and serves again when some are free."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ def healthy(url: str) -> bool:
             with urlopen(f"{url}/healthz", timeout=30) as answer:
                 return bool(answer.status == 200)
         except HTTPError as error:
-            # It starts.
+            # The daemon is still starting.
             if error.code != 503 or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
 
 
-def test_a_low_hard_limit_is_told_with_the_figure_that_is_needed(tmp_path: Path) -> None:
+def test_a_low_hard_limit_is_logged_with_the_needed_figure(tmp_path: Path) -> None:
     with daemon(tmp_path, 64, 512) as url:
         assert healthy(url)
     said = (tmp_path / "log").read_text()
     assert "may open 512 files and sockets: that is enough for about 12 VMs; 40 can run, which need 1056" in said
 
 
-def test_a_low_soft_limit_is_raised_and_nothing_is_said(tmp_path: Path) -> None:
+def test_a_low_soft_limit_is_raised_silently(tmp_path: Path) -> None:
     with daemon(tmp_path, 64, 4096) as url:
         assert healthy(url)
     assert "files and sockets" not in (tmp_path / "log").read_text()
@@ -79,7 +79,7 @@ def test_without_descriptors_clients_wait_and_the_log_has_one_line(tmp_path: Pat
     with daemon(tmp_path, LIMIT, LIMIT) as url:
         host, _, port = url.removeprefix("http://").partition(":")
         with ExitStack() as stack:
-            # None rests, so none is closed in favour of others.
+            # None is idle, so none is closed in favour of others.
             for _ in range(LIMIT):
                 sock = stack.enter_context(socket.create_connection((host, int(port))))
                 sock.sendall(b"GET /api/v1/events/vms HTTP/1.1\r\nHost: localhost\r\n\r\n")

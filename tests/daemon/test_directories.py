@@ -1,4 +1,4 @@
-"""One daemon has its directories for itself, and an ephemeral one deletes only what it has made."""
+"""A daemon has its directories for itself, and an ephemeral one deletes only what it created."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_one_directory_may_serve_as_both(path: Path) -> None:
     claim(made(path, "a", runtime_dir=path / "as"))
 
 
-def test_a_lock_of_a_version_that_wrote_no_number_is_heeded(path: Path) -> None:
+def test_a_lock_without_a_process_id_is_respected(path: Path) -> None:
     one = made(path, "a")
     with claimed(one):
         (one.state_dir / "lock").write_text("")
@@ -61,34 +61,34 @@ def test_a_lock_of_a_version_that_wrote_no_number_is_heeded(path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["state_dir", "runtime_dir"])
-def test_an_ephemeral_daemon_does_not_start_where_something_is_that_it_has_not_made(path: Path, place: str) -> None:
+def test_an_ephemeral_daemon_does_not_start_on_foreign_files(path: Path, place: str) -> None:
     settings = made(path, "a", ephemeral=True)
     strange = getattr(settings, place) / "thesis.txt"
     strange.parent.mkdir()
     strange.write_text("years of work")
     option = place.replace("_", "-")
-    with pytest.raises(DirectoryError, match=rf"holds thesis\.txt, which no ephemeral .* use another --{option}"):
+    with pytest.raises(DirectoryError, match=rf"contains thesis\.txt, which no ephemeral .* use another --{option}"):
         claim(settings)
     assert strange.read_text() == "years of work"
     assert [each.name for each in strange.parent.iterdir()] == ["thesis.txt"]
 
 
-def test_nor_where_another_daemon_has_kept_its_state(path: Path) -> None:
+def test_an_ephemeral_daemon_does_not_start_on_another_daemons_state(path: Path) -> None:
     settings = made(path, "a")
     claim(settings)
-    with pytest.raises(DirectoryError, match="leave --ephemeral out"):
+    with pytest.raises(DirectoryError, match="omit --ephemeral"):
         claim(msgspec.structs.replace(settings, ephemeral=True))
 
 
-def test_nor_where_memory_of_vms_is_whose_state_is_gone(path: Path) -> None:
+def test_an_ephemeral_daemon_does_not_start_on_orphaned_guest_memory(path: Path) -> None:
     settings = made(path, "a", ephemeral=True)
     memory_dir(settings).mkdir(mode=0o700)
     (memory_dir(settings) / "1.mem").touch()
-    with pytest.raises(DirectoryError, match=r"holds 1\.mem"):
+    with pytest.raises(DirectoryError, match=r"contains 1\.mem"):
         claim(settings)
 
 
-def test_one_that_was_killed_is_followed_by_another_one(path: Path) -> None:
+def test_an_ephemeral_daemon_can_follow_a_killed_one(path: Path) -> None:
     settings = made(path, "a", ephemeral=True)
     claim(settings)
     (settings.state_dir / "volant.db").touch()
@@ -99,15 +99,15 @@ def test_one_that_was_killed_is_followed_by_another_one(path: Path) -> None:
     assert not memory_dir(settings).exists()
 
 
-def test_what_another_daemon_has_taken_over_is_no_ephemeral_ones_any_more(path: Path) -> None:
+def test_directories_of_a_persistent_daemon_are_no_longer_ephemeral(path: Path) -> None:
     settings = made(path, "a", ephemeral=True)
     claim(settings)
     claim(msgspec.structs.replace(settings, ephemeral=False))
-    with pytest.raises(DirectoryError, match="no ephemeral daemon has made"):
+    with pytest.raises(DirectoryError, match="no ephemeral daemon created"):
         claim(settings)
 
 
-def test_what_others_have_put_there_meanwhile_is_kept(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_foreign_files_are_kept_at_the_end(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = made(path, "a", ephemeral=True, runtime_dir=path / "as" / "run")
     with claimed(settings):
         (settings.state_dir / "volant.db").touch()
@@ -115,4 +115,4 @@ def test_what_others_have_put_there_meanwhile_is_kept(path: Path, caplog: pytest
         (settings.state_dir / "thesis.txt").write_text("years of work")
         remove(settings)
     assert [each.name for each in settings.state_dir.iterdir()] == ["thesis.txt"]
-    assert f"{settings.state_dir} is kept, as it holds thesis.txt" in caplog.text
+    assert f"{settings.state_dir} is kept, as it contains thesis.txt" in caplog.text

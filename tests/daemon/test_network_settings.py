@@ -1,4 +1,4 @@
-"""What an operator says of networks, and whom guests ask for names."""
+"""Settings for networks and DNS servers."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from volant.daemon._command_line import load
 from volant.daemon._nameservers import nameservers_of_host
-from volant.daemon._settings import SettingsError, load
+from volant.daemon._settings import SettingsError
 
 
-def test_by_default_vms_have_the_best_network_that_can_be_had() -> None:
+def test_the_default_network_is_auto() -> None:
     settings, _ = load([], {}, uid=0)
     assert (settings.network, settings.bridge, settings.subnet) == ("auto", "", "192.168.127.0/24")
 
 
-def test_each_is_taken_from_the_environment() -> None:
+def test_network_settings_are_read_from_the_environment() -> None:
     environ = {
         "VOLANT_NETWORK": "bridge",
         "VOLANT_BRIDGE": "lab0",
@@ -41,13 +42,13 @@ def test_each_is_taken_from_the_environment() -> None:
         ("nameservers", "9.9.9.9,9.9.9.8,9.9.9.7,9.9.9.6", "at most 3"),
     ],
 )
-def test_what_can_not_be_is_an_error_that_names_it(name: str, value: str, text: str) -> None:
+def test_an_invalid_network_setting_is_named(name: str, value: str, text: str) -> None:
     with pytest.raises(SettingsError, match=text) as refused:
         load([f"--{name}={value}"], {}, uid=0)
     assert name in str(refused.value)
 
 
-def test_guests_ask_whom_the_host_asks_and_not_the_host(tmp_path: Path) -> None:
+def test_the_default_dns_servers_are_the_hosts_without_the_host_itself(tmp_path: Path) -> None:
     stub, real = tmp_path / "resolv.conf", tmp_path / "real.conf"
     stub.write_text("# a stub\nnameserver 127.0.0.53\nnameserver ::1\noptions edns0\n")
     real.write_text(

@@ -1,4 +1,4 @@
-"""What an operator sets is what the daemon does, and what it can't do it says."""
+"""Settings are read from flags, environment and file, and an invalid one is an error that names it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from volant.daemon._settings import GROUPS, Settings, SettingsError, check, load, parse_address, parse_uids, split
+from volant.daemon._command_line import GROUPS, load
+from volant.daemon._settings import Settings, SettingsError, check, parse_address, parse_uids, split
 
 KEY = "0123456789abcdef0123"
 
@@ -34,7 +35,7 @@ def test_defaults_of_a_user_are_xdg() -> None:
     assert found.cache_dir == Path("/home/u/.cache/volant")
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+def test_flags_override_the_environment_which_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "volantd.toml"
     file.write_text('api_listen_addr = ["127.0.0.1:1", "[::1]:1"]\nmax_vms = 1\naccelerator = "kvm"\n')
     assert settings("--config", str(file)).api_listen_addr == "127.0.0.1:1,[::1]:1"
@@ -43,7 +44,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("text", ['nonsense = "1"\n', "max_vms = [\n", 'max_vms = "many"\n', "max_vms = -1\n"])
-def test_a_file_that_does_not_fit_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+def test_an_invalid_settings_file_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "volantd.toml"
     file.write_text(text)
     with pytest.raises(SettingsError, match=r"volantd\.toml"):
@@ -91,13 +92,13 @@ def test_an_unknown_flag_ends_with_usage() -> None:
         ("VOLANT_CORS_ORIGINS", "https://console.example:port"),
     ],
 )
-def test_a_protection_that_can_not_be_used_keeps_the_daemon_from_starting(name: str, value: str) -> None:
+def test_invalid_access_control_keeps_the_daemon_from_starting(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=name.removeprefix("VOLANT_").lower()) as caught:
         settings(**{name: value})
     assert name != "VOLANT_API_KEY" or not value or value not in str(caught.value)
 
 
-def test_a_key_is_in_the_environment_or_a_file_and_never_a_flag(tmp_path: Path) -> None:
+def test_a_key_comes_from_the_environment_or_a_file_and_never_a_flag(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         settings("--api-key", KEY)
     config = tmp_path / "volantd.toml"
@@ -117,20 +118,20 @@ def test_a_key_file_has_one_key_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "two words\n", "\x00\n", "k\n" * 101, "k" * 70_000])
-def test_a_key_file_that_does_not_fit_is_an_error(tmp_path: Path, text: str) -> None:
+def test_an_invalid_key_file_is_an_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys"
     file.write_text(text)
     with pytest.raises(SettingsError, match="api_key_file"):
         settings("--api-key-file", str(file))
 
 
-def test_a_pipe_as_key_file_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_pipe_as_key_file_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "keys")
-    with pytest.raises(SettingsError, match="no ordinary file"):
+    with pytest.raises(SettingsError, match="not a regular file"):
         settings("--api-key-file", str(tmp_path / "keys"))
 
 
-def test_the_credential_of_systemd_is_the_key_file_if_no_other_is_named(tmp_path: Path) -> None:
+def test_systemds_credential_is_the_default_key_file(tmp_path: Path) -> None:
     (tmp_path / "volant-api-key").write_text(KEY)
     (tmp_path / "other").write_text(KEY[::-1])
     assert keys_of(settings(CREDENTIALS_DIRECTORY=str(tmp_path))) == [KEY]
@@ -144,7 +145,7 @@ def test_the_credential_of_systemd_is_the_key_file_if_no_other_is_named(tmp_path
         settings(CREDENTIALS_DIRECTORY=str(tmp_path / "other"))
 
 
-def test_keys_that_others_can_read_or_guess_are_warned_of(tmp_path: Path) -> None:
+def test_keys_that_others_can_read_are_logged(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     for text, mode, warned in ((KEY, 0o600, []), (KEY, 0o644, ["can read"])):
         file.write_text(text)
@@ -165,12 +166,12 @@ def test_a_key_that_could_be_guessed_keeps_the_daemon_from_starting(tmp_path: Pa
             if fits:
                 assert settings(*flags, **environ)
                 continue
-            with pytest.raises(SettingsError, match=r"15 characters.*16 are the least.*openssl rand") as refused:
+            with pytest.raises(SettingsError, match=r"15 characters.*at least 16.*openssl rand") as refused:
                 settings(*flags, **environ)
             assert key not in str(refused.value)
 
 
-def test_an_open_address_needs_a_protection_or_to_be_asked_for() -> None:
+def test_an_open_address_needs_access_control_or_insecure() -> None:
     with pytest.raises(SettingsError, match="--insecure"):
         settings("--listen", "0.0.0.0:7777")
     with pytest.raises(SettingsError, match="--insecure"):
@@ -205,7 +206,7 @@ def test_the_reference_names_every_setting() -> None:
 @pytest.mark.parametrize(
     "text", ["", "65536", "65536-", "98303-65536", "0-99999", "65536-65540", "70000-4294967295", "a-b"]
 )
-def test_users_of_hypervisors_are_a_range_that_is_nobodys(text: str) -> None:
+def test_an_invalid_range_of_user_ids_is_an_error(text: str) -> None:
     with pytest.raises(SettingsError, match="vm_uids"):
         settings("--vm-uids", text)
     assert len(parse_uids(settings().vm_uids)) == 32768

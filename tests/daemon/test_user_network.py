@@ -1,4 +1,4 @@
-"""A guest with the network `user` has an address of the host's: it is refused where an address alone lets in."""
+"""The network `user` gives a guest the host's address, so it is refused where clients need only an address."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KEY = "user-network-0123456789abcdef"
 
 
 @pytest.mark.parametrize("key", [None, _KEY])
-async def test_the_network_user_is_refused_where_an_address_alone_lets_in(tmp_path: Path, key: str | None) -> None:
+async def test_the_network_user_is_refused_where_an_address_is_enough(tmp_path: Path, key: str | None) -> None:
     daemon = Daemon(
         tmp_path / "cache",
         *("--network", "user", "--api-allow-cidr", "127.0.0.0/8"),
@@ -40,8 +40,8 @@ async def test_the_network_user_is_refused_where_an_address_alone_lets_in(tmp_pa
 
 
 @pytest.mark.skipif(passt_obstacle() is not None, reason="passt is not installed")
-async def test_the_log_names_vms_that_have_it_from_before(tmp_path: Path) -> None:
-    # What is no kernel ends the boot at once.
+async def test_vms_with_a_network_that_is_refused_by_now_are_logged(tmp_path: Path) -> None:
+    # A file that is not a kernel ends the boot at once.
     nothing = ("--kernel", __file__, "--initramfs", __file__)
     daemon = Daemon(
         tmp_path / "cache",
@@ -57,7 +57,7 @@ async def test_the_log_names_vms_that_have_it_from_before(tmp_path: Path) -> Non
             assert answer.status_code == 201, answer.text
         daemon.terminate()
         daemon.wait()
-        said = "these VMs have the network 'user': demo; the daemon lets addresses in without a key"
+        said = "these VMs have the network 'user': demo; the daemon accepts requests from addresses without an API key"
         assert said not in daemon.log()
         del daemon.environ["VOLANT_API_KEY"]
         daemon.key = None
@@ -67,22 +67,22 @@ async def test_the_log_names_vms_that_have_it_from_before(tmp_path: Path) -> Non
                 while (await client.get("/healthz")).json()["status"] == "starting":  # noqa: ASYNC110 - the daemon's
                     await trio.sleep(0.02)
             assert said in daemon.log()
-            # Nor is it started any more, by anybody.
+            # It can't be started any more.
             with trio.fail_after(20):
                 while (vm := (await client.get("/api/v1/vms/demo")).json())["status"] != "crashed":  # noqa: ASYNC110
                     await trio.sleep(0.02)
             for command in ("start", "restart"):
                 answer = await client.post(f"/api/v1/vms/demo/{command}")
                 assert answer.status_code == 409, (answer.text, vm)
-                assert answer.json()["detail"].startswith("VM 'demo' can't have the network 'user': the daemon lets")
+                assert answer.json()["detail"].startswith("VM 'demo' can't have the network 'user': the daemon accepts")
             await client.delete("/api/v1/vms/demo")
     finally:
         daemon.dispose()
 
 
 @pytest.mark.skipif(passt_obstacle() is not None, reason="passt is not installed")
-async def test_where_destinations_can_not_be_filtered_the_vm_says_so(tmp_path: Path) -> None:
-    # Root of a container that has no other user.
+async def test_an_unfiltered_network_is_reported_on_the_vm(tmp_path: Path) -> None:
+    # Root in a container without other users.
     daemon = Daemon(tmp_path / "cache", "--network", "user", wrapper=("unshare", "--user", "--map-root-user"))
     try:
         daemon.start()

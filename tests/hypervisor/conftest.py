@@ -1,4 +1,4 @@
-"""The machine that tests launch, and QEMU."""
+"""Fixtures: QEMU and the spec of a small machine."""
 
 from __future__ import annotations
 

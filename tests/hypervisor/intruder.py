@@ -1,4 +1,4 @@
-"""A program that does what somebody would try who has taken a hypervisor's process over."""
+"""A program that tries what an attacker with control of a hypervisor's process would try."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ print(json.dumps([trial(*task) for task in tasks]), flush=True)
 print("end", flush=True)
 signal.pause()
 """
-"""Does what it is told to, and says what came of each."""
+"""Runs the tasks in its arguments, and prints the result of each."""
 
 DENIED = frozenset({"EACCES", "EPERM"})
 

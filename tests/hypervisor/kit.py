@@ -1,4 +1,4 @@
-"""Machines for tests: their kernels are a few bytes, and none outlives its test."""
+"""Machines for tests. Their kernels are a few bytes, and no machine outlives its test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POWEROFF = bytes([0x66, 0xBA, 0x04, 0x06, 0x66, 0xB8, 0x00, 0x20, 0x66, 0xEF]) +
 
 
 def kernel(code: bytes) -> bytes:
-    """A PVH kernel that does just this."""
+    """Returns a PVH kernel that runs this code."""
     whole = bytearray(_probe.probe_kernel())
     at = len(whole) - len(_probe._CODE)
     whole[at : at + len(code)] = code
@@ -27,7 +27,7 @@ def kernel(code: bytes) -> bytes:
 
 
 def machine_spec(host: Host, directory: Path, kernel: Path, initramfs: Path, /, **other: Any) -> MachineSpec:
-    """A small machine with its things in `directory`, its memory in shared memory and a tag of its own."""
+    """Returns the spec of a small machine with its files in `directory` and its memory in RAM."""
     tag = f"volant-test-{host.random.new_id()}"
     spec = MachineSpec(
         vm_id=7,
@@ -46,7 +46,7 @@ def machine_spec(host: Host, directory: Path, kernel: Path, initramfs: Path, /, 
 
 
 def tiny_spec(host: Host, directory: Path, code: bytes = HANG, /, **other: Any) -> MachineSpec:
-    """One that does just what `code` says."""
+    """Returns a spec whose kernel runs this code."""
     (directory / "kernel").write_bytes(kernel(code))
     (directory / "initramfs").write_bytes(b"x" * 100)
     return machine_spec(host, directory / "vm", directory / "kernel", directory / "initramfs", **other)
@@ -56,7 +56,8 @@ def tiny_spec(host: Host, directory: Path, code: bytes = HANG, /, **other: Any) 
 async def real_qemu(
     host: Host, spec: MachineSpec, cache: Path, program: str = "qemu-system-x86_64"
 ) -> AsyncIterator[QemuHypervisor]:
-    """A hypervisor on TCG. At the end it takes all whose tags begin with that of `spec`, and their memory."""
+    """Yields a hypervisor on TCG. At the end kills all processes whose tags begin with `spec`'s, and removes their
+    memory."""
     yield QemuHypervisor(host, cache, accelerator="tcg", program=program)
     for identity in await host.processes.scan(spec.tag):
         with host.processes.open(identity) as process:

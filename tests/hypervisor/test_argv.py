@@ -1,4 +1,4 @@
-"""The command line: a machine that can be adopted, understood after its end, and made a template."""
+"""The command line: a machine that can be adopted, reports how it ended, and can become a template."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 from volant.hypervisor import AcceleratorName, Disk, MachineSpec, Nic, Template
 from volant.hypervisor.qemu._argv import build_argv
-from volant.hypervisor.qemu._found import parse_argv
 from volant.hypervisor.qemu._netdev import connects_itself
+from volant.hypervisor.qemu._parse_argv import parse_argv
 
 SPEC = MachineSpec(
     vm_id=7,
@@ -28,7 +28,7 @@ SPEC = MachineSpec(
 
 
 def options(argv: list[str]) -> dict[str, list[str]]:
-    """Option name to its values."""
+    """Returns the values by option."""
     found: dict[str, list[str]] = {}
     for at, item in enumerate(argv):
         if item.startswith("-"):
@@ -37,7 +37,7 @@ def options(argv: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def test_it_carries_its_tag_and_keeps_out_what_it_does_not_need() -> None:
+def test_the_command_line_has_the_tag_and_no_default_devices() -> None:
     found = options(build_argv(SPEC, (10, 0)))
     assert found["-name"] == ["guest=volant-ab12-7.1,debug-threads=on"]
     assert {"-nodefaults", "-no-user-config"} <= found.keys()
@@ -46,7 +46,7 @@ def test_it_carries_its_tag_and_keeps_out_what_it_does_not_need() -> None:
     assert found["-action"] == ["shutdown=pause,reboot=shutdown,panic=pause"]
 
 
-def test_it_can_become_a_template() -> None:
+def test_memory_is_a_shared_file_so_that_a_machine_can_become_a_template() -> None:
     """Memory is a shared file, the machine type is versioned, everything has an id."""
     found = options(build_argv(SPEC, (9, 2)))
     assert found["-machine"][0].startswith("pc-q35-9.2,")
@@ -72,7 +72,7 @@ def test_commas_in_paths_do_not_become_options() -> None:
     assert any("mem-path=/dev/shm/a,,share=off,share=on" in v for v in options(build_argv(spec, (10, 0)))["-object"])
 
 
-def test_sockets_have_short_names_however_deep_the_state_lies() -> None:
+def test_socket_paths_are_short_for_any_state_directory() -> None:
     deep = msgspec.structs.replace(SPEC, directory=Path("/" + "d" * 300))
     assert not any("d" * 300 in item for item in build_argv(deep, (10, 0)))
 
@@ -89,7 +89,7 @@ def test_a_guest_gets_vsock_where_the_spec_says_so() -> None:
     assert "vhost-vsock-pci,id=vsock0,guest-cid=10" in argv
 
 
-def test_a_disk_is_a_layer_over_a_base_that_is_only_read() -> None:
+def test_a_disk_is_a_layer_over_a_read_only_base() -> None:
     disk = Disk(Path("/cache/media/a,b"), Path("/state/disks/7/root.qcow2"))
     for accelerator, device in (("tcg", "virtio-blk-pci"), ("kvm", "virtio-blk-device")):
         spec = msgspec.structs.replace(SPEC, root=disk, accelerator=accelerator)
@@ -104,8 +104,8 @@ def test_a_disk_is_a_layer_over_a_base_that_is_only_read() -> None:
     assert "-blockdev" not in build_argv(SPEC, (10, 0))
 
 
-def test_a_clone_maps_its_template_s_memory_for_reading() -> None:
-    """Whatever a clone discards, no page of the file goes; and its name is for those who read its command line."""
+def test_a_clone_maps_its_templates_memory_read_only() -> None:
+    """A clone can't discard pages of the file, and its name is only for readers of the command line."""
     clone = msgspec.structs.replace(SPEC, template=Template(Path("/t/digest/memory"), Path("/t/digest/state")))
     argv = build_argv(clone, (10, 0))
     found = options(argv)
@@ -118,8 +118,8 @@ def test_a_clone_maps_its_template_s_memory_for_reading() -> None:
     assert (machine.name, machine.memory_file, machine.template) == ("demo", None, Path("/t/digest"))
 
 
-def test_only_a_machine_with_memory_of_its_own_is_given_a_balloon_and_a_copy_of_it_keeps_that() -> None:
-    """And nothing before it gets another place on the bus by it."""
+def test_a_machine_with_its_own_memory_can_have_a_balloon_which_its_copy_keeps() -> None:
+    """No other device changes its place on the bus."""
     plain, balloon = build_argv(SPEC, (10, 0)), build_argv(msgspec.structs.replace(SPEC, balloon=True), (10, 0))
     assert balloon == [*plain, "-device", "virtio-balloon-pci,id=balloon0,free-page-reporting=on"]
     template = Template(Path("/forks/1/memory"), Path("/forks/1/state"))
@@ -140,8 +140,8 @@ NIC = Nic(
 
 @pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
 @pytest.mark.parametrize("balloon", [False, True])
-def test_a_nic_comes_after_all_that_there_is_without_it(accelerator: AcceleratorName, balloon: bool) -> None:
-    """So that what was saved before there were any goes on."""
+def test_a_nic_changes_no_other_device(accelerator: AcceleratorName, balloon: bool) -> None:
+    """So that states without one can still be loaded."""
     without = msgspec.structs.replace(SPEC, accelerator=accelerator, balloon=balloon, root=DISK)
     argv = build_argv(msgspec.structs.replace(without, nic=NIC), (10, 0))
     plain = build_argv(without, (10, 0))
@@ -154,19 +154,19 @@ def test_a_nic_comes_after_all_that_there_is_without_it(accelerator: Accelerator
     assert ("romfile=" in devices[-1].split(",")) == (accelerator == "tcg")
 
 
-def test_a_tap_is_inherited_and_known_by_its_name() -> None:
+def test_a_tap_is_inherited_and_its_name_is_on_the_command_line() -> None:
     argv = build_argv(msgspec.structs.replace(SPEC, nic=NIC), (10, 0), tap=12)
     assert options(argv)["-netdev"] == ["tap,id=v12345678000007,fd=12,vhost=off"]
 
 
-def test_what_listens_at_a_socket_is_plugged_into_a_hub_later() -> None:
+def test_a_nic_with_a_socket_has_a_hub_that_is_connected_later() -> None:
     argv = build_argv(msgspec.structs.replace(SPEC, nic=Nic(mac=NIC.mac, socket=Path("/run/7.sock"))), (10, 0))
     assert options(argv)["-netdev"] == ["hubport,id=net0,hubid=0"]
     assert "7.sock" not in " ".join(argv)
     assert not connects_itself(argv)
 
 
-def test_a_machine_that_an_earlier_daemon_has_started_connects_itself() -> None:
+def test_a_machine_of_an_earlier_daemon_connects_by_itself() -> None:
     argv = build_argv(msgspec.structs.replace(SPEC, nic=Nic(mac=NIC.mac)), (10, 0))
     before = "stream,id=net0,server=off,addr.type=unix,addr.path=/run/a,,b/7.sock,reconnect-ms=1000"
     argv[argv.index("-netdev") + 1] = before
@@ -176,7 +176,7 @@ def test_a_machine_that_an_earlier_daemon_has_started_connects_itself() -> None:
     assert found.nic == Nic(mac=NIC.mac, socket=Path("/run/a,b/7.sock"))
 
 
-def test_what_a_guest_with_a_nic_is_told_stands_before_the_vm_s_own() -> None:
+def test_network_parameters_come_before_the_vms_kernel_options() -> None:
     line = options(build_argv(msgspec.structs.replace(SPEC, nic=NIC), (10, 0)))["-append"][0]
     told = "volant.net=192.168.127.7/24,192.168.127.1,02:00:00:00:00:07 volant.dns=192.168.127.1,9.9.9.9"
     assert line.endswith(f" {told} debug")
@@ -186,7 +186,7 @@ def test_what_a_guest_with_a_nic_is_told_stands_before_the_vm_s_own() -> None:
     assert options(argv)["-netdev"] == ["hubport,id=net0,hubid=0"], "it leads nowhere"
 
 
-def test_what_becomes_a_template_has_no_name_and_no_hurry() -> None:
+def test_a_template_has_no_name_and_a_lower_priority() -> None:
     argv = build_argv(msgspec.structs.replace(SPEC, name="", in_background=True), (10, 0))
     assert argv[:4] == ["nice", "-n", "10", "qemu-system-x86_64"]
     assert "volant.hostname" not in options(argv)["-append"][0]
@@ -205,7 +205,7 @@ def test_what_becomes_a_template_has_no_name_and_no_hurry() -> None:
         msgspec.structs.replace(SPEC, nic=Nic(mac=NIC.mac)),
     ],
 )
-def test_the_machine_can_be_read_back_from_it(spec: MachineSpec) -> None:
+def test_a_command_line_can_be_parsed_back(spec: MachineSpec) -> None:
     found = parse_argv(build_argv(spec, (10, 0)))
     assert found is not None
     for field in found.__struct_fields__:
@@ -222,5 +222,5 @@ def test_the_machine_can_be_read_back_from_it(spec: MachineSpec) -> None:
         [word.replace("256M", "a lot") for word in build_argv(SPEC, (10, 0))],
     ],
 )
-def test_a_command_line_that_is_none_of_ours_is_no_machine(argv: list[str]) -> None:
+def test_a_foreign_command_line_gives_no_machine(argv: list[str]) -> None:
     assert parse_argv(argv) is None

@@ -1,4 +1,4 @@
-"""A copy of a running machine is what the machine was at one instant. Whatever becomes of it, the machine goes on."""
+"""A checkpoint is a copy of a running machine at one instant, and the machine runs on afterwards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def spec(host: Host, tmp_path: Path) -> MachineSpec:
 
 @pytest.fixture
 def into(host: Host, spec: MachineSpec) -> Path:
-    """Goes with the machine's memory."""
+    """The directory of a checkpoint, in RAM."""
     directory = spec.memory_file.parent / "copy"
     directory.mkdir(parents=True, mode=0o700)
     return directory
@@ -51,7 +51,7 @@ def into(host: Host, spec: MachineSpec) -> Path:
 
 @asynccontextmanager
 async def nobody() -> AsyncIterator[Callable[[], tuple[int, int]]]:
-    """Holds the port of an agent that there is none of."""
+    """Holds the channel of a machine without an agent."""
     yield lambda: (0, 0)
 
 
@@ -67,7 +67,7 @@ def clone(spec: MachineSpec, name: str, template: Template, **other: Any) -> Mac
 
 
 async def launch(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> Identity:
-    """Launch it; it has left its firmware then, as every guest has whose agent answers."""
+    """Launches a machine and waits until it has left the firmware, as a guest with an agent has."""
     identity = await qemu.launch(spec)
     with host.watches.open(spec.console_path) as watch:
         while not host.files.size(spec.console_path):
@@ -82,7 +82,7 @@ async def ends_when_typed_to(host: Host, spec: MachineSpec, machine: Machine) ->
 
 
 async def memory_of(machine: Machine, size: int, path: Path) -> bytes:
-    """As QEMU has it, but for the hole in which a PC has its ROMs."""
+    """Returns the guest's memory without the range of the ROMs."""
     assert isinstance(machine, QemuMachine)
     assert machine._qmp is not None
     await machine._qmp.execute("pmemsave", {"val": 0, "size": size, "filename": str(path)})
@@ -94,7 +94,7 @@ def without_roms(path: Path) -> bytes:
     return data[:0xA0000] + data[0x100000:]
 
 
-async def test_copies_of_copies_hold_what_the_machine_held(
+async def test_copies_of_copies_have_the_machines_contents(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, into: Path
 ) -> None:
     """A machine that booted, one that goes on from its copy, and one that goes on from that one's; the files that they
@@ -120,7 +120,7 @@ async def test_copies_of_copies_hold_what_the_machine_held(
             running = clone(spec, f"c{number}", checkpoint.template)
 
 
-async def test_a_machine_is_copied_again_and_again_and_goes_on(
+async def test_a_machine_runs_on_after_each_of_many_checkpoints(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, into: Path
 ) -> None:
     with trio.fail_after(60):
@@ -164,7 +164,7 @@ async def test_a_disk_is_copied_as_it_is(
 
 
 class FaultyHost(Host, LinuxFiles):
-    """Copies fail, or hang without an error; `copying` is set when one begins."""
+    """A host whose copying fails or hangs; `copying` is set when it begins."""
 
     def __init__(self, error: OSError | None) -> None:
         Host.__init__(self)
@@ -194,7 +194,7 @@ async def launched(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> Ident
         (None, "too_slow"),
     ],
 )
-async def test_what_fails_is_told_and_the_guest_goes_on(
+async def test_after_a_failed_checkpoint_the_guest_runs_on(
     tmp_path: Path, spec: MachineSpec, launched: Identity, into: Path, error: OSError | None, code: str
 ) -> None:
     qemu = QemuHypervisor(FaultyHost(error), tmp_path / "cache", accelerator="tcg")
@@ -206,7 +206,7 @@ async def test_what_fails_is_told_and_the_guest_goes_on(
             assert await machine.status() == "running"
 
 
-async def test_a_state_that_cannot_be_written_is_told_and_the_guest_goes_on(
+async def test_after_an_unwritable_state_the_guest_runs_on(
     qemu: QemuHypervisor, spec: MachineSpec, launched: Identity, into: Path
 ) -> None:
     with trio.fail_after(30):
@@ -218,7 +218,7 @@ async def test_a_state_that_cannot_be_written_is_told_and_the_guest_goes_on(
             await machine.checkpoint(into, hold=nobody)
 
 
-async def test_who_gives_up_half_way_lets_the_guest_go_on(
+async def test_a_cancelled_checkpoint_resumes_the_guest(
     tmp_path: Path, spec: MachineSpec, launched: Identity, into: Path
 ) -> None:
     host = FaultyHost(None)
@@ -234,12 +234,12 @@ async def test_who_gives_up_half_way_lets_the_guest_go_on(
             await machine.pause(timeout_s=1.0)
 
 
-async def test_a_guest_that_cannot_be_let_go_on_at_once_is_later(
+async def test_a_guest_that_cannot_be_resumed_is_resumed_later(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, launched: Identity, into: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its hypervisor hangs for a while."""
-    monkeypatch.setattr("volant.hypervisor.qemu._checkpoint.GO_ON_S", 0.2)
-    monkeypatch.setattr("volant.hypervisor.qemu._machine._UNDO_AGAIN_S", 0.1)
+    """The hypervisor hangs for a while."""
+    monkeypatch.setattr("volant.hypervisor.qemu._checkpoint.RESUME_S", 0.2)
+    monkeypatch.setattr("volant.hypervisor.qemu._machine._UNDO_RETRY_S", 0.1)
     with trio.fail_after(40), host.processes.open(launched) as process:
 
         @asynccontextmanager
@@ -266,7 +266,7 @@ async def test_a_guest_that_cannot_be_let_go_on_at_once_is_later(
             assert await machine.status() == "paused"
 
 
-async def test_a_hypervisor_that_is_killed_half_way_is_told(
+async def test_a_hypervisor_killed_during_a_checkpoint_is_reported(
     tmp_path: Path, spec: MachineSpec, launched: Identity, into: Path
 ) -> None:
     host = FaultyHost(None)
@@ -283,7 +283,7 @@ async def test_a_hypervisor_that_is_killed_half_way_is_told(
                 await machine.checkpoint(into, hold=nobody, timeout_s=2.0)
 
 
-async def test_a_guest_that_has_ended_is_not_copied(
+async def test_a_guest_that_has_ended_has_no_checkpoint(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, launched: Identity, into: Path
 ) -> None:
     with trio.fail_after(30):
@@ -294,7 +294,7 @@ async def test_a_guest_that_has_ended_is_not_copied(
             assert caught.value.code == "refused"
 
 
-async def test_a_port_that_does_not_come_to_rest_is_told(
+async def test_an_agent_port_that_does_not_become_idle_is_reported(
     qemu: QemuHypervisor, spec: MachineSpec, launched: Identity, into: Path
 ) -> None:
     taken = iter(range(10**9))
@@ -305,6 +305,6 @@ async def test_a_port_that_does_not_come_to_rest_is_told(
 
     with trio.fail_after(30):
         async with qemu.attach(spec, launched) as machine:
-            with pytest.raises(CheckpointFailed, match="come to rest"):
+            with pytest.raises(CheckpointFailed, match="become idle"):
                 await machine.checkpoint(into, hold=restless)
             assert await machine.status() == "running"

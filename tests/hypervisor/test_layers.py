@@ -1,4 +1,4 @@
-"""A disk is a layer over an image that nobody writes to, and the layer is there whole or not at all."""
+"""A disk is a layer over a read-only image, and is created completely or not at all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def disk(tmp_path: Path) -> Disk:
     return Disk(base, tmp_path / "vm" / "root.qcow2")
 
 
-async def test_a_layer_shows_its_base_and_takes_the_writes(qemu: QemuHypervisor, disk: Disk) -> None:
+async def test_a_layer_shows_its_base_and_receives_writes(qemu: QemuHypervisor, disk: Disk) -> None:
     await qemu.make_layer(disk)
     info = json.loads(_run("qemu-img", "info", "--output=json", str(disk.layer)))
     assert (info["format"], info["virtual-size"]) == ("qcow2", SIZE)
@@ -41,7 +41,7 @@ async def test_a_layer_shows_its_base_and_takes_the_writes(qemu: QemuHypervisor,
 
 
 @pytest.mark.parametrize("what", ["foreign", "external"])
-async def test_a_layer_that_is_not_what_was_made_is_refused(
+async def test_a_layer_that_was_tampered_with_is_refused(
     qemu: QemuHypervisor, spec: MachineSpec, disk: Disk, tmp_path: Path, what: str
 ) -> None:
     await qemu.make_layer(disk)
@@ -50,42 +50,42 @@ async def test_a_layer_that_is_not_what_was_made_is_refused(
     else:
         options = f"data_file={tmp_path}/elsewhere,data_file_raw=on"
         _run("qemu-img", "create", "-f", "qcow2", "-o", options, str(disk.layer), "4M")
-    with pytest.raises(LaunchFailed, match=r"root\.qcow2 is") as failure:
+    with pytest.raises(LaunchFailed, match=r"root\.qcow2 (is|was)") as failure:
         await qemu.launch(msgspec.structs.replace(spec, root=disk))
     assert failure.value.code == "bad_disk"
 
 
-async def test_what_was_half_made_is_replaced(qemu: QemuHypervisor, disk: Disk) -> None:
+async def test_an_incomplete_layer_is_replaced(qemu: QemuHypervisor, disk: Disk) -> None:
     half = disk.layer.with_name("root.qcow2.new")
     half.write_bytes(b"half")
     await qemu.make_layer(disk)
     assert [path.name for path in disk.layer.parent.iterdir()] == ["root.qcow2"]
 
 
-async def test_without_its_base_there_is_none(qemu: QemuHypervisor, disk: Disk) -> None:
+async def test_a_layer_needs_its_base(qemu: QemuHypervisor, disk: Disk) -> None:
     disk.base.unlink()
-    with pytest.raises(LaunchFailed, match="can't be made") as failure:
+    with pytest.raises(LaunchFailed, match="can't be created") as failure:
         await qemu.make_layer(disk)
     assert failure.value.code == "bad_disk"
     assert not disk.layer.exists()
 
 
-async def test_without_qemu_img_the_reason_says_so(
+async def test_without_qemu_img_the_error_says_so(
     qemu: QemuHypervisor, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("volant.hypervisor.qemu._driver._IMG", "no-such-qemu-img")
+    monkeypatch.setattr("volant.hypervisor.qemu._layers._IMG", "no-such-qemu-img")
     with pytest.raises(LaunchFailed, match="qemu-utils") as failure:
         await qemu.make_layer(disk)
     assert failure.value.code == "qemu_missing"
 
 
-async def test_cancelled_half_way_it_leaves_no_layer(
+async def test_a_cancelled_creation_leaves_no_layer(
     qemu: QemuHypervisor, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = tmp_path / "slow"
     slow.write_text('#!/bin/sh\nfor last; do :; done; echo half >"$last"; exec sleep 60\n')
     slow.chmod(0o755)
-    monkeypatch.setattr("volant.hypervisor.qemu._driver._IMG", str(slow))
+    monkeypatch.setattr("volant.hypervisor.qemu._layers._IMG", str(slow))
     half = disk.layer.with_name("root.qcow2.new")
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
@@ -101,7 +101,7 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
 
 
-async def test_a_layer_is_as_large_as_was_asked_and_takes_no_more(qemu: QemuHypervisor, disk: Disk) -> None:
+async def test_a_layer_has_the_requested_size_and_takes_no_more(qemu: QemuHypervisor, disk: Disk) -> None:
     large = msgspec.structs.replace(disk, size_mb=8)
     await qemu.make_layer(large)
     info = json.loads(_run("qemu-img", "info", "--output=json", str(disk.layer)))

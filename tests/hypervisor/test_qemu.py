@@ -1,4 +1,4 @@
-"""The driver against the real QEMU, with guests of a few bytes: each way in which a machine comes to be and ends."""
+"""The driver with the real QEMU and guests of a few bytes: how machines start and end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from volant.host import Host
 from volant.hypervisor import Disk, HypervisorError, LaunchFailed, MachineSpec, Nic
 from volant.hypervisor.qemu import QemuHypervisor, _probe
 from volant.hypervisor.qemu._argv import ENVIRONMENT, build_argv
-from volant.hypervisor.qemu._driver import classify
+from volant.hypervisor.qemu._launch import classify
 from volant.hypervisor.qemu._machine import LOG_LIMIT
 from volant.model import EndKind
 
@@ -56,7 +56,7 @@ async def test_a_machine_is_launched_attached_and_killed(host: Host, qemu: QemuH
         (RESET, EndKind.RESET, EndKind.SHUTDOWN),
     ],
 )
-async def test_how_a_guest_ended_is_known_now_and_to_a_successor(
+async def test_how_a_guest_ended_is_reported_also_to_a_later_daemon(
     qemu: QemuHypervisor, spec: MachineSpec, code: bytes, kind: EndKind, adopted_kind: EndKind
 ) -> None:
     await trio.Path(spec.kernel).write_bytes(kernel(delayed(code)))
@@ -71,13 +71,11 @@ async def test_how_a_guest_ended_is_known_now_and_to_a_successor(
 
 
 def delayed(code: bytes) -> bytes:
-    """Count for a while, so that somebody can attach before."""
+    """Counts for a while, so that the test can attach first."""
     return bytes([0xB9]) + struct.pack("<I", 0x0FFFFFFF) + bytes([0x49, 0x75, 0xFD]) + code
 
 
-async def test_a_killed_process_is_told_at_once_and_to_nobody_else(
-    host: Host, qemu: QemuHypervisor, spec: MachineSpec
-) -> None:
+async def test_a_killed_process_is_reported_at_once(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
         async with qemu.attach(spec, identity) as machine:
@@ -90,7 +88,9 @@ async def test_a_killed_process_is_told_at_once_and_to_nobody_else(
             assert trio.current_time() - began < 0.5
 
 
-async def test_a_pause_is_no_end_and_a_successor_finds_it(qemu: QemuHypervisor, spec: MachineSpec) -> None:
+async def test_a_paused_guest_has_not_ended_and_a_later_daemon_can_resume_it(
+    qemu: QemuHypervisor, spec: MachineSpec
+) -> None:
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
         async with qemu.attach(spec, identity) as machine:
@@ -123,7 +123,7 @@ async def test_a_guest_that_has_ended_can_t_be_paused(qemu: QemuHypervisor, spec
             assert await machine.status() == "shutdown"
 
 
-async def test_what_goes_wrong_in_the_block_is_the_caller_s(qemu: QemuHypervisor, spec: MachineSpec) -> None:
+async def test_exceptions_in_the_block_are_not_wrapped(qemu: QemuHypervisor, spec: MachineSpec) -> None:
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
         with pytest.raises(KeyError):
@@ -133,7 +133,7 @@ async def test_what_goes_wrong_in_the_block_is_the_caller_s(qemu: QemuHypervisor
             assert await machine.status() == "running"
 
 
-async def test_a_second_one_that_attaches_is_turned_away(
+async def test_a_second_attachment_is_refused(
     qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("volant.hypervisor.qemu._machine.ATTACH_S", 0.3)
@@ -146,7 +146,7 @@ async def test_a_second_one_that_attaches_is_turned_away(
             assert await machine.status() == "running"
 
 
-async def test_another_machine_behind_the_socket_is_not_taken_for_ours(qemu: QemuHypervisor, spec: MachineSpec) -> None:
+async def test_attaching_to_another_machines_socket_fails(qemu: QemuHypervisor, spec: MachineSpec) -> None:
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
         other = msgspec.structs.replace(spec, tag="volant-test-other")
@@ -155,8 +155,8 @@ async def test_another_machine_behind_the_socket_is_not_taken_for_ours(qemu: Qem
                 pass
 
 
-async def test_one_that_is_adopted_before_it_listens_is_waited_for(qemu: QemuHypervisor, spec: MachineSpec) -> None:
-    """Its daemon was killed just after it had started it."""
+async def test_attaching_waits_until_the_process_listens(qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    """The daemon was killed just after it had started the process."""
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
         hidden = spec.control_path.with_name("later")
@@ -170,7 +170,7 @@ async def test_one_that_is_adopted_before_it_listens_is_waited_for(qemu: QemuHyp
             nursery.start_soon(listen)
             async with qemu.attach(spec, identity) as machine:
                 assert await machine.status() == "running"
-        # One that ends instead keeps nobody waiting.
+        # A process that ends instead ends the wait.
         spec.control_path.unlink()
 
         async def end() -> None:
@@ -183,7 +183,7 @@ async def test_one_that_is_adopted_before_it_listens_is_waited_for(qemu: QemuHyp
                 assert (await machine.ended()).kind is EndKind.KILLED
 
 
-async def test_its_own_complaints_are_bounded(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+async def test_qemus_own_log_is_limited(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
         async with qemu.attach(spec, identity):
@@ -193,7 +193,7 @@ async def test_its_own_complaints_are_bounded(host: Host, qemu: QemuHypervisor, 
                 await trio.sleep(0.01)
 
 
-async def test_one_that_complains_all_the_time_is_looked_after_now_and_then(
+async def test_a_qemu_that_logs_all_the_time_is_trimmed_now_and_then(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("volant.hypervisor.qemu._machine.LOG_PAUSE_S", 0.5)
@@ -222,7 +222,7 @@ async def test_one_that_complains_all_the_time_is_looked_after_now_and_then(
 async def test_console_input_reaches_the_guest_s_port_after_its_writer_was_replaced(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec
 ) -> None:
-    """The guest echoes what is typed; two writers come and go."""
+    """The guest echoes its input; two writers open and close the pipe."""
     echo = bytes.fromhex("66bafd03 ec a801 74f7 66baf803 ec ee ebef")  # wait for the port; read; write; again
     await trio.Path(spec.kernel).write_bytes(kernel(echo))
     with trio.fail_after(20):
@@ -237,7 +237,7 @@ async def test_console_input_reaches_the_guest_s_port_after_its_writer_was_repla
         assert await host.files.read(spec.console_path) == b"onetwo"
 
 
-async def test_without_qemu_the_reason_says_so(host: Host, spec: MachineSpec, tmp_path: Path) -> None:
+async def test_without_qemu_the_error_says_so(host: Host, spec: MachineSpec, tmp_path: Path) -> None:
     qemu = QemuHypervisor(host, tmp_path / "cache", program="no-such-qemu")
     choice = await qemu.choice()
     assert (choice.accelerator, choice.version) == ("tcg", None)
@@ -255,7 +255,7 @@ async def test_a_missing_image_is_named(qemu: QemuHypervisor, spec: MachineSpec,
     assert failure.value.code == "bad_image"
 
 
-async def test_a_kernel_that_is_none_is_a_bad_image(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+async def test_a_file_that_is_not_a_kernel_is_a_bad_image(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
     await trio.Path(spec.kernel).write_bytes(b"")
     with trio.fail_after(20):
         with pytest.raises(LaunchFailed) as failure:
@@ -279,13 +279,13 @@ async def test_memory_that_the_file_system_lacks_is_refused(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(host.disk, "allocate", full)
-    with pytest.raises(LaunchFailed, match="no room for 64 MiB") as failure:
+    with pytest.raises(LaunchFailed, match="no space for 64 MiB") as failure:
         await qemu.launch(spec)
     assert failure.value.code == "memory_refused"
 
 
-@pytest.mark.parametrize("what", ["MiB of memory left", "no room for 64 MiB"])
-async def test_what_other_guests_have_given_back_is_theirs_to_take_again(
+@pytest.mark.parametrize("what", ["MiB of memory left", "no space for 64 MiB"])
+async def test_memory_that_other_guests_gave_back_stays_reserved(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     short = what == "MiB of memory left"
@@ -299,7 +299,7 @@ async def test_what_other_guests_have_given_back_is_theirs_to_take_again(
     assert not host.files.exists(spec.memory_file)
 
 
-async def test_a_qemu_that_exits_is_quoted(host: Host, spec: MachineSpec, tmp_path: Path) -> None:
+async def test_the_error_quotes_a_qemu_that_exits(host: Host, spec: MachineSpec, tmp_path: Path) -> None:
     program = script(tmp_path, "echo something odd >&2; exit 3")
     with trio.fail_after(10):
         with pytest.raises(LaunchFailed, match="exited with 3: something odd") as failure:
@@ -308,10 +308,10 @@ async def test_a_qemu_that_exits_is_quoted(host: Host, spec: MachineSpec, tmp_pa
     await host.files.remove_tree(spec.memory_file.parent)
 
 
-async def test_a_qemu_that_hangs_is_ended(
+async def test_a_qemu_that_hangs_is_killed(
     host: Host, spec: MachineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("volant.hypervisor.qemu._driver.LAUNCH_S", 0.3)
+    monkeypatch.setattr("volant.hypervisor.qemu._launch.LAUNCH_S", 0.3)
     program = script(tmp_path, "sleep 60")
     with trio.fail_after(10):
         with pytest.raises(LaunchFailed, match="did not answer") as failure:
@@ -328,8 +328,8 @@ def script(directory: Path, body: str) -> str:
     return str(path)
 
 
-async def test_the_probe_s_guest_runs_where_a_guest_can_run(host: Host, tmp_path: Path) -> None:
-    """On TCG, which runs everything: what fails on KVM is KVM and not the guest."""
+async def test_the_probes_guest_runs_where_a_guest_can_run(host: Host, tmp_path: Path) -> None:
+    """On TCG, which runs any guest: so a failure under KVM is KVM's."""
     (tmp_path / "guest.elf").write_bytes(_probe.probe_kernel())
     argv = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "64M", "-nodefaults"]
     argv += ["-display", "none", "-no-reboot", "-kernel", "guest.elf"]
@@ -338,7 +338,7 @@ async def test_the_probe_s_guest_runs_where_a_guest_can_run(host: Host, tmp_path
     assert (status, output) == (_probe.EXIT_STATUS, b"")
 
 
-async def test_the_choice_is_made_once_and_kept(host: Host, tmp_path: Path) -> None:
+async def test_the_accelerator_is_chosen_once_and_cached(host: Host, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = await QemuHypervisor(host, cache).choice()
     assert first.version is not None
@@ -365,15 +365,15 @@ async def test_the_choice_is_made_once_and_kept(host: Host, tmp_path: Path) -> N
         ("", "exited"),
     ],
 )
-def test_last_words_have_a_meaning(text: str, code: str) -> None:
+def test_qemus_last_output_is_classified(text: str, code: str) -> None:
     assert classify(text) == code
 
 
 @pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
-async def test_the_machines_of_both_accelerators_are_some_that_qemu_makes(
+async def test_qemu_has_the_machine_types_of_both_accelerators(
     qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, accelerator: str
 ) -> None:
-    """Its devices on TCG, as KVM may not be there; Linux on it would need a TSC that TCG has not."""
+    """Tests microvm's devices on TCG, as KVM may be missing. (Linux on it would need a TSC, which TCG lacks.)"""
 
     def on_tcg(spec: MachineSpec, version: tuple[int, int], program: str, **more: Any) -> list[str]:
         argv = build_argv(msgspec.structs.replace(spec, accelerator=accelerator), version, program, **more)
@@ -381,7 +381,7 @@ async def test_the_machines_of_both_accelerators_are_some_that_qemu_makes(
         argv[argv.index("-cpu") + 1] = "max"
         return argv
 
-    monkeypatch.setattr("volant.hypervisor.qemu._driver.build_argv", on_tcg)
+    monkeypatch.setattr("volant.hypervisor.qemu._launch.build_argv", on_tcg)
     root = Disk(tmp_path / "base", tmp_path / "root.qcow2")
     await trio.Path(root.base).write_bytes(bytes(2**20))
     await qemu.make_layer(root)

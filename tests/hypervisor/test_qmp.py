@@ -1,4 +1,4 @@
-"""QMP over a stream whose other end does as it likes."""
+"""QMP with a peer that answers in any way."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Peer:
         assert b"qmp_capabilities" in await self.heard()
 
 
-async def test_answers_find_their_commands_and_events_come_in_between(nursery: trio.Nursery) -> None:
+async def test_answers_match_their_commands_with_events_in_between(nursery: trio.Nursery) -> None:
     peer = Peer()
     await peer.start(nursery)
     results: dict[str, Any] = {}
@@ -62,7 +62,7 @@ async def test_answers_find_their_commands_and_events_come_in_between(nursery: t
     assert peer.events == [("RESUME", {}), ("STOP", {"x": 1})]
 
 
-async def test_a_refusal_carries_qemu_s_words(nursery: trio.Nursery) -> None:
+async def test_a_refusal_has_qemus_message(nursery: trio.Nursery) -> None:
     peer = Peer()
     await peer.start(nursery)
 
@@ -75,7 +75,7 @@ async def test_a_refusal_carries_qemu_s_words(nursery: trio.Nursery) -> None:
         await peer.client.execute("x")
 
 
-async def test_no_answer_ends_at_the_deadline(nursery: trio.Nursery, autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_missing_answer_is_a_timeout(nursery: trio.Nursery, autojump_clock: trio.testing.MockClock) -> None:
     peer = Peer()
     await peer.start(nursery)
     with pytest.raises(QmpLost, match="within 3 s"):
@@ -93,7 +93,7 @@ async def test_no_answer_ends_at_the_deadline(nursery: trio.Nursery, autojump_cl
         (b"", "closed"),
     ],
 )
-async def test_what_is_no_qmp_is_told_to_whoever_waits(nursery: trio.Nursery, data: bytes, why: str) -> None:
+async def test_a_broken_stream_fails_waiting_commands(nursery: trio.Nursery, data: bytes, why: str) -> None:
     peer = Peer()
     await peer.start(nursery)
 
@@ -112,7 +112,7 @@ async def test_what_is_no_qmp_is_told_to_whoever_waits(nursery: trio.Nursery, da
         await peer.client.execute("y")
 
 
-async def test_a_socket_that_greets_otherwise_is_refused() -> None:
+async def test_a_socket_with_another_greeting_is_refused() -> None:
     peer = Peer()
     await peer.say(b'{"hello": 1}')
     with pytest.raises(QmpLost, match="greet"):

@@ -25,6 +25,7 @@ from volant.host import Host, ProcessStatus, _sandbox
 from volant.hypervisor import Disk, MachineSpec, Nic, Template
 from volant.hypervisor.qemu import QemuHypervisor, SandboxPlan, user_of
 from volant.hypervisor.qemu import _sandbox as qemu_sandbox
+from volant.hypervisor.qemu._launch import prepare_files
 from volant.hypervisor.qemu._sandbox import QemuSandbox
 from volant.model import ProcessIdentity
 
@@ -34,7 +35,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="users of their own are g
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """Where a daemon would have its directories: others come through to it, and no further."""
+    """The place of a daemon's directories, which other users can pass through and not list."""
     top = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
     top.chmod(0o711)
     yield top
@@ -81,7 +82,7 @@ def status(host: Host, identity: ProcessIdentity) -> ProcessStatus:
 async def test_a_guest_runs_is_saved_and_copied_in_the_sandbox(
     host: Host, qemu: QemuHypervisor, plan: SandboxPlan, spec: MachineSpec, place: Path
 ) -> None:
-    """All that a hypervisor ever opens, it may: memory, disk, console, sockets, states, templates."""
+    """A hypervisor can open all that it needs: memory, disk, console, sockets, states, templates."""
     base = place / "cache" / "base.img"
     base.write_bytes(bytes(2**20))
     base.chmod(0o400)
@@ -115,7 +116,7 @@ async def test_a_guest_runs_is_saved_and_copied_in_the_sandbox(
             (place / "disks" / f"c{number}").mkdir(mode=0o700)
             own = Disk(base, place / "disks" / f"c{number}" / "root.qcow2")
             await qemu.make_layer(own, layer)
-            # One that waits for a VM has no id yet.
+            # A warm process has no VM id yet.
             copy = clone(cold, f"c{number}", template, root=own, vm_id=number * 9)
             copied = await qemu.launch(copy)
             if plan.users is not None:
@@ -141,7 +142,7 @@ class Intruder:
         self.status: ProcessStatus | None = None
 
     async def tries(self, tasks: Sequence[Sequence[object]]) -> dict[tuple[object, ...], str]:
-        """What came of each."""
+        """Returns the result of each task."""
         sandbox = await QemuSandbox(self.host, self.plan).prepare(self.spec)
         found, self.status = await tries(self.host, self.spec.tag, self.spec.directory, sandbox, tasks)
         return found
@@ -151,7 +152,7 @@ class Intruder:
 async def intruder(host: Host, plan: SandboxPlan, spec: MachineSpec, qemu: QemuHypervisor) -> Intruder:
     if PYTHON is None:
         pytest.skip("there is no Python where programs lie")
-    await qemu._prepare(spec)
+    await prepare_files(host, spec)
     return Intruder(host, plan, spec)
 
 
@@ -166,7 +167,7 @@ def other(host: Host, spec: MachineSpec) -> MachineSpec:
     )
 
 
-async def test_it_uses_what_is_its_own_and_no_file_of_another_vm_or_of_the_daemon(
+async def test_an_intruder_uses_its_own_files_and_no_others(
     host: Host, plan: SandboxPlan, spec: MachineSpec, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder,
     place: Path,
 ) -> None:  # fmt: skip
@@ -204,11 +205,11 @@ async def test_it_uses_what_is_its_own_and_no_file_of_another_vm_or_of_the_daemo
 
 
 @as_root
-async def test_without_landlock_its_user_keeps_it_from_the_same(
+async def test_without_landlock_the_user_denies_the_same(
     host: Host, plan: SandboxPlan, spec: MachineSpec, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder,
     place: Path,
 ) -> None:  # fmt: skip
-    """Older kernels have none."""
+    """Older kernels have no Landlock."""
     intruder.plan = msgspec.structs.replace(plan, landlock=0, no_connect=False)
     database = place / "volant.db"
     database.write_bytes(b"rows")
@@ -231,10 +232,10 @@ async def test_without_landlock_its_user_keeps_it_from_the_same(
     assert {task: result for task in may_not if (result := found[task]) not in DENIED} == {}
 
 
-async def test_without_a_user_of_its_own_it_is_kept_from_other_vms_all_the_same(
+async def test_without_a_separate_user_landlock_isolates_vms(
     plan: SandboxPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder
 ) -> None:
-    """As where the daemon does not run as root: all hypervisors have one user."""
+    """As with a daemon that is not root: all hypervisors have the same user."""
     intruder.plan = msgspec.structs.replace(plan, users=None)
     if not plan.landlock:
         pytest.skip("the kernel has no Landlock")
@@ -254,7 +255,7 @@ async def test_without_a_user_of_its_own_it_is_kept_from_other_vms_all_the_same(
 
 @pytest.fixture
 def listeners(place: Path) -> Iterator[tuple[int, str, Path]]:
-    """A daemon's sockets of three kinds, to which everybody may connect: a port, an abstract name, a path."""
+    """Three kinds of sockets that everybody may connect to: a port, an abstract name and a path."""
     tcp = socket.create_server(("127.0.0.1", 0))
     abstract = socket.socket(socket.AF_UNIX)
     abstract.bind(f"\0{place.name}")
@@ -270,13 +271,13 @@ def listeners(place: Path) -> Iterator[tuple[int, str, Path]]:
 
 
 @pytest.mark.parametrize("network", ["none", "user"])
-async def test_it_talks_to_nobody_and_touches_no_process(
+async def test_an_intruder_connects_to_nothing_and_signals_no_process(
     plan: SandboxPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder, listeners: tuple[int, str, Path],
     network: str,
 ) -> None:  # fmt: skip
     port, name, path = listeners
     if network == "user":
-        # The socket of its own VM's passt, which it has a connection to already.
+        # The socket of its own passt, to which it already has a connection.
         nic = Nic(mac="02:00:00:00:00:07", socket=path)
         intruder.spec = msgspec.structs.replace(intruder.spec, nic=nic)
     with trio.fail_after(60):
@@ -297,7 +298,7 @@ async def test_it_talks_to_nobody_and_touches_no_process(
         assert intruder.status.user == user_of(plan.users, intruder.spec.tag, 7)
 
 
-async def test_landlock_alone_keeps_it_from_ports_and_processes(
+async def test_landlock_alone_denies_ports_and_processes(
     plan: SandboxPlan, other: MachineSpec, qemu: QemuHypervisor, intruder: Intruder, listeners: tuple[int, str, Path]
 ) -> None:
     port, name, _ = listeners
@@ -312,10 +313,10 @@ async def test_landlock_alone_keeps_it_from_ports_and_processes(
     assert {task: result for task, result in found.items() if result not in DENIED} == {}
 
 
-async def test_the_intruder_can_do_all_of_it_without_a_sandbox(
+async def test_without_a_sandbox_the_intruder_can_do_everything(
     host: Host, plan: SandboxPlan, spec: MachineSpec, intruder: Intruder, listeners: tuple[int, str, Path], place: Path
 ) -> None:
-    """Else the other tests would show nothing."""
+    """Otherwise the other tests would prove nothing."""
     port, name, path = listeners
     tasks: list[tuple[object, ...]] = [
         ("tcp", port), ("abstract", name), ("unix", str(path)), ("listen",), ("read", "/etc/passwd"),
@@ -357,10 +358,10 @@ def _status_of_threads() -> set[tuple[str, ...]]:
 
 
 @as_root
-async def test_who_may_open_kvm_is_in_its_group_and_where_none_may_but_root_its_user_is_told_to_be_missing(
+async def test_a_hypervisor_has_the_group_of_kvm_or_no_separate_user(
     host: Host, plan: SandboxPlan, spec: MachineSpec, qemu: QemuHypervisor, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await qemu._prepare(spec)
+    await prepare_files(host, spec)
     device = place / "kvm"
     device.touch()
     monkeypatch.setattr(qemu_sandbox, "_KVM", device)
@@ -375,13 +376,11 @@ async def test_who_may_open_kvm_is_in_its_group_and_where_none_may_but_root_its_
         assert (said is None) == user, said
     os.chown(device, 0, 0)
     device.chmod(0o660)
-    # To be in root's group is worse than to have root's number.
+    # Being in root's group would be worse than having root's user id.
     assert (await QemuSandbox(host, plan).prepare(kvm)).user is None
 
 
-def test_where_users_of_their_own_cannot_be_had_the_host_says_why(
-    host: Host, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_host_says_why_it_has_no_separate_users(host: Host, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = place / "closed"
     closed.mkdir(mode=0o700)
     (closed / "state").mkdir()
@@ -406,7 +405,7 @@ def test_where_users_of_their_own_cannot_be_had_the_host_says_why(
 
     refuses(errno.EOPNOTSUPP)
     assert "no access lists" in why(place)
-    # A full disk is no reason to do without.
+    # A full disk does not mean that there are no ACLs.
     refuses(errno.ENOSPC)
     assert why(place) == "None"
     monkeypatch.setattr(_sandbox, "capabilities", lambda: 1 << 7)

@@ -1,4 +1,4 @@
-"""A machine that was saved goes on, as often as one likes, and nothing that goes on changes what it began with."""
+"""A saved machine can be cloned any number of times, and no clone changes its template."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-async def test_clones_go_on_and_leave_their_template_alone(
+async def test_clones_run_and_do_not_change_their_template(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path
 ) -> None:
     with trio.fail_after(60):
@@ -75,7 +75,7 @@ async def test_clones_go_on_and_leave_their_template_alone(
 
 
 @pytest.mark.parametrize("what", ["empty", "cut off", "of another size", "missing"])
-async def test_a_template_that_does_not_fit_is_refused_and_no_process_is_left(
+async def test_an_incompatible_template_is_refused_and_no_process_is_left(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path, what: str
 ) -> None:
     with trio.fail_after(60):
@@ -94,7 +94,7 @@ async def test_a_template_that_does_not_fit_is_refused_and_no_process_is_left(
         assert await host.processes.find(wanted.tag) is None
 
 
-async def test_what_cannot_be_saved_is_told(qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path) -> None:
+async def test_a_failed_save_is_reported(qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path) -> None:
     with trio.fail_after(60):
         identity = await qemu.launch(spec)
         async with qemu.attach(spec, identity) as machine:
@@ -103,10 +103,10 @@ async def test_what_cannot_be_saved_is_told(qemu: QemuHypervisor, spec: MachineS
             await machine.kill()
 
 
-async def test_a_machine_whose_agent_somebody_talks_to_is_not_saved(
+async def test_a_machine_with_a_connected_agent_is_not_saved(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path
 ) -> None:
-    """QEMU would go on writing to its memory: that they have left, for instance."""
+    """QEMU would still write to its memory, for example when the client disconnects."""
     with trio.fail_after(60):
         identity = await qemu.launch(spec)
         async with qemu.attach(spec, identity) as machine:
@@ -120,7 +120,7 @@ async def test_a_machine_whose_agent_somebody_talks_to_is_not_saved(
 
 
 async def until_qemu_has_noticed(machine: Machine) -> None:
-    """That somebody has connected to the agent's port: the kernel takes connections before QEMU does."""
+    """Returns when QEMU has accepted the connection to the agent's port; the kernel accepts it earlier."""
     assert isinstance(machine, QemuMachine)
     while any(  # noqa: ASYNC110 - QEMU has no event for it, and the caller has a deadline
         each["label"] == "agent" and each["filename"].startswith("disconnected:")

@@ -1,4 +1,4 @@
-"""A machine that was copied goes on under a later QEMU that still has its type, and nowhere that it could not."""
+"""A checkpoint runs under a later QEMU that still has its machine type, and is refused elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from volant.hypervisor import MachineKind, MachineSpec
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.hypervisor.qemu._argv import FORMAT
 from volant.hypervisor.qemu._checkpoint import complete
-from volant.hypervisor.qemu._kind import HEAD_BYTES, machine_of, misfit, parse_machines
+from volant.hypervisor.qemu._compatibility import HEAD_BYTES, incompatibility, machine_of, parse_machines
 
 HERE = MachineKind(version="10.0.13", accelerator="tcg", machine="pc-q35-10.0", devices=FORMAT)
 KVM = msgspec.structs.replace(HERE, accelerator="kvm", machine="microvm")
@@ -28,24 +28,28 @@ EMPTY = b"QEVM\0\0\0\3"
     [
         (HERE, HERE, None),
         (msgspec.structs.replace(HERE, version="9.2.4", machine="pc-q35-9.2"), HERE, None),
-        # A daemon that adopted machines of an older QEMU, or restored them, checkpoints them as what they are.
+        # A machine that was adopted from an older QEMU keeps its type.
         (msgspec.structs.replace(HERE, machine="pc-q35-9.2"), HERE, None),
         (msgspec.structs.replace(HERE, version="10.0.2"), HERE, None),
-        (msgspec.structs.replace(HERE, version="2.12.1", machine="pc-q35-2.12"), HERE, "does not have its machine"),
-        (msgspec.structs.replace(HERE, version="10.1.0"), HERE, "is older: 10.0.13"),
-        (HERE, msgspec.structs.replace(HERE, version="9.2.4"), "is older: 9.2.4"),
-        (msgspec.structs.replace(HERE, devices=FORMAT + 1), HERE, f"of form {FORMAT + 1}"),
-        (HERE, KVM, "under TCG, and guests run under KVM here"),
+        (
+            msgspec.structs.replace(HERE, version="2.12.1", machine="pc-q35-2.12"),
+            HERE,
+            "no longer has its machine type",
+        ),
+        (msgspec.structs.replace(HERE, version="10.1.0"), HERE, "an older one, 10.0.13"),
+        (HERE, msgspec.structs.replace(HERE, version="9.2.4"), "an older one, 9.2.4"),
+        (msgspec.structs.replace(HERE, devices=FORMAT + 1), HERE, f"have format {FORMAT + 1}"),
+        (HERE, KVM, "under TCG, and guests use KVM here"),
         (KVM, KVM, None),
-        (KVM, msgspec.structs.replace(KVM, version="10.0.14"), "goes on under the same one only"),
+        (KVM, msgspec.structs.replace(KVM, version="10.0.14"), "needs the same version"),
     ],
 )
-def test_a_checkpoint_fits_within_the_promises_of_qemu(saved: MachineKind, here: MachineKind, why: str | None) -> None:
-    found = misfit(saved, here, KNOWN)
+def test_compatibility_follows_qemus_promises(saved: MachineKind, here: MachineKind, why: str | None) -> None:
+    found = incompatibility(saved, here, KNOWN)
     assert found is None if why is None else why in (found or "")
 
 
-def test_the_head_of_a_stream_says_its_machine_and_nothing_else_is_taken_for_one() -> None:
+def test_the_machine_type_is_read_from_the_head_of_a_stream() -> None:
     assert machine_of(complete(EMPTY, "pc-q35-9.2")[:HEAD_BYTES]) == "pc-q35-9.2"
     assert machine_of(complete(EMPTY, "pc-q35-4.0.1")) == "pc-q35-4.0.1"
     for other in ("microvm", "pc-q35-9.2,accel=kvm", "q35", "pc-q35-9.2\n", ""):
@@ -54,10 +58,8 @@ def test_the_head_of_a_stream_says_its_machine_and_nothing_else_is_taken_for_one
         assert machine_of(damaged) is None, damaged
 
 
-async def test_a_copy_of_an_older_machine_goes_on_as_that_and_is_copied_as_that(
-    host: Host, qemu: QemuHypervisor, tmp_path: Path
-) -> None:
-    """As after an upgrade of QEMU: the same program plays the older one, whose machine it has."""
+async def test_a_copy_of_an_older_machine_keeps_its_type(host: Host, qemu: QemuHypervisor, tmp_path: Path) -> None:
+    """As after an upgrade of QEMU. The same program acts as the older one, as it has the older machine type."""
     with trio.fail_after(90):
         choice = await qemu.choice()
         spec: MachineSpec = tiny_spec(host, tmp_path, COUNTS)
@@ -83,9 +85,9 @@ async def test_a_copy_of_an_older_machine_goes_on_as_that_and_is_copied_as_that(
                     assert (checkpoint.kind.machine, checkpoint.kind.version) == (old, choice.version)
                     assert await ends_when_typed_to(host, running, machine)
                     await machine.quit()
-                assert await qemu.misfit(checkpoint.kind) is None
+                assert await qemu.incompatibility(checkpoint.kind) is None
                 gone = msgspec.structs.replace(checkpoint.kind, machine="pc-q35-1.4")
-                assert "does not have its machine pc-q35-1.4" in (await qemu.misfit(gone) or "")
+                assert "no longer has its machine type pc-q35-1.4" in (await qemu.incompatibility(gone) or "")
                 running, hypervisor = clone(running, f"u{number}", checkpoint.template), qemu
         finally:
             for found in await host.processes.scan(spec.tag):

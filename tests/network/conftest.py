@@ -1,7 +1,7 @@
-"""Tests that ask for `namespace` run in a process of their own, in a network namespace of its own.
+"""Runs each test with the fixture `namespace` in a process and a network namespace of its own.
 
-So they can't reach the host's networks, and what they make ends with them, also when they are killed. A fork and not
-`setns` in this process: threads that other tests have left would stay outside.
+So they can't change the host's networks, and what they create disappears with the process. It forks instead of calling
+`setns`, which would not affect threads that other tests left.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def namespace() -> None:
-    """That the test is in one of its own; see above."""
+    """Marks a test that needs a network namespace."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -61,7 +61,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def _reports(item: pytest.Item) -> list[pytest.TestReport]:
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        # Threads of other tests don't come along, and the child does not miss them.
+        # The child does not need the threads of other tests.
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:

@@ -1,4 +1,4 @@
-"""Rows, and a small internet to try networks in: this namespace is the host, and has an uplink to another one."""
+"""Builds rows and a small internet: this network namespace is the host, with an uplink to another one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def vm(
     subnet: IPv4Network = SUBNET,
     **fields: Any,
 ) -> VmRow:
-    """The row of a VM whose process runs; the address follows from the id: 1 has the first."""
+    """Returns the row of a running VM. VM 1 has the first address, and so on."""
     taken = {str(subnet.network_address + number + 1) for number in range(1, vm_id)}
     return VmRow(
         id=vm_id,
@@ -59,12 +59,12 @@ def vm(
 
 
 def stopped(row: VmRow) -> VmRow:
-    """The same VM, while its process is being ended."""
+    """Returns the row of the same VM while its process is being killed."""
     return msgspec.structs.replace(row, status=Status.STOPPING, phase=Phase.KILL)
 
 
 class Peer:
-    """Another machine; see `peer.py`."""
+    """Controls another machine; see `peer.py`."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -74,7 +74,7 @@ class Peer:
         return self._process.pid
 
     def __call__(self, name: str, *args: object) -> Any:
-        """Have it do something; what comes of it."""
+        """Runs a command on the machine and returns its result."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([name, args]) + "\n")
         self._process.stdin.flush()
@@ -95,7 +95,7 @@ class Peer:
 
 @contextmanager
 def peer(*args: str) -> Iterator[Peer]:
-    """A machine with a network namespace of its own."""
+    """Starts a machine with a network namespace of its own."""
     process = subprocess.Popen(
         [sys.executable, str(_PEER), *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -109,7 +109,7 @@ def peer(*args: str) -> Iterator[Peer]:
 
 
 class World:
-    """The host, which this process is on, and the world behind its uplink. The world has no route to any guest."""
+    """The host, where this process runs, and the world behind its uplink, which has no route to any guest."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
@@ -120,7 +120,7 @@ class World:
             ipr.route("add", dst="default", gateway=WORLD)
 
     def machine(self, name: str, address: str, its_address: str) -> Peer:
-        """One more, at the other end of the link `name`."""
+        """Adds a machine at the other end of the link `name`."""
         there = self._stack.enter_context(peer())
         with IPRoute() as ipr:
             ipr.link("add", ifname=name, kind="veth", peer={"ifname": "eth0", "net_ns_fd": f"/proc/{there.pid}/ns/net"})
@@ -132,11 +132,11 @@ class World:
         return there
 
     def networks(self, settings: NetworkSettings = SETTINGS, backend: NetworkBackend | None = None) -> Networks:
-        """Those of a daemon that has `rows`."""
+        """Returns the networks of a daemon with `rows`."""
         return Networks(backend or HostNetwork(Host()), settings, lambda: self.rows)
 
     def foreign_port(self, name: str, mac: str, address: str) -> Peer:
-        """One that nobody of ours has put on the bridge."""
+        """Adds a machine to the bridge that the daemon does not know."""
         with IPRoute() as ipr:
             ipr.link("add", ifname=name, kind="tuntap", mode="tap")
             (bridge,) = ipr.link_lookup(ifname=SETTINGS.bridge_name)
@@ -146,7 +146,7 @@ class World:
         return there
 
     def guest(self, row: VmRow) -> Peer:
-        """A VM's guest; its tap is there."""
+        """Starts a VM's guest, whose tap exists."""
         lease = row.lease
         assert lease is not None
         guest = self._stack.enter_context(peer(lease.tap))
@@ -156,25 +156,25 @@ class World:
 
 @contextmanager
 def a_world(forwarding: bool = False) -> Iterator[World]:
-    """A host with an uplink; `forwarding`: whether it is a router already."""
+    """Sets up a host with an uplink. `forwarding`: whether it already forwards packets."""
     switch("ipv4/ip_forward", str(int(forwarding)))
     with ExitStack() as stack:
         yield World(stack)
 
 
 def address(row: VmRow) -> str:
-    """Of a VM with a lease."""
+    """Returns the address of a VM with a lease."""
     assert row.lease is not None
     return row.lease.address
 
 
 def links() -> set[str]:
-    """The names of all links."""
+    """Returns the names of all links."""
     return {name for _, name in socket.if_nameindex()}
 
 
 def switch(name: str, to: str | None = None) -> str | None:
-    """What a switch below `net` is at, after it was set, if it is to be; None: there is none."""
+    """Sets a switch below `net` if `to` is given, and returns its value; None if it does not exist."""
     path = Path("/proc/sys/net") / name
     if to is not None:
         path.write_text(to)
@@ -182,15 +182,15 @@ def switch(name: str, to: str | None = None) -> str | None:
 
 
 def ruleset() -> str:
-    """All of the firewall, without what it counts."""
+    """Returns the whole firewall without its counters."""
     return subprocess.run(["nft", "-s", "list", "ruleset"], check=True, capture_output=True, text=True).stdout
 
 
 def nft(rules: str) -> None:
-    """Load rules by hand."""
+    """Loads rules directly."""
     subprocess.run(["nft", "-f", "-"], input=rules, check=True, text=True)
 
 
 async def having(networks: Networks, *rows: VmRow) -> None:
-    """Every VM has its tap."""
+    """Sets up the taps of all these VMs."""
     assert await networks.ensure({row.id for row in rows}) == {}

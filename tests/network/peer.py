@@ -1,7 +1,7 @@
-"""A machine with a network namespace of its own, as a process that is told what to do: one JSON a line.
+"""A machine with a network namespace of its own: a process that runs commands, one JSON a line.
 
-`python peer.py [TAP]`: with a tap it is a guest, that has the tap open as a hypervisor has, and whose NIC `eth0` is
-the other end of it; without, an empty namespace, that is handed a link. It ends when its stdin does.
+`python peer.py [TAP]`: with a tap it is a guest. It has the tap open, as a hypervisor has, and copies frames between it
+and the NIC `eth0`. Without a tap it is an empty namespace that receives a link. It ends when its stdin is closed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _REFUSED_S = 0.7
 _KEPT = 1000
 
 frames: list[bytes] = []
-"""What came to the guest's NIC last."""
+"""The last frames that the guest's NIC received."""
 came = threading.Condition()
 begun: list[socket.socket] = []
 tap = -1
@@ -41,7 +41,7 @@ def open_tap(name: str) -> int:
 
 
 def splice(nic: int) -> None:
-    """Carry frames between the host's tap and the guest's NIC."""
+    """Copies frames between the host's tap and the guest's NIC."""
     while True:
         readable, _, _ = select.select([tap, nic], [], [])
         for source in readable:
@@ -61,7 +61,7 @@ def splice(nic: int) -> None:
 
 
 def configure(name: str, mac: str, address: str, gateway: str) -> None:
-    """The NIC's addresses, and the way out."""
+    """Sets the NIC's addresses and its default route."""
     from pyroute2 import IPRoute
 
     with IPRoute() as ipr:
@@ -79,7 +79,7 @@ def configure(name: str, mac: str, address: str, gateway: str) -> None:
 
 
 def serve(protocol: str, host: str, port: int, says: str) -> None:
-    """Answer everybody with a word and the address he came from."""
+    """Answers each client with a word and the client's address."""
     if protocol == "udp":
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.bind((host, port))
@@ -102,7 +102,7 @@ def serve(protocol: str, host: str, port: int, says: str) -> None:
 
 
 def ask(protocol: str, host: str, port: int, wait_s: float = _ANSWER_S, bind: str = "") -> str:
-    """What is answered there; empty: nothing, in time or at all."""
+    """Returns the answer of a server; empty without any in time."""
     kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
     with socket.socket(socket.AF_INET, kind) as sock:
         sock.settimeout(wait_s)
@@ -118,7 +118,7 @@ def ask(protocol: str, host: str, port: int, wait_s: float = _ANSWER_S, bind: st
 
 
 def say(host: str, port: int, text: str) -> bool:
-    """Send a datagram by the NIC, to many too; whether the kernel took it."""
+    """Sends a datagram, also broadcast and multicast. Returns whether the kernel accepted it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
@@ -130,7 +130,7 @@ def say(host: str, port: int, text: str) -> bool:
 
 
 def echo(host: str, port: int) -> None:
-    """Give everybody back what he sends, for as long as he does."""
+    """Echoes what each client sends, until the client closes."""
     server = socket.create_server((host, port))
 
     def carry(connection: socket.socket) -> None:
@@ -147,18 +147,18 @@ def echo(host: str, port: int) -> None:
 
 
 def begin(host: str, port: int) -> None:
-    """A connection that stays."""
+    """Opens a connection that stays open."""
     begun.append(socket.create_connection((host, port), _ANSWER_S))
 
 
 def go_on() -> str:
-    """Send something on it, and read it back."""
+    """Sends something on it and returns the echo."""
     begun[0].sendall(b"again")
     return begun[0].recv(1000).decode()
 
 
 def route(subnet: str, gateway: str) -> None:
-    """One more way."""
+    """Adds a route."""
     from pyroute2 import IPRoute
 
     with IPRoute() as ipr:
@@ -166,7 +166,7 @@ def route(subnet: str, gateway: str) -> None:
 
 
 def add_address(name: str, address: str) -> None:
-    """One more address of a NIC."""
+    """Adds an address to a NIC."""
     from pyroute2 import IPRoute
 
     with IPRoute() as ipr:
@@ -175,12 +175,12 @@ def add_address(name: str, address: str) -> None:
 
 
 def refused(protocol: str, host: str, port: int) -> bool:
-    """Whether nothing answers there."""
+    """Returns whether nothing answers there."""
     return ask(protocol, host, port, _REFUSED_S) == ""
 
 
 def ping(host: str, wait_s: float = _ANSWER_S) -> bool:
-    """Whether it answers."""
+    """Returns whether it answers."""
     ident = os.getpid() & 0xFFFF
     total = 0x0800 + ident + 1
     packet = struct.pack("!BBHHH", 8, 0, ~(total + (total >> 16)) & 0xFFFF, ident, 1)
@@ -199,20 +199,20 @@ def ping(host: str, wait_s: float = _ANSWER_S) -> bool:
 
 
 def send_frame(*frames: str) -> None:
-    """Put bytes on the wire, as a guest can that has taken its kernel over."""
+    """Sends raw frames, as a guest with a manipulated kernel can."""
     for frame in frames:
         os.write(tap, bytes.fromhex(frame))
 
 
 def wait_for_frame(part: str, wait_s: float = _ANSWER_S) -> bool:
-    """Whether a frame with these bytes in it has come, or comes."""
+    """Returns whether a frame with these bytes arrives."""
     wanted = bytes.fromhex(part)
     with came:
         return came.wait_for(lambda: any(wanted in frame for frame in frames), wait_s)
 
 
 def has_frame(part: str) -> bool:
-    """Whether one has come."""
+    """Returns whether one has arrived."""
     with came:
         return any(bytes.fromhex(part) in frame for frame in frames)
 

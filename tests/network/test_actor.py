@@ -1,4 +1,4 @@
-"""The actor: who waits together is seen to together, and each is told what became of it."""
+"""The actor `network` serves requests in batches, and answers each of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FOREVER_S = 1e6
 
 @dataclass
 class Bench:
-    """A simulated host, and how long each thing on it takes."""
+    """A simulated host, and how long each call takes."""
 
     links: SimLinks = field(default_factory=SimLinks)
     rows: list[VmRow] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Bench:
         return {name for name, link in self.links.links.items() if link.kind == "tun"}
 
     def guests(self) -> set[str]:
-        """The taps that the firewall lets something out of."""
+        """Returns the taps whose guests the firewall lets send."""
         guests = self.links.elements.get(f"bridge {SETTINGS.table} guests", {})
         return {key.split('"')[1] for key in guests}
 
@@ -87,7 +87,7 @@ async def all_of(*calls: Callable[[], Awaitable[object]]) -> None:
             nursery.start_soon(call)
 
 
-async def test_a_vm_that_was_answered_has_its_tap_and_its_rules(autojump_clock: trio.testing.MockClock) -> None:
+async def test_attach_sets_up_tap_and_rules_and_detach_removes_them(autojump_clock: trio.testing.MockClock) -> None:
     bench = Bench()
     async with bench.actor() as network:
         bench.rows = [vm(1), vm(2)]
@@ -99,7 +99,7 @@ async def test_a_vm_that_was_answered_has_its_tap_and_its_rules(autojump_clock: 
         assert bench.taps() == bench.guests() == {tap(2)}
 
 
-async def test_a_hundred_that_come_at_once_change_the_firewall_a_few_times(
+async def test_a_hundred_vms_at_once_change_the_firewall_a_few_times(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     bench = Bench()
@@ -111,7 +111,7 @@ async def test_a_hundred_that_come_at_once_change_the_firewall_a_few_times(
         assert bench.loads <= 4
 
 
-async def test_what_was_there_before_is_put_right_at_the_start(autojump_clock: trio.testing.MockClock) -> None:
+async def test_the_start_repairs_what_an_earlier_daemon_left(autojump_clock: trio.testing.MockClock) -> None:
     bench = Bench(rows=[vm(1), vm(2), vm(3)])
     await bench.networks().reconcile()
     bench.rows = [vm(2), vm(4)]
@@ -123,7 +123,7 @@ async def test_what_was_there_before_is_put_right_at_the_start(autojump_clock: t
         assert bench.taps() == bench.guests() == {tap(2), tap(4)}
 
 
-async def test_a_tap_that_a_process_has_open_stays_until_its_vm_is_known_or_detached(
+async def test_a_tap_in_use_is_kept_until_its_vm_is_adopted_or_detached(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     bench = Bench(rows=[vm(1)])
@@ -140,7 +140,7 @@ async def test_a_tap_that_a_process_has_open_stays_until_its_vm_is_known_or_deta
         assert bench.taps() == set()
 
 
-async def test_one_vm_whose_tap_can_not_be_made_keeps_nobody_else_from_theirs(
+async def test_a_tap_that_fails_delays_no_other_vm(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     bench = Bench(refuses=lambda step: tap(2) in str(step))
@@ -160,7 +160,7 @@ async def test_one_vm_whose_tap_can_not_be_made_keeps_nobody_else_from_theirs(
         assert bench.taps() == {tap(1), tap(3), tap(4)}
 
 
-async def test_a_host_that_refuses_keeps_no_daemon_from_starting_and_is_asked_again(
+async def test_the_daemon_starts_without_a_firewall_and_retries(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     bench = Bench(rows=[vm(1)], firewall_refuses=True)
@@ -177,7 +177,7 @@ async def test_a_host_that_refuses_keeps_no_daemon_from_starting_and_is_asked_ag
         assert network.inspect()["actor"]["failure"] is None
 
 
-async def test_what_can_not_be_put_right_is_tried_again_though_nobody_asks(
+async def test_a_failed_repair_is_retried_without_a_request(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = Bench(rows=[vm(1)], firewall_refuses=True)
@@ -196,7 +196,7 @@ async def test_what_can_not_be_put_right_is_tried_again_though_nobody_asks(
 
 
 @pytest.mark.parametrize("somebody_comes", [False, True])
-async def test_a_tap_that_can_not_be_put_back_is_tried_again_though_its_vm_does_not_ask(
+async def test_a_failed_tap_of_a_running_vm_is_retried(
     somebody_comes: bool, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = Bench(rows=[vm(1), vm(2)])
@@ -210,7 +210,7 @@ async def test_a_tap_that_can_not_be_put_back_is_tried_again_though_its_vm_does_
         assert network.inspect()["actor"]["without_tap"] == [2]
 
         if somebody_comes:
-            # That one has its own all the same, and nothing is forgotten over it.
+            # The other VM gets its tap, and the failed tap is not forgotten.
             bench.rows = [vm(1), vm(2), vm(3)]
             await network.ask(Attach(3), timeout_s=FOREVER_S)
             assert tap(3) in bench.taps()
@@ -224,7 +224,7 @@ async def test_a_tap_that_can_not_be_put_back_is_tried_again_though_its_vm_does_
     assert len([text for text in caplog.messages if "VM 2 is without a network" in text]) == 1
 
 
-async def test_the_next_to_come_brings_the_tap_that_another_one_lacks(
+async def test_the_next_request_retries_failed_taps_of_other_vms(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     bench = Bench(rows=[vm(1), vm(2)], refuses=lambda step: tap(2) in str(step))
@@ -238,7 +238,7 @@ async def test_the_next_to_come_brings_the_tap_that_another_one_lacks(
         assert bench.taps() == {tap(2)}
 
 
-async def test_nobody_waits_for_the_tap_of_a_vm_that_has_gone(autojump_clock: trio.testing.MockClock) -> None:
+async def test_the_failed_tap_of_a_deleted_vm_is_not_retried(autojump_clock: trio.testing.MockClock) -> None:
     bench = Bench(rows=[vm(1)], refuses=lambda step: tap(1) in str(step))
     async with bench.actor() as network:
         with pytest.raises(NetworkFailed, match="refused"):
@@ -251,7 +251,7 @@ async def test_nobody_waits_for_the_tap_of_a_vm_that_has_gone(autojump_clock: tr
         assert (network.inspect()["actor"]["batches"], network.inspect()["actor"]["without_tap"]) == (turns, [])
 
 
-async def test_a_host_that_does_not_answer_is_given_up_in_time(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_host_that_does_not_answer_is_a_timeout(autojump_clock: trio.testing.MockClock) -> None:
     bench = Bench(takes_s=1000.0)
     async with bench.actor() as network:
         bench.rows = [vm(1)]
@@ -261,7 +261,7 @@ async def test_a_host_that_does_not_answer_is_given_up_in_time(autojump_clock: t
         assert trio.current_time() < 300
 
 
-async def test_a_firewall_that_somebody_has_emptied_is_replaced_by_the_next_vm(
+async def test_a_flushed_firewall_is_replaced_by_the_next_vm(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     bench = Bench(rows=[vm(1), vm(2)])
@@ -277,7 +277,7 @@ async def test_a_firewall_that_somebody_has_emptied_is_replaced_by_the_next_vm(
 
 
 @pytest.mark.parametrize("rows", [[], [vm(1)]])
-async def test_a_clean_stop_leaves_nothing_of_the_network_unless_a_vm_runs(
+async def test_a_clean_stop_removes_the_network_unless_a_vm_runs(
     rows: list[VmRow], autojump_clock: trio.testing.MockClock
 ) -> None:
     bench = Bench(rows=[vm(1)])
@@ -290,7 +290,7 @@ async def test_a_clean_stop_leaves_nothing_of_the_network_unless_a_vm_runs(
     assert bool(bench.links.tables) is bool(rows)
 
 
-async def test_a_clean_stop_leaves_the_network_to_a_process_that_has_a_tap_open(
+async def test_a_clean_stop_keeps_the_network_while_a_tap_is_open(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     bench = Bench(rows=[vm(1)])
@@ -303,7 +303,7 @@ async def test_a_clean_stop_leaves_the_network_to_a_process_that_has_a_tap_open(
     assert bench.links.tables
 
 
-async def test_a_daemon_without_such_vms_touches_nothing(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_daemon_without_vms_on_the_bridge_changes_nothing(autojump_clock: trio.testing.MockClock) -> None:
     bench = Bench(firewall_refuses=True, refuses=lambda step: True)
     async with bench.actor() as network:
         await network.ask(Reconcile(), timeout_s=FOREVER_S)

@@ -1,6 +1,6 @@
 """A guest reaches no service of the host: not by broadcast or multicast, not by its addresses, loopback or metadata.
 
-The same datagrams from a machine that is no guest do arrive, which shows that the services hear.
+The same datagrams from a machine that is not a guest arrive, which shows that the services listen.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ async def test_a_guest_reaches_no_service_of_the_host_by_broadcast_or_multicast(
             assert services.received() == []
 
 
-async def test_a_guest_that_makes_its_own_frames_reaches_no_service_of_the_host() -> None:
+async def test_a_guest_with_crafted_frames_reaches_no_service_of_the_host() -> None:
     with a_world(forwarding=True) as world:
         (row,) = world.rows = [vm(1)]
         await having(world.networks(), row)
@@ -111,7 +111,7 @@ async def test_a_guest_that_makes_its_own_frames_reaches_no_service_of_the_host(
         frames += [
             ethernet(to, own, 0x0800, udp("127.0.0.1", address(row), "loopback", LOOPBACK_PORT)) for to in (ALL, bridge)
         ]
-        # As a machine without an address asks for one.
+        # As a DHCP client does.
         frames += [ethernet(ALL, own, 0x0800, udp(target, "0.0.0.0", "no address")) for target in BROADCAST]
         frames += [
             ethernet(to, own, 0x86DD, udp_ipv6(group, f"IPv6 to {group}"))
@@ -145,7 +145,7 @@ async def test_a_guest_opens_no_connection_to_the_host() -> None:
 
 
 @pytest.mark.parametrize("metadata", METADATA)
-async def test_a_guest_reaches_no_metadata_of_any_cloud(metadata: str) -> None:
+async def test_a_guest_reaches_no_cloud_metadata_service(metadata: str) -> None:
     with a_world(forwarding=True) as world:
         serve_metadata(world, metadata, 80)
         (row,) = world.rows = [vm(1)]
@@ -157,7 +157,7 @@ async def test_a_guest_reaches_no_metadata_of_any_cloud(metadata: str) -> None:
             assert guest("refused", protocol, metadata, 80)
 
 
-async def test_guests_on_azure_ask_its_resolver_for_names() -> None:
+async def test_guests_on_azure_reach_its_dns_server() -> None:
     with a_world(forwarding=True) as world:
         serve_metadata(world, "168.63.129.16", 53)
         (row,) = world.rows = [vm(1)]

@@ -1,6 +1,6 @@
-"""What guests reach, and who reaches them: real taps, a real firewall, and kernels in namespaces for guests.
+"""What guests reach and what reaches guests, with real taps, a real firewall and namespaces as guests.
 
-That something does not come is seen without waiting: what is sent after it, on the same way and allowed, has come.
+To show that a packet does not arrive, the tests send an allowed one after it on the same way, which arrives.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def mac(row: VmRow) -> str:
 
 
 def ethernet(to: str, sender: str, kind: int, payload: bytes) -> str:
-    """A frame."""
+    """Returns a frame."""
     header = bytes.fromhex((to + sender).replace(":", "")) + struct.pack("!H", kind)
     return (header + payload).ljust(60, b"\0").hex()
 
 
 def ipv4(to: str, sender: str, text: str, port: int = 9) -> bytes:
-    """A UDP packet to port 9 with this text, in hexadecimal digits."""
+    """Returns a UDP packet to port 9 with this text, in hexadecimal digits."""
     body = struct.pack("!HHHH", port, 9, 8 + len(text) // 2, 0) + bytes.fromhex(text)
     header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 0, 0, 64, socket.IPPROTO_UDP, 0)
     header += socket.inet_aton(sender) + socket.inet_aton(to)
@@ -46,7 +46,7 @@ def ipv4(to: str, sender: str, text: str, port: int = 9) -> bytes:
 
 
 def arp(sender_mac: str, sender: str, wanted: str) -> bytes:
-    """Who has `wanted`?"""
+    """Returns an ARP request for `wanted`."""
     return (
         struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1)
         + bytes.fromhex(sender_mac.replace(":", ""))
@@ -56,7 +56,7 @@ def arp(sender_mac: str, sender: str, wanted: str) -> bytes:
     )
 
 
-async def test_a_guest_reaches_its_gateway_and_the_world_which_sees_the_host() -> None:
+async def test_a_guest_reaches_its_gateway_and_the_world_with_the_hosts_address() -> None:
     with a_world() as world:
         world.rows = [vm(1)]
         await having(world.networks(), *world.rows)
@@ -70,7 +70,7 @@ async def test_a_guest_reaches_its_gateway_and_the_world_which_sees_the_host() -
         assert guest("ask", "udp", WORLD, 53) == f"names {UPLINK}"
 
 
-async def test_the_host_becomes_no_router_for_its_other_networks() -> None:
+async def test_the_host_does_not_route_for_its_other_networks() -> None:
     with a_world() as world:
         world.machine("other0", "203.0.113.1/24", "203.0.113.2/24")
         world.rows = [vm(1)]
@@ -82,7 +82,7 @@ async def test_the_host_becomes_no_router_for_its_other_networks() -> None:
         assert switch("ipv4/ip_forward") == "0"
 
 
-async def test_the_world_reaches_no_guest_though_it_knows_the_way() -> None:
+async def test_the_world_reaches_no_guest_even_with_a_route() -> None:
     with a_world(forwarding=True) as world:
         world.rows = [vm(1)]
         await having(world.networks(), *world.rows)
@@ -94,7 +94,7 @@ async def test_the_world_reaches_no_guest_though_it_knows_the_way() -> None:
         assert world.world("refused", "tcp", address(world.rows[0]), 80)
 
 
-async def test_guests_meet_in_one_named_network_and_nowhere_else() -> None:
+async def test_guests_reach_each_other_only_in_the_same_named_network() -> None:
     with a_world() as world:
         one, two, other, alone, too = world.rows = [
             vm(1, "blue"),
@@ -116,7 +116,7 @@ async def test_guests_meet_in_one_named_network_and_nowhere_else() -> None:
             assert guest("ping", GATEWAY)
 
 
-async def test_guests_that_are_kept_apart_do_not_meet_by_way_of_the_gateway_or_by_what_all_hear() -> None:
+async def test_isolated_guests_do_not_meet_by_the_gateway_or_by_broadcast() -> None:
     with a_world(forwarding=True) as world:
         one, two = world.rows = [vm(1, "blue"), vm(2, "green")]
         await having(world.networks(), *world.rows)
@@ -134,14 +134,14 @@ async def test_guests_that_are_kept_apart_do_not_meet_by_way_of_the_gateway_or_b
         assert not receiver("has_frame", socket.inet_aton(address(one)).hex())
 
 
-async def test_a_guest_hears_nothing_that_is_for_another_one() -> None:
+async def test_a_guest_receives_no_packets_for_another_guest() -> None:
     with a_world() as world:
         one, two, _ = world.rows = [vm(1, "blue"), vm(2, "blue"), vm(3, "blue")]
         await having(world.networks(), *world.rows)
         guests = [world.guest(row) for row in world.rows]
         assert guests[0]("ping", address(two))
 
-        # The bridge has never heard of this address, and would tell everybody.
+        # The bridge does not know this address, and would flood the frame.
         guests[0]("send_frame", ethernet(NOBODY, mac(one), 0x0800, ipv4("10.87.0.9", address(one), FIRST)))
         guests[0]("send_frame", ethernet(mac(two), mac(one), 0x0800, ipv4(address(two), address(one), SECOND)))
         guests[0]("send_frame", ethernet(ALL, mac(one), 0x0800, ipv4("10.87.0.255", address(one), THIRD)))
@@ -154,7 +154,7 @@ async def test_a_guest_hears_nothing_that_is_for_another_one() -> None:
         assert not guests[2]("has_frame", FIRST)
 
 
-async def test_what_somebody_else_puts_on_the_bridge_and_guests_do_not_meet() -> None:
+async def test_foreign_ports_of_the_bridge_and_guests_are_isolated() -> None:
     with a_world() as world:
         (row,) = world.rows = [vm(1)]
         await having(world.networks(), row)
@@ -171,7 +171,7 @@ async def test_what_somebody_else_puts_on_the_bridge_and_guests_do_not_meet() ->
 
 
 @pytest.mark.parametrize("what", ["mac", "address", "arp mac", "arp address", "ipv6", "tagged"])
-async def test_a_guest_can_say_nothing_in_the_name_of_another_one(what: str) -> None:
+async def test_a_guest_cannot_spoof_another_guest(what: str) -> None:
     with a_world() as world:
         one, two, victim = world.rows = [vm(1, "blue"), vm(2, "blue"), vm(3, "blue")]
         await having(world.networks(), *world.rows)
@@ -196,7 +196,7 @@ async def test_a_guest_can_say_nothing_in_the_name_of_another_one(what: str) -> 
         assert neighbour(address(victim)) in ("", mac(victim))
 
 
-async def test_the_host_does_not_believe_a_guest_that_says_it_is_another_one() -> None:
+async def test_a_guest_cannot_poison_the_hosts_arp_table() -> None:
     with a_world() as world:
         one, victim = world.rows = [vm(1), vm(2)]
         await having(world.networks(), *world.rows)
@@ -213,7 +213,7 @@ async def test_the_host_does_not_believe_a_guest_that_says_it_is_another_one() -
         assert peer.ask("udp", address(victim), 7) == f"honest {GATEWAY}"
 
 
-async def test_metadata_of_the_host_are_closed_to_guests() -> None:
+async def test_guests_do_not_reach_the_hosts_metadata_service() -> None:
     with a_world(forwarding=True) as world:
         cloud = world.machine("cloud0", "169.254.0.9/16", "169.254.169.254/16")
         cloud("serve", "tcp", "169.254.169.254", 80, "secrets")
@@ -227,7 +227,7 @@ async def test_metadata_of_the_host_are_closed_to_guests() -> None:
         assert guest("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
 
 
-async def test_the_hosts_own_addresses_are_closed_to_guests() -> None:
+async def test_guests_do_not_reach_the_hosts_addresses() -> None:
     with a_world() as world:
         _, two = world.rows = [vm(1, "bridge", "0.0.0.0:8080:80/tcp"), vm(2)]
         await having(world.networks(), *world.rows)
@@ -297,7 +297,7 @@ async def test_a_port_is_published_for_as_long_as_its_vm_runs() -> None:
         assert switch(f"ipv4/conf/{SETTINGS.bridge_name}/route_localnet") == "0"
 
 
-async def test_what_a_guest_has_begun_goes_on_while_others_come_and_go() -> None:
+async def test_connections_survive_changes_of_other_vms() -> None:
     with a_world() as world:
         networks = world.networks()
         world.rows = [vm(1)]
@@ -315,7 +315,7 @@ async def test_what_a_guest_has_begun_goes_on_while_others_come_and_go() -> None
         assert guest("go_on") == "again"
 
 
-async def test_guests_meet_where_the_host_shows_bridged_frames_to_its_firewall_too() -> None:
+async def test_guests_reach_each_other_with_bridge_netfilter() -> None:
     name = "bridge/bridge-nf-call-iptables"
     if switch(name) is None:
         pytest.skip("this kernel has no br_netfilter")
@@ -333,7 +333,7 @@ async def test_guests_meet_where_the_host_shows_bridged_frames_to_its_firewall_t
         assert peer.ask("tcp", "127.0.0.1", 8080) == f"vm1 {GATEWAY}"
 
 
-async def test_no_connection_of_a_vm_that_is_gone_is_left_for_the_next_one_with_its_address() -> None:
+async def test_a_vm_gets_no_packets_of_an_earlier_vm_with_its_address() -> None:
     with a_world() as world:
         networks = world.networks()
         gone, stays = world.rows = [vm(1, "bridge", "0.0.0.0:8080:53/udp"), vm(2)]
@@ -353,7 +353,7 @@ async def test_no_connection_of_a_vm_that_is_gone_is_left_for_the_next_one_with_
 
 
 def tracked() -> set[str]:
-    """The addresses of the connections that this namespace's firewall knows, from and to."""
+    """Returns source and destination of the connections that this namespace tracks."""
     found = set()
     with NFCTSocket() as netlink:
         for entry in netlink.dump():
@@ -362,7 +362,7 @@ def tracked() -> set[str]:
     return found
 
 
-async def test_a_flood_of_connections_of_one_guest_leaves_room_in_the_hosts_table() -> None:
+async def test_one_guest_cannot_fill_the_hosts_connection_table() -> None:
     with a_world() as world:
         one, two = world.rows = [vm(1), vm(2)]
         await having(world.networks(), *world.rows)
@@ -377,13 +377,13 @@ async def test_a_flood_of_connections_of_one_guest_leaves_room_in_the_hosts_tabl
 
 
 def send_from_host(host: str, text: str) -> None:
-    """A packet of the host's own."""
+    """Sends a packet from the host."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.sendto(bytes.fromhex(text), (host, 9))
 
 
 def neighbour(host: str) -> str:
-    """The MAC that the host takes for that of `host`; empty: none."""
+    """Returns the MAC in the host's ARP table for `host`; empty without one."""
     from pyroute2 import IPRoute
 
     with IPRoute() as ipr:

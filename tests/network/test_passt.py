@@ -1,4 +1,4 @@
-"""A process of passt: there before its hypervisor, gone with it, and of one VM."""
+"""passt starts before its hypervisor, ends with it, and belongs to one VM."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def passt(tmp_path: Path) -> AsyncIterator[Passt]:
         await passt.end(vm_id)
 
 
-def test_a_guest_reaches_nothing_of_the_hosts_loopback_and_is_given_what_the_row_says() -> None:
+def test_the_command_line_has_the_rows_address_and_no_way_to_loopback() -> None:
     lease = Lease(address="10.0.2.15", prefix=24, gateway="10.0.2.2", mac="02:00:00:00:00:07", tap="")
     ports = [
         PublishedPort(host="127.0.0.1", host_port=8080, guest_port=80),
@@ -55,7 +55,7 @@ def test_a_guest_reaches_nothing_of_the_hosts_loopback_and_is_given_what_the_row
 
 
 @needs_passt
-async def test_it_listens_when_it_is_started_and_is_the_same_when_it_is_started_again(passt: Passt) -> None:
+async def test_passt_listens_after_start_and_a_second_start_keeps_it(passt: Passt) -> None:
     row, other = row_of(7), row_of(8)
     await passt.start(row)
     await passt.start(other)
@@ -76,20 +76,20 @@ async def test_it_listens_when_it_is_started_and_is_the_same_when_it_is_started_
 
 
 @needs_passt
-async def test_it_ends_with_its_hypervisor_whoever_looks_on(passt: Passt) -> None:
+async def test_passt_ends_with_its_hypervisor(passt: Passt) -> None:
     await passt.start(row_of(7))
     with closing(socket.socket(socket.AF_UNIX)) as hypervisor:
         hypervisor.connect(str(passt.socket(7)))
     with trio.fail_after(10):
         await passt.ended(7)
     assert await passt.host.processes.scan(f"volant-{INSTANCE}-n.7", of_anybody=True) == []
-    # What it has left behind is in nobody's way.
+    # Its leftover files do not matter.
     await passt.start(row_of(7))
 
 
 @needs_passt
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start processes of another user")
-async def test_that_of_root_has_a_user_that_no_hypervisor_has(passt: Passt) -> None:
+async def test_passt_under_root_has_a_user_that_no_hypervisor_has(passt: Passt) -> None:
     users = range(65536, 98304)
     user = passt_user(users)
     assert user == 98303
@@ -107,7 +107,9 @@ async def test_that_of_root_has_a_user_that_no_hypervisor_has(passt: Passt) -> N
 
 @needs_passt
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start processes of another user")
-async def test_one_of_an_earlier_daemon_goes_on_and_is_named(passt: Passt, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unfiltered_passt_of_an_earlier_daemon_is_kept_and_logged(
+    passt: Passt, caplog: pytest.LogCaptureFixture
+) -> None:
     await passt.start(row_of(7))
     (before,) = await passt.host.processes.scan(f"volant-{INSTANCE}-n.7", of_anybody=True)
     assert passt.host.proc.status(before).user == pwd.getpwnam("nobody").pw_uid
@@ -123,7 +125,7 @@ async def test_one_of_an_earlier_daemon_goes_on_and_is_named(passt: Passt, caplo
 
 
 @needs_passt
-async def test_a_port_that_is_taken_says_so(passt: Passt) -> None:
+async def test_a_port_in_use_is_reported(passt: Passt) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(NetworkFailed, match=str(port)) as failed:
@@ -131,14 +133,14 @@ async def test_a_port_that_is_taken_says_so(passt: Passt) -> None:
     assert failed.value.code == "passt_failed"
 
 
-async def test_a_host_without_it_says_what_to_install(passt: Passt, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_passt_the_error_says_what_to_install(passt: Passt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("volant.network._passt.PROGRAM", "no-such-passt")
     with pytest.raises(NetworkFailed, match="apt-get install passt") as failed:
         await passt.start(row_of(7))
     assert failed.value.code == "passt_missing"
 
 
-def test_a_host_without_it_has_an_obstacle_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_passt_the_obstacle_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("volant.network._passt.PROGRAM", "no-such-passt")
     assert "apt-get install passt" in (passt_obstacle() or "")
     monkeypatch.setattr("volant.network._passt.PROGRAM", "sh")

@@ -1,6 +1,6 @@
-"""What passt's user reaches, in real kernels: the world and its own guests' callers, and nothing of the host.
+"""passt's user reaches the world and the clients of published ports, and nothing of the host, in real kernels.
 
-The attacker is passt itself, as a guest has it in its hand: any program of its user.
+The attacker is any program of that user, as a guest may control passt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OTHER = NetworkSettings(instance="9876543210", subnet=SETTINGS.subnet)
 
 
 def of_passt(code: str, *arguments: object) -> str:
-    """What a program of passt's user prints."""
+    """Returns the output of a program that runs as passt's user."""
     done = subprocess.run(
         ["/usr/bin/python3", "-I", "-c", code, *map(str, arguments)],
         user=USER, group=65534, extra_groups=(), cwd="/", capture_output=True, text=True, timeout=60, check=True,
@@ -93,7 +93,7 @@ def user_vm(vm_id: int) -> VmRow:
 
 
 async def networks_of(world: World, root: Path, settings: NetworkSettings = SETTINGS) -> Networks:
-    """Of a daemon that has looked at what can be had."""
+    """Returns the networks of a daemon that checked what the host supports."""
     passt = Passt(Host(), root, settings.instance, USER)
     networks = Networks(HostNetwork(Host()), settings, lambda: world.rows, passt)
     assert await networks.passt_filter.obstacle() is None
@@ -107,7 +107,7 @@ async def keeper(networks: Networks) -> AsyncIterator[Ref[Any]]:
         yield child.ref
 
 
-async def test_it_reaches_the_world_and_nothing_of_the_host(tmp_path: Path) -> None:
+async def test_a_guest_behind_passt_reaches_the_world_and_nothing_of_the_host(tmp_path: Path) -> None:
     with a_world(forwarding=True) as world:
         on_bridge, _ = world.rows = [vm(1, "bridge", "0.0.0.0:8081:80"), user_vm(2)]
         networks = await networks_of(world, tmp_path)
@@ -136,11 +136,11 @@ async def test_it_reaches_the_world_and_nothing_of_the_host(tmp_path: Path) -> N
             assert answered(*closed) == []
             assert services.received() == []
         assert answered((WORLD, 80), ("168.63.129.16", 53)) == [[WORLD, 80, "tcp"], ["168.63.129.16", 53, "udp"]]
-        # The host's other users are left alone.
+        # Other users of the host are not filtered.
         assert peer.ask("tcp", METADATA[0], 80) != ""
 
 
-async def test_who_uses_a_published_port_is_answered(tmp_path: Path) -> None:
+async def test_a_published_port_of_a_guest_behind_passt_answers(tmp_path: Path) -> None:
     with a_world() as world:
         world.rows = [user_vm(1)]
         networks = await networks_of(world, tmp_path)
@@ -160,7 +160,7 @@ async def test_who_uses_a_published_port_is_answered(tmp_path: Path) -> None:
             passt.communicate()
 
 
-async def test_it_is_there_before_a_passt_is_and_put_back_and_gone_when_none_needs_it(tmp_path: Path) -> None:
+async def test_the_filter_is_loaded_before_passt_restored_and_removed(tmp_path: Path) -> None:
     with a_world() as world:
         async with keeper(await networks_of(world, tmp_path)) as network:
             assert f"skuid {USER}" not in ruleset(), "nobody needs it"
@@ -196,9 +196,7 @@ async def test_two_daemons_do_not_disturb_each_other(tmp_path: Path) -> None:
         assert ruleset() == alone
 
 
-async def test_it_keeps_no_passt_from_running_where_it_can_not_be_had(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_passt_runs_where_the_host_cannot_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert passt_user(range(65536, 98304)) is None
     with a_world() as world:

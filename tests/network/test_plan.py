@@ -1,4 +1,4 @@
-"""What should be on the host follows from the rows alone."""
+"""The plan follows from the rows alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tap(row: VmRow, **fields: object) -> Link:
     )
 
 
-def test_a_vm_has_a_tap_from_the_commit_of_its_tag_until_its_process_is_being_ended() -> None:
+def test_a_vm_has_a_tap_from_the_commit_of_its_tag_until_its_process_ends() -> None:
     row = vm(1, phase=Phase.LAUNCH, status=Status.STARTING)
     replace = msgspec.structs.replace
 
@@ -37,7 +37,7 @@ def test_a_vm_has_a_tap_from_the_commit_of_its_tag_until_its_process_is_being_en
     assert not plan(replace(row, phase=Phase.REMOVE)).taps
 
 
-def test_a_vm_without_a_network_or_with_one_of_its_own_process_has_no_tap() -> None:
+def test_vms_with_the_networks_none_and_user_have_no_tap() -> None:
     none = msgspec.structs.replace(vm(1), lease=None, network="none")
     user = msgspec.structs.replace(vm(2), lease=user_lease(INSTANCE, 2), network="user")
 
@@ -45,7 +45,7 @@ def test_a_vm_without_a_network_or_with_one_of_its_own_process_has_no_tap() -> N
     assert [gateway.network for gateway in plan(none, user).gateways] == [SUBNET]
 
 
-def test_names_carry_the_whole_instance_and_fit() -> None:
+def test_names_contain_the_whole_instance_and_fit() -> None:
     other = NetworkSettings(instance="0123456788", subnet=SUBNET)
 
     assert SETTINGS.bridge_name != other.bridge_name
@@ -55,7 +55,7 @@ def test_names_carry_the_whole_instance_and_fit() -> None:
     assert NetworkSettings(instance=INSTANCE, subnet=SUBNET, bridge="br7").bridge_name == "br7"
 
 
-def test_a_host_with_nothing_gets_all_of_it_and_one_with_all_of_it_nothing_else() -> None:
+def test_an_empty_host_gets_every_step_and_a_complete_host_none() -> None:
     rows = vm(1), vm(2, "blue", "127.0.0.1:8080:80")
     wanted = plan(*rows)
     bridge = MakeBridge(name=SETTINGS.bridge_name, mac=SETTINGS.bridge_mac, addresses=("10.87.0.1/24",))
@@ -72,7 +72,7 @@ def test_a_host_with_nothing_gets_all_of_it_and_one_with_all_of_it_nothing_else(
     ]
 
 
-def test_what_is_ours_and_stale_goes_and_what_is_not_ours_stays() -> None:
+def test_stale_links_of_the_daemon_are_removed_and_others_kept() -> None:
     gone, found_again = vm(2), vm(3)
     ours = [
         tap(gone),
@@ -81,7 +81,7 @@ def test_what_is_ours_and_stale_goes_and_what_is_not_ours_stays() -> None:
     others = [
         tap(found_again, in_use=True),
         tap(vm(4, instance="0123456788")),
-        # Beginning with our prefix, and no tap, or no name that we give.
+        # With the daemon's prefix, but not a tap, or not a name that it gives.
         tap(vm(5), kind="vlan"),
         tap(vm(6), name=f"{tap(vm(6)).name[:-1]}"),
         Link(name="br0", kind="bridge", mac="06:01:23:45:67:88", up=True),
@@ -93,7 +93,7 @@ def test_what_is_ours_and_stale_goes_and_what_is_not_ours_stays() -> None:
     assert removed == [link.name for link in ours]
 
 
-def test_a_bridges_name_that_is_somebody_elses_is_refused() -> None:
+def test_a_foreign_interface_with_the_bridges_name_is_an_error() -> None:
     for taken in (
         Link(name=SETTINGS.bridge_name, kind="bridge", mac="02:00:00:00:00:01", up=True),
         Link(name=SETTINGS.bridge_name, kind="", mac=SETTINGS.bridge_mac, up=True),
@@ -104,20 +104,20 @@ def test_a_bridges_name_that_is_somebody_elses_is_refused() -> None:
 
 
 @pytest.mark.parametrize("destination", ["10.87.0.0/24", "10.87.0.128/25", "10.87.0.7/32", "10.0.0.0/8"])
-def test_a_subnet_that_the_host_has_a_way_to_is_refused_with_the_route(destination: str) -> None:
+def test_a_subnet_that_overlaps_with_a_route_is_an_error(destination: str) -> None:
     with pytest.raises(NetworkFailed, match=rf"10\.87\.0\.0/24.*{destination} dev wg0.*VOLANT_SUBNET") as caught:
         check_subnets(plan(), [Route(destination=destination, device="wg0")], [])
     assert caught.value.code == "subnet_in_use"
 
 
-def test_ways_into_the_world_and_our_own_are_no_obstacle() -> None:
+def test_default_routes_and_the_bridges_routes_do_not_overlap() -> None:
     check_subnets(
         plan(),
         [
             Route(destination="0.0.0.0/1", device="tun0"),
             Route(destination="10.86.0.0/24", device="eth0"),
             Route(destination="10.87.0.0/24", device=SETTINGS.bridge_name),
-            # Somebody has added it since; our VMs would be none the better for a refusal.
+            # It was added later; an error would help no VM.
             Route(destination="10.87.0.0/16", device="wg0"),
         ],
         [BRIDGE],
@@ -135,7 +135,7 @@ def test_vms_of_an_earlier_subnet_keep_their_gateway() -> None:
 @pytest.mark.parametrize(
     ("port", "on"), [("127.0.0.1:80:80", True), ("0.0.0.0:80:80", True), ("198.51.100.1:80:80", False)]
 )
-def test_the_loopback_is_opened_to_the_bridge_only_for_ports_that_need_it(port: str, on: bool) -> None:
+def test_route_localnet_is_on_only_for_ports_that_need_it(port: str, on: bool) -> None:
     row = vm(1, "bridge", port)
 
     assert plan(row).localnet is on

@@ -1,4 +1,4 @@
-"""However the host was left, it becomes what the rows say, and what is not ours stays as it is."""
+"""The host becomes what the rows say, whatever state it was left in, and foreign links and rules stay."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _PR_CAPBSET_DROP, _CAP_NET_ADMIN = 24, 12
 
 
 def state() -> tuple[object, ...]:
-    """All that matters of this host's networks."""
+    """Returns links, addresses and firewall of this host."""
     with IPRoute() as ipr:
         names = {link["index"]: link.get("ifname") for link in ipr.get_links()}
         there = sorted(
@@ -77,7 +77,7 @@ def delete(*names: str) -> None:
 
 
 async def as_it_should_be(world: World) -> tuple[object, ...]:
-    """What the host is like when nothing was ever there."""
+    """Returns the state after a reconciliation on an empty host."""
     await world.networks().reconcile()
     return state()
 
@@ -138,7 +138,7 @@ def a_tap_of_nobody() -> None:
         a_tap_of_nobody,
     ],
 )
-async def test_whatever_was_torn_down_is_put_back(damage: object) -> None:
+async def test_every_damage_is_repaired(damage: object) -> None:
     assert callable(damage)
     with a_world() as world:
         world.rows = ROWS
@@ -152,7 +152,7 @@ async def test_whatever_was_torn_down_is_put_back(damage: object) -> None:
 
 
 @pytest.mark.parametrize("damage", [nothing_left, bridge_gone, firewall_gone, a_tap_gone_and_one_elsewhere])
-async def test_a_vm_that_starts_has_its_network_though_it_was_torn_down_a_moment_ago(damage: object) -> None:
+async def test_a_starting_vm_has_its_network_right_after_a_damage(damage: object) -> None:
     assert callable(damage)
     with a_world() as world:
         networks = world.networks()
@@ -169,7 +169,7 @@ async def test_a_vm_that_starts_has_its_network_though_it_was_torn_down_a_moment
 
 
 class Seen(Networks):
-    """Tells when all of it was looked at."""
+    """Sets an event after each complete reconciliation."""
 
     def __init__(self, world: World) -> None:
         super().__init__(HostNetwork(Host()), SETTINGS, lambda: world.rows)
@@ -182,7 +182,7 @@ class Seen(Networks):
 
 
 @pytest.mark.parametrize("damage", [firewall_gone, bridge_gone, nothing_left])
-async def test_what_keeps_guests_apart_is_put_back_when_somebody_takes_it_away(damage: object) -> None:
+async def test_a_removed_bridge_or_firewall_is_restored_at_once(damage: object) -> None:
     assert callable(damage)
     with a_world() as world:
         world.rows = ROWS
@@ -199,7 +199,7 @@ async def test_what_keeps_guests_apart_is_put_back_when_somebody_takes_it_away(d
             assert state() == wanted
 
 
-async def test_what_we_do_ourselves_is_not_taken_for_somebody_elses_doing() -> None:
+async def test_the_daemons_own_changes_do_not_count_as_damage() -> None:
     with a_world() as world:
         world.rows = ROWS
         networks = Seen(world)
@@ -209,7 +209,7 @@ async def test_what_we_do_ourselves_is_not_taken_for_somebody_elses_doing() -> N
                 await child.ref.ask(Reconcile(), timeout_s=60)
             for times in (1, 2):
                 networks.looked = trio.Event()
-                # All that the kernel has told of before is heard before this.
+                # Earlier reports of the kernel arrive before this one.
                 firewall_gone()
                 with trio.fail_after(20):
                     await networks.looked.wait()
@@ -217,7 +217,7 @@ async def test_what_we_do_ourselves_is_not_taken_for_somebody_elses_doing() -> N
                 assert child.ref.inspect()["actor"]["batches"] == 1 + 3 + times
 
 
-async def test_what_is_not_ours_is_never_touched() -> None:
+async def test_foreign_interfaces_and_rules_are_never_changed() -> None:
     with a_world() as world:
         with IPRoute() as ipr:
             ipr.link("add", ifname="br0", kind="bridge")
@@ -237,7 +237,7 @@ async def test_what_is_not_ours_is_never_touched() -> None:
         assert state() == before
 
 
-async def test_rounds_of_vms_that_come_and_go_leave_the_host_as_it_was() -> None:
+async def test_creating_and_deleting_vms_leaves_the_host_unchanged() -> None:
     with a_world() as world:
         networks = world.networks()
         world.rows = [vm(1), vm(2, "blue")]
@@ -255,7 +255,7 @@ async def test_rounds_of_vms_that_come_and_go_leave_the_host_as_it_was() -> None
         assert state() == before
 
 
-async def test_all_of_a_subnets_vms_at_once_are_there_and_gone_again() -> None:
+async def test_all_vms_of_a_subnet_attach_and_detach_at_once() -> None:
     with a_world() as world:
         child = Child("network", partial(NetworkKeeper, world.networks()))
         async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
@@ -275,7 +275,7 @@ async def _ask_all(child: Child[NetworkKeeper], messages: Sequence[Attach | Deta
             nursery.start_soon(partial(child.ref.ask, message, timeout_s=60))
 
 
-async def test_two_daemons_on_one_host_keep_out_of_each_others_way() -> None:
+async def test_two_daemons_on_one_host_do_not_conflict() -> None:
     other = NetworkSettings(instance="abcdef0123", subnet=IPv4Network("10.88.0.0/24"))
     with a_world() as world:
         mine, theirs = world.networks(), Networks(HostNetwork(Host()), other, lambda: rows)
@@ -302,7 +302,7 @@ async def test_two_daemons_on_one_host_keep_out_of_each_others_way() -> None:
         assert state() == alone
 
 
-async def test_whether_the_kernel_can_is_asked_without_a_change() -> None:
+async def test_checking_the_kernel_changes_nothing() -> None:
     with a_world() as world:
         before = state()
 
@@ -314,7 +314,7 @@ async def test_whether_the_kernel_can_is_asked_without_a_change() -> None:
         assert state() == before
 
 
-async def test_a_subnet_in_use_is_refused_and_nothing_is_made() -> None:
+async def test_a_subnet_in_use_is_an_error_and_nothing_is_created() -> None:
     with a_world() as world:
         there = world.machine("lan0", "10.87.0.9/16", "10.87.0.10/16")
         before = state()
@@ -330,7 +330,7 @@ async def test_a_subnet_in_use_is_refused_and_nothing_is_made() -> None:
         assert peer.ask("tcp", "10.87.0.10", 80) == "lan 10.87.0.9"
 
 
-async def test_the_subnet_of_another_daemon_is_in_use() -> None:
+async def test_the_subnet_of_another_daemon_counts_as_in_use() -> None:
     other = NetworkSettings(instance="abcdef0123", subnet=SUBNET)
     with a_world() as world:
         world.rows = [vm(1)]
@@ -342,7 +342,7 @@ async def test_the_subnet_of_another_daemon_is_in_use() -> None:
         assert await world.networks().obstacle() is None
 
 
-async def test_a_bridge_that_somebody_else_has_made_is_refused_and_left() -> None:
+async def test_a_foreign_bridge_is_an_error_and_is_kept() -> None:
     settings = NetworkSettings(instance=SETTINGS.instance, subnet=SUBNET, bridge="br0")
     with a_world() as world:
         with IPRoute() as ipr:
@@ -358,7 +358,7 @@ async def test_a_bridge_that_somebody_else_has_made_is_refused_and_left() -> Non
         assert state() == before
 
 
-async def test_a_bridge_that_has_got_another_name_takes_its_vms_along() -> None:
+async def test_a_renamed_bridge_keeps_its_vms() -> None:
     with a_world() as world:
         world.rows = [vm(1)]
         await having(world.networks(), *world.rows)
@@ -372,7 +372,7 @@ async def test_a_bridge_that_has_got_another_name_takes_its_vms_along() -> None:
         assert guest("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
 
 
-async def test_a_host_that_can_not_be_made_to_forward_says_which_switch_to_turn() -> None:
+async def test_without_forwarding_the_error_names_the_sysctl() -> None:
     with a_world() as world:
         world.rows = [vm(1)]
         _make_switches_read_only()
@@ -384,7 +384,7 @@ async def test_a_host_that_can_not_be_made_to_forward_says_which_switch_to_turn(
 
 
 @pytest.mark.parametrize("forwards", [False, True])
-async def test_a_host_that_can_not_be_made_to_forward_is_known_before_a_vm_is_made(forwards: bool) -> None:
+async def test_missing_forwarding_is_detected_before_a_vm_is_created(forwards: bool) -> None:
     with a_world(forwarding=forwards) as world:
         _make_switches_read_only()
         obstacle = await world.networks().obstacle()
@@ -400,7 +400,7 @@ def _make_switches_read_only() -> None:
     assert libc.mount(path, path, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY, None) == 0
 
 
-async def test_a_tap_is_nobody_elses_to_open() -> None:
+async def test_another_user_cannot_open_a_tap() -> None:
     with a_world() as world:
         world.rows = [vm(1)]
         await having(world.networks(), *world.rows)
@@ -410,7 +410,7 @@ async def test_a_tap_is_nobody_elses_to_open() -> None:
 
 
 def _opens(user: int, name: str) -> bool:
-    """Whether a process of this user can, that may use the device as such."""
+    """Returns whether a process of this user can open the tap, if it can open /dev/net/tun."""
     code = f"""
 import fcntl, os, struct
 fd = os.open("/dev/net/tun", os.O_RDWR)
@@ -421,7 +421,7 @@ fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"{name}", 0x1002))
 
 
 def _give_up_net_admin() -> None:
-    """Without the capability, and without a way to have it back."""
+    """Drops the capability for good."""
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.prctl(_PR_CAPBSET_DROP, _CAP_NET_ADMIN, 0, 0, 0) == 0
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
@@ -432,7 +432,7 @@ def _give_up_net_admin() -> None:
     assert libc.capset(header, sets) == 0
 
 
-async def test_without_leave_to_change_networks_it_is_said_what_is_missing() -> None:
+async def test_without_cap_net_admin_the_error_names_it() -> None:
     with a_world() as world:
         world.rows = [vm(1)]
         _give_up_net_admin()

@@ -1,4 +1,4 @@
-"""A firewall that was changed is the one that would have been made."""
+"""Changing a firewall gives the same result as loading it completely."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rules(*rows: VmRow) -> Rules:
 
 
 def many(rng: Random) -> list[VmRow]:
-    """Some VMs, in some networks, with some ports."""
+    """Returns random VMs in random networks with random ports."""
     hosts = ["127.0.0.1", "0.0.0.0", "198.51.100.1"]
     return [
         vm(
@@ -31,7 +31,7 @@ def many(rng: Random) -> list[VmRow]:
     ]
 
 
-def test_one_vm_more_is_as_many_elements_among_a_thousand_as_among_ten() -> None:
+def test_the_cost_of_a_vm_does_not_depend_on_the_number_of_vms() -> None:
     subnet = IPv4Network("10.88.0.0/16")
 
     def elements_of_one_more(count: int) -> int:
@@ -43,11 +43,11 @@ def test_one_vm_more_is_as_many_elements_among_a_thousand_as_among_ten() -> None
     assert elements_of_one_more(1000) - elements_of_one_more(10) < 40
 
 
-def test_nothing_is_loaded_where_nothing_is_different() -> None:
+def test_equal_rulesets_have_no_changes() -> None:
     assert ruleset_changes(rules(vm(1), vm(2, "blue")), rules(vm(2, "blue"), vm(1))) == ""
 
 
-def test_of_two_vms_that_publish_one_port_the_elder_has_it() -> None:
+def test_the_older_of_two_vms_has_a_port_that_both_publish() -> None:
     elder, younger = vm(1, "bridge", "8080:80"), vm(2, "bridge", "8080:81")
 
     published = rules(younger, elder).elements[f"inet {SETTINGS.table} published"]
@@ -56,7 +56,7 @@ def test_of_two_vms_that_publish_one_port_the_elder_has_it() -> None:
 
 
 @pytest.mark.usefixtures("namespace")
-def test_from_any_firewall_to_any_other_by_changes_is_what_it_is_when_made_whole() -> None:
+def test_changes_give_the_same_firewall_as_the_full_ruleset() -> None:
     rng = Random(7)
     before: Rules | None = None
     for _ in range(25):
@@ -70,7 +70,7 @@ def test_from_any_firewall_to_any_other_by_changes_is_what_it_is_when_made_whole
 
 
 @pytest.mark.usefixtures("namespace")
-def test_what_is_not_ours_stays_when_ours_is_replaced_and_when_it_goes() -> None:
+def test_foreign_tables_stay_when_the_daemons_are_replaced_and_deleted() -> None:
     theirs = "table inet volant-9999999999 {\n\tset guests {\n\t\ttype ifname\n\t}\n}\n"
     nft(theirs)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from actors import fault
-from volant.hypervisor import STANDS_STILL
+from volant.hypervisor import PAUSED
 
 from .file_system import File, SocketName
 from .guest import SimGuest, SimPort
@@ -259,9 +259,9 @@ class SimQemu:
                 self.status = "paused"
                 self.guest.stand_still(True)
                 await self._tell({"event": "STOP"})
-            case "cont" if self.status in STANDS_STILL and fault("qemu.dies_as_it_goes_on"):
+            case "cont" if self.status in PAUSED and fault("qemu.dies_as_it_goes_on"):
                 self.process.end(-9)
-            case "cont" if self.status in STANDS_STILL:
+            case "cont" if self.status in PAUSED:
                 await self._run_on()
             case "cont" if self.status == "inmigrate":
                 self._runs_once_loaded = True
@@ -326,7 +326,7 @@ class SimQemu:
 
     async def _save_devices(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint asks for: the machine must stand still, and goes on as one that was stopped."""
-        assert self.status in STANDS_STILL, self.status
+        assert self.status in PAUSED, self.status
         await trio.sleep(self._rng.uniform(0.001, 0.02))
         if fault("qemu.fails_to_save"):
             return {"error": {"class": "GenericError", "desc": "saving Xen device state failed"}}

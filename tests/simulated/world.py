@@ -115,7 +115,7 @@ class World:
         self._ended = trio.Event()
         with trio.CancelScope() as self._life:
             try:
-                async with daemon.standing(self.sim.rng) as nursery:
+                async with daemon.running(self.sim.rng) as nursery:
                     self._daemon, self._requests = daemon, nursery
                     task_status.started()
                     await trio.sleep_forever()
@@ -143,7 +143,7 @@ class World:
         daemon, host, life = self.daemon, self._host, self._life
         assert life is not None
         assert host is not None
-        await daemon.see_off()
+        await daemon.drain()
         self._daemon = None
         life.cancel()
         await self._ended.wait()

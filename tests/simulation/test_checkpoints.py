@@ -78,9 +78,9 @@ def rewrite(world: World, record: Path, **kind: object) -> None:
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ({"version": "10.1.0"}, "the one here is older: 10.0.13"),
-        ({"version": "2.12.1", "machine": "pc-q35-2.12"}, "does not have its machine pc-q35-2.12 any more"),
-        ({"devices": 99}, "its devices are of form 99"),
+        ({"version": "10.1.0"}, "this host has an older one, 10.0.13"),
+        ({"version": "2.12.1", "machine": "pc-q35-2.12"}, "no longer has its machine type pc-q35-2.12"),
+        ({"devices": 99}, "its devices have format 99"),
         ({"accelerator": "kvm", "machine": "microvm"}, "it was made under KVM"),
     ],
 )

@@ -28,11 +28,11 @@ async def test_a_signal_logs_all_tasks_and_the_daemon_continues(make_daemon: Cal
         for number in (1, 2):
             os.kill(daemon.pid, signal.SIGUSR1)
             with trio.fail_after(30):
-                while daemon.log_path.read_text().count("what all tasks do:") < number:  # noqa: ASYNC110
+                while daemon.log_path.read_text().count("all tasks:") < number:  # noqa: ASYNC110
                     await trio.sleep(0.05)
         log = daemon.log_path.read_text()
         # The threads, from the signal handler, then the tree of tasks.
-        assert log.index("Current thread") < log.index("what all tasks do:")
+        assert log.index("Current thread") < log.index("all tasks:")
         assert "volant/daemon/_daemon.py" in log
         assert "journal" in log
         assert "volant/api/_events.py" in log
@@ -61,9 +61,9 @@ _system.dump = dump
         await trio.sleep(1)
         os.kill(daemon.pid, signal.SIGUSR1)
         log = await until_logged(daemon, "in dump")
-        assert "what all tasks do:" not in log
+        assert "all tasks:" not in log
         assert "volant/api/_system.py" in log
-        assert "what all tasks do:" in await until_logged(daemon, "what all tasks do:")
+        assert "all tasks:" in await until_logged(daemon, "all tasks:")
         await adopted(client)
 
 

@@ -225,14 +225,14 @@ async def test_a_machine_that_waited_is_given_what_is_behind_its_nic(
     peer, path = Peer(), tmp_path / "net.sock"
     with trio.fail_after(2 * BOOT_S):
         template = await saved(host, qemu, spec, tmp_path / "state")
-        waiting = clone_spec(msgspec.structs.replace(spec, waits=True), template, 2, nobody)
+        waiting = clone_spec(msgspec.structs.replace(spec, start_paused=True), template, 2, nobody)
         identity = await qemu.launch(waiting)
         nic = make_nic(2) if behind == "tap" else Nic(mac=mac(2), socket=path)
         machine_spec = msgspec.structs.replace(waiting, nic=nic)
         async with trio.open_nursery() as nursery:
             await nursery.start(peer.serve, path)
             for _ in range(2):
-                await qemu.go_on(machine_spec)
+                await qemu.resume_warm(machine_spec)
             async with adopted(host, qemu, machine_spec, identity) as guest:
                 await guest.become("clone2", network=told(2))
                 await is_on_the_network(guest, 2)

@@ -48,7 +48,7 @@ def test_a_signal_dumps_into_the_journal_and_a_bundle_has_it(box: Box) -> None:
     box.volar("setup")
     pid = box.show("volantd.service", "MainPID")
     box.systemctl("kill", "--signal=SIGUSR1", "--kill-whom=main", "volantd.service")
-    box.until(lambda: any("what all tasks do:" in text for text in box.said("SYSLOG_IDENTIFIER=volantd")), 30)
+    box.until(lambda: any("all tasks:" in text for text in box.said("SYSLOG_IDENTIFIER=volantd")), 30)
     tasks = "".join(str(entry["MESSAGE"]) for entry in box.journal("LOGGER=volant.tasks"))
     assert "volant/daemon/_daemon.py" in tasks
     assert any("Current thread" in text for text in box.said("_SYSTEMD_UNIT=volantd.service"))
@@ -59,5 +59,5 @@ def test_a_signal_dumps_into_the_journal_and_a_bundle_has_it(box: Box) -> None:
         found = {member.name.partition("/")[2]: tar.extractfile(member) for member in tar.getmembers()}
         texts = {name: file.read().decode() for name, file in found.items() if file is not None}
     assert "Id=volantd.service" in texts["systemd.txt"]
-    assert "what all tasks do:" in texts["log.txt"]
+    assert "all tasks:" in texts["log.txt"]
     assert "volant/daemon/_daemon.py" in texts["daemon/tasks.txt"]

@@ -58,14 +58,14 @@ class Hypervisor(QemuHypervisor):
         self.launched.append(spec)
         if self.refuses:
             raise LaunchFailed("template_refused", "it does not fit")
-        assert spec.waits
+        assert spec.start_paused
         await self._host.files.mkdir(spec.directory)
         argv = ["/bin/sh", "-c", "sleep 1000 & wait", spec.tag]
         return await self._host.processes.spawn(
             argv, tag=spec.tag, env={}, cwd=spec.directory, stdout_path=spec.log_path
         )
 
-    async def go_on(self, spec: MachineSpec) -> None:
+    async def resume_warm(self, spec: MachineSpec) -> None:
         if self.hangs:
             raise HypervisorError("it does not answer")
         assert spec.log_path.exists()
@@ -154,7 +154,7 @@ class Pool:
     def spec(self, standby: WarmProcess, vm_id: int) -> MachineSpec:
         directory = self.doors.runtime_dir / "vms" / str(vm_id)
         spec = self.warm_pool._spec(template_spec(), standby.tag)
-        return msgspec.structs.replace(spec, vm_id=vm_id, name="vm", directory=directory, waits=False)
+        return msgspec.structs.replace(spec, vm_id=vm_id, name="vm", directory=directory, start_paused=False)
 
 
 @asynccontextmanager

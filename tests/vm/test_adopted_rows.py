@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from volant.hypervisor.qemu._argv import build_argv
-from volant.hypervisor.qemu._found import parse_argv
+from volant.hypervisor.qemu._parse_argv import parse_argv
 from volant.model import (
     DEFAULT_SUBNET,
     Artifact,

@@ -1,6 +1,7 @@
-"""`volantd`: settings, the assembly of the tree, and its end."""
+"""`volantd`: loads the settings, assembles the daemon and runs it."""
 
-from ._daemon import Daemon, DaemonError
+from ._daemon import Daemon
+from ._run import DaemonError
 from ._settings import Settings, SettingsError
 
 __all__ = ["Daemon", "DaemonError", "Settings", "SettingsError"]

@@ -1,4 +1,4 @@
-"""The daemon's directories, and the lock that keeps a second daemon out of them."""
+"""The daemon's directories, and the lock that excludes a second daemon."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _logger = logging.getLogger("volant.daemon")
 _RAM_DISKS = (Path("/dev/shm"),)
 _LOCK = "lock"
 EPHEMERAL = "ephemeral"
-"""Marks directories in which an ephemeral daemon has made everything."""
+"""This file marks directories that an ephemeral daemon created."""
 _IN_STATE = (
     *(EPHEMERAL, _LOCK, "disks", "logs", "templates", "snapshots", "standby"),
-    # What SQLite and the journal keep beside a database begins with its name.
+    # Files of SQLite and the journal beside a database begin with its name.
     *("volant.db", "volant.db[-.]*", "volant-*.db", "volant-*.db[-.]*"),
 )
 _IN_RUNTIME = (EPHEMERAL, _LOCK, "vms", "net", "standby", "templates", "memory")
 
 
 class DirectoryError(Exception):
-    """A directory that the daemon can't work in."""
+    """The daemon can't use a directory."""
 
 
 def memory_dir(settings: Settings) -> Path:
-    """Where guests' memory lies: on a file system in RAM, else every page of a guest would be written to a disk."""
+    """Returns the directory of guest memory, in RAM if possible: elsewhere each page would be written to a disk."""
     for base in _RAM_DISKS:
         if base.is_dir() and os.access(base, os.W_OK):
             return base / f"volant-{instance_of(settings.state_dir)}"
@@ -42,37 +42,38 @@ def memory_dir(settings: Settings) -> Path:
 
 
 def disk_dir(settings: Settings) -> Path:
-    """Where VMs' disks lie: what is written to them must survive as what is written to the database."""
+    """Returns the directory of VM disks. It must be as durable as the database."""
     return settings.state_dir / "disks"
 
 
 def template_dir(settings: Settings) -> Path:
-    """Where templates lie."""
+    """Returns the directory of templates."""
     return settings.state_dir / "templates"
 
 
 def snapshot_dir(settings: Settings) -> Path:
-    """Where snapshots lie: what is said to be kept must survive as what is written to the database."""
+    """Returns the directory of snapshots. It must be as durable as the database."""
     return settings.state_dir / "snapshots"
 
 
 def log_dir(settings: Settings) -> Path:
-    """Where the logs of VMs lie."""
+    """Returns the directory of VM logs."""
     return settings.state_dir / "logs"
 
 
 def confine(host: Host, settings: Settings) -> None:
-    """Let a host remove and signal nothing but what is of the daemon with these settings."""
+    """Restricts a host to removing files and signalling processes of the daemon with these settings."""
     own = (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings))
     host.confine(own, f"volant-{instance_of(settings.state_dir)}-")
 
 
 @contextmanager
 def claimed(settings: Settings) -> Iterator[None]:
-    """The directories exist, are ours alone, and no other daemon uses them; only the cache may be shared.
+    """Creates and locks the directories for the length of the block. Only the cache may be shared with another daemon.
 
-    :raises DirectoryError: one can't be made, another user owns or can replace one, another daemon uses one, or an
-        ephemeral daemon would delete in the end what it has not made.
+    :raises DirectoryError: when one can't be created, when another user owns or can replace one, when another daemon
+    uses
+        one, or when an ephemeral daemon would delete files that it did not create.
     """
     for path in (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings)):
         _claim(path)
@@ -86,7 +87,7 @@ def claimed(settings: Settings) -> Iterator[None]:
             if settings.ephemeral:
                 (path / EPHEMERAL).touch(0o600)
             else:
-                # From now on it holds what must survive.
+                # From now on it contains what must survive.
                 (path / EPHEMERAL).unlink(missing_ok=True)
         for path in (disk_dir(settings), log_dir(settings)):
             _claim(path)
@@ -98,7 +99,7 @@ def claimed(settings: Settings) -> Iterator[None]:
 
 @contextmanager
 def _locked(directory: Path, option: str) -> Iterator[None]:
-    """Nobody else has the directory for the length of the block. :raises DirectoryError: somebody has."""
+    """Locks a directory for the length of the block. :raises DirectoryError: when another daemon has locked it."""
     try:
         fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -107,11 +108,11 @@ def _locked(directory: Path, option: str) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            # Versions before this one wrote no number.
+            # Earlier versions wrote no process id.
             pid = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
             who = f"another volantd (process {pid})" if pid.isdecimal() else "another volantd"
             raise DirectoryError(f"{who} uses {directory}; stop it, or use another {option}") from None
-        # A disk that is full is no reason not to start.
+        # The daemon also starts on a full disk.
         with suppress(OSError):
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
@@ -125,7 +126,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _check_ephemeral(settings: Settings) -> None:
-    """:raises DirectoryError: there is something that an ephemeral daemon has not made, and would delete."""
+    """:raises DirectoryError: when an ephemeral daemon would delete files that none created."""
     memory = memory_dir(settings)
     marked = (settings.state_dir / EPHEMERAL).exists()
     for directory, option, is_ours in (
@@ -136,13 +137,13 @@ def _check_ephemeral(settings: Settings) -> None:
         found = [] if is_ours else _strange(directory, settings)
         if found:
             raise DirectoryError(
-                f"{directory} holds {_some(found)}, which no ephemeral daemon has made, and --ephemeral deletes the "
-                f"directory in the end; use another {option}, or leave --ephemeral out"
+                f"{directory} contains {_some(found)}, which no ephemeral daemon created, and --ephemeral deletes the "
+                f"directory at the end; use another {option}, or omit --ephemeral"
             )
 
 
 def _strange(directory: Path, settings: Settings) -> list[str]:
-    """What lies in a directory beside another one of the daemon's."""
+    """Returns the entries of a directory, without the lock and the daemon's other directories."""
     others = [each.resolve() for each in (settings.state_dir, settings.runtime_dir, settings.cache_dir)]
     found = []
     for entry in directory.iterdir():
@@ -157,25 +158,25 @@ def _some(names: list[str]) -> str:
 
 
 def _made_later(settings: Settings) -> Iterator[Path]:
-    """Directories inside that are made when they are needed."""
+    """Yields directories that the daemon creates when it needs them."""
     yield settings.state_dir / "standby"
     for name in ("vms", "net", "standby", "templates"):
         yield settings.runtime_dir / name
 
 
 def _claim(path: Path) -> None:
-    """:raises DirectoryError:"""
+    """Creates a directory, or corrects its mode. :raises DirectoryError: when the daemon can't use it."""
     try:
         warnings = check_way_to(path)
         corrected = make_own_directory(path)
-        # Another user may have made a directory above that was not there a moment ago.
+        # Another user may have created a missing parent meanwhile.
         warnings = list(dict.fromkeys([*warnings, *check_way_to(path)]))
         if corrected is not None:
             warnings.append(corrected)
     except UnsafeDirectory as error:
         raise DirectoryError(str(error)) from None
     except OSError as error:
-        raise DirectoryError(f"{path} can't be made: {error.strerror}; choose another one, or run as root") from None
+        raise DirectoryError(f"{path} can't be created: {error.strerror}; choose another one, or run as root") from None
     for warning in warnings:
         _logger.warning("%s", warning)
     if not os.access(path, os.W_OK | os.X_OK):
@@ -183,11 +184,11 @@ def _claim(path: Path) -> None:
 
 
 def remove(settings: Settings) -> None:
-    """Remove what an ephemeral daemon has made, and the directories unless something else is in them; the cache
+    """Removes what an ephemeral daemon created, and its directories unless they contain other files. The cache
     stays."""
     shutil.rmtree(memory_dir(settings), ignore_errors=True)
     for directory, made in ((settings.runtime_dir, _IN_RUNTIME), (settings.state_dir, _IN_STATE)):
-        # The marker last: what is left of this one is removed by the next.
+        # The marker goes last, so that the next ephemeral daemon removes what is left.
         for path in sorted(directory.iterdir(), key=lambda each: each.name in (EPHEMERAL, _LOCK)):
             if any(path.match(pattern) for pattern in made):
                 if path.is_dir() and not path.is_symlink():
@@ -199,4 +200,6 @@ def remove(settings: Settings) -> None:
             directory.rmdir()
         except OSError:
             if directory.is_dir() and (left := _strange(directory, settings)):
-                _logger.warning("%s is kept, as it holds %s, which this daemon has not made", directory, _some(left))
+                _logger.warning(
+                    "%s is kept, as it contains %s, which this daemon did not create", directory, _some(left)
+                )

@@ -1,11 +1,11 @@
-"""`SIGUSR1`: what every thread and every task is doing goes to the log, and the daemon goes on.
+"""Logs the stacks of all threads and tasks on `SIGUSR1`; the daemon keeps running.
 
-The threads come first, on standard error and from the signal's own handler: that works, too, while the event loop
-hangs, and then shows where. The tasks follow, once the loop turns. Both say where, and never what a variable holds.
+The signal's handler dumps the threads to standard error, which also works while the event loop hangs. The tasks follow
+when the loop runs again. Neither shows values of variables.
 
-The handler is one of Python's, and runs between two of its instructions. One of the C library's
-(`faulthandler.register`) would show more of a daemon that hangs in C, and reads frames that are half made: it has ended
-a daemon. Such a hang shows itself when the watchdog ends it (`faulthandler.enable`).
+The handler is a Python handler, which runs between two bytecodes. `faulthandler.register` would work while the daemon
+hangs in C, but reads incomplete frames, which has crashed a daemon. Such a hang is shown when the watchdog ends the
+daemon (`faulthandler.enable`).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ import trio
 from volant.concurrency import dump_tasks
 
 _logger = logging.getLogger("volant.tasks")
-# Somebody has asked for it, whatever else is logged.
+# The dump was requested, so it is logged at any log level.
 _logger.setLevel(logging.INFO)
 
 _ENTRY_CHARACTERS = 16 * 1024
-"""Of UTF-8's at most three bytes: an entry of systemd's journal is cut at 48 KiB."""
+"""At three bytes each they fit: an entry of systemd's journal is cut at 48 KiB."""
 _STDERR = 2
 
 
 def before() -> None:
-    """Until the daemon listens to the signal, it must not end of it; and what ends it shows where each thread was."""
+    """Ignores the signal until the daemon handles it, and dumps the threads when the process crashes."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     faulthandler.enable()
 
 
 async def dump_on_signal() -> None:
-    """Answers each signal, for as long as it runs."""
+    """Logs a dump for each signal, until cancelled."""
     with trio.open_signal_receiver(signal.SIGUSR1) as signals:
         wake = signal.getsignal(signal.SIGUSR1)
         assert callable(wake)
@@ -45,15 +45,15 @@ async def dump_on_signal() -> None:
             faulthandler.dump_traceback(file=_STDERR, all_threads=True)
             wake(number, frame)
 
-        # Until the receiver goes, which puts back what was there before it.
+        # The receiver restores the earlier handler when it closes.
         signal.signal(signal.SIGUSR1, show)
         async for _ in signals:
             for text in _pieces(dump_tasks().splitlines()):
-                _logger.info("what all tasks do:\n%s", text)
+                _logger.info("all tasks:\n%s", text)
 
 
 def _pieces(lines: list[str]) -> Iterator[str]:
-    """Whole lines, in pieces that a log takes."""
+    """Yields the lines in pieces that fit into a log entry."""
     piece: list[str] = []
     size = 0
     for line in lines:

@@ -1,13 +1,12 @@
-"""The host goes down: its guests are asked to shut down, some at a time, and only then are their processes killed.
+"""Shuts guests down when the host shuts down.
 
-A program of its own, that the unit `volant-guests.service` runs when it is stopped, which is after the daemon has
-stopped and before systemd kills the VMs' scopes. So it does its work too when the daemon had crashed or was stopped
-long before, it never runs on a restart of the daemon, and nobody has to guess what a SIGTERM means.
+The unit `volant-guests.service` runs this program when it is stopped: after the daemon has stopped and before systemd
+kills the VMs' scopes. So it also works after the daemon crashed or was stopped, and it never runs when the daemon only
+restarts.
 
-**It writes nothing down.** What it leaves is what a power cut leaves: rows of VMs that should run, with processes of
-another boot. So there is one way up again after both. Rejected: to stop them as a client would, after which nobody
-could tell those that should run from those that somebody has stopped. It does not open the database at all: the
-processes carry their VM's id in their tag, and a database that is broken is no reason to cut guests' power.
+**It does not change the database.** As after a power cut, the rows say which VMs should run, and their processes belong
+to another boot. Rejected: stopping VMs as a client would, as then the daemon could not tell which VMs to start again.
+It does not even open the database, as a damaged database is no reason to kill guests: process tags contain the VM's id.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _logger = logging.getLogger("volant.guests")
 
 AT_ONCE = 8
 GRACE_S = 25.0
-"""For one guest, from being asked."""
+"""Seconds for one guest to shut down."""
 TOTAL_S = 120.0
 _ANSWER_S = 5.0
 _QUIT_S = 10.0
@@ -48,10 +47,10 @@ async def stop_guests(
     grace_s: float = GRACE_S,
     total_s: float = TOTAL_S,
 ) -> list[ProcessIdentity]:
-    """Ask every guest of a state directory whose daemon has stopped; the processes that are left after `total_s`.
+    """Shuts all guests of a state directory down. Returns the processes that are left after `total_s`.
 
-    A guest that does not shut down within `grace_s`, or can't be asked, loses its power. When so many don't that the
-    time of the others comes near, all the others are asked at once.
+    A guest that can't be asked, or does not shut down within `grace_s`, is killed. When the time runs short, all
+    remaining guests are asked at once.
     """
     instance = instance_of(settings.state_dir)
     prefix = f"volant-{instance}-"
@@ -61,13 +60,13 @@ async def stop_guests(
         if identity in of_vms:
             found.append(identity)
         elif identity.tag.startswith((template_tag_prefix(instance), standby_tag_prefix(instance))):
-            # It was to become a template, or waited for a VM; nobody misses it.
+            # The process of a template's build or of the warm pool has no VM.
             with suppress(ProcessGone), host.processes.open(identity) as process:
                 process.kill()
     if not found:
-        _logger.info("no guest runs")
+        _logger.info("no guest is running")
         return []
-    _logger.info("%d guests are asked to shut down, %d at a time", len(found), at_once)
+    _logger.info("shutting down %d guests, %d at a time", len(found), at_once)
     limit = trio.CapacityLimiter(at_once)
 
     async def stop(identity: ProcessIdentity) -> None:
@@ -79,7 +78,7 @@ async def stop_guests(
 
     async def hurry() -> None:
         await trio.sleep(total_s - grace_s - _QUIT_S)
-        _logger.warning("time runs short: all that are left are asked at once")
+        _logger.warning("time runs short: shutting down all remaining guests at once")
         limit.total_tokens = math.inf
 
     with trio.move_on_after(total_s):
@@ -91,7 +90,7 @@ async def stop_guests(
             hurrying.cancel_scope.cancel()
     left = await host.processes.scan(prefix)
     for identity in left:
-        _logger.error("%s: its process %d is left to systemd", identity.tag, identity.pid)
+        _logger.error("%s: process %d did not end; systemd will kill it", identity.tag, identity.pid)
     return left
 
 
@@ -100,30 +99,30 @@ async def _stop(
 ) -> None:
     async with hypervisor.attach(spec, identity) as machine:
         with trio.move_on_after(grace_s):
-            # One that is paused hears nothing.
+            # A paused guest can't shut down.
             with suppress(HypervisorError):
                 await machine.resume()
             if await _ask(host, spec, grace_s):
                 end = await machine.ended()
-                how = "has shut down" if end.kind is EndKind.SHUTDOWN else f"has ended: {end.message}"
+                how = "shut down" if end.kind is EndKind.SHUTDOWN else f"ended: {end.message}"
                 _logger.info("%s: the guest %s", identity.tag, how, extra={"vm_id": spec.vm_id})
                 await _end(host, machine, spec)
                 return
-        _logger.warning("%s: the guest did not shut down within %g s; its power is cut", identity.tag, grace_s)
+        _logger.warning("%s: the guest did not shut down within %g s and is killed", identity.tag, grace_s)
         await _end(host, machine, spec)
 
 
 async def _end(host: Host, machine: Machine, spec: MachineSpec) -> None:
     await machine.quit(_QUIT_S)
-    # It is lost anyway, and is memory of a host that may stay up.
+    # The guest's memory is useless now, and the host may keep running.
     await host.files.remove_tree(spec.memory_file)
 
 
 async def _ask(host: Host, spec: MachineSpec, grace_s: float) -> bool:
-    """Whether the guest may have heard."""
+    """Asks the guest to shut down. Returns whether it may have received the request."""
     async with open_channel(host, VirtioSerial(spec.agent_path)) as channel:
         try:
-            # The agent's patience with its workload ends before ours, so that the guest still writes its disks.
+            # The agent gives its workload less time, so that the guest can still flush its disks.
             answer = await AgentClient(channel).request_json(
                 "POST", DAEMON_SHUTDOWN, {"grace_s": grace_s * 0.8}, timeout_s=_ANSWER_S
             )
@@ -134,7 +133,7 @@ async def _ask(host: Host, spec: MachineSpec, grace_s: float) -> bool:
 
 
 def _spec(settings: Settings, identity: ProcessIdentity, vm_id: int) -> MachineSpec:
-    """As much of a machine as it takes to attach to it: its directory and its tag."""
+    """Returns a spec that suffices to attach: with the machine's directory and tag."""
     places = VmSettings(
         runtime_dir=settings.runtime_dir,
         cache_dir=settings.cache_dir,

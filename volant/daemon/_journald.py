@@ -1,11 +1,11 @@
-"""Log records as entries of systemd's journal, with fields: `journalctl VM=demo`, `journalctl REQUEST_ID=…`.
+"""Logs to systemd's journal, with fields for `journalctl VM=demo` and `journalctl REQUEST_ID=…`.
 
-Its native protocol is one datagram an entry (systemd.io, "Native Journal Protocol"). Where standard error is the
-journal, systemd says so in `JOURNAL_STREAM`, and only then is it spoken: elsewhere a log is lines for people. The
-libraries for it are bindings to libsystemd in C, which must be built on each host, for what is forty lines here.
+The native protocol sends one datagram for each entry (systemd.io, "Native Journal Protocol"). The daemon uses it only
+if `JOURNAL_STREAM` says that standard error is the journal. The libraries for it are bindings to libsystemd, which must
+be built on each host, for forty lines of code.
 
-**It never waits.** A journal that takes nothing would stop the event loop, and all VMs' clients with it. What does not
-fit into its socket is lost, and the next entry says how many were. An entry that is too long for a datagram is cut.
+**It never blocks**, as a stuck journal would stop the event loop. Entries that do not fit into the socket are dropped,
+and the next entry says how many. An entry that is too long for a datagram is cut.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 SOCKET = Path("/run/systemd/journal/socket")
 FIELDS = ("vm", "event", "request_id")
-"""What log calls pass in `extra`; the field has the name in capitals."""
+"""Keys of `extra` in log calls. The journal's fields have their names in capitals."""
 
 _MAX_BYTES = 48 * 1024
 _SEND_BUFFER = 4 * 1024 * 1024
@@ -26,7 +26,7 @@ _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), 
 
 
 def is_journal(fd: int, environ: Mapping[str, str]) -> bool:
-    """Whether what is written to a descriptor ends in the journal."""
+    """Returns whether a descriptor is connected to the journal."""
     device, _, inode = environ.get("JOURNAL_STREAM", "").partition(":")
     if not (device.isdecimal() and inode.isdecimal()) or not SOCKET.exists():
         return False
@@ -52,8 +52,8 @@ class JournalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._lost:
-            # Before the entry that found room again, so that the gap is where it was.
-            text = f"{self._lost} entries of this log were lost, as the journal did not take them"
+            # Sent first, so that the gap is at its place.
+            text = f"{self._lost} log entries were dropped, as the journal did not accept them"
             if not self._send(entry(self._identifier, logging.WARNING, text, {})):
                 self._lost += 1
                 return
@@ -82,7 +82,7 @@ class JournalHandler(logging.Handler):
 
 
 def entry(identifier: str, level: int, text: str, fields: Mapping[str, object]) -> bytes:
-    """One entry of the native protocol, at most about 48 KiB: a longer text is cut."""
+    """Returns an entry in the native protocol. Cuts a text of more than 48 KiB."""
     priority = next((number for least, number in _PRIORITIES if level >= least), 7)
     message = text.encode("utf-8", "replace")
     if len(message) > _MAX_BYTES:

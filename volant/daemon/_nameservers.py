@@ -1,4 +1,4 @@
-"""Whom the host asks for names, as far as guests can ask them too."""
+"""Finds the host's DNS servers that guests can use, too."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from ._settings import MAX_NAMESERVERS, is_nameserver
 
 _FILES = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
-"""The second is what systemd-resolved asks, where the first says that it is to be asked itself."""
+"""The second lists the servers of systemd-resolved, if the first only names systemd-resolved itself."""
 _MAX_BYTES = 64 * 1024
 
 
 def nameservers_of_host(files: Iterable[Path] = _FILES) -> tuple[str, ...]:
-    """Those of the first file that names some; none where there are none. Blocks for moments."""
+    """Returns the servers of the first file that lists usable ones. Blocks briefly."""
     for path in files:
         try:
             with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""`volantd restore`: put a backup in the place of a database that no daemon uses, or can use."""
+"""`volantd restore`: replaces the database with a backup while no daemon runs."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from volant.journal import DatabaseRefused, VmLogs, restore_offline
 from volant.model import Problem
 from volant.vm import instance_of
 
-from ._daemon import DaemonError, evidence_of
 from ._directories import DirectoryError, claimed, confine, log_dir
+from ._leftovers import evidence_of
+from ._run import DaemonError
 from ._settings import Settings, parse_uids
 
 _MAGIC = b"SQLite format 3\0"
 
 
 def restore(settings: Settings, file: Path, *, replace: bool) -> str:
-    """Do it; a line that says what was done. :raises DaemonError: it can't be done, and nothing is changed or made."""
+    """Restores a backup. Returns what was done, for people. :raises DaemonError: when it fails; nothing has changed."""
     check_backup(file)
     try:
         with claimed(settings):
             return trio.run(_restore, settings, file, replace)
     except DirectoryError as error:
-        raise DaemonError(f"{error}; for one that runs there is `volar system restore`") from error
+        raise DaemonError(f"{error}; for a running daemon use `volar system restore`") from error
 
 
 def check_backup(file: Path) -> None:
-    """Before any directory is made: whether it could be a backup at all. :raises DaemonError: it can't."""
+    """Checks that a file is a database, before anything is created. :raises DaemonError: when it is not."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):
-            raise DaemonError(f"{file} is no file that could be a backup; give what `volar system backup` has written")
+            raise DaemonError(f"{file} is not a regular file; pass a file that `volar system backup` wrote")
         with file.open("rb") as backup:
             begin = backup.read(len(_MAGIC))
     except OSError as error:
         raise DaemonError(f"{file} can't be read: {error.strerror}") from None
     if begin != _MAGIC:
         raise DaemonError(
-            f"{file} can't be restored: it is no SQLite database; give what `volar system backup` has written"
+            f"{file} can't be restored: it is not an SQLite database; pass a file that `volar system backup` wrote"
         )
 
 
@@ -61,7 +62,7 @@ async def _restore(settings: Settings, file: Path, replace: bool) -> str:
         raise DaemonError(f"the database can't be written: {error}") from None
     lines = [f"restored {done.vms} VMs from {file}; the events have the epoch {done.epoch}"]
     if done.aside is not None:
-        lines.append(f"the database of before lies in {done.aside}")
+        lines.append(f"the previous database is {done.aside}")
     if done.refused is not None:
-        lines.append(f"it could not be looked at for VMs that the backup does not know: {done.refused}")
+        lines.append(f"it can't be read, so VMs that the backup lacks are not known: {done.refused}")
     return "\n".join(lines)

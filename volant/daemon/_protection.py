@@ -1,7 +1,6 @@
-"""Keys, networks and origins out of settings: what says whom the daemon listens to.
+"""Parses the settings for access control: API keys, networks and origins.
 
-Whatever is named here and can't be used is an error. A daemon that ran without a protection that somebody has meant
-would be found out by the wrong people.
+An invalid value is an error: a daemon must not run without a protection that the operator configured.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from volant.http import Network, parse_network
 _MAX_FILE = 64 * 1024
 _MAX_KEYS = 100
 _KEY = re.compile(r"[\x21-\x7e]{16,1000}\Z")
-"""Sixteen characters are 64 bits if they are hexadecimal and random: what nobody guesses over a network."""
+"""Sixteen random hexadecimal characters are 64 bits, which nobody guesses over a network."""
 
 
 class ProtectionError(Exception):
-    """A protection that can't be used. The text says which, and never what a key is."""
+    """A setting for access control is invalid. The text names it, and never contains a key."""
 
 
 class Secret:
-    """A text that does not show itself."""
+    """A text that `repr` and `str` do not show."""
 
     __slots__ = ("_value",)
 
@@ -36,7 +35,7 @@ class Secret:
         self._value = value
 
     def reveal(self) -> str:
-        """The text."""
+        """Returns the text."""
         return self._value
 
     def __eq__(self, other: Any) -> bool:
@@ -50,7 +49,7 @@ class Secret:
 
 
 class Protection(msgspec.Struct, frozen=True):
-    """What stands between a client and the API."""
+    """Holds the access control of the API."""
 
     keys: tuple[Secret, ...] = ()
     allow_cidr: tuple[Network, ...] = ()
@@ -59,14 +58,14 @@ class Protection(msgspec.Struct, frozen=True):
 
     @property
     def is_any(self) -> bool:
-        """Whether not everybody who reaches the daemon may command it."""
+        """Whether there is any access control."""
         return bool(self.keys or self.allow_cidr)
 
 
 def protection(
     *, api_key: Secret | None, api_key_file: Path | None, allow_cidr: list[str], trusted_proxies: list[str]
 ) -> Protection:
-    """Read the key file and parse the lists. :raises ProtectionError:"""
+    """Reads the key file and parses the lists. :raises ProtectionError: when one is invalid."""
     warnings: list[str] = []
     keys: list[str] = []
     if api_key is not None:
@@ -82,7 +81,7 @@ def protection(
 
 
 def check_origin(origin: str) -> None:
-    """:raises ProtectionError: it is no origin that can be trusted."""
+    """:raises ProtectionError: when the origin can't be trusted."""
     if origin == "null":
         raise ProtectionError("cors_origins has 'null', which is the origin of every sandboxed page, a guest's too")
     try:
@@ -110,10 +109,10 @@ def _networks(setting: str, members: list[str]) -> tuple[Network, ...]:
 
 def _read_keys(path: Path, warnings: list[str]) -> list[str]:
     try:
-        # Not waiting, as a pipe without a writer would make us wait for ever.
+        # Non-blocking, as opening a pipe without a writer would block forever.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ProtectionError(f"api_key_file {path} is no ordinary file")
+                raise ProtectionError(f"api_key_file {path} is not a regular file")
             data = file.read(_MAX_FILE + 1)
         if others_may_read(path):
             warnings.append(f"every user of this host can read the API keys in {path}; chmod 600 it")
@@ -128,9 +127,9 @@ def _read_keys(path: Path, warnings: list[str]) -> list[str]:
         if line and not line.startswith("#")
     ]
     if not keys:
-        raise ProtectionError(f"api_key_file {path} has no key in it; write one a line")
+        raise ProtectionError(f"api_key_file {path} contains no key; write one a line")
     if len(keys) > _MAX_KEYS:
-        raise ProtectionError(f"api_key_file {path} has {len(keys)} keys; {_MAX_KEYS} are the most")
+        raise ProtectionError(f"api_key_file {path} has {len(keys)} keys; at most {_MAX_KEYS} are allowed")
     return keys
 
 
@@ -138,8 +137,8 @@ def _checked(key: str, where: str) -> str:
     if not _KEY.match(key):
         if len(key) < 16:
             raise ProtectionError(
-                f"{where}: the key has {len(key)} characters and could be guessed; 16 are the least, and "
-                "`openssl rand -hex 32` makes a good one"
+                f"{where}: the key has {len(key)} characters and could be guessed; use at least 16, for example from "
+                "`openssl rand -hex 32`"
             )
-        raise ProtectionError(f"{where}: a key has 16 to 1000 characters, visible ASCII without spaces")
+        raise ProtectionError(f"{where}: a key must have 16 to 1000 visible ASCII characters without spaces")
     return key

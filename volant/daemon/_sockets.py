@@ -1,7 +1,7 @@
-"""The sockets that clients connect to. They are bound before the tree begins and outlive every child of it.
+"""Binds the sockets that clients connect to, or inherits them from systemd (sd_listen_fds(3)).
 
-systemd may hand them in, bound already (sd_listen_fds(3)): then they outlive the daemon too, and whoever connects while
-there is none waits for the next one. Where they are handed in, they are the addresses, whatever the settings say.
+Inherited sockets outlive the daemon: a client that connects while there is none waits for the next one. They replace
+the addresses in the settings.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 
 
 class ListenError(Exception):
-    """An address that the daemon can't listen on."""
+    """The daemon can't listen on an address."""
 
 
-def handed_in(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """The sockets that systemd has bound for us; they are taken out of the environment. :raises ListenError:"""
+def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """Returns the sockets that systemd passed, and removes them from the environment. :raises ListenError:"""
     count, pid, _ = (environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"))
     if not count or pid != str(os.getpid()):
         return []
     if not count.isdecimal() or int(count) > _MAX_FDS:
-        raise ListenError(f"LISTEN_FDS={count} is no number of sockets up to {_MAX_FDS}")
+        raise ListenError(f"LISTEN_FDS={count} is not a number up to {_MAX_FDS}")
     sockets = []
     for fd in range(_FIRST_FD, _FIRST_FD + int(count)):
         try:
@@ -44,10 +44,10 @@ def handed_in(environ: MutableMapping[str, str]) -> list[socket.socket]:
             sock = socket.socket(fileno=fd)
             listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError as error:
-            raise ListenError(f"descriptor {fd}, which LISTEN_FDS={count} names, is no socket: {error}") from None
+            raise ListenError(f"descriptor {fd} of LISTEN_FDS={count} is not a socket: {error}") from None
         if not listens or sock.type != socket.SOCK_STREAM or sock.family not in _FAMILIES:
             raise ListenError(
-                f"descriptor {fd}, which LISTEN_FDS={count} names, does not listen for TCP or on a Unix socket; "
+                f"descriptor {fd} of LISTEN_FDS={count} does not listen for TCP or on a Unix socket; "
                 "the socket unit must say ListenStream= and Accept=no"
             )
         sockets.append(sock)
@@ -55,13 +55,13 @@ def handed_in(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 
 @contextmanager
-def listening(settings: Settings, handed: Sequence[socket.socket] = ()) -> Iterator[list[socket.socket]]:
-    """The sockets that were handed in, else one bound socket an address. Closed at the end, and the paths of our own
-    removed; systemd keeps its own open. :raises ListenError:"""
-    sockets: list[socket.socket] = list(handed)
+def listening(settings: Settings, inherited: Sequence[socket.socket] = ()) -> Iterator[list[socket.socket]]:
+    """Yields the inherited sockets, or binds one for each address. Closes them at the end, and removes the paths of its
+    own Unix sockets. :raises ListenError:"""
+    sockets: list[socket.socket] = list(inherited)
     paths: list[Path] = []
     try:
-        for address in split(settings.api_listen_addr) if not handed else ():
+        for address in split(settings.api_listen_addr) if not inherited else ():
             try:
                 if address.startswith("unix:"):
                     path = Path(address.removeprefix("unix:"))
@@ -100,13 +100,13 @@ def _bind_tcp(host: str, port: int) -> list[socket.socket]:
         sock.listen(_BACKLOG)
         sockets.append(sock)
         if port == 0:
-            # A free port is free in one family; asking for it twice would give two.
+            # Each family would get another free port.
             break
     return sockets
 
 
 def _bind_unix(path: Path) -> socket.socket:
-    # Whoever can replace it is taken for the daemon by clients, and hears their keys.
+    # A user that can replace the socket would receive the clients' API keys.
     for warning in check_way_to(path):
         _logger.warning("%s", warning)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -125,10 +125,10 @@ def _bind_unix(path: Path) -> socket.socket:
 
 
 def _clear(path: Path) -> None:
-    """Remove what a killed daemon left at `path`; a socket that somebody answers on is not ours to take."""
+    """Removes the socket that a killed daemon left at `path`. Raises OSError when it is in use or not a socket."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise FileExistsError(None, "there is something at that path that is no socket")
+            raise FileExistsError(None, "the path exists and is not a socket")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -138,11 +138,11 @@ def _clear(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink()
             return
-    raise FileExistsError(None, "somebody listens there")
+    raise FileExistsError(None, "another process listens there")
 
 
 def address_of(sock: socket.socket) -> str:
-    """As clients write it: `http://127.0.0.1:7777`, or `unix:/path`."""
+    """Returns the address as clients write it: `http://127.0.0.1:7777` or `unix:/path`."""
     if sock.family == socket.AF_UNIX:
         return f"unix:{sock.getsockname()}"
     host, port = sock.getsockname()[:2]
@@ -150,5 +150,5 @@ def address_of(sock: socket.socket) -> str:
 
 
 def setting_of(sock: socket.socket) -> str:
-    """As the settings write it: `HOST:PORT`, `[V6]:PORT` or `unix:/path`."""
+    """Returns the address as the settings have it: `HOST:PORT`, `[V6]:PORT` or `unix:/path`."""
     return address_of(sock).removeprefix("http://")

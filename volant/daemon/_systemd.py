@@ -1,14 +1,10 @@
-"""What the daemon tells systemd, where systemd has started it; elsewhere all of this does nothing.
+"""Notifies systemd with sd_notify(3), if systemd started the daemon.
 
-**Ready** is said once every VM that there was has been taken up; while that takes long, systemd is asked for more
-time, for as long as it goes on. **The watchdog** is fed by an answer, and not by a clock: each time, a message goes
-through the event loop to the journal and back, and the supervisor tree must be whole. So it is not fed when the loop
-hangs (nothing is sent), when the journal does not answer, or when a child of the tree stays down. A disk that is full
-is none of these: the journal says so to whoever asks, and a restart would not help. A thread that feeds it was
-rejected: it would go on while the loop hangs, which is the case that a watchdog is for.
-
-The protocol (sd_notify(3)) is one datagram to the socket that `NOTIFY_SOCKET` names. A library for it would be a
-dependency for ten lines.
+**Ready** is sent when all VMs are adopted; until then the daemon asks systemd for more time. **The watchdog** is fed
+after a check: a message goes through the event loop to the journal and back, and the supervisor tree must be complete.
+So it is not fed when the loop hangs, when the journal does not answer, or when a child of the tree stays down. A full
+disk does not count: the journal reports it, and a restart would not help. Rejected: a thread that feeds it, which would
+do so while the loop hangs.
 """
 
 from __future__ import annotations
@@ -29,27 +25,27 @@ _logger = logging.getLogger("volant.daemon")
 
 SLICE = "volant.slice"
 GUESTS_UNIT = "volant-guests.service"
-"""Stopped before the VMs' scopes are: it asks the guests to shut down."""
+"""It is stopped before the VMs' scopes, and shuts guests down."""
 
-_PATIENCE_S = 60.0
-"""What is asked for at once while starting; asked again long before it is over."""
+_EXTENSION_S = 60.0
+"""Time that each request for more adds while the daemon starts."""
 _START_S = 1800.0
-"""Then no more is asked for: a start that takes longer hangs."""
+"""A start that takes longer hangs, so the daemon asks for no more time."""
 
 
 class Notifier:
-    """The way to the service manager."""
+    """Sends notifications to the service manager."""
 
     def __init__(self, address: str | None, watchdog_s: float | None = None) -> None:
-        """`address` None: there is no manager, and nothing is said."""
+        """`address`: None without a service manager; then nothing is sent."""
         self._address = address
         self.watchdog_s = watchdog_s
-        """Within what time it wants to hear from us."""
+        """The watchdog's period; None without a watchdog."""
         self._is_ready = False
 
     @classmethod
     def from_environment(cls, environ: MutableMapping[str, str]) -> Notifier:
-        """Take what systemd has left in the environment, so that no process of ours takes it for its own."""
+        """Takes systemd's variables out of the environment, so that no child process uses them."""
         address = environ.pop("NOTIFY_SOCKET", None)
         usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
         ours = not pid or pid == str(os.getpid())
@@ -60,71 +56,73 @@ class Notifier:
         return self._address is not None
 
     def scopes(self) -> Scopes | None:
-        """The scopes of the manager that has started us; its private socket lies beside the one for notices."""
+        """Returns access to the manager's scopes; its private socket is beside the one for notifications."""
         if self._address is None or not self._address.startswith("/"):
             return None
         private = Path(self._address).parent / "private"
         return Scopes(private, SLICE, before=(GUESTS_UNIT,)) if private.exists() else None
 
-    def say(self, **facts: str | int) -> None:
-        """Send these facts. What can't be sent is logged: systemd then does what it does to a daemon that is mute."""
+    def notify(self, **variables: str | int) -> None:
+        """Sends variables. Only logs a failure: systemd handles a daemon that does not notify it."""
         if self._address is None:
             return
-        text = "\n".join(f"{name}={str(value).replace(chr(10), ' ')}" for name, value in facts.items())
-        # A name that begins with @ lies in no file system.
+        text = "\n".join(f"{name}={str(value).replace(chr(10), ' ')}" for name, value in variables.items())
+        # `@` stands for the null byte of an abstract socket.
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-                # Never wait here, in the event loop: one that is lost is followed by another.
+                # Never block the event loop; a lost notification is followed by another.
                 sock.setblocking(False)
                 sock.sendto(text.encode(), address)
         except OSError as error:
-            _logger.warning("systemd can't be told %s: %s", ", ".join(facts), error)
+            _logger.warning("systemd can't be notified of %s: %s", ", ".join(variables), error)
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """The settings are read anew in this block."""
+        """Notifies systemd of a reload for the length of the block."""
         if not self._is_ready:
-            # What ends a reload is that the daemon is ready.
+            # READY=1 would end the reload too early.
             yield
             return
-        self.say(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
+        self.notify(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
         try:
             yield
         finally:
-            self.say(READY=1)
+            self.notify(READY=1)
 
     def stopping(self, status: str) -> None:
-        """The end has begun."""
-        self.say(STOPPING=1, STATUS=status)
+        """Notifies systemd that the daemon stops."""
+        self.notify(STOPPING=1, STATUS=status)
 
     async def keep(
-        self, adopted: Callable[[], bool], is_well: Callable[[], Awaitable[str | None]], status: Callable[[], str]
+        self, adopted: Callable[[], bool], find_problem: Callable[[], Awaitable[str | None]], status: Callable[[], str]
     ) -> None:
-        """Tell of the start, then feed the watchdog until cancelled.
+        """Reports the start, then feeds the watchdog until cancelled.
 
-        `adopted`: whether the start is over; `is_well`: None, or what ails the daemon; `status`: a line for people.
+        :param adopted: returns whether the start is complete
+        :param find_problem: returns why the daemon does not work, or None
+        :param status: returns a line for people
         """
         if self._address is None:
             return
         began = trio.current_time()
         while not adopted():
             if (took_s := trio.current_time() - began) < _START_S:
-                self.say(STATUS=f"Starting: {status()}", EXTEND_TIMEOUT_USEC=int(_PATIENCE_S * 1e6))
-            # Quick at first, as most starts are; no event tells of it, and this ends with the start.
-            await trio.sleep(min(_PATIENCE_S / 4, max(0.02, took_s / 4)))
+                self.notify(STATUS=f"Starting: {status()}", EXTEND_TIMEOUT_USEC=int(_EXTENSION_S * 1e6))
+            # Short pauses at first, as most starts are quick.
+            await trio.sleep(min(_EXTENSION_S / 4, max(0.02, took_s / 4)))
         self._is_ready = True
-        self.say(READY=1, STATUS=status())
+        self.notify(READY=1, STATUS=status())
         if self.watchdog_s is None:
             return
         every_s = self.watchdog_s / 3
         while True:
             await trio.sleep(every_s)
-            ailment: str | None = f"its parts did not answer within {every_s:g} s"
+            problem: str | None = f"its parts did not answer within {every_s:g} s"
             with trio.move_on_after(every_s):
-                ailment = await is_well()
-            if ailment is None:
-                self.say(WATCHDOG=1, STATUS=status())
+                problem = await find_problem()
+            if problem is None:
+                self.notify(WATCHDOG=1, STATUS=status())
             else:
-                _logger.error("the watchdog is not fed: %s", ailment)
-                self.say(STATUS=f"Unwell: {ailment}")
+                _logger.error("the watchdog is not fed: %s", problem)
+                self.notify(STATUS=f"Not working: {problem}")

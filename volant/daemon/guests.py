@@ -1,4 +1,4 @@
-"""`python -m volant.daemon.guests`: asks the guests of a daemon that has stopped to shut down. See `_guests.py`."""
+"""`python -m volant.daemon.guests`: shuts down the guests of a stopped daemon; see `_guests.py`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import trio
 from volant.host import Host
 from volant.hypervisor.qemu import QemuHypervisor
 
+from ._command_line import load
 from ._directories import DirectoryError, claimed, confine
 from ._guests import stop_guests
 from ._journald import JournalHandler, is_journal
-from ._settings import SettingsError, load, parse_uids
+from ._settings import SettingsError, parse_uids
 
 
 def main() -> None:
-    """Exit code 0 when no guest is left, 1 when one is or the daemon runs, 2 for settings that don't fit."""
+    """Exits with 0 when no guest is left, 1 when one is left or the daemon runs, 2 for invalid settings."""
     handlers = [JournalHandler("volant-guests")] if is_journal(sys.stderr.fileno(), os.environ) else None
     logging.basicConfig(level="INFO", format="%(levelname)-7s %(message)s", handlers=handlers)
     try:

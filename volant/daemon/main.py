@@ -14,23 +14,24 @@ from volant.host import Host
 
 from . import _dump
 from ._check import check
-from ._daemon import DaemonError, run
+from ._command_line import parse_command
 from ._descriptors import ADVICE, most_vms, raise_limit, shortage, suffices
 from ._journald import JournalHandler, is_journal
 from ._offline import restore
-from ._settings import SettingsError, parse_command, resolve
-from ._sockets import ListenError, handed_in
+from ._run import DaemonError, run
+from ._settings import SettingsError, resolve
+from ._sockets import ListenError, inherited_sockets
 from ._systemd import Notifier
 
 
 def main() -> None:
-    """Run the daemon until a signal ends it; exit code 0 then, 1 when it can't run, 2 for settings that don't fit."""
+    """Runs the daemon or a sub-command. Exits with 0 after a signal, 1 when it can't run, 2 for invalid settings."""
     _dump.before()
     try:
         notifier = Notifier.from_environment(os.environ)
-        sockets = handed_in(os.environ)
+        sockets = inherited_sockets(os.environ)
         environ = dict(os.environ)
-        # No process that we start may inherit it.
+        # Child processes must not inherit the key.
         os.environ.pop("VOLANT_API_KEY", None)
         command = parse_command(sys.argv[1:])
         again = partial(resolve, command.flags, environ)
@@ -42,12 +43,12 @@ def main() -> None:
     if is_journal(sys.stderr.fileno(), environ):
         logging.basicConfig(level=settings.log_level.upper(), handlers=[JournalHandler("volantd")])
     else:
-        # Where lines have no fields, `volar events` is the better place for them.
+        # Without the journal's fields, events are better read with `volar events`.
         logging.getLogger("volant.event").setLevel(logging.WARNING)
         _log_to_stderr(settings.log_level.upper())
-    # Each request logs a line, so what a line costs counts: half of it is for what ours do not say.
+    # Each request logs a line, and collecting these unused facts is half of its cost.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    # It logs every header at this level.
+    # At level debug it logs every header.
     logging.getLogger("hpack").setLevel(logging.WARNING)
     for warning in warnings:
         logging.getLogger("volant.daemon").warning("%s", warning)
@@ -64,7 +65,7 @@ def main() -> None:
             logging.getLogger("volant.daemon").warning(
                 "the daemon may open %d files and sockets: %s; %s", limit, shortage(limit, vms), ADVICE
             )
-        trio.run(partial(run, settings, again, handed_in=sockets, notifier=notifier))
+        trio.run(partial(run, settings, again, inherited=sockets, notifier=notifier))
     except SettingsError as error:
         sys.exit(_complain(str(error), 2))
     except DaemonError as error:
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 class _Formatter(logging.Formatter):
-    """Writes the time of a line; what of it changes once a second is made once a second."""
+    """Formats times, and caches the part that changes once a second."""
 
     _second = -1
     _text = ""
@@ -88,7 +89,7 @@ class _Formatter(logging.Formatter):
 
 
 def _log_to_stderr(level: str) -> None:
-    """Lines for people."""
+    """Logs lines for people."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])

@@ -1,8 +1,8 @@
-"""From a spec to a process with a control socket, and how it ends."""
+"""Starts hypervisor processes from specs, controls them and reports how they end."""
 
 from ._interface import (
-    NOT_YET_RUN,
-    STANDS_STILL,
+    NOT_STARTED,
+    PAUSED,
     AcceleratorChoice,
     AcceleratorName,
     Checkpoint,
@@ -10,7 +10,6 @@ from ._interface import (
     CheckpointFailed,
     Disk,
     End,
-    FoundMachine,
     HoldChannel,
     Hypervisor,
     HypervisorError,
@@ -20,12 +19,13 @@ from ._interface import (
     MachineKind,
     MachineSpec,
     Nic,
+    ParsedMachine,
     Template,
 )
 
 __all__ = [
-    "NOT_YET_RUN",
-    "STANDS_STILL",
+    "NOT_STARTED",
+    "PAUSED",
     "AcceleratorChoice",
     "AcceleratorName",
     "Checkpoint",
@@ -33,7 +33,6 @@ __all__ = [
     "CheckpointFailed",
     "Disk",
     "End",
-    "FoundMachine",
     "HoldChannel",
     "Hypervisor",
     "HypervisorError",
@@ -43,5 +42,6 @@ __all__ = [
     "MachineKind",
     "MachineSpec",
     "Nic",
+    "ParsedMachine",
     "Template",
 ]

@@ -1,4 +1,4 @@
-"""What a hypervisor is to the rest of the daemon."""
+"""The interface between hypervisors and the rest of the daemon."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import msgspec
 from volant.model import EndKind, ProcessIdentity
 
 AcceleratorName = Literal["kvm", "tcg"]
-STANDS_STILL = frozenset({"paused", "postmigrate", "finish-migrate"})
-"""What `Machine.status` says of a guest that was stopped, and can go on. The last one can't yet: it is being saved."""
-NOT_YET_RUN = frozenset({"inmigrate", "prelaunch"})
-"""What `Machine.status` says of a machine whose launch is not over: it waits for a state or loads one, or has nothing
-left to wait for but `cont`."""
+PAUSED = frozenset({"paused", "postmigrate", "finish-migrate"})
+"""Values of `Machine.status` for a paused guest. In `finish-migrate` it is being saved and can't be resumed yet."""
+NOT_STARTED = frozenset({"inmigrate", "prelaunch"})
+"""Values of `Machine.status` for a machine whose launch is not complete: it waits for a state, loads one, or waits for
+`cont`."""
 LaunchCode = Literal[
     "qemu_missing",
     "memory_refused",
@@ -32,15 +32,15 @@ CheckpointCode = Literal["no_space", "not_permitted", "io_error", "refused", "to
 
 
 class HypervisorError(Exception):
-    """The hypervisor does not do what it is told, or cannot be told. The text is for people."""
+    """The hypervisor refuses a command or can't be reached. The text is for people."""
 
 
 class LaunchFailed(HypervisorError):
-    """No machine came to be; nothing of the attempt runs any more.
+    """The launch failed, and its process has ended.
 
-    `code`: `qemu_missing` (not installed, or not to be executed), `memory_refused`, `kvm_unavailable`, `bad_image`
-    (kernel or initramfs missing or not to be loaded), `bad_disk` (likewise the disk), `template_refused` (likewise the
-    template that it was to go on from), `exited` (for another reason, see the text), `no_answer` (it hung).
+    `code`: `qemu_missing` (not installed or not executable), `memory_refused`, `kvm_unavailable`, `bad_image` (kernel
+    or initramfs missing or refused), `bad_disk`, `template_refused`, `exited` (for another reason, see the text),
+    `no_answer` (QEMU hung).
     """
 
     def __init__(self, code: LaunchCode, message: str) -> None:
@@ -50,12 +50,12 @@ class LaunchFailed(HypervisorError):
 
 
 class CheckpointFailed(HypervisorError):
-    """There is no checkpoint. The guest goes on as if nothing had been asked, unless `code` is `guest_stopped`.
+    """There is no checkpoint. The guest runs on, unless `code` is `guest_stopped`.
 
     `code`: `no_space` (where the copy goes is full), `not_permitted` (the system keeps the daemon from reading the
     memory of the hypervisor's process), `io_error`, `refused` (the hypervisor can't save the devices, or is gone),
-    `too_slow`, `guest_stopped` (it could not be let go on yet; that is tried again for as long as the machine is
-    attached, and by who attaches next).
+    `too_slow`, `guest_stopped` (the guest could not be resumed yet; this is retried while the machine is attached, and
+    by the next attachment).
     """
 
     def __init__(self, code: CheckpointCode, message: str) -> None:
@@ -65,122 +65,121 @@ class CheckpointFailed(HypervisorError):
 
 
 class Disk(msgspec.Struct, frozen=True):
-    """A guest's disk: a copy-on-write layer over an image that is never written to."""
+    """A guest's disk: a copy-on-write layer over a read-only image."""
 
     base: Path
-    """Raw."""
+    """A raw image."""
     layer: Path
-    """As `Hypervisor.make_layer` made it."""
+    """Created by `Hypervisor.make_layer`."""
     size_mb: int | None = None
-    """How large it is when it is made, the image at least; None: as large as that. It never takes more of the host."""
+    """The disk's size, at least the image's; None for the image's. The layer never needs more space on the host."""
 
 
 class Nic(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest's network interface, and what is behind it: a tap, a socket, or nothing at all."""
+    """A guest's network interface and its backend: a tap, a socket or nothing."""
 
     mac: str
-    """As the NIC has it. The guest of a copy keeps its original's until it is told who it is."""
+    """The NIC's MAC. The guest of a copy uses its original's until it receives its identity."""
     tap: str | None = None
-    """A network interface of the host's that is there already, and that the hypervisor's user may open."""
+    """An existing tap of the host, which the daemon opens."""
     socket: Path | None = None
-    """A Unix socket at which a process listens that speaks for the guest on the host's network (passt). The daemon
-    connects to it; the hypervisor's process does not, and its command line does not name it."""
+    """A Unix socket at which passt listens. The daemon connects to it; the hypervisor's process does not, and its
+    command line does not name it."""
     address: str = ""
-    """What the guest takes in its boot, with the prefix: `192.168.127.2/24`. Empty, as in a template: none, and the
-    NIC stays silent. A copy is told by its agent."""
+    """The guest's address at boot with its prefix length: `192.168.127.2/24`. Empty in a template, whose NIC sends
+    nothing. A copy gets its address from its agent."""
     gateway: str = ""
-    """With an address."""
+    """Set if there is an address."""
     nameservers: tuple[str, ...] = ()
-    """With an address, whom the guest asks for names. Empty: its files are left as they are."""
+    """DNS servers, if there is an address. Empty: the guest's resolv.conf stays as it is."""
 
 
 class Template(msgspec.Struct, frozen=True):
-    """Where a machine goes on from, instead of booting: what `Machine.save` or `Machine.checkpoint` left of one with
-    the same spec."""
+    """The state that a machine starts from instead of booting: written by `Machine.save` or `Machine.checkpoint` of a
+    machine with the same spec."""
 
     memory: Path
-    """The guest's memory. Mapped privately: never written to, and shared by all that go on from it."""
+    """The guest's memory. All clones map it privately; it is never written."""
     state: Path
     """The devices' state."""
 
 
 class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
-    """What a machine is of, beside its spec, as far as it matters to where a copy of it goes on."""
+    """Describes what a machine's state depends on besides its spec; see `Hypervisor.incompatibility`."""
 
     version: str
-    """The hypervisor's, whose process it is."""
+    """The hypervisor's version."""
     accelerator: AcceleratorName
     machine: str
     """The hypervisor's name for the kind of machine."""
     devices: int
-    """The form that its devices and their order have."""
+    """The format of its devices and their order."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """A copy of a machine at one instant, in the directory that `Machine.checkpoint` was given."""
 
     template: Template
-    """Its files `memory`, mode 0600, in which what no guest has ever written is a hole, and `state`."""
+    """The files `memory`, mode 0600, with holes for pages that were never written, and `state`."""
     layer: Path | None
-    """`root.qcow2`: a layer over the same image, for `Hypervisor.make_layer(like=…)`. None: the machine has no disk."""
+    """`root.qcow2`: a layer over the same image, for `Hypervisor.make_layer(like=…)`. None without a disk."""
     kind: MachineKind
     paused_s: float
-    """How long the guest stood still; 0 where it did already."""
+    """How long the guest was paused for it; 0 if it was paused already."""
     memory_bytes: int
-    """Room that the memory takes, holes not counted."""
+    """Disk space of `memory`, without holes."""
     state_bytes: int
     layer_bytes: int
 
 
 HoldChannel = Callable[[], AbstractAsyncContextManager[Callable[[], tuple[int, int]]]]
-"""Makes the block in which nobody reads or writes at the host's end of the agent's port, or connects or leaves there;
-what it gives tells how many bytes the hypervisor has not read yet, and how many nobody has read that it has sent (see
-`Channel.hold`)."""
+"""Returns a block in which nothing happens at the host's end of the agent's port: no I/O, no connection, no disconnect.
+The block yields a function that returns how many bytes the hypervisor has not read, and how many of its bytes are
+unread (see `Channel.hold`)."""
 
 
 class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One boot of a machine. Whoever adopts it gives the same one as who launched it."""
+    """Describes one boot of a machine. Adopting a machine needs the same spec as launching it."""
 
     vm_id: int
     name: str
-    """The guest's host name. Empty: it is told later, as nothing of a template may name a VM."""
+    """The guest's host name. Empty for templates; their clones receive it later."""
     cpu_cores: int
     memory_mb: int
     kernel: Path
     initramfs: Path
     cmdline: str
     directory: Path
-    """Its sockets and its console. Made here, mode 0700."""
+    """The directory of its sockets and its console, mode 0700. `launch` creates it."""
     memory_file: Path
-    """The guest's memory, on a file system in RAM, in a directory of mode 0700. With `template` there is none."""
+    """The guest's memory, on a file system in RAM, in a directory of mode 0700. Unused with `template`."""
     tag: str
-    """What its process is known by; no secret."""
+    """The process tag on its command line. It is not secret."""
     accelerator: AcceleratorName
     root: Disk | None = None
-    """The disk with the guest's root filesystem."""
+    """The disk with the guest's root file system."""
     template: Template | None = None
-    """Go on from there; the guest then is whatever that was, its host name among it."""
-    waits: bool = False
-    """With `template`: stop before the guest's first instruction, until `Hypervisor.go_on`."""
+    """The state to start from. It determines the guest, its host name included."""
+    start_paused: bool = False
+    """With `template`: stop before the guest's first instruction, until `Hypervisor.resume_warm`."""
     in_background: bool = False
-    """Whether everything else on the host comes first."""
+    """Whether it runs with a lower CPU priority."""
     balloon: bool = False
-    """Whether it has the device by which the memory file shrinks as the guest frees memory. With `template` it is what
-    that machine had, and nothing comes back."""
+    """Whether it has the device that shrinks the memory file when the guest frees memory. With `template` it must equal
+    the template's, and has no effect."""
     nic: Nic | None = None
-    """With `template` there is one exactly if that machine had one; what is behind it may be another thing."""
+    """With `template`, set exactly if the template has one; the backend may differ."""
     vsock_cid: int | None = None
-    """The guest's vsock address, where the host has vhost-vsock: then the agent is reached by it instead of the
-    serial port."""
+    """The guest's vsock address, if the agent is reached by vhost-vsock instead of the serial port."""
 
     @property
     def console_path(self) -> Path:
-        """What the serial console has said, appended by the hypervisor."""
+        """The output of the serial console, which the hypervisor appends."""
         return self.directory / "console.log"
 
     @property
     def console_input_path(self) -> Path:
-        """A named pipe: what is written to it is typed on the serial console."""
+        """A named pipe for input to the serial console."""
         return self.directory / "console.in"
 
     @property
@@ -200,20 +199,21 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def sandbox_path(self) -> Path:
-        """What stands between its process and the host, as JSON, where the kernel does not say it."""
+        """A JSON record of the sandbox, of what the kernel does not show. The name is older than the word sandbox, and
+        running VMs have it."""
         return self.directory / "walls.json"
 
     @property
     def log_path(self) -> Path:
-        """What the hypervisor itself has to say."""
+        """The hypervisor's own output."""
         return self.directory / "qemu.log"
 
 
-class FoundMachine(msgspec.Struct, frozen=True, kw_only=True):
-    """What the command line of a running hypervisor tells of its machine."""
+class ParsedMachine(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds what a running hypervisor's command line says about its machine."""
 
     name: str
-    """As its guest was told. Empty: not on its command line."""
+    """The guest's host name. Empty if it is not on the command line."""
     cpu_cores: int
     memory_mb: int
     accelerator: AcceleratorName
@@ -222,84 +222,87 @@ class FoundMachine(msgspec.Struct, frozen=True, kw_only=True):
     cmdline: str
     """As `MachineSpec.cmdline`."""
     memory_file: Path | None
-    """None: it goes on from a template."""
+    """None for a clone."""
     root: Disk | None = None
     template: Path | None = None
-    """The directory of that."""
+    """The directory of the template."""
     balloon: bool = False
     nic: Nic | None = None
 
 
 class AcceleratorChoice(msgspec.Struct, frozen=True):
-    """How guests run on this host, and why so."""
+    """How guests run on this host, and why."""
 
     accelerator: AcceleratorName
     reason: str
     """For people."""
     version: str | None
-    """The hypervisor's; None: there is none."""
+    """The hypervisor's version; None if it is not installed."""
 
 
 class End(msgspec.Struct, frozen=True):
-    """How a guest, or its hypervisor under it, ended."""
+    """How a guest or its hypervisor ended."""
 
     kind: EndKind
     message: str
     """For people."""
     exit_status: int | None = None
-    """Of the process, when it has ended and was our child: 0 to 255, or minus the signal number."""
+    """The process's exit status, 0 to 255, or minus the signal number. None if it runs or is not a child."""
 
 
 class Machine(Protocol):
-    """A machine under watch."""
+    """A machine that the daemon is attached to."""
 
     @property
     def identity(self) -> ProcessIdentity: ...
 
     async def ended(self) -> End:
-        """Wait for the end of the guest or of its process, whichever is first; at once when it has been. The process of
-        a guest that has ended stays until `quit` or `kill`.
+        """Waits for the end of the guest or its process. When the guest ends first, its process stays until `quit` or
+        `kill`.
 
-        Raises HypervisorError when the process lives but cannot be talked to any more.
+        Raises HypervisorError when the process lives but can't be controlled any more.
         """
 
     async def status(self) -> str:
-        """QEMU's word for what it does: `running`, `paused`, `shutdown`, … Raises HypervisorError."""
+        """Returns QEMU's status: `running`, `paused`, `shutdown`, … Raises HypervisorError."""
 
     async def powerdown(self) -> None:
-        """Press the power button; the guest may ignore it. Raises HypervisorError."""
+        """Presses the power button, which the guest may ignore. Raises HypervisorError."""
 
     async def pause(self, timeout_s: float = 30.0) -> None:
-        """Let the guest stand still until `resume`; one that does already is left so. Its memory and its devices stay,
-        and whoever is connected to them. Raises HypervisorError, also where the guest has ended."""
+        """Pauses the guest until `resume`. Its memory, devices and connections stay. Does nothing if it is paused.
+
+        Raises HypervisorError, also when the guest has ended."""
 
     async def resume(self, timeout_s: float = 30.0) -> None:
-        """Let a guest that is paused go on, and finish a launch whose daemon was killed, however far it had come.
-        Another guest is left alone. Raises HypervisorError."""
+        """Resumes a paused guest, or completes a launch whose daemon was killed. Does nothing if the guest runs.
 
-    async def connect_network(self) -> bool:
-        """Connects to what is behind the network interface of the machine's spec, in place of an earlier connection,
-        and passes the connection to the hypervisor. Returns False where the hypervisor connects by itself instead, as
-        those that earlier versions of the daemon started. Raises HypervisorError."""
-
-    async def save(self, state: Path, timeout_s: float = 30.0) -> None:
-        """Stop the guest for good, bring what it has written to its disk there, and save the devices to a new file.
-        With the memory file that is a `Template`, once the process has ended. Nobody may be connected to the agent.
         Raises HypervisorError."""
 
-    async def checkpoint(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Checkpoint:
-        """Copy the machine as it is at one instant into an empty directory, best in RAM, and let its guest go on. One
-        that stands still is copied too, and still does afterwards. `hold` is entered for the time in which the guest
-        stands still and a little before. Whatever happens, also when this is cancelled, the guest goes on, and what
-        is in the directory then is the caller's to remove. One checkpoint of a machine at a time.
+    async def connect_network(self) -> bool:
+        """Connects to the NIC's backend, in place of an earlier connection, and passes the connection to the
+        hypervisor. Returns False if the hypervisor connects by itself, as under earlier versions of the daemon. Raises
+        HypervisorError."""
 
-        `timeout_s` is for all of it. Raises CheckpointFailed."""
+    async def save(self, state: Path, timeout_s: float = 30.0) -> None:
+        """Stops the guest for good, flushes its disk and saves its devices to a new file. Together with the memory file
+        that is a `Template`, after the process has ended. The agent's port must not be connected. Raises
+        HypervisorError."""
+
+    async def checkpoint(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Checkpoint:
+        """Copies the machine at one instant into an empty directory, best in RAM. A running guest is paused meanwhile,
+        and resumed even when this fails or is cancelled. Only one call at a time.
+
+        :param hold: entered while the guest is paused and a little before
+        :param timeout_s: limits the whole call
+        :raises CheckpointFailed: the caller removes what is in the directory.
+        """
 
     async def quit(self, timeout_s: float = 5.0) -> End:
-        """Ask the process to end, and kill it when it has not after `timeout_s`. Raises HypervisorError, as `kill`."""
+        """Asks the process to end, and kills it after `timeout_s`. Raises HypervisorError as `kill`."""
 
     async def kill(self, timeout_s: float = 10.0) -> End:
-        """Kill the process and wait until it is gone. Raises HypervisorError when it is not after `timeout_s`."""
+        """Kills the process and waits until it has ended. Raises HypervisorError when it has not after `timeout_s`."""
 
 
 class Hypervisor(Protocol):
@@ -309,49 +312,46 @@ class Hypervisor(Protocol):
     def name(self) -> str: ...
 
     async def choice(self) -> AcceleratorChoice:
-        """How guests would run. The first call may take seconds, as it tries; its outcome is kept. Never fails."""
+        """Returns how guests run. The first call may take seconds for a probe, whose result is kept. Never fails."""
 
     async def accelerator(self) -> AcceleratorName:
-        """What `choice` says of it."""
+        """Returns the accelerator of `choice`."""
 
     async def fingerprint(self) -> str:
-        """What a machine must have in common with a template that it goes on from, beside its spec: the hypervisor's
-        version, the kind of machine, the order of its devices."""
+        """Returns what a template and its clones must have in common besides their specs: the hypervisor's version, the
+        machine type and the order of devices."""
 
     def user_of(self, tag: str, vm_id: int) -> int | None:
-        """The user that the process of a VM runs as, if this daemon starts it for that; None: its own. `tag` is one of
-        this daemon's."""
+        """Returns the user for a VM's process, None for the daemon's own. `tag` is any of this daemon's."""
 
-    async def misfit(self, kind: MachineKind) -> str | None:
-        """Why a machine that was copied as `kind` can't go on here, for people; None: it can, also under a later
-        version than it was copied under. A template is made anew instead; see `fingerprint`."""
+    async def incompatibility(self, kind: MachineKind) -> str | None:
+        """Returns why a checkpoint of this kind can't run here, for people, or None. Later versions of the hypervisor
+        may be compatible. Templates need an equal `fingerprint` instead."""
 
     async def make_layer(self, disk: Disk, like: Path | None = None) -> None:
-        """Make the layer of a disk, empty or `like` another one over the same base; all or nothing, also over a power
-        cut. Its directory must be there. What a call that was cancelled or killed has left is replaced, or goes with
-        the directory.
+        """Creates the layer of a disk, empty or as a copy of `like`, atomically even if the host loses power. Its
+        directory must exist. Replaces what an interrupted call left behind.
 
         Raises LaunchFailed: `qemu_missing`, `bad_disk`.
         """
 
     async def launch(self, spec: MachineSpec) -> ProcessIdentity:
-        """Start a machine. When this returns, its guest runs. Cancelled half-way, it may leave a process with the
-        spec's tag, and files in its directory.
+        """Starts a machine and returns when its guest runs. If cancelled, it may leave a process with the spec's tag
+        and files in its directory.
 
         Raises LaunchFailed.
         """
 
-    async def go_on(self, spec: MachineSpec) -> None:
-        """Let the guest of a machine run that waits; one that runs does so already. Its directory may have another name
-        than when it was launched, and its NIC has what is behind it only now. Nobody may be attached. Raises
-        HypervisorError; the guest may run all the same."""
+    async def resume_warm(self, spec: MachineSpec) -> None:
+        """Connects the NIC of a machine that was launched with `start_paused` and resumes its guest. Its directory may
+        have been renamed. Nobody may be attached. Raises HypervisorError; the guest may run all the same."""
 
-    def recognise(self, command_line: Sequence[str]) -> FoundMachine | None:
-        """The machine of a command line that `launch` once made; None where it is another one."""
+    def parse_command_line(self, command_line: Sequence[str]) -> ParsedMachine | None:
+        """Returns the machine of a command line that `launch` built, or None for others."""
 
     def attach(self, spec: MachineSpec, identity: ProcessIdentity) -> AbstractAsyncContextManager[Machine]:
-        """Watch and control a machine, just launched or adopted. A process that is gone already gives a machine that
-        has ended. Leaving the block does nothing to the machine.
+        """Attaches to a launched or adopted machine for the length of the block, which does not end the machine. A
+        process that is gone gives a machine that has ended.
 
         Raises HypervisorError when the process lives but does not answer.
         """

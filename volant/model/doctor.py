@@ -1,4 +1,4 @@
-"""What is found of a host on which VMs are to run: `volantd check` says it, `volar setup --check` shows it."""
+"""The report of `volantd check`, which `volar setup --check` shows: whether VMs can run on a host."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from typing import Literal
 import msgspec
 
 Level = Literal["ok", "less", "fails"]
-"""`ok`: as it should be. `less`: VMs run, and something is slower, or left out. `fails`: without it none runs."""
+"""`ok`: nothing to do. `less`: VMs run, but slower or without a feature. `fails`: no VM runs."""
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     check: str
     level: Level
     found: str
     means: str = ""
-    """What comes of it, where it is not `ok`."""
+    """The consequence, if it is not `ok`."""
     advice: str = ""
-    """What to do, where something can be done."""
+    """What to do, if anything."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """All that was looked at."""
+    """The results of all checks."""
 
     user: str
-    """As whom: others may be allowed other things."""
+    """The user that ran the checks, as other users may have other rights."""
     findings: list[Finding]
 
     @property
     def failed(self) -> list[str]:
-        """The names of what fails."""
+        """The names of the checks with the level `fails`."""
         return [finding.check for finding in self.findings if finding.level == "fails"]
 
     @property
     def lesser(self) -> list[str]:
-        """The names of what is less than it could be."""
+        """The names of the checks with the level `less`."""
         return [finding.check for finding in self.findings if finding.level == "less"]

@@ -114,8 +114,8 @@ class Networks:
         links = await self._backend.links()
         steps = steps_to(plan, links)
         check_subnets(plan, await self._backend.routes(), links)
-        await self._change(rules_of(plan))
-        failures = await self._do(plan, steps)
+        await self._load_rules(rules_of(plan))
+        failures = await self._run_steps(plan, steps)
         self._gateways = plan.gateways
         wanted = {tap.name for tap in plan.taps}
         self._left_in_use = tuple(
@@ -151,8 +151,8 @@ class Networks:
         settings = plan.settings
         taps = [tap for tap in plan.taps if tap.vm_id in vm_ids or tap.vm_id in self._without_tap]
         detached = {tap_of(settings.instance, vm_id): vm_id for vm_id in set(vm_ids) - {tap.vm_id for tap in taps}}
-        await self._change(rules_of(plan))
-        return await self._do(
+        await self._load_rules(rules_of(plan))
+        return await self._run_steps(
             plan,
             [
                 *(make_tap(plan, tap) for tap in taps),
@@ -214,8 +214,7 @@ class Networks:
         either."""
         return any(may_be_ours(self._settings, name) for name in await self._backend.names())
 
-    async def _change(self, rules: Rules) -> None:
-        """Loads a ruleset."""
+    async def _load_rules(self, rules: Rules) -> None:
         before, self._loaded = self._loaded, None
         text = ruleset_changes(before, rules)
         if text:
@@ -229,7 +228,7 @@ class Networks:
                 await self._backend.load(full_ruleset(rules))
         self._loaded = rules
 
-    async def _do(
+    async def _run_steps(
         self, plan: NetworkPlan, steps: list[Step], detached: Mapping[str, int] | None = None
     ) -> dict[int, NetworkFailed]:
         """Runs steps, among them those for every VM without its tap. Returns the failures by VM.

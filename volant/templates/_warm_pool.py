@@ -205,7 +205,7 @@ class WarmPool:
                 await host.files.write(directory / _CLAIM, msgspec.json.encode(claim, enc_hook=str))
                 await host.files.mkdir(spec.directory.parent)
                 await host.files.move_directory(directory, spec.directory)
-            await self.doors.hypervisor.go_on(spec)
+            await self.doors.hypervisor.resume_warm(spec)
         except (OSError, HypervisorError) as error:
             _logger.warning("%s can't be taken over, an ordinary clone follows: %s", spec.tag, error)
             self.figures.failed_claims += 1
@@ -358,7 +358,7 @@ class WarmPool:
             root=root,
             template=template_at(doors.store.directory, template_spec.digest),
             nic=unconnected_nic(key),
-            waits=True,
+            start_paused=True,
         )
 
     @property

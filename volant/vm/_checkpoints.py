@@ -81,7 +81,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int = 1
     kind: MachineKind
-    """What it is of; see `Hypervisor.misfit`."""
+    """What it is of; see `Hypervisor.incompatibility`."""
     state_sha256: str
     fingerprints: dict[str, str]
     """By the names of the files: as they were when all of it was there."""
@@ -359,9 +359,9 @@ class Checkpoints:
                     raise CheckpointLost("capture_damaged", f"{what} is damaged: its {STATE} has other bytes")
         except (OSError, msgspec.DecodeError) as error:
             raise CheckpointLost("capture_damaged", f"{what} is damaged: {error}") from error
-        misfit = await self._hypervisor.misfit(record.kind)
-        if misfit is not None:
-            raise CheckpointLost("capture_unfit", f"{what} can't go on here: {misfit}")
+        incompatibility = await self._hypervisor.incompatibility(record.kind)
+        if incompatibility is not None:
+            raise CheckpointLost("capture_unfit", f"{what} can't go on here: {incompatibility}")
         self._known[directory] = record
         return ReadyCheckpoint(directory / LAYER if LAYER in record.fingerprints else None, record.paused_ms)
 

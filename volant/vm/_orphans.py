@@ -21,7 +21,7 @@ import trio
 
 from volant import images
 from volant.host import ProcessGone, inside
-from volant.hypervisor import FoundMachine, HypervisorError
+from volant.hypervisor import HypervisorError, ParsedMachine
 from volant.model import (
     BASE,
     NONE,
@@ -52,7 +52,7 @@ class Orphan:
     identity: ProcessIdentity
     vm_id: int
     boot: int
-    machine: FoundMachine | None
+    machine: ParsedMachine | None
     obstacle: str | None
     """Why it can't be adopted."""
 
@@ -79,7 +79,7 @@ async def find_orphans(doors: VmDoors) -> list[Orphan]:
         if any(row.tag == identity.tag for row in doors.store.projection.rows()):
             continue
         try:
-            machine = doors.hypervisor.recognise(doors.host.proc.command_line(identity))
+            machine = doors.hypervisor.parse_command_line(doors.host.proc.command_line(identity))
         except ProcessGone:
             # Of a VM that was just stopped.
             continue
@@ -93,14 +93,14 @@ async def find_orphans(doors: VmDoors) -> list[Orphan]:
     return sorted(found, key=lambda orphan: (orphan.vm_id, orphan.boot))
 
 
-def _claimed(settings: VmSettings, machine: FoundMachine, claim: Claim) -> FoundMachine:
+def _claimed(settings: VmSettings, machine: ParsedMachine, claim: Claim) -> ParsedMachine:
     root = machine.root
     if root is not None:
         root = msgspec.structs.replace(root, layer=inside(settings.disk_dir, claim.layer) / root.layer.name)
     return msgspec.structs.replace(machine, name=claim.name, root=root, nic=claim.nic)
 
 
-def _obstacle(doors: VmDoors, vm_id: int, machine: FoundMachine | None) -> str | None:
+def _obstacle(doors: VmDoors, vm_id: int, machine: ParsedMachine | None) -> str | None:
     row = doors.store.projection.by_id(vm_id)
     if row is not None:
         return f"VM {row.name!r} has its id, and another process or none"
@@ -160,7 +160,7 @@ async def steps_to_adopt(doors: VmDoors, tag: str, name: str | None) -> tuple[St
     return Step(pending, said), Step(starting, said), Step(row, "it runs already")
 
 
-def _row(settings: VmSettings, orphan: Orphan, machine: FoundMachine, name: str, now: datetime) -> VmRow:
+def _row(settings: VmSettings, orphan: Orphan, machine: ParsedMachine, name: str, now: datetime) -> VmRow:
     image = images.load(settings.cache_dir, machine.kernel.parent.name)
     ours = image is not None and image.kernel == machine.kernel
     parameters = " ".join(image.kernel_parameters) if image is not None and ours else ""

@@ -31,8 +31,8 @@ from volant.channel import (
 )
 from volant.host import Host, ProcessGone, ResourceLimits
 from volant.hypervisor import (
-    NOT_YET_RUN,
-    STANDS_STILL,
+    NOT_STARTED,
+    PAUSED,
     Checkpoint,
     CheckpointFailed,
     Hypervisor,
@@ -627,7 +627,7 @@ class LiveProcess:
                 status = await machine.status()
                 if self.stands_still and status == "running":
                     await machine.pause()
-                elif not self.stands_still and status in STANDS_STILL | NOT_YET_RUN:
+                elif not self.stands_still and status in PAUSED | NOT_STARTED:
                     was_left = True
                     await machine.resume()
                 break

@@ -1,23 +1,23 @@
-"""The command line: a pure function of the spec.
+"""Builds QEMU's command line from a spec, as a pure function.
 
-Every machine is built so that it can be a template or go on from one: its memory is a file, everything has an id, the
-machine type is a versioned one (microvm has no versions), and the set of devices does not depend on what a VM happens
-to use, but for the disk, which a VM has if its plugin has a root filesystem, the balloon and the NIC. Sockets,
-console and log are named relative to the machine's directory, which is QEMU's working directory, so that a long path to
-the state never meets the limit of 108 bytes for a socket's name.
+Every machine can become a template or a clone of one: its memory is a file, everything has an id, and the machine type
+is versioned (microvm has no versions). Devices do not depend on what a VM uses, except for three: the disk, which a VM
+has if its plugin has a root filesystem, the balloon and the NIC. Paths of sockets, console and log are relative to the
+machine's directory, which is QEMU's working directory, as a socket's path has at most 108 bytes.
 
 - `-action …=pause` and pvpanic: QEMU exits with 0 after poweroff, panic and reboot alike, and an adopted process has no
-  exit status. So it stays until somebody has read how its guest ended.
-- The console is a file that QEMU appends to, whoever reads it: a socket loses lines while its reader is being
-  replaced, and stops the guest while its reader sleeps. Input is a named pipe. A pipe ends for its reader with its last
-  writer, for ever as far as QEMU is concerned; so a second chardev, connected to nothing, keeps it open for writing. It
-  comes first, as opening a pipe to read waits for a writer.
-- A machine that goes on from a template maps the template's memory privately. `readonly` and `rom=off` open the file
-  for reading alone: with less, discarding a page would punch a hole into the file, for all that share it.
-- A balloon, for what its free page reporting does alone: pages that the guest frees are punched out of the memory file.
-  Whatever maps a file together with others must not do that, so what becomes a template has none, and a copy of a
-  machine that has one relies on the file being open for reading only.
-- No `graphics=off`: it makes the firmware write to the serial console, which is the guest's alone.
+  exit status. So QEMU stays until the daemon has read how its guest ended.
+- The console is a file that QEMU appends to: a socket would lose lines while its reader is replaced, and would stop the
+  guest while its reader sleeps. Input is a named pipe. QEMU would close the pipe with its last writer, so a second
+  chardev, connected to nothing, keeps it open for writing. It comes first, as opening a pipe for reading waits for a
+  writer.
+- A clone maps the template's memory privately. `readonly` and `rom=off` open the file read-only: otherwise discarding a
+  page would punch a hole into the file, for all clones.
+- The balloon is only for its free page reporting: pages that the guest frees are punched out of the memory file. That
+  must
+  not happen to a shared file, so a machine that becomes a template has no balloon, and a copy of a machine with one
+  relies on the read-only file.
+- No `graphics=off`: it makes the firmware write to the serial console, which is only for the guest.
 - The tag is the guest's `-name`: that is seen on the command line and by QMP, and not by the guest.
 """
 
@@ -37,18 +37,18 @@ ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny"
 
 FORMAT = 2
-"""Raised with each change here that gives a guest other devices or another order of them: templates that were made
-before don't fit then."""
+"""Raise it with each change that gives a guest other devices or another order of them: earlier templates don't fit
+then."""
 
 CMDLINE = "console=ttyS0 quiet panic=-1"
-"""The daemon's own part of the kernel's command line. pvpanic stops the machine before `panic=-1` reboots it; where a
-kernel panics before it has pvpanic, the reboot is seen instead of a guest that hangs."""
+"""The daemon's part of the kernel's command line. pvpanic stops the machine before `panic=-1` reboots it. A kernel that
+panics before its pvpanic driver is loaded reboots, instead of hanging."""
 
 HOSTNAME_PARAMETER = "volant.hostname"
-"""The kernel's parameter by which PID 1 is told the guest's name."""
+"""The kernel parameter with the guest's host name, for PID 1."""
 
 TCG_CODE_MB = 128
-"""TCG's cache of translated code: host memory that a guest can fill, 1 GiB by default."""
+"""Limits TCG's cache of translated code, which a guest can fill. QEMU's default is 1 GiB."""
 
 
 def build_argv(
@@ -59,8 +59,11 @@ def build_argv(
     machine: str | None = None,
     tap: int = -1,
 ) -> list[str]:
-    """The command line that starts `spec` on QEMU `version`; `machine` is the type that what it goes on from says,
-    `tap` the descriptor of its tap that it inherits."""
+    """Returns the command line that starts `spec` on QEMU `version`.
+
+    :param machine: the machine type of the template or checkpoint that it starts from
+    :param tap: the inherited descriptor of its tap
+    """
     argv = [
         *(("nice", "-n", "10") if spec.in_background else ()),
         program,
@@ -110,11 +113,10 @@ def _memory(spec: MachineSpec) -> str:
 
 
 def _disk(disk: Disk, accelerator: AcceleratorName) -> list[str]:
-    """The whole graph of a disk, node by node.
+    """Returns the complete graph of block nodes.
 
-    What a layer says of its base is not heeded: the cache may have moved, and a guest that gets out of QEMU could have
-    written another path there. A full file system of the host is an I/O error in the guest, not a guest that stands
-    still without a word.
+    It overrides the base's path in the layer, as the cache may have moved, and a guest that controls QEMU could have
+    written another path. A full file system of the host is an I/O error in the guest, instead of pausing it silently.
     """
     return [
         *("-blockdev", f"file,node-name=root-base-file,filename={_quote(str(disk.base))},read-only=on"),
@@ -130,22 +132,22 @@ def _disk(disk: Disk, accelerator: AcceleratorName) -> list[str]:
 
 
 def _nic(spec: MachineSpec, nic: Nic, version: tuple[int, int], tap: int) -> list[str]:
-    """The NIC, after all that there may be without it, and what is behind it.
+    """Returns the NIC and its backend. They come last, so that they change no other device's place.
 
-    A tap is opened by the daemon, as QEMU's user has no right to, and is known by its name all the same. A socket is
-    connected to by the daemon, too, which plugs the connection into the hub once QEMU runs (`_netdev.py`).
+    The daemon opens the tap, as QEMU's user may not; the tap's name identifies it all the same. The daemon also
+    connects to passt's socket, and plugs the connection into the hub once QEMU runs (`_netdev.py`).
 
-    A copy may have something else behind it than its original, as long as that can do as much. A driver that has
-    negotiated nothing yet, as a template's, goes on with anything. What not every Linux can do for a tap is left off,
-    so that one that has goes on under another kernel of the host.
+    A copy may have another backend than its original if that has the same features. A driver that has negotiated
+    nothing yet, as in a template, works with any. Features that some kernels lack for taps are off, so that copies also
+    run under another kernel.
     """
     net = "net0"
     if nic.tap is not None:
         net, behind = nic.tap, f"tap,id={nic.tap},fd={tap},vhost=off"
     else:
         behind = "hubport,id=net0,hubid=0"
-    # A copy has an address of its own to tell of. And QEMU 10.0 crashes when a driver that knows of announcements
-    # resets the NIC of a machine that has gone on without any; Linux does when it powers off.
+    # A copy must not announce its original's address. And QEMU 10.0 crashes when a driver with the announce feature
+    # resets the NIC of a copy that made no announcement, as Linux does when it powers off.
     without = ["guest_announce=off", "guest_ufo=off", "host_ufo=off"]
     if version >= (8, 1):
         without += ["guest_uso4=off", "guest_uso6=off", "host_uso=off"]
@@ -156,29 +158,31 @@ def _nic(spec: MachineSpec, nic: Nic, version: tuple[int, int], tap: int) -> lis
 
 
 def machine_type(accelerator: AcceleratorName, version: tuple[int, int]) -> str:
-    """The type of a machine that boots."""
+    """Returns the type of new machines."""
     return "microvm" if accelerator == "kvm" else f"pc-q35-{version[0]}.{version[1]}"
 
 
 def machine_option(accelerator: AcceleratorName, version: tuple[int, int], machine: str | None = None) -> str:
-    """The machine, of another versioned type where one is given. KVM gets microvm; under TCG that hangs in early boot
-    beside other load, as it has no second timer to calibrate by. ACPI is what makes it power off and tell of a panic.
-    Its PCI is left off: with it, QEMU 10.0's hangs in early boot under TCG, where alone this machine can be tried
-    without KVM."""
+    """Returns the value of `-machine`. `machine`: a versioned type, if not that of new machines.
+
+    KVM uses microvm. Under TCG microvm hangs in early boot on a busy host, as it has no second timer for calibration.
+    It needs ACPI to power off and to report panics. Its PCI is off: with PCI, QEMU 10.0's microvm hangs in early boot
+    under TCG, which is the only way to test it without KVM.
+    """
     if accelerator == "kvm":
         return "microvm,acpi=on,rtc=on,isa-serial=on,usb=off"
     return f"{machine or machine_type(accelerator, version)},usb=off,vmport=off,smbus=off,i8042=off"
 
 
 def _device(kind: str, accelerator: AcceleratorName) -> str:
-    """The name of a device on the bus that the machine has."""
+    """Returns a device's name for the machine's bus."""
     if accelerator == "kvm":
         return kind if kind == "pvpanic" else f"{kind}-device"
     return f"{kind}-pci"
 
 
 def kernel_cmdline(spec: MachineSpec) -> str:
-    """The daemon's part, then the VM's own."""
+    """Returns the kernel's command line: the daemon's part, then the VM's."""
     root = f"{ROOT_PARAMETER}={ROOT_SERIAL}" if spec.root is not None else ""
     hostname = f"{HOSTNAME_PARAMETER}={spec.name}" if spec.name else ""
     nic = spec.nic
@@ -192,5 +196,5 @@ def kernel_cmdline(spec: MachineSpec) -> str:
 
 
 def _quote(value: str) -> str:
-    """QEMU splits options at commas; a doubled one stands for itself."""
+    """Escapes commas, at which QEMU splits options."""
     return value.replace(",", ",,")

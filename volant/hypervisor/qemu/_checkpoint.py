@@ -1,16 +1,14 @@
-"""A machine copied while it runs.
+"""Copies a machine while it runs.
 
-**The devices** are saved by a command that was made for Xen, `xen-save-devices-state`: two milliseconds, 120 kB, and a
-machine that goes on as one goes on that was just stopped. A migration, which templates are made by, was rejected: it
-counts the private memory of a machine that goes on from a template as the machine's own, and puts all of it in the
-stream (`x-ignore-shared` speaks of shared memory alone). What Xen's command leaves out are the sections in which a
-stream says what machine it is of and with which capabilities it was made, and describes itself. `migrate-incoming` asks
-for them, so they are put there (QEMU 10.0; needless once `x-ignore-shared` knows private mappings of files).
+**The devices** are saved with Xen's command `xen-save-devices-state`, which takes two milliseconds, writes 120 kB and
+leaves the machine as if it had only been paused. Templates use a migration, but for a clone that would write all of its
+private memory to the stream, as `x-ignore-shared` only skips shared memory. Xen's command omits the sections with the
+machine type, the capabilities and the description of the stream. `migrate-incoming` needs them, so this module adds
+them (for QEMU 10.0; unnecessary once `x-ignore-shared` skips private file mappings).
 
-**What had come before the stop** QEMU still handles after it: bytes of the agent's port that it reads into the guest's
-memory, or room in the port's socket, upon which it hands back buffers of the guest's that were waiting. Nobody reads or
-writes at the other end of the port meanwhile, so this comes to an end; and it has when some turns of QEMU's main loop,
-of which each command takes one, have moved nothing.
+**After the stop QEMU still handles earlier I/O** of the agent's port: bytes that it reads into the guest's memory, and
+buffers that it returns to the guest when the port's socket has space. Nobody reads or writes at the port's other end
+meanwhile, so this ends. It has ended when several iterations of QEMU's main loop, one for each command, moved nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ import trio
 
 from volant.host import Host, ProcessGone
 from volant.hypervisor._interface import (
-    STANDS_STILL,
+    PAUSED,
     Checkpoint,
     CheckpointCode,
     CheckpointFailed,
@@ -40,12 +38,12 @@ from volant.model import ProcessIdentity
 from ._argv import FORMAT
 from ._migration import CAPABILITY
 from ._qmp import QmpClient, QmpLost, QmpRefused
-from ._sandbox import place_to_save
+from ._sandbox import make_state_file
 
-GO_ON_S = 10.0
+RESUME_S = 10.0
 _SAVE_S = 30.0
-_TURNS = 3
-_TURNS_LIMIT = 1000
+_IDLE_ITERATIONS = 3
+_MAX_ITERATIONS = 1000
 _STATE_LIMIT = 16 * 1024 * 1024
 _HEAD = b"QEVM" + struct.pack(">I", 3)
 _CONFIGURATION = 0x07
@@ -56,7 +54,7 @@ _logger = logging.getLogger("volant.hypervisor")
 
 
 class Checkpointer:
-    """One, of a machine whose guest nobody else stops or lets go on meanwhile."""
+    """Makes one checkpoint. Nothing else may pause or resume the guest meanwhile."""
 
     def __init__(self, host: Host, spec: MachineSpec, identity: ProcessIdentity, qmp: QmpClient) -> None:
         self._host = host
@@ -65,7 +63,7 @@ class Checkpointer:
         self._qmp = qmp
         self._size = spec.memory_mb * 1024 * 1024
         self.stuck = False
-        """Whether the guest was left standing still although it ran before."""
+        """Whether the guest ran before and could not be resumed."""
 
     async def take(self, into: Path, hold: HoldChannel, timeout_s: float) -> Checkpoint:
         """See `Machine.checkpoint`. Raises CheckpointFailed."""
@@ -85,7 +83,7 @@ class Checkpointer:
             code = "no_space" if error.errno in _NO_ROOM else "io_error"
             why = f"the machine can't be copied to {into}: {error.strerror or error}"
         if self.stuck:
-            code, why = "guest_stopped", f"{why}; and the guest could not be let go on"
+            code, why = "guest_stopped", f"{why}; and the guest could not be resumed"
         raise CheckpointFailed(code, why)
 
     async def _take(self, into: Path, hold: HoldChannel) -> Checkpoint:
@@ -93,14 +91,14 @@ class Checkpointer:
         memory, state, layer = into / "memory", into / "state", into / "root.qcow2"
         kind = await self._kind()
         if spec.template is not None:
-            # It never changes, so the guest need not wait for it.
+            # The template's memory never changes, so it is copied before the guest is paused.
             await host.process_memory.copy_mapped_file(self._identity, self._size, memory)
-        saved = await place_to_save(host, spec, self._identity)
+        saved = await make_state_file(host, spec, self._identity)
         paused_s = 0.0
-        async with hold() as on_the_way:
+        async with hold() as unread:
             began = host.clock.monotonic()
-            async with self._standing_still() as stopped:
-                await self._settle(on_the_way)
+            async with self._paused() as was_running:
+                await self._settle(unread)
                 await self._save(saved)
                 if spec.template is not None:
                     await host.process_memory.copy_own_pages(self._identity, self._size, memory)
@@ -108,7 +106,7 @@ class Checkpointer:
                     await host.files.copy(spec.memory_file, memory)
                 if spec.root is not None:
                     await host.files.copy(spec.root.layer, layer)
-            if stopped:
+            if was_running:
                 paused_s = host.clock.monotonic() - began
         await host.files.write(state, complete(await host.files.read(saved, _STATE_LIMIT), kind.machine))
         await host.files.remove(saved)
@@ -123,13 +121,12 @@ class Checkpointer:
         )
 
     async def _kind(self) -> MachineKind:
-        """As the process says, which may be of an older QEMU than is installed now, and of an older machine than that
-        boots."""
+        """Returns the kind as QEMU reports it. The process may be older than the installed QEMU."""
         machine = await self._qmp.execute("qom-get", {"path": "/machine", "property": "type"})
         version = await self._qmp.execute("query-version")
         numbers = version.get("qemu") if isinstance(version, dict) else None
         if not isinstance(numbers, dict):
-            raise QmpRefused("QEMU does not say which version it is")
+            raise QmpRefused("QEMU does not report its version")
         return MachineKind(
             version=".".join(str(numbers.get(part)) for part in ("major", "minor", "micro")),
             accelerator=self._spec.accelerator,
@@ -138,15 +135,15 @@ class Checkpointer:
         )
 
     async def _save(self, state: Path) -> None:
-        """The devices; the disk has what the guest has written to it since the stop."""
+        """Saves the devices. The disk was flushed by the stop."""
         arguments = {"filename": str(state), "live": False}
         await self._qmp.execute("xen-save-devices-state", arguments, timeout_s=_SAVE_S)
 
     @asynccontextmanager
-    async def _standing_still(self) -> AsyncIterator[bool]:
-        """A block in which the guest stands still; whether it went before, and does so again afterwards."""
+    async def _paused(self) -> AsyncIterator[bool]:
+        """Pauses the guest for the length of the block. Yields whether it was running; then it is resumed."""
         status = await self._status()
-        if status in STANDS_STILL:
+        if status in PAUSED:
             yield False
             return
         if status != "running":
@@ -155,33 +152,33 @@ class Checkpointer:
             await self._qmp.execute("stop", timeout_s=_SAVE_S)
             yield True
         finally:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + GO_ON_S):
-                await self._go_on()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + RESUME_S):
+                await self._resume()
         if self.stuck:
             raise QmpRefused("the machine was copied")
 
-    async def _go_on(self) -> None:
+    async def _resume(self) -> None:
         self.stuck = True
         try:
-            if await self._status() in STANDS_STILL:
-                await self._qmp.execute("cont", timeout_s=GO_ON_S)
+            if await self._status() in PAUSED:
+                await self._qmp.execute("cont", timeout_s=RESUME_S)
             self.stuck = False
         except (QmpLost, QmpRefused) as error:
-            _logger.error("the guest of process %d was not let go on: %s", self._identity.pid, error)
+            _logger.error("the guest of process %d was not resumed: %s", self._identity.pid, error)
 
-    async def _settle(self, on_the_way: Callable[[], tuple[int, int]]) -> None:
-        """Return once nothing comes to the guest or from it any more."""
-        still, before = 0, on_the_way()
-        for _ in range(_TURNS_LIMIT):
+    async def _settle(self, unread: Callable[[], tuple[int, int]]) -> None:
+        """Returns when QEMU has handled all earlier I/O of the agent's port."""
+        unchanged, before = 0, unread()
+        for _ in range(_MAX_ITERATIONS):
             status = await self._status()
-            if status not in STANDS_STILL:
+            if status not in PAUSED:
                 raise QmpRefused(f"the guest can't be stopped: QEMU says that it is {status!r}")
-            after = on_the_way()
-            still = still + 1 if after == before else 0
-            if still == _TURNS:
+            after = unread()
+            unchanged = unchanged + 1 if after == before else 0
+            if unchanged == _IDLE_ITERATIONS:
                 return
             before = after
-        raise QmpRefused("the machine can't be copied: the agent's port does not come to rest")
+        raise QmpRefused("the machine can't be copied: the agent's port does not become idle")
 
     async def _status(self) -> str:
         answer = await self._qmp.execute("query-status")
@@ -189,10 +186,10 @@ class Checkpointer:
 
 
 def complete(state: bytes, machine: str) -> bytes:
-    """Say in a stream of devices what it is of. Raises OSError when it is no such stream."""
+    """Adds the missing sections to a stream of devices. Raises OSError when it is not such a stream."""
     head, rest = state[: len(_HEAD)], state[len(_HEAD) :]
     if head != _HEAD:
-        raise OSError(errno.EINVAL, "QEMU has saved the devices in a form that is not known")
+        raise OSError(errno.EINVAL, "QEMU saved the devices in an unknown format")
     name, section = machine.encode(), b"configuration/capabilities"
     configuration = (
         *(bytes([_CONFIGURATION]), struct.pack(">I", len(name)), name),

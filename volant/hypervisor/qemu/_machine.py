@@ -1,14 +1,13 @@
-"""A QEMU process under watch: how it ended, and what it can be told.
+"""Controls a QEMU process and detects how its guest ends.
 
-Two things tell of an end and they overlap: QMP says what the guest did, the pidfd that the process is gone. A guest
-that shuts down, panics or reboots leaves QEMU paused, and `query-status` says so to whoever attaches later; so a watch
-that begins asks once, and from then on listens.
+QMP reports the end of the guest, the pidfd the end of the process. A guest that shuts down, panics or reboots leaves
+QEMU paused, and `query-status` still says why later. So `attach` asks once and then listens to events.
 
-A kernel that panics before it has a driver for pvpanic just reboots, and `shutdown` is all that is left of it. Then the
-last thing on the console says what it was. That text is the guest's, which may lie about its own end and nothing else.
+A kernel that panics before it loads its pvpanic driver reboots, and QEMU only reports `shutdown`. Then the end of the
+console shows the panic. The guest writes that text, so it may lie, but only about its own end.
 
-A process that hangs tells of nothing. So it is asked how it is, rarely, as a thousand idle machines must not cost a
-processor; and again some times before it is given up, as a host that is busy is no reason to end anybody's VM.
+A process that hangs sends no event. So the daemon asks for its status now and then: rarely, as a thousand idle machines
+must not cost a CPU, and several times before it gives up, as the host may only be busy.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from typing import Any
 
 import trio
 
-from volant.concurrency import open_helpers
+from volant.concurrency import Backoff, open_helpers
 from volant.host import Host, Process, ProcessGone
 from volant.hypervisor._interface import (
-    NOT_YET_RUN,
-    STANDS_STILL,
+    NOT_STARTED,
+    PAUSED,
     Checkpoint,
     CheckpointFailed,
     End,
@@ -37,33 +36,33 @@ from volant.hypervisor._interface import (
 from volant.model import EndKind, ProcessIdentity
 
 from ._checkpoint import Checkpointer
-from ._migration import Migration, finish_take_over
+from ._control import connect_control
+from ._migration import Migration, finish_loading
 from ._netdev import connects_itself, plug_in
 from ._qmp import QmpClient, QmpLost
-from ._sandbox import place_to_save
+from ._sandbox import make_state_file
 
 ATTACH_S = 10.0
 PULSE_S = 600.0
-"""Between two questions to a machine of which nothing is heard."""
+"""Seconds between two status queries of a machine."""
 PULSE_TOGETHER_S = 30.0
-"""Machines that are due within it are asked one after the other: to wake up costs more than to ask."""
+"""Queries that are due within it run together, as waking up costs more than asking."""
 PULSE_ANSWER_S = 20.0
 PULSES_MISSED = 3
-"""So many unanswered in a row are the end."""
+"""This many unanswered queries in a row mean that QEMU hangs."""
 LOG_LIMIT = 1024 * 1024
-"""QEMU's own output beyond that is dropped: a guest can make it complain for ever."""
+"""Limits QEMU's own output, as a guest can make it log errors forever."""
 LOG_PAUSE_S = 1.0
 
 _UNDO_S = 30.0
-_UNDO_AGAIN_S = 2.0
-_LAST_WORDS_S = 1.0
-_RETRY_S = 0.005
+_UNDO_RETRY_S, _UNDO_MAX_RETRY_S = 2.0, 30.0
+_CLOSING_S = 1.0
 _TAIL = 4096
 _CONSOLE_TAIL = 64 * 1024
 _PANIC = re.compile(rb"Kernel panic - not syncing: ([\x20-\x7e]{1,200})")
 
 _BY_STATUS = {
-    "shutdown": End(EndKind.SHUTDOWN, "the guest shut down, or rebooted while nobody watched"),
+    "shutdown": End(EndKind.SHUTDOWN, "the guest shut down, or rebooted while no daemon was attached"),
     "guest-panicked": End(EndKind.PANICKED, "the guest's kernel panicked"),
     "internal-error": End(EndKind.INTERNAL_ERROR, "the virtual CPU stopped with an internal error"),
 }
@@ -96,9 +95,9 @@ class QemuMachine:
         self._guest_ended = trio.Event()
         self._stopped = trio.Event()
         self._moving = trio.Lock()
-        """Held by whoever stops the guest or lets it go on, until it is where they want it."""
-        self._left_still = trio.Event()
-        """Set when a checkpoint could not let the guest go on."""
+        """Held while something pauses or resumes the guest."""
+        self._left_paused = trio.Event()
+        """Set when a checkpoint could not resume the guest."""
         self._migration: Migration | None = None
 
     @property
@@ -108,7 +107,7 @@ class QemuMachine:
     async def ended(self) -> End:
         if self._process is None:
             await trio.lowlevel.checkpoint()
-            return End(EndKind.GONE, "the hypervisor's process is gone, and nobody saw how it ended")
+            return End(EndKind.GONE, "the hypervisor's process ended while no daemon was attached")
         process_end: list[End] = []
         hangs = False
 
@@ -123,8 +122,8 @@ class QemuMachine:
         async def watch_control(scope: trio.CancelScope) -> None:
             if self._qmp is not None:
                 await self._qmp.lost.wait()
-                # A process that dies closes its sockets first.
-                await trio.sleep(_LAST_WORDS_S)
+                # A process that ends closes its sockets before its pidfd becomes readable.
+                await trio.sleep(_CLOSING_S)
                 scope.cancel()
 
         async def watch_pulse(scope: trio.CancelScope) -> None:
@@ -143,14 +142,14 @@ class QemuMachine:
             return process_end[0]
         if hangs:
             raise HypervisorError(
-                f"QEMU hangs: process {self._identity.pid} is there, and has not answered {PULSES_MISSED} questions, "
-                f"each for {PULSE_ANSWER_S:g} s"
+                f"QEMU hangs: process {self._identity.pid} did not answer {PULSES_MISSED} queries, each within "
+                f"{PULSE_ANSWER_S:g} s"
             )
-        raise HypervisorError(f"QEMU runs but cannot be talked to: {self._qmp.why if self._qmp else ''}")
+        raise HypervisorError(f"QEMU runs but can't be controlled: {self._qmp.why if self._qmp else ''}")
 
     async def _until_it_hangs(self) -> None:
-        """Ask now and then; return once it does not answer any more."""
-        # A thousand machines that are adopted at once are not all asked at once.
+        """Queries the status now and then. Returns when QEMU does not answer any more."""
+        # Spreads the queries of machines that were adopted at the same time.
         await _sleep_about(PULSE_S * (self._spec.vm_id * 37 % 100) / 100)
         missed = 0
         while missed < PULSES_MISSED:
@@ -171,41 +170,40 @@ class QemuMachine:
 
     async def pause(self, timeout_s: float = 30.0) -> None:
         async with self._alone(timeout_s):
-            self._nobody_waits()
+            self._cancel_undo()
             await self._execute("stop", timeout_s)
             status = await self.status()
-            if status not in STANDS_STILL:
+            if status not in PAUSED:
                 raise HypervisorError(f"the guest can't be paused: QEMU says that it is {status!r}")
 
     async def resume(self, timeout_s: float = 30.0) -> None:
         async with self._alone(timeout_s):
-            await self._go_on(timeout_s)
+            await self._resume(timeout_s)
 
-    async def _go_on(self, timeout_s: float) -> None:
+    async def _resume(self, timeout_s: float) -> None:
         status = await self.status()
         if status == "inmigrate" and self._spec.template is not None and self._qmp is not None:
-            await finish_take_over(self._qmp, self._spec.template.state)
+            await finish_loading(self._qmp, self._spec.template.state)
             status = await self.status()
-        # Told to a machine that runs, QEMU tells of a stop that was none. Told to one that has yet to load its state,
-        # it does nothing now.
-        if status in STANDS_STILL or status in NOT_YET_RUN - {"inmigrate"}:
+        # `cont` makes QEMU report a false stop of a running machine, and has no effect before the state is loaded.
+        if status in PAUSED or status in NOT_STARTED - {"inmigrate"}:
             await self._execute("cont", timeout_s)
         elif status == "inmigrate":
             raise HypervisorError("QEMU waits for the state of another machine, and has not loaded one")
-        self._nobody_waits()
+        self._cancel_undo()
 
-    def _nobody_waits(self) -> None:
-        """Nothing is left to undo of a checkpoint."""
-        if self._left_still.is_set():
-            self._left_still = trio.Event()
+    def _cancel_undo(self) -> None:
+        """Lets `undo_checkpoints` do nothing, as something else decides whether the guest runs."""
+        if self._left_paused.is_set():
+            self._left_paused = trio.Event()
 
     @asynccontextmanager
     async def _alone(self, timeout_s: float) -> AsyncIterator[None]:
-        """A block in which nobody else stops the guest or lets it go on."""
+        """Excludes other calls that pause or resume the guest for the length of the block."""
         with trio.move_on_after(timeout_s) as waiting:
             await self._moving.acquire()
         if waiting.cancelled_caught:
-            raise HypervisorError(f"the guest is being copied, and was not let go on within {timeout_s:g} s")
+            raise HypervisorError(f"the guest is paused while it is copied, and was not resumed within {timeout_s:g} s")
         try:
             yield
         finally:
@@ -219,7 +217,7 @@ class QemuMachine:
                 return False
             await plug_in(self._host, self._qmp, self._spec.nic)
         except (OSError, trio.TooSlowError, ProcessGone) as error:
-            raise HypervisorError(f"its network can't be connected: {error or 'no answer'}") from error
+            raise HypervisorError(f"the VM's network can't be connected: {error or 'no answer'}") from error
         return True
 
     async def save(self, state: Path, timeout_s: float = 30.0) -> None:
@@ -227,7 +225,7 @@ class QemuMachine:
             raise HypervisorError("the hypervisor's process is gone")
         self._migration = Migration()
         try:
-            saved = await place_to_save(self._host, self._spec, self._identity)
+            saved = await make_state_file(self._host, self._spec, self._identity)
             await self._migration.save(self._qmp, saved, timeout_s)
             await self._host.files.copy(saved, state)
             await self._host.files.remove(saved)
@@ -243,12 +241,12 @@ class QemuMachine:
         with trio.move_on_after(timeout_s) as waiting:
             await self._moving.acquire()
         if waiting.cancelled_caught:
-            raise CheckpointFailed("too_slow", f"somebody else had the guest stand still for {timeout_s:g} s")
+            raise CheckpointFailed("too_slow", f"another operation kept the guest paused for {timeout_s:g} s")
         try:
             return await checkpoint.take(into, hold, timeout_s)
         finally:
             if checkpoint.stuck:
-                self._left_still.set()
+                self._left_paused.set()
             self._moving.release()
 
     async def quit(self, timeout_s: float = 5.0) -> End:
@@ -257,7 +255,7 @@ class QemuMachine:
                 try:
                     await self._execute("quit", timeout_s)
                 except HypervisorError:
-                    pass  # it may have gone before it answered
+                    pass  # it may have ended before it answered
                 return await self._process_end()
         return await self.kill()
 
@@ -270,32 +268,32 @@ class QemuMachine:
             if end.exit_status is None:
                 return End(EndKind.KILLED, "the hypervisor's process was killed")
             return end
-        raise HypervisorError(f"QEMU (process {self._identity.pid}) is still there {timeout_s:g} s after SIGKILL")
+        raise HypervisorError(f"QEMU (process {self._identity.pid}) still exists {timeout_s:g} s after SIGKILL")
 
-    # What the driver does with it
+    # For `attach`
 
     async def connect(self, nursery: trio.Nursery) -> None:
-        """Take the control socket. Raises HypervisorError, unless the process is gone."""
+        """Connects to the control socket. Raises HypervisorError, unless the process has ended."""
         assert self._process is not None
         try:
             with trio.fail_after(ATTACH_S):
                 stream = await self._reach(self._process)
-                # Closed with the attachment: QEMU answers nobody else before.
+                # Closed at the end of `attach`, as QEMU serves one client at a time.
                 self._closing.push_async_callback(trio.aclose_forcefully, stream)
                 self._qmp = QmpClient(stream, self._on_event)
                 await nursery.start(self._qmp.start)
                 await self._verify()
         except (OSError, QmpLost, trio.TooSlowError) as error:
-            # A process that dies closes its sockets first.
-            with trio.move_on_after(_LAST_WORDS_S):
+            # A process that ends closes its sockets before its pidfd becomes readable.
+            with trio.move_on_after(_CLOSING_S):
                 await self._process.wait()
                 return
             raise HypervisorError(f"QEMU runs but does not answer: {str(error) or 'no greeting'}") from error
 
     async def _reach(self, process: Process) -> trio.SocketStream:
-        """Connect to the control socket, while the process lives. It may not be there yet, when who launched the
-        process was killed just then. Raises OSError."""
-        path, stream, failure = self._spec.control_path, None, None
+        """Connects to the control socket while the process lives. The socket may not exist yet if the daemon that
+        launched the process was killed just then. Raises OSError."""
+        stream, failure = None, None
 
         async def watch_process(scope: trio.CancelScope) -> None:
             await process.wait()
@@ -304,60 +302,55 @@ class QemuMachine:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch_process, nursery.cancel_scope)
             try:
-                with self._host.watches.open(path.parent) as names:
-                    while not self._host.files.exists(path):
-                        await names.wait()
-                while stream is None:
-                    try:
-                        stream = await self._host.sockets.connect_unix(path, ATTACH_S)
-                    except ConnectionRefusedError:
-                        await trio.sleep(_RETRY_S)  # bound, and not listening yet
+                stream = await connect_control(self._host, self._spec.control_path, ATTACH_S)
             except OSError as error:
                 failure = error
             nursery.cancel_scope.cancel()
         if stream is None:
-            raise failure or ConnectionRefusedError(f"the process ended before it listened on {path}")
+            raise failure or ConnectionRefusedError(f"the process ended before {self._spec.control_path} was listening")
         return stream
 
     async def explain_stops(self) -> None:
-        """Ask why, whenever the machine stops."""
+        """Queries the reason whenever the machine stops."""
         while True:
             await self._stopped.wait()
             self._stopped = trio.Event()
             try:
                 self._take_status(await self.status())
             except HypervisorError:
-                return  # `ended` tells
+                return  # `ended` reports it
 
     async def undo_checkpoints(self) -> None:
-        """Let the guest go on that a checkpoint has left standing still, unless somebody has paused it by then."""
+        """Resumes the guest that a checkpoint left paused, unless `pause` was called meanwhile."""
+        backoff = Backoff(_UNDO_RETRY_S, _UNDO_MAX_RETRY_S)
         while True:
-            await self._left_still.wait()
+            await self._left_paused.wait()
             try:
                 async with self._alone(_UNDO_S):
-                    if self._left_still.is_set():
-                        await self._go_on(_UNDO_S)
+                    if self._left_paused.is_set():
+                        await self._resume(_UNDO_S)
+                backoff.reset()
             except HypervisorError:
-                await trio.sleep(_UNDO_AGAIN_S)
+                await backoff.pause()
 
     async def bound_log(self) -> None:
-        """Keep QEMU's own output within `LOG_LIMIT`."""
+        """Keeps QEMU's own output within `LOG_LIMIT`."""
         path = self._spec.log_path
         try:
             while True:
                 with self._host.watches.open(path) as watch:
                     await self._host.files.empty_if_larger(path, LOG_LIMIT)
                     await watch.wait()
-                # Nobody watches meanwhile: to wake up for each of a thousand lines a second would cost a processor.
+                # Without the pause, a thousand lines a second would cost a CPU.
                 await trio.sleep(LOG_PAUSE_S)
         except OSError:
-            pass  # the directory was removed, and the machine with it
+            pass  # the VM was deleted, and its directory with it
 
     async def _verify(self) -> None:
         assert self._qmp is not None
         name = await self._qmp.execute("query-name")
         if not isinstance(name, dict) or name.get("name") != self._spec.tag:
-            raise HypervisorError(f"another machine sits behind {self._spec.control_path}")
+            raise HypervisorError(f"{self._spec.control_path} belongs to another machine")
         self._take_status(await self.status())
 
     def _take_status(self, status: str) -> None:
@@ -373,7 +366,7 @@ class QemuMachine:
         elif name == "GUEST_PANICKED":
             self._set_end(_BY_STATUS["guest-panicked"])
         elif name == "STOP":
-            # It does not say why, and an internal error of the virtual CPU has no event of its own.
+            # The event does not say why, and an internal error of the virtual CPU has no event of its own.
             self._stopped.set()
         elif self._migration is not None:
             self._migration.on_event(name, data)
@@ -384,7 +377,7 @@ class QemuMachine:
             self._guest_ended.set()
 
     async def _with_panic(self, end: End) -> End:
-        """Name the panic behind an end that may be one."""
+        """Returns the end as a panic if the console shows one."""
         if end is _GUEST_SHUTDOWN:
             return end
         try:
@@ -405,14 +398,15 @@ class QemuMachine:
     async def _process_end(self) -> End:
         assert self._process is not None
         status = await self._process.wait()
-        last = await last_words(self._host, self._spec.log_path)
-        said = f"; it said: {last}" if last else ""
+        last = await log_tail(self._host, self._spec.log_path)
+        said = f"; its last output: {last}" if last else ""
         if status is not None and status < 0:
             return End(EndKind.KILLED, f"the hypervisor's process was killed by signal {-status}{said}", status)
         if status is not None:
             return End(EndKind.EXITED, f"the hypervisor's process exited with status {status}{said}", status)
         return End(
-            EndKind.EXITED, f"the hypervisor's process ended; how is not known, as it was no child of ours{said}"
+            EndKind.EXITED,
+            f"the hypervisor's process ended; its exit status is unknown, as an earlier daemon started it{said}",
         )
 
 
@@ -435,13 +429,13 @@ async def attach(host: Host, spec: MachineSpec, identity: ProcessIdentity) -> As
 
 
 async def _sleep_about(seconds: float) -> None:
-    """Sleep so long, or up to `PULSE_TOGETHER_S` longer, together with others."""
+    """Sleeps that long, or up to `PULSE_TOGETHER_S` longer to wake up together with others."""
     due = trio.current_time() + seconds
     await trio.sleep_until(math.ceil(due / PULSE_TOGETHER_S) * PULSE_TOGETHER_S)
 
 
-async def last_words(host: Host, path: Path) -> str:
-    """The last lines of QEMU's own output, in one line."""
+async def log_tail(host: Host, path: Path) -> str:
+    """Returns the last lines of QEMU's own output, in one line."""
     try:
         tail = await host.files.read_tail(path, _TAIL)
     except OSError:

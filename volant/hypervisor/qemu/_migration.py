@@ -1,11 +1,12 @@
-"""A machine's state into a file, and out of it again.
+"""Saves a machine's state to a file, and loads it.
 
-QEMU calls that a migration. With `x-ignore-shared` memory that lies in a file of its own stays there, and what is saved
-are the devices: 130 kB, in some ten milliseconds. QEMU tells of each turn of it by an event, so nobody polls.
+QEMU calls both a migration. With `x-ignore-shared`, memory in a shared file stays there, and only the devices are
+saved: 130 kB in about ten milliseconds. QEMU reports progress with events.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +14,79 @@ import trio
 
 from ._qmp import QmpClient, QmpLost, QmpRefused
 
-TAKE_OVER_S = 10.0
-_SILENCE_S = 5.0
-_LOOK_AGAIN_S = 0.01
+LOAD_S = 10.0
+_DISCONNECT_S = 5.0
+_POLL_S = 0.01
 
 CAPABILITY = "x-ignore-shared"
-"""A stream made with it is taken by nobody who has it not, and the other way round."""
+"""A stream that was saved with it can only be loaded with it."""
 _CAPABILITIES = {"capabilities": [{"capability": CAPABILITY, "state": True}, {"capability": "events", "state": True}]}
-_SILENT = {"announce-rounds": 0}
-"""Else QEMU itself, and the guest's driver, would tell the network of an address that is the original's."""
+_NO_ANNOUNCEMENTS = {"announce-rounds": 0}
+"""Otherwise QEMU and the guest's driver would announce the original's address on the network."""
 _OVER = frozenset({"completed", "failed", "cancelled"})
 
 
-async def _await_silence(qmp: QmpClient) -> None:
-    """Return once QEMU knows that nobody is connected to the agent's port.
+async def _poll_until(done: Callable[[], Awaitable[bool]], timeout_s: float) -> bool:
+    """Returns whether `done` became true in time."""
+    with trio.move_on_after(timeout_s):
+        while not await done():  # noqa: ASYNC110 - QEMU sends no event
+            await trio.sleep(_POLL_S)
+        return True
+    return False
 
-    virtio-serial tells the guest of it by writing to its memory, whether or not the machine is stopped. When that comes
-    after the device was saved, memory and device contradict each other, and no clone ever answers ("Virtqueue size
-    exceeded"; seen with QEMU 10.0 in one of twenty templates on a busy host).
+
+async def _await_disconnect(qmp: QmpClient) -> None:
+    """Returns when QEMU has noticed that nobody is connected to the agent's port.
+
+    virtio-serial then writes to the guest's memory, even if the machine is stopped. If that happened after the device
+    was saved, memory and device would contradict each other, and no clone would ever answer ("Virtqueue size exceeded";
+    seen with QEMU 10.0 in one of twenty templates on a busy host). Polls, as QEMU sends no event.
     """
-    with trio.move_on_after(_SILENCE_S):
-        while True:
-            for each in await qmp.execute("query-chardev") or ():
-                if each.get("label") == "agent" and str(each.get("filename")).startswith("disconnected:"):
-                    return
-            await trio.sleep(_LOOK_AGAIN_S)
-    raise QmpRefused("somebody is connected to the agent's port, and so the machine can't be saved")
+
+    async def disconnected() -> bool:
+        ports = await qmp.execute("query-chardev") or ()
+        return any(
+            port.get("label") == "agent" and str(port.get("filename")).startswith("disconnected:") for port in ports
+        )
+
+    if not await _poll_until(disconnected, _DISCONNECT_S):
+        raise QmpRefused("the machine can't be saved while a client is connected to the agent's port")
 
 
-async def _begin_take_over(qmp: QmpClient, state: Path) -> None:
+async def _begin_loading(qmp: QmpClient, state: Path) -> None:
     await qmp.execute("migrate-set-capabilities", _CAPABILITIES)
-    await qmp.execute("migrate-set-parameters", _SILENT)
+    await qmp.execute("migrate-set-parameters", _NO_ANNOUNCEMENTS)
     await qmp.execute("migrate-incoming", {"uri": f"file:{state}"})
 
 
-async def finish_take_over(qmp: QmpClient, state: Path) -> None:
-    """Let a machine that a killed daemon has launched take over a state, whether or not that has begun. It does not go
-    on yet. Raises QmpRefused, QmpLost; QEMU may end by itself then.
+async def finish_loading(qmp: QmpClient, state: Path) -> None:
+    """Finishes loading a state, for a machine whose daemon was killed before or while it loaded. The machine stays
+    paused.
 
-    Polls, as whether QEMU sends events can't be changed any more once it loads.
+    Polls, as events can't be turned on once loading has begun. Raises QmpRefused, QmpLost; QEMU may exit then.
     """
-    asked = False
-    with trio.move_on_after(TAKE_OVER_S):
-        while True:
-            info = await qmp.execute("query-migrate")
-            said = info if isinstance(info, dict) else {}
-            status = said.get("status", "none")
-            if status == "completed":
-                return
-            if status in _OVER:
-                raise QmpRefused(f"the template does not fit: {said.get('error-desc') or status}")
-            if status == "none" and not asked:
-                asked = True
-                await _begin_take_over(qmp, state)
-            await trio.sleep(_LOOK_AGAIN_S)
-    raise QmpLost(f"QEMU did not load its state within {TAKE_OVER_S:g} s")
+    begun = False
+
+    async def loaded() -> bool:
+        nonlocal begun
+        answer = await qmp.execute("query-migrate")
+        info = answer if isinstance(answer, dict) else {}
+        status = info.get("status", "none")
+        if status == "completed":
+            return True
+        if status in _OVER:
+            raise QmpRefused(f"the template does not fit: {info.get('error-desc') or status}")
+        if status == "none" and not begun:
+            begun = True
+            await _begin_loading(qmp, state)
+        return False
+
+    if not await _poll_until(loaded, LOAD_S):
+        raise QmpLost(f"QEMU did not load its state within {LOAD_S:g} s")
 
 
 class Migration:
-    """One, on one control socket: give its events to `on_event`."""
+    """Runs one migration on one control socket, whose events must be passed to `on_event`."""
 
     def __init__(self) -> None:
         self._status = ""
@@ -84,18 +99,18 @@ class Migration:
                 self._over.set()
 
     async def save(self, qmp: QmpClient, state: Path, timeout_s: float) -> None:
-        """Stop the machine and save it. Raises QmpRefused, QmpLost."""
-        await _await_silence(qmp)
+        """Stops the machine and saves its devices. Raises QmpRefused, QmpLost."""
+        await _await_disconnect(qmp)
         await qmp.execute("stop")
         await qmp.execute("migrate-set-capabilities", _CAPABILITIES)
         await qmp.execute("migrate", {"uri": f"file:{state}"})
         await self._end(qmp, timeout_s, "the machine could not be saved")
 
-    async def take_over(self, qmp: QmpClient, state: Path) -> None:
-        """Let a machine that waits for a state take it over. It does not go on yet. Raises QmpRefused, QmpLost; QEMU
-        may end by itself then."""
-        await _begin_take_over(qmp, state)
-        await self._end(qmp, TAKE_OVER_S, "the template does not fit")
+    async def load(self, qmp: QmpClient, state: Path) -> None:
+        """Loads a state into a machine that waits for one. The machine stays paused. Raises QmpRefused, QmpLost; QEMU
+        may exit then."""
+        await _begin_loading(qmp, state)
+        await self._end(qmp, LOAD_S, "the template does not fit")
 
     async def _end(self, qmp: QmpClient, timeout_s: float, failure: str) -> None:
         async def watch(scope: trio.CancelScope) -> None:
@@ -112,7 +127,7 @@ class Migration:
         if qmp.lost.is_set():
             raise QmpLost(qmp.why)
         if not self._over.is_set():
-            raise QmpLost(f"QEMU did not come to an end with it within {timeout_s:g} s: {self._status or 'no event'}")
+            raise QmpLost(f"QEMU's migration did not end within {timeout_s:g} s: {self._status or 'no event'}")
         info = await qmp.execute("query-migrate")
         text = info.get("error-desc") if isinstance(info, dict) else None
         raise QmpRefused(f"{failure}: {text or self._status}")

@@ -39,15 +39,15 @@ async def plug_in(host: Host, qmp: QmpClient, nic: Nic | None) -> None:
             behind: dict[str, object] = {"type": "tap", "fd": _HANDED, "vhost": False}
         elif nic.socket is not None:
             descriptor = stack.enter_context(await host.sockets.open_unix(nic.socket, _CONNECT_S))
-            # QEMU's `stream` looks for the descriptor in a thread that knows of none.
+            # QEMU's `stream` looks for the descriptor in a thread that has no monitor.
             behind = {"type": "socket", "fd": _HANDED}
         else:
             return
         with suppress(QmpRefused):
-            # It is there already if this replaces an earlier connection.
+            # It exists already if this replaces an earlier connection.
             await qmp.execute("netdev_add", {"id": _IDLE_PORT, "type": "hubport", "hubid": 0})
         for name in (_HUB_PORT, _BEHIND_HUB):
-            # There is none yet, or only one of them where an earlier call was cancelled.
+            # Neither exists at first, and only one if an earlier call was cancelled.
             with suppress(QmpRefused):
                 await qmp.execute("netdev_del", {"id": name})
         await qmp.execute("getfd", {"fdname": _HANDED}, descriptor=descriptor)

@@ -1,15 +1,15 @@
-"""Whether KVM runs guests here.
+"""Finds out whether KVM runs guests here.
 
-That `/dev/kvm` is there says nothing: in a virtual machine it may open, create a VM and fail at the first instructions
-of any guest. So a guest is run: a PVH kernel of a few bytes, on the very machine type and CPU model that real guests
-get, that ends QEMU with a status of its own choosing. Anything else, a hang included, means TCG.
+An existing `/dev/kvm` proves nothing: in a VM it may open, create a VM and fail at a guest's first instructions. So the
+probe runs a guest: a PVH kernel of a few bytes, with the machine type and CPU model of real guests, that ends QEMU with
+a special exit status. Any other result, a hang included, means TCG.
 
-The few bytes are chosen: long mode with paging, and two instructions that every kernel uses and that KVM can only run
-but not emulate (`cmpxchg16b` and SSE arithmetic). A KVM that is itself a guest's (`kvm_pvm`) emulates kernel mode in
-software; simpler code ends well there, and Linux then dies in its first second.
+The kernel uses long mode with paging, and two instructions that every kernel uses and that KVM can run but not emulate
+(`cmpxchg16b` and SSE arithmetic). KVM in a VM without hardware support (`kvm_pvm`) emulates kernel mode in software;
+simpler code would pass there, and Linux would then die in its first second.
 
-The outcome holds for one kernel and one QEMU, and is kept in the cache under both versions. A deadline that passed
-proves nothing on a busy host, and is not kept.
+The result is cached for one version of the kernel and of QEMU. A timeout is not cached, as it may only mean that the
+host is busy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXIT_PORT = 0xF4
 EXIT_VALUE = 0x2A
 _TOO_SLOW = f"a small guest did not finish within {DEADLINE_S:.0f} s"
 EXIT_STATUS = EXIT_VALUE << 1 | 1
-"""What isa-debug-exit makes of the value."""
+"""The exit status that isa-debug-exit derives from the value."""
 
 _VERSION = re.compile(rb"QEMU emulator version (\d+)\.(\d+)(\.\d+)?")
 _LOAD = 0x100000
@@ -66,7 +66,7 @@ class _Remembered(msgspec.Struct, frozen=True):
 
 
 async def qemu_version(host: Host, program: str) -> tuple[int, int, str] | None:
-    """Major, minor and the whole version of QEMU; None where there is none that runs."""
+    """Returns QEMU's major, minor and complete version; None if it is missing or does not run."""
     try:
         status, output = await host.processes.run(
             [program, "--version"], env=ENVIRONMENT, cwd=Path("/"), timeout_s=DEADLINE_S
@@ -80,12 +80,12 @@ async def qemu_version(host: Host, program: str) -> tuple[int, int, str] | None:
 
 
 async def probe(host: Host, cache_dir: Path, program: str, version: tuple[int, int, str]) -> AcceleratorChoice:
-    """Find out, or remember, how guests run under this kernel and this QEMU."""
+    """Returns how guests run under this kernel and this QEMU, from the cache or by running the small guest."""
     path = cache_dir / "accelerator.json"
     kernel = os.uname().release
     try:
         known = msgspec.json.decode(await host.files.read(path, 65536), type=_Remembered)
-        # Without a device there was nothing to try; one may have come since.
+        # The device may have appeared or disappeared since.
         if (known.kernel, known.version) == (kernel, version[2]) and host.files.exists(Path("/dev/kvm")):
             return known.choice
     except (OSError, msgspec.DecodeError):
@@ -103,12 +103,12 @@ async def probe(host: Host, cache_dir: Path, program: str, version: tuple[int, i
         await host.files.mkdir(cache_dir, 0o755)
         await host.files.write(path, msgspec.json.encode(_Remembered(kernel, version[2], choice)), 0o644)
     except OSError:
-        pass  # then it is tried again the next time
+        pass  # the next start probes again
     return choice
 
 
 async def _try_kvm(host: Host, cache_dir: Path, program: str, version: tuple[int, int, str]) -> str | None:
-    """Run the small guest: None when it ran, else what happened."""
+    """Runs the small guest. Returns None if it ran, else what happened."""
     directory = cache_dir / f"probe-{host.random.new_id()}"
     try:
         await host.files.mkdir(directory)
@@ -123,13 +123,13 @@ async def _try_kvm(host: Host, cache_dir: Path, program: str, version: tuple[int
             env=ENVIRONMENT,
             cwd=directory,
             timeout_s=DEADLINE_S,
-            # QEMU stays behind with a stopped machine after this.
+            # QEMU does not exit after this error.
             until=_INTERNAL_ERROR,
         )
     except trio.TooSlowError:
         return _TOO_SLOW
     except OSError as error:
-        return f"it could not be tried: {error}"
+        return f"the probe could not run: {error}"
     finally:
         with trio.CancelScope(shield=True), trio.move_on_after(5.0):
             await host.files.remove_tree(directory)
@@ -143,7 +143,7 @@ async def _try_kvm(host: Host, cache_dir: Path, program: str, version: tuple[int
 
 
 def probe_kernel() -> bytes:
-    """An ELF file for PVH that ends in writing `EXIT_VALUE` to the port that ends QEMU."""
+    """Returns an ELF file for PVH that writes `EXIT_VALUE` to the port that ends QEMU."""
     note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", _LOAD)  # XEN_ELFNOTE_PHYS32_ENTRY
     head, segment = 64, 56
     note_at = head + 2 * segment

@@ -1,6 +1,6 @@
-"""QMP: QEMU's control socket. Lines of JSON; commands with ids, answers, and events whenever they happen.
+"""Speaks QMP, the protocol of QEMU's control socket: lines of JSON with commands, answers and events.
 
-Written here rather than taken from `qemu.qmp`, which is asyncio. What is needed of the protocol is a page.
+The library `qemu.qmp` needs asyncio, and the daemon needs only this page of the protocol.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EventHandler = Callable[[str, dict[str, Any]], None]
 
 
 class QmpLost(HypervisorError):
-    """The control socket is closed or speaks no QMP."""
+    """The control socket is closed, does not answer or does not speak QMP."""
 
 
 class QmpRefused(HypervisorError):
@@ -30,7 +30,7 @@ class QmpRefused(HypervisorError):
 
 
 class QmpClient:
-    """One session. `start` it in a nursery; it never fails there: what is lost is told to whoever waits."""
+    """Holds one session. `start` runs in a nursery and does not fail there: callers of `execute` get the error."""
 
     def __init__(self, stream: trio.abc.Stream, on_event: EventHandler) -> None:
         self.lost = trio.Event()
@@ -42,8 +42,8 @@ class QmpClient:
         self._next_id = 0
 
     async def start(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Greet and negotiate, then say started and read until the end. Before `started` it raises QmpLost; the
-        caller sets the deadline: QEMU never answers a second client."""
+        """Negotiates, reports `started` and reads until the end. Raises QmpLost before `started`. The caller must set a
+        deadline, as QEMU never answers a second client."""
         lines = _Lines(self._stream)
         greeting = _decode(await lines.next())
         if "QMP" not in greeting:
@@ -73,8 +73,8 @@ class QmpClient:
         timeout_s: float = 5.0,
         descriptor: int | None = None,
     ) -> Any:
-        """Run a command and give what it returns; a descriptor goes with it. Raises QmpRefused, QmpLost, also when
-        there is no answer in time."""
+        """Runs a command and returns its result. `descriptor` is passed with it. Raises QmpRefused, and QmpLost also
+        when there is no answer in time."""
         self._next_id += 1
         number = self._next_id
         message: dict[str, Any] = {"execute": command, "id": number}
@@ -103,7 +103,7 @@ class QmpClient:
         return answer.message.get("return")
 
     async def _send(self, data: bytes, descriptor: int | None) -> None:
-        # A stream that is simulated has no descriptors.
+        # A simulated stream can't pass descriptors.
         if descriptor is not None and isinstance(self._stream, trio.SocketStream):
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", descriptor))
             try:
@@ -119,7 +119,7 @@ class QmpClient:
             self._on_event(str(message["event"]), data if isinstance(data, dict) else {})
             return
         number = message.get("id")
-        # An answer to nobody is to a command whose caller has given up.
+        # The caller of the command may have given up.
         answer = self._waiting.get(number) if isinstance(number, int) else None
         if answer is not None:
             answer.message = message
@@ -142,7 +142,7 @@ class _Answer:
 
 
 class _Lines:
-    """Bounded lines of a stream."""
+    """Reads bounded lines from a stream."""
 
     def __init__(self, stream: trio.abc.ReceiveStream) -> None:
         self._stream = stream
@@ -150,7 +150,7 @@ class _Lines:
         self._searched = 0
 
     async def next(self) -> bytes:
-        """The next line. Raises QmpLost at the end, and at a line over `LINE_LIMIT`."""
+        """Returns the next line. Raises QmpLost at the end, and for a line over `LINE_LIMIT`."""
         while True:
             end = self._buffer.find(b"\n", self._searched)
             if end >= 0:

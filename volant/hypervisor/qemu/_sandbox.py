@@ -26,18 +26,18 @@ class SandboxPlan(msgspec.Struct, frozen=True, kw_only=True):
     places: tuple[Path, ...]
     """The daemon's directories."""
     landlock: int
-    """Its version; 0: there is none."""
+    """Landlock's version; 0 without Landlock."""
     no_connect: bool
-    """Whether there is a filter against connections."""
+    """Whether a seccomp filter denies `connect`."""
     users: range | None
-    """Of users and groups for hypervisors alone; None: they run as the daemon does."""
+    """User and group ids for hypervisors; None if they run as the daemon's user."""
     no_users: str | None = None
     """Why there are none."""
     private: Path | None = None
-    """Where files lie that only those hypervisors may read which boot from them."""
+    """The directory of files that only hypervisors that boot from them may read."""
 
     def view(self) -> dict[str, object]:
-        """For people, ready for JSON."""
+        """Returns the layers for people, ready for JSON."""
         users = None if self.users is None else f"{self.users.start}-{self.users.stop - 1}"
         return {
             "users": users,
@@ -53,7 +53,7 @@ class QemuSandbox:
     def __init__(self, host: Host, plan: SandboxPlan) -> None:
         self._host = host
         self.plan = plan
-        self._turn = 0
+        self._last_user = 0
 
     async def prepare(self, spec: MachineSpec) -> Sandbox:
         """Grants a machine's process its files and returns its sandbox. The directory and the files must exist.
@@ -102,7 +102,7 @@ class QemuSandbox:
             no_connect=plan.no_connect,
         )
         record = {"user": user, "landlock": plan.landlock, "no_connect": sandbox.no_connect, "no_user": no_user}
-        # Not what somebody who was in there has put in its place. It is of no use after a loss of power.
+        # The hypervisor's user may have created a file of this name. It is not synced, as it is useless after a reboot.
         host.files.unlink(spec.sandbox_path)
         fd = host.descriptors.open(spec.sandbox_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -117,26 +117,26 @@ class QemuSandbox:
             return None
         if spec.vm_id:
             return user_of(users, spec.tag, spec.vm_id)
-        # Whose it will be is not known, so it takes one that nobody has. Nobody waits for it, and few are started.
-        # The last is passt's.
+        # The process has no VM yet, so it gets a user of the upper half that no process has. passt has the last one.
+        # Reading all processes is slow, but few such processes are started and nobody waits for them.
         rest = users[len(users) // 2 : -1]
         taken = await self._host.proc.users()
         for _ in rest:
-            # Not the same again for one that is started at the same time.
-            self._turn = (self._turn + 1) % len(rest)
-            if rest[self._turn] not in taken:
-                return rest[self._turn]
+            # Start after the last one, so that processes started at the same time get different users.
+            self._last_user = (self._last_user + 1) % len(rest)
+            if rest[self._last_user] not in taken:
+                return rest[self._last_user]
         raise OSError(f"all of {len(rest)} users for hypervisors without a VM have processes")
 
 
 def user_of(users: range, tag: str, vm_id: int) -> int:
-    """The user of the process that a VM starts; `tag` is its own, or another one of the same daemon's."""
+    """Returns the user of a VM's process. `tag`: its own, or another one of the same daemon."""
     half = max(1, len(users) // 2)
     return users[(_number(tag.rpartition("-")[0]) + vm_id) % half]
 
 
 def group_of(users: range, source: Path) -> int:
-    """The group of those that go on from a template or a checkpoint, or boot from a file that is not for all."""
+    """Returns the group that may read a template, a checkpoint or a private file."""
     return users[_number(source.name) % len(users)]
 
 
@@ -151,8 +151,8 @@ def _devices(spec: MachineSpec) -> tuple[Path, ...]:
     return tuple(found)
 
 
-async def place_to_save(host: Host, spec: MachineSpec, identity: ProcessIdentity) -> Path:
-    """An empty file that the process of a machine can write to, in the one directory that it can use. Remove it. Raises
+async def make_state_file(host: Host, spec: MachineSpec, identity: ProcessIdentity) -> Path:
+    """Creates an empty file in the machine's directory that its process can write. The caller removes it. Raises
     OSError, ProcessGone."""
     path = spec.directory / _SAVED
     await host.disk.allocate(path, 0, reserve=False)

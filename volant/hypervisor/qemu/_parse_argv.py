@@ -1,4 +1,4 @@
-"""A machine read back from its command line: what is known of one that no VM owns any more."""
+"""Parses a command line of `build_argv`, for processes that no VM owns."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from volant.hypervisor._interface import Disk, FoundMachine, Nic
+from volant.hypervisor._interface import Disk, Nic, ParsedMachine
 from volant.model.agent import NAMESERVERS_PARAMETER, NETWORK_PARAMETER, ROOT_PARAMETER
 
 from ._argv import CMDLINE, HOSTNAME_PARAMETER
 
 
-def parse_argv(argv: Sequence[str]) -> FoundMachine | None:
-    """What `build_argv` made this command line of; None: it was not `build_argv`, or not one that this one knows."""
+def parse_argv(argv: Sequence[str]) -> ParsedMachine | None:
+    """Returns the machine of a command line; None if this or an earlier `build_argv` did not build it."""
     try:
         return _parse(argv)
     except (KeyError, StopIteration, ValueError):
         return None
 
 
-def _parse(argv: Sequence[str]) -> FoundMachine:
+def _parse(argv: Sequence[str]) -> ParsedMachine:
     options = list(pairwise(argv))
     given = dict(options)
     nodes = {fields["node-name"]: fields for name, text in options if name == "-blockdev" if (fields := _fields(text))}
     memory = next(_fields(text) for name, text in options if name == "-object" and "mem-path=" in text)
     words = given["-append"].removeprefix(CMDLINE).split()
-    told = dict(word.partition("=")[::2] for word in words)
+    parameters = dict(word.partition("=")[::2] for word in words)
     ours = tuple(f"{name}=" for name in (HOSTNAME_PARAMETER, ROOT_PARAMETER, NETWORK_PARAMETER, NAMESERVERS_PARAMETER))
     is_clone = memory["share"] == "off"
     root = None
     if nodes:
         root = Disk(Path(nodes["root-base-file"]["filename"]), Path(nodes["root-layer-file"]["filename"]))
-    return FoundMachine(
-        name=told.get(HOSTNAME_PARAMETER, "") if is_clone else told[HOSTNAME_PARAMETER],
+    return ParsedMachine(
+        name=parameters.get(HOSTNAME_PARAMETER, "") if is_clone else parameters[HOSTNAME_PARAMETER],
         cpu_cores=int(given["-smp"]),
         memory_mb=int(given["-m"].removesuffix("M")),
         accelerator="kvm" if given["-accel"] == "kvm" else "tcg",
@@ -44,18 +44,18 @@ def _parse(argv: Sequence[str]) -> FoundMachine:
         root=root,
         template=Path(memory["mem-path"]).parent if is_clone else None,
         balloon=any(name == "-device" and text.startswith("virtio-balloon-") for name, text in options),
-        nic=_nic(options, told),
+        nic=_nic(options, parameters),
     )
 
 
-def _nic(options: Sequence[tuple[str, str]], told: Mapping[str, str]) -> Nic | None:
+def _nic(options: Sequence[tuple[str, str]], parameters: Mapping[str, str]) -> Nic | None:
     devices = [_fields(text) for name, text in options if name == "-device" and text.startswith("virtio-net-")]
     if not devices:
         return None
     behind = _fields(next(text for name, text in options if name == "-netdev"))
-    # Of a machine that connects by itself, as earlier versions of the daemon started them.
+    # Earlier versions of the daemon let QEMU connect to the socket itself.
     socket = behind.get("addr.path")
-    network, nameservers = told.get(NETWORK_PARAMETER), told.get(NAMESERVERS_PARAMETER)
+    network, nameservers = parameters.get(NETWORK_PARAMETER), parameters.get(NAMESERVERS_PARAMETER)
     address, gateway, _ = network.split(",") if network else ("", "", "")
     return Nic(
         mac=devices[0]["mac"],
@@ -68,6 +68,6 @@ def _nic(options: Sequence[tuple[str, str]], told: Mapping[str, str]) -> Nic | N
 
 
 def _fields(text: str) -> dict[str, str]:
-    """The fields of an option; a doubled comma stands for itself."""
+    """Returns the fields of an option, in which a comma is written twice."""
     parts = text.replace(",,", "\0").split(",")
     return {name: value.replace("\0", ",") for name, _, value in (part.partition("=") for part in parts)}

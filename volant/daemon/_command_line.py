@@ -1,0 +1,140 @@
+"""Parses the command line of `volantd`, and writes its help from `Settings`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+
+from ._settings import Settings, resolve
+
+GROUPS = {
+    "API access": (
+        *("api_listen_addr", "api_key_file", "api_allow_cidr", "trusted_proxies", "allowed_hosts", "cors_origins"),
+        "insecure",
+    ),
+    "directories": ("state_dir", "runtime_dir", "cache_dir"),
+    "VMs": (
+        *("accelerator", "kernel", "initramfs", "max_vms", "max_boots", "return_memory", "sandbox", "vm_uids"),
+        *("agent_timeout_s", "image_timeout_s", "artifact_timeout_s", "artifact_max_mb"),
+        *("artifact_dirs", "artifact_allow_cidr"),
+    ),
+    "fast starts": (
+        *("templates", "templates_max_mb", "templates_max_age_s", "standby", "standby_max_mb", "standby_idle_s"),
+    ),
+    "networks": ("network", "bridge", "subnet", "nameservers"),
+    "daemon": ("cpu_priority", "ephemeral", "log_level"),
+}
+"""The settings that are flags, as `volantd --help` groups them. `api_key` has no flag: every user of the host can read
+the arguments of its processes."""
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = None) -> tuple[Settings, list[str]]:
+    """Returns the settings and the warnings to print.
+
+    :raises SettingsError: as `resolve`.
+    :raises SystemExit: for `--help`, `--version` and malformed flags, as argparse does.
+    """
+    return resolve(vars(_parser().parse_args(argv)), environ, uid=uid)
+
+
+class Command(NamedTuple):
+    """Holds the parsed command line."""
+
+    name: Literal["run", "check", "restore"]
+    flags: dict[str, Any]
+    """The settings among the flags, for `resolve`."""
+    file: Path | None = None
+    """The backup to restore."""
+    replace: bool = False
+
+
+def parse_command(argv: Sequence[str]) -> Command:
+    """Parses the sub-command and the flags before and after it. :raises SystemExit: as `load`."""
+    parser = _parser()
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    words: dict[str, Any] = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    check = commands.add_parser(
+        "check", help="report as JSON whether VMs can run on this host", description="Report on this host as JSON.",
+        **words,
+    )  # fmt: skip
+    restore = commands.add_parser(
+        "restore", help="replace the database with a backup",
+        description="Replace the database with a backup while volantd is stopped. The old database is kept beside the "
+        "new one, even when it is damaged. VMs keep running. Accepts all settings of volantd.",
+        **words,
+    )  # fmt: skip
+    restore.add_argument("file", type=Path, metavar="BACKUP", help="file that `volar system backup` wrote")
+    restore.add_argument("--replace", action="store_true", help="restore even if the backup lacks VMs that exist now")
+    for each in (check, restore):
+        # Without defaults, which would override the flags before the sub-command.
+        _add_settings(each)
+    flags = vars(parser.parse_args(argv))
+    name: Literal["run", "check", "restore"] = flags.pop("command") or "run"
+    return Command(name, flags, flags.pop("file", None), flags.pop("replace", False))
+
+
+def _parser() -> argparse.ArgumentParser:
+    from volant import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="volantd",
+        description="The daemon that runs VMs and gives clients access to them.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--version", action="version", version=f"volantd {__version__}")
+    _add_settings(parser)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="Settings in TOML. Flags and VOLANT_* variables override it.")
+    hints = get_type_hints(Settings)
+    # Only --help needs them, and they cost parsing this file.
+    texts = _descriptions() if {"-h", "--help"} & set(sys.argv) else {}
+    for title, fields in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for field in fields:
+            names = [f"--{field.replace('_', '-')}"]
+            if field == "api_listen_addr":
+                names.insert(0, "--listen")
+            text = texts.get(field)
+            if hints[field] is bool:
+                group.add_argument(*names, dest=field, action="store_true", help=text)
+            else:
+                group.add_argument(*names, dest=field, metavar=_metavar(field, hints[field]), help=text)
+
+
+def _metavar(field: str, hint: Any) -> str:
+    """Returns the placeholder for a flag's value in the help."""
+    kinds = [member for member in get_args(hint) if member is not type(None)] or [hint]
+    if all(isinstance(kind, str) for kind in kinds):
+        return "|".join(kinds)
+    if kinds[0] is Path:
+        return "PATH"
+    if kinds[0] in (int, float):
+        return "SECONDS" if field.endswith("_s") else "MIB" if field.endswith("_mb") else "N"
+    return "TEXT"
+
+
+def _descriptions() -> dict[str, str]:
+    """Returns each field's docstring in `Settings`, with the default."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(Settings))).body
+    assert isinstance(node, ast.ClassDef)
+    found = {}
+    for field, text in pairwise(node.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            says = text.value if isinstance(text, ast.Expr) else None
+            if isinstance(says, ast.Constant) and isinstance(says.value, str):
+                default = ast.literal_eval(field.value) if isinstance(field.value, ast.Constant) else None
+                shown = f" Default: {default}." if default not in (None, "", False) else ""
+                # argparse expands percent signs.
+                found[field.target.id] = (" ".join(says.value.split()) + shown).replace("%", "%%")
+    return found
