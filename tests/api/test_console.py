@@ -146,7 +146,7 @@ async def test_one_types_at_a_time_until_it_leaves_or_is_relieved(desk: Desk) ->
         assert refused.status == 409
         assert b"keyboard-taken" in refused.body
         async with websocket(desk.url("?take=true")) as second:
-            assert await end(first) == (4000, "somebody else has taken the keyboard")
+            assert await end(first) == (4000, "another client has taken the keyboard")
             await second.send_message(b"mine")
             assert await desk.heard(4) == b"mine"
     await until(lambda: desk.serial._keyboard is None)

@@ -115,11 +115,11 @@ async def test_a_second_keyboard_is_a_conflict_unless_it_is_taken(tmp_path: Path
         async with terminal(desk, "demo") as first:
             await first.expect(rb"leaves")
             async with terminal(desk, "demo") as second:
-                await second.expect(rb"somebody else types")
+                await second.expect(rb"another client types")
                 assert await second.end() == 4
             async with terminal(desk, "demo", "--take") as third:
                 await third.expect(rb"leaves")
-                await first.expect(rb"somebody else has taken the keyboard")
+                await first.expect(rb"another client has taken the keyboard")
                 assert await first.end() == 4
                 assert first.is_as_before()
 

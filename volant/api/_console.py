@@ -29,7 +29,7 @@ OVERLOADED = 1013
 KEYBOARD_TAKEN = 4000
 
 _PATH = re.compile(r"/ws/v1/vms/([^/]*)/console/?\Z")
-_TAKEN = "somebody else has taken the keyboard"
+_TAKEN = "another client has taken the keyboard"
 _UP = frozenset({Status.STARTING, Status.RUNNING, Status.PAUSED})
 _DEFAULT_TAIL = 25
 _MAX_TAIL = 1000
@@ -54,7 +54,7 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
                     keyboard = stack.enter_context(serial.keyboard(take=take))
                 except KeyboardTaken:
                     raise Problem(
-                        409, "keyboard-taken", f"somebody else types on the console of VM {name!r}", vm=name,
+                        409, "keyboard-taken", f"another client types on the console of VM {name!r}", vm=name,
                         hint="leave out write=true to look on, or add take=true to take the keyboard from them",
                     ) from None  # fmt: skip
             reader = await stack.enter_async_context(serial.reader(_DEFAULT_TAIL if tail is None else tail))
@@ -81,7 +81,7 @@ class _Session:
         self._left = False
 
     async def run(self) -> None:
-        """Until one of the sides ends, or somebody else types."""
+        """Runs until one of the sides ends, or another client takes the keyboard."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_on, self._call.stopping, GOING_AWAY, "the daemon stops")
             if self._keyboard is not None:

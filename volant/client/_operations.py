@@ -374,7 +374,7 @@ class SystemOperations:
     async def orphans(self) -> Sequence[OrphanView]:
         """List hypervisors that run and that no VM owns.
 
-        They are never touched by themselves. One is adopted, or killed, by whoever says so.
+        The daemon never touches them. Adopt one, or kill it.
         """
         return decode(await self._http.request("GET", "/api/v1/system/orphans"), list[OrphanView])
 

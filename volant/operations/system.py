@@ -119,7 +119,7 @@ async def system_info(context: Context) -> Anything:
 async def list_orphans(context: Context) -> list[OrphanView]:
     """List hypervisors that run and that no VM owns.
 
-    They are never touched by themselves. One is adopted, or killed, by whoever says so.
+    The daemon never touches them. Adopt one, or kill it.
     """
     return [orphan.view() for orphan in await context.deps.vms.orphans()]
 
