@@ -160,19 +160,19 @@ async def delete_vm(context: Context, name: str) -> None:
     )
 
 
+_command_at = partial(
+    TABLE.operation, permission=Permission.CONTROL, answer="The VM", errors=(409, 503), idempotent=True, if_match=True
+)
+
+
 async def _command(context: Context, name: str, command: Command, grace_s: float = _DEFAULT_GRACE_S) -> VmChanged:
     row = find_vm(context.deps, name)
     request = CommandRequest(command, grace_s=grace_s)
     return VmChanged.of(await context.deps.vms.apply(row.name, request, only_at=context.versions, key=context.key))
 
 
-@TABLE.operation(
+@_command_at(
     f"POST {_VM}/start",
-    permission=Permission.CONTROL,
-    answer="The VM",
-    errors=(409, 503),
-    idempotent=True,
-    if_match=True,
     waits_for=Status.RUNNING,
     tool=Tool(
         "vms_start",
@@ -186,13 +186,8 @@ async def start_vm(context: Context, name: str) -> VmChanged:
     return await _command(context, name, Command.START)
 
 
-@TABLE.operation(
+@_command_at(
     f"POST {_VM}/stop",
-    permission=Permission.CONTROL,
-    answer="The VM",
-    errors=(409, 503),
-    idempotent=True,
-    if_match=True,
     waits_for=Status.STOPPED,
     tool=Tool(
         "vms_stop",
@@ -208,13 +203,8 @@ async def stop_vm(context: Context, name: str, *, grace_s: Grace = _DEFAULT_GRAC
     return await _command(context, name, Command.STOP, grace_s)
 
 
-@TABLE.operation(
+@_command_at(
     f"POST {_VM}/restart",
-    permission=Permission.CONTROL,
-    answer="The VM",
-    errors=(409, 503),
-    idempotent=True,
-    if_match=True,
     waits_for=Status.RUNNING,
     tool=Tool(
         "vms_restart",
@@ -228,13 +218,8 @@ async def restart_vm(context: Context, name: str, *, grace_s: Grace = _DEFAULT_G
     return await _command(context, name, Command.RESTART, grace_s)
 
 
-@TABLE.operation(
+@_command_at(
     f"POST {_VM}/pause",
-    permission=Permission.CONTROL,
-    answer="The VM",
-    errors=(409, 503),
-    idempotent=True,
-    if_match=True,
     waits_for=Status.PAUSED,
     tool=Tool(
         "vms_pause",
@@ -250,13 +235,8 @@ async def pause_vm(context: Context, name: str) -> VmChanged:
     return await _command(context, name, Command.PAUSE)
 
 
-@TABLE.operation(
+@_command_at(
     f"POST {_VM}/resume",
-    permission=Permission.CONTROL,
-    answer="The VM",
-    errors=(409, 503),
-    idempotent=True,
-    if_match=True,
     waits_for=Status.RUNNING,
     tool=Tool(
         "vms_resume",
@@ -270,13 +250,8 @@ async def resume_vm(context: Context, name: str) -> VmChanged:
     return await _command(context, name, Command.RESUME)
 
 
-@TABLE.operation(
+@_command_at(
     f"POST {_VM}/recover",
-    permission=Permission.CONTROL,
-    answer="The VM",
-    errors=(409, 503),
-    idempotent=True,
-    if_match=True,
     waits_for=Status.RUNNING,
 )
 async def recover_vm(context: Context, name: str) -> VmChanged:
