@@ -306,7 +306,7 @@ def take(telling: Telling, events: list[AguiEvent]) -> list[str]:
 def happened(boots: Boots, before: VmRow, after: VmRow) -> list[AguiEvent]:
     event = event_for(before, after, event_id=EventId("e", 1), message="it happened", now=NOW)
     assert event is not None
-    return boots.tell(event, after)
+    return boots.events_for(event, after)
 
 
 def test_phases_are_steps_that_are_closed_before_the_run_ends() -> None:

@@ -2,8 +2,8 @@
 
 AG-UI knows runs, and no two at a time on one connection. VMs overlap, so they can't each be a run: with all VMs in view
 the connection is the run, and its state is the list of VMs (`Overview`). With one VM in view each of its boots is a run
-(`Boots`). Steps and messages are told by `Boots` alone, as what is open must be closed before a run ends, and a client
-that resumes an overview would have to be told what it left open.
+(`Boots`). Only `Boots` has steps and messages: what is open must be closed before a run ends, and a client
+that resumes an overview would have to learn what it left open.
 
 Optional fields that have nothing to say are left out, as AG-UI's clients give up at a `null`.
 """
@@ -190,7 +190,7 @@ class Overview:
         started: list[AguiEvent] = [] if resumed else [RunStarted(self._thread_id, self._run_id)]
         return [*started, self._state.snapshot(rows)]
 
-    def tell(self, event: Event, row: VmRow | None) -> list[AguiEvent]:
+    def events_for(self, event: Event, row: VmRow | None) -> list[AguiEvent]:
         """What has happened."""
         return [*self._state.after(event, row), Custom(f"volant.vm.{event.type}", event)]
 
@@ -215,7 +215,7 @@ class Boots:
         self._state = State()
         self._status: Status | None = None
         self.over = False
-        """Whether the only run has ended, and nothing is told any more."""
+        """Whether the only run has ended, so that no more events follow."""
         self.run_id = ""
         """Of the run under way; empty between runs."""
         self.boot = 0
@@ -229,55 +229,55 @@ class Boots:
 
     def catch_up(self, row: VmRow | None) -> list[AguiEvent]:
         """At the beginning, and for a reader that is too far behind: from what it has to what is."""
-        told: list[AguiEvent] = []
+        events: list[AguiEvent] = []
         if self.over:
-            return told
+            return events
         self._status = row.status if row is not None else None
         up = row is not None and row.status in _UP
         if self.run_id:
-            told.append(self._state.snapshot([row] if row is not None else []))
+            events.append(self._state.snapshot([row] if row is not None else []))
             if row is None or not up or self.boot not in (0, row.booted):
                 reason = row.reason if row is not None and row.status is Status.CRASHED else None
-                told += self._end(reason.code, reason.message) if reason else self._end()
+                events += self._end(reason.code, reason.message) if reason else self._end()
         if row is not None and up and not self.over:
             if not self.run_id:
-                told += self._begin(row)
+                events += self._begin(row)
             self.boot = row.booted
-            told += self.phase(row)
-        return told
+            events += self.phase(row)
+        return events
 
-    def tell(self, event: Event, row: VmRow | None) -> list[AguiEvent]:
+    def events_for(self, event: Event, row: VmRow | None) -> list[AguiEvent]:
         """What has happened to this VM; `row` as it is by now."""
         self._status = event.status
-        told: list[AguiEvent] = []
+        events: list[AguiEvent] = []
         if self.over:
-            return told
+            return events
         if event.type is EventType.VM_STARTING:
             if self.run_id:
-                told += self._end()
+                events += self._end()
             if row is not None and not self.over:
-                told += self._begin(row)
+                events += self._begin(row)
         elif event.type is EventType.VM_CRASHED and not self.run_id and row is not None:
-            told += self._begin(row)
+            events += self._begin(row)
         if not self.run_id:
-            return told
-        told += self._state.after(event, row)
-        told += [
+            return events
+        events += self._state.after(event, row)
+        events += [
             TextMessageStart(event.id),
             TextMessageContent(event.id, event.message or str(event.type)),
             TextMessageEnd(event.id),
         ]
         if event.type is EventType.VM_CRASHED:
             reason = event.reason
-            told += self._end(reason.code, reason.message) if reason else self._end("crashed", event.message)
+            events += self._end(reason.code, reason.message) if reason else self._end("crashed", event.message)
         elif event.type in (EventType.VM_STOPPED, EventType.VM_DELETED):
-            told += self._end()
+            events += self._end()
         elif row is not None:
-            told += self.phase(row)
-        return told
+            events += self.phase(row)
+        return events
 
     def phase(self, row: VmRow) -> list[AguiEvent]:
-        """The VM may be in another phase. Its step is told when what led to it has been told."""
+        """The VM may be in another phase. Its step follows the events that led to it."""
         if not self.run_id or row.status is not self._status:
             return []
         return self._step(None if row.phase is Phase.NONE else str(row.phase))
@@ -296,21 +296,21 @@ class Boots:
         return [RunStarted(self._thread_id, self.run_id), self._state.snapshot([row])]
 
     def _end(self, code: str | None = None, message: str = "") -> list[AguiEvent]:
-        told = self._step(None)
-        told.append(RunFinished(self._thread_id, self.run_id) if code is None else RunError(message or code, code))
+        events = self._step(None)
+        events.append(RunFinished(self._thread_id, self.run_id) if code is None else RunError(message or code, code))
         self.over = self._once
         self.run_id, self.boot, self._next_run_id = "", 0, ""
-        return told
+        return events
 
     def _step(self, step: str | None) -> list[AguiEvent]:
-        told: list[AguiEvent] = []
+        events: list[AguiEvent] = []
         if step != self.step:
             if self.step is not None:
-                told.append(StepFinished(self.step))
+                events.append(StepFinished(self.step))
             if step is not None:
-                told.append(StepStarted(step))
+                events.append(StepStarted(step))
             self.step = step
-        return told
+        return events
 
 
 def _shown(row: VmRow) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`/ws/v1/agui` and `/api/v1/agui`: what happens to VMs, as AG-UI tells it.
+"""`/ws/v1/agui` and `/api/v1/agui`: what happens to VMs, as AG-UI events.
 
 A WebSocket that was cut in the middle of a boot's run goes on with `?resume=true`. Which step the client has open then,
 it alone knows, as what was sent last may never have come: `step` says it. Where it says nothing, what was sent last is
@@ -225,7 +225,7 @@ async def _tell_all(
     """Until `deadline` (True) or the stop (False)."""
     projection = deps.store.projection
     rows = projection.rows
-    # What the state has already is not told a second time.
+    # Events that the state already contains are not sent again.
     true_to = projection.last_event.seq
     first = overview.begin(rows(), resumed=resumed)
     async with interruptible(call.stopping) as waits:
@@ -237,11 +237,11 @@ async def _tell_all(
                 true_to = projection.last_event.seq
                 await send(overview.catch_up(rows()))
                 continue
-            told: list[AguiEvent] = []
+            events: list[AguiEvent] = []
             for frame in taken:
                 if frame.seq > true_to:
-                    told += overview.tell(frame.event, projection.by_id(frame.event.vm_id))
-            await send(told)
+                    events += overview.events_for(frame.event, projection.by_id(frame.event.vm_id))
+            await send(events)
         await send(overview.end())
     return not call.stopping.is_set()
 
@@ -256,7 +256,7 @@ async def _tell_boots(
     *,
     deadline: float = float("inf"),
 ) -> bool:
-    """Until the VM is deleted (True), there is no more to tell, `deadline` or the stop (False)."""
+    """Until the VM is deleted (True), there are no more events, `deadline` or the stop (False)."""
     projection = deps.store.projection
     # Both tellers send through this: each message whole, and in the order in which they were made.
     turn = trio.Lock()
@@ -278,17 +278,17 @@ async def _tell_boots(
                 break
             async with turn:
                 now = projection.by_id(row.id)
-                told: list[AguiEvent] = []
+                events: list[AguiEvent] = []
                 if isinstance(taken, EventGap) or deps.store.events.newest.seq - cursor.seq > MAX_LAG:
                     true_to = projection.last_event.seq
-                    told += boots.catch_up(now)
+                    events += boots.catch_up(now)
                     ended = now is None
                 else:
                     for frame in taken:
                         if frame.event.vm_id == row.id and frame.seq > true_to:
-                            told += boots.tell(frame.event, now)
+                            events += boots.events_for(frame.event, now)
                             ended = ended or frame.event.type is EventType.VM_DELETED
-                await send(told)
+                await send(events)
         async with turn:
             nursery.cancel_scope.cancel()
     return ended
