@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.demo import processes_of
 from tests.docs.pages import PAGES, REPOSITORY, Block, blocks, parts
 
 _BLOCK_S = 240.0
@@ -29,10 +31,10 @@ _CLEAN = (
 )
 _ALONE = r"""
 ip link set lo up
-mount -t tmpfs tmpfs "$0"
+mount -t tmpfs -o mode=755 tmpfs "$0"
 mkdir "$0/upper" "$0/work"
 mount -t overlay overlay -o "lowerdir=/etc,upperdir=$0/upper,workdir=$0/work" /etc
-for each in /run /srv /var/backups; do mount -t tmpfs tmpfs "$each"; done
+for each in /run /srv /var/backups; do mount -t tmpfs -o mode=755 tmpfs "$each"; done
 exec bash --norc
 """
 """Gives a shell its own loopback, where the daemon has the port that pages name, and its own copies of the directories
@@ -111,26 +113,43 @@ def root() -> Iterator[Path]:
     try:
         yield made
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        _clear(made)
+        made.rmdir()
+
+
+def _clear(root: Path) -> None:
+    """Ends the hypervisors that a page has left, and removes its daemon's state."""
+    for pid in processes_of(root):
+        os.kill(pid, signal.SIGKILL)
+    for each in root.iterdir():
+        shutil.rmtree(each, ignore_errors=True)
 
 
 @pytest.mark.system
 @pytest.mark.skipif(os.getuid() != 0, reason="makes network namespaces as root")
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_commands_run_as_printed(page: Path, root: Path, image_cache: Path, tmp_path: Path) -> None:
-    todo = blocks(page)
     shell = Shell(tmp_path, root, image_cache)
     try:
-        if not any(block.text.startswith("volantd &") for block in todo):
-            shell.run(f"volantd >volantd.log 2>&1 &\n{_READY}")
-        for block in todo:
-            if block.file:
-                # With a path of its own it lies in a directory that only the shell sees.
-                shell.run(f"cat >{block.file} <<'{_TOKEN}'\n{block.text}\n{_TOKEN}")
-            elif "not run" not in block.words:
-                _run(shell, page, block)
-    finally:
-        shell.close()
+        try:
+            _run_page(shell, page)
+        finally:
+            shell.close()
+    except BaseException:
+        _clear(root)
+        raise
+
+
+def _run_page(shell: Shell, page: Path) -> None:
+    todo = blocks(page)
+    if not any(block.text.startswith("volantd &") for block in todo):
+        shell.run(f"volantd >volantd.log 2>&1 &\n{_READY}")
+    for block in todo:
+        if block.file:
+            # With a path of its own it lies in a directory that only the shell sees.
+            shell.run(f"cat >{block.file} <<'{_TOKEN}'\n{block.text}\n{_TOKEN}")
+        elif "not run" not in block.words:
+            _run(shell, page, block)
 
 
 def _run(shell: Shell, page: Path, block: Block) -> None:
