@@ -147,7 +147,7 @@ def test_what_is_no_port_is_a_400_that_shows_it(text: str) -> None:
 )
 def test_a_port_of_the_host_leads_to_one_guest(one: str, other: str, meet: bool) -> None:
     first, second = parse_port(one), parse_port(other)
-    assert first.meets(second) == second.meets(first) == meet
+    assert first.conflicts(second) == second.conflicts(first) == meet
     if meet:
         with pytest.raises(Problem, match="can't have both"):
             parse_ports([one, other])
@@ -201,7 +201,7 @@ def test_a_vm_says_which_network_it_has_and_why() -> None:
 @pytest.mark.parametrize(
     ("setting", "obstacles", "found"),
     [
-        ("auto", {}, ("bridge", "the daemon may make a bridge")),
+        ("auto", {}, ("bridge", "the daemon can set up a bridge")),
         ("auto", {"bridge": "it needs root"}, ("user", "no bridge: it needs root")),
         (
             "auto",

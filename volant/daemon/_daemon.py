@@ -483,8 +483,8 @@ class Daemon:
             said += f"; {self.store.trouble}"
         return said if self.store.projection.drain is None else f"{said}, draining"
 
-    async def _gave_up(self, told: GaveUp) -> None:
-        await self.vms.gave_up(told)
+    async def _gave_up(self, failure: GaveUp) -> None:
+        await self.vms.gave_up(failure)
 
     # For the API
 
@@ -508,7 +508,7 @@ class Daemon:
         obstacles = dict(networking.obstacles)
         if networking.user_refused:
             obstacles[USER] = networking.user_refused
-        obstacles.setdefault(USER, networking.reason_for("can be had"))
+        obstacles.setdefault(USER, networking.reason_for("available"))
         return {
             "version": __version__,
             "addresses": [address_of(sock) for sock in self._sockets],
@@ -518,7 +518,7 @@ class Daemon:
             "hypervisor_version": self._choice.version if self._choice else None,
             "accelerator": self._choice.accelerator if self._choice else None,
             "accelerator_reason": self._choice.reason if self._choice else "the probe has not finished",
-            "networks": {kind: obstacles.get(kind, "can be had") for kind in (BRIDGE, USER)},
+            "networks": {kind: obstacles.get(kind, "available") for kind in (BRIDGE, USER)},
             "sandbox": None if self._sandbox is None else self._sandbox.view(),
             "state_dir": str(self.settings.state_dir),
             "runtime_dir": str(self.settings.runtime_dir),
