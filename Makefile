@@ -1,35 +1,32 @@
-# Everything is set up on first use. PYTHON=python3.11 chooses an interpreter; TESTS="-m 'not system'" what pytest runs.
+# Each target sets up what it needs. PYTHON=python3.11 chooses an interpreter; TESTS holds arguments for pytest.
 export PYTHON
 TESTS ?=
 SEEDS ?= 300
 UV ?= uv
+# Tests of one file share a daemon; tests/conftest.py sorts files and counts workers.
+PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-actors simulate bench lint fmt docs lock setup clean
+.PHONY: check test test-all test-actors fast lint fmt demo simulate bench docs lock setup clean
 
-demo: ## A VM from nothing to nothing: build, boot, use, delete
-	@.ci/system-packages python qemu
-	@.ci/in-venv python examples/demo.py
+check: lint fast ## What each commit has to pass: format, lint, types, import contracts, fast tests
 
-test: ## All tests, real guests included
+test: ## All tests on all cores, with real guests
 	@.ci/system-packages python qemu ext4
-	@[ "$$(id -u)" != 0 ] || .ci/system-packages systemd || echo "Without it the tests under systemd are skipped" >&2
-	@[ "$$(id -u)" != 0 ] || .ci/system-packages network || echo "Without it the tests of networks are skipped" >&2
-	@[ "$$(id -u)" != 0 ] || .ci/system-packages chromium || echo "Without it the tests with a browser are skipped" >&2
-	@.ci/test $(TESTS)
+	@[ "$$(id -u)" != 0 ] || .ci/system-packages systemd || echo "Without it, tests under systemd are skipped" >&2
+	@[ "$$(id -u)" != 0 ] || .ci/system-packages network || echo "Without it, tests of networks are skipped" >&2
+	@[ "$$(id -u)" != 0 ] || .ci/system-packages chromium || echo "Without it, tests with a browser are skipped" >&2
+	@.ci/test $(PARALLEL) $(TESTS)
+
+test-all: export VOLANT_TEST_FULL = 1
+test-all: test ## All tests with full loads, rounds and matrices; takes hours
 
 test-actors: ## Build volant-actors, and run its tests in an environment without volant
 	@.ci/test-actors $(TESTS)
 
-simulate: ## SEEDS lives of a daemon on a simulated host, with faults and kills
-	@.ci/in-venv python -m tests.simulation --seeds $(SEEDS)
+fast: ## Tests that run no guests, no programs of the host and no simulation, and are quick
+	@.ci/test $(PARALLEL) -m fast -q $(TESTS)
 
-bench: ## Measure against the bare hypervisor and an empty route
-	@.ci/system-packages python qemu
-	@.ci/in-venv python -m tests.bench
-	@.ci/in-venv python -m tests.bench.actors_bench
-	@.ci/in-venv python -m tests.bench.simulation_bench
-
-lint:
+lint: ## Format, lint, types, import contracts
 	@.ci/in-venv ruff check .
 	@.ci/in-venv ruff format --check .
 	@.ci/in-venv mypy
@@ -41,18 +38,31 @@ fmt:
 	@.ci/in-venv ruff check --fix .
 	@.ci/in-venv ruff format .
 
-docs: ## The reference of commands, which is kept, and that of the Python API, in docs/site
+demo: ## Builds an image, boots a VM, uses it, deletes it; leaves nothing behind
+	@.ci/system-packages python qemu
+	@.ci/in-venv python examples/demo.py
+
+simulate: ## SEEDS runs of a daemon on a simulated host, with faults and kills
+	@.ci/in-venv python -m tests.simulation --seeds $(SEEDS)
+
+bench: ## Measure against the bare hypervisor and an empty route
+	@.ci/system-packages python qemu
+	@.ci/in-venv python -m tests.bench
+	@.ci/in-venv python -m tests.bench.actors_bench
+	@.ci/in-venv python -m tests.bench.simulation_bench
+
+docs: ## Write the generated pages of docs/, and the reference of the Python API in docs/site
 	@.ci/in-venv python docs/build.py
 
-lock: ## Resolve the dependencies anew; needs uv
+lock: ## Resolve the dependencies again; needs uv
 	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 		--no-emit-package volant-actors --group dev pyproject.toml --output-file requirements.lock >/dev/null
 	@.ci/in-venv python .ci/check_lock.py --stamp
 
-setup:
+setup: ## The virtual environment
 	@.ci/system-packages python qemu
 	@.ci/in-venv true
 
-clean: ## Remove what can be made again, but for the images in the cache
+clean: ## Remove what can be made again, but not the images in the cache
 	rm -rf .venv-*/ .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis docs/site
 	find . -name __pycache__ -type d -not -path './.venv*' -exec rm -rf {} +

@@ -1,17 +1,20 @@
-"""The boot image, built once, and daemons whose end is checked.
+"""What tests share: which need what, how they run side by side, the boot image, and daemons that leave nothing behind.
 
 `VOLANT_TEST_CACHE` names the directory of the image; the default is where a daemon of this user has it.
-`VOLANT_TEST_FULL=1` takes the loads and rounds that the promises speak of, instead of shorter ones.
+`VOLANT_TEST_FULL=1` runs full loads and rounds instead of shorter ones.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +25,81 @@ from hypothesis import HealthCheck, settings
 from tests.system.kit import REPOSITORY, Daemon, cache_dir, kept, spec
 from volant.model import BuildTemplate
 
-_REAL = frozenset({"system", "conformance", "systemd"})
-"""Folders whose tests boot real guests."""
+_MARKS = {"system": "system", "conformance": "system", "systemd": "system", "simulation": "simulation"}
+"""Folders, and the marker that all of their tests get."""
+_NEEDS = ("system", "kernel", "programs", "simulation", "slow")
+"""A test with none of these markers is fast."""
+_WORKER_BYTES = 1536 * 1024 * 1024
+"""A worker's tests, its daemon and their guests, at most."""
 _IMAGE_S = 600.0
-# How long an example takes says more of what else the machine does.
+# The time of an example depends on what else the machine does.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 _daemons = pytest.StashKey[list[Daemon]]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure() -> None:
+    # Whoever ends the run, the daemons of its fixtures are stopped and leave nothing.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.parent.name in _REAL:
-            item.add_marker(pytest.mark.system)
-            if shutil.which("qemu-system-x86_64") is None:
-                item.add_marker(pytest.mark.skip("there is no qemu-system-x86_64"))
+        if mark := _MARKS.get(item.path.parent.name):
+            item.add_marker(mark)
+        if item.get_closest_marker("system") and shutil.which("qemu-system-x86_64") is None:
+            item.add_marker(pytest.mark.skip("there is no qemu-system-x86_64"))
+        if not any(item.get_closest_marker(need) for need in _NEEDS):
+            item.add_marker("fast")
+    if _is_worker(config):
+        # The longest files first, so that workers end at the same time.
+        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("alone", "system", "slow")])
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Returns one worker for each processor, but not more than memory allows."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // _WORKER_BYTES))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    if not _is_worker(item.config):
+        return (yield)
+    with _machine(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+@contextmanager
+def _machine(*, alone: bool) -> Iterator[None]:
+    """Holds the machine for a test, with its fixtures: shared with the tests of other workers, or alone.
+
+    A test that waits to be alone keeps the gate closed, so that the others end and no new one starts.
+    """
+    with Path(__file__).open() as gate, (REPOSITORY / "pyproject.toml").open() as machine:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        if not alone:
+            fcntl.flock(gate, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            # Not by closing: a process that a test has forked may have the files, too.
+            fcntl.flock(machine, fcntl.LOCK_UN)
+            fcntl.flock(gate, fcntl.LOCK_UN)
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.getreports("skipped")
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+    if reasons:
+        terminalreporter.section("skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count:5} {reason}")
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +117,7 @@ def image_cache() -> Path:
 
 @pytest.fixture(scope="session")
 def browser_plugin(image_cache: Path) -> Path:
-    """The manifest of `examples/browser`, its root filesystem beside it; made once for a cache."""
+    """The manifest of `examples/browser`, with its root filesystem beside it; built once for each cache."""
     output = image_cache / "browser"
     subprocess.run(
         [sys.executable, str(REPOSITORY / "examples" / "browser" / "build.py"), "--output", str(output)],
@@ -67,7 +130,7 @@ def browser_plugin(image_cache: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _running(request: pytest.FixtureRequest) -> list[Daemon]:
-    """The daemons that may have something to say about a failure."""
+    """The running daemons, whose logs a failure shows."""
     daemons: list[Daemon] = []
     request.session.stash[_daemons] = daemons
     return daemons
@@ -75,7 +138,7 @@ def _running(request: pytest.FixtureRequest) -> list[Daemon]:
 
 @pytest.fixture(scope="session")
 def template(image_cache: Path, _running: list[Daemon]) -> Iterator[Path]:
-    """A template of the smallest VM, which daemons of tests find as if they had been here before."""
+    """A template of the smallest VM, which the daemons of tests find as if they had built it."""
 
     async def build(daemon: Daemon) -> str:
         smallest = spec("any")
@@ -91,7 +154,7 @@ def template(image_cache: Path, _running: list[Daemon]) -> Iterator[Path]:
 
 
 def _template(request: pytest.FixtureRequest) -> Path | None:
-    """What VMs of a test or a module begin from; None: they boot cold."""
+    """Returns the template of a test's or a module's VMs; None: they boot cold."""
     if request.node.get_closest_marker("cold"):
         return None
     found: Path = request.getfixturevalue("template")
@@ -107,7 +170,7 @@ def module_daemon(request: pytest.FixtureRequest, image_cache: Path, _running: l
 
 @pytest.fixture
 def daemon(module_daemon: Daemon) -> Iterator[Daemon]:
-    """A daemon without VMs, but those of its module that it says to keep."""
+    """The daemon of the module, without VMs except those in `kept`."""
     yield module_daemon
     module_daemon.check_between_tests()
 
@@ -116,7 +179,7 @@ def daemon(module_daemon: Daemon) -> Iterator[Daemon]:
 def make_daemon(
     request: pytest.FixtureRequest, image_cache: Path, _running: list[Daemon]
 ) -> Iterator[Callable[..., Daemon]]:
-    """Daemons of a test's own; takes the arguments of `Daemon`, and starts it."""
+    """Starts a daemon for this test alone; takes the arguments of `Daemon`."""
     made: list[Daemon] = []
     template = _template(request)
 
@@ -142,18 +205,13 @@ def make_daemon(
             raise failures[0]
 
 
-def pytest_configure() -> None:
-    # Whoever ends the run, the daemons of its fixtures are ended and leave nothing.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[Any]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     error = call.excinfo.value if call.excinfo else None
-    # In a group, as Trio has it, pytest takes it for a failure as any other.
+    # pytest takes an interrupt in an exception group, as Trio raises it, for an ordinary failure.
     if isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt):
         item.session.shouldstop = "interrupted"
     if report.failed:
