@@ -6,7 +6,7 @@ UV ?= uv
 # Tests of one file share a daemon; tests/conftest.py sorts files and counts workers.
 PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: check test test-all test-actors fast lint fmt demo simulate bench docs lock setup clean
+.PHONY: check test test-all test-wheels fast lint fmt demo simulate bench docs lock setup clean
 
 check: lint fast ## What each commit has to pass: format, lint, types, import contracts, fast tests
 
@@ -20,8 +20,9 @@ test: ## All tests on all cores, with real guests
 test-all: export VOLANT_TEST_FULL = 1
 test-all: test ## All tests with full loads, rounds and matrices; takes hours
 
-test-actors: ## Build volant-actors, and run its tests in an environment without volant
-	@.ci/test-actors $(TESTS)
+test-wheels: ## Build volant-actors and volant-client, and test each in an environment without the daemon
+	@.ci/test-wheel actors $(TESTS)
+	@.ci/test-wheel client $(TESTS)
 
 fast: ## Tests that run no guests, no programs of the host and no simulation, and are quick
 	@.ci/test $(PARALLEL) -m fast -q $(TESTS)
@@ -56,7 +57,7 @@ docs: ## Write the generated pages of docs/, and the reference of the Python API
 
 lock: ## Resolve the dependencies again; needs uv
 	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-		--no-emit-package volant-actors --group dev pyproject.toml --output-file requirements.lock >/dev/null
+		--no-emit-package volant-actors --no-emit-package volant-client --group dev pyproject.toml --output-file requirements.lock >/dev/null
 	@.ci/in-venv python .ci/check_lock.py --stamp
 
 setup: ## The virtual environment

@@ -13,14 +13,15 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECTS = (".", "actors", "packaging/client")
 PREFIX = "# Made by `make lock` from the dependencies with the digest "
 
 
 def main() -> int:
     """Check or stamp; return the exit code."""
-    volant, actors = (tomllib.loads((ROOT / path / "pyproject.toml").read_text()) for path in (".", "actors"))
-    facts = [[project["project"][key] for key in ("requires-python", "dependencies")] for project in (volant, actors)]
-    facts.append(volant["dependency-groups"])
+    projects = [tomllib.loads((ROOT / path / "pyproject.toml").read_text()) for path in PROJECTS]
+    facts = [[project["project"][key] for key in ("requires-python", "dependencies")] for project in projects]
+    facts.append(projects[0]["dependency-groups"])
     line = PREFIX + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     lock = ROOT / "requirements.lock"
     text = lock.read_text()

@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ async def _answers(client: Client, bundle: Bundle) -> bool:
 
 async def _versions(bundle: Bundle) -> None:
     found: dict[str, object] = {"volant": __version__, "python": platform.python_version()}
-    for requirement in importlib.metadata.requires("volant") or ():
+    required = (importlib.metadata.requires(name) or () for name in ("volant", "volant-client"))
+    for requirement in chain.from_iterable(required):
         name = requirement.split(";")[0]
         for character in " <>=!~[(":
             name = name.partition(character)[0]
