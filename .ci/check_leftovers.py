@@ -1,7 +1,6 @@
-"""What daemons and guests leave on a host: processes, sockets, network devices, files outside the caches.
+"""Finds what daemons and guests leave on a host: processes, sockets, network devices, files outside the caches.
 
-`check_leftovers.py before FILE` notes what is there; `check_leftovers.py after FILE` lists what has come since and
-fails if there is any.
+`check_leftovers.py before FILE` records the present ones; `check_leftovers.py after FILE` fails if there are new ones.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ _OURS = re.compile(r"volant|^vt\.|^pytest-of-")
 
 
 def main() -> int:
-    """Note or compare; return the exit code."""
+    """Records or compares; returns the exit code."""
     mode, file = sys.argv[1], Path(sys.argv[2])
     if mode == "before":
-        file.write_text(json.dumps({name: sorted(look()) for name, look in LOOKS.items()}))
+        file.write_text(json.dumps({name: sorted(probe()) for name, probe in PROBES.items()}))
         return 0
     before = json.loads(file.read_text())
     give_up_at = time.monotonic() + _GRACE_S
     while True:
-        left = {name: sorted(set(look()) - set(before[name])) for name, look in LOOKS.items()}
+        left = {name: sorted(set(probe()) - set(before[name])) for name, probe in PROBES.items()}
         if not any(left.values()):
-            print("nothing is left: no process, socket, network device or file outside the caches")
+            print("Nothing is left: no process, socket, network device or file outside the caches")
             return 0
         if time.monotonic() > give_up_at:
             break
@@ -72,7 +71,7 @@ def _files() -> set[str]:
     return found
 
 
-LOOKS: dict[str, Callable[[], set[str]]] = {
+PROBES: dict[str, Callable[[], set[str]]] = {
     "process": _processes,
     "socket": _sockets,
     "network device": _devices,

@@ -1,6 +1,6 @@
-"""Whether `requirements.lock` was made from the present `pyproject.toml` files, without asking a network.
+"""Checks that `requirements.lock` was made from the present `pyproject.toml` files, without network access.
 
-`--stamp` writes into the lock's first line what it was made from; without it that line is checked.
+`--stamp` writes a digest of the dependencies into the first line of the lock; without it, that line is checked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PREFIX = "# Made by `make lock` from the dependencies with the digest "
 
 
 def main() -> int:
-    """Check or stamp; return the exit code."""
+    """Checks or stamps; returns the exit code."""
     projects = [tomllib.loads((ROOT / path / "pyproject.toml").read_text()) for path in PROJECTS]
     facts = [[project["project"][key] for key in ("requires-python", "dependencies")] for project in projects]
     facts.append(projects[0]["dependency-groups"])

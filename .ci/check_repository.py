@@ -1,4 +1,4 @@
-"""Whether a file of the repository names a package registry's host or a path of the machine it was written on."""
+"""Checks that no file of the repository names a package registry's host or a path of this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# In pieces, or this file would name them.
+# In pieces, because this file must not name them either.
 _HOSTS = [
     ("pypi", "org"),
     ("pythonhosted", "org"),
@@ -28,7 +28,7 @@ _MAX_BYTES = 5_000_000
 
 
 def main() -> int:
-    """Print what is found; return the exit code."""
+    """Prints each occurrence; returns the exit code."""
     listed = subprocess.run(
         ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

@@ -10,7 +10,7 @@ LOCK = Path(__file__).resolve().parent.parent / "requirements.lock"
 
 
 def main() -> int:
-    """Print; return the exit code."""
+    """Prints the entries; returns the exit code."""
     needed = set(sys.argv[1:])
     entries = {match[1]: match[0] for match in re.finditer(r"^([\w.-]+)==.*\n(?: .*\n)*", LOCK.read_text(), re.M)}
     # A comment below each package names the packages that need it.

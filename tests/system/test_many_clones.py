@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import trio
 
 from tests.system.clones import Who, who
@@ -14,6 +15,7 @@ CLONES = load("VOLANT_TEST_CLONES", usual=12, full=50)
 CLOCK_S = 0.05
 
 
+@pytest.mark.alone
 async def test_clones_created_at_once_have_an_identity_each(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon("--templates", "auto")
     made: dict[str, VmView] = {}
