@@ -24,7 +24,7 @@ test-wheels: ## Build volant-actors and volant-client, and test each in an envir
 	@.ci/test-wheel actors $(TESTS)
 	@.ci/test-wheel client $(TESTS)
 
-fast: ## Tests that run no guests, no programs of the host and no simulation, and are quick
+fast: ## Tests that run no guests, no other programs and no simulation, and are quick
 	@.ci/test $(PARALLEL) -m fast -q $(TESTS)
 
 lint: ## Format, lint, types, import contracts

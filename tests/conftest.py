@@ -25,7 +25,11 @@ from hypothesis import HealthCheck, settings
 from tests.system.kit import REPOSITORY, Daemon, cache_dir, kept, spec
 from volant.model import BuildTemplate
 
-_MARKS = {"system": "system", "conformance": "system", "systemd": "system", "simulation": "simulation"}
+_MARKS = {
+    **dict.fromkeys(("conformance", "system", "systemd"), "system"),
+    **dict.fromkeys(("attackers", "cli", "examples", "typing"), "programs"),
+    "simulation": "simulation",
+}
 """Folders, and the marker that all of their tests get."""
 _NEEDS = ("system", "kernel", "programs", "simulation", "slow")
 """A test with none of these markers is fast."""
@@ -38,9 +42,12 @@ settings.load_profile("patient")
 _daemons = pytest.StashKey[list[Daemon]]()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # Whoever ends the run, the daemons of its fixtures are stopped and leave nothing.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if worker := _worker(config):
+        # `popen-gw0` becomes `0`: the path of a socket has at most 108 bytes.
+        config.option.basetemp = str(Path(config.option.basetemp).with_name(worker.removeprefix("gw")))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip("there is no qemu-system-x86_64"))
         if not any(item.get_closest_marker(need) for need in _NEEDS):
             item.add_marker("fast")
-    if _is_worker(config):
+    if _worker(config):
         # The longest files first, so that workers end at the same time.
         items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("alone", "system", "slow")])
 
@@ -64,7 +71,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    if not _is_worker(item.config):
+    if not _worker(item.config):
         return (yield)
     with _machine(alone=item.get_closest_marker("alone") is not None):
         return (yield)
@@ -89,8 +96,10 @@ def _machine(*, alone: bool) -> Iterator[None]:
             fcntl.flock(gate, fcntl.LOCK_UN)
 
 
-def _is_worker(config: pytest.Config) -> bool:
-    return hasattr(config, "workerinput")
+def _worker(config: pytest.Config) -> str | None:
+    """Returns the name of this worker of xdist; None: this process is none."""
+    worker: str | None = getattr(config, "workerinput", {}).get("workerid")
+    return worker
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 
+import pytest
 import trio
 
 from actors import (
@@ -32,6 +33,8 @@ from actors import (
     open_system,
 )
 from actors.testing import kill
+
+pytestmark = pytest.mark.slow
 
 Simulate = Callable[[Callable[[Random], Awaitable[object]], int], object]
 MANY = range(int(os.environ.get("ACTORS_SEEDS", "1000")))

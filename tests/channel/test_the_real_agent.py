@@ -22,6 +22,8 @@ from volant.model.agent import EXEC, FILES, HEALTHZ, INFO, MAX_STREAMS
 
 from .kit import Way, handle, running, settled
 
+pytestmark = pytest.mark.programs
+
 MIB = 1024 * 1024
 
 

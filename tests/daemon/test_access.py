@@ -16,6 +16,8 @@ import trio
 from tests.system.kit import Daemon
 from volant.client import Client, ClientProblem
 
+pytestmark = pytest.mark.programs
+
 FIRST = "first-0123456789abcdef"
 SECOND = "second-0123456789abcdef"
 OF_THE_ENVIRONMENT = "environment-0123456789"

@@ -12,6 +12,8 @@ from tests.attackers.crafted_backup import make
 from volant.daemon._command_line import parse_command
 from volant.daemon._settings import resolve
 
+pytestmark = pytest.mark.programs
+
 
 def volantd(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs volantd with all its directories below `tmp_path`."""

@@ -15,8 +15,12 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import pytest
+
 from volant.daemon._directories import memory_dir
 from volant.daemon._settings import Settings
+
+pytestmark = pytest.mark.programs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT = 96

@@ -39,6 +39,8 @@ from volant.hypervisor import AcceleratorChoice
 from volant.images import ImageError
 from volant.model.doctor import Finding, Level
 
+pytestmark = pytest.mark.programs
+
 ROOT = Path(__file__).resolve().parents[2]
 NO_KVM = AcceleratorChoice("tcg", "there is no /dev/kvm", "10.0.0")
 NO_GUEST = AcceleratorChoice("tcg", "KVM runs no guest here: QEMU ended with status 1", "10.0.0")

@@ -11,6 +11,8 @@ import trio
 from tests.system.kit import Daemon
 from volant.network import passt_obstacle
 
+pytestmark = pytest.mark.programs
+
 _KEY = "user-network-0123456789abcdef"
 
 

@@ -25,6 +25,8 @@ from volant.hypervisor.qemu._machine import QemuMachine
 from volant.model import EndKind
 from volant.model import ProcessIdentity as Identity
 
+pytestmark = pytest.mark.programs
+
 COUNTER = 0x200000
 # Says a byte on the serial console, counts in its memory until one is typed there, and powers off.
 COUNTS = (

@@ -16,7 +16,7 @@ from volant.host import Host
 from volant.hypervisor import Disk, LaunchFailed, MachineSpec
 from volant.hypervisor.qemu import QemuHypervisor
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="there is no qemu-img")
+pytestmark = [pytest.mark.programs, pytest.mark.skipif(shutil.which("qemu-img") is None, reason="there is no qemu-img")]
 
 SIZE = 4 * 2**20
 

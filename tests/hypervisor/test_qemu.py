@@ -23,7 +23,10 @@ from volant.hypervisor.qemu._launch import classify
 from volant.hypervisor.qemu._machine import LOG_LIMIT
 from volant.model import EndKind
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed")
+pytestmark = [
+    pytest.mark.programs,
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),
+]
 
 
 @pytest.fixture

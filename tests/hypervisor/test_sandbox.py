@@ -29,6 +29,8 @@ from volant.hypervisor.qemu._launch import prepare_files
 from volant.hypervisor.qemu._sandbox import QemuSandbox
 from volant.model import ProcessIdentity
 
+pytestmark = pytest.mark.programs
+
 USERS = range(65536, 65536 + 32768)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="users of their own are given by root")
 

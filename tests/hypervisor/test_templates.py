@@ -18,7 +18,10 @@ from volant.hypervisor.qemu import QemuHypervisor
 from volant.hypervisor.qemu._machine import QemuMachine
 from volant.model import EndKind
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed")
+pytestmark = [
+    pytest.mark.programs,
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),
+]
 
 # Waits for a byte that is typed on the serial console, writes to its memory and powers off: it ends where somebody
 # wants it to, in the template or in a clone.

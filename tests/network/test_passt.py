@@ -21,6 +21,8 @@ from volant.model import Lease, PublishedPort, VmRow, user_lease
 from volant.network import NetworkFailed, Passt, passt_obstacle, passt_user
 from volant.network._passt import passt_argv
 
+pytestmark = pytest.mark.programs
+
 INSTANCE = f"{os.getpid():010x}"
 
 needs_passt = pytest.mark.skipif(shutil.which("passt") is None, reason="needs passt: .ci/system-packages network")

@@ -17,7 +17,7 @@ import pytest
 import trio
 from actors import fault
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error")]
 seen = []
 
 @pytest.fixture
