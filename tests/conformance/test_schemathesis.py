@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cold
 EXAMPLES = load("VOLANT_TEST_EXAMPLES", usual=75, full=500)
 """Random requests for each operation, in addition to those that schemathesis derives from the document."""
 REQUESTS = 5000
-TIMEOUT_S = load("VOLANT_TEST_EXAMPLES_S", usual=500, full=3000)
+TIMEOUT_S = load("VOLANT_TEST_EXAMPLES_S", usual=900, full=3000)
 
 # Answers any request, but the discovery requests of DevTools with 404.
 SERVER = """

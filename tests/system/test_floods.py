@@ -6,10 +6,14 @@ import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
+import pytest
 import trio
 
 from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, load, run, spec, websocket
 from volant.client import Client, LogLine
+
+# Their limits are those of a machine that does nothing else.
+pytestmark = pytest.mark.alone
 
 FLOOD_S = load("VOLANT_TEST_FLOOD_S", usual=10, full=60)
 """Seconds of the flood on the console."""

@@ -19,6 +19,9 @@ from tests.system import netns
 from tests.system.kit import BOOT_S, Daemon, boot, load, patched, run, spec
 from volant.client import LogLine
 
+# Their limits are those of a machine that does nothing else.
+pytestmark = pytest.mark.alone
+
 SLOW_CLIENTS = 200
 LINES = load("VOLANT_TEST_LOG_LINES", usual=100_000, full=100_000)
 VANISHING = 1000

@@ -27,6 +27,9 @@ from tests.system.kit import Daemon, adopted, boot, load, spec
 from tests.system.rootfs import layer_of, make_ext4
 from volant.client import ClientProblem
 
+# Their limits are those of a machine that does nothing else.
+pytestmark = pytest.mark.alone
+
 LONG_S = load("VOLANT_TEST_HOSTILE_S", usual=4, full=30)
 """Seconds for which each behaviour runs."""
 RSS_MB = 60

@@ -6,10 +6,14 @@ import os
 import signal
 from collections.abc import Callable
 
+import pytest
 import trio
 
 from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, event_of, is_alive, patched, run, until
 from volant.client import LogLine
+
+# Their limits are those of a machine that does nothing else.
+pytestmark = pytest.mark.alone
 
 
 async def test_a_killed_hypervisor_is_reported_within_a_second_and_affects_no_other_vm(daemon: Daemon) -> None:
