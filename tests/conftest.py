@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ _NEEDS = ("system", "kernel", "programs", "simulation", "slow")
 _WORKER_BYTES = 1536 * 1024 * 1024
 """A worker's tests, its daemon and their guests, at most."""
 _IMAGE_S = 600.0
+_STOP_S = 50.0
+"""For workers to clean up after an interrupt; .ci/run kills what is left after 60 s."""
 # The time of an example depends on what else the machine does.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
@@ -75,6 +79,23 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     with _machine(alone=item.get_closest_marker("alone") is not None):
         return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Waits until interrupted workers have stopped their daemons. xdist alone would kill them after some seconds."""
+    controller = session.config.pluginmanager.get_plugin("dsession")
+    if controller is None or exitstatus != pytest.ExitCode.INTERRUPTED:
+        return
+    running = set(controller._active_nodes)
+    for worker in running:
+        worker.shutdown()
+    give_up_at = time.monotonic() + _STOP_S
+    while running and time.monotonic() < give_up_at:
+        with suppress(queue.Empty):
+            event, arguments = controller.queue.get(timeout=0.5)
+            if event in ("workerfinished", "errordown"):
+                running.discard(arguments["node"])
 
 
 @contextmanager
