@@ -90,7 +90,7 @@ async def test_a_client_that_leaves_does_not_cancel_its_delete(daemon: Daemon) -
     async with daemon.client() as client, daemon.http() as http:
         vm = await boot(client, "demo")
         with pytest.raises(httpx.ReadTimeout):
-            await http.delete("/api/v1/vms/demo", timeout=0.05)
+            await http.delete("/api/v1/vms/demo", timeout=httpx.Timeout(30, read=0.05))
         await until(client, "demo", "deleted")
         assert vm.pid is not None
         assert not is_alive(vm.pid)
