@@ -1,22 +1,20 @@
 """An actor, and what one incarnation of it may use.
 
-An incarnation is one task, in which everything of it runs in turn: `on_start`, the handlers, `on_stop`, the closing of
-`ctx.stack`. The scopes of that task nest like this, and the order is the point::
+An incarnation is one task. `on_start`, the handlers, `on_stop` and the closing of `ctx.stack` run in it, in this order.
+Its scopes nest like this::
 
-    outer                 cancels a start that takes too long, or that its supervisor gives up
-      inner               the shield from the start on; its deadline is the budget, from the moment the end begins
-        [ctx.stack]       what on_start entered may hold scopes and nurseries open
-          loop            cancelled in order to interrupt a handler
+    outer                 cancels a start that takes too long, or that the supervisor no longer wants
+      inner               is the shield from the start on; its deadline is the shutdown budget
+        [ctx.stack]       may hold scopes and nurseries open that on_start entered
+          loop            is cancelled to interrupt a handler
 
-A resource on the stack may be a context manager with a nursery in it. Trio demands that scopes close in the reverse
-order of their opening, so no new scope may be opened round the closing of the stack, not even for a shield. Therefore
-the shield and the budget are `inner`, which has been there all along, and what interrupts a handler is `loop`, which is
-gone when the stack closes.
+Trio demands that scopes close in the reverse order of their opening. A context manager on the stack may hold a nursery
+open, so no new scope may be opened around the closing of the stack, not even for a shield. Therefore the shield and the
+budget are `inner`, which is there from the beginning, and `loop` ends before the stack closes.
 
-Its child tasks run in the supervisor's nursery, each in a shielded scope of its own, and the incarnation counts them
-and waits for the last. Rejected: a nursery for each incarnation. It made a start half as dear again, most have no
-child task, and it could do nothing here that the counting does not: its own scope must not be used (a failure would
-cancel `on_stop` too), and what it would raise is taken out of its hands.
+Child tasks run in the supervisor's nursery, each in a shielded scope of its own. The incarnation counts them and waits
+for the last. Rejected: a nursery for each incarnation. It made a start half as dear again, most actors have no child
+task, and a failure would cancel `on_stop` too.
 """
 
 from __future__ import annotations
@@ -48,11 +46,11 @@ _logger = logging.getLogger("actors")
 class Actor:
     """State that one task owns, and handlers that run one at a time.
 
-    `__init__` is pure: it runs again for every incarnation. `ctx` is there from `on_start` on. Assign state after the
-    last await of a handler: when it fails half-way the incarnation dies, and with it what was half applied.
+    `__init__` is pure and runs again for every incarnation. `ctx` exists from `on_start` on. Assign state after the
+    last await of a handler: when the handler fails half-way, the incarnation ends, and half-applied state with it.
     """
 
-    #: Messages that wait at most. `tell` raises `MailboxFull` beyond it, `ask` waits for room.
+    #: The number of messages that may wait. Beyond it `tell` raises `MailboxFull`, and `ask` waits for room.
     mailbox: ClassVar[int] = 64
 
     _handlers: ClassVar[Mapping[type, Handler]] = {}
@@ -66,17 +64,17 @@ class Actor:
             raise ValueError(f"{cls.__qualname__}.mailbox must be at least 1")
 
     async def on_start(self) -> None:
-        """Makes the incarnation ready. Whoever starts it waits for this; if it raises, there is no incarnation."""
+        """Makes the incarnation ready. The start waits for it, and fails when it raises."""
 
     async def on_stop(self) -> None:
-        """An orderly end: runs when the actor is stopped or stops itself, while its child tasks still run.
+        """Runs when the actor is stopped or stops itself, while its child tasks still run.
 
-        It has the child's `shutdown_s`, less a reserve for closing `ctx.stack`. It does not run after a crash: what
-        must happen in any case belongs on `ctx.stack`.
+        It has the child's `shutdown_s`, less a reserve for closing `ctx.stack`. It does not run after a crash: clean-up
+        that must always happen belongs on `ctx.stack`.
         """
 
     def inspect(self) -> Mapping[str, object]:
-        """What people should see of the state, ready for JSON; shown as `actor` in `Ref.inspect()`."""
+        """Returns the state that people should see, ready for JSON. `Ref.inspect()` shows it as `actor`."""
         return {}
 
 
@@ -101,13 +99,13 @@ class TaskHandle:
         self._scope.cancel()
 
     async def wait(self) -> None:
-        """Waits until the task has ended, however it did."""
+        """Waits until the task has ended, in whatever way."""
         await self._done.wait()
 
 
 @final
 class Context:
-    """What an incarnation may use; gone with it."""
+    """What one incarnation may use."""
 
     __slots__ = ("_cell", "_closed", "_idle", "_monitored", "_stack", "_tasks", "_timers")
 
@@ -122,7 +120,7 @@ class Context:
 
     @property
     def self_ref(self) -> Ref[Any]:
-        """The ref of this actor, to hand to others."""
+        """The ref of this actor, for others to use."""
         ref = self._cell.ref
         assert ref is not None
         return ref
@@ -134,18 +132,17 @@ class Context:
 
     @property
     def stack(self) -> AsyncExitStack:
-        """Closed in reverse when the incarnation ends, however it ends: shielded, within the shutdown budget, after the
-        child tasks.
+        """Closes in reverse at every end of the incarnation: after the child tasks, shielded, within `shutdown_s`.
 
-        A context manager that holds a nursery or a cancel scope open may be entered in `on_start` only; elsewhere give
-        it a task of its own.
+        Enter a context manager that holds a nursery or a cancel scope open in `on_start` only; elsewhere give it a task
+        of its own.
         """
         if self._stack is None:
             self._stack = AsyncExitStack()
         return self._stack
 
     def spawn(self, fn: Callable[[*Args], Awaitable[object]], *args: *Args, name: str | None = None) -> TaskHandle:
-        """Starts a child task of this incarnation. If it fails, the actor has failed. It may ask its own actor.
+        """Starts a child task of this incarnation. Its failure is a crash of the actor. It may ask its own actor.
 
         :raises ActorDown: the incarnation is ending.
         :raises Fenced: the caller counts as killed; see `check_fence`.
@@ -159,12 +156,12 @@ class Context:
         return handle
 
     def send_after(self, delay_s: float, message: object) -> Timer:
-        """Puts `message` into this actor's own mailbox after `delay_s` seconds, even if that is full.
+        """Puts `message` into this actor's own mailbox after `delay_s` seconds, even a full one.
 
-        It costs nothing while it waits, and ends with the incarnation. For a rhythm let the handler set it again.
+        The timer ends with the incarnation. For a rhythm, let the handler set it again.
 
         :raises Unhandled: the actor has no handler for it.
-        :raises ValueError: `delay_s` is negative, infinite or no number.
+        :raises ValueError: `delay_s` is negative, infinite or NaN.
         :raises ActorDown: the incarnation is ending.
         :raises Fenced: the caller counts as killed; see `check_fence`.
         """
@@ -180,9 +177,9 @@ class Context:
         return timer
 
     def monitor(self, ref: Ref[Any]) -> None:
-        """Asks for one `Down` when the present incarnation of `ref` has ended; at once when there is none.
+        """Delivers one `Down` when the present incarnation of `ref` has ended; at once when there is none.
 
-        It overtakes the queue. To watch the next incarnation, call it again.
+        The `Down` overtakes the queue. Call `monitor` again to watch the next incarnation.
 
         :raises TypeError: this actor has no handler for `Down`.
         """
@@ -197,19 +194,19 @@ class Context:
             self._monitored[ref] = None
 
     def demonitor(self, ref: Ref[Any]) -> None:
-        """Takes `monitor` back. A `Down` that is already on its way still arrives."""
+        """Ends what `monitor` began. A `Down` that is on its way still arrives."""
         self._monitored.pop(ref, None)
         ref._mailbox.watchers.pop(self.self_ref._mailbox, None)
 
     def defer(self, message: Request[R]) -> Deferred[R]:
-        """In a handler: the reply to `message` comes later. Return the `Deferred`, and hand it to a child task.
+        """Returns the means to reply to `message` later. A handler returns it, and passes it to a child task.
 
-        :raises RuntimeError: `message` is not the one that is being handled.
+        :raises RuntimeError: the handler of `message` does not run now.
         """
         return self.self_ref._mailbox.defer(message)
 
     def stop(self) -> None:
-        """Ends the actor of its own will, after the message that is being handled. What is still queued is lost."""
+        """Ends the actor after the current message. The queue is lost."""
         self.self_ref._mailbox.finish()
 
     async def _run(self, handle: TaskHandle, fn: Callable[..., Awaitable[object]], args: tuple[Any, ...]) -> None:
@@ -245,8 +242,8 @@ class Context:
             if self._stack is not None:
                 await self._close_stack(self._stack, exc)
 
-    async def _outlive(self) -> None:
-        """Waits, as a nursery would, for child tasks that outlast the budget. There is no way to end them."""
+    async def _wait_for_tasks(self) -> None:
+        """Waits, as a nursery would, for child tasks that shield themselves for longer than the budget."""
         if self._tasks and self._idle is not None:
             with trio.CancelScope(shield=True):
                 await self._idle.wait()
@@ -263,13 +260,13 @@ class Context:
             failure, _ = split_cancelled(error)
             if failure is not None:
                 if self._cell.reason is not None:
-                    _logger.warning("%s: closing its stack failed as well", self.name, exc_info=failure)
+                    _logger.warning("%s: closing its stack failed too", self.name, exc_info=failure)
                 self._cell.fail(failure)
             raise
 
 
-async def live(cell: Cell, actor: Actor) -> None:
-    """One incarnation from `on_start` to the last of its clean-up, inside `cell.outer` and `cell.inner`."""
+async def run_incarnation(cell: Cell, actor: Actor) -> None:
+    """Runs one incarnation, from `on_start` to the end of its clean-up, inside `cell.outer` and `cell.inner`."""
     assert cell.ref is not None
     mailbox = cell.ref._mailbox
     cell.actor = actor
@@ -283,11 +280,11 @@ async def live(cell: Cell, actor: Actor) -> None:
             await checkpoint()
         cell.mark_started()
         with trio.CancelScope() as cell.loop:
-            await mailbox.drain(actor)
+            await mailbox.handle_messages(actor)
         if cell.reason is None:
             mailbox.close(Exit(ExitKind.STOPPED if cell.stop_requested else ExitKind.NORMAL))
             cell.begin_end()
-            await _say_goodbye(cell, actor)
+            await _call_on_stop(cell, actor)
     except BaseException as exc:
         failure = exc
         cell.fail(split_cancelled(exc)[0])
@@ -297,13 +294,13 @@ async def live(cell: Cell, actor: Actor) -> None:
         try:
             await ctx._close(failure)
         finally:
-            await ctx._outlive()
+            await ctx._wait_for_tasks()
             del failure
 
 
-async def _say_goodbye(cell: Cell, actor: Actor) -> None:
+async def _call_on_stop(cell: Cell, actor: Actor) -> None:
     reserve_s = min(2.0, cell.shutdown_s / 4)
-    with trio.CancelScope(deadline=cell.inner.deadline - reserve_s) as politeness:
+    with trio.CancelScope(deadline=cell.inner.deadline - reserve_s) as scope:
         await actor.on_stop()
-    if politeness.cancelled_caught:
-        _logger.warning("%s: on_stop was cut short by the shutdown budget", cell.path)
+    if scope.cancelled_caught:
+        _logger.warning("%s: on_stop was cancelled at the end of the shutdown budget", cell.path)

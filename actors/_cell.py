@@ -1,8 +1,8 @@
-"""A child: what a supervisor is told about it, and what it keeps of it over all incarnations.
+"""A child: its specification (`Child`), and its state over all incarnations (`Cell`, as Akka calls it).
 
-Outer cancellation reaches every task under it at once, in no order. So a child that has started is shielded, and its
-supervisor alone lifts the shield, when its turn has come. Before it has started it stays cancellable, and what goes
-wrong with it belongs to whoever starts it.
+A cancelled scope reaches every task below it at once, in no order. So a started child is shielded, and its supervisor
+alone lifts the shield, when the child's turn comes. Until it has started, a child is cancellable, and what it raises
+belongs to whoever starts it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar, final, overload
 import trio
 from trio.lowlevel import checkpoint
 
-from ._actor import Actor, live
+from ._actor import Actor, run_incarnation
 from ._errors import StartFailed, StartTimeout
 from ._exit import Exit, ExitKind, split_cancelled
 from ._fence import Fence, current_fence
@@ -34,13 +34,13 @@ C_co = TypeVar("C_co", bound="Actor | None", covariant=True)
 
 _HISTORY = 8
 _SHOWN = 16
-_SETTLED: Final = trio.Event()
-_SETTLED.set()
+_FINISHED: Final = trio.Event()
+_FINISHED.set()
 _logger = logging.getLogger("actors")
 
 
 class Restart(enum.Enum):
-    """When a child that has ended is started again."""
+    """When a child that has ended starts again."""
 
     PERMANENT = "permanent"
     """Always, unless it was stopped."""
@@ -56,7 +56,7 @@ TEMPORARY = Restart.TEMPORARY
 
 
 class State(enum.StrEnum):
-    """Where a child is in its life."""
+    """The state of a child."""
 
     NEW = "new"
     STARTING = "starting"
@@ -68,7 +68,7 @@ class State(enum.StrEnum):
 
 
 class Started(Protocol):
-    """How a supervised function says that it has started. `trio.TaskStatus[None]` fits it."""
+    """The `task_status` of a supervised function, which calls `started()`. `trio.TaskStatus[None]` fits it."""
 
     def started(self, value: None = None, /) -> None: ...
 
@@ -79,8 +79,8 @@ class Startable(Protocol):
     def __call__(self, *, task_status: Any) -> Awaitable[object]: ...
 
 
-class Branch(ABC):
-    """A child that has children."""
+class SupervisorBase(ABC):
+    """What cells know of supervisors."""
 
     kind: str
 
@@ -90,32 +90,34 @@ class Branch(ABC):
 
     @abstractmethod
     def _children(self) -> Sequence[Cell]:
-        """The children, in the order in which they were started."""
+        """Returns the children, in the order of their start."""
 
     @abstractmethod
     def _budget_s(self) -> float:
-        """The most that stopping the children takes, if each keeps to its budget."""
+        """Returns the most seconds that stopping the children takes, if each keeps to its budget."""
 
     @abstractmethod
     def statistics(self) -> dict[str, Any]:
-        """Figures about the supervisor itself."""
+        """Returns the settings and figures of the supervisor itself."""
 
 
 @final
 class Child(Generic[C_co]):
-    """What a supervisor needs to know of a child.
+    """Says what a supervisor starts, and when it starts it again.
 
-    `start` is the class of an `Actor`, or a callable that makes one (`functools.partial`); or an async function that
-    takes `task_status` and calls its `started()`; or a `Supervisor` or `DynamicSupervisor`.
+    Once it has started, only its supervisor cancels a child: a cancelled scope around the tree does not reach it. A
+    function gets the cancellation when its turn comes; a child that has to do something before it ends is an `Actor`
+    with `on_stop`.
 
-    A started child is cancelled by its supervisor alone. A function gets the cancellation at once; a child that wants
-    to end politely is an `Actor` with `on_stop`. `shutdown_s` bounds the end of an actor, its clean-up included; of a
-    function it says how long its own shields may last. A supervisor's budget is what its children need. A start has
-    `start_timeout_s` (30 s; a supervisor's is left to the deadlines of its children).
+    A `Child` runs in one place at a time.
 
-    A `Child` lives in one place at a time.
-
-    :raises ValueError: a name that is empty, or a time that is not positive.
+    :param start: the class of an `Actor`, or a callable that makes one (`functools.partial`); an async function that
+        takes `task_status` and calls its `started()`; or a `Supervisor` or `DynamicSupervisor`.
+    :param start_timeout_s: the deadline of a start, in seconds: 30, and none for a supervisor, whose children have
+        their own.
+    :param shutdown_s: the budget for the end, in seconds: of an actor with its clean-up; of a function the time that
+        its own shields may last. A supervisor has the sum of what its children need.
+    :raises ValueError: the name is empty or has a slash at an end, or a time is not positive.
     :raises TypeError: `start` is none of these.
     """
 
@@ -125,7 +127,7 @@ class Child(Generic[C_co]):
     def __init__(
         self: Child[None],
         name: str,
-        start: Branch | Startable,
+        start: SupervisorBase | Startable,
         restart: Restart = PERMANENT,
         *,
         start_timeout_s: float | None = None,
@@ -144,7 +146,7 @@ class Child(Generic[C_co]):
     def __init__(
         self,
         name: str,
-        start: Branch | Startable | Callable[[], Actor],
+        start: SupervisorBase | Startable | Callable[[], Actor],
         restart: Restart = PERMANENT,
         *,
         start_timeout_s: float | None = None,
@@ -153,10 +155,10 @@ class Child(Generic[C_co]):
         if not name or name.startswith("/") or name.endswith("/"):
             raise ValueError(f"a child needs a name that neither is empty nor begins or ends with /, not {name!r}")
         if start_timeout_s is None:
-            start_timeout_s = math.inf if isinstance(start, Branch) else 30.0
+            start_timeout_s = math.inf if isinstance(start, SupervisorBase) else 30.0
         if not start_timeout_s > 0:
             raise ValueError(f"start_timeout_s of {name} must be positive, not {start_timeout_s}")
-        if isinstance(start, Branch):
+        if isinstance(start, SupervisorBase):
             if shutdown_s is not None:
                 raise ValueError(f"{name} is a supervisor: its shutdown_s is what its children need")
         elif not callable(start):
@@ -178,7 +180,7 @@ class Child(Generic[C_co]):
 
     @property
     def ref(self: Child[A]) -> Ref[A]:
-        """The ref of the actor, also before it is started: hand it to siblings that start later.
+        """The ref of the actor, also before its start: pass it to siblings that start later.
 
         :raises TypeError: the child is no actor.
         """
@@ -193,13 +195,12 @@ class Child(Generic[C_co]):
 
 @final
 class Cell:
-    """The life of a child over all its incarnations."""
+    """Holds the state of a child over all its incarnations."""
 
     __slots__ = (
         "_ended",
         "_shutdown_s",
         "actor",
-        "branch",
         "child",
         "closing",
         "exit",
@@ -208,7 +209,6 @@ class Cell:
         "history",
         "inner",
         "kind",
-        "limit",
         "loop",
         "nursery",
         "outer",
@@ -217,12 +217,14 @@ class Cell:
         "ref",
         "restarts",
         "runtime",
-        "settled",
+        "start_deadline",
         "start_error",
+        "start_finished",
         "started",
         "started_once",
         "state",
         "stop_requested",
+        "supervisor",
         "window",
     )
 
@@ -230,7 +232,7 @@ class Cell:
     nursery: trio.Nursery
     inner: trio.CancelScope
     outer: trio.CancelScope
-    settled: trio.Event
+    start_finished: trio.Event
     fence: Fence
 
     def __init__(self, child: Child[Any], shutdown_s: float) -> None:
@@ -238,10 +240,10 @@ class Cell:
         self.child = child
         self._shutdown_s = shutdown_s
         self.path = child.name
-        self.branch = start if isinstance(start, Branch) else None
+        self.supervisor = start if isinstance(start, SupervisorBase) else None
         self.ref: Ref[Any] | None = None
-        if self.branch is not None:
-            self.kind = self.branch.kind
+        if self.supervisor is not None:
+            self.kind = self.supervisor.kind
         elif _is_async(start):
             self.kind = "task"
         else:
@@ -257,13 +259,13 @@ class Cell:
         self.started = self.started_once = self.stop_requested = self.closing = False
         self.restarts = 0
         self.window: list[float] | None = None
-        self.limit: _StartLimit | None = None
+        self.start_deadline: _StartDeadline | None = None
         self._ended: trio.Event | None = None
         self.history: deque[tuple[float, str]] | None = None
 
     @property
     def shutdown_s(self) -> float:
-        return self._shutdown_s if self.branch is None else self.branch._budget_s()
+        return self._shutdown_s if self.supervisor is None else self.supervisor._budget_s()
 
     @property
     def label(self) -> str:
@@ -275,15 +277,15 @@ class Cell:
         return self.state not in (State.NEW, State.EXITED)
 
     def prepare(self, parent: Cell | None, runtime: Runtime, nursery: trio.Nursery) -> None:
-        """:raises RuntimeError: the child lives already."""
+        """:raises RuntimeError: the child runs already."""
         if self.alive:
-            raise RuntimeError(f"{self.label} lives already; one Child cannot be in two places")
+            raise RuntimeError(f"{self.label} runs already; one Child cannot be in two places")
         self.runtime = runtime
         self.nursery = nursery
         if self.ref is not None:
             self.ref._mailbox.attach(runtime)
         self.path = self.child.name if parent is None or not parent.path else f"{parent.path}/{self.child.name}"
-        self.settled = trio.Event()
+        self.start_finished = trio.Event()
         self._ended = None
         self.state = State.STARTING
         self.start_error = None
@@ -295,7 +297,7 @@ class Cell:
     async def incarnate(self) -> Exit:
         """Runs one incarnation to its end.
 
-        Raises only what is not the incarnation's own: a cancellation from outside, and what is no `Exception`.
+        It raises a cancellation from outside, and what is no `Exception`. All else is the reason in the `Exit`.
         """
         self.state = State.STARTING
         self.started = self.closing = False
@@ -307,8 +309,8 @@ class Cell:
         outer, inner = self.outer, self.inner
         self._show(TapKind.STARTING)
         if self.child.start_timeout_s < math.inf:
-            self.limit = _StartLimit(self)
-            self.runtime.deadlines.add(trio.current_time() + self.child.start_timeout_s, self.limit)
+            self.start_deadline = _StartDeadline(self)
+            self.runtime.deadlines.add(trio.current_time() + self.child.start_timeout_s, self.start_deadline)
         escaped: BaseException | None = None
         try:
             try:
@@ -317,10 +319,10 @@ class Cell:
             except BaseException as exc:
                 escaped = exc
             if inner.cancelled_caught and self.closing:
-                _logger.warning("%s: its clean-up was cut short after %g s", self.label, self.shutdown_s)
+                _logger.warning("%s: its clean-up was cancelled after %g s", self.label, self.shutdown_s)
             failure, cancelled = split_cancelled(escaped)
-            exit_ = self._verdict(failure, cancelled)
-            self._note(exit_)
+            exit_ = self._exit_of(failure, cancelled)
+            self._record(exit_)
             if self.ref is not None:
                 self.ref._mailbox.end(exit_)
             if exit_.exception is not None and not isinstance(exit_.exception, Exception):
@@ -333,8 +335,8 @@ class Cell:
 
     def _body(self) -> Awaitable[object]:
         start: Any = self.child.start
-        if self.branch is not None:
-            return self.branch._run(self)
+        if self.supervisor is not None:
+            return self.supervisor._run(self)
         if self.kind == "task":
             running: Awaitable[object] = start(task_status=_Started(self))
             return running
@@ -343,26 +345,26 @@ class Cell:
             if inspect.iscoroutine(actor):
                 actor.close()
             raise TypeError(f"{self.path}: {start!r} made {actor!r}, which is no Actor")
-        return live(self, actor)
+        return run_incarnation(self, actor)
 
     def mark_started(self) -> None:
-        """From here on the child is shielded, and its failures are its supervisor's."""
+        """Shields the child. From here on its failures belong to its supervisor."""
         if self.started or self.closing or self.outer.cancel_called:
             return
         self.started = self.started_once = True
         self.state = State.RUNNING
         self.inner.shield = True
-        self._unlimit()
-        self.settle()
+        self._clear_start_deadline()
+        self.finish_start()
         self._show(TapKind.STARTED)
 
-    def settle(self) -> None:
-        """It is known whether it has started."""
-        self.settled.set()
-        self.settled = _SETTLED  # an idle child keeps no event of its own
+    def finish_start(self) -> None:
+        """Wakes whoever waits for the start."""
+        self.start_finished.set()
+        self.start_finished = _FINISHED  # an idle child keeps no event
 
     async def wait_ended(self) -> None:
-        """Waits until nothing of it is left. Always a checkpoint."""
+        """Waits until nothing of the child is left. It is always a checkpoint."""
         if self.alive:
             if self._ended is None:
                 self._ended = trio.Event()
@@ -371,36 +373,36 @@ class Cell:
             await checkpoint()
 
     def finish(self) -> None:
-        """Nothing of it is left."""
+        """Records that nothing of the child is left."""
         self.state = State.EXITED
-        self.settle()
+        self.finish_start()
         if self._ended is not None:
             self._ended.set()
 
     def begin_end(self) -> None:
-        """From here on nothing but the budget cuts the clean-up short."""
+        """Shields the clean-up, within the budget."""
         if not self.closing:
             self.closing = True
-            self._unlimit()
+            self._clear_start_deadline()
             self.state = State.STOPPING
             self.inner.shield = True
             self.inner.deadline = min(self.inner.deadline, trio.current_time() + self.shutdown_s)
 
     def fail(self, error: BaseException | None) -> None:
-        """Ends the incarnation with its first failure, and answers all askers at once."""
+        """Makes the first failure the reason of the end."""
         if self.reason is None and error is not None:
             expected = self.stop_requested and isinstance(error, Exception)
             self.conclude(Exit(ExitKind.STOPPED if expected else ExitKind.CRASHED, error))
 
     def conclude(self, reason: Exit) -> None:
-        """Sets the reason of the end, and answers all askers with it at once. The first reason stays."""
+        """Sets the reason of the end, and answers all askers with it. The first reason stays."""
         if self.reason is None:
             self.reason = reason
             if self.ref is not None:
                 self.ref._mailbox.close(reason)
 
     def interrupt(self) -> None:
-        """Cancels what runs: an actor's handler, or the start, function or supervisor as a whole."""
+        """Cancels what runs: the handler of an actor, else the whole start, function or supervisor."""
         if self.loop is not None:
             self.loop.cancel()
         elif not self.closing:
@@ -408,7 +410,7 @@ class Cell:
             self.inner.shield = False
 
     def request_stop(self) -> None:
-        """Asks for the end and returns; `wait_ended` waits for it."""
+        """Begins to stop the child. `wait_ended` waits for the end."""
         if self.stop_requested or self.state in (State.NEW, State.EXITED):
             return
         self.stop_requested = True
@@ -422,7 +424,7 @@ class Cell:
         self.interrupt()
 
     def pause(self, state: State) -> trio.CancelScope:
-        """Between two incarnations, or after the last: a scope that `request_stop` cancels while it restarts."""
+        """Returns a scope for the time between two incarnations. `request_stop` cancels it during a restart."""
         self.state = state
         self.started = self.closing = False
         self.loop = None
@@ -436,8 +438,8 @@ class Cell:
             return True
         return self.child.restart is TRANSIENT and exit_.abnormal
 
-    def since_birth(self) -> float:
-        return self.runtime.since_birth(self.runtime.clock())
+    def since_start(self) -> float:
+        return self.runtime.since_start(self.runtime.clock())
 
     def tree(self) -> dict[str, Any]:
         node: dict[str, Any] = {
@@ -453,9 +455,9 @@ class Cell:
             mailbox = self.ref._mailbox
             depth, oldest_s = len(mailbox.queue), mailbox.oldest_s()
             node["mailbox"] = {"depth": depth, "capacity": mailbox.capacity, "oldest_s": oldest_s}
-        if self.branch is not None:
-            node |= self.branch.statistics()
-            node["children"] = [cell.tree() for cell in self.branch._children()]
+        if self.supervisor is not None:
+            node |= self.supervisor.statistics()
+            node["children"] = [cell.tree() for cell in self.supervisor._children()]
         return node
 
     def inspect(self) -> dict[str, Any]:
@@ -472,15 +474,15 @@ class Cell:
                 node["actor"] = _state_of(actor)
         return node
 
-    def _unlimit(self) -> None:
-        if self.limit is not None:
-            self.limit.cell = None
-            self.limit = None
+    def _clear_start_deadline(self) -> None:
+        if self.start_deadline is not None:
+            self.start_deadline.cell = None
+            self.start_deadline = None
 
     def _show(self, kind: TapKind, what: object = None) -> None:
         self.runtime.show(kind, self.path, "", what)
 
-    def _verdict(self, failure: BaseException | None, cancelled: BaseException | None) -> Exit:
+    def _exit_of(self, failure: BaseException | None, cancelled: BaseException | None) -> Exit:
         if self.reason is not None:
             return self.reason
         if failure is not None and not (self.stop_requested and isinstance(failure, Exception)):
@@ -492,18 +494,18 @@ class Cell:
         if self.outer.cancel_called:
             limit_s = self.child.start_timeout_s
             return Exit(ExitKind.CRASHED, StartTimeout(f"{self.label} has not started within {limit_s:g} s"))
-        return Exit(ExitKind.CRASHED, StartFailed(f"{self.label} ended without having said that it started"))
+        return Exit(ExitKind.CRASHED, StartFailed(f"{self.label} ended without calling started()"))
 
-    def _note(self, exit_: Exit) -> None:
+    def _record(self, exit_: Exit) -> None:
         self.exit = exit_
         self.actor = None
-        self._unlimit()
+        self._clear_start_deadline()
         self._show(TapKind.EXIT, exit_)
         if exit_.kind is ExitKind.STOPPED and exit_.exception is None:
             return
         if self.history is None:
             self.history = deque(maxlen=_HISTORY)
-        self.history.append((self.since_birth(), str(exit_)))
+        self.history.append((self.since_start(), str(exit_)))
         if exit_.abnormal and self.started_once:
             _logger.warning("%s %s", self.label, exit_, exc_info=exit_.exception)
         elif exit_.exception is not None:
@@ -527,8 +529,8 @@ def _is_async(start: object) -> bool:
 
 
 @final
-class _StartLimit:
-    """The deadline of one start. It stays in the heap for a while when it is over, and keeps nothing alive."""
+class _StartDeadline:
+    """The deadline of one start. It may stay in the heap when it is over, and keeps nothing alive."""
 
     __slots__ = ("cell",)
 

@@ -1,10 +1,9 @@
-"""Deadlines of asks and starts, and timers: all of one system in one heap, watched by one task.
+"""The deadlines of asks and starts, and the timers: one heap for each system, watched by one task.
 
-A cancel scope round every ask would cost nearly as much as the ask itself, and almost none of them ever fires. Here a
-deadline is one entry in a heap; that its ask has been answered, or its timer cancelled, is noticed when the entry comes
-up, or when the heap has doubled since it was last cleared of such. The watching task sleeps until the earliest entry,
-also if that has lost its meaning meanwhile: else it would have to be woken for the next. So it is woken only by one
-that is earlier still, which is rare, since most deadlines of a program are about as long as each other.
+A cancel scope for every ask would cost nearly as much as the ask itself, and almost none of them ever fires. Here a
+deadline is one entry in a heap. Entries whose ask is answered or whose timer is cancelled stay until they come up, or
+until the heap has doubled. The watching task sleeps until the earliest entry, a stale one as well. So only an earlier
+deadline wakes it, which is rare, as most deadlines of a program are about equally long.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ _SMALL: Final = 1024
 
 
 class Entry(Protocol):
-    """What has a deadline."""
+    """An ask, a start or a timer."""
 
     def over(self) -> bool:
-        """Whether the deadline has lost its meaning."""
+        """Returns whether nothing waits for the deadline any more."""
         ...
 
     def expire(self) -> None:
-        """It has come. Does nothing when it has lost its meaning."""
+        """Is called at the deadline. Does nothing when it is over."""
         ...
 
 
 class Deadlines:
-    """The deadlines of one system."""
+    """Holds the deadlines of one system."""
 
     __slots__ = ("_heap", "_limit", "_lot", "_next_s", "_number")
 
@@ -45,7 +44,7 @@ class Deadlines:
         self._lot = ParkingLot()
 
     def add(self, at_s: float, entry: Entry) -> None:
-        """Lets `entry` expire at a time of Trio's clock, unless it is over by then."""
+        """Calls `entry.expire` at a time of Trio's clock, unless it is over by then."""
         heap = self._heap
         if len(heap) >= self._limit:
             heap[:] = [known for known in heap if not known[2].over()]
@@ -57,7 +56,7 @@ class Deadlines:
             self._lot.unpark_all()
 
     async def watch(self) -> None:
-        """Runs for as long as the system does."""
+        """Expires entries, until cancelled."""
         heap = self._heap
         while True:
             self._next_s = heap[0][0] if heap else math.inf

@@ -1,4 +1,4 @@
-"""What the runtime raises."""
+"""The errors of the runtime."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ._exit import Exit
 
 
 class ActorError(Exception):
-    """Base of what the runtime raises."""
+    """Base of the errors of the runtime."""
 
 
 class ActorDown(ActorError):
-    """The target has no living incarnation, or it died, restarted or stopped before it answered.
+    """The target has no incarnation, or its incarnation ended before it answered.
 
-    Whether the message had an effect is unknown: read the state again and go on from there.
+    Whether the message had an effect is unknown: read the state again. `reason.exception` is what ended the target.
     """
 
     def __init__(self, name: str, reason: Exit) -> None:
@@ -30,7 +30,7 @@ class AskTimeout(ActorError, trio.TooSlowError):
     """
 
     def __init__(self, name: str, message: str, timeout_s: float, begun: bool) -> None:
-        state = "its handler has not answered" if begun else "it was not taken up, and is withdrawn"
+        state = "its handler has not answered" if begun else "no handler had begun, and it is withdrawn"
         super().__init__(f"{name} did not answer {message} within {timeout_s:g} s: {state}")
         self.name = name
         self.message = message
@@ -39,7 +39,7 @@ class AskTimeout(ActorError, trio.TooSlowError):
 
 
 class MailboxFull(ActorError):
-    """The target's mailbox has no room for a `tell`. The message was not taken."""
+    """The target's mailbox has no room for a `tell`. The message is not in it."""
 
     def __init__(self, name: str, capacity: int) -> None:
         super().__init__(f"the mailbox of {name} is full ({capacity} messages)")
@@ -56,11 +56,11 @@ class SelfAsk(ActorError):
 
 
 class Unhandled(ActorError, TypeError):
-    """A message of a type for which the target has no handler. The fault is the sender's, so the sender gets it."""
+    """The target has no handler for a message of that type. The mistake is the sender's, so the sender gets it."""
 
 
 class StartFailed(ActorError):
-    """A child ended, without an exception of its own, before it had said that it started."""
+    """A child ended without an exception, before it had called `started()`."""
 
 
 class StartTimeout(StartFailed, trio.TooSlowError):
@@ -68,7 +68,7 @@ class StartTimeout(StartFailed, trio.TooSlowError):
 
 
 class TooManyRestarts(ActorError):
-    """A child crashed more often than the restart intensity allows; its supervisor has given up."""
+    """A child crashed more often than the restart intensity allows, and its supervisor has given up."""
 
     def __init__(self, name: str, intensity: int, period_s: float, reason: Exit) -> None:
         super().__init__(f"{name}: more than {intensity} restarts in {period_s:g} s; the last reason: {reason}")
@@ -77,7 +77,7 @@ class TooManyRestarts(ActorError):
 
 
 class NameTaken(ActorError, ValueError):
-    """A living child of this supervisor has that name already."""
+    """A child of this supervisor has that name already."""
 
 
 class NoSuchChild(ActorError, LookupError):

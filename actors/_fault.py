@@ -1,7 +1,7 @@
-"""Named places where things may go wrong.
+"""Named places where a simulation may inject a fault.
 
-A program says where (`fault("journal.commit")`), a simulation decides whether. Outside of one the call costs the
-look-up of a context variable, so a site may stand in code that runs in earnest.
+A program names the place (`fault("journal.commit")`), and a simulation decides whether it fails. Elsewhere the call
+costs the look-up of a context variable, so production code may contain it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ from collections.abc import Callable
 from contextvars import ContextVar
 
 current_faults: ContextVar[Callable[[str], bool] | None] = ContextVar("actors.faults", default=None)
-"""What decides in this task, and in all that it starts; None outside of a simulation."""
+"""Decides for this task and for all that it starts; None outside of a simulation."""
 
 
 def fault(site: str) -> bool:
-    """Call it where the thing named `site` is about to be done.
+    """Raises what the simulation has planned for `site`, or returns whether it fires. Call it before the action.
 
-    True when the site fires and was given nothing to raise: then behave as if the thing had failed, or had come
-    late, or half. Outside of a simulation always False.
-
-    Raises whatever the simulation has planned for the site.
+    True means: behave as if the action had failed, came late or stopped half-way. Outside of a simulation it is always
+    False.
     """
     decide = current_faults.get()
     return decide is not None and decide(site)

@@ -1,9 +1,9 @@
-"""The one way to fan out: a bounded ring of frames with sequence numbers, and cursors into it.
+"""One log for many readers: a bounded ring of frames with sequence numbers, and cursors into it.
 
-A queue for each subscriber costs memory for each that does not read, and makes the publisher choose whom to wait
-for or whom to drop. Here a subscriber is a number. It wakes up, takes every frame since its number in one go, and
-sleeps. The publisher writes once, wakes whoever sleeps, and never waits; a reader that is gone or does not read costs
-nothing. One that was too slow for the ring is told what it has missed, and decides itself what to do about it.
+A queue for each subscriber costs memory for each that does not read, and makes the publisher wait for slow readers or
+drop their frames. Here a subscriber is a number. It wakes up, takes all frames since its number at once, and sleeps.
+The publisher writes once and never waits; a reader that does not read costs nothing. A reader that was too slow gets a
+`Gap`, and decides what to do.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ._fence import check_fence
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """The ring has moved on: the frames after `after` and before `oldest` are gone from it.
+    """Says that frames are gone: those after `after` and before `oldest`.
 
-    `newest` is the last frame so far; `oldest` is `newest + 1` when the ring is empty.
+    `newest` is the newest frame. `oldest` is `newest + 1` when the ring is empty.
     """
 
     after: int
@@ -32,7 +32,7 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class LogStatistics:
-    """Figures of a `Log`. `slowest_lag` is in frames; `tasks_waiting` are readers that have read everything."""
+    """Figures of a `Log`. `slowest_lag` counts frames; `tasks_waiting` counts readers that have read everything."""
 
     oldest: int
     newest: int
@@ -47,11 +47,11 @@ class LogStatistics:
 
 @final
 class Log:
-    """A bounded ring of frames. The oldest go when there are more than `max_frames`, or more than `max_bytes`.
+    """A bounded ring of frames. It drops the oldest beyond `max_frames` frames or `max_bytes` bytes.
 
     Sequence numbers begin with `next_seq` and have no holes.
 
-    :raises ValueError: a bound below 1.
+    :raises ValueError: a bound is below 1.
     """
 
     __slots__ = (
@@ -81,7 +81,7 @@ class Log:
 
     @property
     def oldest(self) -> int:
-        """The number of the oldest frame kept; `newest + 1` when there is none."""
+        """The number of the oldest frame; `newest + 1` when there is none."""
         return self._first
 
     @property
@@ -115,27 +115,27 @@ class Log:
         return seq
 
     def cursor(self, *, after: int) -> Cursor:
-        """A reader that begins with the frame after this number, to be used with `async with`.
+        """Returns a reader that begins with the frame after this number. Use it with `async with`.
 
-        `log.cursor(after=log.newest)` reads what comes from now on.
+        `log.cursor(after=log.newest)` reads the frames that come from now on.
 
-        :raises ValueError: `after` lies ahead of the newest frame.
+        :raises ValueError: `after` is beyond the newest frame.
         """
         if after > self.newest:
             raise ValueError(f"after={after} lies ahead of the newest frame, {self.newest}")
         return Cursor(self, after)
 
     def _has(self, after: int) -> bool:
-        """Whether there is something to be told to who has read up to `after`."""
+        """Returns whether a reader at `after` has something to take."""
         return self._closed or after < self._next - 1
 
     def close(self) -> None:
-        """No more frames: readers take what is left, then learn that it is the end. May be called again."""
+        """Ends the log: readers take the remaining frames, then the end. May be called again."""
         self._closed = True
         self._lot.unpark_all()
 
     def statistics(self) -> LogStatistics:
-        """Figures for people who look inside."""
+        """Returns figures for monitoring."""
         return LogStatistics(
             oldest=self.oldest,
             newest=self.newest,
@@ -151,13 +151,13 @@ class Log:
 
 @final
 class Cursor:
-    """A place in a `Log`. It has no public constructor: `Log.cursor` makes it."""
+    """A position in a `Log`. It has no public constructor: `Log.cursor` makes it."""
 
     __slots__ = ("_log", "after")
 
     def __init__(self, log: Log, after: int) -> None:
         self._log = log
-        #: The number of the last frame that was taken.
+        #: The number of the last frame taken.
         self.after = after
 
     async def __aenter__(self) -> Cursor:
@@ -170,11 +170,11 @@ class Cursor:
         self._log._cursors.pop(self, None)
 
     async def take(self, max_bytes: int) -> list[tuple[int, bytes]] | Gap:
-        """Waits until there is something, and takes it: frames with their numbers, in order, `max_bytes` at most.
+        """Waits for frames, and returns them with their numbers, in order, `max_bytes` at most.
 
-        At least one frame comes, however large. An empty list is the end: the log is closed and everything is read. A
-        `Gap` says that frames are gone; the next call goes on with the oldest that is kept. It is always a checkpoint;
-        a cancelled call has taken nothing.
+        At least one frame comes, however large. An empty list is the end of a closed log. A `Gap` says that frames are
+        gone; the next call goes on with the oldest that is left. It is always a checkpoint; a cancelled call has taken
+        nothing.
         """
         await checkpoint_if_cancelled()
         waited = False
@@ -186,9 +186,9 @@ class Cursor:
         return self.take_nowait(max_bytes)
 
     def take_nowait(self, max_bytes: int) -> list[tuple[int, bytes]] | Gap:
-        """As `take`, without waiting.
+        """Takes as `take` does, without waiting.
 
-        :raises trio.WouldBlock: everything is read and the log is open.
+        :raises trio.WouldBlock: everything is read, and the log is open.
         """
         log = self._log
         if self.after + 1 < log._first:

@@ -1,26 +1,23 @@
-"""The bounded mailbox, and the one loop that empties it.
+"""The bounded mailbox, and the loop that empties it.
 
 A Trio memory channel costs two checkpoints a message. Here a `tell` appends to a deque and wakes the actor only if it
-sleeps, and the actor takes message after message without a checkpoint of its own, so that a burst costs what the
-handlers cost. It would then starve every other task: after `BURST` messages, or `BURST_S`, it yields once. (The clock
-is read for each message anyhow. On virtual time it stands still, and the number alone counts.)
+sleeps, and the actor handles message after message without a checkpoint of its own. So as not to starve other tasks, it
+yields once after `BURST` messages or `BURST_S`. On virtual time the clock stands still, and the number alone counts.
 
-An `ask` parks its task on an object that is the queue's entry and the reply's slot in one; no channel, event or
-nursery is made for it. Three things follow from the asker's being parked:
+An `ask` parks its task on an object that is both the queue's entry and the slot of the reply, without a channel, event
+or nursery. Three things follow:
 
-- When the mailbox is full the entry waits in `overflow`. It needs no bound of its own, as each entry is a task that
-  stands still. Only tells can be refused.
-- An asker that leaves (deadline, cancellation) before a handler took its message up withdraws it. So work that
-  nobody waits for any more is not begun, and `AskTimeout.begun` is exact.
-- A reply finds a parked task or none. It can never arrive as a message.
+- When the mailbox is full, the entry waits in `overflow`. That needs no bound, as each entry is a task that waits. Only
+  tells can be refused.
+- An asker that leaves (deadline, cancellation) before a handler has begun withdraws its message. So no handler begins
+  work that nobody waits for, and `AskTimeout.begun` is exact.
+- A reply finds a parked task or none. It never arrives as a message.
 
-Each entry carries the time at which it came and who sent it, so that people can ask how old the oldest is and who fills
-the mailbox. Both are at hand: the sender's path is in the fence that every send looks up. What was handled is
-remembered by the type of the message alone, never by its content, as a ring of contents would keep them alive and show
-secrets to whoever looks inside.
+Each entry carries its time of arrival and its sender, for `inspect` and traces. An actor remembers handled messages by
+type alone, never by content: contents would keep payloads alive and show secrets to everybody who may look.
 
-Rejected: one queue for each sender (fair, but then the order between two messages of two senders that synchronise
-outside is lost); dropping the oldest (loses messages without a word).
+Rejected: one queue for each sender (fair, but loses the order of messages from two senders that synchronise elsewhere);
+dropping the oldest message (loses it silently).
 """
 
 from __future__ import annotations
@@ -46,17 +43,17 @@ if TYPE_CHECKING:
     from ._tap import Tap
 
 BURST: Final = 256
-"""Messages handled at most between two checkpoints of the loop."""
+"""The most messages between two checkpoints of the loop."""
 BURST_S: Final = 0.0005
-"""How long messages are handled, in seconds, before the loop makes a checkpoint."""
+"""The most seconds between two checkpoints of the loop, unless one handler takes longer."""
 RECENT: Final = 100
-"""Messages of an actor that are remembered for people who look inside."""
+"""Messages that `System.trace` shows."""
 _NONE: Mapping[type, Handler] = {}
 _NOT_STARTED: Final = Exit(ExitKind.NOT_STARTED)
 
 
 class Ask:
-    """A question in the queue and the slot for its answer. `task` is None once nobody waits for it."""
+    """A request in the queue, and the slot for its reply. `task` is None once nobody waits for it."""
 
     __slots__ = ("at_s", "begun", "error", "mailbox", "message", "sender", "task", "timeout_s", "value")
 
@@ -76,7 +73,7 @@ class Ask:
     def reply(self, value: Any) -> None:
         task = self.task
         if task is None:
-            self.mailbox.too_late(self)
+            self.mailbox.reply_too_late(self)
             return
         self.task = None
         self.value = value
@@ -87,7 +84,7 @@ class Ask:
     def fail(self, error: BaseException) -> None:
         task = self.task
         if task is None:
-            self.mailbox.too_late(self)
+            self.mailbox.reply_too_late(self)
             return
         self.task = None
         self.error = error
@@ -96,7 +93,7 @@ class Ask:
         reschedule(task)
 
     def take(self) -> object:
-        """The message, once its turn has come; None when nobody waits for the answer any more."""
+        """Returns the message for its handler; None when nobody waits for the reply."""
         if self.task is None:
             return None
         self.begun = True
@@ -128,9 +125,9 @@ class Ask:
 
 @final
 class Deferred(Generic[R]):
-    """A reply that is still owed. The first answer counts, and one that comes too late is dropped.
+    """Sends a reply later. The first reply counts; one whose asker has left is dropped.
 
-    When the incarnation that owes it dies, the asker gets `ActorDown`.
+    When the incarnation ends first, the asker gets `ActorDown`.
     """
 
     __slots__ = ("_ask", "_mailbox")
@@ -140,7 +137,7 @@ class Deferred(Generic[R]):
         self._ask = ask
 
     def reply(self, value: R) -> None:
-        """Answers the asker.
+        """Sends the reply.
 
         :raises Fenced: the caller counts as killed; see `check_fence`.
         """
@@ -166,8 +163,8 @@ class Deferred(Generic[R]):
         return ask
 
 
-class Times:
-    """A handler and how long it took, over all incarnations; from its beginning to its end, waits included."""
+class HandlerTimes:
+    """A handler and how long it took, in seconds with its waits, over all incarnations."""
 
     __slots__ = ("count", "handler", "max_s", "total_s")
 
@@ -178,7 +175,7 @@ class Times:
 
 
 class Mailbox:
-    """Stable over the restarts of its actor; open while an incarnation takes messages."""
+    """The mailbox of an actor. It outlives incarnations, and is open while one takes messages."""
 
     __slots__ = (
         "_waiter",
@@ -225,7 +222,7 @@ class Mailbox:
         self.reason = _NOT_STARTED
         self.ending = False
         self.recent: deque[tuple[float, float, float, type, str, str]] | None = None
-        self.times: dict[type, Times] = {}
+        self.times: dict[type, HandlerTimes] = {}
         self.late_replies = self.lost = self.refused = self.rejected = 0
         self._waiter: Task | None = None
 
@@ -234,7 +231,7 @@ class Mailbox:
         return self.ref.name
 
     def attach(self, runtime: Runtime) -> None:
-        """Makes it part of a system. What was seen in a former one was timed by another clock."""
+        """Makes it part of a system. A trace of another system has the times of another clock."""
         if runtime is not self.runtime:
             self.recent = None
         self.runtime = runtime
@@ -250,7 +247,7 @@ class Mailbox:
         self.ending = False
 
     def close(self, reason: Exit) -> None:
-        """Takes no more messages, and answers everybody who waits for an answer. The first reason stays."""
+        """Takes no more messages, and fails all asks. The first reason stays."""
         if self.handlers is _NONE:
             return
         self.handlers = _NONE
@@ -279,7 +276,7 @@ class Mailbox:
                 ask.fail(self.down())
 
     def end(self, reason: Exit) -> None:
-        """The incarnation is over and cleaned up: its watchers are told, once."""
+        """Records that the incarnation is cleaned up, and notifies its monitors."""
         self.close(reason)
         self.reason = reason
         self.task = None
@@ -294,13 +291,13 @@ class Mailbox:
         return error
 
     def refusal(self, message: object) -> Exception:
-        """Why `message`, for which there is no handler, is not taken."""
+        """Returns why a message without a handler is refused."""
         if self.handlers is _NONE:
             return self.down()
         return Unhandled(f"{self.name} has no handler for {type(message).__qualname__}")
 
     def refuse(self, message: object, sender: str) -> Exception:
-        """Why a tell is not taken: no incarnation, no handler, no room."""
+        """Returns why a tell is refused: no incarnation, no handler, no room."""
         if type(message) in self.handlers:
             self.rejected += 1
             return MailboxFull(self.name, self.capacity)
@@ -309,38 +306,38 @@ class Mailbox:
         return self.refusal(message)
 
     def deliver(self, message: Down) -> None:
-        """The system lane: ahead of the queue, and never refused. It holds at most one message per monitor."""
+        """Delivers a message ahead of the queue. It is never refused, and there is at most one for each monitor."""
         if type(message) in self.handlers:
             self.system.append((self.clock(), message, message.ref.name))
             if self.tap is not None:
                 self.show(TapKind.DOWN, message.ref.name, message)
             self.wake()
 
-    def remind(self, timer: Timer) -> None:
-        """A timer is due. It is never refused, since the actor itself has set it."""
+    def deliver_timer(self, timer: Timer) -> None:
+        """Delivers the message of a timer. It is never refused, since the actor itself has set it."""
         self.queue.append(timer)
         if self.tap is not None:
             self.show(TapKind.TIMER, self.name, timer.message)
         self.wake()
 
     def finish(self) -> None:
-        """Ends the loop after the message that is being handled."""
+        """Ends the loop after the current message."""
         self.ending = True
         self.wake()
 
-    def too_late(self, ask: Ask) -> None:
-        """Nobody waits for the reply to `ask` any more."""
+    def reply_too_late(self, ask: Ask) -> None:
+        """Records a reply to an asker that has left."""
         self.late_replies += 1
         if self.runtime is not None:
             self.runtime.dead_letter(self.name, ask.message, ask.sender, "answered too late")
 
     def show(self, kind: TapKind, sender: str, what: object) -> None:
-        """Tells the tap, if there is one."""
+        """Calls the tap, if there is one."""
         if self.runtime is not None:
             self.runtime.show(kind, self.name, sender, what)
 
-    async def drain(self, actor: object) -> None:
-        """Handles messages until `finish()`; what a handler raises, unless its request declares it, comes out."""
+    async def handle_messages(self, actor: object) -> None:
+        """Handles messages until `finish()`, and raises what a handler raises and its request does not declare."""
         queue, system, overflow, deferred, known = self.queue, self.system, self.overflow, self.deferred, self.times
         clock, tap, recent = self.clock, self.tap, self.recent
         entry: Any
@@ -355,7 +352,7 @@ class Mailbox:
                 if queue or system:
                     await checkpoint()
                 else:
-                    entry = message = result = ask = None  # an idle actor holds nothing of the last message
+                    entry = message = result = ask = None  # an idle actor keeps nothing of the last message alive
                     self._waiter = current_task()
                     await wait_task_rescheduled(self._unpark)
                 left = BURST
@@ -382,7 +379,7 @@ class Mailbox:
             try:
                 times = known[kind]
             except KeyError:
-                times = known[kind] = Times(self.handlers[kind])
+                times = known[kind] = HandlerTimes(self.handlers[kind])
             self.entry = entry
             self.began_s = began_s = now_s
             if tap is not None:
@@ -430,7 +427,7 @@ class Mailbox:
         return Deferred(self, ask)
 
     def oldest_s(self) -> float | None:
-        """How long the oldest message that still counts has been waiting for its turn; None when none waits."""
+        """Returns the age of the oldest message that waits, in seconds; None when none waits."""
         for entry in self.queue:
             if type(entry) is tuple:
                 return self._age_s(entry[0])
@@ -453,7 +450,7 @@ class Mailbox:
         }
 
     def activity(self) -> dict[str, Any]:
-        """What it does, and what it has spent its time with."""
+        """Returns the message that is being handled, and the times of all handlers."""
         handling = self._handling()
         return {
             "handling": None
@@ -470,13 +467,13 @@ class Mailbox:
         }
 
     def trace(self, last: int) -> list[dict[str, Any]]:
-        """The last messages, the oldest of them first."""
+        """Returns the last messages, the oldest first."""
         runtime = self.runtime
         if runtime is None or self.recent is None:
             return []
         return [
             {
-                "at_s": runtime.since_birth(at_s),
+                "at_s": runtime.since_start(at_s),
                 "message": kind.__qualname__,
                 "from": sender,
                 "waited_s": round(began_s - at_s, 6),

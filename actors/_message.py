@@ -1,7 +1,7 @@
-"""Messages, and which method of an actor handles which.
+"""Messages, and the methods of actors that handle them.
 
-Handlers are found by the exact type of the message, in a table that the class builds once. So the sender of a
-message that nobody handles learns it at once, at the place where the mistake is.
+The exact type of a message selects its handler, in a table that the class builds once. So a message without a handler
+raises in its sender, where the mistake is.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _MARK = "__handles__"
 
 
 class Request(Generic[R_co]):
-    """Base of the messages that are answered; `R` is the type of the answer. Derive a frozen dataclass from it.
+    """Base of the messages that have an answer, of type `R`. Derive a frozen dataclass from it.
 
-    `raises` names the exceptions by which a handler refuses: such a one travels to the asker, and the actor goes on.
-    So raise it before you change anything. Any other exception of a handler is a crash::
+    `raises` names the exceptions by which a handler refuses: they travel to the asker, and the actor lives on. So raise
+    them before you change anything. Any other exception is a crash, an exception group as well::
 
         @dataclass(frozen=True)
         class Withdraw(Request[int]):
@@ -45,13 +45,13 @@ class Request(Generic[R_co]):
 
     __slots__ = ()
 
-    #: The exceptions that a handler hands to the asker instead of dying of them.
+    #: The exceptions that travel to the asker and are no crash.
     raises: ClassVar[tuple[type[Exception], ...]] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Down:
-    """The one message that a monitor sends: the incarnation of `ref` that was watched has ended, and is cleaned up."""
+    """What `ctx.monitor` delivers once: the watched incarnation of `ref` has ended and is cleaned up."""
 
     ref: Ref[Any]
     reason: Exit

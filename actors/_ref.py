@@ -1,6 +1,6 @@
 """The address of an actor.
 
-`tell` and `ask` are the hot paths of the runtime, so they put their entries into the mailbox themselves.
+`tell` and `ask` are the hot paths of the runtime, so they write to the mailbox themselves.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ A_co = TypeVar("A_co", bound="Actor", covariant=True)
 
 @final
 class Ref(Generic[A_co]):
-    """Where to send what is meant for one actor. It stays the same over restarts; two of one actor are one object.
+    """The address of one actor. It stays the same over restarts, and an actor has only one.
 
-    It has no public constructor: take `Child.ref`, `ctx.self_ref` or what `start_child` returns.
+    It has no public constructor: use `Child.ref`, `ctx.self_ref`, or the ref that `start_child` returns.
     """
 
     __slots__ = ("__weakref__", "_cell", "_mailbox")
@@ -42,10 +42,10 @@ class Ref(Generic[A_co]):
         return self._cell.path
 
     def tell(self, message: object, /) -> None:
-        """Puts a message into the mailbox and returns. Nobody says whether it is handled.
+        """Puts a message into the mailbox and returns. The sender does not learn whether it is handled.
 
-        :raises MailboxFull: there is no room.
-        :raises ActorDown: no incarnation takes messages now.
+        :raises MailboxFull: the mailbox has no room.
+        :raises ActorDown: the actor has no incarnation now.
         :raises Unhandled: the actor has no handler for it.
         :raises Fenced: the caller counts as killed; see `check_fence`.
         """
@@ -68,12 +68,12 @@ class Ref(Generic[A_co]):
         one of the two. Either way a request that no handler has begun is withdrawn.
 
         :raises AskTimeout: no reply within `timeout_s` seconds.
-        :raises ActorDown: the target is down, or went down before it replied.
+        :raises ActorDown: the actor has no incarnation, or its incarnation ended before it replied.
         :raises SelfAsk: an actor asked itself from its own handler.
         :raises Unhandled: the actor has no handler for it.
         :raises Fenced: the caller counts as killed; see `check_fence`.
 
-        Besides, whatever the request declares in `raises`, and what a handler hands to `Deferred.fail`.
+        Besides, the exceptions that the request declares in `raises`, and those of `Deferred.fail`.
         """
         sender = current_fence.get().name
         mailbox = self._mailbox
@@ -103,13 +103,13 @@ class Ref(Generic[A_co]):
             try:
                 raise ask.error
             finally:
-                ask.error = None  # else it keeps itself alive, through its traceback and this frame
+                ask.error = None  # its traceback refers to this frame, and so to itself
         reply: R = ask.value
-        ask.value = ask.message = None  # the heap of deadlines keeps the rest a little longer
+        ask.value = ask.message = None  # the heap of deadlines keeps the ask for a while
         return reply
 
     def inspect(self) -> dict[str, Any]:
-        """What there is to know about the actor now, ready for JSON."""
+        """Returns the state of the actor, ready for JSON: see docs/reference/actors.md."""
         return self._cell.inspect()
 
     def __repr__(self) -> str:

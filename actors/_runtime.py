@@ -1,4 +1,4 @@
-"""What all children of one system share."""
+"""The parts that all children of a system share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from ._tap import Tap
 
 KEPT: Final = 128
-"""Dead letters that are remembered; all are counted."""
+"""Dead letters that a system keeps; it counts all."""
 
 
 @final
 class Runtime:
     """Holds the clock, random numbers, deadlines, tap and dead letters of one system."""
 
-    __slots__ = ("_dead", "_dead_total", "born_s", "clock", "deadlines", "name", "rng", "tap")
+    __slots__ = ("_dead", "_dead_total", "began_s", "clock", "deadlines", "name", "rng", "tap")
 
     def __init__(self, name: str, rng: Random, tap: Tap | None) -> None:
         self.name = name
@@ -32,21 +32,21 @@ class Runtime:
         # Trio's own, without the look-up of `trio.current_time`: it is read twice for each message.
         self.clock: Callable[[], float] = current_clock().current_time
         self.deadlines = Deadlines()
-        self.born_s = self.clock()
+        self.began_s = self.clock()
         self._dead: deque[tuple[float, str, str, str, str]] = deque(maxlen=KEPT)
         self._dead_total: Counter[str] = Counter()
 
-    def since_birth(self, at_s: float) -> float:
-        """A time of `clock` as people see it: in seconds since the system began."""
-        return round(at_s - self.born_s, 6)
+    def since_start(self, at_s: float) -> float:
+        """Returns a time of `clock` in seconds since the system began."""
+        return round(at_s - self.began_s, 6)
 
     def show(self, kind: TapKind, name: str, sender: str, what: object) -> None:
-        """Tells the tap, if there is one."""
+        """Calls the tap, if there is one."""
         if self.tap is not None:
             self.tap(TapEvent(self.clock(), kind, name, sender, what))
 
     def dead_letter(self, name: str, message: object, sender: str, why: str) -> None:
-        """Remembers that `message` for `name` came to nothing."""
+        """Records that `message` for `name` was not handled or answered."""
         self._dead_total[why] += 1
         self._dead.append((self.clock(), name, type(message).__qualname__, sender, why))
         self.show(TapKind.DEAD_LETTER, name, sender, message)
@@ -56,7 +56,7 @@ class Runtime:
             "total": self._dead_total.total(),
             "by_reason": dict(self._dead_total),
             "last": [
-                {"at_s": self.since_birth(at_s), "to": name, "message": kind, "from": sender, "reason": why}
+                {"at_s": self.since_start(at_s), "to": name, "message": kind, "from": sender, "reason": why}
                 for at_s, name, kind, sender, why in self._dead
             ],
         }

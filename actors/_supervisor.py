@@ -1,13 +1,11 @@
-"""Supervisors: who starts, restarts and stops whom.
+"""Supervisors start, restart and stop children.
 
-A child has one task in its supervisor's nursery, its keeper, for as long as the supervisor wants it. Where children are
-independent (one_for_one, dynamic) the keeper itself restarts its child, so that the slow start or the back-off of
-one delays no other. OTP's supervisor is one process that does this in turn, and a child whose `init` hangs keeps the
-others down. Where children depend on each other (one_for_all, rest_for_one) the supervisor's own task restarts them,
-strictly in order.
+Each child has one task in its supervisor's nursery, its keeper. Where children are independent (one_for_one, dynamic),
+the keeper itself restarts its child, so a slow start or a back-off delays no sibling. OTP's supervisor is one process
+that restarts children in turn, and a child whose `init` hangs keeps the others down. Where children depend on each
+other (one_for_all, rest_for_one), the supervisor's own task restarts them, strictly in order.
 
-A supervisor is a child like any other: a function that says when it has started, and that on cancellation stops its
-children in reverse before it ends.
+A supervisor is itself a child. When it is cancelled, it stops its children in reverse before it ends.
 """
 
 from __future__ import annotations
@@ -25,27 +23,27 @@ from typing import Any, Final, final, overload
 
 import trio
 
-from ._cell import TEMPORARY, A, Branch, Cell, Child, State
+from ._cell import TEMPORARY, A, Cell, Child, State, SupervisorBase
 from ._errors import ActorDown, NameTaken, NoSuchChild, TooManyRestarts
 from ._exit import Exit, ExitKind, open_hidden_nursery
 from ._fence import check_fence, current_fence
 from ._ref import Ref
 
 _GRACE_S: Final = 1.0
-"""How much longer than its budget a child is waited for, before its supervisor turns to the next."""
-_REMEMBERED: Final = 16
+"""How much longer than its budget a supervisor waits for a child before it turns to the next."""
+_KEPT: Final = 16
 _logger = logging.getLogger("actors")
 
 
 class Strategy(enum.Enum):
-    """Who is restarted when a child of a `Supervisor` has to be."""
+    """Which children restart when one has to."""
 
     ONE_FOR_ONE = "one_for_one"
     """That child."""
     ONE_FOR_ALL = "one_for_all"
     """All children."""
     REST_FOR_ONE = "rest_for_one"
-    """That child and those that were started after it."""
+    """That child and those that start after it."""
 
 
 ONE_FOR_ONE = Strategy.ONE_FOR_ONE
@@ -55,9 +53,9 @@ REST_FOR_ONE = Strategy.REST_FOR_ONE
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How long a restart waits. The first within the intensity's period does not; each further one waits longer.
+    """How long a restart waits, in seconds. The first within the intensity's period does not wait.
 
-    The n-th waits `base_s * factor ** (n - 2)`, at most `cap_s`; the system's rng takes up to half of that away.
+    The n-th waits `base_s * factor ** (n - 2)`, at most `cap_s`, less a random share of up to a half.
     """
 
     base_s: float = 0.5
@@ -65,7 +63,7 @@ class Backoff:
     cap_s: float = 10.0
 
     def delay_s(self, restart: int, rng: Random) -> float:
-        """The delay in seconds before the `restart`-th restart (1 is the first)."""
+        """Returns the delay in seconds before the `restart`-th restart; 1 is the first."""
         if restart <= 1:
             return 0.0
         limit_s = min(self.cap_s, self.base_s * self.factor ** min(restart - 2, 64))
@@ -74,13 +72,13 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class GaveUp:
-    """A `DynamicSupervisor` has given up a child: it crashed more often than the intensity allows."""
+    """Says that a `DynamicSupervisor` has given up a child, which crashed more often than the intensity allows."""
 
     name: str
     reason: Exit
 
 
-class _Supervisor(Branch):
+class _Supervisor(SupervisorBase):
     def __init__(self, intensity: int, period_s: float, backoff: Backoff) -> None:
         if intensity < 0 or not period_s > 0:
             raise ValueError(f"intensity must be at least 0 and period_s positive, not {intensity} and {period_s}")
@@ -107,26 +105,26 @@ class _Supervisor(Branch):
                 await self._stop_all()
 
     async def _start_all(self) -> None:
-        """Starts the children that are there from the beginning."""
+        """Starts the children that the supervisor begins with."""
 
     async def _watch(self) -> None:
-        """Runs until the supervisor is cancelled or fails."""
+        """Runs until the supervisor is cancelled, or raises when it gives up."""
         await trio.sleep_forever()
 
     async def _stop_all(self) -> None:
         raise NotImplementedError
 
     async def _launch(self, cell: Cell) -> None:
-        """Starts a child; what goes wrong until it has started comes out here, and then nothing of it is left."""
+        """Starts a child. When the start fails, raises why; then nothing of the child is left."""
         nursery, parent = self._nursery, self._cell
         if nursery is None or parent is None:
             raise self._down()
         cell.prepare(parent, parent.runtime, nursery)
         self._context.run(partial(nursery.start_soon, self._keep, cell, parent, name=cell.path))
         try:
-            await cell.settled.wait()
+            await cell.start_finished.wait()
         except trio.Cancelled:
-            if not cell.settled.is_set():
+            if not cell.start_finished.is_set():
                 cell.request_stop()
                 await _wait_for([cell])
             raise
@@ -146,10 +144,10 @@ class _Supervisor(Branch):
             while True:
                 exit_ = await cell.incarnate()
                 current_fence.set(parent.fence)
-                if not cell.started_once or not self._wants_back(cell, exit_):
+                if not cell.started_once or not self._should_restart(cell, exit_):
                     break
                 window = self._window_of(cell)
-                if not self._admit(window):
+                if not self._within_intensity(window):
                     await self._give_up(cell, exit_)
                     break
                 await self._back_off(cell, len(window))
@@ -167,15 +165,15 @@ class _Supervisor(Branch):
         with cell.pause(State.RESTARTING):
             await trio.sleep(self._backoff.delay_s(restart, self._cell.runtime.rng))
 
-    def _admit(self, window: list[float]) -> bool:
-        """Counts a restart; whether it is within the intensity. As in OTP the period includes both its ends."""
+    def _within_intensity(self, window: list[float]) -> bool:
+        """Counts a restart, and returns whether it is within the intensity. As in OTP the period includes both ends."""
         now = trio.current_time()
         window.append(now)
         while window[0] < now - self.period_s:
             del window[0]
         return len(window) <= self.intensity
 
-    def _wants_back(self, cell: Cell, exit_: Exit) -> bool:
+    def _should_restart(self, cell: Cell, exit_: Exit) -> bool:
         return cell.restarts_after(exit_)
 
     def _window_of(self, cell: Cell) -> list[float]:
@@ -196,12 +194,14 @@ class _Supervisor(Branch):
 
 @final
 class Supervisor(_Supervisor):
-    """Starts its children in order, keeps them by the strategy, and stops them in reverse.
+    """Starts its children in order, restarts them by the strategy, and stops them in reverse.
 
-    More than `intensity` restarts within `period_s`, all children together, and it stops them and fails itself with
-    `TooManyRestarts`: then it is its own supervisor's turn. If a child cannot be started at first, neither can it.
+    It stops them one after the other, each within its own `shutdown_s`, whatever scope around the tree is cancelled.
+    After more than `intensity` restarts of all children together within `period_s` seconds, it stops them and fails
+    with `TooManyRestarts`; then its own supervisor acts. If a child cannot start at first, neither can the supervisor.
 
-    :raises ValueError: two children of one name, or an intensity or period out of range.
+    :raises NameTaken: two children have one name.
+    :raises ValueError: an intensity or period is out of range.
     """
 
     kind = "supervisor"
@@ -224,7 +224,7 @@ class Supervisor(_Supervisor):
                 raise NameTaken(f"two children are called {name}")
         self._window: list[float] = []
         self._failure: TooManyRestarts | None = None
-        self._fallen: list[Cell] = []
+        self._failed: list[Cell] = []
         self._wake = trio.Event()
 
     def _children(self) -> Sequence[Cell]:
@@ -238,7 +238,7 @@ class Supervisor(_Supervisor):
 
     async def _start_all(self) -> None:
         self._failure = None
-        self._fallen.clear()
+        self._failed.clear()
         self._window.clear()
         self._wake = trio.Event()
         for cell in self._cells:
@@ -255,30 +255,30 @@ class Supervisor(_Supervisor):
             self._wake = trio.Event()
             if self._failure is not None:
                 raise self._failure
-            while self._fallen:
+            while self._failed:
                 await self._restart_group()
 
     async def _restart_group(self) -> None:
-        """Stops whoever is affected, in reverse, and starts them again in order, as far as that goes.
+        """Stops the affected children in reverse, and starts them again in order until one start fails.
 
-        Whoever falls meanwhile is in `_fallen` again, and so is the first that is left unstarted: the lowest there
-        decides who is affected next, so no child is forgotten.
+        A child that fails meanwhile is in `_failed` again, and so is the first that was not started. The lowest of them
+        decides which children are affected next, so none is forgotten.
         """
-        cause = self._fallen[0]
-        lowest = min(self._cells.index(cell) for cell in self._fallen)
-        self._fallen.clear()
-        if not self._admit(self._window):
+        cause = self._failed[0]
+        lowest = min(self._cells.index(cell) for cell in self._failed)
+        self._failed.clear()
+        if not self._within_intensity(self._window):
             raise self._too_many(cause, cause.exit or Exit(ExitKind.STOPPED))
         affected = self._cells if self.strategy is ONE_FOR_ALL else self._cells[lowest:]
         for cell in reversed(affected):
             cell.request_stop()
             await _wait_for([cell])
-        self._fallen = [cell for cell in self._fallen if cell not in affected]
+        self._failed = [cell for cell in self._failed if cell not in affected]
         assert self._cell is not None
         await trio.sleep(self._backoff.delay_s(len(self._window), self._cell.runtime.rng))
         for cell in affected:
-            if self._fallen:
-                self._fallen.append(cell)
+            if self._failed:
+                self._failed.append(cell)
                 return
             if cell.child.restart is TEMPORARY:
                 continue
@@ -287,12 +287,12 @@ class Supervisor(_Supervisor):
                 await self._launch(cell)
             except Exception as exc:
                 _logger.warning("%s could not be restarted", cell.path, exc_info=exc)
-                self._fallen.append(cell)
+                self._failed.append(cell)
 
-    def _wants_back(self, cell: Cell, exit_: Exit) -> bool:
+    def _should_restart(self, cell: Cell, exit_: Exit) -> bool:
         wanted = cell.restarts_after(exit_)
         if wanted and self.strategy is not ONE_FOR_ONE:
-            self._fallen.append(cell)
+            self._failed.append(cell)
             self._wake.set()
             return False
         return wanted
@@ -313,13 +313,13 @@ class Supervisor(_Supervisor):
 
 @final
 class DynamicSupervisor(_Supervisor):
-    """Children that come and go, each for itself. The object is the door: hand it to whoever starts children.
+    """Starts and stops children while it runs. Pass it to the code that starts them.
 
     The intensity counts per child, and is never escalated. A child that crashes more than `intensity` times within
     `period_s` is given up: `gave_up` is called with a `GaveUp`, then the name is free. No other child notices.
     `gave_up` may be async, with `gave_up_timeout_s` to finish, or the `tell` of an actor's ref.
 
-    They are stopped all at once, the youngest first, since none depends on another.
+    Its children stop all at once, the youngest first, since none depends on another.
     """
 
     kind = "dynamic supervisor"
@@ -337,7 +337,7 @@ class DynamicSupervisor(_Supervisor):
         self._gave_up = gave_up
         self._gave_up_timeout_s = gave_up_timeout_s
         self._cells: dict[str, Cell] = {}
-        self._given_up: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
+        self._given_up: deque[dict[str, Any]] = deque(maxlen=_KEPT)
         self._given_up_total = 0
 
     def _children(self) -> Sequence[Cell]:
@@ -359,14 +359,14 @@ class DynamicSupervisor(_Supervisor):
     @overload
     async def start_child(self, child: Child[None]) -> None: ...
     async def start_child(self, child: Child[Any]) -> Ref[Any] | None:
-        """Starts a child and returns once it has started: the ref of an actor, else None.
+        """Starts a child, and returns once it has started: the ref of an actor, else None.
 
-        Whatever it raises before it has started is raised here, and then nothing of it is left. So it is when
-        the caller is cancelled before.
+        It raises what the child raises before it has started. Then, or when the caller is cancelled first, nothing of
+        the child is left.
 
-        :raises NameTaken: a child of that name lives.
-        :raises StartTimeout: it took longer than its `start_timeout_s`.
-        :raises ActorDown: this supervisor does not run, or the child was stopped while it was starting.
+        :raises NameTaken: the supervisor has a child of that name.
+        :raises StartTimeout: the start took longer than the child's `start_timeout_s`.
+        :raises ActorDown: this supervisor does not run, or the child was stopped while it started.
         :raises Fenced: the caller counts as killed; see `check_fence`.
         """
         check_fence()
@@ -376,7 +376,7 @@ class DynamicSupervisor(_Supervisor):
         if child.name in self._cells:
             raise NameTaken(f"a child of {self._path} is already called {child.name}")
         if cell.alive:
-            raise RuntimeError(f"{cell.path} lives already; one Child cannot be in two places")
+            raise RuntimeError(f"{cell.path} runs already; one Child cannot be in two places")
         self._cells[child.name] = cell
         await self._launch(cell)
         return cell.ref
@@ -386,7 +386,7 @@ class DynamicSupervisor(_Supervisor):
 
         That takes the child's `shutdown_s` at most, unless it shields itself for longer.
 
-        :raises NoSuchChild: there is none of that name.
+        :raises NoSuchChild: the supervisor has no child of that name.
         :raises Fenced: the caller counts as killed; see `check_fence`.
         """
         check_fence()
@@ -398,7 +398,7 @@ class DynamicSupervisor(_Supervisor):
 
     @property
     def names(self) -> list[str]:
-        """The names of the children, in the order in which they were started."""
+        """The names of the children, in the order of their start."""
         return list(self._cells)
 
     @property
@@ -414,7 +414,7 @@ class DynamicSupervisor(_Supervisor):
     async def _give_up(self, cell: Cell, exit_: Exit) -> None:
         _logger.error("%s is given up: more than %d restarts in %g s", cell.path, self.intensity, self.period_s)
         self._given_up_total += 1
-        self._given_up.append({"name": cell.child.name, "at_s": cell.since_birth(), "reason": str(exit_)})
+        self._given_up.append({"name": cell.child.name, "at_s": cell.since_start(), "reason": str(exit_)})
         scope = cell.pause(State.GIVING_UP)
         if self._gave_up is None:
             return
@@ -436,7 +436,7 @@ class DynamicSupervisor(_Supervisor):
 
 
 async def _wait_for(cells: Sequence[Cell]) -> None:
-    """Waits, shielded, until all have ended, or the longest of their budgets is spent."""
+    """Waits, shielded, until all have ended or the longest of their budgets is spent."""
     budget_s = max((cell.shutdown_s for cell in cells if cell.alive), default=0.0) + _GRACE_S
     with trio.CancelScope(shield=True, deadline=trio.current_time() + budget_s):
         for cell in cells:
@@ -444,4 +444,4 @@ async def _wait_for(cells: Sequence[Cell]) -> None:
                 await cell.wait_ended()
     for cell in cells:
         if cell.alive:
-            _logger.error("%s has not ended within its budget, and cannot be forced to", cell.path)
+            _logger.error("%s has not ended within its budget, and nothing can force it", cell.path)

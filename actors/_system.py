@@ -1,4 +1,4 @@
-"""A tree of supervisors, embedded in any Trio program as an async context manager."""
+"""Runs a tree of supervisors inside any Trio program, as an async context manager."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ._tap import Tap, ambient_tap
 
 @final
 class System:
-    """A running tree. It has no public constructor: `open_system` makes it."""
+    """Holds a running tree. It has no public constructor: `open_system` makes it."""
 
     __slots__ = ("_root", "_runtime")
 
@@ -30,52 +30,52 @@ class System:
 
     @property
     def name(self) -> str:
-        """What the system is called."""
+        """The name that `open_system` got."""
         return self._runtime.name
 
     def __getitem__(self, path: str) -> Any:
-        """What is at a path such as `vms/demo`: the ref of an actor, a supervisor, or the `Child` of a function.
+        """Returns the ref of the actor at a path such as `vms/demo`; or the supervisor; or the `Child` of a function.
 
-        For people and tests. An actor gets the refs that it uses through its constructor.
+        It is for people and tests. An actor gets the refs that it uses through its constructor.
 
-        :raises KeyError: nothing is there.
+        :raises KeyError: nothing is at `path`.
         """
         cell = self._find(path)
-        return cell.ref or cell.branch or cell.child
+        return cell.ref or cell.supervisor or cell.child
 
-    def whole(self) -> bool:
-        """Whether every child that is there from the beginning runs; those of dynamic supervisors don't count."""
-        return _whole(self._root)
+    def all_running(self) -> bool:
+        """Returns whether all children run that the tree began with. Children of dynamic supervisors don't count."""
+        return _all_running(self._root)
 
     def tree(self) -> dict[str, Any]:
-        """The whole tree, ready for JSON. Times are seconds since the system began."""
-        return {**self._root.tree(), "name": self.name, "age_s": self._root.since_birth()}
+        """Returns the tree, ready for JSON. Times are in seconds since the system began."""
+        return {**self._root.tree(), "name": self.name, "age_s": self._root.since_start()}
 
     def format_tree(self) -> str:
-        """The whole tree, as text for people."""
+        """Returns the tree as text for people."""
         return as_text(self.tree())
 
     def trace(self, ref: Ref[Any], last: int = 100) -> list[dict[str, Any]]:
-        """The last messages that an actor handled, over all incarnations, the oldest first, ready for JSON.
+        """Returns the last messages that an actor handled, over all incarnations, the oldest first, ready for JSON.
 
-        Each has its type and not its content, when it came and from whom ("" from outside of the system), how long it
-        waited and took, and what came of it: `handled`, `deferred`, `refused`, `crashed`, or `interrupted` by the end
-        of the actor. At most 100 are remembered.
+        Each row has the type of the message, never its content; when it came and its sender ("" outside of the system);
+        how long it waited and took, in seconds; and the outcome: `handled`, `deferred`, `refused`, `crashed`, or
+        `interrupted` by the end of the actor. An actor keeps 100 rows.
         """
         return ref._mailbox.trace(last)
 
     def dead_letters(self) -> dict[str, Any]:
-        """What came to nothing, ready for JSON: how much of it, for which reasons, and the last 128.
+        """Returns what was never handled or answered, ready for JSON: the total, by reason, and the last 128.
 
-        Tells to an actor that was down, tells that were queued when an incarnation ended, and replies whose asker had
-        left.
+        These are tells to an actor that was down, tells that were queued when an incarnation ended, and replies whose
+        asker had left.
         """
         return self._runtime.dead_letters()
 
     def _find(self, path: str) -> Cell:
         cell, rest = self._root, path
         while rest:
-            for child in cell.branch._children() if cell.branch is not None else ():
+            for child in cell.supervisor._children() if cell.supervisor is not None else ():
                 name = child.child.name
                 if rest == name or rest.startswith(name + "/"):
                     cell, rest = child, rest[len(name) + 1 :]
@@ -89,12 +89,16 @@ class System:
 async def open_system(
     root: Supervisor | DynamicSupervisor, *, rng: Random | None = None, name: str = "system", tap: Tap | None = None
 ) -> AsyncIterator[System]:
-    """Starts a tree, hands out its `System`, and stops it in reverse order when the block is left, however it is left.
+    """Starts a tree, and stops it in reverse order when the block ends, however it ends.
 
-    When the root gives up, the block is cancelled, and `TooManyRestarts` comes out of it. What a child raises while
-    the tree is started comes out as it is.
+    A scope around it cancels the block, and then this shutdown begins. It does not cancel started children: each ends
+    when its turn comes, within its `shutdown_s`.
 
-    `rng` decides the jitter of restarts. `tap` is called with everything that happens in the system, in order.
+    When the root gives up, the block is cancelled and `TooManyRestarts` comes out. What a child raises before it has
+    started comes out as it is.
+
+    :param rng: decides the jitter of restarts.
+    :param tap: is called with everything that happens in the system, in order.
     """
     cell = Child(name, root)._cell
     runtime = Runtime(name, rng or Random(), tap or ambient_tap.get())
@@ -120,7 +124,7 @@ async def open_system(
         nursery.start_soon(watch_deadlines, name=f"{name}: deadlines")
         nursery.start_soon(keep, name=name)
         try:
-            await cell.settled.wait()
+            await cell.start_finished.wait()
             if cell.started_once:
                 with body:
                     yield System(cell, runtime)
@@ -131,13 +135,13 @@ async def open_system(
             watch.cancel()
 
 
-def _whole(cell: Cell) -> bool:
+def _all_running(cell: Cell) -> bool:
     if cell.state is not State.RUNNING:
-        return cell.state is State.EXITED and cell.child.restart is not PERMANENT and _content(cell)
-    if isinstance(cell.branch, Supervisor):
-        return all(_whole(child) for child in cell.branch._children())
+        return cell.state is State.EXITED and cell.child.restart is not PERMANENT and _ended_well(cell)
+    if isinstance(cell.supervisor, Supervisor):
+        return all(_all_running(child) for child in cell.supervisor._children())
     return True
 
 
-def _content(cell: Cell) -> bool:
+def _ended_well(cell: Cell) -> bool:
     return cell.exit is not None and not cell.exit.abnormal

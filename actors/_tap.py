@@ -1,7 +1,7 @@
-"""A tap sees everything that happens in a system, in order: for traces of tests, and for people who debug.
+"""A tap is called with everything that happens in a system: for traces of tests, and for debugging.
 
-It is called from within the runtime, synchronously, so what it sees is what happened, in the order in which it did.
-Without a tap each place costs one comparison with None.
+The runtime calls it synchronously, so it sees events in the order in which they happen. Without a tap each place costs
+one comparison with None.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 
 class TapKind(enum.StrEnum):
-    """What happened. The words in brackets say what `TapEvent.what` is."""
+    """The kind of an event. Brackets say what `TapEvent.what` is."""
 
     STARTING = "starting"
     """An incarnation begins [None]."""
@@ -22,28 +22,28 @@ class TapKind(enum.StrEnum):
     EXIT = "exit"
     """It is over and cleaned up [`Exit`]."""
     TELL = "tell"
-    """A message has been put into the mailbox [the message]."""
+    """A message is in the mailbox [the message]."""
     ASK = "ask"
-    """A request has been put into the mailbox, or its asker waits for room [the message]."""
+    """A request is in the mailbox, or its asker waits for room [the message]."""
     TIMER = "timer"
-    """A timer is due, and its message has been put into the mailbox [the message]."""
+    """A timer is due, and its message is in the mailbox [the message]."""
     DOWN = "down"
-    """A monitor's message has been put into the system lane [`Down`]."""
+    """The message of a monitor is on its way, ahead of the queue [`Down`]."""
     HANDLE = "handle"
     """A handler begins [the message]."""
     REPLY = "reply"
-    """An asker has been answered [the value]."""
+    """An asker gets its answer [the value]."""
     REFUSE = "refuse"
-    """An asker has been answered with an exception [the exception]."""
+    """An asker gets an exception [the exception]."""
     DEAD_LETTER = "dead letter"
-    """A message that nobody will handle, or a reply that nobody waits for any more [the message it is about]."""
+    """A message will not be handled, or a reply has no asker any more [the message]."""
 
 
 class TapEvent(NamedTuple):
-    """One thing that happened: when, to whom, and who did it.
+    """Holds one event.
 
-    `at_s` is Trio's time, `name` the path of the actor, `sender` that of the incarnation whose task sent the message
-    ("" outside of the system).
+    `at_s` is a time of Trio's clock, `name` the path of the actor, `sender` the path of the incarnation whose task sent
+    the message ("" outside of the system).
     """
 
     at_s: float
@@ -54,7 +54,7 @@ class TapEvent(NamedTuple):
 
 
 Tap: TypeAlias = Callable[[TapEvent], None]
-"""Must return at once and must not raise; what it raises is the failure of whatever happened."""
+"""Must return at once and must not raise: what it raises fails the event itself."""
 
 ambient_tap: ContextVar[Tap | None] = ContextVar("actors.tap", default=None)
-"""The tap of every system that is opened from here on and is given none of its own."""
+"""The tap of systems that are opened without one."""

@@ -1,11 +1,11 @@
 """A message that an actor sends itself later.
 
-There is no task behind a timer: it is an entry in the heap of deadlines of its system (`_deadlines.py`), and costs
-nothing while it waits. It belongs to the incarnation that set it, and ends with it.
+A timer is an entry in the heap of deadlines of its system (`_deadlines.py`), without a task. It ends with the
+incarnation that set it.
 
-Rejected: timers that repeat. When handling takes longer than the period, their messages pile up, or some are left out;
-only the actor knows which is right. A handler that wants to be called again sets the next timer, at its beginning for a
-steady rhythm or at its end for a pause of that length.
+Rejected: timers that repeat. When handling takes longer than the period, messages pile up or are left out, and only the
+actor knows which is right. A handler sets the next timer itself: at its beginning for a steady rhythm, at its end for a
+pause of that length.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @final
 class Timer:
-    """A message on its way from an actor to itself. It has no public constructor: `ctx.send_after` makes it."""
+    """A message that an actor has sent itself. It has no public constructor: `ctx.send_after` makes it."""
 
     __slots__ = ("_all", "_mailbox", "_waiting", "at_s", "message", "sender")
 
@@ -33,17 +33,17 @@ class Timer:
 
     @property
     def pending(self) -> bool:
-        """Whether the message has still to be handled: it is neither cancelled nor has its handler begun."""
+        """Whether the message is neither cancelled nor has its handler begun."""
         return self._waiting
 
     def cancel(self) -> None:
-        """The message will not be handled, even if it is in the mailbox already. May be called again."""
+        """Cancels the timer, even if its message is in the mailbox already. May be called again."""
         if self._waiting:
             self.message = None
             self._end()
 
     def take(self) -> object:
-        """The message, once its turn has come; None when it is cancelled."""
+        """Returns the message for its handler; None when it is cancelled."""
         self._end()
         return self.message
 
@@ -53,7 +53,7 @@ class Timer:
     def expire(self) -> None:
         mailbox, self._mailbox = self._mailbox, None
         if mailbox is not None:
-            mailbox.remind(self)
+            mailbox.deliver_timer(self)
 
     def _end(self) -> None:
         self._waiting = False

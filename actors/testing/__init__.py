@@ -1,4 +1,4 @@
-"""Whole systems on virtual time, decided by a seed; and stand-ins for testing one actor alone."""
+"""Runs whole systems on virtual time, decided by a seed; and stands in for actors, to test one alone."""
 
 from ._errors import NotDeterministic, RealWorld, SimulationError, Stuck
 from ._faults import Effect, FaultReport, Faults, Plan, SiteReport

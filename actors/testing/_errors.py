@@ -1,19 +1,19 @@
-"""What a simulation raises about itself."""
+"""The errors of simulations."""
 
 from __future__ import annotations
 
 
 class SimulationError(Exception):
-    """Base of what a simulation raises about itself. It fails the run even when the program swallows it."""
+    """Base of the errors of simulations. They fail the run even when the program swallows them."""
 
 
 class RealWorld(SimulationError):
-    """The program reached for real time, chance, threads or I/O, which no seed decides."""
+    """The program used real time, randomness, threads or I/O, which no seed decides."""
 
 
 class Stuck(SimulationError):
-    """Nothing can happen any more, or too much does: every task waits for ever, or the run is past a limit."""
+    """Every task waits for ever, or the run is past a limit."""
 
 
 class NotDeterministic(SimulationError):
-    """Two runs with one seed were not the same."""
+    """Two runs with one seed differ."""

@@ -1,8 +1,8 @@
-"""Which fault sites fire in a run, how often, and what they do then.
+"""Which fault sites fire in a run, how often, and with what effect.
 
-A site is a name in the program: `fault("journal.commit")`. The program says where things may go wrong, the run
-decides whether they do. Each site draws from a stream of its own, made of the seed and its name, so a site that is
-added, or passed once more, changes nothing at the others.
+A site is a name in the program: `fault("journal.commit")`. The program says where something may fail, the run decides
+whether it does. Each site has a random stream of its own, from the seed and its name, so a new site, or one more visit,
+changes nothing at other sites.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from random import Random
 from typing import TypeAlias, final
 
 Effect: TypeAlias = Callable[[], object]
-"""Called when a site fires. An exception that it returns is raised at the site, so an exception class will do."""
+"""Is called when a site fires. An exception that it returns is raised at the site, so it may be an exception class."""
 Plan: TypeAlias = Mapping[str, float | tuple[float, Effect]]
-"""Sites, or patterns such as `journal.*`, with their probability and, if they are to do something, their effect."""
+"""Sites, or patterns such as `journal.*`, with a probability and perhaps an effect."""
 
 
 @dataclass(slots=True)
 class SiteReport:
-    """How often a site was passed, and how often it fired."""
+    """How often a run passed a site, and how often the site fired."""
 
     seen: int = 0
     fired: int = 0
@@ -47,18 +47,19 @@ class Faults:
         self._sites: dict[str, SiteReport] = {}
         self._planned: dict[str, None] = {}
         self._applying: dict[str, _Rule | None] = {}
-        """What counts for a site, as the same few are passed again and again."""
+        """The rule of each site, cached."""
 
     def turn_on(
         self, site: str, probability: float = 1.0, effect: Effect | None = None, *, times: int | None = None
     ) -> None:
-        """From now on `site`, or every site that fits a pattern such as `journal.*`, fires with this probability.
+        """Lets `site`, or every site that matches a pattern such as `journal.*`, fire with this probability.
 
-        When it fires, `effect` is called. If that returns an exception, it is raised at the site; so `OSError` or
-        `partial(OSError, ENOSPC, "disk full")` will do. Without an effect `fault()` just returns True. `times` is how
-        often it fires at most. What was turned on last counts.
+        The rule that was turned on last counts.
 
-        :raises ValueError: a probability outside of 0 to 1, or `times` below 1.
+        :param effect: is called when the site fires. An exception that it returns is raised there: `OSError`, or
+            `partial(OSError, ENOSPC, "disk full")`. Without an effect `fault()` returns True.
+        :param times: the most times that it fires.
+        :raises ValueError: the probability is not between 0 and 1, or `times` is below 1.
         """
         if not 0 <= probability <= 1:
             raise ValueError(f"the probability of {site} must be between 0 and 1, not {probability}")
@@ -69,7 +70,7 @@ class Faults:
         self._applying.clear()
 
     def turn_off(self, site: str = "*") -> None:
-        """From now on `site`, or every site that fits the pattern, doesn't fire. Without arguments: none does."""
+        """Stops `site`, or every site that matches the pattern, from firing; without an argument, all sites."""
         self._rules.append(_Rule(site, 0.0, None, None))
         if site == "*":
             self._rules = []
@@ -87,7 +88,7 @@ class Faults:
                 self.turn_on(site, what)
 
     def hit(self, site: str) -> bool:
-        """What `fault(site)` does in the simulation."""
+        """Decides whether `site` fires, and raises what its effect returns."""
         report = self._sites.get(site)
         if report is None:
             report = self._sites[site] = SiteReport()
@@ -114,22 +115,22 @@ class Faults:
         return True
 
     def report(self) -> FaultReport:
-        """What was seen so far, and what fired."""
+        """Returns which sites the run has passed, and which fired."""
         sites = {site: SiteReport(seen.seen, seen.fired) for site, seen in sorted(self._sites.items())}
         return FaultReport(sites, tuple(sorted(self._planned)))
 
 
 @dataclass(frozen=True, slots=True)
 class FaultReport:
-    """Which sites were passed and which fired, in one run or in several together (`+`)."""
+    """Which sites were passed and which fired, in one run or in several (`+`)."""
 
     sites: Mapping[str, SiteReport]
     planned: tuple[str, ...] = ()
-    """What was turned on, patterns included."""
+    """The sites and patterns that were turned on."""
 
     @property
     def never_fired(self) -> tuple[str, ...]:
-        """Sites that were turned on and passed, and did not fire once."""
+        """Sites that were turned on and passed, and never fired."""
         return tuple(
             site
             for site, report in self.sites.items()
@@ -138,12 +139,12 @@ class FaultReport:
 
     @property
     def never_reached(self) -> tuple[str, ...]:
-        """What was turned on, and never passed."""
+        """Sites and patterns that were turned on, and never passed."""
         return tuple(pattern for pattern in self.planned if not any(fnmatchcase(site, pattern) for site in self.sites))
 
     @property
     def never_turned_on(self) -> tuple[str, ...]:
-        """Sites that were passed, and that no run turned on."""
+        """Sites that were passed, and never turned on."""
         return tuple(site for site in self.sites if not any(fnmatchcase(site, pattern) for pattern in self.planned))
 
     def __add__(self, other: FaultReport) -> FaultReport:
@@ -154,7 +155,7 @@ class FaultReport:
         return FaultReport(sites, tuple(sorted({*self.planned, *other.planned})))
 
     def lines(self) -> Iterable[str]:
-        """The report as text for people."""
+        """Returns the report as text for people."""
         width = max((len(site) for site in self.sites), default=0)
         for site, report in self.sites.items():
             yield f"{site:{width}}  seen {report.seen:>7}  fired {report.fired:>6}"

@@ -1,22 +1,21 @@
-"""Real time, chance, threads and I/O are errors in a simulation.
+"""Real time, randomness, threads and I/O are errors in a simulation.
 
-They would not break the run; it would only not be the same the next time, and nobody would know why. So they are found
-where they happen, and the error names the place. Two mechanisms, each for what it sees best:
+They would not break the run, but the next one would differ, and nobody would know why. So the guard finds them where
+they happen, and the error names the place. It has two mechanisms:
 
-- **Calls** that read a clock or draw chance raise no audit event. From Python 3.12 on `sys.monitoring` shows each call
-  that Python code makes, by whatever name the function was imported. A place that was seen to be harmless is not
-  looked at again, so it costs next to nothing. On 3.11 `sys.setprofile` shows the same, and a run takes
-  four to six times as long.
-- **Audit hooks** see files, sockets, processes, threads and `time.sleep` below all names. A hook can't be removed
-  again, so it is installed by the first simulation, once, and does nothing outside of one.
+- **Calls** that read a clock or a random number raise no audit event. From Python 3.12 on `sys.monitoring` shows each
+  call of Python code, under whatever name it imported the function. It skips a place that was harmless once, so it
+  costs next to nothing. On 3.11 `sys.setprofile` shows the same, and a run takes four to six times as long.
+- **Audit hooks** see files, sockets, processes, threads and `time.sleep`. Nothing removes a hook, so the first
+  simulation installs it, and it does nothing outside of simulations.
 
-Rejected: replacing `time.time` and its like in their modules. `from time import monotonic`, a default argument or a
-stored `clock=time.monotonic` keep the original, `datetime` can't be replaced in place at all, and everybody else in the
-process sees the replacement. What is still not seen: a function that C code calls, such as
-`functools.partial(time.time)()`. `check_deterministic` finds what comes of it.
+Rejected: replacing `time.time` and the like in their modules. `from time import monotonic`, a default argument or a
+stored `clock=time.monotonic` keep the original, `datetime` cannot be replaced, and all other code in the process sees
+the replacement. Not seen: a function that C code calls, such as `functools.partial(time.time)()`;
+`check_deterministic` finds the consequences.
 
-The standard library may read clocks for its own sake (logging stamps its records), and so may Trio and pytest; Python
-may open files in order to import a module or to print a traceback.
+The standard library may read clocks for itself (logging stamps its records), and so may Trio and pytest; Python may
+open files to import a module or to print a traceback.
 """
 
 from __future__ import annotations
@@ -45,15 +44,15 @@ import trio
 from ._errors import RealWorld
 
 Kind: TypeAlias = Literal["time", "randomness", "threads", "processes", "network", "files"]
-"""What of the real world `allow_real` can let in."""
+"""The kinds of real things that `allow_real` allows."""
 
 _INSTEAD: Final[dict[Kind, str]] = {
-    "time": "Use trio.current_time() and trio.sleep(), or hand a wall clock in from outside",
-    "randomness": "Draw from the simulation's own `sim.rng`, handed in from outside (open_system takes it as `rng`)",
-    "threads": "Virtual time does not wait for threads. Hand the work in from outside, so that a test can do it inline",
-    "processes": "Virtual time does not wait for processes. Put them behind a port that a test can stand in for",
-    "network": "Virtual time does not wait for sockets. Put them behind a port that a test can stand in for",
-    "files": "Put files behind a port that a test can stand in for, or read them before the simulation",
+    "time": "Use trio.current_time() and trio.sleep(), or pass a wall clock in from outside",
+    "randomness": "Use the simulation's own `sim.rng`, passed in from outside (open_system takes it as `rng`)",
+    "threads": "Virtual time does not wait for threads. Pass the work in from outside, so that a test can do it inline",
+    "processes": "Virtual time does not wait for processes. Put them behind an interface that a test can implement",
+    "network": "Virtual time does not wait for sockets. Put them behind an interface that a test can implement",
+    "files": "Put files behind an interface that a test can implement, or read them before the simulation",
 }
 
 _CLOCKS: Final = "time monotonic perf_counter process_time thread_time"
@@ -76,7 +75,7 @@ def _reads() -> dict[Any, Kind]:
 
 
 _READS: Final = _reads()
-"""Functions in C that read a clock, wait by one, draw chance or start a thread."""
+"""Functions in C that read a clock, wait for one, read a random number or start a thread."""
 _SHARED_RANDOM: Final[Any] = random.random.__self__  # type: ignore[attr-defined]  # a bound method of the shared Random
 _NAMES: Final = {read.__name__ for read in _READS} | {name for name in dir(random.Random) if not name.startswith("_")}
 
@@ -120,7 +119,7 @@ _OWN_FILES: Final = (
     "<frozen zipimport",
     *(str(Path(os.__file__).parent / name) for name in _OWN.split()),
 )
-"""What Python does for its own sake, files and all: importing, printing tracebacks, logging, debugging."""
+"""Python's own use of files: importing, printing tracebacks, logging, debugging."""
 
 _allowed: ContextVar[frozenset[Kind]] = ContextVar("actors.testing.allowed", default=frozenset())
 
@@ -137,14 +136,14 @@ def _internal_directories() -> tuple[str, ...]:
 
 @lru_cache(4096)
 def is_internal(filename: str) -> bool:
-    """Whether a file is of the standard library, the runtime, or what runs the simulation."""
+    """Returns whether a file belongs to the standard library, the runtime, or the test runner."""
     if filename.startswith(("<frozen", "<attrs generated", _RUNTIME, *_internal_directories())):
         return True
     return filename.startswith(_STDLIB) and "site-packages" not in filename and "dist-packages" not in filename
 
 
 def _culprit(frame: FrameType | None) -> FrameType | None:
-    """The innermost frame that is the program's; None when Python or the test runner acts for its own sake."""
+    """Returns the innermost frame of the program; None when Python or the test runner acts for itself."""
     while frame is not None:
         filename = frame.f_code.co_filename
         if filename.startswith(_HERE) or filename.startswith(_OWN_FILES):
@@ -161,7 +160,7 @@ def _culprit(frame: FrameType | None) -> FrameType | None:
 
 
 def _in_a_file(frame: FrameType) -> FrameType:
-    """The frame itself, or for generated code (a dataclass's `__init__`) the one that called it."""
+    """Returns the frame; for generated code (the `__init__` of a dataclass), its caller."""
     outer: FrameType | None = frame
     while outer is not None and outer.f_code.co_filename.startswith("<"):
         outer = outer.f_back
@@ -169,7 +168,7 @@ def _in_a_file(frame: FrameType) -> FrameType:
 
 
 class Guard:
-    """Watches one thread for as long as `watching` lasts; `violated` hears of each violation before it is raised."""
+    """Watches one thread during `watching`. Each violation goes to `violated` before it is raised."""
 
     def __init__(self, violated: Callable[[RealWorld], None], hold_clock: Callable[[bool], None]) -> None:
         self._violated = violated
@@ -214,16 +213,16 @@ class Guard:
         self.check(kind, what, frame.f_back)
 
     def check(self, kind: Kind, what: str, frame: FrameType | None) -> None:
-        """:raises RealWorld: unless Python, Trio or the test runner acts for its own sake."""
+        """:raises RealWorld: unless Python, Trio or the test runner acts for itself."""
         culprit = _culprit(frame)
         if culprit is None:
             return
         culprit = _in_a_file(culprit)
         code = culprit.f_code
         error = RealWorld(
-            f"{what} is real, and a simulation is not: no seed decides it.\n"
+            f"{what} is real: no seed decides it.\n"
             f"  at {code.co_filename}:{culprit.f_lineno} in {code.co_qualname}\n"
-            f"{_INSTEAD[kind]}. If it is meant: `with allow_real({kind!r}):`"
+            f"{_INSTEAD[kind]}. To allow it: `with allow_real({kind!r}):`"
         )
         self._violated(error)
         raise error
@@ -235,12 +234,12 @@ _hooked = False
 
 @contextmanager
 def allow_real(*kinds: Kind) -> Iterator[None]:
-    """Lets the named kinds of the real world into a simulation, for the block; without effect outside of one.
+    """Allows the named kinds of real things in a simulation, during the block.
 
-    The run is then no longer decided by its seed alone: use it for what cannot make a difference, such as a file
-    that never changes. Virtual time stands still in the block, so that real work takes none; don't sleep in it.
+    Then the seed alone no longer decides the run: use it for what makes no difference, such as a file that never
+    changes. Virtual time stands still during the block; don't sleep in it. Outside of a simulation it has no effect.
 
-    :raises ValueError: no kind is named, or one that there is not.
+    :raises ValueError: no kind is named, or an unknown one.
     """
     known = get_args(Kind)
     if not kinds or not set(kinds) <= set(known):
@@ -277,7 +276,7 @@ _StartCheck: TypeAlias = tuple[Kind, str, Callable[[FrameType], bool]]
 
 
 def _start_checks() -> dict[CodeType, _StartCheck]:
-    """Functions in Python that are told by their code as they start, so that it doesn't matter who calls them."""
+    """Returns checks for functions in Python, by their code: it starts whoever calls them."""
 
     def always(frame: FrameType) -> bool:
         return True
@@ -350,7 +349,7 @@ else:
         reads = dict(_READS)
         for method in (_SHARED_RANDOM.random, _SHARED_RANDOM.getrandbits):
             reads[method] = "randomness"
-        # It reads a clock so often that asking each time whether it may would cost more than all else.
+        # It reads a clock so often that a check for each would cost more than all else.
         clock_of_trio = trio.testing.MockClock.current_time.__code__.co_filename
         by_name = {code.co_name for code in starts}
         by_id = {id(code): check for code, check in starts.items()}

@@ -30,7 +30,7 @@ def kill(system: System, path: str) -> None:
 
 
 def _kill(cell: Cell, *, for_good: bool) -> None:
-    for child in cell.branch._children() if cell.branch is not None else ():
+    for child in cell.supervisor._children() if cell.supervisor is not None else ():
         _kill(child, for_good=True)
     if cell.state in (State.STARTING, State.RUNNING, State.STOPPING):
         cell.fence.__class__ = _ClosedFence

@@ -1,7 +1,7 @@
-"""A stand-in for an actor, for testing another one alone.
+"""Stands in for an actor, to test another one alone.
 
-It is an actor itself, in a small system of its own: a `Ref` that is asked, told, monitored and found dead as any other,
-not a mock of one. Only its handlers are the test's.
+A probe is an actor in a small system of its own. Its `Ref` is a real one for `ask`, `tell` and `monitor`; only the
+handlers belong to the test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 @final
 class Probe(Generic[A]):
-    """Stands in for an actor of class `A`: takes what `A` handles, remembers it, and answers as the test says.
+    """Stands in for an actor of class `A`: takes its messages, keeps them, and answers as the test says.
 
     It has no public constructor: `open_probe` makes it.
     """
@@ -48,26 +48,26 @@ class Probe(Generic[A]):
 
     @property
     def ref(self) -> Ref[A]:
-        """What the actor under test is given. It stays the same when the probe crashes and comes back."""
+        """The ref for the actor under test. It stays the same when the probe crashes and restarts."""
         return self._child.ref  # type: ignore[return-value]  # it takes the messages that A takes
 
     @property
     def messages(self) -> list[object]:
-        """All messages that have come, in order."""
+        """All messages so far, in order."""
         return list(self._messages)
 
     def answer(self, message: type[Request[R]], how: R | Callable[[Any], R | Exception] | Exception) -> None:
-        """From now on a request of this type is answered at once.
+        """Answers requests of this type at once from now on. Other requests wait for `reply`.
 
-        `how` is the answer; or an exception, which is raised in the asker; or a function of the message that returns
-        one of the two. A request without a script waits for `reply`.
+        :param how: the answer; or an exception, which is raised in the asker; or a function of the message that returns
+            one of the two.
         """
         self._scripts[message] = how if callable(how) else lambda _: how
 
     async def expect(self, message: type[M], *, timeout_s: float = 10.0) -> M:
-        """Waits for a message of this type, and takes it: each is taken once, the oldest first.
+        """Waits for a message of this type and takes it, the oldest first.
 
-        :raises AssertionError: none came within `timeout_s`; the text says what came instead.
+        :raises AssertionError: none came within `timeout_s` seconds; the text says what came instead.
         """
         with trio.move_on_after(timeout_s):
             while True:
@@ -80,9 +80,9 @@ class Probe(Generic[A]):
         raise AssertionError(f"{self._name} got no {message.__qualname__} within {timeout_s:g} s, but {came}")
 
     async def expect_nothing(self, *, within_s: float) -> None:
-        """Waits `within_s`, in which nothing may come; nor may anything be left that no `expect` has taken.
+        """Waits `within_s` seconds.
 
-        :raises AssertionError: something is there.
+        :raises AssertionError: a message came, or was there, that no `expect` took.
         """
         with trio.move_on_after(within_s):
             while not self._untaken:
@@ -91,29 +91,29 @@ class Probe(Generic[A]):
             raise AssertionError(f"{self._name} should have got nothing, but got {self._untaken[0]!r}")
 
     def reply(self, message: Request[R], value: R) -> None:
-        """Answers a request that was taken by `expect`.
+        """Answers a request that `expect` took.
 
-        :raises LookupError: nobody waits for an answer to it.
+        :raises LookupError: nobody waits for its answer.
         """
         self._take_owed(message).reply(value)
 
     def refuse(self, message: Request[Any], error: Exception) -> None:
-        """Raises `error` in the asker of a request that was taken by `expect`.
+        """Raises `error` in the asker of a request that `expect` took.
 
-        :raises LookupError: nobody waits for an answer to it.
+        :raises LookupError: nobody waits for its answer.
         """
         self._take_owed(message).fail(error)
 
     async def crash(self, error: Exception | None = None) -> None:
-        """Dies of `error` and comes back, as under a supervisor: askers and monitors learn of it."""
+        """Crashes with `error` and restarts, as under a supervisor. Askers and monitors learn of it."""
         actor = self._child._cell.actor
         assert actor is not None
         self._born = trio.Event()
-        actor.ctx.spawn(_raise, error or RuntimeError("the test had the probe crash"))
+        actor.ctx.spawn(_raise, error or RuntimeError("the test made the probe crash"))
         await self._born.wait()
 
     async def stop(self) -> None:
-        """Stops for good: from now on its ref is down."""
+        """Stops without a restart: from now on its ref is down."""
         await self._supervisor.stop_child(self._name)
 
     def _take_owed(self, message: object) -> Deferred[Any]:
@@ -168,9 +168,9 @@ async def _raise(error: Exception) -> None:
 
 @asynccontextmanager
 async def open_probe(stands_for: type[A], *, name: str = "") -> AsyncIterator[Probe[A]]:
-    """A probe that takes the messages which actors of class `stands_for` handle, for as long as the block runs.
+    """Runs a probe that takes the messages that actors of class `stands_for` handle, during the block.
 
-    `name` is what its ref is called; without one, the name of the class.
+    `name` is the name of its ref; the default is the name of the class.
     """
     name = name or stands_for.__qualname__.rpartition(".")[2]
     supervisor = DynamicSupervisor(intensity=1_000_000, backoff=Backoff(base_s=0.0, cap_s=0.0))

@@ -1,13 +1,12 @@
-"""A whole program on virtual time, decided by a seed.
+"""Runs a whole program on virtual time, decided by a seed.
 
-A seed decides three things, each by a stream of its own: the order in which Trio runs tasks that are ready at the same
-time, what the program draws from `sim.rng`, and which fault sites fire. Time is virtual: when every task waits, the
-clock jumps to the next deadline. So a run is a function of its seed, in any process and under any PYTHONHASHSEED,
-unless the program lets something else decide. What can be found of that is an error at once (`_guard.py`), and
-`check_deterministic` finds the rest by what comes of it.
+A seed decides three things, each by a random stream of its own: the order of tasks that are ready at the same time, the
+numbers from `sim.rng`, and which fault sites fire. Time is virtual: when every task waits, the clock jumps to the next
+deadline. So a run is a function of its seed, in any process and under any PYTHONHASHSEED, unless the program lets
+something else decide. Most of that is an error at once (`_guard.py`); `check_deterministic` finds the rest.
 
-The garbage collector is held during a run and works at fixed steps instead: when it runs by itself depends on what else
-the process has done, and it closes asynchronous generators, which is work for the scheduler.
+The garbage collector runs at fixed steps during a run. Otherwise its time would depend on the rest of the process, and
+it closes asynchronous generators, which is work for the scheduler.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ T = TypeVar("T")
 
 @final
 class Simulation:
-    """What a simulated program's main function is given. It has no public constructor: `simulate` makes it."""
+    """The argument of a simulated program's main function. It has no public constructor: `simulate` makes it."""
 
     def __init__(
         self,
@@ -49,7 +48,7 @@ class Simulation:
     ) -> None:
         if not limit_s > 0 or limit_steps < 1:
             raise ValueError(f"limit_s and limit_steps must be positive, not {limit_s} and {limit_steps}")
-        # Every pytest run imports this module, and trio.testing is as large as all the rest.
+        # Importing trio.testing takes as long as all the rest.
         from trio.testing import MockClock
 
         self._seed = seed
@@ -75,7 +74,7 @@ class Simulation:
 
     @property
     def rng(self) -> Random:
-        """The program's own chance: hand it to `open_system(…, rng=sim.rng)` and to whatever draws."""
+        """The program's random numbers: pass it to `open_system(…, rng=sim.rng)` and to all that needs some."""
         return self._rng
 
     @property
@@ -85,25 +84,25 @@ class Simulation:
 
     @property
     def now_s(self) -> float:
-        """The virtual time, in seconds since the run began; inside of it the same as `trio.current_time()`."""
+        """The virtual time in seconds since the run began; in the run it is `trio.current_time()`."""
         return self._clock.current_time()
 
     @property
     def steps(self) -> int:
-        """How often a task has run so far."""
+        """The number of steps that tasks have taken."""
         return self._trace.steps
 
     @property
     def digest(self) -> str:
-        """The run so far, in 16 hexadecimal digits: equal when task after task ran at the same virtual time."""
+        """A digest of the run so far, 16 hexadecimal digits: equal when tasks ran in the same order and time."""
         return self._trace.digest
 
     def note(self, text: str) -> None:
-        """Adds a line to the trace, and so to what must be the same in every run with this seed."""
+        """Adds a line to the trace. It must be the same in every run with this seed."""
         self._trace.note(text)
 
     def trace(self, last: int = 50) -> list[str]:
-        """The last entries of the trace as text, 200 at most."""
+        """Returns the last entries of the trace as text, 200 at most."""
         return self._trace.last(last)
 
     def _tapped(self, event: TapEvent) -> None:
@@ -170,18 +169,20 @@ def simulate(
     limit_s: float = 86_400.0,
     limit_steps: int = 1_000_000,
 ) -> T:
-    """Runs `main` to its end on virtual time, and returns what it returns. The same seed gives the same run.
+    """Runs `main` to its end on virtual time, and returns its result. The same seed gives the same run.
 
-    Call it from a plain function, such as a test without `async`. `faults` is what is turned on from the beginning, as
-    `Faults.turn_on` would: `{"journal.commit": (0.1, OSError)}`. `limit_s` is in virtual seconds, `limit_steps` in
-    steps of tasks.
+    Call it from a plain function, such as a test without `async`. An exception has a note with the seed and the last
+    steps.
 
-    :raises RealWorld: the program reached for real time, chance, threads or I/O.
+    :param faults: sites that fire from the beginning, as for `Faults.turn_on`: `{"journal.commit": (0.1, OSError)}`.
+    :param limit_s: the most virtual seconds.
+    :param limit_steps: the most steps of tasks.
+    :raises RealWorld: the program used real time, randomness, threads or I/O.
     :raises Stuck: every task waits for ever, or a limit is passed.
-    :raises ValueError: a limit that is not positive, or a wrong probability.
-    :raises RuntimeError: called from inside a Trio program, or while another simulation runs in this process.
+    :raises ValueError: a limit is not positive, or a probability is not between 0 and 1.
+    :raises RuntimeError: Trio runs already in this thread, or another simulation in this process.
 
-    Besides, whatever `main` raises. An exception carries the seed and the last steps as a note.
+    Besides, what `main` raises.
     """
     return Simulation(seed, faults, limit_s, limit_steps)._run(main)
 
@@ -194,12 +195,12 @@ def check_deterministic(
     limit_s: float = 86_400.0,
     limit_steps: int = 1_000_000,
 ) -> str:
-    """Runs `main` twice with one seed, and fails at the first difference between the two, which it shows.
+    """Runs `main` twice with one seed, shows the first difference, and returns the digest of the run.
 
-    Returns the digest of the run. To compare processes too, run this in several and compare the digests; the order of
-    a set of strings, for one, only changes between processes.
+    Some differences only appear between processes, such as the order of a set of strings: compare the digests of
+    several.
 
-    :raises NotDeterministic: the two runs differ. The second is ended at the first difference.
+    :raises NotDeterministic: the two runs differ. The second ends at the first difference.
 
     Besides, what `simulate` raises, when both runs raise it.
     """

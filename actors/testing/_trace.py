@@ -1,7 +1,7 @@
-"""What happened in a run, as far as it must be the same for the same seed: which task ran when, and what was noted.
+"""The trace of a run: which task ran when, and notes. It must be the same for the same seed.
 
-The whole of it is folded into one number as the run goes; the last entries are kept for people. The same instrument
-sees when a run can't get on: Trio with a clock that jumps spins for ever when every task waits for ever.
+The run folds its trace into one number, and keeps the last entries for people. The same instrument finds a run that is
+stuck: with a clock that jumps, Trio spins for ever when every task waits for ever.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MASK: Final = (1 << 64) - 1
 
 
 Entry: TypeAlias = tuple[float, tuple[int, str]]
-"""When, and either the number and name of the task that ran, tasks numbered as they first ran, or 0 and a note."""
+"""A time with the number and name of the task that ran, numbered as they first ran; or with 0 and a note."""
 
 
 def _text(entry: Entry) -> str:
@@ -40,7 +40,7 @@ def _text(entry: Entry) -> str:
 
 
 class Trace(trio.abc.Instrument):
-    """Records a run, compares it with another, and calls `failed` when it can't get on."""
+    """Records a run, compares it with another, and calls `failed` when it is stuck."""
 
     def __init__(
         self,
@@ -73,11 +73,11 @@ class Trace(trio.abc.Instrument):
 
     @property
     def digest(self) -> str:
-        """The run so far, in 16 hexadecimal digits."""
+        """A digest of the run so far, 16 hexadecimal digits."""
         return f"{self._hash & _MASK:016x}"
 
     def note(self, text: str, detail: object = None) -> None:
-        """Adds an entry that is no step of a task. `detail` is for comparing two runs, and no part of the digest."""
+        """Adds a note. `detail` is for comparing two runs, and no part of the digest."""
         if " at 0x" in text:
             text = _ADDRESS.sub("", text)
         self._hash = hash((self._hash, self._now_s, _checksum(text)))
@@ -86,11 +86,11 @@ class Trace(trio.abc.Instrument):
         self._add((self._now_s, (0, text)))
 
     def last(self, entries: int) -> list[str]:
-        """The last entries, as text for people."""
+        """Returns the last entries as text for people."""
         return [_text(entry) for entry in list(self.entries)[-entries:]]
 
     def finish(self) -> None:
-        """Compares what is left once the run has ended."""
+        """Compares the end of the run."""
         if self._expected is not None:
             missing = next(self._expected, None)
             if missing is not None:
@@ -123,7 +123,7 @@ class Trace(trio.abc.Instrument):
         if self._quiet_ticks > 1 and not self.held:
             figures = current_statistics()
             if figures.seconds_to_next_deadline == float("inf") and not figures.tasks_runnable:
-                self._failed(Stuck(f"every task waits for ever, so nothing can happen any more\n{self._waiting()}"))
+                self._failed(Stuck(f"every task waits for ever, so nothing will happen\n{self._waiting()}"))
 
     def after_io_wait(self, timeout: float) -> None:
         self._now_s = self._clock.current_time()
@@ -170,12 +170,12 @@ class Trace(trio.abc.Instrument):
 
 @lru_cache(4096)
 def _checksum(text: str) -> int:
-    """As `hash()` would, but the same in every process."""
+    """Returns a hash that is the same in every process."""
     return zlib.crc32(text.encode())
 
 
 def _name(task: Task) -> str:
-    """Without the module, which is called differently when it is run as `__main__` or collected by pytest."""
+    """Returns the name without its module, which differs between `__main__` and pytest."""
     inner = getattr(task.coro, "__qualname__", "")
     if inner and task.name.endswith("." + inner):
         return inner

@@ -1,10 +1,10 @@
 """A pytest plugin for simulated tests, beside pytest-trio.
 
-A test that is marked `simulated` is an async function of a `Simulation`, which is run once for each seed; so is what a
-plain test hands to the fixture `simulations`. One test is one item, whatever the number of its seeds: two hundred items
-would cost more than two hundred runs do.
+A test with the mark `simulated` is an async function of a `Simulation`. It runs once for each seed, and so does what a
+plain test passes to the fixture `simulations`. One test is one item, whatever the number of seeds: two hundred items
+would cost more than two hundred runs.
 
-It takes part in other people's test runs, so until such a test is there it imports and does nothing.
+The plugin takes part in all test runs where it is installed, so until it finds such a test it imports nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REPORT = "actors_simulations"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options of the command line."""
+    """Declares the options."""
     group = parser.getgroup("actors", "simulated tests")
     group.addoption(
         "--sim-seed",
@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The marker, and the options' values."""
+    """Declares the marker, and checks the options."""
     config.addinivalue_line(
         "markers",
         f"{MARK}(seeds={DEFAULT_SEEDS}, faults=None, limit_s=86400, limit_steps=1000000): "
@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In its trio_mode pytest-trio marks every async test as its own: these are not."""
+    """Takes simulated tests from pytest-trio, which marks every async test in its trio_mode."""
     for item in items:
         if item.get_closest_marker(MARK) is not None and item.get_closest_marker("trio") is not None:
             item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "trio"]
@@ -92,7 +92,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 class Simulations:
-    """Runs a simulation for each of the seeds that the test, or the command line, asks for."""
+    """Runs a simulation for each seed of the test or of the command line."""
 
     def __init__(self, item: pytest.Item) -> None:
         self._item = item
@@ -100,7 +100,7 @@ class Simulations:
         setattr(item, _REPORT, self._figures)
 
     def seeds(self, seeds: int | Sequence[int] = DEFAULT_SEEDS) -> Sequence[int]:
-        """Those that will be run, when a test asks for `seeds`: so many from 0 on, or these."""
+        """Returns the seeds that run when a test asks for `seeds`: a number of seeds from 0 on, or a sequence."""
         chosen: list[int] | None = self._item.config.getoption("--sim-seed")
         if chosen is not None:
             return chosen
@@ -118,10 +118,11 @@ class Simulations:
         limit_s: float = 86_400.0,
         limit_steps: int = 1_000_000,
     ) -> list[T]:
-        """Runs `main` with each seed, and returns what it returned. The first failure ends it and tells how to replay.
+        """Runs `main` with each seed, and returns the results. A failure has a note with the command to replay it.
 
-        `seeds` is so many from 0 on, or these; the options `--sim-seed` and `--sim-seeds` overrule it. The rest is as
-        in `simulate`.
+        :param seeds: a number of seeds from 0 on, or a sequence; `--sim-seed` and `--sim-seeds` overrule it.
+
+        The other parameters are those of `simulate`.
         """
         __tracebackhide__ = True
         from ._simulate import check_deterministic, simulate
@@ -170,19 +171,19 @@ def _python() -> str:
 
 @pytest.fixture
 def sim() -> Any:
-    """Its place is taken by the `Simulation` of each run, in a test that is marked `simulated`."""
+    """Stands for the `Simulation` of each run in a test with the mark `simulated`."""
     return None
 
 
 @pytest.fixture
 def simulations(request: pytest.FixtureRequest) -> Simulations:
-    """For a plain test: `simulations.run(main, seeds=50)` runs a simulation for each seed."""
+    """Runs simulations in a plain test: `simulations.run(main, seeds=50)`."""
     return Simulations(request.node)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """Hands what the runs of a test saw to whoever writes the summary, maybe in another process."""
+    """Adds the figures of a test's runs to its report, which may travel to another process."""
     report: Any = yield
     figures = getattr(item, _REPORT, None)
     if figures is not None and call.when == "call":
@@ -191,7 +192,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Runs, fault sites and how to replay what failed, when there were simulated tests."""
+    """Prints the number of runs, the fault sites, and how to replay failures."""
     reports = [
         getattr(report, _REPORT)
         for category in ("passed", "failed", "xfailed", "xpassed")

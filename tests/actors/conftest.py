@@ -1,4 +1,4 @@
-"""Virtual time for every test here, and whole runs that a seed decides."""
+"""Virtual time for all tests here, and whole runs that a seed decides."""
 
 from __future__ import annotations
 

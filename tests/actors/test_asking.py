@@ -1,4 +1,4 @@
-"""An asker gets an answer, a reason, or its deadline; never silence, and never somebody else's answer."""
+"""An asker gets a reply, a reason or its deadline; never silence, and never the reply to another ask."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ async def test_a_declared_exception_reaches_the_asker_and_the_actor_lives(autoju
         assert ref.inspect()["restarts"] == 0
 
 
-async def test_trap_3_a_self_ask_is_found_at_once(autojump_clock: MockClock) -> None:
+async def test_a_self_ask_is_found_at_once(autojump_clock: MockClock) -> None:
     bank_ = bank()
     async with open_system(bank_):
         ref = await bank_.start_child(Child("a", Account))
@@ -201,7 +201,7 @@ async def test_trap_3_a_self_ask_is_found_at_once(autojump_clock: MockClock) -> 
         assert trio.current_time() < 1
 
 
-async def test_trap_3_a_child_task_may_ask_its_own_actor(autojump_clock: MockClock) -> None:
+async def test_a_child_task_may_ask_its_own_actor(autojump_clock: MockClock) -> None:
     bank_ = bank()
     async with open_system(bank_):
         ref = await bank_.start_child(Child("a", Account))
@@ -209,7 +209,7 @@ async def test_trap_3_a_child_task_may_ask_its_own_actor(autojump_clock: MockClo
 
 
 @pytest.mark.parametrize("message", [Crash(), CrashInTask()])
-async def test_trap_4_death_answers_every_asker_at_once(autojump_clock: MockClock, message: Request[None]) -> None:
+async def test_a_crash_fails_every_ask_at_once(autojump_clock: MockClock, message: Request[None]) -> None:
     bank_ = bank()
     reasons: list[str] = []
 
@@ -232,7 +232,7 @@ async def test_trap_4_death_answers_every_asker_at_once(autojump_clock: MockCloc
         assert trio.current_time() < 2
 
 
-async def test_trap_4_a_stop_answers_every_asker_at_once(autojump_clock: MockClock) -> None:
+async def test_a_stop_fails_every_ask_at_once(autojump_clock: MockClock) -> None:
     bank_ = bank()
     kinds: list[ExitKind] = []
 
@@ -255,7 +255,7 @@ async def test_trap_4_a_stop_answers_every_asker_at_once(autojump_clock: MockClo
             ref.tell(Note("x"))
 
 
-async def test_trap_4_a_late_reply_is_dropped(autojump_clock: MockClock) -> None:
+async def test_a_late_reply_is_dropped(autojump_clock: MockClock) -> None:
     bank_ = bank()
     async with open_system(bank_):
         ref = await bank_.start_child(Child("a", Account))
@@ -312,7 +312,7 @@ async def test_a_full_mailbox_refuses_tells_and_lets_askers_wait_for_room(autoju
         assert ref.inspect()["mailbox"]["rejected"] == 1
 
 
-async def test_the_wait_for_room_is_within_the_deadline_and_what_ran_out_is_not_handled(
+async def test_the_wait_for_room_is_within_the_deadline(
     autojump_clock: MockClock,
 ) -> None:
     bank_ = bank()
@@ -323,7 +323,7 @@ async def test_the_wait_for_room_is_within_the_deadline_and_what_ran_out_is_not_
             await wait_all_tasks_blocked()
             for n in range(4):
                 ref.tell(Note(str(n)))
-            with pytest.raises(AskTimeout, match="was not taken up, and is withdrawn") as caught:
+            with pytest.raises(AskTimeout, match="no handler had begun, and it is withdrawn") as caught:
                 await ref.ask(Withdraw(10), timeout_s=2)
             assert trio.current_time() == 2
             assert not caught.value.begun
@@ -345,7 +345,7 @@ async def test_the_first_answer_counts_and_a_second_is_dropped(autojump_clock: M
         assert ref.inspect()["mailbox"]["late_replies"] == 0
 
 
-async def test_a_reply_that_is_owed_dies_with_whoever_owes_it(autojump_clock: MockClock) -> None:
+async def test_a_deferred_reply_fails_when_its_actor_ends(autojump_clock: MockClock) -> None:
     bank_ = bank()
     async with open_system(bank_) as system:
         ref = await bank_.start_child(Child("a", Account))
@@ -426,7 +426,7 @@ async def test_an_unknown_message_is_an_error_at_the_sender(autojump_clock: Mock
         assert ref.inspect()["restarts"] == 0
 
 
-async def test_trap_5_a_restart_fails_queued_asks_and_never_repeats_what_crashed(autojump_clock: MockClock) -> None:
+async def test_a_restart_fails_queued_asks_and_never_repeats_what_crashed(autojump_clock: MockClock) -> None:
     bank_ = bank()
     async with open_system(bank_):
         ref = await bank_.start_child(Child("a", Account))
@@ -448,7 +448,7 @@ async def test_trap_5_a_restart_fails_queued_asks_and_never_repeats_what_crashed
         assert ref.inspect()["restarts"] == 1
 
 
-async def test_trap_6_a_burst_starves_nobody(autojump_clock: MockClock) -> None:
+async def test_a_burst_starves_nobody(autojump_clock: MockClock) -> None:
     class Busy(Account):
         mailbox = 10_000
 
@@ -464,7 +464,7 @@ async def test_trap_6_a_burst_starves_nobody(autojump_clock: MockClock) -> None:
         assert turns > 30
 
 
-async def test_trap_7_a_half_applied_handler_leaves_no_state_behind(autojump_clock: MockClock) -> None:
+async def test_a_half_applied_handler_leaves_no_state_behind(autojump_clock: MockClock) -> None:
     bank_ = bank()
     async with open_system(bank_):
         ref = await bank_.start_child(Child("a", Account))
@@ -523,7 +523,7 @@ async def test_two_actors_that_ask_each_other_end_by_their_deadlines(autojump_cl
         assert trio.current_time() == pytest.approx(3)
 
 
-def test_a_message_that_can_change_is_no_message() -> None:
+def test_a_message_must_be_frozen() -> None:
     @dataclass
     class Mutable:
         text: str
@@ -643,7 +643,7 @@ async def test_deadlines_expire_in_time_whatever_their_order(autojump_clock: Moc
         assert ref.inspect()["mailbox"]["replies_owed"] == 0
 
 
-async def test_what_was_asked_and_answered_is_not_kept_until_the_deadline(autojump_clock: MockClock) -> None:
+async def test_answered_asks_are_not_kept_until_their_deadline(autojump_clock: MockClock) -> None:
     class Answer:
         pass
 
@@ -688,7 +688,7 @@ async def test_deadlines_wake_nobody_as_long_as_they_are_kept(autojump_clock: Mo
         assert steps.taken <= 1
 
 
-async def test_what_an_actor_says_of_itself_is_shown_even_when_that_fails(autojump_clock: MockClock) -> None:
+async def test_inspect_shows_an_actor_whose_own_inspect_fails(autojump_clock: MockClock) -> None:
     class Open(Account):
         def inspect(self) -> dict[str, object]:
             return {"balance": 10 // self.balance}

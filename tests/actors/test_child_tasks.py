@@ -1,4 +1,4 @@
-"""The tasks of an incarnation are part of it: they end with it, and their failure is its own."""
+"""The tasks of an incarnation end with it, and their failure is its failure."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Parent(Actor):
         assert not self.task.done
 
 
-async def test_outer_cancellation_does_not_reach_them_before_their_turn(autojump_clock: MockClock) -> None:
+async def test_outer_cancellation_does_not_reach_tasks_before_their_turn(autojump_clock: MockClock) -> None:
     log: list[tuple[float, str]] = []
     with trio.move_on_after(5):
         async with open_system(Supervisor(children=[Child("a", partial(Parent, log))])):

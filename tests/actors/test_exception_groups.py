@@ -1,4 +1,4 @@
-"""Exception groups keep their shape: nothing is flattened, unwrapped or lost between a handler and whoever reads it."""
+"""Exception groups keep their shape between a handler and the reader of its reason."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def test_a_declared_exception_in_a_group_is_a_crash(autojump_clock: MockCl
         assert pytest.RaisesGroup(Refused).matches(caught.value.reason.exception)
 
 
-async def test_a_task_that_fails_to_start_raises_its_group_in_whoever_starts_it(autojump_clock: MockClock) -> None:
+async def test_a_failed_start_raises_its_group_in_the_starter(autojump_clock: MockClock) -> None:
     async def task(*, task_status: Started) -> None:
         await fail_together((ValueError, OSError), nested=False)
 

@@ -39,7 +39,7 @@ async def test_a_byte_budget_bounds_a_take_but_one_frame_always_comes() -> None:
         assert [seq for seq, _ in cursor.take_nowait(1)] == [3]  # type: ignore[union-attr]  # no gap here
 
 
-async def test_numbers_go_on_where_they_are_told_to() -> None:
+async def test_numbers_begin_at_next_seq() -> None:
     log = Log(max_frames=3, max_bytes=100, next_seq=42)
     assert (log.oldest, log.newest) == (42, 41)
     async with log.cursor(after=41) as cursor, log.cursor(after=7) as old:
@@ -50,7 +50,7 @@ async def test_numbers_go_on_where_they_are_told_to() -> None:
 
 
 @pytest.mark.parametrize("bounds", [{"max_frames": 3}, {"max_bytes": 3}])
-async def test_a_reader_that_the_ring_has_left_behind_is_told_and_goes_on(bounds: dict[str, int]) -> None:
+async def test_a_slow_reader_gets_a_gap_and_goes_on(bounds: dict[str, int]) -> None:
     log = filled(2, **bounds)
     async with log.cursor(after=0) as cursor:
         assert await cursor.take(1) == frames(1)
@@ -123,7 +123,7 @@ async def test_a_take_that_is_cancelled_has_taken_nothing_and_a_reader_always_yi
         assert await cursor.take(100) == frames(2)
 
 
-def test_what_cannot_be_kept_is_refused() -> None:
+def test_frames_beyond_the_bounds_are_refused() -> None:
     log = filled(3, max_bytes=5)
     with pytest.raises(ValueError, match="does not fit"):
         log.append(b"123456")

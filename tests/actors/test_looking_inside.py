@@ -1,4 +1,4 @@
-"""What people can see of a running system: how old, how slow, how often, by whom, and what came to nothing."""
+"""What a running system shows: ages, times, counts, senders, and messages that were never handled."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ async def test_a_child_that_moves_to_another_system_brings_no_trace(autojump_clo
             await trio.sleep(10)
 
 
-async def test_dead_letters_say_what_came_to_nothing_and_why(autojump_clock: MockClock) -> None:
+async def test_dead_letters_say_what_was_not_handled_and_why(autojump_clock: MockClock) -> None:
     vms = DynamicSupervisor()
     async with open_system(vms) as system:
         assert system.dead_letters() == {"total": 0, "by_reason": {}, "last": []}
@@ -232,7 +232,7 @@ async def test_restarts_have_their_reasons_and_only_the_last_are_kept(autojump_c
         assert inside["exits"][-1] == {"at_s": 220.0, "reason": "crashed: ValueError: crashed"}
 
 
-async def test_everything_that_can_be_seen_is_ready_for_json(autojump_clock: MockClock) -> None:
+async def test_everything_shown_is_ready_for_json(autojump_clock: MockClock) -> None:
     vms = DynamicSupervisor(intensity=0)
     async with open_system(Supervisor(children=[Child("vms", vms)])) as system:
         ref = await vms.start_child(Child("vm", Worker))
@@ -311,7 +311,7 @@ async def test_a_tap_sees_everything_in_order(autojump_clock: MockClock) -> None
     assert [entry[1:3] for entry in seen] == [("exit", "watcher"), ("exit", "vm"), ("exit", "")]
 
 
-async def test_a_system_takes_the_tap_that_is_around(autojump_clock: MockClock) -> None:
+async def test_a_system_without_a_tap_takes_the_ambient_one(autojump_clock: MockClock) -> None:
     from actors._tap import ambient_tap
 
     seen: list[str] = []

@@ -1,4 +1,4 @@
-"""One `Down` for each monitor, with the reason, ahead of the queue, whatever else happens."""
+"""Each monitor gets one `Down`, with the reason, ahead of the queue."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ async def _finish(pool: DynamicSupervisor, system: System, ref: Ref[Target]) -> 
         (_finish, "target finished"),
     ],
 )
-async def test_a_monitor_tells_once_how_it_ended(autojump_clock: MockClock, ending: Ending, reason: str) -> None:
+async def test_a_monitor_delivers_one_down_with_the_reason(
+    autojump_clock: MockClock, ending: Ending, reason: str
+) -> None:
     seen: list[str] = []
     pool = DynamicSupervisor()
     async with open_system(pool) as system:
@@ -145,7 +147,7 @@ async def test_a_down_finds_room_in_a_full_mailbox_and_overtakes_it(autojump_clo
         assert seen == ["target crashed: ValueError: crashed", "a", "b"]
 
 
-async def test_what_is_not_there_is_down_at_once(autojump_clock: MockClock) -> None:
+async def test_a_monitor_of_an_actor_that_does_not_run_delivers_at_once(autojump_clock: MockClock) -> None:
     seen: list[str] = []
     pool = DynamicSupervisor()
     async with open_system(pool):
@@ -189,7 +191,7 @@ async def test_monitors_die_with_the_incarnation_that_set_them(autojump_clock: M
         assert target._mailbox.watchers == {}
 
 
-async def test_who_monitors_must_be_able_to_hear_of_it(autojump_clock: MockClock) -> None:
+async def test_an_actor_without_a_handler_for_down_cannot_monitor(autojump_clock: MockClock) -> None:
     class Deaf(Target):
         async def on_start(self) -> None:
             with pytest.raises(TypeError, match="deaf monitors target, but has no handler for Down"):

@@ -1,4 +1,4 @@
-"""When restarts happen, to the second, and what a failed start leaves behind: nothing."""
+"""Restarts happen at the exact second, and a failed start leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ async def test_a_dynamic_supervisor_counts_for_each_child_exactly(autojump_clock
         assert await beyond.ask(Ping(), timeout_s=1) == "pong"
 
 
-async def test_during_a_back_off_an_asker_learns_at_once(autojump_clock: MockClock) -> None:
+async def test_an_ask_during_a_back_off_fails_at_once(autojump_clock: MockClock) -> None:
     starts: list[float] = []
     pool = DynamicSupervisor(intensity=10, backoff=Backoff(base_s=100, cap_s=100))
     async with open_system(pool):

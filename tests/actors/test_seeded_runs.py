@@ -41,7 +41,7 @@ MANY = range(int(os.environ.get("ACTORS_SEEDS", "1000")))
 FEW = range(min(200, len(MANY)))
 
 
-def test_trap_1_the_order_of_shutdown_is_reverse_under_outer_cancellation(simulate: Simulate) -> None:
+def test_the_order_of_shutdown_is_reverse_under_outer_cancellation(simulate: Simulate) -> None:
     def actor(name: str, log: list[str], rng: Random) -> Actor:
         class Node(Actor):
             async def on_start(self) -> None:
@@ -227,7 +227,7 @@ def test_every_strategy_converges_once_the_faults_are_over(simulate: Simulate) -
                     kill(system, rng.choice([leaf.ref.name, leaf.ref.name.split("/")[0]]))
             chaos[0] = 0.0
             await trio.sleep(120)
-            assert system.whole(), system.format_tree()
+            assert system.all_running(), system.format_tree()
             for n, leaf in enumerate(leaves):
                 assert await leaf.ref.ask(Work(n), timeout_s=1) == n
             return sum(leaf.ref.inspect()["restarts"] for leaf in leaves)

@@ -1,4 +1,4 @@
-"""Who is started again, when, how often, and whose failure it is."""
+"""Which children restart, when and how often, and to whom a failure belongs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def settle() -> None:
         (ONE_FOR_ALL, ["-b", "-c", "-a", "+a", "+b", "+c"]),
     ],
 )
-async def test_a_strategy_restarts_whom_it_says_in_order(
+async def test_a_strategy_restarts_its_children_in_order(
     autojump_clock: MockClock, strategy: Strategy, expected: list[str]
 ) -> None:
     log: list[str] = []
@@ -104,15 +104,13 @@ async def test_a_strategy_restarts_whom_it_says_in_order(
         children[1].ref.tell(Crash())
         await settle()
         assert log == expected
-        assert system.whole()
+        assert system.all_running()
         log.clear()
     assert log == ["-c", "-b", "-a"]
 
 
 @pytest.mark.parametrize("strategy", [ONE_FOR_ALL, REST_FOR_ONE])
-async def test_a_group_whose_restart_fails_is_tried_again_until_it_stands(
-    autojump_clock: MockClock, strategy: Strategy
-) -> None:
+async def test_a_failed_group_restart_is_retried(autojump_clock: MockClock, strategy: Strategy) -> None:
     log: list[str] = []
     failing: list[Exception] = []
     b = Child("b", partial(Worker, "b", log, failing))
@@ -121,7 +119,7 @@ async def test_a_group_whose_restart_fails_is_tried_again_until_it_stands(
         failing += [OSError("1"), OSError("2")]
         children[0].ref.tell(Crash())
         await trio.sleep(10)
-        assert system.whole()
+        assert system.all_running()
         assert [child.ref.inspect()["state"] for child in children] == ["running"] * 3
         assert log[-1] == "+c"
 
@@ -157,7 +155,7 @@ async def test_a_child_is_restarted_as_its_kind_says(
         assert log == (["+a", "-a", "+a"] if again else ["+a", "-a"])
 
 
-async def test_trap_2_a_failure_before_started_belongs_to_whoever_starts(autojump_clock: MockClock) -> None:
+async def test_a_failure_before_started_belongs_to_the_starter(autojump_clock: MockClock) -> None:
     log: list[str] = []
     vms = DynamicSupervisor()
     async with open_system(vms) as system:
@@ -170,7 +168,7 @@ async def test_trap_2_a_failure_before_started_belongs_to_whoever_starts(autojum
         assert vms.names == ["a"]
 
 
-async def test_trap_2_a_failure_after_started_belongs_to_the_supervisor(autojump_clock: MockClock) -> None:
+async def test_a_failure_after_started_belongs_to_the_supervisor(autojump_clock: MockClock) -> None:
     async def child(*, task_status: Started) -> None:
         runs.append(trio.current_time())
         task_status.started()
@@ -239,13 +237,13 @@ async def test_a_start_whose_caller_leaves_is_undone(autojump_clock: MockClock) 
         assert vms.names == []
 
 
-async def test_a_function_that_ends_without_a_word_has_not_started(autojump_clock: MockClock) -> None:
+async def test_a_function_that_ends_without_started_fails_the_start(autojump_clock: MockClock) -> None:
     async def silent(*, task_status: Started) -> None:
         pass
 
     vms = DynamicSupervisor()
     async with open_system(vms):
-        with pytest.raises(StartFailed, match="without having said"):
+        with pytest.raises(StartFailed, match="without calling started"):
             await vms.start_child(Child("a", silent))
 
 
@@ -282,7 +280,7 @@ async def test_an_inner_supervisor_that_gives_up_is_restarted_by_the_outer(autoj
             await settle()
             assert log == ["+a", "+b", "-b", "-a", "+a", "+b"]
             assert system["inner/b"] is child.ref
-            assert system.whole()
+            assert system.all_running()
             child.ref.tell(Crash())
             await trio.sleep_forever()
 
@@ -300,7 +298,7 @@ async def test_restarts_back_off_with_a_cap_and_a_seeded_jitter() -> None:
     assert backoff.delay_s(10_000, Random(4)) <= 5
 
 
-async def test_a_restart_waits_and_a_stop_is_heard_meanwhile(autojump_clock: MockClock) -> None:
+async def test_a_stop_interrupts_the_wait_for_a_restart(autojump_clock: MockClock) -> None:
     log: list[str] = []
     vms = DynamicSupervisor(intensity=100, backoff=Backoff(base_s=1000, cap_s=1000))
     async with open_system(vms):
@@ -316,7 +314,7 @@ async def test_a_restart_waits_and_a_stop_is_heard_meanwhile(autojump_clock: Moc
         assert log == ["+a", "-a", "+a", "-a"]
 
 
-async def test_giving_up_one_child_is_told_and_touches_no_other(autojump_clock: MockClock) -> None:
+async def test_giving_up_one_child_calls_gave_up_and_touches_no_other(autojump_clock: MockClock) -> None:
     told: list[GaveUp] = []
     names_then: list[list[str]] = []
     log: list[str] = []
@@ -339,14 +337,14 @@ async def test_giving_up_one_child_is_told_and_touches_no_other(autojump_clock: 
         assert names_then == [["bad", "good"]]
         assert vms.names == ["good"]
         assert good.inspect()["restarts"] == 0
-        assert system.whole()
+        assert system.all_running()
         assert system.tree()["given_up"][0]["reason"] == "crashed: ValueError: crashed"
         with pytest.raises(ActorDown):
             bad.tell(Crash())
         await vms.start_child(worker("bad", log))
 
 
-async def test_giving_up_can_be_told_to_an_actor(autojump_clock: MockClock) -> None:
+async def test_gave_up_may_be_the_tell_of_an_actor(autojump_clock: MockClock) -> None:
     class Listener(Actor):
         @handles(GaveUp)
         async def gave_up(self, message: GaveUp) -> None:
@@ -379,7 +377,7 @@ async def test_giving_up_survives_a_callback_that_fails_or_hangs(autojump_clock:
             await trio.sleep(6)
             assert vms.names == ["good"]
             assert good.inspect()["state"] == "running"
-            assert system.whole()
+            assert system.all_running()
 
 
 async def test_a_name_is_one_child_at_a_time(autojump_clock: MockClock) -> None:
@@ -400,7 +398,7 @@ async def test_a_name_is_one_child_at_a_time(autojump_clock: MockClock) -> None:
         Supervisor(children=[worker("a", []), worker("a", [])])
 
 
-async def test_trap_1_a_start_in_the_middle_is_undone_under_outer_cancellation(autojump_clock: MockClock) -> None:
+async def test_a_start_in_the_middle_is_undone_under_outer_cancellation(autojump_clock: MockClock) -> None:
     class Slow(Worker):
         async def on_start(self) -> None:
             await super().on_start()
@@ -471,7 +469,7 @@ async def test_a_keyboard_interrupt_in_a_handler_stops_the_system_in_order(autoj
     assert log == ["+a", "+b", "+c", "-b", "-c", "-a"]
 
 
-async def test_the_tree_says_what_is_where(autojump_clock: MockClock) -> None:
+async def test_the_tree_shows_every_child_at_its_path(autojump_clock: MockClock) -> None:
     async def api(*, task_status: Started) -> None:
         task_status.started()
         await trio.sleep_forever()
@@ -557,7 +555,7 @@ async def test_the_stack_may_hold_a_nursery_open_and_closes_after_the_tasks(auto
     assert trio.current_time() == 12
 
 
-async def test_a_clean_up_that_hangs_is_cut_by_its_budget(autojump_clock: MockClock) -> None:
+async def test_a_clean_up_that_hangs_ends_with_its_budget(autojump_clock: MockClock) -> None:
     class Stuck(Worker):
         async def on_start(self) -> None:
             await super().on_start()
@@ -575,7 +573,7 @@ async def test_a_clean_up_that_hangs_is_cut_by_its_budget(autojump_clock: MockCl
     assert log == ["+a", "+b", "-b", "-a"]
 
 
-async def test_trap_10_a_killed_incarnation_has_no_effect_on_its_way_out(autojump_clock: MockClock) -> None:
+async def test_a_killed_incarnation_has_no_effect_on_its_way_out(autojump_clock: MockClock) -> None:
     class Writer(Worker):
         async def on_start(self) -> None:
             await super().on_start()
@@ -612,7 +610,7 @@ async def test_trap_10_a_killed_incarnation_has_no_effect_on_its_way_out(autojum
     assert log == ["+w", "-w", "+w", "-w"]
 
 
-async def test_what_is_no_child_is_refused_at_once(autojump_clock: MockClock) -> None:
+async def test_wrong_children_are_refused_at_once(autojump_clock: MockClock) -> None:
     with pytest.raises(TypeError):
         Child[None]("a", 3)  # type: ignore[call-overload]  # the mistake under test
     for name in ("", "/a", "a/"):
@@ -639,7 +637,7 @@ async def test_a_tree_may_take_as_long_to_start_as_its_children_may(autojump_clo
     inner = Child("inner", Supervisor(children=children))
     async with open_system(Supervisor(children=[inner]), name="top") as system:
         assert trio.current_time() == 75
-        assert system.whole()
+        assert system.all_running()
     async with open_system(DynamicSupervisor(), name="top") as system:
         vms = system[""]
         await vms.start_child(worker("a", []))
@@ -656,4 +654,4 @@ async def test_one_tree_cannot_run_twice_at_once(autojump_clock: MockClock) -> N
     static = Supervisor(children=[worker("a", [])])
     for _ in range(2):
         async with open_system(static) as system:
-            assert system.whole()
+            assert system.all_running()

@@ -1,4 +1,4 @@
-"""A timer's message comes when it is due, to the incarnation that set it or to nobody, and waiting costs nothing."""
+"""A timer's message arrives on time, for the incarnation that set it alone, and waiting costs nothing."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ async def test_a_timer_finds_room_in_a_full_mailbox(autojump_clock: MockClock) -
     assert ticks == [(3, "a"), (3, "b"), (3, "start")]
 
 
-async def test_what_cannot_be_sent_later_is_refused_at_once(autojump_clock: MockClock) -> None:
+async def test_wrong_timers_are_refused_at_once(autojump_clock: MockClock) -> None:
     class Strange(Clock):
         @handles(Work)
         async def work(self, message: Work) -> None:

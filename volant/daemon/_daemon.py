@@ -466,7 +466,7 @@ class Daemon:
 
     async def _find_problem(self) -> str | None:
         """Returns why the daemon does not work, or None. Asks its parts through the event loop."""
-        if self.system is not None and not self.system.whole():
+        if self.system is not None and not self.system.all_running():
             return "a part of the daemon is down and can't be restarted"
         try:
             # The caller has a shorter deadline.
@@ -496,7 +496,7 @@ class Daemon:
         if self.adoption_s is None or self.system is None:
             return "starting"
         store = self.store
-        return "ok" if self.system.whole() and store.trouble is None and store.damage is None else "degraded"
+        return "ok" if self.system.all_running() and store.trouble is None and store.damage is None else "degraded"
 
     def tree(self) -> Mapping[str, object]:
         """Returns the supervisor tree, ready for JSON."""

@@ -1,4 +1,4 @@
-"""A run decides which named sites fire and what they do; one site more changes nothing at the others."""
+"""A run decides which sites fire and with what effect. A new site changes nothing at others."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_a_site_fires_with_its_probability_decided_by_the_seed() -> None:
     assert fired({"a": 0.0}, "a") == {"a": "0" * 20}
 
 
-def test_a_site_more_changes_nothing_at_the_others() -> None:
+def test_a_new_site_changes_nothing_at_others() -> None:
     assert fired({"a": 0.5}, "a")["a"] == fired({"*": 0.5}, "b", "a", "c")["a"]
 
 
-def test_what_fires_raises_or_does_what_the_run_says() -> None:
+def test_a_firing_site_raises_or_calls_its_effect() -> None:
     async def main(sim: Simulation) -> None:
         done: list[str] = []
         sim.faults.turn_on("disk.*", 1, partial(OSError, ENOSPC, "disk full"))
@@ -79,7 +79,7 @@ def test_a_probability_is_a_probability() -> None:
     simulate(main, seed=1)
 
 
-def test_the_report_tells_what_was_never_reached_and_what_never_fired() -> None:
+def test_the_report_names_sites_never_reached_and_never_fired() -> None:
     async def main(sim: Simulation) -> FaultReport:
         for site in ("seen", "seen", "rare", "forgotten"):
             fault(site)

@@ -1,4 +1,4 @@
-"""The pytest plugin: a test for each promise, one item for all seeds, and the one command that replays a failure."""
+"""The pytest plugin: one item for all seeds, and one command that replays a failure."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_failures_are_told_with_the_command_that_replays_them(folder: Path) -> None:
+def test_a_failure_shows_the_command_that_replays_it(folder: Path) -> None:
     code, text = pytest_(folder)
     assert code == 1
     assert "1 failed, 5 passed" in text
@@ -96,7 +96,7 @@ def test_failures_are_told_with_the_command_that_replays_them(folder: Path) -> N
     assert "2 runs, " in text
 
 
-def test_the_summary_tells_about_fault_sites(folder: Path) -> None:
+def test_the_summary_shows_fault_sites(folder: Path) -> None:
     code, text = pytest_(folder, "-k", "marked or method or plain", "--sim-seeds", "30")
     assert code == 0
     assert "120 runs, 1,620 virtual seconds" in text
@@ -114,7 +114,7 @@ def test_other_tests_are_left_alone(folder: Path) -> None:
     assert code == 0, text
 
 
-def test_mistakes_are_told(folder: Path) -> None:
+def test_mistakes_are_errors_that_name_them(folder: Path) -> None:
     (folder / "test_it.py").write_text(
         "import pytest\n"
         "@pytest.mark.simulated\n"

@@ -1,4 +1,4 @@
-"""A probe stands in for an actor: what it gets is remembered, what it answers is the test's, and it can die."""
+"""A probe stands in for an actor: it keeps messages, answers as the test says, and can crash."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ async def test_a_script_answers_at_once(autojump_clock: MockClock) -> None:
             await store.ref.ask(Load("a"), timeout_s=1)
 
 
-async def test_it_takes_what_the_actor_takes_and_nothing_else(autojump_clock: MockClock) -> None:
+async def test_a_probe_takes_the_messages_of_its_actor_alone(autojump_clock: MockClock) -> None:
     async with open_probe(Store) as store:
         assert store.ref.name == "Store"
         with pytest.raises(Unhandled):
@@ -123,7 +123,7 @@ async def test_a_missing_message_fails_with_what_came_instead(autojump_clock: Mo
             await store.expect_nothing(within_s=1)
 
 
-async def test_its_death_is_that_of_an_actor(autojump_clock: MockClock) -> None:
+async def test_a_crash_of_a_probe_is_that_of_an_actor(autojump_clock: MockClock) -> None:
     async with open_probe(Store) as store:
         greeter = Child("greeter", partial(Greeter, store.ref))
         async with open_system(Supervisor(children=[greeter])):

@@ -1,4 +1,4 @@
-"""Real time, chance, threads and I/O in a simulation are errors that name the place; elsewhere they are free."""
+"""Real time, randomness, threads and I/O are errors in a simulation, and errors name the place."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def attempt(what: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("what", REAL.values(), ids=REAL)
-def test_it_is_found_where_it_happens(what: Callable[[], Any]) -> None:
+def test_the_error_names_the_place(what: Callable[[], Any]) -> None:
     async def main(sim: Simulation) -> None:
         await attempt(what)
 
@@ -116,7 +116,7 @@ class Clock(Actor):
         return time.time()
 
 
-def test_an_actor_that_dies_of_it_is_no_crash_to_restart_from() -> None:
+def test_an_actor_is_not_restarted_after_the_error() -> None:
     async def main(sim: Simulation) -> None:
         child = Child("clock", Clock)
         async with open_system(Supervisor(intensity=1000, children=[child]), rng=sim.rng):
@@ -128,7 +128,7 @@ def test_an_actor_that_dies_of_it_is_no_crash_to_restart_from() -> None:
         simulate(main, seed=1)
 
 
-def test_a_system_without_a_random_of_its_own_is_told_so() -> None:
+def test_a_system_without_a_seeded_rng_is_an_error() -> None:
     async def main(sim: Simulation) -> None:
         async with open_system(Supervisor(children=[])):
             pass
@@ -149,7 +149,7 @@ HARMLESS: dict[str, Callable[[Simulation], object]] = {
 
 
 @pytest.mark.parametrize("what", HARMLESS.values(), ids=HARMLESS)
-def test_what_a_seed_decides_and_python_itself_are_let_through(what: Callable[[Simulation], object]) -> None:
+def test_seeded_randomness_and_python_itself_are_allowed(what: Callable[[Simulation], object]) -> None:
     async def main(sim: Simulation) -> None:
         what(sim)
 
@@ -157,7 +157,7 @@ def test_what_a_seed_decides_and_python_itself_are_let_through(what: Callable[[S
     simulate(main, seed=1)
 
 
-def test_one_place_that_calls_now_this_and_now_that_is_still_watched() -> None:
+def test_a_place_that_calls_different_functions_stays_watched() -> None:
     async def main(sim: Simulation) -> None:
         for chance in (sim.rng, random):
             chance.random()
@@ -166,7 +166,7 @@ def test_one_place_that_calls_now_this_and_now_that_is_still_watched() -> None:
         simulate(main, seed=1)
 
 
-def test_what_is_allowed_takes_no_virtual_time() -> None:
+def test_allowed_work_takes_no_virtual_time() -> None:
     async def main(sim: Simulation) -> tuple[str, float]:
         with trio.move_on_after(3600) as hour:
             with allow_real("threads", "files"):
@@ -181,7 +181,7 @@ def test_what_is_allowed_takes_no_virtual_time() -> None:
     assert slept == 5
 
 
-def test_what_is_not_allowed_is_an_error_beside_what_is() -> None:
+def test_allowing_one_kind_allows_no_other() -> None:
     async def main(sim: Simulation) -> None:
         with allow_real("files"):
             REAL["pathlib"]()
@@ -205,7 +205,7 @@ def test_outside_of_a_simulation_everything_is_real() -> None:
         trio.run(partial(attempt, REAL["trio.to_thread"]))
 
 
-def test_other_threads_live_in_the_real_world() -> None:
+def test_other_threads_are_not_watched() -> None:
     go, done = threading.Event(), threading.Event()
     seen: list[float] = []
 

@@ -94,7 +94,7 @@ def test_another_process_and_another_hash_seed_give_the_same_trace(hash_seed: st
     assert ran.stdout.strip() == check_deterministic(system, seed=7), ran.stderr
 
 
-def test_what_ran_before_makes_no_difference() -> None:
+def test_an_earlier_run_makes_no_difference() -> None:
     first = check_deterministic(system, seed=3)
     random.seed(5)
     simulate(system, seed=4)
@@ -189,7 +189,7 @@ def test_every_task_waiting_for_ever_is_found_and_named() -> None:
     assert Path(__file__).name in str(caught.value)
 
 
-def test_the_trace_is_there_to_be_read() -> None:
+def test_the_trace_is_text_for_people() -> None:
     async def main(sim: Simulation) -> list[str]:
         child = Child("server", partial(Server, sim.rng))
         async with open_system(Supervisor(children=[child]), rng=sim.rng):
@@ -209,7 +209,7 @@ def test_the_trace_is_there_to_be_read() -> None:
         assert line in text
 
 
-def test_limits_end_what_would_not_end() -> None:
+def test_limits_end_endless_runs() -> None:
     async def spin(sim: Simulation) -> None:
         while True:
             await trio.lowlevel.checkpoint()
@@ -237,6 +237,6 @@ def test_everything_is_as_before_afterwards() -> None:
     assert (run._ALLOW_DETERMINISTIC_SCHEDULING, run._r, run._r.getstate(), sys.getprofile()) == before
 
 
-async def test_it_is_not_for_the_inside_of_a_trio_program() -> None:
+async def test_simulate_refuses_to_run_inside_trio() -> None:
     with pytest.raises(RuntimeError, match="call it from a plain function"):
         simulate(system, seed=1)
