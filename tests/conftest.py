@@ -28,11 +28,13 @@ from tests.system.kit import REPOSITORY, Daemon, cache_dir, kept, spec
 from volant.model import BuildTemplate
 
 _MARKS = {
-    **dict.fromkeys(("conformance", "system", "systemd"), "system"),
-    **dict.fromkeys(("attackers", "cli", "examples", "typing"), "programs"),
-    "simulation": "simulation",
+    **dict.fromkeys(("conformance", "system"), ("system",)),
+    # They share the host's /tmp, in which each removes what systemd has made there meanwhile.
+    "systemd": ("system", "alone"),
+    **dict.fromkeys(("attackers", "cli", "examples", "typing"), ("programs",)),
+    "simulation": ("simulation",),
 }
-"""Folders, and the marker that all of their tests get."""
+"""Folders, and the markers that all of their tests get."""
 _NEEDS = ("system", "kernel", "programs", "simulation", "slow")
 """A test with none of these markers is fast."""
 _WORKER_BYTES = 1536 * 1024 * 1024
@@ -56,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if mark := _MARKS.get(item.path.parent.name):
+        for mark in _MARKS.get(item.path.parent.name, ()):
             item.add_marker(mark)
         if item.get_closest_marker("system") and shutil.which("qemu-system-x86_64") is None:
             item.add_marker(pytest.mark.skip("there is no qemu-system-x86_64"))
