@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 TESTS = """
@@ -17,7 +19,7 @@ import pytest
 import trio
 from actors import fault
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("error")]
+pytestmark = pytest.mark.filterwarnings("error")
 seen = []
 
 @pytest.fixture
