@@ -51,7 +51,7 @@ async def test_refusals_are_problems(tmp_path: Path) -> None:
                     pytest.fail("two keyboards")
             assert (refused.value.status, refused.value.code) == (409, "keyboard-taken")
             async with client.vms.console("demo", take=True):
-                with trio.fail_after(5), pytest.raises(ClientProblem, match="somebody else"):
+                with trio.fail_after(5), pytest.raises(ClientProblem, match="another client"):
                     await first.receive()
         async with client.vms.console("demo", tail=0) as reader:
             await reader.send(b"x")

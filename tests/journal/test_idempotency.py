@@ -281,6 +281,7 @@ trio.run(main)
 """
 
 
+@pytest.mark.slow
 def test_after_kill_9_a_repeated_request_gets_the_vm_that_was_made(path: Path) -> None:
     answered = [-1] * 4
     for _ in range(3):

@@ -94,6 +94,7 @@ class Output:
 FLOODS = {"line feeds": b"\n" * 131072, "no text": b"\xff" * 131072, "zeros": bytes(131072), "empty frames": b""}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_garbage")
 @pytest.mark.parametrize("what", FLOODS)
 async def test_output_of_any_kind_keeps_the_daemon_from_nobody(log: VmLog, what: str) -> None:
@@ -125,6 +126,7 @@ def test_pieces_have_a_bounded_number_of_lines_and_bytes() -> None:
     assert piece_of(b"short\n") == b"short\n"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_garbage")
 async def test_a_console_of_line_feeds_keeps_the_daemon_from_nobody(log: VmLog, tmp_path: Path) -> None:
     path = tmp_path / "console.log"
@@ -157,6 +159,7 @@ async def test_a_console_far_ahead_of_its_log_is_cut_and_its_file_stays_small(
     assert path.stat().st_blocks * 512 < 1_200_000
 
 
+@pytest.mark.slow
 async def test_the_end_of_a_console_is_there_in_time_however_much_is_before_it(
     log: VmLog, tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
