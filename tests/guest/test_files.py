@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.conftest import Answer, Asker, read_all
-from volant.guest import _files, _http, _tar
+from volant.guest import _file_io, _files, _http
 
 TAR = "Content-Type: application/x-tar\r\n"
 ME = f"{os.getuid()}:{os.getgid()}"
@@ -235,8 +235,7 @@ def test_a_full_disk_is_507_and_leaves_nothing(agent: Asker, tmp_path: Path, mon
     def full(fd: int, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(_files, "write", full)
-    monkeypatch.setattr(_tar, "write", full)
+    monkeypatch.setattr(_file_io, "write", full)
     problem(agent.ask("PUT", url(tmp_path / "x"), b"1"), 507, f"{tmp_path}/x")
     problem(agent.ask("PUT", url(tmp_path / "d"), tar_of(("f", b"1")), headers=TAR), 507, "f")
     assert not list(tmp_path.iterdir())
@@ -245,14 +244,14 @@ def test_a_full_disk_is_507_and_leaves_nothing(agent: Asker, tmp_path: Path, mon
 def test_the_last_memory_of_the_guest_is_not_taken(
     agent: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_files, "memory", lambda: {"total_mb": 87, "available_mb": 11})
+    monkeypatch.setattr(_file_io, "memory", lambda: {"total_mb": 87, "available_mb": 11})
     answer = agent.ask("PUT", url(tmp_path / "x"), b"1")
     problem(answer, 507, f"{tmp_path}/x")
     assert "memory" in answer.json()["hint"]
     problem(agent.ask("PUT", url(tmp_path / "d"), tar_of(("f", b"1")), headers=TAR), 507, "f")
     assert not list(tmp_path.iterdir())
-    # Where nobody knows, nobody refuses.
-    monkeypatch.setattr(_files, "memory", lambda: {"total_mb": 0, "available_mb": 0})
+    # Unknown memory refuses nothing.
+    monkeypatch.setattr(_file_io, "memory", lambda: {"total_mb": 0, "available_mb": 0})
     assert agent.ask("PUT", url(tmp_path / "x"), b"1").status == 201
 
 

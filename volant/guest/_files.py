@@ -1,14 +1,14 @@
-"""`/v1/files/{path}`: read, write and delete the guest's files, streamed.
+"""`/v1/files/{path}`: reads, writes and deletes the guest's files, streamed.
 
-Everything acts inside the workload's root (`_root.inside`): the kernel resolves every `..` and every symbolic link, and
-no path is ever glued to another. So a link in the root filesystem leads where it leads for the workload, and never to
-the agent's own files.
+Everything happens inside the workload's root (`_root.inside`): the kernel resolves every `..` and every symbolic link,
+and no path is put together from strings. So a link in the root filesystem leads where it leads for the workload, and
+never to the agent's own files.
 
-**A file that is written is whole or not there.** It is written beside its place under another name, flushed to the
-disk, and renamed. A body that breaks off leaves what was there before. What the agent's own death leaves is a file
-whose name begins with a dot and contains `.volant-`.
+**A written file is whole or absent.** The agent writes it under another name in the same directory, flushes it to the
+disk, and renames it. A body that breaks off leaves the old file. If the agent dies, a file whose name begins with a dot
+and contains `.volant-` stays behind.
 
-A body is read as fast as the disk takes it, and an answer as fast as the client does; no file is ever in memory.
+Bodies are copied in pieces of at most 256 KiB; no file is ever in memory as a whole.
 """
 
 # ruff: noqa: PTH106, PTH108, PTH116 - importing pathlib would cost every boot a good part of a second
@@ -21,9 +21,9 @@ import shutil
 import stat
 import time
 
-from . import _root
+from . import _file_io, _root
+from ._file_io import problem_of, show
 from ._http import LAST_CHUNK, Problem, chunk
-from ._memory import memory
 from ._query import parse_query, unquote
 
 TYPE_CHECKING = False
@@ -34,41 +34,21 @@ if TYPE_CHECKING:
 
 TAR = b"application/x-tar"
 SILENCE_S = 600.0
-"""How long a client may send or take nothing in the middle of a file."""
+"""How long a client may pause in the middle of a file."""
 MODE_HEADER = "Volant-File-Mode"
 
 _PIECE = 256 * 1024
-_SPARE_MB = 12
-"""What is left of the guest's memory. A file system in RAM would take the last of it, and the agent would be killed."""
 _MAX_PATH = 4095
-_SHOWN_PATH = 200
-_STATUSES = {
-    errno.ENOENT: (404, "there is no {}"),
-    errno.ENOTDIR: (409, "something on the way to {} is no directory"),
-    errno.EISDIR: (409, "{} is a directory"),
-    errno.EEXIST: (409, "{} is there already"),
-    errno.ENOTEMPTY: (409, "the directory {} is not empty"),
-    errno.EACCES: (403, "{} is not permitted"),
-    errno.EPERM: (403, "{} is not permitted"),
-    errno.EROFS: (409, "{} is on a file system that is read-only"),
-    errno.EBUSY: (409, "{} is in use"),
-    errno.ETXTBSY: (409, "{} is a program that runs"),
-    errno.ENAMETOOLONG: (400, "the path {} is too long"),
-    errno.ELOOP: (409, "there are too many symbolic links on the way to {}"),
-    errno.ENOSPC: (507, "there is no space left for {}"),
-    errno.EDQUOT: (507, "there is no space left for {}"),
-    errno.EFBIG: (413, "{} is longer than the file system allows"),
-}
-_HINTS = {
-    errno.ENOTEMPTY: "delete it with ?recursive=true",
-    errno.ENOSPC: "files of a guest without a root filesystem are in its memory; delete some, or give the VM more",
-}
+
+Answer = tuple[int, list[tuple[str, str]]]
+"""Status and headers of an answer without a body. Status 0: the answer was already sent."""
 
 
 def handle(stream: Stream, request: Request, encoded: str) -> None:
-    """Answer a request for what `encoded` names, beneath the root.
+    """Answers a request for the percent-encoded path `encoded`.
 
-    :raises Problem: 400, 403, 404, 405, 409, 413, 416, 507, and which path; :raises Gone: the client left
+    :raises Problem: 400, 403, 404, 405, 409, 413, 416 or 507, and which path
+    :raises Gone: the client left
     """
     path = decode_path(encoded)
     if request.method in ("GET", "HEAD"):
@@ -90,7 +70,10 @@ def handle(stream: Stream, request: Request, encoded: str) -> None:
 
 
 def decode_path(encoded: str) -> bytes:
-    """Return an absolute path; :raises Problem: 400, it is malformed."""
+    """Returns an absolute path.
+
+    :raises Problem: 400, the path is malformed
+    """
     if "%2f" in encoded.lower():
         raise Problem(400, "the path has a / that is percent-encoded", field="path")
     data = unquote(encoded, "the path")
@@ -103,33 +86,14 @@ def decode_path(encoded: str) -> bytes:
     return path
 
 
-def show(path: bytes) -> str:
-    """Return a path for people."""
-    text = path.decode(errors="backslashreplace")
-    return text if len(text) <= _SHOWN_PATH else text[:_SHOWN_PATH] + "…"
-
-
-def problem_of(error: OSError, path: bytes, *, reading: bool) -> Problem:
-    """Return what to answer when the system refuses."""
-    status, text = _STATUSES.get(error.errno or 0, (500, f"the guest's file system fails at {{}}: {error.strerror}"))
-    if reading and error.errno == errno.ENOTDIR:
-        status, text = _STATUSES[errno.ENOENT]
-    hint = _HINTS.get(error.errno or 0, "")
-    return Problem(status, text.format(show(path)), field="path", hint=hint)
-
-
-Answer = tuple[int, list[tuple[str, str]]]
-"""Status and headers of an answer without a body; 0: it has been given already."""
-
-
 # GET
 
 
 def _prepare_get(stream: Stream, request: Request, path: bytes) -> Callable[[], Answer]:
-    from . import _tar  # inside, nothing can be imported
+    from . import _tar  # nothing can be imported inside the root
 
     def work() -> Answer:
-        # What opening does to a device can't be undone, so first a look.
+        # Not open first: opening a device may have effects.
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
             fields = [("Content-Type", TAR.decode()), (MODE_HEADER, _mode_text(found))]
@@ -161,7 +125,7 @@ def _send_file(stream: Stream, request: Request, fd: int) -> Answer:
         return 304, fields
     fields.append(("Content-Type", "application/octet-stream"))
     if found.st_size == 0:
-        # Those of /proc have a length only when they are read.
+        # Files of /proc have no length until they are read.
         return _send_until_end(stream, request, fd, fields)
     fields.append(("Accept-Ranges", "bytes"))
     begin, end = 0, found.st_size
@@ -207,7 +171,7 @@ def _mode_text(found: os.stat_result) -> str:
 
 
 def _range(value: bytes, size: int) -> tuple[int, int] | None:
-    """Return begin and end of the one range that is asked for; None: send everything."""
+    """Returns begin and end of the one requested range; None: send the whole file."""
     unit, _, text = value.partition(b"=")
     first, dash, last = text.strip().partition(b"-")
     if unit.strip().lower() != b"bytes" or not dash or len(text) > 40:
@@ -244,24 +208,24 @@ def _prepare_put(stream: Stream, request: Request, path: bytes) -> Callable[[], 
 def _put_file(body: Iterator[bytes], path: bytes, mode: int | None, owner: tuple[int, int] | None) -> Answer:
     target = os.path.realpath(path)
     parent, name = os.path.split(target)
-    before = _look(target)
+    before = _stat(target)
     if not name or (before is not None and stat.S_ISDIR(before.st_mode)):
         hint = f"a directory is sent as {TAR.decode()}"
         raise Problem(409, f"{show(path)} is a directory", field="path", hint=hint)
     if before is not None and not stat.S_ISREG(before.st_mode):
         raise Problem(409, f"{show(path)} is neither a file nor a directory", field="path")
     directory = _open_parent(parent)
-    temporary = beside(name)
+    temporary = _file_io.temporary_name(name)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
         try:
             try:
                 for data in body:
-                    write(fd, data)
+                    _file_io.write(fd, data)
                 if before is not None:
                     owner = owner or (before.st_uid, before.st_gid)
                     mode = stat.S_IMODE(before.st_mode) if mode is None else mode
-                finish(fd, 0o644 if mode is None else mode, owner)
+                _file_io.set_owner_and_mode(fd, 0o644 if mode is None else mode, owner)
                 os.fsync(fd)
                 tag = _tag(os.fstat(fd))
             finally:
@@ -283,7 +247,7 @@ def _put_directory(
     owner: tuple[int, int] | None,
 ) -> Answer:
     target = os.path.realpath(path)
-    before = _look(target)
+    before = _stat(target)
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     if before is not None:
         if not stat.S_ISDIR(before.st_mode):
@@ -297,7 +261,7 @@ def _put_directory(
         return 204, []
     parent, name = os.path.split(target)
     above = _open_parent(parent)
-    temporary = beside(name)
+    temporary = _file_io.temporary_name(name)
     try:
         os.mkdir(temporary, 0o755, dir_fd=above)
         try:
@@ -325,35 +289,11 @@ def _open_parent(parent: bytes) -> int:
         raise Problem(404, f"there is no directory {show(parent)}", field="path", hint=hint) from None
 
 
-def _look(path: bytes) -> os.stat_result | None:
+def _stat(path: bytes) -> os.stat_result | None:
     try:
         return os.lstat(path)
     except FileNotFoundError:
         return None
-
-
-def beside(name: bytes) -> bytes:
-    """Return another name for a file that is to be called `name`."""
-    return b"." + name[:200] + b".volant-" + os.urandom(6).hex().encode()
-
-
-def write(fd: int, data: bytes) -> None:
-    """Write all of it; :raises OSError: ENOSPC also when the guest's memory is nearly used up."""
-    left = memory()
-    if left["total_mb"] and left["available_mb"] < _SPARE_MB:
-        raise OSError(errno.ENOSPC, "the guest's memory is nearly used up")
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def finish(fd: int, mode: int, owner: tuple[int, int] | None) -> None:
-    """Give a new file its owner and its mode, in this order: a change of the owner takes bits from the mode."""
-    if owner is not None:
-        found = os.fstat(fd)
-        if (found.st_uid, found.st_gid) != owner:
-            os.fchown(fd, *owner)
-    os.fchmod(fd, mode)
 
 
 def _parse_mode(text: str) -> int:
@@ -382,7 +322,7 @@ def _prepare_delete(request: Request, path: bytes) -> Callable[[], Answer]:
         raise Problem(409, "the root can't be deleted", field="path")
 
     def work() -> Answer:
-        # The last part of the path may be a link: it is what is deleted, not what it leads to.
+        # A link is deleted itself, not its target.
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             os.unlink(path)
         elif recursive:

@@ -1,9 +1,8 @@
 """Directories as tar, in both directions, as streams.
 
-The format is the standard library's. Extraction is not: `TarFile.extract` works on paths, and its filters decide by
-resolving them beforehand. Here each part of a member's path is opened from the directory before it, and never through a
-symbolic link. So a member can't leave the directory, whatever links the archive or the directory has, also when
-somebody changes them meanwhile.
+The format is the standard library's. Extraction is not: `TarFile.extract` works on paths, and its filters check paths
+before it opens them. Here each part of a member's path is opened from the directory before it, and never through a
+symbolic link. So a member can't leave the directory, whatever links are there, even if they change meanwhile.
 """
 
 # ruff: noqa: PTH115, PTH116 - importing pathlib would cost every boot a good part of a second
@@ -16,14 +15,15 @@ import stat
 import tarfile
 import zlib
 
-from ._files import beside, finish, problem_of, show, write
+from . import _file_io
+from ._file_io import problem_of, show
 from ._http import Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-del zlib  # tarfile imports it when something fails, and inside a root nothing can be imported
+del zlib  # tarfile imports it when something fails, and nothing can be imported inside a root
 
 MAX_MEMBERS = 1_000_000
 _MAX_DEPTH = 128
@@ -36,16 +36,15 @@ _BLOCK = 512
 
 
 def pack(top: bytes, send: Callable[[bytes], None], owner: tuple[int, int] | None = None) -> None:
-    """Give the tar of a directory to `send`, piece by piece: files, directories and links, of its own file system.
+    """Sends the tar of a directory, piece by piece: files, directories and links of one file system.
 
-    `owner`: by number, of all that is in it; None: whose it is.
-
-    :raises OSError: something can't be read, or a file became shorter than it was
+    :param owner: user and group of all members, by number; None: as on the disk
+    :raises OSError: something can't be read, or a file became shorter
     """
     out = _Buffer(send, owner)
     device = os.stat(top).st_dev
     out.begin(b".", os.stat(top))
-    # Depth first, and one open directory for each level, so that the width of the tree costs nothing.
+    # Depth first, with one open directory per level: memory depends on the depth of the tree, not on its width.
     levels = [(b"", os.scandir(top))]
     try:
         while levels:
@@ -69,7 +68,7 @@ def pack(top: bytes, send: Callable[[bytes], None], owner: tuple[int, int] | Non
                             raise OSError(errno.ELOOP, "the tree is too deep")
                         levels.append((name + b"/", os.scandir(entry.path)))
             except FileNotFoundError:
-                continue  # It was deleted meanwhile.
+                continue  # deleted meanwhile
     finally:
         for _, entries in levels:
             entries.close()
@@ -98,7 +97,7 @@ def _pack_file(path: bytes, name: bytes, out: _Buffer) -> None:
 
 
 class _Buffer:
-    """Makes larger pieces of small ones."""
+    """Joins headers and contents into pieces of 64 KiB."""
 
     def __init__(self, send: Callable[[bytes], None], owner: tuple[int, int] | None) -> None:
         self._send = send
@@ -106,7 +105,7 @@ class _Buffer:
         self._data = bytearray()
 
     def begin(self, name: bytes, found: os.stat_result, target: bytes = b"") -> None:
-        """Add the header of a member."""
+        """Adds the header of a member."""
         member = tarfile.TarInfo(os.fsdecode(name))
         member.mode = stat.S_IMODE(found.st_mode)
         member.uid, member.gid = self._owner or (found.st_uid, found.st_gid)
@@ -135,11 +134,11 @@ class _Buffer:
 
 
 class _Malformed(Exception):
-    """What is read is no tar. Of no class that tarfile takes for the end of an archive."""
+    """The body is not a tar. Not a `HeaderError`: tarfile takes those for the end of the archive."""
 
 
 class _Member(tarfile.TarInfo):
-    """A header; whatever is wrong with it is an error, and not only with the first."""
+    """A header. A malformed one is always an error; `tarfile` ignores all but the first."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Member:
@@ -155,7 +154,7 @@ class _Member(tarfile.TarInfo):
 
 
 class _Source:
-    """A body as tarfile reads it: forwards, and never much at once, whatever length a header claims."""
+    """The file that tarfile reads from: forwards only, and at most 1 MiB at once, whatever a header claims."""
 
     def __init__(self, body: Iterator[bytes]) -> None:
         self._body = body
@@ -163,7 +162,7 @@ class _Source:
         self._position = 0
 
     def read(self, size: int) -> bytes:
-        """Return `size` bytes, fewer only at the end."""
+        """Returns `size` bytes, fewer only at the end."""
         if not 0 <= size <= _MAX_HEADER:
             raise _Malformed("a header is too long")
         out = bytearray()
@@ -179,7 +178,7 @@ class _Source:
         return bytes(out)
 
     def seek(self, position: int) -> None:
-        """Drop what lies before; at the end of the body it stays where that is."""
+        """Skips to `position`, or to the end of the body."""
         if position < self._position:
             raise _Malformed("it is not in order")
         while self._position < position and self.read(min(position - self._position, _PIECE)):
@@ -193,12 +192,11 @@ class _Source:
 
 
 def unpack(body: Iterator[bytes], directory: int, owner: tuple[int, int] | None, *, modes: int = 0o7777) -> None:
-    """Put what a tar has into an open directory. All of `body` is read.
+    """Unpacks a tar into an open directory: files, directories, symbolic and hard links. Reads all of `body`.
 
-    Files, directories, symbolic and hard links; each file is whole or not there. `owner`: of everything; None: as
-    the tar says, by number. `modes`: which bits of the modes count.
-
-    :raises Problem: 400, it is no tar, or has what can't be unpacked; 409, something is in the way; 413; 507
+    :param owner: user and group of everything, by number; None: as in the tar
+    :param modes: mask for the modes of files and directories
+    :raises Problem: 400, not a tar, or a member of another type; 409, something is in the way; 413; 507
     """
     tree = _Tree(directory, owner, modes)
     try:
@@ -224,20 +222,23 @@ def unpack(body: Iterator[bytes], directory: int, owner: tuple[int, int] | None,
 
 
 class _Tree:
-    """The directory that is filled."""
+    """The directory to unpack into."""
 
     def __init__(self, top: int, owner: tuple[int, int] | None, modes: int) -> None:
         self._top = top
         self._owner = owner
         self._modes = modes
-        # Members of one directory mostly follow each other.
+        # Kept open, as members of one directory mostly follow each other.
         self._open: tuple[tuple[bytes, ...], int] = ((), os.dup(top))
 
     def close(self) -> None:
         os.close(self._open[1])
 
     def add(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> None:
-        """:raises Problem: it can't be, and which."""
+        """Unpacks one member.
+
+        :raises Problem: it can't be unpacked; the text names it
+        """
         parts = _parts(member.name, member.name)
         try:
             if member.isdir():
@@ -246,12 +247,12 @@ class _Tree:
             if not parts:
                 raise Problem(400, "a member of the tar that is no directory has no name")
             where = self._directory(parts[:-1])
-            temporary = beside(parts[-1])
+            temporary = _file_io.temporary_name(parts[-1])
             try:
                 self._make(member, archive, where, temporary)
                 os.rename(temporary, parts[-1], src_dir_fd=where, dst_dir_fd=where)
             finally:
-                # Also when all went well: a rename between two names of one file does nothing.
+                # Also after success: a rename between two hard links of one file leaves both.
                 _unlink(temporary, where)
         except OSError as error:
             raise problem_of(error, os.fsencode(member.name), reading=False) from None
@@ -263,8 +264,8 @@ class _Tree:
                 content = archive.extractfile(member)
                 assert content is not None
                 while data := content.read(_PIECE):
-                    write(fd, data)
-                finish(fd, member.mode & self._modes, self._owner_of(member))
+                    _file_io.write(fd, data)
+                _file_io.set_owner_and_mode(fd, member.mode & self._modes, self._owner_of(member))
                 os.utime(fd, (member.mtime, member.mtime))
             finally:
                 os.close(fd)
@@ -285,7 +286,7 @@ class _Tree:
             raise Problem(400, f"{show(os.fsencode(member.name))} in the tar is no file, directory or link")
 
     def _add_directory(self, member: tarfile.TarInfo, parts: tuple[bytes, ...]) -> None:
-        finish(self._directory(parts), member.mode & self._modes, self._owner_of(member))
+        _file_io.set_owner_and_mode(self._directory(parts), member.mode & self._modes, self._owner_of(member))
 
     def _owner_of(self, member: tarfile.TarInfo) -> tuple[int, int]:
         return self._owner or (member.uid, member.gid)
@@ -298,7 +299,7 @@ class _Tree:
         return self._open[1]
 
     def _walk(self, parts: tuple[bytes, ...], *, make: bool) -> int:
-        """Return a descriptor of a directory beneath the top; no part of the way is a link."""
+        """Opens a directory beneath the top without following links; returns its descriptor."""
         fd = os.dup(self._top)
         for number, part in enumerate(parts):
             below = fd
@@ -318,7 +319,10 @@ class _Tree:
 
 
 def _parts(name: str, member: str) -> tuple[bytes, ...]:
-    """Return the way to a member; :raises Problem: 400, it leads out, or is malformed."""
+    """Returns the parts of a member's path.
+
+    :raises Problem: 400, the path has `..` or NUL, or is too deep
+    """
     data = os.fsencode(name)
     parts = tuple(part for part in data.split(b"/") if part not in (b"", b"."))
     if b".." in parts or b"\0" in data or len(parts) > _MAX_DEPTH:
