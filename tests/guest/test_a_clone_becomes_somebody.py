@@ -50,8 +50,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kernel:
     for name in ("step_clock", "add_entropy", "set_hostname"):
         monkeypatch.setattr(_identity, name, lambda value, name=name: kernel.take(name, value))
     monkeypatch.setattr(_identity, "set_network", lambda *told: kernel.take("set_network", told))
-    monkeypatch.setattr(_identity, "_known", "")
-    monkeypatch.setattr(_identity, "_begun_for", "")
+    monkeypatch.setattr(_identity, "_instance_id", "")
+    monkeypatch.setattr(_identity, "_notified_for", "")
     monkeypatch.setattr(_identity, "_BALLOON", str(tmp_path / "balloon"))
     monkeypatch.setattr(wire, "CLONE_FILE", str(tmp_path / "clone.json"))
     monkeypatch.setattr(_identity, "_MACHINE_ID", str(tmp_path / "machine-id"))
@@ -170,7 +170,7 @@ def test_names_of_which_nobody_waits_to_hear_are_not_written_over_newer_ones(
 def test_an_agent_that_was_restarted_is_still_the_same_clone(agent: Asker, kernel: Kernel) -> None:
     del kernel
     said = put(agent, wire.DAEMON_IDENTITY, WANTED).json()
-    _identity._known = ""
+    _identity._instance_id = ""
     assert _identity.instance_id() == said["instance_id"]
 
 
@@ -307,11 +307,11 @@ def test_a_workload_that_was_copied_is_told_and_must_be_well(agent: Asker, kerne
             time.sleep(0.02)
         assert told.read_text() == "x\n"
         well.unlink()
-        _identity._WELL_S, before = 0.3, _identity._WELL_S
+        _identity._HEALTHY_S, before = 0.3, _identity._HEALTHY_S
         try:
             answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, "machine_id": "1" * 32})
         finally:
-            _identity._WELL_S = before
+            _identity._HEALTHY_S = before
         assert answer.status == 503
         assert "not well" in answer.json()["detail"]
         assert told.read_text() == "x\n"

@@ -31,7 +31,7 @@ from wsproto.events import Request as Asked
 from tests.guest.conftest import TIMEOUT_S, Asker
 from tests.guest.test_exec_streams_and_ends import gone
 from volant.guest import _exec_session, _exec_sessions
-from volant.guest._exec_session import Output
+from volant.guest._exec_output import OutputHistory
 
 
 class Talk:
@@ -301,7 +301,7 @@ def test_what_is_no_longer_kept_is_said(agent: Asker) -> None:
 
 def test_a_piece_is_cheap_to_keep_however_small(agent: Asker) -> None:
     del agent
-    output = Output(_exec_session.KEPT_BYTES)
+    output = OutputHistory(_exec_session.KEPT_BYTES)
     for i in range(200_000):
         output.add(1 + i % 2, b"x")
         output.release(output.position)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.conftest import Answer, Asker, read_all
-from volant.guest import _file_io, _files, _http
+from volant.guest import _file_io, _files, _http, _stream
 
 TAR = "Content-Type: application/x-tar\r\n"
 ME = f"{os.getuid()}:{os.getgid()}"
@@ -398,7 +398,7 @@ def test_pieces_of_a_body_have_a_deadline_each(agent: Asker) -> None:
     with mine, theirs:
         mine.sendall(b"ab")
         request = _http.parse_request(b"PUT /x HTTP/1.1\r\nContent-Length: 4")
-        pieces = _http.Stream(theirs).pieces(request, 0.05)
+        pieces = _stream.Stream(theirs).pieces(request, 0.05)
         assert next(pieces) == b"ab"
         with pytest.raises(_http.Problem, match="in time"):
             next(pieces)

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from volant.guest import _network
-from volant.guest._network import Settings, boot, check_name, hosts_text
+from volant.guest._network import Interface, boot, check_name, hosts_text
 
 IMAGE = "127.0.0.1 localhost\n::1 localhost\n"
 MAC = "02:ab:00:00:00:07"
 
 
 def test_a_nic_has_what_was_said() -> None:
-    settings = Settings("192.168.127.7", 24, "192.168.127.1", MAC)
+    settings = Interface("192.168.127.7", 24, "192.168.127.1", MAC)
     assert (settings.address, settings.prefix, settings.gateway) == ("192.168.127.7", 24, "192.168.127.1")
     assert settings.mac == bytes.fromhex("02ab00000007")
 
@@ -39,7 +39,7 @@ def test_a_nic_has_what_was_said() -> None:
 )
 def test_what_no_nic_can_have_is_refused(address: str, prefix: int, gateway: str, mac: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        Settings(address, prefix, gateway, mac)
+        Interface(address, prefix, gateway, mac)
 
 
 def test_names_are_added_and_taken_away_and_what_is_others_stays() -> None:
@@ -104,13 +104,13 @@ def test_the_nic_that_sleeps_is_found_among_the_devices_and_woken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_network, "_BUS", str(tmp_path))
-    monkeypatch.setattr(_network, "_CARDS", str(tmp_path / "net"))
+    monkeypatch.setattr(_network, "_INTERFACES", str(tmp_path / "net"))
     for name, kind in (("virtio0", "0x0003"), ("virtio1", "0x0001")):
         (tmp_path / "devices" / name).mkdir(parents=True)
         (tmp_path / "devices" / name / "device").write_text(f"{kind}\n")
     (tmp_path / "drivers" / "virtio_net").mkdir(parents=True)
     (tmp_path / "net" / "lo").mkdir(parents=True)
-    assert _network._wake() == "", "the kernel has made nothing of it"
+    assert _network._bind() == "", "the kernel has made nothing of it"
     assert (tmp_path / "drivers" / "virtio_net" / "bind").read_text() == "virtio1"
     (tmp_path / "net" / "eth0" / "device").mkdir(parents=True)
-    assert _network._nic() == "eth0"
+    assert _network._interface_name() == "eth0"

@@ -119,7 +119,7 @@ def test_a_slow_reader_holds_the_writer_back_and_loses_nothing(agent: Asker) -> 
 
 def test_a_reader_that_takes_nothing_for_long_lets_the_writer_go(agent: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_output, "HOLD_BACK_S", 0.2)
-    monkeypatch.setattr(_output, "_LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr(_output, "_CHECK_S", 0.05)
     reader = Reader(agent)
     data = bytes(65536)
     for _ in range(64):

@@ -27,7 +27,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(_root, "_known", None)
     monkeypatch.setattr(_root, "STATE_FILE", str(path))
     monkeypatch.setattr(_root, "ROOT", str(tmp_path / "root"))
-    monkeypatch.setattr(_root, "_parameters", lambda: ["quiet", "volant.root"])
+    monkeypatch.setattr(_root, "kernel_parameters", lambda: ["quiet", "volant.root=x"])
     (tmp_path / "root/etc").mkdir(parents=True)
     return path
 
@@ -40,7 +40,7 @@ def mounted(told: Path, tmp_path: Path) -> Path:
 
 def test_without_a_root_filesystem_things_act_where_the_agent_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_root, "_known", None)
-    monkeypatch.setattr(_root, "_parameters", lambda: ["quiet"])
+    monkeypatch.setattr(_root, "kernel_parameters", lambda: ["quiet"])
     assert (state(), root()) == (("none", ""), "/")
     assert inside(threading.get_ident) == threading.get_ident()
 

@@ -1,11 +1,10 @@
 """The shell on the serial console, for people.
 
-A console is also the log of a boot, so nothing is written to it unasked: a process of some kilobytes waits for a first
-line, and becomes a shell that runs it. A shell from the start, as a getty's would be, was rejected: its prompt would
-stand in every VM's log as a line that has not ended, and cost memory in all of them for the few that somebody uses.
+The console is also the log of a boot, so nothing is written to it without a request: a process of some kilobytes waits
+for a first line, and becomes a shell that runs it. Rejected: a shell from the start, as a getty has. Its prompt would
+be an unfinished line in every VM's log, and it would cost every VM memory for the few consoles that are used.
 
-The shell is that of the root filesystem that the VM was given, if that has one, else BusyBox's, as whatever a VM runs
-there are people who must be able to look what is wrong with it. Who reaches the console is root by `exec` already.
+The shell is the root filesystem's, else BusyBox's. Whoever reaches the console is root by `exec` already.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 _STARTS = 10
 _WINDOW_S = 60.0
-"""More starts than that in this time, and there is no terminal, or nobody at it who means it."""
+"""More starts within this time mean that there is no usable terminal."""
 _WAIT = """
 read -r line || exit 1
 [ -f "$2" ] && read -r state < "$2"
@@ -31,11 +30,11 @@ cd; exec sh -lc "$first" sh "$line"
 
 
 class Console:
-    """The process on the serial console. PID 1 has one."""
+    """The process on the serial console, a child of PID 1."""
 
     def __init__(self, busybox: str, root: str, state_file: str, say: Callable[[str], None]) -> None:
         self.pid = 0
-        """0: there is none."""
+        """0: there is no process."""
         self._busybox = busybox
         # A session of its own on the terminal itself, for Ctrl-C and jobs: /dev/console can't be a controlling one.
         self._command = ["busybox", "setsid", "busybox", "cttyhack", "sh", "-c", _WAIT, "sh", root, state_file]
@@ -43,7 +42,7 @@ class Console:
         self._starts: list[float] = []
 
     def start(self) -> None:
-        """Wait for somebody at the console, again if there was one."""
+        """Starts the process that waits for a first line, also after a shell has ended."""
         self.pid = 0
         now = time.monotonic()
         self._starts = [start for start in self._starts if now - start < _WINDOW_S]
@@ -58,7 +57,7 @@ class Console:
             self._say(f"the console has no shell: {error}")
 
     def hang_up(self) -> None:
-        """End it as a terminal does that goes away: a shell with somebody at it does not listen to SIGTERM."""
+        """Sends SIGHUP, as a closed terminal does: an interactive shell ignores SIGTERM."""
         if self.pid:
             try:
                 os.kill(self.pid, signal.SIGHUP)

@@ -1,7 +1,7 @@
-"""`GET /v1/exec` as a WebSocket, and the commands that were detached from one.
+"""`GET /v1/exec`: commands over WebSockets, and the table of detached commands.
 
-A detached command belongs to the agent and not to a connection: clients, the daemon and the channel may come and go. It
-does not outlive the agent, as PID 1 kills what an agent that died has left behind, and it is not kept on any disk.
+A detached command belongs to the agent, not to a connection: clients, the daemon and the channel may come and go. It
+ends with the agent, because PID 1 kills all processes of an agent that died. Nothing is kept on a disk.
 """
 
 from __future__ import annotations
@@ -12,22 +12,29 @@ import threading
 import time
 
 from . import _websocket
-from ._exec import Command, SpawnError, decode_json
-from ._exec_session import MAX_MESSAGE, Peer, Session
-from ._http import HEAD_TIMEOUT_S, Gone, Problem
+from ._checks import decode_json
+from ._exec import Command
+from ._exec_output import Peer
+from ._exec_program import MAX_INPUT
+from ._exec_session import Session
+from ._http import Gone, Problem
+from ._process import SpawnError
 from ._query import parse_query
+from ._stream import HEAD_TIMEOUT_S
+from ._watch import poll
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from ._http import Request, Stream
+    from ._http import Request
+    from ._stream import Stream
 
 MAX_SESSIONS = 16
-"""Detached commands, those that have ended among them."""
+"""How many detached commands there may be, ended ones included."""
 KEPT_S = 600.0
-"""How long it is kept how one ended."""
+"""How long an ended command stays in the table."""
 
 _FIELDS = {"command", "env", "cwd", "user", "timeout_s", "stdin", "tty", "rows", "cols"}
 _MAX_POSITION_DIGITS = 15
@@ -42,11 +49,12 @@ class Sessions:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sessions: dict[str, Session | None] = {}
-        """In order of their start; None: a place is taken, and the command has not started."""
+        """In the order of their starts. None: reserved for a command that has not started yet."""
 
     def serve_websocket(self, stream: Stream, request: Request, set_up: Callable[[], None]) -> None:
-        """Answer `GET /v1/exec`; `set_up` waits until commands find what they may expect.
+        """Answers `GET /v1/exec`.
 
+        :param set_up: waits until the guest is set up
         :raises Problem: 400, 404, 426 or 503, instead of the upgrade
         :raises Gone: the client left
         """
@@ -62,29 +70,29 @@ class Sessions:
             self._begin(stream, request, set_up, detach=detach == "true")
             return
         if "detach" in query:
-            raise Problem(400, "what is attached to has been detached already", field="detach")
+            raise Problem(400, "an attached command has been detached already", field="detach")
         if position is not None and (not position.isdecimal() or len(position) > _MAX_POSITION_DIGITS):
             raise Problem(400, "from is no number of bytes", field="from")
         session = self._find(identifier)
-        socket = _websocket.WebSocket(stream, request, MAX_MESSAGE + 1)
+        socket = _websocket.WebSocket(stream, request, MAX_INPUT + 1)
         session.attach(Peer(socket, None if position is None else int(position)))
 
     def _begin(self, stream: Stream, request: Request, set_up: Callable[[], None], *, detach: bool) -> None:
         identifier = self._reserve() if detach else None
         session: Session | None = None
         try:
-            socket = _websocket.WebSocket(stream, request, MAX_MESSAGE + 1)
+            socket = _websocket.WebSocket(stream, request, MAX_INPUT + 1)
             try:
                 command = Command(decode_json(_first_message(socket), _FIELDS))
                 set_up()
                 session = Session(command, identifier)
             except SpawnError as error:
-                _say_last(socket, {"error": str(error), "code": error.code})
+                _send_last(socket, {"error": str(error), "code": error.code})
                 return
             except Problem as problem:
-                # The handshake is done, so this is the only way left to say it.
+                # The handshake is done, so it is too late for an HTTP status.
                 said: dict[str, Any] = {"error": problem.detail, "code": "invalid_request"}
-                _say_last(socket, said | ({"field": problem.field} if problem.field else {}))
+                _send_last(socket, said | ({"field": problem.field} if problem.field else {}))
                 return
         finally:
             if identifier is not None:
@@ -101,18 +109,24 @@ class Sessions:
         session.attach(peer)
 
     def list(self) -> list[dict[str, Any]]:
-        """Return `agent_types.ExecSession`s, the oldest first."""
+        """Returns `agent_types.ExecSession`s, the oldest first."""
         with self._lock:
             self._forget_old()
             sessions = [session for session in self._sessions.values() if session is not None]
         return [_describe(session) for session in sessions]
 
     def get(self, identifier: str) -> dict[str, Any]:
-        """Return one; :raises Problem: 404."""
+        """Returns one `agent_types.ExecSession`.
+
+        :raises Problem: 404
+        """
         return _describe(self._find(identifier))
 
     def end(self, identifier: str) -> None:
-        """Kill a command and forget it; :raises Problem: 404, or 503: it does not end."""
+        """Kills a command and removes it from the table.
+
+        :raises Problem: 404; 503, the command does not end
+        """
         session = self._find(identifier)
         session.kill()
         if not session.ended_within(_KILL_S):
@@ -176,7 +190,10 @@ def _describe(session: Session) -> dict[str, Any]:
 
 
 def _first_message(socket: _websocket.WebSocket) -> bytes:
-    """Return the text that a client begins with; :raises Gone: it left, or begins with something else."""
+    """Returns the first message, which is the command.
+
+    :raises Gone: the client left, or sent something else
+    """
     deadline = time.monotonic() + HEAD_TIMEOUT_S
     while True:
         left = deadline - time.monotonic()
@@ -185,9 +202,8 @@ def _first_message(socket: _websocket.WebSocket) -> bytes:
         if socket.closing:
             _flush(socket)
             raise Gone
-        poll = select.poll()
-        poll.register(socket.sock, select.POLLIN | (select.POLLOUT if socket.out else 0))
-        if socket.has_early or poll.poll(int(left * 1000 + 0.999)):
+        mask = select.POLLIN | (select.POLLOUT if socket.out else 0)
+        if socket.has_early or poll({socket.sock.fileno(): mask}, left):
             messages = socket.receive()
             socket.flush()
             if messages and isinstance(messages[0], str):
@@ -198,7 +214,7 @@ def _first_message(socket: _websocket.WebSocket) -> bytes:
                 socket.close(_websocket.POLICY, "the first message is the command, as text")
 
 
-def _say_last(socket: _websocket.WebSocket, value: dict[str, Any]) -> None:
+def _send_last(socket: _websocket.WebSocket, value: dict[str, Any]) -> None:
     import json
 
     socket.send(json.dumps(value))
@@ -207,11 +223,12 @@ def _say_last(socket: _websocket.WebSocket, value: dict[str, Any]) -> None:
 
 
 def _flush(socket: _websocket.WebSocket) -> None:
-    """Write what is left; :raises Gone: the client has left or does not read."""
+    """Writes everything that waits.
+
+    :raises Gone: the client has left or does not read
+    """
     deadline = time.monotonic() + _LAST_FRAME_S
     while socket.out:
-        poll = select.poll()
-        poll.register(socket.sock, select.POLLOUT)
-        if not poll.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+        if not poll({socket.sock.fileno(): select.POLLOUT}, deadline - time.monotonic()):
             raise Gone
         socket.flush()

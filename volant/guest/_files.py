@@ -23,14 +23,16 @@ import time
 
 from . import _file_io, _root
 from ._file_io import problem_of, show
-from ._http import LAST_CHUNK, Problem, chunk
+from ._http import Problem
 from ._query import parse_query, unquote
+from ._stream import LAST_CHUNK, chunk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ._http import Request, Stream
+    from ._http import Request
+    from ._stream import Stream
 
 TAR = b"application/x-tar"
 SILENCE_S = 600.0

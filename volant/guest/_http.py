@@ -1,28 +1,18 @@
-"""HTTP/1.1 on one byte stream: one request, one answer, then the stream ends.
+"""HTTP/1.1 messages: the head of a request, what it says about its body, and where that body ends.
 
-Not the standard library's `http.server`: it pulls in `email`, `html` and `socketserver`, half a second of imports under
-emulation, and it is lenient where this must be strict. What is relayed to a workload goes through two parsers, and a
-head that they read differently is how one request becomes two. So what is unusual is refused: other line ends than
-CRLF, folded lines, two lengths, a length beside chunks, any other transfer coding.
+Not the standard library's `http.server`: it imports `email`, `html` and `socketserver`, half a second under emulation,
+and it is lenient. Requests to a workload pass two parsers, and a head that the two read differently lets a client
+smuggle a second request (RFC 9112, section 11). So everything unusual is refused: line ends other than CRLF, folded
+lines, two lengths, a length together with chunks, any other transfer coding.
 """
 
 from __future__ import annotations
 
-import time
-
-from volant.model import agent
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from socket import socket
+    from collections.abc import Iterable
 
     Headers = list[tuple[bytes, bytes]]
-
-HEAD_TIMEOUT_S = 30.0
-"""How long a client may take for the head of its request, and for the body of one of the agent's own routes."""
-WRITE_TIMEOUT_S = 60.0
-"""How long a client may leave a short answer unread."""
 
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _CONTROL = bytes([*range(9), *range(10, 32), 127])
@@ -33,9 +23,8 @@ _MAX_HEADERS = 256
 _MAX_LENGTH_DIGITS = 18
 _MAX_CHUNK_LINE = 256
 _MAX_TRAILER = 8 * 1024
-_READ = 64 * 1024
 
-_TITLES = {
+TITLES = {
     100: "Continue",
     200: "OK",
     201: "Created",
@@ -66,7 +55,7 @@ _TITLES = {
 
 
 class Problem(Exception):
-    """An answer that says why not, as `application/problem+json`."""
+    """An error to answer with, as `application/problem+json`."""
 
     def __init__(
         self, status: int, detail: str, *, field: str = "", hint: str = "", headers: Iterable[tuple[str, str]] = ()
@@ -79,12 +68,12 @@ class Problem(Exception):
         self.headers = tuple(headers)
 
     def body(self) -> bytes:
-        """Return the JSON of it."""
+        """Returns the JSON document."""
         import json
 
         value: dict[str, object] = {
             "type": "about:blank",
-            "title": _TITLES.get(self.status, "Error"),
+            "title": TITLES.get(self.status, "Error"),
             "status": self.status,
             "detail": self.detail,
             "error": self.detail,
@@ -97,11 +86,11 @@ class Problem(Exception):
 
 
 class Gone(Exception):
-    """The client has left: there is nobody to answer."""
+    """The client has left; there is nobody to answer."""
 
 
 class Framing:
-    """How long a body is: `length` bytes, or chunks, or up to the end of the stream when `length` is None."""
+    """How a body ends: after `length` bytes, with its last chunk, or (`length` None) with the stream."""
 
     __slots__ = ("chunked", "length")
 
@@ -123,7 +112,7 @@ class Request:
     def __init__(self, method: str, target: str, headers: Headers, framing: Framing) -> None:
         self.method = method
         self.target = target
-        """As it came: path and query for all methods but CONNECT."""
+        """Unchanged: path and query, or `host:port` for CONNECT."""
         self.headers = headers
         """In order, names in lower case."""
         self.framing = framing
@@ -135,25 +124,25 @@ class Request:
 
     @property
     def query(self) -> str:
-        """What follows the `?`, as it came."""
+        """The part behind the `?`, unchanged."""
         return self.target.partition("?")[2]
 
     def header(self, name: bytes) -> bytes:
-        """Return a field's values, joined by commas; empty when there is none."""
+        """Returns a field's values, joined by commas; empty if there is none."""
         return b", ".join(value for key, value in self.headers if key == name)
 
 
 def parse_head(data: bytes) -> tuple[bytes, Headers]:
-    """Return the first line and the fields of a head (without the empty line).
+    """Returns the first line and the fields of a head, which comes without its empty line.
 
-    :raises ValueError: it is malformed, and how
+    :raises ValueError: the head is malformed
     """
     lines = data.split(b"\r\n")
     if len(lines) > _MAX_HEADERS + 1:
         raise ValueError(f"more than {_MAX_HEADERS} header fields")
     headers: Headers = []
     for line in lines:
-        # Also catches bare CR and LF, and NUL.
+        # Including bare CR and LF, and NUL.
         if line.translate(None, _CONTROL) != line:
             raise ValueError("control characters in the head")
     for line in lines[1:]:
@@ -165,9 +154,9 @@ def parse_head(data: bytes) -> tuple[bytes, Headers]:
 
 
 def framing_of(headers: Headers) -> Framing | None:
-    """Return what the fields say about the body, or None when they say nothing.
+    """Returns what the fields say about the body, or None if they say nothing.
 
-    :raises ValueError: they contradict themselves, or name a coding that is not known here
+    :raises ValueError: the fields contradict each other, or name an unknown coding
     """
     lengths = [value for name, value in headers if name == b"content-length"]
     codings = [value for name, value in headers if name == b"transfer-encoding"]
@@ -186,7 +175,10 @@ def framing_of(headers: Headers) -> Framing | None:
 
 
 def parse_request(data: bytes) -> Request:
-    """Return the request of a head; :raises Problem: 400, 501 or 505, and why."""
+    """Returns the request of a head.
+
+    :raises Problem: 400 malformed, 505 not HTTP/1.1
+    """
     try:
         line, headers = parse_head(data)
         words = line.split(b" ")
@@ -211,156 +203,17 @@ def parse_request(data: bytes) -> Request:
     return Request(method.decode(), target.decode(), headers, framing or Framing(0))
 
 
-class Stream:
-    """A byte stream with what has been read from it and not been used."""
-
-    def __init__(self, sock: socket) -> None:
-        self.sock = sock
-        self.buffer = bytearray()
-        self.eof = False
-        self.answered = False
-        """Whether the head of the answer is out: an error can't be told any more."""
-
-    def _fill(self, deadline: float) -> bool:
-        """Read some more; return whether there was any. :raises Gone, Problem: as `read_head` says."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise Problem(408, "the request did not arrive in time")
-        self.sock.settimeout(left)
-        try:
-            data = self.sock.recv(_READ)
-        except TimeoutError:
-            raise Problem(408, "the request did not arrive in time") from None
-        except OSError:
-            raise Gone from None
-        if not data:
-            self.eof = True
-            return False
-        self.buffer += data
-        return True
-
-    def read_head(self) -> bytes:
-        """Return a head, without the empty line that ends it.
-
-        :raises Gone: the stream ended before; :raises Problem: 408 it was too slow, 431 it is too long
-        """
-        deadline = time.monotonic() + HEAD_TIMEOUT_S
-        seen = 0
-        while True:
-            end = self.buffer.find(b"\r\n\r\n", max(0, seen - 3))
-            if 0 <= end <= agent.MAX_HEAD_BYTES:
-                head = bytes(self.buffer[:end])
-                del self.buffer[: end + 4]
-                return head
-            seen = len(self.buffer)
-            if seen > agent.MAX_HEAD_BYTES:
-                raise Problem(431, f"the head is longer than {agent.MAX_HEAD_BYTES} bytes")
-            if not self._fill(deadline):
-                raise Gone
-
-    def read_body(self, request: Request) -> bytes:
-        """Return the body of a request to the agent itself.
-
-        :raises Problem: 413 too long, 408 too slow, 400 malformed; :raises Gone: the stream ended in it
-        """
-        limit = agent.MAX_JSON_BYTES
-        if request.framing.length is not None and request.framing.length > limit:
-            raise Problem(413, f"the body is longer than {limit} bytes")
-        self.expect(request)
-        deadline = time.monotonic() + HEAD_TIMEOUT_S
-        filter_ = BodyFilter(request.framing)
-        raw = bytearray()
-        while not filter_.done:
-            if not self.buffer and not self._fill(deadline):
-                raise Gone
-            try:
-                used = filter_.feed(self.buffer, raw)
-            except ValueError as error:
-                raise Problem(400, f"malformed body: {error}") from None
-            del self.buffer[:used]
-            if len(raw) > limit:
-                raise Problem(413, f"the body is longer than {limit} bytes")
-        return bytes(raw)
-
-    def pieces(self, request: Request, silence_s: float) -> Iterator[bytes]:
-        """Yield the body of a request, however long it is, as it comes.
-
-        :raises Problem: 408 nothing came for `silence_s`, 400 malformed; :raises Gone: the stream ended in it
-        """
-        self.expect(request)
-        filter_ = BodyFilter(request.framing)
-        while not filter_.done:
-            if not self.buffer and not self._fill(time.monotonic() + silence_s):
-                raise Gone
-            data = bytearray()
-            try:
-                used = filter_.feed(self.buffer, data)
-            except ValueError as error:
-                raise Problem(400, f"malformed body: {error}") from None
-            del self.buffer[:used]
-            if data:
-                yield bytes(data)
-
-    def expect(self, request: Request) -> None:
-        """Say "100 Continue" to a client that waits for it; :raises Problem: 417 it expects something else."""
-        expected = request.header(b"expect").lower()
-        if expected == b"100-continue":
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        elif expected:
-            raise Problem(417, "this expectation can't be met")
-
-    def send(self, data: bytes | bytearray | memoryview, timeout_s: float = WRITE_TIMEOUT_S) -> None:
-        """Write all of `data`; :raises Gone: the client has left, or did not read for `timeout_s`."""
-        try:
-            self.sock.settimeout(timeout_s)
-            self.sock.sendall(data)
-        except OSError:
-            raise Gone from None
-
-    def start(self, status: int, headers: Iterable[tuple[str, str]], *, chunked: bool = False) -> None:
-        """Write the head of the answer."""
-        lines = [f"HTTP/1.1 {status} {_TITLES.get(status, 'Status')}", "Connection: close"]
-        lines += [f"{name}: {value}" for name, value in headers]
-        if chunked:
-            lines.append("Transfer-Encoding: chunked")
-        self.answered = True
-        self.send(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace"))
-
-    def answer(
-        self,
-        status: int,
-        body: bytes,
-        content_type: str = "application/json",
-        headers: Iterable[tuple[str, str]] = (),
-        *,
-        head_only: bool = False,
-    ) -> None:
-        """Write a whole answer."""
-        fields = [("Content-Type", content_type), ("Content-Length", str(len(body))), *headers]
-        self.start(status, fields)
-        if not head_only:
-            self.send(body)
-
-
-def chunk(data: bytes) -> bytes:
-    """Return `data` as one chunk; it must not be empty."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-LAST_CHUNK = b"0\r\n\r\n"
-
-
 class BodyFilter:
-    """Follows a body through a stream: where it ends, and that its chunks are well formed.
+    """Finds the end of a body in a stream, and checks its chunks.
 
-    With `raw` it gives the bytes as they came, chunk lines included, for a relay; otherwise the content.
+    With `raw` it outputs the bytes unchanged, chunk lines included, for a relay; otherwise the content.
     """
 
     def __init__(self, framing: Framing, *, raw: bool = False) -> None:
         self._chunked = framing.chunked
         self._left = framing.length if not framing.chunked else 0
         self._raw = raw
-        # For chunks: "size" a size line comes, "data", "end" the CRLF after the data, "trailer".
+        # What comes next of a chunked body: "size" a size line, "data", "end" the CRLF after the data, "trailer".
         self._part = "size"
         self._line = bytearray()
         self._trailer = 0
@@ -368,11 +221,11 @@ class BodyFilter:
 
     @property
     def until_close(self) -> bool:
-        """Whether only the end of the stream ends the body."""
+        """Whether the body ends only with the stream."""
         return not self._chunked and self._left is None
 
     def feed(self, data: bytes | bytearray, out: bytearray) -> int:
-        """Append what belongs to the body to `out`; return how many bytes of `data` were used.
+        """Appends the part of `data` that belongs to the body to `out`; returns how many bytes of `data` it used.
 
         :raises ValueError: a chunk is malformed
         """
@@ -434,18 +287,3 @@ class BodyFilter:
             if self._trailer > _MAX_TRAILER:
                 raise ValueError("the trailer is too long")
             self.done = not text
-
-
-def has_left(sock: socket) -> bool:
-    """Return whether a client whose end of file has been read has closed its stream, and not just one half of it.
-
-    Writing nothing fails once the other side reads no more, for Unix sockets and for vsock alike. (For TCP the answer
-    comes only with the first real write.)
-    """
-    try:
-        sock.send(b"")
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return False

@@ -1,14 +1,12 @@
-"""PID 1.
+"""PID 1: brings the guest up, restarts the agent, and shuts the guest down.
 
-A Python program rather than BusyBox's init: the agent is Python anyway, so PID 1 starts the one interpreter that a boot
-has to wait for, and forks the agent from it for free; with BusyBox's init the boot would pay for a shell, an inittab
-and then the same interpreter. A respawn is a fork too. BusyBox's init waits fixed seconds while it shuts down, respawns
-for ever, and does not tell a shutdown that hangs from one that is done. What speaks against Python is that an exception
-here is a kernel panic: so this module is short, imports next to nothing, and does the rest through BusyBox. A panic
-is what the daemon can see best, so that is also how PID 1 gives up.
+In Python and not BusyBox's init: the agent needs the interpreter anyway, PID 1 starts it once and forks the agent from
+it. BusyBox's init would also run a shell and an inittab first; it waits fixed seconds at a shutdown, respawns without
+end, and does not distinguish a shutdown that hangs. The price: an exception here is a kernel panic. So this module is
+short, imports little, and does the rest through BusyBox. The daemon sees a panic best, so PID 1 gives up by one, too.
 
-Order decides how long a boot takes: first what the agent needs to be reached, then the fork, and everything else only
-when the agent has answered its first request, as there may be no more than one slow CPU.
+Order decides how long a boot takes, as there may be one slow CPU: first what makes the agent reachable, then the fork,
+and the rest once the agent has answered its first request.
 """
 
 # ruff: noqa: PTH102, PTH103, PTH123, PTH208, PTH211, S606 - pathlib would cost every boot more than this module does
@@ -20,14 +18,13 @@ import signal
 import sys
 import time
 
+from ._system import GRACE_FILE, kernel_parameter, kernel_parameters, read_text, say
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
 BUSYBOX = "/usr/bin/busybox"
-GRACE_FILE = "/run/volant/grace"
-"""The agent writes there how many seconds of grace processes have, before it signals PID 1."""
-
 _RESPAWNS = 5
 _RESPAWN_WINDOW_S = 60.0
 _MAX_GRACE_S = 600.0
@@ -59,11 +56,11 @@ _VIRTIO_BALLOON = 5
 _VIRTIO_VSOCK = 19
 _PVPANIC = ("0x1b36", "0x0011")
 _PVPANIC_ISA = "QEMU0001"
-"""Of machines without PCI; the driver's name notwithstanding."""
+"""Of machines without PCI, and not only of ISA."""
 
 
 def main() -> NoReturn:
-    """Bring the guest up, keep the agent running, and power off or reboot when told to."""
+    """Brings the guest up, keeps the agent running, and powers off or reboots on a signal."""
     if os.getpid() != 1:
         raise SystemExit("this is PID 1's program")
     os.environ.clear()
@@ -73,27 +70,27 @@ def main() -> NoReturn:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     _mount(_FIRST_MOUNTS)
     os.mkdir("/run/volant", 0o700)
-    _set_hostname(_parameter("volant.hostname") or _HOSTNAME)
+    _set_hostname(kernel_parameter("volant.hostname") or _HOSTNAME)
     _loopback_up()
-    _modules_for_the_channel()
-    ready, tell_ready = os.pipe()
-    set_up, tell_set_up = os.pipe()
-    agent = _start_agent(signals, (tell_ready, set_up), (ready, tell_set_up))
-    os.close(tell_ready)
+    _load_channel_modules()
+    ready, ready_agent = os.pipe()
+    set_up, set_up_agent = os.pipe()
+    agent = _start_agent(signals, (ready_agent, set_up), (ready, set_up_agent))
+    os.close(ready_agent)
     os.close(set_up)
     _wait_for(ready)
-    _later()
-    os.close(tell_set_up)
+    _finish_setup()
+    os.close(set_up_agent)
     from ._console import Console
     from ._rootfs import ROOT, STATE_FILE
 
-    console = Console(BUSYBOX, ROOT, STATE_FILE, _say)
+    console = Console(BUSYBOX, ROOT, STATE_FILE, say)
     console.start()
     starts = [time.monotonic()]
     while True:
         got = signal.sigwait(signals)
         if got != signal.SIGCHLD:
-            # As BusyBox's `reboot` and `poweroff` signal PID 1.
+            # BusyBox's `reboot` sends SIGTERM, `poweroff` SIGUSR2.
             console.hang_up()
             _shut_down(agent, "reboot" if got == signal.SIGTERM else "poweroff")
         for pid in _reap():
@@ -103,15 +100,8 @@ def main() -> NoReturn:
                 console.start()
 
 
-def _say(text: str) -> None:
-    try:
-        os.write(2, f"volant: {text}\n".encode(errors="replace"))
-    except OSError:
-        pass
-
-
 def _run(arguments: list[str]) -> int:
-    """Run BusyBox to its end, in front of everything else; return its exit code."""
+    """Runs BusyBox and waits for it; returns its exit code."""
     pid = os.posix_spawn(BUSYBOX, ["busybox", *arguments], os.environ, setsigmask=())
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -120,20 +110,7 @@ def _mount(table: str) -> None:
     with open("/etc/fstab", "w") as handle:
         handle.write(table)
     if _run(["mount", "-a"]) != 0:
-        _say("a file system can't be mounted")
-
-
-def _parameter(name: str) -> str:
-    """Return a kernel parameter of ours, or an empty text."""
-    try:
-        with open("/proc/cmdline") as handle:
-            words = handle.read(65536).split()
-    except OSError:
-        return ""
-    for word in reversed(words):
-        if word.startswith(name + "="):
-            return word[len(name) + 1 :]
-    return ""
+        say("a file system can't be mounted")
 
 
 def _set_hostname(name: str) -> None:
@@ -143,7 +120,7 @@ def _set_hostname(name: str) -> None:
         with open("/proc/sys/kernel/hostname", "w") as handle:
             handle.write(name)
     except OSError as error:
-        _say(f"the host name can't be set: {error}")
+        say(f"the host name can't be set: {error}")
 
 
 def _loopback_up() -> None:
@@ -160,15 +137,7 @@ def _loopback_up() -> None:
         finally:
             control.close()
     except OSError as error:
-        _say(f"lo can't be brought up: {error}")
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path) as handle:
-            return handle.read(4096).strip()
-    except OSError:
-        return ""
+        say(f"lo can't be brought up: {error}")
 
 
 def _list(path: str) -> list[str]:
@@ -180,14 +149,13 @@ def _list(path: str) -> list[str]:
 
 def _virtio_ids() -> set[int]:
     base = "/sys/bus/virtio/devices"
-    texts = [_read(f"{base}/{name}/device") for name in _list(base)]
+    texts = [read_text(f"{base}/{name}/device") for name in _list(base)]
     return {int(text, 16) for text in texts if text}
 
 
-def _modules_for_the_channel() -> None:
-    """Load what the agent can't be reached without."""
-    with open("/proc/cmdline") as handle:
-        devices = [word for word in handle.read(65536).split() if word.startswith("virtio_mmio.device=")]
+def _load_channel_modules() -> None:
+    """Loads the modules of the device by which the agent is reached."""
+    devices = [word for word in kernel_parameters() if word.startswith("virtio_mmio.device=")]
     if devices or any(name.startswith("LNRO0005") for name in _list("/sys/bus/acpi/devices")):
         _load(["virtio_mmio"], {"virtio_mmio": [word.split(".", 1)[1] for word in devices]})
     if _VIRTIO_VSOCK in _virtio_ids():
@@ -195,7 +163,7 @@ def _modules_for_the_channel() -> None:
 
 
 def _wait_for(ready: int) -> None:
-    """Wait until the agent has closed its end of a pipe: it has no more need of the CPU, or has died."""
+    """Waits until the agent has closed its end of a pipe: it is idle, or has died."""
     import select
 
     poll = select.poll()
@@ -204,14 +172,14 @@ def _wait_for(ready: int) -> None:
     os.close(ready)
 
 
-def _later() -> None:
-    """Do the rest: what fails here is said on the console and costs no more than itself."""
+def _finish_setup() -> None:
+    """Does the rest. A failure is reported on the console, and the boot goes on."""
     present = _virtio_ids() - {_VIRTIO_VSOCK}
     try:
         modules = []
         base = "/sys/bus/pci/devices"
         for name in _list(base):
-            if (_read(f"{base}/{name}/vendor"), _read(f"{base}/{name}/device")) == _PVPANIC:
+            if (read_text(f"{base}/{name}/vendor"), read_text(f"{base}/{name}/device")) == _PVPANIC:
                 modules = ["pvpanic", "pvpanic_pci"]
         if any(name.startswith(_PVPANIC_ISA) for name in _list("/sys/bus/acpi/devices")):
             modules += ["pvpanic", "pvpanic_mmio"]
@@ -223,23 +191,25 @@ def _later() -> None:
             if not os.path.lexists(f"/dev/{link}"):
                 os.symlink(f"/proc/self/{target}", f"/dev/{link}")
     except OSError as error:
-        _say(f"the guest is not set up completely: {error}")
-    serial = _parameter("volant.root")
+        say(f"the guest is not set up completely: {error}")
+    serial = kernel_parameter("volant.root")
     if serial:
         from ._rootfs import mount_root
 
-        mount_root(serial, _run, _say)
+        mount_root(serial, _run, say)
     if _VIRTIO_NET in present:
         from . import _network
 
-        _network.boot(_parameter("volant.net"), _parameter("volant.dns"), lambda: _load(["virtio_net"]), _say)
+        _network.boot(
+            kernel_parameter("volant.net"), kernel_parameter("volant.dns"), lambda: _load(["virtio_net"]), say
+        )
     if _VIRTIO_BALLOON in _virtio_ids():
-        # From now on the host has back what the guest frees. Nobody waits for that, so it comes last.
+        # Returns freed memory to the host. Nobody waits for that, so it comes last.
         _load(["virtio_balloon"])
 
 
 def _load(modules: list[str], parameters: dict[str, list[str]] | None = None) -> None:
-    """Load kernel modules, each after what it depends on."""
+    """Loads kernel modules, each after its dependencies."""
     if not modules:
         return
     needs: dict[str, list[str]] = {}
@@ -259,7 +229,7 @@ def _load(modules: list[str], parameters: dict[str, list[str]] | None = None) ->
         visit(module)
     for name in order:
         if _run(["insmod", f"/usr/lib/modules/{name}.ko", *(parameters or {}).get(name, ())]) != 0:
-            _say(f"the kernel module {name} can't be loaded")
+            say(f"the kernel module {name} can't be loaded")
 
 
 def _read_all(path: str) -> list[str]:
@@ -268,7 +238,11 @@ def _read_all(path: str) -> list[str]:
 
 
 def _start_agent(signals: set[signal.Signals], its: tuple[int, ...] = (), ours: tuple[int, ...] = ()) -> int:
-    """Return its pid. Of the pipes between the two, it gets the ends that are its, and closes those that are ours."""
+    """Forks the agent; returns its pid.
+
+    :param its: the agent's ends of the pipes between the two
+    :param ours: the ends of PID 1, which the agent closes
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -281,7 +255,7 @@ def _start_agent(signals: set[signal.Signals], its: tuple[int, ...] = (), ours: 
 
         _main.main(*its)
     except BaseException:
-        # Whatever it was, the child must not return into PID 1's loop.
+        # The child must never return into PID 1's loop.
         sys.excepthook(*sys.exc_info())
         os._exit(1)
     os._exit(0)
@@ -291,11 +265,11 @@ def _respawn(signals: set[signal.Signals], starts: list[float]) -> int:
     now = time.monotonic()
     starts[:] = [start for start in starts if now - start < _RESPAWN_WINDOW_S]
     if len(starts) >= _RESPAWNS:
-        _say(f"the agent ended {len(starts)} times within {_RESPAWN_WINDOW_S:.0f} s: giving up")
+        say(f"the agent ended {len(starts)} times within {_RESPAWN_WINDOW_S:.0f} s: giving up")
         os._exit(1)
     starts.append(now)
-    _say("the agent ended: starting it anew, without the workload it had")
-    # Its workload has lost the pipes it wrote to, and nobody supervises it.
+    say("the agent ended: starting it again, without its workload")
+    # Its workload has lost its pipes and its supervisor.
     _signal_all(signal.SIGKILL)
     return _start_agent(signals)
 
@@ -320,18 +294,21 @@ def _signal_all(number: signal.Signals) -> None:
 
 
 def _shut_down(agent: int, how: str) -> NoReturn:
-    """SIGTERM to everything, a bounded wait, SIGKILL, and `how`. The agent may stay a little longer than the rest."""
+    """Sends SIGTERM to all processes, waits for the grace period, sends SIGKILL, and runs `how` of BusyBox.
+
+    The agent gets a little longer than the rest.
+    """
     grace = 10.0
     try:
-        grace = min(max(float(_read(GRACE_FILE)), 0.0), _MAX_GRACE_S)
+        grace = min(max(float(read_text(GRACE_FILE)), 0.0), _MAX_GRACE_S)
     except ValueError:
         pass
-    _say("shutting down")
+    say("shutting down")
     _signal_all(signal.SIGTERM)
     _signal_all(signal.SIGCONT)
     if not _wait_for_all(grace):
-        _say("some processes did not end when they were asked to")
-        # The agent still has the last output to hand over, and ends when it has.
+        say("some processes did not end when they were asked to")
+        # The agent still delivers the last output, and ends after that.
         for name in _list("/proc"):
             if name.isdigit() and int(name) not in (1, agent):
                 try:
@@ -345,13 +322,13 @@ def _shut_down(agent: int, how: str) -> NoReturn:
     from ._rootfs import ROOT
 
     if os.path.ismount(ROOT) and _run(["mount", "-o", "remount,ro", ROOT]) != 0:
-        # Something that is mounted from within it, for instance. What is synced is safe, and the journal does the rest.
-        _say("the root filesystem is still in use")
+        # For instance by a mount inside it. Synced data is safe, and ext4's journal does the rest.
+        say("the root filesystem is still in use")
     os.execv(BUSYBOX, ["busybox", how, "-f"])
 
 
 def _wait_for_all(timeout_s: float) -> bool:
-    """Return whether every process but PID 1 has ended within `timeout_s`."""
+    """Waits for all processes but PID 1; returns whether they ended within `timeout_s`."""
     end = time.monotonic() + timeout_s
     while True:
         try:

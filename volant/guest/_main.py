@@ -10,33 +10,35 @@ import signal
 import threading
 import time
 
+from volant.model import agent
+
 from ._server import Server
+from ._system import GRACE_FILE, read_text, say
 from ._transport import listen_on_vsock, serve_serial_port
-from ._watch import Bell
+from ._watch import Wakeup, poll
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-GRACE_FILE = "/run/volant/grace"
 _STACK_BYTES = 256 * 1024
 _LAST_WORDS_S = 3.0
 _FIRST_ANSWER_S = 3.0
 _QUIET_S = 0.2
 _QUIET_AT_MOST_S = 1.0
-_SET_UP_MS = 10_000
+_SET_UP_S = 10.0
 _OOM_SCORE = "-900"
 
 
-def main(tell_ready: int = -1, set_up: int = -1) -> NoReturn:
-    """Serve until PID 1 sends SIGTERM; then see the workload out, and end.
+def main(ready: int = -1, set_up: int = -1) -> NoReturn:
+    """Serves until PID 1 sends SIGTERM, then stops the workload and exits.
 
-    :param tell_ready: closed when the first requests have been answered, or when none comes
-    :param set_up: closed at its other end when PID 1 has done what it does only then
+    :param ready: a pipe to PID 1, closed once the first requests were answered, or none came
+    :param set_up: a pipe that PID 1 closes once the guest is set up
     """
-    # A handler and no blocked signal: what the agent starts would inherit the mask, and be deaf to SIGTERM too.
-    end = Bell()
-    signal.signal(signal.SIGTERM, lambda number, frame: end.ring())
+    # A handler and not a blocked signal: programs that the agent starts would inherit the mask and ignore SIGTERM.
+    end = Wakeup()
+    signal.signal(signal.SIGTERM, lambda number, frame: end.wake())
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     threading.stack_size(_STACK_BYTES)
     _protect()
@@ -48,17 +50,15 @@ def main(tell_ready: int = -1, set_up: int = -1) -> NoReturn:
     else:
         serve_serial_port(server.serve, _say_listening)
     server.answered.wait(_FIRST_ANSWER_S)
-    # The first is the daemon's own; the one behind it is what somebody waits for, and there may be one CPU.
+    # The first request is the daemon's own. A client waits for the one behind it, and there may be one CPU.
     server.wait_for_quiet(_QUIET_S, _QUIET_AT_MOST_S)
-    if tell_ready >= 0:
-        os.close(tell_ready)
+    if ready >= 0:
+        os.close(ready)
     if set_up >= 0:
         _wait_for_end_of(set_up)
         server.set_up.set()
     _warm_up()
-    poll = select.poll()
-    poll.register(end.fd, select.POLLIN)
-    while not poll.poll():
+    while not poll({end.fd: select.POLLIN}):
         pass
     server.workload.stop(_grace())
     server.output.finish(_LAST_WORDS_S)
@@ -67,13 +67,11 @@ def main(tell_ready: int = -1, set_up: int = -1) -> NoReturn:
 
 def _say_listening() -> None:
     uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
-    os.write(2, f"volant: the agent listens, {uptime:.3f} s after the kernel's start\n".encode())
+    say(f"the agent listens, {uptime:.3f} s after the kernel's start")
 
 
 def _wait_for_end_of(pipe: int) -> None:
-    poll = select.poll()
-    poll.register(pipe, select.POLLIN)
-    poll.poll(_SET_UP_MS)
+    poll({pipe: select.POLLIN}, _SET_UP_S)
     os.close(pipe)
 
 
@@ -86,7 +84,7 @@ def _protect() -> None:
 
 
 def _warm_up() -> None:
-    """Import what the first command needs, now that nobody waits for it."""
+    """Imports what the first command needs, while nobody waits."""
     from . import _exec, _relay
 
     del _exec, _relay
@@ -103,7 +101,6 @@ def _begin_shutdown(grace_s: float) -> None:
 
 def _grace() -> float:
     try:
-        with open(GRACE_FILE) as handle:
-            return float(handle.read(64))
-    except (OSError, ValueError):
-        return 10.0
+        return float(read_text(GRACE_FILE))
+    except ValueError:
+        return agent.DEFAULT_GRACE_S

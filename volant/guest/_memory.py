@@ -1,4 +1,4 @@
-"""How much memory the guest has."""
+"""The guest's memory, from `/proc/meminfo`."""
 
 # ruff: noqa: PTH123 - importing pathlib would cost every boot a good part of a second
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 
 def memory() -> dict[str, int]:
-    """Return `total_mb` and `available_mb`; zeros where that can't be known."""
+    """Returns `total_mb` and `available_mb`; zeros if unknown."""
     found = {"total_mb": 0, "available_mb": 0}
     try:
         with open("/proc/meminfo") as handle:

@@ -1,23 +1,24 @@
-"""Byte streams for the agent over one virtio-serial port, multiplexed by HTTP/2.
+"""Byte streams for the agent over one virtio-serial port, multiplexed by HTTP/2 (RFC 9113).
 
-Used where the guest has no vsock. The host opens a stream as an HTTP/2 CONNECT whose `:authority` is the vsock port;
-each stream becomes one end of a socketpair, so that the agent's server cannot tell it from a connection. What
-HTTP/2 brings is flow control for every stream: one whose reader sleeps holds back its own sender and nobody else.
+For guests without vsock. The host opens a stream by an HTTP/2 CONNECT whose `:authority` is the vsock port. Each stream
+becomes one end of a socketpair, so that the server can't tell it from a connection. HTTP/2 brings flow control for each
+stream: a reader that sleeps stops its own sender only.
 
-**The port is no connection.** Whoever sits on the host's end of it may die at any byte and be replaced before this side
-has noticed, so the guest may be in the middle of a frame that nobody will finish. A host that connects therefore sends
-more zero bytes than a frame is long, `RESYNC_MAGIC` and a random nonce. Zeros finish any half frame and are no frame
-themselves; so HTTP/2 fails here, and after any failure this side *hunts* for the magic. It answers with the nonce, on
-which the host waits, and both begin HTTP/2 afresh. A side that restarts, or that loses its footing while the host is
-content, says so with zeros, the magic and a nonce of zeros: HTTP/2 fails over there too, and the host asks again.
+**The port is not a connection.** The host's process may die at any byte and be replaced before the guest notices, so
+the guest may wait for the rest of a frame that will never come. A host that connects therefore sends more zero bytes
+than the longest frame has, `RESYNC_MAGIC` and a random nonce. The zeros complete any partial frame and are not a valid
+frame themselves, so HTTP/2 fails here at the latest. After any failure the guest *hunts* for the magic, and answers
+with the nonce. The host drops everything before that, and both begin HTTP/2 again. An agent that starts, or loses sync
+while the host does not notice, sends zeros, the magic and a nonce of zeros: then the host's HTTP/2 fails, or it asks
+again.
 
-**One thread, edge-triggered.** With no host connected the port polls as hung up for ever: a level-triggered loop
-would spin. So epoll is edge-triggered and each descriptor's readiness is remembered until it says EAGAIN. One thread
-holds all of HTTP/2's state; the socketpairs are its only border to the threads of the server. asyncio was rejected: its
-import costs a guest half a second of its boot, and its loop is level-triggered.
+**One thread, edge-triggered.** Without a host the port polls as hung up all the time, and a level-triggered loop would
+spin. So epoll is edge-triggered, and readiness is remembered until EAGAIN. One thread has all the state of HTTP/2; only
+socketpairs connect it to the threads of the server. Rejected: asyncio, which takes half a second to import in a guest
+and is level-triggered.
 
-Memory: a stream holds at most `STREAM_WINDOW` bytes that the server has not taken, and the port's buffer takes
-no more output from streams above `OUTPUT_HIGH`.
+Memory: a stream holds at most `STREAM_WINDOW` bytes that the server has not read, and reads nothing from the server
+while the port's buffer has more than `OUTPUT_HIGH`.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ if TYPE_CHECKING:
 
 STREAM_WINDOW = 128 * 1024
 CONNECTION_WINDOW = STREAM_WINDOW * (MAX_STREAMS + RESERVED_STREAMS)
-"""Streams times their window: less, and stalled streams block the others."""
+"""The windows of all streams together. With less, stalled streams would block the others."""
 OUTPUT_HIGH = 128 * 1024
 OUTPUT_LIMIT = 4 * 1024 * 1024
 FRAME = 16384
-"""HTTP/2's default for the longest frame; neither side raises it."""
+"""HTTP/2's default for the longest frame, which neither side raises."""
 RESYNC_ZEROS = FRAME + 2 * 9
-"""The rest of a longest frame, and one whole header more behind any half of one."""
+"""Completes the longest frame, a partial header behind it, and one more header."""
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _NO_NONCE = bytes(RESYNC_NONCE_BYTES)
@@ -68,12 +69,13 @@ _REOPEN_S = 1.0
 
 
 def run(open_port: Callable[[], int], serve: Callable[[socket.socket], None]) -> NoReturn:
-    """Serve streams for ever, on the thread that calls it.
+    """Serves streams for ever, on the calling thread.
 
-    `open_port` gives a fresh descriptor of the port, which is closed here; it may raise OSError, and is asked again
-    after a second. `serve` takes over a connected, blocking Unix stream socket and must not block: it starts a thread
-    or queues. When it raises, the stream is refused. A host that has left shows as POLLHUP on the socket, as both
-    directions are closed then; one that has only ended its request shows as end of file alone.
+    :param open_port: returns a new descriptor of the port, which is closed here; after an OSError it is called again a
+        second later
+    :param serve: takes a connected, blocking Unix stream socket, and must not block. If it raises, the stream is
+        refused. When the host has left, the socket polls as POLLHUP; when it has only ended its request, the socket
+        reads as end of file
     """
     while True:
         try:
@@ -84,8 +86,7 @@ def run(open_port: Callable[[], int], serve: Callable[[socket.socket], None]) ->
         try:
             _Mux(fd, serve).loop()
         except Exception:
-            # The port is gone, or this is a bug: a guest whose agent can't be reached any more is worse than its
-            # streams, which were closed on the way here.
+            # The port is gone, or this is a bug. Its streams are closed already; the agent must stay reachable.
             traceback.print_exc()
             time.sleep(_REOPEN_S)
         finally:
@@ -100,7 +101,7 @@ class _Stream:
     def __init__(self, stream_id: int, sock: socket.socket) -> None:
         self.id = stream_id
         self.sock = sock
-        self.held = bytearray()  # from the host, not yet taken by the server
+        self.held = bytearray()  # from the host, not read by the server yet
         self.input_over = False  # the host sends no more
         self.ended = False  # we have sent END_STREAM
         self.gone = False  # the server has closed its end
@@ -114,7 +115,7 @@ class _Mux:
         self.serve = serve
         self.epoll = select.epoll()
         self.conn: h2.connection.H2Connection | None = None
-        self.nonce = b""  # the one answered last; empty: none since the last loss
+        self.nonce = b""  # answered last; empty: none since the link was lost
         self.hunted = bytearray()
         self.out = bytearray()
         self.port_readable = True
@@ -145,7 +146,7 @@ class _Mux:
             self.epoll.close()
 
     def turn(self) -> bool:
-        """Move a bounded amount in each direction; whether there is more that can be done at once."""
+        """Moves a bounded amount in each direction; returns whether more can be done at once."""
         if self.port_readable:
             self.read_port()
         more = False
@@ -173,8 +174,7 @@ class _Mux:
             self.port_readable = False
             return
         if not data:
-            # No host, says the port; but the news of the next one may come later than its first bytes. So an answer
-            # that waits is kept, and a link that was dropped is spoken of as soon as somebody is there to hear it.
+            # No host is connected. The next one's first bytes may come before its connect event, so output is kept.
             self.port_readable = False
             if self.conn is not None:
                 self.lose()
@@ -196,12 +196,12 @@ class _Mux:
         if self.conn is not None:
             self.out += self.conn.data_to_send()
             if len(self.out) > OUTPUT_LIMIT:
-                self.lose()  # a host that asks much and reads nothing
+                self.lose()  # the host sends requests and reads nothing
 
     # The link
 
     def hunt(self, data: bytes) -> None:
-        """Look for the host's request for a fresh start and, once it is answered, for the start of HTTP/2."""
+        """Looks for the host's magic and nonce and, once they were answered, for the start of HTTP/2."""
         self.hunted += data
         while True:
             magic = self.hunted.find(RESYNC_MAGIC)
@@ -222,7 +222,7 @@ class _Mux:
                 del self.hunted[:magic]
                 return
             del self.hunted[: after + RESYNC_NONCE_BYTES]
-            # The same one again is a host that asked twice: it has its answer, or will.
+            # A repeated nonce has its answer already.
             if nonce not in (_NO_NONCE, self.nonce):
                 self.nonce = nonce
                 self.out += nonce
@@ -231,7 +231,7 @@ class _Mux:
         config = h2.config.H2Configuration(
             client_side=False,
             header_encoding=None,
-            # The host is trusted here, and each check costs a small guest time.
+            # The host is trusted, and checks cost a small guest time.
             validate_inbound_headers=False,
             normalize_inbound_headers=False,
             validate_outbound_headers=False,
@@ -242,7 +242,7 @@ class _Mux:
             client=False,
             initial_values={
                 h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
-                # Ours to refuse, with an answer for one stream instead of the end of all.
+                # Above our own limit, so that `open` refuses one stream instead of h2 ending them all.
                 h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: 2 * (MAX_STREAMS + RESERVED_STREAMS),
                 h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE: 4096,
             },
@@ -259,13 +259,12 @@ class _Mux:
                 if self.conn is not None:
                     self.on_event(event)
         except Exception:
-            # Whatever a half frame makes of h2 (it raises more than its own errors): the link is lost. The host's
-            # request for a new one may stand in these very bytes.
+            # A partial frame makes h2 raise many kinds of errors. The host's magic may be in these very bytes.
             self.lose()
             self.hunt(data)
 
     def lose(self) -> None:
-        """Forget all of the link that was, and say so."""
+        """Drops the link, and tells the host."""
         self.drop_streams()
         self.conn = None
         self.nonce = b""
@@ -304,7 +303,7 @@ class _Mux:
         try:
             self.conn.send_headers(stream_id, [(":status", "200" if wanted else "404")], end_stream=not wanted)
         except h2.exceptions.ProtocolError:
-            return  # the host has reset it in the same breath
+            return  # the host has reset it already
         sock = self.accept() if wanted and len(self.by_id) < MAX_STREAMS + RESERVED_STREAMS else None
         if sock is None:
             code = h2.errors.ErrorCodes.REFUSED_STREAM if wanted else h2.errors.ErrorCodes.NO_ERROR
@@ -314,7 +313,7 @@ class _Mux:
         self.epoll.register(sock.fileno(), select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
 
     def accept(self) -> socket.socket | None:
-        """Give the server its end of a new pair and return ours; None where that cannot be."""
+        """Passes one end of a new socketpair to the server and returns the other, or None on failure."""
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError:
@@ -331,7 +330,7 @@ class _Mux:
         return ours
 
     def to_server(self, stream: _Stream) -> None:
-        """Hand over what the host has sent, as far as the server takes it."""
+        """Writes what the host has sent, as far as the server reads it."""
         assert self.conn is not None
         try:
             while stream.held:
@@ -346,19 +345,19 @@ class _Mux:
         except BlockingIOError:
             stream.writable = False
         except OSError:
-            # The server wants no more; what it has still to say comes first.
+            # The server reads no more, but may still send.
             self.conn.acknowledge_received_data(len(stream.held), stream.id)
             stream.held.clear()
             stream.writable = False
 
     def from_server(self, stream: _Stream) -> bool:
-        """Send on one frame of what the server says; whether there may be more that can go at once."""
+        """Sends one frame of the server's output; returns whether there may be more to send at once."""
         assert self.conn is not None
         if len(self.out) >= OUTPUT_HIGH:
             return False
         room = min(FRAME, self.conn.local_flow_control_window(stream.id))
         if room <= 0:
-            return False  # the host's next window update wakes the port, and the port this turn
+            return False  # the host's next window update wakes the loop
         try:
             data = stream.sock.recv(room)
         except BlockingIOError:
@@ -390,7 +389,7 @@ class _Mux:
         del self.by_id[stream.id]
         del self.by_fd[stream.sock.fileno()]
         if stream.held and self.conn is not None:
-            # Of a stream that is over only the connection's window is given back.
+            # Returns the bytes to the window of the connection.
             self.conn.acknowledge_received_data(len(stream.held), stream.id)
         stream.sock.close()
 

@@ -1,12 +1,11 @@
-"""The guest's network interface, and whom it knows by name.
+"""The guest's network interface, its `/etc/hosts` and its `/etc/resolv.conf`.
 
-PID 1 does what the kernel's command line says, as Debian's kernel ignores `ip=`; a copy is told by the daemon, with the
-rest of who it is (`_identity.py`). Both by ioctls, so no program is started and next to nothing imported. A guest
-without a NIC never comes here.
+At a cold boot PID 1 reads the settings from the kernel's command line (Debian's kernel ignores `ip=`); a clone gets
+them from the daemon with its identity. All by ioctls: no program is started, and next to nothing imported.
 
-**Asleep in a template.** Where the command line says nothing, the driver is loaded and has no NIC. So nothing is
-negotiated yet: the NIC of each clone begins with the MAC and the abilities that it has there, whatever was behind the
-template's, and there was no address in the template to speak with.
+**In a template the interface is unbound.** The command line has no settings, and the driver is loaded without a device.
+Each clone binds it later: the interface then starts with the clone's MAC address and the features of its own backend,
+and no template ever has an address.
 """
 
 # ruff: noqa: PTH110, PTH123, PTH208 - importing pathlib would cost every boot a good part of a second
@@ -34,20 +33,21 @@ _UP = 0x1 | 0x40  # IFF_UP | IFF_RUNNING
 _ETHERNET = 1
 _GATEWAY = 0x1 | 0x2  # RTF_UP | RTF_GATEWAY
 
-_CARDS = "/sys/class/net"
+_INTERFACES = "/sys/class/net"
 _BUS = "/sys/bus/virtio"
 _VIRTIO_NET = 1
 _ARP_NOTIFY = "/proc/sys/net/ipv4/conf/{}/arp_notify"
 _BEGIN = "# What follows is Volant's, and written anew with each change."
 _END = "# Until here."
 _MAX_HOSTS = 1024 * 1024
-"""The longest file of somebody else's that names are added to."""
+"""The longest `/etc/hosts` of a root filesystem to add names to."""
 
 
-class Settings:
-    """What a NIC is to have, checked. :raises ValueError: with what is wrong."""
+class Interface:
+    """Checked settings of the network interface."""
 
     def __init__(self, address: str, prefix: int, gateway: str, mac: str) -> None:
+        """:raises ValueError: a setting is wrong"""
         if not 1 <= prefix <= 30:
             raise ValueError(f"prefix {prefix} is not from 1 to 30")
         self.address = check_address(address, "address")
@@ -55,84 +55,96 @@ class Settings:
         self.gateway = check_address(gateway, "gateway")
         differ = int.from_bytes(_packed(address), "big") ^ int.from_bytes(_packed(gateway), "big")
         if not differ or differ >> (32 - prefix):
-            raise ValueError(f"gateway {gateway} is no neighbour of {address}/{prefix}")
+            raise ValueError(f"gateway {gateway} is not in the network of {address}/{prefix}")
         octets = mac.split(":")
         if len(octets) != 6 or any(len(octet) != 2 or not _is_hex(octet) for octet in octets):
             raise ValueError("mac has not six pairs of hexadecimal digits")
         self.mac = bytes(int(octet, 16) for octet in octets)
         if self.mac[0] & 1 or not any(self.mac):
-            raise ValueError("mac is no NIC's")
+            raise ValueError("mac is a group address, or all zero")
 
 
 def check_address(text: str, what: str) -> str:
-    """Return an IPv4 address; :raises ValueError: it is none."""
+    """Returns an IPv4 address.
+
+    :raises ValueError: the text is none
+    """
     try:
         _packed(text)
     except (OSError, ValueError):
-        raise ValueError(f"{what} is no IPv4 address") from None
+        raise ValueError(f"{what} is not an IPv4 address") from None
     return text
 
 
 def check_name(text: str) -> str:
-    """Return a host's name; :raises ValueError: it is none."""
+    """Returns a host name.
+
+    :raises ValueError: the text is none
+    """
     if not 0 < len(text) < 64 or not text.isascii() or not text.replace("-", "").replace(".", "").isalnum():
-        raise ValueError(f"{text[:80]!r} is no host's name")
+        raise ValueError(f"{text[:80]!r} is not a host name")
     return text
 
 
 def boot(network: str, nameservers: str, load_driver: Callable[[], None], say: Callable[[str], None]) -> None:
-    """Do what the kernel's command line says; called by PID 1. `say` says something on the console."""
+    """Configures the network as the kernel's command line says; called by PID 1.
+
+    :param say: writes to the console
+    """
     try:
         if not network:
-            _asleep(load_driver)
+            _load_unbound(load_driver)
             return
         load_driver()
         address, gateway, mac = network.split(",")
         address, _, prefix = address.partition("/")
-        apply(Settings(address, int(prefix), gateway, mac))
+        apply(Interface(address, int(prefix), gateway, mac))
         names = {os.uname().nodename: address}
         asked = [check_address(each, "a name server") for each in nameservers.split(",") if each]
         _write(names, asked)
         if os.path.ismount(_rootfs.ROOT) and not _in_child(_rootfs.ROOT, lambda: _write(names, asked)):
-            say("the root filesystem has not been told of the network")
+            say("the root filesystem has no hosts and name servers")
     except (OSError, ValueError) as error:
         say(f"the network can't be set up: {error}")
 
 
-def apply(settings: Settings) -> None:
-    """Give the NIC its addresses, the route, and nothing that it had before, and let it speak. :raises OSError:"""
-    name = _nic() or _wake()
+def apply(interface: Interface) -> None:
+    """Configures the interface and the default route, and drops everything from before.
+
+    :raises OSError: the system refuses, or there is no interface
+    """
+    name = _interface_name() or _bind()
     if not name:
         raise OSError("the guest has no network interface")
     label = name.encode()
-    mask = (0xFFFFFFFF << (32 - settings.prefix)) & 0xFFFFFFFF
+    mask = (0xFFFFFFFF << (32 - interface.prefix)) & 0xFFFFFFFF
     control = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
     try:
 
         def ask(request: int, form: str, *values: object) -> None:
             fcntl.ioctl(control.fileno(), request, struct.pack(form, *values))
 
-        # What the NIC was before goes with it: routes, neighbours, and what waits to be sent.
+        # Setting it down drops its routes, its neighbours and the packets that wait.
         ask(_SIOCSIFFLAGS, "16sH22x", label, 0)
-        ask(_SIOCSIFHWADDR, "16sH6s16x", label, _ETHERNET, settings.mac)
-        ask(_SIOCSIFADDR, "16s16s8x", label, _sockaddr(_packed(settings.address)))
+        ask(_SIOCSIFHWADDR, "16sH6s16x", label, _ETHERNET, interface.mac)
+        ask(_SIOCSIFADDR, "16s16s8x", label, _sockaddr(_packed(interface.address)))
         ask(_SIOCSIFNETMASK, "16s16s8x", label, _sockaddr(mask.to_bytes(4, "big")))
-        # Whoever knew this address may have known it as another guest's.
+        # Announce the address: peers may know it with another guest's MAC address.
         with open(_ARP_NOTIFY.format(name), "w") as handle:
             handle.write("1")
         ask(_SIOCSIFFLAGS, "16sH22x", label, _UP)
         anywhere = _sockaddr(bytes(4))
-        route = (0, anywhere, _sockaddr(_packed(settings.gateway)), anywhere, _GATEWAY, 0, 0, 0, 0, 0, 0, 0, 0)
+        route = (0, anywhere, _sockaddr(_packed(interface.gateway)), anywhere, _GATEWAY, 0, 0, 0, 0, 0, 0, 0, 0)
         ask(_SIOCADDRT, "L16s16s16sHhLPhPLLH", *route)
     finally:
         control.close()
 
 
 def own_names() -> dict[str, str]:
-    """Return the guest's name with its address; nothing, as long as it has none."""
+    """Returns the guest's name and address, nothing without an address."""
     control = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
     try:
-        answer = fcntl.ioctl(control.fileno(), _SIOCGIFADDR, struct.pack("16s24x", _nic().encode()))
+        answer = fcntl.ioctl(control.fileno(), _SIOCGIFADDR, struct.pack("16s24x", _interface_name().encode()))
     except OSError:
         return {}
     finally:
@@ -141,8 +153,10 @@ def own_names() -> dict[str, str]:
 
 
 def write_hosts(names: Mapping[str, str]) -> None:
-    """Replace the daemon's part of `/etc/hosts` and leave the rest; where there is no `/etc`, nobody looks for it.
-    :raises OSError:"""
+    """Replaces the daemon's part of `/etc/hosts`; does nothing without `/etc`.
+
+    :raises OSError: the system refuses
+    """
     try:
         with open("/etc/hosts", "rb") as handle:
             before = handle.read(_MAX_HOSTS + 1)
@@ -154,12 +168,15 @@ def write_hosts(names: Mapping[str, str]) -> None:
 
 
 def write_nameservers(addresses: Iterable[str]) -> None:
-    """:raises OSError:"""
+    """Writes `/etc/resolv.conf`; does nothing without `/etc`.
+
+    :raises OSError: the system refuses
+    """
     _replace("/etc/resolv.conf", "".join(f"nameserver {each}\n" for each in addresses))
 
 
 def hosts_text(before: str, names: Mapping[str, str]) -> str:
-    """Return the text of `/etc/hosts` that knows `names`, and what `before` knew of others."""
+    """Returns the text `before` of `/etc/hosts` with `names` in the daemon's part."""
     own, _, rest = before.partition(f"{_BEGIN}\n")
     others = own + rest.partition(f"{_END}\n")[2]
     if others and not others.endswith("\n"):
@@ -182,7 +199,7 @@ def _replace(path: str, text: str) -> None:
 
 
 def _in_child(root: str, call: Callable[[], None]) -> bool:
-    """Call something where `root` is `/`: no link in there leads out. Return whether that went well."""
+    """Calls something in a child process whose `/` is `root`; returns whether it succeeded."""
     pid = os.fork()
     if not pid:
         try:
@@ -195,8 +212,8 @@ def _in_child(root: str, call: Callable[[], None]) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
-def _asleep(load_driver: Callable[[], None]) -> None:
-    """Load the driver, and let it have no NIC."""
+def _load_unbound(load_driver: Callable[[], None]) -> None:
+    """Loads the driver, and keeps it from binding the device."""
     with open(f"{_BUS}/drivers_autoprobe", "w") as handle:
         handle.write("0")
     try:
@@ -206,20 +223,25 @@ def _asleep(load_driver: Callable[[], None]) -> None:
             handle.write("1")
 
 
-def _wake() -> str:
-    """Give the driver the NIC that it was not to have; return its name. :raises OSError:"""
+def _bind() -> str:
+    """Binds the device to its driver; returns the interface's name.
+
+    :raises OSError: the system refuses
+    """
     for name in sorted(os.listdir(f"{_BUS}/devices")):
         with open(f"{_BUS}/devices/{name}/device") as handle:
-            is_nic = int(handle.read(16), 16) == _VIRTIO_NET
-        if is_nic:
+            is_network = int(handle.read(16), 16) == _VIRTIO_NET
+        if is_network:
             with open(f"{_BUS}/drivers/virtio_net/bind", "w") as handle:
                 handle.write(name)
-    return _nic()
+    return _interface_name()
 
 
-def _nic() -> str:
-    """Return the name of the NIC, which is the only one with a device; an empty text without one."""
-    return next((name for name in sorted(os.listdir(_CARDS)) if os.path.exists(f"{_CARDS}/{name}/device")), "")
+def _interface_name() -> str:
+    """Returns the name of the only interface with a device, or an empty text."""
+    return next(
+        (name for name in sorted(os.listdir(_INTERFACES)) if os.path.exists(f"{_INTERFACES}/{name}/device")), ""
+    )
 
 
 def _packed(address: str) -> bytes:

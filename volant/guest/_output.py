@@ -1,12 +1,12 @@
-"""What the workload writes: a ring for each of its two streams, and one reader at a time.
+"""The output of the workload: a ring buffer for each of its two streams, and one reader at a time.
 
-Without a reader the oldest is overwritten: a workload must not stop because the daemon is away. With a reader that
-keeps up slowly nothing is lost: the pumps stop reading the workload's pipes when the reader is a whole ring behind, and
-the kernel then holds the workload back. A reader that takes nothing at all for `HOLD_BACK_S` loses that right, as
-nobody can tell it from a dead one; it gets a gap when it comes back to life.
+Without a reader the oldest output is overwritten: a workload must not stop because the daemon is away. A slow reader
+loses nothing: the pumps stop reading the workload's pipes when the reader is a whole ring behind, and then the kernel
+blocks the workload. A reader that takes nothing for `HOLD_BACK_S` no longer blocks the workload, as it may be dead, and
+gets a gap instead.
 
-A position is a number of bytes since the agent's start, so a reader that comes back says where it was, and either gets
-the rest or is told how much is missing.
+A position counts the bytes since the agent's start. A reader that reconnects names its positions, and gets either the
+rest or a gap.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ import time
 
 from volant.model import agent
 
-from ._http import LAST_CHUNK, Gone, Problem, chunk
-from ._watch import Bell, Client
+from ._http import Gone, Problem
+from ._stream import LAST_CHUNK, chunk
+from ._watch import Client, Wakeup
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ._http import Request, Stream
+    from ._http import Request
+    from ._stream import Stream
 
 HOLD_BACK_S = 30.0
+"""How long a reader that takes nothing may block the workload."""
 _MERGE_NS = 5_000_000
 _MERGE_BYTES = 4096
 _MAX_CHUNKS = 8192
 _BATCH_BYTES = 256 * 1024
 _LEAVE_S = 2.0
-_LOOK_AGAIN_S = 1.0
+_CHECK_S = 1.0
 _NAMES = {"stdout": agent.FRAME_STDOUT, "stderr": agent.FRAME_STDERR}
 _GAPS = {agent.FRAME_STDOUT: agent.FRAME_STDOUT_GAP, agent.FRAME_STDERR: agent.FRAME_STDERR_GAP}
 
@@ -43,7 +46,7 @@ class _Ring:
     __slots__ = ("end", "pieces", "start")
 
     def __init__(self) -> None:
-        # A list whose front is cut off in bulk: collections.deque can't be searched by position.
+        # A list and not a deque, which can't be searched by position.
         self.pieces: list[tuple[int, int, bytes]] = []
         self.start = 0
         self.end = 0
@@ -51,7 +54,7 @@ class _Ring:
     def append(self, data: bytes, now_ns: int) -> None:
         if self.pieces:
             position, time_ns, last = self.pieces[-1]
-            # A program that writes byte by byte must not cost a hundred bytes of memory for each.
+            # Else a program that writes byte by byte costs a hundred bytes of memory for each.
             if now_ns - time_ns < _MERGE_NS and len(last) + len(data) <= _MERGE_BYTES:
                 self.pieces[-1] = (position, time_ns, last + data)
                 self.end += len(data)
@@ -71,7 +74,7 @@ class _Ring:
             del self.pieces[:drop]
 
     def after(self, position: int) -> tuple[int, int, bytes] | None:
-        """Return the first piece that reaches beyond `position`, cut to begin there; None when there is none."""
+        """Returns position, time and bytes of what was read first after `position`; None: there is nothing."""
         low, high = 0, len(self.pieces)
         while low < high:
             middle = (low + high) // 2
@@ -86,7 +89,7 @@ class _Ring:
         return start + skip, time_ns, data[skip : skip + agent.MAX_FRAME_BYTES]
 
     def is_full_for(self, position: int, count: int) -> bool:
-        """Whether taking `count` more bytes would overwrite something after `position`."""
+        """Whether appending `count` bytes would overwrite bytes after `position`."""
         if self.end + count - max(position, self.start) > agent.RING_BYTES:
             return True
         return len(self.pieces) >= _MAX_CHUNKS and self.pieces[0][0] + len(self.pieces[0][2]) > position
@@ -95,29 +98,29 @@ class _Ring:
 class _Reader:
     def __init__(self, positions: dict[int, int]) -> None:
         self.positions = positions
-        self.bell = Bell()
+        self.wakeup = Wakeup()
         self.stalled_at: float | None = None
-        """Since when it has taken nothing although there was something."""
+        """Since when it has taken nothing of the waiting output."""
         self.displaced = False
 
 
 class Output:
-    """The rings, their pumps and their reader."""
+    """The ring buffers of the workload's output, and their reader."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._rings = {kind: _Ring() for kind in _NAMES.values()}
         self._reader: _Reader | None = None
         self._finished = False
-        # Not os.urandom: early in a boot it makes the caller wait for entropy.
+        # Not os.urandom, which may wait for entropy early in a boot.
         self.id = f"{time.time_ns():x}-{os.getpid():x}"
 
     def rename(self, identifier: str) -> None:
-        """Give it another id: what it is a copy of has the old one. Nobody reads it yet."""
+        """Changes the id, in a clone of a guest that had the old one, before anybody reads."""
         self.id = identifier
 
     def write(self, kind: int, data: bytes) -> None:
-        """Keep what the workload wrote; blocks while a reader holds it back."""
+        """Appends output of the workload; blocks while the reader is a ring behind."""
         with self._changed:
             while True:
                 reader = self._reader
@@ -128,24 +131,24 @@ class Output:
                 stalled_at = reader.stalled_at
                 if stalled_at is not None and time.monotonic() - stalled_at >= HOLD_BACK_S:
                     break
-                self._changed.wait(_LOOK_AGAIN_S)
+                self._changed.wait(_CHECK_S)
             self._rings[kind].append(data, time.time_ns())
             if self._reader is not None:
-                self._reader.bell.ring()
+                self._reader.wakeup.wake()
 
     def finish(self, timeout_s: float) -> None:
-        """Say that nothing more will come, and wait until the reader has everything and has left."""
+        """Ends the output, and waits until the reader has all of it and has left."""
         end = time.monotonic() + timeout_s
         with self._changed:
             self._finished = True
             self._changed.notify_all()
             if self._reader is not None:
-                self._reader.bell.ring()
+                self._reader.wakeup.wake()
             while self._reader is not None and (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
 
     def statistics(self) -> dict[str, int]:
-        """Return how much each stream has written and how much of it is kept."""
+        """Returns for each stream how many bytes there were and how many are kept."""
         with self._changed:
             out, err = self._rings[agent.FRAME_STDOUT], self._rings[agent.FRAME_STDERR]
             return {
@@ -156,21 +159,22 @@ class Output:
             }
 
     def serve(self, stream: Stream, request: Request) -> None:
-        """Answer `GET /v1/daemon/logs`.
+        """Answers `GET /v1/daemon/logs`.
 
-        :raises Problem: 400, a position is none; :raises Gone: the client left
+        :raises Problem: 400, a position is malformed
+        :raises Gone: the client left
         """
         reader = _Reader(parse_positions(request.query))
         with self._changed:
             before = self._reader
             self._reader = reader
             for kind, ring in self._rings.items():
-                # A position of the agent's life before this one: begin with what there is.
+                # A position of the agent before this one: begin with the oldest.
                 if reader.positions[kind] > ring.end:
                     reader.positions[kind] = 0
             if before is not None:
                 before.displaced = True
-                before.bell.ring()
+                before.wakeup.wake()
             self._changed.notify_all()
         try:
             headers = [("Content-Type", agent.LOG_CONTENT_TYPE), (agent.LOG_ID_HEADER, self.id)]
@@ -181,12 +185,12 @@ class Output:
                 if self._reader is reader:
                     self._reader = None
                 self._changed.notify_all()
-                reader.bell.close()
+                reader.wakeup.close()
                 reader.displaced = True
 
     def _stream(self, reader: _Reader, client: Client) -> None:
         while True:
-            reader.bell.quiet()
+            reader.wakeup.clear()
             batch, finished = self._take(reader)
             if reader.displaced:
                 return
@@ -195,9 +199,9 @@ class Output:
             elif finished:
                 break
             else:
-                client.wait({reader.bell.fd: select.POLLIN}, None)
+                client.wait({reader.wakeup.fd: select.POLLIN}, None)
         self._send(reader, client, memoryview(LAST_CHUNK))
-        # The guest is about to go: what is still on its way is lost with it, so the client has to say that it has all.
+        # The guest is about to power off and loses what is not delivered, so wait until the client closes.
         try:
             client.sock.shutdown(socket.SHUT_WR)
             client.wait({}, _LEAVE_S)
@@ -205,7 +209,7 @@ class Output:
             pass
 
     def _take(self, reader: _Reader) -> tuple[bytes, bool]:
-        """Return the next frames, oldest first over both streams, and whether no more will come."""
+        """Returns the next frames, the oldest of both streams first, and whether the output has ended."""
         frames: list[bytes] = []
         size = 0
         with self._changed:
@@ -239,14 +243,17 @@ class Output:
                 continue
             if reader.stalled_at is None:
                 reader.stalled_at = time.monotonic()
-            client.wait({reader.bell.fd: select.POLLIN} if not reader.displaced else {}, None, writable=True)
+            client.wait({reader.wakeup.fd: select.POLLIN} if not reader.displaced else {}, None, writable=True)
             if reader.displaced:
                 raise Gone
-            reader.bell.quiet()
+            reader.wakeup.clear()
 
 
 def parse_positions(query: str) -> dict[int, int]:
-    """Return where a reader wants to begin, by stream; :raises Problem: 400, and why."""
+    """Returns the positions that a reader begins at, by stream.
+
+    :raises Problem: 400, the query is malformed
+    """
     positions = dict.fromkeys(_NAMES.values(), 0)
     for part in query.split("&") if query else ():
         name, _, text = part.partition("=")

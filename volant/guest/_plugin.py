@@ -1,7 +1,7 @@
-"""What kind of VM this is: the manifest of its plugin, for whoever asks the agent and for what runs in the guest.
+"""The manifest of the VM's plugin: for clients of the agent, and in a file for programs in the guest.
 
-It comes with the daemon's first requests, when not all is mounted yet. So it is kept in memory, and put into its file
-when the first command, workload or file is asked for, which waits until the guest is set up.
+The daemon sends it with its first requests, before everything is mounted. So it is kept in memory, and written to its
+file at the first request for a command, workload or file, which waits until the guest is set up.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ._http import Request, Stream
+    from ._http import Request
+    from ._stream import Stream
 
 
 class Plugin:
-    """The manifest, once there is one."""
+    """The manifest, once the daemon has sent it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -32,7 +33,10 @@ class Plugin:
         self._written = b""
 
     def serve_put(self, stream: Stream, request: Request) -> None:
-        """Answer `PUT /v1/daemon/manifest`; :raises Problem: 400, that is none."""
+        """Answers `PUT /v1/daemon/manifest`.
+
+        :raises Problem: 400, the body is not a manifest
+        """
         import json
 
         text = stream.read_body(request)
@@ -44,7 +48,11 @@ class Plugin:
         stream.answer(200, b"{}\n")
 
     def take(self, value: object, text: bytes) -> None:
-        """Know it from now on; `text` is how it is written. :raises Problem: 400, that is none."""
+        """Stores a manifest.
+
+        :param text: what to write to the file
+        :raises Problem: 400, the value is not a manifest
+        """
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             raise Problem(400, "that is no manifest", field="name")
         known = {
@@ -57,15 +65,15 @@ class Plugin:
             self._text, self._known = text, known
 
     def info(self) -> dict[str, object] | None:
-        """Return a `agent_types.PluginInfo`, or None while it is not known."""
+        """Returns an `agent_types.PluginInfo`, or None before the manifest has come."""
         return self._known
 
     def environment(self) -> dict[str, str]:
-        """Return what tells a workload where the manifest is: nothing, if there is none or it could not be written."""
+        """Returns the variable with the file's path; nothing if the file was not written."""
         return {agent.MANIFEST_VARIABLE: agent.MANIFEST_FILE} if self._written else {}
 
     def write(self) -> None:
-        """Put it into its file, in the root in which things act. The guest must be set up."""
+        """Writes the file, in the workload's root. The guest must be set up."""
         with self._lock:
             text = self._text
             if text == self._written:
@@ -74,7 +82,7 @@ class Plugin:
                 inside(lambda: replace(agent.MANIFEST_FILE, text))
                 self._written = text
             except (OSError, Problem) as error:
-                # What does without it is not to suffer from that.
+                # Not an error for programs that do not need it.
                 print(f"volant: the manifest can't be written: {error}", file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,6 @@
-"""Queries and percent-encoding, strictly: what could be read in two ways is refused.
+"""Strict parsing of queries and percent-encoding: everything ambiguous is refused.
 
-Not `urllib.parse`, which costs a guest more than all of this, passes what is malformed, and repairs what it can't read.
+Not with `urllib.parse`, which is slow to import, accepts malformed text and replaces what it can't decode.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ _HEX = b"0123456789abcdefABCDEF"
 
 
 def unquote(text: str, what: str) -> bytes:
-    """Decode percent-encoding; :raises Problem: 400, it is malformed, or has a NUL."""
+    """Decodes percent-encoding.
+
+    :param what: the name of the text in errors
+    :raises Problem: 400, the text is malformed or has a NUL
+    """
     data = text.encode()
     out = bytearray()
     at = 0
@@ -29,7 +33,10 @@ def unquote(text: str, what: str) -> bytes:
 
 
 def parse_query(query: str, allowed: set[str]) -> dict[str, str]:
-    """Return parameters by name; :raises Problem: 400, one is unknown, malformed or given twice."""
+    """Returns parameters by name.
+
+    :raises Problem: 400, a parameter is unknown, malformed or repeated
+    """
     found: dict[str, str] = {}
     for part in query.split("&") if query else ():
         name, _, value = part.partition("=")

@@ -1,11 +1,11 @@
-"""From a client to a port of the guest's loopback, and back: requests to the workload, upgrades, and `CONNECT`.
+"""Relays between a client and a port of the guest's loopback: requests to the workload, upgrades, and `CONNECT`.
 
-One thread and one poll loop for a stream, with one bounded buffer for each direction: a side is read only when the
-other has taken what was read before, so a slow side slows the other down, and nothing piles up.
+One thread and one poll loop for each stream, with one bounded buffer for each direction. A side is read only when the
+other has taken everything from before, so a slow side slows the other down.
 
-A request is sent on as it came, but for its hop-by-hop fields; its body and the body of the answer are followed byte by
-byte (`_http.BodyFilter`), so neither can smuggle a second message, and the answer's end is known although a workload
-may leave its connection open.
+A request is forwarded unchanged but for its hop-by-hop fields. Its body and the body of the answer are parsed
+(`_http.BodyFilter`), so neither can smuggle a second message, and the relay finds the end of the answer even if the
+workload leaves its connection open.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import time
 
 from volant.model import agent
 
-from ._http import BodyFilter, Framing, Gone, Problem, framing_of, has_left, parse_head
+from ._http import BodyFilter, Framing, Gone, Problem, framing_of, parse_head
+from ._watch import CHECK_S, POLLRDHUP, has_left, poll
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._http import Headers, Request, Stream
+    from ._http import Headers, Request
+    from ._stream import Stream
 
 CONNECT_TIMEOUT_S = 10.0
-COMES_S = 30.0
-"""How long a port is waited for at which a workload that is starting will listen."""
-_TRY_AGAIN_S = 0.1
+STARTING_S = 30.0
+"""How long to wait for the port of a workload that is starting."""
+_RETRY_S = 0.1
 _BUFFER = 64 * 1024
-_LOOK_AGAIN_MS = 1000
-_POLLRDHUP = 0x2000
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _HOP_BY_HOP = {
     b"connection",
@@ -42,20 +42,21 @@ _HOP_BY_HOP = {
     b"upgrade",
 }
 _END_TO_END = {b"content-length", b"content-type", b"host", b"transfer-encoding", b"trailer"}
-"""What a `Connection` field can't name away: it would change what the message is."""
+"""Fields that `Connection` can't remove, as that would change the meaning of the message."""
 
 
-def connect(stream: Stream, request: Request, comes: Callable[[int], bool]) -> None:
-    """Answer `CONNECT`, and be the connection; :raises Problem: 400, 403, 502 or 504 when there is none.
+def connect(stream: Stream, request: Request, is_starting: Callable[[int], bool]) -> None:
+    """Answers `CONNECT`, and relays.
 
-    `comes(port)`: whether somebody will listen there soon.
+    :param is_starting: whether the workload is starting and will listen at a port
+    :raises Problem: 400 or 403, the target is refused; 502 or 504, nobody listens
     """
     host, colon, text = request.target.rpartition(":")
     if not colon or not text.isascii() or not text.isdecimal() or len(text) > 5 or not 0 < int(text) < 65536:
         raise Problem(400, "CONNECT wants host:port")
     if host not in _LOOPBACK:
         raise Problem(403, f"only the guest's loopback can be reached, not {host[:80]}")
-    upstream = dial(int(text), comes, ipv6=host == "[::1]", what=f"port {int(text)} of the guest")
+    upstream = dial(int(text), is_starting, ipv6=host == "[::1]", what=f"port {int(text)} of the guest")
     with upstream:
         stream.answered = True
         stream.send(b"HTTP/1.1 200 Connected\r\n\r\n")
@@ -63,19 +64,22 @@ def connect(stream: Stream, request: Request, comes: Callable[[int], bool]) -> N
         relay.run()
 
 
-def dial(port: int, comes: Callable[[int], bool], *, ipv6: bool = False, what: str = "the workload") -> socket.socket:
-    """Return a connection to a port of the loopback; :raises Problem: 502 or 504.
+def dial(
+    port: int, is_starting: Callable[[int], bool], *, ipv6: bool = False, what: str = "the workload"
+) -> socket.socket:
+    """Connects to a port of the loopback, and waits for a workload that is starting: a VM counts as running when its
+    agent answers, which is when the workload starts.
 
-    A VM runs when its agent answers, and its workload begins then. So who asks for what comes is not turned away.
+    :raises Problem: 502 or 504
     """
-    give_up_at = time.monotonic() + COMES_S
+    give_up_at = time.monotonic() + STARTING_S
     while True:
         try:
             return _dial(port, ipv6, what)
         except Problem as problem:
-            if problem.status != 502 or not comes(port) or time.monotonic() > give_up_at:
+            if problem.status != 502 or not is_starting(port) or time.monotonic() > give_up_at:
                 raise
-        time.sleep(_TRY_AGAIN_S)
+        time.sleep(_RETRY_S)
 
 
 def _dial(port: int, ipv6: bool, what: str) -> socket.socket:
@@ -94,14 +98,14 @@ def _dial(port: int, ipv6: bool, what: str) -> socket.socket:
     return upstream
 
 
-def forward(stream: Stream, request: Request, target: str, port: int, comes: Callable[[int], bool]) -> None:
-    """Send a request to the workload at `port` with the path `target`, and its answer back.
+def forward(stream: Stream, request: Request, target: str, port: int, is_starting: Callable[[int], bool]) -> None:
+    """Forwards a request to the workload at `port` with the path `target`, and the answer back.
 
-    `comes` as in `connect`.
-
-    :raises Problem: 502 or 504, the workload did not answer; :raises Gone: the client left
+    :param is_starting: as in `connect`
+    :raises Problem: 502 or 504, the workload did not answer
+    :raises Gone: the client left
     """
-    with dial(port, comes) as upstream:
+    with dial(port, is_starting) as upstream:
         upgrade = request.header(b"upgrade") if _wants_upgrade(request.headers) else b""
         if upgrade and not request.framing.empty:
             raise Problem(400, "a request to upgrade can't have a body")
@@ -115,7 +119,7 @@ def forward(stream: Stream, request: Request, target: str, port: int, comes: Cal
 
 
 def without_hops(headers: Headers) -> Headers:
-    """Return the fields that are for the other end."""
+    """Returns the fields without the hop-by-hop ones (RFC 9110, section 7.6.1)."""
     named: set[bytes] = set()
     for name, value in headers:
         if name == b"connection":
@@ -130,7 +134,7 @@ def _wants_upgrade(headers: Headers) -> bool:
 
 
 class _Exchange:
-    """Follows one request and its answer through the relay."""
+    """Parses one request and its answer on their way through the relay."""
 
     def __init__(self, request: Request, upgrade: bool) -> None:
         self._method = request.method
@@ -143,7 +147,7 @@ class _Exchange:
         self.done = False
 
     def from_client(self, data: bytearray, out: bytearray) -> int:
-        """Move what belongs to the request; what follows it is left, and read by nobody."""
+        """Moves what belongs to the request; returns how many bytes. Nobody reads what follows it."""
         return len(data) if self._pass(data, out) else self.request.feed(data, out)
 
     def _pass(self, data: bytearray, out: bytearray) -> bool:
@@ -152,7 +156,10 @@ class _Exchange:
         return self.upgraded
 
     def from_workload(self, data: bytearray, out: bytearray) -> int:
-        """Move what belongs to the answer; :raises ValueError: it is malformed."""
+        """Moves what belongs to the answer; returns how many bytes.
+
+        :raises ValueError: the answer is malformed
+        """
         used = 0
         while used < len(data) and not self.done:
             if self._pass(data[used:], out):
@@ -216,7 +223,7 @@ class _Exchange:
 
 
 class _Relay:
-    """Two sockets and what is between them. Without an exchange everything is passed on as it is."""
+    """Two sockets and the buffers between them. Without an exchange all bytes pass unchanged."""
 
     def __init__(self, stream: Stream, upstream: socket.socket, exchange: _Exchange | None) -> None:
         self._stream = stream
@@ -237,7 +244,10 @@ class _Relay:
         return self._exchange is None or self._exchange.upgraded
 
     def run(self) -> None:
-        """Relay until both sides have ended; :raises Problem: 502, before anything was answered."""
+        """Relays until both sides have ended.
+
+        :raises Problem: 502, the workload closed before it answered
+        """
         self._client.setblocking(False)
         self._upstream.setblocking(False)
         while True:
@@ -255,12 +265,12 @@ class _Relay:
             assert self._exchange is not None
             if not self._exchange.answered:
                 raise Problem(502, "the workload closed the connection without an answer")
-            # Cut short: the client must see that, so the stream just ends without the end of the body.
+            # The stream ends without the end of the body, so that the client sees the answer was cut short.
             return True
         return False
 
     def _move(self) -> None:
-        """Pass bytes through the filters and on, as far as buffers and sockets allow."""
+        """Moves bytes through the parsers, as far as buffers and sockets allow."""
         moved = True
         while moved:
             moved = False
@@ -293,14 +303,14 @@ class _Relay:
             if self._down:
                 self._stream.answered = True
                 moved = self._send(self._client, self._down) or moved
-        self._pass_on_ends()
+        self._forward_ends()
 
     def _refuse(self, status: int, detail: str) -> None:
         if self._stream.answered or self._down:
             raise Gone
         raise Problem(status, detail)
 
-    def _pass_on_ends(self) -> None:
+    def _forward_ends(self) -> None:
         if not self._tunnel:
             return
         if self._client_eof and not self._up_raw and not self.up and not self._up_closed:
@@ -324,7 +334,7 @@ class _Relay:
         except OSError:
             if sock is self._client:
                 raise Gone from None
-            # A workload that answers without reading the whole request: its answer counts.
+            # The workload answers without reading the whole request, which is allowed.
             self._up_closed = True
             data.clear()
             if self._tunnel:
@@ -339,34 +349,34 @@ class _Relay:
         return self._tunnel or (self._exchange is not None and not self._exchange.request.done)
 
     def _wait(self) -> None:
-        poll = select.poll()
         reading = self._wants_client()
         mask = (select.POLLIN if reading else 0) | (select.POLLOUT if self._down else 0)
         if not reading and not self._client_eof and not self._up_raw:
-            mask |= _POLLRDHUP
-        if not (self._client_eof and self._down_closed):
-            poll.register(self._client, mask)
+            mask |= POLLRDHUP
+        masks = {} if self._client_eof and self._down_closed else {self._client.fileno(): mask}
         upstream = select.POLLIN if not self._upstream_eof and not self._down_raw else 0
         if self.up and not self._up_closed:
             upstream |= select.POLLOUT
         if upstream:
-            # A descriptor without a mask still reports that it is hung up, over and over.
-            poll.register(self._upstream, upstream)
-        # A vsock that was half closed and then closes altogether does not say so: it has to be looked at.
-        found = dict(poll.poll(_LOOK_AGAIN_MS if self._client_eof and not self._down_closed else None))
-        self._look_at_client(found.get(self._client.fileno(), 0))
+            # Even without a mask poll reports a hang-up, over and over.
+            masks[self._upstream.fileno()] = upstream
+        found = poll(masks, CHECK_S if self._client_eof and not self._down_closed else None)
+        self._handle_client(found.get(self._client.fileno(), 0))
         if found.get(self._upstream.fileno(), 0) & ~select.POLLOUT:
             self._upstream_eof = self._read(self._upstream, self._down_raw) is False
 
-    def _look_at_client(self, events: int) -> None:
-        """Read from the client; :raises Gone: it has left."""
-        # When both halves are closed there may still be something to read that was sent before.
+    def _handle_client(self, events: int) -> None:
+        """Reads from the client.
+
+        :raises Gone: it has left
+        """
+        # Data may be left to read even if both halves are closed.
         if events & select.POLLIN:
             self._client_eof = self._read(self._client, self._up_raw) is False
         elif events & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
             raise Gone
-        elif events & _POLLRDHUP:
-            # Whatever follows the request will be read by nobody.
+        elif events & POLLRDHUP:
+            # Nobody will read what follows the request.
             self._client_eof = True
         if not self._client_eof or self._down_closed:
             return
@@ -375,7 +385,7 @@ class _Relay:
             raise Gone
 
     def _read(self, sock: socket.socket, into: bytearray) -> bool | None:
-        """Return True for bytes, False for the end, None for nothing now."""
+        """Returns True for bytes, False for the end, None if there is nothing now."""
         try:
             data = sock.recv(_BUFFER)
         except BlockingIOError:

@@ -1,18 +1,15 @@
-"""Where things act: the root filesystem that the VM was given, else the initramfs.
+"""The root directory of commands, files and workloads: the VM's root filesystem, else the initramfs.
 
-The agent lives in the initramfs and needs nothing of a root filesystem, which may have no shell, no Python and no
-libraries that fit. What it does for others does act there: programs are started in it and files are found in it.
+The agent lives in the initramfs and needs nothing of the root filesystem, which may lack a shell, Python and libraries.
+Programs and files of clients are those of the root filesystem.
 
-In Linux a root directory belongs to a thread as soon as that thread asks for it (`unshare(CLONE_FS)`). So `inside`
-runs a call in a thread of its own whose `/` is the root filesystem: every path that the call opens, every symbolic link
-that it follows and every program that it starts is found there, and nowhere else. Rejected: a function between fork
-and exec (Python code in the child of a process with many threads), a `chroot` program in front of each command (nobody
-could tell a program that is missing from one that ends with 127), and gluing paths together (a link in the root
-filesystem would lead to the agent's own files).
+In Linux a root directory belongs to a thread once that thread calls `unshare(CLONE_FS)`. So `inside` makes a call in a
+thread of its own whose `/` is the root filesystem: the kernel resolves every path, link and program in there. Nothing
+can be imported in such a call, as Python would search in there too. Rejected: code between fork and exec (unsafe in a
+process with threads), a `chroot` program in front of each command (a missing program looks like exit code 127), and
+putting paths together (a link could lead to the agent's own files).
 
-A call that runs inside must import nothing: it would be looked for in there.
-
-It is no wall. A workload is root in its VM, and the VM is the wall.
+This does not isolate: a workload is root in its VM, and the VM is the boundary.
 """
 
 # ruff: noqa: PTH123 - importing pathlib would cost every boot a good part of a second
@@ -27,6 +24,7 @@ from volant.model import agent
 
 from ._http import Problem
 from ._rootfs import ROOT, STATE_FILE
+from ._system import kernel_parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
     class Identity(TypedDict):
-        """Whom a program runs as; keywords of `subprocess.Popen`."""
+        """The user and groups of a program; keywords of `subprocess.Popen`."""
 
         user: int
         group: int
@@ -50,20 +48,19 @@ _known: tuple[str, str] | None = None
 
 
 class NoSuchUser(Exception):
-    """The root has no user, or no group, of that name."""
+    """The root filesystem has no user or no group of that name."""
 
 
 def state() -> tuple[str, str]:
-    """Return `none` (the initramfs is all there is), `pending`, `mounted` or `failed`, and why it failed."""
+    """Returns `none` (there is only the initramfs), `pending`, `mounted` or `failed`, and why it failed."""
     global _known
     if _known is None:
         found, why = "none", ""
-        if agent.ROOT_PARAMETER in _parameters():
+        if any(word.startswith(agent.ROOT_PARAMETER + "=") for word in kernel_parameters()):
             try:
                 with open(STATE_FILE) as handle:
                     text = handle.read(4096)
             except OSError:
-                # It will be there soon.
                 return "pending", ""
             found, _, why = text.strip().partition(": ")
         _known = found, why
@@ -71,7 +68,10 @@ def state() -> tuple[str, str]:
 
 
 def root() -> str:
-    """Return the directory in which things act; :raises Problem: 503, it is not there (yet)."""
+    """Returns the root directory.
+
+    :raises Problem: 503, the root filesystem is not mounted, or not yet
+    """
     found, why = state()
     if found == "pending":
         raise Problem(503, "the root filesystem is not mounted yet", headers=[("Retry-After", "1")])
@@ -81,7 +81,7 @@ def root() -> str:
 
 
 def figures() -> dict[str, int] | None:
-    """Return how large the root filesystem is and what of it is free, in MiB; None without one."""
+    """Returns size and free space of the root filesystem in MiB; None without one."""
     if state()[0] != "mounted":
         return None
     found = os.statvfs(ROOT)
@@ -92,9 +92,9 @@ def figures() -> dict[str, int] | None:
 
 
 def inside(call: Callable[[], T]) -> T:
-    """Return what `call()` returns, with `root()` as its `/` and its working directory.
+    """Returns the result of `call()`, made with `root()` as `/` and working directory. Raises what the call raises.
 
-    :raises Problem: 503, the root filesystem is not there; else whatever the call raises
+    :raises Problem: 503, the root filesystem is not mounted
     """
     where = root()
     if where == "/":
@@ -127,12 +127,12 @@ def _enter(where: str) -> None:
 
 
 def identity(user: str) -> Identity:
-    """Return whom `NAME`, `UID`, `NAME:GROUP` or `UID:GID` means, by the root's own `/etc/passwd` and `/etc/group`.
+    """Looks up `NAME`, `UID`, `NAME:GROUP` or `UID:GID` in `/etc/passwd` and `/etc/group` of the root filesystem.
 
-    They are read here and not by the C library, which would load the root filesystem's own modules for that.
+    Not with the C library, which would load libraries of the root filesystem for that (NSS).
 
-    :raises NoSuchUser: nobody
-    :raises Problem: 503, the root filesystem is not there
+    :raises NoSuchUser: there is no such user or group
+    :raises Problem: 503, the root filesystem is not mounted
     """
     users, groups = inside(lambda: (_table("/etc/passwd"), _table("/etc/group")))
     name, colon, group = user.partition(":")
@@ -164,7 +164,7 @@ def identity(user: str) -> Identity:
 
 def _table(path: str) -> list[list[str]]:
     try:
-        # A pipe in its place would be waited for.
+        # O_NONBLOCK: a FIFO in its place must not block.
         with open(
             os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="utf-8", errors="replace"
         ) as handle:
@@ -177,12 +177,3 @@ def _number(row: list[str], at: int, user: str) -> int:
     if len(row) <= at or not row[at].isdecimal() or len(row[at]) > 10:
         raise NoSuchUser(user)
     return int(row[at])
-
-
-def _parameters() -> list[str]:
-    """Return the names of the kernel's parameters."""
-    try:
-        with open("/proc/cmdline") as handle:
-            return [word.partition("=")[0] for word in handle.read(65536).split()]
-    except OSError:
-        return []

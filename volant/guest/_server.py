@@ -1,11 +1,9 @@
-"""The agent's server: takes byte streams, from wherever they come, and answers one request on each.
+"""The agent's server: takes byte streams from the transport, and answers one request on each.
 
-A thread for each stream, with blocking reads and one poll loop where two sides talk: there are at most 144 streams, so
-an event loop would only cost its import. The bound has a reserve that only the daemon's own routes may use, so a flood
-of relayed streams can't keep the daemon from asking how the guest is.
+A thread for each stream, with blocking reads, and one poll loop where it talks to two sides. There are at most 144
+streams, so an event loop would only cost the time to import it. 16 of them are reserved for the daemon's own routes: a
+flood of relayed streams can't keep the daemon from asking how the guest is.
 """
-
-# ruff: noqa: PTH123 - importing pathlib would cost every boot a good part of a second
 
 from __future__ import annotations
 
@@ -18,10 +16,12 @@ from volant import __version__
 from volant.model import agent
 
 from . import _root
-from ._http import Gone, Problem, Stream, parse_request
+from ._http import Gone, Problem, parse_request
 from ._memory import memory
 from ._output import Output
 from ._plugin import Plugin
+from ._stream import Stream
+from ._system import read_text
 from ._workload import Workload
 
 TYPE_CHECKING = False
@@ -38,10 +38,10 @@ _MAX_LEFTOVER = 8 * 1024 * 1024
 
 
 class Server:
-    """Everything that the agent does for its clients."""
+    """Routes requests, counts streams, and holds the state of the agent."""
 
     def __init__(self, shut_down: Callable[[float], None]) -> None:
-        """:param shut_down: begins the shutdown of the guest, with seconds of grace, and returns."""
+        """:param shut_down: begins the shutdown of the guest, with a grace period in seconds, and returns"""
         self.output = Output()
         self.workload = Workload(self.output)
         self.plugin = Plugin()
@@ -54,14 +54,28 @@ class Server:
         self._refused = 0
         self._began = self._last = time.monotonic()
         self.answered = threading.Event()
-        """Set when the first stream has been answered, or waits for the guest to be set up."""
+        """Set once the first stream was answered, or waits for `set_up`."""
         self.set_up = threading.Event()
-        """Set when commands find all that they may expect: mounts, devices."""
+        """Set once the guest has all its mounts and devices."""
         self.set_up.set()
         self._wanted = threading.Event()
+        self._routes: dict[str, tuple[tuple[str, ...], Callable[[Stream, Request], None]]] = {
+            agent.INFO: (("GET", "HEAD"), self._serve_info),
+            agent.EXEC: (("POST", "GET"), self._serve_exec),
+            agent.DAEMON_WORKLOAD: (("PUT", "GET", "HEAD"), self._serve_workload),
+            agent.DAEMON_MANIFEST: (("PUT",), self.plugin.serve_put),
+            agent.DAEMON_IDENTITY: (("PUT",), self._serve_identity),
+            agent.DAEMON_CLOCK: (("PUT",), self._serve_clock),
+            agent.DAEMON_HOSTS: (("PUT",), self._serve_hosts),
+            agent.DAEMON_SETTLE: (("POST",), self._serve_settle),
+            agent.DAEMON_WATCH: (("GET",), self.workload.serve_watch),
+            agent.DAEMON_LOGS: (("GET",), self.output.serve),
+            agent.DAEMON_ROOT: (("GET", "HEAD"), self._serve_root),
+            agent.DAEMON_SHUTDOWN: (("POST",), self._serve_shutdown),
+        }
 
     def serve(self, sock: socket) -> None:
-        """Take a stream and answer it, in a thread of its own; never blocks. The socket belongs to the server now."""
+        """Answers a stream in a thread of its own, and closes it; never blocks."""
         with self._lock:
             full = self._open >= agent.MAX_STREAMS + agent.RESERVED_STREAMS
             reserved = self._open >= agent.MAX_STREAMS
@@ -73,24 +87,24 @@ class Server:
                 self._served += 1
             self._last = time.monotonic()
         if full:
-            _turn_away(sock)
+            _refuse(sock)
             return
         try:
             threading.Thread(target=self._thread, args=(sock, reserved), name="stream", daemon=True).start()
         except RuntimeError:
             with self._lock:
                 self._open -= 1
-            _turn_away(sock)
+            _refuse(sock)
 
     def wait_for_quiet(self, quiet_s: float, at_most_s: float) -> None:
-        """Return when no stream has come for `quiet_s`, when one waits for `set_up`, or after `at_most_s`."""
+        """Returns when no stream has come for `quiet_s`, when one waits for `set_up`, or after `at_most_s`."""
         end = time.monotonic() + at_most_s
         while (left := min(self._last + quiet_s, end) - time.monotonic()) > 0:
             if self._wanted.wait(left):
                 return
 
     def _wait_until_set_up(self) -> None:
-        """What is not set up by then will not be; PID 1 has said why on the console."""
+        """Waits for `set_up`, at most 15 s: after that PID 1 has written to the console why something is missing."""
         if not self.set_up.is_set():
             self._wanted.set()
             self.answered.set()
@@ -98,7 +112,7 @@ class Server:
         self.plugin.write()
 
     def statistics(self) -> dict[str, int]:
-        """Return how many streams are open, were open at most, were served and were turned away."""
+        """Returns how many streams are open, were open at most, were served and were refused."""
         with self._lock:
             return {
                 "streams": self._open,
@@ -131,7 +145,7 @@ class Server:
                 text = f"the agent has a bug: {type(error).__name__}: {error}"
                 self._answer_problem(stream, Problem(500, text[:500]))
             self.answered.set()
-            _linger(stream)
+            _wait_for_close(stream)
         except (Gone, OSError):
             pass
 
@@ -145,30 +159,23 @@ class Server:
         if method == "CONNECT":
             from . import _relay
 
-            _relay.connect(stream, request, self.workload.comes)
+            _relay.connect(stream, request, self.workload.is_starting_at)
         elif path == agent.HEALTHZ:
             _allow(method, "GET", "HEAD")
-            self._answer_json(stream, self.healthz(), method)
+            _answer_json(stream, request, self.healthz())
         elif path.startswith(agent.WORKLOAD_PREFIX):
             self._forward(stream, request, request.target[len(agent.WORKLOAD_PREFIX) - 1 :])
         elif path.startswith(agent.AGENT_PREFIX):
-            self._own(stream, request, path, method)
+            self._route_own(stream, request)
         else:
             self._forward(stream, request, request.target)
 
-    def _own(self, stream: Stream, request: Request, path: str, method: str) -> None:
-        if path == agent.INFO:
-            _allow(method, "GET", "HEAD")
-            self._answer_json(stream, self.info(), method)
-        elif path == agent.EXEC:
-            _allow(method, "POST", "GET")
-            if method == "GET":
-                self._serve_exec_websocket(stream, request)
-            else:
-                from . import _exec
-
-                self._wait_for_root()
-                _exec.handle(stream, request)
+    def _route_own(self, stream: Stream, request: Request) -> None:
+        path = request.path
+        if path in self._routes:
+            methods, handler = self._routes[path]
+            _allow(request.method, *methods)
+            handler(stream, request)
         elif path == agent.EXEC_SESSIONS or path.startswith(agent.EXEC_SESSIONS + "/"):
             self._serve_exec_sessions(stream, request, path[len(agent.EXEC_SESSIONS) + 1 :])
         elif path.startswith(agent.FILES):
@@ -176,64 +183,24 @@ class Server:
 
             self._wait_for_root()
             _files.handle(stream, request, path[len(agent.FILES) :])
-        elif path == agent.DAEMON_WORKLOAD:
-            _allow(method, "PUT", "GET", "HEAD")
-            if method == "PUT":
-                self._wait_until_set_up()
-                _root.root()
-                self.workload.serve_put(stream, request, self.plugin)
-            else:
-                self.workload.serve_status(stream, head_only=method == "HEAD")
-        elif path == agent.DAEMON_MANIFEST:
-            _allow(method, "PUT")
-            self.plugin.serve_put(stream, request)
-        elif path == agent.DAEMON_IDENTITY:
-            _allow(method, "PUT")
-            from . import _identity
-
-            self._wait_for_root()
-            _identity.serve_identity(stream, request, self.output, self.workload, self.plugin)
-        elif path == agent.DAEMON_CLOCK:
-            _allow(method, "PUT")
-            from . import _identity
-
-            _identity.serve_clock(stream, request)
-        elif path == agent.DAEMON_HOSTS:
-            _allow(method, "PUT")
-            from . import _identity
-
-            self._wait_for_root()
-            _identity.serve_hosts(stream, request)
-        elif path == agent.DAEMON_SETTLE:
-            _allow(method, "POST")
-            from . import _identity
-
-            self._wait_for_root()
-            _identity.settle()
-            self._answer_json(stream, {}, method)
-        elif path == agent.DAEMON_WATCH:
-            _allow(method, "GET")
-            self.workload.serve_watch(stream)
-        elif path == agent.DAEMON_LOGS:
-            _allow(method, "GET")
-            self.output.serve(stream, request)
-        elif path == agent.DAEMON_ROOT:
-            _allow(method, "GET", "HEAD")
-            self._wait_until_set_up()
-            state, detail = _root.state()
-            self._answer_json(stream, {"state": state, "detail": detail}, method)
-        elif path == agent.DAEMON_SHUTDOWN:
-            _allow(method, "POST")
-            self._serve_shutdown(stream, request)
         else:
             raise Problem(404, f"the agent has no {path[:200]}")
 
     def _wait_for_root(self) -> None:
-        """:raises Problem: 503, it is not there."""
+        """:raises Problem: 503, the root filesystem is not mounted"""
         self._wait_until_set_up()
         _root.root()
 
-    def _serve_exec_websocket(self, stream: Stream, request: Request) -> None:
+    def _serve_info(self, stream: Stream, request: Request) -> None:
+        _answer_json(stream, request, self.info())
+
+    def _serve_exec(self, stream: Stream, request: Request) -> None:
+        if request.method == "POST":
+            from . import _exec
+
+            self._wait_for_root()
+            _exec.handle(stream, request)
+            return
         from ._websocket import is_upgrade
 
         if not is_upgrade(request):
@@ -241,18 +208,54 @@ class Server:
             raise Problem(426, text, hint="without one: POST", headers=[("Upgrade", "websocket")])
         self._exec_sessions().serve_websocket(stream, request, self._wait_for_root)
 
+    def _serve_workload(self, stream: Stream, request: Request) -> None:
+        if request.method == "PUT":
+            self._wait_for_root()
+            self.workload.serve_put(stream, request, self.plugin)
+        else:
+            _answer_json(stream, request, self.workload.status())
+
+    def _serve_identity(self, stream: Stream, request: Request) -> None:
+        from . import _identity
+
+        self._wait_for_root()
+        _identity.serve_identity(stream, request, self.output, self.workload, self.plugin)
+
+    def _serve_clock(self, stream: Stream, request: Request) -> None:
+        from . import _identity
+
+        _identity.serve_clock(stream, request)
+
+    def _serve_hosts(self, stream: Stream, request: Request) -> None:
+        from . import _identity
+
+        self._wait_for_root()
+        _identity.serve_hosts(stream, request)
+
+    def _serve_settle(self, stream: Stream, request: Request) -> None:
+        from . import _identity
+
+        self._wait_for_root()
+        _identity.settle()
+        _answer_json(stream, request, {})
+
+    def _serve_root(self, stream: Stream, request: Request) -> None:
+        self._wait_until_set_up()
+        state, detail = _root.state()
+        _answer_json(stream, request, {"state": state, "detail": detail})
+
     def _serve_exec_sessions(self, stream: Stream, request: Request, identifier: str) -> None:
         method = request.method
         if not identifier:
             _allow(method, "GET", "HEAD")
-            self._answer_json(stream, {"sessions": self._exec_sessions().list()}, method)
+            _answer_json(stream, request, {"sessions": self._exec_sessions().list()})
             return
         _allow(method, "GET", "HEAD", "DELETE")
         if method == "DELETE":
             self._exec_sessions().end(identifier)
             stream.start(204, ())
         else:
-            self._answer_json(stream, self._exec_sessions().get(identifier), method)
+            _answer_json(stream, request, self._exec_sessions().get(identifier))
 
     def _exec_sessions(self) -> Sessions:
         with self._lock:
@@ -268,24 +271,19 @@ class Server:
             raise Problem(404, "this guest has no workload that serves HTTP")
         from . import _relay
 
-        _relay.forward(stream, request, target, port, self.workload.comes)
+        _relay.forward(stream, request, target, port, self.workload.is_starting_at)
 
     def _serve_shutdown(self, stream: Stream, request: Request) -> None:
-        from ._exec import check_number, decode_json
+        from ._checks import check_number, decode_json
 
         body = stream.read_body(request)
         value = decode_json(body, {"grace_s"}) if body else {}
         grace = check_number(value.get("grace_s", agent.DEFAULT_GRACE_S), "grace_s", 0, agent.MAX_GRACE_S)
-        self._answer_json(stream, {"state": "stopping", "grace_s": grace}, "POST", status=202)
+        _answer_json(stream, request, {"state": "stopping", "grace_s": grace}, status=202)
         self._shut_down(grace)
 
-    def _answer_json(self, stream: Stream, value: object, method: str, *, status: int = 200) -> None:
-        import json
-
-        stream.answer(status, json.dumps(value).encode() + b"\n", head_only=method == "HEAD")
-
     def healthz(self) -> dict[str, object]:
-        """Return an `agent_types.Healthz`."""
+        """Returns an `agent_types.Healthz`."""
         return {
             "status": "ok",
             "protocol": agent.PROTOCOL_VERSION,
@@ -295,7 +293,7 @@ class Server:
         }
 
     def info(self) -> dict[str, object]:
-        """Return an `agent_types.Info`."""
+        """Returns an `agent_types.Info`."""
         from ._identity import instance_id
 
         system = os.uname()
@@ -304,8 +302,8 @@ class Server:
             "protocol": {"min": agent.PROTOCOL_MIN, "max": agent.PROTOCOL_VERSION},
             "kernel": system.release,
             "hostname": system.nodename,
-            # Made by the kernel when it is first read, so nobody may ask for it in a guest that becomes a template.
-            "boot_id": _first_line("/proc/sys/kernel/random/boot_id"),
+            # The kernel makes it at the first read. So it must not be read in a guest that becomes a template.
+            "boot_id": read_text("/proc/sys/kernel/random/boot_id"),
             "instance_id": instance_id(),
             "uptime_s": round(time.clock_gettime(time.CLOCK_BOOTTIME), 3),
             "cpus": os.cpu_count() or 1,
@@ -330,8 +328,8 @@ def _too_many() -> Problem:
     return Problem(503, text, headers=[("Retry-After", "1")])
 
 
-def _turn_away(sock: socket) -> None:
-    """Say 503 without waiting for anything, not even for the request."""
+def _refuse(sock: socket) -> None:
+    """Answers 503 and closes, without waiting for the request."""
     try:
         body = _too_many().body()
         sock.setblocking(False)
@@ -345,15 +343,21 @@ def _turn_away(sock: socket) -> None:
         sock.close()
 
 
+def _answer_json(stream: Stream, request: Request, value: object, *, status: int = 200) -> None:
+    import json
+
+    stream.answer(status, json.dumps(value).encode() + b"\n", head_only=request.method == "HEAD")
+
+
 def _allow(method: str, *methods: str) -> None:
     if method not in methods:
         raise Problem(405, f"not with {method[:32]}", headers=[("Allow", ", ".join(methods))])
 
 
-def _linger(stream: Stream) -> None:
-    """Say that the answer is complete, and let the client read it before the socket goes.
+def _wait_for_close(stream: Stream) -> None:
+    """Ends the answer, and waits at most 2 s until the client closes.
 
-    Closing a socket that has unread bytes resets it, and the answer may be lost with it.
+    Closing a socket with unread bytes resets the connection, and the client may lose the answer.
     """
     import socket
 
@@ -370,11 +374,3 @@ def _linger(stream: Stream) -> None:
             dropped += len(data)
     except OSError:
         pass
-
-
-def _first_line(path: str) -> str:
-    try:
-        with open(path) as handle:
-            return handle.readline(256).strip()
-    except OSError:
-        return ""

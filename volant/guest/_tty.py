@@ -1,5 +1,4 @@
-"""Pseudo terminals, through their ioctls: Debian's Python has `termios` as a library of its own, which is not in the
-image."""
+"""Pseudo-terminals by ioctl: Debian's Python has `termios` in a shared library, which the image lacks."""
 
 from __future__ import annotations
 
@@ -22,13 +21,12 @@ _LOCAL_FLAGS = 3
 _CHARACTERS = 5
 
 become_controlling: Callable[[], object] = partial(fcntl.ioctl, 0, _TIOCSCTTY, 0)
-"""Makes standard input the terminal of the session that the caller leads: for the child, between fork and exec.
-
-It is one call of a C function, so that it needs no lock that another thread may hold."""
+"""Makes standard input the controlling terminal of the caller's session. For a child between fork and exec: as one call
+of a C function, it needs no lock that another thread may hold."""
 
 
 def open_terminal(rows: int, cols: int) -> tuple[int, int]:
-    """Return both ends of a new one: ours, which does not block, and the command's."""
+    """Returns both ends of a new pseudo-terminal: ours, which does not block, and the command's."""
     ours, theirs = os.openpty()
     os.set_blocking(ours, False)
     resize(ours, rows, cols)
@@ -36,14 +34,14 @@ def open_terminal(rows: int, cols: int) -> tuple[int, int]:
 
 
 def resize(ours: int, rows: int, cols: int) -> None:
-    """Tell the size; the programs in the foreground get SIGWINCH."""
+    """Sets the size; the kernel sends SIGWINCH to the foreground programs."""
     fcntl.ioctl(ours, _TIOCSWINSZ, struct.pack("=4H", rows, cols, 0, 0))
 
 
 def end_of_input(ours: int, *, in_a_line: bool) -> bytes:
-    """Return what is typed to say that nothing more comes: nothing where programs read characters and not lines.
+    """Returns the characters that end the input, as if typed (VEOF); none if the terminal is not in line mode.
 
-    `in_a_line`: a line was begun, so that its first end only hands it over.
+    :param in_a_line: a line was begun; then the first VEOF only delivers it, and a second one ends the input
     """
     found = _TERMIOS.unpack(fcntl.ioctl(ours, _TCGETS, bytes(_TERMIOS.size)))
     if not found[_LOCAL_FLAGS] & _ICANON:

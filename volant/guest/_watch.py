@@ -1,4 +1,4 @@
-"""Waiting for something and for the client's leaving at the same time."""
+"""Waiting for descriptors, for other threads, and for a client to leave."""
 
 from __future__ import annotations
 
@@ -6,45 +6,72 @@ import os
 import select
 import time
 
-from ._http import Gone, has_left
+from ._http import Gone
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from socket import socket
 
-_POLLRDHUP = 0x2000
-_LOOK_AGAIN_MS = 1000
+POLLRDHUP = 0x2000
+CHECK_S = 1.0
+"""How often a half-closed client is checked: a vsock that closes after a half close wakes nobody."""
 
 
-class Bell:
-    """Wakes up the one thread that waits for it, from any other."""
+def poll(masks: dict[int, int], timeout_s: float | None = None) -> dict[int, int]:
+    """Waits for events; returns them by descriptor, nothing when the time is over.
+
+    :param masks: descriptors and the events to wait for
+    :param timeout_s: None: no limit; below 0: do not wait
+    """
+    poller = select.poll()
+    for fd, mask in masks.items():
+        poller.register(fd, mask)
+    return dict(poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000 + 0.999))))
+
+
+def has_left(sock: socket) -> bool:
+    """Returns whether a client whose end of file was read has closed its stream, and not just one half of it.
+
+    Sending nothing fails once the peer reads no more, for Unix sockets and vsock. (For TCP only a real write fails.)
+    """
+    try:
+        sock.send(b"")
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+class Wakeup:
+    """Wakes the one thread that polls `fd`, from any other thread."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    def ring(self) -> None:
-        """Wake it up, now or when it next waits."""
+    def wake(self) -> None:
+        """Wakes the thread, now or when it polls next."""
         try:
             os.eventfd_write(self.fd, 1)
         except (BlockingIOError, OSError):
             pass
 
-    def quiet(self) -> None:
-        """Forget that it rang."""
+    def clear(self) -> None:
+        """Makes the next poll wait again."""
         try:
             os.eventfd_read(self.fd)
         except BlockingIOError:
             pass
 
     def close(self) -> None:
-        """Give the descriptor back; nobody may ring any more."""
+        """Closes the descriptor; `wake` must not be called any more."""
         os.close(self.fd)
 
 
 class Client:
-    """A client that is being answered, and that may leave at any time.
+    """A client that waits for its answer, and may leave at any time.
 
-    Its half close is no leaving: it may say "no more of the request" and still wait for the answer.
+    A half close does not count as leaving: the client ends its request and still waits for the answer.
     """
 
     def __init__(self, sock: socket) -> None:
@@ -53,42 +80,37 @@ class Client:
         self._half_closed = False
 
     def wait(self, others: dict[int, int], timeout_s: float | None, *, writable: bool = False) -> dict[int, int]:
-        """Wait for `others` (descriptor to poll mask), or, with `writable`, until the client takes bytes.
+        """Waits for events of other descriptors, and with `writable` until the client takes bytes.
 
-        Returns the events by descriptor, those of the client's socket too; empty when the time is over.
+        Returns the events by descriptor, those of the client's socket included; nothing when the time is over.
 
         :raises Gone: the client has left
         """
-        poll = select.poll()
-        mask = (select.POLLOUT if writable else 0) | (0 if self._half_closed else _POLLRDHUP)
-        poll.register(self.sock, mask)
-        for fd, events in others.items():
-            poll.register(fd, events)
+        own = self.sock.fileno()
         end = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            left_ms = None if end is None else max(0, int((end - time.monotonic()) * 1000 + 0.999))
-            # A vsock that was closed after a half close does not say so: it has to be looked at.
-            slice_ms = left_ms
+            left_s = None if end is None else end - time.monotonic()
+            wait_s = left_s
             if self._half_closed:
-                slice_ms = _LOOK_AGAIN_MS if left_ms is None else min(left_ms, _LOOK_AGAIN_MS)
-            found = dict(poll.poll(slice_ms))
-            mine = found.get(self.sock.fileno(), 0)
-            if mine & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+                wait_s = CHECK_S if left_s is None else min(left_s, CHECK_S)
+            mask = (select.POLLOUT if writable else 0) | (0 if self._half_closed else POLLRDHUP)
+            found = poll({own: mask, **others}, wait_s)
+            events = found.pop(own, 0)
+            if events & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
                 raise Gone
-            if (mine & _POLLRDHUP or self._half_closed) and has_left(self.sock):
+            if (events & POLLRDHUP or self._half_closed) and has_left(self.sock):
                 raise Gone
-            if mine & _POLLRDHUP:
-                self._half_closed = True
-                mask &= ~_POLLRDHUP
-                poll.modify(self.sock, mask)
-                found[self.sock.fileno()] = mine & ~_POLLRDHUP
-                if not found[self.sock.fileno()]:
-                    del found[self.sock.fileno()]
+            self._half_closed = self._half_closed or bool(events & POLLRDHUP)
+            if events & ~POLLRDHUP:
+                found[own] = events & ~POLLRDHUP
             if found or (end is not None and time.monotonic() >= end):
                 return found
 
     def send_some(self, data: memoryview) -> int:
-        """Write what fits now, perhaps nothing; :raises Gone: the client has left."""
+        """Writes as much as fits now, perhaps nothing; returns how many bytes.
+
+        :raises Gone: the client has left
+        """
         try:
             return self.sock.send(data)
         except BlockingIOError:

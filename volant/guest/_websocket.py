@@ -1,9 +1,9 @@
-"""The server's end of a WebSocket on a stream whose request has been read.
+"""The server's end of a WebSocket (RFC 6455) on a stream whose request has been read.
 
-The protocol is wsproto's: frames, masks, fragments, UTF-8, the closing handshake. What is here is the bound on a
-message, and the buffer between frames and a socket that must never block its thread: `receive` takes what one read
-gives, `send` puts frames into `out`, `flush` writes what the socket takes. Compression is not negotiated: inside one
-machine it costs more than it saves, and it turns a small frame into a large message.
+wsproto does the protocol: frames, masks, fragments, UTF-8, the closing handshake. This module bounds messages, and
+buffers for a socket that never blocks: `receive` reads once, `send` puts frames into `out`, `flush` writes as much of
+`out` as the socket takes. Compression is never negotiated: inside one machine it costs more than it saves, and it makes
+large messages of small frames.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from wsproto import WSConnection
 
-    from ._http import Request, Stream
+    from ._http import Request
+    from ._stream import Stream
 
 NORMAL = 1000
 PROTOCOL_ERROR = 1002
@@ -27,18 +28,19 @@ _MAX_REASON = 120
 
 
 class WebSocket:
-    """One connection. `max_message`: bytes of a binary message, or characters of a text."""
+    """One connection."""
 
     def __init__(self, stream: Stream, request: Request, max_message: int) -> None:
-        """Answer the handshake; the answer lies in `out`.
+        """Puts the answer to the handshake into `out`.
 
-        :raises Problem: 400 or 426, this is no handshake
+        :param max_message: bytes of a binary message, or characters of a text
+        :raises Problem: 400 or 426, the request is not a handshake
         """
         self.sock = stream.sock
         self.out = bytearray()
         """Bytes that the socket has not taken yet."""
         self.closing = False
-        """Whether a closing frame has been sent or has come: there will be no more messages."""
+        """Whether either side has sent its closing frame: there are no messages after it."""
         self._max = max_message
         self._parts: list[str] | list[bytes] = []
         self._size = 0
@@ -50,9 +52,9 @@ class WebSocket:
         self.sock.setblocking(False)
 
     def receive(self) -> list[str | bytes]:
-        """Take what has come and return the messages that are whole now; answers to pings lie in `out`.
+        """Reads once; returns the messages that are complete now. Answers to pings go into `out`.
 
-        A client that breaks the protocol, or its bounds, or that closes, makes `closing` true.
+        Sets `closing` when the client closes, breaks the protocol, or sends too long a message.
 
         :raises Gone: the stream has ended or broken
         """
@@ -76,11 +78,11 @@ class WebSocket:
 
     @property
     def has_early(self) -> bool:
-        """Whether `receive` has something already: no poll tells of that."""
+        """Whether `receive` has data from before, of which no poll tells."""
         return bool(self._early or self._unread)
 
     def unread(self, messages: list[str | bytes]) -> None:
-        """Let `receive` return these once more."""
+        """Makes the next `receive` return these messages."""
         self._unread = messages
 
     def _messages(self) -> list[str | bytes]:
@@ -112,7 +114,7 @@ class WebSocket:
         return messages
 
     def send(self, data: str | bytes) -> None:
-        """Put a message into `out`; once `closing`, it is dropped."""
+        """Puts a message into `out`; drops it once `closing`."""
         from wsproto.events import BytesMessage, TextMessage
 
         if not self.closing:
@@ -120,7 +122,7 @@ class WebSocket:
             self.out += self._connection.send(event)
 
     def close(self, code: int, reason: str = "") -> None:
-        """Put a closing frame into `out`, if there is none yet."""
+        """Puts a closing frame into `out`, if neither side has sent one."""
         from wsproto.events import CloseConnection
 
         if not self.closing:
@@ -128,7 +130,10 @@ class WebSocket:
             self.out += self._connection.send(CloseConnection(code=code, reason=reason[:_MAX_REASON]))
 
     def flush(self) -> int:
-        """Write what the socket takes; return how many bytes it took. :raises Gone: the stream has broken."""
+        """Writes what the socket takes; returns how many bytes.
+
+        :raises Gone: the stream has broken
+        """
         if not self.out:
             return 0
         try:
@@ -142,7 +147,7 @@ class WebSocket:
 
 
 def is_upgrade(request: Request) -> bool:
-    """Whether a request asks for a WebSocket, well or badly."""
+    """Returns whether a request asks for a WebSocket, valid or not."""
     return request.header(b"upgrade").lower() == b"websocket"
 
 
@@ -167,7 +172,7 @@ def _accept(request: Request, out: bytearray) -> WSConnection:
         if len(events) != 1 or not isinstance(events[0], Asked):
             raise ValueError
     except Exception as error:
-        # Beside wsproto's own, errors of the parser under it, and of the names of hosts.
+        # Also errors of wsproto's parser, and of host names in IDNA.
         text = str(error) if isinstance(error, ProtocolError) else ""
         raise Problem(400, f"this is no handshake of a WebSocket{': ' if text else ''}{text}") from None
     out += connection.send(AcceptConnection())

@@ -1,8 +1,7 @@
-"""The workload: the one program that a guest is there for. Started, watched, checked and started anew.
+"""The workload: the one program that a guest is there for. This module starts, watches, checks and restarts it.
 
-The two pipes that it writes to live as long as the agent, so runs share them and two pump threads are enough. When a
-run has ended, what is left of its process group is killed before the next begins: a forgotten child would keep the
-port.
+The two pipes that it writes to live as long as the agent, so all runs share them and two pump threads are enough. When
+a run has ended, the rest of its process group is killed before the next run: a child left behind would keep the port.
 """
 
 from __future__ import annotations
@@ -15,70 +14,33 @@ import time
 
 from volant.model import agent
 
-from ._exec import (
-    SpawnError,
-    base_environment,
-    check_directory,
-    check_environment,
-    check_number,
-    check_object,
-    check_strings,
-    decode_json,
-    how_it_ended,
-    kill_group,
-    spawn,
-)
-from ._http import Problem, chunk
-from ._watch import Bell, Client
+from ._checks import check_directory, check_environment, check_object, check_port, check_strings, decode_json
+from ._health_check import HealthCheck
+from ._http import Problem
+from ._process import SpawnError, base_environment, how_it_ended, kill_group, signal_group, spawn
+from ._stream import chunk
+from ._watch import Client, Wakeup
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
     from typing import Any
 
-    from ._http import Request, Stream
+    from ._http import Request
     from ._output import Output
     from ._plugin import Plugin
+    from ._stream import Stream
 
 _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 30.0
 _WELL_S = 60.0
+"""A run that lasted so long resets the pause before the next."""
 _STARTING_CHECK_S = 0.5
 _COPIED_CHECK_S = 0.05
 _READ = 64 * 1024
 _MAX_WATCHERS = 8
 _FIELDS = {"entrypoint", "env", "workdir", "port", "restart", "health_check"}
-_CHECK_FIELDS = {"path", "port", "command", "interval_s", "timeout_s", "retries"}
 _POLICIES = ("never", "on-failure", "always")
-
-
-class HealthCheck:
-    """How to find out whether the workload is well."""
-
-    def __init__(self, value: object, port: int | None) -> None:
-        """:raises Problem: 400, a field is wrong."""
-        field = "health_check"
-        if not isinstance(value, dict):
-            raise Problem(400, f"{field} is no object", field=field)
-        for name in value:
-            if name not in _CHECK_FIELDS:
-                raise Problem(400, f"unknown field {field}.{name[:80]}", field=f"{field}.{name[:80]}")
-        self.path: str | None = value.get("path")
-        self.command = check_strings(value.get("command", []), f"{field}.command", empty=True)
-        if (self.path is None) == (not self.command):
-            raise Problem(400, f"{field} needs either a path or a command", field=field)
-        if self.path is not None:
-            path = self.path
-            if not isinstance(path, str) or not path.startswith("/") or not path.isascii() or not path.isprintable():
-                raise Problem(400, f"{field}.path is no path", field=f"{field}.path")
-            if " " in path:
-                raise Problem(400, f"{field}.path has a space", field=f"{field}.path")
-        self.port = _check_port(value.get("port"), f"{field}.port") or port
-        if self.path is not None and self.port is None:
-            raise Problem(400, f"{field} by path needs a port", field=f"{field}.port")
-        self.interval_s = check_number(value.get("interval_s", 5.0), f"{field}.interval_s", 0.1, 3600)
-        self.timeout_s = check_number(value.get("timeout_s", 2.0), f"{field}.timeout_s", 0.1, 600)
-        self.retries = int(check_number(value.get("retries", 3), f"{field}.retries", 1, 100))
 
 
 class Spec:
@@ -90,7 +52,7 @@ class Spec:
         self.entrypoint = check_strings(value.get("entrypoint"), "entrypoint")
         self.env = base_environment() | check_environment(value.get("env", {}), "env")
         self.workdir = check_directory(value.get("workdir", "/"), "workdir")
-        self.port = _check_port(value.get("port"), "port")
+        self.port = check_port(value.get("port"), "port")
         self.restart = value.get("restart", "on-failure")
         if self.restart not in _POLICIES:
             raise Problem(400, f"restart is none of {', '.join(_POLICIES)}", field="restart")
@@ -98,23 +60,20 @@ class Spec:
         self.health_check = None if check is None else HealthCheck(check, self.port)
 
 
-def spec_of(value: object) -> Spec:
-    """:raises Problem: 400, it is none."""
+def check_spec(value: object) -> Spec:
+    """Returns the spec of a workload.
+
+    :raises Problem: 400, a field is wrong
+    """
     return Spec(check_object(value, _FIELDS, "the workload"))
 
 
-def _check_port(value: object, field: str) -> int | None:
-    if value is None:
-        return None
-    return int(check_number(value, field, 1, 65535))
-
-
 class Workload:
-    """What runs, how it is, and who wants to know."""
+    """The workload, its state, and the clients that watch it."""
 
     def __init__(self, output: Output) -> None:
         self.environment: dict[str, str] = {}
-        """What each run finds in its environment, unless the spec says otherwise."""
+        """Variables of each run, which those of the spec override."""
         self._output = output
         self._lock = threading.Condition()
         self._spec: Spec | None = None
@@ -128,22 +87,22 @@ class Workload:
         self._version = 0
         self._stopping = False
         self._ended = threading.Event()
-        self._bells: set[Bell] = set()
+        self._watchers: set[Wakeup] = set()
         self._pipes: tuple[int, int] | None = None
         self._pumps: list[threading.Thread] = []
 
     @property
     def port(self) -> int | None:
-        """Where it serves HTTP, if it does."""
+        """The port where it serves HTTP, if it does."""
         spec = self._spec
         return spec.port if spec else None
 
-    def comes(self, port: int) -> bool:
-        """Whether it will listen at `port` soon, as far as anybody can tell."""
+    def is_starting_at(self, port: int) -> bool:
+        """Returns whether it is starting, and will serve `port`."""
         return self._state == "starting" and port == self.port
 
     def status(self) -> dict[str, object]:
-        """Return a `agent_types.WorkloadStatus`."""
+        """Returns an `agent_types.WorkloadStatus`."""
         with self._lock:
             return self._status()
 
@@ -161,12 +120,20 @@ class Workload:
         return status
 
     def serve_put(self, stream: Stream, request: Request, plugin: Plugin) -> None:
-        """Answer `PUT /v1/daemon/workload`; :raises Problem: 400 malformed, 409 there is another one."""
+        """Answers `PUT /v1/daemon/workload`.
+
+        :raises Problem: 400 malformed, 409 the guest has another workload
+        """
+        import json
+
         self.begin(Spec(decode_json(stream.read_body(request), _FIELDS)), plugin)
-        self.serve_status(stream)
+        stream.answer(200, json.dumps(self.status()).encode() + b"\n")
 
     def begin(self, spec: Spec, plugin: Plugin) -> None:
-        """Run it from now on; :raises Problem: 409 there is another one."""
+        """Starts supervising a workload; does nothing if it is the same one.
+
+        :raises Problem: 409, the guest has another workload or shuts down
+        """
         plugin.write()
         self.environment = plugin.environment()
         with self._lock:
@@ -179,42 +146,45 @@ class Workload:
             elif self._spec.raw != spec.raw:
                 raise Problem(409, "this guest has another workload already", hint="restart the VM to change it")
 
-    def serve_status(self, stream: Stream, *, head_only: bool = False) -> None:
-        """Answer `GET /v1/daemon/workload`."""
+    def serve_watch(self, stream: Stream, request: Request) -> None:
+        """Answers `GET /v1/daemon/watch`.
+
+        :raises Problem: 503, too many clients watch
+        :raises Gone: the client left
+        """
         import json
 
-        stream.answer(200, json.dumps(self.status()).encode() + b"\n", head_only=head_only)
-
-    def serve_watch(self, stream: Stream) -> None:
-        """Answer `GET /v1/daemon/watch`; :raises Problem: 503, too many watch; :raises Gone: the client left."""
-        import json
-
-        bell = Bell()
+        del request
+        wakeup = Wakeup()
         with self._lock:
-            if len(self._bells) >= _MAX_WATCHERS:
-                bell.close()
+            if len(self._watchers) >= _MAX_WATCHERS:
+                wakeup.close()
                 raise Problem(503, f"{_MAX_WATCHERS} clients watch the workload already")
-            self._bells.add(bell)
+            self._watchers.add(wakeup)
         try:
             stream.start(200, [("Content-Type", "application/x-ndjson")], chunked=True)
             client = Client(stream.sock)
             seen = -1
             while True:
-                bell.quiet()
+                wakeup.clear()
                 with self._lock:
                     version, status = self._version, self._status()
                 if version != seen:
                     seen = version
                     stream.send(chunk(json.dumps(status).encode() + b"\n"))
-                client.wait({bell.fd: select.POLLIN}, None)
+                client.wait({wakeup.fd: select.POLLIN}, None)
         finally:
             with self._lock:
-                self._bells.discard(bell)
-                bell.close()
+                self._watchers.discard(wakeup)
+                wakeup.close()
 
-    def is_copied(self, number: signal.Signals | None, timeout_s: float | None) -> str:
-        """What runs is a copy now: tell it by a signal, if it wants one, and return why it is not well after
-        `timeout_s`, or nothing. None: its check is not asked."""
+    def notify_copied(self, number: signal.Signals | None, timeout_s: float | None) -> str:
+        """Notifies the workload that it runs in a copy, and waits until its health check passes.
+
+        :param number: the signal to send; None: none
+        :param timeout_s: how long the check may fail; None: do not check
+        :returns: why the workload is not healthy, or an empty text
+        """
         with self._lock:
             spec, process = self._spec, self._process
             if spec is None or process is None:
@@ -228,20 +198,20 @@ class Workload:
             return ""
         end = time.monotonic() + timeout_s
         while spec.health_check is not None:
-            why = run_check(spec.health_check)
+            why = spec.health_check.run()
             if not why or time.monotonic() >= end:
                 return why
             time.sleep(_COPIED_CHECK_S)
         return ""
 
     def stop(self, grace_s: float) -> None:
-        """Ask it to end, kill it after `grace_s`, and wait until all that it wrote is in the rings."""
+        """Sends SIGTERM, after `grace_s` SIGKILL, and waits until all output is in the ring buffers."""
         with self._lock:
             self._stopping = True
             supervised = self._spec is not None
             process = self._process
             if process is not None:
-                _signal_group(process, signal.SIGTERM)
+                signal_group(process, signal.SIGTERM)
             self._lock.notify_all()
         if supervised and not self._ended.wait(grace_s):
             with self._lock:
@@ -260,8 +230,8 @@ class Workload:
 
     def _changed(self) -> None:
         self._version += 1
-        for bell in self._bells:
-            bell.ring()
+        for watcher in self._watchers:
+            watcher.wake()
 
     def _supervise(self, spec: Spec) -> None:
         try:
@@ -303,7 +273,7 @@ class Workload:
         os.close(fd)
 
     def _run_once(self, spec: Spec) -> bool:
-        """Run it once; return whether it is to be started again."""
+        """Runs it once; returns whether to start it again."""
         import subprocess
 
         assert self._pipes is not None
@@ -329,8 +299,7 @@ class Workload:
             run = self._run
             self._set("starting" if spec.health_check else "healthy")
         if spec.health_check is not None:
-            check = spec.health_check
-            threading.Thread(target=self._check, args=(check, run, process), name="check", daemon=True).start()
+            threading.Thread(target=self._check, args=(spec.health_check, run), name="check", daemon=True).start()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         with self._lock:
             kill_group(process)
@@ -345,13 +314,12 @@ class Workload:
             self._set("exited" if code == 0 or self._stopping else "failed")
             return False
 
-    def _check(self, check: HealthCheck, run: int, process: subprocess.Popen[bytes]) -> None:
-        """Look after one run until it has ended."""
-        del process
+    def _check(self, check: HealthCheck, run: int) -> None:
+        """Checks one run until it has ended."""
         began = time.monotonic()
         failures = 0
         while True:
-            error = run_check(check)
+            error = check.run()
             with self._lock:
                 if self._run != run or self._stopping:
                     return
@@ -360,7 +328,7 @@ class Workload:
                     if self._state != "healthy":
                         self._set("healthy")
                 elif self._state == "starting":
-                    # Before it has ever been well it is asked more often, and given the same time.
+                    # Until the first success it is checked more often, for the same time.
                     if time.monotonic() - began >= check.interval_s * check.retries:
                         self._set("unhealthy", error)
                 else:
@@ -372,60 +340,3 @@ class Workload:
                     pause = min(pause, _STARTING_CHECK_S)
                 if self._lock.wait_for(lambda: self._run != run or self._stopping, pause):
                     return
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
-        os.killpg(process.pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
-
-
-def run_check(check: HealthCheck) -> str:
-    """Return why a check fails, or an empty text when it passes."""
-    return _check_command(check) if check.command else _check_http(check)
-
-
-def _check_command(check: HealthCheck) -> str:
-    import subprocess
-
-    null = subprocess.DEVNULL
-    try:
-        process = spawn(check.command, base_environment(), "/", None, null, null, null)
-    except SpawnError as error:
-        return str(error)
-    try:
-        code = process.wait(check.timeout_s)
-    except subprocess.TimeoutExpired:
-        kill_group(process)
-        process.wait()
-        return f"the check did not end within {check.timeout_s:g} s"
-    return "" if code == 0 else f"the check ended with {code}"
-
-
-def _check_http(check: HealthCheck) -> str:
-    import socket
-
-    end = time.monotonic() + check.timeout_s
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
-            sock.settimeout(check.timeout_s)
-            sock.connect(("127.0.0.1", check.port))
-            head = f"GET {check.path} HTTP/1.1\r\nHost: localhost:{check.port}\r\nConnection: close\r\n\r\n"
-            sock.sendall(head.encode())
-            data = b""
-            while b"\r\n" not in data and len(data) < 4096:
-                sock.settimeout(max(0.001, end - time.monotonic()))
-                piece = sock.recv(4096)
-                if not piece:
-                    break
-                data += piece
-    except TimeoutError:
-        return f"no answer within {check.timeout_s:g} s"
-    except OSError as error:
-        return f"no answer: {error.strerror}"
-    words = data.split(b"\r\n", 1)[0].split(b" ")
-    if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
-        return "the answer is no HTTP"
-    status = int(words[1])
-    return "" if 200 <= status < 400 else f"the answer has the status {status}"

@@ -1,0 +1,210 @@
+"""The process of a command over WebSockets, with its pipes or its terminal. Nothing here blocks but `reap`."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+
+from ._exec import MAX_PIPE, READ, REAP_S
+from ._process import has_exited, how_it_ended, kill_session, signal_group, spawn
+from ._watch import poll
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ._exec import Command
+    from ._exec_output import OutputHistory
+
+STDIN, STDOUT, STDERR = 0, 1, 2
+MAX_INPUT = 1024 * 1024
+"""How much input is kept for a command that does not read it. Also the longest message of a client."""
+_HANG_UP_S = 1.0
+
+
+class Program:
+    """A running command. Its output goes into a history, its input comes from a buffer."""
+
+    def __init__(self, command: Command, output: OutputHistory) -> None:
+        """Starts the command.
+
+        :raises SpawnError: the command does not start
+        """
+        import subprocess
+
+        self._output = output
+        self._input = bytearray(command.stdin)
+        self._input_ends = False
+        self._in_a_line = False
+        self._channels: dict[int, int] = {}
+        self._terminal = -1
+        arguments = (command.command, command.env, command.cwd, command.user)
+        if command.tty:
+            from ._tty import open_terminal
+
+            self._terminal, theirs = open_terminal(command.rows, command.cols)
+            try:
+                self._process = spawn(*arguments, theirs, theirs, theirs, terminal=True)
+            except BaseException:
+                os.close(self._terminal)
+                raise
+            finally:
+                os.close(theirs)
+            self._input_fd = self._terminal
+            self._channels[self._terminal] = STDOUT
+        else:
+            self._process = spawn(*arguments, subprocess.PIPE, subprocess.PIPE, subprocess.PIPE)
+            pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
+            self._input_fd, stdout, stderr = (pipe.fileno() for pipe in pipes if pipe is not None)
+            self._channels |= {stdout: STDOUT, stderr: STDERR}
+            for fd in (self._input_fd, *self._channels):
+                os.set_blocking(fd, False)
+        self.pidfd = os.pidfd_open(self.pid)
+        """Readable once the process has ended."""
+
+    @property
+    def pid(self) -> int:
+        """The process. Its number is valid until the process is reaped."""
+        return self._process.pid
+
+    @property
+    def takes_input(self) -> bool:
+        """Whether the buffer of its input has room."""
+        return len(self._input) < MAX_INPUT
+
+    def masks(self, *, read: bool) -> dict[int, int]:
+        """Returns the descriptors and events to poll for; `read`: its output, too."""
+        masks = {self.pidfd: select.POLLIN}
+        if read:
+            masks.update(dict.fromkeys(self._channels, select.POLLIN))
+        if self._input and self._input_fd >= 0:
+            masks[self._input_fd] = masks.get(self._input_fd, 0) | select.POLLOUT
+        return masks
+
+    def move(self, found: dict[int, int]) -> None:
+        """Writes input and reads output, as far as the polled events allow."""
+        self._feed(found)
+        for fd in list(self._channels):
+            if fd in found:
+                self._read(fd)
+
+    def drain(self) -> None:
+        """Reads the rest of the output, at most what a pipe can hold, and ends the channels."""
+        for fd in list(self._channels):
+            for _ in range(MAX_PIPE // READ):
+                if not self._read(fd):
+                    break
+        for channel in self._channels.values():
+            self._output.ends.setdefault(channel, self._output.position)
+        self._channels.clear()
+
+    def _read(self, fd: int) -> bool:
+        """Reads once; returns whether there was anything."""
+        try:
+            data = os.read(fd, READ)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""  # a terminal that no process has open any more
+        if data:
+            self._output.add(self._channels[fd], data)
+            return True
+        self._output.ends[self._channels.pop(fd)] = self._output.position
+        return False
+
+    def add_input(self, data: bytes) -> None:
+        """Appends to the input; nothing ends it.
+
+        :raises ValueError: the input was ended already
+        """
+        if self._input_ends:
+            raise ValueError("the channel 0 has been ended")
+        if self._input_fd < 0:
+            return
+        if not data and self._terminal >= 0:
+            from ._tty import end_of_input
+
+            self._input += end_of_input(self._terminal, in_a_line=self._in_a_line)
+        elif not data:
+            self._input_ends = True
+        else:
+            self._input += data
+            self._in_a_line = data[-1:] not in (b"\n", b"\r")
+
+    def _feed(self, found: dict[int, int]) -> None:
+        fd = self._input_fd
+        if fd < 0:
+            return
+        try:
+            if self._input and found.get(fd, 0) & (select.POLLOUT | select.POLLERR):
+                del self._input[: os.write(fd, self._input[:READ])]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._input.clear()
+            self._close_input()
+        if self._input_ends and not self._input:
+            self._close_input()
+
+    def _close_input(self) -> None:
+        if self._process.stdin is not None and self._input_fd >= 0:
+            self._process.stdin.close()
+            self._input_fd = -1
+
+    def resize(self, rows: int, cols: int) -> None:
+        """Changes the size of the terminal.
+
+        :raises ValueError: there is no terminal
+        """
+        if self._terminal < 0:
+            raise ValueError("there is no terminal to resize")
+        from ._tty import resize
+
+        resize(self._terminal, rows, cols)
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal to the process group."""
+        try:
+            signal_group(self._process, number)
+        except OSError:
+            pass
+
+    def kill(self) -> None:
+        """Sends SIGKILL to all processes of the session."""
+        kill_session(self._process)
+
+    def hang_up(self) -> None:
+        """Sends SIGHUP, as a terminal that closes does, and SIGKILL a second later."""
+        self.send_signal(signal.SIGHUP)
+        self.send_signal(signal.SIGCONT)
+        poll({self.pidfd: select.POLLIN}, _HANG_UP_S)
+        self.kill()
+        poll({self.pidfd: select.POLLIN}, REAP_S)
+
+    def reap(self) -> dict[str, int] | None:
+        """Waits a little for the process; returns how it ended, or None if it still runs."""
+        import subprocess
+
+        self._input.clear()
+        try:
+            return how_it_ended(self._process.wait(REAP_S))
+        except subprocess.TimeoutExpired:
+            return None
+
+    @property
+    def is_reaped(self) -> bool:
+        """Whether the process was reaped."""
+        return self._process.returncode is not None
+
+    def kill_unless_ended(self) -> None:
+        """Kills the session, unless its leader has ended."""
+        if not has_exited(self._process):
+            self.kill()
+
+    def close(self) -> None:
+        """Closes all descriptors."""
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
+        if self._terminal >= 0:
+            os.close(self._terminal)
+        os.close(self.pidfd)

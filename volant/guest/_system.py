@@ -1,0 +1,38 @@
+"""Small helpers that PID 1 and the agent share."""
+
+# ruff: noqa: PTH123 - importing pathlib would cost every boot a good part of a second
+
+from __future__ import annotations
+
+import os
+
+GRACE_FILE = "/run/volant/grace"
+"""The agent writes the grace period of a shutdown there, in seconds, before it signals PID 1."""
+
+
+def say(text: str) -> None:
+    """Writes a line to the console."""
+    try:
+        os.write(2, f"volant: {text}\n".encode(errors="replace"))
+    except OSError:
+        pass
+
+
+def read_text(path: str, limit: int = 4096) -> str:
+    """Returns the first `limit` characters of a file, stripped; an empty text if it can't be read."""
+    try:
+        with open(path) as handle:
+            return handle.read(limit).strip()
+    except OSError:
+        return ""
+
+
+def kernel_parameters() -> list[str]:
+    """Returns the words of the kernel's command line."""
+    return read_text("/proc/cmdline", 65536).split()
+
+
+def kernel_parameter(name: str) -> str:
+    """Returns the value of a kernel parameter, the last one if there are several, or an empty text."""
+    words = [word for word in kernel_parameters() if word.startswith(name + "=")]
+    return words[-1][len(name) + 1 :] if words else ""
