@@ -12,8 +12,7 @@ import trio
 import trio.testing
 
 from volant.channel import Channel, VirtioSerial, open_channel
-from volant.channel._still import Port as StillPort
-from volant.channel._still import Stillness
+from volant.channel._hold import HoldablePort, PortHold
 from volant.host import Host
 
 from .kit import GuestAgent, Port, handle
@@ -38,16 +37,16 @@ async def socket_pair(host: Host, path: Path) -> tuple[trio.SocketStream, trio.S
 
 
 async def test_a_send_that_is_under_way_stops_where_it_is_and_goes_on_there(tmp_path: Path) -> None:
-    host, stillness = Host(), Stillness()
+    host, hold = Host(), PortHold()
     data = random.Random(7).randbytes(3_000_000)
     got = bytearray()
     ours, theirs = await socket_pair(host, tmp_path / "socket")
     with trio.fail_after(20):
         async with ours, theirs, trio.open_nursery() as nursery:
-            nursery.start_soon(StillPort(ours, stillness).send_all, data)
+            nursery.start_soon(HoldablePort(ours, hold).send_all, data)
             while len(got) < len(data):
                 got += await theirs.receive_some(50_000)
-                async with stillness.keep():
+                async with hold.hold():
                     # What the kernel has is read, and then there is no more, although there is room.
                     while host.sockets.unread(ours)[0]:
                         got += await theirs.receive_some(500_000)
@@ -57,12 +56,12 @@ async def test_a_send_that_is_under_way_stops_where_it_is_and_goes_on_there(tmp_
 
 
 async def test_nothing_is_read_meanwhile(tmp_path: Path) -> None:
-    host, stillness = Host(), Stillness()
+    host, hold = Host(), PortHold()
     got = bytearray()
     ours, theirs = await socket_pair(host, tmp_path / "socket")
 
     async def read() -> None:
-        port = StillPort(ours, stillness)
+        port = HoldablePort(ours, hold)
         while data := await port.receive_some(100):
             got.extend(data)
 
@@ -70,7 +69,7 @@ async def test_nothing_is_read_meanwhile(tmp_path: Path) -> None:
         async with ours, theirs, trio.open_nursery() as nursery:
             nursery.start_soon(read)
             await trio.testing.wait_all_tasks_blocked()
-            async with stillness.keep():
+            async with hold.hold():
                 await theirs.send_all(b"late")
                 await trio.testing.wait_all_tasks_blocked(0.01)
                 assert (bytes(got), host.sockets.unread(ours)[1]) == (b"", 4)
@@ -79,19 +78,19 @@ async def test_nothing_is_read_meanwhile(tmp_path: Path) -> None:
 
 
 async def test_who_holds_waits_for_nobody_and_one_after_the_other() -> None:
-    stillness, order = Stillness(), list[str]()
+    hold, order = PortHold(), list[str]()
 
-    async def hold(name: str) -> None:
-        async with stillness.keep():
+    async def keep(name: str) -> None:
+        async with hold.hold():
             order.append(name)
             await trio.testing.wait_all_tasks_blocked()
             order.append(name)
 
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(stillness.move, trio.sleep_forever)
+            nursery.start_soon(hold.run, trio.sleep_forever)
             for name in "ab":
-                nursery.start_soon(hold, name)
+                nursery.start_soon(keep, name)
             await trio.testing.wait_all_tasks_blocked(0.01)
             nursery.cancel_scope.cancel()
     assert order in (list("aabb"), list("bbaa"))

@@ -55,14 +55,14 @@ async def echoes(channel: Channel, data: bytes) -> bool:
 async def test_nothing_is_begun_with_a_guest_that_stands_still_and_open_streams_stay(channel: Channel) -> None:
     with trio.fail_after(10):
         async with await channel.open_stream(timeout_s=5) as stream:
-            channel.stand_still(True)
+            channel.set_paused(True)
             with pytest.raises(AgentUnreachable):
                 await channel.open_stream(timeout_s=0.1)
             began = trio.current_time()
 
             async def go_on() -> None:
                 await trio.sleep(0.2)
-                channel.stand_still(False)
+                channel.set_paused(False)
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(go_on)

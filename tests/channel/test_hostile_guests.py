@@ -222,10 +222,10 @@ async def test_a_guest_that_stands_still_may_take_nothing_for_ever(autojump_cloc
         nursery.start_soon(guest)
         nursery.start_soon(run)
         await ready.wait()
-        link.be_patient(True)
+        link.set_paused(True)
         await trio.sleep(1000 * STALL_S)
         assert not ended
-        link.be_patient(False)
+        link.set_paused(False)
         went_on = trio.current_time()
         await trio.sleep(2 * STALL_S)
         [(when, why)] = ended

@@ -1,4 +1,4 @@
-"""Where the streams into a guest begin."""
+"""The addresses of guests: the three ways to reach one."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """HTTP/1.1 to the agent: one byte stream, one request.
 
-There is no keep-alive and no pool: opening a stream costs nothing, its end says that the client has left, and a
-connection can never be out of step with the requests on it. The request body is sent by a task of its own, so that a
-server may answer before it has read all of it, and the answer is read as the caller takes it: flow control of the
-stream is the only buffer in either direction.
+No keep-alive and no pool: opening a stream costs nothing, its end tells the agent that the client has left, and no
+connection can get out of step with its requests. A task of its own sends the request's body, so that the agent may
+answer early. The answer is read as the caller takes it: the stream's flow control is the only buffer.
 """
 
 from __future__ import annotations
@@ -26,23 +25,23 @@ from ._stream import ChannelStream, PrefixedStream
 Header = tuple[bytes, bytes]
 
 _RECEIVE = 256 * 1024
-"""At once, of a body."""
+"""How much of a body to receive at once."""
 _RECEIVE_HEAD = 8 * 1024
-"""h11 bounds a head that is incomplete; one that comes in one piece it takes, so pieces are small."""
+"""How much of a head to receive at once. Small, as h11 does not bound a head that comes in one piece."""
 _MAX_INFORMATIONAL = 16
 _CLOSE_BODY_S = 1.0
 
 
 class AgentAnswer(msgspec.Struct, frozen=True):
-    """The whole of a JSON answer."""
+    """A complete JSON answer."""
 
     status: int
     body: Any
-    """None where there was none."""
+    """None if there was none."""
 
 
 class AgentResponse:
-    """The head of an answer, and the way to what follows. `AgentClient.stream` makes it."""
+    """The head of an answer, and access to its body. `AgentClient.stream` makes it."""
 
     def __init__(self, exchange: _Exchange, status: int, reason: bytes, headers: list[Header]) -> None:
         self.status = status
@@ -53,13 +52,14 @@ class AgentResponse:
 
     @property
     def switched(self) -> bool:
-        """Whether the answer turned the stream over to another protocol (101, or 2xx to CONNECT): see `upgraded`."""
+        """Whether the answer switched protocols (101, or 2xx to CONNECT): see `upgraded`."""
         return self._exchange.switched
 
     async def receive(self) -> bytes:
-        """The next piece of the body, empty at its end.
+        """Returns the next piece of the body, empty at its end. Raises what the request's body raised, too.
 
-        Raises AgentUnreachable when it breaks off, AgentProtocolError, and whatever the request's body raised.
+        :raises AgentUnreachable: the body breaks off
+        :raises AgentProtocolError: the answer is malformed
         """
         return await self._exchange.receive_body()
 
@@ -73,7 +73,10 @@ class AgentResponse:
         return data
 
     async def read(self, limit: int) -> bytes:
-        """The whole body. Raises AgentProtocolError when it is longer than `limit` bytes, and as `receive` does."""
+        """Returns the whole body. Raises as `receive` does.
+
+        :raises AgentProtocolError: the body is longer than `limit` bytes
+        """
         body = bytearray()
         while data := await self.receive():
             body += data
@@ -82,8 +85,8 @@ class AgentResponse:
         return bytes(body)
 
     def upgraded(self) -> ChannelStream:
-        """The raw stream after a switch of protocols, with what was read already in front. It is closed with the
-        block that the response came from."""
+        """Returns the raw stream after a switch of protocols, with the bytes that were read already in front. The block
+        of `AgentClient.stream` closes it."""
         return self._exchange.upgraded()
 
 
@@ -96,10 +99,12 @@ class AgentClient:
     async def request_json(
         self, method: str, path: str, body: Any = None, *, timeout_s: float, reserved: bool = True
     ) -> AgentAnswer:
-        """One request of the daemon's own, with a JSON body unless it is None, and the JSON answer, whatever its
-        status; `timeout_s` for all of it.
+        """Sends one of the daemon's own requests; returns the JSON answer, whatever its status.
 
-        Raises AgentUnreachable, AgentProtocolError.
+        :param body: the value of the JSON body; None: no body
+        :param timeout_s: for all of it
+        :raises AgentUnreachable: there was no complete answer in time
+        :raises AgentProtocolError: the answer is malformed
         """
         headers: list[Header] = []
         data = None
@@ -130,15 +135,15 @@ class AgentClient:
         timeout_s: float,
         reserved: bool = False,
     ) -> AsyncIterator[AgentResponse]:
-        """One request, streamed both ways; inside the block the head of the answer is there.
+        """Sends a request, streamed both ways; the block begins with the head of the answer. Leaving the block closes
+        the stream, which cancels the request in the guest. Raises what `body` raised, too.
 
-        `headers` go as they are, and must be without hop-by-hop ones, unless `Upgrade` with its `Connection` is
-        wanted. `host` is added where it lacks. A body without `content-length` is sent in chunks. `timeout_s` is for
-        the head of the answer; what follows has no deadline here. Leaving the block closes the stream, which
-        cancels what the request began in the guest unless it is done.
-
-        Raises AgentUnreachable, AgentProtocolError, ValueError for a request that HTTP does not allow, and whatever
-        iterating over `body` raised.
+        :param headers: sent unchanged; without hop-by-hop fields but `Upgrade` and its `Connection`. `host` is added
+        :param body: sent in chunks if there is no `content-length`
+        :param timeout_s: for the head of the answer; the body has no deadline here
+        :raises AgentUnreachable: there was no answer in time, or it breaks off
+        :raises AgentProtocolError: the answer is malformed
+        :raises ValueError: HTTP does not allow this request
         """
         stream = await self._channel.open_stream(timeout_s=timeout_s, reserved=reserved)
         async with stream:
@@ -204,7 +209,7 @@ class _Exchange:
         self._over = True
         self._sender.cancel()
 
-    # Sending: in a task of the channel, which must not fail
+    # Sending, in a task of the channel, which must not fail
 
     async def _send_whole(self, data: bytes) -> None:
         with self._sender:
@@ -224,12 +229,12 @@ class _Exchange:
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
             except Exception as error:
-                # The source of the body failed: that is the caller's to know, where it waits for the answer.
+                # The source of the body failed. The caller gets the error where it waits for the answer.
                 self._body_error = error
                 if self._receiver is not None:
                     self._receiver.cancel()
             finally:
-                # A generator that was not read to its end would wait for the garbage collector.
+                # Else an unfinished generator stays open until the garbage collector runs.
                 if isinstance(body, AsyncGenerator):
                     with trio.move_on_after(_CLOSE_BODY_S, shield=True):
                         await body.aclose()

@@ -1,11 +1,10 @@
-"""How much of the daemon's time one guest's frames may take.
+"""A rate limit for the HTTP/2 frames of one guest.
 
-Bytes are bounded by flow control; frames are not. A guest can send millions of frames that carry nothing (pings, empty
-data, settings), and each costs this side as much as 16 KiB of data does. And what stands in frames that are not data is
-parsed entry by entry: 16 KiB of settings take 10 ms. So frames are priced as they come in, before they are parsed: data
-pays for its own frame, every other costs by its size, and what is left is a budget that refills with time. A guest that
-overspends it is read more slowly, which holds back nobody but itself. Closing the link instead was rejected: a busy but
-honest guest with short lines would lose all its streams.
+Flow control bounds bytes, not frames. A guest can send millions of frames without data (pings, empty data, settings),
+each of which costs the daemon as much time as 16 KiB of data; 16 KiB of settings take 10 ms to parse. So each frame has
+a price before it is parsed: data pays for its own frame, other frames cost by their size. A guest that exceeds its
+budget is read more slowly, which delays itself only. Rejected: closing the link, as a busy honest guest with short
+lines would lose all its streams.
 """
 
 from __future__ import annotations
@@ -15,29 +14,29 @@ from volant.concurrency import TokenBucket
 from ._errors import LinkLost
 
 FRAME_LIMIT = 16384
-"""HTTP/2's default for the longest frame; neither side raises it."""
+"""HTTP/2's default for the longest frame, which neither side raises."""
 
 _HEADER = 9
 _DATA = 0
 _DATA_BYTES = 2048
-"""As much data pays for its frame."""
+"""So many bytes of data pay for their frame."""
 _OTHER_BYTES = 32
-"""As much of anything else costs as much as a frame. Honest ones are about as long."""
+"""So many bytes of another frame cost as much as the frame itself. Honest ones have about as many."""
 
 
 class FrameCounter:
-    """Follows the frames of a stream of bytes, without looking into them."""
+    """Counts the frames of a stream of bytes by their headers."""
 
     def __init__(self) -> None:
         self._header = bytearray()
         self._body = 0  # bytes of the current frame still to come
 
     def take(self, data: bytes, limit: int) -> tuple[int, int, float]:
-        """Count frames in `data`, up to `limit` of them: how many bytes that is, how many frames begin there, and what
-        they cost.
+        """Counts up to `limit` frames in `data`; returns how many bytes they have, how many begin there, and their
+        price.
 
-        Raises LinkLost at a frame longer than `FRAME_LIMIT`, as soon as its header is seen: the HTTP/2 library would
-        wait for all of it first, up to 16 MiB.
+        :raises LinkLost: a header announces more than `FRAME_LIMIT` bytes; h2 would first wait for all of them, up to
+            16 MiB
         """
         position = 0
         frames = 0
@@ -65,5 +64,5 @@ class FrameCounter:
 
 
 def frame_budget() -> TokenBucket:
-    """Frames a second that need no data to pay for them."""
+    """Returns the budget: 2,500 frames a second without data."""
     return TokenBucket(2500.0, 2500.0)

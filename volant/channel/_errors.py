@@ -1,22 +1,21 @@
-"""What goes wrong between the host and a guest."""
+"""The errors of a channel."""
 
 from __future__ import annotations
 
 WHY_CHARACTERS = 300
-"""Of what a parser says of a guest's bytes. They are in it, perhaps a whole head, and it gets into rows and events."""
+"""The longest text of a parser's error. It may quote a whole head of the guest, and gets into rows and events."""
 
 
 class AgentUnreachable(Exception):
     """No byte stream into the guest could be opened, or it broke before the answer was whole.
 
-    The message is for people. The guest may be booting, hung or gone; it says nothing of whether a request that was
-    sent had an effect.
+    The guest may be booting, hung or gone. A request that was sent may have had an effect.
     """
 
 
 class AgentProtocolError(Exception):
-    """The agent answered with something that is not the protocol. A guest is not trusted, so this is no bug of ours."""
+    """The agent's answer is malformed. Not our bug, as a guest is not trusted."""
 
 
 class LinkLost(Exception):
-    """A multiplexed link has ended and every stream on it has broken. The channel makes the next one."""
+    """A link has ended, and its streams are broken. The channel makes the next one."""

@@ -1,16 +1,14 @@
 """Many byte streams over one: HTTP/2 on the host's end of a virtio-serial port.
 
-The other side is `volant/guest/_mux.py`, whose essay says how the two find each other at any byte. What matters here:
+`volant/guest/_mux.py` is the other side, and explains how the two find each other at any byte. On this side:
 
-- **A guest is not trusted.** h2 checks every header; frames are measured and counted before h2 sees them; what
-  a guest makes us answer is bounded, as reading stops while the output is full. Anything strange ends the link, never
-  the daemon.
-- **A stuck stream blocks nobody.** The window of the connection is as large as all windows of streams together, so a
-  stream whose reader sleeps uses up its own and nothing else. (With HTTP/2's default of 65,535 bytes for the
-  connection, the first sleeper would stop all.) Received bytes are acknowledged only when somebody takes them. Output
-  is queued frame by frame and only while little is queued already, so a bulk sender delays the others by milliseconds.
-- **Opening a stream waits for nothing.** The guest's refusal comes as a broken stream instead, and a request saves a
-  round trip of 4 ms.
+- **A guest is not trusted.** h2 checks every header. Frames are measured and counted before h2 sees them. Answers to
+  the guest are bounded, as nothing is read while the output is full. Anything strange ends the link, never the daemon.
+- **A stuck stream blocks no other.** The window of the connection is as large as those of all streams together, so a
+  reader that sleeps uses up its own window only. (HTTP/2's default for the connection is 65,535 bytes.) Bytes are
+  acknowledged when a reader takes them. Output is queued frame by frame while little is queued, so a bulk sender delays
+  the others by milliseconds.
+- **Opening a stream waits for nothing.** If the guest refuses it, the stream breaks. That saves a round trip of 4 ms.
 """
 
 from __future__ import annotations
@@ -40,8 +38,9 @@ from volant.model.agent import MAX_STREAMS, RESERVED_STREAMS, RESYNC_MAGIC, RESY
 
 from ._budget import FRAME_LIMIT, FrameCounter, frame_budget
 from ._errors import WHY_CHARACTERS, LinkLost
+from ._mux_stream import MuxStream
 from ._slots import Slot
-from ._stream import Bytes, ChannelStream
+from ._stream import Bytes
 
 STREAM_WINDOW = 128 * 1024
 CONNECTION_WINDOW = STREAM_WINDOW * (MAX_STREAMS + RESERVED_STREAMS)
@@ -49,9 +48,9 @@ OUTPUT_HIGH = 64 * 1024
 OUTPUT_LIMIT = 512 * 1024
 RESYNC_ZEROS = FRAME_LIMIT + 2 * 9
 MAX_SETTINGS = 64
-"""HTTP/2 and its extensions have about ten."""
+"""How many settings a guest may send. HTTP/2 and its extensions have about ten."""
 STALL_S = 60.0
-"""A guest that takes none of its input for so long has lost its link."""
+"""How long a guest may take none of its input before the link is lost."""
 
 _READ = 64 * 1024
 _FRAMES_PER_TURN = 64
@@ -59,7 +58,7 @@ _NO_NONCE = bytes(RESYNC_NONCE_BYTES)
 
 
 class Link:
-    """One life of the multiplexed connection: from `run` until it raises LinkLost."""
+    """One multiplexed connection: from `run` until that raises LinkLost."""
 
     def __init__(self, stream: trio.abc.Stream, nonce: bytes) -> None:
         if len(nonce) != RESYNC_NONCE_BYTES or nonce == _NO_NONCE:
@@ -84,10 +83,13 @@ class Link:
         self._lost: str | None = None
         self._scope = trio.CancelScope()
         self._stall = trio.CancelScope()
-        self._patient = False
+        self._paused = False
 
     async def run(self, on_ready: Callable[[], None]) -> NoReturn:
-        """Find the guest's agent, call `on_ready`, and carry streams. Raises LinkLost in the end."""
+        """Finds the guest's agent, calls `on_ready`, and carries streams.
+
+        :raises LinkLost: in the end
+        """
         try:
             rest = await self._resync()
             self._conn.initiate_connection()
@@ -109,14 +111,17 @@ class Link:
         raise LinkLost(self._lost)
 
     def open(self, slot: Slot, port: int) -> MuxStream:
-        """Begin a stream to a port of the guest. Never waits. Raises LinkLost."""
+        """Opens a stream to a port of the guest; never waits.
+
+        :raises LinkLost: the link is over
+        """
         if self._lost is not None:
             raise LinkLost(self._lost)
         try:
             stream_id = self._conn.get_next_available_stream_id()
             self._conn.send_headers(stream_id, [(":method", "CONNECT"), (":authority", str(port))])
         except NoAvailableStreamIDError as error:
-            # After a thousand million streams. The next link counts from 1 again.
+            # After 2**30 streams. The next link begins with 1.
             self._lose("all stream ids of this link are used up")
             self._scope.cancel()
             raise LinkLost(self._lost) from error
@@ -127,15 +132,15 @@ class Link:
         self._flush()
         return stream
 
-    def be_patient(self, patient: bool) -> None:
-        """Whether the guest may take none of its input for ever, as it stands still."""
-        self._patient = patient
-        self._stall.deadline = math.inf if patient else trio.current_time() + STALL_S
+    def set_paused(self, paused: bool) -> None:
+        """Sets whether the guest is paused: then it may take no input for any time."""
+        self._paused = paused
+        self._stall.deadline = math.inf if paused else trio.current_time() + STALL_S
 
     # Finding each other
 
     async def _resync(self) -> bytes:
-        """Ask the guest for a fresh start until it answers; what came behind the answer."""
+        """Asks the guest to begin HTTP/2 again, until it answers; returns the bytes behind the answer."""
         request = bytes(RESYNC_ZEROS) + RESYNC_MAGIC + self._nonce
         hello = RESYNC_MAGIC + _NO_NONCE
         await self._stream.send_all(request)
@@ -151,7 +156,7 @@ class Link:
                 return rest
             _, found, rest = before.rpartition(hello)
             if found:
-                # An agent that has just begun: it may not have seen the request.
+                # An agent that has just started may not have seen the request.
                 seen = rest
                 await self._stream.send_all(request)
             seen = seen[-len(hello) + 1 :]
@@ -185,7 +190,7 @@ class Link:
         except LinkLost:
             raise
         except Exception as error:
-            # A guest can make h2 and hpack raise more than they promise. It must end at this link.
+            # h2 and hpack raise more than their own errors. They must end this link only.
             why = f"{type(error).__name__}: {error}"
             raise LinkLost(f"the guest broke HTTP/2: {why[:WHY_CHARACTERS]}") from error
         self._flush()
@@ -196,11 +201,11 @@ class Link:
                 self._out_filled = trio.Event()
                 await self._out_filled.wait()
             chunk, self._out = self._out, bytearray()
-            # In pieces, so that the deadline tells a slow guest from one that takes nothing.
+            # In pieces, each with a deadline, so that a slow guest does not count as one that takes nothing.
             for start in range(0, len(chunk), FRAME_LIMIT):
                 piece = chunk[start : start + FRAME_LIMIT]
                 with trio.CancelScope() as self._stall:
-                    self.be_patient(self._patient)
+                    self.set_paused(self._paused)
                     await self._stream.send_all(piece)
                 if self._stall.cancelled_caught:
                     raise trio.TooSlowError
@@ -213,7 +218,7 @@ class Link:
             self._out += data
             self._out_filled.set()
 
-    # What the guest says
+    # What the guest sends
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -232,7 +237,7 @@ class Link:
                     stream.wake_sender()
             case WindowUpdated() | RemoteSettingsChanged():
                 if len(self._conn.remote_settings) > MAX_SETTINGS:
-                    # h2 keeps those that it does not know, and walks through all of them for every frame of settings.
+                    # h2 keeps unknown settings, and walks through all of them for every frame of settings.
                     raise LinkLost(f"the guest sent {len(self._conn.remote_settings)} different settings")
                 for stream in self._streams.values():
                     stream.wake_sender()
@@ -243,21 +248,21 @@ class Link:
                     stream.fail(f"the guest refused the stream with {status.decode('ascii', 'replace')[:3]}")
             case StreamEnded():
                 if (stream := self._streams.get(event.stream_id)) is not None:
-                    stream.has_ended()
-                    self._forget_if_done(stream)
+                    stream.end_input()
+                    self._forget_if_over(stream)
             case StreamReset():
                 stream = self._streams.pop(event.stream_id, None)
                 if stream is not None:
-                    stream.was_reset(event.error_code)
+                    stream.reset(event.error_code)
             case ConnectionTerminated():
                 raise LinkLost(f"the guest ended the link with code {event.error_code}")
             case _:
                 pass
 
-    def _forget_if_done(self, stream: MuxStream) -> None:
+    def _forget_if_over(self, stream: MuxStream) -> None:
         if stream.input_over and stream.output_over:
             self._streams.pop(stream.stream_id, None)
-            stream.done()
+            stream.finish()
 
     def _lose(self, why: str) -> None:
         if self._lost is not None:
@@ -269,10 +274,10 @@ class Link:
         self._out.clear()
         self._out_room.unpark_all()
 
-    # What streams ask of their link
+    # For the streams
 
     async def send(self, stream: MuxStream, data: Bytes) -> None:
-        """Queue all of `data`, as the guest's windows and the link's output allow."""
+        """Queues all of `data`, as the guest's windows and the link's output allow."""
         view = memoryview(data).cast("B")
         while view:
             stream.check_sendable()
@@ -292,147 +297,16 @@ class Link:
         self._conn.end_stream(stream.stream_id)
         self._flush()
         stream.output_over = True
-        self._forget_if_done(stream)
+        self._forget_if_over(stream)
 
-    def taken(self, stream: MuxStream, count: int) -> None:
-        """`count` received bytes have left the stream's buffer: the guest may send as many more."""
+    def acknowledge(self, stream: MuxStream, count: int) -> None:
+        """Lets the guest send `count` more bytes, as many have left the stream's buffer."""
         if self._lost is None:
             self._conn.acknowledge_received_data(count, stream.stream_id)
             self._flush()
 
     def abandon(self, stream: MuxStream) -> None:
-        """The client has left: tell the guest, unless both directions have ended or the link has."""
+        """Resets a stream that its user has closed, unless it is over."""
         if self._streams.pop(stream.stream_id, None) is not None:
             self._conn.reset_stream(stream.stream_id, ErrorCodes.CANCEL)
             self._flush()
-
-
-class MuxStream(ChannelStream):
-    """A stream of a link, which keeps its state here and wakes up who waits for it."""
-
-    def __init__(self, slot: Slot, link: Link, stream_id: int) -> None:
-        self.stream_id = stream_id
-        self.held = bytearray()  #: received and not yet taken; the stream's window bounds it
-        self.input_over = False
-        self.output_over = False
-        self._slot = slot
-        self._link = link
-        self._failure: str | None = None
-        self._deaf = False
-        self._closed = False
-        self._busy_sending = False
-        self._busy_receiving = False
-        self._received = trio.Event()
-        self._window = trio.Event()
-
-    # For callers
-
-    async def send_all(self, data: Bytes) -> None:
-        await trio.lowlevel.checkpoint()
-        self.check_sendable()
-        if self._busy_sending:
-            raise trio.BusyResourceError("another task is sending on this stream")
-        self._busy_sending = True
-        try:
-            await self._link.send(self, data)
-        finally:
-            self._busy_sending = False
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await trio.lowlevel.checkpoint()
-        self.check_sendable()
-
-    async def send_eof(self) -> None:
-        await trio.lowlevel.checkpoint()
-        if self.output_over and not self._closed and self._failure is None:
-            return
-        if self._busy_sending:
-            raise trio.BusyResourceError("another task is sending on this stream")
-        self.check_sendable()
-        self._link.send_eof(self)
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError("max_bytes must be at least 1")
-        if self._busy_receiving:
-            raise trio.BusyResourceError("another task is receiving on this stream")
-        await trio.lowlevel.checkpoint()
-        self._busy_receiving = True
-        try:
-            while not self.held and not self.input_over and self._failure is None and not self._closed:
-                self._received = trio.Event()
-                await self._received.wait()
-        finally:
-            self._busy_receiving = False
-        if self._closed:
-            raise trio.ClosedResourceError("this stream was closed")
-        if self.held:
-            count = len(self.held) if max_bytes is None else min(max_bytes, len(self.held))
-            data = bytes(self.held[:count])
-            del self.held[:count]
-            self._link.taken(self, count)
-            return data
-        if self.input_over:
-            return b""
-        raise trio.BrokenResourceError(self._failure)
-
-    async def aclose(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._link.abandon(self)
-            if self.held:
-                self._link.taken(self, len(self.held))
-                self.held.clear()
-            self._slot.release()
-            self.wake_receiver()
-            self.wake_sender()
-        await trio.lowlevel.checkpoint()
-
-    # For the link
-
-    def check_sendable(self) -> None:
-        if self._closed:
-            raise trio.ClosedResourceError("this stream was closed")
-        if self._failure is not None:
-            raise trio.BrokenResourceError(self._failure)
-        if self._deaf:
-            raise trio.BrokenResourceError("the guest has closed its end of the stream")
-        if self.output_over:
-            raise trio.ClosedResourceError("send_eof was called on this stream")
-
-    async def wait_window(self) -> None:
-        self._window = trio.Event()
-        await self._window.wait()
-
-    def wake_receiver(self) -> None:
-        self._received.set()
-
-    def wake_sender(self) -> None:
-        self._window.set()
-
-    def has_ended(self) -> None:
-        """The guest says no more. After a refusal that is no end of anything."""
-        if self._failure is None:
-            self.input_over = True
-            self.wake_receiver()
-
-    def was_reset(self, code: int) -> None:
-        if self.input_over:
-            # All that the guest had to say is here, and it wants to hear no more.
-            self._deaf = True
-            self.done()
-        elif code == ErrorCodes.REFUSED_STREAM:
-            self.fail("the guest refused the stream, as it has too many")
-        else:
-            self.fail(f"the guest reset the stream (code {code})")
-
-    def fail(self, why: str) -> None:
-        """It is broken. What was received can still be taken; the first reason stands."""
-        self._failure = self._failure or why
-        self.done()
-
-    def done(self) -> None:
-        """Nothing will come or go any more."""
-        self._slot.release()
-        self.wake_receiver()
-        self.wake_sender()

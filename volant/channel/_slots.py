@@ -1,4 +1,4 @@
-"""How many streams into a guest may be open at once."""
+"""Limits how many streams into a guest are open at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from volant.model.agent import MAX_STREAMS, RESERVED_STREAMS
 
 
 class Slot:
-    """The right to one stream. Given back once, however often `release` is called."""
+    """The right to one stream. `release` may be called more than once."""
 
     __slots__ = ("_limiter",)
 
@@ -22,7 +22,7 @@ class Slot:
 
 
 class Slots:
-    """Slots for clients' streams, and a few besides for the daemon's own, so that clients can't lock it out."""
+    """Slots for clients' streams, and a few for the daemon's own, so that clients can't lock it out."""
 
     def __init__(self) -> None:
         self._common = trio.CapacityLimiter(MAX_STREAMS)
@@ -33,7 +33,7 @@ class Slots:
         return int(self._common.borrowed_tokens + self._reserved.borrowed_tokens)
 
     async def acquire(self, *, reserved: bool) -> Slot:
-        """Wait for a slot, first come, first served."""
+        """Waits for a slot, in the order of the calls."""
         limiter = self._reserved if reserved else self._common
         slot = Slot(limiter)
         await limiter.acquire_on_behalf_of(slot)

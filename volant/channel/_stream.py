@@ -1,4 +1,4 @@
-"""A byte stream into a guest."""
+"""Byte streams into a guest."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Bytes = bytes | bytearray | memoryview
 class ChannelStream(trio.abc.HalfCloseableStream):
     """One connection to a port of the guest, whatever carries it.
 
-    As with a socket: one task may send while another receives; `send_eof` ends this direction alone; `aclose` ends
-    both at once, and the guest takes that as the client having left. trio.BrokenResourceError means that the
-    guest or the link to it is gone. No operation has a deadline of its own: an open stream may be silent for days.
+    As with a socket, one task may send while another receives. `send_eof` ends one direction, `aclose` both, which
+    cancels the request in the guest. trio.BrokenResourceError means that the guest or its link is gone. Operations
+    have no deadline: an open stream may be silent for days.
     """
 
     @abstractmethod
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """The next bytes, empty at the end."""
+        """Returns the next bytes, empty at the end."""
 
 
 class Sockets:
-    """The streams of one channel that have a socket each, and how much they have carried."""
+    """The streams of a channel that have a socket each, and the bytes that they have carried."""
 
     def __init__(self) -> None:
         self.bytes_in = 0
@@ -34,7 +34,7 @@ class Sockets:
         self.open = set[SocketChannelStream]()
 
     def fail(self, why: str) -> None:
-        """The channel is over: who still uses one of its streams is told so."""
+        """Breaks all open streams, as the channel is closed."""
         for stream in self.open.copy():
             stream.fail(why)
 
@@ -70,7 +70,7 @@ class SocketChannelStream(ChannelStream):
         except trio.BrokenResourceError as error:
             raise trio.BrokenResourceError(self._failure or "the guest reset the stream") from error
         if not data:
-            self._check()  # it may be we who have ended it
+            self._check()  # perhaps `fail` has ended it
         self._sockets.bytes_in += len(data)
         return data
 
@@ -80,7 +80,7 @@ class SocketChannelStream(ChannelStream):
         await self._stream.aclose()
 
     def fail(self, why: str) -> None:
-        """It is broken. What was received can still be taken."""
+        """Breaks the stream. Received data can still be taken."""
         self._failure = why
         self._over()
         with suppress(OSError):
@@ -96,7 +96,7 @@ class SocketChannelStream(ChannelStream):
 
 
 class PrefixedStream(ChannelStream):
-    """A stream of which somebody has read a little already: that comes first."""
+    """A stream with bytes in front that were read from it already."""
 
     def __init__(self, prefix: bytes, stream: ChannelStream) -> None:
         self._prefix = prefix

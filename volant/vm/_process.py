@@ -308,7 +308,7 @@ class LiveProcess:
     def _stand_still(self, yes: bool) -> None:
         self.stands_still = yes
         if self._channel is not None:
-            self._channel.stand_still(yes)
+            self._channel.set_paused(yes)
 
     async def checkpoint(self, into: Path, timeout_s: float) -> Checkpoint:
         """Copy the guest into an empty directory; who talks to it waits for a moment. Raises HypervisorError."""
@@ -680,7 +680,7 @@ class LiveProcess:
         """Keep the way to the agent open; a link that breaks is made again by the channel itself."""
         async with open_channel(self._host, _agent_address(self._spec)) as channel:
             self._channel = channel
-            channel.stand_still(self.stands_still)
+            channel.set_paused(self.stands_still)
             self._client = AgentClient(channel)
             self._opened.set()
             try:
