@@ -29,7 +29,8 @@ from volant.images import (
     remove_artifact,
 )
 from volant.images import _artifacts as artifacts
-from volant.images import _fetch as fetching
+from volant.images import _download as downloading
+from volant.images import _part as part
 from volant.model import Artifact
 
 LIMIT = 64 * 2**20
@@ -145,7 +146,7 @@ class Server:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(fetching, "_FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(downloading, "_FIRST_PAUSE_S", 0.0)
     server = Server()
     yield server
     server.close()
@@ -216,13 +217,13 @@ def test_what_a_server_does_wrong_has_a_name(
 
 @pytest.mark.parametrize("way", ["silent", "stalls"])
 def test_a_silent_server_is_given_up(cache: Path, server: Server, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "_STALL_S", 0.1)
+    monkeypatch.setattr(downloading, "_STALL_S", 0.1)
     assert code(cache, f"{server.base}/{way}") == "media_unreachable"
     assert len(server.requests) == 5
 
 
 def test_nobody_there(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "_FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(downloading, "_FIRST_PAUSE_S", 0.0)
     port = free_port()
     assert code(cache, f"http://127.0.0.1:{port}/") == "media_unreachable"
 
@@ -279,7 +280,7 @@ def test_a_local_file_may_be_too_large(cache: Path, tmp_path: Path) -> None:
 def test_a_full_disk_is_told_before_it_is_full(
     cache: Path, server: Server, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "_RESERVE_BYTES", 2**60)
+    monkeypatch.setattr(part, "_RESERVE_BYTES", 2**60)
     assert code(cache, local) == "cache_full"
     assert code(cache, f"{server.base}/endless") == "cache_full"
 

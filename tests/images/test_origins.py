@@ -182,7 +182,7 @@ def test_a_name_that_means_another_host_a_moment_later_gains_nothing(
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
-    monkeypatch.setattr("volant.images._fetch._FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("volant.images._download._FIRST_PAUSE_S", 0.0)
     named = Origins(networks=parse_networks(["127.0.0.1"]))
     with pytest.raises(ImageError):
         fetch(tmp_path, f"http://attacker.example:{internal.port}/", DIGEST, max_bytes=2**20, origins=named)

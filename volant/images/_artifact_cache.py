@@ -1,10 +1,10 @@
-"""The daemon's door to boot artifacts: each is fetched once, whoever needs it."""
+"""The daemon's cache of artifacts: fetches each once, receives uploads, removes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,23 +14,24 @@ from volant.host import Reader, is_below, open_as
 from volant.model import Artifact
 
 from . import _artifacts
-from ._artifacts import CachedArtifact, Part
+from ._artifacts import CachedArtifact
 from ._child import run_child
 from ._errors import ImageError
-from ._fetch import FULL, local_path, shown
+from ._fetch import local_path, shown
 from ._origins import PUBLIC, Origins
 from ._packages import Progress
+from ._part import Part, disk_errors
 
-_AT_ONCE = 4
+_FETCHES_AT_ONCE = 4
 _UPLOADS_AT_ONCE = 4
 _OPEN_S = 10.0
-"""A file that takes longer to open lies on a file system that does not answer."""
+"""How long opening a local file may take; its file system may hang."""
 _PIECE = 1024 * 1024
-"""Of an upload, so much is written at a time."""
+"""How much of an upload is written at once."""
 
 
 class _Fetch:
-    """One fetch under way; who comes later waits for its outcome."""
+    """A fetch in progress. Later callers wait for its outcome."""
 
     def __init__(self) -> None:
         self.done = trio.Event()
@@ -39,52 +40,52 @@ class _Fetch:
 
 
 class ArtifactCache:
-    """The boot artifacts of a cache folder."""
+    """The artifacts of a cache folder."""
 
     def __init__(
         self, cache_dir: Path, owner: Path, *, timeout_s: float, max_mb: int, origins: Origins = PUBLIC
     ) -> None:
         """
-        :param owner: the daemon's state directory, by which others that share the cache know of it
-        :param timeout_s: how long one may take to arrive
-        :param max_mb: how large one may be, in MiB
-        :param origins: what may be fetched, whoever asks
+        :param owner: the daemon's state directory, which marks its artifacts for daemons that share the cache
+        :param timeout_s: for one artifact to arrive
+        :param max_mb: the largest artifact, in MiB
+        :param origins: from where artifacts may be fetched
         """
         self._origins = origins
         self._uploads = trio.CapacityLimiter(_UPLOADS_AT_ONCE)
-        self._opens = trio.CapacityLimiter(_AT_ONCE)
+        self._opens = trio.CapacityLimiter(_FETCHES_AT_ONCE)
         self._places = trio.CapacityLimiter(_UPLOADS_AT_ONCE)
         self._cache_dir = cache_dir
         self._owner = owner
         self._timeout_s = timeout_s
         self._max_bytes = max_mb * 2**20
         self._under_way: dict[str, _Fetch] = {}
-        self._slots = trio.CapacityLimiter(_AT_ONCE)
-        self._going: dict[str, trio.Event] = {}
-        """Those that are being removed: whoever wants one waits, and fetches it anew."""
+        self._slots = trio.CapacityLimiter(_FETCHES_AT_ONCE)
+        self._removing: dict[str, trio.Event] = {}
+        """Artifacts that are being removed. Callers that need one wait, and fetch it again."""
 
     async def obtain(self, artifact: Artifact) -> CachedArtifact:
         """Returns an artifact, verified and in the cache; fetches it if the cache lacks it. It stays there until this
         daemon removes it.
 
-        Cancelling ends the fetch, unless others wait for it: then one of them begins anew.
+        Cancelling ends the fetch; if others wait for it, one of them starts it again.
 
-        :raises ImageError: it is not to be had, and why; see `fetch`. `timeout` when it has taken too long.
+        :raises ImageError: as `fetch`; `timeout` after `timeout_s`
         """
         return await self._obtain(artifact, partial(self._fetch, artifact))
 
     def may_read(self, path: Path) -> bool:
-        """Whether a file of this host may be fetched, whoever asks. Looks at no file."""
+        """Whether files at this path may be fetched for every client; does not access the file."""
         return is_below(self._origins.directories, path)
 
     async def has(self, artifact: Artifact) -> bool:
-        """Whether it is in the cache, and stays there until this daemon removes it."""
+        """Whether an artifact is in the cache, and stays there until this daemon removes it."""
         return await self._find(artifact) is not None
 
     async def take(self, artifact: Artifact, reader: Reader) -> CachedArtifact:
-        """Return an artifact that is a file of this host, as `obtain`; read with the rights of `reader`, now.
+        """Returns an artifact that is a file of this host, as `obtain` does. Opens it now, with the rights of `reader`.
 
-        :raises ImageError: as `obtain`. `media_missing` says no more than that there is none for this reader.
+        :raises ImageError: as `obtain`; `media_missing` for all files that the reader can't open or that differ
         """
         path = local_path(artifact.url)
         assert path is not None
@@ -96,7 +97,7 @@ class ArtifactCache:
                     )
                 opened.callback(os.close, fd)
             except (OSError, trio.TooSlowError):
-                # What is said of a file that is another one than the manifest says.
+                # Fails as a file with another digest does.
                 source: Sequence[int] = ()
             else:
                 source = (fd,)
@@ -104,9 +105,9 @@ class ArtifactCache:
 
     @asynccontextmanager
     async def receiving(self, digest: str) -> AsyncIterator[Upload]:
-        """For the length of a block: an artifact that a client sends. Without `Upload.finish` nothing is left of it.
+        """Receives an artifact from a client in a block. Without `Upload.finish` nothing of it stays.
 
-        :raises ImageError: `cache_busy` too many are sent at once; `cache_unwritable`; `timeout` it has taken too long
+        :raises ImageError: `cache_busy`: too many uploads at once; `cache_unwritable`; `timeout` after `timeout_s`
         """
         try:
             self._uploads.acquire_on_behalf_of_nowait(upload := Upload(self, digest))
@@ -129,8 +130,11 @@ class ArtifactCache:
             self._uploads.release_on_behalf_of(upload)
 
     async def keep(self, part: Path, digest: str) -> CachedArtifact:
-        """Give what was received its place. :raises ImageError: it can't be given."""
-        # It waits for who fetches the same one, perhaps from a slow server; whoever gives that up takes the part away.
+        """Moves a received file to its place.
+
+        :raises ImageError: the disk fails
+        """
+        # Waits while the same artifact is being fetched. If this is cancelled, the caller removes the part.
         await trio.to_thread.run_sync(
             _artifacts.place_received, self._cache_dir, part, digest, abandon_on_cancel=True, limiter=self._places
         )
@@ -147,8 +151,8 @@ class ArtifactCache:
     async def _obtain(self, artifact: Artifact, fetch: Callable[[], Awaitable[None]]) -> CachedArtifact:
         with trio.move_on_after(self._timeout_s):
             while True:
-                if (going := self._going.get(artifact.sha256)) is not None:
-                    await going.wait()
+                if (removing := self._removing.get(artifact.sha256)) is not None:
+                    await removing.wait()
                 found = await self._find(artifact)
                 if found is not None:
                     return found
@@ -166,24 +170,24 @@ class ArtifactCache:
         )
 
     async def remove(self, digest: str, *, in_use: Callable[[], bool]) -> bool:
-        """Remove an artifact unless it is `in_use`, or another daemon uses it; return whether it is gone.
+        """Removes an artifact, unless it is `in_use` or another daemon uses it; returns whether it was removed.
 
         A VM's row exists before the VM asks for its artifacts. So `in_use` sees a VM that asked before; one that asks
         later waits until the file is gone, and fetches it again.
 
-        :raises ImageError: it can't be removed.
+        :raises ImageError: it can't be removed
         """
-        if digest in self._under_way or digest in self._going or in_use():
+        if digest in self._under_way or digest in self._removing or in_use():
             return False
-        gone = self._going[digest] = trio.Event()
+        removed = self._removing[digest] = trio.Event()
         try:
             return await trio.to_thread.run_sync(_artifacts.remove_artifact, self._cache_dir, digest, self._owner)
         finally:
-            del self._going[digest]
-            gone.set()
+            del self._removing[digest]
+            removed.set()
 
     def inspect(self) -> dict[str, object]:
-        """What is on its way, by digest; ready for JSON."""
+        """Returns the fetches in progress by digest, for JSON."""
         return {
             digest: {"done_bytes": fetch.progress.done, "total_bytes": fetch.progress.total} if fetch.progress else {}
             for digest, fetch in self._under_way.items()
@@ -192,7 +196,7 @@ class ArtifactCache:
     async def _fetch(self, artifact: Artifact, source: Sequence[int] = ()) -> None:
         under_way = self._under_way[artifact.sha256] = _Fetch()
 
-        def heard(progress: Progress) -> None:
+        def record(progress: Progress) -> None:
             under_way.progress = progress
 
         arguments = ["fetch", "--cache", str(self._cache_dir), "--url", artifact.url, "--sha256", artifact.sha256]
@@ -205,7 +209,7 @@ class ArtifactCache:
             arguments += ["--descriptor", str(fd)]
         try:
             async with self._slots:
-                await run_child(arguments, heard, source)
+                await run_child(arguments, record, source)
         except ImageError as error:
             under_way.error = ImageError(error.code, f"{_named(artifact)}: {error.message}", error.hint)
             raise under_way.error from error
@@ -215,31 +219,37 @@ class ArtifactCache:
 
 
 class Upload:
-    """An artifact that a client sends: write the pieces, then finish."""
+    """An artifact that a client sends: `write` the pieces, then `finish`."""
 
-    def __init__(self, artifacts: ArtifactCache, digest: str) -> None:
-        self._artifacts = artifacts
+    def __init__(self, cache: ArtifactCache, digest: str) -> None:
+        self._cache = cache
         self._digest = digest
         self._pending = bytearray()
         self.part: Part
 
     def expect(self, size: int) -> None:
-        """Say how many bytes it will have. :raises ImageError: `media_too_large`"""
+        """Announces the size.
+
+        :raises ImageError: `media_too_large`
+        """
         self.part.expect(size)
 
     async def write(self, data: bytes) -> None:
-        """Take the next bytes. :raises ImageError: `media_too_large`, `cache_full`, `io_error`"""
+        """Writes the next bytes.
+
+        :raises ImageError: `media_too_large`, `cache_full`, `io_error`
+        """
         self._pending += data
         if len(self._pending) >= _PIECE:
             await self._flush()
 
     async def finish(self) -> CachedArtifact:
-        """Return the artifact, verified and in the cache.
+        """Returns the artifact, verified and in the cache.
 
-        :raises ImageError: `media_mismatch` it has another digest; and as `write`
+        :raises ImageError: `media_mismatch`: it has another digest; and as `write`
         """
         await self._flush()
-        with _told():
+        with disk_errors():
             actual = await trio.to_thread.run_sync(self.part.finish)
         if actual != self._digest:
             raise ImageError(
@@ -247,22 +257,12 @@ class Upload:
                 f"what was sent has another SHA-256 than {self._digest}",
                 "correct the manifest, or the file",
             )
-        return await self._artifacts.keep(self.part.path, self._digest)
+        return await self._cache.keep(self.part.path, self._digest)
 
     async def _flush(self) -> None:
         data, self._pending = bytes(self._pending), bytearray()
-        with _told():
+        with disk_errors():
             await trio.to_thread.run_sync(self.part.write, data)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """What the disk refuses becomes an ImageError."""
-    try:
-        yield
-    except OSError as error:
-        code = "cache_full" if error.errno in FULL else "io_error"
-        raise ImageError(code, f"the cache can't be written: {error.strerror or error}", "make room there") from error
 
 
 def _named(artifact: Artifact) -> str:
