@@ -1,7 +1,6 @@
-"""What VMs boot from: kernel and initramfs, built from Debian's packages and cached by what they are made of, and the
-boot artifacts of manifests, cached by their digests.
+"""The files that VMs boot: images built from Debian's packages, and artifacts of manifests, both in a cache folder.
 
-`fetch_packages` is for those who make root file systems of their own, as `examples/browser` does."""
+`fetch_packages` is for scripts that make root filesystems, as `examples/browser` does."""
 
 from ._apt import Package
 from ._artifact_cache import ArtifactCache, Upload

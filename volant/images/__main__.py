@@ -17,32 +17,32 @@ from . import ImageError, Origins, Progress, build, fetch, list_images, parse_ne
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; return the exit code."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m volant.images")
     commands = parser.add_subparsers(dest="command", required=True)
-    builder = commands.add_parser("build", help="build the image, or find that it is there")
+    builder = commands.add_parser("build", help="build the image, unless the cache has it")
     lister = commands.add_parser("list", help="print the images of a cache, one JSON object a line")
-    fetcher = commands.add_parser("fetch", help="fetch a boot artifact, or find that it is there")
+    fetcher = commands.add_parser("fetch", help="fetch an artifact, unless the cache has it")
     fetcher.add_argument("--url", required=True, help="an absolute path, or a file, http or https URL")
     fetcher.add_argument("--sha256", required=True, metavar="DIGEST")
     fetcher.add_argument("--max-bytes", type=int, required=True, metavar="N")
     fetcher.add_argument("--allow-directory", type=Path, action="append", default=[], metavar="DIR")
     fetcher.add_argument("--allow-network", action="append", default=[], metavar="CIDR")
-    fetcher.add_argument("--descriptor", type=int, metavar="N", help="the local file, opened already")
+    fetcher.add_argument("--descriptor", type=int, metavar="N", help="an open descriptor of the local file")
     for command in (builder, lister, fetcher):
         command.add_argument("--cache", type=Path, required=True, metavar="DIR")
-    builder.add_argument("--mirror", metavar="URL", help="a Debian mirror, in the place of this host's apt sources")
+    builder.add_argument("--mirror", metavar="URL", help="a Debian mirror, instead of this host's apt sources")
     builder.add_argument("--security-mirror", metavar="URL", help="with --mirror: where security updates come from")
     builder.add_argument("--keyring", type=Path, metavar="FILE", help="the keys that must have signed the mirror")
     builder.add_argument("--offline", action="store_true", help="take the packages of the last build")
     for command in (builder, fetcher):
-        command.add_argument("--json-progress", action="store_true", help="tell programs, not people")
+        command.add_argument("--json-progress", action="store_true", help="output for programs")
     options = parser.parse_args(arguments)
     if options.command == "list":
         for image in list_images(options.cache):
-            _say(image.as_json())
+            _print(image.as_json())
         return 0
-    tell = _tell_programs if options.json_progress else _tell_people
+    report = _report_json if options.json_progress else _report_text
     try:
         if options.command == "fetch":
             artifact = fetch(
@@ -52,15 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 max_bytes=options.max_bytes,
                 origins=Origins(tuple(options.allow_directory), parse_networks(options.allow_network)),
                 source=options.descriptor,
-                tell=lambda done, total: tell(Progress("fetch", "Fetching", done, total, "bytes")),
+                tell=lambda done, total: report(Progress("fetch", "Fetching", done, total, "bytes")),
             )
-            _say({"artifact": artifact.as_json()})
+            _print({"artifact": artifact.as_json()})
             return 0
         if options.security_mirror and not options.mirror:
             parser.error("--security-mirror goes with --mirror")
         image = build(
             options.cache,
-            progress=tell,
+            progress=report,
             mirror=options.mirror,
             security_mirror=options.security_mirror,
             keyring=options.keyring,
@@ -68,16 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except ImageError as error:
         if options.json_progress:
-            _say({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
+            _print({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
         else:
             sys.stderr.write(f"{error}\n")
         return 1
-    _say({"image": image.as_json()})
+    _print({"image": image.as_json()})
     return 0
 
 
-def _tell_programs(progress: Progress) -> None:
-    _say(
+def _report_json(progress: Progress) -> None:
+    _print(
         {
             "phase": progress.phase,
             "message": progress.message,
@@ -88,11 +88,11 @@ def _tell_programs(progress: Progress) -> None:
     )
 
 
-def _tell_people(progress: Progress) -> None:
+def _report_text(progress: Progress) -> None:
     sys.stderr.write(f"{progress.phase}: {progress.message}\n")
 
 
-def _say(value: dict[str, object]) -> None:
+def _print(value: dict[str, object]) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()
 

@@ -1,12 +1,10 @@
-"""A private apt: the host's program and Debian's keys, with a state, a cache and settings of our own.
+"""A private apt: the host's program and Debian's keys, with state, cache and settings of our own.
 
-apt verifies the archive's signature, the index files against it, and each package against those. What it resolves is
-written down with the SHA-256 of each package, and `verify` checks that once more on every use, so that what lies in the
-cache for a year is still what apt had verified.
+apt verifies the archive's signature, the index files against it, and each package against those. The list of packages
+has their SHA-256, and `verify` checks it again on every use, however old the cache is.
 
-For the boot image, the dependency solver is not asked: the recipe names each package that files are taken from.
-Installing what the kernel package depends on would drag in tools that make an initramfs, a module loader and a linker
-configuration. Root file systems are other people's, and may hold anything: for them it is.
+The boot image does not use the dependency solver: the recipe names each package. The kernel's dependencies would add a
+generator of initramfs, a module loader and a linker configuration. Root filesystems use the solver.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ _MAX_DEB_BYTES = 512 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, order=True)
 class Package:
-    """One package as apt resolved it."""
+    """A package as apt resolved it."""
 
     name: str
     version: str
@@ -47,7 +45,7 @@ class Package:
 
 
 class Apt:
-    """apt with everything it keeps beneath `folder`."""
+    """apt with all its files below `folder`."""
 
     def __init__(self, folder: Path, sources: Iterable[_sources.Source], keyring: Path) -> None:
         self._folder = folder.resolve()
@@ -62,7 +60,7 @@ class Apt:
         own = self._folder
         settings = [
             *transport,
-            # Read before any other file: so no other file is read, and no hook of the host's runs.
+            # APT_CONFIG is read first, so that no other file is read and no hook of the host runs.
             ("Dir::Etc::Parts", "/dev/null"),
             ("Dir::Etc::Main", "/dev/null"),
             ("Dir::Etc::SourceList", f"{own}/etc/sources.list"),
@@ -93,11 +91,11 @@ class Apt:
         return "\n".join(lines) + "\n"
 
     def update(self) -> None:
-        """Fetch the index files of all sources.
+        """Fetches the index files of all sources.
 
         :raises ImageError: `unreachable`: a mirror does not answer; `untrusted`: its signature is not Debian's
         """
-        # By default apt takes a mirror that does not answer for a mere warning.
+        # By default a mirror that does not answer is only a warning.
         done = self._run(["apt-get", "-q", "-o", "APT::Update::Error-Mode=any", "update"], _UPDATE_TIMEOUT_S)
         if done.returncode != 0:
             text = _complaints(done.stderr)
@@ -114,9 +112,9 @@ class Apt:
             )
 
     def resolve(self) -> list[Package]:
-        """Return what the recipe's packages are in the index files at hand, sorted by name.
+        """Returns the recipe's packages from the present index files, sorted by name.
 
-        :raises ImageError: one of them is not there
+        :raises ImageError: a package is missing
         """
         meta = _recipe.KERNEL_METAPACKAGE
         shown = self._run(["apt-cache", "show", "--no-all-versions", meta], _QUERY_TIMEOUT_S)
@@ -130,10 +128,10 @@ class Apt:
         return self._locate({*_recipe.PACKAGES, depends[1]})
 
     def resolve_with_dependencies(self, names: list[str], without: list[str]) -> list[Package]:
-        """Return `names` and all that they depend on, as the index files at hand have it, sorted by name.
+        """Returns packages and their dependencies from the present index files, sorted by name.
 
-        :param without: packages that apt is told are installed: the solver takes neither them nor what they alone need
-        :raises ImageError: one of them is not there, or what it depends on is not
+        :param without: packages that apt is told are installed, so that it skips them and dependencies of only them
+        :raises ImageError: a package or a dependency is missing
         """
         status = self._folder / "installed"
         status.write_text("".join(map(_held, self._show(without))) if without else "")
@@ -145,12 +143,12 @@ class Apt:
                 f"The archive can't provide {', '.join(names)}: {_complaints(printed.stderr)}",
                 "check that the mirror has the suite " + _recipe.SUITE,
             )
-        # These lines have no SHA-256, and so are good for names alone.
+        # These lines have no SHA-256, so only the names are used.
         filenames = [matched[1] for line in printed.stdout.splitlines() if (matched := _NAME_LINE.match(line))]
         return self._locate({filename.split("_")[0] for filename in filenames})
 
     def _show(self, names: list[str]) -> list[str]:
-        """Return what the index files say of each package."""
+        """Returns the stanza of each package in the index files."""
         shown = self._run(["apt-cache", "show", "--no-all-versions", *names], _QUERY_TIMEOUT_S)
         if shown.returncode != 0:
             raise ImageError(
@@ -174,9 +172,10 @@ class Apt:
         return sorted(found)
 
     def download(self, packages: Iterable[Package], folder: Path, progress: Callable[[int], None]) -> None:
-        """Fetch `packages` into `folder`; `progress` hears how many bytes are there.
+        """Fetches packages into a folder.
 
-        :raises ImageError: a package can't be fetched, or is not what was resolved
+        :param progress: called with the bytes that have arrived
+        :raises ImageError: a package can't be fetched, or differs from what was resolved
         """
         wanted = list(packages)
         command = ["apt-get", "-q", "-q", "download", *(f"{item.name}={item.version}" for item in wanted)]
@@ -243,7 +242,7 @@ class Apt:
 
 
 def verify(package: Package, path: Path) -> bool:
-    """Return whether the file at `path` is the package, to the byte."""
+    """Returns whether a file has the size and the SHA-256 of a package."""
     try:
         if path.stat().st_size != package.size:
             return False
@@ -254,12 +253,15 @@ def verify(package: Package, path: Path) -> bool:
 
 
 def dump_list(packages: Iterable[Package]) -> list[dict[str, object]]:
-    """Return the list as it stands in `image.json`."""
+    """Returns the list for `image.json`."""
     return [asdict(package) for package in sorted(packages)]
 
 
 def load_list(text: str) -> list[Package]:
-    """Return the list that `dump_list` made JSON of; :raises ValueError: it is none."""
+    """Parses the JSON of `dump_list`.
+
+    :raises ValueError: the text is malformed
+    """
     try:
         rows = json.loads(text)
         found = [Package(**row) for row in rows]
@@ -283,18 +285,18 @@ def _package(line: str) -> Package | None:
     if len(parts) != 3 or "/" in filename or int(matched[3]) > _MAX_DEB_BYTES:
         return None
     name, version, architecture = parts
-    # In a file name apt writes the colon of an epoch as %3a.
+    # File names have %3a for the colon of an epoch.
     return Package(name, version.replace("%3a", ":"), architecture, matched[4], int(matched[3]), filename)
 
 
 def _held(stanza: str) -> str:
-    """Return the stanza for a list of what is installed. Held: else apt would put the archive's own in its place."""
+    """Returns a stanza for the list of installed packages. On hold, or apt would upgrade it."""
     fields = [line for line in stanza.splitlines() if line.startswith(_HELD_FIELDS)]
     return "\n".join([*fields, "Status: hold ok installed", "Maintainer: nobody", "Description: none", "", ""])
 
 
 def packages_by_name(packages: Iterable[Package], folder: Path) -> Mapping[str, Path]:
-    """Return where the file of each package is."""
+    """Returns the path of each package's file."""
     return {package.name: folder / package.filename for package in packages}
 
 
@@ -330,7 +332,7 @@ def _complaints(stderr: str) -> str:
 
 
 def require_programs() -> None:
-    """:raises ImageError: this host lacks one that images are built with."""
+    """:raises ImageError: this host lacks a program that builds need"""
     if not all(map(shutil.which, ("apt-get", "apt-config", "apt-cache", "dpkg-deb"))):
         raise _no_apt()
 

@@ -1,4 +1,4 @@
-"""Building an image: resolve, fetch, verify, compose, rename into place."""
+"""Builds an image: resolves, fetches and verifies packages, composes, and renames into place."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def build(
     keyring: Path | None = None,
     offline: bool = False,
 ) -> Image:
-    """Build the image that the archive's packages of today make, and return it; blocks for some seconds.
+    """Builds the image from the archive's packages of today, unless the cache has it; blocks for some seconds.
 
-    When the cache has it already, nothing is built. When the mirror can't be reached, the packages of the last build
-    are taken instead. Only `cache_dir` is written to, and nobody needs to be root. Several may build at once: one does
-    it, the others wait for it.
+    If the mirror can't be reached, it takes the packages of the last build. Needs no root. Of several callers one
+    builds, the others wait.
 
-    :param mirror: the address of a Debian mirror, in the place of this host's apt sources
-    :param security_mirror: that of the security archive, with `mirror`; without it there are no security updates
-    :param keyring: the keys that must have signed it; default: this host's keyring of the Debian archive
-    :param offline: take the packages of the last build, without asking the network
-    :raises ImageError: there is no image, and why
+    :param cache_dir: the only folder that is written to
+    :param mirror: the address of a Debian mirror, instead of this host's apt sources
+    :param security_mirror: the address of the security archive, with `mirror`; without it there are no security updates
+    :param keyring: the keys that must have signed the archive; default: this host's keyring of the Debian archive
+    :param offline: take the packages of the last build, without the network
+    :raises ImageError: the image can't be built
     """
     if platform.machine() != "x86_64":
         raise ImageError(
@@ -131,7 +131,7 @@ def _place(
     target = cache_dir / "images" / digest
     target.parent.mkdir(exist_ok=True)
     if target.exists():
-        # It was found not to be whole, or it would have been taken.
+        # It was incomplete, or it would have been used.
         shutil.rmtree(target)
     made.rename(target)
     _store.sync_folder(target.parent)

@@ -1,10 +1,10 @@
-"""Byte code for the guest, made by the guest's own Python.
+"""Compiles Python modules to byte code, with the guest's own Python.
 
-Debian ships sources; compiling them in each boot takes a second under emulation. The host's Python is of another
-version, or differs in a patch that changes the magic number, so the Python that will run the code compiles it: it is
-started through the dynamic linker out of the unpacked packages, with an empty environment, and needs nothing installed.
+Debian ships sources, and compiling them takes a second of each boot under emulation. The host's Python may have another
+version or magic number. So the guest's Python is started from the unpacked packages through the dynamic linker, with an
+empty environment; nothing is installed.
 
-Only byte code goes into the image (`name.pyc` in the place of `name.py`): half the size, and half the files.
+Only byte code goes into the image (`name.pyc` instead of `name.py`): half the size, and half the files.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ _STDLIB = "usr/lib/python3.13"
 def compile_modules(
     files: Mapping[str, bytes], packages: Mapping[str, bytes], roots: Iterable[str], scratch: Path
 ) -> dict[str, bytes]:
-    """Return the byte code of `roots` and of everything that they import, by path in the image.
+    """Returns the byte code of modules and their imports, by path in the image.
 
-    `files` are the guest's binaries and standard library by path in the image; `packages` are the sources that will be
-    in `/usr/lib/volant`. Writes beneath `scratch` alone, and leaves nothing there.
-
-    :raises ImageError: the guest's Python does not run here, or a module can't be imported by it
+    :param files: the guest's binaries and standard library, by path in the image
+    :param packages: the sources of `/usr/lib/volant`
+    :param roots: the modules
+    :param scratch: a folder for temporary files
+    :raises ImageError: the guest's Python does not run here, or can't import a module
     """
     with tempfile.TemporaryDirectory(dir=scratch, prefix="compile-") as folder:
         root = Path(folder)
@@ -47,9 +48,9 @@ def compile_modules(
 
 
 def verify_modules(files: Mapping[str, bytes], roots: Iterable[str], scratch: Path) -> None:
-    """Import `roots` with nothing but `files`, which are those of the finished image.
+    """Imports `roots` with the files of the finished image only.
 
-    :raises ImageError: something that they need is missing
+    :raises ImageError: a file is missing
     """
     with tempfile.TemporaryDirectory(dir=scratch, prefix="verify-") as folder:
         root = Path(folder)
@@ -66,7 +67,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _run(root: Path, arguments: list[str]) -> None:
     script = Path(__file__).with_name("_compile_in_guest.py").read_bytes()
-    # Relative paths: what the process sees of this machine is as little as can be.
+    # Relative paths, so that no path of this machine gets into the byte code.
     command = [
         "./usr/lib64/ld-linux-x86-64.so.2",
         "--library-path",

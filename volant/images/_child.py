@@ -1,8 +1,7 @@
-"""Work on images runs in a process of its own.
+"""Runs builds and fetches in a child process.
 
-A build is seconds of decompression and hashing: in a thread it would hold the daemon's GIL, and a thread can't be
-cancelled. A process can be killed, leaves at worst what the next one removes, and dies by itself when the daemon is
-gone and nobody reads what it says.
+They decompress and hash for seconds, which would hold the daemon's GIL, and threads can't be cancelled. A killed child
+leaves at worst files that the next one removes, and a child ends by SIGPIPE when the daemon is gone.
 """
 
 from __future__ import annotations
@@ -28,11 +27,12 @@ _REAP_S = 5.0
 async def run_child(
     arguments: Sequence[str], progress: Callable[[Progress], None] | None, descriptors: Sequence[int] = ()
 ) -> dict[str, object]:
-    """Run `python -m volant.images` with `--json-progress` and `descriptors`; return the last object that it says.
+    """Runs `python -m volant.images` with `--json-progress`; returns the last object of its output.
 
-    Cancelling ends it: its processes are killed.
+    Cancelling kills it and its children.
 
-    :raises ImageError: what it says went wrong; `build_failed` when it dies without a word
+    :param descriptors: open descriptors for the child
+    :raises ImageError: the error that it reports; `build_failed` if it dies without a report
     """
     command = [sys.executable, "-P", "-m", "volant.images", *arguments, "--json-progress"]
     process = await trio.lowlevel.open_process(
@@ -42,7 +42,7 @@ async def run_child(
         stderr=subprocess.PIPE,
         env=_environment(),
         pass_fds=descriptors,
-        # Its own group, so that apt goes with it.
+        # A group of its own, so that apt is killed, too.
         start_new_session=True,
     )
     assert process.stdout is not None
@@ -76,12 +76,12 @@ async def run_child(
         raise ImageError(str(error.get("code")), str(error.get("message")), str(error.get("hint", "")))
     if not outcome or process.returncode != 0:
         last = complaints.decode(errors="replace").strip().splitlines()[-1:]
-        raise ImageError("build_failed", f"The image builder died: {last[0] if last else 'it said nothing'}")
+        raise ImageError("build_failed", f"The image builder died: {last[0] if last else 'without an error'}")
     return outcome
 
 
 def _environment() -> dict[str, str]:
-    # The child must find the package that this one is, wherever it was imported from.
+    # The child must import this very package, wherever that is.
     parent = str(Path(__file__).resolve().parent.parent.parent)
     known = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": f"{parent}:{known}" if known else parent}
@@ -103,7 +103,7 @@ async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
             del buffer[: end + 1]
             yield line
         if len(buffer) > _MAX_LINE:
-            # Nonsense; without the line that it should end with, this counts as a failure anyway.
+            # Not from our child. Without a last line it counts as a failure.
             buffer.clear()
 
 

@@ -1,10 +1,10 @@
-"""Runs under the guest's own Python: finds what the guest's modules import, and compiles it.
+"""Runs under the guest's own Python: imports the guest's modules, and compiles all modules that are loaded then.
 
-Arguments: the folder of our packages, the folder of the standard library, the folder to write to, then the names of the
-modules to begin with, or `verify` instead of the folder to write to, which just imports them.
+Arguments: the folder of our packages, the folder of the standard library, the output folder, the names of the modules.
+`verify` instead of the output folder only imports them.
 
-The output must be the same bytes on any machine: one process, sorted order, a fixed hash seed (set by the caller), and
-file names as they will be in the guest.
+The output is the same on any machine: one process, sorted order, a fixed hash seed (from the caller), and file names as
+in the guest.
 """
 
 # ruff: noqa: PTH100, PTH103, PTH118, PTH120, PTH123, T201 - what is imported here goes into the image, and print is the answer
@@ -26,7 +26,7 @@ def _import_all(names: list[str]) -> None:
 
 
 def _needed(folders: dict[str, str]) -> list[tuple[str, str]]:
-    """Return (place, relative path) of the source of every module that is loaded now."""
+    """Returns (place, relative path) of the source of each loaded module."""
     found: set[tuple[str, str]] = set()
     for module in list(sys.modules.values()):
         spec = getattr(module, "__spec__", None)
@@ -42,10 +42,10 @@ def _needed(folders: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Do what the arguments say; the last line on stdout is for the caller."""
+    """Imports and compiles, as the arguments say."""
     packages, stdlib, output = (os.path.abspath(path) for path in sys.argv[1:4])
     names = sys.argv[4:]
-    # The folder of this script is the host's, and must offer nothing.
+    # Not the folder of this script, which is the host's.
     sys.path[:] = [packages, stdlib]
     sys.dont_write_bytecode = True
     _import_all(names)
@@ -60,7 +60,7 @@ def main() -> None:
         with open(source, "rb") as handle:
             text = handle.read()
         code = compile(text, f"{_TARGETS[place]}/{path}", "exec", dont_inherit=True, optimize=2)
-        # A hash that nobody checks: no time stamp to differ, and no source to look for.
+        # An unchecked hash: no time stamp, and no source is needed at run time (PEP 552).
         data = external._code_to_hash_pyc(  # type: ignore[attr-defined]  # what py_compile uses
             code, importlib.util.source_hash(text), checked=False
         )

@@ -1,4 +1,4 @@
-"""From packages to kernel and initramfs: a pure function of their bytes and of our guest code."""
+"""Makes kernel and initramfs of packages: a pure function of their bytes and of our guest code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _STDLIB = "usr/lib/python3.13/"
 def compose(
     debs: Mapping[str, Path], guest: Mapping[str, bytes], scratch: Path, tell: Callable[[str, str], None]
 ) -> tuple[bytes, _cpio.Tree]:
-    """Return the kernel, and the tree of the initramfs.
+    """Returns the kernel, and the tree of the initramfs.
 
-    `debs` are the packages by name, `guest` our own sources; `tell(phase, message)` hears how far it is.
-
-    :raises ImageError: a package is not what the recipe takes it for
+    :param debs: the packages by name
+    :param guest: our own sources
+    :param tell: called with phase and message
+    :raises ImageError: a package does not fit the recipe
     """
     tell("unpack", "Unpacking the kernel")
     kernel, modules = _kernel_parts(debs[_kernel_package(debs)])
@@ -37,7 +38,7 @@ def compose(
         sources |= {name: files[path] for path, name in names.items() if name.startswith(f"{library}/")}
 
     tell("compile", "Compiling the guest's Python modules")
-    # All of them, not what the main program imports, and all that they import: some of it late, when somebody needs it.
+    # All of our modules and their imports, as some are imported late.
     own = {path.removesuffix(".py").replace("/", ".") for path in guest if not path.endswith("/__init__.py")}
     roots = sorted(own.union(_recipe.PYTHON_MODULES, *map(imported_modules, guest.values())))
     compiled = _bytecode.compile_modules(binaries | stdlib, sources, roots, scratch)
@@ -45,7 +46,7 @@ def compose(
     tell("compose", "Putting the initramfs together")
     tree: _cpio.Tree = {path: _cpio.file(data, 0o755) for path, data in binaries.items()}
     tree |= {path: _cpio.file(data) for path, data in compiled.items()}
-    # Python finds its home by this file, although it has `os` built in.
+    # Python finds its home by this file, although `os` is built in.
     landmark = _STDLIB + "os.pyc"
     if landmark not in compiled:
         raise ImageError("compile_failed", "The standard library has no os module")
@@ -86,7 +87,7 @@ def _binaries(debs: Mapping[str, Path]) -> dict[str, bytes]:
     binaries: dict[str, bytes] = {}
     for package in sorted(set(_recipe.BINARIES.values())):
         wanted = tuple(path for path, owner in _recipe.BINARIES.items() if owner == package)
-        # A library's name is a link to the file with its full version, not always in the same folder.
+        # A library's name is a link to the file with its version, perhaps in another folder.
         names = tuple(path.rsplit("/", 1)[1] for path in wanted)
         found = _debs.read_files(debs[package], functools.partial(_is_named, names))
         for path in wanted:

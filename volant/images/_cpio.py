@@ -1,7 +1,7 @@
-"""A file tree as plain data, and the `newc` archive that the kernel unpacks as its initramfs.
+"""Makes the `newc` archive that the kernel unpacks as its initramfs.
 
-The host's `cpio` is not used: a bare host has none, and it would copy inode numbers, owners and times of this machine
-into the image. Here every field that is not content is fixed, and entries are sorted, so equal trees are equal bytes.
+Not with the host's `cpio`: a bare host has none, and it would copy inode numbers, owners and times. Here all metadata
+is fixed and entries are sorted, so equal trees are equal bytes.
 
 The format: Documentation/driver-api/early-userspace/buffer-format.rst in the kernel's source.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name of a tree: a file, directory, symbolic link or character device, as `mode` says."""
+    """A file, directory, symbolic link or character device, by `mode`."""
 
     mode: int
     data: bytes = b""
@@ -24,22 +24,22 @@ class Entry:
 
 
 def file(data: bytes, mode: int = 0o644) -> Entry:
-    """Return a regular file."""
+    """Returns a regular file."""
     return Entry(stat.S_IFREG | mode, data)
 
 
 def directory(mode: int = 0o755) -> Entry:
-    """Return a directory."""
+    """Returns a directory."""
     return Entry(stat.S_IFDIR | mode)
 
 
 def symlink(target: str) -> Entry:
-    """Return a symbolic link."""
+    """Returns a symbolic link."""
     return Entry(stat.S_IFLNK | 0o777, target.encode())
 
 
 def character_device(major: int, minor: int, mode: int) -> Entry:
-    """Return a device node; it is only bytes in an archive, so making one needs no rights."""
+    """Returns a device node. In an archive that needs no privileges."""
     return Entry(stat.S_IFCHR | mode, b"", (major, minor))
 
 
@@ -48,9 +48,9 @@ Tree = dict[str, Entry]
 
 
 def with_parents(tree: Mapping[str, Entry]) -> Tree:
-    """Return `tree` with the directories that its paths need and that it does not name.
+    """Returns `tree` with the missing parent directories.
 
-    :raises ValueError: a path is no clean relative path, or lies beneath something that is no directory
+    :raises ValueError: a path is not relative and normalized, or lies below something that is not a directory
     """
     whole: Tree = {}
     for path in sorted(tree):
@@ -69,9 +69,9 @@ def with_parents(tree: Mapping[str, Entry]) -> Tree:
 
 
 def archive(tree: Mapping[str, Entry]) -> Iterator[bytes]:
-    """Yield the archive of `tree`, piece by piece: parents before children, names sorted, owner root, time 0."""
+    """Yields the archive in pieces: parents before children, names sorted, owner root, time 0."""
     whole = with_parents(tree)
-    # The kernel joins hard links by inode number, so each entry has its own.
+    # The kernel takes equal inode numbers for hard links.
     for number, path in enumerate(sorted(whole, key=lambda name: name.split("/")), start=1):
         entry = whole[path]
         yield _header(number, entry, path)

@@ -1,4 +1,4 @@
-"""Reading Debian packages without installing them."""
+"""Reads files of Debian packages without unpacking them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ _MAX_FILE_BYTES = 256 * 1024 * 1024
 
 
 def read_files(deb: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Return the content of the regular files of a package that `wanted` says yes to, by relative path.
+    """Returns the content of the regular files whose paths are `wanted`, by relative path.
 
-    Links to files of the same package that are wanted by name are followed. Nothing is written to disk, so nothing
-    in the package can lead a write astray.
+    Follows links to files of the same package. Writes nothing to the disk.
 
     :raises ImageError: the package can't be read
     """

@@ -1,4 +1,4 @@
-"""The daemon's door to images that are built."""
+"""Gets the current image for the daemon, and builds it if there is none."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ async def ensure(
     progress: Callable[[Progress], None] | None = None,
     arguments: tuple[str, ...] = (),
 ) -> Image:
-    """Return the current image of the cache, building it when there is none; several callers share one build.
+    """Returns the current image of the cache; builds it if there is none. Several callers share one build.
 
-    Cancelling ends the build: its processes are killed.
+    Cancelling kills the build.
 
     :param deadline_s: how long it may take in all
-    :param owner: the state directory of the daemon for which it stays, whatever others that share the cache remove
-    :param progress: hears how far the build is, in the caller's task
-    :param arguments: further ones for `python -m volant.images build`, `--mirror URL` for instance
-    :raises ImageError: there is no image, and why; `timeout` when the deadline has passed
+    :param owner: a daemon's state directory; daemons that share the cache do not remove its image
+    :param progress: called with the progress of the build, in the caller's task
+    :param arguments: further arguments of `python -m volant.images build`, for instance `--mirror URL`
+    :raises ImageError: the image can't be built; `timeout` after `deadline_s`
     """
     found = await trio.to_thread.run_sync(_used, cache_dir, _store.find, owner)
     if found is not None:
@@ -55,10 +55,10 @@ async def ensure(
     )
 
 
-def _used(cache_dir: Path, look: Callable[[Path], Image | None], owner: Path | None) -> Image | None:
-    found = look(cache_dir)
+def _used(cache_dir: Path, find: Callable[[Path], Image | None], owner: Path | None) -> Image | None:
+    found = find(cache_dir)
     if found is not None and owner is not None and not is_noted(cache_dir, found.digest, owner):
-        # Of a cache that can't be written to nobody removes anything.
+        # Nobody removes anything from a cache that can't be written to.
         with suppress(OSError):
             note_use(cache_dir, found.digest, owner)
     return found

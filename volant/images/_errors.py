@@ -1,12 +1,12 @@
-"""What goes wrong while an image is built, in words for people."""
+"""The error of this package."""
 
 from __future__ import annotations
 
 
 class ImageError(Exception):
-    """An image could not be built or used.
+    """An image or artifact could not be built, fetched or used.
 
-    `code` is for programs, `message` says what happened and `hint` what to do about it.
+    `code` is for programs, `message` says what happened, `hint` what to do about it.
     """
 
     def __init__(self, code: str, message: str, hint: str = "") -> None:

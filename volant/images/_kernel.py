@@ -1,8 +1,8 @@
-"""From Debian's kernel package to what a hypervisor boots.
+"""Unpacks the kernel and its modules from Debian's package.
 
-`vmlinuz` unpacks itself, under emulation for a second and a half. Its payload is the ELF file with the PVH entry point
-that QEMU can start at once, so it is unpacked here, once. The layout is that of the x86 boot protocol,
-Documentation/arch/x86/boot.rst in the kernel's source.
+`vmlinuz` unpacks itself at boot, which takes 1.5 s under emulation. Its payload is an ELF file with the PVH entry point
+that QEMU starts at once, so it is unpacked here, once. Layout: the x86 boot protocol, in the kernel's
+source Documentation/arch/x86/boot.rst.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 
 
 def unpack_vmlinuz(vmlinuz: bytes) -> bytes:
-    """Return the uncompressed kernel inside `vmlinuz`.
+    """Returns the uncompressed kernel inside `vmlinuz`.
 
-    :raises ImageError: it is no bzImage, not compressed with zstd, or what is inside is no ELF file
+    :raises ImageError: the file is not a bzImage with an ELF file compressed by zstd
     """
     if vmlinuz[0x202:0x206] != b"HdrS":
         raise ImageError("bad_kernel", "The kernel package's vmlinuz has no boot header")
@@ -34,7 +34,7 @@ def unpack_vmlinuz(vmlinuz: bytes) -> bytes:
     if payload[:4] != _ZSTD_MAGIC:
         raise ImageError("bad_kernel", "The kernel package's vmlinuz is not compressed with zstd")
     try:
-        # The payload ends with its length, which a one-shot decoder would take for a second frame.
+        # Streaming, as the payload ends with its length, which is not a zstd frame.
         kernel = zstandard.ZstdDecompressor().decompressobj().decompress(payload)
     except zstandard.ZstdError as error:
         raise ImageError("bad_kernel", f"The kernel can't be unpacked: {error}") from None
@@ -44,17 +44,18 @@ def unpack_vmlinuz(vmlinuz: bytes) -> bytes:
 
 
 def module_dependencies(module: bytes) -> tuple[str, ...]:
-    """Return the names that a kernel module says it depends on."""
+    """Returns the names of the modules that a kernel module needs."""
     found = _DEPENDS.search(module)
     return tuple(name.decode() for name in found[1].split(b",") if name) if found else ()
 
 
 def select_modules(packed: dict[str, bytes], wanted: tuple[str, ...]) -> dict[str, tuple[bytes, tuple[str, ...]]]:
-    """Return `wanted` modules and all they need, unpacked, each with its direct dependencies.
+    """Returns modules and their dependencies, unpacked, each with its direct dependencies.
 
-    `packed` are the package's `.ko.xz` files by module name. Names are those that the kernel uses, with `_` for `-`.
+    Names are those of the kernel, with `_` for `-`.
 
-    :raises ImageError: the package lacks one of them
+    :param packed: the package's `.ko.xz` files by module name
+    :raises ImageError: the package lacks a module
     """
     chosen: dict[str, tuple[bytes, tuple[str, ...]]] = {}
     queue = [name.replace("-", "_") for name in wanted]

@@ -1,4 +1,4 @@
-"""Whether images can be built here, as far as the host alone can tell."""
+"""Checks whether this host can build images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ._errors import ImageError
 
 
 def obstacle() -> ImageError | None:
-    """What is in the way of `build` on this host, found out without the network; None where nothing is."""
+    """Returns the error that `build` would fail with on this host, or None. Does not use the network."""
     try:
         _apt.require_programs()
         _sources.archive()

@@ -1,9 +1,9 @@
-"""From where files that manifests name may come.
+"""From where artifacts may be fetched: protection against server-side request forgery.
 
-Who can install a plugin makes the daemon fetch what its manifest names, and must not reach through the daemon what they
-can't reach themselves: services that listen for this host and its network alone, metadata services of clouds, files.
-So a name is resolved first, each address that it has is checked, and the connection goes to the very address that was
-checked: a name that means another host a moment later gains nothing. Each redirection is checked likewise.
+A client that installs a plugin makes the daemon fetch the manifest's files. It must not reach through the daemon what
+it can't reach itself: services of this host and its network, metadata services of clouds, local files. So a name is
+resolved, each of its addresses is checked, and the connection goes to a checked address, which also defeats DNS
+rebinding. Each redirect is checked in the same way.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ clouds' are link-local, private or shared (100.64.0.0/10)."""
 
 
 class Origins(NamedTuple):
-    """What may be fetched besides files on the public internet."""
+    """The allowed origins besides the public internet."""
 
     directories: tuple[Path, ...] = ()
-    """Local files below these."""
+    """Local files below these directories."""
     networks: tuple[Network, ...] = ()
-    """Addresses of these, though they are not public."""
+    """Addresses in these networks, public or not."""
     anywhere: bool = False
-    """Everything: somebody fetches with rights of their own."""
+    """Everything, for users who fetch with their own rights."""
 
 
 PUBLIC = Origins()
@@ -42,15 +42,18 @@ ANYWHERE = Origins(anywhere=True)
 
 
 def parse_networks(members: Sequence[str]) -> tuple[Network, ...]:
-    """Networks such as `10.1.0.0/16`, and addresses. :raises ValueError: one is neither."""
+    """Parses networks such as `10.1.0.0/16`, and addresses.
+
+    :raises ValueError: a member is neither
+    """
     return tuple(ipaddress.ip_network(member) for member in members)
 
 
 def connect(host: str, port: int, timeout_s: float, origins: Origins) -> socket.socket:
-    """Connects to the first address of a name that answers, if the name has none that is refused.
+    """Connects to the first address of a name that answers.
 
-    :raises ImageError: `media_refused`
-    :raises OSError: nobody answers
+    :raises ImageError: `media_refused`: an address of the name is not allowed
+    :raises OSError: no address answers
     """
     failure = OSError("it has no address")
     for family, address in checked(host, port, origins):
@@ -69,10 +72,10 @@ def connect(host: str, port: int, timeout_s: float, origins: Origins) -> socket.
 def checked(
     host: str, port: int, origins: Origins, *, must_exist: bool = True
 ) -> list[tuple[socket.AddressFamily, Any]]:
-    """The addresses of a name, of which all may be connected to.
+    """Returns the addresses of a name, all of which are allowed.
 
-    :raises ImageError: `media_refused`: one may not, or there is no such name. The text is the same, so that nobody
-        learns which names there are in a network of their own.
+    :raises ImageError: `media_refused`: an address is not allowed, or there is no such name. One error for both, so
+        that clients can't find out which names a private network has
     :raises OSError: the name can't be looked up at present
     """
     try:
@@ -93,7 +96,7 @@ def checked(
 
 
 def is_allowed(text: str, origins: Origins) -> bool:
-    """Returns whether an address may be connected to."""
+    """Returns whether connections to an address are allowed."""
     if origins.anywhere:
         return True
     # A link-local address may carry its interface.
@@ -106,7 +109,7 @@ def is_allowed(text: str, origins: Origins) -> bool:
 
 
 def _embedded(address: _Address) -> _Address:
-    """The IPv4 address that an IPv6 address stands for, else the address."""
+    """Returns the IPv4 address inside an IPv6 address (RFC 4291, 6052, 3056), else the address."""
     if isinstance(address, ipaddress.IPv4Address):
         return address
     if address in _NAT64 or int(address) >> 32 == 0:
@@ -115,14 +118,14 @@ def _embedded(address: _Address) -> _Address:
 
 
 def _is_own(address: _Address) -> bool:
-    """Whether it is one of this host's: what listens there may be meant for this host alone."""
+    """Whether an address is one of this host's, where services may be for this host only."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
-        # Nothing is sent by this; the kernel chooses the way there, and with it our own address.
+        # This sends nothing. The kernel chooses the route, and with it our own address.
         sock.connect((str(address), 9))
         if sock.getsockname()[0] == str(address):
             return True
-    # For a second address of an interface the kernel chooses the first. But only what is ours can be bound.
+    # For an interface's second address the kernel chooses the first. But only own addresses can be bound.
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.bind((str(address), 0))
         return not _binds_any(address.version)
@@ -130,7 +133,7 @@ def _is_own(address: _Address) -> bool:
 
 
 def _binds_any(version: int) -> bool:
-    """Whether this host lets sockets be bound to addresses that are not its own."""
+    """Whether the kernel lets sockets bind to foreign addresses (`ip_nonlocal_bind`)."""
     try:
         return Path(f"/proc/sys/net/ipv{version}/ip_nonlocal_bind").read_text().strip() != "0"
     except OSError:

@@ -1,6 +1,6 @@
-"""Packages of the archive in a cache folder: resolved and fetched by the private apt, verified on every use, and kept.
+"""Debian packages in a cache folder: resolved and fetched by the private apt, verified on every use.
 
-debs/, packages.json      what the last build took: enough to build without a network
+debs/, packages.json      the packages of the last build, to build without a network
 apt/                      the private apt's state
 """
 
@@ -19,7 +19,7 @@ from ._errors import ImageError
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a build is."""
+    """The progress of a build or fetch."""
 
     phase: str
     """`wait`, `update`, `resolve`, `download`, `unpack`, `compile`, `compose`, `write` or `done`, in this order."""
@@ -28,11 +28,11 @@ class Progress:
     done: int = 0
     total: int = 0
     unit: str = ""
-    """`bytes` when `done` and `total` count something; else they are 0."""
+    """`bytes` if `done` and `total` are counted; else both are 0."""
 
 
 def silent(progress: Progress) -> None:
-    """Tell nobody."""
+    """Ignores progress."""
     del progress
 
 
@@ -47,18 +47,19 @@ def fetch_packages(
     keyring: Path | None = None,
     offline: bool = False,
 ) -> dict[_apt.Package, Path]:
-    """Return the packages `names` and all that they depend on, each with its verified file, sorted by name.
+    """Returns packages and all their dependencies (not recommendations), each with its verified file, sorted by name.
 
-    For those who make root file systems of their own. What a package merely recommends is left out. When the mirror
-    can't be reached, the packages of the last time are taken instead. Only `cache_dir` is written to; it must not be
-    that of `build`. Several may fetch at once: one does it, the others wait for it.
+    For scripts that make root filesystems. If the mirror can't be reached, it returns the packages of the last call. Of
+    several callers one fetches, the others wait.
 
-    :param without: packages that are taken to be there already: they are left out, and what they alone depend on
-    :param mirror: the address of a Debian mirror, in the place of this host's apt sources
-    :param security_mirror: that of the security archive, with `mirror`; without it there are no security updates
-    :param keyring: the keys that must have signed it; default: this host's keyring of the Debian archive
-    :param offline: take the packages of the last time, without asking the network
-    :raises ImageError: they can't be had, and why
+    :param cache_dir: the only folder that is written to; not that of `build`
+    :param names: the packages
+    :param without: packages to leave out, with the dependencies that only they need
+    :param mirror: the address of a Debian mirror, instead of this host's apt sources
+    :param security_mirror: the address of the security archive, with `mirror`; without it there are no security updates
+    :param keyring: the keys that must have signed the archive; default: this host's keyring of the Debian archive
+    :param offline: return the packages of the last call, without the network
+    :raises ImageError: the packages can't be fetched
     """
     wanted, given = sorted(set(names)), sorted(set(without))
     cache_dir = cache_dir.absolute()
@@ -105,9 +106,10 @@ def resolve(
     security_mirror: str | None,
     keyring: Path | None,
 ) -> tuple[list[_apt.Package], _apt.Apt]:
-    """Return what `choose` takes from the archive, or the last packages when it can't be reached; the lock is held.
+    """Returns the packages that `choose` takes from the archive, or the last ones if that can't be reached. The caller
+    holds the lock.
 
-    :raises ImageError: there is neither
+    :raises ImageError: there are neither
     """
     if keyring is not None and not keyring.is_file():
         raise ImageError("no_keyring", f"There is no keyring {keyring}", "name one that exists with --keyring FILE")
@@ -127,7 +129,10 @@ def resolve(
 
 
 def last(cache_dir: Path) -> list[_apt.Package]:
-    """Return the packages of the last build; :raises ImageError: there was none."""
+    """Returns the packages of the last build.
+
+    :raises ImageError: there was none
+    """
     packages = _load(cache_dir)
     if packages is None:
         raise ImageError("offline", "No earlier build left its packages in this cache", "build without --offline once")
@@ -148,7 +153,7 @@ def fetch(
     apt: _apt.Apt | None,
     progress: Callable[[Progress], None],
 ) -> Path:
-    """Return the folder that has all packages, each verified just now; the lock is held."""
+    """Returns the folder with all packages, each verified now. The caller holds the lock."""
     debs = cache_dir / "debs"
     debs.mkdir(exist_ok=True)
     missing = [item for item in packages if not _apt.verify(item, debs / item.filename)]

@@ -1,7 +1,7 @@
-"""What an image is made of. Data alone; `_compose` does the work.
+"""The inputs of an image, as data for `_compose`.
 
-The suite is pinned, versions are not: the archive drops a version as soon as its update is out, so a pinned one could
-not be fetched a month later. What a build took is recorded in `image.json` instead, and names the image.
+The suite is pinned, versions are not: the archive drops a version when its update is out. `image.json` records the
+versions of a build, and the image's name depends on them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ARCHITECTURE = "amd64"
 PYTHON = "python3.13"
 
 KERNEL_METAPACKAGE = "linux-image-cloud-amd64"
-"""Depends on the package with the kernel itself, whose name has its version."""
+"""Depends on the package with the kernel, whose name has its version."""
 
 LIBRARIES = {
     "python3-h11": "h11",  # wsproto needs it
@@ -46,7 +46,7 @@ BINARIES = {
     "usr/lib/x86_64-linux-gnu/libexpat.so.1": "libexpat1",
     "usr/lib/x86_64-linux-gnu/libz.so.1": "zlib1g",
 }
-"""Files that go into the image as they are, and the package that has them."""
+"""Files that are copied into the image, and the packages that have them."""
 
 KERNEL_MODULES = (
     "virtio_mmio",
@@ -63,7 +63,7 @@ KERNEL_MODULES = (
     "squashfs",
     "erofs",
 )
-"""Besides these, what they depend on."""
+"""Their dependencies are added."""
 
 PYTHON_MODULES = (
     "_sitebuiltins",
@@ -108,9 +108,8 @@ PYTHON_MODULES = (
     "typing",
     "warnings",
 )
-"""What the image has of Python beside the agent and what that imports: what h2 imports late, and what a small script
-may expect. Their imports follow by themselves. No asyncio, no http, no ssl: each would cost megabytes that every boot
-has to unpack."""
+"""Python modules in the image besides the agent and its imports: some that h2 imports late, and some for small scripts.
+Their imports are added. No asyncio, http or ssl: each would cost every boot megabytes to unpack."""
 
 INIT = b"""#!/usr/bin/python3.13 -IS
 import sys
@@ -132,7 +131,7 @@ DIRECTORIES = {
     "run": 0o755,
     "sys": 0o555,
     "tmp": 0o1777,
-    # Without it Python complains in each start.
+    # Python warns without it.
     "usr/lib/python3.13/lib-dynload": 0o755,
     "var": 0o755,
 }
@@ -158,23 +157,22 @@ APPLETS = """
     uevent umount uname unexpand uniq unlink unshare unxz unzip uptime usleep vi watch wc wget which whoami
     xargs xxd xz xzcat yes zcat
 """.split()  # noqa: SIM905 - a list would fill three screens
-"""The names under which BusyBox is found. Those that only a machine with people at it needs are left out."""
+"""Names of BusyBox's programs, without those for interactive machines."""
 
 DEVICES = {
-    # The kernel opens the console before anything of ours runs.
+    # The kernel opens the console before PID 1 runs.
     "dev/console": (5, 1, 0o600),
     "dev/null": (1, 3, 0o666),
-    # Python wants bytes for its hash seed before /dev is mounted, and the kernel's own pool is not ready then.
+    # Python reads its hash seed before /dev is mounted, when the kernel's pool is not ready.
     "dev/urandom": (1, 9, 0o666),
 }
 
 MIN_MEMORY_MB = 112
-"""The least memory with which a guest of this image boots and serves, and has some left: measured with one CPU, 96 is
-too little, and 104 leaves 7 MiB."""
+"""The least memory that a guest boots and serves with. Measured with one CPU: 96 is too little, 104 leaves 7 MiB."""
 
 KERNEL_PARAMETERS = ("cryptomgr.notests", "initcall_blacklist=jent_mod_init,crypto_kdf108_init")
-"""What the kernel's command line should have besides: half a second of self-tests, of ciphers that no guest uses before
-it runs, and of a random generator that is for machines without another."""
+"""Skips half a second of self-tests: of ciphers that no guest needs during the boot, and of a random generator for
+machines without another one."""
 
 _PARTS = (
     "_recipe.py",
@@ -189,9 +187,9 @@ _PARTS = (
 
 
 def recipe_digest() -> str:
-    """Return a digest of everything that decides how packages become an image: the source of these modules.
+    """Returns a digest of the code that makes an image of packages.
 
-    A number that people have to raise would be forgotten once, and two builders would give one name to two images.
+    A version number would be forgotten once, and then two different images would have one name.
     """
     digest = hashlib.sha256()
     folder = Path(__file__).parent
@@ -201,9 +199,9 @@ def recipe_digest() -> str:
 
 
 def guest_sources() -> dict[str, bytes]:
-    """Return the code of ours that runs in a guest, by its path beneath the folder of Python packages.
+    """Returns our code for the guest, by its path in the folder of Python packages.
 
-    `volant.model` is empty there: what it re-exports needs packages that a guest does not have.
+    `volant.model` is empty there: what it exports needs libraries that a guest lacks.
     """
     package = Path(__file__).parent.parent
     sources = {"volant/model/__init__.py": b""}
@@ -215,7 +213,7 @@ def guest_sources() -> dict[str, bytes]:
 
 
 def sources_digest(sources: dict[str, bytes]) -> str:
-    """Return the digest of a set of sources."""
+    """Returns the digest of a set of sources."""
     digest = hashlib.sha256()
     for name, data in sorted(sources.items()):
         digest.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
@@ -223,6 +221,6 @@ def sources_digest(sources: dict[str, bytes]) -> str:
 
 
 def input_key() -> str:
-    """Return the digest of all that an image is made of and that is known without the archive: recipe and guest."""
+    """Returns the digest of the inputs that are known without the archive: recipe and guest code."""
     both = recipe_digest() + sources_digest(guest_sources())
     return hashlib.sha256(both.encode()).hexdigest()

@@ -1,12 +1,12 @@
-"""Where this host gets Debian from, reduced to what an image may come from.
+"""Finds the addresses of the Debian archive in the host's apt sources.
 
-A host's apt sources hold other things than Debian's archive: vendors' repositories, folders of its own, entries that
-are trusted without a signature. An image must hold none of that. So of each entry only the address is taken, and only
-when it is one of Debian's suites with the component `main`; the suite is set to ours, and the signature must be that of
-Debian's archive keyring whatever the entry says. A foreign archive that slips through the filter fails apt's check.
+Those sources also have vendors' repositories, local folders, and entries that are trusted without a signature. None of
+that may get into an image. So only the address of an entry is used, and only if it has a suite of Debian and the
+component `main`. The suite is ours, and the signature must be that of Debian's archive keyring. A foreign archive that
+passes this filter fails apt's check.
 
-Nothing else of the host's configuration is used, except how to reach the network: proxies and certificate authorities
-(`transport_settings`), which decide whether bytes arrive and not which.
+Of the rest of the host's configuration only proxies and certificates are used (`transport_settings`): they decide
+whether bytes arrive, not which.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ _DUMPED = re.compile(r'^([^\s"]+) "(.*)";$')
 
 @dataclass(frozen=True, slots=True, order=True)
 class Source:
-    """One suite of the archive at one address."""
+    """A suite of the archive at an address."""
 
     uri: str
     suite: str
 
     def line(self, keyring: Path) -> str:
-        """Return the entry for a sources.list; its signature must be one of `keyring`."""
+        """Returns the entry for a sources.list, with `keyring` for its signature."""
         options = f"arch={_recipe.ARCHITECTURE} signed-by={keyring}"
         return f"deb [{options}] {self.uri} {self.suite} {_recipe.COMPONENT}"
 
 
 def host_sources(etc_apt: Path = Path("/etc/apt")) -> list[Source]:
-    """Return the Debian archive's sources among those of this host, in the order in which apt reads them."""
+    """Returns the host's sources of the Debian archive, in apt's order."""
     found: list[Source] = []
     parts = etc_apt / "sources.list.d"
     names = sorted(parts.iterdir()) if parts.is_dir() else []
@@ -70,7 +70,10 @@ def host_sources(etc_apt: Path = Path("/etc/apt")) -> list[Source]:
 
 
 def archive() -> list[Source]:
-    """Return this host's sources of the Debian archive; :raises ImageError: it has none."""
+    """Returns the host's sources of the Debian archive.
+
+    :raises ImageError: there are none
+    """
     sources = host_sources()
     if not sources:
         raise ImageError(
@@ -111,7 +114,7 @@ def find_keyring(candidates: Iterable[Path] = KEYRINGS) -> Path:
 
 
 def parse_deb822(text: str) -> list[Source]:
-    """Return the usable sources of a `.sources` file."""
+    """Returns the usable sources of a `.sources` file."""
     found: list[Source] = []
     for stanza in _stanzas(text):
         if stanza.get("enabled", "yes").strip().lower() in ("no", "false", "without", "off", "disable", "0"):
@@ -130,7 +133,7 @@ def parse_deb822(text: str) -> list[Source]:
 
 
 def parse_one_line(text: str) -> list[Source]:
-    """Return the usable sources of a `.list` file."""
+    """Returns the usable sources of a `.list` file."""
     found: list[Source] = []
     for raw in text.splitlines():
         line = raw.split("#", 1)[0].strip()
@@ -156,7 +159,7 @@ def parse_one_line(text: str) -> list[Source]:
 def _usable(
     uris: list[str], suites: list[str], components: list[str], architectures: list[str], signed_by: str, trusted: bool
 ) -> Iterator[Source]:
-    # "trusted" in either direction is somebody's exception to how signatures are checked: not for us.
+    # "trusted", yes or no, overrides the check of signatures.
     if trusted or _recipe.COMPONENT not in components:
         return
     if architectures and _recipe.ARCHITECTURE not in architectures:
@@ -167,7 +170,7 @@ def _usable(
         if not uri.startswith(_SCHEMES) or any(char in "[]\"'" for char in uri):
             continue
         for suite in suites:
-            # `trixie/updates` is how the security suite was called long ago; a path like `./` is no suite of Debian's.
+            # Not old names such as `buster/updates`, nor flat repositories such as `./`.
             matched = _SUITE.match(suite)
             if matched:
                 yield Source(uri, _recipe.SUITE + matched[1])
@@ -193,7 +196,7 @@ def _stanzas(text: str) -> Iterator[dict[str, str]]:
 
 
 def transport_settings(dump: str) -> list[tuple[str, str]]:
-    """Return the settings of `apt-config dump` that say how to reach the network, in order."""
+    """Returns the settings of `apt-config dump` for reaching the network, in order."""
     found = []
     for line in dump.splitlines():
         matched = _DUMPED.match(line)

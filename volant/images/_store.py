@@ -2,14 +2,14 @@
 
     images/<digest>/vmlinux, initramfs, image.json    never changed once they are there
     current.json                                      which image fits the present recipe and guest code
-    debs/, packages.json                              what the last build took: enough to build without a network
+    debs/, packages.json                              the packages of the last build, to build without a network
     apt/                                              the private apt's state
-    media/                                            what manifests boot from; see `_artifacts.py`
+    media/                                            artifacts of manifests; see `_artifacts.py`
     lock                                              held by the one builder
-    build-*/                                          a build under way, or what one left that was killed
+    build-*/                                          a build in progress, or the rest of a killed one
 
-An image is named by what it is made of: the recipe, the resolved packages and our guest code. It is renamed into its
-place when it is whole and on the disk, so whoever finds it may use it without a lock.
+An image is named by the digest of its inputs: the recipe, the packages and our guest code. It is renamed into its place
+once it is complete and on the disk, so it can be used without a lock.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from . import _apt, _recipe
 from ._errors import ImageError
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
-"""A SHA-256 in hex, the whole of it."""
+"""A complete SHA-256 in hex."""
 _MAX_JSON_BYTES = 4 * 1024 * 1024
 
 
@@ -39,25 +39,25 @@ class Image:
     """A kernel and an initramfs that a VM can boot."""
 
     digest: str
-    """SHA-256, in hex, of what it is made of."""
+    """SHA-256 of its inputs, in hex."""
     kernel: Path
     """An uncompressed ELF kernel with a PVH entry point."""
     initramfs: Path
     min_memory_mb: int
-    """With less memory a guest does not boot."""
+    """The least memory that a guest boots with."""
     kernel_parameters: tuple[str, ...]
-    """What the kernel's command line should have for a quick boot; a guest boots without it too."""
+    """Optional words for the kernel's command line that make the boot faster."""
     protocol: int
-    """The newest version of the agent's protocol that its agent speaks."""
+    """The newest version of the protocol that its agent speaks."""
     kernel_version: str
     """The version of Debian's kernel package."""
     size_bytes: int
     """Kernel and initramfs together."""
     current: bool
-    """Whether it was looked up as the one that new VMs boot."""
+    """Whether new VMs boot it. False after `load`."""
 
     def as_json(self) -> dict[str, object]:
-        """Return it as JSON can carry it."""
+        """Returns the fields for JSON."""
         return {
             "digest": self.digest,
             "kernel": str(self.kernel),
@@ -72,24 +72,21 @@ class Image:
 
 
 def image_digest(recipe: str, packages: Iterable[_apt.Package], guest: str) -> str:
-    """Return the name of the image that this recipe makes of these packages and this guest code."""
+    """Returns the name of the image that this recipe makes of these packages and this guest code."""
     rows = [[item.name, item.version, item.sha256] for item in sorted(packages)]
     text = json.dumps({"recipe": recipe, "packages": rows, "guest": guest}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def find(cache_dir: Path) -> Image | None:
-    """Return the image that fits the present recipe and guest code, or None when there is none yet.
-
-    Reads two small files: no lock, no network, no digest over the image.
-    """
+    """Returns the image of the present recipe and guest code, or None. Reads two small files."""
     digest = _current(cache_dir)
     image = load(cache_dir, digest) if digest else None
     return None if image is None else replace(image, current=True)
 
 
 def list_images(cache_dir: Path) -> list[Image]:
-    """Return all whole images of a cache, the current one first."""
+    """Returns all complete images of a cache, the current one first."""
     folder = cache_dir / "images"
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     current = _current(cache_dir)
@@ -98,9 +95,9 @@ def list_images(cache_dir: Path) -> list[Image]:
 
 
 def load(cache_dir: Path, digest: str) -> Image | None:
-    """Return one image by its digest, or None when it is not there or not whole.
+    """Returns an image by its digest, or None if it is missing or incomplete.
 
-    A boot asks several times. So whether it is the `current` one is not looked at, as that reads all code of the guest.
+    Each boot calls this several times. So it does not set `current`, which needs a digest of all guest code.
     """
     if not DIGEST.fullmatch(digest):
         return None
@@ -120,7 +117,7 @@ def load(cache_dir: Path, digest: str) -> Image | None:
             size_bytes=int(record["kernel"]["size"]) + int(record["initramfs"]["size"]),
             current=False,
         )
-        # Sizes, not digests: this runs at each boot of a VM, and the rename was atomic.
+        # Sizes suffice, as the rename was atomic; digests would be slow at each boot.
         whole = (
             image.kernel.stat().st_size == record["kernel"]["size"]
             and image.initramfs.stat().st_size == record["initramfs"]["size"]
@@ -131,10 +128,9 @@ def load(cache_dir: Path, digest: str) -> Image | None:
 
 
 def prune(cache_dir: Path, keep: Iterable[str]) -> list[str]:
-    """Remove the images that are neither current nor in `keep` (those of VMs that may boot again), and what builds that
-    were killed have left; return which images.
+    """Removes images that are neither current nor in `keep`, and the rest of killed builds; returns which images.
 
-    :raises ImageError: the cache can't be written to; `cache_busy` when an image is being built
+    :raises ImageError: the cache can't be written to; `cache_busy`: an image is being built
     """
     wanted = set(keep)
 
@@ -146,7 +142,7 @@ def prune(cache_dir: Path, keep: Iterable[str]) -> list[str]:
         gone = [image.digest for image in list_images(cache_dir) if not image.current and image.digest not in wanted]
         for digest in gone:
             doomed = cache_dir / f"build-{digest}"
-            # First out of sight, so that nobody finds half of one.
+            # Renamed first, so that nobody finds a half of it.
             (cache_dir / "images" / digest).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
     return gone
@@ -159,14 +155,15 @@ def _current(cache_dir: Path) -> str | None:
 
 
 def make_current(cache_dir: Path, digest: str) -> None:
-    """Let `find` give this image from now on; the lock is held."""
+    """Makes this image the one that `find` returns. The caller holds the lock."""
     write_atomically(cache_dir / "current.json", json.dumps({_recipe.input_key(): digest}).encode() + b"\n")
 
 
 @contextlib.contextmanager
 def locked(cache_dir: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the cache's lock; `waiting` is called once when somebody else has it.
+    """Holds the cache's lock.
 
+    :param waiting: called once if another process has the lock
     :raises ImageError: the folder can't be written to
     """
     try:
@@ -183,7 +180,7 @@ def locked(cache_dir: Path, waiting: Callable[[], None]) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
-            # Without a deadline: the owner has its own, and whoever started this process may end it.
+            # Without a deadline: the holder has one, and this process can be killed.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -191,13 +188,16 @@ def locked(cache_dir: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def clean_up(cache_dir: Path) -> None:
-    """Remove what builds left that did not end; the lock is held, so none is under way."""
+    """Removes the rest of killed builds. The caller holds the lock, so no build is in progress."""
     for path in cache_dir.glob("build-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> None:
-    """Put `data` in the place of `path`, on the disk, all or nothing. `mode`: of the file; None: what umask says."""
+    """Replaces a file on the disk, all or nothing.
+
+    :param mode: of the file; None: by the umask
+    """
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("wb") as handle:
         if mode is not None:
@@ -210,7 +210,7 @@ def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> Non
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+    """Flushes the names in a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -219,7 +219,7 @@ def sync_folder(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a small file of ours, or None when it has none."""
+    """Returns the JSON object in a small file, or None if there is none."""
     try:
         with path.open("rb") as handle:
             value = json.loads(handle.read(_MAX_JSON_BYTES))

@@ -1,9 +1,9 @@
-"""Who uses what lies in a cache. Several daemons may share one, and none removes what another's VMs boot from.
+"""Notes of which daemon uses which image or artifact. Daemons that share a cache remove nothing that another one uses.
 
-    users/<digest>/<name>    the state directory of a daemon that uses the image, or the artifact, with that digest
+    users/<digest>/<name>    contains the state directory of a daemon that uses the image or artifact
 
-It stays while that daemon does not run: a VM that is stopped has a disk that means nothing without its root filesystem.
-Who has no state directory any more uses nothing.
+A note stays while its daemon does not run, as stopped VMs have disks over their root filesystem. It ends with the state
+directory.
 """
 
 from __future__ import annotations
@@ -16,24 +16,31 @@ from . import _store
 
 
 def note_use(cache_dir: Path, digest: str, owner: Path) -> None:
-    """Let no other daemon remove it from now on. `owner`: the daemon's state directory. Raises OSError."""
+    """Writes the note of a daemon.
+
+    :param owner: the daemon's state directory
+    :raises OSError: the disk fails
+    """
     note = _note(cache_dir, digest, owner)
     note.parent.mkdir(parents=True, exist_ok=True)
     _store.write_atomically(note, f"{owner}\n".encode())
 
 
 def is_noted(cache_dir: Path, digest: str, owner: Path) -> bool:
-    """Whether that has been done before."""
+    """Returns whether there is a note."""
     return _note(cache_dir, digest, owner).exists()
 
 
 def forget_use(cache_dir: Path, digest: str, owner: Path) -> None:
-    """Leave it to the others. Raises OSError."""
+    """Removes the note.
+
+    :raises OSError: the disk fails
+    """
     _drop(_note(cache_dir, digest, owner))
 
 
 def users(cache_dir: Path, digest: str) -> list[Path]:
-    """The state directories of the daemons that use it."""
+    """Returns the state directories of the daemons that use an image or artifact; removes stale notes."""
     found = []
     for note in (cache_dir / "users" / digest).glob("[!.]*"):
         try:
@@ -49,7 +56,7 @@ def users(cache_dir: Path, digest: str) -> list[Path]:
 
 
 def _is_there(owner: Path) -> bool:
-    """Whether there is that directory, or who may not look there can't say."""
+    """Whether a state directory exists; also if this user may not know."""
     try:
         owner.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -65,6 +72,6 @@ def _note(cache_dir: Path, digest: str, owner: Path) -> Path:
 
 def _drop(note: Path) -> None:
     note.unlink(missing_ok=True)
-    # Others' are still there, or somebody makes one.
+    # Fails while there are other notes.
     with contextlib.suppress(OSError):
         note.parent.rmdir()
