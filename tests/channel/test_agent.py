@@ -97,7 +97,7 @@ async def test_json_there_and_back(client: AgentClient, server: Server) -> None:
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", "broke HTTP"),
     ],
 )
-async def test_an_answer_that_is_none_is_a_protocol_error(
+async def test_a_malformed_answer_is_a_protocol_error(
     client: AgentClient, server: Server, data: bytes, why: str
 ) -> None:
     server.answer = data
@@ -121,7 +121,7 @@ async def test_a_head_that_never_ends_is_bounded(client: AgentClient, server: Se
 @pytest.mark.parametrize(
     "data", [b"", b"HTTP/1.1 20", answer(b"{}")[:-1], b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"]
 )
-async def test_an_answer_that_breaks_off_is_unreachable(client: AgentClient, server: Server, data: bytes) -> None:
+async def test_a_truncated_answer_is_unreachable(client: AgentClient, server: Server, data: bytes) -> None:
     server.answer = data
     with pytest.raises(AgentUnreachable):
         await client.request_json("GET", "/", timeout_s=5)
@@ -174,7 +174,7 @@ async def test_both_bodies_stream(client: AgentClient, server: Server) -> None:
             assert await response.receive() == b""
 
 
-async def test_a_slow_reader_holds_back_the_guest(client: AgentClient, server: Server, channel: Channel) -> None:
+async def test_a_slow_reader_blocks_the_guest(client: AgentClient, server: Server, channel: Channel) -> None:
     def handler(sock: socket.socket) -> None:
         sock.recv(65536)
         sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n")
@@ -204,7 +204,7 @@ async def test_an_answer_may_come_before_the_body_is_sent(client: AgentClient, s
             assert await response.read(100) == b"too much"
 
 
-async def test_a_body_whose_source_fails_says_so(client: AgentClient, server: Server, guest: Agent) -> None:
+async def test_a_failing_source_of_a_body_raises(client: AgentClient, server: Server, guest: Agent) -> None:
     async def failing() -> AsyncIterator[bytes]:
         yield b"x"
         raise RuntimeError("the client has left")

@@ -52,7 +52,7 @@ def test_data_pays_for_its_frames_and_empty_ones_wait() -> None:
     assert budget.spend(empty, 1000.0) > 0.9
 
 
-def test_what_is_no_data_costs_the_more_the_longer_it_is() -> None:
+def test_long_frames_without_data_cost_more() -> None:
     """16 KiB of settings take this side a hundred times as long as 16 KiB of data."""
     settings, data = frame(16382, kind=4), frame(16384)
     assert price(settings) > 500

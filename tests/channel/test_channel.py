@@ -52,7 +52,7 @@ async def echoes(channel: Channel, data: bytes) -> bool:
         return await read_all(stream) == data
 
 
-async def test_nothing_is_begun_with_a_guest_that_stands_still_and_open_streams_stay(channel: Channel) -> None:
+async def test_a_paused_guest_gets_no_new_streams_and_keeps_open_ones(channel: Channel) -> None:
     with trio.fail_after(10):
         async with await channel.open_stream(timeout_s=5) as stream:
             channel.set_paused(True)
@@ -74,7 +74,7 @@ async def test_nothing_is_begun_with_a_guest_that_stands_still_and_open_streams_
         assert channel.statistics().last_loss is None
 
 
-async def test_bytes_go_both_ways_and_each_way_ends_by_itself(channel: Channel) -> None:
+async def test_bytes_go_both_ways_and_each_direction_ends_alone(channel: Channel) -> None:
     with trio.fail_after(5):
         async with await channel.open_stream(timeout_s=5) as stream:
             await stream.send_all(b"hash\n")
@@ -111,7 +111,7 @@ async def test_guests_that_do_not_read_block_no_other_stream(channel: Channel) -
             nursery.cancel_scope.cancel()
 
 
-async def test_twenty_large_streams_at_once_are_right(channel: Channel) -> None:
+async def test_twenty_large_streams_do_not_mix(channel: Channel) -> None:
     async def one(number: int) -> None:
         data = random.Random(number).randbytes(1_000_000)
         async with await channel.open_stream(timeout_s=5) as stream:
@@ -178,7 +178,7 @@ async def test_a_receive_is_woken_by_closing(channel: Channel) -> None:
             await stream.aclose()
 
 
-async def test_streams_are_bounded_and_the_daemon_keeps_some(channel: Channel) -> None:
+async def test_streams_are_limited_with_a_reserve_for_the_daemon(channel: Channel) -> None:
     with trio.fail_after(10):
         streams = [await channel.open_stream(timeout_s=5) for _ in range(MAX_STREAMS)]
         with pytest.raises(AgentUnreachable, match="was free"):
@@ -216,7 +216,7 @@ async def test_a_channel_that_is_closed_breaks_its_streams(way: Way, guest: Agen
             await guest.idle()
 
 
-async def test_what_streams_carry_is_counted(channel: Channel) -> None:
+async def test_statistics_count_the_bytes_of_streams(channel: Channel) -> None:
     with trio.fail_after(5):
         assert await echoes(channel, b"x" * 100_000)
     statistics = channel.statistics()
@@ -225,7 +225,7 @@ async def test_what_streams_carry_is_counted(channel: Channel) -> None:
     assert 100_000 <= statistics.bytes_out < 150_000
 
 
-async def test_an_agent_that_does_not_come_is_unreachable_in_time(way: Way) -> None:
+async def test_an_agent_that_does_not_start_is_unreachable_in_time(way: Way) -> None:
     async with open_channel(Host(), way.address) as channel:
         with pytest.raises(AgentUnreachable, match="could not be reached within 0"):
             await channel.open_stream(timeout_s=0.05)
@@ -235,7 +235,7 @@ async def test_an_agent_that_does_not_come_is_unreachable_in_time(way: Way) -> N
     await channel.closed()
 
 
-async def test_an_agent_that_comes_late_is_found(way: Way) -> None:
+async def test_an_agent_that_starts_late_is_found(way: Way) -> None:
     agents: list[Agent] = []
 
     async def come() -> None:
@@ -272,7 +272,7 @@ async def test_an_agent_that_is_restarted_is_found_again(way: Way) -> None:
 
 
 @pytest.mark.parametrize("kind", WAYS)
-async def test_a_socket_that_comes_late_is_found(tmp_path: Path, kind: str) -> None:
+async def test_a_socket_that_appears_late_is_found(tmp_path: Path, kind: str) -> None:
     way = WAYS[kind](tmp_path / "agent.sock")
     answered = trio.Event()
 
@@ -291,7 +291,7 @@ async def test_a_socket_that_comes_late_is_found(tmp_path: Path, kind: str) -> N
 
 
 @pytest.mark.parametrize("seed", range(12))
-async def test_it_finds_its_feet_after_the_host_was_killed_at_any_byte(port: Port, seed: int) -> None:
+async def test_the_link_recovers_after_the_host_was_killed_at_any_byte(port: Port, seed: int) -> None:
     """The host's end dies while data flows, its successor comes before the guest has noticed."""
     guest = port.begin(handle)
     rng = random.Random(seed)
@@ -319,7 +319,7 @@ async def test_it_finds_its_feet_after_the_host_was_killed_at_any_byte(port: Por
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_it_finds_its_feet_after_the_agent_was_restarted_at_any_byte(port: Port, seed: int) -> None:
+async def test_the_link_recovers_after_the_agent_was_restarted_at_any_byte(port: Port, seed: int) -> None:
     rng = random.Random(seed)
     agent = GuestAgent(port, handle)
     try:
@@ -341,7 +341,7 @@ async def test_it_finds_its_feet_after_the_agent_was_restarted_at_any_byte(port:
         agent.stop()
 
 
-async def test_what_goes_wrong_in_the_block_is_the_caller_s(way: Way) -> None:
+async def test_errors_of_the_block_pass_through(way: Way) -> None:
     with pytest.raises(KeyError):
         async with open_channel(Host(), way.address):
             raise KeyError

@@ -96,7 +96,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("what", GARBAGE)
-async def test_nonsense_ends_the_link_and_nothing_else(tmp_path: Path, what: str) -> None:
+async def test_malformed_bytes_end_only_the_link(tmp_path: Path, what: str) -> None:
     data, why = GARBAGE[what]
 
     async def guest(stream: trio.SocketStream) -> None:
@@ -115,9 +115,7 @@ async def test_nonsense_ends_the_link_and_nothing_else(tmp_path: Path, what: str
         assert why in await lost(channel)
 
 
-async def test_a_guest_that_is_lost_again_and_again_is_asked_less_and_less(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_repeated_losses_slow_down_the_retries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_channel, "RETRY_MIN_S", 0.01)
     links = 0
 
@@ -132,7 +130,7 @@ async def test_a_guest_that_is_lost_again_and_again_is_asked_less_and_less(
     assert 3 <= links <= 8
 
 
-async def test_a_flood_while_the_host_looks_for_the_agent_takes_no_memory(tmp_path: Path) -> None:
+async def test_a_flood_before_the_agent_is_found_takes_no_memory(tmp_path: Path) -> None:
     async def guest(stream: trio.SocketStream) -> None:
         for _ in range(200):
             await stream.send_all(bytes(65536))
@@ -152,7 +150,7 @@ FRAMES = {
 
 
 @pytest.mark.parametrize("what", FRAMES)
-async def test_frames_that_bring_nothing_are_read_slowly_and_hold_back_nobody_else(tmp_path: Path, what: str) -> None:
+async def test_frames_without_data_are_read_slowly_and_delay_no_other_guest(tmp_path: Path, what: str) -> None:
     frames, most = FRAMES[what]
 
     async def guest(stream: trio.SocketStream) -> None:
@@ -176,7 +174,7 @@ async def test_frames_that_bring_nothing_are_read_slowly_and_hold_back_nobody_el
     assert worst < 0.2
 
 
-async def test_what_a_guest_makes_us_answer_is_bounded(autojump_clock: trio.testing.MockClock) -> None:
+async def test_answers_to_a_guest_are_bounded(autojump_clock: trio.testing.MockClock) -> None:
     """It asks and asks and reads none of the answers: then it is not read either, and in the end it is lost."""
     ours, theirs = trio.testing.lockstep_stream_pair()
     nonce = b"n" * 16
@@ -199,7 +197,7 @@ async def test_what_a_guest_makes_us_answer_is_bounded(autojump_clock: trio.test
         nursery.cancel_scope.cancel()
 
 
-async def test_a_guest_that_stands_still_may_take_nothing_for_ever(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_paused_guest_may_read_nothing_for_any_time(autojump_clock: trio.testing.MockClock) -> None:
     """Once it goes on its time begins anew; one that takes nothing then is lost."""
     ours, theirs = trio.testing.lockstep_stream_pair()
     nonce = b"n" * 16

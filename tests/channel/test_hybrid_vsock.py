@@ -75,7 +75,7 @@ async def settles(channel: Channel, before: int) -> None:
             await trio.sleep(0.01)
 
 
-async def test_a_stream_begins_behind_the_answer(tmp_path: Path) -> None:
+async def test_the_stream_starts_behind_the_answer(tmp_path: Path) -> None:
     with trio.fail_after(5):
         async with hypervisor(tmp_path / "s", says(b"OK 1073741824\nfirst bytes", then=hangs)) as seen:
             async with open_channel(Host(), HybridVsock(tmp_path / "s")) as channel:
@@ -101,7 +101,7 @@ NO_ANSWERS: dict[str, tuple[Behaviour, str]] = {
 
 
 @pytest.mark.parametrize("what", NO_ANSWERS)
-async def test_what_is_no_answer_is_unreachable_in_time_and_leaves_nothing(tmp_path: Path, what: str) -> None:
+async def test_a_malformed_answer_is_unreachable_in_time_and_leaves_nothing(tmp_path: Path, what: str) -> None:
     behave, why = NO_ANSWERS[what]
     async with hypervisor(tmp_path / "s", behave) as seen, open_channel(Host(), HybridVsock(tmp_path / "s")) as channel:
         before = descriptors()
@@ -145,7 +145,7 @@ ANSWERED_THEN: dict[str, Behaviour] = {
 
 
 @pytest.mark.parametrize("what", ANSWERED_THEN)
-async def test_who_accepts_and_falls_silent_or_leaves_is_unreachable_in_time(tmp_path: Path, what: str) -> None:
+async def test_a_silent_or_closing_hypervisor_is_unreachable_in_time(tmp_path: Path, what: str) -> None:
     path = tmp_path / "s"
     async with hypervisor(path, ANSWERED_THEN[what]), open_channel(Host(), HybridVsock(path)) as channel:
         before = descriptors()

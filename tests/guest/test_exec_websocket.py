@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.guest.test_exec_streams_and_ends import gone
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import (
     AcceptConnection,
@@ -29,7 +30,6 @@ from wsproto.events import (
 from wsproto.events import Request as Asked
 
 from tests.guest.conftest import TIMEOUT_S, Asker
-from tests.guest.test_exec_streams_and_ends import gone
 from volant.guest import _exec_session, _exec_sessions
 from volant.guest._exec_output import OutputHistory
 
@@ -124,7 +124,7 @@ def test_channels_end_one_by_one_and_the_exit_code_comes_last(agent: Asker) -> N
     assert talk.messages.index(b"\x01") > 0
 
 
-def test_a_signal_and_an_error_are_told(agent: Asker) -> None:
+def test_a_signal_and_an_error_are_reported(agent: Asker) -> None:
     talk = sh(agent, "echo up; sleep 60")
     talk.see(b"up")
     talk.text({"signal": int(signal.SIGTERM)})
@@ -192,7 +192,7 @@ def test_a_client_that_leaves_ends_the_whole_session(agent: Asker, tty: bool) ->
     assert all(gone(pid) for pid in pids)
 
 
-def test_a_closing_frame_is_a_leave_too(agent: Asker) -> None:
+def test_a_closing_frame_ends_the_command(agent: Asker) -> None:
     talk = sh(agent, "echo $$; sleep 1000")
     talk.see(b"\n")
     talk.send(CloseConnection(code=1000))
@@ -200,7 +200,7 @@ def test_a_closing_frame_is_a_leave_too(agent: Asker) -> None:
     assert gone(int(talk.output()))
 
 
-def test_input_is_held_back_until_the_command_reads_it(agent: Asker) -> None:
+def test_input_waits_until_the_command_reads_it(agent: Asker) -> None:
     talk = sh(agent, "echo up; sleep 1000")
     talk.see(b"up")
     data = os.urandom(6 << 20)
@@ -230,7 +230,7 @@ def test_input_is_held_back_until_the_command_reads_it(agent: Asker) -> None:
     assert talk.output().split()[0].decode() == hashlib.sha256(data).hexdigest()
 
 
-def test_output_is_held_back_until_the_client_reads_it(agent: Asker) -> None:
+def test_output_waits_until_the_client_reads_it(agent: Asker) -> None:
     talk = sh(agent, "echo $$; i=0; while [ $i -lt 400 ]; do head -c 65536 /dev/zero; i=$((i+1)); done; echo end >&2")
     talk.see(b"\n")
     pid = int(talk.output().split(b"\n")[0])
@@ -248,7 +248,7 @@ def gone_within(pid: int, seconds: float) -> bool:
         os.close(fd)
 
 
-def test_a_command_that_does_not_read_is_no_error(agent: Asker) -> None:
+def test_a_command_may_ignore_its_input(agent: Asker) -> None:
     talk = sh(agent, "exec 0<&-; echo up; sleep 0.2; echo over")
     talk.see(b"up")
     for _ in range(40):
@@ -260,7 +260,7 @@ def test_a_command_that_does_not_read_is_no_error(agent: Asker) -> None:
 # Detaching
 
 
-def test_a_detached_command_goes_on_and_nothing_is_lost(agent: Asker) -> None:
+def test_a_detached_command_goes_on_and_loses_no_output(agent: Asker) -> None:
     script = "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); [ $i = 20 ] && read go; done; exit 9"
     talk = sh(agent, script, query="?detach=true")
     talk.see(b"line 5\n")
@@ -281,7 +281,7 @@ def test_a_detached_command_goes_on_and_nothing_is_lost(agent: Asker) -> None:
     assert third.output() == got + again.output()
 
 
-def test_what_is_no_longer_kept_is_said(agent: Asker) -> None:
+def test_dropped_output_is_reported_as_a_gap(agent: Asker) -> None:
     talk = sh(agent, "read go; head -c 3000000 /dev/zero; echo over", query="?detach=true")
     talk.until(lambda: talk.messages)
     identifier = talk.messages[0]["id"]
@@ -299,7 +299,7 @@ def test_what_is_no_longer_kept_is_said(agent: Asker) -> None:
     assert again.output().endswith(b"over\n")
 
 
-def test_a_piece_is_cheap_to_keep_however_small(agent: Asker) -> None:
+def test_small_pieces_of_output_are_joined(agent: Asker) -> None:
     del agent
     output = OutputHistory(_exec_session.KEPT_BYTES)
     for i in range(200_000):
@@ -388,13 +388,13 @@ def test_a_broken_protocol_ends_the_command_and_says_why(agent: Asker, data: byt
 @pytest.mark.parametrize(
     "order", [{"signal": 0}, {"signal": True}, {"signal": 65}, {"resize": [1, 2]}, {"signal": 1, "resize": [1, 1]}, [1]]
 )
-def test_an_order_that_is_none_closes(agent: Asker, order: object) -> None:
+def test_a_malformed_control_message_closes(agent: Asker, order: object) -> None:
     talk = sh(agent, "sleep 1000")
     talk.text(order)
     talk.until(lambda: talk.closed == 1008)
 
 
-def test_pings_are_answered_and_fragments_put_together(agent: Asker) -> None:
+def test_pings_are_answered_and_fragments_joined(agent: Asker) -> None:
     talk = sh(agent, "cat")
     talk.send(Ping(payload=b"are you there"))
     talk.until(lambda: talk.pongs == [b"are you there"])
@@ -407,7 +407,7 @@ def test_pings_are_answered_and_fragments_put_together(agent: Asker) -> None:
     assert talk.end() == {"exit_code": 0}
 
 
-def test_what_comes_with_the_first_message_is_not_lost(agent: Asker) -> None:
+def test_messages_behind_the_first_one_are_not_lost(agent: Asker) -> None:
     ws = WSConnection(ConnectionType.CLIENT)
     sock = agent.open(ws.send(Asked(host="agent", target="/v1/exec")))
     answer = sock.recv(65536)
@@ -439,13 +439,13 @@ def test_what_comes_with_the_first_message_is_not_lost(agent: Asker) -> None:
         ("/v1/exec?attach=%zz", "Upgrade: websocket\r\n", 400),
     ],
 )  # fmt: skip
-def test_a_handshake_that_is_none_is_an_error_over_http(agent: Asker, target: str, headers: str, status: int) -> None:
+def test_a_malformed_handshake_gets_an_http_error(agent: Asker, target: str, headers: str, status: int) -> None:
     answer = agent.ask("GET", target, headers=headers)
     assert answer.status == status
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_threads_and_descriptors_come_back(agent: Asker) -> None:
+def test_sessions_leak_no_threads_and_descriptors(agent: Asker) -> None:
     def count() -> int:
         return len(os.listdir("/proc/self/fd")) + threading.active_count()  # noqa: PTH208
 
@@ -462,7 +462,7 @@ def test_threads_and_descriptors_come_back(agent: Asker) -> None:
     assert count() <= before
 
 
-def test_a_client_that_says_nothing_is_let_go(agent: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_sends_no_command_is_closed(agent: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_exec_sessions, "HEAD_TIMEOUT_S", 0.05)
     talk = Talk(agent)
     talk.until(lambda: talk.closed == 1008)

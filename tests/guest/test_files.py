@@ -85,7 +85,7 @@ def test_an_upload_in_chunks(agent: Asker, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["c"]  # noqa: PTH208
 
 
-def test_mode_and_owner_are_those_asked_for_or_stay(agent: Asker, tmp_path: Path) -> None:
+def test_mode_and_owner_are_set_or_kept(agent: Asker, tmp_path: Path) -> None:
     path = tmp_path / "x"
     assert agent.ask("PUT", url(path, f"?mode=4750&user={ME}"), b"1").status == 201
     assert stat.S_IMODE(path.stat().st_mode) == 0o4750
@@ -99,7 +99,7 @@ def test_mode_and_owner_are_those_asked_for_or_stay(agent: Asker, tmp_path: Path
     assert path.read_bytes() == b"2"
 
 
-def test_an_upload_that_breaks_off_leaves_what_was_there(agent: Asker, tmp_path: Path) -> None:
+def test_an_upload_that_breaks_off_keeps_the_old_file(agent: Asker, tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"before")
     for name in ("x", "new"):
@@ -119,7 +119,7 @@ def until(done: object) -> None:
         time.sleep(0.005)
 
 
-def test_a_client_that_says_nothing_is_told_so(agent: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_sends_nothing_gets_a_408(agent: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_files, "SILENCE_S", 0.05)
     sock = agent.open(f"PUT {url(tmp_path / 'x')} HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n".encode())
     problem(Answer(read_all(sock)), 408)
@@ -174,7 +174,7 @@ def test_ranges(agent: Asker, tmp_path: Path, asked: str, status: int, body: byt
         assert answer.body == body
 
 
-def test_a_range_of_another_version_gives_the_whole(agent: Asker, tmp_path: Path) -> None:
+def test_a_range_of_another_version_returns_the_whole_file(agent: Asker, tmp_path: Path) -> None:
     (tmp_path / "r").write_bytes(b"0123456789")
     tag = agent.ask("GET", url(tmp_path / "r")).headers["etag"]
     assert agent.ask("GET", url(tmp_path / "r"), headers=f"If-None-Match: {tag}\r\n").status == 304
@@ -193,7 +193,7 @@ def test_files_without_a_length(agent: Asker, tmp_path: Path) -> None:
     assert answer.body == b""
 
 
-def test_errors_say_which_path(agent: Asker, tmp_path: Path) -> None:
+def test_errors_name_the_path(agent: Asker, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "dir").mkdir()
     (tmp_path / "dir" / "inner").touch()
@@ -219,7 +219,7 @@ def test_errors_say_which_path(agent: Asker, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["/a/../b", "/a/%2e%2E/b", "/./a", "/a%2fb", "/a%00", "/a%", "/a%4", "/a%zz", "/%c3%2F"]
 )
-def test_a_path_that_could_mean_two_things_is_refused(agent: Asker, path: str) -> None:
+def test_an_ambiguous_path_is_refused(agent: Asker, path: str) -> None:
     problem(agent.ask("GET", url(path)), 400)
 
 
@@ -241,7 +241,7 @@ def test_a_full_disk_is_507_and_leaves_nothing(agent: Asker, tmp_path: Path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_the_last_memory_of_the_guest_is_not_taken(
+def test_writing_stops_before_the_memory_is_used_up(
     agent: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_file_io, "memory", lambda: {"total_mb": 87, "available_mb": 11})
@@ -307,7 +307,7 @@ def digest(top: Path) -> dict[str, object]:
     return found
 
 
-def test_a_tar_goes_over_what_is_there(agent: Asker, tmp_path: Path) -> None:
+def test_a_tar_is_unpacked_over_existing_files(agent: Asker, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "old").write_bytes(b"old")
     (tmp_path / "d" / "kept").write_bytes(b"kept")
@@ -350,7 +350,7 @@ def test_a_tar_goes_over_what_is_there(agent: Asker, tmp_path: Path) -> None:
         (b"\x1f\x8b" + bytes(2000), 400),
     ],
 )
-def test_a_tar_leads_nowhere_else(agent: Asker, tmp_path: Path, data: bytes, status: int) -> None:
+def test_a_tar_can_not_leave_its_directory(agent: Asker, tmp_path: Path, data: bytes, status: int) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret").write_bytes(b"secret")
@@ -364,13 +364,13 @@ def test_a_tar_leads_nowhere_else(agent: Asker, tmp_path: Path, data: bytes, sta
     assert (outside / "secret").stat().st_nlink == 1
 
 
-def test_a_header_that_claims_gigabytes_is_refused_unread(agent: Asker, tmp_path: Path) -> None:
+def test_a_header_of_gigabytes_is_refused_unread(agent: Asker, tmp_path: Path) -> None:
     member = tarfile.TarInfo("x")
     member.type, member.size = tarfile.XHDTYPE, 5 << 30
     problem(agent.ask("PUT", url(tmp_path / "d"), member.tobuf() + bytes(10240), headers=TAR), 400, "too long")
 
 
-def test_a_new_directory_is_whole_or_not_there(agent: Asker, tmp_path: Path) -> None:
+def test_a_new_directory_is_complete_or_absent(agent: Asker, tmp_path: Path) -> None:
     data = tar_of(("f", b"1" * 100_000), ("g", b"2" * 100_000))
     sock = agent.open(
         f"PUT {url(tmp_path / 'd')} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n{TAR}\r\n".encode()

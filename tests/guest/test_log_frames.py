@@ -15,7 +15,7 @@ frames = st.lists(
 
 
 @given(frames, st.integers(1, 30))
-def test_frames_are_the_same_however_they_arrive(sent: list[tuple[int, int, int, bytes]], step: int) -> None:
+def test_frames_are_decoded_the_same_however_they_are_cut(sent: list[tuple[int, int, int, bytes]], step: int) -> None:
     data = b"".join(wire.encode_log_frame(*frame) for frame in sent)
     decoder = wire.LogDecoder()
     got = [frame for at in range(0, len(data), step) for frame in decoder.feed(data[at : at + step])]
@@ -23,7 +23,7 @@ def test_frames_are_the_same_however_they_arrive(sent: list[tuple[int, int, int,
     assert decoder.pending == 0
 
 
-def test_a_gap_says_how_much_is_lost() -> None:
+def test_a_gap_has_the_number_of_lost_bytes() -> None:
     frame = wire.LogDecoder().feed(wire.encode_gap(wire.FRAME_STDERR_GAP, 10, 5, 2**40))[0]
     assert frame[:3] == (wire.FRAME_STDERR_GAP, 10, 5)
     assert wire.gap_length(frame[3]) == 2**40
@@ -38,6 +38,6 @@ def test_a_gap_says_how_much_is_lost() -> None:
         wire.LOG_HEADER.pack(3, 0, 0, 7),
     ],
 )
-def test_what_is_no_frame_raises_before_its_body_comes(data: bytes) -> None:
+def test_a_malformed_frame_raises_before_its_body_comes(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"frame|gap"):
         wire.LogDecoder().feed(data)

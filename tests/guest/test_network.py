@@ -13,7 +13,7 @@ IMAGE = "127.0.0.1 localhost\n::1 localhost\n"
 MAC = "02:ab:00:00:00:07"
 
 
-def test_a_nic_has_what_was_said() -> None:
+def test_interface_settings_are_parsed() -> None:
     settings = Interface("192.168.127.7", 24, "192.168.127.1", MAC)
     assert (settings.address, settings.prefix, settings.gateway) == ("192.168.127.7", 24, "192.168.127.1")
     assert settings.mac == bytes.fromhex("02ab00000007")
@@ -37,12 +37,12 @@ def test_a_nic_has_what_was_said() -> None:
         ("192.168.127.7", 24, "192.168.127.1", "00:00:00:00:00:00", "mac"),
     ],
 )
-def test_what_no_nic_can_have_is_refused(address: str, prefix: int, gateway: str, mac: str, why: str) -> None:
+def test_impossible_interface_settings_are_refused(address: str, prefix: int, gateway: str, mac: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         Interface(address, prefix, gateway, mac)
 
 
-def test_names_are_added_and_taken_away_and_what_is_others_stays() -> None:
+def test_hosts_are_replaced_and_other_lines_stay() -> None:
     one = hosts_text(IMAGE, {"demo": "192.168.127.2"})
     assert one.startswith(IMAGE)
     assert "\n192.168.127.2 demo\n" in one
@@ -55,14 +55,14 @@ def test_names_are_added_and_taken_away_and_what_is_others_stays() -> None:
 
 
 @pytest.mark.parametrize("before", ["", "10.0.0.1 mine"])
-def test_a_file_that_is_empty_or_lacks_its_last_line_end_is_no_trap(before: str) -> None:
+def test_a_hosts_file_may_be_empty_or_lack_its_last_newline(before: str) -> None:
     lines = hosts_text(before, {"demo": "192.168.127.2"}).splitlines()
     assert lines[0] in (before, lines[-3])
     assert lines[-2] == "192.168.127.2 demo"
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a\n10.0.0.1 bank", "#", "ä", "x" * 64, "-"])
-def test_what_is_no_name_does_not_get_into_the_file(name: str) -> None:
+def test_malformed_names_do_not_get_into_the_file(name: str) -> None:
     with pytest.raises(ValueError, match="name"):
         check_name(name)
 
@@ -71,7 +71,7 @@ def test_what_is_no_name_does_not_get_into_the_file(name: str) -> None:
     "network",
     ["nonsense", "192.168.127.2,192.168.127.1,02:ab:00:00:00:07", "192.168.127.2/x,192.168.127.1,02:ab:00:00:00:07"],
 )
-def test_a_command_line_that_makes_no_sense_costs_the_network_and_not_the_boot(network: str) -> None:
+def test_a_malformed_command_line_costs_the_network_only(network: str) -> None:
     loaded: list[bool] = []
     said: list[str] = []
     boot(network, "", lambda: loaded.append(True), said.append)
@@ -81,7 +81,7 @@ def test_a_command_line_that_makes_no_sense_costs_the_network_and_not_the_boot(n
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_nic_of_which_nothing_is_said_gets_no_driver_and_others_get_theirs_afterwards(
+def test_a_nic_without_settings_stays_unbound_and_later_devices_are_bound(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So it has nothing of the template when its clones wake it up."""
@@ -100,9 +100,7 @@ def test_a_nic_of_which_nothing_is_said_gets_no_driver_and_others_get_theirs_aft
     assert bool(said) == fails
 
 
-def test_the_nic_that_sleeps_is_found_among_the_devices_and_woken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_unbound_nic_is_found_and_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_network, "_BUS", str(tmp_path))
     monkeypatch.setattr(_network, "_INTERFACES", str(tmp_path / "net"))
     for name, kind in (("virtio0", "0x0003"), ("virtio1", "0x0001")):

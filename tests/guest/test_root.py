@@ -38,14 +38,14 @@ def mounted(told: Path, tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def test_without_a_root_filesystem_things_act_where_the_agent_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_root_filesystem_calls_use_the_initramfs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_root, "_known", None)
     monkeypatch.setattr(_root, "kernel_parameters", lambda: ["quiet"])
     assert (state(), root()) == (("none", ""), "/")
     assert inside(threading.get_ident) == threading.get_ident()
 
 
-def test_nothing_acts_anywhere_before_it_is_mounted(told: Path, agent: Asker) -> None:
+def test_nothing_runs_before_the_root_is_mounted(told: Path, agent: Asker) -> None:
     for method, path, body in (
         ("POST", "/v1/exec", {"command": ["true"]}),
         ("PUT", "/v1/daemon/workload", {"entrypoint": ["true"]}),
@@ -62,7 +62,7 @@ def test_nothing_acts_anywhere_before_it_is_mounted(told: Path, agent: Asker) ->
 
 
 @needs_chroot
-def test_only_the_call_sees_it(mounted: Path) -> None:
+def test_only_the_call_sees_the_root_filesystem(mounted: Path) -> None:
     (mounted / "etc/name").write_text("inside")
     (mounted / "out").symlink_to("/etc/name")
     assert inside(lambda: Path("/out").read_text()) == "inside"
@@ -75,7 +75,7 @@ def test_only_the_call_sees_it(mounted: Path) -> None:
 
 
 @needs_chroot
-def test_a_program_is_looked_for_in_it_alone(mounted: Path) -> None:
+def test_programs_are_searched_in_the_root_filesystem_only(mounted: Path) -> None:
     with pytest.raises(FileNotFoundError):
         inside(lambda: subprocess.Popen(["true"]))
 
@@ -98,7 +98,7 @@ def test_a_program_is_looked_for_in_it_alone(mounted: Path) -> None:
     ],
 )
 @needs_chroot
-def test_users_are_those_of_its_own_tables(
+def test_users_come_from_the_root_filesystem(
     mounted: Path, user: str, expected: tuple[int, int, list[int]] | None
 ) -> None:
     (mounted / "etc/passwd").write_text("root:x:0:0::/:/\nweb:x:33:34:,,:/:/\nbroken:x:y:z\nshort:x\n\n")
@@ -112,7 +112,7 @@ def test_users_are_those_of_its_own_tables(
 
 
 @needs_chroot
-def test_without_tables_numbers_are_enough(mounted: Path) -> None:
+def test_without_tables_numeric_users_work(mounted: Path) -> None:
     assert identity("5")["user"] == 5
     with pytest.raises(NoSuchUser):
         identity("root")

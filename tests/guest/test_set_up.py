@@ -34,7 +34,7 @@ def test_a_workload_waits_until_the_guest_is_set_up(agent: Asker) -> None:
     assert not put.is_alive()
 
 
-def test_quiet_is_when_nobody_has_asked_for_a_while_or_the_patience_is_over(agent: Asker) -> None:
+def test_waiting_for_quiet_ends_after_a_pause_or_the_limit(agent: Asker) -> None:
     began = time.monotonic()
     agent.server.wait_for_quiet(0.05, 60)
     assert time.monotonic() - began < 10

@@ -179,7 +179,7 @@ def code(cache: Path, url: str | Path, digest: str = DIGEST) -> str:
 
 
 @pytest.mark.parametrize("way", ["whole", "away", "breaks"])
-def test_what_comes_by_http_is_kept_by_its_digest(cache: Path, server: Server, way: str) -> None:
+def test_an_http_download_is_stored_by_its_digest(cache: Path, server: Server, way: str) -> None:
     path = get(cache, f"{server.base}/{way}?token=secret")
     assert path == artifact_path(cache, DIGEST)
     assert path.read_bytes() == DATA
@@ -191,7 +191,7 @@ def test_what_comes_by_http_is_kept_by_its_digest(cache: Path, server: Server, w
     assert server.requests == []
 
 
-def test_a_transfer_that_breaks_goes_on_where_it_broke(cache: Path, server: Server) -> None:
+def test_a_broken_transfer_is_continued(cache: Path, server: Server) -> None:
     get(cache, f"{server.base}/breaks")
     assert [wanted for _, wanted in server.requests] == [None, "bytes=4194304-", "bytes=8388608-"]
 
@@ -208,27 +208,25 @@ def test_a_transfer_that_breaks_goes_on_where_it_broke(cache: Path, server: Serv
         ("elsewhere", "media_unreachable", 1),
     ],
 )
-def test_what_a_server_does_wrong_has_a_name(
-    cache: Path, server: Server, way: str, expected: str, requests: int
-) -> None:
+def test_errors_of_servers_have_codes(cache: Path, server: Server, way: str, expected: str, requests: int) -> None:
     assert code(cache, f"{server.base}/{way}") == expected
     assert len(server.requests) == requests
 
 
 @pytest.mark.parametrize("way", ["silent", "stalls"])
-def test_a_silent_server_is_given_up(cache: Path, server: Server, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_unreachable(cache: Path, server: Server, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloading, "_STALL_S", 0.1)
     assert code(cache, f"{server.base}/{way}") == "media_unreachable"
     assert len(server.requests) == 5
 
 
-def test_nobody_there(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_port_is_unreachable(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloading, "_FIRST_PAUSE_S", 0.0)
     port = free_port()
     assert code(cache, f"http://127.0.0.1:{port}/") == "media_unreachable"
 
 
-def test_another_file_is_refused_and_nobody_learns_its_digest(cache: Path, server: Server, local: Path) -> None:
+def test_a_different_file_is_refused_without_its_digest(cache: Path, server: Server, local: Path) -> None:
     for url, name in ((f"{server.base}/whole", "media_mismatch"), (str(local), "media_missing")):
         with pytest.raises(ImageError) as caught:
             get(cache, url, "0" * 64)
@@ -236,7 +234,7 @@ def test_another_file_is_refused_and_nobody_learns_its_digest(cache: Path, serve
         assert DIGEST not in str(caught.value)
 
 
-def test_of_a_file_of_this_host_nobody_learns_whether_it_is_there(cache: Path, local: Path, tmp_path: Path) -> None:
+def test_errors_do_not_show_whether_a_local_file_exists(cache: Path, local: Path, tmp_path: Path) -> None:
     below = Origins((tmp_path,))
     (tmp_path / "out").symlink_to("/etc/passwd")
     said = set()
@@ -265,7 +263,7 @@ def test_a_local_file_is_copied_with_its_holes(cache: Path, tmp_path: Path, form
     assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
 
 
-def test_what_is_no_file_is_refused_at_once(cache: Path, tmp_path: Path) -> None:
+def test_special_files_are_refused_at_once(cache: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "none", tmp_path / "pipe", tmp_path, Path("/dev/zero")):
         assert code(cache, path) == "media_missing"
@@ -277,7 +275,7 @@ def test_a_local_file_may_be_too_large(cache: Path, tmp_path: Path) -> None:
     assert code(cache, tmp_path / "large") == "media_too_large"
 
 
-def test_a_full_disk_is_told_before_it_is_full(
+def test_a_nearly_full_disk_is_refused(
     cache: Path, server: Server, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(part, "_RESERVE_BYTES", 2**60)
@@ -285,7 +283,7 @@ def test_a_full_disk_is_told_before_it_is_full(
     assert code(cache, f"{server.base}/endless") == "cache_full"
 
 
-def test_a_disk_that_is_full_all_the_same_leaves_nothing(cache: Path, local: Path) -> None:
+def test_a_full_disk_leaves_nothing(cache: Path, local: Path) -> None:
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1048576, 1048576));"
         "from volant.images.__main__ import main; sys.exit(main(sys.argv[1:]))"
@@ -298,7 +296,7 @@ def test_a_disk_that_is_full_all_the_same_leaves_nothing(cache: Path, local: Pat
     assert list((cache / "media").iterdir()) == []
 
 
-def test_one_that_was_touched_is_verified_again_and_replaced_when_it_has_changed(cache: Path, local: Path) -> None:
+def test_a_touched_artifact_is_verified_again_and_replaced_if_changed(cache: Path, local: Path) -> None:
     path = get(cache, local)
     inode = path.stat().st_ino
     os.utime(path)
@@ -314,7 +312,7 @@ def test_one_that_was_touched_is_verified_again_and_replaced_when_it_has_changed
     assert get(cache, local).read_bytes() == DATA
 
 
-def test_what_a_killed_fetch_left_goes_with_the_next_one(cache: Path, local: Path) -> None:
+def test_the_next_fetch_removes_parts_of_killed_ones(cache: Path, local: Path) -> None:
     with artifacts.locked_part(cache, "1" * 64) as under_way:
         dead = under_way.with_name("2" * 64 + ".part")
         dead.write_bytes(b"half")
@@ -323,14 +321,14 @@ def test_what_a_killed_fetch_left_goes_with_the_next_one(cache: Path, local: Pat
         assert not dead.exists()
 
 
-def test_it_can_be_removed(cache: Path, local: Path) -> None:
+def test_an_artifact_can_be_removed(cache: Path, local: Path) -> None:
     get(cache, local)
     assert remove_artifact(cache, DIGEST)
     assert not remove_artifact(cache, DIGEST)
     assert list((cache / "media").iterdir()) == []
 
 
-async def test_ten_who_want_it_fetch_it_once(cache: Path, server: Server) -> None:
+async def test_ten_callers_share_one_fetch(cache: Path, server: Server) -> None:
     cached = ArtifactCache(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
     artifact = Artifact(f"{server.base}/held", DIGEST)
     paths = set()
@@ -350,7 +348,7 @@ async def test_ten_who_want_it_fetch_it_once(cache: Path, server: Server) -> Non
     assert cached.inspect() == {}
 
 
-async def test_ten_who_want_what_is_not_to_be_had_are_told_once_each(cache: Path, server: Server) -> None:
+async def test_ten_callers_share_one_failure(cache: Path, server: Server) -> None:
     cached = ArtifactCache(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
     artifact = Artifact(f"{server.base}/gone", DIGEST)
     said = []
@@ -369,7 +367,7 @@ async def test_ten_who_want_what_is_not_to_be_had_are_told_once_each(cache: Path
     assert len(server.requests) == 1
 
 
-async def test_a_server_that_drips_meets_the_deadline(cache: Path, server: Server) -> None:
+async def test_a_slow_server_hits_the_deadline(cache: Path, server: Server) -> None:
     cached = ArtifactCache(cache, cache.parent, timeout_s=2.0, max_mb=64, origins=HERE)
     with trio.fail_after(30):
         with pytest.raises(ImageError, match="did not arrive within 2 s") as caught:
@@ -377,7 +375,7 @@ async def test_a_server_that_drips_meets_the_deadline(cache: Path, server: Serve
     assert caught.value.code == "timeout"
 
 
-async def test_who_leaves_ends_the_fetch_and_who_waits_begins_anew(cache: Path, server: Server) -> None:
+async def test_cancelling_ends_the_fetch_and_a_waiting_caller_restarts_it(cache: Path, server: Server) -> None:
     cached = ArtifactCache(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
     artifact = Artifact(f"{server.base}/held", DIGEST)
     with trio.fail_after(30):
@@ -400,7 +398,7 @@ async def test_who_leaves_ends_the_fetch_and_who_waits_begins_anew(cache: Path, 
     assert {path.name for path in (cache / "media").iterdir()} == {DIGEST, f"{DIGEST}.json"}
 
 
-async def test_an_upload_has_its_deadline_where_the_same_artifact_is_being_fetched_slowly(cache: Path) -> None:
+async def test_an_upload_has_a_deadline_while_the_same_artifact_is_fetched(cache: Path) -> None:
     cached = ArtifactCache(cache, cache.parent, timeout_s=0.5, max_mb=64)
     begun, over, ended = threading.Event(), threading.Event(), threading.Event()
 

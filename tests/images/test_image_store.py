@@ -49,7 +49,7 @@ def place(cache: Path, digest: str = "d" * 64, kernel: bytes = b"kernel") -> Ima
     return image
 
 
-def test_the_name_is_what_it_is_made_of() -> None:
+def test_an_image_is_named_by_its_inputs() -> None:
     base = _store.image_digest("r", PACKAGES, "g")
     assert re.fullmatch("[0-9a-f]{64}", base)
     assert _store.image_digest("r", reversed(PACKAGES), "g") == base
@@ -89,7 +89,7 @@ def test_an_image_is_found_when_it_fits_the_recipe_and_the_guest(
 
 
 @pytest.mark.parametrize("name", ["vmlinux", "initramfs", "image.json"])
-def test_an_image_that_is_not_whole_is_none(tmp_path: Path, name: str) -> None:
+def test_an_incomplete_image_is_not_found(tmp_path: Path, name: str) -> None:
     place(tmp_path)
     _store.make_current(tmp_path, "d" * 64)
     path = tmp_path / "images" / ("d" * 64) / name
@@ -99,11 +99,11 @@ def test_an_image_that_is_not_whole_is_none(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("digest", ["", "../../etc", "d" * 63, "D" * 64, "g" * 64])
-def test_a_name_that_is_no_digest_is_no_image(tmp_path: Path, digest: str) -> None:
+def test_a_malformed_digest_is_not_found(tmp_path: Path, digest: str) -> None:
     assert _store.load(tmp_path, digest) is None
 
 
-def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_the_next_build_removes_the_rest_of_killed_ones(tmp_path: Path) -> None:
     place(tmp_path)
     left = tmp_path / "build-left" / "image"
     left.mkdir(parents=True)
@@ -113,7 +113,7 @@ def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path) -> None
     assert len(list_images(tmp_path)) == 1
 
 
-def test_pruning_keeps_what_is_current_and_what_is_asked_for(tmp_path: Path) -> None:
+def test_pruning_keeps_the_current_image_and_listed_ones(tmp_path: Path) -> None:
     for letter in "abcd":
         place(tmp_path, letter * 64)
     _store.make_current(tmp_path, "b" * 64)
@@ -149,7 +149,7 @@ def test_the_list_of_packages_survives_json() -> None:
         _apt.load_list(evil)
 
 
-def test_apts_lines_are_read() -> None:
+def test_lines_of_apt_are_parsed() -> None:
     line = "'http://m.example/pool/b_1.deb' busybox-static_1%3a1.37.0-6+b9_amd64.deb 955316 SHA256:" + "a" * 64
     package = _apt._package(line)
     assert package is not None
@@ -174,13 +174,13 @@ def test_a_host_without_debians_sources_says_what_to_do(tmp_path: Path, monkeypa
     assert not list(tmp_path.glob("build-*"))
 
 
-def test_a_cache_that_cant_be_written_says_so() -> None:
+def test_an_unwritable_cache_is_reported() -> None:
     with pytest.raises(ImageError) as caught:
         build(Path("/proc/cache"))  # where nobody, not even root, can make a folder
     assert caught.value.code == "cache_unwritable"
 
 
-def test_a_cache_that_is_a_file_says_so(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_cache_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ImageError) as caught:
         build(tmp_path / "file")
@@ -196,13 +196,13 @@ def test_the_command_tells_programs_in_json_and_by_its_exit_code(tmp_path: Path)
     assert subprocess.run([*command[:4]], capture_output=True, check=False, timeout=60).returncode == 2
 
 
-async def test_ensure_gives_the_current_one_at_once(tmp_path: Path) -> None:
+async def test_ensure_returns_the_current_image_at_once(tmp_path: Path) -> None:
     place(tmp_path)
     _store.make_current(tmp_path, "d" * 64)
     assert (await ensure(tmp_path, deadline_s=0.0)).digest == "d" * 64
 
 
-async def test_ensure_passes_on_why_there_is_none(tmp_path: Path) -> None:
+async def test_ensure_raises_the_error_of_the_build(tmp_path: Path) -> None:
     with pytest.raises(ImageError) as caught:
         await ensure(tmp_path, deadline_s=60, arguments=("--offline",))
     assert caught.value.code == "offline"
@@ -234,27 +234,27 @@ async def test_ensure_ends_the_build_at_its_deadline_and_when_cancelled(tmp_path
     assert not await trio.to_thread.run_sync(children)
 
 
-def test_a_kernel_that_is_none_is_refused() -> None:
+def test_a_malformed_kernel_is_refused() -> None:
     for data in (b"", bytes(1000), bytes(0x202) + b"HdrS" + bytes(100_000)):
         with pytest.raises(ImageError) as caught:
             _kernel.unpack_vmlinuz(data)
         assert caught.value.code == "bad_kernel"
 
 
-def test_a_modules_needs_are_read_from_it() -> None:
+def test_dependencies_of_a_module_are_read() -> None:
     assert _kernel.module_dependencies(b"x\0license=GPL\0depends=a,b_c\0name=d\0") == ("a", "b_c")
     assert _kernel.module_dependencies(b"x\0depends=\0") == ()
     assert _kernel.module_dependencies(b"nothing") == ()
 
 
-def test_the_guests_code_is_that_of_the_guest_alone() -> None:
+def test_the_guest_gets_no_code_of_the_daemon() -> None:
     sources = _recipe.guest_sources()
     assert sources["volant/model/__init__.py"] == b""
     assert {name.rsplit("/", 1)[0] for name in sources} == {"volant", "volant/model", "volant/guest"}
     assert "volant/guest/_init.py" in sources
 
 
-def test_what_is_imported_late_is_found_too() -> None:
+def test_imports_in_functions_are_found() -> None:
     source = b"""
 import os
 from h2.events import A, B

@@ -43,7 +43,7 @@ TREE = {
 }
 
 
-def test_what_is_read_back_is_the_tree_with_its_parents_first() -> None:
+def test_the_archive_has_the_tree_with_parents_first() -> None:
     found = unpack(b"".join(_cpio.archive(TREE)))
     assert set(found) == {*TREE, "usr", "usr/bin", "usr-local", "dev"}
     for path, entry in TREE.items():
@@ -69,6 +69,6 @@ def test_a_path_that_is_not_clean_is_refused(path: str) -> None:
         b"".join(_cpio.archive({path: _cpio.file(b"")}))
 
 
-def test_nothing_lies_beneath_a_file_or_a_link() -> None:
+def test_paths_below_a_file_or_link_are_refused() -> None:
     with pytest.raises(ValueError, match="no directory"):
         b"".join(_cpio.archive({"a": _cpio.symlink("/etc"), "a/b": _cpio.file(b"")}))

@@ -59,7 +59,7 @@ def test_an_address_that_is_not_public_is_refused(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["1.1.1.1", "2606:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101"])
-def test_a_public_one_is_not(address: str) -> None:
+def test_a_public_address_is_allowed(address: str) -> None:
     assert origins.is_allowed(address, PUBLIC)
 
 
@@ -122,7 +122,7 @@ def refused(cache: Path, url: str, allowed: Origins = PUBLIC) -> str:
     return str(caught.value)
 
 
-def test_an_internal_service_is_not_asked(tmp_path: Path, internal: Service) -> None:
+def test_an_internal_service_gets_no_request(tmp_path: Path, internal: Service) -> None:
     for host in ("127.0.0.2", "127.2", "2130706434", "0x7f000002", "[::ffff:127.0.0.2]", "%31%32%37.0.0.2"):
         refused(tmp_path, f"http://{host}:{internal.port}/")
     refused(tmp_path, f"http://127.0.0.2%3A{internal.port}/")
@@ -132,7 +132,9 @@ def test_an_internal_service_is_not_asked(tmp_path: Path, internal: Service) -> 
     assert internal.asked == 1
 
 
-def test_no_proxy_is_asked_for_one(tmp_path: Path, internal: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_proxy_gets_a_request_for_an_internal_service(
+    tmp_path: Path, internal: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     proxy = Service("127.0.0.1")
     try:
         for name in ("http_proxy", "https_proxy"):
@@ -163,7 +165,7 @@ def test_no_address_of_this_host_is_public() -> None:
     assert done.stdout.strip() == "[False, False, True]"
 
 
-def test_a_redirection_to_one_is_not_followed(tmp_path: Path, internal: Service) -> None:
+def test_a_redirect_to_an_internal_service_is_not_followed(tmp_path: Path, internal: Service) -> None:
     server = Service("127.0.0.1", location=internal.url)
     try:
         refused(tmp_path, server.url, Origins(networks=parse_networks(["127.0.0.1"])))
@@ -172,7 +174,7 @@ def test_a_redirection_to_one_is_not_followed(tmp_path: Path, internal: Service)
     assert (server.asked, internal.asked) == (1, 0)
 
 
-def test_a_name_that_means_another_host_a_moment_later_gains_nothing(
+def test_dns_rebinding_reaches_no_internal_service(
     tmp_path: Path, internal: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a hostile name server would have it: a public address for the check, an internal one for the connection."""
@@ -189,7 +191,7 @@ def test_a_name_that_means_another_host_a_moment_later_gains_nothing(
     assert internal.asked == 0
 
 
-def test_nobody_learns_which_names_there_are(
+def test_errors_do_not_show_which_names_exist(
     tmp_path: Path, internal: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def resolve(host: str, port: int, **_: Any) -> list[Any]:

@@ -59,7 +59,7 @@ def reply(data: bytes) -> Handler:
     return lambda sock, rest: sock.sendall(data)
 
 
-def test_a_request_goes_through_without_its_hop_by_hop_fields(agent: Asker, upstream: Upstream) -> None:
+def test_a_request_passes_without_its_hop_by_hop_fields(agent: Asker, upstream: Upstream) -> None:
     upstream.handler = reply(
         b"HTTP/1.1 200 Fine\r\nContent-Length: 2\r\nKeep-Alive: x\r\nX-Hop: 1\r\nX-A: b\r\nConnection: x-hop\r\n\r\nok"
     )
@@ -75,7 +75,7 @@ def test_a_request_goes_through_without_its_hop_by_hop_fields(agent: Asker, upst
     assert sorted(lines[1:]) == [b"connection: close", b"host: agent", b"x-y: z"]
 
 
-def test_hidden_routes_of_the_workload(agent: Asker, upstream: Upstream) -> None:
+def test_the_prefix_reaches_hidden_routes_of_the_workload(agent: Asker, upstream: Upstream) -> None:
     upstream.handler = reply(b"HTTP/1.1 204 No\r\n\r\n")
     assert agent.ask("GET", "/v1/workload/healthz?x").status == 204
     assert agent.ask("GET", "/v1/workload/").status == 204
@@ -106,7 +106,7 @@ def test_large_bodies_both_ways_at_once(agent: Asker, upstream: Upstream) -> Non
     assert answer.body == data
 
 
-def test_a_chunked_upload_ends_where_it_ends(agent: Asker, upstream: Upstream) -> None:
+def test_a_chunked_upload_ends_with_its_last_chunk(agent: Asker, upstream: Upstream) -> None:
     got: list[bytes] = []
 
     def take(sock: socket.socket, rest: bytes) -> None:
@@ -144,12 +144,12 @@ def test_a_body_up_to_the_end_of_the_connection(agent: Asker, upstream: Upstream
     assert agent.ask("GET", "/").body == b"until the end"
 
 
-def test_a_head_has_no_body_whatever_its_length_says(agent: Asker, upstream: Upstream) -> None:
+def test_an_answer_to_head_has_no_body(agent: Asker, upstream: Upstream) -> None:
     upstream.handler = reply(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
     assert agent.raw(b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n").endswith(b"\r\n\r\n")
 
 
-def test_interim_answers_come_through(agent: Asker, upstream: Upstream) -> None:
+def test_interim_answers_pass(agent: Asker, upstream: Upstream) -> None:
     upstream.handler = reply(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
     assert agent.raw(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").startswith(
         b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\nHTTP/1.1 200"
@@ -170,21 +170,21 @@ def test_interim_answers_come_through(agent: Asker, upstream: Upstream) -> None:
         b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000 + b"\r\n\r\n",
     ],
 )
-def test_an_answer_that_is_none_is_a_502(agent: Asker, upstream: Upstream, answer: bytes) -> None:
+def test_a_malformed_answer_is_a_502(agent: Asker, upstream: Upstream, answer: bytes) -> None:
     upstream.handler = reply(answer)
     got = agent.ask("GET", "/")
     assert got.status == 502
     assert got.headers["content-type"] == "application/problem+json"
 
 
-def test_an_answer_that_is_cut_short_looks_cut_short(agent: Asker, upstream: Upstream) -> None:
+def test_a_truncated_answer_stays_truncated(agent: Asker, upstream: Upstream) -> None:
     upstream.handler = reply(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel")
     answer = agent.ask("GET", "/")
     assert answer.status == 200
     assert not answer.whole
 
 
-def test_a_workload_that_is_starting_is_waited_for(agent: Asker) -> None:
+def test_a_request_waits_for_a_workload_that_is_starting(agent: Asker) -> None:
     port = free_port()
     check = {"command": ["false"], "interval_s": 3600}
     body = {"entrypoint": ["sleep", "1000"], "port": port, "restart": "never", "health_check": check}
@@ -216,7 +216,7 @@ def test_a_workload_that_refuses_is_a_502(agent: Asker) -> None:
     assert agent.ask("GET", "/").status == 502
 
 
-def test_an_answer_before_the_upload_is_over_is_passed_on(agent: Asker, upstream: Upstream) -> None:
+def test_an_early_answer_passes(agent: Asker, upstream: Upstream) -> None:
     def refuse(sock: socket.socket, rest: bytes) -> None:
         sock.sendall(b"HTTP/1.1 413 No\r\nContent-Length: 0\r\n\r\n")
         time.sleep(0.2)
@@ -329,6 +329,6 @@ def test_a_slow_reader_slows_the_workload_down_and_fills_no_memory(agent: Asker,
     assert sent[0] < 20_000_000
 
 
-def test_a_connection_field_cant_name_away_what_a_message_is() -> None:
+def test_a_connection_field_can_not_remove_framing() -> None:
     headers = [(b"connection", b"Content-Length, x , host"), (b"content-length", b"1"), (b"host", b"a"), (b"x", b"y")]
     assert without_hops(headers) == [(b"content-length", b"1"), (b"host", b"a")]

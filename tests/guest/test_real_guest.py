@@ -100,7 +100,7 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-async def test_a_guest_is_what_it_says_and_goes_when_it_is_asked_to(image: images.Image, folder: Path) -> None:
+async def test_a_guest_reports_itself_and_shuts_down(image: images.Image, folder: Path) -> None:
     async with boot(image, folder, "volant.hostname=demo", "PYTHONHOME=/nonexistent") as guest:
         health = await guest.ask("GET", wire.HEALTHZ)
         assert (health["status"], health["workload"]["state"]) == ("ok", "none")
@@ -151,7 +151,7 @@ async def test_a_guest_is_what_it_says_and_goes_when_it_is_asked_to(image: image
     assert "panic" not in guest.console.read_text()
 
 
-async def test_much_output_and_many_commands_are_right(image: images.Image, folder: Path) -> None:
+async def test_large_output_and_many_commands_arrive_intact(image: images.Image, folder: Path) -> None:
     async with boot(image, folder) as guest:
         size = 50_000_000
         expected = hashlib.sha256(bytes(size)).hexdigest()
@@ -171,7 +171,7 @@ async def test_much_output_and_many_commands_are_right(image: images.Image, fold
         assert results == {number: bytes(50_000) + b"%d\n" % number for number in range(20)}
 
 
-async def test_an_agent_that_dies_is_started_anew_and_one_that_keeps_dying_is_a_panic(
+async def test_a_dead_agent_is_restarted_and_one_that_keeps_dying_panics_the_guest(
     image: images.Image, folder: Path
 ) -> None:
     async with boot(image, folder) as guest:
@@ -190,7 +190,9 @@ async def test_an_agent_that_dies_is_started_anew_and_one_that_keeps_dying_is_a_
     assert "Kernel panic" in console
 
 
-async def test_a_grace_that_is_over_ends_what_does_not_listen(image: images.Image, folder: Path) -> None:
+async def test_processes_that_ignore_sigterm_are_killed_after_the_grace_period(
+    image: images.Image, folder: Path
+) -> None:
     async with boot(image, folder) as guest:
         script = "trap '' TERM; while :; do sleep 0.1; done"
         await guest.ask("PUT", wire.DAEMON_WORKLOAD, {"entrypoint": ["sh", "-c", script]})

@@ -87,7 +87,7 @@ async def idle(client: AgentClient) -> None:
             await trio.sleep(0.02)
 
 
-async def test_a_megabyte_there_and_back_with_each_way_ended_by_itself(client: AgentClient, loopback: int) -> None:
+async def test_a_megabyte_goes_there_and_back_with_half_closes(client: AgentClient, loopback: int) -> None:
     data = random.Random(1).randbytes(3 * MIB)
     with trio.fail_after(30):
         async with client.stream("CONNECT", f"127.0.0.1:{loopback}", timeout_s=10) as response:
@@ -100,7 +100,7 @@ async def test_a_megabyte_there_and_back_with_each_way_ended_by_itself(client: A
         await idle(client)
 
 
-async def test_a_file_goes_in_and_comes_out_whole(client: AgentClient, tmp_path: Path) -> None:
+async def test_a_file_is_uploaded_and_downloaded_intact(client: AgentClient, tmp_path: Path) -> None:
     data = random.Random(2).randbytes(5 * MIB)
     target = FILES + str(tmp_path / "file").lstrip("/")
 
@@ -115,7 +115,7 @@ async def test_a_file_goes_in_and_comes_out_whole(client: AgentClient, tmp_path:
             assert await got.read(10 * MIB) == data
 
 
-async def test_readers_that_sleep_hold_back_their_sender_alone(client: AgentClient, loopback: int) -> None:
+async def test_sleeping_readers_block_only_their_sender(client: AgentClient, loopback: int) -> None:
     with trio.fail_after(60):
         async with AsyncExitStack() as held:
             for _ in range(30):
@@ -135,7 +135,7 @@ async def test_readers_that_sleep_hold_back_their_sender_alone(client: AgentClie
         await idle(client)
 
 
-async def test_a_guest_that_does_not_read_holds_back_its_sender_alone(client: AgentClient, loopback: int) -> None:
+async def test_a_guest_that_does_not_read_blocks_only_its_sender(client: AgentClient, loopback: int) -> None:
     with trio.fail_after(30):
         async with client.stream("CONNECT", f"127.0.0.1:{loopback}", timeout_s=10) as response:
             stream = response.upgraded()
@@ -148,7 +148,7 @@ async def test_a_guest_that_does_not_read_holds_back_its_sender_alone(client: Ag
         await idle(client)
 
 
-async def test_who_leaves_ends_what_was_begun(client: AgentClient, tmp_path: Path) -> None:
+async def test_a_client_that_leaves_cancels_its_request(client: AgentClient, tmp_path: Path) -> None:
     begun, survived = tmp_path / "begun", tmp_path / "survived"
     command = ["sh", "-c", f"touch {begun}; sleep 1; touch {survived}"]
     body = msgspec.json.encode({"command": command})
@@ -162,7 +162,7 @@ async def test_who_leaves_ends_what_was_begun(client: AgentClient, tmp_path: Pat
     assert not survived.exists()
 
 
-async def test_streams_are_bounded_and_the_daemon_keeps_some(
+async def test_streams_are_limited_with_a_reserve_for_the_daemon(
     client: AgentClient, channel: Channel, loopback: int
 ) -> None:
     async def hold(held: AsyncExitStack) -> None:
@@ -184,7 +184,7 @@ async def test_streams_are_bounded_and_the_daemon_keeps_some(
     assert channel.statistics().streams == 0
 
 
-async def test_an_agent_that_is_killed_is_found_again_and_no_answer_is_cut_unnoticed(way: Way) -> None:
+async def test_a_killed_agent_is_found_again_and_truncated_answers_are_noticed(way: Way) -> None:
     # A client that leaves ends it, and an agent that dies, too: nobody reads what it writes.
     source = [sys.executable, "-c", "import sys; [sys.stdout.write('x' * 100000) for _ in range(200)]"]
     body = msgspec.json.encode({"command": source})

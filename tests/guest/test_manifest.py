@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.guest.test_workload_is_supervised import put, wait_for
 
 from tests.guest.conftest import Asker
-from tests.guest.test_workload_is_supervised import put, wait_for
 from volant.model import agent as wire
 
 MANIFEST = {
@@ -28,7 +28,7 @@ def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return path
 
 
-def test_info_tells_of_the_plugin(agent: Asker) -> None:
+def test_info_has_the_plugin(agent: Asker) -> None:
     assert "plugin" not in agent.ask("GET", wire.INFO).json()
     assert agent.ask("PUT", wire.DAEMON_MANIFEST, MANIFEST).status == 200
     assert agent.ask("GET", wire.INFO).json()["plugin"] == {
@@ -39,7 +39,7 @@ def test_info_tells_of_the_plugin(agent: Asker) -> None:
     }
 
 
-def test_the_workload_finds_it(agent: Asker, file: Path, tmp_path: Path) -> None:
+def test_the_workload_finds_the_manifest(agent: Asker, file: Path, tmp_path: Path) -> None:
     agent.ask("PUT", wire.DAEMON_MANIFEST, MANIFEST)
     assert not file.exists(), "the guest may not be set up"
     put(agent, "sh", "-c", f'cat "$VOLANT_MANIFEST" > {tmp_path}/seen', restart="never")
@@ -48,34 +48,34 @@ def test_the_workload_finds_it(agent: Asker, file: Path, tmp_path: Path) -> None
     assert file.stat().st_mode & 0o777 == 0o444
 
 
-def test_what_the_vm_says_of_its_environment_wins(agent: Asker, tmp_path: Path) -> None:
+def test_the_vms_environment_wins(agent: Asker, tmp_path: Path) -> None:
     agent.ask("PUT", wire.DAEMON_MANIFEST, MANIFEST)
     put(agent, "sh", "-c", f'echo "$VOLANT_MANIFEST" > {tmp_path}/seen', restart="never", env={"VOLANT_MANIFEST": "x"})
     wait_for(agent, lambda status: status["state"] == "exited")
     assert (tmp_path / "seen").read_text() == "x\n"
 
 
-def test_commands_find_it_too(agent: Asker, file: Path) -> None:
+def test_commands_find_the_manifest(agent: Asker, file: Path) -> None:
     agent.ask("PUT", wire.DAEMON_MANIFEST, MANIFEST)
     agent.run("cat", str(file))
     assert json.loads(file.read_text()) == MANIFEST
 
 
-def test_a_new_daemon_may_give_it_again(agent: Asker, file: Path) -> None:
+def test_a_new_daemon_may_send_the_manifest_again(agent: Asker, file: Path) -> None:
     for version in ("1", "2"):
         agent.ask("PUT", wire.DAEMON_MANIFEST, {**MANIFEST, "version": version})
         agent.run("true")
         assert json.loads(file.read_text())["version"] == version
 
 
-def test_without_one_there_is_neither_file_nor_variable(agent: Asker, file: Path, tmp_path: Path) -> None:
+def test_without_a_manifest_there_is_neither_file_nor_variable(agent: Asker, file: Path, tmp_path: Path) -> None:
     put(agent, "sh", "-c", f'echo "${{VOLANT_MANIFEST-unset}}" > {tmp_path}/seen', restart="never")
     wait_for(agent, lambda status: status["state"] == "exited")
     assert (tmp_path / "seen").read_text() == "unset\n"
     assert not file.exists()
 
 
-def test_a_file_that_can_not_be_written_is_no_reason_not_to_run(
+def test_an_unwritable_manifest_file_does_not_stop_the_workload(
     agent: Asker, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(wire, "MANIFEST_FILE", "/nonexistent/manifest.json")
@@ -86,6 +86,6 @@ def test_a_file_that_can_not_be_written_is_no_reason_not_to_run(
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"name": 3}', b"\xff", b"[" * 100_000])
-def test_what_is_no_manifest_is_refused(agent: Asker, body: bytes) -> None:
+def test_a_malformed_manifest_is_refused(agent: Asker, body: bytes) -> None:
     assert agent.ask("PUT", wire.DAEMON_MANIFEST, body).status == 400
     assert "plugin" not in agent.ask("GET", wire.INFO).json()

@@ -58,7 +58,7 @@ class Reader:
             self._rest += piece
 
 
-def test_a_reader_gets_what_was_written_before_and_after(agent: Asker) -> None:
+def test_a_reader_gets_earlier_and_later_output(agent: Asker) -> None:
     write(agent, b"before\n")
     reader = Reader(agent)
     assert reader.read(7) == b"before\n"
@@ -77,12 +77,12 @@ def test_a_reader_resumes_in_the_middle_of_a_piece(agent: Asker) -> None:
     assert reader.frames[0][1] == 4
 
 
-def test_a_position_of_another_life_begins_at_the_beginning(agent: Asker) -> None:
+def test_a_position_of_an_earlier_agent_starts_at_the_beginning(agent: Asker) -> None:
     write(agent, b"new")
     assert Reader(agent, "?stdout=100000").read(3) == b"new"
 
 
-def test_without_a_reader_the_oldest_is_lost_and_a_gap_says_how_much(agent: Asker) -> None:
+def test_without_a_reader_the_oldest_output_becomes_a_gap(agent: Asker) -> None:
     piece = bytes(range(256)) * 64
     for _ in range(100):
         write(agent, piece)
@@ -95,7 +95,7 @@ def test_without_a_reader_the_oldest_is_lost_and_a_gap_says_how_much(agent: Aske
     assert data == (piece * 100)[-len(data) :]
 
 
-def test_a_slow_reader_holds_the_writer_back_and_loses_nothing(agent: Asker) -> None:
+def test_a_slow_reader_blocks_the_writer_and_loses_nothing(agent: Asker) -> None:
     reader = Reader(agent)
     total = 8 * wire.RING_BYTES
     data = os.urandom(65536)
@@ -117,7 +117,7 @@ def test_a_slow_reader_holds_the_writer_back_and_loses_nothing(agent: Asker) -> 
     assert not [frame for frame in reader.frames if frame[0] > wire.FRAME_STDERR]
 
 
-def test_a_reader_that_takes_nothing_for_long_lets_the_writer_go(agent: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_stalls_no_longer_blocks_the_writer(agent: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_output, "HOLD_BACK_S", 0.2)
     monkeypatch.setattr(_output, "_CHECK_S", 0.05)
     reader = Reader(agent)
@@ -130,14 +130,14 @@ def test_a_reader_that_takes_nothing_for_long_lets_the_writer_go(agent: Asker, m
         reader.read(len(reader.read(0)) + 1)
 
 
-def test_a_reader_that_leaves_lets_the_writer_go(agent: Asker) -> None:
+def test_a_reader_that_leaves_unblocks_the_writer(agent: Asker) -> None:
     reader = Reader(agent)
     threading.Timer(0.2, reader.sock.close).start()
     for _ in range(64):
         write(agent, bytes(65536))
 
 
-def test_a_new_reader_ends_the_one_before(agent: Asker) -> None:
+def test_a_new_reader_replaces_the_old_one(agent: Asker) -> None:
     first = Reader(agent)
     second = Reader(agent)
     write(agent, b"for the second")
@@ -146,7 +146,7 @@ def test_a_new_reader_ends_the_one_before(agent: Asker) -> None:
     assert first.ended
 
 
-def test_a_new_reader_ends_one_that_does_not_read(agent: Asker) -> None:
+def test_a_new_reader_replaces_one_that_does_not_read(agent: Asker) -> None:
     Reader(agent)
 
     def fill() -> None:
@@ -162,7 +162,7 @@ def test_a_new_reader_ends_one_that_does_not_read(agent: Asker) -> None:
     filler.join(10)
 
 
-def test_the_last_words_arrive_before_the_end(agent: Asker) -> None:
+def test_the_last_output_arrives_before_the_shutdown(agent: Asker) -> None:
     reader = Reader(agent)
     write(agent, b"last words")
     done = threading.Thread(target=agent.server.output.finish, args=(5.0,))
@@ -173,7 +173,7 @@ def test_the_last_words_arrive_before_the_end(agent: Asker) -> None:
     assert not done.is_alive()
 
 
-def test_a_program_that_writes_byte_by_byte_costs_no_more_than_its_ring() -> None:
+def test_output_byte_by_byte_needs_no_more_memory_than_the_ring() -> None:
     output = Output()
     for _ in range(200_000):
         output.write(wire.FRAME_STDOUT, b"x")
@@ -183,7 +183,7 @@ def test_a_program_that_writes_byte_by_byte_costs_no_more_than_its_ring() -> Non
 
 
 @pytest.mark.parametrize("query", ["?stdout=-1", "?stdout=x", "?stdout=%31", "?stdin=1", "?stdout", f"?stdout={2**63}"])
-def test_a_position_that_is_none_is_a_400(agent: Asker, query: str) -> None:
+def test_a_malformed_position_is_a_400(agent: Asker, query: str) -> None:
     answer = agent.ask("GET", wire.DAEMON_LOGS + query)
     assert answer.status == 400
     assert answer.json()["field"] in ("stdout", "stdin")

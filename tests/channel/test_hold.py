@@ -36,7 +36,7 @@ async def socket_pair(host: Host, path: Path) -> tuple[trio.SocketStream, trio.S
         return await host.sockets.connect_unix(path, 5), await listener.accept()
 
 
-async def test_a_send_that_is_under_way_stops_where_it_is_and_goes_on_there(tmp_path: Path) -> None:
+async def test_a_hold_interrupts_a_send_without_losing_bytes(tmp_path: Path) -> None:
     host, hold = Host(), PortHold()
     data = random.Random(7).randbytes(3_000_000)
     got = bytearray()
@@ -55,7 +55,7 @@ async def test_a_send_that_is_under_way_stops_where_it_is_and_goes_on_there(tmp_
     assert got == data
 
 
-async def test_nothing_is_read_meanwhile(tmp_path: Path) -> None:
+async def test_nothing_is_received_during_a_hold(tmp_path: Path) -> None:
     host, hold = Host(), PortHold()
     got = bytearray()
     ours, theirs = await socket_pair(host, tmp_path / "socket")
@@ -77,7 +77,7 @@ async def test_nothing_is_read_meanwhile(tmp_path: Path) -> None:
     assert got == b"late"
 
 
-async def test_who_holds_waits_for_nobody_and_one_after_the_other() -> None:
+async def test_holds_do_not_overlap_and_do_not_wait_for_operations() -> None:
     hold, order = PortHold(), list[str]()
 
     async def keep(name: str) -> None:
@@ -96,7 +96,7 @@ async def test_who_holds_waits_for_nobody_and_one_after_the_other() -> None:
     assert order in (list("aabb"), list("bbaa"))
 
 
-async def test_streams_outlive_it_and_requests_wait(port: Port, guest: GuestAgent) -> None:
+async def test_streams_outlive_a_hold_and_requests_wait(port: Port, guest: GuestAgent) -> None:
     async with open_channel(Host(), VirtioSerial(port.path)) as channel:
         with trio.fail_after(20):
             async with await channel.open_stream(timeout_s=5) as stream:
@@ -124,7 +124,7 @@ async def test_streams_outlive_it_and_requests_wait(port: Port, guest: GuestAgen
             assert port.clients == 1
 
 
-async def test_a_link_that_is_lost_before_is_neither_closed_nor_made_again_meanwhile(port: Port) -> None:
+async def test_a_lost_link_is_neither_closed_nor_made_again_during_a_hold(port: Port) -> None:
     first = GuestAgent(port, handle)
     async with open_channel(Host(), VirtioSerial(port.path)) as channel:
         with trio.fail_after(20):
@@ -144,7 +144,7 @@ async def test_a_link_that_is_lost_before_is_neither_closed_nor_made_again_meanw
     second.stop()
 
 
-async def test_who_holds_a_channel_that_is_closed_is_told(port: Port, guest: GuestAgent) -> None:
+async def test_closing_a_held_channel_raises_at_the_end(port: Port, guest: GuestAgent) -> None:
     async with trio.open_nursery() as nursery:
         opened = list[Channel]()
 
@@ -168,7 +168,7 @@ async def test_who_holds_a_channel_that_is_closed_is_told(port: Port, guest: Gue
             await hold()
 
 
-async def test_a_guest_that_takes_nothing_keeps_nobody_from_holding(port: Port) -> None:
+async def test_a_guest_that_reads_nothing_does_not_prevent_a_hold(port: Port) -> None:
     """Its agent has not begun, so what the daemon asks of it lies in the socket."""
     async with open_channel(Host(), VirtioSerial(port.path)) as channel:
         await trio.testing.wait_all_tasks_blocked(0.01)

@@ -104,7 +104,7 @@ def test_nothing_of_this_machine_is_in_the_image(tmp_path: Path) -> None:
     assert all(len(row["sha256"]) == 64 for row in packages)
 
 
-def test_a_mirror_that_does_not_answer_is_said_and_then_made_do_without(tmp_path: Path) -> None:
+def test_an_unreachable_mirror_is_reported_and_the_last_packages_used(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     image = build(cache)
     said: list[str] = []

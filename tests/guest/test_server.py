@@ -19,7 +19,7 @@ def wait_for_streams(agent: Asker, count: int) -> None:
     assert agent.server.statistics()["streams"] == count
 
 
-def test_beyond_the_bound_only_the_daemon_is_served_and_beyond_the_reserve_nobody(agent: Asker) -> None:
+def test_above_the_limit_only_daemon_routes_are_served_until_the_reserve_is_used(agent: Asker) -> None:
     held = [agent.open() for _ in range(wire.MAX_STREAMS)]
     assert agent.ask("GET", wire.INFO).status == 503
     assert agent.ask("POST", wire.EXEC, {"command": ["true"]}).status == 503
@@ -41,7 +41,7 @@ def count_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_nothing_is_left_open_by_a_thousand_streams(agent: Asker) -> None:
+def test_a_thousand_streams_leave_nothing_open(agent: Asker) -> None:
     agent.ask("GET", wire.INFO)
     before = count_descriptors()
     for number in range(1000):
@@ -54,7 +54,7 @@ def test_nothing_is_left_open_by_a_thousand_streams(agent: Asker) -> None:
     assert count_descriptors() <= before
 
 
-def test_healthz_and_info_say_what_the_contract_says(agent: Asker) -> None:
+def test_healthz_and_info_follow_the_contract(agent: Asker) -> None:
     health = agent.ask("GET", wire.HEALTHZ).json()
     assert health["status"] == "ok"
     assert health["protocol"] == wire.PROTOCOL_VERSION

@@ -63,7 +63,7 @@ def put(agent: Asker, path: str, body: object) -> Answer:
     return agent.ask("PUT", path, body)
 
 
-def test_it_is_told_who_it_is_once(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
+def test_a_clone_takes_its_identity(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
     log_id, before = agent.server.output.id, _identity.instance_id()
     random.seed(1)
     answer = put(agent, wire.DAEMON_IDENTITY, WANTED)
@@ -86,7 +86,7 @@ def test_it_is_told_who_it_is_once(agent: Asker, kernel: Kernel, tmp_path: Path)
     assert drawn != random.random(), "Python's own generator goes on from the template"
 
 
-def test_a_machine_id_is_written_over_the_one_that_is_there(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
+def test_the_machine_id_is_overwritten_in_place(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
     del kernel
     path = tmp_path / "machine-id"
     path.write_text("f" * 32 + "\n")
@@ -96,7 +96,7 @@ def test_a_machine_id_is_written_over_the_one_that_is_there(agent: Asker, kernel
 
 
 @pytest.mark.parametrize("what", ["link", "other name", "pipe", "short"])
-def test_what_is_no_plain_machine_id_is_replaced(agent: Asker, kernel: Kernel, tmp_path: Path, what: str) -> None:
+def test_an_unusual_machine_id_file_is_replaced(agent: Asker, kernel: Kernel, tmp_path: Path, what: str) -> None:
     del kernel
     path, other = tmp_path / "machine-id", tmp_path / "other"
     text = "uninitialized\n" if what == "short" else "f" * 32 + "\n"
@@ -116,9 +116,7 @@ def test_what_is_no_plain_machine_id_is_replaced(agent: Asker, kernel: Kernel, t
     assert other.read_text() == text
 
 
-def test_a_copy_of_a_guest_with_a_balloon_gives_nothing_back_any_more(
-    agent: Asker, kernel: Kernel, tmp_path: Path
-) -> None:
+def test_a_clone_unbinds_its_balloon(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
     del kernel
     for name in ("bind", "unbind", "module", "virtio3"):
         (tmp_path / "balloon").mkdir(exist_ok=True)
@@ -132,7 +130,7 @@ def test_a_copy_of_a_guest_with_a_balloon_gives_nothing_back_any_more(
     assert (tmp_path / "balloon" / "bind").read_text() == ""
 
 
-def test_names_of_which_nobody_waits_to_hear_are_not_written_over_newer_ones(
+def test_hosts_of_a_client_that_left_do_not_replace_newer_ones(
     agent: Asker, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three requests get there while the first is being done; who asked the second has left by then."""
@@ -167,14 +165,14 @@ def test_names_of_which_nobody_waits_to_hear_are_not_written_over_newer_ones(
     assert written == [["first"], ["newer"]]
 
 
-def test_an_agent_that_was_restarted_is_still_the_same_clone(agent: Asker, kernel: Kernel) -> None:
+def test_a_restarted_agent_keeps_the_instance_id(agent: Asker, kernel: Kernel) -> None:
     del kernel
     said = put(agent, wire.DAEMON_IDENTITY, WANTED).json()
     _identity._instance_id = ""
     assert _identity.instance_id() == said["instance_id"]
 
 
-def test_it_is_told_its_network_with_the_rest(agent: Asker, kernel: Kernel) -> None:
+def test_the_identity_configures_the_network(agent: Asker, kernel: Kernel) -> None:
     more = {"nameservers": ["192.168.127.1"], "hosts": {"other": "192.168.127.8"}}
     assert put(agent, wire.DAEMON_IDENTITY, {**WANTED, "network": NETWORK}).status == 200
     assert put(agent, wire.DAEMON_IDENTITY, {**WANTED, "network": {**NETWORK, **more}}).status == 200
@@ -184,7 +182,7 @@ def test_it_is_told_its_network_with_the_rest(agent: Asker, kernel: Kernel) -> N
 
 
 @pytest.mark.parametrize("broken", ["step_clock", "add_entropy", "set_hostname", "set_network"])
-def test_what_could_not_be_done_is_told_and_is_no_success(agent: Asker, kernel: Kernel, broken: str) -> None:
+def test_a_failure_of_the_system_is_reported(agent: Asker, kernel: Kernel, broken: str) -> None:
     kernel.broken = broken
     answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, "network": NETWORK})
     assert answer.status == 500
@@ -225,7 +223,7 @@ def expected_of(workload: object) -> str:
         ("unknown", 1),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_done(
+def test_a_malformed_identity_is_refused_without_effect(
     agent: Asker, kernel: Kernel, field: str, value: object
 ) -> None:
     answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, field: value})
@@ -236,7 +234,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_done(
 
 
 @pytest.mark.parametrize("hosts", [None, [], {"a": 1}, {"a": "1.1.1"}, {"a\n10.0.0.1 b": "10.0.0.1"}])
-def test_names_that_are_none_are_refused(agent: Asker, kernel: Kernel, hosts: object) -> None:
+def test_malformed_hosts_are_refused(agent: Asker, kernel: Kernel, hosts: object) -> None:
     told = [put(agent, wire.DAEMON_HOSTS, {"hosts": hosts})]
     if hosts is not None:
         told.append(put(agent, wire.DAEMON_IDENTITY, {**WANTED, "network": {**NETWORK, "hosts": hosts}}))
@@ -245,7 +243,7 @@ def test_names_that_are_none_are_refused(agent: Asker, kernel: Kernel, hosts: ob
     assert not kernel.calls
 
 
-def test_all_of_it_can_be_told_at_once(
+def test_identity_manifest_and_workload_fit_one_request(
     agent: Asker, kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del kernel
@@ -269,13 +267,13 @@ def test_all_of_it_can_be_told_at_once(
         agent.server.workload.stop(0.0)
 
 
-def test_the_clock_can_be_stepped_alone(agent: Asker, kernel: Kernel) -> None:
+def test_the_clock_can_be_set(agent: Asker, kernel: Kernel) -> None:
     answer = put(agent, wire.DAEMON_CLOCK, {"time_ns": 5})
     assert answer.status == 200
     assert kernel.calls == [("step_clock", 5)]
 
 
-def test_the_clock_can_be_moved_by_what_was_measured(agent: Asker, kernel: Kernel) -> None:
+def test_the_clock_can_be_moved_by_a_step(agent: Asker, kernel: Kernel) -> None:
     before = time.time_ns()
     assert put(agent, wire.DAEMON_CLOCK, {"step_ns": 10**9}).status == 200
     ((_, to),) = kernel.calls
@@ -286,7 +284,7 @@ def test_the_clock_can_be_moved_by_what_was_measured(agent: Asker, kernel: Kerne
         assert put(agent, wire.DAEMON_CLOCK, {"step_ns": nonsense}).status == 400
 
 
-def test_a_workload_that_was_copied_is_told_and_must_be_well(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
+def test_a_copied_workload_is_signalled_and_must_become_healthy(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
     del kernel
     told, well = tmp_path / "told", tmp_path / "well"
     well.touch()
@@ -328,7 +326,7 @@ def test_a_workload_that_was_copied_is_told_and_must_be_well(agent: Asker, kerne
         agent.server.workload.stop(0.0)
 
 
-def test_a_guest_that_becomes_a_template_settles(agent: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settle_prepares_the_guest_for_a_snapshot(agent: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     monkeypatch.setattr(os, "sync", lambda: done.append("sync"))
     monkeypatch.setattr(gc, "freeze", lambda: done.append("freeze"))

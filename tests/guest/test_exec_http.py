@@ -54,7 +54,7 @@ def test_both_streams_and_the_exit_code(agent: Asker) -> None:
     assert all("stream" in line for line in lines[:-1])
 
 
-def test_a_signal_is_told_as_one(agent: Asker) -> None:
+def test_the_end_by_a_signal_is_reported(agent: Asker) -> None:
     assert agent.run("sh", "-c", "kill -KILL $$")[-1] == {"signal": signal.SIGKILL}
 
 
@@ -71,7 +71,7 @@ def test_environment_directory_and_stdin(agent: Asker, tmp_path: Path) -> None:
     assert output(lines).decode().splitlines() == [f"ä b {tmp_path}", hashlib.sha256(data).hexdigest() + "  -"]
 
 
-def test_stdin_that_nobody_reads_is_no_trouble(agent: Asker) -> None:
+def test_unread_stdin_is_not_an_error(agent: Asker) -> None:
     assert agent.run("true", stdin=base64.b64encode(b"x" * 500_000).decode()) == [{"exit_code": 0}]
 
 
@@ -79,7 +79,7 @@ def test_an_empty_stdin_is_the_default(agent: Asker) -> None:
     assert output(agent.run("cat")) == b""
 
 
-def test_the_environment_is_the_agents_own(agent: Asker) -> None:
+def test_a_command_gets_the_base_environment(agent: Asker) -> None:
     names = {line.split("=")[0] for line in output(agent.run("env")).decode().splitlines()}
     assert names <= {"PATH", "HOME", "LANG"}
 
@@ -94,7 +94,7 @@ def test_the_environment_is_the_agents_own(agent: Asker) -> None:
         ({"command": ["true"], "user": "nobody-at-all"}, "no_such_user"),
     ],
 )
-def test_what_does_not_start_says_why(agent: Asker, fields: dict[str, object], code: str) -> None:
+def test_a_command_that_does_not_start_reports_why(agent: Asker, fields: dict[str, object], code: str) -> None:
     lines = agent.ask("POST", "/v1/exec", fields).lines()
     assert len(lines) == 1
     assert lines[0]["code"] == code
@@ -137,20 +137,20 @@ def test_user_and_group(agent: Asker) -> None:
     assert output(agent.run("id", "-G", user="1234")) == b"1234\n"
 
 
-def test_a_timeout_kills_the_whole_group_and_keeps_what_was_written(agent: Asker) -> None:
+def test_a_timeout_kills_the_process_group_and_keeps_the_output(agent: Asker) -> None:
     lines = agent.run("sh", "-c", "sleep 1000 & echo $!; wait", timeout_s=0.3)
     assert lines[-1]["code"] == "timeout"
     assert gone(int(output(lines)))
 
 
-def test_a_client_that_leaves_takes_its_processes_along(agent: Asker) -> None:
+def test_a_client_that_leaves_ends_its_processes(agent: Asker) -> None:
     sock = start(agent, "sh", "-c", "sleep 1000 & echo $!; wait")
     pid = first_pid(sock)
     sock.close()
     assert gone(pid)
 
 
-def test_a_client_that_leaves_after_a_half_close_takes_them_along_too(agent: Asker) -> None:
+def test_a_client_that_leaves_after_a_half_close_ends_its_processes(agent: Asker) -> None:
     sock = start(agent, "sh", "-c", "sleep 1000 & echo $!; wait")
     sock.shutdown(socket.SHUT_WR)
     pid = first_pid(sock)
@@ -158,7 +158,7 @@ def test_a_client_that_leaves_after_a_half_close_takes_them_along_too(agent: Ask
     assert gone(pid)
 
 
-def test_what_runs_on_in_the_background_is_not_waited_for(agent: Asker) -> None:
+def test_background_processes_are_not_waited_for(agent: Asker) -> None:
     began = time.monotonic()
     lines = agent.run("sh", "-c", "sleep 1000 & echo $!")
     assert lines[-1] == {"exit_code": 0}
@@ -168,14 +168,14 @@ def test_what_runs_on_in_the_background_is_not_waited_for(agent: Asker) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_fifty_megabytes_arrive_right(agent: Asker) -> None:
+def test_fifty_megabytes_arrive_intact(agent: Asker) -> None:
     size = 50_000_000
     lines = agent.run("sh", "-c", f"head -c {size} /dev/zero")
     assert lines[-1] == {"exit_code": 0}
     assert hashlib.sha256(output(lines)).digest() == hashlib.sha256(bytes(size)).digest()
 
 
-def test_twenty_at_once_are_right(agent: Asker) -> None:
+def test_twenty_commands_at_once_do_not_mix(agent: Asker) -> None:
     results: dict[int, bytes] = {}
 
     def one(number: int) -> None:
@@ -189,7 +189,7 @@ def test_twenty_at_once_are_right(agent: Asker) -> None:
     assert results == {number: chr(97 + number).encode() * 300_000 for number in range(20)}
 
 
-def test_a_client_that_does_not_read_holds_the_command_back(agent: Asker, tmp_path: Path) -> None:
+def test_a_client_that_does_not_read_blocks_the_command(agent: Asker, tmp_path: Path) -> None:
     counter = tmp_path / "written"
     script = f"i=0; while [ $i -lt 400 ]; do head -c 65536 /dev/zero; i=$((i+1)); echo $i > {counter}; done"
     sock = start(agent, "sh", "-c", script)

@@ -66,7 +66,7 @@ def test_each_head_gets_its_status(agent: Asker, head: bytes, status: int) -> No
         assert problem["detail"] == problem["error"] != ""
 
 
-def test_a_stream_that_ends_within_its_head_is_just_over(agent: Asker) -> None:
+def test_a_stream_that_ends_in_its_head_gets_no_answer(agent: Asker) -> None:
     assert agent.raw(b"GET /healthz HT") == b""
     assert agent.raw(b"") == b""
 
@@ -80,7 +80,7 @@ def test_deep_nesting_is_a_400(agent: Asker) -> None:
     "body",
     [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"command": ["true"], "command2": 1}'],
 )
-def test_a_body_that_is_no_request_is_a_400(agent: Asker, body: bytes) -> None:
+def test_a_malformed_body_is_a_400(agent: Asker, body: bytes) -> None:
     assert agent.ask("POST", "/v1/exec", body).status == 400
 
 
@@ -93,7 +93,7 @@ def test_a_chunked_body_is_read_and_a_malformed_one_refused(agent: Asker) -> Non
     assert Answer(agent.raw(head + b"0\r\n" + b"a: b\r\n" * 4000)).status == 400
 
 
-def test_a_client_that_waits_for_100_continue_gets_it(agent: Asker) -> None:
+def test_a_client_that_expects_100_continue_gets_it(agent: Asker) -> None:
     body = b'{"command": ["true"]}'
     head = b"POST /v1/exec HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body)
     sock = agent.open(head)
@@ -116,7 +116,7 @@ def test_no_head_raises_anything_but_a_problem(data: bytes) -> None:
 
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=6), st.integers(1, 9))
 @settings(max_examples=100, deadline=None)
-def test_chunks_are_the_same_however_they_arrive(pieces: list[bytes], step: int) -> None:
+def test_chunks_are_parsed_the_same_however_they_are_cut(pieces: list[bytes], step: int) -> None:
     wire_bytes = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
     for raw in (False, True):
         follow = BodyFilter(Framing(None, chunked=True), raw=raw)

@@ -49,7 +49,7 @@ def stanza(**changes: str) -> str:
         ("nonsense without a colon\n", []),
     ],
 )
-def test_deb822(text: str, suites: list[str]) -> None:
+def test_deb822_files_are_parsed(text: str, suites: list[str]) -> None:
     assert [source.suite for source in parse_deb822(text)] == suites
 
 
@@ -70,16 +70,16 @@ def test_deb822(text: str, suites: list[str]) -> None:
         (f"deb [unclosed {M} trixie main", []),
     ],
 )
-def test_one_line(text: str, suites: list[str]) -> None:
+def test_one_line_files_are_parsed(text: str, suites: list[str]) -> None:
     assert [source.suite for source in parse_one_line(text)] == suites
 
 
-def test_the_signature_must_be_debians_whatever_the_entry_says() -> None:
+def test_the_signature_must_be_debians() -> None:
     line = Source(M, "trixie").line(Path(KEYRING))
     assert line == f"deb [arch=amd64 signed-by={KEYRING}] {M} trixie main"
 
 
-def test_a_host_with_a_decoy_among_its_sources(tmp_path: Path) -> None:
+def test_foreign_sources_are_ignored(tmp_path: Path) -> None:
     parts = tmp_path / "sources.list.d"
     parts.mkdir()
     (tmp_path / "sources.list").write_text(f"deb {M} trixie main\n")
@@ -93,7 +93,7 @@ def test_a_host_without_apt_has_no_sources(tmp_path: Path) -> None:
     assert _sources.host_sources(tmp_path / "none") == []
 
 
-def test_a_mirror_by_hand() -> None:
+def test_a_mirror_can_be_named() -> None:
     assert [source.suite for source in _sources.explicit_sources(M, M + "-security")] == [
         "trixie",
         "trixie-updates",
@@ -106,7 +106,7 @@ def test_a_mirror_by_hand() -> None:
         assert caught.value.hint
 
 
-def test_only_what_is_needed_to_reach_the_network_is_taken() -> None:
+def test_only_transport_settings_are_used() -> None:
     dump = """
 APT::Default-Release "sid";
 Acquire::http::Proxy "http://proxy.example:3128";
@@ -127,7 +127,7 @@ Acquire::http::Proxy-Auto-Detect "/usr/bin/auto";
     ]
 
 
-def test_the_private_apt_reads_nothing_of_the_hosts(tmp_path: Path) -> None:
+def test_the_private_apt_reads_no_settings_of_the_host(tmp_path: Path) -> None:
     """As apt itself sees it: its own files, no preferences, no hooks."""
     apt = _apt.Apt(tmp_path / "apt", [Source(M, "trixie")], Path(KEYRING))
     done = apt._run(["apt-config", "dump"], 30)

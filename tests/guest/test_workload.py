@@ -44,7 +44,7 @@ def wait_for(agent: Asker, enough: Callable[[Any], object]) -> Any:
     return next(status for status in found if enough(status))
 
 
-def test_there_is_none_at_first(agent: Asker) -> None:
+def test_there_is_no_workload_at_first(agent: Asker) -> None:
     status = agent.ask("GET", wire.HEALTHZ).json()["workload"]
     assert (status["state"], status["pid"], status["restarts"]) == ("none", None, 0)
     assert agent.ask("GET", "/").status == 404
@@ -57,7 +57,7 @@ def test_a_workload_without_a_check_is_healthy_while_it_runs(agent: Asker) -> No
     assert agent.ask("GET", wire.HEALTHZ).json()["workload"]["state"] == "healthy"
 
 
-def test_environment_and_directory_are_its_own_and_its_output_is_kept(agent: Asker, tmp_path: Path) -> None:
+def test_environment_directory_and_output_are_the_workloads(agent: Asker, tmp_path: Path) -> None:
     put(agent, "sh", "-c", 'echo "$A $PWD"; echo bad >&2', env={"A": "b"}, workdir=str(tmp_path), restart="never")
     wait_for(agent, lambda status: status["state"] == "exited")
     agent.server.workload.stop(1.0)
@@ -75,7 +75,7 @@ def test_environment_and_directory_are_its_own_and_its_output_is_kept(agent: Ask
         ("on-failure", "exit 0", "exited", {"exit_code": 0}),
     ],
 )
-def test_how_it_ended_stays(agent: Asker, policy: str, script: str, state: str, last: dict[str, int]) -> None:
+def test_the_end_stays_in_the_status(agent: Asker, policy: str, script: str, state: str, last: dict[str, int]) -> None:
     put(agent, "sh", "-c", script, restart=policy)
     status = wait_for(agent, lambda status: status["state"] in ("exited", "failed"))
     assert status["state"] == state
@@ -84,18 +84,18 @@ def test_how_it_ended_stays(agent: Asker, policy: str, script: str, state: str, 
 
 
 @pytest.mark.parametrize(("policy", "script"), [("on-failure", "exit 3"), ("always", "exit 0")])
-def test_it_is_started_again(agent: Asker, policy: str, script: str) -> None:
+def test_the_policy_decides_about_restarts(agent: Asker, policy: str, script: str) -> None:
     put(agent, "sh", "-c", script, restart=policy)
     assert wait_for(agent, lambda status: status["restarts"] >= 3)
 
 
-def test_a_program_that_does_not_exist_has_failed_and_says_so(agent: Asker) -> None:
+def test_a_missing_program_is_reported_as_failed(agent: Asker) -> None:
     put(agent, "no-such-program", restart="always")
     status = wait_for(agent, lambda status: status["state"] == "failed")
     assert "no-such-program" in status["error"]
 
 
-def test_the_same_one_again_is_fine_and_another_is_refused(agent: Asker) -> None:
+def test_the_same_workload_is_accepted_again_and_another_refused(agent: Asker) -> None:
     put(agent, "sleep", "1000", env={"A": "1", "B": "2"})
     pid = wait_for(agent, lambda status: status["pid"])["pid"]
     assert put(agent, "sleep", "1000", env={"B": "2", "A": "1"})["pid"] == pid
@@ -126,7 +126,7 @@ def test_a_wrong_field_is_a_400_that_names_it(agent: Asker, body: object, field:
     assert answer.json()["field"] == field
 
 
-def test_a_check_by_command_decides(agent: Asker, tmp_path: Path) -> None:
+def test_a_check_by_command_sets_the_state(agent: Asker, tmp_path: Path) -> None:
     flag = tmp_path / "well"
     check = {"command": ["test", "-e", str(flag)], "interval_s": 0.1, "retries": 2}
     put(agent, "sleep", "1000", health_check=check)
@@ -149,14 +149,14 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 
 @pytest.mark.parametrize(("path", "state"), [("/well", "healthy"), ("/ill", "unhealthy")])
-def test_a_check_by_http_decides(agent: Asker, path: str, state: str) -> None:
+def test_a_check_by_http_sets_the_state(agent: Asker, path: str, state: str) -> None:
     port = free_port()
     check = {"path": path, "interval_s": 1.0, "retries": 2}
     put(agent, sys.executable, "-c", SERVER, str(port), port=port, health_check=check)
     wait_for(agent, lambda status: status["state"] == state)
 
 
-def test_what_is_left_of_a_run_is_killed_before_the_next(agent: Asker, tmp_path: Path) -> None:
+def test_the_rest_of_a_run_is_killed_before_the_next(agent: Asker, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     put(agent, "sh", "-c", f"sleep 1000 & echo $! >> {pids}; exit 1", restart="on-failure")
     wait_for(agent, lambda status: status["restarts"] >= 2)
@@ -170,7 +170,7 @@ def test_what_is_left_of_a_run_is_killed_before_the_next(agent: Asker, tmp_path:
         assert not Path(f"/proc/{first}").exists()
 
 
-def test_at_the_end_it_is_asked_first_and_killed_then(agent: Asker, tmp_path: Path) -> None:
+def test_stopping_sends_sigterm_first(agent: Asker, tmp_path: Path) -> None:
     script = "trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.05; done"
     put(agent, "sh", "-c", script, restart="always")
     while not agent.server.output.statistics()["stdout_bytes"]:
@@ -180,7 +180,7 @@ def test_at_the_end_it_is_asked_first_and_killed_then(agent: Asker, tmp_path: Pa
     assert agent.server.workload.status()["state"] == "exited"
 
 
-def test_one_that_ignores_the_request_is_killed_after_its_grace(agent: Asker) -> None:
+def test_stopping_kills_after_the_grace_period(agent: Asker) -> None:
     put(agent, "sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.05; done", restart="always")
     while not agent.server.output.statistics()["stdout_bytes"]:
         time.sleep(0.01)
