@@ -1,4 +1,4 @@
-"""What is promised of streams holds on each way into a guest."""
+"""Runs the tests of streams on each transport into a guest."""
 
 from __future__ import annotations
 

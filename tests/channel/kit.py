@@ -25,11 +25,11 @@ from volant.model.agent import AGENT_PORT
 
 Handler = Callable[[socket.socket], None]
 BACKLOG = 128
-"""As many as the agent lets wait on its vsock."""
+"""The backlog of the agent's vsock."""
 
 
 class Agent(ABC):
-    """One life of an agent of the tests."""
+    """A running test agent."""
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
@@ -54,25 +54,25 @@ class Agent(ABC):
 
     @abstractmethod
     async def idle(self) -> None:
-        """Wait until it has no stream."""
+        """Waits until it has no stream."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Die as a killed process does, whatever was under way. A second time is nothing."""
+        """Ends it as SIGKILL would. May be called again."""
 
 
 class Way(ABC):
-    """A way into a guest: what the hypervisor has on the host, whether or not there is an agent."""
+    """A transport into a guest: the hypervisor's side on the host, with or without an agent."""
 
     address: Address
 
     @abstractmethod
     def begin(self, handler: Handler) -> Agent:
-        """An agent of the tests."""
+        """Starts a test agent."""
 
     @abstractmethod
     def begin_real(self) -> subprocess.Popen[bytes]:
-        """The agent itself; the caller ends it."""
+        """Starts the real agent; the caller ends it."""
 
 
 def _agent_process(how: str, end: socket.socket) -> subprocess.Popen[bytes]:
@@ -95,7 +95,7 @@ class _StoppableMux(_mux._Mux):
 
 
 class GuestAgent(Agent):
-    """On the port, with the agent's own multiplexer."""
+    """On the port, with the real multiplexer."""
 
     def __init__(self, port: Port, handler: Handler) -> None:
         super().__init__(handler)
@@ -131,7 +131,7 @@ class GuestAgent(Agent):
 
 
 class Port(Way):
-    """A virtio-serial port: a Unix socket outside for one client at a time, a descriptor inside.
+    """A virtio-serial port: a Unix socket on the host for one client at a time, a descriptor in the guest.
 
     Bytes that left the client before it died still reach the guest; what the guest says while nobody is there is lost;
     and the guest is told of neither, which is the worst that the real one does.
@@ -155,7 +155,7 @@ class Port(Way):
         return _agent_process("serial", self.guest_end())
 
     def guest_end(self) -> socket.socket:
-        """Open the port anew, as an agent that begins does."""
+        """Opens the port again, as an agent that starts does."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         previous, self._inner = self._inner, trio.SocketStream(trio.socket.from_stdlib_socket(ours))
@@ -165,7 +165,7 @@ class Port(Way):
         return theirs
 
     def cut_after(self, *, to_guest: int | None = None, to_host: int | None = None) -> None:
-        """Kill the client once so many more bytes have passed."""
+        """Disconnects the client after so many more bytes."""
         self._to_guest, self._to_host = to_guest, to_host
 
     @asynccontextmanager
@@ -247,13 +247,13 @@ class Port(Way):
 
 
 class Hypervisor(Way):
-    """One that maps connections on a Unix socket to its guest's vsock, as Firecracker and Cloud Hypervisor do."""
+    """Maps connections on a Unix socket to the guest's vsock, as Firecracker and Cloud Hypervisor do."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.address = HybridVsock(path)
         self.take: Handler | None = None
-        """What takes connections to the agent's port; without they are refused."""
+        """Takes connections to the agent's port; None: they are refused."""
         self._listener = socket.socket(socket.AF_UNIX)
         self._closing = ExitStack()
 
@@ -279,7 +279,7 @@ class Hypervisor(Way):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Serve, in threads, for the length of a block."""
+        """Serves in threads for the length of a block."""
         self._listener.bind(str(self.path))
         self._listener.listen(BACKLOG)
         thread = threading.Thread(target=self._accept, daemon=True)
@@ -317,7 +317,7 @@ class Hypervisor(Way):
 
 
 class _VsockAgent(Agent):
-    """Connections of its own, which go when it dies."""
+    """An agent with connections, which close when it ends."""
 
     def __init__(self, hypervisor: Hypervisor, handler: Handler) -> None:
         super().__init__(handler)
@@ -348,7 +348,7 @@ WAYS: dict[str, type[Port] | type[Hypervisor]] = {"virtio-serial": Port, "hybrid
 
 @contextmanager
 def running(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """For the length of a block, unless the test has ended it before."""
+    """Runs an agent for the length of a block, unless the test ends it."""
     try:
         yield process
     finally:
@@ -357,11 +357,11 @@ def running(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes
 
 
 sent = 0
-"""How many bytes all `source`s have sent."""
+"""Counts the bytes that all `source`s have sent."""
 
 
 async def settled() -> None:
-    """Wait until no `source` gets any byte off: all buffers are full."""
+    """Waits until no `source` can send a byte, as all buffers are full."""
     before = -1
     while before != sent:
         before = sent
@@ -369,7 +369,7 @@ async def settled() -> None:
 
 
 def handle(sock: socket.socket) -> None:
-    """What the tests' guest does with a stream: its first line says what."""
+    """Serves a stream in the test guest, as its first line says."""
     global sent
     line = b""
     while not line.endswith(b"\n"):
@@ -393,7 +393,7 @@ def handle(sock: socket.socket) -> None:
                 digest.update(data)
             sock.sendall(digest.hexdigest().encode())
         case [b"hold"]:
-            # Reads nothing and says nothing until the host has left.
+            # Reads and sends nothing until the host has left.
             poller = select.poll()
             poller.register(sock, 0)
             poller.poll(30_000)

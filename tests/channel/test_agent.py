@@ -1,4 +1,4 @@
-"""HTTP to the agent: streamed both ways, bounded, and clear about what went wrong."""
+"""HTTP to the agent: streamed both ways, bounded, with clear errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .kit import Agent, Handler, Way
 
 
 class Server:
-    """Answers each request with what the test says; keeps what it has read."""
+    """Answers each request as the test says, and records what it has read."""
 
     def __init__(self) -> None:
         self.answer: bytes = b""
@@ -60,7 +60,7 @@ def client(channel: Channel) -> AgentClient:
 
 
 def swallow(sock: socket.socket) -> None:
-    """Read to the end and say nothing."""
+    """Reads to the end and sends nothing."""
     while sock.recv(65536):
         pass
 
@@ -140,7 +140,7 @@ async def test_silence_ends_at_the_deadline(client: AgentClient, server: Server,
 
 async def test_both_bodies_stream(client: AgentClient, server: Server) -> None:
     def handler(sock: socket.socket) -> None:
-        # Every chunk is answered before the next is sent: neither side may gather.
+        # Each chunk is answered before the next is sent, so neither side may buffer.
         sock.settimeout(5)
         data = b""
         while b"\r\n\r\n" not in data:
@@ -292,7 +292,7 @@ async def test_an_agent_that_dies_in_the_middle_of_its_answer_is_unreachable(
         async with client.stream("GET", "/", timeout_s=5) as response:
             await response.receive()
             guest.stop()
-            successor = way.begin(server)  # a link is lost when its successor says so
+            successor = way.begin(server)  # the link is lost when the next agent says so
             with pytest.raises(AgentUnreachable):
                 await response.read(20_000_000)
     successor.stop()

@@ -1,4 +1,4 @@
-"""Frames are measured and counted before anything looks into them."""
+"""The rate limit of frames, which are measured before they are parsed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_data_pays_for_its_frames_and_empty_ones_wait() -> None:
 
 
 def test_long_frames_without_data_cost_more() -> None:
-    """16 KiB of settings take this side a hundred times as long as 16 KiB of data."""
+    """The daemon parses 16 KiB of settings a hundred times as long as 16 KiB of data."""
     settings, data = frame(16382, kind=4), frame(16384)
     assert price(settings) > 500
     assert price(settings + 4 * data) > 450, "data pays for no more than a few others"

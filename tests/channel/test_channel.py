@@ -1,4 +1,4 @@
-"""Byte streams into a guest, on each way into it; over a port, the host's side against the guest's own code."""
+"""Byte streams into a guest, on each transport; on a port against the guest's own multiplexer."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ async def test_streams_whose_reader_sleeps_block_no_other(channel: Channel) -> N
             sleepers = [await channel.open_stream(timeout_s=5) for _ in range(MAX_STREAMS - 8)]
             for sleeper in sleepers:
                 await sleeper.send_all(b"source 1000000\n")
-            # All of them have filled their windows: more than HTTP/2's default for the whole connection.
+            # All windows are full: more bytes than HTTP/2's default for the whole connection.
             await settled()
             assert await echoes(channel, b"x" * 300_000)
             for sleeper in sleepers:
@@ -199,7 +199,7 @@ async def test_another_port_is_refused(channel: Channel) -> None:
 
 
 async def test_a_channel_that_is_closed_breaks_its_streams(way: Way, guest: Agent) -> None:
-    """Whoever has one is an actor's, which may be another one by then."""
+    """A stream must not outlive the actor that it was opened for."""
     async with open_channel(Host(), way.address) as channel:
         stream = await channel.open_stream(timeout_s=5)
         await stream.send_all(b"echo\nhello")
@@ -220,7 +220,7 @@ async def test_statistics_count_the_bytes_of_streams(channel: Channel) -> None:
     with trio.fail_after(5):
         assert await echoes(channel, b"x" * 100_000)
     statistics = channel.statistics()
-    # The guest may have said hello meanwhile, behind as many zeros as a frame is long.
+    # The guest may have sent its hello meanwhile, with as many zeros as a frame is long.
     assert 100_000 <= statistics.bytes_in < 150_000
     assert 100_000 <= statistics.bytes_out < 150_000
 
@@ -263,7 +263,7 @@ async def test_an_agent_that_is_restarted_is_found_again(way: Way) -> None:
                         await stream.receive_some()
                         agent.stop()
                         agent = way.begin(handle)
-                        # Of a connection the death of a process is the end, of a link it is the loss.
+                        # A dead process ends a connection, but loses a link.
                         with suppress(trio.BrokenResourceError):
                             assert len(await read_all(stream)) < 100_000_000
                     assert await echoes(channel, b"again")
@@ -292,7 +292,7 @@ async def test_a_socket_that_appears_late_is_found(tmp_path: Path, kind: str) ->
 
 @pytest.mark.parametrize("seed", range(12))
 async def test_the_link_recovers_after_the_host_was_killed_at_any_byte(port: Port, seed: int) -> None:
-    """The host's end dies while data flows, its successor comes before the guest has noticed."""
+    """The host's process dies while data flows, and the next one connects before the guest has noticed."""
     guest = port.begin(handle)
     rng = random.Random(seed)
     span = rng.choice((40, 16_500, 40_000, 300_000))

@@ -1,4 +1,4 @@
-"""Nothing happens at a port while its channel is held; who uses the channel waits, and misses nothing."""
+"""A held channel: its port is not used, and users of the channel wait and miss nothing."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def guest(port: Port) -> Iterator[GuestAgent]:
 
 
 async def socket_pair(host: Host, path: Path) -> tuple[trio.SocketStream, trio.SocketStream]:
-    async with host.sockets.listen_unix(path) as listener:
-        return await host.sockets.connect_unix(path, 5), await listener.accept()
+    async with host.listen_unix(path) as listener:
+        return await host.connect_unix(path, 5), await listener.accept()
 
 
 async def test_a_hold_interrupts_a_send_without_losing_bytes(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ async def test_a_hold_interrupts_a_send_without_losing_bytes(tmp_path: Path) -> 
             while len(got) < len(data):
                 got += await theirs.receive_some(50_000)
                 async with hold.hold():
-                    # What the kernel has is read, and then there is no more, although there is room.
+                    # Once the kernel's buffer is read nothing follows, although there is room.
                     while host.sockets.unread(ours)[0]:
                         got += await theirs.receive_some(500_000)
                     await trio.testing.wait_all_tasks_blocked(0.01)
@@ -72,7 +72,7 @@ async def test_nothing_is_received_during_a_hold(tmp_path: Path) -> None:
             async with hold.hold():
                 await theirs.send_all(b"late")
                 await trio.testing.wait_all_tasks_blocked(0.01)
-                assert (bytes(got), host.sockets.unread(ours)[1]) == (b"", 4)
+                assert (got, host.sockets.unread(ours)[1]) == (b"", 4)
             await theirs.send_eof()
     assert got == b"late"
 
@@ -131,7 +131,7 @@ async def test_a_lost_link_is_neither_closed_nor_made_again_during_a_hold(port: 
             await channel.ready()
             async with channel.hold():
                 first.stop()
-                # It says that it has begun, which ends the link, to nobody who listens.
+                # The agent's hello ends the link, but nobody reads it yet.
                 second = GuestAgent(port, handle)
                 await trio.testing.wait_all_tasks_blocked(0.05)
                 assert channel.statistics().connected
@@ -169,7 +169,7 @@ async def test_closing_a_held_channel_raises_at_the_end(port: Port, guest: Guest
 
 
 async def test_a_guest_that_reads_nothing_does_not_prevent_a_hold(port: Port) -> None:
-    """Its agent has not begun, so what the daemon asks of it lies in the socket."""
+    """Its agent has not started, so the daemon's bytes stay in the socket."""
     async with open_channel(Host(), VirtioSerial(port.path)) as channel:
         await trio.testing.wait_all_tasks_blocked(0.01)
         with trio.fail_after(5):

@@ -1,4 +1,4 @@
-"""A guest is not trusted: whatever it says, the daemon goes on, and says why the link was lost."""
+"""A guest is not trusted: whatever it sends, the daemon goes on and reports why the link was lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS = frame(4, 0, 0)
 
 
 async def find_host(stream: trio.SocketStream) -> None:
-    """Answer the host's request for a fresh start."""
+    """Answers the host's magic with its nonce."""
     seen = b""
     while (at := seen.find(RESYNC_MAGIC)) < 0 or len(seen) < at + len(RESYNC_MAGIC) + 16:
         seen += await stream.receive_some(65536)
@@ -44,7 +44,7 @@ async def find_host(stream: trio.SocketStream) -> None:
 
 @asynccontextmanager
 async def hostile(path: Path, guest: Guest) -> AsyncIterator[Channel]:
-    """A channel to a port whose guest does what `guest` does on every link, and then hangs."""
+    """Opens a channel to a port whose guest calls `guest` on every link, and then hangs."""
     listener = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     await listener.bind(str(path))
     listener.listen(4)
@@ -146,7 +146,7 @@ FRAMES = {
     "pings": (frame(6, 1, 0, bytes(8)) * 1000, 17 * 15_000),
     "settings": (frame(4, 0, 0, struct.pack(">HI", 4, 65535) * 2730) * 4, 1_000_000),
 }
-"""What a guest sends without end, and how much of it may be taken in."""
+"""Bytes that a guest repeats without end, and how many of them the daemon may read."""
 
 
 @pytest.mark.parametrize("what", FRAMES)
@@ -168,14 +168,13 @@ async def test_frames_without_data_are_read_slowly_and_delay_no_other_guest(tmp_
                 await trio.sleep(0.001)
                 worst = max(worst, time.thread_time() - began)
         assert channel.connected
-    # What is taken in: the burst and the rate, apart from what socket buffers hold. Without a bound it would be as much
-    # as the processor can.
+    # The bound is burst and rate, plus what socket buffers hold. Without one the processor would be the limit.
     assert channel.statistics().bytes_in < most
     assert worst < 0.2
 
 
 async def test_answers_to_a_guest_are_bounded(autojump_clock: trio.testing.MockClock) -> None:
-    """It asks and asks and reads none of the answers: then it is not read either, and in the end it is lost."""
+    """A guest that sends requests and reads no answers is not read either, and in the end its link is lost."""
     ours, theirs = trio.testing.lockstep_stream_pair()
     nonce = b"n" * 16
     link = Link(ours, nonce)
@@ -198,7 +197,7 @@ async def test_answers_to_a_guest_are_bounded(autojump_clock: trio.testing.MockC
 
 
 async def test_a_paused_guest_may_read_nothing_for_any_time(autojump_clock: trio.testing.MockClock) -> None:
-    """Once it goes on its time begins anew; one that takes nothing then is lost."""
+    """Its deadline starts again when it resumes; a guest that reads nothing then loses its link."""
     ours, theirs = trio.testing.lockstep_stream_pair()
     nonce = b"n" * 16
     link = Link(ours, nonce)

@@ -1,4 +1,4 @@
-"""Hypervisors that map connections to a guest's ports by a line on a Unix socket, the hostile ones among them."""
+"""Hybrid vsock: connections through a hypervisor's Unix socket, also of a hostile hypervisor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Behaviour = Callable[[trio.SocketStream], Awaitable[None]]
 
 @asynccontextmanager
 async def hypervisor(path: Path, behave: Behaviour) -> AsyncIterator[list[bytes]]:
-    """It reads a line, does what `behave` does, and hangs; the lines."""
+    """Reads a line, calls `behave`, and hangs; gives the lines."""
     seen: list[bytes] = []
 
     async def serve(stream: trio.SocketStream) -> None:
@@ -47,7 +47,7 @@ def says(data: bytes, *, then: Behaviour | None = None) -> Behaviour:
 
 
 async def hangs(stream: trio.SocketStream) -> None:
-    """Until the daemon has left."""
+    """Waits until the daemon has left."""
     while await stream.receive_some(65536):
         pass
 
@@ -68,7 +68,7 @@ def descriptors() -> int:
 
 
 async def settles(channel: Channel, before: int) -> None:
-    """What was tried leaves nothing behind."""
+    """Checks that failed connections leave nothing behind."""
     assert channel.statistics().streams == 0
     with trio.fail_after(5):
         while descriptors() > before:  # noqa: ASYNC110 - the hypervisor of the test closes its ends
@@ -110,7 +110,7 @@ async def test_a_malformed_answer_is_unreachable_in_time_and_leaves_nothing(tmp_
             with pytest.raises(AgentUnreachable, match=f"could not be reached within 0.2 s.*{why}|{why}"):
                 await channel.open_stream(timeout_s=0.2)
         assert trio.current_time() - began < 2
-        # It is asked again, and less and less often.
+        # The channel retries with growing pauses.
         assert 3 <= len(seen) <= 24
         await settles(channel, before)
 

@@ -1,4 +1,4 @@
-"""The agent itself, in a process of its own, on each way to it: what is promised of streams holds to the end."""
+"""The real agent in a process of its own, on each transport: promises of streams hold end to end."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def client(channel: Channel) -> AgentClient:
 
 @pytest.fixture
 def loopback() -> Iterator[int]:
-    """The port of a server on the guest's loopback, which does what the tests' agents do."""
+    """The port of a server on the guest's loopback that behaves as the test agents do."""
 
     def serve(sock: socket.socket) -> None:
         with sock, suppress(OSError):
@@ -74,7 +74,7 @@ async def read_all(stream: ChannelStream) -> bytes:
 
 
 async def streams_of(client: AgentClient) -> int:
-    """How many streams the agent has, the one that asks not among them."""
+    """Returns how many streams the agent has, besides this request's own."""
     answer = await client.request_json("GET", INFO, timeout_s=10)
     count = answer.body["streams"]["streams"] - 1
     assert isinstance(count, int)
@@ -172,7 +172,7 @@ async def test_streams_are_limited_with_a_reserve_for_the_daemon(
 
     with trio.fail_after(60):
         async with AsyncExitStack() as held:
-            # All at once: more than a listening socket lets wait.
+            # All at once: more than a listening socket's backlog.
             async with trio.open_nursery() as nursery:
                 for _ in range(MAX_STREAMS):
                     nursery.start_soon(hold, held)
@@ -185,7 +185,7 @@ async def test_streams_are_limited_with_a_reserve_for_the_daemon(
 
 
 async def test_a_killed_agent_is_found_again_and_truncated_answers_are_noticed(way: Way) -> None:
-    # A client that leaves ends it, and an agent that dies, too: nobody reads what it writes.
+    # It ends with its client or its agent, as nobody reads its output.
     source = [sys.executable, "-c", "import sys; [sys.stdout.write('x' * 100000) for _ in range(200)]"]
     body = msgspec.json.encode({"command": source})
     async with open_channel(Host(), way.address) as channel:

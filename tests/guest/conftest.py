@@ -1,4 +1,4 @@
-"""A server of the agent's, and clients that speak to it over socketpairs as the multiplexer does."""
+"""An agent's server, and clients that talk to it over socketpairs as the multiplexer does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT_S = 20.0
 
 
 class Answer:
-    """An answer, taken apart by the parser that relays use too."""
+    """An answer, parsed as relays parse it."""
 
     def __init__(self, data: bytes) -> None:
         head, _, rest = data.partition(b"\r\n\r\n")
@@ -59,7 +59,7 @@ class Asker:
         return mine
 
     def raw(self, data: bytes) -> bytes:
-        """Send `data`, half close, and return all that comes."""
+        """Sends `data`, half-closes, and returns everything that comes back."""
         mine = self.open(data)
         mine.shutdown(socket.SHUT_WR)
         return read_all(mine)
@@ -71,7 +71,7 @@ class Asker:
         return Answer(self.raw(head.encode() + payload))
 
     def run(self, *command: str, **fields: object) -> list[Any]:
-        """Run a command; return the lines of the answer."""
+        """Runs a command; returns the lines of the answer."""
         answer = self.ask("POST", "/v1/exec", {"command": list(command), **fields})
         assert answer.status == 200, answer.body
         assert answer.whole

@@ -1,4 +1,4 @@
-"""The agent itself behind the daemon's path, on a port of this host: what clients of it talk to in fast tests."""
+"""The real agent behind the daemon's path, on a port of this host, for fast tests of clients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFIX = b"/api/v1/vms/demo/agent"
 
 
 class Behind:
-    """A port before an agent. `cut` breaks all connections, as the end of a daemon does."""
+    """A port in front of an agent. `cut` breaks all connections, as the end of a daemon does."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -50,7 +50,7 @@ class Behind:
         ours.close()
 
     def cut(self) -> None:
-        """Break what is open."""
+        """Breaks all connections."""
         for sock in self._open:
             try:
                 sock.shutdown(socket.SHUT_RDWR)
@@ -59,7 +59,7 @@ class Behind:
         self._open.clear()
 
     def close(self) -> None:
-        """Stop."""
+        """Stops listening."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.cut()
@@ -79,7 +79,7 @@ def _pass(source: socket.socket, target: socket.socket) -> None:
 
 @contextmanager
 def agent_behind() -> Iterator[Behind]:
-    """An agent of its own, for the length of a block."""
+    """Runs an agent for the length of a block."""
     server = Server(lambda grace: None)
     behind = Behind(server)
     try:

@@ -1,4 +1,4 @@
-"""Exec: what a command writes arrives whole, how it ended is said once, and nothing outlives its client."""
+"""Commands over HTTP: output arrives complete, the end is reported once, and nothing outlives the client."""
 
 from __future__ import annotations
 

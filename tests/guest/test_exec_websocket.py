@@ -183,7 +183,7 @@ def test_keys_become_signals_and_ends_of_input_in_a_terminal(agent: Asker) -> No
 
 @pytest.mark.parametrize("tty", [False, True])
 def test_a_client_that_leaves_ends_the_whole_session(agent: Asker, tty: bool) -> None:
-    # Job control gives the job in the background a group of its own; and it does not mind a hang-up.
+    # Job control gives the background job a process group of its own, and it ignores SIGHUP.
     script = "set -m; trap '' HUP; sleep 1000 & echo $! $$; wait"
     talk = sh(agent, script, tty=tty)
     talk.see(b"\n")
@@ -275,7 +275,7 @@ def test_a_detached_command_goes_on_and_loses_no_output(agent: Asker) -> None:
     assert again.end() == {"exit_code": 9}
     assert got + again.output() == b"".join(b"line %d\n" % i for i in range(300))
     assert not [message for message in again.messages if isinstance(message, dict) and "gap" in message]
-    # How it ended is kept, and all of its output.
+    # Its end and all of its output are kept.
     third = Talk(agent, f"/v1/exec?attach={hello['id']}")
     assert third.end() == {"exit_code": 9}
     assert third.output() == got + again.output()
@@ -348,7 +348,7 @@ def test_detached_commands_are_bounded_and_ended_ones_make_room(agent: Asker, mo
     assert third.end() == {"exit_code": 5}
     kept = [found["id"] for found in agent.ask("GET", "/v1/exec/sessions").json()["sessions"]]
     assert kept == [second.messages[0]["id"], third.messages[0]["id"]]
-    # One that does not start takes no place.
+    # A command that does not start does not count.
     assert Talk(agent, "/v1/exec?detach=true", {"command": ["/no/such"]}).end()["code"] == "not_found"
     assert len(agent.ask("GET", "/v1/exec/sessions").json()["sessions"]) == 1
     monkeypatch.setattr(_exec_sessions, "KEPT_S", 0.0)
@@ -356,22 +356,22 @@ def test_detached_commands_are_bounded_and_ended_ones_make_room(agent: Asker, mo
     assert agent.ask("GET", "/v1/exec/sessions").json() == {"sessions": []}
 
 
-# Those who break the protocol
+# Clients that break the protocol
 
 
 @pytest.mark.parametrize(
     ("data", "code"),
     [
         (b"\x82\x01\x00", 1002),  # without a mask
-        (b"\xc2\x81\0\0\0\0\x00", 1002),  # compressed, which nobody agreed on
-        (b"\x83\x80\0\0\0\0", 1002),  # an unknown kind of frame
-        (b"\x80\x80\0\0\0\0", 1002),  # goes on with nothing
+        (b"\xc2\x81\0\0\0\0\x00", 1002),  # compressed, which was not negotiated
+        (b"\x83\x80\0\0\0\0", 1002),  # an unknown opcode
+        (b"\x80\x80\0\0\0\0", 1002),  # a continuation of nothing
         (b"\x89\xfe\x00\x7e\0\0\0\0" + bytes(126), 1002),  # a long ping
-        (b"\x09\x80\0\0\0\0", 1002),  # a ping in pieces
-        (b"\x81\x82\0\0\0\0\xff\xff", 1007),  # no UTF-8
+        (b"\x09\x80\0\0\0\0", 1002),  # a fragmented ping
+        (b"\x81\x82\0\0\0\0\xff\xff", 1007),  # not UTF-8
         (b"\x82\xff" + struct.pack("!Q", 1 << 40) + bytes(4) + bytes((1 << 20) + 2), 1009),
         (b"\x82\x82\0\0\0\0\x01x", 1008),  # standard output is not for clients
-        (b"\x82\x80\0\0\0\0", 1008),  # no channel at all
+        (b"\x82\x80\0\0\0\0", 1008),  # without a channel
         (b"\x81\x82\0\0\0\0{}", 1008),
         (b"\x81\x83\0\0\0\0no!", 1008),
     ],

@@ -1,4 +1,4 @@
-"""Files: read, written and deleted whole, by name or as tar; nothing leads out of where it belongs."""
+"""Files: read, written and deleted, singly or as tar; nothing gets out of its directory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def url(path: Path | str, query: str = "") -> str:
 
 
 def tar_of(*members: tuple[str, object], **fields: object) -> bytes:
-    """A tar: a name and bytes, or a type and where a link leads; None: a directory."""
+    """Returns a tar. A member is a name and its bytes, or a type and the target of a link; None: a directory."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
         for name, what in members:
@@ -319,7 +319,7 @@ def test_a_tar_is_unpacked_over_existing_files(agent: Asker, tmp_path: Path) -> 
     assert (tmp_path / "d" / "kept").read_bytes() == b"kept"
     assert (tmp_path / "d" / "sub" / "file").read_bytes() == b"1"
     assert (tmp_path / "d" / "hard").samefile(tmp_path / "d" / "old")
-    # Once more: a hard link over itself leaves nothing beside it.
+    # Again: a hard link onto itself leaves no temporary file.
     assert agent.ask("PUT", url(tmp_path / "d"), data, headers=TAR).status == 204
     assert sorted(os.listdir(tmp_path / "d")) == ["hard", "kept", "old", "sub"]  # noqa: PTH208
     problem(agent.ask("PUT", url(tmp_path / "d" / "old"), data, headers=TAR), 409, "no directory")
@@ -341,8 +341,8 @@ def test_a_tar_is_unpacked_over_existing_files(agent: Asker, tmp_path: Path) -> 
         (tar_of(("fifo", (tarfile.FIFOTYPE, ""))), 400),
         (tar_of(("d", None), ("d/" * 200 + "x", b"1")), 400),
         (tar_of(("", b"1")), 400),
-        (tar_of(("f", b"1" * 5000))[:2000], 400),  # broken off in a file
-        (tar_of(("f", b"1"), ("g", b"1"))[:1024], 400),  # between two
+        (tar_of(("f", b"1" * 5000))[:2000], 400),  # truncated in a file
+        (tar_of(("f", b"1"), ("g", b"1"))[:1024], 400),  # between two members
         (tar_of(("f", b"1"), ("g", b"1"))[:1300], 400),  # in a header
         (tar_of(("f", b"1"))[:1024] + b"garbage" * 200, 400),
         (b"", 400),

@@ -1,4 +1,4 @@
-"""What is malformed is refused with its reason, and no input makes the agent hang, grow or die."""
+"""Parsing of requests: malformed ones are refused, and no input makes the agent hang, grow or crash."""
 
 from __future__ import annotations
 

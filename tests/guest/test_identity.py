@@ -1,4 +1,4 @@
-"""A clone gets a clock, entropy, names and ids of its own before it says that it has."""
+"""A clone gets its own clock, entropy, names and ids before it answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NETWORK = {"address": "192.168.127.7", "prefix": 24, "gateway": "192.168.127.1",
 
 
 class Kernel:
-    """What was asked of the kernel, instead of this machine's."""
+    """Records the calls to the kernel instead of changing this machine."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
@@ -122,7 +122,7 @@ def test_a_clone_unbinds_its_balloon(agent: Asker, kernel: Kernel, tmp_path: Pat
         (tmp_path / "balloon").mkdir(exist_ok=True)
         (tmp_path / "balloon" / name).touch()
     assert put(agent, wire.DAEMON_IDENTITY, WANTED).status == 200
-    # Nobody waits for it.
+    # A thread does it after the answer.
     deadline = time.monotonic() + 30
     while not (said := (tmp_path / "balloon" / "unbind").read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -133,7 +133,7 @@ def test_a_clone_unbinds_its_balloon(agent: Asker, kernel: Kernel, tmp_path: Pat
 def test_hosts_of_a_client_that_left_do_not_replace_newer_ones(
     agent: Asker, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three requests get there while the first is being done; who asked the second has left by then."""
+    """Three requests arrive while the first one runs; the client of the second one has left by then."""
     del kernel
     begun, go_on = threading.Event(), threading.Event()
     written: list[list[str]] = []
@@ -190,7 +190,7 @@ def test_a_failure_of_the_system_is_reported(agent: Asker, kernel: Kernel, broke
 
 
 def expected_of(workload: object) -> str:
-    """The field of a workload that is at fault."""
+    """Returns the malformed field of a workload."""
     return "unheard" if workload else "entrypoint"
 
 
@@ -252,7 +252,7 @@ def test_identity_manifest_and_workload_fit_one_request(
     manifest, spec = {"name": "counter", "version": "3"}, {"entrypoint": ["/bin/sh", "-c", script]}
     try:
         for _ in range(2):
-            # Again, as when the answer was lost.
+            # Again, as after a lost answer.
             answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, "manifest": manifest, "workload": spec})
             assert answer.status == 200, answer.body
         assert put(agent, wire.DAEMON_WORKLOAD, spec).status == 200
@@ -313,9 +313,9 @@ def test_a_copied_workload_is_signalled_and_must_become_healthy(agent: Asker, ke
         assert answer.status == 503
         assert "not well" in answer.json()["detail"]
         assert told.read_text() == "x\n"
-        # Of a copy that is taken as it is nobody asks that; it is told all the same.
+        # `as_it_is`: not checked, but still signalled.
         other = {**WANTED, "machine_id": "2" * 32, "signal": "SIGUSR1", "as_it_is": True}
-        # Twice, as the answer may have been lost: then it is no other copy.
+        # A repeated request, as after a lost answer, is not another copy.
         for _ in range(2):
             answer = put(agent, wire.DAEMON_IDENTITY, other)
             assert answer.status == 200, answer.body

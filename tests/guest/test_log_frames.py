@@ -1,4 +1,4 @@
-"""Log frames survive any cut, and whatever is none is refused."""
+"""Log frames are decoded however they are cut, and malformed ones are refused."""
 
 from __future__ import annotations
 

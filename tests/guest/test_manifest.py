@@ -1,4 +1,4 @@
-"""The agent knows of which plugin its VM is, and what runs in the guest finds the manifest."""
+"""The manifest of a VM's plugin: the agent reports it, and programs in the guest find it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MANIFEST = {
 
 @pytest.fixture(autouse=True)
 def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where it is put."""
+    """The path of the file."""
     path = tmp_path / "manifest.json"
     monkeypatch.setattr(wire, "MANIFEST_FILE", str(path))
     return path

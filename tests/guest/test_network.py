@@ -1,4 +1,4 @@
-"""What a NIC is to have, and whom a guest knows by name: taken strictly, written without a loss of what is others'."""
+"""The NIC's settings and the guest's hosts: parsed strictly, written without losing other lines."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_hosts_are_replaced_and_other_lines_stay() -> None:
     one = hosts_text(IMAGE, {"demo": "192.168.127.2"})
     assert one.startswith(IMAGE)
     assert "\n192.168.127.2 demo\n" in one
-    # Somebody has added a name of their own below.
+    # A user has added a line below.
     other = hosts_text(one + "10.0.0.1 mine\n", {"demo": "192.168.127.3", "site": "192.168.127.4"})
     assert other.startswith(IMAGE + "10.0.0.1 mine\n")
     assert "192.168.127.2" not in other
@@ -84,7 +84,7 @@ def test_a_malformed_command_line_costs_the_network_only(network: str) -> None:
 def test_a_nic_without_settings_stays_unbound_and_later_devices_are_bound(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So it has nothing of the template when its clones wake it up."""
+    """So it has nothing of the template when a clone binds it."""
     monkeypatch.setattr(_network, "_BUS", str(tmp_path))
     probes = tmp_path / "drivers_autoprobe"
     probes.write_text("1")

@@ -1,4 +1,4 @@
-"""The workload's output: a reader that comes back misses nothing that is kept, and is told of what is not."""
+"""The workload's output: a reader that returns gets all that is kept, and a gap for the rest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write(agent: Asker, data: bytes, kind: int = wire.FRAME_STDOUT) -> None:
 
 
 class Reader:
-    """A reader of the daemon's kind: it takes the chunks apart and keeps positions."""
+    """Reads as the daemon does: decodes chunks and frames, and keeps positions."""
 
     def __init__(self, agent: Asker, query: str = "") -> None:
         self.sock = agent.open(f"GET {wire.DAEMON_LOGS}{query} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
@@ -45,7 +45,7 @@ class Reader:
         return True
 
     def read(self, count: int, kind: int = wire.FRAME_STDOUT) -> bytes:
-        """Read until there are `count` bytes of a stream, or the end; return all of them."""
+        """Reads until there are `count` bytes of a stream, or the end; returns all of them."""
         while True:
             while self._chunks():
                 pass

@@ -1,4 +1,4 @@
-"""PID 1 and the agent in a real guest: the smallest one that the image admits."""
+"""PID 1 and the agent in a real guest with the least memory that the image allows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Guest:
         return answer.body
 
     async def run(self, *command: str, **fields: object) -> tuple[bytes, Any]:
-        """Run a command; return its standard output and how it ended."""
+        """Runs a command; returns its standard output and how it ended."""
         text = bytearray()
         body = msgspec.json.encode({"command": command, **fields})
         with trio.fail_after(120):
@@ -94,7 +94,7 @@ async def boot(image: images.Image, folder: Path, *parameters: str) -> AsyncIter
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    # A Unix socket's path is short, and pytest's folders are not.
+    # pytest's folders are too long for the path of a Unix socket.
     path = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())
     yield path
     shutil.rmtree(path)
@@ -113,14 +113,14 @@ async def test_a_guest_reports_itself_and_shuts_down(image: images.Image, folder
         mounts = {line.split()[1] for line in output.decode().splitlines() if line.count(" ") == 5}
         assert mounts >= {"/proc", "/sys", "/dev", "/run", "/tmp", "/dev/pts", "/dev/shm"}
 
-        # A command is deaf to no signal, and the kernel would end it before the agent.
+        # A command blocks no signal, and the kernel would kill it before the agent.
         output, _ = await guest.run("sh", "-c", "grep SigBlk /proc/self/status; cat /proc/self/oom_score_adj")
         assert output.decode().split() == ["SigBlk:", "0000000000000000", "0"]
 
         output, end = await guest.run("python3", "-c", "import json, sys; print(json.dumps(sys.version_info[:2]))")
         assert (output, end) == (b"[3, 13]\n", {"exit_code": 0})
 
-        # Orphans are reaped by PID 1.
+        # PID 1 reaps orphans.
         await guest.run("sh", "-c", "for i in 1 2 3 4 5; do sh -c 'sleep 0.1 & ' & done; wait")
         output, _ = await guest.run("sh", "-c", "sleep 1; ps -o stat | grep -c Z")
         assert output == b"0\n"

@@ -1,4 +1,4 @@
-"""The workload's routes and the loopback's ports: bytes both ways, nothing smuggled, errors said while they can be."""
+"""Relays to the workload and to loopback ports: bytes both ways, no smuggled requests, errors where possible."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Handler = Callable[[socket.socket, bytes], None]
 
 
 class Upstream:
-    """A server on the loopback that gives each connection, and the head that came on it, to a function."""
+    """A loopback server that passes each connection and its request head to a function."""
 
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -206,7 +206,7 @@ def test_a_request_waits_for_a_workload_that_is_starting(agent: Asker) -> None:
             sock.shutdown(socket.SHUT_WR)
         for client in clients:
             assert read_until(client, lambda data: b"\r\n\r\n" in data).startswith(b"HTTP/1.1 200 ")
-    # Others' ports are not.
+    # Other ports are not waited for.
     assert agent.ask("CONNECT", f"localhost:{port - 1}").status == 502
 
 
@@ -288,7 +288,7 @@ def test_connect_is_bytes_both_ways_with_half_closes(agent: Asker, upstream: Ups
     sender.join()
     head, _, rest = got.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 ")
-    # The server of this test takes the first empty line for the end of a head.
+    # This test's server reads a head up to the first empty line.
     assert rest == data + b"the end"
 
 

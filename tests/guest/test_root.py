@@ -1,4 +1,4 @@
-"""Programs act in the root filesystem, while the agent stays where it is."""
+"""Programs run in the root filesystem, while the agent stays in the initramfs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_chroot = pytest.mark.skipif(not CAN_CHROOT, reason="this needs root, and t
 
 @pytest.fixture
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A guest that was told of a root filesystem: the file in which PID 1 says what came of it."""
+    """A guest with a root filesystem: the file in which PID 1 reports the outcome of mounting it."""
     path = tmp_path / "state"
     monkeypatch.setattr(_root, "_known", None)
     monkeypatch.setattr(_root, "STATE_FILE", str(path))

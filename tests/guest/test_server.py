@@ -1,4 +1,4 @@
-"""The agent's server: bounded, with a reserve for the daemon, and whole again when streams end."""
+"""The agent's server: a limit on streams, a reserve for the daemon, and no leaks."""
 
 from __future__ import annotations
 

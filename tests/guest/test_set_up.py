@@ -1,4 +1,4 @@
-"""A command finds the guest set up, and whoever asks something else is answered before that costs the CPU."""
+"""Commands wait until the guest is set up; other requests are answered before the setup uses the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_a_command_waits_until_the_guest_is_set_up(agent: Asker) -> None:
     lines: list[object] = []
     command = threading.Thread(target=lambda: lines.extend(agent.run("true")))
     command.start()
-    # It says that it waits, so the set-up begins at once, also before anything was answered.
+    # A waiting command makes the setup begin at once, even before the first answer.
     assert agent.server.answered.wait(5)
     agent.server.wait_for_quiet(60, 60)
     assert agent.ask("GET", "/healthz").status == 200

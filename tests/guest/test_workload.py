@@ -1,4 +1,4 @@
-"""The workload: started once, watched, checked, started anew as its policy says, and seen out at the end."""
+"""The workload: started once, watched, checked, restarted by its policy, and stopped at the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def put(agent: Asker, *entrypoint: str, **fields: object) -> Any:
 
 
 def wait_for(agent: Asker, enough: Callable[[Any], object]) -> Any:
-    """Follow the workload until its status is as wanted."""
+    """Watches the workload until its status is as wanted."""
     sock = agent.open(f"GET {wire.DAEMON_WATCH} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
     found: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""Of a host's apt configuration only the addresses of Debian's archive are used, and how to reach them."""
+"""Of a host's apt configuration only addresses of Debian's archive and transport settings are used."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ Acquire::http::Proxy-Auto-Detect "/usr/bin/auto";
 
 
 def test_the_private_apt_reads_no_settings_of_the_host(tmp_path: Path) -> None:
-    """As apt itself sees it: its own files, no preferences, no hooks."""
+    """As apt itself reports: its own files, no preferences, no hooks."""
     apt = _apt.Apt(tmp_path / "apt", [Source(M, "trixie")], Path(KEYRING))
     done = apt._run(["apt-config", "dump"], 30)
     assert done.returncode == 0, done.stderr

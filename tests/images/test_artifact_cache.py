@@ -36,12 +36,12 @@ from volant.model import Artifact
 LIMIT = 64 * 2**20
 DATA = os.urandom(3 * 2**20) + bytes(8 * 2**20) + os.urandom(1000)
 HERE = Origins(networks=parse_networks(["127.0.0.1"]))
-"""Where the servers of these tests are."""
+"""Allows the servers of these tests."""
 DIGEST = hashlib.sha256(DATA).hexdigest()
 
 
 class Server:
-    """An HTTP server that does to each request what its path says."""
+    """An HTTP server that behaves as the path of each request says."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str | None]] = []
@@ -92,14 +92,14 @@ class Server:
         handler.wfile.write(DATA[1000:])
 
     def breaks(self, handler: BaseHTTPRequestHandler) -> None:
-        """A piece at a time, with the rest for who asks for it."""
+        """Sends a piece at a time, and the rest on a `Range` request."""
         begin = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
         headers = {"Content_Range": f"bytes {begin}-{len(DATA) - 1}/{len(DATA)}"} if begin else {}
         self._begin(handler, 206 if begin else 200, Content_Length=len(DATA) - begin, **headers)
         handler.wfile.write(DATA[begin : begin + 4 * 2**20])
 
     def cut(self, handler: BaseHTTPRequestHandler) -> None:
-        """Never more than a piece from the beginning."""
+        """Always sends a piece from the beginning."""
         self._begin(handler, 200, Content_Length=len(DATA))
         handler.wfile.write(DATA[:1000])
 
@@ -169,7 +169,7 @@ def get(cache: Path, url: str | Path, digest: str = DIGEST) -> Path:
 
 
 def code(cache: Path, url: str | Path, digest: str = DIGEST) -> str:
-    """The code of a fetch that fails, and leaves nothing."""
+    """Returns the code of a failing fetch, which must leave nothing."""
     with pytest.raises(ImageError) as caught:
         get(cache, url, digest)
     print(caught.value)
@@ -257,7 +257,7 @@ def test_a_local_file_is_copied_with_its_holes(cache: Path, tmp_path: Path, form
     assert path.stat().st_size == 32 * 2**20
     assert path.stat().st_blocks * 512 < 2**20
     assert not path.samefile(source)
-    # Whoever writes to the original writes to nobody's disk.
+    # Writes to the original do not change the artifact.
     with source.open("r+b") as handle:
         handle.write(b"changed")
     assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
@@ -394,7 +394,7 @@ async def test_cancelling_ends_the_fetch_and_a_waiting_caller_restarts_it(cache:
             server.release.set()
     assert leaving.cancelled_caught
     assert len(server.requests) == 2
-    # What the first one had begun went with the second one's sweep.
+    # The second fetch has removed the part of the first one.
     assert {path.name for path in (cache / "media").iterdir()} == {DIGEST, f"{DIGEST}.json"}
 
 

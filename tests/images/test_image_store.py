@@ -1,4 +1,4 @@
-"""Images in their cache: named by what they are made of, found without a lock, never half there."""
+"""Images in the cache: named by their inputs, found without a lock, complete or absent."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_an_image_is_named_by_its_inputs() -> None:
     base = _store.image_digest("r", PACKAGES, "g")
     assert re.fullmatch("[0-9a-f]{64}", base)
     assert _store.image_digest("r", reversed(PACKAGES), "g") == base
-    # Where a file lies and how it is called says nothing about what is in it.
+    # Size and file name of a package do not matter.
     assert _store.image_digest("r", [replace(PACKAGES[0], filename="x.deb"), PACKAGES[1]], "g") == base
     others = [
         _store.image_digest("R", PACKAGES, "g"),
@@ -176,7 +176,7 @@ def test_a_host_without_debians_sources_says_what_to_do(tmp_path: Path, monkeypa
 
 def test_an_unwritable_cache_is_reported() -> None:
     with pytest.raises(ImageError) as caught:
-        build(Path("/proc/cache"))  # where nobody, not even root, can make a folder
+        build(Path("/proc/cache"))  # where not even root can make a folder
     assert caught.value.code == "cache_unwritable"
 
 

@@ -1,4 +1,4 @@
-"""The archive writer: what the kernel reads back is the tree, and equal trees are equal bytes."""
+"""The archive of the initramfs: the kernel reads the tree from it, and equal trees are equal bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from volant.images import _cpio
 
 
 def unpack(data: bytes) -> dict[str, tuple[int, bytes, tuple[int, int]]]:
-    """Read a newc archive as the kernel does."""
+    """Reads a newc archive as the kernel does."""
     found: dict[str, tuple[int, bytes, tuple[int, int]]] = {}
     at = 0
     inodes = set()

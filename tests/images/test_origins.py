@@ -1,4 +1,4 @@
-"""Files are fetched from public servers alone, by the very address that was checked, unless the operator says more."""
+"""Artifacts are fetched from the checked addresses of public servers, unless the operator allows more."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_operator_can_name_networks() -> None:
 
 
 class Service:
-    """An HTTP server at an address of loopback."""
+    """An HTTP server at a loopback address."""
 
     def __init__(self, address: str, location: str | None = None) -> None:
         self.asked = 0
@@ -106,7 +106,7 @@ class Service:
 
 @pytest.fixture
 def internal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    """One that is meant for its own host."""
+    """An internal service."""
     for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     service = Service("127.0.0.2")
@@ -115,7 +115,7 @@ def internal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
 
 
 def refused(cache: Path, url: str, allowed: Origins = PUBLIC) -> str:
-    """What is said of a fetch that is refused."""
+    """Returns the message of a refused fetch."""
     with pytest.raises(ImageError) as caught:
         fetch(cache, url, DIGEST, max_bytes=2**20, origins=allowed)
     assert caught.value.code == "media_refused"
@@ -151,7 +151,7 @@ def test_no_proxy_gets_a_request_for_an_internal_service(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a network namespace")
 def test_no_address_of_this_host_is_public() -> None:
-    """Not the second one of an interface either, for which the kernel's own choice would be the first."""
+    """Nor the second address of an interface, for which the kernel's choice would be the first."""
     code = (
         "from volant.images import PUBLIC, _origins\n"
         "print([_origins.is_allowed(each, PUBLIC) for each in ('9.9.9.5', '9.9.9.6', '9.9.10.7')])"
@@ -177,7 +177,7 @@ def test_a_redirect_to_an_internal_service_is_not_followed(tmp_path: Path, inter
 def test_dns_rebinding_reaches_no_internal_service(
     tmp_path: Path, internal: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a hostile name server would have it: a public address for the check, an internal one for the connection."""
+    """A hostile name server: a public address for the check, an internal one for the connection."""
     answers = iter(["127.0.0.1", "127.0.0.2", "127.0.0.2"])
 
     def rebinding(host: str, port: int, **_: Any) -> list[Any]:

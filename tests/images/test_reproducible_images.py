@@ -1,4 +1,4 @@
-"""Same packages, same bytes: whoever builds, wherever, and with whatever settings."""
+"""Same packages, same bytes, for any user, place and settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def digests(image: Image) -> dict[str, str]:
 
 
 def open_to_others(path: Path) -> bool:
-    """Whether any user gets there; an interpreter may lie in root's home."""
+    """Whether any user can reach a path; an interpreter may be in root's home."""
     return all(place.stat().st_mode & 0o001 for place in (path, *path.parents))
 
 
@@ -37,7 +37,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     assert phases[-1] == "done"
     assert phases.index("download") < phases.index("compile")
 
-    # Another place, another user where that is possible, other settings, and no network.
+    # Another place, another user if possible, other settings, no network.
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents:
         if parent.stat().st_uid == os.geteuid() and parent.stat().st_mode & 0o077 == 0:
@@ -79,7 +79,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     assert second.digest == first.digest
     assert digests(second) == digests(first)
 
-    # A third build finds it there, and touches nothing.
+    # A third build finds the image and changes nothing.
     before = second.kernel.stat()
     assert build(first_cache, offline=True) == first
     assert second.kernel.stat().st_mtime == before.st_mtime
