@@ -87,9 +87,9 @@ async def test_json_there_and_back(client: AgentClient, server: Server) -> None:
     ("data", "why"),
     [
         (b"SSH-2.0-OpenSSH\r\n\r\n", "broke HTTP"),
-        (answer(b"{"), "no JSON"),
-        (answer(b'"\xff"'), "no JSON"),
-        (answer(b"[" * 100_000), "no JSON"),
+        (answer(b"{"), "not JSON"),
+        (answer(b'"\xff"'), "not JSON"),
+        (answer(b"[" * 100_000), "not JSON"),
         (answer(bytes(1024 * 1024 + 1)), "longer than"),
         (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20_000 + b"\r\n", "broke HTTP"),
         (b"SSH-2.0-" + b"x" * 30_000 + b"\r\n\r\n", "broke HTTP"),

@@ -204,7 +204,7 @@ def test_errors_name_the_path(agent: Asker, tmp_path: Path) -> None:
     problem(agent.ask("PUT", url(tmp_path / "no/file"), b""), 404, f"{tmp_path}/no")
     problem(agent.ask("PUT", url(tmp_path / "dir"), b""), 409, "is a directory")
     problem(agent.ask("PUT", url(tmp_path / "fifo"), b""), 409, f"{tmp_path}/fifo")
-    problem(agent.ask("PUT", url(tmp_path / "file/below"), b""), 409, "no directory")
+    problem(agent.ask("PUT", url(tmp_path / "file/below"), b""), 409, "not a directory")
     problem(agent.ask("PUT", url(tmp_path / ("n" * 300)), b""), 400, "too long")
     problem(agent.ask("DELETE", url(tmp_path / "no")), 404, f"{tmp_path}/no")
     problem(agent.ask("DELETE", url(tmp_path / "dir")), 409, "not empty")
@@ -322,7 +322,7 @@ def test_a_tar_is_unpacked_over_existing_files(agent: Asker, tmp_path: Path) -> 
     # Again: a hard link onto itself leaves no temporary file.
     assert agent.ask("PUT", url(tmp_path / "d"), data, headers=TAR).status == 204
     assert sorted(os.listdir(tmp_path / "d")) == ["hard", "kept", "old", "sub"]  # noqa: PTH208
-    problem(agent.ask("PUT", url(tmp_path / "d" / "old"), data, headers=TAR), 409, "no directory")
+    problem(agent.ask("PUT", url(tmp_path / "d" / "old"), data, headers=TAR), 409, "not a directory")
     problem(agent.ask("PUT", url(tmp_path / "d", "?mode=644"), data, headers=TAR), 400)
 
 

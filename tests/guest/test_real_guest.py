@@ -185,7 +185,7 @@ async def test_a_dead_agent_is_restarted_and_one_that_keeps_dying_panics_the_gue
                     except Exception:
                         await trio.sleep(0.05)
     console = guest.console.read_text()
-    assert console.count("starting it anew") == 4
+    assert console.count("starting it again") == 4
     assert "giving up" in console
     assert "Kernel panic" in console
 

@@ -53,7 +53,7 @@ def test_an_image_is_named_by_its_inputs() -> None:
     base = _store.image_digest("r", PACKAGES, "g")
     assert re.fullmatch("[0-9a-f]{64}", base)
     assert _store.image_digest("r", reversed(PACKAGES), "g") == base
-    # Size and file name of a package do not matter.
+    # The file name of a package does not matter.
     assert _store.image_digest("r", [replace(PACKAGES[0], filename="x.deb"), PACKAGES[1]], "g") == base
     others = [
         _store.image_digest("R", PACKAGES, "g"),

@@ -122,7 +122,7 @@ class AgentClient:
         try:
             return AgentAnswer(response.status, msgspec.json.decode(text))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise AgentProtocolError(f"the agent's answer to {method} {path} is no JSON: {error}") from error
+            raise AgentProtocolError(f"the agent's answer to {method} {path} is not JSON: {error}") from error
 
     @asynccontextmanager
     async def stream(

@@ -64,7 +64,7 @@ class Command:
         self.cwd = check_directory(value["cwd"] if value.get("cwd") is not None else "/", "cwd")
         user = value.get("user")
         if user is not None and (not isinstance(user, str) or not user or "\0" in user or len(user) > 256):
-            raise Problem(400, "user is no name or number", field="user")
+            raise Problem(400, "user is not a name or number", field="user")
         self.user: str | None = user
         timeout = value.get("timeout_s")
         self.timeout_s = None if timeout is None else check_number(timeout, "timeout_s", 0.001, _MAX_TIMEOUT_S)

@@ -226,7 +226,7 @@ class Session:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
-            raise ValueError("a text message is no JSON") from None
+            raise ValueError("a text message is not JSON") from None
         match value:
             case {"resize": [int(rows), int(cols)]} if len(value) == 1 and _is_size(rows) and _is_size(cols):
                 self._program.resize(rows, cols)

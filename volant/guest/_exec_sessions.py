@@ -72,7 +72,7 @@ class Sessions:
         if "detach" in query:
             raise Problem(400, "an attached command has been detached already", field="detach")
         if position is not None and (not position.isdecimal() or len(position) > _MAX_POSITION_DIGITS):
-            raise Problem(400, "from is no number of bytes", field="from")
+            raise Problem(400, "from is not a number of bytes", field="from")
         session = self._find(identifier)
         socket = _websocket.WebSocket(stream, request, MAX_INPUT + 1)
         session.attach(Peer(socket, None if position is None else int(position)))

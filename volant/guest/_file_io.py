@@ -13,7 +13,7 @@ _SPARE_MB = 12
 _SHOWN_PATH = 200
 _STATUSES = {
     errno.ENOENT: (404, "there is no {}"),
-    errno.ENOTDIR: (409, "something on the way to {} is no directory"),
+    errno.ENOTDIR: (409, "something on the way to {} is not a directory"),
     errno.EISDIR: (409, "{} is a directory"),
     errno.EEXIST: (409, "{} is there already"),
     errno.ENOTEMPTY: (409, "the directory {} is not empty"),

@@ -253,7 +253,7 @@ def _put_directory(
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     if before is not None:
         if not stat.S_ISDIR(before.st_mode):
-            raise Problem(409, f"{show(path)} is no directory", field="path")
+            raise Problem(409, f"{show(path)} is not a directory", field="path")
         directory = os.open(target, flags)
         try:
             unpack(body, directory, owner)
@@ -300,7 +300,7 @@ def _stat(path: bytes) -> os.stat_result | None:
 
 def _parse_mode(text: str) -> int:
     if not 1 <= len(text) <= 5 or text.strip("01234567") or int(text, 8) > 0o7777:
-        raise Problem(400, "mode is no octal number up to 7777", field="mode")
+        raise Problem(400, "mode is not an octal number up to 7777", field="mode")
     return int(text, 8)
 
 

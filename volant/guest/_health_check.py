@@ -27,7 +27,7 @@ class HealthCheck:
             raise Problem(400, f"{_NAME} needs either a path or a command", field=_NAME)
         if path is not None:
             if not isinstance(path, str) or not path.startswith("/") or not path.isascii() or not path.isprintable():
-                raise Problem(400, f"{_NAME}.path is no path", field=f"{_NAME}.path")
+                raise Problem(400, f"{_NAME}.path is not a path", field=f"{_NAME}.path")
             if " " in path:
                 raise Problem(400, f"{_NAME}.path has a space", field=f"{_NAME}.path")
         self.path: str | None = path
@@ -81,6 +81,6 @@ class HealthCheck:
             return f"no answer: {error.strerror}"
         words = data.split(b"\r\n", 1)[0].split(b" ")
         if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
-            return "the answer is no HTTP"
+            return "the answer is not HTTP"
         status = int(words[1])
         return "" if 200 <= status < 400 else f"the answer has the status {status}"

@@ -148,7 +148,7 @@ def parse_head(data: bytes) -> tuple[bytes, Headers]:
     for line in lines[1:]:
         name, colon, value = line.partition(b":")
         if not colon or not name or name.translate(None, _TOKEN):
-            raise ValueError("a line of the head is no header field")
+            raise ValueError("a line of the head is not a header field")
         headers.append((name.lower(), value.strip(b" \t")))
     return lines[0], headers
 
@@ -183,18 +183,18 @@ def parse_request(data: bytes) -> Request:
         line, headers = parse_head(data)
         words = line.split(b" ")
         if len(words) != 3:
-            raise ValueError("the first line is no request line")
+            raise ValueError("the first line is not a request line")
         method, target, version = words
         if not method or len(method) > 32 or method.translate(None, _TOKEN):
-            raise ValueError("the method is no token")
+            raise ValueError("the method is not a token")
         if version != b"HTTP/1.1":
             if version[:5] == b"HTTP/" and len(version) == 8:
                 raise Problem(505, "only HTTP/1.1 is spoken here")
-            raise ValueError("the first line is no request line")
+            raise ValueError("the first line is not a request line")
         if not target or target.translate(None, _VISIBLE):
             raise ValueError("the target has characters that must be encoded")
         if method != b"CONNECT" and not target.startswith(b"/") and target != b"*":
-            raise ValueError("the target is no path")
+            raise ValueError("the target is not a path")
         if len([1 for name, _ in headers if name == b"host"]) > 1:
             raise ValueError("more than one Host")
         framing = framing_of(headers)

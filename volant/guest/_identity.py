@@ -334,7 +334,7 @@ def _network_of(value: object) -> tuple[Interface, list[str] | None, dict[str, s
         interface = Interface(texts[0], prefix, texts[1], texts[2])
         if nameservers is not None:
             if not isinstance(nameservers, list) or not all(isinstance(each, str) for each in nameservers):
-                raise ValueError("nameservers is no list of addresses")
+                raise ValueError("nameservers is not a list of addresses")
             nameservers = [check_address(each, "a name server") for each in nameservers]
     except ValueError as error:
         raise Problem(400, str(error), field="network") from None

@@ -260,6 +260,6 @@ def parse_positions(query: str) -> dict[int, int]:
         if name not in _NAMES:
             raise Problem(400, f"unknown query parameter {name[:80]!r}", field=name[:80])
         if not text.isascii() or not text.isdecimal() or len(text) > 19 or int(text) >= 2**63:
-            raise Problem(400, f"{name} is no position", field=name)
+            raise Problem(400, f"{name} is not a position", field=name)
         positions[_NAMES[name]] = int(text)
     return positions

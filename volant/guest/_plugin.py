@@ -43,7 +43,7 @@ class Plugin:
         try:
             value = json.loads(text.decode())
         except (ValueError, RecursionError):
-            raise Problem(400, "the body is no JSON") from None
+            raise Problem(400, "the body is not JSON") from None
         self.take(value, text)
         stream.answer(200, b"{}\n")
 
@@ -54,7 +54,7 @@ class Plugin:
         :raises Problem: 400, the value is not a manifest
         """
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-            raise Problem(400, "that is no manifest", field="name")
+            raise Problem(400, "that is not a manifest", field="name")
         known = {
             "name": value["name"],
             "version": str(value.get("version", "0")),

@@ -82,7 +82,7 @@ def spawn(
             raise SpawnError("no_such_directory", f"there is no directory {cwd}") from None
         raise SpawnError("not_found", f"there is no program {command[0]}") from None
     except NotADirectoryError:
-        raise SpawnError("no_such_directory", f"{cwd} is no directory") from None
+        raise SpawnError("no_such_directory", f"{cwd} is not a directory") from None
     except PermissionError:
         raise SpawnError("not_executable", f"{command[0]} can't be executed") from None
     except (OSError, ValueError, subprocess.SubprocessError) as error:

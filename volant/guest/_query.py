@@ -44,7 +44,7 @@ def parse_query(query: str, allowed: set[str]) -> dict[str, str]:
             key = unquote(name, "the query").decode()
             text = unquote(value.replace("+", " "), "the query").decode()
         except UnicodeDecodeError:
-            raise Problem(400, "the query is no UTF-8") from None
+            raise Problem(400, "the query is not UTF-8") from None
         if key not in allowed:
             raise Problem(400, f"unknown parameter {key[:80]!r}", field=key[:80])
         if key in found:

@@ -191,7 +191,7 @@ class _Exchange:
         version, _, rest = line.partition(b" ")
         code = rest[:3]
         if version not in (b"HTTP/1.1", b"HTTP/1.0") or len(code) != 3 or not code.isdigit() or rest[3:4].strip():
-            raise ValueError("its first line is no status line")
+            raise ValueError("its first line is not a status line")
         status = int(code)
         if not 100 <= status <= 599:
             raise ValueError(f"the status {status}")

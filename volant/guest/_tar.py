@@ -214,7 +214,7 @@ def unpack(body: Iterator[bytes], directory: int, owner: tuple[int, int] | None,
                 raise Problem(413, f"the tar has more than {MAX_MEMBERS} members")
             tree.add(member, archive)
     except (tarfile.TarError, _Malformed, EOFError, ValueError, OverflowError) as error:
-        raise Problem(400, f"the body is no tar: {error}", hint="compressed ones have to be unpacked first") from None
+        raise Problem(400, f"the body is not a tar: {error}", hint="compressed ones have to be unpacked first") from None
     finally:
         tree.close()
     for _ in body:
@@ -245,7 +245,7 @@ class _Tree:
                 self._add_directory(member, parts)
                 return
             if not parts:
-                raise Problem(400, "a member of the tar that is no directory has no name")
+                raise Problem(400, "a member of the tar that is not a directory has no name")
             where = self._directory(parts[:-1])
             temporary = _file_io.temporary_name(parts[-1])
             try:
@@ -283,7 +283,7 @@ class _Tree:
             finally:
                 os.close(begin)
         else:
-            raise Problem(400, f"{show(os.fsencode(member.name))} in the tar is no file, directory or link")
+            raise Problem(400, f"{show(os.fsencode(member.name))} in the tar is neither a file, a directory nor a link")
 
     def _add_directory(self, member: tarfile.TarInfo, parts: tuple[bytes, ...]) -> None:
         _file_io.set_owner_and_mode(self._directory(parts), member.mode & self._modes, self._owner_of(member))
@@ -311,7 +311,7 @@ class _Tree:
                         pass
                 fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=below)
             except NotADirectoryError:
-                text = f"{show(b'/'.join(parts[: number + 1]))} is in the way: it is no directory, or a link to one"
+                text = f"{show(b'/'.join(parts[: number + 1]))} is in the way: it is not a directory, or a link to one"
                 raise Problem(409, text, field="path") from None
             finally:
                 os.close(below)

@@ -174,6 +174,6 @@ def _accept(request: Request, out: bytearray) -> WSConnection:
     except Exception as error:
         # Also errors of wsproto's parser, and of host names in IDNA.
         text = str(error) if isinstance(error, ProtocolError) else ""
-        raise Problem(400, f"this is no handshake of a WebSocket{': ' if text else ''}{text}") from None
+        raise Problem(400, f"this is not a handshake of a WebSocket{': ' if text else ''}{text}") from None
     out += connection.send(AcceptConnection())
     return connection

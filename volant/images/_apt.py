@@ -270,7 +270,7 @@ def load_list(text: str) -> list[Package]:
     for package in found:
         for value in (package.name, package.version, package.architecture, package.sha256, package.filename):
             if not isinstance(value, str):
-                raise ValueError("a field is no text")
+                raise ValueError("a field is not a text")
         if not isinstance(package.size, int) or "/" in package.filename:
             raise ValueError("a size or a file name is none")
     return sorted(found)

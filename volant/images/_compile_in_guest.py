@@ -56,7 +56,7 @@ def main() -> None:
     for place, path in _needed(folders):
         source = os.path.join(folders[place], path)
         if not path.endswith(".py"):
-            raise SystemExit(f"{path} is no Python source, and the image takes nothing else")
+            raise SystemExit(f"{path} is not a Python source, and the image takes nothing else")
         with open(source, "rb") as handle:
             text = handle.read()
         code = compile(text, f"{_TARGETS[place]}/{path}", "exec", dont_inherit=True, optimize=2)

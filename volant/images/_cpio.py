@@ -56,14 +56,14 @@ def with_parents(tree: Mapping[str, Entry]) -> Tree:
     for path in sorted(tree):
         parts = path.split("/")
         if any(part in ("", ".", "..") for part in parts) or "\0" in path:
-            raise ValueError(f"{path!r} is no clean relative path")
+            raise ValueError(f"{path!r} is not a clean relative path")
         for depth in range(1, len(parts)):
             parent = "/".join(parts[:depth])
             known = tree.get(parent)
             if known is None:
                 whole.setdefault(parent, directory())
             elif not stat.S_ISDIR(known.mode):
-                raise ValueError(f"{path!r} lies beneath {parent!r}, which is no directory")
+                raise ValueError(f"{path!r} lies beneath {parent!r}, which is not a directory")
         whole[path] = tree[path]
     return whole
 

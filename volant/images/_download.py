@@ -112,7 +112,7 @@ class Download:
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             raise _Broken(f"the server can't be reached: {getattr(error, 'reason', error)}") from None
         except ValueError as error:
-            raise ImageError("media_unreachable", f"that is no address: {error}") from None
+            raise ImageError("media_unreachable", f"that is not an address: {error}") from None
         assert answer is not None
         with answer:
             if begin and (answer.status != 206 or not _begins_at(answer.headers.get("Content-Range"), begin)):

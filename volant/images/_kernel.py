@@ -39,7 +39,7 @@ def unpack_vmlinuz(vmlinuz: bytes) -> bytes:
     except zstandard.ZstdError as error:
         raise ImageError("bad_kernel", f"The kernel can't be unpacked: {error}") from None
     if kernel[:4] != b"\x7fELF" or len(kernel) > _MAX_VMLINUX:
-        raise ImageError("bad_kernel", "What vmlinuz unpacks to is no kernel")
+        raise ImageError("bad_kernel", "vmlinuz does not unpack to a kernel")
     return kernel
 
 

@@ -93,7 +93,7 @@ def explicit_sources(mirror: str, security_mirror: str | None) -> list[Source]:
     for address in filter(None, (mirror, security_mirror)):
         if not address.startswith(_SCHEMES) or any(char.isspace() or char in "[]\"'" for char in address):
             raise ImageError(
-                "bad_mirror", f"{address!r} is no address of a Debian mirror", "give one with http or https"
+                "bad_mirror", f"{address!r} is not an address of a Debian mirror", "give one with http or https"
             )
     sources = [Source(mirror, _recipe.SUITE), Source(mirror, f"{_recipe.SUITE}-updates")]
     if security_mirror:
