@@ -214,7 +214,9 @@ def unpack(body: Iterator[bytes], directory: int, owner: tuple[int, int] | None,
                 raise Problem(413, f"the tar has more than {MAX_MEMBERS} members")
             tree.add(member, archive)
     except (tarfile.TarError, _Malformed, EOFError, ValueError, OverflowError) as error:
-        raise Problem(400, f"the body is not a tar: {error}", hint="compressed ones have to be unpacked first") from None
+        raise Problem(
+            400, f"the body is not a tar: {error}", hint="compressed ones have to be unpacked first"
+        ) from None
     finally:
         tree.close()
     for _ in body:

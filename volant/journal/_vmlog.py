@@ -31,6 +31,7 @@ import trio
 from actors import Gap, Log, check_fence
 from volant.concurrency import FairShare
 from volant.host import Host
+from volant.model import utf8_boundary
 
 from ._segments import (
     CHECKPOINT_BYTES,
@@ -233,7 +234,7 @@ class VmLog:
             head = self._heads.get(entry.stream) or self._head(entry.stream)
             source, token = self._tokens.get(entry.source) or self._token(entry.source)
             while len(line) > MAX_LINE_BYTES:
-                cut = _boundary(line, MAX_LINE_BYTES)
+                cut = utf8_boundary(line, MAX_LINE_BYTES)
                 text = _encode(line[:cut].decode("utf-8", "replace"))
                 line = line[cut:]
                 self._newest += 1
@@ -622,11 +623,3 @@ class _Line(msgspec.Struct):
 
 def _time_us(frame: bytes) -> int:
     return int(msgspec.json.decode(frame, type=_Stamp).timestamp.timestamp() * 1_000_000)
-
-
-def _boundary(data: bytes, cut: int) -> int:
-    """The last position at or before `cut` that does not lie inside a UTF-8 character."""
-    for back in range(4):
-        if data[cut - back] & 0xC0 != 0x80:
-            return cut - back
-    return cut

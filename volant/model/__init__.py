@@ -153,6 +153,7 @@ from ._text import (
     format_duration,
     is_name,
     parse_duration,
+    utf8_boundary,
 )
 from ._transitions import TRANSITIONS, IllegalTransition, check_transition
 from ._wire import (
@@ -359,6 +360,7 @@ __all__ = [
     "tap_prefix",
     "unavailable",
     "user_lease",
+    "utf8_boundary",
     "view",
     "waits_for",
 ]

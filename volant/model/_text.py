@@ -106,3 +106,11 @@ def check_labels(labels: Mapping[str, str]) -> None:
             raise invalid("labels", f"labels has the key {key[:80]!r}: not empty and without '='")
         check_plain(key, "labels", maximum=128)
         check_plain(value, f"labels.{key}", maximum=1024)
+
+
+def utf8_boundary(data: bytes | bytearray, cut: int, begin: int = 0) -> int:
+    """Returns the last position in `data` from `begin` to `cut` that does not split a UTF-8 character, or `cut`."""
+    for back in range(4):
+        if cut - back > begin and data[cut - back] & 0xC0 != 0x80:
+            return cut - back
+    return cut

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from volant.model import utf8_boundary
+
 MAX_LINE_BYTES = 64 * 1024
 """Longer lines are split (contract: Logs)."""
 
@@ -62,7 +64,7 @@ class LineSplitter:
                 lines.append(Line(bytes(self._rest[begin:stop]), False, start + end))
                 begin = end
             elif len(self._rest) - begin >= MAX_LINE_BYTES + 2:
-                cut = _utf8_boundary(self._rest, begin, begin + MAX_LINE_BYTES)
+                cut = utf8_boundary(self._rest, begin + MAX_LINE_BYTES, begin)
                 lines.append(Line(bytes(self._rest[begin:cut]), True, start + cut))
                 begin = cut
             else:
@@ -83,11 +85,3 @@ class LineSplitter:
         lines = self.flush()
         self.position = position
         return lines
-
-
-def _utf8_boundary(data: bytearray, begin: int, cut: int) -> int:
-    """The last position at or before `cut` that does not lie inside a UTF-8 character."""
-    for back in range(4):
-        if cut - back > begin and data[cut - back] & 0xC0 != 0x80:
-            return cut - back
-    return cut
