@@ -32,6 +32,9 @@ from volant.model.agent import (
     DAEMON_WORKLOAD,
     FRAME_STDOUT,
     HEALTHZ,
+    IDENTITY_AS_IT_IS_SINCE,
+    IDENTITY_NETWORK_SINCE,
+    IDENTITY_WORKLOAD_SINCE,
     INFO,
     LOG_CONTENT_TYPE,
     LOG_ID_HEADER,
@@ -39,9 +42,6 @@ from volant.model.agent import (
     PROTOCOL_VERSION,
     RESYNC_MAGIC,
     RESYNC_NONCE_BYTES,
-    TAKES_AS_IT_IS,
-    TELLS_ALL_AT_ONCE,
-    TELLS_NETWORK,
     encode_log_frame,
 )
 
@@ -130,13 +130,13 @@ class SimGuest:
             await trio.sleep(self._rng.uniform(1.0, 30.0))
         if fault("agent.refuses"):
             await answer(stream, 500, {"detail": "the agent has a bad day"})
-        elif path == DAEMON_IDENTITY and "network" in json.loads(body) and self.protocol < TELLS_NETWORK:
+        elif path == DAEMON_IDENTITY and "network" in json.loads(body) and self.protocol < IDENTITY_NETWORK_SINCE:
             await answer(stream, 400, {"detail": "the body has other fields than an agent of this age knows"})
         elif path == DAEMON_IDENTITY:
             wanted = json.loads(body)
             assert len(wanted["entropy"]) >= 64
-            assert "manifest" not in wanted or self.protocol >= TELLS_ALL_AT_ONCE
-            assert "as_it_is" not in wanted or self.protocol >= TAKES_AS_IT_IS
+            assert "manifest" not in wanted or self.protocol >= IDENTITY_WORKLOAD_SINCE
+            assert "as_it_is" not in wanted or self.protocol >= IDENTITY_AS_IT_IS_SINCE
             self.is_copy = False
             if "network" in wanted:
                 self.network = wanted["network"]
@@ -149,7 +149,7 @@ class SimGuest:
         elif path == DAEMON_CLOCK:
             self.clock_set_at.append(trio.current_time())
             await answer(stream, 200, {"time_ns": json.loads(body).get("time_ns", self._wall_clock_ns())})
-        elif path == DAEMON_HOSTS and self.protocol >= TELLS_NETWORK:
+        elif path == DAEMON_HOSTS and self.protocol >= IDENTITY_NETWORK_SINCE:
             assert not self.is_copy
             refuses = fault("agent.refuses_hosts")
             if not refuses:

@@ -26,7 +26,7 @@ from actors.testing import FaultReport, Simulation, kill, simulate
 from tests.simulated import Answer, Unreachable, World, simulated_world
 from tests.simulated.qemu import SimQemu
 from volant.model import TRANSITIONS, Status, VmRow, settled
-from volant.model.agent import TELLS_NETWORK
+from volant.model.agent import IDENTITY_NETWORK_SINCE
 
 TROUBLE_S = 110.0
 CONVERGE_S = 900.0
@@ -358,7 +358,7 @@ class Life:
         for row in rows:
             if row.status is Status.RUNNING and row.lease is not None:
                 guest = running[row.tag].guest
-                if guest.protocol >= TELLS_NETWORK:
+                if guest.protocol >= IDENTITY_NETWORK_SINCE:
                     assert guest.hosts == (members if row.network == BLUE else {}), (_short(row), guest.hosts, members)
 
     def _check_files(self, ids: set[str], with_memory: set[str]) -> None:

@@ -13,7 +13,7 @@ import trio
 from actors.testing import Simulation, simulate
 from tests.simulated import World, simulated_world
 from tests.simulated.qemu import SimQemu
-from volant.model.agent import TELLS_NETWORK
+from volant.model.agent import IDENTITY_NETWORK_SINCE
 
 JSON = {"content-type": "application/json"}
 VMS = "/api/v1/vms"
@@ -61,7 +61,7 @@ def machine_of(world: World, name: str) -> SimQemu:
 def knows(world: World, name: str) -> dict[str, str] | None:
     """Whom a guest knows; None: its agent is too old to know anybody."""
     guest = machine_of(world, name).guest
-    return guest.hosts if guest.protocol >= TELLS_NETWORK else None
+    return guest.hosts if guest.protocol >= IDENTITY_NETWORK_SINCE else None
 
 
 async def all_know(world: World, *names: str) -> None:
@@ -166,7 +166,7 @@ def test_a_copy_is_told_that_it_has_an_address_of_its_own(tmp_path: Path, seed: 
         (copy,) = answer.json()
         assert (copy["network"], copy["ip_address"]) == ("blue", "192.168.127.3")
         guest = machine_of(world, "demo").guest
-        if guest.protocol < TELLS_NETWORK:
+        if guest.protocol < IDENTITY_NETWORK_SINCE:
             # As itself it would speak with its original's address.
             assert (copy["status"], copy["reason"]["code"]) == ("crashed", "clone_refused")
             return

@@ -86,9 +86,9 @@ def archive() -> list[Source]:
 
 
 def explicit_sources(mirror: str, security_mirror: str | None) -> list[Source]:
-    """Return the sources for addresses that somebody gave on the command line.
+    """Returns the sources for addresses from the command line.
 
-    :raises ImageError: an address is none that apt could use
+    :raises ImageError: apt can't use an address
     """
     for address in filter(None, (mirror, security_mirror)):
         if not address.startswith(_SCHEMES) or any(char.isspace() or char in "[]\"'" for char in address):
@@ -102,7 +102,10 @@ def explicit_sources(mirror: str, security_mirror: str | None) -> list[Source]:
 
 
 def find_keyring(candidates: Iterable[Path] = KEYRINGS) -> Path:
-    """Return the keyring of Debian's archive on this host; :raises ImageError: it has none."""
+    """Returns the host's keyring of the Debian archive.
+
+    :raises ImageError: there is none
+    """
     for path in candidates:
         if path.is_file():
             return path

@@ -1,17 +1,16 @@
-"""What the host and the guest's agent say to each other: the one module that both sides import.
+"""The protocol between the host and the guest's agent: the one module that both sides import.
 
-The guest has neither msgspec nor trio, so this is standard library alone, and as little of it as possible: every
-import here is paid for in each boot. The JSON bodies are plain dictionaries; `agent_types.py` says what is in
-them, and each side checks what it reads.
+The guest has neither msgspec nor trio, and every import costs time in each boot. So this module uses little of the
+standard library, JSON bodies are plain dictionaries (`agent_types.py` describes them), and each side checks what it
+reads.
 
-A request is one byte stream to `AGENT_PORT`, with one HTTP/1.1 exchange on it: no keep-alive, the stream ends with
-the answer. Half-closing a stream is allowed and means nothing but "no more of the request"; a stream that is closed
-or reset means that the client has left, and what it asked for is cancelled. `CONNECT 127.0.0.1:PORT` turns the
-stream into a connection to the guest's loopback, on which a half close is passed on.
+A request is one byte stream to `AGENT_PORT` with one HTTP/1.1 exchange: no keep-alive, the stream ends with the answer.
+A half close only ends the request. A client that closes or resets the stream has left, and its request is cancelled.
+`CONNECT 127.0.0.1:PORT` makes the stream a connection to the guest's loopback, which passes on half closes.
 
-Versions: a daemon speaks to agents of guests that an older or newer one started, so each side says what it can do.
-`/v1/info` gives `protocol: {"min", "max"}`; the highest version in both ranges holds. Within a version, fields may be
-added to answers and must be ignored where unknown; requests with unknown fields are refused.
+Versions: daemon and agent may be of different releases. `/v1/info` has `protocol: {"min", "max"}`, and the highest
+version that both sides speak is used. Within a version, answers may get new fields, which clients ignore; requests with
+unknown fields are refused.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from __future__ import annotations
 import struct
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # typing is a slow import, and the guest needs none of it
+if TYPE_CHECKING:  # typing is slow to import
     from typing import Final
 
 
 PROTOCOL_MIN: Final = 1
 PROTOCOL_VERSION: Final = 3
 """The newest version that this code speaks."""
-TELLS_ALL_AT_ONCE: Final = 2
-"""The version from which on an `Identity` may have `manifest` and `workload` with it."""
-TELLS_NETWORK: Final = 3
-TAKES_AS_IT_IS: Final = 3
-"""The version from which on an `Identity` may say that the workload is taken as it is."""
-"""The version from which on it may have `network`, and from which on there is `DAEMON_HOSTS`."""
+IDENTITY_WORKLOAD_SINCE: Final = 2
+"""The first version in which an `Identity` may have `manifest` and `workload`."""
+IDENTITY_NETWORK_SINCE: Final = 3
+"""The first version in which an `Identity` may have `network`, and with `DAEMON_HOSTS`."""
+IDENTITY_AS_IT_IS_SINCE: Final = 3
+"""The first version in which an `Identity` may have `as_it_is`."""
 
 AGENT_PORT: Final = 1024
 """The vsock port on which the agent listens; over virtio-serial, the `:authority` of the CONNECT."""
@@ -39,63 +38,63 @@ SERIAL_PORT_NAME: Final = "volant.agent.0"
 """The name of the virtio-serial port that carries the multiplexer."""
 
 RESYNC_MAGIC: Final = b"volant-resync-1\n"
-"""Ends the run of zero bytes with which a host that has just connected to the serial port asks for a fresh start."""
+"""Follows the zero bytes that a host sends when it connects to the serial port, see `volant/guest/_mux.py`."""
 RESYNC_NONCE_BYTES: Final = 16
 """How many random bytes follow the magic; the agent sends them back before its first frame."""
 
 HEALTHZ: Final = "/healthz"
 AGENT_PREFIX: Final = "/v1/"
-"""Beneath it, everything but `WORKLOAD_PREFIX` is the agent's own."""
+"""Everything below it is the agent's own, except `WORKLOAD_PREFIX`."""
 INFO: Final = "/v1/info"
 EXEC: Final = "/v1/exec"
-"""`POST`: a command, its output as NDJSON. `GET`: a WebSocket to a command that is talked to; see `EXEC_SESSIONS`."""
+"""`POST`: a command, its output as NDJSON. `GET`: a WebSocket to an interactive command; see `EXEC_SESSIONS`."""
 EXEC_SESSIONS: Final = "/v1/exec/sessions"
-"""`GET`: the commands that were begun with `GET /v1/exec?detach=true`. Beneath it each by its id: `GET`; `DELETE` kills
-and forgets it; `GET /v1/exec?attach=ID&from=POSITION` goes on with it."""
+"""`GET`: the commands that were started by `GET /v1/exec?detach=true`. Below it each by its id: `GET`, `DELETE` to kill
+and remove it. `GET /v1/exec?attach=ID&from=POSITION` attaches to it."""
 FILES: Final = "/v1/files/"
-"""Beneath it, each file and directory of the guest: `GET`, `HEAD`, `PUT` and `DELETE`."""
+"""Below it, each file and directory of the guest: `GET`, `HEAD`, `PUT` and `DELETE`."""
 WORKLOAD_PREFIX: Final = "/v1/workload/"
-"""`/v1/workload/x` is the workload's `/x`: how a workload's routes that the agent's hide are reached."""
+"""`/v1/workload/x` is the workload's `/x`, also where a route of the agent hides that."""
 DAEMON_PREFIX: Final = "/v1/daemon/"
-"""For the daemon alone: its API must refuse to relay anything beneath it."""
+"""For the daemon only: its API must not relay anything below it."""
 DAEMON_WORKLOAD: Final = "/v1/daemon/workload"
-"""`PUT` a `WorkloadSpec`: the same one again is fine, another one is a 409. `GET`: the `WorkloadStatus`."""
+"""`PUT` a `WorkloadSpec`: the same one again is accepted, another one is a 409. `GET`: the `WorkloadStatus`."""
 DAEMON_MANIFEST: Final = "/v1/daemon/manifest"
 """`PUT` the manifest of the VM's plugin, without `boot`. Older agents answer 404."""
 DAEMON_IDENTITY: Final = "/v1/daemon/identity"
-"""`PUT` an `Identity`, to a guest that goes on from a template and before anything else: answered with an `Identified`
-once the guest is that. 500: it can't be; 503: its workload is not well."""
+"""`PUT` an `Identity`, the first request to a guest that was restored from a template. Answered with an `Identified`
+once the guest has that identity. 500: the system refuses; 503: the workload is not healthy."""
 DAEMON_CLOCK: Final = "/v1/daemon/clock"
-"""`PUT {"time_ns"}`: steps the wall clock; answered with what it shows."""
+"""`PUT {"time_ns"}` sets the wall clock, `{"step_ns"}` moves it; answered with the new time."""
 DAEMON_HOSTS: Final = "/v1/daemon/hosts"
-"""`PUT {"hosts": {NAME: ADDRESS}}`: all that the guest is to know by name, in the daemon's part of `/etc/hosts`."""
+"""`PUT {"hosts": {NAME: ADDRESS}}`: replaces the daemon's part of `/etc/hosts`."""
 DAEMON_SETTLE: Final = "/v1/daemon/settle"
-"""`POST`: waits until the guest is set up and has nothing left to write, so that it can be made a template."""
+"""`POST`: prepares the guest for becoming a template; waits until it is set up and has written everything."""
 CLONE_FILE: Final = "/run/volant-clone.json"
-"""Where what runs in a clone finds who it is: `instance_id`, `hostname`, `machine_id`, `vm_id`, `time_ns`."""
+"""The identity of a clone, for programs in it: `instance_id`, `hostname`, `machine_id`, `vm_id`, `time_ns`."""
 MANIFEST_FILE: Final = "/run/volant-manifest.json"
-"""Where what runs in the guest finds that."""
+"""The manifest, for programs in the guest."""
 MANIFEST_VARIABLE: Final = "VOLANT_MANIFEST"
-"""Tells the workload so."""
+"""The environment variable with the path of `MANIFEST_FILE`."""
 DAEMON_WATCH: Final = "/v1/daemon/watch"
-"""`GET`: NDJSON, the `WorkloadStatus` now and at each change of `state`, `pid` or `restarts`, until the client
+"""`GET`: NDJSON with the `WorkloadStatus` now and at each change of `state`, `pid` or `restarts`, until the client
 leaves."""
 DAEMON_LOGS: Final = "/v1/daemon/logs"
 """`GET ?stdout=POS&stderr=POS`: log frames from those positions on (default 0), until the client leaves or the guest
-shuts down. One reader at a time: a new one ends the one before. The answer's header `Volant-Log-Id` changes when the
-agent has been restarted, and positions with it."""
+shuts down. One reader at a time: a new one replaces the old one. After a restart of the agent, the header
+`Volant-Log-Id` of the answer and all positions are new."""
 DAEMON_SHUTDOWN: Final = "/v1/daemon/shutdown"
 DAEMON_ROOT: Final = "/v1/daemon/root"
-"""`GET`, waits a while for the guest to be set up: `{"state": "none"|"pending"|"mounted"|"failed", "detail"}`, what
-became of the root filesystem."""
+"""`GET`: the state of the root filesystem, `{"state": "none"|"pending"|"mounted"|"failed", "detail"}`. Waits a while
+until the guest is set up."""
 
 ROOT_PARAMETER: Final = "volant.root"
-"""The kernel's parameter by which PID 1 is told to mount a root filesystem: the serial number of the block device."""
+"""The kernel parameter with the serial number of the root filesystem's disk."""
 ROOT_SERIAL: Final = "volant-root"
 NETWORK_PARAMETER: Final = "volant.net"
-"""The one by which it is told what its NIC is to have: `ADDRESS/PREFIX,GATEWAY,MAC`."""
+"""The kernel parameter with the settings of the NIC: `ADDRESS/PREFIX,GATEWAY,MAC`."""
 NAMESERVERS_PARAMETER: Final = "volant.dns"
-"""And whom to ask for names: addresses, with commas in between."""
+"""The kernel parameter with the DNS servers: addresses, separated by commas."""
 
 LOG_ID_HEADER: Final = "Volant-Log-Id"
 LOG_CONTENT_TYPE: Final = "application/vnd.volant.log"
@@ -126,17 +125,20 @@ _GAP: Final = struct.Struct("!Q")
 
 
 def encode_log_frame(kind: int, position: int, time_ns: int, data: bytes) -> bytes:
-    """Return one frame as it goes over the wire."""
+    """Returns a frame."""
     return LOG_HEADER.pack(kind, position, time_ns, len(data)) + data
 
 
 def encode_gap(kind: int, position: int, time_ns: int, length: int) -> bytes:
-    """Return the frame that says that `length` bytes from `position` on are lost; `kind` is one of the gaps."""
+    """Returns the frame of a gap: `length` bytes from `position` on are lost. `kind` is one of the gaps."""
     return encode_log_frame(kind, position, time_ns, _GAP.pack(length))
 
 
 def gap_length(data: bytes) -> int:
-    """Return how many bytes a gap says are lost; :raises ValueError: the gap is malformed."""
+    """Returns the number of lost bytes in a gap's data.
+
+    :raises ValueError: the data is malformed
+    """
     if len(data) != _GAP.size:
         raise ValueError(f"a gap has {len(data)} bytes of data instead of {_GAP.size}")
     length: int = _GAP.unpack(data)[0]
@@ -144,19 +146,19 @@ def gap_length(data: bytes) -> int:
 
 
 class LogDecoder:
-    """Cuts a stream of bytes into log frames.
+    """Decodes log frames from a stream of bytes.
 
-    What it reads comes from a guest, so it is strict and bounded: it holds less than one frame of at most
-    `MAX_FRAME_BYTES`, and raises at the first thing that is none.
+    A guest is not trusted, so the decoder is strict and bounded: it holds less than one frame of at most
+    `MAX_FRAME_BYTES`, and raises at the first malformed one.
     """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[tuple[int, int, int, bytes]]:
-        """Take the next bytes and return the frames that are whole now, as the fields of a `LogFrame`.
+        """Takes the next bytes; returns the frames that are complete now, as the fields of a `LogFrame`.
 
-        :raises ValueError: this is no log; nothing after it can be read either
+        :raises ValueError: a frame is malformed; nothing after it can be decoded
         """
         self._buffer += data
         frames: list[tuple[int, int, int, bytes]] = []
@@ -180,5 +182,5 @@ class LogDecoder:
 
     @property
     def pending(self) -> int:
-        """How many bytes of a frame have come whose rest has not."""
+        """How many bytes of an incomplete frame there are."""
         return len(self._buffer)

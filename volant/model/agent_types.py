@@ -1,6 +1,6 @@
-"""The bodies of `volant.model.agent`, for type checkers and for the OpenAPI document.
+"""Types of the JSON bodies of `volant.model.agent`, for type checkers and for the OpenAPI document.
 
-Beside it and not in it, as the guest's Python has no time for `typing`.
+Not in that module, as `typing` is slow to import in a guest.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class WorkloadSpec(TypedDict):
 
 
 class GuestNetwork(TypedDict):
-    """What a guest's NIC has: of a copy, as of one that boots."""
+    """Settings of a guest's NIC."""
 
     mac: str
     """Six pairs of hexadecimal digits, with colons in between."""
@@ -216,7 +216,7 @@ class GuestNetwork(TypedDict):
     prefix: int
     gateway: str
     nameservers: NotRequired[list[str]]
-    """Addresses. None: `/etc/resolv.conf` is left as it is."""
+    """Addresses of DNS servers. Missing: `/etc/resolv.conf` stays."""
     hosts: NotRequired[dict[str, str]]
     """As by `PUT /v1/daemon/hosts`."""
 
@@ -225,7 +225,7 @@ class Hosts(TypedDict):
     """The body of `PUT /v1/daemon/hosts`."""
 
     hosts: dict[str, str]
-    """Addresses by name. What it was told before and is not among them is forgotten."""
+    """Addresses by name. They replace all names from before."""
 
 
 class Identity(TypedDict):
@@ -240,24 +240,24 @@ class Identity(TypedDict):
     """Nanoseconds since 1970."""
     vm_id: int
     signal: NotRequired[Literal["SIGHUP", "SIGUSR1", "SIGUSR2"] | None]
-    """What a workload that runs is told by."""
+    """The signal for a running workload."""
     manifest: NotRequired[dict[str, Any]]
-    """As by `PUT /v1/daemon/manifest`; this and what follows since `TELLS_ALL_AT_ONCE`."""
+    """As by `PUT /v1/daemon/manifest`. It and `workload` since `IDENTITY_WORKLOAD_SINCE`."""
     workload: NotRequired[WorkloadSpec]
     """As by `PUT /v1/daemon/workload`."""
     network: NotRequired[GuestNetwork]
-    """What its NIC has from now on; since `TELLS_NETWORK`. Without it a NIC is left as it is."""
+    """New settings of the NIC; missing: the NIC stays as it is. Since `IDENTITY_NETWORK_SINCE`."""
     as_it_is: NotRequired[bool]
-    """The workload may be ill, or have ended: nobody asks it how it is. Since `TAKES_AS_IT_IS`."""
+    """Do not check the health of the workload. Since `IDENTITY_AS_IT_IS_SINCE`."""
 
 
 class Identified(TypedDict):
-    """The answer to it."""
+    """The answer of `PUT /v1/daemon/identity`."""
 
     instance_id: str
     protocol: ProtocolRange
     time_ns: int
-    """What the guest's clock shows."""
+    """The guest's clock, in nanoseconds since 1970."""
 
 
 class ShutdownRequest(TypedDict):
@@ -268,7 +268,7 @@ class ShutdownRequest(TypedDict):
 
 
 class LogFrame(NamedTuple):
-    """A piece of the workload's output, or the news that a piece is lost."""
+    """A piece of the workload's output, or a gap."""
 
     kind: int
     """One of the `FRAME_` constants."""

@@ -60,12 +60,12 @@ from volant.model.agent import (
     DAEMON_WATCH,
     DAEMON_WORKLOAD,
     HEALTHZ,
+    IDENTITY_AS_IT_IS_SINCE,
+    IDENTITY_NETWORK_SINCE,
+    IDENTITY_WORKLOAD_SINCE,
     INFO,
     PROTOCOL_MIN,
     PROTOCOL_VERSION,
-    TAKES_AS_IT_IS,
-    TELLS_ALL_AT_ONCE,
-    TELLS_NETWORK,
 )
 from volant.model.agent_types import WorkloadState
 
@@ -398,10 +398,10 @@ class LiveProcess:
         await self._channel.ready()
         link = self._channel.link
         host, nic, hosts = self._host, self._neighbours.told(), self._neighbours.hosts()
-        if nic is not None and protocol < TELLS_NETWORK:
+        if nic is not None and protocol < IDENTITY_NETWORK_SINCE:
             await self._negotiate()
             protocol = self._protocol or protocol
-            if protocol < TELLS_NETWORK:
+            if protocol < IDENTITY_NETWORK_SINCE:
                 raise AgentProtocolError("its agent is too old to be told what its network interface is to have")
         identity: dict[str, object] = {
             "hostname": hostname,
@@ -413,8 +413,8 @@ class LiveProcess:
         }
         if nic is not None:
             identity["network"] = nic
-        at_once = protocol >= TELLS_ALL_AT_ONCE and self._manifest is not None
-        if as_it_is and protocol >= TAKES_AS_IT_IS:
+        at_once = protocol >= IDENTITY_WORKLOAD_SINCE and self._manifest is not None
+        if as_it_is and protocol >= IDENTITY_AS_IT_IS_SINCE:
             # The agent knows its manifest and its workload from what it is a copy of. It hears of them again as soon as
             # its output is asked for, as each agent does.
             identity["as_it_is"] = True
