@@ -165,10 +165,7 @@ class Channel:
         )
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Starts a task in the channel's nursery. It must not fail.
-
-        :raises AgentUnreachable: the channel is closed
-        """
+        """Starts a task in the channel's nursery. It must not fail. :raises AgentUnreachable: the channel is closed."""
         if self._closed.is_set():
             raise AgentUnreachable("the channel to the guest is closed")
         self._nursery.start_soon(task)

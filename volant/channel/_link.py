@@ -86,10 +86,7 @@ class Link:
         self._paused = False
 
     async def run(self, on_ready: Callable[[], None]) -> NoReturn:
-        """Finds the guest's agent, calls `on_ready`, and carries streams.
-
-        :raises LinkLost: in the end
-        """
+        """Finds the guest's agent, calls `on_ready`, and carries streams. :raises LinkLost: in the end."""
         try:
             rest = await self._resync()
             self._conn.initiate_connection()
@@ -111,10 +108,7 @@ class Link:
         raise LinkLost(self._lost)
 
     def open(self, slot: Slot, port: int) -> MuxStream:
-        """Opens a stream to a port of the guest; never waits.
-
-        :raises LinkLost: the link is over
-        """
+        """Opens a stream to a port of the guest; never waits. :raises LinkLost: the link is over."""
         if self._lost is not None:
             raise LinkLost(self._lost)
         try:

@@ -220,10 +220,7 @@ class _Run:
         del self._pending[:sent]
 
     def _flush_within(self, stall_s: float) -> None:
-        """Writes the pending output.
-
-        :raises Gone: the client left, or took nothing for `stall_s`
-        """
+        """Writes the pending output. :raises Gone: the client left, or took nothing for `stall_s`."""
         while self._pending:
             if not self._client.wait({}, stall_s, writable=True):
                 raise Gone

@@ -103,10 +103,7 @@ class Peer:
         return self._progress_at + STALL_S - time.monotonic()
 
     def flush(self) -> None:
-        """Writes what the socket takes.
-
-        :raises Gone: the client has left
-        """
+        """Writes what the socket takes. :raises Gone: the client has left."""
         if self.socket.flush():
             self._progress_at = time.monotonic()
 

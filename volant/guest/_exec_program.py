@@ -25,10 +25,7 @@ class Program:
     """A running command. Its output goes into a history, its input comes from a buffer."""
 
     def __init__(self, command: Command, output: OutputHistory) -> None:
-        """Starts the command.
-
-        :raises SpawnError: the command does not start
-        """
+        """Starts the command. :raises SpawnError: the command does not start."""
         import subprocess
 
         self._output = output
@@ -112,10 +109,7 @@ class Program:
         return False
 
     def add_input(self, data: bytes) -> None:
-        """Appends to the input; nothing ends it.
-
-        :raises ValueError: the input was ended already
-        """
+        """Appends to the input; nothing ends it. :raises ValueError: the input was ended already."""
         if self._input_ends:
             raise ValueError("the channel 0 has been ended")
         if self._input_fd < 0:
@@ -151,10 +145,7 @@ class Program:
             self._input_fd = -1
 
     def resize(self, rows: int, cols: int) -> None:
-        """Changes the size of the terminal.
-
-        :raises ValueError: there is no terminal
-        """
+        """Changes the size of the terminal. :raises ValueError: there is no terminal."""
         if self._terminal < 0:
             raise ValueError("there is no terminal to resize")
         from ._tty import resize

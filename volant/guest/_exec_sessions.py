@@ -116,17 +116,11 @@ class Sessions:
         return [_describe(session) for session in sessions]
 
     def get(self, identifier: str) -> dict[str, Any]:
-        """Returns one `agent_types.ExecSession`.
-
-        :raises Problem: 404
-        """
+        """Returns one `agent_types.ExecSession`. :raises Problem: 404."""
         return _describe(self._find(identifier))
 
     def end(self, identifier: str) -> None:
-        """Kills a command and removes it from the table.
-
-        :raises Problem: 404; 503, the command does not end
-        """
+        """Kills a command and removes it from the table. :raises Problem: 404; 503, the command does not end."""
         session = self._find(identifier)
         session.kill()
         if not session.ended_within(_KILL_S):
@@ -190,10 +184,7 @@ def _describe(session: Session) -> dict[str, Any]:
 
 
 def _first_message(socket: _websocket.WebSocket) -> bytes:
-    """Returns the first message, which is the command.
-
-    :raises Gone: the client left, or sent something else
-    """
+    """Returns the first message, which is the command. :raises Gone: the client left, or sent something else."""
     deadline = time.monotonic() + HEAD_TIMEOUT_S
     while True:
         left = deadline - time.monotonic()
@@ -223,10 +214,7 @@ def _send_last(socket: _websocket.WebSocket, value: dict[str, Any]) -> None:
 
 
 def _flush(socket: _websocket.WebSocket) -> None:
-    """Writes everything that waits.
-
-    :raises Gone: the client has left or does not read
-    """
+    """Writes everything that waits. :raises Gone: the client has left or does not read."""
     deadline = time.monotonic() + _LAST_FRAME_S
     while socket.out:
         if not poll({socket.sock.fileno(): select.POLLOUT}, deadline - time.monotonic()):

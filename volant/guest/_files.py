@@ -72,10 +72,7 @@ def handle(stream: Stream, request: Request, encoded: str) -> None:
 
 
 def decode_path(encoded: str) -> bytes:
-    """Returns an absolute path.
-
-    :raises Problem: 400, the path is malformed
-    """
+    """Returns an absolute path. :raises Problem: 400, the path is malformed."""
     if "%2f" in encoded.lower():
         raise Problem(400, "the path has a / that is percent-encoded", field="path")
     data = unquote(encoded, "the path")

@@ -175,10 +175,7 @@ def framing_of(headers: Headers) -> Framing | None:
 
 
 def parse_request(data: bytes) -> Request:
-    """Returns the request of a head.
-
-    :raises Problem: 400 malformed, 505 not HTTP/1.1
-    """
+    """Returns the request of a head. :raises Problem: 400 malformed, 505 not HTTP/1.1."""
     try:
         line, headers = parse_head(data)
         words = line.split(b" ")

@@ -180,18 +180,12 @@ def settle() -> None:
 
 
 def step_clock(now_ns: int) -> None:
-    """Sets the time of day.
-
-    :raises OSError: the system refuses
-    """
+    """Sets the time of day. :raises OSError: the system refuses."""
     time.clock_settime_ns(time.CLOCK_REALTIME, now_ns)
 
 
 def add_entropy(entropy: bytes) -> None:
-    """Adds entropy to the kernel's generator, and reseeds it.
-
-    :raises OSError: the system refuses
-    """
+    """Adds entropy to the kernel's generator, and reseeds it. :raises OSError: the system refuses."""
     import fcntl
     import struct
 

@@ -65,10 +65,7 @@ class Interface:
 
 
 def check_address(text: str, what: str) -> str:
-    """Returns an IPv4 address.
-
-    :raises ValueError: the text is none
-    """
+    """Returns an IPv4 address. :raises ValueError: the text is none."""
     try:
         _packed(text)
     except (OSError, ValueError):
@@ -77,10 +74,7 @@ def check_address(text: str, what: str) -> str:
 
 
 def check_name(text: str) -> str:
-    """Returns a host name.
-
-    :raises ValueError: the text is none
-    """
+    """Returns a host name. :raises ValueError: the text is none."""
     if not 0 < len(text) < 64 or not text.isascii() or not text.replace("-", "").replace(".", "").isalnum():
         raise ValueError(f"{text[:80]!r} is not a host name")
     return text
@@ -153,10 +147,7 @@ def own_names() -> dict[str, str]:
 
 
 def write_hosts(names: Mapping[str, str]) -> None:
-    """Replaces the daemon's part of `/etc/hosts`; does nothing without `/etc`.
-
-    :raises OSError: the system refuses
-    """
+    """Replaces the daemon's part of `/etc/hosts`; does nothing without `/etc`. :raises OSError: the system refuses."""
     try:
         with open("/etc/hosts", "rb") as handle:
             before = handle.read(_MAX_HOSTS + 1)
@@ -168,10 +159,7 @@ def write_hosts(names: Mapping[str, str]) -> None:
 
 
 def write_nameservers(addresses: Iterable[str]) -> None:
-    """Writes `/etc/resolv.conf`; does nothing without `/etc`.
-
-    :raises OSError: the system refuses
-    """
+    """Writes `/etc/resolv.conf`; does nothing without `/etc`. :raises OSError: the system refuses."""
     _replace("/etc/resolv.conf", "".join(f"nameserver {each}\n" for each in addresses))
 
 
@@ -224,10 +212,7 @@ def _load_unbound(load_driver: Callable[[], None]) -> None:
 
 
 def _bind() -> str:
-    """Binds the device to its driver; returns the interface's name.
-
-    :raises OSError: the system refuses
-    """
+    """Binds the device to its driver; returns the interface's name. :raises OSError: the system refuses."""
     for name in sorted(os.listdir(f"{_BUS}/devices")):
         with open(f"{_BUS}/devices/{name}/device") as handle:
             is_network = int(handle.read(16), 16) == _VIRTIO_NET

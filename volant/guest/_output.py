@@ -250,10 +250,7 @@ class Output:
 
 
 def parse_positions(query: str) -> dict[int, int]:
-    """Returns the positions that a reader begins at, by stream.
-
-    :raises Problem: 400, the query is malformed
-    """
+    """Returns the positions that a reader begins at, by stream. :raises Problem: 400, the query is malformed."""
     positions = dict.fromkeys(_NAMES.values(), 0)
     for part in query.split("&") if query else ():
         name, _, text = part.partition("=")

@@ -33,10 +33,7 @@ class Plugin:
         self._written = b""
 
     def serve_put(self, stream: Stream, request: Request) -> None:
-        """Answers `PUT /v1/daemon/manifest`.
-
-        :raises Problem: 400, the body is not a manifest
-        """
+        """Answers `PUT /v1/daemon/manifest`. :raises Problem: 400, the body is not a manifest."""
         import json
 
         text = stream.read_body(request)

@@ -33,10 +33,7 @@ def unquote(text: str, what: str) -> bytes:
 
 
 def parse_query(query: str, allowed: set[str]) -> dict[str, str]:
-    """Returns parameters by name.
-
-    :raises Problem: 400, a parameter is unknown, malformed or repeated
-    """
+    """Returns parameters by name. :raises Problem: 400, a parameter is unknown, malformed or repeated."""
     found: dict[str, str] = {}
     for part in query.split("&") if query else ():
         name, _, value = part.partition("=")

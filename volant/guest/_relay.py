@@ -156,10 +156,7 @@ class _Exchange:
         return self.upgraded
 
     def from_workload(self, data: bytearray, out: bytearray) -> int:
-        """Moves what belongs to the answer; returns how many bytes.
-
-        :raises ValueError: the answer is malformed
-        """
+        """Moves what belongs to the answer; returns how many bytes. :raises ValueError: the answer is malformed."""
         used = 0
         while used < len(data) and not self.done:
             if self._pass(data[used:], out):
@@ -244,10 +241,7 @@ class _Relay:
         return self._exchange is None or self._exchange.upgraded
 
     def run(self) -> None:
-        """Relays until both sides have ended.
-
-        :raises Problem: 502, the workload closed before it answered
-        """
+        """Relays until both sides have ended. :raises Problem: 502, the workload closed before it answered."""
         self._client.setblocking(False)
         self._upstream.setblocking(False)
         while True:
@@ -366,10 +360,7 @@ class _Relay:
             self._upstream_eof = self._read(self._upstream, self._down_raw) is False
 
     def _handle_client(self, events: int) -> None:
-        """Reads from the client.
-
-        :raises Gone: it has left
-        """
+        """Reads from the client. :raises Gone: it has left."""
         # Data may be left to read even if both halves are closed.
         if events & select.POLLIN:
             self._client_eof = self._read(self._client, self._up_raw) is False

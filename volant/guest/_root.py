@@ -68,10 +68,7 @@ def state() -> tuple[str, str]:
 
 
 def root() -> str:
-    """Returns the root directory.
-
-    :raises Problem: 503, the root filesystem is not mounted, or not yet
-    """
+    """Returns the root directory. :raises Problem: 503, the root filesystem is not mounted, or not yet."""
     found, why = state()
     if found == "pending":
         raise Problem(503, "the root filesystem is not mounted yet", headers=[("Retry-After", "1")])

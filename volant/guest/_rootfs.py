@@ -54,10 +54,7 @@ def mount_root(serial: str, run: Callable[[list[str]], int], say: Callable[[str]
 
 
 def replace(path: str, data: bytes, mode: int = 0o444) -> None:
-    """Puts a file with `data` in place of `path`, all or nothing.
-
-    :raises OSError: the system refuses
-    """
+    """Puts a file with `data` in place of `path`, all or nothing. :raises OSError: the system refuses."""
     new = path + ".new"
     try:
         os.unlink(new)

@@ -128,10 +128,7 @@ class Stream:
             raise Problem(417, "this expectation can't be met")
 
     def send(self, data: bytes | bytearray | memoryview, timeout_s: float = WRITE_TIMEOUT_S) -> None:
-        """Writes all of `data`.
-
-        :raises Gone: the client left, or read nothing for `timeout_s`
-        """
+        """Writes all of `data`. :raises Gone: the client left, or read nothing for `timeout_s`."""
         try:
             self.sock.settimeout(timeout_s)
             self.sock.sendall(data)

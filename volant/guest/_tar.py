@@ -237,10 +237,7 @@ class _Tree:
         os.close(self._open[1])
 
     def add(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> None:
-        """Unpacks one member.
-
-        :raises Problem: it can't be unpacked; the text names it
-        """
+        """Unpacks one member. :raises Problem: it can't be unpacked; the text names it."""
         parts = _parts(member.name, member.name)
         try:
             if member.isdir():
@@ -321,10 +318,7 @@ class _Tree:
 
 
 def _parts(name: str, member: str) -> tuple[bytes, ...]:
-    """Returns the parts of a member's path.
-
-    :raises Problem: 400, the path has `..` or NUL, or is too deep
-    """
+    """Returns the parts of a member's path. :raises Problem: 400, the path has `..` or NUL, or is too deep."""
     data = os.fsencode(name)
     parts = tuple(part for part in data.split(b"/") if part not in (b"", b"."))
     if b".." in parts or b"\0" in data or len(parts) > _MAX_DEPTH:

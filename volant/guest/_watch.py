@@ -107,10 +107,7 @@ class Client:
                 return found
 
     def send_some(self, data: memoryview) -> int:
-        """Writes as much as fits now, perhaps nothing; returns how many bytes.
-
-        :raises Gone: the client has left
-        """
+        """Writes as much as fits now, perhaps nothing; returns how many bytes. :raises Gone: the client has left."""
         try:
             return self.sock.send(data)
         except BlockingIOError:

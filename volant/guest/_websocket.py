@@ -130,10 +130,7 @@ class WebSocket:
             self.out += self._connection.send(CloseConnection(code=code, reason=reason[:_MAX_REASON]))
 
     def flush(self) -> int:
-        """Writes what the socket takes; returns how many bytes.
-
-        :raises Gone: the stream has broken
-        """
+        """Writes what the socket takes; returns how many bytes. :raises Gone: the stream has broken."""
         if not self.out:
             return 0
         try:

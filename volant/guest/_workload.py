@@ -61,10 +61,7 @@ class Spec:
 
 
 def check_spec(value: object) -> Spec:
-    """Returns the spec of a workload.
-
-    :raises Problem: 400, a field is wrong
-    """
+    """Returns the spec of a workload. :raises Problem: 400, a field is wrong."""
     return Spec(check_object(value, _FIELDS, "the workload"))
 
 
@@ -120,10 +117,7 @@ class Workload:
         return status
 
     def serve_put(self, stream: Stream, request: Request, plugin: Plugin) -> None:
-        """Answers `PUT /v1/daemon/workload`.
-
-        :raises Problem: 400 malformed, 409 the guest has another workload
-        """
+        """Answers `PUT /v1/daemon/workload`. :raises Problem: 400 malformed, 409 the guest has another workload."""
         import json
 
         self.begin(Spec(decode_json(stream.read_body(request), _FIELDS)), plugin)

@@ -258,10 +258,7 @@ def dump_list(packages: Iterable[Package]) -> list[dict[str, object]]:
 
 
 def load_list(text: str) -> list[Package]:
-    """Parses the JSON of `dump_list`.
-
-    :raises ValueError: the text is malformed
-    """
+    """Parses the JSON of `dump_list`. :raises ValueError: the text is malformed."""
     try:
         rows = json.loads(text)
         found = [Package(**row) for row in rows]

@@ -130,10 +130,7 @@ class ArtifactCache:
             self._uploads.release_on_behalf_of(upload)
 
     async def keep(self, part: Path, digest: str) -> CachedArtifact:
-        """Moves a received file to its place.
-
-        :raises ImageError: the disk fails
-        """
+        """Moves a received file to its place. :raises ImageError: the disk fails."""
         # Waits while the same artifact is being fetched. If this is cancelled, the caller removes the part.
         await trio.to_thread.run_sync(
             _artifacts.place_received, self._cache_dir, part, digest, abandon_on_cancel=True, limiter=self._places
@@ -228,17 +225,11 @@ class Upload:
         self.part: Part
 
     def expect(self, size: int) -> None:
-        """Announces the size.
-
-        :raises ImageError: `media_too_large`
-        """
+        """Announces the size. :raises ImageError: `media_too_large`."""
         self.part.expect(size)
 
     async def write(self, data: bytes) -> None:
-        """Writes the next bytes.
-
-        :raises ImageError: `media_too_large`, `cache_full`, `io_error`
-        """
+        """Writes the next bytes. :raises ImageError: `media_too_large`, `cache_full`, `io_error`."""
         self._pending += data
         if len(self._pending) >= _PIECE:
             await self._flush()

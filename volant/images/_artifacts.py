@@ -219,10 +219,7 @@ def new_part(cache_dir: Path) -> Iterator[Path]:
 
 
 def place_received(cache_dir: Path, part: Path, digest: str) -> CachedArtifact:
-    """Gives an uploaded part with this digest its name.
-
-    :raises ImageError: the cache can't be written to
-    """
+    """Gives an uploaded part with this digest its name. :raises ImageError: the cache can't be written to."""
     with locked_part(cache_dir, digest):
         found = find_artifact(cache_dir, digest)
         if found is not None:
@@ -247,10 +244,7 @@ def sweep(cache_dir: Path) -> None:
 
 
 def place(cache_dir: Path, part: Path, digest: str, url: str) -> CachedArtifact:
-    """Gives a verified part its name. The caller holds the lock.
-
-    :raises OSError: the disk fails
-    """
+    """Gives a verified part its name. The caller holds the lock. :raises OSError: the disk fails."""
     path = artifact_path(cache_dir, digest)
     part.chmod(0o400)
     # Else the record of an earlier file would belong to this one for a moment.

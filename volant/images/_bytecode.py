@@ -48,10 +48,7 @@ def compile_modules(
 
 
 def verify_modules(files: Mapping[str, bytes], roots: Iterable[str], scratch: Path) -> None:
-    """Imports `roots` with the files of the finished image only.
-
-    :raises ImageError: a file is missing
-    """
+    """Imports `roots` with the files of the finished image only. :raises ImageError: a file is missing."""
     with tempfile.TemporaryDirectory(dir=scratch, prefix="verify-") as folder:
         root = Path(folder)
         for path, data in files.items():

@@ -72,10 +72,7 @@ class Download:
             self._opener.add_handler(handler)
 
     def run(self) -> None:
-        """Downloads the file.
-
-        :raises ImageError: the server fails, or has no such file
-        """
+        """Downloads the file. :raises ImageError: the server fails, or has no such file."""
         pause_s = _FIRST_PAUSE_S
         tries = _TRIES
         while True:

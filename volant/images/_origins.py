@@ -42,10 +42,7 @@ ANYWHERE = Origins(anywhere=True)
 
 
 def parse_networks(members: Sequence[str]) -> tuple[Network, ...]:
-    """Parses networks such as `10.1.0.0/16`, and addresses.
-
-    :raises ValueError: a member is neither
-    """
+    """Parses networks such as `10.1.0.0/16`, and addresses. :raises ValueError: a member is neither."""
     return tuple(ipaddress.ip_network(member) for member in members)
 
 

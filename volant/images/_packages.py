@@ -129,10 +129,7 @@ def resolve(
 
 
 def last(cache_dir: Path) -> list[_apt.Package]:
-    """Returns the packages of the last build.
-
-    :raises ImageError: there was none
-    """
+    """Returns the packages of the last build. :raises ImageError: there was none."""
     packages = _load(cache_dir)
     if packages is None:
         raise ImageError("offline", "No earlier build left its packages in this cache", "build without --offline once")

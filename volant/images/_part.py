@@ -38,10 +38,7 @@ class Part:
         self._handle.close()
 
     def expect(self, size: int) -> None:
-        """Announces the size.
-
-        :raises ImageError: `media_too_large`
-        """
+        """Announces the size. :raises ImageError: `media_too_large`."""
         if size > self._max_bytes:
             raise too_large(self._max_bytes)
 
@@ -80,10 +77,7 @@ class Part:
         return True
 
     def finish(self) -> str:
-        """Flushes everything to the disk; returns the SHA-256.
-
-        :raises OSError: the disk fails
-        """
+        """Flushes everything to the disk; returns the SHA-256. :raises OSError: the disk fails."""
         self._put(self._pending)
         self._pending.clear()
         self._handle.truncate(self.size)

@@ -70,10 +70,7 @@ def host_sources(etc_apt: Path = Path("/etc/apt")) -> list[Source]:
 
 
 def archive() -> list[Source]:
-    """Returns the host's sources of the Debian archive.
-
-    :raises ImageError: there are none
-    """
+    """Returns the host's sources of the Debian archive. :raises ImageError: there are none."""
     sources = host_sources()
     if not sources:
         raise ImageError(
@@ -86,10 +83,7 @@ def archive() -> list[Source]:
 
 
 def explicit_sources(mirror: str, security_mirror: str | None) -> list[Source]:
-    """Returns the sources for addresses from the command line.
-
-    :raises ImageError: apt can't use an address
-    """
+    """Returns the sources for addresses from the command line. :raises ImageError: apt can't use an address."""
     for address in filter(None, (mirror, security_mirror)):
         if not address.startswith(_SCHEMES) or any(char.isspace() or char in "[]\"'" for char in address):
             raise ImageError(
@@ -102,10 +96,7 @@ def explicit_sources(mirror: str, security_mirror: str | None) -> list[Source]:
 
 
 def find_keyring(candidates: Iterable[Path] = KEYRINGS) -> Path:
-    """Returns the host's keyring of the Debian archive.
-
-    :raises ImageError: there is none
-    """
+    """Returns the host's keyring of the Debian archive. :raises ImageError: there is none."""
     for path in candidates:
         if path.is_file():
             return path

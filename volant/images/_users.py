@@ -32,10 +32,7 @@ def is_noted(cache_dir: Path, digest: str, owner: Path) -> bool:
 
 
 def forget_use(cache_dir: Path, digest: str, owner: Path) -> None:
-    """Removes the note.
-
-    :raises OSError: the disk fails
-    """
+    """Removes the note. :raises OSError: the disk fails."""
     _drop(_note(cache_dir, digest, owner))
 
 
