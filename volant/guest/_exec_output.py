@@ -1,4 +1,4 @@
-"""The output of a command over WebSockets: what is kept of it, and how far each client has got."""
+"""The output of a command: what is kept of it, and how far each WebSocket client has got."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections import deque
 
 from . import _websocket
-from ._exec import STALL_S
 from ._http import Gone
 from ._watch import poll
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_UNSENT = 256 * 1024
 """How much output waits in a client's buffer. While it is full, the command is not read."""
+STALL_S = 600.0
+"""How long a client may take nothing of the output."""
 _PIECE_COST = 64
 """What a piece costs besides its bytes."""
 _PIECE = 16 * 1024
@@ -65,6 +66,13 @@ class OutputHistory:
                 break
             self._held -= len(data) + _PIECE_COST
             self._pieces.popleft()
+
+    def take_all(self) -> list[tuple[int, bytes]]:
+        """Returns channels and bytes of everything that is held, and drops it."""
+        pieces = [(channel, bytes(data)) for _, channel, data in self._pieces]
+        self._pieces.clear()
+        self._held = 0
+        return pieces
 
     def after(self, position: int, limit: int) -> list[tuple[int, bytes]]:
         """Returns channels and bytes from `position` on, about `limit` bytes of them."""

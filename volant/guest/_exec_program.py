@@ -1,4 +1,4 @@
-"""The process of a command over WebSockets, with its pipes or its terminal. Nothing here blocks but `reap`."""
+"""A command and its process, with pipes or a terminal. Nothing here blocks but `reap`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,67 @@ import os
 import select
 import signal
 
-from ._exec import MAX_PIPE, READ, REAP_S
-from ._process import has_exited, how_it_ended, kill_session, signal_group, spawn
+from ._checks import (
+    check_base64,
+    check_directory,
+    check_environment,
+    check_flag,
+    check_integer,
+    check_number,
+    check_strings,
+)
+from ._http import Problem
+from ._process import base_environment, has_exited, how_it_ended, kill_group, kill_session, signal_group, spawn
 from ._watch import poll
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ._exec import Command
+    from typing import Any
+
     from ._exec_output import OutputHistory
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 MAX_INPUT = 1024 * 1024
 """How much input is kept for a command that does not read it. Also the longest message of a client."""
+REAP_S = 5.0
+"""How long a killed process may take to end."""
+_READ = 64 * 1024
+_MAX_PIPE = 1024 * 1024
+"""The most that a pipe holds."""
 _HANG_UP_S = 1.0
+_MAX_TIMEOUT_S = 7 * 86400.0
+
+
+class Command:
+    """A checked request to run something. Over HTTP there is no terminal."""
+
+    def __init__(self, value: dict[str, Any]) -> None:
+        """:raises Problem: 400, a field is wrong."""
+        if "command" not in value:
+            raise Problem(400, "command is missing", field="command")
+        self.command = check_strings(value["command"], "command")
+        if not self.command[0]:
+            raise Problem(400, "command has an empty program", field="command")
+        self.env = base_environment() | check_environment(value.get("env", {}), "env")
+        self.cwd = check_directory(value["cwd"] if value.get("cwd") is not None else "/", "cwd")
+        user = value.get("user")
+        if user is not None and (not isinstance(user, str) or not user or "\0" in user or len(user) > 256):
+            raise Problem(400, "user is not a name or number", field="user")
+        self.user: str | None = user
+        timeout = value.get("timeout_s")
+        self.timeout_s = None if timeout is None else check_number(timeout, "timeout_s", 0.001, _MAX_TIMEOUT_S)
+        stdin = value.get("stdin")
+        self.stdin = b"" if stdin is None else check_base64(stdin, "stdin")
+        self.tty = check_flag(value.get("tty", False), "tty")
+        self.rows = check_integer(value.get("rows", 24), "rows", 1, 65535)
+        self.cols = check_integer(value.get("cols", 80), "cols", 1, 65535)
+        if self.tty:
+            self.env.setdefault("TERM", "xterm")
+
+    def timed_out(self) -> dict[str, str]:
+        """Returns the end of a command whose time was over."""
+        text = f"the command was killed, as it had not ended after {self.timeout_s:g} s"
+        return {"error": text, "code": "timeout"}
 
 
 class Program:
@@ -87,7 +135,7 @@ class Program:
     def drain(self) -> None:
         """Reads the rest of the output, at most what a pipe can hold, and ends the channels."""
         for fd in list(self._channels):
-            for _ in range(MAX_PIPE // READ):
+            for _ in range(_MAX_PIPE // _READ):
                 if not self._read(fd):
                     break
         for channel in self._channels.values():
@@ -97,7 +145,7 @@ class Program:
     def _read(self, fd: int) -> bool:
         """Reads once; returns whether there was anything."""
         try:
-            data = os.read(fd, READ)
+            data = os.read(fd, _READ)
         except BlockingIOError:
             return False
         except OSError:
@@ -120,6 +168,8 @@ class Program:
             self._input += end_of_input(self._terminal, in_a_line=self._in_a_line)
         elif not data:
             self._input_ends = True
+            if not self._input:
+                self._close_input()
         else:
             self._input += data
             self._in_a_line = data[-1:] not in (b"\n", b"\r")
@@ -130,7 +180,7 @@ class Program:
             return
         try:
             if self._input and found.get(fd, 0) & (select.POLLOUT | select.POLLERR):
-                del self._input[: os.write(fd, self._input[:READ])]
+                del self._input[: os.write(fd, self._input[:_READ])]
         except BlockingIOError:
             return
         except OSError:
@@ -171,25 +221,29 @@ class Program:
         self.kill()
         poll({self.pidfd: select.POLLIN}, REAP_S)
 
-    def reap(self) -> dict[str, int] | None:
-        """Waits a little for the process; returns how it ended, or None if it still runs."""
+    def kill_group(self) -> None:
+        """Sends SIGKILL to the process group only."""
+        kill_group(self._process)
+
+    def reap(self) -> dict[str, int] | dict[str, str]:
+        """Waits at most 5 s for the process; returns how it ended."""
         import subprocess
 
         self._input.clear()
         try:
             return how_it_ended(self._process.wait(REAP_S))
         except subprocess.TimeoutExpired:
-            return None
+            return {"error": "the command was killed, and does not end", "code": "agent_error"}
 
     @property
     def is_reaped(self) -> bool:
         """Whether the process was reaped."""
         return self._process.returncode is not None
 
-    def kill_unless_ended(self) -> None:
-        """Kills the session, unless its leader has ended."""
-        if not has_exited(self._process):
-            self.kill()
+    @property
+    def has_exited(self) -> bool:
+        """Whether the process has ended."""
+        return has_exited(self._process)
 
     def close(self) -> None:
         """Closes all descriptors."""

@@ -23,7 +23,7 @@ import time
 
 from . import _websocket
 from ._exec_output import MAX_UNSENT, OutputHistory, Peer
-from ._exec_program import STDIN, Program
+from ._exec_program import STDIN, Command, Program
 from ._http import Gone
 from ._watch import POLLRDHUP, Wakeup, poll
 
@@ -31,7 +31,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from ._exec import Command
 
 KEPT_BYTES = 512 * 1024
 """How much output of a detached command is kept."""
@@ -277,12 +276,10 @@ class Session:
 
     def _conclude(self) -> None:
         """Reaps the process and records how it ended."""
-        end: dict[str, Any] | None = self._program.reap()
-        if self._timed_out:
-            end = self.command.timed_out()
-        self._record_end(end or {"error": "the command was killed, and does not end", "code": "agent_error"})
+        end = self._program.reap()
+        self._record_end(self.command.timed_out() if self._timed_out else end)
 
-    def _record_end(self, end: dict[str, Any]) -> None:
+    def _record_end(self, end: dict[str, int] | dict[str, str]) -> None:
         self.ended = time.monotonic()
         self.end = end
         self._ended.set()
@@ -294,7 +291,8 @@ class Session:
             late, self._next = self._next, None
         try:
             if not self._program.is_reaped:
-                self._program.kill_unless_ended()
+                if not self._program.has_exited:
+                    self._program.kill()
                 self._conclude()
         finally:
             if self.end is None:

@@ -13,9 +13,8 @@ import time
 
 from . import _websocket
 from ._checks import decode_json
-from ._exec import Command
 from ._exec_output import Peer
-from ._exec_program import MAX_INPUT
+from ._exec_program import MAX_INPUT, Command
 from ._exec_session import Session
 from ._http import Gone, Problem
 from ._process import SpawnError
