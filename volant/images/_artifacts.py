@@ -121,7 +121,7 @@ def remove_artifact(cache_dir: Path, digest: str, owner: Path | None = None) -> 
             if was_there:
                 _store.sync_folder(path.parent)
     except OSError as error:
-        raise _unwritable(cache_dir, error) from None
+        raise _store.unwritable(cache_dir, error) from None
     return was_there
 
 
@@ -162,7 +162,7 @@ def locked_part(cache_dir: Path, digest: str) -> Iterator[Path]:
             os.close(descriptor)
         os.ftruncate(descriptor, 0)
     except OSError as error:
-        raise _unwritable(cache_dir, error) from None
+        raise _store.unwritable(cache_dir, error) from None
     try:
         yield path
     finally:
@@ -207,7 +207,7 @@ def new_part(cache_dir: Path) -> Iterator[Path]:
         _make_folder(path.parent)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise _unwritable(cache_dir, error) from None
+        raise _store.unwritable(cache_dir, error) from None
     try:
         # `sweep` may remove it before it is locked; then placing it fails.
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -227,7 +227,7 @@ def place_received(cache_dir: Path, part: Path, digest: str) -> CachedArtifact:
         try:
             return place(cache_dir, part, digest, "an upload")
         except OSError as error:
-            raise _unwritable(cache_dir, error) from None
+            raise _store.unwritable(cache_dir, error) from None
 
 
 def sweep(cache_dir: Path) -> None:
@@ -270,14 +270,6 @@ def _is_locked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return bool(struct.unpack("hhqqi4x", found)[0] != fcntl.F_UNLCK)
-
-
-def _unwritable(cache_dir: Path, error: OSError) -> ImageError:
-    return ImageError(
-        "cache_unwritable",
-        f"The cache folder {cache_dir} can't be written to: {error.strerror}",
-        "run it as the user who owns the folder, or name another with --cache or VOLANT_CACHE_DIR",
-    )
 
 
 def _is_named(descriptor: int, path: Path) -> bool:

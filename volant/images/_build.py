@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -48,20 +47,8 @@ def build(
             "build the image on an x86-64 host",
         )
     cache_dir = cache_dir.absolute()
-    with _store.locked(cache_dir, lambda: progress(Progress("wait", "Waiting for another build to end"))):
-        _store.clean_up(cache_dir)
-        scratch = Path(tempfile.mkdtemp(dir=cache_dir, prefix="build-"))
-        try:
-            return _build(cache_dir, scratch, progress, mirror, security_mirror, keyring, offline)
-        except OSError as error:
-            raise ImageError(
-                "io_error",
-                f"The image can't be written: {error.strerror or error}"
-                + (f": {error.filename}" if error.filename else ""),
-                "check the space and the permissions of the cache folder",
-            ) from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    with _store.building(cache_dir, lambda: progress(_packages.WAITING), "The image") as scratch:
+        return _build(cache_dir, scratch, progress, mirror, security_mirror, keyring, offline)
 
 
 def _build(

@@ -7,8 +7,6 @@ apt/                      the private apt's state
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,9 @@ class Progress:
     total: int = 0
     unit: str = ""
     """`bytes` if `done` and `total` are counted; else both are 0."""
+
+
+WAITING = Progress("wait", "Waiting for another build to end")
 
 
 def silent(progress: Progress) -> None:
@@ -63,39 +64,28 @@ def fetch_packages(
     """
     wanted, given = sorted(set(names)), sorted(set(without))
     cache_dir = cache_dir.absolute()
-    with _store.locked(cache_dir, lambda: progress(Progress("wait", "Waiting for another build to end"))):
-        _store.clean_up(cache_dir)
-        scratch = Path(tempfile.mkdtemp(dir=cache_dir, prefix="build-"))
-        try:
-            apt: _apt.Apt | None = None
-            if offline:
-                packages = last(cache_dir)
-            else:
-                packages, apt = resolve(
-                    cache_dir,
-                    lambda apt: apt.resolve_with_dependencies(wanted, given),
-                    progress,
-                    mirror,
-                    security_mirror,
-                    keyring,
-                )
-            lacking = set(wanted) - {package.name for package in packages}
-            if lacking:
-                raise ImageError(
-                    "offline",
-                    f"The packages of the last build lack {', '.join(sorted(lacking))}, and the archive was not asked",
-                    "try again with a network",
-                )
-            folder = fetch(cache_dir, scratch, packages, apt, progress)
-            return {package: folder / package.filename for package in packages}
-        except OSError as error:
+    with _store.building(cache_dir, lambda: progress(WAITING), "The packages") as scratch:
+        apt: _apt.Apt | None = None
+        if offline:
+            packages = last(cache_dir)
+        else:
+            packages, apt = resolve(
+                cache_dir,
+                lambda apt: apt.resolve_with_dependencies(wanted, given),
+                progress,
+                mirror,
+                security_mirror,
+                keyring,
+            )
+        lacking = set(wanted) - {package.name for package in packages}
+        if lacking:
             raise ImageError(
-                "io_error",
-                f"The packages can't be written: {error.strerror or error}",
-                "check the space and the permissions of the cache folder",
-            ) from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                "offline",
+                f"The packages of the last build lack {', '.join(sorted(lacking))}, and the archive was not asked",
+                "try again with a network",
+            )
+        folder = fetch(cache_dir, scratch, packages, apt, progress)
+        return {package: folder / package.filename for package in packages}
 
 
 def resolve(

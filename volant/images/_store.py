@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,11 +171,7 @@ def locked(cache_dir: Path, waiting: Callable[[], None]) -> Iterator[None]:
         cache_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(cache_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise ImageError(
-            "cache_unwritable",
-            f"The cache folder {cache_dir} can't be written to: {error.strerror}",
-            "run it as the user who owns the folder, or name another with --cache or VOLANT_CACHE_DIR",
-        ) from None
+        raise unwritable(cache_dir, error) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,6 +182,39 @@ def locked(cache_dir: Path, waiting: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def unwritable(cache_dir: Path, error: OSError) -> ImageError:
+    """Returns the error for a cache folder that can't be written to."""
+    return ImageError(
+        "cache_unwritable",
+        f"The cache folder {cache_dir} can't be written to: {error.strerror}",
+        "run it as the user who owns the folder, or name another with --cache or VOLANT_CACHE_DIR",
+    )
+
+
+@contextlib.contextmanager
+def building(cache_dir: Path, waiting: Callable[[], None], what: str) -> Iterator[Path]:
+    """Holds the cache's lock, removes the rest of killed builds, and gives a folder that is removed at the end.
+
+    :param waiting: called once if another process has the lock
+    :param what: what is written, for errors
+    :raises ImageError: the folder can't be written to
+    """
+    with locked(cache_dir, waiting):
+        clean_up(cache_dir)
+        scratch = Path(tempfile.mkdtemp(dir=cache_dir, prefix="build-"))
+        try:
+            yield scratch
+        except OSError as error:
+            name = f": {error.filename}" if error.filename else ""
+            raise ImageError(
+                "io_error",
+                f"{what} can't be written: {error.strerror or error}{name}",
+                "check the space and the permissions of the cache folder",
+            ) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def clean_up(cache_dir: Path) -> None:
