@@ -32,8 +32,8 @@ def guest(port: Port) -> Iterator[GuestAgent]:
 
 
 async def socket_pair(host: Host, path: Path) -> tuple[trio.SocketStream, trio.SocketStream]:
-    async with host.listen_unix(path) as listener:
-        return await host.connect_unix(path, 5), await listener.accept()
+    async with host.sockets.listen_unix(path) as listener:
+        return await host.sockets.connect_unix(path, 5), await listener.accept()
 
 
 async def test_a_hold_interrupts_a_send_without_losing_bytes(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ async def test_nothing_is_received_during_a_hold(tmp_path: Path) -> None:
             async with hold.hold():
                 await theirs.send_all(b"late")
                 await trio.testing.wait_all_tasks_blocked(0.01)
-                assert (got, host.sockets.unread(ours)[1]) == (b"", 4)
+                assert (bytes(got), host.sockets.unread(ours)[1]) == (b"", 4)
             await theirs.send_eof()
     assert got == b"late"
 

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable, Channel, HybridVsock, open_channel
-from volant.channel._channel import connect_hybrid
+from volant.channel._hybrid import connect_hybrid
 from volant.host import Host
 
 Behaviour = Callable[[trio.SocketStream], Awaitable[None]]

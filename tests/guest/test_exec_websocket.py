@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.guest.test_exec_streams_and_ends import gone
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import (
     AcceptConnection,
@@ -30,6 +29,7 @@ from wsproto.events import (
 from wsproto.events import Request as Asked
 
 from tests.guest.conftest import TIMEOUT_S, Asker
+from tests.guest.test_exec_http import gone
 from volant.guest import _exec_session, _exec_sessions
 from volant.guest._exec_output import OutputHistory
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.guest.test_workload_is_supervised import put, wait_for
 
 from tests.guest.conftest import Asker
+from tests.guest.test_workload import put, wait_for
 from volant.model import agent as wire
 
 MANIFEST = {

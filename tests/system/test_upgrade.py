@@ -131,11 +131,11 @@ def older(source: str) -> str:
     for route in ("agent.FILES", "agent.EXEC_SESSIONS", "agent.DAEMON_MANIFEST"):
         assert route in source
         source = source.replace(route, '"/v1/there-is-none"')
-    allowed = '_allow(method, "POST", "GET")'
+    allowed = 'agent.EXEC: (("POST", "GET"),'
     for newest in ("agent.PROTOCOL_VERSION", allowed):
         assert newest in source
     source = source.replace("agent.PROTOCOL_VERSION", "1")
-    return source.replace(allowed, '_allow(method, "POST")')
+    return source.replace(allowed, 'agent.EXEC: (("POST",),')
 
 
 def newer(source: str) -> str:
