@@ -30,7 +30,6 @@ from trio.lowlevel import checkpoint
 
 from ._errors import ActorDown
 from ._exit import Exit, ExitKind, split_cancelled
-from ._fence import check_fence
 from ._mailbox import Deferred
 from ._message import Down, Handler, R, Request, handlers_of
 from ._timer import Timer
@@ -145,9 +144,7 @@ class Context:
         """Starts a child task of this incarnation. Its failure is a crash of the actor. It may ask its own actor.
 
         :raises ActorDown: the incarnation is ending.
-        :raises Fenced: the caller counts as killed; see `check_fence`.
         """
-        check_fence()
         if self._closed:
             raise ActorDown(self.name, self._cell.reason or Exit(ExitKind.STOPPED))
         handle = TaskHandle(name or getattr(fn, "__qualname__", None) or repr(fn))
@@ -163,9 +160,7 @@ class Context:
         :raises Unhandled: the actor has no handler for it.
         :raises ValueError: `delay_s` is negative, infinite or NaN.
         :raises ActorDown: the incarnation is ending.
-        :raises Fenced: the caller counts as killed; see `check_fence`.
         """
-        check_fence()
         if not 0 <= delay_s < math.inf:
             raise ValueError(f"delay_s must be at least 0 and finite, not {delay_s}")
         own = self.self_ref._mailbox

@@ -2,12 +2,12 @@
 
 Trio has no "cancel without clean-up": a cancelled task runs its `finally` blocks, which may tell, ask, commit or
 delete. A killed process does nothing of the kind. So `actors.testing.kill` closes the fence of an incarnation before it
-cancels its tasks. From then on each call of the runtime that leaves the incarnation (`tell`, `ask`, `Deferred.reply`,
-`Log.append`, `start_child`) raises `Fenced` without an effect. A program calls `check_fence()` first where it writes to
+cancels its tasks. From then on `tell`, `ask`, `start_child` and `stop_child` raise `Fenced` without an effect. Replies,
+timers and child tasks of the incarnation end with it anyway. A program calls `check_fence()` first where it writes to
 the outside itself.
 
-These calls read `name`, the sender in traces and dead letters. A closed fence is one whose `name` raises, so the switch
-costs nothing where nobody kills.
+`tell` and `ask` read `name` for traces and dead letters. A closed fence is one whose `name` raises, so the switch costs
+production nothing.
 """
 
 from __future__ import annotations

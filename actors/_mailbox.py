@@ -32,7 +32,6 @@ from trio.lowlevel import Abort, Task, checkpoint, current_task, reschedule, wai
 
 from ._errors import ActorDown, AskTimeout, MailboxFull, Unhandled
 from ._exit import Exit, ExitKind
-from ._fence import check_fence
 from ._message import Down, Handler, R, Request
 from ._tap import TapKind
 from ._timer import Timer
@@ -137,21 +136,13 @@ class Deferred(Generic[R]):
         self._ask = ask
 
     def reply(self, value: R) -> None:
-        """Sends the reply.
-
-        :raises Fenced: the caller counts as killed; see `check_fence`.
-        """
-        check_fence()
+        """Sends the reply."""
         ask = self._take()
         if ask is not None:
             ask.reply(value)
 
     def fail(self, error: Exception) -> None:
-        """Raises `error` in the asker.
-
-        :raises Fenced: the caller counts as killed; see `check_fence`.
-        """
-        check_fence()
+        """Raises `error` in the asker."""
         ask = self._take()
         if ask is not None:
             ask.fail(error)

@@ -34,6 +34,8 @@ def _kill(cell: Cell, *, for_good: bool) -> None:
         _kill(child, for_good=True)
     if cell.state in (State.STARTING, State.RUNNING, State.STOPPING):
         cell.fence.__class__ = _ClosedFence
+        if cell.actor is not None:
+            cell.actor.ctx._closed = True
         cell.conclude(Exit(ExitKind.KILLED))
         cell.interrupt()
     if for_good:

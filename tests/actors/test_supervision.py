@@ -25,6 +25,7 @@ from actors import (
     Backoff,
     Child,
     DynamicSupervisor,
+    Fenced,
     GaveUp,
     NameTaken,
     NoSuchChild,
@@ -35,6 +36,7 @@ from actors import (
     Strategy,
     Supervisor,
     TooManyRestarts,
+    check_fence,
     handles,
     open_system,
 )
@@ -583,11 +585,21 @@ async def test_a_killed_incarnation_has_no_effect_on_its_way_out(autojump_clock:
             try:
                 await trio.sleep_forever()
             finally:
+                with pytest.raises(ActorDown):
+                    self.ctx.spawn(trio.sleep_forever)
+                with pytest.raises(ActorDown):
+                    self.ctx.send_after(0, Finish())
+                with pytest.raises(Fenced):
+                    await pool.start_child(worker("late", self.log))
+                with pytest.raises(Fenced):
+                    check_fence()
+                checked.append(self.name)
                 notes.ref.tell(Finish())
 
         async def on_stop(self) -> None:
             self.log.append("goodbye")
 
+    checked: list[str] = []
     received: list[float] = []
 
     class Notes(Actor):
@@ -598,7 +610,8 @@ async def test_a_killed_incarnation_has_no_effect_on_its_way_out(autojump_clock:
     log: list[str] = []
     notes = Child("notes", Notes)
     writer = Child("writer", partial(Writer, "w", log), TRANSIENT)
-    async with open_system(Supervisor(children=[notes, writer])) as system:
+    pool = DynamicSupervisor()
+    async with open_system(Supervisor(children=[notes, Child("pool", pool), writer])) as system:
         kill(system, "writer")
         await settle()
         assert received == []
@@ -607,6 +620,7 @@ async def test_a_killed_incarnation_has_no_effect_on_its_way_out(autojump_clock:
         kill(system, "")
         await trio.sleep(1000)
     assert received == []
+    assert checked == ["w", "w"]
     assert log == ["+w", "-w", "+w", "-w"]
 
 
