@@ -26,9 +26,10 @@ from volant.http import Access, ApiSettings, Limits, serve
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import PUBLIC, ArtifactCache, Origins
 from volant.journal import Backups, Evidence, Journal, Store, VmLogs
+from volant.network import Passt
 from volant.operations import TABLE, ApiDeps, Health, Permission, Table
-from volant.templates import BuildDoors, Templates, TemplateStore, WarmPool, WarmPoolLimits
-from volant.vm import BootLimiter, Checkpoints, VmDoors, Vms, VmSettings
+from volant.templates import TemplateBuilder, Templates, TemplateStore, WarmPool, WarmPoolLimits
+from volant.vm import BootSlots, Vms, VmSettings
 
 FAST = Limits(
     keep_alive_s=30.0, header_s=5.0, send_s=20.0, finish_s=3.0, drop_s=2.0, linger_s=0.5, grace_s=0.3, lifespan_s=2.0
@@ -232,15 +233,6 @@ class StandingSystem:
         return {"addresses": []}
 
 
-class ReachedVms(Vms):
-    """VMs whose agent is whom a test says, whatever runs in them."""
-
-    reach: Callable[[str], AgentClient] | None = None
-
-    def agent(self, name: str) -> AgentClient:
-        return super().agent(name) if self.reach is None else self.reach(name)
-
-
 @dataclass
 class Api:
     """The whole API on a server, over a real journal, real logs and real actors; VMs that start end in `crashed`."""
@@ -250,11 +242,14 @@ class Api:
     client: httpx.AsyncClient
     system: StandingSystem
     access: Access
-    vms: ReachedVms
 
     def reach(self, agent: AgentClient | Callable[[str], AgentClient]) -> None:
         """From now on this is the way to the agent of each VM, or whatever `agent` does when it is asked for one."""
-        self.vms.reach = agent if callable(agent) else lambda name: agent
+
+        def reach(name: str) -> AgentClient:
+            return agent(name) if callable(agent) else agent
+
+        self.deps.vms.streams.agent = reach  # type: ignore[method-assign]
 
     async def create(self, name: str, **fields: Any) -> dict[str, Any]:
         answer = await self.client.post("/api/v1/vms", json={"name": name, "cpu_cores": 1, "memory_mb": 128, **fields})
@@ -293,54 +288,49 @@ async def api(
     journal = Child("journal", lambda: Journal(store))
     hypervisor = QemuHypervisor(host, path / "cache", accelerator="tcg")
     templates = TemplateStore(host, path / "templates")
-    builds = BuildDoors(
-        host=host,
-        hypervisor=hypervisor,
-        store=templates,
-        boot_slots=BootLimiter(1),
-        projection=store.projection,
-        instance="test",
-        runtime_dir=path / "run",
-        memory_dir=path / "mem",
-    )
-    warm_pool = WarmPool(builds, WarmPoolLimits(), quiet=lambda: True)
-    builder = Child("templates", lambda: Templates(builds, warm_pool, max_bytes=2**30, max_age=timedelta(days=1)))
-    checkpoints = Checkpoints(
-        host, store, journal.ref, hypervisor, memory_dir=path / "mem", snapshot_dir=path / "snapshots"
+    places: Any = {"instance": "test", "runtime_dir": path / "run", "memory_dir": path / "mem"}
+    build = TemplateBuilder(host, hypervisor, templates, **places)
+    warm_pool = WarmPool(host, hypervisor, templates, store.projection, WarmPoolLimits(), quiet=lambda: True, **places)
+    slots = BootSlots()
+    builder = Child(
+        "templates",
+        lambda: Templates(
+            host, templates, build, warm_pool, slots.cold, store.projection, max_bytes=2**30, max_age=timedelta(days=1)
+        ),
     )
     supervisor = DynamicSupervisor(intensity=3, period_s=60)
-    vms = ReachedVms(
-        VmDoors(
-            host=host,
-            journal=journal.ref,
-            store=store,
-            logs=logs,
-            hypervisor=hypervisor,
-            templates=templates,
-            builder=builder.ref,
-            warm_pool=warm_pool,
-            checkpoints=checkpoints,
-            artifacts=ArtifactCache(path / "cache", path, timeout_s=60, max_mb=64, origins=origins),
-            settings=VmSettings(
-                runtime_dir=path / "run",
-                cache_dir=path / "cache",
-                memory_dir=path / "mem",
-                disk_dir=path / "disks",
-                template_dir=path / "templates",
-                snapshot_dir=path / "snapshots",
-                kernel=path / "no-kernel",
-                initramfs=path / "no-initramfs",
-            ),
-            instance="test",
+    vms = Vms(
+        host=host,
+        hypervisor=hypervisor,
+        journal=journal.ref,
+        store=store,
+        logs=logs,
+        artifacts=ArtifactCache(path / "cache", path, timeout_s=60, max_mb=64, origins=origins),
+        templates=templates,
+        builder=builder.ref,
+        warm_pool=warm_pool,
+        slots=slots,
+        passt=Passt(host, path / "run", "test"),
+        network=None,
+        supervisor=supervisor,
+        settings=VmSettings(
+            runtime_dir=path / "run",
+            cache_dir=path / "cache",
+            memory_dir=path / "mem",
+            disk_dir=path / "disks",
+            template_dir=path / "templates",
+            snapshot_dir=path / "snapshots",
+            kernel=path / "no-kernel",
+            initramfs=path / "no-initramfs",
         ),
-        supervisor,
+        instance="test",
     )
     system = StandingSystem(host)
     root = Supervisor(
         ONE_FOR_ONE,
         intensity=5,
         period_s=60,
-        children=[journal, builder, Child("snapshots", checkpoints.keep), Child("vms", supervisor)],
+        children=[journal, builder, Child("snapshots", vms.copies.keep), Child("vms", supervisor)],
     )
     async with open_system(root):
         access = Access(settings or ApiSettings())
@@ -359,7 +349,7 @@ async def api(
             base = f"http://127.0.0.1:{server.port}"
             hooks = {"response": [conformance.check] if checked else []}
             async with httpx.AsyncClient(base_url=base, timeout=20, trust_env=False, event_hooks=hooks) as client:
-                yield Api(server, deps, client, system, access, vms)
+                yield Api(server, deps, client, system, access)
 
 
 @asynccontextmanager

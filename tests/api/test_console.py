@@ -75,12 +75,12 @@ async def at_desk(tmp_path: Path) -> AsyncIterator[Desk]:
         await host.files.make_fifo(fifo)
         reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         serial = SerialConsole(host, fifo, sock)
-        served.deps.vms.console = lambda name: (row, serial)  # type: ignore[method-assign]
+        served.deps.vms.streams.console = lambda name: (row, serial)  # type: ignore[method-assign]
         shut = trio.CancelScope()
 
         async def boot(task_status: trio.TaskStatus[None]) -> None:
             log = served.deps.logs.open(row.id, row.name)
-            pump = ConsolePump(host, output, log, BOOT, tell=serial.feed)
+            pump = ConsolePump(host, output, log, BOOT, feed=serial.feed)
             with shut, pump, serial.fed_by(pump):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(pump.follow)

@@ -22,7 +22,7 @@ from tests.templates.test_store import KEY, add
 from volant.images import ANYWHERE, ArtifactCache, Origins, _artifacts, _store, _users, artifact_path, fetch
 from volant.journal import LogEntry
 from volant.model import Artifact
-from volant.templates import BuildDoors, _actor
+from volant.templates import TemplateBuilder
 
 LIMIT = 2**20
 
@@ -139,10 +139,10 @@ async def test_disks_and_databases_without_a_vm_go_only_when_they_are_named(serv
 
 @pytest.fixture
 async def unswept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
-    async def sweep(doors: BuildDoors) -> None:
-        await doors.host.files.mkdir(doors.store.directory)
+    async def sweep(builder: TemplateBuilder) -> None:
+        await builder._host.files.mkdir(builder._store.directory)
 
-    monkeypatch.setattr(_actor, "sweep", sweep)
+    monkeypatch.setattr(TemplateBuilder, "sweep", sweep)
     async with api(tmp_path) as running:
         yield running
 
@@ -151,7 +151,7 @@ async def test_templates_go_unless_a_clone_of_them_runs_or_they_have_served_late
     unswept: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = unswept
-    store = served.deps.vms.doors.templates
+    store = served.deps.vms.templates.template_store
     used, idle = KEY, msgspec.structs.replace(KEY, cmdline="idle")
     for key in (used, idle):
         await add(store, key)

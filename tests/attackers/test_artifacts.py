@@ -171,7 +171,7 @@ async def test_everybody_can_name_files_below_artifact_dirs_and_no_link_leads_ou
     (images / "link").symlink_to(secret)
     (images / "up").symlink_to("..")
     async with daemon(root, Origins((images,))) as (running, _):
-        artifacts = running.vms.doors.artifacts
+        artifacts = running.deps.vms.artifacts
         for number, named in enumerate((images / "site", images / "link", images / "up/shadow", images / "none")):
             status, _, answer = await ask(
                 running.server.port, "POST", "/api/v1/plugins", manifest(named, name=f"p{number}")

@@ -27,7 +27,7 @@ from volant.hypervisor.qemu._probe import qemu_version
 from volant.images import Image
 from volant.model import BootMode, CreateVm, Manifest, VmRow
 from volant.vm import VmSettings
-from volant.vm._steps import machine_spec
+from volant.vm._machine_spec import machine_spec
 
 from ._figure import Figure, Pairs
 from ._libvirt import libvirt

@@ -36,7 +36,8 @@ from volant.hypervisor import MachineSpec
 from volant.journal import CommitSteps, CreateRow, Journal, Store
 from volant.model import AgentAnswered, CreateVm, ImageReady, Launched, ProcessIdentity, Seen, Woke, decide
 from volant.vm import VmSettings, instance_of
-from volant.vm._steps import CUSTOM_IMAGE, machine_spec, tag_of
+from volant.vm._machine_spec import CUSTOM_IMAGE, machine_spec
+from volant.vm._tags import tag_of
 
 from ._world import listening
 

@@ -295,8 +295,8 @@ class Life:
                 if row.reason is not None and row.reason.code == "control_lost":
                     await self.world.request("POST", f"/api/v1/vms/{row.name}/recover")
             restless = [row for row in rows if not settled(row)]
-            copying = daemon.vms.doors.checkpoints.inspect()
-            refilling = daemon.vms.doors.warm_pool.lacks()
+            copying = daemon.vms.copies.inspect()
+            refilling = daemon.vms.warm_pool.lacks()
             if restless or daemon.health() != "ok" or _builds(daemon) or copying or refilling:
                 rests_since = trio.current_time()
             elif trio.current_time() - rests_since >= AFTERMATH_S:
@@ -318,7 +318,7 @@ class Life:
             operator.check(rows)
         running = {qemu.tag: qemu for qemu in world.machine.running()}
         owned = {row.tag for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)}
-        pool = daemon.vms.doors.warm_pool.tags
+        pool = daemon.vms.warm_pool.tags
         assert set(running) == owned | pool, "hypervisors and VMs that run, or processes that wait, are not the same"
         assert len(pool) <= STANDBYS, f"too many wait: {pool}"
         for row in rows.values():
@@ -374,7 +374,7 @@ class Life:
         assert not halves, f"half-made templates are left: {halves}"
         standby = self.world.settings.runtime_dir / "standby"
         waiting = set(files.names(standby)) if files.find(standby) else set()
-        pool = self.world.daemon.vms.doors.warm_pool.tags if self.world.runs else set()
+        pool = self.world.daemon.vms.warm_pool.tags if self.world.runs else set()
         assert waiting == {tag.rpartition(".")[2] for tag in pool}, f"{waiting} are left of processes that waited"
         built = self.world.settings.runtime_dir / "templates"
         assert not files.find(built) or not files.names(built), files.names(built)
@@ -398,7 +398,7 @@ class Life:
         """Nothing runs that no VM owns, and nobody keeps a turn to boot."""
         answer = await self.world.request("GET", "/api/v1/system/orphans")
         assert (answer.status, answer.json()) == (200, []), answer
-        turns = self.world.daemon.vms.doors.boot_slots.statistics()
+        turns = self.world.daemon.vms.slots.cold.statistics()
         assert (turns["booting"], turns["waiting"]) == (0, 0), turns
 
     async def _check_logs(self) -> None:
@@ -451,7 +451,7 @@ class Life:
         for name in list(self.world.daemon.store.projection.snapshots):
             answer = await self.world.request("DELETE", f"/api/v1/snapshots/{name}")
             assert answer.status == 204, answer
-        pool = self.world.daemon.vms.doors.warm_pool.tags
+        pool = self.world.daemon.vms.warm_pool.tags
         assert {qemu.tag for qemu in self.world.machine.running()} == pool
         self._check_files(set(), set())
         self._check_networks([], {})
@@ -543,7 +543,7 @@ def _owner(qemu: SimQemu) -> str:
 
 def _builds(daemon: Any) -> bool:
     """Whether a template is being built, or waits for it."""
-    builder = daemon.vms.doors.builder.inspect().get("actor") or {}
+    builder = daemon.vms.templates.inspect().get("actor") or {}
     return bool(builder.get("building") or builder.get("waiting"))
 
 

@@ -12,7 +12,7 @@ import pytest
 from actors.testing import Simulation, simulate
 from tests.simulated import World, simulated_world
 from tests.simulated.memory import SimMachine
-from volant.vm._memory import OVERHEAD_MB
+from volant.vm._capacity import OVERHEAD_MB
 
 JSON = {"content-type": "application/json"}
 

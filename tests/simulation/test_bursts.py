@@ -73,7 +73,7 @@ def test_a_burst_of_creations_boots_some_at_a_time_and_none_is_late(tmp_path: Pa
         assert inspected["actor"]["actor"]["turn"]["state"] == "waiting"
         assert inspected["actor"]["actor"]["turn"]["ahead"] > VMS / 2
         assert await all_run(world, VMS, 600) == AT_ONCE
-        assert world.daemon.vms.doors.boot_slots.statistics() == {"limit": AT_ONCE, "booting": 0, "waiting": 0}
+        assert world.daemon.vms.slots.cold.statistics() == {"limit": AT_ONCE, "booting": 0, "waiting": 0}
 
     live(tmp_path, story)
 

@@ -128,7 +128,7 @@ def test_a_state_with_other_bytes_is_refused_whatever_stat_says_of_it(tmp_path: 
         files.file(directory / "state").data[-1:] = b" "
         record = files.file(directory / "capture.json").data
         said = json.loads(bytes(record))
-        said["fingerprints"]["state"] = world.daemon.vms.doors.host.files.fingerprint(directory / "state")
+        said["fingerprints"]["state"] = world.daemon.host.files.fingerprint(directory / "state")
         record[:] = json.dumps(said).encode()
         vm = await restore(world, "no")
         assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_damaged")
@@ -172,10 +172,10 @@ def test_a_command_ends_a_copy_that_is_under_way_and_nothing_is_left_of_it(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(copy)
             await stands_still(qemu)
-            assert world.daemon.vms.doors.checkpoints.inspect()
+            assert world.daemon.vms.copies.inspect()
             nursery.start_soon(world.request, method, f"{VMS}/{path}")
             await trio.sleep(1)
-            assert not world.daemon.vms.doors.checkpoints.inspect()
+            assert not world.daemon.vms.copies.inspect()
             assert (qemu.status == "paused") == (status == "paused"), "the guest can be asked to end"
         if status is not None:
             vm = (await world.request("GET", f"{VMS}/demo?wait={status}&timeout=2m")).json()

@@ -13,7 +13,7 @@ from actors.testing import Simulation, simulate
 from tests.simulated import World, simulated_world
 from tests.simulated.guest import SimGuest
 from tests.simulated.qemu import SimQemu
-from volant.vm._network import HOSTS_AT_ONCE
+from volant.vm._hosts_entries import HOSTS_AT_ONCE
 
 JSON = {"content-type": "application/json"}
 VMS = "/api/v1/vms"

@@ -75,7 +75,7 @@ def test_whenever_it_is_killed_the_next_daemon_goes_on_at_once(tmp_path: Path, k
                 # The pool has its first process once a VM was made of the template.
                 await world.request("POST", VMS, {**NEW, "name": "second"}, JSON)
                 await trio.sleep(20)
-                assert world.daemon.vms.doors.warm_pool.tags
+                assert world.daemon.vms.warm_pool.tags
             if kind == "restore":
                 answer = await world.request("POST", f"{VMS}/first/snapshots", {"name": "warm"}, JSON)
                 assert answer.status == 201, answer.body

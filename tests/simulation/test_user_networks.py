@@ -68,7 +68,7 @@ def test_whenever_the_daemon_is_killed_the_hypervisor_is_connected(tmp_path: Pat
                 await world.request("POST", VMS, {**NEW, "name": "second"}, JSON)
                 await wait_running(world, "second", 60)
                 await trio.sleep(20)
-                assert world.daemon.vms.doors.warm_pool.tags
+                assert world.daemon.vms.warm_pool.tags
             kept = the_one(world, first)
 
             if kind == "fork":
@@ -115,7 +115,7 @@ def test_a_launch_connects_once(tmp_path: Path, kind: str) -> None:
                 await world.request("POST", VMS, {**NEW, "name": name}, JSON)
                 await wait_running(world, name, 60)
                 await trio.sleep(30)
-            assert world.daemon.vms.doors.warm_pool.tags
+            assert world.daemon.vms.warm_pool.tags
             if kind == "clone":
                 # It takes over the process that waits, and the next one finds none.
                 assert (await world.request("POST", VMS, {**NEW, "name": "taker"}, JSON)).status == 201

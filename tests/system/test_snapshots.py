@@ -206,10 +206,10 @@ _checkpoint.Checkpointer._save = hang
 """
 HANGS_BEFORE_A_COPY_IS_SOMEBODY = """
 import trio
-from volant.vm import _actor
-async def hang(self):
+from volant.vm import _steps
+async def hang(self, row):
     await trio.sleep_forever()
-_actor.VmActor._await_agent = hang
+_steps.Steps._await_agent = hang
 """
 
 

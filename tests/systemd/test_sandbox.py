@@ -6,7 +6,7 @@ from tests.system.kit import boot, run, until
 from tests.systemd.kit import Box
 from volant.daemon._settings import parse_uids
 from volant.model import ForkVm
-from volant.vm._memory import CEILING_MB
+from volant.vm._capacity import CEILING_MB
 
 
 async def test_hypervisors_are_sandboxed_and_limited_and_can_be_copied(box: Box) -> None:

@@ -1,4 +1,4 @@
-"""Who builds templates does one at a time, gives up on none for ever, and leaves nothing behind."""
+"""The actor `templates` builds one template at a time, retries failed ones, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from volant.hypervisor.qemu import QemuHypervisor
 from volant.journal import Projection
 from volant.model import Drain, Problem, TemplateView
 from volant.templates import (
-    BuildDoors,
+    TemplateBuilder,
     TemplateFailed,
     Templates,
     TemplateSpec,
@@ -51,7 +51,7 @@ class Builder:
         self.under_way = False
         self.may_end = trio.Event()
 
-    async def build(self, doors: BuildDoors, template_spec: TemplateSpec) -> None:
+    async def build(self, builder: TemplateBuilder, spec: TemplateSpec) -> None:
         self.begun += 1
         self.under_way = True
         try:
@@ -60,13 +60,13 @@ class Builder:
             self.under_way = False
         if self.outcome is not None:
             raise self.outcome
-        await add(doors.store, template_spec.key)
+        await add(builder._store, spec.key)
 
 
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
     builder = Builder()
-    monkeypatch.setattr(_actor, "build", builder.build)
+    monkeypatch.setattr(TemplateBuilder, "build", lambda real, spec: builder.build(real, spec))
     monkeypatch.setattr(_actor, "_QUIET_S", 0.0)
     return builder
 
@@ -80,18 +80,18 @@ async def standing(
     projection: Projection | None = None,
 ) -> AsyncIterator[Ref[Any]]:
     host = Host()
-    doors = BuildDoors(
-        host=host,
-        hypervisor=QemuHypervisor(host, tmp_path / "c", accelerator="tcg"),
-        store=TemplateStore(host, tmp_path / "t", enabled=enabled),
-        boot_slots=boot_slots or BootLimiter(1),
-        projection=Projection() if projection is None else projection,
-        instance="volant-test",
-        runtime_dir=tmp_path / "r",
-        memory_dir=tmp_path / "mem",
-    )
-    warm_pool = WarmPool(doors, WarmPoolLimits(), quiet=lambda: True)
-    child = Child("templates", lambda: Templates(doors, warm_pool, max_bytes=2**30, max_age=timedelta(days=1)))
+    hypervisor = QemuHypervisor(host, tmp_path / "c", accelerator="tcg")
+    store = TemplateStore(host, tmp_path / "t", enabled=enabled)
+    projection = Projection() if projection is None else projection
+    places: Any = {"instance": "volant-test", "runtime_dir": tmp_path / "r", "memory_dir": tmp_path / "mem"}
+    build = TemplateBuilder(host, hypervisor, store, **places)
+    pool = WarmPool(host, hypervisor, store, projection, WarmPoolLimits(), quiet=lambda: True, **places)
+    slots = boot_slots or BootLimiter(1)
+
+    def templates() -> Templates:
+        return Templates(host, store, build, pool, slots, projection, max_bytes=2**30, max_age=timedelta(days=1))
+
+    child = Child("templates", templates)
     async with open_system(Supervisor(ONE_FOR_ONE, intensity=1, period_s=60, children=[child])):
         yield child.ref
 
@@ -107,7 +107,7 @@ async def until(ref: Ref[Any], state: str) -> TemplateView:
     return found[0]
 
 
-async def test_what_is_wanted_often_is_built_once(tmp_path: Path, builder: Builder) -> None:
+async def test_a_template_wanted_often_is_built_once(tmp_path: Path, builder: Builder) -> None:
     async with standing(tmp_path) as ref:
         for _ in range(3):
             ref.tell(Wanted(SPEC))
@@ -124,7 +124,7 @@ async def test_what_is_wanted_often_is_built_once(tmp_path: Path, builder: Build
         assert caught.value.status == 404
 
 
-async def test_who_asks_for_one_that_fails_is_told_why_and_others_pause(tmp_path: Path, builder: Builder) -> None:
+async def test_a_failed_build_is_reported_and_retried_after_a_pause(tmp_path: Path, builder: Builder) -> None:
     builder.outcome = TemplateFailed("guest_ended", "the guest panicked")
     builder.may_end.set()
     async with standing(tmp_path) as ref:
@@ -139,7 +139,7 @@ async def test_who_asks_for_one_that_fails_is_told_why_and_others_pause(tmp_path
         assert (await ref.ask(Build(SPEC), timeout_s=5)).state == "ready", "a person need not wait"
 
 
-async def test_a_template_whose_clone_failed_goes(tmp_path: Path, builder: Builder) -> None:
+async def test_a_template_whose_clone_failed_is_removed(tmp_path: Path, builder: Builder) -> None:
     builder.may_end.set()
     async with standing(tmp_path) as ref:
         await ref.ask(Build(SPEC), timeout_s=5)
@@ -148,7 +148,7 @@ async def test_a_template_whose_clone_failed_goes(tmp_path: Path, builder: Build
         assert not list((tmp_path / "t").iterdir())
 
 
-async def test_where_there_are_none_nobody_waits_for_one(tmp_path: Path, builder: Builder) -> None:
+async def test_nothing_is_built_when_templates_are_off(tmp_path: Path, builder: Builder) -> None:
     async with standing(tmp_path, enabled=False) as ref:
         ref.tell(Wanted(SPEC))
         with pytest.raises(Problem) as caught:
@@ -156,7 +156,7 @@ async def test_where_there_are_none_nobody_waits_for_one(tmp_path: Path, builder
         assert (caught.value.status, builder.begun) == (409, 0)
 
 
-async def test_a_build_has_its_turn_behind_all_vms_that_wait(tmp_path: Path, builder: Builder) -> None:
+async def test_a_build_waits_for_a_slot_behind_all_vms(tmp_path: Path, builder: Builder) -> None:
     boot_slots = BootLimiter(1)
     await boot_slots.acquire(1)
     builder.may_end.set()
@@ -177,7 +177,7 @@ async def test_a_build_has_its_turn_behind_all_vms_that_wait(tmp_path: Path, bui
         assert boot_slots.statistics() == {"limit": 1, "booting": 0, "waiting": 0}
 
 
-async def test_a_build_that_hangs_holds_up_nobody_for_ever(
+async def test_a_build_that_hangs_releases_its_slot(
     tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_actor, "_SLOT_S", 0.05)
@@ -190,7 +190,7 @@ async def test_a_build_that_hangs_holds_up_nobody_for_ever(
         assert builder.under_way
 
 
-async def test_no_build_goes_on_while_the_daemon_drains(tmp_path: Path, builder: Builder) -> None:
+async def test_no_build_runs_while_the_daemon_drains(tmp_path: Path, builder: Builder) -> None:
     projection = Projection()
     drain = Drain(since=datetime.now(UTC))
     boot_slots = BootLimiter(1, projection)
@@ -232,7 +232,7 @@ async def test_a_build_gives_way_to_a_vm_that_lacks_memory(tmp_path: Path, build
         assert builder.begun == 1, "it was tried a moment ago"
 
 
-async def test_what_an_earlier_life_has_left_is_swept_away(tmp_path: Path, builder: Builder) -> None:
+async def test_files_of_an_interrupted_build_are_removed(tmp_path: Path, builder: Builder) -> None:
     del builder
     for path in (tmp_path / "t" / f"{KEY.digest}.new", tmp_path / "r" / "templates" / "x", tmp_path / "mem"):
         path.mkdir(parents=True)
@@ -246,9 +246,7 @@ async def test_what_an_earlier_life_has_left_is_swept_away(tmp_path: Path, build
     assert other.exists()
 
 
-async def test_what_is_left_on_the_disk_is_swept_away_where_memory_is_as_a_reboot_leaves_it(
-    tmp_path: Path, builder: Builder
-) -> None:
+async def test_files_on_the_disk_are_removed_after_a_reboot(tmp_path: Path, builder: Builder) -> None:
     del builder
     left = tmp_path / "t" / f"{KEY.digest}.new"
     left.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A template is whole and untouched, or it is not given out."""
+"""The template store returns whole and untouched templates only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def add(store: TemplateStore, key: TemplateKey, size: int = 8192) -> Path:
 
 
 def fresh_store(tmp_path: Path) -> TemplateStore:
-    """As after a restart: nothing is known by heart."""
+    """A store that has read no template yet, as after a restart."""
     return TemplateStore(Host(), tmp_path / "t")
 
 
@@ -48,17 +48,17 @@ def fresh_store(tmp_path: Path) -> TemplateStore:
         {"config": GuestConfig({"name": "a"}, {})},
     ],
 )
-def test_everything_that_a_guest_follows_from_is_in_the_name(other: dict[str, object]) -> None:
+def test_everything_that_determines_a_guest_is_in_the_digest(other: dict[str, object]) -> None:
     assert msgspec.structs.replace(KEY, **other).digest != KEY.digest
 
 
-def test_the_order_of_an_environment_is_not() -> None:
+def test_the_order_of_an_environment_is_not_in_the_digest() -> None:
     one = msgspec.structs.replace(KEY, config=GuestConfig({}, {"env": {"a": "1", "b": "2"}}))
     two = msgspec.structs.replace(KEY, config=GuestConfig({}, {"env": {"b": "2", "a": "1"}}))
     assert one.digest == two.digest
 
 
-async def test_what_was_added_is_found_also_by_a_successor(tmp_path: Path) -> None:
+async def test_an_added_template_is_found_also_after_a_restart(tmp_path: Path) -> None:
     store = fresh_store(tmp_path)
     assert await store.find(KEY, KEY.digest) is None
     key = msgspec.structs.replace(
@@ -95,7 +95,7 @@ def garble(directory: Path) -> None:
 
 
 def flip(directory: Path) -> None:
-    """A bit, without a trace in what `stat` says."""
+    """Flips a bit, without a trace in what `stat` says."""
     state = directory / "state"
     before = state.stat()
     data = bytearray(state.read_bytes())
@@ -113,7 +113,7 @@ def flip(directory: Path) -> None:
         *((damage, True) for damage in (truncate, touch, replace, lose)),
     ],
 )
-async def test_what_was_touched_is_removed_and_not_given_out(
+async def test_a_template_that_was_touched_is_removed(
     tmp_path: Path, damage: Callable[[Path], None], known: bool
 ) -> None:
     store = fresh_store(tmp_path)
@@ -126,7 +126,7 @@ async def test_what_was_touched_is_removed_and_not_given_out(
     assert not directory.exists()
 
 
-async def test_halves_are_swept_away_and_whole_ones_are_not(tmp_path: Path) -> None:
+async def test_a_sweep_removes_half_made_templates_only(tmp_path: Path) -> None:
     store = fresh_store(tmp_path)
     directory = await add(store, KEY)
     for name in ("f" * 32 + ".new", "e" * 32, "something"):
@@ -136,7 +136,7 @@ async def test_halves_are_swept_away_and_whole_ones_are_not(tmp_path: Path) -> N
     assert [path.name for path in store.directory.iterdir()] == [directory.name]
 
 
-async def test_the_least_used_goes_first_when_there_is_too_much(tmp_path: Path) -> None:
+async def test_the_least_recently_used_template_is_evicted_first(tmp_path: Path) -> None:
     store = fresh_store(tmp_path)
     keys = [msgspec.structs.replace(KEY, cmdline=str(number)) for number in range(3)]
     for key in keys:
@@ -149,7 +149,7 @@ async def test_the_least_used_goes_first_when_there_is_too_much(tmp_path: Path) 
     assert set(await store.all()) == {keys[0].digest}
 
 
-async def test_what_nobody_uses_goes_in_time(tmp_path: Path) -> None:
+async def test_an_unused_template_is_evicted(tmp_path: Path) -> None:
     store = fresh_store(tmp_path)
     directory = await add(store, KEY)
     await store.evict(max_bytes=2**30, max_age=DAY)

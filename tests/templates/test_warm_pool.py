@@ -1,4 +1,4 @@
-"""A process that waits is the pool's until a row names it, and none is left that nobody owns."""
+"""A warm process belongs to the pool until a row names it, and none is left without an owner."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec, Nic
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
 from volant.templates import (
-    BuildDoors,
     Claim,
     GuestConfig,
     TemplateFailed,
@@ -30,7 +29,6 @@ from volant.templates import (
     WarmProcess,
 )
 from volant.templates._warm_pool import Use, claim_in, wanted
-from volant.vm import BootLimiter
 
 
 def template_spec(memory_mb: int = 128, config: GuestConfig | None = None, *, has_nic: bool = False) -> TemplateSpec:
@@ -47,7 +45,7 @@ def template_spec(memory_mb: int = 128, config: GuestConfig | None = None, *, ha
 
 
 class Hypervisor(QemuHypervisor):
-    """Instead of a machine, a process that sleeps."""
+    """Launches a process that sleeps instead of a machine."""
 
     refuses = False
     hangs = False
@@ -74,7 +72,7 @@ class Hypervisor(QemuHypervisor):
 
 @dataclass
 class Row:
-    """As much of a VM's row as the pool asks for."""
+    """The part of a VM's row that the pool reads."""
 
     tag: str
 
@@ -102,19 +100,26 @@ class Pool:
         self.quiet = True
         self.warmed: list[str] = []
         self.cold: Exception | None = None
-        self.doors = BuildDoors(
-            host=self.host,
-            hypervisor=self.hypervisor,
-            store=TemplateStore(self.host, path / "templates"),
-            boot_slots=BootLimiter(1),
-            projection=self.rows,  # type: ignore[arg-type]
-            instance=self.host.random.new_id()[:10],
-            runtime_dir=path / "r",
-            memory_dir=path / "mem",
-        )
-        self.warm_pool = WarmPool(self.doors, limits, quiet=lambda: self.quiet, warm_up=self.warm_up)
+        self.store = TemplateStore(self.host, path / "templates")
+        self.instance = self.host.random.new_id()[:10]
+        self.runtime_dir = path / "r"
+        self.warm_pool = self.new(limits)
 
-    async def warm_up(self, doors: BuildDoors, spec: MachineSpec, identity: ProcessIdentity) -> None:
+    def new(self, limits: WarmPoolLimits) -> WarmPool:
+        return WarmPool(
+            self.host,
+            self.hypervisor,
+            self.store,
+            self.rows,
+            limits,
+            instance=self.instance,
+            runtime_dir=self.runtime_dir,
+            memory_dir=self.path / "mem",
+            quiet=lambda: self.quiet,
+            warm_up=self.warm_up,
+        )
+
+    async def warm_up(self, host: Host, hypervisor: object, spec: MachineSpec, identity: ProcessIdentity) -> None:
         """A process that sleeps is warm at once."""
         self.warmed.append(spec.tag)
         if self.cold is not None:
@@ -126,7 +131,7 @@ class Pool:
                 await trio.sleep(0.01)
 
     async def looked(self) -> None:
-        """Return once it has looked, long enough after the last claim, whether one may be started."""
+        """Returns once the pool has checked, long enough after the last claim, whether a process may start."""
         asked, ask = trio.Event(), self.warm_pool.quiet
 
         def quiet() -> bool:
@@ -149,11 +154,11 @@ class Pool:
         return standby
 
     async def processes(self) -> set[str]:
-        return {each.tag for each in await self.host.processes.scan(f"volant-{self.doors.instance}-")}
+        return {each.tag for each in await self.host.processes.scan(f"volant-{self.instance}-")}
 
     def spec(self, standby: WarmProcess, vm_id: int) -> MachineSpec:
-        directory = self.doors.runtime_dir / "vms" / str(vm_id)
-        spec = self.warm_pool._spec(template_spec(), standby.tag)
+        directory = self.runtime_dir / "vms" / str(vm_id)
+        spec = self.warm_pool._machine(template_spec(), standby.tag)
         return msgspec.structs.replace(spec, vm_id=vm_id, name="vm", directory=directory, start_paused=False)
 
 
@@ -161,7 +166,7 @@ class Pool:
 async def standing(path: Path, limits: WarmPoolLimits | None = None) -> AsyncIterator[Pool]:
     """A pool that has a template."""
     pool = Pool(path, limits or WarmPoolLimits(each=1))
-    await add(pool.doors.store, KEY)
+    await add(pool.store, KEY)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pool.warm_pool.keep)
@@ -170,13 +175,13 @@ async def standing(path: Path, limits: WarmPoolLimits | None = None) -> AsyncIte
         left = await pool.processes()
         assert left == set(pool.rows.tags), "a pool that stops leaves what rows name and nothing else"
     finally:
-        for identity in await pool.host.processes.scan(f"volant-{pool.doors.instance}-"):
+        for identity in await pool.host.processes.scan(f"volant-{pool.instance}-"):
             with pool.host.processes.open(identity) as process:
                 process.kill()
                 await process.wait()
 
 
-def test_the_newest_use_comes_first_as_far_as_the_memory_goes() -> None:
+def test_the_most_recently_used_templates_get_processes_within_the_memory_limit() -> None:
     small, large = template_spec(128), template_spec(512)
     uses = {"a": Use(small, 10.0), "b": Use(large, 20.0), "c": Use(small, 5.0)}
     assert wanted(uses, 21.0, WarmPoolLimits(each=2, max_mb=1200)) == {"b": 2, "a": 1}
@@ -186,7 +191,7 @@ def test_the_newest_use_comes_first_as_far_as_the_memory_goes() -> None:
     assert wanted(uses, 106.0, WarmPoolLimits(each=1, idle_s=100.0)) == {"b": 1, "a": 1}
 
 
-def test_one_is_idle_to_the_very_moment() -> None:
+def test_idle_time_has_no_rounding_gap() -> None:
     limits, rounded = WarmPoolLimits(each=1, idle_s=40.0), 0
     for number in range(1000):
         use = Use(template_spec(), 100 / 3 * number)
@@ -196,7 +201,7 @@ def test_one_is_idle_to_the_very_moment() -> None:
     assert rounded, "none of these is one of those that once were idle to the clock and not to the pool"
 
 
-async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: Path) -> None:
+async def test_a_used_template_gets_a_process_that_a_vm_claims(tmp_path: Path) -> None:
     async with standing(tmp_path) as pool:
         assert pool.warm_pool.take(7, template_spec()) is None
         await pool.filled()
@@ -215,9 +220,7 @@ async def test_one_waits_once_its_template_was_used_and_becomes_a_vm(tmp_path: P
 
 
 @pytest.mark.parametrize("behind", [{"tap": "v7"}, {"socket": Path("/run/volant/net/7.sock")}])
-async def test_one_with_a_nic_waits_for_a_vm_with_one_and_is_given_its_own_at_the_claim(
-    tmp_path: Path, behind: dict[str, Any]
-) -> None:
+async def test_a_process_with_a_nic_gets_the_vms_at_the_claim(tmp_path: Path, behind: dict[str, Any]) -> None:
     async with standing(tmp_path, WarmPoolLimits(each=1)) as pool:
         with_nic = template_spec(has_nic=True)
         pool.warm_pool.take(7, with_nic)
@@ -236,7 +239,7 @@ async def test_one_with_a_nic_waits_for_a_vm_with_one_and_is_given_its_own_at_th
         assert await claim_in(pool.host, spec.directory) == Claim(1, "vm", "", nic), "no command line says it"
 
 
-async def test_one_waits_once_its_guest_has_rehearsed_unless_a_workload_runs_in_it(tmp_path: Path) -> None:
+async def test_a_guest_rehearses_unless_a_workload_runs_in_it(tmp_path: Path) -> None:
     with_workload = template_spec(config=GuestConfig({"name": "browser"}, {"command": ["/browser"]}))
     async with standing(tmp_path, WarmPoolLimits(each=1)) as pool:
         pool.warm_pool.take(1, template_spec())
@@ -248,21 +251,19 @@ async def test_one_waits_once_its_guest_has_rehearsed_unless_a_workload_runs_in_
 
 
 @pytest.mark.parametrize("error", [TemplateFailed("agent_timeout", "it sleeps"), HypervisorError("it hangs")])
-async def test_one_that_does_not_answer_is_ended_and_none_is_started_for_a_while(
-    tmp_path: Path, error: Exception
-) -> None:
+async def test_a_guest_that_does_not_answer_is_ended_and_the_next_one_delayed(tmp_path: Path, error: Exception) -> None:
     async with standing(tmp_path) as pool:
         pool.cold = error
         pool.warm_pool.take(1, template_spec())
         await pool.until(lambda: pool.warm_pool.figures.failed_starts == 1)
-        await pool.until(lambda: not list((pool.doors.runtime_dir / "standby").iterdir()))
+        await pool.until(lambda: not list((pool.runtime_dir / "standby").iterdir()))
         assert not await pool.processes()
         pool.warm_pool.take(1, template_spec())
         await pool.until(lambda: pool.warm_pool._wake.statistics().tasks_waiting == 1)
         assert len(pool.warmed) == 1
 
 
-async def test_what_was_taken_and_not_claimed_is_ended(tmp_path: Path) -> None:
+async def test_a_process_that_was_taken_and_not_claimed_is_ended(tmp_path: Path) -> None:
     async with standing(tmp_path, WarmPoolLimits(each=2)) as pool:
         pool.warm_pool.take(1, template_spec())
         await pool.filled(2)
@@ -271,13 +272,11 @@ async def test_what_was_taken_and_not_claimed_is_ended(tmp_path: Path) -> None:
         assert pool.warm_pool.settle(1, "volant-another-1.1") is None
         await pool.warm_pool.clear(2)
         assert two.tag not in await pool.processes()
-        await pool.until(
-            lambda: not pool.host.files.exists(pool.doors.runtime_dir / "standby" / one.tag.rpartition(".")[2])
-        )
+        await pool.until(lambda: not pool.host.files.exists(pool.runtime_dir / "standby" / one.tag.rpartition(".")[2]))
         assert await pool.processes() == set()
 
 
-async def test_a_claim_that_fails_leaves_nothing_of_it(tmp_path: Path) -> None:
+async def test_a_failed_claim_leaves_nothing(tmp_path: Path) -> None:
     async with standing(tmp_path) as pool:
         pool.warm_pool.take(1, template_spec())
         await pool.filled()
@@ -289,7 +288,7 @@ async def test_a_claim_that_fails_leaves_nothing_of_it(tmp_path: Path) -> None:
         assert (pool.warm_pool.figures.claimed, pool.warm_pool.figures.failed_claims) == (0, 1)
 
 
-async def test_none_is_started_beside_a_boot_in_a_drain_or_where_memory_is_short(
+async def test_no_process_starts_during_a_boot_or_a_drain_or_without_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with standing(tmp_path) as pool:
@@ -307,12 +306,10 @@ async def test_none_is_started_beside_a_boot_in_a_drain_or_where_memory_is_short
         monkeypatch.setattr(pool.host.machine, "memory_available_mb", lambda: 100)
         pool.warm_pool._wake.set()
         await pool.filled(0)
-        await pool.until(lambda: not list((pool.doors.runtime_dir / "standby").iterdir()))
+        await pool.until(lambda: not list((pool.runtime_dir / "standby").iterdir()))
 
 
-async def test_a_host_without_descriptors_makes_the_pool_wait_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_pool_survives_a_host_without_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with standing(tmp_path) as pool:
         refusals = [OSError(errno.EMFILE, "Too many open files")]
         available_mb = pool.host.machine.memory_available_mb
@@ -328,14 +325,14 @@ async def test_a_host_without_descriptors_makes_the_pool_wait_and_nothing_else(
         assert not refusals
 
 
-async def test_they_go_with_their_template_with_the_time_and_when_they_die(tmp_path: Path) -> None:
+async def test_processes_end_with_their_template_when_idle_and_when_they_die(tmp_path: Path) -> None:
     async with standing(tmp_path, WarmPoolLimits(each=1, idle_s=3.0)) as pool:
         pool.warm_pool.take(1, template_spec())
         await pool.filled()
         await pool.filled(0)
         pool.warm_pool.take(1, template_spec())
         await pool.filled()
-        await pool.doors.store.remove(template_spec().digest)
+        await pool.store.remove(template_spec().digest)
         assert not pool.warm_pool.tags
         pool.warm_pool.take(1, template_spec())
         await pool.filled()
@@ -348,7 +345,7 @@ async def test_they_go_with_their_template_with_the_time_and_when_they_die(tmp_p
         assert pool.warm_pool.figures.died == 1
 
 
-async def test_the_next_daemon_ends_those_that_wait_and_no_other(tmp_path: Path) -> None:
+async def test_the_next_daemon_ends_unclaimed_processes_only(tmp_path: Path) -> None:
     async with standing(tmp_path, WarmPoolLimits(each=3)) as pool:
         pool.warm_pool.take(1, template_spec())
         await pool.filled(3)
@@ -360,7 +357,7 @@ async def test_the_next_daemon_ends_those_that_wait_and_no_other(tmp_path: Path)
         stray = tmp_path / "standby" / "0123.qcow2"
         stray.parent.mkdir()
         stray.touch()
-        after = WarmPool(pool.doors, WarmPoolLimits(), quiet=lambda: True)
+        after = pool.new(WarmPoolLimits())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(after.keep)
             await pool.until(lambda: not stray.exists())

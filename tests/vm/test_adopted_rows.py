@@ -1,4 +1,4 @@
-"""A row that is made of a command line is one that makes the same command line: nothing a process needs is lost."""
+"""The row made from a command line gives the same command line: nothing that a process needs is lost."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from volant.model import (
     user_lease,
 )
 from volant.vm import VmSettings
-from volant.vm._orphans import Orphan, _row
-from volant.vm._steps import CUSTOM_IMAGE, machine_spec, tag_of
+from volant.vm._machine_spec import CUSTOM_IMAGE, machine_spec
+from volant.vm._orphans import Orphan, adopted_row
+from volant.vm._tags import tag_of
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 DIGEST = "5" * 64
@@ -69,13 +70,15 @@ def launched(boot: Boot | None, image: str, cmdline: str, **fields: Any) -> VmRo
         (Boot(kernel=Artifact("/srv/k", "2" * 64), initramfs=Artifact("/srv/i", "3" * 64)), CUSTOM_IMAGE),
     ],
 )
-def test_it_needs_what_its_process_has(settings: VmSettings, boot: Boot | None, image: str, cmdline: str) -> None:
+def test_an_adopted_row_gives_the_same_command_line(
+    settings: VmSettings, boot: Boot | None, image: str, cmdline: str
+) -> None:
     before = machine_spec(settings, launched(boot, image, cmdline), "tcg")
     found = parse_argv(build_argv(before, (10, 0)))
     assert found is not None
     identity = ProcessIdentity(4242, 99, "boot", before.tag)
     later = NOW + timedelta(days=1)
-    row = _row(settings, Orphan(identity, 7, 4, found, None), found, found.name, later)
+    row = adopted_row(settings, Orphan(identity, 7, 4, found, None), found, found.name, later)
     assert machine_spec(settings, row, "tcg") == before
     assert (row.kernel_cmdline, row.image, row.boots, row.process) == (cmdline, image, 4, identity)
     assert (row.status, row.created_at) == (Status.RUNNING, later)
@@ -98,7 +101,7 @@ def test_it_needs_what_its_process_has(settings: VmSettings, boot: Boot | None, 
     ],
 )
 @pytest.mark.parametrize("template", [None, "0" * 32])
-def test_it_keeps_its_address(
+def test_an_adopted_row_keeps_its_address(
     settings: VmSettings, network: str, lease: Lease | None, then: str, template: str | None
 ) -> None:
     settings = replace(settings, nameservers=("10.0.0.53",))
@@ -106,6 +109,6 @@ def test_it_keeps_its_address(
     found = parse_argv(build_argv(before, (10, 0)))
     assert found is not None
     identity = ProcessIdentity(4242, 99, "boot", before.tag)
-    row = _row(settings, Orphan(identity, 7, 4, found, None), found, found.name or "demo", NOW)
+    row = adopted_row(settings, Orphan(identity, 7, 4, found, None), found, found.name or "demo", NOW)
     assert (row.network, row.lease) == (then, lease)
     assert machine_spec(settings, row, "tcg").nic == before.nic

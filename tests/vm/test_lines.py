@@ -1,4 +1,4 @@
-"""Lines have exact positions: whoever resumes at one gets the rest, and nothing twice."""
+"""Lines have exact positions: a reader that resumes at one gets the rest, and nothing twice."""
 
 from __future__ import annotations
 

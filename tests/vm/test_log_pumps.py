@@ -1,4 +1,4 @@
-"""What a guest says gets into its log at a limited rate, whatever it says, so that the daemon has time for others."""
+"""Any output of a guest gets into its log at a limited rate, so that the daemon has time for others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from volant.vm._lines import piece_of
 from volant.vm._output import pump_output
 
 LONGEST_S = 0.1
-"""How long the scheduler may be kept from others; one piece takes some milliseconds of an idle machine."""
+"""How long the event loop may be blocked; a piece takes some milliseconds of an idle machine."""
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ FLOODS = {"line feeds": b"\n" * 131072, "no text": b"\xff" * 131072, "zeros": by
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_garbage")
 @pytest.mark.parametrize("what", FLOODS)
-async def test_output_of_any_kind_keeps_the_daemon_from_nobody(log: VmLog, what: str) -> None:
+async def test_no_output_blocks_the_event_loop(log: VmLog, what: str) -> None:
     turns: list[float] = []
     output = Output(4, FLOODS[what])
     with trio.fail_after(60):
@@ -128,7 +128,7 @@ def test_pieces_have_a_bounded_number_of_lines_and_bytes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_garbage")
-async def test_a_console_of_line_feeds_keeps_the_daemon_from_nobody(log: VmLog, tmp_path: Path) -> None:
+async def test_a_console_of_line_feeds_does_not_block_the_event_loop(log: VmLog, tmp_path: Path) -> None:
     path = tmp_path / "console.log"
     path.write_bytes(b"\r\n" * 200_000)
     turns: list[float] = []
@@ -147,10 +147,10 @@ async def test_a_console_far_ahead_of_its_log_is_cut_and_its_file_stays_small(
     monkeypatch.setattr(_console, "BEHIND_BYTES", 2_000_000)
     path = tmp_path / "console.log"
     path.write_bytes(b"early\n" * 1_000_000 + b"late\n")
-    told: list[bytes] = []
-    with ConsolePump(Host(), path, log, "b", tell=told.append) as pump:
+    fed: list[bytes] = []
+    with ConsolePump(Host(), path, log, "b", feed=fed.append) as pump:
         await pump.drain()
-    assert told[0] == b"\r\n[5000005 bytes of the console are lost]\r\n", "who watches the console knows, too"
+    assert fed[0] == b"\r\n[5000005 bytes of the console are lost]\r\n", "who watches the console knows, too"
     lines = await lines_of(log)
     assert "[5000005 bytes of the console are lost]" in lines[0]
     assert '"late"' in lines[-1]
@@ -160,7 +160,7 @@ async def test_a_console_far_ahead_of_its_log_is_cut_and_its_file_stays_small(
 
 
 @pytest.mark.slow
-async def test_the_end_of_a_console_is_there_in_time_however_much_is_before_it(
+async def test_the_end_of_a_long_console_is_logged_in_time(
     log: VmLog, tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     path = tmp_path / "console.log"
@@ -172,7 +172,7 @@ async def test_the_end_of_a_console_is_there_in_time_however_much_is_before_it(
     assert '"last words"' in (await lines_of(log))[-1]
 
 
-async def test_what_was_lost_is_not_read_again_by_the_next_pump(
+async def test_the_next_pump_does_not_read_dropped_output_again(
     log: VmLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_console, "BEHIND_BYTES", 200_000)

@@ -1,4 +1,4 @@
-"""What a VM takes of memory: the guest may say what it likes, or nothing, and keeps nobody waiting."""
+"""Memory figures of a VM: whatever the guest answers, it delays the host's figures for a moment at most."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ async def refused(row: VmRow, host: Host) -> Problem:
     return caught.value
 
 
-async def test_both_sides_say_what_they_see(autojump_clock: MockClock) -> None:
+async def test_guest_and_host_both_report_memory(autojump_clock: MockClock) -> None:
     found = await measure(Kernel(), ROW, agent({"memory": {"total_mb": 213, "available_mb": 147}, "more": 1}))
     assert (found.memory_mb, found.guest, found.host) == (256, GuestMemory(213, 147), SHOWN)
     assert (await measure(Kernel(), ROW, None)).guest is None
 
 
-async def test_a_guest_that_hangs_holds_the_host_s_figures_up_for_a_moment(autojump_clock: MockClock) -> None:
+async def test_a_guest_that_hangs_delays_the_hosts_figures_for_a_moment_only(autojump_clock: MockClock) -> None:
     began = trio.current_time()
     found = await measure(Kernel(), ROW, agent(None))
     assert (found.guest, found.host) == (None, SHOWN)
@@ -98,12 +98,12 @@ async def test_a_guest_that_hangs_holds_the_host_s_figures_up_for_a_moment(autoj
         {"memory": {"total_mb": 213, "available_mb": 214}},
     ],
 )
-async def test_a_guest_that_talks_nonsense_has_said_nothing(says: Any, autojump_clock: MockClock) -> None:
+async def test_a_guests_nonsense_is_ignored(says: Any, autojump_clock: MockClock) -> None:
     found = await measure(Kernel(), ROW, agent(says))
     assert (found.guest, found.host) == (None, SHOWN)
 
 
-async def test_a_vm_without_a_process_takes_none(autojump_clock: MockClock) -> None:
+async def test_a_vm_without_a_process_takes_no_memory(autojump_clock: MockClock) -> None:
     for row, kernel in (
         (msgspec.structs.replace(ROW, process=None), Kernel()),
         (ROW, Kernel(ProcessGone("it has ended"))),
@@ -113,6 +113,6 @@ async def test_a_vm_without_a_process_takes_none(autojump_clock: MockClock) -> N
 
 
 @pytest.mark.parametrize("why", [PermissionError(13, "Permission denied"), trio.TooSlowError()])
-async def test_a_kernel_that_does_not_tell_is_said_so(why: Exception, autojump_clock: MockClock) -> None:
+async def test_a_kernel_that_does_not_tell_is_reported(why: Exception, autojump_clock: MockClock) -> None:
     problem = await refused(ROW, Kernel(why))
     assert (problem.status, problem.code, problem.vm) == (503, "memory-unknown", "demo")

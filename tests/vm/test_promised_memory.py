@@ -1,4 +1,4 @@
-"""What VMs may take counts in full, whatever they take now."""
+"""Admission counts all the memory that VMs may take, whatever they take now."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from volant.model import BASE, CreateVm, Status, VmRow, new_row
-from volant.vm._memory import OVERHEAD_MB, promised_mb
+from volant.vm._capacity import OVERHEAD_MB, promised_mb
 
 
 def row(vm_id: int, memory_mb: int, **fields: Any) -> VmRow:
@@ -17,7 +17,7 @@ def row(vm_id: int, memory_mb: int, **fields: Any) -> VmRow:
     return msgspec.structs.replace(made, **fields)
 
 
-def test_who_is_up_or_about_to_be_counts_in_full() -> None:
+def test_running_and_starting_vms_count_in_full() -> None:
     up = {"status": Status.RUNNING, "tag": "volant-test"}
     assert promised_mb([]) == 0
     assert promised_mb([row(1, 256)]) == 256 + OVERHEAD_MB, "it will boot"
@@ -27,8 +27,8 @@ def test_who_is_up_or_about_to_be_counts_in_full() -> None:
     assert promised_mb([row(1, 256, **{**up, "status": Status.STOPPING})]) == 256 + OVERHEAD_MB
 
 
-def test_what_the_copies_of_a_fork_began_with_counts_once() -> None:
-    """It lies in memory; a snapshot lies on the disk."""
+def test_the_checkpoint_of_a_fork_counts_once() -> None:
+    """A fork's lies in memory; a snapshot's on the disk."""
     up = {"status": Status.RUNNING, "tag": "volant-test"}
     copies = [row(1, 256, checkpoint="fork-a"), row(2, 256, **up, template="fork-a")]
     assert promised_mb(copies) == 3 * 256 + 2 * OVERHEAD_MB

@@ -1,4 +1,4 @@
-"""Passt beside a hypervisor: an ordinary stop is no warning, and one that died is started again and reported."""
+"""Passt beside a hypervisor: an ordinary stop is no warning; a passt that died is restarted and reported."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import trio
 from tests.model.test_decide import create
 from volant.hypervisor import HypervisorError
 from volant.model import VmRow, user_lease
-from volant.vm import _network
+from volant.vm._network import VmNetworks
 
 
 @dataclass
 class Processes:
-    """Passts that end when they are told to."""
+    """Passt processes that end when a test wants it."""
 
     starts: int = 0
     end: trio.Event = field(default_factory=trio.Event)
@@ -49,13 +49,12 @@ class Processes:
         self.runs = False
 
 
-class Deps:
-    network = None
+class Users:
+    """A hypervisor that runs each VM as the same user."""
 
-    class hypervisor:
-        @staticmethod
-        def user_of(tag: str, vm_id: int) -> int:
-            return 65543
+    @staticmethod
+    def user_of(tag: str, vm_id: int) -> int:
+        return 65543
 
 
 @dataclass
@@ -83,10 +82,8 @@ class Live:
 
 
 @pytest.fixture
-def passts(monkeypatch: pytest.MonkeyPatch) -> Processes:
-    passts = Processes()
-    monkeypatch.setattr(_network, "passt_of", lambda deps: passts)
-    return passts
+def passts() -> Processes:
+    return Processes()
 
 
 @pytest.fixture
@@ -96,10 +93,12 @@ def row() -> VmRow:
 
 async def keep(passts: Processes, row: VmRow, for_s: float, live: Live | None = None) -> None:
     """Runs the loop that a VM's actor has beside its hypervisor for `for_s` seconds."""
-    deps: Any = Deps()
-    watched: Any = live or Live()
+    store: Any = None
+    users: Any = Users()
+    passt: Any = passts
+    machine: Any = (live or Live()).machine
     with trio.move_on_after(for_s):
-        await _network.keep_user_network(deps, row, watched)
+        await VmNetworks(store, users, passt).keep_passt(row, machine)
 
 
 async def test_an_ordinary_stop_is_no_warning(
@@ -112,7 +111,7 @@ async def test_an_ordinary_stop_is_no_warning(
     assert (passts.starts, caplog.messages) == (1, [])
 
 
-async def test_one_that_died_is_started_again_connected_and_reported(
+async def test_a_passt_that_died_is_restarted_connected_and_reported(
     passts: Processes, row: VmRow, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
     passts.runs = passts.connected = True
@@ -125,7 +124,7 @@ async def test_one_that_died_is_started_again_connected_and_reported(
     assert "passt had ended, and was started again" in caplog.text
 
 
-async def test_one_that_runs_and_is_connected_is_left_alone(
+async def test_a_connected_passt_is_left_alone(
     passts: Processes, row: VmRow, autojump_clock: trio.testing.MockClock
 ) -> None:
     """As after a restart of the daemon: a second connection would end the first one."""
@@ -136,7 +135,7 @@ async def test_one_that_runs_and_is_connected_is_left_alone(
     assert (passts.starts, live.connections) == (0, 0)
 
 
-async def test_one_that_a_killed_daemon_has_left_unconnected_is_connected(
+async def test_a_passt_left_unconnected_by_a_killed_daemon_is_connected(
     passts: Processes, row: VmRow, autojump_clock: trio.testing.MockClock
 ) -> None:
     passts.runs = True
@@ -146,7 +145,7 @@ async def test_one_that_a_killed_daemon_has_left_unconnected_is_connected(
     assert (passts.starts, live.connections, passts.connected) == (0, 1, True)
 
 
-async def test_a_hypervisor_that_refuses_the_connection_is_asked_again(
+async def test_a_refused_connection_is_retried(
     passts: Processes, row: VmRow, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
     live = Live(refuses=2)

@@ -1,4 +1,4 @@
-"""What a VM boots from: its plugin's artifacts, else the operator's, else the built image; each part on its own."""
+"""A VM boots from its plugin's artifacts, else the operator's files, else the built image; each part on its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from volant.hypervisor import Disk
 from volant.images import artifact_path
 from volant.model import Artifact, Boot, CreateVm, Manifest, VmRow, new_row, view
 from volant.vm import VmSettings
-from volant.vm._steps import machine_spec, uses_image
+from volant.vm._machine_spec import machine_spec, uses_image
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 CACHE = Path("/cache")

@@ -35,7 +35,7 @@ def routes(deps: ApiDeps, relay: Relay) -> list[StreamRoute]:
         query = without_credentials(call.scope["query_string"]).decode("ascii")
         target = f"{action.path}?{query}" if query else action.path
         with trio.move_on_after(action.timeout_s) as deadline:
-            async with to_port(deps.vms.agent(name), name, port) as inner:
+            async with to_port(deps.vms.streams.agent(name), name, port) as inner:
                 await relay.run(
                     call,
                     inner,

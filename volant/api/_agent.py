@@ -54,7 +54,7 @@ def _way_in(deps: ApiDeps, name: str) -> tuple[VmRow, AgentClient]:
     row = deps.store.projection.get(name) if is_name(name) else None
     if row is None:
         raise no_such_vm(name[:80])
-    return row, deps.vms.agent(name)
+    return row, deps.vms.streams.agent(name)
 
 
 def _target(call: Call, *, depth: int) -> str:

@@ -18,7 +18,7 @@ def routes(deps: ApiDeps) -> list[StreamRoute]:
         call.query(credentials=False).done()
         (digest,) = call.args
         with artifact_problems(None):
-            async with deps.vms.doors.artifacts.receiving(digest) as upload:
+            async with deps.vms.artifacts.receiving(digest) as upload:
                 await receive_into(call, upload)
                 artifact = await upload.finish()
         body = msgspec.json.encode(ArtifactView(sha256=artifact.digest, size_bytes=artifact.size_bytes))

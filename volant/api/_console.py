@@ -46,7 +46,7 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
         query.done()
         if not is_name(name):
             raise no_such_vm(name[:80])
-        row, serial = deps.vms.console(name)
+        row, serial = deps.vms.streams.console(name)
         async with AsyncExitStack() as stack:
             keyboard = None
             if write or take:

@@ -105,7 +105,7 @@ def _collect(deps: ApiDeps) -> Iterator[Metric]:
     for code, count in sorted(figures.fallbacks.items()):
         fallbacks.add_metric([code], count)
     yield fallbacks
-    warm_pool = deps.vms.doors.warm_pool
+    warm_pool = deps.vms.warm_pool
     yield gauge("volant_standby_waiting", "Processes that wait for a VM to take them over", len(warm_pool.tags))
     yield CounterMetricFamily("volant_standby_claims", "VMs that began as one", value=warm_pool.figures.claimed)
     yield CounterMetricFamily(

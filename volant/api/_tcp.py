@@ -42,7 +42,7 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
         row = deps.store.projection.get(name) if is_name(name) else None
         if row is None:
             raise no_such_vm(name[:80])
-        async with open_port(deps.vms.agent(name), name, port) as stream:
+        async with open_port(deps.vms.streams.agent(name), name, port) as stream:
             await call.accept()
             await _Session(call, share, row.id, stream).run()
 

@@ -68,7 +68,7 @@ async def _asked(deps: ApiDeps, row: VmRow, path: str, *, promised: bool) -> dic
     if port is None:
         raise _none(row, "its plugin names none, and no workload that serves HTTP")
     try:
-        client = deps.vms.agent(row.name)
+        client = deps.vms.streams.agent(row.name)
     except Problem as problem:
         if problem.status != 409:
             raise

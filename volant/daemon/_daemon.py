@@ -43,12 +43,11 @@ from volant.network import (
     passt_user,
 )
 from volant.operations import ApiDeps
-from volant.templates import BuildDoors, Templates, TemplateStore, WarmPool, WarmPoolLimits
+from volant.templates import TemplateBuilder, Templates, TemplateStore, WarmPool, WarmPoolLimits
 from volant.vm import (
     CLONES_AT_ONCE,
     BootLimiter,
-    Checkpoints,
-    VmDoors,
+    BootSlots,
     Vms,
     VmSettings,
     instance_of,
@@ -162,88 +161,93 @@ class Daemon:
             sandbox=self._sandbox,
         )
         templates = TemplateStore(self.host, template_dir(settings), enabled=settings.templates == "auto")
-        boot_slots = BootLimiter(settings.max_boots or 2 * len(os.sched_getaffinity(0)), self.store.projection)
-        builds = BuildDoors(
-            host=self.host,
-            hypervisor=self.hypervisor,
-            store=templates,
-            boot_slots=boot_slots,
-            projection=self.store.projection,
+        projection = self.store.projection
+        slots = BootSlots(
+            cold=BootLimiter(settings.max_boots or 2 * len(os.sched_getaffinity(0)), projection),
+            clones=BootLimiter(CLONES_AT_ONCE, projection),
+        )
+        builder = TemplateBuilder(
+            self.host,
+            self.hypervisor,
+            templates,
             instance=instance,
             runtime_dir=settings.runtime_dir,
             memory_dir=memory_dir(settings),
             agent_timeout_s=settings.agent_timeout_s,
         )
-        clone_slots = BootLimiter(CLONES_AT_ONCE, self.store.projection)
         warm_pool = WarmPool(
-            builds,
+            self.host,
+            self.hypervisor,
+            templates,
+            projection,
             WarmPoolLimits(each=settings.standby, max_mb=settings.standby_max_mb, idle_s=settings.standby_idle_s),
-            quiet=lambda: not (boot_slots.in_use or clone_slots.in_use),
+            instance=instance,
+            runtime_dir=settings.runtime_dir,
+            memory_dir=memory_dir(settings),
+            quiet=lambda: not slots.in_use,
         )
         max_age = timedelta(seconds=settings.templates_max_age_s)
         self._templates = Child(
             "templates",
-            partial(Templates, builds, warm_pool, max_bytes=settings.templates_max_mb * 2**20, max_age=max_age),
+            partial(
+                Templates,
+                self.host,
+                templates,
+                builder,
+                warm_pool,
+                slots.cold,
+                projection,
+                max_bytes=settings.templates_max_mb * 2**20,
+                max_age=max_age,
+            ),
             shutdown_s=10,
         )
         self._journal = Child("journal", partial(Journal, self.store), shutdown_s=10)
-        uid = passt_user(parse_uids(settings.vm_uids))
+        passt = Passt(self.host, settings.runtime_dir, instance, passt_user(parse_uids(settings.vm_uids)))
         self._networks = Networks(
             network or HostNetwork(self.host),
             NetworkSettings(instance=instance, subnet=parse_subnet(settings.subnet), bridge=settings.bridge),
             self.store.projection.rows,
-            Passt(self.host, settings.runtime_dir, instance, uid),
+            passt,
         )
         self._network = Child("network", partial(NetworkKeeper, self._networks), shutdown_s=30)
-        self._checkpoints = Checkpoints(
-            self.host,
-            self.store,
-            self._journal.ref,
-            self.hypervisor,
-            memory_dir=memory_dir(settings),
-            snapshot_dir=snapshot_dir(settings),
-        )
         self._supervisor = DynamicSupervisor(intensity=3, period_s=60, gave_up=self._gave_up)
         self.vms = Vms(
-            VmDoors(
-                host=self.host,
-                journal=self._journal.ref,
-                store=self.store,
-                logs=self.logs,
-                hypervisor=self.hypervisor,
-                artifacts=ArtifactCache(
-                    settings.cache_dir,
-                    settings.state_dir,
-                    timeout_s=settings.artifact_timeout_s,
-                    max_mb=settings.artifact_max_mb,
-                    origins=origins_of(settings),
-                ),
-                templates=templates,
-                builder=self._templates.ref,
-                warm_pool=warm_pool,
-                checkpoints=self._checkpoints,
-                settings=VmSettings(
-                    runtime_dir=settings.runtime_dir,
-                    cache_dir=settings.cache_dir,
-                    memory_dir=memory_dir(settings),
-                    disk_dir=disk_dir(settings),
-                    template_dir=template_dir(settings),
-                    snapshot_dir=snapshot_dir(settings),
-                    kernel=settings.kernel,
-                    initramfs=settings.initramfs,
-                    max_vms=settings.max_vms,
-                    return_memory=settings.return_memory == "on",
-                    image_timeout_s=settings.image_timeout_s,
-                    agent_timeout_s=settings.agent_timeout_s,
-                    passt_user=uid,
-                    nameservers=tuple(split(settings.nameservers)) or nameservers_of_host(),
-                ),
-                instance=instance,
-                boot_slots=boot_slots,
-                clone_slots=clone_slots,
-                network=self._network.ref,
+            host=self.host,
+            hypervisor=self.hypervisor,
+            journal=self._journal.ref,
+            store=self.store,
+            logs=self.logs,
+            artifacts=ArtifactCache(
+                settings.cache_dir,
+                settings.state_dir,
+                timeout_s=settings.artifact_timeout_s,
+                max_mb=settings.artifact_max_mb,
+                origins=origins_of(settings),
             ),
-            self._supervisor,
+            templates=templates,
+            builder=self._templates.ref,
+            warm_pool=warm_pool,
+            slots=slots,
+            passt=passt,
+            network=self._network.ref,
+            supervisor=self._supervisor,
+            settings=VmSettings(
+                runtime_dir=settings.runtime_dir,
+                cache_dir=settings.cache_dir,
+                memory_dir=memory_dir(settings),
+                disk_dir=disk_dir(settings),
+                template_dir=template_dir(settings),
+                snapshot_dir=snapshot_dir(settings),
+                kernel=settings.kernel,
+                initramfs=settings.initramfs,
+                max_vms=settings.max_vms,
+                return_memory=settings.return_memory == "on",
+                image_timeout_s=settings.image_timeout_s,
+                agent_timeout_s=settings.agent_timeout_s,
+                nameservers=tuple(split(settings.nameservers)) or nameservers_of_host(),
+            ),
+            instance=instance,
         )
         self.backups = Backups(self.host, self.store, self._journal.ref, self._evidence)
         self.app = create_app(
@@ -334,7 +338,7 @@ class Daemon:
                 self._network,
                 Child("logs", self.logs.keep),
                 self._templates,
-                Child("snapshots", self._checkpoints.keep),
+                Child("snapshots", self.vms.copies.keep),
                 Child("vms", self._supervisor),
                 Child("api", partial(self._serve, self.app), shutdown_s=10),
             ],
@@ -344,7 +348,7 @@ class Daemon:
                 self.system = system
                 nursery.start_soon(self._adopt)
                 nursery.start_soon(self._choose_accelerator)
-                nursery.start_soon(keep_drained, self.vms)
+                nursery.start_soon(keep_drained, self.vms, self.store)
                 yield nursery
                 nursery.cancel_scope.cancel()
         finally:
@@ -450,7 +454,7 @@ class Daemon:
         await self.logs.recall([row.id for row in projection.rows()])
         # The rows again: the API already serves requests, and may have created a VM meanwhile.
         await self.logs.forget_unknown([row.id for row in projection.rows()])
-        await self.vms.adopt_all()
+        await self.vms.actors.adopt_all()
         await self._leftovers.find(self.vms)
         self.adoption_s = trio.current_time() - began
         self._warn_of_refused_networks()
@@ -484,7 +488,7 @@ class Daemon:
         return said if self.store.projection.drain is None else f"{said}, draining"
 
     async def _gave_up(self, failure: GaveUp) -> None:
-        await self.vms.gave_up(failure)
+        await self.vms.actors.gave_up(failure)
 
     # For the API
 

@@ -42,7 +42,7 @@ class Leftovers:
 
     async def find(self, vms: Vms) -> None:
         """Finds and logs them."""
-        self._processes = [orphan.identity for orphan in await vms.orphans()]
+        self._processes = [orphan.identity for orphan in await vms.orphans.list()]
         for identity in self._processes:
             _logger.warning(
                 "process %d is a hypervisor without a VM; run `volar vms adopt %s` to make it one, or `volar vms kill` "

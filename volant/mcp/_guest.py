@@ -78,7 +78,7 @@ async def run_command(deps: ApiDeps, vm: str, request: ExecRequest, timeout_s: f
     """Run a command to its end, or for `timeout_s`. :raises Problem: 400, 404, 409, 502."""
     ran = Ran()
     body = _encoder.encode({**request, "timeout_s": timeout_s})
-    client = deps.vms.agent(vm)
+    client = deps.vms.streams.agent(vm)
     with _guest_errors(vm), trio.move_on_after(timeout_s + _LATE_S) as scope:
         async with client.stream("POST", EXEC, _JSON, body, timeout_s=_HEAD_S) as response:
             await _check(response, vm)
@@ -137,7 +137,7 @@ async def read_file(deps: ApiDeps, vm: str, path: str, *, offset: int = 0, limit
     :raises Problem: 400, 404, 409, 502, and what the agent says.
     """
     headers = [(b"range", b"bytes=%d-%d" % (offset, offset + limit - 1))]
-    client = deps.vms.agent(vm)
+    client = deps.vms.streams.agent(vm)
     with _guest_errors(vm), trio.move_on_after(FILE_S):
         async with client.stream("GET", _route(path), headers, timeout_s=_HEAD_S) as response:
             await _check(response, vm)
@@ -163,7 +163,7 @@ async def read_file(deps: ApiDeps, vm: str, path: str, *, offset: int = 0, limit
 
 async def write_file(deps: ApiDeps, vm: str, path: str, data: bytes) -> None:
     """Put a file in place of what is there, whole or not at all. :raises Problem: as `read_file` does."""
-    client = deps.vms.agent(vm)
+    client = deps.vms.streams.agent(vm)
     headers = [(b"content-type", b"application/octet-stream")]
     with _guest_errors(vm), trio.move_on_after(FILE_S) as scope:
         async with client.stream("PUT", _route(path), headers, data, timeout_s=FILE_S) as response:
@@ -202,7 +202,7 @@ async def call_action(deps: ApiDeps, vm: str, action: Action, port: int, given: 
         headers += _JSON
     with _guest_errors(vm), trio.move_on_after(action.timeout_s):
         async with (
-            to_port(deps.vms.agent(vm), vm, port) as client,
+            to_port(deps.vms.streams.agent(vm), vm, port) as client,
             client.stream(action.method, target, headers, body or None, timeout_s=action.timeout_s) as response,
         ):
             kind = dict(response.headers).get(b"content-type", b"").decode("latin-1")

@@ -43,7 +43,7 @@ async def admit(context: Context, manifest: Manifest) -> None:
     """
     if manifest.boot is None:
         return
-    artifacts: ArtifactCache = context.deps.vms.doors.artifacts
+    artifacts: ArtifactCache = context.deps.vms.artifacts
     for name in ("kernel", "initramfs", "rootfs"):
         artifact: Artifact | None = getattr(manifest.boot, name)
         path = None if artifact is None else images.local_path(artifact.url)

@@ -37,7 +37,7 @@ async def take_snapshot(context: Context, name: str, *, body: TakeSnapshot) -> S
     leaves cancels nothing. The VM has to be running or paused; a command that ends that ends this too.
     """
     check_take(body)
-    take = partial(context.deps.vms.take_snapshot, find_vm(context.deps, name).name, body, key=context.key)
+    take = partial(context.deps.vms.copies.take_snapshot, find_vm(context.deps, name).name, body, key=context.key)
     return SnapshotTaken.of(await take())
 
 
@@ -83,7 +83,7 @@ async def get_snapshot(context: Context, snapshot: str) -> SnapshotView:
 )
 async def remove_snapshot(context: Context, snapshot: str) -> None:
     """Remove a snapshot; VMs made from it go on."""
-    await context.deps.vms.remove_snapshot(snapshot)
+    await context.deps.vms.copies.remove_snapshot(snapshot)
 
 
 def _by_age(snapshots: Iterable[Snapshot]) -> list[SnapshotView]:

@@ -29,8 +29,6 @@ from volant.model import (
     check_name,
 )
 from volant.model.agent import DEFAULT_GRACE_S, MAX_GRACE_S
-from volant.vm import prune as prune_stored
-from volant.vm import usage
 
 from ._context import Context
 from ._parameters import Described, Flag, Seconds, Text, Words
@@ -121,7 +119,7 @@ async def list_orphans(context: Context) -> list[OrphanView]:
 
     The daemon never touches them. Adopt one, or kill it.
     """
-    return [orphan.view() for orphan in await context.deps.vms.orphans()]
+    return [orphan.view() for orphan in await context.deps.vms.orphans.list()]
 
 
 @TABLE.operation(
@@ -143,7 +141,7 @@ async def adopt_orphan(
     Name, size and disk are as its command line says; plugin `base`, no labels, no restart policy.
     """
     name = None if name is None else check_name(name, "name")
-    return VmCreated.of(await context.deps.vms.adopt_orphan(mark, name))
+    return VmCreated.of(await context.deps.vms.orphans.adopt(mark, name))
 
 
 @TABLE.operation(
@@ -155,7 +153,7 @@ async def adopt_orphan(
 )
 async def kill_orphan(context: Context, mark: str) -> None:
     """Kill an orphaned hypervisor; its disk stays."""
-    await context.deps.vms.kill_orphan(mark)
+    await context.deps.vms.orphans.kill(mark)
 
 
 @TABLE.operation("GET /api/v1/system/tree", permission=Permission.VIEW, answer="Its shape is no contract")
@@ -174,7 +172,7 @@ async def system_tree(context: Context) -> Anything:
 async def disk_usage(context: Context) -> Usage:
     """Show what takes space on the host for the daemon."""
     with _disk():
-        return await usage(context.deps.vms.doors)
+        return await context.deps.vms.storage.usage()
 
 
 @TABLE.operation(
@@ -213,7 +211,7 @@ async def prune(
     """
     only = cast("frozenset[StoredKind]", frozenset(kinds)) or None
     with _disk():
-        return await prune_stored(context.deps.vms.doors, only, dry_run=dry_run, unused_for_s=unused_for_s)
+        return await context.deps.vms.storage.prune(only, dry_run=dry_run, unused_for_s=unused_for_s)
 
 
 @TABLE.operation(

@@ -17,7 +17,7 @@ from ._table import TABLE
 )
 async def list_templates(context: Context) -> list[TemplateView]:
     """List what VMs begin as clones of."""
-    return list(await context.deps.vms.templates())
+    return list(await context.deps.vms.templates.list())
 
 
 @TABLE.operation(
@@ -33,7 +33,7 @@ async def build_template(context: Context, *, body: BuildTemplate) -> TemplateVi
 
     One that is there is returned at once; one that is being built is waited for. A client that leaves cancels nothing.
     """
-    return await context.deps.vms.build_template(body)
+    return await context.deps.vms.templates.build(body)
 
 
 @TABLE.operation(
@@ -41,4 +41,4 @@ async def build_template(context: Context, *, body: BuildTemplate) -> TemplateVi
 )
 async def remove_template(context: Context, digest: str) -> None:
     """Remove a template; its clones go on."""
-    await context.deps.vms.remove_template(digest)
+    await context.deps.vms.templates.remove(digest)

@@ -111,7 +111,7 @@ async def create_vm(context: Context, *, body: RestoreVm | CreateVm) -> VmCreate
     """
     if isinstance(body, RestoreVm):
         check_restore(body)
-        return VmCreated.of(await context.deps.vms.restore(body, key=context.key))
+        return VmCreated.of(await context.deps.vms.copies.restore(body, key=context.key))
     check_create(body)
     return VmCreated.of(await context.deps.vms.create(body, key=context.key))
 
@@ -282,13 +282,13 @@ async def fork_vm(context: Context, name: str, *, body: ForkVm) -> VmForked:
     running or paused. With `wait`, `Volant-Wait` is `met` when it is for all.
     """
     check_fork(body)
-    return VmForked.of(await context.deps.vms.fork(find_vm(context.deps, name).name, body, key=context.key))
+    return VmForked.of(await context.deps.vms.copies.fork(find_vm(context.deps, name).name, body, key=context.key))
 
 
 @TABLE.operation(f"GET {_VM}/inspect", permission=Permission.VIEW, answer="What is known")
 async def inspect_vm(context: Context, name: str) -> Anything:
     """Show what the daemon does with a VM, to find a fault; its shape is no contract."""
-    return context.deps.vms.inspect(find_vm(context.deps, name).name)
+    return context.deps.vms.streams.inspect(find_vm(context.deps, name).name)
 
 
 @TABLE.operation(
@@ -309,4 +309,4 @@ async def vm_memory(context: Context, name: str) -> VmMemory:
 
     Costs the kernel some milliseconds for each GiB, so it is not for every second. 409: there is no process.
     """
-    return await context.deps.vms.memory(find_vm(context.deps, name).name)
+    return await context.deps.vms.streams.memory(find_vm(context.deps, name).name)

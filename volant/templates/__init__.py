@@ -1,18 +1,17 @@
-"""Templates: guests that have booted, for others to go on from."""
+"""Templates: guests that have booted, for VMs to go on from."""
 
 from ._actor import Templates
-from ._ask import TemplateFailed
-from ._builder import BootSlots, BuildDoors, template_tag_prefix
+from ._builder import TemplateBuilder, template_tag_prefix
+from ._guest import TemplateFailed
 from ._key import GuestConfig, TemplateKey, TemplateSpec
 from ._store import ReadyTemplate, TemplateRecord, TemplateStore, template_at, template_layer
 from ._warm_pool import Claim, WarmPool, WarmPoolLimits, WarmProcess, claim_in, standby_directory, standby_tag_prefix
 
 __all__ = [
-    "BootSlots",
-    "BuildDoors",
     "Claim",
     "GuestConfig",
     "ReadyTemplate",
+    "TemplateBuilder",
     "TemplateFailed",
     "TemplateKey",
     "TemplateRecord",

@@ -1,10 +1,10 @@
-"""The actor that keeps the templates: builds what VMs would be clones of, one at a time, and evicts what nobody uses.
+"""The actor `templates`: builds the templates that VMs would be clones of, one at a time, and evicts unused ones.
 
-Nothing waits for it but who asked for a template by name: VMs look into the store themselves, and boot cold where that
-has nothing for them. So whatever goes wrong here costs time and no VM.
+Only a client that asked for a template waits for it. VMs search the store themselves, and boot cold where it has no
+template for them. So a failure here costs time, and no VM.
 
-A build is a boot, and has its turn behind all VMs that wait for theirs. One that is under way when the daemon begins to
-drain is given up, as the host is to be quiet; it begins anew afterwards.
+A build is a boot, and waits for a boot slot behind all VMs. A build that runs when the daemon begins to drain is given
+up, as the host should be quiet, and starts again afterwards.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Literal, Protocol
 
 import trio
 
 from actors import Actor, Deferred, handles
+from volant.host import Host
+from volant.journal import Projection
 from volant.model import Problem, TemplateView, draining
 
-from ._ask import TemplateFailed
-from ._builder import BuildDoors, build, sweep
+from ._builder import TemplateBuilder
+from ._guest import TemplateFailed
 from ._key import TemplateKey, TemplateSpec
-from ._store import TemplateRecord
+from ._store import TemplateRecord, TemplateStore
 from ._warm_pool import WarmPool
 from .messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
 
 QUEUE = 16
-"""So many wait to be built; what is wanted beyond that is wanted again by the next VM."""
+"""So many templates may wait. The next VM asks again for one that is refused."""
 _QUIET_S = 1.0
-"""What was just booted has this long for itself."""
+"""A VM that has just booted has the host for itself for so long."""
 _SLOT_S = 30.0
-"""As long as a VM's: longer than a boot takes; who takes longer goes on beside the others."""
-_FIRST_PAUSE_S = 30.0
-_MAX_PAUSE_S = 3600.0
+"""As long as a VM's: longer than a boot takes. A slower build goes on without a slot."""
+_RETRY_S, _RETRY_MAX_S = 30.0, 3600.0
 _FAILURES = 64
 _EVICT_EVERY_S = 3600.0
 _logger = logging.getLogger("volant.templates")
@@ -55,23 +56,48 @@ class _Failure:
     at: datetime
 
 
+class BootSlots(Protocol):
+    """Limits how many boots run at a time: see `volant.vm.BootLimiter`."""
+
+    async def acquire(self, boot: str, *, last: bool = False) -> None:
+        """Waits for a slot. `last`: behind all that wait without."""
+
+    def release(self, boot: str) -> None:
+        """Gives the slot back."""
+
+
 class Templates(Actor):
     """See `volant.templates.messages` for what it takes."""
 
     mailbox = 256
 
-    def __init__(self, doors: BuildDoors, warm_pool: WarmPool, *, max_bytes: int, max_age: timedelta) -> None:
-        self._doors = doors
+    def __init__(
+        self,
+        host: Host,
+        store: TemplateStore,
+        builder: TemplateBuilder,
+        warm_pool: WarmPool,
+        boot_slots: BootSlots,
+        projection: Projection,
+        *,
+        max_bytes: int,
+        max_age: timedelta,
+    ) -> None:
+        self._host = host
+        self._store = store
+        self._builder = builder
         self._warm_pool = warm_pool
+        self._boot_slots = boot_slots
+        self._projection = projection
         self._max_bytes = max_bytes
         self._max_age = max_age
         self._jobs: dict[str, _Job] = {}
-        """In the order in which they are built; the first is under way once the builder has taken it up."""
+        """In the order in which they are built; the first may be under way."""
         self._building: str | None = None
         self._scope: trio.CancelScope | None = None
-        """Of the build that is under way."""
+        """Cancels the build that is under way."""
         self._give_way: list[Deferred[bool]] = []
-        """Who wait for its end, as they need its memory."""
+        """VMs that wait for its end, as they need its memory."""
         self._failures: dict[str, _Failure] = {}
         self._wake = trio.Event()
         self._built = 0
@@ -93,7 +119,7 @@ class Templates(Actor):
     async def wanted(self, message: Wanted) -> None:
         spec = message.spec
         failure = self._failures.get(spec.digest)
-        if not self._doors.store.enabled or spec.digest in self._jobs or len(self._jobs) >= QUEUE:
+        if not self._store.enabled or spec.digest in self._jobs or len(self._jobs) >= QUEUE:
             return
         if failure is not None and trio.current_time() < failure.until:
             return
@@ -102,10 +128,10 @@ class Templates(Actor):
     @handles(Build)
     async def build(self, message: Build) -> Deferred[TemplateView]:
         deferred = self.ctx.defer(message)
-        digest, drain = message.spec.digest, self._doors.projection.drain
+        digest, drain = message.spec.digest, self._projection.drain
         if drain is not None:
             deferred.fail(draining(drain))
-        elif not self._doors.store.enabled:
+        elif not self._store.enabled:
             deferred.fail(
                 Problem(409, "templates-off", "there are no templates here, as the setting `templates` is `off`")
             )
@@ -131,18 +157,18 @@ class Templates(Actor):
 
     @handles(Suspect)
     async def suspect(self, message: Suspect) -> None:
-        """What made a clone fail makes the next one fail: it is built anew, after a while."""
+        """Removes the template, as it would make the next clone fail, too. It is built again after a while."""
         _logger.warning("template %s is removed, as a clone of it failed: %s", message.digest, message.reason)
         self._note_failure(message.digest, None, f"a clone of it failed: {message.reason}")
         try:
-            await self._doors.store.remove(message.digest)
+            await self._store.remove(message.digest)
         except OSError as error:
             _logger.error("template %s can't be removed: %s", message.digest, error)
 
     @handles(ListTemplates)
     async def all(self, message: ListTemplates) -> tuple[TemplateView, ...]:
         del message
-        store = self._doors.store
+        store = self._store
         views = {
             digest: self._ready(digest, stored, await store.used_at(digest, stored))
             for digest, stored in (await store.all()).items()
@@ -150,17 +176,17 @@ class Templates(Actor):
         for digest, failure in self._failures.items():
             if digest not in views and failure.spec is not None:
                 views[digest] = _view(failure.spec, "failed", failure.at, failure.message)
-        now = self._doors.host.clock.now()
+        now = self._host.clock.now()
         for digest, job in self._jobs.items():
             views[digest] = _view(job.spec, "building" if digest == self._building else "waiting", now)
         return tuple(views[digest] for digest in sorted(views))
 
     @handles(RemoveTemplate)
     async def remove(self, message: RemoveTemplate) -> None:
-        if message.digest not in await self._doors.store.all():
+        if message.digest not in await self._store.all():
             raise Problem(404, "template-not-found", f"there is no template {message.digest[:40]!r}")
         try:
-            await self._doors.store.remove(message.digest)
+            await self._store.remove(message.digest)
         except OSError as error:
             raise Problem(503, "template-not-removed", f"the template can't be removed: {error}") from error
 
@@ -169,11 +195,11 @@ class Templates(Actor):
         self._wake.set()
 
     async def _work(self) -> None:
-        """Build one after the other, and evict in between."""
+        """Builds one after the other, and evicts in between."""
         try:
-            await sweep(self._doors)
+            await self._builder.sweep()
         except OSError as error:
-            _logger.error("what an earlier build has left can't be removed: %s", error)
+            _logger.error("files of an interrupted build can't be removed: %s", error)
         while True:
             await self._evict()
             with trio.move_on_after(_EVICT_EVERY_S):
@@ -183,19 +209,19 @@ class Templates(Actor):
             self._wake = trio.Event()
 
     def _next(self) -> str:
-        """Who waits for one comes first."""
+        """Returns the digest of the next build: one that a client waits for comes first."""
         return next((digest for digest, job in self._jobs.items() if job.waiting), next(iter(self._jobs)))
 
     async def _do(self, digest: str) -> None:
         job = self._jobs[digest]
         spec = job.spec
         try:
-            if await self._doors.store.find(spec.key, digest) is None:
+            if await self._store.find(spec.key, digest) is None:
                 if not job.waiting:
                     await trio.sleep(_QUIET_S)
-                if not await self._build_in_turn(job):
+                if not await self._build_in_slot(job):
                     return self._give_up(job)
-            stored = (await self._doors.store.all())[digest]
+            stored = (await self._store.all())[digest]
         except (TemplateFailed, OSError, KeyError) as error:
             code = error.code if isinstance(error, TemplateFailed) else "io_error"
             self._note_failure(digest, spec, f"{code}: {error}")
@@ -208,40 +234,37 @@ class Templates(Actor):
             waiting.reply(self._ready(digest, stored, stored.created_at))
         await self._evict()
 
-    async def _build_in_turn(self, job: _Job) -> bool:
-        """Whether it was built: the daemon may begin to drain meanwhile.
-
-        :raises TemplateFailed: :raises OSError:
-        """
-        doors, spec, digest = self._doors, job.spec, job.spec.digest
+    async def _build_in_slot(self, job: _Job) -> bool:
+        """Whether it was built; False: the daemon drains. :raises TemplateFailed: :raises OSError:"""
+        spec, digest = job.spec, job.spec.digest
         built = False
         failure: TemplateFailed | OSError | None = None
 
-        async def end_turn() -> None:
+        async def end_slot() -> None:
             await trio.sleep(_SLOT_S)
-            doors.boot_slots.release(digest)
+            self._boot_slots.release(digest)
 
         async def end_for_drain(scope: trio.CancelScope) -> None:
-            await doors.projection.drain_is_not(None)
+            await self._projection.drain_is_not(None)
             scope.cancel()
 
         try:
-            # Behind all VMs, unless one waits for it.
-            await doors.boot_slots.acquire(digest, last=not job.waiting)
+            # Behind all VMs, unless a client waits for it.
+            await self._boot_slots.acquire(digest, last=not job.waiting)
             self._building = digest
             began = trio.current_time()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(end_turn)
+                nursery.start_soon(end_slot)
                 nursery.start_soon(end_for_drain, nursery.cancel_scope)
                 self._scope = nursery.cancel_scope
                 try:
-                    await build(doors, spec)
+                    await self._builder.build(spec)
                     built = True
                 except (TemplateFailed, OSError) as error:
                     failure = error
                 nursery.cancel_scope.cancel()
         finally:
-            doors.boot_slots.release(digest)
+            self._boot_slots.release(digest)
             self._building = self._scope = None
             gave_way, self._give_way = self._give_way, []
             for each in gave_way:
@@ -257,25 +280,25 @@ class Templates(Actor):
         return built
 
     def _give_up(self, job: _Job) -> None:
-        """Tell who waits for it that the daemon drains; it is built afterwards."""
-        drain = self._doors.projection.drain
+        """Answers the clients that wait that the daemon drains. The template is built afterwards."""
+        drain = self._projection.drain
         waiting, job.waiting = job.waiting, []
         for each in waiting:
             each.fail(Problem(503, "draining", "the daemon drains") if drain is None else draining(drain))
 
     async def _evict(self) -> None:
         try:
-            await self._doors.store.evict(self._max_bytes, self._max_age)
+            await self._store.evict(self._max_bytes, self._max_age)
         except OSError as error:
             _logger.error("a template can't be removed: %s", error)
 
     def _note_failure(self, digest: str, spec: TemplateSpec | None, message: str) -> None:
         before = self._failures.pop(digest, None)
         count = 1 if before is None else before.count + 1
-        pause_s = min(_FIRST_PAUSE_S * 2.0 ** (count - 1), _MAX_PAUSE_S)
+        pause_s = min(_RETRY_S * 2.0 ** (count - 1), _RETRY_MAX_S)
         if spec is None and before is not None:
             spec = before.spec
-        until, now = trio.current_time() + pause_s, self._doors.host.clock.now()
+        until, now = trio.current_time() + pause_s, self._host.clock.now()
         self._failures[digest] = _Failure(spec, count, until, message, now)
         while len(self._failures) > _FAILURES:
             del self._failures[next(iter(self._failures))]
@@ -292,7 +315,7 @@ class Templates(Actor):
             size_bytes=stored.disk_bytes,
             created_at=stored.created_at,
             used_at=used_at,
-            clones=self._doors.store.clones.get(digest, 0),
+            clones=self._store.clones.get(digest, 0),
             error=None,
         )
 

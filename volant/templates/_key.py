@@ -1,4 +1,4 @@
-"""What a template is made of, and so what may go on from it."""
+"""What a template is made of, and so which VMs can go on from it."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from volant.hypervisor import AcceleratorName
 
 
 class GuestConfig(msgspec.Struct, frozen=True):
-    """What a guest was told before it became a template."""
+    """What a guest was configured with before it became a template."""
 
     manifest: dict[str, Any]
-    """As the agent gets it."""
     workload: dict[str, Any]
-    """Likewise, the VM's own environment in it."""
+    """With the VM's own environment."""
 
 
 class TemplateKey(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a guest's state follows from. Nothing of it names a VM."""
+    """Everything that a guest's state follows from. It names no VM."""
 
     hypervisor: str
     """Its version, the kind of machine, the order of its devices; see `Hypervisor.fingerprint`."""
     kernel: str
     initramfs: str
-    """Digests, or whatever else changes with the file."""
+    """A digest, or what else changes with the file; as `kernel`."""
     rootfs: str | None
     cmdline: str
-    """The kernel's, beside what the hypervisor's driver puts there."""
+    """The kernel's, without what the hypervisor's driver adds."""
     cpu_cores: int
     memory_mb: int
     disk_mb: int | None = None
-    """How large its disk is; None: as large as the root filesystem."""
+    """The size of its disk; None: that of the root filesystem."""
     has_nic: bool = False
-    """Whether its machine has a network interface. What stands on that is each clone's own."""
+    """Whether its machine has a network interface, which each clone configures for itself."""
     config: GuestConfig | None = msgspec.field(default=None, name="told")
-    """None: nothing yet, and each clone hears of its plugin and its workload itself."""
+    """None: nothing; each clone gets its manifest and its workload itself. Named `told` in files and digests."""
 
     @property
     def digest(self) -> str:
@@ -47,12 +46,12 @@ class TemplateKey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TemplateSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A key, and where on this host its parts lie."""
+    """A key, and where its parts lie on this host."""
 
     key: TemplateKey
     digest: str
     plugin: str
-    """Of the VM for which it is asked; others may be served by it too."""
+    """The plugin of the VM that asks; VMs of others may go on from the template, too."""
     kernel: Path
     initramfs: Path
     rootfs: Path | None

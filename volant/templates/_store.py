@@ -1,9 +1,9 @@
 """Finished templates in the state directory: `docs/explanation/templates.md` has what lies there.
 
-A template is a directory that got its name when it was whole, and it is one for as long as `template.json` is in it. So
-removing begins with that file, and whoever finds a directory without it may take it away.
+A template is a directory that got its name when it was whole, and that has a `template.json`. So a removal begins with
+that file, and a directory without one is what an interrupted removal left.
 
-Looking one up is on the way of each boot: it costs a few calls of `stat`, and reads files only in the first.
+Each boot looks a template up: that costs a few calls of `stat`, and reads files the first time only.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ _logger = logging.getLogger("volant.templates")
 
 
 def template_at(directory: Path, digest: str) -> Template:
-    """Where a template lies, whether or not it is there."""
+    """Returns where a template lies, whether or not it exists."""
     found = inside(directory, digest)
     return Template(found / MEMORY, found / STATE)
 
 
 def template_layer(directory: Path, digest: str) -> Path:
-    """Where its layer lies, if it has one."""
+    """Returns where its layer lies, if it has one."""
     return inside(directory, digest) / LAYER
 
 
 class ReadyTemplate(msgspec.Struct, frozen=True):
-    """A template that may be used now."""
+    """A template that a VM may go on from now."""
 
     digest: str
     layer: Path | None
-    """The template's own, to be copied."""
+    """To be copied."""
 
 
 class TemplateRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What `template.json` says."""
+    """The content of `template.json`."""
 
     version: int = 1
     key: TemplateKey = msgspec.field(name="recipe")
@@ -60,10 +60,10 @@ class TemplateRecord(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     state_sha256: str
     fingerprints: dict[str, str]
-    """By the names of the files: as they were when all of it was on the disk."""
+    """By the names of the files, as they were when the template was whole."""
     disk_bytes: int
     protocol: int = 1
-    """The newest that its agent speaks."""
+    """The newest that the guest's agent speaks."""
 
 
 class TemplateStore:
@@ -74,18 +74,18 @@ class TemplateStore:
         self.enabled = enabled
         self._host = host
         self._known: dict[str, TemplateRecord] = {}
-        """Those whose `state` has been read and was right."""
+        """Those whose `state` was read and matched its digest."""
         self._used: dict[str, datetime] = {}
         self._noted: dict[str, datetime] = {}
         self.clones: dict[str, int] = {}
-        """How often each was given out, since the daemon began."""
+        """How many VMs went on from each since the daemon started."""
         self.on_removed: Callable[[str], None] = lambda digest: None
         """Called with the digest of each template that is removed."""
 
     # Finding
 
     async def find(self, key: TemplateKey, digest: str) -> ReadyTemplate | None:
-        """The template of a key, checked just now. One that is damaged is removed, and the log says so."""
+        """Returns the template with a key, after a check of its files. A damaged one is removed and logged."""
         if not self.enabled or not self._host.files.exists(self.directory / digest / RECORD):
             return None
         why = await self._damage(digest)
@@ -97,11 +97,11 @@ class TemplateStore:
         return ReadyTemplate(digest, template_layer(self.directory, digest) if key.rootfs is not None else None)
 
     async def _damage(self, digest: str) -> str:
-        """Why a template must not be used; empty: it may."""
+        """Returns why a template must not be used; empty: it may."""
         try:
             stored = self._known.get(digest) or await self._load(digest)
             if stored.key.digest != digest:
-                return "it was made by another key"
+                return "it was made for another key"
             for name, fingerprint in stored.fingerprints.items():
                 if self._host.files.fingerprint(self.directory / digest / name) != fingerprint:
                     return f"somebody has touched its {name}"
@@ -119,7 +119,7 @@ class TemplateStore:
         return msgspec.json.decode(data, type=TemplateRecord)
 
     async def all(self) -> dict[str, TemplateRecord]:
-        """All that are there, by digest; whether they are whole shows when they are used."""
+        """Returns all templates by digest. Their files are not checked."""
         found: dict[str, TemplateRecord] = {}
         for digest in self._names():
             try:
@@ -129,7 +129,7 @@ class TemplateStore:
         return found
 
     async def used_at(self, digest: str, stored: TemplateRecord) -> datetime:
-        """When it was given out last, or made."""
+        """Returns when a VM went on from it last; if none did, when it was built."""
         known = self._used.get(digest)
         if known is None:
             try:
@@ -142,20 +142,20 @@ class TemplateStore:
         return known
 
     def protocol(self, digest: str) -> int:
-        """The newest protocol that the agents of its clones speak, as far as is known here: 1, the oldest, else."""
+        """Returns the newest protocol that the agents of its clones are known to speak; 1 while nothing is known."""
         known = self._known.get(digest)
         return 1 if known is None else known.protocol
 
     def count_clone(self, digest: str) -> None:
-        """A VM runs that began as a clone of it."""
+        """Counts a VM that runs and began as its clone."""
         self.clones[digest] = self.clones.get(digest, 0) + 1
 
     # Making and removing
 
     async def add(self, fresh: Path, digest: str, key: TemplateKey, plugin: str, protocol: int = 1) -> None:
-        """Take a finished template, whose files are on the disk, from `fresh`, a directory beside the others.
+        """Adds a finished template, whose files are synced, from the directory `fresh` beside the others.
 
-        Raises OSError.
+        :raises OSError:
         """
         host = self._host
         names = [MEMORY, STATE, *([LAYER] if key.rootfs is not None else [])]
@@ -173,7 +173,7 @@ class TemplateStore:
         await host.files.put_in_place(fresh, self.directory / digest)
 
     async def remove(self, digest: str) -> None:
-        """Take one away; VMs that go on from it keep what they have. Nothing there is no error. Raises OSError."""
+        """Removes a template, if it exists. VMs that went on from it keep what they have. :raises OSError:"""
         directory = inside(self.directory, digest)
         for known in (self._known, self._used, self._noted, self.clones):
             known.pop(digest, None)
@@ -183,14 +183,17 @@ class TemplateStore:
             await self._host.files.remove_tree(directory)
 
     async def sweep(self) -> None:
-        """Take away what is no template: half-made and half-removed ones. Nobody may be making one. Raises OSError."""
+        """Removes half-made and half-removed templates. No build may be under way. :raises OSError:"""
         await self._host.files.mkdir(self.directory)
         for name in self._host.files.names(self.directory):
             if not _DIGEST.match(name) or not self._host.files.exists(self.directory / name / RECORD):
                 await self._host.files.remove_tree(self.directory / name)
 
     async def evict(self, max_bytes: int, max_age: timedelta) -> None:
-        """Take away what is not used, and what is used least where all together are too much. Raises OSError."""
+        """Removes templates that were not used for `max_age`, and the least recently used ones beyond `max_bytes`.
+
+        :raises OSError:
+        """
         stored = await self.all()
         used = {digest: await self.used_at(digest, each) for digest, each in stored.items()}
         total = sum(each.disk_bytes for each in stored.values())
@@ -204,7 +207,7 @@ class TemplateStore:
             await self.remove(digest)
 
     async def _note_use(self, digest: str, used: datetime) -> None:
-        """Keep over restarts when one was used."""
+        """Keeps the time of the last use over restarts of the daemon."""
         noted = self._noted.get(digest)
         if noted is None or (used - noted).total_seconds() >= _NOTE_USE_S:
             await self._host.files.write(self.directory / digest / USED, used.isoformat().encode())

@@ -1,4 +1,4 @@
-"""What can be asked of, and told to, the actor that keeps the templates."""
+"""The messages that the actor `templates` takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._key import TemplateSpec
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A tell: a VM of this kind has booted cold, and the next ones should not have to."""
+    """A tell: a VM of this kind has booted cold, and the next one should not have to."""
 
     spec: TemplateSpec
 
@@ -27,9 +27,9 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class Build(Request[TemplateView]):
-    """Somebody wants the template -> it, ready. One that is there is that; one that is being built is waited for.
+    """A client wants the template -> it, ready. A build that is under way is waited for.
 
-    :raises Problem: 409 there are no templates here; 503 it can't be had, and why.
+    :raises Problem: 409 templates are off; 503 it can't be built, and why.
     """
 
     spec: TemplateSpec
@@ -38,17 +38,17 @@ class Build(Request[TemplateView]):
 
 @dataclass(frozen=True, slots=True)
 class GiveWay(Request[bool]):
-    """A VM lacks memory -> whether a build was under way that had some of it. It is given up, and tried again later."""
+    """A VM lacks memory -> whether a build was under way. It is given up, and tried again later."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListTemplates(Request[tuple[TemplateView, ...]]):
-    """All that are there, are being made, or could not be made lately."""
+    """All templates, those being built, and those that could not be built lately."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoveTemplate(Request[None]):
-    """Take one away. :raises Problem: 404; 503 the disk does not take it."""
+    """Removes a template. :raises Problem: 404; 503 its files can't be removed."""
 
     digest: str
     raises = (Problem,)

@@ -1,30 +1,28 @@
-"""VMs: an actor each, the steps of their boots, and the door to all of them."""
+"""VMs: an actor for each, and all that can be done with them."""
 
-from ._actor import VmActor
-from ._boot_limiter import CLONES_AT_ONCE, BootLimiter
-from ._checkpoints import Checkpoints
-from ._doors import VmDoors, VmSettings
+from ._boot_limiter import CLONES_AT_ONCE, BootLimiter, BootSlots
 from ._drain import keep_drained
+from ._lifecycle import DELETED, Version, Wait
+from ._paths import memory_file, vm_directory
 from ._serial import Keyboard, KeyboardTaken, Missed, NotTyped, Reader, SerialConsole
-from ._steps import instance_of, memory_file, vm_directory
-from ._storage import prune, usage
-from ._tags import processes_of_vms
-from ._vms import DELETED, Version, Vms, Wait
+from ._settings import VmSettings
+from ._streams import Streams
+from ._tags import instance_of, processes_of_vms
+from ._vms import Vms
 
 __all__ = [
     "CLONES_AT_ONCE",
     "DELETED",
     "BootLimiter",
-    "Checkpoints",
+    "BootSlots",
     "Keyboard",
     "KeyboardTaken",
     "Missed",
     "NotTyped",
     "Reader",
     "SerialConsole",
+    "Streams",
     "Version",
-    "VmActor",
-    "VmDoors",
     "VmSettings",
     "Vms",
     "Wait",
@@ -32,7 +30,5 @@ __all__ = [
     "keep_drained",
     "memory_file",
     "processes_of_vms",
-    "prune",
-    "usage",
     "vm_directory",
 ]

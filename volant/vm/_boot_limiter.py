@@ -1,105 +1,129 @@
-"""At most so many boots at a time.
+"""Limits how many boots run at a time.
 
-A boot costs seconds of a processor. When a host comes back with two hundred VMs to start, or somebody creates as many,
-all at once would mean that each takes as long as all of them, and that every one misses its deadline. So a boot first
-waits for its turn, and no deadline runs meanwhile: those who came first go first, and the turn ends with the agent's
-answer, with the boot, or after `SLOT_S`. The last is so that a few guests which never answer hold up nobody else for
-the whole of their deadlines. What becomes a template boots, too: it has its turn once no VM waits for one.
+A boot costs seconds of a processor. Two hundred at once would each take as long as all of them together, and miss their
+deadlines. So a boot first waits for a slot, in the order in which boots came, and no deadline runs meanwhile. It holds
+the slot until the agent answers, the boot fails, or `SLOT_S` is over, so that guests that never answer don't delay the
+others for the whole of their deadlines. The build of a template waits until no VM does.
 
-While the daemon drains nobody gets a turn, so whoever waited when that began goes on waiting.
-
-A process that is there already, as an actor or the daemon has begun anew, has its turn without waiting, even when
-there are too many then: it boots anyway.
+While the daemon drains nobody gets a slot. A boot whose process is there already, as an actor or the daemon has started
+again, gets one at once, even beyond the limit: it boots anyway.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import trio
 
 from volant.journal import Projection
 
 SLOT_S = 30.0
-"""Longer than a guest takes to answer, even when there are some at once; who takes longer goes on beside the others."""
-
+"""Longer than a guest takes to answer, even when some boot at once. A slower one goes on without a slot."""
 CLONES_AT_ONCE = 8
-"""A clone is done in a tenth of a second, and most of that is QEMU's start."""
+"""A clone takes a tenth of a second, most of it QEMU's start."""
 
-Who = int | str
-"""The id of a VM, or the name of a template."""
+BootId = int | str
+"""The id of a VM, or the digest of a template."""
 
 
 class BootLimiter:
-    """Whose turn it is to boot."""
+    """Hands out boot slots."""
 
     def __init__(self, limit: int, projection: Projection | None = None) -> None:
         """`projection`: knows whether the daemon drains; None: it never does."""
         self.limit = limit
         self._projection = projection
-        self._inside: set[Who] = set()
-        self._held: set[Who] = set()
-        self._waiting: dict[Who, trio.Event] = {}
+        self._holders: set[BootId] = set()
+        self._drained: set[BootId] = set()
+        """Boots that wait for the end of a drain."""
+        self._waiting: dict[BootId, trio.Event] = {}
         """In the order in which they came."""
-        self._last: dict[Who, trio.Event] = {}
-        """Likewise, of those who come after all of these."""
+        self._last: dict[BootId, trio.Event] = {}
+        """Likewise, behind all of those."""
 
-    async def acquire(self, who: Who, *, last: bool = False) -> None:
-        """Wait for a turn; one that has it keeps it. Cancelled, it has neither turn nor place. `last`: behind all who
-        wait without."""
+    async def acquire(self, boot: BootId, *, last: bool = False) -> None:
+        """Waits for a slot; a boot that holds one keeps it. `last`: behind all that wait without."""
         while True:
             if self._projection is not None and self._projection.drain is not None:
-                self._held.add(who)
+                self._drained.add(boot)
                 try:
                     await self._projection.undrained()
                 finally:
-                    self._held.discard(who)
-            await self._acquire(who, self._last if last else self._waiting)
+                    self._drained.discard(boot)
+            await self._acquire(boot, self._last if last else self._waiting)
             if self._projection is None or self._projection.drain is None:
                 return
-            self.release(who)
+            self.release(boot)
 
-    async def _acquire(self, who: Who, queue: dict[Who, trio.Event]) -> None:
-        if who in self._inside or (len(self._inside) < self.limit and not self._waiting):
-            self._inside.add(who)
+    async def _acquire(self, boot: BootId, queue: dict[BootId, trio.Event]) -> None:
+        if boot in self._holders or (len(self._holders) < self.limit and not self._waiting):
+            self._holders.add(boot)
             await trio.lowlevel.checkpoint()
             return
-        event = queue[who] = trio.Event()
+        event = queue[boot] = trio.Event()
         try:
             await event.wait()
         except BaseException:
-            self.release(who)
+            self.release(boot)
             raise
 
-    def force(self, who: Who) -> None:
-        """Have a turn at once: it boots already."""
-        self._inside.add(who)
+    def force(self, boot: BootId) -> None:
+        """Takes a slot at once, for a boot that runs already."""
+        self._holders.add(boot)
 
-    def release(self, who: Who) -> None:
-        """The turn is over; without one nothing happens."""
-        self._inside.discard(who)
+    def release(self, boot: BootId) -> None:
+        """Gives the slot back, or the place in the queue. Without either nothing happens."""
+        self._holders.discard(boot)
         for queue in (self._waiting, self._last):
-            queue.pop(who, None)
-        while (queue := self._waiting or self._last) and len(self._inside) < self.limit:
+            queue.pop(boot, None)
+        while (queue := self._waiting or self._last) and len(self._holders) < self.limit:
             first = next(iter(queue))
-            self._inside.add(first)
+            self._holders.add(first)
             queue.pop(first).set()
 
     @property
     def in_use(self) -> bool:
-        """Whether anybody has a turn."""
-        return bool(self._inside)
+        """Whether any boot holds a slot."""
+        return bool(self._holders)
 
-    def inspect(self, who: Who) -> dict[str, object] | None:
-        """How it stands with one, ready for JSON; None: it has no turn and wants none."""
-        if who in self._inside:
+    def inspect(self, boot: BootId) -> dict[str, object] | None:
+        """Returns the state of one boot, ready for JSON; None: it holds no slot and waits for none."""
+        if boot in self._holders:
             return {"state": "booting", "limit": self.limit}
-        if who in self._held:
+        if boot in self._drained:
             return {"state": "held", "limit": self.limit}
         waiting = [*self._waiting, *self._last]
-        if who in waiting:
-            return {"state": "waiting", "ahead": waiting.index(who), "limit": self.limit}
+        if boot in waiting:
+            return {"state": "waiting", "ahead": waiting.index(boot), "limit": self.limit}
         return None
 
     def statistics(self) -> dict[str, int]:
-        """Figures, ready for JSON."""
-        waiting = len(self._waiting) + len(self._last) + len(self._held)
-        return {"limit": self.limit, "booting": len(self._inside), "waiting": waiting}
+        """Returns figures, ready for JSON."""
+        waiting = len(self._waiting) + len(self._last) + len(self._drained)
+        return {"limit": self.limit, "booting": len(self._holders), "waiting": waiting}
+
+
+@dataclass(frozen=True)
+class BootSlots:
+    """The slots of VMs' boots. Clones have their own, as they would wait for the cold boots of many."""
+
+    cold: BootLimiter = field(default_factory=lambda: BootLimiter(4))
+    clones: BootLimiter = field(default_factory=lambda: BootLimiter(CLONES_AT_ONCE))
+
+    def of(self, template: str | None) -> BootLimiter:
+        """Returns the limiter for a boot that goes on from `template`; None: a cold boot."""
+        return self.cold if template is None else self.clones
+
+    @property
+    def in_use(self) -> bool:
+        """Whether any VM boots."""
+        return self.cold.in_use or self.clones.in_use
+
+    def release(self, vm_id: int) -> None:
+        """Gives a VM's slots back."""
+        self.cold.release(vm_id)
+        self.clones.release(vm_id)
+
+    def inspect(self, vm_id: int) -> dict[str, object] | None:
+        """Returns the state of a VM's boot, as `BootLimiter.inspect`."""
+        return self.cold.inspect(vm_id) or self.clones.inspect(vm_id)

@@ -1,11 +1,11 @@
-"""The log pump for the serial console.
+"""Carries the serial console of one boot into the VM's log.
 
-QEMU appends to a file, whoever reads it or not, so no byte is lost while nobody is there. The pump follows the file by
-inotify, cuts it into lines and appends these to the VM's log, each with the position at which to go on after it: so an
-incarnation that takes over neither loses a line nor logs one twice.
+QEMU appends the console to a file, so no byte is lost while no daemon runs. The pump follows the file by inotify, cuts
+it into lines and appends these to the log, each with the position after it: so an incarnation that takes over neither
+loses a line nor logs one twice.
 
 The file must not grow for ever. Truncating it would race with QEMU's next write, so what has been logged is freed by
-punching a hole: positions stay what they are, and the disk gives the space back.
+punching a hole: positions stay the same, and the disk gets the space back.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from volant.journal import LogEntry, VmLog
 from ._lines import PIECE_BYTES, Line, LineSplitter, piece_of
 
 BEHIND_BYTES = 64 * 1024 * 1024
-"""A guest may be so far ahead of the pump: about as much as its log keeps. It bounds what its console takes of the disk
-while there is a daemon, and how long the next daemon has to catch up."""
+"""How far a guest may be ahead of the pump: about what its log keeps. It bounds what the console takes of the disk, and
+how long the next daemon needs to catch up."""
 FINISH_S = 3.0
 _FINISH_BYTES = 64 * 1024
 _PUNCH_BYTES = 1024 * 1024
 
 
 def console_source(boot_key: str) -> str:
-    """What the lines of one boot's console have as their source in the VM's log."""
+    """Returns the source that the lines of one boot's console have in the VM's log."""
     return f"{boot_key}/console"
 
 
 class ConsolePump:
-    """Carries the console of one boot into the VM's log. Use as a context manager."""
+    """Carries one console. Use as a context manager."""
 
     def __init__(
-        self, host: Host, path: Path, log: VmLog, boot_key: str, *, tell: Callable[[bytes], None] | None = None
+        self, host: Host, path: Path, log: VmLog, boot_key: str, *, feed: Callable[[bytes], None] | None = None
     ) -> None:
-        """`tell` gets every piece, after its lines have been logged."""
+        """`feed` gets every piece, after its lines have been logged."""
         self._host = host
-        self._tell = tell
+        self._feed = feed
         self._path = path
         self._log = log
         self._source = console_source(boot_key)
@@ -59,27 +59,26 @@ class ConsolePump:
         self._host.descriptors.close(self._fd)
 
     async def follow(self) -> None:
-        """Carry what comes until cancelled."""
+        """Carries what is written until cancelled."""
         with self._host.watches.open(self._path) as watch:
             while True:
                 await self.drain()
                 await watch.wait()
 
     async def drain(self) -> None:
-        """Carry what is there now, at the rate limit of the log, so that a flood starves nobody."""
+        """Carries what is there now, at the rate that the log allows, so that a flood starves nobody."""
         while piece := self._carry():
             await self._log.throttle(*piece)
 
     def recent(self, lines: int) -> bytes:
-        """The last lines of this boot, and what is no line yet, as a prompt is none."""
+        """Returns the last lines of this boot, and the unfinished one, where a prompt stands."""
         if not lines:
             return b""
         logged = self._log.tail_lines(lines, source=self._source)
         return "".join(f"{line}\r\n" for line in logged).encode() + self._splitter.held
 
     async def finish(self) -> None:
-        """Carry the rest, once nobody writes any more: a last line needs no end. Of more than can be carried in
-        `FINISH_S` only the last."""
+        """Carries the rest after the last write, as far as `FINISH_S` allows, and then only the end of it."""
         with trio.move_on_after(FINISH_S):
             await self.drain()
         self._skip(_FINISH_BYTES, _FINISH_BYTES)
@@ -88,7 +87,7 @@ class ConsolePump:
         self._append(self._splitter.flush())
 
     def _carry(self) -> tuple[int, int] | None:
-        """Carry a piece: how many lines and bytes that was. None: there is no more."""
+        """Carries a piece, and returns how many lines and bytes it has. None: there is no more."""
         data = self._host.descriptors.read_at(self._fd, PIECE_BYTES, self._splitter.position)
         if not data:
             return None
@@ -98,15 +97,15 @@ class ConsolePump:
         lines = self._splitter.feed(data)
         self._append(lines)
         if lines and lines[-1].end - self._freed >= _PUNCH_BYTES:
-            # What the log has not yet on the disk may be freed: a power cut ends the VM and its console with it.
+            # Lines that the log has not synced may be freed: a power cut ends the VM and its console with them.
             self._host.descriptors.punch_hole(self._fd, 0, lines[-1].end)
             self._freed = lines[-1].end
-        if self._tell is not None:
-            self._tell(data)
+        if self._feed is not None:
+            self._feed(data)
         return len(lines), len(data)
 
     def _skip(self, limit: int, keep: int) -> bool:
-        """When more than `limit` bytes are not carried yet, give up all but the last `keep`."""
+        """Gives up all but the last `keep` bytes, when more than `limit` are not carried yet. Whether it did."""
         try:
             end = self._host.files.size(self._path)
         except OSError:
@@ -114,10 +113,10 @@ class ConsolePump:
         lost = end - keep - self._splitter.position
         if end - self._splitter.position <= limit:
             return False
-        said = b"[%d bytes of the console are lost]" % lost
-        self._append([*self._splitter.skip_to(end - keep), Line(said, False, end - keep)])
-        if self._tell is not None:
-            self._tell(b"\r\n%b\r\n" % said)
+        notice = b"[%d bytes of the console are lost]" % lost
+        self._append([*self._splitter.skip_to(end - keep), Line(notice, False, end - keep)])
+        if self._feed is not None:
+            self._feed(b"\r\n%b\r\n" % notice)
         self._host.descriptors.punch_hole(self._fd, 0, end - keep)
         self._freed = end - keep
         return True

@@ -1,10 +1,10 @@
-"""What a step of a VM fails with."""
+"""The failure of a step."""
 
 from __future__ import annotations
 
 
 class StepError(Exception):
-    """A step came to nothing. `code` becomes the reason's code, the text its message."""
+    """A step of a VM failed. `code` becomes the reason's code, the text its message."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

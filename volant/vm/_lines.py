@@ -1,4 +1,4 @@
-"""From a stream of bytes to lines, with bounded memory and exact positions."""
+"""Cuts a stream of bytes into lines, with bounded memory and exact positions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PIECE_LINES = 2000
 
 
 def piece_of(data: bytes, start: int = 0) -> bytes:
-    """What to take next of `data`, at its position `start`: all of it, unless that is too much for one turn."""
+    """Returns what to carry next of `data` from `start` on: all of it, unless that would hold up the event loop."""
     if len(data) - start > PIECE_BYTES or data.count(b"\n", start) > _PIECE_LINES:
         end = start + PIECE_BYTES
         return data[start : end if data.count(b"\n", start, end) <= _PIECE_LINES else start + _PIECE_LINES]
@@ -27,16 +27,16 @@ class Line(NamedTuple):
 
     data: bytes
     partial: bool
-    """More of the same line follows in the next one."""
+    """The line goes on in the next one."""
     end: int
-    """The position in the stream at which to go on after this line."""
+    """The position in the stream after this line."""
 
 
 class LineSplitter:
-    """Cuts a stream into lines at LF; a CR before it goes too, as serial consoles send both.
+    """Cuts a stream into lines at LF. A CR before it goes too, as serial consoles send both.
 
-    `position` is where the bytes that are fed next begin. What is not yet a line is held, at most `MAX_LINE_BYTES`;
-    whoever resumes at the `end` of the last line that it has seen gets the rest again, and nothing twice.
+    `position` is that of the next byte to be fed. An unfinished line is held, at most `MAX_LINE_BYTES` of it: a reader
+    that resumes at the `end` of the last line it has seen gets the rest again, and nothing twice.
     """
 
     def __init__(self, position: int = 0) -> None:
@@ -45,11 +45,11 @@ class LineSplitter:
 
     @property
     def held(self) -> bytes:
-        """What has come and is no line yet."""
+        """The unfinished line."""
         return bytes(self._rest)
 
     def feed(self, data: bytes) -> list[Line]:
-        """Take the next bytes; return the lines that are whole now."""
+        """Takes the next bytes, and returns the lines that they finish."""
         lines: list[Line] = []
         start = self.position - len(self._rest)
         self.position += len(data)
@@ -73,7 +73,7 @@ class LineSplitter:
         return lines
 
     def flush(self) -> list[Line]:
-        """The stream is over, or has a gap here: what is held becomes a line of its own."""
+        """Returns the unfinished line, as the stream ends or has a gap here."""
         if not self._rest:
             return []
         line = Line(bytes(self._rest).removesuffix(b"\r"), False, self.position)
@@ -81,7 +81,7 @@ class LineSplitter:
         return [line]
 
     def skip_to(self, position: int) -> list[Line]:
-        """Bytes are missing; go on at `position`. Returns what was held."""
+        """Goes on at `position`, as bytes are missing. Returns the unfinished line."""
         lines = self.flush()
         self.position = position
         return lines

@@ -1,46 +1,26 @@
-"""What VMs may take of memory, and what they do take. That is measured when somebody asks, as to walk through a
-process's mappings costs milliseconds."""
+"""Measures what a VM takes of memory. On request only, as walking through a process's mappings costs milliseconds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import trio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
 from volant.host import Host, ProcessGone
-from volant.model import FORK, GuestMemory, HostMemory, Problem, ProcessIdentity, Status, VmMemory, VmRow
+from volant.model import GuestMemory, HostMemory, Problem, ProcessIdentity, VmMemory, VmRow
 from volant.model.agent import INFO
 
-OVERHEAD_MB = 192
-"""What a hypervisor's process needs beside its guest's memory."""
-CEILING_MB = 2 * OVERHEAD_MB
-"""What it may take at most."""
 HOST_S = 5.0
 GUEST_S = 2.0
-"""A guest that is too busy to answer is no reason to keep anybody waiting for the host's figures."""
+"""The host's figures do not wait for a guest that is too busy to answer."""
 _MAX_MB = 2**32
 
 
-def promised_mb(rows: Iterable[VmRow]) -> int:
-    """What of the host's memory VMs that are up, or about to be, may take at most. Clones count in full, as they may
-    write to all they have; and what those of a fork began with lies in memory, too, for as long as one of them runs."""
-    up = [row for row in rows if row.tag or row.status in (Status.PENDING, Status.STARTING)]
-    forks = {origin: row.memory_mb for row in up if (origin := row.checkpoint or row.template or "").startswith(FORK)}
-    return sum(row.memory_mb + OVERHEAD_MB for row in up) + sum(forks.values())
-
-
-def about_to_take_mb(rows: Iterable[VmRow]) -> int:
-    """What of that those will take that have no process yet."""
-    up = (row for row in rows if row.process is None and row.status in (Status.PENDING, Status.STARTING))
-    return sum(row.memory_mb + OVERHEAD_MB for row in up)
-
-
 async def measure(host: Host, row: VmRow, agent: AgentClient | None) -> VmMemory:
-    """What a VM takes. `agent`: None, its guest is not asked.
+    """Returns what a VM takes. `agent`: None leaves the guest's own figures out.
 
-    :raises Problem: 409 it has no process, 503 that can't be looked into.
+    :raises Problem: 409 it has no process, 503 the kernel does not tell.
     """
     if row.process is None:
         raise _no_process(row)
@@ -85,7 +65,7 @@ async def _guest(agent: AgentClient) -> GuestMemory | None:
     if not isinstance(said, dict):
         return None
     total, available = _figure(said, "total_mb"), _figure(said, "available_mb")
-    # Zeros are how an agent says that it does not know.
+    # An agent that does not know sends zeros.
     return GuestMemory(total, available) if total and available is not None and available <= total else None
 
 

@@ -1,17 +1,16 @@
-"""Hypervisors that carry this daemon's tag and that no VM owns.
+"""Orphaned hypervisors: processes with this daemon's tags that no VM's row knows.
 
-They come about when a database is lost, or is put back from a copy that does not know of them. A person decides what
-becomes of one, as what a program guesses to be nobody's may be somebody's work: it is listed, adopted or killed, and
-never touched otherwise.
+A database that was lost, or put back from a copy, does not know of them. A person decides what becomes of one, as it
+may hold somebody's work: the daemon lists it, and adopts or kills it on request.
 
-Adopted, it becomes a VM under its old id: what its command line tells (name, size, kernel, disk) is its row, and it is
-running from then on, with its log, its console and its agent. What no command line tells is gone: labels, environment,
-restart policy, and the plugin; it is a VM of `base`, and its next boot is one of those, on its old disk. What its guest
-was told at its start goes on.
+Adopted, it becomes a running VM under its old id, with its log, its console and its agent. Its row is what its command
+line says: name, size, kernel, disk. The rest is lost: labels, environment, restart policy, plugin. It is a VM of
+`base`, and its next boot is one of `base`'s on its old disk. Its guest keeps the configuration it got at its start.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,9 +18,11 @@ from pathlib import Path
 import msgspec
 import trio
 
+from actors import Ref
 from volant import images
-from volant.host import ProcessGone, inside
-from volant.hypervisor import HypervisorError, ParsedMachine
+from volant.host import Host, ProcessGone, inside
+from volant.hypervisor import Hypervisor, HypervisorError, ParsedMachine
+from volant.journal import AdoptRow, Journal, Store, VmLogs, ask_journal
 from volant.model import (
     BASE,
     NONE,
@@ -37,17 +38,21 @@ from volant.model import (
 )
 from volant.templates import Claim
 
-from ._doors import VmDoors, VmSettings
-from ._network import disconnect, kind_behind, lease_of
-from ._steps import CUSTOM_IMAGE, machine_spec, memory_file, vm_directory
+from ._actors import VmActors
+from ._machine_spec import CUSTOM_IMAGE, machine_spec
+from ._network import VmNetworks, kind_behind, lease_of
+from ._paths import memory_file, vm_directory
+from ._settings import VmSettings
 from ._tags import processes_of_vms
 
 _ATTACH_S = 15.0
+_ADOPT_S = 60.0
+_logger = logging.getLogger("volant.vm")
 
 
 @dataclass(frozen=True)
 class Orphan:
-    """One of them, as it was a moment ago."""
+    """An orphaned hypervisor, as it was a moment ago."""
 
     identity: ProcessIdentity
     vm_id: int
@@ -57,7 +62,7 @@ class Orphan:
     """Why it can't be adopted."""
 
     def view(self) -> OrphanView:
-        """What clients see of it."""
+        """Returns what clients see of it."""
         machine = self.machine
         return OrphanView(
             mark=self.identity.tag,
@@ -71,26 +76,119 @@ class Orphan:
         )
 
 
-async def find_orphans(doors: VmDoors) -> list[Orphan]:
-    """All of them, by id. Looks through all processes."""
-    found = []
-    # The processes first: one that is launched meanwhile has its row before it is there.
-    for identity, vm_id, boot, claim in await processes_of_vms(doors.host, doors.instance):
-        if any(row.tag == identity.tag for row in doors.store.projection.rows()):
-            continue
-        try:
-            machine = doors.hypervisor.parse_command_line(doors.host.proc.command_line(identity))
-        except ProcessGone:
-            # Of a VM that was just stopped.
-            continue
-        if machine is not None and claim is not None:
+@dataclass
+class Orphans:
+    """The orphaned hypervisors of one daemon."""
+
+    host: Host
+    hypervisor: Hypervisor
+    store: Store
+    journal: Ref[Journal]
+    logs: VmLogs
+    actors: VmActors
+    networks: VmNetworks
+    settings: VmSettings
+    instance: str
+
+    async def list(self) -> tuple[Orphan, ...]:
+        """Returns all of them, by id. Reads all of /proc."""
+        projection, settings = self.store.projection, self.settings
+        found = []
+        # The processes first: a VM that is launched meanwhile has its row before its process.
+        for identity, vm_id, boot, claim in await processes_of_vms(self.host, self.instance):
+            if any(row.tag == identity.tag for row in projection.rows()):
+                continue
             try:
-                machine = _claimed(doors.settings, machine, claim)
-            except OSError:
-                # Its claim names no disk of ours.
-                machine = None
-        found.append(Orphan(identity, vm_id, boot, machine, _obstacle(doors, vm_id, machine)))
-    return sorted(found, key=lambda orphan: (orphan.vm_id, orphan.boot))
+                machine = self.hypervisor.parse_command_line(self.host.proc.command_line(identity))
+            except ProcessGone:
+                # Its VM was just stopped.
+                continue
+            if machine is not None and claim is not None:
+                try:
+                    machine = _claimed(settings, machine, claim)
+                except OSError:
+                    # Its claim names no disk of this daemon's.
+                    machine = None
+            found.append(Orphan(identity, vm_id, boot, machine, self._obstacle(vm_id, machine)))
+        return tuple(sorted(found, key=lambda orphan: (orphan.vm_id, orphan.boot)))
+
+    async def adopt(self, tag: str, name: str | None = None) -> VmRow:
+        """Makes a VM of one; durable when this returns. `name`: instead of its own.
+
+        :raises Problem: 404; 409 it can't be adopted, or the name is taken; 503.
+        """
+        steps = await self._steps(tag, name)
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _ADOPT_S):
+            row = await ask_journal(self.journal, AdoptRow(steps))
+            # The log of a VM that the database had lost was about to be removed.
+            await self.logs.recall([row.id])
+            await self.actors.get(row)
+            _logger.info("VM %s: %s", row.name, steps[0].message, extra={"vm": row.name})
+            await self.networks.reconnect_adopted(row)
+            return row
+        raise Problem(503, "journal-slow", "the VM was not adopted in time; it may still appear")
+
+    async def kill(self, tag: str) -> None:
+        """Ends one and removes its files, unless a VM has the same; its disk stays. :raises Problem: 404, 503."""
+        orphan = await self._find(tag)
+        try:
+            with trio.fail_after(self.settings.kill_timeout_s):
+                await self.host.processes.end_all(tag, orphan.identity)
+        except trio.TooSlowError:
+            raise Problem(503, "unkillable", f"process {orphan.identity.pid} does not end, although killed") from None
+        if self.store.projection.by_id(orphan.vm_id) is None:
+            await self.host.files.remove_tree(vm_directory(self.settings, orphan.vm_id))
+            await self.host.files.remove_tree(memory_file(self.settings, orphan.vm_id))
+            if orphan.machine is not None and orphan.machine.nic is not None:
+                await self.networks.disconnect_orphan(orphan.vm_id, orphan.machine.nic)
+        _logger.warning("the orphaned hypervisor %s is killed", tag)
+
+    async def _find(self, tag: str) -> Orphan:
+        for orphan in await self.list():
+            if orphan.identity.tag == tag:
+                return orphan
+        raise Problem(
+            404, "orphan-not-found", f"there is no orphaned hypervisor with the process tag {tag[:100]!r}",
+            hint="`volar vms orphans` lists those there are; a VM's own is stopped with its VM",
+        )  # fmt: skip
+
+    def _obstacle(self, vm_id: int, machine: ParsedMachine | None) -> str | None:
+        settings, row = self.settings, self.store.projection.by_id(vm_id)
+        if row is not None:
+            return f"VM {row.name!r} has its id, and another process or none"
+        if machine is None or not is_name(machine.name):
+            return "its command line is not one that this version makes"
+        if machine.root is not None and not _is_layer(settings, vm_id, machine.root.layer):
+            return f"its disk is {machine.root.layer}, and not where this daemon's VMs have theirs"
+        if machine.memory_file not in (None, memory_file(settings, vm_id)):
+            return f"its memory is {machine.memory_file}, and not where this daemon's VMs have theirs"
+        if not self.host.files.exists(vm_directory(settings, vm_id)):
+            return "the directory with its sockets is gone"
+        return None
+
+    async def _steps(self, tag: str, name: str | None) -> tuple[Step, ...]:
+        """Returns what makes a VM of it: its row, from `pending` to `running`.
+
+        :raises Problem: 404; 409 it can't be adopted, and why.
+        """
+        orphan = await self._find(tag)
+        machine, obstacle = orphan.machine, orphan.obstacle
+        if machine is None or obstacle is not None:
+            raise _not_adoptable(orphan, obstacle or "")
+        row = adopted_row(self.settings, orphan, machine, name or machine.name, self.host.clock.now())
+        row = msgspec.structs.replace(row, hypervisor=self.hypervisor.name)
+        spec = machine_spec(self.settings, row, machine.accelerator)
+        try:
+            # As its actor will: one that does not answer can't be controlled.
+            with trio.fail_after(_ATTACH_S):
+                async with self.hypervisor.attach(spec, orphan.identity) as attached:
+                    await attached.status()
+        except (HypervisorError, trio.TooSlowError) as error:
+            raise _not_adoptable(orphan, f"it can't be controlled: {error or 'it does not answer'}") from error
+        pending = msgspec.structs.replace(row, status=Status.PENDING)
+        starting = msgspec.structs.replace(row, status=Status.STARTING)
+        message = f"the orphaned process {orphan.identity.pid} is adopted"
+        return Step(pending, message), Step(starting, message), Step(row, "it runs already")
 
 
 def _claimed(settings: VmSettings, machine: ParsedMachine, claim: Claim) -> ParsedMachine:
@@ -100,67 +198,13 @@ def _claimed(settings: VmSettings, machine: ParsedMachine, claim: Claim) -> Pars
     return msgspec.structs.replace(machine, name=claim.name, root=root, nic=claim.nic)
 
 
-def _obstacle(doors: VmDoors, vm_id: int, machine: ParsedMachine | None) -> str | None:
-    row = doors.store.projection.by_id(vm_id)
-    if row is not None:
-        return f"VM {row.name!r} has its id, and another process or none"
-    if machine is None or not is_name(machine.name):
-        return "its command line is not one that this version makes"
-    if machine.root is not None and not _is_layer(doors.settings, vm_id, machine.root.layer):
-        return f"its disk is {machine.root.layer}, and not where this daemon's VMs have theirs"
-    if machine.memory_file not in (None, memory_file(doors.settings, vm_id)):
-        return f"its memory is {machine.memory_file}, and not where this daemon's VMs have theirs"
-    if not doors.host.files.exists(vm_directory(doors.settings, vm_id)):
-        return "the directory with its sockets is gone"
-    return None
-
-
 def _is_layer(settings: VmSettings, vm_id: int, layer: Path) -> bool:
     directory = layer.parent
     return directory.parent == settings.disk_dir and directory.name.startswith(f"{vm_id}-")
 
 
-async def kill_orphan(doors: VmDoors, tag: str) -> None:
-    """End it and remove its files, unless a VM has the same; its disk stays. :raises Problem: 404, 503."""
-    orphan = await _orphan(doors, tag)
-    try:
-        with trio.fail_after(doors.settings.kill_timeout_s):
-            await doors.host.processes.end_all(tag, orphan.identity)
-    except trio.TooSlowError:
-        raise Problem(503, "unkillable", f"process {orphan.identity.pid} does not end, although killed") from None
-    if doors.store.projection.by_id(orphan.vm_id) is None:
-        await doors.host.files.remove_tree(vm_directory(doors.settings, orphan.vm_id))
-        await doors.host.files.remove_tree(memory_file(doors.settings, orphan.vm_id))
-        if orphan.machine is not None and orphan.machine.nic is not None:
-            await disconnect(doors, orphan.vm_id, orphan.machine.nic)
-
-
-async def steps_to_adopt(doors: VmDoors, tag: str, name: str | None) -> tuple[Step, ...]:
-    """What makes a VM of it: its row, from `pending` to `running`. `name`: instead of its own.
-
-    :raises Problem: 404; 409 it can't be adopted, and why.
-    """
-    orphan = await _orphan(doors, tag)
-    machine, obstacle = orphan.machine, orphan.obstacle
-    if machine is None or obstacle is not None:
-        raise _refused(orphan, obstacle or "")
-    row = _row(doors.settings, orphan, machine, name or machine.name, doors.host.clock.now())
-    row = msgspec.structs.replace(row, hypervisor=doors.hypervisor.name)
-    spec = machine_spec(doors.settings, row, machine.accelerator)
-    try:
-        # As its actor will: one that does not answer has no way to be held.
-        with trio.fail_after(_ATTACH_S):
-            async with doors.hypervisor.attach(spec, orphan.identity) as attached:
-                await attached.status()
-    except (HypervisorError, trio.TooSlowError) as error:
-        raise _refused(orphan, f"it can't be controlled: {error or 'it does not answer'}") from error
-    pending = msgspec.structs.replace(row, status=Status.PENDING)
-    starting = msgspec.structs.replace(row, status=Status.STARTING)
-    said = f"process {orphan.identity.pid}, which no VM owned, is adopted"
-    return Step(pending, said), Step(starting, said), Step(row, "it runs already")
-
-
-def _row(settings: VmSettings, orphan: Orphan, machine: ParsedMachine, name: str, now: datetime) -> VmRow:
+def adopted_row(settings: VmSettings, orphan: Orphan, machine: ParsedMachine, name: str, now: datetime) -> VmRow:
+    """Returns the row of the VM that an orphan becomes."""
     image = images.load(settings.cache_dir, machine.kernel.parent.name)
     ours = image is not None and image.kernel == machine.kernel
     parameters = " ".join(image.kernel_parameters) if image is not None and ours else ""
@@ -208,17 +252,7 @@ def _artifact(settings: VmSettings, path: Path) -> Artifact | None:
     return Artifact(str(path), path.name)
 
 
-async def _orphan(doors: VmDoors, tag: str) -> Orphan:
-    for orphan in await find_orphans(doors):
-        if orphan.identity.tag == tag:
-            return orphan
-    raise Problem(
-        404, "orphan-not-found", f"there is no hypervisor without a VM that carries the tag {tag[:100]!r}",
-        hint="`volar vms orphans` lists those there are; a VM's own is stopped with its VM",
-    )  # fmt: skip
-
-
-def _refused(orphan: Orphan, why: str) -> Problem:
+def _not_adoptable(orphan: Orphan, why: str) -> Problem:
     return Problem(
         409, "orphan-not-adoptable", f"{orphan.identity.tag} can't be adopted: {why}",
         hint="it goes on running; `volar vms kill` ends it",

@@ -1,4 +1,4 @@
-"""The log pump for what the workload writes: from the agent's frames to lines in the VM's log."""
+"""Carries the workload's output from the agent's frames into the VM's log."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _MAX_CLOCK_NS = 253_402_300_799 * 10**9  # the last second of the year 9999
 
 
 async def pump_output(client: AgentClient, log: VmLog, boot_key: str, log_id: str) -> str:
-    """Carry the workload's output into the log until the stream ends; returns the agent's log id.
+    """Carries the workload's output into the log until the stream ends; returns the agent's log id.
 
-    `log_id` is what the last call for this boot returned, or empty. When the agent was restarted its positions begin
-    anew; then this returns at once, and the next call asks from the right ones.
+    `log_id`: what the last call for this boot returned, or empty. The positions of an agent that was restarted start
+    over; then this returns at once, and the next call asks for the right ones.
 
     :raises AgentUnreachable: the agent does not answer, or the stream broke.
-    :raises AgentProtocolError: what came is no log.
+    :raises AgentProtocolError: the agent does not send a log.
     """
     positions = {stream: log.resume_position(_source(boot_key, log_id, stream)) for stream in _NAMES}
     target = f"{DAEMON_LOGS}?stdout={positions['stdout']}&stderr={positions['stderr']}"
@@ -101,7 +101,7 @@ async def pump_output(client: AgentClient, log: VmLog, boot_key: str, log_id: st
             if batch:
                 log.append(batch)
             await log.throttle(len(batch) + frames, size)
-        # The guest has shut down, or the agent has ended: what is left over are last lines.
+        # The guest has shut down, or the agent has ended: the unfinished lines are the last ones.
         for stream, splitter in splitters.items():
             if rest := splitter.flush():
                 log.append(entries(stream, rest))

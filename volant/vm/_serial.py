@@ -1,20 +1,19 @@
-"""The serial console of one boot, for those who look at it and the one who types.
+"""The serial console of one boot: many readers, one keyboard.
 
-The hypervisor appends what the guest says to a file (`_console.py` says why), and the pump reads it once. Whoever
-watches gets it from there: the pump hands each piece to `feed`, which puts it into a ring that is there while somebody
-looks. So readers cost the disk nothing, one that does not read holds up nobody, and one that fell behind is told how
-much it has missed. What a reader sees first are the last lines of the VM's log, and the line that is not at its end,
-as that is where a prompt stands.
+The hypervisor appends the console to a file (`_console.py` says why), which the pump reads once. The pump hands each
+piece to `feed`, which puts it into a ring that exists while there are readers. So readers cost the disk nothing, a slow
+one delays nobody, and it learns how many bytes it has missed. A reader first gets the last lines of the VM's log and
+the unfinished line, where a prompt stands.
 
-What is typed goes into the hypervisor's named pipe, 64 KiB of it ahead of the guest. One keyboard at a time: two people
-who type at once would each get the other's half of a line. A guest that does not read its console fills the pipe, and
-then only the keyboard waits, with a deadline.
+Input goes into the hypervisor's named pipe, up to 64 KiB ahead of the guest. There is one keyboard at a time, as two
+people who type at once would each get half a line of the other's. A guest that does not read its console fills the
+pipe, and then only the keyboard waits, with a deadline.
 
 The same bytes are served at a Unix socket, for `socat`, `minicom` and scripts that know serial ports and no
-WebSockets. It can't say anything beside the bytes, so where a WebSocket gets a word, a connection here just ends.
+WebSockets. It carries nothing but the bytes: where a WebSocket gets a reason, a connection here just ends.
 
-A socket of the hypervisor's own was rejected: it loses lines while nobody reads, stops the guest while somebody does
-not, and takes one client.
+Rejected: a socket of the hypervisor's own. It loses lines without a reader, stops the guest when a reader is slow, and
+takes one client.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from volant.host import Host
 from ._console import ConsolePump
 
 TYPE_S = 10.0
-"""How long a guest may take to read what is typed, once the pipe is full."""
+"""How long a guest may take to read its input, once the pipe is full."""
 _RING_BYTES = 256 * 1024
 _RING_FRAMES = 4096
 _TAKE_BYTES = 64 * 1024
@@ -47,16 +46,16 @@ _logger = logging.getLogger("volant.vm")
 
 
 class KeyboardTaken(Exception):
-    """Somebody else types."""
+    """Another client has the keyboard."""
 
 
 class NotTyped(Exception):
-    """The guest, or its hypervisor, does not take what is typed. The text is for people."""
+    """The guest, or its hypervisor, does not take the input. The text is for people."""
 
 
 @dataclass(frozen=True, slots=True)
 class Missed:
-    """A reader was too slow for so many bytes."""
+    """A reader was too slow, and missed so many bytes."""
 
     bytes: int
 
@@ -77,11 +76,11 @@ class SerialConsole:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a pump behind it."""
+        """Whether a pump feeds it."""
         return self._pump is not None
 
     def inspect(self) -> dict[str, object]:
-        """Figures, ready for JSON."""
+        """Returns figures, ready for JSON."""
         return {
             "readers": self._readers,
             "keyboard": self._keyboard is not None,
@@ -92,14 +91,14 @@ class SerialConsole:
     # From the guest
 
     def feed(self, data: bytes) -> None:
-        """What the guest has said, from the pump."""
+        """Takes a piece of the guest's output from the pump."""
         self._fed += len(data)
         if self._ring is not None:
             self._ring.append(data)
 
     @contextmanager
     def fed_by(self, pump: ConsolePump) -> Iterator[None]:
-        """For the length of a block the console is open; its end is the end for all readers."""
+        """Opens the console for a block. The end of the block is the end for all readers."""
         self._pump = pump
         try:
             yield
@@ -110,7 +109,7 @@ class SerialConsole:
 
     @asynccontextmanager
     async def reader(self, lines: int) -> AsyncIterator[Reader]:
-        """What the guest says from now on, after the last `lines` that it has said."""
+        """Returns a reader of the guest's output, from the last `lines` on."""
         if self._ring is None:
             self._ring = Log(max_frames=_RING_FRAMES, max_bytes=_RING_BYTES)
             if self._pump is None:
@@ -130,9 +129,9 @@ class SerialConsole:
 
     @contextmanager
     def keyboard(self, *, take: bool = False) -> Iterator[Keyboard]:
-        """The right to type, for the length of a block; with `take` whoever has it loses it.
+        """Gives the keyboard for a block. `take`: also if another client has it, which loses it.
 
-        :raises KeyboardTaken: somebody has it.
+        :raises KeyboardTaken: another client has it.
         """
         if self._keyboard is not None:
             if not take:
@@ -149,7 +148,7 @@ class SerialConsole:
     # The Unix socket
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve the Unix socket until cancelled. Where that can't be, the VM goes on without."""
+        """Serves the Unix socket until cancelled. Where that fails, the VM goes on without."""
         try:
             listener = self._host.sockets.listen_unix(self._socket_path)
         except OSError as error:
@@ -187,8 +186,8 @@ class SerialConsole:
             nursery.cancel_scope.cancel()
 
     async def _type(self, stream: trio.SocketStream, connection: trio.CancelScope) -> None:
-        """The first byte takes the keyboard. At the client's end its connection gets a moment for the answer: whether
-        it has closed one half or both can't be told."""
+        """Types what the client sends; the first byte takes the keyboard. After the client's end the connection stays
+        open for a moment, as the client may have closed one half only."""
         data = await stream.receive_some(_SOCKET_PIECE)
         if data:
             with self.keyboard() as keyboard:
@@ -199,7 +198,7 @@ class SerialConsole:
 
 
 class Reader:
-    """One who looks on. `SerialConsole.reader` makes it."""
+    """A reader of a console; see `SerialConsole.reader`."""
 
     def __init__(self, console: SerialConsole, ring: Log, cursor: Cursor, recent: bytes, position: int) -> None:
         self._console = console
@@ -209,7 +208,8 @@ class Reader:
         self._position = position
 
     async def take(self) -> bytes | Missed | None:
-        """What has been said since, or how much of it is lost; None at the end. A cancelled call has taken nothing."""
+        """Returns the output since the last call, or how much of it is lost; None at the end. A cancelled call takes
+        nothing."""
         if self._recent:
             await trio.lowlevel.checkpoint()
             recent, self._recent = self._recent, b""
@@ -225,20 +225,20 @@ class Reader:
 
 
 class Keyboard:
-    """The right to type. `SerialConsole.keyboard` makes it."""
+    """The right to type; see `SerialConsole.keyboard`."""
 
     def __init__(self, host: Host, path: Path) -> None:
         self.lost = trio.Event()
-        """Set when somebody else has taken it."""
+        """Set when another client has taken it."""
         self._host = host
         self._path = path
         self._pipe: trio.lowlevel.FdStream | None = None
 
     async def type(self, data: bytes) -> None:
-        """Give `data` to the guest. One task at a time.
+        """Sends `data` to the guest. One task at a time.
 
-        :raises KeyboardTaken: it is another's by now.
-        :raises NotTyped: the guest does not read, and perhaps only a part of it was taken; or the hypervisor is gone.
+        :raises KeyboardTaken: another client has the keyboard by now.
+        :raises NotTyped: the guest does not read, and may have taken a part; or the hypervisor is gone.
         """
         if self.lost.is_set():
             raise KeyboardTaken
@@ -253,6 +253,6 @@ class Keyboard:
             raise NotTyped("the console takes no input any more") from error
 
     def release(self) -> None:
-        """Type no more."""
+        """Closes the pipe."""
         if self._pipe is not None:
             self._pipe.close()

@@ -1,363 +1,374 @@
-"""The parts of a boot that need no actor: what it boots from, which paths, which command.
-
-What a VM boots from is decided by three, the first that has something to say: the manifest of its plugin as it was when
-the VM was created, the operator's settings, the image that is built. Each kernel, initramfs and root filesystem on its
-own.
+"""Runs the steps of one VM: each drives its process, files or guest towards what the row wants, and says what came of
+it. `VmActor` decides which step runs.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import msgspec
+import trio
 
-from actors import ActorDown, AskTimeout
-from volant import images
-from volant.host import inside
-from volant.hypervisor import AcceleratorName, Disk, LaunchFailed, MachineSpec, Template
-from volant.model import NONE, Artifact, Boot, Manifest, Origin, Problem, VmRow, is_checkpoint
-from volant.templates import GuestConfig, ReadyTemplate, TemplateKey, TemplateSpec, WarmProcess, template_at
-from volant.templates.messages import Build
+from actors import TaskHandle
+from volant.channel import AgentProtocolError, AgentUnreachable
+from volant.host import ProcessGone
+from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec
+from volant.journal import VmLog
+from volant.model import (
+    AgentAnswered,
+    AskStop,
+    AwaitAgent,
+    Cleared,
+    Effect,
+    Hold,
+    ImageReady,
+    Kill,
+    Launch,
+    Launched,
+    Pause,
+    Paused,
+    PrepareImage,
+    ProcessIdentity,
+    Reason,
+    Released,
+    Remove,
+    Removed,
+    RestartDue,
+    RestartLater,
+    Resume,
+    Resumed,
+    Seen,
+    StepFailed,
+    VmRow,
+    is_checkpoint,
+)
+from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
+from volant.templates import Claim, WarmProcess, standby_directory, template_layer
 
-from ._checkpoints import MEMORY, STATE, CheckpointLost, checkpoint_at
-from ._doors import VmDoors, VmSettings
+from ._agent_session import RootFailed
+from ._boot_limiter import SLOT_S
+from ._console import ConsolePump
+from ._deps import VmDeps
 from ._errors import StepError
-from ._network import nic_of
+from ._guest_config import machine_id
+from ._machine_spec import machine_spec
+from ._paths import LAYER, layer_directory
+from ._process import VmProcess
+from ._tags import tag_of
 
-CUSTOM_IMAGE = "custom"
-"""Stands for the digest where nothing of the built image is used."""
-
-_BUILD_S = 300.0
-"""What building a template may take besides its guest's boot: others may wait before it."""
-
-
-class Prepared(NamedTuple):
-    """What a boot begins with."""
-
-    image: str
-    """The digest of the built image, `CUSTOM_IMAGE` where it is not used."""
-    template: str | None
-    """The digest of the template, or the name of the checkpoint, that it goes on from."""
-    origin: Origin | None = None
-    """What is known now of whose copy it is."""
-    standby: WarmProcess | None = None
-    """The process that has taken the template over, and waits."""
+_AGENT_RETRY_S = 0.05
+_PAUSE_S = 45.0
+"""QEMU pauses a guest once the disk has all that the guest has written."""
+_RESUME_S = 60.0
+"""The guest's clock included, which its agent has to answer for."""
+_CLONE_S = 30.0
+"""A clone that has no identity by then boots cold instead, so this is less than an agent may take."""
+_logger = logging.getLogger("volant.vm")
 
 
-async def prepare_boot(doors: VmDoors, row: VmRow) -> Prepared:
-    """When this returns, all that the VM boots from is in the cache, and its layer is made.
+@dataclass
+class VmState:
+    """What one incarnation of the actor knows of its VM. The actor changes it, and its steps read it."""
 
-    :raises StepError: `image_missing`, `image_failed`, `memory_too_small`; `media_missing`, `media_unreachable`,
-        `media_mismatch`, `media_too_large`, `media_timeout`, `cache_full`, `cache_unwritable`, `io_error`;
-        `disk_missing`, `disk_failed`, `disk_too_small`; `template_failed`; `capture_failed`, `capture_gone`,
-        `capture_damaged`, `capture_unfit`.
-    """
-    if row.checkpoint is not None:
-        return await _prepare_copy(doors, row, row.checkpoint)
-    digest = await prepare_artifacts(doors, row)
-    disk = root_disk(doors.settings, row)
-    if disk is not None:
-        return await _prepare_layer(doors, row, disk, digest)
-    found = await _find_template(doors, row, digest)
-    if found is None:
-        return Prepared(digest, None)
-    template, template_spec = found
-    return Prepared(digest, template.digest, standby=doors.warm_pool.take(row.id, template_spec))
+    row: VmRow
+    log: VmLog
+    process: VmProcess | None = None
+    process_task: TaskHandle | None = None
+    fresh_tag: str = ""
+    """The tag of a process that nobody can have started yet."""
+    warm_process: WarmProcess | None = None
+    """Claimed by this boot."""
 
 
-async def _prepare_copy(doors: VmDoors, row: VmRow, checkpoint: str) -> Prepared:
-    """What goes on from a checkpoint has the image that its origin has booted, and a copy of its layer."""
-    try:
-        found = await doors.checkpoints.find(checkpoint)
-    except CheckpointLost as error:
-        raise StepError(error.code, str(error)) from error
-    digest = row.image or CUSTOM_IMAGE
-    if digest != CUSTOM_IMAGE and images.load(doors.settings.cache_dir, digest) is None:
-        raise StepError("image_missing", f"the image {digest[:12]}, which its origin booted, is gone from the cache")
-    disk = root_disk(doors.settings, row)
-    if disk is not None:
-        if row.manifest.boot is not None and row.manifest.boot.rootfs is not None:
-            await _obtain(doors, row.manifest.boot.rootfs)
-        await _make_layer(doors, disk, found.layer)
-    origin = None if row.origin is None else msgspec.structs.replace(row.origin, paused_ms=found.paused_ms)
-    return Prepared(digest, checkpoint, origin)
+class Steps:
+    """The steps of one VM."""
 
+    def __init__(self, deps: VmDeps, vm: VmState) -> None:
+        self._deps = deps
+        self._vm = vm
 
-async def prepare_artifacts(doors: VmDoors, row: VmRow) -> str:
-    """The digest of the built image, as `Prepared` has it. All that the VM boots from is in the cache then.
+    def limit_s(self, effect: Effect) -> float | None:
+        """Returns the deadline of a step, in seconds. None: its parts have their own, or it waits for somebody."""
+        settings = self._deps.settings
+        match effect:
+            case Launch():
+                return settings.launch_timeout_s
+            case AwaitAgent():
+                return settings.agent_timeout_s
+            case Pause():
+                return _PAUSE_S
+            case Resume():
+                return _RESUME_S
+            case AskStop(grace_s=grace_s):
+                return grace_s
+            case Kill():
+                return settings.kill_timeout_s
+            case RestartLater(delay_s):
+                return delay_s
+            case _:
+                return None
 
-    :raises StepError: as `prepare_boot`.
-    """
-    settings = doors.settings
-    boot = row.manifest.boot or Boot()
-    for path, brought, what in (
-        (settings.kernel, boot.kernel, "VOLANT_KERNEL"),
-        (settings.initramfs, boot.initramfs, "VOLANT_INITRAMFS"),
-    ):
-        if path is not None and brought is None and not doors.host.files.exists(path):
-            raise StepError("image_missing", f"{what} is {path}, and there is no such file")
-    digest = await _prepare_image(doors, row) if uses_image(settings, row.manifest) else CUSTOM_IMAGE
-    for artifact in (boot.kernel, boot.initramfs, boot.rootfs):
-        if artifact is not None:
-            await _obtain(doors, artifact)
-    return digest
-
-
-async def _prepare_image(doors: VmDoors, row: VmRow) -> str:
-    settings = doors.settings
-    try:
-        image = await images.ensure(
-            settings.cache_dir, deadline_s=settings.image_timeout_s, owner=doors.store.path.parent
-        )
-    except images.ImageError as error:
-        raise StepError("image_failed", f"the boot image could not be built: {error}") from error
-    if row.memory_mb < image.min_memory_mb:
-        raise StepError(
-            "memory_too_small",
-            f"the image needs at least {image.min_memory_mb} MiB of memory, the VM has {row.memory_mb}",
-        )
-    return image.digest
-
-
-async def _obtain(doors: VmDoors, artifact: Artifact) -> None:
-    try:
-        await doors.artifacts.obtain(artifact)
-    except images.ImageError as error:
-        code = "media_timeout" if error.code == "timeout" else error.code
-        raise StepError(code, f"the VM can't boot from {error}") from error
-
-
-async def _prepare_layer(doors: VmDoors, row: VmRow, disk: Disk, image: str) -> Prepared:
-    """Make the layer, if it is the first boot. The row that owns it was committed when the VM was created."""
-    try:
-        # A process that was taken for an earlier try would hold it.
-        await doors.warm_pool.clear(row.id)
-    except OSError as error:
-        raise StepError("disk_failed", f"a process that was to become the VM is left: {error}") from error
-    # What a clone that failed has left is not what anybody was told of.
-    fails_first = row.fallback is not None and row.boots == 1
-    if doors.host.files.exists(disk.layer) and not fails_first:
-        # Its content is no longer what a template's memory knows of it.
-        return Prepared(image, None)
-    if row.boots and not fails_first:
-        raise StepError(
-            "disk_missing", f"the VM's disk {disk.layer} is gone; put it back, or delete the VM and create it anew"
-        )
-    _check_size(doors, disk)
-    found = await _find_template(doors, row, image)
-    if found is None:
-        await _make_layer(doors, disk, None)
-        return Prepared(image, None)
-    template, template_spec = found
-    standby = doors.warm_pool.take(row.id, template_spec)
-    await _make_layer(doors, disk, template.layer, standby)
-    return Prepared(image, template.digest, standby=standby)
-
-
-def _check_size(doors: VmDoors, disk: Disk) -> None:
-    """:raises StepError: the disk is smaller than what lies on it."""
-    if disk.size_mb is None:
-        return
-    try:
-        least_mb = -(-doors.host.files.size(disk.base) // 2**20)
-    except OSError as error:
-        raise StepError("disk_failed", f"{disk.base}, over which the VM's disk is made, is not there") from error
-    if disk.size_mb < least_mb:
-        raise StepError(
-            "disk_too_small", f"disk_mb is {disk.size_mb}, and the root filesystem alone has {least_mb} MiB"
-        )
-
-
-async def _make_layer(doors: VmDoors, disk: Disk, like: Path | None, standby: WarmProcess | None = None) -> None:
-    try:
-        await doors.host.files.mkdir(disk.layer.parent)
-        if standby is not None and standby.layer is not None:
-            await doors.host.files.put_in_place(standby.layer, disk.layer)
-        else:
-            await doors.hypervisor.make_layer(disk, like)
-    except LaunchFailed as error:
-        raise StepError("disk_failed", str(error)) from error
-    except OSError as error:
-        raise StepError("disk_failed", f"the directory of the VM's disk can't be made: {error}") from error
-
-
-async def _find_template(doors: VmDoors, row: VmRow, image: str) -> tuple[ReadyTemplate, TemplateSpec] | None:
-    """What the VM is to go on from, and is there; None: it boots cold. :raises StepError: it must not."""
-    if row.boot == "cold" or row.fallback is not None or (row.boot == "auto" and not doors.templates.enabled):
-        return None
-    try:
-        template_spec = await template_spec_of(doors, row, image)
-        found = await doors.templates.find(template_spec.key, template_spec.digest)
-        if found is None and row.boot == "template":
-            await _have_built(doors, template_spec)
-            found = await doors.templates.find(template_spec.key, template_spec.digest)
-    except (OSError, Problem, ActorDown, AskTimeout) as error:
-        if row.boot == "auto":
-            return None
-        why = error.detail if isinstance(error, Problem) else str(error)
-        raise StepError("template_failed", f"the VM is to be a clone, and there is no template: {why}") from error
-    if found is None and row.boot == "template":
-        raise StepError("template_failed", "the VM is to be a clone, and its template was there and is gone again")
-    return None if found is None else (found, template_spec)
-
-
-async def _have_built(doors: VmDoors, template_spec: TemplateSpec) -> None:
-    """Wait for the template, and before that for the end of a drain. Raises Problem, ActorDown, AskTimeout."""
-    while True:
-        await doors.store.projection.undrained()
+    async def run(self, effect: Effect) -> Seen:
+        """Runs a step, and returns what came of it."""
+        row = self._vm.row
         try:
-            await doors.builder.ask(Build(template_spec), timeout_s=doors.settings.agent_timeout_s + _BUILD_S)
-            return
-        except Problem as problem:
-            if problem.code != "draining":
+            match effect:
+                case PrepareImage():
+                    return await self._prepare(row)
+                case Launch(tag):
+                    return await self._launch(row, tag)
+                case AwaitAgent():
+                    return await self._await_agent(row)
+                case Pause():
+                    return await self._pause()
+                case Resume():
+                    return await self._resume()
+                case AskStop(grace_s=grace_s):
+                    return await self._ask_stop(row, grace_s)
+                case Kill(tag):
+                    return await self._kill(row, tag)
+                case Remove():
+                    return await self._remove(row)
+                case RestartLater(delay_s):
+                    await trio.sleep(delay_s)
+                    return RestartDue()
+                case Hold():
+                    await self._deps.store.projection.undrained()
+                    return Released()
+        except (LaunchFailed, StepError) as error:
+            process = self._vm.process
+            console = await process.console_tail() if process is not None else ()
+            return StepFailed(Reason(error.code, str(error), console))
+
+    async def _prepare(self, row: VmRow) -> Seen:
+        deps, settings = self._deps, self._deps.settings
+        image, template, origin, warm_process = await deps.preparation.prepare(row)
+        await deps.slots.of(template).acquire(row.id)
+        socket = machine_spec(settings, row, "tcg").console_socket_path
+        tag = self._vm.fresh_tag = tag_of(deps.instance, row)
+        if warm_process is not None:
+            tag = warm_process.tag
+        # A copy has the balloon that its origin has. A template has none, and neither have its clones.
+        balloon = row.balloon if row.checkpoint is not None else template is None and settings.return_memory
+        return ImageReady(image, tag, str(socket), template, origin, balloon)
+
+    # Launch
+
+    async def _launch(self, row: VmRow, tag: str) -> Seen:
+        deps, vm = self._deps, self._vm
+        fresh, vm.fresh_tag = tag == vm.fresh_tag, ""
+        accelerator = await deps.hypervisor.accelerator()
+        spec = machine_spec(deps.settings, row, accelerator)
+        with _deadline(deps.settings.launch_timeout_s, "launch_timeout", "the hypervisor was not up in time"):
+            await deps.networks.attach(row)
+            if deps.warm_pool.is_one(tag):
+                identity = await self._claim(row, spec)
+            else:
+                # An earlier incarnation may have been killed between the launch and its commit. Where there was none,
+                # reading all of /proc would cost as much as a launch.
+                identity = None if fresh else await self._finish_launch(row, spec)
+            if identity is None:
+                if spec.root is not None and row.template is not None and (deps.warm_pool.is_one(tag) or not fresh):
+                    # A process that ran may have written to it.
+                    await deps.hypervisor.make_layer(spec.root, self._layer_of(row.template))
+                identity = await self._start_machine(spec)
+                await deps.networks.note_connected(row)
+        return Launched(identity, deps.hypervisor.name, accelerator)
+
+    async def _claim(self, row: VmRow, spec: MachineSpec) -> ProcessIdentity | None:
+        """Claims the warm process that the row names; None: it can't go on, and is ended."""
+        deps, mine = self._deps, self._vm.warm_process
+        is_mine = mine is not None and mine.tag == spec.tag
+        identity = mine.identity if mine is not None and is_mine else await deps.host.processes.find(spec.tag)
+        if identity is None:
+            return None
+        try:
+            claimed = await deps.warm_pool.claim(spec, Claim(row.boots, row.name, row.layer, spec.nic))
+        except OSError as error:
+            raise StepError("launch_failed", f"a warm process that can't be claimed can't be ended: {error}") from error
+        if not claimed:
+            await deps.networks.reattach(row)
+            return None
+        if is_mine:
+            # Else an earlier daemon may have claimed it, and its passt may have ended since.
+            await deps.networks.note_connected(row)
+        return identity
+
+    async def _finish_launch(self, row: VmRow, spec: MachineSpec) -> ProcessIdentity | None:
+        """Finds a machine that an earlier incarnation launched, however far it came, and lets it run.
+
+        None: there is none, or it can't run and is ended.
+        """
+        host = self._deps.host
+        identity = await host.processes.find(spec.tag)
+        if identity is None:
+            return None
+        try:
+            async with self._deps.hypervisor.attach(spec, identity) as machine:
+                await machine.resume()
+            return identity
+        except HypervisorError as error:
+            _logger.warning(
+                "VM %s: the process %d, which an earlier daemon launched, can't run, and is launched again: %s",
+                spec.name, identity.pid, error, extra={"vm": spec.name},
+            )  # fmt: skip
+        with suppress(ProcessGone), host.processes.open(identity) as process:
+            process.kill()
+            await process.wait()
+        await self._deps.networks.reattach(row)
+        return None
+
+    async def _start_machine(self, spec: MachineSpec) -> ProcessIdentity:
+        """Launches a machine. Where memory is short, the warm pool and the build of a template give way."""
+        hypervisor, warm_pool = self._deps.hypervisor, self._deps.warm_pool
+        try:
+            return await hypervisor.launch(spec)
+        except LaunchFailed as error:
+            if error.code != "memory_refused":
                 raise
+            gave_way = await warm_pool.give_way()
+            if not await self._deps.templates.give_way() and not gave_way:
+                raise
+        return await hypervisor.launch(spec)
+
+    def _layer_of(self, template: str) -> Path:
+        """Returns the layer that a template's guest, or a checkpoint's, had when it was saved."""
+        if is_checkpoint(template):
+            return self._deps.checkpoints.at(template) / LAYER
+        return template_layer(self._deps.settings.template_dir, template)
+
+    # The guest
+
+    async def _await_agent(self, row: VmRow) -> Seen:
+        settings, is_clone = self._deps.settings, row.template is not None
+        timeout_s = min(_CLONE_S, settings.agent_timeout_s) if is_clone else settings.agent_timeout_s
+        slot_ends_at = trio.current_time() + SLOT_S
+        last = ""
+        with trio.move_on_after(timeout_s):
+            while True:
+                if trio.current_time() >= slot_ends_at:
+                    self._deps.slots.release(row.id)
+                try:
+                    await self._set_up_guest(row)
+                    return AgentAnswered()
+                except AgentUnreachable as error:
+                    last = f": {error}"
+                    await trio.sleep(_AGENT_RETRY_S)
+                except RootFailed as error:
+                    raise StepError("rootfs_failed", str(error)) from error
+                except AgentProtocolError as error:
+                    refused = "clone_refused" if is_clone else "agent_refused"
+                    raise StepError(refused, f"the agent answered, but not as it should: {error}") from error
+        code = "clone_timeout" if is_clone else "agent_timeout"
+        raise StepError(code, f"the agent in the guest did not answer within {timeout_s:g} s{last}")
+
+    async def _set_up_guest(self, row: VmRow) -> None:
+        """:raises AgentUnreachable: :raises AgentProtocolError: :raises RootFailed:"""
+        agent = self._process().agent
+        if row.template is not None:
+            is_copy = row.checkpoint is not None
+            protocol = (self._deps.checkpoints if is_copy else self._deps.templates.template_store).protocol(
+                row.template
+            )
+            own_id = machine_id(self._deps.instance, row)
+            await agent.assign_identity(row.name, own_id, row.id, protocol=protocol, as_it_is=is_copy)
+        else:
+            await agent.connection.ask("GET", HEALTHZ)
+            if row.layer:
+                await agent.root_mounted()
+            await agent.configure()
+
+    async def _pause(self) -> Seen:
+        try:
+            with _deadline(_PAUSE_S, "pause_failed", f"the guest was not paused within {_PAUSE_S:g} s"):
+                await self._process().pause()
+        except (AgentUnreachable, HypervisorError) as error:
+            raise StepError("pause_failed", f"the guest can't be paused: {error}") from error
+        return Paused()
+
+    async def _resume(self) -> Seen:
+        try:
+            with _deadline(_RESUME_S, "resume_failed", f"the guest was not resumed within {_RESUME_S:g} s"):
+                process = self._process()
+                await process.resume()
+                try:
+                    await process.agent.clock.set()
+                except (AgentUnreachable, AgentProtocolError) as error:
+                    return Resumed(Reason("clock_not_set", f"the guest runs, but its clock may be behind: {error}"))
+        except (AgentUnreachable, HypervisorError) as error:
+            raise StepError("resume_failed", f"the guest can't be resumed: {error}") from error
+        return Resumed()
+
+    async def _ask_stop(self, row: VmRow, grace_s: float) -> Seen:
+        """Asks the guest to stop. When it does, the watch on the process reports that, and this step is cancelled."""
+        with trio.move_on_after(grace_s):
+            try:
+                process = self._process()
+                if process.paused:
+                    with suppress(HypervisorError):
+                        await process.resume()
+                # The agent gives up before this step does, so that a stubborn process does not cost the guest its sync.
+                await process.agent.connection.ask("POST", DAEMON_SHUTDOWN, {"grace_s": grace_s * 0.8})
+            except (AgentUnreachable, AgentProtocolError) as error:
+                # It may have received the request all the same.
+                text = "VM %s: no proper answer to the request to stop: %s"
+                _logger.info(text, row.name, error, extra={"vm": row.name})
+            await trio.sleep_forever()
+        return StepFailed(Reason("grace_over", f"the guest did not stop within {grace_s:g} s and is killed"))
+
+    def _process(self) -> VmProcess:
+        """:raises AgentUnreachable: the row has no process any more."""
+        if self._vm.process is None:
+            raise AgentUnreachable("the hypervisor's process is gone")
+        return self._vm.process
+
+    # The end
+
+    async def _kill(self, row: VmRow, tag: str) -> Seen:
+        """Ends the process and removes its files. The log gets all that the console said."""
+        host, settings, vm = self._deps.host, self._deps.settings, self._vm
+        with _deadline(settings.kill_timeout_s, "unkillable", "the hypervisor's process does not end, although killed"):
+            # The row's process is known beyond doubt; others with its tag were launched by a daemon that died.
+            known = row.process if row.process is not None and row.process.tag == tag else None
+            await host.processes.end_all(tag, known)
+        if vm.process_task is not None:
+            vm.process_task.cancel()
+            await vm.process_task.wait()
+        await self._deps.networks.detach(row)
+        spec = machine_spec(settings, row, row.accelerator or "tcg")
+        with suppress(FileNotFoundError), ConsolePump(host, spec.console_path, vm.log, row.boot_key) as console:
+            await console.finish()
+        try:
+            await host.limits.remove_empty()
+            await host.files.remove_tree(spec.directory)
+            await host.files.remove_tree(spec.memory_file)
+            if self._deps.warm_pool.is_one(tag):
+                await host.files.remove_tree(standby_directory(settings.runtime_dir, tag))
+        except OSError as error:
+            raise StepError("not_removed", f"files of the VM can't be removed: {error}") from error
+        return Cleared()
+
+    async def _remove(self, row: VmRow) -> Seen:
+        """Removes what belongs to the VM besides its row."""
+        if row.layer:
+            try:
+                await self._deps.host.files.remove_tree(layer_directory(self._deps.settings, row))
+            except OSError as error:
+                raise StepError("not_removed", f"the VM's disk can't be removed: {error}") from error
+        try:
+            await self._deps.logs.forget(row.id)
+        except OSError as error:
+            raise StepError("not_removed", f"the VM's log can't be ended: {error}") from error
+        return Removed()
 
 
-async def template_spec_of(doors: VmDoors, row: VmRow, image: str) -> TemplateSpec:
-    """What a template must be made of for such a VM to go on from it. What it boots from is in the cache.
-
-    :raises OSError: it is not.
-    """
-    accelerator = await doors.hypervisor.accelerator()
-    spec = machine_spec(doors.settings, msgspec.structs.replace(row, image=image), accelerator)
-    boot = row.manifest.boot or Boot()
-
-    def part(artifact: Artifact | None, path: Path | None) -> str:
-        if artifact is not None:
-            return f"sha256 {artifact.sha256}"
-        return f"image {image}" if path is None else f"file {path} {doors.host.files.fingerprint(path)}"
-
-    workload = workload_spec(row)
-    config = None
-    if row.manifest.template.after == "workload" and workload is not None:
-        config = GuestConfig(guest_manifest(row), workload)
-    key = TemplateKey(
-        hypervisor=await doors.hypervisor.fingerprint(),
-        kernel=part(boot.kernel, doors.settings.kernel),
-        initramfs=part(boot.initramfs, doors.settings.initramfs),
-        rootfs=boot.rootfs.sha256 if boot.rootfs is not None else None,
-        cmdline=spec.cmdline,
-        cpu_cores=row.cpu_cores,
-        memory_mb=row.memory_mb,
-        disk_mb=row.disk_mb,
-        config=config,
-        has_nic=row.network != NONE,
-    )
-    return TemplateSpec(
-        key=key,
-        digest=key.digest,
-        plugin=row.plugin,
-        kernel=spec.kernel,
-        initramfs=spec.initramfs,
-        rootfs=None if spec.root is None else spec.root.base,
-        accelerator=accelerator,
-    )
-
-
-def guest_manifest(row: VmRow) -> dict[str, object]:
-    """The body of `PUT /v1/daemon/manifest`: all of it but `boot`, as a guest has no business with the host's paths."""
-    told: dict[str, object] = msgspec.to_builtins(msgspec.structs.replace(row.manifest, boot=None))
-    return told
-
-
-def workload_spec(row: VmRow) -> dict[str, object] | None:
-    """The body of `PUT /v1/daemon/workload`: the manifest's workload with the VM's own environment over it."""
-    workload = row.manifest.workload
-    if workload is None:
-        return None
-    spec: dict[str, object] = msgspec.to_builtins(workload)
-    spec["env"] = {**workload.env, **row.env}
-    return spec
-
-
-def machine_id(instance: str, row: VmRow) -> str:
-    """What a clone has as its machine id: of this VM and of no other, and the same in each boot."""
-    return hashlib.sha256(f"{instance} {row.id} {row.created_at.isoformat()}".encode()).hexdigest()[:32]
-
-
-def uses_image(settings: VmSettings, manifest: Manifest) -> bool:
-    """Whether VMs of that plugin boot a part of the built image, and so need the memory that it declares."""
-    boot = manifest.boot or Boot()
-    return (boot.kernel is None and settings.kernel is None) or (boot.initramfs is None and settings.initramfs is None)
-
-
-def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName) -> MachineSpec:
-    """What the hypervisor needs to know of this boot; the same for whoever launches and for whoever adopts."""
-    image = images.load(settings.cache_dir, row.image or "")
-    # An image that is gone is no reason not to adopt; who launches is told by the path that does not exist.
-    gone = settings.cache_dir / f"image-{row.image}-is-gone"
-    boot = row.manifest.boot or Boot()
-    kernel = _artifact_path(settings, boot.kernel) or settings.kernel
-    initramfs = _artifact_path(settings, boot.initramfs) or settings.initramfs
-    return MachineSpec(
-        vm_id=row.id,
-        name=row.name,
-        cpu_cores=row.cpu_cores,
-        memory_mb=row.memory_mb,
-        kernel=kernel or (image.kernel if image is not None else gone),
-        initramfs=initramfs or (image.initramfs if image is not None else gone),
-        cmdline=" ".join((*(image.kernel_parameters if image is not None else ()), row.kernel_cmdline)).strip(),
-        directory=vm_directory(settings, row.id),
-        memory_file=memory_file(settings, row.id),
-        tag=row.tag,
-        accelerator=accelerator,
-        root=root_disk(settings, row),
-        template=None if row.template is None else _source(settings, row.template),
-        balloon=row.balloon,
-        nic=nic_of(settings, row),
-    )
-
-
-def _source(settings: VmSettings, template: str) -> Template:
-    """Where what a boot goes on from lies."""
-    if not is_checkpoint(template):
-        return template_at(settings.template_dir, template)
-    directory = checkpoint_at(settings.memory_dir, settings.snapshot_dir, template)
-    return Template(directory / MEMORY, directory / STATE)
-
-
-def _artifact_path(settings: VmSettings, artifact: Artifact | None) -> Path | None:
-    return None if artifact is None else images.artifact_path(settings.cache_dir, artifact.sha256)
-
-
-def root_disk(settings: VmSettings, row: VmRow) -> Disk | None:
-    """The disk with a VM's root filesystem, if it has one."""
-    rootfs = row.manifest.boot.rootfs if row.manifest.boot is not None else None
-    if rootfs is None or not row.layer:
-        return None
-    base = images.artifact_path(settings.cache_dir, rootfs.sha256)
-    return Disk(base, layer_directory(settings, row) / "root.qcow2", row.disk_mb)
-
-
-def layer_directory(settings: VmSettings, row: VmRow) -> Path:
-    """What a VM with a layer has on the disk beside its row."""
-    return inside(settings.disk_dir, row.layer)
-
-
-def vm_directory(settings: VmSettings, vm_id: int) -> Path:
-    """Sockets and console of a VM; there while a process of it may be."""
-    return settings.runtime_dir / "vms" / str(vm_id)
-
-
-def memory_file(settings: VmSettings, vm_id: int) -> Path:
-    """The guest's memory."""
-    return settings.memory_dir / f"{vm_id}.mem"
-
-
-def instance_of(state_dir: Path) -> str:
-    """A short name of a state directory, the same over restarts of the daemon."""
-    return hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:10]
-
-
-def tag_of(instance: str, row: VmRow) -> str:
-    """The tag of the next boot of a VM."""
-    return f"volant-{instance}-{row.id}.{row.boots + 1}"
-
-
-def parse_tag(instance: str, tag: str) -> tuple[int, int] | None:
-    """The id and the boot of the VM whose process carries this tag; None when it is none of this instance's."""
-    found = re.fullmatch(rf"volant-{re.escape(instance)}-([1-9][0-9]{{0,17}})\.([1-9][0-9]{{0,17}})", tag)
-    return (int(found[1]), int(found[2])) if found else None
+@contextmanager
+def _deadline(timeout_s: float, code: str, message: str) -> Iterator[None]:
+    """:raises StepError: the block took longer."""
+    with trio.move_on_after(timeout_s) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise StepError(code, message)

@@ -1,13 +1,13 @@
-"""What takes space on the host for this daemon, and what of it can go.
+"""Lists what takes disk space for this daemon, and removes what nothing uses.
 
-**Who uses a thing is asked at the moment at which it goes**, of the projection, without an await in between. The row of
-a VM is there before anything is fetched or made for it. So one that begins meanwhile either is seen, or comes after,
-and makes or fetches what it needs (`ArtifactCache.remove`). Images that VMs boot are never removed, as the current one
-stays and the others are those of rows. A process that carries our tag counts as a user, whatever the database says.
-A template that goes between a VM's look and its launch costs that VM a cold boot, as one that is damaged does.
+**The users of an item are looked up at the moment at which it goes**, in the projection, without an await in between.
+The row of a VM is there before anything is fetched or made for it, so a VM that begins meanwhile either is seen, or
+makes or fetches what it needs afterwards (`ArtifactCache.remove`). Images that VMs boot are never removed: the current
+one stays, and the others are named in rows. A process with this daemon's tag counts as a user, whatever the database
+says. A VM whose template goes between the lookup and the launch boots cold, as it does when the template is damaged.
 
-Disks, snapshots and databases that nobody knows of are removed only when they are named: they may be all that is left
-of somebody's work, and a restored database may not know of them. A snapshot that is known goes by its own route.
+Disks, snapshots and databases without a row are removed only when they are named: they may be all that is left of
+somebody's work, and a restored database may not know of them. A snapshot with a row has its own route.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 
 from volant import images
 from volant.host import Host
-from volant.journal import replaced_databases
+from volant.images import ArtifactCache
+from volant.journal import Store, VmLogs, replaced_databases
 from volant.model import (
     PRUNED_KINDS,
     Artifact,
@@ -33,8 +34,9 @@ from volant.model import (
     Usage,
     VmRow,
 )
+from volant.templates import TemplateStore
 
-from ._doors import VmDoors
+from ._settings import VmSettings
 from ._tags import processes_of_vms
 
 _MAX_ITEMS = 10_000
@@ -44,7 +46,7 @@ _A_BUILD = "a build of a template"
 
 @dataclass(frozen=True)
 class _Item:
-    """One thing on the disk."""
+    """One item on the disk."""
 
     kind: StoredKind
     name: str
@@ -53,18 +55,18 @@ class _Item:
     vm_id: int | None = None
     current: bool = False
     used_at: datetime | None = None
-    """When a template served last."""
+    """When a VM went on from the template last."""
     others: tuple[str, ...] = ()
-    """Which other daemons use it, where the cache is not ours alone."""
+    """Other daemons that use it, where they share the cache."""
 
 
 @dataclass
 class _Users:
-    """Who uses what, as of now."""
+    """The users of items, as of now."""
 
     rows: dict[int, VmRow]
     running: frozenset[int]
-    """The VMs of which a process of ours runs, also those without a row."""
+    """The VMs that have a process, also those without a row."""
     plugins: dict[str, Manifest] = field(default_factory=dict)
     snapshots: tuple[Snapshot, ...] = ()
 
@@ -106,58 +108,159 @@ def _artifacts_of(manifest: Manifest) -> set[str]:
     return {artifact.sha256 for artifact in artifacts if artifact is not None}
 
 
-async def usage(doors: VmDoors) -> Usage:
-    """What there is, the largest first. :raises OSError: it can't be looked at."""
-    found, running = await _look(doors)
-    settings = doors.settings
-    users = _users(doors, running)
-    items = sorted((_shown(one, users) for one in found), key=lambda item: (-item.bytes, item.kind, item.name))
-    return Usage(
-        items=items[:_MAX_ITEMS],
-        total_bytes=sum(item.bytes for item in items),
-        reclaimable_bytes=sum(item.bytes for item in items if item.reclaimable),
-        state_free_bytes=doors.host.disk.free(doors.store.path.parent),
-        cache_free_bytes=doors.host.disk.free(settings.cache_dir),
-    )
+@dataclass
+class Storage:
+    """The disk space of one daemon."""
 
+    host: Host
+    store: Store
+    logs: VmLogs
+    artifacts: ArtifactCache
+    templates: TemplateStore
+    settings: VmSettings
+    instance: str
 
-async def prune(
-    doors: VmDoors, kinds: Collection[StoredKind] | None, *, dry_run: bool, unused_for_s: float = 0.0
-) -> Pruned:
-    """Remove what nobody uses, of these kinds; None: of those that can be had again, or are over. Templates that have
-    served within `unused_for_s` stay.
+    async def usage(self) -> Usage:
+        """Returns what there is, the largest first. :raises OSError: it can't be listed."""
+        found, running = await self._list()
+        users = self._users(running)
+        items = sorted((_shown(one, users) for one in found), key=lambda item: (-item.bytes, item.kind, item.name))
+        return Usage(
+            items=items[:_MAX_ITEMS],
+            total_bytes=sum(item.bytes for item in items),
+            reclaimable_bytes=sum(item.bytes for item in items if item.reclaimable),
+            state_free_bytes=self.host.disk.free(self.store.path.parent),
+            cache_free_bytes=self.host.disk.free(self.settings.cache_dir),
+        )
 
-    :raises OSError: it can't be looked at.
-    """
-    wanted = PRUNED_KINDS if kinds is None else kinds
-    unused_since = doors.host.clock.now() - timedelta(seconds=min(unused_for_s, _LONG_S))
-    found, running = await _look(doors)
-    gone: list[StoredItem] = []
-    kept: list[Kept] = []
-    for one in found:
-        item = _shown(one, _users(doors, running))
-        if one.kind not in wanted or not item.reclaimable or (one.used_at and one.used_at > unused_since):
-            continue
-        if dry_run:
-            gone.append(item)
-            continue
-        try:
-            if await _remove(doors, one, running):
+    async def prune(self, kinds: Collection[StoredKind] | None, *, dry_run: bool, unused_for_s: float = 0.0) -> Pruned:
+        """Removes what nothing uses. `kinds`: None means those that can be had again, or are over. `unused_for_s`:
+        templates that a VM went on from within that many seconds stay.
+
+        :raises OSError: the items can't be listed.
+        """
+        wanted = PRUNED_KINDS if kinds is None else kinds
+        unused_since = self.host.clock.now() - timedelta(seconds=min(unused_for_s, _LONG_S))
+        found, running = await self._list()
+        gone: list[StoredItem] = []
+        kept: list[Kept] = []
+        for one in found:
+            item = _shown(one, self._users(running))
+            if one.kind not in wanted or not item.reclaimable or (one.used_at and one.used_at > unused_since):
+                continue
+            if dry_run:
                 gone.append(item)
-            else:
-                kept.append(Kept(kind=one.kind, name=one.name, reason="it is in use now"))
-        except images.ImageError as error:
-            kept.append(Kept(kind=one.kind, name=one.name, reason=error.message))
-        except OSError as error:
-            kept.append(Kept(kind=one.kind, name=one.name, reason=error.strerror or str(error)))
-    return Pruned(dry_run=dry_run, freed_bytes=sum(item.bytes for item in gone), items=gone, kept=kept)
+                continue
+            try:
+                if await self._remove(one, running):
+                    gone.append(item)
+                else:
+                    kept.append(Kept(kind=one.kind, name=one.name, reason="it is in use now"))
+            except images.ImageError as error:
+                kept.append(Kept(kind=one.kind, name=one.name, reason=error.message))
+            except OSError as error:
+                kept.append(Kept(kind=one.kind, name=one.name, reason=error.strerror or str(error)))
+        return Pruned(dry_run=dry_run, freed_bytes=sum(item.bytes for item in gone), items=gone, kept=kept)
 
+    def _users(self, running: frozenset[int]) -> _Users:
+        projection = self.store.projection
+        plugins = {name: plugin.manifest for name, plugin in projection.plugins.items()}
+        rows = {row.id: row for row in projection.rows()}
+        return _Users(rows, running, plugins, tuple(projection.snapshots.values()))
 
-def _users(doors: VmDoors, running: frozenset[int]) -> _Users:
-    projection = doors.store.projection
-    plugins = {name: plugin.manifest for name, plugin in projection.plugins.items()}
-    rows = {row.id: row for row in projection.rows()}
-    return _Users(rows, running, plugins, tuple(projection.snapshots.values()))
+    async def _list(self) -> tuple[list[_Item], frozenset[int]]:
+        """Returns the items, and the ids of VMs that have a process."""
+        found = await self.host.threads.run(self._scan)
+        # The processes last: so the files of a VM that was launched meanwhile have a user.
+        running = frozenset(each.vm_id for each in await processes_of_vms(self.host, self.instance))
+        found += await self._list_templates()
+        logs = self.logs.sizes()
+        found += [_Item("log", str(vm_id), size, vm_id=vm_id) for vm_id, (size, _) in logs.items()]
+        return found, running
+
+    async def _list_templates(self) -> list[_Item]:
+        """Returns the templates, and those that are being built."""
+        host, store = self.host, self.templates
+        whole = await store.all()
+        names = {path.name: path for path in _in(host, store.directory)}
+        sizes = await host.threads.run(lambda: {name: host.disk.used(path) for name, path in names.items()})
+        found = []
+        for name, size in sizes.items():
+            used_at = await store.used_at(name, whole[name]) if name in whole else None
+            found.append(_Item("template", name, size, current=name not in whole, used_at=used_at))
+        return found
+
+    def _scan(self) -> list[_Item]:
+        host, settings, database = self.host, self.settings, self.store.path
+        suffixes = ("", "-wal", "-shm", "-reserve", "-acknowledged")
+        beside = [database.with_name(database.name + suffix) for suffix in suffixes]
+        found = [_Item("journal", database.name, sum(map(host.disk.used, beside)))]
+
+        def add(kind: StoredKind, path: Path, vm_id: int | None = None) -> None:
+            found.append(_Item(kind, path.name, host.disk.used(path), path, vm_id))
+
+        for path in replaced_databases(database):
+            add("database", path)
+        for path in _in(host, settings.disk_dir):
+            add("disk", path, _id_of(path.name.partition("-")[0]))
+        for path in _in(host, settings.snapshot_dir):
+            add("snapshot", path)
+        for path in _in(host, settings.runtime_dir / "vms"):
+            if (vm_id := _id_of(path.name)) is not None:
+                add("leftover", path, vm_id)
+        for path in _in(host, settings.memory_dir):
+            if path.suffix == ".mem" and (vm_id := _id_of(path.stem)) is not None:
+                add("leftover", path, vm_id)
+        for image in images.list_images(settings.cache_dir):
+            others = self._other_daemons(image.digest)
+            found.append(_Item("image", image.digest, image.size_bytes, current=image.current, others=others))
+        for artifact in images.list_artifacts(settings.cache_dir):
+            others = self._other_daemons(artifact.digest)
+            found.append(_Item("medium", artifact.digest, artifact.disk_bytes, others=others))
+        rest = [path for path in _in(host, settings.cache_dir) if path.name not in ("images", "media")]
+        found.append(_Item("cache", "packages and indexes", sum(map(host.disk.used, rest))))
+        return found
+
+    def _other_daemons(self, digest: str) -> tuple[str, ...]:
+        own = self.store.path.parent
+        found = images.users(self.settings.cache_dir, digest)
+        return tuple(f"the daemon of {state_dir}" for state_dir in found if state_dir != own)
+
+    async def _remove(self, item: _Item, running: frozenset[int]) -> bool:
+        """Whether it is gone. :raises images.ImageError: :raises OSError: it can't be removed."""
+
+        def in_use() -> bool:
+            return bool(self._users(running).of(item))
+
+        match item.kind:
+            case "medium":
+                return await self.artifacts.remove(item.name, in_use=in_use)
+            case "image":
+                return await self.host.threads.run(self._prune_images, item.name)
+            case "log":
+                return await self.logs.discard(item.vm_id or 0)
+            case "template":
+                if in_use():
+                    return False
+                await self.templates.remove(item.name)
+                return True
+            case _:
+                if in_use() or item.path is None:
+                    return False
+                await self.host.files.remove_tree(item.path)
+                return True
+
+    def _prune_images(self, digest: str) -> bool:
+        """Whether that image is gone. Images that were listed as used go, too, if they no longer are."""
+        cache_dir, projection = self.settings.cache_dir, self.store.projection
+        rows = [*projection.rows(), *(one.vm for one in projection.snapshots.values())]
+        keep = {row.image for row in rows if row.image is not None}
+        for image in images.list_images(cache_dir):
+            if image.digest not in keep:
+                images.forget_use(cache_dir, image.digest, self.store.path.parent)
+            if images.users(cache_dir, image.digest):
+                keep.add(image.digest)
+        return digest in images.prune(cache_dir, keep) or not images.load(cache_dir, digest)
 
 
 def _shown(found: _Item, users: _Users) -> StoredItem:
@@ -172,108 +275,9 @@ def _shown(found: _Item, users: _Users) -> StoredItem:
     )
 
 
-async def _look(doors: VmDoors) -> tuple[list[_Item], frozenset[int]]:
-    host = doors.host
-    # The processes last: what one that was launched meanwhile has made is then not taken for nobody's.
-    found = await host.threads.run(_scan, doors)
-    running = frozenset(each.vm_id for each in await processes_of_vms(host, doors.instance))
-    found += await _templates(doors)
-    logs = doors.logs.sizes()
-    found += [_Item("log", str(vm_id), size, vm_id=vm_id) for vm_id, (size, _) in logs.items()]
-    return found, running
-
-
-async def _templates(doors: VmDoors) -> list[_Item]:
-    """Templates, and what is to become one."""
-    store = doors.templates
-    whole = await store.all()
-    names = {path.name: path for path in _in(doors.host, store.directory)}
-    sizes = await doors.host.threads.run(lambda: {name: doors.host.disk.used(path) for name, path in names.items()})
-    found = []
-    for name, size in sizes.items():
-        used_at = await store.used_at(name, whole[name]) if name in whole else None
-        found.append(_Item("template", name, size, current=name not in whole, used_at=used_at))
-    return found
-
-
-def _scan(doors: VmDoors) -> list[_Item]:
-    host, settings, database = doors.host, doors.settings, doors.store.path
-    suffixes = ("", "-wal", "-shm", "-reserve", "-acknowledged")
-    beside = [database.with_name(database.name + suffix) for suffix in suffixes]
-    found = [_Item("journal", database.name, sum(map(host.disk.used, beside)))]
-    found += [_Item("database", path.name, host.disk.used(path), path) for path in replaced_databases(database)]
-    found += [
-        _Item("disk", path.name, host.disk.used(path), path, _id_of(path.name.partition("-")[0]))
-        for path in _in(host, settings.disk_dir)
-    ]
-    found += [_Item("snapshot", path.name, host.disk.used(path), path) for path in _in(host, settings.snapshot_dir)]
-    found += [
-        _Item("leftover", path.name, host.disk.used(path), path, _id_of(path.name))
-        for path in _in(host, settings.runtime_dir / "vms")
-    ]
-    found += [
-        _Item("leftover", path.name, host.disk.used(path), path, _id_of(path.stem))
-        for path in _in(host, settings.memory_dir)
-        if path.suffix == ".mem"
-    ]
-    for image in images.list_images(settings.cache_dir):
-        others = _others(doors, image.digest)
-        found.append(_Item("image", image.digest, image.size_bytes, current=image.current, others=others))
-    for artifact in images.list_artifacts(settings.cache_dir):
-        others = _others(doors, artifact.digest)
-        found.append(_Item("medium", artifact.digest, artifact.disk_bytes, others=others))
-    rest = [path for path in _in(host, settings.cache_dir) if path.name not in ("images", "media")]
-    found.append(_Item("cache", "packages and indexes", sum(map(host.disk.used, rest))))
-    return [one for one in found if one.kind != "leftover" or one.vm_id is not None]
-
-
-def _others(doors: VmDoors, digest: str) -> tuple[str, ...]:
-    own = doors.store.path.parent
-    found = images.users(doors.settings.cache_dir, digest)
-    return tuple(f"the daemon of {state_dir}" for state_dir in found if state_dir != own)
-
-
 def _in(host: Host, directory: Path) -> list[Path]:
     return [directory / name for name in host.files.names(directory)] if host.files.exists(directory) else []
 
 
 def _id_of(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 19 else None
-
-
-async def _remove(doors: VmDoors, found: _Item, running: frozenset[int]) -> bool:
-    """Whether it is gone. :raises images.ImageError, OSError: it can't be removed."""
-
-    def in_use() -> bool:
-        return bool(_users(doors, running).of(found))
-
-    match found.kind:
-        case "medium":
-            return await doors.artifacts.remove(found.name, in_use=in_use)
-        case "image":
-            return await doors.host.threads.run(_prune_images, doors, found.name)
-        case "log":
-            return await doors.logs.discard(found.vm_id or 0)
-        case "template":
-            if in_use():
-                return False
-            await doors.templates.remove(found.name)
-            return True
-        case _:
-            if in_use() or found.path is None:
-                return False
-            await doors.host.files.remove_tree(found.path)
-            return True
-
-
-def _prune_images(doors: VmDoors, digest: str) -> bool:
-    """Whether that one is gone; those that were listed as used go, too, if they no longer are: one thing at a time."""
-    cache_dir, projection = doors.settings.cache_dir, doors.store.projection
-    rows = [*projection.rows(), *(one.vm for one in projection.snapshots.values())]
-    keep = {row.image for row in rows if row.image is not None}
-    for image in images.list_images(cache_dir):
-        if image.digest not in keep:
-            images.forget_use(cache_dir, image.digest, doors.store.path.parent)
-        if images.users(cache_dir, image.digest):
-            keep.add(image.digest)
-    return digest in images.prune(cache_dir, keep) or not images.load(cache_dir, digest)

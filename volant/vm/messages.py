@@ -1,4 +1,4 @@
-"""What can be asked of a VM's actor."""
+"""The messages that a VM's actor takes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from volant.hypervisor import Checkpoint, CheckpointFailed
 from volant.journal import DuplicateRequest, IdempotencyKey
 from volant.model import CommandRequest, Effect, Problem, Seen, VmRow
 
+CHECKPOINT_S = 60.0
+"""How long the hypervisor may take for a checkpoint."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ask(Request[VmRow]):
-    """A client wants something -> the row, durable.
+    """A client's command -> the row, durable.
 
     :raises Problem: 409 not legal now; 412 the row is at none of `revisions`; 422 the key was used for another request;
         503 the journal can't keep it.
@@ -38,8 +41,8 @@ class CheckpointTaken:
 
 @dataclass(frozen=True, slots=True)
 class TakeCheckpoint(Request[CheckpointTaken]):
-    """Copy the guest into an empty directory; it stands still for a moment, or goes on doing so. A command that
-    wants it to be something else ends that.
+    """Copies the guest into an empty directory. It is paused for a moment, or stays paused. A command that wants it to
+    be something else ends that.
 
     :raises Problem: 409 there is no guest that runs or is paused, or it is to be something else.
     :raises CheckpointFailed: there is no copy. The directory is the caller's to remove.
@@ -51,8 +54,10 @@ class TakeCheckpoint(Request[CheckpointTaken]):
 
 @dataclass(frozen=True, slots=True)
 class Report(Request[None]):
-    """A task of the actor has seen something. `effect` is the step that it comes from; a late report of a step that is
-    no longer the wanted one is dropped. None: it comes from the process itself, of which `tag` tells.
+    """What a task of the actor has seen.
+
+    `effect`: the step that reports. A late report, of a step that is no longer the wanted one, is dropped. None: the
+    process with the process tag `tag` reports.
 
     :raises Problem: 503 the journal can't keep it now; report again.
     """

@@ -1,4 +1,4 @@
-"""How a guest that is nobody's VM is talked to: until it answers, and for as long as it lives."""
+"""Talks to a guest that belongs to no VM: until it answers, and for as long as it lives."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
 from volant.hypervisor import HypervisorError, Machine
 
 ANSWER_S = 10.0
-_AGAIN_S = 0.2
+_RETRY_S = 0.2
 
 
 class TemplateFailed(Exception):
-    """There is no template, or what was made of it is of no use, and why; `code` is a stable word."""
+    """There is no template, or a process restored from one is of no use. `code` is a stable word."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
 
 
-async def while_it_lives(machine: Machine, do: Callable[[], Awaitable[None]], timeout_s: float) -> None:
-    """Do something with a guest, unless that ends before, or it takes too long. :raises TemplateFailed:"""
-    why: list[TemplateFailed] = []
+async def while_alive(machine: Machine, work: Callable[[], Awaitable[None]], timeout_s: float) -> None:
+    """Runs `work` with a guest. :raises TemplateFailed: the guest ends before, or it takes longer than `timeout_s`."""
+    failures: list[TemplateFailed] = []
 
     async def watch(scope: trio.CancelScope) -> None:
         try:
             message = (await machine.ended()).message
         except HypervisorError as error:
             message = str(error)
-        why.append(TemplateFailed("guest_ended", message))
+        failures.append(TemplateFailed("guest_ended", message))
         scope.cancel()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch, nursery.cancel_scope)
-        with trio.move_on_after(timeout_s) as patience:
+        with trio.move_on_after(timeout_s) as scope:
             try:
-                await do()
+                await work()
             except TemplateFailed as error:
-                why.append(error)
+                failures.append(error)
         nursery.cancel_scope.cancel()
-    if patience.cancelled_caught:
+    if scope.cancelled_caught:
         raise TemplateFailed("agent_timeout", f"the guest was not ready within {timeout_s:g} s")
-    if why:
-        raise why[0]
+    if failures:
+        raise failures[0]
 
 
 async def ask(
     client: AgentClient, method: str, path: str, body: object = None, *, timeout_s: float = ANSWER_S
 ) -> dict[str, Any]:
-    """One request, again until there is an answer; the caller has a deadline.
+    """Returns the agent's answer, and asks again until there is one: the caller has a deadline.
 
     :raises TemplateFailed: the agent refuses.
     """
@@ -59,12 +59,12 @@ async def ask(
         try:
             answer = await client.request_json(method, path, body, timeout_s=timeout_s)
         except AgentUnreachable:
-            await trio.sleep(_AGAIN_S)
+            await trio.sleep(_RETRY_S)
             continue
         except AgentProtocolError as error:
             raise TemplateFailed("agent_refused", f"the agent answers nonsense: {error}") from error
-        said = answer.body if isinstance(answer.body, dict) else {}
+        found = answer.body if isinstance(answer.body, dict) else {}
         if not 200 <= answer.status < 300:
-            why = f"the agent answers {method} {path} with {answer.status}: {said.get('detail')}"
+            why = f"the agent answers {method} {path} with {answer.status}: {found.get('detail')}"
             raise TemplateFailed("agent_refused", why[:500])
-        return said
+        return found

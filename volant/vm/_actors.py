@@ -1,0 +1,110 @@
+"""The actors of VMs by the VM's id: one is started when it is needed, and again when its supervisor gave it up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import msgspec
+import trio
+
+from actors import TRANSIENT, Child, DynamicSupervisor, GaveUp, NameTaken, NoSuchChild, Ref
+from volant.journal import CommitSteps, Journal, Projection, StaleRow, ask_journal
+from volant.model import Problem, Reason, Step, VmRow
+
+from ._actor import VmActor
+
+_START_S = 60.0
+_SHUTDOWN_S = 10.0
+_RETRY_S = 1.0
+_STARTS_AT_ONCE = 8
+_logger = logging.getLogger("volant.vm")
+
+
+@dataclass
+class VmActors:
+    """The actors of one daemon's VMs."""
+
+    supervisor: DynamicSupervisor
+    journal: Ref[Journal]
+    projection: Projection
+    make: Callable[[int], VmActor]
+    """Returns the actor of the VM with an id."""
+    _refs: dict[int, Ref[VmActor]] = field(default_factory=dict)
+    _starting: dict[int, trio.Event] = field(default_factory=dict)
+
+    def find(self, vm_id: int) -> Ref[VmActor] | None:
+        """Returns the actor of a VM, if it was started."""
+        return self._refs.get(vm_id)
+
+    async def get(self, row: VmRow) -> Ref[VmActor]:
+        """Returns the actor of a VM, and starts it if there is none. :raises Problem: 503 it can't be started."""
+        ref = self._refs.get(row.id)
+        while ref is None and (starting := self._starting.get(row.id)) is not None:
+            await starting.wait()
+            ref = self._refs.get(row.id)
+        if ref is not None:
+            return ref
+        done = self._starting[row.id] = trio.Event()
+        try:
+            return await self._start(row)
+        except Exception as error:
+            raise Problem(
+                503, "vm-lost", f"VM {row.name!r} is not under control: {error}", vm=row.name,
+                hint="`volantd`'s log says why its actor does not start",
+            ) from error  # fmt: skip
+        finally:
+            del self._starting[row.id]
+            done.set()
+
+    async def adopt_all(self) -> None:
+        """Starts the actors of all VMs there are, some at a time."""
+        limiter = trio.CapacityLimiter(_STARTS_AT_ONCE)
+
+        async def adopt(row: VmRow) -> None:
+            async with limiter:
+                try:
+                    await self.get(row)
+                except Problem as problem:
+                    _logger.error("VM %s is not under control: %s", row.name, problem.detail, extra={"vm": row.name})
+
+        async with trio.open_nursery() as nursery:
+            for row in self.projection.rows():
+                nursery.start_soon(adopt, row)
+
+    async def gave_up(self, event: GaveUp) -> None:
+        """Notes in the VM's row that the supervisor gave its actor up; the VM goes on.
+
+        Retries while the journal can't keep that, for as long as the supervisor waits.
+        """
+        row = self.projection.get(event.name)
+        if row is None:
+            return
+        self._refs.pop(row.id, None)
+        reason = Reason("control_lost", f"its actor keeps failing: {str(event.reason).splitlines()[0]}")
+        text = "VM %s: control is lost; `volar vms recover %s` tries again: %s"
+        _logger.error(text, row.name, row.name, event.reason, extra={"vm": row.name})
+        while row is not None and row.id not in self._refs:
+            lost = msgspec.structs.replace(row, reason=reason)
+            try:
+                await ask_journal(self.journal, CommitSteps(row.id, row.revision, (Step(lost, reason.message),)))
+                return
+            except (Problem, StaleRow):
+                await trio.sleep(_RETRY_S)
+            row = self.projection.by_id(row.id)
+
+    async def _start(self, row: VmRow) -> Ref[VmActor]:
+        for vm_id in self._refs.keys() - {row.id for row in self.projection.rows()}:
+            del self._refs[vm_id]
+        child = Child(row.name, lambda: self.make(row.id), TRANSIENT, start_timeout_s=_START_S, shutdown_s=_SHUTDOWN_S)
+        try:
+            ref = await self.supervisor.start_child(child)
+        except NameTaken:
+            # A deleted VM had that name, and its actor is about to end.
+            with suppress(NoSuchChild):
+                await self.supervisor.stop_child(row.name)
+            ref = await self.supervisor.start_child(child)
+        self._refs[row.id] = ref
+        return ref

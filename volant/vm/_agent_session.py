@@ -1,0 +1,265 @@
+"""The daemon's session with one guest's agent: assigns the identity, configures, and keeps the guest up to date.
+
+It lasts as long as the hypervisor's process. Four tasks run in it: the workload's output and state are carried to the
+VM, clock and hosts entries to the guest.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import trio
+
+from volant.channel import AgentProtocolError, AgentUnreachable, VirtioSerial, Vsock
+from volant.concurrency import Backoff
+from volant.host import Host
+from volant.hypervisor import MachineSpec
+from volant.journal import VmLog
+from volant.model import Seen, WorkloadChanged, WorkloadView
+from volant.model.agent import (
+    DAEMON_IDENTITY,
+    DAEMON_MANIFEST,
+    DAEMON_ROOT,
+    DAEMON_WORKLOAD,
+    IDENTITY_AS_IT_IS_SINCE,
+    IDENTITY_NETWORK_SINCE,
+    IDENTITY_WORKLOAD_SINCE,
+    PROTOCOL_MIN,
+)
+
+from ._agent_connection import AgentConnection, WorkloadNotHealthy, detail_of
+from ._clock import GuestClock
+from ._hosts_entries import HOSTS_AT_ONCE, HostsEntries
+from ._output import pump_output
+from ._peers import Peers
+from ._workload import follow_workload
+
+_RETRY_S, _RETRY_MAX_S = 0.1, 10.0
+_ROOT_S = 20.0
+"""The agent waits 15 s for the guest to be set up before it says that it is not."""
+_ENTROPY_BYTES = 64
+_CLONE_OUTPUT_S = 0.3
+"""The answer that somebody waits for goes before a clone's output."""
+
+
+class RootFailed(Exception):
+    """The guest can't mount its root filesystem. The text is for people, in part the guest's."""
+
+
+@dataclass(frozen=True)
+class GuestLimits:
+    """How many guests the daemon updates at a time."""
+
+    clocks: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
+    """To set a clock takes processor time that other guests lack, and that keeps their clocks wrong."""
+    hosts: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(HOSTS_AT_ONCE))
+
+
+class AgentSession:
+    """The session with the agent of one guest."""
+
+    def __init__(
+        self,
+        host: Host,
+        spec: MachineSpec,
+        log: VmLog,
+        boot_key: str,
+        report: Callable[[Seen], Awaitable[None]],
+        *,
+        manifest: Mapping[str, object] | None,
+        workload: Mapping[str, object] | None,
+        signal: str | None,
+        peers: Peers,
+        limits: GuestLimits,
+        configured: bool,
+        is_clone: bool,
+        paused: bool,
+    ) -> None:
+        """`manifest`, `workload`: what to configure the guest with; no manifest: nothing. `signal`: sent to a copied
+        workload. `configured`: an earlier incarnation of the actor did it. `is_clone`: the guest has another one's
+        identity until it gets its own. `paused`: whether the guest is."""
+        self._host = host
+        self._log = log
+        self._boot_key = boot_key
+        self._report = report
+        self._manifest = manifest
+        self._workload = workload
+        self._signal = signal
+        self._peers = peers
+        self._limits = limits
+        self._configured_link: int | None = None
+        self._output_error: str | None = None
+        self._identity_assigned = trio.Event()
+        if configured or not is_clone:
+            self._identity_assigned.set()
+        address = VirtioSerial(spec.agent_path) if spec.vsock_cid is None else Vsock(spec.vsock_cid)
+        self.connection = AgentConnection(host, address, paused=paused)
+        self.clock = GuestClock(host, self.connection)
+        self.configured = configured
+        self._hosts = HostsEntries(self.connection, peers)
+
+    @property
+    def protocol(self) -> int:
+        """The newest protocol that the agent is known to speak; the oldest there is while nothing is known."""
+        return self.connection.protocol or PROTOCOL_MIN
+
+    def inspect(self) -> dict[str, object]:
+        """Returns figures, ready for JSON."""
+        return {**self.connection.inspect(), "output_error": self._output_error}
+
+    async def run(self) -> None:
+        """Keeps the session until cancelled."""
+        async with self.connection.open(), trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_clock)
+            if self._workload is not None:
+                nursery.start_soon(self._keep_workload)
+            if self._peers.can_change:
+                nursery.start_soon(self._keep_hosts)
+            await self._keep_output()
+
+    async def root_mounted(self) -> None:
+        """Returns once the guest has mounted its root filesystem.
+
+        :raises AgentUnreachable: it has not yet, or can't be asked. :raises RootFailed: it can't mount it.
+        :raises AgentProtocolError: it has no root filesystem to mount.
+        """
+        root = await self.connection.get(DAEMON_ROOT, _ROOT_S)
+        match root.get("state"):
+            case "mounted":
+                return
+            case "pending":
+                raise AgentUnreachable("the root filesystem is not mounted yet")
+            case "failed":
+                raise RootFailed(f"the guest can't mount its root filesystem: {detail_of(root)}")
+            case _:
+                raise AgentProtocolError("its initramfs mounts no root filesystem")
+
+    async def assign_identity(
+        self, hostname: str, machine_id: str, vm_id: int, *, protocol: int, as_it_is: bool = False
+    ) -> None:
+        """Gives a clone its identity, fresh entropy, the time, and its configuration; returns once it has them.
+
+        `protocol`: the newest that its agent is known to speak. `as_it_is`: its workload may be unhealthy or have
+        ended, as that of the VM that it is a copy of.
+
+        :raises AgentUnreachable: it can't be reached. :raises AgentProtocolError: it refuses, and says why.
+        """
+        connection = self.connection
+        # The identity has the time in it, so it is not sent before somebody can receive it.
+        await connection.ready()
+        link = connection.link
+        interface, hosts = self._peers.interface(), self._peers.hosts()
+        if interface is not None and protocol < IDENTITY_NETWORK_SINCE:
+            protocol = await connection.negotiate()
+            if protocol < IDENTITY_NETWORK_SINCE:
+                raise AgentProtocolError("its agent is too old to configure its network interface")
+        identity: dict[str, object] = {
+            "hostname": hostname,
+            "machine_id": machine_id,
+            "vm_id": vm_id,
+            "entropy": base64.b64encode(self._host.random.token_bytes(_ENTROPY_BYTES)).decode(),
+            "time_ns": self.clock.now_ns(),
+            "signal": self._signal,
+        }
+        if interface is not None:
+            identity["network"] = interface
+        at_once = protocol >= IDENTITY_WORKLOAD_SINCE and self._manifest is not None
+        if as_it_is and protocol >= IDENTITY_AS_IT_IS_SINCE:
+            # The agent has manifest and workload from the VM that it is a copy of. Like each agent, it gets them again
+            # before its output is read.
+            identity["as_it_is"] = True
+            link = None
+        elif at_once:
+            identity["manifest"] = self._manifest
+            if self._workload is not None:
+                identity["workload"] = self._workload
+        try:
+            answer = await connection.put(DAEMON_IDENTITY, identity)
+            connection.agree(answer.get("protocol"))
+            shown_ns = answer["time_ns"]
+        except WorkloadNotHealthy:
+            if not as_it_is:
+                raise
+            # The agent has done everything else.
+            at_once, shown_ns = False, 0
+            await connection.negotiate()
+        self._hosts.sent = hosts
+        await self.clock.check(shown_ns)
+        if at_once:
+            self._set_configured(link)
+        else:
+            await self.configure(negotiated=True)
+
+    async def configure(self, *, negotiated: bool = False) -> None:
+        """Agrees on a protocol, and gives the agent its manifest and its workload.
+
+        From then on each agent of this boot gets them: one that was restarted has none.
+
+        :raises AgentUnreachable: :raises AgentProtocolError: as `AgentConnection.ask`.
+        """
+        connection, link = self.connection, self.connection.link
+        if not negotiated:
+            await connection.negotiate()
+        if self._peers.can_change and self._hosts.sent is None:
+            # Before the workload looks its peers up. A guest that refuses them now gets them later.
+            with suppress(AgentProtocolError):
+                await self._hosts.send()
+        if self._manifest is None:
+            self._identity_assigned.set()
+            return
+        # Agents of older guests have no use for it.
+        await connection.ask("PUT", DAEMON_MANIFEST, self._manifest, also=(404,))
+        if self._workload is not None:
+            await connection.ask("PUT", DAEMON_WORKLOAD, self._workload)
+        self._set_configured(link)
+
+    def _set_configured(self, link: int | None) -> None:
+        self.configured, self._configured_link = True, link
+        self._identity_assigned.set()
+
+    async def _keep_clock(self) -> None:
+        await self._identity_assigned.wait()
+        await self.clock.repair(self._limits.clocks)
+
+    async def _keep_hosts(self) -> None:
+        await self._identity_assigned.wait()
+        await self._hosts.keep(self._limits.hosts)
+
+    async def _keep_workload(self) -> None:
+        """Reports the workload's state until its agent turns out to be too old for that."""
+        await self._identity_assigned.wait()
+
+        async def report(workload: WorkloadView | None) -> None:
+            await self._report(WorkloadChanged(workload))
+
+        backoff = Backoff(_RETRY_S, _RETRY_MAX_S, steady_s=_RETRY_MAX_S)
+        while True:
+            with suppress(AgentUnreachable, AgentProtocolError, ValueError):
+                await self.connection.ready()
+                client = self.connection.client
+                if client is not None and not await follow_workload(client, report):
+                    return
+            await backoff.pause()
+
+    async def _keep_output(self) -> None:
+        """Carries the workload's output into the VM's log, as long as there is a connection."""
+        connection, log_id = self.connection, ""
+        if not self._identity_assigned.is_set():
+            # Until then the output has the id of the template's.
+            await self._identity_assigned.wait()
+            await trio.sleep(_CLONE_OUTPUT_S)
+        backoff = Backoff(_RETRY_S, _RETRY_MAX_S, steady_s=_RETRY_MAX_S)
+        while True:
+            await connection.ready()
+            try:
+                if self.configured and (connection.link is None or connection.link != self._configured_link):
+                    await self.configure()
+                if connection.client is not None:
+                    log_id = await pump_output(connection.client, self._log, self._boot_key, log_id)
+            except (AgentUnreachable, AgentProtocolError, ValueError) as error:
+                # A guest that sends nonsense harms its own log alone.
+                self._output_error = str(error)
+            await backoff.pause()

@@ -1,0 +1,72 @@
+"""Fetches the files that VMs boot from into the cache: the built image, and a plugin's artifacts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from volant import images
+from volant.host import Host
+from volant.images import ArtifactCache
+from volant.journal import Store
+from volant.model import Artifact, Boot, VmRow
+
+from ._errors import StepError
+from ._machine_spec import CUSTOM_IMAGE, uses_image
+from ._settings import VmSettings
+
+
+@dataclass
+class BootFiles:
+    """The boot files of one daemon's VMs."""
+
+    host: Host
+    store: Store
+    artifacts: ArtifactCache
+    settings: VmSettings
+
+    async def fetch(self, row: VmRow) -> str:
+        """Returns the digest of the built image, or `CUSTOM_IMAGE`, once all that the VM boots from is in the cache.
+
+        :raises StepError: `image_missing`, `image_failed`, `memory_too_small`, or as `fetch_artifact`.
+        """
+        settings, boot = self.settings, row.manifest.boot or Boot()
+        for path, brought, setting in (
+            (settings.kernel, boot.kernel, "VOLANT_KERNEL"),
+            (settings.initramfs, boot.initramfs, "VOLANT_INITRAMFS"),
+        ):
+            if path is not None and brought is None and not self.host.files.exists(path):
+                raise StepError("image_missing", f"{setting} is {path}, and there is no such file")
+        digest = await self._build_image(row) if uses_image(settings, row.manifest) else CUSTOM_IMAGE
+        for artifact in (boot.kernel, boot.initramfs, boot.rootfs):
+            if artifact is not None:
+                await self.fetch_artifact(artifact)
+        return digest
+
+    async def fetch_artifact(self, artifact: Artifact) -> None:
+        """Fetches an artifact that is not in the cache.
+
+        :raises StepError: `media_missing`, `media_unreachable`, `media_mismatch`, `media_too_large`, `media_timeout`,
+            `cache_full`, `cache_unwritable`, `io_error`.
+        """
+        try:
+            await self.artifacts.obtain(artifact)
+        except images.ImageError as error:
+            code = "media_timeout" if error.code == "timeout" else error.code
+            raise StepError(code, f"the VM can't boot from {error}") from error
+
+    def inspect(self) -> object:
+        """Returns the fetches that are under way, ready for JSON."""
+        return self.artifacts.inspect()
+
+    async def _build_image(self, row: VmRow) -> str:
+        settings, state_dir = self.settings, self.store.path.parent
+        try:
+            image = await images.ensure(settings.cache_dir, deadline_s=settings.image_timeout_s, owner=state_dir)
+        except images.ImageError as error:
+            raise StepError("image_failed", f"the boot image could not be built: {error}") from error
+        if row.memory_mb < image.min_memory_mb:
+            raise StepError(
+                "memory_too_small",
+                f"the image needs at least {image.min_memory_mb} MiB of memory, the VM has {row.memory_mb}",
+            )
+        return image.digest

@@ -1,0 +1,249 @@
+"""The checkpoints on this host: their files, what is known of them, and whether a VM can go on from one.
+
+A checkpoint is a directory that got its name when it was whole; while it is made the directory is called `….new`. That
+of a fork lies in memory, as `fork-<id>`; that of a snapshot on the disk, as `snapshot-<id>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import trio
+
+from volant.host import Host
+from volant.hypervisor import Checkpoint, Hypervisor, MachineKind
+from volant.model import FORK, SNAPSHOT
+
+from ._paths import LAYER, MEMORY, RECORD, STATE, checkpoint_at
+from .messages import CheckpointTaken
+
+_NEW = ".new"
+_REMOVED = "removed"
+_COPY_S = 300.0
+_CLEAR_S = 20.0
+_MAX_RECORD_BYTES = 1024 * 1024
+_MAX_STATE_BYTES = 64 * 1024 * 1024
+_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_logger = logging.getLogger("volant.vm")
+
+
+class CheckpointLost(Exception):
+    """There is no checkpoint to go on from. The text is for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        """`code`: `capture_failed`, `capture_gone`, `capture_damaged`, `capture_unfit`."""
+        super().__init__(message)
+        self.code = code
+
+
+class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of `capture.json`."""
+
+    version: int = 1
+    kind: MachineKind
+    """See `Hypervisor.incompatibility`."""
+    state_sha256: str
+    fingerprints: dict[str, str]
+    """By the names of the files, as they were when the checkpoint was whole."""
+    paused_ms: float
+    size_bytes: int
+    protocol: int = 1
+    """The newest that the guest's agent is known to speak."""
+
+
+class ReadyCheckpoint(msgspec.Struct, frozen=True):
+    """A checkpoint that a VM may go on from now."""
+
+    layer: Path | None
+    """To be copied."""
+    paused_ms: float
+
+
+@dataclass
+class CheckpointStore:
+    """The checkpoints of one daemon."""
+
+    host: Host
+    hypervisor: Hypervisor
+    memory_dir: Path
+    snapshot_dir: Path
+    _known: dict[Path, CheckpointRecord] = field(default_factory=dict)
+    """Those whose `state` was read and matched its digest."""
+
+    def at(self, checkpoint: str) -> Path:
+        """Returns the directory of a checkpoint, whether or not it exists."""
+        return checkpoint_at(self.memory_dir, self.snapshot_dir, checkpoint)
+
+    def room_mb(self) -> int:
+        """Returns how much memory is left for checkpoints, in MiB."""
+        return self.host.machine.file_room_mb(self.memory_dir)
+
+    async def find(self, checkpoint: str) -> ReadyCheckpoint:
+        """Returns a checkpoint that a VM is to go on from, after a check of its files. :raises CheckpointLost:"""
+        directory = self.at(checkpoint)
+        what = "the snapshot" if checkpoint.startswith(SNAPSHOT) else "the copy of its original"
+        if not self.host.files.exists(directory / RECORD):
+            why = "its files are gone" if checkpoint.startswith(SNAPSHOT) else "it was not made, or is gone again"
+            raise CheckpointLost("capture_gone", f"the VM can't go on from {what}: {why}")
+        try:
+            data = await self.host.files.read(directory / RECORD, _MAX_RECORD_BYTES)
+            record = msgspec.json.decode(data, type=CheckpointRecord)
+            for name, fingerprint in record.fingerprints.items():
+                if self.host.files.fingerprint(directory / name) != fingerprint:
+                    raise CheckpointLost("capture_damaged", f"{what} is damaged: somebody has touched its {name}")
+            if directory not in self._known:
+                state = await self.host.files.read(directory / STATE, _MAX_STATE_BYTES)
+                if hashlib.sha256(state).hexdigest() != record.state_sha256:
+                    raise CheckpointLost("capture_damaged", f"{what} is damaged: its {STATE} has other bytes")
+        except (OSError, msgspec.DecodeError) as error:
+            raise CheckpointLost("capture_damaged", f"{what} is damaged: {error}") from error
+        incompatibility = await self.hypervisor.incompatibility(record.kind)
+        if incompatibility is not None:
+            raise CheckpointLost("capture_unfit", f"{what} can't go on here: {incompatibility}")
+        self._known[directory] = record
+        return ReadyCheckpoint(directory / LAYER if LAYER in record.fingerprints else None, record.paused_ms)
+
+    def protocol(self, checkpoint: str) -> int:
+        """Returns the newest protocol that the agents of its copies are known to speak; 1 while nothing is known."""
+        record = self._known.get(self.at(checkpoint))
+        return 1 if record is None else record.protocol
+
+    # Making and removing them
+
+    async def finish(self, checkpoint: str, taken: CheckpointTaken) -> None:
+        """Gives a fork's checkpoint, which lies where `fresh` says, its record and its name. :raises OSError:"""
+        path = self.at(checkpoint)
+        await self._write_record(fresh(path), taken)
+        await self.host.files.put_in_place(fresh(path), path)
+
+    async def save(self, checkpoint: str, taken: CheckpointTaken) -> CheckpointRecord:
+        """Brings a snapshot's checkpoint from memory, where `in_memory` says, to the disk.
+
+        :raises CheckpointLost: the disk has no room, or does not take it. :raises OSError:
+        """
+        host, path, source = self.host, self.at(checkpoint), self.in_memory(checkpoint)
+        size = taken.checkpoint.memory_bytes + taken.checkpoint.state_bytes + taken.checkpoint.layer_bytes
+        await host.files.mkdir(fresh(path))
+        if host.disk.free(self.snapshot_dir) < size + RESERVE_MB * 2**20:
+            raise CheckpointLost("capture_failed", f"the disk has no room for {size // 2**20} MiB more")
+        for name in _names(taken.checkpoint):
+            await self._copy(source / name, fresh(path) / name)
+        record = await self._write_record(fresh(path), taken)
+        await host.files.put_in_place(fresh(path), path)
+        await host.files.remove_tree(source)
+        return record
+
+    def in_memory(self, checkpoint: str) -> Path:
+        """Returns where a checkpoint is taken: in memory, as disks are slow and the guest is paused meanwhile."""
+        return fresh(self.memory_dir / checkpoint)
+
+    async def mark_removed(self, checkpoint: str) -> bool:
+        """Marks a snapshot whose row is about to go, so that a daemon that finds it without a row removes it.
+
+        False: it has no files. :raises OSError:
+        """
+        path = self.at(checkpoint)
+        if not self.host.files.exists(path):
+            return False
+        await self.host.files.write(path / _REMOVED, b"")
+        return True
+
+    async def unmark(self, checkpoint: str) -> None:
+        """Undoes `mark_removed`. :raises OSError:"""
+        await self.host.files.remove(self.at(checkpoint) / _REMOVED)
+
+    async def remove(self, checkpoint: str) -> None:
+        """Removes the files of a checkpoint. VMs that run as its copies keep what they map. :raises OSError:"""
+        path = self.at(checkpoint)
+        self._known.pop(path, None)
+        await self.host.files.remove_tree(path)
+
+    async def clear(self, path: Path) -> None:
+        """Removes a checkpoint, or a part of one, also when cancelled. What can't be removed is logged."""
+        self._known.pop(path, None)
+        try:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
+                await self.host.files.remove_tree(path)
+        except OSError as error:
+            _logger.error("files of a copy of a VM can't be removed: %s", error)
+
+    def forks(self) -> list[str]:
+        """Returns the names of the forks' checkpoints that are there, whole."""
+        return [name for name in self._names_in(self.memory_dir) if name.startswith(FORK) and not name.endswith(_NEW)]
+
+    def left_behind(self, owned: Collection[str]) -> list[Path]:
+        """Returns what an earlier daemon left half-made or half-removed. `owned`: the checkpoints with a row.
+
+        The directory of a snapshot without a row stays, as the database may have been put back from a copy.
+        """
+        found = [
+            self.memory_dir / name
+            for name in self._names_in(self.memory_dir)
+            if name.startswith(SNAPSHOT) or (name.startswith(FORK) and name.endswith(_NEW))
+        ]
+        for name in self._names_in(self.snapshot_dir):
+            path = self.snapshot_dir / name
+            if name in owned:
+                # The row outlived the daemon that was about to remove it.
+                found.append(path / _REMOVED)
+            elif (
+                name.endswith(_NEW)
+                or self.host.files.exists(path / _REMOVED)
+                or not self.host.files.exists(path / RECORD)
+            ):
+                found.append(path)
+            else:
+                _logger.warning("%s is a snapshot that the database does not know", path)
+        return found
+
+    def _names_in(self, directory: Path) -> list[str]:
+        return self.host.files.names(directory) if self.host.files.exists(directory) else []
+
+    async def _copy(self, source: Path, target: Path) -> None:
+        """Copies a file without its pages of zeros, by a process of its own, as that has a lot to read."""
+        part = target.with_name(f"{target.name}.part")
+        command = ["cp", "--sparse=always", "--", str(source), str(part)]
+        try:
+            status, output = await self.host.processes.run(
+                command, env=_ENVIRONMENT, cwd=target.parent, timeout_s=_COPY_S
+            )
+        except trio.TooSlowError:
+            raise CheckpointLost("capture_failed", f"the disk did not take the copy within {_COPY_S:g} s") from None
+        if status != 0:
+            raise CheckpointLost(
+                "capture_failed", f"the copy can't be written: {output.decode(errors='replace')[-300:]}"
+            )
+        await self.host.files.put_in_place(part, target)
+
+    async def _write_record(self, directory: Path, taken: CheckpointTaken) -> CheckpointRecord:
+        host, checkpoint = self.host, taken.checkpoint
+        names = _names(checkpoint)
+        state = await host.files.read(directory / STATE, _MAX_STATE_BYTES)
+        record = CheckpointRecord(
+            kind=checkpoint.kind,
+            state_sha256=hashlib.sha256(state).hexdigest(),
+            fingerprints={name: host.files.fingerprint(directory / name) for name in names},
+            paused_ms=round(checkpoint.paused_s * 1000, 3),
+            size_bytes=sum(host.disk.used(directory / name) for name in names),
+            protocol=taken.protocol,
+        )
+        await host.files.write(directory / RECORD, msgspec.json.format(msgspec.json.encode(record)))
+        return record
+
+
+RESERVE_MB = 256
+"""Left free beside a copy of a guest, in memory and on the disk."""
+
+
+def fresh(path: Path) -> Path:
+    """Returns where a checkpoint is made that is to lie at `path`."""
+    return path.with_name(path.name + _NEW)
+
+
+def _names(checkpoint: Checkpoint) -> list[str]:
+    return [MEMORY, STATE, *([LAYER] if checkpoint.layer is not None else [])]

@@ -1,0 +1,121 @@
+"""Sets a guest's clock as well as the way to the guest allows.
+
+A request takes its time to get there, so how far the guest's clock is ahead is known to half of the way there and back
+alone. A step by that may then take as long as it likes. Of some tries the one with the shortest way counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import trio
+
+from volant.channel import AgentProtocolError, AgentUnreachable
+from volant.concurrency import Backoff
+from volant.host import Host
+from volant.model.agent import DAEMON_CLOCK
+
+from ._agent_connection import IDENTITY_S, AgentConnection, NoSuchRoute
+
+_EXACT_NS = 25_000_000
+"""A clock that is off by less is exact."""
+_MAX_LEAD_NS = 20_000_000
+"""A clock set ahead by that is exact even if the way then takes no time."""
+_TRIES = 5
+"""On a busy host one way in some is short enough."""
+FIRST_TRIES = 2
+"""For a clone, which somebody waits for. If they are not enough, `repair` follows."""
+_REPAIR_S, _REPAIR_MAX_S = 1.0, 60.0
+_REPAIRS = 12
+_REACHABLE_S = 20.0
+"""How long the agent of a guest that was paused may take to be there again and to set its clock."""
+
+
+class GuestClock:
+    """The wall clock of one guest."""
+
+    def __init__(self, host: Host, connection: AgentConnection) -> None:
+        self._host = host
+        self._connection = connection
+        self._lock = trio.Lock()
+        self._is_exact = True
+
+    def now_ns(self) -> int:
+        """Returns the host's time, in nanoseconds since 1970."""
+        return int(self._host.clock.now().timestamp() * 1e6) * 1000
+
+    async def set(self) -> None:
+        """Sets the clock of a guest that was paused. An agent that is too old for that is left alone.
+
+        :raises AgentUnreachable: it can't be reached in time. :raises AgentProtocolError: it refuses.
+        """
+        await self._once_reachable(self._set)
+
+    async def step(self, behind_s: float) -> None:
+        """Moves the clock of a guest that was paused for `behind_s` seconds, in one request. Raises as `set`."""
+
+        async def step() -> None:
+            async with self._lock:
+                await self._connection.put(DAEMON_CLOCK, {"step_ns": int(behind_s * 1e9)})
+
+        await self._once_reachable(step)
+
+    async def check(self, shown_ns: int) -> None:
+        """Sets the clock of a clone, if the time it shows is off: it was sent with a request that is answered just now.
+
+        :raises AgentUnreachable: :raises AgentProtocolError:
+        """
+        behind_ns = self.now_ns() - shown_ns
+        if not 0 <= behind_ns <= _EXACT_NS:
+            # The guest has run the code on the way by now, so the next way takes a third of the first.
+            await self._set(FIRST_TRIES, behind_ns // 6)
+
+    async def repair(self, limiter: trio.CapacityLimiter) -> None:
+        """Sets the clock again while it is not exact, as after a clone on a busy host.
+
+        One guest at a time, and with growing pauses, so that this does not keep the host busy.
+        """
+        backoff = Backoff(_REPAIR_S, _REPAIR_MAX_S)
+        for _ in range(_REPAIRS):
+            if self._is_exact:
+                return
+            await backoff.pause()
+            with suppress(AgentUnreachable, AgentProtocolError):
+                async with self._connection.limited(limiter):
+                    await self.set()
+
+    async def _once_reachable(self, send: Callable[[], Awaitable[None]]) -> None:
+        with trio.move_on_after(_REACHABLE_S):
+            await self._connection.ready()
+            with suppress(NoSuchRoute):
+                await send()
+            return
+        raise AgentUnreachable(f"the agent did not take the time within {_REACHABLE_S:g} s")
+
+    async def _set(self, tries: int = _TRIES, lead_ns: int = 0) -> None:
+        """`lead_ns`: how long the way there will take, as far as is known."""
+        async with self._lock:
+            self._is_exact = await self._measure(tries, max(0, min(lead_ns, _MAX_LEAD_NS)))
+
+    async def _measure(self, tries: int, lead_ns: int) -> bool:
+        """Whether the clock is exact afterwards."""
+        request = {"time_ns": self.now_ns() + lead_ns}
+        shortest_ns = IDENTITY_S * 1e9
+        for _ in range(tries):
+            sent_ns = self.now_ns()
+            try:
+                shown_ns = (await self._connection.put(DAEMON_CLOCK, request))["time_ns"]
+            except AgentProtocolError:
+                if "step_ns" not in request:
+                    raise
+                return True  # the agent is too old to step
+            way_ns = self.now_ns() - sent_ns
+            ahead_ns = shown_ns - sent_ns - way_ns // 2
+            if abs(ahead_ns) + way_ns // 2 <= _EXACT_NS:
+                return True
+            request = {"step_ns": -ahead_ns if way_ns < shortest_ns else 0}
+            shortest_ns = min(shortest_ns, way_ns)
+        if request["step_ns"]:
+            await self._connection.put(DAEMON_CLOCK, request)
+        return shortest_ns // 2 <= _EXACT_NS

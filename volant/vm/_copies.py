@@ -1,0 +1,390 @@
+"""Copies of guests: forks, which last until their copies run, and snapshots, which are kept.
+
+The row of a snapshot is there before its files, as they may take a while. The rows of a fork's copies follow the
+checkpoint, so no client sees a copy that a killed daemon could not make. A daemon that starts after a killed one knows
+from the rows what has an owner, and removes the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from actors import ActorDown, AskTimeout, Ref, Request
+from volant.concurrency import Backoff
+from volant.host import Host
+from volant.hypervisor import CheckpointFailed
+from volant.journal import (
+    BeginSnapshot,
+    DuplicateRequest,
+    EventGap,
+    FinishSnapshot,
+    ForkRow,
+    IdempotencyKey,
+    Journal,
+    RemoveSnapshot,
+    RestoreRow,
+    Store,
+    ask_journal,
+)
+from volant.model import (
+    FORK,
+    SNAPSHOT,
+    ForkVm,
+    Problem,
+    RestoreVm,
+    Snapshot,
+    TakeSnapshot,
+    VmRow,
+    check_copyable,
+    current_caller,
+    draining,
+    is_copyable,
+    name_taken,
+    no_such_snapshot,
+    no_such_vm,
+    waits_for,
+)
+
+from ._actors import VmActors
+from ._capacity import Capacity
+from ._checkpoint_store import RESERVE_MB, CheckpointLost, CheckpointStore, fresh
+from .messages import CHECKPOINT_S, CheckpointTaken, TakeCheckpoint
+
+R = TypeVar("R")
+_AT_ONCE = 2
+"""So many copies are made at a time."""
+_ASK_S = 60.0
+_UNDO_S = 10.0
+_RETRY_S, _RETRY_MAX_S = 1.0, 60.0
+_logger = logging.getLogger("volant.vm")
+
+
+@dataclass(eq=False)
+class _Job:
+    """One checkpoint that is being made."""
+
+    vm: VmRow
+    checkpoint: str
+    done: trio.Event = field(default_factory=trio.Event)
+    failure: Exception | None = None
+    copies: tuple[VmRow, ...] = ()
+    """Of a fork, once they are committed."""
+    reserved: ExitStack = field(default_factory=ExitStack)
+    """Room for the copies, until the job is over, whoever waits for it."""
+
+    @property
+    def id(self) -> str:
+        return self.checkpoint.partition("-")[2]
+
+    def fail(self, failure: Exception) -> None:
+        self.failure = self.failure or failure
+
+    async def wait(self) -> None:
+        """Waits for the end of the job. Raises its failure."""
+        await self.done.wait()
+        if self.failure is not None:
+            raise self.failure
+
+
+@dataclass
+class Copies:
+    """Makes and removes copies of VMs, in tasks of its own: a caller that is cancelled cancels nothing."""
+
+    host: Host
+    store: Store
+    journal: Ref[Journal]
+    checkpoints: CheckpointStore
+    actors: VmActors
+    capacity: Capacity
+    _nursery: trio.Nursery | None = None
+    _jobs: dict[str, _Job] = field(default_factory=dict)
+    """By the names of the checkpoints."""
+
+    async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Runs the jobs until cancelled, and removes what an earlier daemon left half-done. :raises OSError:"""
+        checkpoints, snapshots = self.checkpoints, self.store.projection.snapshots.values()
+        async with trio.open_nursery() as nursery:
+            for path in checkpoints.left_behind({snapshot.checkpoint for snapshot in snapshots}):
+                nursery.start_soon(checkpoints.clear, path)
+            for name in checkpoints.forks():
+                nursery.start_soon(self._remove_once_used, name)
+            for snapshot in snapshots:
+                if snapshot.status == "creating":
+                    _logger.warning("snapshot %s was not finished, and is removed", snapshot.name)
+                    nursery.start_soon(self._undo, snapshot)
+            self._nursery = nursery
+            try:
+                task_status.started()
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
+
+    def inspect(self) -> list[dict[str, object]]:
+        """Returns the jobs, ready for JSON."""
+        return [{"checkpoint": job.checkpoint, "vm": job.vm.name} for job in self._jobs.values()]
+
+    # Requests
+
+    async def fork(self, name: str, request: ForkVm, *, key: IdempotencyKey | None = None) -> tuple[VmRow, ...]:
+        """Makes VMs that go on from where this one is, and returns their rows. This one goes on itself.
+
+        :raises Problem: 400 the request, 404, 409 it is neither running nor paused, or a name is taken, 503 no
+            capacity, it could not be copied, others are being copied, or the daemon drains.
+        :raises DuplicateRequest: the request was answered before.
+        """
+        row, projection = self._row(name), self.store.projection
+        check_copyable(row)
+        # What is known to fail is no reason to pause the guest.
+        if projection.drain is not None:
+            raise draining(projection.drain, vm=name)
+        for copy_name in request.names or ():
+            if projection.get(copy_name) is not None:
+                raise name_taken(copy_name)
+
+        async def commit(checkpoint: str) -> tuple[VmRow, ...]:
+            copies = await self._ask(ForkRow(row.id, request, checkpoint, key, current_caller.get()))
+            for copy in copies:
+                await self.actors.get(copy)
+            return copies
+
+        with ExitStack() as stack:
+            stack.enter_context(self.capacity.reserve(row.memory_mb, len(request.names or ()) or request.count or 1))
+            job = self._begin(row, FORK)
+            job.reserved = stack.pop_all()
+        self._start(job, partial(self._fork, job, commit))
+        try:
+            await job.wait()
+        except CheckpointLost as error:
+            raise Problem(503, "fork-failed", f"there is no fork: {error}", vm=name, hint="try again") from error
+        return job.copies
+
+    async def restore(self, request: RestoreVm, *, key: IdempotencyKey | None = None) -> VmRow:
+        """Makes a VM that goes on from a snapshot; durable when this returns.
+
+        :raises Problem: 400 the request, 404 no such snapshot, 409 name taken, or it is not ready, 503 no capacity or
+            the daemon drains.
+        :raises DuplicateRequest: the request was answered before.
+        """
+        snapshot = self.store.projection.snapshots.get(request.from_snapshot)
+        if snapshot is None:
+            raise no_such_snapshot(request.from_snapshot, field="from_snapshot")
+        if self.store.projection.get(request.name) is not None:
+            raise name_taken(request.name)
+        with self.capacity.reserve(snapshot.vm.memory_mb):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_S):
+                row = await self._ask(RestoreRow(request, key, current_caller.get()))
+                await self.actors.get(row)
+                return row
+        raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
+
+    async def take_snapshot(self, name: str, request: TakeSnapshot, *, key: IdempotencyKey | None = None) -> Snapshot:
+        """Copies a VM as it is now, and keeps that; all of it is on the disk when this returns.
+
+        :raises Problem: 400 the request, 404, 409 it is neither running nor paused, the name is taken, or it could not
+            be copied, 503 no capacity, or others are being copied.
+        :raises DuplicateRequest: the request was answered before.
+        """
+        row = self._row(name)
+        check_copyable(row)
+        earlier = self.store.projection.snapshots.get(request.name or "")
+        if earlier is not None and earlier.status == "creating" and earlier.checkpoint not in self._jobs:
+            # "The name is taken" would be stored for the request's key, though there is no such snapshot.
+            raise _busy(f"what a killed daemon has left of snapshot {earlier.name!r} is being removed", row)
+        job = self._begin(row, SNAPSHOT)
+        begun: Snapshot | None = None
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_S):
+            try:
+                begun = await self._ask(BeginSnapshot(row.id, request, job.id))
+            except BaseException:
+                self._end(job)
+                raise
+            self._start(job, partial(self._snapshot, job, begun, key))
+        if begun is None:
+            raise Problem(503, "journal-slow", "the snapshot was not begun in time", vm=name, hint="try again")
+        try:
+            await job.wait()
+        except CheckpointLost as error:
+            raise Problem(503, "snapshot-failed", f"there is no snapshot: {error}", vm=name) from error
+        snapshot = self.store.projection.snapshots.get(begun.name)
+        if snapshot is None or snapshot.id != begun.id:
+            raise no_such_snapshot(begun.name)
+        return snapshot
+
+    async def remove_snapshot(self, name: str) -> None:
+        """Removes a snapshot. VMs that went on from it keep what they have.
+
+        :raises Problem: 404; 409 a VM has yet to go on from it, or it is being made; 503.
+        """
+        snapshot = self.store.projection.snapshots.get(name)
+        if snapshot is None:
+            raise no_such_snapshot(name)
+        if snapshot.status != "ready":
+            raise Problem(
+                409, "snapshot-not-ready", f"snapshot {name!r} is being made", hint="try again once it is `ready`"
+            )  # fmt: skip
+        checkpoint = snapshot.checkpoint
+        try:
+            has_files = await self.checkpoints.mark_removed(checkpoint)
+            try:
+                await self._ask(RemoveSnapshot(snapshot.name, snapshot.id))
+            except Problem as problem:
+                if has_files and problem.status == 409:
+                    await self.checkpoints.unmark(checkpoint)
+                raise
+            if has_files:
+                await self.checkpoints.remove(checkpoint)
+        except OSError as error:
+            raise Problem(503, "snapshot-not-removed", f"files of the snapshot can't be removed: {error}") from error
+
+    # Jobs
+
+    def _begin(self, vm: VmRow, kind: str) -> _Job:
+        """Begins a job, which ends with `_end`. :raises Problem: 503 there are too many, or too little memory."""
+        if self._nursery is None:
+            raise _busy("no copies are made at present", vm)
+        if any(job.vm.id == vm.id for job in self._jobs.values()):
+            raise _busy(f"VM {vm.name!r} is being copied already", vm)
+        if len(self._jobs) >= _AT_ONCE:
+            raise _busy(f"{len(self._jobs)} VMs are being copied", vm)
+        available_mb = self.checkpoints.room_mb() - sum(job.vm.memory_mb for job in self._jobs.values())
+        if available_mb < vm.memory_mb + RESERVE_MB:
+            raise Problem(
+                503, "no-capacity",
+                f"a copy of VM {vm.name!r} needs up to {vm.memory_mb} MiB of memory, {max(0, available_mb)} are left",
+                vm=vm.name, hint="stop or delete a VM",
+            )  # fmt: skip
+        job = _Job(vm, f"{kind}{self.host.random.new_id()[:12]}")
+        self._jobs[job.checkpoint] = job
+        return job
+
+    def _end(self, job: _Job) -> None:
+        self._jobs.pop(job.checkpoint, None)
+        job.reserved.close()
+        job.done.set()
+
+    def _start(self, job: _Job, work: Callable[[], Awaitable[None]]) -> None:
+        if self._nursery is None:
+            job.fail(CheckpointLost("capture_failed", "no copies are made at present"))
+            self._end(job)
+            return
+        self._nursery.start_soon(self._run, job, work)
+
+    async def _run(self, job: _Job, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except trio.Cancelled:
+            job.fail(CheckpointLost("capture_failed", "the daemon stopped before the copy was made"))
+            raise
+        finally:
+            self._end(job)
+
+    async def _fork(self, job: _Job, commit: Callable[[str], Awaitable[tuple[VmRow, ...]]]) -> None:
+        """Makes the checkpoint, then the rows, and removes the checkpoint once all copies run."""
+        path = self.checkpoints.in_memory(job.checkpoint)
+        unsure = False
+        try:
+            await self.checkpoints.finish(job.checkpoint, await self._take(job, path))
+            job.copies = await commit(job.checkpoint)
+        except (CheckpointLost, DuplicateRequest, Problem, OSError) as error:
+            failure = _failure(error)
+            _logger.warning("VM %s is not forked: %s", job.vm.name, failure, extra={"vm": job.vm.name})
+            job.fail(failure)
+            unsure = isinstance(error, Problem) and error.status == 503
+            await self.checkpoints.clear(path)
+        finally:
+            self._end(job)
+        if unsure:
+            # The journal may have kept the rows all the same, or may do so yet.
+            await trio.sleep(_ASK_S)
+        await self._remove_once_used(job.checkpoint)
+
+    async def _snapshot(self, job: _Job, snapshot: Snapshot, key: IdempotencyKey | None) -> None:
+        """Makes the files of a snapshot whose row is committed, and commits that it is ready."""
+        path = self.checkpoints.in_memory(job.checkpoint)
+        try:
+            record = await self.checkpoints.save(job.checkpoint, await self._take(job, path))
+            await self._ask(FinishSnapshot(snapshot.name, snapshot.id, record.paused_ms, record.size_bytes, key))
+        except (CheckpointLost, DuplicateRequest, Problem, OSError) as error:
+            failure = _failure(error)
+            _logger.warning("VM %s has no snapshot %s: %s", job.vm.name, snapshot.name, failure)
+            job.fail(failure)
+            await self.checkpoints.clear(path)
+            with trio.move_on_after(_UNDO_S) as scope:
+                await self._undo(snapshot)
+            if scope.cancelled_caught:
+                # The caller need not wait for a journal that is down.
+                self._end(job)
+                await self._undo(snapshot)
+
+    async def _take(self, job: _Job, into: Path) -> CheckpointTaken:
+        """Has the VM's actor copy the guest. :raises CheckpointLost: :raises OSError:"""
+        now = self.store.projection.by_id(job.vm.id)
+        if now is None or not is_copyable(now) or now.process != job.vm.process:
+            raise CheckpointLost("capture_failed", f"VM {job.vm.name!r} has changed before it was copied")
+        await self.host.files.mkdir(into)
+        try:
+            ref = await self.actors.get(job.vm)
+            return await ref.ask(TakeCheckpoint(into), timeout_s=3 * CHECKPOINT_S)
+        except CheckpointFailed as error:
+            raise CheckpointLost("capture_failed", f"VM {job.vm.name!r} was not copied: {error.message}") from error
+        except Problem as error:
+            raise CheckpointLost("capture_failed", error.detail) from error
+        except (ActorDown, AskTimeout) as error:
+            raise CheckpointLost("capture_failed", f"VM {job.vm.name!r} was not copied: {error}") from error
+
+    async def _remove_once_used(self, checkpoint: str) -> None:
+        """Removes a fork's checkpoint once no VM has yet to go on from it. Those that run keep what they map."""
+        store = self.store
+        async with store.events.cursor(store.projection.last_event) as cursor:
+            while any(waits_for(row, checkpoint) for row in store.projection.rows()):
+                taken = await cursor.take()
+                if not isinstance(taken, EventGap) and not taken:
+                    return  # the daemon ends
+        await self.checkpoints.clear(self.checkpoints.at(checkpoint))
+
+    async def _undo(self, snapshot: Snapshot) -> None:
+        """Removes the row of a snapshot that failed, and then its files; retries while the journal can't.
+
+        One that the journal kept as ready, without a confirmation, stays.
+        """
+        backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
+        while True:
+            now = self.store.projection.snapshots.get(snapshot.name)
+            if now is not None and now.id == snapshot.id and now.status == "ready":
+                return
+            try:
+                await self._ask(RemoveSnapshot(snapshot.name, snapshot.id))
+                break
+            except Problem as problem:
+                _logger.warning("snapshot %s is not removed yet: %s", snapshot.name, problem.detail)
+            await backoff.pause()
+        path = self.checkpoints.at(snapshot.checkpoint)
+        await self.checkpoints.clear(fresh(path))
+        await self.checkpoints.clear(path)
+
+    def _row(self, name: str) -> VmRow:
+        row = self.store.projection.get(name)
+        if row is None:
+            raise no_such_vm(name)
+        return row
+
+    async def _ask(self, message: Request[R]) -> R:
+        return await ask_journal(self.journal, message)
+
+
+def _failure(error: Exception) -> Exception:
+    if isinstance(error, OSError):
+        return CheckpointLost("capture_failed", f"the copy can't be written: {error.strerror or error}")
+    return error
+
+
+def _busy(detail: str, vm: VmRow) -> Problem:
+    return Problem(503, "captures-busy", detail, vm=vm.name, hint="try again in a moment")

@@ -1,0 +1,60 @@
+"""What a VM's actor uses of the rest of the daemon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import trio
+
+from actors import Ref
+from volant.host import Host
+from volant.hypervisor import Hypervisor
+from volant.journal import Journal, Store, VmLogs
+from volant.templates import WarmPool
+
+from ._agent_session import GuestLimits
+from ._boot_limiter import BootSlots
+from ._checkpoint_store import CheckpointStore
+from ._network import VmNetworks
+from ._preparation import BootPreparation
+from ._process import VmProcess
+from ._settings import VmSettings
+from ._templates import VmTemplates
+
+
+@dataclass
+class Signal:
+    """Something that many tasks may wait for, again and again."""
+
+    event: trio.Event = field(default_factory=trio.Event)
+    """Set by the next `send`."""
+
+    def send(self) -> None:
+        """Wakes all tasks that wait for `event`."""
+        before, self.event = self.event, trio.Event()
+        before.set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VmDeps:
+    """The dependencies of VMs' actors."""
+
+    host: Host
+    hypervisor: Hypervisor
+    journal: Ref[Journal]
+    store: Store
+    logs: VmLogs
+    settings: VmSettings
+    instance: str
+    """Names this daemon's state directory in process tags, so that two daemons never mix up their processes."""
+    preparation: BootPreparation
+    templates: VmTemplates
+    warm_pool: WarmPool
+    checkpoints: CheckpointStore
+    networks: VmNetworks
+    slots: BootSlots
+    limits: GuestLimits = field(default_factory=GuestLimits)
+    processes: dict[int, VmProcess] = field(default_factory=dict)
+    """The processes under watch, by the VM's id."""
+    workload_changed: Signal = field(default_factory=Signal)
+    """Sent when the workload of some VM has another state, which is no event of the VM's."""

@@ -1,0 +1,141 @@
+"""Prepares a boot: fetches its files, decides what it goes on from, and makes the VM's layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from volant import images
+from volant.host import Host
+from volant.hypervisor import Disk, Hypervisor, LaunchFailed
+from volant.model import Origin, VmRow
+from volant.templates import WarmPool, WarmProcess
+
+from ._boot_files import BootFiles
+from ._checkpoint_store import CheckpointLost, CheckpointStore
+from ._errors import StepError
+from ._machine_spec import CUSTOM_IMAGE
+from ._paths import root_disk
+from ._settings import VmSettings
+from ._templates import VmTemplates
+
+
+class Prepared(NamedTuple):
+    """What a boot begins with."""
+
+    image: str
+    """The digest of the built image; `CUSTOM_IMAGE` where it is not used."""
+    template: str | None
+    """The digest of the template, or the name of the checkpoint, that the boot goes on from."""
+    origin: Origin | None = None
+    """What is known now of the VM that it is a copy of."""
+    warm_process: WarmProcess | None = None
+    """Taken from the warm pool for the boot."""
+
+
+@dataclass
+class BootPreparation:
+    """Prepares the boots of one daemon's VMs."""
+
+    host: Host
+    hypervisor: Hypervisor
+    files: BootFiles
+    templates: VmTemplates
+    warm_pool: WarmPool
+    checkpoints: CheckpointStore
+    settings: VmSettings
+
+    async def prepare(self, row: VmRow) -> Prepared:
+        """Returns what the boot begins with, once its files are in the cache and the VM's layer is made.
+
+        :raises StepError: as `BootFiles` and `VmTemplates.find`; `disk_missing`, `disk_failed`, `disk_too_small`;
+            `capture_failed`, `capture_gone`, `capture_damaged`, `capture_unfit`.
+        """
+        if row.checkpoint is not None:
+            return await self._prepare_copy(row, row.checkpoint)
+        image = await self.files.fetch(row)
+        disk = root_disk(self.settings, row)
+        if disk is not None:
+            return await self._prepare_disk(row, disk, image)
+        found = await self.templates.find(row, image)
+        if found is None:
+            return Prepared(image, None)
+        template, spec = found
+        return Prepared(image, template.digest, warm_process=self.warm_pool.take(row.id, spec))
+
+    def inspect(self) -> object:
+        """Returns the fetches that are under way, ready for JSON."""
+        return self.files.inspect()
+
+    async def _prepare_copy(self, row: VmRow, checkpoint: str) -> Prepared:
+        """A copy has the image that its origin booted, and a copy of its layer."""
+        try:
+            found = await self.checkpoints.find(checkpoint)
+        except CheckpointLost as error:
+            raise StepError(error.code, str(error)) from error
+        image = row.image or CUSTOM_IMAGE
+        if image != CUSTOM_IMAGE and images.load(self.settings.cache_dir, image) is None:
+            raise StepError("image_missing", f"the image {image[:12]}, which its origin booted, is gone from the cache")
+        disk = root_disk(self.settings, row)
+        if disk is not None:
+            if row.manifest.boot is not None and row.manifest.boot.rootfs is not None:
+                await self.files.fetch_artifact(row.manifest.boot.rootfs)
+            await self._make_layer(disk, found.layer)
+        origin = None if row.origin is None else msgspec.structs.replace(row.origin, paused_ms=found.paused_ms)
+        return Prepared(image, checkpoint, origin)
+
+    async def _prepare_disk(self, row: VmRow, disk: Disk, image: str) -> Prepared:
+        """Makes the layer, if it is the first boot. The row that owns it was committed when the VM was created."""
+        try:
+            # A process that was taken for an earlier try would hold the layer.
+            await self.warm_pool.clear(row.id)
+        except OSError as error:
+            raise StepError(
+                "disk_failed", f"a warm process that was taken for the VM can't be ended: {error}"
+            ) from error
+        # A clone that failed leaves a layer that no client knows the content of.
+        clone_failed = row.fallback is not None and row.boots == 1
+        if self.host.files.exists(disk.layer) and not clone_failed:
+            # A template's memory does not fit its content any more.
+            return Prepared(image, None)
+        if row.boots and not clone_failed:
+            raise StepError(
+                "disk_missing", f"the VM's disk {disk.layer} is gone; put it back, or delete and create the VM again"
+            )
+        self._check_size(disk)
+        found = await self.templates.find(row, image)
+        if found is None:
+            await self._make_layer(disk, None)
+            return Prepared(image, None)
+        template, spec = found
+        warm_process = self.warm_pool.take(row.id, spec)
+        await self._make_layer(disk, template.layer, warm_process)
+        return Prepared(image, template.digest, warm_process=warm_process)
+
+    def _check_size(self, disk: Disk) -> None:
+        """:raises StepError: the disk is smaller than the filesystem on it."""
+        if disk.size_mb is None:
+            return
+        try:
+            least_mb = -(-self.host.files.size(disk.base) // 2**20)
+        except OSError as error:
+            raise StepError("disk_failed", f"the VM's root filesystem {disk.base} is gone") from error
+        if disk.size_mb < least_mb:
+            raise StepError(
+                "disk_too_small", f"disk_mb is {disk.size_mb}, and the root filesystem alone has {least_mb} MiB"
+            )
+
+    async def _make_layer(self, disk: Disk, origin: Path | None, warm_process: WarmProcess | None = None) -> None:
+        try:
+            await self.host.files.mkdir(disk.layer.parent)
+            if warm_process is not None and warm_process.layer is not None:
+                await self.host.files.put_in_place(warm_process.layer, disk.layer)
+            else:
+                await self.hypervisor.make_layer(disk, origin)
+        except LaunchFailed as error:
+            raise StepError("disk_failed", str(error)) from error
+        except OSError as error:
+            raise StepError("disk_failed", f"the directory of the VM's disk can't be made: {error}") from error

@@ -1,0 +1,33 @@
+"""The daemon's settings that VMs depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class VmSettings:
+    """Directories, limits and deadlines of VMs."""
+
+    runtime_dir: Path
+    cache_dir: Path
+    memory_dir: Path
+    """On a file system in RAM."""
+    disk_dir: Path
+    """Holds VMs' layers over their root filesystems; as durable as the database."""
+    template_dir: Path
+    snapshot_dir: Path
+    """As durable as the database."""
+    kernel: Path | None = None
+    initramfs: Path | None = None
+    """Replaces the built image's where a plugin brings none, as `kernel` does."""
+    max_vms: int | None = None
+    return_memory: bool = True
+    """Whether memory that a guest frees goes back to the host, where the guest's memory is its own."""
+    nameservers: tuple[str, ...] = ()
+    """DNS servers for guests with a network interface."""
+    image_timeout_s: float = 300.0
+    launch_timeout_s: float = 30.0
+    agent_timeout_s: float = 120.0
+    kill_timeout_s: float = 30.0

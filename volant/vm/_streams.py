@@ -1,0 +1,108 @@
+"""Finds the live ends of VMs' streams: the agent's connection, the serial console, and figures measured now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from volant.channel import AgentClient
+from volant.host import Host
+from volant.journal import Projection
+from volant.model import Problem, Status, VmMemory, VmRow, no_such_vm, view
+
+from ._actors import VmActors
+from ._memory import measure
+from ._process import VmProcess
+from ._serial import SerialConsole
+
+_WITH_CONSOLE = frozenset({Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING})
+
+
+@dataclass
+class Streams:
+    """The streams of one daemon's VMs."""
+
+    host: Host
+    projection: Projection
+    processes: Mapping[int, VmProcess]
+    """Those under watch, by the VM's id."""
+    actors: VmActors
+
+    def agent(self, name: str) -> AgentClient:
+        """Returns the client of a VM's agent.
+
+        :raises Problem: 404, 409 it does not run, 502 its channel is down, or its agent is too old or too new.
+        """
+        row = self._row(name)
+        if row.status is not Status.RUNNING:
+            hints = {
+                Status.STARTING: "wait until it runs",
+                Status.PAUSED: f"`volar vms resume {name}` lets it go on",
+            }
+            raise Problem(
+                409, "vm-not-running", f"VM {name!r} is {row.status.value}", vm=name,
+                hint=hints.get(row.status, f"`volar vms start {name}` starts it"),
+            )  # fmt: skip
+        process = self.processes.get(row.id)
+        connection = process.agent.connection if process is not None else None
+        if connection is None or connection.client is None:
+            raise Problem(
+                502, "agent-unreachable", f"the agent in VM {name!r} can't be reached at present", vm=name,
+                hint="its channel is being opened again; try again",
+            )  # fmt: skip
+        if connection.incompatible is not None:
+            raise Problem(
+                502, "agent-incompatible", f"VM {name!r} runs, but its agent can't be used: {connection.incompatible}",
+                vm=name, hint=f"`volar vms restart {name}` boots it with the agent of this version",
+            )  # fmt: skip
+        return connection.client
+
+    def console(self, name: str) -> tuple[VmRow, SerialConsole]:
+        """Returns the serial console of a VM, which is there from the first line of its boot to the last.
+
+        :raises Problem: 404, 409 there is no process, 503 the daemon is about to open the console.
+        """
+        row = self._row(name)
+        if row.process is None or row.status not in _WITH_CONSOLE:
+            raise Problem(
+                409, "vm-not-running", f"VM {name!r} is {row.status.value}, and its console is there while it runs",
+                vm=name, hint=f"`volar vms logs {name}` shows its last lines; `volar vms start {name}` starts it",
+            )  # fmt: skip
+        process = self.processes.get(row.id)
+        if process is None or not process.console.is_open:
+            raise Problem(
+                503, "console-unavailable", f"the console of VM {name!r} is being opened again", vm=name,
+                hint="try again",
+            )  # fmt: skip
+        return row, process.console
+
+    async def memory(self, name: str) -> VmMemory:
+        """Measures what a VM takes of memory. :raises Problem: 404, 409 it has no process, 503."""
+        row = self._row(name)
+        process = self.processes.get(row.id)
+        agent = None
+        if process is not None and row.status is Status.RUNNING and process.agent.connection.incompatible is None:
+            agent = process.agent.connection.client
+        return await measure(self.host, row, agent)
+
+    def inspect(self, name: str) -> Mapping[str, object]:
+        """Returns what is known of a VM, for people who look for a fault. :raises Problem: 404."""
+        row = self._row(name)
+        ref = self.actors.find(row.id)
+        # Not the whole row: a workload's environment may hold secrets.
+        return {
+            "vm": view(row),
+            "phase": row.phase,
+            "generation": row.generation,
+            "revision": row.revision,
+            "image": row.image,
+            "mark": row.tag,
+            "process": row.process,
+            "actor": ref.inspect() if ref is not None else None,
+        }
+
+    def _row(self, name: str) -> VmRow:
+        row = self.projection.get(name)
+        if row is None:
+            raise no_such_vm(name)
+        return row
