@@ -9,11 +9,12 @@ from pathlib import Path
 import apsw
 import trio
 
-from actors import ActorDown, AskTimeout, Ref
+from actors import Ref
 from volant.host import Host
 from volant.model import Problem
 
 from ._checksums import is_changed_page
+from ._client import ask_journal
 from ._errors import DatabaseRefused, no_room
 from ._journal import Journal
 from ._restore import Copied, Evidence, append, copy_path, examine, make_copy, read, upload_path
@@ -176,13 +177,7 @@ class Backups:
         except (OSError, apsw.Error) as error:
             raise no_room(error) from error
         evidence = await self._evidence()
-        try:
-            return await self._journal.ask(Restore(upload.path, backup, evidence, replace), timeout_s=_ASK_S)
-        except (ActorDown, AskTimeout) as error:
-            raise Problem(
-                503, "journal-down", f"whether the backup is restored is unknown: {error}",
-                hint="`volar system info` shows the epoch of the events",
-            ) from error  # fmt: skip
+        return await ask_journal(self._journal, Restore(upload.path, backup, evidence, replace), _ASK_S)
 
     async def _remove(self, path: Path) -> None:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAN_S):

@@ -27,11 +27,7 @@ from volant.model.stored import (
 from ._acknowledged import Acknowledged, AcknowledgedFile
 from ._errors import BadRow, DatabaseRefused, JournalBroken, naming, shown
 from ._frames import EventFrame
-from ._projection import Plugin
-from ._reserve import Reserve
-from ._responses import IdempotencyKey, StoredResponse
-from ._schema import BUSY_TIMEOUT_MS, open_reader, open_writer
-from ._stage import (
+from ._operations import (
     AddEvent,
     DropNetwork,
     DropPlugin,
@@ -46,6 +42,10 @@ from ._stage import (
     PutRow,
     PutSnapshot,
 )
+from ._projection import Plugin
+from ._reserve import Reserve
+from ._responses import IdempotencyKey, StoredResponse
+from ._schema import BUSY_TIMEOUT_MS, open_reader, open_writer
 
 _encode = msgspec.json.Encoder().encode
 _decode_row = msgspec.json.Decoder(VmRow).decode

@@ -30,8 +30,9 @@ import msgspec
 import trio
 
 from actors import Actor, Deferred, Request, check_fence, handles
-from volant.model import Drain, EventId, IllegalTransition, Network, Problem, Snapshot, VmRow
+from volant.model import EventId, IllegalTransition, Problem
 
+from ._changes import DECISIONS, decide
 from ._checksums import is_changed_page
 from ._database import Database, Loaded
 from ._errors import (
@@ -46,34 +47,13 @@ from ._errors import (
     slow,
     unwritable,
 )
-from ._projection import Plugin
+from ._operations import Operation
 from ._reserve import RESERVE_BYTES
-from ._responses import IdempotencyKey
 from ._restore import finish, merge, next_path, snapshots_after
 from ._schema import CHANGED_PAGE, damaged, look_for_damage, untrusted
-from ._stage import Operation, Stage
+from ._stage import Stage
 from ._store import Store
-from .messages import (
-    RESULTS,
-    AddNetwork,
-    AdoptRow,
-    BeginSnapshot,
-    CommitSteps,
-    CreateRow,
-    EnablePlugin,
-    EndDrain,
-    FinishSnapshot,
-    ForkRow,
-    InstallPlugin,
-    RemoveNetwork,
-    RemovePlugin,
-    RemoveSnapshot,
-    Restore,
-    RestoreRow,
-    SetDrain,
-    StillThere,
-    StoreRefusal,
-)
+from .messages import Restore, StillThere
 
 _GROUP = 128
 _MAX_WAITING = 4096
@@ -145,10 +125,14 @@ class Journal(Actor):
             # A predecessor did not live to say so.
             store.replaced.set()
         store.events.attach(loaded.epoch, loaded.oldest_seq, loaded.newest_seq, loaded.untold)
-        store.projection.replace(loaded.rows, loaded.plugins, EventId(loaded.epoch, loaded.newest_seq))
-        store.projection.replace_snapshots(loaded.snapshots)
-        store.projection.replace_networks(loaded.networks)
-        store.projection.set_drain(loaded.drain)
+        store.projection.replace(
+            loaded.rows,
+            loaded.plugins,
+            loaded.snapshots,
+            loaded.networks,
+            loaded.drain,
+            EventId(loaded.epoch, loaded.newest_seq),
+        )
         store.responses.replace(loaded.responses)
         self._last_vm_id = max(loaded.last_vm_id, store.ids_taken, self._database.last_vm_id)
         self._oldest_at = loaded.oldest_at
@@ -174,69 +158,22 @@ class Journal(Actor):
             _logger.error("%s is not what it was when volantd last used it: %s", store.path, lost)
         return msgspec.structs.replace(loaded, epoch=epoch)
 
-    @handles(CreateRow)
-    async def create(self, message: CreateRow) -> Deferred[VmRow]:
-        return self._enqueue(message)
-
-    @handles(AdoptRow)
-    async def adopt(self, message: AdoptRow) -> Deferred[VmRow]:
-        return self._enqueue(message)
-
-    @handles(RestoreRow)
-    async def restore_vm(self, message: RestoreRow) -> Deferred[VmRow]:
-        return self._enqueue(message)
-
-    @handles(ForkRow)
-    async def fork(self, message: ForkRow) -> Deferred[tuple[VmRow, ...]]:
-        return self._enqueue(message)
-
-    @handles(BeginSnapshot)
-    async def begin_snapshot(self, message: BeginSnapshot) -> Deferred[Snapshot]:
-        return self._enqueue(message)
-
-    @handles(FinishSnapshot)
-    async def finish_snapshot(self, message: FinishSnapshot) -> Deferred[Snapshot]:
-        return self._enqueue(message)
-
-    @handles(RemoveSnapshot)
-    async def remove_snapshot(self, message: RemoveSnapshot) -> Deferred[None]:
-        return self._enqueue(message)
-
-    @handles(CommitSteps)
-    async def commit(self, message: CommitSteps) -> Deferred[VmRow | None]:
-        return self._enqueue(message)
-
-    @handles(InstallPlugin)
-    async def install(self, message: InstallPlugin) -> Deferred[Plugin]:
-        return self._enqueue(message)
-
-    @handles(RemovePlugin)
-    async def remove(self, message: RemovePlugin) -> Deferred[None]:
-        return self._enqueue(message)
-
-    @handles(EnablePlugin)
-    async def enable(self, message: EnablePlugin) -> Deferred[Plugin]:
-        return self._enqueue(message)
-
-    @handles(AddNetwork)
-    async def add_network(self, message: AddNetwork) -> Deferred[Network]:
-        return self._enqueue(message)
-
-    @handles(RemoveNetwork)
-    async def remove_network(self, message: RemoveNetwork) -> Deferred[None]:
-        return self._enqueue(message)
-
-    @handles(SetDrain)
-    async def set_drain(self, message: SetDrain) -> Deferred[Drain]:
-        return self._enqueue(message)
-
-    @handles(EndDrain)
-    async def end_drain(self, message: EndDrain) -> Deferred[None]:
-        return self._enqueue(message)
-
-    @handles(StoreRefusal)
-    async def store_refusal(self, message: StoreRefusal) -> Deferred[None]:
-        return self._enqueue(message)
+    @handles(*DECISIONS)  # type: ignore[untyped-decorator]  # checkers know up to three types
+    async def change(self, message: Request[Any]) -> Deferred[Any]:
+        """Have the change decided and committed with the next group."""
+        deferred = self.ctx.defer(message)
+        if self._stalled:
+            deferred.fail(slow(self._deadline_s))
+        elif self._store.replaced.is_set():
+            deferred.fail(restoring())
+        elif not self._has_reserve:
+            deferred.fail(full())
+        elif len(self._waiting) >= _MAX_WAITING:
+            deferred.fail(overloaded(len(self._waiting)))
+        else:
+            self._waiting.append((message, deferred))
+            self._wake.set()
+        return deferred
 
     @handles(Restore)
     async def restore(self, message: Restore) -> Deferred[str]:
@@ -268,21 +205,6 @@ class Journal(Actor):
             "slowest_commit_ms": round(self._slowest_s * 1000, 3),
             "stored_responses": len(self._store.responses),
         }
-
-    def _enqueue(self, message: Request[Any]) -> Deferred[Any]:
-        deferred = self.ctx.defer(message)
-        if self._stalled:
-            deferred.fail(slow(self._deadline_s))
-        elif self._store.replaced.is_set():
-            deferred.fail(restoring())
-        elif not self._has_reserve:
-            deferred.fail(full())
-        elif len(self._waiting) >= _MAX_WAITING:
-            deferred.fail(overloaded(len(self._waiting)))
-        else:
-            self._waiting.append((message, deferred))
-            self._wake.set()
-        return deferred
 
     async def _write(self) -> None:
         while True:
@@ -339,7 +261,7 @@ class Journal(Actor):
         for _ in range(min(_GROUP, len(self._waiting))):
             message, deferred = self._waiting.popleft()
             try:
-                answers.append((deferred, _decide(stage, message), None))
+                answers.append((deferred, decide(stage, message), None))
             except (DuplicateRequest, Problem, StaleRow, IllegalTransition, ValueError) as refusal:
                 answers.append((deferred, None, refusal))
         stage.drop_surplus_responses()
@@ -352,10 +274,14 @@ class Journal(Actor):
                     deferred.fail(unwritable(failure) or failure)
                 return
             self._last_vm_id = stage.last_vm_id
-            store.projection.apply(stage.rows, stage.plugins, stage.last_event)
-            store.projection.apply_snapshots(stage.snapshots)
-            store.projection.apply_networks(stage.networks)
-            store.projection.set_drain(stage.drain)
+            store.projection.apply(
+                stage.rows,
+                stage.plugins.changed,
+                stage.snapshots.changed,
+                stage.networks.changed,
+                stage.drain,
+                stage.last_event,
+            )
             store.responses.apply(stage.responses.values(), stage.dropped_responses)
             store.events.append(stage.frames)
             store.figures.count(frame.event for frame in stage.frames)
@@ -537,56 +463,3 @@ def _log_events(stage: Stage) -> None:
             event = frame.event
             facts = {"vm": event.name, "event": event.type}
             _events_logger.info("VM %s: %s: %s", event.name, event.status, event.message, extra=facts)
-
-
-def _decide(stage: Stage, message: Request[Any]) -> object:
-    key: IdempotencyKey | None = getattr(message, "key", None)
-    if key is not None:
-        stage.check(key)
-    if isinstance(message, StoreRefusal):
-        stage.store(message.key, message.refusal)
-        return None
-    stage.caller = getattr(message, "caller", None)
-    reply = _change(stage, message)
-    if key is not None:
-        stage.store(key, RESULTS[type(message)](reply))
-    return reply
-
-
-def _change(stage: Stage, message: Request[Any]) -> object:
-    match message:
-        case CreateRow(request):
-            return stage.create(request)
-        case RestoreRow(request):
-            return stage.restore(request)
-        case ForkRow(vm_id, request, checkpoint):
-            return stage.fork(vm_id, request, checkpoint)
-        case BeginSnapshot(vm_id, request, snapshot_id):
-            return stage.take_snapshot(vm_id, request, snapshot_id)
-        case FinishSnapshot(name, snapshot_id, paused_ms, size_bytes):
-            return stage.finish_snapshot(name, snapshot_id, paused_ms, size_bytes)
-        case RemoveSnapshot(name, snapshot_id):
-            stage.drop_snapshot(name, snapshot_id)
-            return None
-        case CommitSteps(vm_id, revision, steps):
-            return stage.commit(vm_id, revision, steps)
-        case AdoptRow(steps):
-            return stage.adopt(steps)
-        case InstallPlugin(manifest):
-            return stage.install(manifest)
-        case RemovePlugin(name):
-            stage.remove(name)
-            return None
-        case EnablePlugin(name, enabled):
-            return stage.enable(name, enabled)
-        case AddNetwork(request):
-            return stage.add_network(request)
-        case RemoveNetwork(name):
-            stage.remove_network(name)
-            return None
-        case SetDrain(stop_grace_s):
-            return stage.set_drain(stop_grace_s)
-        case EndDrain():
-            stage.end_drain()
-            return None
-    raise TypeError(f"the journal can't commit a {type(message).__name__}")

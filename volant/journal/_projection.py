@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from types import MappingProxyType
+from typing import TypeVar
 
 import msgspec
 import trio
@@ -41,6 +42,8 @@ def plugin_view(plugin: Plugin) -> PluginView:
 
 BASE_PLUGIN = Plugin(BASE)
 
+
+V = TypeVar("V")
 
 _NOBODY: Mapping[str, str] = {}
 
@@ -138,11 +141,22 @@ class Projection:
 
     # For the journal alone
 
-    def replace(self, rows: Iterable[VmRow], plugins: Iterable[Plugin], last_event: EventId) -> None:
-        """Become what was loaded from the disk."""
+    def replace(
+        self,
+        rows: Iterable[VmRow],
+        plugins: Iterable[Plugin],
+        snapshots: Iterable[Snapshot],
+        networks: Iterable[Network],
+        drain: Drain | None,
+        last_event: EventId,
+    ) -> None:
+        """Take over what was loaded from the database."""
         self._by_id = {row.id: row for row in sorted(rows, key=lambda row: row.id)}
         self._by_name = {row.name: row for row in self._by_id.values()}
         self._plugins = {BASE.name: BASE_PLUGIN} | {plugin.name: plugin for plugin in plugins}
+        self._snapshots = {snapshot.name: snapshot for snapshot in snapshots}
+        self._networks = {network.name: network for network in networks}
+        self.set_drain(drain)
         self._last_event = last_event
         self._members = {}
         for row in self._by_id.values():
@@ -153,10 +167,16 @@ class Projection:
             self._wake(vm_id)
 
     def apply(
-        self, rows: Mapping[int, VmRow | None], plugins: Mapping[str, Plugin | None], last_event: EventId
+        self,
+        rows: Mapping[int, VmRow | None],
+        plugins: Mapping[str, Plugin | None],
+        snapshots: Mapping[str, Snapshot | None],
+        networks: Mapping[str, Network | None],
+        drain: Drain | None,
+        last_event: EventId,
     ) -> None:
         """Take over what a commit changed; None stands for what it removed."""
-        # A name that moved to a new VM within one commit: take all old names away before new ones are set.
+        # A name may move to a new VM within one commit: all old names go before new ones are set.
         for vm_id, row in rows.items():
             old = self._by_id.get(vm_id)
             if old is not None:
@@ -172,36 +192,11 @@ class Projection:
                 self._by_id[vm_id] = row
                 self._by_name[row.name] = row
             self._wake(vm_id)
-        for name, plugin in plugins.items():
-            if plugin is None:
-                del self._plugins[name]
-            else:
-                self._plugins[name] = plugin
+        _update(self._plugins, plugins)
+        _update(self._snapshots, snapshots)
+        _update(self._networks, networks)
+        self.set_drain(drain)
         self._last_event = last_event
-
-    def replace_snapshots(self, snapshots: Iterable[Snapshot]) -> None:
-        """Have those that were loaded."""
-        self._snapshots = {snapshot.name: snapshot for snapshot in snapshots}
-
-    def apply_snapshots(self, snapshots: Mapping[str, Snapshot | None]) -> None:
-        """Take over what a commit changed of snapshots; None stands for what it removed."""
-        for name, snapshot in snapshots.items():
-            if snapshot is None:
-                self._snapshots.pop(name, None)
-            else:
-                self._snapshots[name] = snapshot
-
-    def replace_networks(self, networks: Iterable[Network]) -> None:
-        """Have those that were loaded."""
-        self._networks = {network.name: network for network in networks}
-
-    def apply_networks(self, networks: Mapping[str, Network | None]) -> None:
-        """Take over what a commit changed of networks; None stands for what it removed."""
-        for name, network in networks.items():
-            if network is None:
-                self._networks.pop(name, None)
-            else:
-                self._networks[name] = network
 
     def set_drain(self, drain: Drain | None) -> None:
         """Whether VMs may start."""
@@ -232,3 +227,11 @@ class Projection:
         event = self._waiting.pop(vm_id, None)
         if event is not None:
             event.set()
+
+
+def _update(state: dict[str, V], changes: Mapping[str, V | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            state.pop(name, None)
+        else:
+            state[name] = value

@@ -46,8 +46,8 @@ from ._acknowledged import acknowledged_path
 from ._database import Database, Loaded
 from ._errors import DatabaseRefused
 from ._frames import EventFrame
+from ._operations import AddEvent, PutDrain, PutSnapshot
 from ._schema import MAX_BLOB_BYTES, migrated, open_reader
-from ._stage import AddEvent, PutDrain, PutSnapshot
 
 EXAMINE_S = 300.0
 _READ = 1024 * 1024
