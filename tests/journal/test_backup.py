@@ -263,15 +263,15 @@ def _sql(*statements: str) -> Callable[[Path], None]:
 
 FOREIGN: dict[str, tuple[Callable[[Path], None], str]] = {
     "newer": (_sql("PRAGMA user_version = 1000"), "newer Volant"),
-    "another program's": (_sql("PRAGMA application_id = 7"), "some other program"),
+    "another program's": (_sql("PRAGMA application_id = 7"), "another program"),
     "with a trigger": (
         _sql("CREATE TRIGGER t AFTER INSERT ON vms BEGIN DELETE FROM vms; END"),
         "not those of a database of version",
     ),
-    "with a row that is none": (_sql("INSERT INTO vms VALUES (99, 'x', 1, x'7b7d')"), "can't be understood"),
+    "with a row that is none": (_sql("INSERT INTO vms VALUES (99, 'x', 1, x'7b7d')"), "can't be read"),
     "with an event that is none": (
         _sql("UPDATE events SET frame = x'7b7d' WHERE seq = 1"),
-        "table events, row 1, can't be understood",
+        "table events, row 1, can't be read",
     ),
 }
 
@@ -297,7 +297,7 @@ async def test_one_backup_at_a_time_and_none_that_would_fill_the_disk(
     async with keeping(path, host) as bench:
         await bench.create("one")
         async with bench.backups.take():
-            with pytest.raises(Problem, match="already") as refused:
+            with pytest.raises(Problem, match="another backup") as refused:
                 await bench.backup(kept)
             assert refused.value.status == 409
         data = (await bench.backup(kept)).read_bytes()

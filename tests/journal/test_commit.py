@@ -409,7 +409,7 @@ async def test_somebody_elses_file_is_refused_and_not_touched(
     connection = apsw.Connection(str(path))
     connection.execute("CREATE TABLE diary (entry TEXT)")
     connection.close()
-    with pytest.raises(DatabaseRefused, match="some other program"):
+    with pytest.raises(DatabaseRefused, match="another program"):
         async with running(path):
             pass
 

@@ -50,7 +50,7 @@ class SmallHost(ClockHost, LinuxDisk, LinuxThreads):
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_module, "_PROBE_S", 0.02)
-    monkeypatch.setattr(journal_module, "_LOOK_S", 0.05)
+    monkeypatch.setattr(journal_module, "_PROBE_AT_LEAST_S", 0.05)
 
 
 @pytest.fixture

@@ -1,14 +1,17 @@
-"""The journal: what must not be lost, events in order, and what VMs have said."""
+"""The journal: durable state, events in order, and the logs of VMs."""
 
 from ._backups import MAX_UPLOAD_BYTES, Backup, Backups, Upload
 from ._client import ask_journal, journal_down
+from ._copies import replaced_databases
 from ._errors import DatabaseRefused, DuplicateRequest, JournalBroken, StaleRow
 from ._events import EventCursor, EventGap, EventLog, EventLogStatistics
 from ._frames import EventFrame
 from ._journal import Journal
+from ._log_cursor import LogCursor, LogGap
+from ._merge import Evidence, Running
 from ._projection import Plugin, Projection, plugin_view
 from ._responses import IdempotencyKey, StoredResponse, StoredResponses
-from ._restore import Evidence, Running, replaced_databases, restore_offline, take_over
+from ._restore import restore_offline, take_over
 from ._results import (
     NetworkCreated,
     PluginChanged,
@@ -21,7 +24,7 @@ from ._results import (
     VmForked,
 )
 from ._store import Retention, Store
-from ._vmlog import LogCursor, LogEntry, LogGap, LogStatistics, LogStream, VmLog
+from ._vmlog import LogEntry, LogStatistics, LogStream, VmLog
 from ._vmlogs import VmLogs
 from .messages import (
     AddNetwork,

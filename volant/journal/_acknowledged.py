@@ -1,10 +1,9 @@
-"""How far a database had come when somebody was last told of a change to it.
+"""The file that says which changes were acknowledged, so that their loss is noticed.
 
-A disk that lies about syncs, a copy that is put back, or a log that loses its end leave a database that is sound and
-older than what was acknowledged. So a small file beside it says how far it was: after each transaction, before anybody
-is answered. It is written in place, which costs some microseconds, and synced at most once a second, so that no commit
-waits for it: it survives the daemon at once, and a power cut up to its last second. It may be behind the database, and
-is never ahead of it unless something was lost.
+A disk that lies about syncs, a copy that is put back, or a log that loses its end leave a database that is intact and
+older than what was acknowledged. The journal writes this file after each transaction and before the replies. It is
+written in place, which costs some microseconds, and synced at most once a second, so no commit waits for it. It may be
+behind the database, and is ahead of it only if something was lost.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ import msgspec
 from volant.host import Host
 
 _SLOT = 256
-"""Two of them, written in turns: a write that is torn leaves the other."""
+"""Bytes of each of two copies, written in turns: a torn write leaves the other copy."""
 
 
 class Acknowledged(msgspec.Struct, frozen=True, array_like=True):
-    """How far a database is."""
+    """What a database contains, in numbers."""
 
     epoch: str
     seq: int
-    """Of the newest event."""
+    """The number of the newest event."""
     changes: int
-    """How many transactions had no event."""
+    """The number of transactions without an event."""
     last_vm_id: int
 
     def missing(self, found: Acknowledged) -> str | None:
-        """What of this a database of the same epoch lacks; None: nothing."""
+        """Returns what a database of the same epoch lacks; None: nothing."""
         events, changes = self.seq - found.seq, self.changes - found.changes
         if events <= 0 and changes <= 0:
             return None
@@ -42,7 +41,7 @@ class Acknowledged(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AcknowledgedFile:
-    """That file. Its calls block on the disk, but `write` on its cache alone."""
+    """The file. All calls block on the disk, except that `write` only fills the page cache."""
 
     def __init__(self, host: Host, database: Path) -> None:
         self._host = host
@@ -52,7 +51,7 @@ class AcknowledgedFile:
         self.is_synced = True
 
     def open(self) -> Acknowledged | None:
-        """What it says; None: nothing that can be believed. Raises OSError."""
+        """Opens it and returns its content; None: it is new or damaged. :raises OSError: the disk fails."""
         is_new = not self._host.files.exists(self.path)
         self._fd = self._host.descriptors.open(self.path, os.O_RDWR | os.O_CREAT)
         if is_new:
@@ -67,7 +66,6 @@ class AcknowledgedFile:
         return newest
 
     def write(self, acknowledged: Acknowledged) -> None:
-        """Say how far it is now. Raises OSError."""
         self._writes += 1
         body = msgspec.json.encode((self._writes, acknowledged))
         line = b"%08x " % zlib.crc32(body) + body
@@ -75,12 +73,12 @@ class AcknowledgedFile:
         self.is_synced = False
 
     def sync(self) -> None:
-        """Have it on the disk. Raises OSError."""
+        """Makes it durable. :raises OSError: the disk fails."""
         self.is_synced = True
         self._host.descriptors.sync(self._fd)
 
     def close(self) -> None:
-        """The last word is on the disk then. Raises OSError."""
+        """Makes it durable and closes it. :raises OSError: the disk fails."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             try:
@@ -91,7 +89,6 @@ class AcknowledgedFile:
 
 
 def acknowledged_path(database: Path) -> Path:
-    """Where it lies."""
     return database.with_name(f"{database.name}-acknowledged")
 
 

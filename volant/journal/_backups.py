@@ -1,4 +1,4 @@
-"""Backups of the journal, and restores: what the API asks for."""
+"""Backups and restores of the database while the daemon runs."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from volant.model import Problem
 
 from ._checksums import is_changed_page
 from ._client import ask_journal
+from ._copies import Copied, append, copy_path, make_copy, read, upload_path
 from ._errors import DatabaseRefused, no_room
 from ._journal import Journal
-from ._restore import Copied, Evidence, append, copy_path, examine, make_copy, read, upload_path
+from ._merge import Evidence
+from ._restore import examine
 from ._schema import CHANGED_PAGE
 from ._store import Store
 from .messages import Restore
 
 MAX_UPLOAD_BYTES = 8 * 2**30
-"""Of a database that is sent to be restored; a million events take less than one."""
+"""The limit for an upload. A million events take less than one GiB."""
 _COPY_S = 600.0
 _EXAMINE_S = 600.0
 _ASK_S = 60.0
 _CLEAN_S = 10.0
 _RESERVE_BYTES = 64 * 2**20
-"""What copies and uploads leave free for commits."""
+"""Space that copies and uploads leave free for commits."""
 _SPACE_EVERY_BYTES = 16 * 2**20
 
 
 class Backup:
-    """A consistent copy of the database, to be read from its begin to its end."""
+    """A consistent copy of the database, to be read once."""
 
     def __init__(self, host: Host, copied: Copied, name: str) -> None:
         self._host = host
@@ -43,17 +45,17 @@ class Backup:
         self.size = copied.size
         self.sha256 = copied.sha256
         self.name = name
-        """For a file that keeps it."""
+        """A name for the file."""
 
     async def read(self) -> bytes:
-        """The next piece, empty at the end. :raises OSError: it can't be read."""
+        """Returns the next piece, empty at the end. :raises OSError: the disk fails."""
         data = await self._host.threads.run(read, self._copied.path, self._offset)
         self._offset += len(data)
         return data
 
 
 class Upload:
-    """A database on its way to the disk."""
+    """A database that a client sends."""
 
     def __init__(self, host: Host, path: Path) -> None:
         self._host = host
@@ -62,13 +64,13 @@ class Upload:
         self.size = 0
 
     def expect(self, size: int) -> None:
-        """:raises Problem: 413, 503: so many bytes are too many."""
+        """Check a size that the client announces. :raises Problem: 413, 503."""
         if size > MAX_UPLOAD_BYTES:
             raise _too_large()
         _check_space(self._host, self.path.parent, size)
 
     async def write(self, data: bytes) -> None:
-        """Take the next piece. :raises Problem: 413, 503."""
+        """Write the next piece. :raises Problem: 413, 503."""
         self.size += len(data)
         self._unchecked += len(data)
         if self.size > MAX_UPLOAD_BYTES:
@@ -83,8 +85,7 @@ class Upload:
 
 
 class Backups:
-    """Takes and restores them, one at a time. `evidence` looks at the host for VMs of which the database may not
-    know."""
+    """Takes and restores backups, one at a time. `evidence` scans the host for VMs that the database may not know."""
 
     def __init__(
         self, host: Host, store: Store, journal: Ref[Journal], evidence: Callable[[], Awaitable[Evidence]]
@@ -97,9 +98,9 @@ class Backups:
 
     @asynccontextmanager
     async def take(self) -> AsyncIterator[Backup]:
-        """A backup, there for the length of the block; commits and readers go on meanwhile.
+        """Makes a backup, which exists for the length of the block. Commits and readers go on meanwhile.
 
-        :raises Problem: 409 another one is taken or restored; 503 there is no room for the copy.
+        :raises Problem: 409 another backup is taken or restored; 503 the disk has no space.
         """
         with _Alone(self):
             host, store = self._host, self._store
@@ -126,7 +127,7 @@ class Backups:
             try:
                 await trio.sleep(_COPY_S)
             finally:
-                # A thread is not cancelled, and whoever stops the daemon does not wait for gigabytes.
+                # A thread is not cancelled, and the stop of a daemon must not wait for gigabytes.
                 over = True
 
         failure: Exception | None = None
@@ -144,14 +145,14 @@ class Backups:
         if is_changed_page(failure):
             raise Problem(503, "journal-damaged", f"{self._store.path} is damaged: {CHANGED_PAGE}")
         if isinstance(failure, apsw.InterruptError):
-            raise Problem(503, "backup-slow", f"the copy took more than {_COPY_S:g} s", hint="look at the disk")
+            raise Problem(503, "backup-slow", f"the copy took more than {_COPY_S:g} s", hint="check the disk")
         raise no_room(failure) from failure
 
     @asynccontextmanager
     async def receiving(self) -> AsyncIterator[Upload]:
-        """Room for a database that is sent; what is not restored at the end of the block is gone.
+        """Receives a database. It is removed at the end of the block unless it is restored.
 
-        :raises Problem: 409 another one is taken or restored.
+        :raises Problem: 409 another backup is taken or restored.
         """
         with _Alone(self):
             upload = Upload(self._host, upload_path(self._store.path, self._host.random.new_id()))
@@ -161,10 +162,10 @@ class Backups:
                 await self._remove(upload.path)
 
     async def restore(self, upload: Upload, *, replace: bool) -> str:
-        """Let the daemon go on with what was sent; the epoch of its events. Decided when this returns: also a daemon
-        that is killed right after it comes back with it.
+        """Has the daemon continue with an upload. Returns the new epoch of the events. The restore is decided then:
+        even a daemon that is killed right after it starts with it.
 
-        :param replace: VMs of which the backup does not know may lose their rows
+        :param replace: VMs that the backup does not know may lose their rows
         :raises Problem: 400 it is no backup; 409 see `merge`; 503.
         """
         host = self._host
@@ -192,7 +193,7 @@ class _Alone:
     def __enter__(self) -> None:
         if self._backups._is_busy:
             raise Problem(
-                409, "backup-under-way", "a backup is being taken or restored already", hint="try again when it is done"
+                409, "backup-under-way", "another backup is being taken or restored", hint="retry when it is done"
             )
         self._backups._is_busy = True
 
@@ -201,11 +202,9 @@ class _Alone:
 
 
 def no_backup(refused: DatabaseRefused) -> Problem:
-    """400: what was sent can't be restored."""
+    """Returns the 400 for an upload that can't be restored."""
     text = str(refused).partition("; it has not been touched")[0]
-    return Problem(
-        400, "no-backup", f"this can't be restored: {text}", hint="send a file that `volar system backup` has written"
-    )
+    return Problem(400, "no-backup", f"this can't be restored: {text}", hint="send a file from `volar system backup`")
 
 
 def _too_large() -> Problem:
@@ -219,7 +218,7 @@ def _check_space(host: Host, directory: Path, size: int) -> None:
             "no-space",
             f"the disk that holds the daemon's state has no room for {size // 2**20 + 1} MiB more; "
             f"{_RESERVE_BYTES // 2**20} MiB stay free for changes",
-            hint="make room on that disk and try again",
+            hint="free space on that disk, then retry",
         )
 
 

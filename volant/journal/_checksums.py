@@ -1,9 +1,8 @@
 """Checksums of pages: SQLite's own extension for them (`cksumvfs`), which comes with apsw.
 
-SQLite finds out when the structure of a file is damaged, but not that a byte of what is kept in it has changed. With
-eight bytes at the end of each page that are a checksum of it, a page that is read and is not what was written is an
-error. The extension is a layer beneath all databases of the process. Those whose pages have no such bytes are what they
-were; a new one has them from the start, as a page can't be given them later without writing the whole file anew.
+SQLite notices a damaged structure, but not a changed byte of the content. With a checksum of eight bytes at the end of
+each page, reading a changed page is an error. The extension is a layer beneath all databases of the process. It leaves
+databases without checksums alone. A new database has them from the start, as adding them later rewrites the whole file.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import apsw
 import apsw.sqlite_extra
 
 RESERVED_BYTES = 8
-"""At the end of each page: what the extension knows its databases by."""
+"""At the end of each page. The extension recognises its databases by this number."""
 
 
 def _install() -> bool:
@@ -29,14 +28,14 @@ def _install() -> bool:
 
 
 AVAILABLE = _install()
-"""Whether pages can have them. apsw may have been built without the extension."""
+"""Whether apsw was built with the extension."""
 
 
 def has_checksums(connection: apsw.Connection) -> bool:
-    """Whether the pages of a database have them."""
+    """Returns whether the pages of a database have checksums."""
     return connection.reserve_bytes() == RESERVED_BYTES
 
 
 def is_changed_page(error: BaseException) -> bool:
-    """Whether a page that was read is not what was written."""
+    """Returns whether the error is a wrong checksum."""
     return isinstance(error, apsw.IOError) and getattr(error, "extendedresult", None) == apsw.SQLITE_IOERR_DATA

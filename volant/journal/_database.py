@@ -1,31 +1,23 @@
-"""What the journal does on the disk. Everything here blocks, and runs in a worker thread, one call at a time."""
+"""The connection that writes the database. Everything here blocks, and runs in a worker thread, one call at a time."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
 import apsw
 import msgspec
 
 from volant.host import Host
-from volant.model import Drain, Manifest, Network, Snapshot, VmRow
+from volant.model import Drain, Network, Snapshot, VmRow
 from volant.model.stored import (
     MAX_ID,
-    BadMember,
-    check_stored_epoch,
-    check_stored_network,
-    check_stored_plugin,
-    check_stored_snapshot,
-    check_stored_time,
-    check_stored_vm,
 )
 
 from ._acknowledged import Acknowledged, AcknowledgedFile
-from ._errors import BadRow, DatabaseRefused, JournalBroken, naming, shown
+from ._errors import BadRow, DatabaseRefused, JournalBroken
 from ._frames import EventFrame
 from ._operations import (
     AddEvent,
@@ -44,29 +36,42 @@ from ._operations import (
 )
 from ._projection import Plugin
 from ._reserve import Reserve
-from ._responses import IdempotencyKey, StoredResponse
-from ._schema import BUSY_TIMEOUT_MS, open_reader, open_writer
+from ._responses import StoredResponse
+from ._rows import (
+    check_tags_differ,
+    read_changes,
+    read_drain,
+    read_epoch,
+    read_network,
+    read_plugin,
+    read_response,
+    read_snapshot,
+    read_vm,
+)
+from ._schema import BUSY_TIMEOUT_MS, open_writer
 
 _encode = msgspec.json.Encoder().encode
-_decode_row = msgspec.json.Decoder(VmRow).decode
-_decode_manifest = msgspec.json.Decoder(Manifest).decode
-_decode_drain = msgspec.json.Decoder(Drain).decode
-_decode_snapshot = msgspec.json.Decoder(Snapshot).decode
-_decode_network = msgspec.json.Decoder(Network).decode
 
 _logger = logging.getLogger("volant.journal")
 
 _VACUUM_PAGES = 128
-"""Half a megabyte: a commit waits for one bite at most."""
+"""Half a megabyte: a commit waits for one such piece at most."""
 _SLACK_PAGES = 256
 _LOG_BYTES = 32 * 1024 * 1024
 _LOG_PATIENCE_MS = 250
 _MAX_STATE_BYTES = 2**30
-"""Of all that is kept in memory, as JSON: a thousand VMs with the largest manifests have a quarter of it."""
+"""Of each table, as JSON. A thousand VMs with the largest manifests have a quarter of it."""
+_COLUMNS = (
+    ("vms", "row"),
+    ("plugins", "manifest"),
+    ("snapshots", "snapshot"),
+    ("networks", "network"),
+    ("responses", "result"),
+)
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """Everything that the journal keeps in memory."""
+    """The state that the journal has in memory."""
 
     epoch: str
     rows: list[VmRow]
@@ -77,16 +82,16 @@ class Loaded(msgspec.Struct, frozen=True):
     drain: Drain | None
     last_vm_id: int
     oldest_seq: int
-    """Of the events that are kept; one more than `newest_seq` when there is none."""
+    """Of the stored events; one more than `newest_seq` when there is none."""
     newest_seq: int
     oldest_at: int | None
-    """When the oldest event was, in seconds since 1970; None when there is none that could ever go."""
-    untold: list[EventFrame]
-    """The events after `told_seq`."""
+    """The time of the oldest event in seconds since 1970; None when no event can expire."""
+    unpublished: list[EventFrame]
+    """The events after `published_seq`."""
 
 
 class Trimmed(msgspec.Struct, frozen=True):
-    """What is left of the events. `more`: there may be others to drop."""
+    """The rest of the events. `more`: further ones may have expired."""
 
     oldest_seq: int
     oldest_at: int | None
@@ -94,21 +99,21 @@ class Trimmed(msgspec.Struct, frozen=True):
 
 
 class Database:
-    """The one connection that writes."""
+    """The connection that writes."""
 
     def __init__(self, connection: apsw.Connection, reserve: Reserve | None = None) -> None:
         self._connection = connection
         self._reserve = reserve
         self._file: AcknowledgedFile | None = None
         self._at: Acknowledged | None = None
-        """How far it is, once it is known."""
+        """Which changes are acknowledged, once it is known."""
         self._changes = 0
         self._is_shorter = False
-        """By what stands in the log and not yet in the file."""
+        """The log has a shorter version of the file."""
 
     @classmethod
     def open(cls, host: Host, path: Path) -> Database:
-        """What keeps room for it is given up where there is no other.
+        """Opens it, if need be with the space that is reserved for it.
 
         :raises DatabaseRefused: see `open_writer`. :raises apsw.Error: the disk fails.
         """
@@ -124,7 +129,7 @@ class Database:
         return cls(connection, reserve)
 
     def keep_reserve(self) -> bool:
-        """Have room kept for the next start; whether there is."""
+        """Reserve space for the next start. Returns whether it is reserved."""
         return self._reserve is None or self._reserve.keep()
 
     def close(self) -> None:
@@ -133,8 +138,9 @@ class Database:
             self._file.close()
 
     def compare(self, host: Host, loaded: Loaded, new_epoch: str) -> tuple[str, str | None]:
-        """Whether it is as far as was acknowledged last: its epoch from now on, and what is lost. It is a new one where
-        something is. From now on each transaction says how far it is.
+        """Compares it with what was acknowledged. Returns its epoch and what is lost.
+
+        The epoch is a new one if something is lost. From now on each transaction notes what it acknowledges.
 
         :raises OSError, apsw.Error: the disk fails.
         """
@@ -151,7 +157,7 @@ class Database:
                 self._connection.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (new_epoch,))
             found = msgspec.structs.replace(found, epoch=new_epoch)
         if before is not None:
-            # No id is given out again, also of those that are lost.
+            # Ids of lost VMs are not used again.
             found = msgspec.structs.replace(found, last_vm_id=max(found.last_vm_id, before.last_vm_id))
         self._at = found
         if before != found:
@@ -160,16 +166,16 @@ class Database:
 
     @property
     def last_vm_id(self) -> int:
-        """The highest id that was ever given out, as far as is known."""
+        """The highest known id that was given out."""
         return self._at.last_vm_id if self._at is not None else 0
 
     @property
     def is_acknowledged(self) -> bool:
-        """Whether the disk has what the file says of it."""
+        """Whether the disk has the newest note of what is acknowledged."""
         return self._file is None or self._file.is_synced
 
     def sync_acknowledged(self) -> None:
-        """While others write. :raises OSError: the disk does not take it."""
+        """Can run beside `write`. :raises OSError: the disk fails."""
         if self._file is not None:
             self._file.sync()
 
@@ -186,35 +192,37 @@ class Database:
         try:
             self._file.write(self._at)
         except OSError as error:
-            # What is written is written; only a loss of it would not show.
-            _logger.warning("how far the database is can't be noted: %s", error)
+            # The change itself is durable. Only a loss of it would not show.
+            _logger.warning("can't write which changes were acknowledged: %s", error)
 
-    def load(self, told_seq: int | None) -> Loaded:
-        """Read the state. `told_seq` is the last event that readers have had, None when there were no readers yet.
+    def load(self, published_seq: int | None) -> Loaded:
+        """Reads the state. `published_seq` is the last event that readers have got, None before there were readers.
 
-        :raises BadRow: one can't be understood, or this daemon can't have written it.
+        :raises BadRow: a row can't be read, or volantd can't have written it.
         """
-        # A commit of a predecessor may still be under way in its thread. Under the write lock it is over.
+        # A thread of a previous incarnation may still commit. Under the write lock it is done.
         with self.transaction():
             get = self._connection.execute
-            epoch = _epoch(get("SELECT value FROM meta WHERE key = 'epoch'").get)
+            epoch = read_epoch(get("SELECT value FROM meta WHERE key = 'epoch'").get)
             drained = get("SELECT value FROM meta WHERE key = 'drain'").get
-            self._changes = _count(get("SELECT value FROM meta WHERE key = 'changes'").get)
+            self._changes = read_changes(get("SELECT value FROM meta WHERE key = 'changes'").get)
             sequence = get("SELECT seq FROM sqlite_sequence WHERE name = 'vms'").get
             oldest, newest = get("SELECT min(seq), max(seq) FROM events").get
             newest = newest or 0
             if not 0 <= (sequence or 0) <= MAX_ID:
                 raise BadRow(f"table sqlite_sequence, row 'vms': seq is {sequence}, and at most {MAX_ID} is possible")
             oldest_at = self._oldest_at(newest)
-            untold = [] if told_seq is None else self._after(epoch, told_seq)
+            unpublished = [] if published_seq is None else self._after(epoch, published_seq)
             self._check_size()
-            rows = [_vm(*columns) for columns in get("SELECT id, name, revision, row FROM vms ORDER BY id")]
-            plugins = [_plugin(*columns) for columns in get("SELECT name, manifest, enabled, created_at FROM plugins")]
-            snapshots = [_snapshot(*columns) for columns in get("SELECT id, name, snapshot FROM snapshots")]
-            networks = [_network(*columns) for columns in get("SELECT name, network FROM networks")]
-            responses = [_response(*columns) for columns in get("SELECT scope, request, at, result FROM responses")]
-            drain = None if drained is None else _drain(drained)
-            _check_tags(rows)
+            rows = [read_vm(*columns) for columns in get("SELECT id, name, revision, row FROM vms ORDER BY id")]
+            plugins = [
+                read_plugin(*columns) for columns in get("SELECT name, manifest, enabled, created_at FROM plugins")
+            ]
+            snapshots = [read_snapshot(*columns) for columns in get("SELECT id, name, snapshot FROM snapshots")]
+            networks = [read_network(*columns) for columns in get("SELECT name, network FROM networks")]
+            responses = [read_response(*columns) for columns in get("SELECT scope, request, at, result FROM responses")]
+            drain = None if drained is None else read_drain(drained)
+            check_tags_differ(rows)
         oldest_seq = oldest or newest + 1
         return Loaded(
             epoch,
@@ -228,7 +236,7 @@ class Database:
             oldest_seq,
             newest,
             oldest_at,
-            untold,
+            unpublished,
         )
 
     def _check_size(self) -> None:
@@ -243,24 +251,24 @@ class Database:
                 )
 
     def write(self, operations: Sequence[Operation]) -> None:
-        """One transaction. All of it is on the disk when this returns, or none of it will be.
+        """Writes one transaction. All of it is on the disk when this returns, or none of it will be.
 
-        :raises JournalBroken: a row on the disk is not at the revision that it should be at.
+        :raises JournalBroken: a row on the disk has another revision than expected.
         :raises apsw.Error: nothing was written.
         """
         with self.transaction():
             for operation in operations:
                 self.execute(operation)
             if not any(isinstance(operation, AddEvent) for operation in operations):
-                # Events are numbered; changes without one are counted, so that the loss of one shows.
+                # Events have numbers. Changes without an event are counted, so that their loss shows.
                 self._changes += 1
                 self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('changes', ?)", (str(self._changes),))
         self._acknowledge(operations)
 
     def trim(self, cutoff_at: int, below_seq: int, limit: int) -> Trimmed:
-        """Drop up to `limit` of the oldest events: those from before `cutoff_at` and those below `below_seq`.
+        """Deletes up to `limit` of the oldest events: those from before `cutoff_at` and those below `below_seq`.
 
-        Never the newest one, as the numbers go on from it. :raises apsw.Error: nothing was dropped.
+        The newest event stays, as the numbers continue from it. :raises apsw.Error: nothing was deleted.
         """
         get = self._connection.execute
         with self.transaction():
@@ -280,9 +288,9 @@ class Database:
         return Trimmed(oldest, oldest_at, dropped == limit)
 
     def compact(self) -> bool:
-        """Give a bite of unused space back to the disk; whether there is more.
+        """Returns a piece of unused space to the disk. Returns whether there is more.
 
-        :raises apsw.Error: it can't be given back now; nothing is lost by that.
+        :raises apsw.Error: it can't be returned now.
         """
         connection = self._connection
         unused = connection.pragma("freelist_count")
@@ -291,8 +299,8 @@ class Database:
                 pass
             self._is_shorter = True
             return True
-        # The file becomes shorter when the log has been moved into it. Readers that are in the middle of something are
-        # not waited for, unless so many have been there for so long that the log was never empty.
+        # The file becomes shorter when the log is moved into it. That does not wait for readers, unless they have kept
+        # the log from being emptied for long.
         if self._log_bytes() <= _LOG_BYTES:
             if self._is_shorter:
                 connection.execute("PRAGMA wal_checkpoint(PASSIVE)").get  # noqa: B018 - runs it
@@ -323,20 +331,20 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All that is written in the block is on the disk after it, or none of it."""
+        """Commits what is written in the block, or none of it."""
         connection = self._connection
         connection.execute("BEGIN IMMEDIATE")
         try:
             yield
             connection.execute("COMMIT")
         except BaseException:
-            # A full disk may have ended the transaction already.
+            # SQLite ends the transaction itself when the disk is full.
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
 
     def execute(self, operation: Operation) -> None:
-        """Do it, in a transaction."""
+        """Carry out an operation. Must be in a transaction."""
         execute = self._connection.execute
         match operation:
             case PutRow(row, None):
@@ -394,120 +402,3 @@ class Database:
     def _expect_one(self, vm_id: int) -> None:
         if self._connection.changes() != 1:
             raise JournalBroken(f"the row of VM {vm_id} on the disk is not the one that was committed last")
-
-
-_COLUMNS = (
-    ("vms", "row"),
-    ("plugins", "manifest"),
-    ("snapshots", "snapshot"),
-    ("networks", "network"),
-    ("responses", "result"),
-)
-
-
-def _same(**columns: tuple[object, object]) -> None:
-    """:raises BadMember: a member says something else than the column of that name."""
-    for name, (column, member) in columns.items():
-        if column != member:
-            raise BadMember(name, member, f"and its column says {shown(column)}")
-
-
-def _vm(vm_id: int, name: str, revision: int, data: bytes) -> VmRow:
-    with naming("vms", vm_id):
-        row = _decode_row(data)
-        _same(id=(vm_id, row.id), name=(name, row.name), revision=(revision, row.revision))
-        check_stored_vm(row)
-        return row
-
-
-def _plugin(name: str, data: bytes, enabled: int, created_at: str) -> Plugin:
-    with naming("plugins", name):
-        manifest = _decode_manifest(data)
-        _same(name=(name, manifest.name))
-        check_stored_plugin(manifest)
-        created = datetime.fromisoformat(created_at)
-        check_stored_time("created_at", created)
-        return Plugin(manifest, bool(enabled), created)
-
-
-def _snapshot(snapshot_id: str, name: str, data: bytes) -> Snapshot:
-    with naming("snapshots", snapshot_id):
-        snapshot = _decode_snapshot(data)
-        _same(id=(snapshot_id, snapshot.id), name=(name, snapshot.name))
-        check_stored_snapshot(snapshot)
-        return snapshot
-
-
-def _network(name: str, data: bytes) -> Network:
-    with naming("networks", name):
-        network = _decode_network(data)
-        _same(name=(name, network.name))
-        check_stored_network(network)
-        return network
-
-
-def _response(scope: bytes, request: bytes, at: int, result: bytes) -> StoredResponse:
-    with naming("responses", scope):
-        response = StoredResponse(IdempotencyKey(scope, request), at, result)
-        _ = response.result
-        return response
-
-
-def _drain(data: str) -> Drain:
-    with naming("meta", "drain"):
-        drain = _decode_drain(data)
-        check_stored_time("since", drain.since)
-        return drain
-
-
-def _count(value: str | None) -> int:
-    with naming("meta", "changes"):
-        count = int(value or 0)
-        if not 0 <= count <= MAX_ID:
-            raise BadMember("value", value, "which is no number of changes")
-        return count
-
-
-def _epoch(value: object) -> str:
-    with naming("meta", "epoch"):
-        return check_stored_epoch(value)
-
-
-def _check_tags(rows: Sequence[VmRow]) -> None:
-    """:raises BadRow: two VMs claim one process."""
-    owners: dict[str, int] = {}
-    for row in rows:
-        if row.tag and (other := owners.setdefault(row.tag, row.id)) != row.id:
-            raise BadRow(f"table vms, row {row.id}: mark is {row.tag!r}, which is that of row {other}")
-
-
-class EventPages:
-    """Read-only connections for those who read events that are no longer in memory. Safe for several threads."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._idle: list[apsw.Connection] = []
-
-    def read(self, epoch: str, after_seq: int, up_to_seq: int) -> list[EventFrame]:
-        """The events after one number and up to another, as far as they are kept.
-
-        :raises apsw.Error: the disk fails.
-        """
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = open_reader(self._path)
-        try:
-            found = connection.execute(
-                "SELECT seq, frame FROM events WHERE seq > ? AND seq <= ? ORDER BY seq", (after_seq, up_to_seq)
-            )
-            frames = [EventFrame.read(epoch, seq, frame) for seq, frame in found]
-        except BaseException:
-            connection.close()
-            raise
-        self._idle.append(connection)
-        return frames
-
-    def close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()

@@ -1,4 +1,4 @@
-"""What can go wrong between the journal and those who use it."""
+"""Errors of the journal, and the problems that clients get for them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ._results import Result
 
 
 class StaleRow(Exception):
-    """A commit was meant for another revision of the row than the one that is kept.
+    """A commit names another revision than the row has. `row` is the row as it is now, None when it is gone.
 
-    `row` is the row as it is now, None when there is none. Read it, decide again, commit again.
+    Read it, decide again, commit again.
     """
 
     def __init__(self, vm_id: int, revision: int, row: VmRow | None) -> None:
         found = "it is gone" if row is None else f"it is at revision {row.revision}"
-        super().__init__(f"VM {vm_id} was to be changed at revision {revision}, but {found}")
+        super().__init__(f"a commit is for VM {vm_id} at revision {revision}, but {found}")
         self.vm_id = vm_id
         self.revision = revision
         self.row = row
@@ -38,11 +38,11 @@ class DuplicateRequest(Exception):
 
 
 class DatabaseRefused(Exception):
-    """The file is not a database that this version may touch: a newer version's, somebody else's, or damaged."""
+    """This version must not use the file: it is damaged, or a newer version or another program wrote it."""
 
 
 class BadRow(DatabaseRefused):
-    """It has a row that this daemon can't have written. The text names the table, the row and the member."""
+    """The database has a row that volantd can't have written. The text names table, row and member."""
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def naming(table: str, row: object) -> Iterator[None]:
     except BadMember as bad:
         raise BadRow(f"table {table}, row {shown(row)}: {bad}") from bad
     except (msgspec.MsgspecError, RecursionError, TypeError, ValueError) as error:
-        raise BadRow(f"table {table}, row {shown(row)}, can't be understood: {error}") from error
+        raise BadRow(f"table {table}, row {shown(row)}, can't be read: {error}") from error
 
 
 def shown(value: object) -> str:
@@ -63,7 +63,7 @@ def shown(value: object) -> str:
 
 
 class JournalBroken(Exception):
-    """The database is not what the journal wrote last. The actor crashes of it, and loads again."""
+    """The database is not what the journal wrote last. The actor crashes, and loads again."""
 
 
 _UNWRITABLE = (
@@ -81,63 +81,63 @@ _UNWRITABLE = (
 
 
 def unwritable(error: BaseException) -> Problem | None:
-    """The 503 for a commit that failed because of the disk; None when `error` is a bug of ours."""
+    """Returns the 503 for a commit that failed because of the disk; None when `error` is a bug."""
     if isinstance(error, apsw.FullError):
         return full()
     if isinstance(error, _UNWRITABLE):
         return Problem(
             503,
             "journal-unwritable",
-            f"the daemon's state can't be written ({error}), so nothing can be changed; running VMs go on running",
-            hint="look at the disk that holds the state, then try again",
+            f"the daemon's state can't be written ({error}), so changes are refused; VMs go on running",
+            hint="check the disk that holds the state, then retry",
         )
     return None
 
 
 def full() -> Problem:
-    """503: there is no room for a change."""
+    """Returns the 503 for a change that the disk has no space for."""
     return Problem(
         503,
         "journal-full",
-        "the disk that holds the daemon's state is full, so nothing can be changed; running VMs go on running",
-        hint="free space on that disk and try again",
+        "the disk that holds the daemon's state is full, so changes are refused; VMs go on running",
+        hint="free space on that disk, then retry",
     )
 
 
 def slow(deadline_s: float) -> Problem:
-    """503: the disk has not confirmed a commit in time; it may still be made."""
+    """Returns the 503 for a commit that the disk has not confirmed in time. It may still be made."""
     return Problem(
         503,
         "journal-slow",
         f"the disk that holds the daemon's state has not confirmed the change within {deadline_s:g} s; "
         "it may still be made",
-        hint="read the VM again before you repeat the request",
+        hint="check the VM before you retry",
     )
 
 
 def overloaded(waiting: int) -> Problem:
-    """503: more changes wait for the disk than the journal is willing to hold."""
-    return Problem(503, "journal-busy", f"{waiting} changes wait for the disk already", hint="try again in a second")
+    """Returns the 503 for a change when too many wait already."""
+    return Problem(503, "journal-busy", f"{waiting} changes are waiting for the disk", hint="retry in a second")
 
 
 def no_room(error: Exception) -> Problem:
-    """503: the disk did not take a copy or a restored database."""
+    """Returns the 503 for a copy or a restored database that the disk did not take."""
     full = isinstance(error, apsw.FullError) or (isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT))
     return Problem(
         503,
         "no-space" if full else "state-unwritable",
         "the disk that holds the daemon's state has no room for another copy of the database"
         if full
-        else f"the disk that holds the daemon's state does not take a copy of the database: {error}",
-        hint="make room on that disk and try again" if full else "look at that disk, then try again",
+        else f"a copy of the database can't be written to the disk that holds the daemon's state: {error}",
+        hint="free space on that disk, then retry" if full else "check that disk, then retry",
     )
 
 
 def restoring() -> Problem:
-    """503: a restored database is about to be taken, and what is changed now would be lost with the old one."""
+    """Returns the 503 for a change that would be lost, as a restored database is about to replace this one."""
     return Problem(
         503,
         "journal-restoring",
-        "a restored database is being taken; running VMs go on running",
-        hint="try again in a second",
+        "a backup is being restored; VMs go on running",
+        hint="retry in a second",
     )

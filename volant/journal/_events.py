@@ -1,11 +1,12 @@
 """The event log: a ring in memory, with the database behind it.
 
-A reader is a number. While the ring has what comes next, it takes frames from there, encoded once for everybody. A
-reader that is further behind reads pages of the database, through a connection that can't write, in a thread. Pages are
-aligned and the last few are kept, so when five hundred clients come back after a restart of the daemon with
-much the same number, the database is asked once. A reader that is behind retention is told so.
+A reader is a number. While the ring has the next events, the reader takes frames from it, which are encoded once for
+all. A reader that is further behind reads pages of the database, in a thread and through a connection that can't write.
+Pages are aligned and the last few stay in memory, so five hundred clients that come back after a restart cause one
+read. A reader that is behind retention gets a gap.
 
-The log outlives the journal's incarnations: an actor that restarts loads, and appends what was committed and not told.
+The log outlives the journal's incarnations: an actor that restarts appends the events that were committed and not
+published.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from actors import Gap, Log
 from volant.host import Host
 from volant.model import EventId
 
-from ._database import EventPages
 from ._errors import JournalBroken
+from ._event_pages import EventPages
 from ._frames import EventFrame
 
 _PAGE = 256
@@ -32,9 +33,9 @@ _KEPT_PAGES = 16
 
 
 class EventGap(msgspec.Struct, frozen=True):
-    """Events that a reader asked for are not kept, or never were; it goes on with `oldest`.
+    """Events that a reader asked for are not stored any more, or never were. It continues with `oldest`.
 
-    `oldest` is one more than `newest` when no event is kept.
+    `oldest` is one more than `newest` when no event is stored.
     """
 
     requested: str
@@ -43,7 +44,7 @@ class EventGap(msgspec.Struct, frozen=True):
 
     @property
     def data(self) -> bytes:
-        """JSON of a `STREAM_GAP` (contract: Events)."""
+        """The JSON of a `STREAM_GAP` (contract: Events)."""
         return msgspec.json.encode(
             {
                 "type": "STREAM_GAP",
@@ -55,7 +56,7 @@ class EventGap(msgspec.Struct, frozen=True):
 
     @property
     def sse(self) -> bytes:
-        """As a block of the event stream. Its id is the one before `oldest`: who comes back with it misses nothing."""
+        """The block of the event stream. Its id is the one before `oldest`, so a reader that resumes misses nothing."""
         before = EventId(self.oldest.epoch, self.oldest.seq - 1)
         return f"id: {before}\nevent: STREAM_GAP\ndata: ".encode() + self.data + b"\n\n"
 
@@ -74,7 +75,7 @@ class EventLogStatistics(msgspec.Struct, frozen=True):
 
 
 class EventLog:
-    """Every event that is kept, and those to come."""
+    """Holds the stored events, and publishes new ones."""
 
     def __init__(self, host: Host, path: Path, *, ring_events: int = 8192, ring_bytes: int = 16 * 1024 * 1024) -> None:
         self._host = host
@@ -96,31 +97,31 @@ class EventLog:
 
     @property
     def epoch(self) -> str:
-        """Names this database, in every event id; empty until the journal has loaded."""
+        """Names this database in every event id. Empty until the journal has loaded."""
         return self._epoch
 
     @property
     def newest(self) -> EventId:
-        """Of the newest event; its `seq` is 0 before the first one."""
+        """The id of the newest event. Its `seq` is 0 before the first one."""
         return EventId(self._epoch, self._newest)
 
     @property
     def oldest(self) -> EventId:
-        """Of the oldest event that is kept; one more than `newest` when there is none."""
+        """The id of the oldest stored event; one more than `newest` when there is none."""
         return EventId(self._epoch, self._oldest)
 
     def gap(self, after: EventId | str) -> EventGap | None:
-        """The gap that a reader would be told first who begins after this id."""
+        """Returns the gap that a reader gets first when it starts after this id."""
         if self._seq(after) is None:
             return EventGap(str(after), self.oldest, self.newest)
         return None
 
     @asynccontextmanager
     async def cursor(self, after: EventId | str | Literal["oldest"] | None) -> AsyncIterator[EventCursor]:
-        """Read from after an event on; None: from now on; `"oldest"`: from the oldest that is kept.
+        """Reads from after an event; None: new events; `"oldest"`: from the oldest stored one.
 
-        An id that is malformed, of another epoch, not given out yet, or no longer kept is told as an `EventGap`, then
-        the oldest events come.
+        For an id that is malformed, of another epoch, not given out yet, or no longer stored, the reader gets an
+        `EventGap` first and then the oldest events.
         """
         first: EventGap | None = None
         if after is None:
@@ -138,7 +139,7 @@ class EventLog:
             del self._cursors[cursor]
 
     def close(self) -> None:
-        """The daemon stops: readers take what is left of the ring, then learn that it is the end."""
+        """Ends the log, as the daemon stops: readers take the rest of the ring, then an empty list."""
         self._closed = True
         self._ring.close()
         self._pages.close()
@@ -163,10 +164,10 @@ class EventLog:
         return event_id.seq
 
     async def _page(self, number: int, after: int) -> list[EventFrame]:
-        """A page that holds what follows `after`, if the database does."""
+        """Returns the page that has the event after `after`, if the database has it."""
         async with self._reading:
             page = self._kept.get(number)
-            # The newest page is kept too, though it grows: it is the one that everybody comes back to.
+            # The newest page stays in memory too, although it grows: most readers resume in it.
             if page is None or page[-1].seq <= after:
                 page = await self._host.threads.run(self._pages.read, self._epoch, number * _PAGE, (number + 1) * _PAGE)
                 self._pages_read += 1
@@ -180,8 +181,8 @@ class EventLog:
 
     # For the journal alone
 
-    def attach(self, epoch: str, oldest: int, newest: int, untold: Sequence[EventFrame]) -> None:
-        """Take over what was loaded. `untold`: the events after `newest` of this log, if it was attached before.
+    def attach(self, epoch: str, oldest: int, newest: int, unpublished: Sequence[EventFrame]) -> None:
+        """Take over what was loaded. `unpublished`: the events after `newest` of this log, if it was attached before.
 
         :raises JournalBroken: the database is not the one of before.
         """
@@ -190,15 +191,15 @@ class EventLog:
             self._ring = Log(max_frames=self._ring_events, max_bytes=self._ring_bytes, next_seq=newest + 1)
             self._recent_oldest = newest + 1
             self._epoch = epoch
-        elif epoch != self._epoch or newest != self._newest + len(untold):
+        elif epoch != self._epoch or newest != self._newest + len(unpublished):
             raise JournalBroken(
-                f"the database ends with event {epoch}-{newest}, but readers have had {self._epoch}-{self._newest}"
+                f"the database ends with event {epoch}-{newest}, but readers have got {self._epoch}-{self._newest}"
             )
         self._oldest = oldest
-        self.append(untold)
+        self.append(unpublished)
 
     def append(self, frames: Sequence[EventFrame]) -> None:
-        """Tell events that are committed."""
+        """Publish events that are committed."""
         for frame in frames:
             if frame.seq != self._newest + 1:
                 raise JournalBroken(f"event {frame.seq} would follow event {self._newest}")
@@ -212,7 +213,7 @@ class EventLog:
 
     @contextmanager
     def trimming(self) -> Iterator[None]:
-        """Retention takes events from the disk in this block, and `trimmed` tells which before it ends."""
+        """Retention deletes events in this block, and calls `trimmed` before its end."""
         over = self._trimming = trio.Event()
         try:
             yield
@@ -221,7 +222,7 @@ class EventLog:
             over.set()
 
     def trimmed(self, oldest: int) -> None:
-        """Retention has taken the events before `oldest`."""
+        """Retention has deleted the events before `oldest`."""
         self._oldest = max(self._oldest, oldest)
         for number in [number for number in self._kept if (number + 1) * _PAGE < self._oldest]:
             del self._kept[number]
@@ -238,14 +239,14 @@ class EventCursor:
 
     @property
     def position(self) -> EventId:
-        """The last event that was taken; after it the next ones come."""
+        """The id of the last event that was taken."""
         return EventId(self._log.epoch, self.seq)
 
     async def take(self, max_bytes: int = 256 * 1024) -> list[EventFrame] | EventGap:
-        """Wait for events and take them, in order, at least one and about `max_bytes` (of `sse`) at most.
+        """Waits for events and takes them in order, at least one and about `max_bytes` (of `sse`) at most.
 
-        An `EventGap` says that some are not kept; the next call goes on with the oldest. An empty list is the end: the
-        daemon stops. A cancelled call has taken nothing.
+        An `EventGap` says that some are not stored any more; the next call continues with the oldest. An empty list is
+        the end: the daemon stops. A cancelled call has taken nothing.
 
         :raises apsw.Error: the database can't be read.
         """
@@ -269,7 +270,7 @@ class EventCursor:
                     if self.seq + 1 < log._oldest:
                         continue
                     if log._trimming is not None:
-                        # Gone from the disk already; how many, is known in a moment.
+                        # Deleted already. How many, is known in a moment.
                         await log._trimming.wait()
                         continue
                     raise JournalBroken(f"event {self.seq + 1} should be in the database, and is not")
@@ -287,8 +288,7 @@ class EventCursor:
         return gap
 
     def _cut(self, page: Sequence[EventFrame], max_bytes: int) -> list[EventFrame]:
-        """What of a page comes next, as far as it follows without a hole and has been told. What is committed and not
-        yet told is on the disk as well."""
+        """Returns the next events of a page, without a hole. The disk also has events that are not published yet."""
         frames: list[EventFrame] = []
         size = 0
         for frame in page:

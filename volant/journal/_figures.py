@@ -1,4 +1,4 @@
-"""What is counted as it happens, for whoever asks later."""
+"""Counters for the metrics of the API."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from itertools import accumulate
 from volant.model import Event
 
 COMMIT_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-"""From a good disk to the deadline of a commit."""
+"""From a fast disk to the deadline of a commit."""
 
 
 class Histogram:
-    """How often a duration fell below each of some bounds, and their sum, since the daemon began."""
+    """Counts durations by upper bound, and sums them up."""
 
     def __init__(self, bounds_s: Sequence[float]) -> None:
         self.bounds_s = tuple(bounds_s)
@@ -21,7 +21,6 @@ class Histogram:
         self._counts = [0] * (len(bounds_s) + 1)
 
     def observe(self, seconds: float) -> None:
-        """Count one."""
         self.sum_s += seconds
         for place, bound in enumerate(self.bounds_s):
             if seconds <= bound:
@@ -30,12 +29,12 @@ class Histogram:
         self._counts[-1] += 1
 
     def cumulative(self) -> list[tuple[float, int]]:
-        """Each bound with the number of durations up to it; the last bound is infinity."""
+        """Returns each bound with the number of durations up to it. The last bound is infinity."""
         return list(zip((*self.bounds_s, float("inf")), accumulate(self._counts), strict=True))
 
 
 class Figures:
-    """Of one daemon; they begin at zero with it, and go on over restarts of the journal's actor."""
+    """Holds the counters of one daemon. They survive restarts of the journal's actor."""
 
     def __init__(self) -> None:
         self.commits = Histogram(COMMIT_BOUNDS_S)
@@ -45,10 +44,10 @@ class Figures:
         self.failures: Counter[str] = Counter()
         """Crashes of VMs by the code of their reason."""
         self.fallbacks: Counter[str] = Counter()
-        """Cold boots that followed a clone which failed, by the code of its reason."""
+        """Cold boots after a failed clone, by the code of its reason."""
 
     def count(self, events: Iterable[Event]) -> None:
-        """These have been told."""
+        """Count events that were published."""
         for event in events:
             self.events[event.type] += 1
             if event.reason is not None:

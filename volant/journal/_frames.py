@@ -1,4 +1,4 @@
-"""An event, encoded once for everybody who reads it."""
+"""An event, encoded once for all readers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class EventFrame(msgspec.Struct, frozen=True):
     data: bytes
     """JSON of the event."""
     sse: bytes
-    """The whole block of the event stream, blank line and all."""
+    """The block of the event stream, with its blank line."""
 
     @property
     def size(self) -> int:
-        """Bytes that it occupies, roughly."""
+        """The bytes that it occupies, roughly."""
         return len(self.data) + len(self.sse) + _OVERHEAD
 
     @classmethod
@@ -32,11 +32,13 @@ class EventFrame(msgspec.Struct, frozen=True):
 
     @classmethod
     def read(cls, epoch: str, seq: int, data: bytes) -> EventFrame:
-        """From the JSON that was kept. In a restored database it names the epoch of the one that was copied, and now
-        there is another. :raises msgspec.ValidationError: it is none of ours."""
+        """Reads stored JSON. In a restored database it still has the old epoch.
+
+        :raises msgspec.ValidationError: it is no event.
+        """
         event = _decode(data)
         event_id = f"{epoch}-{seq}"
-        # JSON may have line breaks between its parts, and each would begin another field of the stream.
+        # A line break in the JSON would begin another field of the stream.
         if event.id != event_id or b"\n" in data or b"\r" in data:
             return cls.of(seq, msgspec.structs.replace(event, id=event_id))
         return cls._with(seq, event, data)

@@ -1,20 +1,19 @@
-"""The journal: it alone writes the database.
+"""The journal: the only writer of the database.
 
-**Commit, then tell.** A request is answered, the projection changed and an event told only once the disk has confirmed
-the transaction, and all three in one go, so nobody sees one without the others.
+**Commit, then publish.** Once the disk has confirmed a transaction, the replies, the projection and the events change,
+all three at once. So nobody sees one without the others.
 
-**Group commit.** Confirming costs a sync of the disk, whatever is in the transaction. So one task takes all that is
-waiting, makes one transaction of it (`_stage`), writes it in a worker thread, and meanwhile the next group gathers. No
-timer holds a request back: an idle journal commits at once, a busy one in groups as large as the disk is slow.
+**Group commit.** A commit costs a sync of the disk, however much is in the transaction. So one task makes one
+transaction of all waiting changes (`_stage`) and writes it in a worker thread, while the next group gathers. No timer
+holds a change back: an idle journal commits at once, a busy one in larger groups.
 
-**When the disk fails,** those who asked get a 503 and nothing has changed; the journal and everybody who reads go on,
-and the next request tries again. A transaction that takes too long is another matter, as it may still succeed: those
-who asked are told after the deadline that it is unknown, and others are refused, until the disk has answered. Then what
-it did is taken over like any other commit. Rejected: to give up on the thread and start anew, which would have two
-writers, and a state that nobody knows.
+**When the disk fails,** senders get a 503 and nothing has changed. Readers go on, and the next change tries again. A
+transaction that takes too long may still succeed: its senders get a 503 that says so, and further changes are refused
+until the disk has answered. Then the journal takes over what was written. Rejected: to abandon the thread and start
+again, as there would be two writers and an unknown state.
 
-**When the actor crashes,** the next incarnation reads everything again, under the write lock, and tells the events
-that had been committed and not told. Any error but the disk's is a bug and crashes it.
+**When the actor crashes,** the next incarnation loads everything under the write lock, and publishes the events that
+were committed and not published. Any error but the disk's is a bug and crashes the actor.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from volant.model import EventId, IllegalTransition, Problem
 
 from ._changes import DECISIONS, decide
 from ._checksums import is_changed_page
+from ._copies import next_path
 from ._database import Database, Loaded
 from ._errors import (
     BadRow,
@@ -47,10 +47,11 @@ from ._errors import (
     slow,
     unwritable,
 )
+from ._merge import merge, snapshots_after
 from ._operations import Operation
 from ._reserve import RESERVE_BYTES
-from ._restore import finish, merge, next_path, snapshots_after
-from ._schema import CHANGED_PAGE, damaged, look_for_damage, untrusted
+from ._restore import finish
+from ._schema import CHANGED_PAGE, damaged, scan_for_damage, untrusted
 from ._stage import Stage
 from ._store import Store
 from .messages import Restore, StillThere
@@ -60,12 +61,12 @@ _MAX_WAITING = 4096
 _TRIM_BITE = 1000
 _TRIM_SLACK = 1000
 _COMPACT_EVERY = 1000
-"""Commits: what else than retention has left space, or kept the log from being emptied, is found by then."""
+"""Commits between checks for unused space that retention has not left, and for a large write-ahead log."""
 _PROBE_S = 1.0
 _SCRUB_EVERY_S = 3600.0
 _SCRUB_S = 60.0
 _SYNC_S = 1.0
-_LOOK_S = 30.0
+_PROBE_AT_LEAST_S = 30.0
 _TRIM_AT_LEAST_S = 1.0
 _TRIM_AT_MOST_S = 3600.0
 
@@ -74,7 +75,7 @@ _events_logger = logging.getLogger("volant.event")
 
 
 class Journal(Actor):
-    """See `volant.journal.messages` for what can be asked of it."""
+    """Takes the messages of `volant.journal.messages`."""
 
     mailbox = 256
 
@@ -86,7 +87,7 @@ class Journal(Actor):
         self._wake = trio.Event()
         self._oldest_at: int | None = None
         self._trim_due = False
-        # What an incarnation before this one had not come to.
+        # A previous incarnation may have left space.
         self._compact_due = True
         self._restore: tuple[Restore, Deferred[Any]] | None = None
         self._stalled = False
@@ -105,8 +106,8 @@ class Journal(Actor):
         try:
             self._database = await store.host.threads.run(Database.open, store.host, store.path)
             self.ctx.stack.push_async_callback(store.host.threads.run, self._database.close)
-            told = store.events.newest.seq if store.events.epoch else None
-            loaded = await store.host.threads.run(self._database.load, told)
+            published = store.events.newest.seq if store.events.epoch else None
+            loaded = await store.host.threads.run(self._database.load, published)
         except BadRow as bad:
             raise untrusted(store.path, bad) from bad
         except (apsw.CorruptError, apsw.NotADBError) as error:
@@ -122,9 +123,9 @@ class Journal(Actor):
         if not self._has_reserve:
             self._set_trouble(full().detail)
         if store.host.files.exists(next_path(store.path)):
-            # A predecessor did not live to say so.
+            # A previous incarnation was killed before it could do this.
             store.replaced.set()
-        store.events.attach(loaded.epoch, loaded.oldest_seq, loaded.newest_seq, loaded.untold)
+        store.events.attach(loaded.epoch, loaded.oldest_seq, loaded.newest_seq, loaded.unpublished)
         store.projection.replace(
             loaded.rows,
             loaded.plugins,
@@ -140,22 +141,22 @@ class Journal(Actor):
         self.ctx.spawn(self._watch_age, name="retention")
         self.ctx.spawn(self._sync_acknowledged, name="acknowledged")
         self.ctx.spawn(self._probe_again, name="probe")
-        self.ctx.spawn(self._look_for_damage, name="damage")
+        self.ctx.spawn(self._scan_for_damage, name="damage")
 
     async def _compare(self, loaded: Loaded) -> Loaded:
-        """What is gone of what was acknowledged is told; the epoch of the events is another one then."""
+        """Reports changes that were acknowledged and are lost. The epoch of the events is a new one then."""
         store = self._store
         try:
             epoch, lost = await store.host.threads.run(
                 self._database.compare, store.host, loaded, store.host.random.new_id()[:12]
             )
         except (OSError, apsw.Error) as error:
-            _logger.warning("whether the database has all that was acknowledged can't be told: %s", error)
+            _logger.warning("can't check whether the database has all acknowledged changes: %s", error)
             return loaded
         check_fence()
         if lost is not None:
             store.lost = lost
-            _logger.error("%s is not what it was when volantd last used it: %s", store.path, lost)
+            _logger.error("%s lacks changes that volantd has acknowledged: %s", store.path, lost)
         return msgspec.structs.replace(loaded, epoch=epoch)
 
     @handles(*DECISIONS)  # type: ignore[untyped-decorator]  # checkers know up to three types
@@ -224,7 +225,7 @@ class Journal(Actor):
                 self._wake = trio.Event()
 
     async def _decide_restore(self, message: Restore, deferred: Deferred[Any]) -> None:
-        """Between two commits, so that what is known of the VMs is all that there is to know."""
+        """Between two commits, so that the projection is complete."""
         store = self._store
         try:
             rows = store.projection.rows()
@@ -244,7 +245,7 @@ class Journal(Actor):
             deferred.fail(problem)
             return
         except (OSError, apsw.Error) as error:
-            _logger.error("a restore failed, nothing has changed: %s", error)
+            _logger.error("a restore failed and changed nothing: %s", error)
             deferred.fail(no_room(error))
             return
         check_fence()
@@ -269,7 +270,7 @@ class Journal(Actor):
             failure = await self._commit(stage.operations, [deferred for deferred, _, _ in answers])
             check_fence()
             if failure is not None:
-                # Refusals too: what they were based on may have been in this very transaction.
+                # Refusals too: they may be based on changes of this transaction.
                 for deferred, _, _ in answers:
                     deferred.fail(unwritable(failure) or failure)
                 return
@@ -298,13 +299,13 @@ class Journal(Actor):
                 deferred.fail(error)
 
     async def _commit(self, operations: Sequence[Operation], deferreds: list[Deferred[Any]]) -> Exception | None:
-        """Write a transaction, an empty one to see whether it can be; returns why the disk did not take it, if so."""
+        """Write a transaction, or an empty one as a probe. Returns the error if the disk did not take it."""
         host = self._store.host
         failure: Exception | None = None
         began = host.clock.monotonic()
         check_fence()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._give_up, deferreds)
+            nursery.start_soon(self._fail_when_slow, deferreds)
             try:
                 await host.threads.run(self._database.write, operations)
             except Exception as error:
@@ -316,7 +317,7 @@ class Journal(Actor):
         self._store.figures.commits.observe(self._last_s)
         if failure is None:
             if self._store.trouble is not None:
-                _logger.warning("changes can be made again")
+                _logger.warning("changes are accepted again")
                 self._store.trouble = None
             self._commits += 1
             self._committed.set()
@@ -330,7 +331,7 @@ class Journal(Actor):
         if problem is None:
             raise failure
         if self._store.trouble != problem.detail:
-            _logger.error("a commit failed, nothing has changed: %s", self._last_error)
+            _logger.error("a commit failed and changed nothing: %s", self._last_error)
         self._set_trouble(problem.detail)
         return failure
 
@@ -338,30 +339,29 @@ class Journal(Actor):
         self._store.trouble = why
         self._troubled.set()
 
-    async def _look_for_damage(self) -> None:
-        """What was looked at when it was opened may change on the disk later, and is read again at the next start: too
-        late, as by then nobody has it in memory."""
+    async def _scan_for_damage(self) -> None:
+        """Reads the pages while the state is still in memory: at the next start it would be too late."""
         store = self._store
         while True:
             await trio.sleep(_SCRUB_EVERY_S)
             check_fence()
             try:
-                await store.host.threads.run(look_for_damage, store.path, store.host, _SCRUB_S)
+                await store.host.threads.run(scan_for_damage, store.path, store.host, _SCRUB_S)
             except DatabaseRefused as refused:
                 damage = str(refused).partition("; it has not been touched")[0]
                 if store.damage is None:
                     _logger.error(
-                        "%s; what is in memory is sound: `volar system restore BACKUP` now keeps VMs as they are",
+                        "%s; the state in memory is intact: `volar system restore BACKUP` keeps the VMs as they are",
                         damage,
                     )
                 store.damage = damage
             except apsw.Error as error:
-                _logger.warning("the database can't be looked at for damage: %s", error)
+                _logger.warning("the database can't be checked for damage: %s", error)
             else:
                 store.damage = None
 
     async def _sync_acknowledged(self) -> None:
-        """Beside the commits, so that none waits for it."""
+        """Beside the commits, so that no commit waits."""
         while True:
             await self._committed.wait()
             self._committed = trio.Event()
@@ -370,12 +370,11 @@ class Journal(Actor):
                 try:
                     await self._store.host.threads.run(self._database.sync_acknowledged)
                 except OSError as error:
-                    _logger.warning("how far the database is can't be noted: %s", error)
+                    _logger.warning("can't write which changes were acknowledged: %s", error)
             await trio.sleep(_SYNC_S)
 
     async def _probe_again(self) -> None:
-        """While nothing can be changed, or the disk is all but full, look from time to time whether it can be: perhaps
-        nobody else does."""
+        """Probes the disk while changes are refused or space is low, as there may be no change that would try."""
         host, directory = self._store.host, self._store.path.parent
         while True:
             try:
@@ -385,7 +384,7 @@ class Journal(Actor):
             if is_low or self._store.trouble is not None:
                 self._probe_due = True
                 self._wake.set()
-            with trio.move_on_after(_LOOK_S):
+            with trio.move_on_after(_PROBE_AT_LEAST_S):
                 await self._troubled.wait()
                 await trio.sleep(_PROBE_S)
             self._troubled = trio.Event()
@@ -401,10 +400,10 @@ class Journal(Actor):
         if self._store.trouble is not None:
             self._troubled.set()
 
-    async def _give_up(self, deferreds: list[Deferred[Any]]) -> None:
-        """The disk has not answered in time: those who wait need not wait any longer. The first answer counts."""
+    async def _fail_when_slow(self, deferreds: list[Deferred[Any]]) -> None:
+        """Fails the changes that wait for a slow commit. A reply that comes later is ignored."""
         await trio.sleep(self._deadline_s)
-        _logger.error("a commit takes more than %g s; the journal refuses changes until it is done", self._deadline_s)
+        _logger.error("a commit takes longer than %g s; changes are refused until it is done", self._deadline_s)
         self._stalled = True
         self._set_trouble(slow(self._deadline_s).detail)
         for deferred in deferreds:
@@ -413,7 +412,7 @@ class Journal(Actor):
             self._waiting.popleft()[1].fail(slow(self._deadline_s))
 
     async def _trim(self) -> None:
-        """One bite of what retention lets go of, so that commits are never far away."""
+        """Removes a limited number of expired events, so that commits wait only briefly."""
         self._trim_due = False
         store = self._store
         cutoff_at = int(store.host.clock.now().timestamp() - store.retention.max_age_s)
@@ -427,14 +426,14 @@ class Journal(Actor):
         except apsw.Error as error:
             if unwritable(error) is None:
                 raise
-            _logger.warning("old events can't be removed now: %s", error)
+            _logger.warning("old events can't be removed: %s", error)
             return
         self._oldest_at = trimmed.oldest_at
         self._trim_due = trimmed.more
         self._compact_due = True
 
     async def _compact(self) -> None:
-        """One bite of the space that is unused."""
+        """Returns a limited piece of unused space to the disk."""
         check_fence()
         try:
             self._compact_due = await self._store.host.threads.run(self._database.compact)
@@ -442,7 +441,7 @@ class Journal(Actor):
             if unwritable(error) is None:
                 raise
             self._compact_due = False
-            _logger.warning("unused space can't be given back now: %s", error)
+            _logger.warning("unused space can't be returned to the disk: %s", error)
         check_fence()
 
     async def _watch_age(self) -> None:

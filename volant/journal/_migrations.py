@@ -11,6 +11,8 @@ from ._errors import naming
 
 
 class _Answer(msgspec.Struct):
+    """A rendered response, as versions 2 to 5 stored it."""
+
     status: int
     headers: dict[str, str]
     body: str

@@ -1,4 +1,4 @@
-"""What is committed, in memory."""
+"""The committed state in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from volant.model import BASE, Drain, EventId, Manifest, Network, PluginView, Sn
 
 
 class Plugin(msgspec.Struct, frozen=True):
-    """An installed plugin; `base` is built in and has no `created_at`."""
+    """An installed plugin. `base` is built in and has no `created_at`."""
 
     manifest: Manifest
     enabled: bool = True
@@ -45,14 +45,14 @@ BASE_PLUGIN = Plugin(BASE)
 
 V = TypeVar("V")
 
-_NOBODY: Mapping[str, str] = {}
+_NO_MEMBERS: Mapping[str, str] = {}
 
 
 class Projection:
-    """The committed rows, plugins, snapshots and networks. Anybody reads it; the journal alone writes it, after each
+    """Holds the committed rows, plugins, snapshots and networks. Everybody may read; only the journal writes, after a
     commit.
 
-    Between two awaits of a reader it is one consistent state, the one after `last_event`.
+    Between two awaits, a reader sees one consistent state: that after `last_event`.
     """
 
     def __init__(self) -> None:
@@ -70,57 +70,57 @@ class Projection:
 
     @property
     def last_event(self) -> EventId:
-        """The event up to which this state is true. Its epoch is empty until the journal has loaded."""
+        """The last event that this state includes. Its epoch is empty until the journal has loaded."""
         return self._last_event
 
     @property
     def plugins(self) -> Mapping[str, Plugin]:
-        """By name, `base` among them. A live view."""
+        """By name, also `base`. A live view."""
         return MappingProxyType(self._plugins)
 
     @property
     def snapshots(self) -> Mapping[str, Snapshot]:
-        """By name, those that are being made among them. A live view."""
+        """By name, also those that are being taken. A live view."""
         return MappingProxyType(self._snapshots)
 
     @property
     def networks(self) -> Mapping[str, Network]:
-        """Those with a name, by it. A live view."""
+        """Named networks, by name. A live view."""
         return MappingProxyType(self._networks)
 
     @property
     def drain(self) -> Drain | None:
-        """None: VMs may start."""
+        """The maintenance that is in effect; None: VMs may start."""
         return self._drain
 
     async def drain_is_not(self, drain: Drain | None) -> None:
-        """Wait until `drain` is another one."""
+        """Waits until the maintenance in effect is not `drain`."""
         while self._drain == drain:
             await self._drain_changed.wait()
 
     async def undrained(self) -> None:
-        """Wait until VMs may start."""
+        """Waits until VMs may start."""
         while self._drain is not None:
             await self._drain_changed.wait()
 
     def get(self, name: str) -> VmRow | None:
-        """The row of the VM of this name."""
+        """Returns the row of the VM with this name."""
         return self._by_name.get(name)
 
     def by_id(self, vm_id: int) -> VmRow | None:
-        """The row of the VM with this id."""
+        """Returns the row of the VM with this id."""
         return self._by_id.get(vm_id)
 
     def rows(self) -> list[VmRow]:
-        """All rows, in the order of their ids."""
+        """Returns all rows, in the order of their ids."""
         return list(self._by_id.values())
 
     def members(self, network: str) -> Mapping[str, str]:
-        """The addresses of the VMs in a network by their names; nothing changes what is returned."""
-        return self._members.get(network) or _NOBODY
+        """Returns the addresses of the VMs in a network by name. The mapping never changes."""
+        return self._members.get(network) or _NO_MEMBERS
 
     async def members_are_not(self, network: str, members: Mapping[str, str]) -> None:
-        """Wait until others than these are in a network. Who came and went in between may be missed."""
+        """Waits until a network has other members. Those that join and leave in between may be missed."""
         while self.members(network) == members:
             await self._joined.setdefault(network, trio.Event()).wait()
 
@@ -128,9 +128,9 @@ class Projection:
         return len(self._by_id)
 
     async def changed(self, vm_id: int, revision: int) -> VmRow | None:
-        """Wait until the row is at another revision than `revision`, and return it; None when it is gone.
+        """Waits until the row has another revision than `revision`. Returns it, None when it is gone.
 
-        Revisions in between may be missed; the event log has every change of the status.
+        Revisions in between may be missed. The event log has every change of the status.
         """
         while True:
             row = self._by_id.get(vm_id)
@@ -199,7 +199,7 @@ class Projection:
         self._last_event = last_event
 
     def set_drain(self, drain: Drain | None) -> None:
-        """Whether VMs may start."""
+        """Set the maintenance that is in effect."""
         if drain != self._drain:
             self._drain = drain
             self._drain_changed.set()

@@ -1,8 +1,8 @@
-"""Room on the disk for the next start.
+"""Reserved disk space for the next start.
 
-A database can't even be read without some room: SQLite keeps an index of its log in a file. So a file of some size lies
-beside the database, and is given up when the database can't be opened for lack of space. While it is not there, the
-journal takes no change; it is made again as soon as there is space.
+SQLite keeps an index of its log in a file, and can't even read without it. So a file of some size lies beside the
+database, and is removed when the database can't be opened for lack of space. While it is missing, the journal refuses
+changes; it is created again as soon as there is space.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ RESERVE_BYTES = 1024 * 1024
 
 
 class Reserve:
-    """That of one database. Its calls block on the disk."""
+    """The reserve of one database. All calls block on the disk."""
 
     def __init__(self, host: Host, database: Path) -> None:
         self._host = host
         self.path = database.with_name(f"{database.name}-reserve")
 
     def lacks_space(self, error: apsw.Error) -> bool:
-        """Whether that happened as the disk is full: SQLite does not always say so."""
+        """Returns whether the error means a full disk. SQLite does not always say so."""
         if isinstance(error, apsw.FullError):
             return True
         return isinstance(error, apsw.IOError | apsw.CantOpenError) and self._free() < RESERVE_BYTES
 
     def keep(self) -> bool:
-        """Have it there; whether it is. Some space must be left beside it, else it would come and go."""
+        """Creates it if it is missing. Returns whether it is there. Some space must stay free besides."""
         if self._host.files.exists(self.path):
             return True
         try:
@@ -43,7 +43,7 @@ class Reserve:
         return True
 
     def release(self) -> bool:
-        """Give it up; whether it was there."""
+        """Removes it. Returns whether it was there."""
         was_there = self._host.files.exists(self.path)
         self._host.files.unlink(self.path)
         return was_there

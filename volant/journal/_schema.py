@@ -1,4 +1,4 @@
-"""The database: how it is made, recognised and brought up to date."""
+"""Opens, creates and checks the database."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ APPLICATION_ID = 0x566F_6C61
 """`Vola`: in the file's header, so that nobody's other database is taken for ours."""
 
 MAX_BLOB_BYTES = 16 * 1024 * 1024
-"""Of one row; the largest that is ever written has a manifest and an environment, of less than one together."""
+"""Of one row. The largest that volantd writes have less than one: a manifest and an environment."""
 BUSY_TIMEOUT_MS = 5000
 _WAL_LIMIT_BYTES = 16 * 1024 * 1024
 _CHECK_S = 10.0
-"""How long a start may look for damage: some gigabytes of pages from a disk."""
+"""The limit for the scan at a start: some gigabytes from a disk."""
 _CHECK_STEPS = 10_000
 
 _WHAT_TO_DO = (
     "it has not been touched. `volantd restore BACKUP` puts a backup in its place and keeps this file; or move it away "
-    "to begin with no VMs. Hypervisors that run go on and are listed"
+    "to start with no VMs. Running hypervisors go on and are listed"
 )
 
 
 def open_writer(host: Host, path: Path) -> apsw.Connection:
-    """Open the database for writing, make it where there is none, migrate it where it is old. Blocks on the disk.
+    """Opens the database for writing. Creates it if it is missing, migrates it if it is old. Blocks on the disk.
 
-    :raises DatabaseRefused: it is damaged, a newer version's, or no database of ours; it has not been touched.
-    :raises apsw.Error: the disk does not do what it should.
+    :raises DatabaseRefused: it is damaged, or a newer version or another program wrote it. It is unchanged.
+    :raises apsw.Error: the disk fails.
     """
     if host.files.exists(path):
-        # Through a connection that can't write: closing another one would already move its log into a damaged file.
+        # Through a connection that can't write: closing another one would move the log into a damaged file.
         try:
             with closing(open_reader(path)) as reader:
                 _inspect(reader, path, host)
         except apsw.ReadOnlyError:
-            # Somebody was killed while they made it: what was begun is rolled back, which is no damage.
+            # A daemon was killed while it created the database: SQLite rolls that back, which is no damage.
             with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)) as connection:
                 _inspect(connection, path, host)
     else:
@@ -66,12 +66,12 @@ def open_writer(host: Host, path: Path) -> apsw.Connection:
 
 
 def migrated(host: Host, path: Path, check_s: float, *, check: bool = True) -> apsw.Connection:
-    """Open a database that nobody else uses and that shall stay one file, and bring it up to date.
+    """Opens a database that nobody else uses, as one file, and migrates it.
 
-    :param check: look at all of it; somebody else may have made it. For as long as the connection is open, all that is
-        done with it has to be over within `check_s`
-    :raises DatabaseRefused: it is damaged, a newer version's, or none of ours.
-    :raises apsw.Error: the disk does not do what it should.
+    :param check: check all of it, as another program may have written it. Everything that is done with the
+        connection must end within `check_s`
+    :raises DatabaseRefused: it is damaged, or a newer version or another program wrote it.
+    :raises apsw.Error: the disk fails.
     """
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
@@ -82,8 +82,8 @@ def migrated(host: Host, path: Path, check_s: float, *, check: bool = True) -> a
                 raise DatabaseRefused(f"{path.name} is empty")
             # Before anything is read through it: checks, defaults and generated columns are programs.
             _check_schema(connection, path)
-            if not _look_for_damage(connection, path, host, check_s, "integrity_check"):
-                raise DatabaseRefused(f"looking through it took more than {check_s:g} s")
+            if not _scan(connection, path, host, check_s, "integrity_check"):
+                raise DatabaseRefused(f"checking it took more than {check_s:g} s")
             deadline = host.clock.monotonic() + check_s
             connection.set_progress_handler(lambda: host.clock.monotonic() > deadline, _CHECK_STEPS)
         connection.pragma("journal_mode", "delete")
@@ -99,7 +99,7 @@ def migrated(host: Host, path: Path, check_s: float, *, check: bool = True) -> a
 
 
 def _distrust(connection: apsw.Connection) -> None:
-    """What the file says runs nothing: no trigger, no view, no function in a schema, no write past SQLite's checks."""
+    """Keeps the file from running anything: triggers, views, functions in its schema, writes past SQLite's checks."""
     for option, value in (
         (apsw.SQLITE_DBCONFIG_DEFENSIVE, 1),
         (apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0),
@@ -132,17 +132,17 @@ def _check_schema(connection: apsw.Connection, path: Path) -> None:
         raise DatabaseRefused(f"its tables are not those of a database of version {version}: {what[:200]}")
 
 
-def look_for_damage(path: Path, host: Host, within_s: float) -> bool:
-    """Read the pages of a database that is in use; whether that came to its end in time.
+def scan_for_damage(path: Path, host: Host, within_s: float) -> bool:
+    """Reads the pages of a database that is in use. Returns whether all were read within `within_s`.
 
     :raises DatabaseRefused: it is damaged. :raises apsw.Error: the disk fails.
     """
     with closing(open_reader(path)) as reader:
-        return _look_for_damage(reader, path, host, within_s)
+        return _scan(reader, path, host, within_s)
 
 
 def open_reader(path: Path) -> apsw.Connection:
-    """A connection that can't write. Blocks on the disk. :raises apsw.Error: there is no such database."""
+    """Returns a connection that can't write. Blocks on the disk. :raises apsw.Error: there is no such database."""
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
     connection.set_busy_timeout(BUSY_TIMEOUT_MS)
     return connection
@@ -151,11 +151,11 @@ def open_reader(path: Path) -> apsw.Connection:
 def _inspect(connection: apsw.Connection, path: Path, host: Host) -> None:
     if _check(connection, path) and _had_vms(host, path):
         raise damaged(path, "it is empty, and there are logs of VMs beside it")
-    _look_for_damage(connection, path, host, _CHECK_S)
+    _scan(connection, path, host, _CHECK_S)
 
 
 def _check(connection: apsw.Connection, path: Path) -> bool:
-    """Whether it is empty. :raises DatabaseRefused: it can't become ours, or must not."""
+    """Returns whether it is empty. :raises DatabaseRefused: this version must not use it."""
     try:
         application_id = connection.pragma("application_id")
         version = connection.pragma("user_version")
@@ -172,7 +172,7 @@ def _check(connection: apsw.Connection, path: Path) -> bool:
             raise damaged(path, "it is empty, and its write-ahead log is not")
         return True
     if application_id != APPLICATION_ID:
-        raise DatabaseRefused(f"{path} is a database of some other program; Volant does not touch it")
+        raise DatabaseRefused(f"{path} is a database of another program; Volant does not touch it")
     if version > VERSION:
         raise DatabaseRefused(
             f"{path} was written by a newer Volant (database version {version}, this one knows up to {VERSION}): "
@@ -192,25 +192,23 @@ def _had_vms(host: Host, path: Path) -> bool:
 
 
 def damaged(path: Path, what: object) -> DatabaseRefused:
-    """What is said of a database that can't be trusted."""
+    """Returns the error for a damaged database."""
     return DatabaseRefused(f"{path} is damaged or no SQLite database ({what}); {_WHAT_TO_DO}")
 
 
 def untrusted(path: Path, what: object) -> DatabaseRefused:
-    """What is said of a database with a row that this daemon can't have written."""
-    return DatabaseRefused(f"{path} holds what volantd has not written, and is not used: {what}; {_WHAT_TO_DO}")
+    """Returns the error for a database with a row that volantd can't have written."""
+    return DatabaseRefused(f"{path} has content that volantd has not written, and is not used: {what}; {_WHAT_TO_DO}")
 
 
-def _look_for_damage(
-    connection: apsw.Connection, path: Path, host: Host, within_s: float, pragma: str = "quick_check"
-) -> bool:
-    """Whether it was looked at to its end in that time; then it is sound. :raises DatabaseRefused: it is not."""
+def _scan(connection: apsw.Connection, path: Path, host: Host, within_s: float, pragma: str = "quick_check") -> bool:
+    """Returns whether all of it was read in time; it is sound then. :raises DatabaseRefused: it is damaged."""
     deadline = host.clock.monotonic() + within_s
     connection.set_progress_handler(lambda: host.clock.monotonic() > deadline, _CHECK_STEPS)
     try:
         found = connection.execute(f"PRAGMA {pragma}(1)").get
     except apsw.InterruptError:
-        _logger.warning("%s is so large that only a part of it was looked at for damage in %g s", path, within_s)
+        _logger.warning("%s is so large that only a part of it was checked for damage within %g s", path, within_s)
         return False
     except (apsw.NotADBError, apsw.CorruptError) as error:
         raise damaged(path, error) from error
@@ -243,13 +241,12 @@ def _prepare(connection: apsw.Connection) -> None:
     if not connection.pragma("page_count"):
         if AVAILABLE:
             connection.reserve_bytes(reserve=RESERVED_BYTES)
-        # Only heeded while the file is empty: space of trimmed events is given back in small pieces. Later it would
-        # write, and a disk may be full.
+        # Only has an effect while the file is empty. Space of removed events is returned in small pieces.
         connection.pragma("auto_vacuum", "incremental")
     mode = connection.pragma("journal_mode", "wal")
     if mode != "wal":
         raise apsw.IOError(f"SQLite can't use a write-ahead log here (journal mode {mode})")
-    # In WAL mode anything less does not sync at each commit: then power loss takes back what was acknowledged.
+    # In WAL mode anything less does not sync each commit, and a power cut takes back acknowledged changes.
     connection.pragma("synchronous", "full")
     connection.pragma("journal_size_limit", _WAL_LIMIT_BYTES)
 

@@ -1,20 +1,19 @@
 """The files of a VM's log: one record a line, only ever appended to.
 
     SOURCE POSITION TIME FRAME      a record; FRAME is the JSON that readers get, TIME is in µs since 1970
-    # {"seq":…,"resume":{…},…}      a checkpoint: what number is next, and where each source had got to
+    # {"seq":…,"resume":{…},…}      a checkpoint: the next number, and the position in each source
 
-The number of a record is not in front of it: it follows from the checkpoint before it. A segment begins with a
-checkpoint, and gets one every `CHECKPOINT_BYTES`, so that opening a log reads its last few hundred kilobytes, however
-long it is and however long one of its sources has been silent.
+The number of a record follows from the checkpoint before it. A segment begins with a checkpoint, and gets one every
+`CHECKPOINT_BYTES`. So opening a log reads its last few hundred kilobytes, however long it is.
 
-POSITION is where to go on in SOURCE after this record. It is `-` for all parts but the last of a line that was split,
-as one can't go on in the middle of one. So what a torn write leaves behind the last record with a position is
-dropped, and its source brings it again: exactly once.
+POSITION is where to continue in SOURCE after this record. It is `-` for all parts but the last of a split line, as a
+source can't continue within a line. Records of a torn write after the last position are dropped, and their source sends
+them again: exactly once.
 
-Nothing is ever cut off a file. A torn end stays where it is, and a new segment begins: its name says at which number,
-and nobody reads the one before any further than that. Rejected: fixed-size binary records with an index (faster seeks,
-but `less` and `grep` are what people have at three in the morning); SQLite (a flood of lines would fight with the
-events for the one writer, and the log need not survive a power cut, in which its VM dies anyway).
+Nothing is ever cut off a file. A torn end stays, and a new segment begins, whose name has its first number; readers of
+the old one stop there. Rejected: binary records of a fixed size with an index (faster, but people read logs with `less`
+and `grep`); and SQLite (a flood of lines would compete with events for the one writer, and a log need not survive a
+power cut).
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from volant.host import Host
 
 CHECKPOINT_BYTES = 256 * 1024
 MAX_SOURCES = 64
-"""Positions that are remembered; a guest that invents sources pushes out its own oldest."""
+"""Positions that are remembered. A guest that invents sources loses its own oldest."""
 
 _CHUNK = 512 * 1024
 _NAME = re.compile(r"(\d+)-(\d{16,})-(\d+)\.log")
 
 
 class Segment:
-    """One file. `size` is what has been written to it by us, whatever the file's end looks like."""
+    """One file. `size` counts whole records, although the file may have a torn end."""
 
     __slots__ = ("at_us", "first", "path", "size")
 
@@ -49,12 +48,12 @@ class Segment:
 
     @classmethod
     def fresh(cls, directory: Path, vm_id: int, first: int, at_us: int) -> Segment:
-        """One that is not on the disk yet."""
+        """Returns a segment that is not on the disk yet."""
         return cls(directory / f"{vm_id}-{first:016d}-{at_us}.log", first, at_us, 0)
 
 
 def segment_of(host: Host, path: Path) -> tuple[int, Segment] | None:
-    """The VM's id and the segment that the file at `path` is; None when it is none. :raises OSError:"""
+    """Returns the VM's id and the segment for a file; None when it is no segment. :raises OSError:"""
     match = _NAME.fullmatch(path.name)
     if match is None:
         return None
@@ -62,7 +61,7 @@ def segment_of(host: Host, path: Path) -> tuple[int, Segment] | None:
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
-    """What a checkpoint says."""
+    """The content of a checkpoint."""
 
     seq: int
     name: str
@@ -74,19 +73,19 @@ def checkpoint_line(next_seq: int, name: str, resume: dict[str, int]) -> bytes:
 
 
 class Recovered(msgspec.Struct, frozen=True):
-    """The end of a log, as found on the disk."""
+    """The end of a log on the disk."""
 
     newest: int
     name: str
     resume: dict[str, int]
     last_us: int
-    """When the newest record was; 0 when there is none in this segment."""
+    """The time of the newest record; 0 when this segment has none."""
     whole: bool
-    """Whether one can go on in this segment."""
+    """Whether the segment has no torn end and can be continued."""
 
 
 def recover(host: Host, segment: Segment) -> Recovered | None:
-    """Find out where a segment ends; None when not even its beginning can be used. :raises OSError:"""
+    """Finds the end of a segment. None: it has no checkpoint. :raises OSError:"""
     fd = host.descriptors.open(segment.path, os.O_RDONLY)
     try:
         start = segment.size
@@ -140,7 +139,7 @@ def _replay(checkpoint: Checkpoint, data: bytes, offset: int) -> Recovered:
 
 
 def remember(resume: dict[str, int], source: str, position: int) -> None:
-    """Note where a source has got to; the one that was silent for longest makes room."""
+    """Remembers the position in a source. The source that was silent for longest makes room."""
     resume.pop(source, None)
     resume[source] = position
     if len(resume) > MAX_SOURCES:
@@ -154,8 +153,8 @@ class Place(msgspec.Struct, frozen=True):
     offset: int
 
 
-class Found(msgspec.Struct, frozen=True):
-    """What `read` found: frames, and where to go on. `end`: there is no more of the segment."""
+class FoundFrames(msgspec.Struct, frozen=True):
+    """The result of `read`: frames, and where to continue. `end`: the segment has no more."""
 
     frames: list[bytes]
     place: Place
@@ -173,9 +172,12 @@ def read(
     since_us: int,
     heads: Sequence[bytes],
     max_bytes: int,
-) -> Found:
-    """Read from `place` on: the frames numbered after `after` and at most `up_to`, from the time `since_us` on, that
-    begin with one of `heads` (all when empty). Blocks on the disk. :raises OSError:
+) -> FoundFrames:
+    """Reads frames from `place` on that begin with one of `heads` (all when empty). Blocks on the disk.
+
+    :param after, up_to: the numbers: above `after`, at most `up_to`
+    :param since_us: the time of the first frame
+    :raises OSError: the disk fails.
     """
     wanted = tuple(heads)
     frames: list[bytes] = []
@@ -186,38 +188,41 @@ def read(
         while True:
             data = host.descriptors.read_at(fd, min(_CHUNK, size - offset), offset)
             if b"\0" in data:
-                # A power cut has left it. What follows can't be numbered: whoever reads is told that it is missing.
+                # A power cut has left it. What follows has no known number, so a reader gets a gap.
                 data = data[: data.index(b"\0")]
             begin = 0
             while (stop := data.find(b"\n", begin)) >= 0:
                 if not data.startswith(b"# ", begin):
                     if seq >= up_to:
-                        return Found(frames, Place(seq, offset + begin), True)
+                        return FoundFrames(frames, Place(seq, offset + begin), True)
                     if seq + 1 > after:
                         fields = data[begin:stop].split(b" ", 3)
                         if len(fields) != 4 or not fields[2].isdigit():
-                            return Found(frames, Place(seq, offset + begin), True)
+                            return FoundFrames(frames, Place(seq, offset + begin), True)
                         time_us, frame = fields[2:]
                         if (not since_us or int(time_us) >= since_us) and (not wanted or frame.startswith(wanted)):
                             since_us = 0
                             taken += len(frame)
                             if taken > max_bytes and frames:
-                                return Found(frames, Place(seq, offset + begin), False)
+                                return FoundFrames(frames, Place(seq, offset + begin), False)
                             frames.append(frame)
                     seq += 1
                 begin = stop + 1
             if not begin:
-                return Found(frames, Place(seq, offset), True)
+                return FoundFrames(frames, Place(seq, offset), True)
             offset += begin
             if frames:
-                return Found(frames, Place(seq, offset), offset >= size)
+                return FoundFrames(frames, Place(seq, offset), offset >= size)
     finally:
         host.descriptors.close(fd)
 
 
 def count_back(host: Host, segment: Segment, up_to: int, heads: Sequence[bytes], wanted: int) -> tuple[int, int]:
-    """Where the last `wanted` frames of these heads begin in a segment: how many of them it has, at most `wanted`, and
-    the number before the first. Blocks on the disk. :raises OSError:
+    """Finds the last `wanted` frames with these heads in a segment. Blocks on the disk.
+
+    Returns how many it has, at most `wanted`, and the number before the first.
+
+    :raises OSError: the disk fails.
     """
     matches: list[int] = []
     place, end = Place(segment.first - 1, 0), False

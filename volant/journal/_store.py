@@ -1,4 +1,4 @@
-"""What of the journal outlives its actor."""
+"""The state of the journal that outlives its actor."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ._responses import StoredResponses
 
 
 class Retention(msgspec.Struct, frozen=True):
-    """How long events are kept: both bounds hold, and the newest event always stays."""
+    """The limits for stored events. Both hold, and the newest event always stays."""
 
     max_events: int = 1_000_000
     max_age_s: float = 7 * 86400.0
 
 
 class Store:
-    """The database's path, and what is read of it without asking anybody. Built once for a daemon.
+    """Holds what everybody may read of the journal. Built once for a daemon.
 
-    `projection`, `events` and `responses` are empty until the `Journal` has started for the first time, and go on over
-    its restarts.
+    `projection`, `events` and `responses` are empty until the `Journal` has started for the first time, and
+    survive its restarts.
     """
 
     def __init__(
@@ -37,18 +37,18 @@ class Store:
         self.path = path
         self.retention = retention or Retention()
         self.networking = networking or Networking()
-        """By which VMs that are created get their networks and leases."""
+        """Decides the networks and leases of new VMs."""
         self.projection = Projection()
         self.events = EventLog(host, path)
         self.responses = StoredResponses()
         self.figures = Figures()
         self.trouble: str | None = None
-        """Why no change can be made at present; None: they can. The journal sets it."""
+        """Why changes are refused at present; None: they are not."""
         self.damage: str | None = None
-        """What was found wrong with the database while it is in use; None: nothing."""
+        """Damage that was found in the database while it is in use."""
         self.lost: str | None = None
-        """What had been acknowledged and is not in the database, found when it was opened; None: nothing."""
+        """What was acknowledged and was missing in the database when it was opened."""
         self.ids_taken = 0
-        """No VM gets an id up to this one: the host has traces of VMs of which the database may not know."""
+        """New ids are higher: the host has traces of VMs that the database may not know."""
         self.replaced = trio.Event()
-        """Set once another database is to be taken: this daemon's tree ends, and the next one begins with that."""
+        """Set once a restored database is to replace this one: the daemon ends its tree and starts another."""

@@ -1,16 +1,15 @@
-"""The log of one VM: what its console and its workload said.
+"""The log of one VM: the lines of its console and of its workload.
 
-The writer encodes a line once, for the disk and for everybody who follows. `append` writes to the file at once and in
-place, without a worker thread: that is a copy into the page cache, a few microseconds for the pieces that a pump
-brings, and a thread would cost a hundred. Nothing is synced: a log has to survive the daemon, which the page cache
-does; a power cut ends the VM with it. What does block, reading history and removing files, happens in threads.
+A line is encoded once, for the disk and for all readers. `append` writes in place, without a worker thread: that is a
+copy into the page cache of a few microseconds, and a thread would cost a hundred. Nothing is synced: the page cache
+survives the daemon, and a power cut ends the VM as well. Reading history and removing files block, so they run in
+threads.
 
-A reader is a number. As long as it is behind, it reads from the segments; once it has caught up it follows a ring
-(`actors.Log`), which exists only while there are readers. So a log that nobody reads holds no line in memory, and a
-reader that does not read holds nothing at all.
+A reader is a number (`_log_cursor`). While it is behind it reads segments, then it follows a ring (`actors.Log`), which
+exists only while there are readers. So a log without readers has no line in memory.
 
-When the disk takes no more, lines are lost and say so: the numbers go on, and a reader gets a gap. The alternative is
-to hold the guest back, and a VM must not stop because of its log.
+When the disk is full, lines are lost: the numbers continue, and a reader gets a gap. The alternative is to hold the
+guest back, and a VM must not stop because of its log.
 """
 
 from __future__ import annotations
@@ -28,19 +27,18 @@ from urllib.parse import quote
 import msgspec
 import trio
 
-from actors import Gap, Log, check_fence
+from actors import Log, check_fence
 from volant.concurrency import FairShare
 from volant.host import Host
 from volant.model import utf8_boundary
 
+from ._log_cursor import LogCursor
 from ._segments import (
     CHECKPOINT_BYTES,
     MAX_SOURCES,
-    Place,
     Segment,
     checkpoint_line,
     count_back,
-    read,
     recover,
     remember,
 )
@@ -62,9 +60,9 @@ _logger = logging.getLogger("volant.journal")
 
 
 class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A line, as a pump brings it.
+    """A line for the log.
 
-    `source` names what the line was read from, within one boot; `position` is where to go on in it after this line.
+    `source` names what the line was read from, within one boot. `position` is where to continue in it after this line.
     `partial`: more of the same line follows.
     """
 
@@ -76,20 +74,8 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     partial: bool = False
 
 
-class LogGap(msgspec.Struct, frozen=True):
-    """Lines that are not kept any more, from one number to another, both included."""
-
-    first: int
-    last: int
-
-    @property
-    def frame(self) -> bytes:
-        """As it goes over the wire."""
-        return b'{"gap":{"from":%d,"to":%d}}' % (self.first, self.last)
-
-
 class LogStatistics(msgspec.Struct, frozen=True):
-    """Figures of a `VmLog`. `lost`: lines that the disk did not take, since the daemon's start."""
+    """Statistics of a `VmLog`. `lost`: lines that could not be written, since the daemon's start."""
 
     oldest: int
     newest: int
@@ -100,12 +86,8 @@ class LogStatistics(msgspec.Struct, frozen=True):
     ended: bool
 
 
-class _Stamp(msgspec.Struct):
-    timestamp: datetime
-
-
 class VmLog:
-    """The log of one VM. `VmLogs` makes it; there is one object for each VM, whoever asks."""
+    """The log of one VM. `VmLogs` creates one object for each VM."""
 
     def __init__(
         self,
@@ -149,18 +131,18 @@ class VmLog:
             found = recover(self._host, last) if last.size else None
             if found is None:
                 self._drop(self._segments.pop().path)
-                # Its name is all that it tells.
+                # Only its name is of use.
                 self._newest = max(self._newest, last.first - 1)
                 continue
             self._newest = max(self._newest, found.newest)
             self._resume = found.resume
             self._name = found.name
-            # The lines may have a guest's time, the segment has ours.
+            # The lines may have a guest's time. The segment has the daemon's.
             self._last_us = max(last.at_us, min(found.last_us, self._now_us()))
             self._roll = not found.whole or self._newest != found.newest
             self._next_checkpoint = last.size + CHECKPOINT_BYTES
             break
-        # A crash between the making of a segment and its first record leaves two that begin with one number.
+        # A crash between the creation of a segment and its first record leaves two that begin with the same number.
         for earlier, later in zip(self._segments[:-1], self._segments[1:], strict=True):
             if earlier.first == later.first:
                 self._segments.remove(earlier)
@@ -178,12 +160,12 @@ class VmLog:
 
     @property
     def oldest(self) -> int:
-        """The number of the oldest line that is kept; `newest + 1` when there is none."""
+        """The number of the oldest stored line; `newest + 1` when there is none."""
         return self._segments[0].first if self._segments else self._newest + 1
 
     @property
     def ended(self) -> bool:
-        """Whether the VM is deleted, and no line will follow."""
+        """Whether the VM is deleted."""
         return self._ended
 
     def statistics(self) -> LogStatistics:
@@ -200,21 +182,20 @@ class VmLog:
     # Writing
 
     def resume_position(self, source: str) -> int:
-        """Where to go on in `source` so that no line is missing and none is there twice; 0 when it is not known."""
+        """Returns where to continue in `source`, so that each line is logged exactly once; 0 when that is not known."""
         return self._resume.get(self._token(source)[0], 0)
 
     async def throttle(self, lines: int, size: int) -> None:
-        """For who has appended so many lines, of so many bytes in all: wait for the next turn, at least a checkpoint.
-        Whoever has brought much waits longer."""
+        """Waits after appending so many lines of `size` bytes in all, longer if they were many. Always a checkpoint."""
         await self._throttle.spend(lines, size)
 
     def append(self, entries: Sequence[LogEntry]) -> None:
-        """Number, encode and write lines, and wake up those who follow. Never waits, never fails for the disk.
+        """Numbers, encodes and writes lines, and wakes readers up. Never waits, and ignores a failing disk.
 
-        A line over 64 KiB is split; what is no UTF-8 becomes U+FFFD.
+        A line over 64 KiB is split. Bytes that are no UTF-8 become U+FFFD.
 
         :raises trio.ClosedResourceError: the VM is deleted.
-        :raises Fenced: by an incarnation that counts as killed.
+        :raises Fenced: the caller's incarnation was killed.
         """
         check_fence()
         if self._ended:
@@ -250,13 +231,13 @@ class VmLog:
             records.append(b"%b %d %d %b\n" % (token, entry.position, stamp_us, frame))
             size += len(frame)
             marks[source] = entry.position
-            # Between two entries only, as one can't go on in the middle of one.
+            # Only between entries, as a pump can't continue within one.
             if size >= _FLUSH_BYTES:
                 self._flush(records, frames, marks)
                 records, frames, marks, size = [], [], {}, 0
         if records:
             self._flush(records, frames, marks)
-        # Not the lines' own time, which may be a guest's.
+        # Not the time of the lines, which may be a guest's.
         self._last_us = self._now_us()
 
     def _flush(self, records: list[bytes], frames: list[bytes], marks: dict[str, int]) -> None:
@@ -274,9 +255,9 @@ class VmLog:
                 ring.append(frame)
 
     def _write(self, first: int, data: bytes, marks: dict[str, int]) -> int:
-        """Give the data to the newest segment; returns how many records of it are there now.
+        """Write data to the newest segment. Returns how many of its records are stored.
 
-        :raises OSError: none of them is.
+        :raises OSError: none is stored.
         """
         segment = self._segments[-1] if self._segments else None
         try:
@@ -285,7 +266,7 @@ class VmLog:
             elif self._fd < 0:
                 self._fd = self._host.descriptors.open(segment.path, os.O_WRONLY | os.O_APPEND)
         finally:
-            # Not before: the checkpoint at the beginning of a segment is true before this data.
+            # Not before, as the checkpoint at the beginning of a segment precedes this data.
             for source, position in marks.items():
                 remember(self._resume, source, position)
         if segment.size >= self._next_checkpoint:
@@ -295,13 +276,13 @@ class VmLog:
         if written == len(data):
             segment.size += written
             return self._newest - first + 1
-        self._fail(OSError("the disk took only a part of it"))
+        self._fail(OSError("only a part was written"))
         whole = data.rfind(b"\n", 0, written) + 1
         segment.size += whole
         return data.count(b"\n", 0, whole)
 
     def _begin(self, first: int) -> Segment:
-        """A new segment that begins with the number `first`; the oldest go to make room for it. :raises OSError:"""
+        """Begin a segment with the number `first`, and remove the oldest to make room. :raises OSError:"""
         self.release()
         self._roll = True
         segment = Segment.fresh(self._directory, self.vm_id, first, self._now_us())
@@ -309,7 +290,7 @@ class VmLog:
         line = checkpoint_line(first, self._name, self._resume)
         try:
             if self._host.descriptors.write(fd, line) != len(line):
-                raise OSError("the disk took only a part of it")
+                raise OSError("only a part was written")
         except OSError:
             self._host.descriptors.close(fd)
             self._drop(segment.path)
@@ -327,7 +308,7 @@ class VmLog:
         return segment
 
     def _fail(self, error: OSError) -> None:
-        # What the file holds beyond what counts would be taken for records: go on in another one.
+        # A torn end would be read as records, so the next line begins another file.
         self._roll = True
         self.release()
         if not self._failing:
@@ -343,7 +324,7 @@ class VmLog:
         return head
 
     def _token(self, source: str) -> tuple[str, bytes]:
-        # Whoever invents the source may be a guest.
+        # A guest may invent sources.
         if len(self._tokens) >= MAX_SOURCES:
             self._tokens.clear()
         token = quote(source[:_SOURCE_CHARACTERS], safe="/.-_:@")
@@ -353,34 +334,34 @@ class VmLog:
     # Upkeep, for `VmLogs`
 
     def set_name(self, name: str) -> None:
-        """What the VM is called, in the lines to come."""
+        """Set the VM's name for the next lines."""
         if name != self._name:
             self._name = name
             self._heads.clear()
 
     def release(self) -> None:
-        """Close the file; the next line opens it again."""
+        """Close the file. The next line opens it again."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             self._host.descriptors.close(fd)
 
     def go_on(self) -> None:
-        """It has not ended after all."""
+        """Accept lines again after `end`."""
         self._ended = False
 
     def end(self) -> None:
-        """No more lines: who follows gets what is left, then the end."""
+        """Accept no more lines. Readers get the rest, then the end."""
         self._ended = True
         self.release()
         if self._ring is not None:
             self._ring.close()
 
     def expire(self, cutoff_us: int, idle_us: int) -> None:
-        """Let go of what is from before `cutoff_us`, and of the file when nothing was written since `idle_us`."""
+        """Remove lines from before `cutoff_us`, and close the file if nothing was written since `idle_us`."""
         if self._last_us < idle_us:
             self.release()
         if self._segments and self._last_us < cutoff_us and self._newest >= self._segments[-1].first:
-            # An empty segment stays, as its name is what the numbers go on from.
+            # An empty segment stays, as the numbers continue from its name.
             try:
                 self._begin(self._newest + 1)
             except OSError as error:
@@ -393,7 +374,7 @@ class VmLog:
             self._drop(self._segments.pop(0).path)
 
     def remove(self) -> None:
-        """Let go of everything."""
+        """Remove all lines."""
         self.end()
         while self._segments:
             self._drop(self._segments.pop().path)
@@ -401,9 +382,9 @@ class VmLog:
     # Reading
 
     def tail_lines(self, count: int, stream: LogStream | None = None, *, source: str | None = None) -> tuple[str, ...]:
-        """The last lines, oldest first, of one stream or all, of one source or all: for people, at the end of a boot.
+        """Returns the last lines of a stream and a source, or of all, oldest first.
 
-        Looks at no more than the last 256 KiB, and in place: they have just been written, so they are in memory.
+        Reads at most the last 256 KiB, in place: they have just been written, so they are in memory.
         """
         heads = () if stream is None else (self._head(stream),)
         token = None if source is None else self._token(source)[1]
@@ -444,11 +425,11 @@ class VmLog:
         streams: Collection[LogStream] = (),
         follow: bool = True,
     ) -> AsyncIterator[LogCursor]:
-        """Read the log, all streams or some.
+        """Reads the log, all streams or some.
 
-        Begins after the line numbered `since_seq`, or with the first from `since_time` on, or with the last `tail`
-        lines of these streams, the first of them that is given; else with the oldest. `follow` waits for more at the
-        end.
+        The first argument that is given decides where: after the line numbered `since_seq`, at the first line from
+        `since_time` on, at the last `tail` lines of the streams; else at the oldest line. `follow` waits for more at
+        the end.
 
         :raises OSError: the disk can't be read.
         """
@@ -497,7 +478,7 @@ class VmLog:
         return max(place, self.oldest - 1)
 
     def _last_of(self, segment: Segment, newest: int) -> int:
-        """The highest number that a segment can hold."""
+        """Returns the highest number that a segment can have."""
         index = bisect.bisect_right(self._segments, segment.first, key=lambda other: other.first)
         return self._segments[index].first - 1 if index < len(self._segments) else newest
 
@@ -506,7 +487,7 @@ class VmLog:
         return self._segments[index] if index >= 0 else None
 
     def _next_after(self, seq: int) -> int:
-        """The lowest number after `seq` that begins a segment, or that the ring has; else the one to come."""
+        """Returns the lowest number after `seq` that begins a segment or is in the ring; else the next new one."""
         index = bisect.bisect_right(self._segments, seq, key=lambda segment: segment.first)
         first = self._segments[index].first if index < len(self._segments) else self._newest + 1
         ring = self._ring
@@ -515,111 +496,5 @@ class VmLog:
         return first
 
 
-class LogCursor:
-    """A place in a VM's log. `VmLog.cursor` makes it; it ends with its context."""
-
-    def __init__(
-        self, log: VmLog, ring: Log, position: int, heads: tuple[bytes, ...], since_us: int, end: int | None
-    ) -> None:
-        self._log = log
-        self._ring = ring
-        self._heads = heads
-        self._since_us = since_us
-        self._end = end
-        self._segment: Segment | None = None
-        self._place = Place(0, 0)
-        self.position = position
-        """The number of the last line that was taken or skipped."""
-
-    async def take(self, max_bytes: int = 256 * 1024) -> list[bytes] | LogGap:
-        """Wait for lines, and take them encoded, at least one and about `max_bytes` at most.
-
-        A `LogGap` says which lines are not kept any more; the next call goes on after it. An empty list is the end: the
-        VM is deleted, or the cursor does not follow and has reached what was newest when it began.
-
-        :raises OSError: the disk can't be read.
-        """
-        await trio.lowlevel.checkpoint()
-        while self._end is None or self.position < self._end:
-            if self.position + 1 >= self._ring.oldest:
-                found: list[bytes] | LogGap | None = await self._follow(max_bytes)
-                if found is None:
-                    return []
-            else:
-                found = await self._history(max_bytes)
-            if found:
-                return found
-        return []
-
-    async def _follow(self, max_bytes: int) -> list[bytes] | None:
-        """Lines of the ring, perhaps none that is wanted; None at the end."""
-        taken = await self._ring.cursor(after=self.position).take(max_bytes)
-        if isinstance(taken, Gap):
-            return []
-        if not taken:
-            return None
-        frames = []
-        for seq, frame in taken:
-            if self._end is not None and seq > self._end:
-                break
-            self.position = seq
-            if self._heads and not frame.startswith(self._heads):
-                continue
-            if self._since_us:
-                if _time_us(frame) < self._since_us:
-                    continue
-                self._since_us = 0
-            frames.append(frame)
-        return frames
-
-    async def _history(self, max_bytes: int) -> list[bytes] | LogGap:
-        log = self._log
-        wanted = self.position + 1
-        segment = log._segment_with(wanted)
-        if segment is None:
-            return self._gap(log._next_after(wanted))
-        if segment is not self._segment:
-            self._segment, self._place = segment, Place(segment.first - 1, 0)
-        last = min(log._last_of(segment, log.newest), self._ring.oldest - 1)
-        if self._end is not None:
-            last = min(last, self._end)
-        place, size, after, since_us = self._place, segment.size, self.position, self._since_us
-        try:
-            found = await log._host.threads.run(
-                lambda: read(
-                    log._host,
-                    segment.path,
-                    size,
-                    place,
-                    after=after,
-                    up_to=last,
-                    since_us=since_us,
-                    heads=self._heads,
-                    max_bytes=max_bytes,
-                )
-            )
-        except FileNotFoundError:
-            # Retention has taken it since.
-            self._segment = None
-            return []
-        self._place = found.place
-        self.position = max(self.position, found.place.seq)
-        if found.frames:
-            self._since_us = 0
-            return found.frames
-        if found.end and self.position < last:
-            return self._gap(last + 1)
-        return []
-
-    def _gap(self, up_to: int) -> LogGap:
-        gap = LogGap(self.position + 1, up_to - 1)
-        self.position = up_to - 1
-        return gap
-
-
 class _Line(msgspec.Struct):
     line: str
-
-
-def _time_us(frame: bytes) -> int:
-    return int(msgspec.json.decode(frame, type=_Stamp).timestamp.timestamp() * 1_000_000)

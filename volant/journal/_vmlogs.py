@@ -1,4 +1,4 @@
-"""All VM logs of this daemon."""
+"""The logs of all VMs, and their retention."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MARKER = ".deleted"
 
 
 class VmLogs:
-    """The logs of all VMs, one directory full of segments. It outlives every incarnation of an actor.
+    """Holds the logs of all VMs, in one directory. It survives restarts of actors.
 
-    `await prepare()` comes first. `keep` is a supervisor's child: it removes what retention lets go of, and the logs
-    of deleted VMs once their time has come.
+    `await prepare()` comes first. `keep` is a child of a supervisor: it removes expired lines, and expired logs of
+    deleted VMs.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class VmLogs:
         max_age_s: float = 7 * 86400.0,
         segment_bytes: int = 4 * 1024 * 1024,
     ) -> None:
-        """`max_bytes` and `max_age_s` bound the log of one VM; lines go by whole segments."""
+        """`max_bytes` and `max_age_s` limit the log of one VM. Whole segments are removed."""
         if max_bytes < 2 * segment_bytes:
             raise ValueError("a log needs room for two segments")
         self._host = host
@@ -45,7 +45,7 @@ class VmLogs:
         self._segment_bytes = segment_bytes
         self._prepared = False
         self._found: dict[int, list[Segment]] = {}
-        """Of logs that nobody has opened yet."""
+        """The segments of logs that are not open yet."""
         self._logs: dict[int, VmLog] = {}
         self._expiry: dict[int, datetime] = {}
         self._dropped: dict[Path, None] = {}
@@ -53,7 +53,7 @@ class VmLogs:
         self._wake = trio.Event()
 
     async def prepare(self) -> None:
-        """Find out what logs there are. :raises OSError: the directory can't be made or read."""
+        """Finds the logs on the disk. :raises OSError: the directory can't be created or read."""
         if not self._prepared:
             await self._host.files.mkdir(self._directory)
             await self._host.threads.run(self._scan)
@@ -78,9 +78,9 @@ class VmLogs:
                     self._expiry[vm_id] = self._host.clock.now() + timedelta(days=1)
 
     def open(self, vm_id: int, name: str) -> VmLog:
-        """The log of a VM that is there, for its pump and for readers; always the same object.
+        """Returns the log of a VM that exists, always the same object.
 
-        Reads the end of the log in place when it is opened first: that is short.
+        The first call reads the end of the log, which is short.
 
         :raises OSError: the log can't be read.
         :raises RuntimeError: `prepare` was not called.
@@ -92,7 +92,7 @@ class VmLogs:
         return log
 
     def find(self, vm_id: int) -> VmLog | None:
-        """The log of a VM that is there or that was deleted less than its time ago. None when there is none.
+        """Returns the log of a VM, also of a deleted one that has not expired.
 
         :raises OSError: the log can't be read.
         """
@@ -101,9 +101,9 @@ class VmLogs:
         return None
 
     async def forget(self, vm_id: int, keep_s: float = 86400.0) -> None:
-        """The VM is deleted: its log ends now, and goes after `keep_s`. May be called again; the first time counts.
+        """Ends the log of a deleted VM, which expires after `keep_s`. The first call counts.
 
-        :raises OSError: the disk does not take the mark of it.
+        :raises OSError: the disk fails.
         """
         if vm_id not in self._expiry and self.find(vm_id) is not None:
             expiry = self._host.clock.now() + timedelta(seconds=keep_s)
@@ -118,7 +118,7 @@ class VmLogs:
                 self._wake.set()
 
     async def forget_unknown(self, vm_ids: Collection[int]) -> None:
-        """Forget the logs of all VMs but these: those that were deleted when the daemon died half-way.
+        """Forgets the logs of all VMs but these: a daemon may have been killed during a delete.
 
         :raises OSError: see `forget`.
         """
@@ -126,9 +126,9 @@ class VmLogs:
             await self.forget(vm_id)
 
     async def recall(self, vm_ids: Collection[int]) -> None:
-        """These VMs are there: what was forgotten of them, before the database was put back, is kept again.
+        """Keeps the logs of these VMs, which a restored database has again.
 
-        :raises OSError: the mark of it can't be removed.
+        :raises OSError: the disk fails.
         """
         for vm_id in self._expiry.keys() & set(vm_ids):
             await self._host.files.remove(self._marker(vm_id))
@@ -137,24 +137,24 @@ class VmLogs:
                 self._logs[vm_id].go_on()
 
     def sizes(self) -> dict[int, tuple[int, bool]]:
-        """Bytes of each VM's log, and whether that VM is deleted."""
+        """Returns the bytes of each VM's log, and whether that VM is deleted."""
         logs = {vm_id: log.statistics().bytes for vm_id, log in self._logs.items()}
         found = {vm_id: sum(segment.size for segment in segments) for vm_id, segments in self._found.items()}
         return {vm_id: (size, vm_id in self._expiry) for vm_id, size in {**found, **logs}.items()}
 
     async def discard(self, vm_id: int) -> bool:
-        """Remove the log of a deleted VM before its time; whether there was one. :raises OSError: it can't be."""
+        """Removes the log of a deleted VM now. Returns whether there was one. :raises OSError: the disk fails."""
         if vm_id not in self._expiry:
             return False
         await self._remove(vm_id)
         return True
 
     def ids(self) -> set[int]:
-        """Of all VMs of which there is a log."""
+        """Returns the ids of all VMs with a log."""
         return {*self._logs, *self._found}
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Remove what is past its time, for ever. :raises OSError: files can't be removed."""
+        """Removes what has expired, from time to time, for ever. :raises OSError: files can't be removed."""
         await self.prepare()
         task_status.started()
         while True:
@@ -163,7 +163,7 @@ class VmLogs:
                 await self._wake.wait()
 
     async def sweep(self) -> None:
-        """Remove what is past its time now. :raises OSError: files can't be removed."""
+        """Removes what has expired. :raises OSError: files can't be removed."""
         self._wake = trio.Event()
         now = self._host.clock.now()
         cutoff_us = _us(now - timedelta(seconds=self._max_age_s))
@@ -182,7 +182,7 @@ class VmLogs:
         if self.find(vm_id) is not None:
             self._log(vm_id).remove()
             del self._logs[vm_id]
-        # The mark goes last: what is left over by a crash before that is found again by it.
+        # The marker goes last: after a crash the rest is found by it.
         await self._remove_dropped()
         await self._host.files.remove_tree(self._marker(vm_id))
         self._expiry.pop(vm_id, None)
@@ -194,11 +194,11 @@ class VmLogs:
             self._dropped.pop(path, None)
 
     def statistics(self) -> dict[int, LogStatistics]:
-        """Figures of the logs that somebody has opened, by the VM's id."""
+        """Returns the statistics of the open logs, by the VM's id."""
         return {vm_id: log.statistics() for vm_id, log in self._logs.items()}
 
     def close(self) -> None:
-        """The daemon stops: close the files. Logs can be opened again after it."""
+        """Closes the files. Logs can be opened again."""
         for log in self._logs.values():
             log.release()
 

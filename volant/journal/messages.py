@@ -1,7 +1,7 @@
-"""What can be asked of the journal.
+"""Messages to the journal. All but `StillThere` are changes.
 
-Every one of them is durable once it is answered, and can be answered with a `Problem` 503: `journal-full`,
-`journal-unwritable`, `journal-slow` (it may still be made), `journal-busy`. The journal then goes on.
+A change is durable once the journal replies. Any of them can fail with a `Problem` 503: `journal-full`,
+`journal-unwritable`, `journal-slow` (the change may still be made), `journal-busy`. The journal then goes on.
 
 A message with a `key` stores its result in the same transaction (`RESULTS`). A repeated one changes nothing and raises
 `DuplicateRequest`; one whose key was used for another request raises a `Problem` 422.
@@ -30,9 +30,9 @@ from volant.model import (
 )
 
 from ._database import Loaded
+from ._merge import Evidence
 from ._projection import Plugin
 from ._responses import IdempotencyKey
-from ._restore import Evidence
 from ._results import (
     NetworkCreated,
     PluginChanged,
@@ -48,10 +48,10 @@ from ._results import (
 
 @dataclass(frozen=True, slots=True)
 class CreateRow(Request[VmRow]):
-    """Make a VM of status `pending` -> its row, with its id and its lease.
+    """Creates a VM of status `pending` -> its row, with its id and its lease.
 
     :raises Problem: 400 for the request; 404 no such plugin or network; 409 name or port taken, plugin disabled;
-        503 the daemon drains, no address is left, or such a network can't be had here.
+        503 the daemon drains, no address is free, or this host can't have such a network.
     """
 
     request: CreateVm
@@ -61,10 +61,10 @@ class CreateRow(Request[VmRow]):
 
 @dataclass(frozen=True, slots=True)
 class RestoreRow(Request[VmRow]):
-    """Make a VM of status `pending` that is to go on from a snapshot -> its row.
+    """Creates a VM of status `pending` that continues from a snapshot -> its row.
 
-    :raises Problem: 400 for the request; 404 no such snapshot, or its network is gone; 409 name taken, or it is not
-        ready; 503 as with `CreateRow`.
+    :raises Problem: 400 for the request; 404 no such snapshot, or its network is gone; 409 name taken, or the
+        snapshot is not ready; 503 as with `CreateRow`.
     """
 
     request: RestoreVm
@@ -74,10 +74,10 @@ class RestoreRow(Request[VmRow]):
 
 @dataclass(frozen=True, slots=True)
 class ForkRow(Request[tuple[VmRow, ...]]):
-    """Make the VMs that are to go on from `checkpoint`, which is of another one, and tell of it -> their rows, all
-    or none.
+    """Creates the VMs that continue from `checkpoint`, which is of another VM -> their rows, all or none.
 
-    :raises Problem: 404 it is gone; 409 it is neither running nor paused, a name is taken; 503 as with `CreateRow`.
+    :raises Problem: 404 that VM is gone; 409 it is neither running nor paused, a name is taken; 503 as with
+        `CreateRow`.
     """
 
     vm_id: int
@@ -89,7 +89,7 @@ class ForkRow(Request[tuple[VmRow, ...]]):
 
 @dataclass(frozen=True, slots=True)
 class BeginSnapshot(Request[Snapshot]):
-    """Make the row of a snapshot, `creating`. Its files may be made then.
+    """Creates the row of a snapshot with the status `creating`. Its files may be written then.
 
     :raises Problem: 400 for the request; 404 the VM is gone; 409 it is neither running nor paused, the name is taken.
     """
@@ -101,7 +101,7 @@ class BeginSnapshot(Request[Snapshot]):
 
 @dataclass(frozen=True, slots=True)
 class FinishSnapshot(Request[Snapshot]):
-    """All of it is on the disk: it is `ready` -> its row. :raises Problem: 404 it is gone."""
+    """Makes a snapshot `ready`, whose files are on the disk -> its row. :raises Problem: 404 it is gone."""
 
     name: str
     snapshot_id: str
@@ -112,8 +112,7 @@ class FinishSnapshot(Request[Snapshot]):
 
 @dataclass(frozen=True, slots=True)
 class RemoveSnapshot(Request[None]):
-    """Take the row of a snapshot away; one that is gone is no error. :raises Problem: 409 a VM has yet to go on from
-    it."""
+    """Removes the row of a snapshot, if there is one. :raises Problem: 409 a VM is about to continue from it."""
 
     name: str
     snapshot_id: str
@@ -121,9 +120,9 @@ class RemoveSnapshot(Request[None]):
 
 @dataclass(frozen=True, slots=True)
 class CommitSteps(Request[VmRow | None]):
-    """Change a row by all `steps` or none, each with its event -> the row as it then is, None once it is removed.
+    """Changes a row by all `steps` or none, each with its event -> the new row, None when it is removed.
 
-    The row's revision rises by one. No steps: nothing of it changes.
+    The row's revision rises by one, unless there are no steps.
 
     :raises StaleRow: the row is not at `revision`, or is gone.
     :raises IllegalTransition: a step that is no legal transition.
@@ -138,8 +137,8 @@ class CommitSteps(Request[VmRow | None]):
 
 @dataclass(frozen=True, slots=True)
 class AdoptRow(Request[VmRow]):
-    """Make the row of a VM that is found on the host -> the row. `steps` lead from `pending` to where it is, each with
-    its event; the id is its own, and was given out before.
+    """Creates the row of a VM that was found on the host -> the row. `steps` lead from `pending` to its status, each
+    with its event. Its id was given out before.
 
     :raises Problem: 409 the name is taken, or there is a VM with this id.
     """
@@ -149,7 +148,7 @@ class AdoptRow(Request[VmRow]):
 
 @dataclass(frozen=True, slots=True)
 class InstallPlugin(Request[Plugin]):
-    """Add a plugin, enabled. :raises Problem: 400 for the manifest; 409 there is one of that name."""
+    """Adds a plugin, enabled. :raises Problem: 400 for the manifest; 409 there is one of that name."""
 
     manifest: Manifest
     key: IdempotencyKey | None = None
@@ -157,14 +156,14 @@ class InstallPlugin(Request[Plugin]):
 
 @dataclass(frozen=True, slots=True)
 class RemovePlugin(Request[None]):
-    """Take a plugin away. :raises Problem: 404; 409 a VM uses it, or it is built in."""
+    """Removes a plugin. :raises Problem: 404; 409 a VM uses it, or it is built in."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class EnablePlugin(Request[Plugin]):
-    """Let new VMs use a plugin or not; those that are there go on. :raises Problem: 404; 409 it is built in."""
+    """Allows or forbids new VMs to use a plugin. :raises Problem: 404; 409 it is built in."""
 
     name: str
     enabled: bool
@@ -173,8 +172,8 @@ class EnablePlugin(Request[Plugin]):
 
 @dataclass(frozen=True, slots=True)
 class AddNetwork(Request[Network]):
-    """Make a named network -> its row. :raises Problem: 400 for the name; 409 there is one of that name, or there are
-    too many; 503 it can't be had here."""
+    """Creates a named network -> its row. :raises Problem: 400 for the name; 409 the name is taken, or there are too
+    many; 503 this host can't have it."""
 
     request: CreateNetwork
     key: IdempotencyKey | None = None
@@ -182,26 +181,26 @@ class AddNetwork(Request[Network]):
 
 @dataclass(frozen=True, slots=True)
 class RemoveNetwork(Request[None]):
-    """Take a named network away. :raises Problem: 404; 409 a VM is in it."""
+    """Removes a named network. :raises Problem: 404; 409 a VM is in it."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class SetDrain(Request[Drain]):
-    """Let no VM be made or start, until `EndDrain`, over restarts too. `stop_grace_s`: see `Drain`."""
+    """Stops VMs from being created or started until `EndDrain`, over restarts too. `stop_grace_s`: see `Drain`."""
 
     stop_grace_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EndDrain(Request[None]):
-    """Let VMs be made and start again."""
+    """Allows VMs to be created and started again."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreRefusal(Request[None]):
-    """Store that the request with this key was refused, and nothing was done."""
+    """Stores that the request with this key was refused, and nothing was done."""
 
     refusal: Refusal
     key: IdempotencyKey
@@ -209,9 +208,9 @@ class StoreRefusal(Request[None]):
 
 @dataclass(frozen=True, slots=True)
 class Restore(Request[str]):
-    """Let the next daemon go on with the database at `upload`, which `examine` has found to be `backup` -> its epoch.
+    """Has the next daemon continue with the database at `upload`, which `examine` has read as `backup` -> its epoch.
 
-    Once this is answered nothing is changed any more here, and `Store.replaced` tells the daemon.
+    After the reply the journal refuses changes, and `Store.replaced` is set.
 
     :raises Problem: 409 see `merge`; 503.
     """
@@ -224,7 +223,7 @@ class Restore(Request[str]):
 
 @dataclass(frozen=True, slots=True)
 class StillThere(Request[None]):
-    """Answered at once by a journal that takes messages, whatever its disk does. The one that is not durable."""
+    """Gets a reply at once from a journal that takes messages, whatever its disk does."""
 
 
 RESULTS: Mapping[type[Request[Any]], Callable[[Any], Result]] = {
