@@ -11,7 +11,7 @@ import pytest
 
 from tests.api.kit import Api, api
 from tests.api.test_mcp import call
-from volant.model import Asked, Networking
+from volant.model import NetworkChoice, Networking
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ async def test_a_vm_shows_its_network_address_and_ports(served: Api) -> None:
 
 async def test_a_fallback_is_a_warning_in_the_answer_to_a_create(served: Api) -> None:
     assert (await served.create("before"))["warnings"] == []
-    fallback = Asked("user", "no bridge: another daemon has the subnet", True)
+    fallback = NetworkChoice("user", "no bridge: another daemon has the subnet", True)
     served.deps.store.networking = Networking(default=fallback)
     assert (await served.create("demo"))["warnings"] == [
         "the network is 'user': no bridge: another daemon has the subnet"
@@ -78,7 +78,7 @@ async def test_a_host_without_it_says_what_to_do(served: Api) -> None:
 
 async def test_the_last_address_is_given_and_the_next_is_503_with_the_figure(served: Api) -> None:
     served.deps.store.networking = Networking(
-        default=Asked("bridge", "the daemon's setting `network`"), subnet=IPv4Network("10.0.0.0/30")
+        default=NetworkChoice("bridge", "the daemon's setting `network`"), subnet=IPv4Network("10.0.0.0/30")
     )
     assert (await served.create("only"))["ip_address"] == "10.0.0.2"
     body = {"name": "next", "cpu_cores": 1, "memory_mb": 128}

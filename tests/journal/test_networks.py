@@ -23,9 +23,9 @@ from volant.journal import (
     RestoreRow,
 )
 from volant.model import (
-    Asked,
     CreateNetwork,
     ForkVm,
+    NetworkChoice,
     Networking,
     Problem,
     RestoreVm,
@@ -33,13 +33,13 @@ from volant.model import (
     Step,
     TakeSnapshot,
     VmRow,
-    mac_of,
     tap_of,
     view,
 )
+from volant.model._network import mac_of
 
 INSTANCE = "0123456789"
-BRIDGE_BY_DEFAULT = Asked("bridge", "the daemon's setting `network`")
+BRIDGE_BY_DEFAULT = NetworkChoice("bridge", "the daemon's setting `network`")
 BRIDGED = Networking(default=BRIDGE_BY_DEFAULT, instance=INSTANCE)
 TINY = Networking(default=BRIDGE_BY_DEFAULT, subnet=IPv4Network("10.0.0.0/29"), instance=INSTANCE)
 """For five."""
@@ -141,7 +141,7 @@ async def test_what_can_not_be_had_here_is_refused_with_the_reason(path: Path, n
 
 @pytest.mark.parametrize("network", ["user", None])
 async def test_a_network_round_the_daemons_protection_is_refused(path: Path, network: str | None) -> None:
-    default = Asked("user", "the daemon's setting `network`")
+    default = NetworkChoice("user", "the daemon's setting `network`")
     async with running(path, networking=Networking(default=default, user_refused="set an API key")) as bench:
         with pytest.raises(Problem, match="set an API key") as refused:
             await bench.create("demo", **({} if network is None else {"network": network}))

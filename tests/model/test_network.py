@@ -9,30 +9,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from volant.model import (
-    MAX_PORTS,
-    Asked,
     CreateNetwork,
     CreateVm,
     Lease,
     Manifest,
+    NetworkChoice,
     Networking,
     Problem,
     PublishedPort,
     allocate,
-    capacity_of,
     check_ports_free,
     default_network,
-    mac_of,
     moved,
     new_network,
     new_row,
-    parse_port,
-    parse_ports,
     parse_subnet,
     tap_of,
     tap_prefix,
     view,
 )
+from volant.model._network import MAX_PORTS, capacity_of, mac_of, parse_port, parse_ports
 
 from .test_decide import NOW
 
@@ -190,7 +186,7 @@ def test_a_network_is_not_named_as_a_kind_is(name: str) -> None:
 def test_a_vm_says_which_network_it_has_and_why() -> None:
     def made(**fields: object) -> tuple[str, str]:
         request = CreateVm(name="demo", cpu_cores=1, memory_mb=128, **fields)  # type: ignore[arg-type] # by the test
-        networking = Networking(default=Asked("bridge", "the daemon's setting `network`"))
+        networking = Networking(default=NetworkChoice("bridge", "the daemon's setting `network`"))
         shown = view(new_row(request, Manifest(name="base"), vm_id=1, now=NOW, networking=networking))
         return shown.network, shown.network_reason
 

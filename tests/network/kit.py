@@ -18,7 +18,8 @@ import msgspec
 from pyroute2 import IPRoute
 
 from volant.host import Host
-from volant.model import BASE, Phase, Status, VmRow, allocate, parse_port
+from volant.model import BASE, Phase, Status, VmRow, allocate
+from volant.model._network import parse_port
 from volant.network import HostNetwork, NetworkBackend, Networks, NetworkSettings
 
 INSTANCE = "0123456789"

@@ -30,7 +30,7 @@ async def test_maintenance_sets_guests_aside_and_brings_them_back(box: Box) -> N
     assert "draining" in box.show("volantd.service", "StatusText")
     refused = box.volar("vms", "start", "demo", check=False)
     assert refused.returncode == 1
-    assert "the daemon drains since" in refused.stderr
+    assert "is draining for maintenance since" in refused.stderr
     assert "volar system undrain" in refused.stderr
     assert "draining:" in box.volar("system", "status").stdout
     assert box.scopes() == []

@@ -17,10 +17,10 @@ from volant.model import (
     MAX_NETWORKS,
     NONE,
     USER,
-    Asked,
     Drain,
     Lease,
     Network,
+    NetworkChoice,
     Origin,
     Problem,
     Snapshot,
@@ -195,7 +195,7 @@ def _connected(stage: Stage, row: VmRow, leases: list[Lease]) -> VmRow:
         raise refused(networking.user_refused, vm=row.name)
     obstacle = networking.obstacles.get(kind)
     if obstacle is not None:
-        raise unavailable(Asked(row.network, row.network_reason), obstacle, vm=row.name)
+        raise unavailable(NetworkChoice(row.network, row.network_reason), obstacle, vm=row.name)
     if row.ports:
         check_ports_free(row.ports, ((other.name, port) for other in stage.all_rows() for port in other.ports))
     if kind == BRIDGE:

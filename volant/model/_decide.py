@@ -1,297 +1,61 @@
-"""A VM is a loop that drives what is to what should be; this is the loop's mind.
+"""The decisions of the loop that drives a VM from its present to its desired state.
 
-`decide(row, seen, now)` says how the row changes because something was seen: a command, the outcome of a step, the end
-of the hypervisor. `effect_of(row)` says which one step the VM needs now, from the row alone. The actor commits the
-changes, then makes the running step the needed one: it cancels what is no longer needed and starts what is.
+`decide(row, seen, now)` returns how the row changes after a command, the outcome of a step, or the end of the
+hypervisor. `effect_of(row)` returns the step that the VM needs now. The actor commits the changes, cancels the running
+step if it is another one, and starts the needed one.
 
-The step is a function of the row, and not a list that `decide` returns, so that an incarnation which begins in the
-middle (after a crash of its actor, of the daemon, of the host) does what its predecessor would have done next, with no
-code of its own. Rejected: a table of (state, message) -> (state, actions), where what is under way lives in the
-actor's memory and is lost with it.
+The step is a function of the row, not a list that `decide` returns. So an actor that starts in the middle, after a
+crash of the actor, the daemon or the host, does what the one before would have done next, without code of its own.
+Rejected: a table of (state, message) -> (state, actions), as the current action would be lost with the actor's memory.
 
-Every change of the public status stands in `_transitions.py`.
+Each change of the public status is in the table of `_transitions`.
 """
 
 from __future__ import annotations
 
 from datetime import datetime
-from enum import StrEnum
-from typing import Literal
 
 import msgspec
 
+from ._effects import MAX_RESTARTS, UP, is_held, restarts_by_itself
 from ._problem import Problem
-from ._row import Desired, Origin, Phase, ProcessIdentity, Reason, Status, VmRow, WorkloadView
+from ._row import Desired, Phase, ProcessIdentity, Reason, Status, VmRow
+from ._seen import (
+    AgentAnswered,
+    Cleared,
+    Command,
+    CommandRequest,
+    Ended,
+    EndKind,
+    ImageReady,
+    Launched,
+    Paused,
+    Released,
+    Removed,
+    RestartDue,
+    Resumed,
+    Seen,
+    StepFailed,
+    Woke,
+    WorkloadChanged,
+)
 from ._transitions import check_transition
 
-MAX_RESTARTS = 10
-"""A policy gives up after so many restarts in a row without a person's `start`."""
-_UP = (Desired.RUNNING, Desired.PAUSED)
-"""What is wanted of a VM that is to have a guest: one that should be paused boots first."""
 GUEST_SHUTDOWN = "guest_shutdown"
-"""The reason's code of a VM whose guest has powered itself off. Public."""
-
-
-# What is seen ------------------------------------------------------------------------------------------------------
-
-
-class Command(StrEnum):
-    """What a client can have a VM do."""
-
-    START = "start"
-    STOP = "stop"
-    RESTART = "restart"
-    PAUSE = "pause"
-    RESUME = "resume"
-    DELETE = "delete"
-    RECOVER = "recover"
-
-
-class CommandRequest(msgspec.Struct, frozen=True):
-    """A client, or the VM's `ttl`, wants a command carried out."""
-
-    # Named so in the digests that stored responses have of requests.
-    command: Command = msgspec.field(name="kind")
-    grace_s: float = 10.0
-    aside: bool = False
-    """With `RESTART`: one that should be paused still should, once it has booted again."""
-    caller: str | None = None
-    """Who asks, for the event of what follows at once."""
-
-
-class Woke(msgspec.Struct, frozen=True):
-    """An incarnation of the actor begins. `process` is what was found on the host under the row's tag."""
-
-    process: ProcessIdentity | None
-    rebooted: bool = False
-    """Whether the host was rebooted since the VM's process was started."""
-
-
-class ImageReady(msgspec.Struct, frozen=True):
-    """Kernel and initramfs lie in the cache. `tag` is what the process to come will carry."""
-
-    digest: str
-    tag: str
-    serial_socket: str | None = None
-    """Where the daemon will serve the serial console of that process."""
-    template: str | None = None
-    """What the boot goes on from; None: nothing, it is a cold one."""
-    origin: Origin | None = None
-    """What is known now of whose copy it is."""
-    balloon: bool = False
-    """Whether the machine has one; see `VmRow`."""
-
-
-class Launched(msgspec.Struct, frozen=True):
-    """A hypervisor process runs, started or found."""
-
-    process: ProcessIdentity
-    hypervisor: str
-    accelerator: Literal["kvm", "tcg"]
-
-
-class AgentAnswered(msgspec.Struct, frozen=True):
-    """The agent in the guest has answered and has got its workload."""
-
-
-class Paused(msgspec.Struct, frozen=True):
-    """The guest stands still."""
-
-
-class Resumed(msgspec.Struct, frozen=True):
-    """The guest goes on, and has been told the time; `reason` says why it has not."""
-
-    reason: Reason | None = None
-
-
-class StepFailed(msgspec.Struct, frozen=True):
-    """The step under way came to nothing, or its deadline passed."""
-
-    reason: Reason
-
-
-class EndKind(StrEnum):
-    """How a guest or its hypervisor ended."""
-
-    SHUTDOWN = "shutdown"
-    RESET = "reset"
-    PANICKED = "panicked"
-    KILLED = "killed"
-    EXITED = "exited"
-    INTERNAL_ERROR = "internal-error"
-    GONE = "gone"
-    """It was not there any more when an actor began to watch."""
-
-
-class Ended(msgspec.Struct, frozen=True):
-    """The guest is over. The process may still be there, kept so that the reason could be read."""
-
-    kind: EndKind
-    reason: Reason
-
-
-class Cleared(msgspec.Struct, frozen=True):
-    """No process and none of its files are left on the host."""
-
-
-class Removed(msgspec.Struct, frozen=True):
-    """Nothing of a VM that is being deleted is left."""
-
-
-class RestartDue(msgspec.Struct, frozen=True):
-    """The back-off before an automatic restart has passed."""
-
-
-class WorkloadChanged(msgspec.Struct, frozen=True):
-    """The agent says how the workload is now; None: it has none."""
-
-    workload: WorkloadView | None
-
-
-class Released(msgspec.Struct, frozen=True):
-    """The daemon does not drain, or does not any more."""
-
-
-Seen = (
-    CommandRequest
-    | Woke
-    | ImageReady
-    | Launched
-    | AgentAnswered
-    | Paused
-    | Resumed
-    | StepFailed
-    | Ended
-    | Cleared
-    | Removed
-    | RestartDue
-    | Released
-    | WorkloadChanged
-)
-
-
-# What is to be done ------------------------------------------------------------------------------------------------
-
-
-class PrepareImage(msgspec.Struct, frozen=True):
-    """Find what the VM boots from, build or fetch what the cache lacks, make its layer -> `ImageReady`."""
-
-    boot: str
-    cold: bool = False
-    """Whether a clone has failed, and the boot begins anew without one."""
-
-
-class Launch(msgspec.Struct, frozen=True):
-    """Start the hypervisor under `tag`, or find it -> `Launched`."""
-
-    tag: str
-
-
-class AwaitAgent(msgspec.Struct, frozen=True):
-    """Wait for the agent's first answer and hand it the workload -> `AgentAnswered`."""
-
-    tag: str
-
-
-class Pause(msgspec.Struct, frozen=True):
-    """Make the guest stand still -> `Paused`."""
-
-    tag: str
-
-
-class Resume(msgspec.Struct, frozen=True):
-    """Let the guest go on, and set its clock -> `Resumed`."""
-
-    tag: str
-
-
-class AskStop(msgspec.Struct, frozen=True):
-    """Ask the guest, which goes on for that if it is paused, to shut down -> `Ended`, or `StepFailed` once `grace_s`
-    has passed."""
-
-    tag: str
-    grace_s: float
-
-
-class Kill(msgspec.Struct, frozen=True):
-    """End the process under `tag` and remove its files -> `Cleared`."""
-
-    tag: str
-
-
-class Remove(msgspec.Struct, frozen=True):
-    """Remove what belongs to the VM and not to a boot -> `Removed`."""
-
-
-class RestartLater(msgspec.Struct, frozen=True):
-    """Wait `delay_s` -> `RestartDue`."""
-
-    delay_s: float
-
-
-class Hold(msgspec.Struct, frozen=True):
-    """Wait until the daemon lets VMs start -> `Released`."""
-
-    boot: str
-
-
-Effect = PrepareImage | Launch | AwaitAgent | Pause | Resume | AskStop | Kill | Remove | RestartLater | Hold
-
-
-def effect_of(row: VmRow) -> Effect | None:
-    """The one step that `row` needs now; None when the VM is at rest."""
-    match row.phase:
-        case Phase.IMAGE:
-            return PrepareImage(f"{row.id}.{row.generation}", cold=row.fallback is not None)
-        case Phase.LAUNCH:
-            return Launch(row.tag)
-        case Phase.AGENT:
-            return AwaitAgent(row.tag)
-        case Phase.PAUSE:
-            return Pause(row.tag)
-        case Phase.RESUME:
-            return Resume(row.tag)
-        case Phase.ASK:
-            return AskStop(row.tag, row.grace_s)
-        case Phase.KILL:
-            return Kill(row.tag)
-        case Phase.REMOVE:
-            return Remove()
-        case Phase.NONE if _is_held(row):
-            return Hold(f"{row.id}.{row.generation}")
-        case Phase.NONE:
-            return RestartLater(_backoff_s(row.restarts)) if _restarts_by_itself(row) else None
-
-
-def settled(row: VmRow) -> bool:
-    """Whether the public status stays what it is until somebody, or the guest, does something."""
-    match row.status:
-        case Status.RUNNING | Status.PAUSED:
-            return row.phase is Phase.NONE
-        case Status.STOPPED | Status.CRASHED if row.desired in _UP:
-            return row.generation <= row.booted and not _policy_restarts(row)
-        case Status.STOPPED:
-            return True
-        case Status.CRASHED:
-            return row.phase is Phase.NONE
-        case _:
-            return False
-
-
-# How the row changes -----------------------------------------------------------------------------------------------
+"""The reason code of a VM whose guest has powered itself off. Public."""
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One change of the row; `row` None removes it. `message` is the text of its event, if it has one."""
+    """A change of the row; None removes it. `message` is the text of its event, if it has one."""
 
     row: VmRow | None
     message: str
 
 
 def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tuple[Step, ...]:
-    """The changes, in order, that follow from what was seen; empty when there are none.
+    """Returns the changes that follow from what was seen, in order.
 
-    `held`: no boot may begin, as the daemon drains. One that is due then begins with `Released`.
+    `held`: no boot may begin, as the daemon drains. It begins with `Released`.
 
     :raises Problem: 409 when a command is not legal now.
     """
@@ -340,9 +104,9 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
                 change.to("paused", status=Status.PAUSED, phase=Phase.NONE, reason=None)
         case Resumed(reason):
             if row.phase is Phase.RESUME:
-                # That a pause failed, and was taken back, is worth knowing.
+                # The reason says that a pause failed and was undone.
                 before = row.reason if row.status is Status.RUNNING else None
-                change.to("goes on", status=Status.RUNNING, phase=Phase.NONE, reason=reason or before)
+                change.to("resumed", status=Status.RUNNING, phase=Phase.NONE, reason=reason or before)
         case StepFailed(reason):
             _step_failed(change, reason)
         case Ended(kind, reason):
@@ -353,20 +117,20 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
             if row.phase is Phase.REMOVE:
                 change.remove("deleted")
         case RestartDue():
-            if _restarts_by_itself(row):
+            if restarts_by_itself(row):
                 change.to("", generation=row.generation + 1, restarts=row.restarts + 1)
                 _boot(change, f"started again by its restart policy, {row.restarts + 1} of {MAX_RESTARTS}")
         case WorkloadChanged(workload):
             if row.process is not None and workload != row.workload:
                 change.to("the workload is " + (workload.state if workload is not None else "gone"), workload=workload)
         case Released():
-            if _is_held(row):
-                _boot(change, "started, as the daemon does not drain any more")
+            if is_held(row):
+                _boot(change, "started, as the daemon is not draining any more")
     return tuple(change.steps)
 
 
 class _Change:
-    """Collects steps; checks each against the table of edges; joins a step that has no message to the next."""
+    """Collects steps and checks their transitions. Joins a step without a message to the next."""
 
     def __init__(self, row: VmRow, now: datetime, held: bool) -> None:
         self.row = row
@@ -389,7 +153,7 @@ class _Change:
 
 
 def _boot(change: _Change, message: str) -> None:
-    """Begin the wanted boot, unless it must wait. Only when nothing of the last one is left."""
+    """Begin the desired boot, unless it must wait. Nothing of the last one may be left."""
     if change.held:
         return
     change.to(
@@ -426,7 +190,7 @@ def _carry_out(change: _Change, request: CommandRequest) -> None:
             _pause(change)
         case Command.RESUME:
             _check_up(row, "resumed")
-            _go_on(change, "resume was asked for")
+            _go_on(change, "resume was requested")
         case Command.STOP:
             if row.status is not Status.STOPPED or row.desired is not Desired.STOPPED:
                 change.to("", grace_s=request.grace_s)
@@ -466,13 +230,13 @@ def _pause(change: _Change) -> None:
     if row.desired is Desired.PAUSED:
         return
     if row.status in (Status.RUNNING, Status.PAUSED):
-        change.to("pause was asked for", desired=Desired.PAUSED, phase=Phase.PAUSE)
+        change.to("pause was requested", desired=Desired.PAUSED, phase=Phase.PAUSE)
     else:
         change.to("will be paused once it runs", desired=Desired.PAUSED)
 
 
 def _go_on(change: _Change, message: str) -> None:
-    """Want it to run, if it was to be paused."""
+    """Make it run, if it should be paused."""
     row = change.row
     if row.desired is not Desired.PAUSED:
         return
@@ -488,7 +252,7 @@ def _start(change: _Change, *, again: bool, aside: bool = False) -> None:
         case Status.STOPPED | Status.CRASHED:
             change.to("", desired=Desired.RUNNING, generation=row.booted + 1, restarts=0)
             if row.phase is Phase.NONE:
-                _boot(change, "start was asked for")
+                _boot(change, "start was requested")
             else:
                 change.to("will be started once nothing of the last boot is left")
         case Status.STOPPING:
@@ -501,9 +265,9 @@ def _start(change: _Change, *, again: bool, aside: bool = False) -> None:
         case Status.STARTING | Status.RUNNING | Status.PAUSED if again:
             desired = row.desired if aside else Desired.RUNNING
             change.to("", desired=desired, generation=row.generation + 1, restarts=0)
-            _end_process(change, Status.STOPPING, "restart was asked for")
+            _end_process(change, Status.STOPPING, "restart was requested")
         case Status.PENDING | Status.STARTING | Status.RUNNING | Status.PAUSED:
-            _go_on(change, "start was asked for")
+            _go_on(change, "start was requested")
 
 
 def _stop(change: _Change) -> None:
@@ -515,11 +279,11 @@ def _stop(change: _Change) -> None:
         case Status.CRASHED if row.phase is Phase.NONE:
             change.to("stopped", status=Status.STOPPED, reason=None)
         case Status.STARTING | Status.RUNNING | Status.PAUSED:
-            _end_process(change, Status.STOPPING, "stop was asked for")
+            _end_process(change, Status.STOPPING, "stop was requested")
 
 
 def _end_process(change: _Change, status: Status, message: str) -> None:
-    """Go to `status` (stopping or deleting) by the politest way that the state allows."""
+    """Go to `status` (stopping or deleting). Asks the guest to shut down if possible."""
     row = change.row
     phase: Phase
     if row.phase in (Phase.KILL, Phase.ASK):
@@ -540,14 +304,14 @@ def _woke(change: _Change, process: ProcessIdentity | None, rebooted: bool) -> N
     if row.status is Status.PENDING:
         _boot(change, "preparing the image")
     elif rebooted and row.status in (Status.STARTING, Status.RUNNING, Status.PAUSED) and row.phase is not Phase.IMAGE:
-        # Nobody's fault, so no crash: what should run runs again, whatever its restart policy.
+        # No crash: it starts again whatever its restart policy is.
         _boots_again(change, "the host was rebooted")
     elif row.phase in (Phase.NONE, Phase.AGENT, Phase.PAUSE, Phase.RESUME, Phase.ASK) and row.tag:
         if process is None:
             _ended(
                 change,
                 EndKind.GONE,
-                Reason("hypervisor_gone", "the hypervisor's process is gone; it ended while nobody watched it"),
+                Reason("hypervisor_gone", "the hypervisor's process is gone; it ended while nothing watched it"),
             )
         elif process != row.process:
             change.to("the hypervisor was found again", process=process)
@@ -562,7 +326,7 @@ def _step_failed(change: _Change, reason: Reason) -> None:
     elif row.phase is Phase.ASK:
         change.to(reason.message, phase=Phase.KILL)
     elif row.phase is Phase.PAUSE:
-        # Whether the guest stands still now nobody knows, so it is let go on.
+        # The guest may be paused or not, so it is resumed.
         change.to(reason.message, desired=Desired.RUNNING, phase=Phase.RESUME, reason=reason)
     elif row.phase is Phase.RESUME:
         change.to(reason.message, reason=reason)
@@ -575,7 +339,7 @@ def _ended(change: _Change, kind: EndKind, reason: Reason) -> None:
     if row.status is Status.STARTING:
         _boot_failed(change, reason)
     elif row.phase is Phase.ASK:
-        change.to("the guest is over", phase=Phase.KILL)
+        change.to("the guest has ended", phase=Phase.KILL)
     elif row.status in (Status.RUNNING, Status.PAUSED):
         if kind is EndKind.SHUTDOWN:
             desired = row.desired if row.restart_policy == "always" else Desired.STOPPED
@@ -593,8 +357,7 @@ def _boots_again(change: _Change, message: str) -> None:
 
 
 def _boot_failed(change: _Change, reason: Reason) -> None:
-    """A clone that comes to nothing is a reason to boot cold, once nothing of it is left. What was to go on from a copy
-    of another guest is not: a cold boot is not what was asked for."""
+    """A cold boot follows a failed clone of a template, but not of a checkpoint."""
     if change.row.template is not None and change.row.boot == "auto" and change.row.checkpoint is None:
         change.to(f"the clone failed, a cold boot follows: {reason.message}", phase=Phase.KILL, fallback=reason)
     else:
@@ -608,7 +371,7 @@ def _crashed(change: _Change, reason: Reason) -> None:
         status=Status.CRASHED,
         phase=phase,
         reason=reason,
-        # A boot that failed before its launch counts as tried, else it would be tried for ever.
+        # A boot that failed before its launch counts as tried. Otherwise it would be tried for ever.
         booted=change.row.generation,
     )
 
@@ -627,47 +390,16 @@ def _cleared(change: _Change) -> None:
             _stopped(change)
         case Status.CRASHED if row.desired is Desired.STOPPED:
             change.to("stopped", status=Status.STOPPED, reason=None)
-        case Status.CRASHED if row.desired in _UP and row.generation > row.booted:
-            _boot(change, "start was asked for")
+        case Status.CRASHED if row.desired in UP and row.generation > row.booted:
+            _boot(change, "start was requested")
         case _:
             change.to("nothing of its process is left")
 
 
 def _stopped(change: _Change) -> None:
     row = change.row
-    # What went wrong on the way is over; that nobody but the guest wanted it is worth knowing until the next boot.
+    # Only a shutdown by the guest remains as the reason until the next boot.
     by_itself = row.reason is not None and row.reason.code == GUEST_SHUTDOWN
     change.to("stopped", status=Status.STOPPED, reason=row.reason if by_itself else None)
-    if change.row.desired in _UP and change.row.generation > change.row.booted:
+    if change.row.desired in UP and change.row.generation > change.row.booted:
         _boot(change, "started again")
-
-
-def _is_held(row: VmRow) -> bool:
-    """Whether a boot is due and has not begun: only a daemon that drains leaves it at that."""
-    return (
-        row.status in (Status.PENDING, Status.STOPPED, Status.CRASHED)
-        and row.phase is Phase.NONE
-        and row.desired in _UP
-        and row.generation > row.booted
-    )
-
-
-def _restarts_by_itself(row: VmRow) -> bool:
-    """Whether a VM is due for another boot by its restart policy."""
-    return row.phase is Phase.NONE and row.desired in _UP and _policy_restarts(row)
-
-
-def _policy_restarts(row: VmRow) -> bool:
-    # Of a copy that has never run there is nothing to start again.
-    return (
-        row.checkpoint is None
-        and row.restarts < MAX_RESTARTS
-        and (
-            (row.status is Status.CRASHED and row.restart_policy != "never")
-            or (row.status is Status.STOPPED and row.restart_policy == "always")
-        )
-    )
-
-
-def _backoff_s(restarts: int) -> float:
-    return min(60.0, 2.0**restarts)

@@ -1,4 +1,4 @@
-"""Maintenance: for a while no VM starts."""
+"""Maintenance, during which no VM starts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from ._problem import Problem
 
 
 class Drain(msgspec.Struct, frozen=True):
-    """The daemon drains: it lets no VM start until it is told otherwise, over its own restarts and the host's."""
+    """The daemon drains: no VM starts, also after restarts of the daemon and the host."""
 
     since: datetime
     stop_grace_s: float | None = None
-    """VMs that are up are stopped, each with this grace, and start again afterwards; None: they go on."""
+    """Running VMs are stopped with this grace, and start again afterwards. None: they go on."""
 
 
 def draining(drain: Drain, *, vm: str | None = None) -> Problem:
-    """503: a VM would have to start."""
+    """Returns the 503 for a request that would start a VM."""
     return Problem(
         503,
         "draining",
-        f"the daemon drains since {drain.since:%Y-%m-%d %H:%M:%S} UTC, for maintenance, and lets no VM start",
+        f"the daemon is draining for maintenance since {drain.since:%Y-%m-%d %H:%M:%S} UTC, so no VM can start",
         vm=vm,
-        hint="`volar system undrain` ends it; VMs that run go on",
+        hint="`volar system undrain` ends it; running VMs go on",
     )

@@ -1,5 +1,4 @@
-"""Lifecycle events: every change of a VM's public status has exactly one (contract: Events), and two tell of copies
-without any."""
+"""Lifecycle events. Each change of a VM's status has exactly one (contract: Events); two types are about copies."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from ._text import Time
 
 
 class EventType(StrEnum):
-    """Public names of the events."""
+    """Types of events. Public."""
 
     VM_CREATED = "VM_CREATED"
     VM_STARTING = "VM_STARTING"
@@ -24,9 +23,9 @@ class EventType(StrEnum):
     VM_CRASHED = "VM_CRASHED"
     VM_DELETED = "VM_DELETED"
     VM_FORKED = "VM_FORKED"
-    """Of a VM of which copies were made; its status is what it was."""
+    """Copies were made of the VM. Its status stays."""
     VM_RESTORED = "VM_RESTORED"
-    """Of a VM that runs for the first time, and went on from a snapshot. After its `VM_RUNNING`."""
+    """A VM that continues from a snapshot runs for the first time. Follows its `VM_RUNNING`."""
 
 
 class EventId(msgspec.Struct, frozen=True, order=True):
@@ -40,7 +39,7 @@ class EventId(msgspec.Struct, frozen=True, order=True):
 
     @classmethod
     def parse(cls, text: str) -> EventId | None:
-        """None when `text` is not an event id; a client's id is then answered as unknown, not as an error."""
+        """Returns None when `text` is not an event id, which counts as an unknown id."""
         epoch, dash, seq = text.rpartition("-")
         if not dash or not epoch or not seq.isascii() or not seq.isdecimal() or len(seq) > 18:
             return None
@@ -61,13 +60,13 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     message: str
     reason: Reason | None = None
     labels: dict[str, str] = {}
-    """For filters. Not in the contract's example; clients ignore what they don't know."""
+    """For filters."""
     copies: tuple[str, ...] = ()
     """With `VM_FORKED`: the names of the new VMs."""
     snapshot: str | None = None
     """With `VM_RESTORED`: the name of the snapshot."""
     caller: str | None = None
-    """Who asked for the change, if somebody did: the address and which key, or the user at a Unix socket."""
+    """The client that requested the change: its address and key, or its user at a Unix socket."""
 
 
 _ENTERING: dict[Status, EventType] = {
@@ -91,9 +90,9 @@ def event_for(
     now: datetime,
     caller: str | None = None,
 ) -> Event | None:
-    """The event of the change from `before` to `after`, or None when the public status does not change.
+    """Returns the event of a change, or None when the public status stays.
 
-    `before` None is a creation, `after` None a deletion. :raises ValueError: both are None.
+    `before` None: the VM is created. `after` None: it is deleted. :raises ValueError: both are None.
     """
     row = after or before
     if row is None:
@@ -118,7 +117,7 @@ def event_for(
 def forked_event(
     row: VmRow, copies: tuple[str, ...], *, event_id: EventId, now: datetime, caller: str | None = None
 ) -> Event:
-    """The event of copies that were made of a VM."""
+    """Returns the event of a VM of which copies were made."""
     return Event(
         type=EventType.VM_FORKED,
         id=str(event_id),
@@ -135,7 +134,7 @@ def forked_event(
 
 
 def restored_event(before: VmRow | None, after: VmRow | None, *, event_id: EventId, now: datetime) -> Event | None:
-    """The event of a change by which a VM has gone on from a snapshot, if it is one."""
+    """Returns the event of a VM that now runs from a snapshot, if the change is that."""
     if before is None or after is None or before.checkpoint is None or after.checkpoint is not None:
         return None
     origin = after.origin

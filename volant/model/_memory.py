@@ -1,4 +1,4 @@
-"""What a VM takes of memory, as the guest sees it and as the host does."""
+"""The memory of a VM, as the guest and the host see it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ class GuestMemory(msgspec.Struct, frozen=True):
     """A guest's memory as its kernel sees it, in MiB."""
 
     total_mb: int
-    """Less than the VM has, as the kernel itself is not in it."""
+    """Less than the VM has, as the kernel itself does not count."""
     available_mb: int
-    """What programs can still have; caches that can be dropped are in it."""
+    """For programs. Includes caches that can be dropped."""
 
 
 class HostMemory(msgspec.Struct, frozen=True):
-    """What a VM's hypervisor takes of the host's memory, in MiB: its guest's memory as far as it is there, and its
-    own."""
+    """The host's memory that a VM's hypervisor uses, in MiB: for its guest and for itself."""
 
     rss_mb: float
-    """All that is there."""
+    """All resident memory."""
     pss_mb: float
-    """Likewise, what is shared counted by its part: the sum over VMs is what they take together."""
+    """Shared memory counts in proportion, so the sum over VMs is what they use together."""
     private_mb: float
-    """What nobody else has."""
+    """Memory that is not shared."""
     shared_mb: float
-    """What others have too. Of a clone that is above all its template's memory, as long as it has not written there."""
+    """Memory that is shared. For a clone mostly pages of its template that it has not written."""
 
 
 class VmMemory(msgspec.Struct, frozen=True):
     """The answer of `GET /api/v1/vms/{name}/memory`."""
 
     memory_mb: int
-    """What the VM was given; the host has room for all of it."""
+    """The memory of the VM. The host has room for all of it."""
     guest: GuestMemory | None
-    """Null when it does not run, or its agent does not answer in time."""
+    """Null if the VM does not run or its agent does not answer in time."""
     host: HostMemory

@@ -103,7 +103,7 @@ def network_view(network: Network, vms: Mapping[str, str] | None = None) -> Netw
 _UNFILTERED = "; its destinations are not filtered, so a guest reaches this host's own addresses: "
 
 
-class Asked(NamedTuple):
+class NetworkChoice(NamedTuple):
     """The network of a new VM, and why it has that one."""
 
     network: str
@@ -115,7 +115,7 @@ class Asked(NamedTuple):
 class Networking(msgspec.Struct, frozen=True, kw_only=True):
     """The networks that the daemon can give to new VMs."""
 
-    default: Asked = Asked(NONE, "the daemon's setting `network`")
+    default: NetworkChoice = NetworkChoice(NONE, "the daemon's setting `network`")
     """The network of a VM that is created without one."""
     subnet: IPv4Network = DEFAULT_SUBNET
     instance: str = "0" * 10
@@ -143,12 +143,12 @@ def is_named(network: str) -> bool:
     return network not in KINDS
 
 
-def asked_network(network: str | None, default: Asked) -> Asked:
+def chosen_network(network: str | None, default: NetworkChoice) -> NetworkChoice:
     """Returns the network of a VM that is created with `network`."""
-    return default if network is None else Asked(network, "asked for when it was created")
+    return default if network is None else NetworkChoice(network, "asked for when it was created")
 
 
-def default_network(setting: str, obstacles: Mapping[str, str], *, is_root: bool = False) -> Asked:
+def default_network(setting: str, obstacles: Mapping[str, str], *, is_root: bool = False) -> NetworkChoice:
     """Returns the network of VMs that are created without one.
 
     :param setting: the setting `network`
@@ -156,20 +156,20 @@ def default_network(setting: str, obstacles: Mapping[str, str], *, is_root: bool
     :param is_root: whether the daemon runs as root, so that operators expect a bridge
     """
     if setting != AUTO:
-        return Asked(setting, "the daemon's setting `network`")
+        return NetworkChoice(setting, "the daemon's setting `network`")
     if BRIDGE not in obstacles:
-        return Asked(BRIDGE, "the daemon can set up a bridge")
+        return NetworkChoice(BRIDGE, "the daemon can set up a bridge")
     if USER not in obstacles:
-        return Asked(USER, f"no bridge: {obstacles[BRIDGE]}", is_root)
-    return Asked(NONE, f"no bridge: {obstacles[BRIDGE]}; no network of a user: {obstacles[USER]}", is_root)
+        return NetworkChoice(USER, f"no bridge: {obstacles[BRIDGE]}", is_root)
+    return NetworkChoice(NONE, f"no bridge: {obstacles[BRIDGE]}; no network of a user: {obstacles[USER]}", is_root)
 
 
-def unavailable(asked: Asked, obstacle: str, *, vm: str) -> Problem:
+def unavailable(choice: NetworkChoice, obstacle: str, *, vm: str) -> Problem:
     """503: the host does not support the VM's network."""
     return Problem(
         503,
         "network-unavailable",
-        f"VM {vm!r} can't have the network {asked.network!r} ({asked.reason}): {obstacle}",
+        f"VM {vm!r} can't have the network {choice.network!r} ({choice.reason}): {obstacle}",
         field="network",
         vm=vm,
         hint="create it with network `none`, or remove the obstacle and restart the daemon",

@@ -1,16 +1,15 @@
-"""What went wrong, told to people: the body of every error answer (RFC 9457)."""
+"""Errors for clients: the body of every error response (RFC 9457)."""
 
 from __future__ import annotations
 
 
 class Problem(Exception):
-    """An error that has a place on the wire.
+    """An error for the client.
 
-    Raised anywhere below the API; `volant.api` turns it into `application/problem+json`, `volar` prints
-    `detail` and `hint`.
+    Raised anywhere below the API. The API renders it as `application/problem+json`; `volar` prints `detail` and `hint`.
 
-    `code` is a short stable word that becomes the problem's `type`; `detail` says what, where and why;
-    `hint` says what to do; `field` names the member of the body or the query parameter at fault.
+    `code` is a short stable word that becomes the problem's `type`. `detail` says what failed, where and why. `hint`
+    says what to do. `field` names the wrong member of the body or parameter of the query.
     """
 
     def __init__(
@@ -33,17 +32,17 @@ class Problem(Exception):
 
 
 def invalid(field: str, detail: str, *, hint: str | None = None) -> Problem:
-    """400: the member `field` of a body, or the query parameter of that name, is not acceptable."""
+    """Returns the 400 for a wrong member of a body or parameter of the query."""
     return Problem(400, "invalid-request", detail, field=field, hint=hint)
 
 
 def contradictory(field: str, detail: str, *, hint: str | None = None) -> Problem:
-    """422: each member of a body is acceptable, and `field` is not together with the others."""
+    """Returns the 422 for a member of a body that contradicts the others."""
     return Problem(422, "contradictory-request", detail, field=field, hint=hint)
 
 
 def name_taken(name: str) -> Problem:
-    """409: there is a VM of that name."""
+    """Returns the 409 for the name of another VM."""
     return Problem(
         409,
         "name-taken",
@@ -55,7 +54,7 @@ def name_taken(name: str) -> Problem:
 
 
 def no_such_vm(name: str) -> Problem:
-    """404: there is no VM of that name."""
+    """Returns the 404 for the name of a VM."""
     return Problem(
         404,
         "vm-not-found",

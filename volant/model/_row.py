@@ -1,4 +1,4 @@
-"""What is known of a VM: the row that the journal keeps, and the view that the API shows of it."""
+"""The row of a VM that the journal stores, and the view of it that clients get."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .agent_types import WorkloadState
 
 
 class Status(StrEnum):
-    """What a VM is seen to be. Public."""
+    """The present state of a VM. Public."""
 
     PENDING = "pending"
     STARTING = "starting"
@@ -29,13 +29,13 @@ class Status(StrEnum):
 
 
 READY: Literal["ready"] = "ready"
-"""Running, and its workload is healthy or has ended well; without a health check it is healthy once it has started."""
+"""Running, with a workload that is healthy or has exited with 0. Without a health check, it is healthy once started."""
 WAIT_STATES: tuple[str, ...] = (*(str(status) for status in Status), READY, "deleted")
-"""What a client can wait for a VM to be."""
+"""The states that a client can wait for."""
 
 
 class Desired(StrEnum):
-    """What a VM should be. Public."""
+    """The desired state of a VM. Public."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -44,29 +44,29 @@ class Desired(StrEnum):
 
 
 class Phase(StrEnum):
-    """The step that a VM is in while its status is on its way somewhere; `NONE` at rest."""
+    """The step of a VM between two states; `NONE` at rest."""
 
     NONE = ""
     IMAGE = "image"
-    """Waiting for what it boots from, which may have to be built or fetched."""
+    """Waiting for the files to boot from, which may have to be built or fetched."""
     LAUNCH = "launch"
-    """The tag is committed; a process that carries it may exist."""
+    """The process tag is committed. A process with it may exist."""
     AGENT = "agent"
-    """The process runs; its agent has not answered yet."""
+    """The process runs. Its agent has not answered yet."""
     PAUSE = "pause"
-    """The guest is being made to stand still, and may do so already."""
+    """The guest is being paused, and may be paused already."""
     RESUME = "resume"
-    """The guest is being let go on, and told the time."""
+    """The guest is being resumed, and its clock set."""
     ASK = "ask"
     """The guest was asked to shut down."""
     KILL = "kill"
-    """The process is being ended and its files removed."""
+    """The process is being killed and its files removed."""
     REMOVE = "remove"
-    """No process is left; what else belongs to the VM is being removed."""
+    """No process is left. The disk and other files are being removed."""
 
 
 class ProcessIdentity(msgspec.Struct, frozen=True):
-    """A process that can be told from every other one, also after a restart of the daemon or of the host."""
+    """Identifies a process, also after a restart of the daemon or the host."""
 
     pid: int
     start_time: int
@@ -78,7 +78,7 @@ class ProcessIdentity(msgspec.Struct, frozen=True):
 
 
 class Reason(msgspec.Struct, frozen=True):
-    """Why a VM is where it is."""
+    """The reason for a VM's state."""
 
     code: str
     """A stable word: `guest_panicked`, `agent_timeout`, `launch_failed`, `control_lost`, …"""
@@ -88,24 +88,24 @@ class Reason(msgspec.Struct, frozen=True):
 
 
 class Origin(msgspec.Struct, frozen=True):
-    """Of which guest a VM began as a copy."""
+    """The guest that a VM is a copy of."""
 
     kind: Literal["snapshot", "fork"]
     vm: str
-    """Its name then."""
+    """The name of its VM at that time."""
     vm_id: int
     snapshot: str | None = None
     """The name of the snapshot; null for a fork."""
     paused_ms: float | None = None
-    """For how long that guest stood still; null until it is known."""
+    """How long that guest was paused; null until it is known."""
 
 
 class WorkloadView(msgspec.Struct, frozen=True):
-    """How a VM's workload is, as the agent in the guest says."""
+    """The state of a VM's workload, as the agent reports it."""
 
     state: WorkloadState
     exit_code: int | None = None
-    """Of its last run, when that ended by itself."""
+    """Of its last run, if that ended by itself."""
     error: str | None = None
     """Why it could not be started, how it ended, or what its failing health check said. For people."""
 
@@ -116,11 +116,11 @@ BootMode = Literal["auto", "cold", "template"]
 
 
 FORK, SNAPSHOT = "fork-", "snapshot-"
-"""What the name of a checkpoint begins with, by who keeps it."""
+"""Prefixes of the names of checkpoints, by kind."""
 
 
 def is_checkpoint(template: str) -> bool:
-    """Whether what a boot goes on from was copied of another VM, and is no template."""
+    """Returns whether a name is that of a checkpoint, not of a template."""
     return template.startswith((FORK, SNAPSHOT))
 
 
@@ -133,49 +133,49 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
 
     name: Name
     cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
-    """None: what the plugin asks for; 1 for `base`."""
+    """None: the plugin's; 1 for `base`."""
     memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)] | None = None
-    """None: what the plugin asks for; 256 for `base`."""
+    """None: the plugin's; 256 for `base`."""
     plugin: Name = "base"
     runtime: Name | None = None
     kernel_cmdline: KernelCmdline = ""
     """Appended to the daemon's own."""
     labels: Labels = {}
     env: Env = {}
-    """For the workload, over the manifest's."""
+    """For the workload. Overrides the manifest's."""
     restart_policy: RestartPolicy = "never"
     boot: BootMode = "auto"
-    """Whether a boot may go on from a template, or must."""
+    """Whether a boot may clone a template, or must."""
     ttl: Duration | None = None
-    """A duration from creation, from `1s` to `366d`; the VM is deleted then."""
+    """A duration from `1s` to `366d`. The VM is deleted so long after its creation."""
     disk_mb: Annotated[int, msgspec.Meta(ge=1, le=MAX_DISK_MB)] | None = None
-    """How large its disk is, and so what it may take of the host's; None: as large as the plugin's root filesystem."""
+    """The size of its disk, and so the limit on the host. None: the size of the plugin's root filesystem."""
     network: Name | None = None
     """`none`, `bridge`, `user`, or the name of a network; None: the daemon's setting."""
     ports: Annotated[tuple[PortText, ...], msgspec.Meta(extra_json_schema={"maxItems": MAX_PORTS})] = ()
-    """Of the host that lead to the VM's, each as `[host:]host_port:guest_port[/tcp|udp]`, on 127.0.0.1 and TCP without
-    a word."""
+    """Ports of the host that lead to the VM, each as `[host:]host_port:guest_port[/tcp|udp]`. The default is TCP on
+    127.0.0.1."""
 
 
 class BuildTemplate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """The body of `POST /api/v1/templates`: what a VM would be created with."""
+    """The body of `POST /api/v1/templates`: the members of a VM that would clone it."""
 
     plugin: Name = "base"
     cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
-    """None: what the plugin asks for."""
+    """None: the plugin's."""
     memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)] | None = None
-    """None: what the plugin asks for."""
+    """None: the plugin's."""
     kernel_cmdline: KernelCmdline = ""
     env: Env = {}
-    """Counts with `template.after: workload` alone."""
+    """Only counts with `template.after: workload`."""
     disk_mb: Annotated[int, msgspec.Meta(ge=1, le=MAX_DISK_MB)] | None = None
-    """How large their disk is; None: as large as the plugin's root filesystem."""
+    """The size of their disks. None: the size of the plugin's root filesystem."""
     network: Name | None = None
     """`none`, or another one: all of these have the same template. None: the daemon's setting."""
 
 
 class VmRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that must survive about a VM. Changed only by `decide`, kept only by the journal."""
+    """The durable state of a VM. Only `decide` changes it, and only the journal stores it."""
 
     id: int
     name: str
@@ -194,64 +194,62 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     updated_at: datetime
     expires_at: datetime | None = None
     layer: str = ""
-    """Names its copy-on-write layer over the manifest's root filesystem, unlike any other that ever was: so neither a
-    new database nor a restored one gives a VM the disk of another. Empty: it has none."""
+    """The name of its copy-on-write layer over the manifest's root filesystem. It is never used again, so neither a new
+    nor a restored database gives a VM the disk of another. Empty: it has none."""
     disk_mb: int | None = None
-    """How large its disk is; None: as large as the root filesystem."""
+    """The size of its disk. None: the size of the root filesystem."""
     network: str = NONE
-    """`none`, `bridge`, `user`, or the name of a network. It and what follows are the same for as long as there is the
-    VM."""
+    """`none`, `bridge`, `user`, or the name of a network. This and the following members never change."""
     network_reason: str = "it was created before there were networks"
-    """Why it has that one."""
+    """Why it has this network."""
     network_fallback: bool = False
-    """Whether it is a lesser one than was to be expected when the VM was created."""
+    """Whether it is less than an operator would expect."""
     lease: Lease | None = None
     """None: it has no NIC."""
     ports: tuple[PublishedPort, ...] = ()
 
     desired: Desired = Desired.RUNNING
     generation: int = 1
-    """The boot that is wanted: `start` and `restart` raise it."""
+    """The number of the desired boot. `start` and `restart` raise it."""
     grace_s: float = 10.0
-    """How long the guest is given when it is asked to stop."""
+    """How long the guest may take to shut down."""
 
     status: Status = Status.PENDING
     phase: Phase = Phase.NONE
     reason: Reason | None = None
     booted: int = 0
-    """The generation of the newest boot that was tried."""
+    """The generation of the last boot that was tried."""
     boots: int = 0
-    """How often a process was launched."""
+    """The number of launched processes."""
     restarts: int = 0
-    """How often the restart policy started it again, since somebody last did."""
+    """Restarts by the restart policy since the last `start` by a client."""
     started_at: datetime | None = None
     image: str | None = None
-    """Digest of the boot image of the newest boot."""
+    """The digest of the last boot's image."""
     template: str | None = None
     """What the newest boot goes on from: the digest of a template, or of a checkpoint; None: it is a cold one."""
     fallback: Reason | None = None
-    """Why the newest boot is a cold one, although there was a template."""
+    """Why the last boot is a cold one, although there was a template."""
     balloon: bool = False
-    """Whether the machine of the newest boot has the device by which freed memory goes back to the host. One that goes
-    on from where it is must have it too."""
+    """Whether the machine of the last boot has the device that returns freed memory to the host. A copy of it must have
+    one too."""
     origin: Origin | None = None
-    """Whose copy it is; None: nobody's."""
+    """The guest that it is a copy of; None: it is no copy."""
     checkpoint: str | None = msgspec.field(default=None, name="capture")
-    """What its next boot goes on from, until it has run: the name of what was copied of its origin."""
+    """The name of the checkpoint that its first boot continues from; None once it has run."""
     tag: str = msgspec.field(default="", name="mark")
-    """The process tag of the newest boot, committed before the launch; empty once nothing of the process is left."""
+    """The process tag of the last boot, committed before the launch. Empty once nothing of the process is left."""
     process: ProcessIdentity | None = None
     serial_socket: str | None = None
-    """Where the daemon serves the serial console while there is a process."""
+    """The path of the serial console's socket."""
     hypervisor: str | None = None
     accelerator: Literal["kvm", "tcg"] | None = None
     agent_seen: bool = False
     """Whether the agent of this process has ever answered."""
     workload: WorkloadView | None = None
-    """How the workload of this boot was last; None: it has none, or nothing was heard of it yet."""
+    """The last reported state of this boot's workload; None: it has none, or has not reported yet."""
     found_boot: int = 0
-    """Of `boots`, the one that was found on the host without a row and adopted: what its guest was told nobody knows.
-    0: none."""
+    """The number of the boot that was adopted as an orphan, so what its guest was sent is unknown. 0: none."""
     revision: int = 0
     """Raised by the journal with each commit."""
 
@@ -262,12 +260,12 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def boot_key(self) -> str:
-        """Names one boot of one VM, for instance in the positions of its logs."""
+        """Identifies one boot of one VM, for instance in log positions."""
         return f"{self.id}.{self.boots}"
 
 
 class VmView(msgspec.Struct, frozen=True, kw_only=True):
-    """A VM as the API shows it."""
+    """The view of a VM that clients get."""
 
     id: int
     name: str
@@ -291,33 +289,33 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     boots: int
     boot: BootMode
     booted_from: Literal["cold", "template", "snapshot", "fork"] | None
-    """The newest boot; None before there was one."""
+    """The last boot; None before the first one."""
     fallback: Reason | None
-    """Why it is a cold one, although it began as a clone of a template."""
+    """Why the last boot is a cold one, although it began as a clone."""
     disk: Literal["none", "overlay"]
     created_at: Time
     updated_at: Time
     started_at: Time | None
     disk_mb: int | None = None
-    """How large the disk was asked to be; null: as large as the root filesystem."""
+    """The requested size of the disk; null: the size of the root filesystem."""
     origin: Origin | None = None
-    """Of which guest it began as a copy; null: of none."""
+    """The guest that it is a copy of; null: it is no copy."""
     network: str = NONE
     """`none`, `bridge`, `user`, or the name of a network."""
     network_reason: str = ""
-    """Why it has that one."""
+    """Why it has this network."""
     ports: tuple[str, ...] = ()
     """Of the host that lead to its own, each as `host:host_port:guest_port/protocol`."""
     workload: WorkloadView | None = None
-    """How its workload is; null while the VM does not run, and where it has none."""
+    """The state of its workload; null if the VM does not run or has none."""
     expires_at: Time | None = None
-    """When it is deleted by itself; null: never."""
+    """When it is deleted automatically; null: never."""
     warnings: tuple[str, ...] = ()
-    """What is less than was to be expected when it was created, and what to do."""
+    """What the VM lacks that you would expect, and what to do."""
 
 
 def view(row: VmRow) -> VmView:
-    """What clients see of `row`."""
+    """Returns what clients see of `row`."""
     return VmView(
         id=row.id,
         name=row.name,
@@ -364,7 +362,7 @@ def _workload(row: VmRow) -> WorkloadView | None:
 
 
 def readiness(row: VmRow) -> Literal["met", "failed"] | None:
-    """Whether a VM that runs is `ready`, or won't be; None: not yet."""
+    """Returns whether a running VM is `ready` or can't become so; None: not yet."""
     if row.status is not Status.RUNNING:
         return None
     workload = _workload(row)

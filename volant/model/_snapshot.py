@@ -1,4 +1,4 @@
-"""Copies of a guest that runs: a snapshot is kept, a fork lasts until its copies run."""
+"""Snapshots and forks: copies of a running guest. A snapshot stays; a fork's checkpoint goes once its copies run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TakeSnapshot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     """The body of `POST /api/v1/vms/{name}/snapshots`."""
 
     name: Name | None = None
-    """None: one is made of the VM's name and the time."""
+    """None: the VM's name and the time."""
     description: Plain = ""
     labels: Labels = {}
 
@@ -34,14 +34,14 @@ class ForkVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     """The body of `POST /api/v1/vms/{name}/fork`."""
 
     count: Annotated[int, msgspec.Meta(ge=1, le=MAX_COPIES)] | None = None
-    """How many copies. None: as many as there are names, or one."""
+    """The number of copies. None: the number of names, or one."""
     names: Annotated[list[Name], msgspec.Meta(min_length=1, max_length=MAX_COPIES)] | None = None
-    """Of the copies. None: `<name>-fork-1` and so on, those that are free."""
+    """Names of the copies. None: `<name>-fork-1` and so on, as far as they are free."""
 
 
 class RestoreVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """The body of `POST /api/v1/vms` for a VM that goes on from a snapshot. What is the snapshot's may be left out, and
-    must agree where it is said."""
+    """The body of `POST /api/v1/vms` for a VM that continues from a snapshot. Members that the snapshot decides may be
+    left out, and must agree otherwise."""
 
     name: Name
     from_snapshot: Name
@@ -51,41 +51,41 @@ class RestoreVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
     labels: Labels = {}
     restart_policy: RestartPolicy = "never"
     boot: BootMode = "auto"
-    """Of the boots after the first one."""
+    """For the boots after the first one."""
     ttl: Duration | None = None
-    """A duration from creation, from `1s` to `366d`; the VM is deleted then."""
+    """A duration from `1s` to `366d`. The VM is deleted so long after its creation."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """What must survive about a snapshot. Kept only by the journal."""
+    """The durable state of a snapshot. Only the journal stores it."""
 
     id: str
-    """Names its directory, unlike any other that ever was."""
+    """The name of its directory, which is never used again."""
     name: str
     status: Literal["creating", "ready"] = "creating"
     vm: VmRow
-    """The VM that it is of, as it was then."""
+    """The row of its VM at that time."""
     description: str = ""
     labels: dict[str, str] = {}
     created_at: datetime
     paused_ms: float | None = None
-    """For how long its guest stood still."""
+    """How long the guest was paused."""
     size_bytes: int = 0
-    """On the disk."""
+    """The size on the disk."""
 
     @property
     def checkpoint(self) -> str:
-        """The name of what it consists of."""
+        """The name of its checkpoint."""
         return f"{SNAPSHOT}{self.id}"
 
 
 class SnapshotView(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot as the API shows it."""
+    """The view of a snapshot that clients get."""
 
     name: str
     status: Literal["creating", "ready"]
     vm: str
-    """The VM that it is of, which may be gone."""
+    """The name of its VM, which may be gone."""
     vm_id: int
     plugin: str
     cpu_cores: int
@@ -95,13 +95,13 @@ class SnapshotView(msgspec.Struct, frozen=True, kw_only=True):
     labels: Mapping[str, str]
     created_at: Time
     paused_ms: float | None
-    """For how long its guest stood still."""
+    """How long the guest was paused."""
     size_bytes: int
-    """On the disk; 0 until it is ready."""
+    """The size on the disk; 0 until it is ready."""
 
 
 def snapshot_view(snapshot: Snapshot) -> SnapshotView:
-    """What clients see of `snapshot`."""
+    """Returns what clients see of `snapshot`."""
     vm = snapshot.vm
     return SnapshotView(
         name=snapshot.name,
@@ -121,7 +121,7 @@ def snapshot_view(snapshot: Snapshot) -> SnapshotView:
 
 
 def new_snapshot(request: TakeSnapshot, vm: VmRow, *, snapshot_id: str, now: datetime) -> Snapshot:
-    """The row of a snapshot that is to be taken of `vm`. :raises Problem: 400; 409 see `check_copyable`."""
+    """Returns the row of a new snapshot of `vm`. :raises Problem: 400; 409 see `check_copyable`."""
     check_take(request)
     check_copyable(vm)
     name = request.name
@@ -138,7 +138,7 @@ def new_snapshot(request: TakeSnapshot, vm: VmRow, *, snapshot_id: str, now: dat
 
 
 def copied_row(vm: VmRow, *, vm_id: int, name: str, origin: Origin, checkpoint: str, now: datetime) -> VmRow:
-    """The row of a VM that does not exist yet, and goes on from what was copied of `vm`; status `pending`."""
+    """Returns the row of a new VM that continues from a checkpoint of `vm`, with the status `pending`."""
     return VmRow(
         id=vm_id,
         name=name,
@@ -167,12 +167,12 @@ def copied_row(vm: VmRow, *, vm_id: int, name: str, origin: Origin, checkpoint: 
 
 
 def restored_row(request: RestoreVm, snapshot: Snapshot, *, vm_id: int, now: datetime) -> VmRow:
-    """The row of a VM that is to go on from `snapshot`. :raises Problem: 400; 409 it is not ready."""
+    """Returns the row of a new VM that continues from `snapshot`. :raises Problem: 400; 409 it is not ready."""
     check_restore(request)
     if snapshot.status != "ready":
         raise Problem(
-            409, "snapshot-not-ready", f"snapshot {snapshot.name!r} is being made", field="from_snapshot",
-            hint="try again once it is `ready`",
+            409, "snapshot-not-ready", f"snapshot {snapshot.name!r} is still being taken", field="from_snapshot",
+            hint="retry once it is `ready`",
         )  # fmt: skip
     vm = snapshot.vm
     for field in ("cpu_cores", "memory_mb", "plugin"):
@@ -181,7 +181,7 @@ def restored_row(request: RestoreVm, snapshot: Snapshot, *, vm_id: int, now: dat
             raise invalid(
                 field,
                 f"{field} {said!r} is not what snapshot {snapshot.name!r} has: {has!r}",
-                hint=f"leave {field} out: what goes on from a snapshot has what it had",
+                hint=f"leave {field} out: the snapshot decides it",
             )
     labels = {**vm.manifest.labels, **request.labels}
     check_labels(labels)
@@ -196,7 +196,7 @@ def restored_row(request: RestoreVm, snapshot: Snapshot, *, vm_id: int, now: dat
 
 
 def fork_names(request: ForkVm, vm: str, taken: frozenset[str]) -> tuple[str, ...]:
-    """The names of the copies. :raises Problem: 409 one is taken."""
+    """Returns the names of the copies. :raises Problem: 409 one is taken."""
     if request.names is not None:
         for name in request.names:
             if name in taken:
@@ -214,7 +214,7 @@ def fork_names(request: ForkVm, vm: str, taken: frozenset[str]) -> tuple[str, ..
 
 
 def check_fork(request: ForkVm) -> None:
-    """What the types of `ForkVm` can't say. :raises Problem: 400 that names the field."""
+    """Checks what the types of `ForkVm` can't say. :raises Problem: 400 that names the field."""
     names = request.names
     if names is None:
         return
@@ -227,7 +227,7 @@ def check_fork(request: ForkVm) -> None:
 
 
 def check_take(request: TakeSnapshot) -> None:
-    """What the types of `TakeSnapshot` can't say. :raises Problem: 400 that names the field."""
+    """Checks what the types of `TakeSnapshot` can't say. :raises Problem: 400 that names the field."""
     if request.name is not None:
         check_name(request.name, "name")
     check_plain(request.description, "description")
@@ -235,7 +235,7 @@ def check_take(request: TakeSnapshot) -> None:
 
 
 def check_restore(request: RestoreVm) -> None:
-    """What the types of `RestoreVm` can't say. :raises Problem: 400 that names the field."""
+    """Checks what the types of `RestoreVm` can't say. :raises Problem: 400 that names the field."""
     check_name(request.name, "name")
     check_name(request.from_snapshot, "from_snapshot")
     if request.plugin is not None:
@@ -246,7 +246,7 @@ def check_restore(request: RestoreVm) -> None:
 
 
 def check_copyable(vm: VmRow) -> None:
-    """:raises Problem: 409 there is no guest to copy, or it is on its way somewhere."""
+    """:raises Problem: 409 the guest can't be copied."""
     if not is_copyable(vm):
         shown = vm.status.value if vm.desired.value == vm.status.value else f"{vm.status.value}, to be {vm.desired}"
         raise Problem(
@@ -259,17 +259,17 @@ def check_copyable(vm: VmRow) -> None:
 
 
 def is_copyable(vm: VmRow) -> bool:
-    """Whether there is a guest that stands or runs, and nothing is to be done with it."""
+    """Returns whether the guest runs or is paused, and should stay so."""
     return vm.status in (Status.RUNNING, Status.PAUSED) and vm.desired.value == vm.status.value and not vm.phase
 
 
 def waits_for(vm: VmRow, checkpoint: str) -> bool:
-    """Whether a VM has yet to go on from a checkpoint."""
+    """Returns whether a VM is about to continue from a checkpoint."""
     return vm.checkpoint == checkpoint and vm.status in (Status.PENDING, Status.STARTING)
 
 
 def no_such_snapshot(name: str, *, field: str | None = None) -> Problem:
-    """404: there is no snapshot of that name."""
+    """Returns the 404 for the name of a snapshot."""
     return Problem(
         404, "snapshot-not-found", f"there is no snapshot named {name[:80]!r}", field=field,
         hint="`volar snapshots list` shows what there is",

@@ -1,11 +1,11 @@
-"""From what a client asked for to the first row of a VM."""
+"""Makes the first row of a VM from a request."""
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
 
 from ._manifest import BASE, Manifest, check_env
-from ._network import NONE, Networking, asked_network, parse_ports
+from ._network import NONE, Networking, chosen_network, parse_ports
 from ._problem import contradictory, invalid
 from ._row import CreateVm, VmRow
 from ._text import check_labels, check_name, check_plain, parse_duration
@@ -15,11 +15,11 @@ _NO_NETWORKING = Networking()
 
 
 DEFAULT_MEMORY_MB = 256
-"""For VMs of `base`. What its image needs at least is little to work with."""
+"""For VMs of `base`. The minimum of its image is little to work with."""
 
 
 def size_of(request: CreateVm, manifest: Manifest) -> tuple[int, int]:
-    """Processors and MiB of memory of a VM: what was asked for, else what its plugin asks for."""
+    """Returns the CPU cores and the MiB of memory: those of the request, else of the plugin."""
     needs = manifest.resources
     memory_mb = DEFAULT_MEMORY_MB if manifest.name == BASE.name else needs.memory_mb
     return request.cpu_cores or needs.cpu_cores, request.memory_mb or memory_mb
@@ -28,7 +28,7 @@ def size_of(request: CreateVm, manifest: Manifest) -> tuple[int, int]:
 def new_row(
     request: CreateVm, manifest: Manifest, *, vm_id: int, now: datetime, networking: Networking = _NO_NETWORKING
 ) -> VmRow:
-    """The row of a VM that does not exist yet, status `pending`, and without a lease.
+    """Returns the row of a new VM, with the status `pending` and without a lease.
 
     :raises Problem: 400 that names the field.
     """
@@ -47,15 +47,15 @@ def new_row(
         raise contradictory(
             "disk_mb",
             f"disk_mb is {request.disk_mb}, and plugin {manifest.name!r} has no root filesystem to be on a disk",
-            hint="leave it out; the root of such a VM is in its memory",
+            hint="leave it out; the root filesystem of such a VM is in its memory",
         )
-    asked = asked_network(request.network, networking.default)
+    choice = chosen_network(request.network, networking.default)
     ports = parse_ports(request.ports)
-    if ports and asked.network == NONE:
+    if ports and choice.network == NONE:
         raise contradictory(
             "ports",
-            f"ports is {[*map(str, ports)]}, and the VM has no network ({asked.reason})",
-            hint="say `network` `bridge`, `user`, or the name of a network",
+            f"ports is {[*map(str, ports)]}, and the VM has no network ({choice.reason})",
+            hint="set `network` to `bridge`, `user`, or the name of a network",
         )
     expires_at = None
     if request.ttl is not None:
@@ -76,9 +76,9 @@ def new_row(
         created_at=now,
         updated_at=now,
         expires_at=expires_at,
-        network=asked.network,
-        network_reason=asked.reason,
-        network_fallback=asked.fallback,
+        network=choice.network,
+        network_reason=choice.reason,
+        network_fallback=choice.fallback,
         ports=ports,
         layer=f"{vm_id}-{now:%Y%m%dT%H%M%S.%f}" if has_disk else "",
         disk_mb=request.disk_mb,
@@ -86,7 +86,7 @@ def new_row(
 
 
 def check_create(request: CreateVm) -> None:
-    """What the types of `CreateVm` can't say. :raises Problem: 400 that names the field."""
+    """Checks what the types of `CreateVm` can't say. :raises Problem: 400 that names the field."""
     check_name(request.name, "name")
     check_name(request.plugin, "plugin")
     if request.runtime is not None:

@@ -1,4 +1,4 @@
-"""The small grammars of the wire: names, durations, labels."""
+"""The syntax of names, durations, labels and text."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MAX_LABELS = 64
 MAX_TEXT = 4096
 
 Name = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": NAME_PATTERN})]
-"""For the schema alone: `check_name` tells people better what is wrong with a name."""
+"""Only for the schema: `check_name` has better errors."""
 
 Duration = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[0-9]{1,12}(ms|s|m|h|d)$"})]
-"""For the schema alone, as `parse_duration` decides."""
+"""Only for the schema: `parse_duration` decides."""
 
 _CONTROL_CLASS = r"\x00-\x1f\x7f"
 PLAIN_PATTERN = rf"^[^{_CONTROL_CLASS}]*$"
@@ -34,10 +34,10 @@ Labels = Annotated[
     ],
     msgspec.Meta(extra_json_schema={"maxProperties": MAX_LABELS}),
 ]
-"""For the schema alone: `check_labels` tells people better."""
+"""Only for the schema: `check_labels` has better errors."""
 
 Plain = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": MAX_TEXT})]
-"""For the schema alone, as `check_plain` decides."""
+"""Only for the schema: `check_plain` decides."""
 
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 """With a zone: RFC 3339 on the wire."""
@@ -49,7 +49,7 @@ _CONTROL = re.compile(f"[{_CONTROL_CLASS}]")
 
 
 def check_name(value: str, field: str) -> str:
-    """Return `value` when it is a name; :raises Problem: 400 otherwise."""
+    """Returns `value` if it is a name. :raises Problem: 400."""
     if not _NAME.match(value):
         shown = value if len(value) <= 80 else value[:77] + "..."
         raise invalid(
@@ -61,12 +61,12 @@ def check_name(value: str, field: str) -> str:
 
 
 def is_name(value: str) -> bool:
-    """Whether `value` could be the name of a VM or a plugin."""
+    """Returns whether `value` is a valid name."""
     return _NAME.match(value) is not None
 
 
 def parse_duration(value: str, field: str, *, minimum_s: float = 0.0, maximum_s: float = float("inf")) -> float:
-    """Seconds of a duration such as `500ms`, `10s`, `2m`, `1h`, `7d`; :raises Problem: 400 otherwise."""
+    """Returns the seconds of a duration such as `500ms`, `10s`, `2m`, `1h`, `7d`. :raises Problem: 400."""
     match = _DURATION.match(value)
     if match is None:
         raise invalid(field, f"{field} {value[:40]!r} is not a duration", hint="write for instance 500ms, 10s, 2m, 1h")
@@ -77,7 +77,7 @@ def parse_duration(value: str, field: str, *, minimum_s: float = 0.0, maximum_s:
 
 
 def format_duration(seconds: float) -> str:
-    """The shortest exact text of a duration, the inverse of `parse_duration`."""
+    """Returns the shortest exact text of a duration, for `parse_duration`."""
     if seconds == float("inf"):
         return "any length"
     if seconds != int(seconds):
@@ -89,7 +89,7 @@ def format_duration(seconds: float) -> str:
 
 
 def check_plain(value: str, field: str, *, maximum: int = MAX_TEXT) -> str:
-    """Return `value` when it has no control characters and is not too long; :raises Problem: 400 otherwise."""
+    """Returns `value` if it has no control characters and is not too long. :raises Problem: 400."""
     if len(value) > maximum:
         raise invalid(field, f"{field} has {len(value)} characters, at most {maximum} are allowed")
     if _CONTROL.search(value):

@@ -1,4 +1,4 @@
-"""What the API answers besides VMs and events: the daemon writes these, its clients read them, OpenAPI describes them.
+"""The responses of the API besides VMs and events.
 
 A client ignores members that it does not know.
 """
@@ -28,7 +28,7 @@ class SystemStatus(msgspec.Struct, frozen=True):
     status: Wellbeing
     vm_count: int
     vms: dict[str, int]
-    """How many VMs are in each status; every one is there."""
+    """The number of VMs for each status."""
     cpu_percent: float
     """Of the whole host."""
     mem_percent: float
@@ -36,26 +36,26 @@ class SystemStatus(msgspec.Struct, frozen=True):
     version: str
     uptime_s: float
     draining_since: Time | None = None
-    """Since when no VM may start, for maintenance; null while they may."""
+    """The start of the maintenance in effect; null: VMs may start."""
 
 
 class Restored(msgspec.Struct, frozen=True):
     """The answer of `POST /api/v1/system/restore`."""
 
     event_epoch: str
-    """Of the events of the restored database; `system/info` shows it once that is in its place."""
+    """The new epoch of events. `system/info` shows it once the database is restored."""
 
 
 class OrphanView(msgspec.Struct, frozen=True, kw_only=True):
-    """A hypervisor of this daemon's that runs and that no VM owns."""
+    """A running hypervisor of this daemon that no VM owns."""
 
     mark: str
-    """Names it in requests; it stands on its command line."""
+    """Its process tag, which identifies it in requests."""
     pid: int
     vm_id: int
-    """Of the VM that it belonged to."""
+    """The id of its former VM."""
     name: str | None
-    """As its guest was told; null, as what follows, when its command line is not understood."""
+    """The name of its former VM; null, as the next members, if its command line can't be read."""
     cpu_cores: int | None
     memory_mb: int | None
     adoptable: bool
@@ -67,7 +67,7 @@ StoredKind = Literal[
     "journal", "database", "log", "disk", "snapshot", "image", "medium", "template", "leftover", "cache"
 ]
 PRUNED_KINDS: tuple[StoredKind, ...] = ("log", "image", "medium", "template", "leftover")
-"""What `prune` removes when it is not told what: it can be had again, or its VM is deleted."""
+"""What `prune` removes by default: it can be fetched or built again, or its VM is deleted."""
 
 
 class StoredItem(msgspec.Struct, frozen=True):
@@ -81,7 +81,7 @@ class StoredItem(msgspec.Struct, frozen=True):
     used_by: list[str]
     """`VM demo`, `plugin web`, `snapshot warm`; of a template the VMs that run as its clones."""
     reclaimable: bool
-    """Whether it can be removed: nobody uses it, and the daemon works without it."""
+    """Whether it can be removed: it has no user, and the daemon works without it."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -92,13 +92,13 @@ class Usage(msgspec.Struct, frozen=True):
     total_bytes: int
     reclaimable_bytes: int
     state_free_bytes: int
-    """What is free on the disk of database, logs, disks, snapshots and templates."""
+    """Free bytes on the disk of database, logs, disks, snapshots and templates."""
     cache_free_bytes: int
-    """What is free on the disk of images and artifacts."""
+    """Free bytes on the disk of images and artifacts."""
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """What could not be removed, and why."""
+    """An item that could not be removed, and why."""
 
     kind: StoredKind
     name: str
@@ -116,7 +116,7 @@ class Pruned(msgspec.Struct, frozen=True):
 
 
 class PluginView(msgspec.Struct, frozen=True):
-    """A plugin as the API lists it."""
+    """The view of a plugin that clients get."""
 
     name: str
     version: str
@@ -131,7 +131,7 @@ class PluginView(msgspec.Struct, frozen=True):
 
 
 class TemplateView(msgspec.Struct, frozen=True, kw_only=True):
-    """A template as the API lists it."""
+    """The view of a template that clients get."""
 
     digest: str
     """Its name."""
@@ -156,7 +156,7 @@ class TemplateView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StreamGap(msgspec.Struct, frozen=True):
-    """Events between what was asked for and `oldest` are lost to this reader."""
+    """Events between `requested` and `oldest` are lost to this reader."""
 
     type: Literal["STREAM_GAP"]
     requested: str
@@ -175,24 +175,24 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seq: int
     """Counts for each `vm_id`, over all boots and restarts of the daemon."""
     partial: bool = False
-    """The line goes on in the next one of its stream."""
+    """The line continues in the next one of its stream."""
 
 
 class LogRange(msgspec.Struct, frozen=True):
-    """Both ends belong to it."""
+    """Both ends are included."""
 
     first: int = msgspec.field(name="from")
     last: int = msgspec.field(name="to")
 
 
 class LogGap(msgspec.Struct, frozen=True):
-    """Lines with these numbers are past retention and lost to this reader."""
+    """Lines with these numbers have expired and are lost to this reader."""
 
     gap: LogRange
 
 
 class ConsoleGap(msgspec.Struct, frozen=True):
-    """This reader of a console was too slow for some of it, which is lost to it."""
+    """This reader of a console was too slow, and has lost some of the output."""
 
     missed: int
     """Bytes."""
@@ -209,7 +209,7 @@ class WantTicket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a request for a ticket."""
 
     path: Annotated[str, msgspec.Meta(pattern=r"^/[\x21-\x7e]*$", max_length=1000)] | None = None
-    """It opens this path and what is below it, such as `/ws/v1/vms/web/logs`; None: any."""
+    """The path that it opens, with those below it, such as `/ws/v1/vms/web/logs`; None: any."""
 
 
 class Ticket(msgspec.Struct, frozen=True):

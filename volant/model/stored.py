@@ -1,8 +1,7 @@
-"""Checks of what a database holds, before anything acts on it.
+"""Checks the rows of a database before the daemon uses them.
 
-A database may have come from somebody else, as a backup. Members of its rows become paths below the daemon's
-directories, arguments of programs, and processes that are signalled. So each such member has the form that this daemon
-itself gives it, or the row is refused.
+A backup may come from anybody. Members of its rows become paths, arguments of programs and processes that are
+signalled. So each such member must have the form that volantd gives it, or the row is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ._snapshot import Snapshot
 from ._text import check_plain, is_name
 
 MAX_ID = 10**15
-"""Of a VM, and of what is counted: so many there will never be, and after it there is room for more."""
+"""The limit for ids and counters, far above any real value and far below SQLite's limit."""
 _LAYER = re.compile(r"([1-9][0-9]{0,17})-[A-Za-z0-9][A-Za-z0-9.]{0,63}\Z")
 _TAG = re.compile(r"volant-[0-9a-z]{1,32}-(?:([1-9][0-9]{0,17})\.[1-9][0-9]{0,17}|s\.[0-9a-f]{1,32})\Z")
 _IMAGE = re.compile(r"(?:[0-9a-f]{64}|custom)\Z")
@@ -39,7 +38,7 @@ _SHOWN = 80
 
 
 class BadMember(Exception):
-    """A member of a stored row that this daemon can't have written. The text names it, its value and what is wrong."""
+    """volantd can't have written a member of a stored row. The text names it, its value and what is wrong."""
 
     def __init__(self, member: str, value: object, why: str) -> None:
         text = repr(value)
@@ -49,7 +48,7 @@ class BadMember(Exception):
 
 
 def check_stored_vm(row: VmRow) -> None:
-    """:raises BadMember: it names a path, a process, a device or an argument in a form that is not ours."""
+    """:raises BadMember: a path, a process, a device or an argument has a form that volantd does not use."""
     if not 1 <= row.id <= MAX_ID:
         raise BadMember("id", row.id, f"and ids are from 1 to {MAX_ID}")
     for member in ("name", "plugin", "runtime", "network"):
@@ -110,7 +109,7 @@ def check_stored_network(network: Network) -> None:
 
 
 def check_stored_manifest(manifest: Manifest, prefix: str = "") -> None:
-    """What of a manifest becomes a path. :raises BadMember:"""
+    """Checks what becomes a path. :raises BadMember:"""
     _name(f"{prefix}name", manifest.name)
     _name(f"{prefix}runtime", manifest.runtime)
     boot = manifest.boot
@@ -129,20 +128,20 @@ def check_stored_plugin(manifest: Manifest) -> None:
 
 
 def check_stored_epoch(epoch: object) -> str:
-    """The epoch of events, which is part of file names. :raises BadMember:"""
+    """Returns the epoch, which is part of file names. :raises BadMember:"""
     if not isinstance(epoch, str) or _EPOCH.match(epoch) is None:
         raise BadMember("value", epoch, "which is no epoch of events")
     return epoch
 
 
 def check_stored_time(member: str, at: datetime | None) -> None:
-    """:raises BadMember: it has no time zone, and so can't be compared with now."""
+    """:raises BadMember: it has no time zone."""
     if at is not None and at.tzinfo is None:
         raise BadMember(member, at.isoformat(), "which has no time zone")
 
 
 def sanitized(row: VmRow) -> VmRow:
-    """A row of somebody else's database without what it says of processes of a host."""
+    """Returns the row of a foreign database without the processes of its host."""
     return msgspec.structs.replace(row, process=None, serial_socket=None)
 
 

@@ -1,0 +1,147 @@
+"""The step that a VM needs now: it follows from the row alone."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ._row import Desired, Phase, Status, VmRow
+
+MAX_RESTARTS = 10
+"""In a row, without a `start` by a person. Then the restart policy gives up."""
+UP = (Desired.RUNNING, Desired.PAUSED)
+"""A VM that should have a guest: one that should be paused boots first."""
+
+
+class PrepareImage(msgspec.Struct, frozen=True):
+    """Find, build or fetch the files to boot from, and create the layer -> `ImageReady`."""
+
+    boot: str
+    cold: bool = False
+    """Without a template, as the clone has failed."""
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """Start the hypervisor with this tag, or find it -> `Launched`."""
+
+    tag: str
+
+
+class AwaitAgent(msgspec.Struct, frozen=True):
+    """Wait for the agent and send it the workload -> `AgentAnswered`."""
+
+    tag: str
+
+
+class Pause(msgspec.Struct, frozen=True):
+    """Pause the guest -> `Paused`."""
+
+    tag: str
+
+
+class Resume(msgspec.Struct, frozen=True):
+    """Resume the guest and set its clock -> `Resumed`."""
+
+    tag: str
+
+
+class AskStop(msgspec.Struct, frozen=True):
+    """Ask the guest to shut down, after resuming it if need be -> `Ended`, or `StepFailed` after `grace_s`."""
+
+    tag: str
+    grace_s: float
+
+
+class Kill(msgspec.Struct, frozen=True):
+    """End the process with this tag and remove its files -> `Cleared`."""
+
+    tag: str
+
+
+class Remove(msgspec.Struct, frozen=True):
+    """Remove the disk and whatever else outlives a boot -> `Removed`."""
+
+
+class RestartLater(msgspec.Struct, frozen=True):
+    """Wait `delay_s` -> `RestartDue`."""
+
+    delay_s: float
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """Wait until the daemon is not draining -> `Released`."""
+
+    boot: str
+
+
+Effect = PrepareImage | Launch | AwaitAgent | Pause | Resume | AskStop | Kill | Remove | RestartLater | Hold
+
+
+def effect_of(row: VmRow) -> Effect | None:
+    """Returns the step that the VM needs now; None when it is at rest."""
+    match row.phase:
+        case Phase.IMAGE:
+            return PrepareImage(f"{row.id}.{row.generation}", cold=row.fallback is not None)
+        case Phase.LAUNCH:
+            return Launch(row.tag)
+        case Phase.AGENT:
+            return AwaitAgent(row.tag)
+        case Phase.PAUSE:
+            return Pause(row.tag)
+        case Phase.RESUME:
+            return Resume(row.tag)
+        case Phase.ASK:
+            return AskStop(row.tag, row.grace_s)
+        case Phase.KILL:
+            return Kill(row.tag)
+        case Phase.REMOVE:
+            return Remove()
+        case Phase.NONE if is_held(row):
+            return Hold(f"{row.id}.{row.generation}")
+        case Phase.NONE:
+            return RestartLater(_backoff_s(row.restarts)) if restarts_by_itself(row) else None
+
+
+def settled(row: VmRow) -> bool:
+    """Returns whether the status stays until a client or the guest does something."""
+    match row.status:
+        case Status.RUNNING | Status.PAUSED:
+            return row.phase is Phase.NONE
+        case Status.STOPPED | Status.CRASHED if row.desired in UP:
+            return row.generation <= row.booted and not _policy_restarts(row)
+        case Status.STOPPED:
+            return True
+        case Status.CRASHED:
+            return row.phase is Phase.NONE
+        case _:
+            return False
+
+
+def is_held(row: VmRow) -> bool:
+    """Returns whether a boot is due and waits, which only happens while the daemon drains."""
+    return (
+        row.status in (Status.PENDING, Status.STOPPED, Status.CRASHED)
+        and row.phase is Phase.NONE
+        and row.desired in UP
+        and row.generation > row.booted
+    )
+
+
+def restarts_by_itself(row: VmRow) -> bool:
+    """Returns whether the restart policy starts the VM again."""
+    return row.phase is Phase.NONE and row.desired in UP and _policy_restarts(row)
+
+
+def _policy_restarts(row: VmRow) -> bool:
+    # A copy that has never run can't be started again.
+    return (
+        row.checkpoint is None
+        and row.restarts < MAX_RESTARTS
+        and (
+            (row.status is Status.CRASHED and row.restart_policy != "never")
+            or (row.status is Status.STOPPED and row.restart_policy == "always")
+        )
+    )
+
+
+def _backoff_s(restarts: int) -> float:
+    return min(60.0, 2.0**restarts)

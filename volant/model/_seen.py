@@ -1,0 +1,145 @@
+"""What a VM's actor sees, and clients request: the input of `decide`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+import msgspec
+
+from ._row import Origin, ProcessIdentity, Reason, WorkloadView
+
+
+class Command(StrEnum):
+    """A command that a client can send to a VM."""
+
+    START = "start"
+    STOP = "stop"
+    RESTART = "restart"
+    PAUSE = "pause"
+    RESUME = "resume"
+    DELETE = "delete"
+    RECOVER = "recover"
+
+
+class CommandRequest(msgspec.Struct, frozen=True):
+    """A client, or the VM's `ttl`, requests a command."""
+
+    # Named so in the digests that stored responses have of requests.
+    command: Command = msgspec.field(name="kind")
+    grace_s: float = 10.0
+    aside: bool = False
+    """With `RESTART`: a VM that should be paused is paused after the boot."""
+    caller: str | None = None
+    """The client, for the first event that follows."""
+
+
+class Woke(msgspec.Struct, frozen=True):
+    """The actor starts. `process` is the one that the host has with the row's tag."""
+
+    process: ProcessIdentity | None
+    rebooted: bool = False
+    """Whether the host was rebooted since the VM's process was started."""
+
+
+class ImageReady(msgspec.Struct, frozen=True):
+    """Kernel and initramfs are in the cache. `tag` is for the process that will be launched."""
+
+    digest: str
+    tag: str
+    serial_socket: str | None = None
+    """The path of the socket for that process's serial console."""
+    template: str | None = None
+    """The template or checkpoint that the boot continues from; None: a cold boot."""
+    origin: Origin | None = None
+    """The origin with the facts that are known now."""
+    balloon: bool = False
+    """See `VmRow`."""
+
+
+class Launched(msgspec.Struct, frozen=True):
+    """The hypervisor's process runs. It was started or found."""
+
+    process: ProcessIdentity
+    hypervisor: str
+    accelerator: Literal["kvm", "tcg"]
+
+
+class AgentAnswered(msgspec.Struct, frozen=True):
+    """The agent in the guest has answered and has got its workload."""
+
+
+class Paused(msgspec.Struct, frozen=True):
+    """The guest is paused."""
+
+
+class Resumed(msgspec.Struct, frozen=True):
+    """The guest runs again. `reason` says why its clock could not be set."""
+
+    reason: Reason | None = None
+
+
+class StepFailed(msgspec.Struct, frozen=True):
+    """The current step failed, or its deadline passed."""
+
+    reason: Reason
+
+
+class EndKind(StrEnum):
+    """How a guest or its hypervisor ended."""
+
+    SHUTDOWN = "shutdown"
+    RESET = "reset"
+    PANICKED = "panicked"
+    KILLED = "killed"
+    EXITED = "exited"
+    INTERNAL_ERROR = "internal-error"
+    GONE = "gone"
+    """The process was gone when the actor started."""
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """The guest has ended. The process may still exist, so that the reason can be read."""
+
+    kind: EndKind
+    reason: Reason
+
+
+class Cleared(msgspec.Struct, frozen=True):
+    """Neither the process nor its files are left on the host."""
+
+
+class Removed(msgspec.Struct, frozen=True):
+    """Nothing is left of a VM that is being deleted."""
+
+
+class RestartDue(msgspec.Struct, frozen=True):
+    """The back-off before an automatic restart has passed."""
+
+
+class WorkloadChanged(msgspec.Struct, frozen=True):
+    """The agent reports a new state of the workload; None: there is none."""
+
+    workload: WorkloadView | None
+
+
+class Released(msgspec.Struct, frozen=True):
+    """The daemon is not draining."""
+
+
+Seen = (
+    CommandRequest
+    | Woke
+    | ImageReady
+    | Launched
+    | AgentAnswered
+    | Paused
+    | Resumed
+    | StepFailed
+    | Ended
+    | Cleared
+    | Removed
+    | RestartDue
+    | Released
+    | WorkloadChanged
+)
