@@ -1,4 +1,4 @@
-"""What the journal's tests share."""
+"""Helpers for tests of the journal."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ClockHost(Host):
 
 
 class GatedHost(ClockHost, LinuxThreads):
-    """Commits wait in their thread for `before`, if it is set: a slow or failing disk."""
+    """A slow or failing disk: commits call `before` in their thread, if it is set."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A database that is older than what was acknowledged is told of, and its events have another epoch."""
+"""A database that lacks acknowledged changes is reported, and its events get a new epoch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def put_back(path: Path, kept: Path) -> None:
             shutil.copy(kept / file.name, file)
 
 
-async def test_an_acknowledged_network_that_is_gone_is_told_of(path: Path, tmp_path: Path) -> None:
+async def test_the_loss_of_an_acknowledged_network_is_reported(path: Path, tmp_path: Path) -> None:
     """A change without an event: only its number tells of it."""
     async with running(path) as bench:
         await bench.create("one")
@@ -60,7 +60,7 @@ async def test_an_acknowledged_network_that_is_gone_is_told_of(path: Path, tmp_p
         assert {row.name for row in bench.store.projection.rows()} == {"one", "two"}
 
 
-async def test_lost_events_are_counted_and_no_id_is_given_out_again(path: Path, tmp_path: Path) -> None:
+async def test_lost_events_are_counted_and_ids_are_not_used_again(path: Path, tmp_path: Path) -> None:
     async with running(path) as bench:
         await bench.create("one")
         keep(path, tmp_path / "kept")
@@ -72,7 +72,7 @@ async def test_lost_events_are_counted_and_no_id_is_given_out_again(path: Path, 
         assert (await bench.create("four")).id == 4
 
 
-async def test_the_end_of_the_log_cut_off_is_told_of(path: Path, tmp_path: Path) -> None:
+async def test_the_loss_of_the_end_of_the_log_is_reported(path: Path, tmp_path: Path) -> None:
     """As `kill -9` and a disk that has lost its last writes leave it."""
     async with running(path) as bench:
         await bench.create("one")
@@ -91,7 +91,7 @@ async def test_the_end_of_the_log_cut_off_is_told_of(path: Path, tmp_path: Path)
         assert [row.name for row in bench.store.projection.rows()] == ["one"]
 
 
-async def test_a_database_that_is_whole_or_was_never_noted_is_no_loss(path: Path) -> None:
+async def test_an_intact_database_and_one_without_the_file_report_no_loss(path: Path) -> None:
     for name in ("one", "two"):
         async with running(path) as bench:
             await bench.create(name)
@@ -107,7 +107,7 @@ async def test_a_database_that_is_whole_or_was_never_noted_is_no_loss(path: Path
             assert (bench.store.lost, bench.store.events.epoch) == (None, epoch)
 
 
-async def test_another_database_in_its_place_is_told_of(path: Path) -> None:
+async def test_another_database_in_its_place_is_reported(path: Path) -> None:
     async with running(path) as bench:
         await bench.create("one")
     for file in files(path):
@@ -117,7 +117,7 @@ async def test_another_database_in_its_place_is_told_of(path: Path) -> None:
         assert (await bench.create("two")).id == 2
 
 
-def test_a_torn_write_leaves_what_was_said_before(path: Path) -> None:
+def test_a_torn_write_leaves_the_previous_copy(path: Path) -> None:
     host = ClockHost()
     file = AcknowledgedFile(host, path)
     assert file.open() is None

@@ -1,4 +1,4 @@
-"""A backup is one consistent moment of a journal that is in use; a restore is all of it or nothing."""
+"""A backup is a consistent copy of a database in use. A restore takes effect completely or not at all."""
 
 # ruff: noqa: ASYNC240 - small files of the test's own
 
@@ -95,7 +95,7 @@ def check(path: Path) -> list[str]:
     return found
 
 
-async def test_a_backup_holds_what_was_acknowledged_before_it_and_commits_go_on(path: Path, kept: Path) -> None:
+async def test_a_backup_has_all_acknowledged_changes_and_commits_go_on(path: Path, kept: Path) -> None:
     async with keeping(path) as bench:
         for number in range(20):
             await bench.create(f"vm-{number}")
@@ -160,7 +160,7 @@ async def test_a_restore_brings_rows_plugins_and_history_back_with_a_new_epoch(p
     assert check(aside) == []
 
 
-async def test_vms_that_both_know_stay_as_they_are_now(path: Path, kept: Path) -> None:
+async def test_vms_in_backup_and_database_stay_as_they_are(path: Path, kept: Path) -> None:
     async with keeping(path) as bench:
         row = await bench.create("one")
         await bench.backup(kept)
@@ -173,7 +173,7 @@ async def test_vms_that_both_know_stay_as_they_are_now(path: Path, kept: Path) -
         assert (last.id.split("-")[0], last.name, last.status) == (epoch, "one", Status.RUNNING)
 
 
-async def test_vms_that_the_backup_does_not_know_lose_their_rows_only_when_told(path: Path, kept: Path) -> None:
+async def test_vms_missing_in_the_backup_lose_their_rows_only_with_replace(path: Path, kept: Path) -> None:
     async with keeping(path) as bench:
         await bench.create("old")
         await bench.backup(kept)
@@ -189,7 +189,7 @@ async def test_vms_that_the_backup_does_not_know_lose_their_rows_only_when_told(
         assert (await bench.create("next")).id == 4
 
 
-async def test_another_daemons_backup_takes_no_vm_for_another(path: Path, kept: Path, tmp_path: Path) -> None:
+async def test_a_backup_of_another_daemon_with_the_same_ids_is_refused(path: Path, kept: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     async with keeping(other / "volant.db") as bench:
@@ -202,7 +202,7 @@ async def test_another_daemons_backup_takes_no_vm_for_another(path: Path, kept: 
         assert refused.value.status == 409
 
 
-async def test_a_process_of_a_later_boot_is_taken_for_its_vm(path: Path, kept: Path, tmp_path: Path) -> None:
+async def test_a_process_of_a_later_boot_is_the_vm(path: Path, kept: Path, tmp_path: Path) -> None:
     """The database was lost, the backup is older than the newest boot: a second process would fight for the disk."""
     async with keeping(path) as bench:
         await bench.to(await bench.create("one"), Status.STARTING, Status.STOPPING, Status.STOPPED)
@@ -236,7 +236,7 @@ BROKEN: dict[str, tuple[Callable[[bytearray], None], str]] = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-async def test_what_is_no_sound_backup_is_refused_and_leaves_nothing(path: Path, kept: Path, how: str) -> None:
+async def test_a_damaged_backup_is_refused_and_leaves_no_file(path: Path, kept: Path, how: str) -> None:
     damage, words = BROKEN[how]
     async with keeping(path) as bench:
         for number in range(50):
@@ -277,7 +277,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("how", FOREIGN)
-async def test_what_this_version_would_not_write_is_refused(path: Path, kept: Path, how: str) -> None:
+async def test_content_that_this_version_would_not_write_is_refused(path: Path, kept: Path, how: str) -> None:
     change, words = FOREIGN[how]
     async with keeping(path) as bench:
         await bench.create("one")
@@ -288,7 +288,7 @@ async def test_what_this_version_would_not_write_is_refused(path: Path, kept: Pa
         assert refused.value.status == 400
 
 
-async def test_one_backup_at_a_time_and_none_that_would_fill_the_disk(
+async def test_one_backup_at_a_time_and_none_that_fills_the_disk(
     path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = ClockHost()
@@ -314,7 +314,7 @@ async def test_one_backup_at_a_time_and_none_that_would_fill_the_disk(
         assert names(path) == ["volant.db"]
 
 
-async def test_a_backup_that_nobody_waits_for_ends_and_leaves_nothing(path: Path) -> None:
+async def test_a_cancelled_backup_leaves_no_file(path: Path) -> None:
     async with keeping(path) as bench:
         await bench.create("one")
         with trio.move_on_after(0) as scope:
@@ -353,7 +353,7 @@ class MortalFiles(LinuxFiles):
 
 
 @pytest.mark.parametrize("clean", [True, False])
-async def test_whoever_is_killed_while_taking_a_restore_over_leaves_the_old_or_the_new(
+async def test_a_kill_during_a_restore_leaves_the_old_or_the_new_database(
     path: Path, kept: Path, tmp_path: Path, clean: bool
 ) -> None:
     async with keeping(path) as bench:
@@ -390,7 +390,7 @@ async def test_whoever_is_killed_while_taking_a_restore_over_leaves_the_old_or_t
     assert dies_at >= 4
 
 
-async def test_a_disk_that_fails_at_the_last_step_leaves_the_old_one(path: Path, kept: Path) -> None:
+async def test_a_disk_that_fails_at_the_last_step_leaves_the_old_database(path: Path, kept: Path) -> None:
     class FailingFiles(LinuxFiles):
         def rename(self, path: Path, to: Path) -> None:
             super().rename(path, to)
@@ -410,7 +410,7 @@ async def test_a_disk_that_fails_at_the_last_step_leaves_the_old_one(path: Path,
         assert [row.name for row in bench.store.projection.rows()] == ["old", "new"]
 
 
-async def test_what_killed_copies_and_uploads_left_goes_with_the_next_start(path: Path) -> None:
+async def test_the_next_start_removes_files_of_killed_copies_and_uploads(path: Path) -> None:
     async with keeping(path):
         pass
     for name in ("volant-copy-0f.db", "volant-copy-0f.db-journal", "volant-upload-1a.db"):
@@ -420,7 +420,7 @@ async def test_what_killed_copies_and_uploads_left_goes_with_the_next_start(path
         assert names(path) == ["volant-copy-of-mine.db", "volant.db"]
 
 
-async def test_an_actor_that_died_right_after_the_decision_does_not_take_it_back(path: Path, kept: Path) -> None:
+async def test_a_crash_right_after_the_decision_does_not_undo_a_restore(path: Path, kept: Path) -> None:
     async with keeping(path) as bench:
         await bench.create("one")
         await bench.backup(kept)
@@ -430,7 +430,7 @@ async def test_an_actor_that_died_right_after_the_decision_does_not_take_it_back
             await bench.store.replaced.wait()
 
 
-async def test_a_backup_of_an_older_version_is_brought_up_to_date(path: Path, kept: Path) -> None:
+async def test_a_backup_of_an_older_version_is_migrated(path: Path, kept: Path) -> None:
     async with keeping(path) as bench:
         await bench.create("one")
         await bench.ask_plugin() if hasattr(bench, "ask_plugin") else None
@@ -463,9 +463,7 @@ def _cut_off(path: Path) -> None:
         file.write_bytes(content)
 
 
-async def test_a_transaction_that_was_cut_off_is_no_damage_and_goes_aside_with_its_database(
-    path: Path, kept: Path
-) -> None:
+async def test_an_unfinished_transaction_is_no_damage_and_moves_with_its_database(path: Path, kept: Path) -> None:
     async with keeping(path) as bench:
         await bench.create("old")
         await bench.backup(kept)

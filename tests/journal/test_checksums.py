@@ -1,4 +1,4 @@
-"""A byte that changes on the disk is found: at the start, while the daemon works, in a backup and in a restore."""
+"""A changed byte on the disk is detected: at the start, while the daemon runs, in a backup and in a restore."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def test_a_database_without_checksums_goes_on_working(path: Path) -> None:
     connection.close()
 
 
-def test_what_is_restored_has_checksums_and_a_changed_backup_is_refused(path: Path, tmp_path: Path) -> None:
+def test_a_restored_database_has_checksums_and_a_changed_backup_is_refused(path: Path, tmp_path: Path) -> None:
     restore_offline(Host(), path, make(tmp_path / "backup.db"), Evidence(), "0" * 10, replace=False)
     with apsw.Connection(str(path)) as connection:
         assert has_checksums(connection)

@@ -1,4 +1,4 @@
-"""Commit, then tell: what is answered is on the disk, what is refused has changed nothing."""
+"""Commit, then publish: a reply means that a change is durable, a refusal that nothing has changed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def on_disk(path: Path) -> list[VmRow]:
         connection.close()
 
 
-async def test_what_is_answered_is_on_the_disk_in_the_projection_and_told(path: Path) -> None:
+async def test_a_reply_means_durable_visible_and_published(path: Path) -> None:
     async with running(path) as bench:
         async with bench.store.events.cursor(None) as cursor:
             row = await bench.create("demo", labels={"team": "a"})
@@ -59,7 +59,7 @@ async def test_what_is_answered_is_on_the_disk_in_the_projection_and_told(path: 
     assert bench.store.projection.last_event == bench.store.events.newest
 
 
-async def test_nobody_sees_a_commit_before_the_disk_has_confirmed_it(path: Path) -> None:
+async def test_a_commit_is_invisible_until_the_disk_has_confirmed_it(path: Path) -> None:
     host, gate = GatedHost(), threading.Event()
     async with running(path, host=host) as bench, trio.open_nursery() as nursery:
         begun = trio.Event()
@@ -127,7 +127,7 @@ async def test_a_stale_revision_is_refused_with_the_row_as_it_is(path: Path) -> 
         assert refusal.value.row is None
 
 
-async def test_a_step_cannot_smuggle_in_the_row_of_another_vm(path: Path) -> None:
+async def test_a_step_with_the_row_of_another_vm_is_refused(path: Path) -> None:
     async with running(path) as bench:
         one, other = await bench.create("one"), await bench.create("other")
         with pytest.raises(ValueError, match="holds the row of VM"):
@@ -167,7 +167,7 @@ async def test_requests_at_once_share_transactions_and_their_order(path: Path) -
     assert frames_ids == list(range(1, 61))
 
 
-async def test_what_was_committed_is_there_after_a_restart_of_the_daemon(path: Path) -> None:
+async def test_commits_survive_a_restart_of_the_daemon(path: Path) -> None:
     async with running(path) as bench:
         row = await bench.create("demo", env={"A": "b"}, ttl="30m")
         await bench.ask(InstallPlugin(Manifest(name="web")))
@@ -259,7 +259,7 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-async def test_a_disk_that_takes_no_more_is_a_503_and_costs_nothing_that_was_there(path: Path) -> None:
+async def test_a_full_disk_is_a_503_and_loses_nothing(path: Path) -> None:
     async with running(path) as bench:
         row = await bench.create("kept")
         with full_disk(path.with_name("volant.db-wal").stat().st_size):
@@ -292,7 +292,7 @@ async def test_sqlites_own_word_for_a_full_disk_is_journal_full(path: Path) -> N
         await bench.create("demo")
 
 
-async def test_a_disk_that_hangs_is_a_503_at_the_deadline_and_its_late_commit_is_told(path: Path) -> None:
+async def test_a_slow_disk_is_a_503_at_the_deadline_and_its_late_commit_counts(path: Path) -> None:
     host, gate = GatedHost(), threading.Event()
     async with running(path, host=host, commit_deadline_s=0.05) as bench:
 
@@ -330,7 +330,7 @@ async def alive(bench: Bench) -> None:
                 await trio.sleep(0.01)
 
 
-async def test_a_crash_between_commit_and_answer_loses_no_event_and_tells_none_twice(path: Path) -> None:
+async def test_a_crash_between_commit_and_reply_publishes_each_event_once(path: Path) -> None:
     host, gate = GatedHost(), threading.Event()
     async with running(path, host=host) as bench:
         async with bench.store.events.cursor("oldest") as cursor:
@@ -396,7 +396,7 @@ async def test_a_newer_database_is_refused_and_not_touched(path: Path) -> None:
     assert content(path) == before
 
 
-async def test_somebody_elses_file_is_refused_and_not_touched(
+async def test_a_file_of_another_program_is_refused_and_not_touched(
     path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     diary = tmp_path_factory.mktemp("diary") / "diary.txt"
@@ -414,7 +414,7 @@ async def test_somebody_elses_file_is_refused_and_not_touched(
             pass
 
 
-async def test_the_database_is_its_owners_alone_and_syncs_each_commit(path: Path) -> None:
+async def test_the_database_is_private_and_syncs_each_commit(path: Path) -> None:
     async with running(path) as bench:
         await bench.create("demo")
         for file in path.parent.iterdir():

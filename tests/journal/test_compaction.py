@@ -1,4 +1,4 @@
-"""Space that is not needed any more is given back, in bites that neither commits nor readers notice."""
+"""Unused space is returned to the disk in small pieces, which delay neither commits nor readers."""
 
 # ruff: noqa: ASYNC240, ASYNC110 - sizes of the test's own file, which another thread changes
 
@@ -75,7 +75,7 @@ async def settled(host: Recorded, bench: Bench) -> None:
             await trio.sleep(0.3)
 
 
-async def test_the_file_shrinks_when_retention_has_taken_a_lot_and_commits_wait_for_one_bite_at_most(
+async def test_the_file_shrinks_after_retention_and_commits_wait_for_one_piece_at_most(
     path: Path,
 ) -> None:
     before = await grown(path)

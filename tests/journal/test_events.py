@@ -1,4 +1,4 @@
-"""An event is delivered in order and without holes, or its loss is said."""
+"""Events are delivered in order and without holes, or a gap reports their loss."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_a_reader_behind_the_ring_reads_the_database_and_then_the_ring(pat
         assert bench.store.events.statistics().pages_read == 3
 
 
-async def test_a_frame_from_the_database_is_the_frame_that_was_told(path: Path) -> None:
+async def test_a_frame_from_the_database_is_the_frame_that_was_published(path: Path) -> None:
     async with running(path) as bench:
         await fill(bench, 3)
         told = await events_after(bench.store.events)
@@ -80,7 +80,7 @@ async def test_the_take_of_one_reader_is_bounded_in_bytes(path: Path) -> None:
 
 
 @pytest.mark.parametrize("after", ["nonsense", "", "abcd-1", "{epoch}-99", "{epoch}--1", "{epoch}-1e3"])
-async def test_an_id_that_was_never_given_out_is_a_gap_then_the_oldest(path: Path, after: str) -> None:
+async def test_an_unknown_id_is_a_gap_followed_by_the_oldest_event(path: Path, after: str) -> None:
     async with running(path) as bench:
         await fill(bench, 2)
         log = bench.store.events
@@ -109,7 +109,7 @@ async def test_the_newest_id_and_the_one_before_the_oldest_are_no_gap(path: Path
         assert log.gap(str(EventId(log.epoch, 0))) is None
 
 
-async def test_retention_by_count_keeps_the_newest_and_says_the_gap(path: Path) -> None:
+async def test_retention_by_count_keeps_the_newest_and_reports_the_gap(path: Path) -> None:
     retention = Retention(max_events=50)
     async with running(path, retention=retention) as bench:
         log = bench.store.events
@@ -146,7 +146,7 @@ async def test_retention_by_age_goes_on_in_the_sequence_even_when_all_are_old(pa
         assert [str(frame.event.id) for frame in await events_after(log)] == [f"{epoch}-5", f"{epoch}-6"]
 
 
-async def test_closing_the_log_ends_its_readers_after_what_is_left(path: Path) -> None:
+async def test_closing_the_log_ends_its_readers_after_the_rest(path: Path) -> None:
     async with running(path) as bench:
         async with bench.store.events.cursor("oldest") as cursor:
             await fill(bench, 1)
@@ -186,7 +186,7 @@ class HeldHost(ClockHost, LinuxThreads):
         return result
 
 
-async def test_an_event_that_is_committed_and_not_told_is_read_by_nobody(path: Path) -> None:
+async def test_an_event_that_is_committed_and_not_published_is_invisible(path: Path) -> None:
     host = HeldHost("write")
     async with running(path, store=small_ring(host, path)) as bench:
         await fill(bench, 30)
@@ -202,7 +202,7 @@ async def test_an_event_that_is_committed_and_not_told_is_read_by_nobody(path: P
             assert [frame.event.name for frame in await take(cursor)] == ["late"]
 
 
-async def test_a_reader_whom_retention_overtakes_in_this_moment_is_told_of_a_gap(path: Path) -> None:
+async def test_a_reader_that_retention_overtakes_gets_a_gap(path: Path) -> None:
     async with running(path, store=small_ring(ClockHost(), path)) as bench:
         await fill(bench, 400)
     host = HeldHost("trim")

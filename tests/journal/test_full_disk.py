@@ -1,4 +1,4 @@
-"""A journal without room takes no change, says so, and takes changes again by itself."""
+"""A journal without disk space refuses changes, reports why, and recovers by itself."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def until(store: Store, *, is_well: bool) -> None:
             await trio.sleep(0.01)
 
 
-async def test_trouble_shows_while_no_change_can_be_made_and_goes_by_itself(path: Path) -> None:
+async def test_trouble_shows_while_changes_are_refused_and_ends_by_itself(path: Path) -> None:
     host = SmallHost()
     async with running(path, host=host) as bench:
         await bench.create("one")
@@ -81,7 +81,7 @@ async def test_trouble_shows_while_no_change_can_be_made_and_goes_by_itself(path
         await bench.create("three")
 
 
-async def test_a_start_without_room_uses_what_is_kept_for_it_and_refuses_changes(
+async def test_a_start_without_space_uses_the_reserve_and_refuses_changes(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = SmallHost()
@@ -112,7 +112,7 @@ async def test_a_start_without_room_uses_what_is_kept_for_it_and_refuses_changes
         await bench.create("two")
 
 
-async def test_another_failure_of_the_disk_gives_nothing_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_another_failure_of_the_disk_keeps_the_reserve(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = SmallHost()
     async with running(path, host=host) as bench:
         await bench.create("one")

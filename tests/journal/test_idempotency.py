@@ -242,7 +242,7 @@ def on_disk(path: Path) -> int:
     return len(results_on_disk(path))
 
 
-async def test_an_older_database_learns_to_store_responses(path: Path) -> None:
+async def test_an_older_database_can_store_responses(path: Path) -> None:
     async with running(path) as bench:
         row = await bench.create("demo")
     connection = apsw.Connection(str(path))

@@ -1,4 +1,4 @@
-"""What was acknowledged survives `kill -9`, and no event is torn, missing or there twice."""
+"""Acknowledged changes survive `kill -9`, and no event is torn, missing or repeated."""
 
 from __future__ import annotations
 

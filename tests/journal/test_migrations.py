@@ -1,4 +1,4 @@
-"""A database of every earlier version is brought up to date when it is opened, whole or not at all; nothing is lost."""
+"""A database of every earlier version is migrated when it is opened, completely or not at all, without loss."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from volant.model import Manifest, NetworkView, PluginView, SnapshotView, Status
 
 AT = "2025-09-24T12:34:56Z"
 RELEASED = ["45f1bd27637d01f0", "9a3a0cf9f2ba6f85", "fa64548fe9252224", "6466402163b6e92d", "e3b0c44298fc1c14"]
-"""What was hashed of each migration when it was released."""
+"""The hash of each migration at its release."""
 
-# As the first version wrote them: what came later is not in them.
+# As the first version wrote them, without later members.
 ROW = {
     "id": 3, "name": "demo", "cpu_cores": 2, "memory_mb": 256, "plugin": "web", "runtime": "web",
     "manifest": {"name": "web", "version": "1"}, "labels": {"team": "a"}, "env": {"WORD": "x"},
@@ -95,7 +95,7 @@ def event(seq: int) -> dict[str, object]:
 
 
 def database_of(path: Path, version: int) -> None:
-    """A database as that version left it."""
+    """Creates a database of that version."""
     connection = apsw.Connection(str(path))
     connection.pragma("auto_vacuum", "incremental")
     connection.pragma("journal_mode", "wal")
@@ -130,7 +130,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("version", range(1, VERSION + 1))
-async def test_nothing_is_lost_on_the_way(path: Path, version: int) -> None:
+async def test_a_migration_loses_nothing(path: Path, version: int) -> None:
     database_of(path, version)
     host = ClockHost()
     async with running(path, host=host) as bench:
@@ -146,7 +146,7 @@ async def test_nothing_is_lost_on_the_way(path: Path, version: int) -> None:
             scope: bench.store.responses.find(IdempotencyKey(scope, b"request"), host.clock.now()) for scope in ANSWERS
         }
         assert results == (RESULTS if version >= 2 else dict.fromkeys(ANSWERS))
-        # And it works: what is new in this version, too. Ids go on above those that were ever given out.
+        # Ids continue above all that were given out.
         assert (await bench.create("next")).id == 10
         assert bench.store.events.newest.seq == 6
     connection = apsw.Connection(str(path))
@@ -176,7 +176,7 @@ async def test_a_migration_that_fails_leaves_the_database_as_it_was(
 
 
 def test_released_migrations_are_never_changed() -> None:
-    """A database of that version is out there: a change to it goes into a new entry."""
+    """Databases of released versions exist, so a change needs a new entry."""
     digests = [hash_of(migration) for migration in migrations.MIGRATIONS]
     assert digests[: len(RELEASED)] == RELEASED
 

@@ -1,4 +1,4 @@
-"""Leases in the transaction that makes the VM: different ones at once, given back with the row."""
+"""Leases are given in the transaction that creates the VM, and returned with its row."""
 
 # ruff: noqa: ASYNC240 - small files of the test's own
 
@@ -93,7 +93,7 @@ async def test_253_creates_at_once_have_253_addresses_and_the_254th_leaks_nothin
             await bench.create("one-more")
 
 
-async def test_a_lease_is_of_this_daemon_and_stays_what_it_is(path: Path) -> None:
+async def test_a_lease_belongs_to_this_daemon_and_never_changes(path: Path) -> None:
     async with running(path, networking=BRIDGED) as bench:
         await bench.create("other")
         row = await running_vm(bench, "demo")
@@ -114,7 +114,7 @@ async def test_without_a_network_there_is_no_lease(path: Path) -> None:
         assert (row.network, row.lease, view(row).ip_address, view(row).mac_address) == ("none", None, "", "")
 
 
-async def test_each_vm_with_a_network_of_its_own_has_the_same_address(path: Path) -> None:
+async def test_each_vm_with_a_user_network_has_the_same_address(path: Path) -> None:
     async with running(path, networking=TINY) as bench:
         rows = [await bench.create(f"vm-{number}", network="user") for number in range(6)]
         assert {row.ip_address for row in rows} == {"10.0.2.15"}
@@ -123,7 +123,7 @@ async def test_each_vm_with_a_network_of_its_own_has_the_same_address(path: Path
 
 
 @pytest.mark.parametrize("network", ["bridge", "user", "blue"])
-async def test_what_can_not_be_had_here_is_refused_with_the_reason(path: Path, network: str) -> None:
+async def test_a_network_that_the_host_can_not_have_is_refused_with_the_reason(path: Path, network: str) -> None:
     async with running(path, networking=BRIDGED) as bench:
         await bench.ask(AddNetwork(CreateNetwork(name="blue")))
     obstacles = {"bridge": "it needs root; run volantd as root", "user": "it needs root; run volantd as root"}
@@ -140,7 +140,7 @@ async def test_what_can_not_be_had_here_is_refused_with_the_reason(path: Path, n
 
 
 @pytest.mark.parametrize("network", ["user", None])
-async def test_a_network_round_the_daemons_protection_is_refused(path: Path, network: str | None) -> None:
+async def test_a_network_that_bypasses_access_control_is_refused(path: Path, network: str | None) -> None:
     default = NetworkChoice("user", "the daemon's setting `network`")
     async with running(path, networking=Networking(default=default, user_refused="set an API key")) as bench:
         with pytest.raises(Problem, match="set an API key") as refused:
@@ -149,7 +149,7 @@ async def test_a_network_round_the_daemons_protection_is_refused(path: Path, net
         await bench.create("demo", network="none")
 
 
-async def test_a_vm_says_whether_its_destinations_are_filtered_and_each_boot_says_it_anew(path: Path) -> None:
+async def test_each_boot_updates_whether_destinations_are_filtered(path: Path) -> None:
     said = "volantd does not run as root"
     async with running(path, networking=Networking(user_unfiltered=said)) as bench:
         row = await bench.create("demo", network="user")
@@ -163,7 +163,7 @@ async def test_a_vm_says_whether_its_destinations_are_filtered_and_each_boot_say
         assert view(row).network_reason == "asked for when it was created"
 
 
-async def test_a_port_of_the_host_is_published_once_also_at_once(path: Path) -> None:
+async def test_concurrent_requests_publish_a_port_once(path: Path) -> None:
     refused: list[Problem] = []
 
     async def create(bench: Bench, name: str, port: str) -> None:
@@ -207,7 +207,7 @@ async def test_copies_have_leases_of_their_own_and_no_ports(path: Path) -> None:
         assert (gone.value.status, gone.value.code) == (404, "network-not-found")
 
 
-async def test_a_fork_for_which_there_are_too_few_addresses_makes_no_copy(path: Path) -> None:
+async def test_a_fork_with_too_few_addresses_makes_no_copy(path: Path) -> None:
     async with running(path, networking=TINY) as bench:
         vm = await running_vm(bench, "demo")
         with pytest.raises(Problem) as full:
@@ -217,7 +217,7 @@ async def test_a_fork_for_which_there_are_too_few_addresses_makes_no_copy(path: 
         assert len(await bench.ask(ForkRow(vm.id, ForkVm(count=4), "fork-a"))) == 4
 
 
-async def test_a_named_network_is_kept_and_goes_when_nobody_is_in_it(path: Path) -> None:
+async def test_a_named_network_is_durable_and_removable_without_members(path: Path) -> None:
     async with running(path, networking=BRIDGED) as bench:
         blue = await bench.ask(AddNetwork(CreateNetwork(name="blue")))
         with pytest.raises(Problem) as twice:
@@ -243,7 +243,7 @@ async def test_a_named_network_is_kept_and_goes_when_nobody_is_in_it(path: Path)
         assert bench.store.projection.networks == {}
 
 
-async def test_a_network_can_not_go_while_somebody_joins_it(path: Path) -> None:
+async def test_a_network_that_a_vm_is_joining_can_not_be_removed(path: Path) -> None:
     """Whoever comes first in the transaction is right, and so is what the other one is told."""
     outcomes: list[str] = []
 
@@ -263,7 +263,7 @@ async def test_a_network_can_not_go_while_somebody_joins_it(path: Path) -> None:
         assert ("blue" in bench.store.projection.networks) == (len(bench.store.projection) == 1)
 
 
-async def test_what_another_daemon_has_leased_comes_back_under_the_names_of_this_one(path: Path, kept: Path) -> None:
+async def test_restored_leases_get_the_names_of_this_daemon(path: Path, kept: Path) -> None:
     async with keeping(path, networking=BRIDGED) as bench:
         await bench.ask(AddNetwork(CreateNetwork(name="blue")))
         row = await bench.create("demo", network="blue", ports=("8080:80",))
@@ -282,7 +282,7 @@ async def test_what_another_daemon_has_leased_comes_back_under_the_names_of_this
         assert (await bench.create("next")).ip_address == "192.168.127.3"
 
 
-async def test_no_guest_has_the_hosts_address_in_a_subnet_of_before(path: Path) -> None:
+async def test_no_guest_gets_the_host_address_of_a_former_subnet(path: Path) -> None:
     before = Networking(default=BRIDGE_BY_DEFAULT, subnet=IPv4Network("10.0.0.4/30"), instance=INSTANCE)
     async with running(path, networking=before) as bench:
         assert (await bench.create("old")).ip_address == "10.0.0.6"
@@ -294,7 +294,7 @@ async def test_no_guest_has_the_hosts_address_in_a_subnet_of_before(path: Path) 
             await bench.create("one-more")
 
 
-async def test_an_address_that_becomes_free_in_between_is_the_next_one(path: Path) -> None:
+async def test_the_lowest_free_address_is_given_next(path: Path) -> None:
     """Also in the middle of one transaction, in which others were given."""
     async with running(path, networking=BRIDGED) as bench:
         rows = [await bench.create(f"vm-{number}") for number in range(4)]

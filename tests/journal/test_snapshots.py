@@ -1,4 +1,4 @@
-"""Snapshots and forks in the journal: the row before any file, all copies or none, and one event that tells of them."""
+"""Snapshots and forks in the journal: the row before any file, all copies or none, and one event for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def snapshot_of(bench: Bench, row: VmRow, name: str = "warm") -> None:
     await bench.ask(FinishSnapshot(name, f"id-{name}", 12.5, 4096))
 
 
-async def test_a_snapshot_is_there_before_its_files_and_outlives_its_vm(path: Path) -> None:
+async def test_a_snapshot_has_a_row_before_its_files_and_outlives_its_vm(path: Path) -> None:
     host = ClockHost()
     async with running(path, host=host) as bench:
         row = await running_vm(bench, env={"WORD": "x"})
@@ -55,7 +55,7 @@ async def test_a_snapshot_is_there_before_its_files_and_outlives_its_vm(path: Pa
         assert gone.value.status == 404
 
 
-async def test_what_does_not_run_or_stand_can_not_be_copied(path: Path) -> None:
+async def test_only_running_and_paused_vms_can_be_copied(path: Path) -> None:
     async with running(path) as bench:
         row = await bench.create("demo")
         for message in (BeginSnapshot(row.id, TakeSnapshot(), "a"), ForkRow(row.id, ForkVm(), "fork-a")):
@@ -69,7 +69,7 @@ async def test_what_does_not_run_or_stand_can_not_be_copied(path: Path) -> None:
         assert (taken.value.status, taken.value.code) == (409, "snapshot-exists")
 
 
-async def test_copies_are_made_together_and_their_original_tells_of_them(path: Path) -> None:
+async def test_copies_are_created_together_with_an_event_of_their_original(path: Path) -> None:
     async with running(path) as bench:
         row = await running_vm(bench, labels={"team": "a"}, restart_policy="always", ttl="1h")
         await bench.create("demo-fork-2")
@@ -93,7 +93,7 @@ async def test_copies_are_made_together_and_their_original_tells_of_them(path: P
         assert bench.store.projection.by_id(row.id) == row
 
 
-async def test_a_vm_from_a_snapshot_has_what_it_had_and_says_so_once_it_runs(path: Path) -> None:
+async def test_a_vm_from_a_snapshot_has_its_members_and_an_event_once_it_runs(path: Path) -> None:
     async with running(path) as bench:
         row = await running_vm(bench, env={"WORD": "x"}, kernel_cmdline="quiet", labels={"team": "a"})
         await snapshot_of(bench, row)
@@ -130,7 +130,7 @@ async def test_a_vm_from_a_snapshot_has_what_it_had_and_says_so_once_it_runs(pat
         ({"name": "demo"}, 409, "name"),
     ],
 )
-async def test_what_does_not_fit_the_snapshot_is_refused_with_the_field(
+async def test_a_member_that_contradicts_the_snapshot_is_refused(
     path: Path, fields: dict[str, object], status: int, field: str
 ) -> None:
     async with running(path) as bench:
@@ -144,7 +144,7 @@ async def test_what_does_not_fit_the_snapshot_is_refused_with_the_field(
         assert len(bench.store.projection) == 1
 
 
-async def test_a_restore_keeps_the_snapshots_that_are_there(path: Path, tmp_path: Path) -> None:
+async def test_a_restore_keeps_present_snapshots(path: Path, tmp_path: Path) -> None:
     async with keeping(path) as bench:
         await bench.backup(tmp_path / "kept.db")
         row = await running_vm(bench)

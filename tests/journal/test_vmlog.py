@@ -1,4 +1,4 @@
-"""Every line is in a VM's log once, in order, until retention takes it; what is missing is said."""
+"""A VM's log has every line once and in order, until it expires. Gaps report missing lines."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_a_frame_is_what_the_contract_says(host: ClockHost, directory: Pat
     ]
 
 
-async def test_what_is_no_utf8_becomes_replacement_characters(host: ClockHost, directory: Path) -> None:
+async def test_bytes_that_are_no_utf8_become_replacement_characters(host: ClockHost, directory: Path) -> None:
     log = (await opened(host, directory)).open(1, "demo")
     Pump(host, log).bring(b"\xff\x00 caf\xc3\xa9 \xe2\x82")
     assert lines(await everything(log)) == ["\ufffd\x00 caf\xe9 \ufffd"]
@@ -130,7 +130,7 @@ async def test_a_part_that_the_pump_split_stays_marked(host: ClockHost, director
     assert [frame.get("partial") for frame in await everything(log)] == [True, None]
 
 
-async def test_numbers_go_on_over_boots_and_restarts_of_the_daemon(host: ClockHost, directory: Path) -> None:
+async def test_numbers_continue_over_boots_and_restarts_of_the_daemon(host: ClockHost, directory: Path) -> None:
     for boot in range(1, 4):
         log = (await opened(host, directory)).open(1, "demo")
         pump = Pump(host, log, source=f"1.{boot}/console")
@@ -142,7 +142,7 @@ async def test_numbers_go_on_over_boots_and_restarts_of_the_daemon(host: ClockHo
     assert len(files(directory)) == 1
 
 
-async def test_tail_since_and_stream_choose_where_to_begin(host: ClockHost, directory: Path) -> None:
+async def test_tail_since_and_stream_choose_the_first_line(host: ClockHost, directory: Path) -> None:
     log = (await opened(host, directory)).open(1, "demo")
     console, stdout = Pump(host, log), Pump(host, log, "1.1/x/stdout", "stdout")
     for number in range(10):
@@ -182,7 +182,7 @@ async def test_tail_and_since_reach_over_segments(host: ClockHost, directory: Pa
     assert log.tail_lines(100) == tuple(str(n) for n in range(400, 500))
 
 
-async def test_a_follower_reads_history_and_then_what_comes_each_line_once(host: ClockHost, directory: Path) -> None:
+async def test_a_follower_reads_history_and_new_lines_once(host: ClockHost, directory: Path) -> None:
     log = (await opened(host, directory, segment_bytes=4096, max_bytes=1024 * 1024)).open(1, "demo")
     pump = Pump(host, log)
     pump.numbers(*range(200))
@@ -203,7 +203,7 @@ async def test_a_follower_reads_history_and_then_what_comes_each_line_once(host:
     assert lines(got) == [str(n) for n in range(50, 500)]
 
 
-async def test_a_filtered_follower_sees_its_stream_alone(host: ClockHost, directory: Path) -> None:
+async def test_a_filtered_follower_gets_only_its_stream(host: ClockHost, directory: Path) -> None:
     log = (await opened(host, directory)).open(1, "demo")
     console, stdout = Pump(host, log), Pump(host, log, "1.1/x/stdout", "stdout")
     async with log.cursor(tail=0, streams=["stdout"]) as cursor, trio.open_nursery() as nursery:
@@ -219,7 +219,7 @@ def ring_frames(log: VmLog) -> list[bytes]:
     return [] if log._ring is None else list(log._ring._frames.values())
 
 
-async def test_a_log_that_nobody_reads_holds_no_line_in_memory(host: ClockHost, directory: Path) -> None:
+async def test_a_log_without_readers_has_no_line_in_memory(host: ClockHost, directory: Path) -> None:
     log = (await opened(host, directory)).open(1, "demo")
     pump = Pump(host, log)
     async with log.cursor():
@@ -230,7 +230,7 @@ async def test_a_log_that_nobody_reads_holds_no_line_in_memory(host: ClockHost, 
     assert lines(await everything(log)) == ["1", "2"]
 
 
-async def test_a_reader_behind_retention_is_told_the_gap(host: ClockHost, directory: Path) -> None:
+async def test_a_reader_behind_retention_gets_a_gap(host: ClockHost, directory: Path) -> None:
     logs = await opened(host, directory, **SMALL)
     log = logs.open(1, "demo")
     pump = Pump(host, log)
@@ -252,7 +252,7 @@ async def test_a_reader_behind_retention_is_told_the_gap(host: ClockHost, direct
     assert "gap" not in (await everything(log))[0]
 
 
-async def test_old_lines_go_by_age_and_numbers_go_on(host: ClockHost, directory: Path) -> None:
+async def test_old_lines_expire_and_numbers_continue(host: ClockHost, directory: Path) -> None:
     logs = await opened(host, directory)
     log = logs.open(1, "demo")
     pump = Pump(host, log)
@@ -275,7 +275,7 @@ async def test_old_lines_go_by_age_and_numbers_go_on(host: ClockHost, directory:
 # Resuming
 
 
-async def test_each_source_goes_on_where_it_was_however_long_it_was_silent(host: ClockHost, directory: Path) -> None:
+async def test_a_source_continues_however_long_it_was_silent(host: ClockHost, directory: Path) -> None:
     log = (await opened(host, directory, **SMALL)).open(1, "demo")
     quiet = Pump(host, log, "1.1/with a space\n/stdout", "stdout")
     quiet.bring(b"once")
@@ -288,7 +288,7 @@ async def test_each_source_goes_on_where_it_was_however_long_it_was_silent(host:
     assert log.resume_position("1.2/console") == 0
 
 
-async def test_a_guest_that_invents_sources_makes_nothing_grow(host: ClockHost, directory: Path) -> None:
+async def test_invented_sources_are_limited(host: ClockHost, directory: Path) -> None:
     log = (await opened(host, directory)).open(1, "demo")
     for number in range(1000):
         Pump(host, log, f"1.1/{number}" + "x" * 1000).bring(b"line")
@@ -298,9 +298,7 @@ async def test_a_guest_that_invents_sources_makes_nothing_grow(host: ClockHost, 
 
 
 @pytest.mark.parametrize("cut", [1, 20, 150, 70_000])
-async def test_a_torn_end_is_repaired_and_its_source_brings_it_again(
-    host: ClockHost, directory: Path, cut: int
-) -> None:
+async def test_a_source_repeats_the_lines_of_a_torn_end(host: ClockHost, directory: Path, cut: int) -> None:
     log = (await opened(host, directory)).open(1, "demo")
     said = [b"%d" % number for number in range(50)] + [b"long " * 30_000]
     Pump(host, log).bring(*said)
@@ -324,7 +322,7 @@ async def test_a_torn_end_is_repaired_and_its_source_brings_it_again(
     assert log.resume_position(SOURCE) == position
 
 
-async def test_a_segment_torn_at_its_very_beginning_is_made_anew(host: ClockHost, directory: Path) -> None:
+async def test_a_segment_with_a_torn_beginning_is_replaced(host: ClockHost, directory: Path) -> None:
     log = (await opened(host, directory)).open(1, "demo")
     Pump(host, log).numbers(1, 2)
     for torn in (b"", b'# {"seq":3,"na'):
@@ -339,7 +337,7 @@ async def test_a_segment_torn_at_its_very_beginning_is_made_anew(host: ClockHost
     assert lines(await everything(log)) == ["1", "2", "3"]
 
 
-async def test_zeros_left_by_a_power_cut_are_a_gap_or_an_end_and_no_crash(host: ClockHost, directory: Path) -> None:
+async def test_zeros_after_a_power_cut_are_a_gap_or_an_end(host: ClockHost, directory: Path) -> None:
     log = (await opened(host, directory)).open(1, "demo")
     Pump(host, log).numbers(*range(100))
     file = newest_file(directory)
@@ -352,7 +350,7 @@ async def test_zeros_left_by_a_power_cut_are_a_gap_or_an_end_and_no_crash(host: 
     assert [frame["seq"] for frame in frames] == list(range(1, len(frames) + 1))
 
 
-async def test_a_full_disk_loses_lines_says_so_and_never_fails(
+async def test_a_full_disk_loses_lines_and_reports_it(
     host: ClockHost, directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = (await opened(host, directory)).open(1, "demo")
@@ -386,7 +384,7 @@ async def test_a_full_disk_loses_lines_says_so_and_never_fails(
 # The end of a VM
 
 
-async def test_the_log_of_a_deleted_vm_ends_is_kept_and_goes_in_its_time(host: ClockHost, directory: Path) -> None:
+async def test_the_log_of_a_deleted_vm_ends_and_expires(host: ClockHost, directory: Path) -> None:
     logs = await opened(host, directory)
     log = logs.open(1, "demo")
     pump = Pump(host, log)
@@ -420,7 +418,7 @@ async def rest_of_now(cursor: LogCursor) -> list[bytes]:
     return taken
 
 
-async def test_logs_of_vms_that_nobody_knows_are_forgotten(host: ClockHost, directory: Path) -> None:
+async def test_logs_of_unknown_vms_are_forgotten(host: ClockHost, directory: Path) -> None:
     logs = await opened(host, directory)
     for vm_id in (1, 2):
         Pump(host, logs.open(vm_id, f"vm-{vm_id}")).numbers(vm_id)
@@ -433,7 +431,7 @@ async def test_logs_of_vms_that_nobody_knows_are_forgotten(host: ClockHost, dire
     assert logs.find(3) is None
 
 
-async def test_the_keeper_removes_what_floods_leave_behind(host: ClockHost, directory: Path) -> None:
+async def test_keep_removes_the_segments_of_floods(host: ClockHost, directory: Path) -> None:
     logs = VmLogs(host, directory, segment_bytes=16 * 1024, max_bytes=64 * 1024)
     async with trio.open_nursery() as nursery:
         await nursery.start(logs.keep)

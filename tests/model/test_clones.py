@@ -1,4 +1,4 @@
-"""A boot that goes on from a template: one that fails becomes a cold one, once, and says so."""
+"""Boots that clone a template: one that fails becomes a cold boot, once, with the reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def cloning(*seen: Seen, **fields: object) -> VmRow:
     return see(create(**fields), Woke(None), CLONE, *seen)
 
 
-def test_a_vm_says_what_its_newest_boot_was() -> None:
+def test_a_view_has_the_kind_of_the_last_boot() -> None:
     assert view(create()).booted_from is None
     clone = view(cloning(LAUNCHED, AgentAnswered()))
     assert (clone.status, clone.booted_from, clone.boot) == (Status.RUNNING, "template", "auto")
@@ -49,7 +49,7 @@ def test_a_vm_says_what_its_newest_boot_was() -> None:
 
 @pytest.mark.parametrize("so_far", [(), (LAUNCHED,)])
 @pytest.mark.parametrize("trouble", [StepFailed(WHY), Ended(EndKind.KILLED, WHY)])
-def test_a_clone_that_fails_is_cleared_away_and_boots_cold(so_far: tuple[Seen, ...], trouble: Seen) -> None:
+def test_a_cold_boot_follows_a_failed_clone(so_far: tuple[Seen, ...], trouble: Seen) -> None:
     row = see(cloning(*so_far), trouble)
     assert (row.status, effect_of(row)) == (Status.STARTING, Kill("volant-tag"))
     # The end of the process that is being killed is no news.
@@ -66,12 +66,12 @@ def test_a_clone_that_fails_is_cleared_away_and_boots_cold(so_far: tuple[Seen, .
     assert again.fallback is None, "it is about one boot"
 
 
-def test_a_cold_boot_that_follows_is_the_last_try() -> None:
+def test_a_failed_cold_boot_after_a_clone_is_a_crash() -> None:
     row = see(cloning(), StepFailed(WHY), Cleared(), ImageReady("digest", "volant-tag"), StepFailed(WHY))
     assert row.status is Status.CRASHED
 
 
-def test_who_wants_a_clone_gets_no_cold_boot() -> None:
+def test_boot_template_excludes_a_cold_boot() -> None:
     row = see(cloning(boot="template"), StepFailed(WHY))
     assert (row.status, row.reason) == (Status.CRASHED, WHY)
 
@@ -88,7 +88,7 @@ def test_a_clone_that_is_not_killed_is_killed_again() -> None:
     st.lists(st.one_of(ANYTHING, st.none(), st.just(CLONE), st.just(LAUNCHED)), max_size=25),
     st.sampled_from(["auto", "cold", "template"]),
 )
-def test_anything_in_any_order_leaves_no_clone_behind(chain: list[Seen | None], boot: str) -> None:
+def test_any_input_in_any_order_leaves_no_clone(chain: list[Seen | None], boot: str) -> None:
     row: VmRow | None = create(boot=boot)
     for seen in chain:
         assert row is not None

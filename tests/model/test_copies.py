@@ -1,4 +1,4 @@
-"""A copy of another guest goes on from there in its first boot, or not at all; later boots are ordinary ones."""
+"""A copy continues from a checkpoint in its first boot, or fails. Later boots are ordinary."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def copy(*seen: Seen, **fields: object) -> VmRow:
     return see(row, Woke(None), *seen)
 
 
-def test_it_shows_whose_copy_it_is_and_waits_for_nothing_once_it_runs() -> None:
+def test_a_copy_has_an_origin_and_needs_no_checkpoint_once_it_runs() -> None:
     row = copy(READY, LAUNCHED)
     assert waits_for(row, "fork-a")
     row = see(row, AgentAnswered())
@@ -59,9 +59,7 @@ def test_it_shows_whose_copy_it_is_and_waits_for_nothing_once_it_runs() -> None:
 @pytest.mark.parametrize("so_far", [(), (READY,), (READY, LAUNCHED)])
 @pytest.mark.parametrize("trouble", [StepFailed(WHY), Ended(EndKind.KILLED, WHY)])
 @pytest.mark.parametrize("policy", ["never", "on-failure", "always"])
-def test_one_that_fails_is_crashed_and_nothing_else_is_booted_in_its_place(
-    so_far: tuple[Seen, ...], trouble: Seen, policy: str
-) -> None:
+def test_a_failed_copy_has_crashed_and_does_not_boot_cold(so_far: tuple[Seen, ...], trouble: Seen, policy: str) -> None:
     row = see(copy(*so_far, restart_policy=policy), trouble, Cleared())
     assert (row.status, row.reason, row.fallback) == (Status.CRASHED, WHY, None)
     assert (effect_of(row), settled(row)) == (None, True)
@@ -70,7 +68,7 @@ def test_one_that_fails_is_crashed_and_nothing_else_is_booted_in_its_place(
     assert (row.status, row.checkpoint) == (Status.STARTING, "fork-a")
 
 
-def test_what_is_on_its_way_can_not_be_copied() -> None:
+def test_a_vm_between_two_states_can_not_be_copied() -> None:
     running = see(create(), Woke(None), ImageReady("digest", "volant-tag"), LAUNCHED, AgentAnswered())
     check_copyable(running)
     for command in (Command.STOP, Command.RESTART, Command.PAUSE, Command.DELETE):
@@ -79,7 +77,7 @@ def test_what_is_on_its_way_can_not_be_copied() -> None:
         assert (refused.value.status, refused.value.code) == (409, "vm-not-running")
 
 
-def test_names_are_the_next_ones_that_are_free_and_never_too_long() -> None:
+def test_names_of_forks_are_free_and_never_too_long() -> None:
     taken = frozenset({"a-fork-1", "a-fork-3"})
     assert fork_names(ForkVm(count=3), "a", taken) == ("a-fork-2", "a-fork-4", "a-fork-5")
     (name,) = fork_names(ForkVm(), "x" * 63, frozenset())

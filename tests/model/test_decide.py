@@ -162,7 +162,7 @@ def test_a_guest_that_ignores_the_request_is_killed_after_the_grace() -> None:
     "so_far",
     [(), (ImageReady("d", "volant-tag"),), (ImageReady("d", "volant-tag"), Launched(PROCESS, "qemu", "tcg"))],
 )
-def test_a_command_is_heard_at_every_step_of_a_boot(command: Command, so_far: tuple[Seen, ...]) -> None:
+def test_a_command_works_at_every_step_of_a_boot(command: Command, so_far: tuple[Seen, ...]) -> None:
     row = see(create(), Woke(None), *so_far)
     expected = ["stopping", "stopped"] if command is Command.STOP else ["deleting", "gone"]
     if command is Command.STOP or so_far:
@@ -180,7 +180,7 @@ def test_start_while_stopping_starts_after_the_stop() -> None:
     ]  # fmt: skip
 
 
-def test_stop_takes_a_start_back_while_stopping() -> None:
+def test_stop_undoes_a_start_while_stopping() -> None:
     requests = [CommandRequest(command) for command in (Command.STOP, Command.START, Command.STOP)]
     assert statuses(running(), *requests) == ["stopping", "stopped"]
 
@@ -231,7 +231,7 @@ def test_a_guest_that_powers_itself_off_is_stopped() -> None:
     assert see(stopped, CommandRequest(Command.START)).reason is None
 
 
-def test_trouble_on_the_way_to_a_stop_is_over_with_it() -> None:
+def test_a_stop_clears_the_reason_of_a_failed_step() -> None:
     row = see(running(), Ended(EndKind.SHUTDOWN, WHY), StepFailed(Reason("unkillable", "it does not end")), Cleared())
     assert (row.status, row.reason) == (Status.STOPPED, None)
 
@@ -246,7 +246,7 @@ def test_a_failed_image_is_a_crash_without_a_process() -> None:
     assert effect_of(row) is None, "it must not be tried for ever"
 
 
-def test_delete_is_joined_by_a_second_delete() -> None:
+def test_a_second_delete_joins_the_first() -> None:
     row = see(running(), CommandRequest(Command.DELETE))
     assert decide(row, CommandRequest(Command.DELETE), NOW) == ()
 
@@ -264,11 +264,11 @@ def test_recover_without_lost_control_is_a_conflict() -> None:
     assert caught.value.status == 409
 
 
-def test_a_new_incarnation_that_finds_the_process_changes_nothing() -> None:
+def test_an_actor_that_finds_the_process_changes_nothing() -> None:
     assert decide(running(), Woke(PROCESS), NOW) == ()
 
 
-def test_a_new_incarnation_that_finds_nothing_says_crashed() -> None:
+def test_an_actor_that_finds_no_process_reports_a_crash() -> None:
     row = see(running(), Woke(None))
     assert row.status is Status.CRASHED
     assert row.reason is not None
@@ -299,7 +299,7 @@ def test_on_failure_leaves_a_clean_shutdown_alone_and_always_does_not() -> None:
     ]  # fmt: skip
 
 
-def test_a_command_takes_an_automatic_restart_back() -> None:
+def test_a_command_undoes_an_automatic_restart() -> None:
     row = see(running(restart_policy="always"), Ended(EndKind.PANICKED, WHY), Cleared())
     assert isinstance(effect_of(row), RestartLater)
     row = see(row, CommandRequest(Command.STOP))
@@ -322,7 +322,7 @@ def test_pause_and_resume_keep_the_process() -> None:
     assert decide(running(), CommandRequest(Command.RESUME), NOW) == ()
 
 
-def test_start_of_a_paused_vm_lets_it_go_on() -> None:
+def test_start_of_a_paused_vm_resumes_it() -> None:
     assert statuses(paused(), CommandRequest(Command.START)) == ["paused", "running"]
 
 
@@ -335,7 +335,7 @@ def test_a_boot_that_should_end_paused_runs_first() -> None:
 
 
 @pytest.mark.parametrize("command", [Command.PAUSE, Command.RESUME])
-def test_what_has_no_guest_can_be_neither_paused_nor_resumed(command: Command) -> None:
+def test_a_vm_without_a_guest_can_be_neither_paused_nor_resumed(command: Command) -> None:
     stopping = see(running(), CommandRequest(Command.STOP))
     stopped = settle(stopping)
     crashed = settle(see(running(), Ended(EndKind.KILLED, WHY)))
@@ -347,7 +347,7 @@ def test_what_has_no_guest_can_be_neither_paused_nor_resumed(command: Command) -
         assert caught.value.hint
 
 
-def test_who_takes_a_pause_or_a_resume_back_is_sure_of_it() -> None:
+def test_undoing_a_pause_or_a_resume_runs_the_opposite_step() -> None:
     # The step that was cancelled may have had its effect already.
     back = see(running(), CommandRequest(Command.PAUSE), CommandRequest(Command.RESUME))
     assert isinstance(effect_of(back), Resume)
@@ -357,7 +357,7 @@ def test_who_takes_a_pause_or_a_resume_back_is_sure_of_it() -> None:
     assert statuses(again) == ["paused"]
 
 
-def test_a_pause_that_fails_is_taken_back_and_says_why() -> None:
+def test_a_failed_pause_is_undone_with_a_reason() -> None:
     row = see(running(), CommandRequest(Command.PAUSE), StepFailed(Reason("pause_failed", "QEMU does not answer")))
     assert isinstance(effect_of(row), Resume)
     done = settle(row)
@@ -368,7 +368,7 @@ def test_a_pause_that_fails_is_taken_back_and_says_why() -> None:
     assert see(done, CommandRequest(Command.PAUSE), Paused()).reason is None
 
 
-def test_a_resume_that_fails_is_tried_on_and_can_be_stopped() -> None:
+def test_a_failed_resume_is_retried_and_can_be_stopped() -> None:
     row = see(paused(), CommandRequest(Command.RESUME), StepFailed(Reason("resume_failed", "QEMU does not answer")))
     assert (row.status, effect_of(row)) == (Status.PAUSED, Resume("volant-tag"))
     assert row.reason is not None
@@ -376,7 +376,7 @@ def test_a_resume_that_fails_is_tried_on_and_can_be_stopped() -> None:
     assert statuses(row, CommandRequest(Command.STOP)) == ["stopping", "stopped"]
 
 
-def test_a_clock_that_was_not_set_is_told() -> None:
+def test_a_clock_that_was_not_set_is_the_reason() -> None:
     why = Reason("clock_not_set", "the agent does not answer")
     assert see(paused(), CommandRequest(Command.RESUME), Resumed(why)).reason == why
 
@@ -392,7 +392,7 @@ def test_restart_of_a_paused_vm_runs() -> None:
     assert statuses(paused(), CommandRequest(Command.RESTART)) == ["stopping", "stopped", "starting", "running"]
 
 
-def test_what_boots_again_by_itself_ends_paused_as_it_should() -> None:
+def test_an_automatic_boot_of_a_paused_vm_ends_paused() -> None:
     again = ["stopping", "stopped", "starting", "running", "paused"]
     assert statuses(paused(), Woke(None, rebooted=True)) == again
     assert statuses(paused(), CommandRequest(Command.RESTART, aside=True)) == again
@@ -406,7 +406,7 @@ def test_a_paused_vm_whose_process_dies_has_crashed() -> None:
     assert statuses(paused(), Woke(None)) == ["crashed"]
 
 
-def test_an_incarnation_that_begins_in_a_pause_or_a_resume_goes_on_with_it() -> None:
+def test_an_actor_that_starts_in_a_pause_or_a_resume_continues_it() -> None:
     for row in (see(running(), CommandRequest(Command.PAUSE)), see(paused(), CommandRequest(Command.RESUME)), paused()):
         assert decide(row, Woke(PROCESS), NOW) == ()
         assert statuses(row, Woke(None)) == ["crashed"]
@@ -439,7 +439,7 @@ def due(row: VmRow) -> None:
     assert (released.status, released.phase) == (Status.STARTING, Phase.IMAGE)
 
 
-def test_no_boot_begins_while_the_daemon_drains_and_each_that_is_due_then_does() -> None:
+def test_boots_wait_while_the_daemon_drains() -> None:
     made = see(create(), Woke(None), held=True)
     assert made.status is Status.PENDING
     due(made)
@@ -458,7 +458,7 @@ def test_no_boot_begins_while_the_daemon_drains_and_each_that_is_due_then_does()
     due(crashed)
 
 
-def test_one_that_waits_for_the_daemon_can_be_stopped_and_deleted() -> None:
+def test_a_vm_that_waits_for_the_end_of_a_drain_can_be_stopped_and_deleted() -> None:
     aside = see(running(), CommandRequest(Command.RESTART), Ended(EndKind.SHUTDOWN, WHY), Cleared(), held=True)
     stopped = see(aside, CommandRequest(Command.STOP), held=True)
     assert (stopped.status, stopped.desired, effect_of(stopped)) == (Status.STOPPED, Desired.STOPPED, None)
@@ -472,7 +472,7 @@ def test_one_that_waits_for_the_daemon_can_be_stopped_and_deleted() -> None:
     st.lists(st.tuples(st.one_of(ANYTHING, st.none()), st.booleans()), max_size=25),
     st.sampled_from(["never", "on-failure", "always"]),
 )
-def test_anything_in_any_order_keeps_to_the_transitions_and_can_still_be_deleted(
+def test_any_input_in_any_order_keeps_to_the_transitions_and_allows_a_delete(
     chain: list[tuple[Seen | None, bool]], policy: str
 ) -> None:
     """None in the chain stands for: the step under way goes well; true for: the daemon drains."""
@@ -505,7 +505,7 @@ def test_anything_in_any_order_keeps_to_the_transitions_and_can_still_be_deleted
     assert settle(row) is None
 
 
-def test_settled_means_that_no_status_follows_by_itself() -> None:
+def test_settled_means_that_the_status_stays() -> None:
     crashed = see(running(), Ended(EndKind.KILLED, WHY))
     assert settled(crashed), "clearing up changes no status"
     assert not settled(see(crashed, CommandRequest(Command.START)))

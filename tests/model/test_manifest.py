@@ -1,4 +1,4 @@
-"""A manifest is taken whole and well, or refused with the name of the field at fault."""
+"""A manifest is accepted completely, or refused with the name of the wrong field."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ GOOD: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("members", GOOD, ids=str)
-def test_good_ones_are_taken_by_the_code_and_by_the_schema(members: dict[str, Any]) -> None:
+def test_good_manifests_pass_the_code_and_the_schema(members: dict[str, Any]) -> None:
     take(**members)
     assert by_schema(**members)
 
@@ -147,7 +147,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("field", "members"), BAD, ids=lambda value: str(value)[:60])
-def test_bad_ones_are_refused_with_the_field_at_fault(field: str, members: dict[str, Any]) -> None:
+def test_bad_manifests_are_refused_with_the_field(field: str, members: dict[str, Any]) -> None:
     with pytest.raises(Problem) as caught:
         take(**members)
     assert (caught.value.status, caught.value.field) == (400, field)
@@ -170,17 +170,17 @@ def test_the_schema_refuses_what_the_code_refuses(field: str, members: dict[str,
     assert not by_schema(**members)
 
 
-def test_a_user_in_a_url_is_not_told_again() -> None:
+def test_an_error_does_not_repeat_the_user_in_a_url() -> None:
     with pytest.raises(Problem) as caught:
         take(**rootfs("https://user:secret@host/x"))
     assert "secret" not in caught.value.detail
 
 
-def test_the_built_in_one_is_good() -> None:
+def test_the_built_in_manifest_is_good() -> None:
     check_manifest(BASE)
 
 
-def test_the_kept_schema_takes_and_refuses_by_itself() -> None:
+def test_the_published_schema_accepts_and_refuses_by_itself() -> None:
     kept = json.loads((Path(__file__).resolve().parents[2] / "docs/reference/manifest.schema.json").read_text())
     Draft202012Validator.check_schema(kept)
     for members in GOOD:

@@ -1,4 +1,4 @@
-"""Leases, names of taps and published ports: what follows from a row, and who can't have what."""
+"""Leases, names of taps and published ports, and the errors for them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def lease(subnet: str, *taken: str, vm_id: int = 1) -> Lease:
     return allocate(IPv4Network(subnet), set(taken), instance=ONE, vm_id=vm_id)
 
 
-def test_the_lowest_address_that_nobody_has_is_leased() -> None:
+def test_the_lowest_free_address_is_leased() -> None:
     assert lease("192.168.127.0/24").address == "192.168.127.2"
     assert lease("192.168.127.0/24", "192.168.127.2", "192.168.127.4").address == "192.168.127.3"
     given = lease("10.1.0.0/16")
@@ -54,7 +54,7 @@ def test_the_lowest_address_that_nobody_has_is_leased() -> None:
     order=st.lists(st.booleans(), max_size=150),
     data=st.data(),
 )
-def test_nobody_shares_an_address_and_a_full_subnet_says_so(
+def test_addresses_are_unique_and_a_full_subnet_is_an_error(
     prefix: int, network: int, order: list[bool], data: st.DataObject
 ) -> None:
     subnet = IPv4Network((int(IPv4Address("10.0.0.0")) + network, prefix), strict=False)
@@ -77,7 +77,7 @@ def test_nobody_shares_an_address_and_a_full_subnet_says_so(
 
 
 @given(instance=instances, vm_id=ids)
-def test_the_name_of_a_tap_fits_and_tells_whose_it_is(instance: str, vm_id: int) -> None:
+def test_the_name_of_a_tap_fits_and_names_its_daemon(instance: str, vm_id: int) -> None:
     name = tap_of(instance, vm_id)
     assert len(name) == 15
     assert name.isalnum()
@@ -86,7 +86,7 @@ def test_the_name_of_a_tap_fits_and_tells_whose_it_is(instance: str, vm_id: int)
 
 
 @given(first=instances, second=instances, one=st.integers(1, 36**6), another=st.integers(1, 36**6))
-def test_no_two_taps_have_one_name(first: str, second: str, one: int, another: int) -> None:
+def test_names_of_taps_are_unique(first: str, second: str, one: int, another: int) -> None:
     assert (tap_of(first, one) == tap_of(second, another)) == ((first, one % 36**6) == (second, another % 36**6))
 
 
@@ -97,7 +97,7 @@ def test_a_mac_is_local_unicast_and_of_one_vm(instance: str, one: int, apart: in
     assert mac_of(instance, one) != mac_of(instance, one + apart)
 
 
-def test_a_lease_that_moves_to_another_daemon_keeps_its_address_alone() -> None:
+def test_a_lease_that_moves_to_another_daemon_keeps_only_its_address() -> None:
     before = lease("10.0.0.0/24", vm_id=7)
     after = moved(before, OTHER, 7)
     assert (after.address, after.gateway) == (before.address, before.gateway)
@@ -113,7 +113,7 @@ def test_a_lease_that_moves_to_another_daemon_keeps_its_address_alone() -> None:
         ("10.0.0.7:65535:1/tcp", PublishedPort(host="10.0.0.7", host_port=65535, guest_port=1)),
     ],
 )
-def test_a_port_is_read_as_it_is_meant_and_shown_so_that_it_can_be_read(text: str, port: PublishedPort) -> None:
+def test_the_text_of_a_port_can_be_parsed_again(text: str, port: PublishedPort) -> None:
     assert parse_port(text) == port
     assert parse_port(str(port)) == port
 
@@ -124,7 +124,7 @@ def test_a_port_is_read_as_it_is_meant_and_shown_so_that_it_can_be_read(text: st
      "256.1.1.1:80:80", "224.0.0.1:80:80", "::1:80:80", "[::1]:80:80", " 80:80", "80:80\n", "-1:80",
      "٨٠:80", "1:2:3:4"],
 )  # fmt: skip
-def test_what_is_no_port_is_a_400_that_shows_it(text: str) -> None:
+def test_a_malformed_port_is_a_400_that_shows_it(text: str) -> None:
     with pytest.raises(Problem) as refused:
         parse_port(text)
     assert (refused.value.status, refused.value.field) == (400, "ports")
@@ -166,7 +166,7 @@ def test_a_vm_publishes_a_bounded_number_of_ports() -> None:
     "text", ["", "10.0.0.1/24", "10.0.0.0/31", "10.0.0.0/7", "10.0.0.0/33", "fd00::/64", "8.8.8.0/24", "127.0.0.0/24",
              "169.254.0.0/16", "224.0.0.0/24", "blue"],
 )  # fmt: skip
-def test_a_subnet_that_guests_can_not_have_is_refused_with_the_text(text: str) -> None:
+def test_an_unsuitable_subnet_is_refused_with_its_text(text: str) -> None:
     with pytest.raises(ValueError, match=r"subnet"):
         parse_subnet(text)
 
@@ -178,12 +178,12 @@ def test_a_subnet_of_thirty_bits_carries_one_guest() -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "bridge", "user"])
-def test_a_network_is_not_named_as_a_kind_is(name: str) -> None:
+def test_a_network_can_not_have_the_name_of_a_kind(name: str) -> None:
     with pytest.raises(Problem, match="kind of network"):
         new_network(CreateNetwork(name=name), now=NOW)
 
 
-def test_a_vm_says_which_network_it_has_and_why() -> None:
+def test_a_row_has_its_network_and_the_reason() -> None:
     def made(**fields: object) -> tuple[str, str]:
         request = CreateVm(name="demo", cpu_cores=1, memory_mb=128, **fields)  # type: ignore[arg-type] # by the test
         networking = Networking(default=NetworkChoice("bridge", "the daemon's setting `network`"))
@@ -208,13 +208,13 @@ def test_a_vm_says_which_network_it_has_and_why() -> None:
         ("bridge", {"bridge": "it needs root"}, ("bridge", "the daemon's setting `network`")),
     ],
 )
-def test_a_vm_that_names_no_network_has_the_best_that_can_be_had(
+def test_the_default_network_is_the_best_of_the_host(
     setting: str, obstacles: dict[str, str], found: tuple[str, str]
 ) -> None:
     assert default_network(setting, obstacles)[:2] == found
 
 
-def test_only_a_daemon_of_root_warns_of_a_network_that_is_no_bridge() -> None:
+def test_only_a_root_daemon_warns_of_a_network_without_a_bridge() -> None:
     obstacles = {"bridge": "another daemon has the subnet"}
     assert default_network("auto", obstacles, is_root=True).fallback
     assert not default_network("auto", obstacles).fallback

@@ -74,7 +74,7 @@ def test_half_a_day_of_standing_still_is_no_reason_for_anything(tmp_path: Path) 
     live(tmp_path, story)
 
 
-def test_a_pause_that_fails_is_taken_back_and_says_why(tmp_path: Path) -> None:
+def test_a_failed_pause_is_undone_with_a_reason(tmp_path: Path) -> None:
     async def story(sim: Simulation, world: World) -> None:
         vm = await post(world, "pause")
         assert (vm["status"], vm["desired"]) == ("running", "paused")
@@ -91,7 +91,7 @@ def test_a_pause_that_fails_is_taken_back_and_says_why(tmp_path: Path) -> None:
     live(tmp_path, story, qemu__refuses_stop=1.0)
 
 
-def test_a_resume_that_fails_is_tried_on_and_can_be_stopped(tmp_path: Path) -> None:
+def test_a_failed_resume_is_retried_and_can_be_stopped(tmp_path: Path) -> None:
     async def story(sim: Simulation, world: World) -> None:
         await post(world, "pause?wait=paused")
         await post(world, "resume")

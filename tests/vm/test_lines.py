@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from volant.vm._lines import MAX_LINE_BYTES, Line, LineSplitter
+from volant.journal import MAX_LINE_BYTES
+from volant.vm._lines import Line, LineSplitter
 
 
 def test_lf_and_crlf_end_lines_and_the_rest_waits() -> None:

@@ -24,7 +24,7 @@ from ._results import (
     VmForked,
 )
 from ._store import Retention, Store
-from ._vmlog import LogEntry, LogStatistics, LogStream, VmLog
+from ._vmlog import MAX_LINE_BYTES, LogEntry, LogStatistics, LogStream, VmLog
 from ._vmlogs import VmLogs
 from .messages import (
     AddNetwork,
@@ -47,6 +47,7 @@ from .messages import (
 )
 
 __all__ = [
+    "MAX_LINE_BYTES",
     "MAX_UPLOAD_BYTES",
     "AddNetwork",
     "AdoptRow",

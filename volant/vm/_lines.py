@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from volant.journal import MAX_LINE_BYTES
 from volant.model import utf8_boundary
-
-MAX_LINE_BYTES = 64 * 1024
-"""Longer lines are split (contract: Logs)."""
-
 
 PIECE_BYTES = 64 * 1024
 _PIECE_LINES = 2000
