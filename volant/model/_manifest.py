@@ -1,4 +1,4 @@
-"""Plugin manifests: what a kind of VM is made of and what runs in it."""
+"""Plugin manifests: how a kind of VM boots and what runs in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._problem import invalid
 from ._text import Labels, Name, Plain, check_labels, check_name, check_plain
 
 MAX_MANIFEST_BYTES = 256 * 1024
-"""As JSON. Every VM of the plugin keeps a copy in its row."""
+"""As JSON. The row of each VM of the plugin has a copy."""
 MAX_ACTIONS = 128
 MAX_DEPTH = 64
 """Of objects and lists within each other, where what they hold is free."""
@@ -52,23 +52,23 @@ Env = Annotated[
 """An environment."""
 
 DEVTOOLS_PORT = 9222
-"""Where browsers listen for DevTools clients unless they are told otherwise."""
+"""The default port of browsers for DevTools clients."""
 
 
 class HealthCheck(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """How the agent finds out whether the workload is well: an HTTP path, or a command that exits 0."""
+    """How the agent checks the workload: an HTTP path, or a command that exits 0."""
 
     path: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^/[\x21-\x7e]*$", "maxLength": 1024})] | None = (
         None
     )
-    """Well is what answers it with a status from 200 to 399."""
+    """A status from 200 to 399 is healthy."""
     port: Port | None = None
     """Defaults to the workload's port."""
     command: Annotated[tuple[_Argument, ...], msgspec.Meta(extra_json_schema={"maxItems": _MAX_ARGUMENTS})] = ()
     interval_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 5.0
     timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 2.0
     retries: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
-    """So many failures in a row make it unhealthy."""
+    """Failures in a row until the workload is unhealthy."""
 
     SCHEMA: ClassVar[Mapping[str, Any]] = {
         "oneOf": [
@@ -80,7 +80,7 @@ class HealthCheck(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_
             },
         ]
     }
-    """What its types can't say, in JSON Schema's words."""
+    """The rules of `check_manifest` as JSON Schema, as far as types can't say them."""
 
 
 class Workload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
@@ -92,24 +92,24 @@ class Workload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     ]
     """The program and its arguments."""
     env: Env = {}
-    """Of which a VM's own `env` replaces what it names."""
+    """A VM's own `env` overrides it."""
     workdir: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^/[^\x00]*$", "maxLength": 4095})] = "/"
     port: Port | None = None
-    """Where the workload serves HTTP on the guest's loopback; unknown routes of the agent go there."""
+    """The port of the guest's loopback on which the workload serves HTTP. The agent relays unknown routes to it."""
     restart: Literal["never", "on-failure", "always"] = "on-failure"
-    """When the agent starts it again."""
+    """When the agent restarts it."""
     health_check: HealthCheck | None = None
 
 
 class Resources(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """What a VM of this plugin needs: `memory_mb` is the least that it may have, `cpu_cores` what is good for it."""
+    """The resources of a VM of this plugin. `memory_mb` is the minimum, `cpu_cores` a recommendation."""
 
     cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
     memory_mb: Annotated[int, msgspec.Meta(ge=64, le=2**24)] = 128
 
 
 class Artifact(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A file that a VM boots from, known by its digest."""
+    """A file that a VM boots from, identified by its digest."""
 
     url: Annotated[
         str,
@@ -123,53 +123,53 @@ class Artifact(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Boot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """What a VM boots from; what is not given is the daemon's own."""
+    """The files that a VM boots from. The default for each is the daemon's own."""
 
     kernel: Artifact | None = None
     """What QEMU boots with `-kernel`: an ELF with a PVH entry point, or a `bzImage`."""
     initramfs: Artifact | None = None
-    """With the agent in it."""
+    """Must contain the agent."""
     rootfs: Artifact | None = None
-    """A raw ext4 image, in which workload, exec and files act. It is never written to: each VM has its own layer."""
+    """A raw ext4 image for workload, exec and files. It is never written to: each VM has its own layer."""
 
 
 class Action(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """Something that the workload does when it is asked: a request to its port."""
+    """An action of the workload: a request to its port."""
 
     path: PlainPath
-    """Where the workload serves it; the caller's query goes there as it is."""
+    """The path on which the workload serves it. The caller's query is passed on."""
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"] = "POST"
-    """With which the workload is asked. Callers always `POST`."""
+    """The method of the request to the workload. Callers always `POST`."""
     description: Plain = ""
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=600)] = 60.0
-    """How long all of it may take, the answer included."""
+    """The deadline for the whole response."""
     input: dict[str, Any] | None = None
-    """JSON Schema of the body, for people and tools."""
+    """The JSON Schema of the body, for people and tools."""
     output: dict[str, Any] | None = None
-    """JSON Schema of the answer, likewise."""
+    """The JSON Schema of the response, for people and tools."""
 
 
 class DevTools(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Where the workload's browser speaks the Chrome DevTools Protocol."""
+    """The port for the Chrome DevTools Protocol of the workload's browser."""
 
     port: Port = DEVTOOLS_PORT
     """Of the guest's loopback."""
 
 
 class Cloning(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """Of what VMs of the plugin are clones, where they are."""
+    """How templates for VMs of the plugin are made."""
 
     after: Literal["agent", "workload"] = "agent"
-    """When the template is taken: before the workload is started, which each clone then does for itself; or once it is
-    healthy, for workloads that can stand to be copied while they run."""
+    """When the template is taken: `agent`, before the workload starts, so each clone starts it; or `workload`, once it
+    is healthy, for workloads that can be copied while they run."""
     signal: Literal["SIGHUP", "SIGUSR1", "SIGUSR2"] | None = None
-    """What the copied workload is told by; without it, it finds out by itself."""
+    """The signal for a copied workload; None: it gets none."""
 
     SCHEMA: ClassVar[Mapping[str, Any]] = {
         "if": {"required": ["signal"], "properties": {"signal": {"type": "string"}}},
         "then": {"required": ["after"], "properties": {"after": {"const": "workload"}}},
     }
-    """What its types can't say, in JSON Schema's words."""
+    """The rules of `check_manifest` as JSON Schema, as far as types can't say them."""
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
@@ -180,7 +180,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     version: Annotated[
         str, msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00-\x1f\x7f]*$", "maxLength": _MAX_VERSION})
     ] = "0"
-    """As the author counts; nothing is made of it."""
+    """For people only."""
     schema_version: Literal["1"] = "1"
     description: Plain = ""
     runtime: Name = "base"
@@ -188,18 +188,18 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     resources: Resources = Resources()
     boot: Boot | None = None
     workload: Workload | None = None
-    """Without one a VM has a shell and the agent."""
+    """None: a VM has a shell and the agent."""
     actions: Annotated[dict[Name, Action], msgspec.Meta(extra_json_schema={"maxProperties": MAX_ACTIONS})] = {}
-    """By name; each is `POST /api/v1/vms/{name}/actions/{plugin}/{action}`. They need the workload's `port`."""
+    """By name: `POST /api/v1/vms/{name}/actions/{plugin}/{action}`. They need the workload's `port`."""
     openapi: PlainPath | dict[str, Any] | None = None
-    """The path under which the workload serves its OpenAPI document, by default `/openapi.json`; or the document
-    itself, for when the workload does not serve one or is down."""
+    """The path of the workload's OpenAPI document, by default `/openapi.json`; or the document itself, which needs no
+    running workload."""
     devtools: DevTools | None = None
-    """Where `/ws/v1/vms/{name}/devtools/` leads; without it, port 9222."""
+    """The target of `/ws/v1/vms/{name}/devtools/`; None: port 9222."""
     template: Cloning = Cloning()
     """How its VMs are cloned."""
     labels: Labels = {}
-    """Each VM of the plugin gets them, under its own."""
+    """Labels of each VM of the plugin. The VM's own override them."""
 
     SCHEMA: ClassVar[Mapping[str, Any]] = {
         "if": {
@@ -224,7 +224,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
             }
         ],
     }
-    """What its types can't say, in JSON Schema's words."""
+    """The rules of `check_manifest` as JSON Schema, as far as types can't say them."""
 
 
 def check_manifest(manifest: Manifest) -> Manifest:
@@ -371,13 +371,13 @@ def _check_openapi(openapi: str | dict[str, Any]) -> None:
 
 
 def is_openapi(document: object) -> bool:
-    """Whether that could be an OpenAPI document of version 3."""
+    """Returns whether a document could be OpenAPI 3."""
     version = document.get("openapi") if isinstance(document, dict) else None
     return isinstance(version, str) and _OPENAPI_3.match(version) is not None
 
 
 def is_too_deep(value: object) -> bool:
-    """Whether objects and lists are nested more than `MAX_DEPTH` deep."""
+    """Returns whether objects and lists are nested more than `MAX_DEPTH` deep."""
     level: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
         members = (item for owner in level for item in (owner.values() if isinstance(owner, dict) else owner))
@@ -428,4 +428,4 @@ BASE = Manifest(
     version="1",
     description="The built-in image: a shell, Python and the agent, no workload",
 )
-"""The plugin that is always there."""
+"""The built-in plugin."""
