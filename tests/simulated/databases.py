@@ -1,8 +1,8 @@
-"""SQLite as it is, on files that remember what of them was synced.
+"""Real SQLite, on files that remember what was synced.
 
-The files are real and lie in a directory of the test's own, in RAM: SQLite does its own reading and writing. What
-stands between is a VFS that notes the bytes of a file at each sync, so that a power cut can put these back. `kill -9`
-needs nothing: what a process has written, the kernel has.
+The files lie in a directory of the test, in RAM, and SQLite reads and writes them itself. A VFS in between copies the
+bytes of a file at each sync, so that a power cut can restore them. `kill -9` needs nothing: the kernel has what a
+process has written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NAME = "volant-simulated"
 
 
 class Databases:
-    """Makes SQLite use the VFS while the block lasts; use it around everything that opens a database."""
+    """Makes SQLite use the VFS for the length of a block; use it around everything that opens a database."""
 
     def __init__(self) -> None:
         self._synced: dict[Path, bytearray] = {}
@@ -40,18 +40,18 @@ class Databases:
         self._vfs = None
 
     def written(self, path: Path, offset: int, size: int) -> None:
-        """A piece of a file has changed."""
+        """Notes that a piece of a file has changed."""
         self._written.setdefault(path, []).append((offset, size))
 
     def synced(self, path: Path) -> None:
-        """A file's bytes are on the disk."""
+        """Copies a file's bytes: they are on the disk."""
         pieces = self._written.pop(path, [])
         kept = self._synced.get(path)
         with allow_real("files"), path.open("rb") as file:
             if kept is None:
                 self._synced[path] = bytearray(file.read())
                 return
-            # A log grows to megabytes, and a commit changes some pages of it.
+            # A log grows to megabytes, and a commit changes only some pages.
             size = file.seek(0, os.SEEK_END)
             kept += bytes(max(0, size - len(kept)))
             del kept[size:]
@@ -61,12 +61,12 @@ class Databases:
                 kept[offset : offset + len(data)] = data
 
     def removed(self, path: Path) -> None:
-        """A file is gone, and stays so."""
+        """Forgets a file that was removed."""
         self._synced.pop(path, None)
         self._written.pop(path, None)
 
     def rename(self, path: Path, to: Path) -> None:
-        """A file gets another name, and has it also after a power cut."""
+        """Renames a file; the name survives a power cut."""
         with allow_real("files"):
             path.replace(to)
         self.removed(to)
@@ -75,19 +75,19 @@ class Databases:
             self._written[to] = self._written.pop(path, [])
 
     def unlink(self, path: Path) -> None:
-        """A file is removed, if it is there."""
+        """Removes a file, if it exists."""
         with allow_real("files"):
             path.unlink(missing_ok=True)
         self.removed(path)
 
     def close_all(self) -> None:
-        """The process that had connections open has died."""
+        """Closes all connections, as their process has ended."""
         with allow_real("files"):
             for connection in apsw.connections():
                 connection.close(force=True)
 
     def power_cut(self, directory: Path) -> None:
-        """Put back what was synced. No connection may be open."""
+        """Restores what was synced. No connection may be open."""
         self._written.clear()
         with allow_real("files"):
             for path in directory.iterdir():
@@ -121,7 +121,7 @@ class _File(apsw.VFSFile):
         self._is_read_only = bool(flags[0] & apsw.SQLITE_OPEN_READONLY)
 
     def xLock(self, level: int) -> None:
-        # SQLite asks for it when the last connection closes, and does without; here an error would be raised.
+        # SQLite requests this lock when the last connection closes, and can do without it; super() would raise.
         if self._is_read_only and level == apsw.SQLITE_LOCK_EXCLUSIVE:
             raise apsw.BusyError
         super().xLock(level)

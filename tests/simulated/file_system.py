@@ -1,8 +1,8 @@
-"""A file system in memory that keeps apart what is written and what would survive a power cut.
+"""A file system in memory that separates what is written from what survives a power cut.
 
-A file's bytes reach the disk with `sync_file`, its name with `sync_directory` of where it lies; directories themselves
-are durable at once, as nothing here depends on when they are. What lies below a directory that is in RAM is gone with
-the power. Positions of holes are not kept: a hole reads as zeros, which is all that anybody relies on.
+`sync_file` writes a file's bytes to the disk, `sync_directory` the names in a directory. Directories are durable at
+once, as nothing here depends on when they are. A power cut removes what lies in RAM. Positions of holes are not kept:
+a hole just reads as zeros.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import trio
 
 
 class Listening(Protocol):
-    """What a socket's name leads to."""
+    """The listener behind the name of a socket."""
 
     def connect(self) -> trio.abc.Stream:
-        """:raises ConnectionRefusedError: nobody listens any more."""
+        """:raises ConnectionRefusedError: the listener is closed."""
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class File:
 
     data: bytearray = field(default_factory=bytearray)
     size: int = 0
-    """As far as it reaches; what is behind `data` is a hole."""
+    """In bytes; behind `data` there is a hole."""
     synced: bytes = b""
     watchers: list[Watch] = field(default_factory=list)
     appended: Callable[[], None] | None = None
@@ -43,21 +43,21 @@ class File:
 
 @dataclass(eq=False)
 class Directory:
-    """A directory; its entries are found by their paths."""
+    """A directory. Its entries are found by their paths."""
 
     watchers: list[Watch] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class Fifo:
-    """A named pipe. `reader` takes what is written, while somebody reads."""
+    """A named pipe. `reader` takes what is written."""
 
     reader: Callable[[bytes], None] | None = None
 
 
 @dataclass(eq=False)
 class SocketName:
-    """The name of a Unix socket; it stays when nobody listens any more."""
+    """The name of a Unix socket. It stays when the listener is closed."""
 
     listening: Listening | None
 
@@ -66,7 +66,7 @@ Node = File | Directory | Fifo | SocketName
 
 
 class Watch:
-    """As `volant.host.FileWatch`."""
+    """Implements `volant.host.FileWatch`."""
 
     def __init__(self) -> None:
         self._changed = trio.Event()
@@ -93,7 +93,7 @@ class Files:
     def __init__(self, in_ram: Collection[Path], on_disk: Collection[Path] = ()) -> None:
         self._in_ram = tuple(in_ram)
         self._on_disk = tuple(on_disk)
-        """Nevertheless."""
+        """Exceptions from `in_ram`."""
         self._nodes: dict[Path, Node] = {Path("/"): Directory()}
         self._disk: dict[Path, bytes] = {}
         self._descriptors: dict[int, _Descriptor] = {}
@@ -117,7 +117,7 @@ class Files:
         return node
 
     def put(self, path: Path, node: Node) -> None:
-        """Give a node a name, in place of what has it."""
+        """Gives a node a name, in place of what has it."""
         parent = self._nodes.get(path.parent)
         if not isinstance(parent, Directory):
             raise _error(errno.ENOENT if parent is None else errno.ENOTDIR, path)
@@ -141,7 +141,7 @@ class Files:
     def remove_tree(self, path: Path) -> None:
         for name in [path, *self.below(path)]:
             self._nodes.pop(name, None)
-            # As far as the disk is concerned too: nothing of ours relies on a removal that is taken back.
+            # On the disk too: nothing here relies on a removal that a power cut undoes.
             self._disk.pop(name, None)
 
     def rename(self, old: Path, new: Path) -> None:
@@ -165,7 +165,7 @@ class Files:
         return sorted(path.name for path in self.below(directory) if path.parent == directory)
 
     def below(self, directory: Path) -> list[Path]:
-        """Everything in a directory, however deep."""
+        """Returns everything in a directory, at any depth."""
         return sorted(_below(self._nodes, directory))
 
     # Descriptors
@@ -215,7 +215,7 @@ class Files:
         node.data[start:end] = bytes(max(0, end - start))
 
     def append(self, path: Path, data: bytes) -> None:
-        """As a process of the machine does it that holds the file open."""
+        """Appends to a file, as a process that has it open."""
         node = self._nodes.get(path)
         if isinstance(node, File):
             node.data += data
@@ -225,7 +225,7 @@ class Files:
         return len(self._descriptors)
 
     def forget_descriptors(self) -> None:
-        """The process that had them has died."""
+        """Closes all descriptors, as their process has ended."""
         self._descriptors.clear()
 
     # The disk
@@ -247,7 +247,7 @@ class Files:
                 self._disk[path] = node.synced
 
     def power_cut(self) -> None:
-        """Only what is on a disk is left, and directories on it."""
+        """Keeps only synced files and directories on a disk."""
         self._descriptors.clear()
         kept: dict[Path, Node] = {}
         for path, node in self._nodes.items():

@@ -1,7 +1,7 @@
 """A simulated guest: the agent at the other end of the channel, and a workload that writes numbered lines.
 
-The channel speaks what a real guest speaks: it hunts for the host's request for a fresh start, then HTTP/2, and in each
-stream HTTP/1.1. So the daemon's own channel and client run against it. It misbehaves where a fault site says so.
+It speaks the protocol of a real guest: it hunts for the host's request for a resync, then speaks HTTP/2, and HTTP/1.1
+in each stream. So the daemon's own channel and client run against it. Fault sites make it misbehave.
 """
 
 from __future__ import annotations
@@ -55,27 +55,27 @@ _PIECE = 8192
 
 
 class SimGuest:
-    """What runs in one boot of one machine."""
+    """The guest in one boot of a machine."""
 
     way_s = 0.0
-    """How long each answer is on its way, as on a busy host."""
+    """Delay of each answer, as on a busy host."""
 
     def __init__(self, rng: Random, wall_clock_ns: Callable[[], int], power_off: Callable[[], None]) -> None:
         self.up = trio.Event()
         """Set while the agent answers."""
         self.workload: Any = None
         self.lines = 0
-        """How many the workload has written."""
+        """Number of lines that the workload has written."""
         self.protocol = rng.randint(PROTOCOL_MIN, PROTOCOL_VERSION)
-        """The newest that its agent speaks."""
+        """The newest protocol version of its agent."""
         self.is_copy = False
-        """Whether it takes itself for the template that it was."""
+        """Whether it has not received its identity since it was restored from a template."""
         self.hosts: dict[str, str] = {}
-        """Whom it knows by name."""
+        """Its hosts entries."""
         self.network: dict[str, Any] | None = None
-        """What it was told of its NIC."""
+        """The settings of its NIC that it has received."""
         self.when_asked_to_stop: Callable[[_Stream], Awaitable[None]] = self._shut_down
-        """Answers who asks that. Tests hand in other manners."""
+        """Answers a request to shut down. Tests set other behaviour."""
         self._rng = rng
         self._wall_clock_ns = wall_clock_ns
         self._power_off = power_off
@@ -87,26 +87,28 @@ class SimGuest:
         self._reader: trio.CancelScope | None = None
         self._workload_news = trio.Event()
         self._going_down = False
-        self._goes_on = trio.Event()
-        self._goes_on.set()
+        self._running = trio.Event()
+        self._running.set()
 
-    def stand_still(self, yes: bool) -> None:
-        """Its processors are stopped, or go on."""
-        if not yes:
-            self._goes_on.set()
-        elif self._goes_on.is_set():
-            self._goes_on = trio.Event()
+    def pause(self) -> None:
+        """Stops its processors."""
+        if self._running.is_set():
+            self._running = trio.Event()
 
-    async def goes_on(self) -> None:
-        """Return once it does not stand still."""
-        while not self._goes_on.is_set():
-            await self._goes_on.wait()
+    def resume(self) -> None:
+        """Continues its processors."""
+        self._running.set()
+
+    async def wait_running(self) -> None:
+        """Waits until its processors run."""
+        while not self._running.is_set():
+            await self._running.wait()
 
     async def run_workload(self) -> None:
-        """Write a line every few seconds, once there is a workload, until cancelled."""
+        """Writes a line every few seconds, once there is a workload, until cancelled."""
         while True:
             await trio.sleep(self._rng.uniform(0.5, 5.0))
-            await self.goes_on()
+            await self.wait_running()
             if self.workload is None or self._going_down:
                 continue
             self._stdout += b"line %d\n" % self.lines
@@ -115,17 +117,17 @@ class SimGuest:
             self._written = trio.Event()
 
     def restart_agent(self) -> None:
-        """The agent dies and comes back: what it knew is lost, and positions begin anew."""
+        """Restarts the agent: its state is lost, and positions begin at 0."""
         self.workload = None
         self._log_id = f"{self._rng.getrandbits(64):016x}"
         self._stdout.clear()
         self.lines = 0
 
     async def serve(self, method: str, target: str, body: bytes, stream: _Stream) -> None:
-        """One request."""
+        """Serves one request."""
         path = target.partition("?")[0]
         await trio.sleep(self.way_s)
-        await self.goes_on()
+        await self.wait_running()
         if fault("agent.slow"):
             await trio.sleep(self._rng.uniform(1.0, 30.0))
         if fault("agent.refuses"):
@@ -158,7 +160,7 @@ class SimGuest:
         elif path == DAEMON_SETTLE:
             await answer(stream, 200, {})
         elif path in (DAEMON_MANIFEST, DAEMON_WORKLOAD, DAEMON_LOGS) and self.is_copy:
-            raise AssertionError(f"{path} was asked for before the clone had heard who it is")
+            raise AssertionError(f"{path} was requested before the clone received its identity")
         elif path == HEALTHZ:
             await answer(stream, 200, {"status": "ok", "protocol": self.protocol})
         elif path == INFO:
@@ -182,7 +184,7 @@ class SimGuest:
             await answer(stream, 404, {"detail": "there is no such route"})
 
     async def _watch(self, stream: _Stream) -> None:
-        """Tell how the workload is, now and whenever it changes."""
+        """Reports the state of the workload, now and at each change."""
         await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nConnection: close\r\n\r\n")
         while True:
             news = self._workload_news
@@ -193,7 +195,7 @@ class SimGuest:
             await news.wait()
 
     def workload_changes(self) -> None:
-        """Those that watch the workload look again."""
+        """Wakes the watchers of the workload."""
         news, self._workload_news = self._workload_news, trio.Event()
         news.set()
 
@@ -202,7 +204,7 @@ class SimGuest:
         if not fault("guest.ignores_shutdown"):
             self._going_down = True
             await trio.sleep(self._rng.uniform(0.05, 3.0))
-            await self.goes_on()
+            await self.wait_running()
             self._power_off()
 
     async def _follow(self, target: str, stream: _Stream) -> None:
@@ -222,7 +224,7 @@ class SimGuest:
 
 
 async def answer(stream: _Stream, status: int, body: object) -> None:
-    """A JSON answer, and the end of it."""
+    """Sends a JSON answer and ends the stream."""
     data = json.dumps(body).encode()
     head = f"HTTP/1.1 {status} x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
     await stream.send_all(f"{head}Connection: close\r\n\r\n".encode() + data)
@@ -280,14 +282,14 @@ class SimPort:
         self._nonce = b""
 
     async def run(self) -> None:
-        """Until the host leaves."""
+        """Serves until the host disconnects."""
         try:
             await self._guest.up.wait()
-            await self._guest.goes_on()
+            await self._guest.wait_running()
             await self._stream.send_all(_HELLO)
             async with trio.open_nursery() as nursery:
                 while data := await self._stream.receive_some(65536):
-                    await self._guest.goes_on()
+                    await self._guest.wait_running()
                     await self._receive(bytes(data), nursery)
                 nursery.cancel_scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -298,10 +300,10 @@ class SimPort:
         return int(self._conn.local_flow_control_window(stream_id))
 
     async def send(self, stream_id: int, data: bytes) -> None:
-        await self._guest.goes_on()
+        await self._guest.wait_running()
         assert self._conn is not None
         if fault("channel.garbage"):
-            # As of an agent that has lost its mind: the host must find a fresh start.
+            # The host must resync.
             async with self._sending:
                 await self._stream.send_all(b"\xff" * 64)
         self._conn.send_data(stream_id, data)
@@ -406,7 +408,7 @@ class SimPort:
                 pass
 
     async def _watch(self, stream: _Stream, scope: trio.CancelScope) -> None:
-        """A host that has reset the stream wants no answer any more."""
+        """Cancels the answer once the host has reset the stream."""
         while not stream.broken:
             await stream.wake.wait()
         scope.cancel()

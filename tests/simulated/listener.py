@@ -11,7 +11,7 @@ import trio.testing
 
 
 class SimListener(trio.abc.Listener[trio.abc.Stream]):
-    """Listens at one name. Who connects waits in a queue until `accept`, as in the kernel."""
+    """Listens at a path. Connections wait in a queue until `accept`, as in the kernel."""
 
     def __init__(self) -> None:
         self._waiting: deque[trio.abc.Stream] = deque()
@@ -20,11 +20,11 @@ class SimListener(trio.abc.Listener[trio.abc.Stream]):
 
     @property
     def socket(self) -> SimListener:
-        """What a `trio.SocketListener` has there can be closed too, and that is all that anybody does with it."""
+        """Stands for the socket of a `trio.SocketListener`, which the daemon only closes."""
         return self
 
     def connect(self) -> trio.abc.Stream:
-        """The client's end of a new connection. :raises ConnectionRefusedError: nobody listens any more."""
+        """Returns the client's end of a new connection. :raises ConnectionRefusedError: the listener is closed."""
         if self._closed:
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         client, server = trio.testing.memory_stream_pair()
@@ -33,7 +33,7 @@ class SimListener(trio.abc.Listener[trio.abc.Stream]):
         return client
 
     async def accept(self) -> trio.abc.Stream:
-        """The server's end of the next connection. :raises trio.ClosedResourceError: it was closed."""
+        """Returns the server's end of the next connection. :raises trio.ClosedResourceError: the listener is closed."""
         await trio.lowlevel.checkpoint()
         while not self._waiting:
             if self._closed:
@@ -43,7 +43,7 @@ class SimListener(trio.abc.Listener[trio.abc.Stream]):
         return self._waiting.popleft()
 
     def close(self) -> None:
-        """Nobody can connect any more, and who waits is hung up on."""
+        """Refuses new connections, and closes those in the queue."""
         self._closed = True
         self._came.set()
         while self._waiting:
@@ -55,7 +55,7 @@ class SimListener(trio.abc.Listener[trio.abc.Stream]):
 
 
 def hang_up(stream: trio.abc.Stream) -> None:
-    """Close an end of a connection at once, from outside of a task."""
+    """Closes an end of a connection at once, also outside of a task."""
     assert isinstance(stream, trio.StapledStream)
     for half in (stream.send_stream, stream.receive_stream):
         assert isinstance(half, trio.testing.MemorySendStream | trio.testing.MemoryReceiveStream)

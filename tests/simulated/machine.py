@@ -1,4 +1,4 @@
-"""The simulated machine: what is there whether or not a daemon runs on it."""
+"""The simulated machine: processes, files and clocks. It exists whether or not a daemon runs on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TICKS_PER_S = 100
 
 
 class Machine:
-    """Processes, files and clocks. `nursery` holds what its processes do."""
+    """`nursery` runs its processes."""
 
     def __init__(
         self,
@@ -45,15 +45,15 @@ class Machine:
         self.qemus: dict[int, SimQemu] = {}
         self.passts: dict[int, SimPasst] = {}
         self.on_the_way: dict[str, trio.abc.Stream] = {}
-        """Connections that a daemon has made and passes to a hypervisor, by the id of the VM."""
+        """Connections that a daemon is passing to a hypervisor, by the id of the VM."""
         self.clock_offset = timedelta()
-        """How far somebody has set the wall clock."""
+        """The offset that an operator has set the wall clock by."""
         self.disk_full = False
         self.links = SimLinks()
         self.groups: dict[str, int] = {}
         """Control groups by name, each with the process in it."""
         self.changed = trio.Event()
-        """Set, and a new one made, when a process begins."""
+        """Set, and replaced, when a process starts."""
         self._booted_at = trio.current_time()
         self._boots = 0
         self._ids = 0
@@ -66,7 +66,7 @@ class Machine:
         self._booted_at = trio.current_time()
 
     def power_cut(self) -> None:
-        """Everything that runs is gone, and of what was written only what has reached a disk is left."""
+        """Ends all processes, and loses all writes that have not reached a disk."""
         for process in self.living():
             process.end(-signal.SIGKILL)
         self.processes.clear()
@@ -81,7 +81,7 @@ class Machine:
         return [process for process in self.processes.values() if process.alive]
 
     def running(self) -> list[SimQemu]:
-        """Hypervisors whose process lives."""
+        """Returns the hypervisors whose process has not ended."""
         return [qemu for qemu in self.qemus.values() if qemu.process.alive]
 
     def remove_empty_groups(self) -> None:
@@ -111,13 +111,13 @@ class Machine:
         return process.identity
 
     def spawn_passt(self, argv: list[str]) -> None:
-        """It listens when this returns, in the background."""
+        """Starts passt in the background; it listens when this returns."""
         process = self._new_process(argv, argv[argv.index("--hostname") + 1])
         passt = self.passts[process.identity.pid] = SimPasst(self, process, argv)
         self.nursery.start_soon(passt.run)
 
     def _new_process(self, argv: list[str], tag: str) -> SimProcess:
-        # Few numbers, so that one comes back while somebody still remembers who had it.
+        # Few pids, so that one is reused while a daemon still remembers its last process.
         free = [pid for pid in range(2, 400) if pid not in self.processes or not self.processes[pid].alive]
         pid = self.rng.choice(free)
         self.qemus.pop(pid, None)
@@ -128,10 +128,10 @@ class Machine:
         return process
 
     def signal(self, process: SimProcess, signum: int) -> None:
-        """A process dies of a signal, at once or when the kernel lets it."""
+        """Ends a process with a signal, now or after its `stubborn_s`."""
         process.signals.append(signum)
         if signum == signal.SIGKILL and process.identity.pid in self.qemus:
-            # However long the kernel takes to let go of it, not an instruction of its own runs any more.
+            # From now on it executes nothing, however long the kernel takes to end it.
             self.qemus[process.identity.pid].freeze()
         self.nursery.start_soon(self._die, process, signum)
 

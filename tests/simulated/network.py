@@ -31,33 +31,33 @@ T = TypeVar("T")
 
 
 class Call(Protocol):
-    """Makes an effect happen, in its time."""
+    """Makes a call with an effect; see `Calls.run`."""
 
     def __call__(self, effect: Callable[[], T], /) -> Awaitable[T]: ...
 
 
 _LINE = re.compile(r"(?:(add|delete) )?(table|element) (.+?)(?: \{(?: (.*) \})?)?")
-"""A block says with its first line that the table is there."""
+"""The first line of a block creates the table."""
 
 
 @dataclass
 class SimLinks:
-    """What there is, whether or not a daemon runs."""
+    """The links, routes and firewall of the machine."""
 
     links: dict[str, Link] = field(default_factory=dict)
     addresses: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of bridges."""
+    """Addresses of bridges."""
     routes: list[Route] = field(default_factory=list)
-    """But for the bridges'."""
+    """Routes, but for those of the bridges."""
     localnet: set[str] = field(default_factory=set)
     elements: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Of the firewall's sets, by table and name. One that has none may be missing."""
+    """Elements of the firewall's sets, by table and name. An empty set may be missing."""
     tables: set[str] = field(default_factory=set)
     watchers: list[Callable[[str], None]] = field(default_factory=list)
-    """Who is told when something is taken away that is everybody's."""
+    """Called when a bridge or the firewall is removed."""
 
     def power_cut(self) -> None:
-        """All of it is in memory."""
+        """Removes everything, as all of it is in memory."""
         self.links.clear()
         self.addresses.clear()
         self.localnet.clear()
@@ -86,7 +86,7 @@ class SimLinks:
                 (self.localnet.add if on else self.localnet.discard)(bridge)
 
     def do_half(self, step: Step) -> None:
-        """As far as a kernel comes that fails in the middle."""
+        """Does the first part of a step, as a kernel that fails in the middle."""
         match step:
             case MakeBridge(name=name, mac=mac) if name not in self.links:
                 self.links[name] = Link(name=name, kind="bridge", mac=mac, up=False)
@@ -102,25 +102,25 @@ class SimLinks:
         return Link(name=name, kind="tun", mac="", up=up, master=master, in_use=in_use)
 
     def take_away_bridges(self) -> None:
-        """As somebody does who cleans up."""
+        """Removes all bridges, as an operator may."""
         for name in [link.name for link in self.links.values() if link.kind == "bridge"]:
             self.do(RemoveLink(name=name, kind="bridge"))
             for tap in [link for link in self.links.values() if link.master == name]:
                 self.links[tap.name] = msgspec.structs.replace(tap, master="")
-            self._tell(f"the bridge {name} was removed")
+            self._notify(f"the bridge {name} was removed")
 
     def take_away_firewall(self) -> None:
         """As `flush ruleset` does."""
         self.tables.clear()
         self.elements.clear()
-        self._tell("the firewall was flushed")
+        self._notify("the firewall was flushed")
 
-    def _tell(self, what: str) -> None:
-        for told in tuple(self.watchers):
-            told(what)
+    def _notify(self, what: str) -> None:
+        for notify in tuple(self.watchers):
+            notify(what)
 
     def load(self, rules: str) -> None:
-        """All or nothing, as nftables does. :raises NetworkFailed: something that is to be taken away is not there."""
+        """Loads rules, all or nothing. :raises NetworkFailed: an element to be deleted does not exist."""
         tables, elements = set(self.tables), {name: dict(held) for name, held in self.elements.items()}
         for line in rules.splitlines():
             match = _LINE.fullmatch(line)
@@ -162,13 +162,13 @@ class SimNetwork:
         return await self._call(lambda: list(self._links.links))
 
     async def links(self, names: Collection[str] | None = None) -> Sequence[Link]:
-        def look() -> list[Link]:
+        def read() -> list[Link]:
             return [link for name, link in self._links.links.items() if names is None or name in names]
 
-        return await self._call(look)
+        return await self._call(read)
 
     async def routes(self) -> Sequence[Route]:
-        def look() -> list[Route]:
+        def read() -> list[Route]:
             ours = [
                 Route(destination=str(IPv4Interface(address).network), device=bridge)
                 for bridge, addresses in self._links.addresses.items()
@@ -176,7 +176,7 @@ class SimNetwork:
             ]
             return self._links.routes + ours
 
-        return await self._call(look)
+        return await self._call(read)
 
     async def do(self, steps: Sequence[Step]) -> Sequence[NetworkFailed | None]:
         return [await self._do(step) for step in steps]
@@ -192,7 +192,7 @@ class SimNetwork:
                 self._links.take_away_bridges()
             self._links.do(step)
             if fault("network.answer_is_lost"):
-                # Who tries again finds what is there already, or gone already.
+                # A retry finds that the step is done.
                 raise NetworkFailed("timeout", "the simulated kernel did not answer")
 
         try:

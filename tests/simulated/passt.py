@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SimPasst:
-    """One process of passt. `run` it for as long as the process lives."""
+    """A process of passt."""
 
     def __init__(self, machine: Machine, process: SimProcess, argv: Sequence[str]) -> None:
         self.process = process
@@ -28,8 +28,9 @@ class SimPasst:
         machine.files.put(Path(argv[argv.index("--socket") + 1]), SocketName(self._listener))
 
     async def run(self) -> None:
-        with trio.CancelScope() as life:
-            self.process.on_end = life.cancel
+        """Runs the process until it ends."""
+        with trio.CancelScope() as scope:
+            self.process.on_end = scope.cancel
             try:
                 async with trio.open_nursery() as nursery:
                     while True:

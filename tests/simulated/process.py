@@ -1,4 +1,4 @@
-"""Processes of a simulated machine: numbers that are used again, ends that come late, and a tag on each."""
+"""A process of the simulated machine. It may end late, and its pid is reused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from volant.model import ProcessIdentity
 
 
 class SimProcess:
-    """One process. It runs until `end`, whoever calls that."""
+    """A process. It runs until `end` is called."""
 
     def __init__(self, identity: ProcessIdentity, argv: Sequence[str], stubborn_s: float = 0.0) -> None:
-        """`stubborn_s`: how long it needs to die of a signal, as one does that sits in the kernel."""
+        """`stubborn_s`: how long it takes to end after a signal, as one that is stuck in the kernel."""
         self.identity = identity
         self.argv = tuple(argv)
         self.status: int | None = None
@@ -27,7 +27,7 @@ class SimProcess:
         return not self.ended.is_set()
 
     def end(self, status: int) -> None:
-        """It exits with `status`, or dies of signal `-status`."""
+        """Ends it with an exit status, or with signal `-status`."""
         if self.alive:
             self.status = status
             self.ended.set()

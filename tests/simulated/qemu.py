@@ -1,7 +1,7 @@
 """A simulated QEMU: it reads its command line, opens its sockets, speaks QMP, and runs a guest that may do anything.
 
-It does what the daemon relies on: sockets lie in its working directory and serve one client at a time, what the guest
-says is appended to a file, a guest that ends leaves QEMU paused until somebody has asked how.
+It does what the daemon relies on: its sockets lie in its working directory and serve one client at a time, the guest's
+console is appended to a file, and QEMU stays paused after its guest's end until a client has asked why.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _VERSION = {"qemu": {"major": 10, "minor": 0, "micro": 13}, "package": "Debian"}
 
 
 class SimQemu:
-    """One process of QEMU. `run` it for as long as the process lives."""
+    """A process of QEMU."""
 
     def __init__(self, machine: Machine, process: SimProcess, argv: Sequence[str], cwd: Path, output: Path) -> None:
         self.process = process
@@ -40,29 +40,29 @@ class SimQemu:
         self.status = "inmigrate" if self.waits_for_state else "running"
         """QEMU's run state."""
         self.migration: dict[str, str] = {}
-        """What `query-migrate` answers: empty until `migrate` or `migrate-incoming` was asked for."""
+        """The answer to `query-migrate`: empty before `migrate` and `migrate-incoming`."""
         self.frozen = False
-        """Its process is stopped, or hangs: it answers nothing."""
+        """Whether its process hangs, and answers nothing."""
         self.deaf_to: set[str] = set()
         """Commands that it does not even answer."""
         self.memory_file = Path(_option(argv, "mem-path"))
         self._machine = machine
         self.directory = cwd
-        """Where it works; it goes along when that gets another name."""
+        """Its working directory; renaming the directory changes this."""
         self._output = output
         self._rng = Random(machine.rng.getrandbits(64))
         self._clients: list[trio.abc.Stream] = []
         self._control: trio.abc.Stream | None = None
         self._sending = trio.Lock()
         self._boot = trio.CancelScope()
-        self._goes_on = trio.Event()
+        self._running = trio.Event()
         self._capabilities: set[str] = set()
         self._handed: dict[str, trio.abc.Stream | None] = {}
-        """Descriptors that came by `getfd` and that nothing uses yet, by name; None is that of a tap."""
+        """Unused descriptors that came by `getfd`, by name; None for a tap."""
         self._connections: dict[str, trio.abc.Stream] = {}
-        """What `netdevs` have that are connected to passt."""
+        """Connections of `netdevs` to passt."""
         self.netdevs = {_id_of(value): "" for option, value in pairwise(argv) if option == "-netdev"}
-        """What is behind network interfaces, by id; with the id of the one that a hub's port leads to, if any."""
+        """Backends of network interfaces, by id, each with the id of the backend that a hub's port leads to, if any."""
         self._runs_once_loaded = False
         """`cont` came before the state was loaded."""
         self.guest = SimGuest(self._rng, machine.wall_clock_ns, self._guest_powers_off)
@@ -72,17 +72,17 @@ class SimQemu:
         return self.process.identity.tag
 
     async def run(self) -> None:
-        """The process's life, from its first instruction on; it is over when the process has ended."""
-        with trio.CancelScope() as life:
-            self.process.on_end = life.cancel
+        """Runs the process until it ends."""
+        with trio.CancelScope() as scope:
+            self.process.on_end = scope.cancel
             try:
-                await self._live()
+                await self._run()
             finally:
                 for stream in (*self._clients, *self._connections.values(), *self._handed.values()):
                     if stream is not None:
                         hang_up(stream)
 
-    async def _live(self) -> None:
+    async def _run(self) -> None:
         await trio.sleep(self._rng.uniform(0.01, 0.2))
         if fault("qemu.exits_at_start"):
             self._machine.files.append(self._output, b"qemu-system-x86_64: could not set up guest memory\n")
@@ -104,26 +104,26 @@ class SimQemu:
             agent.close()
 
     def freeze(self) -> None:
-        """Nothing of it runs from now on."""
+        """From now on, it executes nothing."""
         self.frozen = True
-        self.guest.stand_still(True)
+        self.guest.pause()
 
     # The guest
 
     async def _run_guest(self) -> None:
         with self._boot:
             if self.waits_for_state:
-                await self._goes_on.wait()
+                await self._running.wait()
                 await trio.sleep(self._rng.uniform(*_CLONE_S))
-                await self.guest.goes_on()
+                await self.guest.wait_running()
                 if fault("guest.never_answers"):
                     await trio.sleep_forever()
                 self.guest.up.set()
-                self.say("the clone goes on")
+                self.say("the clone runs")
                 await self.guest.run_workload()
             self.say("booting")
             await trio.sleep(self._rng.uniform(*_BOOT_S))
-            await self.guest.goes_on()
+            await self.guest.wait_running()
             if fault("guest.panics_at_boot"):
                 self.say("Kernel panic - not syncing: no init found")
                 self._guest_stops("guest-panicked", "GUEST_PANICKED", {"action": "pause"})
@@ -134,7 +134,7 @@ class SimQemu:
             await self.guest.run_workload()
 
     async def _misbehave(self) -> None:
-        """What happens to a machine that nobody asked for, now and then."""
+        """Causes faults now and then."""
         while True:
             await trio.sleep(self._rng.uniform(5.0, 30.0))
             if self.status == "running" and self.guest.up.is_set():
@@ -171,11 +171,11 @@ class SimQemu:
             self.guest.up = trio.Event()
             self._boot.cancel()
             self._cut_channel()
-            self._machine.nursery.start_soon(self._tell, {"event": event, "data": data})
-            self._machine.nursery.start_soon(self._tell, {"event": "STOP"})
+            self._machine.nursery.start_soon(self._send_event, {"event": event, "data": data})
+            self._machine.nursery.start_soon(self._send_event, {"event": "STOP"})
 
     def say(self, line: str) -> None:
-        """On the serial console."""
+        """Writes a line to the serial console."""
         self._machine.files.append(self.directory / "console.log", f"{line}\r\n".encode())
 
     # Sockets
@@ -257,12 +257,12 @@ class SimQemu:
                 self.process.end(0)
             case "stop" if self.status == "running":
                 self.status = "paused"
-                self.guest.stand_still(True)
-                await self._tell({"event": "STOP"})
+                self.guest.pause()
+                await self._send_event({"event": "STOP"})
             case "cont" if self.status in PAUSED and fault("qemu.dies_as_it_goes_on"):
                 self.process.end(-9)
             case "cont" if self.status in PAUSED:
-                await self._run_on()
+                await self._continue()
             case "cont" if self.status == "inmigrate":
                 self._runs_once_loaded = True
             case "migrate-set-capabilities":
@@ -271,10 +271,10 @@ class SimQemu:
             case "migrate":
                 await self._save(Path(message["arguments"]["uri"].removeprefix("file:")))
             case "migrate-incoming":
-                # It goes on loading, and answers, whether or not the client that asked for it stays.
+                # It loads in the background, whether or not the client stays.
                 self.migration = {"status": "active"}
                 path = Path(message["arguments"]["uri"].removeprefix("file:"))
-                self._machine.nursery.start_soon(self._take_over, path)
+                self._machine.nursery.start_soon(self._load, path)
 
     def _change_netdevs(self, command: str, arguments: dict[str, Any]) -> None:
         gone: trio.abc.Stream | None = None
@@ -294,7 +294,7 @@ class SimQemu:
             hang_up(gone)
 
     def _refusal(self, command: str, arguments: dict[str, Any]) -> str | None:
-        """Why QEMU refuses a command in the state that it is in; None: it does not."""
+        """Returns why QEMU refuses a command in its current state; None if it does not."""
         match command:
             case "migrate-incoming" if not self.waits_for_state:
                 return "'-incoming' was not specified on the command line"
@@ -314,18 +314,18 @@ class SimQemu:
                 return f"netdev '{arguments['netdev']}' already in use"
         return None
 
-    async def _run_on(self) -> None:
+    async def _continue(self) -> None:
         self.status = "running"
-        self._goes_on.set()
-        self.guest.stand_still(False)
-        await self._tell({"event": "RESUME"})
+        self._running.set()
+        self.guest.resume()
+        await self._send_event({"event": "RESUME"})
 
     def _agent_chardev(self) -> str:
         connected = any(stream is not self._control for stream in self._clients)
         return "unix:agent.sock,server=on" if connected else "disconnected:unix:agent.sock,server=on"
 
     async def _save_devices(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What a checkpoint asks for: the machine must stand still, and goes on as one that was stopped."""
+        """Saves the devices of a paused machine, for a checkpoint."""
         assert self.status in PAUSED, self.status
         await trio.sleep(self._rng.uniform(0.001, 0.02))
         if fault("qemu.fails_to_save"):
@@ -333,7 +333,7 @@ class SimQemu:
         try:
             self._write_state(Path(arguments["filename"]), b"QEVM\0\0\0\3")
         except OSError as error:
-            # Whoever asked did not wait, and has cleaned up.
+            # The client did not wait, and has removed the directory.
             return {"error": {"class": "GenericError", "desc": f"could not open the file: {error}"}}
         return {"return": {}}
 
@@ -352,9 +352,9 @@ class SimQemu:
         if saved:
             self.status = "postmigrate"
         self.migration = {"status": "completed"} if saved else {"status": "failed", "error-desc": "the disk is full"}
-        await self._tell({"event": "MIGRATION", "data": {"status": self.migration["status"]}})
+        await self._send_event({"event": "MIGRATION", "data": {"status": self.migration["status"]}})
 
-    async def _take_over(self, path: Path) -> None:
+    async def _load(self, path: Path) -> None:
         await trio.sleep(self._rng.uniform(0.01, 0.1))
         if not self.process.alive or self.frozen:
             return
@@ -372,11 +372,11 @@ class SimQemu:
         self.guest.is_copy = True
         self.status = "paused"
         self.migration = {"status": "completed"}
-        await self._tell({"event": "MIGRATION", "data": {"status": "completed"}})
+        await self._send_event({"event": "MIGRATION", "data": {"status": "completed"}})
         if self._runs_once_loaded:
-            await self._run_on()
+            await self._continue()
 
-    async def _tell(self, message: dict[str, Any]) -> None:
+    async def _send_event(self, message: dict[str, Any]) -> None:
         if self._control is not None:
             try:
                 await self._send(self._control, message)
@@ -388,13 +388,13 @@ class SimQemu:
             await stream.send_all(json.dumps(message).encode() + b"\r\n")
 
     def ram_in_use(self) -> File | None:
-        """The guest's memory file, if it has its name still."""
+        """Returns the guest's memory file, if it still has its name."""
         node = self._machine.files.find(self.memory_file)
         return node if isinstance(node, File) else None
 
 
 def _id_of(netdev: str) -> str:
-    """The id in a value of `-netdev`."""
+    """Returns the id in a value of `-netdev`."""
     return next(part.partition("=")[2] for part in netdev.split(",") if part.startswith("id="))
 
 

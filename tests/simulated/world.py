@@ -1,7 +1,7 @@
-"""A daemon on a simulated machine, and its clients: what a simulation drives.
+"""A daemon on a simulated machine, and its clients.
 
 The daemon is the real one, assembled by `volant.daemon`, from its API down to the driver of the hypervisor; only its
-host is simulated. Clients speak ASGI to it, as the serving edge below that is about real sockets.
+host is simulated. Clients speak ASGI to it, as the HTTP server below that uses real sockets.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _ARTIFACTS = Path("/boot/simulated")
 
 
 class Unreachable(Exception):
-    """There is no daemon, or it died before it had answered: whether the request was heard is unknown."""
+    """There is no daemon, or it died before it answered: whether it handled the request is unknown."""
 
 
 @dataclass
 class Answer:
-    """Of one request."""
+    """The answer to a request."""
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Answer:
 
 
 class World:
-    """One machine. `simulated_world` makes it."""
+    """A machine with a daemon and clients. `simulated_world` makes one."""
 
     def __init__(self, sim: Simulation, nursery: trio.Nursery, directory: Path, databases: Databases) -> None:
         self.sim = sim
@@ -70,7 +70,7 @@ class World:
         self._databases = databases
         self._daemon: Daemon | None = None
         self._host: SimHost | None = None
-        self._life: trio.CancelScope | None = None
+        self._daemon_scope: trio.CancelScope | None = None
         self._ended = trio.Event()
         self._requests: trio.Nursery | None = None
         self._lay_out()
@@ -98,10 +98,7 @@ class World:
         return self._daemon
 
     async def start_daemon(self) -> None:
-        """Start one, and return once its API would be there.
-
-        What keeps it from starting comes out of the simulation, as it would out of `volantd`.
-        """
+        """Starts the daemon, and returns once its API is ready. Raises what keeps `volantd` from starting."""
         assert self._daemon is None
         self.starts += 1
         await self._nursery.start(self._run_daemon)
@@ -113,44 +110,44 @@ class World:
         with allow_real("files", "randomness", "time"):
             daemon = Daemon(self.settings, [], host=host, network=SimNetwork(self.machine.links, host.calls.run))
         self._ended = trio.Event()
-        with trio.CancelScope() as self._life:
+        with trio.CancelScope() as self._daemon_scope:
             try:
                 async with daemon.running(self.sim.rng) as nursery:
                     self._daemon, self._requests = daemon, nursery
                     task_status.started()
                     await trio.sleep_forever()
             except* DaemonDied:
-                pass  # What a dead daemon's clean-up ran into.
+                pass  # The clean-up of a dead daemon has no effect.
             finally:
                 self._daemon = self._requests = None
                 self._ended.set()
 
     async def kill_daemon(self) -> None:
         """`kill -9`."""
-        daemon, host, life = self.daemon, self._host, self._life
+        daemon, host, scope = self.daemon, self._host, self._daemon_scope
         assert host is not None
-        assert life is not None
+        assert scope is not None
         assert daemon.system is not None
         self._daemon = None
         host.die()
         kill(daemon.system, "")
-        life.cancel()
+        scope.cancel()
         await self._ended.wait()
         self._databases.close_all()
 
     async def stop_daemon(self) -> None:
-        """SIGTERM, and wait for its end."""
-        daemon, host, life = self.daemon, self._host, self._life
-        assert life is not None
+        """Stops the daemon as SIGTERM does, and waits for its end."""
+        daemon, host, scope = self.daemon, self._host, self._daemon_scope
+        assert scope is not None
         assert host is not None
         await daemon.drain()
         self._daemon = None
-        life.cancel()
+        scope.cancel()
         await self._ended.wait()
         host.die()
 
     async def power_cut(self) -> None:
-        """The machine loses its power and gets it back. A daemon does not start by itself."""
+        """Cuts the power of the machine and restores it. The daemon does not start by itself."""
         if self._daemon is not None:
             await self.kill_daemon()
         self.machine.power_cut()
@@ -162,7 +159,7 @@ class World:
     async def request(
         self, method: str, target: str, body: object = None, headers: Mapping[str, str] | None = None
     ) -> Answer:
-        """One request and its whole answer. :raises Unreachable: there is none."""
+        """Sends a request and returns its whole answer. :raises Unreachable: there is none."""
         answer = Answer()
         async with self.stream(method, target, body, headers) as stream:
             answer.status, answer.headers = stream.status, stream.headers
@@ -174,7 +171,7 @@ class World:
     async def stream(
         self, method: str, target: str, body: object = None, headers: Mapping[str, str] | None = None
     ) -> AsyncIterator[Stream]:
-        """One request whose answer is read piece by piece; leaving the block is leaving the daemon."""
+        """Sends a request whose answer is read in pieces; the end of the block closes the connection."""
         self.daemon  # noqa: B018 - raises
         assert self._requests is not None
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -202,7 +199,7 @@ class Stream:
         self._whole = False
 
     async def receive(self) -> bytes:
-        """The next piece; empty at the proper end. :raises Unreachable: the answer broke off."""
+        """Returns the next piece; empty at the end. :raises Unreachable: the answer is incomplete."""
         try:
             return await self._take.receive()
         except trio.EndOfChannel:
@@ -215,7 +212,7 @@ class Stream:
         self._take.close()
 
     async def run(self, daemon: Daemon, method: str, target: str, headers: Mapping[str, str]) -> None:
-        """The daemon's side."""
+        """Runs the daemon's side of the exchange."""
         path, _, query = target.partition("?")
         given = {"host": "localhost", "x-request-id": "simulated", "content-length": str(len(self._body)), **headers}
         scope: Any = {
@@ -270,7 +267,7 @@ class Stream:
 
 @asynccontextmanager
 async def simulated_world(sim: Simulation, directory: Path) -> AsyncIterator[World]:
-    """A machine for the length of a block; `directory` is real, empty, and holds its database."""
+    """Makes a machine for the length of a block. `directory` is a real, empty directory for its database."""
     with Databases() as databases:
         async with trio.open_nursery() as nursery:
             world = World(sim, nursery, directory, databases)

@@ -1,4 +1,4 @@
-"""Many lives, on all processors: `python -m tests.simulation --seeds 300`. One that fails is named, with its story."""
+"""Makes many simulation runs on all processors: `python -m tests.simulation --seeds 300`. Prints each failure."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.simulation.scenario import Seen, live, missing
+from tests.simulation.scenario import Seen, missing, run_seed
 
 _RAM = Path("/dev/shm")
 
 
 def main() -> int:
-    """The exit code: 0 when every life went well and everything was seen."""
+    """Returns the exit code: 1 when a run failed, 3 when a fault or a transition was never seen."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seeds", type=int, default=300, help="how many (default: 300)")
     parser.add_argument("--first", type=int, default=0, help="the first one (default: 0)")
@@ -54,9 +54,9 @@ def main() -> int:
 def _one(seed: int) -> tuple[int, Seen | str]:
     directory = Path(tempfile.mkdtemp(prefix="vt", dir=_RAM))
     try:
-        return seed, live(seed, directory)
+        return seed, run_seed(seed, directory)
     except BaseException as error:
-        # A process of the pool that raises loses the notes, which are the story.
+        # An exception loses its notes, which hold the trace, on its way from a process of the pool.
         return seed, "".join(traceback.format_exception(error))
     finally:
         shutil.rmtree(directory, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""A life of a daemon under faults: people who use it, somebody who breaks things, and what must hold all the while.
+"""The scenario of a simulation run: a daemon under faults, its users, and what must hold all the time.
 
-Operators make, start, stop and delete VMs of their own and know what was acknowledged. A follower reads every event,
-over all breaks of its connection, and holds them against the table of transitions. A troublemaker kills the daemon, its
+Operators create, start, stop and delete VMs of their own and know what was acknowledged. A follower reads every event,
+over all breaks of its connection, and compares them with the table of transitions. A troublemaker kills the daemon, its
 actors and the power. When it has done enough, faults are turned off, and within a bounded time everything must be what
 it should be.
 """
@@ -31,11 +31,11 @@ from volant.model.agent import IDENTITY_NETWORK_SINCE
 TROUBLE_S = 110.0
 CONVERGE_S = 900.0
 AFTERMATH_S = 30.0
-"""A command that a hypervisor has ignored under the last faults is missed that late."""
+"""The daemon notices that late that a hypervisor has ignored a command under the last faults."""
 IDLE_S = 60.0
 IDLE_STEPS_PER_VM = 200
 STANDBYS = 4
-"""Two for each of the two templates that there can be."""
+"""Two for each of at most two templates."""
 
 FAULTS: dict[str, float] = {
     "agent.refuses": 0.01,
@@ -79,10 +79,10 @@ FAULTS: dict[str, float] = {
 
 BLUE = "blue"
 NETWORKS = {"ada": BLUE, "bob": "bridge", "eve": BLUE}
-"""Of the VMs of each operator, in every second life; none in the others, as a template fits one kind alone."""
+"""The network of each operator's VMs, in every second run; none in the others, as a template fits one kind only."""
 
 REACHABLE = TRANSITIONS - {(Status.PENDING, Status.STOPPED), (Status.PENDING, Status.DELETING)}
-"""One that is pending begins to start before its actor hears anybody."""
+"""A pending VM begins to start before its actor handles its first message."""
 
 _JSON = {"content-type": "application/json"}
 _LINE = re.compile(r"line (\d+)\Z")
@@ -91,7 +91,7 @@ _ATTEMPTS = 400
 
 @dataclass
 class Seen:
-    """What came of one life, or of several together."""
+    """What one simulation run has covered, or several together."""
 
     transitions: set[tuple[Status | None, Status | None]] = field(default_factory=set)
     faults: FaultReport | None = None
@@ -101,9 +101,9 @@ class Seen:
     clones: int = 0
     """VMs that ran as clones at the end."""
     copies: int = 0
-    """VMs that were seen to run as copies of others."""
+    """VMs that ran as copies of others."""
     standbys: int = 0
-    """Of those, the ones whose process had waited for them."""
+    """Those of them whose process came from the warm pool."""
 
     def __iadd__(self, other: Seen) -> Seen:
         self.transitions |= other.transitions
@@ -118,7 +118,7 @@ class Seen:
         return self
 
     def lines(self) -> Iterable[str]:
-        """For people."""
+        """Yields a summary."""
         if self.faults is not None:
             yield from self.faults.lines()
         yield f"{self.starts} daemons, {self.events} events, {self.acknowledged} acknowledged creations and deletions"
@@ -127,7 +127,7 @@ class Seen:
 
 
 def missing(seen: Seen) -> list[str]:
-    """What should have been seen over enough lives: each transition, each fault."""
+    """Returns what enough runs should have covered and did not: transitions and faults."""
     transitions = [f"{before} -> {after}" for before, after in sorted(REACHABLE - seen.transitions, key=str)]
     assert seen.faults is not None
     if not seen.copies:
@@ -135,22 +135,21 @@ def missing(seen: Seen) -> list[str]:
     return [*transitions, *seen.faults.never_fired, *seen.faults.never_reached]
 
 
-def live(seed: int, directory: Path) -> Seen:
-    """One life; `directory` is empty. An AssertionError, or whatever else comes out, carries the seed and the end of
-    the trace."""
+def run_seed(seed: int, directory: Path) -> Seen:
+    """Makes one simulation run; `directory` is empty. An exception carries the seed and the end of the trace."""
     seen = Seen()
 
     async def main(sim: Simulation) -> None:
         async with simulated_world(sim, directory) as world:
-            await Life(sim, world, seen).run()
+            await Scenario(sim, world, seen).run()
         seen.faults = sim.faults.report()
 
     simulate(main, seed=seed, faults=FAULTS, limit_steps=20_000_000)
     return seen
 
 
-class Life:
-    """One run of the scenario."""
+class Scenario:
+    """One simulation run."""
 
     def __init__(self, sim: Simulation, world: World, seen: Seen) -> None:
         self.sim = sim
@@ -166,7 +165,7 @@ class Life:
         ]
 
     async def run(self) -> None:
-        # Some lives end with processes that wait, and some without.
+        # Some runs end with a filled warm pool, and some without.
         self.world.settings = msgspec.structs.replace(
             self.world.settings, standby=2, standby_idle_s=self.sim.rng.choice([40.0, 600.0])
         )
@@ -236,7 +235,7 @@ class Life:
                 await trio.sleep(rng.uniform(0.1, 15.0))
                 world.machine.disk_full = False
             elif what == "drain":
-                # Whatever comes next may come in the middle of it.
+                # The next trouble may come in the middle of it.
                 stop = rng.choice(["", "?stop_vms=true&grace=5s"])
                 await world.request("POST", f"/api/v1/system/drain{stop}")
                 self._undrain_at = trio.current_time() + rng.uniform(1.0, 20.0)
@@ -251,7 +250,7 @@ class Life:
                     await self._start()
 
     async def _start(self) -> None:
-        """As systemd does it: again, when it does not come up."""
+        """Starts the daemon as systemd does: again, when it fails to start."""
         for _ in range(20):
             try:
                 return await self.world.start_daemon()
@@ -265,7 +264,7 @@ class Life:
             if (await self.world.request("POST", "/api/v1/system/undrain")).status == 200:
                 return
             await trio.sleep(1.0)
-        raise AssertionError("the daemon drains for ever")
+        raise AssertionError("the daemon drains forever")
 
     def _kill(self, path: str) -> None:
         system = self.world.daemon.system
@@ -273,10 +272,10 @@ class Life:
         try:
             kill(system, path)
         except KeyError:
-            pass  # It has gone, or does not run at the moment.
+            pass  # It is deleted, or does not run at the moment.
 
     async def _watch_processes(self) -> None:
-        """At every moment: at most one hypervisor for each VM, and each has an owner."""
+        """Checks all the time: at most one hypervisor for each VM, and each has an owner."""
         while True:
             await self.world.machine.changed.wait()
             owners = [_owner(qemu) for qemu in self.world.machine.running()]
@@ -319,8 +318,8 @@ class Life:
         running = {qemu.tag: qemu for qemu in world.machine.running()}
         owned = {row.tag for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)}
         pool = daemon.vms.warm_pool.tags
-        assert set(running) == owned | pool, "hypervisors and VMs that run, or processes that wait, are not the same"
-        assert len(pool) <= STANDBYS, f"too many wait: {pool}"
+        assert set(running) == owned | pool, "hypervisors are not those of running VMs and of the warm pool"
+        assert len(pool) <= STANDBYS, f"too many processes in the warm pool: {pool}"
         for row in rows.values():
             assert row.status not in (Status.STARTING, Status.STOPPING, Status.DELETING, Status.PENDING), row
             if row.status in (Status.RUNNING, Status.PAUSED):
@@ -331,13 +330,13 @@ class Life:
         self.seen.clones += sum(row.template is not None for row in alive)
         self.seen.copies += sum(row.origin is not None and row.checkpoint is None for row in rows.values())
         self.seen.standbys += sum("-s." in row.tag for row in alive)
-        assert set(world.machine.groups) == {row.tag for row in alive}, "control groups and VMs are not the same"
+        assert set(world.machine.groups) == {row.tag for row in alive}, "control groups are not those of running VMs"
         self._check_files({str(row.id) for row in alive}, {str(row.id) for row in alive if row.template is None})
         self._check_networks(list(rows.values()), running)
 
     def _check_networks(self, rows: list[VmRow], running: dict[str, SimQemu]) -> None:
-        """Nobody shares an address; there is a tap, and a way through the firewall, for each VM that runs and has a
-        lease, and for nobody else; those who can be told know the others in their network."""
+        """Checks that no address is used twice, that exactly the running VMs with a lease have a tap and an element of
+        the firewall, and that guests know their peers if their agent takes hosts entries."""
         leases = [row.lease for row in rows if row.lease is not None]
         assert len({lease.address for lease in leases}) == len(leases), leases
         wanted = {row.lease.tap: row.lease for row in rows if row.lease is not None and row.tag}
@@ -365,9 +364,9 @@ class Life:
         files = self.world.machine.files
         vms = self.world.settings.runtime_dir / "vms"
         directories = set(files.names(vms)) if files.find(vms) else set()
-        assert directories == ids, f"directories {directories}, VMs that run {ids}"
+        assert directories == ids, f"directories {directories}, running VMs {ids}"
         memory = {path.stem for path in files.below(Path("/dev/shm")) if path.suffix == ".mem"}
-        assert memory == with_memory, f"memory files {memory}, VMs that run and are no clones {with_memory}"
+        assert memory == with_memory, f"memory files {memory}, running VMs that are not clones {with_memory}"
         templates = self.world.settings.state_dir / "templates"
         self._check_checkpoints()
         halves = [name for name in files.names(templates) if "." in name] if files.find(templates) else []
@@ -375,12 +374,12 @@ class Life:
         standby = self.world.settings.runtime_dir / "standby"
         waiting = set(files.names(standby)) if files.find(standby) else set()
         pool = self.world.daemon.vms.warm_pool.tags if self.world.runs else set()
-        assert waiting == {tag.rpartition(".")[2] for tag in pool}, f"{waiting} are left of processes that waited"
+        assert waiting == {tag.rpartition(".")[2] for tag in pool}, f"{waiting} are left of the warm pool"
         built = self.world.settings.runtime_dir / "templates"
         assert not files.find(built) or not files.names(built), files.names(built)
 
     def _check_checkpoints(self) -> None:
-        """No copy of a guest is half-made, and each has an owner: forks none any more, as all copies have gone on."""
+        """Checks that each checkpoint is complete and belongs to a snapshot; those of forks are gone."""
         files = self.world.machine.files
         snapshots = self.world.daemon.store.projection.snapshots.values() if self.world.runs else ()
         assert all(snapshot.status == "ready" for snapshot in snapshots), snapshots
@@ -395,14 +394,15 @@ class Life:
         assert not passing, f"copies of guests are left: {passing}"
 
     async def _check_orphans(self) -> None:
-        """Nothing runs that no VM owns, and nobody keeps a turn to boot."""
+        """Checks that no process is orphaned, and that no boot slot is taken."""
         answer = await self.world.request("GET", "/api/v1/system/orphans")
         assert (answer.status, answer.json()) == (200, []), answer
-        turns = self.world.daemon.vms.slots.cold.statistics()
-        assert (turns["booting"], turns["waiting"]) == (0, 0), turns
+        slots = self.world.daemon.vms.slots.cold.statistics()
+        assert (slots["booting"], slots["waiting"]) == (0, 0), slots
 
     async def _check_logs(self) -> None:
-        """What a workload writes is logged once and in order; it counts from 0 in each boot and each agent."""
+        """Checks that each line of a workload is logged once and in order. A workload counts from 0 in each boot and
+        each agent."""
         for row in self.world.daemon.store.projection.rows():
             answer = await self.world.request("GET", f"/api/v1/vms/{row.name}/logs?stream=stdout")
             assert answer.status == 200, answer
@@ -420,8 +420,8 @@ class Life:
                     last = number
 
     async def _kill_in_a_launch(self) -> None:
-        """Without faults, a daemon that is killed while it launches what it has acknowledged leaves nothing to the next
-        one that that does not go on with: a copy is not lost, and a clone does not boot cold."""
+        """Kills the daemon, without faults, while it launches VMs that it has acknowledged. Checks that the next daemon
+        carries on: no copy is lost, and no clone boots cold."""
         rng, world = self.sim.rng, self.world
         # An agent of a VM with a network may be too old to be copied.
         rows = [row for row in world.daemon.store.projection.rows() if row.lease is None]
@@ -444,7 +444,7 @@ class Life:
             assert (vm["status"], vm["fallback"], vm["reason"]) == ("running", None, None), vm
 
     async def _clear_out(self) -> None:
-        """With everything deleted nothing is left on the machine."""
+        """Deletes everything, and checks that nothing is left on the machine."""
         for row in self.world.daemon.store.projection.rows():
             answer = await self.world.request("DELETE", f"/api/v1/vms/{row.name}")
             assert answer.status == 204, answer
@@ -456,13 +456,13 @@ class Life:
         self._check_files(set(), set())
         self._check_networks([], {})
         await self.world.stop_daemon()
-        assert not self.world.machine.running(), "a clean stop leaves processes that wait"
+        assert not self.world.machine.running(), "a clean stop leaves processes of the warm pool"
         self._check_files(set(), set())
         assert not self.world.machine.files.open_count()
 
 
 class Follower:
-    """Reads every event exactly once, as a client that resumes."""
+    """Reads every event exactly once, as a client that reconnects."""
 
     def __init__(self, world: World, seen: Seen) -> None:
         self._world = world
@@ -507,7 +507,7 @@ class Follower:
         before = self._statuses.get(event["vm_id"])
         after = Status(event["status"]) if event["status"] else None
         if event["type"] in ("VM_FORKED", "VM_RESTORED"):
-            # Of no change of the status.
+            # These report no change of the status.
             assert before is after, (event, before)
             self._seen.copies += event["type"] == "VM_RESTORED"
             return
@@ -519,13 +519,13 @@ class Follower:
         assert len(names) == len(set(names)), f"two VMs of one name: {names}"
 
     async def catch_up(self) -> None:
-        """Wait until it has read all that there is."""
+        """Waits until every event is read."""
         with trio.fail_after(60):
             while self._world.runs and self._last_id != str(self._world.daemon.store.events.newest):  # noqa: ASYNC110
                 await trio.sleep(0.1)
 
     def check_rest(self, world: World) -> None:
-        """What the events said last is what is so."""
+        """Checks that the last event of each VM matches its row."""
         rows = world.daemon.store.projection.rows()
         assert {row.id: row.status for row in rows} == {
             vm_id: status for vm_id, status in self._statuses.items() if status is not None
@@ -533,16 +533,16 @@ class Follower:
 
 
 def _owner(qemu: SimQemu) -> str:
-    """Whose a process is, while there can be one such process."""
+    """Returns the owner of a process, which may have only one."""
     tag = qemu.tag.rpartition("-")[2]
     if tag.startswith("s.") and qemu.directory.parent.name == "vms":
-        # It had waited, and was taken over.
+        # A VM has claimed it from the warm pool.
         return qemu.directory.name
     return tag if tag.startswith(("s.", "t.")) else tag.partition(".")[0]
 
 
 def _builds(daemon: Any) -> bool:
-    """Whether a template is being built, or waits for it."""
+    """Whether a template is being built, or waits to be."""
     builder = daemon.vms.templates.inspect().get("actor") or {}
     return bool(builder.get("building") or builder.get("waiting"))
 
@@ -553,16 +553,16 @@ def _short(row: VmRow) -> str:
 
 @dataclass
 class Known:
-    """What an operator knows of a VM: all that is possible after what was acknowledged."""
+    """What an operator knows of a VM: everything that is possible after the acknowledged requests."""
 
     exists: set[bool] = field(default_factory=lambda: {False})
     vm_id: int | None = None
     going: bool = False
-    """Somebody has asked to delete it: that is never taken back, and may be over at any time."""
+    """Its deletion was requested: that is never taken back, and may complete at any time."""
 
 
 class Operator:
-    """Somebody with VMs of their own, who does one thing at a time."""
+    """A user with VMs of their own, who makes one request at a time."""
 
     def __init__(self, world: World, rng: Random, names: list[str], network: str, seen: Seen) -> None:
         self._world = world
@@ -572,20 +572,20 @@ class Operator:
         self._seen = seen
         self._keys = 0
         self._snapshots: list[str] = []
-        """Those that were acknowledged, the oldest first."""
+        """Acknowledged snapshots, oldest first."""
 
     async def run(self, is_over: Callable[[], bool]) -> None:
         while not is_over():
             name = self._rng.choice(sorted(self._known))
             actions = [
-                *(self._create, self._command, self._command, self._command, self._delete, self._look),
+                *(self._create, self._command, self._command, self._command, self._delete, self._get),
                 *(self._take_snapshot, self._restore, self._fork),
             ]
             await self._rng.choice(actions)(name)
             await trio.sleep(self._rng.expovariate(1 / 1.5))
 
     def check(self, rows: dict[str, Any]) -> None:
-        """At rest: what was acknowledged is so."""
+        """Checks at rest that what was acknowledged holds."""
         for name, known in self._known.items():
             assert (name in rows) in known.exists, f"{name} exists: {name in rows}, expected {known.exists}"
             if name in rows and known.vm_id is not None:
@@ -603,12 +603,12 @@ class Operator:
         await self._make(name, "/api/v1/vms", body)
 
     async def _restore(self, name: str) -> None:
-        """A VM from one of our snapshots, if there is one."""
+        """Creates a VM from one of our snapshots, if there is one."""
         if self._snapshots:
             await self._make(name, "/api/v1/vms", {"name": name, "from_snapshot": self._rng.choice(self._snapshots)})
 
     async def _fork(self, name: str) -> None:
-        """A VM as a copy of another of ours."""
+        """Creates a VM as a copy of another of ours."""
         other = self._rng.choice(sorted(self._known))
         await self._make(name, f"/api/v1/vms/{other}/fork", {"names": [name]})
 
@@ -625,7 +625,7 @@ class Operator:
         if len(self._snapshots) > 2:
             gone = self._snapshots.pop(0)
             answer = await self._insist("DELETE", f"/api/v1/snapshots/{gone}")
-            # One of which no answer came may be gone all the same; one that a VM is about to go on from stays.
+            # A deletion without an answer may have happened; a snapshot that a VM is about to use stays.
             assert answer.status in (204, 404, 409, 503), answer
 
     async def _make(self, name: str, path: str, body: dict[str, object]) -> None:
@@ -635,7 +635,7 @@ class Operator:
         is_copy = "cpu_cores" not in body
         before = set(known.exists)
         known.exists = {True} if before == {True} else {True, False}
-        # The same again under the same key: done once, whatever happens in between.
+        # Repeated requests with the same key are executed once, whatever happens in between.
         answer = await self._insist("POST", path, body, headers)
         if answer.status == 201:
             assert before != {True}, f"{name} was made twice"
@@ -643,14 +643,14 @@ class Operator:
             known.exists, known.vm_id, known.going = {True}, made["id"], False
             self._seen.acknowledged += 1
         elif is_copy and answer.status in (404, 409):
-            # There is nothing to copy, or it is in no state for it; whether the name was taken nobody has said.
+            # There is nothing to copy, or it is in no state for it; nothing says whether the name was taken.
             assert answer.json()["type"] != "urn:volant:error:vm-deleting", answer
             known.exists = before if not known.going else {True, False} if True in before else before
         elif answer.status == 409:
             assert True in before, f"{name} can't be made, and is not there: {answer}"
             known.exists = {True, False} if known.going else {True}
         else:
-            # It may have been made all the same, or come yet; the one before may have gone meanwhile.
+            # It may have been created, or be created later; the VM before it may be gone meanwhile.
             assert answer.status == 503, answer
             if known.going:
                 known.vm_id = None
@@ -671,12 +671,12 @@ class Operator:
             known.exists, known.vm_id, known.going = {False}, None, False
             self._seen.acknowledged += 1
         elif answer.status == 404:
-            # Perhaps deleted by a request of which no answer came.
+            # Perhaps deleted by a request without an answer.
             known.exists, known.vm_id, known.going = {False}, None, False
         else:
             assert answer.status == 503, answer
 
-    async def _look(self, name: str) -> None:
+    async def _get(self, name: str) -> None:
         self._exists_if(name, await self._insist("GET", f"/api/v1/vms/{name}"), {200})
 
     def _exists_if(self, name: str, answer: Answer, statuses: set[int]) -> None:
@@ -686,14 +686,14 @@ class Operator:
             if answer.status == 200 and known.vm_id is not None:
                 assert answer.json()["id"] == known.vm_id
         elif answer.status == 404:
-            assert False in known.exists, f"{name} is gone, and nobody deleted it"
+            assert False in known.exists, f"{name} is gone, and was not deleted"
         else:
             assert answer.status == 503, answer
 
     async def _insist(
         self, method: str, target: str, body: object = None, headers: dict[str, str] | None = None
     ) -> Answer:
-        """Ask until there is an answer, as a client does whose connection breaks."""
+        """Repeats a request until there is an answer, as a client does whose connection breaks."""
         for _ in range(_ATTEMPTS):
             try:
                 return await self._world.request(method, target, body, headers)

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.testing import Simulation, simulate
-from tests.simulated import World, simulated_world
+from tests.simulated import World
 from tests.simulated.memory import SimMachine
+from tests.simulation.kit import JSON, run_story
 from volant.vm._capacity import OVERHEAD_MB
 
-JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
-
-
-def live(directory: Path, story: Callable[[World], Awaitable[None]]) -> None:
-    async def main(sim: Simulation) -> None:
-        async with simulated_world(sim, directory) as world:
-            await world.start_daemon()
-            await story(world)
-
-    simulate(main, seed=3)
+run = partial(run_story, seed=3)
 
 
 async def create(world: World, name: str, memory_mb: int, wait: str = "") -> Any:
@@ -62,7 +45,7 @@ def test_what_other_programs_have_taken_is_not_promised_to_a_vm(
         assert (await world.request("GET", "/api/v1/vms/fits?wait=running")).json()["status"] == "running"
         assert (await create(world, "second", 64)).status == 201
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_what_is_promised_is_told_from_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +61,7 @@ def test_what_is_promised_is_told_from_what_is_available(tmp_path: Path, monkeyp
             "use all that is promised to them)"
         )
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_one_that_is_started_again_is_asked_for_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,4 +78,4 @@ def test_one_that_is_started_again_is_asked_for_anew(tmp_path: Path, monkeypatch
         started = await world.request("POST", "/api/v1/vms/demo/start?wait=running")
         assert started.json()["status"] == "running"
 
-    live(tmp_path, story)
+    run(tmp_path, story)

@@ -3,35 +3,25 @@ runs twice, and what is kept belongs to somebody."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import apsw
-import pytest
 import trio
 
 from actors.testing import Simulation, allow_real, simulate
 from tests.simulated import Unreachable, World, simulated_world
+from tests.simulation.kit import JSON
 from volant.model import settled
 from volant.templates import template_tag_prefix
 from volant.vm import instance_of
 
-JSON = {"content-type": "application/json"}
 SYSTEM = "/api/v1/system"
 FAULTS = {"database.fails": 0.02, "disk.full": 0.005, "qemu.dies": 0.02, "guest.powers_off": 0.02, "agent.slow": 0.02}
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
-
-
-class Life:
+class BackupScenario:
     """VMs come and go, backups are taken, and some are restored, while the daemon and the power fail."""
 
     def __init__(self, sim: Simulation, world: World, directory: Path) -> None:
@@ -56,7 +46,7 @@ class Life:
             nursery.cancel_scope.cancel()
 
     async def _ask(self, method: str, path: str, body: object = None, *, may_die: bool = True) -> Any:
-        """The answer; None when there was none, as the daemon died, or was killed at some moment of it."""
+        """Returns the answer; None when the daemon died before it."""
         answer: Any = None
         async with trio.open_nursery() as nursery:
             if may_die and self.rng.random() < 0.3:
@@ -162,8 +152,8 @@ class Life:
         assert all(name.startswith("volant-before-") for name in left), left
 
 
-def live(seed: int, directory: Path, ends: list[tuple[float, int]] | None = None) -> int:
-    """How many restores came to pass."""
+def run_seed(seed: int, directory: Path, ends: list[tuple[float, int]] | None = None) -> int:
+    """Makes one simulation run, and returns how many backups were restored."""
     restores = 0
     state, beside = directory / "state", directory / "beside"
     state.mkdir(parents=True)
@@ -172,9 +162,9 @@ def live(seed: int, directory: Path, ends: list[tuple[float, int]] | None = None
     async def main(sim: Simulation) -> None:
         nonlocal restores
         async with simulated_world(sim, state) as world:
-            life = Life(sim, world, beside)
-            await life.run()
-            restores = life.restores
+            scenario = BackupScenario(sim, world, beside)
+            await scenario.run()
+            restores = scenario.restores
             if ends is not None:
                 ends.append((trio.current_time(), sim.steps))
 
@@ -183,21 +173,21 @@ def live(seed: int, directory: Path, ends: list[tuple[float, int]] | None = None
 
 
 def test_restores_among_faults(tmp_path: Path) -> None:
-    assert sum(live(seed, tmp_path / str(seed)) for seed in (0, 6, 16, 29)) > 4
+    assert sum(run_seed(seed, tmp_path / str(seed)) for seed in (0, 6, 16, 29)) > 4
 
 
 def test_seed_8_a_vm_that_is_made_while_the_daemon_starts_keeps_its_log(tmp_path: Path) -> None:
-    live(8, tmp_path)
+    run_seed(8, tmp_path)
 
 
 def test_seed_14_a_vm_whose_first_step_the_disk_did_not_take_goes_on_by_itself(tmp_path: Path) -> None:
-    live(14, tmp_path)
+    run_seed(14, tmp_path)
 
 
-def test_the_same_seed_gives_the_same_life(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     stories = []
     for name in ("one", "two"):
         ends: list[tuple[float, int]] = []
-        live(3, tmp_path / name, ends)
+        run_seed(3, tmp_path / name, ends)
         stories.append(ends)
     assert stories[0] == stories[1]

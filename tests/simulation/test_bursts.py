@@ -5,12 +5,10 @@ None misses its deadline for the time that it has waited, and who does not want 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
-import pytest
 import trio
 
 from actors.testing import Simulation, simulate
@@ -23,14 +21,7 @@ DEADLINE_S = 8.0
 """A simulated guest takes up to 6 s; forty of them, three at a time, take a minute and more."""
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
-
-
-def live(directory: Path, story: Callable[[World], Awaitable[None]], faults: dict[str, float] | None = None) -> None:
+def run(directory: Path, story: Callable[[World], Awaitable[None]], faults: dict[str, float] | None = None) -> None:
     async def main(sim: Simulation) -> None:
         async with simulated_world(sim, directory) as world:
             # Turns are those of cold boots, and a clone is none.
@@ -75,7 +66,7 @@ def test_a_burst_of_creations_boots_some_at_a_time_and_none_is_late(tmp_path: Pa
         assert await all_run(world, VMS, 600) == AT_ONCE
         assert world.daemon.vms.slots.cold.statistics() == {"limit": AT_ONCE, "booting": 0, "waiting": 0}
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_after_a_reboot_of_the_host_what_ran_runs_again_some_at_a_time(tmp_path: Path) -> None:
@@ -91,7 +82,7 @@ def test_after_a_reboot_of_the_host_what_ran_runs_again_some_at_a_time(tmp_path:
         # A reboot is no crash, and counts for no restart policy.
         assert {(row.boots, row.restarts) for row in rows if row.name != "vm0"} == {(2, 0)}
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_one_that_waits_for_its_turn_can_be_stopped_and_deleted_at_once(tmp_path: Path) -> None:
@@ -104,7 +95,7 @@ def test_one_that_waits_for_its_turn_can_be_stopped_and_deleted_at_once(tmp_path
         assert trio.current_time() - began < 1.0
         await all_run(world, 8, 600)
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_a_daemon_that_is_killed_in_the_middle_of_a_burst_goes_on_with_it(tmp_path: Path) -> None:
@@ -117,7 +108,7 @@ def test_a_daemon_that_is_killed_in_the_middle_of_a_burst_goes_on_with_it(tmp_pa
         # One that was let in just before the end has its turn beside the others.
         assert await all_run(world, VMS, 600) <= 2 * AT_ONCE
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_guests_that_never_answer_hold_up_the_others_for_their_turn_alone(tmp_path: Path) -> None:

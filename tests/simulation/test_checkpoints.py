@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from actors.testing import Simulation, simulate
-from tests.simulated import Answer, Unreachable, World, simulated_world
+from tests.simulated import Answer, Unreachable, World
 from tests.simulated.qemu import SimQemu
-
-JSON = {"content-type": "application/json"}
-VMS = "/api/v1/vms"
+from tests.simulation.kit import JSON, VMS, run_story
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+def run(directory: Path, story: Callable[[World], Awaitable[None]]) -> None:
+    """Runs a story with one VM, `demo`."""
 
+    async def main(world: World) -> None:
+        body = {"name": "demo", "cpu_cores": 1, "memory_mb": 64, "boot": "cold"}
+        assert (await world.request("POST", f"{VMS}?wait=running", body, JSON)).json()["status"] == "running"
+        await story(world)
 
-def live(directory: Path, story: Callable[[World], Awaitable[None]]) -> None:
-    async def main(sim: Simulation) -> None:
-        async with simulated_world(sim, directory) as world:
-            await world.start_daemon()
-            body = {"name": "demo", "cpu_cores": 1, "memory_mb": 64, "boot": "cold"}
-            assert (await world.request("POST", f"{VMS}?wait=running", body, JSON)).json()["status"] == "running"
-            await story(world)
-
-    simulate(main, seed=11, faults={})
+    run_story(directory, main, seed=11)
 
 
 async def snapshot(world: World) -> Path:
@@ -95,7 +84,7 @@ def test_what_does_not_fit_is_refused_and_does_once_it_fits(tmp_path: Path, kind
         world.machine.files.file(record).data[:] = before
         assert (await restore(world, "yes"))["status"] == "running"
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_one_of_an_older_qemu_goes_on(tmp_path: Path) -> None:
@@ -103,7 +92,7 @@ def test_one_of_an_older_qemu_goes_on(tmp_path: Path) -> None:
         rewrite(world, await snapshot(world) / "capture.json", version="9.2.4", machine="pc-q35-9.2")
         assert (await restore(world, "copy"))["status"] == "running"
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +107,7 @@ def test_a_file_that_somebody_has_touched_is_refused(tmp_path: Path, name: str, 
         assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_damaged")
         assert why in vm["reason"]["message"]
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_a_state_with_other_bytes_is_refused_whatever_stat_says_of_it(tmp_path: Path) -> None:
@@ -134,7 +123,7 @@ def test_a_state_with_other_bytes_is_refused_whatever_stat_says_of_it(tmp_path: 
         assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_damaged")
         assert "its state has other bytes" in vm["reason"]["message"]
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_files_that_are_gone_are_missed(tmp_path: Path) -> None:
@@ -143,7 +132,7 @@ def test_files_that_are_gone_are_missed(tmp_path: Path) -> None:
         vm = await restore(world, "no")
         assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_gone")
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 @pytest.mark.parametrize("kind", ["snapshots", "fork"])
@@ -186,7 +175,7 @@ def test_a_command_ends_a_copy_that_is_under_way_and_nothing_is_left_of_it(
         assert not world.daemon.store.projection.snapshots
         assert not copies(world)
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_a_copy_that_a_pause_has_ended_can_be_made_afterwards(tmp_path: Path) -> None:
@@ -203,7 +192,7 @@ def test_a_copy_that_a_pause_has_ended_can_be_made_afterwards(tmp_path: Path) ->
         assert await snapshot(world) / "memory" in copies(world)
         assert (await restore(world, "copy"))["status"] == "running"
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_a_snapshot_that_a_killed_daemon_has_begun_is_no_reason_to_refuse_it_for_good(tmp_path: Path) -> None:
@@ -236,4 +225,4 @@ def test_a_snapshot_that_a_killed_daemon_has_begun_is_no_reason_to_refuse_it_for
                 await trio.sleep(0.1)
         assert set(statuses) <= {503}, "a refusal that is kept for the key"
 
-    live(tmp_path, story)
+    run(tmp_path, story)

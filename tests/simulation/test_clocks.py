@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,18 +11,10 @@ from actors.testing import Simulation, simulate
 from tests.simulated import World, simulated_world
 from tests.simulated.guest import SimGuest
 from tests.simulated.qemu import SimQemu
+from tests.simulation.kit import JSON, VMS
 from volant.vm._hosts_entries import HOSTS_AT_ONCE
 
-JSON = {"content-type": "application/json"}
-VMS = "/api/v1/vms"
 SOON_S = 6.0
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 async def machine_of(world: World, name: str) -> SimQemu:
@@ -48,7 +38,7 @@ def test_a_guest_that_hangs_does_not_keep_the_clocks_of_others_wrong(
                 assert (await world.request("POST", f"{VMS}/first/fork", {"names": [name]}, JSON)).status == 201
                 machines[name] = await machine_of(world, name)
                 if name == "hangs":
-                    machines[name].guest.stand_still(True)
+                    machines[name].guest.pause()
             monkeypatch.setattr(SimGuest, "way_s", 0.0)
             runs_since = trio.current_time()
             await trio.sleep(SOON_S)
@@ -72,7 +62,7 @@ def test_guests_that_hang_do_not_keep_others_from_knowing_their_neighbours(tmp_p
                 machines[name].guest.protocol = 99
             await trio.sleep(30)
             for name in names[:-1]:
-                machines[name].guest.stand_still(True)
+                machines[name].guest.pause()
             body = {"name": "comes", "cpu_cores": 1, "memory_mb": 64, "boot": "cold", "network": "blue"}
             assert (await world.request("POST", VMS, body, JSON)).status == 201
             await trio.sleep(SOON_S)

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from actors.testing import Simulation, simulate
-from tests.simulated import World, simulated_world
+from tests.simulated import World
+from tests.simulation.kit import JSON, run_story
 from volant.vm._drain import AT_ONCE
 
-JSON = {"content-type": "application/json"}
 SYSTEM = "/api/v1/system"
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
-
-
-def lived(directory: Path, story: Callable[[World], Awaitable[None]], **faults: float) -> None:
-    async def main(sim: Simulation) -> None:
-        async with simulated_world(sim, directory) as world:
-            await world.start_daemon()
-            with trio.fail_after(3600):
-                await story(world)
-
-    simulate(main, seed=7, faults={name.replace("__", "."): chance for name, chance in faults.items()})
+run = partial(run_story, seed=7, limit_s=3600)
 
 
 async def create(world: World, name: str, **fields: object) -> Any:
@@ -94,7 +78,7 @@ def test_nothing_is_made_or_started_while_it_drains_over_its_restarts_too(tmp_pa
         await post(world, "/api/v1/vms/down/start?wait=running")
         await boot(world, "more")
 
-    lived(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_a_boot_that_is_due_waits_for_the_end(tmp_path: Path) -> None:
@@ -111,7 +95,7 @@ def test_a_boot_that_is_due_waits_for_the_end(tmp_path: Path) -> None:
         await until(world, "faithful", "running")
         assert statuses(world)["plain"] == "crashed"
 
-    lived(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_after_a_reboot_of_the_host_vms_wait_for_the_end(tmp_path: Path) -> None:
@@ -127,7 +111,7 @@ def test_after_a_reboot_of_the_host_vms_wait_for_the_end(tmp_path: Path) -> None
         await until(world, "one", "running")
         await until(world, "two", "running")
 
-    lived(tmp_path, story)
+    run(tmp_path, story)
 
 
 NAMES = [f"vm{number}" for number in range(12)]
@@ -168,7 +152,7 @@ def test_vms_are_stopped_some_at_a_time_and_start_again_afterwards(tmp_path: Pat
                 await until(world, name, "running")
         assert statuses(world)["vm3"] == "stopped"
 
-    lived(tmp_path, story, guest__ignores_shutdown=stubborn)
+    run(tmp_path, story, guest__ignores_shutdown=stubborn)
 
 
 def test_a_daemon_that_is_killed_goes_on_with_the_stops(tmp_path: Path) -> None:
@@ -186,7 +170,7 @@ def test_a_daemon_that_is_killed_goes_on_with_the_stops(tmp_path: Path) -> None:
         for name in NAMES:
             await until(world, name, "running")
 
-    lived(tmp_path, story, guest__ignores_shutdown=1.0)
+    run(tmp_path, story, guest__ignores_shutdown=1.0)
 
 
 def test_an_end_in_the_middle_leaves_the_others_alone(tmp_path: Path) -> None:
@@ -203,7 +187,7 @@ def test_an_end_in_the_middle_leaves_the_others_alone(tmp_path: Path) -> None:
         assert len(untouched) >= len(NAMES) - AT_ONCE
         assert set(statuses(world).values()) == {"running"}
 
-    lived(tmp_path, story, guest__ignores_shutdown=1.0)
+    run(tmp_path, story, guest__ignores_shutdown=1.0)
 
 
 def test_what_is_malformed_is_refused_and_changes_nothing(tmp_path: Path) -> None:
@@ -212,7 +196,7 @@ def test_what_is_malformed_is_refused_and_changes_nothing(tmp_path: Path) -> Non
             assert (await post(world, f"{SYSTEM}/drain?{query}", 400))["field"] == field
         assert (await world.request("GET", f"{SYSTEM}/status")).json()["draining_since"] is None
 
-    lived(tmp_path, story)
+    run(tmp_path, story)
 
 
 @pytest.mark.parametrize("boot_mode", ["cold", "auto", "template"])
@@ -242,7 +226,7 @@ def test_who_waits_for_a_turn_when_it_begins_does_not_boot(tmp_path: Path, boot_
             if name != held[0]:
                 await until(world, name, "running")
 
-    lived(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_who_waits_for_a_turn_is_set_aside_as_those_that_are_up_are(tmp_path: Path) -> None:
@@ -261,4 +245,4 @@ def test_who_waits_for_a_turn_is_set_aside_as_those_that_are_up_are(tmp_path: Pa
         for name in NAMES:
             await until(world, name, "running")
 
-    lived(tmp_path, story)
+    run(tmp_path, story)

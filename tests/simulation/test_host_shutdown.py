@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import trio
 
 from actors.testing import Simulation, simulate
@@ -18,13 +16,6 @@ from tests.simulated.qemu import SimQemu
 from volant.daemon._guests import AT_ONCE, GRACE_S, TOTAL_S, stop_guests
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 class Watched:

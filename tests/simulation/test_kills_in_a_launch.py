@@ -7,8 +7,6 @@ lose a copy.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +16,14 @@ import trio
 
 from actors.testing import Simulation, simulate
 from tests.simulated import World, simulated_world
+from tests.simulation.kit import JSON, VMS
 
-JSON = {"content-type": "application/json"}
-VMS = "/api/v1/vms"
 MOMENTS_S = [step * 0.015 for step in range(30)]
 """After the answer. A launch is over after some 0.4 s at most."""
 SOON_S = 5.0
 """What the next daemon may take, on a host that is idle: some times what a whole launch takes."""
 COLD_BOOT_S = 15.0
 NEW = {"name": "new", "cpu_cores": 1, "memory_mb": 128}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 async def wait_running(world: World, name: str, timeout_s: float) -> Any:

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from actors.testing import Simulation, simulate
-from tests.simulated import World, simulated_world
+from tests.simulated import World
 from tests.simulated.qemu import SimQemu
+from tests.simulation.kit import JSON, VMS, run_story
 from volant.model.agent import IDENTITY_NETWORK_SINCE
 
-JSON = {"content-type": "application/json"}
-VMS = "/api/v1/vms"
 PATIENCE_S = 200.0
 """Longer than the longest pause before somebody is told again."""
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
-
-
-def live(
-    directory: Path, story: Callable[[World], Awaitable[None]], *, seed: int, faults: Mapping[str, float] | None = None
-) -> None:
-    async def main(sim: Simulation) -> None:
-        async with simulated_world(sim, directory) as world:
-            await world.start_daemon()
-            await story(world)
-
-    simulate(main, seed=seed, faults=faults or {})
 
 
 async def make(world: World, name: str, network: str, *, boot: str = "cold") -> Any:
@@ -95,7 +73,7 @@ def test_guests_know_each_other_whoever_comes_and_goes(tmp_path: Path, seed: int
         await world.start_daemon()
         await all_know(world, "b", "d", "e")
 
-    live(tmp_path, story, seed=seed, faults={"agent.refuses_hosts": 0.3, "agent.slow": 0.05, "channel.is_cut": 0.05})
+    run_story(tmp_path, story, seed=seed, **{"agent.refuses_hosts": 0.3, "agent.slow": 0.05, "channel.is_cut": 0.05})
 
 
 @pytest.mark.parametrize("seed", [7, 8, 12, 24])
@@ -115,7 +93,7 @@ def test_what_a_guest_was_told_first_it_does_not_believe_last(tmp_path: Path, se
             await all_know(world, "a", "b", "c", "d")
             assert (await world.request("DELETE", f"{VMS}/d")).status == 204
 
-    live(tmp_path, story, seed=seed, faults={"agent.slow": 0.15})
+    run_story(tmp_path, story, seed=seed, **{"agent.slow": 0.15})
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 5, 7])
@@ -129,17 +107,17 @@ def test_a_guest_that_hears_late_of_somebody_who_is_gone_hears_of_that_too(tmp_p
         await all_know(world, "a", "b", "c")
         guests = [machine_of(world, name).guest for name in ("a", "b", "c")]
         for guest in guests:
-            guest.stand_still(True)
+            guest.pause()
         await make(world, "d", "blue")
         await trio.sleep(6)
         assert (await world.request("DELETE", f"{VMS}/d")).status == 204
         await trio.sleep(world.sim.rng.uniform(0, 20))
         for guest in guests:
-            guest.stand_still(False)
+            guest.resume()
         await trio.sleep(PATIENCE_S)
         await all_know(world, "a", "b", "c")
 
-    live(tmp_path, story, seed=seed)
+    run_story(tmp_path, story, seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -154,7 +132,7 @@ def test_a_guest_knows_the_others_before_it_runs(tmp_path: Path, boot: str, seed
         assert vm["status"] == "running", vm
         assert knows(world, "b") in ({"a": "192.168.127.2", "b": "192.168.127.3"}, None)
 
-    live(tmp_path, story, seed=seed)
+    run_story(tmp_path, story, seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -178,7 +156,7 @@ def test_a_copy_is_told_that_it_has_an_address_of_its_own(tmp_path: Path, seed: 
         )  # fmt: skip
         await all_know(world, "demo", "copy")
 
-    live(tmp_path, story, seed=seed)
+    run_story(tmp_path, story, seed=seed)
 
 
 @pytest.mark.parametrize("boot", ["cold", "auto"])
@@ -214,7 +192,7 @@ def test_a_tap_is_there_as_long_as_its_process(tmp_path: Path, boot: str) -> Non
         assert set(taps) == {"a", "b", "c"}
         assert not [name for name, link in world.machine.links.links.items() if link.kind == "tun"]
 
-    live(tmp_path, story, seed=3)
+    run_story(tmp_path, story, seed=3)
 
 
 def test_a_tap_that_can_not_be_had_is_a_reason_and_no_process(tmp_path: Path) -> None:
@@ -225,7 +203,7 @@ def test_a_tap_that_can_not_be_had_is_a_reason_and_no_process(tmp_path: Path) ->
         assert not world.machine.running()
         assert (await make(world, "other", "none"))["status"] == "running"
 
-    live(tmp_path, story, seed=5, faults={"network.refuses": 1.0})
+    run_story(tmp_path, story, seed=5, **{"network.refuses": 1.0})
 
 
 def test_a_tap_that_does_not_go_holds_up_its_vm_and_breaks_nobody(tmp_path: Path) -> None:
@@ -238,4 +216,4 @@ def test_a_tap_that_does_not_go_holds_up_its_vm_and_breaks_nobody(tmp_path: Path
         (vms,) = [child for child in tree["children"] if child["name"] == "vms"]
         assert {child["name"]: child["restarts"] for child in vms["children"]} == dict.fromkeys("abcd", 0)
 
-    live(tmp_path, story, seed=7, faults={"network.refuses": 0.3})
+    run_story(tmp_path, story, seed=7, **{"network.refuses": 0.3})

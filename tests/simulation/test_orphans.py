@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import trio
 
-from actors.testing import Simulation, allow_real, simulate
-from tests.simulated import World, simulated_world
+from actors.testing import allow_real
+from tests.simulated import World
+from tests.simulation.kit import JSON, run_story
 
-JSON = {"content-type": "application/json"}
 ORPHANS = "/api/v1/system/orphans"
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
-
-
-def live(directory: Path, story: Callable[[World], Awaitable[None]]) -> None:
-    async def main(sim: Simulation) -> None:
-        async with simulated_world(sim, directory) as world:
-            await world.start_daemon()
-            with trio.fail_after(3600):
-                await story(world)
-
-    simulate(main, seed=3)
+run = partial(run_story, seed=3, limit_s=3600)
 
 
 async def boot(world: World, name: str, **fields: object) -> Any:
@@ -95,7 +79,7 @@ def test_a_lost_database_costs_no_vm(tmp_path: Path) -> None:
         again = await world.request("POST", "/api/v1/vms/demo/start?wait=running&timeout=5m")
         assert (again.json()["status"], again.json()["boots"]) == ("running", 2)
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_it_is_told_as_a_vm_that_begins(tmp_path: Path) -> None:
@@ -111,7 +95,7 @@ def test_it_is_told_as_a_vm_that_begins(tmp_path: Path) -> None:
         types = [line.removeprefix(b"event: ") for line in told.splitlines() if line.startswith(b"event: ")]
         assert types == [b"VM_CREATED", b"VM_STARTING", b"VM_RUNNING"]
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_a_name_that_is_taken_is_given_anew(tmp_path: Path) -> None:
@@ -127,7 +111,7 @@ def test_a_name_that_is_taken_is_given_anew(tmp_path: Path) -> None:
         assert (adopted.status, adopted.json()["id"], adopted.json()["pid"]) == (201, vm["id"], vm["pid"])
         assert adopted.headers["location"] == "/api/v1/vms/demo-2"
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_one_that_is_killed_leaves_nothing_but_its_disk(tmp_path: Path) -> None:
@@ -142,7 +126,7 @@ def test_one_that_is_killed_leaves_nothing_but_its_disk(tmp_path: Path) -> None:
         assert await orphans(world) == []
         assert (await world.request("GET", "/api/v1/system/info")).json()["orphans"] == []
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_what_a_vm_owns_can_be_neither_killed_nor_adopted_here(tmp_path: Path) -> None:
@@ -155,7 +139,7 @@ def test_what_a_vm_owns_can_be_neither_killed_nor_adopted_here(tmp_path: Path) -
             assert (answer.status, answer.json()["type"]) == (404, "urn:volant:error:orphan-not-found")
         assert len(world.machine.running()) == 1
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_one_that_can_t_be_held_is_left_running_and_why_is_said(tmp_path: Path) -> None:
@@ -174,4 +158,4 @@ def test_one_that_can_t_be_held_is_left_running_and_why_is_said(tmp_path: Path) 
         assert world.machine.running() == [qemu]
         assert world.daemon.store.projection.rows() == []
 
-    live(tmp_path, story)
+    run(tmp_path, story)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,9 @@ from actors.testing import Simulation, simulate
 from tests.simulated import simulated_world
 from tests.simulated.file_system import File
 from tests.simulated.limits import SimLimits
+from tests.simulation.kit import JSON
 from volant.host import _cgroups
 from volant.model import ProcessIdentity
-
-JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def oom_events(self: SimLimits, identity: ProcessIdentity) -> Path:

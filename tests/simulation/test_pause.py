@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import trio
 
-from actors.testing import Simulation, simulate
-from tests.simulated import World, simulated_world
+from actors.testing import Simulation
+from tests.simulated import World
+from tests.simulation.kit import JSON, VMS, run_story
 from volant.channel._link import STALL_S
 from volant.hypervisor.qemu._machine import PULSE_S
 
-JSON = {"content-type": "application/json"}
 VM = "/api/v1/vms/demo"
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+def run(directory: Path, story: Callable[[Simulation, World], Awaitable[None]], **faults: float) -> None:
+    """Runs a story with one VM, `demo`."""
 
+    async def main(world: World) -> None:
+        body = {"name": "demo", "cpu_cores": 1, "memory_mb": 64, "boot": "cold"}
+        assert (await world.request("POST", f"{VMS}?wait=running", body, JSON)).json()["status"] == "running"
+        await story(world.sim, world)
 
-def live(directory: Path, story: Callable[[Simulation, World], Awaitable[None]], **faults: float) -> None:
-    async def main(sim: Simulation) -> None:
-        async with simulated_world(sim, directory) as world:
-            await world.start_daemon()
-            body = {"name": "demo", "cpu_cores": 1, "memory_mb": 64, "boot": "cold"}
-            assert (await world.request("POST", "/api/v1/vms?wait=running", body, JSON)).json()["status"] == "running"
-            await story(sim, world)
-
-    simulate(main, seed=11, faults={name.replace("__", "."): chance for name, chance in faults.items()})
+    run_story(directory, main, seed=11, **faults)
 
 
 async def post(world: World, path: str, expected: int = 200) -> Any:
@@ -71,7 +62,7 @@ def test_half_a_day_of_standing_still_is_no_reason_for_anything(tmp_path: Path) 
         shown = (await world.request("GET", f"{VM}/inspect")).json()["actor"]["actor"]["process"]
         assert (shown["channel"]["links"], shown["output_error"]) == (1, None)
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_a_failed_pause_is_undone_with_a_reason(tmp_path: Path) -> None:
@@ -88,7 +79,7 @@ def test_a_failed_pause_is_undone_with_a_reason(tmp_path: Path) -> None:
         assert (await post(world, "pause?wait=paused"))["reason"] is None
         assert machine(world) == "paused"
 
-    live(tmp_path, story, qemu__refuses_stop=1.0)
+    run(tmp_path, story, qemu__refuses_stop=1.0)
 
 
 def test_a_failed_resume_is_retried_and_can_be_stopped(tmp_path: Path) -> None:
@@ -104,7 +95,7 @@ def test_a_failed_resume_is_retried_and_can_be_stopped(tmp_path: Path) -> None:
         sim.faults.turn_off()
         await post(world, "start?wait=running")
 
-    live(tmp_path, story, qemu__refuses_cont=1.0)
+    run(tmp_path, story, qemu__refuses_cont=1.0)
 
 
 def test_a_guest_whose_agent_does_not_take_the_time_runs_and_says_so(tmp_path: Path) -> None:
@@ -119,7 +110,7 @@ def test_a_guest_whose_agent_does_not_take_the_time_runs_and_says_so(tmp_path: P
         vm = await post(world, "resume?wait=running")
         assert (vm["status"], vm["reason"]["code"]) == ("running", "clock_not_set")
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_a_daemon_that_comes_back_makes_the_guest_what_it_should_be(tmp_path: Path) -> None:
@@ -128,7 +119,7 @@ def test_a_daemon_that_comes_back_makes_the_guest_what_it_should_be(tmp_path: Pa
 
         def stop(yes: bool) -> None:
             qemu.status = "paused" if yes else "running"
-            qemu.guest.stand_still(yes)
+            (qemu.guest.pause if yes else qemu.guest.resume)()
 
         for command, status in (("pause", "paused"), ("resume", "running")):
             await post(world, f"{command}?wait={status}")
@@ -144,7 +135,7 @@ def test_a_daemon_that_comes_back_makes_the_guest_what_it_should_be(tmp_path: Pa
                 assert (await until(world, status))["status"] == status
             assert world.daemon.store.projection.last_event == newest, "adoption is no event"
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_a_daemon_that_is_killed_in_a_pause_or_a_resume_finishes_it(tmp_path: Path) -> None:
@@ -157,7 +148,7 @@ def test_a_daemon_that_is_killed_in_a_pause_or_a_resume_finishes_it(tmp_path: Pa
             await until(world, status)
             assert machine(world) == status
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_what_must_boot_again_is_paused_once_it_runs(tmp_path: Path) -> None:
@@ -177,4 +168,4 @@ def test_what_must_boot_again_is_paused_once_it_runs(tmp_path: Path) -> None:
         vm = await until(world, "paused")
         assert (vm["boots"], vm["desired"], machine(world)) == (3, "paused", "paused")
 
-    live(tmp_path, story)
+    run(tmp_path, story)

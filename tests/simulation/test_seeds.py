@@ -1,15 +1,13 @@
-"""Three hundred lives of a daemon under faults and kills: nothing acknowledged is lost, and all comes to rest.
+"""Three hundred simulation runs with faults and kills: nothing acknowledged is lost, and all comes to rest.
 
-`python -m tests.simulation` lives more of them, and one again that failed.
+`python -m tests.simulation` makes more runs, and repeats one that failed.
 """
 
 from __future__ import annotations
 
-import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import pytest
 
 from actors.testing import Simulation, allow_real, check_deterministic
 from tests.simulated import simulated_world
-from tests.simulation.scenario import FAULTS, Life, Seen, live
+from tests.simulation.scenario import FAULTS, Scenario, Seen, run_seed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SEEDS = 300
@@ -31,20 +29,13 @@ FOUND = {
     1582: "a tap that could not be put back, when all of them were, was never tried again, though its VM ran",
     3171: "a process that was killed and did not go yet went on answering, and was taken for a VM's",
 }
-"""What the first lives brought to light."""
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+"""Bugs that runs have found, by seed."""
 
 
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="on Python 3.11 the same runs take five times as long")
-def test_all_lives_end_well_and_everything_was_seen() -> None:
+def test_all_runs_pass_and_cover_every_fault_and_transition() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.simulation", "--seeds", str(SEEDS)],
         cwd=REPOSITORY,
@@ -57,11 +48,11 @@ def test_all_lives_end_well_and_everything_was_seen() -> None:
 
 
 @pytest.mark.parametrize("seed", FOUND, ids=str)
-def test_what_was_found_stays_mended(seed: int, tmp_path: Path) -> None:
-    live(seed, tmp_path)
+def test_found_bugs_stay_fixed(seed: int, tmp_path: Path) -> None:
+    run_seed(seed, tmp_path)
 
 
-def test_the_same_seed_is_the_same_life(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     directory = tmp_path / "state"
 
     async def main(sim: Simulation) -> Any:
@@ -69,6 +60,6 @@ def test_the_same_seed_is_the_same_life(tmp_path: Path) -> None:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir()
         async with simulated_world(sim, directory) as world:
-            await Life(sim, world, Seen()).run()
+            await Scenario(sim, world, Seen()).run()
 
     check_deterministic(main, seed=7, faults=FAULTS, limit_steps=20_000_000)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,10 @@ import trio
 
 from actors.testing import Simulation, simulate
 from tests.simulated import World, simulated_world
+from tests.simulation.kit import JSON
 
-JSON = {"content-type": "application/json"}
 MOMENTS_S = (0.0, 0.005, 0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0)
 """From the launch of the build's machine to its trial and beyond, a little later with each seed."""
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 async def create(world: World, name: str) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ import trio
 from actors.testing import Simulation, simulate
 from tests.simulated import World, simulated_world
 from tests.simulated.passt import SimPasst
-from tests.simulation.test_kills_in_a_launch import COLD_BOOT_S, JSON, MOMENTS_S, SOON_S, VMS, wait_running
+from tests.simulation.kit import JSON, VMS
+from tests.simulation.test_kills_in_a_launch import COLD_BOOT_S, MOMENTS_S, SOON_S, wait_running
 from volant.model.agent import PROTOCOL_VERSION
 
 NEW = {"cpu_cores": 1, "memory_mb": 128, "network": "user"}
@@ -23,13 +22,10 @@ AGAIN_S = 30.0
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _user_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("volant.daemon._daemon.passt_obstacle", lambda: None)
-    # An older agent can't be told of a network, so no copy of its guest has one.
+    # An older agent takes no network settings, so no copy of its guest has a network.
     monkeypatch.setattr("tests.simulated.guest.PROTOCOL_MIN", PROTOCOL_VERSION)
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def passts_of(world: World, vm: Any) -> list[SimPasst]:

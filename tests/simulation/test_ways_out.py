@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,31 +11,13 @@ from typing import Any
 import pytest
 import trio
 
-from actors.testing import Simulation, simulate
-from tests.simulated import World, simulated_world
+from tests.simulated import World
+from tests.simulation.kit import JSON, run_story
 from volant.hypervisor.qemu._machine import PULSE_ANSWER_S, PULSE_S, PULSE_TOGETHER_S, PULSES_MISSED
 from volant.journal import VmLogs
 from volant.model import MAX_RESTARTS
 
-JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
-
-
-def live(directory: Path, story: Callable[[World], Awaitable[None]], **faults: float) -> None:
-    async def main(sim: Simulation) -> None:
-        async with simulated_world(sim, directory) as world:
-            await world.start_daemon()
-            with trio.fail_after(7200):
-                await story(world)
-
-    chances = {name.replace("__", "."): chance for name, chance in faults.items()}
-    simulate(main, seed=5, faults=chances, limit_steps=10_000_000)
+run = partial(run_story, seed=5, limit_s=7200)
 
 
 async def create(world: World, **fields: object) -> None:
@@ -92,7 +73,7 @@ def test_a_restart_policy_backs_off_shows_when_and_gives_up(tmp_path: Path) -> N
         await world.request("POST", "/api/v1/vms/demo/start")
         assert (await look(world))["restarts"]["done"] == 0
 
-    live(tmp_path, story, guest__panics_at_boot=1.0)
+    run(tmp_path, story, guest__panics_at_boot=1.0)
 
 
 def test_each_step_of_a_life_says_how_long_it_may_take(tmp_path: Path) -> None:
@@ -106,7 +87,7 @@ def test_each_step_of_a_life_says_how_long_it_may_take(tmp_path: Path) -> None:
         assert [entry["saw"].partition(":")[0] for entry in history][:3] == ["Woke", "ImageReady", "Launched"]
         assert any(entry["saw"].startswith("StepFailed: agent_timeout") for entry in history)
 
-    live(tmp_path, story, guest__never_answers=1.0)
+    run(tmp_path, story, guest__never_answers=1.0)
 
 
 def test_a_hypervisor_that_hangs_at_its_start_is_given_up(tmp_path: Path) -> None:
@@ -117,7 +98,7 @@ def test_a_hypervisor_that_hangs_at_its_start_is_given_up(tmp_path: Path) -> Non
         await world.request("DELETE", "/api/v1/vms/demo")
         assert not world.machine.running()
 
-    live(tmp_path, story, qemu__hangs_at_start=1.0)
+    run(tmp_path, story, qemu__hangs_at_start=1.0)
 
 
 def test_a_guest_that_ignores_its_stop_is_killed_after_its_grace(tmp_path: Path) -> None:
@@ -130,7 +111,7 @@ def test_a_guest_that_ignores_its_stop_is_killed_after_its_grace(tmp_path: Path)
         await wait_for(world, "stopped")
         assert 20 <= trio.current_time() - began < 25
 
-    live(tmp_path, story, guest__ignores_shutdown=1.0)
+    run(tmp_path, story, guest__ignores_shutdown=1.0)
 
 
 def test_a_process_that_outlives_its_kill_is_killed_until_it_is_gone(tmp_path: Path) -> None:
@@ -144,7 +125,7 @@ def test_a_process_that_outlives_its_kill_is_killed_until_it_is_gone(tmp_path: P
         assert (await world.request("GET", "/api/v1/vms/demo")).json()["reason"]["code"] == "unkillable"
         assert (await wait_for(world, "stopped"))["reason"] is None
 
-    live(tmp_path, story, process__is_stubborn=1.0)
+    run(tmp_path, story, process__is_stubborn=1.0)
 
 
 def test_a_hypervisor_that_hangs_while_it_runs_is_killed_and_named(tmp_path: Path) -> None:
@@ -162,7 +143,7 @@ def test_a_hypervisor_that_hangs_while_it_runs_is_killed_and_named(tmp_path: Pat
         await trio.sleep(1)
         assert not world.machine.running()
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_one_that_hangs_for_a_moment_is_left_alone(tmp_path: Path) -> None:
@@ -178,7 +159,7 @@ def test_one_that_hangs_for_a_moment_is_left_alone(tmp_path: Path) -> None:
         after = (await world.request("GET", "/api/v1/vms/demo")).json()
         assert (after["status"], after["pid"]) == ("running", vm["pid"])
 
-    live(tmp_path, story)
+    run(tmp_path, story)
 
 
 def test_a_log_that_cannot_be_ended_yet_is_tried_again_and_the_vm_goes(
@@ -208,4 +189,4 @@ def test_a_log_that_cannot_be_ended_yet_is_tried_again_and_the_vm_goes(
         await trio.sleep(60)
         assert (await world.request("GET", "/api/v1/vms/demo")).status == 404
 
-    live(tmp_path, story)
+    run(tmp_path, story)

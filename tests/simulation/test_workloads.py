@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import trio
 
 from actors.testing import Simulation, simulate
 from tests.simulated import Answer, World, simulated_world
 from tests.simulated.guest import MISSING_PROGRAM
-
-JSON = {"content-type": "application/json"}
-VMS = "/api/v1/vms"
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+from tests.simulation.kit import JSON, VMS
 
 
 async def create(world: World, program: str, wait: str = "ready") -> Answer:
