@@ -1,4 +1,4 @@
-"""A hypervisor's process is held to what its VM has a right to, and that the kernel has killed it for more is told."""
+"""Control groups limit a process, and report that the kernel has killed it for lack of memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def end(host: Host, identity: ProcessIdentity) -> None:
         await process.wait()
 
 
-async def test_the_group_of_a_process_that_exits_just_now_is_waited_for(groups: Cgroups, tmp_path: Path) -> None:
+async def test_the_group_of_an_exiting_process_is_awaited(groups: Cgroups, tmp_path: Path) -> None:
     host = Host(groups=groups)
     identity = await started(host, tmp_path)
     await host.limits.apply(identity, "VM one", BOUNDS)
@@ -55,7 +55,7 @@ async def test_the_group_of_a_process_that_exits_just_now_is_waited_for(groups: 
     assert not (groups.directory / identity.tag).exists()
 
 
-async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroups, tmp_path: Path) -> None:
+async def test_a_process_has_a_group_of_its_own_that_is_removed_with_it(groups: Cgroups, tmp_path: Path) -> None:
     host = Host(groups=groups)
     first, second = await started(host, tmp_path), await started(host, tmp_path)
     assert host.limits.of(first) is None
@@ -100,7 +100,7 @@ async def test_a_process_has_a_group_of_its_own_that_goes_with_it(groups: Cgroup
     assert not groups.directory.exists()
 
 
-async def test_bounds_are_set_where_the_controllers_are(tmp_path: Path) -> None:
+async def test_limits_are_set_where_controllers_are_enabled(tmp_path: Path) -> None:
     """In a directory that looks like a group with all of them but the disk's."""
     group = tmp_path / "volant" / "demo"
     group.mkdir(parents=True)
@@ -127,6 +127,6 @@ def test_the_hierarchy_is_found_where_it_is_mounted(mountinfo: str, found: objec
     assert _cgroups.mount_of(mountinfo) == found
 
 
-def test_how_many_were_killed_is_what_the_kernel_says() -> None:
+def test_oom_kills_are_read_from_the_events_of_a_group() -> None:
     assert _cgroups.oom_kills("low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 0\n") == 2
     assert _cgroups.oom_kills("low 0\nmax 1\n") == 0

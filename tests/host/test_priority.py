@@ -1,4 +1,4 @@
-"""Where processors are shared among sessions, the daemon's has more weight than hypervisors'."""
+"""The daemon's session gets more processor time than hypervisors where the kernel shares it among sessions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def said(*, leads: bool) -> tuple[str, str]:
     """Whether a new process raised its session, and what the kernel says of that: nothing, where nobody began one."""
     done = subprocess.run(
         [sys.executable, "-c", RAISES], start_new_session=leads, capture_output=True, text=True, check=True, timeout=30,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )  # fmt: skip
     raised, _, shown = done.stdout.strip().partition(" ")
     return raised, shown
@@ -41,7 +41,7 @@ def test_a_session_with_other_programs_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("lowers", [True, False])
-async def test_a_daemon_that_may_not_lowers_its_hypervisors(tmp_path: Path, lowers: bool) -> None:
+async def test_a_daemon_that_may_not_raise_itself_lowers_its_hypervisors(tmp_path: Path, lowers: bool) -> None:
     host = Host(lowers=lowers)
     tag = f"volant-test.{host.random.new_id()}"
     identity = await host.processes.spawn(

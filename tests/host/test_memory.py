@@ -1,0 +1,56 @@
+"""The memory of the machine and of processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from tests.host.kit import SLEEP, spawn, until_output
+from volant.host import Host, ProcessGone
+from volant.model import ProcessIdentity
+
+
+async def test_the_memory_usage_of_a_process_is_measured(
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
+) -> None:
+    identity = await spawn(host, tag, tmp_path, "x = b'x' * 2**26\n" + SLEEP, started)
+    await until_output(host, tmp_path / "out", b"up")
+    found = await host.process_memory.usage(identity, 10)
+    assert 2**16 <= found.private_kb <= found.pss_kb <= found.rss_kb < 2**18
+    assert abs(found.private_kb + found.shared_kb - found.rss_kb) <= 64
+    with host.processes.open(identity) as process:
+        process.kill()
+        await process.wait()
+    with pytest.raises(ProcessGone):
+        await host.process_memory.usage(identity, 10)
+
+
+async def test_measuring_the_memory_of_a_hanging_process_ends_at_the_deadline(
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = await spawn(host, tag, tmp_path, SLEEP, started)
+    rollup = tmp_path / str(identity.pid) / "smaps_rollup"
+    rollup.parent.mkdir()
+    os.mkfifo(rollup)
+    monkeypatch.setattr("volant.host._process_memory._PROC", tmp_path)
+    for _ in range(3):
+        with pytest.raises(trio.TooSlowError):
+            await host.process_memory.usage(identity, 0.1)
+    # Two threads wait, and the third caller has waited for one of them. They end now, and it goes on.
+    with rollup.open("w"):
+        await trio.sleep(0.1)
+    monkeypatch.undo()
+    assert (await host.process_memory.usage(identity, 10)).rss_kb > 0
+
+
+def test_the_machine_is_measured(host: Host) -> None:
+    figures = host.machine.figures()
+    assert 0 <= figures.cpu_percent <= 100
+    assert 0 < figures.memory_available_mb <= figures.memory_total_mb
+    assert 0 <= host.machine.figures().cpu_percent <= 100
+    assert host.clock.now().utcoffset() is not None
+    assert host.random.new_id() != host.random.new_id()
