@@ -1,4 +1,4 @@
-"""A VM that the host can't carry is refused when it is asked for, with figures, and not when it boots."""
+"""A VM that does not fit the host is refused when it is created, with figures, and not when it boots."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ async def create(world: World, name: str, memory_mb: int, wait: str = "") -> Any
     return await world.request("POST", f"/api/v1/vms{wait}", body, JSON)
 
 
-def test_what_other_programs_have_taken_is_not_promised_to_a_vm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_of_other_programs_is_not_promised_to_a_vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = 64 + OVERHEAD_MB
     monkeypatch.setattr(SimMachine, "memory_available_mb", lambda self: left)
 
@@ -48,7 +46,7 @@ def test_what_other_programs_have_taken_is_not_promised_to_a_vm(
     run(tmp_path, story)
 
 
-def test_what_is_promised_is_told_from_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promised_memory_is_subtracted_from_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SimMachine, "memory_total_mb", lambda self: 1000)
     monkeypatch.setattr(SimMachine, "memory_available_mb", lambda self: 900)
 
@@ -64,7 +62,7 @@ def test_what_is_promised_is_told_from_what_is_available(tmp_path: Path, monkeyp
     run(tmp_path, story)
 
 
-def test_one_that_is_started_again_is_asked_for_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vm_that_starts_again_is_admitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = 10_000
     monkeypatch.setattr(SimMachine, "memory_available_mb", lambda self: left)
 

@@ -1,5 +1,5 @@
-"""Backups, restores and prunes among faults: whatever dies in them, the old database or the new one is there, no VM
-runs twice, and what is kept belongs to somebody."""
+"""Backups, restores and prunes among faults: after any kill there is the old database or the new one, no VM runs twice,
+and no backup is left over."""
 
 from __future__ import annotations
 
@@ -176,11 +176,11 @@ def test_restores_among_faults(tmp_path: Path) -> None:
     assert sum(run_seed(seed, tmp_path / str(seed)) for seed in (0, 6, 16, 29)) > 4
 
 
-def test_seed_8_a_vm_that_is_made_while_the_daemon_starts_keeps_its_log(tmp_path: Path) -> None:
+def test_seed_8_a_vm_created_while_the_daemon_starts_keeps_its_log(tmp_path: Path) -> None:
     run_seed(8, tmp_path)
 
 
-def test_seed_14_a_vm_whose_first_step_the_disk_did_not_take_goes_on_by_itself(tmp_path: Path) -> None:
+def test_seed_14_a_vm_whose_first_step_was_not_saved_continues_by_itself(tmp_path: Path) -> None:
     run_seed(14, tmp_path)
 
 

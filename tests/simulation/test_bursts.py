@@ -1,6 +1,6 @@
-"""Many boots at once: after a burst of creations, and after a reboot of the host, at most so many at a time.
+"""Many boots at once, after a burst of creations or a reboot of the host, take a limited number of boot slots.
 
-None misses its deadline for the time that it has waited, and who does not want it any more need not wait.
+No VM misses its deadline because it waited, and a VM that is stopped or deleted does not wait.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_a_burst_of_creations_boots_some_at_a_time_and_none_is_late(tmp_path: Pa
     run(tmp_path, story)
 
 
-def test_after_a_reboot_of_the_host_what_ran_runs_again_some_at_a_time(tmp_path: Path) -> None:
+def test_after_a_reboot_of_the_host_vms_boot_some_at_a_time(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await create(world, *(f"vm{n}" for n in range(VMS)))
         await all_run(world, VMS, 600)
@@ -85,7 +85,7 @@ def test_after_a_reboot_of_the_host_what_ran_runs_again_some_at_a_time(tmp_path:
     run(tmp_path, story)
 
 
-def test_one_that_waits_for_its_turn_can_be_stopped_and_deleted_at_once(tmp_path: Path) -> None:
+def test_a_vm_that_waits_for_a_boot_slot_can_be_stopped_and_deleted_at_once(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await create(world, *(f"vm{n}" for n in range(10)))
         began = trio.current_time()
@@ -98,7 +98,7 @@ def test_one_that_waits_for_its_turn_can_be_stopped_and_deleted_at_once(tmp_path
     run(tmp_path, story)
 
 
-def test_a_daemon_that_is_killed_in_the_middle_of_a_burst_goes_on_with_it(tmp_path: Path) -> None:
+def test_the_next_daemon_continues_a_burst(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await create(world, *(f"vm{n}" for n in range(VMS)))
         for _ in range(5):
@@ -111,7 +111,7 @@ def test_a_daemon_that_is_killed_in_the_middle_of_a_burst_goes_on_with_it(tmp_pa
     run(tmp_path, story)
 
 
-def test_guests_that_never_answer_hold_up_the_others_for_their_turn_alone(tmp_path: Path) -> None:
+def test_guests_that_never_answer_delay_others_by_one_boot_slot_only(tmp_path: Path) -> None:
     async def main(sim: Simulation) -> None:
         async with simulated_world(sim, tmp_path) as world:
             world.settings = msgspec.structs.replace(

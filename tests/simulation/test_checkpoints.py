@@ -1,4 +1,4 @@
-"""A copy of a guest is used as it was made, or refused with the reason; and a command does not wait for one."""
+"""A copy of a guest is used unchanged, or refused with a reason. No command waits for a copy."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def rewrite(world: World, record: Path, **kind: object) -> None:
         ({"accelerator": "kvm", "machine": "microvm"}, "it was made under KVM"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_does_once_it_fits(tmp_path: Path, kind: dict[str, object], why: str) -> None:
+def test_a_snapshot_that_does_not_fit_is_refused_until_it_fits(
+    tmp_path: Path, kind: dict[str, object], why: str
+) -> None:
     async def story(world: World) -> None:
         record = await snapshot(world) / "capture.json"
         before = bytes(world.machine.files.file(record).data)
@@ -87,7 +89,7 @@ def test_what_does_not_fit_is_refused_and_does_once_it_fits(tmp_path: Path, kind
     run(tmp_path, story)
 
 
-def test_one_of_an_older_qemu_goes_on(tmp_path: Path) -> None:
+def test_a_snapshot_of_an_older_qemu_is_restored(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         rewrite(world, await snapshot(world) / "capture.json", version="9.2.4", machine="pc-q35-9.2")
         assert (await restore(world, "copy"))["status"] == "running"
@@ -98,7 +100,7 @@ def test_one_of_an_older_qemu_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "why"), [("memory", "touched its memory"), ("state", "touched its state"), ("capture.json", "is damaged")]
 )
-def test_a_file_that_somebody_has_touched_is_refused(tmp_path: Path, name: str, why: str) -> None:
+def test_a_changed_file_is_refused(tmp_path: Path, name: str, why: str) -> None:
     async def story(world: World) -> None:
         directory = await snapshot(world)
         node = world.machine.files.file(directory / name)
@@ -110,7 +112,7 @@ def test_a_file_that_somebody_has_touched_is_refused(tmp_path: Path, name: str, 
     run(tmp_path, story)
 
 
-def test_a_state_with_other_bytes_is_refused_whatever_stat_says_of_it(tmp_path: Path) -> None:
+def test_a_changed_state_is_refused_even_with_unchanged_times(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         directory = await snapshot(world)
         files = world.machine.files
@@ -126,7 +128,7 @@ def test_a_state_with_other_bytes_is_refused_whatever_stat_says_of_it(tmp_path: 
     run(tmp_path, story)
 
 
-def test_files_that_are_gone_are_missed(tmp_path: Path) -> None:
+def test_missing_files_are_reported(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         world.machine.files.remove_tree(await snapshot(world))
         vm = await restore(world, "no")
@@ -145,7 +147,7 @@ def test_files_that_are_gone_are_missed(tmp_path: Path) -> None:
         ("DELETE", "demo", None),
     ],
 )
-def test_a_command_ends_a_copy_that_is_under_way_and_nothing_is_left_of_it(
+def test_a_command_cancels_a_running_copy_and_nothing_is_left_of_it(
     tmp_path: Path, kind: str, method: str, path: str, status: str | None
 ) -> None:
     async def story(world: World) -> None:
@@ -178,7 +180,7 @@ def test_a_command_ends_a_copy_that_is_under_way_and_nothing_is_left_of_it(
     run(tmp_path, story)
 
 
-def test_a_copy_that_a_pause_has_ended_can_be_made_afterwards(tmp_path: Path) -> None:
+def test_a_copy_that_a_pause_cancelled_can_be_made_afterwards(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         [qemu] = world.machine.running()
         qemu.deaf_to.add("xen-save-devices-state")
@@ -195,7 +197,7 @@ def test_a_copy_that_a_pause_has_ended_can_be_made_afterwards(tmp_path: Path) ->
     run(tmp_path, story)
 
 
-def test_a_snapshot_that_a_killed_daemon_has_begun_is_no_reason_to_refuse_it_for_good(tmp_path: Path) -> None:
+def test_a_snapshot_that_a_killed_daemon_began_can_be_taken_again(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         [qemu] = world.machine.running()
         qemu.deaf_to.add("xen-save-devices-state")

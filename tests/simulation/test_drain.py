@@ -1,4 +1,4 @@
-"""Maintenance: nothing starts, what runs goes on or is set aside, and afterwards all is as it was."""
+"""While the daemon drains, nothing starts; running VMs continue or are stopped; an undrain restores everything."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def statuses(world: World) -> dict[str, str]:
     return {row.name: row.status.value for row in world.daemon.store.projection.rows()}
 
 
-def test_nothing_is_made_or_started_while_it_drains_over_its_restarts_too(tmp_path: Path) -> None:
+def test_a_draining_daemon_creates_and_starts_nothing_across_restarts(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await boot(world, "up", "down")
         await post(world, "/api/v1/vms/down/stop?wait=stopped")
@@ -81,7 +81,7 @@ def test_nothing_is_made_or_started_while_it_drains_over_its_restarts_too(tmp_pa
     run(tmp_path, story)
 
 
-def test_a_boot_that_is_due_waits_for_the_end(tmp_path: Path) -> None:
+def test_a_due_boot_waits_for_the_end_of_the_drain(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await boot(world, "faithful", restart_policy="always")
         await boot(world, "plain")
@@ -98,7 +98,7 @@ def test_a_boot_that_is_due_waits_for_the_end(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
-def test_after_a_reboot_of_the_host_vms_wait_for_the_end(tmp_path: Path) -> None:
+def test_after_a_reboot_of_the_host_vms_wait_for_the_end_of_the_drain(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await boot(world, "one", "two")
         await post(world, f"{SYSTEM}/drain")
@@ -155,7 +155,7 @@ def test_vms_are_stopped_some_at_a_time_and_start_again_afterwards(tmp_path: Pat
     run(tmp_path, story, guest__ignores_shutdown=stubborn)
 
 
-def test_a_daemon_that_is_killed_goes_on_with_the_stops(tmp_path: Path) -> None:
+def test_the_next_daemon_continues_the_stops(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await boot(world, *NAMES)
         await post(world, f"{SYSTEM}/drain?stop_vms=true&grace=20s")
@@ -173,7 +173,7 @@ def test_a_daemon_that_is_killed_goes_on_with_the_stops(tmp_path: Path) -> None:
     run(tmp_path, story, guest__ignores_shutdown=1.0)
 
 
-def test_an_end_in_the_middle_leaves_the_others_alone(tmp_path: Path) -> None:
+def test_an_undrain_in_the_middle_leaves_the_other_vms_running(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await boot(world, *NAMES)
         pids = {row.name: row.process for row in world.daemon.store.projection.rows()}
@@ -190,7 +190,7 @@ def test_an_end_in_the_middle_leaves_the_others_alone(tmp_path: Path) -> None:
     run(tmp_path, story, guest__ignores_shutdown=1.0)
 
 
-def test_what_is_malformed_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_malformed_drain_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         for query, field in (("grace=soon", "grace"), ("stop_vms=perhaps", "stop_vms"), ("until=noon", "until")):
             assert (await post(world, f"{SYSTEM}/drain?{query}", 400))["field"] == field
@@ -200,7 +200,7 @@ def test_what_is_malformed_is_refused_and_changes_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("boot_mode", ["cold", "auto", "template"])
-def test_who_waits_for_a_turn_when_it_begins_does_not_boot(tmp_path: Path, boot_mode: str) -> None:
+def test_a_vm_that_waits_for_a_boot_slot_does_not_boot_in_a_drain(tmp_path: Path, boot_mode: str) -> None:
     async def story(world: World) -> None:
         for name in NAMES:
             assert (await create(world, name, boot=boot_mode)).status == 201
@@ -229,7 +229,7 @@ def test_who_waits_for_a_turn_when_it_begins_does_not_boot(tmp_path: Path, boot_
     run(tmp_path, story)
 
 
-def test_who_waits_for_a_turn_is_set_aside_as_those_that_are_up_are(tmp_path: Path) -> None:
+def test_a_vm_that_waits_for_a_boot_slot_is_stopped_and_started_as_running_vms(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         for name in NAMES:
             assert (await create(world, name, boot="cold")).status == 201

@@ -1,4 +1,4 @@
-"""The host goes down: guests are asked, some at a time, each within its grace and all within a bound."""
+"""When the host shuts down, guests are shut down some at a time, each within its grace, all within a limit."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def goes_down(
     simulate(main, seed=3, faults={})
 
 
-def test_thirty_guests_of_which_some_never_answer_and_some_never_go(tmp_path: Path) -> None:
+def test_thirty_guests_are_shut_down_though_some_ignore_it(tmp_path: Path) -> None:
     async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
         assert left == []
         assert len(watched.asked) == 30
@@ -100,7 +100,7 @@ def test_thirty_guests_of_which_some_never_answer_and_some_never_go(tmp_path: Pa
     goes_down(tmp_path, (10, "polite"), (10, "mute"), (10, "stubborn"), then=then)
 
 
-def test_one_that_does_not_go_has_its_grace_and_no_more(tmp_path: Path) -> None:
+def test_a_guest_that_ignores_its_shutdown_gets_its_grace_and_no_more(tmp_path: Path) -> None:
     async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
         assert left == []
         assert GRACE_S <= took_s < GRACE_S + 10
@@ -108,7 +108,7 @@ def test_one_that_does_not_go_has_its_grace_and_no_more(tmp_path: Path) -> None:
     goes_down(tmp_path, (1, "stubborn"), then=then)
 
 
-def test_one_that_can_not_be_asked_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_guest_without_an_agent_is_not_awaited(tmp_path: Path) -> None:
     async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
         assert left == []
         assert took_s < 10
@@ -116,7 +116,7 @@ def test_one_that_can_not_be_asked_is_not_waited_for(tmp_path: Path) -> None:
     goes_down(tmp_path, (3, "mute"), then=then)
 
 
-def test_one_that_is_paused_is_asked_too(tmp_path: Path) -> None:
+def test_a_paused_guest_is_shut_down_too(tmp_path: Path) -> None:
     async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
         assert left == []
         assert len(watched.asked) == 4
@@ -124,7 +124,7 @@ def test_one_that_is_paused_is_asked_too(tmp_path: Path) -> None:
     goes_down(tmp_path, (2, "paused"), (2, "polite"), then=then)
 
 
-def test_every_guest_is_asked_however_many_do_not_go(tmp_path: Path) -> None:
+def test_every_guest_is_asked_however_many_ignore_it(tmp_path: Path) -> None:
     async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
         assert left == []
         assert len(watched.asked) == 40
@@ -135,7 +135,7 @@ def test_every_guest_is_asked_however_many_do_not_go(tmp_path: Path) -> None:
     goes_down(tmp_path, (36, "stubborn"), (4, "polite"), then=then)
 
 
-def test_there_is_an_end_whatever_processes_do_and_those_that_are_left_are_told(tmp_path: Path) -> None:
+def test_the_shutdown_ends_in_time_and_reports_remaining_processes(tmp_path: Path) -> None:
     async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
         assert len(left) == len(watched.world.machine.running()) == 12
         assert took_s < TOTAL_S + 5

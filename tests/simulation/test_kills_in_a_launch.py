@@ -1,8 +1,7 @@
-"""The daemon is killed while it launches a VM, at any moment: the next one goes on from there at once.
+"""The daemon is killed at any moment of a launch, and the next daemon continues at once.
 
-The hypervisor outlives the daemon: it may wait for a state that nobody names, be loading it, or have loaded it and wait
-for `cont`; its guest may have its identity or not. None of that is a reason to boot cold, to remove the template or to
-lose a copy.
+The hypervisor outlives the daemon: it may wait for a state, be loading it, or have loaded it and wait for `cont`, and
+its guest may have its identity or not. None of that is a reason to boot cold, to remove the template or to lose a copy.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ async def make(world: World, kind: str) -> None:
     ("kind", "booted_from"),
     [("clone", "template"), ("standby", "template"), ("fork", "fork"), ("restore", "snapshot"), ("cold", "cold")],
 )
-def test_whenever_it_is_killed_the_next_daemon_goes_on_at_once(tmp_path: Path, kind: str, booted_from: str) -> None:
+def test_the_next_daemon_continues_a_launch_at_once(tmp_path: Path, kind: str, booted_from: str) -> None:
     found_in: set[str] = set()
 
     async def main(sim: Simulation) -> None:

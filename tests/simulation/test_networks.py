@@ -1,4 +1,4 @@
-"""Guests of a named network know each other, whoever dies meanwhile; a tap is there as long as its process."""
+"""Guests of a named network know their peers whatever is killed; a tap exists as long as its process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def all_know(world: World, *names: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_guests_know_each_other_whoever_comes_and_goes(tmp_path: Path, seed: int) -> None:
+def test_guests_know_their_peers_while_vms_come_and_go(tmp_path: Path, seed: int) -> None:
     async def story(world: World) -> None:
         await named(world, "blue", "green")
         for name in ("a", "b"):
@@ -77,7 +77,7 @@ def test_guests_know_each_other_whoever_comes_and_goes(tmp_path: Path, seed: int
 
 
 @pytest.mark.parametrize("seed", [7, 8, 12, 24])
-def test_what_a_guest_was_told_first_it_does_not_believe_last(tmp_path: Path, seed: int) -> None:
+def test_an_older_update_of_hosts_does_not_win(tmp_path: Path, seed: int) -> None:
     """A daemon that begins anew tells the guest while it makes itself known to its agent, and others come meanwhile."""
 
     async def story(world: World) -> None:
@@ -97,7 +97,7 @@ def test_what_a_guest_was_told_first_it_does_not_believe_last(tmp_path: Path, se
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 5, 7])
-def test_a_guest_that_hears_late_of_somebody_who_is_gone_hears_of_that_too(tmp_path: Path, seed: int) -> None:
+def test_a_late_update_of_hosts_includes_deleted_peers(tmp_path: Path, seed: int) -> None:
     """What it is told while it stands still, as one does that is copied, it takes when nobody waits any more."""
 
     async def story(world: World) -> None:
@@ -122,7 +122,7 @@ def test_a_guest_that_hears_late_of_somebody_who_is_gone_hears_of_that_too(tmp_p
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("boot", ["cold", "auto"])
-def test_a_guest_knows_the_others_before_it_runs(tmp_path: Path, boot: str, seed: int) -> None:
+def test_a_guest_knows_its_peers_before_it_is_running(tmp_path: Path, boot: str, seed: int) -> None:
     async def story(world: World) -> None:
         await named(world, "blue")
         await make(world, "a", "blue", boot=boot)
@@ -136,7 +136,7 @@ def test_a_guest_knows_the_others_before_it_runs(tmp_path: Path, boot: str, seed
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_copy_is_told_that_it_has_an_address_of_its_own(tmp_path: Path, seed: int) -> None:
+def test_a_copy_receives_an_address_of_its_own(tmp_path: Path, seed: int) -> None:
     async def story(world: World) -> None:
         await named(world, "blue")
         await make(world, "demo", "blue")
@@ -160,7 +160,7 @@ def test_a_copy_is_told_that_it_has_an_address_of_its_own(tmp_path: Path, seed: 
 
 
 @pytest.mark.parametrize("boot", ["cold", "auto"])
-def test_a_tap_is_there_as_long_as_its_process(tmp_path: Path, boot: str) -> None:
+def test_a_tap_exists_as_long_as_its_process(tmp_path: Path, boot: str) -> None:
     async def story(world: World) -> None:
         taps: dict[str, bool] = {}
 
@@ -195,7 +195,7 @@ def test_a_tap_is_there_as_long_as_its_process(tmp_path: Path, boot: str) -> Non
     run_story(tmp_path, story, seed=3)
 
 
-def test_a_tap_that_can_not_be_had_is_a_reason_and_no_process(tmp_path: Path) -> None:
+def test_without_a_tap_no_process_starts_and_the_reason_says_so(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         vm = await make(world, "demo", "bridge")
         assert (vm["status"], vm["reason"]["code"]) == ("crashed", "tap")
@@ -206,7 +206,7 @@ def test_a_tap_that_can_not_be_had_is_a_reason_and_no_process(tmp_path: Path) ->
     run_story(tmp_path, story, seed=5, **{"network.refuses": 1.0})
 
 
-def test_a_tap_that_does_not_go_holds_up_its_vm_and_breaks_nobody(tmp_path: Path) -> None:
+def test_a_tap_that_can_not_be_removed_delays_only_its_vm(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         for name in ("a", "b", "c", "d"):
             await make(world, name, "bridge")

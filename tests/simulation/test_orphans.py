@@ -1,4 +1,4 @@
-"""A hypervisor that no VM owns is listed and not touched, until somebody adopts or kills it."""
+"""An orphaned hypervisor is listed and not touched, until a client adopts or kills it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_lost_database_costs_no_vm(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
-def test_it_is_told_as_a_vm_that_begins(tmp_path: Path) -> None:
+def test_an_adopted_orphan_is_reported_as_a_new_vm(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await boot(world, "demo")
         await lose_the_database(world)
@@ -98,7 +98,7 @@ def test_it_is_told_as_a_vm_that_begins(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
-def test_a_name_that_is_taken_is_given_anew(tmp_path: Path) -> None:
+def test_an_adopted_orphan_gets_another_name_if_its_own_is_taken(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         vm = await boot(world, "demo")
         await lose_the_database(world)
@@ -114,7 +114,7 @@ def test_a_name_that_is_taken_is_given_anew(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
-def test_one_that_is_killed_leaves_nothing_but_its_disk(tmp_path: Path) -> None:
+def test_a_killed_orphan_leaves_only_its_disk(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         vm = await boot(world, "demo")
         await lose_the_database(world)
@@ -129,7 +129,7 @@ def test_one_that_is_killed_leaves_nothing_but_its_disk(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
-def test_what_a_vm_owns_can_be_neither_killed_nor_adopted_here(tmp_path: Path) -> None:
+def test_a_process_of_a_vm_is_no_orphan(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await boot(world, "demo")
         tag = world.machine.running()[0].tag
@@ -142,7 +142,7 @@ def test_what_a_vm_owns_can_be_neither_killed_nor_adopted_here(tmp_path: Path) -
     run(tmp_path, story)
 
 
-def test_one_that_can_t_be_held_is_left_running_and_why_is_said(tmp_path: Path) -> None:
+def test_an_orphan_that_can_not_be_adopted_is_left_running_with_a_reason(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await boot(world, "demo")
         await lose_the_database(world)

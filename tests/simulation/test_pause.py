@@ -1,4 +1,4 @@
-"""A VM that should be paused is, whatever is in the way, and one that should not be goes on."""
+"""A VM is paused or running as desired, whatever fails."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def machine(world: World) -> str:
     return qemu.status
 
 
-def test_half_a_day_of_standing_still_is_no_reason_for_anything(tmp_path: Path) -> None:
+def test_a_vm_paused_for_half_a_day_is_left_alone(tmp_path: Path) -> None:
     async def story(sim: Simulation, world: World) -> None:
         vm = await post(world, "pause?wait=paused")
         assert (vm["status"], vm["desired"], machine(world)) == ("paused", "paused", "paused")
@@ -98,7 +98,7 @@ def test_a_failed_resume_is_retried_and_can_be_stopped(tmp_path: Path) -> None:
     run(tmp_path, story, qemu__refuses_cont=1.0)
 
 
-def test_a_guest_whose_agent_does_not_take_the_time_runs_and_says_so(tmp_path: Path) -> None:
+def test_a_guest_whose_clock_can_not_be_set_runs_with_a_warning(tmp_path: Path) -> None:
     async def story(sim: Simulation, world: World) -> None:
         await post(world, "pause?wait=paused")
         [qemu] = world.machine.running()
@@ -113,7 +113,7 @@ def test_a_guest_whose_agent_does_not_take_the_time_runs_and_says_so(tmp_path: P
     run(tmp_path, story)
 
 
-def test_a_daemon_that_comes_back_makes_the_guest_what_it_should_be(tmp_path: Path) -> None:
+def test_the_next_daemon_pauses_or_resumes_the_guest_as_desired(tmp_path: Path) -> None:
     async def story(sim: Simulation, world: World) -> None:
         [qemu] = world.machine.running()
 
@@ -138,7 +138,7 @@ def test_a_daemon_that_comes_back_makes_the_guest_what_it_should_be(tmp_path: Pa
     run(tmp_path, story)
 
 
-def test_a_daemon_that_is_killed_in_a_pause_or_a_resume_finishes_it(tmp_path: Path) -> None:
+def test_the_next_daemon_completes_a_pause_or_resume(tmp_path: Path) -> None:
     async def story(sim: Simulation, world: World) -> None:
         for command, status in (("pause", "paused"), ("resume", "running")) * 10:
             await post(world, command)
@@ -151,7 +151,7 @@ def test_a_daemon_that_is_killed_in_a_pause_or_a_resume_finishes_it(tmp_path: Pa
     run(tmp_path, story)
 
 
-def test_what_must_boot_again_is_paused_once_it_runs(tmp_path: Path) -> None:
+def test_a_paused_vm_that_must_boot_again_is_paused_once_it_runs(tmp_path: Path) -> None:
     async def story(sim: Simulation, world: World) -> None:
         await post(world, "pause?wait=paused")
         await world.power_cut()

@@ -1,4 +1,4 @@
-"""A daemon that dies in the middle of a template's build leaves nothing of it to the next one."""
+"""A daemon that is killed during a template's build leaves nothing half-built to the next one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def halves(world: World) -> list[str]:
 
 
 @pytest.mark.parametrize("moment_s", MOMENTS_S)
-def test_whenever_it_dies_nothing_is_left_half_done(tmp_path: Path, moment_s: float) -> None:
+def test_a_killed_daemon_leaves_no_half_built_template(tmp_path: Path, moment_s: float) -> None:
     killed = 0
 
     async def main(sim: Simulation) -> None:
@@ -71,7 +71,7 @@ def test_whenever_it_dies_nothing_is_left_half_done(tmp_path: Path, moment_s: fl
 
 
 @pytest.mark.parametrize("network", ["none", "bridge"])
-def test_what_is_built_without_a_word_is_what_a_vm_without_a_word_begins_with(tmp_path: Path, network: str) -> None:
+def test_defaults_of_templates_and_of_vms_fit(tmp_path: Path, network: str) -> None:
     async def main(sim: Simulation) -> None:
         async with simulated_world(sim, tmp_path) as world:
             world.settings = msgspec.structs.replace(world.settings, network=network)

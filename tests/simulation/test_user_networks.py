@@ -1,4 +1,4 @@
-"""A VM with the network `user` has one process of passt, and its hypervisor a connection to it, whoever dies when."""
+"""A VM with the network `user` has one passt that its hypervisor is connected to, whatever is killed when."""
 
 from __future__ import annotations
 

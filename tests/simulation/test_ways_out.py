@@ -1,4 +1,4 @@
-"""There is a way out of every state, and `inspect` tells how long each step may take and what comes next."""
+"""Every state can be left, and `inspect` says how long each step may take and what follows."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_restart_policy_backs_off_shows_when_and_gives_up(tmp_path: Path) -> N
     run(tmp_path, story, guest__panics_at_boot=1.0)
 
 
-def test_each_step_of_a_life_says_how_long_it_may_take(tmp_path: Path) -> None:
+def test_each_step_reports_its_deadline(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await create(world)
         booting = await step(world, "AwaitAgent")
@@ -90,7 +90,7 @@ def test_each_step_of_a_life_says_how_long_it_may_take(tmp_path: Path) -> None:
     run(tmp_path, story, guest__never_answers=1.0)
 
 
-def test_a_hypervisor_that_hangs_at_its_start_is_given_up(tmp_path: Path) -> None:
+def test_a_hypervisor_that_hangs_at_its_start_is_abandoned(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await create(world)
         crashed = await wait_for(world, "crashed")
@@ -128,7 +128,7 @@ def test_a_process_that_outlives_its_kill_is_killed_until_it_is_gone(tmp_path: P
     run(tmp_path, story, process__is_stubborn=1.0)
 
 
-def test_a_hypervisor_that_hangs_while_it_runs_is_killed_and_named(tmp_path: Path) -> None:
+def test_a_hanging_hypervisor_is_killed_with_a_reason(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await create(world)
         vm = await wait_for(world, "running")
@@ -146,7 +146,7 @@ def test_a_hypervisor_that_hangs_while_it_runs_is_killed_and_named(tmp_path: Pat
     run(tmp_path, story)
 
 
-def test_one_that_hangs_for_a_moment_is_left_alone(tmp_path: Path) -> None:
+def test_a_hypervisor_that_hangs_for_a_moment_is_left_alone(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await create(world)
         vm = await wait_for(world, "running")
@@ -162,9 +162,7 @@ def test_one_that_hangs_for_a_moment_is_left_alone(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
-def test_a_log_that_cannot_be_ended_yet_is_tried_again_and_the_vm_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_a_log_is_retried_and_the_vm_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in seed 2223, whose disk was full."""
     forget, full = VmLogs.forget, True
 
