@@ -17,7 +17,7 @@ import trio
 from tests.api.kit import Api, api
 from tests.attackers.local_user import NOBODY, needs_root, run_code
 from tests.cli.kit import volar
-from volant.host import loopback_peer_uid, unix_peer
+from volant.host import loopback_peer_uid, peer_credentials
 from volant.http import ApiSettings
 from volant.images import PUBLIC, ImageError, Origins, artifact_path, make_private
 from volant.model import Artifact
@@ -293,7 +293,7 @@ def test_world_readable_files_of_an_earlier_version_become_private(root: Path) -
 def test_the_kernel_identifies_the_peer() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with ours, theirs:
-        assert unix_peer(ours)[:2] == (os.geteuid(), os.getegid())
+        assert peer_credentials(ours)[:2] == (os.geteuid(), os.getegid())
     for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         with socket.socket(family) as listener:
             listener.bind((host, 0))

@@ -8,6 +8,7 @@ on its own. Nothing here is a global.
 from ._access_lists import Grant
 from ._cgroups import Cgroups, ResourceLimits, own_cgroups
 from ._clock import Clock
+from ._credentials import Credentials, is_below, loopback_peer_uid, open_as, open_below, peer_credentials
 from ._descriptors import Descriptors
 from ._directories import UnsafeDirectory, check_way_to, make_own_directory
 from ._disk import Disk
@@ -22,7 +23,6 @@ from ._proc import Proc, ProcessStatus
 from ._process_memory import MemoryUsage, ProcessMemory
 from ._processes import Process, Processes
 from ._random import Random
-from ._readers import Reader, is_below, loopback_peer_uid, open_as, open_below, unix_peer
 from ._sandbox import Sandbox
 from ._sandbox_access import SandboxAccess, SandboxSupport
 from ._scopes import Scopes
@@ -35,6 +35,7 @@ __all__ = [
     "TUN",
     "Cgroups",
     "Clock",
+    "Credentials",
     "Descriptors",
     "Disk",
     "FileWatch",
@@ -53,7 +54,6 @@ __all__ = [
     "ProcessStatus",
     "Processes",
     "Random",
-    "Reader",
     "ResourceLimits",
     "Sandbox",
     "SandboxAccess",
@@ -73,6 +73,6 @@ __all__ = [
     "open_below",
     "open_tap",
     "own_cgroups",
+    "peer_credentials",
     "raise_own",
-    "unix_peer",
 ]

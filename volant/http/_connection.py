@@ -50,7 +50,7 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
-from volant.host import unix_peer
+from volant.host import peer_credentials
 from volant.model import Problem
 
 from ._inbox import Inbox, Message
@@ -88,9 +88,9 @@ class Connection(TCPServer):
         self.inbox: Inbox | None = None
         self._socket = stream.socket
         self.is_unix = stream.socket.family == socket.AF_UNIX
-        self.reader = unix_peer(stream.socket) if self.is_unix else None
+        self.credentials = peer_credentials(stream.socket) if self.is_unix else None
         """At a Unix socket, the user whose process connected."""
-        self.peer = f"uid {self.reader.uid}" if self.reader is not None else ""
+        self.peer = f"uid {self.credentials.uid}" if self.credentials is not None else ""
         self._reading = trio.CancelScope()
         self._idle = True
         self._header_begun = False
@@ -318,7 +318,7 @@ class Http11(H11Protocol):
                     **connection.state,
                     "unix": connection.is_unix,
                     "peer": connection.peer,
-                    "reader": connection.reader,
+                    "credentials": connection.credentials,
                 }
             ),
             False,

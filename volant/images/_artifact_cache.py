@@ -10,7 +10,7 @@ from pathlib import Path
 
 import trio
 
-from volant.host import Reader, is_below, open_as
+from volant.host import Credentials, is_below, open_as
 from volant.model import Artifact
 
 from . import _artifacts
@@ -82,8 +82,8 @@ class ArtifactCache:
         """Whether an artifact is in the cache, and stays there until this daemon removes it."""
         return await self._find(artifact) is not None
 
-    async def take(self, artifact: Artifact, reader: Reader) -> CachedArtifact:
-        """Returns an artifact that is a file of this host, as `obtain` does. Opens it now, with the rights of `reader`.
+    async def take(self, artifact: Artifact, credentials: Credentials) -> CachedArtifact:
+        """Returns an artifact that is a file of this host, as `obtain` does. Opens it now, with the rights of a client.
 
         :raises ImageError: as `obtain`; `media_missing` for all files that the reader can't open or that differ
         """
@@ -93,7 +93,7 @@ class ArtifactCache:
             try:
                 with trio.fail_after(_OPEN_S):
                     fd = await trio.to_thread.run_sync(
-                        open_as, reader, path, abandon_on_cancel=True, limiter=self._opens
+                        open_as, credentials, path, abandon_on_cancel=True, limiter=self._opens
                     )
                 opened.callback(os.close, fd)
             except (OSError, trio.TooSlowError):

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import trio
 
 from volant import images
-from volant.host import Reader, loopback_peer_uid
+from volant.host import Credentials, loopback_peer_uid
 from volant.images import ArtifactCache, ImageError
 from volant.model import Artifact, Manifest, Problem
 
@@ -50,29 +50,29 @@ async def admit(context: Context, manifest: Manifest) -> None:
         if artifact is None or path is None or artifacts.may_read(path) or await artifacts.has(artifact):
             continue
         field = f"boot.{name}.url"
-        reader = await _reader(context)
-        if reader is None:
+        credentials = await _credentials(context)
+        if credentials is None:
             raise Problem(
                 403, "artifact-not-allowed", f"{field} is a path of the daemon's host, and this client may name none",
                 field=field,
                 hint="upload the file with `volar plugins upload`, or let it lie below a directory of artifact_dirs",
             )  # fmt: skip
         with artifact_problems(field):
-            await artifacts.take(artifact, reader)
+            await artifacts.take(artifact, credentials)
 
 
-async def _reader(context: Context) -> Reader | None:
+async def _credentials(context: Context) -> Credentials | None:
     """The user of this host that asks; None: nobody knows, or it does not count."""
     scope, access = context.scope, context.deps.access
     if any(name in _FORWARDED for name, _ in scope["headers"]):
         return None
     if scope["state"].get("unix"):
-        found: Reader | None = scope["state"]["reader"]
+        found: Credentials | None = scope["state"]["credentials"]
         return found
     if access.asks_for_key or not scope.get("client") or not scope.get("server"):
         return None
     uid = await trio.to_thread.run_sync(loopback_peer_uid, scope["client"], scope["server"])
-    return Reader.own() if uid == os.geteuid() else None
+    return Credentials.own() if uid == os.geteuid() else None
 
 
 @contextmanager

@@ -39,7 +39,7 @@ _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Reader(NamedTuple):
+class Credentials(NamedTuple):
     """The user and the groups of a client's process."""
 
     uid: int
@@ -47,7 +47,7 @@ class Reader(NamedTuple):
     groups: tuple[int, ...] = ()
 
     @classmethod
-    def own(cls) -> Reader:
+    def own(cls) -> Credentials:
         """This process."""
         return cls(os.geteuid(), os.getegid(), tuple(os.getgroups()))
 
@@ -56,8 +56,8 @@ class _Socket(Protocol):
     def getsockopt(self, level: int, optname: int, buflen: int) -> bytes: ...
 
 
-def unix_peer(sock: _Socket) -> Reader:
-    """Returns the user of a Unix socket's peer. A process with more than 256 groups counts as one without any.
+def peer_credentials(sock: _Socket) -> Credentials:
+    """Returns the credentials of a Unix socket's peer. A process with more than 256 groups counts as one without any.
 
     :raises OSError: the kernel does not say
     """
@@ -66,7 +66,7 @@ def unix_peer(sock: _Socket) -> Reader:
         data = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_GROUPS_BYTES)
     except OSError:
         data = b""
-    return Reader(uid, gid, struct.unpack(f"{len(data) // 4}I", data))
+    return Credentials(uid, gid, struct.unpack(f"{len(data) // 4}I", data))
 
 
 def loopback_peer_uid(client: tuple[str, int], server: tuple[str, int]) -> int | None:
@@ -102,14 +102,14 @@ def _forms(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[str]:
     return ["".join(f"{word:08X}" for word in struct.unpack(f"={len(each) // 4}I", each)) for each in packed]
 
 
-def open_as(reader: Reader, path: Path) -> int:
-    """Opens a file for reading with the rights of `reader`, and returns its descriptor.
+def open_as(credentials: Credentials, path: Path) -> int:
+    """Opens a file for reading with a client's rights, and returns its descriptor.
 
-    :raises OSError: the reader may not, or this process may not act for the reader
+    :raises OSError: the client may not, or this process may not act for it
     """
-    if reader.uid == os.geteuid():
+    if credentials.uid == os.geteuid():
         return _open(_AT_FDCWD, os.fsencode(path), _NO_MAGIC_LINKS)
-    return _in_thread_of(reader, lambda: _open(_AT_FDCWD, os.fsencode(path), _NO_MAGIC_LINKS))
+    return _in_thread_of(credentials, lambda: _open(_AT_FDCWD, os.fsencode(path), _NO_MAGIC_LINKS))
 
 
 def open_below(directories: Iterable[Path], path: Path) -> int:
@@ -152,11 +152,11 @@ def _open(directory: int, path: bytes, resolve: int) -> int:
     raise OSError(code, os.strerror(code), os.fsdecode(path))
 
 
-def _in_thread_of(reader: Reader, work: Callable[[], int]) -> int:
-    """Runs `work` with the rights of `reader` over files. :raises OSError: as `work`, or EPERM."""
+def _in_thread_of(credentials: Credentials, work: Callable[[], int]) -> int:
+    """Runs `work` with a client's rights over files. :raises OSError: as `work`, or EPERM."""
 
     def run() -> int:
-        _sandbox.act_for(reader.uid, reader.gid, reader.groups)
+        _sandbox.act_for(credentials.uid, credentials.gid, credentials.groups)
         return work()
 
-    return _sandbox.in_own_thread(run, "reader")
+    return _sandbox.in_own_thread(run, "client-file")
