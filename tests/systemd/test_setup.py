@@ -96,7 +96,7 @@ def test_the_socket_unit_says_where_to_listen_and_the_settings_are_told_of(box: 
     assert '"addresses": [\n    "unix:/run/volant/volant.sock"\n' in box.volar("--json", "system", "info").stdout
     told = [text for text in box.said("SYSLOG_IDENTIFIER=volantd") if "api_listen_addr" in text]
     assert len(told) == 1
-    assert "127.0.0.1:7780 does nothing" in told[0]
+    assert "127.0.0.1:7780 has no effect" in told[0]
     assert "systemctl edit volantd.socket" in told[0]
 
     # An address for every user of the host, and no key: it does not run, does not try again and again, and says why.

@@ -169,9 +169,17 @@ async def _answers(client: Client, bundle: Bundle) -> bool:
 # The host
 
 
+def _requirements(distribution: str) -> Iterable[str]:
+    """Returns what a distribution requires; nothing for one that is not installed, as volant-client in a checkout."""
+    try:
+        return importlib.metadata.requires(distribution) or ()
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+
 async def _versions(bundle: Bundle) -> None:
     found: dict[str, object] = {"volant": __version__, "python": platform.python_version()}
-    required = (importlib.metadata.requires(name) or () for name in ("volant", "volant-client"))
+    required = (_requirements(name) for name in ("volant", "volant-client"))
     for requirement in chain.from_iterable(required):
         name = requirement.split(";")[0]
         for character in " <>=!~[(":
