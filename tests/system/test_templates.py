@@ -148,7 +148,7 @@ async def test_clones_have_an_identity_each(daemon: Daemon) -> None:
         await client.vms.restart("clone1")
         restarted = await until(client, "clone1", "running")
         assert restarted is not None
-        assert (vm.booted_from, vm.boots) == ("template", 2)
+        assert (restarted.booted_from, restarted.boots) == ("template", 2)
         again = await who(client, "clone1")
         assert again["machine_id"] == found["clone1"]["machine_id"]
         assert again["boot_id"] != found["clone1"]["boot_id"]
@@ -228,7 +228,7 @@ async def test_a_disk_starts_as_a_copy_of_the_templates_disk(daemon: Daemon, ima
         await client.vms.restart("a")
         restarted = await until(client, "a", "running")
         assert restarted is not None
-        assert vm.booted_from == "cold", "its disk is not what the template knows of it"
+        assert restarted.booted_from == "cold", "its disk is not what the template knows of it"
         assert "mine" in await run(client, "a", "ls", "/")
 
 
