@@ -11,7 +11,7 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -182,10 +182,11 @@ async def test_a_page_that_is_disconnected_misses_nothing(make_daemon: Callable[
     with site.running():
         async with trio.open_nursery() as nursery:
             await nursery.start(proxy.run)
-            async with daemon.client() as client:
-                await boot(client, "talker")
-                site.html = page(f"http://127.0.0.1:{proxy.port}", key)
-                async with visiting(site.origin, tmp_path / "profile"):
+            async with AsyncExitStack() as browser:
+                async with daemon.client() as client:
+                    await boot(client, "talker")
+                    site.html = page(f"http://127.0.0.1:{proxy.port}", key)
+                    await browser.enter_async_context(visiting(site.origin, tmp_path / "profile"))
                     await seen_by(site, "the list", lambda seen: seen["vms"] == ["talker"])
                     await happen(client, "one")
                     await talk(client, "first")
