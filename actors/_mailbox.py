@@ -2,7 +2,7 @@
 
 A Trio memory channel costs two checkpoints a message. Here a `tell` appends to a deque and wakes the actor only if it
 sleeps, and the actor handles message after message without a checkpoint of its own. So as not to starve other tasks, it
-yields once after `BURST` messages or `BURST_S`. On virtual time the clock stands still, and the number alone counts.
+yields once after `BURST` messages or `BURST_S`. On virtual time the clock does not advance, so only the number counts.
 
 An `ask` parks its task on an object that is both the queue's entry and the slot of the reply, without a channel, event
 or nursery. Three things follow:

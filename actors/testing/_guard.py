@@ -237,7 +237,7 @@ def allow_real(*kinds: Kind) -> Iterator[None]:
     """Allows the named kinds of real things in a simulation, during the block.
 
     Then the seed alone no longer decides the run: use it for what makes no difference, such as a file that never
-    changes. Virtual time stands still during the block; don't sleep in it. Outside of a simulation it has no effect.
+    changes. Virtual time does not advance during the block; don't sleep in it. It has no effect outside a simulation.
 
     :raises ValueError: no kind is named, or an unknown one.
     """
