@@ -50,7 +50,7 @@ def daemon(path: Path, soft: int, hard: int) -> Iterator[str]:
     finally:
         process.terminate()
         assert process.wait(30) == 0
-        memory_dir(settings).rmdir()
+        assert not memory_dir(settings).exists()
 
 
 def healthy(url: str) -> bool:

@@ -107,6 +107,16 @@ def test_directories_of_a_persistent_daemon_are_no_longer_ephemeral(path: Path) 
         claim(settings)
 
 
+def test_the_memory_directory_stays_only_with_memory_of_a_guest(path: Path) -> None:
+    settings = made(path, "a")
+    with claimed(settings):
+        assert memory_dir(settings).is_dir()
+    assert not memory_dir(settings).exists()
+    with claimed(settings):
+        (memory_dir(settings) / "1.mem").touch()
+    assert (memory_dir(settings) / "1.mem").exists()
+
+
 def test_foreign_files_are_kept_at_the_end(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = made(path, "a", ephemeral=True, runtime_dir=path / "as" / "run")
     with claimed(settings):

@@ -71,11 +71,12 @@ def confine(host: Host, settings: Settings) -> None:
 def claimed(settings: Settings) -> Iterator[None]:
     """Creates and locks the directories for the length of the block. Only the cache may be shared with another daemon.
 
+    At the end, removes the directory of guest memory if it is empty: it takes RAM of the host.
+
     :raises DirectoryError: when one can't be created, when another user owns or can replace one, when another daemon
-    uses
-        one, or when an ephemeral daemon would delete files that it did not create.
+        uses one, or when an ephemeral daemon would delete files that it did not create.
     """
-    for path in (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings)):
+    for path in (settings.state_dir, settings.runtime_dir, settings.cache_dir):
         _claim(path)
     if settings.ephemeral:
         _check_ephemeral(settings)
@@ -89,12 +90,16 @@ def claimed(settings: Settings) -> Iterator[None]:
             else:
                 # From now on it contains what must survive.
                 (path / EPHEMERAL).unlink(missing_ok=True)
-        for path in (disk_dir(settings), log_dir(settings)):
+        for path in (memory_dir(settings), disk_dir(settings), log_dir(settings)):
             _claim(path)
         for path in (template_dir(settings), snapshot_dir(settings), *_made_later(settings)):
             if os.path.lexists(path):
                 _claim(path)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                memory_dir(settings).rmdir()
 
 
 @contextmanager
@@ -146,7 +151,12 @@ def _strange(directory: Path, settings: Settings) -> list[str]:
     """Returns the entries of a directory, without the lock and the daemon's other directories."""
     others = [each.resolve() for each in (settings.state_dir, settings.runtime_dir, settings.cache_dir)]
     found = []
-    for entry in directory.iterdir():
+    try:
+        entries = list(directory.iterdir())
+    except (FileNotFoundError, PermissionError):
+        # Of guest memory, which is created later: `_claim` refuses what others can list and we can't.
+        return []
+    for entry in entries:
         path = directory.resolve() / entry.name
         if entry.name != _LOCK and not any(other.is_relative_to(path) for other in others):
             found.append(entry.name)
