@@ -166,8 +166,8 @@ def test_modes_of_the_daemons_directories_are_corrected(settings: Settings, capl
     for place in places:
         place.mkdir()
         place.chmod(0o777)
-    claim(settings)
-    assert [stat.S_IMODE(place.stat().st_mode) for place in places] == [0o755] * 4
+    with claimed(settings):
+        assert [stat.S_IMODE(place.stat().st_mode) for place in places] == [0o755] * 4
     assert f"{settings.state_dir} could be written to by other users (mode 0777)" in caplog.text
 
 
@@ -186,7 +186,6 @@ def test_new_parent_directories_are_private_with_any_umask(settings: Settings, r
         claim(Settings(state_dir=root / "a/b/s", runtime_dir=root / "r", cache_dir=root / "c"))
     finally:
         os.umask(before)
-        shutil.rmtree(memory_dir(Settings(state_dir=root / "a/b/s", runtime_dir=root, cache_dir=root)))
     assert [stat.S_IMODE((root / each).stat().st_mode) for each in ("a", "a/b", "a/b/s")] == [0o711, 0o711, 0o700]
 
 
