@@ -38,6 +38,8 @@ class Call:
     """What its body, if it is held in memory, takes of the budget for all."""
     args: Sequence[str] = ()
     """What the route's pattern checkpoint, percent-decoded."""
+    caller: str = field(default="", init=False)
+    """Who asks, for people; empty until that is known."""
     started: bool = field(default=False, init=False)
     """Whether the head of the answer is out."""
 

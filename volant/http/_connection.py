@@ -35,7 +35,7 @@ import re
 import select
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import h11
@@ -76,6 +76,7 @@ _HALF_CLOSED_KEEPALIVE_S = 15
 """When the kernel begins to probe a client that has closed its direction: it may be gone altogether."""
 
 Send = Callable[[Message | None], Awaitable[None]]
+Field = tuple[bytes, bytes]
 
 
 class Connection(TCPServer):
@@ -387,9 +388,9 @@ class Http11(H11Protocol):
         return True
 
     async def _handle_events(self) -> None:
+        if not self._drop_empty_line():
+            return
         while True:
-            if not self._drop_empty_line():
-                return
             try:
                 event = self.connection.next_event()
             except h11.RemoteProtocolError as error:
@@ -397,15 +398,19 @@ class Http11(H11Protocol):
                 return
             if isinstance(event, h11.Request):
                 await self.send(Updated(idle=False))
-                problem = _unacceptable(event, self.owner.limits.header_bytes)
+                # Each pass over h11's own collection costs a call for each field.
+                fields = list(event.headers)
+                problem = _unacceptable(event, fields, self.owner.limits.header_bytes)
                 if problem is not None:
                     await self.refuse(problem)
                     return
                 self.waits_to_be_asked = bool(self.connection.they_are_waiting_for_100_continue)
-                self._set_persistence(event)
-                await self._create_stream(event)
+                self._set_persistence(event, fields)
+                await self._open_stream(event, fields)
             elif event is h11.PAUSED:
                 await self._wait_for_turn()
+                if not self._drop_empty_line():
+                    return
             elif isinstance(event, h11.ConnectionClosed) or event is h11.NEED_DATA or self.stream is None:
                 return
             elif isinstance(event, h11.Data):
@@ -416,14 +421,14 @@ class Http11(H11Protocol):
             elif isinstance(event, Data):
                 await self.stream.handle(event)
 
-    def _set_persistence(self, request: h11.Request) -> None:
+    def _set_persistence(self, request: h11.Request, fields: Sequence[Field]) -> None:
         """Decide whether the connection may be kept after `request`."""
         self._empty_line_dropped = False
-        names = {name for name, _ in request.headers}
+        names = {name for name, _ in fields}
         old = request.http_version == b"1.0"
         # RFC 9112, 6.1: such a request may be an attempt to smuggle another one past a proxy that reads it otherwise.
         self._closes_after = b"transfer-encoding" in names and (old or b"content-length" in names)
-        self._keeps_alive = old and not self._closes_after and b"keep-alive" in _connection_tokens(request)
+        self._keeps_alive = old and not self._closes_after and b"keep-alive" in _connection_tokens(fields)
         if self._keeps_alive:
             # h11 ends every connection of HTTP/1.0, and has no public way to let it do otherwise.
             assert isinstance(self.connection, h11.Connection)
@@ -439,11 +444,10 @@ class Http11(H11Protocol):
             if self.owner.peer_left():
                 raise trio.BrokenResourceError("the client left")
 
-    async def _create_stream(self, request: h11.Request) -> None:
-        tokens = _connection_tokens(request)
-        wanted = [value.lower() for name, value in request.headers if name == b"upgrade"]
-        upgrade = b"upgrade" in tokens and wanted == [b"websocket"] and request.method == b"GET"
-        target, headers = _origin_form(request)
+    async def _open_stream(self, request: h11.Request, fields: list[Field]) -> None:
+        wanted = [value.lower() for name, value in fields if name == b"upgrade"]
+        upgrade = wanted == [b"websocket"] and request.method == b"GET" and b"upgrade" in _connection_tokens(fields)
+        target, headers = _origin_form(request.target, fields)
         if self._closes_after:
             # The encoding counts, and nobody after us shall read the length (RFC 9112, 6.3).
             headers = [field for field in headers if field[0] != b"content-length"]
@@ -663,32 +667,32 @@ def _headers_too_large() -> Problem:
     return Problem(431, "headers-too-large", "the request's line and headers are too large")
 
 
-def _unacceptable(request: h11.Request, header_bytes: int) -> Problem | None:
+def _unacceptable(request: h11.Request, fields: Sequence[Field], header_bytes: int) -> Problem | None:
     if request.http_version not in (b"1.1", b"1.0"):
         version = request.http_version.decode("ascii")
         return Problem(505, "http-version", f"HTTP/{version} is not spoken here", hint="use HTTP/1.1")
     # h11 bounds what is incomplete; what came in one piece it takes.
-    if len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers) > header_bytes:
+    if len(request.target) + sum(len(name) + len(value) + 4 for name, value in fields) > header_bytes:
         return _headers_too_large()
     if request.method == b"CONNECT" or not (request.target.startswith(b"/") or _ABSOLUTE.match(request.target)):
         return Problem(400, "malformed-request", "the request's target must be a path", hint="this is no proxy")
     return None
 
 
-def _connection_tokens(request: h11.Request) -> set[bytes]:
-    lists = [value for name, value in request.headers if name == b"connection"]
+def _connection_tokens(fields: Sequence[Field]) -> set[bytes]:
+    lists = [value for name, value in fields if name == b"connection"]
     return {token.strip().lower() for token in b",".join(lists).split(b",")}
 
 
 _ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)\Z", re.IGNORECASE | re.DOTALL)
 
 
-def _origin_form(request: h11.Request) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+def _origin_form(target: bytes, fields: list[Field]) -> tuple[bytes, list[Field]]:
     """The target as a path, and the headers. An absolute target says the host, whatever `Host` says (RFC 9112, 3.2.2);
     what it says is checked as a `Host` is."""
-    absolute = _ABSOLUTE.match(request.target)
+    absolute = None if target.startswith(b"/") else _ABSOLUTE.match(target)
     if absolute is None:
-        return request.target, list(request.headers)
-    headers = [(name, value) for name, value in request.headers if name != b"host"]
+        return target, fields
+    headers = [(name, value) for name, value in fields if name != b"host"]
     path = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
     return path, [(b"host", absolute[1]), *headers]

@@ -92,7 +92,8 @@ class Middleware:
             await self._fail(call, answer, internal_error())
         finally:
             call.body.release()
-            _log_request(scope, self._access.client(scope), request_id, answer.status, trio.current_time() - began)
+            caller = call.caller or self._access.client(scope)
+            _log_request(scope, caller, request_id, answer.status, trio.current_time() - began)
 
     async def _serve(self, call: Call) -> None:
         scope = call.scope
@@ -104,7 +105,8 @@ class Middleware:
         path = scope["raw_path"].decode("ascii")
         route, args = self._find(path)
         scope["state"]["caller"] = self._access.authenticate(scope, in_query=_takes_credentials_in_query(call, route))
-        current_caller.set(caller_text(self._access.client(scope), scope["state"]["caller"]))
+        call.caller = caller_text(self._access.client(scope), scope["state"]["caller"])
+        current_caller.set(call.caller)
         self._authorize(scope["state"]["caller"], call.method, path)
         if route is not None:
             call.args = args
@@ -171,9 +173,10 @@ class _Answer:
             self.status = message["status"]
             headers = message["headers"]
             headers.extend(self._cors)
-            if not any(name == b"cross-origin-resource-policy" for name, _ in headers):
+            names = {name for name, _ in headers}
+            if b"cross-origin-resource-policy" not in names:
                 headers.append((b"cross-origin-resource-policy", b"same-origin"))
-            if not any(name == b"x-request-id" for name, _ in headers):
+            if b"x-request-id" not in names:
                 headers.append((b"x-request-id", self._request_id))
                 headers.append((b"x-content-type-options", b"nosniff"))
         elif kind in ("websocket.accept", "volant.websocket.switch"):
@@ -213,7 +216,7 @@ def caller_text(client: str, caller: str | None) -> str:
     return f"{client} key {caller[:8]}" if caller is not None and _DIGEST.match(caller) else client
 
 
-def _log_request(scope: Any, client: str, request_id: str, status: int, took_s: float) -> None:
+def _log_request(scope: Any, caller: str, request_id: str, status: int, took_s: float) -> None:
     path = scope["raw_path"].decode("ascii", "replace")
     level = logging.DEBUG if path in _QUIET else logging.INFO
     if _requests.isEnabledFor(level):
@@ -221,7 +224,6 @@ def _log_request(scope: Any, client: str, request_id: str, status: int, took_s: 
         method = scope.get("method", "WEBSOCKET")
         text, took_ms = path[:500], took_s * 1000
         named = _OF_VM.match(path)
-        caller = caller_text(client, scope["state"].get("caller"))
         facts = {"request_id": request_id, "vm": named[1] if named else None, "caller": caller}
         _requests.log(
             level, "%s %s %s %s from %s %.1f ms", request_id, method, text, status or "-", caller, took_ms, extra=facts
