@@ -81,7 +81,7 @@ def _tool(operation: Operation, declared: Declared) -> Tool:
     )
     gives, present = _presenter(operation)
 
-    async def run(call: ToolCall, wanted: Any) -> Result:
+    async def run(call: ToolCall, wanted: Any) -> Result[Any]:
         parameters = {name: _value(getattr(wanted, name), name, operation) for name in operation.query}
         if body is not None:
             parameters["body"] = body(**{name: getattr(wanted, name) for name in body.__struct_fields__})
@@ -140,7 +140,7 @@ def _value(value: Any, name: str, operation: Operation) -> Any:
     return (value,) if isinstance(value, str) and isinstance(operation.defaults[name], tuple) else value
 
 
-def _presenter(operation: Operation) -> tuple[type[msgspec.Struct], Callable[[Any, list[str]], Result]]:
+def _presenter(operation: Operation) -> tuple[type[msgspec.Struct], Callable[[Any, list[str]], Result[Any]]]:
     """Returns the type of what a tool gives, and what makes it of a result."""
     assert operation.client is not None
     resource = operation.client.partition(".")[0]
@@ -163,7 +163,7 @@ def _presenter(operation: Operation) -> tuple[type[msgspec.Struct], Callable[[An
             frozen=True,
         )
 
-        def page(result: Page[Any], arguments: list[str]) -> Result:
+        def page(result: Page[Any], arguments: list[str]) -> Result[Any]:
             items = fitting(result.items)
             next_cursor = items[-1].id if len(items) < len(result.items) else result.next_cursor
             return Result(pages(items, result.total, next_cursor))
@@ -173,7 +173,7 @@ def _presenter(operation: Operation) -> tuple[type[msgspec.Struct], Callable[[An
         "Items", [(resource, answer), ("left_out", _described(int, "How many did not fit."))], frozen=True
     )
 
-    def some(result: list[Any], arguments: list[str]) -> Result:
+    def some(result: list[Any], arguments: list[str]) -> Result[Any]:
         items = fitting(result)
         return Result(lists(items, len(result) - len(items)))
 
@@ -184,7 +184,7 @@ def _links(result: Any) -> tuple[Link, ...]:
     return (log_link(result.vm.name),) if isinstance(result, (VmChanged, VmCreated)) else ()
 
 
-async def _settled(call: ToolCall, operation: Operation, result: Any, wanted: Any) -> Result:
+async def _settled(call: ToolCall, operation: Operation, result: Any, wanted: Any) -> Result[Any]:
     """Returns the VMs once they are where they are on their way to, if the model waits for that."""
     state = operation.waits_for
     assert state is not None

@@ -13,7 +13,7 @@ from volant.model import Event, EventId, EventType, LogLine, Name, StreamGap
 from volant.operations import find_vm, open_log
 
 from ._text import BUDGET, clip, fitting, fitting_last, weight
-from ._tool import Result, ToolCall, log_link
+from ._tool import Result, ToolCall, log_link, tool
 
 _PAGE_BYTES = 64 * 1024
 _LINE_BYTES = 4 * 1024
@@ -43,7 +43,15 @@ class LogPage(msgspec.Struct, frozen=True):
     """Lines after `since` that are not kept any more."""
 
 
-async def read_logs(call: ToolCall, wanted: Logs) -> Result:
+@tool(
+    "vms_logs",
+    "Read the log of a VM",
+    "What the console (kernel and boot) and the workload of a VM have said, also of one that is stopped or has "
+    "crashed. Use it to find out why a VM does not boot or its workload fails. What vms_exec runs is not in it.",
+    operation="vm_logs",
+    read_only=True,
+)
+async def read_logs(call: ToolCall, wanted: Logs) -> Result[LogPage]:
     row = find_vm(call.deps, wanted.vm)
     log = open_log(call.deps, row)
     lines: list[LogLine] = []
@@ -106,7 +114,16 @@ class EventPage(msgspec.Struct, frozen=True):
     """Events after `since` that are not kept any more."""
 
 
-async def see_events(call: ToolCall, wanted: Events) -> Result:
+@tool(
+    "vms_events",
+    "See what happened to VMs",
+    "What happened to VMs, in order: created, starting, running, stopped, crashed (and why), deleted. Without "
+    "`since` the newest; pass `next` of one call as `since` of the next to miss nothing, with `wait_s` to wait for "
+    "something to happen.",
+    operation="vm_events",
+    read_only=True,
+)
+async def see_events(call: ToolCall, wanted: Events) -> Result[EventPage]:
     log = call.deps.store.events
     after: EventId | str | None = wanted.since and wanted.since[:200]
     gap = None

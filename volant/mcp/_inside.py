@@ -14,7 +14,7 @@ from volant.operations import find_action, find_vm
 
 from . import _guest
 from ._text import BUDGET, clip, joined, prefix, weight
-from ._tool import DEFAULT_S, Image, Path, Result, Seconds, ToolCall, file_link
+from ._tool import DEFAULT_S, Image, Path, Result, Seconds, ToolCall, file_link, tool
 
 _PAGE_BYTES = 48 * 1024
 
@@ -53,7 +53,17 @@ class ExecDone(msgspec.Struct, frozen=True):
     """Whether the middle of stdout or stderr is left out."""
 
 
-async def execute(call: ToolCall, wanted: Exec) -> Result:
+@tool(
+    "vms_exec",
+    "Run a command in a VM",
+    "Run one command in a running VM, wait for its end, and get its exit code and output. Each call is a process of "
+    "its own: `cd` and variables do not carry over to the next. Of long output the middle is left out: write it to a "
+    "file, and read parts with vms_read_file. To write a file use vms_write_file.",
+    operation="agent_exec",
+    destructive=True,
+    open_world=True,
+)
+async def execute(call: ToolCall, wanted: Exec) -> Result[ExecDone]:
     request: ExecRequest = {"command": wanted.command, "env": wanted.env}
     if wanted.cwd is not None:
         request["cwd"] = wanted.cwd
@@ -103,7 +113,15 @@ class FileContent(msgspec.Struct, frozen=True):
     """Where to read on; null at the end."""
 
 
-async def read_file(call: ToolCall, wanted: ReadFile) -> Result:
+@tool(
+    "vms_read_file",
+    "Read a file in a VM",
+    "Read a file in a running VM: text as it is, other bytes as base64. Of a long file you get the head and the "
+    "tail; read on in between with `offset`. Directories: vms_exec with `ls`.",
+    operation="read_file",
+    read_only=True,
+)
+async def read_file(call: ToolCall, wanted: ReadFile) -> Result[FileContent]:
     vm = find_vm(call.deps, wanted.vm).name
     offset = wanted.offset or 0
     read = await call.until(partial(_guest.read_file, call.deps, vm, wanted.path, offset=offset, limit=_PAGE_BYTES))
@@ -167,7 +185,16 @@ class WrittenFile(msgspec.Struct, frozen=True):
     """In bytes."""
 
 
-async def write_file(call: ToolCall, wanted: WriteFile) -> Result:
+@tool(
+    "vms_write_file",
+    "Write a file in a VM",
+    "Write a whole file in a running VM, in place of what is there; readers see the old or the new one, never a "
+    "half. At most some 700 KiB a call.",
+    operation="write_file",
+    destructive=True,
+    idempotent=True,
+)
+async def write_file(call: ToolCall, wanted: WriteFile) -> Result[WrittenFile]:
     vm = find_vm(call.deps, wanted.vm).name
     if wanted.encoding == "base64":
         data = _guest.from_base64(wanted.content, "content")
@@ -200,7 +227,16 @@ class ActionDone(msgspec.Struct, frozen=True):
     truncated: bool
 
 
-async def call_action(call: ToolCall, wanted: Action) -> Result:
+@tool(
+    "vms_call_action",
+    "Call an action of a VM",
+    "Ask the workload in a running VM for one of the actions that its plugin offers, such as taking a screenshot in "
+    "a browser. plugins_list says which there are and what they take.",
+    operation="call_action",
+    destructive=True,
+    open_world=True,
+)
+async def call_action(call: ToolCall, wanted: Action) -> Result[ActionDone]:
     row = find_vm(call.deps, wanted.vm)
     action, port = find_action(row, row.plugin, wanted.action)
     acted = await call.until(partial(_guest.call_action, call.deps, row.name, action, port, wanted.input))

@@ -11,7 +11,7 @@ from volant.model import Name, NetworkView, SnapshotView, no_such_network, snaps
 from volant.operations import no_such_plugin, shown_networks
 
 from ._text import fitting
-from ._tool import Result, ToolCall
+from ._tool import Result, ToolCall, tool
 
 
 class ListNetworks(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -29,7 +29,14 @@ class NetworkList(msgspec.Struct, frozen=True):
     """How many did not fit; ask for them by name."""
 
 
-async def list_networks(call: ToolCall, wanted: ListNetworks) -> Result:
+@tool(
+    "networks_list",
+    "List networks",
+    "The networks in which VMs reach each other by their names, and which VMs are in them with which addresses.",
+    operation="list_networks",
+    read_only=True,
+)
+async def list_networks(call: ToolCall, wanted: ListNetworks) -> Result[NetworkList]:
     projection = call.deps.store.projection
     await trio.lowlevel.checkpoint()
     found = [one for one in shown_networks(projection) if wanted.network in (None, one.name)]
@@ -54,7 +61,14 @@ class SnapshotList(msgspec.Struct, frozen=True):
     """How many older ones did not fit."""
 
 
-async def list_snapshots(call: ToolCall, wanted: ListSnapshots) -> Result:
+@tool(
+    "snapshots_list",
+    "List snapshots",
+    "The copies of VMs that vms_snapshot has kept, the newest first.",
+    operation="list_snapshots",
+    read_only=True,
+)
+async def list_snapshots(call: ToolCall, wanted: ListSnapshots) -> Result[SnapshotList]:
     await trio.lowlevel.checkpoint()
     all_of_them = call.deps.store.projection.snapshots.values()
     found = [one for one in all_of_them if wanted.vm in (None, one.vm.name)]
@@ -100,7 +114,14 @@ class PluginList(msgspec.Struct, frozen=True):
     """How many did not fit; ask for them by name."""
 
 
-async def list_plugins(call: ToolCall, wanted: ListPlugins) -> Result:
+@tool(
+    "plugins_list",
+    "List plugins",
+    "The kinds of VMs that vms_create can make (`plugin`), and the actions that vms_call_action can call in them.",
+    operation="list_plugins",
+    read_only=True,
+)
+async def list_plugins(call: ToolCall, wanted: ListPlugins) -> Result[PluginList]:
     found = [
         PluginSummary(
             name=plugin.manifest.name,

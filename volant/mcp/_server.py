@@ -262,7 +262,7 @@ def _arguments(tool: Tool, params: CallToolRequestParams) -> Any:
     return decode(data, tool.takes, "the call")
 
 
-def _success(result: Result) -> CallToolResult:
+def _success(result: Result[Any]) -> CallToolResult:
     encoded = _encode(result.value)
     content: list[ContentBlock] = [TextContent(type="text", text=clip(encoded.decode(), MAX_TEXT))]
     for image in result.images:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_type_hints
 from urllib.parse import quote
 
 import msgspec
@@ -13,6 +13,7 @@ import trio
 from volant.operations import Context
 
 T = TypeVar("T")
+Gives = TypeVar("Gives", bound=msgspec.Struct, covariant=True)
 
 DEFAULT_S = 50.0
 """How long a tool waits by default: many clients give up after a minute."""
@@ -40,10 +41,10 @@ class Image:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Generic[Gives]):
     """What a tool gives: its struct, and what goes beside it."""
 
-    value: msgspec.Struct
+    value: Gives
     links: tuple[Link, ...] = ()
     images: tuple[Image, ...] = ()
     failed: bool = False
@@ -68,6 +69,9 @@ class ToolCall(Context):
         return await self.unless_stopping(wait)
 
 
+Run = Callable[[ToolCall, Any], Awaitable[Result[Any]]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tool:
     """One tool."""
@@ -77,7 +81,7 @@ class Tool:
     description: str
     takes: type[msgspec.Struct]
     gives: type[msgspec.Struct]
-    run: Callable[[ToolCall, Any], Awaitable[Result]]
+    run: Run
     operation: str
     """The operation whose permission it needs."""
     read_only: bool = False
@@ -87,6 +91,22 @@ class Tool:
     """Whether doing it twice does no more than doing it once."""
     open_world: bool = False
     """Whether what happens is up to a guest, which may do anything."""
+
+
+def tool(name: str, title: str, description: str, **more: Any) -> Callable[[Run], Tool]:
+    """Makes a tool of the decorated function, which takes a call and `wanted`, a struct, and gives a `Result`.
+
+    :param more: as of `Tool`
+    """
+
+    def make(run: Run) -> Tool:
+        hints = get_type_hints(run)
+        (gives,) = get_args(hints["return"])
+        return Tool(
+            name=name, title=title, description=description, takes=hints["wanted"], gives=gives, run=run, **more
+        )
+
+    return make
 
 
 def log_link(vm: str) -> Link:
