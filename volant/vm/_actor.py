@@ -55,7 +55,7 @@ from .messages import CHECKPOINT_S, Ask, CheckpointTaken, Report, TakeCheckpoint
 
 _COMMIT_S = 30.0
 _COMMIT_TRIES = 4
-_COMMIT_PAUSE_S = 0.2
+_COMMIT_PAUSE_S, _COMMIT_PAUSE_MAX_S = 0.1, 0.4
 _REPORT_S, _REPORT_MAX_S = 0.1, 5.0
 _STEP_S, _STEP_MAX_S = 1.0, 60.0
 _MEASURE_AGAIN_S = 1.0
@@ -180,6 +180,7 @@ class VmActor(Actor):
         """
         vm, deps, projection = self._vm, self._deps, self._deps.store.projection
         unsure = False
+        backoff = Backoff(_COMMIT_PAUSE_S, _COMMIT_PAUSE_MAX_S)
         for tries_left in reversed(range(_COMMIT_TRIES)):
             steps = decide(vm.row, seen, deps.host.clock.now(), held=projection.drain is not None)
             # An unconfirmed commit of this loop may have made the row what was asked for.
@@ -201,7 +202,7 @@ class VmActor(Actor):
                 if not tries_left:
                     raise journal_down(error) from error
                 unsure = unsure or not isinstance(error, StaleRow)
-                await trio.sleep(_COMMIT_PAUSE_S)
+                await backoff.pause()
                 # The commit may have been kept: read the row again, and go on from there.
                 row = projection.by_id(self._vm_id)
                 if row is not None:
