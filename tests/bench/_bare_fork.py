@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from volant.host import PROGRAM_ENVIRONMENT
 from volant.hypervisor import MachineSpec
-from volant.hypervisor.qemu._argv import ENVIRONMENT
 from volant.hypervisor.qemu._checkpoint import complete
 
 _PAGE = 4096
@@ -66,7 +66,7 @@ def fork(
         process = subprocess.Popen(
             argv,
             cwd=copy.directory,
-            env=ENVIRONMENT,
+            env=PROGRAM_ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

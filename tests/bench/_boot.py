@@ -20,9 +20,9 @@ import trio
 
 from tests.system.kit import Daemon, cache_dir
 from volant.channel import AgentClient, VirtioSerial, open_channel
-from volant.host import Host
+from volant.host import PROGRAM_ENVIRONMENT, Host
 from volant.hypervisor import AcceleratorName, MachineSpec
-from volant.hypervisor.qemu._argv import ENVIRONMENT, PROGRAM, build_argv
+from volant.hypervisor.qemu._argv import PROGRAM, build_argv
 from volant.hypervisor.qemu._probe import qemu_version
 from volant.images import Image
 from volant.model import BootMode, CreateVm, Manifest, VmRow
@@ -164,7 +164,7 @@ class Bare:
             return subprocess.Popen(
                 self._argv,
                 cwd=self._spec.directory,
-                env=ENVIRONMENT,
+                env=PROGRAM_ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

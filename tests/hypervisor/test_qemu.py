@@ -15,10 +15,10 @@ import pytest
 import trio
 
 from tests.hypervisor.kit import POWEROFF, RESET, kernel, tiny_spec
-from volant.host import Host
+from volant.host import PROGRAM_ENVIRONMENT, Host
 from volant.hypervisor import Disk, HypervisorError, LaunchFailed, MachineSpec, Nic
 from volant.hypervisor.qemu import QemuHypervisor, _probe
-from volant.hypervisor.qemu._argv import ENVIRONMENT, build_argv
+from volant.hypervisor.qemu._argv import build_argv
 from volant.hypervisor.qemu._launch import classify
 from volant.hypervisor.qemu._machine import LOG_LIMIT
 from volant.model import EndKind
@@ -337,7 +337,7 @@ async def test_the_probes_guest_runs_where_a_guest_can_run(host: Host, tmp_path:
     argv = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "64M", "-nodefaults"]
     argv += ["-display", "none", "-no-reboot", "-kernel", "guest.elf"]
     argv += ["-device", f"isa-debug-exit,iobase={_probe.EXIT_PORT:#x},iosize=4"]
-    status, output = await host.processes.run(argv, env=ENVIRONMENT, cwd=tmp_path, timeout_s=20)
+    status, output = await host.processes.run(argv, env=PROGRAM_ENVIRONMENT, cwd=tmp_path, timeout_s=20)
     assert (status, output) == (_probe.EXIT_STATUS, b"")
 
 

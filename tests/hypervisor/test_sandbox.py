@@ -21,7 +21,7 @@ import trio
 from tests.hypervisor.intruder import DENIED, PYTHON, tries
 from tests.hypervisor.kit import real_qemu, tiny_spec
 from tests.hypervisor.test_checkpoint import COUNTS, clone, nobody
-from volant.host import Host, ProcessStatus, _sandbox
+from volant.host import Host, ProcessStatus
 from volant.hypervisor import Disk, MachineSpec, Nic, Template
 from volant.hypervisor.qemu import QemuHypervisor, SandboxPlan, user_of
 from volant.hypervisor.qemu import _sandbox as qemu_sandbox
@@ -410,5 +410,5 @@ def test_the_host_says_why_it_has_no_separate_users(host: Host, place: Path, mon
     # A full disk does not mean that there are no ACLs.
     refuses(errno.ENOSPC)
     assert why(place) == "None"
-    monkeypatch.setattr(_sandbox, "capabilities", lambda: 1 << 7)
+    monkeypatch.setattr(_procfs, "own_capabilities", lambda: 1 << 7)
     assert why(place) == "volantd lacks CAP_KILL, CAP_SETGID, CAP_SETPCAP, CAP_SYS_PTRACE"

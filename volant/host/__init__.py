@@ -22,6 +22,8 @@ from ._priority import raise_own
 from ._proc import Proc, ProcessStatus
 from ._process_memory import MemoryUsage, ProcessMemory
 from ._processes import Process, Processes
+from ._procfs import own_capabilities
+from ._programs import PROGRAM_ENVIRONMENT, CopyFailed, copy_sparsely
 from ._random import Random
 from ._sandbox import Sandbox
 from ._sandbox_access import SandboxAccess, SandboxSupport
@@ -32,9 +34,11 @@ from ._threads import Threads
 from ._watches import FileWatch, Watches
 
 __all__ = [
+    "PROGRAM_ENVIRONMENT",
     "TUN",
     "Cgroups",
     "Clock",
+    "CopyFailed",
     "Credentials",
     "Descriptors",
     "Disk",
@@ -64,6 +68,7 @@ __all__ = [
     "UnsafeDirectory",
     "Watches",
     "check_way_to",
+    "copy_sparsely",
     "inside",
     "is_below",
     "loopback_peer_uid",
@@ -72,6 +77,7 @@ __all__ = [
     "open_as",
     "open_below",
     "open_tap",
+    "own_capabilities",
     "own_cgroups",
     "peer_credentials",
     "raise_own",

@@ -38,13 +38,18 @@ def stat(pid: int) -> Stat:
     return Stat(int(fields[19]), int(fields[3]), fields[0])
 
 
-def status(pid: int) -> dict[str, list[str]]:
-    """Returns the values of /proc/<pid>/status by their names."""
+def status(pid: int | str) -> dict[str, list[str]]:
+    """Returns the values of /proc/<pid>/status by their names. `pid`: also `thread-self`."""
     lines = (PROC / str(pid) / "status").read_text().splitlines()
     fields = {name: text.split() for name, _, text in (line.partition(":") for line in lines)}
     if "Uid" not in fields:
         raise ValueError(f"the kernel says nothing about process {pid}")
     return fields
+
+
+def own_capabilities() -> int:
+    """Returns the effective capabilities of this thread, a bit each."""
+    return int(status("thread-self")["CapEff"][0], 16)
 
 
 def real_user(pid: int) -> int:

@@ -25,6 +25,8 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from ._procfs import own_capabilities
+
 T = TypeVar("T")
 
 _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
@@ -109,14 +111,6 @@ def landlock_version() -> int:
 def is_known_machine() -> bool:
     """Whether the system calls of this kind of processor are known, for `user` and `no_connect`."""
     return _machine is not None
-
-
-def capabilities() -> int:
-    """Returns the effective capabilities of this thread, a bit each."""
-    for line in Path("/proc/thread-self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0
 
 
 def start_sandboxed(
@@ -222,7 +216,7 @@ def _drop_capabilities() -> None:
         if has < 0:
             return
         # A process of an ordinary user gets none of them anyway.
-        if has and (os.geteuid() == 0 or capabilities() >> NEEDED_CAPABILITIES["CAP_SETPCAP"] & 1):
+        if has and (os.geteuid() == 0 or own_capabilities() >> NEEDED_CAPABILITIES["CAP_SETPCAP"] & 1):
             _prctl(_PR_CAPBSET_DROP, capability)
 
 

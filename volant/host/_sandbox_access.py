@@ -11,7 +11,7 @@ from typing import Protocol
 import msgspec
 import trio
 
-from . import _access_lists, _sandbox
+from . import _access_lists, _procfs, _sandbox
 from ._access_lists import Grant
 
 
@@ -71,7 +71,7 @@ def _why_no_users(directories: Sequence[Path]) -> str | None:
         return "it is not known how, on this kind of processor"
     if os.geteuid() != 0:
         return "volantd does not run as root"
-    has = _sandbox.capabilities()
+    has = _procfs.own_capabilities()
     lacking = [name for name, number in _sandbox.NEEDED_CAPABILITIES.items() if not has >> number & 1]
     if lacking:
         return f"volantd lacks {', '.join(lacking)}"

@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
 
-from volant.host import TUN, Host
+from volant.host import TUN, Host, own_capabilities
 
 from . import _nftables, _watch
 from ._backend import Link, NetworkFailed, Route, Step
@@ -116,7 +115,4 @@ def _check_ready() -> None:
 
 def may_configure_networks() -> bool:
     """Returns whether the daemon has CAP_NET_ADMIN."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
-    return False
+    return bool(own_capabilities() >> _CAP_NET_ADMIN & 1)

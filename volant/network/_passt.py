@@ -16,13 +16,12 @@ from pathlib import Path
 
 import trio
 
-from volant.host import Grant, Host, ProcessGone, ResourceLimits
+from volant.host import PROGRAM_ENVIRONMENT, Grant, Host, ProcessGone, ResourceLimits
 from volant.model import Lease, ProcessIdentity, PublishedPort, VmRow
 
 from ._backend import NetworkFailed
 
 PROGRAM = "passt"
-_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _START_S = 10.0
 _END_S = 10.0
 _LOG_BYTES = 1024 * 1024
@@ -60,7 +59,7 @@ def passt_argv(
 
 def passt_obstacle() -> str | None:
     """Returns why no VM can have the network `user` and what to do, or None."""
-    if shutil.which(PROGRAM, path=_ENVIRONMENT["PATH"]) is None:
+    if shutil.which(PROGRAM, path=PROGRAM_ENVIRONMENT["PATH"]) is None:
         return "passt is not installed: run `apt-get install passt` and restart the daemon"
     return None
 
@@ -102,7 +101,9 @@ class Passt:
                 await host.files.mkdir(socket.parent)
                 # Written first: without the file, a process counts as connected.
                 await host.files.write(self._unconnected(row.id), b"")
-                status, said = await host.processes.run(argv, env=_ENVIRONMENT, cwd=Path("/"), timeout_s=_START_S)
+                status, said = await host.processes.run(
+                    argv, env=PROGRAM_ENVIRONMENT, cwd=Path("/"), timeout_s=_START_S
+                )
             except FileNotFoundError:
                 raise NetworkFailed(
                     "passt_missing", "passt is not installed: run `apt-get install passt`, then start the VM again"

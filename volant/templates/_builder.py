@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from volant.channel import AgentClient, VirtioSerial, open_channel
-from volant.host import Host
+from volant.host import CopyFailed, Host, copy_sparsely
 from volant.hypervisor import Disk, Hypervisor, HypervisorError, LaunchFailed, MachineSpec, Nic, Template
 from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_SETTLE, DAEMON_WORKLOAD, HEALTHZ
 
@@ -35,7 +35,6 @@ _CLEAR_S = 20.0
 _MEMORY_PREFIX = "template-"
 _MAC = "02:00:00:00:00:01"
 """Of a NIC that is connected to nothing, in a guest that does not use it."""
-_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _logger = logging.getLogger("volant.templates")
 
 
@@ -94,7 +93,7 @@ class TemplateBuilder:
                 await host.files.put_in_place(fresh / f"{STATE}.part", fresh / STATE)
                 if spec.root is not None:
                     await host.files.put_in_place(spec.root.layer, fresh / LAYER)
-                await self._copy(spec.memory_file, fresh / MEMORY)
+                await copy_sparsely(host, spec.memory_file, fresh / MEMORY, _COPY_S)
                 protocol = await self._try(spec, fresh)
                 await self._store.add(fresh, wanted.digest, wanted.key, wanted.plugin, protocol)
             finally:
@@ -104,6 +103,8 @@ class TemplateBuilder:
             raise TemplateFailed(error.code, error.message) from error
         except HypervisorError as error:
             raise TemplateFailed("hypervisor_error", str(error)) from error
+        except CopyFailed as error:
+            raise TemplateFailed("io_error", f"the guest's memory can't be copied: {error}") from error
         except OSError as error:
             raise TemplateFailed("io_error", f"the template can't be written: {error}") from error
 
@@ -208,24 +209,6 @@ class TemplateBuilder:
         if root is not None:
             await self._host.files.remove(root.layer)
         return protocol if type(protocol) is int else 1
-
-    async def _copy(self, source: Path, target: Path) -> None:
-        """Copies a guest's memory without its pages of zeros, by a process of its own, as that has a lot to read.
-
-        :raises TemplateFailed:
-        """
-        part = target.with_name(f"{target.name}.part")
-        command = ["cp", "--sparse=always", "--", str(source), str(part)]
-        try:
-            status, output = await self._host.processes.run(
-                command, env=_ENVIRONMENT, cwd=target.parent, timeout_s=_COPY_S
-            )
-        except trio.TooSlowError:
-            raise TemplateFailed("io_error", f"the guest's memory was not copied within {_COPY_S:g} s") from None
-        if status != 0:
-            words = output.decode(errors="replace")[-300:]
-            raise TemplateFailed("io_error", f"the guest's memory can't be copied: {words}")
-        await self._host.files.put_in_place(part, target)
 
     async def _clear(self, spec: MachineSpec, fresh: Path) -> None:
         """Removes the process and all files of a build. :raises TemplateFailed: as `_end`. :raises OSError:"""

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from volant.host import Host
+from volant.host import CopyFailed, Host, copy_sparsely
 from volant.hypervisor import Checkpoint, Hypervisor, MachineKind
 from volant.model import FORK, SNAPSHOT
 
@@ -28,7 +28,6 @@ _COPY_S = 300.0
 _CLEAR_S = 20.0
 _MAX_RECORD_BYTES = 1024 * 1024
 _MAX_STATE_BYTES = 64 * 1024 * 1024
-_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _logger = logging.getLogger("volant.vm")
 
 
@@ -131,8 +130,11 @@ class CheckpointStore:
         await host.files.mkdir(fresh(path))
         if host.disk.free(self.snapshot_dir) < size + RESERVE_MB * 2**20:
             raise CheckpointLost("capture_failed", f"the disk has no room for {size // 2**20} MiB more")
-        for name in _names(taken.checkpoint):
-            await self._copy(source / name, fresh(path) / name)
+        try:
+            for name in _names(taken.checkpoint):
+                await copy_sparsely(host, source / name, fresh(path) / name, _COPY_S)
+        except CopyFailed as error:
+            raise CheckpointLost("capture_failed", f"the copy can't be written: {error}") from error
         record = await self._write_record(fresh(path), taken)
         await host.files.put_in_place(fresh(path), path)
         await host.files.remove_tree(source)
@@ -203,22 +205,6 @@ class CheckpointStore:
 
     def _names_in(self, directory: Path) -> list[str]:
         return self.host.files.names(directory) if self.host.files.exists(directory) else []
-
-    async def _copy(self, source: Path, target: Path) -> None:
-        """Copies a file without its pages of zeros, by a process of its own, as that has a lot to read."""
-        part = target.with_name(f"{target.name}.part")
-        command = ["cp", "--sparse=always", "--", str(source), str(part)]
-        try:
-            status, output = await self.host.processes.run(
-                command, env=_ENVIRONMENT, cwd=target.parent, timeout_s=_COPY_S
-            )
-        except trio.TooSlowError:
-            raise CheckpointLost("capture_failed", f"the disk did not take the copy within {_COPY_S:g} s") from None
-        if status != 0:
-            raise CheckpointLost(
-                "capture_failed", f"the copy can't be written: {output.decode(errors='replace')[-300:]}"
-            )
-        await self.host.files.put_in_place(part, target)
 
     async def _write_record(self, directory: Path, taken: CheckpointTaken) -> CheckpointRecord:
         host, checkpoint = self.host, taken.checkpoint

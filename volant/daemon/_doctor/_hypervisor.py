@@ -10,8 +10,9 @@ from pathlib import Path
 
 import trio
 
+from volant.host import PROGRAM_ENVIRONMENT
 from volant.hypervisor import AcceleratorChoice
-from volant.hypervisor.qemu import ENVIRONMENT, PROGRAM, QemuHypervisor
+from volant.hypervisor.qemu import PROGRAM, QemuHypervisor
 from volant.model.doctor import Finding
 
 from ._context import Context, Device, access_advice, device, user
@@ -39,7 +40,7 @@ async def hypervisor(context: Context) -> Sequence[Finding]:
     """Checks QEMU, and whether KVM runs a guest. Ignores the result that the daemon has cached."""
     choice = await QemuHypervisor(context.host, context.scratch, program=PROGRAM).choice()
     kvm = judge_kvm(context.settings.accelerator, choice, device(KVM), _virtualizes(), access_advice(KVM))
-    return [judge_qemu(shutil.which(PROGRAM, path=ENVIRONMENT["PATH"]), choice.version), kvm]
+    return [judge_qemu(shutil.which(PROGRAM, path=PROGRAM_ENVIRONMENT["PATH"]), choice.version), kvm]
 
 
 def judge_qemu(path: str | None, version: str | None) -> Finding:
@@ -101,7 +102,7 @@ async def qemu_img(context: Context) -> Sequence[Finding]:
     """Checks the program that creates VM disks."""
     try:
         status, said = await context.host.processes.run(
-            [_IMG, "--version"], env=ENVIRONMENT, cwd=Path("/"), timeout_s=10
+            [_IMG, "--version"], env=PROGRAM_ENVIRONMENT, cwd=Path("/"), timeout_s=10
         )
     except FileNotFoundError:
         status, said = -1, b""

@@ -33,7 +33,6 @@ from volant.model.agent import (
 )
 
 PROGRAM = "qemu-system-x86_64"
-ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny"
 
 FORMAT = 2

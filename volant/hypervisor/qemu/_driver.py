@@ -8,7 +8,7 @@ from pathlib import Path
 
 import trio
 
-from volant.host import Host
+from volant.host import PROGRAM_ENVIRONMENT, Host
 from volant.hypervisor._interface import (
     NOT_STARTED,
     AcceleratorChoice,
@@ -23,7 +23,7 @@ from volant.hypervisor._interface import (
 )
 from volant.model import ProcessIdentity
 
-from ._argv import ENVIRONMENT, FORMAT, PROGRAM, machine_option, machine_type
+from ._argv import FORMAT, PROGRAM, machine_option, machine_type
 from ._compatibility import incompatibility, parse_machines
 from ._launch import launch
 from ._layers import make_layer
@@ -119,7 +119,7 @@ class QemuHypervisor:
             command = [self._program, "-machine", "help"]
             try:
                 status, output = await self._host.processes.run(
-                    command, env=ENVIRONMENT, cwd=Path("/"), timeout_s=_HELP_S
+                    command, env=PROGRAM_ENVIRONMENT, cwd=Path("/"), timeout_s=_HELP_S
                 )
             except (OSError, trio.TooSlowError):
                 return frozenset()

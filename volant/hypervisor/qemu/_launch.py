@@ -8,11 +8,11 @@ from contextlib import ExitStack
 
 import trio
 
-from volant.host import Host, Process, ProcessGone
+from volant.host import PROGRAM_ENVIRONMENT, Host, Process, ProcessGone
 from volant.hypervisor._interface import LaunchCode, LaunchFailed, MachineSpec, Nic
 from volant.model import ProcessIdentity
 
-from ._argv import ENVIRONMENT, build_argv
+from ._argv import build_argv
 from ._compatibility import HEAD_BYTES, machine_of
 from ._control import connect_control
 from ._layers import check_layer
@@ -132,7 +132,7 @@ async def _spawn(
             return await host.processes.spawn(
                 argv,
                 tag=spec.tag,
-                env=ENVIRONMENT,
+                env=PROGRAM_ENVIRONMENT,
                 cwd=spec.directory,
                 stdout_path=spec.log_path,
                 sandbox=restrictions,

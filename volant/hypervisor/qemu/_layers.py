@@ -6,10 +6,8 @@ from pathlib import Path
 
 import trio
 
-from volant.host import Host
+from volant.host import PROGRAM_ENVIRONMENT, Host
 from volant.hypervisor._interface import Disk, LaunchFailed
-
-from ._argv import ENVIRONMENT
 
 _IMG = "qemu-img"
 _IMG_S = 60.0
@@ -41,7 +39,7 @@ async def _create(host: Host, disk: Disk, path: Path) -> None:
     if disk.size_mb is not None:
         command.append(f"{disk.size_mb}M")
     try:
-        status, output = await host.processes.run(command, env=ENVIRONMENT, cwd=path.parent, timeout_s=_IMG_S)
+        status, output = await host.processes.run(command, env=PROGRAM_ENVIRONMENT, cwd=path.parent, timeout_s=_IMG_S)
     except trio.TooSlowError:
         raise LaunchFailed("bad_disk", f"qemu-img did not create {disk.layer} within {_IMG_S:g} s") from None
     if status != 0:

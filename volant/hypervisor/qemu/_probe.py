@@ -22,10 +22,10 @@ from pathlib import Path
 import msgspec
 import trio
 
-from volant.host import Host
+from volant.host import PROGRAM_ENVIRONMENT, Host
 from volant.hypervisor._interface import AcceleratorChoice
 
-from ._argv import ENVIRONMENT, machine_option
+from ._argv import machine_option
 
 DEADLINE_S = 10.0
 EXIT_PORT = 0xF4
@@ -69,7 +69,7 @@ async def qemu_version(host: Host, program: str) -> tuple[int, int, str] | None:
     """Returns QEMU's major, minor and complete version; None if it is missing or does not run."""
     try:
         status, output = await host.processes.run(
-            [program, "--version"], env=ENVIRONMENT, cwd=Path("/"), timeout_s=DEADLINE_S
+            [program, "--version"], env=PROGRAM_ENVIRONMENT, cwd=Path("/"), timeout_s=DEADLINE_S
         )
     except (OSError, trio.TooSlowError):
         return None
@@ -120,7 +120,7 @@ async def _try_kvm(host: Host, cache_dir: Path, program: str, version: tuple[int
                 *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
                 *("-device", f"isa-debug-exit,iobase={EXIT_PORT:#x},iosize=4", "-kernel", "guest.elf"),
             ],
-            env=ENVIRONMENT,
+            env=PROGRAM_ENVIRONMENT,
             cwd=directory,
             timeout_s=DEADLINE_S,
             # QEMU does not exit after this error.
