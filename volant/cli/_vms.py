@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 import click
 import trio
@@ -183,6 +183,15 @@ async def create(
     timeout: float,
 ) -> int:
     """Create a VM and boot it, or restore it from a snapshot."""
+    common: dict[str, Any] = {
+        "name": name,
+        "cpu_cores": cpu_cores,
+        "memory_mb": memory_mb,
+        "labels": dict(labels),
+        "restart_policy": restart_policy,
+        "boot": boot,
+        "ttl": ttl,
+    }
     request: CreateVm | RestoreVm
     if from_snapshot is not None:
         if env or runtime or kernel_cmdline:
@@ -191,33 +200,17 @@ async def create(
             raise click.UsageError("--disk-mb is the snapshot's, with --from-snapshot")
         if network or ports:
             raise click.UsageError("--network is the snapshot's, with --from-snapshot, and no ports are published")
-        request = RestoreVm(
-            name=name,
-            from_snapshot=from_snapshot,
-            cpu_cores=cpu_cores,
-            memory_mb=memory_mb,
-            plugin=plugin,
-            labels=dict(labels),
-            restart_policy=restart_policy,
-            boot=boot,
-            ttl=ttl,
-        )
+        request = RestoreVm(from_snapshot=from_snapshot, plugin=plugin, **common)
     else:
         request = CreateVm(
-            name=name,
-            cpu_cores=cpu_cores,
-            memory_mb=memory_mb,
             plugin=plugin or BASE.name,
             env=dict(env),
-            labels=dict(labels),
             runtime=runtime,
             kernel_cmdline=kernel_cmdline,
-            restart_policy=restart_policy,
-            boot=boot,
-            ttl=ttl,
             network=network,
             ports=ports,
             disk_mb=disk_mb,
+            **common,
         )
     if not wait:
         made = await session.client.vms.create(request, idempotency_key=idempotency_key)
@@ -234,50 +227,25 @@ async def create(
     return _outcome(session.out, name, waited, READY, timeout)
 
 
-@command(group, "start")
-@name_argument
-@wait_option
-@timeout_option
-async def start(session: Session, name: str, wait: bool, timeout: float) -> int:
-    """Start a VM that is stopped or has crashed, or resume a paused one."""
-    return await _apply(session, name, "start", wait, timeout)
+def _add(change: Command, summary: str, *options: Callable[[Any], Any]) -> None:
+    """Adds a command that brings VMs to a status, see `_OUTCOMES`."""
+
+    async def run(session: Session, name: str, wait: bool, timeout: float, grace: float | None = None) -> int:
+        return await _apply(session, name, change, wait, timeout, grace)
+
+    for option in (timeout_option, wait_option, *options, name_argument):
+        run = option(run)
+    command(group, change, help=summary)(run)
 
 
-@command(group, "stop")
-@name_argument
-@click.option("--grace", type=Duration(), help="Time for the guest to shut down before it is killed; default 10s.")
-@wait_option
-@timeout_option
-async def stop(session: Session, name: str, grace: float | None, wait: bool, timeout: float) -> int:
-    """Stop a VM: ask its guest to shut down, then kill it."""
-    return await _apply(session, name, "stop", wait, timeout, grace)
-
-
-@command(group, "restart")
-@name_argument
-@wait_option
-@timeout_option
-async def restart(session: Session, name: str, wait: bool, timeout: float) -> int:
-    """Restart a VM."""
-    return await _apply(session, name, "restart", wait, timeout)
-
-
-@command(group, "pause")
-@name_argument
-@wait_option
-@timeout_option
-async def pause(session: Session, name: str, wait: bool, timeout: float) -> int:
-    """Pause a VM; its memory stays. A VM that is starting is paused once it runs."""
-    return await _apply(session, name, "pause", wait, timeout)
-
-
-@command(group, "resume")
-@name_argument
-@wait_option
-@timeout_option
-async def resume(session: Session, name: str, wait: bool, timeout: float) -> int:
-    """Resume a paused VM. Its clock is set."""
-    return await _apply(session, name, "resume", wait, timeout)
+_grace_option = click.option(
+    "--grace", type=Duration(), help="Time for the guest to shut down before it is killed; default 10s."
+)
+_add("start", "Start a VM that is stopped or has crashed, or resume a paused one.")
+_add("stop", "Stop a VM: ask its guest to shut down, then kill it.", _grace_option)
+_add("restart", "Restart a VM.")
+_add("pause", "Pause a VM; its memory stays. A VM that is starting is paused once it runs.")
+_add("resume", "Resume a paused VM. Its clock is set.")
 
 
 @command(group, "recover")
