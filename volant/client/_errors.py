@@ -12,17 +12,9 @@ class ClientProblem(Problem):
     """
 
     def __init__(
-        self,
-        status: int,
-        code: str,
-        detail: str,
-        *,
-        field: str | None = None,
-        hint: str | None = None,
-        vm: str | None = None,
-        request_id: str | None = None,
+        self, status: int, code: str, detail: str, *, request_id: str | None = None, **members: str | None
     ) -> None:
-        super().__init__(status, code, detail, field=field, hint=hint, vm=vm)
+        super().__init__(status, code, detail, **members)
         self.request_id = request_id
 
 
