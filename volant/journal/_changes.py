@@ -301,13 +301,7 @@ def _begin_snapshot(stage: Stage, message: BeginSnapshot) -> Snapshot:
     vm = _vm(stage, message.vm_id)
     snapshot = new_snapshot(message.request, vm, snapshot_id=message.snapshot_id, now=stage.now)
     if stage.snapshots.get(snapshot.name) is not None:
-        raise Problem(
-            409,
-            "snapshot-exists",
-            f"there is a snapshot named {snapshot.name!r} already",
-            field="name",
-            hint="choose another name, or delete that one first",
-        )
+        raise _exists("snapshot", snapshot.name, "choose another name, or delete that one first")
     stage.put_snapshot(snapshot)
     return snapshot
 
@@ -348,12 +342,8 @@ def _install_plugin(stage: Stage, message: InstallPlugin) -> Plugin:
     manifest = message.manifest
     check_manifest(manifest)
     if stage.plugins.get(manifest.name) is not None:
-        raise Problem(
-            409,
-            "plugin-exists",
-            f"there is a plugin named {manifest.name!r} already",
-            field="name",
-            hint="delete that one first; VMs keep the manifest that they were created with",
+        raise _exists(
+            "plugin", manifest.name, "delete that one first; VMs keep the manifest that they were created with"
         )
     plugin = Plugin(manifest, True, stage.now)
     stage.put_plugin(plugin)
@@ -405,13 +395,7 @@ def _changeable_plugin(stage: Stage, name: str, change: str) -> Plugin:
 def _add_network(stage: Stage, message: AddNetwork) -> Network:
     network = new_network(message.request, now=stage.now)
     if stage.networks.get(network.name) is not None:
-        raise Problem(
-            409,
-            "network-exists",
-            f"there is a network named {network.name!r} already",
-            field="name",
-            hint="choose another name; VMs that are created with this one join it",
-        )
+        raise _exists("network", network.name, "choose another name; VMs that are created with this one join it")
     obstacle = stage.networking.obstacles.get(BRIDGE)
     if obstacle is not None:
         raise Problem(503, "network-unavailable", f"this host can't have named networks: {obstacle}")
@@ -456,6 +440,10 @@ def _set_drain(stage: Stage, message: SetDrain) -> Drain:
 @_decides(EndDrain)
 def _end_drain(stage: Stage, _: EndDrain) -> None:
     stage.put_drain(None)
+
+
+def _exists(kind: str, name: str, hint: str) -> Problem:
+    return Problem(409, f"{kind}-exists", f"there is a {kind} named {name!r} already", field="name", hint=hint)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from volant.model import (
 from ._projection import Plugin, plugin_view
 
 
-class VmCreated(msgspec.Struct, frozen=True, tag="vm-created"):
+class _OfVm(msgspec.Struct, frozen=True):
     vm: VmView
     revision: int
 
@@ -37,15 +37,12 @@ class VmCreated(msgspec.Struct, frozen=True, tag="vm-created"):
         return cls(view(row), row.revision)
 
 
-class VmChanged(msgspec.Struct, frozen=True, tag="vm-changed"):
+class VmCreated(_OfVm, frozen=True, tag="vm-created"):
+    pass
+
+
+class VmChanged(_OfVm, frozen=True, tag="vm-changed"):
     """A VM after a command, also after one that changed nothing."""
-
-    vm: VmView
-    revision: int
-
-    @classmethod
-    def of(cls, row: VmRow) -> Self:
-        return cls(view(row), row.revision)
 
 
 class VmForked(msgspec.Struct, frozen=True, tag="vm-forked"):
@@ -72,7 +69,7 @@ class NetworkCreated(msgspec.Struct, frozen=True, tag="network-created"):
         return cls(network_view(network))
 
 
-class PluginInstalled(msgspec.Struct, frozen=True, tag="plugin-installed"):
+class _OfPlugin(msgspec.Struct, frozen=True):
     plugin: PluginView
 
     @classmethod
@@ -80,12 +77,12 @@ class PluginInstalled(msgspec.Struct, frozen=True, tag="plugin-installed"):
         return cls(plugin_view(plugin))
 
 
-class PluginChanged(msgspec.Struct, frozen=True, tag="plugin-changed"):
-    plugin: PluginView
+class PluginInstalled(_OfPlugin, frozen=True, tag="plugin-installed"):
+    pass
 
-    @classmethod
-    def of(cls, plugin: Plugin) -> Self:
-        return cls(plugin_view(plugin))
+
+class PluginChanged(_OfPlugin, frozen=True, tag="plugin-changed"):
+    pass
 
 
 class Refusal(msgspec.Struct, frozen=True, tag="refusal"):
