@@ -21,7 +21,7 @@ import trio
 from tests.hypervisor.intruder import DENIED, PYTHON, tries
 from tests.hypervisor.kit import real_qemu, tiny_spec
 from tests.hypervisor.test_checkpoint import COUNTS, clone, nobody
-from volant.host import Host, ProcessStatus
+from volant.host import Host, ProcessStatus, _procfs
 from volant.hypervisor import Disk, MachineSpec, Nic, Template
 from volant.hypervisor.qemu import QemuHypervisor, SandboxPlan, user_of
 from volant.hypervisor.qemu import _sandbox as qemu_sandbox
