@@ -46,8 +46,7 @@ async def until(condition: Callable[[], bool], what: Callable[[], object]) -> No
 async def test_a_hostile_page_gets_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, host: str) -> None:
     caplog.set_level(logging.DEBUG, logger="volant.api.request")
     async with guest(tmp_path) as at:
-        site = Site(f"http://127.0.0.1:{at.api.server.port}")
-        with site.running():
+        with Site(f"http://127.0.0.1:{at.api.server.port}") as site:
             caplog.clear()
             async with visiting(f"http://{host}:{site.port}/", tmp_path / "profile"):
                 await until(lambda: bool(site.results), lambda: answered(caplog))
@@ -78,8 +77,7 @@ async def test_a_link_leads_to_a_document(
     caplog.set_level(logging.DEBUG, logger="volant.api.request")
     async with guest(tmp_path) as at:
         base = f"http://127.0.0.1:{at.api.server.port}"
-        site = Site(base)
-        with site.running():
+        with Site(base) as site:
             async with visiting(f"http://{host}:{site.port}/go?{base}{path}", tmp_path / "profile"):
                 wanted = {("GET", one, 200) for one in loads}
                 await until(lambda: wanted <= set(answered(caplog)), lambda: answered(caplog))
@@ -90,8 +88,7 @@ async def test_a_link_to_anything_but_a_document_is_refused(tmp_path: Path, capl
     caplog.set_level(logging.DEBUG, logger="volant.api.request")
     async with guest(tmp_path) as at:
         base = f"http://127.0.0.1:{at.api.server.port}"
-        site = Site(base)
-        with site.running():
+        with Site(base) as site:
             caplog.clear()
             async with visiting(f"http://{CROSS_SITE}:{site.port}/go?{base}/api/v1/vms", tmp_path / "profile"):
                 await until(

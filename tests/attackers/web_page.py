@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.web_server import WebServer, answer_html
 
 SAME_SITE, CROSS_SITE = "127.0.0.1", "attacker.localhost"
 """Hosts of the page. Ports do not count for a site; Chromium knows that names below `localhost` are loopback."""
@@ -68,46 +67,20 @@ const attempts = {
 </script>"""
 
 
-class Site:
+class Site(WebServer):
     """Serves the attacker's page at `/`, and at `/go?ADDRESS` a page that redirects its visitor."""
 
     def __init__(self, target: str) -> None:
+        super().__init__()
         self.results: dict[str, str] = {}
         """Returns what the page found out, when it is done."""
-        site = self
-        attack = (ATTACK % json.dumps(target)).encode()
+        self._attack = (ATTACK % json.dumps(target)).encode()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                path, _, address = self.path.partition("?")
-                go = f"<!doctype html><script>location.href = {json.dumps(address)};</script>".encode()
-                self._answer({"/": attack, "/go": go}.get(path, b""))
+    def get(self, request: BaseHTTPRequestHandler) -> None:
+        path, _, address = request.path.partition("?")
+        go = f"<!doctype html><script>location.href = {json.dumps(address)};</script>".encode()
+        answer_html(request, 200, {"/": self._attack, "/go": go}.get(path, b""))
 
-            def do_POST(self) -> None:
-                site.results = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self._answer(b"")
-
-            def _answer(self, body: bytes) -> None:
-                self.send_response(200)
-                self.send_header("Content-Type", "text/html; charset=utf-8")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.port = self._server.server_port
-
-    @contextmanager
-    def running(self) -> Iterator[Site]:
-        """Serves for the length of the block."""
-        thread = threading.Thread(target=self._server.serve_forever)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._server.shutdown()
-            thread.join()
-            self._server.server_close()
+    def post(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
+        self.results = json.loads(body)
+        answer_html(request, 200)

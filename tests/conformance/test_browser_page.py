@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import trio
 
 from tests.chromium import CHROMIUM, visiting
 from tests.system.kit import REPOSITORY, Daemon, adopted, boot, reachable, run, spec
+from tests.web_server import WebServer, answer_html
 from volant.client import Client, LogLine
 from volant.model import Event
 
@@ -51,45 +51,23 @@ listVms(base, key).then(({{ vms, after }}) => {{
 </script>"""
 
 
-class Site:
+class Site(WebServer):
     """The page's own origin."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.html = ""
         self.seen: dict[str, Any] = {"vms": None, "ticketed": [], "keyed": [], "lines": []}
-        site = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self._answer(200 if self.path == "/" else 404, site.html.encode() if self.path == "/" else b"")
+    def get(self, request: BaseHTTPRequestHandler) -> None:
+        if request.path == "/":
+            answer_html(request, 200, self.html.encode())
+        else:
+            answer_html(request, 404)
 
-            def do_POST(self) -> None:
-                site.seen = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self._answer(200, b"")
-
-            def _answer(self, status: int, body: bytes) -> None:
-                self.send_response(status)
-                self.send_header("Content-Type", "text/html; charset=utf-8")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.origin = f"http://127.0.0.1:{self._server.server_port}"
-
-    @contextmanager
-    def running(self) -> Iterator[Site]:
-        thread = threading.Thread(target=self._server.serve_forever)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._server.shutdown()
-            thread.join()
-            self._server.server_close()
+    def post(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
+        self.seen = json.loads(body)
+        answer_html(request, 200)
 
 
 class Proxy:
@@ -179,7 +157,7 @@ async def test_a_page_that_is_disconnected_misses_nothing(make_daemon: Callable[
     site = Site()
     daemon = make_daemon(environ={"VOLANT_API_KEY": key, "VOLANT_CORS_ORIGINS": site.origin})
     proxy = Proxy(daemon)
-    with site.running():
+    with site:
         async with trio.open_nursery() as nursery:
             await nursery.start(proxy.run)
             async with AsyncExitStack() as browser:

@@ -7,16 +7,16 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import trio
 import trio.testing
 
 from tests.ports import free_port
+from tests.web_server import WebServer, answer
 from volant.images import (
     ANYWHERE,
     ArtifactCache,
@@ -40,106 +40,79 @@ HERE = Origins(networks=parse_networks(["127.0.0.1"]))
 DIGEST = hashlib.sha256(DATA).hexdigest()
 
 
-class Server:
+class Server(WebServer):
     """An HTTP server that behaves as the path of each request says."""
 
     def __init__(self) -> None:
+        super().__init__(protocol="HTTP/1.1")
         self.requests: list[tuple[str, str | None]] = []
         self.release = threading.Event()
         self.asked = threading.Event()
-        owner = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            ways: ClassVar[dict[str, Callable[[Handler], None]]] = {}
+    def get(self, request: BaseHTTPRequestHandler) -> None:
+        self.requests.append((request.path, request.headers.get("Range")))
+        self.asked.set()
+        request.close_connection = True
+        getattr(self, request.path.split("?")[0].strip("/"))(request)
 
-            def log_message(self, format: str, *args: object) -> None:
-                pass
+    def whole(self, request: BaseHTTPRequestHandler) -> None:
+        answer(request, 200, DATA)
 
-            def do_GET(self) -> None:
-                owner.requests.append((self.path, self.headers.get("Range")))
-                owner.asked.set()
-                self.close_connection = True
-                getattr(owner, self.path.split("?")[0].strip("/"))(self)
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        self._thread.start()
-        self.base = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def close(self) -> None:
-        self.release.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @staticmethod
-    def _begin(handler: BaseHTTPRequestHandler, status: int, **headers: object) -> None:
-        handler.send_response(status)
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), str(value))
-        handler.end_headers()
-
-    def whole(self, handler: BaseHTTPRequestHandler) -> None:
-        self._begin(handler, 200, Content_Length=len(DATA))
-        handler.wfile.write(DATA)
-
-    def held(self, handler: BaseHTTPRequestHandler) -> None:
-        self._begin(handler, 200, Content_Length=len(DATA))
-        handler.wfile.write(DATA[:1000])
+    def held(self, request: BaseHTTPRequestHandler) -> None:
+        answer(request, 200, None, Content_Length=len(DATA))
+        request.wfile.write(DATA[:1000])
         self.release.wait(30)
-        handler.wfile.write(DATA[1000:])
+        request.wfile.write(DATA[1000:])
 
-    def breaks(self, handler: BaseHTTPRequestHandler) -> None:
+    def breaks(self, request: BaseHTTPRequestHandler) -> None:
         """Sends a piece at a time, and the rest on a `Range` request."""
-        begin = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
+        begin = int((request.headers.get("Range") or "bytes=0-")[6:-1])
         headers = {"Content_Range": f"bytes {begin}-{len(DATA) - 1}/{len(DATA)}"} if begin else {}
-        self._begin(handler, 206 if begin else 200, Content_Length=len(DATA) - begin, **headers)
-        handler.wfile.write(DATA[begin : begin + 4 * 2**20])
+        answer(request, 206 if begin else 200, None, Content_Length=len(DATA) - begin, **headers)
+        request.wfile.write(DATA[begin : begin + 4 * 2**20])
 
-    def cut(self, handler: BaseHTTPRequestHandler) -> None:
+    def cut(self, request: BaseHTTPRequestHandler) -> None:
         """Always sends a piece from the beginning."""
-        self._begin(handler, 200, Content_Length=len(DATA))
-        handler.wfile.write(DATA[:1000])
+        answer(request, 200, None, Content_Length=len(DATA))
+        request.wfile.write(DATA[:1000])
 
-    def endless(self, handler: BaseHTTPRequestHandler) -> None:
-        self._begin(handler, 200)
+    def endless(self, request: BaseHTTPRequestHandler) -> None:
+        answer(request, 200, None)
         try:
             while True:
-                handler.wfile.write(os.urandom(1024 * 1024))
+                request.wfile.write(os.urandom(1024 * 1024))
         except OSError:
             pass
 
-    def huge(self, handler: BaseHTTPRequestHandler) -> None:
-        self._begin(handler, 200, Content_Length=LIMIT + 1)
+    def huge(self, request: BaseHTTPRequestHandler) -> None:
+        answer(request, 200, None, Content_Length=LIMIT + 1)
 
-    def silent(self, handler: BaseHTTPRequestHandler) -> None:
+    def silent(self, request: BaseHTTPRequestHandler) -> None:
         self.release.wait(30)
 
-    def stalls(self, handler: BaseHTTPRequestHandler) -> None:
-        self._begin(handler, 200, Content_Length=len(DATA))
+    def stalls(self, request: BaseHTTPRequestHandler) -> None:
+        answer(request, 200, None, Content_Length=len(DATA))
         self.release.wait(30)
 
-    def drips(self, handler: BaseHTTPRequestHandler) -> None:
-        self._begin(handler, 200, Content_Length=len(DATA))
+    def drips(self, request: BaseHTTPRequestHandler) -> None:
+        answer(request, 200, None, Content_Length=len(DATA))
         while not self.release.wait(0.05):
-            handler.wfile.write(b"x")
+            request.wfile.write(b"x")
 
-    def gone(self, handler: BaseHTTPRequestHandler) -> None:
-        self._begin(handler, 404, Content_Length=0)
+    def gone(self, request: BaseHTTPRequestHandler) -> None:
+        answer(request, 404)
 
-    def sick(self, handler: BaseHTTPRequestHandler) -> None:
-        self._begin(handler, 503, Content_Length=0)
+    def sick(self, request: BaseHTTPRequestHandler) -> None:
+        answer(request, 503)
 
-    def away(self, handler: BaseHTTPRequestHandler) -> None:
-        self._begin(handler, 302, Location="/whole", Content_Length=0)
+    def away(self, request: BaseHTTPRequestHandler) -> None:
+        answer(request, 302, Location="/whole")
 
-    def circle(self, handler: BaseHTTPRequestHandler) -> None:
-        self._begin(handler, 302, Location="/circle", Content_Length=0)
+    def circle(self, request: BaseHTTPRequestHandler) -> None:
+        answer(request, 302, Location="/circle")
 
-    def elsewhere(self, handler: BaseHTTPRequestHandler) -> None:
-        self._begin(handler, 302, Location="file:///etc/passwd", Content_Length=0)
+    def elsewhere(self, request: BaseHTTPRequestHandler) -> None:
+        answer(request, 302, Location="file:///etc/passwd")
 
 
 @pytest.fixture
@@ -147,9 +120,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(downloading, "_FIRST_PAUSE_S", 0.0)
-    server = Server()
-    yield server
-    server.close()
+    with Server() as server:
+        yield server
+        server.release.set()
 
 
 @pytest.fixture
@@ -180,19 +153,19 @@ def code(cache: Path, url: str | Path, digest: str = DIGEST) -> str:
 
 @pytest.mark.parametrize("way", ["whole", "away", "breaks"])
 def test_an_http_download_is_stored_by_its_digest(cache: Path, server: Server, way: str) -> None:
-    path = get(cache, f"{server.base}/{way}?token=secret")
+    path = get(cache, f"{server.origin}/{way}?token=secret")
     assert path == artifact_path(cache, DIGEST)
     assert path.read_bytes() == DATA
     assert path.stat().st_mode & 0o777 == 0o400
     (artifact,) = list_artifacts(cache)
-    assert (artifact.url, artifact.size_bytes) == (f"{server.base}/{way}?…", len(DATA))
+    assert (artifact.url, artifact.size_bytes) == (f"{server.origin}/{way}?…", len(DATA))
     server.requests.clear()
-    assert get(cache, f"{server.base}/gone") == path
+    assert get(cache, f"{server.origin}/gone") == path
     assert server.requests == []
 
 
 def test_a_broken_transfer_is_continued(cache: Path, server: Server) -> None:
-    get(cache, f"{server.base}/breaks")
+    get(cache, f"{server.origin}/breaks")
     assert [wanted for _, wanted in server.requests] == [None, "bytes=4194304-", "bytes=8388608-"]
 
 
@@ -209,14 +182,14 @@ def test_a_broken_transfer_is_continued(cache: Path, server: Server) -> None:
     ],
 )
 def test_errors_of_servers_have_codes(cache: Path, server: Server, way: str, expected: str, requests: int) -> None:
-    assert code(cache, f"{server.base}/{way}") == expected
+    assert code(cache, f"{server.origin}/{way}") == expected
     assert len(server.requests) == requests
 
 
 @pytest.mark.parametrize("way", ["silent", "stalls"])
 def test_a_silent_server_is_unreachable(cache: Path, server: Server, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloading, "_STALL_S", 0.1)
-    assert code(cache, f"{server.base}/{way}") == "media_unreachable"
+    assert code(cache, f"{server.origin}/{way}") == "media_unreachable"
     assert len(server.requests) == 5
 
 
@@ -227,7 +200,7 @@ def test_a_closed_port_is_unreachable(cache: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_different_file_is_refused_without_its_digest(cache: Path, server: Server, local: Path) -> None:
-    for url, name in ((f"{server.base}/whole", "media_mismatch"), (str(local), "media_missing")):
+    for url, name in ((f"{server.origin}/whole", "media_mismatch"), (str(local), "media_missing")):
         with pytest.raises(ImageError) as caught:
             get(cache, url, "0" * 64)
         assert caught.value.code == name
@@ -280,7 +253,7 @@ def test_a_nearly_full_disk_is_refused(
 ) -> None:
     monkeypatch.setattr(part, "_RESERVE_BYTES", 2**60)
     assert code(cache, local) == "cache_full"
-    assert code(cache, f"{server.base}/endless") == "cache_full"
+    assert code(cache, f"{server.origin}/endless") == "cache_full"
 
 
 def test_a_full_disk_leaves_nothing(cache: Path, local: Path) -> None:
@@ -330,7 +303,7 @@ def test_an_artifact_can_be_removed(cache: Path, local: Path) -> None:
 
 async def test_ten_callers_share_one_fetch(cache: Path, server: Server) -> None:
     cached = ArtifactCache(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
-    artifact = Artifact(f"{server.base}/held", DIGEST)
+    artifact = Artifact(f"{server.origin}/held", DIGEST)
     paths = set()
 
     async def want() -> None:
@@ -350,7 +323,7 @@ async def test_ten_callers_share_one_fetch(cache: Path, server: Server) -> None:
 
 async def test_ten_callers_share_one_failure(cache: Path, server: Server) -> None:
     cached = ArtifactCache(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
-    artifact = Artifact(f"{server.base}/gone", DIGEST)
+    artifact = Artifact(f"{server.origin}/gone", DIGEST)
     said = []
 
     async def want() -> None:
@@ -371,13 +344,13 @@ async def test_a_slow_server_hits_the_deadline(cache: Path, server: Server) -> N
     cached = ArtifactCache(cache, cache.parent, timeout_s=2.0, max_mb=64, origins=HERE)
     with trio.fail_after(30):
         with pytest.raises(ImageError, match="did not arrive within 2 s") as caught:
-            await cached.obtain(Artifact(f"{server.base}/drips", DIGEST))
+            await cached.obtain(Artifact(f"{server.origin}/drips", DIGEST))
     assert caught.value.code == "timeout"
 
 
 async def test_cancelling_ends_the_fetch_and_a_waiting_caller_restarts_it(cache: Path, server: Server) -> None:
     cached = ArtifactCache(cache, cache.parent, timeout_s=30, max_mb=64, origins=HERE)
-    artifact = Artifact(f"{server.base}/held", DIGEST)
+    artifact = Artifact(f"{server.origin}/held", DIGEST)
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             leaving = trio.CancelScope()

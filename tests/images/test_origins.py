@@ -7,14 +7,14 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.web_server import WebServer, answer
 from volant.images import PUBLIC, ImageError, Origins, fetch, parse_networks
 from volant.images import _origins as origins
 
@@ -71,37 +71,21 @@ def test_the_operator_can_name_networks() -> None:
     assert not origins.is_allowed("192.168.0.1", named)
 
 
-class Service:
+class Service(WebServer):
     """An HTTP server at a loopback address."""
 
     def __init__(self, address: str, location: str | None = None) -> None:
+        super().__init__(address)
         self.asked = 0
-        owner = self
+        self.url = f"{self.origin}/"
+        self._location = location
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                owner.asked += 1
-                self.send_response(302 if location else 200)
-                if location:
-                    self.send_header("Location", location)
-                self.send_header("Content-Length", "0" if location else str(len(DATA)))
-                self.end_headers()
-                if not location:
-                    self.wfile.write(DATA)
-
-        self._server = ThreadingHTTPServer((address, 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        self._thread.start()
-        self.port = self._server.server_address[1]
-        self.url = f"http://{address}:{self.port}/"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def get(self, request: BaseHTTPRequestHandler) -> None:
+        self.asked += 1
+        if self._location:
+            answer(request, 302, Location=self._location)
+        else:
+            answer(request, 200, DATA)
 
 
 @pytest.fixture
@@ -109,9 +93,8 @@ def internal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     """An internal service."""
     for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    service = Service("127.0.0.2")
-    yield service
-    service.close()
+    with Service("127.0.0.2") as service:
+        yield service
 
 
 def refused(cache: Path, url: str, allowed: Origins = PUBLIC) -> str:
@@ -135,8 +118,7 @@ def test_an_internal_service_gets_no_request(tmp_path: Path, internal: Service) 
 def test_no_proxy_gets_a_request_for_an_internal_service(
     tmp_path: Path, internal: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proxy = Service("127.0.0.1")
-    try:
+    with Service("127.0.0.1") as proxy:
         for name in ("http_proxy", "https_proxy"):
             monkeypatch.setenv(name, proxy.url)
         for host in ("127.0.0.2", "%31%32%37.0.0.2"):
@@ -145,8 +127,6 @@ def test_no_proxy_gets_a_request_for_an_internal_service(
         assert proxy.asked == 0
         fetch(tmp_path, "http://1.1.1.1/", DIGEST, max_bytes=2**20, origins=PUBLIC)
         assert proxy.asked == 1
-    finally:
-        proxy.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a network namespace")
@@ -166,11 +146,8 @@ def test_no_address_of_this_host_is_public() -> None:
 
 
 def test_a_redirect_to_an_internal_service_is_not_followed(tmp_path: Path, internal: Service) -> None:
-    server = Service("127.0.0.1", location=internal.url)
-    try:
+    with Service("127.0.0.1", location=internal.url) as server:
         refused(tmp_path, server.url, Origins(networks=parse_networks(["127.0.0.1"])))
-    finally:
-        server.close()
     assert (server.asked, internal.asked) == (1, 0)
 
 
