@@ -22,6 +22,8 @@ from volant.host import PROGRAM_ENVIRONMENT
 from volant.hypervisor import MachineSpec
 from volant.hypervisor.qemu._checkpoint import complete
 
+from ._world import start_program
+
 _PAGE = 4096
 _CHUNK = 1024 * 1024
 _CONNECT_S = 10.0
@@ -62,16 +64,7 @@ def fork(
     finally:
         for fd in (source, target, memory, pagemap):
             os.close(fd)
-    with copy.log_path.open("wb") as log:
-        process = subprocess.Popen(
-            argv,
-            cwd=copy.directory,
-            env=PROGRAM_ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    process = start_program(argv, copy.directory, copy.log_path, PROGRAM_ENVIRONMENT)
     qmp = _Qmp(copy.control_path)
     qmp.ask(
         "migrate-set-capabilities",

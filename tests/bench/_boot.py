@@ -31,7 +31,7 @@ from volant.vm._machine_spec import machine_spec
 
 from ._figure import Figure, Pairs
 from ._libvirt import libvirt
-from ._world import Skipped, current_image, kill_group, scratch, volantd
+from ._world import Skipped, current_image, kill_group, scratch, start_program, volantd
 
 BOOT_S = 120.0
 WANTED = CreateVm(name="bench", cpu_cores=1, memory_mb=128)
@@ -160,16 +160,7 @@ class Bare:
         await ask_agent(self._spec.agent_path)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        with self._spec.log_path.open("wb") as log:
-            return subprocess.Popen(
-                self._argv,
-                cwd=self._spec.directory,
-                env=PROGRAM_ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        return start_program(self._argv, self._spec.directory, self._spec.log_path, PROGRAM_ENVIRONMENT)
 
 
 async def ask_agent(socket_path: Path) -> None:

@@ -39,7 +39,7 @@ from volant.vm import VmSettings, instance_of
 from volant.vm._machine_spec import CUSTOM_IMAGE, machine_spec
 from volant.vm._tags import tag_of
 
-from ._world import listening
+from ._world import listening, start_program
 
 _ASK_S = 60.0
 _AT_ONCE = 32
@@ -137,10 +137,7 @@ async def _make(
 def _wait_as_qemu(spec: MachineSpec, tag: str) -> subprocess.Popen[bytes]:
     # Opening a pipe without a writer waits for ever.
     argv = ["sh", "-c", f"read line <{spec.console_input_path.name}", "qemu-system-x86_64", "-name", f"guest={tag}"]
-    with spec.log_path.open("wb") as log:
-        return subprocess.Popen(
-            argv, cwd=spec.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+    return start_program(argv, spec.directory, spec.log_path)
 
 
 class _Guest:

@@ -23,7 +23,7 @@ from volant.hypervisor.qemu._argv import kernel_cmdline
 from volant.model import CreateVm
 from volant.model.agent import SERIAL_PORT_NAME
 
-from ._world import Skipped, kill_group, run, scratch
+from ._world import Skipped, kill_group, run, scratch, start_program
 
 _START_S = 20.0
 _COMMAND_S = 20.0
@@ -103,14 +103,7 @@ def libvirt(spec: MachineSpec, wanted: CreateVm) -> Iterator[Libvirt]:
         raise Skipped("its domain here is made for TCG")
     with scratch() as directory:
         log = directory / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*_NAMESPACES, _script(directory)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+        process = start_program([*_NAMESPACES, _script(directory)], Path.cwd(), log)
         try:
             peer = Libvirt(directory, spec, wanted)
             give_up_at = time.monotonic() + _START_S

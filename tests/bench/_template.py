@@ -11,7 +11,10 @@ from __future__ import annotations
 import subprocess
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from typing import Self
 
 import httpx
 import msgspec
@@ -23,7 +26,7 @@ from volant.hypervisor import MachineSpec, Template
 from volant.hypervisor.qemu._migration import Migration
 from volant.hypervisor.qemu._qmp import QmpClient
 
-from ._boot import BOOT_S, WANTED, Bare, Ours, _accelerator, _argv, _spec, ask_agent
+from ._boot import BOOT_S, WANTED, Bare, Ours, Side, _accelerator, _argv, _spec, ask_agent
 from ._figure import Figure, Pairs, percentile
 from ._libvirt import Libvirt, libvirt
 from ._world import Skipped, current_image, volantd
@@ -42,102 +45,112 @@ _LOOK_AGAIN_S = 0.001
 
 async def template_to_agent(pairs: int = 15) -> list[Figure]:
     """Clones by the daemon and by the script in turns, with some cold boots and restores by libvirt between them."""
-    image = current_image()
-    took: dict[str, list[float]] = {"ours": [], "bare": [], "cold": []}
-    restored = Pairs()
     with ExitStack() as stack:
-        daemon = stack.enter_context(volantd("--templates", "auto"))
+        sides = await _Sides.begin(stack, "--templates", "auto")
+        for number in range(pairs):
+            await sides.measure(number, pairs)
+    against = sides.against
+    return [
+        Figure(
+            "template_to_agent", against.value, "s", against.ratio,
+            f"a bare script's {against.other:.3g} s for the same clone, {pairs} pairs, p95 {sides.slowest_s:.3g} s",
+            at_most=TARGET,
+        ),
+        Figure(
+            "template_ready", sides.ready_s, "s", to="from the first VM's `running` to the template of its kind",
+            within=READY_S,
+        ),
+        Figure(
+            "template_to_cold", sides.cold_s, "s", sides.cold_s / against.value,
+            "a clone, for a cold boot of the same VM",
+        ),
+        *sides.restored_figure("template_to_libvirt", "a clone"),
+    ]  # fmt: skip
+
+
+async def standby_to_agent(pairs: int = 15) -> list[Figure]:
+    """VMs from the warm pool and clones by the script in turns; also some cold boots and restores by libvirt."""
+    with ExitStack() as stack:
+        sides = await _Sides.begin(stack, "--templates", "auto", "--standby", "1")
+        await sides.ours.boot()
+        for number in range(pairs):
+            await _until_one_waits(sides.daemon)
+            await sides.measure(number, pairs)
+        async with sides.daemon.http() as http:
+            said = (await http.get("/metrics")).text
+        if f"volant_standby_claims_total {pairs:.1f}" not in said.splitlines():
+            raise RuntimeError(f"not every clone took over a process that waited:\n{said}")
+    against = sides.against
+    return [
+        Figure(
+            "standby_to_agent", against.value, "s", against.ratio,
+            f"a bare script's {against.other:.3g} s that starts QEMU for the same clone, {pairs} pairs, "
+            f"p95 {sides.slowest_s:.3g} s",
+            at_most=STANDBY_TARGET,
+        ),
+        Figure(
+            "standby_to_cold", sides.cold_s, "s", sides.cold_s / against.value,
+            "a clone whose process waited, for a cold boot of the same VM", at_least=STANDBY_TO_COLD,
+        ),
+        *sides.restored_figure("standby_to_libvirt", "a clone whose process waited"),
+    ]  # fmt: skip
+
+
+@dataclass
+class _Sides:
+    """The same VM as a clone by the daemon and by the script, booted cold, and restored by libvirt if possible."""
+
+    daemon: Daemon
+    ready_s: float
+    """From the first VM's `running` to the template."""
+    ours: Ours
+    bare: BareClone
+    cold: Ours
+    libvirt: Libvirt | None
+    against: Pairs = field(default_factory=Pairs)
+    restored: Pairs = field(default_factory=Pairs)
+    took_cold: list[float] = field(default_factory=list)
+
+    @classmethod
+    async def begin(cls, stack: ExitStack, *arguments: str) -> Self:
+        """Starts a daemon with these arguments, and waits for the template."""
+        image = current_image()
+        daemon = stack.enter_context(volantd(*arguments))
         spec = stack.enter_context(_spec(image, await _accelerator(daemon)))
         directory, ready_s = await _first_template(daemon)
         clone = msgspec.structs.replace(spec, template=Template(directory / "memory", directory / "state"))
         ours, cold = Ours(daemon, boot="template"), Ours(daemon, boot="cold")
         bare = BareClone(clone, await _argv(clone))
-        peer = await _saved(stack, spec)
-        for number in range(pairs):
-            for name, boot in (("bare", bare.boot), ("ours", ours.boot)):
-                await trio.sleep(_SETTLE_S)
-                took[name].append(await boot())
-            if peer is not None and number % (pairs // _RESTORES or 1) == 0:
-                await trio.sleep(_SETTLE_S)
-                restored.add(await peer.restore(), took["ours"][-1])
-            if number % (pairs // _COLD or 1) == 0:
-                await trio.sleep(_SETTLE_S)
-                took["cold"].append(await cold.boot())
-    against = Pairs(took["ours"], took["bare"])
-    slowest, cold_s = percentile(took["ours"], 95), Pairs(took["cold"], took["cold"]).value
-    figures = [
-        Figure(
-            "template_to_agent", against.value, "s", against.ratio,
-            f"a bare script's {against.other:.3g} s for the same clone, {pairs} pairs, p95 {slowest:.3g} s",
-            at_most=TARGET,
-        ),
-        Figure(
-            "template_ready", ready_s, "s", to="from the first VM's `running` to the template of its kind",
-            within=READY_S,
-        ),
-        Figure("template_to_cold", cold_s, "s", cold_s / against.value, "a clone, for a cold boot of the same VM"),
-    ]  # fmt: skip
-    if restored.ours:
-        figures.append(
-            Figure(
-                "template_to_libvirt", restored.value, "s", restored.ratio,
-                "a clone, for `virsh restore` of the same VM", at_least=LIBVIRT_TARGET,
-            )
-        )  # fmt: skip
-    return figures
+        return cls(daemon, ready_s, ours, bare, cold, await _saved(stack, spec))
+
+    async def measure(self, number: int, pairs: int) -> None:
+        """Measures the pair of this number, and sometimes the other sides."""
+        bare_s = await _settled(self.bare.boot)
+        self.against.add(await _settled(self.ours.boot), bare_s)
+        if self.libvirt is not None and number % (pairs // _RESTORES or 1) == 0:
+            self.restored.add(await _settled(self.libvirt.restore), self.against.ours[-1])
+        if number % (pairs // _COLD or 1) == 0:
+            self.took_cold.append(await _settled(self.cold.boot))
+
+    @property
+    def slowest_s(self) -> float:
+        return percentile(self.against.ours, 95)
+
+    @property
+    def cold_s(self) -> float:
+        return median(self.took_cold)
+
+    def restored_figure(self, name: str, what: str) -> list[Figure]:
+        """Returns the figure of libvirt, if there is one."""
+        restored, to = self.restored, f"{what}, for `virsh restore` of the same VM"
+        if not restored.ours:
+            return []
+        return [Figure(name, restored.value, "s", restored.ratio, to, at_least=LIBVIRT_TARGET)]
 
 
-async def standby_to_agent(pairs: int = 15) -> list[Figure]:
-    """VMs from the warm pool and clones by the script in turns; also some cold boots and restores by libvirt."""
-    image = current_image()
-    took: dict[str, list[float]] = {"ours": [], "bare": [], "cold": []}
-    restored = Pairs()
-    with ExitStack() as stack:
-        daemon = stack.enter_context(volantd("--templates", "auto", "--standby", "1"))
-        spec = stack.enter_context(_spec(image, await _accelerator(daemon)))
-        directory, _ = await _first_template(daemon)
-        clone = msgspec.structs.replace(spec, template=Template(directory / "memory", directory / "state"))
-        ours, cold = Ours(daemon, boot="template"), Ours(daemon, boot="cold")
-        bare = BareClone(clone, await _argv(clone))
-        peer = await _saved(stack, spec)
-        await ours.boot()
-        for number in range(pairs):
-            await _until_one_waits(daemon)
-            for name, boot in (("bare", bare.boot), ("ours", ours.boot)):
-                await trio.sleep(_SETTLE_S)
-                took[name].append(await boot())
-            if peer is not None and number % (pairs // _RESTORES or 1) == 0:
-                await trio.sleep(_SETTLE_S)
-                restored.add(await peer.restore(), took["ours"][-1])
-            if number % (pairs // _COLD or 1) == 0:
-                await trio.sleep(_SETTLE_S)
-                took["cold"].append(await cold.boot())
-        async with daemon.http() as http:
-            said = (await http.get("/metrics")).text
-        if f"volant_standby_claims_total {pairs:.1f}" not in said.splitlines():
-            raise RuntimeError(f"not every clone took over a process that waited:\n{said}")
-    against = Pairs(took["ours"], took["bare"])
-    slowest, cold_s = percentile(took["ours"], 95), Pairs(took["cold"], took["cold"]).value
-    figures = [
-        Figure(
-            "standby_to_agent", against.value, "s", against.ratio,
-            f"a bare script's {against.other:.3g} s that starts QEMU for the same clone, {pairs} pairs, "
-            f"p95 {slowest:.3g} s",
-            at_most=STANDBY_TARGET,
-        ),
-        Figure(
-            "standby_to_cold", cold_s, "s", cold_s / against.value,
-            "a clone whose process waited, for a cold boot of the same VM", at_least=STANDBY_TO_COLD,
-        ),
-    ]  # fmt: skip
-    if restored.ours:
-        figures.append(
-            Figure(
-                "standby_to_libvirt", restored.value, "s", restored.ratio,
-                "a clone whose process waited, for `virsh restore` of the same VM", at_least=LIBVIRT_TARGET,
-            )
-        )  # fmt: skip
-    return figures
+async def _settled(side: Side) -> float:
+    await trio.sleep(_SETTLE_S)
+    return await side()
 
 
 async def _until_one_waits(daemon: Daemon) -> None:
