@@ -53,10 +53,7 @@ async def backup(session: Session, file: Path, force: bool) -> None:
         finally:
             with suppress(OSError):
                 part.unlink()
-    if session.out.json:
-        session.out.document({"path": str(path), "bytes": taken.size})
-    else:
-        session.out.line(f"{safe(str(path))}: {taken.size} bytes")
+    session.out.result({"path": str(path), "bytes": taken.size}, f"{safe(str(path))}: {taken.size} bytes")
 
 
 def _name(part: Path, path: Path, force: bool) -> None:
@@ -112,7 +109,4 @@ async def restore(session: Session, file: Path, replace: bool) -> None:
             code=TIMED_OUT,
             hint="its log says why; `volantd` comes back with the restored database",
         )
-    if session.out.json:
-        session.out.document({"event_epoch": restored.event_epoch, "vm_count": vms})
-    else:
-        session.out.line(f"restored; there are {vms} VMs")
+    session.out.result({"event_epoch": restored.event_epoch, "vm_count": vms}, f"restored; there are {vms} VMs")

@@ -16,28 +16,25 @@ if TYPE_CHECKING:
 _PATIENCE_S = 1.0
 
 
-def vm_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """The VMs whose names begin so."""
-    del parameter
-    return _ask(ctx, incomplete, _vms)
+Complete = Callable[[click.Context, click.Parameter, str], list[str]]
 
 
-def plugin_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """The plugins whose names begin so."""
-    del parameter
-    return _ask(ctx, incomplete, _plugins)
+def _names(resource: str) -> Complete:
+    """Returns what completes the name of a resource."""
+
+    async def listed(client: Client) -> Iterable[str]:
+        return [each.name for each in await getattr(client, resource).list()]
+
+    def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+        del parameter
+        return _ask(ctx, incomplete, listed)
+
+    return complete
 
 
-def snapshot_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """The snapshots whose names begin so."""
-    del parameter
-    return _ask(ctx, incomplete, _snapshots)
-
-
-def network_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """The networks whose names begin so."""
-    del parameter
-    return _ask(ctx, incomplete, _networks)
+NAMES = {resource: _names(resource) for resource in ("vms", "plugins", "networks", "snapshots")}
+"""What completes the name of a resource."""
+vm_names, plugin_names, network_names, snapshot_names = NAMES.values()
 
 
 def network_choices(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -59,25 +56,8 @@ def action_names(ctx: click.Context, parameter: click.Parameter, incomplete: str
 
 def files_here_or_in_a_vm(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Paths of this host, and the VMs whose paths may follow."""
-    del parameter
     here = CompletionItem(incomplete, type="file")
-    return [here, *(CompletionItem(f"{name}:") for name in _ask(ctx, incomplete, _vms))]
-
-
-async def _vms(client: Client) -> Iterable[str]:
-    return [vm.name for vm in await client.vms.list()]
-
-
-async def _snapshots(client: Client) -> Iterable[str]:
-    return [snapshot.name for snapshot in await client.snapshots.list()]
-
-
-async def _networks(client: Client) -> Iterable[str]:
-    return [network.name for network in await client.networks.list()]
-
-
-async def _plugins(client: Client) -> Iterable[str]:
-    return [plugin.name for plugin in await client.plugins.list()]
+    return [here, *(CompletionItem(f"{name}:") for name in vm_names(ctx, parameter, incomplete))]
 
 
 def _ask(ctx: click.Context, incomplete: str, wanted: Callable[[Client], Awaitable[Iterable[str]]]) -> list[str]:
@@ -98,7 +78,3 @@ def _ask(ctx: click.Context, incomplete: str, wanted: Callable[[Client], Awaitab
         # Whatever it is: the person is in the middle of a line.
         return []
     return [name for name in names if name.startswith(incomplete)]
-
-
-NAMES = {"vms": vm_names, "plugins": plugin_names, "networks": network_names, "snapshots": snapshot_names}
-"""What completes the name of a resource."""

@@ -89,10 +89,7 @@ def _print(session: Session, noun: str, name: str, arguments: list[Any], result:
     out = session.out
     if result is None:
         done = f"{name}d" if name.endswith("e") else f"{name}ed"
-        if out.json:
-            out.document({noun: arguments[0], done: True})
-        else:
-            out.line(f"{noun} {safe(arguments[0])} is {done}")
+        out.result({noun: arguments[0], done: True}, f"{noun} {safe(arguments[0])} is {done}")
     elif out.json:
         out.document(result)
     else:

@@ -35,20 +35,14 @@ async def drain(session: Session, stop_vms: bool, grace: float | None, wait: boo
     found = await session.client.system.drain(stop_vms=stop_vms, grace_s=grace)
     if wait:
         await _wait(session, timeout)
-    if session.out.json:
-        session.out.document(found)
-    else:
-        session.out.line("draining: no VM starts until `volar system undrain`")
+    session.out.result(found, "draining: no VM starts until `volar system undrain`")
 
 
 @command(group, "undrain")
 async def undrain(session: Session) -> None:
     """Let VMs start again; those that waited do."""
     found = await session.client.system.undrain()
-    if session.out.json:
-        session.out.document(found)
-    else:
-        session.out.line("VMs start again")
+    session.out.result(found, "VMs start again")
 
 
 async def _wait(session: Session, timeout_s: float) -> None:

@@ -146,10 +146,7 @@ async def sessions(session: Session, name: str, end: str | None) -> None:
             session.out.line(f"{safe(end)} is ended")
         return
     found = await session.client.vms.exec_sessions(name)
-    if session.out.json:
-        session.out.document(found)
-        return
-    rows = [
+    rows = (
         (
             one.id,
             "running" if one.end is None else _how(one.end),
@@ -158,8 +155,8 @@ async def sessions(session: Session, name: str, end: str | None) -> None:
             " ".join(one.command)[:60],
         )
         for one in found
-    ]
-    session.out.table(("ID", "STATUS", "ATTACHED", "AGE", "COMMAND"), rows, status_column=1)
+    )
+    session.out.listing(found, ("ID", "STATUS", "ATTACHED", "AGE", "COMMAND"), rows, status_column=1)
 
 
 async def _leave(session: Session, name: str, process: ExecSession, interactive: bool) -> int:
@@ -171,11 +168,8 @@ async def _leave(session: Session, name: str, process: ExecSession, interactive:
             await process.send(data)
         await process.send_eof()
         await process.settle()
-    if session.out.json:
-        session.out.document({"id": process.id})
-    else:
-        session.out.line(str(process.id))
-        session.out.note(f"`volar vms exec --attach {process.id} {name}` goes on with it")
+    session.out.result({"id": process.id}, str(process.id))
+    session.out.note(f"`volar vms exec --attach {process.id} {name}` goes on with it")
     return 0
 
 

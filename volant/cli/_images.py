@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec
 
 import click
 
@@ -30,6 +32,8 @@ from ._output import Output
 from ._run import Failure, guarded
 from ._text import safe, size
 
+P = ParamSpec("P")
+
 cache_option = click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
@@ -44,108 +48,91 @@ def group() -> None:
     """Manage boot images and boot artifacts in the cache, without a daemon."""
 
 
-@group.command("build")
-@cache_option
+def _command(name: str) -> Callable[[Callable[Concatenate[Output, Path, P], None]], click.Command]:
+    """Makes a function a command of the group; it is given the output and the cache folder."""
+
+    def decorate(function: Callable[Concatenate[Output, Path, P], None]) -> click.Command:
+        @functools.wraps(function)
+        @pass_options
+        def call(options: Options, /, cache: Path | None, **given: Any) -> int:
+            def work() -> None:
+                try:
+                    function(Output(options.json), cache or default_cache_dir(os.environ, os.getuid()), **given)
+                except ImageError as error:
+                    raise Failure(error.message, hint=error.hint or None) from error
+
+            return guarded(options, work)
+
+        decorated: click.Command = group.command(name)(cache_option(common()(call)))
+        return decorated
+
+    return decorate
+
+
+@_command("build")
 @click.option("--mirror", metavar="URL", help="A Debian mirror, instead of this host's apt sources.")
 @click.option("--security-mirror", metavar="URL", help="With --mirror: where security updates come from.")
 @click.option(
     "--keyring", type=click.Path(path_type=Path), metavar="FILE", help="The keys that must have signed the mirror."
 )
 @click.option("--offline", is_flag=True, help="Use the packages of the last build.")
-@common()
-@pass_options
 def build_(
-    options: Options,
-    cache: Path | None,
+    out: Output,
+    cache: Path,
     mirror: str | None,
     security_mirror: str | None,
     keyring: Path | None,
     offline: bool,
-) -> int:
+) -> None:
     """Build the boot image from Debian's current packages, unless it is there."""
     if security_mirror and not mirror:
         raise click.UsageError("--security-mirror goes with --mirror")
-    out = Output(options.json)
-
-    def work() -> None:
-        try:
-            with _progress(out) as tell:
-                image = build(
-                    cache or default_cache_dir(os.environ, os.getuid()),
-                    progress=tell,
-                    mirror=mirror,
-                    security_mirror=security_mirror,
-                    keyring=keyring,
-                    offline=offline,
-                )
-        except ImageError as error:
-            raise Failure(error.message, hint=error.hint or None) from error
-        if out.json:
-            out.document(image.as_json())
-        else:
-            out.line(f"image {image.digest[:12]}, kernel {safe(image.kernel_version)}, {size(image.size_bytes)}")
-
-    return guarded(options, work)
+    with _progress(out) as tell:
+        image = build(
+            cache,
+            progress=tell,
+            mirror=mirror,
+            security_mirror=security_mirror,
+            keyring=keyring,
+            offline=offline,
+        )
+    said = f"image {image.digest[:12]}, kernel {safe(image.kernel_version)}, {size(image.size_bytes)}"
+    out.result(image.as_json(), said)
 
 
-@group.command("list")
-@cache_option
-@common()
-@pass_options
-def list_(options: Options, cache: Path | None) -> int:
+@_command("list")
+def list_(out: Output, cache: Path) -> None:
     """List the images of the cache."""
-    out = Output(options.json)
-
-    def work() -> None:
-        images = list_images(cache or default_cache_dir(os.environ, os.getuid()))
-        if out.json:
-            out.document([image.as_json() for image in images])
-            return
-        rows = [
-            (
-                image.digest[:12],
-                "yes" if image.current else "no",
-                image.kernel_version,
-                f"{image.min_memory_mb} MiB",
-                size(image.size_bytes),
-            )
-            for image in images
-        ]
-        out.table(("IMAGE", "CURRENT", "KERNEL", "NEEDS", "SIZE"), rows)
-
-    return guarded(options, work)
+    images = list_images(cache)
+    rows = (
+        (
+            image.digest[:12],
+            "yes" if image.current else "no",
+            image.kernel_version,
+            f"{image.min_memory_mb} MiB",
+            size(image.size_bytes),
+        )
+        for image in images
+    )
+    out.listing([image.as_json() for image in images], ("IMAGE", "CURRENT", "KERNEL", "NEEDS", "SIZE"), rows)
 
 
-@group.command("artifacts")
-@cache_option
-@common()
-@pass_options
-def artifacts(options: Options, cache: Path | None) -> int:
+@_command("artifacts")
+def artifacts(out: Output, cache: Path) -> None:
     """List the boot artifacts of plugins in the cache."""
-    out = Output(options.json)
-
-    def work() -> None:
-        found = list_artifacts(cache or default_cache_dir(os.environ, os.getuid()))
-        if out.json:
-            out.document([artifact.as_json() for artifact in found])
-            return
-        rows = [
-            (artifact.digest[:12], size(artifact.size_bytes), size(artifact.disk_bytes), safe(artifact.url))
-            for artifact in found
-        ]
-        out.table(("ARTIFACT", "SIZE", "ON DISK", "FROM"), rows)
-
-    return guarded(options, work)
+    found = list_artifacts(cache)
+    rows = (
+        (artifact.digest[:12], size(artifact.size_bytes), size(artifact.disk_bytes), safe(artifact.url))
+        for artifact in found
+    )
+    out.listing([artifact.as_json() for artifact in found], ("ARTIFACT", "SIZE", "ON DISK", "FROM"), rows)
 
 
-@group.command("fetch")
+@_command("fetch")
 @click.argument("url")
 @click.argument("sha256")
-@cache_option
 @click.option("--max-mb", type=click.IntRange(1, 2**24), default=16384, show_default=True, help="Maximum size in MiB.")
-@common()
-@pass_options
-def fetch_(options: Options, url: str, sha256: str, cache: Path | None, max_mb: int) -> int:
+def fetch_(out: Output, cache: Path, url: str, sha256: str, max_mb: int) -> None:
     """Fetch a boot artifact into the cache, unless it is there.
 
     URL is an absolute path, or a file, http or https URL; SHA256 the digest that the file must have. Both as in the
@@ -155,76 +142,55 @@ def fetch_(options: Options, url: str, sha256: str, cache: Path | None, max_mb: 
         raise click.BadParameter("64 hexadecimal digits in lower case are needed", param_hint="SHA256")
     if local_path(url) is None and not url.startswith(("http://", "https://")):
         raise click.BadParameter("an absolute path, or a file, http or https URL is needed", param_hint="URL")
-    out = Output(options.json)
-
-    def work() -> None:
-        try:
-            with _progress(out, "Fetching") as tell:
-                artifact = fetch(
-                    cache or default_cache_dir(os.environ, os.getuid()),
-                    url,
-                    sha256,
-                    max_bytes=max_mb * 2**20,
-                    # With the rights of whoever runs this.
-                    origins=ANYWHERE,
-                    tell=lambda done, total: tell(Progress("fetch", "Fetching", done, total, "bytes")),
-                )
-        except ImageError as error:
-            raise Failure(f"{safe(shown(url))}: {error.message}", hint=error.hint or None) from error
-        if out.json:
-            out.document(artifact.as_json())
-        else:
-            out.line(
-                f"artifact {artifact.digest[:12]}, {size(artifact.size_bytes)}, {size(artifact.disk_bytes)} on the disk"
+    try:
+        with _progress(out, "Fetching") as tell:
+            artifact = fetch(
+                cache,
+                url,
+                sha256,
+                max_bytes=max_mb * 2**20,
+                # With the rights of whoever runs this.
+                origins=ANYWHERE,
+                tell=lambda done, total: tell(Progress("fetch", "Fetching", done, total, "bytes")),
             )
+    except ImageError as error:
+        raise Failure(f"{safe(shown(url))}: {error.message}", hint=error.hint or None) from error
+    said = f"artifact {artifact.digest[:12]}, {size(artifact.size_bytes)}, {size(artifact.disk_bytes)} on the disk"
+    out.result(artifact.as_json(), said)
 
-    return guarded(options, work)
 
-
-@group.command("remove")
+@_command("remove")
 @click.argument("artifacts", metavar="SHA256...", nargs=-1, required=True)
-@cache_option
-@common()
-@pass_options
-def remove(options: Options, artifacts: tuple[str, ...], cache: Path | None) -> int:
+def remove(out: Output, cache: Path, artifacts: tuple[str, ...]) -> None:
     """Remove boot artifacts from the cache; the start of a digest is enough to name one.
 
     VMs that run on one go on. One that boots later fetches it again from where its manifest says; a file of this host
     that lies below no directory of the setting artifact_dirs has to be uploaded again, with `volar plugins upload`.
     """
-    out = Output(options.json)
-
-    def work() -> None:
-        folder = cache or default_cache_dir(os.environ, os.getuid())
-        found = list_artifacts(folder)
-        chosen = []
-        for prefix in artifacts:
-            matching = [artifact for artifact in found if len(prefix) >= 4 and artifact.digest.startswith(prefix)]
-            if len(matching) != 1:
-                raise Failure(
-                    f"{len(matching) or 'no'} boot artifacts have a digest that begins with {safe(prefix)}",
-                    hint="`volar images artifacts` lists them; at least four digits are needed",
-                )
-            chosen += matching
-        removed: list[CachedArtifact] = []
-        held: list[CachedArtifact] = []
-        for artifact in chosen:
-            try:
-                (removed if remove_artifact(folder, artifact.digest) else held).append(artifact)
-            except ImageError as error:
-                raise Failure(error.message, hint=error.hint or None) from error
-        if out.json:
-            out.document([artifact.as_json() for artifact in removed])
-        else:
-            for artifact in removed:
-                out.line(f"removed {artifact.digest[:12]}, {size(artifact.disk_bytes)}")
-        if held:
+    found = list_artifacts(cache)
+    chosen = []
+    for prefix in artifacts:
+        matching = [artifact for artifact in found if len(prefix) >= 4 and artifact.digest.startswith(prefix)]
+        if len(matching) != 1:
             raise Failure(
-                f"a VM runs on {', '.join(artifact.digest[:12] for artifact in held)}, which stays",
-                hint="stop it first; `volar system df` shows who uses what",
+                f"{len(matching) or 'no'} boot artifacts have a digest that begins with {safe(prefix)}",
+                hint="`volar images artifacts` lists them; at least four digits are needed",
             )
-
-    return guarded(options, work)
+        chosen += matching
+    removed: list[CachedArtifact] = []
+    held: list[CachedArtifact] = []
+    for artifact in chosen:
+        (removed if remove_artifact(cache, artifact.digest) else held).append(artifact)
+    if out.json:
+        out.document([artifact.as_json() for artifact in removed])
+    else:
+        for artifact in removed:
+            out.line(f"removed {artifact.digest[:12]}, {size(artifact.disk_bytes)}")
+    if held:
+        raise Failure(
+            f"a VM runs on {', '.join(artifact.digest[:12] for artifact in held)}, which stays",
+            hint="stop it first; `volar system df` shows who uses what",
+        )
 
 
 def default_cache_dir(environ: Mapping[str, str], uid: int) -> Path:

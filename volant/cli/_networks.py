@@ -30,11 +30,8 @@ network_argument = click.argument("network", shell_complete=network_names)
 async def list_(session: Session) -> None:
     """List networks."""
     networks = await session.client.networks.list()
-    if session.out.json:
-        session.out.document(networks)
-        return
-    rows = [(each.name, len(each.vms), f"{each.created_at:%Y-%m-%d %H:%M:%S}") for each in networks]
-    session.out.table(("NAME", "VMS", "CREATED (UTC)"), rows)
+    rows = ((each.name, len(each.vms), f"{each.created_at:%Y-%m-%d %H:%M:%S}") for each in networks)
+    session.out.listing(networks, ("NAME", "VMS", "CREATED (UTC)"), rows)
 
 
 @command(group, "create")
@@ -42,10 +39,7 @@ async def list_(session: Session) -> None:
 async def create(session: Session, network: str) -> None:
     """Create a network."""
     made = await session.client.networks.create(network)
-    if session.out.json:
-        session.out.document(made)
-    else:
-        session.out.line(f"network {safe(made.name)} is created")
+    session.out.result(made, f"network {safe(made.name)} is created")
 
 
 @command(group, "show")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -71,6 +71,29 @@ class Output:
     def status(self, text: str) -> str:
         """A status in its colour."""
         return styled(safe(text), _STATUS_COLOURS.get(text), sys.stdout)
+
+    def result(self, value: object, text: str) -> None:
+        """The result of a command: the document, or a line for people, which is safe already."""
+        if self.json:
+            self.document(value)
+        else:
+            self.line(text)
+
+    def listing(
+        self, value: object, titles: Sequence[str], rows: Iterable[Sequence[object]], *, status_column: int = -1
+    ) -> None:
+        """What a command lists: the document, or a table."""
+        if self.json:
+            self.document(value)
+        else:
+            self.table(titles, list(rows), status_column=status_column)
+
+    def facts(self, value: object, pairs: Sequence[tuple[str, object]]) -> None:
+        """What a command shows: the document, or names and values."""
+        if self.json:
+            self.document(value)
+        else:
+            self.fields(pairs)
 
     def table(self, titles: Sequence[str], rows: Sequence[Sequence[object]], *, status_column: int = -1) -> None:
         """Columns under titles; nothing is cut off where nobody looks."""

@@ -40,14 +40,11 @@ def group() -> None:
 async def list_(session: Session) -> None:
     """List plugins."""
     plugins = await session.client.plugins.list()
-    if session.out.json:
-        session.out.document(plugins)
-        return
-    rows = [
+    rows = (
         (plugin.name, plugin.version, plugin.runtime, "yes" if plugin.enabled else "no", plugin.description)
         for plugin in plugins
-    ]
-    session.out.table(("NAME", "VERSION", "RUNTIME", "ENABLED", "DESCRIPTION"), rows)
+    )
+    session.out.listing(plugins, ("NAME", "VERSION", "RUNTIME", "ENABLED", "DESCRIPTION"), rows)
 
 
 @command(group, "install")
@@ -77,10 +74,7 @@ async def install(session: Session, manifest: str) -> None:
             # Nor can whoever asks: what the daemon has said is what there is to say.
             raise problem from None
         plugin = await session.client.plugins.install(described)
-    if session.out.json:
-        session.out.document(plugin)
-    else:
-        session.out.line(f"{safe(plugin.name)} {safe(plugin.version)} is installed")
+    session.out.result(plugin, f"{safe(plugin.name)} {safe(plugin.version)} is installed")
 
 
 @command(group, "upload")
@@ -92,10 +86,7 @@ async def upload(session: Session, file: Path) -> None:
         sent = await _upload(session, file, sha256)
     except OSError as error:
         raise Failure(f"{file} can't be read: {error.strerror}") from None
-    if session.out.json:
-        session.out.document(sent)
-    else:
-        session.out.line(f"{sent.sha256} is in the cache, {size(sent.size_bytes)}")
+    session.out.result(sent, f"{sent.sha256} is in the cache, {size(sent.size_bytes)}")
 
 
 @command(group, "show")
@@ -161,10 +152,7 @@ async def disable(session: Session, name: str) -> None:
 
 async def _enable(session: Session, name: str, enabled: bool) -> None:
     plugin = await session.client.plugins.enable(name, enabled)
-    if session.out.json:
-        session.out.document(plugin)
-    else:
-        session.out.line(f"{safe(plugin.name)} is {'enabled' if plugin.enabled else 'disabled'}")
+    session.out.result(plugin, f"{safe(plugin.name)} is {'enabled' if plugin.enabled else 'disabled'}")
 
 
 @command(group, "remove")
@@ -172,10 +160,7 @@ async def _enable(session: Session, name: str, enabled: bool) -> None:
 async def remove(session: Session, name: str) -> None:
     """Remove a plugin that no VM uses."""
     await session.client.plugins.remove(name)
-    if session.out.json:
-        session.out.document({"name": name, "removed": True})
-    else:
-        session.out.line(f"{safe(name)} is removed")
+    session.out.result({"name": name, "removed": True}, f"{safe(name)} is removed")
 
 
 def _local_files(manifest: Mapping[str, Any]) -> list[tuple[str, Path]]:

@@ -35,10 +35,7 @@ async def list_(session: Session, vm: str | None) -> None:
     """List snapshots, also those of VMs that are gone."""
     listed = session.client.snapshots
     snapshots = await (listed.list() if vm is None else listed.list_of_vm(vm))
-    if session.out.json:
-        session.out.document(snapshots)
-        return
-    rows = [
+    rows = (
         (
             each.name,
             each.status,
@@ -51,8 +48,9 @@ async def list_(session: Session, vm: str | None) -> None:
             each.description,
         )
         for each in snapshots
-    ]
-    session.out.table(("NAME", "STATUS", "VM", "PLUGIN", "CPUS", "MEMORY", "SIZE_MB", "CREATED", "DESCRIPTION"), rows)
+    )
+    titles = ("NAME", "STATUS", "VM", "PLUGIN", "CPUS", "MEMORY", "SIZE_MB", "CREATED", "DESCRIPTION")
+    session.out.listing(snapshots, titles, rows)
 
 
 @command(group, "show")
@@ -73,13 +71,11 @@ async def snapshot_(
     """Take a snapshot of a VM: memory, devices and disk. The VM is paused for a moment, then goes on."""
     wanted = TakeSnapshot(name=as_name, description=description, labels=dict(labels))
     taken = await session.client.snapshots.take(name, wanted)
-    if session.out.json:
-        session.out.document(taken)
-    else:
-        session.out.line(
-            f"snapshot {safe(taken.name)} of {safe(taken.vm)} is ready: {taken.size_bytes / 2**20:.0f} MiB, "
-            f"the guest stood still for {taken.paused_ms or 0:.0f} ms"
-        )
+    session.out.result(
+        taken,
+        f"snapshot {safe(taken.name)} of {safe(taken.vm)} is ready: {taken.size_bytes / 2**20:.0f} MiB, "
+        f"the guest stood still for {taken.paused_ms or 0:.0f} ms",
+    )
 
 
 @command(vms_group, "fork")
@@ -117,10 +113,8 @@ async def fork(
 
 
 def _show(out: Output, snapshot: SnapshotView) -> None:
-    if out.json:
-        out.document(snapshot)
-        return
-    out.fields(
+    out.facts(
+        snapshot,
         (
             ("name", snapshot.name),
             ("status", snapshot.status),
@@ -134,7 +128,7 @@ def _show(out: Output, snapshot: SnapshotView) -> None:
             ("created", f"{snapshot.created_at:%Y-%m-%d %H:%M:%S} UTC"),
             ("description", snapshot.description),
             ("labels", ", ".join(f"{key}={value}" for key, value in snapshot.labels.items())),
-        )
+        ),
     )
 
 

@@ -25,10 +25,8 @@ del _backup, _drain, _storage
 async def status(session: Session) -> None:
     """Show the state of the daemon, the number of VMs, and the host's load."""
     found = await session.client.system.status()
-    if session.out.json:
-        session.out.document(found)
-        return
-    session.out.fields(
+    session.out.facts(
+        found,
         [
             ("status", found.status),
             ("draining", f"since {found.draining_since:%Y-%m-%d %H:%M:%S} UTC" if found.draining_since else None),
@@ -38,7 +36,7 @@ async def status(session: Session) -> None:
             *((f"  {state}", count) for state, count in found.vms.items() if count),
             ("host CPU", f"{found.cpu_percent:.0f} %"),
             ("host memory", f"{found.mem_percent:.0f} %"),
-        ]
+        ],
     )
 
 
@@ -46,22 +44,14 @@ async def status(session: Session) -> None:
 async def tree(session: Session) -> None:
     """Show the supervisor tree."""
     found = await session.client.system.tree()
-    if session.out.json:
-        session.out.document(found)
-        return
-    for line in _lines(found, "", ""):
-        session.out.line(line)
+    session.out.result(found, "\n".join(_lines(found, "", "")))
 
 
 @command(group, "tasks")
 async def tasks(session: Session) -> None:
     """Show where every task and thread of the daemon waits, without values."""
     found = await session.client.system.tasks()
-    if session.out.json:
-        session.out.document({"tasks": found})
-        return
-    for line in found.splitlines():
-        session.out.line(safe(line))
+    session.out.result({"tasks": found}, "\n".join(map(safe, found.splitlines())))
 
 
 def _lines(node: Mapping[str, Any], first: str, rest: str) -> Iterator[str]:

@@ -22,10 +22,7 @@ def group() -> None:
 async def list_(session: Session) -> None:
     """List templates, and those that are being built or could not be."""
     templates = await session.client.templates.list()
-    if session.out.json:
-        session.out.document(templates)
-        return
-    rows = [
+    rows = (
         (
             each.digest,
             each.state,
@@ -38,9 +35,9 @@ async def list_(session: Session) -> None:
             each.error or "",
         )
         for each in templates
-    ]
+    )
     columns = ("DIGEST", "STATE", "PLUGIN", "AFTER", "VCPUS", "MEMORY_MB", "SIZE_MB", "CLONES", "ERROR")
-    session.out.table(columns, rows)
+    session.out.listing(templates, columns, rows)
 
 
 @command(group, "build")
@@ -78,10 +75,7 @@ async def build(
         network=network,
     )
     template = await session.client.templates.build(wanted)
-    if session.out.json:
-        session.out.document(template)
-    else:
-        session.out.line(f"template {safe(template.digest)} for {safe(template.plugin)} is ready")
+    session.out.result(template, f"template {safe(template.digest)} for {safe(template.plugin)} is ready")
 
 
 add_commands(group, "templates", TemplatesOperations)

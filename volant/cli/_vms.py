@@ -47,21 +47,18 @@ async def list_(
 ) -> None:
     """List VMs."""
     vms = await session.client.vms.list(status=status or (), labels=dict(labels), plugin=plugin)
-    if session.out.json:
-        session.out.document(vms)
-        return
     titles: tuple[str, ...] = ("NAME", "STATUS", "PLUGIN", "CPUS", "MEMORY", "ADDRESS", "UP", "RESTARTS", "REASON")
     if wide:
         titles = (*titles, "WORKLOAD", "EXPIRES")
-    rows = [
+    rows = (
         (
             *(vm.name, str(vm.status), vm.plugin, vm.cpu_cores, f"{vm.memory_mb} MiB"),
             *(vm.ip_address, _up(vm), vm.restarts, _why(vm)),
             *((_workload(vm), _expires(vm)) if wide else ()),
         )
         for vm in vms
-    ]
-    session.out.table(titles, rows, status_column=1)
+    )
+    session.out.listing(vms, titles, rows, status_column=1)
 
 
 @command(group, "get")
@@ -81,11 +78,8 @@ async def memory(session: Session, names: tuple[str, ...]) -> None:
     OWN is what nobody else has, SHARED what others have too, as clones do with their template.
     """
     found = {name: await session.client.vms.memory(name) for name in dict.fromkeys(names)}
-    if session.out.json:
-        session.out.document(found)
-        return
-    rows = [(name, *_memory_row(of)) for name, of in found.items()]
-    session.out.table(("NAME", "MEMORY", "GUEST USED", "TAKES", "OWN", "SHARED"), rows)
+    rows = ((name, *_memory_row(of)) for name, of in found.items())
+    session.out.listing(found, ("NAME", "MEMORY", "GUEST USED", "TAKES", "OWN", "SHARED"), rows)
 
 
 def _memory_row(of: VmMemory) -> tuple[str, ...]:
@@ -259,10 +253,7 @@ async def recover(session: Session, name: str) -> None:
 async def orphans(session: Session) -> None:
     """List hypervisors that run and that no VM owns."""
     found = await session.client.system.orphans()
-    if session.out.json:
-        session.out.document(found)
-        return
-    rows = [
+    rows = (
         (
             one.mark,
             one.pid,
@@ -272,8 +263,8 @@ async def orphans(session: Session) -> None:
             one.obstacle or "",
         )
         for one in found
-    ]
-    session.out.table(("MARK", "PID", "NAME", "CPUS", "MEMORY", "CAN'T BE ADOPTED: WHY"), rows)
+    )
+    session.out.listing(found, ("MARK", "PID", "NAME", "CPUS", "MEMORY", "CAN'T BE ADOPTED: WHY"), rows)
 
 
 @command(group, "adopt")
@@ -529,10 +520,7 @@ def _warn(out: Output, vm: VmView) -> None:
 
 
 def _done(out: Output, vm: VmView, what: str) -> None:
-    if out.json:
-        out.document(vm)
-    else:
-        out.line(f"{safe(vm.name)} {what}")
+    out.result(vm, f"{safe(vm.name)} {what}")
 
 
 def _show(out: Output, vm: VmView) -> None:
