@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO, TypeVar
 
 import click
 
@@ -17,6 +17,8 @@ from ._output import styled
 from ._run import Pair, Session, command
 from ._text import clock, safe
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _COLOURS = {
     EventType.VM_RUNNING: "green",
     EventType.VM_CRASHED: "red",
@@ -27,34 +29,33 @@ _COLOURS = {
 _SAME_OUTAGE_S = 12.0
 """Longer than an attempt takes."""
 
-since_option = click.option("--since", metavar="ID", help="Start after this event; 0: with the oldest one kept.")
-type_option = click.option(
-    "--type", "types", type=click.Choice([str(kind) for kind in EventType]), multiple=True, help="Only these."
+_OPTIONS = (
+    click.option("--label", "labels", type=Pair(), multiple=True, help="Only VMs with this label; may be repeated."),
+    click.option(
+        "--type", "types", type=click.Choice([str(kind) for kind in EventType]), multiple=True, help="Only these."
+    ),
+    click.option("--since", metavar="ID", help="Start after this event; 0: with the oldest one kept."),
 )
-label_option = click.option(
-    "--label", "labels", type=Pair(), multiple=True, help="Only VMs with this label; may be repeated."
-)
+
+
+def event_options(function: F) -> F:
+    """Gives a command the options `since`, `types` and `labels` of `follow`."""
+    for option in _OPTIONS:
+        function = option(function)
+    return function
 
 
 @command(None, "events")
 @click.option("--vm", metavar="NAME", shell_complete=vm_names, help="Only of this VM.")
-@since_option
-@type_option
-@label_option
-async def group(
-    session: Session,
-    vm: str | None,
-    since: str | None,
-    types: tuple[str, ...],
-    labels: tuple[tuple[str, str], ...],
-) -> None:
+@event_options
+async def group(session: Session, vm: str | None, **wanted: Any) -> None:
     """Print events of VMs as they happen, until interrupted.
 
     A connection that is lost is made again, for up to a minute, and goes on after the last event that was seen; where
     the daemon does not keep what came after that, standard error says so, or with --json a line STREAM_GAP. Each line
     of --json has its event's id, for --since.
     """
-    await follow(session, vm, since, types, labels)
+    await follow(session, vm, **wanted)
 
 
 async def follow(

@@ -18,7 +18,7 @@ from volant.model import BASE, READY, CreateVm, Event, Problem, RestoreVm, Statu
 from . import _console, _copy, _exec, _forward, _snapshots
 from ._complete import network_choices, plugin_names, snapshot_names, vm_names
 from ._derived import add_commands
-from ._events import event_line, follow, label_option, reason_lines, retrying, since_option, type_option
+from ._events import event_line, event_options, follow, reason_lines, retrying
 from ._output import Output, colourful, styled
 from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair, Session, States, command
 from ._text import safe, span
@@ -384,18 +384,10 @@ async def devtools(session: Session, name: str) -> None:
 
 @command(group, "watch")
 @click.argument("name", required=False, shell_complete=vm_names)
-@since_option
-@type_option
-@label_option
-async def watch(
-    session: Session,
-    name: str | None,
-    since: str | None,
-    types: tuple[str, ...],
-    labels: tuple[tuple[str, str], ...],
-) -> None:
+@event_options
+async def watch(session: Session, name: str | None, **wanted: Any) -> None:
     """Print the events of all VMs, or of one, until interrupted; `volar events` has more options."""
-    await follow(session, name, since, types, labels)
+    await follow(session, name, **wanted)
 
 
 _OUTCOMES: dict[Command, tuple[str, str]] = {
