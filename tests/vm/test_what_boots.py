@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -38,13 +39,8 @@ def row(boot: Boot | None, *, vm_id: int = 7, now: datetime = NOW) -> VmRow:
 
 
 def settings(*operator: str) -> VmSettings:
-    return VmSettings(
-        runtime_dir=SETTINGS.runtime_dir,
-        cache_dir=CACHE,
-        memory_dir=SETTINGS.memory_dir,
-        disk_dir=SETTINGS.disk_dir,
-        template_dir=SETTINGS.template_dir,
-        snapshot_dir=SETTINGS.snapshot_dir,
+    return replace(
+        SETTINGS,
         kernel=OPERATOR["kernel"] if "kernel" in operator else None,
         initramfs=OPERATOR["initramfs"] if "initramfs" in operator else None,
     )

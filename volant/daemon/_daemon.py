@@ -6,6 +6,7 @@ running, unless the daemon is ephemeral.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import platform
@@ -49,19 +50,11 @@ from volant.vm import (
     BootLimiter,
     BootSlots,
     Vms,
-    VmSettings,
     instance_of,
     keep_drained,
 )
 
-from ._directories import (
-    confine,
-    disk_dir,
-    log_dir,
-    memory_dir,
-    snapshot_dir,
-    template_dir,
-)
+from ._directories import confine, log_dir, memory_dir, template_dir, vm_directories
 from ._dump import dump_on_signal
 from ._leftovers import Leftovers, evidence_of
 from ._nameservers import nameservers_of_host
@@ -232,13 +225,8 @@ class Daemon:
             passt=passt,
             network=self._network.ref,
             supervisor=self._supervisor,
-            settings=VmSettings(
-                runtime_dir=settings.runtime_dir,
-                cache_dir=settings.cache_dir,
-                memory_dir=memory_dir(settings),
-                disk_dir=disk_dir(settings),
-                template_dir=template_dir(settings),
-                snapshot_dir=snapshot_dir(settings),
+            settings=dataclasses.replace(
+                vm_directories(settings),
                 kernel=settings.kernel,
                 initramfs=settings.initramfs,
                 max_vms=settings.max_vms,

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from volant.host import Host, UnsafeDirectory, check_way_to, make_own_directory
-from volant.vm import instance_of
+from volant.vm import VmSettings, instance_of
 
 from ._settings import Settings
 
@@ -54,6 +54,18 @@ def template_dir(settings: Settings) -> Path:
 def snapshot_dir(settings: Settings) -> Path:
     """Returns the directory of snapshots. It must be as durable as the database."""
     return settings.state_dir / "snapshots"
+
+
+def vm_directories(settings: Settings) -> VmSettings:
+    """Returns the settings of VMs with the directories alone."""
+    return VmSettings(
+        runtime_dir=settings.runtime_dir,
+        cache_dir=settings.cache_dir,
+        memory_dir=memory_dir(settings),
+        disk_dir=disk_dir(settings),
+        template_dir=template_dir(settings),
+        snapshot_dir=snapshot_dir(settings),
+    )
 
 
 def log_dir(settings: Settings) -> Path:

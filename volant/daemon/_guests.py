@@ -23,9 +23,9 @@ from volant.hypervisor import Hypervisor, HypervisorError, Machine, MachineSpec
 from volant.model import EndKind, ProcessIdentity
 from volant.model.agent import DAEMON_SHUTDOWN
 from volant.templates import standby_tag_prefix, template_tag_prefix
-from volant.vm import VmSettings, instance_of, memory_file, processes_of_vms, vm_directory
+from volant.vm import instance_of, memory_file, processes_of_vms, vm_directory
 
-from ._directories import disk_dir, memory_dir, snapshot_dir, template_dir
+from ._directories import vm_directories
 from ._settings import Settings
 
 _logger = logging.getLogger("volant.guests")
@@ -134,14 +134,7 @@ async def _ask(host: Host, spec: MachineSpec, grace_s: float) -> bool:
 
 def _spec(settings: Settings, identity: ProcessIdentity, vm_id: int) -> MachineSpec:
     """Returns a spec that suffices to attach: with the machine's directory and tag."""
-    places = VmSettings(
-        runtime_dir=settings.runtime_dir,
-        cache_dir=settings.cache_dir,
-        memory_dir=memory_dir(settings),
-        disk_dir=disk_dir(settings),
-        template_dir=template_dir(settings),
-        snapshot_dir=snapshot_dir(settings),
-    )
+    places = vm_directories(settings)
     nowhere = places.cache_dir / "not-needed-to-attach"
     return MachineSpec(
         vm_id=vm_id,

@@ -19,7 +19,7 @@ from volant.hypervisor import Disk, Hypervisor, HypervisorError, LaunchFailed, M
 from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_SETTLE, DAEMON_WORKLOAD, HEALTHZ
 
 from ._guest import TemplateFailed, ask, while_alive
-from ._key import GuestConfig, TemplateKey, TemplateSpec
+from ._key import GuestConfig, TemplateSpec
 from ._store import LAYER, MEMORY, STATE, TemplateStore
 
 RESERVE_MB = 384
@@ -43,9 +43,24 @@ def template_tag_prefix(instance: str) -> str:
     return f"volant-{instance}-t."
 
 
-def unconnected_nic(key: TemplateKey) -> Nic | None:
-    """Returns the NIC of a machine that belongs to no VM."""
-    return Nic(mac=_MAC) if key.has_nic else None
+def machine_of(wanted: TemplateSpec, *, directory: Path, memory_file: Path, tag: str, layer: Path) -> MachineSpec:
+    """Returns a machine of a template's kind that belongs to no VM."""
+    key = wanted.key
+    return MachineSpec(
+        vm_id=0,
+        name="",
+        cpu_cores=key.cpu_cores,
+        memory_mb=key.memory_mb,
+        kernel=wanted.kernel,
+        initramfs=wanted.initramfs,
+        cmdline=key.cmdline,
+        directory=directory,
+        memory_file=memory_file,
+        tag=tag,
+        accelerator=wanted.accelerator,
+        root=None if wanted.rootfs is None else Disk(wanted.rootfs, layer, key.disk_mb),
+        nic=Nic(mac=_MAC) if key.has_nic else None,
+    )
 
 
 class TemplateBuilder:
@@ -131,23 +146,15 @@ class TemplateBuilder:
         return self._store.directory / f"{wanted.digest}.new"
 
     def _machine(self, wanted: TemplateSpec, fresh: Path) -> MachineSpec:
-        key, name = wanted.key, wanted.digest[:16]
-        return MachineSpec(
-            vm_id=0,
-            name="",
-            cpu_cores=key.cpu_cores,
-            memory_mb=key.memory_mb,
-            kernel=wanted.kernel,
-            initramfs=wanted.initramfs,
-            cmdline=key.cmdline,
+        name = wanted.digest[:16]
+        machine = machine_of(
+            wanted,
             directory=self._directory / name,
             memory_file=self._memory_dir / f"{_MEMORY_PREFIX}{name}.mem",
             tag=f"{template_tag_prefix(self._instance)}{name}",
-            accelerator=wanted.accelerator,
-            root=None if wanted.rootfs is None else Disk(wanted.rootfs, fresh / f"{LAYER}.part", key.disk_mb),
-            nic=unconnected_nic(key),
-            in_background=True,
+            layer=fresh / f"{LAYER}.part",
         )
+        return msgspec.structs.replace(machine, in_background=True)
 
     def _check_room(self, memory_mb: int) -> None:
         """:raises TemplateFailed: the host needs its memory, or its disk, for something else."""

@@ -18,11 +18,11 @@ import msgspec
 import trio
 
 from volant.host import Host, ProcessGone, inside
-from volant.hypervisor import Disk, Hypervisor, HypervisorError, MachineSpec, Nic
+from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec, Nic
 from volant.journal import Projection
 from volant.model import ProcessIdentity
 
-from ._builder import RESERVE_MB, unconnected_nic
+from ._builder import RESERVE_MB, machine_of
 from ._guest import TemplateFailed
 from ._key import TemplateSpec
 from ._store import TemplateStore, template_at, template_layer
@@ -365,27 +365,15 @@ class WarmPool:
             self._dismiss(process)
 
     def _machine(self, wanted: TemplateSpec, tag: str) -> MachineSpec:
-        key = wanted.key
-        root = None
-        if wanted.rootfs is not None:
-            root = Disk(wanted.rootfs, self._layer(tag), key.disk_mb)
-        return MachineSpec(
-            vm_id=0,
-            name="",
-            cpu_cores=key.cpu_cores,
-            memory_mb=key.memory_mb,
-            kernel=wanted.kernel,
-            initramfs=wanted.initramfs,
-            cmdline=key.cmdline,
+        machine = machine_of(
+            wanted,
             directory=standby_directory(self._runtime_dir, tag),
             memory_file=self._memory_dir / "standby.mem",
             tag=tag,
-            accelerator=wanted.accelerator,
-            root=root,
-            template=template_at(self._store.directory, wanted.digest),
-            nic=unconnected_nic(key),
-            start_paused=True,
+            layer=self._layer(tag),
         )
+        template = template_at(self._store.directory, wanted.digest)
+        return msgspec.structs.replace(machine, template=template, start_paused=True)
 
     def _layer(self, tag: str) -> Path:
         return inside(self._layers, f"{tag.rpartition('.')[2]}.qcow2")
