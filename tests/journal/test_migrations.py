@@ -14,18 +14,8 @@ import msgspec
 import pytest
 
 from tests.journal.kit import ClockHost, events_after, running
-from volant.journal import (
-    IdempotencyKey,
-    NetworkCreated,
-    PluginChanged,
-    PluginInstalled,
-    Refusal,
-    Result,
-    SnapshotTaken,
-    VmChanged,
-    VmCreated,
-    VmForked,
-)
+from volant import journal
+from volant.journal import IdempotencyKey
 from volant.journal import _migrations as migrations
 from volant.journal import _schema as schema
 from volant.journal._migrations import VERSION, migrate
@@ -75,15 +65,15 @@ ANSWERS: dict[bytes, dict[str, object]] = {
     b"refused": {"answer": None, "refusal": REFUSAL},
 }
 VIEW = msgspec.convert(VM, VmView)
-RESULTS: dict[bytes, Result] = {
-    b"created": VmCreated(VIEW, 17),
-    b"changed": VmChanged(VIEW, 18),
-    b"forked": VmForked((VIEW, VIEW)),
-    b"snapshot": SnapshotTaken(msgspec.convert(SNAPSHOT, SnapshotView)),
-    b"network": NetworkCreated(msgspec.convert(NETWORK, NetworkView)),
-    b"installed": PluginInstalled(msgspec.convert(PLUGIN, PluginView)),
-    b"enabled": PluginChanged(msgspec.convert(PLUGIN, PluginView)),
-    b"refused": msgspec.convert({"type": "refusal"} | REFUSAL, Refusal),
+RESULTS: dict[bytes, journal.Result] = {
+    b"created": journal.VmCreated(VIEW, 17),
+    b"changed": journal.VmChanged(VIEW, 18),
+    b"forked": journal.VmForked((VIEW, VIEW)),
+    b"snapshot": journal.SnapshotTaken(msgspec.convert(SNAPSHOT, SnapshotView)),
+    b"network": journal.NetworkCreated(msgspec.convert(NETWORK, NetworkView)),
+    b"installed": journal.PluginInstalled(msgspec.convert(PLUGIN, PluginView)),
+    b"enabled": journal.PluginChanged(msgspec.convert(PLUGIN, PluginView)),
+    b"refused": msgspec.convert({"type": "refusal"} | REFUSAL, journal.Refusal),
 }
 
 

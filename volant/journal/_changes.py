@@ -6,7 +6,7 @@ A change that raises leaves nothing on the stage: each checks first and puts aft
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
@@ -53,29 +53,11 @@ from volant.model import (
 )
 from volant.model.stored import BadMember, check_stored_vm
 
+from . import messages
 from ._errors import StaleRow
 from ._projection import Plugin
 from ._responses import IdempotencyKey
 from ._stage import Stage, bridge_address
-from .messages import (
-    RESULTS,
-    AddNetwork,
-    AdoptRow,
-    BeginSnapshot,
-    CommitSteps,
-    CreateRow,
-    EnablePlugin,
-    EndDrain,
-    FinishSnapshot,
-    ForkRow,
-    InstallPlugin,
-    RemoveNetwork,
-    RemovePlugin,
-    RemoveSnapshot,
-    RestoreRow,
-    SetDrain,
-    StoreRefusal,
-)
 
 Q = TypeVar("Q", bound=Request[Any])
 Decision = Callable[[Stage, Q], object]
@@ -84,12 +66,10 @@ DECISIONS: dict[type[Request[Any]], Decision[Any]] = {}
 """By the type of the message."""
 
 
-def _decides(message: type[Q]) -> Callable[[Decision[Q]], Decision[Q]]:
-    def register(decision: Decision[Q]) -> Decision[Q]:
-        DECISIONS[message] = decision
-        return decision
-
-    return register
+def _decides(decision: Decision[Q]) -> Decision[Q]:
+    """Registers what decides messages of the type of its parameter `message`."""
+    DECISIONS[get_type_hints(decision)["message"]] = decision
+    return decision
 
 
 def decide(stage: Stage, message: Request[Any]) -> object:
@@ -103,21 +83,21 @@ def decide(stage: Stage, message: Request[Any]) -> object:
         stage.check_key(key)
     stage.caller = getattr(message, "caller", None)
     reply = DECISIONS[type(message)](stage, message)
-    if key is not None and not isinstance(message, StoreRefusal):
-        stage.put_result(key, RESULTS[type(message)](reply))
+    if key is not None and not isinstance(message, messages.StoreRefusal):
+        stage.put_result(key, messages.RESULTS[type(message)](reply))
     return reply
 
 
-@_decides(StoreRefusal)
-def _store_refusal(stage: Stage, message: StoreRefusal) -> None:
+@_decides
+def _store_refusal(stage: Stage, message: messages.StoreRefusal) -> None:
     stage.put_result(message.key, message.refusal)
 
 
 # VMs
 
 
-@_decides(CreateRow)
-def _create(stage: Stage, message: CreateRow) -> VmRow:
+@_decides
+def _create(stage: Stage, message: messages.CreateRow) -> VmRow:
     request = message.request
     check_name(request.name, "name")
     plugin = _plugin(stage, check_name(request.plugin, "plugin"))
@@ -133,8 +113,8 @@ def _create(stage: Stage, message: CreateRow) -> VmRow:
     return _put_new(stage, [row], "created")[0]
 
 
-@_decides(RestoreRow)
-def _restore(stage: Stage, message: RestoreRow) -> VmRow:
+@_decides
+def _restore(stage: Stage, message: messages.RestoreRow) -> VmRow:
     request = message.request
     check_name(request.name, "name")
     snapshot = stage.snapshots.get(request.from_snapshot)
@@ -144,8 +124,8 @@ def _restore(stage: Stage, message: RestoreRow) -> VmRow:
     return _put_new(stage, [row], f"created from snapshot {snapshot.name}")[0]
 
 
-@_decides(ForkRow)
-def _fork(stage: Stage, message: ForkRow) -> tuple[VmRow, ...]:
+@_decides
+def _fork(stage: Stage, message: messages.ForkRow) -> tuple[VmRow, ...]:
     request = message.request
     check_fork(request)
     vm = _vm(stage, message.vm_id)
@@ -210,8 +190,8 @@ def _connected(stage: Stage, row: VmRow, leases: list[Lease]) -> VmRow:
     )
 
 
-@_decides(CommitSteps)
-def _commit(stage: Stage, message: CommitSteps) -> VmRow | None:
+@_decides
+def _commit(stage: Stage, message: messages.CommitSteps) -> VmRow | None:
     vm_id, revision, steps = message.vm_id, message.revision, message.steps
     before = stage.by_id(vm_id)
     if before is None or before.revision != revision:
@@ -239,8 +219,8 @@ def _commit(stage: Stage, message: CommitSteps) -> VmRow | None:
     return last
 
 
-@_decides(AdoptRow)
-def _adopt(stage: Stage, message: AdoptRow) -> VmRow:
+@_decides
+def _adopt(stage: Stage, message: messages.AdoptRow) -> VmRow:
     before: VmRow | None = None
     for step in message.steps:
         if step.row is None or (before is not None and step.row.id != before.id):
@@ -296,8 +276,8 @@ def _check_free(stage: Stage, name: str) -> None:
 # Snapshots
 
 
-@_decides(BeginSnapshot)
-def _begin_snapshot(stage: Stage, message: BeginSnapshot) -> Snapshot:
+@_decides
+def _begin_snapshot(stage: Stage, message: messages.BeginSnapshot) -> Snapshot:
     vm = _vm(stage, message.vm_id)
     snapshot = new_snapshot(message.request, vm, snapshot_id=message.snapshot_id, now=stage.now)
     if stage.snapshots.get(snapshot.name) is not None:
@@ -306,8 +286,8 @@ def _begin_snapshot(stage: Stage, message: BeginSnapshot) -> Snapshot:
     return snapshot
 
 
-@_decides(FinishSnapshot)
-def _finish_snapshot(stage: Stage, message: FinishSnapshot) -> Snapshot:
+@_decides
+def _finish_snapshot(stage: Stage, message: messages.FinishSnapshot) -> Snapshot:
     snapshot = stage.snapshots.get(message.name)
     if snapshot is None or snapshot.id != message.snapshot_id:
         raise no_such_snapshot(message.name)
@@ -318,8 +298,8 @@ def _finish_snapshot(stage: Stage, message: FinishSnapshot) -> Snapshot:
     return snapshot
 
 
-@_decides(RemoveSnapshot)
-def _remove_snapshot(stage: Stage, message: RemoveSnapshot) -> None:
+@_decides
+def _remove_snapshot(stage: Stage, message: messages.RemoveSnapshot) -> None:
     snapshot = stage.snapshots.get(message.name)
     if snapshot is None or snapshot.id != message.snapshot_id:
         return
@@ -337,8 +317,8 @@ def _remove_snapshot(stage: Stage, message: RemoveSnapshot) -> None:
 # Plugins
 
 
-@_decides(InstallPlugin)
-def _install_plugin(stage: Stage, message: InstallPlugin) -> Plugin:
+@_decides
+def _install_plugin(stage: Stage, message: messages.InstallPlugin) -> Plugin:
     manifest = message.manifest
     check_manifest(manifest)
     if stage.plugins.get(manifest.name) is not None:
@@ -350,8 +330,8 @@ def _install_plugin(stage: Stage, message: InstallPlugin) -> Plugin:
     return plugin
 
 
-@_decides(RemovePlugin)
-def _remove_plugin(stage: Stage, message: RemovePlugin) -> None:
+@_decides
+def _remove_plugin(stage: Stage, message: messages.RemovePlugin) -> None:
     name = message.name
     _changeable_plugin(stage, name, "removed")
     users = sorted(row.name for row in stage.all_rows() if row.plugin == name)
@@ -365,8 +345,8 @@ def _remove_plugin(stage: Stage, message: RemovePlugin) -> None:
     stage.drop_plugin(name)
 
 
-@_decides(EnablePlugin)
-def _enable_plugin(stage: Stage, message: EnablePlugin) -> Plugin:
+@_decides
+def _enable_plugin(stage: Stage, message: messages.EnablePlugin) -> Plugin:
     plugin = _changeable_plugin(stage, message.name, "disabled")
     if plugin.enabled is not message.enabled:
         plugin = msgspec.structs.replace(plugin, enabled=message.enabled)
@@ -391,8 +371,8 @@ def _changeable_plugin(stage: Stage, name: str, change: str) -> Plugin:
 # Networks
 
 
-@_decides(AddNetwork)
-def _add_network(stage: Stage, message: AddNetwork) -> Network:
+@_decides
+def _add_network(stage: Stage, message: messages.AddNetwork) -> Network:
     network = new_network(message.request, now=stage.now)
     if stage.networks.get(network.name) is not None:
         raise _exists("network", network.name, "choose another name; VMs that are created with this one join it")
@@ -408,8 +388,8 @@ def _add_network(stage: Stage, message: AddNetwork) -> Network:
     return network
 
 
-@_decides(RemoveNetwork)
-def _remove_network(stage: Stage, message: RemoveNetwork) -> None:
+@_decides
+def _remove_network(stage: Stage, message: messages.RemoveNetwork) -> None:
     name = message.name
     if stage.networks.get(name) is None:
         raise no_such_network(name)
@@ -427,8 +407,8 @@ def _remove_network(stage: Stage, message: RemoveNetwork) -> None:
 # Maintenance
 
 
-@_decides(SetDrain)
-def _set_drain(stage: Stage, message: SetDrain) -> Drain:
+@_decides
+def _set_drain(stage: Stage, message: messages.SetDrain) -> Drain:
     """A repeated message keeps the time of the first one, and its grace unless there is another."""
     before = stage.drain or Drain(stage.now)
     grace_s = before.stop_grace_s if message.stop_grace_s is None else message.stop_grace_s
@@ -437,8 +417,8 @@ def _set_drain(stage: Stage, message: SetDrain) -> Drain:
     return drain
 
 
-@_decides(EndDrain)
-def _end_drain(stage: Stage, _: EndDrain) -> None:
+@_decides
+def _end_drain(stage: Stage, message: messages.EndDrain) -> None:
     stage.put_drain(None)
 
 

@@ -16,24 +16,10 @@ from volant.model.stored import (
     MAX_ID,
 )
 
+from . import _operations as op
 from ._acknowledged import Acknowledged, AcknowledgedFile
 from ._errors import BadRow, DatabaseRefused, JournalBroken
 from ._frames import EventFrame
-from ._operations import (
-    AddEvent,
-    DropNetwork,
-    DropPlugin,
-    DropResponse,
-    DropRow,
-    DropSnapshot,
-    Operation,
-    PutDrain,
-    PutNetwork,
-    PutPlugin,
-    PutResponse,
-    PutRow,
-    PutSnapshot,
-)
 from ._projection import Plugin
 from ._reserve import Reserve
 from ._responses import StoredResponse
@@ -179,14 +165,14 @@ class Database:
         if self._file is not None:
             self._file.sync()
 
-    def _acknowledge(self, operations: Sequence[Operation]) -> None:
+    def _acknowledge(self, operations: Sequence[op.Operation]) -> None:
         if self._at is None or self._file is None:
             return
         seq, last_vm_id = self._at.seq, self._at.last_vm_id
         for operation in operations:
-            if isinstance(operation, AddEvent):
+            if isinstance(operation, op.AddEvent):
                 seq = operation.frame.seq
-            elif isinstance(operation, PutRow):
+            elif isinstance(operation, op.PutRow):
                 last_vm_id = max(last_vm_id, operation.row.id)
         self._at = Acknowledged(self._at.epoch, seq, self._changes, last_vm_id)
         try:
@@ -250,7 +236,7 @@ class Database:
                     "are possible"
                 )
 
-    def write(self, operations: Sequence[Operation]) -> None:
+    def write(self, operations: Sequence[op.Operation]) -> None:
         """Writes one transaction. All of it is on the disk when this returns, or none of it will be.
 
         :raises JournalBroken: a row on the disk has another revision than expected.
@@ -259,7 +245,7 @@ class Database:
         with self.transaction():
             for operation in operations:
                 self.execute(operation)
-            if not any(isinstance(operation, AddEvent) for operation in operations):
+            if not any(isinstance(operation, op.AddEvent) for operation in operations):
                 # Events have numbers. Changes without an event are counted, so that their loss shows.
                 self._changes += 1
                 self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('changes', ?)", (str(self._changes),))
@@ -343,22 +329,22 @@ class Database:
                 connection.execute("ROLLBACK")
             raise
 
-    def execute(self, operation: Operation) -> None:
+    def execute(self, operation: op.Operation) -> None:
         """Carry out an operation. Must be in a transaction."""
         execute = self._connection.execute
         match operation:
-            case PutRow(row, None):
+            case op.PutRow(row, None):
                 execute("INSERT INTO vms VALUES (?, ?, ?, ?)", (row.id, row.name, row.revision, _encode(row)))
-            case PutRow(row, after):
+            case op.PutRow(row, after):
                 execute(
                     "UPDATE vms SET revision = ?, row = ? WHERE id = ? AND revision = ?",
                     (row.revision, _encode(row), row.id, after),
                 )
                 self._expect_one(row.id)
-            case DropRow(vm_id, after):
+            case op.DropRow(vm_id, after):
                 execute("DELETE FROM vms WHERE id = ? AND revision = ?", (vm_id, after))
                 self._expect_one(vm_id)
-            case AddEvent(frame):
+            case op.AddEvent(frame):
                 event = frame.event
                 execute(
                     "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)",
@@ -371,32 +357,32 @@ class Database:
                         frame.data,
                     ),
                 )
-            case PutPlugin(plugin):
+            case op.PutPlugin(plugin):
                 assert plugin.created_at is not None
                 execute(
                     "INSERT OR REPLACE INTO plugins VALUES (?, ?, ?, ?)",
                     (plugin.name, plugin.enabled, plugin.created_at.isoformat(), _encode(plugin.manifest)),
                 )
-            case DropPlugin(name):
+            case op.DropPlugin(name):
                 execute("DELETE FROM plugins WHERE name = ?", (name,))
-            case PutSnapshot(snapshot):
+            case op.PutSnapshot(snapshot):
                 execute(
                     "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)",
                     (snapshot.id, snapshot.name, _encode(snapshot)),
                 )
-            case DropSnapshot(snapshot_id):
+            case op.DropSnapshot(snapshot_id):
                 execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
-            case PutNetwork(network):
+            case op.PutNetwork(network):
                 execute("INSERT OR REPLACE INTO networks VALUES (?, ?)", (network.name, _encode(network)))
-            case DropNetwork(name):
+            case op.DropNetwork(name):
                 execute("DELETE FROM networks WHERE name = ?", (name,))
-            case PutResponse(StoredResponse(key, at, encoded)):
+            case op.PutResponse(StoredResponse(key, at, encoded)):
                 execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?)", (key.scope, key.request, at, encoded))
-            case PutDrain(None):
+            case op.PutDrain(None):
                 execute("DELETE FROM meta WHERE key = 'drain'")
-            case PutDrain(drain):
+            case op.PutDrain(drain):
                 execute("INSERT OR REPLACE INTO meta VALUES ('drain', ?)", (_encode(drain).decode(),))
-            case DropResponse(scope):
+            case op.DropResponse(scope):
                 execute("DELETE FROM responses WHERE scope = ?", (scope,))
 
     def _expect_one(self, vm_id: int) -> None:

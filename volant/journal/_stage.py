@@ -28,23 +28,9 @@ from volant.model import (
     restored_event,
 )
 
+from . import _operations as op
 from ._errors import DuplicateRequest
 from ._frames import EventFrame
-from ._operations import (
-    AddEvent,
-    DropNetwork,
-    DropPlugin,
-    DropResponse,
-    DropRow,
-    DropSnapshot,
-    Operation,
-    PutDrain,
-    PutNetwork,
-    PutPlugin,
-    PutResponse,
-    PutRow,
-    PutSnapshot,
-)
 from ._projection import Plugin, Projection
 from ._responses import IdempotencyKey, StoredResponse, StoredResponses
 from ._results import Result
@@ -99,7 +85,7 @@ class Stage:
         self.responses: dict[bytes, StoredResponse] = {}
         """By scope."""
         self.dropped_responses: list[bytes] = []
-        self.operations: list[Operation] = []
+        self.operations: list[op.Operation] = []
         """In order."""
         self._taken: set[str] | None = None
         """The addresses on the bridge that are taken, once they were needed."""
@@ -124,14 +110,14 @@ class Stage:
         self.last_vm_id = max(self.last_vm_id, row.id)
         if self._taken is not None and (address := bridge_address(row)) is not None:
             self._taken.add(address)
-        self.operations.append(PutRow(row, after))
+        self.operations.append(op.PutRow(row, after))
 
     def drop_row(self, row: VmRow) -> None:
         self.rows[row.id] = self._names[row.name] = None
         if self._taken is not None and (address := bridge_address(row)) is not None:
             self._taken.discard(address)
             self.taken_up_to = None
-        self.operations.append(DropRow(row.id, row.revision))
+        self.operations.append(op.DropRow(row.id, row.revision))
 
     # Addresses
 
@@ -161,32 +147,32 @@ class Stage:
 
     def put_plugin(self, plugin: Plugin) -> None:
         self.plugins.changed[plugin.name] = plugin
-        self.operations.append(PutPlugin(plugin))
+        self.operations.append(op.PutPlugin(plugin))
 
     def drop_plugin(self, name: str) -> None:
         self.plugins.changed[name] = None
-        self.operations.append(DropPlugin(name))
+        self.operations.append(op.DropPlugin(name))
 
     def put_snapshot(self, snapshot: Snapshot) -> None:
         self.snapshots.changed[snapshot.name] = snapshot
-        self.operations.append(PutSnapshot(snapshot))
+        self.operations.append(op.PutSnapshot(snapshot))
 
     def drop_snapshot(self, snapshot: Snapshot) -> None:
         self.snapshots.changed[snapshot.name] = None
-        self.operations.append(DropSnapshot(snapshot.id))
+        self.operations.append(op.DropSnapshot(snapshot.id))
 
     def put_network(self, network: Network) -> None:
         self.networks.changed[network.name] = network
-        self.operations.append(PutNetwork(network))
+        self.operations.append(op.PutNetwork(network))
 
     def drop_network(self, name: str) -> None:
         self.networks.changed[name] = None
-        self.operations.append(DropNetwork(name))
+        self.operations.append(op.DropNetwork(name))
 
     def put_drain(self, drain: Drain | None) -> None:
         if drain != self.drain:
             self.drain = drain
-            self.operations.append(PutDrain(drain))
+            self.operations.append(op.PutDrain(drain))
 
     # Events
 
@@ -209,7 +195,7 @@ class Stage:
         frame = EventFrame.of(event_id.seq, event)
         self.last_event = event_id
         self.frames.append(frame)
-        self.operations.append(AddEvent(frame))
+        self.operations.append(op.AddEvent(frame))
 
     # Stored responses
 
@@ -223,13 +209,13 @@ class Stage:
     def put_result(self, key: IdempotencyKey, result: Result) -> None:
         response = StoredResponse.of(key, self.now, result)
         self.responses[key.scope] = response
-        self.operations.append(PutResponse(response))
+        self.operations.append(op.PutResponse(response))
 
     def drop_surplus_responses(self) -> None:
         """Drop stored responses that make room for the new ones. Call it last."""
         if self.responses:
             self.dropped_responses = self._stored.surplus(self.responses.values(), self.now)
-            self.operations.extend(map(DropResponse, self.dropped_responses))
+            self.operations.extend(map(op.DropResponse, self.dropped_responses))
 
 
 def bridge_address(row: VmRow) -> str | None:

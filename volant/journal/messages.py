@@ -29,21 +29,11 @@ from volant.model import (
     VmRow,
 )
 
+from . import _results
 from ._database import Loaded
 from ._merge import Evidence
 from ._projection import Plugin
 from ._responses import IdempotencyKey
-from ._results import (
-    NetworkCreated,
-    PluginChanged,
-    PluginInstalled,
-    Refusal,
-    Result,
-    SnapshotTaken,
-    VmChanged,
-    VmCreated,
-    VmForked,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +192,7 @@ class EndDrain(Request[None]):
 class StoreRefusal(Request[None]):
     """Stores that the request with this key was refused, and nothing was done."""
 
-    refusal: Refusal
+    refusal: _results.Refusal
     key: IdempotencyKey
 
 
@@ -226,14 +216,14 @@ class StillThere(Request[None]):
     """Gets a reply at once from a journal that takes messages, whatever its disk does."""
 
 
-RESULTS: Mapping[type[Request[Any]], Callable[[Any], Result]] = {
-    CreateRow: VmCreated.of,
-    RestoreRow: VmCreated.of,
-    ForkRow: VmForked.of,
-    FinishSnapshot: SnapshotTaken.of,
-    CommitSteps: VmChanged.of,
-    InstallPlugin: PluginInstalled.of,
-    EnablePlugin: PluginChanged.of,
-    AddNetwork: NetworkCreated.of,
+RESULTS: Mapping[type[Request[Any]], Callable[[Any], _results.Result]] = {
+    CreateRow: _results.VmCreated.of,
+    RestoreRow: _results.VmCreated.of,
+    ForkRow: _results.VmForked.of,
+    FinishSnapshot: _results.SnapshotTaken.of,
+    CommitSteps: _results.VmChanged.of,
+    InstallPlugin: _results.PluginInstalled.of,
+    EnablePlugin: _results.PluginChanged.of,
+    AddNetwork: _results.NetworkCreated.of,
 }
 """Makes the result that is stored for a message with a key from the reply to it."""
