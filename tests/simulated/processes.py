@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import trio
 
 from actors import fault
-from volant.host import Ownership, Proc, Process, Processes, ProcessGone, ProcessStatus, Sandbox
+from volant.host import Ownership, Proc, Process, Processes, ProcessGone, ProcessStatus
 from volant.model import ProcessIdentity
 
 from .calls import Calls
@@ -32,15 +32,7 @@ class SimProcesses(Processes):
         return self._machine.boot_id
 
     async def spawn(
-        self,
-        argv: Sequence[str],
-        *,
-        tag: str,
-        env: Mapping[str, str],
-        cwd: Path,
-        stdout_path: Path,
-        sandbox: Sandbox | None = None,
-        descriptors: Sequence[int] = (),
+        self, argv: Sequence[str], *, tag: str, cwd: Path, stdout_path: Path, **_: object
     ) -> ProcessIdentity:
         def start() -> ProcessIdentity:
             if fault("process.does_not_start"):
@@ -56,17 +48,7 @@ class SimProcesses(Processes):
 
         return await self._calls.run(start)
 
-    async def run(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str],
-        cwd: Path,
-        timeout_s: float,
-        output_limit: int = 65536,
-        until: bytes | None = None,
-        stdin: bytes = b"",
-    ) -> tuple[int, bytes]:
+    async def run(self, argv: Sequence[str], **_: object) -> tuple[int, bytes]:
         def run() -> tuple[int, bytes]:
             match argv[0]:
                 case "qemu-system-x86_64" if "--version" in argv:
