@@ -32,6 +32,8 @@ from actors import (
 )
 from actors.testing import kill
 
+from .kit import Note
+
 
 class NotEnough(Exception):
     pass
@@ -67,11 +69,6 @@ class CrashInTask(Request[None]):
 @dataclass(frozen=True)
 class AskYourself(Request[int]):
     in_a_task: bool = False
-
-
-@dataclass(frozen=True)
-class Note:
-    text: str
 
 
 @dataclass(frozen=True)

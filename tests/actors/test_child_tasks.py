@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -11,10 +10,7 @@ from trio.testing import MockClock
 
 from actors import Actor, ActorDown, Child, Supervisor, handles, open_system
 
-
-@dataclass(frozen=True)
-class Crash:
-    pass
+from .kit import Crash
 
 
 class Parent(Actor):

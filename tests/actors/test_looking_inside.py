@@ -32,6 +32,8 @@ from actors import (
     open_system,
 )
 
+from .kit import Crash, Note
+
 
 class Refused(Exception):
     pass
@@ -46,16 +48,6 @@ class Work(Request[str]):
 @dataclass(frozen=True)
 class Later(Request[str]):
     seconds: float
-
-
-@dataclass(frozen=True)
-class Note:
-    text: str
-
-
-@dataclass(frozen=True)
-class Crash:
-    pass
 
 
 class Worker(Actor):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ from actors import (
 )
 from actors.testing import kill
 
+from .kit import Crash, Finish, Note
+
 
 @dataclass(frozen=True)
 class Watch(Request[None]):
@@ -35,21 +38,6 @@ class Watch(Request[None]):
 @dataclass(frozen=True)
 class Sleep(Request[None]):
     seconds: float
-
-
-@dataclass(frozen=True)
-class Note:
-    text: str
-
-
-@dataclass(frozen=True)
-class Crash:
-    pass
-
-
-@dataclass(frozen=True)
-class Finish:
-    pass
 
 
 class Target(Actor):
@@ -130,13 +118,20 @@ async def test_a_monitor_delivers_one_down_with_the_reason(
         assert seen == [reason]
 
 
-async def test_a_down_finds_room_in_a_full_mailbox_and_overtakes_it(autojump_clock: MockClock) -> None:
+@asynccontextmanager
+async def watched() -> AsyncIterator[tuple[Ref[Target], Ref[Watcher], list[str]]]:
+    """Runs a target and a watcher of it; yields both, and what the watcher has seen."""
     seen: list[str] = []
     pool = DynamicSupervisor()
     async with open_system(pool):
         target = await pool.start_child(Child("target", Target))
         watcher = await pool.start_child(Child("watcher", partial(Watcher, seen)))
         await watcher.ask(Watch(target), timeout_s=1)
+        yield target, watcher, seen
+
+
+async def test_a_down_finds_room_in_a_full_mailbox_and_overtakes_it(autojump_clock: MockClock) -> None:
+    async with watched() as (target, watcher, seen):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(watcher.ask, Sleep(2), timeout_s=5))
             await wait_all_tasks_blocked()
@@ -162,12 +157,7 @@ async def test_a_monitor_of_an_actor_that_does_not_run_delivers_at_once(autojump
 
 
 async def test_a_monitor_can_be_taken_back(autojump_clock: MockClock) -> None:
-    seen: list[str] = []
-    pool = DynamicSupervisor()
-    async with open_system(pool):
-        target = await pool.start_child(Child("target", Target))
-        watcher = await pool.start_child(Child("watcher", partial(Watcher, seen)))
-        await watcher.ask(Watch(target), timeout_s=1)
+    async with watched() as (target, watcher, seen):
         await watcher.ask(Watch(target, no_longer=True), timeout_s=1)
         await watcher.ask(Watch(target, no_longer=True), timeout_s=1)
         target.tell(Crash())
@@ -176,11 +166,7 @@ async def test_a_monitor_can_be_taken_back(autojump_clock: MockClock) -> None:
 
 
 async def test_monitors_die_with_the_incarnation_that_set_them(autojump_clock: MockClock) -> None:
-    seen: list[str] = []
-    pool = DynamicSupervisor()
-    async with open_system(pool):
-        target = await pool.start_child(Child("target", Target))
-        watcher = await pool.start_child(Child("watcher", partial(Watcher, seen)))
+    async with watched() as (target, watcher, seen):
         for _ in range(3):
             await watcher.ask(Watch(target), timeout_s=1)
             watcher.tell(Crash())

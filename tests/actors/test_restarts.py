@@ -30,10 +30,7 @@ from actors import (
     open_system,
 )
 
-
-@dataclass(frozen=True)
-class Crash:
-    pass
+from .kit import Crash
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import Any
@@ -42,17 +41,9 @@ from actors import (
 )
 from actors.testing import kill
 
+from .kit import Crash, Finish
+
 AT_ONCE = Backoff(base_s=0)
-
-
-@dataclass(frozen=True)
-class Crash:
-    pass
-
-
-@dataclass(frozen=True)
-class Finish:
-    pass
 
 
 class Worker(Actor):
@@ -196,16 +187,22 @@ async def test_a_tree_that_cannot_start_leaves_nothing_behind(autojump_clock: Mo
     assert log == ["+a", "+b", "+c", "-c", "-b", "-a"]
 
 
+class Hanging(Actor):
+    """Does not start, and takes two seconds to clean up."""
+
+    def __init__(self, cleaned: list[float]) -> None:
+        self._cleaned = cleaned
+
+    async def on_start(self) -> None:
+        self.ctx.stack.push_async_callback(self.clean_up)
+        await trio.sleep_forever()
+
+    async def clean_up(self) -> None:
+        await trio.sleep(2)
+        self._cleaned.append(trio.current_time())
+
+
 async def test_a_start_has_a_deadline(autojump_clock: MockClock) -> None:
-    class Hanging(Actor):
-        async def on_start(self) -> None:
-            self.ctx.stack.push_async_callback(self.clean_up)
-            await trio.sleep_forever()
-
-        async def clean_up(self) -> None:
-            await trio.sleep(2)
-            cleaned.append(trio.current_time())
-
     async def hanging(*, task_status: Started) -> None:
         await trio.sleep_forever()
 
@@ -213,7 +210,7 @@ async def test_a_start_has_a_deadline(autojump_clock: MockClock) -> None:
     vms = DynamicSupervisor()
     async with open_system(vms):
         with pytest.raises(StartTimeout, match="a has not started within 3 s"):
-            await vms.start_child(Child("a", Hanging, start_timeout_s=3))
+            await vms.start_child(Child("a", partial(Hanging, cleaned), start_timeout_s=3))
         assert cleaned == [5]
         with pytest.raises(StartTimeout):
             await vms.start_child(Child("b", hanging, start_timeout_s=3))
@@ -221,20 +218,11 @@ async def test_a_start_has_a_deadline(autojump_clock: MockClock) -> None:
 
 
 async def test_a_start_whose_caller_leaves_is_undone(autojump_clock: MockClock) -> None:
-    class Hanging(Actor):
-        async def on_start(self) -> None:
-            self.ctx.stack.push_async_callback(self.clean_up)
-            await trio.sleep_forever()
-
-        async def clean_up(self) -> None:
-            await trio.sleep(2)
-            cleaned.append(trio.current_time())
-
     cleaned: list[float] = []
     vms = DynamicSupervisor()
     async with open_system(vms):
         with trio.move_on_after(1):
-            await vms.start_child(Child("a", Hanging))
+            await vms.start_child(Child("a", partial(Hanging, cleaned)))
         assert cleaned == [3]
         assert vms.names == []
 

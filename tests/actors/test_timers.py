@@ -27,6 +27,8 @@ from actors import (
     open_system,
 )
 
+from .kit import Crash
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -47,11 +49,6 @@ class Rhythm(Request[None]):
 @dataclass(frozen=True)
 class Work(Request[None]):
     seconds: float
-
-
-@dataclass(frozen=True)
-class Crash:
-    pass
 
 
 class Clock(Actor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
 import msgspec
 
@@ -99,18 +100,11 @@ def event_for(
         raise ValueError("a change needs a row before or after it")
     if before is not None and after is not None and before.status is after.status:
         return None
-    return Event(
-        type=EventType.VM_DELETED if after is None else _ENTERING[after.status],
-        id=str(event_id),
-        name=row.name,
-        vm_id=row.id,
-        status=None if after is None else after.status,
-        ip_address=row.ip_address,
-        timestamp=now,
-        message=message,
-        reason=after.reason if after is not None and after.status is Status.CRASHED else None,
-        labels=row.labels,
-        caller=caller,
+    if after is None:
+        return _event(EventType.VM_DELETED, row, event_id, now, message, status=None, caller=caller)
+    reason = after.reason if after.status is Status.CRASHED else None
+    return _event(
+        _ENTERING[after.status], row, event_id, now, message, status=after.status, reason=reason, caller=caller
     )
 
 
@@ -118,19 +112,8 @@ def forked_event(
     row: VmRow, copies: tuple[str, ...], *, event_id: EventId, now: datetime, caller: str | None = None
 ) -> Event:
     """Returns the event of a VM of which copies were made."""
-    return Event(
-        type=EventType.VM_FORKED,
-        id=str(event_id),
-        name=row.name,
-        vm_id=row.id,
-        status=row.status,
-        ip_address=row.ip_address,
-        timestamp=now,
-        message=f"forked: {', '.join(copies[:5])}" + (f" and {len(copies) - 5} more" if len(copies) > 5 else ""),
-        labels=row.labels,
-        copies=copies,
-        caller=caller,
-    )
+    message = f"forked: {', '.join(copies[:5])}" + (f" and {len(copies) - 5} more" if len(copies) > 5 else "")
+    return _event(EventType.VM_FORKED, row, event_id, now, message, status=row.status, copies=copies, caller=caller)
 
 
 def restored_event(before: VmRow | None, after: VmRow | None, *, event_id: EventId, now: datetime) -> Event | None:
@@ -140,15 +123,22 @@ def restored_event(before: VmRow | None, after: VmRow | None, *, event_id: Event
     origin = after.origin
     if origin is None or origin.kind != "snapshot" or after.status is not Status.RUNNING:
         return None
+    message = f"goes on from snapshot {origin.snapshot} of VM {origin.vm}"
+    return _event(EventType.VM_RESTORED, after, event_id, now, message, status=after.status, snapshot=origin.snapshot)
+
+
+def _event(
+    of: EventType, row: VmRow, event_id: EventId, now: datetime, message: str, *, status: Status | None, **more: Any
+) -> Event:
     return Event(
-        type=EventType.VM_RESTORED,
+        type=of,
         id=str(event_id),
-        name=after.name,
-        vm_id=after.id,
-        status=after.status,
-        ip_address=after.ip_address,
+        name=row.name,
+        vm_id=row.id,
+        status=status,
+        ip_address=row.ip_address,
         timestamp=now,
-        message=f"goes on from snapshot {origin.snapshot} of VM {origin.vm}",
-        labels=after.labels,
-        snapshot=origin.snapshot,
+        message=message,
+        labels=row.labels,
+        **more,
     )
