@@ -19,7 +19,7 @@ from actors import ONE_FOR_ONE, Child, DynamicSupervisor, Supervisor, open_syste
 from tests.api import conformance
 from tests.channel.kit import Hypervisor
 from volant.api import create_app
-from volant.channel import AgentClient
+from volant.channel import AgentClient, HybridVsock, open_channel
 from volant.guest._server import Server
 from volant.host import Host
 from volant.http import Access, ApiSettings, Limits, serve
@@ -250,6 +250,16 @@ class Api:
             return agent(name) if callable(agent) else agent
 
         self.deps.vms.streams.agent = reach  # type: ignore[method-assign]
+
+    @asynccontextmanager
+    async def reaching(self, vsock: Path) -> AsyncIterator[AgentClient]:
+        """The agent of each VM is the one behind this socket; at the end of the block the daemon stops."""
+        async with open_channel(self.deps.host, HybridVsock(vsock)) as channel:
+            client = AgentClient(channel)
+            self.reach(client)
+            yield client
+            self.server.stopping.set()
+            await self.server.stopped.wait()
 
     async def create(self, name: str, **fields: Any) -> dict[str, Any]:
         answer = await self.client.post("/api/v1/vms", json={"name": name, "cpu_cores": 1, "memory_mb": 128, **fields})

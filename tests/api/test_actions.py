@@ -15,7 +15,6 @@ import trio
 
 from tests.api.kit import Api, agent_behind, api, bare, request, running
 from volant.api._workload_api import through_proxy
-from volant.channel import AgentClient, HybridVsock, open_channel
 
 DOCUMENT: dict[str, Any] = {"openapi": "3.1.0", "info": {"title": "Web", "version": "1"}, "paths": {"/shot": {}}}
 HOME = "/api/v1/vms/demo"
@@ -81,13 +80,9 @@ async def web(path: Path, *, listens: bool = True, **members: Any) -> AsyncItera
         }
         assert (await served.client.post("/api/v1/plugins", json=manifest)).status_code == 201
         await served.crashed("demo", plugin="web")
-        async with open_channel(served.deps.host, HybridVsock(path / "vsock")) as channel:
-            client = AgentClient(channel)
-            served.reach(client)
+        async with served.reaching(path / "vsock"):
             found.append(Web(served))
             yield found[0]
-            served.server.stopping.set()
-            await served.server.stopped.wait()
 
 
 async def test_body_type_and_query_go_to_the_path_of_the_manifest(tmp_path: Path) -> None:

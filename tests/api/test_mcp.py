@@ -17,7 +17,6 @@ import pytest
 import trio
 
 from tests.api.kit import FAST, Api, agent_behind, api, bare, request, running, until
-from volant.channel import AgentClient, HybridVsock, open_channel
 from volant.host import Host
 from volant.http import Limits
 from volant.journal import LogEntry
@@ -405,13 +404,9 @@ async def demo(tmp_path: Path, limits: Limits) -> AsyncIterator[Demo]:
         }  # fmt: skip
         assert (await served.client.post("/api/v1/plugins", json=manifest)).status_code == 201
         await served.crashed("demo", plugin="web")
-        async with open_channel(served.deps.host, HybridVsock(tmp_path / "vsock")) as channel:
-            client = AgentClient(channel)
-            served.reach(client)
+        async with served.reaching(tmp_path / "vsock"):
             found.append(Demo(served))
             yield found[0]
-            served.server.stopping.set()
-            await served.server.stopped.wait()
 
 
 async def test_a_command_ends_with_its_code_and_its_output(demo: Demo) -> None:

@@ -36,7 +36,7 @@ from tests.api.kit import (
     until,
     websocket,
 )
-from volant.channel import AgentClient, AgentUnreachable, HybridVsock, open_channel
+from volant.channel import AgentClient, AgentUnreachable
 from volant.http import Limits
 from volant.model import Problem
 
@@ -85,10 +85,8 @@ async def guest(path: Path, limits: Limits = FAST) -> AsyncIterator[Guest]:
         running(bare(loopback), ROOMY) as inner,
         api(path, limits=limits) as served,
     ):
-        async with open_channel(served.deps.host, HybridVsock(path / "vsock")) as channel:
-            client = AgentClient(channel)
-            await served.create("demo")
-            served.reach(client)
+        await served.create("demo")
+        async with served.reaching(path / "vsock") as client:
             await client.request_json(
                 "PUT",
                 "/v1/daemon/workload",
@@ -96,8 +94,6 @@ async def guest(path: Path, limits: Limits = FAST) -> AsyncIterator[Guest]:
                 timeout_s=5,
             )
             yield Guest(served, inner.port, seen, gone, ends)
-            served.server.stopping.set()
-            await served.server.stopped.wait()
 
 
 async def _loopback_http(scope: Any, receive: Any, send: Any, gone: trio.Event) -> None:
