@@ -10,7 +10,7 @@ import pwd
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,17 +53,17 @@ def run_code(code: str, *arguments: object) -> str:
 @contextmanager
 def running_code(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """Starts a process of `nobody` in its own session and waits for a line. Kills it at the end of the block."""
-    with subprocess.Popen(
-        _command(code, arguments),
-        **_AS_NOBODY,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    with running(_command(code, arguments), **_AS_NOBODY, stdin=subprocess.DEVNULL) as process:
+        yield process
+
+
+@contextmanager
+def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Starts a process in its own session and waits for a line. Kills it at the end of the block."""
+    with subprocess.Popen(command, **options, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             assert process.stdout is not None
-            assert process.stdout.readline(), "the attacker's process ended before it was ready"
+            assert process.stdout.readline(), "the process ended before it was ready"
             yield process
         finally:
             process.kill()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.attackers.local_user import NOBODY, PYTHON, needs_root, running_code
+from tests.attackers.local_user import NOBODY, PYTHON, needs_root, running, running_code
 from volant.daemon._guests import stop_guests
 from volant.daemon._settings import Settings
 from volant.host import Host, ProcessGone, Sandbox
@@ -38,14 +37,6 @@ ANOTHER_LINE = (
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
-    path.chmod(0o711)
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture
 def host() -> Host:
     return Host(users=VM_USERS)
 
@@ -55,12 +46,12 @@ def tag(host: Host) -> str:
     return f"volant-test.{host.random.new_id()}"
 
 
-async def launched(host: Host, tag: str, place: Path, code: str = WAITING, user: int | None = None) -> ProcessIdentity:
+async def launched(host: Host, tag: str, root: Path, code: str = WAITING, user: int | None = None) -> ProcessIdentity:
     """Starts a process with a tag and waits until it has printed a line."""
-    directory = place / f"{user}.{host.random.new_id()[:8]}"
+    directory = root / f"{user}.{host.random.new_id()[:8]}"
     await host.files.mkdir(directory)
     if user is not None:
-        await host.sandbox.lend_directory(directory, user, [], [place])
+        await host.sandbox.lend_directory(directory, user, [], [root])
     output = directory / "out"
     identity = await host.processes.spawn(
         [PYTHON, "-I", "-c", code, tag],
@@ -84,11 +75,11 @@ def gone(host: Host, identity: ProcessIdentity) -> bool:
         return True
 
 
-async def test_only_the_launched_process_is_found_and_no_decoy(host: Host, tag: str, place: Path) -> None:
+async def test_only_the_launched_process_is_found_and_no_decoy(host: Host, tag: str, root: Path) -> None:
     with running_code(WAITING, tag) as decoy:
         assert await host.processes.find(tag) is None
-        ours = await launched(host, tag, place)
-        a_vms = await launched(host, tag, place, user=VM_USERS[3])
+        ours = await launched(host, tag, root)
+        a_vms = await launched(host, tag, root, user=VM_USERS[3])
         assert set(await host.processes.scan(tag)) == {ours, a_vms}
         await host.processes.end_all(tag)
         assert gone(host, ours)
@@ -96,8 +87,8 @@ async def test_only_the_launched_process_is_found_and_no_decoy(host: Host, tag: 
         assert decoy.poll() is None
 
 
-async def test_a_setuid_program_of_others_is_not_found(host: Host, tag: str, place: Path) -> None:
-    program = place / "tail"
+async def test_a_setuid_program_of_others_is_not_found(host: Host, tag: str, root: Path) -> None:
+    program = root / "tail"
     shutil.copy("/usr/bin/tail", program)
     program.chmod(0o4755)
     with subprocess.Popen(  # noqa: ASYNC220
@@ -114,17 +105,17 @@ async def test_a_setuid_program_of_others_is_not_found(host: Host, tag: str, pla
             decoy.kill()
 
 
-async def test_all_processes_with_a_tag_are_killed(host: Host, tag: str, place: Path) -> None:
-    both = [await launched(host, tag, place) for _ in range(2)]
-    other = await launched(host, f"{tag}0", place)
+async def test_all_processes_with_a_tag_are_killed(host: Host, tag: str, root: Path) -> None:
+    both = [await launched(host, tag, root) for _ in range(2)]
+    other = await launched(host, f"{tag}0", root)
     await host.processes.end_all(tag)
     assert [gone(host, each) for each in both] == [True, True]
     assert not gone(host, other)
     await host.processes.end_all(f"{tag}0")
 
 
-async def test_a_hypervisor_that_hides_its_tag_is_killed_by_its_row(host: Host, tag: str, place: Path) -> None:
-    hidden = await launched(host, tag, place, ANOTHER_LINE, user=VM_USERS[1])
+async def test_a_hypervisor_that_hides_its_tag_is_killed_by_its_row(host: Host, tag: str, root: Path) -> None:
+    hidden = await launched(host, tag, root, ANOTHER_LINE, user=VM_USERS[1])
     later = Host(users=VM_USERS)
     assert await later.processes.find(tag) is None, "it does carry it"
     await later.processes.end_all(tag, hidden)
@@ -136,8 +127,8 @@ async def test_decoys_use_up_no_vm_ids(host: Host) -> None:
         assert await processes_of_vms(host, "0123456789") == []
 
 
-async def test_the_hosts_shutdown_ignores_decoys(place: Path) -> None:
-    settings = Settings(state_dir=place / "s", runtime_dir=place / "r", cache_dir=place / "c")
+async def test_the_hosts_shutdown_ignores_decoys(root: Path) -> None:
+    settings = Settings(state_dir=root / "s", runtime_dir=root / "r", cache_dir=root / "c")
     instance = instance_of(settings.state_dir)
     host = Host(users=VM_USERS)
     with (
@@ -158,23 +149,12 @@ def passt_as_before(passt: Passt, vm_id: int, *, as_who: int) -> Iterator[subpro
     log.touch(0o600)
     code = f"import os, sys; {'os.open(sys.argv[2], os.O_RDWR); ' if as_who == 0 else ''}os.setuid({NOBODY.pw_uid})\n"
     tag = f"volant-{passt.instance}-n.{vm_id}"
-    with subprocess.Popen(
-        [PYTHON, "-I", "-c", code + WAITING, tag, str(log)],
-        user=as_who,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline()
-            yield process
-        finally:
-            process.kill()
+    with running([PYTHON, "-I", "-c", code + WAITING, tag, str(log)], user=as_who) as process:
+        yield process
 
 
-async def test_a_decoy_of_passt_is_ignored(host: Host, place: Path) -> None:
-    passt = Passt(host, place / "r", "0123456789")
+async def test_a_decoy_of_passt_is_ignored(host: Host, root: Path) -> None:
+    passt = Passt(host, root / "r", "0123456789")
     with passt_as_before(passt, 7, as_who=NOBODY.pw_uid) as decoy:
         with trio.fail_after(20):
             await passt.ended(7)
@@ -182,8 +162,8 @@ async def test_a_decoy_of_passt_is_ignored(host: Host, place: Path) -> None:
         assert decoy.poll() is None
 
 
-async def test_a_passt_of_root_is_killed_although_it_runs_as_nobody(host: Host, place: Path) -> None:
-    passt = Passt(host, place / "r", "0123456789")
+async def test_a_passt_of_root_is_killed_although_it_runs_as_nobody(host: Host, root: Path) -> None:
+    passt = Passt(host, root / "r", "0123456789")
     with passt_as_before(passt, 7, as_who=0) as real:
         with trio.fail_after(20):
             await passt.end(7)
