@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import trio
 
+from volant import images
 from volant.host import Host
 from volant.hypervisor import MachineSpec
 from volant.hypervisor.qemu import QemuHypervisor, _probe
@@ -45,6 +47,14 @@ def machine_spec(host: Host, directory: Path, kernel: Path, initramfs: Path, /, 
     return msgspec.structs.replace(spec, **other)
 
 
+def guest_spec(host: Host, image_cache: Path, directory: Path, /, **other: Any) -> MachineSpec:
+    """Returns the spec of a machine that boots the built image."""
+    image = images.find(image_cache)
+    assert image is not None
+    cmdline = " ".join(image.kernel_parameters)
+    return machine_spec(host, directory, image.kernel, image.initramfs, **{"cmdline": cmdline, **other})
+
+
 def tiny_spec(host: Host, directory: Path, code: bytes = HANG, /, **other: Any) -> MachineSpec:
     """Returns a spec whose kernel runs this code."""
     (directory / "kernel").write_bytes(kernel(code))
@@ -58,9 +68,9 @@ async def real_qemu(
 ) -> AsyncIterator[QemuHypervisor]:
     """Yields a hypervisor on TCG. At the end kills all processes whose tags begin with `spec`'s, and removes their
     memory."""
-    yield QemuHypervisor(host, cache, accelerator="tcg", program=program)
-    for identity in await host.processes.scan(spec.tag):
-        with host.processes.open(identity) as process:
-            process.kill()
-            await process.wait()
-    await host.files.remove_tree(spec.memory_file.parent)
+    try:
+        yield QemuHypervisor(host, cache, accelerator="tcg", program=program)
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 30):
+            await host.processes.end(await host.processes.scan(spec.tag))
+            await host.files.remove_tree(spec.memory_file.parent)

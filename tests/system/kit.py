@@ -155,6 +155,12 @@ class Daemon:
         if self.process.stdout is not None:
             self.process.stdout.close()
 
+    def lose_database(self) -> None:
+        """Kills the daemon and removes its database."""
+        self.kill()
+        for path in self.state_dir.glob("volant.db*"):
+            path.unlink()
+
     def log(self) -> str:
         """Returns the end of its log."""
         try:
@@ -402,6 +408,29 @@ async def reachable(client: Client, name: str) -> None:
                 if problem.status != 502:
                     raise
             await trio.sleep(0.02)
+
+
+async def healthy(client: Client, name: str) -> None:
+    """Waits until the workload's health check passes."""
+    with trio.fail_after(60):
+        while (await client.vms.agent_health(name))["workload"]["state"] != "healthy":  # noqa: ASYNC110
+            await trio.sleep(0.1)
+
+
+@contextmanager
+def shared_vm(daemon: Daemon, manifest: Mapping[str, Any]) -> Iterator[None]:
+    """Installs a plugin, and boots a healthy VM of it, called `demo`, that stays between tests until the block ends."""
+
+    async def make() -> None:
+        async with daemon.client() as client:
+            await client.plugins.install(manifest)
+            await boot(client, "demo", plugin=manifest["name"])
+            await healthy(client, "demo")
+
+    daemon.kept.add("demo")
+    trio.run(make)
+    yield
+    daemon.kept.clear()
 
 
 @contextmanager

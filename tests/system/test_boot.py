@@ -14,8 +14,7 @@ import msgspec
 import pytest
 import trio
 
-from tests.hypervisor.kit import machine_spec, real_qemu
-from volant import images
+from tests.hypervisor.kit import guest_spec, real_qemu
 from volant.channel import AgentClient, VirtioSerial, open_channel
 from volant.host import Host
 from volant.hypervisor import MachineSpec
@@ -34,9 +33,7 @@ def host() -> Host:
 
 @pytest.fixture
 def spec(host: Host, image_cache: Path, tmp_path: Path) -> MachineSpec:
-    image = images.find(image_cache)
-    assert image is not None
-    return machine_spec(host, tmp_path / "vm", image.kernel, image.initramfs, name="boot", memory_mb=128)
+    return guest_spec(host, image_cache, tmp_path / "vm", name="boot", memory_mb=128, cmdline="")
 
 
 @pytest.fixture

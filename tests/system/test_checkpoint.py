@@ -17,10 +17,9 @@ import msgspec
 import pytest
 import trio
 
-from tests.hypervisor.kit import machine_spec, real_qemu
+from tests.hypervisor.kit import guest_spec, real_qemu
 from tests.system.kit import load
 from tests.system.rootfs import make_ext4
-from volant import images
 from volant.channel import AgentClient, Channel, VirtioSerial, open_channel
 from volant.host import Host
 from volant.hypervisor import Checkpoint, Disk, Machine, MachineSpec, Nic
@@ -68,12 +67,7 @@ def host() -> Host:
 
 @pytest.fixture
 def spec(host: Host, image_cache: Path, tmp_path: Path) -> MachineSpec:
-    image = images.find(image_cache)
-    assert image is not None
-    cmdline = " ".join(image.kernel_parameters)
-    return machine_spec(
-        host, tmp_path / "vm", image.kernel, image.initramfs, name="origin", memory_mb=160, cmdline=cmdline
-    )
+    return guest_spec(host, image_cache, tmp_path / "vm", name="origin", memory_mb=160)
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 
+from tests.cli.test_debug import members
 from tests.system.kit import REPOSITORY, Daemon, boot, run, spec, until
 
 KEY = "hush-api-key-0123456789abcdef"
@@ -27,12 +27,7 @@ def bundle(daemon: Daemon, path: Path, *words: str) -> dict[str, str]:
         env=environ, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert not any(secret in done.stdout + done.stderr for secret in SECRETS)
-    with tarfile.open(path) as tar:
-        found = {}
-        for member in tar.getmembers():
-            file = tar.extractfile(member)
-            assert file is not None
-            found[member.name.partition("/")[2]] = file.read().decode()
+    found = members(path)
     assert sorted(json.loads(done.stdout)["members"]) == sorted(found.keys() - {"README.txt"})
     return found
 

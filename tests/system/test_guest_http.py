@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, spec, websocket
-from volant.client import Client
+from tests.system.kit import Daemon, shared_vm, websocket
 
 SERVER = r"""
 import base64, hashlib, socket, sys, threading
@@ -116,25 +115,8 @@ PORT = "/api/v1/vms/demo/ports/9000"
 @pytest.fixture(scope="module", autouse=True)
 def guest(module_daemon: Daemon) -> Iterator[None]:
     """A VM whose workload serves HTTP; the tests of this module share it."""
-
-    async def make() -> None:
-        async with module_daemon.client() as client:
-            await client.plugins.install(PLUGIN)
-            waited = await client.vms.create_and_wait(spec("demo", plugin="web"), timeout_s=BOOT_S)
-            assert waited.outcome == "met"
-            await healthy(client)
-
-    module_daemon.kept.add("demo")
-    trio.run(make)
-    yield
-    module_daemon.kept.clear()
-
-
-async def healthy(client: Client) -> None:
-    """Waits until the workload's health check passes."""
-    with trio.fail_after(60):
-        while (await client.vms.agent_health("demo"))["workload"]["state"] != "healthy":  # noqa: ASYNC110
-            await trio.sleep(0.1)
+    with shared_vm(module_daemon, PLUGIN):
+        yield
 
 
 @pytest.mark.parametrize(

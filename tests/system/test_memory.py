@@ -15,8 +15,8 @@ import msgspec
 import pytest
 import trio
 
+from tests.hypervisor.kit import guest_spec, real_qemu
 from tests.system.kit import BOOT_S, Daemon, boot, run
-from volant import images
 from volant.channel import AgentClient, AgentUnreachable, VirtioSerial, open_channel
 from volant.host import Host
 from volant.hypervisor import MachineSpec, Template
@@ -111,32 +111,9 @@ async def test_the_figures_of_a_guest_that_hangs_can_be_read(daemon: Daemon, vm:
 async def machines(image_cache: Path, tmp_path: Path) -> AsyncIterator[tuple[Host, QemuHypervisor, MachineSpec]]:
     """Gives a hypervisor and the spec of a machine with a balloon, and removes everything afterwards."""
     host = Host()
-    image = images.find(image_cache)
-    assert image is not None
-    tag = f"volant-test-{host.random.new_id()}"
-    spec = MachineSpec(
-        vm_id=1,
-        name="origin",
-        cpu_cores=1,
-        memory_mb=192,
-        kernel=image.kernel,
-        initramfs=image.initramfs,
-        cmdline=" ".join(image.kernel_parameters),
-        directory=tmp_path / "origin",
-        memory_file=Path("/dev/shm") / tag / "origin.mem",
-        tag=f"{tag}-1",
-        accelerator="tcg",
-        balloon=True,
-    )
-    try:
-        yield host, QemuHypervisor(host, tmp_path / "cache", accelerator="tcg"), spec
-    finally:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 30):
-            for identity in await host.processes.scan(tag):
-                with host.processes.open(identity) as process:
-                    process.kill()
-                    await process.wait()
-            await host.files.remove_tree(spec.memory_file.parent)
+    spec = guest_spec(host, image_cache, tmp_path / "origin", name="origin", memory_mb=192, balloon=True)
+    async with real_qemu(host, spec, tmp_path / "cache") as qemu:
+        yield host, qemu, spec
 
 
 async def tell(client: AgentClient, *command: str) -> None:
@@ -181,7 +158,7 @@ async def test_a_copy_that_returns_shared_memory_changes_nothing(image_cache: Pa
         copy = msgspec.structs.replace(
             spec,
             directory=tmp_path / "copy",
-            tag=f"{spec.tag[:-1]}2",
+            tag=f"{spec.tag}-2",
             template=Template(spec.memory_file, tmp_path / "state"),
         )
         await qemu.launch(copy)

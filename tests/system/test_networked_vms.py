@@ -275,9 +275,7 @@ async def test_an_orphaned_guest_keeps_its_address_when_it_is_adopted(daemon: Da
         await client.vms.delete("first")
         await boot(client, "victim")
     with_all = lab.host.links()
-    daemon.kill()
-    for path in daemon.state_dir.glob("volant.db*"):
-        path.unlink()
+    daemon.lose_database()
     daemon.start()
     async with daemon.client() as client:
         await adopted(client)

@@ -17,11 +17,10 @@ import msgspec
 import pytest
 import trio
 
-from tests.hypervisor.kit import machine_spec, real_qemu
+from tests.hypervisor.kit import guest_spec, real_qemu
 from tests.system.netns import IN_ITS_OWN
 from tests.system.rootfs import make_ext4
 from tests.system.test_checkpoint import BOOT_S, Guest, adopted, running
-from volant import images
 from volant.channel import VirtioSerial, open_channel
 from volant.host import Host
 from volant.host._sockets import LinuxSockets
@@ -122,12 +121,7 @@ def host(net: Net) -> Host:
 
 @pytest.fixture
 def spec(host: Host, image_cache: Path, tmp_path: Path) -> MachineSpec:
-    image = images.find(image_cache)
-    assert image is not None
-    cmdline = " ".join(image.kernel_parameters)
-    return machine_spec(
-        host, tmp_path / "vm", image.kernel, image.initramfs, name="origin", memory_mb=160, cmdline=cmdline
-    )
+    return guest_spec(host, image_cache, tmp_path / "vm", name="origin", memory_mb=160)
 
 
 @pytest.fixture

@@ -28,9 +28,7 @@ async def test_guests_outlive_the_loss_of_the_database(make_daemon: Callable[...
     async with daemon.client() as client:
         vm, victim = await boot(client, "demo"), await boot(client, "victim")
         await run(client, "demo", "sh", "-c", "echo here before >/run/kept; echo before the loss >/dev/console")
-    daemon.kill()
-    for path in daemon.state_dir.glob("volant.db*"):
-        path.unlink()
+    daemon.lose_database()
 
     daemon.start()
     async with daemon.client() as client:

@@ -12,8 +12,8 @@ from functools import partial
 import pytest
 import trio
 
-from tests.system.kit import REPOSITORY, Daemon, boot, run, spec, until
-from volant.client import Client, ClientProblem
+from tests.system.kit import REPOSITORY, Daemon, run, shared_vm, spec, until
+from volant.client import ClientProblem
 
 # The guest's Python does not have http.server.
 SERVER = r"""
@@ -74,23 +74,8 @@ DOCUMENT = {"openapi": "3.1.0", "info": {"title": "Kept", "version": "1"}, "path
 @pytest.fixture(scope="module", autouse=True)
 def guest(module_daemon: Daemon) -> Iterator[None]:
     """A VM of the plugin; the tests of this module share it."""
-
-    async def make() -> None:
-        async with module_daemon.client() as client:
-            await client.plugins.install(MANIFEST)
-            await boot(client, "demo", plugin="web")
-            await healthy(client)
-
-    module_daemon.kept.add("demo")
-    trio.run(make)
-    yield
-    module_daemon.kept.clear()
-
-
-async def healthy(client: Client) -> None:
-    with trio.fail_after(60):
-        while (await client.vms.agent_health("demo"))["workload"]["state"] != "healthy":  # noqa: ASYNC110
-            await trio.sleep(0.1)
+    with shared_vm(module_daemon, MANIFEST):
+        yield
 
 
 async def test_the_workload_performs_an_action(daemon: Daemon) -> None:
