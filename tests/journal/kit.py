@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import trio
 
 from actors import ONE_FOR_ONE, Child, Ref, Request, Supervisor, System, open_system
 from volant.host import Host
@@ -49,6 +51,21 @@ class GatedHost(ClockHost, LinuxThreads):
         super().__init__()
         self.before: Callable[[], None] | None = None
         self.threads = self
+
+    def hold(self) -> tuple[trio.Event, Callable[[], None]]:
+        """Holds commits; returns an event that one has begun, and what lets them go on."""
+        begun, gate, token = trio.Event(), threading.Event(), trio.lowlevel.current_trio_token()
+
+        def wait() -> None:
+            token.run_sync_soon(begun.set)
+            assert gate.wait(10)
+
+        def release() -> None:
+            self.before = None
+            gate.set()
+
+        self.before = wait
+        return begun, release
 
     async def run(self, call: Callable[..., T], *args: object) -> T:
         before = self.before

@@ -60,16 +60,9 @@ async def test_a_reply_means_durable_visible_and_published(path: Path) -> None:
 
 
 async def test_a_commit_is_invisible_until_the_disk_has_confirmed_it(path: Path) -> None:
-    host, gate = GatedHost(), threading.Event()
+    host = GatedHost()
     async with running(path, host=host) as bench, trio.open_nursery() as nursery:
-        begun = trio.Event()
-        token = trio.lowlevel.current_trio_token()
-
-        def hold() -> None:
-            token.run_sync_soon(begun.set)
-            assert gate.wait(10)
-
-        host.before = hold
+        begun, release = host.hold()
         answered: list[VmRow] = []
 
         async def create() -> None:
@@ -80,7 +73,7 @@ async def test_a_commit_is_invisible_until_the_disk_has_confirmed_it(path: Path)
         assert not answered
         assert bench.store.projection.rows() == []
         assert bench.store.events.newest.seq == 0
-        gate.set()
+        release()
     assert [row.name for row in answered] == ["demo"]
 
 
@@ -331,18 +324,11 @@ async def alive(bench: Bench) -> None:
 
 
 async def test_a_crash_between_commit_and_reply_publishes_each_event_once(path: Path) -> None:
-    host, gate = GatedHost(), threading.Event()
+    host = GatedHost()
     async with running(path, host=host) as bench:
         async with bench.store.events.cursor("oldest") as cursor:
             await bench.create("one")
-            begun = trio.Event()
-            token = trio.lowlevel.current_trio_token()
-
-            def hold() -> None:
-                token.run_sync_soon(begun.set)
-                assert gate.wait(10)
-
-            host.before = hold
+            begun, release = host.hold()
             async with trio.open_nursery() as nursery:
 
                 async def create() -> None:
@@ -351,9 +337,8 @@ async def test_a_crash_between_commit_and_reply_publishes_each_event_once(path: 
 
                 nursery.start_soon(create)
                 await begun.wait()
-                host.before = None
                 kill(bench.system, "journal")
-                gate.set()
+                release()
             await alive(bench)
             await bench.create("three")
             told = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import apsw
@@ -116,12 +115,6 @@ def vars_of(problem: Problem) -> tuple[object, ...]:
 
 async def in_one_group(bench: Bench, host: GatedHost, messages: list[Request[object]]) -> list[object]:
     """Ask all while a commit is under way, so that the next one has them all; what each is answered or refused with."""
-    gate, begun, token = threading.Event(), trio.Event(), trio.lowlevel.current_trio_token()
-
-    def hold() -> None:
-        token.run_sync_soon(begun.set)
-        assert gate.wait(10)
-
     results: dict[int, object] = {}
 
     async def ask(number: int) -> None:
@@ -130,15 +123,14 @@ async def in_one_group(bench: Bench, host: GatedHost, messages: list[Request[obj
         except Exception as error:
             results[number] = error
 
-    host.before = hold
+    begun, release = host.hold()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(bench.create, "filler")
         await begun.wait()
-        host.before = None
         for number in range(len(messages)):
             nursery.start_soon(ask, number)
             await trio.testing.wait_all_tasks_blocked()
-        gate.set()
+        release()
     return [results[number] for number in range(len(messages))]
 
 
@@ -170,15 +162,9 @@ async def test_a_commit_that_fails_stores_nothing(path: Path) -> None:
 
 
 async def test_after_a_crash_between_commit_and_reply_the_result_is_there(path: Path) -> None:
-    host, gate = GatedHost(), threading.Event()
+    host = GatedHost()
     async with running(path, host=host) as bench:
-        begun, token = trio.Event(), trio.lowlevel.current_trio_token()
-
-        def hold() -> None:
-            token.run_sync_soon(begun.set)
-            assert gate.wait(10)
-
-        host.before = hold
+        begun, release = host.hold()
         async with trio.open_nursery() as nursery:
 
             async def unanswered() -> None:
@@ -187,9 +173,8 @@ async def test_after_a_crash_between_commit_and_reply_the_result_is_there(path: 
 
             nursery.start_soon(unanswered)
             await begun.wait()
-            host.before = None
             kill(bench.system, "journal")
-            gate.set()
+            release()
         with trio.fail_after(10):
             while True:
                 try:

@@ -47,6 +47,16 @@ def the_one(world: World, vm: Any) -> SimPasst:
     return passt
 
 
+async def launch(world: World, kind: str) -> None:
+    """Creates the VM `new` as a copy of `first`, or in another way."""
+    if kind == "fork":
+        answer = await world.request("POST", f"{VMS}/first/fork", {"names": ["new"]}, JSON)
+    else:
+        body = {**NEW, "name": "new", **({"boot": "cold"} if kind == "cold" else {})}
+        answer = await world.request("POST", VMS, body, JSON)
+    assert answer.status == 201, answer.body
+
+
 @pytest.mark.parametrize("kind", ["cold", "clone", "standby", "fork"])
 def test_whenever_the_daemon_is_killed_the_hypervisor_is_connected(tmp_path: Path, kind: str) -> None:
     moments_s = MOMENTS_S[::2]
@@ -67,12 +77,7 @@ def test_whenever_the_daemon_is_killed_the_hypervisor_is_connected(tmp_path: Pat
                 assert world.daemon.vms.warm_pool.tags
             kept = the_one(world, first)
 
-            if kind == "fork":
-                answer = await world.request("POST", f"{VMS}/first/fork", {"names": ["new"]}, JSON)
-            else:
-                body = {**NEW, "name": "new", **({"boot": "cold"} if kind == "cold" else {})}
-                answer = await world.request("POST", VMS, body, JSON)
-            assert answer.status == 201, answer.body
+            await launch(world, kind)
             await trio.sleep(moment_s)
             await world.kill_daemon()
             await world.start_daemon()
@@ -92,7 +97,7 @@ def test_whenever_the_daemon_is_killed_the_hypervisor_is_connected(tmp_path: Pat
             await trio.sleep(AGAIN_S)
             the_one(world, vm)
             assert the_one(world, first) is kept
-            answer = await world.request("DELETE", f"{VMS}/new", b"", {})
+            await world.request("DELETE", f"{VMS}/new", b"", {})
             await trio.sleep(AGAIN_S)
             assert passts_of(world, vm) == []
 
@@ -115,12 +120,7 @@ def test_a_launch_connects_once(tmp_path: Path, kind: str) -> None:
             if kind == "clone":
                 # It takes over the process that waits, and the next one finds none.
                 assert (await world.request("POST", VMS, {**NEW, "name": "taker"}, JSON)).status == 201
-            if kind == "fork":
-                answer = await world.request("POST", f"{VMS}/first/fork", {"names": ["new"]}, JSON)
-            else:
-                body = {**NEW, "name": "new", **({"boot": "cold"} if kind == "cold" else {})}
-                answer = await world.request("POST", VMS, body, JSON)
-            assert answer.status == 201, answer.body
+            await launch(world, kind)
             vm = await wait_running(world, "new", 60)
             (qemu,) = [one for one in world.machine.running() if one.process.identity.pid == vm["pid"]]
             assert ("-s." in qemu.tag) == (kind == "standby")

@@ -20,7 +20,7 @@ import trio
 from trio_websocket import WebSocketConnection, open_websocket_url
 
 from volant.cli._images import default_cache_dir
-from volant.client import Client, ClientProblem, Feed, StreamGap
+from volant.client import Client, ClientError, ClientProblem, Feed, StreamGap
 from volant.client._http import RequestBody
 from volant.daemon._directories import EPHEMERAL
 from volant.model import CreateVm, Event, VmView
@@ -371,6 +371,16 @@ async def run(client: Client, name: str, *command: str, timeout_s: float = 60.0)
     assert process.end is not None
     assert process.end.exit_code == 0, process.end
     return output.decode()
+
+
+async def run_cut_off(client: Client, name: str, command: str) -> None:
+    """Runs a command in a guest that ends the agent, or the guest."""
+    try:
+        await run(client, name, "sh", "-c", command)
+    except (ClientError, AssertionError) as error:
+        print(f"as it should: {error}")
+    else:
+        raise AssertionError("the agent is still there")
 
 
 async def next_event(feed: Feed[Event | StreamGap], *, timeout_s: float = BOOT_S) -> Event:
