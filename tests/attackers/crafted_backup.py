@@ -16,6 +16,7 @@ from typing import Any
 import apsw
 import msgspec
 
+from tests.journal.kit import executing
 from volant.host import Host
 from volant.journal._schema import open_writer
 from volant.model import BASE, Desired, Snapshot, Status, VmRow
@@ -178,26 +179,16 @@ def put(connection: apsw.Connection, rows: Mapping[str, Json]) -> None:
     write("INSERT INTO meta VALUES ('drain', ?)", data("meta").decode())
 
 
-def _sql(*statements: str) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        connection = apsw.Connection(str(path))
-        for statement in statements:
-            connection.execute(statement)
-        connection.close()
-
-    return change
-
-
 def _schema(old: str, new: str) -> Callable[[Path], None]:
     """Writes a schema that SQLite would refuse."""
-    return _sql(
+    return executing(
         "PRAGMA writable_schema = 1",
         f"UPDATE sqlite_schema SET sql = replace(sql, '{old}', '{new}') WHERE name = 'vms'",
     )
 
 
 def _blob(mib: int) -> Callable[[Path], None]:
-    return _sql(f"INSERT INTO vms VALUES (99, 'large', 1, zeroblob({mib * 2**20}))")
+    return executing(f"INSERT INTO vms VALUES (99, 'large', 1, zeroblob({mib * 2**20}))")
 
 
 def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -215,18 +206,18 @@ def _nested(path: Path) -> None:
 
 
 FILES: Mapping[str, Callable[[Path], None]] = {
-    "trigger": _sql("CREATE TRIGGER t AFTER INSERT ON vms BEGIN DELETE FROM vms; END"),
-    "view": _sql("CREATE VIEW v AS SELECT * FROM vms"),
-    "table": _sql("CREATE TABLE more (x)"),
-    "index": _sql("CREATE INDEX i ON vms (revision)"),
-    "index with an expression": _sql("CREATE INDEX i ON vms (hex(row))"),
-    "virtual table": _sql("CREATE VIRTUAL TABLE f USING fts5(x)"),
-    "statistics": _sql("INSERT INTO networks VALUES ('x', x'7b7d')", "ANALYZE"),
-    "table gone": _sql("DROP TABLE networks"),
-    "generated column": _sql("ALTER TABLE vms ADD COLUMN g ANY AS (hex(row))"),
+    "trigger": executing("CREATE TRIGGER t AFTER INSERT ON vms BEGIN DELETE FROM vms; END"),
+    "view": executing("CREATE VIEW v AS SELECT * FROM vms"),
+    "table": executing("CREATE TABLE more (x)"),
+    "index": executing("CREATE INDEX i ON vms (revision)"),
+    "index with an expression": executing("CREATE INDEX i ON vms (hex(row))"),
+    "virtual table": executing("CREATE VIRTUAL TABLE f USING fts5(x)"),
+    "statistics": executing("INSERT INTO networks VALUES ('x', x'7b7d')", "ANALYZE"),
+    "table gone": executing("DROP TABLE networks"),
+    "generated column": executing("ALTER TABLE vms ADD COLUMN g ANY AS (hex(row))"),
     "check that is a program": _schema("NOT NULL UNIQUE", "NOT NULL UNIQUE CHECK (length(hex(zeroblob(9e8))))"),
     "schema that is no SQL": _schema("CREATE TABLE", "CREATE NONSENSE"),
-    "rows of other types": _sql(
+    "rows of other types": executing(
         "PRAGMA writable_schema = 1",
         "UPDATE sqlite_schema SET sql = replace(sql, ') STRICT', ')') WHERE name = 'vms'",
         "PRAGMA writable_schema = RESET",
@@ -234,23 +225,25 @@ FILES: Mapping[str, Callable[[Path], None]] = {
         "PRAGMA writable_schema = 1",
         "UPDATE sqlite_schema SET sql = sql || ' STRICT' WHERE name = 'vms'",
     ),
-    "two tables in one place": _sql(
+    "two tables in one place": executing(
         "PRAGMA writable_schema = 1",
         "UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'vms')"
         " WHERE name = 'events'",
     ),
-    "column that contradicts its row": _sql("UPDATE vms SET name = 'other'"),
-    "id that contradicts its row": _sql("UPDATE vms SET id = 8"),
-    "ids used up": _sql("UPDATE sqlite_sequence SET seq = 9223372036854775807"),
-    "events with a hole": _sql("INSERT INTO events VALUES (1, 1, 1, 'x', 'x', x'7b7d'), (3, 1, 1, 'x', 'x', x'7b7d')"),
-    "event below one": _sql("INSERT INTO events VALUES (-5, 1, 1, 'x', 'x', x'7b7d')"),
-    "epoch that is a path": _sql("UPDATE meta SET value = '../../x' WHERE key = 'epoch'"),
-    "no epoch": _sql("DELETE FROM meta WHERE key = 'epoch'"),
+    "column that contradicts its row": executing("UPDATE vms SET name = 'other'"),
+    "id that contradicts its row": executing("UPDATE vms SET id = 8"),
+    "ids used up": executing("UPDATE sqlite_sequence SET seq = 9223372036854775807"),
+    "events with a hole": executing(
+        "INSERT INTO events VALUES (1, 1, 1, 'x', 'x', x'7b7d'), (3, 1, 1, 'x', 'x', x'7b7d')"
+    ),
+    "event below one": executing("INSERT INTO events VALUES (-5, 1, 1, 'x', 'x', x'7b7d')"),
+    "epoch that is a path": executing("UPDATE meta SET value = '../../x' WHERE key = 'epoch'"),
+    "no epoch": executing("DELETE FROM meta WHERE key = 'epoch'"),
     "row of 17 MiB": _blob(17),
     "JSON that is nested too deep": _nested,
-    "newer version": _sql("PRAGMA user_version = 1000"),
-    "version below zero": _sql("PRAGMA user_version = -1"),
-    "another program's": _sql("PRAGMA application_id = 7"),
+    "newer version": executing("PRAGMA user_version = 1000"),
+    "version below zero": executing("PRAGMA user_version = -1"),
+    "another program's": executing("PRAGMA application_id = 7"),
     "a text": _bytes(lambda data: b"Dear diary, " * 1000),
     "the header alone": _bytes(lambda data: data[:100]),
     "random pages": _bytes(lambda data: data[:4096] + bytes(range(256)) * 200),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from statistics import median
 from urllib.parse import urlsplit
 
@@ -62,15 +62,10 @@ async def get_vm() -> list[Figure]:
 
 async def healthz() -> list[Figure]:
     """The 99th percentile of `/healthz`, quiet and while an exec streams as fast as the guest can write."""
-    current_image()
-    with volantd() as daemon:
-        async with daemon.http() as http:
-            await create(http)
-            quiet = await probe(daemon)
-            with _exec_stream(daemon) as stream:
-                busy = await probe(daemon)
-                rate = stream.rate_mb_s()
-            (await http.delete(_VM, timeout=90)).raise_for_status()
+    async with beside_a_vm() as (daemon, quiet):
+        with _exec_stream(daemon) as stream:
+            busy = await probe(daemon)
+            rate = stream.rate_mb_s()
     return [
         Figure(
             "healthz_p99", 1000 * percentile(busy, 99), "ms", percentile(busy, 99) / percentile(quiet, 99),
@@ -78,6 +73,17 @@ async def healthz() -> list[Figure]:
         ),
         Figure("exec_stream", rate, "MB/s", to="of the answer's body, while /healthz was asked"),
     ]  # fmt: skip
+
+
+@asynccontextmanager
+async def beside_a_vm() -> AsyncIterator[tuple[Daemon, list[float]]]:
+    """Gives a daemon with a silent VM, and what `probe` returns of it."""
+    current_image()
+    with volantd() as daemon:
+        async with daemon.http() as http:
+            await create(http)
+            yield daemon, await probe(daemon)
+            (await http.delete(_VM, timeout=90)).raise_for_status()
 
 
 async def create(http: httpx.AsyncClient) -> None:

@@ -17,8 +17,7 @@ from tests.system.kit import Daemon
 from ._boot import WANTED
 from ._figure import Figure, percentile
 from ._http import LoadError, connect, get
-from ._serving import create, probe
-from ._world import current_image, volantd
+from ._serving import beside_a_vm, probe
 
 TARGET_MS = 100.0
 EVENT_STREAMS = 20
@@ -39,19 +38,14 @@ _UPGRADE = (
 
 async def healthz_busy() -> list[Figure]:
     """The 99th percentile of `/healthz` while 50 streams run, and with hostile clients."""
-    current_image()
-    with volantd() as daemon:
-        async with daemon.http() as http:
-            await create(http)
-            quiet = await probe(daemon)
-            with _streams(daemon) as streams:
-                time.sleep(_SETTLE_S)
-                busy = await probe(daemon)
-                rate = streams.rate_mb_s()
-            with _hostile(daemon):
-                time.sleep(_SETTLE_S)
-                hostile = await probe(daemon)
-            (await http.delete(_VM, timeout=90)).raise_for_status()
+    async with beside_a_vm() as (daemon, quiet):
+        with _streams(daemon) as streams:
+            time.sleep(_SETTLE_S)
+            busy = await probe(daemon)
+            rate = streams.rate_mb_s()
+        with _hostile(daemon):
+            time.sleep(_SETTLE_S)
+            hostile = await probe(daemon)
 
     def figure(name: str, took: list[float], what: str) -> Figure:
         p99, before = 1000 * percentile(took, 99), 1000 * percentile(quiet, 99)

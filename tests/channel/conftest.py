@@ -7,10 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from .kit import WAYS, Way
+from volant.channel import Channel, open_channel
+from volant.host import Host
+
+from .kit import WAYS, Agent, Port, Way
 
 
 @pytest.fixture(params=WAYS)
 async def way(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Way]:
     async with WAYS[request.param](tmp_path / "agent.sock").open() as way:
         yield way
+
+
+@pytest.fixture
+async def port(tmp_path: Path) -> AsyncIterator[Port]:
+    async with Port(tmp_path / "agent.sock").open() as port:
+        yield port
+
+
+@pytest.fixture
+async def channel(way: Way, guest: Agent) -> AsyncIterator[Channel]:
+    """A channel to the agent that the module's fixture `guest` begins."""
+    async with open_channel(Host(), way.address) as channel:
+        yield channel

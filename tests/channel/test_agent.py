@@ -9,8 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable, Channel, open_channel
-from volant.host import Host
+from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable, Channel
 
 from .kit import Agent, Handler, Way
 
@@ -46,12 +45,6 @@ def guest(way: Way, server: Server) -> Iterator[Agent]:
     agent = way.begin(server)
     yield agent
     agent.stop()
-
-
-@pytest.fixture
-async def channel(way: Way, guest: Agent) -> AsyncIterator[Channel]:
-    async with open_channel(Host(), way.address) as channel:
-        yield channel
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
@@ -20,22 +20,10 @@ from .kit import WAYS, Agent, GuestAgent, Port, Way, handle, settled
 
 
 @pytest.fixture
-async def port(tmp_path: Path) -> AsyncIterator[Port]:
-    async with Port(tmp_path / "agent.sock").open() as port:
-        yield port
-
-
-@pytest.fixture
 def guest(way: Way) -> Iterator[Agent]:
     agent = way.begin(handle)
     yield agent
     agent.stop()
-
-
-@pytest.fixture
-async def channel(way: Way, guest: Agent) -> AsyncIterator[Channel]:
-    async with open_channel(Host(), way.address) as channel:
-        yield channel
 
 
 async def read_all(stream: ChannelStream) -> bytes:

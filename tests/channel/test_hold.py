@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +16,6 @@ from volant.channel._hold import HoldablePort, PortHold
 from volant.host import Host
 
 from .kit import GuestAgent, Port, handle
-
-
-@pytest.fixture
-async def port(tmp_path: Path) -> AsyncIterator[Port]:
-    async with Port(tmp_path / "agent.sock").open() as port:
-        yield port
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import apsw
 import msgspec
 import trio
 
@@ -151,3 +152,15 @@ async def take(cursor: EventCursor) -> list[EventFrame]:
 
 def types(frames: list[EventFrame]) -> list[str]:
     return [str(frame.event.type) for frame in frames]
+
+
+def executing(*statements: str) -> Callable[[Path], None]:
+    """Returns what executes these statements in a database."""
+
+    def change(path: Path) -> None:
+        connection = apsw.Connection(str(path))
+        for statement in statements:
+            connection.execute(statement)
+        connection.close()
+
+    return change

@@ -16,7 +16,7 @@ import trio
 
 from actors import ONE_FOR_ONE, Child, Supervisor, open_system
 from actors.testing import kill
-from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, events_after, take
+from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, events_after, executing, take
 from volant.host import Host, Ownership
 from volant.host._files import LinuxFiles
 from volant.journal import Backups, EventGap, Evidence, Journal, Running, Store, take_over
@@ -251,26 +251,16 @@ async def test_a_damaged_backup_is_refused_and_leaves_no_file(path: Path, kept: 
         assert await bench.create("still-works")
 
 
-def _sql(*statements: str) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        connection = apsw.Connection(str(path))
-        for statement in statements:
-            connection.execute(statement)
-        connection.close()
-
-    return change
-
-
 FOREIGN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "newer": (_sql("PRAGMA user_version = 1000"), "newer Volant"),
-    "another program's": (_sql("PRAGMA application_id = 7"), "another program"),
+    "newer": (executing("PRAGMA user_version = 1000"), "newer Volant"),
+    "another program's": (executing("PRAGMA application_id = 7"), "another program"),
     "with a trigger": (
-        _sql("CREATE TRIGGER t AFTER INSERT ON vms BEGIN DELETE FROM vms; END"),
+        executing("CREATE TRIGGER t AFTER INSERT ON vms BEGIN DELETE FROM vms; END"),
         "not those of a database of version",
     ),
-    "with a row that is none": (_sql("INSERT INTO vms VALUES (99, 'x', 1, x'7b7d')"), "can't be read"),
+    "with a row that is none": (executing("INSERT INTO vms VALUES (99, 'x', 1, x'7b7d')"), "can't be read"),
     "with an event that is none": (
-        _sql("UPDATE events SET frame = x'7b7d' WHERE seq = 1"),
+        executing("UPDATE events SET frame = x'7b7d' WHERE seq = 1"),
         "table events, row 1, can't be read",
     ),
 }
@@ -435,7 +425,9 @@ async def test_a_backup_of_an_older_version_is_migrated(path: Path, kept: Path) 
         await bench.create("one")
         await bench.ask_plugin() if hasattr(bench, "ask_plugin") else None
         await bench.backup(kept)
-        _sql("DROP TABLE responses", "DROP TABLE snapshots", "DROP TABLE networks", "PRAGMA user_version = 1")(kept)
+        executing("DROP TABLE responses", "DROP TABLE snapshots", "DROP TABLE networks", "PRAGMA user_version = 1")(
+            kept
+        )
         await bench.restore(kept.read_bytes())
     async with keeping(path) as bench:
         assert [row.name for row in bench.store.projection.rows()] == ["one"]
