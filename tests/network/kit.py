@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import select
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -195,3 +196,14 @@ def nft(rules: str) -> None:
 async def having(networks: Networks, *rows: VmRow) -> None:
     """Sets up the taps of all these VMs."""
     assert await networks.ensure({row.id for row in rows}) == {}
+
+
+def mac(row: VmRow) -> str:
+    assert row.lease is not None
+    return row.lease.mac
+
+
+def ethernet(to: str, sender: str, kind: int, payload: bytes) -> str:
+    """Returns a frame."""
+    header = bytes.fromhex((to + sender).replace(":", "")) + struct.pack("!H", kind)
+    return (header + payload).ljust(60, b"\0").hex()

@@ -19,24 +19,13 @@ from tests.attackers.exposed_host import (
     exposed_host,
 )
 from tests.network import peer
-from tests.network.kit import SETTINGS, UPLINK, Peer, World, a_world, address, having, switch, vm
-from volant.model import VmRow
+from tests.network.kit import SETTINGS, UPLINK, Peer, World, a_world, address, ethernet, having, mac, switch, vm
 
 pytestmark = pytest.mark.usefixtures("namespace")
 
 GATEWAY = "10.87.0.1"
 ALL = "ff:ff:ff:ff:ff:ff"
 BROADCAST = ("255.255.255.255", "10.87.0.255")
-
-
-def mac(row: VmRow) -> str:
-    assert row.lease is not None
-    return row.lease.mac
-
-
-def ethernet(to: str, sender: str, kind: int, payload: bytes) -> str:
-    header = bytes.fromhex((to + sender).replace(":", "")) + struct.pack("!H", kind)
-    return (header + payload).ljust(60, b"\0").hex()
 
 
 def checksum(data: bytes) -> int:

@@ -12,8 +12,20 @@ import pytest
 from pyroute2 import NFCTSocket
 
 from tests.network import peer
-from tests.network.kit import SETTINGS, UPLINK, WORLD, a_world, address, having, links, stopped, switch, vm
-from volant.model import VmRow
+from tests.network.kit import (
+    SETTINGS,
+    UPLINK,
+    WORLD,
+    a_world,
+    address,
+    ethernet,
+    having,
+    links,
+    mac,
+    stopped,
+    switch,
+    vm,
+)
 
 pytestmark = pytest.mark.usefixtures("namespace")
 
@@ -21,17 +33,6 @@ GATEWAY = "10.87.0.1"
 ALL = "ff:ff:ff:ff:ff:ff"
 NOBODY = "02:00:00:00:00:99"
 FIRST, SECOND, THIRD = b"the first".hex(), b"the second".hex(), b"the third".hex()
-
-
-def mac(row: VmRow) -> str:
-    assert row.lease is not None
-    return row.lease.mac
-
-
-def ethernet(to: str, sender: str, kind: int, payload: bytes) -> str:
-    """Returns a frame."""
-    header = bytes.fromhex((to + sender).replace(":", "")) + struct.pack("!H", kind)
-    return (header + payload).ljust(60, b"\0").hex()
 
 
 def ipv4(to: str, sender: str, text: str, port: int = 9) -> bytes:

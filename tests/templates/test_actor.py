@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
-from tests.templates.test_store import KEY, add
+from tests.templates.test_store import KEY, add, spec_of
 from volant.host import Host
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.journal import Projection
@@ -31,15 +31,7 @@ from volant.templates import (
 from volant.templates.messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
 from volant.vm import BootLimiter
 
-SPEC = TemplateSpec(
-    key=KEY,
-    digest=KEY.digest,
-    plugin="base",
-    kernel=Path("/k"),
-    initramfs=Path("/i"),
-    rootfs=None,
-    accelerator="tcg",
-)
+SPEC = spec_of(KEY)
 
 
 class Builder:

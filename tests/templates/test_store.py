@@ -12,12 +12,24 @@ import msgspec
 import pytest
 
 from volant.host import Host
-from volant.templates import GuestConfig, TemplateKey, TemplateStore
+from volant.templates import GuestConfig, TemplateKey, TemplateSpec, TemplateStore
 
 KEY = TemplateKey(
     hypervisor="qemu 10.0.13", kernel="k", initramfs="i", rootfs=None, cmdline="", cpu_cores=1, memory_mb=64
 )
 DAY = timedelta(days=1)
+
+
+def spec_of(key: TemplateKey) -> TemplateSpec:
+    return TemplateSpec(
+        key=key,
+        digest=key.digest,
+        plugin="base",
+        kernel=Path("/k"),
+        initramfs=Path("/i"),
+        rootfs=None,
+        accelerator="tcg",
+    )
 
 
 async def add(store: TemplateStore, key: TemplateKey, size: int = 8192) -> Path:

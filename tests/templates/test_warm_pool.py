@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import trio
 
-from tests.templates.test_store import KEY, add
+from tests.templates.test_store import KEY, add, spec_of
 from volant.host import Host
 from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec, Nic
 from volant.hypervisor.qemu import QemuHypervisor
@@ -32,16 +32,7 @@ from volant.templates._warm_pool import Use, claim_in, wanted
 
 
 def template_spec(memory_mb: int = 128, config: GuestConfig | None = None, *, has_nic: bool = False) -> TemplateSpec:
-    key = msgspec.structs.replace(KEY, memory_mb=memory_mb, config=config, has_nic=has_nic)
-    return TemplateSpec(
-        key=key,
-        digest=key.digest,
-        plugin="base",
-        kernel=Path("/k"),
-        initramfs=Path("/i"),
-        rootfs=None,
-        accelerator="tcg",
-    )
+    return spec_of(msgspec.structs.replace(KEY, memory_mb=memory_mb, config=config, has_nic=has_nic))
 
 
 class Hypervisor(QemuHypervisor):
