@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Annotated
 
@@ -28,7 +28,7 @@ from ._lookup import find_vm, select_vms
 from ._parameters import Integer, LabelPairs, Names, Seconds, Words
 from ._permission import Permission
 from ._results import Page
-from ._table import TABLE, Anything, Tool
+from ._table import TABLE, Anything, F, Tool
 
 _VM = "/api/v1/vms/{name}"
 _DEFAULT_GRACE_S = 10.0
@@ -160,9 +160,22 @@ async def delete_vm(context: Context, name: str) -> None:
     )
 
 
-_command_at = partial(
-    TABLE.operation, permission=Permission.CONTROL, answer="The VM", errors=(409, 503), idempotent=True, if_match=True
-)
+def _command_at(word: str, to: Status, tool: str | None = None, **more: bool) -> Callable[[F], F]:
+    """Declares a command that brings a VM to a status.
+
+    :param tool: what models are told of it; None: they don't have it
+    :param more: as of `Tool`
+    """
+    return TABLE.operation(
+        f"POST {_VM}/{word}",
+        permission=Permission.CONTROL,
+        answer="The VM",
+        errors=(409, 503),
+        idempotent=True,
+        if_match=True,
+        waits_for=to,
+        tool=False if tool is None else Tool(f"vms_{word}", f"{word.capitalize()} a VM", tool, **more),
+    )
 
 
 async def _command(context: Context, name: str, command: Command, grace_s: float = _DEFAULT_GRACE_S) -> VmChanged:
@@ -172,14 +185,10 @@ async def _command(context: Context, name: str, command: Command, grace_s: float
 
 
 @_command_at(
-    f"POST {_VM}/start",
-    waits_for=Status.RUNNING,
-    tool=Tool(
-        "vms_start",
-        "Start a VM",
-        "Boot a VM that is stopped or crashed, or let a paused one go on. Does nothing to one that runs.",
-        idempotent=True,
-    ),
+    "start",
+    Status.RUNNING,
+    "Boot a VM that is stopped or crashed, or let a paused one go on. Does nothing to one that runs.",
+    idempotent=True,
 )
 async def start_vm(context: Context, name: str) -> VmChanged:
     """Start a VM; nothing happens to one that runs."""
@@ -187,16 +196,12 @@ async def start_vm(context: Context, name: str) -> VmChanged:
 
 
 @_command_at(
-    f"POST {_VM}/stop",
-    waits_for=Status.STOPPED,
-    tool=Tool(
-        "vms_stop",
-        "Stop a VM",
-        "Shut a VM down and keep it for vms_start. What it has in memory is lost, and with it its files unless it has "
-        'a disk (`"disk": "overlay"`). Does nothing to one that is stopped.',
-        destructive=True,
-        idempotent=True,
-    ),
+    "stop",
+    Status.STOPPED,
+    "Shut a VM down and keep it for vms_start. What it has in memory is lost, and with it its files unless it has "
+    'a disk (`"disk": "overlay"`). Does nothing to one that is stopped.',
+    destructive=True,
+    idempotent=True,
 )
 async def stop_vm(context: Context, name: str, *, grace_s: Grace = _DEFAULT_GRACE_S) -> VmChanged:
     """Ask the guest to shut down, then kill it; nothing happens to a VM that is stopped."""
@@ -204,14 +209,10 @@ async def stop_vm(context: Context, name: str, *, grace_s: Grace = _DEFAULT_GRAC
 
 
 @_command_at(
-    f"POST {_VM}/restart",
-    waits_for=Status.RUNNING,
-    tool=Tool(
-        "vms_restart",
-        "Restart a VM",
-        "Shut a VM down and boot it again; what is lost is what vms_stop loses. For a VM that hangs, give `grace_s` 0.",
-        destructive=True,
-    ),
+    "restart",
+    Status.RUNNING,
+    "Shut a VM down and boot it again; what is lost is what vms_stop loses. For a VM that hangs, give `grace_s` 0.",
+    destructive=True,
 )
 async def restart_vm(context: Context, name: str, *, grace_s: Grace = _DEFAULT_GRACE_S) -> VmChanged:
     """Stop a VM and start it again."""
@@ -219,16 +220,12 @@ async def restart_vm(context: Context, name: str, *, grace_s: Grace = _DEFAULT_G
 
 
 @_command_at(
-    f"POST {_VM}/pause",
-    waits_for=Status.PAUSED,
-    tool=Tool(
-        "vms_pause",
-        "Pause a VM",
-        "Pause a VM, to go on later from the same instant: programs, memory, connections stay, and it takes no "
-        "processor time. While it is paused nothing works in it, vms_exec neither. Its memory stays taken; to free "
-        "that, use vms_stop.",
-        idempotent=True,
-    ),
+    "pause",
+    Status.PAUSED,
+    "Pause a VM, to go on later from the same instant: programs, memory, connections stay, and it takes no "
+    "processor time. While it is paused nothing works in it, vms_exec neither. Its memory stays taken; to free "
+    "that, use vms_stop.",
+    idempotent=True,
 )
 async def pause_vm(context: Context, name: str) -> VmChanged:
     """Pause a VM once it runs. Its memory, its process and open streams stay."""
@@ -236,24 +233,17 @@ async def pause_vm(context: Context, name: str) -> VmChanged:
 
 
 @_command_at(
-    f"POST {_VM}/resume",
-    waits_for=Status.RUNNING,
-    tool=Tool(
-        "vms_resume",
-        "Resume a VM",
-        "Let a paused VM go on; its clock is set. Does nothing to one that runs.",
-        idempotent=True,
-    ),
+    "resume",
+    Status.RUNNING,
+    "Let a paused VM go on; its clock is set. Does nothing to one that runs.",
+    idempotent=True,
 )
 async def resume_vm(context: Context, name: str) -> VmChanged:
     """Let a paused VM go on, with its clock set."""
     return await _command(context, name, Command.RESUME)
 
 
-@_command_at(
-    f"POST {_VM}/recover",
-    waits_for=Status.RUNNING,
-)
+@_command_at("recover", Status.RUNNING)
 async def recover_vm(context: Context, name: str) -> VmChanged:
     """Take control again of a VM whose reason is `control_lost`."""
     return await _command(context, name, Command.RECOVER)
