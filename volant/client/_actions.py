@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mappin
 
 import httpx
 
-from ._errors import UnexpectedAnswer
+from ._calls import read_whole
 
 ACTION_S = 660.0
 """The daemon gives an action 600 s at most."""
@@ -33,12 +33,7 @@ class ActionAnswer:
 
     async def read(self, limit: int = MAX_ANSWER) -> bytes:
         """What is left of the body. :raises UnexpectedAnswer: it is longer than `limit` bytes."""
-        body = bytearray()
-        async for chunk in self._chunks:
-            body += chunk
-            if len(body) > limit:
-                raise UnexpectedAnswer(f"the workload's answer is longer than {limit} bytes")
-        return bytes(body)
+        return await read_whole(self._chunks, limit, "the workload's answer")
 
 
 class Pieces(httpx.AsyncByteStream):

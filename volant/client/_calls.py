@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from volant.model import format_duration
+
+from ._errors import UnexpectedAnswer
 
 
 def body_of(request: msgspec.Struct | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -40,6 +42,16 @@ def pairs(values: Mapping[str, str] | None) -> Sequence[str]:
 def words(values: Collection[str]) -> str | None:
     """Returns words with commas between them, or nothing for none. One word may stand alone."""
     return (values if isinstance(values, str) else ",".join(str(value) for value in values)) or None
+
+
+async def read_whole(chunks: AsyncIterator[bytes], limit: int, what: str) -> bytes:
+    """Returns what is left of a body. :raises UnexpectedAnswer: it is longer than `limit` bytes"""
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > limit:
+            raise UnexpectedAnswer(f"{what} is longer than {limit} bytes")
+    return bytes(body)
 
 
 def _default(field: msgspec.structs.FieldInfo) -> Any:

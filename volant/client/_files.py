@@ -9,6 +9,7 @@ from urllib.parse import quote
 import msgspec
 
 from ._actions import Pieces
+from ._calls import read_whole
 from ._errors import ClientProblem, UnexpectedAnswer
 from ._http import Http, Query, chunks_of
 
@@ -43,12 +44,7 @@ class FileReader:
 
     async def read(self, limit: int = MAX_READ) -> bytes:
         """What is left of it. :raises UnexpectedAnswer: that is longer than `limit` bytes."""
-        body = bytearray()
-        async for chunk in self._chunks:
-            body += chunk
-            if len(body) > limit:
-                raise UnexpectedAnswer(f"{self._path} is longer than {limit} bytes")
-        return bytes(body)
+        return await read_whole(self._chunks, limit, self._path)
 
 
 def file_url(base: str, path: str) -> str:
