@@ -30,8 +30,8 @@ from volant.http import (
     read_call_body,
 )
 from volant.journal import EventCursor, EventGap
-from volant.model import EventType, Name, VmRow, check_plain, invalid, is_name, no_such_vm
-from volant.operations import TABLE, TEN_MINUTES, Answer, ApiDeps, Described, Permission
+from volant.model import EventType, Name, VmRow, check_plain, invalid
+from volant.operations import TABLE, TEN_MINUTES, Answer, ApiDeps, Described, Permission, find_vm
 
 from ._events import AguiEvent, Boots, Overview, RunAgentInput
 
@@ -296,12 +296,7 @@ async def _tell_boots(
 
 def _row(deps: ApiDeps, vm: str | None) -> VmRow | None:
     """The row of the VM that is asked for. :raises Problem: 404."""
-    if vm is None:
-        return None
-    row = deps.store.projection.get(vm) if is_name(vm) else None
-    if row is None:
-        raise no_such_vm(vm[:80])
-    return row
+    return None if vm is None else find_vm(deps, vm)
 
 
 def _identifier(text: str, name: str) -> str:

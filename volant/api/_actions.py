@@ -15,8 +15,8 @@ import re
 import trio
 
 from volant.http import Call, StreamRoute, without_credentials
-from volant.model import Problem, is_name, no_such_vm
-from volant.operations import ApiDeps, find_action
+from volant.model import Problem
+from volant.operations import ApiDeps, find_action, find_vm
 from volant.relay import Relay, to_port
 
 _ACTIONS = re.compile(r"/api/v1/vms/([^/]*)/actions/([^/]*)/([^/]*)\Z")
@@ -28,9 +28,7 @@ def routes(deps: ApiDeps, relay: Relay) -> list[StreamRoute]:
 
     async def act(call: Call) -> None:
         name, plugin, wanted = call.args
-        row = deps.store.projection.get(name) if is_name(name) else None
-        if row is None:
-            raise no_such_vm(name[:80])
+        row = find_vm(deps, name)
         action, port = find_action(row, plugin, wanted)
         query = without_credentials(call.scope["query_string"]).decode("ascii")
         target = f"{action.path}?{query}" if query else action.path

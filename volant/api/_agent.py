@@ -12,9 +12,9 @@ import msgspec
 
 from volant.channel import AgentClient
 from volant.http import Call, StreamRoute, without_credentials
-from volant.model import Problem, VmRow, is_name, no_such_vm
+from volant.model import Problem, VmRow
 from volant.model.agent import DAEMON_PREFIX, EXEC, EXEC_SESSIONS, FILES
-from volant.operations import ApiDeps
+from volant.operations import ApiDeps, find_vm
 from volant.relay import Relay, parse_port, to_port
 
 _AGENT = re.compile(r"/api/v1/vms/([^/]*)/agent(?:/.*)?\Z")
@@ -51,10 +51,7 @@ def routes(deps: ApiDeps, relay: Relay) -> list[StreamRoute]:
 
 
 def _way_in(deps: ApiDeps, name: str) -> tuple[VmRow, AgentClient]:
-    row = deps.store.projection.get(name) if is_name(name) else None
-    if row is None:
-        raise no_such_vm(name[:80])
-    return row, deps.vms.streams.agent(name)
+    return find_vm(deps, name), deps.vms.streams.agent(name)
 
 
 def _target(call: Call, *, depth: int) -> str:

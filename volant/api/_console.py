@@ -17,7 +17,7 @@ import trio
 
 from volant.concurrency import FairShare
 from volant.http import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
-from volant.model import Problem, Status, VmRow, is_name, no_such_vm
+from volant.model import Problem, Status, VmRow
 from volant.operations import ApiDeps
 from volant.vm import Keyboard, KeyboardTaken, Missed, NotTyped, Reader
 
@@ -44,8 +44,6 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
         tail = query.integer("tail", maximum=_MAX_TAIL)
         write, take = query.flag("write", False), query.flag("take", False)
         query.done()
-        if not is_name(name):
-            raise no_such_vm(name[:80])
         row, serial = deps.vms.streams.console(name)
         async with AsyncExitStack() as stack:
             keyboard = None

@@ -28,8 +28,8 @@ import trio
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
 from volant.concurrency import FairShare
 from volant.http import Call, StreamRoute, interruptible, without_credentials
-from volant.model import DEVTOOLS_PORT, Desired, Problem, Status, VmRow, is_name, no_such_vm
-from volant.operations import ApiDeps
+from volant.model import DEVTOOLS_PORT, Desired, Problem, Status, VmRow
+from volant.operations import ApiDeps, find_vm
 from volant.relay import SANDBOX, Relay, first_text, to_port
 
 WAIT_S = 60.0
@@ -92,9 +92,7 @@ class _Browsers:
     async def serve(self, call: Call) -> None:
         """Answer one request."""
         name, path = call.args
-        row = self._deps.store.projection.get(name) if is_name(name) else None
-        if row is None:
-            raise no_such_vm(name[:80])
+        row = find_vm(self._deps, name)
         _check(call, path)
         devtools = row.manifest.devtools
         browser = _Browser(row.id, row.name, devtools.port if devtools is not None else DEVTOOLS_PORT)

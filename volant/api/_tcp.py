@@ -18,8 +18,7 @@ import trio
 from volant.channel import ChannelStream
 from volant.concurrency import FairShare
 from volant.http import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
-from volant.model import is_name, no_such_vm
-from volant.operations import ApiDeps
+from volant.operations import ApiDeps, find_vm
 from volant.relay import open_port, parse_port
 
 PROTOCOL_ERROR = 1002
@@ -39,9 +38,7 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
         name = call.args[0]
         port = parse_port(call.args[1])
         call.query(credentials=True).done()
-        row = deps.store.projection.get(name) if is_name(name) else None
-        if row is None:
-            raise no_such_vm(name[:80])
+        row = find_vm(deps, name)
         async with open_port(deps.vms.streams.agent(name), name, port) as stream:
             await call.accept()
             await _Session(call, share, row.id, stream).run()

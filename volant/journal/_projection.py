@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from volant.model import BASE, Drain, EventId, Manifest, Network, PluginView, Snapshot, VmRow, is_named
+from volant.model import BASE, Drain, EventId, Manifest, Network, PluginView, Snapshot, VmRow, is_named, no_such_vm
 
 
 class Plugin(msgspec.Struct, frozen=True):
@@ -106,6 +106,13 @@ class Projection:
     def get(self, name: str) -> VmRow | None:
         """Returns the row of the VM with this name."""
         return self._by_name.get(name)
+
+    def require(self, name: str) -> VmRow:
+        """Returns the row of the VM with this name. :raises Problem: 404"""
+        row = self._by_name.get(name)
+        if row is None:
+            raise no_such_vm(name[:80])
+        return row
 
     def by_id(self, vm_id: int) -> VmRow | None:
         """Returns the row of the VM with this id."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from volant.journal import VmLog
-from volant.model import Action, Problem, VmRow, no_such_vm
+from volant.model import Action, Problem, VmRow
 
 from ._deps import ApiDeps
 
@@ -15,10 +15,7 @@ _SHOWN = 20
 
 def find_vm(deps: ApiDeps, name: str) -> VmRow:
     """The row of the VM of this name. :raises Problem: 404."""
-    row = deps.store.projection.get(name)
-    if row is None:
-        raise no_such_vm(name[:80])
-    return row
+    return deps.store.projection.require(name)
 
 
 def select_vms(

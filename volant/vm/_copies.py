@@ -49,7 +49,6 @@ from volant.model import (
     is_copyable,
     name_taken,
     no_such_snapshot,
-    no_such_vm,
     waits_for,
 )
 
@@ -140,7 +139,7 @@ class Copies:
             capacity, it could not be copied, others are being copied, or the daemon drains.
         :raises DuplicateRequest: the request was answered before.
         """
-        row, projection = self._row(name), self.store.projection
+        row, projection = self.store.projection.require(name), self.store.projection
         check_copyable(row)
         # What is known to fail is no reason to pause the guest.
         if projection.drain is not None:
@@ -192,7 +191,7 @@ class Copies:
             be copied, 503 no capacity, or others are being copied.
         :raises DuplicateRequest: the request was answered before.
         """
-        row = self._row(name)
+        row = self.store.projection.require(name)
         check_copyable(row)
         earlier = self.store.projection.snapshots.get(request.name or "")
         if earlier is not None and earlier.status == "creating" and earlier.checkpoint not in self._jobs:
@@ -369,12 +368,6 @@ class Copies:
         path = self.checkpoints.at(snapshot.checkpoint)
         await self.checkpoints.clear(fresh(path))
         await self.checkpoints.clear(path)
-
-    def _row(self, name: str) -> VmRow:
-        row = self.store.projection.get(name)
-        if row is None:
-            raise no_such_vm(name)
-        return row
 
     async def _ask(self, message: Request[R]) -> R:
         return await ask_journal(self.journal, message)

@@ -119,7 +119,7 @@ class Lifecycle:
             the daemon drains).
         :raises DuplicateRequest: the request was answered before.
         """
-        row = self._row(name)
+        row = self._store.projection.require(name)
         request = msgspec.structs.replace(request, caller=current_caller.get())
         revisions = None
         if only_at is not None:
@@ -256,12 +256,6 @@ class Lifecycle:
         except Problem as problem:
             if problem.status != 404:
                 _logger.error("VM %s: %s", name, problem.detail, extra={"vm": name})
-
-    def _row(self, name: str) -> VmRow:
-        row = self._store.projection.get(name)
-        if row is None:
-            raise no_such_vm(name)
-        return row
 
     async def _ask(self, message: Request[R]) -> R:
         return await ask_journal(self._journal, message)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from volant.channel import AgentClient
 from volant.host import Host
 from volant.journal import Projection
-from volant.model import Problem, Status, VmMemory, VmRow, no_such_vm, view
+from volant.model import Problem, Status, VmMemory, VmRow, view
 
 from ._actors import VmActors
 from ._memory import measure
@@ -33,7 +33,7 @@ class Streams:
 
         :raises Problem: 404, 409 it does not run, 502 its channel is down, or its agent is too old or too new.
         """
-        row = self._row(name)
+        row = self.projection.require(name)
         if row.status is not Status.RUNNING:
             hints = {
                 Status.STARTING: "wait until it runs",
@@ -62,7 +62,7 @@ class Streams:
 
         :raises Problem: 404, 409 there is no process, 503 the daemon is about to open the console.
         """
-        row = self._row(name)
+        row = self.projection.require(name)
         if row.process is None or row.status not in _WITH_CONSOLE:
             raise Problem(
                 409, "vm-not-running", f"VM {name!r} is {row.status.value}, and its console is there while it runs",
@@ -78,7 +78,7 @@ class Streams:
 
     async def memory(self, name: str) -> VmMemory:
         """Measures what a VM takes of memory. :raises Problem: 404, 409 it has no process, 503."""
-        row = self._row(name)
+        row = self.projection.require(name)
         process = self.processes.get(row.id)
         agent = None
         if process is not None and row.status is Status.RUNNING and process.agent.connection.incompatible is None:
@@ -87,7 +87,7 @@ class Streams:
 
     def inspect(self, name: str) -> Mapping[str, object]:
         """Returns what is known of a VM, for people who look for a fault. :raises Problem: 404."""
-        row = self._row(name)
+        row = self.projection.require(name)
         ref = self.actors.find(row.id)
         # Not the whole row: a workload's environment may hold secrets.
         return {
@@ -100,9 +100,3 @@ class Streams:
             "process": row.process,
             "actor": ref.inspect() if ref is not None else None,
         }
-
-    def _row(self, name: str) -> VmRow:
-        row = self.projection.get(name)
-        if row is None:
-            raise no_such_vm(name)
-        return row
