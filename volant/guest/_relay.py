@@ -32,15 +32,6 @@ STARTING_S = 30.0
 _RETRY_S = 0.1
 _BUFFER = 64 * 1024
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-_HOP_BY_HOP = {
-    b"connection",
-    b"keep-alive",
-    b"proxy-authenticate",
-    b"proxy-authorization",
-    b"proxy-connection",
-    b"te",
-    b"upgrade",
-}
 _END_TO_END = {b"content-length", b"content-type", b"host", b"transfer-encoding", b"trailer"}
 """Fields that `Connection` can't remove, as that would change the meaning of the message."""
 
@@ -124,7 +115,7 @@ def without_hops(headers: Headers) -> Headers:
     for name, value in headers:
         if name == b"connection":
             named.update(token.strip().lower() for token in value.split(b","))
-    gone = _HOP_BY_HOP | (named - _END_TO_END)
+    gone = agent.HOP_BY_HOP | (named - _END_TO_END)
     return [(name, value) for name, value in headers if name not in gone]
 
 

@@ -44,6 +44,7 @@ from volant.model import (
     new_row,
     new_snapshot,
     no_such_network,
+    no_such_plugin,
     no_such_snapshot,
     refused,
     restored_row,
@@ -357,7 +358,7 @@ def _enable_plugin(stage: Stage, message: messages.EnablePlugin) -> Plugin:
 def _plugin(stage: Stage, name: str) -> Plugin:
     plugin = stage.plugins.get(name)
     if plugin is None:
-        raise Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}", field="plugin")
+        raise no_such_plugin(name, field="plugin")
     return plugin
 
 

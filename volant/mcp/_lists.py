@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import trio
 
-from volant.model import Name, NetworkView, SnapshotView, no_such_network, snapshot_view
-from volant.operations import no_such_plugin, shown_networks
+from volant.model import Name, NetworkView, SnapshotView, no_such_network, no_such_plugin, snapshot_view
+from volant.operations import shown_networks
 
 from ._text import fitting
 from ._tool import Result, ToolCall, tool

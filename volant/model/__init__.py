@@ -68,7 +68,7 @@ from ._network import (
     unavailable,
     user_lease,
 )
-from ._problem import Problem, invalid, name_taken, no_such_vm
+from ._problem import Problem, invalid, name_taken, no_such_plugin, no_such_vm
 from ._row import (
     FORK,
     READY,
@@ -321,6 +321,7 @@ __all__ = [
     "new_row",
     "new_snapshot",
     "no_such_network",
+    "no_such_plugin",
     "no_such_snapshot",
     "no_such_vm",
     "parse_duration",

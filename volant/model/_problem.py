@@ -53,6 +53,11 @@ def name_taken(name: str) -> Problem:
     )
 
 
+def no_such_plugin(name: str, *, field: str | None = None) -> Problem:
+    """Returns the 404 for the name of a plugin."""
+    return Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}", field=field)
+
+
 def no_such_vm(name: str) -> Problem:
     """Returns the 404 for the name of a VM."""
     return Problem(

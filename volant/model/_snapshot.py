@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Annotated, Literal
 
 import msgspec
 
 from ._problem import Problem, invalid, name_taken
 from ._row import SNAPSHOT, BootMode, Origin, RestartPolicy, Status, VmRow
-from ._spec import MAX_TTL_S
-from ._text import Duration, Labels, Name, Plain, Time, check_labels, check_name, check_plain, parse_duration
+from ._spec import parse_ttl
+from ._text import Duration, Labels, Name, Plain, Time, check_labels, check_name, check_plain
 
 MAX_COPIES = 32
 """Of one fork."""
@@ -185,13 +185,15 @@ def restored_row(request: RestoreVm, snapshot: Snapshot, *, vm_id: int, now: dat
             )
     labels = {**vm.manifest.labels, **request.labels}
     check_labels(labels)
-    expires_at = None
-    if request.ttl is not None:
-        expires_at = now + timedelta(seconds=parse_duration(request.ttl, "ttl", minimum_s=1, maximum_s=MAX_TTL_S))
+    ttl = parse_ttl(request.ttl)
     origin = Origin("snapshot", vm.name, vm.id, snapshot.name, snapshot.paused_ms)
     row = copied_row(vm, vm_id=vm_id, name=request.name, origin=origin, checkpoint=snapshot.checkpoint, now=now)
     return msgspec.structs.replace(
-        row, labels=labels, restart_policy=request.restart_policy, boot=request.boot, expires_at=expires_at
+        row,
+        labels=labels,
+        restart_policy=request.restart_policy,
+        boot=request.boot,
+        expires_at=None if ttl is None else now + ttl,
     )
 
 
@@ -241,8 +243,7 @@ def check_restore(request: RestoreVm) -> None:
     if request.plugin is not None:
         check_name(request.plugin, "plugin")
     check_labels(request.labels)
-    if request.ttl is not None:
-        parse_duration(request.ttl, "ttl", minimum_s=1, maximum_s=MAX_TTL_S)
+    parse_ttl(request.ttl)
 
 
 def check_copyable(vm: VmRow) -> None:

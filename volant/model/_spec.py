@@ -10,7 +10,7 @@ from ._problem import contradictory, invalid
 from ._row import CreateVm, VmRow
 from ._text import check_labels, check_name, check_plain, parse_duration
 
-MAX_TTL_S = 366 * 86400.0
+_MAX_TTL_S = 366 * 86400.0
 _NO_NETWORKING = Networking()
 
 
@@ -57,9 +57,7 @@ def new_row(
             f"ports is {[*map(str, ports)]}, and the VM has no network ({choice.reason})",
             hint="set `network` to `bridge`, `user`, or the name of a network",
         )
-    expires_at = None
-    if request.ttl is not None:
-        expires_at = now + timedelta(seconds=parse_duration(request.ttl, "ttl", minimum_s=1, maximum_s=MAX_TTL_S))
+    ttl = parse_ttl(request.ttl)
     return VmRow(
         id=vm_id,
         name=request.name,
@@ -75,7 +73,7 @@ def new_row(
         boot=request.boot,
         created_at=now,
         updated_at=now,
-        expires_at=expires_at,
+        expires_at=None if ttl is None else now + ttl,
         network=choice.network,
         network_reason=choice.reason,
         network_fallback=choice.fallback,
@@ -83,6 +81,13 @@ def new_row(
         layer=f"{vm_id}-{now:%Y%m%dT%H%M%S.%f}" if has_disk else "",
         disk_mb=request.disk_mb,
     )
+
+
+def parse_ttl(ttl: str | None) -> timedelta | None:
+    """:raises Problem: 400, it is malformed, or too short or long."""
+    if ttl is None:
+        return None
+    return timedelta(seconds=parse_duration(ttl, "ttl", minimum_s=1, maximum_s=_MAX_TTL_S))
 
 
 def check_create(request: CreateVm) -> None:
@@ -97,5 +102,4 @@ def check_create(request: CreateVm) -> None:
     if request.network is not None:
         check_name(request.network, "network")
     parse_ports(request.ports)
-    if request.ttl is not None:
-        parse_duration(request.ttl, "ttl", minimum_s=1, maximum_s=MAX_TTL_S)
+    parse_ttl(request.ttl)

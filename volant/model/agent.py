@@ -99,6 +99,13 @@ NAMESERVERS_PARAMETER: Final = "volant.dns"
 LOG_ID_HEADER: Final = "Volant-Log-Id"
 LOG_CONTENT_TYPE: Final = "application/vnd.volant.log"
 
+HOP_BY_HOP: Final = frozenset(
+    (
+        *(b"connection", b"keep-alive", b"te", b"upgrade"),
+        *(b"proxy-authenticate", b"proxy-authorization", b"proxy-connection"),
+    )
+)
+"""Header fields of one connection, which no relay passes on."""
 MAX_HEAD_BYTES: Final = 64 * 1024
 """The longest head of a request or of a workload's answer."""
 MAX_JSON_BYTES: Final = 1024 * 1024

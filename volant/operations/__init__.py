@@ -7,7 +7,7 @@ from ._artifacts import artifact_problems
 from ._authorize import check_operation, check_permission
 from ._context import Context
 from ._deps import ApiDeps, DaemonInfo, Health
-from ._lookup import find_action, find_vm, no_such_plugin, open_log, select_vms, unreadable
+from ._lookup import find_action, find_vm, open_log, select_vms, unreadable
 from ._parameters import TEN_MINUTES, Described, QueryParameter
 from ._permission import Permission
 from ._results import Page, Shown, etag, show, view_type
@@ -67,7 +67,6 @@ __all__ = [
     "etag",
     "find_action",
     "find_vm",
-    "no_such_plugin",
     "open_log",
     "owners",
     "select_vms",

@@ -36,11 +36,6 @@ def select_vms(
     ]
 
 
-def no_such_plugin(name: str) -> Problem:
-    """404."""
-    return Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}")
-
-
 def open_log(deps: ApiDeps, row: VmRow) -> VmLog:
     """The log of a VM. :raises Problem: 503 the disk can't be read."""
     with unreadable(row.name):

@@ -14,11 +14,10 @@ from volant.journal import (
     ask_journal,
     plugin_view,
 )
-from volant.model import Manifest, PluginView, check_manifest, is_name
+from volant.model import Manifest, PluginView, check_manifest, is_name, no_such_plugin
 
 from ._artifacts import admit
 from ._context import Context
-from ._lookup import no_such_plugin
 from ._permission import Permission
 from ._table import TABLE
 

@@ -5,23 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from volant.http import without_credentials
+from volant.model.agent import HOP_BY_HOP
 
 Header = tuple[bytes, bytes]
 
-_HOP_BY_HOP = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"http2-settings",
-    }
-)
+_HOP_BY_HOP = HOP_BY_HOP | {b"trailer", b"transfer-encoding", b"http2-settings"}
 _CREDENTIALS = frozenset({b"authorization", b"x-volant-api-key", b"cookie"})
 _OURS_TO_SAY = frozenset({b"host", b"expect"})
 

@@ -26,6 +26,7 @@ from volant.model import (
     TemplateView,
     VmRow,
     new_row,
+    no_such_plugin,
 )
 from volant.templates import GuestConfig, ReadyTemplate, TemplateKey, Templates, TemplateSpec, TemplateStore
 from volant.templates.messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
@@ -200,7 +201,7 @@ class VmTemplates:
         """
         plugin = self.store.projection.plugins.get(request.plugin)
         if plugin is None:
-            raise Problem(404, "plugin-not-found", f"there is no plugin named {request.plugin[:80]!r}")
+            raise no_such_plugin(request.plugin)
         like = CreateVm(
             name="template",
             cpu_cores=request.cpu_cores,
